@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.fx import symbolic_trace
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
@@ -16,14 +15,8 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import Block, compensate, compensation
 from nni_topo.recovery.block import (
-    _by_output,
-    _entries,
-    _has_matrix,
-    _in_single,
     _learners,
     _Learning,
-    _Part,
-    _places,
     _Values,
 )
 from nni_topo.recovery.course import Course
@@ -213,7 +206,7 @@ def test_what_has_no_gradients_stays_as_the_closed_form_leaves_it(values, caplog
     closed = compensate(model, masks, values)
     assert torch.equal(found.first.weight, closed.first.weight)
     assert torch.equal(found.second.weight, closed.second.weight)
-    assert "first, second, head can't learn and stay as the closed form leaves them" in caplog.text
+    assert "first, second, head can't learn" in caplog.text
 
 
 class Twice(nn.Module):
@@ -235,14 +228,8 @@ def test_a_block_in_which_nothing_may_move_stays(values):
     assert not found.report.layers
 
 
-def test_weights_that_are_learned_but_worse_are_discarded_and_the_report_says_so(gated, values, monkeypatch):
-    def run(self, *args, **knobs):
-        with torch.no_grad():
-            for parameter in self.student.parameters():
-                parameter.add_(1.0 * parameter.requires_grad)
-
-    monkeypatch.setattr(Course, "run", run)
-    found = compensation(gated, MASKS, values, method=Block(lr=1e-3))
+def test_weights_that_are_learned_but_worse_are_discarded_and_the_report_says_so(gated, values):
+    found = compensation(gated, MASKS, values, method=Block(lr=30.0, steps=2))
     closed = compensate(gated, MASKS, values)
     torch.testing.assert_close(found.model.state_dict(), closed.state_dict(), rtol=0, atol=0)
     steps = learned(found)
@@ -270,7 +257,7 @@ def test_activations_that_are_not_finite_name_the_block(values):
 def test_few_samples_leave_none_to_hold_out(gated, values, caplog):
     found = compensate(gated, MASKS, [values[0][:4]], method="block")
     assert torch.equal(found.first.weight, gated.first.weight)
-    assert "of 4 samples none is held out, which takes at least 5" in caplog.text
+    assert "of 4 samples none is held out" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -325,150 +312,6 @@ def test_what_the_dense_network_learns_is_what_the_masked_one_would(gated, value
     torch.testing.assert_close(dense.state_dict(), masked.state_dict(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("value", "entries"),
-    [
-        (torch.zeros(3, 2, 5), (2, 5)),
-        (torch.zeros(3), ()),
-        (torch.zeros(4, 2), None),  # of other samples, or of none
-        (torch.tensor(3.0), None),
-        ([1, 2, 3], None),
-    ],
-)
-def test_entries_are_those_of_a_tensor_with_one_for_each_sample(value, entries):
-    assert _entries(value, 3) == (entries if entries is None else torch.Size(entries))
-
-
-def test_settings_have_their_defaults_and_bounds():
-    known = Block()
-    assert (known.refine, known.steps, known.lr, known.layers, known.batch_size) == (2, 200, None, 0, 32)
-    assert known.precision == "float32"
-    least = Block(refine=0, steps=1, lr=1e-9, layers=0, batch_size=1, precision="bfloat16")
-    assert (least.steps, least.lr) == (1, 1e-9)
-
-
-def kept(real=None, mixed=True):
-    """Return a block's values of batches of 2 and 3 samples, which are numbered in what enters and what is wanted."""
-    found = _Values.__new__(_Values)
-    rows = torch.arange(5.0)[:, None].expand(5, 2)
-    found._store = [
-        ([rows[part]], [10 * rows[part]], None if real is None else real[part]) for part in (slice(0, 2), slice(2, 5))
-    ]
-    found._sizes, found._are_mixed = [2, 3], mixed
-    return found
-
-
-def numbers(part):
-    """Return the samples of a part, which are the same in all that it holds."""
-    assert torch.equal(10 * part.entering[0], part.wanted[0])
-    return part.entering[0][:, 0].int().tolist()
-
-
-@pytest.mark.parametrize(
-    ("index", "size", "parts"),
-    [
-        ([0, 1, 2, 3, 4], 8, [[0, 1, 2, 3, 4]]),
-        ([4, 0, 2, 1], 2, [[0, 4], [1, 2]]),  # batch by batch within a part
-        ([1, 2], 2, [[1, 2]]),
-        ([3, 4, 2], 2, [[3, 4], [2]]),
-        ([2], 2, [[2]]),
-    ],
-)
-def test_samples_are_taken_from_all_batches_where_they_mix(index, size, parts):
-    assert [numbers(part) for part in kept().parts(torch.tensor(index), size)] == parts
-    real = torch.arange(10).reshape(5, 2) % 3 == 0
-    for part, wanted in zip(kept(real).parts(torch.tensor(index), size), parts, strict=True):
-        assert part.rows is None
-        assert torch.equal(part.real, real[wanted])
-    assert all(part.real is None for part in kept().parts(torch.tensor(index), size))
-
-
-@pytest.mark.parametrize(
-    ("index", "found"),
-    [
-        ([0, 1, 2, 3, 4], [([0, 1], [True, True]), ([2, 3, 4], [True, True, True])]),
-        ([4, 2], [([2, 3, 4], [True, False, True])]),
-        ([2, 1], [([2, 3, 4], [True, False, False]), ([0, 1], [False, True])]),
-        ([0], [([0, 1], [True, False])]),
-    ],
-)
-def test_batches_that_do_not_mix_stay_whole_with_marks_of_the_samples(index, found):
-    parts = list(kept(mixed=False).parts(torch.tensor(index), 2))
-    assert [(numbers(part), part.rows.tolist()) for part in parts] == found
-
-
-def test_what_counts_is_alive_real_and_asked_for():
-    block = _Learning.__new__(_Learning)
-    block._values = kept()
-    values = torch.arange(1.0, 13.0).reshape(2, 3, 2)
-    real = torch.tensor([[True, False, True], [True, True, False]])
-    rows = torch.tensor([False, True])
-
-    def counted(value, lives=None, real=None, rows=None):
-        block._values.lives = [lives]
-        (found,) = block._counted([value], _Part([], [], real, rows))
-        return found.tolist()
-
-    assert counted(values) == values.tolist()
-    assert counted(values[:, :, 0], torch.tensor([True, False, True])) == [[1.0, 0.0, 5.0], [7.0, 0.0, 11.0]]
-    assert counted(values, real=real) == [[1.0, 2.0], [5.0, 6.0], [7.0, 8.0], [9.0, 10.0]]
-    assert counted(values, real=real, rows=rows) == [[7.0, 8.0], [9.0, 10.0]]
-    assert counted(values, rows=rows) == values[1:].tolist()
-    assert counted(values[:, 0], real=real, rows=rows) == [[7.0, 8.0]]  # of two numbers a sample
-    assert counted(values.flatten(0, 1), rows=rows) == values[1].tolist()  # three entries a sample
-    assert counted(values.flatten(0, 1)[:5], rows=rows) == values.flatten(0, 1)[:5].tolist()
-    assert counted(values[0, 0, 0], rows=rows) == 1.0
-
-
-def test_half_precision_counts_in_single():
-    for kind, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
-        assert _in_single(torch.ones(2, dtype=kind)).dtype == expected
-    assert _in_single(torch.arange(2)).dtype == torch.int64
-    assert _in_single("text") == "text"
-
-
-def traced(*layers):
-    return symbolic_trace(nn.Sequential(*layers))
-
-
-def test_places_of_what_a_dense_network_holds_in_the_full_one():
-    torch.manual_seed(0)
-    full = traced(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ConvTranspose1d(4, 2, 1, bias=False))
-    small = traced(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.ConvTranspose1d(2, 2, 1, bias=False))
-    wide, narrow = full.get_submodule, small.get_submodule
-    stays = [0, 2]
-    with torch.no_grad():
-        for vector in (wide("0").bias, wide("1").weight, wide("1").bias):
-            vector.copy_(torch.tensor([1.0, 0.0, 3.0, 0.0]))
-        wide("0").weight[[1, 3]] = 0.0
-        wide("2").weight[[1, 3]] = 0.0
-        narrow("0").weight.copy_(wide("0").weight[stays])
-        narrow("2").weight.copy_(wide("2").weight[stays])
-    names = ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight"]
-    found = _places(full, small, names)
-    assert {name: [each.flatten().tolist() for each in place] for name, place in found.items()} == {
-        "0.weight": [stays, [0, 1, 2]],
-        "0.bias": [stays],
-        "1.weight": [stays],
-        "1.bias": [stays],
-        "2.weight": [[0, 1], stays],
-    }
-    assert found["0.weight"][0].shape == (2, 1)
-    same = _places(full, full, names)
-    assert same["0.weight"][0].flatten().tolist() == same["1.bias"][0].tolist() == [0, 1, 2, 3]
-    with torch.no_grad():
-        wide("1").bias[1] = 5.0  # a removed channel whose constant isn't zero
-    assert _places(full, small, names) is None
-    with torch.no_grad():
-        wide("1").bias[1] = 0.0
-        narrow("0").weight[0, 0] += 1.0  # other weights
-    assert _places(full, small, names) is None
-    assert _places(full, small, ["2.weight"]) is not None
-    with torch.no_grad():
-        wide("2").weight[1] = 1.0  # three channels are read
-    assert _places(full, small, ["2.weight"]) is None
-
-
 class Uses(nn.Module):
     """A layer that is pruned, one that is used twice, two of one weight, a norm and a head."""
 
@@ -502,8 +345,6 @@ def test_layers_that_are_used_once_may_learn_after_what_is_pruned():
     }
     later = {node for node in touched if node.name in ("norm", "head")}
     assert [node.name for node in _learners(networks, later)] == ["norm", "head"]
-    assert _has_matrix(networks.pruned, ["norm.weight", "head.weight"])
-    assert not _has_matrix(networks.pruned, ["norm.weight", "second.bias"])
 
 
 class Watched(_Learning):
@@ -551,27 +392,6 @@ def learner(model, masks, batches, is_dense=False, off=0.0, cache_bytes=2**30, *
     if off:
         dense.get_parameter("second.bias").data += off
     return Watched(Block(**knobs), networks, dense, segment, names, known, 0)
-
-
-def test_a_block_ends_in_the_state_with_the_smallest_loss(gated, values):
-    """At this rate the loss is least after two of twelve steps."""
-    block = learner(gated, MASKS, values, steps=12, batch_size=64)
-    student = block.student()
-    first = block.judge(student, block._held)
-    block.losses.clear()
-    block._learn(student, 0.05, first, block._held)
-    looks = list(block.losses)
-    assert (block.steps, len(looks)) == (12, 12)
-    assert min(looks) < min(first, looks[-1])
-    assert block.judge(student, block._held) == min(looks)
-    assert block.modes == {False}
-
-
-def test_a_block_that_gets_far_worse_is_given_up_after_a_tenth_of_its_steps(gated, values):
-    block = learner(gated, MASKS, values, steps=500, batch_size=8)
-    student = block.student()
-    block._learn(student, 30.0, block.judge(student, block._held), block._held)
-    assert block.steps == 60  # the first look after 50 steps
 
 
 class Normed(nn.Module):
@@ -622,26 +442,6 @@ def test_batch_norms_keep_their_statistics_and_no_bar_is_shown(values, capsys, m
     assert report.error_held_out == pytest.approx(float(off[held].square().mean() / spread), rel=1e-3)
     assert (report.unknowns, report.samples) == (16 * 6 + 16 + 16 + 16 + 6 * 16 + 6, 256 * 6) or is_dense
     assert (report.layer, report.place) == ("first, norm, second", "output")
-
-
-def test_at_most_64_samples_are_looked_at_and_256_reported(gated):
-    """Of 400 samples the fifth, the tenth and so on are held out."""
-    batches = list(torch.randn(400, 6, generator=torch.Generator().manual_seed(1)).split(100))
-    block = learner(gated, MASKS, batches, steps=1, lr=1e-3)
-    block.run(())
-    held = list(range(4, 400, 5))
-    learned = [index for index in range(400) if index not in held]
-    reported, judged = learned[:256], held
-    assert block.looked_at == [reported, judged, held[:64], held[:64], reported, judged]
-
-
-def test_values_are_put_together_where_the_memory_just_holds_them(gated, values):
-    nbytes = 256 * (6 + 6 + 3) * 4  # two values enter, the outputs are wanted
-    whole, parts = (learner(gated, MASKS, values, cache_bytes=size) for size in (nbytes, nbytes - 1))
-    assert (whole._values._sizes, parts._values._sizes) == ([256], [64] * 4)
-    order = torch.tensor([70, 3, 200])
-    (one,), (other,) = (list(block._values.parts(order, 3)) for block in (whole, parts))
-    assert torch.equal(one.wanted[0][[1, 0, 2]], other.wanted[0])
 
 
 class Deep(nn.Module):
@@ -698,7 +498,7 @@ def test_blocks_after_one_that_can_not_learn_do(values, monkeypatch, caplog, pre
     )
     assert [step.layer for step in steps] == ["layers.2, layers.3", "layers.4, layers.5"]
     (message,) = (each for each in caplog.messages if "can't learn" in each)
-    assert message.startswith("layers.0, layers.1 can't learn and stay as the closed form leaves them: element 0 of")
+    assert message.startswith("layers.0, layers.1 can't learn")
     assert message.endswith(" (precision='bfloat16')") is (precision == "bfloat16")
 
 
@@ -722,16 +522,6 @@ def test_the_dense_block_learns_if_it_computes_what_the_masked_one_does(values, 
             parameter *= scale
     block = learner(model, NORMED_MASKS, values, True, off)
     assert (block._source is not block._networks.pruned) is is_taken
-
-
-def test_what_was_learned_but_is_worse_is_reported_as_the_block_was(gated, values):
-    block = learner(gated, MASKS, values, steps=2, lr=30.0)
-    before = copy.deepcopy(block._networks.result.state_dict())
-    report = block.run(())
-    assert (report.ridge, report.is_kept, report.lr) == (math.inf, False, 30.0)
-    assert report.error_before == report.error_after == block.losses[0]
-    assert report.error_held_out == block.losses[1] < block.losses[-1]
-    torch.testing.assert_close(block._networks.result.state_dict(), before, rtol=0, atol=0)
 
 
 def test_errors_are_shares_of_the_variance_and_what_is_zero_for_a_mask_stays(values):
@@ -823,10 +613,6 @@ def test_a_block_that_learns_nothing_stays(gated, values, knobs):
 
 def test_transposed_convolutions_learn_by_output():
     torch.manual_seed(0)
-    layer, norm = nn.ConvTranspose1d(4, 2, 3), nn.BatchNorm1d(4)
-    assert torch.equal(_by_output(layer.weight, "weight", layer), layer.weight.transpose(0, 1))
-    for key, owner in (("bias", layer), ("weight", norm)):
-        assert _by_output(getattr(owner, key), key, owner) is getattr(owner, key)
     model = nn.Sequential(nn.Conv1d(2, 8, 1), nn.Tanh(), nn.ConvTranspose1d(8, 3, 2, stride=2)).eval()
     mask = (torch.arange(8) < 4).float()
     masks = {"0": {"weight": mask[:, None, None].expand(8, 2, 1), "bias": mask}}

@@ -117,28 +117,6 @@ def test_a_block_that_changes_the_shape_is_refused():
         remove_blocks(model, ["0"], [torch.randn(8, 4)])
 
 
-class Lists(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.deep = nn.ModuleList(nn.Identity() for _ in range(6))
-        self.other = nn.Sequential(nn.Identity(), nn.Identity())
-
-
-@pytest.mark.parametrize(
-    ("names", "gaps"),
-    [
-        (["deep.1"], [("deep", 1, 1)]),
-        (["deep.3", "deep.1", "deep.2"], [("deep", 1, 3)]),
-        (
-            ["deep.0", "deep.2", "other.1", "deep.3", "deep.5"],
-            [("deep", 0, 0), ("deep", 2, 3), ("deep", 5, 5), ("other", 1, 1)],
-        ),
-    ],
-)
-def test_neighbouring_blocks_make_one_gap(names, gaps):
-    assert blocks._gaps(Lists(), names) == gaps
-
-
 def marks(*values):
     return torch.tensor(values, dtype=torch.bool)
 
@@ -202,14 +180,6 @@ def test_a_writer_adds_a_solution_to_the_stream(has_bias, norm):
         torch.testing.assert_close(net(inputs), expected + more, rtol=1e-4, atol=1e-4)
     assert layer.weight is not before["0.weight"]
     assert not layer.weight.requires_grad
-
-
-def test_values_are_the_same_in_one_place_and_shape():
-    values = torch.zeros(4, 2)
-    for other, is_same in ((values, True), (values.view(4, 2), True), (values[:2], False), (values + 0, False)):
-        assert blocks._is_same(values, other) is is_same
-    assert not blocks._is_same(values, (values,))
-    assert not blocks._is_same(None, values)
 
 
 class Adds(nn.Module):

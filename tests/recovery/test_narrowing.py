@@ -12,9 +12,8 @@ from torch import nn
 from nni_topo import Calibration, compensate, load, masked_model, narrow_heads, save, to_dense
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention.heads import find_attention
-from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery.directions import Moments, directions
-from nni_topo.recovery.narrowing import _Heads, _why_unchanged, narrow_instead
+from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.zoo.transformers import SelfAttention, _turned, bert_small, vit_small
 
 
@@ -267,22 +266,6 @@ def test_directions_lose_no_more_than_the_smallest_singular_values(rank, kept):
     assert float(lost.square().sum()) == pytest.approx(float(values[kept:].square().sum()), rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "table", "kept"), [(0.5, None, 3), (0.99, None, 1), (0.34, None, 4), (1 / 3, None, 4), (0.01, None, 6)]
-)
-def test_heads_keep_a_channel_at_least(ratio, table, kept):
-    net = encoder(batch_first=True)
-    known = find_attention(net)["layers.0.self_attn"]
-    heads = _Heads(net, known, "layers.0.self_attn.out_proj", ratio, table)
-    assert heads.kept == kept
-    assert heads.asking.tolist() == [True] * kept + [False] * (6 - kept)
-    assert _why_unchanged(known, {known.name: ["reader"]}, {}) == ""
-    assert _why_unchanged(known, {known.name: ["reader"]}, {known.name: "table"}) == ""
-    only_one = "its heads must be read by exactly one linear layer"
-    assert _why_unchanged(known, {}, {}) == _why_unchanged(known, {known.name: ["a", "b"]}, {}) == only_one
-    assert _why_unchanged(known, {}, {known.name: None}) == "rotary positions of an unknown kind"
-
-
 class Pytorchs(nn.Module):
     """PyTorch's attention, of which the layers after it get a tensor."""
 
@@ -508,25 +491,13 @@ def test_heads_are_turned_alike_on_another_device(name, device):
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.fixture
-def alone():
-    """A group of a single process."""
-    if not torch.distributed.is_available():
-        pytest.skip("this build of PyTorch has no torch.distributed")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield Processes(torch.distributed.group.WORLD)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("name", ["rotary", "own keys and values"])
 @pytest.mark.quick_every(2)
-def test_processes_that_share_batches_turn_heads_together(name, alone):
+def test_processes_that_share_batches_turn_heads_together(name, one_process):
     torch.manual_seed(0)
     net, inputs = between(16, ATTENTION[name]()), [torch.randn(20, 5, 6).double()]
     shared = Calibration(inputs)
-    shared.processes = alone
+    shared.processes = one_process
     masks = heads_masked(net, {"1": 1})
     for turn in (lambda batches: narrow_heads(net, batches, 0.5), lambda batches: narrow_instead(net, batches, masks)):
         (expected, known), (found, others) = turn(inputs), turn(shared)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from every_sample import compensation
@@ -163,50 +162,6 @@ def test_a_constant_goes_into_the_bias_or_the_mean_of_the_norm_after_it(knobs, m
     assert plan._intercept(graph, node, torch.tensor([[0, 1]]), masks) == taker
 
 
-def test_kept_channels_are_listed_group_by_group():
-    found = plan._split(np.array([True, False, True, False, False, False, False, True, True]), 3)
-    assert [each.tolist() for each in found] == [[0, 2], [], [7, 8]]
-    weights = torch.tensor([[[0.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])
-    assert plan._any(weights, 1).tolist() == [[False, True], [False, False]]
-
-
-class Vector(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.factor = nn.Parameter(torch.ones(3))
-
-
-def test_modules_that_can_not_be_solved_are_named_by_their_type():
-    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval()
-    flow = Analysis(net, ((torch.zeros(2, 3),), {})).flow
-    graph, node = node_of(net, "_1")
-    assert "1" in flow.layers
-    assert plan._why_not(graph, node, net[1], flow, {}) == "called in an unusual way"  # no shapes are known
-    for module in (nn.BatchNorm1d(4), Vector(), nn.Tanh()):
-        assert plan._why_not(graph, node, module, flow, {}) == ""
-    assert plan._why_not(graph, node, nn.Bilinear(4, 4, 2), flow, {}) == "of type Bilinear"
-    node.target = "other"
-    assert plan._why_not(graph, node, net[1], flow, {}) == "of type Linear"
-
-
-class Named(nn.Module):
-    """A module of two values that is named as if it added them."""
-
-    def __init__(self):
-        super().__init__()
-        self.add = nn.Bilinear(3, 3, 2)
-
-    def forward(self, one, other):
-        return self.add(one, other)
-
-
-def test_a_module_by_the_name_of_a_sum_is_none_and_a_function_is_no_norm():
-    graph, node = node_of(Named(), "add")
-    assert not plan._is_sum(node)
-    graph, node = node_of(Two(torch.add), "add")
-    assert not plan._is_affine(graph, node)
-
-
 def traced(net, *shape):
     """Return a graph whose shapes are known, and where channels go."""
     analysis = Analysis(net.eval(), ((torch.zeros(shape),), {}))
@@ -241,31 +196,6 @@ def test_layers_whose_calls_do_more_are_left_alone(change, reason):
     assert plan._why_not(graph, node, layer, flow, {}) == reason
 
 
-class Growing(nn.Module):
-    """A transposed convolution that is told how large its output is, or not."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-        self.first, self.up, self.args, self.kwargs = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 2, 2), args, kwargs
-
-    def forward(self, images):
-        return self.up(self.first(images), *self.args, **self.kwargs)
-
-
-@pytest.mark.parametrize(
-    ("net", "reason"),
-    [
-        (Growing(), None),
-        (Growing([5, 5]), "called in an unusual way"),
-        (Growing(output_size=[5, 5]), "called in an unusual way"),
-    ],
-)
-def test_transposed_convolutions_of_a_given_size_are_left_alone(net, reason):
-    graph, flow = traced(net, 2, 3, 4, 4)
-    node = next(node for node in graph.graph.nodes if node.name == "up")
-    assert plan._why_not(graph, node, net.up, flow, {}) == reason
-
-
 @pytest.mark.parametrize(
     ("module", "gone", "is_by_channel"),
     [
@@ -292,14 +222,6 @@ def test_masks_by_channel_remove_rows_and_columns_of_a_group(module, gone, is_by
     for index in gone:
         mask[index] = 0
     assert plan._goes_by_channel(module, mask) is is_by_channel
-
-
-def test_a_group_may_lose_other_channels_than_the_next_one():
-    mask = torch.ones(4, 2, 2, 2)
-    mask[0], mask[2:, 1] = 0, 0
-    assert plan._goes_by_channel(nn.Conv2d(4, 4, 2, groups=2), mask)
-    mask[1, 0, 0, 0] = 0
-    assert not plan._goes_by_channel(nn.Conv2d(4, 4, 2, groups=2), mask)
 
 
 @pytest.mark.parametrize(

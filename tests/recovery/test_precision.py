@@ -9,7 +9,6 @@ import pytest
 import torch
 from distill_nets import batches, pair
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import nni_topo
@@ -104,20 +103,6 @@ def test_weights_that_train_are_cast_anew_within_a_callers_autocast(digits):
     assert all(torch.equal(*pair) for pair in zip(alone, within, strict=True))
 
 
-@pytest.mark.parametrize("needs_weights", [False, True])
-def test_attention_of_multihead_attention_stays_in_single_precision_on_a_cpu(needs_weights):
-    torch.manual_seed(0)
-    net, states = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = net(states, states, states, need_weights=needs_weights)[0]
-    with computing_in("bfloat16", torch.device("cpu")), profile(activities=[ProfilerActivity.CPU]) as seen:
-        found = net(states, states, states, need_weights=needs_weights)[0]
-    torch.testing.assert_close(found, plain, rtol=0.02, atol=0.01)
-    assert found.dtype == torch.bfloat16
-    assert any("_scaled_dot_product" in each.key for each in seen.key_averages()) != needs_weights
-    assert torch.equal(found, plain) == needs_weights  # rounded in other places
-
-
 def test_checkpoints_run_again_in_bfloat16():
     class Checkpointed(Attends):
         def forward(self, states):
@@ -162,7 +147,7 @@ def test_networks_in_other_precisions_learn_in_bfloat16(dtype, blocks):
     assert {each.dtype for each in found.model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("form", ["logits", "tuple", "dict", "named", "tokens"])
+@pytest.mark.parametrize("form", ["logits", "tuple", "dict"])
 @pytest.mark.quick_every(2)
 def test_any_outputs_are_met_in_bfloat16(form):
     dense, original = pair(form)

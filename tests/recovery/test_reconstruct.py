@@ -11,7 +11,7 @@ import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.maths.least_squares.normal import Fit, Solution
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.recovery import Reconstruct, compensating, samples
+from nni_topo.recovery import Reconstruct
 from nni_topo.recovery.networks import build_networks
 from nni_topo.recovery.plan import make_plan
 from nni_topo.speedup import masked_model, to_dense
@@ -264,29 +264,6 @@ def test_the_cache_changes_nothing(residual_net, halves, images, cache_bytes):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("free", [0, 2**20])
-@pytest.mark.quick_every(2)
-def test_by_default_values_take_a_quarter_of_the_memory_that_sums_leave_free(
-    residual_net, halves, images, monkeypatch, free
-):
-    allowed = []
-
-    class Told(compensating.Replay):
-        def __init__(self, *args):
-            super().__init__(*args)
-            allowed.append(args[-1])
-
-    monkeypatch.setattr(compensating, "Replay", Told)
-    monkeypatch.setattr(samples, "free_memory_of", lambda device: free)
-    masks = halves(residual_net, "conv1", "conv3")
-    found = compensate(residual_net, masks, images)
-    # The largest sums are those of a convolution that reads eight channels with nine elements of the kernel.
-    sums = 8 * 4 * (8 * 9) ** 2
-    assert allowed == [0, max(0, free - sums) // 4]
-    expected = compensate(residual_net, masks, images, cache_bytes=2**30)
-    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-9, atol=1e-12)
-
-
 def test_a_generator_serves_as_calibration(residual_net, halves, images):
     masks = halves(residual_net, "conv1")
     expected = compensate(residual_net, masks, images)
@@ -374,17 +351,6 @@ def normed_net():
 
 
 FIRST_OF_FOUR = {"0": {"weight": torch.tensor([0.0, 1, 1, 1])[:, None, None, None]}}
-
-
-def test_a_layer_before_a_relu_is_refined_twice_by_default_and_takes_more_passes(normed_net, images):
-    assert Reconstruct() == Reconstruct(refine=2)
-    for refine, labels in ((0, ["_2"]), (1, ["_2", "relu(_2)"]), (2, ["_2", "relu(_2)", "relu(_2)"])):
-        tasks = [each for each in tasks_of(normed_net, FIRST_OF_FOUR, images[0], refine) if each.layer.name == "1"]
-        assert [each.label for each in tasks] == labels
-        assert [each.passes for each in tasks] == [3] * (refine + 1)
-        assert [each.unknowns for each in tasks] == [27] * (refine + 1)
-    (last,) = [each for each in tasks_of(normed_net, FIRST_OF_FOUR, images[0], 2) if each.layer.name == "4"]
-    assert (last.label, last.passes, last.unknowns) == ("_4", 1, 3)
 
 
 @pytest.mark.parametrize("refine", [-1, 1.5])

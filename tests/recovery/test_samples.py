@@ -6,41 +6,23 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.fx import symbolic_trace
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
+from nni_topo.maths.least_squares.normal import Fit, Solution
 from nni_topo.maths.least_squares.shifts import Patches
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import samples
-from nni_topo.recovery.mixing import Channel
 from nni_topo.recovery.networks import build_networks, plan_of
-from nni_topo.recovery.plan import Equation, Solvable
-from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask
+from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.samples import (
-    OtherSamplesError,
     Sampler,
-    _add,
-    _check_same_entries,
-    _Chunk,
-    _parts,
-    _sampled_rows,
     check_ridge,
     draw_positions,
     draw_unpadded,
     numbers_drawn,
     pass_over,
 )
-
-
-def test_samples_are_kept_for_refinements_as_long_as_they_just_fit():
-    chunk = _Chunk(torch.zeros(1, 4, 2), torch.zeros(1, 4, 3), torch.zeros(1, 4, 3), torch.zeros(4, dtype=torch.bool))
-    assert chunk.nbytes == 4 * 4 * (2 + 3 + 3)
-    for cache_bytes, is_refined, kept in [(256, True, 2), (255, True, None), (256, False, None)]:
-        sampler = Sampler(None, (), 0, cache_bytes)
-        assert len(list(sampler._keep(iter([chunk, chunk]), is_refined))) == 2
-        assert (sampler._chunks and len(sampler._chunks)) == kept
 
 
 def test_of_layers_with_many_positions_some_are_drawn_and_the_generator_says_how_many():
@@ -71,36 +53,6 @@ def test_of_layers_with_many_positions_some_are_drawn_and_the_generator_says_how
         assert torch.equal(torch.rand(2, generator=one), torch.rand(2, generator=other))
 
 
-@pytest.mark.parametrize(
-    ("entries", "size", "parts"),
-    [
-        (5, 0, [(0, 5)]),
-        (5, 2**22, [(0, 2), (2, 4), (4, 5)]),
-        (3, 2**23, [(0, 1), (1, 2), (2, 3)]),
-        (2, 2**30, [(0, 1), (1, 2)]),
-        (0, 1, []),
-    ],
-)
-def test_entries_are_cut_into_parts_of_eight_million_numbers(entries, size, parts):
-    assert [range(entries)[part] for part in _parts(entries, size)] == [range(*each) for each in parts]
-
-
-@pytest.mark.parametrize(("unknowns", "rows"), [(1, 16384), (1024, 16384), (1025, 16400), (5000, 80000)])
-def test_sixteen_rows_are_drawn_for_each_unknown_or_many(unknowns, rows):
-    layer = nn.Linear(unknowns, 2)
-    graph = symbolic_trace(nn.Sequential(layer))
-    node = next(node for node in graph.graph.nodes if node.op == "call_module")
-    solvable = Solvable("0", node, torch.arange(unknowns)[None], torch.arange(2)[None], "0")
-    task = ReconstructTask(Equation(solvable, node, ()), graph, graph)
-    assert (task.unknowns, _sampled_rows(task)) == (unknowns, rows)
-    sampler = Sampler(None, (3, 1), 0, 0)
-    assert [sampler._wanted(task, index, entries) for index, entries in ((0, 3), (1, 1), (0, 30))] == [
-        rows // 4 + 1,
-        rows // 4 + 1,
-        rows * 3 // 4 // 30 + 1,
-    ]
-
-
 def test_every_fifth_entry_is_held_out_or_the_entries_of_groups():
     sampler = Sampler(None, (4, 7), 0, 0)
     assert sampler.held_out.nonzero().flatten().tolist() == [4, 9]
@@ -114,32 +66,6 @@ def test_every_fifth_entry_is_held_out_or_the_entries_of_groups():
     assert grouped._marks(1, 2, 4).tolist() == [False, False, True, False]
     assert grouped._marks(0, 0, 4).tolist() == [False, False, True, True]
     assert grouped._marks(1, 3, 3).tolist() == [False, True, False]  # not a number for each sample
-
-
-@pytest.mark.parametrize("is_held", [False, True])
-def test_sums_are_of_the_marked_rows(is_held):
-    generator = torch.Generator().manual_seed(0)
-    inputs, lacking, wanted = (torch.randn(1, 6, width, generator=generator).double() for width in (2, 3, 3))
-    marks = torch.tensor([True, False, True, False, False, False])
-    rows = marks if is_held else ~marks
-    sums = NormalEquations()
-    _add(sums, _Chunk(inputs, lacking, wanted, marks), rows)
-    assert sums.samples == int(rows.sum())
-    torch.testing.assert_close(sums.sums["x"], inputs[:, rows].sum(1))
-    torch.testing.assert_close(sums.sums["y"], lacking[:, rows].sum(1))
-    _add(sums, _Chunk(inputs, lacking, wanted, marks), torch.zeros(6, dtype=torch.bool))
-    assert sums.samples == int(rows.sum())
-
-
-def test_layers_that_get_other_samples_are_told():
-    node = symbolic_trace(nn.Sequential(nn.Linear(2, 2))).graph
-    node = next(each for each in node.nodes if each.op == "call_module")
-    solvable = Solvable("0", node, torch.arange(2)[None], torch.arange(2)[None], "0")
-    net = nn.Sequential(nn.Linear(2, 2))
-    task = ReconstructTask(Equation(solvable, node, ()), net, net)
-    _check_same_entries(task, {node: torch.zeros(3, 2)}, {node: torch.zeros(3, 2)})
-    with pytest.raises(OtherSamplesError, match=r"got 3 and 2: .* \(0\)"):
-        _check_same_entries(task, {node: torch.zeros(3, 2)}, {node: torch.zeros(2, 2)})
 
 
 @pytest.mark.parametrize("ridge", [0, 0.0, 2, 1e9, "auto"])
@@ -182,27 +108,6 @@ def linears():
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
 
 
-@pytest.mark.parametrize(
-    ("model", "batches", "kept", "factors"),
-    [
-        (linears(), batches_of(3), (0, 2, 3), (1, 3, 3)),
-        (linears(), batches_of(3, sizes=(2,)), (0, 2, 3), (1, 3, 2)),  # two samples
-        (linears(), batches_of(2, 3, sizes=(1, 1)), (0, 1, 2, 3)[:3], (1, 3, 3)),  # four positions
-        (convolutions(4), batches_of(2, 6, 6), (0, 2, 3), (1, 27, 27)),
-        (convolutions(4, groups=2), batches_of(2, 6, 6), (0, 2), (2, 9, 9)),
-        (convolutions(8, groups=2), batches_of(2, 2, 3, sizes=(2,)), (0, 1, 2, 4, 5, 6), (2, 27, 12)),
-    ],
-)
-def test_memory_is_that_of_four_copies_of_the_products_or_of_the_samples(monkeypatch, model, batches, kept, factors):
-    sampler, (task,) = sampling(model, batches, kept)
-    needed = 8 * 4 * math.prod(factors)
-    assert sampler._needed(task) == needed
-    monkeypatch.setattr(samples, "free_memory_of", lambda _: needed + 1003)
-    assert (sampler.memory_beside([task]), sampler.memory_beside([])) == (250, (needed + 1003) // 4)
-    monkeypatch.setattr(samples, "free_memory_of", lambda _: needed - 1)
-    assert sampler.memory_beside([task]) == 0
-
-
 class Second:
     """Stands for the second of two processes that have equal data."""
 
@@ -237,8 +142,6 @@ def test_a_process_draws_what_one_with_all_data_would_draw_for_its_batches(monke
             assert torch.equal(getattr(one, name), getattr(other, name))
     held_out = torch.cat([chunk.is_held_out for chunk in every])
     assert torch.equal(held_out.reshape(26, -1)[:, 0], torch.arange(26) % 5 == 4)
-    monkeypatch.setattr(samples, "free_memory_of", lambda _: 10**6)
-    assert [each.memory_beside([]) for each in (shared, alone)] == [10**6 // 8, 10**6 // 4]
 
 
 def test_positions_are_drawn_from_a_seed_batch_by_batch(monkeypatch):
@@ -264,10 +167,7 @@ def test_convolutions_are_sampled_at_all_positions_where_that_is_less_work():
     # Position by position, the entries of a batch one after the other.
     marks = torch.cat([chunk.is_held_out.reshape(256, -1).T for chunk in chunks])
     assert torch.equal(marks, (torch.arange(17) % 5 == 4)[:, None].expand(17, 256))
-    assert sampler._counts([task]) == [(17, 0)]
-    sampler._cache_bytes = 2**30
     learned, held = sampler.collect(task, 0)
-    assert sampler._chunks is None  # no task refines this one
     assert (learned.samples, held.samples) == (14 * 256, 3 * 256)
     found = torch.cat([chunk.wanted for chunk in chunks], 1)
     torch.testing.assert_close(found.sum(1)[0], model(torch.cat(batches)).sum((0, 2, 3)))
@@ -326,15 +226,6 @@ def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places,
     assert [isinstance(chunk.inputs, kind) for chunk in chunks] == [True] * 2
     rows = sum(chunk.lacking.shape[1] for chunk in chunks)
     assert abs(rows - 170) <= 10 if drawn else rows == 640
-
-
-def test_a_task_has_the_plain_answers_unless_it_says_otherwise():
-    sampler, (task,) = sampling(linears(), batches_of(3), (0, 2, 3), Channel())
-    assert (task.refines, task.passes, task.outputs, task.fitted) == (False, 1, task.layer.rows.shape[1], 3)
-    assert task.geometry({}) is None
-    chunk = (torch.zeros(1), torch.ones(1), torch.ones(1))
-    assert task.refined(chunk) is chunk
-    assert sampler.held_out.tolist() == (torch.arange(13) % 5 == 4).tolist()
 
 
 class Noting:

@@ -181,39 +181,6 @@ def test_what_enters_norms_comes_nearer_to_what_they_remember(mean, step):
     torch.testing.assert_close(moved(net, images), torch.full_like(images, step))
 
 
-def test_by_default_256_images_in_two_batches_follow_150_steps(capsys):
-    watched = []
-
-    def read(images):
-        if images.requires_grad:
-            watched.append(len(images))
-        return images
-
-    few = synthetic_images(Read(read).double(), torch.zeros(1, 1, 2, 2).double(), count=1, batch_size=2)
-    assert watched == [1] * 150
-    watched.clear()
-    example = torch.zeros(1, 1, 2, 2)
-    whole = synthetic_images(Read(read), example, steps=1, progress=True)
-    assert watched == [len(batch) for batch in whole] == [128, 128]
-    assert (few[0].dtype, whole[0].dtype) == (torch.float64, torch.float32)
-    assert torch.equal(whole[1], synthetic_images(Read(read), example, steps=1, seed=0)[1])
-    synthetic_images(Read(read), example, count=5, steps=3, batch_size=2, progress=True)
-    lines = capsys.readouterr().err.splitlines()
-    assert [lines[0].partition(",")[0], lines[-1].partition(",")[0]] == ["images: 0 of 2", "images: 9 of 9"]
-
-
-def test_the_networks_weights_get_no_gradient():
-    seen = []
-
-    class Weighted(nn.Linear):
-        def forward(self, images):
-            seen.append((images.requires_grad, self.weight.requires_grad))
-            return super().forward(images)
-
-    synthetic_images(Weighted(2, 2), torch.zeros(1, 1, 2, 2), count=2, steps=1)
-    assert seen[-1] == (True, False)
-
-
 def test_images_are_made_alike_on_another_device(device):
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 3)).eval()
     expected, found = (

@@ -32,21 +32,6 @@ def test_blocks_begin_where_everything_flows_through_one_value_and_places_lie_ah
     assert nodes[cut[1].first - 1].name == "relu_"
 
 
-@pytest.mark.parametrize(
-    ("ends", "layers", "borders"),
-    [
-        ([0, 3, 6], [1, 4, 7], [0, 6]),  # blocks hold two layers
-        ([0, 1, 2, 3], [1, 2, 4, 5], [0, 3]),
-        ([], [1, 2, 3], [-1]),
-        ([3], [1, 2, 3, 4, 5], [-1, 3]),
-        ([1], [1, 2, 3], [-1]),
-        ([0], [1], [0]),
-    ],
-)
-def test_blocks_begin_right_before_a_layer_and_hold_two(ends, layers, borders):
-    assert windows._borders(ends, layers) == borders
-
-
 def test_values_are_alive_where_they_differ_between_images_of_all_batches():
     first = [torch.tensor([[1.0, 2.0], [1.0, 3.0]]), torch.tensor([[1.0], [2.0]])]
     second = [torch.tensor([[4.0, 3.0]]), torch.tensor([[1.0, 2.0]])]
@@ -58,18 +43,6 @@ def test_values_are_alive_where_they_differ_between_images_of_all_batches():
     low = windows.alive([[torch.tensor([[4.0, 4.0]])], [torch.tensor([[4.0, 1.0]])]])
     assert low[0].tolist() == [False, True]
     assert windows.alive([]) == []
-
-
-def test_moments_are_the_count_the_sum_and_the_squares():
-    assert windows.moments(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [4.0, 10.0, 30.0]
-    assert windows.moments(torch.tensor([300.0], dtype=torch.float16)).tolist() == [1.0, 300.0, 90000.0]
-    values = {"a": torch.ones(2), "b": [torch.arange(2), torch.zeros(1)]}
-    assert [each.tolist() for each in windows.floats(values)] == [[1.0, 1.0], [0.0]]
-
-
-def test_types_of_half_precision_become_single():
-    found = [windows._in_single(each) for each in (torch.float16, torch.bfloat16, torch.float64, 3, None)]
-    assert found == [torch.float32, torch.float32, torch.float64, 3, None]
 
 
 @pytest.mark.parametrize(
