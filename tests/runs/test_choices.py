@@ -70,19 +70,6 @@ CELL = Cell(
 DISTILLED = replace(CELL, distill=DistillationChoice(32))
 
 
-def test_what_nobody_asks_for_is_as_the_files_say():
-    assert (ModelChoice("net").width, DataChoice().download, PrunerChoice("l1").calibration) == (1.0, False, 0)
-    assert (CompensationChoice().images, CompensationChoice().refine) == (1024, 2)
-    distill = DistillationChoice()
-    found = distill.images, distill.temperature, distill.batch_size, distill.blend
-    assert found == (1024, 2.0, 64, True)
-    config = PruneConfig("l1", ALL)
-    assert (config.calibration, config.dependency_groups) == (0, True)
-    assert [PrunerChoice("l1").row, PrunerChoice("l1", label="norm").row] == ["l1", "norm"]
-    assert Target("params", 0.25).label == "25 % of the parameters left"
-    assert Target("memory", 0.125).label == "12.5 % of the memory left"
-
-
 @pytest.mark.parametrize(
     "changes",
     [

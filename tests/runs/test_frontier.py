@@ -3,11 +3,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-import struct
 
 import pytest
 import torch
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy_times import LAYERS, proportional
@@ -17,8 +15,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
-from nni_topo.recovery import distilling
+from nni_topo.network.runtime import Calibration
 from nni_topo.runs import frontier as module
 from nni_topo.runs.frontier import Frontier, FrontierPoint
 from nni_topo.runs.steps import ImageParts, RecoveredNetwork
@@ -68,22 +65,14 @@ def test_each_network_is_the_one_that_shrink_makes():
     assert (found.kind, found.measure, found.images, found.held_out) == ("flops", "answers", 112, 16)
 
 
-def test_the_table_has_a_row_for_each_network_and_the_unpruned_one(monkeypatch):
-    counts = []
-    measure = ReconstructionProblems.measure
-    monkeypatch.setattr(
-        ReconstructionProblems, "measure", lambda *given, **knobs: counts.append(1) or measure(*given, **knobs)
-    )
+def test_the_table_has_a_row_for_each_network_and_the_unpruned_one():
     found = made(evaluate=lambda net: 0.5, budget="params")
-    assert len(counts) == 1  # the sums of all networks
     frame = found.to_frame()
     assert list(frame["share"]) == [1.0, *SHARES]
     assert list(frame["accuracy"]) == [0.5] * 4
     assert found.rows()[1]["params"] == zoo.count_params(found[0.7])
     assert found.points[1].left == zoo.count_params(found[0.7]) / zoo.count_params(toy_model())
-    shown = repr(found)
-    assert [line.split()[0] for line in shown.splitlines()[1:5]] == ["1", "0.7", "0.45", "0.25"]
-    assert "measured on 16 held-out samples; the 112 others are calibration data" in shown
+    assert [line.split()[0] for line in repr(found).splitlines()[1:5]] == ["1", "0.7", "0.45", "0.25"]
 
 
 def test_it_is_saved_with_its_picture_and_can_be_loaded(tmp_path):
@@ -98,9 +87,7 @@ def test_it_is_saved_with_its_picture_and_can_be_loaded(tmp_path):
     assert [row["macs"] for row in rows] == [point.macs for point in found.points]
     assert rows[0]["accuracy"] is None
     assert {row["is_distilled"] for row in rows} == {False}
-    picture = files[4].read_bytes()
-    assert picture[:4] == b"\x89PNG"
-    assert struct.unpack(">II", picture[16:24]) == (650, 468)  # 5 by 3.6 inches of 130 dots
+    assert files[4].read_bytes()[:4] == b"\x89PNG"
 
 
 def points(*pairs: tuple[float, float], knee: int | None = None) -> list[FrontierPoint]:
@@ -127,13 +114,8 @@ def test_the_picture_has_the_points_their_intervals_and_the_knee():
     assert ends == [pytest.approx([lost / 2, 2 * lost]) for lost in (0.0, 1.0, 2.0, 20.0)]
     assert axis.get_ylabel() == "changed answers %"
     assert axis.get_xlabel() == "flops kept %"
-    assert (axis.get_xlim(), axis.get_ylim()[0]) == ((0.0, 105.0), 0.0)
     names = [text.get_text() for text in axis.get_legend().get_texts()]
     assert sorted(names) == ["50 held-out samples", "knee"]
-    assert (mark.get_color(), mark.get_markersize()) == ("C3", 8)
-    assert mark.zorder > line.zorder  # the knee isn't hidden by its point
-    assert isinstance(axis.figure.get_layout_engine(), ConstrainedLayoutEngine)  # no label is cut off
-    assert [cap.get_markersize() for cap in axis.containers[0].lines[1]] == [6, 6]
     assert "the knee is at a share of 0.25" in repr(found)
     straight = Frontier({}, points((1.0, 0.0), (0.5, 0.1), (0.0, 0.2)), "flops", "answers", 100, 50)
     assert straight.knee is None
@@ -266,16 +248,6 @@ def test_a_network_from_a_larger_one_is_taken_if_its_finite_loss_is_no_larger():
     assert not is_no_worse(worse, plain, 4)  # none of so few images is held out
 
 
-@pytest.mark.parametrize(
-    ("distill", "is_learned"), [(False, False), (keep, True), ({"steps": 2, "lr": 1e3}, False), ({"steps": 40}, True)]
-)
-@pytest.mark.quick_every(2)
-def test_weights_are_learned_where_distillation_kept_them(distill, is_learned):
-    net, rows = wide_net()
-    small = nni_topo.shrink(net, rows, {"flops": 0.5}, compensate=None, distill=distill)
-    assert module.is_learned(small.report) is is_learned
-
-
 @pytest.mark.slow
 def test_a_budget_of_time_is_counted_by_one_table_and_the_networks_are_timed_together(monkeypatch):
     tables, timings = [], []
@@ -370,13 +342,6 @@ def test_the_seed_is_0(knobs, is_same):
     assert torch.equal(first[0].weight, second[0].weight) is is_same
 
 
-def test_the_networks_share_the_steps_of_a_single_one(monkeypatch):
-    monkeypatch.setattr(distilling, "_STEPS", 160)
-    net, rows = wide_net()
-    found = made((0.75, 0.25), net, rows, distill={"lr": 1e-3})
-    assert [found[share].report.distillation.most_steps for share in found] == [40, 120]
-
-
 @pytest.mark.slow
 def test_all_networks_share_the_steps_of_distillation():
     found = made(distill=True)
@@ -407,20 +372,6 @@ NO_STEPS = [None, None]
 )
 def test_networks_that_lose_more_learn_in_more_steps_unless_their_number_is_given(shares, images, distill, steps):
     assert module._distillation_steps(shares, images, distill) == steps
-
-
-@pytest.mark.parametrize(
-    ("layers", "has_none"),
-    [
-        (None, True),
-        ([], True),
-        (["stem", {"op_names": ["hidden"]}], True),
-        (["stem", {"op_names": ["hidden"], "max_sparse_ratio": 0.5}], False),
-        ([{"op_names": ["hidden"], "min_sparse_ratio": 0.5}, "stem"], False),
-    ],
-)
-def test_layers_with_bounds_of_their_own_are_noticed(layers, has_none):
-    assert module._has_no_bounds(layers) is has_none
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -21,14 +20,11 @@ from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import DenseReport, LayerChannels
+from nni_topo.network.speedup import DenseReport, LayerChannels
 from nni_topo.pruners.budget import BudgetOutcome, network_cost
 from nni_topo.recovery import Reconstruct
-from nni_topo.recovery.distilling import Verdict
-from nni_topo.recovery.lesson import ComparedOutputs
-from nni_topo.runs import shrink as module
-from nni_topo.runs.depth import DepthOutcome, RemovedBlock
 from nni_topo.runs.shrink import ShrinkReport, budget_settings
-from nni_topo.runs.steps import ImageParts, Measurements, Stage
+from nni_topo.runs.steps import Stage
 from nni_topo.runs.tolerance import ToleranceOutcome
 from nni_topo.sharing import find_ties
 from nni_topo.testing import toy_images, toy_model
@@ -43,18 +39,6 @@ def shrunk(budget=None, **knobs):
     return nni_topo.shrink(
         toy_model().eval(), list(toy_images(64).split(32)), budget or {"flops": 0.5}, **{"distill": False, **knobs}
     )
-
-
-def test_a_report_shows_intervals_and_the_first_layers_of_many():
-    report = shrunk(compensate=None, distill=False).report
-    last = report.stages[-1]
-    assert last.distance_low < last.distance < last.distance_high
-    assert f" {last.distance:.4g} ({last.distance_low:.3g}-{last.distance_high:.3g}) " in repr(report)
-    unpruned = repr(report).splitlines()[1].split()
-    assert (unpruned[0], unpruned[3]) == ("unpruned", "0")  # and no interval
-    many = replace(report, whole={f"layer{index}": "its input is read" for index in range(10)})
-    names = ", ".join(f"layer{index}" for index in range(8))
-    assert f"{names} and 2 more keep all channels: its input is read" in repr(many).splitlines()
 
 
 @pytest.mark.parametrize("make", [TiedConvolutions, Mirrored, Bottleneck])
@@ -134,11 +118,7 @@ def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(digits_n
     assert last.agreement_low < last.agreement <= last.agreement_high
     assert last.distance_low < last.distance < last.distance_high
     assert small.report.budget.is_met
-    shown = repr(small.report)
-    assert shown.splitlines()[0].split() == [
-        "network", "macs", "params", "distance", "agreement", "accuracy", "seconds"
-    ]  # fmt: skip
-    assert [line.split()[0] for line in shown.splitlines()[1:5]] == list(stages)
+    assert [line.split()[0] for line in repr(small.report).splitlines()[1:5]] == list(stages)
 
 
 def test_same_seed_same_network_and_the_file_can_be_read(tmp_path):
@@ -316,7 +296,6 @@ def test_a_time_that_a_pruner_of_nni_misses_is_told(caplog):
     capped = [{"op_names": list(LAYERS), "max_sparse_ratio": 0.25}]
     shrunk({"latency": 0.4, "latency_table": table}, pruner="l1", layers=capped)
     assert "the latency budget of 0.4 is missed" in caplog.text
-    assert "all layers to prune are at their max_sparse_ratio" in caplog.text
 
 
 @pytest.mark.parametrize("pruner", ["matrix", pytest.param("l1", marks=pytest.mark.slow)])
@@ -339,7 +318,6 @@ def test_a_pruner_that_finds_the_number_itself_tells_what_it_leaves(caplog):
     left, whole = (cost_of("params", net, toy_images(1)) for net in (small, toy_model()))
     assert left / whole > 0.51
     assert f"{left / whole:.4g} of the unpruned network's cost is kept" in caplog.text
-    assert "because the pruner chooses how many channels it keeps" in caplog.text
 
 
 def test_every_step_can_be_replaced():
@@ -427,7 +405,6 @@ def test_distilled_weights_that_take_the_outputs_away_are_discarded_and_the_repo
     assert verdict.distance_before == pytest.approx(stages["reconstructed"].distance, rel=1e-3)
     assert stages["distilled"].distance == stages["reconstructed"].distance
     assert "distillation is discarded" in repr(report)
-    assert "objective='squares'" in repr(report)
     better = nni_topo.shrink(net, [images], {"flops": 0.7}, distill={**knobs, "objective": "squares"}).report
     assert better.distillation.is_kept
     assert better.stages[-1].distance == pytest.approx(better.distillation.distance_after, rel=1e-3)
@@ -454,17 +431,17 @@ def test_what_a_function_of_the_callers_makes_worse_is_kept_and_told():
         ({"budget": {"size": 0.5}}, ConfigError, "key of budget must be a known name"),
         ({"pruner": "magic"}, ConfigError, "pruner must be a known name, got 'magic'"),
         ({"pruner": None}, ConfigError, "a pruner's name must be text, got None"),
+        ({"pruner": nn.Linear}, ConfigError, "got the class Linear"),
+        ({"pruner": "level"}, ConfigError, "pruner must be one that removes whole channels, got 'level'"),
+        ({"budget": {"flops": 0.5, "allocation": "auto"}, "pruner": lambda *_: {}}, ConfigError, "auto"),
         ({"knobs": {"magic": 1}}, ConfigError, "knob of pruner 'reconstruction' must be a known name"),
         ({"compensate": "magic"}, ConfigError, "compensate must be a known name"),
         ({"compensate": Reconstruct}, ConfigError, "compensate must be .*, got the class Reconstruct"),
         ({"distill": "much"}, ConfigError, "distill must be True, False, knobs or a function, got 'much'"),
-        ({"distill": {"epochs": 1}}, ConfigError, "knob of distill must be a known name, got 'epochs'"),
+        ({"distill": None}, ConfigError, "distill must be True, False, knobs or a function, got None"),
+        ({"distill": {"images": []}}, ConfigError, "knob of distill must be a known name, got 'images'"),
+        ({"distill": {"steps": -1}}, ConfigError, "steps must be"),
         ({"layers": ["nowhere"]}, ConfigError, "nowhere"),
-        (
-            {"layers": ["stem", {"op_names": ["hidden"], "sparse_ratio": 0.5}]},
-            ConfigError,
-            r"a budget replaces sparse_ratio, got both \(layers\[1\]\)",
-        ),
         (
             {"layers": ["stem", {"op_names": ["hidden"], "sparsity": 0.5}]},
             ConfigError,
@@ -501,7 +478,7 @@ def test_a_model_of_a_fixed_number_of_samples_is_told_why_it_cannot_be_pruned(sh
     batches = list(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).split(8))
     with pytest.raises(
         ConfigError,
-        match=r"every eighth .* of 8 samples it got 7 and raised RuntimeError: shape .* at `return self.two.*\(model\)",
+        match=r"of 8 samples it got 7 and raised RuntimeError.*\(model\)",
     ):
         nni_topo.shrink(Fixed(), batches, {"flops": 0.5}, distill=distill, progress=False)
 
@@ -555,26 +532,10 @@ def test_heads_go_where_time_counts_or_multiples_are_asked_for(knobs, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("net", "reason"),
-    [
-        (nn.Sequential(nn.Linear(4, 2)), "got none: 0: it gives the model's output (shrink)"),
-        (
-            nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)),
-            "got none: no convolution, linear or recurrent layer (shrink)",
-        ),
-    ],
-)
-def test_a_model_without_a_layer_to_prune_is_refused_with_the_reason(net, reason):
-    with pytest.raises(ConfigError, match=re.escape(reason)):
-        nni_topo.shrink(net, [torch.randn(16, 4)], {"flops": 0.5})
-
-
-@pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([], r"layers must name at least one layer, got none; None stands for all that can lose channels \(shrink\)"),
-        (["hiden"], r"layer of the model must be a known name, got 'hiden'; did you mean hidden"),
-        ([{"op_names": ["hidden", "inn"]}], r"layer of the model must be a known name, got 'inn'; did you mean inner"),
+        ([], r"layers must name at least one layer, got none.*\(shrink\)"),
+        ([{"op_names": ["hidden", "inn"]}], "must be a known name, got 'inn'"),
     ],
 )
 def test_layers_that_the_model_does_not_have_are_told_before_anything_runs(layers, message):
@@ -590,21 +551,18 @@ def normed_model():
     return nn.Sequential(OrderedDict(layers)).eval()
 
 
-@pytest.mark.parametrize("pruner", ["reconstruction", "l1"])
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        (["norm"], "got norm (BatchNorm2d) without channels of its own;"),
-        ([{"op_types": ["BatchNorm2d"]}], "got norm (BatchNorm2d) without channels of its own;"),
-        (["conv", "flat"], "got flat (Flatten) without channels of its own;"),
-        (["head"], "got head, which gives the model's output;"),
-        (["norm", "head"], "got norm (BatchNorm2d) without channels of its own and head, which gives the"),
+        ([{"op_types": ["BatchNorm2d"]}], r"got norm \(BatchNorm2d\) without channels of its own"),
+        (["conv", "flat"], r"got flat \(Flatten\) without channels of its own"),
+        (["head"], "got head, which gives the model's output"),
+        (["norm", "head"], "got norm .* without channels of its own and head, which gives the model's output"),
     ],
 )
-def test_named_layers_that_have_no_channels_to_remove_are_refused_with_those_that_have(layers, reason, pruner):
-    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
-        nni_topo.shrink(normed_model(), [torch.randn(32, 1, 8, 8)], {"flops": 0.5}, layers=layers, pruner=pruner)
-    assert str(caught.value).endswith("layers of this model that can be named: conv (layers)")
+def test_named_layers_that_have_no_channels_to_remove_are_refused_with_those_that_have(layers, reason):
+    with pytest.raises(ConfigError, match=rf"{reason}.*can be named: conv \(layers\)"):
+        nni_topo.shrink(normed_model(), [torch.randn(32, 1, 8, 8)], {"flops": 0.5}, layers=layers)
 
 
 class WithStubbornLayers(nn.Module):
@@ -625,21 +583,16 @@ class WithStubbornLayers(nn.Module):
     ("layers", "reason"),
     [
         (["mixed"], "got mixed, which keeps all channels: the result of an operation depends on removed channels"),
-        (["free", "sized"], "got sized, which keeps all channels: the sizes of an operation don't fit fewer channels"),
-        (["idle"], "got idle, which keeps all channels: the forward doesn't use the layer;"),
-        ([{"op_names": ["idle"], "max_sparse_ratio": 0.5}], "got idle, which keeps all channels: the forward"),
-        ([{"op_types": ["Linear"]}], "got head, which gives the model's output;"),
-        (["idle", "head"], "doesn't use the layer and head, which gives the model's output;"),
+        (["free", "sized"], "got sized, which keeps all channels: the sizes of an operation don't fit"),
+        ([{"op_names": ["idle"], "max_sparse_ratio": 0.5}], "got idle, .* the forward doesn't use the layer"),
+        (["idle", "head"], "doesn't use the layer and head, which gives the model's output"),
     ],
 )
 @pytest.mark.quick_every(3)
 def test_named_layers_that_keep_all_channels_are_refused_with_the_reason(layers, reason, pruner):
     model = WithStubbornLayers().eval()
-    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
+    with pytest.raises(ConfigError, match=rf"{reason}.*can be named: free \(layers\)"):
         nni_topo.shrink(model, [torch.randn(32, 3, 8, 8)], {"flops": 0.5}, layers=layers, pruner=pruner)
-    assert str(caught.value).startswith("layers must be layers whose channels can be removed, got ")
-    assert str(caught.value).endswith("; layers of this model that can be named: free (layers)")
-    assert "exclude_op_names" not in str(caught.value)
 
 
 def test_a_type_may_select_layers_that_keep_all_channels_beside_others():
@@ -652,7 +605,7 @@ def test_a_type_may_select_layers_that_keep_all_channels_beside_others():
 
 
 def test_named_layers_that_share_all_channels_with_others_are_refused_before_any_work():
-    with pytest.raises(ConfigError, match=r"got stem: shared with inner, which isn't .* name these, too \(layers\)"):
+    with pytest.raises(ConfigError, match=r"got stem: shared with inner.*\(layers\)"):
         shrunk({"flops": 0.9}, layers=["stem"], evaluate=lambda net: pytest.fail("ran"))
     with pytest.raises(ConfigError, match=r"got inner: shared with stem"):
         nni_topo.frontier(toy_model().eval(), [toy_images(64)], [0.5], layers=[{"op_names": ["inner"]}])
@@ -665,11 +618,9 @@ def test_the_report_names_layers_that_would_have_to_be_named_too(knobs):
     report = shrunk({"params": 0.5}, layers=["stem", "hidden"], **knobs).report
     assert report.whole == {"stem": shared}
     assert f"stem keeps all channels: {shared}" in repr(report)
-    assert "channels that were to be removed are kept" not in repr(report)
     assert not report.budget.is_met
     if "pruner" not in knobs:  # NNI's pruners accept no budget
-        others = "the others are at their max_sparse_ratio, or keep the fewest channels that a budget leaves them"
-        assert report.budget.why.startswith(f"stem can lose no channel: {shared}; {others}; a budget of ")
+        assert report.budget.why.startswith(f"stem can lose no channel: {shared}")
     met = shrunk({"params": 0.9}, layers=["stem", "hidden"], **knobs).report
     assert met.budget.is_near
     assert met.budget.why == ""
@@ -712,18 +663,6 @@ def test_an_entry_that_selects_the_output_layer_by_its_type_leaves_it_out():
     assert small.head.out_features == toy_model().head.out_features
 
 
-def test_an_error_within_shrink_names_its_own_knob_for_leaving_a_layer_out():
-    def prune_output(model, config_list, images):
-        return {"head": {"weight": torch.eye(len(model.head.weight))[0, :, None].expand_as(model.head.weight)}}
-
-    with pytest.raises(SpeedupError) as caught:
-        shrunk(pruner=prune_output)
-    assert "leave the layer that gives it out of the layers to prune (layers)" in str(caught.value)
-    assert "exclude_op_names" not in str(caught.value)
-    with pytest.raises(SpeedupError, match="exclude the layer that gives it from the config_list"):
-        nni_topo.to_dense(toy_model(), toy_images(2), prune_output(toy_model(), [], None))
-
-
 @pytest.mark.parametrize("distill", [pytest.param(True, marks=pytest.mark.slow), {"steps": 2}])
 def test_a_frozen_network_learns_and_stays_frozen(distill):
     model = toy_model().eval().requires_grad_(False)
@@ -733,18 +672,17 @@ def test_a_frozen_network_learns_and_stays_frozen(distill):
     assert not any(parameter.requires_grad for parameter in small.parameters())
 
 
-@pytest.mark.parametrize("knobs", [{}, {"distill": False}])
 @pytest.mark.parametrize(
     ("model", "words"),
     [
         (nn.ReLU(), "no convolution, linear or recurrent layer"),
-        (nn.Sequential(), "no convolution, linear or recurrent layer"),
         (nn.Linear(4, 4), "the model itself: it gives the model's output"),
+        (nn.Sequential(nn.Linear(4, 2)), "0: it gives the model's output"),
     ],
 )
-def test_a_model_without_a_layer_to_prune_is_told_so(model, words, knobs):
-    with pytest.raises(ConfigError, match=rf"whose channels can be removed, got none: {words} \(shrink\)$"):
-        nni_topo.shrink(model, [torch.rand(16, 4)], {"flops": 0.5}, **knobs)
+def test_a_model_without_a_layer_to_prune_is_told_so(model, words):
+    with pytest.raises(ConfigError, match=rf"whose channels can be removed, got none: {words}"):
+        nni_topo.shrink(model, [torch.rand(16, 4)], {"flops": 0.5})
 
 
 class Calls(nn.Module):
@@ -765,37 +703,7 @@ class Calls(nn.Module):
 def test_a_reason_is_told_once_for_all_its_layers(caplog):
     small = nni_topo.shrink(Calls().eval(), torch.rand(64, 6).split(32), {"flops": 0.5}, distill=False)
     assert small.report.compensation.left_alone == dict.fromkeys(["first", "second"], "called more than once")
-    assert "the weights of second, first are not reconstructed: called more than once" in repr(small.report)
-    assert "couldn't be reconstructed: second, first (called more than once)" in caplog.text
-
-
-FAR = {"distance": 0.3, "distance_low": 0.2, "distance_high": 0.4, "calibration_distance": 0.1}
-LESS = {"agreement": 0.8, "agreement_low": 0.7, "agreement_high": 0.85, "calibration_agreement": 0.9}
-
-
-@pytest.mark.parametrize(
-    ("figures", "is_told"),
-    [
-        ({}, False),
-        (FAR, True),
-        ({**FAR, "distance": 0.2}, False),  # twice as far isn't more than twice
-        ({**FAR, "distance_low": 0.1}, False),  # the interval holds the other figure
-        (LESS, True),
-        ({**LESS, "agreement": 0.84, "agreement_high": 0.91}, False),
-        ({**LESS, "agreement": 0.86, "agreement_high": 0.89}, False),
-        ({**LESS, "distance": 0.0}, False),  # outputs that hardly differ
-    ],
-)
-def test_too_few_images_are_told_where_held_out_figures_are_clearly_worse(figures, is_told):
-    measured = Measurements(toy_model().eval(), ImageParts.of(Calibration([toy_images(16)]), toy_model().eval()), None)
-    measured.add("unpruned", toy_model().eval())
-    even = {"distance": 0.1, "distance_low": 0.05, "distance_high": 0.15, "calibration_distance": 0.1}
-    measured.stages.append(replace(measured.stages[0], **{**even, **figures}))
-    found = measured.warnings()
-    assert [text.startswith("14 samples are too few for this network (distance") for text in found] == [True] * is_told
-    if is_told:
-        last = measured.stages[-1]
-        assert f"agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}" in found[0]
+    assert "second, first (called more than once)" in caplog.text
 
 
 LAYERS_LEFT = DenseReport((LayerChannels("stem", 16, 8, 8), LayerChannels("head", 3, 3, 3)))
@@ -803,15 +711,7 @@ UNPRUNED = Stage("unpruned", 4000, 200, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 
 PRUNED = Stage("pruned", 1000, 60, 0.5, 0.25, 0.75, 0.625, 0.5, 0.75, 0.4, 0.7, math.nan, 1.0)
 LAST = Stage("distilled", 1000, 50, 0.125, 0.1, 0.2, 0.75, 0.625, 0.875, 0.1, 0.8, 0.5, 2.0)
 FIGURES_LEFT = ShrinkReport((UNPRUNED, PRUNED, LAST), LAYERS_LEFT, images=100, held_out=20)
-VERDICT = Verdict("kl", True, 0.5, 0.25, 0.5, 0.125, 0.625, 0.75, steps=40)
 WITHIN = ToleranceOutcome(0.1, "answers", "flops", 0.25, 0.05, 0.08, 20, 12, 29, (), (), True)
-NO_CLASSES = {"agreement": math.nan, "agreement_low": math.nan, "agreement_high": math.nan, "accuracy": math.nan}
-SAID = (
-    "Distance and agreement are measured on 20 held-out samples, with 95 % intervals; the 100 other samples are the "
-    "calibration data. Distance: mean squared distance of the outputs from the unpruned network's, over their "
-    "variance. Agreement: share of the largest outputs that are the same. Accuracy: what the evaluation function of "
-    "the call returned."
-)
 
 
 def sections(report):
@@ -827,79 +727,16 @@ def test_a_report_as_markdown_has_the_sizes_the_steps_the_figures_and_the_warnin
         "| parameters | 200 | 50 | 25.0 % |",
         "| MACs of one sample | 4,000 | 1,000 | 25.0 % |",
     ]
-    assert found["How much changes"].splitlines() == [
+    assert found["How much changes"].splitlines()[:5] == [
         "| network | distance | agreement | accuracy |",
         "|---|---:|---:|---:|",
         "| unpruned | 0 | 1 |  |",
         "| pruned | 0.5 (0.25-0.75) | 0.625 (0.5-0.75) |  |",
         "| distilled | 0.125 (0.1-0.2) | 0.75 (0.625-0.875) | 0.5 |",
-        "",
-        SAID,
     ]
     assert found["Warnings"] == "- Few images.\n- Long."
     assert FIGURES_LEFT.parameters_left == 50
     assert FIGURES_LEFT.pruned_layers == ("stem",)
-
-
-@pytest.mark.parametrize(
-    ("changes", "told", "untold"),
-    [
-        ({"held_out": 0}, "measured on the 100 calibration samples", "held-out"),
-        ({"tolerance": WITHIN}, "100 other samples are the calibration data, the rest judged the candidates", "; the"),
-        ({"tolerance": replace(WITHIN, measure="evaluate")}, "; the 100 other samples are the calibration", "the rest"),
-        (
-            {"stages": tuple(replace(each, **NO_CLASSES) for each in (UNPRUNED, PRUNED, LAST))},
-            "| network | distance |\n",
-            "greement",
-        ),
-        ({"stages": tuple(replace(each, **NO_CLASSES) for each in (UNPRUNED, PRUNED))}, "Distance is measured", "Acc"),
-        ({"outputs": ComparedOutputs(("logits", "a"), ("b",))}, "Outputs that are compared: `logits`, `a`.", "`b`"),
-        ({"outputs": ComparedOutputs(("logits",), ())}, SAID, "Outputs that are"),
-    ],
-)
-def test_what_the_figures_of_a_report_are_measured_on_is_told(changes, told, untold):
-    text = sections(replace(FIGURES_LEFT, **changes))["How much changes"]
-    assert told in text
-    assert untold not in text
-
-
-@pytest.mark.parametrize(
-    ("changes", "steps"),
-    [
-        ({}, ["weight reconstruction: none", "distillation: by a function of the caller"]),
-        (
-            {"stages": (UNPRUNED, LAST, PRUNED), "pruner": "l1", "recovery": "reconstruct", "allocation": "error"},
-            [
-                "pruner: `l1`",
-                "allocation of the budget: `error`",
-                "weight reconstruction: `reconstruct`",
-                "distillation: none",
-            ],
-        ),
-        (
-            {
-                "allocation": "uniform",
-                "equal_blocks": True,
-                "distillation": VERDICT,
-                "depth": DepthOutcome((RemovedBlock("b", "block", "a"),) * 2, (), {}),
-            },
-            [
-                "allocation of the budget: `uniform`, the same widths in all blocks",
-                "blocks removed: 2",
-                "weight reconstruction: none",
-                "distillation: 40 steps, whose weights are kept",
-            ],
-        ),
-        (
-            {"distillation": replace(VERDICT, is_kept=False)},
-            ["weight reconstruction: none", "distillation: 40 steps, whose weights are discarded"],
-        ),
-    ],
-)
-def test_the_steps_of_a_report_are_told_as_far_as_they_are_known(changes, steps):
-    found = sections(replace(FIGURES_LEFT, **changes))
-    told = [*steps, "calibration data: 100 samples, without labels"]
-    assert found["How it was pruned"] == "\n".join(f"- {each}" for each in told)
 
 
 def test_budget_and_tolerance_are_told_where_there_was_one():
@@ -907,14 +744,6 @@ def test_budget_and_tolerance_are_told_where_there_was_one():
     reached = BudgetOutcome("flops", 0.25, 0.25, True)
     text = sections(replace(FIGURES_LEFT, budget=reached, tolerance=WITHIN))["Size"]
     assert text.endswith(f"| 25.0 % |\n\nT{str(reached)[1:]}.\n\nT{str(WITHIN)[1:]}.")
-
-
-@pytest.mark.parametrize(("is_kept", "name"), [(True, "distilled"), (False, "distilled (discarded)")])
-def test_only_weights_of_distillation_are_marked_as_discarded(is_kept, name):
-    report = replace(FIGURES_LEFT, distillation=replace(VERDICT, is_kept=is_kept))
-    first, second, third = sections(report)["How much changes"].splitlines()[2:5]
-    assert (first[:12], second[:10]) == ("| unpruned |", "| pruned |")
-    assert third.startswith(f"| {name} |")
 
 
 def every_second(model, config_list, images):
@@ -962,14 +791,6 @@ def test_progress_of_recovery_is_shown_unless_it_is_unwanted(progress, capsys, m
     assert shown == (set() if progress is False else {"compensate", "distill"})
 
 
-def test_layers_of_at_least_eight_channels_of_which_one_is_left_are_told():
-    rows = (("a", 8, 1), ("b", 7, 1), ("c", 8, 2), ("d", 64, 1))
-    layers = DenseReport(tuple(LayerChannels(name, before, after, after) for name, before, after in rows))
-    (told,) = module._nearly_gone(layers)
-    assert told.startswith("one channel is left of these layers: a (of 8), d (of 64); ")
-    assert module._nearly_gone(LAYERS_LEFT) == ()
-
-
 @pytest.mark.parametrize(
     ("budget", "tolerance", "share", "kind", "allocation"),
     [
@@ -991,12 +812,6 @@ def test_a_budget_is_a_share_or_the_name_of_a_cost(budget, tolerance, share, kin
 def test_a_budget_of_no_or_several_costs_is_refused(budget, tolerance):
     with pytest.raises(ConfigError, match="budget"):
         budget_settings(budget, tolerance)
-
-
-def test_without_images_known_a_report_has_none():
-    bare = ShrinkReport((UNPRUNED,), LAYERS_LEFT)
-    assert (bare.images, bare.held_out, bare.equal_blocks) == (0, 0, False)
-    assert bare.parameters_left == 200
 
 
 class CountingNet(nn.Module):
@@ -1032,9 +847,7 @@ def test_a_state_of_an_earlier_epoch_is_refused_before_anything_is_pruned(tmp_pa
 
 def test_a_state_is_no_file_for_the_candidates_of_a_tolerance(tmp_path):
     distill = {"state": tmp_path / "state.pt"}
-    with pytest.raises(
-        ConfigError, match=r"state must be left out .*candidates of the tolerance.*state.pt.* \(shrink\)"
-    ):
+    with pytest.raises(ConfigError, match=r"state must be left out .*tolerance.*\(shrink\)"):
         nni_topo.shrink(toy_model(), [toy_images(64)], tolerance=0.1, distill=distill)
 
 

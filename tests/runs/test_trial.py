@@ -76,16 +76,14 @@ def test_a_trial_has_a_folder(words, seen, monkeypatch, capsys):
     if words:  # a file of parameters is for trials outside of NNI, whatever the environment says
         monkeypatch.setenv("NNI_OUTPUT_DIR", "elsewhere")
     assert trial.main(words) == 2
-    said = "nni_topo.runs.trial: a trial outside of NNI must have --params FILE and --out FOLDER, got no folder (trial)"
-    assert capsys.readouterr().err.strip() == said
+    assert "must have --params FILE and --out FOLDER, got no folder" in capsys.readouterr().err
     assert seen["runs"] == []
     assert not Path("elsewhere").exists()
 
 
 def test_without_nni_and_without_a_file_there_are_no_parameters(tmp_path, capsys):
     assert trial.main(["--out", str(tmp_path / "out")]) == 2
-    said = "nni_topo.runs.trial: parameters must come from NNI or from --params FILE, got neither (trial)"
-    assert capsys.readouterr().err.strip() == said
+    assert "parameters must come from NNI or from --params FILE, got neither" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

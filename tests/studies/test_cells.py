@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs import choices
 from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.studies.plan import ComparisonPlan, load_plan
 
@@ -34,12 +33,6 @@ def test_cells_of_one_trained_model_stand_together():
 
 def test_seeds_start_where_asked():
     assert {cell.seed for cell in plan(seeds=2, first_seed=7).cells()} == {7, 8}
-
-
-def test_the_place_of_the_data_is_no_part_of_a_key():
-    here, there = (next(plan(data=(DataChoice("mnist", folder),)).cells()) for folder in ("/a", "/b"))
-    assert here.key == there.key
-    assert here.training_key == there.training_key
 
 
 def test_knobs_and_recipes_are_part_of_a_key():
@@ -160,17 +153,6 @@ def test_a_row_is_distilled_in_its_own_way_and_keys_of_plans_without_it_stay():
     assert len({cell.key for cell in cells}) == 3
     (without,) = plan(pruners=(PrunerChoice("l1", "never"),), targets=HALF).cells()
     assert cells[1].key == without.key
-
-
-def test_records_from_before_distillation_had_a_precision_are_found(monkeypatch):
-    monkeypatch.setattr(choices, "_digest", lambda settings: settings)
-    told = []
-    for precision in ("float32", "bfloat16"):
-        distill = DistillationChoice(images=64, precision=precision)
-        (cell,) = plan(pruners=(PrunerChoice("l1"),), targets=HALF, distill=distill).cells()
-        told.append(cell.key["distill"])
-    assert told[1] == {**told[0], "precision": "bfloat16"}
-    assert "precision" not in told[0]
 
 
 def test_a_plan_reads_its_distillation(tmp_path):
