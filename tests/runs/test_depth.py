@@ -1020,8 +1020,8 @@ def test_a_table_of_times_counts_for_what_is_left():
     recovered, _ = steps._with_depth(budget, 1)
     weights = [module.weight for module in recovered.dense.modules() if isinstance(module, nn.Linear)]
     assert len(weights) == 10
-    # A layer takes a time that its weights are a share of: 20 of enter, 24 of each in a part, 12 of head.
-    whole = (20, *[24] * 8, 12)
+    # A layer takes a time that its weights are a share of: 20 of enter, 12 of head, 24 of each in a part.
+    whole = (20, 12, *[24] * 8)
     wanted = sum(weight.numel() / count for weight, count in zip(weights, whole, strict=True)) / 14
     assert steps.share_left(budget, recovered) == pytest.approx(wanted)
     assert wanted == pytest.approx(0.4, abs=0.05)
