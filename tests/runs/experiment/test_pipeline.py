@@ -151,24 +151,6 @@ def test_a_killed_trial_goes_on_to_the_same_result(nets, tmp_path, capsys):
     assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[1])
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "must have --params FILE and --out FOLDER, got no folder"),
-        (["--out", "somewhere"], "parameters must come from NNI or from --params FILE, got neither"),
-        (
-            ["--params", "missing.json", "--out", "somewhere"],
-            "a file of parameters must be a file that exists, got none (missing.json)",
-        ),
-    ],
-)
-def test_outside_of_nni_parameters_and_a_folder_must_be_given(words, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(words) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "somewhere").exists()
-
-
 def tiny_disk(command, folder, kilobytes):
     """Run a command with a file system of a few kilobytes at a folder, in a mount namespace of its own."""
     mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs {folder} && exec {command}"

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from nni_topo.errors import ConfigError, DataError
@@ -13,8 +11,7 @@ from nni_topo.runs.choices import (
     PrunerChoice,
     Target,
 )
-from nni_topo.runs.experiment.settings import Trial, TrialSettings, read_parameters, scalar_kinds, with_parameters
-from nni_topo.zoo import default_recipe
+from nni_topo.runs.experiment.settings import TrialSettings, read_parameters, with_parameters
 
 
 def test_parameters_replace_settings_and_fill_ratios_and_knobs():
@@ -97,16 +94,6 @@ def test_files_of_parameters_must_be_json_objects(text, message, tmp_path):
         read_parameters(tmp_path / "missing.json")
 
 
-def test_what_nobody_asks_for_is_as_the_options_say():
-    plain = TrialSettings()
-    numbers = plain.width, plain.ratio, plain.calibration, plain.compensate, plain.distill, plain.retrain_epochs
-    assert numbers == (1.0, 0.5, 0, 0, 0, 1)
-    assert (plain.flops_weight, plain.latency_weight, plain.seed) == (0.0, 0.0, 0)
-    cell = plain.cell()
-    assert (cell.compensate, cell.distill) == (None, None)
-    assert (cell.target, cell.train.epochs) == (Target("ratio", 0.5), default_recipe("small_cnn", "digits").epochs)
-
-
 def test_a_cell_has_what_the_settings_say():
     cell = TrialSettings(
         model="lenet5_like",
@@ -181,13 +168,3 @@ def test_parameters_come_on_top_of_those_that_are_there():
 def test_the_first_pattern_that_a_layer_matches_counts():
     settings = TrialSettings(ratio=0.125, ratios={"conv*": 0.25, "conv1": 0.75, "*1": 0.5})
     assert [settings.layer_ratio(name) for name in ("conv1", "conv2", "fc1", "fc2")] == [0.75, 0.25, 0.5, 0.125]
-
-
-def test_every_option_of_a_trial_has_one_type():
-    kinds = scalar_kinds()
-    assert {name: kinds[name] for name in ("model", "limit", "flops", "seed", "checkpoint", "lr")} == {
-        "model": str, "limit": int, "flops": float, "seed": int, "checkpoint": str, "lr": float,
-    }  # fmt: skip
-    assert not {"ratios", "knobs"} & kinds.keys()
-    options = Trial(params=Path("p.json"), out=Path("out"), seed=4)
-    assert options.settings() == TrialSettings(seed=4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs.streaming.block import BlockNet, WantedStates, _is_same, entering, with_states
+from nni_topo.runs.streaming.block import BlockNet, entering, with_states
 
 WIDTH = 2
 
@@ -219,31 +218,3 @@ def test_a_block_reads_pruned_or_unpruned_states():
         net = BlockNet(Block(), None, found.frame, **knobs)
         reached = net(hidden_states=states, unpruned_states=other, **found.batches[0])
         assert torch.equal(reached, wanted * mask)
-
-
-def test_wanted_states_are_put_out_as_they_are():
-    net = WantedStates(torch.device("cpu"))
-    states = torch.ones(1, 2, 3)
-    assert net(states + 1, states, extra0=None) is states
-    assert sum(each.numel() for each in net.parameters()) == 0
-    assert not any(each.requires_grad for each in net.parameters())
-    assert next(net.parameters()).device.type == "cpu"
-    assert next(WantedStates(torch.device("meta")).parameters()).device.type == "meta"
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "is_same"),
-    [
-        (torch.ones(2), torch.ones(2), True),
-        (torch.ones(2), torch.ones(2, 1), False),
-        (torch.ones(2), torch.ones(2).double(), False),
-        (torch.ones(2), torch.zeros(2), False),
-        (torch.ones(1), 1, False),
-        (1, torch.ones(1), False),
-        ([1], [1], True),
-        (1, 2, False),
-        (math.nan, math.nan, True),  # one object
-    ],
-)
-def test_arguments_are_the_same_by_value_and_type(one, other, is_same):
-    assert _is_same(one, other) is is_same

@@ -43,24 +43,6 @@ def test_the_blocks_are_the_list_with_most_parameters():
     assert _blocks_of(with_lists(small=linears(2, 2), one=linears(99)), Path()) == "small"
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        (with_lists(one=linears(2)), r"a list of at least two blocks of one class \(nn.ModuleList\), got none"),
-        (with_lists(is_encoder_decoder=True, two=linears(2, 2)), "got an encoder and a decoder"),
-        (with_lists(two=[nn.Linear(2, 2), nn.Bilinear(2, 2, 2)]), "got Bilinear and Linear in two"),
-        (with_lists(two=linears(2, 2, 3)), r"got \(2, 2\) and \(2, 3\) for weight; .*\(two.0 and two.2"),
-        (
-            with_lists(two=[nn.Linear(2, 2, bias=False), nn.Linear(2, 2)]),
-            r"got none and \(2,\) for bias; .*\(two.0 and two.1",
-        ),
-    ],
-)
-def test_models_without_one_list_of_equal_blocks_are_told(model, words):
-    with pytest.raises(ConfigError, match=words):
-        _blocks_of(model, Path())
-
-
 def test_a_block_returns_a_tensor_or_a_tuple_that_begins_with_one():
     states = torch.ones(1)
     assert [output_length(output) for output in (states, (states,), (states, None, None))] == [0, 1, 3]
