@@ -353,7 +353,7 @@ def other_values(net, name):
         ("dense", "head.bias", "the same network to distil"),
     ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(2)
 def test_a_state_is_of_the_networks_that_it_began_with(tmp_path, role, name, words, is_finished):
     dense, original = pair(norm=True)
     nets = {"dense": dense, "original": original}
