@@ -220,6 +220,7 @@ def test_nothing_is_learned_where_nothing_is_left_to_learn(caplog):
     _, original = pair()
     found = distillation(copy.deepcopy(original), original, batches(), lr=0.01)
     assert (found.steps, found.is_kept, found.rates, found.is_out_of_time) == (0, False, (), False)
+    assert list(found.to_frame().columns) == ["step", "lr", "loss"]
     assert "No step was taken: there is nothing to learn" in str(found.verdict)
     assert not caplog.records
 

@@ -654,6 +654,17 @@ def test_states_of_other_places_than_the_mask_has_are_rows_of_their_own():
     assert loss == pytest.approx(by_sample + 0.5 * sum(off) / 2)
 
 
+def test_outputs_are_told_from_what_is_as_long_by_two_samples_or_not_at_all():
+    torch.manual_seed(0)
+    model, call = WithAnchors(2), ((inputs(2),), {})
+    assert lesson.places_by_sample(model, call, None) == (0,)
+    assert lesson.places_by_sample(WithAnchors(1), ((inputs(1),), {}), None) is None
+    for listed in ((([ZEROS, ZEROS],), {}), ((ZEROS,), {"images": [ZEROS[0]] * len(ZEROS)})):
+        assert lesson.places_by_sample(pytest.fail, listed, None) is None
+    assert lesson.places_by_sample(lambda rows: list(rows), call, None) is None  # as many as there are samples
+    assert len(lesson.read_outputs((ZEROS, ZEROS), call, 4, None, (1,))[0]) == 1
+
+
 def test_images_need_memory_for_three_copies(monkeypatch):
     monkeypatch.setattr("nni_topo.errors._SMALL", 0)
     parts = [((torch.zeros(10, 25),), {})] * 2  # 2,000 bytes

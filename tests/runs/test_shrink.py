@@ -734,6 +734,8 @@ def test_a_report_as_markdown_has_the_sizes_the_steps_the_figures_and_the_warnin
         "| pruned | 0.5 (0.25-0.75) | 0.625 (0.5-0.75) |  |",
         "| distilled | 0.125 (0.1-0.2) | 0.75 (0.625-0.875) | 0.5 |",
     ]
+    for figure in ("Distance", "Agreement", "Accuracy"):
+        assert f" {figure}: " in found["How much changes"]
     assert found["Warnings"] == "- Few images.\n- Long."
     assert FIGURES_LEFT.parameters_left == 50
     assert FIGURES_LEFT.pruned_layers == ("stem",)
