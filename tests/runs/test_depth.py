@@ -18,12 +18,8 @@ import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost.latency import LatencyTable, LayerLatency
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.inputs import calls
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import DenseReport
-from nni_topo.network.cost import LatencyTable, LayerLatency
-from nni_topo.network.runtime import Calibration
-from nni_topo.network.speedup import DenseReport
 from nni_topo.pruners.budget import Budget, BudgetOutcome
 from nni_topo.recovery.lesson import Judgement
 from nni_topo.runs import depth as depth_module

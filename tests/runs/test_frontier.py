@@ -15,7 +15,6 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime import Calibration
 from nni_topo.runs import frontier as module
 from nni_topo.runs.frontier import Frontier, FrontierPoint
 from nni_topo.runs.steps import ImageParts, RecoveredNetwork

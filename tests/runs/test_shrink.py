@@ -17,10 +17,8 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
-from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import DenseReport, LayerChannels
-from nni_topo.network.speedup import DenseReport, LayerChannels
 from nni_topo.pruners.budget import BudgetOutcome, network_cost
 from nni_topo.recovery import Reconstruct
 from nni_topo.runs.shrink import ShrinkReport, budget_settings

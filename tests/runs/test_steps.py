@@ -14,12 +14,10 @@ from torch import nn
 from toy_times import LAYERS, proportional
 
 from nni_topo import compensate, create_pruner, shrink
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_report_of, to_dense
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime import Calibration
-from nni_topo.network.speedup import dense_report_of, to_dense
 from nni_topo.pruners.budget import Budget, budget_outcome
 from nni_topo.recovery import Reconstruct, distillation
 from nni_topo.recovery.likeness import NO_SCALE

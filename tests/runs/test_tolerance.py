@@ -13,7 +13,6 @@ import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime import Calibration
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs import steps
 from nni_topo.runs import tolerance as module
