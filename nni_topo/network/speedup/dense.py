@@ -248,7 +248,7 @@ class _Task:
 
     def apply(self, resolved: Resolved) -> torch.nn.Module:
         """Return the masked model for masks that agree."""
-        return apply_masks(self.original, self.analysis.call, resolved.masks)
+        return apply_masks(self.original, self.analysis.call, resolved.masks, light=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,6 +355,11 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     tie_again(dense, ties)
     tell_config(dense, original)
     forget_evaluated(dense)
+    # Layers that weren't cut have the original's memory still.
+    originals = {each.untyped_storage().data_ptr() for each in original.parameters()}
+    for parameter in dense.parameters():
+        if parameter.untyped_storage().data_ptr() in originals:
+            parameter.data = parameter.data.clone()
     return dense
 
 

@@ -77,14 +77,17 @@ _Place = tuple[str | None, str]
 
 
 @as_written()
-def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
-    """Do the work of `nni_topo.masked_model` on checked arguments."""
+def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks, *, light: bool = False) -> torch.nn.Module:
+    """Do the work of `nni_topo.masked_model` on checked arguments.
+
+    ``light``: parameters that no mask changes use the memory of the model's, which mustn't be written to then.
+    """
     own = detached_copy(model, light=True)
     ties = find_ties(own)
     untie(own, ties)
     dead = _dead_inputs(own, call, masks)
     # Only now, when the masked weights of the probe, which are as many, are freed.
-    reference: torch.nn.Module = detached_copy(own)
+    reference: torch.nn.Module = detached_copy(own, light=light)
     with torch.no_grad():
         _apply(reference, masks)
         for name, channels in dead.items():
@@ -106,9 +109,11 @@ def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
     for target in ["bias"] if is_depthwise(module) else per_channel_names(module):
         parameter = getattr(module, target, None)
         if isinstance(parameter, torch.Tensor):
-            parameter = parameter.view(-1)
-            repeats = parameter.shape[0] // len(channels)
-            parameter[channels.to(parameter.device).repeat_interleave(repeats)] = silent_value(module, target)
+            silenced = parameter.detach().clone()
+            values = silenced.view(-1)
+            repeats = values.shape[0] // len(channels)
+            values[channels.to(values.device).repeat_interleave(repeats)] = silent_value(module, target)
+            keep(module, target, silenced)
 
 
 def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[str, torch.Tensor]:

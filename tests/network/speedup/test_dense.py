@@ -798,3 +798,19 @@ def test_a_layer_whose_width_the_forward_compares_with_its_own_loses_channels(ch
     _, masks = pruner.compress()
     pruner.unwrap_model()
     assert to_dense(model, rows, masks).body.out_features == 8
+
+
+def test_layers_that_are_not_cut_have_memory_of_their_own(monkeypatch):
+    monkeypatch.setattr("nni_topo.network.runtime.untouched._SHARE", 0.0)  # as for a model too large to be copied
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)
+    ).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks = {"0": {"weight": (torch.arange(6) < 4).float()[:, None].expand(6, 4)}}
+    dense = to_dense(model, torch.randn(3, 4), masks)
+    assert dense[5].weight.shape == model[5].weight.shape
+    with torch.no_grad():
+        for value in dense.state_dict().values():
+            value.zero_()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
