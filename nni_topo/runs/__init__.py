@@ -1,1 +1,1 @@
-"""Comparisons of pruners that resume: cells of model x data x pruner x target x seed, one record each."""
+"""One run: a network is pruned, made smaller, tried by an NNI experiment, or streamed block by block."""

@@ -33,7 +33,7 @@ from nni_topo.network.runtime.untouched import left_alone
 _logger = logging.getLogger(__name__)
 
 
-Part = Literal["input", "output", "features", "pre_logits"]
+ModuleTensor = Literal["input", "output", "features", "pre_logits"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Described:
     """
 
     module: str
-    part: Part
+    part: ModuleTensor
     at: int | None = None
 
 
@@ -162,7 +162,7 @@ def timm_features(name: str, module: nn.Module) -> Iterator[Claim]:
         if index in outputs:
             yield place, Described(name, "output", outputs[index])
         else:
-            part: Part = "input" if entry.get("hook_type") == "forward_pre" else "output"
+            part: ModuleTensor = "input" if entry.get("hook_type") == "forward_pre" else "output"
             yield place, Described(f"{name}.{entry['module']}".lstrip("."), part)
 
 
