@@ -8,17 +8,13 @@ so that a dense network's attribute can be changed, see `attribute_channels`.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import linecache
 import operator
 import re
 import sys
-import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -303,13 +299,9 @@ def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
         owner, _, last = key.rpartition(".")
         before.append((getattr(module, owner) if owner else module, last, module, name, key, value))
     try:
-        for holder, last, module, name, key, value in before:
-            traced, readers = {}, [module]
-            if holder is not module:  # a config, which modules within may hold too
-                readers = [each for each in module.modules() if vars(each).get("config") is holder]
+        for holder, last, _, name, key, value in before:
+            traced = {}
             for path, number in (numbers_in(value) or {}).items():
-                if number > 1 and any(_is_float_operand(each, key) for each in readers):
-                    unclear.add((name, key, path))
                 if number > 1:
                     traced[path] = TracedInt.of_attribute(number, (name, key, path), 1, unclear)
             vars(holder)[last] = with_numbers(value, traced)
@@ -317,67 +309,6 @@ def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
     finally:
         for holder, last, _, _, _, value in before:
             vars(holder)[last] = value
-
-
-def _is_float_operand(module: nn.Module, name: str) -> bool:
-    """Whether a module's forward computes with an attribute as with a float, by the source of its class."""
-    kind: Any = type(module)
-    with_floats, beside = _computed_with(kind)
-    others = [other for own, other in beside if own == name]
-    return name in with_floats or any(isinstance(vars(module).get(other), float) for other in others)
-
-
-@cache
-def _computed_with(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
-    """Name the attributes with which a class's forward computes in a way that no integer notices, as by its source.
-
-    Python doesn't ask an integer on the right of a float, as in ``2.5 * self.width``, nor one that ``math.log`` or
-    NumPy takes. On the right of an integer it is asked. Returned are those attributes, and pairs of an attribute and
-    another one on its left, which may hold a float.
-    """
-    found, beside, waiting, seen = set[str](), set[tuple[str, str]](), ["forward"], set[str]()
-    while waiting:
-        name = waiting.pop()
-        function = getattr(kind, name, None)
-        if name in seen or not inspect.isfunction(function):
-            continue
-        seen.add(name)
-        function = inspect.unwrap(function)
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, SyntaxError):  # code that isn't in a file
-            continue
-        own = f"{next(iter(inspect.signature(function).parameters), 'self')}."
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                if called.startswith(own):
-                    waiting.append(called.removeprefix(own))
-                if _gives_floats(called):
-                    named = [ast.unparse(each) for each in node.args]
-                    found.update(each.removeprefix(own).partition("[")[0] for each in named if each.startswith(own))
-            elif isinstance(node, ast.BinOp) and ast.unparse(node.right).startswith(own):
-                attribute = ast.unparse(node.right).removeprefix(own).partition("[")[0]  # of a list, too
-                on_left = list(ast.walk(node.left))
-                if any(map(_is_float, on_left)):
-                    found.add(attribute)
-                for each in on_left:
-                    if isinstance(each, ast.Attribute) and ast.unparse(each).startswith(own):
-                        beside.add((attribute, ast.unparse(each).removeprefix(own)))
-    return frozenset(found), frozenset(beside)
-
-
-def _is_float(node: ast.AST) -> bool:
-    """Whether a part of an expression is a float wherever it runs."""
-    if isinstance(node, ast.BinOp):
-        return isinstance(node.op, ast.Div)
-    if isinstance(node, ast.Call):
-        return _gives_floats(ast.unparse(node.func))
-    return isinstance(node, ast.Constant) and isinstance(node.value, float)
-
-
-def _gives_floats(called: str) -> bool:
-    return called.partition(".")[0] in ("math", "np", "numpy", "float")
 
 
 def is_computed_of_attributes(size: Any) -> bool:
