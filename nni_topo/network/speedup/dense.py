@@ -356,9 +356,9 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     tell_config(dense, original)
     forget_evaluated(dense)
     # Layers that weren't cut have the original's memory still.
-    originals = {each.untyped_storage().data_ptr() for each in original.parameters()}
-    for parameter in dense.parameters():
-        if parameter.untyped_storage().data_ptr() in originals:
+    shapes = {name: each.shape for name, each in original.named_parameters(remove_duplicate=False)}
+    for name, parameter in dense.named_parameters():
+        if parameter.shape == shapes.get(name):
             parameter.data = parameter.data.clone()
     return dense
 
