@@ -54,7 +54,13 @@ def baseline_masks(
     # layers without a ratio aren't pruned
     _, kept = cut(name, model, example_inputs, ratios, heads)
     seconds = time.perf_counter() - began
-    return {layer: _layer_masks(model.get_submodule(layer), mask) for layer, mask in kept.items()}, seconds
+    masks: Masks = {}
+    for layer, channels in kept.items():
+        module: Any = model.get_submodule(layer)
+        masks[layer] = {"weight": spread(module, channels)}
+        if module.bias is not None:
+            masks[layer]["bias"] = channels
+    return masks, seconds
 
 
 def cut(
@@ -93,11 +99,6 @@ def cut(
                 kept[layer][channels] = 0.0
         group.prune()
     return dense, kept
-
-
-def _layer_masks(layer: Any, kept: Tensor) -> dict[str, Tensor]:
-    """Return masks of a layer's weight and bias from one value per output channel."""
-    return {"weight": spread(layer, kept)} | ({} if layer.bias is None else {"bias": kept})
 
 
 def _exact(count: int, ratio: float) -> float:

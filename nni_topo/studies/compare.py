@@ -73,7 +73,15 @@ def compare(
         raise ConfigError(f"cells that share a process must run one by one, got n_jobs {plan.n_jobs} (compare)")
     out = Path(out)
     cells = list(plan.cells())
-    _check_choices(cells)
+    # Pruners, knobs, devices and data are checked before the first cell runs.
+    for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
+        if pruner.name != SCRATCH and not is_baseline(pruner.name):
+            check_knob_names(pruner.name, pruner.knobs, "pruners")
+    for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
+        resolve_device(cell.device)
+        data = load_model_data(cell.model, cell.data)
+        if cell.until is not None and not len(data.validation):
+            raise ConfigError(f"until must have validation images to look at, got none ({cell.data.name})")
     with only_process(out, wait=False):
         return _all_cells(plan, cells, out, isolate, on_cell)
 
@@ -113,15 +121,3 @@ def _all_cells(
     write_json(out / "failures.json", reasons)
     write_report(out)
     return Comparison(records, [failures[number] for number in sorted(failures)])
-
-
-def _check_choices(cells: list[Cell]) -> None:
-    """Check pruners, knobs, devices and data before the first cell runs."""
-    for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
-        if pruner.name != SCRATCH and not is_baseline(pruner.name):
-            check_knob_names(pruner.name, pruner.knobs, "pruners")
-    for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
-        resolve_device(cell.device)
-        data = load_model_data(cell.model, cell.data)
-        if cell.until is not None and not len(data.validation):
-            raise ConfigError(f"until must have validation images to look at, got none ({cell.data.name})")

@@ -91,7 +91,11 @@ def _received(receiver: Connection, process: BaseProcess) -> Record | str:
 
 def _send_record(sender: Connection, run: Callable[[Job, Path], Record], job: Job, out: Path) -> None:
     """Run a job and send its record, or the reason why there is none."""
-    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # ends this process once its parent is killed; sys.exit would end this thread only
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     result: Record | str
     try:
@@ -101,12 +105,3 @@ def _send_record(sender: Connection, run: Callable[[Job, Path], Record], job: Jo
     except Exception:
         result = traceback.format_exc()
     sender.send(result)
-
-
-def _end_with_parent() -> None:
-    """End this process once its parent is killed; ignore Ctrl-C, which the parent handles."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        # sys.exit would end this thread only
-        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -116,7 +116,7 @@ def _share_legend(figure: Figure) -> None:
 
 
 def plot_distillation(verdict: Verdict) -> Figure:
-    """Draw the held-out loss along a distillation, beside that before it, and the learning rate below."""
+    """Draw the held-out loss during a distillation, with the loss before it, and the learning rate below."""
     figure = Figure(figsize=(5.5, 4.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     steps = [look.step for look in verdict.curve]

@@ -32,7 +32,7 @@ from nni_topo.runs.choices import (
     read_yaml,
     with_recovery,
 )
-from nni_topo.zoo import Recipe, default_recipe
+from nni_topo.zoo import default_recipe
 
 SCRATCH = "scratch"
 
@@ -80,23 +80,18 @@ class ComparisonPlan:
         """Yield the cells; cells that share a trained model follow each other."""
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         for model, data, seed in itertools.product(self.models, self.data, seeds):
-            default = default_recipe(model.name, data.name)
-            train = changed_recipe(default, self.train)
-            retrain, until = self._fine_tuning(train)
+            train = changed_recipe(default_recipe(model.name, data.name), self.train)
+            changes = dict(self.retrain)
+            until = changes.pop("until", None)
+            retrain = train.for_retraining(int(changes.get("epochs", 1)))
+            if until is not None:
+                # Nobody knows beforehand when it ends: a cosine over all epochs would still be high then.
+                retrain = replace(retrain, schedule="constant")
+            retrain = changed_recipe(retrain, changes)
             for target, pruner in itertools.product(self.targets, self.pruners):
                 compensate = self.compensate if pruner.compensate is None else pruner.compensate or None
                 distill = self.distill if pruner.distill is None else pruner.distill or None
                 yield Cell(model, data, pruner, target, seed, train, retrain, self.device, compensate, distill, until)
-
-    def _fine_tuning(self, train: Recipe) -> tuple[Recipe, float | None]:
-        """Return the recipe of fine-tuning and ``until``."""
-        changes = dict(self.retrain)
-        until = changes.pop("until", None)
-        recipe = train.for_retraining(int(changes.get("epochs", 1)))
-        if until is not None:
-            # Nobody knows beforehand when it ends: a cosine over all epochs would still be high then.
-            recipe = replace(recipe, schedule="constant")
-        return changed_recipe(recipe, changes), until
 
 
 def load_plan(path: str | Path, network: str = "") -> ComparisonPlan:

@@ -221,13 +221,16 @@ def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
     norms = norms_after(networks.unpruned, networks.flow)
     made: dict[int, list[_Filter]] = defaultdict(list)
     for name in networks.flow.layers:
-        if not isinstance(networks.unpruned.get_submodule(name), WEIGHTED):
+        module: Any = networks.unpruned.get_submodule(name)
+        if not isinstance(module, WEIGHTED):
             continue
-        norm = networks.unpruned.get_submodule(norms[name]) if name in norms else None
-        for group_id, each in zip(
-            networks.flow.group_ids_of(name).tolist(), _filters(networks, name, norm), strict=True
-        ):
-            made[group_id].append(each)
+        batch_norms = [networks.unpruned.get_submodule(norms[name])] if name in norms else []
+        weights = by_output(weight_used(module).detach().double(), module).flatten(1)
+        biases = weights.new_zeros(len(weights)) if module.bias is None else module.bias
+        scale, biases = through_norms(batch_norms, biases)
+        weights, biases = (weights * scale[:, None]).cpu(), biases.cpu()
+        for group_id, weight, bias in zip(networks.flow.group_ids_of(name).tolist(), weights, biases, strict=True):
+            made[group_id].append(_Filter(name, weight, bias, is_normed=bool(batch_norms)))
     # Channels are compared if the same layers make them; in a residual stream several layers make one channel.
     comparable: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for group_id, filters in made.items():
@@ -252,16 +255,6 @@ class _Filter:
     weight: Tensor
     bias: Tensor
     is_normed: bool
-
-
-def _filters(networks: Networks, name: str, norm: nn.Module | None) -> list[_Filter]:
-    """Return a layer's filters; `norm` is the batch norm after it, or None."""
-    module: Any = networks.unpruned.get_submodule(name)
-    weight = by_output(weight_used(module).detach().double(), module).flatten(1)
-    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias
-    scale, bias = through_norms([] if norm is None else [norm], bias)
-    rows = (weight * scale[:, None]).cpu(), bias.cpu()
-    return [_Filter(name, *row, is_normed=norm is not None) for row in zip(*rows, strict=True)]
 
 
 def _nearest(pruned: list[list[_Filter]], kept: list[list[_Filter]]) -> list[tuple[int, float]]:

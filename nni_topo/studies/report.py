@@ -51,7 +51,7 @@ class Part:
     foot: str = ""  # below the table
 
     def without_folders(self) -> Part:
-        """Return the part with names in place of absolute paths, for a report goes to others."""
+        """Return the part with names in place of absolute paths, because a report goes to others."""
         rows = [[without_folders(cell) for cell in row] for row in self.rows]
         head = [without_folders(cell) for cell in self.head]
         return replace(self, title=without_folders(self.title), head=head, rows=rows, text=without_folders(self.text))
@@ -107,44 +107,38 @@ def _parts(folder: Path) -> Iterator[Part]:
     records = compared_records(folder / "results.jsonl")
     if records:
         drawn = {"accuracy", "convergence"}
-        yield from _of_comparison(records)
+        # First the answer, then its picture, then the tables with all columns.
+        groups = grouped(records)
+        for group, rows in groups.items():
+            yield Part(title_of(group, rows), *in_short(rows), text_columns=2)
+        for name, figure in comparison_figures(records).items():
+            yield Part(name, picture=as_svg(figure, name))
+        for group, rows in groups.items():
+            yield Part(f"all figures: {title_of(group, rows)}", *cells_of(rows), foot=foot_of(rows))
+            if has_convergence(rows):
+                yield Part(f"convergence: {title_of(group, rows)}", *convergence_of(rows))
+        for group, rows in groups.items():
+            if all("widths" in record for runs in rows.values() for record in runs.values()):
+                yield Part(f"widths: {title_of(group, rows)}", *widths_of(rows), folded=True)
     for path in sorted(folder.glob("*.json")):
-        if path.stem != "results":
-            document = read_json(path, "a run's file")
-            is_pruning = path.stem == "summary" and "flops_before" in document
-            yield from _of_pruning(document) if is_pruning else _of_document(path.stem, document)
+        if path.stem == "results":
+            continue
+        document = read_json(path, "a run's file")
+        if path.stem == "summary" and "flops_before" in document:  # of a pruning
+            title = f"{document['model']} on {document['data']}, {document['pruner']}"
+            yield Part(title, ("", "before", "after"), prune_costs(document))
+            yield Part("widths", *widths_of({"after": {document["seed"]: document}}))
+            if "compensation" in document:
+                yield _table("recovery by layer", document["compensation"])
+            yield from _sources([document])
+        else:
+            yield from _of_document(path.stem, document)
     for path in sorted(folder.glob("*.png")):
         if path.stem not in drawn:
             data = base64.b64encode(path.read_bytes()).decode()
             yield Part(path.stem, picture=f'<img alt="{path.stem}" src="data:image/png;base64,{data}">')
     if records:
         yield from _sources(records)
-
-
-def _of_comparison(records: list[Record]) -> Iterator[Part]:
-    # First the answer, then its picture, then the tables with all columns.
-    groups = grouped(records)
-    for group, rows in groups.items():
-        yield Part(title_of(group, rows), *in_short(rows), text_columns=2)
-    for name, figure in comparison_figures(records).items():
-        yield Part(name, picture=as_svg(figure, name))
-    for group, rows in groups.items():
-        yield Part(f"all figures: {title_of(group, rows)}", *cells_of(rows), foot=foot_of(rows))
-        if has_convergence(rows):
-            yield Part(f"convergence: {title_of(group, rows)}", *convergence_of(rows))
-    for group, rows in groups.items():
-        if all("widths" in record for runs in rows.values() for record in runs.values()):
-            yield Part(f"widths: {title_of(group, rows)}", *widths_of(rows), folded=True)
-
-
-def _of_pruning(record: Record) -> Iterator[Part]:
-    yield Part(
-        f"{record['model']} on {record['data']}, {record['pruner']}", ("", "before", "after"), prune_costs(record)
-    )
-    yield Part("widths", *widths_of({"after": {record["seed"]: record}}))
-    if "compensation" in record:
-        yield _table("recovery by layer", record["compensation"])
-    yield from _sources([record])
 
 
 def _of_document(title: str, document: Any) -> Iterator[Part]:

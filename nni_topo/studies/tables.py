@@ -362,8 +362,25 @@ def title_of(group: Group, rows: dict[str, dict[int, Record]]) -> str:
 
 def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
     """Return a table's head and lines: the unpruned network, then a line per pruner; empty columns are omitted."""
-    rows = _timed_together(rows)
-    lines = [_unpruned(next(iter(rows.values()))), *(_cells(rows, row) for row in rows)]
+    # Networks of one seed and equal widths get the same latency, the median of their measured ones: equal networks take
+    # equal time, and differences between their rows come from the machine's other load.
+    measured: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+
+    def keys(seed: int, record: Record) -> dict[str, tuple[str, int, str]]:
+        widths = {"latency_before_ms": "", "latency_ms": _widths(record)}
+        return {name: (name, seed, own) for name, own in widths.items() if name in record}
+
+    for runs in rows.values():
+        for seed, record in runs.items():
+            for name, key in keys(seed, record).items():
+                measured[key].append(record[name])
+    timed: dict[str, dict[int, Record]] = {}
+    for row, runs in rows.items():
+        timed[row] = {}
+        for seed, record in runs.items():
+            latencies = {name: statistics.median(measured[key]) for name, key in keys(seed, record).items()}
+            timed[row][seed] = record | latencies
+    lines = [_unpruned(next(iter(timed.values()))), *(_cells(timed, row) for row in timed)]
     used = [name for name in lines[-1] if any(line.get(name) for line in lines)]
     return used, [[line.get(name, "") for name in used] for line in lines]
 
@@ -393,7 +410,7 @@ def has_convergence(rows: dict[str, dict[int, Record]]) -> bool:
 def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
     """Return the head and the lines of a table: fine-tuning until shares of the unpruned accuracy are back.
 
-    The accuracy is that on the validation images. Epochs and seconds of training are the median [lowest, highest] over
+    Accuracy is measured on the validation images. Epochs and seconds of training are the median [lowest, highest] over
     seeds; ``> 40`` is more than the 40 epochs that were run. An epoch of networks of equal widths takes the same time,
     the median of all their epochs: differences come from the machine's other load. The last column is the mean
     difference in epochs to the largest share that any run reaches, paired by seed, with its 95 % interval, from the
@@ -405,7 +422,11 @@ def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[
     # Runs that stop at 99 % say nothing of 100 %.
     last = min(record.get("until", 1.0) for record in records)
     shares = [*(share for share in SHARES if share < last), last]
-    per_epoch = _seconds_of_an_epoch(records)
+    measured: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        if record.get("epoch_seconds"):
+            measured[_widths(record)] += record["epoch_seconds"]
+    per_epoch = {widths: statistics.median(seconds) for widths, seconds in measured.items()}
     is_timed = all(_widths(record) in per_epoch for record in records)
     head = ["method", "unpruned %", "before fine-tuning %"]
     for share in shares:
@@ -416,7 +437,13 @@ def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[
     reached = [share for share in shares if any(epochs_until_back(record, share) is not None for record in records)]
     compared = reached[-1] if reached else shares[0]
     head.append(f"vs best baseline, epochs to {100 * compared:g} %")
-    baseline = _fastest_baseline(long, [share for share in shares if share <= compared])
+    # The baseline with the fewest mean epochs to this share; of equal ones, to the share before it.
+    means = {}
+    for row, runs in long.items():
+        if _is_baseline(runs):
+            by_share = [_with_epochs(runs, share) for share in reversed(shares) if share <= compared]
+            means[row] = [float(np.mean([found["epochs"] for found in each.values()])) for each in by_share]
+    baseline = min(means, key=means.__getitem__, default=None)
     lines = []
     for row, runs in long.items():
         unpruned = show_accuracies([record["validation_before"] for record in runs.values()])
@@ -451,15 +478,6 @@ def _median_epochs(runs: dict[int, Record], share: float) -> str:
     return _median_of(ranked)
 
 
-def _seconds_of_an_epoch(records: Sequence[Record]) -> dict[str, float]:
-    """Return by the widths of networks the median seconds of an epoch's training."""
-    measured: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        if record.get("epoch_seconds"):
-            measured[_widths(record)] += record["epoch_seconds"]
-    return {widths: statistics.median(seconds) for widths, seconds in measured.items()}
-
-
 def _widths(record: Record) -> str:
     """Return a network's widths as a key; networks with the same key take equal time."""
     return json.dumps(record.get("widths"), sort_keys=True)
@@ -491,16 +509,6 @@ def _with_epochs(runs: dict[int, Record], share: float) -> dict[int, Record]:
     return found
 
 
-def _fastest_baseline(rows: dict[str, dict[int, Record]], shares: Sequence[float]) -> str | None:
-    """Return the baseline with the fewest mean epochs to the last share; of equal ones, to the share before it."""
-    means = {}
-    for row, runs in rows.items():
-        if _is_baseline(runs):
-            by_share = [_with_epochs(runs, share) for share in reversed(shares)]
-            means[row] = [float(np.mean([found["epochs"] for found in each.values()])) for each in by_share]
-    return min(means, key=means.__getitem__, default=None)
-
-
 def _unpruned(runs: dict[int, Record]) -> dict[str, str]:
     """Return the cells of the unpruned network by column, from the runs of one row."""
     cell = _column(runs)
@@ -518,11 +526,13 @@ def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
     """Return the cells of a row by column."""
     runs = rows[row]
     cell = _column(runs)
+    # pruned single weights are told by the share of weights that are zero
+    has_zeros = any(run.get("weights_left", run["params"]) < 0.999 * run["params"] for run in runs.values())
     return {
         "method": row,
         "MACs (M)": cell("flops", 1e-6, 2, spread=False),
         "parameters (k)": cell("params", 1e-3, spread=False),
-        "nonzero (k)": cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
+        "nonzero (k)": cell("weights_left", 1e-3, spread=False) if has_zeros else "",
         "before %": cell("accuracy_before"),
         "before bits": cell("bits_before", 1, 3),
         "no recovery %": cell("accuracy_oneshot"),
@@ -540,34 +550,6 @@ def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
         "latency ms": cell("latency_ms", 1, 2),
         "prune s": cell("prune_seconds", 1, 2, spread=False),
     }
-
-
-def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, Record]]:
-    """Give networks of one seed and equal widths the same latency: the median of their measured ones."""
-    # Equal networks take equal time: differences between their rows come from the machine's other load.
-    measured: dict[tuple[str, int, str], list[float]] = defaultdict(list)
-
-    def keys(seed: int, record: Record) -> dict[str, tuple[str, int, str]]:
-        widths = {"latency_before_ms": "", "latency_ms": _widths(record)}
-        return {name: (name, seed, own) for name, own in widths.items() if name in record}
-
-    for runs in rows.values():
-        for seed, record in runs.items():
-            for name, key in keys(seed, record).items():
-                measured[key].append(record[name])
-    medians = {key: statistics.median(values) for key, values in measured.items()}
-    timed: dict[str, dict[int, Record]] = {}
-    for row, runs in rows.items():
-        timed[row] = {}
-        for seed, record in runs.items():
-            latencies = {name: medians[key] for name, key in keys(seed, record).items()}
-            timed[row][seed] = record | latencies
-    return timed
-
-
-def _has_zeros(runs: dict[int, Record]) -> bool:
-    """Return whether single weights were pruned, by the share of weights that are zero."""
-    return any(record.get("weights_left", record["params"]) < 0.999 * record["params"] for record in runs.values())
 
 
 def _column(runs: dict[int, Record]) -> Callable[..., str]:

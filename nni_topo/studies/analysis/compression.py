@@ -207,7 +207,16 @@ def critical_compression_ratio(
         elif convention == "tables" and math.prod(layer.weight.shape[2:]) == 1:
             skipped[layer.name] = "1x1"
         else:
-            counts[layer.name] = _count(layer, *_plane_counts(layer, *sizes[layer.name], convention))
+            # between one input plane and one output plane
+            entering, leaving = sizes[layer.name]
+            kernel = layer.weight.shape[2:]
+            positions = math.prod(leaving)
+            if convention == "tables":
+                entering = leaving
+                padded = padded_size(layer.module, entering)
+                positions = math.prod(max(1, size - width + 1) for size, width in zip(padded, kernel, strict=True))
+            inputs = math.prod(padded_size(layer.module, entering))
+            counts[layer.name] = _count(layer, math.prod(kernel) * positions, inputs + positions - 1)
     if not counts:
         found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
         raise ConfigError(f"a model must have a layer that can be counted, got only {found} ({convention})")
@@ -258,20 +267,6 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
         }
         for layer in layers
     ]
-
-
-def _plane_counts(
-    layer: WeightLayer, entering: tuple[int, ...], leaving: tuple[int, ...], convention: Convention
-) -> tuple[int, int]:
-    """Return edges and tree edges between one input plane and one output plane."""
-    kernel = layer.weight.shape[2:]
-    positions = math.prod(leaving)
-    if convention == "tables":
-        entering = leaving
-        padded = padded_size(layer.module, entering)
-        positions = math.prod(max(1, size - width + 1) for size, width in zip(padded, kernel, strict=True))
-    inputs = math.prod(padded_size(layer.module, entering))
-    return math.prod(kernel) * positions, inputs + positions - 1
 
 
 def _count(layer: WeightLayer, edges: int, tree_edges: int) -> LayerCount:

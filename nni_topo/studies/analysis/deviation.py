@@ -263,7 +263,14 @@ def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Mask
     """Return masks at a ratio in [0, 1) of every layer but the output, by a registered pruner or ``"connections"``."""
     layers = inner_layers(start.net, start.example)
     if name == CONNECTIONS:
-        return _random_connections(start.net, layers, ratio, start.seed)
+        generator = torch.Generator().manual_seed(start.seed)
+        masks: Masks = {}
+        for layer in layers:
+            weight: Any = start.net.get_submodule(layer).weight
+            mask = torch.ones(weight.numel())
+            mask[torch.randperm(len(mask), generator=generator)[: int(ratio * len(mask))]] = 0.0
+            masks[layer] = {"weight": mask.reshape(weight.shape).to(weight.device)}
+        return masks
     info = pruner_info(name)
     # sub-clustering finds the number of neurons itself and starts from the share 1 - ratio
     finds_number = name == "subcluster"
@@ -272,17 +279,6 @@ def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Mask
     config_list = dependency_groups(start.net, start.example, [entry]) if info.structured else [entry]
     choice = PrunerChoice(name, knobs=knobs, calibration=calibration if "calibration" in info.knobs() else 0)
     return prune(start, choice, config_list).masks
-
-
-def _random_connections(model: nn.Module, layers: list[str], ratio: float, seed: int) -> Masks:
-    generator = torch.Generator().manual_seed(seed)
-    masks: Masks = {}
-    for name in layers:
-        weight: Any = model.get_submodule(name).weight
-        mask = torch.ones(weight.numel())
-        mask[torch.randperm(len(mask), generator=generator)[: int(ratio * len(mask))]] = 0.0
-        masks[name] = {"weight": mask.reshape(weight.shape).to(weight.device)}
-    return masks
 
 
 def share_kept(masks: Masks) -> float:

@@ -23,7 +23,7 @@ _RECURRENT: dict[type[nn.Module], tuple[str, ...]] = {
     nn.RNN: ("hidden",),
     nn.RNNCell: ("hidden",),
 }
-_SUPPORTED = (nn.Linear, *CONVOLUTIONS, *_RECURRENT)
+_SUPPORTED: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, *_RECURRENT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
         # NNI's wrapper is a child of the module that it wraps, which is listed itself
         if name.rpartition(".")[2] == "_nni_wrapper":
             continue
-        if _is_supported(module):
+        if isinstance(module, _SUPPORTED):
             layers.extend(_weights(name, module))
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             skipped[name] = type(module).__name__
@@ -72,10 +72,6 @@ def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
             f"a model must have a layer of type {known}, got other weights of type: {found} ({type(model).__name__})"
         )
     return layers, skipped
-
-
-def _is_supported(module: nn.Module) -> bool:
-    return isinstance(module, _SUPPORTED)
 
 
 def _weights(name: str, module: nn.Module) -> Iterator[WeightLayer]:

@@ -141,10 +141,21 @@ def neural_persistence(
             skipped[layer.name] = "never run"
             continue
         top = largest[layer.name] if scale == "layer" else max(largest.values())
-        lengths, least = _lengths(layer, sizes.get(layer.name, ((), ()))[0])
+        # |w| of the tree's edges, descending, and the smallest |w| of all edges
+        magnitudes = np.abs(layer.weight)
+        size = sizes[layer.name][0] if layer.name in sizes else ()
+        if layer.kind == "conv" and not size:
+            lengths = np.sort(magnitudes[channel_tree(layer.weight, groups=layer.groups)])[::-1]
+            least = float(magnitudes.max(axis=tuple(range(2, magnitudes.ndim))).min())
+        else:
+            lengths = spanning_forest(layer.weight, layer.graph(size or None)).lengths
+            least = float(magnitudes.min())
         deaths[layer.name] = lengths / top
         bound = (1.0 - least / top) * len(lengths) ** (1.0 / p) if normalized else 1.0
-        norm = _norm(1.0 - deaths[layer.name], p)
+        # the p-norm of the persistences, scaled such that a large p doesn't underflow
+        persistences = 1.0 - deaths[layer.name]
+        longest = float(persistences.max())
+        norm = longest * float(np.linalg.norm(persistences / longest, ord=p)) if longest > 0 else 0.0
         values[layer.name] = norm / bound if bound > 0 else 0.0
     if not values:
         found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
@@ -170,7 +181,7 @@ class PersistenceTracker:
     Attributes
     ----------
     history : list of NeuralPersistence
-        One entry per call, after that of the model as it was at first.
+        One entry per call, after an entry of the model as it was at first.
 
     Examples
     --------
@@ -284,21 +295,6 @@ class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
         yield as_table(title, ("layer", "tree edges", "first", "last"), rows, totals=[total])
         if last.skipped:
             yield "skipped: " + ", ".join(f"{name} ({why})" for name, why in last.skipped.items())
-
-
-def _norm(persistences: NDArray[np.float64], p: float) -> float:
-    """Return the p-norm, scaled such that a large p doesn't underflow."""
-    largest = float(persistences.max())
-    return largest * float(np.linalg.norm(persistences / largest, ord=p)) if largest > 0 else 0.0
-
-
-def _lengths(layer: WeightLayer, size: tuple[int, ...]) -> tuple[NDArray[np.float64], float]:
-    """Return the |w| of the tree's edges, descending, and the smallest |w| of all edges."""
-    magnitudes = np.abs(layer.weight)
-    if layer.kind == "conv" and not size:
-        lengths = np.sort(magnitudes[channel_tree(layer.weight, groups=layer.groups)])[::-1]
-        return lengths, float(magnitudes.max(axis=tuple(range(2, magnitudes.ndim))).min())
-    return spanning_forest(layer.weight, layer.graph(size or None)).lengths, float(magnitudes.min())
 
 
 def _largest(layer: WeightLayer) -> float:

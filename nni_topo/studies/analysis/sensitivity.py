@@ -283,7 +283,15 @@ class _Trial:
 
     def groups(self, layers: Sequence[str] | None) -> list[tuple[str, ...]]:
         """Return the layers, coupled ones in one tuple."""
-        entry: dict[str, Any] = {"op_names": self._all_layers() if layers is None else list(layers)}
+        if layers is None:
+            flow = self.analysis.flow
+            layers = [
+                name
+                for name in flow.layers
+                if isinstance(self.model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
+                and not (self.info.structured and flow.reaches_output(name))
+            ]
+        entry: dict[str, Any] = {"op_names": list(layers)}
         check_names(self.model, [entry], "layers")
         if not self.info.structured:
             return [(name,) for name in entry["op_names"]]
@@ -328,15 +336,6 @@ class _Trial:
             raise DataError(f"an evaluation must return a finite number, got {score} (sensitivity)")
         return score
 
-    def _all_layers(self) -> list[str]:
-        flow = self.analysis.flow
-        return [
-            name
-            for name in flow.layers
-            if isinstance(self.model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
-            and not (self.info.structured and flow.reaches_output(name))
-        ]
-
 
 def _suggestion(
     trial: _Trial, curves: list[SensitivityCurve], baseline: float, budget: float
@@ -362,24 +361,23 @@ def _suggestion(
             high = middle
     remaining = list(curves)
     while remaining:
-        steps = {index: _next_ratio(curve, best) for index, curve in enumerate(remaining)}
-        costs = {
-            index: baseline - remaining[index].accuracy[ratio] for index, ratio in steps.items() if ratio is not None
-        }
+        # the next measured ratio of each layer, and what it costs alone
+        steps: dict[int, float] = {}
+        costs: dict[int, float] = {}
+        for index, curve in enumerate(remaining):
+            higher = [ratio for ratio in curve.accuracy if ratio > best.get(curve.layers, 0.0)]
+            if higher:
+                steps[index] = min(higher)
+                costs[index] = baseline - curve.accuracy[steps[index]]
         if not costs:
             break
         index = min(costs, key=costs.__getitem__)
         curve = remaining.pop(index)
         if costs[index] > budget + 1e-12:
             continue
-        tried = {**best, curve.layers: float(steps[index] or 0.0)}
+        tried = {**best, curve.layers: steps[index]}
         score = trial.pruned(tried)
         if score >= baseline - budget - 1e-12:
             best, joint = tried, score
             remaining.insert(index, curve)
     return {curve.layers: best[curve.layers] for curve in curves if curve.layers in best}, joint
-
-
-def _next_ratio(curve: SensitivityCurve, present: Mapping[tuple[str, ...], float]) -> float | None:
-    """Return the lowest measured ratio above the layer's present one; None if there is none."""
-    return min((ratio for ratio in curve.accuracy if ratio > present.get(curve.layers, 0.0)), default=None)

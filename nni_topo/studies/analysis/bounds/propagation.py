@@ -1,7 +1,7 @@
 """Bounds of the error of a pruned network's output, as sums over its layers.
 
 Theorem 2 of [1]_ bounds the error by a sum over layers: how much a layer's weights changed, times how strongly its
-output depends on them, times how strongly the network's output depends on that of the layer. As printed it holds to
+output depends on them, times how strongly the network's output depends on the layer's output. As printed it holds to
 first order only: its derivatives are taken at the unpruned weights, and miss a ReLU that a pruned weight switches on.
 So there are two forms here: the printed one, and one with Lipschitz constants that holds for changes of any size.
 
@@ -170,7 +170,7 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     -----
     Norms of Jacobians are largest singular values, approached from below by power iteration with forward and reverse
     derivatives; no Jacobian is stored. An unchanged segment has the Jacobian of all its parameters. Samples don't mix
-    in evaluation mode, so the norm of ``dY(i) / dY(i-1)`` over a batch is that of the worst sample.
+    in evaluation mode, so the norm of ``dY(i) / dY(i-1)`` over a batch is the worst sample's norm.
 
     The Lipschitz bound sums, over layers, the exact change of the layer's output at the unpruned network's activations,
     times the Lipschitz constants, with pruned weights, of everything after it.
@@ -264,7 +264,7 @@ def _local(
         step = norm(_tangent(forward, at, changed)) if changed else 0.0
         found.append((change, jacobian, step))
     for segment, value in list(zip(segments, values, strict=False))[1:]:
-        # samples don't mix in evaluation mode: the norm over a batch is that of the worst sample
+        # samples don't mix in evaluation mode: the norm over a batch is the worst sample's norm
         forwards.append(jacobian_norm(partial(segment, {}), value, per_sample=True, iterations=iterations))
     # forwards starts with the second segment: from index on it holds the segments after a segment
     return [

@@ -103,7 +103,11 @@ def study_dropout(
     """
     found = {}
     for name, build in models.items():
-        model = _with_cached_start(build())
+        model: nn.Module = detached_copy(build())
+        # a first submodule without dropout runs once for all rates
+        first_name, first = next(iter(model.named_children()), ("", model))
+        if first_name and not any(isinstance(module, nn.Dropout) for module in first.modules()):
+            setattr(model, first_name, _Cached(first))
         found[name] = {rate: quality_of(evaluate, _put_dropout(copy.deepcopy(model), rate, seed)) for rate in rates}
     return found
 
@@ -127,12 +131,3 @@ class _Cached(nn.Module):
         computed: Tensor = self.module(values)
         self._outputs.append((values, computed))
         return computed
-
-
-def _with_cached_start(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose first submodule, if it has no dropout, runs once for all rates."""
-    copied: nn.Module = detached_copy(model)
-    name, first = next(iter(copied.named_children()), ("", copied))
-    if name and not any(isinstance(module, nn.Dropout) for module in first.modules()):
-        setattr(copied, name, _Cached(first))
-    return copied

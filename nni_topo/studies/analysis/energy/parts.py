@@ -134,7 +134,7 @@ def replacement_part(subject: Subject) -> Record:
         subject.start.example,
         subject.evaluate,
         threshold=threshold,
-        fitness=partial(_subset_quality, subject),
+        fitness=partial(quality_on, images=subset(subject.start.data.train, slice(_SUBSET))),
         repair=lambda net: recalibrate_batch_norm(net, images),
         seed=subject.start.seed,
         **subject.knobs,
@@ -205,7 +205,3 @@ def _dropout_pictures(
 
 def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Module:
     return masked_model(subject.start.net, subject.start.example, masks_of(row.layers, subject.study.masks[threshold]))
-
-
-def _subset_quality(subject: Subject, net: nn.Module) -> Quality:
-    return quality_on(net, subset(subject.start.data.train, slice(_SUBSET)))

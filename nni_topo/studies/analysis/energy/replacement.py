@@ -40,7 +40,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class FilterEvolution:
-    """Settings of the evolution; ``mutation``: standard deviation, relative to that of the layer's weights."""
+    """Settings of the evolution; ``mutation``: standard deviation, relative to the layer's weights' own."""
 
     population_size: int = 12
     generations: int = 8
@@ -112,7 +112,7 @@ def study_replacement(
     pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
     _, masks = pruner.compress()
     weak = ~masks[layer]["weight"].flatten(1).any(1)
-    module = model.get_submodule(layer)
+    module: Any = model.get_submodule(layer)
     if not bool(weak.any()) or getattr(module, "groups", 1) != 1:
         raise ConfigError(f"a layer without groups must have filters to replace, got {int(weak.sum())} ({layer})")
     replacer = _Replacer(model, layer, weak, torch.Generator().manual_seed(seed))
@@ -123,15 +123,18 @@ def study_replacement(
             changed = replacer.evolved(fitness or evaluate, evolution or FilterEvolution())
         else:
             changed = masked_model(model, example_inputs, masks) if kind == "removed" else replacer.simple(kind)
-        repaired = None if repair is None else quality_of(evaluate, _repaired(repair, changed))
-        traits = _traits(module, changed.get_submodule(layer), weak, plane)
-        found[kind] = Replacement(quality_of(evaluate, changed), repaired, *traits)
-    return found
-
-
-def _repaired(repair: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
-    found = repair(model)
-    MODEL.check("what repair returns", found, "repair")
+        repaired = None
+        if repair is not None:
+            after_repair = repair(changed)
+            MODEL.check("what repair returns", after_repair, "repair")
+            repaired = quality_of(evaluate, after_repair)
+        replaced: Any = changed.get_submodule(layer)
+        bias = None if replaced.bias is None else replaced.bias.detach().double()
+        energy, _ = chirp_response_energy(replaced, weight_used(replaced).detach().double(), bias, plane)
+        share = float(energy[weak].sum() / energy.sum())
+        old, new = (each.weight.detach()[weak].flatten(1).double() for each in (module, replaced))
+        similarity = float(torch.cosine_similarity(old, new, dim=1).abs().mean())
+        found[kind] = Replacement(quality_of(evaluate, changed), repaired, share, similarity)
     return found
 
 
@@ -188,12 +191,3 @@ class _Replacer:
             if module.bias is not None:
                 module.bias[self.weak] = 0.0 if donors is None else module.bias[donors]
         return changed
-
-
-def _traits(before: Any, after: Any, weak: Tensor, plane: Tensor) -> tuple[float, float]:
-    """Return the energy share of the weak filters, and their mean similarity to the original ones."""
-    bias = None if after.bias is None else after.bias.detach().double()
-    energy, _ = chirp_response_energy(after, weight_used(after).detach().double(), bias, plane)
-    old, new = (module.weight.detach()[weak].flatten(1).double() for module in (before, after))
-    similarity = torch.cosine_similarity(old, new, dim=1).abs().mean()
-    return float(energy[weak].sum() / energy.sum()), float(similarity)

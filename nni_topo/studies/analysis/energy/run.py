@@ -19,7 +19,6 @@ from nni_topo.maths.signals import Chirp
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.pruners.hooks import Masks
 from nni_topo.runs.provenance import Record
-from nni_topo.runs.run import Start
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.dropout import with_dropout
 from nni_topo.studies.analysis.energy.parts import PARTS, Subject
@@ -100,7 +99,19 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
         thresholds = study.suggestion(self.max_drop)
         report = EnergyReport(study, {"model": self.model_choice.label, "data": self.data, "seed": self.seed})
         if thresholds:
-            report.more["suggested"] = _suggested(study, thresholds, start)
+            # all layers at once, measured on the test images
+            masks: Masks = {}
+            for name, threshold in thresholds.items():
+                masks |= masks_of([name], study.masks[threshold])
+            dense = to_dense(net, example, masks)
+            report.more["suggested"] = plain(
+                {
+                    "thresholds": thresholds,
+                    "macs": zoo.count_macs(dense, example[:1]) / zoo.count_macs(net, example[:1]),
+                    "quality": quality_on(dense, start.data.test),
+                    "quality_before": quality_on(net, start.data.test),
+                }
+            )
         subject = Subject(start, study, evaluate, given, self.layer)
         for part in self.parts:
             report.save(self.out)
@@ -137,34 +148,22 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
         content: dict[str, Any] = {"pruner": "energy", "config_list": entries}
         content |= {"knobs": knobs} if knobs else {}
         content |= {"calibration": self.calibration} if self.calibration else {}
-        before, accuracy = (100.0 * found[key]["accuracy"] for key in ("quality_before", "quality"))
-        comment = (
-            f"# {record['model']} on {record['data']}: per layer the highest energy threshold that, alone, costs at "
-            f"most {100.0 * self.max_drop:g} points\n# on validation images. All at once, without fine-tuning, on test "
-            f"images: {accuracy:.1f} % ({before:.1f} % before) at {100.0 * found['macs']:.1f} % of the MACs.\n"
-            f"#   {self._prune_command()} --config suggested.yaml --out DIR\n\n"
-        )
-        return comment + yaml.safe_dump(content, sort_keys=False)
-
-    def _prune_command(self) -> str:
-        """Return the command that prunes the same network, without ``--config`` and ``--out``."""
+        # the command prunes the same network
         values: dict[str, Any] = {
             "model": self.model,
             "data": self.data,
             "data-dir": self.data_dir,
             "checkpoint": self.checkpoint,
+            "width": None if self.width == 1.0 else f"{self.width:g}",
+            "limit": self.limit,
         }
-        values |= {"width": None if self.width == 1.0 else f"{self.width:g}", "limit": self.limit}
         given = [word for knob, value in values.items() if value is not None for word in (f"--{knob}", str(value))]
-        return shlex.join(["nni-topo", "prune", *given])
-
-
-def _suggested(study: EnergyStudy, thresholds: dict[str, float], start: Start) -> Record:
-    """Prune all layers at the suggested thresholds at once and measure on the test images."""
-    masks: Masks = {}
-    for name, threshold in thresholds.items():
-        masks |= masks_of([name], study.masks[threshold])
-    dense = to_dense(start.net, start.example, masks)
-    macs = [zoo.count_macs(net, start.example[:1]) for net in (dense, start.net)]
-    after, before = (quality_on(net, start.data.test) for net in (dense, start.net))
-    return plain({"thresholds": thresholds, "macs": macs[0] / macs[1], "quality": after, "quality_before": before})  # type: ignore[no-any-return]
+        command = shlex.join(["nni-topo", "prune", *given])
+        before, accuracy = (100.0 * found[key]["accuracy"] for key in ("quality_before", "quality"))
+        comment = (
+            f"# {record['model']} on {record['data']}: per layer the highest energy threshold that, alone, costs at "
+            f"most {100.0 * self.max_drop:g} points\n# on validation images. All at once, without fine-tuning, on test "
+            f"images: {accuracy:.1f} % ({before:.1f} % before) at {100.0 * found['macs']:.1f} % of the MACs.\n"
+            f"#   {command} --config suggested.yaml --out DIR\n\n"
+        )
+        return comment + yaml.safe_dump(content, sort_keys=False)

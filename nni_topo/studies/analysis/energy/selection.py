@@ -215,7 +215,7 @@ def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Ten
     with watched(leaving=[(place, watch)]), torch.enable_grad():
         for index, (images, labels) in enumerate(batches):
             outputs.clear()
-            # a sum: the gradient of an image is then that of its own loss
+            # a sum: each image's gradient is then the gradient of its own loss
             with fitting(index, "batches"):
                 loss = cross_entropy(model(images), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, outputs[-1])

@@ -5,7 +5,7 @@ Source: Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -25,7 +25,7 @@ from nni_topo.network.speedup.dense import dense_of
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
-from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
+from nni_topo.pruners.hooks import Masks, unit_scores
 from nni_topo.studies.study import Findings
 from nni_topo.zoo.labelled import LabelledImages
 
@@ -191,18 +191,15 @@ class EnergyStudy(Findings):
             raise ConfigError(f"max_drop must be at least 0, got {max_drop} (suggestion)")
         found = {}
         for layer in self.layers:
-            best = self._highest_within(layer, max_drop)
+            best = None
+            for threshold in self.thresholds:
+                if self.lost(layer, threshold) > max_drop:
+                    break
+                if layer.removed[threshold]:
+                    best = threshold
             if best is not None:
                 found.update(dict.fromkeys(layer.layers, best))
         return found
-
-    def _highest_within(self, layer: LayerEnergy, max_drop: float) -> float | None:
-        best = None
-        for threshold in self.thresholds:
-            if self.lost(layer, threshold) > max_drop:
-                break
-            best = threshold if layer.removed[threshold] else best
-        return best
 
 
 def check_thresholds(thresholds: tuple[float, ...]) -> None:
@@ -262,7 +259,13 @@ def study_energy(
     config_list = dependency_groups(model, example_inputs, [entry])
     pruner = EnergyFilterPruner(detached_copy(model), config_list, example_inputs=example_inputs, **knobs)
     metrics = pruner._calculate_metrics(pruner._collect_data())
-    masks = dict(_masks_by_threshold(pruner, metrics, thresholds))
+    every_space = [space for spaces in pruner._target_spaces.values() for space in spaces.values()]
+    masks: dict[float, Masks] = {}
+    for threshold in thresholds:
+        for space in every_space:
+            if space.sparse_threshold is not None:
+                space.sparse_threshold = float(threshold)
+        masks[threshold] = pruner._generate_sparsity(metrics)
     rows = [
         _layer(tuple(dict.fromkeys(m for m, _ in unit.members)), unit_scores(unit, metrics), model, masks)
         for unit in pruner.context.units
@@ -272,7 +275,16 @@ def study_energy(
         baseline = quality_of(evaluate, model)
         for row in rows:
             _evaluate_alone(row, model, example_inputs, masks, evaluate, baseline)
-    networks = _whole_networks(model, example_inputs, masks, rows, evaluate) if together else {}
+    networks: dict[float, WholeNetwork] = {}
+    if together:
+        analysis = Analysis.on(model, example_inputs)
+        cost = NetworkCost(analysis)
+        for threshold, selected in masks.items():
+            macs = cost({name: _kept(model, name, selected).numpy() for row in rows for name in row.layers}).macs
+            dense = dense_of(model, example_inputs, selected, facts=analysis.facts)
+            quality = None if evaluate is None else quality_of(evaluate, dense)
+            removed = sum(row.removed[threshold] for row in rows)
+            networks[threshold] = WholeNetwork(removed, macs / cost({}).macs, quality)
     return EnergyStudy(thresholds, baseline, rows, networks, masks)
 
 
@@ -284,17 +296,6 @@ def quality_on(net: nn.Module, images: LabelledImages) -> Quality:
 def masks_of(layers: Sequence[str], masks: Masks) -> Masks:
     """Return the masks of some layers only."""
     return {name: masks[name] for name in layers}
-
-
-def _masks_by_threshold(
-    pruner: EnergyFilterPruner, metrics: Metrics, thresholds: Sequence[float]
-) -> Iterator[tuple[float, Masks]]:
-    for threshold in thresholds:
-        for spaces in pruner._target_spaces.values():
-            for space in spaces.values():
-                if space.sparse_threshold is not None:
-                    space.sparse_threshold = float(threshold)
-        yield threshold, pruner._generate_sparsity(metrics)
 
 
 def _layer(layers: tuple[str, ...], scores: Tensor, model: nn.Module, masks: dict[float, Masks]) -> LayerEnergy:
@@ -320,21 +321,3 @@ def _evaluate_alone(
             net = masked_model(model, example_inputs, masks_of(row.layers, masks[threshold]))
             known[removed] = quality_of(evaluate, net)
         row.alone[threshold] = known[removed]
-
-
-def _whole_networks(
-    model: nn.Module,
-    example_inputs: Any,
-    masks: dict[float, Masks],
-    rows: list[LayerEnergy],
-    evaluate: EvaluateQuality | None,
-) -> dict[float, WholeNetwork]:
-    analysis = Analysis.on(model, example_inputs)
-    cost, found = NetworkCost(analysis), {}
-    for threshold, selected in masks.items():
-        macs = cost({name: _kept(model, name, selected).numpy() for row in rows for name in row.layers}).macs
-        dense = dense_of(model, example_inputs, selected, facts=analysis.facts)
-        quality = None if evaluate is None else quality_of(evaluate, dense)
-        removed = sum(row.removed[threshold] for row in rows)
-        found[threshold] = WholeNetwork(removed, macs / cost({}).macs, quality)
-    return found

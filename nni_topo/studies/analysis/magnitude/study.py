@@ -127,7 +127,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         }
         if row["way"] != "direct":
             request |= {"rounds": self.rounds, "epochs": self.epochs}
-        if _has_costs(row):
+        if row["part"] == "all" and row["way"] == "direct":  # these have parameters, bytes and times
             request |= {"batch": self.batch, "seconds": self.seconds}
         return request
 
@@ -165,28 +165,22 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
             config = dependency_groups(pruned, start.example, config)
         made = create_pruner(pruner, pruned, config, **pruner_knobs(pruner, pruned, start))
         if way != "direct":
-            return {
-                "accuracy": self._fine_tuned_accuracy(
-                    start, made, pruned, 1 if way == "direct, retrained" else self.rounds
-                )
-            }
+            rounds = 1 if way == "direct, retrained" else self.rounds
+            epochs = iter([self.epochs // rounds + (index < self.epochs % rounds) for index in range(rounds)])
+
+            def train() -> None:
+                recipe = start.recipe.for_retraining(next(epochs))
+                zoo.train(pruned, start.data, recipe, seed=start.seed, device=start.device)
+
+            prune_in_rounds(made, even_steps(rounds), train)
+            accuracy = start.tested(pruned)
+            made.unwrap_model()
+            return {"accuracy": accuracy}
         _, masks = made.compress()
         made.unwrap_model()
         masked = masked_model(pruned, start.example, masks)
         costs = self._costs(start, pruner, masked, masks) if part == "all" else {}
         return {"accuracy": start.tested(masked), **costs}
-
-    def _fine_tuned_accuracy(self, start: Start, pruner: Any, pruned: nn.Module, rounds: int) -> float:
-        epochs = iter([self.epochs // rounds + (index < self.epochs % rounds) for index in range(rounds)])
-
-        def train() -> None:
-            recipe = start.recipe.for_retraining(next(epochs))
-            zoo.train(pruned, start.data, recipe, seed=start.seed, device=start.device)
-
-        prune_in_rounds(pruner, even_steps(rounds), train)
-        accuracy = start.tested(pruned)
-        pruner.unwrap_model()
-        return accuracy
 
     def _costs(self, start: Start, pruner: str, masked: nn.Module, masks: Any) -> Record:
         """Return nonzero parameters, bytes, and times as shares of the unpruned network's.
@@ -209,11 +203,6 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
 
 def _place(row: Record) -> tuple[str, str, str, float]:
     return row["pruner"], row["part"], row["way"], row["ratio"]
-
-
-def _has_costs(row: Record) -> bool:
-    """Say whether a record has parameters, bytes and times: where all layers are pruned directly."""
-    return bool(row["part"] == "all" and row["way"] == "direct")
 
 
 def _layers(start: Start, pruner: str, part: str) -> list[str]:

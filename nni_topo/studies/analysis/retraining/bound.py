@@ -143,7 +143,13 @@ def retraining_bound(
             raise ConfigError(f"{name} must be positive and finite, got {value!r} (retraining_bound)")
     if kind not in ("node", "connection"):
         raise unknown_name("kind", str(kind), ("node", "connection"), "retraining_bound")
-    data = [_pair(number, batch) for number, batch in enumerate(Calibration.of(batches, "batches"))]
+    data: list[tuple[Any, Any]] = []
+    for number, batch in enumerate(Calibration.of(batches, "batches")):
+        is_sequence = isinstance(batch, (tuple, list))
+        if not is_sequence or len(batch) != 2:
+            got = f"{type(batch).__name__} of {len(batch)}" if is_sequence else type(batch).__name__
+            raise ConfigError(f"a batch must be a pair of inputs and targets, got a {got} (batch {number})")
+        data.append((batch[0], batch[1]))
     for model in (initial, trained, sparse):
         check_model(model)
     start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))
@@ -181,13 +187,6 @@ class _State:
     def without_zeros(self) -> _State:
         """Return the state with the gradients of pruned weights, which are zero, set to zero."""
         return replace(self, gradients={name: g * (self.weights[name] != 0) for name, g in self.gradients.items()})
-
-
-def _pair(number: int, batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        kind = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
-        raise ConfigError(f"a batch must be a pair of inputs and targets, got a {kind} (batch {number})")
-    return batch[0], batch[1]
 
 
 def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[tuple[Any, Any]]) -> _State:
