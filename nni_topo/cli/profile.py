@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.network.cost.measure import ModeCost, profile
@@ -39,7 +38,14 @@ class Profile(ModelVerb):
         torch.manual_seed(self.seed)
         model = create_model(self.model, width=self.width, **sizes).eval()
         images = torch.rand(self.batch_size, self.in_channels, self.image_size, self.image_size)
-        dense = nni_topo.load(self.dense, model) if self.dense else self._pruned(model, images)
+        if self.dense:
+            dense = nni_topo.load(self.dense, model)
+        else:
+            config = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": self.ratio}]
+            pruner = nni_topo.RandomPruner(model, nni_topo.dependency_groups(model, images, config), seed=self.seed)
+            _, masks = pruner.compress()
+            pruner.unwrap_model()
+            dense = nni_topo.to_dense(model, images, masks, round_to=self.round_to)
         place = resolve_device(self.device)
         nets = {"unpruned": model.to(place), "dense": dense.to(place)}
         rows = profile(nets, images.to(place), modes=self.modes, runs=self.runs, threads=self.threads, seed=self.seed)
@@ -49,13 +55,6 @@ class Profile(ModelVerb):
         failed = dict.fromkeys(f"{row.mode}: {row.failed}" for row in rows if row.failed)
         self.put_out(console, [asdict(row) for row in rows], [table, *failed])
         return 0
-
-    def _pruned(self, model: nn.Module, images: Tensor) -> nn.Module:
-        config = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": self.ratio}]
-        pruner = nni_topo.RandomPruner(model, nni_topo.dependency_groups(model, images, config), seed=self.seed)
-        _, masks = pruner.compress()
-        pruner.unwrap_model()
-        return nni_topo.to_dense(model, images, masks, round_to=self.round_to)
 
 
 def _row(row: ModeCost) -> tuple[str, ...]:

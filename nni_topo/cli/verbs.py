@@ -212,7 +212,12 @@ class Shrink(TrainedVerb):
         with empty_folder(self.out):
             budget = self._budget()
             self._check(budget)
-            start = self.start(self.test_limit, accept=self._accept)
+            layers = [*self.caps, *self.floors] or None
+            start = self.start(
+                self.test_limit,
+                # called before the network is trained
+                accept=lambda untrained: check_layers(untrained.net, layers, "nni-topo shrink"),
+            )
             if self.shares:
                 return self._several(start, console)
             dense = shrink(
@@ -275,10 +280,6 @@ class Shrink(TrainedVerb):
         check_choices(cost, self.pruner, None, None, self.method, True, None, None, place)
         if self.shares or self.tolerance is not None or self.depth:
             check_has_size(self.pruner, "--shares, --tolerance and --depth need")
-
-    def _accept(self, untrained: Start) -> None:
-        """Check the names of layers before the network is trained."""
-        check_layers(untrained.net, [*self.caps, *self.floors] or None, "nni-topo shrink")
 
     def _steps(self, start: Start) -> dict[str, Any]:
         """Return what both `shrink` and `frontier` are told of the steps."""

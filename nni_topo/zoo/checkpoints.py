@@ -49,8 +49,8 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
     ----------
     path : str or Path
         A file of :func:`save_checkpoint`, or one of ``torch.save`` that holds a state dict, bare or under the
-        key ``state_dict`` or ``model``. Its names may begin with ``module.`` or ``_orig_mod.``, as those of models
-        that are spread over devices or compiled do.
+        key ``state_dict`` or ``model``. Its names may begin with ``module.`` or ``_orig_mod.``, as the names of
+        models do that are spread over devices or compiled.
     model : nn.Module
         Gets the weights, on the device it is on; unchanged if an error is raised.
 
@@ -67,7 +67,16 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
     """
     path = path_of(path)
     content = _content(path)
-    state = _without_prefixes(_state_dict(content, path), model)
+    named = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+    state = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+    if not state:
+        found = ", ".join(str(key) for key in list(named)[:_SHOWN]) or "nothing"
+        raise DataError(f"a checkpoint must hold a state dict, got {found} ({path})")
+    # Wrappers' names are taken off the names of all tensors, unless the model has a part that is called so. Each prefix
+    # is tried twice, because wrappers may be within one another.
+    for prefix in ("_orig_mod.", "module.", "_orig_mod.", "module."):
+        if all(key.startswith(prefix) for key in state) and not hasattr(model, prefix[:-1]):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     _check_fit(state, model, path)
     model.load_state_dict(state)
     meta = content.get("meta", {}) if content.get("format") == _FORMAT else {}
@@ -80,23 +89,6 @@ def _content(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"a checkpoint must hold a dict, got {type(content).__name__} ({path})")
     return content
-
-
-def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    content = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        found = ", ".join(str(key) for key in list(content)[:_SHOWN]) or "nothing"
-        raise DataError(f"a checkpoint must hold a state dict, got {found} ({path})")
-    return tensors
-
-
-def _without_prefixes(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Take the names of wrappers off the names of all tensors, unless the model has a part that is called so."""
-    for prefix in (each for _ in range(2) for each in ("_orig_mod.", "module.")):  # they may be within one another
-        if all(key.startswith(prefix) for key in state) and not hasattr(model, prefix[:-1]):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
 
 
 def _check_fit(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:

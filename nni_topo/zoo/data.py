@@ -268,7 +268,13 @@ def load_data(
     >>> data.train.tensors[0].shape, len(data.test), data.num_classes
     (torch.Size([100, 1, 8, 8]), 355, 10)
     """
-    _check_arguments(limit, validation, pad_to, image_size, workers)
+    for knob, value in (("limit", limit), ("pad_to", pad_to), ("image_size", image_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{knob} must be at least 1, got {value} (load_data)")
+    if workers is not None and workers < 0:
+        raise ConfigError(f"workers must be at least 0, got {workers} (load_data)")
+    if not 0.0 <= validation < 1.0:
+        raise ConfigError(f"validation must be in [0, 1), got {validation} (load_data)")
     info = _data_info(name, "zoo.load_data")
     if info.needs_folder:
         if data_dir is None:
@@ -288,7 +294,10 @@ def load_data(
     held_out = stratified_fraction(raw.train_labels, validation, generator)
     kept = np.flatnonzero(~held_out)
     if limit is not None:
-        kept = kept[_balanced(raw.train_labels[kept], limit, generator)]
+        # class by class in turn; small classes run out first
+        labels = raw.train_labels[kept]
+        order = np.lexsort((labels, class_rank(labels, generator)))
+        kept = kept[np.sort(order[:limit])]
     mean, std = _statistics(raw.train_images)
 
     def dataset(images: Array, labels: Array) -> TensorDataset:
@@ -350,18 +359,6 @@ def _text(raw: RawData, name: str, limit: int | None, validation: float, generat
     )
 
 
-def _check_arguments(
-    limit: int | None, validation: float, pad_to: int | None, image_size: int | None, workers: int | None
-) -> None:
-    for knob, value in (("limit", limit), ("pad_to", pad_to), ("image_size", image_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{knob} must be at least 1, got {value} (load_data)")
-    if workers is not None and workers < 0:
-        raise ConfigError(f"workers must be at least 0, got {workers} (load_data)")
-    if not 0.0 <= validation < 1.0:
-        raise ConfigError(f"validation must be in [0, 1), got {validation} (load_data)")
-
-
 def _check_raw(raw: RawData, name: str) -> None:
     """Check that images and labels go together, whatever they were read from."""
     for part, images, labels in (
@@ -380,12 +377,6 @@ def _check_raw(raw: RawData, name: str) -> None:
         raise DataError(f"training and test images must share a shape, got {train_shape} and {test_shape} ({name})")
     if train_shape[1] != train_shape[2]:
         raise DataError(f"images must be squares, got {train_shape[1]}x{train_shape[2]} ({name})")
-
-
-def _balanced(labels: Array, limit: int, generator: np.random.Generator) -> Array:
-    """Positions of ``limit`` images, class by class in turn; small classes run out first."""
-    order = np.lexsort((labels, class_rank(labels, generator)))
-    return np.sort(order[:limit])
 
 
 def _statistics(images: Array) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,15 @@ def build_torchvision(name: str, num_classes: int, in_channels: int, image_size:
         arguments["image_size"] = image_size
     model: nn.Module = models.get_model(short, weights=None, num_classes=num_classes, **arguments)
     if in_channels != 3:
-        _replace_first_conv(model, in_channels, name)
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+        first = next((layer for layer in layers if layer.in_channels == 3 and layer.groups == 1), None)
+        if first is None:
+            raise ConfigError(
+                f"in_channels must be 3 where no first convolution can be replaced, got {in_channels} ({name})"
+            )
+        first.in_channels = in_channels
+        first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, in_channels, *first.kernel_size))
+        first.reset_parameters()
     return model
 
 
@@ -85,16 +93,6 @@ def accepted(function: Callable[..., object], arguments: dict[str, Any]) -> dict
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {key: value for key, value in arguments.items() if takes_all or key in parameters}
-
-
-def _replace_first_conv(model: nn.Module, in_channels: int, name: str) -> None:
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.groups == 1:
-            layer.in_channels = in_channels
-            layer.weight = nn.Parameter(layer.weight.new_empty(layer.out_channels, in_channels, *layer.kernel_size))
-            layer.reset_parameters()
-            return
-    raise ConfigError(f"in_channels must be 3 where no first convolution can be replaced, got {in_channels} ({name})")
 
 
 def import_factory(name: str) -> Callable[..., nn.Module]:

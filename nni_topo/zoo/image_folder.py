@@ -71,7 +71,22 @@ def list_image_folder(
         first = [str(Path(folder, os.fsdecode(whole.files[row]))) for row in _first_of_classes(whole)]
         apart = stratified_fraction(whole.labels, 0.2, np.random.default_rng(_SPLIT_SEED))
         train, test = (_Listed(whole.files[rows], whole.labels[rows], whole.class_names) for rows in (~apart, apart))
-    layout = _layout(first, image_size, pad_to, preprocessing or Preprocessing())
+    modes, sizes = [], []
+    for path in first:
+        with _opened(path) as image:
+            modes.append(image.mode)
+            sizes.append(image.size)
+    side = image_size
+    if side is None:
+        for path, size in zip(first, sizes, strict=True):
+            if size != sizes[0]:
+                raise _other_size(sizes[0], size, path)
+        width, side = sizes[0]
+        if width != side:
+            raise DataError(f"images must be squares unless image_size is given, got {side}x{width} ({first[0]})")
+    is_grey = all(mode in _GREY for mode in modes)
+    padded = max(side, pad_to or 0)
+    layout = Layout(is_grey, side, image_size is not None, padded, preprocessing or Preprocessing())
     # In rounds, so that the first images of a test set, however few, are of many classes.
     order = in_rounds(test.labels, np.random.default_rng(_SPLIT_SEED))
     return ListedFolder(
@@ -92,7 +107,7 @@ def _listed(folder: Path) -> _Listed:
         ) from error
     if not names:
         raise DataError(f"an image folder must hold one folder per class, got none ({folder})")
-    # class by class, for a list of all paths takes ten times the memory of the arrays
+    # class by class, because a list of all paths takes ten times the memory of the arrays
     files = [np.array([os.fsencode(path) for path in _images_of_class(folder, name)]) for name in names]
     labels = np.repeat(np.arange(len(names)), [len(each) for each in files])
     return _Listed(np.concatenate(files), labels, tuple(names))
@@ -162,25 +177,6 @@ def _check_sorted(folder: Path) -> None:
 def _first_of_classes(listed: _Listed) -> list[int]:
     rows: list[int] = np.unique(listed.labels, return_index=True)[1].tolist()
     return rows
-
-
-def _layout(first: list[str], image_size: int | None, pad_to: int | None, preprocessing: Preprocessing) -> Layout:
-    """Return what all images have in common, by the headers of one file of every class."""
-    modes, sizes = [], []
-    for path in first:
-        with _opened(path) as image:
-            modes.append(image.mode)
-            sizes.append(image.size)
-    side = image_size
-    if side is None:
-        for path, size in zip(first, sizes, strict=True):
-            if size != sizes[0]:
-                raise _other_size(sizes[0], size, path)
-        width, side = sizes[0]
-        if width != side:
-            raise DataError(f"images must be squares unless image_size is given, got {side}x{width} ({first[0]})")
-    grey = all(mode in _GREY for mode in modes)
-    return Layout(grey, side, image_size is not None, max(side, pad_to or 0), preprocessing)
 
 
 def read_image(path: str, layout: Layout) -> Tensor:

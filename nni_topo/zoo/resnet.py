@@ -20,7 +20,7 @@ from nni_topo.zoo.vgg import scaled
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm, added to a shortcut; the stride is that of the first and the shortcut."""
+    """Two 3x3 convolutions with batch norm, added to a shortcut; the first one and the shortcut have the stride."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -57,8 +57,10 @@ class SmallImageResNet(nn.Module):
         self.relu1 = nn.ReLU()
         self.stages = [f"stage{index}" for index in range(1, len(widths) + 1)]
         for index, name in enumerate(self.stages):
-            stage = _stage(widths[max(index - 1, 0)], widths[index], blocks, stride=2 if index else 1)
-            self.add_module(name, stage)
+            # The first block of a stage changes channels and resolution.
+            first = BasicBlock(widths[max(index - 1, 0)], widths[index], stride=2 if index else 1)
+            others = [BasicBlock(widths[index], widths[index], stride=1) for _ in range(blocks - 1)]
+            self.add_module(name, nn.Sequential(first, *others))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], num_classes)
 
@@ -84,9 +86,3 @@ def resnet56(num_classes: int, in_channels: int, width: float) -> nn.Module:
 def resnet18(num_classes: int, in_channels: int, width: float) -> nn.Module:
     """Build the 18-layer ResNet with its first convolution and without its pooling for small images."""
     return SmallImageResNet(2, num_classes, in_channels, width, (64, 128, 256, 512))
-
-
-def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
-    """Chain basic blocks, the first of which changes channels and resolution."""
-    first = BasicBlock(inputs, outputs, stride)
-    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))

@@ -102,7 +102,8 @@ def read_npz(path: Path) -> RawData:
     """Read an ``.npz`` file with ``x_train, y_train, x_test, y_test``; DataError if it is anything else."""
     # Images [n, h, w], [n, c, h, w] or [n, h, w, c] with 1 or 3 channels, uint8 or floats; labels [n] or [n, 1],
     # integers from 0. Without `class_names` the classes are as many as the largest training label says.
-    arrays = _npz_arrays(path)
+    with reading(path, "an .npz data set", "of plain arrays"), np.load(path, allow_pickle=False) as archive:
+        arrays: dict[str, Array] = {key: archive[key] for key in archive.files}
     missing = [key for key in _NPZ_KEYS if key not in arrays]
     if missing:
         found = ", ".join(sorted(arrays)) or "no arrays"
@@ -141,11 +142,6 @@ def class_rank(labels: Array, generator: np.random.Generator) -> npt.NDArray[np.
 def in_rounds(labels: Array, generator: np.random.Generator) -> npt.NDArray[np.int64]:
     """Return an order in which every round holds one image of each class that has any left, in random order."""
     return np.lexsort((generator.random(len(labels)), class_rank(labels, generator)))
-
-
-def _npz_arrays(path: Path) -> dict[str, Array]:
-    with reading(path, "an .npz data set", "of plain arrays"), np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
 
 
 def _npz_labels(labels: Array, place: str) -> Array:

@@ -138,7 +138,7 @@ def train(
         on from it, to the same result on one machine; epochs that it holds aren't called back again.
     until : float or None, default=None
         Validation accuracy in (0, 1] that ends the training, after the first epoch that reaches it. The learning rate
-        is that of the recipe with all its epochs. None: all epochs.
+        follows the recipe with all its epochs. None: all epochs.
 
     Returns
     -------
@@ -149,7 +149,7 @@ def train(
     DataError
         If the model doesn't fit the data, or ``state`` isn't a state of the model.
     ConfigError
-        If the loss stops being finite, ``state`` is that of a training with another recipe or seed, or ``until`` is
+        If the loss stops being finite, ``state`` belongs to a training with another recipe or seed, or ``until`` is
         given without validation images.
     """
     if until is not None and not len(data.validation):
@@ -168,7 +168,8 @@ def train(
         logs = [] if path is None else trainer.resume(path)
         shown.update(len(logs))
         for epoch in range(len(logs) + 1, recipe.epochs + 1):
-            if logs and _reaches(logs[-1], until):
+            reached = logs[-1].validation_accuracy if logs else None
+            if until is not None and reached is not None and reached >= until:
                 break
             log = trainer.run_epoch(epoch)
             logs.append(log)
@@ -179,10 +180,6 @@ def train(
             if callback is not None:
                 callback(log)
     return TrainingLog(tuple(logs), recipe, seed)
-
-
-def _reaches(log: EpochLog, until: float | None) -> bool:
-    return until is not None and log.validation_accuracy is not None and log.validation_accuracy >= until
 
 
 class _Trainer:
