@@ -157,7 +157,10 @@ class Chirp:
         if self.direction != "mean":
             return chirp(sizes, sweep=self.sweep, direction=self.direction)[None]
         along = chirp(sizes, sweep=self.sweep, direction="diagonal")
-        found = [_mirrored(along, signs) for signs in itertools.product((False, True), repeat=len(sizes))]
+        found = []
+        for signs in itertools.product((False, True), repeat=len(sizes)):
+            mirrored = tuple(axis for axis, sign in enumerate(signs) if sign)
+            found.append(np.flip(along, mirrored))
         for axis, size in enumerate(sizes if len(sizes) > 1 else ()):
             line = chirp((size,), sweep=self.sweep, direction="diagonal")
             varying = [1] * len(sizes)
@@ -242,10 +245,6 @@ def _from_centre(shape: tuple[int, ...]) -> FloatArray:
     axes = np.meshgrid(*(np.arange(size) - (size - 1) / 2.0 for size in shape), indexing="ij")
     distance: FloatArray = np.sqrt(np.sum(np.square(axes), axis=0))
     return distance
-
-
-def _mirrored(plane: FloatArray, signs: Sequence[bool]) -> FloatArray:
-    return np.flip(plane, tuple(axis for axis, sign in enumerate(signs) if sign))
 
 
 _POSITIONS: dict[str, Callable[[tuple[int, ...]], FloatArray]] = {"diagonal": _along_diagonal, "radial": _from_centre}

@@ -244,7 +244,14 @@ def hoh_threshold(
         raise DataError("a threshold needs at least one value of each of at least one cluster, got none (HoH)")
     if not all(np.isfinite(v).all() for v in values):
         raise DataError("covariances must be finite, got NaN or infinity (HoH)")
-    edges = np.array([_energy_edge(np.asarray(v, dtype=np.float64), energy, bins) for v in values])
+    edges = np.empty(len(values))
+    for place, given in enumerate(values):
+        inner = np.asarray(given, dtype=np.float64)
+        edges[place] = inner.max()
+        if _spreads(inner.min(), inner.max()):
+            counts, borders = _histogram(inner, bins)
+            reached = np.cumsum(counts) >= energy * len(inner)
+            edges[place] = borders[1 + int(reached.argmax())]
     low, high = edges.min(), edges.max()
     if not _spreads(low, high):
         return float(high)
@@ -325,9 +332,13 @@ def grow(
         varies = growing.clusters[largest].variance
         if growing.leaves >= at_least and (varies <= threshold or within(varies, threshold)):
             break
-        halves = _halves(points, np.array(growing.clusters[largest].members), seed, growth.n_init)
-        if halves is not None:
-            growing.split(largest, halves)
+        members = np.array(growing.clusters[largest].members)
+        cloud = points[members]
+        if len(members) == 1 or np.abs(cloud - cloud[0]).max() <= _SAME * np.abs(cloud).max():
+            continue  # all points are alike
+        halves = partition(cloud, 2, seed=seed, n_init=growth.n_init)
+        if halves.any():
+            growing.split(largest, (members[halves == 0], members[halves == 1]))
     return SplitTree(tuple(growing.clusters), threshold)
 
 
@@ -361,23 +372,6 @@ class _Growing:
         number = found[first_largest([self.clusters[number].variance for number in found])]
         self._waiting.remove(number)
         return number
-
-
-def _halves(points: FloatArray, members: IntArray, seed: int, n_init: int) -> tuple[IntArray, IntArray] | None:
-    """Split a cluster by 2-means; None if its points are all alike."""
-    cloud = points[members]
-    if len(members) == 1 or np.abs(cloud - cloud[0]).max() <= _SAME * np.abs(cloud).max():
-        return None
-    labels = partition(cloud, 2, seed=seed, n_init=n_init)
-    return (members[labels == 0], members[labels == 1]) if labels.any() else None
-
-
-def _energy_edge(values: FloatArray, energy: float, bins: int | Literal["scott"]) -> float:
-    if not _spreads(values.min(), values.max()):
-        return float(values.max())
-    counts, borders = _histogram(values, bins)
-    reached = np.cumsum(counts) >= energy * len(values)
-    return float(borders[1 + int(reached.argmax())])
 
 
 def _histogram(values: FloatArray, bins: int | Literal["scott"]) -> tuple[IntArray, FloatArray]:

@@ -83,7 +83,16 @@ class NormalEquations:
         for name, values in moments.items():
             self._accumulate(name, values.sum(1))
         if isinstance(inputs, Patches):
-            self._add_patches(inputs, residuals)
+            # Of patches no row is kept.
+            rows = self._joined() if self._rows else None
+            self._rows = None
+            if rows is not None:
+                self._multiply(*rows)
+            self._accumulate("x", inputs.total())
+            self._accumulate("xy", inputs.cross(residuals))
+            if not self._known:
+                self._shifted = self._shifted or PatchProducts()
+                self._shifted.add(inputs)
             return
         inputs = inputs.double()
         self._accumulate("x", inputs.sum(1))
@@ -315,18 +324,6 @@ class NormalEquations:
         if not self._known:
             self._accumulate("xx", symmetric(inputs))
         self._accumulate("xy", inputs.mT @ residuals)
-
-    def _add_patches(self, inputs: Patches, residuals: Tensor) -> None:
-        """Add patches, of which no row is kept."""
-        rows = self._joined() if self._rows else None
-        self._rows = None
-        if rows is not None:
-            self._multiply(*rows)
-        self._accumulate("x", inputs.total())
-        self._accumulate("xy", inputs.cross(residuals))
-        if not self._known:
-            self._shifted = self._shifted or PatchProducts()
-            self._shifted.add(inputs)
 
     def _settle(self) -> None:
         """Take products of patches into the sums."""

@@ -39,7 +39,13 @@ class DeviceReader(ABC):
     def choose(self, channel: int) -> None:
         """Take a channel, and what it explains off the others."""
         mine = slice(channel * self._block, (channel + 1) * self._block)
-        inverse = self._inverse_factor(self._own[channel])
+        # the inverse of the Cholesky factor of the channel's own products
+        own = self._own[channel]
+        if self._block == 1:
+            inverse = own.rsqrt()
+        else:
+            factor = torch.linalg.cholesky_ex(own).L
+            inverse = torch.linalg.solve_triangular(factor, torch.eye(self._block).to(own), upper=False)
         target = inverse @ self._cross[mine]
         new = self._shared(mine, inverse)
         self._left[channel] = 0.0
@@ -48,14 +54,6 @@ class DeviceReader(ABC):
         # A chosen channel's own block stays as it is, so that it has an inverse.
         self._own.baddbmm_(blocks, blocks.mT, alpha=-1.0)
         self._cross.addmm_(new, target, alpha=-1.0)
-
-    def _inverse_factor(self, own: Tensor) -> Tensor:
-        """Return the inverse of the Cholesky factor of a channel's own products."""
-        if self._block == 1:
-            return own.rsqrt()
-        factor = torch.linalg.cholesky_ex(own).L
-        found: Tensor = torch.linalg.solve_triangular(factor, torch.eye(self._block).to(own), upper=False)
-        return found
 
     @abstractmethod
     def _shared(self, mine: slice, inverse: Tensor) -> Tensor:

@@ -73,11 +73,8 @@ def random_subset(alive: BoolArray, kept: int, count: int, rng: np.random.Genera
     found = np.zeros(0, dtype=np.int64)
     while len(found) < count:
         draws = rng.integers(len(alive), size=16 + (count - len(found)) * len(alive) // kept)
-        found = _distinct(np.concatenate((found, draws[alive[draws]])))
+        found = np.concatenate((found, draws[alive[draws]]))
+        found.sort()
+        # NumPy's own ``unique``, which hashes, takes several times as long.
+        found = found[np.diff(found, prepend=-1) > 0]
     return rng.permutation(found)[:count] if len(found) > count else found
-
-
-def _distinct(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the different values in rising order; NumPy's hash-based ``unique`` takes several times as long."""
-    values.sort()
-    return values[np.diff(values, prepend=-1) > 0]

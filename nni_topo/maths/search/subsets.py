@@ -86,7 +86,7 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         self.tournament_size = max(2, self.population_size // 10)
         self.trace: list[Generation] = []  # best and mean fitness per generation
         self.is_flat = True  # whether the individuals of each generation so far were equally fit
-        self.starts_flat = False  # whether those of the first one were
+        self.starts_flat = False  # whether the individuals of the first generation were
         self._size = size
         self._initial = initial
         # Fitnesses that are equal to 1e-6 count as equal, so that rounding decides no tournament.
@@ -95,7 +95,11 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
 
     def create_initial_population(self) -> None:
         """Fill the first generation with the initial individuals and random subsets."""
-        genes = _subsets(self._rng.random((self.population_size, self._size)), self.keep)
+        # each row keeps the entries with its smallest keys
+        keys = self._rng.random((self.population_size, self._size))
+        chosen = np.argpartition(keys, self.keep - 1, axis=1)[:, : self.keep]
+        genes = np.zeros(keys.shape, dtype=np.bool_)
+        np.put_along_axis(genes, chosen, True, axis=1)
         if self._initial is not None:
             genes[: len(self._initial)] = self._initial[: self.population_size]
         self.current_generation = [_newborn(row) for row in genes]
@@ -166,11 +170,3 @@ def _newborn(genes: BoolArray) -> Chromosome:
     member = Chromosome(genes)
     member.fitness = None
     return member
-
-
-def _subsets(keys: FloatArray, keep: int) -> BoolArray:
-    """Mark the ``keep`` smallest keys of each row."""
-    chosen = np.argpartition(keys, keep - 1, axis=1)[:, :keep]
-    genes = np.zeros(keys.shape, dtype=np.bool_)
-    np.put_along_axis(genes, chosen, True, axis=1)
-    return genes

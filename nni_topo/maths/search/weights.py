@@ -121,7 +121,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
     """Maximise ``alpha * (accuracy - accuracy of the whole) + beta * share of removed weights``."""
 
     # `accuracies` maps an iterator of boolean individuals (genes,) to their accuracies (individuals,), in [0, 1]; the
-    # genes are those of the layers in a row.
+    # genes are the layers' genes in a row.
 
     def __init__(
         self,
@@ -208,7 +208,10 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         parent = self.current_generation[place]
         alive, floors, partner = self.genes(parent), list(parent.floors), -1
         if self.rng.random() < self.settings.crossover_probability:
-            other = self._partner(place)
+            # Individuals are ranked: of those drawn for the tournament, the one with the lowest place is the fittest.
+            drawn = self.rng.choice(self.population_size - 1, self.tournament_size, replace=False)
+            nearest = int(drawn.min())
+            other = self.current_generation[nearest + (nearest >= place)]
             partner = other.number
             self._cross(alive, other)
             floors = [min(pair) for pair in zip(floors, other.floors, strict=True)]
@@ -227,12 +230,6 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         child = Individual(np.packbits(alive), number, floors, self.generation + 1, partner)
         child.compression = 1.0 - np.count_nonzero(alive) / self.size
         return child
-
-    def _partner(self, place: int) -> Individual:
-        others = self.rng.choice(self.population_size - 1, self.tournament_size, replace=False)
-        # Individuals are ranked, so the first of them is the fittest.
-        nearest = int(others.min())
-        return self.current_generation[nearest + (nearest >= place)]
 
     def _cross(self, alive: BoolArray, other: Individual) -> None:
         """Put what the other has between two cuts into an individual's genes."""

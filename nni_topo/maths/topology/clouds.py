@@ -100,32 +100,26 @@ def pairwise_distances(points: ArrayLike) -> FloatArray:
     centred = cloud - cloud.mean(axis=0)
     norms = np.einsum("ij,ij->i", centred, centred)
     distances: FloatArray = centred @ centred.T
+    # The share of |x|^2 + |y|^2 below which a Gram square may miss the stated error. The rounding of a sum of features
+    # many products is at most features * eps times the sum of their sizes; a square root halves a relative error, and
+    # the subtraction adds two roundings more.
+    cancellation = float((cloud.shape[1] + 4) * np.finfo(np.float64).eps / _RELATIVE_ERROR)
     for start in range(0, len(cloud), _BLOCK_ROWS):
-        _finish_rows(distances, cloud, norms, slice(start, min(start + _BLOCK_ROWS, len(cloud))))
+        # Rows of the Gram matrix become distances, from the diagonal on, and are mirrored.
+        stop = min(start + _BLOCK_ROWS, len(cloud))
+        block = distances[start:stop, start:]
+        sizes = norms[start:stop, None] + norms[start:]
+        np.subtract(sizes, 2.0 * block, out=block)
+        # What lies above the diagonal is mirrored, so only there near points are worth a second look.
+        cancelled = np.triu(block < cancellation * sizes, 1)
+        np.sqrt(np.maximum(block, 0.0, out=block), out=block)
+        for i in np.flatnonzero(cancelled.any(axis=1)):
+            near = np.flatnonzero(cancelled[i])
+            block[i, near] = cdist(cloud[start + i, None], cloud[start + near])[0]
+        square = np.triu(block[:, : len(block)], 1)
+        block[:, : len(block)] = square + square.T
+        distances[stop:, start:stop] = distances[start:stop, stop:].T
     return np.ldexp(distances, -exponent, out=distances)
-
-
-def _cancellation(features: int) -> float:
-    """Return the share of |x|^2 + |y|^2 below which a Gram square may miss the stated error."""
-    # The rounding of a sum of `features` products is at most `features * eps` times the sum of their sizes; a square
-    # root halves a relative error, and the subtraction adds two roundings more.
-    return float((features + 4) * np.finfo(np.float64).eps / _RELATIVE_ERROR)
-
-
-def _finish_rows(distances: FloatArray, cloud: FloatArray, norms: FloatArray, rows: slice) -> None:
-    """Turn rows of the Gram matrix into distances, from the diagonal on, and mirror them."""
-    block = distances[rows, rows.start :]
-    sizes = norms[rows, None] + norms[rows.start :]
-    np.subtract(sizes, 2.0 * block, out=block)
-    # What lies above the diagonal is mirrored, so only there near points are worth a second look.
-    cancelled = np.triu(block < _cancellation(cloud.shape[1]) * sizes, 1)
-    np.sqrt(np.maximum(block, 0.0, out=block), out=block)
-    for i in np.flatnonzero(cancelled.any(axis=1)):
-        near = np.flatnonzero(cancelled[i])
-        block[i, near] = cdist(cloud[rows.start + i, None], cloud[rows.start + near])[0]
-    square = np.triu(block[:, : len(block)], 1)
-    block[:, : len(block)] = square + square.T
-    distances[rows.stop :, rows] = distances[rows, rows.stop :].T
 
 
 _FAILURE = 1e-3

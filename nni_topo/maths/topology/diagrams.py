@@ -110,7 +110,12 @@ def diagrams_of(
         compute = _simplex_tree if engine == "gudhi" else _spanning_tree_and_ripser
         matrix = distances if points is None else distances[np.ix_(chosen, chosen)]
         bars.update(zip(rest, compute(matrix, rest), strict=True))
-    return [_longest_first(bars[degree]) for degree in degrees]
+    found = []
+    for degree in degrees:
+        births, deaths = bars[degree][:, 0], bars[degree][:, 1]
+        longest_first = np.lexsort((births, births - deaths))
+        found.append(bars[degree][longest_first])
+    return found
 
 
 def _spanning_tree_and_ripser(distances: FloatArray, degrees: Sequence[int]) -> list[FloatArray]:
@@ -163,7 +168,3 @@ def _simplex_tree(distances: FloatArray, degrees: Sequence[int]) -> list[FloatAr
         np.asarray(tree.persistence_intervals_in_dimension(degree), dtype=np.float64).reshape(-1, 2)
         for degree in degrees
     ]
-
-
-def _longest_first(bars: FloatArray) -> FloatArray:
-    return bars[np.lexsort((bars[:, 0], bars[:, 0] - bars[:, 1]))]
