@@ -40,7 +40,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class FilterEvolution:
-    """Settings of the evolution; ``mutation``: standard deviation, relative to the layer's weights' own."""
+    """Settings of the evolution; ``mutation``: standard deviation as a share of the layer's weights'."""
 
     population_size: int = 12
     generations: int = 8
