@@ -40,6 +40,7 @@ PAGES = sorted([*PROJECT.glob("docs/*.md"), PROJECT / "README.md", PROJECT / "CO
 # what a page's snippets take for granted beside a model of the digits, its images, batches and a
 # config_list; None: nothing
 YOURS = {
+    "how_it_works": None,
     "clustering": "",
     "energy": "",
     "experiments": """
@@ -173,6 +174,14 @@ def test_the_pages_evaluators_print_what_the_page_says(tmp_path):
 @pytest.mark.quick_every(12)
 def test_snippets_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
     run(PROJECT / "docs" / f"{name}.md", tmp_path, monkeypatch)
+
+
+def test_the_page_on_how_it_works_shows_what_its_snippet_prints(tmp_path, monkeypatch, capsys):
+    page = PROJECT / "docs" / "how_it_works.md"
+    run(page, tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "stem " in printed
+    assert printed in page.read_text(encoding="utf-8")
 
 
 def test_no_page_has_snippets_that_no_test_runs():
