@@ -36,19 +36,14 @@ def load_experiment(path: str | Path) -> ExperimentConfig:
         config = ExperimentConfig.load(path)
         config.validate()
     except Exception as error:
-        # NNI raises whatever its parsers and checks happen to raise
-        raise ConfigError(
-            f"an experiment must be a configuration that NNI takes, got: {_reason(error)} ({path})"
-        ) from error
+        # NNI raises whatever its parsers and checks happen to raise; many of its checks are bare assertions
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        reason = str(error) or f"{type(error).__name__} at `{line}`"
+        raise ConfigError(f"an experiment must be a configuration that NNI takes, got: {reason} ({path})") from error
     finally:
         # after an error NNI forgets to, and then refuses every other file
         unset_base_path()
     return config
-
-
-def _reason(error: Exception) -> str:
-    """Return an error's words, or the line that raised it: many of NNI's checks are bare assertions."""
-    return str(error) or f"{type(error).__name__} at `{traceback.extract_tb(error.__traceback__)[-1].line}`"
 
 
 def start_experiment(
@@ -148,7 +143,12 @@ def opened(experiment_id: str | None, port: int | None) -> Iterator[Experiment]:
     nni.silence_stdout()
     entry: dict[str, Any] = {"status": "RUNNING", "port": port} if port is not None else _registered(experiment_id)
     if entry["status"] != "STOPPED":
-        yield _connected(int(entry["port"]))
+        number = int(entry["port"])
+        try:
+            experiment = Experiment.connect(number)
+        except Exception as error:
+            raise ManagerError(f"NNI's manager must answer, got none (port {number})") from error
+        yield experiment
         return
     _written_config(entry["id"])
     experiment = Experiment(None, id=entry["id"])
@@ -158,13 +158,6 @@ def opened(experiment_id: str | None, port: int | None) -> Iterator[Experiment]:
         yield experiment
     finally:
         experiment.stop()
-
-
-def _connected(port: int) -> Experiment:
-    try:
-        return Experiment.connect(port)
-    except Exception as error:
-        raise ManagerError(f"NNI's manager must answer, got none (port {port})") from error
 
 
 def _registered(experiment_id: str | None) -> dict[str, Any]:

@@ -83,20 +83,15 @@ def _kept(channel: str | None, trial: str) -> dict[str, Any] | None:
             return None
         if reply.status_code == requests.codes.not_found:
             return None
-        found = _proposal(reply)
+        try:
+            job = reply.json()
+        except ValueError:
+            job = None
+        proposals = job.get("hyperParameters") if isinstance(job, dict) else None
+        found: dict[str, Any] | None = nni.load(proposals[-1]) if proposals else None
         if found is not None:
             return found
         # the manager writes a trial down a moment after it has started it
         time.sleep(0.2)
     _logger.warning("NNI's manager has no record of trial %s: its row may show another trial's parameters", trial)
     return None
-
-
-def _proposal(reply: requests.Response) -> dict[str, Any] | None:
-    try:
-        job = reply.json()
-    except ValueError:
-        return None
-    proposals = job.get("hyperParameters") if isinstance(job, dict) else None
-    found: dict[str, Any] | None = nni.load(proposals[-1]) if proposals else None
-    return found

@@ -62,9 +62,18 @@ def run_trial(
     out = Path(out)
     rank, size = world()
     with only_process(out) if rank == 0 else nullcontext():
-        done = broadcast(_begin(settings, out) if rank == 0 else None)
-        if done is not None:
-            return dict(done)
+        metrics: Record | None = None  # of a trial that is done
+        if rank == 0:
+            known, mine = read_json(out / SETTINGS), settings.to_dict()
+            if known is None:
+                write_json(out / SETTINGS, mine)
+            elif known != mine:
+                other = ", ".join(sorted(key for key in mine if known.get(key) != mine[key]))
+                raise ConfigError(f"a trial's folder must hold one trial, got another one, with other {other} ({out})")
+            metrics = read_json(out / METRICS)
+        metrics = broadcast(metrics)
+        if metrics is not None:
+            return dict(metrics)
         began = time.perf_counter()
         trial = _Trial(settings, out, out / "nets" if cache is None else Path(cache))
         masks = broadcast_masks(trial.masks() if rank == 0 else None)
@@ -80,19 +89,6 @@ def reported(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the part of a trial's metrics that goes to the tuner, as ``default``, and to NNI's web page."""
     names = ("accuracy", "flops_share", "latency_share")
     return {"default": metrics["score"], **{name: metrics[name] for name in names if name in metrics}}
-
-
-def _begin(settings: TrialSettings, out: Path) -> Record | None:
-    """Claim the folder; return the metrics if the trial is done."""
-    known = read_json(out / SETTINGS)
-    mine = settings.to_dict()
-    if known is None:
-        write_json(out / SETTINGS, mine)
-    elif known != mine:
-        other = ", ".join(sorted(key for key in mine if known.get(key) != mine[key]))
-        raise ConfigError(f"a trial's folder must hold one trial, got another one, with other {other} ({out})")
-    metrics: Record | None = read_json(out / METRICS)
-    return metrics
 
 
 class _Trial:
@@ -119,37 +115,30 @@ class _Trial:
         if path.exists():
             with reading(path, "a trial's masks", cure=DELETE):
                 return read_tensors(path)  # type: ignore[no-any-return]
-        ratios = self._ratios()
-        masks = on_cpu(prune_to_ratios(self.start, self.cell.pruner, self.cell.target, ratios).masks)
-        write_tensors(path, masks)
-        return masks
-
-    def _ratios(self) -> dict[str, float]:
-        settings, names = self.settings, inner_layers(self.start.net, self.start.example)
+        settings, net, example = self.settings, self.start.net, self.start.example
+        names = inner_layers(net, example)
         for pattern in settings.ratios:
             if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
                 raise unknown_name("the layer of a ratio", pattern, names, "ratios")
         if settings.flops is not None and not settings.ratios:
-            return layer_ratios(self.start.net, self.start.example, self.cell.target)
-        proposed = {name: settings.layer_ratio(name) for name in names}
-        return proposed_ratios(self.start.net, self.start.example, proposed, settings.flops)
+            ratios = layer_ratios(net, example, self.cell.target)
+        else:
+            proposed = {name: settings.layer_ratio(name) for name in names}
+            ratios = proposed_ratios(net, example, proposed, settings.flops)
+        masks = on_cpu(prune_to_ratios(self.start, self.cell.pruner, self.cell.target, ratios).masks)
+        write_tensors(path, masks)
+        return masks
 
     def pruned(self, masks: Masks) -> tuple[nn.Module, Record]:
         """Return the dense net, compensated and distilled if asked for, and what is known of it."""
         path = self.out / _PRUNED
-        facts = read_json(self.out / "pruned.json")
-        if facts is not None:
-            return serialization.load(path, self.start.net), facts
+        known = read_json(self.out / "pruned.json")
+        if known is not None:
+            return serialization.load(path, self.start.net), known
         dense, _ = made_dense(self.start, masks, self.cell.compensate)
         if self.cell.distill is not None:
             dense = distilled(self.start, dense, self.cell.distill).model
-        facts = self._facts(dense)
-        serialization.save(dense, path)
-        write_json(self.out / "pruned.json", facts)
-        return dense, facts
-
-    def _facts(self, dense: nn.Module) -> Record:
-        """Return what retraining doesn't change, and the accuracy before it."""
+        # What retraining doesn't change, and the accuracy before it.
         settings = self.settings
         facts: Record = {"accuracy_pruned": self.start.validated(dense), **costs(self.start, dense)}
         facts["flops_share"] = facts["flops"] / facts["flops_before"]
@@ -160,7 +149,9 @@ class _Trial:
             facts["price"] += settings.latency_weight * facts["latency_share"]
         if self.cell.target.kind != "ratio":
             facts |= budget_facts(self.start, dense, self.cell.target, facts, WHOLE_CHANNELS)
-        return facts
+        serialization.save(dense, path)
+        write_json(self.out / "pruned.json", facts)
+        return dense, facts
 
     def retrained(
         self, dense: nn.Module, facts: Record, report: ReportMetrics | None, rank: int, size: int
@@ -207,18 +198,18 @@ class _Trial:
             **provenance(),
         }
         serialization.save(dense, self.out / DENSE)
-        write_json(self.out / CONFIG_LIST, self._config_list(dense))
+        # A config_list that leads any structured pruner to the same widths.
+        net, example = self.start.net, self.start.example
+        before, after = layer_widths(net), layer_widths(dense)
+        ratios: dict[str, float] = {}
+        for name in inner_layers(net, example):
+            count = before[name] - after[name]
+            ratios[name] = (count + 0.5) / before[name] if count else 0.0
+        write_json(self.out / CONFIG_LIST, pruning_config(net, example, ratios))
         write_json(self.out / METRICS, metrics)
         for name in (_PRUNED, "pruned.json", _RETRAINING):
             (self.out / name).unlink(missing_ok=True)
         return metrics
-
-    def _config_list(self, dense: nn.Module) -> list[dict[str, Any]]:
-        """Return a config_list that leads any structured pruner to the same widths."""
-        before, after = layer_widths(self.start.net), layer_widths(dense)
-        pruned = {name: before[name] - after[name] for name in inner_layers(self.start.net, self.start.example)}
-        ratios = {name: (count + 0.5) / before[name] if count else 0.0 for name, count in pruned.items()}
-        return pruning_config(self.start.net, self.start.example, ratios)
 
 
 def _result(accuracy: float, facts: Record) -> dict[str, float]:

@@ -40,8 +40,20 @@ def export_trial(trial: TrialRecord, out: str | Path, *, command: str | None = N
                 shutil.copyfile(folder / name, part)
     elif command is None:
         raise DataError(f"a trial's files must be on this machine, or run again here, got none ({folder})")
+    elif _PROGRAM not in command:
+        raise DataError(f"a trial can be run again if its command is that of {_PROGRAM}, got {command!r} ({trial.id})")
     else:
-        _run_again(command, out, trial.id)
+        words = f"{command.strip()} --params {json.dumps(str(out / PARAMETERS))} --out {json.dumps(str(out))}"
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        done = subprocess.run(
+            ["bash", "-c", words], env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+            # A command line that doesn't fit is answered in a box, below a rule with where help is.
+            boxed = [line.strip("│ ") for line in lines if line.startswith("│")]
+            box = list(takewhile(lambda text: not text.startswith("─"), boxed))
+            raise DataError(f"a trial must run again here, got: {' '.join(box) or lines[-1]} ({trial.id})")
     metrics: Record = read_json(out / METRICS)
     return metrics
 
@@ -67,18 +79,3 @@ def trials_table(trials: Sequence[TrialRecord], title: str) -> Table:
 def in_words(parameters: Record) -> str:
     """Return parameters in a line."""
     return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in parameters.items())
-
-
-def _run_again(command: str, out: Path, trial: str) -> None:
-    if _PROGRAM not in command:
-        raise DataError(f"a trial can be run again if its command is that of {_PROGRAM}, got {command!r} ({trial})")
-    words = f"{command.strip()} --params {json.dumps(str(out / PARAMETERS))} --out {json.dumps(str(out))}"
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    done = subprocess.run(
-        ["bash", "-c", words], env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-        # A command line that doesn't fit is answered in a box, below a rule with where help is.
-        box = takewhile(lambda text: not text.startswith("─"), (x.strip("│ ") for x in lines if x.startswith("│")))
-        raise DataError(f"a trial must run again here, got: {' '.join(box) or lines[-1]} ({trial})")

@@ -157,7 +157,9 @@ def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> T
         elif name in known:
             changes[name] = _typed(name, value, known[name], optional=getattr(TrialSettings, name) is None)
         elif name == BUDGET_KEY:
-            changes["retrain_images"] = _budget_images(settings, value)
+            if settings.images_per_budget is None:
+                raise ConfigError(f"a tuner's budget needs images_per_budget, got none ({BUDGET_KEY} = {value})")
+            changes["retrain_images"] = max(1, round(settings.images_per_budget * _typed(BUDGET_KEY, value, float)))
         else:
             raise unknown_name("a trial's parameter", str(name), [*known, f"{_RATIO}LAYER", f"{_KNOB}NAME"], "trial")
     return replace(settings, **changes, ratios=ratios, knobs=knobs)
@@ -181,10 +183,3 @@ def _typed(name: str, value: Any, kind: type, *, optional: bool = False) -> Any:
     if wrong or (kind is not str and not math.isfinite(value)) or (kind is int and value != int(value)):
         raise ConfigError(f"a parameter must be of type {kind.__name__}, got {value!r} ({name})")
     return kind(value)
-
-
-def _budget_images(settings: TrialSettings, budget: Any) -> int:
-    if settings.images_per_budget is None:
-        raise ConfigError(f"a tuner's budget needs images_per_budget, got none ({BUDGET_KEY} = {budget})")
-    images: float = settings.images_per_budget * _typed(BUDGET_KEY, budget, float)
-    return max(1, round(images))

@@ -93,21 +93,17 @@ def answering(experiment: Experiment) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        after = ""  # the last error in the manager's log
+        if experiment.config is not None:
+            folder = Path(experiment.config.canonical_copy().experiment_working_directory)
+            log = folder / experiment.id / "log" / "nnimanager.log"
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+            errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
+            after = f", after: {errors[-1]}" if errors else ""
         raise ManagerError(
-            f"NNI's manager must answer, got none (port {experiment.port}){_last_error(experiment)}; if it was killed, "
+            f"NNI's manager must answer, got none (port {experiment.port}){after}; if it was killed, "
             f"`nni-topo experiment run --resume {experiment.id}` goes on"
         ) from error
-
-
-def _last_error(experiment: Experiment) -> str:
-    """Return the last error in the manager's log, in words to be appended; nothing where there is none."""
-    if experiment.config is None:
-        return ""
-    folder = Path(experiment.config.canonical_copy().experiment_working_directory)
-    log = folder / experiment.id / "log" / "nnimanager.log"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
-    return f", after: {errors[-1]}" if errors else ""
 
 
 def _record(experiment: Experiment, job: dict[str, Any], parameters: dict[str, Any]) -> TrialRecord:
@@ -125,15 +121,14 @@ def _last_words(experiment: Experiment, trial: str, folder: str) -> str:
     """Return the last line that a trial wrote to standard error, from its folder or through the manager."""
     path = Path(folder, _STDERR)
     try:
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else _fetched(experiment, trial)
+        if path.exists():
+            text = path.read_text(encoding="utf-8", errors="replace")
+        else:
+            # The manager fetches it, also from another machine.
+            prefix = f"/{experiment.url_prefix}" if experiment.url_prefix else ""
+            url = f"http://localhost:{experiment.port}{prefix}/api/v1/nni/trial-file/{trial}/stderr"
+            reply = requests.get(url, timeout=rest.timeout)
+            text = reply.text if reply.ok else ""
     except OSError:
         return ""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-
-
-def _fetched(experiment: Experiment, trial: str) -> str:
-    """Let the manager fetch a trial's standard error, also from another machine."""
-    prefix = f"/{experiment.url_prefix}" if experiment.url_prefix else ""
-    url = f"http://localhost:{experiment.port}{prefix}/api/v1/nni/trial-file/{trial}/stderr"
-    reply = requests.get(url, timeout=rest.timeout)
-    return reply.text if reply.ok else ""

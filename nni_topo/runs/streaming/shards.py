@@ -57,19 +57,15 @@ class Shards:
             files = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(files, dict) or not files or not all(isinstance(each, str) for each in files.values()):
                 raise DataError(f"an index of weights must have a weight_map, got none ({folder / INDEX})")
-            self._check_files(files)
+            for file in sorted(set(files.values())):
+                names = set(self._names_in(file))
+                missing = [name for name, other in files.items() if other == file and name not in names]
+                if missing:
+                    raise DataError(
+                        f"{_WHAT} must hold the tensors that {INDEX} names, got none of {listed(missing)} "
+                        f"({folder / file})"
+                    )
             self._files = files
-
-    def _check_files(self, files: Mapping[str, str]) -> None:
-        """Raise DataError for a file that is missing or damaged, or that lacks a tensor of the index."""
-        for file in sorted(set(files.values())):
-            names = set(self._names_in(file))
-            missing = [name for name, other in files.items() if other == file and name not in names]
-            if missing:
-                raise DataError(
-                    f"{_WHAT} must hold the tensors that {INDEX} names, got none of {listed(missing)} "
-                    f"({self.folder / file})"
-                )
 
     def _names_in(self, file: str) -> list[str]:
         path = self.folder / file

@@ -71,7 +71,7 @@ from nni_topo.network.runtime.telling import tells_once
 from nni_topo.network.runtime.training_mode import evaluating, evaluation_mode
 from nni_topo.network.runtime.untouched import one_call
 from nni_topo.network.speedup.dense import DenseReport
-from nni_topo.pruners.budget import Budget, BudgetOutcome, as_budget, budget_outcome
+from nni_topo.pruners.budget import Budget, as_budget, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.blocks import gap_after, solutions
 from nni_topo.recovery.likeness import NO_SCALE, Answers, Likeness
@@ -481,7 +481,14 @@ class _Run:
                 args, kwargs = skeleton.entering(call, 0)
             states = args[0] if args else kwargs[STATES]
             if number == 0:
-                self._check_repeats(call, states)
+                args, kwargs = skeleton.entering(call, 0)
+                again = args[0] if args else kwargs[STATES]
+                if not torch.equal(states, again):  # as random masks bring them
+                    raise ConfigError(
+                        "the same inputs must bring the same states into the first block, got others in the second "
+                        "pass, as from random numbers that the model draws; give it what it draws as an input, such as "
+                        f"the noise of a masked autoencoder (batches, {type(skeleton.model).__name__})"
+                    )
             journal.add_states(number, {STATES: states, UNPRUNED: states.clone()})
         journal.end_states(0)
         journal.kept = self._blocks_that_stay()
@@ -539,17 +546,6 @@ class _Run:
                 after = net(**on_device({**state, **extras}, skeleton.device))
             _check_finite(after, skeleton.name_of(index), number)
             yield state, call, after
-
-    def _check_repeats(self, call: Call, states: Tensor) -> None:
-        """Raise ConfigError if the same inputs bring other states the second time, as random masks do."""
-        args, kwargs = self._skeleton.entering(call, 0)
-        again = args[0] if args else kwargs[STATES]
-        if not torch.equal(states, again):
-            raise ConfigError(
-                "the same inputs must bring the same states into the first block, got others in the second pass, as "
-                "from random numbers that the model draws; give it what it draws as an input, such as the noise of a "
-                f"masked autoencoder (batches, {type(self._skeleton.model).__name__})"
-            )
 
     def _file(self, number: int) -> str:
         """Return the name of a file of weights: 0 is what lies outside of the blocks, then one for each block."""
@@ -625,9 +621,9 @@ class _Run:
         work = self._work(number)
         if number == 0:
             self._note_outputs(work.unpruned, work.batches[0])
-        for batch, call in enumerate(calls(work.unpruned, work.calibration)):
+        for batch, (args, kwargs) in enumerate(calls(work.unpruned, work.calibration)):
             with torch.no_grad():
-                _check_finite(work.unpruned(*call[0], **call[1]), work.name, batch)
+                _check_finite(work.unpruned(*args, **kwargs), work.name, batch)
         check_layers(work.entered.block, self._named, "shrink_pretrained")
         images = ImageParts.of(work.calibration, work.entered)
         share: Any = {self._budget.kind: self._block_share(work, images.example)}
@@ -654,12 +650,21 @@ class _Run:
         layers = recovered.layers
         del pruned, recovered, steps
         warnings: list[str] = []
-        if isinstance(work.wanted, WantedStates) and not self._make_up(work, work.wanted, dense, images):
-            warnings.append(
-                f"no weights of {work.name} are solved to make up for the blocks removed after it: none of its layers "
-                "is added to the states without a norm before the sum, as in Gemma 3, or after it, as in BERT"
-            )
-            _logger.warning("%s", warnings[-1])
+        if isinstance(work.wanted, WantedStates):
+            # The last layer of the block brings into the states what the removed blocks after it did.
+            wanted = work.wanted
+            (call, *_) = calls(wanted, Calibration(work.batches[:1]))
+            gap = gap_after(dense, dense.block, wanted, wanted.states, call)
+            if gap is None:
+                warnings.append(
+                    f"no weights of {work.name} are solved to make up for the blocks removed after it: none of its "
+                    "layers is added to the states without a norm before the sum, as in Gemma 3, or after it, as in "
+                    "BERT"
+                )
+                _logger.warning("%s", warnings[-1])
+            else:
+                (found,) = solutions((wanted, dense), [gap], images.learned, "auto")
+                gap.fill(found)
         give_back_memory(work.entered)
         is_distilled = False
         if self._distill is not False:
@@ -694,19 +699,6 @@ class _Run:
             net(**on_device(batch, self._skeleton.device))
         handle.remove()
         self._skeleton.output_length = output_length(found[0])
-
-    def _make_up(self, work: _BlockWork, wanted: WantedStates, dense: Any, images: ImageParts) -> bool:
-        """Let the last layer of a pruned block bring into the states what the removed blocks after it did, in place.
-
-        Returns whether there is such a layer.
-        """
-        (call, *_) = calls(wanted, Calibration(work.batches[:1]))
-        gap = gap_after(dense, dense.block, wanted, wanted.states, call)
-        if gap is None:
-            return False
-        (found,) = solutions((wanted, dense), [gap], images.learned, "auto")
-        gap.fill(found)
-        return True
 
     def _block_share(self, work: _BlockWork, example: Any) -> float:
         """Return the share of each block's cost that is kept, so that the whole model keeps its share."""
@@ -911,21 +903,40 @@ class _Run:
         answers = Answers(_Tail(skeleton, UNPRUNED), judged)
         (likeness,) = answers.likenesses(_Tail(skeleton, STATES))
         rows = tuple(as_row(row) for row in journal.rows)
+        # Whether the budget is met. All blocks cost the same before.
+        cost_before = journal.rows[0]["cost_before"] * len(skeleton)
+        cost = sum(row["cost"] for row in journal.rows)
+        if self._budget.kind == "params":
+            rest = float(_parameters(skeleton.model) - cost_before)
+        else:
+            rest = self._macs_of_rest()
+        # Blocks that lost nothing: those that were removed have saved enough.
+        is_narrower = any(row["cost"] < row["cost_before"] for row in journal.rows)
+        why = "blocks are equally wide" if is_narrower else "the removed blocks save more"
+        left = (rest + cost) / (rest + cost_before)
+        budget = budget_outcome(self._budget.kind, self._budget.share, left, why)
         before = _parameters(skeleton.model)
         removed = [skeleton.name_of(index) for index in range(len(skeleton)) if index not in journal.kept]
         after = before - sum(row.params_before - row.params for row in rows) - len(removed) * rows[0].params_before
-        widths = {name: (old, new) for name, (old, new) in self._widths().items()}
+        # By layer of the pruned blocks, the number of channels before and after.
+        widths: Any = read_json(journal.folder / FOLDER / "widths.json") if self._is_first else None
+        if self._samples.processes is not None:
+            widths = self._samples.processes.first(widths, "the widths")
+        recovery = ""
+        if self._compensate is not None:
+            is_named = isinstance(self._compensate, str)
+            recovery = str(self._compensate) if is_named else type(self._compensate).__name__
         return StreamingReport(
             blocks=rows,
             params_before=before,
             params=after,
-            widths=widths,
-            budget=self._outcome(),
+            widths={name: (old, new) for name, (old, new) in widths.items()},
+            budget=budget,
             likeness=likeness,
             samples=learned.samples_of_all,
             held_out=0 if held_out is None else held_out.samples_of_all,
             pruner=self._pruner,
-            recovery="" if self._compensate is None else _name_of(self._compensate),
+            recovery=recovery,
             removed=tuple(removed),
             warnings=(
                 *_warnings(rows, held_out, likeness),
@@ -933,36 +944,12 @@ class _Run:
             ),
         )
 
-    def _widths(self) -> dict[str, list[int]]:
-        """Return, by layer of the pruned blocks, the number of channels before and after."""
-        processes = self._samples.processes
-        found: Any = read_json(self._journal.folder / FOLDER / "widths.json") if self._is_first else None
-        return found if processes is None else processes.first(found, "the widths")
-
-    def _outcome(self) -> BudgetOutcome:
-        """Return whether the budget is met."""
-        rows = self._journal.rows
-        # All blocks cost the same before.
-        before, after = rows[0]["cost_before"] * len(self._skeleton), sum(row["cost"] for row in rows)
-        if self._budget.kind == "params":
-            rest = float(_parameters(self._skeleton.model) - before)
-        else:
-            rest = self._macs_of_rest()
-        left = (rest + after) / (rest + before)
-        # Blocks that lost nothing: those that were removed have saved enough.
-        is_narrower = any(row["cost"] < row["cost_before"] for row in rows)
-        why = "blocks are equally wide" if is_narrower else "the removed blocks save more"
-        return budget_outcome(self._budget.kind, self._budget.share, left, why)
-
     def finish(self, report: StreamingReport, source: Path, *, card: bool) -> None:
-        """Write what makes the folder complete, and delete the states."""
-        if self._is_first:
-            self._complete(report, source, card=card)
-        self._journal.finish(asdict(report))
-
-    def _complete(self, report: StreamingReport, source: Path, *, card: bool) -> None:
-        """Write the index of the weights, the card, and the files that are copied."""
+        """Write the index of the weights and the card, copy other files, write the report and delete the states."""
         journal, folder = self._journal, self._journal.folder
+        if not self._is_first:
+            journal.finish(asdict(report))
+            return
         names = {file: content["names"] for file, content in journal.files.items()}
         write_index(folder, names, sum(content["nbytes"] for content in journal.files.values()))
         for path in sorted(source.iterdir()):
@@ -978,6 +965,7 @@ class _Run:
                 write_text(folder / CARD, model_card(model, report))
             finally:
                 model.config = own
+        journal.finish(asdict(report))
 
 
 class _Tail(nn.Module):
@@ -1052,7 +1040,3 @@ def _warnings(rows: Sequence[BlockRow], held_out: Calibration | None, likeness: 
 
 def _parameters(module: nn.Module) -> int:
     return sum(each.numel() for each in module.parameters())
-
-
-def _name_of(choice: str | RecoveryMethod) -> str:
-    return choice if isinstance(choice, str) else type(choice).__name__

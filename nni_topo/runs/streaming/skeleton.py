@@ -74,7 +74,21 @@ class Skeleton:
         self.output_length = 0  # of the tuple that a block returns; 0: it returns a tensor
         self._visit: _Visit | None = None
         self._take(model)
-        self._load_rest()
+        # Everything outside of the blocks is loaded; of tied tensors one has to be there.
+        inside = f"{self.blocks_name}."
+        tied: dict[int, list[str]] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not name.startswith(inside):
+                tied.setdefault(id(tensor), []).append(name)
+        own: dict[str, str] = {}
+        for names in tied.values():
+            known = [name for name in names if key_of(name, self._keys_by_name, self.prefix) is not None]
+            first = (known or names)[0]
+            own[first] = first
+        self._fill(model, self._keys(own))
+        model.tie_weights()
+        model.eval()
+        model.requires_grad_(False)
 
     def _take(self, model: Any) -> None:
         """Let the blocks of a model without weights record what enters them, and move its buffers to the device."""
@@ -171,23 +185,6 @@ class Skeleton:
         for name in self._transposed(index):
             found[name] = found[name].T
         return found
-
-    def _load_rest(self) -> None:
-        """Load everything outside of the blocks; of tied tensors one has to be there."""
-        inside = f"{self.blocks_name}."
-        own: dict[str, str] = {}
-        tied: dict[int, list[str]] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if not name.startswith(inside):
-                tied.setdefault(id(tensor), []).append(name)
-        for names in tied.values():
-            known = [name for name in names if key_of(name, self._keys_by_name, self.prefix) is not None]
-            first = (known or names)[0]
-            own[first] = first
-        self._fill(self.model, self._keys(own))
-        self.model.tie_weights()
-        self.model.eval()
-        self.model.requires_grad_(False)
 
     def _fill(self, module: nn.Module, keys: Mapping[str, str]) -> None:
         """Give a module the tensors of the files, by their names in it."""
