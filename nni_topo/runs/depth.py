@@ -630,21 +630,28 @@ class DepthSteps(ShrinkSteps):
 
     def _steps_without(self, count: int, budget: Budget) -> ShrinkSteps:
         """Return the steps of the network without so many blocks."""
-        if count not in self._made:
-            short = self._path(budget).states[count]
-            layers: Any = None if self.prunable.is_default else _renamed(self.prunable.entries, self.model, short)
-            own = {each.name: getattr(self, each.name) for each in fields(ShrinkSteps) if each.init}
-            analysis = Analysis.on(short.net, self.images.example)
-            prunable = layers_to_prune(analysis, layers)
-            if self.is_described:
-                prunable = with_described(analysis, prunable)
-            own |= {
-                "analysis": analysis,
-                "prunable": prunable,
-                "_asked": {},
-                "_left_out": [],
-            }
-            self._made[count] = ShrinkSteps(**own)
+        if count in self._made:
+            return self._made[count]
+        short = self._path(budget).states[count]
+        layers: list[str | Mapping[str, Any]] | None = None
+        if not self.prunable.is_default:
+            # The entries by the names that the layers have without the blocks.
+            layers = []
+            for names, settings in _resolved(self.prunable.entries, self.model):
+                here = [short.here[name] for name in names if name in short.here]
+                if here:
+                    layers.append({**settings, "op_names": here})
+            if not layers:
+                raise ConfigError(
+                    "a network must have a layer whose channels can be removed, got none that is named (layers)"
+                )
+        analysis = Analysis.on(short.net, self.images.example)
+        prunable = layers_to_prune(analysis, layers)
+        if self.is_described:
+            prunable = with_described(analysis, prunable)
+        own = {each.name: getattr(self, each.name) for each in fields(ShrinkSteps) if each.init}
+        own |= {"analysis": analysis, "prunable": prunable, "_asked": {}, "_left_out": []}
+        self._made[count] = ShrinkSteps(**own)
         return self._made[count]
 
     def _own_budget(self, budget: Budget, count: int) -> Budget:
@@ -764,18 +771,6 @@ def _resolved(entries: Sequence[Mapping[str, Any]], model: nn.Module) -> list[tu
         # NNI selects a set of names, which each process has in another order.
         names = [name for name, _ in model.named_modules(remove_duplicate=False) if name in modules]
         found.append((names, dict(settings)))
-    return found
-
-
-def _renamed(entries: Sequence[Mapping[str, Any]], model: nn.Module, short: Shortened) -> list[dict[str, Any]]:
-    """Return the entries for a network without some blocks, by the names of its layers."""
-    found = []
-    for names, settings in _resolved(entries, model):
-        here = [short.here[name] for name in names if name in short.here]
-        if here:
-            found.append({**settings, "op_names": here})
-    if not found:
-        raise ConfigError("a network must have a layer whose channels can be removed, got none that is named (layers)")
     return found
 
 

@@ -149,9 +149,13 @@ class Frontier(Mapping[float, nn.Module]):
         points = [point for point in self.points if math.isfinite(self._loss(point))]
         left = [100.0 * point.left for point in points]
         values = [percent * self._loss(point) for point in points]
-        bounds = [[percent * each for each in self._bounds(point)] for point in points]
-        low = [max(value - bound[0], 0.0) for value, bound in zip(values, bounds, strict=True)]
-        high = [max(bound[1] - value, 0.0) for value, bound in zip(values, bounds, strict=True)]
+        low, high = [], []
+        for value, point in zip(values, points, strict=True):
+            bounds = point.distance_low, point.distance_high
+            if self.measure == "answers":
+                bounds = point.changed_low, point.changed_high
+            low.append(max(value - percent * bounds[0], 0.0))
+            high.append(max(percent * bounds[1] - value, 0.0))
         axis.errorbar(left, values, yerr=[low, high], fmt="o-", capsize=3, label=f"{self.held_out} held-out samples")
         for place, value, point in zip(left, values, points, strict=True):
             if point.is_knee:
@@ -193,11 +197,6 @@ class Frontier(Mapping[float, nn.Module]):
 
     def _loss(self, point: FrontierPoint) -> float:
         return point.changed if self.measure == "answers" else point.distance
-
-    def _bounds(self, point: FrontierPoint) -> tuple[float, float]:
-        if self.measure == "answers":
-            return point.changed_low, point.changed_high
-        return point.distance_low, point.distance_high
 
     def __repr__(self) -> str:
         names = ["share", "left", "macs", "params", "changed", "distance", "accuracy", "start", "is_distilled"]

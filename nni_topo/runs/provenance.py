@@ -18,17 +18,21 @@ _PACKAGES = ["nni_topo", "nni", "torch", "torchvision", "gudhi", "pyeasyga", "nu
 
 def provenance() -> Record:
     """Return versions, git revision and hardware of this process."""
-    return {"versions": _versions(), "revision": _revision(), "hardware": _hardware()}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    revision = _revision()
+    hardware = {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return {"versions": versions, "revision": revision, "hardware": hardware}
 
 
 def _revision() -> str | None:
@@ -44,16 +48,6 @@ def _revision() -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _hardware() -> Record:
-    return {
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def _processor() -> str:

@@ -7,8 +7,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from nni_topo.disk import LOCK, check_free_disk, only_process, output_folder, write_json, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.io import checkpoint as files
@@ -73,7 +71,13 @@ def prune_checkpoint(
         if config.dependency_groups and pruner_info(config.pruner).structured:
             config_list = dependency_groups(start.net, start.example, config_list)
         found = prune(start, choice, config_list)
-        masks = _rounded(start.net, start.example, on_cpu(found.masks), config.round_to)
+        masks = on_cpu(found.masks)
+        if config.round_to is not None:
+            on_device: Masks = {}
+            for name, targets in masks.items():
+                on_device[name] = {target: mask.to(start.device) for target, mask in targets.items()}
+            flow = Analysis.on(start.net, start.example).flow
+            masks = resolve_masks(start.net, flow, check_masks(start.net, on_device), config.round_to)
         dense, _ = made_dense(start, masks)
         record: Record = {
             "model": model.label,
@@ -135,12 +139,3 @@ def _check_empty(out: Path) -> None:
     entries = [each for each in out.iterdir() if each.name != LOCK] if out.exists() else []
     if entries:
         raise ConfigError(f"an output folder must be new or empty, got {len(entries)} entries ({out})")
-
-
-def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None) -> Masks:
-    """Return masks by which layers keep a multiple of so many channels."""
-    if round_to is None:
-        return masks
-    on_device = {name: {t: mask.to(example.device) for t, mask in found.items()} for name, found in masks.items()}
-    flow = Analysis.on(net, example).flow
-    return resolve_masks(net, flow, check_masks(net, on_device), round_to)

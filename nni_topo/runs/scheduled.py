@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 from nni.compression.pruning import AGPPruner, LinearPruner, scheduled_pruner
@@ -53,47 +51,29 @@ def prune_on_schedule(
         dense, _ = made_dense(start, pruned.masks)
         left = recipe
     else:
-        dense = _in_rounds(start, pruner, config_list, recipe, schedule, rounds, finishing)
+        victim = copy.deepcopy(start.net)
+        knobs = {**pruner_knobs(pruner.name, victim, start, pruner.calibration), **pruner.knobs}
+        knobs["evaluator"] = recipe_evaluator(victim, start.data, recipe, seed=start.seed)
+        knobs.pop("training_steps", None)
+        steps = (recipe.epochs - finishing) * batches_of(start.data, recipe)
+        if rounds > steps:
+            raise ConfigError(
+                f"rounds must be at most the number of training steps before the last epochs, {steps}, got {rounds} "
+                "(prune_on_schedule)"
+            )
+        inner = create_pruner(pruner.name, victim, config_list, **knobs)
+        # NNI warns, on standard output, of pruners that aren't its own; the conformance checks test them.
+        logger = logging.getLogger(scheduled_pruner.__name__)
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            scheduled = _SCHEDULERS[schedule](inner, interval_steps=max(1, steps // (rounds + 1)), total_times=rounds)
+        finally:
+            logger.setLevel(level)
+        _, masks = scheduled.compress(max_steps=steps, max_epochs=None)
+        scheduled.unwrap_model()
+        dense = to_dense(victim, start.example, masks)
         left = recipe.for_retraining(finishing)
     zoo.train(dense, start.data, left, seed=start.seed, device=start.device)
     dense.eval()
     return dense
-
-
-def _in_rounds(
-    start: Start,
-    choice: PrunerChoice,
-    config_list: list[dict[str, Any]],
-    recipe: zoo.Recipe,
-    schedule: Schedule,
-    rounds: int,
-    finishing: int,
-) -> nn.Module:
-    victim = copy.deepcopy(start.net)
-    knobs = {**pruner_knobs(choice.name, victim, start, choice.calibration), **choice.knobs}
-    knobs["evaluator"] = recipe_evaluator(victim, start.data, recipe, seed=start.seed)
-    knobs.pop("training_steps", None)
-    steps = (recipe.epochs - finishing) * batches_of(start.data, recipe)
-    if rounds > steps:
-        raise ConfigError(
-            f"rounds must be at most the number of training steps before the last epochs, {steps}, got {rounds} "
-            "(prune_on_schedule)"
-        )
-    inner = create_pruner(choice.name, victim, config_list, **knobs)
-    with _untested_types_allowed():
-        pruner = _SCHEDULERS[schedule](inner, interval_steps=max(1, steps // (rounds + 1)), total_times=rounds)
-    _, masks = pruner.compress(max_steps=steps, max_epochs=None)
-    pruner.unwrap_model()
-    return to_dense(victim, start.example, masks)
-
-
-@contextmanager
-def _untested_types_allowed() -> Iterator[None]:
-    """Keep NNI from warning, on standard output, of pruners that aren't its own; the conformance checks test them."""
-    logger = logging.getLogger(scheduled_pruner.__name__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

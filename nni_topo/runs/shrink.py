@@ -194,17 +194,6 @@ class ShrinkReport(ModelReport):
             parts.append(as_sentence(str(self.budget)))
         if self.tolerance is not None:
             parts.append(as_sentence(str(self.tolerance)))
-        parts += ["## How it was pruned", "\n".join(f"- {each}" for each in self._steps())]
-        parts += ["## How much changes", *self._changes()]
-        parts += self.layers.widths_in_markdown()
-        if self.changed_since:
-            parts.append(as_sentence(told_of_changes(self.changed_since)))
-        if self.warnings:
-            parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
-        return "\n\n".join(parts)
-
-    def _steps(self) -> list[str]:
-        """Return what is known of the steps, for Markdown."""
         steps = []
         if self.pruner:
             steps.append(f"pruner: {as_code(self.pruner)}")
@@ -222,10 +211,7 @@ class ShrinkReport(ModelReport):
             is_distilled = self.stages[-1].network == "distilled"
             steps.append(f"distillation: {'by a function of the caller' if is_distilled else 'none'}")
         steps.append(f"calibration data: {self.images} samples, without labels")
-        return steps
-
-    def _changes(self) -> list[str]:
-        """Return the table of distances and agreements with its sentences, for Markdown."""
+        parts += ["## How it was pruned", "\n".join(f"- {each}" for each in steps)]
         rows = self._rows()
         columns = [
             name for name in ("network", "distance", "agreement", "accuracy") if any(_shown(row[name]) for row in rows)
@@ -239,7 +225,13 @@ class ShrinkReport(ModelReport):
             told.append("Accuracy: what the evaluation function of the call returned.")
         if self.outputs is not None and self.outputs.left_out:
             told.append(f"Outputs that are compared: {', '.join(map(as_code, self.outputs.compared))}.")
-        return [table, " ".join(told)]
+        parts += ["## How much changes", table, " ".join(told)]
+        parts += self.layers.widths_in_markdown()
+        if self.changed_since:
+            parts.append(as_sentence(told_of_changes(self.changed_since)))
+        if self.warnings:
+            parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
+        return "\n\n".join(parts)
 
     def _measured_on(self, has_agreement: bool) -> str:
         """Return a sentence that says what the figures are measured on."""
@@ -256,23 +248,24 @@ class ShrinkReport(ModelReport):
 
     def _rows(self) -> list[dict[str, Any]]:
         """Return the table's rows, with numbers and intervals as text."""
-        return [
-            {
-                "network": self._name_of(stage),
-                "macs": stage.macs,
-                "params": stage.params,
-                "distance": _with_interval(stage.distance, stage.distance_low, stage.distance_high),
-                "agreement": _with_interval(stage.agreement, stage.agreement_low, stage.agreement_high),
-                "accuracy": stage.accuracy,
-                "seconds": stage.seconds,
-            }
-            for stage in self.stages
-        ]
-
-    def _name_of(self, stage: Stage) -> str:
-        """Return how the table names a network: weights that distillation found may have been discarded."""
         is_discarded = self.distillation is not None and not self.distillation.is_kept
-        return f"{stage.network} (discarded)" if is_discarded and stage.network == "distilled" else stage.network
+        rows: list[dict[str, Any]] = []
+        for stage in self.stages:
+            network = stage.network
+            if network == "distilled" and is_discarded:
+                network = "distilled (discarded)"
+            rows.append(
+                {
+                    "network": network,
+                    "macs": stage.macs,
+                    "params": stage.params,
+                    "distance": _with_interval(stage.distance, stage.distance_low, stage.distance_high),
+                    "agreement": _with_interval(stage.agreement, stage.agreement_low, stage.agreement_high),
+                    "accuracy": stage.accuracy,
+                    "seconds": stage.seconds,
+                }
+            )
+        return rows
 
     def __repr__(self) -> str:
         import pandas
@@ -312,7 +305,8 @@ class ShrinkReport(ModelReport):
                 f"from_pretrained can't build the network by its config, {self.undescribed}: use nni_topo.save and "
                 "nni_topo.load"
             )
-        lines += [told_of_changes(self.changed_since)] if self.changed_since else []
+        if self.changed_since:
+            lines.append(told_of_changes(self.changed_since))
         return "\n".join(lines)
 
 

@@ -163,32 +163,26 @@ class ImageParts:
         check_samples_first(model, calibration)
         if parts is None:
             learned, held_out = calibration.split()
-            if held_out is not None:
-                _check_fewer(model, calibration, learned)
+            error = None if held_out is None else failure_on(model, next(calls(model, learned)))
+            if error is not None:
+                whole_call, count = next(calls(model, calibration)), calibration.sizes[0]
+                for each in tensors_of(whole_call)[1:]:
+                    are_edges = each.dim() == 2 and len(each) == 2 != count and not each.is_floating_point()
+                    if are_edges or each.shape == (count, count):
+                        raise ConfigError(
+                            f"inputs must hold samples, of which every eighth is held out, got {count} nodes of a "
+                            f"graph with edges {tuple(each.shape)}: create_pruner, compensate and to_dense take whole "
+                            f"graphs ({calibration.name})"
+                        ) from error
+                raise ConfigError(
+                    "a model must run on any number of samples, because every eighth one is held out: let its forward "
+                    "take the number from its input, as x.flatten(1) and x.view(len(x), -1) do; of "
+                    f"{count} samples it got {learned.sizes[0]} and raised {raised(error)}"
+                    f"{samples_second(model, whole_call)} (model)"
+                ) from error
             return cls(calibration, learned, held_out, held_out, kwargs or args)
         first, judges, held_out = parts
         return cls(calibration, calibration if first is None else first, judges, held_out, kwargs or args)
-
-
-def _check_fewer(model: nn.Module, whole: Calibration, learned: Calibration) -> None:
-    """Raise ConfigError unless a model runs on a batch of which samples are held out."""
-    call = next(calls(model, learned))
-    error = failure_on(model, call)
-    if error is not None:
-        whole_call, count = next(calls(model, whole)), whole.sizes[0]
-        for each in tensors_of(whole_call)[1:]:
-            are_edges = each.dim() == 2 and len(each) == 2 != count and not each.is_floating_point()
-            if are_edges or each.shape == (count, count):
-                raise ConfigError(
-                    f"inputs must hold samples, of which every eighth is held out, got {count} nodes of a graph with "
-                    f"edges {tuple(each.shape)}: create_pruner, compensate and to_dense take whole graphs "
-                    f"({whole.name})"
-                ) from error
-        raise ConfigError(
-            "a model must run on any number of samples, because every eighth one is held out: let its forward take the "
-            f"number from its input, as x.flatten(1) and x.view(len(x), -1) do; of {count} samples it got "
-            f"{learned.sizes[0]} and raised {raised(error)}{samples_second(model, whole_call)} (model)"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -446,7 +440,10 @@ class ShrinkSteps:
         dense = recovered.dense
         if budget.kind != "latency":
             example: Any = self.images.example
-            return float(cost_of(budget.kind, dense, example) / self._unpruned_cost(budget.kind, example))
+            cost_left = cost_of(budget.kind, dense, example)
+            if budget.kind not in self._costs:
+                self._costs[budget.kind] = cost_of(budget.kind, self.model, example)
+            return float(cost_left / self._costs[budget.kind])
         args, kwargs = of_first(first_call(self.model, self.images.all), self.model, self.images.all)
         example = kwargs or args
         if budget.latency_table is not None:
@@ -457,11 +454,6 @@ class ShrinkSteps:
             return float(cost(widths) / cost({}))
         ((share, _),) = time_shares([dense], self.model, example, budget.share)
         return share
-
-    def _unpruned_cost(self, kind: str, example: Any) -> int:
-        if kind not in self._costs:
-            self._costs[kind] = cost_of(kind, self.model, example)
-        return self._costs[kind]
 
     @cached_property
     def _costs(self) -> dict[str, int]:
@@ -766,7 +758,25 @@ class Measurements:
         if self.answers.named.left_out:
             _logger.warning("%s", self.answers.named)
         self._data, self._evaluate = data, evaluate
-        self._states = _states_told(model, data)
+        # What a model returns, beside its answer, can be what it takes at its next call.
+        args, kwargs = first_call(model, data.learned)
+        with evaluation_mode(model), torch.no_grad():
+            found = model(*args, **kwargs)
+        returned = {each.shape for _, each in returned_by_name(found)[1:] if each.is_floating_point()}
+        states = []
+        for name, value in list(bind_arguments(model, (args, kwargs)).items())[1:]:
+            shapes = {each.shape for each in tensors_of(value) if each.is_floating_point()}
+            if shapes and shapes <= returned:
+                states.append(name)
+        self._warnings: list[str] = []
+        if states:
+            text = (
+                f"the network is judged one step at a time, each from the calibration data's {listed(states)}: it "
+                "returns tensors of the same shapes, and where these are its next inputs, errors add up; evaluate= can "
+                "run it over streams, as docs/faq.md shows"
+            )
+            _logger.warning("%s", text)
+            self._warnings.append(text)
         self.stages: list[Stage] = []
         self._began = time.perf_counter()
 
@@ -804,25 +814,20 @@ class Measurements:
         if math.isinf(self.stages[-1].distance):
             _logger.warning("%s", NO_SCALE)
             return (NO_SCALE,)
-        return (*self._states, *self._worse(), *self._few_images())
-
-    def _worse(self) -> tuple[str, ...]:
-        """Return a warning where distillation took the network away from the unpruned one.
-
-        That can be where a function of the caller's distils, or where other images than the held-out ones judged.
-        """
-        if self.stages[-1].network != "distilled":
-            return ()
-        before, after = self.stages[-2], self.stages[-1]
-        if not after.distance > MOST_DISTANCE * before.distance:
-            return ()
-        text = (
-            f"the distilled network is kept, but its distance from the unpruned network is {after.distance:.3g}, "
-            f"{before.distance:.3g} before distillation; these samples didn't decide whether to keep it. "
-            "shrink(..., distill=False) returns the network before distillation"
-        )
-        _logger.warning("%s", text)
-        return (text,)
+        found = [*self._warnings]
+        if self.stages[-1].network == "distilled":
+            # Distillation can take a network away from the unpruned one where a function of the caller's distils, or
+            # where other images than the held-out ones judged.
+            before, after = self.stages[-2].distance, self.stages[-1].distance
+            if after > MOST_DISTANCE * before:
+                text = (
+                    f"the distilled network is kept, but its distance from the unpruned network is {after:.3g}, "
+                    f"{before:.3g} before distillation; these samples didn't decide whether to keep it. "
+                    "shrink(..., distill=False) returns the network before distillation"
+                )
+                _logger.warning("%s", text)
+                found.append(text)
+        return (*found, *self._few_images())
 
     def _few_images(self) -> tuple[str, ...]:
         """Return a warning where images were too few, to hold any out or for the network."""
@@ -854,28 +859,6 @@ class Measurements:
         )
         _logger.warning("%s", text)
         return (text,)
-
-
-def _states_told(model: nn.Module, data: ImageParts) -> tuple[str, ...]:
-    """Return a warning where what a model returns, beside its answer, can be what it takes at its next call."""
-    args, kwargs = first_call(model, data.learned)
-    with evaluation_mode(model), torch.no_grad():
-        found = model(*args, **kwargs)
-    returned = {each.shape for _, each in returned_by_name(found)[1:] if each.is_floating_point()}
-    states = []
-    for name, value in list(bind_arguments(model, (args, kwargs)).items())[1:]:
-        shapes = {each.shape for each in tensors_of(value) if each.is_floating_point()}
-        if shapes and shapes <= returned:
-            states.append(name)
-    if not states:
-        return ()
-    text = (
-        f"the network is judged one step at a time, each from the calibration data's {listed(states)}: it returns "
-        "tensors of the same shapes, and where these are its next inputs, errors add up; evaluate= can run it over "
-        "streams, as docs/faq.md shows"
-    )
-    _logger.warning("%s", text)
-    return (text,)
 
 
 def chooses_how_many(pruner: str | Callable[..., MasksLike]) -> bool:

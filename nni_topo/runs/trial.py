@@ -43,9 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: Trial, *, is_first: bool) -> None:
     alone = options.params is not None
-    out = _folder(options)
+    if options.out is not None:
+        out = options.out
+    elif alone or "NNI_OUTPUT_DIR" not in os.environ:
+        raise ConfigError("a trial outside of NNI must have --params FILE and --out FOLDER, got no folder (trial)")
+    else:
+        out = Path(os.environ["NNI_OUTPUT_DIR"])
     cache = options.cache or (None if alone else out.parent.parent / "nets")
-    settings = with_parameters(options.settings(), broadcast(_parameters(options) if is_first else {}))
+    parameters: dict[str, Any] = {}
+    if is_first and options.params is not None:
+        parameters = read_parameters(options.params)
+    elif is_first:
+        if nni.get_trial_id() == "STANDALONE":
+            raise ConfigError("parameters must come from NNI or from --params FILE, got neither (trial)")
+        parameters = next_parameters()
+    settings = with_parameters(options.settings(), broadcast(parameters))
     settings = settings.for_trial(0 if alone else nni.get_sequence_id())
     metrics = run_trial(settings, out, cache=cache, report=_show if alone else _report)
     if not is_first:
@@ -54,23 +66,6 @@ def _run(options: Trial, *, is_first: bool) -> None:
         print(json.dumps(reported(metrics)))
     else:
         nni.report_final_result(reported(metrics))
-
-
-def _folder(options: Trial) -> Path:
-    """Return the folder for the trial's files: the one given, or the one that NNI made."""
-    if options.out is not None:
-        return options.out
-    if options.params is not None or "NNI_OUTPUT_DIR" not in os.environ:
-        raise ConfigError("a trial outside of NNI must have --params FILE and --out FOLDER, got no folder (trial)")
-    return Path(os.environ["NNI_OUTPUT_DIR"])
-
-
-def _parameters(options: Trial) -> dict[str, Any]:
-    if options.params is not None:
-        return read_parameters(options.params)
-    if nni.get_trial_id() == "STANDALONE":
-        raise ConfigError("parameters must come from NNI or from --params FILE, got neither (trial)")
-    return next_parameters()
 
 
 def _show(step: int, result: dict[str, float]) -> None:

@@ -621,9 +621,9 @@ class _Run:
         work = self._work(number)
         if number == 0:
             self._note_outputs(work.unpruned, work.batches[0])
-        for batch, (args, kwargs) in enumerate(calls(work.unpruned, work.calibration)):
+        for batch, call in enumerate(calls(work.unpruned, work.calibration)):
             with torch.no_grad():
-                _check_finite(work.unpruned(*args, **kwargs), work.name, batch)
+                _check_finite(work.unpruned(*call[0], **call[1]), work.name, batch)
         check_layers(work.entered.block, self._named, "shrink_pretrained")
         images = ImageParts.of(work.calibration, work.entered)
         share: Any = {self._budget.kind: self._block_share(work, images.example)}
@@ -663,8 +663,7 @@ class _Run:
                 )
                 _logger.warning("%s", warnings[-1])
             else:
-                (found,) = solutions((wanted, dense), [gap], images.learned, "auto")
-                gap.fill(found)
+                gap.fill(solutions((wanted, dense), [gap], images.learned, "auto")[0])
         give_back_memory(work.entered)
         is_distilled = False
         if self._distill is not False:
