@@ -107,7 +107,19 @@ def remove_blocks(
     gaps = _gaps(model, names)
     check_model(model)
     batches = samples_to_solve_on(model, batches_of(calibration, model, shared=True))
-    _check_shapes(model, names, batches)
+    args, kwargs = first_call(model, batches)
+    shapes: dict[str, tuple[Any, Any]] = {}
+
+    def look(name: str) -> Any:
+        return lambda entering, output: shapes.update({name: (entering.shape, tensors_of(output)[0].shape)})
+
+    looks = [(model.get_submodule(name), look(name)) for name in names]
+    with left_alone(model), evaluation_mode(model), torch.no_grad(), watched(leaving=looks):
+        model(*args, **kwargs)
+    for name in names:
+        before, after = shapes.get(name, (None, None))
+        if before is None or before != after:
+            raise ConfigError(f"a block must put out what enters it, changed, got shapes {before} and {after} ({name})")
     result: nn.Module = detached_copy(model)
     removed: set[tuple[str, int]] = set()
     for parent, first, last in gaps:
@@ -157,22 +169,6 @@ def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
             segment = [number for _, number in run]
             gaps.append((parent, segment[0], segment[-1]))
     return gaps
-
-
-def _check_shapes(model: nn.Module, names: Sequence[str], batches: Calibration) -> None:
-    args, kwargs = first_call(model, batches)
-    shapes: dict[str, tuple[Any, Any]] = {}
-
-    def look(name: str) -> Any:
-        return lambda entering, output: shapes.update({name: (entering.shape, tensors_of(output)[0].shape)})
-
-    looks = [(model.get_submodule(name), look(name)) for name in names]
-    with left_alone(model), evaluation_mode(model), torch.no_grad(), watched(leaving=looks):
-        model(*args, **kwargs)
-    for name in names:
-        before, after = shapes.get(name, (None, None))
-        if before is None or before != after:
-            raise ConfigError(f"a block must put out what enters it, changed, got shapes {before} and {after} ({name})")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import NONE, SEED, DataError, checked, one_of, taking, whole
 from nni_topo.maths.clustering import partition
-from nni_topo.maths.ties import FloatArray, IntArray, first_smallest
+from nni_topo.maths.ties import first_smallest
 from nni_topo.maths.topology import farthest_points
 from nni_topo.network.runtime.arguments import BATCHES, MODEL
 from nni_topo.network.runtime.calibration import Calibration
@@ -120,12 +120,8 @@ def choose_images(
     if count > len(features):
         raise DataError(f"the pool must hold at least as many images as are to be chosen, {count}, got {len(features)}")
     points = features.numpy()
-    order = farthest_points(points, count) if method == "cover" else _nearest_to_centres(points, count, seed)
-    return calibration.chosen(torch.from_numpy(order))
-
-
-def _nearest_to_centres(points: FloatArray, count: int, seed: int) -> IntArray:
-    """Return for each of so many clusters the index of the point that is nearest to its mean."""
+    if method == "cover":
+        return calibration.chosen(torch.from_numpy(farthest_points(points, count)))
     labels = partition(points, count, seed=seed)
     found: list[int] = []
     for label in range(int(labels.max()) + 1):
@@ -135,7 +131,8 @@ def _nearest_to_centres(points: FloatArray, count: int, seed: int) -> IntArray:
         found.append(int(members[first_smallest(off, scale)]))
     # Of equal images there are fewer clusters than asked for.
     others = np.setdiff1d(np.arange(len(points)), found)
-    return np.array([*found, *others[: count - len(found)]], dtype=np.intp)
+    nearest = np.array([*found, *others[: count - len(found)]], dtype=np.intp)
+    return calibration.chosen(torch.from_numpy(nearest))
 
 
 def _features(model: nn.Module, pool: Calibration, outputs: Outputs | None, progress: bool | None) -> Tensor:

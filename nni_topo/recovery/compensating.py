@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
-from torch.fx import Node
 
 from nni_topo.errors import NONE, ConfigError, checked, instance, listed, whole
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
@@ -136,7 +135,11 @@ def compensation(
         copy_norm_statistics(networks, call, calibration)
     left = everything.samples_of_all - calibration.samples_of_all
     report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began, left)
-    _warn(report)
+    if report.left_alone:
+        named = ", ".join(f"{listed(names)} ({why})" for why, names in by_reason(report.left_alone).items())
+        _logger.warning("layers that read removed channels and couldn't be reconstructed: %s", named)
+    for text in report.warnings:
+        _logger.warning("%s", text)
     give_back_classes(given, networks.result)
     hand_on_report(given, networks.result, "weights reconstructed (nni_topo.compensate)")
     if processes is None:
@@ -312,45 +315,36 @@ def _run(
         is_refined = index + 1 < len(tasks) and tasks[index + 1].refines
         chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
         later = {node for each in tasks[index + 1 :] for node in each.watched}
+        began = time.perf_counter()
         try:
-            layers.append(_step(task, min(ranks[index:]), later, sampler, networks, chosen, is_refined))
+            learned, held = sampler.collect(task, min(ranks[index:]), later=later, is_refined=is_refined)
         except OtherSamplesError:
             if sampler.is_shared:
                 raise
             others.add(task.layer.name)
             left_alone[task.layer.name] = "in the pruned network a router sends it other samples"
+            continue
+        samples = learned.samples + held.samples
+        found = sampler.agreed(task.fit(learned, held, chosen), task)
+        for net in (networks.pruned, networks.result):
+            task.apply(net, found)
+        if is_refined:
+            sampler.advance(task, found)
+        layers.append(
+            LayerReport(
+                layer=task.layer.name,
+                place=task.label,
+                unknowns=task.fitted,
+                samples=samples,
+                ridge=found.ridge,
+                error_before=found.before,
+                error_after=found.after,
+                error_held_out=found.held_out,
+                seconds=time.perf_counter() - began,
+            )
+        )
+        del learned, held  # sums of products take much memory, and the next task has its own
     return tuple(layers)
-
-
-def _step(
-    task: Task,
-    settled: int,
-    later: set[Node],
-    sampler: Sampler,
-    networks: Networks,
-    ridge: float | None,
-    is_refined: bool,
-) -> LayerReport:
-    """Solve one task and put the solution into the networks."""
-    began = time.perf_counter()
-    learned, held = sampler.collect(task, settled, later=later, is_refined=is_refined)
-    samples = learned.samples + held.samples
-    found = sampler.agreed(task.fit(learned, held, ridge), task)
-    for net in (networks.pruned, networks.result):
-        task.apply(net, found)
-    if is_refined:
-        sampler.advance(task, found)
-    return LayerReport(
-        layer=task.layer.name,
-        place=task.label,
-        unknowns=task.fitted,
-        samples=samples,
-        ridge=found.ridge,
-        error_before=found.before,
-        error_after=found.after,
-        error_held_out=found.held_out,
-        seconds=time.perf_counter() - began,
-    )
 
 
 def survey(model: nn.Module, calibration: Calibration) -> tuple[tuple[int, ...], Call]:
@@ -366,11 +360,3 @@ def held_out_groups(calibration: Calibration, sizes: Sequence[int]) -> Tensor | 
     if calibration.groups is None or tuple(sizes) != calibration.sizes:
         return None
     return calibration.held_out(HELD_OUT_ENTRIES)
-
-
-def _warn(report: CompensationReport) -> None:
-    if report.left_alone:
-        named = ", ".join(f"{listed(names)} ({why})" for why, names in by_reason(report.left_alone).items())
-        _logger.warning("layers that read removed channels and couldn't be reconstructed: %s", named)
-    for text in report.warnings:
-        _logger.warning("%s", text)

@@ -192,7 +192,17 @@ class Course:
         self._looked = 0.0  # share of the course at the last look
         self._began = self.clock.spent
         if self.path is not None and self.path.exists():
-            self._resume(self.path)
+            with _reading_state(self.path):
+                state = read_state(self.path, self.kind)
+                self.student.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.done, self.rate, self._looked = state["done"], state["rate"], state["looked"]
+                self.is_normed = state["is_normed"]
+                self.schedule.falls_from, self.schedule.end = state["fall"]
+                self.rates = tuple(RateTrial(**each) for each in state["rates"])
+                self.curve = [Look(**each) for each in state["curve"]]
+                self._began = state["began"]
+                self.clock.go_on_from(state["spent"])
 
     def run(
         self,
@@ -306,19 +316,6 @@ class Course:
         }
         parts = {"format": _FORMAT, "kind": self.kind, **now, "optimizer": self.optimizer.state_dict()}
         write_tensors(self.path, parts)
-
-    def _resume(self, path: Path) -> None:
-        with _reading_state(path):
-            state = read_state(path, self.kind)
-            self.student.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.done, self.rate, self._looked = state["done"], state["rate"], state["looked"]
-            self.is_normed = state["is_normed"]
-            self.schedule.falls_from, self.schedule.end = state["fall"]
-            self.rates = tuple(RateTrial(**each) for each in state["rates"])
-            self.curve = [Look(**each) for each in state["curve"]]
-            self._began = state["began"]
-            self.clock.go_on_from(state["spent"])
 
 
 def read_state(path: Path, kind: dict[str, Any]) -> dict[str, Any]:

@@ -49,20 +49,19 @@ def directions(ones: Tensor, others: Tensor, kept: int) -> tuple[Tensor, Tensor]
     ``ones`` and ``others`` are the mean products of two factors' channels, ``x`` and ``y``, in each head: of all ``A``
     and ``B`` so many columns leave the least of the mean square of ``x' y - x' A B' y``.
     """
-    pairs = [_of_head(_root(one), _root(other), kept) for one, other in zip(ones, others, strict=True)]
-    a, b = zip(*pairs, strict=True)
-    return torch.stack(a), torch.stack(b)
-
-
-def _of_head(left: Tensor, right: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    u, values, v = torch.linalg.svd(left.mT @ right)
-    count = min(kept, int((values > _LEAST * values[0]).sum()))
-    scale = values[:count].rsqrt()
-    a, b = (right @ v[:count].mT) * scale, (left @ u[:, :count]) * scale
-    # The other columns do what these lack.
-    u, values, v = torch.linalg.svd(torch.eye(len(left)).to(left) - a @ b.mT)
-    more = values[: len(left) - count].sqrt()
-    return torch.cat([a, u[:, : len(more)] * more], 1), torch.cat([b, v[: len(more)].mT * more], 1)
+    of_ones, of_others = [], []
+    for one, other in zip(ones, others, strict=True):
+        left, right = _root(one), _root(other)
+        u, values, v = torch.linalg.svd(left.mT @ right)
+        count = min(kept, int((values > _LEAST * values[0]).sum()))
+        scale = values[:count].rsqrt()
+        a, b = (right @ v[:count].mT) * scale, (left @ u[:, :count]) * scale
+        # The other columns do what these lack.
+        u, values, v = torch.linalg.svd(torch.eye(len(left)).to(left) - a @ b.mT)
+        more = values[: len(left) - count].sqrt()
+        of_ones.append(torch.cat([a, u[:, : len(more)] * more], 1))
+        of_others.append(torch.cat([b, v[: len(more)].mT * more], 1))
+    return torch.stack(of_ones), torch.stack(of_others)
 
 
 def _root(matrix: Tensor) -> Tensor:

@@ -155,7 +155,27 @@ class Verdict:
             text += f". The loss falls, but the distance grows to more than {MOST_DISTANCE:g} times its value"
         if self.objective == "kl" and self.distance_after > self.distance_before:
             text += "; if the outputs aren't class scores, set distill's objective='squares', which is the distance"
-        return f"{text}. {self._course()}"
+        text += ". "
+        # How many steps were taken, and at which rate.
+        if not self.has_anything_to_learn:
+            text += "No step was taken: there is nothing to learn"
+        elif math.isnan(self.lr) and not self.rates:
+            text += "No step was taken: seconds= allows too few"
+        elif math.isnan(self.lr):
+            tried = ", ".join(f"{each.lr:g}" for each in self.rates)
+            text += f"No step was taken: a few at each of the learning rates {tried} make the loss too large"
+            text += ", and seconds= allows no lower one" if self.is_out_of_time else ""
+        else:
+            text += f"It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
+            text += ", until the time was over" if self.is_out_of_time else ""
+            too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
+            text += f"; too high: {', '.join(too_high)}" if too_high else ""
+        if 0 < self.held_out < _FEW and self.has_anything_to_learn:
+            text += f". {self.held_out} held-out samples are few to decide by: give more of them, or held_out="
+        if self.solved_on:
+            text += f". The network's weights were solved on {self.solved_on} of the {self.held_out} held-out samples, "
+            text += "where it looks better than it is, and what is learned looks worse: give others, held_out="
+        return text
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the curve as a table: a row for each look, with the step, the learning rate and the held-out loss."""
@@ -167,28 +187,6 @@ class Verdict:
     def has_anything_to_learn(self) -> bool:
         """Whether the network without distillation has a loss."""
         return not (math.isnan(self.lr) and self.loss_before == 0.0)
-
-    def _course(self) -> str:
-        """Say how many steps were taken, and at which rate."""
-        if not self.has_anything_to_learn:
-            text = "No step was taken: there is nothing to learn"
-        elif math.isnan(self.lr) and not self.rates:
-            text = "No step was taken: seconds= allows too few"
-        elif math.isnan(self.lr):
-            tried = ", ".join(f"{each.lr:g}" for each in self.rates)
-            text = f"No step was taken: a few at each of the learning rates {tried} make the loss too large"
-            text += ", and seconds= allows no lower one" if self.is_out_of_time else ""
-        else:
-            text = f"It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
-            text += ", until the time was over" if self.is_out_of_time else ""
-            too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
-            text += f"; too high: {', '.join(too_high)}" if too_high else ""
-        if 0 < self.held_out < _FEW and self.has_anything_to_learn:
-            text += f". {self.held_out} held-out samples are few to decide by: give more of them, or held_out="
-        if self.solved_on:
-            text += f". The network's weights were solved on {self.solved_on} of the {self.held_out} held-out samples, "
-            text += "where it looks better than it is, and what is learned looks worse: give others, held_out="
-        return text
 
 
 @dataclass(frozen=True, repr=False)

@@ -207,8 +207,15 @@ class Lesson:
         """Return the variance of each output of the unpruned network over some of the images, a sample of many."""
         own = self._shares.own(index[:: -(-len(index) // min(_VARIED, self._together))])
         real = real_positions_of(self._unpruned, taken(self._pool, own))
-        wanted = [finite(each) for each in _unpadded(self._answers(self._pool, own), real)]
-        return [self._variance(each) + _LEAST_VARIANCE for each in wanted]
+        variances = []
+        for each in _unpadded(self._answers(self._pool, own), real):
+            rows = finite(each)
+            if self._shares.processes is None:
+                variance = float(rows.var(0, correction=0).mean())
+            else:  # over the rows of all processes
+                variance = float(self._mean((rows - self._mean(rows)).double().square()).mean())
+            variances.append(variance + _LEAST_VARIANCE)
+        return variances
 
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
         """Compare a network with the unpruned one on some of the images, in evaluation mode."""
@@ -294,16 +301,23 @@ class Lesson:
         """Return the mean loss of each output, of which the distance is known."""
         if self.kind == "squares":
             return distances
+        losses: list[Tensor] = []
         if self.kind == "cosine":
-            return [_cosine_loss(*pair) for pair in zip(found, wanted, strict=True)]
+            for mine, theirs in zip(found, wanted, strict=True):
+                one, other = normalize(mine, dim=1), normalize(theirs, dim=1)
+                turned = 1.0 - (one * other).sum(1).mean()
+                # The order of neighbours is in the similarities; what turns all embeddings alike leaves them as they
+                # are.
+                similarities = (one @ one.T - other @ other.T).square().mean()
+                losses.append(turned + _SIMILARITIES * similarities)
+            return losses
         t = self._temperature
-        losses = [
-            kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
-            for mine, theirs in zip(found, wanted, strict=True)
-        ]
-        # A class that is masked has no probability, and no part in the divergence.
-        losses = [each.masked_fill(theirs == -math.inf, 0.0) for each, theirs in zip(losses, wanted, strict=True)]
-        return [t * t * each.sum(-1).mean() for each in losses]
+        for mine, theirs in zip(found, wanted, strict=True):
+            loss = kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
+            # A class that is masked has no probability, and no part in the divergence.
+            loss = loss.masked_fill(theirs == -math.inf, 0.0)
+            losses.append(t * t * loss.sum(-1).mean())
+        return losses
 
     def _taught(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
         """Return what steps make small: the mean loss of each output, of class scores together with their distance.
@@ -340,12 +354,6 @@ class Lesson:
         total = self._shares.add(rows.double().sum(0), "a mean answer")
         count = self._shares.add(torch.tensor(float(len(rows)), device=rows.device), "a mean answer")
         return (total / count).to(rows)
-
-    def _variance(self, rows: Tensor) -> float:
-        """Return the mean variance of the entries of rows (n, ...), where processes share the images over all rows."""
-        if self._shares.processes is None:
-            return float(rows.var(0, correction=0).mean())
-        return float(self._mean((rows - self._mean(rows)).double().square()).mean())
 
     def batches(
         self,
@@ -503,14 +511,6 @@ def _distances(found: list[Tensor], wanted: list[Tensor], scales: list[float]) -
     return [
         minus(mine, theirs).square().mean() / scale for mine, theirs, scale in zip(found, wanted, scales, strict=True)
     ]
-
-
-def _cosine_loss(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Return how far embeddings turn from the unpruned network's, and their similarities to each other from theirs."""
-    one, other = normalize(mine, dim=1), normalize(theirs, dim=1)
-    turned = 1.0 - (one * other).sum(1).mean()
-    # The order of neighbours is in the similarities; what turns all embeddings alike leaves them as they are.
-    return turned + _SIMILARITIES * (one @ one.T - other @ other.T).square().mean()
 
 
 def shared_blocks(
@@ -741,13 +741,19 @@ def joined(parts: list[Call]) -> Call:
 
 def _some(model: nn.Module, pool: Call, index: Tensor) -> list[Any]:
     """Return batches of some of the images in the form in which users hand them."""
-    parts = [taken(pool, part) for part in index.tensor_split(-(-len(index) // _AT_ONCE) or 1) if len(part)]
-    # A batch's first entry is what the model takes: a single tensor as it is, as users write it.
-    return [(bind_arguments(model, call) if call[1] else _alone(call[0]),) for call in parts]
-
-
-def _alone(args: tuple[Any, ...]) -> Any:
-    return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
+    batches: list[Any] = []
+    for part in index.tensor_split(-(-len(index) // _AT_ONCE) or 1):
+        if not len(part):
+            continue
+        args, kwargs = taken(pool, part)
+        # A batch's first entry is what the model takes: a single tensor as it is, as users write it.
+        if kwargs:
+            batches.append((bind_arguments(model, (args, kwargs)),))
+        elif len(args) == 1 and isinstance(args[0], Tensor):
+            batches.append((args[0],))
+        else:
+            batches.append((args,))
+    return batches
 
 
 def is_blendable(call: Call) -> bool:

@@ -86,8 +86,16 @@ class ReconstructTask(Task):
         # Only changes of an output are sent through, so that the norms' constants drop out.
         self._scale = through_norms(norms, weight.new_zeros(len(weight)))[0].to(weight.device)
         self._columns, self._rows = self.layer.columns.to(weight.device), self.layer.rows.to(weight.device)
-        for net in (pruned, result):
-            self._cut(net)
+        # The weights of kept rows that read removed channels become zero, whatever these channels hold.
+        with torch.no_grad():
+            for net in (pruned, result):
+                own: Any = net.get_submodule(self.layer.name)
+                rows = by_output(own.weight, own)
+                place = self.block(rows)
+                kept = rows[place].clone()
+                rows[self._rows.flatten()] = 0
+                rows[place] = kept
+                own.weight.copy_(of_output(rows, own))
 
     @property
     def label(self) -> str:
@@ -172,17 +180,6 @@ class ReconstructTask(Task):
     def block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices of the weights between kept channels, group by group, in the weight by output."""
         return self._rows[:, :, None], (self._columns % rows.shape[1])[:, None, :]
-
-    def _cut(self, net: nn.Module) -> None:
-        """Set the weights of kept rows that read removed channels to zero, whatever these channels hold."""
-        module: Any = net.get_submodule(self.layer.name)
-        with torch.no_grad():
-            rows = by_output(module.weight, module)
-            place = self.block(rows)
-            kept = rows[place].clone()
-            rows[self._rows.flatten()] = 0
-            rows[place] = kept
-            module.weight.copy_(of_output(rows, module))
 
 
 def add_constant(net: nn.Module, taker: str, rows: Tensor, constant: Tensor) -> None:

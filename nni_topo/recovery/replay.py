@@ -61,7 +61,11 @@ class Replay:
         self._calibration = calibration
         # By argument, the one that the unpruned network gets in its place.
         self._instead = calibration.instead if isinstance(calibration, Calibration) else {}
-        self.touched_nodes = touched_nodes(unpruned, pruned, self._entering_differently())
+        # The placeholders at which the networks get different inputs.
+        entering = [node for node in self._placeholders if str(node.target) in self._instead]
+        if self._instead and is_in_parts(unpruned.graph):  # what enters a part may depend on any input
+            entering = self._placeholders
+        self.touched_nodes = touched_nodes(unpruned, pruned, entering)
         # Values that are kept would be changed by an operation in place, by each pass anew.
         self._cache_bytes = 0 if _works_in_place(unpruned) else cache_bytes
         self._reached: dict[int, _Reached] = {}  # by batch
@@ -89,13 +93,11 @@ class Replay:
                 saved = needed | {node: unpruned[node] for node in set(later) & unpruned.keys()}, saved[1]
             self._at = index
             yield {node: unpruned[node] for node in watched}, {node: pruned[node] for node in watched}
-            self._keep(index, _Reached(front, settled, *saved, nbytes=_nbytes(*saved)))
-
-    def _keep(self, index: int, reached: _Reached) -> None:
-        """Keep what a batch has reached, in the place of what was kept of it, if there is room."""
-        others = sum(kept.nbytes for each, kept in self._reached.items() if each != index)
-        if others + reached.nbytes <= self._cache_bytes:
-            self._reached[index] = reached
+            # What the batch has reached is kept, in the place of what was kept of it, if there is room.
+            nbytes = _nbytes(*saved)
+            others = sum(kept.nbytes for each, kept in self._reached.items() if each != index)
+            if others + nbytes <= self._cache_bytes:
+                self._reached[index] = _Reached(front, settled, *saved, nbytes=nbytes)
 
     def shapes(self, watched: Collection[Node]) -> Iterator[tuple[Values, Tensor | None]]:
         """Yield for each batch tensors of the shapes that the watched nodes' values have, and what `unpadded` tells.
@@ -145,12 +147,6 @@ class Replay:
         """Return a call of the unpruned network, which may get other inputs than the pruned one."""
         args, kwargs = call
         return args, kwargs | {name: kwargs[other] for name, other in self._instead.items()}
-
-    def _entering_differently(self) -> list[Node]:
-        """Return the placeholders at which the networks get different inputs."""
-        if self._instead and is_in_parts(self._runners[0].graph):  # what enters a part may depend on any input
-            return self._placeholders
-        return [node for node in self._placeholders if str(node.target) in self._instead]
 
     def _given(self, call: Call) -> Values:
         """Return what enters both graphs; of a network in parts, what the model's code passes to the parts."""

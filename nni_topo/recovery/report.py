@@ -134,21 +134,19 @@ class CompensationReport:
         """Return a table: a row for each equation, then a row for each layer that couldn't be reconstructed."""
         import pandas
 
-        rows = [{**dataclasses.asdict(layer), "note": _note(layer)} for layer in self.layers]
+        rows: list[dict[str, Any]] = []
+        for layer in self.layers:
+            notes = []
+            if not layer.is_kept:
+                notes.append("learned weights discarded")
+            if layer.is_lost:
+                notes.append("output almost lost")
+            if layer.is_underdetermined:
+                notes.append("fewer samples than unknowns")
+            rows.append({**dataclasses.asdict(layer), "note": ", ".join(notes)})
         rows += [{"layer": name, "note": f"not reconstructed: {reason}"} for name, reason in self.left_alone.items()]
         columns = [*(field.name for field in dataclasses.fields(LayerReport)), "note"]
         return pandas.DataFrame(rows, columns=columns)
-
-
-def _note(layer: LayerReport) -> str:
-    notes = []
-    if not layer.is_kept:
-        notes.append("learned weights discarded")
-    if layer.is_lost:
-        notes.append("output almost lost")
-    if layer.is_underdetermined:
-        notes.append("fewer samples than unknowns")
-    return ", ".join(notes)
 
 
 def signed_like(other: Callable[P, Any]) -> Callable[[Callable[..., _Made]], Callable[P, _Made]]:

@@ -50,7 +50,12 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
         return _chosen(call_of(module, inputs).entering if is_own else inputs, positions, columns)
     entries = torch.arange(len(inputs), device=inputs.device)[:, None]
     dims = len(module.kernel_size)
-    windows = _windows(module, inputs, columns.flatten(), shape[2:])
+    # (n, channels, *output size, *kernel size): what each output position of a convolution is a sum over.
+    call = _reached(module, inputs, columns.flatten())
+    if isinstance(module, TRANSPOSED):
+        windows = _transposed_windows(call, call.output_size if is_own else shape[2:])
+    else:
+        windows = call.windows()
     places = torch.unravel_index(positions, windows.shape[2 : 2 + dims])
     at: tuple[Any, ...] = (entries, slice(None), *places)
     rows = windows[at].flatten(0, 1)
@@ -130,17 +135,6 @@ def numbers_drawn(count: int, entries: int, wanted: int, real: Tensor | None) ->
 def pass_over(generator: torch.Generator, numbers: int) -> None:
     """Let a generator go on as if so many numbers had been drawn from it: those of other processes."""
     torch.rand(numbers, generator=generator, dtype=torch.float64)
-
-
-def _windows(module: Any, inputs: Tensor, channels: Tensor, size: Sequence[int]) -> Tensor:
-    """Return ``(n, channels, *output size, *kernel size)``: what each output position of a convolution is a sum over.
-
-    ``channels`` are some of those that enter.
-    """
-    call = _reached(module, inputs, channels)
-    if not isinstance(module, TRANSPOSED):
-        return call.windows()
-    return _transposed_windows(call, call.output_size if has_own_forward(module) else size)
 
 
 def _reached(module: Any, inputs: Tensor, channels: Tensor) -> InnerCall:
