@@ -4,7 +4,7 @@ A block adds to the stream that the blocks before it made, so that the model run
 into the stream before a gap, a linear one or a convolution, is solved anew, such that the stream after the gap is the
 unpruned one: [1]_ does it with a linear map of that layer's output, here all of its weights may change. Where a ReLU or
 a norm follows the sum, as in ResNet and BERT, what enters that is solved for, and the norm of the block before the gap
-becomes that of the last block in it.
+takes the values of the norm of the last block in it.
 
 References
 ----------
@@ -180,7 +180,7 @@ class Stream:
 
     def watch(self, look: Callable[[Tensor], Any]) -> tuple[list[Any], list[Any]]:
         """Return what `watched` takes to show the stream."""
-        # Copies, for what comes next may work in place.
+        # Copies, because what comes next may work in place.
         if self.end is None:
             return [], [(self.block, lambda _, output: look(tensors_of(output)[0].detach().clone()))]
         return [(self.end, lambda entering: look(entering.detach().clone()))], []
@@ -330,7 +330,7 @@ def solutions(
 ) -> list[Solution]:
     """Solve for what the writers of gaps lack, each by itself, in one pass over the batches.
 
-    ``nets`` are the networks in which the streams lie; the last one is that of the writers.
+    ``nets`` are the networks in which the streams lie; the writers are in the last one.
     """
     seen: list[dict[str, Tensor]] = [{} for _ in gaps]
     before: list[Any] = []

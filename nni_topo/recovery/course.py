@@ -30,7 +30,7 @@ _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 _FALL = 0.4  # share of a course in which the rate falls to zero, at its end
 _LOOKS = 25  # how often a course of full length looks at the held-out loss
-_WINDOW = 4  # looks whose mean is compared with that of as many before them: at a high rate single losses jump
+_WINDOW = 4  # looks whose mean is compared with the mean of as many before them: at a high rate single losses jump
 _PROGRESS = 0.02  # share of the earlier mean by which a smaller one counts as progress
 
 MOST_LOST = 20.0
@@ -83,7 +83,7 @@ class RateTrial:
 
 
 class Clock:
-    """Wall time of a distillation, that of interrupted runs included, and how much of it there is.
+    """Wall time of a distillation, with the time of interrupted runs, and its limit.
 
     Attributes
     ----------
@@ -138,7 +138,7 @@ class RateSchedule:
         self.falls_from, self.end = falls_from, 1.0
 
     def level(self, share: float, least: float) -> float:
-        """Return the rate after a share of the course, in [0, 1]; a rising one is that of `least` at least."""
+        """Return the rate after a share of the course, in [0, 1]; while it rises, at least the rate after `least`."""
         rising = max(share, least) / self.warmup if share < self.warmup else 1.0
         falling = (self.end - share) / (self.end - self.falls_from) if share > self.falls_from else 1.0
         return max(0.0, min(rising, falling, 1.0))

@@ -332,7 +332,7 @@ def distillation(
         check_precision(precision, device_of(model), "distill")
     hashes = dict[str, str]()
     if state is not None:
-        # Before the models run, for a forward may write to buffers.
+        # Before the models run, because a forward may write to buffers.
         hashes = _hash_of_unpruned(original) | {"the same network to distil, hash": model_fingerprint(dense)[:_SHOWN]}
         if path_of(state, "state").exists():
             read_state(path_of(state, "state"), hashes)
@@ -406,7 +406,7 @@ def distillation(
         return lesson.batches(learned, batch_size, seed, augment, is_blended, lambda needed: needed <= clock.left / 10)
 
     def loss_of(net: nn.Module, is_normed: bool) -> float:
-        # After a few steps the running statistics are still those of before.
+        # After a few steps the running statistics are still the old ones.
         few = lesson.plain(net, learned[:_BATCH_NORM_IMAGES])
         try:
             measured = recalibrate_batch_norm(net, few) if is_normed else net
@@ -435,7 +435,7 @@ def distillation(
     rate = math.nan if lr is None else lr
     goes_on = state is not None and path_of(state, "state").exists()
     if is_normed and not goes_on and before.loss > 0.0:
-        # Networks that were trained with fixed statistics, or on other images, break by those of the batches.
+        # Networks that were trained with fixed statistics, or on other images, break by the statistics of the batches.
         is_normed = loss_of(_student(dense, pool), is_normed) <= MOST_LOST * first
     if goes_on:
         rate = 0.0  # the file has its own
@@ -501,7 +501,7 @@ def distillation(
         after = lesson.judge(student, held)
         if course.is_normed and math.isfinite(after.loss):
             # Views and blends differ from the images that will come. Statistics of the images as they are may be better
-            # or worse than those of the steps: the held-out images decide.
+            # or worse than the statistics of the steps: the held-out images decide.
             measured = recalibrate_batch_norm(student, lesson.plain(student, learned))
             judged_again = lesson.judge(measured, held)
             if judged_again.loss < after.loss:

@@ -150,7 +150,7 @@ class Lesson:
     ) -> None:
         self._unpruned = _answering(unpruned)
         self._pool, self._temperature = pool, temperature
-        self.precision = precision  # of the steps; what judges is in that of the parameters
+        self.precision = precision  # of the steps; what judges is in the precision of the parameters
         # Autocast mixes a network in half precision with itself: norms get inputs of one type and weights of the other.
         self._is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in self._unpruned.parameters())
         self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
@@ -256,7 +256,7 @@ class Lesson:
         return float(self._shares.add(loss, "the loss of a constant"))
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
-        """Return the mean loss on a call for which the unpruned network says `wanted`; with that of the blocks.
+        """Return the mean loss on a call for which the unpruned network says `wanted`; with the loss of the blocks.
 
         Where processes share the images, it is the part of this process: their parts add up to the mean.
         """
@@ -348,7 +348,7 @@ class Lesson:
         return found[..., 0].numel()
 
     def _mean(self, rows: Tensor) -> Tensor:
-        """Return the mean (...) of rows (n, ...), where processes share the images over those of all."""
+        """Return the mean (...) of rows (n, ...), where processes share the images over the rows of all."""
         if self._shares.processes is None:
             return rows.mean(0)
         total = self._shares.add(rows.double().sum(0), "a mean answer")
@@ -859,7 +859,7 @@ def _view(part: Call, augment: Augment) -> Call:
 
 
 def _in_order_of(pattern: Any, value: Any) -> Any:
-    """Return a nested value with its mappings in the order of another's, for a function may build them in any order."""
+    """Return a nested value with its mappings in the order of another's: a function may build them in any order."""
     if isinstance(pattern, Mapping) and isinstance(value, Mapping) and pattern.keys() == value.keys():
         return {key: _in_order_of(each, value[key]) for key, each in pattern.items()}
     if isinstance(pattern, (tuple, list)) and isinstance(value, (tuple, list)) and len(pattern) == len(value):

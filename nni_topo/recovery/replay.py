@@ -184,7 +184,7 @@ class Replay:
             pruned[node] = known[node] if node in known else _compute(self._runners[0], node, pruned)
 
     def _free(self, rank: int, values: Values, watched: set[Node]) -> None:
-        """Free what a node was the last to read: memory is that of one place of the graph, not of all of it."""
+        """Free what a node was the last to read, so that memory holds the values of one place alone."""
         for node in [*self.nodes[rank].all_input_nodes, self.nodes[rank]]:
             if self._last_use[node] <= rank and node not in watched:
                 values.pop(node, None)

@@ -133,7 +133,7 @@ def numbers_drawn(count: int, entries: int, wanted: int, real: Tensor | None) ->
 
 
 def pass_over(generator: torch.Generator, numbers: int) -> None:
-    """Let a generator go on as if so many numbers had been drawn from it: those of other processes."""
+    """Let a generator go on as if so many numbers had been drawn from it, as other processes do."""
     torch.rand(numbers, generator=generator, dtype=torch.float64)
 
 

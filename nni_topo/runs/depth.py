@@ -1,9 +1,9 @@
-"""Blocks compete with channels for a budget: which may go, in which order, and how many before channels take the rest.
+"""Blocks compete with channels for a budget: which can be removed, in which order, and how many before channels.
 
-Blocks that add to a stream and keep its shape can go as a whole, and so can attention or the MLP of a transformer's
-block. The layer before the gap makes up for them as far as it can, see :mod:`nni_topo.recovery.blocks`. The next one to
-go is that whose absence costs the least loss on held-out images for the cost that it saves; all are looked at again
-after each removal.
+Blocks that add to a stream and keep its shape can be removed as a whole, and so can attention or the MLP of a
+transformer's block. The layer before the gap makes up for them as far as it can, see :mod:`nni_topo.recovery.blocks`.
+The next block to remove is the one without which the loss on held-out images grows least for the cost that it saves;
+all are looked at again after each removal.
 """
 
 from __future__ import annotations
@@ -353,7 +353,7 @@ class Shortened:
     def without(self, candidate: Removal, gap: Gap | None, solution: Any) -> tuple[nn.Module, dict[str, str], str]:
         """Return a network that lacks one more block, the names in it, and the layer that makes up for it.
 
-        The network holds the parameters of this one, but for those of that layer.
+        The network shares all parameters with this one except the parameters of that layer.
         """
         net = detached_copy(self.net, light=True)
         twins = dict(zip(self.net.modules(), net.modules(), strict=True))
@@ -392,14 +392,14 @@ class DepthPath:
         self.states = [Shortened(model, names, (), (), 0.0, 1.0)]
 
     def nearest(self, share: float) -> int:
-        """Return how many blocks must go so that about a share of the cost is left, as far as there are so many."""
+        """Return how many blocks to remove so that about a share of the cost is left; all if there are too few."""
         while self.states[-1].left > share and self._extend():
             pass
         distances = [abs(math.log(max(state.left, 1e-9) / share)) for state in self.states]
         return first_smallest(distances)
 
     def first_below(self, share: float) -> int:
-        """Return how many blocks must go so that at most a share of the cost is left, as far as there are so many."""
+        """Return how many blocks to remove so that at most a share of the cost is left; all if there are too few."""
         self.nearest(share)
         return next((at for at, state in enumerate(self.states) if state.left <= share), len(self.states) - 1)
 
@@ -443,7 +443,7 @@ class DepthPath:
         return True
 
     def _remaining(self, state: Shortened) -> list[Removal]:
-        """Return what can go next; those that promised most, where there are many."""
+        """Return what can be removed next; of many candidates the most promising ones."""
         gone = {candidate.name for candidate in state.gone}
         found = []
         for candidate in self._removable.candidates:
@@ -551,7 +551,7 @@ class DepthSteps(ShrinkSteps):
                 return
             try:
                 recovered, tried = self._with_depth(budget, count)
-            except ConfigError as error:  # of a network without channels that can go
+            except ConfigError as error:  # the network has no channels that can be removed
                 if not count:
                     raise
                 _logger.info("%d blocks are not removed: %s", count, error)

@@ -482,7 +482,7 @@ def _made_from_larger(
         larger, _ = plain_weights(larger)
         steps = ShrinkSteps.prepare(larger, data, template.kind, **settings, is_search=True)
         other, _ = steps.recover(replace(template, **fixed))
-    except ConfigError as error:  # nothing more can go
+    except ConfigError as error:  # no more channels can be removed
         _logger.info("the network of share %g isn't made from a larger one: %s", share, error)
         return None
     # Its report counts the larger network's sizes as those before: a reader wants the unpruned network's.

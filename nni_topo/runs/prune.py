@@ -1,4 +1,4 @@
-"""Prune one trained model as a YAML file says: the library function behind ``nni-topo prune``."""
+"""Prune one trained model as a YAML file says: the function that ``nni-topo prune`` calls."""
 
 from __future__ import annotations
 

@@ -392,7 +392,7 @@ def shrink(
         ``"memory"``, with other settings ``{"flops": None, "allocation": "error"}``; None: ``"flops"``. A share beside
         a ``tolerance`` is the least that is kept: whichever of the two keeps more decides, so that the tolerance always
         holds, and a warning says where the budget is missed. Time is that of a batch as large as the first one of
-        ``images``: pass batches as large as those that the network will get, for single ones may gain nothing. With
+        ``images``: pass batches as large as the network will get, because single samples may gain nothing. With
         ``"allocation": "auto"`` the budget is distributed in every way that the pruner offers, the weights of each
         network are reconstructed, and the network with the smallest loss on the held-out images is kept; the loss is
         that of :func:`nni_topo.distill`. That takes two or three times as long; the report has the figures of all.
@@ -496,8 +496,8 @@ def shrink(
     reaches. ``"equal_blocks": False`` in the budget asks for free widths and narrower heads, ``narrow_heads=True`` as
     well; ``report.undescribed`` then says what no config can say.
 
-    With ``depth`` blocks are put in an order first: the next to go is that whose absence costs the least loss, on 128
-    held-out images, for the cost that it saves, after the layer before it was solved on 256 calibration images to
+    With ``depth`` blocks are put in an order first: the next one is the block without which the loss, on 128 held-out
+    images, grows least for the cost that it saves, after the layer before it was solved on 256 calibration images to
     make up for it; the eight most promising ones are looked at again after each removal. Then two or three networks
     are made: without any block removed, and without blocks for a half and a quarter, three quarters or all of the
     saving, counted in quotients; channels take the rest of the budget, and weights are reconstructed. The one with

@@ -25,7 +25,7 @@ from nni_topo.runs.run import resolve_device
 
 
 def parsed(arguments: Sequence[str] | None = None) -> Trial:
-    """Return what the words of a command line ask for; without them those of this process."""
+    """Return what the words of a command line ask for; by default the words of this process."""
     return tyro.cli(Trial, prog="python -m nni_topo.runs.trial", args=arguments)
 
 

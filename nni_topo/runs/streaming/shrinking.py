@@ -113,7 +113,7 @@ _logger = logging.getLogger(__name__)
     remove_blocks=ANYTHING,
     compensate=instance(str, RecoveryMethod) | NONE,
     distill=instance(bool, Mapping),
-    round_to=whole(1) | NONE,  # not "auto": widths are those of any device
+    round_to=whole(1) | NONE,  # not "auto": the widths don't depend on the device
     card=FLAG,
     seed=SEED,
     device=instance(str, torch.device) | NONE,
@@ -639,7 +639,7 @@ class _Run:
             distill=self._distill,
             narrow_heads=False,
             outputs=None,
-            round_to=self._round_to or 1,  # the widths are those of any device
+            round_to=self._round_to or 1,  # the widths don't depend on the device
             seed=self._seed,
             progress=False,
         )
