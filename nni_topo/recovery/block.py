@@ -82,7 +82,10 @@ class Block(Reconstruct):
         del tasks
         replay = tools.new_replay()
         learners = _learners(networks, replay.touched_nodes)
-        layers = [node for node, names in learners.items() if _has_matrix(networks.pruned, names)]
+        layers: list[Node] = []
+        for node, names in learners.items():
+            if any(networks.pruned.get_parameter(name).dim() > 1 for name in names):  # not a norm's alone
+                layers.append(node)
         found = segments(replay.nodes, replay.touched_nodes, layers, self.layers, _TOGETHER)[::_TOGETHER]
         if not found:
             return ()
@@ -101,7 +104,7 @@ class Block(Reconstruct):
         for index, segment in enumerate(bar("learn blocks", tools.progress, found)):
             later = {node for nodes in entered[index + 1 :] for node in nodes}
             later |= {other.place for other in found[index + 1 :]}
-            names: list[str] = []
+            names = []
             for node, own in learners.items():
                 if segment.first <= replay.order[node] <= segment.last:
                     names += own
@@ -156,11 +159,6 @@ def _learners(networks: Networks, touched: Collection[Node]) -> dict[Node, list[
         if names:
             found[node] = names
     return found
-
-
-def _has_matrix(network: GraphModule, names: Sequence[str]) -> bool:
-    """Say whether parameters of a layer are among these, and not those of a norm alone."""
-    return any(network.get_parameter(name).dim() > 1 for name in names)
 
 
 def _module(network: GraphModule, target: str) -> nn.Module | None:

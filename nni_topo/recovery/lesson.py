@@ -148,7 +148,8 @@ class Lesson:
         precision: Precision = "float32",
         shares: SharedImages | None = None,
     ) -> None:
-        self._unpruned = _answering(unpruned)
+        # A copy that shares its weights, in evaluation mode, as which it answers all along.
+        self._unpruned: nn.Module = evaluating(detached_copy(unpruned, light=True))
         self._pool, self._temperature = pool, temperature
         self.precision = precision  # of the steps; what judges is in the precision of the parameters
         # Autocast mixes a network in half precision with itself: norms get inputs of one type and weights of the other.
@@ -477,7 +478,8 @@ class _Answers:
         for part in _together(index) if len(index) else ():
             found = self._asked_about(call, part, precision)
             if not self._values:
-                self._is_kept = self._has_room(found)
+                needed = sum(len(self._is_known) * each[:1].nbytes for each in found)  # for all images
+                self._is_kept = needed <= _KEPT_SHARE * free_memory_of(found[0].device)
                 count = len(self._is_known) if self._is_kept else 0
                 self._values = [each.new_empty(count, *each.shape[1:]) for each in found]
                 if not self._is_kept:
@@ -489,11 +491,6 @@ class _Answers:
     def _asked_about(self, call: Call, index: Tensor, precision: Precision) -> list[Tensor]:
         self._asked += len(index)
         return self._ask(taken(call, index), precision)
-
-    def _has_room(self, found: list[Tensor]) -> bool:
-        """Say whether answers like these for some images fit into memory for all of them."""
-        needed = sum(len(self._is_known) * each[:1].nbytes for each in found)
-        return needed <= _KEPT_SHARE * free_memory_of(found[0].device)
 
 
 def minus(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -564,12 +561,6 @@ def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
     few = taken(pool, torch.arange(min(2, batch_size(pool))))
     args, kwargs = on_device(cast_floats(few, _place_of(student)[1]), device_of(student))
     return lay_out(student, args, kwargs)
-
-
-def _answering(unpruned: nn.Module) -> nn.Module:
-    """Return a copy of a network that shares its weights, in evaluation mode, as which it answers all along."""
-    answering: nn.Module = evaluating(detached_copy(unpruned, light=True))
-    return answering
 
 
 def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:

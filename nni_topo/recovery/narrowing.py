@@ -135,7 +135,14 @@ def narrow_heads(
     for layer, read in flow.output_projections().items():
         readers.setdefault(read.name, []).append(layer)
     tables = find_frequencies(model, known)
-    whole = {name: why for name in asked if (why := _why_unchanged(known[name], readers, tables))}
+    whole: dict[str, str] = {}
+    for name in asked:
+        if name in tables and tables[name] is None:
+            whole[name] = "rotary positions of an unknown kind"
+        elif known[name].also:
+            whole[name] = "its queries and keys meet positions too"
+        elif len(readers.get(name, [])) != 1:
+            whole[name] = "its heads must be read by exactly one linear layer"
     turned: nn.Module = detached_copy(model)
     heads = [
         _Heads(turned, known[name], readers[name][0], asked[name], tables.get(name))
@@ -210,14 +217,6 @@ def narrow_instead(
         for target, mask in targets.items():
             own[target] = own[target] * mask if target in own else mask
     return turned, full
-
-
-def _why_unchanged(attention: Attention, readers: dict[str, list[str]], tables: dict[str, str | None]) -> str:
-    if attention.name in tables and tables[attention.name] is None:
-        return "rotary positions of an unknown kind"
-    if attention.also:
-        return "its queries and keys meet positions too"
-    return "" if len(readers.get(attention.name, [])) == 1 else "its heads must be read by exactly one linear layer"
 
 
 class _Heads:

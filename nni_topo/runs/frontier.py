@@ -355,6 +355,9 @@ def frontier(
         # Measured once for all networks; these are timed at the end.
         template = replace(template, latency_table=measure_latency(model, steps.example_for(kind)))
     own_steps = _distillation_steps(wanted, data.learned.samples, distill)
+    # Bounds of layers are shares of the unpruned network's channels.
+    bounds = {"min_sparse_ratio", "max_sparse_ratio"}
+    has_bounds = any(bounds & each.keys() for each in layers or () if isinstance(each, Mapping))
 
     networks: dict[float, nn.Module] = {}
     reports: list[ShrinkReport] = []
@@ -369,7 +372,7 @@ def frontier(
         left, start = steps.share_left(own, recovered), 1.0
         larger = wanted[len(networks) - 1] if networks else None
         # Where learned weights were discarded, the larger network has nothing that this one hasn't.
-        is_possible = kind != "latency" and not depth and _has_no_bounds(layers)
+        is_possible = kind != "latency" and not depth and not has_bounds
         if larger is not None and is_possible and is_learned(reports[-1]):
             other = _made_from_larger(networks[larger], lefts[-1], share, data, template, settings, recovered)
             if other is not None:
@@ -459,12 +462,6 @@ def _distillation_steps(shares: list[float], images: int, distill: Any) -> list[
     # Networks that lose more have more to learn.
     weights = [1.0 - share for share in shares]
     return [max(_LEAST_STEPS, round(total * weight / sum(weights))) for weight in weights]
-
-
-def _has_no_bounds(layers: list[str | Mapping[str, Any]] | None) -> bool:
-    """Say whether no layer has a bound of its own, which is a share of the unpruned network's channels."""
-    bounds = {"min_sparse_ratio", "max_sparse_ratio"}
-    return not any(bounds & each.keys() for each in layers or () if isinstance(each, Mapping))
 
 
 def _made_from_larger(

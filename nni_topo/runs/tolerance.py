@@ -22,8 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
@@ -213,7 +212,12 @@ class Judge:
             values = np.where(is_broken, 1.0, 1.0 - np.asarray(differences.agreed))
         else:
             values = np.asarray(differences.distances)
-        values = _by_group(values, self._groups[part - 1])
+        groups = self._groups[part - 1]
+        # Groups of samples are independent. Outputs without an entry per sample have one value a batch, to which no
+        # group belongs.
+        if groups is not None and len(groups) == len(values):
+            numbers = groups.numpy()
+            values = np.bincount(numbers, weights=values) / np.bincount(numbers)
         count = count or len(values)
         mean = float(values.mean())
         deviation = float(values.std(ddof=1)) if len(values) > 1 and math.isfinite(mean) else math.nan
@@ -381,7 +385,8 @@ def _add_larger(passed: list[TriedNetwork], made: Callable[[float], TriedNetwork
             ordered = sorted(each.candidate.asked for each in passed)
             gaps = sorted(((large / small, small) for small, large in itertools.pairwise(ordered)), reverse=True)
             middles = [small * quotient**0.5 for quotient, small in gaps if quotient > _GAP]
-            middles = [middle for middle in middles if all(_are_apart(middle, each) for each in shares)]
+            for each in shares:
+                middles = [middle for middle in middles if max(middle, each) / min(middle, each) >= _NEAR]
             if not middles:
                 return
             share = middles[0]
@@ -391,10 +396,6 @@ def _add_larger(passed: list[TriedNetwork], made: Callable[[float], TriedNetwork
             passed.append(found)
         if share == max(shares):
             largest = found
-
-
-def _are_apart(one: float, other: float) -> bool:
-    return max(one, other) / min(one, other) >= _NEAR
 
 
 def _go_on(
@@ -495,16 +496,6 @@ def _warnings(outcome: ToleranceOutcome) -> list[str]:
 def _units(part: Calibration) -> int:
     """Return the number of samples, or of groups of them where these are known."""
     return part.samples if part.groups is None else int(part.groups.max()) + 1
-
-
-def _by_group(values: NDArray[np.float64], groups: Tensor | None) -> NDArray[np.float64]:
-    """Return the means over groups of samples, which are independent; without groups the values themselves."""
-    # Outputs without an entry per sample have one value a batch, to which no group belongs.
-    if groups is None or len(groups) != len(values):
-        return values
-    numbers = groups.numpy()
-    means: NDArray[np.float64] = np.bincount(numbers, weights=values) / np.bincount(numbers)
-    return means
 
 
 def _total_for(needed: int, part: int) -> int:

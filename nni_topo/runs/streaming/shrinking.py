@@ -745,11 +745,15 @@ class _Run:
     def _write(self, number: int, unpruned: BlockNet, dense: Any, layers: DenseReport) -> None:
         """Write the weights of a pruned block, and with the first one the config that describes it."""
         index = self._journal.kept[number]
-        keys = {name: self._new_key(key, index, number) for name, key in self._skeleton.keys_of(index).items()}
+        # The block gets another number.
+        blocks = self._skeleton.blocks_name.rpartition(".")[2]
+        old, new = rf"(^|\.){re.escape(blocks)}\.{index}\.", rf"\g<1>{blocks}.{number}."
+        keys = {name: re.sub(old, new, key, count=1) for name, key in self._skeleton.keys_of(index).items()}
         tensors = self._skeleton.stored(dense.block, index)
         if number == 0:
             widths = {row.name.removeprefix("block."): [row.before, row.after] for row in layers.rows}
-            config = self._described(unpruned, dense, [name for name, (old, new) in widths.items() if new < old])
+            narrower = [name for name, (before, after) in widths.items() if after < before]
+            config = self._described(unpruned, dense, narrower)
             config.architectures = [type(self._skeleton.model).__name__]
             with disk_errors(self._config_path):
                 config.save_pretrained(self._journal.folder)
@@ -771,11 +775,6 @@ class _Run:
         types = {name: tensor.dtype for name, tensor in unpruned.block.state_dict().items()}  # those of the files
         values = {keys[name]: tensor.to(types[name]) for name, tensor in tensors.items()}
         self._journal.write_weights(self._file(number + 1), values)
-
-    def _new_key(self, key: str, index: int, number: int) -> str:
-        """Return the name of a tensor of a block which gets another number."""
-        blocks = self._skeleton.blocks_name.rpartition(".")[2]
-        return re.sub(rf"(^|\.){re.escape(blocks)}\.{index}\.", rf"\g<1>{blocks}.{number}.", key, count=1)
 
     def _check_computes(self, number: int, described: Skeleton, dense: Any, tensors: Mapping[str, Tensor]) -> None:
         """Raise ConfigError unless the block that the written config builds puts out what the pruned block does.
