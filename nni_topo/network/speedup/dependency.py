@@ -225,19 +225,30 @@ def groups_of(
     except SpeedupError as error:
         if strict or given.layers & given.named:
             raise
-        return _all_left_out(model, given, error)
-    selection = _with_layers_of_attention(given, flow)
-    order = _network_order(model, flow)
+        selected = [name for name, _ in model.named_modules() if name in given.layers]
+        untraced = {name: (reasons.untraced_model(error),) for name in selected}
+        _logger.warning("all layers stay whole and are left out: %s", error)
+        return DependencyGroups([], reasons.as_text(untraced), reasons=untraced)
+    # Where heads are asked for, the layers of attention take the place of modules that hold them.
+    selected_entries = list[tuple[frozenset[str], dict[str, Any]]]()
+    for names, settings in given.entries:
+        asks_for_heads = bool(given.by_head & names)
+        selected_entries.append((_parts(names, flow) if asks_for_heads else names, settings))
+    selection = _Selection(tuple(selected_entries), given.named, _parts(given.by_head, flow))
+    # By their first call, and after these the modules that are never called.
+    order = list(dict.fromkeys([*flow.layers, *(name for name, _ in model.named_modules(remove_duplicate=False))]))
     groups = layer_groups(flow)
     # Named layers stay selected in any case: a pruner that can't prune one says so.
-    unpruned = _skipped(analysis, flow, [name for name in order if name in selection.by_type])
+    unpruned = unprunable_layers(analysis, [name for name in order if name in selection.by_type])
     projections = _projections_by_column(flow, groups, selection, unpruned)
     choice = _choose(model, flow, order, selection, unpruned, projections)
     choice = dataclasses.replace(
         choice, left_out=named_norms(model, choice.left_out), in_part=named_norms(model, choice.in_part)
     )
-    if strict:
-        _check_none_left_out(choice.left_out)
+    for name, why in choice.left_out.items() if strict else ():
+        if why != (reasons.model_output(),):
+            told = reasons.told(why)
+            raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {told}")
     if warns:
         _warn(flow, groups, choice)
     entries = _write_entries(flow, order, selection, choice)
@@ -293,7 +304,10 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
         named.update(config.get("op_names") or ())
         if config.get("op_types"):
             types = {*config["op_types"], *derived_types(model, config["op_types"])}
-            config["op_types"] = sorted(types | _parametrized(model, types))
+            # PyTorch puts a derived class in place of a layer's where it parametrizes a weight.
+            parametrized = {type(module) for module in model.modules() if is_parametrized(module)}
+            types |= {kind.__name__ for kind in parametrized if kind.__bases__[0].__name__ in types}
+            config["op_types"] = sorted(types)
         asks_for_heads = config.get("granularity") == "head"
         if asks_for_heads:
             del config["granularity"]
@@ -311,23 +325,6 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
         entries.append((frozenset(modules), settings))
         by_head.update(modules if asks_for_heads else ())
     return _Selection(tuple(entries), frozenset(named), frozenset(by_head))
-
-
-def _all_left_out(model: torch.nn.Module, selection: _Selection, error: SpeedupError) -> DependencyGroups:
-    """Return no groups, for a model that can't be traced."""
-    selected = [name for name, _ in model.named_modules() if name in selection.layers]
-    untraced = {name: (reasons.untraced_model(error),) for name in selected}
-    _logger.warning("all layers stay whole and are left out: %s", error)
-    return DependencyGroups([], reasons.as_text(untraced), reasons=untraced)
-
-
-def _with_layers_of_attention(selection: _Selection, flow: ChannelFlow) -> _Selection:
-    """Put the layers of attention in place of modules that hold them, where heads are asked for."""
-    entries = list[tuple[frozenset[str], dict[str, Any]]]()
-    for names, settings in selection.entries:
-        asks_for_heads = bool(selection.by_head & names)
-        entries.append((_parts(names, flow) if asks_for_heads else names, settings))
-    return _Selection(tuple(entries), selection.named, _parts(selection.by_head, flow))
 
 
 def _projections_by_column(
@@ -380,14 +377,11 @@ def _choose(
         if name in selection.by_head and name not in flow.heads and name not in projections:
             left_out[name] = flow.why_pinned(name) if name in flow.shared else _why_headless(model, name)
     by_row = selection.layers - left_out.keys() - projections.keys()
-    return _Choice(by_row, projections, left_out, _pinned(flow, by_row))
-
-
-def _check_none_left_out(left_out: Mapping[str, Reasons]) -> None:
-    for name, why in left_out.items():
-        if why != (reasons.model_output(),):
-            told = reasons.told(why)
-            raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {told}")
+    in_part = dict[str, Reasons]()
+    for name in flow.layers:
+        if name in by_row and FIXED in flow.group_ids_of(name):
+            in_part[name] = flow.why_pinned(name)
+    return _Choice(by_row, projections, left_out, in_part)
 
 
 def _write_entries(
@@ -407,12 +401,6 @@ def _write_entries(
             group = {} if is_alone else group_settings.get(name, {})
             entries.append({"op_names": [name], **copy.deepcopy(settings), **group})
     return entries
-
-
-def _parametrized(model: torch.nn.Module, types: set[str]) -> set[str]:
-    """Name the classes that PyTorch puts in place of some types where a weight is parametrized."""
-    found = {type(module) for module in model.modules() if is_parametrized(module)}
-    return {kind.__name__ for kind in found if kind.__bases__[0].__name__ in types}
 
 
 def _why_headless(model: torch.nn.Module, name: str) -> Reasons:
@@ -439,13 +427,9 @@ def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
 
 def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Reasons]:
     """Return which of some layers have to keep all channels, and why."""
-    return _skipped(analysis, analysis.flow, list(names))
-
-
-def _skipped(analysis: Analysis, flow: ChannelFlow, asked: list[str]) -> dict[str, Reasons]:
-    """Return which of the layers asked for have to keep all channels, and why."""
-    held, skipped, heads = analysis.unprunable, dict[str, Reasons](), list[str]()
-    for name in asked:
+    flow, held = analysis.flow, analysis.unprunable
+    skipped, heads = dict[str, Reasons](), list[str]()
+    for name in names:
         if name not in flow.layers:
             # PyTorch's norms may be selected for masks of their own.
             module = analysis.model.get_submodule(name)
@@ -475,7 +459,7 @@ def _skipped(analysis: Analysis, flow: ChannelFlow, asked: list[str]) -> dict[st
             else:
                 heads.append(name)
     skipped |= dict.fromkeys(heads, (reasons.model_output(),))
-    return {name: skipped[name] for name in asked if name in skipped}
+    return {name: skipped[name] for name in names if name in skipped}
 
 
 def _is_used(flow: ChannelFlow, model: torch.nn.Module, name: str) -> bool:
@@ -520,12 +504,6 @@ def held_by_unselected(flow: ChannelFlow, groups: Iterable[Collection[str]]) -> 
         if partners.keys() == set(group):
             held |= {name: tuple(others) for name, others in partners.items()}
     return held
-
-
-def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> list[str]:
-    """List module names by their first call, and after these those that are never called."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    return list(dict.fromkeys([*flow.layers, *names]))
 
 
 def _settings(
@@ -598,15 +576,6 @@ def named_norms(model: torch.nn.Module, found: Mapping[str, Reasons]) -> dict[st
     return {name: tuple(dict.fromkeys(map(named, why))) for name, why in found.items()}
 
 
-def _pinned(flow: ChannelFlow, selected: frozenset[str]) -> dict[str, Reasons]:
-    """Return of which layers some channels have to stay, and why."""
-    found = dict[str, Reasons]()
-    for name in flow.layers:
-        if name in selected and FIXED in flow.group_ids_of(name):
-            found[name] = flow.why_pinned(name)
-    return found
-
-
 def _told_in_part(flow: ChannelFlow, pinned: Mapping[str, Reasons]) -> dict[str, str]:
     """Say of layers of which some channels have to stay how many these are, and why."""
     told = {}
@@ -676,10 +645,7 @@ def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         owner = model.get_submodule(".".join(parts[:length]))
-        if type(owner).__module__.startswith("torch.nn.modules.") and not _is_container(owner):
+        is_container = isinstance(owner, (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict))
+        if type(owner).__module__.startswith("torch.nn.modules.") and not is_container:
             return reasons.inside_module(".".join(parts[:length]), type(owner).__name__)
     return reasons.not_followed()
-
-
-def _is_container(module: torch.nn.Module) -> bool:
-    return isinstance(module, (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict))

@@ -445,9 +445,15 @@ class _DryRun:
             if computed_once:
                 self._values[node] = computed_once
                 return
-        needless = self._needless(node) if arriving else None
+        needless = None  # input channels whose contribution is supplied as a constant
+        if arriving and str(node.target) in self.flow.layers:
+            needless = self._contribution.supplied(str(node.target))
+            if needless is not None:
+                layer: Any = self.full.get_submodule(str(node.target))
+                needless = needless.view(-1, *[1] * (layer.weight.dim() - 2))
         reads_others = node.name in self.flow.guessed and self._reads_others(node)
-        full = self._masked(node, self._called(node, self.full, 0, needless), self._first_input(node))
+        first_input = self._values[node.all_input_nodes[0]][0] if node.all_input_nodes else None
+        full = self._masked(node, self._called(node, self.full, 0, needless), first_input)
         expected = self._cut(node, full)
         try:
             actual = self._called(node, self.small, 1)
@@ -465,7 +471,9 @@ class _DryRun:
         if not reason and self._is_foreign(node):
             reason = self._compare_signs(node)
         # A single picked channel may be used for its size alone: its readers show that.
-        if reason and not (reason.kind == "result_depends" and self._is_picked(node)):
+        ids = self.flow.ids.get(node.name)
+        is_picked = has_property(node, "picks_one") and isinstance(ids, Tensor) and ids.numel() == 1
+        if reason and not (reason.kind == "result_depends" and is_picked):
             self._blame(node, entering, reason)
             actual = tree_map_only(Tensor, Tensor.clone, expected)
         self._values[node] = self._in_range(node, full, actual)
@@ -623,24 +631,9 @@ class _DryRun:
             parameter[pruned.to(parameter.device)] = 0
         return layer
 
-    def _needless(self, node: Node) -> Tensor | None:
-        """Return the input channels whose contribution is supplied as a constant; broadcasts to the layer's input."""
-        name = str(node.target)
-        if name not in self.flow.layers:
-            return None
-        supplied = self._contribution.supplied(name)
-        if supplied is None:
-            return None
-        layer: Any = self.full.get_submodule(name)
-        return supplied.view(-1, *[1] * (layer.weight.dim() - 2))
-
     @cached_property
     def _contribution(self) -> ConstantContribution:
         return constant_contribution(_Steps(self.full), self.flow, self.is_kept, (self._args, {}))
-
-    def _first_input(self, node: Node) -> Any:
-        parents = node.all_input_nodes
-        return self._values[parents[0]][0] if parents else None
 
     def _masked(self, node: Node, value: Any, entering: Any) -> Any:
         """Zero the pruned channels of layers and parameters, and those of a norm that arrive as zeros."""
@@ -675,17 +668,17 @@ class _DryRun:
         if self._order is not None and node.name in self._order.reordered:
             return self._order.select(node, value)
         leaves, spec = tree_flatten(value)
-        ids = tree_flatten(self.flow.ids[node.name])[0]
-        if len(ids) != len(leaves):
+        all_ids = tree_flatten(self.flow.ids[node.name])[0]
+        if len(all_ids) != len(leaves):
             return value
-        return tree_unflatten(list(map(self._slice, leaves, ids)), spec)
-
-    def _slice(self, value: Any, ids: Any) -> Any:
-        if not isinstance(value, Tensor) or not isinstance(ids, Tensor):
-            return value
-        for d, kept in enumerate(kept_slices(ids, tuple(value.shape), self.flow, self.is_kept)):
-            value = _taken(value, d, kept.to(value.device)) if len(kept) < value.shape[d] else value
-        return value
+        cut = []
+        for leaf, ids in zip(leaves, all_ids, strict=True):
+            if isinstance(leaf, Tensor) and isinstance(ids, Tensor):
+                for d, kept in enumerate(kept_slices(ids, tuple(leaf.shape), self.flow, self.is_kept)):
+                    if len(kept) < leaf.shape[d]:
+                        leaf = _taken(leaf, d, kept.to(leaf.device))
+            cut.append(leaf)
+        return tree_unflatten(cut, spec)
 
     def _is_attention(self, node: Node) -> bool:
         known = self.flow.attention.get(str(node.target)) if node.op == "call_module" else None
@@ -704,10 +697,6 @@ class _DryRun:
                     if difference(one, other, if_finite=if_finite) > SAME_CHANNELS:
                         return reasons.result_depends(node)
         return None
-
-    def _is_picked(self, node: Node) -> bool:
-        ids = self.flow.ids[node.name]
-        return has_property(node, "picks_one") and isinstance(ids, Tensor) and ids.numel() == 1
 
     def _tensors_before(self, node: Node) -> list[Node]:
         """List the nodes whose tensors a node reads, itself or through sizes computed from them."""

@@ -230,7 +230,17 @@ def way_forward(analysis: Analysis, reference: nn.Module, kept: KeptIndices, pla
     why = {name: told for name, told in named_norms(analysis.model, why).items() if told}
     if why:
         return reasons.removed_all_the_same(why, tuple(itertools.chain.from_iterable(why.values())))
-    before = _layers_before(flow, place, pruned)
+    # The pruned layers from which the place can be reached without another layer between.
+    nodes = [node for node in flow.graph.nodes if node.target == (place or "output")]
+    reached, seen = set[str](), set(nodes)
+    while nodes:
+        for parent in nodes.pop().all_input_nodes:
+            if str(parent.target) in flow.layers:
+                reached.add(str(parent.target))
+            elif parent not in seen:
+                seen.add(parent)
+                nodes.append(parent)
+    before = [name for name in flow.layers if name in reached & pruned]
     module = None if place is None else reference.get_submodule(place)
     if isinstance(module, _MIXING):
         return reasons.unequal(before, place, type(module).__name__)
@@ -243,18 +253,3 @@ def _removed(flow: ChannelFlow, name: str, kept: KeptIndices) -> Tensor:
     removed = torch.ones(flow.layers[name].channels, dtype=torch.bool)
     removed[kept[name][feature_dimension(flow.fetch_attr(name))].cpu()] = False
     return removed
-
-
-def _layers_before(flow: ChannelFlow, place: str | None, pruned: set[str]) -> list[str]:
-    """List the pruned layers from which a place can be reached without another layer between, in network order."""
-    at_place = [node for node in flow.graph.nodes if node.target == (place or "output")]
-    nodes = list(at_place)
-    found, seen = set[str](), set(at_place)
-    while nodes:
-        for parent in nodes.pop().all_input_nodes:
-            if str(parent.target) in flow.layers:
-                found.add(str(parent.target))
-            elif parent not in seen:
-                seen.add(parent)
-                nodes.append(parent)
-    return [name for name in flow.layers if name in found & pruned]

@@ -172,7 +172,13 @@ def resolve(
     given = _given(model, flow, masks)
     kept = flow.kept(given)
     # Before rounding brings channels back: a mask on the output is a mistake even where this would undo it.
-    _check_output(flow, given, kept)
+    pruned_output = flow.at_output[~kept[flow.at_output]]
+    for name in given:
+        if np.isin(flow.group_ids_of(name), pruned_output).any():
+            raise SpeedupError(
+                f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
+                f"got a mask that prunes channels of it ({name})"
+            )
     # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
     shared, scores = kept.copy(), cache(partial(_scores, model, flow))
     kept[[*constant_channels]] = True
@@ -215,16 +221,6 @@ def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[
         if kept is not None:
             given[name] = kept.cpu().numpy()
     return given
-
-
-def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndarray) -> None:
-    pruned = flow.at_output[~kept[flow.at_output]]
-    for name in given:
-        if np.isin(flow.group_ids_of(name), pruned).any():
-            raise SpeedupError(
-                f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
-                f"got a mask that prunes channels of it ({name})"
-            )
 
 
 def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, Reason]:
@@ -341,24 +337,21 @@ def _why_kept(
     group_ids = flow.group_ids_of(name)
     shared, evened, rounded = (kept[group_ids] & ~given[name] for kept in stages)
     if shared.any():
-        return _partners(flow, given, name, group_ids[shared])
+        # They are coupled with channels that stay: of other layers, or pinned ones.
+        held = group_ids[shared]
+        if (held == FIXED).any():
+            return flow.why_pinned(name)
+        names = [other for other in flow.layers if np.isin(flow.group_ids_of(other), held).any()]
+        if names == [name]:
+            return (reasons.kept_by_itself(),)
+        free = [other for other in names if other not in given and not flow.layers[other].depthwise]
+        return (reasons.shared(names, free),)
     alone = [group_id for group_id in group_ids.tolist() if group_id in single]
     if (evened & ~np.isin(group_ids, alone)).any():
         return (reasons.blocks_equal(flow.block_places(name)),)
     if alone:
         return (single[alone[0]],)
     return (reasons.rounding(round_to),) if round_to is not None and rounded.any() else ()
-
-
-def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: np.ndarray) -> Reasons:
-    """Return why channels of a layer stay that are coupled with kept ones: the other layers, or what pins them."""
-    if (held == FIXED).any():
-        return flow.why_pinned(name)
-    names = [other for other in flow.layers if np.isin(flow.group_ids_of(other), held).any()]
-    if names == [name]:
-        return (reasons.kept_by_itself(),)
-    free = [other for other in names if other not in given and not flow.layers[other].depthwise]
-    return (reasons.shared(names, free),)
 
 
 def _new_masks(
@@ -423,10 +416,12 @@ def find_narrow(
         attention = flow.attention[name]
         layer = next(iter(attention.channels))
         heads = np.flatnonzero(is_kept[flow.group_ids(flow.unit_channel_ids(layer))])
-        queries, keys, values = (
-            _kept_rows(flow, masks, each)[rows if len(rows) < attention.heads else rows[heads]]
-            for each, rows in attention.parts
-        )
+        within = list[np.ndarray]()  # by part of attention, the channels of each kept head that its mask keeps
+        for each, rows in attention.parts:
+            unmasked = kept_channels(flow.fetch_attr(each), masks.get(each, {}))
+            stays = np.ones(flow.layers[each].channels, dtype=bool) if unmasked is None else unmasked.cpu().numpy()
+            within.append(stays[rows if len(rows) < attention.heads else rows[heads]])
+        queries, keys, values = within
         counts = {*keys.sum(1).tolist(), *values.sum(1).tolist()}
         are_equal = len(counts) == 1 and np.array_equal(queries, keys_of_queries(keys, queries))
         if are_equal and 0 < max(counts) < keys.shape[1]:
@@ -443,9 +438,3 @@ def keys_of_queries(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Repeat the kept channels of keys for each of the query heads that share them: of the shape of the queries."""
     times = queries.size // keys.size
     return np.repeat(keys[:, None], times, axis=1).reshape(queries.shape)
-
-
-def _kept_rows(flow: ChannelFlow, masks: FullMasks, layer: str) -> np.ndarray:
-    kept = kept_channels(flow.fetch_attr(layer), masks.get(layer, {}))
-    channels = flow.layers[layer].channels
-    return np.ones(channels, dtype=bool) if kept is None else np.asarray(kept.cpu())

@@ -92,7 +92,16 @@ class DenseSpeedup:
         ins, outs = self.indices(entering), self.indices(leaving)
         if self.order is None or not len(entering):
             return ins, outs
-        return _in_order(self.flow, self.order, name, self.bound_model.get_submodule(name), (ins, outs))
+        module = self.bound_model.get_submodule(name)
+        arriving = torch.from_numpy(self.order.places(name))
+        groups = getattr(module, "groups", getattr(module, "num_groups", 1))
+        of_group = arriving // max(len(entering) // groups, 1)
+        if is_depthwise(module):
+            step = self.flow.layers[name].channels // len(entering)
+            outs = (arriving[:, None] * step + torch.arange(step)).flatten()
+        elif bool((of_group[1:] < of_group[:-1]).any()):
+            return ins, outs
+        return arriving, outs if name in self.flow.layers else arriving
 
 
 class _Cutter(Replacer):
@@ -161,21 +170,6 @@ def _cut_by_head(module: torch.nn.Module, attention: Attention, heads: torch.Ten
             owner.out_features = len(heads)
         elif isinstance(owner, torch.nn.Embedding):
             owner.embedding_dim = len(heads)
-
-
-def _in_order(
-    flow: ChannelFlow, order: DenseOrder, name: str, module: torch.nn.Module, ascending: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """List the kept input channels of a module in the order they arrive in, and its output channels accordingly."""
-    ins, outs = torch.from_numpy(order.places(name)), ascending[1]
-    groups = getattr(module, "groups", getattr(module, "num_groups", 1))
-    of_group = ins // max(len(flow.entering_channel_ids(name)) // groups, 1)
-    if is_depthwise(module):
-        step = flow.layers[name].channels // len(flow.entering_channel_ids(name))
-        outs = (ins[:, None] * step + torch.arange(step)).flatten()
-    elif bool((of_group[1:] < of_group[:-1]).any()):
-        return ascending[0], outs
-    return ins, outs if name in flow.layers else ins
 
 
 def kept_outputs(flow: ChannelFlow, is_kept: np.ndarray) -> KeptIndices:
@@ -263,15 +257,10 @@ def _cut_within_heads(
         cut(layer, made, ins.to(device_of(made)), outs.to(device_of(made)))
     for name in readers:
         reader: Any = model.get_submodule(name)
-        ins, outs = torch.from_numpy(np.flatnonzero(_of_context(attention, values))), torch.arange(reader.out_features)
+        rows = attention.parts[2][1]
+        stays_of_row = np.zeros(int(rows.max()) + 1, dtype=bool)
+        stays_of_row[rows] = values
+        ins = torch.from_numpy(np.flatnonzero(stays_of_row[attention.context[1]]))
+        outs = torch.arange(reader.out_features)
         cut(name, reader, ins.to(device_of(reader)), outs.to(device_of(reader)))
     set_size(module, keys.shape[1], size, asked.size // keys.shape[1])
-
-
-def _of_context(attention: Attention, values: np.ndarray) -> np.ndarray:
-    """Tell which output channels of the heads stay: bool, (channels,)."""
-    _, rows = attention.parts[2]
-    by_row = np.zeros(int(rows.max()) + 1, dtype=bool)
-    by_row[rows] = values
-    found: np.ndarray = by_row[attention.context[1]]
-    return found

@@ -42,7 +42,10 @@ def unused_tensors(model: nn.Module, graph: Graph) -> list[str]:
     for node in graph.nodes:
         if node.op not in ("call_module", "get_attr"):
             continue
-        found = _attribute(model, str(node.target))
+        try:
+            found = attrgetter(str(node.target))(model)
+        except AttributeError:  # a constant that only the tracer knows
+            continue
         if isinstance(found, nn.Module):
             used.update(id(tensor) for tensor in (*found.parameters(), *found.buffers()))
         else:
@@ -132,14 +135,6 @@ def _only_computes_otherwise(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
         module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     )
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    """Look up an attribute of a model; None if it has none, as for constants that only the tracer knows."""
-    try:
-        return attrgetter(name)(model)
-    except AttributeError:
-        return None
 
 
 def _not_run(model: nn.Module, call: Call, parameters: list[str]) -> list[str]:
