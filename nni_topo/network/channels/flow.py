@@ -186,8 +186,14 @@ class Propagation(torch.fx.Interpreter):
             value = super().run_node(n)
             if is_of_forward(n) and value.dtype in (torch.bool, torch.int64, torch.int32):
                 self.picks[n.name] = value.cpu()
-            if self._is_cut_with_a_module(str(n.target)):
-                return self._weight_of_a_module(str(n.target), value)
+            owner, _, own = str(n.target).rpartition(".")
+            module = self.fetch_attr(owner) if owner in self._called else None
+            if module is not None and (not is_head(module) or own in (weight_name(module), *row_names(module))):
+                # It is cut along with the channels of the module, which the graph calls.
+                if owner in self.layers and isinstance(module, torch.nn.Embedding) and own == "weight":
+                    # The columns of an embedding have the ids of its channels, as a head that reads its weight needs.
+                    return torch.from_numpy(self.channel_ids_of(owner)).expand(value.shape)
+                return tree_map(fixed, value)
             is_free = is_held(n) and can_follow(str(n.target), value)
             return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -196,22 +202,6 @@ class Propagation(torch.fx.Interpreter):
         if n.op == "call_module":  # an embedding of positions may be given a size alone
             return self._module(n, ids or [staying(())], shape)
         return self._function(n, ids, shape)
-
-    def _is_cut_with_a_module(self, name: str) -> bool:
-        """Tell whether a tensor is cut along with channels of the module that holds it, which the graph calls."""
-        owner, _, own = name.rpartition(".")
-        if owner not in self._called:
-            return False
-        module = self.fetch_attr(owner)
-        return not is_head(module) or own in (weight_name(module), *row_names(module))
-
-    def _weight_of_a_module(self, name: str, value: Any) -> Any:
-        """Give the columns of an embedding that was called the ids of its channels, as for a head of its weight."""
-        owner, _, own = name.rpartition(".")
-        is_table = owner in self.layers and isinstance(self.fetch_attr(owner), torch.nn.Embedding)
-        if is_table and own == "weight":
-            return torch.from_numpy(self.channel_ids_of(owner)).expand(value.shape)
-        return tree_map(fixed, value)
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Give ids to the dimension of a tensor that holds channels: that of `dims`, else the last longer than 1.
@@ -377,22 +367,19 @@ class Propagation(torch.fx.Interpreter):
             self.layers[name] = Layer(name, self._given.new(count), count, is_depthwise(module))
         leaving = np.arange(count) + self.layers[name].first
         if not isinstance(module, torch.nn.Embedding):
-            self._enter(name, module, self._given.per_channel(ids, dim), leaving)
+            entering = self._given.per_channel(ids, dim)
+            self._tie_calls(name, entering)
+            groups = getattr(module, "groups", 1)
+            if is_depthwise(module):
+                # Several outputs may come from one input (channel multiplier).
+                self._given.tie(np.repeat(entering, len(leaving) // groups), leaving)
+            elif groups > 1:
+                sides = [list(np.split(entering, groups)), list(np.split(leaving, groups))]
+                self.blocks.append(Blocks(sides, may_vanish=True, place=described(self._given.node)))
         view = [1] * len(shape)
         view[dim] = count
         # Expanded, not copied: where nothing differs the stride is 0, which `varies` sees without a look at the values.
         return torch.from_numpy(leaving).view(view).expand(shape)
-
-    def _enter(self, name: str, module: Any, entering: np.ndarray, leaving: np.ndarray) -> None:
-        """Record the ties between a layer's input and output channels, over all of its calls."""
-        self._tie_calls(name, entering)
-        groups = getattr(module, "groups", 1)
-        if is_depthwise(module):
-            # Several outputs may come from one input (channel multiplier).
-            self._given.tie(np.repeat(entering, len(leaving) // groups), leaving)
-        elif groups > 1:
-            sides = [list(np.split(entering, groups)), list(np.split(leaving, groups))]
-            self.blocks.append(Blocks(sides, may_vanish=True, place=described(self._given.node)))
 
     def _tie_calls(self, name: str, entering: np.ndarray) -> None:
         """Tie what enters a module in one call to what enters it in another: one set of weights serves both."""
@@ -468,7 +455,14 @@ class ChannelFlow(Propagation):
         self._keep_fixed_places(attribute_sizes.keys())
         self._before, self._group_ids, self._reasons = self._given.settled()
         self._leaving = np.setdiff1d(self._before[arriving], FIXED)
-        self.blocks[:] = [blocks for blocks in self.blocks if not self._goes_as_a_whole(blocks)]
+        remaining = []
+        for blocks in self.blocks:
+            rows = [self._before[row] for side in blocks.sides for row in side]
+            are_heads = all(len(row) > 1 and bool((row == row[0]).all()) for row in rows)
+            # Heads, all of whose channels are tied, go as a whole where an attribute counts them.
+            if not (blocks.counted and are_heads):
+                remaining.append(blocks)
+        self.blocks[:] = remaining
         group_ids = np.unique(self.group_ids(arriving))
         self.at_output = group_ids[group_ids > FIXED]
         self._attribute_sizes = {
@@ -509,11 +503,6 @@ class ChannelFlow(Propagation):
                     found[name] = tried[name]
                     del left[name]
         return found
-
-    def _goes_as_a_whole(self, blocks: Blocks) -> bool:
-        """Tell whether each block is a head, all of whose channels are tied, and an attribute counts the heads."""
-        rows = [self._before[row] for side in blocks.sides for row in side]
-        return blocks.counted and all(len(row) > 1 and bool((row == row[0]).all()) for row in rows)
 
     def _keep_fixed_places(self, following: Collection[Place]) -> None:
         """Keep channels that a forward picks or counts by fixed numbers, as ``z[:, 1:4]`` or ``z.split(3, 1)``.

@@ -523,7 +523,10 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     places = _varying(moved)
     if len(places) != 2 or len(sizes) <= places[1]:
         return moved
-    count_is_fixed, length_is_fixed = (_is_number(sizes[d]) and sizes[d] != -1 for d in places)
+    # Numbers, and what is computed of numbers that attributes hold.
+    count_is_fixed, length_is_fixed = (
+        (isinstance(sizes[d], int) or is_computed_of_attributes(sizes[d])) and sizes[d] != -1 for d in places
+    )
     rows = moved.movedim(places, (0, 1)).flatten(2)[:, :, 0].numpy()
     if count_is_fixed and not length_is_fixed:
         is_counted = isinstance(sizes[places[0]], TracedInt)
@@ -586,11 +589,6 @@ def _factors(size: Any) -> list[Any]:
     for each in size.args:
         found += _factors(each) or [each]
     return found
-
-
-def _is_number(size: Any) -> bool:
-    """Tell whether a size is a number, or is computed of numbers that attributes hold."""
-    return isinstance(size, int) or is_computed_of_attributes(size)
 
 
 # Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
@@ -1184,9 +1182,17 @@ def _works_along(op: Operation) -> Any:
     dims = _from_zero(given, rank)
     if dims is None:
         return op.by_place(known=False)
-    adds = where.adds and _order_adds(op)
+    adds = where.adds
+    if adds and "norm" in operation_name(op.node):
+        # Zeros make no difference to a norm of such an order.
+        order = op.argument(1, "p", "ord")
+        adds = order is None or order in ("fro", "nuc") or (isinstance(order, (int, float)) and order >= 0)
     if where.largest:
-        adds = _values_alone(op.node) and _is_never_negative(op.node.args[0], op.modules)
+        # Zeros make a difference to the places of the largest values, which are the second output where there is one.
+        reads_places = tensor_shape(op.node) is None and any(
+            user.target is operator_module.getitem and user.args[1] != 0 and user.users for user in op.node.users
+        )
+        adds = not reads_places and _is_never_negative(op.node.args[0], op.modules)
     return op.along(dims, adds=adds, reduces=where.reduces)
 
 
@@ -1343,21 +1349,6 @@ def _from_zero(given: Any, rank: int) -> tuple[int, ...] | None:
     return tuple(d % rank for d in listed)
 
 
-def _order_adds(op: Operation) -> bool:
-    """Tell whether zeros make no difference to a norm of this order. True for operators that aren't norms."""
-    if "norm" not in operation_name(op.node):
-        return True
-    order = op.argument(1, "p", "ord")
-    return order is None or order in ("fro", "nuc") or (isinstance(order, (int, float)) and order >= 0)
-
-
-def _values_alone(node: Node) -> bool:
-    """Tell whether only the values of a maximum are read, and not their places."""
-    if tensor_shape(node) is not None:
-        return True  # it gives no places
-    return not any(user.target is operator_module.getitem and user.args[1] != 0 and user.users for user in node.users)
-
-
 def _is_never_negative(value: Any, modules: Modules) -> bool:
     """Tell whether the value of a node can't be negative."""
     known = set[Node]()
@@ -1374,8 +1365,14 @@ def _is_never_negative(value: Any, modules: Modules) -> bool:
         if found is not None and found.never_negative:
             continue
         name = operation_name(current)
-        bound = _lower_bound(current, name, module)
-        if bound is not None and bound >= 0:
+        bound: Any = None  # the lower one, where it clamps
+        if isinstance(module, nn.Hardtanh):
+            bound = module.min_val
+        elif module is None and name in ("clamp", "clip", "clamp_min", "hardtanh"):
+            bound = current.args[1] if len(current.args) > 1 else None
+            for key in ("min_val", "min"):
+                bound = current.kwargs.get(key, bound)
+        if isinstance(bound, (int, float)) and bound >= 0:
             continue
         if name == "pow" and len(current.args) > 1 and isinstance(current.args[1], int) and current.args[1] % 2 == 0:
             continue
@@ -1385,18 +1382,6 @@ def _is_never_negative(value: Any, modules: Modules) -> bool:
         operands = current.args if name in ("add", "iadd", "mul", "imul") else current.all_input_nodes
         waiting += [each for each in operands if isinstance(each, (Node, int, float))]
     return True
-
-
-def _lower_bound(node: Node, name: str, module: nn.Module | None) -> float | None:
-    """Return the lower bound of a node that clamps; None if there is none, or it isn't known."""
-    bound: Any = None
-    if isinstance(module, nn.Hardtanh):
-        bound = module.min_val
-    elif module is None and name in ("clamp", "clip", "clamp_min", "hardtanh"):
-        bound = node.args[1] if len(node.args) > 1 else None
-        for key in ("min_val", "min"):
-            bound = node.kwargs.get(key, bound)
-    return bound if isinstance(bound, (int, float)) else None
 
 
 # Products.
@@ -1562,7 +1547,20 @@ def _attention(op: Operation) -> Any:
     if not (isinstance(mask, Tensor) and _varying(mask)) and all(
         _varying(each) in ([], [each.dim() - 1]) for each in (query, key, value)
     ):
-        return _attention_of_one_head(op, query, key, value)
+        # All channels together: those of the values come out, those of queries and keys are summed over.
+        first_query, first_key, first_value = (each.flatten(0, -2)[0] for each in (query, key, value))
+        if op.kwargs.get("scale") is not None:
+            op.couple(first_query, first_key)
+            return first_value.expand(op.shape or ())
+        # With fewer channels it would scale by another number.
+        for each in (query, key):
+            op.keep(each, reasons.one_head(op.node))
+        keys, values = (each[each != FIXED].numpy() for each in (first_key, first_value))
+        if np.isin(_owners(values, op.channels), _owners(keys, op.channels)).any():
+            # What one layer makes is taken apart into keys and values of one size.
+            op.keep(value, reasons.one_head(op.node))
+            return staying(op.shape or ())
+        return first_value.expand(op.shape or ())
     heads = []
     if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
         # A bias by head loses heads with the queries, if something can make it smaller.
@@ -1585,23 +1583,6 @@ def _attention(op: Operation) -> Any:
     if weighs_channels:
         return heads[0][:, 0].view(-1, 1, 1).expand(op.shape or ())
     return value[..., :1, :].repeat_interleave(shared_by, -3).expand(op.shape or ())
-
-
-def _attention_of_one_head(op: Operation, query: Tensor, key: Tensor, value: Tensor) -> Any:
-    """Follow attention of all channels together: those of its values come out, those of queries and keys are summed."""
-    first_query, first_key, first_value = (each.flatten(0, -2)[0] for each in (query, key, value))
-    if op.kwargs.get("scale") is not None:
-        op.couple(first_query, first_key)
-    else:
-        # With fewer channels it would scale by another number.
-        for each in (query, key):
-            op.keep(each, reasons.one_head(op.node))
-        keys, values = (each[each != FIXED].numpy() for each in (first_key, first_value))
-        if np.isin(_owners(values, op.channels), _owners(keys, op.channels)).any():
-            # What one layer makes is taken apart into keys and values of one size.
-            op.keep(value, reasons.one_head(op.node))
-            return staying(op.shape or ())
-    return first_value.expand(op.shape or ())
 
 
 @rule("einsum")

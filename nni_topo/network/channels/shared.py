@@ -40,7 +40,11 @@ def couple_shared_weights(
     nodes = {str(node.target): node for node in traced.graph.nodes if node.op in ("call_module", "get_attr")}
     staying = np.unique([FIXED, *before[leaving_model]])
     for names in ties:
-        used = [name for name in names if name in nodes or _has_channels(name.rpartition(".")[0], ids, entering)]
+        used = []
+        for name in names:
+            owner = name.rpartition(".")[0]
+            if name in nodes or owner in ids.layers or owner in entering:
+                used.append(name)
         for one, other in pairwise(used):
             ids.node = _node_of(other, nodes, traced)
             for first, second in _pairs(*_ids_of_places(traced, one, other, ids, entering)):
@@ -60,10 +64,6 @@ def _pairs(one: _Dimensions, other: _Dimensions) -> list[tuple[np.ndarray, np.nd
         found += [(each, np.full_like(each, FIXED)) for each in (first,) if each is not None]
         found += [(np.full_like(each, FIXED), each) for each in (second,) if each is not None]
     return found
-
-
-def _has_channels(owner: str, ids: ChannelIds, entering: Mapping[str, np.ndarray]) -> bool:
-    return owner in ids.layers or owner in entering
 
 
 def _node_of(name: str, nodes: Mapping[str, Node], traced: GraphModule) -> Node:
