@@ -159,13 +159,9 @@ def on_modules(root: nn.Module | dict[str, Any], graph: Graph, name: str) -> Gra
     kind: Any = type("_Shadowed", (_Shadowed,), {"shadowed": shadowed}) if shadowed else GraphModule
     made: GraphModule = kind(root, graph, name)
     if isinstance(root, nn.Module):
-        _keep_out_of_state_dict(made, root)
+        # Buffers that are in none of the root's state_dict stay out of this one; before 2.14 PyTorch takes them all in.
+        theirs = dict(root.named_modules())
+        for path, module in made.named_modules():
+            if path in theirs and module is not theirs[path]:
+                module._non_persistent_buffers_set |= theirs[path]._non_persistent_buffers_set & module._buffers.keys()
     return made
-
-
-def _keep_out_of_state_dict(made: GraphModule, root: nn.Module) -> None:
-    """Keep the buffers out of the state_dict that are in none of the root's; before 2.14 PyTorch takes them all in."""
-    theirs = dict(root.named_modules())
-    for path, module in made.named_modules():
-        if path in theirs and module is not theirs[path]:
-            module._non_persistent_buffers_set |= theirs[path]._non_persistent_buffers_set & module._buffers.keys()

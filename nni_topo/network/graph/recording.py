@@ -553,7 +553,11 @@ def _masks_whole(model: nn.Module) -> Iterator[None]:
     A model finds them among the names of its file. What stands there meanwhile asks for the thread's own recorder, so
     that other threads compute what they always do.
     """
-    spaces = {id(space): space for space in map(_namespace, model.modules())}
+    spaces: dict[int, dict[str, Any]] = {}
+    for module in model.modules():
+        file = sys.modules.get(type(module).__module__)
+        if file is not None:  # a class that was made by executing a string, say, has no module that is imported
+            spaces[id(vars(file))] = vars(file)
     taken: list[tuple[dict[str, Any], str]] = []
     with _LOCK:
         for space in spaces.values():
@@ -676,12 +680,6 @@ def _picks(target: Any, args: Any) -> bool:
     return name in ("nonzero", "masked_select", "unique", "nms") or (name == "where" and len(args) == 1)
 
 
-def _namespace(module: nn.Module) -> dict[str, Any]:
-    # A class that was made by executing a string, say, has no module that is imported.
-    found = sys.modules.get(type(module).__module__)
-    return {} if found is None else vars(found)
-
-
 def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
     """Write a call of PyTorch's as a graph does, and without working in place."""
     name = getattr(func, "__name__", "")
@@ -734,17 +732,15 @@ def _following(graph: Graph, one: Node, constants: dict[str, Tensor], twin: Tens
     """Make of a constant one for any number of samples, given what it is for twice as many."""
     name = str(one.target)
     constant = constants[name]
-    if constant.shape and all(_numbers_samples(each) for each in (constant, twin)):
+    # It may number rows, as ``states[torch.arange(samples), last]`` takes a place of each.
+    if constant.shape and all(
+        torch.equal(each, torch.arange(len(each), device=each.device)) for each in (constant, twin)
+    ):
         return graph.call_function(torch.arange, (size,), {"device": constant.device})
     if not torch.equal(constant[:1].expand(twin.shape), twin):
         raise SpeedupError("a constant of a model must not depend on the number of samples, got one that does")
     constants[name] = constant[:1].clone()
     return graph.call_method("expand", (one, size, *[-1] * (constant.dim() - 1)))
-
-
-def _numbers_samples(constant: Tensor) -> bool:
-    """Tell whether a constant numbers rows, as ``states[torch.arange(samples), last]`` takes a place of each."""
-    return torch.equal(constant, torch.arange(len(constant), device=constant.device))
 
 
 def _counted(graph: Graph, one: Any, other: Any, size: Node, samples: int) -> Any:

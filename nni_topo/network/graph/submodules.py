@@ -218,18 +218,15 @@ def _traced(
             # Under torch.vmap a module is called on one sample in place of all, a tensor that is gone after the call.
             yield from _traced(child, f"{name}.", seen, trace)
             continue
+        is_leaf = next(child.children(), None) is None
         try:
             for number, call in enumerate(seen.get(name, [])):
-                found.append((name, number, _leaf(child, call) if _is_leaf(child) else trace(child, call)))
+                found.append((name, number, _leaf(child, call) if is_leaf else trace(child, call)))
         except Exception as error:  # a tracer fails in as many ways as a model is written
             if out_of_memory(error):
                 raise
             found = []
         yield from found or _traced(child, f"{name}.", seen, trace)
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return not any(True for _ in module.children())
 
 
 def _leaf(module: nn.Module, call: Call) -> _Part:

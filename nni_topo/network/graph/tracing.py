@@ -124,8 +124,11 @@ def _check_runs(model: torch.nn.Module, call: Call) -> None:
 def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
     """Record a model on the first few samples of a call where these show all of it, else on the call."""
     named = bind_arguments(model, call)
-    few = _first_samples(named)
-    if few is not None:
+    samples = batch_size(named)
+    if samples > 2 * _FEW:  # what a recorder keeps alive grows with their number
+        few: dict[str, Any] = tree_map_only(
+            torch.Tensor, lambda each: each[:_FEW] if each.dim() and len(each) == samples else each, named
+        )
         try:
             recording = _trace_on(few, named, model, call)
         except SpeedupError as error:  # a forward may ask for a number of samples, or do something else with so few
@@ -138,17 +141,6 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
             if not recording.reads_values:
                 return recording
     return _trace_on(named, named, model, call)
-
-
-def _first_samples(named: dict[str, Any]) -> dict[str, Any] | None:
-    """Take the first samples of arguments that have more: what a recorder keeps alive grows with their number."""
-    samples = batch_size(named)
-    if samples <= 2 * _FEW:
-        return None
-    few: dict[str, Any] = tree_map_only(
-        torch.Tensor, lambda each: each[:_FEW] if each.dim() and len(each) == samples else each, named
-    )
-    return few
 
 
 def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: torch.nn.Module, call: Call) -> Recording:

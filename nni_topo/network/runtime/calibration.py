@@ -331,23 +331,19 @@ class Calibration(Sequence[Any]):
                 parts[part].append((index, None))
             first += size
         if self.processes is not None:
-            self._check_parts([sum(_chosen_of(self.sizes, row) for row in rows) for rows in parts])
+            counts = [sum(_chosen_of(self.sizes, row) for row in rows) for rows in parts]
+            # All processes get to know, and raise alike.
+            for part_everywhere in zip(*self.processes.gather(counts, f"the parts of {self.name}"), strict=True):
+                if any(part_everywhere) and not all(part_everywhere):
+                    raise DataError(
+                        "each process must have samples to solve on and samples to judge by, got "
+                        f"{list(part_everywhere)} by process of one of these: pass more samples in each ({self.name})"
+                    )
         found = [self._subset(rows) if rows else None for rows in parts]
         for each in found:
             if each is not None:
                 each._holds_out = False
         return tuple(found)
-
-    def _check_parts(self, counts: list[int]) -> None:
-        """Raise DataError, in all processes, if one has no samples of a part of which others have some."""
-        assert self.processes is not None
-        everywhere = self.processes.gather(counts, f"the parts of {self.name}")
-        for part in zip(*everywhere, strict=True):
-            if any(part) and not all(part):
-                raise DataError(
-                    f"each process must have samples to solve on and samples to judge by, got {list(part)} by process "
-                    f"of one of these: pass more samples in each ({self.name})"
-                )
 
     @property
     def groups(self) -> Tensor | None:
@@ -463,7 +459,9 @@ class Calibration(Sequence[Any]):
                 raise DataError(f"{self.name} {rule}, got {got}: {_CURE} ({self.name})")
             batch = _plain(batch)
             check_inputs(batch, index, self.name)
-            sizes.append(_samples_in(inputs_of(batch, index, self.name)))
+            inputs = inputs_of(batch, index, self.name)
+            lists = lists_of_samples(_values(inputs))  # of images, say
+            sizes.append(len(lists[0]) if lists else batch_size(inputs))
             if in_memory:
                 batches.append(batch)
                 continue
@@ -647,12 +645,6 @@ class BatchStore(Sequence[Any]):
 def nbytes_of(tree: Any) -> int:
     """Return the number of bytes of all tensors in nested containers."""
     return sum(each.nbytes for each in tensors_of(tree))
-
-
-def _samples_in(inputs: Any) -> int:
-    """Return the number of samples in a batch's inputs, which may be a list of images."""
-    lists = lists_of_samples(_values(inputs))
-    return len(lists[0]) if lists else batch_size(inputs)
 
 
 _Rows = list[tuple[int, Tensor | None]]

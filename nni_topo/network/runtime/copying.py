@@ -76,7 +76,10 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     modules = [module for model in models for module in model.modules()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     shared_ids = set(memo)
-    own = {id(each) for module in modules for each in (module, *_tensors_of(module))}
+    own = set[int]()
+    for module in modules:
+        held = (module, *module.parameters(recurse=False), *module.buffers(recurse=False))
+        own.update(id(each) for each in held)
     if light:
         for model in models:
             for parameter in model.parameters():
@@ -116,11 +119,6 @@ def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
     other = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     vars(other).update(vars(parameter))
     return other
-
-
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
 
 
 def _reached(values: Iterable[Any]) -> Iterator[Any]:
