@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from nni_topo.maths.ties import descending
 from nni_topo.network.channels.constraints import coupled_names
 from nni_topo.network.channels.shuffle import chosen_of
-from nni_topo.pruners.planner import FloatArray
 from nni_topo.pruners.units import KeptBlocks, PruningUnit
 
 _logger = logging.getLogger(__name__)
@@ -97,19 +96,15 @@ class _Shared:
         """Return the kept blocks of each unit."""
         wanted = [kept[unit.name].reshape(unit.parts, unit.rows).sum(1) for unit in self._units]
         counts = self._raised(self._dealt(np.concatenate(wanted)), np.concatenate(wanted))
-        order = descending(self._worth(scores))
+        # The scores of each class are averaged over all targets that hold it, as those of a dependency group are.
+        classes = np.concatenate(self._classes)
+        targets = np.repeat([len(unit.members) for unit in self._units], [unit.blocks for unit in self._units])
+        values = np.concatenate([scores[unit.name] for unit in self._units])
+        order = descending(np.bincount(classes, targets * values) / np.bincount(classes, targets))
         is_kept = np.zeros(len(self._segment), dtype=np.bool_)
         for segment, count in enumerate(counts):
             is_kept[order[self._segment[order] == segment][:count]] = True
         return {unit.name: is_kept[own] for unit, own in zip(self._units, self._classes, strict=True)}
-
-    def _worth(self, scores: Mapping[str, NDArray[np.generic]]) -> FloatArray:
-        """Average the scores of each class over all targets that hold it, as those of a dependency group are."""
-        classes = np.concatenate(self._classes)
-        targets = np.repeat([len(unit.members) for unit in self._units], [unit.blocks for unit in self._units])
-        values = np.concatenate([scores[unit.name] for unit in self._units])
-        worth: FloatArray = np.bincount(classes, targets * values) / np.bincount(classes, targets)
-        return worth
 
     def _dealt(self, wanted: IntArray) -> IntArray:
         """Return how many classes of each segment to keep so that every part keeps the wanted count, where possible."""

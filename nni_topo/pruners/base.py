@@ -146,10 +146,16 @@ class StructuredPruner(Pruner):
 
     def __repr__(self) -> str:
         """Name the pruner and the knobs that differ from their defaults; of data the type alone."""
-        signature = inspect.signature(type(self).__init__).parameters.values()
-        knobs = [knob for knob in signature if knob.kind is knob.KEYWORD_ONLY]
-        given = [(knob.name, getattr(self, knob.name, knob.default)) for knob in knobs if not _is_default(self, knob)]
-        return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in given)})"
+        given = []
+        for knob in inspect.signature(type(self).__init__).parameters.values():
+            if knob.kind is not knob.KEYWORD_ONLY:
+                continue
+            value = getattr(self, knob.name, knob.default)
+            is_plain = isinstance(value, _PLAIN)
+            if value is not knob.default and not (is_plain and value == knob.default):
+                shown = repr(value) if is_plain or is_dataclass(value) else f"<{type(value).__name__}>"
+                given.append(f"{knob.name}={shown}")
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Make the masks and put them into the wrapped model.
@@ -336,15 +342,6 @@ def known_masks(pruner: Pruner, masks: Masks) -> Masks:
     if unknown:
         _logger.warning("masks of modules that aren't pruned here are left out: %s", ", ".join(unknown))
     return {name: targets for name, targets in masks.items() if name not in unknown}
-
-
-def _is_default(pruner: Pruner, knob: inspect.Parameter) -> bool:
-    value = getattr(pruner, knob.name, knob.default)
-    return value is knob.default or (isinstance(value, _PLAIN) and value == knob.default)
-
-
-def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, _PLAIN) or is_dataclass(value) else f"<{type(value).__name__}>"
 
 
 _PLAIN = (str, bool, int, float, tuple, type(None))

@@ -250,7 +250,15 @@ class BudgetPlanner(Planner):
         """Return how many rows each unit keeps under the budget."""
         if self.budget.equal_blocks:
             self._accepted = accepted_heads(model)
-        cost = share_left(units, self._network_cost(units, model), self.rounded)
+        if self.budget.kind == "latency" and self.latency_table is None:
+            self.latency_table = measure_latency(model, self.example_inputs)
+        layers = {name for unit in units for name in unit.layers}
+        if self.latency_table is not None and (missing := layers - self.latency_table.layers.keys()):
+            raise DataError(f"a latency table must hold every pruned layer, got none of that name ({min(missing)})")
+        if self._cost is None:
+            analysis = Analysis.on(model, self.example_inputs, self.facts)
+            self._cost = network_cost(self.budget.kind, analysis, self.latency_table)
+        cost = share_left(units, self._cost, self.rounded)
         kept = kept_if(units, self.rounded)
         share = self.budget.share
 
@@ -331,18 +339,6 @@ class BudgetPlanner(Planner):
     def _is_near(self, left: float) -> bool:
         """Say whether a share of the cost is near to the budget, or below it."""
         return left < self.budget.share or _is_near(self.budget.kind, self.budget.share, left)
-
-    def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
-        """Return a function that gives the network's cost, in the budget's unit, for a choice of kept channels."""
-        if self.budget.kind == "latency" and self.latency_table is None:
-            self.latency_table = measure_latency(model, self.example_inputs)
-        layers = {name for unit in units for name in unit.layers}
-        if self.latency_table is not None and (missing := layers - self.latency_table.layers.keys()):
-            raise DataError(f"a latency table must hold every pruned layer, got none of that name ({min(missing)})")
-        if self._cost is None:
-            analysis = Analysis.on(model, self.example_inputs, self.facts)
-            self._cost = network_cost(self.budget.kind, analysis, self.latency_table)
-        return self._cost
 
 
 def no_nearer(budget: Budget, allocations: Sequence[str]) -> str:

@@ -102,13 +102,30 @@ def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
             modern.append(entry)
             continue
         place = f"config_list[{index}]"
-        _warn(entry, place)
-        _rename_selection(entry, place)
-        # As in NNI 2: what the entry matches is left out of the entries before it, not of those after it.
+        for key in LEGACY_KEYS:
+            if key in entry:
+                told = f"{key!r} is a key of NNI 2, write {LEGACY_KEYS[key]} ({place})"
+                warnings.warn(told, FutureWarning, stacklevel=3)
+        if "op_partial_names" in entry:
+            _refuse_both(entry, "op_partial_names", "op_names_re", place)
+            entry["op_names_re"] = [f".*{re.escape(name)}.*" for name in entry.pop("op_partial_names")]
         if entry.pop("exclude", False):
-            _exclude(model, entry, modern)
-        else:
-            modern.append(_rename_ratio(entry, index))
+            # As in NNI 2: what the entry matches is left out of the entries before it, not of those after it.
+            names = list(select_modules_by_config(model, entry)[0])
+            for other in modern:
+                if isinstance(other, dict):
+                    other["exclude_op_names"] = sorted({*other.get("exclude_op_names", []), *names})
+            continue
+        given = [key for key in _RATIOS if key in entry]
+        for key in given:
+            _refuse_both(entry, key, next((other for other in given if other != key), "sparse_ratio"), place)
+            entry["sparse_ratio"] = entry.pop(key)
+        if given == ["total_sparsity"]:
+            entry.setdefault("global_group_id", f"total_sparsity_{index}")
+        if "max_sparsity_per_layer" in entry:
+            _refuse_both(entry, "max_sparsity_per_layer", "max_sparse_ratio", place)
+            entry["max_sparse_ratio"] = entry.pop("max_sparsity_per_layer")
+        modern.append(entry)
     return config_list.with_entries(modern) if isinstance(config_list, DependencyGroups) else modern
 
 
@@ -120,43 +137,9 @@ def of_single_weights(config_list: list[dict[str, Any]]) -> list[dict[str, Any]]
     return config_list.with_entries({k: v for k, v in e.items() if k not in together} for e in config_list)
 
 
-def _warn(entry: dict[str, Any], place: str) -> None:
-    for key in LEGACY_KEYS:
-        if key in entry:
-            warnings.warn(f"{key!r} is a key of NNI 2, write {LEGACY_KEYS[key]} ({place})", FutureWarning, stacklevel=4)
-
-
-def _rename_selection(entry: dict[str, Any], place: str) -> None:
-    if "op_partial_names" not in entry:
-        return
-    _refuse_both(entry, "op_partial_names", "op_names_re", place)
-    entry["op_names_re"] = [f".*{re.escape(name)}.*" for name in entry.pop("op_partial_names")]
-
-
-def _rename_ratio(entry: dict[str, Any], index: int) -> dict[str, Any]:
-    place = f"config_list[{index}]"
-    given = [key for key in _RATIOS if key in entry]
-    for key in given:
-        _refuse_both(entry, key, next((other for other in given if other != key), "sparse_ratio"), place)
-        entry["sparse_ratio"] = entry.pop(key)
-    if given == ["total_sparsity"]:
-        entry.setdefault("global_group_id", f"total_sparsity_{index}")
-    if "max_sparsity_per_layer" in entry:
-        _refuse_both(entry, "max_sparsity_per_layer", "max_sparse_ratio", place)
-        entry["max_sparse_ratio"] = entry.pop("max_sparsity_per_layer")
-    return entry
-
-
 def _refuse_both(entry: dict[str, Any], old: str, new: str, place: str) -> None:
     if new in entry:
         raise ConfigError(f"a config_list entry must hold one key for one thing, got {old!r} and {new!r} ({place})")
-
-
-def _exclude(model: nn.Module, entry: dict[str, Any], before: list[Any]) -> None:
-    names = list(select_modules_by_config(model, entry)[0])
-    for other in before:
-        if isinstance(other, dict):
-            other["exclude_op_names"] = sorted({*other.get("exclude_op_names", []), *names})
 
 
 _logger = logging.getLogger(__name__)
@@ -253,8 +236,9 @@ def _check_schema(config: dict[str, Any], place: str) -> None:
         with interruptions_later():
             default_config_schema("pruning").validate(config)
     except SchemaError as error:
+        reason = " ".join(str(part) for part in dict.fromkeys(error.autos + error.errors) if part)
         raise ConfigError(
-            f"a config_list entry must follow NNI's schema; {_reason(error)} ({place}); see docs/config_list.md"
+            f"a config_list entry must follow NNI's schema; {reason} ({place}); see docs/config_list.md"
         ) from error
 
 
@@ -326,10 +310,6 @@ def _settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _groups(config: dict[str, Any]) -> set[int | str]:
     return {s["dependency_group_id"] for s in _settings(config) if "dependency_group_id" in s}
-
-
-def _reason(error: SchemaError) -> str:
-    return " ".join(str(part) for part in dict.fromkeys(error.autos + error.errors) if part)
 
 
 def _check_module(name: str, module: nn.Module) -> None:

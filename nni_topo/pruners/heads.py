@@ -100,18 +100,15 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
     for group, spaces in groups.items():
         is_mixed = group is not None and len({space.target.dim() for space in spaces}) > 1
         for space in spaces:
-            if holds_columns(space) or (is_mixed and _has_blocks_of_rows(space)):
+            sizes = space.granularity
+            # Several output channels at a time, as a column, too.
+            has_blocks_of_rows = isinstance(sizes, list) and isinstance(sizes[0], int) and sizes[0] > 0
+            if holds_columns(space) or (is_mixed and has_blocks_of_rows and set(sizes[1:]) <= {-1}):
                 space._scaler = ColumnScaling(space.granularity)
             elif is_mixed and isinstance(space._scaler, OutputScaling):
                 space._scaler = space._scaler.as_column()
             elif is_mixed and space.granularity == "out_channel":
                 space._scaler = ColumnScaling([1, *[-1] * (space.target.dim() - 1)])
-
-
-def _has_blocks_of_rows(space: PruningTargetSpace) -> bool:
-    """Say whether a target loses several output channels at a time."""
-    sizes = space.granularity
-    return isinstance(sizes, list) and isinstance(sizes[0], int) and sizes[0] > 0 and set(sizes[1:]) <= {-1}
 
 
 def _gates_of(module: Any) -> dict[str, Any] | None:

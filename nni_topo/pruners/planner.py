@@ -80,7 +80,14 @@ class Planner:
         ConfigError
             If the units of a global group disagree in ``sparse_ratio``.
         """
-        counts = self.counts(units, lambda unit: _row_losses(unit, losses(unit)), model)
+
+        def row_losses(unit: PruningUnit) -> FloatArray:
+            # Descending. A row takes one block of every part, of which the costliest counts.
+            by_part = np.sort(losses(unit).reshape(unit.parts, unit.rows), axis=1)
+            worth: FloatArray = by_part.max(0)[::-1]
+            return worth
+
+        counts = self.counts(units, row_losses, model)
         return {unit.name: self.rounded(unit, counts[unit.name]) for unit in units}
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
@@ -131,9 +138,12 @@ class Planner:
         budget = int(sum(unit.elements * unit.blocks for unit in group) * (group[0].sparse_ratio or 0.0))
         # The minimum ratios are pruned in any case; only the rest of the budget is spent by rank.
         budget -= sum(low * each for low, each in zip(fewest, cost, strict=True))
-        ascending = [
-            self._comparable(losses(unit))[::-1][low:high] for unit, low, high in zip(group, fewest, most, strict=True)
-        ]
+        ascending = []
+        for unit, low, high in zip(group, fewest, most, strict=True):
+            worth = losses(unit)
+            mean = float(np.abs(worth).mean()) if self.normalization == "mean" else 1.0
+            comparable = worth / mean if mean > 0 else worth
+            ascending.append(comparable[::-1][low:high])
         owners = np.repeat(np.arange(len(group)), [len(each) for each in ascending])
         joined = np.concatenate(ascending)
         # Rounding mustn't decide between layers either; of equal losses those of the earlier layer are pruned first.
@@ -142,13 +152,3 @@ class Planner:
         spent = np.asarray(cost)[owners][order].cumsum()
         removed = np.bincount(owners[order][spent <= budget], minlength=len(group)).tolist()
         return {unit.name: unit.rows - low - more for unit, low, more in zip(group, fewest, removed, strict=True)}
-
-    def _comparable(self, losses: FloatArray) -> FloatArray:
-        mean = float(np.abs(losses).mean()) if self.normalization == "mean" else 1.0
-        return losses / mean if mean > 0 else losses
-
-
-def _row_losses(unit: PruningUnit, losses: FloatArray) -> FloatArray:
-    """Return the losses of a unit's rows, descending: a row takes one block of every part, the costliest counts."""
-    worth: FloatArray = np.sort(losses.reshape(unit.parts, unit.rows), axis=1).max(0)[::-1]
-    return worth

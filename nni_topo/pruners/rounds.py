@@ -97,7 +97,10 @@ def prune_in_rounds(
             if rewind is not None:
                 restore(pruner.bound_model, rewind)
             _silence(pruner.bound_model, list(active.values()))
-            kept = {name: _share_kept(space) for name, space in active.items()}
+            kept = {}
+            for name, space in active.items():
+                is_masked = space.mask is not None and space.target is not None
+                kept[name] = float(space.mask.ne(0).double().mean()) if is_masked else 1.0
             train()
             rounds.append(Round(index, kept))
             if on_round is not None:
@@ -145,8 +148,3 @@ def _silence(model: nn.Module, spaces: list[PruningTargetSpace]) -> None:
         if len(sharing) >= holders[key]:
             kept = torch.stack([space.mask.ne(0) for space in sharing]).any(0)
             sharing[0].target.mul_(kept)
-
-
-def _share_kept(space: PruningTargetSpace) -> float:
-    mask = space.mask
-    return 1.0 if mask is None or space.target is None else float(mask.ne(0).double().mean())

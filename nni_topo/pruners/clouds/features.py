@@ -121,7 +121,9 @@ class FeatureCollector(DataCollector):
         SpeedupError
             If the model can't be traced.
         """
-        batches = self._batches(context)
+        batches = self.calibration
+        if batches is None:
+            batches = Calibration(inputs_seen(context.model, lambda: context.run(None)))
         layers = [module for unit in context.units for module, _ in unit.members]
         self._network = tapped_network(context.model, first_call(context.model, batches), layers)
         rows = {name: _Rows(name) for name in self._network.taps}
@@ -140,11 +142,6 @@ class FeatureCollector(DataCollector):
             return rows[module].points()[output_blocks(context.target_spaces[module][target], "features")].flatten(1)
 
         return context.collected(points)
-
-    def _batches(self, context: PruningContext) -> Calibration:
-        if self.calibration is not None:
-            return self.calibration
-        return Calibration(inputs_seen(context.model, lambda: context.run(None)))
 
 
 class _Rows:

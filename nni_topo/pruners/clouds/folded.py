@@ -63,21 +63,15 @@ class FoldedWeightCollector(DataCollector):
             outputs = output_blocks(context.target_spaces[module][target], "folded clouds")
             norm = [context.model.get_submodule(norms[module])] if module in norms else []
             own = weights[module][target].unflatten(1, (outputs.shape[1], -1))
-            scale, offset = (
-                values.cpu()[outputs][..., None] for values in through_norms(norm, _bias(context, module, outputs.size))
-            )
+            space = context.target_spaces[module].get("bias")
+            unmasked: Any = context.model.get_submodule(module).bias if space is None else space.target
+            if unmasked is None:
+                bias = torch.zeros(outputs.size, dtype=torch.float64)
+            else:
+                bias = unmasked.detach().to("cpu", torch.float64)
+            scale, offset = (values.cpu()[outputs][..., None] for values in through_norms(norm, bias))
             if not bool(torch.isfinite(scale).all() and torch.isfinite(offset).all()):
                 raise DataError(f"biases and batch norms must be finite, got NaN or infinity ({module})")
             return preprocess_points(torch.cat([own * scale, offset], 2).flatten(1), self.preprocess)
 
         return context.collected(points)
-
-
-def _bias(context: PruningContext, module_name: str, channels: int) -> Tensor:
-    """Return a layer's unmasked bias, shape ``(channels,)``; zeros if it has none."""
-    space = context.target_spaces[module_name].get("bias")
-    bias: Any = context.model.get_submodule(module_name).bias if space is None else space.target
-    if bias is None:
-        return torch.zeros(channels, dtype=torch.float64)
-    found: Tensor = bias.detach().to("cpu", torch.float64)
-    return found

@@ -124,25 +124,22 @@ class GradientCollector(DataCollector):
         for index, (inputs, targets) in enumerate(part for batch in _labelled(calibration) for part in parts(batch)):
             call, targets = copied((arguments_of(inputs, model), targets), device)
             with torch.enable_grad():
-                loss = self._checked_loss(model(*call[0], **call[1]), targets, index)
+                outputs = model(*call[0], **call[1])
+                try:
+                    loss: Any = self.loss(outputs, targets)
+                except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                    raise DataError(f"targets must fit the loss, got: {error} (calibration batch {index})") from error
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ConfigError(f"a loss must be a scalar tensor, got {found} (calibration batch {index})")
+            if not bool(torch.isfinite(loss)):
+                raise DataError(f"the loss must be finite, got {float(loss.detach())} (calibration batch {index})")
             if not loss.requires_grad or not gates.opened:
                 raise DataError(
                     f"the loss must depend on the pruned layers, got a constant (calibration batch {index})"
                 )
             # Not backward(): a loss may have parameters of its own, which would gather gradients.
             torch.autograd.grad(loss, gates.opened, allow_unused=True)
-
-    def _checked_loss(self, outputs: Any, targets: Any, index: int) -> Tensor:
-        try:
-            loss = self.loss(outputs, targets)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"targets must fit the loss, got: {error} (calibration batch {index})") from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ConfigError(f"a loss must be a scalar tensor, got {found} (calibration batch {index})")
-        if not bool(torch.isfinite(loss)):
-            raise DataError(f"the loss must be finite, got {float(loss.detach())} (calibration batch {index})")
-        return loss
 
     def _train(self, context: PruningContext, model: nn.Module) -> None:
         """Let the evaluator train the copy, its weights put back after every step."""

@@ -59,30 +59,23 @@ class EnergyCollector(DataCollector):
         """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError without."""
         self.check(context.model, {m: context.model.get_submodule(m) for u in context.units for m, _ in u.members})
         found = self.energies(context)
-        scales = self._norm_scales(context)
+        scales = norm_scales(context, context.analysis(self.example_inputs).flow) if self.batch_norm else {}
 
         def points(unit: PruningUnit, module: str, target: str) -> Tensor:
             if holds_columns(space := context.target_spaces[module][target]):
                 return torch.zeros(unit.blocks, 1, dtype=torch.float64)
             energy, positions = found[module]
-            energy = self._normalized(energy * scales.get(module, torch.ones(())) ** 2, positions)
+            energy = energy * scales.get(module, torch.ones(())) ** 2
+            if self.normalization == "none":
+                energy = energy * positions
+            elif self.normalization == "layer" and energy.sum() > 0:
+                energy = energy / energy.sum()
             energy = energy[output_blocks(space, "energies")].sum(1)
             if not bool(torch.isfinite(energy).all()):
                 raise DataError(f"energies must be finite, got NaN or infinity ({module}.{target})")
             return energy[:, None]
 
         return context.collected(points)
-
-    def _normalized(self, energy: Tensor, positions: int) -> Tensor:
-        if self.normalization == "none":
-            return energy * positions
-        total = energy.sum()
-        return energy / total if self.normalization == "layer" and total > 0 else energy
-
-    def _norm_scales(self, context: PruningContext) -> dict[str, Tensor]:
-        if not self.batch_norm:
-            return {}
-        return norm_scales(context, context.analysis(self.example_inputs).flow)
 
 
 @dataclass(eq=False)

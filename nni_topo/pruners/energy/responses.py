@@ -37,37 +37,26 @@ def chirp_response_energy(
     Each plane enters all input channels at once, or, ``separate``, one after the other: then their energies add up.
     Filters are taken in turns of at most so many values, 128 MiB of float64.
     """
-    found = [_plane_energy(module, weight, bias, plane, separate, most) for plane in planes]
-    return torch.stack([energy for energy, _ in found]).mean(0), found[0][1]
-
-
-def _plane_energy(
-    module: nn.Module, weight: Tensor, bias: Tensor | None, plane: Tensor, separate: bool, most: int
-) -> tuple[Tensor, int]:
-    every = _kernels(module, weight)
+    # Each filter's kernels for the input channels that it reads: ``(out, in / groups, *kernel)``.
+    every = weight.double()
+    if isinstance(module, TRANSPOSED):
+        # ``(in, out / groups, ...)``: outputs follow group by group.
+        every = every.unflatten(0, (int(module.groups), -1)).transpose(1, 2).flatten(0, 1)
     # With x in every input channel, sum_c(w_c * x) is sum_c(w_c) * x: one channel's cost, whatever the layer's width.
     kernels = (every.flatten(0, 1) if separate else every.sum(1))[:, None]
     constant = every.new_zeros(len(every)) if bias is None else bias.double()
     offset = kernels.new_zeros(len(kernels)) if separate else constant
-    planes = plane.to(kernels.device)[None, None]
-    positions = _respond(module, kernels[:1], planes)[0, 0].numel()
-    turn = max(1, most // max(positions, plane.numel()))
-    energies = torch.cat(
-        [
-            (_respond(module, part, planes)[0].flatten(1) + shift[:, None]).pow(2).mean(1)
-            for part, shift in zip(kernels.split(turn), offset.split(turn), strict=True)
-        ]
-    )
-    return (energies.reshape(len(every), -1).sum(1) + constant.pow(2) if separate else energies), positions
-
-
-def _kernels(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return each filter's kernels for the input channels that it reads: ``(out, in / groups, *kernel)``, float64."""
-    if not isinstance(module, TRANSPOSED):
-        return weight.double()
-    # ``(in, out / groups, ...)``: outputs follow group by group.
-    kernels: Tensor = weight.double().unflatten(0, (int(module.groups), -1)).transpose(1, 2).flatten(0, 1)
-    return kernels
+    energies = []
+    for plane in planes:
+        entering = plane.to(kernels.device)[None, None]
+        positions = _respond(module, kernels[:1], entering)[0, 0].numel()  # as many for each plane
+        turn = max(1, most // max(positions, plane.numel()))
+        in_turns = []
+        for part, shift in zip(kernels.split(turn), offset.split(turn), strict=True):
+            in_turns.append((_respond(module, part, entering)[0].flatten(1) + shift[:, None]).pow(2).mean(1))
+        energy = torch.cat(in_turns)
+        energies.append(energy.reshape(len(every), -1).sum(1) + constant.pow(2) if separate else energy)
+    return torch.stack(energies).mean(0), positions
 
 
 def _respond(module: nn.Module, kernels: Tensor, planes: Tensor) -> Tensor:

@@ -22,23 +22,23 @@ class MaskedScores:
     def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
         """Return the scores, shape ``(individuals,)``; DataError if one isn't a finite number."""
         whole = [weight.detach().clone() for weight in self.weights]
+        scores = []
         try:
-            return np.array([self._masked_score(genes, whole) for genes in population])
+            for genes in population:
+                for weight, value, mask in zip(self.weights, whole, split_genes(genes, whole), strict=True):
+                    weight.data.copy_(value * mask)
+                found = self.score()
+                try:
+                    score = float(found)
+                except (TypeError, ValueError, RuntimeError):
+                    score = np.nan
+                if not np.isfinite(score):
+                    raise DataError(f"an evaluation must return a finite number, got {found!r} (genetic search)")
+                scores.append(score)
         finally:
             for weight, value in zip(self.weights, whole, strict=True):
                 weight.data.copy_(value)
-
-    def _masked_score(self, genes: BoolArray, whole: list[Tensor]) -> float:
-        for weight, value, mask in zip(self.weights, whole, split_genes(genes, whole), strict=True):
-            weight.data.copy_(value * mask)
-        found = self.score()
-        try:
-            score = float(found)
-        except (TypeError, ValueError, RuntimeError):
-            score = np.nan
-        if not np.isfinite(score):
-            raise DataError(f"an evaluation must return a finite number, got {found!r} (genetic search)")
-        return score
+        return np.array(scores)
 
 
 def split_genes(genes: BoolArray, weights: Sequence[Tensor]) -> list[Tensor]:

@@ -73,7 +73,13 @@ class GeneticMetric(MetricCalculator):
 
             def after(current: WeightGeneticAlgorithm) -> bool:
                 shown.update()
-                return self._after(current)
+                if current.generation == 0:
+                    self._tell_if_flat(current)
+                if self.state is not None:
+                    save_state(current, self.state)
+                if self.on_generation is None:
+                    return False
+                return check_answer("on_generation", self.on_generation(current), "genetic_weight")
 
             search.run(after)
         if search.is_flat and not self._is_told:
@@ -85,15 +91,6 @@ class GeneticMetric(MetricCalculator):
         genes = search.genes(search.best())
         kept = np.split(genes, np.cumsum([unit.blocks for unit in context.units])[:-1])
         return context.keep({unit.name: own for unit, own in zip(context.units, kept, strict=True)})
-
-    def _after(self, search: WeightGeneticAlgorithm) -> bool:
-        if search.generation == 0:
-            self._tell_if_flat(search)
-        if self.state is not None:
-            save_state(search, self.state)
-        if self.on_generation is None:
-            return False
-        return check_answer("on_generation", self.on_generation(search), "genetic_weight")
 
     def _tell_if_flat(self, search: WeightGeneticAlgorithm) -> None:
         """Warn, after the first generation, where nothing that the search is to find shows in its individuals."""
@@ -125,14 +122,19 @@ class GeneticMetric(MetricCalculator):
             return PopulationAccuracy(
                 context.model, names, self.validation, max_bytes=self.max_bytes, n_jobs=self.n_jobs
             )
-        if self.evaluate is not None:
-            evaluate, model = self.evaluate, context.model
 
-            def score() -> float:
-                return check_result("evaluate", evaluate(model), "genetic_weight")
+        def score() -> float:
+            # In evaluation mode: or each individual's batch norms would have seen those before it.
+            with evaluation_mode(context.model):
+                if self.evaluate is not None:
+                    return check_result("evaluate", self.evaluate(context.model), "genetic_weight")
+                with torch.no_grad():
+                    metric = context.evaluate()
+                if isinstance(metric, tuple):
+                    metric = metric[0]
+                return check_result("an evaluator's evaluating function", metric, "evaluator")
 
-            return MaskedScores(weights, lambda: _in_evaluation(model, score))
-        return MaskedScores(weights, lambda: _in_evaluation(context.model, lambda: _evaluated(context)))
+        return MaskedScores(weights, score)
 
 
 def largest_share(unit: PruningUnit) -> float:
@@ -144,18 +146,3 @@ def largest_share(unit: PruningUnit) -> float:
 def checked_validation(validation: Iterable[Any] | None) -> list[Any] | None:
     """Return labelled batches as a list; a DataError where there is none."""
     return None if validation is None else list(Calibration(validation, name="validation"))
-
-
-def _in_evaluation(model: nn.Module, score: Callable[[], float]) -> float:
-    """Score a model in evaluation mode: or each individual's batch norms would have seen those before it."""
-    with evaluation_mode(model):
-        return score()
-
-
-def _evaluated(context: PruningContext) -> float:
-    """Return what the evaluator says about the wrapped model."""
-    with torch.no_grad():
-        metric = context.evaluate()
-    if isinstance(metric, tuple):
-        metric = metric[0]
-    return check_result("an evaluator's evaluating function", metric, "evaluator")

@@ -71,8 +71,12 @@ class PopulationAccuracy:
             return np.array([self._hits_alone(genes) for genes in population]) / self.samples
         from joblib import Parallel, delayed
 
+        weights = sum(int(layer.weight.numel()) for layer in self._layers)
+        # float32, roughly: three of the largest activation at a time, and the masks beside the masked weights.
+        each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * weights)
+        size = max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
         # A population may be made as it is drawn: no chunk is drawn before a thread is free, which bounds memory.
-        jobs = (delayed(self._hits)(chunk) for chunk in _chunks(population, at_once(self._chunk_size())))
+        jobs = (delayed(self._hits)(chunk) for chunk in _chunks(population, at_once(size)))
         hits = Parallel(n_jobs=self._n_jobs, prefer="threads", pre_dispatch="1*n_jobs")(jobs)
         return np.concatenate(hits) / self.samples
 
@@ -109,12 +113,6 @@ class PopulationAccuracy:
             _logger.debug("the graph of %s can't be cut", type(self._model).__name__, exc_info=True)
         if not self._tails:
             _logger.warning("the graph can't be cut at %s: masks are run one by one", ", ".join(self._names))
-
-    def _chunk_size(self) -> int:
-        weights = sum(int(layer.weight.numel()) for layer in self._layers)
-        # float32, roughly: three of the largest activation at a time, and the masks beside the masked weights.
-        each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * weights)
-        return max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
 
     @torch.no_grad()
     def _hits(self, chunk: list[BoolArray]) -> NDArray[np.int64]:

@@ -167,8 +167,18 @@ class ReconstructionProblems:
             for one in flat:
                 one.equations.pool(processes, device_of(original), f"what enters {names[id(one.module)]}")
         del flat, hooks
-        # One unit's sums after the other's are used up.
-        return {name: _problem(sums.pop(name), name) for name in list(sums)}
+        problems = {}
+        for name in list(sums):
+            waiting = sums.pop(name)
+            if not all(one.equations.is_finite() for one in waiting):
+                raise DataError(f"activations must be finite, got NaN or infinity ({name})")
+            # One layer's sums after the other's are used up.
+            waiting.reverse()
+            layers = []
+            while waiting:
+                layers.append(waiting.pop().layer())
+            problems[name] = ReconstructionProblem(tuple(layers))
+        return problems
 
     def _run(self, original: nn.Module, network: nn.Module, call: Call, index: int) -> None:
         """Run both networks on a batch."""
@@ -217,10 +227,3 @@ def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext
     if not found:
         raise unread_error([unit.name])
     return found
-
-
-def _problem(found: list[Reading], name: str) -> ReconstructionProblem:
-    if not all(one.equations.is_finite() for one in found):
-        raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-    found.reverse()
-    return ReconstructionProblem(tuple(found.pop().layer() for _ in range(len(found))))

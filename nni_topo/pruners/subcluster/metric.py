@@ -60,10 +60,12 @@ class SubclusterMetric(SurvivorMetric):
         rows, living = unit.rows, len(cloud.names)
         if not living:
             return np.full(rows, -1, dtype=np.intp)
+        default = _INITIAL["Conv" if is_convolution(unit, context) else "Linear"]
+        initial_ratio = of_layer(self.growth.initial_ratio, unit, default)
         tree = grow(
             cloud.points,
             cloud.covariance,
-            min(living, initial_clusters(self._initial_ratio(unit, context), rows)),
+            min(living, initial_clusters(initial_ratio, rows)),
             self.growth,
             energy=self.energy(unit),
             threshold=unit.sparse_threshold,
@@ -73,11 +75,6 @@ class SubclusterMetric(SurvivorMetric):
         ).renamed(cloud.names)
         self.trees[unit.part_name(part)] = tree
         return tree.labels(unit.blocks)[part * rows : (part + 1) * rows]
-
-    def _initial_ratio(self, unit: PruningUnit, context: PruningContext) -> float:
-        return of_layer(
-            self.growth.initial_ratio, unit, _INITIAL["Conv" if is_convolution(unit, context) else "Linear"]
-        )
 
     def _shared_caps(
         self, clouds: dict[str, list[FeatureCloud]], found: Mapping[str, Clusters], context: PruningContext

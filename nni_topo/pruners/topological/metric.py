@@ -160,10 +160,12 @@ def _chosen(
     if search is None or keep == cloud.size:
         return cover, [], False, False
     criterion, _, summed = settings.criterion.partition("_")
+    # Points on a line, such as single weights, have no loops.
+    is_line = 0 in settings.homology_dimensions and cloud.points.shape[1] == 1
     fitness = topology.SubsetFitness(
         cloud.distances,
         criterion,
-        homology_dimensions=_degrees(cloud, settings),
+        homology_dimensions=(0,) if is_line else settings.homology_dimensions,
         base=cloud.base,
         engine=search.engine,
         combine="sum" if summed else "max",
@@ -206,11 +208,3 @@ def _announce(
             search.population_size,
             name,
         )
-
-
-def _degrees(cloud: Cloud, settings: SelectionSettings) -> tuple[int, ...]:
-    """Return the degrees in which diagrams are compared: points on a line, such as single weights, have no loops."""
-    degrees = settings.homology_dimensions
-    if 0 in degrees and cloud.points.shape[1] == 1:
-        return (0,)
-    return degrees

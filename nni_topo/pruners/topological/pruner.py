@@ -168,7 +168,13 @@ class TopologicalPruner(StructuredPruner):
         if points.kind in TRACED:
             inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
         criterion = "hausdorff" if criterion == "auto" else criterion
-        settings = SelectionSettings(criterion, self.homology_dimensions, _search(solver, criterion))
+        if not isinstance(solver, str):
+            search = as_settings(GeneticSearch, solver, "solver")
+        elif solver == "greedy" or (solver == "auto" and criterion in ("hausdorff", "cover")):
+            search = None
+        else:
+            search = GeneticSearch()
+        settings = SelectionSettings(criterion, self.homology_dimensions, search)
         self._metric = TopologicalMetric(
             settings=settings, origin=points.origin, seed=seed, progress=progress, n_jobs=n_jobs
         )
@@ -272,11 +278,3 @@ class TopologicalPruner(StructuredPruner):
     def trace(self) -> dict[str, list[Generation]]:
         """Best and mean fitness per generation of the latest search, per layer or group."""
         return self._metric.trace
-
-
-def _search(solver: str | GeneticSearch | Mapping[str, Any], criterion: str) -> GeneticSearch | None:
-    """Return the settings of a genetic search, None for the greedy solution."""
-    if not isinstance(solver, str):
-        return as_settings(GeneticSearch, solver, "solver")
-    is_greedy = solver == "greedy" or (solver == "auto" and criterion in ("hausdorff", "cover"))
-    return None if is_greedy else GeneticSearch()

@@ -120,7 +120,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
         rewind: Literal["initial"] | Mapping[str, Tensor] | None = None,
         on_round: Callable[[Round], None] | None = None,
     ) -> None:
-        graphs = {}
+        graphs = dict[str, LayerGraph]()
         if conv_graph != "channel":
             inputs = example_inputs_of(example_inputs, model, evaluator=evaluator)
             if inputs is None:
@@ -128,7 +128,10 @@ class TopologicalMagnitudePruner(StructuredPruner):
                     f"conv_graph {conv_graph!r} needs example_inputs, or an evaluator that evaluates, got neither "
                     "(TopologicalMagnitudePruner)"
                 )
-            graphs = _graphs(model, inputs)
+            planes = Analysis.on(model, inputs).planes
+            for name, module in model.named_modules():
+                if isinstance(module, CONVOLUTIONS) and name in planes:
+                    graphs[name] = graph_of_convolution(module, planes[name][0])
         self.on_subcritical = on_subcritical
         self.conv_graph = conv_graph
         self.rounds = rounds
@@ -219,12 +222,6 @@ def _rewind_state(
         rewind = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     matched_state(model, rewind)
     return {name: value.detach().clone() for name, value in rewind.items()}
-
-
-def _graphs(model: nn.Module, example_inputs: Any) -> dict[str, LayerGraph]:
-    planes = Analysis.on(model, example_inputs).planes
-    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
-    return {n: graph_of_convolution(module, planes[n][0]) for n, module in convolutions.items() if n in planes}
 
 
 def _check_target(name: str, target: str, space: PruningTargetSpace) -> None:
