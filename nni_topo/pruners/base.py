@@ -27,6 +27,7 @@ from nni_topo.network.layers.kinds import kept_channels
 from nni_topo.network.runtime.inputs import in_smaller_batches
 from nni_topo.network.runtime.progress import quiet
 from nni_topo.network.runtime.untouched import left_alone
+from nni_topo.network.speedup.analysis import Facts
 from nni_topo.network.speedup.dependency import DependencyGroups
 from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.budget import Budget, BudgetPlanner
@@ -77,6 +78,8 @@ class StructuredPruner(Pruner):
         What values of the config_list must be beyond what NNI asks for, by key.
     allocations : tuple of str
         How a budget may be dealt out, of :class:`~nni_topo.Budget`'s names.
+    facts : Facts or None
+        What a caller that made the model knows of it, so that the pruner doesn't trace it again.
 
     Raises
     ------
@@ -130,9 +133,8 @@ class StructuredPruner(Pruner):
         self._collected: Data | None = None  # of the first call of `masks_for`
         self._ties = config_list.ties if isinstance(config_list, DependencyGroups) else {}
         self._shares = config_list.shares if isinstance(config_list, DependencyGroups) else {}
-        self._facts = config_list.facts if isinstance(config_list, DependencyGroups) else None
-        if isinstance(self.planner, BudgetPlanner):
-            self.planner.facts = self._facts
+        self.facts: Facts | None = None
+        self._facts = Facts()  # what was found about the model since it was asked for masks
         self.allocator = ConfigAllocator() if allocator is None else allocator
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
@@ -195,6 +197,7 @@ class StructuredPruner(Pruner):
     @in_smaller_batches
     def generate_masks(self) -> Masks:
         """Return the masks of NNI's three stages, which the hooks do; where a GPU's memory is too small, batch less."""
+        self._begin_facts()
         with quiet(getattr(self, "progress", None)):
             return super().generate_masks()  # type: ignore[no-any-return]
 
@@ -228,6 +231,7 @@ class StructuredPruner(Pruner):
             )
         planner.change(budget)
         self._keep_measurements()
+        self._begin_facts()
         with self._in_step, left_alone(self.bound_model), quiet(getattr(self, "progress", None)):
             if self._collected is None:
                 self._collected = self._collect_data()
@@ -274,6 +278,12 @@ class StructuredPruner(Pruner):
     def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Refuse layers that the collector can't use; nothing is wrapped yet."""
         self.collector.check(model, modules)
+
+    def _begin_facts(self) -> None:
+        """Look at the model anew, unless a caller knows that it is the same: weights may decide what a forward does."""
+        self._facts = Facts() if self.facts is None else self.facts
+        if isinstance(self.planner, BudgetPlanner):
+            self.planner.facts = self._facts
 
     def _keep_measurements(self) -> None:
         """Keep what the calculator measures for later calls of :meth:`masks_for`; by default nothing."""

@@ -66,7 +66,7 @@ class PruningContext:
     shares : mapping of str to Share
         For layers whose channels are shuffled, how many channels of each segment are kept at a plain ratio.
     facts : Facts or None
-        What is known of the model by its dependency groups.
+        What was found about the model already.
     """
 
     model: nn.Module

@@ -27,6 +27,7 @@ from nni_topo.network.runtime.progress import quiet_if_asked
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of
 from nni_topo.network.speedup.dependency import groups_of
+from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, needs_rule, pruner_info
@@ -222,6 +223,8 @@ def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]])
     """Prune a copy of the network; the choice's knobs come before :func:`pruner_knobs`."""
     began = time.perf_counter()
     own = created(start, pruner, config_list)
+    if isinstance(own, StructuredPruner):
+        own.facts = start.analysis.facts
     _, masks = own.compress()
     seconds = time.perf_counter() - began
     planner = getattr(own, "planner", None)  # NNI's pruners have none

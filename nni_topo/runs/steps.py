@@ -511,6 +511,8 @@ class ShrinkSteps:
         }
         taken = {name: offered[name] for name in pruner_knobs if name in offered}
         wrapped = create_pruner(pruner, victim, config_list, **taken | self.knobs)
+        if isinstance(wrapped, StructuredPruner):
+            wrapped.facts = self.analysis.facts
         is_asked = isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner)
         if self.is_search and is_asked:
             self._asked[budget.kind, budget.allocation] = wrapped

@@ -129,7 +129,7 @@ NAMED = "layers of this model that can be named: "
 def test_layers_that_keep_all_channels_are_refused_by_name(layers, got):
     model, example = Attending().eval(), torch.rand(2, 5, 8)
     with pytest.raises(ConfigError) as caught:
-        layers_to_prune(model, example, layers)
+        layers_to_prune(Analysis.on(model, example), layers)
     assert f"got {got}" in str(caught.value)
     assert "attention" not in str(caught.value).partition(NAMED)[0]
 

@@ -16,7 +16,6 @@ from torch.fx import Graph, GraphModule
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from nni_topo.errors import NniTopoError, SpeedupError, raised
-from nni_topo.network.attention.heads import Attention, find_attention
 from nni_topo.network.attention.unfused.own_width import has_own_forward, take_own_width
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.reasons import Reason
@@ -67,7 +66,9 @@ class Facts:
         self.is_second_known = False
 
     def fits(self, call: Call) -> bool:
-        """Tell whether the facts are those of a call."""
+        """Tell whether the facts are those of a call; those of a model of which nothing is known yet fit any call."""
+        if not self.inputs:
+            return True
         inputs, values = _described(call), tensors_of(call)
         return (
             len(inputs) == len(self.inputs)
@@ -75,11 +76,8 @@ class Facts:
             and all(torch.equal(one, other) for one, other in zip(values, self.values, strict=False))
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Facts:
-        return self
-
     def __reduce__(self) -> Any:
-        return Facts, ()  # another process traces anew
+        return Facts, ()  # a copy, or another process, finds out anew
 
 
 class Analysis:
@@ -139,11 +137,6 @@ class Analysis:
         return self.facts.unprunable
 
     @property
-    def attention(self) -> dict[str, Attention]:
-        """The attention modules of the model, by name."""
-        return find_attention(self.model)
-
-    @property
     def planes(self) -> dict[str, tuple[Size, Size]]:
         """Sizes in pixels of what enters and leaves each convolution, transposed or not, at its first call."""
         found = dict[str, tuple[Size, Size]]()
@@ -161,11 +154,6 @@ class Analysis:
         Then the coupling of channels may not be the same at another size.
         """
         return bool(self.trace.compared) or self.flow.mixes_places
-
-    @property
-    def draws_others(self) -> bool:
-        """Whether the forward draws random numbers of Python's or NumPy's, so that only parts of it are followed."""
-        return self.trace.draws_others
 
     @property
     def second(self) -> Analysis | None:

@@ -39,7 +39,7 @@ from nni_topo.network.layers.kinds import (
 from nni_topo.network.layers.original_width import plain_norm
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, UNGROUPED, check_unwrapped
 from nni_topo.network.runtime.untouched import leaves_models_alone
-from nni_topo.network.speedup.analysis import Analysis, Facts
+from nni_topo.network.speedup.analysis import Analysis
 
 _logger = logging.getLogger(__name__)
 
@@ -80,9 +80,6 @@ class DependencyGroups(list[dict[str, Any]]):
         What ``skipped`` says in words, by layer: the kind of each reason and where it is found.
     """
 
-    facts: Facts | None = None
-    """How channels go through the model, which the package's pruners ask for."""
-
     @checked(ties=_BY_LAYER | NONE, shares=_BY_LAYER | NONE)
     def __init__(
         self,
@@ -102,16 +99,11 @@ class DependencyGroups(list[dict[str, Any]]):
 
     def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
         """Put others in place of the entries."""
-        return self._copied(entries, self.named)
+        return DependencyGroups(entries, self.skipped, self.named, self.ties, self.shares, self.reasons)
 
     def unnamed(self) -> DependencyGroups:
         """Return the groups as if ``op_types`` had selected all: layers that a pruner can't prune keep all channels."""
-        return self._copied(self, ())
-
-    def _copied(self, entries: Iterable[dict[str, Any]], named: Iterable[str]) -> DependencyGroups:
-        copied = DependencyGroups(entries, self.skipped, named, self.ties, self.shares, self.reasons)
-        copied.facts = self.facts
-        return copied
+        return DependencyGroups(self, self.skipped, (), self.ties, self.shares, self.reasons)
 
     def layers(self) -> list[list[str]]:
         """Return the layers of the entries, those of one group together."""
@@ -255,7 +247,7 @@ def groups_of(
     # Output projections that lose columns keep all rows.
     ties = partial_couplings(flow, choice.by_row - _followers(flow))
     in_part = {name: why for name, why in choice.in_part.items() if name not in selection.named}
-    found = DependencyGroups(
+    return DependencyGroups(
         entries,
         skipped=reasons.as_text(choice.left_out) | _told_in_part(flow, in_part),
         named=selection.named & selection.layers,
@@ -263,8 +255,6 @@ def groups_of(
         shares=shares(flow, asked_of(flow, entries, ties)),
         reasons=choice.left_out | in_part,
     )
-    found.facts = analysis.facts
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -455,7 +445,7 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
             skipped[name] = (own,)
         elif is_pinned or flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
-                skipped[name] = (reasons.untraced_output(is_noise=analysis.draws_others),)
+                skipped[name] = (reasons.untraced_output(is_noise=analysis.trace.draws_others),)
             else:
                 heads.append(name)
     skipped |= dict.fromkeys(heads, (reasons.model_output(),))

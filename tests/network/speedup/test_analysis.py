@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import RandomPruner, dependency_groups, shrink, to_dense
+from nni_topo import Budget, RandomPruner, ReconstructionPruner, dependency_groups, shrink, to_dense
+from nni_topo.network.cost.measure import count_params
 from nni_topo.network.graph import tracing
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.testing.toys import toy_images, toy_model
@@ -41,15 +42,46 @@ def test_shrink_traces_a_network_three_times_at_most(pruner, traces):
     assert len(traces) <= 3
 
 
-def test_a_pruner_takes_over_what_its_dependency_groups_found(traces):
-    model, images = toy_model(), toy_images(2)
-    groups = dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    victim = copy.deepcopy(model)
-    pruner = RandomPruner(victim, copy.deepcopy(groups).unnamed())
-    assert pruner.context.analysis(images).flow is groups.facts.trace.flow
-    assert len(traces) == 1
-    other = pruner.context.analysis(toy_images(3)).flow  # of another size
-    assert other is not groups.facts.trace.flow
+def test_groups_serve_the_dense_network_of_the_first_round_too():
+    model, images = toy_model().eval(), toy_images(2)
+    groups = dependency_groups(model, images, [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5}])
+    widths = [model.stem.out_channels]
+    for _ in range(2):
+        pruner = ReconstructionPruner(model, groups, calibration=[images])
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        model = to_dense(model, images, masks)
+        widths.append(model.stem.out_channels)
+    assert widths[1] == widths[0] // 2
+    assert widths[2] == widths[1] // 2
+
+
+class Gated(nn.Module):
+    """Runs its second layer as long as a weight says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.last = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 2)
+        self.gate = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        hidden = self.one(x).relu()
+        if self.gate > 0:
+            hidden = hidden + self.other(x).relu()
+        return self.last(hidden)
+
+
+def test_a_pruner_sees_the_weights_that_were_trained_since_its_groups_were_made():
+    model, rows = Gated().eval(), torch.randn(4, 8)
+    groups = dependency_groups(model, rows, [{"op_names": ["one"]}])
+    with torch.no_grad():
+        model.gate.fill_(-1.0)
+    pruner = RandomPruner(model, groups, budget=Budget(params=0.6), example_inputs=rows)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert pruner.planner.outcome.is_met
+    before, after = (count_params(net) for net in (model, to_dense(model, rows, masks)))
+    assert after / before == pytest.approx(pruner.planner.outcome.left, abs=1e-9)
 
 
 class Depending(nn.Module):
@@ -192,14 +224,12 @@ def test_facts_fit_calls_of_the_same_shapes_and_settings(given, other, is_known)
     assert (Analysis(model, (other, {}), facts).facts is facts) is is_known
 
 
-def test_a_copy_of_facts_is_the_same_and_another_process_traces_anew():
+def test_a_copy_of_facts_and_another_process_trace_anew():
     analysis = Analysis.on(two_layers(), IMAGES)
     assert analysis.flow.layers
-    assert copy.deepcopy(analysis.facts) is analysis.facts
-    again = pickle.loads(pickle.dumps(analysis.facts))
-    assert isinstance(again, Facts)
-    assert again.trace is None
-    assert Analysis(analysis.model, analysis.call, again).facts is not again
+    for again in (copy.deepcopy(analysis.facts), pickle.loads(pickle.dumps(analysis.facts))):
+        assert isinstance(again, Facts)
+        assert again.trace is None
 
 
 def test_facts_hold_no_model():
