@@ -66,7 +66,7 @@ class Facts:
         self.is_second_known = False
 
     def fits(self, call: Call) -> bool:
-        """Tell whether the facts are those of a call; those of a model of which nothing is known yet fit any call."""
+        """Tell whether the facts hold for a call; empty facts fit any call."""
         if not self.inputs:
             return True
         inputs, values = _described(call), tensors_of(call)
@@ -86,7 +86,7 @@ class Analysis:
     Parameters
     ----------
     model : torch.nn.Module
-        The model. It isn't changed, and mustn't be changed by others but for its weights.
+        The model. It isn't changed. Between two questions only its weights may change.
     call : Call
         Arguments of the model.
     facts : Facts or None, default=None
