@@ -280,7 +280,7 @@ class StructuredPruner(Pruner):
         self.collector.check(model, modules)
 
     def _begin_facts(self) -> None:
-        """Look at the model anew, unless a caller knows that it is the same: weights may decide what a forward does."""
+        """Forget what was found about the model, which may have been trained since, unless a caller hands facts on."""
         self._facts = Facts() if self.facts is None else self.facts
         if isinstance(self.planner, BudgetPlanner):
             self.planner.facts = self._facts
