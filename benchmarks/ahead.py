@@ -38,7 +38,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nni_topo import RecoveryInfo, register_recovery
-from nni_topo.errors import DataError, check_fields, whole
+from nni_topo.errors import DataError
 from nni_topo.network.layers.kinds import by_output, is_plain_norm, of_output, through_norms
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.runtime.progress import bar
@@ -49,6 +49,7 @@ from nni_topo.recovery.replay import Replay, Values
 from nni_topo.recovery.report import LayerReport
 from nni_topo.recovery.samples import Task
 from nni_topo.recovery.windows import Segment, alive, entering, floats, moments, segments
+from nni_topo.rules import check_fields, whole
 
 Vector = list[Tensor]
 

@@ -12,7 +12,8 @@ from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Any, ClassVar, Generic, TypeVar
 
-from nni_topo.errors import ConfigError, check_fields, is_class, shown, unknown_name
+from nni_topo.errors import ConfigError, shown, unknown_name
+from nni_topo.rules import check_fields, is_class
 
 Made = TypeVar("Made")  # what the class of a record makes
 _logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.errors import NniTopoError, is_class
+from nni_topo.errors import NniTopoError
+from nni_topo.rules import is_class
 from nni_topo.studies.plan import load_plan
 from nni_topo.testing import require_unchanged, snapshot
 

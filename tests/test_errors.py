@@ -13,7 +13,8 @@ from typing_extensions import TypeAliasType
 
 import nni_topo
 from nni_topo import errors, zoo
-from nni_topo.errors import ConfigError, check_between, check_integer, rule_of, unknown_name
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.rules import number, rule_of, whole
 from nni_topo.runs.choices import CompensationChoice, Target, load_prune_config
 from nni_topo.runs.experiment.settings import TrialSettings
 from nni_topo.studies.plan import load_plan
@@ -21,30 +22,30 @@ from nni_topo.studies.plan import load_plan
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(2)])
 def test_integers_pass(value):
-    check_integer("steps", value, 1, "here")
+    whole(1).check("steps", value, "here")
 
 
 @pytest.mark.parametrize("value", [0, -3, True, 2.0, "2", None, math.nan])
 def test_what_does_not_count_is_refused(value):
     with pytest.raises(ConfigError, match=r"steps must be an integer of at least 1, got .* \(here\)"):
-        check_integer("steps", value, 1, "here")
+        whole(1).check("steps", value, "here")
 
 
 @pytest.mark.parametrize("value", [0.5, 1e-9, np.float32(0.25)])
 def test_numbers_inside_pass(value):
-    check_between("share", value, 0, 1, "here")
+    number(0, 1, "neither").check("share", value, "here")
 
 
 @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, True, "0.5", None, math.nan])
 def test_numbers_outside_are_refused(value):
     with pytest.raises(ConfigError, match=r"share must be in \(0, 1\), got .* \(here\)"):
-        check_between("share", value, 0, 1, "here")
+        number(0, 1, "neither").check("share", value, "here")
 
 
 def test_the_upper_bound_may_be_allowed():
-    check_between("share", 1, 0, 1, "here", closed=True)
+    number(0, 1, "right").check("share", 1, "here")
     with pytest.raises(ConfigError, match=r"share must be in \(0, 1\], got 0 \(here\)"):
-        check_between("share", 0, 0, 1, "here", closed=True)
+        number(0, 1, "right").check("share", 0, "here")
 
 
 @pytest.mark.parametrize(
@@ -275,21 +276,17 @@ def loops():
         print(each)
 
 
-def writes(): x = 3; x.nothing  # noqa: E702, B018  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("function", "statement"),
+    ("function", "line"),
     [
         (changes, "Fixed().value = 3"),
-        (joins, "np.concatenate( [np.zeros((2, 3)), np.zeros((3, 4))] )"),
+        (joins, "np.concatenate("),
         (loops, "for each in 3:"),
-        (writes, "x.nothing"),
     ],
 )
-def test_the_statement_is_told_and_not_what_a_library_calls_in_it(function, statement):
+def test_the_line_is_told_and_not_what_a_library_calls_in_it(function, line):
     told, place = errors.raised(error_of(function)).rsplit(" in ", 1)
-    assert told.endswith(f", at `{statement}`")
+    assert told.endswith(f", at `{line}`")
     assert place.startswith(f"{__file__}:")
     assert int(place.rpartition(":")[2]) - function.__code__.co_firstlineno in range(3)
 

@@ -20,7 +20,8 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.errors import DataError, free_memory
+from nni_topo.errors import DataError
+from nni_topo.network.runtime.memory import free_memory
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
 
 

@@ -29,9 +29,9 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import number, whole
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import pruner_arguments
+from nni_topo.rules import number, whole
 from nni_topo.topology import h0_deaths, pairwise_distances, rips_diagram
 from published_pruners.maps import FirstMaps, MapCollector, ScoreMetric, calibration_of_pruner
 

@@ -30,9 +30,9 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import whole
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import pruner_arguments
+from nni_topo.rules import whole
 from nni_topo.topology import h0_deaths, pairwise_distances
 from published_pruners.maps import FirstMaps, MapCollector, ScoreMetric, calibration_of_pruner
 

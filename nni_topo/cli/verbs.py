@@ -12,12 +12,13 @@ from rich.console import Console
 
 import nni_topo
 from nni_topo.disk import check_output_file, output_folder, read_json, write_figure, write_json
-from nni_topo.errors import ConfigError, check_knobs, number, one_of
+from nni_topo.errors import ConfigError
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.recovery.registry import RECOVERIES
+from nni_topo.rules import check_knobs, number, one_of
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
 from nni_topo.runs.frontier import checked_shares, frontier
 from nni_topo.runs.provenance import provenance

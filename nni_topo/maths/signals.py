@@ -18,7 +18,8 @@ from typing import Literal, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nni_topo.errors import ConfigError, DataError, checked, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.rules import checked
 
 __all__ = ["Chirp", "chirp", "chirp_2d", "signal_energy", "sweep_range"]
 

@@ -21,7 +21,7 @@ from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import NONE, ConfigError, LayerError, Rule, instance
+from nni_topo.errors import ConfigError, LayerError
 from nni_topo.network.layers.derived import plain_layer
 from nni_topo.network.layers.kinds import kept_channels
 from nni_topo.network.runtime.inputs import in_smaller_batches
@@ -44,6 +44,7 @@ from nni_topo.pruners.hooks import (
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active, pruning_units
 from nni_topo.recovery.mixing import Pairs
+from nni_topo.rules import NONE, Rule, instance
 
 _logger = logging.getLogger(__name__)
 

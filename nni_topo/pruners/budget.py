@@ -14,20 +14,7 @@ import numpy as np
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import (
-    FLAG,
-    NONE,
-    PATH,
-    ConfigError,
-    DataError,
-    as_settings,
-    check_knobs,
-    instance,
-    listed,
-    number,
-    one_of,
-    unknown_name,
-)
+from nni_topo.errors import ConfigError, DataError, listed, unknown_name
 from nni_topo.network.attention.config import accepted_heads
 from nni_topo.network.channels import reasons
 from nni_topo.network.cost.cost import Kept, NetworkCost
@@ -42,6 +29,7 @@ from nni_topo.pruners.agreement import Agreement
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_tolerance, solve_uniform
 from nni_topo.pruners.units import PruningUnit
+from nni_topo.rules import FLAG, NONE, PATH, as_settings, check_knobs, instance, number, one_of
 
 _logger = logging.getLogger(__name__)
 

@@ -19,10 +19,11 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, check_memory
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.channels.shuffle import Share
 from nni_topo.network.runtime.fits import run
 from nni_topo.network.runtime.hooks import padding_known
+from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.planner import Losses, Planner

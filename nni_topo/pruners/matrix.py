@@ -18,7 +18,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, Rule, whole
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
@@ -27,6 +27,7 @@ from nni_topo.pruners.clouds.functional import readers_of
 from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
+from nni_topo.rules import Rule, whole
 
 
 @dataclass

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import FLAG, NONE, ConfigError, check_knobs, number, one_of, whole
+from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import leveled, within
 from nni_topo.pruners.units import PruningUnit
+from nni_topo.rules import FLAG, NONE, check_knobs, number, one_of, whole
 
 _logger = logging.getLogger(__name__)
 

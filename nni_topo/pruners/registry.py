@@ -13,12 +13,13 @@ from nni.compression.base.compressor import Pruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, checked, instance, is_class, rule_of, unknown_name
+from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.runtime.arguments import CONFIG_LIST, MODEL
 from nni_topo.pruners.checks import check_request, of_single_weights
 from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator
 from nni_topo.registry import ClassInfo, Registry
+from nni_topo.rules import checked, instance, is_class, rule_of
 
 _NNI_ARGUMENTS = ("model", "config_list", "evaluator", "existed_wrappers")
 

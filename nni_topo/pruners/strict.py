@@ -19,13 +19,14 @@ from nni.compression.pruning.tools import sparse_gen
 from nni.compression.speedup import dependency, mask_conflict
 from nni.compression.utils import Evaluator
 
-from nni_topo.errors import ConfigError, checked
+from nni_topo.errors import ConfigError
 from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.base import StructuredPruner, known_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import TargetSpaces, in_network_order
+from nni_topo.rules import checked
 
 _originals: dict[tuple[Any, str], Any] = {}
 

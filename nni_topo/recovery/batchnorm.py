@@ -10,16 +10,17 @@ from nni.compression.utils import Evaluator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.errors import DataError, checked
+from nni_topo.errors import DataError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import calls, fitting, in_smaller_batches
-from nni_topo.network.runtime.processes import Processes, in_step
+from nni_topo.network.runtime.inputs import calls, fitting
+from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report
 from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import leaves_models_alone, left_alone
+from nni_topo.network.runtime.untouched import left_alone
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -27,10 +28,7 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
-@in_step
-@checked(model=MODEL, calibration=BATCHES)
-@leaves_models_alone
-@in_smaller_batches
+@public(Running(restarts=True), model=MODEL, calibration=BATCHES)
 def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evaluator) -> nn.Module:
     """Return a copy of a model whose batch norms have the statistics of its own activations.
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from nni_topo.errors import NONE, DataError, check_fields, number, whole
+from nni_topo.errors import DataError
 from nni_topo.network.layers.kinds import PER_CHANNEL, WEIGHTED, by_output, of_output
 from nni_topo.network.runtime.calibration import BatchStore, nbytes_of
 from nni_topo.network.runtime.copying import device_of
@@ -43,6 +43,7 @@ from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import LayerReport
 from nni_topo.recovery.samples import HELD_OUT_ENTRIES, Task
 from nni_topo.recovery.windows import Segment, Stretch, alive, entering, floats, moments, segments
+from nni_topo.rules import NONE, check_fields, number, whole
 from nni_topo.sharing import find_ties
 
 _LOOKED_AT = 64  # held-out samples at most that are looked at while a block learns; all of them judge it

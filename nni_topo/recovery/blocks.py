@@ -24,7 +24,7 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, checked, listed, unknown_name
+from nni_topo.errors import ConfigError, DataError, listed, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations, Solution, fit
 from nni_topo.network.io.checkpoint import take_out, tell_depth
 from nni_topo.network.layers.kinds import CONVOLUTIONS, NORMS
@@ -34,10 +34,10 @@ from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.fits import first_call, structure_call
 from nni_topo.network.runtime.hooks import batches_of, watched
 from nni_topo.network.runtime.inputs import Call, batch_size, calls, fitting, real_positions_of, tensors_of
-from nni_topo.network.runtime.processes import in_step
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
 from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import as_written, leaves_models_alone, left_alone
+from nni_topo.network.runtime.untouched import as_written, left_alone
 from nni_topo.recovery.samples import (
     HELD_OUT_ENTRIES,
     check_ridge,
@@ -55,9 +55,7 @@ _ENDS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LayerNorm, nn.RMSNorm)  # what 
 _logger = logging.getLogger(__name__)
 
 
-@in_step
-@checked(model=MODEL, calibration=BATCHES)
-@leaves_models_alone
+@public(model=MODEL, calibration=BATCHES)
 def remove_blocks(
     model: nn.Module,
     names: Sequence[str],

@@ -20,7 +20,7 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import NONE, SEED, DataError, checked, one_of, taking, whole
+from nni_topo.errors import DataError
 from nni_topo.maths.clustering import partition
 from nni_topo.maths.ties import first_smallest
 from nni_topo.maths.topology import farthest_points
@@ -29,14 +29,14 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import check_samples_first, structure_call
 from nni_topo.network.runtime.hooks import batches_of, watched
 from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of
-from nni_topo.network.runtime.progress import bar, quiet_if_asked
+from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.recovery.lesson import Outputs, read_outputs
+from nni_topo.rules import NONE, SEED, one_of, taking, whole
 
 
-@quiet_if_asked
-@checked(
+@public(
     pool=BATCHES,
     model=MODEL,
     count=whole(1),
@@ -44,7 +44,6 @@ from nni_topo.recovery.lesson import Outputs, read_outputs
     outputs=taking("output", "inputs") | NONE,
     seed=SEED,
 )
-@leaves_models_alone
 def choose_images(
     pool: Iterable[Any] | Evaluator,
     model: nn.Module,

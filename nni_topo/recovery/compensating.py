@@ -12,17 +12,16 @@ from typing import Any, Literal
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import NONE, ConfigError, checked, instance, listed, whole
+from nni_topo.errors import ConfigError, listed
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.runtime.arguments import BATCHES, MASKS, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import check_samples_first, structure_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, batch_size, calls, in_smaller_batches
-from nni_topo.network.runtime.processes import in_step
-from nni_topo.network.runtime.progress import bar, quiet_if_asked
+from nni_topo.network.runtime.inputs import Call, batch_size, calls
+from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
-from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.dependency import by_reason
 from nni_topo.network.speedup.reconcile import MasksLike
@@ -40,6 +39,7 @@ from nni_topo.recovery.samples import (
     samples_to_solve_on,
 )
 from nni_topo.recovery.thin import thin_out
+from nni_topo.rules import NONE, instance, whole
 
 _logger = logging.getLogger(__name__)
 _SAMPLES_KEPT = 2**30  # bytes of one layer's samples, unless `cache_bytes` says so
@@ -64,17 +64,14 @@ class Compensation:
         return repr(self.report)
 
 
-@quiet_if_asked
-@in_step
-@checked(
+@public(
+    Running(restarts=True),
     model=MODEL,
     masks=MASKS,
     calibration=BATCHES,
     method=instance(str, RecoveryMethod),
     cache_bytes=whole(0, 2**63 - 1) | NONE,
 )
-@leaves_models_alone
-@in_smaller_batches
 def compensation(
     model: nn.Module,
     masks: MasksLike,

@@ -27,34 +27,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nni_topo.disk import check_output_file, path_of
-from nni_topo.errors import (
-    ANYTHING,
-    FLAG,
-    FUNCTION,
-    NONE,
-    SEED,
-    ConfigError,
-    DataError,
-    GradientError,
-    check_knobs,
-    checked,
-    listed,
-    number,
-    taking,
-    unknown_name,
-    whole,
-)
+from nni_topo.errors import ConfigError, DataError, GradientError, listed, unknown_name
 from nni_topo.network.io.checkpoint import fingerprint, model_fingerprint
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copying import detached_copy, device_of
 from nni_topo.network.runtime.fits import check_samples_first, first_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, batch_size, calls, in_smaller_batches, tensors_of
+from nni_topo.network.runtime.inputs import Call, batch_size, calls, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
-from nni_topo.network.runtime.processes import in_step
-from nni_topo.network.runtime.progress import quiet_if_asked
+from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
 from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
@@ -87,6 +70,7 @@ from nni_topo.recovery.lesson import (
 )
 from nni_topo.recovery.rates import RATES, try_rates
 from nni_topo.recovery.report import signed_like
+from nni_topo.rules import ANYTHING, FLAG, FUNCTION, NONE, SEED, check_knobs, number, taking, whole
 from nni_topo.sharing import named_tensors
 
 if TYPE_CHECKING:
@@ -289,11 +273,15 @@ def course_length(images: int, batch_size: int) -> int:
     return max(_STEPS, _PASSES * math.ceil(images / batch_size))
 
 
-@quiet_if_asked
-@in_step
-@checked(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE, state=ANYTHING, **KNOBS)
-@leaves_models_alone
-@in_smaller_batches
+@public(
+    Running(restarts=True),
+    dense=MODEL,
+    original=MODEL,
+    images=BATCHES,
+    held_out=BATCHES | NONE,
+    state=ANYTHING,
+    **KNOBS,
+)
 def distillation(
     dense: nn.Module,
     original: nn.Module,

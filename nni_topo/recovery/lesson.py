@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError, check_memory, listed, raised
+from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.layers.memory_format import lay_out
 from nni_topo.network.runtime.copying import detached_copy, device_of
 from nni_topo.network.runtime.fits import failure_on, samples_second
@@ -36,7 +36,7 @@ from nni_topo.network.runtime.inputs import (
     taken,
     tensors_of,
 )
-from nni_topo.network.runtime.memory import free_memory_of
+from nni_topo.network.runtime.memory import check_memory, free_memory_of
 from nni_topo.network.runtime.precision import Precision, computing_in
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.training_mode import evaluating, evaluation_mode

@@ -12,7 +12,8 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, SpeedupError, leaving_out
+from nni_topo.context import leaving_out
+from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.runtime.calibration import BatchStore, Calibration
 from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of, returned_tensors
 from nni_topo.network.runtime.processes import Processes

@@ -25,16 +25,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from nni_topo.errors import (
-    NONE,
-    ConfigError,
-    DataError,
-    Rule,
-    check_fields,
-    check_integer,
-    checked,
-    unknown_name,
-)
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit, fit_by
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.layers.kinds import TRANSPOSED, by_output, kept_channels, of_output, weight_of
@@ -44,6 +35,7 @@ from nni_topo.recovery.reconstruct import add_constant
 from nni_topo.recovery.registry import RecoveryMethod
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task, is_pointwise
+from nni_topo.rules import NONE, Rule, check_fields, checked, whole
 
 # As a share of a channel's mean square: below it a variance is what rounding leaves of the difference of two sums.
 _LEAST_VARIANCE = 1e-12
@@ -264,7 +256,7 @@ def pair_coefficients(removed: ArrayLike, survivor: ArrayLike, *, iterations: in
     (2.0, 1.0)
     """
     if iterations is not None:
-        check_integer("iterations", iterations, 1, "pair_coefficients")
+        whole(1).check("iterations", iterations, "pair_coefficients")
     u, s = np.asarray(removed, dtype=np.float64).ravel(), np.asarray(survivor, dtype=np.float64).ravel()
     if u.shape != s.shape or not u.size:
         raise DataError(f"activations of a pair must be of one shape and not empty, got {u.size} and {s.size} values")

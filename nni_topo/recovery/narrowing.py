@@ -28,7 +28,7 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, check_knobs, checked, number, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.attention.heads import Attention, IntArray
 from nni_topo.network.attention.rotary import by_table, find_frequencies
 from nni_topo.network.attention.unfused.multihead import mixing_called, projected
@@ -40,22 +40,22 @@ from nni_topo.network.runtime.copying import detached_copy, device_of
 from nni_topo.network.runtime.fits import first_call, run, structure_call
 from nni_topo.network.runtime.hooks import batches_of, called, watched
 from nni_topo.network.runtime.inputs import bind_arguments, returned_tensors
-from nni_topo.network.runtime.processes import Processes, in_step
+from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import as_written, leaves_models_alone, left_alone
+from nni_topo.network.runtime.untouched import as_written, left_alone
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, union
 from nni_topo.recovery.directions import Moments, directions
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
+from nni_topo.rules import check_knobs, number
 
 _ROUNDING = 1e-9  # of channels: a ratio of two whole numbers means the first of them
 
 _logger = logging.getLogger(__name__)
 
 
-@in_step
-@checked(model=MODEL, calibration=BATCHES)
-@leaves_models_alone
+@public(model=MODEL, calibration=BATCHES)
 @as_written()
 def narrow_heads(
     model: nn.Module,

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import check_fields, whole
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
 from nni_topo.maths.least_squares.shifts import Geometry, Patches
 from nni_topo.network.layers.kinds import by_output, of_output, through_norms
@@ -44,6 +43,7 @@ from nni_topo.recovery.samples import (
     patches_of,
     position_count,
 )
+from nni_topo.rules import check_fields, whole
 
 _DEAD_SCALE = 1e-6
 

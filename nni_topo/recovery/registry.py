@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from nni_topo.errors import ConfigError, checked
+from nni_topo.errors import ConfigError
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Plan
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import LayerReport
 from nni_topo.recovery.samples import Task
 from nni_topo.registry import ClassInfo, Registry
+from nni_topo.rules import checked
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from nni_topo.errors import calling, listed
+from nni_topo.context import in_context
+from nni_topo.errors import listed
 
 if TYPE_CHECKING:
     import pandas
@@ -161,7 +162,7 @@ def signed_like(other: Callable[P, Any]) -> Callable[[Callable[..., _Made]], Cal
                 signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{function.__name__}() {error}") from None
-            with calling(other.__name__, function.__name__):
+            with in_context(called_as=(other.__name__, function.__name__)):
                 return function(*args, **kwargs)
 
         run.__signature__ = signature  # type: ignore[attr-defined]

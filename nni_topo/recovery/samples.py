@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional
 
-from nni_topo.errors import ConfigError, DataError, check_memory
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
 from nni_topo.maths.least_squares.shifts import Geometry, Patches, pays
 from nni_topo.network.graph.nodes import tensor_shape
@@ -23,7 +23,7 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.fits import failure_on
 from nni_topo.network.runtime.inputs import calls
-from nni_topo.network.runtime.memory import free_memory_of
+from nni_topo.network.runtime.memory import check_memory, free_memory_of
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.errors import SEED, ConfigError, check_integer, checked
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, check_model
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.fits import call_arguments, check_fits
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import tensors_of
-from nni_topo.network.runtime.progress import bar, quiet_if_asked
+from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.training_mode import evaluating
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.rules import SEED, whole
 
 _RATE = 0.1
 _CLASSES = 0.1  # weight of the classes beside the statistics
@@ -36,9 +37,7 @@ _ROUGHNESS = 0.01  # weight of differences between neighbours
 _LEAST_VARIANCE = 1e-6
 
 
-@quiet_if_asked
-@checked(model=MODEL, example_inputs=INPUTS)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS)
 def synthetic_images(
     model: nn.Module,
     example_inputs: Any,
@@ -105,7 +104,7 @@ def synthetic_images(
     [(6, 1, 8, 8)]
     """
     for name, value, least in (("count", count, 1), ("steps", steps, 1), ("batch_size", batch_size, 2)):
-        check_integer(name, value, least, "synthetic_images")
+        whole(least).check(name, value, "synthetic_images")
     SEED.check("seed", seed, "synthetic_images")
     check_model(model)
     call = call_arguments(example_inputs, model)

@@ -12,22 +12,14 @@ from typing import Any, Literal
 import yaml
 
 from nni_topo.disk import reading
-from nni_topo.errors import (
-    NONE,
-    NUMBER,
-    PATH,
-    ConfigError,
-    as_settings,
-    check_fields,
-    unknown_name,
-    whole,
-)
+from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.runtime.arguments import CONFIG_LIST
 from nni_topo.network.runtime.precision import Precision
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import PRUNERS
 from nni_topo.recovery.distilling import KNOBS
 from nni_topo.recovery.registry import RECOVERIES
+from nni_topo.rules import NONE, NUMBER, PATH, as_settings, check_fields, whole
 from nni_topo.zoo import Augmentation, Recipe
 
 TARGETS = ("ratio", *BUDGETS)

@@ -14,7 +14,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.disk import output_folder, path_of, write_figure, write_json
-from nni_topo.errors import ANYTHING, ConfigError, checked, is_finite, leaves_out_by, shown
+from nni_topo.errors import ConfigError, shown
 from nni_topo.maths.knee import knee
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost.latency import measure_latency
@@ -23,13 +23,12 @@ from nni_topo.network.io.checkpoint import save
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO, check_model
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.progress import quiet_if_asked
-from nni_topo.network.runtime.telling import tells_once
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.public import Running, public
 from nni_topo.pruners.budget import Budget, outcome_of
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import Outputs, judged
+from nni_topo.rules import ANYTHING, is_finite
 from nni_topo.runs.depth import DepthSteps
 from nni_topo.runs.shrink import ShrinkReport, names_of_steps, tell_report, told_by_config, without_share
 from nni_topo.runs.steps import (
@@ -215,8 +214,8 @@ class Frontier(Mapping[float, nn.Module]):
         return "\n".join(lines)
 
 
-@quiet_if_asked
-@checked(
+@public(
+    Running(leaves_out=LEAVE_OUT),
     model=MODEL,
     images=BATCHES,
     shares=ANYTHING,
@@ -225,9 +224,6 @@ class Frontier(Mapping[float, nn.Module]):
     distill=ANYTHING,
     round_to=ROUND_TO,
 )
-@leaves_models_alone
-@tells_once
-@leaves_out_by(LEAVE_OUT)
 def frontier(
     model: nn.Module,
     images: Iterable[Any] | Evaluator,

@@ -10,9 +10,7 @@ from pathlib import Path
 from nni_topo.disk import LOCK, check_free_disk, only_process, output_folder, write_json, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.io import checkpoint as files
-from nni_topo.network.runtime.progress import quiet_if_asked
-from nni_topo.network.runtime.telling import tells_once
-from nni_topo.network.runtime.untouched import one_call
+from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.reconcile import check_masks, resolve_masks
@@ -37,9 +35,7 @@ from nni_topo.runs.run import (
 from nni_topo.zoo import Recipe
 
 
-@quiet_if_asked
-@tells_once  # the request is looked at before and after the training
-@one_call()
+@public()
 def prune_checkpoint(
     model: ModelChoice,
     checkpoint: str | Path | None,

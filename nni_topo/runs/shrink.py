@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ANYTHING, NONE, ConfigError, checked, leaves_out_by, listed, number, one_of
+from nni_topo.errors import ConfigError, listed
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.io.checkpoint import tell_pruned_heads, why_undescribed
 from nni_topo.network.layers.kinds import with_transposed_weights
@@ -19,8 +19,7 @@ from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO, check_m
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.processes import in_step
-from nni_topo.network.runtime.progress import quiet_if_asked
+from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import (
     ModelReport,
     as_code,
@@ -29,8 +28,6 @@ from nni_topo.network.runtime.reports import (
     markdown_table,
     told_of_changes,
 )
-from nni_topo.network.runtime.telling import tells_once
-from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.network.speedup.dense import DenseReport, dense_report_of, sizes_in_markdown, to_dense
 from nni_topo.network.speedup.dependency import OUTPUT, by_reason
 from nni_topo.network.speedup.reconcile import MasksLike
@@ -39,6 +36,7 @@ from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.lesson import ComparedOutputs, Outputs
 from nni_topo.recovery.report import CompensationReport
+from nni_topo.rules import ANYTHING, NONE, number, one_of
 from nni_topo.runs.allocating import Tried
 from nni_topo.runs.depth import DepthOutcome, DepthSteps
 from nni_topo.runs.steps import (
@@ -349,12 +347,16 @@ KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEAS
 
 
 # Arguments that are names, knobs or functions are checked by `check_choices`.
-@quiet_if_asked
-@in_step
-@checked(model=MODEL, images=BATCHES, budget=ANYTHING, pruner=ANYTHING, distill=ANYTHING, round_to=ROUND_TO, **KNOBS)
-@leaves_models_alone
-@tells_once
-@leaves_out_by(LEAVE_OUT)
+@public(
+    Running(leaves_out=LEAVE_OUT),
+    model=MODEL,
+    images=BATCHES,
+    budget=ANYTHING,
+    pruner=ANYTHING,
+    distill=ANYTHING,
+    round_to=ROUND_TO,
+    **KNOBS,
+)
 def shrink(
     model: nn.Module,
     images: Iterable[Any] | Evaluator,

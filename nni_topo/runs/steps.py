@@ -20,20 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nni_topo.errors import (
-    NONE,
-    ConfigError,
-    DataError,
-    GradientError,
-    check_knobs,
-    instance,
-    is_class,
-    listed,
-    raised,
-    shown,
-    taking,
-    unknown_name,
-)
+from nni_topo.errors import ConfigError, DataError, GradientError, listed, raised, shown, unknown_name
 from nni_topo.network.attention.config import described_layers, is_pretrained
 from nni_topo.network.channels import reasons
 from nni_topo.network.cost.cost import cost_of
@@ -88,6 +75,7 @@ from nni_topo.recovery.likeness import NO_SCALE, Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.recovery.report import SMALL, CompensationReport
+from nni_topo.rules import NONE, check_knobs, instance, is_class, taking
 from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
 from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import as_entries, planned_ratios, sorted_layers

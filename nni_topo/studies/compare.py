@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from joblib import effective_n_jobs
 
 from nni_topo.disk import only_process, write_json
-from nni_topo.errors import ConfigError, instance
+from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import check_knob_names
+from nni_topo.rules import instance
 from nni_topo.runs.choices import Cell
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import load_model_data, resolve_device

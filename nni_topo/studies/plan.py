@@ -8,17 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nni_topo.errors import (
-    ANYTHING,
-    SEED,
-    ConfigError,
-    as_settings,
-    check_fields,
-    check_jobs,
-    number,
-    unknown_name,
-    whole,
-)
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.rules import ANYTHING, SEED, as_settings, check_fields, check_jobs, number, whole
 from nni_topo.runs.choices import (
     TARGETS,
     Cell,

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nni_topo.disk import disk_errors, output_file
-from nni_topo.errors import ConfigError, DataError, Rule, check_knobs, instance, number, whole
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.rules import Rule, check_knobs, instance, number, whole
 from nni_topo.runs.provenance import Record
 
 COMPARED: dict[str, Rule] = {

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from nni_topo.errors import ConfigError, DataError, checked, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.rules import checked
 from nni_topo.zoo.external import accepted
 from nni_topo.zoo.labelled import LabelledImages, Preprocessing, labels_of, subset
 from nni_topo.zoo.recipes import Recipe

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nni_topo.errors import NONE, DataError, checked, whole
+from nni_topo.errors import DataError
 from nni_topo.network.runtime.arguments import COMPUTING, DEVICE
 from nni_topo.network.runtime.copying import device_of
-from nni_topo.network.runtime.inputs import at_once, fitting, in_smaller_batches
+from nni_topo.network.runtime.inputs import at_once, fitting
+from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.rules import NONE, checked, whole
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.labelled import LabelledImages, batches_in_order, labels_of
 
 _EVALUATION = {"model": COMPUTING, "device": DEVICE | NONE, "batch_size": whole(1)}
 
 
-@checked(model=COMPUTING)
-@leaves_models_alone
+@public(model=COMPUTING)
 def check_model(model: nn.Module, data: DataBundle) -> None:
     """Check that a model takes the images of a data set and has one logit per class.
 
@@ -97,9 +97,7 @@ def evaluate_loss(
     return loss_and_accuracy(model, dataset, device=device, batch_size=batch_size)[0]
 
 
-@checked(**_EVALUATION)
-@in_smaller_batches
-@leaves_models_alone
+@public(Running(restarts=True), **_EVALUATION)
 def loss_and_accuracy(
     model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> tuple[float, float]:

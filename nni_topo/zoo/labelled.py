@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from nni_topo.errors import DataError, check_memory
+from nni_topo.errors import DataError
+from nni_topo.network.runtime.memory import check_memory
 
 _FILES_AT_ONCE = 32  # what a process reads between two answers: 5 MB at 224x224
 _MOST_PROCESSES = 8

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nni_topo.errors import ConfigError, checked, unknown_name
+from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.rules import checked
 from nni_topo.zoo.data import data_info
 from nni_topo.zoo.external import (
     TIMM,

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from nni_topo.errors import check_fields, number, whole
 from nni_topo.network.runtime.precision import Precision
+from nni_topo.rules import check_fields, number, whole
 
 LearningRateSchedule = Literal["constant", "cosine", "one-cycle"]
 Augmentation = Literal["none", "crop", "crop-flip"]

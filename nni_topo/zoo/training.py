@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, reading, write_tensors
-from nni_topo.errors import NONE, ConfigError, DataError, checked, number
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.runtime.arguments import COMPUTING, DEVICE, TENSOR
 from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.precision import backward_in, computing_in
 from nni_topo.network.runtime.progress import bar, quiet_if_asked
+from nni_topo.rules import NONE, checked, number
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import by_label, check_model, evaluate
 from nni_topo.zoo.labelled import batches, held_on

@@ -13,11 +13,12 @@ from torch import nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError, check_knobs
+from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
 from nni_topo.recovery.batchnorm import _pool
 from nni_topo.recovery.rates import RATES
+from nni_topo.rules import check_knobs
 from nni_topo.sharing import named_tensors
 from nni_topo.testing import toy_images, toy_model
 

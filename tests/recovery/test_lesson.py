@@ -666,11 +666,11 @@ def test_outputs_are_told_from_what_is_as_long_by_two_samples_or_not_at_all():
 
 
 def test_images_need_memory_for_three_copies(monkeypatch):
-    monkeypatch.setattr("nni_topo.errors._SMALL", 0)
+    monkeypatch.setattr("nni_topo.network.runtime.memory._SMALL", 0)
     parts = [((torch.zeros(10, 25),), {})] * 2  # 2,000 bytes
-    monkeypatch.setattr("nni_topo.errors.free_memory", lambda: 6000)
+    monkeypatch.setattr("nni_topo.network.runtime.memory.free_memory", lambda: 6000)
     assert lesson.joined(parts)[0][0].shape == (20, 25)
-    monkeypatch.setattr("nni_topo.errors.free_memory", lambda: 5999)
+    monkeypatch.setattr("nni_topo.network.runtime.memory.free_memory", lambda: 5999)
     with pytest.raises(DataError, match=r"images and a view of them must fit into memory, .* \(images\)"):
         lesson.joined(parts)
 

@@ -16,8 +16,9 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.disk import only_process
-from nni_topo.errors import ConfigError, DataError, instance
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import weights_left
+from nni_topo.rules import instance
 from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.studies.compare import compare
 from nni_topo.studies.plan import ComparisonPlan, load_plan

@@ -17,8 +17,9 @@ from scipy.cluster.hierarchy import linkage
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
 
-from nni_topo.errors import ANYTHING, ConfigError, DataError, check_integer, checked, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.ties import leveled
+from nni_topo.rules import ANYTHING, checked, whole
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
@@ -109,11 +110,11 @@ def partition(
     [0, 1, 0, 1]
     """
     points = checked_points(points)
-    check_integer("the number of clusters", count, 1, "partition")
+    whole(1).check("the number of clusters", count, "partition")
     if count > len(points):
         raise ConfigError(f"the number of clusters must be in [1, {len(points)}], the number of points, got {count!r}")
     for name, value, least in (("n_init", n_init, 1), ("min_samples", min_samples, 1), ("seed", seed, 0)):
-        check_integer(name, value, least, "partition")
+        whole(least).check(name, value, "partition")
     if algorithm not in ALGORITHMS:
         raise unknown_name("algorithm", algorithm, ALGORITHMS, "partition")
     if graph not in GRAPHS:

@@ -19,9 +19,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nni_topo.errors import FLAG, NONE, DataError, Rule, all_of, check_knobs, checked, is_number, number, one_of, whole
+from nni_topo.errors import DataError
 from nni_topo.maths.clustering.partition import FloatArray, IntArray, partition
 from nni_topo.maths.ties import RELATIVE, first_largest, within
+from nni_topo.rules import FLAG, NONE, Rule, all_of, check_knobs, checked, is_number, number, one_of, whole
 
 _SAME = 1e-6
 _ROUNDING = 1e-9

@@ -23,7 +23,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.linalg.blas import dgemm
 
-from nni_topo.errors import ConfigError, check_integer
+from nni_topo.errors import ConfigError
 from nni_topo.maths.least_squares.greedy import (
     LEAST_PIVOT,
     FloatArray,
@@ -36,6 +36,7 @@ from nni_topo.maths.least_squares.greedy import (
     on_one_thread,
 )
 from nni_topo.maths.ties import RELATIVE, descending
+from nni_topo.rules import whole
 
 _WORTHWHILE = 1e-5  # of what the chosen channels explain: an exchange that takes off no more isn't made
 _TOGETHER = 2**22  # bytes of one block for every pair that is looked at together
@@ -80,7 +81,7 @@ def exchange(
     block * (4 * K + outputs)`` an exchange, beside small ones for all pairs whose new channel would, added, take off
     more than the best exchange found.
     """
-    check_integer("most", most, 0, "exchange")
+    whole(0).check("most", most, "exchange")
     channels = channels_read(layers, len(chosen))
     order = np.array(chosen, dtype=np.int64)
     if not len(np.unique(order)) == len(order) or not 0 <= order.min() <= order.max() < channels:

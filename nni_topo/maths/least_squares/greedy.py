@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from scipy.linalg.blas import dgemm
 from threadpoolctl import ThreadpoolController
 
-from nni_topo.errors import ConfigError, DataError, checked
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.on_device import DeviceReader, ProductsOnDevice, SamplesOnDevice
 from nni_topo.maths.ties import first_largest
+from nni_topo.rules import checked
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

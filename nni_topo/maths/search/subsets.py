@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
-from nni_topo.errors import FLAG, NONE, ConfigError, check_knobs, number, whole
+from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import Levels
+from nni_topo.rules import FLAG, NONE, check_knobs, number, whole
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]

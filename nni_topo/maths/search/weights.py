@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
-from nni_topo.errors import Rule, all_of, check_knobs, number, whole
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, GeneLayer
+from nni_topo.rules import Rule, all_of, check_knobs, number, whole
 
 Bytes = NDArray[np.uint8]
 _SHARE = number(0, 1)

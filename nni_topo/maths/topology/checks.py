@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, float64
 
-from nni_topo.errors import DataError, is_finite, unknown_name
+from nni_topo.errors import DataError, unknown_name
+from nni_topo.rules import is_finite
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]

@@ -10,8 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 from scipy.stats import chi2
 
-from nni_topo.errors import DataError, checked
+from nni_topo.errors import DataError
 from nni_topo.maths.topology.checks import FloatArray, as_points
+from nni_topo.rules import checked
 
 _RELATIVE_ERROR = 1e-9
 _BLOCK_ROWS = 256

@@ -10,11 +10,11 @@ from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from nni_topo.errors import ANYTHING, checked
 from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import FloatArray, as_diagram, as_engine, as_order
 from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
+from nni_topo.rules import ANYTHING, checked
 
 
 @checked()

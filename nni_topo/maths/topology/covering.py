@@ -11,11 +11,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nni_topo.errors import ConfigError, DataError, checked, whole
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.ties import first_largest, first_smallest
 from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_distances, as_index, as_subsets
 from nni_topo.maths.topology.kernels import use_compiled
+from nni_topo.rules import checked, whole
 
 _CHUNK_ELEMENTS = 1 << 18
 # Measured: fewer kept points than this many times sqrt(n) are compared directly, without a search.

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import ANYTHING, DataError, checked
+from nni_topo.errors import DataError
 from nni_topo.maths.topology.checks import FloatArray, IntArray, as_dimension, as_distances, as_engine
 from nni_topo.maths.topology.clouds import pairwise_distances
 from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.loops import LARGEST, SortedEdges, loop_bars, sort_edges
 from nni_topo.maths.topology.spanning import subset_deaths
+from nni_topo.rules import ANYTHING, checked
 
 _FIELD = 2
 _BATCH_ELEMENTS = 1 << 22

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import ANYTHING, DataError, checked, rule_of, unknown_name
+from nni_topo.errors import DataError, unknown_name
 from nni_topo.maths.topology.checks import (
     BoolArray,
     FloatArray,
@@ -26,6 +26,7 @@ from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.loops import sort_edges
 from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
 from nni_topo.maths.topology.spanning import line_order, subset_deaths
+from nni_topo.rules import ANYTHING, checked, rule_of
 
 CRITERIA = ("bottleneck", "wasserstein", "hausdorff", "cover")
 COMBINATIONS = ("max", "sum")

@@ -18,8 +18,9 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from nni_topo.errors import DataError, checked
+from nni_topo.errors import DataError
 from nni_topo.maths.topology.checks import IntArray
+from nni_topo.rules import checked
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,10 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-from nni_topo.errors import DataError, checked
+from nni_topo.errors import DataError
 from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_chain, as_points, as_tensor
 from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph, plane_components
+from nni_topo.rules import checked
 
 # How many edges are sorted at once: at first, per node, which mostly holds the complete forest; and at most.
 _FIRST_PER_NODE = 16

@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import ANYTHING, DataError, checked
+from nni_topo.errors import DataError
 from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import FloatArray, as_deaths, as_order
+from nni_topo.rules import ANYTHING, checked
 
 
 @checked()

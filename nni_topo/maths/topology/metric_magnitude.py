@@ -6,9 +6,10 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import DataError, checked, number, whole
+from nni_topo.errors import DataError
 from nni_topo.maths.ties import first_smallest
 from nni_topo.maths.topology.checks import FloatArray, IntArray, as_distances, as_index
+from nni_topo.rules import checked, number, whole
 
 _POSITIVE = number(0.0, closed="neither")
 

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import hypergeom
 
-from nni_topo.errors import ConfigError, checked
+from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.checks import as_chain, as_points
 from nni_topo.maths.topology.layer_trees import maximum_spanning_tree, network_tree
+from nni_topo.rules import checked
 
 
 @checked()

@@ -12,8 +12,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import DataError, checked
+from nni_topo.errors import DataError
 from nni_topo.maths.topology.checks import FloatArray, as_chain
+from nni_topo.rules import checked
 
 
 @checked()

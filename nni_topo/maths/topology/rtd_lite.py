@@ -7,8 +7,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from nni_topo.errors import DataError, checked
+from nni_topo.errors import DataError
 from nni_topo.maths.topology.checks import FloatArray, IntArray, as_distances
+from nni_topo.rules import checked
 
 _QUANTILE = 0.9  # of the distances between different points, which becomes 1
 _ADDED = -1.0  # length of an edge that isn't of the first cloud

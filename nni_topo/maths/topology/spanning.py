@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import DataError, checked
+from nni_topo.errors import DataError
 from nni_topo.maths.ties import FLOOR, first_largest
 from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_distances, as_points, as_subsets
 from nni_topo.maths.topology.clouds import pairwise_distances
+from nni_topo.rules import checked
 
 _CHUNK_ELEMENTS = 1 << 16
 

@@ -13,7 +13,8 @@ from typing import Literal
 
 from torch.fx import Node
 
-from nni_topo.errors import leaving_out, listed, raised
+from nni_topo.context import leaving_out
+from nni_topo.errors import listed, raised
 from nni_topo.network.graph.nodes import described, line_of, place
 
 Kind = Literal[

@@ -33,7 +33,7 @@ from torch.fx.node import map_arg
 from torch.overrides import get_testing_overrides, handle_torch_function, has_torch_function, resolve_name
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import ConfigError, Rule, checked, raised, shown
+from nni_topo.errors import ConfigError, raised, shown
 from nni_topo.network.attention.unfused.own_width import FIRST, LAST
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
@@ -55,6 +55,7 @@ from nni_topo.network.graph.nodes import described, owner_of, plain_name, tensor
 from nni_topo.network.graph.recording import put
 from nni_topo.network.graph.traced_int import ON_NUMBERS, TracedInt, is_computed_of_attributes
 from nni_topo.network.runtime.inputs import tensors_of
+from nni_topo.rules import Rule, checked
 
 Modules = Callable[[str], Any]
 """Looks up a module of a traced model by name."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.disk import path_of, read_json, reading, write_json
-from nni_topo.errors import ConfigError, DataError, checked
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.measure import memory_kept, now, thread_count
 from nni_topo.network.layers.derived import Size, has_own_forward, head, inner_of, is_followed
@@ -33,8 +33,8 @@ from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.copying import unwrapped_copy
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, batch_size, first_of_samples, tensors_of
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.network.speedup.analysis import Analysis
 
 FloatArray = NDArray[np.float64]
@@ -166,8 +166,7 @@ class LatencyTable:
             return cls(layers, **content)
 
 
-@checked(model=MODEL, example_inputs=INPUTS)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS)
 def measure_latency(
     model: nn.Module,
     example_inputs: Any,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nni_topo.errors import ConfigError, checked, unknown_name
+from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.layers.kinds import RECURRENT, recurrent_products
 from nni_topo.network.runtime.arguments import COMPUTING, INPUTS, NETWORK, SHAPES
 from nni_topo.network.runtime.copying import detached_copy
@@ -34,8 +34,10 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.memory import out_of_memory, trim_heap
+from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import as_written, leaves_models_alone
+from nni_topo.network.runtime.untouched import as_written
+from nni_topo.rules import checked
 
 _WARMUP_ROUNDS = 5  # untimed rounds before the timed ones
 _LEAST_ROUNDS = 8  # of a comparison of times
@@ -63,8 +65,7 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@checked(model=NETWORK, example_inputs=SHAPES)
-@leaves_models_alone
+@public(model=NETWORK, example_inputs=SHAPES)
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Return the multiply-accumulates of one sample.
 
@@ -210,8 +211,7 @@ def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, threads
     return latencies({"model": model}, example_inputs, runs=runs, threads=threads)["model"]
 
 
-@checked(example_inputs=INPUTS)
-@partial(leaves_models_alone, as_compiled=True)
+@public(Running(as_compiled=True), example_inputs=INPUTS)
 def latencies(
     models: Mapping[str, nn.Module],
     example_inputs: Any,
@@ -453,8 +453,7 @@ class ModeCost:
     failed: str = ""
 
 
-@checked(example_inputs=INPUTS)
-@partial(leaves_models_alone, as_compiled=True)
+@public(Running(as_compiled=True), example_inputs=INPUTS)
 def profile(
     models: Mapping[str, nn.Module],
     example_inputs: Any,

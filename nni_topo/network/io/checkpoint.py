@@ -40,7 +40,7 @@ from nni_topo.disk import (
     whole_file,
     write_tensors,
 )
-from nni_topo.errors import FLAG, ConfigError, DataError, Rule, check_knobs, listed, raised, shown, taking
+from nni_topo.errors import ConfigError, DataError, listed, raised, shown
 from nni_topo.network.attention.config import built_by_config, is_pretrained
 from nni_topo.network.attention.heads import Attention, find_attention, resize, set_size
 from nni_topo.network.attention.unfused.own_width import FIRST, LAST, own_width_of, take_own_width
@@ -61,8 +61,9 @@ from nni_topo.network.layers.slicing import make_channelwise
 from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwrapped
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.inputs import model_within, tensors_of
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import drop_report, report_of
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.rules import FLAG, Rule, check_knobs, taking
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
@@ -198,7 +199,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         write_tensors(place, document)
 
 
-@leaves_models_alone
+@public()
 def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> torch.nn.Module:
     """Build a saved dense model from the unpruned model.
 
@@ -670,7 +671,7 @@ def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
         setattr(module, name, tuple(size) if isinstance(size, list) else size)
 
 
-@leaves_models_alone
+@public()
 def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = True) -> None:
     """Save a pruned model of Transformers as a folder that its ``from_pretrained`` loads without this package.
 

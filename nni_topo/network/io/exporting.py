@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
-from nni_topo.errors import ConfigError, DataError, ExportError, all_of, shown, unknown_name, whole
+from nni_topo.errors import ConfigError, DataError, ExportError, shown, unknown_name
 from nni_topo.network.runtime.arguments import check_model
 from nni_topo.network.runtime.comparison import difference, same_program
 from nni_topo.network.runtime.copying import detached_copy
@@ -32,9 +32,11 @@ from nni_topo.network.runtime.fits import call_arguments, check_fits, failure_on
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import Call, batch_size, calls, map_tensors, returned_tensors, taken, tensors_of
 from nni_topo.network.runtime.precision import in_full_precision
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import report_of
 from nni_topo.network.runtime.training_mode import evaluating
-from nni_topo.network.runtime.untouched import as_written, leaves_models_alone
+from nni_topo.network.runtime.untouched import as_written
+from nni_topo.rules import all_of, whole
 
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
@@ -75,8 +77,8 @@ class Exported:
 
 
 # PyTorch's exporters fail where convolutions are set to another precision than recurrent layers.
+@public()
 @in_full_precision()
-@leaves_models_alone
 def export(
     model: nn.Module,
     path: str | Path,

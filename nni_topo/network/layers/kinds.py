@@ -17,15 +17,16 @@ from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nni_topo.errors import checked, unknown_name
+from nni_topo.errors import unknown_name
 from nni_topo.network.layers.by_head import HEADS_TAKEN, take_heads_of_tables
 from nni_topo.network.layers.derived import adopt, inner_of, plain_layer
 from nni_topo.network.layers.original_width import channel_dim, plain_norm, response_norm
 from nni_topo.network.runtime.arguments import MODEL, STRUCTURE
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.hooks import counted_places
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.rules import checked
 
 _logger = logging.getLogger(__name__)
 
@@ -84,8 +85,7 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
     RULES[kind] = ChannelRule(cut, dim)
 
 
-@checked(model=STRUCTURE)
-@leaves_models_alone
+@public(model=STRUCTURE)
 def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of a model with PyTorch's plain layers in place of custom ones that compute the same.
 

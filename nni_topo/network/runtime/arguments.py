@@ -12,25 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from nni_topo.errors import (
-    FLAG,
-    NONE,
-    ConfigError,
-    DataError,
-    Rule,
-    SpeedupError,
-    all_of,
-    check_knobs,
-    instance,
-    is_class,
-    number,
-    one_of,
-    shown,
-    unknown_name,
-    whole,
-)
+from nni_topo.errors import ConfigError, DataError, SpeedupError, shown, unknown_name
 from nni_topo.network.runtime.copying import is_plain
 from nni_topo.network.runtime.inputs import tensors_of
+from nni_topo.rules import FLAG, NONE, Rule, all_of, check_knobs, instance, is_class, number, one_of, whole
 
 
 def unusable(tensor: Tensor, *, needs_values: bool = True) -> str:

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import FLAG, NONE, ConfigError, DataError, free_memory, raised, whole
+from nni_topo.errors import ConfigError, DataError, raised
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, lists_of_samples, taken, tensors_of
+from nni_topo.network.runtime.memory import free_memory
 from nni_topo.network.runtime.processes import processes_of
 from nni_topo.network.runtime.progress import bar
+from nni_topo.rules import FLAG, NONE, whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,8 +9,7 @@ import logging
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from nni_topo.context import BatchLimit, context, in_context
 from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError, raised
 from nni_topo.network.runtime.copying import cast_tensor, device_of
 from nni_topo.network.runtime.memory import out_of_memory
@@ -434,17 +434,6 @@ def cast_floats(call: Call, dtype: torch.dtype) -> Call:
     return cast
 
 
-@dataclass
-class _BatchLimit:
-    """How many samples may run together (None: all), and the most that have."""
-
-    most: int | None
-    seen: int = 0
-
-
-_LIMIT: ContextVar[_BatchLimit | None] = ContextVar("limit", default=None)
-
-
 def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """Decorate a function that runs a model: when memory is short it starts again, with half as many samples at a time.
 
@@ -455,23 +444,21 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
 
     @functools.wraps(work)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        outer = _LIMIT.get()
-        limit = _BatchLimit(None if outer is None else outer.most)
+        outer = context().limit
+        limit = BatchLimit(None if outer is None else outer.most)
         while True:
-            token = _LIMIT.set(limit)
             try:
-                return work(*args, **kwargs)
+                with in_context(limit=limit):
+                    return work(*args, **kwargs)
             except (RuntimeError, MemoryError) as error:  # Python's own has no text
                 # Beside other processes a second start would be out of step with them.
                 if not out_of_memory(error) or is_in_step():
                     raise
                 reason = str(error).partition("\n")[0] or type(error).__name__
-            finally:
-                _LIMIT.reset(token)
             # Outside of the except clause, because the error keeps the tensors of the failed call in memory.
             if limit.seen < 2:
                 raise DataError(f"a device must have memory for one sample at a time, got: {reason} ({place})")
-            limit = _BatchLimit(limit.seen // 2)
+            limit = BatchLimit(limit.seen // 2)
             _logger.warning("out of memory: starting again with %d samples at a time (%s)", limit.most, place)
 
     return run
@@ -490,12 +477,12 @@ def let_go(error: BaseException | None) -> None:
 
 def starts_again() -> bool:
     """Tell whether a function decorated by `in_smaller_batches` runs, which starts again where memory is short."""
-    return _LIMIT.get() is not None
+    return context().limit is not None
 
 
 def at_once(samples: int) -> int:
     """Return how many of so many samples may run together within a function decorated by `in_smaller_batches`."""
-    limit = _LIMIT.get()
+    limit = context().limit
     if limit is None:
         return samples
     allowed = samples if limit.most is None else min(samples, limit.most)

@@ -8,18 +8,51 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from nni_topo.errors import free_memory, words_of
+from nni_topo.errors import DataError, words_of
 
+_SMALL = 2**26  # bytes that needn't be asked for
 _LARGE = 2**20  # parameters of a model that is worth freeing at once
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, as malloc.h of glibc numbers them
 _PAGES_OF_THEIR_OWN = 2**20  # bytes of a tensor from which on it gets pages of its own
 # glibc raises its threshold to the size of what is freed, up to this. A process that has freed a large tensor is there.
 _HIGHEST_THRESHOLD = 2**25
+
+
+def free_memory() -> int:
+    """Return the bytes that this process can still take: of the machine, its control group and its own limit."""
+    import psutil
+
+    free: list[int] = [psutil.virtual_memory().available]
+    with suppress(OSError, ValueError, KeyError):  # Linux alone has such groups, and few have a limit
+        group = Path("/sys/fs/cgroup")
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free.append(int((group / "memory.max").read_text()) - int(held["anon"]))
+    with suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit - psutil.Process().memory_info().vms)
+    return max(0, min(free))
+
+
+def check_memory(needed: float, what: str, cure: str, place: str, free: int | None = None) -> None:
+    """Raise DataError, with the knob that makes it less, where so many bytes aren't free for what comes next.
+
+    ``free``: the free bytes of a device; None: those of the machine.
+    """
+    if needed <= _SMALL:
+        return
+    free = free_memory() if free is None else free
+    if needed > free:
+        got = f"{needed / 2**30:.2f} GiB for {free / 2**30:.2f} GiB that are free"
+        raise DataError(f"{what} must fit into memory, got {got}: {cure} ({place})")
 
 
 def free_memory_of(device: torch.device) -> int:

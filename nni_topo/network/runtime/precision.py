@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from nni_topo.errors import ConfigError, one_of
+from nni_topo.errors import ConfigError
+from nni_topo.rules import one_of
 
 PutBack = Callable[[], object]
 

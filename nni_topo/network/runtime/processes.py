@@ -14,7 +14,6 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, ProcessError, called_as
+from nni_topo.context import called_as, context, in_context
+from nni_topo.errors import ConfigError, ProcessError
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
@@ -31,7 +31,6 @@ _SHOWN = 12  # digits of a digest
 _MOST_SHOWN = 200  # characters of a list; of a longer one a digest is shown
 _BUCKET_BYTES = 2**25  # of tensors that are added up in one go
 _PLAIN = (bool, int, float, str, type(None))
-_IN_STEP: ContextVar[str] = ContextVar("in_step", default="")  # the public function that all processes run
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,10 @@ class Processes:
 
         Blocks within blocks do nothing: the outermost one sees the error that leaves it.
         """
-        if _IN_STEP.get():
+        if is_in_step():
             yield
             return
-        token = _IN_STEP.set(place)
-        try:
+        with in_context(in_step=place):
             found = self.gather(given, place)
             if any(each != found[0] for each in found):
                 shown = ", ".join(f"rank {self._name(rank)}: {told}" for rank, told in enumerate(_differing(found)))
@@ -130,8 +128,6 @@ class Processes:
                     self._exchange(_Message(place, error=f"stopped: {type(error).__name__}: {told}"))
                 raise
             self.gather(None, f"the end of {place}")
-        finally:
-            _IN_STEP.reset(token)
 
     def _exchange(self, mine: _Message) -> list[_Message]:
         """Return what each process tells; the first one hears all and passes it on."""
@@ -203,7 +199,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _at(place: str) -> str:
     """Return how far this process has come, with the public function that it runs."""
-    verb = _IN_STEP.get()
+    verb = context().in_step
     return f"{place}, {verb}" if verb and verb not in place else place
 
 
@@ -242,7 +238,7 @@ def processes_of(group: Any, place: str) -> Processes | None:
 
 def is_in_step() -> bool:
     """Say whether other processes take the same steps now."""
-    return bool(_IN_STEP.get())
+    return bool(context().in_step)
 
 
 def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:

@@ -6,15 +6,14 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 from tqdm import tqdm
 
+from nni_topo.context import context, in_context
+
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_IS_QUIET: ContextVar[bool] = ContextVar("is_quiet", default=False)
 
 _DELAY = 5.0  # seconds after which progress appears that wasn't asked for
 _PAUSE = 30.0  # seconds from one line to the next
@@ -58,7 +57,7 @@ def bar(
     ``progress``: True shows it at once, False never, and None after five seconds. Within :func:`quiet` none appears.
     """
     given: dict[str, Any] = {"desc": what, "total": total, "initial": done}
-    is_hidden = progress is False or _IS_QUIET.get() or sys.stderr is None
+    is_hidden = progress is False or context().is_quiet or sys.stderr is None
     given |= {"delay": _DELAY if progress is None else 0.0, "disable": is_hidden}
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(items, **given)
@@ -68,11 +67,8 @@ def bar(
 @contextmanager
 def quiet(progress: object) -> Iterator[None]:
     """Let no bar appear in this block if ``progress`` is False, whatever is called in it."""
-    before = _IS_QUIET.set(_IS_QUIET.get() or progress is False)
-    try:
+    with in_context(is_quiet=context().is_quiet or progress is False):
         yield
-    finally:
-        _IS_QUIET.reset(before)
 
 
 def quiet_if_asked(function: Callable[P, R]) -> Callable[P, R]:

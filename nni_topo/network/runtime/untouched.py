@@ -14,7 +14,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
 from operator import is_
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -27,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+from nni_topo.context import context, forget_models, in_context
 from nni_topo.errors import DataError, listed
 from nni_topo.network.runtime.copying import (
     copied_together,
@@ -43,15 +43,7 @@ from nni_topo.network.runtime.training_mode import put_mode
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
-_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
 _PutBack = Callable[[], object]
-
-
-class _Call:
-    """The outermost block of `one_call`."""
-
-    def __init__(self) -> None:
-        self.models = set[int]()  # the ids of the user's own models that it runs
 
 
 _logger = logging.getLogger(__name__)
@@ -77,7 +69,7 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
     @functools.wraps(function)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
         models = list({id(each): each for given in (*args, *kwargs.values()) for each in _models_in(given)}.values())
-        is_copied = _CALL.get() is None and not as_compiled
+        is_copied = context().models is None and not as_compiled
         copied = [each for each in models if is_copied and is_plain(each) and not _is_wrapped(each)]
         ids = {id(each) for each in copied}
         others = [each for each in models if id(each) not in ids]
@@ -169,17 +161,19 @@ def left_alone(*models: Any, as_compiled: bool = False, values: bool = False) ->
     """
     modules = [model for model in models if isinstance(model, nn.Module)]
     runs_written = not as_compiled and any(map(has_compiled, modules))
-    is_outermost = _CALL.get() is None
+    is_outermost = context().models is None
     # What is made in a caller's inference mode takes no gradients, for good. Sums of products that a caller's autocast
     # rounds to three digits say little of a network.
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     precision = nullcontext() if as_compiled else _autocast_off()
     with one_call(), inference, precision, nullcontext() if as_compiled else _on_cpu():
         compiler = _compiler_off() if runs_written else nullcontext()
-        call, ids = _CALL.get() or _Call(), {id(model) for model in modules}
+        own, ids = context().models, {id(model) for model in modules}
+        if own is None:
+            own = set()
         if is_outermost:
-            call.models |= ids
-        values = values or not ids.isdisjoint(call.models)
+            own |= ids
+        values = values or not ids.isdisjoint(own)
         with state_kept(*modules, values=values), random_state_kept(), compiler:
             yield
 
@@ -290,7 +284,7 @@ def _forget_turns() -> None:
     """Let a forked process begin anew: the threads that had turns aren't there."""
     global _turn
     _turn, _thread.has_turn = threading.Lock(), False
-    _CALL.set(None)
+    forget_models()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -320,11 +314,9 @@ def one_call() -> Iterator[None]:
         return
     _take_turn()
     try:
-        before = _CALL.set(_CALL.get() or _Call())
-        try:
+        models = context().models
+        with in_context(models=set() if models is None else models):
             yield
-        finally:
-            _CALL.reset(before)
     finally:
         _give_turn()
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from nni.compression.speedup.replacer import Replacer
 
-from nni_topo.errors import ConfigError, checked, listed
+from nni_topo.errors import ConfigError, listed
 from nni_topo.network.attention.config import tell_config
 from nni_topo.network.attention.unfused.own_width import take_own_width
 from nni_topo.network.channels import reasons
@@ -25,6 +25,7 @@ from nni_topo.network.layers.kinds import PER_CHANNEL, follows_channels, kept_ch
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.fits import call_arguments
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import (
     ModelReport,
     as_code,
@@ -36,7 +37,6 @@ from nni_topo.network.runtime.reports import (
 from nni_topo.network.runtime.training_mode import evaluating, forget_evaluated, put_modes_of
 from nni_topo.network.runtime.untouched import (
     as_written,
-    leaves_models_alone,
     left_alone,
     random_state_kept,
     seed_torch,
@@ -72,8 +72,7 @@ from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 _logger = logging.getLogger(__name__)
 
 
-@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS, round_to=ROUND_TO)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS, masks=MASKS, round_to=ROUND_TO)
 @as_written()
 def to_dense(
     model: torch.nn.Module,

@@ -16,7 +16,7 @@ from nni.compression.base.setting import PruningSetting
 from torch.nn.utils.parametrize import is_parametrized
 
 from nni_topo.compat.wrapping import ListedModules, derived_types
-from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked, hint_of, listed
+from nni_topo.errors import ConfigError, SpeedupError, hint_of, listed
 from nni_topo.network.attention.heads import Attention, is_attention
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.constraints import blocks_of, coupled_names, partial_couplings
@@ -38,8 +38,9 @@ from nni_topo.network.layers.kinds import (
 )
 from nni_topo.network.layers.original_width import plain_norm
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, UNGROUPED, check_unwrapped
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.rules import NONE, Rule, checked
 
 _logger = logging.getLogger(__name__)
 
@@ -121,8 +122,7 @@ class DependencyGroups(list[dict[str, Any]]):
         )
 
 
-@checked(model=MODEL, example_inputs=INPUTS, config_list=UNGROUPED)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS, config_list=UNGROUPED)
 def dependency_groups(
     model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]], *, strict: bool = False
 ) -> DependencyGroups:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import FLAG, NniTopoError, SpeedupError, checked, leaving_out, raised
+from nni_topo.context import leaving_out
+from nni_topo.errors import NniTopoError, SpeedupError, raised
 from nni_topo.network.layers.derived import fold, give_back_classes, with_known_layers
 from nni_topo.network.layers.kinds import WEIGHTED, is_depthwise, is_normalizing, per_channel_names
 from nni_topo.network.layers.original_width import channel_dim, silent_value
@@ -49,6 +50,7 @@ from nni_topo.network.runtime.inputs import (
     varied,
 )
 from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report
 from nni_topo.network.runtime.training_mode import (
     evaluating,
@@ -57,7 +59,7 @@ from nni_topo.network.runtime.training_mode import (
     put_modes_of,
     training,
 )
-from nni_topo.network.runtime.untouched import as_written, leaves_models_alone, random_state_kept
+from nni_topo.network.runtime.untouched import as_written, random_state_kept
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.reconcile import (
     FullMasks,
@@ -68,6 +70,7 @@ from nni_topo.network.speedup.reconcile import (
     resolve,
     union,
 )
+from nni_topo.rules import FLAG
 from nni_topo.sharing import find_ties, tie_again, untie
 
 _ROUGH = 1e-5  # from this tolerance on a tenth of it is above rounding in single precision
@@ -546,8 +549,7 @@ def _compare(
         )
 
 
-@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS, reconcile=FLAG)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS, masks=MASKS, reconcile=FLAG)
 def masked_model(
     model: torch.nn.Module, example_inputs: Any, masks: MasksLike, *, reconcile: bool = False
 ) -> torch.nn.Module:

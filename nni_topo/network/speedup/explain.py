@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, checked, leaves_out_by, unknown_name
+from nni_topo.context import in_context
+from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, unknown_name
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.constraints import blocks_of, partial_couplings
 from nni_topo.network.channels.flow import ChannelFlow
@@ -20,7 +21,7 @@ from nni_topo.network.graph.nodes import described, line_of
 from nni_topo.network.layers.derived import with_known_layers
 from nni_topo.network.layers.kinds import RECURRENT, feature_dimension, is_transposed_linear, output_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, check_unwrapped
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import named_norms, unprunable_layers
 from nni_topo.network.speedup.reconcile import KeptIndices
@@ -75,10 +76,10 @@ class Explanation:
     reasons: Reasons = ()
 
     @property
-    @leaves_out_by(_LEAVE_OUT)
     def advice(self) -> tuple[str, ...]:
         """What can be changed so that more of the channels can be pruned."""
-        return reasons.advice(self.reasons)
+        with in_context(leaves_out=_LEAVE_OUT):
+            return reasons.advice(self.reasons)
 
     def __repr__(self) -> str:
         if self.kept == 0 and self.heads:
@@ -113,8 +114,7 @@ def _first(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown
 
 
-@checked(model=MODEL, example_inputs=INPUTS)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS)
 def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     """Say which channels of a layer can be pruned, with which layers it is coupled, and why it keeps the others.
 

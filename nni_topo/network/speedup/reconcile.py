@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from nni_topo.errors import ConfigError, SpeedupError, leaving_out, listed, unknown_name
+from nni_topo.context import leaving_out
+from nni_topo.errors import ConfigError, SpeedupError, listed, unknown_name
 from nni_topo.maths.ties import descending
 from nni_topo.network.attention.rotary import by_table, find_frequencies, pairs_of
 from nni_topo.network.channels import reasons

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nni_topo.errors import FLAG, ConfigError, check_knobs, checked, instance, one_of
+from nni_topo.errors import ConfigError
 from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
 from nni_topo.pruners.clouds.folded import FoldedWeightCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.clouds.gradient import GradientCollector
 from nni_topo.pruners.clouds.weight import PREPROCESS, ActivationCollector, Preprocess, WeightCollector
 from nni_topo.pruners.hooks import DataCollector
+from nni_topo.rules import FLAG, check_knobs, checked, instance, one_of
 
 TRACED: dict[str, Callable[..., DataCollector]] = {
     "coupled": CoupledWeightCollector,

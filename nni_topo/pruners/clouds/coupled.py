@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import checked
 from nni_topo.network.channels.flow import ChannelFlow, norms_after
 from nni_topo.network.layers.kinds import norm_scale
 from nni_topo.network.runtime.fits import call_arguments
@@ -15,6 +14,7 @@ from nni_topo.pruners.clouds.functional import check_read, readers_of
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
+from nni_topo.rules import checked
 
 
 class CoupledWeightCollector(DataCollector):

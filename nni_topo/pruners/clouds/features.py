@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.errors import ConfigError, DataError, LayerError, checked, one_of, whole
+from nni_topo.errors import ConfigError, DataError, LayerError
 from nni_topo.network.attention.heads import find_heads
 from nni_topo.network.channels.flow import ChannelFlow, followers, passes
 from nni_topo.network.graph.tracing import trace
@@ -27,6 +27,7 @@ from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.pruners.clouds.moments import ChannelMoments, check_finite, check_reached, embedding
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
+from nni_topo.rules import checked, one_of, whole
 
 Pool = Literal["none", "mean"] | int
 POOL = one_of(("none", "mean")) | whole(1)

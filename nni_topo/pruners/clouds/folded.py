@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nni_topo.errors import DataError, checked
+from nni_topo.errors import DataError
 from nni_topo.network.channels.flow import norms_after
 from nni_topo.network.layers.kinds import through_norms
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
+from nni_topo.rules import checked
 
 
 class FoldedWeightCollector(DataCollector):

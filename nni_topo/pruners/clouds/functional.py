@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import LayerError, checked, leaving_out, listed
+from nni_topo.context import leaving_out
+from nni_topo.errors import LayerError, listed
 from nni_topo.network.attention.unfused.multihead import mixing_called
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
@@ -28,6 +29,7 @@ from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
+from nni_topo.rules import checked
 
 IntArray = NDArray[np.int64]
 

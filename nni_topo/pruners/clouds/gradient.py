@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nni_topo.errors import ConfigError, DataError, checked, whole
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import feature_dimension
 from nni_topo.network.runtime.calibration import calibration_of
 from nni_topo.network.runtime.copying import detached_copy, device_of
@@ -24,6 +24,7 @@ from nni_topo.pruners.clouds.functional import ChannelReader, check_read, reader
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+from nni_topo.rules import checked, whole
 
 Loss = Callable[[Any, Any], Tensor]
 

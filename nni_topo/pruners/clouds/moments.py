@@ -8,7 +8,9 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-from nni_topo.errors import DataError, check_memory, leaving_out
+from nni_topo.context import leaving_out
+from nni_topo.errors import DataError
+from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.processes import Processes
 
 _TURN = 2**24

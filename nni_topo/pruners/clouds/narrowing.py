@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nni_topo.errors import NONE, SEED, ConfigError, check_knobs, number, whole
+from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
+from nni_topo.rules import NONE, SEED, check_knobs, number, whole
 
 _logger = logging.getLogger(__name__)
 _STRETCH = 2**23

@@ -9,14 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nni_topo.errors import DataError, check_memory, checked, one_of
+from nni_topo.errors import DataError
 from nni_topo.network.layers.kinds import by_channel
 from nni_topo.network.runtime.calibration import calibration_of
 from nni_topo.network.runtime.hooks import watched
+from nni_topo.network.runtime.memory import check_memory
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, chunks
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
+from nni_topo.rules import checked, one_of
 
 Preprocess = Literal["none", "center", "standardize", "unit"]
 _PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from nni_topo.errors import DataError, leaving_out
+from nni_topo.context import leaving_out
+from nni_topo.errors import DataError
 from nni_topo.maths.clustering import partition
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
 from nni_topo.maths.ties import FLOOR, RELATIVE, descending, leveled

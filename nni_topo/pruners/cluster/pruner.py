@@ -13,7 +13,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, one_of, whole
+from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, NeighbourGraph, check_used
 from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
@@ -23,6 +23,7 @@ from nni_topo.pruners.clouds.features import POOL, FeatureCollector, Pool
 from nni_topo.pruners.cluster.metric import ClusterMetric
 from nni_topo.pruners.cluster.survivors import SURVIVOR, Survivor, rules_of
 from nni_topo.pruners.planner import Planner
+from nni_topo.rules import one_of, whole
 
 
 class ClusterPruner(StructuredPruner):

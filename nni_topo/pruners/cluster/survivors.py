@@ -14,7 +14,7 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from nni_topo.errors import ConfigError, LayerError, all_of, one_of
+from nni_topo.errors import ConfigError, LayerError
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
 from nni_topo.maths.ties import first_largest, leveled
 from nni_topo.network.layers.kinds import by_output, through_norms
@@ -22,6 +22,7 @@ from nni_topo.pruners.clouds.features import TracedNetwork
 from nni_topo.pruners.clouds.functional import read_strength, readers_of
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.units import PruningUnit
+from nni_topo.rules import all_of, one_of
 
 RULES = ("random", "center", "weight", "bias", "bias_norm")
 AUTO = ("auto",)

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import FLAG, ConfigError, DataError, LayerError, as_settings, check_knobs, one_of
+from nni_topo.errors import ConfigError, DataError, LayerError
 from nni_topo.maths import signals
 from nni_topo.network.layers.derived import inner_of
 from nni_topo.network.layers.kinds import WEIGHTED, weight_name
@@ -19,6 +19,7 @@ from nni_topo.pruners.clouds.coupled import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, holds_columns, output_blocks
+from nni_topo.rules import FLAG, as_settings, check_knobs, one_of
 
 Linear = Literal["refuse", "unit-energy"]
 Normalization = Literal["none", "area", "layer"]

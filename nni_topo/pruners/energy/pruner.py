@@ -19,7 +19,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, Rule, instance, number, one_of, settings
+from nni_topo.errors import ConfigError
 from nni_topo.maths import signals
 from nni_topo.maths.ties import descending
 from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
@@ -30,6 +30,7 @@ from nni_topo.pruners.energy.chirp import ENERGY_KNOBS, ChirpEnergyCollector, En
 from nni_topo.pruners.energy.data import DataEnergyCollector
 from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
+from nni_topo.rules import Rule, instance, number, one_of, settings
 
 
 class CumulativeEnergyMetric(MetricCalculator):

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import check_answer, check_memory, check_result
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, GeneLayer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.pruners.genetic_weight.masked import MaskedScores
@@ -24,6 +24,7 @@ from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
 from nni_topo.pruners.genetic_weight.state import load_state, save_state
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.units import PruningUnit
+from nni_topo.rules import check_answer, check_result
 
 _logger = logging.getLogger(__name__)
 

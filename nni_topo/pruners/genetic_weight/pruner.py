@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nni_topo.disk import check_output_file, path_of
-from nni_topo.errors import FUNCTION, NONE, PATH, ConfigError, as_settings, settings, whole
+from nni_topo.errors import ConfigError
 from nni_topo.maths.search.weights import HistoryRow, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.runtime.arguments import BATCHES
 from nni_topo.pruners.base import StructuredPruner
@@ -29,6 +29,7 @@ from nni_topo.pruners.checks import check_weight_target, of_single_weights, prun
 from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation
 from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
 from nni_topo.pruners.units import in_network_order, is_active
+from nni_topo.rules import FUNCTION, NONE, PATH, as_settings, settings, whole
 
 if TYPE_CHECKING:
     import pandas

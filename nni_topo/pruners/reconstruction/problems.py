@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import DataError, check_memory, leaving_out
+from nni_topo.context import leaving_out
+from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.exchange import exchange
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
 from nni_topo.network.attention.unfused.multihead import mixing_called
@@ -34,6 +35,7 @@ from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.fits import structure_call, structure_of
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, calls, fitting, real_positions_of, tensors_of
+from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of, unread_error

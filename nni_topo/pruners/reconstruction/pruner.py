@@ -19,7 +19,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import FLAG, ConfigError, whole
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.network.runtime.inputs import inputs_of, on_device
 from nni_topo.network.runtime.processes import in_step
@@ -33,6 +33,7 @@ from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.pruners.reconstruction.sequential import SequentialProblems
 from nni_topo.pruners.selection import WhenAsked
+from nni_topo.rules import FLAG, whole
 
 
 class ReconstructionPruner(StructuredPruner):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from nni_topo.errors import leaving_out
+from nni_topo.context import leaving_out
 from nni_topo.maths.clustering.partition import IntArray
 from nni_topo.maths.clustering.subclustering import Growth, SplitTree, grow, initial_clusters
 from nni_topo.pruners.cluster.metric import Clusters, FeatureCloud, SurvivorMetric, merging_losses

@@ -14,7 +14,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import NONE, ConfigError, all_of, as_settings, settings
+from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.subclustering import ENERGY, Growth, SplitTree
 from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
@@ -24,6 +24,7 @@ from nni_topo.pruners.cluster.pruner import feature_collector
 from nni_topo.pruners.cluster.survivors import SURVIVOR, Survivor, rules_of
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.subcluster.metric import SubclusterMetric, of_layer
+from nni_topo.rules import NONE, all_of, as_settings, settings
 
 _ENERGY = 0.5
 

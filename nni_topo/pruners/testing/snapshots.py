@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import checked
 from nni_topo.network.runtime.arguments import MODEL
+from nni_topo.rules import checked
 
 # Tables have parts of their own. Lists of a recurrent layer's parameters are made anew when PyTorch copies the layer.
 _LEFT_OUT = ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs")

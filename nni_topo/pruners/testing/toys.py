@@ -10,8 +10,8 @@ import torch
 from nni.compression import TorchEvaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import checked, whole
 from nni_topo.network.runtime.arguments import MODEL
+from nni_topo.rules import checked, whole
 
 
 class ToyModel(nn.Module):

@@ -10,13 +10,14 @@ from typing import Literal
 
 import numpy as np
 
-from nni_topo.errors import FLAG, check_knobs, leaving_out, one_of
+from nni_topo.context import leaving_out
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, Generation, SubsetGeneticAlgorithm
 from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.hooks import Data, KeptSet, PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, SelectionMetric
 from nni_topo.pruners.units import KeptBlocks
+from nni_topo.rules import FLAG, check_knobs, one_of
 
 _logger = logging.getLogger(__name__)
 

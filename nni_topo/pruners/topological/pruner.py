@@ -19,7 +19,6 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
@@ -30,6 +29,7 @@ from nni_topo.pruners.clouds.weight import PREPROCESS, Preprocess
 from nni_topo.pruners.hooks import DataCollector
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.topological.metric import CRITERIA, GeneticSearch, SelectionSettings, TopologicalMetric
+from nni_topo.rules import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
 
 _logger = logging.getLogger(__name__)
 _DIMENSIONS = all_of(whole(0), Sequence, least=1)

@@ -16,7 +16,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import FUNCTION, NONE, ConfigError, instance, one_of, whole
+from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph
 from nni_topo.network.layers.derived import graph_of_convolution
 from nni_topo.network.layers.kinds import CONVOLUTIONS
@@ -34,6 +34,7 @@ from nni_topo.pruners.topological_magnitude.trees import (
     TreeMetric,
 )
 from nni_topo.pruners.units import in_network_order, is_active
+from nni_topo.rules import FUNCTION, NONE, instance, one_of, whole
 
 
 class TopologicalMagnitudePruner(StructuredPruner):

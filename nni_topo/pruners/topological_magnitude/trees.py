@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, check_memory
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.topology.layer_graphs import LayerGraph
 from nni_topo.maths.topology.layer_trees import channel_tree, plane_trees, spanning_forest
+from nni_topo.network.runtime.memory import check_memory
 from nni_topo.pruners.allocators import keep_highest
 from nni_topo.pruners.hooks import Data, DataCollector, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.units import PruningUnit

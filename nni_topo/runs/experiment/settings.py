@@ -12,8 +12,9 @@ from typing import Any, get_args, get_type_hints
 import tyro
 
 from nni_topo.disk import read_json, reading
-from nni_topo.errors import NONE, PATH, ConfigError, DataError, check_fields, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.pruners.registry import check_knob_names, pruner_info
+from nni_topo.rules import NONE, PATH, check_fields
 from nni_topo.runs.choices import (
     Cell,
     CompensationChoice,

@@ -31,22 +31,7 @@ from nni_topo.disk import (
     write_json,
     write_text,
 )
-from nni_topo.errors import (
-    ANYTHING,
-    FLAG,
-    NONE,
-    SEED,
-    ConfigError,
-    DataError,
-    check_memory,
-    checked,
-    instance,
-    listed,
-    raised,
-    shown,
-    unknown_name,
-    whole,
-)
+from nni_topo.errors import ConfigError, DataError, listed, raised, shown, unknown_name
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.measure import count_macs, counting_macs
@@ -64,17 +49,17 @@ from nni_topo.network.runtime.inputs import (
     real_positions_of,
     taken,
 )
-from nni_topo.network.runtime.memory import free_memory_of, freed_at_once, give_back_memory, out_of_memory
-from nni_topo.network.runtime.processes import Processes, in_step
-from nni_topo.network.runtime.progress import bar, quiet_if_asked
-from nni_topo.network.runtime.telling import tells_once
+from nni_topo.network.runtime.memory import check_memory, free_memory_of, freed_at_once, give_back_memory, out_of_memory
+from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.training_mode import evaluating, evaluation_mode
-from nni_topo.network.runtime.untouched import one_call
 from nni_topo.network.speedup.dense import DenseReport
 from nni_topo.pruners.budget import Budget, as_budget, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.blocks import gap_after, solutions
 from nni_topo.recovery.likeness import NO_SCALE, Answers, Likeness
+from nni_topo.rules import ANYTHING, FLAG, NONE, SEED, instance, whole
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.steps import (
     ImageParts,
@@ -104,9 +89,7 @@ _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", "
 _logger = logging.getLogger(__name__)
 
 
-@quiet_if_asked
-@in_step
-@checked(
+@public(
     budget=ANYTHING,
     pruner=instance(str),
     knobs=instance(Mapping) | NONE,
@@ -118,8 +101,6 @@ _logger = logging.getLogger(__name__)
     seed=SEED,
     device=instance(str, torch.device) | NONE,
 )
-@tells_once
-@one_call()
 @freed_at_once()
 def shrink_pretrained(
     source: str | PathLike[str],

@@ -16,11 +16,12 @@ from nni.compression.base.setting import PruningSetting
 from rich.console import RenderableType
 from torch import nn
 
-from nni_topo.errors import ConfigError, check_between, checked, unknown_name
+from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.layers.derived import padded_size
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.rules import checked, number
 from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
 from nni_topo.studies.study import Findings, ModelVerb, Study, Tell
 from nni_topo.studies.tables import as_table
@@ -151,8 +152,7 @@ def _ratio(count: int, tree: int) -> tuple[str, str, str]:
     return str(count), str(tree), f"{count / tree:.5f}"
 
 
-@checked(model=MODEL, example_inputs=INPUTS)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS)
 def critical_compression_ratio(
     model: nn.Module, example_inputs: Any, convention: Convention = "theorem"
 ) -> CriticalCompression:
@@ -252,7 +252,7 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
     >>> critical_config_list(nn.Sequential(nn.Linear(10, 10)), 0.9)
     [{'op_names': ['0'], 'sparse_ratio': 0.9, 'max_sparse_ratio': 0.815}]
     """
-    check_between("sparse_ratio", sparse_ratio, 0, 1, "critical_config_list")
+    number(0, 1, "neither").check("sparse_ratio", sparse_ratio, "critical_config_list")
     # Types that NNI doesn't know, such as subclasses, can't be in a config_list.
     found = [layer for layer in weight_layers(model)[0] if layer.kind != "recurrent"]
     layers = [layer for layer in found if type(layer.module).__name__ in PruningSetting.registry]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, checked, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.kinds import CONVOLUTIONS, NORMALIZING, by_channel
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL
@@ -20,8 +20,8 @@ from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import tensors_of
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.runs.run import Start
 from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks
@@ -56,8 +56,7 @@ class Connectivity:
         return min(self.connected.values(), default=1.0)
 
 
-@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS, masks=MASKS)
 def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapping[str, Tensor]]) -> Connectivity:
     """Follow the kept weights from a model's inputs to its outputs.
 

@@ -20,12 +20,13 @@ from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, checked, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import PRUNERS, pruner_info
+from nni_topo.rules import check_jobs, checked, whole
 from nni_topo.runs.choices import PrunerChoice, Target
 from nni_topo.runs.run import Start, prune
 from nni_topo.runs.widths import inner_layers
@@ -185,7 +186,7 @@ class PrunersStudy(TrainedStudy[Found]):
         for ratio in self.ratios:
             Target("ratio", ratio)
         for knob in ("seeds", "calibration"):
-            check_integer(knob, getattr(self, knob), 1, self.place)
+            whole(1).check(knob, getattr(self, knob), self.place)
         check_jobs(self.n_jobs, self.place)
 
     def points(self, start: Start, tell: Tell) -> list[Any]:
@@ -220,7 +221,7 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
     def check(self) -> None:
         """Check the arguments; ConfigError if one is out of its range."""
         super().check()
-        check_integer("images", self.images, 1, self.place)
+        whole(1).check("images", self.images, self.place)
 
     def find(self, tell: Tell) -> DeviationStudy:
         """Prune one trained network in many ways; measure Net Deviation on training images."""

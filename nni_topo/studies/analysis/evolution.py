@@ -21,9 +21,10 @@ from rich.console import RenderableType
 from scipy.stats import gaussian_kde, kurtosis
 from torch import Tensor
 
-from nni_topo.errors import NONE, ConfigError, checked, number
+from nni_topo.errors import ConfigError
 from nni_topo.maths.search.weights import WeightSearch
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
+from nni_topo.rules import NONE, checked, number
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.pictures import finish, panels, single

@@ -20,11 +20,12 @@ from rich.console import RenderableType
 from torch import nn
 
 from nni_topo import zoo
-from nni_topo.errors import NONE, ConfigError, DataError, checked, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.rules import NONE, checked
 from nni_topo.runs.run import build_model, load_model_data, resolve_device
 from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
 from nni_topo.studies.pictures import finish
@@ -72,8 +73,7 @@ class NeuralPersistence:
         return {**summary, "layers": self.layers, "deaths": {name: d.tolist() for name, d in self.deaths.items()}}
 
 
-@checked(model=MODEL, example_inputs=INPUTS | NONE)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS | NONE)
 def neural_persistence(
     model: nn.Module,
     example_inputs: Any = None,

@@ -18,15 +18,17 @@ from rich.console import RenderableType
 from torch import nn
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError, check_jobs, check_result, checked, instance
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import CONVOLUTIONS, check_names
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.copying import detached_copy
-from nni_topo.network.runtime.untouched import leaves_models_alone, lent, turn_lent
+from nni_topo.network.runtime.public import public
+from nni_topo.network.runtime.untouched import lent, turn_lent
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import PRUNERS, check_knob_names, create_pruner, pruner_info
+from nni_topo.rules import check_jobs, check_result, checked, instance
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.studies.pictures import figure_of, finish, single
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
@@ -111,8 +113,7 @@ class Sensitivity(Findings):
         return {"suggested.yaml": head + yaml.safe_dump(content, sort_keys=False)}
 
 
-@checked(model=MODEL, example_inputs=INPUTS)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS)
 def sensitivity(
     model: nn.Module,
     example_inputs: Any,

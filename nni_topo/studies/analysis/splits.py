@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
-from nni_topo.errors import ConfigError, checked
+from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.subclustering import SplitTree
+from nni_topo.rules import checked
 from nni_topo.studies.pictures import finish, panels
 
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from rich.console import RenderableType
 from torch import nn
 
-from nni_topo.errors import ConfigError, checked
+from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.runtime.arguments import CONFIG_LIST, MODEL
 from nni_topo.network.runtime.copying import detached_copy
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.hooks import Masks
@@ -154,8 +154,7 @@ def _check_degrees(degrees: tuple[int, ...]) -> None:
         raise ConfigError(f"degrees must be one or more integers from 0, got {degrees!r} (study_topology)")
 
 
-@checked(model=MODEL, config_list=CONFIG_LIST)
-@leaves_models_alone
+@public(model=MODEL, config_list=CONFIG_LIST)
 def study_topology(
     model: nn.Module, config_list: list[dict[str, Any]], *, degrees: tuple[int, ...] = (0, 1), **knobs: Any
 ) -> TopologyStudy:

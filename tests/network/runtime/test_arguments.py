@@ -13,9 +13,10 @@ from torch.ao import quantization
 from torch.nn.parameter import UninitializedParameter
 
 import nni_topo
-from nni_topo.errors import ConfigError, DataError, NniTopoError, Rule
+from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.runtime import arguments
 from nni_topo.network.runtime.arguments import check_entry, check_model, unusable
+from nni_topo.rules import Rule
 
 META = torch.zeros(2, 3, device="meta")
 SPARSE = torch.zeros(2, 3).to_sparse()

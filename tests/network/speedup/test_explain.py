@@ -13,7 +13,8 @@ from speedup_nets import filter_mask
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nni_topo.errors import ConfigError, SpeedupError, leaves_out_by
+from nni_topo.context import in_context
+from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.channels import reasons
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.explain import Explanation, way_forward
@@ -368,14 +369,14 @@ def test_the_advice_to_leave_a_layer_out_names_what_the_caller_uses():
         "leave the layer out of what is pruned (layers of shrink, exclude_op_names of a config_list): "
     )
     assert reasons.advice(found.reasons)[0].startswith("exclude the layer from the config_list (exclude_op_names): ")
-    within_a_verb = leaves_out_by("leave {} out of the layers to prune (layers)")(reasons.advice)
-    assert within_a_verb(found.reasons)[0].startswith("leave the layer out of the layers to prune (layers): ")
+    with in_context(leaves_out="leave {} out of the layers to prune (layers)"):
+        assert reasons.advice(found.reasons)[0].startswith("leave the layer out of the layers to prune (layers): ")
 
 
 def test_no_advice_holds_a_knob_that_only_some_callers_have():
     every = tuple(reasons.Reason(kind) for kind in get_args(reasons.Kind))
-    within_a_verb = leaves_out_by("leave {} out")(reasons.advice)
-    assert not [way for way in within_a_verb(every) if "exclude_op_names" in way or "{" in way]
+    with in_context(leaves_out="leave {} out"):
+        assert not [way for way in reasons.advice(every) if "exclude_op_names" in way or "{" in way]
 
 
 class _WithSpareLayers(nn.Module):

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.func import jvp, vjp
 from torch.fx import GraphModule
 
-from nni_topo.errors import ConfigError, check_integer, checked, is_finite
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.public import public
+from nni_topo.rules import is_finite, whole
 from nni_topo.studies.analysis.bounds.lipschitz import largest_changes, norm
 from nni_topo.studies.analysis.bounds.segments import ChainSegment, chain, traced
 
@@ -136,8 +137,7 @@ class ErrorBound:
         return pd.DataFrame(rows, columns=["layer", "share", "epsilon", "largest_change", "change"])
 
 
-@checked(original=MODEL, pruned=MODEL, inputs=INPUTS)
-@leaves_models_alone
+@public(original=MODEL, pruned=MODEL, inputs=INPUTS)
 def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, iterations: int = 100) -> ErrorBound:
     """Bound the error of a pruned network's output, layer by layer.
 
@@ -175,7 +175,7 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     The Lipschitz bound sums, over layers, the exact change of the layer's output at the unpruned network's activations,
     times the Lipschitz constants, with pruned weights, of everything after it.
     """
-    check_integer("iterations", iterations, 1, "error_bound")
+    whole(1).check("iterations", iterations, "error_bound")
     graph, other = traced(original, inputs), traced(pruned, inputs)
     changes = _changes(graph, other)
     segments = chain(graph)

@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from nni_topo.errors import checked
 from nni_topo.network.layers.kinds import output_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.copying import detached_copy
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
@@ -37,8 +36,7 @@ def harmless_layers(study: EnergyStudy, threshold: float, most_lost: float = LIT
     return [layer.layers for layer in pruned if study.lost(layer, threshold) < most_lost]
 
 
-@checked(model=MODEL, example_inputs=INPUTS)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS)
 def accumulate_energy(
     model: nn.Module,
     layers: Sequence[tuple[str, ...]],

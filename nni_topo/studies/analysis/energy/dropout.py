@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, checked
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.arguments import MODEL
 from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.training_mode import evaluating
-from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -37,8 +37,7 @@ class ActiveDropout(nn.Module):
         return values * kept / (1.0 - self.rate)
 
 
-@checked(model=MODEL)
-@leaves_models_alone
+@public(model=MODEL)
 def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
     """Return a copy of a model whose dropout layers are active at test time, all at one rate.
 
@@ -74,8 +73,7 @@ def _put_dropout(model: nn.Module, rate: float, seed: int) -> nn.Module:
     return model
 
 
-@checked()
-@leaves_models_alone
+@public()
 def study_dropout(
     models: Mapping[str, Callable[[], nn.Module]],
     evaluate: EvaluateQuality,

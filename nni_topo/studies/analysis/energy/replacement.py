@@ -12,16 +12,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, check_fields, checked, number, unknown_name, whole
+from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.layers.derived import weight_used
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.copying import detached_copy
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
+from nni_topo.rules import check_fields, number, whole
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 KINDS = ("kept", "removed", "random", "copied", "evolved")
@@ -50,8 +51,7 @@ class FilterEvolution:
         check_fields(self, population_size=whole(2), generations=whole(1), mutation=number(0))
 
 
-@checked(model=MODEL, example_inputs=INPUTS)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS)
 def study_replacement(
     model: nn.Module,
     layer: str,

@@ -14,10 +14,11 @@ from rich.console import RenderableType
 from torch import nn
 
 from nni_topo import zoo
-from nni_topo.errors import number, unknown_name
+from nni_topo.errors import unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.pruners.hooks import Masks
+from nni_topo.rules import number
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.dropout import with_dropout

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nni_topo.errors import ConfigError, checked, unknown_name
+from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
 from nni_topo.network.channels.flow import norms_after
@@ -33,8 +33,8 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import fitting
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
@@ -57,8 +57,7 @@ class Selection:
     seconds: float  # that the selection took
 
 
-@checked(model=MODEL, example_inputs=INPUTS, batches=BATCHES)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS, batches=BATCHES)
 def study_selection(
     model: nn.Module,
     layer: str,

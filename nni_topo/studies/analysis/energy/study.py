@@ -14,18 +14,19 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, checked, instance
+from nni_topo.errors import ConfigError
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.layers.kinds import kept_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.copying import detached_copy
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, unit_scores
+from nni_topo.rules import instance
 from nni_topo.studies.study import Findings
 from nni_topo.zoo.labelled import LabelledImages
 
@@ -208,8 +209,7 @@ def check_thresholds(thresholds: tuple[float, ...]) -> None:
         raise ConfigError(f"thresholds must be one or more in (0, 1) that ascend, got {thresholds} (study_energy)")
 
 
-@checked(model=MODEL, example_inputs=INPUTS)
-@leaves_models_alone
+@public(model=MODEL, example_inputs=INPUTS)
 def study_energy(
     model: nn.Module,
     layers: Sequence[str],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nni_topo import zoo
 from nni_topo.disk import only_process
-from nni_topo.errors import ConfigError, check_integer, instance, number, whole
+from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.layers.kinds import CONVOLUTIONS, weights_left
 from nni_topo.network.runtime.copying import detached_copy
@@ -24,6 +24,7 @@ from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
+from nni_topo.rules import instance, number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, made_dense, pruner_knobs
 from nni_topo.runs.widths import inner_layers
@@ -81,11 +82,11 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         """Raise ConfigError unless the study can be carried out."""
         if not self.ratios or not all(0.0 < ratio < 1.0 for ratio in self.ratios):
             raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {self.ratios} (magnitude)")
-        check_integer("epochs", self.epochs, 0, "magnitude")
+        whole(0).check("epochs", self.epochs, "magnitude")
         if self.epochs and not 1 <= self.rounds <= self.epochs:
             raise ConfigError(f"rounds must be in [1, epochs], got {self.rounds} of {self.epochs} epochs (magnitude)")
-        check_integer("seeds", self.seeds, 1, "magnitude")
-        check_integer("batch", self.batch, 1, "magnitude")
+        whole(1).check("seeds", self.seeds, "magnitude")
+        whole(1).check("batch", self.batch, "magnitude")
         number(0.0, closed="neither").check("seconds", self.seconds, "magnitude")
 
     def find(self, tell: Tell) -> MagnitudeStudy:

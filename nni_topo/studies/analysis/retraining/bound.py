@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, checked, is_finite, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.fits import call_arguments
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.training_mode import evaluating
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.rules import is_finite
 
 BoundKind = Literal["node", "connection"]
 
@@ -77,8 +78,7 @@ class RetrainingBound:
         return epochs * self.gamma / self.epochs if self.epochs > 0 else math.inf
 
 
-@checked(initial=MODEL, trained=MODEL, sparse=MODEL, batches=BATCHES)
-@leaves_models_alone
+@public(initial=MODEL, trained=MODEL, sparse=MODEL, batches=BATCHES)
 def retraining_bound(
     initial: nn.Module,
     trained: nn.Module,

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, check_integer, is_finite
+from nni_topo.errors import ConfigError
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import pruner_info
+from nni_topo.rules import is_finite, whole
 from nni_topo.runs.run import Start, build_model, made_dense, retrain
 from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, study_masks
 from nni_topo.studies.analysis.retraining.bound import BoundKind, retraining_bound
@@ -85,7 +86,7 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
         """Check the arguments; ConfigError if one is out of its range."""
         super().check()
         for knob in ("images", "epochs"):
-            check_integer(knob, getattr(self, knob), 1, self.place)
+            whole(1).check(knob, getattr(self, knob), self.place)
         if not is_finite(self.gamma) or self.gamma <= 0.0:
             raise ConfigError(f"gamma must be positive and finite, got {self.gamma!r} ({self.place})")
         if not 0.0 <= self.tolerance <= 1.0:

@@ -18,10 +18,11 @@ from torch import nn
 
 from nni_topo import zoo
 from nni_topo.disk import only_process
-from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, instance, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.rounds import Round, prune_in_rounds
+from nni_topo.rules import check_jobs, instance, whole
 from nni_topo.runs.choices import Cell, PrunerChoice, Target, changed_recipe
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import Start, build_model, pruner_knobs
@@ -112,7 +113,7 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
 
     def find(self, tell: Tell) -> RoundsStudy:
         """Run the cells that have no record in ``results.jsonl`` yet."""
-        check_integer("seeds", self.seeds, 1, self.place)
+        whole(1).check("seeds", self.seeds, self.place)
 
         def announce(cell: RoundsCell, number: int, count: int) -> None:
             tell(f"[{number}/{count}] seed {cell.cell.seed}: {cell.method}")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo.network.runtime.telling import _ONCE, tells_once
+from nni_topo.network.runtime.public import _ONCE, public
 
 LOGGER = logging.getLogger("nni_topo.runs.steps")
 OTHERS = logging.getLogger("elsewhere")
@@ -23,7 +23,7 @@ def warn(*texts: str) -> None:
 
 def test_the_same_warning_is_told_once_within_a_call_and_again_in_the_next(caplog):
     caplog.set_level(logging.INFO)
-    verb = tells_once(warn)
+    verb = public()(warn)
     verb("a", "b", "a")
     verb("a")
     warn("c", "c")

@@ -1,0 +1,66 @@
+"""What functions know of the public function that runs: how their messages name it, and what it does once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass
+class BatchLimit:
+    """How many samples may run together (None: all), and the most that have."""
+
+    most: int | None
+    seen: int = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known of the outermost public function, and of those between it and here; without one, the defaults."""
+
+    is_quiet: bool = False  # whether no progress is shown
+    # How layers are left out of its request; ``{}`` stands for the layers.
+    leaves_out: str = "exclude {} from the config_list (exclude_op_names)"
+    called_as: tuple[str, str] = ("", "")  # a function, and the public one that passes its arguments to it
+    told: set[str] | None = None  # the warnings that were given; None: no public function runs
+    models: set[int] | None = None  # the ids of the user's own models that it runs; None: no call has its turn
+    in_step: str = ""  # the public function that all processes run
+    limit: BatchLimit | None = None  # None: where memory is short, nothing starts again
+
+
+_NONE = Context()
+_CONTEXT: ContextVar[Context] = ContextVar("context", default=_NONE)
+
+
+def context() -> Context:
+    """Return what is known of the public function that runs."""
+    return _CONTEXT.get()
+
+
+@contextmanager
+def in_context(**known: Any) -> Iterator[None]:
+    """Change fields of the context for a block."""
+    token = _CONTEXT.set(replace(context(), **known))
+    try:
+        yield
+    finally:
+        _CONTEXT.reset(token)
+
+
+def forget_models() -> None:
+    """Let a forked process begin anew: the call that had its turn isn't there."""
+    _CONTEXT.set(replace(context(), models=None))
+
+
+def leaving_out(layers: str = "the layer") -> str:
+    """Return the advice to leave layers out, with the knob that does so in the call that runs."""
+    return context().leaves_out.format(layers)
+
+
+def called_as(place: str) -> str:
+    """Return the name by which the user called a function: that of the one which passes its arguments to it."""
+    function, public = context().called_as
+    return public if place == function else place
