@@ -24,8 +24,8 @@ from nni_topo.runs.frontier import checked_shares, frontier
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import empty_folder, prune_checkpoint
 from nni_topo.runs.run import Start, distillation_knobs, latencies
+from nni_topo.runs.settings import Settings
 from nni_topo.runs.shrink import KNOBS, budget_settings, shrink, without_share
-from nni_topo.runs.steps import check_choices, check_has_size, check_layers
 from nni_topo.runs.widths import sorted_layers
 from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.compare import compare
@@ -213,11 +213,11 @@ class Shrink(TrainedVerb):
         with empty_folder(self.out):
             budget = self._budget()
             self._check(budget)
-            layers = [*self.caps, *self.floors] or None
+            asked = Settings(layers=[*self.caps, *self.floors] or None, place="nni-topo shrink")
             start = self.start(
                 self.test_limit,
                 # called before the network is trained
-                accept=lambda untrained: check_layers(untrained.net, layers, "nni-topo shrink"),
+                accept=lambda untrained: asked.check_layers(untrained.net),
             )
             if self.shares:
                 return self._several(start, console)
@@ -278,9 +278,10 @@ class Shrink(TrainedVerb):
         else:
             check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
             cost = budget_settings(budget, self.tolerance)[1]
-        check_choices(cost, self.pruner, None, None, self.method, True, None, None, place)
+        settings = Settings(pruner=self.pruner, compensate=self.method, place=place)
+        settings.check_budget(cost)
         if self.shares or self.tolerance is not None or self.depth:
-            check_has_size(self.pruner, "--shares, --tolerance and --depth need")
+            settings.check_has_size("--shares, --tolerance and --depth need")
 
     def _steps(self, start: Start) -> dict[str, Any]:
         """Return what both `shrink` and `frontier` are told of the steps."""

@@ -40,7 +40,8 @@ from nni_topo.pruners.budget import Budget, BudgetOutcome, outcome_of, tell_if_m
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import Outputs, judged
 from nni_topo.runs.allocating import Tried, check_held_out
-from nni_topo.runs.steps import PrunedNetwork, RecoveredNetwork, ShrinkSteps, layers_to_prune, with_described
+from nni_topo.runs.pipeline import Pipeline, PrunedNetwork, RecoveredNetwork
+from nni_topo.runs.prunable import layers_to_prune
 from nni_topo.runs.widths import fewest_channels, inner_layers_of, least_share
 
 if TYPE_CHECKING:
@@ -508,16 +509,16 @@ def _few(images: Calibration, count: int) -> Calibration:
 
 
 @dataclass(frozen=True)
-class DepthSteps(ShrinkSteps):
+class DepthPipeline(Pipeline):
     """How a network is made smaller where blocks compete with channels for the budget."""
 
     removable: Removable = field(default_factory=lambda: Removable((), {}, {}))
     _paths: dict[str, DepthPath] = field(default_factory=dict)
-    _made: dict[int, ShrinkSteps] = field(default_factory=dict)
+    _made: dict[int, Pipeline] = field(default_factory=dict)
     _lefts: dict[tuple[str, int], float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, steps: ShrinkSteps, budget: Budget) -> ShrinkSteps:
+    def on(cls, steps: Pipeline, budget: Budget) -> Pipeline:
         """Return steps that also remove blocks; where no block can go, the same steps, which then say so."""
         keeps = _keeps(steps)
 
@@ -532,7 +533,7 @@ class DepthSteps(ShrinkSteps):
             steps.leave_out(f"depth=True finds no block that can be removed ({why}), so only channels are removed")
             return steps
         check_held_out(steps.images.all, steps.images.judges, "depth=True")
-        own = {each.name: getattr(steps, each.name) for each in fields(ShrinkSteps)}
+        own = {each.name: getattr(steps, each.name) for each in fields(Pipeline)}
         return cls(**{**own, "is_search": True}, removable=removable)
 
     def recover(self, budget: Budget) -> tuple[RecoveredNetwork, tuple[Tried, ...]]:
@@ -558,7 +559,7 @@ class DepthSteps(ShrinkSteps):
                 return
             found[count] = recovered, tried
             outcomes[count] = outcome_of(budget, self.share_left(budget, recovered), "")
-            (judgement,) = judged(self.model, [recovered.dense], judges, self.outputs)
+            (judgement,) = judged(self.model, [recovered.dense], judges, self.settings.outputs)
             losses[count] = judgement.loss if math.isfinite(judgement.loss) else math.inf
 
         # Where few channels don't make a network fast enough, blocks go first.
@@ -628,7 +629,7 @@ class DepthSteps(ShrinkSteps):
             recovered, tried = self._steps_without(count, budget).recover(self._own_budget(budget, count))
         return replace(recovered, blocks_removed=count), tried
 
-    def _steps_without(self, count: int, budget: Budget) -> ShrinkSteps:
+    def _steps_without(self, count: int, budget: Budget) -> Pipeline:
         """Return the steps of the network without so many blocks."""
         if count in self._made:
             return self._made[count]
@@ -646,12 +647,10 @@ class DepthSteps(ShrinkSteps):
                     "a network must have a layer whose channels can be removed, got none that is named (layers)"
                 )
         analysis = Analysis.on(short.net, self.images.example)
-        prunable = layers_to_prune(analysis, layers)
-        if self.is_described:
-            prunable = with_described(analysis, prunable)
-        own = {each.name: getattr(self, each.name) for each in fields(ShrinkSteps) if each.init}
-        own |= {"analysis": analysis, "prunable": prunable, "_asked": {}, "_left_out": []}
-        self._made[count] = ShrinkSteps(**own)
+        prunable = layers_to_prune(analysis, layers, is_described=self.is_described)
+        own = {each.name: getattr(self, each.name) for each in fields(Pipeline) if each.init}
+        own |= {"analysis": analysis, "prunable": prunable, "_asked": {}, "_left_out": [], "_costs": {}}
+        self._made[count] = Pipeline(**own)
         return self._made[count]
 
     def _own_budget(self, budget: Budget, count: int) -> Budget:
@@ -704,7 +703,7 @@ class DepthSteps(ShrinkSteps):
             saved = cost_saved(self.model, example, budget.kind, table)
             judges: Any = self.images.judges
             self._paths[budget.kind] = DepthPath(
-                self.model, self.images.learned, judges, self.outputs, self.removable, saved
+                self.model, self.images.learned, judges, self.settings.outputs, self.removable, saved
             )
         return self._paths[budget.kind]
 
@@ -774,7 +773,7 @@ def _resolved(entries: Sequence[Mapping[str, Any]], model: nn.Module) -> list[tu
     return found
 
 
-def _keeps(steps: ShrinkSteps) -> Callable[[str], str]:
+def _keeps(steps: Pipeline) -> Callable[[str], str]:
     """Return a function that says why a block must stay for the layers that the caller named."""
     if steps.prunable.is_default:
         return lambda _: ""

@@ -20,7 +20,7 @@ from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.io.checkpoint import save
-from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO, check_model
+from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
@@ -29,26 +29,13 @@ from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import Outputs, judged
 from nni_topo.rules import ANYTHING, is_finite
-from nni_topo.runs.depth import DepthSteps
-from nni_topo.runs.shrink import ShrinkReport, names_of_steps, tell_report, told_by_config, without_share
-from nni_topo.runs.steps import (
-    LEAVE_OUT,
-    UNPRUNED,
-    Compensate,
-    Distill,
-    ImageParts,
-    Measurements,
-    RecoveredNetwork,
-    ShrinkSteps,
-    Stage,
-    as_described,
-    check_can_be_distilled,
-    check_choices,
-    check_has_size,
-    check_layers,
-    check_one_distilled,
-    plain_weights,
-)
+from nni_topo.runs.images import ImageParts
+from nni_topo.runs.measurements import Stage
+from nni_topo.runs.pipeline import Pipeline, RecoveredNetwork, plain_weights
+from nni_topo.runs.prepared import Asked, Prepared
+from nni_topo.runs.report import ShrinkReport
+from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings
+from nni_topo.runs.shrink import without_share
 
 if TYPE_CHECKING:
     import pandas
@@ -270,7 +257,7 @@ def frontier(
     -------
     Frontier
         The networks by their share, with ``to_frame()``, ``rows()``, ``plot()`` and ``save(folder)``. Each network has
-        a ``report``, a :class:`ShrinkReport <nni_topo.runs.shrink.ShrinkReport>`.
+        a ``report``, a :class:`ShrinkReport <nni_topo.runs.report.ShrinkReport>`.
 
     Raises
     ------
@@ -316,36 +303,29 @@ def frontier(
             f"budget must name a cost, e.g. 'flops' or {{'flops': None}}, got {shown(budget)}: shares says how much is "
             "kept (frontier)"
         )
-    kind = template.kind
-    layers = None if layers is None else list(layers)
-    check_model(model)
-    check_layers(model, layers, "frontier")
-    check_choices(template, pruner, knobs, layers, compensate, distill, outputs, evaluate, "frontier")
-    check_has_size(pruner, "shares need")
+    settings = Settings(
+        pruner=pruner,
+        knobs={} if knobs is None else knobs,
+        layers=None if layers is None else list(layers),
+        compensate=compensate,
+        distill=distill,
+        narrow_heads=narrow_heads,
+        depth=depth,
+        outputs=outputs,
+        evaluate=evaluate,
+        round_to=round_to,
+        seed=seed,
+        progress=progress,
+        place="frontier",
+    )
+    settings.check_has_size("shares need")
     if len(wanted) > 1:
-        check_one_distilled(distill, "one of each share", "frontier")
-    template, is_described = as_described(model, template, narrow_heads, pruner)
-    model, told_of_weights = plain_weights(model)
-    data = ImageParts.of(calibration, model)
-    check_can_be_distilled(model, data.all, distill, outputs)
-    settings: dict[str, Any] = {
-        "pruner": pruner,
-        "knobs": knobs,
-        "layers": layers,
-        "compensate": compensate,
-        "distill": distill,
-        "narrow_heads": narrow_heads,
-        "outputs": outputs,
-        "round_to": round_to,
-        "seed": seed,
-        "progress": progress,
-        "is_described": is_described,
-    }
-    steps = ShrinkSteps.prepare(model, data, kind, **settings, is_search=True)
-    measured = Measurements(model, data, evaluate, outputs)
-    measured.add(UNPRUNED, model)
-    if depth:
-        steps = DepthSteps.of(steps, template)
+        settings.check_one_distilled("one of each share")
+    asked = Asked.of(model, calibration, settings, template)
+    data = ImageParts.of(calibration, asked.model)
+    prepared = Prepared.of(asked, data, settings, is_search=True)
+    model, template, kind = asked.model, asked.budget, asked.budget.kind
+    steps, measured = prepared.pipeline, prepared.measured
     timed = template
     if kind == "latency" and template.latency_table is None:
         # Measured once for all networks; these are timed at the end.
@@ -353,7 +333,7 @@ def frontier(
     own_steps = _distillation_steps(wanted, data.learned.samples, distill)
     # Bounds of layers are shares of the unpruned network's channels.
     bounds = {"min_sparse_ratio", "max_sparse_ratio"}
-    has_bounds = any(bounds & each.keys() for each in layers or () if isinstance(each, Mapping))
+    has_bounds = any(bounds & each.keys() for each in settings.layers or () if isinstance(each, Mapping))
 
     networks: dict[float, nn.Module] = {}
     reports: list[ShrinkReport] = []
@@ -370,7 +350,7 @@ def frontier(
         # Where learned weights were discarded, the larger network has nothing that this one hasn't.
         is_possible = kind != "latency" and not depth and not has_bounds
         if larger is not None and is_possible and is_learned(reports[-1]):
-            other = _made_from_larger(networks[larger], lefts[-1], share, data, template, settings, recovered)
+            other = _made_from_larger(networks[larger], lefts[-1], share, steps, template, recovered)
             if other is not None:
                 own_left = steps.share_left(own, other)
                 # One that keeps more of the cost would win for that alone.
@@ -383,25 +363,16 @@ def frontier(
         final, verdict = steps.distil(recovered.dense, steps=count)
         is_last_step_distilled = callable(distill) or final is not recovered.dense
         measured.add("distilled" if is_last_step_distilled else "reconstructed", final)
-        undescribed = told_by_config(final, is_described)
-        report = ShrinkReport(
+        report = prepared.report(
+            final,
+            own,
+            recovered,
+            tried,
             stages=(measured.stages[0], measured.stages[-1]),
             layers=recovered.layers,
-            compensation=recovered.report,
-            tried=tried,
-            budget=outcome,
-            images=data.learned.samples,
-            held_out=0 if data.held_out is None else data.held_out.samples,
-            warnings=told_of_weights + (() if recovered.report is None else recovered.report.warnings) + steps.warnings,
-            whole=steps.prunable.unpruned,
+            outcome=outcome,
             distillation=verdict,
-            depth=recovered.depth,
-            grouped=calibration.groups is not None,
-            outputs=measured.answers.named,
-            undescribed=undescribed,
-            **names_of_steps(steps, own, tried),
         )
-        tell_report(final, report)
         networks[share] = final
         reports.append(report)
         starts.append(start)
@@ -464,17 +435,18 @@ def _made_from_larger(
     larger: nn.Module,
     left: float,
     share: float,
-    data: ImageParts,
+    steps: Pipeline,
     template: Budget,
-    settings: Mapping[str, Any],
     recovered: RecoveredNetwork,
 ) -> RecoveredNetwork | None:
     """Prune a larger network further, to the same share of the unpruned one's cost; None where that can't be."""
     fixed: Any = {template.kind: min(share / left, 1.0)}
     try:
         larger, _ = plain_weights(larger)
-        steps = ShrinkSteps.prepare(larger, data, template.kind, **settings, is_search=True)
-        other, _ = steps.recover(replace(template, **fixed))
+        own = Pipeline.of(
+            larger, steps.images, steps.settings, template.kind, is_search=True, is_described=steps.is_described
+        )
+        other, _ = own.recover(replace(template, **fixed))
     except ConfigError as error:  # no more channels can be removed
         _logger.info("the network of share %g isn't made from a larger one: %s", share, error)
         return None

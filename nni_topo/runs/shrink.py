@@ -2,345 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, listed
-from nni_topo.network.attention.config import is_pretrained
-from nni_topo.network.io.checkpoint import tell_pruned_heads, why_undescribed
-from nni_topo.network.layers.kinds import with_transposed_weights
-from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO, check_model
+from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
-from nni_topo.network.runtime.reports import (
-    ModelReport,
-    as_code,
-    as_sentence,
-    give_report,
-    markdown_table,
-    told_of_changes,
-)
-from nni_topo.network.speedup.dense import DenseReport, dense_report_of, sizes_in_markdown, to_dense
-from nni_topo.network.speedup.dependency import OUTPUT, by_reason
+from nni_topo.network.speedup.dense import DenseReport, dense_report_of, to_dense
 from nni_topo.network.speedup.reconcile import MasksLike
-from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, BudgetOutcome, as_budget
+from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget
 from nni_topo.recovery import RecoveryMethod
-from nni_topo.recovery.distilling import Verdict
-from nni_topo.recovery.lesson import ComparedOutputs, Outputs
-from nni_topo.recovery.report import CompensationReport
+from nni_topo.recovery.lesson import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of
 from nni_topo.runs.allocating import Tried
-from nni_topo.runs.depth import DepthOutcome, DepthSteps
-from nni_topo.runs.steps import (
-    LEAVE_OUT,
-    UNPRUNED,
-    Compensate,
-    Distill,
-    ImageParts,
-    Measurements,
-    RecoveredNetwork,
-    ShrinkSteps,
-    Stage,
-    as_described,
-    check_can_be_distilled,
-    check_can_be_shared,
-    check_choices,
-    check_has_size,
-    check_layers,
-    check_one_distilled,
-    chooses_how_many,
-    plain_weights,
-)
-from nni_topo.runs.tolerance import (
-    MEASURES,
-    PARTS,
-    Judge,
-    ToleranceOutcome,
-    check_tolerance,
-    resolved_measure,
-    within_tolerance,
-)
+from nni_topo.runs.images import ImageParts
+from nni_topo.runs.prepared import Asked, Prepared
+from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings
+from nni_topo.runs.tolerance import MEASURES, PARTS, Judge, check_tolerance, resolved_measure, within_tolerance
 
-if TYPE_CHECKING:
-    import pandas
-
-_NAMES = 8  # of layers that a line names
 _MANY = 8  # so many channels make it worth telling that only one is left
-_UNGROUPED = (
-    "where several samples are of one source, such as a speaker or a photo, nni_topo.Calibration(groups=...) holds out "
-    "whole sources: on new ones a network is worse than on other samples of known ones"
-)
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, repr=False)
-class ShrinkReport(ModelReport):
-    """How a network was made smaller; its ``repr`` is a table with notes.
-
-    Attributes
-    ----------
-    stages : tuple of Stage
-        The unpruned network, and the network after each step. Distances and agreements are those of held-out images.
-    layers : DenseReport
-        Channels of every layer before and after, and why some channels are kept although they were to be removed.
-    compensation : CompensationReport or None
-        Errors of each layer before and after weight reconstruction; None without a method of this package.
-    tried : tuple of Tried
-        The ways to distribute the budget that were tried, with ``allocation="auto"``.
-    budget : BudgetOutcome or None
-        Whether the budget was met, and why not.
-    images : int
-        Number of calibration images: pruning, weight reconstruction and distillation use them.
-    held_out : int
-        Number of held-out images, which no step uses; 0 if there were fewer than eight images in all. Then the figures
-        are those of the calibration images.
-    warnings : tuple of str
-        What makes the figures doubtful, with what to do about it.
-    whole : dict of str to str
-        By layer that keeps all channels because they can't be removed, the reason. If ``layers`` was given, of those
-        layers alone.
-    distillation : Verdict or None
-        Whether the distilled weights were kept, and the figures that decided; None where :func:`nni_topo.distill`
-        didn't run, or what it made wasn't confirmed.
-    tolerance : ToleranceOutcome or None
-        With a ``tolerance``: the difference that was confirmed, its upper 95 % limit, and the candidates of the search.
-        Then ``images`` are calibration data only, ``held_out`` those that confirm; other ones judged the candidates.
-    depth : DepthOutcome or None
-        With ``depth=True``: the blocks that were removed, what makes up for them, and the networks that were tried.
-        Names are those in the unpruned network, while ``layers`` has those in the smaller one.
-    outputs : ComparedOutputs or None
-        By name, the outputs of the model that distances, agreements and distillation compare (``outputs.compared``) and
-        those that they don't (``outputs.left_out``); none are named where ``outputs=`` said what counts.
-    pruner : str
-        Name of the pruner, or of the function that selected the channels.
-    allocation : str
-        How the budget was distributed, ``"uniform"``, ``"topological"`` or ``"error"``; empty where the pruner chose
-        how many channels it keeps.
-    equal_blocks : bool
-        Whether all blocks were to keep the same widths.
-    recovery : str
-        Name of the recovery method, or of its class or function; empty where no weights were reconstructed.
-    undescribed : str
-        Of a model of Transformers, what its config can't say of the network; empty where ``from_pretrained`` loads it.
-    changed_since : tuple of str
-        What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``: the
-        figures are those before.
-    grouped : bool
-        Whether ``groups`` of the calibration data said which samples belong together.
-    """
-
-    stages: tuple[Stage, ...]
-    layers: DenseReport
-    compensation: CompensationReport | None = None
-    tried: tuple[Tried, ...] = ()
-    budget: BudgetOutcome | None = None
-    images: int = 0
-    held_out: int = 0
-    warnings: tuple[str, ...] = ()
-    whole: dict[str, str] = field(default_factory=dict)
-    distillation: Verdict | None = None
-    tolerance: ToleranceOutcome | None = None
-    depth: DepthOutcome | None = None
-    outputs: ComparedOutputs | None = None
-    pruner: str = ""
-    allocation: str = ""
-    equal_blocks: bool = False
-    recovery: str = ""
-    undescribed: str = ""
-    changed_since: tuple[str, ...] = ()
-    grouped: bool = False
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return the stages as a table, one row each."""
-        import pandas
-
-        return pandas.DataFrame([asdict(stage) for stage in self.stages])
-
-    @property
-    def pruned_layers(self) -> tuple[str, ...]:
-        """Names of the layers that lost channels."""
-        return self.layers.pruned_layers
-
-    @property
-    def parameters_left(self) -> int:
-        """Parameters of the network that was returned."""
-        return self.stages[-1].params
-
-    def to_markdown(self) -> str:
-        """Return the report as Markdown, for the card of a network that is published.
-
-        It has the sizes before and after, the steps, what the report's table says of distances and agreements, the
-        layers that lost channels, and the warnings.
-
-        Returns
-        -------
-        str
-            Sections with headings of the second level.
-        """
-        first, last = self.stages[0], self.stages[-1]
-        sizes = {"parameters": (first.params, last.params), "MACs of one sample": (first.macs, last.macs)}
-        parts = ["## Size", sizes_in_markdown(sizes)]
-        if self.budget is not None:
-            parts.append(as_sentence(str(self.budget)))
-        if self.tolerance is not None:
-            parts.append(as_sentence(str(self.tolerance)))
-        steps = []
-        if self.pruner:
-            steps.append(f"pruner: {as_code(self.pruner)}")
-        if self.allocation:
-            alike = ", the same widths in all blocks" if self.equal_blocks else ""
-            steps.append(f"allocation of the budget: {as_code(self.allocation)}{alike}")
-        if self.depth is not None:
-            # The notes on the layers name them.
-            steps.append(f"blocks removed: {len(self.depth.removed)}")
-        steps.append(f"weight reconstruction: {as_code(self.recovery) if self.recovery else 'none'}")
-        if self.distillation is not None:
-            weights = "kept" if self.distillation.is_kept else "discarded"
-            steps.append(f"distillation: {self.distillation.steps} steps, whose weights are {weights}")
-        else:
-            is_distilled = self.stages[-1].network == "distilled"
-            steps.append(f"distillation: {'by a function of the caller' if is_distilled else 'none'}")
-        steps.append(f"calibration data: {self.images} samples, without labels")
-        parts += ["## How it was pruned", "\n".join(f"- {each}" for each in steps)]
-        rows = self._rows()
-        columns = [
-            name for name in ("network", "distance", "agreement", "accuracy") if any(_shown(row[name]) for row in rows)
-        ]
-        table = markdown_table(columns, [[_shown(row[name]) for name in columns] for row in rows])
-        told = [as_sentence(self._measured_on("agreement" in columns))]
-        told.append("Distance: mean squared distance of the outputs from the unpruned network's, over their variance.")
-        if "agreement" in columns:
-            told.append("Agreement: share of the largest outputs that are the same.")
-        if "accuracy" in columns:
-            told.append("Accuracy: what the evaluation function of the call returned.")
-        if self.outputs is not None and self.outputs.left_out:
-            told.append(f"Outputs that are compared: {', '.join(map(as_code, self.outputs.compared))}.")
-        parts += ["## How much changes", table, " ".join(told)]
-        parts += self.layers.widths_in_markdown()
-        if self.changed_since:
-            parts.append(as_sentence(told_of_changes(self.changed_since)))
-        if self.warnings:
-            parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
-        return "\n\n".join(parts)
-
-    def _measured_on(self, has_agreement: bool) -> str:
-        """Return a sentence that says what the figures are measured on."""
-        measured = "distance and agreement are" if has_agreement else "distance is"
-        if not self.held_out:
-            return (
-                f"{measured} measured on the {self.images} calibration samples, on which networks look better than "
-                "they are"
-            )
-        others = f"the {self.images} other samples are the calibration data"
-        if self.tolerance is not None and self.tolerance.measure != "evaluate":
-            others = f"{self.images} other samples are the calibration data, the rest judged the candidates"
-        return f"{measured} measured on {self.held_out} held-out samples, with 95 % intervals; {others}"
-
-    def _rows(self) -> list[dict[str, Any]]:
-        """Return the table's rows, with numbers and intervals as text."""
-        is_discarded = self.distillation is not None and not self.distillation.is_kept
-        rows: list[dict[str, Any]] = []
-        for stage in self.stages:
-            network = stage.network
-            if network == "distilled" and is_discarded:
-                network = "distilled (discarded)"
-            rows.append(
-                {
-                    "network": network,
-                    "macs": stage.macs,
-                    "params": stage.params,
-                    "distance": _with_interval(stage.distance, stage.distance_low, stage.distance_high),
-                    "agreement": _with_interval(stage.agreement, stage.agreement_low, stage.agreement_high),
-                    "accuracy": stage.accuracy,
-                    "seconds": stage.seconds,
-                }
-            )
-        return rows
-
-    def __repr__(self) -> str:
-        import pandas
-
-        frame = pandas.DataFrame(self._rows()).dropna(axis="columns", how="all")
-        lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
-        if self.held_out:
-            lines.append(self._measured_on("agreement" in frame))
-            if not self.grouped:
-                lines.append(_UNGROUPED)
-        if self.outputs is not None and self.outputs.left_out:
-            lines.append(str(self.outputs))
-        if self.tolerance is not None:
-            lines.append(str(self.tolerance))
-            lines.append(self.tolerance.told_candidates())
-        if self.budget is not None:
-            lines.append(str(self.budget))
-        if self.depth is not None:
-            lines.append(str(self.depth))
-        if self.distillation is not None:
-            lines.append(str(self.distillation))
-        lines += [f"warning: {each}" for each in self.warnings]
-        lines += map(repr, self.tried)
-        left_alone = self.compensation.left_alone if self.compensation else {}
-        for reason, names in by_reason(left_alone).items():
-            lines.append(f"the weights of {listed(names, _NAMES)} are not reconstructed: {reason}")
-        # Of a layer that keeps all channels, one line says why.
-        held = {f"{row.name} {row.kept}": row.reason for row in self.layers.kept if row.name not in self.whole}
-        for reason, names in by_reason(held).items():
-            lines.append(f"channels that were to be removed are kept: {listed(names, _NAMES)} ({reason})")
-        for reason, names in by_reason(self.whole).items():
-            if reason != OUTPUT:
-                keeps = "keeps" if len(names) == 1 else "keep"
-                lines.append(f"{listed(names, _NAMES)} {keeps} all channels: {reason}")
-        if self.undescribed:
-            lines.append(
-                f"from_pretrained can't build the network by its config, {self.undescribed}: use nni_topo.save and "
-                "nni_topo.load"
-            )
-        if self.changed_since:
-            lines.append(told_of_changes(self.changed_since))
-        return "\n".join(lines)
-
-
-def _shown(figure: str | float | None) -> str:
-    """Return a cell of a table as text; empty for None and NaN."""
-    if isinstance(figure, float):
-        return "" if math.isnan(figure) else f"{figure:.4g}"
-    return "" if figure is None else figure
-
-
-def names_of_steps(
-    steps: ShrinkSteps, budget: Budget, tried: tuple[Tried, ...]
-) -> dict[Literal["pruner", "allocation", "equal_blocks", "recovery"], Any]:
-    """Return what a report says of the pruner, the allocation and the recovery method, by its fields."""
-    allocation = "" if chooses_how_many(steps.pruner) else str(budget.allocation)
-    if allocation == AUTO:
-        allocation = next((each.allocation for each in tried if each.is_chosen), "")
-    return {
-        "pruner": _name_of(steps.pruner),
-        "allocation": allocation,
-        "equal_blocks": bool(budget.equal_blocks),
-        "recovery": "" if steps.compensate is None else _name_of(steps.compensate),
-    }
-
-
-def _name_of(choice: Any) -> str:
-    """Return the name of a choice that is given by name, as a function, or as an object with settings."""
-    return choice if isinstance(choice, str) else str(getattr(choice, "__name__", type(choice).__name__))
-
-
-def _with_interval(value: float, low: float, high: float) -> str | None:
-    """Return a number and its interval as the table shows them; None for NaN."""
-    if math.isnan(value):
-        return None
-    return f"{value:.4g}" if low == high else f"{value:.4g} ({low:.3g}-{high:.3g})"
-
 
 KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEASURES)}
 """Rules of the knobs that say how far the network's answers may differ."""
@@ -453,7 +139,8 @@ def shrink(
     Returns
     -------
     torch.nn.Module
-        The dense network, in the mode of ``model``. Its ``report`` is a :class:`ShrinkReport`.
+        The dense network, in the mode of ``model``. Its ``report`` is a
+        :class:`ShrinkReport <nni_topo.runs.report.ShrinkReport>`.
 
     Raises
     ------
@@ -523,125 +210,100 @@ def shrink(
     torch.Size([2, 4])
     """
     calibration = batches_of(images, model, "images", shared=True)
-    asked, kind_and_allocation = budget_settings(budget, tolerance)
-    layers = None if layers is None else list(layers)
-    check_model(model)
-    check_layers(model, layers, "shrink")
-    check_choices(kind_and_allocation, pruner, knobs, layers, compensate, distill, outputs, evaluate, "shrink")
-    check_can_be_shared(calibration, kind_and_allocation, pruner, compensate, distill, tolerance, depth)
-    kind_and_allocation, is_described = as_described(model, kind_and_allocation, narrow_heads, pruner)
-    model, told_of_weights = plain_weights(model)
-    structure_call(model, calibration)  # an error that says what to change
-    parts: tuple[Calibration | None, ...] | None = None
-    if depth:
-        check_has_size(pruner, "depth=True needs")
-    if tolerance is not None:
-        check_one_distilled(distill, "candidates of the tolerance", "shrink")
-        measure = resolved_measure(measure, evaluate, model, calibration, outputs)
-        # A function has its own data, so no image must be withheld from the calibration data to confirm.
-        parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
-        check_tolerance(tolerance, measure, calibration, parts or (), pruner)
-    data = ImageParts.of(calibration, model, parts)
-    check_can_be_distilled(model, data.all, distill, outputs)
-    steps = ShrinkSteps.prepare(
-        model,
-        data,
-        kind_and_allocation.kind,
+    share, wanted = budget_settings(budget, tolerance)
+    settings = Settings(
         pruner=pruner,
-        knobs=knobs,
-        layers=layers,
+        knobs={} if knobs is None else knobs,
+        layers=None if layers is None else list(layers),
         compensate=compensate,
         distill=distill,
         narrow_heads=narrow_heads,
+        depth=depth,
         outputs=outputs,
+        evaluate=evaluate,
         round_to=round_to,
         seed=seed,
         progress=progress,
-        is_search=tolerance is not None,
-        is_described=is_described,
     )
-    if asked is not None and not depth:
-        steps.tell_reachable(kind_and_allocation)
-    measured = Measurements(model, data, evaluate, outputs)
-    measured.add(UNPRUNED, model)
-    if depth:
-        steps = DepthSteps.of(steps, kind_and_allocation)
-    found: ToleranceOutcome | None = None
+    asked = Asked.of(model, calibration, settings, wanted, tolerance)
+    structure_call(asked.model, calibration)  # an error that says what to change
+    if tolerance is None:
+        return _within_budget(asked, calibration, settings)
+    settings.check_one_distilled("candidates of the tolerance")
+    measure = resolved_measure(measure, evaluate, asked.model, calibration, outputs)
+    return _within_tolerance(asked, calibration, settings, share, tolerance, measure)
+
+
+def _within_budget(asked: Asked, calibration: Calibration, settings: Settings) -> nn.Module:
+    """Return the network of a budget."""
+    images = ImageParts.of(calibration, asked.model)
+    prepared = Prepared.of(asked, images, settings, is_search=False, is_sized=True)
+    pipeline, measured, budget = prepared.pipeline, prepared.measured, asked.budget
     tried: tuple[Tried, ...] = ()
-    outcome: BudgetOutcome | None
-    verdict: Verdict | None
-    recovered: RecoveredNetwork | None
-    more_warnings: tuple[str, ...] = ()
-    if tolerance is not None:
-        judging = [] if parts is None else [each for each in parts[1:] if each is not None]
-        judge = Judge(model, measured.answers, judging, tolerance, measure, evaluate)
-        result = within_tolerance(steps, judge, kind_and_allocation, asked)
-        outcome, found, more_warnings = result.budget, result.outcome, result.warnings
-        chosen = result.chosen
-        recovered, tried, verdict = None, (), None
-        if chosen is None:
-            final = to_dense(model, data.example, {})
-            layer_report = dense_report_of(final)
-        else:
-            recovered, tried, verdict, final = chosen.recovered, chosen.tried, chosen.verdict, chosen.network
-            layer_report = recovered.layers
-            measured.add("pruned", recovered.pruned.dense)
-            if compensate is not None:
-                measured.add("reconstructed", recovered.dense)
-            if chosen.candidate.is_distilled:
-                measured.add("distilled", final)
+    if budget.allocation == AUTO or settings.depth:
+        recovered, tried = pipeline.recover(budget)
+        measured.add("pruned", recovered.pruned.dense)
     else:
-        if kind_and_allocation.allocation == AUTO or isinstance(steps, DepthSteps):
-            recovered, tried = steps.recover(kind_and_allocation)
-            measured.add("pruned", recovered.pruned.dense)
-        else:
-            pruned = steps.prune(kind_and_allocation)
-            measured.add("pruned", pruned.dense)
-            recovered = steps.reconstruct(pruned)
-        outcome = steps.outcome(kind_and_allocation, recovered)
-        if compensate is not None:
-            measured.add("reconstructed", recovered.dense)
-        layer_report = recovered.layers
-        final, verdict = steps.distil(recovered.dense)
-        if callable(distill) or final is not recovered.dense:
-            measured.add("distilled", final)
-    undescribed = told_by_config(final, is_described)
-    compensation_report = None if recovered is None else recovered.report
-    report = ShrinkReport(
+        pruned = pipeline.select(budget)
+        measured.add("pruned", pruned.dense)
+        recovered = pipeline.reconstruct(pruned)
+    outcome = pipeline.outcome(budget, recovered)
+    if settings.compensate is not None:
+        measured.add("reconstructed", recovered.dense)
+    network, verdict = pipeline.distil(recovered.dense)
+    if callable(settings.distill) or network is not recovered.dense:
+        measured.add("distilled", network)
+    prepared.report(
+        network,
+        budget,
+        recovered,
+        tried,
+        measured.warnings() + _nearly_gone(recovered.layers),
         stages=tuple(measured.stages),
-        layers=layer_report,
-        compensation=compensation_report,
-        tried=tried,
-        budget=outcome,
-        images=data.learned.samples_of_all,
-        held_out=0 if data.held_out is None else data.held_out.samples_of_all,
-        warnings=told_of_weights
-        + measured.warnings()
-        + (compensation_report.warnings if compensation_report is not None else ())
-        + steps.warnings
-        + _nearly_gone(layer_report)
-        + more_warnings,
-        whole=steps.prunable.unpruned,
+        layers=recovered.layers,
+        outcome=outcome,
         distillation=verdict,
-        tolerance=found,
-        depth=None if recovered is None else recovered.depth,
-        outputs=measured.answers.named,
-        undescribed=undescribed,
-        grouped=calibration.groups is not None,
-        **names_of_steps(steps, kind_and_allocation, tried),
     )
-    tell_report(final, report)
-    return final
+    return network
 
 
-def told_by_config(network: nn.Module, is_described: bool) -> str:
-    """Let a network of Transformers be as its config describes it, and return what the config can't say."""
-    if is_described:
-        with_transposed_weights(network)
-    if not is_pretrained(network):
-        return ""
-    tell_pruned_heads(network)
-    return why_undescribed(network)
+def _within_tolerance(
+    asked: Asked, calibration: Calibration, settings: Settings, share: float | None, tolerance: float, measure: str
+) -> nn.Module:
+    """Return the smallest network within a tolerance; ``share``: the least of the cost that is kept, if it was said."""
+    # A function has its own data, so no image must be withheld from the calibration data to confirm.
+    parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
+    check_tolerance(tolerance, measure, calibration, parts or (), settings)
+    images = ImageParts.of(calibration, asked.model, parts)
+    prepared = Prepared.of(asked, images, settings, is_search=True, is_sized=share is not None)
+    measured, judging = prepared.measured, [each for each in (parts or ())[1:] if each is not None]
+    judge = Judge(asked.model, measured.answers, judging, tolerance, measure, settings.evaluate)
+    result = within_tolerance(prepared.pipeline, judge, asked.budget, share)
+    chosen = result.chosen
+    if chosen is None:
+        network = to_dense(asked.model, images.example, {})
+        recovered, layers = None, dense_report_of(network)
+    else:
+        recovered, network = chosen.recovered, chosen.network
+        layers = recovered.layers
+        measured.add("pruned", recovered.pruned.dense)
+        if settings.compensate is not None:
+            measured.add("reconstructed", recovered.dense)
+        if chosen.candidate.is_distilled:
+            measured.add("distilled", network)
+    prepared.report(
+        network,
+        asked.budget,
+        recovered,
+        () if chosen is None else chosen.tried,
+        measured.warnings() + _nearly_gone(layers) + result.warnings,
+        stages=tuple(measured.stages),
+        layers=layers,
+        outcome=result.budget,
+        distillation=None if chosen is None else chosen.verdict,
+        tolerance=result.outcome,
+    )
+    return network
 
 
 def _nearly_gone(layers: DenseReport) -> tuple[str, ...]:
@@ -653,14 +315,6 @@ def _nearly_gone(layers: DenseReport) -> tuple[str, ...]:
         f"one channel is left of these layers: {listed(left)}; ask for a larger share of the cost, or give them a "
         "max_sparse_ratio (layers)",
     )
-
-
-def tell_report(network: nn.Module, report: ShrinkReport) -> None:
-    """Let a network have its report, or log the report where the network has an attribute of that name."""
-    if not give_report(network, report):
-        _logger.warning(
-            "the model has an attribute of its own called report, so that this is only told here: %s", report
-        )
 
 
 def budget_settings(

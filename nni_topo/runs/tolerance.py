@@ -34,7 +34,9 @@ from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.lesson import Outputs
 from nni_topo.recovery.likeness import Answers, are_classes
 from nni_topo.runs.allocating import Tried
-from nni_topo.runs.steps import UNPRUNED, RecoveredNetwork, ShrinkSteps, check_has_size, evaluated
+from nni_topo.runs.measurements import UNPRUNED, evaluated
+from nni_topo.runs.pipeline import Pipeline, RecoveredNetwork
+from nni_topo.runs.settings import Settings
 from nni_topo.runs.widths import least_share
 
 if TYPE_CHECKING:
@@ -278,10 +280,10 @@ def resolved_measure(
 
 
 def check_tolerance(
-    tolerance: float, measure: str, images: Calibration, parts: Sequence[Calibration | None], pruner: Any
+    tolerance: float, measure: str, images: Calibration, parts: Sequence[Calibration | None], settings: Settings
 ) -> None:
     """Refuse a tolerance that images can't confirm, and a pruner that can't be asked for a size."""
-    check_has_size(pruner, "a tolerance needs")
+    settings.check_has_size("a tolerance needs")
     if measure == "evaluate":
         return
     unit = "samples" if images.groups is None else "groups of samples"
@@ -301,7 +303,7 @@ def check_tolerance(
         )
 
 
-def within_tolerance(steps: ShrinkSteps, judge: Judge, budget: Budget, asked: float | None) -> SearchResult:
+def within_tolerance(steps: Pipeline, judge: Judge, budget: Budget, asked: float | None) -> SearchResult:
     """Search the smallest network within a tolerance, distil and confirm it.
 
     ``budget`` says which cost is made small, and its allocation; its share is not looked at. ``asked`` is the share
@@ -362,7 +364,7 @@ def within_tolerance(steps: ShrinkSteps, judge: Judge, budget: Budget, asked: fl
         # The smallest may have passed by chance: larger networks, too, stand ready to be confirmed.
         _add_larger(passed, made)
     passed.sort(key=lambda each: -each.candidate.left)
-    if passed and steps.distill is not False:
+    if passed and steps.settings.distill is not False:
         found = distilled(passed[-1])
         if found.candidate.is_within:
             passed[-1] = found
@@ -425,7 +427,7 @@ def _go_on(
 
 
 def _confirmed(
-    steps: ShrinkSteps,
+    steps: Pipeline,
     judge: Judge,
     budget: Budget,
     asked: float | None,

@@ -25,7 +25,7 @@ from nni_topo.recovery.lesson import Judgement
 from nni_topo.runs import depth as depth_module
 from nni_topo.runs.depth import (
     DepthPath,
-    DepthSteps,
+    DepthPipeline,
     Removable,
     Removal,
     RemovedBlock,
@@ -36,7 +36,9 @@ from nni_topo.runs.depth import (
     cost_saved,
     removable_blocks,
 )
-from nni_topo.runs.steps import ImageParts, PrunedNetwork, RecoveredNetwork, ShrinkSteps
+from nni_topo.runs.images import ImageParts
+from nni_topo.runs.pipeline import Pipeline, PrunedNetwork, RecoveredNetwork
+from nni_topo.runs.settings import Settings
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
 from nni_topo.zoo.transformers import bert_small, vit_small
 
@@ -456,7 +458,7 @@ def test_a_block_saves_its_share_of_the_multiply_accumulates():
     assert saved(Removal("1", "1", 0)) == pytest.approx(64 / 96)
 
 
-class Staged(DepthSteps):
+class Staged(DepthPipeline):
     """Steps whose networks are numbers of blocks that are removed, with costs and losses that are written out."""
 
     def told(self, lefts, losses, kept, refused, overhead):
@@ -494,9 +496,10 @@ class Staged(DepthSteps):
 
 def staged(losses, *, whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, refused=(), overhead=math.nan):
     """Steps for the losses of networks by the number of blocks removed; four blocks save a fifth of the cost each."""
-    names = [each.name for each in fields(ShrinkSteps)]
+    names = [each.name for each in fields(Pipeline)]
     judges = Calibration([torch.zeros(8, 1)])
     steps = Staged(**dict.fromkeys(names), removable=Removable((), {}, {"4": "wanted"}))
+    object.__setattr__(steps, "settings", Settings())
     object.__setattr__(steps, "images", ImageParts(judges, judges, judges, judges, None))
     object.__setattr__(steps, "analysis", Analysis(nn.Identity(), ((torch.zeros(1, 1),), {})))
     return steps.told((1.0, 0.8, 0.6, 0.4, 0.2), whole, kept or {}, refused, overhead)
@@ -556,10 +559,8 @@ def test_a_network_without_channels_that_can_go_is_refused_where_no_block_goes()
 def depth_steps(layers=None, **settings):
     model, rows = stack()
     data = ImageParts.of(Calibration([rows]), model)
-    knobs = {"pruner": "l1", "knobs": None, "compensate": None, "distill": False, "narrow_heads": False,
-             "outputs": None, "round_to": None, "seed": 0, "progress": False}  # fmt: skip
-    plain = ShrinkSteps.prepare(model, data, "flops", layers=layers, **knobs)
-    return DepthSteps.of(plain, Budget(flops=0.5, **settings))
+    asked = Settings(pruner="l1", layers=layers, compensate=None, distill=False, narrow_heads=False, progress=False)
+    return DepthPipeline.on(Pipeline.of(model, data, asked, "flops"), Budget(flops=0.5, **settings))
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.runs import frontier as module
 from nni_topo.runs.frontier import Frontier, FrontierPoint
-from nni_topo.runs.steps import ImageParts, RecoveredNetwork
+from nni_topo.runs.images import ImageParts
+from nni_topo.runs.pipeline import RecoveredNetwork
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
 from nni_topo.zoo.transformers import vit_small
 

@@ -21,8 +21,9 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import DenseReport, LayerChannels
 from nni_topo.pruners.budget import BudgetOutcome, network_cost
 from nni_topo.recovery import Reconstruct
-from nni_topo.runs.shrink import ShrinkReport, budget_settings
-from nni_topo.runs.steps import Stage
+from nni_topo.runs.measurements import Stage
+from nni_topo.runs.report import ShrinkReport
+from nni_topo.runs.shrink import budget_settings
 from nni_topo.runs.tolerance import ToleranceOutcome
 from nni_topo.sharing import find_ties
 from nni_topo.testing import toy_images, toy_model

@@ -14,8 +14,9 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.likeness import Answers
-from nni_topo.runs import steps
+from nni_topo.runs import pipeline
 from nni_topo.runs import tolerance as module
+from nni_topo.runs.settings import Settings
 from nni_topo.runs.tolerance import (
     PARTS,
     Candidate,
@@ -216,7 +217,7 @@ def test_so_few_images_that_none_confirms_are_refused_without_a_tolerance_that_w
 def test_enough_images_are_taken():
     for count, measure in ((30, "distance"), (797, "answers"), (1, "evaluate")):
         images = Calibration([rows(count)])
-        check_tolerance(0.01, measure, images, images.in_parts(PARTS), "reconstruction")
+        check_tolerance(0.01, measure, images, images.in_parts(PARTS), Settings())
 
 
 @pytest.mark.parametrize(
@@ -352,7 +353,7 @@ def test_a_budget_of_time_is_counted_by_one_table_and_the_result_is_timed(monkey
         return [(0.4, 0.0)]
 
     monkeypatch.setattr(module, "measure_latency", measure_latency)
-    monkeypatch.setattr(steps, "time_shares", time_shares)
+    monkeypatch.setattr(pipeline, "time_shares", time_shares)
     model = Copies().eval()
     small = shrunk(model, list(rows(160).split(80)), budget="latency", pruner="l1", tolerance=0.3)
     found = small.report.tolerance

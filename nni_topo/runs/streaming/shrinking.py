@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,16 +60,10 @@ from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.blocks import gap_after, solutions
 from nni_topo.recovery.likeness import NO_SCALE, Answers, Likeness
 from nni_topo.rules import ANYTHING, FLAG, NONE, SEED, instance, whole
+from nni_topo.runs.images import ImageParts
+from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.run import resolve_device
-from nni_topo.runs.steps import (
-    ImageParts,
-    ShrinkSteps,
-    check_can_be_shared,
-    check_choices,
-    check_has_size,
-    check_layers,
-    check_one_distilled,
-)
+from nni_topo.runs.settings import Settings
 from nni_topo.runs.streaming.block import STATES, UNPRUNED, WANTED, BlockNet, WantedStates, entering, with_states
 from nni_topo.runs.streaming.journal import FOLDER, REPORT, WRITTEN, Journal, finished_report
 from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_report, as_row
@@ -221,13 +215,24 @@ def shrink_pretrained(
     calibration = Calibration.of(batches, "batches", shared=True)
     processes = calibration.processes
     is_first = processes is None or processes.rank == 0
-    settings = as_budget(budget)
-    _check_budget(settings, pruner)
-    check_choices(settings, pruner, knobs, None, compensate, distill, None, None, "shrink_pretrained")
-    check_one_distilled(distill, "one for each block, which a stopped run needn't start again", "shrink_pretrained")
+    named = _checked_layers(layers)
+    settings = Settings(
+        pruner=pruner,
+        knobs={} if knobs is None else knobs,
+        layers=named,
+        compensate=compensate,
+        distill=distill,
+        narrow_heads=False,
+        round_to=round_to or 1,  # the widths don't depend on the device
+        seed=seed,
+        progress=False,
+        place="shrink_pretrained",
+    )
+    wanted = as_budget(budget)
+    _check_budget(wanted, settings)
+    settings.check_one_distilled("one for each block, which a stopped run needn't start again")
     if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
-    named = _checked_layers(layers)
     going = _checked_blocks(remove_blocks)
     where = torch.device("cpu") if device is None else resolve_device(device)
     shards = Shards(place)
@@ -240,7 +245,7 @@ def shrink_pretrained(
         check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
     skeleton = Skeleton(shards, where)
     _check_blocks_of(skeleton, going)
-    check_can_be_shared(calibration, settings, pruner, compensate, distill, None, depth=False)
+    settings.check_shared(calibration, wanted)
     if distill is not False and calibration.samples < 2:
         raise DataError(
             f"distillation must have at least two samples, one to judge by, got {calibration.samples}: pass more, or "
@@ -252,7 +257,7 @@ def shrink_pretrained(
         _check_alike_everywhere(given[0], processes)
     identity = {
         "source": [str(place.resolve()), shards.identity()],
-        "budget": [settings.kind, settings.share],
+        "budget": [wanted.kind, wanted.share],
         "batches": _digest(given) if processes is None else processes.gather(_digest(given), "the inputs"),
         "pruner": [pruner, _as_text(knobs or {})],
         "layers": named,
@@ -268,21 +273,7 @@ def shrink_pretrained(
             return as_report(content)
     with only_process(target, wait=False) if is_first else nullcontext():
         journal = Journal(target, identity, processes)
-        run = _Run(
-            skeleton,
-            calibration,
-            given,
-            journal,
-            settings,
-            pruner=pruner,
-            knobs=dict(knobs or {}),
-            layers=named,
-            remove_blocks=going,
-            compensate=compensate,
-            distill=distill,
-            round_to=round_to,
-            seed=seed,
-        )
+        run = _Run(skeleton, calibration, given, journal, wanted, settings, going)
         if journal.done == 0:
             run.begin()
         shows = progress if is_first else False
@@ -297,7 +288,7 @@ def shrink_pretrained(
     return report
 
 
-def _check_budget(budget: Budget, pruner: str) -> None:
+def _check_budget(budget: Budget, settings: Settings) -> None:
     """Raise ConfigError for a budget that can't be counted block by block."""
     if budget.kind not in _COSTS:
         raise ConfigError(
@@ -307,7 +298,7 @@ def _check_budget(budget: Budget, pruner: str) -> None:
         raise ConfigError(
             f"all blocks keep the same widths, by the allocation 'uniform', got {budget.allocation!r} (budget)"
         )
-    check_has_size(pruner, "shrink_pretrained needs")
+    settings.check_has_size("shrink_pretrained needs")
 
 
 def _checked_layers(layers: Iterable[str] | None) -> list[str] | None:
@@ -422,28 +413,14 @@ class _Run:
         given: list[Call],
         journal: Journal,
         budget: Budget,
-        *,
-        pruner: str,
-        knobs: dict[str, Any],
-        layers: list[str] | None,
+        settings: Settings,  # layers by their names within a block
         remove_blocks: int | list[str],
-        compensate: str | RecoveryMethod | None,
-        distill: Mapping[str, Any] | bool,
-        round_to: int | None,
-        seed: int,
     ) -> None:
         self._skeleton, self._calls, self._journal = skeleton, given, journal
         self._samples = calibration
         self._is_first = calibration.processes is None or calibration.processes.rank == 0
-        self._budget = budget
-        self._pruner, self._knobs = pruner, knobs
-        self._named = layers
-        self._layers: list[str | Mapping[str, Any]] | None = None
-        if layers is not None:
-            self._layers = [f"block.{name}" for name in layers]
+        self._budget, self._settings = budget, settings
         self._going = remove_blocks
-        self._compensate, self._distill = compensate, distill
-        self._round_to, self._seed = round_to, seed
         self._is_held_out = calibration.split()[1] is not None
         self._config_path = journal.folder / CONFIG
         self._described_skeleton: Skeleton | None = None  # of the model that the written config builds
@@ -546,7 +523,7 @@ class _Run:
         nbytes = copies * 4 * states[0].numel() * self._samples.samples
         block = sum(each.nbytes for each in skeleton.blocks[0].parameters())
         needed = _COPIES * block + 8 * widest**2 + nbytes + _CACHE
-        if self._distill is not False:
+        if self._settings.distill is not False:
             needed += 4 * _LEARNING * states[0].numel() * min(self._samples.samples, _LEARNED_AT_ONCE)
         what, cure = "a block with its statistics and states", "pass fewer or shorter samples"
         if skeleton.device.type == "cuda":
@@ -605,26 +582,14 @@ class _Run:
         for batch, call in enumerate(calls(work.unpruned, work.calibration)):
             with torch.no_grad():
                 _check_finite(work.unpruned(*call[0], **call[1]), work.name, batch)
-        check_layers(work.entered.block, self._named, "shrink_pretrained")
+        self._settings.check_layers(work.entered.block)
         images = ImageParts.of(work.calibration, work.entered)
         share: Any = {self._budget.kind: self._block_share(work, images.example)}
         budget = Budget(**share, equal_blocks=True)
-        steps = ShrinkSteps.prepare(
-            work.entered,
-            images,
-            budget.kind,
-            pruner=self._pruner,
-            knobs=self._knobs,
-            layers=self._layers,
-            compensate=self._compensate,
-            distill=self._distill,
-            narrow_heads=False,
-            outputs=None,
-            round_to=self._round_to or 1,  # the widths don't depend on the device
-            seed=self._seed,
-            progress=False,
-        )
-        pruned = steps.prune(budget)
+        inner = self._settings.layers
+        settings = replace(self._settings, layers=None if inner is None else [f"block.{name}" for name in inner])
+        steps = Pipeline.of(work.entered, images, settings, budget.kind)
+        pruned = steps.select(budget)
         give_back_memory(work.entered)
         recovered = steps.reconstruct(pruned)
         dense: Any = recovered.dense
@@ -647,9 +612,14 @@ class _Run:
                 gap.fill(solutions((wanted, dense), [gap], images.learned, "auto")[0])
         give_back_memory(work.entered)
         is_distilled = False
-        if self._distill is not False:
-            knobs = dict(self._distill) if isinstance(self._distill, Mapping) else {}
-            offered = {"objective": "squares", "held_out": images.judges, "seed": self._seed, "progress": False}
+        if self._settings.distill is not False:
+            knobs = dict(self._settings.distillation_knobs)
+            offered = {
+                "objective": "squares",
+                "held_out": images.judges,
+                "seed": self._settings.seed,
+                "progress": False,
+            }
             done = distillation(dense, work.wanted, images.learned, **offered | knobs)
             dense, is_distilled = done.model, done.is_kept
         if self._is_first:
@@ -901,10 +871,6 @@ class _Run:
         widths: Any = read_json(journal.folder / FOLDER / "widths.json") if self._is_first else None
         if self._samples.processes is not None:
             widths = self._samples.processes.first(widths, "the widths")
-        recovery = ""
-        if self._compensate is not None:
-            is_named = isinstance(self._compensate, str)
-            recovery = str(self._compensate) if is_named else type(self._compensate).__name__
         return StreamingReport(
             blocks=rows,
             params_before=before,
@@ -914,8 +880,8 @@ class _Run:
             likeness=likeness,
             samples=learned.samples_of_all,
             held_out=0 if held_out is None else held_out.samples_of_all,
-            pruner=self._pruner,
-            recovery=recovery,
+            pruner=self._settings.pruner_name,
+            recovery=self._settings.recovery_name,
             removed=tuple(removed),
             warnings=(
                 *_warnings(rows, held_out, likeness),

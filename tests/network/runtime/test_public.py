@@ -10,7 +10,7 @@ from torch import nn
 import nni_topo
 from nni_topo.network.runtime.public import _ONCE, public
 
-LOGGER = logging.getLogger("nni_topo.runs.steps")
+LOGGER = logging.getLogger("nni_topo.runs.pipeline")
 OTHERS = logging.getLogger("elsewhere")
 
 

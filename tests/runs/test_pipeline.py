@@ -22,19 +22,11 @@ from nni_topo.pruners.budget import Budget, budget_outcome
 from nni_topo.recovery import Reconstruct, distillation
 from nni_topo.recovery.likeness import NO_SCALE
 from nni_topo.recovery.report import SMALL
-from nni_topo.runs.steps import (
-    ImageParts,
-    Measurements,
-    PrunedNetwork,
-    RecoveredNetwork,
-    ShrinkSteps,
-    check_can_be_distilled,
-    check_can_be_shared,
-    check_choices,
-    check_layers,
-    evaluated,
-    layers_to_prune,
-)
+from nni_topo.runs.images import ImageParts
+from nni_topo.runs.measurements import Measurements, evaluated
+from nni_topo.runs.pipeline import Pipeline, PrunedNetwork, RecoveredNetwork
+from nni_topo.runs.prunable import layers_to_prune
+from nni_topo.runs.settings import Settings
 from nni_topo.testing import toy_images, toy_model
 from nni_topo.zoo.transformers import vit_small
 
@@ -45,12 +37,15 @@ def images(count=16, seed=0):
     return Calibration([toy_images(count, seed)])
 
 
-def steps(model=None, kind="flops", data=None, **knobs):
-    """Steps for a network, by default the toy network, with few images."""
+def asked(**given):
+    return Settings(**{"pruner": "l1", "compensate": None, "distill": False, "progress": False} | given)
+
+
+def steps(model=None, kind="flops", data=None, **given):
+    """A pipeline for a network, by default the toy network, with few images."""
     model = toy_model().eval() if model is None else model
-    settings = {"pruner": "l1", "knobs": None, "layers": None, "compensate": None, "distill": False,
-                "narrow_heads": True, "outputs": None, "round_to": None, "seed": 0, "progress": False}  # fmt: skip
-    return ShrinkSteps.prepare(model, data or ImageParts.of(images(), model), kind, **settings | knobs)
+    known = {name: given.pop(name) for name in ("is_search", "is_described") if name in given}
+    return Pipeline.of(model, data or ImageParts.of(images(), model), asked(**given), kind, **known)
 
 
 def test_parts_of_the_images_are_named_or_every_eighth_is_held_out():
@@ -89,7 +84,6 @@ def test_heads_get_narrower_unless_time_or_widths_count(knobs, narrows, round_to
     found = steps(**knobs)
     assert (found.narrows, found.round_to) == (narrows, round_to)
     assert not found.is_search
-    assert found.knobs == {}
 
 
 class Attending(nn.Module):
@@ -179,7 +173,7 @@ def test_a_function_of_the_callers_may_change_the_config_list_it_is_given():
 
     chosen = steps(pruner=choose)
     for _ in range(2):
-        assert chosen.prune(FLOPS).masks == {}
+        assert chosen.select(FLOPS).masks == {}
     assert seen[0] == seen[1]
     assert [entry["op_names"] for entry in seen[0]] == [["stem"], ["inner"], ["hidden"]]
 
@@ -192,7 +186,7 @@ def test_masks_of_a_function_are_rounded_to_a_multiple(compensate):
         return {"hidden": {"weight": mask}}
 
     chosen = steps(pruner=choose, round_to=4, compensate=compensate)
-    pruned = chosen.prune(FLOPS)
+    pruned = chosen.select(FLOPS)
     assert pruned.planned is None
     assert pruned.dense.hidden.out_features == 12  # of 16, and 11 aren't a multiple of 4
     assert chosen.reconstruct(pruned).dense.hidden.out_features == 12
@@ -200,26 +194,28 @@ def test_masks_of_a_function_are_rounded_to_a_multiple(compensate):
 
 @pytest.mark.parametrize("distill", [False, lambda dense, model, images: dense])
 def test_what_is_not_distilled_by_the_package_needs_no_images_for_it(distill):
-    check_can_be_distilled(toy_model().eval(), images(1), distill, None)
+    asked(distill=distill).check_distillation(toy_model().eval(), images(1))
 
 
 @pytest.mark.parametrize("distill", [True, {}, {"steps": 2}])
 def test_distillation_needs_two_samples(distill):
     model = toy_model().eval()
     with pytest.raises(DataError, match="at least two samples, one to judge by, got 1"):
-        check_can_be_distilled(model, images(1), distill, None)
-    check_can_be_distilled(model, images(2), distill, None)
+        asked(distill=distill).check_distillation(model, images(1))
+    asked(distill=distill).check_distillation(model, images(2))
     # A network without weights has no layer to prune, which is told later.
-    check_can_be_distilled(nn.ReLU(), Calibration([torch.zeros(2, 4), torch.zeros(2, 5)]), distill, None)
+    asked(distill=distill).check_distillation(nn.ReLU(), Calibration([torch.zeros(2, 4), torch.zeros(2, 5)]))
+    data = Calibration([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)])
     with pytest.raises(DataError, match="inputs of all batches must have one shape"):
-        check_can_be_distilled(model, Calibration([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)]), distill, None)
+        asked(distill=distill).check_distillation(model, data)
 
 
 def test_outputs_of_the_knobs_go_before_those_of_the_call():
     def refuse(output, inputs):
         return output.sum()
 
-    check_can_be_distilled(toy_model().eval(), images(4), {"outputs": lambda output, inputs: output}, refuse)
+    knobs = {"outputs": lambda output, inputs: output}
+    asked(distill=knobs, outputs=refuse).check_distillation(toy_model().eval(), images(4))
 
 
 EVEN = {"distance": 0.1, "distance_low": 0.05, "distance_high": 0.15, "calibration_distance": 0.1}
@@ -359,13 +355,11 @@ def test_it_is_told_for_which_network_evaluate_fails_or_finds_no_finite_number(c
     [None, ["stem"], [{"op_types": ["Conv2d"]}], [{"op_names": "stem"}], ["stem", {"op_types": ["Linear"]}]],
 )
 def test_layers_that_a_model_has_are_taken(layers):
-    check_layers(toy_model(), layers, "place")
+    asked(layers=layers).check_layers(toy_model())
 
 
-def choices(**given):
-    settings = {"budget": FLOPS, "pruner": "l1", "knobs": None, "layers": None, "compensate": None, "distill": False,
-                "outputs": None, "evaluate": None, "place": "place"}  # fmt: skip
-    check_choices(**settings | given)
+def choices(budget=FLOPS, **given):
+    asked(**given).check_budget(budget)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +423,7 @@ def test_without_distillation_a_network_stays_and_a_function_takes_its_place():
 
 
 def masks_of(seed, **knobs):
-    masks = steps(pruner="random", seed=seed, **knobs).prune(FLOPS).masks
+    masks = steps(pruner="random", seed=seed, **knobs).select(FLOPS).masks
     return torch.cat([masks[name]["weight"].flatten() for name in ("stem", "hidden")])
 
 
@@ -443,7 +437,7 @@ def test_a_pruner_gets_the_seed_and_the_knobs_of_the_caller():
 @pytest.mark.parametrize(("is_search", "count"), [(False, 1), (True, 0)])
 def test_a_missed_budget_of_ratios_is_told_unless_sizes_are_searched(is_search, count, caplog):
     capped = [{"op_names": ["stem", "inner", "hidden"], "max_sparse_ratio": 0.25}]
-    steps(layers=capped, is_search=is_search).prune(Budget(flops=0.4))
+    steps(layers=capped, is_search=is_search).select(Budget(flops=0.4))
     assert sum("the flops budget of 0.4 is missed" in record.getMessage() for record in caplog.records) == count
 
 
@@ -462,7 +456,7 @@ def test_heads_get_narrower_where_that_is_asked_for(narrow_heads, equal_blocks, 
         return {f"blocks.0.attention.{name}_proj": {"weight": mask.clone()} for name in "qkv"}
 
     chosen = steps(net, data=data, pruner=first_head, narrow_heads=narrow_heads)
-    pruned = chosen.prune(Budget(flops=0.5, equal_blocks=equal_blocks))
+    pruned = chosen.select(Budget(flops=0.5, equal_blocks=equal_blocks))
     assert (pruned.full is not net) == is_narrower
 
 
@@ -470,7 +464,7 @@ def test_a_search_asks_the_same_pruner_for_every_size():
     once, search = (steps(pruner="random", is_search=is_search) for is_search in (False, True))
     for share in (0.5, 0.75):
         budget = Budget(flops=share)
-        kept = [each.prune(budget) for each in (once, search)]
+        kept = [each.select(budget) for each in (once, search)]
         torch.testing.assert_close(kept[0].masks, kept[1].masks, rtol=0, atol=0)
         assert [each.planned.left for each in kept] == pytest.approx([share] * 2, abs=0.05)
 
@@ -507,7 +501,7 @@ def test_why_a_budget_is_missed():
     # Channels of the stem are added to those of another layer, which keeps them.
     some_kept = recovered_from(chosen, halved("stem", 8))
     assert chosen.why_missed(FLOPS, some_kept, 0.7) == "layers keep channels that were to be removed"
-    free = replace(chosen, pruner="subcluster")
+    free = replace(chosen, settings=asked(pruner="subcluster"))
     assert free.why_missed(FLOPS, some_kept, 0.7) == "the pruner chooses how many channels it keeps"
 
 
@@ -549,16 +543,11 @@ def shared():
 
 
 def test_what_processes_that_share_images_can_not_do_is_refused(shared):
-    usual = {
-        "budget": FLOPS,
-        "pruner": "l1",
-        "compensate": "reconstruct",
-        "distill": True,
-        "tolerance": None,
-        "depth": False,
-    }
-    check_can_be_shared(shared, **usual)
-    check_can_be_shared(shared, **usual | {"compensate": Reconstruct(), "distill": {"steps": 2}})
+    def check(data, budget=FLOPS, tolerance=None, **given):
+        asked(**{"compensate": "reconstruct", "distill": True} | given).check_shared(data, budget, tolerance)
+
+    check(shared)
+    check(shared, compensate=Reconstruct(), distill={"steps": 2})
     refused = {
         "distill": {"distill": lambda dense, model, images: dense},
         "tolerance": {"tolerance": 0.5},
@@ -568,22 +557,22 @@ def test_what_processes_that_share_images_can_not_do_is_refused(shared):
         "compensate": {"compensate": lambda model, masks, images: model},
     }
     for names in (*([name] for name in refused), ["distill", "compensate"]):
-        given = usual | {knob: value for name in names for knob, value in refused[name].items()}
+        given = {knob: value for name in names for knob, value in refused[name].items()}
         with pytest.raises(ConfigError) as caught:
-            check_can_be_shared(shared, **given)
+            check(shared, **given)
         assert f"got {', '.join(names)} (process_group of" in str(caught.value)
-        check_can_be_shared(images(), **given)
+        check(images(), **given)
     with pytest.raises(ConfigError, match="without seconds, augment, state, blocks, got seconds"):
-        check_can_be_shared(shared, **usual | {"distill": {"seconds": 1.0}})
+        check(shared, distill={"seconds": 1.0})
     plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
-    check_can_be_distilled(plain, shared, {"blend": False}, None)
+    asked(distill={"blend": False}).check_distillation(plain, shared)
     for data in (shared, images()):
         for knobs in (True, {"objective": "cosine"}):
             if data is shared:
                 with pytest.raises(ConfigError, match="processes that share images must distil"):
-                    check_can_be_distilled(plain, data, knobs, None)
+                    asked(distill=knobs).check_distillation(plain, data)
             else:
-                check_can_be_distilled(plain, data, knobs, None)
+                asked(distill=knobs).check_distillation(plain, data)
 
 
 class Recurrent(nn.Module):

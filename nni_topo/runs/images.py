@@ -1,0 +1,71 @@
+"""The images that a network is made smaller from: what every step may use, and what is held out of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nni_topo.errors import ConfigError, raised
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.fits import check_samples_first, failure_on, samples_second, structure_call
+from nni_topo.network.runtime.inputs import Call, calls, on_device, tensors_of
+
+
+@dataclass(frozen=True)
+class ImageParts:
+    """The images, split into calibration data and held-out images.
+
+    No step uses the held-out ones: a network looks better than it is on the images that its weights were solved on.
+    """
+
+    all: Calibration
+    learned: Calibration
+    judges: Calibration | None  # decide between networks; None where images are too few
+    held_out: Calibration | None  # the report's figures are of these; None where images are too few
+    example: Any  # example inputs, of which only the shapes are read
+
+    @classmethod
+    def of(
+        cls, calibration: Calibration, model: nn.Module, parts: tuple[Calibration | None, ...] | None = None
+    ) -> ImageParts:
+        """Hold out every eighth image, or name three parts in the order of the fields; make example inputs.
+
+        ConfigError for a model that runs on whole batches alone, of which no image can be held out.
+        """
+        args, kwargs = of_first(structure_call(model, calibration), model, calibration)
+        check_samples_first(model, calibration)
+        if parts is None:
+            learned, held_out = calibration.split()
+            error = None if held_out is None else failure_on(model, next(calls(model, learned)))
+            if error is not None:
+                whole_call, count = next(calls(model, calibration)), calibration.sizes[0]
+                for each in tensors_of(whole_call)[1:]:
+                    are_edges = each.dim() == 2 and len(each) == 2 != count and not each.is_floating_point()
+                    if are_edges or each.shape == (count, count):
+                        raise ConfigError(
+                            f"inputs must hold samples, of which every eighth is held out, got {count} nodes of a "
+                            f"graph with edges {tuple(each.shape)}: create_pruner, compensate and to_dense take whole "
+                            f"graphs ({calibration.name})"
+                        ) from error
+                raise ConfigError(
+                    "a model must run on any number of samples, because every eighth one is held out: let its forward "
+                    "take the number from its input, as x.flatten(1) and x.view(len(x), -1) do; of "
+                    f"{count} samples it got {learned.sizes[0]} and raised {raised(error)}"
+                    f"{samples_second(model, whole_call)} (model)"
+                ) from error
+            return cls(calibration, learned, held_out, held_out, kwargs or args)
+        first, judges, held_out = parts
+        return cls(calibration, calibration if first is None else first, judges, held_out, kwargs or args)
+
+
+def of_first(call: Call, model: nn.Module, images: Calibration) -> Call:
+    """Return the call of the first of the processes that share the images: costs are counted by the same inputs."""
+    if images.processes is None:
+        return call
+    found = images.processes.first(on_device(call, torch.device("cpu")), "example inputs")
+    moved: Call = on_device(found, device_of(model))
+    return moved

@@ -1,0 +1,198 @@
+"""What a network loses in each step: distances and agreements on held-out images, sizes, times, warnings."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nni_topo.errors import ConfigError, listed, raised, shown
+from nni_topo.network.cost.measure import count_macs, count_params
+from nni_topo.network.runtime.calibration import HELD_OUT
+from nni_topo.network.runtime.fits import first_call
+from nni_topo.network.runtime.inputs import bind_arguments, returned_by_name, tensors_of
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import leaves_models_alone, lent
+from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs
+from nni_topo.recovery.likeness import NO_SCALE, Answers
+from nni_topo.recovery.report import SMALL
+from nni_topo.runs.images import ImageParts
+
+# A network is said to be worse on held-out images than on calibration images if its distance is so many times as large,
+# or its agreement so much smaller, and the interval of the held-out figure excludes the other one.
+_GAP = 2.0
+_GAP_OF_AGREEMENT = 0.05
+_logger = logging.getLogger(__name__)
+
+UNPRUNED = "unpruned"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The network after one step. Intervals are of 95 %, over the held-out images."""
+
+    network: str  # unpruned, pruned, reconstructed or distilled
+    macs: int  # multiply-accumulates of one sample
+    params: int
+    distance: float  # mean squared distance of the outputs from the unpruned network's over their variance, held out
+    distance_low: float
+    distance_high: float
+    agreement: float  # share of held-out images with the largest output of the unpruned network; NaN without classes
+    agreement_low: float
+    agreement_high: float
+    calibration_distance: float  # the same on the calibration images, where networks look better than they are
+    calibration_agreement: float
+    accuracy: float  # what `evaluate` returns; NaN without it
+    # Wall time of the step; of "pruned" that of all tries and their recovery with allocation="auto" or a tolerance.
+    seconds: float
+
+
+class Measurements:
+    """Measures the network after each step, and the step's time."""
+
+    @leaves_models_alone
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageParts,
+        evaluate: Callable[[nn.Module], float] | None,
+        outputs: Outputs | None = None,
+    ) -> None:
+        # The calibration images first, the held-out ones last; between them those that decide, if they are others.
+        parts = [data.learned]
+        for part in (data.judges, data.held_out):
+            if part is not None and part is not parts[-1]:
+                parts.append(part)
+        self.answers = Answers(model, *parts, outputs=outputs)
+        if self.answers.named.left_out:
+            _logger.warning("%s", self.answers.named)
+        self._data, self._evaluate = data, evaluate
+        # What a model returns, beside its answer, can be what it takes at its next call.
+        args, kwargs = first_call(model, data.learned)
+        with evaluation_mode(model), torch.no_grad():
+            found = model(*args, **kwargs)
+        returned = {each.shape for _, each in returned_by_name(found)[1:] if each.is_floating_point()}
+        states = []
+        for name, value in list(bind_arguments(model, (args, kwargs)).items())[1:]:
+            shapes = {each.shape for each in tensors_of(value) if each.is_floating_point()}
+            if shapes and shapes <= returned:
+                states.append(name)
+        self._warnings: list[str] = []
+        if states:
+            text = (
+                f"the network is judged one step at a time, each from the calibration data's {listed(states)}: it "
+                "returns tensors of the same shapes, and where these are its next inputs, errors add up; evaluate= can "
+                "run it over streams, as docs/faq.md shows"
+            )
+            _logger.warning("%s", text)
+            self._warnings.append(text)
+        self.stages: list[Stage] = []
+        self._began = time.perf_counter()
+
+    @leaves_models_alone
+    def add(self, name: str, net: nn.Module) -> None:
+        """Measure a network."""
+        seconds = time.perf_counter() - self._began if self.stages else 0.0
+        found = self.answers.likenesses(net)
+        solved, held_out = found[0], found[-1]  # one and the same where none is held out
+        accuracy = math.nan if self._evaluate is None else evaluated(self._evaluate, net, name)
+        if (processes := self._data.all.processes) is not None:
+            accuracy = processes.first(accuracy, "what evaluate returned")
+        if self._evaluate is not None and not self.stages and not math.isfinite(accuracy):
+            raise ConfigError(f"evaluate must return a number for the model as it was given, got {accuracy} (shrink)")
+        stage = Stage(
+            network=name,
+            macs=count_macs(net, self._data.example),
+            params=count_params(net),
+            distance=held_out.distance.value,
+            distance_low=held_out.distance.low,
+            distance_high=held_out.distance.high,
+            agreement=held_out.agreement.value,
+            agreement_low=held_out.agreement.low,
+            agreement_high=held_out.agreement.high,
+            calibration_distance=solved.distance.value,
+            calibration_agreement=solved.agreement.value,
+            accuracy=accuracy,
+            seconds=seconds,
+        )
+        self.stages.append(stage)
+        self._began = time.perf_counter()
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what makes the figures of the last network doubtful, and what to do about it."""
+        if math.isinf(self.stages[-1].distance):
+            _logger.warning("%s", NO_SCALE)
+            return (NO_SCALE,)
+        found = [*self._warnings]
+        if self.stages[-1].network == "distilled":
+            # Distillation can take a network away from the unpruned one where a function of the caller's distils, or
+            # where other images than the held-out ones judged.
+            before, after = self.stages[-2].distance, self.stages[-1].distance
+            if after > MOST_DISTANCE * before:
+                text = (
+                    f"the distilled network is kept, but its distance from the unpruned network is {after:.3g}, "
+                    f"{before:.3g} before distillation; these samples didn't decide whether to keep it. "
+                    "shrink(..., distill=False) returns the network before distillation"
+                )
+                _logger.warning("%s", text)
+                found.append(text)
+        return (*found, *self._few_images())
+
+    def _few_images(self) -> tuple[str, ...]:
+        """Return a warning where images were too few, to hold any out or for the network."""
+        if self._data.held_out is None:
+            text = (
+                f"none of {self._data.learned.samples_of_all} samples could be held out, so distance and agreement are "
+                "those of the calibration data, on which a network looks better than it is: pass at least "
+                f"{HELD_OUT}, better some hundred"
+            )
+            _logger.warning("%s", text)
+            return (text,)
+        last = self.stages[-1]
+        is_far = last.distance_low > last.calibration_distance and last.distance > _GAP * last.calibration_distance
+        agrees_less = (
+            last.agreement_high < last.calibration_agreement
+            and last.agreement < last.calibration_agreement - _GAP_OF_AGREEMENT
+        )
+        # Where the outputs hardly differ, so do the answers but for ties.
+        if last.distance < SMALL or not (is_far or agrees_less):
+            return ()
+        found = (
+            f"distance {last.distance:.3g} on held-out samples, {last.calibration_distance:.3g} on the calibration data"
+        )
+        if not math.isnan(last.agreement):
+            found += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
+        text = (
+            f"{self._data.learned.samples_of_all} samples are too few for this network ({found}): pass more, as "
+            "different from each other as the inputs it will be used on, or keep a larger share of the cost"
+        )
+        _logger.warning("%s", text)
+        return (text,)
+
+
+def evaluated(evaluate: Callable[[nn.Module], float], net: nn.Module, name: str) -> float:
+    """Return the number that `evaluate` returns for a network, whose ``name`` tells it from others.
+
+    What `evaluate` raises is told with the name, and raised on.
+    """
+    with evaluation_mode(net), lent(net):
+        try:
+            given: Any = evaluate(net)
+        except Exception as error:
+            _logger.warning("evaluate failed for the %s network: %s", name, raised(error))
+            raise
+    try:
+        if isinstance(given, (str, bytes)):
+            raise TypeError
+        found = float(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"evaluate must return a number, got {shown(given)} (shrink)") from None
+    if not math.isfinite(found) and name != UNPRUNED:
+        _logger.warning("evaluate returned %s for the %s network", found, name)
+    return found

@@ -1,0 +1,185 @@
+"""Which layers of a network are pruned, and why the others keep their channels."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from nni_topo.errors import ConfigError, listed
+from nni_topo.network.attention.config import described_layers
+from nni_topo.network.channels import reasons
+from nni_topo.network.layers.kinds import has_channels
+from nni_topo.network.runtime.arguments import BY_HEAD, check_entry
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dependency import (
+    OUTPUT,
+    DependencyGroups,
+    by_reason,
+    groups_of,
+    held_by_unselected,
+    unprunable_layers,
+)
+from nni_topo.pruners.checks import matched_modules
+from nni_topo.runs.settings import FREE_WIDTHS, Layers
+from nni_topo.runs.widths import sorted_layers
+
+_NO_CONFIG = "the config of Transformers can't say that it has fewer channels ({'equal_blocks': False} in the budget)"
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """The layers to prune, as entries of a config_list without ratios."""
+
+    entries: list[dict[str, Any]]
+    # By layer that can't lose channels, why; where the caller names the layers, of those alone.
+    unpruned: dict[str, str]
+    is_default: bool  # the caller named no layer
+    groups: DependencyGroups | None = None  # of the entries, where they are known already
+
+
+def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: bool = False) -> Prunable:
+    """Return config_list entries for the named layers; by default for all layers that can lose channels.
+
+    ``is_described``: whether a config of Transformers has to describe the smaller network.
+    """
+    prunable = _layers_with_channels(analysis, layers)
+    return (_with_described if is_described else _without_held)(analysis, prunable)
+
+
+def _layers_with_channels(analysis: Analysis, layers: Layers | None) -> Prunable:
+    """Return entries for the named layers, or for all, whatever their partners are."""
+    if layers is not None:
+        _check_have_channels(analysis, layers)
+        entries = [dict(each) for each in layers if isinstance(each, Mapping)]
+        names = [each for each in layers if isinstance(each, str)]
+        return Prunable([{"op_names": names}, *entries] if names else entries, {}, is_default=False)
+    names, unpruned = sorted_layers(analysis)
+    if not names:
+        # What can be changed comes first: a layer that gives the output keeps its channels in any case.
+        layers_of = sorted(by_reason(unpruned).items(), key=lambda each: each[0] == OUTPUT)
+        told = [f"{', '.join(same)}: {why}" for why, same in layers_of]
+        found = "; ".join(told) or "no convolution, linear or recurrent layer"
+        raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
+    return Prunable([{"op_names": names}], unpruned, is_default=True)
+
+
+def _without_held(analysis: Analysis, prunable: Prunable) -> Prunable:
+    """Note which of the layers to prune keep all channels because layers that share these aren't among them.
+
+    Raises ConfigError where that holds for all of them.
+    """
+    groups = groups_of(analysis, prunable.entries, warns=not prunable.is_default)
+    held = held_by_unselected(analysis.flow, groups.layers())
+    why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
+    if held and len(held) == len({name for group in groups.layers() for name in group}):
+        told = "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())
+        raise ConfigError(
+            f"layers must include those that share channels with the layers it names, got {told}: name these, too "
+            "(layers)"
+        )
+    entries = prunable.entries
+    if prunable.is_default:
+        # Masks of theirs would only be taken back, and until then keep the layers from being reconstructed.
+        entries = [{"op_names": [name for name in entries[0]["op_names"] if name not in held]}]
+        groups = groups_of(analysis, entries)
+    return replace(prunable, entries=entries, unpruned=prunable.unpruned | why, groups=groups)
+
+
+def _with_described(analysis: Analysis, prunable: Prunable) -> Prunable:
+    """Leave out the layers of which a config of Transformers can't say that they have fewer channels.
+
+    Raises ConfigError where the caller names such layers, or some of those to which a config gives one width, or none
+    is left.
+    """
+    model = analysis.model
+    settings = described_layers(model)
+    wholes: dict[str, list[str]] = {}
+    for name, setting in settings.items():
+        wholes.setdefault(setting, []).append(name)
+
+    def is_whole(name: str, names: Collection[str]) -> bool:
+        return name in settings and all(each in names for each in wholes[settings[name]])
+
+    named: list[str] = []
+    while prunable.is_default and named != prunable.entries[0]["op_names"]:
+        named = prunable.entries[0]["op_names"]
+        kept = [name for name in named if is_whole(name, named)]
+        if not kept:
+            raise ConfigError(
+                f"a model of Transformers must have layers of which its config can say that they have fewer channels, "
+                f"got none in {type(model).__name__}; {FREE_WIDTHS} (shrink)"
+            )
+        unpruned = prunable.unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
+        # What is left out may hold channels of others.
+        prunable = _without_held(analysis, replace(prunable, entries=[{"op_names": kept}], unpruned=unpruned))
+    if prunable.is_default:
+        return prunable
+    prunable = _without_held(analysis, prunable)
+    bounds: dict[str, tuple[float, float]] = {}
+    for entry in prunable.groups or ():
+        sizes = entry.get("granularity")
+        if isinstance(sizes, list) and sizes[0] == -1:
+            continue  # it loses the columns that read heads
+        for name in entry["op_names"]:
+            if name not in prunable.unpruned:
+                bounds[name] = entry.get("min_sparse_ratio", 0.0), entry.get("max_sparse_ratio", 1.0)
+    told = [
+        name
+        for name in bounds
+        if not is_whole(name, bounds) or len({bounds[each] for each in wholes[settings[name]]}) > 1
+    ]
+    if told:
+        described = [name for name in settings if is_whole(name, settings)]
+        raise ConfigError(
+            "layers must be those of which a config can say that they have fewer channels, all to which it gives the "
+            f"same width, with the same bounds, got {listed(told, 4)} where it can of "
+            f"{listed(described, 4) or 'none'}; {FREE_WIDTHS} (layers)"
+        )
+    return prunable
+
+
+def _check_have_channels(analysis: Analysis, layers: Layers) -> None:
+    """Raise ConfigError for layers without channels of their own, and for named ones that have to keep all channels.
+
+    Layers that a type selects may keep them, unless none is left.
+    """
+    model = analysis.model
+    selected: dict[str, nn.Module] = {}
+    named: set[str] = set()
+    by_head = False
+    for index, each in enumerate(layers):
+        entry: dict[str, Any] = {"op_names": [each]} if isinstance(each, str) else dict(each)
+        check_entry(entry, f"layers[{index}]", BY_HEAD)
+        if entry.get("granularity") == "head":  # of modules that hold layers, too; dependency_groups looks at them
+            by_head = True
+            continue
+        selected |= matched_modules(model, [entry])
+        named.update(entry.get("op_names") or ())
+    without = [
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in selected.items()
+        if not has_channels(module)
+    ]
+    prunable, unpruned = sorted_layers(analysis)
+    with_channels = [name for name, module in selected.items() if has_channels(module)]
+    others = [name for name in with_channels if name not in unpruned and name not in prunable]
+    unpruned |= reasons.as_text(unprunable_layers(analysis, others))
+    keeping = [name for name in with_channels if name in unpruned]
+    if len(keeping) < len(with_channels) or by_head:
+        keeping = [name for name in keeping if name in named]
+    refused = [f"{listed(without)} without channels of its own"] if without else []
+    for why, names in by_reason({name: unpruned[name] for name in keeping}).items():
+        if why == OUTPUT:
+            gives = "gives" if len(names) == 1 else "give"
+            refused.append(f"{listed(names)}, which {gives} the model's output")
+        else:
+            keeps = "keeps all channels" if len(names) == 1 else "keep all channels"
+            refused.append(f"{listed(names)}, which {keeps}: {why}")
+    if refused:
+        raise ConfigError(
+            f"layers must be layers whose channels can be removed, got {' and '.join(refused)}; layers of this model "
+            f"that can be named: {listed(prunable, 8) or 'none'} (layers)"
+        )

@@ -1,0 +1,276 @@
+"""How a network was made smaller: a table with notes, and Markdown for its card."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nni_topo.errors import listed
+from nni_topo.network.runtime.reports import (
+    ModelReport,
+    as_code,
+    as_sentence,
+    markdown_table,
+    told_of_changes,
+)
+from nni_topo.network.speedup.dense import DenseReport, sizes_in_markdown
+from nni_topo.network.speedup.dependency import OUTPUT, by_reason
+from nni_topo.pruners.budget import BudgetOutcome
+from nni_topo.recovery.distilling import Verdict
+from nni_topo.recovery.lesson import ComparedOutputs
+from nni_topo.recovery.report import CompensationReport
+from nni_topo.runs.allocating import Tried
+from nni_topo.runs.depth import DepthOutcome
+from nni_topo.runs.measurements import Stage
+from nni_topo.runs.tolerance import ToleranceOutcome
+
+if TYPE_CHECKING:
+    import pandas
+
+_NAMES = 8  # of layers that a line names
+_UNGROUPED = (
+    "where several samples are of one source, such as a speaker or a photo, nni_topo.Calibration(groups=...) holds out "
+    "whole sources: on new ones a network is worse than on other samples of known ones"
+)
+
+
+@dataclass(frozen=True, repr=False)
+class ShrinkReport(ModelReport):
+    """How a network was made smaller; its ``repr`` is a table with notes.
+
+    Attributes
+    ----------
+    stages : tuple of Stage
+        The unpruned network, and the network after each step. Distances and agreements are those of held-out images.
+    layers : DenseReport
+        Channels of every layer before and after, and why some channels are kept although they were to be removed.
+    compensation : CompensationReport or None
+        Errors of each layer before and after weight reconstruction; None without a method of this package.
+    tried : tuple of Tried
+        The ways to distribute the budget that were tried, with ``allocation="auto"``.
+    budget : BudgetOutcome or None
+        Whether the budget was met, and why not.
+    images : int
+        Number of calibration images: pruning, weight reconstruction and distillation use them.
+    held_out : int
+        Number of held-out images, which no step uses; 0 if there were fewer than eight images in all. Then the figures
+        are those of the calibration images.
+    warnings : tuple of str
+        What makes the figures doubtful, with what to do about it.
+    whole : dict of str to str
+        By layer that keeps all channels because they can't be removed, the reason. If ``layers`` was given, of those
+        layers alone.
+    distillation : Verdict or None
+        Whether the distilled weights were kept, and the figures that decided; None where :func:`nni_topo.distill`
+        didn't run, or what it made wasn't confirmed.
+    tolerance : ToleranceOutcome or None
+        With a ``tolerance``: the difference that was confirmed, its upper 95 % limit, and the candidates of the search.
+        Then ``images`` are calibration data only, ``held_out`` those that confirm; other ones judged the candidates.
+    depth : DepthOutcome or None
+        With ``depth=True``: the blocks that were removed, what makes up for them, and the networks that were tried.
+        Names are those in the unpruned network, while ``layers`` has those in the smaller one.
+    outputs : ComparedOutputs or None
+        By name, the outputs of the model that distances, agreements and distillation compare (``outputs.compared``) and
+        those that they don't (``outputs.left_out``); none are named where ``outputs=`` said what counts.
+    pruner : str
+        Name of the pruner, or of the function that selected the channels.
+    allocation : str
+        How the budget was distributed, ``"uniform"``, ``"topological"`` or ``"error"``; empty where the pruner chose
+        how many channels it keeps.
+    equal_blocks : bool
+        Whether all blocks were to keep the same widths.
+    recovery : str
+        Name of the recovery method, or of its class or function; empty where no weights were reconstructed.
+    undescribed : str
+        Of a model of Transformers, what its config can't say of the network; empty where ``from_pretrained`` loads it.
+    changed_since : tuple of str
+        What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``: the
+        figures are those before.
+    grouped : bool
+        Whether ``groups`` of the calibration data said which samples belong together.
+    """
+
+    stages: tuple[Stage, ...]
+    layers: DenseReport
+    compensation: CompensationReport | None = None
+    tried: tuple[Tried, ...] = ()
+    budget: BudgetOutcome | None = None
+    images: int = 0
+    held_out: int = 0
+    warnings: tuple[str, ...] = ()
+    whole: dict[str, str] = field(default_factory=dict)
+    distillation: Verdict | None = None
+    tolerance: ToleranceOutcome | None = None
+    depth: DepthOutcome | None = None
+    outputs: ComparedOutputs | None = None
+    pruner: str = ""
+    allocation: str = ""
+    equal_blocks: bool = False
+    recovery: str = ""
+    undescribed: str = ""
+    changed_since: tuple[str, ...] = ()
+    grouped: bool = False
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the stages as a table, one row each."""
+        import pandas
+
+        return pandas.DataFrame([asdict(stage) for stage in self.stages])
+
+    @property
+    def pruned_layers(self) -> tuple[str, ...]:
+        """Names of the layers that lost channels."""
+        return self.layers.pruned_layers
+
+    @property
+    def parameters_left(self) -> int:
+        """Parameters of the network that was returned."""
+        return self.stages[-1].params
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown, for the card of a network that is published.
+
+        It has the sizes before and after, the steps, what the report's table says of distances and agreements, the
+        layers that lost channels, and the warnings.
+
+        Returns
+        -------
+        str
+            Sections with headings of the second level.
+        """
+        first, last = self.stages[0], self.stages[-1]
+        sizes = {"parameters": (first.params, last.params), "MACs of one sample": (first.macs, last.macs)}
+        parts = ["## Size", sizes_in_markdown(sizes)]
+        if self.budget is not None:
+            parts.append(as_sentence(str(self.budget)))
+        if self.tolerance is not None:
+            parts.append(as_sentence(str(self.tolerance)))
+        steps = []
+        if self.pruner:
+            steps.append(f"pruner: {as_code(self.pruner)}")
+        if self.allocation:
+            alike = ", the same widths in all blocks" if self.equal_blocks else ""
+            steps.append(f"allocation of the budget: {as_code(self.allocation)}{alike}")
+        if self.depth is not None:
+            # The notes on the layers name them.
+            steps.append(f"blocks removed: {len(self.depth.removed)}")
+        steps.append(f"weight reconstruction: {as_code(self.recovery) if self.recovery else 'none'}")
+        if self.distillation is not None:
+            weights = "kept" if self.distillation.is_kept else "discarded"
+            steps.append(f"distillation: {self.distillation.steps} steps, whose weights are {weights}")
+        else:
+            is_distilled = self.stages[-1].network == "distilled"
+            steps.append(f"distillation: {'by a function of the caller' if is_distilled else 'none'}")
+        steps.append(f"calibration data: {self.images} samples, without labels")
+        parts += ["## How it was pruned", "\n".join(f"- {each}" for each in steps)]
+        rows = self._rows()
+        columns = [
+            name for name in ("network", "distance", "agreement", "accuracy") if any(_shown(row[name]) for row in rows)
+        ]
+        table = markdown_table(columns, [[_shown(row[name]) for name in columns] for row in rows])
+        told = [as_sentence(self._measured_on("agreement" in columns))]
+        told.append("Distance: mean squared distance of the outputs from the unpruned network's, over their variance.")
+        if "agreement" in columns:
+            told.append("Agreement: share of the largest outputs that are the same.")
+        if "accuracy" in columns:
+            told.append("Accuracy: what the evaluation function of the call returned.")
+        if self.outputs is not None and self.outputs.left_out:
+            told.append(f"Outputs that are compared: {', '.join(map(as_code, self.outputs.compared))}.")
+        parts += ["## How much changes", table, " ".join(told)]
+        parts += self.layers.widths_in_markdown()
+        if self.changed_since:
+            parts.append(as_sentence(told_of_changes(self.changed_since)))
+        if self.warnings:
+            parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
+        return "\n\n".join(parts)
+
+    def _measured_on(self, has_agreement: bool) -> str:
+        """Return a sentence that says what the figures are measured on."""
+        measured = "distance and agreement are" if has_agreement else "distance is"
+        if not self.held_out:
+            return (
+                f"{measured} measured on the {self.images} calibration samples, on which networks look better than "
+                "they are"
+            )
+        others = f"the {self.images} other samples are the calibration data"
+        if self.tolerance is not None and self.tolerance.measure != "evaluate":
+            others = f"{self.images} other samples are the calibration data, the rest judged the candidates"
+        return f"{measured} measured on {self.held_out} held-out samples, with 95 % intervals; {others}"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the table's rows, with numbers and intervals as text."""
+        is_discarded = self.distillation is not None and not self.distillation.is_kept
+        rows: list[dict[str, Any]] = []
+        for stage in self.stages:
+            network = stage.network
+            if network == "distilled" and is_discarded:
+                network = "distilled (discarded)"
+            rows.append(
+                {
+                    "network": network,
+                    "macs": stage.macs,
+                    "params": stage.params,
+                    "distance": _with_interval(stage.distance, stage.distance_low, stage.distance_high),
+                    "agreement": _with_interval(stage.agreement, stage.agreement_low, stage.agreement_high),
+                    "accuracy": stage.accuracy,
+                    "seconds": stage.seconds,
+                }
+            )
+        return rows
+
+    def __repr__(self) -> str:
+        import pandas
+
+        frame = pandas.DataFrame(self._rows()).dropna(axis="columns", how="all")
+        lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
+        if self.held_out:
+            lines.append(self._measured_on("agreement" in frame))
+            if not self.grouped:
+                lines.append(_UNGROUPED)
+        if self.outputs is not None and self.outputs.left_out:
+            lines.append(str(self.outputs))
+        if self.tolerance is not None:
+            lines.append(str(self.tolerance))
+            lines.append(self.tolerance.told_candidates())
+        if self.budget is not None:
+            lines.append(str(self.budget))
+        if self.depth is not None:
+            lines.append(str(self.depth))
+        if self.distillation is not None:
+            lines.append(str(self.distillation))
+        lines += [f"warning: {each}" for each in self.warnings]
+        lines += map(repr, self.tried)
+        left_alone = self.compensation.left_alone if self.compensation else {}
+        for reason, names in by_reason(left_alone).items():
+            lines.append(f"the weights of {listed(names, _NAMES)} are not reconstructed: {reason}")
+        # Of a layer that keeps all channels, one line says why.
+        held = {f"{row.name} {row.kept}": row.reason for row in self.layers.kept if row.name not in self.whole}
+        for reason, names in by_reason(held).items():
+            lines.append(f"channels that were to be removed are kept: {listed(names, _NAMES)} ({reason})")
+        for reason, names in by_reason(self.whole).items():
+            if reason != OUTPUT:
+                keeps = "keeps" if len(names) == 1 else "keep"
+                lines.append(f"{listed(names, _NAMES)} {keeps} all channels: {reason}")
+        if self.undescribed:
+            lines.append(
+                f"from_pretrained can't build the network by its config, {self.undescribed}: use nni_topo.save and "
+                "nni_topo.load"
+            )
+        if self.changed_since:
+            lines.append(told_of_changes(self.changed_since))
+        return "\n".join(lines)
+
+
+def _shown(figure: str | float | None) -> str:
+    """Return a cell of a table as text; empty for None and NaN."""
+    if isinstance(figure, float):
+        return "" if math.isnan(figure) else f"{figure:.4g}"
+    return "" if figure is None else figure
+
+
+def _with_interval(value: float, low: float, high: float) -> str | None:
+    """Return a number and its interval as the table shows them; None for NaN."""
+    if math.isnan(value):
+        return None
+    return f"{value:.4g}" if low == high else f"{value:.4g} ({low:.3g}-{high:.3g})"

@@ -1,0 +1,252 @@
+"""What `shrink` and `frontier` are asked for, apart from a size, and what that must be."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from nni_topo.errors import ConfigError, DataError, GradientError, listed, unknown_name
+from nni_topo.network.attention.config import is_pretrained
+from nni_topo.network.io.checkpoint import why_undescribed
+from nni_topo.network.layers.kinds import has_channels, without_plain_weights
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.inputs import calls
+from nni_topo.network.speedup.reconcile import MasksLike
+from nni_topo.pruners.budget import AUTO, Budget, check_shared_budget
+from nni_topo.pruners.checks import check_no_ratios
+from nni_topo.pruners.registry import check_knob_names, pruner_info
+from nni_topo.recovery import RecoveryMethod, distillation
+from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
+from nni_topo.recovery.distilling import check_can_learn, check_knobs_together, check_state
+from nni_topo.recovery.lesson import Outputs, check_augment, check_one_shape
+from nni_topo.recovery.registry import RECOVERIES
+from nni_topo.rules import NONE, check_knobs, instance, is_class, taking
+from nni_topo.runs.allocating import allocations_to_try
+
+LEAVE_OUT = "leave {} out of the layers to prune (layers)"
+"""How a layer is left out of what :func:`nni_topo.shrink` prunes."""
+
+FREE_WIDTHS = (
+    "with {'equal_blocks': False} in the budget layers and heads may keep any width, and nni_topo.save and "
+    "nni_topo.load take the network"
+)
+"""What helps where a config of Transformers can't describe a network."""
+
+Layers = Sequence[str | Mapping[str, Any]]
+"""Names of layers, and entries of a config_list without ratios."""
+Compensate = Callable[[nn.Module, MasksLike, Iterable[Any]], nn.Module]
+Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a network is made smaller, apart from its size; the fields are the arguments of :func:`nni_topo.shrink`.
+
+    ConfigError for what can't be used whatever the model is.
+    """
+
+    pruner: str | Callable[..., MasksLike] = "reconstruction"
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    layers: Layers | None = None
+    compensate: str | RecoveryMethod | Compensate | None = "reconstruct"
+    distill: Mapping[str, Any] | Distill | bool = True
+    narrow_heads: bool | None = None
+    depth: bool = False
+    outputs: Outputs | None = None
+    evaluate: Callable[[nn.Module], float] | None = None
+    round_to: int | Literal["auto"] | None = None
+    seed: int = 0
+    progress: bool | None = None
+    place: str = "shrink"  # the function that the user called
+
+    def __post_init__(self) -> None:
+        instance(Mapping).check("knobs", self.knobs, self.place)
+        (taking("network") | NONE).check("evaluate", self.evaluate, self.place)
+        (taking("output", "inputs") | NONE).check("outputs", self.outputs, self.place)
+        self._check_pruner()
+        self._check_compensate()
+        self._check_distill()
+
+    def _check_pruner(self) -> None:
+        pruner = self.pruner
+        if isinstance(pruner, type):
+            raise ConfigError(
+                f"pruner must be a pruner's name, or a function, got the class {pruner.__name__} ({self.place})"
+            )
+        if callable(pruner):
+            taking("model", "config_list", "images").check("pruner", pruner, self.place)
+        else:
+            check_knob_names(pruner, self.knobs, self.place)
+            if not pruner_info(pruner).structured:
+                raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} ({self.place})")
+            check_no_ratios([each if isinstance(each, Mapping) else {} for each in self.layers or ()], "layers")
+        if self.depth:
+            self.check_has_size("depth=True needs")
+
+    def _check_compensate(self) -> None:
+        given: Any = self.compensate
+        if is_class(given) and issubclass(given, RecoveryMethod):
+            raise ConfigError(
+                f"compensate must be a method's name, an object of it or a function, got the class {given.__name__} "
+                f"({self.place})"
+            )
+        if given is None or isinstance(given, RecoveryMethod):
+            return
+        if callable(given):
+            taking("model", "masks", "images").check("compensate", given, self.place)
+        else:
+            RECOVERIES.info(given, self.place, "compensate")
+
+    def _check_distill(self) -> None:
+        if isinstance(self.distill, Mapping):
+            allowed = tuple(inspect.signature(distillation).parameters)[3:]
+            for knob in self.distill:
+                if knob not in allowed:
+                    raise unknown_name("knob of distill", str(knob), allowed, self.place)
+            check_knobs("distill", self.distill, DISTILLATION_KNOBS)
+        elif callable(self.distill):
+            taking("dense", "model", "images").check("distill", self.distill, self.place)
+        elif not isinstance(self.distill, bool):
+            raise ConfigError(f"distill must be True, False, knobs or a function, got {self.distill!r} ({self.place})")
+
+    @property
+    def chooses_how_many(self) -> bool:
+        """Whether the pruner takes neither a budget nor, as NNI's do, exactly the ratios that it is given."""
+        if callable(self.pruner):
+            return True
+        info = pruner_info(self.pruner)
+        return not (info.origin == "nni" or "budget" in info.knobs())
+
+    @property
+    def pruner_name(self) -> str:
+        """Name of the pruner, or of the function that selects the channels."""
+        return _name_of(self.pruner)
+
+    @property
+    def recovery_name(self) -> str:
+        """Name of the recovery method, or of its class or function; empty where no weights are reconstructed."""
+        return "" if self.compensate is None else _name_of(self.compensate)
+
+    @property
+    def distillation_knobs(self) -> Mapping[str, Any]:
+        """The knobs of :func:`nni_topo.distill` that were given."""
+        return self.distill if isinstance(self.distill, Mapping) else {}
+
+    def check_has_size(self, what: str) -> None:
+        """Refuse a pruner that can't be asked for a size; ``what`` begins the sentence."""
+        if self.chooses_how_many:
+            named = "a function" if callable(self.pruner) else repr(self.pruner)
+            raise ConfigError(
+                f"{what} a pruner that can be asked for a size, got {named}, which chooses how many channels it keeps "
+                "(pruner)"
+            )
+
+    def check_one_distilled(self, several: str) -> None:
+        """Refuse a state's file where a call may distil several networks; ``several`` says which."""
+        if (state := self.distillation_knobs.get("state")) is not None:
+            raise ConfigError(
+                f"state must be left out of the knobs of distill where several networks may be distilled, {several}, "
+                f"for a file holds the state of one, got {state!r} ({self.place})"
+            )
+
+    def check_budget(self, budget: Budget) -> None:
+        """Refuse a budget that the pruner can't distribute as it says."""
+        if budget.allocation == AUTO:
+            allocations_to_try(self.pruner)
+
+    def check_layers(self, model: nn.Module) -> None:
+        """Refuse layers that a model doesn't have, with the nearest names that it has."""
+        if self.layers is None:
+            return
+        known = [name for name, module in model.named_modules() if name and has_channels(module)]
+        modules = {name for name, _ in model.named_modules()}
+        named: list[Any] = []
+        for each in self.layers:
+            own = each.get("op_names", ()) if isinstance(each, Mapping) else [each]
+            named += own if isinstance(own, (list, tuple)) else [own]
+        if not named and not any(isinstance(each, Mapping) for each in self.layers):
+            raise ConfigError(
+                "layers must name at least one layer, got none; None stands for all that can lose channels "
+                f"({self.place})"
+            )
+        for name in named:
+            if name not in modules:
+                raise unknown_name("layer of the model", name, known, self.place)
+
+    def check_shared(self, images: Calibration, budget: Budget, tolerance: float | None = None) -> None:
+        """Refuse what can't be done with images that several processes share."""
+        if images.processes is None:
+            return
+        check_shared_budget(budget)
+        alone = {
+            "distill": callable(self.distill),
+            "tolerance": tolerance is not None,
+            "depth": self.depth,
+            "allocation": budget.allocation == AUTO,
+            "pruner": callable(self.pruner),
+            "compensate": callable(self.compensate) and not isinstance(self.compensate, RecoveryMethod),
+        }
+        found = [name for name, is_given in alone.items() if is_given]
+        if found:
+            raise ConfigError(
+                "images that processes share can be used to select channels, to reconstruct weights and to distil, "
+                f"with methods by name, got {listed(found)} (process_group of {images.name})"
+            )
+        check_knobs_together(self.distillation_knobs)
+
+    def check_distillation(self, model: nn.Module, images: Calibration) -> None:
+        """Raise, before anything is pruned, the errors of :func:`nni_topo.distill` that images and outputs show."""
+        if self.distill is False or callable(self.distill):
+            return
+        if images.samples < 2:
+            raise DataError(
+                f"distillation must have at least two samples, one to judge by, got {images.samples}: pass more, or "
+                f"leave distillation out: {self.place}(..., distill=False) ({images.name})"
+            )
+        if not any(parameter.is_floating_point() for parameter in model.parameters()):
+            return  # it has no layer to prune, which `layers_to_prune` says
+        check_one_shape(calls(model, images))
+        knobs = self.distillation_knobs
+        check_state(knobs.get("state"), model)
+        first = next(calls(model, images))
+        if knobs.get("augment") is not None:
+            check_augment(model, first, knobs["augment"], 0)
+        names = ("objective", "temperature", "outputs", "blocks", "blend", "precision")
+        chosen = {"outputs": self.outputs} | {name: knobs[name] for name in names if name in knobs}
+        try:
+            check_can_learn(model, first, is_shared=images.processes is not None, **chosen)
+        except GradientError as error:
+            if self.distill is not True:  # whoever gives knobs wants it; without them a warning says so at the end
+                raise GradientError(f"{error}; distill=False leaves distillation out") from error
+
+    def as_described(self, model: nn.Module, budget: Budget) -> tuple[Budget, bool]:
+        """Return the budget, and whether a config of Transformers has to describe the smaller network.
+
+        That is the default for a model of Transformers, and with equal blocks. ConfigError for what can't be described.
+        """
+        is_asked = budget.equal_blocks or (budget.equal_blocks is None and not self.narrow_heads)
+        if not is_pretrained(model) or not is_asked:
+            return budget, False
+        why = why_undescribed(model)
+        if names := without_plain_weights(model):
+            why = f"which has other layers than the plain ones that are pruned ({listed(names)})"
+        if why:
+            why = f"a model that its config doesn't describe, {why}"
+        elif not callable(self.pruner) and self.chooses_how_many:
+            why = "a pruner that chooses how many channels it keeps"
+        elif budget.allocation != "uniform":
+            why = f"the allocation {budget.allocation!r}, by which blocks keep different widths"
+        if why:
+            raise ConfigError(
+                f"the smaller network must be one that the config of {type(model).__name__} can describe, so that "
+                f"from_pretrained loads it, got {why}; {FREE_WIDTHS} ({self.place})"
+            )
+        return replace(budget, equal_blocks=True), True
+
+
+def _name_of(choice: Any) -> str:
+    return choice if isinstance(choice, str) else str(getattr(choice, "__name__", type(choice).__name__))
