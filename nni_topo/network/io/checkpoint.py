@@ -63,7 +63,7 @@ from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.inputs import model_within, tensors_of
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import drop_report, report_of
-from nni_topo.rules import FLAG, Rule, check_knobs, taking
+from nni_topo.rules import ANYTHING, Rule, check_knobs, taking
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
@@ -199,7 +199,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         write_tensors(place, document)
 
 
-@public()
+@public(path=ANYTHING, model=_UNPRUNED)
 def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> torch.nn.Module:
     """Build a saved dense model from the unpruned model.
 
@@ -240,7 +240,6 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
       (1): Linear(in_features=2, out_features=2, bias=True)
     )
     """
-    check_knobs("load", {"model": model}, {"model": _UNPRUNED})
     document = _read(path)
     built = detached_copy(model_within(model)) if isinstance(model, torch.nn.Module) else model_within(model())
     check_knobs("load", {"model": built}, {"model": _MODULE})
@@ -671,7 +670,7 @@ def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
         setattr(module, name, tuple(size) if isinstance(size, list) else size)
 
 
-@public()
+@public(folder=ANYTHING)
 def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = True) -> None:
     """Save a pruned model of Transformers as a folder that its ``from_pretrained`` loads without this package.
 
@@ -702,7 +701,6 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
     save : One file for every model, for `load`.
     """
     place = path_of(folder, "folder")
-    check_knobs("save_pretrained", {"card": card}, {"card": FLAG})
     check_free_disk(place, 0)
     check_unwrapped(dense)
     name = type(dense).__name__

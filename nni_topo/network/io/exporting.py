@@ -36,7 +36,7 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import report_of
 from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.network.runtime.untouched import as_written
-from nni_topo.rules import all_of, whole
+from nni_topo.rules import ANYTHING, all_of, whole
 
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
@@ -77,7 +77,7 @@ class Exported:
 
 
 # PyTorch's exporters fail where convolutions are set to another precision than recurrent layers.
-@public()
+@public(path=ANYTHING, format=ANYTHING, weight_bits=ANYTHING, dynamic_dims=_DIMS)
 @in_full_precision()
 def export(
     model: nn.Module,
@@ -168,7 +168,6 @@ def export(
         raise ConfigError(f"weights must use 7 or 8 of 8 bits, got {shown(weight_bits)} (weight_bits)")
     if weight_bits != 7 and int8 is None:
         raise ConfigError(f"weights must be INT8 to use {weight_bits} bits, got no calibration data for that (int8)")
-    _DIMS.check("dynamic_dims", dynamic_dims, "export")
     images = None if int8 is None else batches_of(int8, model, "int8")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):

@@ -7,7 +7,7 @@ import functools
 import io
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -80,6 +80,10 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     for module in modules:
         held = (module, *module.parameters(recurse=False), *module.buffers(recurse=False))
         own.update(id(each) for each in held)
+        # deepcopy takes ten times as long over an empty OrderedDict, of which every module has nine for hooks.
+        memo.update(
+            (id(value), OrderedDict()) for value in vars(module).values() if type(value) is OrderedDict and not value
+        )
     if light:
         for model in models:
             for parameter in model.parameters():

@@ -90,7 +90,7 @@ def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks, *, light: 
     untie(own, ties)
     dead = _dead_inputs(own, call, masks)
     # Only now, when the masked weights of the probe, which are as many, are freed.
-    reference: torch.nn.Module = detached_copy(own, light=light)
+    reference: torch.nn.Module = own if light else detached_copy(own)
     with torch.no_grad():
         _apply(reference, masks)
         for name, channels in dead.items():
