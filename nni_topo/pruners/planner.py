@@ -93,8 +93,8 @@ class Planner:
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
         """Return the least number of rows, from ``rows`` on, that makes a multiple of ``round_to`` channels."""
-        # Each part keeps ``rows``: ``rows * parts`` is a multiple of ``round_to`` if ``rows`` is one of ``step``.
-        step = 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts)
+        # Each part keeps ``rows``, which are a multiple of ``round_to`` channels if they are one of ``step``.
+        step = 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts * unit.channels)
         return min(-(-rows // step) * step, unit.rows)
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:

@@ -54,6 +54,8 @@ class PruningUnit:
         Bounds of the share of blocks that may be pruned, in [0, 1].
     global_group_id : int, str or None
         Units of one id are ranked together.
+    channels : int, default=1
+        Number of a layer's output channels that a block stands for, as a head of attention does.
     ties : tuple of int
         Group id of each block, ``(blocks,)``, where blocks are coupled with those of other units or of this one:
         blocks with equal ids are kept or pruned together. Empty where none are.
@@ -72,6 +74,7 @@ class PruningUnit:
     min_sparse_ratio: float
     max_sparse_ratio: float
     global_group_id: int | str | None = None
+    channels: int = 1
     ties: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
@@ -254,6 +257,7 @@ def _unit(
         blocks=blocks,
         parts=1 if share.counts else parts,
         elements=sum(space.target.numel() // blocks for space in spaces),
+        channels=channels_of_block(spaces[0]._wrapper.module, blocks),
         min_sparse_ratio=low,
         max_sparse_ratio=high,
         ties=tied,
@@ -261,6 +265,11 @@ def _unit(
         shares=share.counts,
         **rules,
     )
+
+
+def channels_of_block(module: nn.Module, blocks: int) -> int:
+    """Return how many output channels each of so many blocks stands for; 1 for what isn't pruned by output channel."""
+    return max((output_channels(module) or 0) // blocks, 1)
 
 
 def _tied(group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCoupling) -> tuple[int, ...]:

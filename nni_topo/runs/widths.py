@@ -26,7 +26,7 @@ from nni_topo.network.speedup.dependency import (
 )
 from nni_topo.pruners.budget import Budget, BudgetOutcome, BudgetPlanner, kept_if, network_cost, share_left
 from nni_topo.pruners.planner import Planner
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import PruningUnit, channels_of_block
 from nni_topo.runs.choices import Target
 
 _HALVINGS = 40
@@ -221,6 +221,7 @@ def _units(analysis: Analysis, config_list: DependencyGroups) -> list[PruningUni
                 parts=parts,
                 ties=ties if len(ties) == blocks else (),
                 elements=1,
+                channels=channels_of_block(analysis.model.get_submodule(names[0]), blocks),
                 sparse_ratio=0.0,
                 sparse_threshold=None,
                 min_sparse_ratio=max(entry.get("min_sparse_ratio", 0.0) for entry in members),

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import nni_topo
 from nni_topo.pruners.registry import create_pruner
@@ -87,3 +88,28 @@ def test_a_budget_counts_rounded_widths():
     dense = to_dense(model, IMAGES[:2], masks)
     share = nni_topo.zoo.count_macs(dense, IMAGES[:1]) / nni_topo.zoo.count_macs(model, IMAGES[:1])
     assert 0.3 < share < 0.7
+
+
+class Attending(nn.Module):
+    """Twelve heads of eight channels, and two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(96, 12, batch_first=True)
+        self.hidden, self.head = nn.Linear(96, 64), nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.head(self.hidden(self.attention(x, x, x, need_weights=False)[0]).relu()).mean(1)
+
+
+def test_heads_count_by_their_channels():
+    torch.manual_seed(0)
+    model, batch = Attending().eval(), torch.randn(32, 5, 96)
+    config_list = dependency_groups(model, batch, [{"op_types": ["MultiheadAttention"], "sparse_ratio": 0.6}])
+    pruner = nni_topo.RandomPruner(model, config_list, round_to=16, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    # Five heads of twelve would stay, and forty channels aren't a multiple of 16.
+    assert int(masks["attention"]["in_proj_weight"][:96, 0].sum()) == 48
+    small = nni_topo.shrink(model, [batch], {"flops": 0.4}, round_to=16, distill=False, narrow_heads=False)
+    assert small.report.budget.left == pytest.approx(0.4, abs=0.02)
