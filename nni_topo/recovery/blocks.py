@@ -30,6 +30,7 @@ from nni_topo.network.io.checkpoint import take_out, tell_depth
 from nni_topo.network.layers.kinds import CONVOLUTIONS, NORMS
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.fits import first_call, structure_call
 from nni_topo.network.runtime.hooks import batches_of, watched
@@ -48,7 +49,6 @@ from nni_topo.recovery.samples import (
     samples_to_solve_on,
 )
 
-_NEAR = 1e-3
 _POSITIONS = 64  # of each image of a convolution's output: neighbouring ones tell nearly the same
 _ENDS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LayerNorm, nn.RMSNorm)  # what may follow the sum at a block's end
 
@@ -318,7 +318,7 @@ def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None
             # A ReLU may be called more than once; its last call is the block's end.
             del streams[first:-1]
         unchanged, moved = streams
-        if torch.allclose(moved - unchanged, added.expand_as(unchanged), atol=_NEAR, rtol=_NEAR):
+        if agree([added.expand_as(unchanged)], [moved - unchanged], SAME_CHANNELS):
             return writer
     return None
 

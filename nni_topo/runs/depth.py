@@ -27,6 +27,7 @@ from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.io.checkpoint import take_out, take_out_part, tell_depth, tells_depth
 from nni_topo.network.layers.kinds import RECURRENT, WEIGHTED, is_transposed_linear
 from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.inputs import Call, returned_tensors, tensors_of
@@ -51,7 +52,6 @@ _SOLVED, _JUDGED = 256, 128  # calibration and held-out images by which blocks a
 _LOOKED_AT = 8  # blocks that are looked at again after each removal, those that promised most
 _TOGETHER = 4  # networks that are judged at once, each with its own weights in memory
 _MIDDLE, _BETWEEN = 0.5, (0.25, 0.75)  # shares of the saving, in quotients, that blocks bring in the networks tried
-_DEPENDS = 1e-6
 _CACHE = "past_key_values"  # what a decoder returns for its next call
 _logger = logging.getLogger(__name__)
 
@@ -278,9 +278,7 @@ def _parts_of(block: str, module: nn.Module, seen: Mapping[str, list[_Seen]]) ->
         if is_part and _layers_in(module.get_submodule(name.removeprefix(f"{block}."))):
             parts.append(name)
             total = total + seen[name][0].first
-    scale = float(whole.first.abs().max())
-    is_sum = torch.allclose(total, whole.first, rtol=1e-3, atol=1e-4 * scale)
-    return parts if len(parts) > 1 and is_sum else []
+    return parts if len(parts) > 1 and agree([whole.first], [total], SAME_CHANNELS) else []
 
 
 def _depends(model: nn.Module, block: nn.Module, call: Call, entering: Tensor) -> bool:
@@ -296,7 +294,7 @@ def _depends(model: nn.Module, block: nn.Module, call: Call, entering: Tensor) -
         except Exception as error:  # what follows may not take such values
             if out_of_memory(error):
                 raise
-    return len(found) == 2 and bool((found[0] - found[1]).abs().max() > _DEPENDS)
+    return len(found) == 2 and not agree(found[:1], found[1:], SAME_CHANNELS)
 
 
 def _layers_in(module: nn.Module) -> list[nn.Module]:

@@ -24,6 +24,7 @@ from nni_topo.errors import DataError, SpeedupError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.layers.derived import has_own_forward
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
 from nni_topo.network.runtime.copying import unwrapped_copy
 from nni_topo.network.runtime.inputs import arguments_of, at_once, fitting, parts
 from nni_topo.network.runtime.training_mode import evaluating
@@ -106,7 +107,7 @@ class PopulationAccuracy:
             tails = [_Tail(graph, self._names, *batch) for batch in self._batches]
             found = tails[0].logits([layer.weight[None] for layer in self._layers])[0]
             # A graph holds the branches that the traced batch took; and joint products are rounded differently.
-            if torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+            if agree([expected], [found], SAME_CHANNELS):
                 self._tails = tails
         # Whatever a model's own code raises when run in pieces: one by one, the masks work for every network.
         except (SpeedupError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
