@@ -241,9 +241,8 @@ class Patches:
         if values.shape[2] and geometry.takes_frequencies_once():
             by_place = _shifted_first(values.mT.unflatten(2, (*geometry.size, self.entries)), geometry)
             spectrum = _spectrum(by_place, geometry.lengths).conj() @ self.spectrum.mT
-            correlations = _from_spectrum(spectrum, geometry.lengths)
-            index = (slice(None), *geometry.shifts)
-            by_element: Tensor = correlations[index].flatten(1, len(geometry.shifted))
+            wanted = [range(each.stop)[each] for each in geometry.shifts]
+            by_element = _at_pixels(spectrum, geometry.lengths, wanted).flatten(1, len(geometry.shifted))
             return by_element.permute(0, 3, 1, 2).flatten(1, 2)
         products = torch.stack([self._under(element) @ values for element in range(geometry.elements)], dim=2)
         return products.flatten(1, 2)
@@ -366,23 +365,32 @@ class _SumsByFrequencies:
 
     def each(self, geometry: Geometry) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the pairs of kernel elements and their sums, ``(groups, channels, channels)``, which are used up."""
-        by_shift = []
+        by_shift, dims = [], geometry.shifted
         while self._sums:
             (lengths, forward), sums = self._sums.popitem()
-            by_shift.append((lengths, forward, _from_spectrum(sums, lengths)))
+            # Backward shifts wrap around.
+            wanted = [
+                [
+                    shift * geometry.dilation[dim] % length
+                    for shift in range(1 - geometry.kernel[dim], geometry.kernel[dim])
+                ]
+                for dim, length in zip(dims, lengths, strict=True)
+            ]
+            by_shift.append((forward, _at_pixels(sums, lengths, wanted)))
         for element, others in geometry.full_pairs().items():
             first = np.unravel_index(element, geometry.kernel)
             for other in others:
                 second = np.unravel_index(other, geometry.kernel)
-                shifts = [int(second[dim] - first[dim]) * geometry.dilation[dim] for dim in geometry.shifted]
-                wanted = tuple(shift >= 0 for shift in shifts)
+                steps = [int(second[dim] - first[dim]) for dim in dims]
+                directions = tuple(step >= 0 for step in steps)
+                place: tuple[slice | int, ...] = (
+                    slice(None),
+                    *(step + geometry.kernel[dim] - 1 for step, dim in zip(steps, dims, strict=True)),
+                )
                 total = None
-                for lengths, forward, sums in by_shift:
-                    if forward == wanted:
-                        pixels = [shift % length for shift, length in zip(shifts, lengths, strict=True)]
-                        place: tuple[slice | int, ...] = (slice(None), *pixels)
-                        found = sums[place]
-                        total = found if total is None else total + found
+                for forward, sums in by_shift:
+                    if forward == directions:
+                        total = sums[place] if total is None else total + sums[place]
                 assert total is not None  # each direction has its sums
                 yield element, other, total
 
@@ -420,6 +428,27 @@ def _from_spectrum(products: Tensor, lengths: Sequence[int]) -> Tensor:
     dims = tuple(range(1, 1 + len(lengths)))
     values: Tensor = torch.fft.irfftn(products.unflatten(1, kept), s=lengths, dim=dims)
     return values
+
+
+def _at_pixels(products: Tensor, lengths: Sequence[int], wanted: Sequence[Sequence[int]]) -> Tensor:
+    """Transform ``(groups, frequencies, ...)`` back at some pixels of each dimension, ``(groups, *pixels, ...)``.
+
+    Of as few as the elements of a kernel that takes less than the transform, which gives all pixels.
+    """
+    half = lengths[-1] // 2 + 1
+    values = products.unflatten(1, (*lengths[:-1], half))
+    for number, (length, pixels) in enumerate(zip(lengths, wanted, strict=True), start=1):
+        is_last = number == len(lengths)
+        frequencies = torch.arange(half if is_last else length, dtype=torch.float64, device=values.device)
+        places = torch.tensor(list(pixels), dtype=torch.float64, device=values.device)
+        sizes = torch.full_like(frequencies, 1 / length)
+        if is_last:  # the conjugates of the others are left out
+            sizes[1 : (length + 1) // 2] *= 2
+        waves = torch.polar(sizes.expand(len(places), -1), places[:, None] * frequencies * (2 * math.pi / length))
+        moved = values.movedim(number, 1)
+        values = (waves @ moved.flatten(2)).unflatten(2, moved.shape[2:]).movedim(1, number)
+    found: Tensor = values.real
+    return found
 
 
 class _EndProducts:
