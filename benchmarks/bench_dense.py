@@ -58,7 +58,7 @@ def measure(net: str, tool: str) -> dict[str, Any]:
     if tool == TOOLS[1]:
         timed(record, "dense", lambda: ModelSpeedup(model, images, masks).speedup_model())
     else:
-        timed(record, "dense", lambda: nni_topo.to_dense(model, images, masks))
+        timed(record, "dense", lambda: nni_topo.to_dense(model, images, masks, groups=groups))
         record["whole"] = record["groups"] + record["dense"]
     return record
 

@@ -39,7 +39,7 @@ from nni_topo.network.layers.kinds import (
 from nni_topo.network.layers.original_width import plain_norm
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, UNGROUPED, check_unwrapped
 from nni_topo.network.runtime.public import public
-from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.rules import NONE, Rule, checked
 
 _logger = logging.getLogger(__name__)
@@ -97,6 +97,28 @@ class DependencyGroups(list[dict[str, Any]]):
         self.ties = dict(ties or {})
         self.shares = dict(shares or {})
         self.reasons = dict(reasons or {})
+        self._facts: Facts | None = None
+        self._sizes: dict[str, torch.Size] = {}  # of the parameters of the model
+
+    def take_facts(self, analysis: Analysis) -> None:
+        """Keep what was found of a model, for :func:`nni_topo.to_dense`."""
+        self._facts, self._sizes = analysis.facts, _sizes_of(analysis.model)
+
+    def facts_for(self, model: torch.nn.Module) -> Facts | None:
+        """Return what was found of a model when the groups were made; None if it must be found anew.
+
+        That is where values of tensors decide what the forward does, and for a copy of the groups.
+        """
+        if self._facts is None or self._facts.trace is None or self._facts.trace.reads_values:
+            return None
+        sizes = _sizes_of(model)
+        if sizes != self._sizes:
+            other = [name for name in {**self._sizes, **sizes} if sizes.get(name) != self._sizes.get(name)]
+            raise ConfigError(
+                "groups must be those that dependency_groups made for this model, got those of a model with other "
+                f"parameters: {listed(other)} (groups)"
+            )
+        return self._facts
 
     def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
         """Put others in place of the entries."""
@@ -201,7 +223,14 @@ def dependency_groups(
     {'2': "it gives the model's output"}
     """
     check_unwrapped(model)
-    return groups_of(Analysis.on(model, example_inputs), config_list, strict=strict)
+    analysis = Analysis.on(model, example_inputs)
+    found = groups_of(analysis, config_list, strict=strict)
+    found.take_facts(analysis)
+    return found
+
+
+def _sizes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def groups_of(

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import Budget, RandomPruner, ReconstructionPruner, dependency_groups, shrink, to_dense
+from nni_topo import Budget, RandomPruner, ReconstructionPruner, dependency_groups, masked_model, shrink, to_dense
+from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import count_params
 from nni_topo.network.graph import tracing
 from nni_topo.network.speedup.analysis import Analysis, Facts
@@ -49,6 +50,44 @@ def test_groups_serve_the_dense_network_of_the_first_round_too():
         widths.append(model.stem.out_channels)
     assert widths[1] == widths[0] // 2
     assert widths[2] == widths[1] // 2
+
+
+def masks_of(model, groups):
+    pruner = RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks
+
+
+def test_groups_that_are_passed_on_save_the_trace(traces):
+    model, images = toy_model().eval(), toy_images(2)
+    groups = dependency_groups(model, images, [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5}])
+    masks = masks_of(model, groups)
+    with torch.no_grad():
+        for parameter in model.parameters():  # as training does
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    done = len(traces)
+    given = to_dense(model, images, masks, groups=groups)
+    assert len(traces) == done
+    assert torch.equal(given(images), to_dense(model, images, masks)(images))
+    found = len(traces)
+    assert found > done
+    to_dense(model, images, masks, groups=copy.deepcopy(groups))  # a copy of groups knows nothing
+    to_dense(model, toy_images(2)[..., :6], masks, groups=groups)  # nor do they of other sizes
+    assert len(traces) == 3 * found - 2 * done
+    with pytest.raises(ConfigError, match=r"groups must be those .* for this model, got .* stem.weight.* \(groups\)"):
+        to_dense(given, images, {}, groups=groups)
+
+
+def test_groups_of_a_forward_that_reads_weights_serve_no_other_weights():
+    model, rows = Gated().eval(), torch.randn(4, 8)
+    groups = dependency_groups(model, rows, [{"op_names": ["one", "other"], "sparse_ratio": 0.5}])
+    masks = masks_of(model, groups)
+    with torch.no_grad():
+        model.gate.fill_(-1.0)
+    dense = to_dense(model, rows, masks, groups=groups)
+    assert dense.one.out_features == 16
+    torch.testing.assert_close(dense(rows), masked_model(model, rows, masks)(rows))
 
 
 class Gated(nn.Module):
