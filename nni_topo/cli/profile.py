@@ -11,6 +11,7 @@ from rich.console import Console
 
 import nni_topo
 from nni_topo.network.cost.measure import ModeCost, profile
+from nni_topo.rules import whole
 from nni_topo.runs.run import resolve_device
 from nni_topo.studies.study import ModelVerb, Names
 from nni_topo.studies.tables import as_table
@@ -34,6 +35,8 @@ class Profile(ModelVerb):
 
     def run(self, console: Console) -> int:
         """Print a row for each mode and network."""
+        for name in ("batch_size", "image_size", "in_channels", "classes", "runs", "threads"):
+            whole(1).check(name, getattr(self, name), "nni-topo profile")
         sizes = {"num_classes": self.classes, "in_channels": self.in_channels, "image_size": self.image_size}
         torch.manual_seed(self.seed)
         model = create_model(self.model, width=self.width, **sizes).eval()

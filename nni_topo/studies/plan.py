@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.pruners.registry import pruner_info
 from nni_topo.rules import ANYTHING, SEED, as_settings, check_fields, check_jobs, number, whole
 from nni_topo.runs.choices import (
     TARGETS,
@@ -23,6 +24,7 @@ from nni_topo.runs.choices import (
     read_yaml,
     with_recovery,
 )
+from nni_topo.studies.baselines import is_baseline
 from nni_topo.zoo import default_recipe
 
 SCRATCH = "scratch"
@@ -63,6 +65,14 @@ class ComparisonPlan:
             if not getattr(self, name):
                 raise ConfigError(f"{name} must hold at least one entry, got none (plan)")
         rows = [pruner.row for pruner in self.pruners]
+        for pruner in self.pruners:
+            is_ours = pruner.name != SCRATCH and not is_baseline(pruner.name)
+            needs = pruner_info(pruner.name).needs if is_ours else ()
+            if not pruner.calibration and any(need.startswith("calibration") for need in needs):
+                raise ConfigError(
+                    f"pruner {pruner.name!r} needs calibration data, got {pruner.calibration} images (calibration of "
+                    f"{pruner.row})"
+                )
         twice = sorted({row for row in rows if rows.count(row) > 1})
         if twice:
             raise ConfigError(f"labels of pruners must differ, got twice: {', '.join(twice)} (plan)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from nni_topo import zoo
 from nni_topo.errors import unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.network.speedup.dense import to_dense
+from nni_topo.pruners.energy.chirp import ENERGY_KNOBS
 from nni_topo.pruners.hooks import Masks
-from nni_topo.rules import number
+from nni_topo.rules import check_knobs, number
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.dropout import with_dropout
@@ -85,6 +86,9 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
             if part not in PARTS:
                 raise unknown_name("part of an energy study", part, PARTS, "parts")
         check_thresholds(self.thresholds)
+        chirp: dict[str, Any] = {"sweep": self.sweep, "direction": self.direction}
+        replace(_CHIRP, **chirp)  # which checks its fields
+        check_knobs(self.place, {"normalization": self.normalization}, ENERGY_KNOBS)
         number(0.0).check("max_drop", self.max_drop, self.place)
 
     def find(self, tell: Tell) -> EnergyReport:
