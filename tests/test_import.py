@@ -75,3 +75,15 @@ def test_nni_imports_no_trainer_library_before_an_evaluator_is_made(asked_for):
 
 def test_the_check_sees_what_is_loaded(asked_for):
     assert {"sklearn", "joblib", "pandas"} <= asked_for[2]
+
+
+def test_no_compiler_is_loaded_to_make_a_model_smaller(bare_python):
+    program = """
+import sys
+import torch
+import nni_topo
+model, images = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 2, 3)), torch.rand(4, 1, 8, 8)
+small = nni_topo.shrink(model, [images, images], {"flops": 0.5}, distill=False)
+print(small.report.parameters_left, "torch._dynamo" in sys.modules, "sympy" in sys.modules)
+"""
+    assert bare_python(program) == "58 False False\n"

@@ -56,7 +56,11 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
         windows = _transposed_windows(call, call.output_size if is_own else shape[2:])
     else:
         windows = call.windows()
-    places = torch.unravel_index(positions, windows.shape[2 : 2 + dims])
+    # What torch.unravel_index gives, which loads SymPy.
+    places, rest = list[Tensor](), positions
+    for size in reversed(windows.shape[2 : 2 + dims]):
+        places.insert(0, rest % size)
+        rest = rest // size
     at: tuple[Any, ...] = (entries, slice(None), *places)
     rows = windows[at].flatten(0, 1)
     if isinstance(module, TRANSPOSED):

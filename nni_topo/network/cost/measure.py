@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.layers.kinds import RECURRENT, recurrent_products
@@ -127,35 +128,49 @@ def counted_run(model: nn.Module, call: Call, names: Iterable[str] = ()) -> tupl
     return call, len(lists[0]) if lists else batch_size(call), run(*call)
 
 
+class _Counter(TorchDispatchMode):
+    """Counts what PyTorch's ``FlopCounterMode`` does of operations, and neither tracks modules nor loads a compiler."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # with True the first call loads torch._dynamo and SymPy, which takes more than a second
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        from torch.utils.flop_counter import flop_registry  # loads Triton
+
+        self.total, self._formulas = 0, flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return NotImplemented
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:
+                found = func.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=out))
+        return out
+
+
 @contextmanager
 def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[CountedMacs]:
     """Count what runs within the block, and by itself what the named modules run; the counts are there after it.
 
     Fused attention kernels are switched off.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # loads Triton
-    from torch.utils.module_tracker import ModuleTracker
-
-    class Untracked(ModuleTracker):
-        """Tracks nothing: all is counted as of the whole network, which is what is read here.
-
-        PyTorch's tracker puts hooks for the gradients on what enters a module. Without gradients it fails on a view of
-        a parameter, such as a part of a table of positions, which requires gradients and has no function for them.
-        """
-
-        def __enter__(self) -> Untracked:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-    counter, found = FlopCounterMode(display=False), CountedMacs()
-    counter.mod_tracker = Untracked()
+    counter, found = _Counter(), CountedMacs()
     extra = 0  # twice the products of recurrent layers, less what the counter says of some of them
     entered = list[int]()  # by call that is under way, the count before it
 
     def now() -> int:
-        return int(counter.get_total_flops()) + extra
+        return counter.total + extra
 
     def enter(*_: Any) -> None:
         entered.append(now())
