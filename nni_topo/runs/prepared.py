@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asked:
-    """The network that is made smaller and the budget, checked, and as they are worked with."""
+    """A checked request: the network to make smaller, and the budget."""
 
     model: nn.Module  # with plain weights
     budget: Budget
