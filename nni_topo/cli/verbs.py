@@ -18,7 +18,7 @@ from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.recovery.registry import RECOVERIES
-from nni_topo.rules import check_knobs, number, one_of
+from nni_topo.rules import check_knobs, number, one_of, whole
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
 from nni_topo.runs.frontier import checked_shares, frontier
 from nni_topo.runs.provenance import provenance
@@ -109,6 +109,7 @@ class Compare(DataVerb):
     def _plan(self) -> ComparisonPlan:
         if not self.model:
             raise ConfigError("a comparison must have --model or --plan, got neither (nni-topo compare)")
+        whole(0).check("calibration", self.calibration, "nni-topo compare")
         kinds: tuple[Any, ...] = ("ratio", *BUDGETS)
         targets = [Target(kind, value) for kind in kinds for value in getattr(self, kind)]
         return ComparisonPlan(
@@ -226,7 +227,7 @@ class Shrink(TrainedVerb):
                 start.images(self.images),
                 budget,
                 tolerance=self.tolerance,
-                measure=self.measure,
+                measure="auto" if self.tolerance is None else self.measure,
                 **self._steps(start),
             )
             report: Any = dense.report

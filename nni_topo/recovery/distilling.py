@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nni_topo.disk import check_output_file, path_of
-from nni_topo.errors import ConfigError, DataError, GradientError, listed, unknown_name
+from nni_topo.errors import ConfigError, DataError, GradientError, listed
 from nni_topo.network.io.checkpoint import fingerprint, model_fingerprint
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
@@ -70,7 +70,7 @@ from nni_topo.recovery.lesson import (
 )
 from nni_topo.recovery.rates import RATES, try_rates
 from nni_topo.recovery.report import signed_like
-from nni_topo.rules import ANYTHING, FLAG, FUNCTION, NONE, SEED, check_knobs, number, taking, whole
+from nni_topo.rules import ANYTHING, FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
 from nni_topo.sharing import named_tensors
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ _LOOKED_AT = 256  # held-out images at most that are looked at while learning go
 
 _POSITIVE = number(0.0, closed="neither")
 KNOBS = {
+    "objective": one_of(OBJECTIVES),
     "temperature": _POSITIVE,
     "steps": whole(1) | NONE,
     "seconds": _POSITIVE | NONE,
@@ -98,6 +99,7 @@ KNOBS = {
     "precision": PRECISION,
     "state_seconds": number(0.0),
     "augment": FUNCTION | NONE,
+    "seed": SEED,
 }
 """Rules of the knobs that :func:`distill` takes; None stands for its own choice."""
 _logger = logging.getLogger(__name__)
@@ -307,12 +309,6 @@ def distillation(
 ) -> Distillation:
     """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
     clock = Clock(seconds)
-    if objective not in OBJECTIVES:
-        raise unknown_name("objective", str(objective), OBJECTIVES, "distill")
-    numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
-    others = {"warmup": warmup, "blocks": blocks, "outputs": outputs, "blend": blend, "state_seconds": state_seconds}
-    check_knobs("distill", {**numbers, **others, "augment": augment}, KNOBS)
-    SEED.check("seed", seed, "distill")
     if state is not None:
         check_output_file(path_of(state, "state"))
     for model in (original, dense):

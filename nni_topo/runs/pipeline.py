@@ -236,7 +236,8 @@ class Pipeline:
         """Return the share of the cost that a dense network keeps, and warn where that misses the budget."""
         share = self.share_left(budget, recovered)
         why = self.why_missed(budget, recovered, share)
-        if self.settings.chooses_how_many or self._is_mispredicted(budget, recovered, share):
+        planned = recovered.pruned.planned
+        if planned is None or planned.is_met or self._is_mispredicted(budget, recovered, share):
             return tell_if_missed(budget, share, why)
         return budget_outcome(budget.kind, budget.share, share, why)  # the pruner has given the warning
 
@@ -254,6 +255,8 @@ class Pipeline:
             return planned.why
         if recovered.layers.kept:
             return "layers keep channels that were to be removed"
+        if recovered.pruned.full is not self.model:
+            return "heads of attention are made narrower, each by as many channels; narrow_heads=False removes heads"
         allocations = () if callable(self.settings.pruner) else pruner_info(self.settings.pruner).allocations()
         return no_nearer(budget, allocations)
 

@@ -12,7 +12,6 @@ from nni_topo.errors import ConfigError, listed
 from nni_topo.network.attention.config import described_layers
 from nni_topo.network.channels import reasons
 from nni_topo.network.layers.kinds import has_channels
-from nni_topo.network.runtime.arguments import BY_HEAD, check_entry
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import (
     OUTPUT,
@@ -150,9 +149,8 @@ def _check_have_channels(analysis: Analysis, layers: Layers) -> None:
     selected: dict[str, nn.Module] = {}
     named: set[str] = set()
     by_head = False
-    for index, each in enumerate(layers):
+    for each in layers:
         entry: dict[str, Any] = {"op_names": [each]} if isinstance(each, str) else dict(each)
-        check_entry(entry, f"layers[{index}]", BY_HEAD)
         if entry.get("granularity") == "head":  # of modules that hold layers, too; dependency_groups looks at them
             by_head = True
             continue

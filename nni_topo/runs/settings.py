@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError, GradientError, listed, unknown_name
+from nni_topo.errors import ConfigError, DataError, GradientError, listed, shown, unknown_name
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.layers.kinds import has_channels, without_plain_weights
+from nni_topo.network.runtime.arguments import BY_HEAD, check_entry
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.inputs import calls
 from nni_topo.network.speedup.reconcile import MasksLike
@@ -36,6 +37,7 @@ FREE_WIDTHS = (
 )
 """What helps where a config of Transformers can't describe a network."""
 
+_OFFERED = ("seed", "calibration", "example_inputs", "budget", "round_to")  # what a call gives a pruner
 Layers = Sequence[str | Mapping[str, Any]]
 """Names of layers, and entries of a config_list without ratios."""
 Compensate = Callable[[nn.Module, MasksLike, Iterable[Any]], nn.Module]
@@ -83,9 +85,22 @@ class Settings:
             check_knob_names(pruner, self.knobs, self.place)
             if not pruner_info(pruner).structured:
                 raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} ({self.place})")
+            self._check_needs(pruner)
             check_no_ratios([each if isinstance(each, Mapping) else {} for each in self.layers or ()], "layers")
         if self.depth:
             self.check_has_size("depth=True needs")
+
+    def _check_needs(self, pruner: str) -> None:
+        """Refuse a pruner that needs more than a call offers, and knobs that are arguments of the call itself."""
+        if "budget" in self.knobs:
+            raise ConfigError(f"budget must be left out of knobs, got {shown(self.knobs['budget'])} ({self.place})")
+        given = {*_OFFERED, *(knob for knob, value in self.knobs.items() if value is not None)}
+        missing = [need for need in pruner_info(pruner).needs if given.isdisjoint(need.split(" or "))]
+        if missing:
+            raise ConfigError(
+                f"pruner must be one that needs no {', '.join(missing)}, got {pruner!r}: create_pruner takes one "
+                f"({self.place})"
+            )
 
     def _check_compensate(self) -> None:
         given: Any = self.compensate
@@ -157,6 +172,13 @@ class Settings:
         """Refuse a budget that the pruner can't distribute as it says."""
         if budget.allocation == AUTO:
             allocations_to_try(self.pruner)
+        elif not self.chooses_how_many:
+            known = pruner_info(str(self.pruner)).allocations() or ("uniform",)
+            if budget.allocation not in known:
+                raise ConfigError(
+                    f"the allocation of pruner {self.pruner!r} must be {' or '.join(map(repr, known))}, got "
+                    f"{budget.allocation!r} (budget)"
+                )
 
     def check_layers(self, model: nn.Module) -> None:
         """Refuse layers that a model doesn't have, with the nearest names that it has."""
@@ -165,7 +187,9 @@ class Settings:
         known = [name for name, module in model.named_modules() if name and has_channels(module)]
         modules = {name for name, _ in model.named_modules()}
         named: list[Any] = []
-        for each in self.layers:
+        for index, each in enumerate(self.layers):
+            if isinstance(each, Mapping):
+                check_entry(dict(each), f"layers[{index}]", BY_HEAD)
             own = each.get("op_names", ()) if isinstance(each, Mapping) else [each]
             named += own if isinstance(own, (list, tuple)) else [own]
         if not named and not any(isinstance(each, Mapping) for each in self.layers):

@@ -211,6 +211,8 @@ def shrink(
     """
     calibration = batches_of(images, model, "images", shared=True)
     share, wanted = budget_settings(budget, tolerance)
+    if tolerance is None and measure != "auto":
+        raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
     settings = Settings(
         pruner=pruner,
         knobs={} if knobs is None else knobs,

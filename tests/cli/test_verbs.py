@@ -169,6 +169,8 @@ MISTAKES = [
     ("experiment run --por 3", "Unrecognized options: --por"),
     ("analyze energy --model small_cnn --thresholds 2", "in (0, 1) that ascend, got (2.0,)"),
     ("analyze energy --model small_cnn --max-drop -1", "max_drop must be at least 0"),
+    ("compare --model small_cnn --calibration -1", "calibration must be an integer of at least 0, got -1"),
+    (f"{SHRINK} --pruner taylor", "needs no evaluator, training_steps, got 'taylor'"),
     ("analyze energy --model small_cnn --sweep 0", "got '0'"),
     ("analyze energy --model small_cnn --normalization are", "did you mean area"),
     ("analyze evolution --model small_cnn --damage-rates 0.1 2", "damage_rate must be in [0, 1]"),

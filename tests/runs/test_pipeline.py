@@ -352,7 +352,7 @@ def test_it_is_told_for_which_network_evaluate_fails_or_finds_no_finite_number(c
 
 @pytest.mark.parametrize(
     "layers",
-    [None, ["stem"], [{"op_types": ["Conv2d"]}], [{"op_names": "stem"}], ["stem", {"op_types": ["Linear"]}]],
+    [None, ["stem"], [{"op_types": ["Conv2d"]}], ["stem", {"op_types": ["Linear"]}]],
 )
 def test_layers_that_a_model_has_are_taken(layers):
     asked(layers=layers).check_layers(toy_model())
@@ -376,6 +376,40 @@ def choices(budget=FLOPS, **given):
 )
 def test_choices_that_can_be_used_are_taken(given):
     choices(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"pruner": "taylor"}, "needs no evaluator, training_steps, got 'taylor'"),
+        ({"pruner": "reconstruction", "knobs": {"budget": {"flops": 0.2}}}, "budget must be left out of knobs"),
+        (
+            {"budget": Budget(flops=0.5, allocation="error")},
+            r"allocation of pruner 'l1' must be 'uniform', got 'error'",
+        ),
+        ({"distill": {"objective": "l2"}}, "objective must be a known name, got 'l2'"),
+        ({"distill": {"seed": -1}}, "seed must be an integer of at least 0"),
+    ],
+)
+def test_choices_that_could_not_be_kept_are_refused_before_any_work(given, told):
+    with pytest.raises(ConfigError, match=told):
+        choices(**given)
+
+
+def test_entries_are_read_before_the_model_runs():
+    with pytest.raises(ConfigError, match=r"got 'op_name'; did you mean op_names.*layers\[0\]"):
+        asked(layers=[{"op_name": ["stem"]}]).check_layers(toy_model())
+
+
+def test_a_budget_that_narrower_heads_miss_is_told(caplog):
+    torch.manual_seed(0)
+    model = vit_small(4, 1, 8).eval()
+    settings = {"pruner": "l1", "compensate": None, "distill": False}
+    for share in (0.4, 0.45, 0.5, 0.55):
+        caplog.clear()
+        small = shrink(model, [torch.randn(32, 1, 8, 8)], {"params": share}, **settings)
+        told = [each for each in caplog.messages if "the params budget" in each]
+        assert told == ([] if small.report.budget.is_met else [str(small.report.budget)])
 
 
 def two_outputs(output, inputs):

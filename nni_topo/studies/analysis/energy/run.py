@@ -19,7 +19,7 @@ from nni_topo.maths.signals import Chirp
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.pruners.energy.chirp import ENERGY_KNOBS
 from nni_topo.pruners.hooks import Masks
-from nni_topo.rules import check_knobs, number
+from nni_topo.rules import check_knobs, number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.dropout import with_dropout
@@ -86,6 +86,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
             if part not in PARTS:
                 raise unknown_name("part of an energy study", part, PARTS, "parts")
         check_thresholds(self.thresholds)
+        whole(0).check("calibration", self.calibration, self.place)
         chirp: dict[str, Any] = {"sweep": self.sweep, "direction": self.direction}
         replace(_CHIRP, **chirp)  # which checks its fields
         check_knobs(self.place, {"normalization": self.normalization}, ENERGY_KNOBS)
