@@ -199,6 +199,6 @@ def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:
         axis.fill_between(range(longest), percent.min(axis=0), percent.max(axis=0), color=color, alpha=0.1, lw=0)
         seen += means[1:].tolist()
     low, high = min(seen), max(before, *seen)
-    margin = 0.1 * (high - low)
+    margin = 0.1 * (high - low) or 1.0
     limits = (low - margin, high + margin)
     finish(axis, "epochs of fine-tuning", "validation accuracy %", legend=False, ylim=limits)
