@@ -99,15 +99,18 @@ class DependencyGroups(list[dict[str, Any]]):
         self.reasons = dict(reasons or {})
         self._facts: Facts | None = None
         self._sizes: dict[str, torch.Size] = {}  # of the parameters of the model
+        self._settings: list[Any] = []  # of its modules
 
     def take_facts(self, analysis: Analysis) -> None:
         """Keep what was found of a model, for :func:`nni_topo.to_dense`."""
-        self._facts, self._sizes = analysis.facts, _sizes_of(analysis.model)
+        self._facts = analysis.facts
+        self._sizes, self._settings = _sizes_of(analysis.model), _settings_of(analysis.model)
 
     def facts_for(self, model: torch.nn.Module) -> Facts | None:
         """Return what was found of a model when the groups were made; None if it must be found anew.
 
-        That is where values of tensors decide what the forward does, and for a copy of the groups.
+        That is where values of tensors decide what the forward does, where a setting of a module has changed, and for a
+        copy of the groups.
         """
         if self._facts is None or self._facts.trace is None or self._facts.trace.reads_values:
             return None
@@ -118,7 +121,7 @@ class DependencyGroups(list[dict[str, Any]]):
                 "groups must be those that dependency_groups made for this model, got those of a model with other "
                 f"parameters: {listed(other)} (groups)"
             )
-        return self._facts
+        return self._facts if _settings_of(model) == self._settings else None
 
     def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
         """Put others in place of the entries."""
@@ -226,6 +229,15 @@ def dependency_groups(
     analysis = Analysis.on(model, example_inputs)
     found = groups_of(analysis, config_list, strict=strict)
     found.take_facts(analysis)
+    return found
+
+
+def _settings_of(model: torch.nn.Module) -> list[Any]:
+    """List the classes of a model's modules, and the numbers, texts and flags in their attributes; modes may differ."""
+    plain, found = (bool, int, float, str, type(None)), list[Any]()
+    for name, module in model.named_modules():
+        held = {key: value for key, value in vars(module).items() if isinstance(value, plain) and key != "training"}
+        found.append((name, type(module), held))
     return found
 
 
