@@ -172,7 +172,11 @@ def test_gpt2_keeps_its_transposed_layers_and_generates() -> None:
     ("name", "budget", "knobs"),
     [
         ("BertForSequenceClassification", {"flops": 0.6}, {"narrow_heads": True}),
-        ("LlamaForCausalLM", {"flops": 0.6, "equal_blocks": False, "allocation": "error"}, {}),
+        (
+            "LlamaForCausalLM",
+            {"flops": 0.6, "equal_blocks": False, "allocation": "error"},
+            {"pruner": "reconstruction"},
+        ),
         pytest.param("GPT2LMHeadModel", {"flops": 0.6, "equal_blocks": False}, {}, marks=pytest.mark.slow),
     ],
 )
@@ -208,7 +212,7 @@ def test_heads_that_single_blocks_of_bert_lose_are_named_for_transformers_4(tmp_
 @pytest.mark.parametrize(
     ("budget", "knobs", "told"),
     [
-        ({"flops": 0.6, "allocation": "error"}, {}, "'error'"),
+        ({"flops": 0.6, "allocation": "error"}, {"pruner": "reconstruction"}, "'error'"),
         ({"flops": 0.6}, {"layers": ["bert.pooler.dense"]}, r"bert\.pooler\.dense"),
         ({"flops": 0.6}, {"layers": ["bert.encoder.layer.0.intermediate.dense"]}, r"layer\.1\.intermediate\.dense"),
         ({"flops": 0.6}, {"layers": [{"op_types": ["Linear"]}]}, r"self\.query"),

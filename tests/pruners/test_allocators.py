@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -189,6 +189,9 @@ def test_where_nni_is_right_both_allocators_agree(seed, config):
         for unit in context.units
         for module, t in unit.members
     }
+    for unit in context.units:
+        losses = torch.stack([metrics[module][target].flatten() for module, target in unit.members]).sum(0)
+        assume(bool((losses.sort()[0].diff() > 1e-5).all()))  # nearly equal ones are equal to ours and not to NNI's
     ours, theirs = ConfigAllocator().allocate(metrics, context), NNIAllocator().allocate(metrics, context)
     assert {m: set(t) for m, t in ours.items()} == {m: set(t) for m, t in theirs.items()}
     for module, targets in ours.items():

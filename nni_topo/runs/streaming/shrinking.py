@@ -588,8 +588,7 @@ class _Run:
         budget = Budget(**share, equal_blocks=True)
         inner = self._settings.layers
         settings = replace(self._settings, layers=None if inner is None else [f"block.{name}" for name in inner])
-        # A block may miss its share: the report says what is left of all.
-        steps = Pipeline.of(work.entered, images, settings, budget.kind, is_search=True)
+        steps = Pipeline.of(work.entered, images, settings, budget.kind)
         pruned = steps.select(budget)
         give_back_memory(work.entered)
         recovered = steps.reconstruct(pruned)
