@@ -145,6 +145,8 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.higher_order.cond:
+            raise ConfigError("a forward whose MACs are counted must branch by if, got torch.cond (count_macs)")
         if isinstance(func, torch._ops.HigherOrderOperator):
             return NotImplemented
         formula = self._formulas.get(func._overloadpacket)
