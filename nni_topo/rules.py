@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from nni_topo.context import called_as
 from nni_topo.errors import ConfigError, DataError, NniTopoError, _nearest, listed, shown, unknown_name
 
-Settings = TypeVar("Settings")
+_Kind = TypeVar("_Kind")
 _Given = ParamSpec("_Given")
 _Returned = TypeVar("_Returned")
 
@@ -394,7 +394,7 @@ def is_number(value: Any) -> bool:
     return is_finite(value) or (isinstance(value, Real) and abs(value) == math.inf)
 
 
-def as_settings(kind: type[Settings], value: Settings | Mapping[str, Any] | None, name: str) -> Settings:
+def as_settings(kind: type[_Kind], value: _Kind | Mapping[str, Any] | None, name: str) -> _Kind:
     """Return a knob's settings object, also from a mapping of its fields, as YAML has it; None: with its defaults."""
     if isinstance(value, kind):
         return value
