@@ -433,7 +433,7 @@ def _from_spectrum(products: Tensor, lengths: Sequence[int]) -> Tensor:
 def _at_pixels(products: Tensor, lengths: Sequence[int], wanted: Sequence[Sequence[int]]) -> Tensor:
     """Transform ``(groups, frequencies, ...)`` back at some pixels of each dimension, ``(groups, *pixels, ...)``.
 
-    Of as few as the elements of a kernel that takes less than the transform, which gives all pixels.
+    For as few pixels as a kernel has, this takes less time than the inverse transform, which gives all of them.
     """
     half = lengths[-1] // 2 + 1
     values = products.unflatten(1, (*lengths[:-1], half))

@@ -80,7 +80,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     for module in modules:
         held = (module, *module.parameters(recurse=False), *module.buffers(recurse=False))
         own.update(id(each) for each in held)
-        # deepcopy takes ten times as long over an empty OrderedDict, of which every module has nine for hooks.
+        # deepcopy is slow at an OrderedDict, and every module has many empty ones for its hooks.
         memo.update(
             (id(value), OrderedDict()) for value in vars(module).values() if type(value) is OrderedDict and not value
         )
