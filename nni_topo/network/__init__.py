@@ -1,4 +1,4 @@
-"""From NNI's masks to a smaller dense model: dependency groups, the masked reference, ModelSpeedup."""
+"""From NNI's masks to a smaller dense model: dependency groups, the masked and the dense model."""
 
 from nni_topo.network.channels.rules import Operation, register_operator
 from nni_topo.network.cost.latency import LatencyTable, LayerLatency, measure_latency

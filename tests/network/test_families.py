@@ -236,6 +236,20 @@ def test_channels_that_a_pixel_shuffle_spreads_are_asked_for_together():
     assert [dense.wide.out_channels, dense.tail[0].in_channels, dense.report.kept] == [12, 3, ()]
 
 
+def test_layers_before_a_channel_shuffle_of_pytorch_lose_channels():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 1), nn.ChannelShuffle(2), nn.Conv2d(16, 8, 3, groups=2), nn.Conv2d(8, 4, 1)
+    model, images = nn.Sequential(*layers).eval(), torch.rand(2, 3, 5, 5)
+    groups = nni_topo.dependency_groups(model, images, bench.ASKED)
+    pruner = nni_topo.RandomPruner(model, groups, seed=1)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, images, masks)
+    assert [(each.in_channels, each.out_channels) for each in dense if isinstance(each, nn.Conv2d)] == [
+        (3, 8), (8, 4), (4, 4)
+    ]  # fmt: skip
+
+
 def test_a_layer_scale_behind_a_channel_shuffle_comes_in_the_order_of_the_channels():
     class Model(nn.Module):
         def __init__(self):

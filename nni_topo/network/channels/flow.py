@@ -100,8 +100,8 @@ WEIGHT = ".weight"  # how the names of layers' weights end
 class Propagation(torch.fx.Interpreter):
     """Send the ids of channels through a traced model with shapes in ``node.meta["tensor_meta"]``."""
 
-    # What can't be followed isn't guessed: channels that enter an operation without a rule are pinned, that is, they
-    # stay. So every id says all there is to say about a channel, and the network can be cut by ids alone.
+    # Channels that enter what can't be followed stay. So every id says all there is to say about a channel, and the
+    # network can be cut by ids alone.
     def __init__(self, graph_module: torch.fx.GraphModule, dims: Mapping[str, int] | None = None) -> None:
         super().__init__(graph_module)
         self.traced = graph_module

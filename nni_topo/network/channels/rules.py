@@ -4,7 +4,7 @@ The rule of an operator, or of several that behave alike, is one function. It sa
 go, which of them the operator couples and which it keeps. The decorator `rule` enters the function under the names of
 the operators, or under the classes of modules without parameters. A name has one rule, so the order of the functions
 has no meaning. Whatever else the package has to know of an operator (does it only move entries, does it pick some
-places of a dimension) is a property in the same entry, `OperatorRule`; no other file decides by an operator's name.
+places of a dimension) is a property in the same entry, `OperatorRule`.
 
 Rules only propose: a dry run checks them for every operation of a model. An operator without a rule is assumed to work
 place by place, that is, on each entry by itself.
@@ -378,9 +378,21 @@ def has_property(node: Node, what: str) -> bool:
 )  # fmt: skip
 @rule(
     "flatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand", "expand_as", "contiguous", "clone",
-    "channel_shuffle", nn.Flatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, moves=True, keeps_sign=True,
+    nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, moves=True, keeps_sign=True,
 )  # fmt: skip
 def _moves(op: Operation) -> Any:
+    return op.moved()
+
+
+@rule("channel_shuffle", nn.ChannelShuffle, moves=True, keeps_sign=True)
+def _shuffled(op: Operation) -> Any:
+    """Follow a channel shuffle, which takes the channels in rows: each row keeps equally many."""
+    module = op.module
+    rows = op.argument(1, "groups") if module is None else module.groups
+    if _varying(op.ids[0]) == [1]:
+        blocks = list(op.ids[0].movedim(1, 0).flatten(1)[:, 0].view(rows, -1).numpy())
+        op.channels.blocks.append(Blocks([blocks], may_vanish=False, moves=True, place=described(op.node)))
+        op.channels.reorders = True
     return op.moved()
 
 

@@ -166,7 +166,9 @@ def failures_in_own_modes(model: nn.Module, run: Callable[[nn.Module], Any]) -> 
 
 
 def _put(model: nn.Module, mode: bool) -> list[_Change]:
-    """Put a model into a mode; return what else that changed of its modules' attributes."""
+    """Put a model into a mode, unless all its modules are in it; return what else that changed of their attributes."""
+    if all(module.training == mode for module in model.modules()):
+        return []
     method = model.train if mode else model.eval
     if not has_own_modes(model):
         method()

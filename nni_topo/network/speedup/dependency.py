@@ -100,19 +100,22 @@ class DependencyGroups(list[dict[str, Any]]):
         self._facts: Facts | None = None
         self._sizes: dict[str, torch.Size] = {}  # of the parameters of the model
         self._settings: list[Any] = []  # of its modules
+        self._values: list[int] = []  # of its tensors a hash each, if its forward reads values
 
     def take_facts(self, analysis: Analysis) -> None:
         """Keep what was found of a model, for :func:`nni_topo.to_dense`."""
         self._facts = analysis.facts
         self._sizes, self._settings = _sizes_of(analysis.model), _settings_of(analysis.model)
+        trace = analysis.facts.trace
+        self._values = _hashes_of(analysis.model) if trace is not None and trace.reads_values else []
 
     def facts_for(self, model: torch.nn.Module) -> Facts | None:
         """Return what was found of a model when the groups were made; None if it must be found anew.
 
-        That is where values of tensors decide what the forward does, where a setting of a module has changed, and for a
-        copy of the groups.
+        That is where a setting of a module has changed, or a weight of one whose forward reads values, and for a copy
+        of the groups.
         """
-        if self._facts is None or self._facts.trace is None or self._facts.trace.reads_values:
+        if self._facts is None or self._facts.trace is None:
             return None
         sizes = _sizes_of(model)
         if sizes != self._sizes:
@@ -121,6 +124,8 @@ class DependencyGroups(list[dict[str, Any]]):
                 "groups must be those that dependency_groups made for this model, got those of a model with other "
                 f"parameters: {listed(other)} (groups)"
             )
+        if self._facts.trace.reads_values and _hashes_of(model) != self._values:
+            return None
         return self._facts if _settings_of(model) == self._settings else None
 
     def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
@@ -243,6 +248,13 @@ def _settings_of(model: torch.nn.Module) -> list[Any]:
 
 def _sizes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def _hashes_of(model: torch.nn.Module) -> list[Any]:
+    tensors = [
+        torch.view_as_real(each) if each.is_complex() else each for each in (*model.parameters(), *model.buffers())
+    ]
+    return [torch.hash_tensor(each.detach()).view(torch.int64).item() for each in tensors if each.numel()]
 
 
 def groups_of(

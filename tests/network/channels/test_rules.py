@@ -282,6 +282,10 @@ CALLS = {
     },
     "what is viewed as a fixed number of rows": {
         "view": (lambda n: n.a.view(3, 2, -1, 6), "1x2x2x1: a*; equal moves: a0 a1 | a2 a3"),
+        "shuffle": (
+            lambda n: functional.channel_shuffle(n.a, 2),
+            "1x4x1: a0 a2 a1 a3; equal moves: a0 a1 | a2 a3",
+        ),
         "at the end": (lambda n: rows(n.a).reshape(3, 6, 2, -1), "1x1x2x2: a*; equal moves: a0 a1 | a2 a3"),
         "of another's number": (
             lambda n: n.c.view(3, 2, n.b.size(1), 6),

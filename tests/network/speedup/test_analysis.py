@@ -114,6 +114,27 @@ def test_groups_of_a_forward_that_reads_weights_serve_no_other_weights():
     torch.testing.assert_close(dense(rows), masked_model(model, rows, masks)(rows))
 
 
+def test_groups_of_a_forward_that_reads_values_of_inputs_save_the_trace(traces):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.last = nn.Linear(8, 32), nn.Linear(32, 2)
+
+        def forward(self, x, mask):
+            hidden = self.one(x).relu()
+            return self.last(hidden if bool(mask.all()) else hidden * mask)
+
+    model, inputs = Masked().eval(), {"x": torch.randn(4, 8), "mask": torch.ones(4, 1, dtype=torch.bool)}
+    groups = dependency_groups(model, inputs, [{"op_names": ["one"], "sparse_ratio": 0.5}])
+    masks, done = masks_of(model, groups), len(traces)
+    dense = to_dense(model, inputs, masks, groups=groups)
+    assert len(traces) == done
+    torch.testing.assert_close(dense(**inputs), masked_model(model, inputs, masks)(**inputs))
+    inputs["mask"][1] = False
+    to_dense(model, inputs, masks, groups=groups)
+    assert len(traces) > done
+
+
 class Gated(nn.Module):
     """Runs its second layer as long as a weight says so."""
 
