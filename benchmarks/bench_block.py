@@ -66,14 +66,17 @@ class TrainedNet:
         if path.exists():
             zoo.load_checkpoint(path, self.net)
         else:
-            recipe = replace(zoo.default_recipe(name, data.name), epochs=EPOCHS.get(name, 4))
-            zoo.train(self.net, self.data, recipe, seed=seed)
+            zoo.train(self.net, self.data, self.recipe(), seed=seed)
             zoo.save_checkpoint(path, self.net, {"seconds": 0.0})
         self.net.eval()
         images = self.data.train.tensors[0]
         self.batches = list(images[:ROWS].split(BATCH))
         self.judging = list(images[ROWS : ROWS + JUDGING].split(BATCH))
         self.unpruned = self.worth(self.net)
+
+    def recipe(self) -> zoo.Recipe:
+        """Return how the network is trained."""
+        return replace(zoo.default_recipe(self.name, self.data.name), epochs=EPOCHS.get(self.name, 4))
 
     def worth(self, net: nn.Module) -> float:
         """Return the accuracy on test images, or bits per byte."""

@@ -166,7 +166,8 @@ def left_alone(*models: Any, as_compiled: bool = False, values: bool = False) ->
     # rounds to three digits say little of a network.
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     precision = nullcontext() if as_compiled else _autocast_off()
-    with one_call(), inference, precision, nullcontext() if as_compiled else _on_cpu():
+    gradients = torch.set_grad_enabled(torch.is_grad_enabled())  # an interruption may come as ``no_grad`` begins
+    with one_call(), gradients, inference, precision, nullcontext() if as_compiled else _on_cpu():
         compiler = _compiler_off() if runs_written else nullcontext()
         own, ids = context().models, {id(model) for model in modules}
         if own is None:
