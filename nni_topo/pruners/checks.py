@@ -73,6 +73,7 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
             with left_alone(args[1] if len(args) > 1 else kwargs.get("model")):
                 return guarded(*args, **kwargs)
 
+        vars(run)["rules"] = rules
         return run
 
     return decorate

@@ -19,7 +19,7 @@ from nni_topo.pruners.checks import check_request, of_single_weights
 from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator
 from nni_topo.registry import ClassInfo, Registry
-from nni_topo.rules import checked, instance, is_class, rule_of
+from nni_topo.rules import check_knobs, checked, instance, is_class, rule_of
 
 _NNI_ARGUMENTS = ("model", "config_list", "evaluator", "existed_wrappers")
 
@@ -107,13 +107,16 @@ def pruner_info(name: str) -> PrunerInfo:
     return PRUNERS.info(name, "pruner_info")
 
 
-def check_knob_names(name: str, knobs: Iterable[str], place: str) -> None:
-    """Raise ConfigError, with the nearest names there are, if a pruner or one of the names of its knobs is unknown."""
+def check_pruner_knobs(name: str, knobs: Iterable[str], place: str) -> None:
+    """Raise ConfigError for an unknown pruner or knob, with the nearest names, and for a wrong value of a knob."""
     allowed = PRUNERS.info(name, place).knobs()
     (instance(Mapping) | rule_of(Iterable[str])).check("knobs", knobs, f"pruner {name!r}")
     for knob in map(str, knobs):
         if knob not in allowed:
             raise unknown_name(f"knob of pruner {name!r}", knob, allowed, place)
+    if isinstance(knobs, Mapping):
+        kind: Any = PRUNERS.info(name, place).load()  # a class, or a class method that makes a pruner
+        check_knobs(place, knobs, getattr(kind, "rules", None) or getattr(kind.__init__, "rules", {}))
 
 
 def needs_rule(name: str, knobs: Mapping[str, Any]) -> bool:
@@ -154,7 +157,7 @@ def create_pruner(
     ConfigError
         If the name or a knob is unknown, a needed knob is missing, or the request is bad.
     """
-    check_knob_names(name, knobs, "create_pruner")
+    check_pruner_knobs(name, knobs, "create_pruner")
     info = pruner_info(name)
     given = {**knobs, "evaluator": evaluator}
     missing = [need for need in info.needs if all(given.get(knob) is None for knob in need.split(" or "))]

@@ -16,7 +16,7 @@ from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.reconcile import check_masks, resolve_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
-from nni_topo.pruners.registry import check_knob_names, needs_rule, pruner_info
+from nni_topo.pruners.registry import check_pruner_knobs, needs_rule, pruner_info
 from nni_topo.runs.choices import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import (
@@ -54,7 +54,7 @@ def prune_checkpoint(
 
         # a request that can't be used ends before the training, not after it
         def accept(untrained: Start) -> None:
-            check_knob_names(config.pruner, config.knobs, "configuration")
+            check_pruner_knobs(config.pruner, config.knobs, "configuration")
             check_request(untrained.net, config.config_list, needs_rule=needs_rule(config.pruner, config.knobs))
             recipe_of(untrained)
             created(untrained, choice, config.config_list)

@@ -19,7 +19,7 @@ from nni_topo.network.runtime.inputs import calls
 from nni_topo.network.speedup.reconcile import MasksLike
 from nni_topo.pruners.budget import AUTO, Budget, check_shared_budget
 from nni_topo.pruners.checks import check_no_ratios
-from nni_topo.pruners.registry import check_knob_names, pruner_info
+from nni_topo.pruners.registry import check_pruner_knobs, pruner_info
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.distilling import check_can_learn, check_knobs_together, check_state
@@ -82,7 +82,7 @@ class Settings:
         if callable(pruner):
             taking("model", "config_list", "images").check("pruner", pruner, self.place)
         else:
-            check_knob_names(pruner, self.knobs, self.place)
+            check_pruner_knobs(pruner, self.knobs, self.place)
             if not pruner_info(pruner).structured:
                 raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} ({self.place})")
             self._check_needs(pruner)

@@ -12,7 +12,7 @@ from joblib import effective_n_jobs
 
 from nni_topo.disk import only_process, write_json
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.registry import check_knob_names
+from nni_topo.pruners.registry import check_pruner_knobs
 from nni_topo.rules import instance
 from nni_topo.runs.choices import Cell
 from nni_topo.runs.provenance import Record
@@ -77,7 +77,7 @@ def compare(
     # Pruners, knobs, devices and data are checked before the first cell runs.
     for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
         if pruner.name != SCRATCH and not is_baseline(pruner.name):
-            check_knob_names(pruner.name, pruner.knobs, "pruners")
+            check_pruner_knobs(pruner.name, pruner.knobs, "pruners")
     for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
         resolve_device(cell.device)
         data = load_model_data(cell.model, cell.data)

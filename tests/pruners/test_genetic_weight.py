@@ -10,7 +10,7 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.errors import NniTopoError
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
-from nni_topo.pruners.registry import check_knob_names
+from nni_topo.pruners.registry import check_pruner_knobs
 from nni_topo.runs.choices import load_prune_config
 from nni_topo.speedup import masked_model
 from nni_topo.testing import toy_evaluator, toy_model
@@ -110,7 +110,7 @@ def test_progress_counts_all_generations_once_also_where_a_stopped_search_goes_o
 def test_the_file_of_the_example_is_one():
     path = Path(__file__).parents[2] / "configs" / "search_genetic_weight.yaml"
     config = load_prune_config(path)
-    check_knob_names(config.pruner, config.knobs, "configuration")
+    check_pruner_knobs(config.pruner, config.knobs, "configuration")
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
     batches = [(torch.randn(8, 1, 8, 8), torch.arange(8))]
     knobs = {"search": {**config.knobs["search"], "generations": 1}}

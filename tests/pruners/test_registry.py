@@ -10,7 +10,7 @@ from nni.compression.pruning import LinearPruner
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.registry import PRUNERS, PrunerInfo, check_knob_names
+from nni_topo.pruners.registry import PRUNERS, PrunerInfo, check_pruner_knobs
 from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
 
 HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
@@ -97,7 +97,7 @@ def test_a_third_party_joins_the_table(monkeypatch):
     monkeypatch.setattr(PRUNERS, "table", dict(PRUNERS.table))
     nni_topo.register_pruner(info)
     assert "mine" in nni_topo.list_pruners()
-    check_knob_names("mine", ["seed"], "here")
+    check_pruner_knobs("mine", ["seed"], "here")
     with pytest.raises(ConfigError, match="must be free, got 'mine'"):
         nni_topo.register_pruner(PrunerInfo("mine", "other:Pruner", ""))
 
@@ -160,3 +160,13 @@ def test_a_third_party_is_known_by_its_path_and_by_its_entry_point(tmp_path, mon
     for name, words in (("third:Fourth", "be imported"), ("none_such:A", "be imported"), ("third:number", "class of")):
         with pytest.raises(ConfigError, match=words):
             nni_topo.create_pruner(name, toy_model(), config)
+
+
+def test_a_value_that_a_knob_may_not_have_is_refused_before_the_batches_are_read():
+    def batches():
+        raise AssertionError("read")
+        yield
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+    with pytest.raises(ConfigError, match=r"swaps must be .*, got -1 \(shrink\)"):
+        nni_topo.shrink(model, batches(), {"flops": 0.5}, pruner="reconstruction", knobs={"swaps": -1})

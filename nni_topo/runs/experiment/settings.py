@@ -13,7 +13,7 @@ import tyro
 
 from nni_topo.disk import read_json, reading
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.pruners.registry import check_knob_names, pruner_info
+from nni_topo.pruners.registry import check_pruner_knobs, pruner_info
 from nni_topo.rules import NONE, PATH, check_fields
 from nni_topo.runs.choices import (
     Cell,
@@ -84,7 +84,7 @@ class TrialSettings:
             raise ConfigError("images that double need retrain_images to begin with, got none (double_images_after)")
         if self.flops is not None:
             Target("flops", self.flops)
-        check_knob_names(self.pruner, self.knobs, "trial")
+        check_pruner_knobs(self.pruner, self.knobs, "trial")
 
     def layer_ratio(self, layer: str) -> float:
         """Return a layer's proposed ratio: its own, that of the first pattern it matches, or ``ratio``."""

@@ -27,7 +27,7 @@ from nni_topo.network.runtime.untouched import lent, turn_lent
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.pruners.registry import PRUNERS, check_knob_names, create_pruner, pruner_info
+from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, create_pruner, pruner_info
 from nni_topo.rules import check_jobs, check_result, checked, instance
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.studies.pictures import figure_of, finish, single
@@ -279,7 +279,7 @@ class _Trial:
         self._knobs = knobs
         self.knobs: dict[str, Any] = {}
         if isinstance(knobs, Mapping):
-            check_knob_names(pruner, knobs, "sensitivity")
+            check_pruner_knobs(pruner, knobs, "sensitivity")
             self.knobs = dict(knobs)
 
     def groups(self, layers: Sequence[str] | None) -> list[tuple[str, ...]]:
