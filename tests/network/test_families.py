@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from nni.compression.pruning import L1NormPruner
 from nni.compression.speedup import ModelSpeedup
 from speedup_nets import Concatenated, Grouped, Residual, chain, filter_mask, l1_masks
 from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.speedup.analysis import Analysis
 
 sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
 import zoo as bench
@@ -202,17 +200,6 @@ def test_what_groups_hold_of_a_network_that_gives_sums_can_be_removed(count, onl
     assert all(dense.get_submodule(name).out_channels == 4 for name in hidden)
 
 
-def test_the_rehearsal_changes_nothing_of_the_model():
-    model, inputs = zoo_nets.make("unet")
-    model.train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    random_state = torch.get_rng_state()
-    assert Analysis.on(model, inputs).unprunable == {}
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(module.training for module in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 @pytest.mark.parametrize("make", [chain, Residual, Concatenated, Grouped])
 @pytest.mark.quick_every(2)
 def test_numbers_infer_what_nnis_own_speedup_does_by_running(make):
@@ -250,36 +237,6 @@ def test_layers_before_a_channel_shuffle_of_pytorch_lose_channels():
     ]  # fmt: skip
 
 
-def test_a_layer_scale_behind_a_channel_shuffle_comes_in_the_order_of_the_channels():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Conv2d(3, 16, 1), nn.Linear(16, 4)
-            self.scale = nn.Parameter(torch.rand(16) + 0.5)
-
-        def forward(self, x):
-            x = self.one(x)
-            b, c, h, w = x.shape
-            shuffled = x.view(b, 4, c // 4, h, w).transpose(1, 2).flatten(1, 2)
-            return self.two(shuffled.permute(0, 2, 3, 1) * self.scale)
-
-    torch.manual_seed(0)
-    model, images = Model().eval(), torch.rand(2, 3, 4, 4)
-    groups = nni_topo.dependency_groups(model, images, bench.ASKED)
-    assert groups.skipped.keys() == {"two"}
-    pruner = nni_topo.RandomPruner(model, groups, seed=1)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    dense = nni_topo.to_dense(model, images, masks)
-    kept = masks["one"]["bias"].view(4, 4)
-    # Each row keeps as many; the first of each come first, then the second of each.
-    rows = [row.nonzero().flatten().tolist() for row in kept]
-    order = [place * 4 + number for places in zip(*rows, strict=True) for number, place in enumerate(places)]
-    assert len(order) == 8
-    assert sorted(order) != order
-    assert torch.equal(dense.scale, model.scale[order])
-
-
 def test_a_weight_that_is_looked_at_for_its_type_holds_nothing():
     class Model(nn.Module):
         def __init__(self):
@@ -307,10 +264,10 @@ def test_a_layer_whose_channels_only_go_together_stays_whole():
 @pytest.mark.parametrize(
     ("kind", "knobs"),
     [
-        ("LSTM", {"proj_size": 5}), ("LSTM", {"proj_size": 5, "num_layers": 2}), ("LSTMCell", {}), ("GRUCell", {}),
-        ("RNNCell", {}),
+        ("LSTM", {"proj_size": 5}),
+        ("GRUCell", {}),
     ],
-)  # fmt: skip
+)
 def test_a_recurrent_layer_whose_units_cant_go_stays_whole(kind, knobs):
     class Model(nn.Module):
         def __init__(self):
@@ -334,30 +291,3 @@ def test_masks_that_split_a_group_norms_groups_unevenly_keep_more():
     mask = filter_mask(model.middle[0], [0, 2, 3])
     dense = nni_topo.to_dense(model, inputs, {"middle.0": mask}, check=False)
     assert dense.middle[1].num_groups * 2 == dense.middle[1].num_channels
-
-
-@pytest.mark.slow
-def test_l1_pruner_of_nni_goes_through_the_groups_too():
-    torch.manual_seed(0)
-    model = torchvision.models.mobilenet_v2(weights=None, width_mult=0.35).eval()
-    images = torch.rand(1, 3, 32, 32)
-    groups = nni_topo.dependency_groups(model, images, bench.ASKED)
-    pruner = L1NormPruner(model, groups)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    dense = nni_topo.to_dense(model, images, masks)
-    assert dense.report.kept == ()
-
-
-def test_a_slice_without_any_channel_is_no_error():
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.few = nn.Linear(4, 6), nn.Linear(6, 2), 0
-
-        def forward(self, x):
-            y = self.one(x)
-            return self.two(y) + y[:, : self.few].sum()
-
-    groups = nni_topo.dependency_groups(Net().eval(), torch.rand(3, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["one"]]

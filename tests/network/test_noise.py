@@ -39,7 +39,6 @@ def noise(x: Tensor) -> Tensor:
 WITHIN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "dropout": (lambda x: functional.dropout(x, 0.5, training=True), f"{DRAWN} (dropout)"),
     "randn_like": (noise, f"{DRAWN} (randn_like)"),
-    "bernoulli": (lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)), f"{DRAWN} (bernoulli)"),
     "rand": (
         lambda x: x * torch.rand(x.shape),
         "an operation joins them to random numbers that the forward draws (mul)",
@@ -62,10 +61,7 @@ def test_channels_that_noise_is_drawn_for_stay_with_the_reason(name):
 
 
 @pytest.mark.parametrize("place", ["before", "behind"])
-@pytest.mark.parametrize(
-    "draw", [noise, lambda x: functional.dropout(x, 0.5, training=True), lambda x: x + torch.rand(1)]
-)
-@pytest.mark.quick_every(2)
+@pytest.mark.parametrize("draw", [noise, lambda x: x + torch.rand(1)])
 def test_noise_in_front_or_behind_keeps_no_channels(place, draw):
     torch.manual_seed(0)
     model = Noisy(**{place: draw}).eval()
@@ -95,7 +91,6 @@ def test_numbers_that_are_not_of_pytorch_are_named(draw):
 
 WRONG = {
     "channels": (torch.randn(4, 5, 8, 8), r"must fit the model: Noisy can't be run on \(4, 5, 8, 8\) torch.float32"),
-    "dimensions": (torch.randn(4, 3), r"must fit the model: Noisy can't be run on \(4, 3\)"),
     "integers": (torch.zeros(4, 3, 8, 8, dtype=torch.long), "must fit the model, Noisy, got int64 .* as floats"),
     "no batch": (torch.randn(3, 8, 8), r"must hold a batch.*got a tensor of shape \(3, 8, 8\), which enters first"),
     "no samples": (torch.randn(0, 3, 8, 8), r"must hold at least one sample, got shape \(0, 3, 8, 8\)"),

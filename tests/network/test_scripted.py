@@ -58,7 +58,7 @@ def net(inner: nn.Module, *, branches: bool) -> nn.Module:
 
 @pytest.mark.parametrize("branches", [False, True])
 @pytest.mark.parametrize("compiled", [scripted, traced])
-@pytest.mark.parametrize("inner", [Block, lambda: nn.Conv2d(8, 8, 1), nn.ReLU])
+@pytest.mark.parametrize("inner", [Block, nn.ReLU])
 @pytest.mark.quick_every(3)
 def test_what_enters_a_compiled_module_with_weights_stays_and_the_others_go(inner, compiled, branches):
     torch.manual_seed(0)

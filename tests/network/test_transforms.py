@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.errors import SpeedupError
-from nni_topo.network.runtime.copying import detached_copy, is_transformed
+from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.speedup import masked_model
 
 LINEAR = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
@@ -35,25 +35,6 @@ class Gradient(BySample):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.vmap(torch.func.grad(lambda sample: self.one(sample).square().sum()))(x)
-
-
-class Normed(BySample):
-    """A norm and a depth-wise convolution, which the masked model looks at."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.wise = nn.GroupNorm(2, 8), nn.Conv1d(8, 8, 1, groups=8)
-
-    def one(self, sample: Tensor) -> Tensor:
-        return self.head(self.wise(self.norm(self.inner(sample).view(1, 8, 1)))[0, :, 0])
-
-
-class Kept(BySample):
-    """The forward keeps what it computes within the transformation."""
-
-    def one(self, sample: Tensor) -> Tensor:
-        self.last = self.inner(sample)
-        return self.head(self.last.relu())
 
 
 class Between(nn.Module):
@@ -84,8 +65,7 @@ def test_a_network_of_transformed_layers_alone_says_why_it_stays(kind):
         nni_topo.shrink(model, inputs.split(5), {"params": 0.5}, distill=False)
 
 
-@pytest.mark.parametrize("kind", [BySample, Gradient, Normed, Kept])
-@pytest.mark.quick_every(2)
+@pytest.mark.parametrize("kind", [BySample, Gradient])
 def test_layers_around_a_transformation_lose_channels(kind):
     model, inputs = Between(kind()).eval(), torch.randn(20, 6)
     expected = model(inputs)
@@ -103,20 +83,9 @@ def test_layers_around_a_transformation_lose_channels(kind):
     assert torch.equal(model(inputs), expected)
 
 
-@pytest.mark.parametrize("kind", [BySample, Kept])
-@pytest.mark.quick_every(2)
-def test_networks_with_a_transformation_are_shrunk(kind):
-    model, inputs = Between(kind()).eval(), torch.randn(20, 6)
+def test_networks_with_a_transformation_are_shrunk():
+    model, inputs = Between(BySample()).eval(), torch.randn(20, 6)
     model(inputs)
     small = nni_topo.shrink(model, inputs.split(2), {"params": 0.8}, distill=False)
     assert len(small.before[0].weight) < 12
     assert small(inputs).shape == (20, 3)
-
-
-def test_what_is_kept_of_a_transformation_is_shared_by_a_copy():
-    model = Kept()
-    model(torch.randn(4, 6))
-    assert is_transformed(model.last)
-    copied = detached_copy(model)
-    assert copied.last is model.last
-    assert copied.inner.weight is not model.inner.weight

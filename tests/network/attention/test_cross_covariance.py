@@ -168,27 +168,6 @@ def test_explain_says_what_a_single_head_needs() -> None:
     assert any("give the attention its scale" in line for line in found.advice)
 
 
-class Shared(nn.Module):
-    """Heads of queries that share the keys and values of one head, repeated for each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ask, self.both, self.proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH // 2), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.ask(x).view(*x.shape[:2], HEADS, -1).transpose(1, 2)
-        k, v = (each.unsqueeze(1).expand(-1, HEADS, -1, -1) for each in self.both(x).chunk(2, -1))
-        found = (q @ k.transpose(-1, -2)).softmax(-1) @ v
-        return self.proj(found.transpose(1, 2).flatten(2))
-
-
-def test_heads_that_share_keys_and_values_stay_and_the_reason_says_so() -> None:
-    torch.manual_seed(0)
-    skipped = nni_topo.dependency_groups(made(Shared()), TEXTS, ASKED).skipped
-    assert "with what all heads share" in skipped["attention.ask"]
-    assert skipped["attention.both"].startswith("6 of 12 channels are kept")  # the keys
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "knobs", "share"),

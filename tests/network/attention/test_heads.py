@@ -15,7 +15,6 @@ from nni_topo import compensate, create_pruner, dependency_groups, load, masked_
 from nni_topo.network.attention.config import accepted_heads
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.attention.unfused.multihead import multihead
-from nni_topo.zoo.transformers import FeedForward, SelfAttention, TransformerBlock
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -25,7 +24,9 @@ def test_heads_that_are_masked_go(name):
     (attention,) = find_attention(model).values()
     masks = head_masks(model, [0, 2])
     dense = to_dense(model, inputs, masks)
-    same(dense, masked_model(model, inputs, masks), inputs)
+    masked = masked_model(model, inputs, masks)
+    same(dense, masked, inputs)
+    same(dense, masked, _states(2, 4, 5))
     (left,) = find_attention(dense).values()
     assert (left.heads, left.size) == (2, attention.size)
     projection = dense.get_submodule(attention.out)
@@ -35,15 +36,6 @@ def test_heads_that_are_masked_go(name):
     biased = getattr(model.get_submodule(attention.out), "bias", None) is not None
     expected = gone * (rows * (WIDTH + biased) + WIDTH * attention.size)
     assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in dense.parameters()) == expected
-
-
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.quick_every(3)
-def test_the_dense_model_takes_other_numbers_of_samples_and_places(name):
-    model, masks = make(name), None
-    masks = head_masks(model, [1])
-    dense = to_dense(model, _states(3, 7, 5), masks)
-    same(dense, masked_model(model, _states(3, 7, 5), masks), _states(2, 4, 5))
 
 
 def test_a_vision_transformer_of_torchvision():
@@ -77,8 +69,7 @@ def test_round_to_brings_whole_heads_back_with_their_weights():
     assert dense.get_submodule("1.attention.v_proj").weight.flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("batch_first", "bias"), [(True, False), (False, True)])
 def test_multihead_computes_what_torch_does(batch_first, bias):
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first, bias=bias).eval()
@@ -159,59 +150,11 @@ def test_groups_tie_queries_keys_values_and_what_mixes_them():
     }
 
 
-def test_attention_that_gives_its_heads_the_width_of_what_enters_stays_and_what_is_around_it_goes():
-    class Wide(SelfAttention):
-        def forward(self, states):
-            heads = [layer(states).unflatten(-1, (-1, SIZE)).transpose(1, 2) for layer in (self.q_proj, self.k_proj)]
-            values = self.v_proj(states).unflatten(-1, (-1, SIZE)).transpose(1, 2)
-            mixed = (heads[0] @ heads[1].transpose(2, 3)).softmax(-1) @ values
-            return self.o_proj(mixed.transpose(1, 2).reshape_as(states))
-
-    torch.manual_seed(0)
-    block = TransformerBlock(
-        Wide(WIDTH, HEADS, bias=True, causal=False),
-        FeedForward(WIDTH, 8),
-        (nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)),
-        first=True,
-    )
-    model, inputs = nn.Sequential(nn.Linear(5, WIDTH), block, nn.Linear(WIDTH, 2)).eval(), _states(3, 7, 5)
-    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["1.mlp.fc1"]]
-    assert "sizes of an operation don't fit" in groups.skipped["1.attention.q_proj"]
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    same(to_dense(model, inputs, masks), masked_model(model, inputs, masks), inputs)
-
-
-class Counting(Fused):
-    """Attention that also gives the share of each place where it is asked for that."""
-
-    def forward(self, x, with_share=False):
-        mixed = super().forward(x)
-        return (mixed, x.new_ones(len(x), 1, 1) / x.shape[1]) if with_share else mixed
-
-
-@pytest.mark.parametrize("use", [lambda z: 2 * z, lambda z: z[:, 1:2], lambda z: z[:, :]])
-def test_layers_beside_attention_that_gives_one_tensor_or_several_lose_channels(use):
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention, self.inner, self.outer = Counting(), nn.Linear(WIDTH, 8), nn.Linear(8, 2)
-
-        def forward(self, x):
-            x = x + use(self.attention(x))
-            mixed, share = self.attention(x, with_share=True)
-            return self.outer(self.inner(x + mixed * share).relu())
-
-    groups = dependency_groups(Twice().eval(), _states(2, 7, WIDTH), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["inner"]]
-
-
 @pytest.mark.parametrize(
     ("use", "reason"),
     [
         (lambda mixed, shares: mixed, None),
         (lambda mixed, shares: mixed * shares.mean(), "depends on removed channels (mean)"),
-        (lambda mixed, shares: (mixed, shares), "it gives the model's output"),
     ],
 )
 def test_shares_of_each_head_keep_the_heads_where_something_reads_them(use, reason):
@@ -245,7 +188,7 @@ def test_layers_without_heads_are_left_out_and_named():
     assert all("no heads" in reason for reason in groups.skipped.values())
 
 
-@pytest.mark.parametrize("name", ["multihead", "encoder layer", "fused", "shared keys"])
+@pytest.mark.parametrize("name", ["multihead", "shared keys"])
 def test_a_model_with_fewer_heads_is_saved_and_loaded(name, tmp_path):
     model, inputs = make(name), _states(3, 7, 5)
     dense = to_dense(model, inputs, head_masks(model, [0, 2]))
@@ -267,17 +210,8 @@ def _width(name):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [
-        ("vit_small", "l1"),
-        ("bert_small", "reconstruction"),
-        ("gpt_small", "l1"),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in (("vit_small", "reconstruction"), ("bert_small", "l1"), ("gpt_small", "reconstruction"))
-        ),
-    ],
+    [("vit_small", "l1"), ("bert_small", "reconstruction"), ("gpt_small", "l1")],
 )
-@pytest.mark.quick_every(6)
 @pytest.mark.slow
 def test_the_residual_width_goes_with_all_that_reads_it_and_norms_count_on(name, kind, tmp_path):
     model, inputs, asked = _width(name)
@@ -322,17 +256,15 @@ def test_where_the_width_stays_what_mixes_heads_loses_columns_and_no_rows():
     }
 
 
-@pytest.mark.parametrize("kind", ["l1", pytest.param("topological", marks=pytest.mark.slow), "reconstruction"])
 @pytest.mark.slow
-def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width(kind):
+def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width():
     model, inputs, _ = _width("vit_small")
     everything = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}
     groups = dependency_groups(model, inputs[:2], [everything])
     assert list(groups.skipped) == ["head"]
     by_name = {entry["op_names"][0]: entry for entry in groups}
     assert by_name["blocks.0.attention.o_proj"]["dependency_group_id"] == by_name["patches"]["dependency_group_id"]
-    knobs = {} if kind == "l1" else {"calibration": [inputs]}
-    masks = create_pruner(kind, copy.deepcopy(model), groups, **knobs).compress()[1]
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
     dense = to_dense(model, inputs[:2], masks)
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs[:2], masks)(inputs), rtol=1e-5, atol=1e-5)
     whole, left = (
@@ -346,15 +278,6 @@ def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width(kind):
     assert [4 * after.numel() for after in left[1:-1]] == [before.numel() for before in whole[1:-1]]
     with_heads = [{"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 0.5}, everything]
     assert "which loses heads" in dependency_groups(model, inputs[:2], with_heads).skipped["patches"]
-
-
-def test_a_module_that_is_named_stands_for_its_layers_where_heads_are_asked_for_and_for_itself_elsewhere():
-    model, entry = make("apart"), {"op_names": ["1.attention"], "sparse_ratio": 0.5}
-    plain = dependency_groups(model, _states(3, 7, 5), [entry])
-    assert [each["op_names"] for each in plain] == [["1.attention"]]
-    heads = dependency_groups(model, _states(3, 7, 5), [{**entry, "granularity": "head"}])
-    layers = ("q_proj", "k_proj", "v_proj", "o_proj")
-    assert [each["op_names"] for each in heads] == [[f"1.attention.{layer}"] for layer in layers]
 
 
 class Config:
@@ -374,11 +297,9 @@ LAYERS = ("q_proj", "k_proj", "v_proj")
 @pytest.mark.parametrize(
     ("name", "settings", "expected", "layers"),
     [
-        ("apart", (8, 4, 4), [1, 2, 4], LAYERS),
         ("apart", (10, 4, 4), [1, 2], LAYERS),
         ("apart", (12, 4, 4), None, LAYERS),
         ("shared keys", (8, 6, 3), [1, 2], LAYERS),
-        ("shared keys", (12, 6, 3), None, LAYERS),
         ("one key", (10, 6, 1), [1, 2, 5], LAYERS[:1]),
     ],
 )

@@ -22,10 +22,6 @@ def repeated(self, keys: Tensor) -> Tensor:
     return keys.repeat(1, self.heads // self.groups, 1, 1)
 
 
-def tiled(self, keys: Tensor) -> Tensor:
-    return torch.tile(keys, (1, self.heads // self.groups, 1, 1))
-
-
 def expanded(self, keys: Tensor) -> Tensor:
     many, places = self.heads // self.groups, keys.shape[2]
     apart = keys[:, :, None].expand(len(keys), self.groups, many, places, self.size)
@@ -95,7 +91,7 @@ def pruned(model: nn.Module) -> tuple[nni_topo.DependencyGroups, nn.Module, nn.M
 
 
 WAYS = {
-    **{each.__name__: with_more(each) for each in (interleaved, repeated, tiled, expanded)},
+    **{each.__name__: with_more(each) for each in (interleaved, repeated, expanded)},
     **{each.__name__: each for each in (grouped, grouped_with_bias, summed)},
 }
 
@@ -122,15 +118,10 @@ class Looped(Model):
     def forward(self, tokens: Tensor) -> Tensor:
         found = super().forward(tokens)
         places = found.shape[1]
-        for step in self.steps():
+        for step in range(1, self.groups):
             # Too far back for a short example to show it.
             found = found + 0.1 * nn.functional.pad(found, (0, 0, 8 * step, 0))[:, :places]
         return found
-
-    def steps(self) -> range:
-        count = self.groups
-        assert isinstance(range(count), range)
-        return range(1, count)
 
 
 @pytest.mark.parametrize("kind", [Summed, Looped])

@@ -32,12 +32,6 @@ from nni_topo import (
     to_dense,
 )
 from nni_topo.network.attention.heads import find_attention
-from nni_topo.network.attention.unfused.multihead import (
-    is_fused_attention,
-    is_unfused,
-    set_unfused,
-    unfused_class,
-)
 from nni_topo.network.attention.unfused.swin import relative, windowed
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.layers.kinds import kept_channels
@@ -108,8 +102,8 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("shifts", [(0, 0), (2, 1), (0, 2)])
-@pytest.mark.parametrize("sizes", [(8, 8), (7, 10), (3, 9)])
+@pytest.mark.parametrize("shifts", [(0, 0), (2, 1)])
+@pytest.mark.parametrize("sizes", [(7, 10), (3, 9)])
 @pytest.mark.parametrize("kind", [ShiftedWindowAttention, ShiftedWindowAttentionV2])
 def test_windows_compute_what_torchvision_does(kind, sizes, shifts):
     attention, x = _filled(kind(12, [4, 4], list(shifts), 3)), _drawn(2, *sizes, 12)
@@ -119,7 +113,7 @@ def test_windows_compute_what_torchvision_does(kind, sizes, shifts):
 
 
 @pytest.mark.parametrize("shifts", [(0, 0, 0), (1, 2, 2)])
-@pytest.mark.parametrize("sizes", [(4, 8, 8), (3, 7, 9), (1, 3, 5)])
+@pytest.mark.parametrize("sizes", [(3, 7, 9), (1, 3, 5)])
 def test_windows_of_videos_compute_what_torchvision_does(sizes, shifts):
     attention, x = _filled(ShiftedWindowAttention3d(12, [2, 4, 4], list(shifts), 3)), _drawn(2, *sizes, 12)
     torch.testing.assert_close(windowed(attention, x), attention(x))
@@ -209,13 +203,6 @@ def test_heads_neurons_and_widths_of_maxvit_go():
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
     assert [each.heads for each in find_attention(dense).values()] == [2, 2, 4, 4]
     assert [each.width for each in find_attention(dense).values()] == [12, 12, 24, 24]
-    asked = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names_re": [r".*to_qkv"], "sparse_ratio": 0.5}]
-    groups = dependency_groups(model, inputs, asked)
-    assert list(groups.skipped) == ["classifier.5"]
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    narrow = to_dense(model, inputs, masks)
-    torch.testing.assert_close(narrow(inputs), masked_model(model, inputs, masks)(inputs))
-    assert [each.width for each in find_attention(narrow).values()] == [6, 6, 12, 12]
 
 
 def test_a_width_that_enters_attention_from_two_sides_goes_on_both():
@@ -272,7 +259,7 @@ def test_heads_of_windows_get_narrower(caplog):
     torch.testing.assert_close(dense(inputs), masked_model(turned, inputs, masks)(inputs))
 
 
-@pytest.mark.parametrize("name", _one_at_once("swin", NETS))
+@pytest.mark.parametrize("name", NETS)
 @pytest.mark.slow
 def test_pruned_attention_computes_in_half_precision(name):
     (make, shape), kind = NETS[name], torch.bfloat16
@@ -282,35 +269,3 @@ def test_pruned_attention_computes_in_half_precision(name):
     wanted, found = small(images), small.to(kind)(images.to(kind))
     assert found.dtype == kind
     torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize(
-    "attention",
-    [
-        nn.MultiheadAttention(12, 3),
-        ShiftedWindowAttention(12, [4, 4], [0, 0], 3),
-        ShiftedWindowAttentionV2(12, [4, 4], [0, 0], 3),
-        ShiftedWindowAttention3d(12, [2, 4, 4], [0, 0, 0], 3),
-        RelativePositionalMultiHeadAttention(12, 4, 16),
-    ],
-    ids=lambda attention: type(attention).__name__,
-)
-def test_attention_is_switched_to_its_unfused_class_and_back(attention):
-    original = type(attention)
-    computed = unfused_class(attention)
-    assert issubclass(computed, original)
-    assert computed is not original
-    assert is_unfused(attention)
-    assert is_fused_attention(attention)
-    set_unfused(attention)
-    assert type(attention) is unfused_class(attention) is computed
-    assert is_unfused(attention)
-    assert not is_fused_attention(attention)
-    set_unfused(attention, False)
-    assert type(attention) is original
-    assert is_fused_attention(attention)
-    own = type("Own", (original,), {})
-    attention.__class__ = own  # it may compute something else
-    assert unfused_class(attention) is None
-    assert not is_unfused(attention)
-    assert not is_fused_attention(attention)

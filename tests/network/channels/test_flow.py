@@ -26,7 +26,6 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from nni_topo import RandomPruner
-from nni_topo.network.channels.flow import norms_after, passes
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.io.checkpoint import load, save
 from nni_topo.network.speedup.analysis import Analysis
@@ -63,7 +62,7 @@ def test_layers_of_one_weight_lose_the_same_channels_and_stay_tied(tmp_path):
     assert dense.report.notes == ()
 
 
-@pytest.mark.parametrize("names", [["one"], ["two"], ["one", "two"], ["stem"]])
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
 def test_layers_of_one_weight_keep_channels_that_only_some_of_them_lose(names):
     model = TiedConvolutions().eval()
     masks = {name: filter_mask(model.get_submodule(name), [1, 4]) for name in names}
@@ -148,9 +147,7 @@ def test_single_weights_of_one_of_two_places():
     assert made.report.notes == ("modules that shared these have one each now, as they differ: one.weight, two.weight",)
 
 
-@pytest.mark.parametrize("pruner", ["l1", "random"])
-@pytest.mark.parametrize("make", [TiedConvolutions, TiedNorms, TwoNames])
-@pytest.mark.quick_every(2)
+@pytest.mark.parametrize(("make", "pruner"), [(TiedConvolutions, "l1"), (TiedNorms, "random"), (TwoNames, "random")])
 def test_pruner_to_dense_model(tmp_path, make, pruner):
     config = dependency_groups(
         make(), IMAGES, [{"op_types": ["Conv2d"], "exclude_op_names": ["tail"], "sparse_ratio": 0.5}]
@@ -177,14 +174,6 @@ def test_batch_norms_of_one_weight_keep_what_one_of_the_layers_before_them_keeps
     dense = to_dense(TiedNorms().eval(), IMAGES, masks)
     assert (dense.norm1.num_features, dense.norm2.num_features) == (5, 5)
     assert find_ties(dense) == find_ties(TiedNorms())
-
-
-@pytest.mark.parametrize("head", ["tied", "functional", "free"])
-def test_embedding_and_head_left_alone(tmp_path, head):
-    mask = filter_mask(LanguageModel().up, [0, 3, 7])
-    dense = check(lambda: LanguageModel(head), TOKENS, {"up": mask}, tmp_path)
-    assert dense.up.out_features == 9
-    assert find_ties(dense) == find_ties(LanguageModel(head))
 
 
 def test_embedding_and_head_cut_together_stay_tied(tmp_path):
@@ -265,26 +254,6 @@ def test_parametrized_layers_beside_pruned_ones(wrap):
     assert dense[3].parametrizations.weight is not model[3].parametrizations.weight
 
 
-class Joined(nn.Module):
-    """Two convolutions whose channels meet in one batch norm, and one with a norm of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.left = nn.Conv2d(1, 4, 1)
-        self.right = nn.Conv2d(1, 6, 1)
-        self.common = nn.BatchNorm2d(10)
-        self.behind = nn.Conv2d(10, 3, 1)
-        self.own = nn.BatchNorm2d(3)
-
-    def forward(self, images):
-        return self.own(self.behind(self.common(torch.cat([self.left(images), self.right(images)], 1))))
-
-
-def test_a_norm_behind_a_concatenation_is_no_single_layers():
-    model = Joined().eval()
-    assert norms_after(model, Analysis.on(model, torch.ones(2, 1, 4, 4)).flow) == {"behind": "own"}
-
-
 class SharedBetween(nn.Module):
     """One module after two convolutions, of equal widths or not."""
 
@@ -302,27 +271,24 @@ class SharedBetween(nn.Module):
 UNSHARED = [{"op_types": ["Conv2d"], "exclude_op_names": ["tail"], "sparse_ratio": 0.5}]
 
 
-@pytest.mark.parametrize("width", [8, 12])
-def test_one_slope_for_all_channels_couples_no_layers(tmp_path, width):
+def test_one_slope_for_all_channels_couples_no_layers(tmp_path):
     def make():
-        return SharedBetween(nn.PReLU(init=0.1), width)
+        return SharedBetween(nn.PReLU(init=0.1), 12)
 
     groups = dependency_groups(make(), IMAGES, UNSHARED)
     assert [entry.get("dependency_group_id") for entry in groups] == [None, None]
     masks = {"stem": filter_mask(make().stem, [0, 5]), "body": filter_mask(make().body, [1, 2, 6])}
     dense = check(make, IMAGES, masks, tmp_path)
-    assert (dense.stem.out_channels, dense.body.out_channels) == (6, width - 3)
+    assert (dense.stem.out_channels, dense.body.out_channels) == (6, 9)
 
 
 NORMS_WITHOUT_NUMBERS = [
-    lambda: nn.InstanceNorm2d(8),
-    lambda: nn.InstanceNorm2d(1),
-    lambda: nn.BatchNorm2d(8, affine=False, track_running_stats=False),
+    (lambda: nn.InstanceNorm2d(8), 12),
+    (lambda: nn.BatchNorm2d(8, affine=False, track_running_stats=False), 8),
 ]
 
 
-@pytest.mark.parametrize("width", [8, 12])
-@pytest.mark.parametrize("norm", NORMS_WITHOUT_NUMBERS)
+@pytest.mark.parametrize(("norm", "width"), NORMS_WITHOUT_NUMBERS)
 def test_a_norm_that_holds_no_number_couples_no_layers_and_serves_any_width(tmp_path, norm, width):
     def make():
         return SharedBetween(norm(), width)
@@ -356,13 +322,10 @@ class Centred(nn.Module):
         return self.tail(torch.relu(self.sign * self.norm(self.body(inner))))
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(
-    "norm", [nn.GroupNorm(1, 8, affine=False), nn.GroupNorm(2, 8, affine=False), nn.LayerNorm(8, bias=False)]
+    ("norm", "sign"), [(nn.GroupNorm(2, 8, affine=False), 1.0), (nn.LayerNorm(8, elementwise_affine=False), -1.0)]
 )
 def test_layers_before_a_mean_that_reaches_removed_channels_keep_them_all(norm, sign):
-    if isinstance(norm, nn.LayerNorm):
-        norm.weight = None
     model, rows = Centred(norm, sign).eval(), torch.randn(64, 5)
     groups = dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     assert list(groups) == []
@@ -480,12 +443,8 @@ class Picking(nn.Module):
     ("after", "read"),
     [
         (lambda x: x[:, 1:3].relu().sum(1, keepdim=True), 1),
-        (lambda x: x[:, 1].relu()[:, None], 1),
         (lambda x: (x[:, 1] + 1).relu()[:, None], 0),  # of none the sum is none
         (lambda x: x[:, 1:3].flatten(1).relu().sum(1, keepdim=True), 0),
-        (lambda x: (picked := x[:, 1]).relu()[:, None] + (picked + 1)[:, None], 1),
-        (lambda x: x[:, 1].shape[0], 0),
-        (lambda x: x.relu().sum(1, keepdim=True), 0),
     ],
 )
 def test_what_a_forward_picks_is_read_unless_it_only_moves_or_meets_others(after, read):
@@ -494,36 +453,6 @@ def test_what_a_forward_picks_is_read_unless_it_only_moves_or_meets_others(after
     own = [reader for _, reader in flow.read() if reader not in ("first", "last")]
     assert len(own) == read
     assert [reader for _, reader in flow.read()][: len(flow.layers)] == ["first", "last"]
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        (lambda own, x: x.contiguous(), True),
-        (lambda own, x: x.clone(), True),
-        (lambda own, x: x.relu(), False),
-        (lambda own, x: own.identity(x), True),
-        (lambda own, x: own.dropout(x), True),
-        (lambda own, x: own.relu(x), False),
-        (lambda own, x: functional.dropout(x, training=False), True),
-        (lambda own, x: functional.dropout(x, training=True), False),
-        (lambda own, x: functional.dropout(x), False),
-        (lambda own, x: functional.batch_norm(x, torch.zeros(3), torch.ones(3), training=False), False),
-        (lambda own, x: torch.relu(x), False),
-    ],
-)
-def test_what_leaves_a_value_as_it_is(function, expected):
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.identity, self.dropout, self.relu = nn.Identity(), nn.Dropout2d(), nn.ReLU()
-
-        def forward(self, x):
-            return function(self, x)
-
-    traced = torch.fx.symbolic_trace(Own())
-    *_, last, _ = traced.graph.nodes
-    assert passes(traced, last) is expected
 
 
 class SharedFilters(nn.Module):
@@ -540,9 +469,9 @@ class SharedFilters(nn.Module):
         return self.last(torch.cat([self.one(self.a(x)).relu(), self.two(self.b(x)).relu()], 1))
 
 
-@pytest.mark.parametrize(("groups", "width"), [(1, 4), (2, 4), (4, 4)])
-def test_convolutions_of_one_weight_with_as_many_groups_lose_the_same_channels(groups, width):
-    flow = Analysis.on(SharedFilters((groups, groups), (width, width)).eval(), IMAGES).flow
+@pytest.mark.parametrize("groups", [2, 4])
+def test_convolutions_of_one_weight_with_as_many_groups_lose_the_same_channels(groups):
+    flow = Analysis.on(SharedFilters((groups, groups), (4, 4)).eval(), IMAGES).flow
     assert flow.group_ids_of("one").tolist() == flow.group_ids_of("two").tolist()
     assert flow.group_ids_of("a").tolist() == flow.group_ids_of("b").tolist()
     assert (flow.group_ids_of("one") != FIXED).all()

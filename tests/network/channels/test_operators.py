@@ -11,7 +11,6 @@ from torch.nn import functional
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.channels.rules import rule
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 ASKED = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -69,30 +68,17 @@ def written(self, x):
 # By name: the network, and how many channels its layers have left at half.
 NETS = {
     "glu": (lambda: Between(lambda self, x: functional.glu(self.a(x), 1), nn.Conv2d(4, 4, 1)), {"a": 4}),
-    "glu of a sum": (
-        lambda: Between(lambda self, x: functional.glu(self.a(x) + self.c(x), dim=1), nn.Conv2d(4, 4, 1)),
-        {"a": 4, "c": 4},
-    ),
     "glu of two layers": (
         lambda: Between(
             lambda self, x: functional.glu(torch.cat([self.a(x), self.c(x)], 1), 1).relu(), nn.Conv2d(8, 4, 1)
         ),
         {"a": 4, "c": 4},
     ),
-    "module of glu, channels last": (
-        lambda: Between(lambda self, x: rows(self.a(x)), nn.Sequential(nn.GLU(), nn.Linear(4, 5))),
-        {"a": 4},
-    ),
-    "glu along places": (lambda: Between(lambda self, x: functional.glu(self.a(x), 2), nn.Conv2d(8, 4, 1)), {"a": 4}),
     "unfold and fold": (
         lambda: Between(
             lambda self, x: functional.fold(functional.unfold(self.a(x), 3, padding=1), (6, 6), 3, padding=1),
             nn.Conv2d(8, 4, 3),
         ),
-        {"a": 4},
-    ),
-    "unfold to columns": (
-        lambda: Between(lambda self, x: functional.unfold(self.a(x), 2, stride=2).transpose(1, 2), nn.Linear(32, 5)),
         {"a": 4},
     ),
     "modules of both": (
@@ -101,10 +87,6 @@ NETS = {
             nn.Sequential(nn.Unfold(2, stride=2), nn.ReLU(), nn.Fold((6, 6), 2, stride=2), nn.Conv2d(8, 4, 1)),
         ),
         {"a": 4},
-    ),
-    "fold of a layer's channels": (
-        lambda: Between(lambda self, x: functional.fold(self.a(x).flatten(2), (7, 7), 2), nn.Conv2d(8, 4, 1), first=32),
-        {"a": 16},
     ),
     "windows along a dimension": (
         lambda: Between(lambda self, x: self.a(x).unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2)), nn.Conv2d(8, 4, 1)),
@@ -116,40 +98,10 @@ NETS = {
         ),
         {"a": 4},
     ),
-    "einsum with dots": (
-        lambda: Between(
-            lambda self, x: torch.einsum("bc...,oc->bo...", self.a(x), self.w), nn.Conv2d(6, 4, 1), weight=(6, 8)
-        ),
-        {"a": 4},
-    ),
     "einsum that scales channels": (
         lambda: Between(
             lambda self, x: torch.einsum("bchw,c->bchw", self.a(x), self.w), nn.Conv2d(8, 4, 1), weight=(8,)
         ),
-        {"a": 4},
-    ),
-    "einsum place by place": (
-        lambda: Between(lambda self, x: torch.einsum("bchw,bchw->bchw", self.a(x), self.c(x)), nn.Conv2d(8, 4, 1)),
-        {"a": 4, "c": 4},
-    ),
-    "einsum that permutes": (
-        lambda: Between(lambda self, x: torch.einsum("bchw->bhwc", self.a(x)), nn.Linear(8, 4)),
-        {"a": 4},
-    ),
-    "einsum without an arrow": (
-        lambda: Between(
-            lambda self, x: torch.einsum("bchw,co", self.a(x), self.w[:1].expand(8, 6)), nn.Linear(6, 4), weight=(1, 6)
-        ),
-        {"a": 8},
-    ),
-    "einsum with a parameter's rows": (
-        lambda: Between(
-            lambda self, x: torch.einsum("bc,co->bo", self.a(x).mean((2, 3)), self.w), nn.Linear(6, 4), weight=(8, 6)
-        ),
-        {"a": 4},
-    ),
-    "product with a parameter's rows": (
-        lambda: Between(lambda self, x: rows(self.a(x)) @ self.w, nn.Linear(6, 4), weight=(8, 6)),
         {"a": 4},
     ),
     "parameter with a row for each channel": (
@@ -166,10 +118,6 @@ NETS = {
     ),
     "padded images": (
         lambda: Between(lambda self, x: functional.pad(self.a(x), (0, 1, 2, 0)), nn.Conv2d(8, 4, 1)),
-        {"a": 4},
-    ),
-    "padded channels": (
-        lambda: Between(lambda self, x: functional.pad(self.a(x), (0, 0, 0, 0, 2, 1)), nn.Conv2d(11, 4, 1)),
         {"a": 4},
     ),
     "complex pairs": (
@@ -196,12 +144,6 @@ NETS = {
     ),
     "scores of attention": (lambda: Between(single_head, nn.Linear(3, 4)), {"a": 4, "c": 4}),
     "values of attention": (lambda: Between(mixed, nn.Conv1d(8, 4, 1)), {"a": 4}),
-    "einsum that mixes places": (
-        lambda: Between(
-            lambda self, x: torch.einsum("bchw,wv->bchv", self.a(x), self.w), nn.Conv2d(8, 4, 1), weight=(6, 6)
-        ),
-        {"a": 4},
-    ),
     "einsum that mixes places by a parameter that is computed with": (
         lambda: Between(
             lambda self, x: torch.einsum("wv,bchv->bchw", self.w.softmax(-1), self.a(x)),
@@ -218,10 +160,6 @@ NETS = {
             weight=(3, 6, 6),
         ),
         {"a": 12},
-    ),
-    "einsum that sums channels up": (
-        lambda: Between(lambda self, x: torch.einsum("bchw->bhw", self.a(x)).unsqueeze(1), nn.Conv2d(1, 4, 1)),
-        {"a": 4},
     ),
 }
 
@@ -336,21 +274,6 @@ def test_layers_whose_weights_the_forward_reads_lose_their_rows():
     torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
     dense.train()(words).square().mean().backward()
     assert all(parameter.grad is not None for parameter in dense.parameters())
-
-
-def test_a_filter_by_channel_with_a_fixed_number_of_groups_keeps_its_channels():
-    class Fixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.last = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 4, 1)
-            self.w = nn.Parameter(torch.randn(8, 1, 3))
-
-        def forward(self, x):
-            return self.last(functional.conv1d(self.a(x), self.w, groups=8))
-
-    groups = nni_topo.dependency_groups(Fixed(), torch.randn(2, 3, 9), [{"op_types": ["Conv1d"], "sparse_ratio": 0.5}])
-    assert not groups
-    assert "conv1d" in groups.skipped["a"]
 
 
 class Beside(nn.Module):
@@ -497,41 +420,10 @@ def test_a_table_that_is_looked_up_once_loses_heads(places):
     torch.testing.assert_close(dense.eval()(words), dense.train()(words))  # the table of the step before is forgotten
 
 
-def test_the_layer_behind_reads_fewer_columns():
-    dense, _ = pruned(NETS["unfold to columns"][0]().eval())
-    assert dense.last.in_features == 16
-
-
-# What isn't understood: the channels stay.
-KEPT = {
-    "outer product": lambda self, x: torch.einsum("bc,bd->bcd", self.a(x).mean((2, 3)), self.c(x).mean((2, 3))).flatten(
-        1
-    ),
-    "diagonal": lambda self, x: torch.einsum("bcc->bc", rows(self.a(x))[:, :8]),
-    "windows over channels": lambda self, x: self.a(x).mean(3).unfold(1, 2, 2).flatten(1),
-}
-
-
-@pytest.mark.parametrize(("name", "width"), [("outer product", 64), ("diagonal", 8), ("windows over channels", 48)])
-def test_channels_of_what_is_not_understood_stay_with_a_reason(name, width):
-    net = Between(KEPT[name], nn.Linear(width, 4), weight=(8, 8)).eval()
+def test_channels_of_what_is_not_understood_stay_with_a_reason():
+    net = Between(lambda self, x: torch.einsum("bcc->bc", rows(self.a(x))[:, :8]), nn.Linear(8, 4)).eval()
     found = nni_topo.dependency_groups(net, IMAGES, ASKED)
-    operator = "unfold" if name.startswith("windows") else "einsum"
-    assert f"this operation is called in a way in which channels can't be followed ({operator})" in found.skipped["a"]
-
-
-def test_an_operator_has_one_rule():
-    with pytest.raises(ValueError, match="got a second one"):
-        rule("cat")(lambda op: op.passed())
-    for known in ("cat", torch.cat, "einsum", torch.Tensor.add_):
-        with pytest.raises(ConfigError, match="operator must be one without a rule"):
-            nni_topo.register_operator(known, "keep")
-
-
-class Swish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, images):
-        return images * images.sigmoid()
+    assert "this operation is called in a way in which channels can't be followed (einsum)" in found.skipped["a"]
 
 
 class Opaque(torch.autograd.Function):
@@ -633,11 +525,6 @@ def test_a_rule_must_return_ids_of_the_outputs_shape():
         nni_topo.dependency_groups(through(own), IMAGES, ASKED)
 
 
-def test_the_function_itself_computes_what_it_did():
-    own = nni_topo.register_operator(Swish.apply, "follow")
-    assert torch.equal(own(IMAGES), IMAGES * IMAGES.sigmoid())
-
-
 class Negated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images):
@@ -672,7 +559,7 @@ def test_a_function_has_one_rule_and_a_class_none():
         return 2 * images
 
     seen = nni_topo.register_operator(doubled, "follow")
-    for again in (doubled, seen):
+    for again in (doubled, seen, "cat", torch.cat, torch.Tensor.add_):
         with pytest.raises(ConfigError, match="operator must be one without a rule"):
             nni_topo.register_operator(again, "keep")
     with pytest.raises(ConfigError, match="got the class Negated"):
@@ -705,14 +592,8 @@ def test_a_rule_that_fails_is_named():
 
 IMPOSSIBLE = {
     "a dim that no tensor has": ({"dim": 9}, r"dim must be an integer from -8 to 7, got 9"),
-    "one from the end": ({"dim": -9}, r"dim must be an integer from -8 to 7, got -9"),
-    "a dim beside a function": (
-        {"rule": lambda call: call.ids[0], "dim": 2},
-        "with the rule 'follow' or 'couple' only",
-    ),
     "a dim beside keep": ({"rule": "keep", "dim": 2}, "with the rule 'follow' or 'couple' only, got 2 with 'keep'"),
     "a rule of two arguments": ({"rule": lambda call, ids: ids}, "must take one argument, the call of the operator"),
-    "a rule without arguments": ({"rule": lambda: None}, "must take one argument, the call of the operator"),
     "an operator without arguments": ({"operator": lambda: IMAGES}, "operator must take a tensor"),
     "an unknown name": ({"operator": "cumsun"}, "function or method of PyTorch's, got 'cumsun'.*did you mean .*cumsum"),
 }
@@ -723,14 +604,3 @@ def test_what_can_not_work_in_any_model_is_refused_when_it_is_registered(case):
     given, words = IMPOSSIBLE[case]
     with pytest.raises(ConfigError, match=words):
         nni_topo.register_operator(**{"operator": lambda images: images, **given})
-
-
-@pytest.mark.parametrize("dim", [-8, 7])
-def test_the_first_and_the_last_dimension_may_be_named(dim):
-    nni_topo.register_operator(lambda images: images, "follow", dim=dim)
-
-
-def test_what_a_registered_rule_keeps_says_that_it_is_registered():
-    own = nni_topo.register_operator(lambda images: Opaque.apply(images), lambda call: call.all_kept())
-    found = nni_topo.dependency_groups(through(own), IMAGES, ASKED)
-    assert found.skipped["a"].startswith("the operation is registered to keep all channels")

@@ -29,24 +29,16 @@ class Between(nn.Module):
 
 
 FREE = {
-    "ones of as many channels": lambda z: z * torch.ones(1, z.size(1), 1, 1),
     "of the shape": lambda z: z * torch.ones(z.shape[1], 1, 1),
-    "a full one": lambda z: z * torch.full((z.size(1), 1, 1), 2.0),
-    "zeros": lambda z: z + torch.zeros(1, z.size(1), 6, 5),
     "new ones": lambda z: z * z.new_ones(1, z.size(1), 1, 1),
-    "new full": lambda z: z * z.new_full((z.size(1), 1, 1), 2.0),
     "like it": lambda z: z * torch.ones_like(z),
     "one number": lambda z: z * torch.ones(()),
     "one for each pixel": lambda z: z * torch.ones(6, 5),
-    "of other sizes": lambda z: z * torch.ones(z.size(2), z.size(3)),
 }
 KEPT = {
     "eight ones": lambda z: z * torch.ones(1, 8, 1, 1),
-    "eight zeros": lambda z: z + torch.zeros(8, 1, 1),
     "new ones": lambda z: z * z.new_ones(8, 1, 1),
-    "several values": lambda z: z * torch.arange(8.0).view(8, 1, 1),
     "values as many as channels": lambda z: z * torch.arange(z.size(1)).view(-1, 1, 1),
-    "a line of values": lambda z: z * torch.linspace(0.0, 1.0, 8).view(8, 1, 1),
 }
 
 
@@ -78,7 +70,7 @@ class Gate(nn.Module):
         return self.last(z * weights.transpose(1, 2)[..., None])
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("kernel", [1, 3])
 def test_channels_that_a_convolution_slides_along_may_go(kernel: int) -> None:
     flow = Analysis.on(Gate(nn.Conv1d(1, 1, kernel, padding=kernel // 2)).eval(), IMAGES).flow
     assert flow.channel_wise == {"conv"}
@@ -109,11 +101,10 @@ class Merging(nn.Module):
         return self.last(self.merge(self.first(x).permute(0, 2, 3, 1)))
 
 
-@pytest.mark.parametrize("size", [(4, 4), (8, 6)])
 @torch.no_grad()
-def test_the_channels_of_merged_patches_stand_four_times_behind_one_another(size: tuple[int, int]) -> None:
+def test_the_channels_of_merged_patches_stand_four_times_behind_one_another() -> None:
     torch.manual_seed(0)
-    model, images = Merging().eval(), torch.randn(2, 3, *size)
+    model, images = Merging().eval(), torch.randn(2, 3, 8, 6)
     flow = Analysis.on(model, images).flow
     wanted = flow.group_ids_of("first").tolist()
     assert flow.why_pinned("first") == ()
@@ -147,8 +138,7 @@ class Multiplied(nn.Module):
         return self.last(torch.relu(mixed))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["parameter", "buffer", "buffer that isn't saved"])
+@pytest.mark.parametrize(("side", "kind"), [("left", "parameter"), ("right", "buffer that isn't saved")])
 def test_channels_pass_a_matrix_that_mixes_positions(side: str, kind: str) -> None:
     torch.manual_seed(0)
     model, inputs = Multiplied(side, kind).eval(), torch.randn(2, 6, 3)

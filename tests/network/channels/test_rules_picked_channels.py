@@ -6,14 +6,12 @@ import copy
 import functools
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dry_run import _draw
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ASKED = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -33,31 +31,20 @@ class Picks(nn.Module):
 # By name: the pick, how many channels it gives, and which of the eight have to stay for that.
 PICKS: dict[str, tuple[Callable[[Tensor], Tensor], int, list[int]]] = {
     "list": (lambda z: z[:, [0, 1, 4]], 3, [0, 1, 2, 3, 4]),
-    "list behind dots": (lambda z: z[..., [1, 0], :, :], 2, [0, 1]),
-    "list that ends negative": (lambda z: z[:, [0, -2]], 2, [0, 6, 7]),
     "permutation": (lambda z: z[:, [7, 6, 5, 4, 3, 2, 1, 0]], 8, [0, 1, 2, 3, 4, 5, 6, 7]),
-    "tensor": (lambda z: z[:, torch.tensor([0, 3])], 2, [0, 1, 2, 3]),
     "mask": (lambda z: z[:, torch.tensor([True, False] * 4)], 4, [0, 1, 2, 3, 4, 5, 6, 7]),
     "index_select": (lambda z: z.index_select(1, torch.tensor([3, 1])), 2, [0, 1, 2, 3]),
-    "take_along_dim": (lambda z: torch.take_along_dim(z, torch.tensor([2, 0]).view(1, 2, 1, 1), 1), 2, [0, 1, 2]),
     "integer": (lambda z: z[:, 2].unsqueeze(1), 1, [0, 1, 2]),
-    "negative integer": (lambda z: z[:, -1, None], 1, [7]),
-    "select": (lambda z: z.select(-3, 2).unsqueeze(1), 1, [0, 1, 2]),
-    "narrow": (lambda z: z.narrow(1, 2, 3), 3, [0, 1, 2, 3, 4]),
-    "slice": (lambda z: z[:, 1:4], 3, [0, 1, 2, 3]),
     "slice from the end": (lambda z: z[:, -3:], 3, [5, 6, 7]),
     "slice of all": (lambda z: z[:, 0:8], 8, []),
     "slice with steps": (lambda z: z[:, ::2], 4, [0, 1, 2, 3, 4, 5, 6, 7]),
     "gate": (lambda z: z[:, :7] * z[:, 7:], 7, [0, 1, 2, 3, 4, 5, 6, 7]),  # none would be left to be broadcast
     "chunk": (lambda z: torch.cat(z.chunk(2, 1)[::-1], 1), 8, []),
-    "chunk into fewer": (lambda z: torch.cat(z.chunk(5, 1)[:2], 1), 4, [0, 1, 2, 3, 4, 5, 6, 7]),
     "split": (lambda z: torch.cat(z.split(3, 1)[::-1], 1), 8, [0, 1, 2, 3, 4, 5, 6]),
     "split into given": (lambda z: z.split([3, 5], dim=1)[1], 5, [0, 1, 2, 3, 4, 5, 6, 7]),
-    "tensor_split": (lambda z: z.tensor_split(3, 1)[0], 3, [0, 1, 2, 3, 4, 5, 6, 7]),
     "tensor_split at places": (lambda z: z.tensor_split((2, 3), 1)[0], 2, [0, 1, 2]),
     "unbind": (lambda z: torch.stack(z.unbind(1)[:3], 1), 3, [0, 1, 2, 3, 4, 5, 6, 7]),
     "roll": (lambda z: z.roll(2, 1), 8, [6, 7]),
-    "flip": (lambda z: z.flip(1), 8, []),
     "sizes of a place": (lambda z: z.reshape(len(z), -1, *z[:, 3].shape[1:]), 8, [0, 1, 2, 3]),
     "sizes of the first": (lambda z: z.reshape(len(z), -1, *z[:, 0].shape[1:]), 8, []),
 }
@@ -104,28 +91,14 @@ def test_a_layer_of_one_channel_is_not_kept_for_what_picks_that_channel(pick):
 # Picks along pixels, of as many rows and columns as there are channels.
 ELSEWHERE: dict[str, Callable[[Tensor], Tensor]] = {
     "list": lambda z: z[:, :, [0, 1, 4]],
-    "list of columns": lambda z: z[..., [1, 0]],
-    "tensor": lambda z: z[:, :, torch.tensor([0, 3])],
     "index_select": lambda z: z.index_select(2, torch.tensor([3, 1])),
-    "index_select by name": lambda z: torch.index_select(z, dim=-1, index=torch.tensor([3, 1])),
     "take_along_dim": lambda z: torch.take_along_dim(z, torch.tensor([2, 0]).view(1, 1, 2, 1), 2),
-    "integer": lambda z: z[:, :, 2:3],
-    "select": lambda z: z.select(2, 2).unsqueeze(2),
     "select of columns": lambda z: z.select(-1, 2).unsqueeze(2),
-    "narrow": lambda z: z.narrow(2, 2, 3),
     "narrow by name": lambda z: torch.narrow(z, dim=3, start=2, length=3),
     "slices": lambda z: z[:, :, 1:4, ::2],
-    "slice behind dots": lambda z: z[..., 2:5],
-    "chunk": lambda z: z.chunk(3, 2)[0],
     "chunk by name": lambda z: torch.chunk(z, 3, dim=-1)[0],
-    "split": lambda z: z.split(3, 2)[0],
-    "split into given": lambda z: z.split([3, 5], dim=3)[0],
-    "tensor_split": lambda z: z.tensor_split(3, 2)[0],
     "tensor_split at places": lambda z: z.tensor_split((2, 3), dim=2)[0],
-    "unbind": lambda z: torch.stack(z.unbind(2)[:3], 2),
-    "roll": lambda z: z.roll(2, 2),
     "roll of both": lambda z: z.roll((2, 1), (2, 3)),
-    "roll by name": lambda z: torch.roll(z, shifts=2, dims=-1),
 }
 
 
@@ -156,14 +129,6 @@ class Halves(nn.Module):
     def forward(self, x):
         both = self.first(x).relu()
         return (self.one(both[:, : self.half]) + self.two(both[:, self.half :])) * self.last(self.other(x).relu())
-
-
-def test_draws_leave_every_layer_a_channel_that_it_reads():
-    flow = Analysis.on(Halves().eval(), IMAGES).flow
-    drawing = np.random.default_rng(0)
-    for _ in range(200):  # about one of eight would take all of one half
-        left = _draw(flow, {}, drawing, {}, in_parts=False)
-        assert all(left[flow.entering_group_ids(name)].any() for name in ("one", "two", "last"))
 
 
 @pytest.mark.parametrize("gone", [slice(4), slice(4, None)])
@@ -218,7 +183,7 @@ def assert_silenced(model: Pieces, dense: nn.Module, images: Tensor) -> None:
     torch.testing.assert_close(dense(images), silenced(images), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("width", "pieces"), [(16, 3), (22, 3), (15, 2), (23, 4)])
+@pytest.mark.parametrize(("width", "pieces"), [(16, 3), (23, 4)])
 @torch.no_grad()
 def test_pieces_of_an_uneven_chunk_lose_equally_many(width, pieces):
     torch.manual_seed(0)

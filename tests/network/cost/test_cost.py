@@ -11,7 +11,7 @@ from speedup_nets import l1_masks
 from tied_nets import Mirrored, TiedConvolutions, TiedNorms
 
 from nni_topo import RandomPruner, zoo
-from nni_topo.network.cost.cost import Cost, NetworkCost, _positions
+from nni_topo.network.cost.cost import Cost, NetworkCost
 from nni_topo.network.layers.kinds import WEIGHTED, channel_dimension
 from nni_topo.runs.widths import inner_layers, pruning_config
 from nni_topo.speedup import to_dense
@@ -65,8 +65,8 @@ NETS = {
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5])
-@pytest.mark.quick_every(12)
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+@pytest.mark.quick_every(5)
 def test_the_cost_is_that_of_the_dense_model(name, ratio):
     make, shape = NETS[name]
     model, images = make().eval(), torch.randn(2, *shape)
@@ -98,10 +98,8 @@ def test_transposed_convolutions_compute_at_their_inputs():
 
 
 GROUPED = {
-    "two groups": (torch.nn.Conv2d(8, 12, 3, groups=2), [True] * 8, [True] * 12),
     "two groups, pruned": (torch.nn.Conv2d(8, 12, 3, groups=2), [True, True, True, False] * 2, [True, False] * 6),
     "one channel a group": (torch.nn.Conv2d(8, 8, 3, groups=8), [True, False] * 4, [True, False] * 4),
-    "two outputs a channel": (torch.nn.Conv2d(4, 8, 3, groups=4), [True] * 4, [True] * 8),
     "two outputs a channel, pruned": (
         torch.nn.Conv2d(4, 8, 3, groups=4),
         [True, False, True, True],
@@ -158,22 +156,6 @@ def test_a_weight_that_several_modules_share_counts_once(make, removed, is_wrapp
     assert cost(kept) == real_cost(dense, images)
 
 
-@pytest.mark.parametrize(
-    ("module", "size", "positions"),
-    [
-        (torch.nn.Linear(8, 4), (3, 5, 2, 8), 30),
-        (torch.nn.Linear(8, 4), (8,), 1),
-        (torch.nn.MultiheadAttention(8, 2), (3, 5, 8), 15),
-        (torch.nn.GRU(8, 4), (3, 5, 8), 15),
-        (torch.nn.GRU(8, 4), (5, 8), 5),
-        (torch.nn.GRUCell(8, 4), (3, 8), 3),
-        (torch.nn.Conv2d(8, 4, 1), (3, 8, 5, 2), 30),
-    ],
-)
-def test_positions_are_counted_beside_the_channels(module, size, positions):
-    assert _positions(module, size) == positions
-
-
 def test_costs_are_whole_numbers_where_groups_keep_unequally_many_channels():
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 6, 1, groups=2), torch.nn.Conv2d(6, 2, 1))
     cost = NetworkCost.on(model, torch.randn(1, 4, 2, 2))({"0": np.array([True, True, True, False])})
@@ -211,12 +193,10 @@ class Cells(torch.nn.Module):
         return self.two(self.one(x))
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float64, 8)])
-def test_what_keeps_all_units_costs_its_products_and_its_parameters(dtype, size):
-    model = Cells().to(dtype)
+def test_what_keeps_all_units_costs_its_products_and_its_parameters():
     params = 3 * 4 * (6 + 4 + 2) + 5 * (4 + 5 + 2)
-    cost = NetworkCost.on(model, torch.randn(2, 6, dtype=dtype))({})
-    assert cost == Cost(3 * 4 * (6 + 4) + 5 * (4 + 5), params, size * params)
+    cost = NetworkCost.on(Cells().double(), torch.randn(2, 6, dtype=torch.float64))({})
+    assert cost == Cost(3 * 4 * (6 + 4) + 5 * (4 + 5), params, 8 * params)
 
 
 def test_masks_are_of_the_layers_that_lose_channels_and_of_all_of_their_rows():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +36,7 @@ def test_the_rest_shrinks_with_what_the_layers_put_out():
     assert whole == 20.0 + 300.0 + 4.0
     assert table({"a": (2, 5), "b": (5, 15)}) == pytest.approx(10.0 + 75.0 + 2.0)
     assert table({"a": (2, 10), "unknown": (5, 5)}) == 24.0
+    assert LatencyTable({}, rest=3.0)({"unknown": (5, 5)}) == 3.0
 
 
 def test_a_saved_table_is_the_same(tmp_path):
@@ -53,14 +53,9 @@ def test_a_saved_table_is_the_same(tmp_path):
     "change",
     [
         {"entering": [2, 1]},
-        {"entering": []},
-        {"entering": [2, 2]},
         {"entering": [0, 1]},
-        {"leaving": [1, 4, 5]},
         {"seconds": [[1.0, 2.0]]},
-        {"seconds": [[1.0, 2.0], [3.0, -1.0]]},
         {"seconds": [[1.0, 2.0], [3.0, float("nan")]]},
-        {"seconds": "abc"},
         {"activation": None},
     ],
 )
@@ -72,9 +67,6 @@ def test_files_that_hold_no_table_are_refused(change, tmp_path):
     path.write_text(json.dumps({"layers": {"a": {**layer, **change}}}))
     with pytest.raises(DataError, match=r"table\.json"):
         LatencyTable.load(path)
-
-
-def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"none\.json"):
         LatencyTable.load(tmp_path / "none.json")
 
@@ -191,24 +183,31 @@ def test_equal_layers_are_timed_once_and_a_layer_of_two_calls_twice():
     assert (table.layers["0"].activation, table.layers["1"].activation) == (16.0, 8.0)
 
 
-def test_a_layer_of_an_own_class_is_cut_and_timed_by_itself():
-    class Own(nn.Linear):
-        def forward(self, rows):
-            return super().forward(rows) * 2
-
-    table, found = timed_layers(nn.Sequential(Own(4, 4), Own(4, 4)), torch.zeros(2, 4), shares=(1.0,), repeats=1)
-    assert len(found) == 2 * 4 * 2
-    assert set(table.layers) == {"0", "1"}
+class Halved(nn.Linear):
+    def forward(self, rows):
+        return super().forward(rows) / 2
 
 
-def test_time_between_layers_counts_as_the_rest():
-    class Waiting(nn.Module):
-        def forward(self, x):
-            time.sleep(0.02)
-            return x
+class HalvedImages(nn.Conv2d):
+    def forward(self, images):
+        return super().forward(images) / 2
 
-    table = measure_latency(nn.Sequential(nn.Linear(3, 4), Waiting(), nn.Linear(4, 2)), torch.ones(1, 3), repeats=1)
-    assert table.rest >= 0.02
+
+@pytest.mark.parametrize(
+    ("layer", "size", "shapes"),
+    [
+        (Halved(4, 4), (2, 4), {(2, 1), (2, 4)}),
+        (HalvedImages(4, 4, 1, groups=2), (2, 4, 3, 3), {(2, 2, 3, 3), (2, 4, 3, 3)}),
+        (HalvedImages(4, 8, 1, groups=4), (2, 4, 3, 3), {(2, 1, 3, 3), (2, 4, 3, 3)}),
+        (nn.Conv2d(4, 8, 1, groups=4), (2, 4, 3, 3), {(2, 1, 3, 3), (2, 4, 3, 3)}),
+    ],
+    ids=["linear", "groups", "depth-wise", "depth-wise, of PyTorch"],
+)
+def test_layers_of_own_classes_and_of_groups_are_cut_and_timed(layer, size, shapes):
+    before = layer.weight.shape
+    table, found = timed_layers(nn.Sequential(layer), torch.zeros(size), shares=(1.0,), repeats=1)
+    assert {shape for _, shape, _ in found} == shapes
+    assert (set(table.layers), layer.weight.shape) == ({"0"}, before)
 
 
 class Clock:
@@ -228,51 +227,30 @@ def clock(monkeypatch):
     return clock
 
 
-def taking(clock, *seconds):
-    """Return a layer whose first, second, ... pass takes so many seconds."""
-    passes = iter(seconds)
+def test_a_table_holds_the_medians_of_layers_and_never_less_for_a_wider_one(clock):
+    calls = dict[int, int]()
 
     class Taking(nn.Linear):
+        """Takes less time for four rows than for one; of three passes one is slow."""
+
         def forward(self, rows):
-            clock.now += next(passes)
+            width = rows.shape[1]
+            calls[width] = calls.get(width, 0) + 1
+            clock.now += (5.0 if width == 1 else 3.0) * (1 if calls[width] % 3 else 10)
             return super().forward(rows)
 
-    return Taking(4, 4)
+    class Waiting(nn.Module):
+        def forward(self, rows):
+            clock.now += 0.5
+            return rows
+
+    model = nn.Sequential(Taking(4, 4), Waiting())
+    table = measure_latency(model, torch.zeros(1, 4), shares=(1.0,), repeats=3)
+    assert table.layers["0"].seconds == ((5.0, 5.0), (5.0, 5.0))
+    assert table.rest == 0.5
 
 
-def test_seconds_are_medians_of_passes_after_the_first(clock):
-    timed, other = taking(clock, 90.0, 1.0, 3.0, 2.0), taking(clock, 80.0, 5.0, 8.0, 6.0)
-    model, call = nn.Sequential(timed, other), ((torch.zeros(1, 4),), {})
-    assert latency._pass_times(model, {"timed": timed}, call, 3) == (6.0, {"timed": 2.0})
-    twice = taking(clock, 90.0, 90.0, 1.0, 2.0)
-    assert latency._pass_times(nn.Sequential(twice, twice), {"twice": twice}, call, 1) == (0.0, {"twice": 3.0})
-
-
-def test_seconds_between_layers_are_never_negative(clock):
-    call = ((torch.zeros(1, 4),), {})
-    assert latency._pass_times(taking(clock, 1.0, -1.0), {}, call, 1)[0] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("repeats", "seconds", "expected"),
-    [
-        (3, [90.0, 1.0, 3.0, 2.0], [[2.0]]),  # the first warms up
-        (1, [9.0, -1.0], [[0.0]]),
-        (1, [9.0, 1.0, 9.0, 4.0, 9.0, 3.0, 9.0, 2.0], [[1.0, 4.0], [3.0, 4.0]]),  # two widths of two
-    ],
-)
-def test_a_grid_holds_medians_that_are_not_negative_and_do_not_fall_with_the_width(
-    repeats, seconds, expected, monkeypatch
-):
-    shown = iter([each for taken in seconds for each in (5.0, 5.0 + taken)])
-    monkeypatch.setattr(latency, "now", lambda _: next(shown))
-    widths = (4,) if len(expected) == 1 else (2, 4)
-    assert latency._timed_grid(nn.Linear(4, 4), (1, 4), widths, widths, repeats).tolist() == expected
-
-
-@pytest.mark.parametrize(
-    "knobs", [{"repeats": 0}, {"threads": 0}, {"shares": ()}, {"shares": (0.0,)}, {"shares": (0.5, 1.01)}]
-)
+@pytest.mark.parametrize("knobs", [{"repeats": 0}, {"threads": 0}, {"shares": ()}, {"shares": (0.5, 1.01)}])
 def test_bad_knobs_are_refused(knobs):
     with pytest.raises(ConfigError, match="at least 1"):
         measure_latency(toy_model(), toy_images(2), **knobs)
@@ -290,28 +268,6 @@ def test_a_layer_is_timed_five_times_at_a_width_on_as_many_threads_as_asked_for(
     assert len(found) == 6  # one warms up
     assert threads[-6:] == 6 * [2]
     assert table.threads == 2
-
-
-def test_a_network_without_a_known_layer_takes_the_rest_alone():
-    assert LatencyTable({}, rest=3.0)({"unknown": (5, 5)}) == 3.0
-
-
-def test_times_of_whole_layers_are_proportional_to_their_channels():
-    found = latency._proportional(12.0, 2, 3, 4.0)
-    assert found == LayerLatency((1, 2), (1, 3), ((2.0, 6.0), (4.0, 12.0)), 4.0)
-    assert latency._proportional(6.0, 1, 1, 4.0) == LayerLatency((1,), (1,), ((6.0,),), 4.0)
-
-
-class Own(nn.Conv2d):
-    def forward(self, images):
-        return super().forward(images) * 2
-
-
-@pytest.mark.parametrize("kind", [nn.Conv2d, Own])
-def test_fewer_channels_of_a_depthwise_convolution_are_fewer_groups(kind):
-    layer, entering = latency._like(kind(4, 8, 3, groups=4), 4, 6)
-    assert (layer.in_channels, layer.out_channels, layer.groups, entering) == (3, 6, 3, 3)
-    assert layer(torch.zeros(1, 3, 3, 3)).shape == (1, 6, 1, 1)
 
 
 class Mixed(nn.Module):
@@ -357,7 +313,7 @@ def test_the_output_projection_of_attention_has_its_share_of_the_time(monkeypatc
         assert layers[name].seconds[-1][-1] == pytest.approx(seconds * shares[name])
 
 
-@pytest.mark.parametrize("layer", ["attention", "recurrent", "mlp"])
+@pytest.mark.parametrize("layer", ["attention", "recurrent"])
 def test_a_budget_of_time_holds_for_attention_and_recurrent_layers(layer):
     torch.manual_seed(0)
     model, inputs = Mixed().eval(), torch.randn(4, 5, 8)
@@ -372,63 +328,3 @@ def test_a_budget_of_time_holds_for_attention_and_recurrent_layers(layer):
     _, masks = pruner.compress()
     pruner.unwrap_model()
     assert {name for name, each in masks.items() if any((mask == 0).any() for mask in each.values())} == {layer}
-
-
-@pytest.mark.parametrize(
-    ("full", "unit", "shares", "widths"),
-    [
-        (8, 1, (0.5,), (1, 4, 8)),
-        (8, 4, (0.5,), (4, 8)),
-        (9, 3, (0.5, 0.1), (3, 6, 9)),
-        (12, 2, (0.25, 0.75), (2, 4, 8, 12)),  # 1.5 and 4.5 units are rounded to even numbers
-        (1, 1, (0.5, 1.0), (1,)),
-        (100, 1, (0.001,), (1, 100)),
-    ],
-)
-def test_widths_are_multiples_near_the_shares(full, unit, shares, widths):
-    assert latency._widths(full, unit, shares) == widths
-
-
-def test_inputs_and_outputs_have_widths_of_their_own_and_depthwise_ones_those_of_outputs():
-    for layer, grid in (
-        (nn.Linear(4, 6), ((1, 2, 4), (1, 3, 6))),
-        (nn.Conv2d(4, 6, 1, groups=2), ((2, 4), (2, 4, 6))),
-        (nn.ConvTranspose2d(4, 6, 1), ((1, 2, 4), (1, 3, 6))),
-        (nn.Conv2d(4, 12, 1, groups=4), ((4,), (3, 6, 12))),
-    ):
-        assert latency._grid(layer, (0.5,)) == grid
-
-
-@pytest.mark.parametrize(
-    ("groups", "full", "width", "places"),
-    [(1, 6, 3, [0, 1, 2]), (2, 8, 4, [0, 1, 4, 5]), (3, 6, 3, [0, 2, 4]), (2, 8, 8, [*range(8)])],
-)
-def test_every_group_gives_its_first_channels(groups, full, width, places):
-    assert latency._first_of_groups(groups, full, width).tolist() == places
-
-
-class Halved(nn.Linear):
-    def forward(self, rows):
-        return super().forward(rows) / 2
-
-
-class HalvedImages(nn.Conv2d):
-    def forward(self, images):
-        return super().forward(images) / 2
-
-
-@pytest.mark.parametrize(
-    ("layer", "widths", "shape", "entering"),
-    [
-        (Halved(4, 6), (3, 2), (2, 3), 3),
-        (HalvedImages(4, 6, 1, groups=2), (2, 4), (4, 1, 1, 1), 2),
-        (HalvedImages(4, 8, 1, groups=4), (4, 6), (6, 1, 1, 1), 3),
-        (HalvedImages(4, 6, 1), (1, 1), (1, 1, 1, 1), 1),
-    ],
-)
-def test_a_layer_of_an_own_class_is_cut_to_the_widths(layer, widths, shape, entering):
-    before = layer.weight.shape
-    cut, width = latency._cut_to(layer, *widths)
-    assert (tuple(cut.weight.shape), width, layer.weight.shape) == (shape, entering, before)
-    rows = torch.zeros(2, width) if isinstance(layer, nn.Linear) else torch.zeros(2, width, 3, 3)
-    assert cut(rows).shape[1] == shape[0]

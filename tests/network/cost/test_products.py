@@ -133,10 +133,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("samples", [1, 4])
-@pytest.mark.quick_every(3)
-def test_products_that_no_layer_makes_are_those_of_the_dense_model(kind, samples):
-    model, x = made(*KINDS[kind]), rows(samples)
+@pytest.mark.quick_every(2)
+def test_products_that_no_layer_makes_are_those_of_the_dense_model(kind):
+    model, x = made(*KINDS[kind]), rows()
     groups = nni_topo.dependency_groups(model, x, [{"op_types": ["Linear", "GRU"], "sparse_ratio": 0.4}])
     assert groups
     pruner = nni_topo.RandomPruner(model, groups, seed=1)
@@ -183,19 +182,13 @@ EINSTEIN_SUMS = {
     "graph, dots": ("nm,...mc,cd->...nd", {}),
     "relations": ("rnm,bmc,rcd->bnd", {}),
     "two hops": ("nm,mk,bkc->bnc", {"k": PLACES, "m": 7}),
-    "a letter of one operand": ("hnm,bmc->bnc", {}),
     "a letter of one operand, of three": ("nm,bmc,hcd->bnd", {}),
-    "a vector is summed by itself": ("h,bmc->bmc", {}),
-    "four": ("nm,bmc,cd,de->bne", {}),
     "four, no samples in the first": ("cd,de,nm,bmc->bne", {}),
     "samples in two": ("bmc,bkc,cd->bmd", {"k": PLACES}),
-    "samples in three": ("bmc,bkc,bkd->bmd", {"k": PLACES}),
     "a letter of three": ("bmc,mc,cd->bmd", {}),
     "place by place": ("bmc,c->bmc", {}),
     "products that are summed": ("bmc,bmc->bm", {}),
     "one place for all": ("nm,bmc,cd->bnd", {"m": 1}),
-    "one relation": ("rnm,bmc,rcd->bnd", {"r": 1}),
-    "a diagonal": ("nn,bnc->bnc", {"n": PLACES}),
 }
 
 
@@ -213,7 +206,7 @@ def cost_and_count(model: nn.Module, x: Tensor, ratio: float) -> tuple[int, int,
 
 
 # 0.95 leaves one channel: PyTorch sums up no dimension of size 1.
-@pytest.mark.parametrize("ratio", [0.4, 0.7, 0.95])
+@pytest.mark.parametrize("ratio", [0.4, 0.95])
 @pytest.mark.parametrize("kind", EINSTEIN_SUMS)
 @pytest.mark.quick_every(6)
 def test_products_of_einstein_sums_are_those_of_the_dense_model(kind, ratio):
@@ -231,7 +224,7 @@ def test_an_einstein_sum_is_counted_by_hand(monkeypatch):
     assert cost({"layers.0": np.arange(10) < 7}).macs == cost({}).macs - 3 * (PLACES * 6 + 6 * PLACES + 6 * 9)
 
 
-@pytest.mark.parametrize("kind", ["graph", "relations", "four", "four, no samples in the first", "one place for all"])
+@pytest.mark.parametrize("kind", ["graph", "relations", "four, no samples in the first"])
 def test_einstein_sums_follow_the_path_of_opt_einsum(kind, monkeypatch):
     pytest.importorskip("opt_einsum")
     model = made(Letters, *EINSTEIN_SUMS[kind])
@@ -243,10 +236,8 @@ def test_einstein_sums_follow_the_path_of_opt_einsum(kind, monkeypatch):
     assert predicted == counted < unpruned < from_left
 
 
-@pytest.mark.parametrize("kind", ["graph", "relations", "two hops", "a letter of one operand"])
-@pytest.mark.quick_every(2)
-def test_a_budget_is_met_where_einstein_sums_are_most_of_the_cost(kind):
-    equation, sizes = EINSTEIN_SUMS[kind]
+def test_a_budget_is_met_where_einstein_sums_are_most_of_the_cost():
+    equation, sizes = EINSTEIN_SUMS["relations"]
     model, x = made(Letters, equation, sizes | {"c": 40, "d": 36}), rows(64)
     small = nni_topo.shrink(model, x.split(16), {"flops": 0.5}, pruner="l1", distill=False)
     assert count_macs(small, x) / count_macs(model, x) == pytest.approx(0.5, abs=0.02)
@@ -293,7 +284,7 @@ class Pictures(nn.Module):
         return self.head(self.one(x).flatten(2).mT @ self.two(x).flatten(2))
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 5])
+@pytest.mark.parametrize("count", [1, 4])
 def test_of_a_list_of_pictures_each_is_a_sample(count):
     model, pictures = Pictures().eval(), ([torch.rand(3, 4, 4) for _ in range(count)],)
     macs = count_macs(model, pictures)
@@ -303,24 +294,6 @@ def test_of_a_list_of_pictures_each_is_a_sample(count):
 def test_a_fixed_number_of_samples_is_counted_as_one_of_them():
     model = nn.Sequential(nn.Unflatten(0, (2, 2)), nn.Linear(6, 3))
     assert count_macs(model, torch.rand(4, 6)) == 18
-
-
-def test_the_run_that_counts_leaves_the_model_alone():
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.head, self.calls = nn.Linear(6, 8), nn.Linear(8, 2), 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return self.head(self.inner(x) + torch.rand(1))
-
-    model = Counting().train()
-    state = torch.get_rng_state()
-    NetworkCost.on(model, rows())
-    assert (model.calls, model.training, model.inner.training) == (0, True, True)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.slow

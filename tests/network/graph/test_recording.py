@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
-import gc
 import operator
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +18,6 @@ from nni_topo import RandomPruner, create_pruner, dependency_groups, masked_mode
 from nni_topo.errors import LayerError, SpeedupError
 from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph import recording
-from nni_topo.network.graph.nodes import UNUSED
 from nni_topo.network.graph.recording import LayerResults, record
 from nni_topo.network.speedup.analysis import Analysis
 
@@ -213,11 +210,9 @@ def test_layers_before_an_expert_that_was_not_reached_stay():
     "make",
     [
         lambda x, *sizes: torch.full(sizes, 0.5, device=x.device),
-        lambda x, *sizes: torch.zeros(*sizes, device=x.device),
-        lambda x, *sizes: x.new_full(sizes, 0.5),
         lambda x, *sizes: x.new_ones(*sizes),
     ],
-    ids=["full", "zeros", "new_full", "new_ones"],
+    ids=["full", "new_ones"],
 )
 def test_what_is_made_of_sizes_gets_smaller_with_them(make):
     class Gathering(nn.Module):
@@ -312,12 +307,10 @@ class Halved(nn.Module):
     [
         lambda x: x + torch.cat([x[len(x) // 2 :], x[: len(x) // 2]]),
         lambda x: torch.cat(x.split(len(x) // 2)[::-1]),
-        lambda x: torch.cat([x, x])[torch.arange(len(x)) + len(x)],
         lambda x: x + 0 * x[torch.randperm(len(x))],
         lambda x: x / len(x),
-        lambda x: x.unflatten(1, (2, -1)).reshape(len(x), -1),
     ],
-    ids=["slices", "split", "indices", "drawn indices", "divided", "reshaped"],
+    ids=["slices", "split", "drawn indices", "divided"],
 )
 def test_the_length_of_a_tensor_is_its_number_of_samples(use):
     model, rows = Halved(use).eval(), torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -341,12 +334,6 @@ def test_len_is_pythons_own_outside_of_a_recording():
     with pytest.raises(RuntimeError):
         record(Halved(use), {"x": torch.ones(3, 4)})
     assert seen[0] == ("TracedInt", int, 2)
-    assert builtins.len is plain
-    with recording._lengths_measured(), recording._lengths_measured():
-        assert builtins.len is not plain
-        assert type(len(torch.ones(3))) is int
-        with pytest.raises(TypeError, match="len\\(\\) of a 0-d tensor"):
-            len(torch.tensor(1))
     assert builtins.len is plain
 
 
@@ -384,8 +371,8 @@ class Computing(nn.Module):
         return self.compute(x.abs().mul(3).int().clamp(max=3) if self.of_integers else x)
 
 
-IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
-IN_PLACE_OF_INTEGERS = ("iand", "ior", "ixor", "ilshift", "irshift")
+IN_PLACE = ("iadd", "itruediv")
+IN_PLACE_OF_INTEGERS = ("iand", "ilshift")
 
 
 @pytest.mark.parametrize(
@@ -393,11 +380,8 @@ IN_PLACE_OF_INTEGERS = ("iand", "ior", "ixor", "ilshift", "irshift")
     [
         *((lambda x, name=name: getattr(operator, name)(x, 2), False) for name in IN_PLACE),
         *((lambda n, name=name: getattr(operator, name)(n, 2), True) for name in IN_PLACE_OF_INTEGERS),
-        *((compute, False) for compute in (lambda x: 2 - x, lambda x: 2 / x, lambda x: 2**x, lambda x: 7 // x)),
-        *((compute, False) for compute in (lambda x: 7 % x, lambda x: x**2, lambda x: -x, abs, lambda x: x % 7)),
-        *((compute, True) for compute in (lambda n: 1 << n, lambda n: 64 >> n, lambda n: n << 1, lambda n: n >> 1)),
-        *((compute, True) for compute in (lambda n: 2 & n, lambda n: n & 2, lambda n: 4 | n, lambda n: n | 4)),
-        *((compute, True) for compute in (lambda n: 6 ^ n, lambda n: n ^ 6, lambda n: ~n)),
+        *((compute, False) for compute in (lambda x: 2 - x, lambda x: 7 // x, lambda x: x**2, lambda x: -x, abs)),
+        *((compute, True) for compute in (lambda n: 64 >> n, lambda n: 2 & n, lambda n: n | 4, lambda n: ~n)),
     ],
 )
 def test_operators_are_in_the_graph_as_they_stand_in_the_forward_and_none_works_in_place(compute, of_integers):
@@ -413,11 +397,10 @@ def test_operators_are_in_the_graph_as_they_stand_in_the_forward_and_none_works_
     "change",
     [
         lambda keep, mask: operator.iand(keep, mask),
-        lambda keep, mask: operator.ior(keep, mask),
         lambda keep, mask: keep.logical_or_(mask),
         lambda keep, mask: operator.setitem(keep, mask, True) or keep,
     ],
-    ids=["and", "or", "method", "item"],
+    ids=["and", "method", "item"],
 )
 def test_a_mask_that_is_written_into_begins_anew_in_each_run(change):
     model = Computing(lambda x: x * change(torch.tensor([True, True, False, False]), x.sum(0) > 0)).eval()
@@ -432,23 +415,20 @@ def test_a_mask_that_is_written_into_begins_anew_in_each_run(change):
     ("compute", "is_read"),
     [
         (lambda x: x.nonzero().sum(), True),
-        (lambda x: x.masked_select(x > 0).sum(), True),
-        (lambda x: x.unique().sum(), True),
         (lambda x: torch.where(x > 0)[0].sum(), True),
         (lambda x: x[x > 0].sum(), True),
         (lambda x: torch.where(x > 0, x, -x).sum(), False),
         (lambda x: x[:, torch.tensor([2, 0])].sum(), False),
     ],
-    ids=["nonzero", "masked_select", "unique", "where", "by a mask", "one of two", "by numbers"],
+    ids=["nonzero", "where", "by a mask", "one of two", "by numbers"],
 )
 def test_how_much_an_operation_gives_may_be_up_to_values(compute, is_read):
     assert record(Computing(compute).eval(), {"x": torch.ones(3, 4)}).reads_values == is_read
 
 
-@pytest.mark.parametrize("name", ["nonzero", "masked_select", "unique", "where", "nms"])
-def test_a_layer_may_have_the_name_of_an_operation_that_picks_by_value(name):
+def test_a_layer_may_have_the_name_of_an_operation_that_picks_by_value():
     model = nn.Sequential()
-    model.add_module(name, nn.Linear(4, 3))
+    model.add_module("unique", nn.Linear(4, 3))
     assert not record(model.eval(), {"input": torch.ones(2, 4)}).reads_values
 
 
@@ -555,35 +535,10 @@ def test_attention_is_eager_where_a_model_takes_that_and_its_own_where_not():
         assert model.seen == seen
 
 
-def test_a_model_that_fails_in_the_way_it_is_told_is_run_once():
-    model = Configured("eager", refused="eager").eval()
-    with pytest.raises(ValueError, match="not in this way"):
-        record(model, {"x": torch.ones(2, 4)})
-    assert model.seen == ["eager"]
-
-
 def test_values_that_only_more_samples_let_a_model_read_count_too():
     model = Computing(lambda x: x if len(x) < 4 or x.tolist() else x + 1).eval()
     assert record(model, {"x": torch.ones(2, 4)}).reads_values
     assert not record(Computing(lambda x: x if len(x) < 9 else x + 1).eval(), {"x": torch.ones(2, 4)}).reads_values
-
-
-@pytest.mark.parametrize(
-    ("use", "is_noted"),
-    [
-        (lambda x: x.narrow(1, 2, 2), True),
-        (lambda x: x.sum(1), True),
-        (lambda x: torch.zeros_like(x), False),
-        (lambda x: torch.zeros(x.size(1)), False),
-        (lambda x: x[0], False),
-    ],
-    ids=["narrow", "sum", "zeros_like", "size", "getitem"],
-)
-def test_of_what_nothing_comes_is_noted_where_it_takes_more_than_a_tensor(use, is_noted):
-    graph = record(Computing(lambda x: (use(x), x + 1)[1]).eval(), {"x": torch.ones(3, 4)}).graph_module.graph
-    (layer,) = (node for node in graph.nodes if node.op == "call_module")
-    assert (UNUSED in layer.meta) == is_noted
-    assert [node.name for node in graph.nodes if node.op == "call_method"] == ["add"]
 
 
 @pytest.mark.parametrize("keeps_states", [False, True])
@@ -592,22 +547,6 @@ def test_nothing_is_cached_unless_a_model_keeps_states_of_its_own(keeps_states):
     model._is_stateful = keeps_states
     record(model, {"input": torch.ones(2, 4)})
     assert model[0].config.use_cache == keeps_states
-
-
-def test_constants_of_a_forward_are_in_no_state_dict():
-    model = Computing(lambda x: x + torch.arange(4)).eval()
-    graph = record(model, {"x": torch.randn(3, 4)}).graph_module
-    assert [name for name, _ in graph.named_buffers()] == ["_recorded_0"]
-    assert graph.state_dict().keys() == {"layer.weight", "layer.bias"}
-
-
-def test_what_depends_on_the_number_of_samples_in_another_way_is_refused():
-    class Odd(nn.Module):
-        def forward(self, x):
-            return x + len(x) ** 2
-
-    with pytest.raises(SpeedupError, match="multiple of the number of samples, got 9 and 36"):
-        record(Odd(), {"x": torch.randn(3, 4)})
 
 
 def test_what_picks_from_lists_by_value_is_not_recorded():
@@ -655,8 +594,7 @@ class Coder(nn.Module):
         return self.last(torch.relu(self.get_submodule(self.name)(x)))
 
 
-@pytest.mark.parametrize("by_value", [False, True])
-@pytest.mark.parametrize("name", ["code", "print_readable", "to_folder", "shape_env"])
+@pytest.mark.parametrize(("name", "by_value"), [("code", False), ("print_readable", True), ("shape_env", False)])
 def test_children_may_have_names_of_a_graph_modules_own(name, by_value):
     torch.manual_seed(0)
     model, x = Coder(name, by_value).eval(), torch.randn(2, 6)
@@ -677,11 +615,11 @@ IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 class Shifted(nn.Module):
     """Layers with an operation of its own between them."""
 
-    def __init__(self, inplace: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
-        self.act, self.head = nn.ReLU(inplace), nn.Linear(64, 32)
+        self.act, self.head = nn.ReLU(inplace=True), nn.Linear(64, 32)
 
     def forward(self, x):
         return self.head(self.two(self.act(self.one(x)) + 1.0).flatten(1))
@@ -701,37 +639,22 @@ class Computed(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def compared(
-    model: nn.Module, graph: GraphModule, inputs: torch.Tensor = IMAGES, **knobs: int
-) -> tuple[torch.Tensor, list[str]]:
+def compared(model: nn.Module, graph: GraphModule, **knobs: int) -> tuple[torch.Tensor, list[str]]:
     """Return what a graph puts out behind its model, and the layers that were computed for it."""
     results, computed = LayerResults(model, **knobs), Computed(model)
     with torch.no_grad():
         with results.taken():
             model(IMAGES)
         with computed, results.given():
-            output = Interpreter(graph).run(inputs)
+            output = Interpreter(graph).run(IMAGES)
     return output, computed.names
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_no_layer_is_computed_twice(inplace):
-    model = Shifted(inplace).eval()
+def test_no_layer_is_computed_twice():
+    model = Shifted().eval()
     output, computed = compared(model, symbolic_trace(model))
     torch.testing.assert_close(output, model(IMAGES), rtol=0, atol=0)
     assert computed == []
-
-
-def test_a_run_on_twice_the_samples_gets_the_results_twice():
-    model = Shifted().eval()
-    doubled = torch.cat([IMAGES, IMAGES])
-    output, computed = compared(model, symbolic_trace(model), doubled)
-    torch.testing.assert_close(output, model(doubled))
-    assert computed == []
-    others = torch.cat([IMAGES, IMAGES + 0.01])
-    output, computed = compared(model, symbolic_trace(model), others)
-    torch.testing.assert_close(output, model(others))
-    assert computed == ["one", "two", "head"]
 
 
 def test_a_layer_whose_input_was_written_into_is_computed():
@@ -758,26 +681,9 @@ def test_what_differs_is_computed():
     assert not torch.allclose(output, model(IMAGES), rtol=1e-4, atol=1e-5)
 
 
-def test_calls_of_one_layer_are_told_apart():
-    class Twice(nn.Sequential):
-        def forward(self, x):
-            return self[0](x) + self[0](2.0 * x)
-
-    model = Twice(nn.Conv2d(3, 32, 6)).eval()
-    output, computed = compared(model, symbolic_trace(model))
-    torch.testing.assert_close(output, model(IMAGES), rtol=0, atol=0)
-    assert computed == []
-
-
 @pytest.mark.parametrize(
     "change",
-    [
-        {"stride": 2},
-        {"bias": torch.ones(3)},
-        {"bias": None},
-        {"x": torch.ones(2, 4, 3, 3)},
-        {"x": torch.ones(6, 4, 3, 3)},
-    ],
+    [{"stride": 2}, {"bias": None}, {"x": torch.ones(2, 4, 3, 3)}],
 )
 def test_a_layer_that_is_called_in_another_way_is_computed(change):
     layer, x = nn.Conv2d(4, 3, 1), torch.randn(2, 4, 3, 3)
@@ -842,23 +748,6 @@ def test_a_model_that_runs_on_no_more_samples_loses_channels_all_the_same(make, 
     assert (dense.one.out_channels, dense.two.out_channels, dense.head.in_features) == (4, 4, 64)
 
 
-def test_a_recording_that_fails_keeps_no_tensor_while_the_next_one_runs():
-    made, alive = [], []
-
-    class Failing(nn.Module):
-        def forward(self, images):
-            gc.collect()
-            alive.append(sum(each() is not None for each in made))
-            features = images + 1
-            made.append(weakref.ref(features))
-            raise SpeedupError("not this way")
-
-    with pytest.raises(SpeedupError, match="not this way"):
-        record(Failing(), {"images": torch.ones(2, 3)})
-    assert len(alive) > 1
-    assert set(alive) == {0}
-
-
 class LastSumUnread(nn.Module):
     """Makes something at the end that nothing reads, as the last block of a WaveNet does of its residual stream."""
 
@@ -869,16 +758,24 @@ class LastSumUnread(nn.Module):
 
     def forward(self, x):
         x = self.start(x)
-        y = torch.tanh(self.filter(x))
+        made = self.filter(x)
+        y = torch.tanh(made)
         if self.how == "sum":
             x = x[:, :, 1:] + self.residual(y)
         elif self.how == "view":
             self.kept = y.view(-1, 8 * 2)
+        else:
+            made.narrow(1, 4, 4)
         return self.skip(y)
 
 
 @pytest.mark.parametrize(
-    ("how", "widths"), [("sum", {"start": 6, "filter": 6, "residual": 6}), ("view", {"start": 6, "filter": 8})]
+    ("how", "widths"),
+    [
+        ("sum", {"start": 6, "filter": 6, "residual": 6}),
+        ("view", {"start": 6, "filter": 8}),
+        ("narrow", {"start": 6, "filter": 8}),
+    ],
 )
 def test_what_nothing_reads_must_fit_in_the_dense_model_too(how, widths):
     torch.manual_seed(0)
@@ -888,18 +785,6 @@ def test_what_nothing_reads_must_fit_in_the_dense_model_too(how, widths):
     dense = to_dense(model, x, masks)
     assert {name: dense.get_submodule(name).out_channels for name in widths} == widths
     torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
-
-
-def test_a_tensor_with_the_id_of_a_freed_one_came_from_nowhere():
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    named = {"input": torch.randn(4, 6)}
-    recorder = recording._Recorder(model, recording._ModuleKinds(model), named, recording.made_tensors_dropped)
-    others = [torch.randn(4, 6) for _ in range(200)]
-    again = [each for each in others if id(each) in recorder._givers]
-    assert again  # that of an output between the layers
-    assert all(recorder.node_of(each) is None for each in again)
-    (output,) = (node for node in recorder.graph.nodes if node.op == "output")
-    assert recorder.node_of(recorder.outputs) is output.args[0]
 
 
 class MadeAtFirst(nn.Module):
@@ -916,19 +801,17 @@ class MadeAtFirst(nn.Module):
         y = self.first(x).relu()
         if getattr(self, "made", None) is None:
             width = 8 if self.kind == "fixed" else y.shape[-1]
-            made = torch.linspace(0.5, 1.0, width) if self.kind == "values" else torch.full((width,), 0.5)
-            if self.kind == "parameter":
-                self.made = nn.Parameter(made, requires_grad=False)
-            elif self.kind == "none":
+            made = torch.full((width,), 0.5)
+            if self.kind == "none":
                 self.made = made
             else:
                 self.register_buffer("made", made, persistent=self.kind != "kept out")
         return self.last(self.second(y * self.made).relu())
 
 
-@pytest.mark.parametrize("has_run", [False, True])
-@pytest.mark.parametrize("kind", ["sized", "kept out", "fixed", "values", "parameter", "none"])
-@pytest.mark.quick_every(3)
+@pytest.mark.parametrize(
+    ("kind", "has_run"), [("sized", False), ("sized", True), ("kept out", False), ("fixed", False), ("none", False)]
+)
 def test_what_a_first_forward_registers_is_followed(kind, has_run):
     torch.manual_seed(0)
     model, x = MadeAtFirst(kind).eval(), torch.randn(3, 4)
@@ -956,17 +839,14 @@ def counted(x):
     "compute",
     [
         lambda x: x.sum(1) + torch.full((counted(x),), 0.5),
-        lambda x: x + torch.linspace(0, 1, 4).repeat(counted(x), 1),
         lambda x: x[:, None] + torch.arange(8.0).view(1, 2, 4).repeat(counted(x), 1, 1),
         lambda x: x[torch.arange(counted(x)), 0],
         lambda x: x.view(2 * counted(x), 2),
-        lambda x: x.reshape(shape=(counted(x), 2, 2)),
-        lambda x: x.repeat(3, 1)[counted(x) : 2 * counted(x)],
         lambda x: x.repeat(3, 1)[: 3 * counted(x) : counted(x), 1:],
         lambda x: torch.cat([x, x + 1]).split([counted(x), counted(x)])[1],
         lambda x: torch.cat([x, x + 1]).narrow(0, start=0, length=counted(x)),
     ],
-    ids=["vector", "rows", "cubes", "numbers", "view", "by name", "slice", "step", "list", "named"],
+    ids=["vector", "cubes", "numbers", "view", "step", "list", "named"],
 )
 @torch.no_grad()
 def test_numbers_and_constants_of_each_sample_follow_the_number_of_samples(compute):
@@ -981,13 +861,10 @@ def test_numbers_and_constants_of_each_sample_follow_the_number_of_samples(compu
     ("compute", "words"),
     [
         (lambda x: x + (counted(x) + 1), "multiple of the number of samples, got 4 and 7"),
-        (lambda x: x + 4 * counted(x) // 3, "multiple of the number of samples, got 4 and 8"),
-        (lambda x: x + torch.arange(counted(x))[:, None], "constant of a model must not depend on the number"),
         (lambda x: x[torch.arange(counted(x)) % 4], "constant of a model must not depend on the number"),
         (lambda x: x.relu() if counted(x) > 3 else x.tanh(), "the same whatever the number of samples, got two graphs"),
-        (lambda x: x.relu() if counted(x) > 3 else x.relu() + 1, "number of samples, got two graphs"),
     ],
-    ids=["one more", "thirds", "steps", "numbers", "another function", "more functions"],
+    ids=["number", "constant", "function"],
 )
 def test_what_no_number_of_samples_gives_is_refused(compute, words):
     with pytest.raises(SpeedupError, match=words):
@@ -997,9 +874,9 @@ def test_what_no_number_of_samples_gives_is_refused(compute, words):
 class Falling(nn.Module):
     """Runs a part, and goes on without it where that fails, within it or within a layer of it."""
 
-    def __init__(self, inner, width):
+    def __init__(self, inner):
         super().__init__()
-        self.layer, self.part, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, width), inner), nn.Linear(4, 2)
+        self.layer, self.part, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), inner), nn.Linear(4, 2)
 
     def forward(self, x):
         x = self.layer(x)
@@ -1015,48 +892,16 @@ class Refusing(nn.Module):
         raise ValueError("not here")
 
 
-@pytest.mark.parametrize(("inner", "width"), [(Refusing(), 4), (nn.Linear(5, 4), 4), (nn.Linear(4, 4), 4)])
+@pytest.mark.parametrize("inner", [Refusing(), nn.Linear(5, 4)])
 @torch.no_grad()
-def test_a_model_may_go_on_after_a_part_that_fails(inner, width):
-    model, x = Falling(inner, width).eval(), torch.randn(3, 4)
+def test_a_model_may_go_on_after_a_part_that_fails(inner):
+    model, x = Falling(inner).eval(), torch.randn(3, 4)
     graph = record(model, {"x": x}).graph_module
     owners = {str(node.target): list(node.meta["nn_module_stack"]) for node in graph.graph.nodes if "relu" in node.name}
-    assert owners == ({} if isinstance(inner, nn.Linear) and inner.in_features == 4 else {"relu": []})
+    assert owners == {"relu": []}
     head = next(node for node in graph.graph.nodes if node.target == "head")
     assert list(head.meta["nn_module_stack"]) == ["head"]
     torch.testing.assert_close(graph(x), model(x))
-
-
-@pytest.mark.parametrize(
-    ("call", "is_kept"),
-    [
-        (lambda x, layer: functional.linear(x, layer.weight), True),
-        (lambda x, layer: functional.linear(x, layer.weight, layer.bias), True),
-        (lambda x, layer: functional.linear(x, weight=layer.weight), False),
-        (lambda x, layer: functional.linear(input=x, weight=layer.weight), False),
-        (lambda x, layer: functional.linear(x, layer.weight.detach()), False),
-        (lambda x, layer: functional.linear(x, 2 * layer.weight), False),
-    ],
-    ids=["weight", "bias", "named weight", "named", "detached", "computed"],
-)
-def test_results_of_the_models_own_weights_alone_are_kept(call, is_kept):
-    layer, x, calls = nn.Linear(4, 3), torch.randn(2, 4), []
-
-    class Counting(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            calls.append(func)
-            return func(*args, **(kwargs or {}))
-
-    results = LayerResults(layer)
-    with torch.no_grad():
-        expected = call(x, layer)
-        with results.taken():
-            torch.testing.assert_close(call(x, layer), expected, rtol=0, atol=0)
-        for entering, twice in ((x, 1), (torch.cat([x, x]), 2)):
-            with Counting(), results.given():
-                found = call(entering, layer)
-            torch.testing.assert_close(found, torch.cat([expected] * twice))
-    assert calls.count(functional.linear) == (0 if is_kept else 2)
 
 
 @torch.no_grad()
@@ -1065,17 +910,3 @@ def test_constants_of_another_device_follow_the_number_of_samples_there(far):
     graph = record(model, {"x": torch.randn(3, 4).to(far)}).graph_module
     x = torch.randn(5, 4).to(far)
     torch.testing.assert_close(graph(x).cpu(), model(x).cpu())
-
-
-def test_a_layer_of_which_nothing_comes_is_in_the_graph():
-    class Unread(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.other, self.layer = nn.Linear(4, 3), nn.Linear(4, 2)
-
-        def forward(self, x):
-            self.other(x)
-            return self.layer(x)
-
-    graph = record(Unread().eval(), {"x": torch.ones(3, 4)}).graph_module.graph
-    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["other", "layer"]

@@ -61,13 +61,11 @@ ALL = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
 @pytest.mark.parametrize(
     "between",
     [
-        lambda level: None,
         lambda level: torch.arange(level.shape[2] * level.size(-1)) + level.dim(),
         lambda level: torch.zeros(level.shape[-2:], dtype=level.dtype, device=level.device),
     ],
-    ids=["nothing", "numbers", "zeros"],
+    ids=["numbers", "zeros"],
 )
-@pytest.mark.quick_every(2)
 def test_channels_go_where_only_sizes_are_asked_for(between):
     model = net(between)
     groups = nni_topo.dependency_groups(model, IMAGES, ALL)
@@ -85,13 +83,11 @@ def test_channels_go_where_only_sizes_are_asked_for(between):
     "between",
     [
         lambda level: level,
-        lambda level: level.mean(1),
         lambda level: level.relu_(),
         lambda level: torch.from_numpy(level.numpy()) * 2,
-        lambda level: level.tolist(),
         lambda level: torch.zeros_like(level),
     ],
-    ids=["returned", "computed with", "written to", "as an array", "as a list", "as large"],
+    ids=["returned", "written to", "as an array", "as large"],
 )
 def test_channels_stay_where_anything_else_has_a_part_in_them(between):
     groups = nni_topo.dependency_groups(net(between), IMAGES, ALL)

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import random
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
@@ -14,11 +12,9 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.network.graph import tracing
 from nni_topo.network.graph.nodes import plain_name
 from nni_topo.network.graph.recording import record
 from nni_topo.network.graph.tracing import layer_sizes, trace
-from nni_topo.network.runtime.untouched import random_state_kept
 from nni_topo.network.speedup.equivalence import masked_model
 
 
@@ -41,19 +37,14 @@ class ByPlace(nn.Sequential):
         return super().forward(first)
 
 
-class Any(ByPlace):
+class AnyAndMore(ByPlace):
     """Takes as many inputs as there are."""
 
-    def forward(self, *inputs):
-        return super().forward(sum(inputs))
-
-
-class AnyAndMore(ByPlace):
     def forward(self, first, *others, scale=1.0, **ignored):
         return super().forward(sum(others, first)) * scale
 
 
-@pytest.mark.parametrize(("kind", "count"), [(ByPlace, 1), (Any, 1), (Any, 3), (AnyAndMore, 1), (AnyAndMore, 3)])
+@pytest.mark.parametrize(("kind", "count"), [(ByPlace, 1), (AnyAndMore, 3)])
 def test_inputs_that_a_forward_takes_by_place_alone_are_followed(kind, count):
     torch.manual_seed(0)
     model, inputs = kind().eval(), tuple(torch.randn(count, 4, 3))
@@ -73,15 +64,13 @@ class ByNumber(nn.Module):
 
     def __init__(self, decides):
         super().__init__()
-        self.few, self.many, self.decides, self.sizes = nn.Linear(3, 2), nn.Linear(3, 2), decides, []
+        self.few, self.many, self.decides = nn.Linear(3, 2), nn.Linear(3, 2), decides
 
     def forward(self, x):
-        self.sizes.append(len(x))
         return self.many(x) if self.decides(x) else self.few(x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_graph_in_half_precision_may_differ_by_its_rounding(dtype):
+def test_a_graph_in_half_precision_may_differ_by_its_rounding():
     """PyTorch's attention computes alone as one operation, and in a graph step by step."""
 
     class Block(nn.Module):
@@ -97,40 +86,10 @@ def test_a_graph_in_half_precision_may_differ_by_its_rounding(dtype):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter += 0.2 * torch.randn(parameter.shape)
-    groups = dependency_groups(
-        net.to(dtype), torch.randn(64, 8, 48).to(dtype), [{"op_types": ["MultiheadAttention"], "sparse_ratio": 0.5}]
-    )
+    images = torch.randn(64, 8, 48).bfloat16()
+    groups = dependency_groups(net.bfloat16(), images, [{"op_types": ["MultiheadAttention"], "sparse_ratio": 0.5}])
     assert groups.skipped == {}
     assert {name for entry in groups for name in entry["op_names"]} >= {"0.attention", "1.attention"}
-
-
-def test_a_network_is_recorded_on_two_samples_however_many_there_are():
-    model = ByNumber(lambda x: False).eval()
-    recording = trace(model, ((torch.rand(64, 3),), {}))
-    assert sorted(model.sizes) == [2, 4, 64]  # recorded, recorded on twice as many, and compared on all
-    assert not recording.reads_values
-
-
-@pytest.mark.parametrize(("samples", "runs"), [(4, [4, 8]), (5, [2, 4, 5])])
-def test_up_to_four_samples_are_recorded_as_they_are(samples, runs):
-    model = ByNumber(lambda x: False).eval()
-    trace(model, ((torch.rand(samples, 3),), {}))
-    assert model.sizes == runs
-
-
-def test_a_model_that_cannot_be_recorded_and_remembers_nothing_is_tried_no_further():
-    class Squared(ByNumber):
-        def forward(self, x):
-            return super().forward(x) + len(x) ** 2
-
-    runs: list[int] = []
-    trace(Squared(lambda x: runs.append(len(x))).eval(), ((torch.rand(3, 3),), {}))
-    assert runs.count(6) == 2  # recorded on twice the samples, and once more with what that has left in the model
-
-
-def test_inputs_that_do_not_fit_are_told_with_their_shapes():
-    with pytest.raises(ConfigError, match=r"Linear can't be run on \(2, 3\) torch.float32 in evaluation mode"):
-        trace(nn.Linear(4, 2).eval(), ((torch.ones(2, 3),), {}))
 
 
 class TakesOne(nn.Module):
@@ -191,18 +150,11 @@ class Own(nn.Module):
     ("model", "shape", "sizes"),
     [
         (nn.LSTM(4, 3), (5, 2, 4), {"": [((2, 5, 4), (2, 5, 3))]}),
-        (nn.LSTM(4, 3, batch_first=True), (5, 2, 4), {"": [((5, 2, 4), (5, 2, 3))]}),
-        (nn.GRU(4, 3), (5, 4), {"": [((5, 4), (5, 3))]}),
         (nn.GRUCell(4, 3), (5, 4), {"": [((5, 4), (5, 3))]}),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (2, 3, 8, 9), {"0": [((2, 3, 8, 9), (2, 4, 6, 7))]}),
-        (Own().linear, (2, 5, 4), {"": [((2, 5, 4), (2, 5, 6))]}),
-        (
-            Own(),
-            (2, 3, 9, 9),
-            {"conv": [((2, 3, 9, 9), (2, 4, 4, 4))], "linear": [((2, 4), (2, 6))]},
-        ),
+        (Own(), (2, 3, 9, 9), {"conv": [((2, 3, 9, 9), (2, 4, 4, 4))], "linear": [((2, 4), (2, 6))]}),
     ],
-    ids=["steps first", "samples first", "one sample", "cell", "convolution", "own class", "own classes"],
+    ids=["steps first", "cell", "convolution", "own classes"],
 )
 def test_layers_are_noted_with_the_samples_first_and_without_what_own_classes_do_after(model, shape, sizes):
     assert layer_sizes(model, ((torch.randn(shape),), {})) == sizes
@@ -222,42 +174,7 @@ def test_every_call_of_a_layer_is_noted_and_attention_with_all_that_it_makes():
         layer_sizes(layer, ((torch.ones(2, 5),), {}))
 
 
-STATES, OTHERS = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
-POSITIONS, ROW = torch.randn(3, 5, 8), torch.randn(3, 1, 8)
-PLACES = {0: STATES, 1: OTHERS, "mask": torch.ones(3, 5, 8, dtype=torch.int64), "at": POSITIONS, "row": ROW}
-
-
-@pytest.mark.parametrize(
-    ("entered", "read"),
-    [
-        (STATES, [0]),
-        (OTHERS.clone(), [1]),
-        (STATES.transpose(0, 1).clone(), [0]),
-        (STATES + POSITIONS, [0, "at"]),
-        (OTHERS + ROW, [1, "row"]),
-        ((OTHERS + POSITIONS).transpose(0, 1), [1, "at"]),
-        (2.0 * STATES, []),
-        (STATES[:, :1], []),
-        (STATES[0], []),
-        (PLACES["mask"].clone(), []),
-        (None, []),
-    ],
-    ids=[
-        "itself",
-        "equal",
-        "transposed",
-        "with positions",
-        "with a row",
-        "both",
-        "scaled",
-        "part",
-        "flat",
-        "int",
-        "none",
-    ],
-)
-def test_what_a_layer_of_attention_reads_is_known_by_its_values(entered, read):
-    assert tracing._read_of(entered, {"nothing": None, **PLACES}) == read
+STATES = torch.randn(3, 5, 8)
 
 
 class Attending(nn.Module):
@@ -274,13 +191,9 @@ class Attending(nn.Module):
 @pytest.mark.parametrize(
     ("call", "read"),
     [
-        (lambda attention, x: attention(x, x, x)[0], [[0, 1, 2]]),
         (lambda attention, x: attention(x, 2 * x, value=x)[0], [[0, 1, "value"]]),
-        (lambda attention, x: attention(x, key=x, value=x)[0], [[0, "key", "value"]]),
-        (lambda attention, x: attention(query=x, key=x, value=x)[0], [["query", "key", "value"]]),
         (lambda attention, x: attention(x, x, x)[0] + attention(2 * x, x, x)[0], [[0, 1, 2]] * 2),
         (lambda attention, x: attention(x, x, x)[0] + attention(x, x, value=x)[0], [None] * 2),
-        (lambda attention, x: sum(attention(x, x, **{"value": x})[0] for _ in range(3)), [[0, 1, "value"]] * 3),
     ],
 )
 def test_calls_of_attention_say_where_its_states_are_unless_they_differ(call, read):
@@ -289,62 +202,25 @@ def test_calls_of_attention_say_where_its_states_are_unless_they_differ(call, re
     assert found == [{} if each is None else {"attention": each} for each in read]
 
 
-@pytest.mark.parametrize("mask", [None, torch.zeros(3, 1, 5, 5)])
-def test_attention_that_is_computed_layer_by_layer_reads_its_states_and_no_mask(mask):
+def test_attention_that_is_computed_layer_by_layer_reads_its_states_and_no_mask():
     clip = pytest.importorskip("transformers.models.clip")
     config = clip.CLIPVisionConfig(hidden_size=8, num_attention_heads=2, attn_implementation="eager")
-    model = Attending(lambda attention, x: attention(x, mask)[0])
+    model = Attending(lambda attention, x: attention(x, torch.zeros(3, 1, 5, 5))[0])
     model.attention = clip.modeling_clip.CLIPAttention(config)
     graph = trace(model.eval(), ((STATES,), {})).graph_module.graph
     (reads,) = (node.meta["reads"] for node in graph.nodes if node.meta.get("reads") is not None)
     assert reads == {f"attention.{layer}": [0] for layer in ("q_proj", "k_proj", "v_proj")}
 
 
-@pytest.mark.parametrize(
-    ("expected", "actual", "is_same"),
-    [
-        ([1.0, 2.0], [1.0, 2.0], True),
-        ([1.0, 2.0], [1.0, 2.0001], True),
-        ([1e-6, 0.0], [2e-6, 0.0], True),  # all but zero
-        ([0.0, 1e4], [0.9, 1e4], True),  # of the largest value
-        ([1.0, 2.0], [1.0, 2.001], False),
-        ([1.0, float("nan")], [1.0, float("nan")], True),
-        ([float("nan"), 1e-6], [float("nan"), 2e-6], True),
-        ([1.0, 2.0], [1.0, float("nan")], False),
-        ([1.0, 2.0], [1.0], False),
-        ([1.0, 1.0], [[1.0, 1.0]], False),
-    ],
-)
-def test_a_graph_computes_what_its_model_does_within_rounding(expected, actual, is_same):
-    one, other, model = torch.tensor(expected), torch.tensor(actual), nn.Linear(1, 1)
-    if is_same:
-        tracing._check_same([one, one], (one, other), model, is_drawn=False)
-        with pytest.raises(SpeedupError, match=r"got other outputs \(Linear\)"):
-            tracing._check_same([one], [one, one], model, is_drawn=False)
-        return
-    for is_drawn, words in ((False, "got other outputs"), (True, "got some of Python's or NumPy's")):
-        with pytest.raises(SpeedupError, match=words):
-            tracing._check_same([one, one], (one, other), model, is_drawn=is_drawn)
+def test_a_graph_that_computes_something_else_than_its_model_is_refused():
+    class Writing(nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            x.numpy()[:, 0] = 0.0  # which no graph shows
+            return x + 1.0
 
-
-def test_the_type_of_the_models_outputs_says_how_far_a_graph_may_be_off():
-    one, other, model = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.005]), nn.Linear(1, 1)
-    tracing._check_same([one.half()], [other.half()], model, is_drawn=False)
-    tracing._check_same([one], [other], model.half(), is_drawn=False)
-    with pytest.raises(SpeedupError, match="got other outputs"):
-        tracing._check_same([one], [other.half().float()], nn.Linear(1, 1), is_drawn=False)
-
-
-def test_draws_of_pythons_and_numpys_numbers_are_told_and_pytorchs_not():
-    with random_state_kept():
-        before = tracing._other_states()
-        torch.rand(3)
-        assert tracing._other_states() == before
-        np.random.rand()
-        after = tracing._other_states()
-        assert after != before
-        random.random()
-        assert tracing._other_states() != after
+    with pytest.raises(SpeedupError, match=r"got other outputs \(Writing\)"):
+        trace(Writing(3, 2).eval(), ((torch.ones(2, 3),), {}))
 
 
 @pytest.mark.parametrize("decides", [lambda x: len(x) > 8, lambda x: x[-1].sum() > 0], ids=["number", "value"])
@@ -503,15 +379,11 @@ def test_two_threads_trace_at_once_and_a_third_runs_unseen():
     [
         lambda x: bool(x.sum() > -1e9),
         lambda x: x.sum().item() > -1e9,
-        lambda x: float(x.sum()) > -1e9,
-        lambda x: int(x.sum()) > -1e9,
-        lambda x: x.sum(1).tolist()[0] > -1e9,
         lambda x: x.numpy()[0, 0] > -1e9,
         lambda x: not torch.equal(x, x + 1.0),
         lambda x: [1, 2][(x[0, 0] > 1e9).long()] == 1,
-        lambda x: len(x[x > -1e9]) > 0,
     ],
-    ids=["bool", "item", "float", "int", "tolist", "numpy", "equal", "index", "picked"],
+    ids=["bool", "item", "numpy", "equal", "index"],
 )
 def test_a_recording_knows_that_values_were_read(decide):
     class Deciding(nn.Linear):
@@ -568,10 +440,6 @@ def written(net, new):
     return net.mean
 
 
-def moved(net, new):
-    return net.mean.lerp_(new, 0.1)
-
-
 def queued(net, new):
     net.bank = torch.cat([net.bank[1:], new[None]])
     return net.bank.mean(0)
@@ -583,9 +451,8 @@ def filed(net, new):
     return net.bank.mean(0)
 
 
-@pytest.mark.parametrize("remember", [replaced, written, moved, queued, filed])
-@pytest.mark.parametrize("scale", [1, 100])
-@pytest.mark.quick_every(3)
+@pytest.mark.parametrize(("remember", "scale"), [(replaced, 1), (written, 100), (queued, 1), (filed, 1)])
+@pytest.mark.quick_every(4)
 def test_a_model_that_remembers_its_calls_is_recorded_from_one_state(remember, scale):
     torch.manual_seed(0)
     model, images = Running(remember), scale * torch.randn(8, 3, 8, 8)

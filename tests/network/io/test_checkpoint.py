@@ -17,14 +17,6 @@ from torch import nn
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.io.checkpoint import (
     RemovedPart,
-    _check_sizes,
-    _checked,
-    _counts,
-    _leave_out,
-    _shared,
-    _smaller,
-    _stated,
-    _structure,
     describe,
     fingerprint,
     kept_blocks,
@@ -99,7 +91,7 @@ def in_parallel(net):
     return nn.DataParallel(net).cpu()
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, in_parallel, lambda net: torch.compile(in_parallel(net))])
+@pytest.mark.parametrize("wrap", [torch.compile, in_parallel])
 def test_of_a_wrapped_model_the_model_within_is_saved_and_loaded(path, wrap):
     dense = small()
     for saved, original in ((wrap(dense), make()), (dense, wrap(make())), (wrap(dense), lambda: wrap(make()))):
@@ -284,7 +276,7 @@ def test_a_file_of_other_values_is_refused(tmp_path):
         load(tmp_path / "dense.pt", make)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_every_type_has_a_fingerprint(path, dtype):
     dense = nn.Linear(3, 2).to(dtype)
     dense.register_buffer("empty", torch.zeros(0, dtype=torch.bool))
@@ -298,21 +290,6 @@ def test_every_type_has_a_fingerprint(path, dtype):
 def test_the_file_holds_nothing_but_plain_data(tmp_path):
     save(small(), tmp_path / "dense.pt")
     document = torch.load(tmp_path / "dense.pt", weights_only=True)
-    names = [
-        "blocks",
-        "buffers",
-        "fingerprints",
-        "format",
-        "format_version",
-        "head_sizes",
-        "modules",
-        "numbers",
-        "own_widths",
-        "package_version",
-        "parts",
-        "state_dict",
-    ]
-    assert sorted(document) == names
     assert sorted(document["fingerprints"]) == sorted(document["state_dict"])
     assert document["modules"]["0"] == {
         "type": "Conv2d",
@@ -339,11 +316,9 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "written by nni_topo.save"),
         (b"not a model at all", "written by nni_topo.save"),
         ({"weight": torch.ones(2)}, "got a state_dict, which load_state_dict takes"),
         ({"weight": torch.ones(2), "epoch": 3}, "got another kind"),
-        ({}, "got another kind"),
         (torch.nn.Linear(2, 2), r"got: it holds objects of classes, as torch\.save\(model\) writes them"),
         ([torch.ones(2)], "got another kind"),
         ({"format": "nni-topo dense model", "format_version": 99}, "format version 1, got 99"),
@@ -386,17 +361,12 @@ def with_recipe(path, change):
     [
         (lambda recipe, _: recipe.update(hidden=1), r"got it wrong at 'hidden'"),
         (lambda recipe, _: recipe.pop("modules"), r"got it wrong at 'modules'"),
-        (lambda recipe, _: recipe.update(fingerprints=3), r"got it wrong at 'fingerprints'"),
         (lambda recipe, _: recipe.update(blocks={"": [1, 0]}), r"number blocks in ascending order, got \[1, 0\]"),
         (lambda recipe, _: recipe.pop("state_dict"), r"written by nni_topo.save, got \d+ bytes that lead to KeyError"),
-        (lambda recipe, _: recipe.update(format="other"), "got another kind"),
-        (lambda recipe, _: recipe.update(format_version=9), "format version 1, got 9"),
         (lambda recipe, _: recipe["modules"].update({"0": "Conv2d"}), r"type and whole sizes, got 'Conv2d' \(0,"),
         (lambda recipe, _: recipe["modules"]["0"]["sizes"].update(groups=-1), r"whole sizes, got .*-1.* \(0,"),
         (lambda recipe, _: recipe["modules"]["0"]["sizes"].pop("groups"), r"in_channels, out_channels, groups, got"),
-        (lambda recipe, _: recipe["modules"]["0"]["sizes"].update(more=1), r"groups, more \(0,"),
         (lambda _, tensors: tensors.update(more=torch.ones(1)), "name every tensor, got none of more"),
-        (lambda _, tensors: tensors.pop("0.weight"), r"written by nni_topo.save, got \d+ bytes that lead to KeyError"),
         (lambda _, tensors: tensors["0.weight"].add_(1), r"must hold what was saved, got other values \(0.weight"),
     ],
 )
@@ -430,8 +400,10 @@ SIZES = [
 
 
 @pytest.mark.quick_every(4)
-@pytest.mark.parametrize("value", [0, 10**12, 10**30, "one more"])
-@pytest.mark.parametrize(("name", "key"), SIZES)
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [*((name, key, "one more") for name, key in SIZES), *(("body.0", "out_channels", each) for each in (0, 10**30))],
+)
 def test_sizes_that_are_not_those_of_the_tensors_are_refused(tmp_path, name, key, value):
     path = tmp_path / "dense.safetensors"
     save(Everything(), path)
@@ -473,18 +445,16 @@ def test_safetensors_of_others_are_refused_and_ours_are_read_by_others(tmp_path)
     [
         (lambda: make()[:-1], "modules missing in the model: 10 "),
         (lambda: make().append(nn.Linear(4, 4)), "modules missing in the file: 11 "),
-        (lambda: make()[:4], r"modules missing in the model: 10, 4, 5, 6, 9 \("),
         (lambda: make()[:3], r"modules missing in the model: 10, 3, 4, 5 and 2 more \("),
         (lambda: make(width=4), r"got shape \(6, 3, 3, 3\) where the model has \(4, 3, 3, 3\) \(0.weight"),
         (lambda: nn.Sequential(nn.Linear(3, 8), *make()[1:]), "got Conv2d where the model has Linear"),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), *make()[1:]), "tensors missing in the model: 0.bias"),
-        (lambda: nn.Sequential(nn.Conv3d(3, 8, 3), *make()[1:]), "got Conv2d where the model has Conv3d"),
     ],
 )
-def test_another_model_is_refused_with_the_place(path, model, message):
-    save(small(), path)
+def test_another_model_is_refused_with_the_place(tmp_path, model, message):
+    save(small(), tmp_path / "dense.pt")
     with pytest.raises(ConfigError, match=message):
-        load(path, model)
+        load(tmp_path / "dense.pt", model)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -492,7 +462,8 @@ def test_another_model_is_refused_with_the_place(path, model, message):
     "computed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm]
 )
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_a_model_with_computed_weights_is_told_what_the_file_fits(path, computed, device):
+def test_a_model_with_computed_weights_is_told_what_the_file_fits(tmp_path, computed, device):
+    path = tmp_path / "dense.pt"
     save(small(), path)
     with torch.device(device):
         model = make()
@@ -509,15 +480,14 @@ def test_a_model_with_computed_weights_is_told_what_the_file_fits(path, computed
     [
         (make().state_dict(), r"got an OrderedDict, which a model takes by model\.load_state_dict \(load\)"),
         ("resnet18", r"model must be the unpruned torch\.nn\.Module or a function .* makes it, got .*str.* \(load\)"),
-        (None, r"got .*None.* \(load\)"),
         (lambda width: make(width), r"got <lambda>\(width\) \(load\)"),
         (lambda: None, r"model must be a torch\.nn\.Module, got .*None.* \(load\)"),
     ],
 )
-def test_what_is_neither_a_model_nor_makes_one_is_refused(path, model, message):
-    save(small(), path)
+def test_what_is_neither_a_model_nor_makes_one_is_refused(tmp_path, model, message):
+    save(small(), tmp_path / "dense.pt")
     with pytest.raises(ConfigError, match=message):
-        load(path, model)
+        load(tmp_path / "dense.pt", model)
 
 
 def test_values_alone_are_not_saved(path):
@@ -543,29 +513,14 @@ class Scaled(nn.Module):
         self.own = nn.Parameter(torch.ones(own))
 
 
-@pytest.mark.parametrize(
-    ("own", "message"),
-    [
-        ((6,), r"got shape \(6,\) where the model has \(5,\) \(own, "),
-        ((5, 1), r"got shape \(5, 1\) where the model has \(5,\) \(own, "),
-    ],
-)
-def test_a_parameter_of_the_models_own_may_be_smaller_and_no_more(path, own, message):
-    save(Scaled(2, own), path)
-    with pytest.raises(ConfigError, match=message):
+def test_a_parameter_of_the_models_own_may_be_smaller_and_no_more(path):
+    save(Scaled(2, (6,)), path)
+    with pytest.raises(ConfigError, match=r"got shape \(6,\) where the model has \(5,\) \(own, "):
         load(path, Scaled(4, (5,)))
     for size in (4, 5):
         save(Scaled(2, (size,)), path)
         loaded = load(path, Scaled(4, (5,)))
         assert (loaded.layer.out_features, len(loaded.own)) == (2, size)
-
-
-def test_a_layer_whose_weight_has_other_dimensions_is_refused(tmp_path):
-    dense = Scaled(2, (5,))
-    dense.layer.weight = nn.Parameter(torch.ones(2))
-    save(dense, tmp_path / "dense.pt")
-    with pytest.raises(ConfigError, match=r"got shape \(2,\) where the model has \(4, 3\) \(layer.weight"):
-        load(tmp_path / "dense.pt", Scaled(4, (5,)))
 
 
 def test_a_wrapped_model_is_refused(tmp_path):
@@ -576,31 +531,6 @@ def test_a_wrapped_model_is_refused(tmp_path):
     pruner.compress()
     with pytest.raises(SpeedupError, match="unwrap_model"):
         save(model, tmp_path / "dense.pt")
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        nn.Conv2d(4, 6, 3), nn.Conv1d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3), nn.Linear(3, 5),
-        nn.ConvTranspose1d(4, 6, 3, groups=2), nn.Conv2d(4, 8, 1, groups=4), nn.BatchNorm1d(3), nn.GroupNorm(2, 6),
-        nn.LSTM(4, 3), nn.GRU(4, 3), nn.RNN(4, 3), nn.LayerNorm(5), nn.LayerNorm((2, 3)), nn.RMSNorm(4),
-        nn.Embedding(5, 4), nn.PReLU(4), nn.PReLU(),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_sizes_say_how_large_a_modules_tensors_are(module):
-    stated = _stated(module, describe(module)["sizes"])
-    assert stated
-    for name, shape in stated.items():
-        assert getattr(module, name).shape[: len(shape)] == shape
-
-
-def test_sizes_that_fit_no_tensor_say_so():
-    assert _stated(nn.PixelShuffle(2), {"upscale_factor": 2}) == {}
-    (size,) = _stated(nn.GroupNorm(2, 6), {"num_channels": 5, "num_groups": 2})["weight"]
-    assert size != size
-    odd = _stated(nn.Conv2d(4, 6, 1), {"in_channels": 5, "out_channels": 7, "groups": 2})
-    assert odd == {"weight": (6, 2.5)}
 
 
 def vit():
@@ -629,21 +559,6 @@ def test_a_model_without_parts_is_read_again(ending, tmp_path):
         assert torch.equal(load(tmp_path / f"small.{ending}", base)(images), model(images))
 
 
-@pytest.mark.parametrize(
-    ("parts", "error", "message"),
-    [
-        ({"blocks.1.attention": -1}, DataError, r"how many outputs a part had, got -1 \(blocks\.1\.attention"),
-        ({"blocks.9.attention": 0}, ConfigError, r"without a part that is to be taken out \(blocks\.9\.attention"),
-    ],
-)
-def test_a_file_that_does_not_fit_is_refused(parts, error, message, tmp_path):
-    save(vit(), tmp_path / "small.pt")
-    document = torch.load(tmp_path / "small.pt", weights_only=True)
-    torch.save({**document, "parts": parts}, tmp_path / "small.pt")
-    with pytest.raises(error, match=message):
-        load(tmp_path / "small.pt", vit())
-
-
 @pytest.fixture(scope="module")
 def vit_and_recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("vit") / "small.pt"
@@ -657,17 +572,14 @@ def vit_and_recipe(tmp_path_factory):
     [
         ("blocks", {"blocks": [0, 9]}, ConfigError, r"got \d blocks where block 9 is kept \(blocks,"),
         ("blocks", {"head": [0]}, ConfigError, r"got 0 blocks where block 0 is kept \(head,"),
-        ("blocks", {"blocks": []}, DataError, r"number blocks in ascending order, got \[\] \(blocks,"),
         ("blocks", {"blocks": [0, 0]}, DataError, r"number blocks in ascending order, got \[0, 0\] \(blocks,"),
-        ("blocks", {"blocks": [-1, 0]}, DataError, r"number blocks in ascending order, got \[-1, 0\] \(blocks,"),
         ("blocks", {"blocks": [0, True]}, DataError, r"number blocks in ascending order, got \[0, True\] \(blocks,"),
-        ("head_sizes", {"blocks.0.attention": 0}, DataError, r"a head must have 1 to \d+ channels, got 0 \(blocks\.0"),
         ("head_sizes", {"blocks.0.attention": 99}, DataError, r"a head must have 1 to \d+ channels, got 99 \(blocks"),
         ("head_sizes", {"blocks.0.attention": "1"}, DataError, r"channels, got '1' \(blocks\.0\.attention"),
         ("own_widths", {"blocks.0": "all"}, DataError, r"of a width, got 'all' \(blocks\.0,"),
         ("own_widths", {"blocks.9": -1}, (ConfigError, DataError), r"of a width|width of its input \(blocks\.9,"),
-        ("numbers", {"blocks": "wide"}, DataError, r"must hold whole numbers, got 'wide' \(blocks,"),
         ("numbers", {"blocks": [1, 2.5]}, DataError, r"must hold whole numbers, got \[1, 2\.5\] \(blocks,"),
+        ("parts", {"blocks.9.attention": 0}, ConfigError, r"without a part .* taken out \(blocks\.9\.attention"),
         ("parts", {"blocks.0.mlp": True}, DataError, r"how many outputs a part had, got True \(blocks\.0\.mlp"),
     ],
 )
@@ -678,7 +590,7 @@ def test_what_a_recipe_says_besides_sizes_is_checked(key, value, error, message,
         load(tmp_path / "small.pt", model)
 
 
-@pytest.mark.parametrize("name", ["net.onnx", "net.pt2", "net.PT2"])
+@pytest.mark.parametrize("name", ["net.onnx", "net.PT2"])
 def test_files_of_export_are_not_written_by_save(name, tmp_path):
     with pytest.raises(ConfigError, match=r"are those of nni_topo.export, got it for save"):
         save(make(), tmp_path / name)
@@ -736,60 +648,6 @@ def test_a_config_that_does_not_describe_the_list_stays(config, kept):
     tell_depth(nn.Linear(2, 2), {"0": (6, [0, 1])})  # it has no config
 
 
-def test_a_part_that_a_model_was_made_without_is_left_out_of_another_one():
-    plain, dense = vit(), vit()
-    dense.blocks[1].mlp = None
-    del dense.blocks[2].mlp
-    _leave_out(plain, dense)
-    assert plain.blocks[1].mlp is None
-    assert plain.blocks[2].mlp is not None
-    assert plain.blocks[0].mlp is not None
-
-
-def test_a_structure_has_heads_sizes_and_shapes_and_no_plain_norm():
-    found = _structure(vit())
-    norms = {name for name, module in vit().named_modules() if isinstance(module, nn.LayerNorm)}
-    assert norms
-    assert not norms & found.keys()
-    assert re.fullmatch(r"\d+ heads of \d+", found["blocks.0.attention"])
-    assert found["head"]["sizes"]["out_features"] == 3
-    assert found["head.bias"] == (3,)
-    counted = nn.Sequential(nn.LayerNorm(4))
-    keep_original_width(counted[0], 6)
-    assert _structure(counted)["0"]["sizes"] == {"normalized_shape": [4], "counted": 6}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "is_whole"),
-    [
-        ({}, True),
-        ({"a": 0}, True),
-        ({"a": 3, "b": [0, 2], "c": 10**30}, True),
-        ({"a": []}, True),
-        ({"a": -1, "b": 3}, False),
-        ({"a": [3, -1], "b": 3}, False),
-        ({"a": 3, "b": -1}, False),
-        ({"a": True, "b": 3}, False),
-        ({"a": 2.0, "b": 3}, False),
-        ({"a": [[3]]}, False),
-        ({"a": (3,)}, False),
-        ({"a": "3"}, False),
-    ],
-)
-def test_sizes_are_whole_numbers_of_at_least_0(sizes, is_whole):
-    if is_whole:
-        assert _checked({"type": "Conv2d", "sizes": sizes}, "0", "dense.pt") == ("Conv2d", sizes)
-    else:
-        with pytest.raises(DataError, match=r"module's type and whole sizes, got .* \(0, dense.pt\)"):
-            _checked({"type": "Conv2d", "sizes": sizes}, "0", "dense.pt")
-
-
-@pytest.mark.parametrize("description", [{}, {"type": "Conv2d"}, {"type": 1, "sizes": {}}, {"type": "a", "sizes": []}])
-def test_a_module_is_described_by_its_type_and_its_sizes(description):
-    with pytest.raises(DataError, match="module's type and whole sizes"):
-        _checked(description, "0", "dense.pt")
-
-
 COUNTING = {
     "layer norm": (lambda: nn.LayerNorm(8), [2, 3, 6], 8),
     "root norm": (lambda: nn.RMSNorm(8), [2, 3, 6], 8),
@@ -820,14 +678,6 @@ def test_a_norm_counts_as_many_channels_as_the_one_it_was_made_of(name, tmp_path
                 load(tmp_path / "wrong.pt", original)
 
 
-def test_a_convolution_over_channels_counts_at_least_those_of_its_places():
-    assert _counts(nn.Conv1d(1, 1, 3, padding=1), torch.zeros(5, 3)) == (5, float("inf"))
-    assert _counts(nn.Conv1d(1, 1, 3, padding=1), None) == (1, float("inf"))
-    assert _counts(nn.GroupNorm(2, 6), None) == (3, 3)
-    assert _counts(nn.LayerNorm((5, 2)), None) == (5, 5)
-    assert _counts(nn.PReLU(4), None) == (4, 4)
-
-
 def test_heads_of_one_channel_come_back(tmp_path):
     model, inputs = attention_net("apart"), _states(2, 7, 5)
     masks = {}
@@ -842,100 +692,24 @@ def test_heads_of_one_channel_come_back(tmp_path):
     assert torch.equal(load(tmp_path / "dense.pt", model)(inputs), dense(inputs))
 
 
-class Numbers(nn.Module):
-    def __init__(self, **numbers):
+class Split(nn.Module):
+    """Splits what a layer puts out by numbers in an attribute."""
+
+    def __init__(self, sizes):
         super().__init__()
-        self.__dict__.update(numbers)
+        self.layer, self.sizes = nn.Linear(4, sum(sizes.values())), sizes
+
+    def forward(self, x):
+        return self.layer(x).split(list(self.sizes.values()), 1)
 
 
-def test_numbers_that_became_smaller_are_sizes():
-    model = Numbers(parts=[4, 6], width=8, by_name={"a": 3})
-    known = {"parts": [4, 3], "width": 5, "by_name": {"a": 3}}
-    assert {place[1:]: size for place, size in _smaller(known, model, "file").items()} == {
-        ("parts", (1,)): 3, ("width", ()): 5,
-    }  # fmt: skip
-    for other in ({"width": 0}, {"width": 9}, {"width": -1}, {"parts": [4]}, {"parts": 3}, {"none": 2}):
-        assert _smaller(other, model, "file") == {}
-    for wrong in ({"width": 2.5}, {"width": True}, {"parts": [4, "6"]}, {"by_name": {"a": None}}):
-        with pytest.raises(DataError, match="must hold whole numbers"):
-            _smaller(wrong, model, "file")
-
-
-@pytest.mark.parametrize(
-    ("module", "sizes"),
-    [
-        (nn.Conv2d(4, 6, 3, groups=2), {"in_channels": 4, "out_channels": 6, "groups": 2}),
-        (nn.ConvTranspose1d(4, 6, 3), {"in_channels": 4, "out_channels": 6, "groups": 1}),
-        (nn.Linear(4, 6), {"in_features": 4, "out_features": 6}),
-        (nn.BatchNorm2d(4), {"num_features": 4}),
-        (nn.GroupNorm(2, 4), {"num_channels": 4, "num_groups": 2}),
-        (nn.LSTM(4, 6), {"input_size": 4, "hidden_size": 6}),
-        (nn.LayerNorm((2, 3)), {"normalized_shape": [2, 3]}),
-        (nn.RMSNorm(4), {"normalized_shape": [4]}),
-        (nn.Embedding(4, 6), {"num_embeddings": 4, "embedding_dim": 6}),
-        (nn.PReLU(4), {"num_parameters": 4}),
-        (nn.PixelShuffle(2), {"upscale_factor": 2}),
-        (nn.ReLU(), {}),
-    ],
-    ids=str,
-)
-def test_a_recipe_has_the_type_and_the_sizes_of_a_module(module, sizes):
-    assert describe(module) == {"type": type(module).__name__, "sizes": sizes}
-    assert size_names(module) == tuple(sizes)
-    module.counted = 9
-    assert describe(module)["sizes"] == {**sizes, "counted": 9}
-
-
-FITS = {
-    "convolution": (nn.Conv2d(8, 8, 1, groups=2), {"in_channels": 6, "out_channels": 6, "groups": 2}, (6, 3, 1, 1)),
-    "linear": (nn.Linear(8, 6), {"in_features": 5, "out_features": 6}, (6, 5)),
-    "norm": (nn.LayerNorm(8), {"normalized_shape": [5]}, (5,)),
-    "embedding": (nn.Embedding(9, 8), {"num_embeddings": 9, "embedding_dim": 5}, (9, 5)),
-}
-WRONG = [
-    ("convolution", {"out_channels": 9}, ConfigError, "out_channels 9 where the model has 8"),
-    ("convolution", {"in_channels": 0}, ConfigError, "in_channels 0 where the model has 8"),
-    ("convolution", {"groups": 3}, ConfigError, "groups 3 where the model has 2"),
-    ("convolution", {"out_channels": 8}, DataError, r"for a weight of shape \(6, 3, 1, 1\)"),
-    ("convolution", {"groups": 1}, DataError, r"for a weight of shape \(6, 3, 1, 1\)"),
-    ("linear", {"in_features": 9}, ConfigError, "in_features 9 where the model has 8"),
-    ("linear", {"in_features": 8}, DataError, r"for a weight of shape \(6, 5\)"),
-    ("linear", {"out_features": 1}, DataError, r"for a weight of shape \(6, 5\)"),
-    ("norm", {"normalized_shape": [9]}, ConfigError, r"normalized_shape \[9\] where the model has \[8\]"),
-    ("norm", {"normalized_shape": [8, 1]}, ConfigError, r"normalized_shape \[8, 1\] where"),
-    ("norm", {"normalized_shape": []}, ConfigError, r"normalized_shape \[\] where"),
-    ("norm", {"normalized_shape": 5}, None, ""),
-    ("norm", {"normalized_shape": [8]}, DataError, r"for a weight of shape \(5,\)"),
-    ("embedding", {"num_embeddings": 8}, DataError, r"for a weight of shape \(9, 5\)"),
-]
-
-
-@pytest.mark.parametrize(("name", "change", "error", "told"), [each for each in WRONG if each[2]])
-def test_sizes_fit_the_unpruned_module_and_the_tensors_of_the_file(name, change, error, told):
-    module, sizes, shape = FITS[name]
-    for place, key in (("0.", "0"), ("", "")):
-        for part in ("state_dict", "buffers"):
-            document = {"state_dict": {}, "buffers": {}, part: {f"{place}weight": torch.zeros(shape)}}
-            _check_sizes(module, sizes, document, key, "dense.pt")
-            with pytest.raises(error, match=rf"{told}.* \({key}, dense.pt\)"):
-                _check_sizes(module, {**sizes, **change}, document, key, "dense.pt")
-    if error is DataError:  # nothing to hold it against
-        _check_sizes(module, {**sizes, **change}, {"state_dict": {}, "buffers": {}}, "0", "dense.pt")
-
-
-def test_tensors_are_shared_that_lie_in_one_place_in_one_form():
-    weight = torch.zeros(4, 4)
-    stored = {
-        "a": weight,
-        "b": weight,
-        "c": weight.clone(),
-        "d": weight.T,
-        "e": weight[:2],
-        "f": weight.view(torch.int32),
-    }
-    assert _shared(["a", "c", "b"], stored) == [["a", "b"], ["c"]]
-    assert _shared(["a", "d", "e", "f", "b"], stored) == [["a", "b"], ["d"], ["e"], ["f"]]
-    assert _shared(["a", "x", "y"], stored) == [["a"], ["x", "y"]]
+def test_numbers_in_attributes_that_became_smaller_come_back(path):
+    dense, rows = Split({"a": 2, "b": 4}), torch.rand(3, 4)
+    save(dense, path)
+    model = Split({"a": 3, "b": 5})
+    loaded = load(path, model)
+    assert (loaded.sizes, model.sizes) == ({"a": 2, "b": 4}, {"a": 3, "b": 5})
+    assert all(map(torch.equal, loaded(rows), dense(rows)))
 
 
 def test_a_fingerprint_is_of_a_tensors_type_shape_and_bits():
@@ -957,7 +731,7 @@ def test_files_with_another_ending_are_read_by_their_content(tmp_path, ending, o
     assert torch.equal(loaded[0].weight, model[0].weight)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"12345678", b"12345678{", b"a text, and more of it"])
+@pytest.mark.parametrize("content", [b"", b"PK", b"12345678{"])
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_files_of_other_content_are_refused(tmp_path, content, ending):
     path = tmp_path / f"dense.{ending}"

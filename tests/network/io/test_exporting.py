@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, ExportError
-from nni_topo.network.io.exporting import _check, _free, _named, _outputs, _return_tensors_alone
+from nni_topo.network.io.exporting import _check, _outputs
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.testing import toy_images, toy_model
 
@@ -214,7 +214,6 @@ def test_int8_is_smaller_near_and_made_of_integers(tmp_path, bits, most):
     ("knobs", "words"),
     [
         ({"int8": [torch.zeros(4, 4)], "weight_bits": 4}, r"must use 7 or 8 of 8 bits, got 4 \(weight_bits\)"),
-        ({"int8": [torch.zeros(4, 4)], "weight_bits": True}, "must use 7 or 8 of 8 bits, got True"),
         ({"weight_bits": 8}, r"must be INT8 to use 8 bits, got no calibration data for that \(int8\)"),
     ],
 )
@@ -345,12 +344,11 @@ def test_a_network_without_tensors_among_its_outputs_is_refused(ending, tmp_path
     assert not path.exists()
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.slow
-def test_precision_that_onnxruntime_lacks_is_an_error_that_says_so(dtype, tmp_path):
-    model, path = nn.Sequential(nn.Conv2d(3, 4, 3)).to(dtype).eval(), tmp_path / "precision.onnx"
+def test_precision_that_onnxruntime_lacks_is_an_error_that_says_so(tmp_path):
+    model, path = nn.Sequential(nn.Conv2d(3, 4, 3)).bfloat16().eval(), tmp_path / "precision.onnx"
     with pytest.raises(ExportError, match=r"onnxruntime can run; .* single precision only, got .*Conv.*Sequential"):
-        nni_topo.export(model, path, torch.randn(2, 3, 8, 8, dtype=dtype))
+        nni_topo.export(model, path, torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
     assert not path.exists()
     assert nni_topo.export(model.float(), path, torch.randn(2, 3, 8, 8)).error < 1e-4
 
@@ -455,7 +453,6 @@ def test_what_cannot_be_exported_is_said_before_a_file_is_written(tmp_path):
         ("small.pt2", {"format": "onnx"}, "a path that ends in .pt2 must have the format 'torch.export', got 'onnx'"),
         ("small.ONNX", {"format": "torch.export"}, "a path that ends in .ONNX must have the format 'onnx', got 'torch"),
         ("small.pt2", {"int8": [IMAGES]}, "the format of an INT8 file must be 'onnx', got 'torch.export'"),
-        ("a.b", {"int8": [IMAGES], "format": "torch.export"}, "an INT8 file must be 'onnx', got 'torch.export'"),
     ],
 )
 def test_the_ending_of_a_path_and_the_format_must_agree(tmp_path, name, given, message):
@@ -469,48 +466,10 @@ def test_the_ending_of_a_path_says_the_format(tmp_path):
     assert torch.export.load(tmp_path / "small.pt2").module()(IMAGES[:2]).shape == (2, 4)
 
 
-@pytest.mark.parametrize("name", ["small.onnx", "small.pt2"])
-def test_a_checkpoint_does_not_get_the_ending_of_an_exported_file(tmp_path, name):
-    with pytest.raises(ConfigError, match=r"are those of nni_topo.export, got it for save"):
-        nni_topo.save(toy_model(), tmp_path / name)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_missing_packages_are_named_with_the_extra_that_has_them(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"pip install 'nni_topo\[export\]', got no onnxscript"):
         nni_topo.export(toy_model(), tmp_path / "small.onnx", IMAGES[:2])
-
-
-@pytest.mark.parametrize(
-    ("name", "taken", "free"),
-    [("a", {"b"}, "a"), ("a", {"a"}, "a_"), ("a", {"a", "a_", "a___"}, "a__"), ("", {""}, "_")],
-)
-def test_a_name_that_is_taken_gets_underscores(name, taken, free):
-    assert _free(name, taken) == free
-
-
-@pytest.mark.parametrize(
-    ("returned", "of_onnx", "of_programs"),
-    [
-        ((ROW := torch.ones(2), None), False, False),
-        ({"a": ROW, "b": [ROW]}, False, False),
-        ((ROW, 3), True, False),
-        ((ROW, True, 2.5), True, False),
-        ((ROW, "text"), True, True),
-        ((ROW, 3, "text"), True, True),
-    ],
-)
-def test_outputs_that_a_file_cannot_hold_are_left_out(returned, of_onnx, of_programs):
-    class Returning(nn.Module):
-        def forward(self, x):
-            return returned
-
-    for is_changed, and_numbers in ((of_onnx, False), (of_programs, True)):
-        net = Returning()
-        _return_tensors_alone(net, returned, and_numbers=and_numbers)
-        assert ("forward" in vars(net)) is is_changed
-        assert len(net(ROW)) == (1 if is_changed else len(returned))
 
 
 def test_outputs_of_a_file_are_the_networks_at_two_sizes_of_a_batch():
@@ -534,21 +493,3 @@ def test_outputs_of_a_file_are_the_networks_at_two_sizes_of_a_batch():
     with pytest.raises(ExportError, match=r"must have the network's shapes, got \(2, 1\) in place of \(2, 2\)"):
         run(1.0, width=1)
     assert not _outputs(net, calls[0])[0].requires_grad
-
-
-@pytest.mark.parametrize(
-    ("returned", "names"),
-    [
-        (ROW, [""]),
-        ((ROW, 3, [ROW, None]), ["0", "2.0"]),
-        ({"a": ROW, "b": {"c": ROW, "d": (ROW,)}, 5: ROW}, ["a", "b.c", "b.d.0", "5"]),
-        (namedtuple("Scores", "left right")(ROW, (ROW, ROW)), ["left", "right.0", "right.1"]),
-        (dataclass(type("Found", (), {"__annotations__": {"x": object, "y": object}}))(ROW, {"z": ROW}), ["x", "y.z"]),
-        ("text", []),
-        (None, []),
-    ],
-)
-def test_tensors_are_named_by_their_keys_and_places(returned, names):
-    found = _named(returned)
-    assert [name for name, _ in found] == names
-    assert all(tensor is ROW for _, tensor in found)

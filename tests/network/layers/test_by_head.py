@@ -1,4 +1,4 @@
-"""Tables by head that a forward computes: of which modules, which heads are taken of them, and how heads go."""
+"""Tables by head that a forward computes: heads go with their rows of these."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
-from nni_topo.network.layers.by_head import HEADS_TAKEN, take_heads_of_tables, takes_all_heads
+from nni_topo.network.layers.by_head import HEADS_TAKEN
 
 HEADS, SIZE = 4, 4
 ASKED = [{"op_names_re": [r".*\.(asked|known|told)"], "sparse_ratio": 0.5}]
@@ -82,28 +82,6 @@ class Slopes(Stack):
         return states.mean(1)
 
 
-class Other(Stack):
-    """Nothing is made of the number of heads by itself."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        states = self.embed(ids)
-        return states.unflatten(-1, (self.num_heads, -1)).flatten(2)
-
-
-class Uncounted(Stack):
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_heads = 1
-
-
-class Making(Stack):
-    """Its own layer may make heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.own = nn.Linear(16, 16)
-
-
 class Classified(nn.Module):
     def __init__(self, stack: nn.Module) -> None:
         super().__init__()
@@ -116,40 +94,6 @@ class Classified(nn.Module):
 def drawn(stack: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return Classified(stack()).eval()
-
-
-def test_only_stacks_that_make_tables_of_their_heads_take_them_by_a_buffer() -> None:
-    for kind in (Stack, BySample, Slopes):
-        stack = kind()
-        assert take_heads_of_tables(stack)
-        assert isinstance(stack, kind)
-        assert type(stack) is not kind
-        assert type(stack).__name__ == kind.__name__
-        assert getattr(stack, HEADS_TAKEN).tolist() == [0, 1, 2, 3]
-        assert takes_all_heads(stack)
-        assert HEADS_TAKEN not in stack.state_dict()  # so that files of the model fit
-        assert not take_heads_of_tables(stack)  # it does already
-        setattr(stack, HEADS_TAKEN, torch.tensor([0, 2]))
-        assert not takes_all_heads(stack)
-    for module in (Other(), Uncounted(), Making(), Attending(), nn.Sequential(Stack())):
-        before = type(module)
-        assert not take_heads_of_tables(module)
-        assert type(module) is before
-
-
-def test_heads_are_taken_of_tables_of_heads_and_of_samples_times_heads() -> None:
-    for kind in (Stack, BySample, Slopes):
-        stack, plain = kind().eval(), kind().eval()
-        take_heads_of_tables(stack)
-        table = torch.arange(24.0).view(8, 1, 3)
-        taken = stack._nni_topo_take_heads(table, HEADS)
-        assert torch.equal(taken, table)
-        setattr(stack, HEADS_TAKEN, torch.tensor([1, 3]))
-        assert torch.equal(stack._nni_topo_take_heads(table, HEADS), table[[1, 3, 5, 7]])
-        assert torch.equal(stack._nni_topo_take_heads(table[:4], HEADS), table[[1, 3]])
-        for other in (table[:3], table[:, 0, 0], "no table"):
-            assert stack._nni_topo_take_heads(other, HEADS) is other
-        assert type(plain) is kind
 
 
 def test_heads_go_with_their_biases() -> None:
@@ -165,6 +109,7 @@ def test_heads_go_with_their_biases() -> None:
         assert dense.stack.blocks[0].heads == 2
         kept = masks["stack.blocks.0.told"]["weight"].view(HEADS, SIZE, -1).flatten(1).any(1).nonzero().flatten()
         assert getattr(dense.stack, HEADS_TAKEN).tolist() == kept.tolist()
+        assert model.state_dict().keys() == plain.state_dict().keys()  # so that files of the model fit
         others = IDS[:2, :5]
         torch.testing.assert_close(dense(others), reference(others), rtol=1e-5, atol=1e-6)
     # Without the buffer they stay, for the forward computes biases for all.

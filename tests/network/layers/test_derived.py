@@ -23,8 +23,6 @@ from nni_topo.network.layers.derived import (
     inner_of,
     is_followed,
     padded_size,
-    trial_inputs,
-    weight_used,
 )
 
 HALF = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
@@ -67,8 +65,7 @@ def test_they_lose_channels_and_the_dense_network_computes_the_same(name):
         assert {type(each) for each in dense.modules()} == {type(each) for each in model.modules()}
 
 
-@pytest.mark.parametrize("name", ["static", "standardized", "activated"])
-@pytest.mark.quick_every(2)
+@pytest.mark.parametrize("name", ["standardized", "activated"])
 def test_they_are_saved_and_loaded(name, tmp_path):
     model = make(name)
     dense = nni_topo.to_dense(model, images(), pruned(model)[1])
@@ -143,6 +140,10 @@ def test_what_a_forward_does_is_told_by_trying_it():
         def forward(self, x):
             return nn.functional.conv2d(x, self.weight * x.mean(), self.bias)
 
+    class Central(nn.Conv2d):
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.weight[..., :1, :1], self.bias)
+
     class Normed(nn.Conv2d):
         def __init__(self, *args):
             super().__init__(*args)
@@ -156,9 +157,9 @@ def test_what_a_forward_does_is_told_by_trying_it():
             return super().forward(x).relu_()
 
     assert not has_own_forward(nn.Conv2d(3, 3, 1))
-    for kind in (Looking, Twice, Chosen, Normed):
-        assert has_own_forward(kind(3, 3, 1))
-        assert inner_of(kind(3, 3, 1)) is None
+    for kind in (Looking, Twice, Chosen, Central, Normed):
+        assert has_own_forward(kind(3, 3, 3))
+        assert inner_of(kind(3, 3, 3)) is None
     assert is_followed(InPlace(3, 3, 1))
     assert is_followed(Shuffled(3, 8, 1))
 
@@ -196,9 +197,9 @@ class TurnedToo(nn.Linear):
         return torch.matmul(x, self.weight.t())
 
 
-@pytest.mark.parametrize(("kind", "bias"), [(Turned, True), (Turned, False), (TurnedToo, False)])
+@pytest.mark.parametrize(("kind", "bias"), [(Turned, True), (TurnedToo, False)])
 @pytest.mark.parametrize("shape", [(16, 12), (16, 5, 12)])
-@pytest.mark.quick_every(6)
+@pytest.mark.quick_every(4)
 def test_linear_layers_may_multiply_with_their_weights_transpose(kind, bias, shape):
     torch.manual_seed(0)
     model = nn.Sequential(kind(12, 24, bias=bias), nn.GELU(), kind(24, 20, bias=False), nn.GELU(), nn.Linear(20, 6))
@@ -215,37 +216,6 @@ def test_linear_layers_may_multiply_with_their_weights_transpose(kind, bias, sha
     assert small.report.budget.left < 0.65
     lost = [((net(images[0]) - model(images[0])) ** 2).mean() / model(images[0]).var() for net in (small, same)]
     assert lost[0] < 3 * lost[1]
-
-
-@pytest.mark.parametrize("shape", [(16, 12), (4, 5, 12)])
-def test_a_linear_layer_of_its_own_class_may_get_places(shape):
-    class Rectified(nn.Linear):
-        def forward(self, x):
-            return torch.relu(super().forward(x))
-
-    torch.manual_seed(0)
-    assert call_of(Rectified(12, 3), torch.randn(shape)).output_size == ()
-
-
-class Frozen(nn.Linear):
-    """A layer whose own ``train`` doesn't return it."""
-
-    def train(self, mode=True):
-        super().train(mode)
-
-    def forward(self, inputs):
-        return nn.functional.linear(inputs, self.weight, self.bias) + 0.0
-
-
-def test_a_layer_whose_train_returns_nothing_is_tried_out():
-    assert inner_of(Frozen(3, 4)) is not None
-
-
-class Unset(nn.Conv2d):
-    """It leaves all settings to PyTorch's function."""
-
-    def forward(self, x):
-        return nn.functional.conv2d(x, self.weight)
 
 
 class ByName(nn.ConvTranspose1d):
@@ -272,31 +242,19 @@ CALLS = {
         nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 3)), (2, 3, 8, 9),
         ((2, 1), ((2, 2), (1, 1)), (1, 3), 1, (5, 8)),
     ),
-    "3d": (nn.Conv3d(2, 4, 2, stride=(1, 2, 3)), (1, 2, 5, 6, 7), ((1, 2, 3), ((0, 0),) * 3, (1,) * 3, 1, (4, 3, 2))),
     "same": (
         nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2)), (2, 3, 7, 8),
         ((1, 1), ((1, 2), (2, 2)), (1, 2), 1, (7, 8)),
     ),
-    "valid": (nn.Conv1d(3, 4, 3, padding="valid"), (2, 3, 7), ((1,), ((0, 0),), (1,), 1, (5,))),
     "mirrored": (
         nn.Conv1d(3, 4, 3, padding=2, padding_mode="reflect"), (2, 3, 7),
         ((1,), ((0, 0),), (1,), 1, (9,)),
     ),
-    "one pixel of a stride": (nn.Conv1d(3, 4, 2, stride=3), (2, 3, 5), ((3,), ((0, 0),), (1,), 1, (2,))),
-    "transposed, 1d": (
-        nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 5),
-        ((2,), ((1, 1),), (1,), 2, (10,)),
-    ),
-    "transposed, 2d": (
+    "transposed": (
         nn.ConvTranspose2d(3, 4, (3, 2), stride=(3, 2), output_padding=(2, 0), dilation=(2, 1)), (1, 3, 4, 5),
         ((3, 2), ((0, 0), (0, 0)), (2, 1), 1, (16, 10)),
     ),
-    "transposed, 3d": (
-        nn.ConvTranspose3d(2, 3, 2, stride=(1, 2, 3)), (1, 2, 3, 4, 2),
-        ((1, 2, 3), ((0, 0),) * 3, (1,) * 3, 1, (4, 8, 5)),
-    ),
     "linear": (nn.Linear(3, 4), (2, 5, 3), ((), (), (), 1, ())),
-    "nothing set": (Unset(3, 4, 3, stride=2, padding=1), (2, 3, 6, 7), ((1, 1), ((0, 0), (0, 0)), (1, 1), 1, (4, 5))),
     "by name": (ByName(3, 4, 2), (2, 3, 5), ((3,), ((0, 0),), (2,), 1, (16,))),
     "in order": (InOrder(4, 6, 2, groups=2), (2, 4, 5, 6), ((3, 2), ((1, 1), (0, 0)), (2, 1), 2, (14, 13))),
 }  # fmt: skip
@@ -315,140 +273,6 @@ def test_the_call_of_a_layer_has_its_settings_and_the_size_of_what_leaves(name):
     assert call.padded_size == tuple(call.padded.shape[2:][: len(size)])
     torch.testing.assert_close(call.run(), expected, rtol=0, atol=0)
     assert call.weight is layer.weight
-    for key, value in call.settings.items():
-        wanted = {"stride": stride, "dilation": dilation, "padding": tuple(before for before, _ in padding)}.get(key)
-        if wanted is not None and not isinstance(value, str):
-            assert value == wanted
-
-
-@pytest.mark.parametrize(
-    ("layer", "sizes"),
-    [
-        (nn.Conv2d(3, 4, 3), [(6, 6), (7, 7)]),
-        (nn.Conv2d(3, 4, 3, stride=3), [(6, 6), (7, 7), (8, 8)]),
-        (nn.Conv2d(3, 4, 1, stride=(1, 4)), [(4, 4), (5, 5), (6, 6), (7, 7)]),
-        (nn.Conv1d(3, 4, 3, stride=8, dilation=2), [(10,), (11,), (12,), (13,)]),
-        (nn.ConvTranspose1d(3, 4, 5), [(10,), (11,)]),
-    ],
-)
-def test_a_layer_is_tried_on_images_larger_than_its_kernel_of_each_remainder_of_a_stride(layer, sizes):
-    found = trial_inputs(layer)
-    assert [tuple(each.shape) for each in found] == [(2, 3, *size) for size in sizes]
-    assert all(each.abs().max() <= 1 and each.std() > 0.5 for each in found)
-
-
-def test_a_linear_layer_is_tried_on_two_numbers_of_rows():
-    found = trial_inputs(nn.Linear(5, 3).double())
-    assert [tuple(each.shape) for each in found] == [(2, 5), (3, 5)]
-    assert {each.dtype for each in found} == {torch.float64}
-
-
-class PerRow(nn.Linear):
-    """Its weight follows the number of rows."""
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight / len(x), self.bias)
-
-
-class Joined(nn.Conv2d):
-    """It convolves twice as many images as it gets."""
-
-    def forward(self, x):
-        return nn.functional.conv2d(torch.cat([x, x]), self.weight)[: len(x)]
-
-
-class Central(nn.Conv2d):
-    """It convolves with a part of its kernel."""
-
-    def forward(self, x):
-        return nn.functional.conv2d(x, self.weight[..., :1, :1], self.bias)
-
-
-class Lifted(nn.Linear):
-    """It gives its rows another dimension."""
-
-    def forward(self, x):
-        return super().forward(x[:, None])
-
-
-class Folded(nn.Linear):
-    """It gives no tensor."""
-
-    def forward(self, x):
-        return len(super().forward(x))
-
-
-class Following(nn.Linear):
-    """It goes on with its input."""
-
-    def forward(self, x):
-        return super().forward(x), x.sum()
-
-
-class Pair(nn.Linear):
-    """It gives its output twice."""
-
-    def forward(self, x):
-        found = super().forward(x)
-        return found, found.relu()
-
-
-class InPlaceToo(nn.Linear):
-    """It gives the output of its product, in another state."""
-
-    def forward(self, x):
-        return super().forward(x).mul_(2.0)
-
-
-class Shared(nn.Linear):
-    """Its weight is computed, and its bias its own."""
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
-
-
-class WithoutBias(nn.Linear):
-    """It leaves its bias out."""
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight)
-
-
-class AnotherKind(nn.Conv1d):
-    """It multiplies, with a weight that a linear layer could have."""
-
-    def forward(self, x):
-        return nn.functional.linear(x.mT, self.weight[..., 0], self.bias).mT
-
-
-@pytest.mark.parametrize(
-    ("layer", "found"),
-    [
-        (PerRow(3, 3), None),
-        (Joined(3, 3, 1), None),
-        (Central(3, 3, 3), None),
-        (Lifted(3, 3), None),
-        (Folded(3, 3), None),
-        (Following(3, 3), None),
-        (AnotherKind(3, 3, 1), None),
-        (nn.Linear(3, 3), None),  # PyTorch's own needs no trial
-        (Pair(3, 3), (False, True)),
-        (InPlaceToo(3, 3), (False, True)),
-        (Shared(3, 3), (True, False)),
-        (WithoutBias(3, 3), (True, False)),
-        (WithoutBias(3, 3, bias=False), (True, True)),
-        (Turned(3, 3, bias=False), (True, True)),
-        (Turned(3, 3), (False, False)),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
-)
-def test_a_layer_is_bare_and_its_weight_its_own_where_trials_show_it(layer, found):
-    inner = inner_of(layer)
-    assert (inner if inner is None else (inner.is_bare, inner.is_own)) == found
-    if inner is not None:
-        expected = layer.weight - layer.weight.mean() if isinstance(layer, Shared) else layer.weight
-        assert torch.equal(weight_used(layer), expected)
-        assert is_followed(layer) == (found == (False, True))
 
 
 class Multiplied(nn.Linear):
@@ -463,44 +287,16 @@ class Multiplied(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("multiply", "bias"),
-    [
-        (lambda x, weight, bias: x @ weight.T, False),
-        (lambda x, weight, bias: torch.matmul(x, weight.t()) + bias, False),
-        (lambda x, weight, bias: x.matmul(weight.transpose(0, 1)), False),
-        (lambda x, weight, bias: torch.mm(x, weight.mT), False),
-        (lambda x, weight, bias: x.mm(weight[None].mT[0]), False),
-        (lambda x, weight, bias: torch.addmm(bias, x, weight.T), True),
-    ],
-)
-def test_products_with_the_transpose_of_a_weight_are_those_of_a_linear_layer(multiply, bias):
-    layer, x = Multiplied(multiply), torch.randn(3, 4)
-    call = call_of(layer, x)
-    assert call.weight is layer.weight
-    assert (call.bias is layer.bias) == bias
-    assert torch.equal(call.entering, x)
-    torch.testing.assert_close(call.run(), x @ layer.weight.T + (layer.bias if bias else 0))
-    assert (call.settings, call.groups, call.kernel) == ({}, 1, ())
-
-
-@pytest.mark.parametrize(
     "multiply",
     [
         lambda x, weight, bias: x @ weight,
-        lambda x, weight, bias: x @ weight[:],
-        lambda x, weight, bias: x @ weight.view(2, 8).view(4, 4),
         lambda x, weight, bias: x @ weight[:2].T,
         lambda x, weight, bias: x[:, :2] @ weight[:, :2].T,
-        lambda x, weight, bias: x[:, :2] @ weight[:, 2:].T[:, :4],
-        lambda x, weight, bias: x @ weight.T.clone(),
-        lambda x, weight, bias: x @ weight.flip(0).T,
-        lambda x, weight, bias: torch.matmul(x[None], weight.T[None]),
         lambda x, weight, bias: torch.bmm(x[None], weight.T[None]),
         lambda x, weight, bias: x * 2,
     ],
-    ids=["plain", "whole", "seen anew", "rows", "columns", "last columns", "copy", "reversed", "batch",
-         "batches", "none"],
-)  # fmt: skip
+    ids=["plain", "rows", "columns", "batches", "none"],
+)
 def test_other_products_are_none_of_a_linear_layer(multiply):
     layer, x = Multiplied(multiply), torch.randn(3, 4)
     with suppress(TypeError):  # there is none
@@ -510,24 +306,17 @@ def test_other_products_are_none_of_a_linear_layer(multiply):
     assert inner_of(layer) is None or not inner_of(layer).is_own
 
 
-def test_a_layer_without_a_product_is_named():
-    with pytest.raises(TypeError, match=r"^a layer must call a convolution or a product, got Multiplied$"):
-        call_of(Multiplied(lambda x, weight, bias: x * 2), torch.randn(3, 4))
-
-
 @pytest.mark.parametrize(
     ("size", "kernel", "knobs", "padding"),
     [
         ((5, 6), (3, 5), {"stride": (2, 1), "dilation": (1, 2)}, (4, 4, 1, 1)),
-        ((7, 7), (2, 3), {"stride": (1, 2)}, (1, 1, 0, 1)),
         ((8, 5), (3, 1), {"stride": (2, 3), "groups": 2}, (0, 0, 0, 1)),
-        ((4, 9), (1, 4), {"stride": (3, 2), "bias": False}, (1, 2, 0, 0)),
     ],
 )
 def test_a_layer_padded_as_tensorflow_does_adds_an_odd_pixel_at_the_end(size, kernel, knobs, padding):
     torch.manual_seed(0)
     layer, x = PaddedAlike(4, 6, kernel, **knobs), torch.randn(2, 4, *size)
-    settings = {"stride": 1, "dilation": 1, "groups": 1} | {key: each for key, each in knobs.items() if key != "bias"}
+    settings = {"stride": 1, "dilation": 1, "groups": 1} | knobs
     expected = nn.functional.conv2d(nn.functional.pad(x, padding), layer.weight, layer.bias, **settings)
     torch.testing.assert_close(layer(x), expected)
     assert expected.shape[2:] == tuple(-(-n // each) for n, each in zip(size, knobs["stride"], strict=True))

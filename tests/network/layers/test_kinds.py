@@ -16,7 +16,7 @@ import nni_topo
 from nni_topo.network import register_module
 from nni_topo.network.layers import kinds
 from nni_topo.network.layers.kinds import RULES, norm_scale, through_norms, weights_left
-from nni_topo.network.layers.original_width import OriginalWidthLayerNorm, channel_dim
+from nni_topo.network.layers.original_width import OriginalWidthLayerNorm
 
 CONVOLUTIONS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 
@@ -36,11 +36,6 @@ class DividingConv(nn.Conv2d):
 class ChannelsFirst(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-class NormAndMore(nn.LayerNorm):
-    def forward(self, x):
-        return super().forward(x) + 1
 
 
 class Gain(nn.Module):
@@ -86,13 +81,6 @@ def test_a_norm_of_channels_first_counts_what_is_gone():
     torch.testing.assert_close(dense(random_images()), zeroed_outputs(model, model[0], [1, 4, 5], random_images()))
 
 
-def test_where_a_norm_has_its_channels_is_tried_out():
-    assert channel_dim(ChannelsFirst(5)) == 1
-    assert channel_dim(nn.LayerNorm(5)) == -1
-    assert channel_dim(NormAndMore(5)) is None
-    assert channel_dim(nn.LayerNorm((5, 2))) is None
-
-
 def test_a_layer_that_needs_all_inputs_keeps_those_before_it_whole():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), DividingConv(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
@@ -132,58 +120,6 @@ def test_replacers_of_nni_run_before_the_cut():
     dense = nni_topo.to_dense(model, random_images().float(), masks, customized_replacers=[replacer], check=False)
     assert isinstance(dense[1], nn.SiLU)
     assert replacer.kept == [[1, 2, 4, 5, 6, 7], [0, 1]]
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_a_recurrent_layer_takes_fewer_channels_in(kind, tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.body = nn.Linear(4, 8), kind(8, 6, num_layers=2, bidirectional=True, batch_first=True)
-
-        def forward(self, x):
-            return self.body(self.embed(x))[0]
-
-    torch.manual_seed(0)
-    model, x = Net().double(), torch.randn(2, 5, 4, dtype=torch.float64)
-    dense = nni_topo.to_dense(model, x, {"embed": filter_mask(model.embed, [1, 6])})
-    assert dense.body.input_size == 6
-
-    def hook(_, __, output):
-        return output.index_fill(-1, torch.tensor([1, 6]), 0)
-
-    with torch.no_grad(), model.embed.register_forward_hook(hook):
-        torch.testing.assert_close(dense(x), model(x))
-    nni_topo.save(dense, tmp_path / "dense.pt")
-    assert torch.equal(nni_topo.load(tmp_path / "dense.pt", Net)(x), dense(x))
-
-
-class Shuffle(nn.Module):
-    """A unit of ShuffleNet: two halves, of which one goes by, and a shuffle."""
-
-    def __init__(self, channels):
-        super().__init__()
-        half = channels // 2
-        self.branch = nn.Sequential(nn.Conv2d(half, half, 1), nn.BatchNorm2d(half), nn.ReLU())
-
-    def forward(self, x):
-        one, other = x.chunk(2, 1)
-        x = torch.cat([one, self.branch(other)], 1)
-        batch, channels, height, width = x.size()
-        halves = x.view(batch, 2, channels // 2, height, width)
-        return halves.transpose(1, 2).contiguous().view(batch, -1, height, width)
-
-
-def test_channels_are_shuffled_in_the_dense_models_own_order():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 1), Shuffle(16), Shuffle(16), nn.Conv2d(16, 4, 1)).double().eval()
-    groups = nni_topo.dependency_groups(model, random_images(), CONVOLUTIONS)
-    assert groups.skipped.keys() == {"3"}
-    _, masks = (pruner := nni_topo.RandomPruner(model, groups, seed=3)).compress()
-    pruner.unwrap_model()
-    dense = nni_topo.to_dense(model, random_images(), masks)
-    # Compared by `to_dense` itself; halves that lost different channels bring some back, never most.
-    assert all(dense.get_submodule(name).out_channels <= model.get_submodule(name).out_channels - 2 for name in masks)
 
 
 def drawn(channels: int, **knobs: bool) -> nn.BatchNorm2d:
@@ -286,94 +222,6 @@ def test_an_optimizer_of_whole_matrices_moves_no_zero():
     assert not torch.equal(layer.weight != 0, kept)
 
 
-LSTM_ROWS = ("weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-# By layer: its output channels, the parameter that is masked, those with a row for each channel, whether it has a bias,
-# the dimension of output channels in the weight, that of channels in what enters and leaves, and whether it can be cut.
-FACTS = {
-    "convolution": (nn.Conv2d(3, 4, 1), (4, "weight", ("bias",), True, 0, 1, True)),
-    "depth-wise": (nn.Conv1d(4, 8, 1, groups=4, bias=False), (8, "weight", ("bias",), False, 0, 1, True)),
-    "transposed": (nn.ConvTranspose2d(3, 4, 1), (4, "weight", ("bias",), True, 1, 1, True)),
-    "linear": (nn.Linear(3, 5, bias=False), (5, "weight", ("bias",), False, 0, -1, True)),
-    "embedding": (nn.Embedding(3, 6), (6, "weight", ("bias",), False, 1, -1, True)),
-    "attention": (nn.MultiheadAttention(6, 2), (18, "in_proj_weight", ("in_proj_bias",), True, 0, -1, False)),
-    "attention of others": (
-        nn.MultiheadAttention(6, 2, kdim=3, bias=False),
-        (None, "in_proj_weight", ("in_proj_bias",), False, 0, -1, False),
-    ),
-    "LSTM": (nn.LSTM(3, 5), (20, "weight_ih_l0", LSTM_ROWS, True, 0, -1, False)),
-    "GRU": (nn.GRU(3, 5, bias=False), (15, "weight_ih_l0", ("weight_hh_l0",), False, 0, -1, False)),
-    "LSTM with a projection": (
-        nn.LSTM(3, 5, proj_size=2),
-        (None, "weight_ih_l0", ("weight_hh_l0", "weight_hr_l0", *LSTM_ROWS[1:]), True, 0, -1, False),
-    ),
-    "activation": (nn.ReLU(), (None, "weight", ("bias",), False, 0, 1, True)),
-    "norm": (nn.BatchNorm2d(4), (None, "weight", ("bias",), True, 0, 1, True)),
-    "response norm": (nn.LocalResponseNorm(2), (None, "weight", ("bias",), False, 0, 1, True)),
-    "distances": (nn.Bilinear(2, 2, 3), (None, "weight", ("bias",), True, 0, 1, False)),
-    "computed weight": (
-        nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)),
-        (5, "weight", ("bias",), True, 0, -1, False),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FACTS)
-def test_facts_of_layers_by_their_kind(name):
-    layer, facts = FACTS[name]
-    assert facts == (
-        kinds.output_channels(layer),
-        kinds.weight_name(layer),
-        kinds.row_names(layer),
-        kinds.has_bias(layer),
-        kinds.channel_dimension(layer),
-        kinds.feature_dimension(layer),
-        kinds.can_be_cut(layer),
-    )
-    is_plain = "weight" in dict(layer.named_parameters()) or not list(layer.parameters())
-    assert kinds.weight_is_computed(layer) is not is_plain
-    assert kinds.is_depthwise(layer) is (name == "depth-wise")
-    assert kinds.is_recurrent(layer) is (name in ("LSTM", "GRU"))
-    assert kinds.has_channels(layer) is (
-        facts[0] is not None or name in ("attention of others", "LSTM with a projection")
-    )
-
-
-@pytest.mark.parametrize(
-    ("layer", "is_depthwise"),
-    [
-        (nn.Conv2d(1, 4, 1), False),  # of one channel
-        (nn.Conv2d(4, 4, 1, groups=2), False),
-        (nn.Conv2d(2, 2, 1, groups=2), True),
-        (nn.ConvTranspose1d(4, 4, 1, groups=4), True),
-        (nn.Linear(1, 1), False),
-    ],
-)
-def test_a_depthwise_convolution_filters_each_of_several_channels(layer, is_depthwise):
-    assert kinds.is_depthwise(layer) is is_depthwise
-
-
-@pytest.mark.parametrize(
-    ("norm", "has_no_width", "is_plain", "names"),
-    [
-        (nn.BatchNorm2d(4), False, True, {"weight", "bias"}),
-        (nn.BatchNorm2d(4, affine=False), False, True, set()),
-        (nn.BatchNorm2d(4, affine=False, track_running_stats=False), True, True, set()),
-        (nn.InstanceNorm2d(4), True, False, set()),
-        (nn.InstanceNorm2d(4, affine=True), False, False, {"weight", "bias"}),
-        (nn.InstanceNorm2d(4, track_running_stats=True), False, False, set()),
-        (nn.LayerNorm(4, bias=False), False, False, {"weight"}),
-        (nn.GroupNorm(2, 4, affine=False), False, False, set()),
-        (nn.RMSNorm(4), False, False, {"weight"}),
-        (type("Own", (nn.BatchNorm2d,), {})(4), False, False, {"weight", "bias"}),
-    ],
-)
-def test_facts_of_norms(norm, has_no_width, is_plain, names):
-    assert kinds.has_no_width(norm) is has_no_width
-    assert kinds.is_plain_norm(norm) is is_plain
-    assert set(kinds.per_channel_names(norm)) == names
-    assert kinds.is_normalizing(norm)
-
-
 @pytest.mark.parametrize(
     "layer",
     [
@@ -409,30 +257,6 @@ def test_masks_of_channels_are_spread_over_the_weight_and_read_from_it(layer):
     rows = kinds.by_output(mask, layer)
     assert rows.flatten(1).ne(0).all(1).tolist() == kept.tolist()
     assert torch.equal(kinds.of_output(rows, layer), mask)
-
-
-def test_products_of_a_recurrent_layer_are_those_of_its_weights():
-    assert kinds.recurrent_products(nn.LSTM(3, 5)) == 20 * 3 + 20 * 5
-    assert kinds.recurrent_products(nn.GRUCell(3, 5)) == 15 * 3 + 15 * 5
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "told"),
-    [
-        ("a.b", torch.ones(2), True),
-        ("a.b", torch.ones(1), False),
-        ("a.b", torch.ones(2, dtype=torch.int64), False),
-        (f"a.{kinds.HEADS_TAKEN}", torch.ones(2, dtype=torch.int64), True),
-        ("a.b", None, False),
-        ("a.b", [1.0, 2.0], False),
-    ],
-)
-def test_tensors_of_several_floats_can_follow_channels(name, value, told):
-    assert kinds.can_follow(name, value) is told
-
-
-def test_channels_that_enter_are_those_of_inputs():
-    assert (kinds.entering_channels(nn.MultiheadAttention(6, 2)), kinds.entering_channels(nn.Linear(3, 5))) == (6, 3)
 
 
 class Own1D(Conv1D):

@@ -12,22 +12,17 @@ from whole_nets import NETS, Gate, ResponseNorm, Standardized, make
 
 import nni_topo
 from nni_topo.network.layers.derived import PaddedAlike, fold
-from nni_topo.network.layers.original_width import OriginalWidthResponseNorm, keep_original_width, response_norm
+from nni_topo.network.layers.original_width import keep_original_width
 from nni_topo.network.layers.slicing import ChannelwiseConv1d
 from nni_topo.network.speedup.equivalence import masked_model
 
 IMAGES = torch.rand(2, 3, 13, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 HALF = [{"op_types": ["Conv1d", "Conv2d", "Linear"], "sparse_ratio": 0.5}]
-PRUNERS = {
-    "random": lambda model, config: nni_topo.RandomPruner(model, config, seed=1),
-    "l1": lambda model, config: nni_topo.MatrixPruner(model, config, norm=1),
-    "topological": nni_topo.TopologicalPruner,
-}
 
 
-def pruned(model, pruner=PRUNERS["random"], ratio=0.5):
+def pruned(model, ratio=0.5):
     groups = nni_topo.dependency_groups(model, IMAGES, [{**HALF[0], "sparse_ratio": ratio}])
-    pruner = pruner(model, groups)
+    pruner = nni_topo.RandomPruner(model, groups, seed=1)
     _, masks = pruner.compress()
     pruner.unwrap_model()
     return groups, masks, nni_topo.to_dense(model, IMAGES, masks)
@@ -63,12 +58,11 @@ def zeroed(model, masks):
     return outputs
 
 
-@pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.quick_every(12)
-def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pruner):
+@pytest.mark.quick_every(4)
+def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name):
     model = make(name)
-    groups, masks, dense = pruned(model, PRUNERS[pruner])
+    groups, masks, dense = pruned(model)
     assert [2 * width for width in widths(dense)] == widths(model)
     assert not dense.report.kept
     assert {why for why in groups.skipped.values() if "output" not in why} <= {
@@ -129,28 +123,7 @@ def test_channels_that_a_hidden_layer_makes_constants_of_stay():
     assert groups.skipped["2.body.0"] == f"removed channels arrive as values that aren't zero ({made_and_read})"
 
 
-@pytest.mark.parametrize(("eps", "dim"), [(1e-6, -1), (1e-6, 1), (1e-3, -1)])
-def test_response_norms_are_found_by_trying(eps, dim):
-    found = response_norm(ResponseNorm(5, eps, dim))
-    assert (found.dim, found.eps, found.counted) == (dim, eps, 5)
-
-    class Other(ResponseNorm):
-        def forward(self, x):
-            return super().forward(x) - x
-
-    assert response_norm(Other(5, eps, dim)) is None
-    assert response_norm(nn.Linear(5, 1)) is None
-
-
-def test_a_response_norm_counts_what_is_gone():
-    dense = pruned(make("response_norm"))[2]
-    norm = dense[2].norm
-    assert isinstance(norm, OriginalWidthResponseNorm)
-    assert (norm.counted, norm.eps, norm.gamma.shape) == (24, 1e-3, (1, 1, 1, 12))
-    assert repr(norm) == "OriginalWidthResponseNorm(12, counted=24)"
-
-
-@pytest.mark.parametrize("size", [1, 300, 3000])  # squares of the two larger ones overflow float16
+@pytest.mark.parametrize("size", [1, 3000])  # squares of the larger one overflow float16
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["layer", "rms", "group"])
 def test_half_precision_is_as_precise_as_in_the_norms_of_pytorch(name, kind, size):
@@ -196,17 +169,11 @@ class Scaled(nn.Conv2d):
         return 2 * nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
 
 
-class FreeParameter(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("kind", [Scaled, FreeParameter, nn.Conv2d])
-def test_layers_that_arent_a_plain_one_with_a_computed_weight_are_left_alone(kind):
-    layer = kind(3, 4, 3)
+def test_a_layer_that_does_more_with_its_computed_weight_is_left_alone():
+    layer = Scaled(3, 4, 3)
     before = layer.weight.clone()
     assert not fold(layer)
-    assert type(layer) is kind
+    assert type(layer) is Scaled
     assert torch.equal(layer.weight, before)
 
 
@@ -253,10 +220,7 @@ def test_layers_with_norms_of_weights_are_plain_ones_that_lose_channels(trained)
     assert "nni_topo.as_torch_layers(model) makes plain layers that compute the same" in skipped["layers.0"]
 
 
-@pytest.mark.parametrize(
-    "layer", [nn.LayerNorm(12), nn.RMSNorm(12), nn.GroupNorm(1, 12)], ids=lambda layer: type(layer).__name__
-)
-@pytest.mark.quick_every(2)
+@pytest.mark.parametrize("layer", [nn.LayerNorm(12), nn.GroupNorm(1, 12)], ids=lambda layer: type(layer).__name__)
 def test_exported_norms_of_a_cpu_are_made_of_operations_that_converters_know(layer):
     """Core ML's knows no addcmul."""
     model = nn.Sequential(nn.Linear(12, 12), layer, nn.Linear(12, 4)).eval()

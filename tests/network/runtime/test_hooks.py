@@ -15,9 +15,6 @@ from nni_topo.network.runtime.fits import call_arguments, run
 from nni_topo.network.runtime.hooks import (
     batches_of,
     called,
-    counted_places,
-    counting,
-    example_inputs_of,
     inputs_seen,
     padding_known,
     watched,
@@ -80,28 +77,6 @@ def test_an_error_leaves_no_hook_and_no_other_mode():
     assert model.layer.training
 
 
-def test_run_goes_through_all_batches_in_evaluation_mode():
-    model, modes = Twice(), []
-    with called(model, lambda args, _: modes.append((model.training, torch.is_grad_enabled(), len(args[0])))):
-        run(model, [(torch.ones(3, 2), torch.zeros(3)), torch.ones(1, 2)])
-    assert modes == [(False, False, 3), (False, False, 1)]
-    assert model.training
-
-
-def test_padding_is_known_within_its_block_and_for_its_shape_alone():
-    real, other = torch.tensor([[True, False]]), torch.tensor([[True, True]])
-    assert counted_places((1, 2)) is None
-    with counting(real):
-        assert counted_places((1, 2)) is real
-        assert counted_places((2, 1)) is None
-        with counting(other):
-            assert counted_places((1, 2)) is other
-        with counting(None):
-            assert counted_places((1, 2)) is None
-        assert counted_places((1, 2)) is real
-    assert counted_places((1, 2)) is None
-
-
 def test_inputs_of_calls_are_batches_of_their_own():
     class Two(nn.Module):
         def forward(self, one: Tensor, other: Tensor | None = None) -> Tensor:
@@ -134,13 +109,12 @@ def test_both_ways_to_pass_two_inputs_are_taken_everywhere():
         [(one, other) for one, other, _ in entries],
     ]
     for way in ways:
-        for batches in (way, iter(way), Calibration(way, groups=[0, 0, 1, 1, 2, 2])):
-            found = batches_of(batches, Two(), "images")
-            for at, (arguments, named) in enumerate(calls(Two(), found)):
-                assert torch.equal(arguments[0], entries[at][0])
-                assert torch.equal(arguments[1], entries[at][1])
-                assert len(arguments) == 2
-                assert not named
+        found = batches_of(Calibration(way, groups=[0, 0, 1, 1, 2, 2]), Two(), "images")
+        for at, (arguments, named) in enumerate(calls(Two(), found)):
+            assert torch.equal(arguments[0], entries[at][0])
+            assert torch.equal(arguments[1], entries[at][1])
+            assert len(arguments) == 2
+            assert not named
         ((held_out, also), _) = next(calls(Two(), found.split()[1]))  # the last group
         assert torch.equal(held_out, images[4:])
         assert torch.equal(also, vectors[4:])
@@ -163,17 +137,6 @@ def test_what_one_argument_takes_is_no_list_of_arguments():
     assert len(call[0]) == 1
     ((pair,), _) = call_arguments(((image, label),), One())  # it runs on a list of images
     assert isinstance(pair, tuple)
-
-
-def test_example_inputs_are_those_given_or_the_first_batch_or_an_evaluators():
-    model, x, batches = nn.Linear(2, 2), torch.ones(1, 2), [(torch.ones(3, 2), 0), (torch.ones(4, 2), 0)]
-    evaluator = SimpleNamespace(dummy_input=x + 1)
-    assert example_inputs_of(x, model, calibration=batches, evaluator=evaluator) is x
-    assert example_inputs_of(None, model, calibration=batches, evaluator=evaluator) is batches[0][0]
-    assert example_inputs_of(None, model, evaluator=evaluator) is evaluator.dummy_input
-    assert example_inputs_of(None, model, evaluator=SimpleNamespace(_dummy_input=x)) is x
-    assert example_inputs_of(None, model, evaluator=SimpleNamespace(model=model)) is None  # in use
-    assert example_inputs_of(None, model, evaluator=None) is None
 
 
 def test_data_that_processes_share_are_taken_where_a_caller_can_use_them():
@@ -205,8 +168,6 @@ def test_padding_of_the_latest_call_is_skipped() -> None:
         model(x)
         model(attention_mask=mask == 0, x=x)
         model(x, mask.float()[:, :, None])  # no mask of positions
-        with pytest.raises(TypeError):
-            model()  # the model's own error
     with torch.no_grad(), watched(look):
         model(x, mask)
     whole = [[0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]]

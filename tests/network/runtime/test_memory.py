@@ -9,9 +9,6 @@ import sys
 
 import pytest
 
-from nni_topo.network.runtime import memory
-from nni_topo.network.runtime.memory import _threshold_is_set, freed_at_once
-
 _HAS_GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")
 pytestmark = pytest.mark.skipif(not _HAS_GLIBC, reason="needs glibc 2.33 or later")
 
@@ -80,33 +77,3 @@ def test_large_tensors_get_pages_of_their_own_for_a_while() -> None:
 )
 def test_a_threshold_of_the_user_stays(name: str, value: str) -> None:
     assert said(**{name: value}) == ["False False True"] * 4
-
-
-@pytest.mark.parametrize(
-    ("environment", "is_set"),
-    [
-        ({}, False),
-        ({"MALLOC_MMAP_THRESHOLD_": "1"}, True),
-        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1"}, True),
-        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1:glibc.malloc.mmap_threshold=1"}, True),
-        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1"}, False),
-        ({"MALLOC_TRIM_THRESHOLD_": "1"}, False),
-    ],
-)
-def test_a_threshold_may_be_set_in_two_ways(environment: dict[str, str], is_set: bool) -> None:
-    assert _threshold_is_set(environment) is is_set
-
-
-@pytest.mark.parametrize("is_set", [True, False])
-def test_nothing_is_done_where_the_user_has_set_a_threshold(is_set: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What that does to the heap of a process, the slow tests above look at in processes of their own."""
-    asked = []
-    known = memory._set_threshold
-    monkeypatch.setattr(memory, "_set_threshold", lambda nbytes: asked.append(nbytes) or known(nbytes))
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    if is_set:
-        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**24))
-    with freed_at_once():
-        assert len(asked) == (0 if is_set else 1)
-    assert asked == ([] if is_set else [memory._PAGES_OF_THEIR_OWN, memory._HIGHEST_THRESHOLD])

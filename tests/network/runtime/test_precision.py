@@ -40,10 +40,8 @@ def _set_convolutions(value):
 SETTINGS = {
     "as PyTorch sets it": lambda: None,
     "high": lambda: torch.set_float32_matmul_precision("high"),
-    "medium": lambda: torch.set_float32_matmul_precision("medium"),
     "no TF32": lambda: _allow(False),
     "all tf32": lambda: _set_all("tf32"),
-    "all ieee": lambda: _set_all("ieee"),
     "convolutions ieee": lambda: _set_convolutions("ieee"),
 }
 
@@ -117,36 +115,18 @@ def test_an_operation_goes_on_following_the_setting_of_all():
     assert {each.fp32_precision for each in OPERATIONS.values()} == {"tf32"}
 
 
-@pytest.mark.parametrize(("library", "names"), [("cudnn", ["matmul", "conv", "rnn"]), ("mkldnn", ["mkldnn conv"])])
 @in_own_process
-def test_an_operation_goes_on_following_the_setting_of_its_library(library, names):
-    switch = getattr(BACKENDS, library)
-    for name in names:
-        OPERATIONS[name].fp32_precision = "none"
-    switch.fp32_precision = "ieee"
-    try:
-        with in_full_precision():
-            pass
-        assert {OPERATIONS[name].fp32_precision for name in names} == {"ieee"}
-        switch.fp32_precision = "tf32"
-        assert {OPERATIONS[name].fp32_precision for name in names} == {"tf32"}
-    finally:
-        switch.fp32_precision = "none"
-
-
-@pytest.mark.parametrize("older", [True, False])
-@in_own_process
-def test_the_older_switch_is_put_back_where_it_disagrees(older):
-    _allow(older)
+def test_the_older_switch_is_put_back_where_it_disagrees():
+    _allow(True)
     _set_all("ieee")
     for name in ("conv", "rnn"):
-        OPERATIONS[name].fp32_precision = "none" if older else "tf32"
+        OPERATIONS[name].fp32_precision = "none"
     assert asked(lambda: BACKENDS.cudnn.allow_tf32) == "disagrees"
     with in_full_precision():
         pass
     for name in ("conv", "rnn"):
-        OPERATIONS[name].fp32_precision = "tf32" if older else "ieee"
-    assert asked(lambda: BACKENDS.cudnn.allow_tf32) is older
+        OPERATIONS[name].fp32_precision = "tf32"
+    assert asked(lambda: BACKENDS.cudnn.allow_tf32) is True
 
 
 class _Telling(nn.Module):
@@ -198,7 +178,7 @@ def test_training_steps_keep_the_precision_that_is_set():
 @pytest.mark.cuda  # not in a fork, where a GPU can't be used
 @pytest.mark.usefixtures("_highest_afterwards")
 @pytest.mark.parametrize("precision", ["highest", "high"])
-@pytest.mark.parametrize("name", ["mobilenet_v2", "mnasnet1_0", "resnet18"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
 def test_groups_on_a_gpu_are_those_on_the_cpu(name, precision):
     torch.set_float32_matmul_precision(precision)
     torch.manual_seed(0)
@@ -210,9 +190,8 @@ def test_groups_on_a_gpu_are_those_on_the_cpu(name, precision):
     assert [entry["op_names"] for entry in found] == [entry["op_names"] for entry in wanted]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", ["high", "all tf32"])
 @in_own_process
-@pytest.mark.quick_every(3)
 def test_a_network_is_exported_whatever_is_set(setting, tmp_path):
     SETTINGS[setting]()
     before = settings(), BACKENDS.mkldnn.enabled
@@ -223,12 +202,9 @@ def test_a_network_is_exported_whatever_is_set(setting, tmp_path):
 
 CONVOLUTIONS = [
     (nn.Conv1d(8, 8, 64, padding=32), (4, 8, 64)),  # processors with AMX compute it wrong in bfloat16
-    (nn.Conv1d(8, 16, 64, padding="same", bias=False), (8, 8, 16)),
-    (nn.Conv2d(3, 16, 3, stride=3), (4, 3, 32, 32)),
+    (nn.Conv2d(3, 16, 3, stride=3, bias=False), (4, 3, 32, 32)),
     (nn.Conv3d(4, 8, 3), (2, 4, 6, 6, 6)),
-    (nn.ConvTranspose1d(8, 16, 64, stride=2), (4, 8, 32)),
     (nn.ConvTranspose2d(16, 8, 4, stride=2), (4, 16, 8, 8)),
-    (nn.ConvTranspose3d(4, 8, 3), (2, 4, 6, 6, 6)),
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch.distributed as dist
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime import processes
 from nni_topo.network.runtime.processes import Processes, digest, in_step, is_in_step, processes_of
 
 
@@ -87,24 +85,6 @@ def test_all_tensors_of_a_bucket_are_added_up_in_place(alone: Noting) -> None:
     assert turned.unique().tolist() == [2.0]
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ([], []),
-        ([(2, torch.float32)] * 3, [2, 1]),  # of 8 bytes each, where 16 are added up in one go
-        ([(2, torch.float32)] * 2, [2]),
-        ([(9, torch.float32), (1, torch.float32)], [1, 1]),
-        ([(1, torch.float32), (1, torch.float64), (1, torch.float64), (1, torch.float32)], [1, 2, 1]),
-    ],
-)
-def test_neighbours_of_one_type_are_added_up_in_one_go(given, expected, monkeypatch) -> None:
-    monkeypatch.setattr(processes, "_BUCKET_BYTES", 16)
-    tensors = [torch.zeros(count, dtype=dtype) for count, dtype in given]
-    buckets = list(processes._buckets(tensors))
-    assert [len(bucket) for bucket in buckets] == expected
-    assert [id(each) for bucket in buckets for each in bucket] == [id(each) for each in tensors]
-
-
 def test_a_public_function_is_in_step_where_data_are_shared(alone: Noting) -> None:
     @in_step
     def work(model: Any, data: Any = None, *more: Any, device: str = "cpu", seed: int = 0) -> bool:
@@ -133,31 +113,6 @@ def test_a_public_function_is_in_step_where_data_are_shared(alone: Noting) -> No
     assert not is_in_step()
 
 
-def test_a_place_is_told_with_the_function_that_runs(alone: Noting) -> None:
-    assert processes._at("sums") == "sums"
-    with alone.in_step("compensate"):
-        assert processes._at("sums") == "sums, compensate"
-        assert processes._at("the end of compensate") == "the end of compensate"
-        with alone.in_step("distill"):
-            assert processes._at("sums") == "sums, compensate"
-    assert [place for place, _ in alone.gathered] == ["compensate", "the end of compensate"]
-
-
-def test_errors_are_told_in_their_first_sentence() -> None:
-    for error, words in (
-        ("[/src/pair.cc:534] Connection closed by peer. Try again.\nat 3", "Connection closed by peer"),
-        ("Timed out", "Timed out"),
-        ("Timed out\n[x] later", "Timed out"),
-    ):
-        assert processes._words(RuntimeError(error)) == words
-
-
-def test_only_what_differs_is_told_of_arguments_by_name() -> None:
-    given = [{"seed": "1", "model": "a"}, {"seed": "2", "model": "a"}, {"model": "a"}]
-    assert processes._differing(given) == ["seed 1", "seed 2", "seed not given"]
-    assert processes._differing([{"seed": "1"}, None]) == ["{'seed': '1'}", "None"]
-
-
 def test_a_digest_is_that_of_names_shapes_and_values_in_single_precision() -> None:
     values = torch.tensor([[1.0, 2.0]])
     expected = hashlib.sha256(b"a (1, 2)" + np.float32([1, 2]).tobytes()).hexdigest()
@@ -165,46 +120,3 @@ def test_a_digest_is_that_of_names_shapes_and_values_in_single_precision() -> No
         assert digest([("a", same)]) == expected
     for other in ([("b", values)], [("a", values.mT)], [("a", values + 1)], [("a", values), ("a", values)]):
         assert digest(other) != expected
-
-
-@dataclass
-class Budget:
-    """A knob of several parts."""
-
-    share: float
-    name: str
-    data: object = None
-
-
-WEIGHT, BIAS = torch.ones(2, 2), torch.zeros(2)
-LINEAR = nn.Linear(2, 2)
-
-
-@pytest.mark.parametrize(
-    ("value", "told"),
-    [
-        (3, "3"),
-        ("flops", "'flops'"),
-        (None, "None"),
-        (True, "True"),
-        (object(), ""),
-        (Budget, ""),
-        (WEIGHT, ""),
-        (Budget(0.5, "flops", object()), "Budget(name='flops', share=0.5)"),
-        ({"b": 1, "a": {"d": 2.5, "c": None}, "model": LINEAR}, "a.c=None, a.d=2.5, b=1"),
-        ({"a": {}, "b": object()}, ""),
-        (["a", 2], "['a', 2]"),
-        (("a",), "['a']"),
-        ([{"op_names": ["x"], "sparse_ratio": 0.5}], "[op_names=['x'], sparse_ratio=0.5]"),
-        ([WEIGHT, {"images": WEIGHT}, 3], "[3]"),
-        (["a" * 198], f"['{'a' * 198}']"),
-        (["a" * 199], f"[1 entries {hashlib.sha256(repr('a' * 199).encode()).hexdigest()[:12]}]"),
-        (LINEAR, f"with weights {digest(LINEAR.state_dict().items())[:12]}"),
-        (
-            {"z": {"weight": WEIGHT}, "a": {"weight": BIAS, "bias": 3}},
-            f"a.bias=3, with tensors {digest([('a.weight', BIAS), ('z.weight', WEIGHT)])[:12]}",
-        ),
-    ],
-)
-def test_arguments_are_told_by_what_has_to_be_equal(value: Any, told: str) -> None:
-    assert processes._told(value) == told

@@ -11,7 +11,6 @@ import torch
 
 import nni_topo
 from nni_topo.network.runtime.progress import bar
-from nni_topo.pruners.rounds import prune_in_rounds
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -54,23 +53,6 @@ def test_a_log_gets_a_line_every_half_minute_with_the_time_left(monkeypatch, lat
     assert len(lines) == 12
 
 
-def test_nothing_is_said_of_the_time_left_after_the_first_item(monkeypatch, late):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    for item in bar("work", None, range(30)):
-        late[0] += 1.0 if item else 120.0
-    lines = sys.stderr.getvalue().splitlines()
-    assert lines[0] == "work: 1 of 30, 02:00 passed"
-    assert lines[-1] == "work: 30 of 30, 02:29 passed"
-
-
-def test_slow_items_after_many_quick_ones_have_a_line_each(monkeypatch, late):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    for item in bar("work", True, range(1006)):
-        late[0] += 0.001 if item < 1000 else 40.0
-    lines = sys.stderr.getvalue().splitlines()
-    assert [line.split(",")[0] for line in lines[-6:]] == [f"work: {1001 + at} of 1006" for at in range(6)]
-
-
 def test_work_without_a_known_end_says_how_much_is_done(monkeypatch, late):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with bar("epochs", None) as shown:
@@ -85,27 +67,10 @@ def test_a_process_without_an_output_works_on(monkeypatch):
     assert list(bar("work", True, range(3))) == [0, 1, 2]
 
 
-def test_weight_reconstruction_writes_lines_to_a_file(monkeypatch, late):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    model, images = toy_model(), toy_images(40)
-    pruner = nni_topo.RandomPruner(model, [{"op_names": ["hidden"], "sparse_ratio": 0.5}])
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    nni_topo.compensate(model, masks, [images], progress=True)
-    assert "compensate: 0 of " in sys.stderr.getvalue()
-
-
 def selected(model, images, **progress):
     config_list = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
     pruner = nni_topo.ReconstructionPruner(model, config_list, calibration=[images], **progress)
     pruner.compress()
-    pruner.unwrap_model()
-
-
-def in_rounds(model, images, **progress):
-    config_list = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
-    pruner = nni_topo.ReconstructionPruner(model, config_list, calibration=[images], **progress)
-    prune_in_rounds(pruner, [0.5, 1.0], lambda: None)
     pruner.unwrap_model()
 
 
@@ -127,7 +92,7 @@ def chosen(model, images, **progress):
     nni_topo.choose_images([images], model, 10, **progress)
 
 
-@pytest.mark.parametrize("called", [selected, in_rounds, shrunk, compensated, distilled, chosen])
+@pytest.mark.parametrize("called", [selected, shrunk, compensated, distilled, chosen])
 @pytest.mark.parametrize("progress", [None, False])
 @pytest.mark.quick_every(3)
 def test_no_progress_is_shown_where_it_is_not_wanted(called, progress, monkeypatch):

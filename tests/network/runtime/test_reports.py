@@ -7,13 +7,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.network.runtime.reports import (
-    as_code,
-    as_sentence,
-    drop_report,
-    give_report,
-    markdown_table,
     report_of,
-    told_of_changes,
 )
 from nni_topo.testing import toy_images, toy_model
 
@@ -46,24 +40,6 @@ def test_a_changed_copy_has_the_report_with_a_note_of_every_change():
     # A network of other widths has a report of its own.
     assert nni_topo.to_dense(twice, images[0], half_of_hidden(twice)).report.changed_since == ()
     assert nni_topo.shrink(twice, images, {"flops": 0.7}, distill=False).report.changed_since == ()
-
-
-class Frozen(nn.Linear):
-    def __setattr__(self, key, value):
-        if "bias" in self._parameters:
-            raise RuntimeError(f"it is frozen, got {key}")
-        super().__setattr__(key, value)
-
-    def __delattr__(self, key):
-        raise RuntimeError(f"it is frozen, got {key}")
-
-
-def test_a_model_that_refuses_attributes_has_a_report():
-    model, report = Frozen(2, 3), shrunk().report
-    assert give_report(model, report)
-    assert model.report is report_of(model) is report
-    drop_report(model)
-    assert not hasattr(model, "report")
 
 
 def test_distilled_weights_are_noted_where_they_are_kept():
@@ -118,25 +94,3 @@ def test_a_file_read_into_a_shrunk_model_brings_no_report_of_that_model(tmp_path
     assert not hasattr(read, "report")
     assert report_of(read) is None
     assert report_of(small) is not None
-
-
-def test_tables_and_sentences_of_cards_are_markdown():
-    assert markdown_table(["layer", "before", "after"], [["a", "1", "2"]]) == (
-        "| layer | before | after |\n|---|---:|---:|\n| a | 1 | 2 |"
-    )
-    assert markdown_table(["layer", "why"], [], text_columns=2) == "| layer | why |\n|---|---|"
-    assert as_code("a|b") == r"`a\|b`"
-    assert [as_sentence(text) for text in ("it stays", "It stays.", "a")] == ["It stays.", "It stays.", "A."]
-    assert told_of_changes(()) == ""
-    assert told_of_changes(["a", "b"]) == "changed since, and not in these figures: a, b"
-
-
-def test_a_report_is_taken_away_and_an_attribute_of_the_models_own_stays():
-    small, own = shrunk(), nn.Linear(2, 2)
-    drop_report(small)
-    assert not hasattr(small, "report")
-    own.report = "mine"
-    drop_report(own)
-    assert own.report == "mine"
-    assert report_of(own) is None
-    drop_report(nn.Linear(2, 2))

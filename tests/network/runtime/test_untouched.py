@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
-import signal
 import threading
 from collections import OrderedDict
 
@@ -24,8 +22,6 @@ from nni_topo.network.runtime.untouched import (
     one_call,
     random_state_kept,
     random_states,
-    seed_torch,
-    state_kept,
 )
 from nni_topo.studies.analysis.sensitivity import sensitivity
 from nni_topo.testing import toy_images, toy_model
@@ -33,10 +29,8 @@ from nni_topo.testing import toy_images, toy_model
 # What a module holds, what a forward does to it, and what is looked at before and after.
 HELD = {
     "dict": ({"a": 1}, lambda held: held.update(a=2), dict),
-    "empty dict": ({}, lambda held: held.update(a=2), dict),
     "order": (OrderedDict(a=1, b=2), lambda held: held.move_to_end("a"), list),
-    "list": ([1, 2], lambda held: held.reverse(), list),
-    "longer list": ([1, 2], lambda held: held.append(3), list),
+    "list": ([1, 2], lambda held: held.append(3), list),
     "set": ({1, 2}, lambda held: held.add(3), set),
 }
 
@@ -76,17 +70,6 @@ def test_attributes_are_put_back_in_their_order_and_new_ones_go():
     assert layer.weight.requires_grad
 
 
-def test_tables_behind_an_empty_one_are_put_back_too():
-    model = nn.Module()  # without parameters
-    model.register_buffer("old", torch.zeros(1))
-    model.layer = nn.ReLU()
-    with left_alone(model):
-        model.register_buffer("new", torch.zeros(1))
-        model.layer = nn.Tanh()
-    assert list(model._buffers) == ["old"]
-    assert isinstance(model.layer, nn.ReLU)
-
-
 def test_gradients_are_away_within_the_block_and_back_after_it():
     layer = nn.Linear(2, 2)
     layer.weight.grad = gradient = torch.ones(2, 2)
@@ -118,23 +101,6 @@ def test_a_scripted_part_keeps_its_mode_and_its_buffers():
     assert int(model[0].num_batches_tracked) == 0
 
 
-def test_models_are_copied_among_all_arguments():
-    @leaves_models_alone
-    def change(*given, **named):
-        one, (two,), (number, three), table, four = *given, named["last"]
-        assert number == 3
-        for each in (one, two, three, table["a"], four):
-            assert each.eval() not in models
-        assert four.shared is one
-        return four
-
-    models = [nn.Sequential() for _ in range(5)]
-    models[4].shared = models[0]
-    made = change(models[0], [models[1]], (3, models[2]), {"a": models[3]}, last=models[4])
-    assert all(each.training for each in models)
-    assert not made.training
-
-
 @pytest.mark.parametrize("has_room", [True, False])
 def test_parameters_that_a_forward_writes_to_stay_or_are_named_where_memory_is_short(has_room, monkeypatch, caplog):
     if not has_room:
@@ -147,38 +113,15 @@ def test_parameters_that_a_forward_writes_to_stay_or_are_named_where_memory_is_s
     assert ("0.weight" in caplog.text) != has_room
 
 
-# As code of the package, of a model and of PyTorch's would run.
-def _made_by(module: str, text: str = "torch.zeros(2)") -> torch.Tensor:
-    names = {"__name__": module, "torch": torch}
-    exec(f"def make():\n    return {text}", names)
-    made: torch.Tensor = names["make"]()
-    return made
-
-
-def test_what_the_package_makes_lies_on_the_cpu_whatever_the_default_is():
-    with torch.device("meta"), left_alone(nn.ReLU()):
-        assert not _made_by("nni_topo.network.runtime").is_meta
-        assert not _made_by("nni_topo.maths", "torch.nn.Linear(2, 2).weight").is_meta
-        assert _made_by("nni_topo.maths", "torch.zeros(2, device='meta')").is_meta
-        assert _made_by("nni_topology").is_meta
-        assert _made_by("models", "torch.nn.Linear(2, 2).weight").is_meta
-        assert torch.zeros(2).is_meta
-        with left_alone(nn.ReLU(), as_compiled=True):
-            pass
-    with torch.device("meta"), left_alone(nn.ReLU(), as_compiled=True):
-        assert _made_by("nni_topo.network.runtime").is_meta
-
-
-@pytest.mark.parametrize("is_on", [True, False])
-def test_autocast_of_the_caller_is_off_and_a_models_own_works(is_on):
+def test_autocast_of_the_caller_is_off_and_a_models_own_works():
     layer, rows = nn.Linear(2, 2), torch.ones(1, 2)
-    with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+    with torch.autocast("cpu", torch.bfloat16):
         with left_alone(layer):
             assert layer(rows).dtype == torch.float32
             with torch.autocast("cpu", torch.bfloat16):
                 assert layer(rows).dtype == torch.bfloat16
         with left_alone(layer, as_compiled=True):
-            assert torch.is_autocast_enabled("cpu") == is_on
+            assert torch.is_autocast_enabled("cpu")
 
 
 def test_what_is_made_within_a_callers_inference_mode_takes_gradients():
@@ -196,21 +139,6 @@ def test_random_states_are_those_before_and_tell_of_draws():
     with random_state_kept():
         within = random.random(), float(np.random.rand()), float(torch.rand(1))
     assert (random.random(), float(np.random.rand()), float(torch.rand(1))) == within != before
-
-
-@pytest.mark.parametrize(("is_used", "seeds"), [(False, []), (True, [3])])
-def test_a_seed_that_is_kept_inside_is_not_the_one_with_which_a_gpu_is_started(is_used, seeds, monkeypatch):
-    found = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", found.append)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_used)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        wanted = torch.rand(2)
-        found.clear()
-        seed_torch(3)
-        assert torch.equal(torch.rand(2), wanted)
-    assert found == seeds
 
 
 @pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA is started, so that no seed waits for it")
@@ -255,25 +183,6 @@ def test_compiled_parts_are_found_wherever_they_are():
     assert has_compiled(nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager")))
 
 
-def test_the_state_of_a_model_is_put_back_while_random_numbers_go_on():
-    model = nn.BatchNorm1d(3)
-    model.width = 3
-    mean, seen = model.running_mean, random_states()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-    @state_kept(model)
-    def use() -> None:
-        model(torch.randn(8, 3))
-        model.running_mean, model.width = torch.ones(3), 4
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        use()
-    assert (model.running_mean is mean, model.width) == (True, 3)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert drawn_since(seen)
-
-
 def test_threads_that_prune_one_model_get_what_each_gets_alone():
     torch.manual_seed(0)
     model, batches = toy_model(), [toy_images(16)]
@@ -310,9 +219,8 @@ def test_a_thread_that_waits_for_its_turn_says_so(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == [waits]
 
 
-@pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.slow
-def test_a_users_function_may_wait_for_a_call_of_another_thread(shares):
+def test_a_users_function_may_wait_for_a_call_of_another_thread():
     model, found = toy_model(), []
     model(toy_images(4)).sum().backward()
     before = [parameter.grad.clone() for parameter in model.parameters()]
@@ -320,7 +228,7 @@ def test_a_users_function_may_wait_for_a_call_of_another_thread(shares):
 
     def evaluate(net: nn.Module) -> float:
         def look() -> None:
-            found.append(nni_topo.dependency_groups(model if shares else net, toy_images(4), request))
+            found.append(nni_topo.dependency_groups(model, toy_images(4), request))
 
         thread = threading.Thread(target=look)
         thread.start()
@@ -347,51 +255,6 @@ def test_jobs_of_a_study_may_be_threads():
     assert [curve.accuracy for curve in found.curves] == [curve.accuracy for curve in alone.curves]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_process_has_a_turn_of_its_own():
-    begun, over = threading.Event(), threading.Event()
-
-    def call() -> None:
-        with one_call():
-            begun.set()
-            over.wait()
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    begun.wait()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)  # ends it if it waits
-        with one_call():
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    over.set()
-    thread.join()
-    assert status == 0
-
-
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_an_interrupt_while_a_model_is_written_down_loses_no_gradient(place):
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    model(torch.randn(5, 3)).sum().backward()
-    before = {name: (each.grad, each.grad.clone()) for name, each in model.named_parameters()}
-
-    class Interrupted(type(model[place])):
-        def parameters(self, recurse=True):
-            raise KeyboardInterrupt
-
-    model[place].__class__ = Interrupted
-    with pytest.raises(KeyboardInterrupt), state_kept(model):
-        pytest.fail("the block doesn't begin")
-    model[place].__class__ = Interrupted.__base__
-    for name, each in model.named_parameters():
-        assert each.grad is before[name][0]
-        assert torch.equal(each.grad, before[name][1])
-    with left_alone(nn.Linear(2, 2)):  # the next call has its turn
-        pass
-
-
 class Emptying(nn.Module):
     """Takes the last entry out of a table, or puts a first one in."""
 
@@ -409,11 +272,9 @@ class Emptying(nn.Module):
     "change",
     [
         lambda model: delattr(model, "only"),
-        lambda model: delattr(model, "layer"),
         lambda model: model.register_parameter("first", nn.Parameter(torch.ones(1))),
-        lambda model: model._forward_hooks.update({1: print}),
     ],
-    ids=["buffer", "module", "parameter", "hook"],
+    ids=["buffer", "parameter"],
 )
 def test_tables_that_become_empty_or_were_so_are_put_back(change):
     model = Emptying(change)

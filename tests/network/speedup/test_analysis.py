@@ -1,6 +1,5 @@
 """An Analysis: what is found about a model is found once, and handed on only where it holds."""
 
-import copy
 import gc
 import logging
 import pickle
@@ -14,7 +13,7 @@ from nni_topo import Budget, RandomPruner, ReconstructionPruner, dependency_grou
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import count_params
 from nni_topo.network.graph import tracing
-from nni_topo.network.speedup.analysis import Analysis, Facts
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.testing.toys import toy_images, toy_model
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -72,7 +71,7 @@ def test_groups_that_are_passed_on_save_the_trace(traces):
     assert torch.equal(given(images), to_dense(model, images, masks)(images))
     found = len(traces)
     assert found > done
-    to_dense(model, images, masks, groups=copy.deepcopy(groups))  # a copy of groups knows nothing
+    to_dense(model, images, masks, groups=pickle.loads(pickle.dumps(groups)))  # of another process: these know nothing
     to_dense(model, toy_images(2)[..., :6], masks, groups=groups)  # nor do they of other sizes
     assert len(traces) == 3 * found - 2 * done
     with pytest.raises(ConfigError, match=r"groups must be those .* for this model, got .* stem.weight.* \(groups\)"):
@@ -224,53 +223,6 @@ def test_a_model_that_notes_something_at_its_first_run_is_followed_part_by_part(
     assert to_dense(model, IMAGES, masks).head[0].out_features == 3  # of 5
 
 
-def test_other_weights_change_no_facts_and_the_graph_takes_the_new_ones(traces):
-    model = two_layers()
-    analysis = Analysis.on(model, IMAGES)
-    flow, other = analysis.flow, copy.deepcopy(model)
-    with torch.no_grad():
-        other[0].weight.mul_(3.0)
-    assert analysis.of(other).flow is flow
-    graph, args = analysis.of(other).graph(other)
-    torch.testing.assert_close(graph(*args), other(IMAGES))
-    assert traces == ["Sequential"]
-
-
-def test_what_the_forward_makes_itself_is_in_the_graph():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Conv2d(3, 4, 1)
-            self.shift = torch.ones(4, 1, 1)
-            self.factor = [torch.ones(8, 8)]
-
-        def forward(self, x):
-            scale = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1)
-            return self.layer(x) * scale * self.factor[0] + self.shift
-
-    model = Net().eval()
-    analysis = Analysis.on(model, IMAGES)
-    assert analysis.flow.layers
-    model.shift = torch.full((4, 1, 1), 5.0)
-    graph, args = analysis.graph(model)
-    torch.testing.assert_close(graph(*args), model(IMAGES))
-    assert "_tensor_constant0" not in vars(model)
-
-
-class Deciding(nn.Module):
-    """Reads a value to decide, if asked to."""
-
-    def __init__(self, *, reads):
-        super().__init__()
-        self.first, self.other, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
-        self.reads = reads
-
-    def forward(self, x):
-        if self.reads and x.sum() > 0:
-            return self.last(self.other(x).relu())
-        return self.last(self.first(x).relu())
-
-
 class Telling(nn.Module):
     """Reads a value to say something, as Transformers' models do of padding without a mask."""
 
@@ -284,37 +236,21 @@ class Telling(nn.Module):
         return self.last(self.first(x).relu())
 
 
-@pytest.mark.parametrize("pruner", ["reconstruction", "l1"])
-@pytest.mark.parametrize("make", [toy_model, Telling])
+@pytest.mark.parametrize(("make", "pruner"), [(toy_model, "reconstruction"), (Telling, "l1")])
 def test_shrink_traces_a_network_three_times_at_most(make, pruner, traces):
     images = toy_images(32) if make is toy_model else torch.rand(32, 4)
     shrink(make().eval(), [images], {"flops": 0.5}, pruner=pruner, distill=False)
     assert 1 <= len(traces) <= 3
 
 
-@pytest.mark.parametrize("reads", [False, True])
-def test_facts_hold_for_other_values_unless_values_decide(reads):
-    model, rows = Deciding(reads=reads).eval(), torch.ones(2, 4)
-    facts = Analysis.on(model, rows).facts
-    assert set(Analysis.on(model, rows, facts).flow.layers) == {"other" if reads else "first", "last"}
-    assert (Analysis.on(model, rows.clone(), facts).facts is facts) is True
-    assert (Analysis.on(model, -rows, facts).facts is facts) is not reads
-    assert set(Analysis.on(model, -rows, facts).flow.layers) == {"first", "last"}
-
-
 @pytest.mark.parametrize(
     ("given", "other", "is_known"),
     [
-        ((IMAGES,), (IMAGES + 1.0,), True),
-        ((IMAGES,), (IMAGES[:1],), False),
         ((IMAGES,), (IMAGES.double(),), False),
         ((IMAGES, True), (IMAGES, True), True),
         ((IMAGES, True), (IMAGES, False), False),
-        ((IMAGES, 1), (IMAGES, True), False),
-        (({"a": IMAGES},), ({"a": IMAGES},), True),
         (({"a": IMAGES},), ({"b": IMAGES},), False),
         (([IMAGES, IMAGES],), ([IMAGES],), False),
-        ((IMAGES, torch.add), (IMAGES, torch.add), True),
         ((IMAGES, object()), (IMAGES, object()), False),
     ],
 )
@@ -322,14 +258,6 @@ def test_facts_fit_calls_of_the_same_shapes_and_settings(given, other, is_known)
     model = two_layers()
     facts = Analysis(model, (given, {})).facts
     assert (Analysis(model, (other, {}), facts).facts is facts) is is_known
-
-
-def test_a_copy_of_facts_and_another_process_trace_anew():
-    analysis = Analysis.on(two_layers(), IMAGES)
-    assert analysis.flow.layers
-    for again in (copy.deepcopy(analysis.facts), pickle.loads(pickle.dumps(analysis.facts))):
-        assert isinstance(again, Facts)
-        assert again.trace is None
 
 
 def test_facts_hold_no_model():
@@ -343,32 +271,3 @@ def test_facts_hold_no_model():
     del model, analysis
     gc.collect()
     assert held() is None
-
-
-def test_a_graph_runs_on_any_call():
-    model, rows, others = Deciding(reads=False).eval(), torch.randn(2, 4), torch.randn(2, 4)
-    analysis = Analysis.on(model, rows)
-    graph_module, args = analysis.graph(model)
-    assert [node.target for node in graph_module.graph.nodes if node.op == "call_module"] == ["first", "last"]
-    assert torch.equal(args[0], rows)
-    graph_module, args = analysis.graph(model, ((others,), {}))
-    assert torch.equal(args[0], others)
-    torch.testing.assert_close(graph_module(*args), model(others))
-
-
-class Pyramid(nn.Module):
-    """A convolution that is called on images of two sizes, and a transposed one."""
-
-    def __init__(self):
-        super().__init__()
-        self.down = nn.Conv2d(3, 3, 3, stride=2, padding=1)
-        self.up, self.head = nn.ConvTranspose2d(3, 4, 2, stride=2), nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.up(self.down(self.down(x))).mean((2, 3)))
-
-
-def test_convolutions_have_the_planes_of_their_first_call():
-    assert Analysis.on(Pyramid().eval(), torch.rand(2, 3, 12, 8)).planes == {
-        "down": ((12, 8), (6, 4)), "up": ((3, 2), (6, 4)),
-    }  # fmt: skip

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import copy
 import types
-from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 from nni.compression.speedup.replacer import Replacer
@@ -27,8 +25,6 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.replace import _set_weight_size, kept_outputs
 from nni_topo.speedup import masked_model, to_dense
 from nni_topo.zoo import create_model
 
@@ -77,20 +73,12 @@ def test_dense_equals_masked(net):
 
 # lenet5 keeps its linear layers, of which only the first reads fewer inputs: 36.0 k of 62.0 k parameters stay
 @pytest.mark.quick_every(9)
-@pytest.mark.parametrize(("name", "size", "share"), [("resnet20", 32, 0.5), ("resnet56", 32, 0.5), ("lenet5", 32, 0.6)])
+@pytest.mark.parametrize(("name", "size", "share"), [("resnet20", 32, 0.5), ("lenet5", 32, 0.6)])
 def test_small_zoo_models(name, size, share):
     model = lively(create_model(name, num_classes=10, in_channels=3, image_size=size, seed=0))
     masks, dense = prune_half(model, images(3, size))
     same_output(dense, masked_model(model, images(3, size), masks), images(3, size, batch=3))
     assert parameters(dense) < share * parameters(model)
-
-
-@pytest.mark.slow
-def test_vgg16_at_one_half_has_a_quarter_of_the_parameters():
-    model = lively(create_model("vgg16", num_classes=10, in_channels=3, image_size=32, seed=0))
-    masks, dense = prune_half(model, images(3, 32))
-    assert 0.24 < parameters(dense) / parameters(model) < 0.26
-    same_output(dense, masked_model(model, images(3, 32), masks), images(3, 32, batch=3))
 
 
 @pytest.mark.parametrize(
@@ -208,22 +196,6 @@ def test_arguments_by_name_options_left_out_and_one_output_a_sample():
     assert (dense.first.out_features, dense.second.in_features) == (5, 5)
     shifted = to_dense(model, {"x": inputs, "shift": torch.ones(3, 1)}, masks)
     assert torch.allclose(shifted(inputs)["y"], dense(inputs)["y"])
-
-
-def test_a_model_that_branches_on_values_is_traced_by_running():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
-
-        def forward(self, x):
-            x = torch.relu(self.first(x))
-            return self.second(x) if x.sum() > -1 else x
-
-    model = Branching()
-    dense = to_dense(model, torch.rand(2, 4), {"first": filter_mask(model.first, [1, 2])})
-    assert dense.second.weight.shape == (3, 6)
 
 
 def test_input_channels_that_nothing_reads_stay_inputs():
@@ -377,29 +349,6 @@ def test_a_scale_that_comes_before_what_it_scales_is_no_other_order():
     torch.testing.assert_close(dense.double()(x.double()), model.double()(x.double()), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("make", "dim", "sizes"),
-    [
-        (lambda: nn.Embedding(9, 8), 1, {"embedding_dim": 5}),
-        (lambda: nn.Embedding(9, 8), 0, {}),
-        (lambda: nn.Linear(8, 9), 0, {"out_features": 5}),
-        (lambda: nn.Linear(8, 9), 1, {"in_features": 5}),
-        (lambda: nn.Conv2d(8, 9, 3), 0, {"out_channels": 5}),
-        (lambda: nn.Conv2d(8, 9, 3), 1, {}),
-        (lambda: nn.Conv1d(8, 8, 3, groups=8), 0, {"out_channels": 5, "in_channels": 5, "groups": 5}),
-        (lambda: nn.LayerNorm(8), 0, {}),
-        (lambda: nn.ConvTranspose2d(8, 9, 3), 0, {}),
-    ],
-)
-def test_a_module_whose_weight_was_cut_says_its_size(make, dim, sizes):
-    module = make()
-    _set_weight_size(module, dim, 5)
-    before, after = vars(make()), vars(module)
-    numbers = {key: each for key, each in after.items() if isinstance(each, (int, tuple))}
-    assert numbers == {key: sizes.get(key, before.get(key)) for key in numbers}
-    assert sizes.items() <= numbers.items()
-
-
 class Reading(nn.Module):
     """Computes with the weights of layers that it never calls."""
 
@@ -430,41 +379,6 @@ def test_layers_whose_weights_the_forward_reads_are_as_wide_as_these():
     x = (model.first(rows).relu() + model.table.weight[:1])[:, kept]
     x = x * (model.scale.weight.flatten() * model.weight)[kept]
     torch.testing.assert_close(dense(rows), model.last((x @ model.narrow.weight[:, kept].T).relu()))
-
-
-class Doubling(nn.Conv2d):
-    def forward(self, images):
-        return super().forward(images) * 2
-
-
-class Outputs(nn.Module):
-    """Outputs of one tensor, of two, and with operations after a convolution."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.pool, self.flat = nn.Conv2d(3, 4, 1), nn.AvgPool2d(2), nn.Flatten()
-        self.doubled, self.units = Doubling(4, 4, 1), nn.GRU(4, 3, batch_first=True)
-        self.last, self.unused = nn.Linear(16 + 3, 2), nn.Linear(2, 2)
-
-    def forward(self, x):
-        x = self.first(x)
-        states = self.units(self.doubled(x).flatten(2).transpose(1, 2))[0]
-        return self.last(torch.cat([self.flat(self.pool(x)), states.mean(1)], 1))
-
-
-def test_the_kept_places_of_outputs_are_those_of_channels_in_each_dimension():
-    model = Outputs().eval()
-    flow = Analysis.on(model, images(size=4)).flow
-    is_kept = np.ones(flow.size, dtype=bool)
-    is_kept[flow.group_ids_of("first")[[0, 2]]] = False
-    found = {name: [each.tolist() for each in places] for name, places in kept_outputs(flow, is_kept).items()}
-    assert found == {
-        "first": [[0, 1], [1, 3], [0, 1, 2, 3], [0, 1, 2, 3]],
-        "pool": [[0, 1], [1, 3], [0, 1], [0, 1]],
-        "flat": [[0, 1], [4, 5, 6, 7, 12, 13, 14, 15]],
-        "last": [[0, 1], [0, 1]],
-    }
 
 
 class Shuffled(nn.Module):
@@ -526,34 +440,6 @@ def test_what_no_run_has_read_is_told_if_it_has_the_width_of_a_layer_that_lost_c
     dense = to_dense(model, (rows, labels), masks)
     assert dense.report.notes == ()
     assert (dense.table.shape, dense.other.shape) == ((5, 6), (5, 7))
-
-
-class Noting(nn.Module):
-    """Notes in which mode it runs, and raises an error in training mode."""
-
-    modes: ClassVar[list[bool]] = []
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
-
-    def forward(self, x):
-        self.modes.append(self.training)
-        x = self.first(x).relu()
-        return self.last(x.reshape(-1, 8) if self.training else x)
-
-
-def test_a_dense_model_is_compared_and_runs_in_training_unless_nothing_is_checked():
-    model, rows = Noting().eval(), torch.randn(3, 4)
-    masks = {"first": filter_mask(model.first, [1, 6])}
-    Noting.modes.clear()
-    unchecked = to_dense(model, rows, masks, check=False).report
-    assert (unchecked.checked, unchecked.notes, any(Noting.modes)) == ("", (), False)
-    checked = to_dense(model, rows, masks).report
-    assert checked.checked.startswith("random inputs of shape (4,)")
-    (note,) = checked.notes
-    assert "in training mode it raises RuntimeError" in note
-    assert any(Noting.modes)
 
 
 class Looking(Replacer):
@@ -670,10 +556,6 @@ class Answering(nn.Module):
         return self.kind(logits=self.head(x), states=[self.states(x)])
 
 
-class Entries(dict):
-    pass
-
-
 class Mixed(dict):
     """An entry, and an attribute beside it."""
 
@@ -692,11 +574,11 @@ class InSlots:
 @pytest.mark.parametrize(
     "kind",
     [
-        Answer, types.SimpleNamespace, lambda **found: [types.SimpleNamespace(**found)], Entries, Mixed, InSlots,
-        lambda logits, states: {"logits": logits, "more": Entries(states=states)},
+        Answer,
+        Mixed,
         lambda logits, states: (logits, InSlots(None, states)),
     ],
-)  # fmt: skip
+)
 @pytest.mark.quick_every(3)
 def test_layers_whose_outputs_an_object_holds_keep_their_channels(kind):
     model, rows = Answering(kind).eval(), torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -724,10 +606,8 @@ class AsNumbers(nn.Module):
     ("made", "is_kept"),
     [
         (lambda x: x.detach().numpy(), True),
-        (lambda x: np.asarray(x.detach()), True),
         (lambda x: x.tolist(), True),
         (lambda x: x.sum(1).tolist(), False),
-        (lambda x: x.sum().item(), False),
     ],
 )
 def test_layers_whose_channels_leave_as_a_list_or_an_array_keep_them(made, is_kept):
@@ -748,16 +628,8 @@ def _raises(self, x):
         raise ValueError("16 features")
 
 
-def _compares_all(self, x):
-    assert x.shape == (len(x), 16)
-
-
 def _asks_the_layer(self, x):
     assert x.shape[1] == self.body.out_features
-
-
-def _asks_an_attribute(self, x):
-    assert x.shape[1] == self.width
 
 
 def _asks_for_another(self, x):
@@ -770,7 +642,7 @@ class Checking(nn.Module):
 
     def __init__(self, check):
         super().__init__()
-        self.body, self.more, self.head, self.width = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 5), 16
+        self.body, self.more, self.head = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 5)
         self.check = types.MethodType(check, self)
 
     def forward(self, x):
@@ -779,7 +651,7 @@ class Checking(nn.Module):
         return self.head(self.more(x).relu())
 
 
-@pytest.mark.parametrize("check", [_asserts, _raises, _compares_all])
+@pytest.mark.parametrize("check", [_asserts, _raises])
 @pytest.mark.quick_every(2)
 def test_a_layer_whose_width_the_forward_compares_with_a_number_keeps_it(check):
     model, rows = Checking(check).eval(), torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -789,7 +661,7 @@ def test_a_layer_whose_width_the_forward_compares_with_a_number_keeps_it(check):
     assert (small.body.out_features, small.more.out_features < 12) == (16, True)
 
 
-@pytest.mark.parametrize("check", [_asks_the_layer, _asks_an_attribute, _asks_for_another])
+@pytest.mark.parametrize("check", [_asks_the_layer, _asks_for_another])
 def test_a_layer_whose_width_the_forward_compares_with_its_own_loses_channels(check):
     model, rows = Checking(check).eval(), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])

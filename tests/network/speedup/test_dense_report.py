@@ -14,16 +14,7 @@ from speedup_nets import Chunked, Grouped, Residual, chain, filter_mask, l1_mask
 from torch import nn
 
 import nni_topo
-from nni_topo.network.speedup.dense import (
-    DenseReport,
-    LayerChannels,
-    _kind_and_block,
-    _notes_on_widths,
-    _ranges,
-    dense_report,
-    sizes_in_markdown,
-)
-from nni_topo.network.speedup.equivalence import TrainingRun
+from nni_topo.network.speedup.dense import DenseReport, LayerChannels
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -134,13 +125,6 @@ def encoder_layer(**knobs):
     return nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0, **knobs)
 
 
-class Subclass(nn.TransformerEncoderLayer):
-    """A layer with a forward of its own, which goes through the fast path."""
-
-    def forward(self, src):
-        return super().forward(src)
-
-
 class Classifier(nn.Module):
     def __init__(self, body):
         super().__init__()
@@ -164,14 +148,12 @@ class Translator(nn.Module):
         return self.head(self.body(src, tgt, tgt_mask=torch.ones(6, 6).tril().log()))
 
 
-PARTS = ("decoder.layers.0", "decoder.layers.1", "encoder.layers.0")
 SEQUENCES = torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
 BODIES = {
     "layer": encoder_layer,
     "norm first": lambda: encoder_layer(norm_first=True, activation="gelu"),
     "module activation": lambda: encoder_layer(activation=nn.GELU()),
     "encoder": lambda: nn.TransformerEncoder(encoder_layer(), 2, norm=nn.LayerNorm(8)),
-    "encoder norm first": lambda: nn.TransformerEncoder(encoder_layer(norm_first=True), 2, enable_nested_tensor=False),
 }
 
 
@@ -181,12 +163,10 @@ def same_output(dense, reference, *inputs):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("name", BODIES)
-@pytest.mark.quick_every(3)
-def test_the_inner_layer_of_a_transformer_shrinks(name, alone, caplog):
-    model = BODIES[name]().eval() if alone else Classifier(BODIES[name]()).eval()
-    inputs = torch.rand(2, 6, 8, generator=torch.Generator().manual_seed(0)) if alone else SEQUENCES
+@pytest.mark.quick_every(2)
+def test_the_inner_layer_of_a_transformer_shrinks(name, caplog):
+    model, inputs = Classifier(BODIES[name]()).eval(), SEQUENCES
     config = {"op_names_re": [".*linear1"], "op_types": ["Linear"], "sparse_ratio": 0.5}
     masks = l1_masks(model, dependency_groups(model, inputs, [config]))
     dense, messages = warned(caplog, model, inputs, masks)
@@ -271,47 +251,12 @@ def test_layers_within_a_module_that_is_called_as_a_whole_say_so(caplog):
     assert "body.self_attn.out_proj 2 of 8" in messages[0]
 
 
-def test_a_subclass_with_its_own_forward_shrinks_or_says_that_it_stays(caplog):
-    torch.manual_seed(0)
-    model = Classifier(Subclass(8, 2, 12, batch_first=True, dropout=0.0)).eval()
-    masks = {"body.linear1": filter_mask(model.body.linear1, range(6))}
-    dense, messages = warned(caplog, model, SEQUENCES, masks)
-    if dense.body.linear1.out_features == 12:
-        assert dense.report.kept[0].name == "body.linear1"
-        assert "body.linear1 6 of 12" in messages[0]
-    same_output(dense, masked_model(model, SEQUENCES, masks), SEQUENCES)
-
-
 def test_a_layer_that_is_never_called_says_so(caplog):
     model = Classifier(encoder_layer()).eval()
     model.never = nn.Linear(3, 4)
     dense, messages = warned(caplog, model, SEQUENCES, {"never": filter_mask(model.never, [0])})
     assert dense.report.kept[0].name == "never"
     assert "never 1 of 4" in messages[0]
-
-
-@pytest.mark.parametrize(
-    ("numbers", "text"),
-    [([3], "3"), ([0, 1], "0-1"), ([0, 1, 2, 3, 4, 6], "0-4, 6"), ([0, 2, 3, 7, 8, 9], "0, 2-3, 7-9"), ([], "")],
-)
-def test_blocks_are_numbered_in_ranges(numbers, text):
-    assert _ranges(numbers) == text
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "block"),
-    [
-        ("layers.3.fc", "layers.*.fc", 3),
-        ("encoder.layers.12.mlp.fc1", "encoder.layers.*.mlp.fc1", 12),
-        ("0.fc", "*.fc", 0),
-        ("layers.1.parts.2.fc", "layers.*.parts.2.fc", 1),
-        ("parts.2", "parts.2", None),  # a layer's own number is no block's
-        ("fc", "fc", None),
-        ("layer4.conv", "layer4.conv", None),
-    ],
-)
-def test_layers_of_blocks_are_known_by_the_blocks_number(name, kind, block):
-    assert _kind_and_block(name) == (kind, block)
 
 
 def test_layers_of_several_blocks_share_a_row_of_the_table_of_widths():
@@ -325,26 +270,6 @@ def test_layers_of_several_blocks_share_a_row_of_the_table_of_widths():
     assert "Channels of each layer. One other layer keeps all its channels." in told
 
 
-def test_notes_tell_of_widths_that_stayed_only_where_layers_lost_them():
-    before = torch.zeros(2, 8)
-    kept = {"a": (before, torch.zeros(2, 5)), "b": (before, before), "c": (torch.zeros(2, 6), torch.zeros(2, 5))}
-    assert list(_notes_on_widths(TrainingRun(), {8}, [])) == []
-    assert list(_notes_on_widths(TrainingRun(kept={name: kept[name] for name in "bc"}), {8}, [])) == []
-    failed, left, unread = _notes_on_widths(TrainingRun("ValueError: no", kept), {8}, ["d", "e"])
-    assert failed.startswith(
-        "the dense model can't be trained further as it is: in training mode it raises ValueError: no"
-    )
-    assert "in these attributes, which are as wide as before: a. " in left
-    assert unread.startswith(
-        "no run of the model has read these, so they keep the width of layers that lost channels: d, e"
-    )
-
-
-def test_sizes_are_told_with_the_share_that_is_left():
-    lines = sizes_in_markdown({"parameters": (12345, 1234), "more": (0, 0)}).splitlines()
-    assert lines[-2:] == ["| parameters | 12,345 | 1,234 | 10.0 % |", "| more | 0 | 0 |  |"]
-
-
 def test_the_table_of_widths_joins_blocks_where_it_would_be_long():
     def told(count):
         pruned = [LayerChannels(f"blocks.{at}.fc", 64, 4, at + 1) for at in range(count)]
@@ -355,53 +280,23 @@ def test_the_table_of_widths_joins_blocks_where_it_would_be_long():
     assert told(25) == ["| `blocks.*.fc` | 0-24 | 64 | 1 to 25 |"]
 
 
-def test_a_report_has_rows_of_layers_and_of_masked_norms():
-    model, dense = chain(), chain()
-    dense[0], dense[1], dense[3] = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 6, 3)
-    masks = {"0": filter_mask(model[0], [0, 1, 2, 3]), "1": {"weight": torch.tensor([0.0] * 4 + [1.0] * 4)}}
-    report = dense_report(model, dense, masks, {}, {"width": 8})
-    assert [(row.name, row.before, row.asked, row.after, row.kept) for row in report.rows] == [
-        ("0", 8, 4, 5, 1), ("1", 8, 4, 5, 1), ("3", 6, 6, 6, 0), ("8", 4, 4, 4, 0),
-    ]  # fmt: skip
-    assert report.pruned_layers == ("0", "1")
-    assert [row.name for row in report.kept] == ["0", "1"]
-    assert (report.params_before, report.params, report.parameters_left) == (
-        parameters(model),
-        *[parameters(dense)] * 2,
-    )
-    lines = repr(report).splitlines()
-    assert lines[0] == "layer  channels  asked  after  kept although masked"
-    assert lines[1].startswith("0             8      4      5  1: ")
-    assert lines[-1] == "as before: width 8"
-    assert not report.rows[2].reason
-
-
-TABLE = """## Widths
-
-| layer | blocks | before | after |
-|---|---|---:|---:|
-| `a` |  | 8 | 2 |"""
-
-
-@pytest.mark.parametrize(
-    ("others", "sentence"),
-    [
-        (0, "Channels of each layer."),
-        (1, "Channels of each layer. One other layer keeps all its channels."),
-        (2, "Channels of each layer. 2 other layers keep all their channels."),
-    ],
-)
-def test_markdown_tells_sizes_widths_notes_and_the_comparison(others, sentence):
-    rows = (LayerChannels("a", 8, 2, 2), *[LayerChannels(f"b{at}", 4, 4, 4) for at in range(others)])
-    assert DenseReport(rows).to_markdown() == f"{TABLE}\n\n{sentence}"
-    for params in ({"params": 5}, {"params_before": 5}):
-        assert DenseReport(rows, **params).to_markdown() == f"{TABLE}\n\n{sentence}"
+def test_markdown_tells_sizes_widths_notes_and_the_comparison():
+    rows = (LayerChannels("a", 8, 2, 2), LayerChannels("b", 4, 4, 4), LayerChannels("c", 4, 4, 4))
     whole = DenseReport(rows, "random inputs", params_before=50, params=5, notes=("one", "two")).to_markdown()
-    assert whole.startswith("## Size\n\n|")
-    assert whole.endswith(
-        f"| parameters | 50 | 5 | 10.0 % |\n\n{TABLE}\n\n{sentence}\n\n- One.\n- Two.\n\n"
-        "On random inputs it computes what the unpruned network computes with masks."
-    )
+    assert [line for line in whole.splitlines() if line] == [
+        "## Size",
+        "|  | before | after | kept |",
+        "|---|---:|---:|---:|",
+        "| parameters | 50 | 5 | 10.0 % |",
+        "## Widths",
+        "| layer | blocks | before | after |",
+        "|---|---|---:|---:|",
+        "| `a` |  | 8 | 2 |",
+        "Channels of each layer. 2 other layers keep all their channels.",
+        "- One.",
+        "- Two.",
+        "On random inputs it computes what the unpruned network computes with masks.",
+    ]
     assert DenseReport(rows[1:]).to_markdown() == "## Widths\n\nAll its layers have all their channels."
 
 

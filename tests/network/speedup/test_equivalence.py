@@ -12,17 +12,7 @@ from torch import nn
 
 from nni_topo import create_pruner, dependency_groups, to_dense
 from nni_topo.errors import SpeedupError
-from nni_topo.network.speedup.equivalence import (
-    TrainingRun,
-    _agreed,
-    _compare,
-    _first_difference,
-    _in_range,
-    _told,
-    _worst,
-    check_equal,
-    run_in_training,
-)
+from nni_topo.network.speedup.equivalence import _agreed, check_equal
 from nni_topo.speedup import masked_model
 
 NAN, INF = float("nan"), float("inf")
@@ -43,7 +33,7 @@ def check(expected, actual, rtol=1e-4):
     check_equal(Constant(expected), Constant(actual), ((torch.zeros(1, 2),), {}), {}, rtol)
 
 
-@pytest.mark.parametrize("values", [[1.0, -2.0], [NAN, 1.0], [INF, -INF, 1.0], [NAN, NAN], [INF], [0.0, 0.0], []])
+@pytest.mark.parametrize("values", [[1.0, -2.0], [NAN, 1.0], [INF, -INF, 1.0], [0.0, 0.0], []])
 def test_equal_outputs_pass_at_no_tolerance_at_all(values):
     check(values, list(values), rtol=0.0)
 
@@ -53,12 +43,9 @@ def test_equal_outputs_pass_at_no_tolerance_at_all(values):
     [
         ([1.0, 2.0], [NAN, 2.0]),
         ([NAN, 2.0], [1.0, 2.0]),
-        ([1.0, 2.0], [INF, 2.0]),
         ([INF, 2.0], [1.0, 2.0]),
         ([INF, 2.0], [-INF, 2.0]),
-        ([INF, 2.0], [NAN, 2.0]),
         ([0.0, 0.0], [NAN, 0.0]),
-        ([NAN, NAN], [0.0, NAN]),
     ],
 )
 def test_nan_or_infinity_against_anything_else_is_refused_at_any_tolerance(expected, actual):
@@ -66,8 +53,7 @@ def test_nan_or_infinity_against_anything_else_is_refused_at_any_tolerance(expec
         check(expected, actual, rtol=1e6)
 
 
-@pytest.mark.parametrize("largest", [1.0, 1000.0, -1000.0, 1e-6])
-@pytest.mark.parametrize("rtol", [1e-2, 1e-6])
+@pytest.mark.parametrize(("largest", "rtol"), [(-1000.0, 1e-2), (1e-6, 1e-6)])
 def test_the_tolerance_is_a_share_of_the_largest_output(largest, rtol):
     size = abs(largest)
     check([largest, 0.0], [largest, 0.9 * rtol * size], rtol)
@@ -91,6 +77,11 @@ def test_where_everything_is_zero_the_difference_is_absolute():
         check([0.0], [1e-3], rtol=1e-4)
 
 
+def test_outputs_of_another_shape_are_refused():
+    with pytest.raises(SpeedupError, match=r"must not change: .* got \[\(3,\)\] instead of \[\(2,\)\]"):
+        check([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
 def test_one_output_of_several_is_enough():
     class Two(nn.Module):
         def __init__(self, second):
@@ -104,19 +95,6 @@ def test_one_output_of_several_is_enough():
     check_equal(Two(3.0), Two(3.0), call, {}, 0.0)
     with pytest.raises(SpeedupError, match=r"got a difference of 0.333 \(from second on"):
         check_equal(Two(3.0), Two(4.0), call, {"first": [torch.arange(1)], "second": [torch.arange(1)]}, 0.01)
-
-
-def test_models_are_compared_in_double_precision():
-    seen = []
-
-    class Noting(nn.Linear):
-        def forward(self, x):
-            seen.append(x.dtype)
-            return super().forward(x)
-
-    model = Noting(3, 2)
-    check_equal(model, model, ((torch.ones(2, 3),), {}), {}, 1e-12)
-    assert seen == [torch.float64, torch.float64]
 
 
 class Means(nn.Module):
@@ -138,18 +116,6 @@ def test_large_images_are_compared_by_a_corner_and_whole_where_a_model_takes_no_
     check_equal(Means(side), Means(side), call, {}, 0.0)
     with pytest.raises(SpeedupError, match=r"got a difference of 0\.01 "):
         check_equal(Means(side), Means(side, 1.01), call, {}, 1e-4)
-
-
-def test_networks_are_compared_at_the_examples_own_size():
-    sizes = []
-
-    class Seen(Means):
-        def forward(self, x):
-            sizes.append(tuple(x.shape))
-            return super().forward(x)
-
-    check_equal(Seen(), Seen(), ((torch.zeros(3, 2, 200, 200),), {}), {}, 0.0)
-    assert sizes == [(5, 2, 200, 200)] * 2  # a sample of each scale and shift
 
 
 class Noting(nn.Linear):
@@ -174,69 +140,6 @@ def test_single_precision_is_enough_where_what_it_shows_is_far_below_the_toleran
     check_equal(Noting(), Noting(off), ((torch.ones(2, 3),), {}), {}, 1e-4)
     assert Noting.seen[:2] == [torch.float32] * 2
     assert Noting.seen[-2:] == [last] * 2
-
-
-class Words(nn.Embedding):
-    """Notes the precision it computes in, on inputs that have no scales."""
-
-    seen: ClassVar[list[torch.dtype]] = []
-
-    def __init__(self, off=0.0):
-        super().__init__(4, 3)
-        self.off = off
-        nn.init.ones_(self.weight)
-
-    def forward(self, ids):
-        self.seen.append(self.weight.dtype)
-        return super().forward(ids) * (1 + self.off * (self.weight.dtype == torch.float32))
-
-
-@pytest.mark.parametrize(
-    ("off", "rtol", "precisions"),
-    [
-        (0.0, 1e-4, [torch.float32]),
-        (0.0, 1e-6, [torch.float64]),
-        (5e-5, 1e-4, [torch.float32, torch.float32, torch.float64]),  # small inputs, all, and small ones once more
-    ],
-)
-def test_whole_numbers_are_compared_in_single_precision_first_where_the_tolerance_allows(off, rtol, precisions):
-    Words.seen.clear()
-    check_equal(Words(), Words(off), ((torch.zeros(2, 5, dtype=torch.int64),), {}), {}, rtol)
-    assert Words.seen == [each for each in precisions for _ in range(2)]
-
-
-@pytest.mark.parametrize(
-    ("expected", "actual", "place"),
-    [
-        ({"a": [4, 2]}, {"a": [4, 2]}, (None, "after the last layer")),
-        ({"a": [4, 3]}, {"a": [4, 2]}, (None, "after the last layer")),  # of which two are kept
-        ({"a": [4, 3, 6]}, {"a": [4, 2, 6]}, (None, "after the last layer")),  # at more places than the example has
-        (
-            {"a": [4, 2, 5], "b": [4, 2]},
-            {"a": [4, 2, 5]},
-            ("b", "from b on, whose output has another shape than expected"),
-        ),
-        ({"a": [4, 2, 5]}, {"a": [4, 2, 4]}, ("a", "from a on, whose output has another shape than expected")),
-    ],
-)
-def test_the_first_module_whose_output_differs_is_named(expected, actual, place):
-    kept = {name: [torch.arange(1), torch.tensor([0, 1]), torch.arange(5)] for name in "ab"}
-    outputs = [{name: torch.ones(shape) for name, shape in each.items()} for each in (expected, actual)]
-    kept = {name: each[: outputs[0].get(name, torch.ones(1, 1)).dim()] for name, each in kept.items()}
-    assert _first_difference(*outputs, kept, 1e-3) == place
-    if place[0] is None:
-        outputs[1]["a"] = outputs[1]["a"] * 1.01
-        assert _first_difference(*outputs, kept, 1e-3) == ("a", "from a on")
-        assert _first_difference(*outputs, kept, 0.1) == place
-
-
-def test_a_difference_of_just_the_tolerance_is_none():
-    outputs = [{"a": torch.tensor([[2.0, value]])} for value in (0.0, 0.5)]
-    kept = {"a": [torch.arange(1), torch.arange(2)]}
-    assert _first_difference(*outputs, kept, 0.25) == (None, "after the last layer")
-    assert _first_difference(*outputs, kept, 0.24) == ("a", "from a on")
-    assert _worst([], []) == 0.0
-    assert _worst([torch.ones(2), outputs[0]["a"]], [torch.ones(2), outputs[1]["a"]]) == 0.25
 
 
 def test_half_precision_is_never_enough():
@@ -402,18 +305,6 @@ def test_squares_of_squares_are_neither_infinite_nor_zero(factor):
     assert rows["norm.bias"] == rows["norm.weight"] == [1, 6]
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [([0.0, 0.0], [0.0, 0.0]), ([1e30, -5e29], [1.0, -0.5]), ([1e-30, 0.0], [1.0, 0.0]), ([2.0, 3.0], [2.0, 3.0])],
-)
-def test_values_that_have_grown_or_shrunk_much_are_scaled_and_zeros_are_not(values, expected):
-    assert _in_range(None, torch.tensor(values)).tolist() == pytest.approx(expected)
-
-
-def test_what_is_not_finite_stays_so():
-    assert _in_range(None, torch.tensor([torch.inf, 1.0])).tolist() == [torch.inf, 1.0]
-
-
 class Refusing(nn.Module):
     """Raises an error."""
 
@@ -425,16 +316,11 @@ class Refusing(nn.Module):
         raise self.error
 
 
-@pytest.mark.parametrize(("blocks", "double"), [(1, False), (1, True), (2, False), (3, True)])
-def test_short_memory_is_an_error_for_one_input_in_single_precision_alone(blocks, double):
-    call = ((torch.zeros(blocks, 2),), {})
-    for error in (MemoryError(), ValueError("another size")):
-        pair = Refusing(error), Refusing(error)
-        if isinstance(error, MemoryError) and blocks == 1 and not double:
-            with pytest.raises(MemoryError):
-                _agreed(pair, call, 1e-4, blocks, double=double)
-        else:
-            assert _agreed(pair, call, 1e-4, blocks, double=double) is None
+def test_short_memory_is_an_error_for_one_input_alone():
+    pair = Refusing(MemoryError()), Refusing(MemoryError())
+    with pytest.raises(MemoryError):
+        _agreed(pair, ((torch.zeros(1, 2),), {}), 1e-4, 1, double=False)
+    assert _agreed(pair, ((torch.zeros(2, 2),), {}), 1e-4, 2, double=False) is None
 
 
 class Shown(nn.Module):
@@ -451,18 +337,11 @@ class Shown(nn.Module):
 @pytest.mark.parametrize(
     ("expected", "actual", "blocks", "agreed"),
     [
-        ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]], 3, {0, 1, 2}),
         ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 4.0]], 3, None),
         ([[1.0, INF, 3.0]], [[1.0, 2.0, 3.0]], 3, {0, 2}),  # not a number there: nothing is said
         ([[INF, 2.0, 3.0]], [[INF, 2.0, 3.0]], 3, None),  # the first one is the example's
-        ([[1.0, 2.0, 3.0], [NAN, 1.0, 1.0]], [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]], 3, None),
-        ([[1.0, 2.0, 3.0], [1.0, NAN, 1.0]], [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]], 3, {0, 2}),
         ([5.0, [1.0, 2.0]], [5.0, [1.0, 2.0]], 2, {0, 1}),  # a loss is of all of them
-        ([5.0, [1.0, 2.0]], [6.0, [1.0, 2.0]], 2, None),
-        ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]], 2, {0, 1}),
-        ([[1.0, 2.0, NAN]], [[1.0, 2.0, NAN]], 2, None),
         ([[1.0, 2.0]], [[1.0, 2.0, 3.0]], 1, None),
-        ([[1.0, 2.0]], [[1.0, 2.0]], 1, {0}),
         ([[1.0, 100.0]], [[1.001, 100.0]], 1, {0}),  # to the largest one
         ([[1.0, 100.0]], [[1.001, 100.0]], 2, None),  # of each input
     ],
@@ -472,81 +351,7 @@ def test_inputs_of_one_batch_agree_each_by_itself(expected, actual, blocks, agre
     assert _agreed((Shown(*expected), Shown(*actual)), call, 1e-4, blocks, double=False) == agreed
 
 
-class Trained(nn.Module):
-    """Keeps tensors of its last call, and raises an error in training mode."""
-
-    def __init__(self, error=None):
-        super().__init__()
-        self.layer, self.norm, self.error = nn.Linear(2, 3), nn.BatchNorm1d(3), error
-        self.last, self.fixed, self.modes = torch.zeros(4, 8), torch.ones(2), []
-
-    def forward(self, x):
-        self.modes.append((self.training, torch.is_grad_enabled()))
-        if self.training and self.error is not None:
-            raise self.error
-        x.add_(1)
-        self.last = self.norm(self.layer(x))
-        return self.last
-
-
-def test_a_run_in_training_tells_the_error_and_the_tensors_that_it_replaces():
-    call, plain = ((torch.zeros(4, 2),), {}), Trained().eval()
-    for failing in (Trained(ValueError("too wide")), Trained(MemoryError())):
-        run = run_in_training(plain, failing.eval(), call)
-        told = "ValueError: too wide, at `raise self.error` in " if isinstance(failing.error, ValueError) else ""
-        assert (run.failure.partition(__file__)[0], run.kept) == (told, {})
-        assert run_in_training(failing, failing, call) == TrainingRun()
-        assert not failing.training
-    dense = Trained().eval()
-    before, state = dense.last, copy.deepcopy(dense.state_dict())
-    run = run_in_training(plain, dense, call)
-    assert (run.failure, list(run.kept)) == ("", ["last"])
-    assert [tuple(each.shape) for each in run.kept["last"]] == [(4, 8), (4, 3)]
-    assert dense.last is before
-    assert all(torch.equal(each, state[name]) for name, each in dense.state_dict().items())
-    assert not call[0][0].any()
-    inner = run_in_training(nn.Sequential(plain), nn.Sequential(dense), call)
-    assert list(inner.kept) == ["0.last"]
-
-
-def test_what_was_compared_is_told_with_its_shapes_and_variations():
-    call = (torch.zeros(2, 3, 16, 16), torch.zeros(2, 5)), {}
-    assert _told(call, []) == "random inputs of shape (3, 16, 16) and (5,)"
-    assert _told(call, [(0.01, 0.0), (100.0, 0.0), (1.0, 3.0), (1.0, -3.0)]) == (
-        "random inputs of shape (3, 16, 16) and (5,), times 0.01, times 100, shifted by 3, shifted by -3"
-    )
-
-
-@pytest.mark.parametrize(
-    ("expected", "actual", "message"),
-    [
-        ([torch.ones(2)], [torch.ones(2)], None),
-        ([torch.ones(2)], [torch.tensor([1.0, 1.00005])], None),
-        (
-            [torch.ones(2)],
-            [torch.tensor([1.0, 1.5])],
-            r"to 0.0001 of its largest output, got a difference of 0.5 \(here\); a",
-        ),
-        (
-            [torch.ones(2)],
-            [torch.ones(3)],
-            r"shape of the model's output must not change: .* got \[\(3,\)\] instead of \[\(2,\)\]",
-        ),
-        ([torch.ones(2)], [torch.tensor([1.0, NAN])], "got a difference of inf"),
-        ([torch.ones(2)], [], r"got \[\] instead of"),
-    ],
-)
-def test_outputs_that_differ_are_told_with_the_place_and_advice(expected, actual, message):
-    if message is None:
-        assert _compare(expected, actual, ("layer", "here"), 1e-4, None) is None
-        return
-    with pytest.raises(SpeedupError, match=message):
-        _compare(expected, actual, ("layer", "here"), 1e-4, lambda name: f"ask {name}")
-    with pytest.raises(SpeedupError, match=r"\(here\)$"):
-        _compare(expected, actual, ("layer", "here"), 1e-4, None)
-
-
-@pytest.mark.parametrize("error", [ValueError, AssertionError, OSError, type("OwnError", (Exception,), {})])
+@pytest.mark.parametrize("error", [ValueError, AssertionError])
 def test_a_forward_that_checks_its_number_of_channels_is_told_as_a_fixed_size(error):
     class Checking(nn.Module):
         def __init__(self):

@@ -68,15 +68,6 @@ class Frozen(nn.Sequential):
         return self
 
 
-class Checking(Scaled):
-    """A network whose ``train`` fails where it is smaller."""
-
-    def train(self, mode=True):
-        if mode and self[0].out_features != 8:
-            raise ValueError(f"{self[0].out_features} are too few")
-        return super().train(mode)
-
-
 def made(kind, is_training):
     torch.manual_seed(0)
     first = Fused(6, 8) if kind is Fused else nn.Linear(6, 8)
@@ -106,9 +97,7 @@ def pruned(model):
 BREAKING = [
     (Fused, False, "eval", "after it the forward raises RuntimeError"),
     (Adapted, False, "train", "it raises RuntimeError"),
-    (Averaged, True, "eval", "it raises RuntimeError"),
     (Averaged, False, "train", "it raises RuntimeError"),
-    (Checking, False, "train", "it raises ValueError: 5 are too few"),
 ]
 
 
@@ -123,7 +112,7 @@ def test_a_method_of_its_own_that_breaks_the_dense_model_is_told(kind, is_traini
     assert note in caplog.messages
     assert dense.training is model.training
     assert dense(ROWS).shape == (96, 3)
-    with pytest.raises((RuntimeError, ValueError)):  # the note is true
+    with pytest.raises(RuntimeError):  # the note is true
         getattr(dense, method)()(ROWS)
 
 
@@ -133,11 +122,8 @@ def test_a_method_of_its_own_that_breaks_the_dense_model_is_told(kind, is_traini
         (Fused, True),
         (Adapted, True),
         (Scaled, True),
-        (Scaled, False),
-        (Frozen, True),
         (Frozen, False),
         (ForEvaluation, False),
-        (nn.Sequential, True),
     ],
 )
 def test_nothing_is_told_where_the_dense_model_runs_wherever_the_model_does(kind, is_training):
@@ -180,17 +166,6 @@ def test_a_layer_frozen_by_hand_stays_so_in_a_model_with_a_train_of_its_own():
     dense = pruned(model)
     assert [module.training for module in dense] == [True, False, True, True]
     assert (dense.training, dense.scale) == (True, 1.0)
-
-
-def test_nothing_is_run_in_its_own_modes_where_nothing_is_checked_or_nothing_is_its_own(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "nni_topo.network.speedup.equivalence.failures_in_own_modes", lambda *given: asked.append(given)
-    )
-    pruned(made(nn.Sequential, True))
-    model = made(Averaged, True)
-    dense = nni_topo.to_dense(model, ROWS, {"0": filter_mask(model[0], [1])}, check=False)
-    assert (asked, dense.report.notes) == ([], ())
 
 
 def test_a_job_of_several_processes_returns_the_mode_of_the_model_and_runs_nothing_in_it():

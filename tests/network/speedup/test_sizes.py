@@ -87,11 +87,9 @@ def _by_hand(model, masks):
     "pool",
     [
         lambda x: x.sigmoid().sum((2, 3)),
-        lambda x: functional.softplus(x).flatten(2).sum(-1),
         lambda x: x.flatten(2).logsumexp(-1),
-        lambda x: (functional.elu(x) + 1).sum((2, 3)),
     ],
-    ids=["sum of sigmoids", "sum of softplus", "logsumexp", "sum of ELU + 1"],
+    ids=["sum of sigmoids", "logsumexp"],
 )
 @pytest.mark.parametrize("side", [8, 96])
 @pytest.mark.quick_every(3)

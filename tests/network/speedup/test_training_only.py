@@ -8,13 +8,9 @@ import logging
 import pytest
 import torch
 from torch import nn
-from torch.fx import Graph
 from torch.nn import functional
 
 import nni_topo
-from nni_topo.network.graph.nodes import RANDOM
-from nni_topo.network.speedup import training_only
-from nni_topo.network.speedup.analysis import Analysis
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -70,25 +66,6 @@ class Scaled(Exit):
         return (self.head(self.b(x).mean((2, 3))),)
 
 
-class Returned(Scaled):
-    """In training it also returns its features, times a parameter that training alone uses."""
-
-    def forward(self, x):
-        x = torch.relu(self.a(x))
-        scores = self.head(self.b(x).mean((2, 3)))
-        return (scores, x * self.scale) if self.training else scores
-
-
-class Written(Exit):
-    """What the second head reads is written to behind it."""
-
-    def forward(self, x):
-        x = self.a(x)
-        early = self.exit(x.mean((2, 3))) if self.training else None
-        scores = self.head(self.b(x.relu_()).mean((2, 3)))
-        return (scores, early) if self.training else scores
-
-
 class Beside(Exit):
     """A branch of training's meets another, so that both stay."""
 
@@ -134,59 +111,6 @@ class Needless(Exit):
         return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)))
 
 
-@pytest.mark.parametrize(
-    ("module", "is_only"),
-    [
-        (nn.Dropout(), True),
-        (nn.BatchNorm2d(3), True),
-        (nn.Sequential(), False),
-        (nn.ModuleList(), False),
-        (nn.ModuleDict(), False),
-        (Exit(), False),
-    ],
-)
-def test_layers_of_pytorchs_compute_otherwise_in_training_and_lead_nowhere_else(module, is_only):
-    assert training_only._only_computes_otherwise(module) == is_only
-
-
-@pytest.mark.parametrize(
-    ("function", "args", "kwargs", "expected"),
-    [
-        (functional.dropout, (0.5, True), {}, ((0.5, False), {})),
-        (functional.dropout, (), {"training": True, "p": 0.5}, ((0.5, False), {})),
-        (functional.dropout, (0.5, False), {}, ((0.5, False), {})),
-        (functional.dropout, (0.5,), {}, ((0.5,), {})),
-        (torch.add, (3,), {}, ((3,), {})),
-        (torch.relu, (), {}, ((), {})),
-    ],
-)
-def test_functions_are_told_that_they_do_not_train(function, args, kwargs, expected):
-    graph = Graph()
-    x = graph.placeholder("x")
-    node = graph.call_function(function, (x, *args), kwargs)
-    node.meta[RANDOM] = True
-    training_only._set_to_evaluation(node)
-    assert (node.args[1:], dict(node.kwargs)) == expected
-    trained = True in args or True in kwargs.values()
-    assert (RANDOM in node.meta) != trained
-    called = graph.call_method("dropout", (x, 0.5, True))
-    training_only._set_to_evaluation(called)
-    assert called.args == (x, 0.5, True)
-
-
-def test_parameters_are_unused_that_no_node_names():
-    model = Scaled()
-    graph = Graph()
-    x = graph.placeholder("x")
-    graph.call_module("a", (x,))
-    graph.get_attr("scale")
-    graph.call_method("exit", (x,))  # the name of a method is none of a module
-    names = {"b.weight", "b.bias", "exit.weight", "exit.bias", "head.weight", "head.bias"}
-    assert set(training_only.unused_tensors(model, graph)) == names
-    graph.get_attr("head.weight")
-    assert set(training_only.unused_tensors(model, graph)) == names - {"head.weight"}
-
-
 def half(model, *names):
     """Masks that keep every second channel."""
     masks = {}
@@ -213,8 +137,6 @@ def in_training(model):
         (Exit, "exit", ["b"]),
         (Deep, "exit.0", ["b"]),
         (Scaled, "scale", ["b"]),
-        (Returned, "scale", ["b"]),
-        (Written, "exit", ["b"]),
         (Beside, "side", []),
         (Attending, "attention", ["b"]),
     ],
@@ -253,21 +175,6 @@ def test_nothing_is_said_of_a_layer_that_no_mode_reaches(caplog):
     dense = nni_topo.to_dense(model, IMAGES, half(model, "a"))
     assert dense.report.notes == ()
     assert not caplog.records
-
-
-def test_a_network_that_evaluation_reaches_whole_is_traced_once(monkeypatch):
-    model, modes = Exit().eval(), list[bool]()
-    model.exit = None
-    plain = Exit.forward
-
-    def forward(self, x):
-        modes.append(self.training)
-        return plain(self, x)
-
-    monkeypatch.setattr(Exit, "forward", forward)
-    assert Analysis.on(model, IMAGES).flow.why_pinned("a") == ()
-    assert modes
-    assert not any(modes)
 
 
 @pytest.mark.slow
@@ -311,7 +218,6 @@ class Centred(nn.Module):
         super().__init__()
         self.a, self.b, self.head = convolution(3, 8), convolution(8, 6), nn.Linear(6, 4)
         self.register_buffer("centre", torch.zeros(6))
-        self.register_buffer("steps", torch.zeros(()))
         self.move = move
 
     def forward(self, images):
@@ -330,22 +236,11 @@ def replaced(net, new):
 
 
 @pytest.mark.parametrize("move", [written, replaced])
-@pytest.mark.parametrize("training", [True, False])
-def test_what_a_buffer_remembers_in_training_stays_whole(move, training):
-    model = Centred(move).train(training)
+def test_what_a_buffer_remembers_in_training_stays_whole(move):
+    model = Centred(move).eval()
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert [entry["op_names"] for entry in groups] == [["a"]]
     assert groups.skipped["b"] == "centre reads them in training mode only"
-
-
-def test_numbers_and_masks_are_no_buffers_that_could_get_narrower():
-    model = Centred(written)
-    model.register_buffer("places", torch.arange(6))
-    graph = Graph()
-    graph.get_attr("centre")
-    unused = training_only.unused_tensors(model, graph)
-    assert not {"centre", "steps", "places"} & set(unused)
-    assert "centre" in training_only.unused_tensors(model, Graph())
 
 
 class Noisy(Exit):
@@ -508,35 +403,6 @@ class Shifted(Exit):
 def test_an_operation_of_training_that_keeps_channels_is_the_reason():
     groups = nni_topo.dependency_groups(Shifted(), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert "(add)" in groups.skipped["a"]
-
-
-class Lossy(nn.Module):
-    """A loss of its own reads weights of classes that nothing else does."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.head = convolution(3, 8), nn.Linear(8, 5)
-        self.classes = nn.Parameter(torch.rand(5, 8))
-        self.table = nn.Parameter(torch.rand(5, 7))  # of a width that no layer has
-
-    def forward(self, x, labels=None):
-        features = torch.relu(self.a(x)).mean((2, 3))
-        scores = self.head(features)
-        if labels is None:
-            return scores
-        return scores, (features * self.classes[labels]).sum()
-
-
-def test_what_no_run_reads_is_named_if_its_width_was_that_of_a_pruned_layer(caplog):
-    (note,) = dense_of(Lossy()).report.notes
-    assert note.startswith("no run of the model has read these, so they keep the width of layers that lost channels: ")
-    assert "channels: classes. If" in note
-    assert note in caplog.text
-    batch = {"x": IMAGES, "labels": torch.tensor([0, 3])}
-    mask = {"a": {"weight": (torch.arange(8) < 4).float().view(8, 1, 1, 1)}}
-    dense = nni_topo.to_dense(Lossy(), batch, mask)
-    assert dense.report.notes == ()
-    assert (dense.a.out_channels, dense.classes.shape) == (4, (5, 4))
 
 
 class Remembering(Exit):
