@@ -8,8 +8,6 @@ import pytest
 from bench_modules import BENCHMARKS, imported
 
 from nni_topo.studies.cells import cell_facts
-from nni_topo.studies.compare import compare
-from nni_topo.studies.plan import ComparisonPlan
 
 
 @pytest.fixture
@@ -59,19 +57,3 @@ def test_a_network_is_shown_once_all_of_its_cells_ran(bench, tmp_path):
     # Random selection, the first row, is the best baseline on validation images; energy is nine rows below it.
     assert "| +4.1 ± 0.0 |" in line
     assert line.endswith("| 2.5 | 1.0 | 3.0 | 3.0 |")
-
-
-@pytest.mark.slow
-def test_a_comparison_goes_on_from_what_was_kept(bench, tmp_path, monkeypatch):
-    plan = bench.plan_of("small_cnn")
-    rows = tuple(pruner for pruner in plan.pruners if pruner.row in ("random", "l1"))
-    settings = {**vars(plan), "pruners": rows, "seeds": 1, "targets": plan.targets[:1], "train": {"epochs": 1}}
-    monkeypatch.setattr(bench, "plan_of", lambda network, data_dir=None: ComparisonPlan(**settings))
-    before, failures = compare(ComparisonPlan(**settings), tmp_path / "out", isolate=False)
-    assert failures == []
-    bench.keep("small_cnn", None, tmp_path / "out")
-    (tmp_path / "anew").mkdir()
-    (tmp_path / "anew" / "results.jsonl").write_bytes((tmp_path / "kept" / "small_cnn.jsonl").read_bytes())
-    after, _ = compare(ComparisonPlan(**settings), tmp_path / "anew", isolate=False)
-    assert not (tmp_path / "anew" / "checkpoints").exists()
-    assert [record["accuracy_retrained"] for record in after] == [record["accuracy_retrained"] for record in before]

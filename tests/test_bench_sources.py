@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 _FOLDER = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -43,17 +42,6 @@ def test_weights_are_rounded_to_multiples_of_the_rows_step(quantised):
     assert quantised.rounded_rows(kernels, 2).tolist() == [[[[2.0, -2.0], [0.0, 0.0]]]]
 
 
-def test_biases_stay_and_the_size_counts_steps(quantised):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
-    found = quantised.rounded(model, 2)
-    assert torch.equal(found[0].bias, model[0].bias)
-    assert not torch.equal(found[0].weight, model[0].weight)
-    assert quantised.stored_bits(model, 32) == 32 * (15 + 3 + 6 + 2)
-    # 21 weights of 4 bits, 5 steps and 5 biases of 32
-    assert quantised.stored_bits(model, 4) == 21 * 4 + 5 * 32 + 5 * 32
-
-
 def test_loops_of_a_network_by_hand(topology):
     # born with the weight 0.8, filled when the output reads the second hidden neuron with 0.5
     filled = [np.array([[1.0, 0.9], [0.9, 0.8]]), np.array([[1.0, 0.5]])]
@@ -71,20 +59,3 @@ def test_the_largest_weights_of_a_network_and_its_counts(topology):
     assert rows[0][:3] == ["lenet300", f"{weights:,}", str(784 + 300 - 1 + 300 + 100 - 1 + 100 + 10 - 1)]
     assert rows[0][4] == str(784 + 300 + 100 + 10 - 1)
     assert float(rows[0][5]) == pytest.approx(weights / 1193, abs=0.05)
-
-
-@pytest.mark.slow
-def test_the_search_minimises_what_it_is_asked_to():
-    deviation = module("bench_deviation_search")
-    # four neurons read the same input and add up; the second and the fourth hardly count for the output
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
-    model[0].weight.data.fill_(1.0)
-    model[0].bias.data.zero_()
-    model[2].weight.data.copy_(torch.tensor([[3.0, 0.1, 2.0, 0.2]]))
-    images = torch.ones(5, 3)
-    settings = deviation.EvolutionSettings(population_size=8, generations=5)
-    error = deviation.searched(model, "0", images, 2, deviation.OBJECTIVES["error"], 0, settings)
-    assert error.tolist() == [True, False, True, False]
-    pruned = deviation.without(model, "0", error)
-    # every image loses 3 (0.1 + 0.2)
-    assert deviation.net_deviation(model, pruned, images).error == pytest.approx(0.9 * 5**0.5, rel=1e-5)

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -14,34 +11,10 @@ import torch
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.cli import main
+from nni_topo.cli import main, verbs
+from nni_topo.errors import SpeedupError
 
 QUICK = ["--limit", "300", "--train-epochs", "1", "--retrain-epochs", "1", "--in-process"]
-
-
-@pytest.mark.slow
-def test_compare_gives_images_to_pruners_that_choose_by_them(tmp_path):
-    words = [
-        "compare",
-        "--model",
-        "small_cnn",
-        "--pruners",
-        "reconstruction,topological,scratch",
-        "--ratio",
-        "0.5",
-        *QUICK,
-    ]
-    assert main([*words, "--calibration", "40", "--out", str(tmp_path)]) == 0
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    found = {each["name"]: each["calibration"] for each in plan["pruners"]}
-    assert found == {"reconstruction": 40, "topological": 0, "scratch": 0}
-
-
-def test_list_names_pruners_models_and_data(capsys):
-    assert main(["list"]) == 0
-    text = capsys.readouterr().out
-    for name in ("topological", "fpgm", "recalibrate", "lenet5_like", "digits"):
-        assert name in text
 
 
 def test_list_as_json(capsys):
@@ -96,51 +69,6 @@ def test_a_third_partys_pruners_are_compared_by_path_and_by_entry_point(tmp_path
     assert len({record["accuracy_retrained"] for record in records}) == 1
 
 
-OWN_RECOVERY = """
-from dataclasses import dataclass
-
-import nni_topo
-from nni_topo.recovery.reconstruct import ReconstructTask
-
-solved = []
-
-
-@dataclass(frozen=True)
-class Last(nni_topo.RecoveryMethod):
-    def tasks(self, plan, networks):
-        solved.append(plan.equations[-1].layer.name)
-        return [ReconstructTask(plan.equations[-1], networks.pruned, networks.result)]
-"""
-
-
-YAML = """
-models: [{name: small_cnn}]
-data: [{name: digits, limit: 300}]
-pruners: [{name: l1}]
-targets: [{ratio: 0.5}]
-train: {epochs: 1}
-retrain: {epochs: 1}
-compensate: {images: 32, method: "third_recovery:Last"}
-"""
-
-
-@pytest.mark.slow
-def test_a_third_partys_recovery_method_is_named_by_a_flag_and_in_yaml(tmp_path, monkeypatch):
-    (tmp_path / "third_recovery.py").write_text(OWN_RECOVERY)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    words = ["--model", "small_cnn", "--pruners", "l1", "--ratio", "0.5", "--compensate", "32", *QUICK]
-    assert main(["compare", *words, "--method", "third_recovery:Last", "--out", str(tmp_path / "flag")]) == 0
-    plan = tmp_path / "plan.yaml"
-    plan.write_text(YAML)
-    assert main(["compare", "--plan", str(plan), "--in-process", "--out", str(tmp_path / "yaml")]) == 0
-    solved = importlib.import_module("third_recovery").solved
-    assert len(solved) == 2
-    assert len(set(solved)) == 1
-    both = [json.loads((tmp_path / name / "results.jsonl").read_text()) for name in ("flag", "yaml")]
-    assert both[0]["accuracy_oneshot"] == both[1]["accuracy_oneshot"]
-    assert main(["compare", *words, "--method", "third_recovery:First", "--out", str(tmp_path / "none")]) == 2
-
-
 @pytest.fixture
 def untrained(tmp_path):
     """A file with the weights of a network for digits."""
@@ -179,27 +107,6 @@ def test_shrink_keeps_a_quarter_of_the_work_if_no_budget_is_given(tmp_path, untr
     assert list(document)[:5] == ["model", "data", "pruner", "method", "budget"]
 
 
-def test_shrink_prunes_recurrent_layers(tmp_path, monkeypatch):
-    (tmp_path / "rows.py").write_text(
-        "from torch import nn\n\n"
-        "class Rows(nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)\n\n"
-        "    def forward(self, images):\n"
-        "        return self.head(self.lstm(images.flatten(1, 2))[0][:, -1])\n\n"
-        "def net(**sizes):\n"
-        "    return Rows()\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    torch.save(importlib.import_module("rows").net().state_dict(), tmp_path / "rows.pth")
-    words = ["shrink", "--model", "rows:net", "--checkpoint", str(tmp_path / "rows.pth"), "--limit", "64"]
-    words += ["--images", "32", "--flops", "0.5", "--seconds", "0.1", "--out", str(tmp_path / "small")]
-    assert main(words) == 0
-    stages = json.loads((tmp_path / "small" / "shrink.json").read_text())["stages"]
-    assert stages[1]["macs"] < 0.6 * stages[0]["macs"]
-
-
 def test_shrink_has_no_use_for_no_time(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "64", "--checkpoint", str(untrained), "--seconds", "0"]
     assert main([*words, "--out", str(tmp_path / "small")]) == 2
@@ -226,21 +133,13 @@ def test_prune_takes_the_seed_and_shows_costs_before_and_after(tmp_path, untrain
     place = tmp_path / "shown"
     files = f"dense model: {place / 'dense.pt'} (nni_topo.load) · report: {place / 'report.html'}"
     assert output.out.endswith(f"{files}\n")
-    # figures of several units begin below the head, as words do
-    head, row = (next(line for line in output.out.splitlines() if word in line) for word in ("before", "parameters"))
-    assert row[head.index("before")].isdigit()
-    assert main([*words, str(tmp_path / "nowhere"), "--device", "nowhere"]) == 2
-    assert "device must be cpu, cuda or auto" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["compare", "--model", "lenet5like"], "did you mean lenet5_like"),
-        (["compare", "--model", "small_cnn", "--pruners", "topologica"], "did you mean topological"),
-        (["compare", "--model", "small_cnn", "--data", "mnits"], "did you mean mnist"),
         (["compare", "--model", "small_cnn", "--ratio", "1.5"], "got 1.5"),
-        (["compare", "--model", "small_cnn", "--device", "tpu"], "PyTorch can use, got 'tpu'"),
         (["compare"], "--model or --plan"),
         (["compare", "--model", "small_cnn", "--distill", "1"], "an integer of at least 2, got 1 (distill)"),
         (["prune", "--model", "small_cnn", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -249,11 +148,7 @@ def test_prune_takes_the_seed_and_shows_costs_before_and_after(tmp_path, untrain
 def test_bad_requests_end_with_2_and_a_message(words, message, tmp_path, capsys):
     in_process = ["--in-process"] if words[0] == "compare" else []
     assert main([*words, *in_process, "--out", str(tmp_path / "out")]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert message in said
-    # A page is named only by an error that the page is about; it exists.
-    page = re.fullmatch(r".*; see (docs/\w+\.md)", said)
-    assert page is None or (Path(__file__).parent.parent / page[1]).exists()
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}\n{}\n"
@@ -263,25 +158,12 @@ PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}
     ("verb", "given", "message"),
     [
         ("shrink", ["--pruner", "level"], "pruner must be one that removes whole channels, got 'level'"),
-        ("shrink", ["--method", "nowhere:Class"], "nowhere:Class"),
         ("shrink", ["--flops", "0.5", "--params", "0.5"], "a budget must be a share of one of"),
-        ("shrink", ["--allocation", "best"], "allocation must be a known name, got 'best'"),
         ("shrink", ["--allocation", "auto", "--pruner", "l1"], "must deal out budgets in several ways"),
-        (
-            "shrink",
-            ["--allocation", "error", "--equal-blocks"],
-            "equal blocks need the allocation 'uniform', got 'error'",
-        ),
         ("shrink", ["--caps", "conv", "0.5"], "layer of the model must be a known name, got 'conv'; did you mean"),
         ("shrink", ["--caps", "features.conv1", "1.5"], "caps must be in [0, 1], got 1.5 (features.conv1)"),
-        ("shrink", ["--shares", "0.5", "--pruner", "subcluster"], "--shares, --tolerance and --depth need a pruner"),
         ("shrink", ["--device", "nowhere"], "device must be cpu, cuda or auto"),
         ("prune", PRUNE.format("l1", "knobs: {sed: 1}"), "knob of pruner 'l1' must be a known name, got 'sed'"),
-        (
-            "prune",
-            PRUNE.format("topological", "knobs: {solver: best}"),
-            "solver must be 'auto' or 'greedy' or 'genetic' or a GeneticSearch",
-        ),
         ("prune", PRUNE.format("l1", "retrain: {epoch: 1}"), "key of a recipe must be a known name, got 'epoch'"),
     ],
 )
@@ -296,26 +178,9 @@ def test_nothing_is_trained_for_a_request_that_can_not_be_used(verb, given, mess
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_pattern_in_a_file_ends_with_2_and_a_message(tmp_path, capsys):
-    plan = tmp_path / "prune.yaml"
-    plan.write_text("pruner: l1\nconfig_list:\n  - {op_names_re: ['('], sparse_ratio: 0.5}\n")
-    words = ["prune", "--model", "small_cnn", "--limit", "100", "--config", str(plan), "--out", str(tmp_path / "out")]
-    assert main(words) == 2
-    assert "op_names_re must be a list, each value a regular expression, got ['(']" in " ".join(
-        capsys.readouterr().err.split()
-    )
-
-
-@pytest.mark.parametrize(
-    "amount",
-    [
-        pytest.param(["--ratio", "0.5"], marks=pytest.mark.slow),
-        ["--flops", "0.3", "--calibration", "64"],
-    ],
-)
 @pytest.mark.slow
-def test_analyze_topology(amount, tmp_path, capsys, drawn):
-    words = ["analyze", "topology", "--model", "small_cnn", "--limit", "300", *amount]
+def test_analyze_topology(tmp_path, capsys, drawn):
+    words = ["analyze", "topology", "--model", "small_cnn", "--limit", "300", "--flops", "0.3", "--calibration", "64"]
     assert main([*words, "--json", "--out", str(tmp_path / "study")]) == 0
     document = json.loads(capsys.readouterr().out)
     assert len(document["layers"]) == 4
@@ -367,50 +232,6 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert PIL.Image.open(tmp_path / "small" / "distillation.png").info["dpi"] == pytest.approx((110, 110), abs=0.1)
     assert main([*words, "--out", str(tmp_path / "small")]) == 2
     assert "must be new or empty, got 4 entries" in " ".join(capsys.readouterr().err.split())
-
-
-BLOCKS = """
-import torch
-from block_nets import small_resnet
-
-
-def net(num_classes):
-    model = small_resnet(2, num_classes)
-    with torch.no_grad():
-        for name in ("weight", "bias"):
-            getattr(model.stage2[1].norm2, name).zero_()
-    return model
-"""
-
-
-@pytest.mark.slow
-def test_shrink_writes_which_blocks_are_removed(tmp_path, monkeypatch):
-    (tmp_path / "own_blocks.py").write_text(BLOCKS)
-    monkeypatch.syspath_prepend(tmp_path)
-    torch.save(importlib.import_module("own_blocks").net(10).state_dict(), tmp_path / "net.pth")
-    words = ["shrink", "--model", "own_blocks:net", "--checkpoint", str(tmp_path / "net.pth"), "--limit", "20"]
-    words += ["--images", "18", "--pruner", "l1", "--seconds", "0.01", "--test-limit", "20", "--flops", "0.9"]
-    assert main([*words, "--depth", "--out", str(tmp_path / "deep")]) == 0
-    document = json.loads((tmp_path / "deep" / "shrink.json").read_text())
-    assert "stage2.1" in [row["name"] for row in document["blocks removed"]]
-    assert [row["is_chosen"] for row in document["numbers of blocks tried"]].count(True) == 1
-    assert document["blocks"].startswith("the block stage2.1 is removed: ")
-    assert not {"tolerance", "networks tried", "result of the search", "widths tried"} & document.keys()
-
-
-@pytest.mark.slow
-def test_shrink_writes_which_networks_were_tried_for_a_tolerance(tmp_path, untrained, capsys):
-    words = ["shrink", "--model", "small_cnn", "--checkpoint", str(untrained), "--limit", "40", "--images", "36"]
-    words += ["--pruner", "l1", "--seconds", "0.01", "--test-limit", "20", "--tolerance", "0.9", "--budget", "params"]
-    assert main([*words, "--json", "--out", str(tmp_path / "small")]) == 0
-    document = json.loads((tmp_path / "small" / "shrink.json").read_text())
-    assert json.loads(capsys.readouterr().out) == document["stages"]
-    found = document["tolerance"]
-    assert (found["tolerance"], found["kind"], found["measure"]) == (0.9, "params", "answers")
-    assert document["networks tried"] == found["candidates"]
-    assert "0.9" in document["result of the search"]
-    assert document["budget"] == "params"
-    assert not {"blocks", "blocks removed", "numbers of blocks tried"} & document.keys()
 
 
 @pytest.mark.slow
@@ -473,34 +294,6 @@ def test_shrink_removes_blocks_by_a_flag_or_a_file(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_shrink_keeps_blocks_equally_wide_by_a_flag_or_a_file(tmp_path):
-    checkpoint = tmp_path / "vit.pt"
-    net = zoo.create_model("vit_small", num_classes=10, in_channels=1, image_size=28, seed=0)
-    torch.save(net.state_dict(), checkpoint)
-    plan = tmp_path / "shrink.yaml"
-    plan.write_text(
-        f"model: vit_small\nlimit: 200\nimages: 64\ncheckpoint: {checkpoint}\nseconds: 0.2\nparams: 0.7\npruner: l1\n"
-        "equal_blocks: true\n"
-    )
-    words = ["--model", "vit_small", "--limit", "200", "--images", "64", "--checkpoint", str(checkpoint)]
-    words += ["--seconds", "0.2", "--params", "0.7", "--pruner", "l1"]
-    ways = {"free": words, "flag": [*words, "--equal-blocks"], "file": ["--plan", str(plan)]}
-    found = {}
-    for way, given in ways.items():
-        assert main(["shrink", *given, "--out", str(tmp_path / way)]) == 0
-        document = json.loads((tmp_path / way / "shrink.json").read_text())
-        assert document["budget"] == {"params": 0.7} | ({} if way == "free" else {"equal_blocks": True})
-        widths = {row["name"]: row["after"] for row in document["widths"]}
-        found[way] = [
-            tuple(widths[f"blocks.{block}.{layer}"] for layer in ("attention.q_proj", "mlp.fc1"))
-            for block in range(len(net.blocks))
-        ]
-    assert len(set(found["free"])) > 1
-    assert len(set(found["flag"])) == 1
-    assert found["file"] == found["flag"]
-
-
-@pytest.mark.slow
 def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--checkpoint", str(untrained)]
     words += ["--seconds", "0.2", "--shares", "0.6", "0.3", "--budget", "params", "--out", str(tmp_path / "sizes")]
@@ -519,13 +312,9 @@ def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
     ("words", "message"),
     [
         (["--tolerance", "0.01", "--images", "128"], "299 held-out samples without a change are needed"),
-        (["--tolerance", "2"], "tolerance must be in (0, 1) or None, got 2.0"),
         (["--budget", "params"], "--budget names the cost for --tolerance or --shares without a share of its own, got"),
         (["--tolerance", "0.1", "--budget", "flops", "--params", "0.5"], "without a share of its own, got --params"),
         (["--shares", "0.5", "0.25", "--tolerance", "0.1"], "--shares says how much is kept, got --tolerance"),
-        (["--shares", "0.25", "0.5"], "shares must be descending numbers in (0, 1), at least one, got 0.5 after 0.25"),
-        (["--tolerance", "0.1", "--budget", "size"], "budget must be a known name, got 'size'"),
-        (["--tolerance", "0.1", "--measure", "evaluate"], "measure must be a known name, got 'evaluate'"),
     ],
 )
 def test_shrink_says_what_is_wrong_with_a_tolerance(words, message, tmp_path, untrained, capsys):
@@ -547,8 +336,6 @@ def test_shrink_lets_images_choose_the_widths(tmp_path, capsys):
     assert tried[chosen]["loss"] == min(row["loss"] for row in tried.values())
     assert ">widths tried<" in (tmp_path / "small" / "report.html").read_text()
     assert f"widths {chosen}: held out loss" in capsys.readouterr().out
-    assert main([*words, "--allocation", "auto", "--pruner", "l1", "--out", str(tmp_path / "norm")]) == 2
-    assert "must deal out budgets in several ways" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_profile_shows_the_figures_of_its_document_in_their_units(capsys):
@@ -563,21 +350,10 @@ def test_a_profile_shows_the_figures_of_its_document_in_their_units(capsys):
         assert line.replace("│", " ").split()[-3:] == [f"{each:.1f}" for each in figures]
 
 
-def test_a_profile_uses_one_thread_if_nothing_else_is_said(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["profile", "--help"])
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "threads on the CPU, at least 1 (default: 1)" in said
+def test_an_error_names_the_page_that_says_more(monkeypatch, capsys):
+    def run(verb, console):
+        raise SpeedupError("it can't be made dense")
 
-
-def test_an_error_names_a_page_only_if_it_has_one_itself(capsys):
-    from nni_topo.cli import _failed
-
-    for verb in ("analyze topology", "experiment run", "prune", "shrink", "doctor", "list"):
-        assert _failed(f"nni-topo {verb}", "it is wrong") == 2
-        assert capsys.readouterr().err == f"nni-topo {verb}: it is wrong\n"
-    assert _failed("nni-topo prune", "it is wrong", "docs/export.md") == 2
-    assert capsys.readouterr().err == "nni-topo prune: it is wrong; see docs/export.md\n"
-    for page in ("", "docs/export.md"):
-        assert _failed("nni-topo prune", "see docs/faq.md", page) == 2
-        assert capsys.readouterr().err == "nni-topo prune: see docs/faq.md\n"
+    monkeypatch.setattr(verbs.List, "run", run)
+    assert main(["list"]) == 2
+    assert capsys.readouterr().err == "nni-topo list: it can't be made dense; see docs/compatibility.md\n"

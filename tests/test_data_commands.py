@@ -34,12 +34,6 @@ def write_mnist(folder: Path) -> None:
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
 
 
-def test_the_page_has_a_command_for_each_data_set():
-    assert len(COMMANDS) == 7
-    assert sum("mnist" in each for each in COMMANDS) == sum("--data cifar10" in each for each in COMMANDS) == 2
-    assert sum("--data DIR" in each for each in COMMANDS) == 3
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split("runs/")[1])
 def test_the_command_runs(command, cifar10, tmp_path, capsys, monkeypatch):

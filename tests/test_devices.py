@@ -32,7 +32,6 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.maths.least_squares import shifts
 from nni_topo.network.layers.original_width import keep_original_width
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.pruners.registry import create_pruner, list_pruners
@@ -72,69 +71,32 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "folded": ("topological", {"cloud": "folded", "example_inputs": IMAGES[:2]}),
     "coupled": ("topological", {"cloud": "coupled", "example_inputs": IMAGES[:2]}),
     "activation": ("topological", {"cloud": "activation", "calibration": BATCHES}),
-    "activation, evaluator": ("topological", {"cloud": "activation", "evaluator": "toy"}),
     "functional": ("topological", {"cloud": "functional", "calibration": BATCHES}),
     "gradient": ("topological", {"cloud": "gradient", "calibration": LABELLED}),
-    "gradient, evaluator": ("topological", {"cloud": "gradient", "evaluator": "toy"}),
     "reconstruction": ("reconstruction", {"calibration": BATCHES}),
-    "sequential": ("reconstruction", {"calibration": BATCHES, "sequential": True}),
     "cover": ("topological", {"criterion": "cover"}),
     "bottleneck": (
         "topological",
         {"config": LINEAR, "criterion": "bottleneck", "homology_dimensions": (0, 1), **SEARCH},
     ),
-    "wasserstein": ("topological", {"criterion": "wasserstein", **SEARCH}),
-    "gudhi": ("topological", {"criterion": "bottleneck", "solver": {**GENERATIONS, "engine": "gudhi"}}),
-    "searched": ("topological", SEARCH),
-    "standardize": ("topological", {"cloud": {"preprocess": "standardize"}}),
-    "unit": ("topological", {"cloud": {"preprocess": "unit"}}),
     "narrow": ("topological", {"cloud": nni_topo.hooks.WeightCollector(max_features=4, preprocess="unit")}),
     "large": ("topological", {"cloud": nni_topo.hooks.WeightCollector(max_bytes=64)}),
     "flops": ("topological", {"config": FREE, "budget": {"flops": 0.5, "allocation": "topological"}}),
-    "round_to": ("topological", {"round_to": 3}),
-    "global": ("topological", {"config": [{**HALF[0], "global_group_id": 1}]}),
     "group": (
         "topological",
         {"config": [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5, "dependency_group_id": 1}]},
     ),
     "spectral": ("cluster", {"algorithm": "spectral"}),
-    "ward": ("cluster", {"algorithm": "ward", "pool": "mean"}),
-    "survivor weight": ("cluster", {"survivor": "weight"}),
-    "survivor bias": ("cluster", {"survivor": "bias"}),
     "survivor center": ("cluster", {"survivor": "center"}),
     "subcluster mean": ("subcluster", {"growth": {"statistic": "mean"}, "pool": 2}),
     "energy of data": ("energy", {"signal": "data", "calibration": BATCHES}),
-    "energy behind norms": ("energy", {"batch_norm": True}),
-    "matrix": ("matrix", {"norm": 1}),
-    "trees of images": ("topological_magnitude", {"conv_graph": "toeplitz", "on_subcritical": "clip"}),
     "rounds": ("topological_magnitude", {"evaluator": "toy", "rounds": 2, "rewind": "initial", "steps": (2, None)}),
-    "genes, evaluate": (
-        "genetic_weight",
-        {"evaluate": lambda model: float(model.head.weight.sum()), "search": GENERATIONS},
-    ),
-    "genes, evaluator": ("genetic_weight", {"evaluator": "toy", "search": GENERATIONS}),
     "level, global": ("level", {"config": [{"op_types": ["Linear"], "sparse_ratio": 0.5, "global_group_id": 1}]}),
-    "l1, global": ("l1", {"config": [{**HALF[0], "global_group_id": 1}]}),
 }
 """Clouds, criteria and other ways of the pruners."""
 
 
-# On another device in the slow tests alone: what others here do with other data or another statistic.
-LIKE_OTHERS = {
-    "activation, evaluator",
-    "gradient, evaluator",
-    "genes, evaluate",
-    "genes, evaluator",
-    "sequential",
-    "gudhi",
-}
-LIKE_OTHERS |= {"wasserstein", "searched", "standardize", "survivor weight", "survivor bias", "ward", "trees of images"}
-LIKE_OTHERS |= {"energy behind norms", "round_to", "global", "coupled", "narrow"}
-
-
-@pytest.mark.parametrize(
-    "choice", [pytest.param(choice, marks=[pytest.mark.slow] * (choice in LIKE_OTHERS)) for choice in CHOICES]
-)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.quick_every(3)
 def test_clouds_and_criteria(device, choice):
     name, knobs = CHOICES[choice]
@@ -159,18 +121,11 @@ def test_schedules(device, scheduler):
     [
         {"method": "reconstruct"},
         {"method": nni_topo.recovery.Reconstruct(refine=0), "ridge": 1e-3, "recalibrate": True, "cache_bytes": 1},
-        *(
-            pytest.param(
-                {"method": method},
-                marks=[pytest.mark.slow] * (method in ("block", "layer", "mean", "merge", "sequential")),
-            )
-            for method in list_recoveries()
-            if method != "reconstruct"
-        ),
+        *({"method": method} for method in list_recoveries() if method != "reconstruct"),
         {"method": nni_topo.recovery.Pair({"hidden": {0: 1}}, as_printed=True)},
     ],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_compensation(device, knobs):
     def run(place: torch.device) -> Any:
         model, masks = toy_model().to(place).eval(), {"hidden": {"weight": torch.ones(16, 8, device=place)}}
@@ -180,15 +135,7 @@ def test_compensation(device, knobs):
     agree(run, device)
 
 
-def test_sums_of_long_kernels(device, monkeypatch):
-    transformed, spectrum = [], shifts._spectrum
-
-    def seen(values: torch.Tensor, lengths: Any) -> torch.Tensor:
-        transformed.append(values.device)
-        return spectrum(values, lengths)
-
-    monkeypatch.setattr(shifts, "_spectrum", seen)
-
+def test_sums_of_long_kernels(device):
     def run(place: torch.device) -> Any:
         torch.manual_seed(0)
         layers = [nn.Conv1d(1, 6, 9), nn.ReLU(), nn.Conv1d(6, 6, 64, padding=32), nn.ReLU(), nn.Flatten()]
@@ -196,11 +143,9 @@ def test_sums_of_long_kernels(device, monkeypatch):
         masks = {"0": {"weight": torch.ones(6, 1, 9, device=place)}}
         masks["0"]["weight"][[1, 4]] = 0.0
         signals = torch.randn(64, 1, 100, generator=torch.Generator().manual_seed(1))
-        dense = nni_topo.compensate(model, masks, [signals])
-        return states(dense, place), dense(signals[:4].to(place))
+        return states(nni_topo.compensate(model, masks, [signals]), place)
 
     agree(run, device)
-    assert device in transformed
 
 
 @pytest.mark.cuda
@@ -224,15 +169,12 @@ def test_processes_on_gpus_add_up_sums_that_lie_anywhere(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [pytest.param({}, marks=pytest.mark.slow), {"objective": "squares", "augment": lambda images: images + 0.1}],
-)
 @pytest.mark.slow
-def test_distillation(device, knobs):
+def test_distillation(device):
     def run(place: torch.device) -> Any:
         dense, original = toy_model().to(place).eval(), toy_model(1).to(place).eval()
         images = [toy_images(300, seed=1)]
+        knobs = {"objective": "squares", "augment": lambda images: images + 0.1}
         found = distillation(dense, original, images, steps=60, lr=1e-3, **knobs)
         assert found.is_kept
         # Not the weights: a change in the last bit of one grows in sixty steps, while the loss comes out the same.
@@ -270,34 +212,15 @@ def test_masks_of_the_cpu_fit_a_model_elsewhere(device):
     agree(run, device)
 
 
-def test_norms_and_groups_made_dense(device):
-    def run(place: torch.device) -> Any:
-        torch.manual_seed(0)
-        layers = [nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.PReLU(8), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten()]
-        model = nn.Sequential(*layers, nn.LayerNorm(128), nn.Linear(128, 4)).to(place).eval()
-        mask = torch.ones(8, 3, 3, 3, device=place)
-        mask[[1, 5]] = 0.0
-        masks = {"0": {"weight": mask}}
-        done = nni_topo.compensate(model, masks, BATCHES)
-        return states(nni_topo.to_dense(done, IMAGES[:2].to(place), masks, check=False), place)
-
-    agree(run, device)
-
-
 @pytest.mark.parametrize(
     ("norm", "shape"),
     [
         (nn.LayerNorm(6, eps=1e-3), (4, 5, 6)),
-        (nn.LayerNorm(6, bias=False), (4, 6)),
-        (nn.LayerNorm(6, elementwise_affine=False), (2, 3, 5, 6)),
         (nn.RMSNorm(6, eps=1e-3), (4, 5, 6)),
-        (nn.RMSNorm(6, elementwise_affine=False), (4, 6)),
         (nn.GroupNorm(2, 6, eps=1e-3), (3, 6, 4, 5)),
-        (nn.GroupNorm(3, 6, affine=False), (3, 6)),
     ],
 )
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_norms_of_the_original_width(device, norm, shape, kind):
+def test_norms_of_the_original_width(device, norm, shape):
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 2
 
     def run(place: torch.device) -> Any:
@@ -305,12 +228,9 @@ def test_norms_of_the_original_width(device, norm, shape, kind):
         for index, parameter in enumerate(made.parameters()):
             nn.init.constant_(parameter, 0.5 + index)
         keep_original_width(made, 4 if isinstance(norm, nn.GroupNorm) else 9)
-        return made.to(place, kind)(inputs.to(place, kind)).float()
+        return made.to(place)(inputs.to(place))
 
-    if kind == torch.float32:
-        agree(run, device)
-    else:  # one rounding more or less
-        torch.testing.assert_close(run(device).cpu(), run(CPU), rtol=2**-7, atol=2**-7)
+    agree(run, device)
 
 
 def test_saved_and_loaded(device, tmp_path):
@@ -374,18 +294,8 @@ def test_zeros_stay_zeros_in_training(device):
 TIMES = ("seconds", "latency", "peak_memory", "_ms", "time", "date", "key")
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [
-        PrunerChoice("topological", knobs=SEARCH, calibration=32),
-        pytest.param(PrunerChoice("taylor", knobs={"training_steps": 2}), marks=pytest.mark.slow),
-        pytest.param(PrunerChoice("scratch"), marks=pytest.mark.slow),
-        pytest.param(PrunerChoice("torch-pruning"), marks=pytest.mark.slow),
-    ],
-    ids=["topological", "taylor", "scratch", "torch-pruning"],
-)
 @pytest.mark.slow
-def test_compares_cell(device, choice, tmp_path):
+def test_compares_cell(device, tmp_path):
     recipe = zoo.Recipe(epochs=1, batch_size=64)
     accuracies: dict[str, dict[str, Any]] = {}
 
@@ -393,7 +303,7 @@ def test_compares_cell(device, choice, tmp_path):
         cell = Cell(
             ModelChoice("small_cnn"),
             DataChoice("digits", limit=96, test_limit=70),
-            choice,
+            PrunerChoice("topological", knobs=SEARCH, calibration=32),
             Target("ratio", 0.5),
             seed=0,
             train=recipe,
@@ -441,7 +351,7 @@ def test_a_device_is_found_by_its_name(device):
     assert resolve_device(str(device)) == device
 
 
-@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99", ""])
+@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99"])
 def test_what_cannot_compute_here_is_no_device(name):
     with pytest.raises(ConfigError, match=rf"device must be cpu, cuda or auto, .* got '{name}'"):
         resolve_device(name)

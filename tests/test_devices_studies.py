@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -88,10 +87,8 @@ def found_selection(place: torch.device) -> Any:
     return found
 
 
-def found_replacement(place: torch.device, *, bias: bool = True) -> Any:
+def found_replacement(place: torch.device) -> Any:
     model = toy_model().to(place).eval()
-    if not bias:
-        model.stem.bias = None
     return analysis.study_replacement(
         model,
         "stem",
@@ -100,13 +97,6 @@ def found_replacement(place: torch.device, *, bias: bool = True) -> Any:
         threshold=0.4,
         evolution=FilterEvolution(4, 2),
     )
-
-
-def found_energy(place: torch.device) -> Any:
-    layers = ["stem", "inner"]
-    model = toy_model().to(place).eval()
-    found = analysis.study_energy(model, layers, IMAGES[:1].to(place), dataset_quality(place), thresholds=(0.1, 0.3))
-    return found.layers, found.together
 
 
 def found_accumulated(place: torch.device) -> Any:
@@ -152,28 +142,18 @@ STUDIES: list[Case] = [
     found_bound,
     found_connectivity,
     found_dropout,
-    found_energy,
     found_persistence,
     found_replacement,
     found_retraining,
     found_selection,
     found_sensitivity,
     found_topology,
-    functools.partial(found_replacement, bias=False),
     lambda place: analysis.critical_compression_ratio(toy_model().to(place), IMAGES[:1].to(place)).layers,
 ]
 
 
-# Each of these runs passes as others do here: in the slow tests alone.
-LIKE_OTHERS = (found_energy, found_selection, found_sensitivity, found_retraining)
-
-
-@pytest.mark.parametrize(
-    "study",
-    [pytest.param(study, marks=[pytest.mark.slow] * (study in LIKE_OTHERS)) for study in STUDIES],
-    ids=lambda study: getattr(study, "__name__", "")[6:] or None,
-)
-@pytest.mark.quick_every(2)
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: getattr(study, "__name__", "")[6:] or None)
+@pytest.mark.quick_every(3)
 def test_studies(device, study):
     agree(study, device)
 

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import math
 import re
-import typing
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -20,32 +18,20 @@ from nni_topo.runs.experiment.settings import TrialSettings
 from nni_topo.studies.plan import load_plan
 
 
-@pytest.mark.parametrize("value", [1, 7, np.int64(2)])
-def test_integers_pass(value):
-    whole(1).check("steps", value, "here")
-
-
-@pytest.mark.parametrize("value", [0, -3, True, 2.0, "2", None, math.nan])
-def test_what_does_not_count_is_refused(value):
-    with pytest.raises(ConfigError, match=r"steps must be an integer of at least 1, got .* \(here\)"):
-        whole(1).check("steps", value, "here")
-
-
-@pytest.mark.parametrize("value", [0.5, 1e-9, np.float32(0.25)])
-def test_numbers_inside_pass(value):
-    number(0, 1, "neither").check("share", value, "here")
-
-
-@pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, True, "0.5", None, math.nan])
-def test_numbers_outside_are_refused(value):
-    with pytest.raises(ConfigError, match=r"share must be in \(0, 1\), got .* \(here\)"):
-        number(0, 1, "neither").check("share", value, "here")
-
-
-def test_the_upper_bound_may_be_allowed():
-    number(0, 1, "right").check("share", 1, "here")
-    with pytest.raises(ConfigError, match=r"share must be in \(0, 1\], got 0 \(here\)"):
-        number(0, 1, "right").check("share", 0, "here")
+@pytest.mark.parametrize(
+    ("rule", "good", "bad", "words"),
+    [
+        (whole(1), [1, np.int64(2)], [0, True, 2.0, "2", None, math.nan], "an integer of at least 1"),
+        (number(0, 1, "neither"), [0.5, np.float32(0.25)], [0, 1, True, "0.5", math.nan], r"in \(0, 1\)"),
+        (number(0, 1, "right"), [1], [0], r"in \(0, 1\]"),
+    ],
+)
+def test_numbers_pass_or_are_refused(rule, good, bad, words):
+    for value in good:
+        rule.check("share", value, "here")
+    for value in bad:
+        with pytest.raises(ConfigError, match=rf"share must be {words}, got .* \(here\)"):
+            rule.check("share", value, "here")
 
 
 @pytest.mark.parametrize(
@@ -140,10 +126,7 @@ def test_a_mistyped_name_is_told_with_its_place(what, tmp_path):
         call(tmp_path)
 
 
-HINTS = ["ArrayLike", "ArrayLike | None", "ArrayLike | int", "np.ndarray | None", "dict[str, int] | None", "int | str"]
-
-
-@pytest.mark.parametrize("hint", HINTS)
+@pytest.mark.parametrize("hint", ["ArrayLike", "ArrayLike | None", "int | str"])
 def test_array_like_may_be_a_union_or_the_name_of_one(hint, monkeypatch):
     # NumPy 2.5 made a union into `type ArrayLike = ...`
     def words(array_like: object) -> str:
@@ -152,23 +135,14 @@ def test_array_like_may_be_a_union_or_the_name_of_one(hint, monkeypatch):
 
     kinds = int | str | np.ndarray
     as_name = words(TypeAliasType("ArrayLike", kinds))
-    assert ("array of real numbers" in as_name) == ("ArrayLike" in hint or "ndarray" in hint)
-    if hint != "ArrayLike | int":  # int is lost in the union
-        assert words(kinds) == as_name
-
-
-def test_a_name_of_a_type_is_what_it_names():
-    text = TypeAliasType("text", "str | None", type_params=())
-    named = TypeAliasType("named", typing.Union[str, None])  # noqa: UP007
-    assert rule_of("named", {"named": named}).words == rule_of("str | None").words
-    assert rule_of(text).words == rule_of("str | None").words
+    assert ("array of real numbers" in as_name) == ("ArrayLike" in hint)
+    assert words(kinds) == as_name
 
 
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
         (lambda: nni_topo.compensate(small(), {}, [ROWS], seed="a"), ConfigError, r"got 'a' \(compensate\)$"),
-        (lambda: nni_topo.compensation(small(), {}, [ROWS], seed="a"), ConfigError, r"got 'a' \(compensation\)$"),
         (lambda: nni_topo.compensate("net", {}, [ROWS]), ConfigError, r"got a str \(compensate\)$"),
         (
             lambda: nni_topo.compensate(small(), {}, [ROWS], sed=1),
@@ -176,12 +150,6 @@ def test_a_name_of_a_type_is_what_it_names():
             r"^compensate\(\) got an unexpected .* 'sed'$",
         ),
         (lambda: nni_topo.compensate(small(), {}), TypeError, r"^compensate\(\) missing a required argument: 'calib"),
-        (lambda: nni_topo.distill(small(), small(), [ROWS], steps=-1), ConfigError, r"got -1 \(distill\)$"),
-        (
-            lambda: nni_topo.distill(small(), small(), [ROWS], step=1),
-            TypeError,
-            r"^distill\(\) got an unexpected .* 'step'$",
-        ),
     ],
 )
 def test_an_error_names_the_function_that_was_called(call, error, words):
@@ -230,16 +198,10 @@ def test_an_error_without_a_line_of_the_users_is_told_without_one():
         nni_topo.dependency_groups(net, torch.zeros(2, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
 
 
-class SpeechlessError(Exception):
-    def __str__(self):
-        return None
-
-
 @pytest.mark.parametrize(
     ("error", "told"),
     [
         (AssertionError(), "AssertionError"),
-        (SpeechlessError(), "SpeechlessError"),
         (ValueError("no.\n way"), "ValueError: no"),
         (ValueError("these  fail:\n a\n\tb"), "ValueError: these fail: a b"),
         (ValueError("red \x1b[31mred"), "ValueError: red [31mred"),
@@ -256,52 +218,20 @@ def test_words_of_an_error_are_told_in_one_line(error, told):
     assert errors.raised(error) == told
 
 
-@dataclass(frozen=True)
-class Fixed:
-    value: int = 0
-
-
-def changes():
-    # raised in a method that no file holds
-    Fixed().value = 3
-
-
 def joins():
     np.concatenate(
         [np.zeros((2, 3)), np.zeros((3, 4))]
     )  # fmt: skip
 
 
-def loops():
-    for each in 3:
-        print(each)
-
-
-@pytest.mark.parametrize(
-    ("function", "line"),
-    [
-        (changes, "Fixed().value = 3"),
-        (joins, "np.concatenate("),
-        (loops, "for each in 3:"),
-    ],
-)
-def test_the_line_is_told_and_not_what_a_library_calls_in_it(function, line):
-    told, place = errors.raised(error_of(function)).rsplit(" in ", 1)
-    assert told.endswith(f", at `{line}`")
+def test_the_line_is_told_and_not_what_a_library_calls_in_it():
+    told, place = errors.raised(error_of(joins)).rsplit(" in ", 1)
+    assert told.endswith(", at `np.concatenate(`")
     assert place.startswith(f"{__file__}:")
-    assert int(place.rpartition(":")[2]) - function.__code__.co_firstlineno in range(4)
+    assert int(place.rpartition(":")[2]) - joins.__code__.co_firstlineno in range(4)
 
 
 def test_a_line_that_cannot_be_read_is_told_by_its_function():
     names = {}
     exec("def fails(): raise ValueError('no.')", names)
     assert errors.raised(error_of(names["fails"])) == "ValueError: no, in fails, <string>:1"
-
-
-def test_a_models_strange_error_is_told_too():
-    class Strange(nn.Module):
-        def forward(self, x):
-            raise SpeechlessError
-
-    with pytest.raises(ConfigError, match="got SpeechlessError, at `raise SpeechlessError` in "):
-        nni_topo.to_dense(Strange(), torch.zeros(2, 4), {})

@@ -137,15 +137,6 @@ def test_an_evaluator_that_fails_is_named_with_its_error() -> None:
         nni_topo.shrink(model, evaluator, {"flops": 0.5})
 
 
-def test_plain_functions_and_batches_need_no_evaluator() -> None:
-    config = [{"op_names": ["stem", "hidden"], **SPARSE}]
-    batches = [toy_images(8, seed) for seed in range(2)]
-    pruner = nni_topo.TopologicalPruner(toy_model(), config, calibration=batches)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    assert (kept(masks, "stem"), kept(masks, "hidden")) == (4, 8)
-
-
 def lightning_setup() -> tuple[nn.Module, Any]:
     images, labels = toy_images(), torch.arange(32) % 4
     batches = [(images[start : start + 4], labels[start : start + 4]) for start in range(0, 32, 4)]
@@ -203,10 +194,8 @@ def test_lightning_drives_our_pruners() -> None:
 # Each evaluates between two steps of training, but for reconstruction, which evaluated before.
 ON_DATA: dict[str, Callable[..., Pruner]] = {
     "cluster": nni_topo.ClusterPruner,
-    "subcluster": nni_topo.SubclusterPruner,
     "reconstruction": nni_topo.ReconstructionPruner,
     "activation": partial(nni_topo.TopologicalPruner, cloud="activation"),
-    "energy": partial(nni_topo.EnergyFilterPruner, signal="data"),
 }
 
 

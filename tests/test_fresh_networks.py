@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 from bench_modules import BENCHMARKS, imported
@@ -11,11 +9,8 @@ from scipy import stats
 
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.studies.plan import load_plan
-from nni_topo.studies.records import append_record
-from nni_topo.studies.tables import with_tables
 
 FOLDER = BENCHMARKS / "fresh_networks"
-PAGE = BENCHMARKS / "results" / "fresh_networks.md"
 
 
 @pytest.fixture(scope="module")
@@ -93,65 +88,6 @@ def test_cells_that_were_not_run_count_and_outcomes_follow_the_corrected_p(repor
     assert report.tables([]).count("not run") == 10
 
 
-def counted(page):
-    (count,) = re.findall(r"Of the (\d+) exploratory differences", page)
-    return int(count)
-
-
-def test_published_methods_are_exploratory_rows_and_no_baselines(report):
-    path = "published_pruners.topology_hole:TopologyHolePruner"
-    records, published = [], []
-    for seed in range(5):
-        for target in ("10 % of the MACs left", "3 % of the MACs left"):
-            rows = ("l1", *report.CRITERIA)
-            records += [record("ResNet-20", row, seed, 0.7 + 0.001 * seed, 0.7, target) for row in rows]
-            # better than every baseline on test and validation images
-            best = record("ResNet-20", "TopologyHole", seed, 0.8, 0.9, target) | {"pruner_name": path}
-            published.append(best)
-    before, after = report.tables(records), report.tables([*records, *published])
-    assert after.split("### Diff")[0] == before.split("### Diff")[0]
-    assert "| 10 % | TopologyHole | not run | no batch norms | +9.8 ± 0.2 (l1) | not run | not run |" in after
-    # two primary cells aren't counted, of the new row both are
-    assert (counted(before), counted(after)) == (2, 4)
-
-
-def test_what_was_not_distilled_is_compared_with_baselines_that_were_not_either_once_fine_tuned(report):
-    def fine_tuned(row, seed, value, *, distilled):
-        steps = {"accuracy_retrained": value, "validation_retrained": value}
-        if distilled:
-            steps |= {"accuracy_distilled": value, "validation_distilled": value}
-        return record("ResNet-20", row, seed, 0.5, 0.5) | steps
-
-    records = []
-    for seed in range(5):
-        records.append(fine_tuned("l1", seed, 0.9, distilled=True))
-        records.append(fine_tuned("l2", seed, 0.8, distilled=False))
-        records += [fine_tuned(row, seed, 0.85 + 0.001 * seed, distilled=True) for row in report.CRITERIA]
-        records.append(fine_tuned("OBCE", seed, 0.81 + 0.001 * seed, distilled=False))
-    lines = report.tables(records).splitlines()
-    (criterion,) = (line for line in lines if line.startswith("| 10 % | reconstruction | not run"))
-    (published,) = (line for line in lines if line.startswith("| 10 % | OBCE"))
-    assert criterion.endswith("| -4.8 ± 0.2 (l1) |")
-    assert published.endswith("| not run | +1.2 ± 0.2 (l2) |")
-
-
-def test_seeds_of_a_plan_may_be_run_on_several_machines(report, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RECORDS", tmp_path / "records")
-    out = tmp_path / "resnet20"
-    out.mkdir()
-    (tmp_path / "records").mkdir()
-    for seeds in ((100, 101), (101, 102)):
-        for seed in seeds:
-            cell = {**record("resnet20", "l1", seed, 0.7 + 0.01 * seeds[0], 0.7), "versions": {"torch": "2"}}
-            append_record(out / "results.jsonl", cell)
-        report.keep(out)
-        (out / "results.jsonl").unlink()
-    kept = {each["seed"]: each["accuracy_compensated"] for each in report.read()}
-    assert kept == pytest.approx({100: 1.7, 101: 1.71, 102: 1.71})
-    with pytest.raises(ValueError, match="must be named as a plan"):
-        report.keep(tmp_path / "another")
-
-
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_plans_follow_the_protocol(report, path):
     plan = load_plan(path)
@@ -172,12 +108,3 @@ def test_pruners_that_plans_name_by_their_path_are_the_published_ones(report):
     for name in named.values():
         with imported(BENCHMARKS, name.partition(":")[0]):
             assert pruner_info(name).knobs()[0] == "calibration"
-
-
-def test_every_network_has_a_plan(report):
-    assert {*report.NETWORKS} == {path.stem for path in FOLDER.glob("*.yaml")}
-
-
-def test_the_page_holds_the_tables_of_the_records(report):
-    page = PAGE.read_text(encoding="utf-8")
-    assert with_tables(page, report.SOURCE, report.tables(report.read())) == page

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import far_device
 import psutil
@@ -123,18 +119,6 @@ def test_what_is_free_is_what_the_process_may_still_take():
     assert free_memory() > 2**28
 
 
-@pytest.mark.slow
-def test_wide_layers_are_pruned_or_refused_in_words():
-    bench = Path(__file__).parents[1] / "benchmarks" / "bench_limits.py"
-    words = ["topological", "reconstruction", "cluster, spectral", "--neurons", "8192", "--memory", "3"]
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, bench, *words], env=os.environ | paths, capture_output=True, text=True)
-    chosen, solved, refused = done.stdout.splitlines()[2:]
-    assert chosen.endswith("0.50 left |")
-    assert solved.endswith("0.50 left |")
-    assert "must fit into memory, got 3.50 GiB" in refused
-
-
 IMAGES, LABELS = toy_images(16, seed=1), torch.arange(16) % 4
 HALF = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
 
@@ -163,23 +147,8 @@ def distilled(place, images):
 
 # by how many bytes an operation may put out: 16 images of the toy network's first layer take 32768
 ON_A_DEVICE = {
-    "activations": (lambda place, images: masks("topological", place, cloud="activation", calibration=images), 9000),
     "functional": (lambda place, images: masks("topological", place, calibration=images), 9000),
-    "gradients": (
-        lambda place, images: masks("topological", place, cloud="gradient", calibration=labelled(images)),
-        9000,
-    ),
-    "features": (lambda place, images: masks("cluster", place, calibration=images), 9000),
     "reconstruction": (lambda place, images: masks("reconstruction", place, calibration=images), 160_000),
-    "genes": (
-        lambda place, images: masks(
-            "genetic_weight",
-            place,
-            validation=labelled(images),
-            search={"population_size": 4, "generations": 1},
-        ),
-        20_000,
-    ),
     "compensation": (solved, 20_000),
     "batch norms": (lambda place, images: state(nni_topo.recalibrate_batch_norm(toy_model().to(place), images)), 9000),
     "distillation": (distilled, 20_000),
@@ -188,11 +157,6 @@ ON_A_DEVICE = {
         9000,
     ),
 }
-
-
-def labelled(images):
-    """Give batches their labels."""
-    return list(zip(images, LABELS.split([len(each) for each in images]), strict=True))
 
 
 @pytest.mark.parametrize("job", ON_A_DEVICE)

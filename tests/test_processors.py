@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -18,24 +17,11 @@ def processors():
     del sys.modules[spec.name]
 
 
-def options(only=None, turn=False, hardest=False):
-    return argparse.Namespace(only=only, turn=turn, hardest=hardest)
-
-
 def test_failures_and_errors_are_counted(processors, tmp_path):
     report = tmp_path / "report.xml"
     report.write_text('<testsuites><testsuite tests="9" failures="2" errors="1" skipped="3"/></testsuites>')
     assert processors.counted(report) == (3, 3, 3)
     assert processors.counted(tmp_path / "none.xml") == (0, 0, 0)
-
-
-def test_variants_are_chosen_by_name_and_unknown_ones_refused(processors):
-    assert [v.name for v in processors.chosen(options(["zen", "haswell"]))] == ["zen", "haswell"]
-    assert [v.name for v in processors.chosen(options(hardest=True))] == ["prescott"]
-    assert len(processors.chosen(options(turn=True))) == 1
-    assert len(processors.chosen(options())) == len(processors.variants())
-    with pytest.raises(SystemExit, match=r"a variant must be one of prescott, .* got pentium"):
-        processors.chosen(options(["pentium"]))
 
 
 def test_all_tests_that_are_named_exist(processors):

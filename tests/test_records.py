@@ -51,21 +51,6 @@ def test_the_last_run_is_not_old(upstream):
     assert age <= OLD, f"NNI's own tests ran {age} commits of compat and network ago: make upstream UPSTREAM=--record"
 
 
-def test_a_run_takes_the_place_of_the_last_one_with_the_same_pytorch(upstream, tmp_path):
-    def run(torch, passed):
-        files = [{"file": "test_pruner", "passed": passed}]
-        return {"versions": {"torch": torch}, "passed": passed, "expected": 79, "files": files}
-
-    records = tmp_path / "records" / "upstream.json"
-    for torch, passed in (("2.15.0", 79), ("2.11.0", 79), ("2.15.1", 78)):
-        upstream.keep(run(torch, passed), records)
-    kept = json.loads(records.read_text())
-    assert {minor: record["passed"] for minor, record in kept.items()} == {"2.11": 79, "2.15": 78}
-    assert kept["2.15"]["versions"] == {"torch": "2.15.1"}
-    assert kept["2.15"]["commits"] == upstream.commits()
-    assert kept["2.15"]["files"] == {"test_pruner": 78}
-
-
 @pytest.mark.parametrize(
     ("records", "heading", "rows"),
     [
@@ -122,10 +107,3 @@ def test_the_table_of_distillation_is_that_of_its_records():
     assert (
         f"Over the six networks (mean of both costs) the change gains {over_all.mean:.1f} ± {over_all.half:.1f}" in text
     )
-
-
-def test_equal_blocks_are_equal():
-    lines = (PROJECT / "benchmarks" / "records" / "equal_blocks.jsonl").read_text().splitlines()
-    for record in map(json.loads, lines):
-        is_equal = len(set(record["heads"])) == len(set(record["neurons"])) == 1
-        assert is_equal or record["key"][2] != "equal", record["key"]

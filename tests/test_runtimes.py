@@ -88,18 +88,6 @@ def test_the_snippets_of_the_page_run_after_its_first_one(snippet, tmp_path, mon
     assert list(tmp_path.glob("small.*"))
 
 
-def test_the_page_has_a_snippet_for_every_runtime():
-    packages = [re.match(r"(?:import|from) (\w+)", each)[1] for each in SNIPPETS]
-    assert packages == [each.package for each in runtimes.RUNTIMES if each.name != "PyTorch"] + ["coremltools"]
-
-
-def test_the_tables_are_those_of_the_records():
-    bench = importlib.import_module("bench_runtimes")
-    project = Path(__file__).parent.parent
-    page = (project / "benchmarks" / "results" / "export.md").read_text(encoding="utf-8")
-    assert bench.with_tables(page, bench.SOURCE, bench.tables(project / "benchmarks" / "records" / "runtimes")) == page
-
-
 def test_the_loss_by_int8_is_paired_with_the_float_file_of_the_same_runtime():
     bench = importlib.import_module("bench_int8")
 
@@ -122,12 +110,3 @@ def test_the_loss_by_int8_is_paired_with_the_float_file_of_the_same_runtime():
             "2.50",
             "2.00 ± 0.00",
         ]
-
-
-def test_time_per_mac_is_of_the_widths_with_a_divisor():
-    bench = importlib.import_module("bench_runtimes")
-    macs = {width: 3 * width + 18 * width**2 for width in bench.WIDTHS}
-    times = {
-        width: count * (1.0 if width % 8 == 0 else 1.5 if width % 2 == 0 else 2.0) for width, count in macs.items()
-    }
-    assert np.allclose(bench.cost_by_multiple(times), [1.0, 1.0, 1.5, 1.5, 2.0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +22,6 @@ from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.runs.run import STILL, Start, prune, trained
 from nni_topo.runs.scheduled import prune_on_schedule
 from nni_topo.studies.analysis.deviation import study_masks
-from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
 from nni_topo.studies.compare import compare
 from nni_topo.studies.plan import ComparisonPlan
 
@@ -150,15 +148,6 @@ def test_random_differs_between_seeds_of_a_comparison(tmp_path):
     )
     records, _ = compare(plan, tmp_path, isolate=False)
     assert len({record["accuracy_oneshot"] for record in records}) > 1
-    masks = [
-        prune(Start(start.net, start.data, start.recipe, seed), PrunerChoice("random"), CONFIG)[0]["fc1"]["weight"]
-        for start in [trained(MODEL, DATA, recipe=zoo.Recipe(epochs=0))]
-        for seed in (0, 1)
-    ]
-    assert not torch.equal(*masks)
-
-
-CONFIG = [{"op_names": ["fc1"], "sparse_ratio": 0.5}]
 
 
 @pytest.mark.parametrize("name", ["genetic_weight", "taylor", "level", "topological_magnitude"])
@@ -172,13 +161,6 @@ def test_pruners_that_need_data_work_from_compare_without_knobs(name, tmp_path):
     (record,), failures = compare(plan, tmp_path, isolate=False)
     assert not failures
     assert 0 < record["weights_left"] < record["params_before"]
-
-
-def test_a_magnitude_study_starts_where_every_run_starts(checkpoint, tmp_path):
-    start = trained(MODEL, DATA, checkpoint=checkpoint, seed=SEED)
-    study = AnalyzeMagnitude(model="lenet300", out=tmp_path, ratios=(0.5,), rounds=1, epochs=1)
-    assert study.baseline(start)["accuracy"] == start.accuracy
-    assert json.dumps(study.baseline(start))
 
 
 def test_of_text_records_hold_bits_a_byte_too():

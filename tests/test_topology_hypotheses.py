@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from bench_modules import BENCHMARKS, imported
-from markdown_sections import sections
 from scipy import stats
-from torch import nn
 
-from nni_topo.pruners.hooks import PruningContext
 from nni_topo.studies.records import read_records
-from nni_topo.studies.tables import with_tables
 from nni_topo.topology import distinct_points
 
 FOLDER = BENCHMARKS / "records" / "topology"
@@ -28,12 +22,6 @@ def bench():
 
 
 @pytest.fixture(scope="module")
-def images():
-    with imported(BENCHMARKS / "topology", "which_images") as module:
-        yield module
-
-
-@pytest.fixture(scope="module")
 def filters():
     with imported(BENCHMARKS / "topology", "how_many_filters") as module:
         yield module
@@ -43,52 +31,6 @@ def filters():
 def clouds():
     with imported(BENCHMARKS / "topology", "which_clouds") as module:
         yield module
-
-
-HYPOTHESES = {
-    "T1": "which_images",
-    "T2": "how_many_filters",
-    "T2b": "which_widths",
-    "T3": "which_blocks",
-    "T3b": "which_blocks_zigzag",
-    "T4": "which_ratio",
-    "T4b": "which_ratio_scenes",
-    "T5": "which_loss",
-    "T6": "which_filters",
-    "T6b": "which_filters_exact",
-    "T7": "which_clouds",
-}
-
-
-@pytest.mark.parametrize("name", HYPOTHESES.values())
-@pytest.mark.quick_every(2)
-def test_the_page_holds_the_tables_of_the_records(name):
-    page = (BENCHMARKS / "results" / "topology.md").read_text(encoding="utf-8")
-    with imported(BENCHMARKS / "topology", name) as module:
-        assert with_tables(page, module.SOURCE, module.tables(read_records(FOLDER / f"{name}.jsonl"))) == page
-
-
-@pytest.mark.parametrize("title", HYPOTHESES)
-def test_each_hypothesis_has_its_outcome_on_three_pages(title):
-    results = sections(BENCHMARKS / "results" / "topology.md")
-    (section,) = (text for text in results.values() if text.startswith("## ") and f"\n{title}: " in text)
-    assert f"benchmarks/topology/{HYPOTHESES[title]}.py" in section
-    page = (BENCHMARKS.parent / "docs" / "topology_in_pruning.md").read_text(encoding="utf-8")
-    (row,) = (line for line in page.splitlines() if line.startswith(f"| {title} |"))
-    outcomes = (BENCHMARKS / "topology" / "HYPOTHESES.md").read_text(encoding="utf-8").split("## Outcomes")[1]
-    (outcome,) = (line for line in outcomes.splitlines() if line.startswith(f"- **{title}**: "))
-    for text in (row, outcome):
-        assert "results/topology.md#" in text
-        assert "win" in text.lower()
-    assert "not run" not in section
-
-
-def test_a_benchmark_says_that_it_needs_images(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["which_images.py", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        images.main()
-    assert "--images is needed to run the benchmark" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_difference_is_paired_by_network(bench):
@@ -133,43 +75,6 @@ def test_the_estimate_of_the_benchmark_is_the_package_s(filters):
         assert 4 <= kinds <= 16
         assert 0.05 <= noise <= 0.7
         assert filters.by_largest_ratio(points) == distinct_points(points) == kinds
-
-
-def test_the_mean_error_is_over_the_layers(filters):
-    records = read_records(FOLDER / "how_many_filters.jsonl")
-    errors = [abs(r["estimates"][filters.RATIO] / r["kinds"] - 1) for r in records if r["key"][0] >= 310]
-    assert len(errors) == 60
-    assert f"| {filters.RATIO} |" in filters.tables(records)
-    assert f"{100 * np.mean(errors):.1f} ±" in filters.tables(records).split(f"| {filters.RATIO} |")[1].splitlines()[0]
-
-
-@pytest.fixture(scope="module")
-def cloud():
-    generator = np.random.default_rng(0)
-    return np.concatenate([generator.normal(size=(40, 3)), [[30.0, 0.0, 0.0]]])
-
-
-def test_every_method_chooses_as_many_different_images_as_asked_for(images, cloud):
-    for name, method in images.METHODS.items():
-        chosen = method(cloud, 8, 0)
-        assert len(set(chosen.tolist())) == 8, name
-        assert 0 <= chosen.min() <= chosen.max() < len(cloud), name
-
-
-def test_the_outlier_is_covered_unless_isolated_images_are_dropped(images, cloud):
-    assert 40 in images.covering_images(cloud, 2, 0)
-    assert 40 not in images.dense_covering_images(cloud, 8, 0)
-
-
-def test_herding_keeps_the_mean_near_that_of_all(images, cloud):
-    chosen = images.herding_images(cloud, 10, 0)
-    drawn = images.random_images(cloud, 10, 0)
-    mean = cloud.mean(0)
-    assert np.linalg.norm(cloud[chosen].mean(0) - mean) < np.linalg.norm(cloud[drawn].mean(0) - mean)
-
-
-def test_leverage_prefers_images_far_from_the_mean(images, cloud):
-    assert all(40 in images.leverage_images(cloud, 8, seed) for seed in range(5))
 
 
 def test_a_seed_has_a_split_of_its_own_and_no_image_twice(clouds, tmp_path):
@@ -226,17 +131,3 @@ def test_selections_from_a_cloud_are_those_by_hand():
         assert module.largest(points, 2, 0).tolist() == [2, 3]
         assert sorted(module.nearest_to_means(points, 3, 0).tolist()) == [0, 3, 4]
         assert sorted(module.nearest_to_means(np.zeros((3, 2)), 2, 0).tolist()) == [0, 1]
-
-
-def test_an_unweighted_cloud_knows_nothing_of_its_readers():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
-    model[2].weight.data[:, 0] *= 100.0
-    images, config = torch.randn(32, 4), [{"op_names": ["0"], "sparse_ratio": 0.4}]
-    entering = model[:2](images).detach().double()
-    with imported(BENCHMARKS / "topology", "clouds") as module:
-        pruner = module.UnweightedPruner(model, config, calibration=[images])
-        seen = pruner.collector.collect(PruningContext(pruner.bound_model, pruner._target_spaces))["0"]["weight"]
-        pruner.unwrap_model()
-    centred = entering - entering.mean(0)
-    torch.testing.assert_close(torch.cdist(seen, seen), torch.cdist(centred.T, centred.T) / 32**0.5)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.functional import normalize
 
 import nni_topo
-from nni_topo.zoo.transformers import TransformerBlock
 
 FOLDER = BENCHMARKS / "topology"
 
@@ -44,31 +43,7 @@ def points():
     return torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def turned(points):
-    """The points, turned and doubled."""
-    basis, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))
-    return 2.0 * points @ basis
-
-
 # Encoders
-
-
-def test_a_patch_is_a_part_of_its_image(encoders):
-    images = torch.arange(3 * 28 * 28, dtype=torch.float32).view(3, 1, 28, 28)
-    patches = encoders.random_patches(images, torch.Generator().manual_seed(0))
-    for image, patch in zip(images, patches, strict=True):
-        top, left = divmod(int(patch[0, 0, 0]) % (28 * 28), 28)
-        assert torch.equal(patch, image[:, top : top + 20, left : left + 20])
-    assert torch.equal(encoders.centre_patches(images), images[:, :, 4:24, 4:24])
-
-
-def test_neighbours_are_those_of_large_cosine_and_never_the_vector_itself(encoders):
-    angles = torch.arange(24) * 0.1
-    vectors = torch.stack([angles.cos(), angles.sin()], 1) * (1.0 + angles[:, None])
-    found = encoders.nearest(vectors, vectors)
-    assert set(found[0].tolist()) == set(range(1, 11))
-    assert set(found[12].tolist()) == {*range(7, 12), *range(13, 18)}
 
 
 def test_recall_and_accuracy_of_neighbours(encoders):
@@ -81,18 +56,6 @@ def test_recall_and_accuracy_of_neighbours(encoders):
 
 
 # T5
-
-
-def test_equal_outputs_have_no_loss_and_some_losses_ignore_what_leaves_neighbours_alone(loss, points, turned):
-    variance = points.var(0).mean()
-    for name, method in loss.LOSSES.items():
-        assert float(method(points, points, variance)) == pytest.approx(0.0, abs=1e-6), name
-        assert float(method(points.flip(0), points, variance)) > 1e-2, name
-    assert float(loss.rtd_lite(points, points)) == pytest.approx(0.0, abs=1e-6)
-    assert float(loss.cosine(3.0 * points, points, variance)) == pytest.approx(0.0, abs=1e-6)
-    for value in (loss.similarities(turned, points, variance), loss.rtd_lite(turned, points)):
-        assert float(value) == pytest.approx(0.0, abs=1e-5)
-    assert float(loss.squares(points + variance.sqrt(), points, variance)) == pytest.approx(1.0)
 
 
 def test_rtd_lite_is_that_of_outputs_of_length_one_over_their_number(loss, points):
@@ -111,20 +74,6 @@ def test_cosine_and_similarities_is_the_loss_of_distill(loss):
     with torch.no_grad():
         wanted = loss.cosine_and_similarities(dense(images), original(images), torch.ones(()))
     assert done.loss_before == pytest.approx(float(wanted), rel=1e-4)
-
-
-def test_a_course_learns_within_its_time(loss, monkeypatch):
-    monkeypatch.setattr(loss, "SECONDS", 0.2)
-    torch.manual_seed(0)
-    teacher, dense, images = nn.Linear(8, 4), nn.Linear(8, 4), torch.randn(100, 8)
-    with torch.no_grad():
-        wanted = teacher(images)
-        before = loss.squares(dense(images), wanted, wanted.var(0).mean())
-        for course in ((loss.SQUARES, 0.05, 0.0), (loss.OURS, 0.05, 1.0)):
-            with torch.enable_grad():
-                student, steps = loss.distilled(dense, images, wanted, course, 0)
-            assert steps > 1
-            assert loss.squares(student(images), wanted, wanted.var(0).mean()) < before
 
 
 def test_settings_are_chosen_on_the_validation_images_of_exploration(loss):
@@ -156,16 +105,6 @@ def test_where_a_curve_reaches_a_level(ratio):
     assert ratio.crossing(curve, 0.2) == 1.0
     assert ratio.knee_of(([0.0, 0.25, 0.5, 0.75], [0.0, 0.0, 0.0, 1.0])) == 0.5
     assert ratio.knee_of(([0.0, 0.5], [0.0, 1.0])) == 1.0
-
-
-def test_scores_of_outputs(ratio, points, turned):
-    same, other = ratio.scores(points, 3.0 * points), ratio.scores(points, points.flip(0))
-    assert all(abs(same[name]) < 1e-6 < other[name] for name in ratio.SCORES)
-    # neighbours and alignment don't see a rotation, the squared distance does
-    found = ratio.scores(points, turned)
-    assert abs(found[ratio.RTD_LITE]) < 1e-6
-    assert abs(found[ratio.CKA]) < 1e-6
-    assert found[ratio.SQUARES] > 0.5
 
 
 def test_alignment_of_many_features_is_that_of_gram_matrices(ratio):
@@ -208,54 +147,6 @@ def test_the_error_of_predicted_ratios(ratio):
 
 
 # T3
-
-
-def test_scores_of_a_block(blocks):
-    generator = torch.Generator().manual_seed(0)
-    stream = torch.randn(12, 5, 4, 4, generator=generator)
-    mapped = torch.einsum("oc,nchw->nohw", torch.randn(5, 5, generator=generator), stream) + 3.0
-    for name, method in blocks.STREAM.items():
-        assert method(stream, stream) == pytest.approx(0.0, abs=1e-5), name
-        assert method(stream, mapped.relu()) > 1e-3, name
-    assert blocks.linear_residual(stream, mapped) == pytest.approx(0.0, abs=1e-9)
-    assert blocks.block_influence(stream, 2.0 * stream) == pytest.approx(0.0, abs=1e-6)
-    assert blocks.block_influence(stream, -stream) == pytest.approx(2.0)
-    # of a channel that is always zero there is nothing to explain
-    stream[:, 0] = 0.0
-    assert blocks.linear_residual(stream, 2.0 * stream) == pytest.approx(0.0, abs=1e-9)
-    tokens = stream.flatten(2).transpose(1, 2)
-    assert torch.equal(blocks.averaged(tokens), tokens.mean(1))
-    assert torch.allclose(blocks.averaged(stream), blocks.averaged(tokens), atol=1e-6)
-    assert torch.equal(blocks.positions(stream), blocks.positions(tokens))
-
-
-@pytest.fixture(scope="module")
-def vit(blocks):
-    torch.manual_seed(0)
-    return blocks.DeepViT(10, 1, 28).eval()
-
-
-def test_the_blocks_are_those_that_keep_the_shape(blocks, vit):
-    assert blocks.block_names(vit) == [f"blocks.{place}" for place in range(12)]
-    names = blocks.block_names(blocks.resnet56(10, 1, 28))
-    assert len(names) == blocks.BLOCKS[blocks.RESNET]
-    assert {f"stage{stage}.0" for stage in (2, 3)}.isdisjoint(names)
-    assert "stage1.0" in names
-    assert all(isinstance(vit.get_submodule(name), TransformerBlock) for name in blocks.block_names(vit))
-
-
-def test_a_block_that_adds_nothing_can_go(blocks, vit):
-    with torch.no_grad():
-        for layer in (vit.blocks[3].attention.o_proj, vit.blocks[3].mlp.fc2):
-            layer.weight.zero_()
-            layer.bias.zero_()
-    images = torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    before = vit(images).detach()
-    assert blocks.loss_without(vit, "blocks.3", images) == pytest.approx(0.0, abs=1e-6)
-    assert blocks.loss_without(vit, "blocks.4", images) > 1e-6
-    found = blocks.stream_scores(vit, ["blocks.3", "blocks.4"], images)
-    assert all(abs(value) < 1e-5 < found["blocks.4"][score] for score, value in found["blocks.3"].items())
-    assert torch.equal(vit(images).detach(), before)  # and the network is as it was
 
 
 def test_correlations_are_of_complete_networks(blocks):

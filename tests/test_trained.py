@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo.studies.tables import with_tables
-
 _PROJECT = Path(__file__).parents[1]
 _INSTALL = "make trained-packages installs it"
 
@@ -21,23 +19,9 @@ _INSTALL = "make trained-packages installs it"
 @pytest.fixture(scope="module")
 def modules():
     sys.path.insert(0, str(_PROJECT))
-    names = ("photos", "sentences", "pretrained", "measures", "run", "report", "longer")
+    names = ("photos", "sentences", "pretrained", "measures", "report", "longer")
     yield {name: importlib.import_module(f"benchmarks.trained.{name}") for name in names}
     sys.path.remove(str(_PROJECT))
-
-
-def test_pasted_images_keep_the_range_and_are_the_same_for_the_same_seed(modules):
-    pasted = modules["longer"].pasted
-    images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
-    torch.manual_seed(3)
-    found = pasted(images)
-    torch.manual_seed(3)
-    assert torch.equal(pasted(images), found)
-    assert found.shape == images.shape
-    assert float(found.abs().max()) <= 1.0
-    changed = (found - images).abs().flatten(1).amax(1)
-    assert bool((changed > 0.01).all())
-    assert torch.equal(images, images.clamp(-1.0, 1.0))
 
 
 def test_the_readme_quotes_the_long_courses(modules):
@@ -46,31 +30,6 @@ def test_the_readme_quotes_the_long_courses(modules):
     ours, theirs = (cosines["minilm", 0.5, name, 38_000] for name in ("sentences", "sentences, l1 alone"))
     quoted = f"with 38,000 sentences, reaches {ours:.3f} ({theirs:.3f} by L1 and distillation)"
     assert quoted in (_PROJECT / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_table_of_long_courses_says_what_was_discarded(modules):
-    longer = modules["longer"]
-    records = longer.read_records(_PROJECT / "benchmarks/records/trained/longer.jsonl")
-    made = longer.table(records)
-    lines = [line for line in made.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    assert len(lines) == len(records)
-    assert sum("discarded" in line for line in lines) == sum(not record["is_kept"] for record in records)
-    assert sum(" -> " in line for line in lines) == sum(record["is_kept"] for record in records)
-
-
-def test_new_weights_are_new_in_all_layers_and_the_same_in_each_run(modules):
-    def net():
-        return nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
-
-    first, second = net(), net()
-    with torch.no_grad():
-        for each in (*first.parameters(), *second.parameters()):
-            each.fill_(7.0)
-    for each in (first, second):
-        modules["run"].draw_weights(each)
-    for one, other in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(one, other)
-        assert not bool((one == 7.0).any())
 
 
 def test_no_photo_and_no_package_is_in_two_parts(modules):
@@ -85,36 +44,6 @@ def test_no_photo_and_no_package_is_in_two_parts(modules):
     }
     assert {name.partition("/")[0] for part in photos.PHOTOS.values() for name in part} <= photos.SOURCES.keys()
     assert set(photos.KNOWN) <= {name for part in photos.PHOTOS.values() for name in part}
-
-
-@pytest.mark.slow
-def test_crops_are_those_of_the_seed(modules):
-    photos = modules["photos"]
-    if lacking := photos.missing():
-        pytest.skip(f"photos of {', '.join(lacking)} aren't installed: {_INSTALL}")
-    found, again, other = (photos.random_crops("test", 30, seed) for seed in (1, 1, 2))
-    assert found.images.shape == (30, 3, 128, 128)
-    assert found.photos.tolist() == sorted([*range(24), *range(6)])
-    assert torch.equal(found.images, again.images)
-    assert not torch.equal(found.images, other.images)
-    assert -1.0 <= float(found.images.min()) < 0.0 < float(found.images.max()) <= 1.0
-    few = photos.random_crops("calibration", 12, 0, photos=3)
-    assert few.photos.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-
-
-def test_sentences_are_read_from_docstrings_and_code_is_not(modules, tmp_path, monkeypatch):
-    package = tmp_path / "written"
-    package.mkdir()
-    (package / "__init__.py").write_text(
-        '"""It reads the first of several sentences. A second one follows right after it!\n\n'
-        '>>> It isn\'t read here, being code.\n"""\n'
-        "raise RuntimeError('the code must not run')\n",
-        encoding="utf-8",
-    )
-    (package / "broken.py").write_text("def (:", encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    found = list(modules["sentences"]._of_package("written"))
-    assert found == ["It reads the first of several sentences.", "A second one follows right after it!"]
 
 
 def test_intervals_are_those_of_photos_and_not_of_crops(modules):
@@ -185,24 +114,6 @@ def test_the_networks_are_those_that_were_trained(modules, tmp_path):
 RECORDS = _PROJECT / "benchmarks" / "records" / "trained"
 
 
-def test_the_page_holds_the_tables_of_the_records(modules):
-    page = (_PROJECT / "benchmarks" / "results" / "trained.md").read_text(encoding="utf-8")
-    report = modules["report"]
-    assert with_tables(page, report.SOURCE, report.tables(report.read(RECORDS))) == page
-
-
-def test_rows_of_a_table_cost_the_same_and_no_cell_is_there_twice(modules):
-    records = modules["report"].read(RECORDS)
-    keys = [tuple(record["key"]) for record in records]
-    assert len(keys) == len(set(keys))
-    costs = {}
-    for record in records:
-        if "macs" in record:
-            costs.setdefault((record["network"], record["key"][1]), []).append(record["macs"])
-    for (network, _), found in costs.items():
-        assert max(found) - min(found) < 0.01, network
-
-
 def test_the_readme_says_what_the_records_hold(modules):
     """Each figure of the sentences on these networks is that of the cell."""
     report = modules["report"]
@@ -211,23 +122,6 @@ def test_the_readme_says_what_the_records_hold(modules):
     for key, column, said in report.QUOTED:
         figure = report.figure(column, cells[key][column]).partition(" ")[0]
         assert said.format(figure) in text, said
-
-
-def test_pictures_and_tables_are_made_of_few_cells_too(modules, tmp_path):
-    report = modules["report"]
-    some = [record for record in report.read(RECORDS) if record["key"][3] == "none"]
-    report.picture(some, tmp_path / "agreement.png")
-    assert (tmp_path / "agreement.png").stat().st_size > 5_000
-    assert "compensate" not in report.tables(some).replace("benchmarks", "")
-
-
-def test_crops_take_turns_and_come_with_their_photos(modules):
-    photos = modules["photos"]
-    owners = torch.tensor([0, 0, 0, 1, 1, 2])
-    crops = photos.Crops(torch.arange(6.0).view(6, 1, 1, 1), owners)
-    data = modules["run"]._in_turns(crops, size=4)
-    assert torch.cat(list(data)).flatten().tolist() == [0, 3, 5, 1, 4, 2]
-    assert data.groups.tolist() == [0, 1, 2, 0, 1, 0]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from training_nets import PROCESSES, Net, labelled, pruned_net, step, train_shared
 
@@ -42,10 +42,9 @@ def test_every_norm_and_attention_of_the_package_is_in_the_network(made: Any) ->
     assert names | {"PrunedMultiheadAttention"} <= kinds
 
 
-@pytest.mark.parametrize(("kind", "rate"), [(torch.optim.SGD, 0.1), (torch.optim.AdamW, 0.01)])
-def test_an_optimizer_made_after_pruning_trains_every_parameter(dense: Any, kind: Any, rate: float) -> None:
+def test_an_optimizer_made_after_pruning_trains_every_parameter(dense: Any) -> None:
     before = {name: parameter.detach().clone() for name, parameter in dense.named_parameters()}
-    optimizer = kind(dense.train().parameters(), rate)
+    optimizer = torch.optim.AdamW(dense.train().parameters(), 0.01)
     losses = [step(dense, optimizer, IMAGES, LABELS) for _ in range(8)]
     assert losses[-1] < losses[0] - 0.03
     for name, parameter in dense.named_parameters():
@@ -65,14 +64,6 @@ def test_what_was_frozen_stays_frozen() -> None:
     assert dense.stem[0].out_channels < 16
     trained = {name for name, parameter in dense.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def test_shrink_returns_a_network_that_trains() -> None:
-    torch.manual_seed(0)
-    small = nni_topo.shrink(Net().eval(), [IMAGES], {"flops": 0.6}, distill={"steps": 4}).train()
-    optimizer = torch.optim.AdamW(small.parameters(), 0.01)
-    losses = [step(small, optimizer, IMAGES, LABELS) for _ in range(8)]
-    assert losses[-1] < losses[0]
 
 
 def followed(model: nn.Module, averaged: Any, update: Any, decay: float) -> None:
@@ -99,9 +90,8 @@ def test_an_average_of_its_weights_follows_it(dense: Any) -> None:
     followed(dense, averaged.module, averaged.update_parameters, 0.75)
 
 
-@pytest.mark.parametrize("kind", ["ModelEmaV2", "ModelEmaV3"])
-def test_the_averages_of_timm_follow_it(dense: Any, kind: str) -> None:
-    averaged = getattr(pytest.importorskip("timm.utils"), kind)(dense, decay=0.75)
+def test_the_averages_of_timm_follow_it(dense: Any) -> None:
+    averaged = pytest.importorskip("timm.utils").ModelEmaV3(dense, decay=0.75)
     followed(dense, averaged.module, averaged.update, 0.75)
 
 
@@ -154,24 +144,6 @@ def test_it_is_compiled_once_for_training_and_once_for_evaluation(dense: Any) ->
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize(("ratios", "graphs"), [((0.5, 0.5), 1), ((0.25, 0.5), 2)])
-@pytest.mark.quick_every(2)
-def test_blocks_compiled_one_by_one_share_a_graph_if_they_are_as_wide(ratios: tuple[float, ...], graphs: int) -> None:
-    torch.manual_seed(0)
-    model = Net().eval()
-    asked = [{"op_names": [f"blocks.{at}.up"], "sparse_ratio": ratio} for at, ratio in enumerate(ratios)]
-    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), asked).compress()[1]
-    dense: Any = nni_topo.to_dense(model, IMAGES, masks)
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    wanted = dense(IMAGES)
-    for block in dense.blocks:
-        block.compile(backend=counter, fullgraph=True)
-    for _ in range(3):
-        torch.testing.assert_close(dense(IMAGES), wanted)
-    assert counter.frame_count == graphs
-
-
 def test_activations_may_be_computed_again(dense: Any) -> None:
     plain = copy.deepcopy(dense).train()
     for block in (*dense.blocks, dense.response):
@@ -184,7 +156,7 @@ def test_activations_may_be_computed_again(dense: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp_flat", "fsdp2"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp2"])
 def test_two_processes_train_as_one_does(dense: Any, how: str, tmp_path: Path) -> None:
     nni_topo.save(dense, tmp_path / "dense.pt")
     torch.multiprocessing.spawn(train_shared, (how, tmp_path / "dense.pt", tmp_path), PROCESSES)

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import logging
 import pickle
-import re
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -69,10 +68,8 @@ def table_rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-@pytest.mark.parametrize("name", [pytest.param("Bert", marks=pytest.mark.slow), "Llama"])
-@pytest.mark.slow
-def test_the_card_has_the_figures_of_the_report(name: str, tmp_path: Path) -> None:
-    small = shrunk(name)
+def test_the_card_has_the_figures_of_the_report(tmp_path: Path) -> None:
+    small = shrunk("Llama")
     before = snapshot(small)
     nni_topo.save_pretrained(small, tmp_path)
     require_unchanged(before, small)
@@ -102,21 +99,9 @@ def test_the_report_as_markdown_says_what_was_done_and_what_it_cost() -> None:
         (line,) = [line for line in printed if line.split()[0] == stage.network]
         assert all(cell in line for cell in row), (row, line)
     assert [len(row) for row in rows if row[0] == "network"] == [3]  # network, distance, agreement
-    (measured,) = [line for line in printed if "held-out samples, with 95 % intervals" in line]
-    assert measured[1:] in text
     assert str(report.budget)[1:] in text
-    weights = "kept" if report.distillation.is_kept else "discarded"
-    assert f"distillation: {report.distillation.steps} steps, whose weights are {weights}" in text
-    assert "`l1`" in text
-    assert "`uniform`, the same widths in all blocks" in text
-    assert "`reconstruct`" in text
-    assert f"{report.images} samples" in text
-    assert (report.pruner, report.allocation, report.equal_blocks, report.recovery) == (
-        "l1",
-        "uniform",
-        True,
-        "reconstruct",
-    )
+    for word in ("`l1`", "`uniform`", "`reconstruct`", f"{report.images} samples"):
+        assert word in text
 
 
 def test_widths_are_told_by_kind_and_blocks() -> None:
@@ -128,12 +113,6 @@ def test_widths_are_told_by_kind_and_blocks() -> None:
     assert not [row for row in table if "down_proj" in row[0]]  # keeps all its channels
     kept = sum(row.after == row.before for row in rows.values())
     assert f"{kept} other layers keep all their channels" in shrunk("Llama").report.to_markdown()
-
-
-def rows_of(**widths: int) -> tuple[LayerChannels, ...]:
-    return tuple(
-        LayerChannels(f"blocks.{block}.{name}", 64, after, after) for name, after in widths.items() for block in (0, 1)
-    )
 
 
 def test_few_layers_of_different_widths_are_told_one_by_one_and_many_by_kind() -> None:
@@ -152,16 +131,6 @@ def test_few_layers_of_different_widths_are_told_one_by_one_and_many_by_kind() -
         ["`stem`", "", "16", "8"],
         ["`blocks.*.fc`", "0-4, 6-39", "64", "21 to 60"],
     ]
-    same = DenseReport(rows_of(fc=32, proj=16))
-    assert table_rows(same.to_markdown())[-2:] == [
-        ["`blocks.*.fc`", "0-1", "64", "32"],
-        ["`blocks.*.proj`", "0-1", "64", "16"],
-    ]
-    assert "All its layers have all their channels." in DenseReport((LayerChannels("stem", 16, 16, 16),)).to_markdown()
-
-
-def test_a_bar_in_a_name_stays_in_its_cell() -> None:
-    assert r"`a\|b`" in DenseReport((LayerChannels("a|b", 4, 2, 2),)).to_markdown()
 
 
 def test_a_network_of_to_dense_alone_has_a_card_of_what_is_known(tmp_path: Path) -> None:
@@ -173,7 +142,7 @@ def test_a_network_of_to_dense_alone_has_a_card_of_what_is_known(tmp_path: Path)
     assert ["parameters", f"{unpruned:,}", f"{left:,}", f"{100 * left / unpruned:.1f} %"] in table_rows(text)
     assert ["`bert.encoder.layer.*.intermediate.dense`", "0-2", "24", "12"] in table_rows(text)
     assert dense.report.checked in text
-    for unknown in ("MACs", "budget", "pruner:", "nan", "None", "agreement"):
+    for unknown in ("MACs", "budget", "pruner:", "nan", "None"):
         assert unknown not in text
     again = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
     inputs = inputs_of(dense)
@@ -267,11 +236,11 @@ def test_a_base_model_is_named_if_the_config_tells_it(tmp_path: Path, monkeypatc
     made("Bert").save_pretrained("runs/bert")
     dense.config._commit_hash = getattr(load("runs/bert").config, "_commit_hash", None)
     # One of them is gone, or the program has another working folder now.
-    for place in (str(tmp_path / "runs" / "bert"), "runs/bert", "./runs/bert", "runs/gone", "a/b/c", ""):
+    for place in (str(tmp_path / "runs" / "bert"), "runs/bert", "runs/gone"):
         dense.config._name_or_path = place
         nni_topo.save_pretrained(dense, "local")
         assert card_of(Path("local")).data.base_model is None
-        assert not place or place not in Path("local/README.md").read_text()
+        assert place not in Path("local/README.md").read_text()
 
 
 def test_a_card_of_ours_is_replaced_and_a_users_text_never_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -284,16 +253,9 @@ def test_a_card_of_ours_is_replaced_and_a_users_text_never_is(tmp_path: Path, ca
     nni_topo.save_pretrained(dense, tmp_path)
     other = card.read_bytes()
     assert other != first
-    # One changed word makes it the user's, as does metadata of the user's, line ends of Windows don't.
+    # One changed word makes it the user's, line ends of Windows don't.
     ours = other.decode()
-    users = [
-        ours.replace("pruned", "Pruned", 1),
-        ours.replace("---\n", "---\nlicense: mit\n", 1),
-        ours + "More.\n",
-        "mine\n",
-        "",
-    ]
-    for text in [each.encode() for each in users] + [b"\xff\xfe no text"]:
+    for text in (ours.replace("pruned", "Pruned", 1).encode(), b"mine\n", b""):
         card.write_bytes(text)
         with caplog.at_level(logging.INFO, "nni_topo"):
             nni_topo.save_pretrained(shrunk("Llama"), tmp_path)
@@ -303,10 +265,6 @@ def test_a_card_of_ours_is_replaced_and_a_users_text_never_is(tmp_path: Path, ca
     card.write_bytes(ours.replace("\n", "\r\n").encode())
     nni_topo.save_pretrained(dense, tmp_path)
     assert card.read_text() == ours
-    card.unlink()
-    card.mkdir()
-    nni_topo.save_pretrained(dense, tmp_path)
-    assert card.is_dir()
 
 
 def test_no_card_is_written_where_none_is_wanted_or_nothing_is_known(tmp_path: Path) -> None:
@@ -325,21 +283,6 @@ def test_the_report_survives_pickle_and_copies() -> None:
     text = small.report.to_markdown()
     assert pickle.loads(pickle.dumps(small.report)).to_markdown() == text
     assert copy.deepcopy(small).report.to_markdown() == text
-    # Reports of older versions lack the names.
-    older = dataclasses.replace(small.report, pruner="", allocation="", recovery="", equal_blocks=False)
-    assert not re.search(r"pruner:|allocation:|``", older.to_markdown())
-
-
-@pytest.mark.slow
-def test_a_frontiers_networks_have_cards_too(tmp_path: Path) -> None:
-    texts = [{"input_ids": torch.randint(5, 31, (16, 6), generator=torch.Generator().manual_seed(3))}]
-    knobs: dict[str, Any] = {"layers": [NEURONS["Llama"]], "pruner": "l1", "distill": False}
-    found = nni_topo.frontier(made("Llama"), texts, (0.9,), budget={"params": None, "equal_blocks": True}, **knobs)
-    nni_topo.save_pretrained(found[0.9], tmp_path)
-    text = card_of(tmp_path).content
-    report: Any = found[0.9].report
-    assert report.to_markdown() in text
-    assert (report.pruner, report.allocation, report.equal_blocks) == ("l1", "uniform", True)
 
 
 def test_heads_of_single_blocks_name_the_version_that_loads_them(tmp_path: Path) -> None:
@@ -392,12 +335,3 @@ def test_a_model_that_was_changed_since_gets_no_card(tmp_path: Path) -> None:
     nni_topo.save_pretrained(shorter, tmp_path / "shorter")
     assert (tmp_path / "shorter" / "config.json").exists()
     assert not (tmp_path / "shorter" / "README.md").exists()
-
-
-def test_a_config_with_an_attribute_of_that_name_is_no_check(tmp_path: Path) -> None:
-    if callable(getattr(transformers.BertConfig, "validate", None)):
-        pytest.skip("Transformers 5 calls its own method of that name")
-    dense = neurons_removed()
-    dense.config.validate = True
-    nni_topo.save_pretrained(dense, tmp_path)
-    assert (tmp_path / "config.json").exists()

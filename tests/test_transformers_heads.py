@@ -11,7 +11,6 @@ import torch
 from transformers_nets import (
     DISTIL,
     IMAGES,
-    MODELS,
     SIZES,
     families,
     inputs_of,
@@ -22,7 +21,6 @@ from transformers_nets import (
 )
 
 from nni_topo import (
-    as_torch_layers,
     compensate,
     create_pruner,
     dependency_groups,
@@ -35,7 +33,6 @@ from nni_topo import (
 )
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
-from nni_topo.sharing import find_ties
 from nni_topo.testing import require_unchanged, snapshot
 
 
@@ -56,13 +53,10 @@ def test_half_of_the_heads_go(name):
         torch.testing.assert_close(logits(dense, given), logits(reference, given), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification"])
-@pytest.mark.quick_every(2)
-def test_heads_go_where_attention_computes_its_weights_by_itself(name):
-    config, sizes = MODELS[name]
+def test_heads_go_where_attention_computes_its_weights_by_itself():
     torch.manual_seed(0)
-    config = getattr(transformers, config)(**sizes, attn_implementation="eager")
-    model = getattr(transformers, name)(config).eval()
+    config = transformers.BertConfig(**SIZES, attn_implementation="eager")
+    model = transformers.BertForSequenceClassification(config).eval()
     inputs = inputs_of(model)
     masks = pruned(model, inputs)
     dense, reference = to_dense(model, inputs, masks), masked_model(model, inputs, masks)
@@ -88,38 +82,13 @@ def test_a_decoder_generates_with_and_without_cache_and_loads_by_its_config(tmp_
 
 
 @pytest.mark.slow
-def test_gpt2_of_linear_layers_is_the_same_and_loses_heads_and_neurons():
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**MODELS["GPT2LMHeadModel"][1])).eval()
-    inputs = inputs_of(model)
-    asked = [{"op_types": ["Conv1D"], "sparse_ratio": 0.5}]
-    left_out = dependency_groups(model, inputs, asked).skipped
-    assert "as_torch_layers" in left_out["transformer.h.0.mlp.c_fc"]
-    linear = as_torch_layers(model)
-    assert find_ties(linear) == find_ties(model)
-    torch.testing.assert_close(logits(linear, inputs), logits(model, inputs))
-    config = [
-        {"op_names_re": [r".*\.attn"], "granularity": "head", "sparse_ratio": 0.5},
-        {"op_names_re": [r".*\.c_fc"], "sparse_ratio": 0.75},
-    ]
-    groups = list(dependency_groups(linear, inputs, config))
-    masks = create_pruner("l1", copy.deepcopy(linear), groups).compress()[1]
-    dense = to_dense(compensate(linear, masks, [inputs]), inputs, masks)
-    block = dense.transformer.h[1]
-    assert (block.attn.num_heads, block.attn.c_attn.out_features, block.mlp.c_fc.out_features) == (2, 24, 6)
-    start = inputs["input_ids"][:1]
-    texts = [dense.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
-    assert torch.equal(*texts)
-
-
-@pytest.mark.parametrize("more", [pytest.param({"granularity": "head"}, marks=pytest.mark.slow), {}])
-@pytest.mark.slow
-def test_heads_of_t5_go_from_all_blocks_that_share_their_positions(more, tmp_path):
+def test_heads_of_t5_go_from_all_blocks_that_share_their_positions(tmp_path):
     kinds = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 31}
     config = transformers.T5Config(**kinds, decoder_start_token_id=0)
     model = transformers.T5ForConditionalGeneration(config).eval()
     inputs = inputs_of(model)
     inputs["decoder_input_ids"] = inputs["input_ids"]
-    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5, **more}])
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     sharing = defaultdict(set)
     for entry in groups:
         place = entry["op_names"][0].rpartition(".")[0]
@@ -168,22 +137,13 @@ def test_what_a_config_cannot_say_is_refused_and_loads_by_the_original(tmp_path)
 
 BY_BLOCK = {
     "BertForSequenceClassification": ("BertConfig", SIZES),
-    "RobertaForSequenceClassification": ("RobertaConfig", SIZES),
-    "ElectraForSequenceClassification": ("ElectraConfig", {**SIZES, "embedding_size": 16}),
     "DistilBertForSequenceClassification": ("DistilBertConfig", {**DISTIL, "n_layers": 2}),
     "ViTForImageClassification": ("ViTConfig", {**IMAGES, "patch_size": 4, "num_hidden_layers": 2}),
-    "DeiTForImageClassification": ("DeiTConfig", {**IMAGES, "patch_size": 4, "num_hidden_layers": 2}),
 }
 
 
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) > 4, reason="Transformers 5 prunes no heads")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("Roberta", "Electra", "DeiT")))
-        for name in BY_BLOCK
-    ],
-)
+@pytest.mark.parametrize("name", BY_BLOCK)
 @pytest.mark.quick_every(2)
 def test_heads_of_single_blocks_are_in_the_config_and_load_by_it(name, tmp_path):
     torch.manual_seed(0)
@@ -228,11 +188,8 @@ def test_blocks_of_two_widths_are_refused(tmp_path):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("BertForSequenceClassification", marks=pytest.mark.slow), "LlamaForCausalLM"]
-)
-def test_compensation_without_labels_brings_back_some_of_it(name):
-    model = make(name)
+def test_compensation_without_labels_brings_back_some_of_it():
+    model = make("LlamaForCausalLM")
     calibration = [inputs_of(model) for _ in range(2)]
     masks = pruned(model, calibration[0])
     expected = logits(model, calibration[0])
@@ -243,9 +200,7 @@ def test_compensation_without_labels_brings_back_some_of_it(name):
     assert lost[1] < 0.7 * lost[0]
 
 
-@pytest.mark.parametrize(
-    "method", ["reconstruct", "head", *(pytest.param(e, marks=pytest.mark.slow) for e in ("channel", "scalar", "mean"))]
-)
+@pytest.mark.parametrize("method", ["reconstruct", "mean"])
 @pytest.mark.quick_every(2)
 def test_what_is_padding_does_not_count_in_compensation(method):
     model = make("BertForSequenceClassification")
@@ -259,10 +214,7 @@ def test_what_is_padding_does_not_count_in_compensation(method):
         torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param("LlamaForCausalLM", marks=pytest.mark.slow), "GPT2LMHeadModel", "BertForSequenceClassification"],
-)
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification"])
 @pytest.mark.slow
 def test_a_model_without_a_block_and_heads_loads_by_the_original(name, tmp_path):
     model = make(name, layers=4)
@@ -293,9 +245,8 @@ def test_a_model_without_a_block_and_heads_loads_by_the_original(name, tmp_path)
         torch.testing.assert_close(logits(loaded, inputs), logits(dense, inputs))
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
-def test_a_decoder_without_a_block_generates_and_loads_by_its_config(name, tmp_path):
-    model = make(name)
+def test_a_decoder_without_a_block_generates_and_loads_by_its_config(tmp_path):
+    model = make("LlamaForCausalLM")
     inputs = inputs_of(model, samples=20)
     block = next(name for name, module in model.named_modules() if name.endswith(".0") and hasattr(module, "mlp"))
     last = block.removesuffix("0") + "1"
@@ -309,14 +260,12 @@ def test_a_decoder_without_a_block_generates_and_loads_by_its_config(name, tmp_p
         texts = [each.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
         assert torch.equal(*texts)
     assert (small.config.num_hidden_layers, model.config.num_hidden_layers) == (1, 2)
-    if name == "LlamaForCausalLM":
-        small.save_pretrained(tmp_path)
-        loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
-        torch.testing.assert_close(logits(loaded, inputs), logits(small, inputs))
+    small.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, inputs), logits(small, inputs))
 
 
-@pytest.mark.parametrize(("ratio", "left"), [(0.4, 2), (0.5, 1), (0.9, 1)])
-@pytest.mark.quick_every(2)
+@pytest.mark.parametrize(("ratio", "left"), [(0.4, 2), (0.9, 1)])
 def test_of_shared_keys_and_values_whole_groups_stay_whatever_the_ratio(ratio, left):
     model = make("LlamaForCausalLM")
     inputs = inputs_of(model)
@@ -345,24 +294,10 @@ def test_not_all_heads_of_a_layer_can_be_asked_away():
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
-@pytest.mark.slow
-def test_a_model_in_training_is_pruned_and_compensated_as_it_evaluates():
-    model = make("BertForSequenceClassification")
-    inputs = inputs_of(model, samples=10)
-    wanted, training = pruned(model, inputs), copy.deepcopy(model).train()
-    masks = pruned(training, inputs)
-    assert all(torch.equal(masks[name]["weight"], each["weight"]) for name, each in wanted.items())
-    found = to_dense(compensate(training, masks, [inputs]), inputs, masks)
-    assert found.training
-    expected = to_dense(compensate(model, masks, [inputs]), inputs, masks)
-    torch.testing.assert_close(logits(found.eval(), inputs), logits(expected, inputs))
-
-
 _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SEEING = {**_TOWER, "image_size": 8, "patch_size": 4}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
@@ -372,10 +307,10 @@ _SEEING = {**_TOWER, "image_size": 8, "patch_size": 4}
     ],
 )
 @pytest.mark.quick_every(2)
-def test_towers_of_clip_and_siglip_lose_heads_and_neurons(name, sizes, kind, tmp_path):
+def test_towers_of_clip_and_siglip_lose_heads_and_neurons(name, sizes, tmp_path):
     torch.manual_seed(0)
     cls = getattr(transformers, name)
-    model = cls(cls.config_class(**sizes, attn_implementation=kind)).eval()
+    model = cls(cls.config_class(**sizes)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     inputs = inputs_of(model)

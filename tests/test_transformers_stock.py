@@ -100,9 +100,7 @@ def test_a_number_of_heads_that_transformers_refuses_is_an_error_that_says_so(tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "pruner"), [("Llama", "l1"), ("Mistral", "reconstruction"), ("Gemma", "l1"), ("Qwen3", "random")]
-)
+@pytest.mark.parametrize(("name", "pruner"), [("Llama", "l1"), ("Mistral", "reconstruction")])
 def test_a_budget_leaves_blocks_equally_wide(name: str, pruner: str, tmp_path: Path) -> None:
     model = made(name)
     drawing = torch.Generator().manual_seed(3)
@@ -131,9 +129,8 @@ class Checked(transformers.LlamaConfig):
             raise ValueError(f"{self.num_attention_heads} heads for a width of {self.hidden_size}")
 
 
-@pytest.mark.parametrize("round_to", [None, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.slow
-def test_a_budget_keeps_a_number_of_heads_that_the_config_accepts(round_to: int | None) -> None:
+def test_a_budget_keeps_a_number_of_heads_that_the_config_accepts() -> None:
     torch.manual_seed(0)
     sizes = {**SIZES, "num_hidden_layers": 3, "num_attention_heads": 8, "hidden_size": 32, "head_dim": 4}
     model = transformers.LlamaForCausalLM(Checked(**sizes)).eval()
@@ -142,7 +139,7 @@ def test_a_budget_keeps_a_number_of_heads_that_the_config_accepts(round_to: int 
     kept = {}
     for share in (0.95, 0.8, 0.75):
         budget = {"params": share, "equal_blocks": True}
-        dense: Any = nni_topo.shrink(model, texts, budget, pruner="l1", layers=layers, round_to=round_to, distill=False)
+        dense: Any = nni_topo.shrink(model, texts, budget, pruner="l1", layers=layers, distill=False)
         kept[share] = dense.config.num_attention_heads
         assert {block.self_attn.q_proj.out_features for block in dense.model.layers} == {4 * kept[share]}
         dense.config.validate()

@@ -16,8 +16,6 @@ import nni_topo
 NAMES = (
     "LlamaForCausalLM",
     "BertForSequenceClassification",
-    pytest.param("ViTForImageClassification", marks=pytest.mark.slow),
-    pytest.param("GPT2LMHeadModel", marks=pytest.mark.slow),
 )
 
 

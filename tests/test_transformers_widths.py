@@ -35,14 +35,9 @@ OTHERS = {"NemotronForCausalLM": ("NemotronConfig", {**SIZES, **TOKENS, "num_key
     ("name", "tied"),
     [
         ("LlamaForCausalLM", False),
-        pytest.param("Qwen2ForCausalLM", True, marks=pytest.mark.slow),
         ("Gemma2ForCausalLM", True),
         ("CohereForCausalLM", True),
         ("NemotronForCausalLM", False),
-        pytest.param("LlamaForCausalLM", True, marks=pytest.mark.slow),
-        pytest.param("Qwen2ForCausalLM", False, marks=pytest.mark.slow),
-        pytest.param("MistralForCausalLM", False, marks=pytest.mark.slow),
-        pytest.param("MistralForCausalLM", True, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.quick_every(2)
@@ -91,12 +86,10 @@ def test_norms_that_compute_something_else_are_left_as_they_are():
         def forward(self, x):
             return super().forward(x - x.mean(-1, keepdim=True))
 
-    made = (Shifted(0.0, 1e-6), Shifted(1.0, 1e-6), Shifted(0.5, 1e-6), Unusual(0.0, 1e-5))
-    made += (Centred(0.0, 1e-6), Centred(1.0, 1e-6), Centred(0.5, 1e-6), Shifted(0.0, 1e-5))
+    made = (Shifted(0.0, 1e-6), Shifted(1.0, 1e-6), Shifted(0.5, 1e-6), Unusual(0.0, 1e-5), Centred(0.0, 1e-6))
     model, x = torch.nn.Sequential(*made), torch.randn(5, 8)
     found = as_torch_layers(model)
-    kinds = ["RMSNorm", "ShiftedRMSNorm", "Shifted", "Unusual", "LayerNorm", "ShiftedLayerNorm", "Centred"]
-    kinds.append("RMSNorm")  # its epsilon is the one that it adds, whatever an attribute says
+    kinds = ["RMSNorm", "ShiftedRMSNorm", "Shifted", "Unusual", "LayerNorm"]
     assert [type(each).__name__ for each in found] == kinds
     for one, other in zip(found, model, strict=True):
         torch.testing.assert_close(one(x), other(x))
@@ -113,7 +106,7 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids).logits
 
 
-@pytest.mark.parametrize("kind", ["T5", "Bart", pytest.param("Marian", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
 @pytest.mark.quick_every(2)
 def test_widths_of_encoder_and_decoder_go_with_the_attention_between_them(kind):
     t5 = {"d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
@@ -122,8 +115,7 @@ def test_widths_of_encoder_and_decoder_go_with_the_attention_between_them(kind):
     sizes = {"vocab_size": 31, "d_model": 16, **(t5 if kind == "T5" else sides)}
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    name = "MarianMTModel" if kind == "Marian" else f"{kind}ForConditionalGeneration"
-    inner = getattr(transformers, name)(config)
+    inner = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     model, ids = as_torch_layers(Logits(inner).eval()), torch.randint(5, 31, (2, 12))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

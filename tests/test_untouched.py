@@ -14,10 +14,8 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import analysis, network, recovery, zoo
-from nni_topo.errors import DataError, ExportError
-from nni_topo.network.runtime.untouched import as_written, left_alone
-from nni_topo.pruners.registry import list_pruners, pruner_info
-from nni_topo.testing import require_unchanged, snapshot, toy_knobs
+from nni_topo.errors import ExportError
+from nni_topo.testing import require_unchanged, snapshot
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(16) % 4
@@ -209,7 +207,7 @@ CHANGING = {
     "train": "it trains the model",
     "load_checkpoint": "it puts a file's values into the model",
     "zeros_held": "it holds zeros of a model that is trained",
-    "create_pruner": "wraps the model, see below",
+    "create_pruner": "wraps the model, see tests/pruners/test_model_unchanged.py",
     "save_pretrained": "for models of Transformers, see there",
     "register_module": "it takes a class",
     "register_width_attribute": "it takes a class",
@@ -258,8 +256,8 @@ def test_a_model_is_as_it_was(name, tmp_path):
     require_unchanged(others, other)
 
 
-@pytest.mark.parametrize("name", sorted(CALLS))
-@pytest.mark.quick_every(12)
+@pytest.mark.parametrize("name", ["shrink", "compensate", "to_dense", "narrow_heads"])
+@pytest.mark.quick_every(4)
 def test_a_model_is_as_it_was_after_interruptions(name, tmp_path):
     kind, draw, count, last = KINDS.get(name, Busy), random.Random(name), 0, None
 
@@ -272,7 +270,7 @@ def test_a_model_is_as_it_was_after_interruptions(name, tmp_path):
     with nn.modules.module.register_module_forward_pre_hook(interrupt):
         called(name, busy(kind), busy(kind), tmp_path)
         forwards = count
-        for _ in range(8 if forwards else 0):
+        for _ in range(4):
             model, other = busy(kind), busy(kind)
             before, others = snapshot(model), snapshot(other)
             count, last = 0, draw.randint(1, forwards)
@@ -302,11 +300,10 @@ def forgetful(model):
     return model
 
 
-@pytest.mark.parametrize("name", sorted(CALLS))
-@pytest.mark.quick_every(9)
+@pytest.mark.parametrize("name", ["shrink", "evaluate", "export"])
+@pytest.mark.quick_every(2)
 def test_methods_that_return_nothing_are_called_all_the_same(name, tmp_path):
-    kind = KINDS.get(name, Busy)
-    model, other = forgetful(busy(kind)), forgetful(busy(kind))
+    model, other = forgetful(busy()), forgetful(busy())
     before = snapshot(model)
     called(name, model, other, tmp_path)
     require_unchanged(before, model)
@@ -326,98 +323,12 @@ def test_what_is_made_of_a_model_has_not_counted_the_passes(name, tmp_path):
     assert not hasattr(made, "cache")
 
 
-@pytest.mark.parametrize("name", sorted(name for name in list_pruners() if pruner_info(name).origin == "nni_topo"))
-@pytest.mark.parametrize("attention", [False, True])
-@pytest.mark.parametrize("as_made", [busy, lambda kind: forgetful(busy(kind))], ids=["busy", "forgetful"])
-@pytest.mark.quick_every(4)
-def test_a_model_is_as_it_was_after_a_pruner(name, attention, as_made):
-    model = as_made(Attending if attention else Busy)
-    layer = "encoder.linear1" if attention else "hidden"
-    info = pruner_info(name)
-    knobs = {**toy_knobs(info.knobs(), info.needs), "example_inputs": IMAGES[:2], "calibration": BATCHES}
-    knobs = {knob: value for knob, value in knobs.items() if knob in info.knobs()}
-    if name == "genetic_weight":
-        knobs |= {"search": {"generations": 1, "population_size": 3}, "validation": [(IMAGES, LABELS)]}
-    before = snapshot(model)
-    gradients = {name: each.grad for name, each in model.get_submodule(layer).named_parameters()}
-    pruner = nni_topo.create_pruner(name, model, [{"op_names": [layer], "sparse_ratio": 0.5}], **knobs)
-    pruner.compress()
-    pruner.unwrap_model()
-    for name in ("weight", "bias"):  # NNI makes new Parameters of its targets
-        parameter = getattr(model.get_submodule(layer), name)
-        parameter.grad = gradients[name]
-    require_unchanged(before, model)
-
-
-class Writing(nn.Module):
-    """Writes to what isn't a number in its own table."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(4, 2, max_norm=0.1)
-        self.register_buffer("sizes", torch.zeros(2))
-        self.order = {"one": 1, "two": 2}
-
-    def forward(self, places):
-        """Look words up, and write to everything."""
-        self.sizes.resize_(3).fill_(1.0)
-        self.order["one"] = self.order.pop("one")
-        self.words.weight.requires_grad_(False)
-        return self.words(places)
-
-
-def test_what_a_forward_writes_to_is_put_back_after_an_error_too():
-    model = Writing()
-    words = model.words.weight.detach().clone()
-
-    def fail():
-        with left_alone(model):
-            model(torch.arange(4))
-            assert not torch.equal(model.words.weight, words)
-            raise DataError("later")
-
-    with pytest.raises(DataError, match="later"):
-        fail()
-    assert model.sizes.tolist() == [0.0, 0.0]
-    assert list(model.order) == ["one", "two"]
-    assert torch.equal(model.words.weight, words)
-    assert model.words.weight.requires_grad
-
-
-def test_parameters_stay_where_they_are_and_no_gradient_is_added():
-    layer = nn.Linear(2, 2)
-    layer.weight.grad = gradient = torch.ones(2, 2)
-    weight, address = layer.weight, layer.weight.data_ptr()
-    with left_alone(layer):
-        layer(torch.ones(1, 2)).sum().backward()
-        layer.double()
-        layer.register_forward_hook(print)
-        layer.extra = nn.Linear(1, 1)
-    assert layer.weight is weight
-    assert (weight.dtype, weight.data_ptr()) == (torch.float32, address)
-    assert weight.grad is gradient
-    assert gradient.tolist() == [[1.0, 1.0], [1.0, 1.0]]
-    assert not layer._forward_hooks
-    assert list(layer._modules) == []
-
-
 def test_a_model_that_keeps_the_handle_of_a_hook_is_copied_as_often_as_needed():
     model = busy()
     small = nni_topo.to_dense(nni_topo.to_dense(model, IMAGES[:2], {}), IMAGES[:2], MASKS)
     small.hook.remove()
     assert not small.second._forward_hooks
     assert model.second._forward_hooks
-
-
-def test_two_threads_leave_the_fast_paths_of_attention_as_they_were():
-    first, second = as_written(), as_written()
-    before = torch.backends.mha.get_fastpath_enabled()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)  # the one that came first ends first
-    assert not torch.backends.mha.get_fastpath_enabled()
-    second.__exit__(None, None, None)
-    assert torch.backends.mha.get_fastpath_enabled() == before
 
 
 class _PartCompiled(nn.Module):
@@ -428,18 +339,14 @@ class _PartCompiled(nn.Module):
         self.head = nn.Linear(8 * 16, 3)
         if how == "whole":
             self.compile(backend="eager")
-        elif how == "inside":
-            self.body.compile(backend="eager")
         elif how == "child":
             self.body = torch.compile(self.body, backend="eager")
-        elif how == "forward":
-            self.forward = torch.compile(self.forward, backend="eager")
 
     def forward(self, x):
         return self.head(self.body(x))
 
 
-@pytest.mark.parametrize("how", ["whole", "inside", "child", "forward"])
+@pytest.mark.parametrize("how", ["whole", "child"])
 @pytest.mark.slow
 def test_what_is_compiled_in_a_model_changes_nothing_but_runs_as_it_is_written(how):
     generator = torch.Generator().manual_seed(0)
@@ -474,13 +381,12 @@ def _recovered(how):
 @pytest.mark.parametrize(
     ("mode", "how"),
     [
-        *((torch.inference_mode, how) for how in ("reconstruct", "block", "synthetic_images")),
+        (torch.inference_mode, "block"),
+        (torch.inference_mode, "synthetic_images"),
         (torch.no_grad, "reconstruct"),
-        pytest.param(torch.no_grad, "block", marks=pytest.mark.slow),
-        (torch.no_grad, "synthetic_images"),
     ],
 )
-@pytest.mark.quick_every(6)
+@pytest.mark.quick_every(2)
 def test_what_takes_gradients_takes_them_under_a_callers_mode_without_any(mode, how):
     expected = _recovered(how)
     with mode():

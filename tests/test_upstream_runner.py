@@ -82,12 +82,3 @@ def test_failures_are_told(checkout: Path, images: Path) -> None:
     assert done.returncode == 1
     assert "1 of 2 passed" in done.stdout
     assert "FAILED test_speedup_softmax: test_finds_package" in done.stdout
-
-
-def test_missing_folders_are_named(checkout: Path, images: Path, tmp_path: Path) -> None:
-    no_checkout = run("--nni", tmp_path, "--fashion-mnist", images)
-    assert no_checkout.returncode == 2
-    assert "--nni must be a checkout of NNI" in no_checkout.stderr
-    no_images = run("--nni", checkout, "--fashion-mnist", tmp_path)
-    assert no_images.returncode == 2
-    assert "--fashion-mnist must hold train-images-idx3-ubyte" in no_images.stderr

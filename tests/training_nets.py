@@ -108,8 +108,7 @@ def train_shared(rank: int, how: str, saved: Path, folder: Path) -> None:
             fully_shard(block, mesh=mesh)
         fully_shard(dense, mesh=mesh)
     else:
-        is_flat = how == "fsdp_flat"
-        trained = FullyShardedDataParallel(dense, use_orig_params=not is_flat, device_id=torch.device("cpu"))
+        trained = FullyShardedDataParallel(dense, use_orig_params=True, device_id=torch.device("cpu"))
     optimizer = torch.optim.SGD(trained.parameters(), 0.1)
     images, labels = labelled()
     for _ in range(2):

@@ -55,21 +55,6 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class PreActivation(nn.Module):
-    """A block with norms before convolutions, and its shortcut without parameters (ResNet of CIFAR)."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, 2, 1)
-        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 3, 1, 1)
-        self.more = (outputs - inputs) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add zeros' channels to the shortcut."""
-        out = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
-        return out + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more, self.more))
-
-
 class Squeeze(nn.Module):
     """Squeeze-and-excite."""
 
@@ -101,21 +86,16 @@ class SqueezeByLinear(nn.Module):
 class UNet(nn.Module):
     """Two levels, transposed convolutions up, skips concatenated, cropped where sizes are odd."""
 
-    def __init__(self, up: str = "transposed") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.down1, self.down2, self.middle = unit(3, 6), unit(6, 8), unit(8, 10)
-        self.up2 = nn.ConvTranspose2d(10, 8, 2, 2) if up == "transposed" else nn.Conv2d(10, 8, 1)
-        self.left2 = unit(16, 8)
-        self.up1 = nn.ConvTranspose2d(8, 6, 2, 2) if up == "transposed" else nn.Conv2d(8, 6, 1)
-        self.left1, self.last = unit(12, 6), nn.Conv2d(6, 2, 1)
-        self.up = up
+        self.up2, self.left2 = nn.ConvTranspose2d(10, 8, 2, 2), unit(16, 8)
+        self.up1, self.left1 = nn.ConvTranspose2d(8, 6, 2, 2), unit(12, 6)
+        self.last = nn.Conv2d(6, 2, 1)
 
     def _higher(self, layer: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-        if self.up == "transposed":
-            x = layer(x)
-            x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]))
-        else:
-            x = layer(F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False))
+        x = layer(x)
+        x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]))
         return torch.cat([skip, x], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,55 +105,6 @@ class UNet(nn.Module):
         x = self.middle(F.max_pool2d(second, 2))
         x = self.left2(self._higher(self.up2, x, second))
         return self.last(self.left1(self._higher(self.up1, x, first)))
-
-
-class AttentionGate(nn.Module):
-    """A UNet's skip, gated by what comes from below."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.middle, self.up = unit(3, 6), unit(6, 8), nn.ConvTranspose2d(8, 6, 2, 2)
-        self.theta, self.phi, self.psi = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 1, 1)
-        self.left, self.last = unit(12, 6), nn.Conv2d(6, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to two masks."""
-        skip = self.down(x)
-        up = self.up(self.middle(F.max_pool2d(skip, 2)))
-        gate = torch.sigmoid(self.psi(F.relu(self.theta(skip) + self.phi(up))))
-        return self.last(self.left(torch.cat([skip * gate, up], 1)))
-
-
-class DenseLayer(nn.Module):
-    """A layer of DenseNet, with a bottleneck."""
-
-    def __init__(self, inputs: int, growth: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, 2 * growth, 1, bias=False)
-        self.norm2, self.conv2 = nn.BatchNorm2d(2 * growth), nn.Conv2d(2 * growth, growth, 3, padding=1, bias=False)
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        """Read all features so far."""
-        return self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(torch.cat(features, 1)))))))
-
-
-class DenseNet(nn.Module):
-    """Features that are concatenated over and over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.layers = nn.ModuleList(DenseLayer(6 + 4 * index, 4) for index in range(3))
-        self.norm, self.transition = nn.BatchNorm2d(18), nn.Conv2d(18, 8, 1)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
-        features = [self.stem(x)]
-        for layer in self.layers:
-            features.append(layer(features))
-        x = F.avg_pool2d(self.transition(F.relu(self.norm(torch.cat(features, 1)))), 2)
-        return self.head(x.flatten(2).mean(-1))
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
@@ -218,48 +149,6 @@ class Inverted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Add what enters where widths are equal."""
         return x + self.conv(x) if self.use_res_connect else self.conv(x)
-
-
-class Inception(nn.Module):
-    """Four branches, concatenated."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.b1, self.b2 = unit(inputs, 4, 1), nn.Sequential(unit(inputs, 4, 1), unit(4, 6))
-        self.b3 = nn.Sequential(unit(inputs, 3, 1), unit(3, 4, 5))
-        self.b4 = nn.Sequential(nn.MaxPool2d(3, 1, 1), unit(inputs, 2, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Concatenate what the branches make."""
-        return torch.cat([branch(x) for branch in (self.b1, self.b2, self.b3, self.b4)], 1)
-
-
-class RepBlock(nn.Module):
-    """RepVGG's block as it is trained: three branches that are added."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.wide = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
-        self.thin = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
-        self.identity = nn.BatchNorm2d(inputs) if inputs == outputs else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Add the branches."""
-        id_out = 0 if self.identity is None else self.identity(x)
-        return F.relu(self.wide(x) + self.thin(x) + id_out)
-
-
-class RepFused(nn.Module):
-    """A block that adds the kernels of its branches in its forward (ACNet, MobileOne)."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.wide, self.thin = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(inputs, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve once, with the sum of two kernels."""
-        kernel = self.wide.weight + F.pad(self.thin.weight, (1, 1, 1, 1))
-        return F.conv2d(x, kernel, self.wide.bias + self.thin.bias, padding=1).relu()
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -448,20 +337,6 @@ class Heads(nn.Module):
         return Heads.Answer(classes, boxes) if self.kind == "named" else (classes, [boxes])
 
 
-class Features(nn.Module):
-    """Gives its features beside its scores, as detectors' and distillers' networks do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = unit(3, 8), unit(8, 8)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores and features."""
-        features = self.conv2(self.conv1(x))
-        return self.head(features.mean((2, 3))), features
-
-
 class SharedHead(nn.Module):
     """One head over two levels (RetinaNet), with a norm of each level."""
 
@@ -478,21 +353,6 @@ class SharedHead(nn.Module):
             self.last(F.relu(norm(self.tower(level))))
             for norm, level in zip(self.norms, (low, self.high(low)), strict=True)
         ]
-
-
-class Functional(nn.Module):
-    """Parameters and functions, no modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w1, self.b1 = nn.Parameter(torch.randn(8, 3, 3, 3) / 5), nn.Parameter(torch.zeros(8))
-        self.w2, self.b2 = nn.Parameter(torch.randn(6, 8, 3, 3) / 8), nn.Parameter(torch.zeros(6))
-        self.w3 = nn.Parameter(torch.randn(5, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
-        x = F.relu(F.conv2d(x, self.w1, self.b1, padding=1))
-        return F.linear(F.relu(F.conv2d(x, self.w2, self.b2, padding=1)).mean((2, 3)), self.w3)
 
 
 class SameConv(nn.Conv2d):
@@ -634,74 +494,6 @@ class Variational(nn.Module):
         return self.decode(z), mu, log
 
 
-class Noisy(nn.Module):
-    """Draws numbers in every forward, in evaluation too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.head = unit(3, 8), unit(8, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores, with noise on features."""
-        x = self.conv1(x)
-        x = self.conv2(x + 0.1 * torch.randn_like(x))
-        return self.head(x.mean((2, 3)))
-
-
-class Generator(nn.Module):
-    """A GAN's generator: a vector to an image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.main = nn.Sequential(
-            nn.ConvTranspose2d(6, 12, 4, 1, 0, bias=False),
-            nn.BatchNorm2d(12),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(12, 8, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(8, 3, 4, 2, 1, bias=False),
-            nn.Tanh(),
-        )
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Map ``(n, 6)`` to images."""
-        return self.main(z.view(z.size(0), -1, 1, 1))
-
-
-class Gated(nn.Module):
-    """Two experts, weighted by a softmax of the input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = unit(3, 8)
-        self.experts = nn.ModuleList(nn.Sequential(unit(8, 8), nn.Conv2d(8, 6, 1)) for _ in range(2))
-        self.router, self.head = nn.Linear(8, 2), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
-        x = self.stem(x)
-        weights = F.softmax(self.router(x.mean((2, 3))), dim=-1)
-        found = torch.stack([expert(x) for expert in self.experts], dim=1)
-        return self.head((found * weights[:, :, None, None, None]).sum(1).mean((2, 3)))
-
-
-class ByMaximum(nn.Module):
-    """Features that are gated by the largest of all channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), unit(8, 6)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
-        x = F.relu(self.conv1(x))
-        x = self.conv2(x)
-        x = x * torch.sigmoid(x.amax(1, keepdim=True))
-        return self.head(self.conv3(x).mean((2, 3)))
-
-
 class SelectiveKernel(nn.Module):
     """Two kernels' features, mixed by a softmax between them (SKNet)."""
 
@@ -718,74 +510,6 @@ class SelectiveKernel(nn.Module):
         z = F.relu(self.fc(found.sum(1).mean((2, 3))))
         gates = torch.stack([fc(z) for fc in self.fcs], dim=1).softmax(dim=1)
         return self.head(self.last((found * gates[..., None, None]).sum(1)).mean((2, 3)))
-
-
-class EarlyExit(nn.Module):
-    """Returns early where a flag of the model says so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = unit(3, 8), unit(8, 6)
-        self.exit, self.head = nn.Linear(8, 5), nn.Linear(6, 5)
-        self.early = False
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Return scores, in training those of both exits."""
-        x = self.first(x)
-        if self.early:
-            return self.exit(x.mean((2, 3)))
-        scores = self.head(self.second(x).mean((2, 3)))
-        return (scores, self.exit(x.mean((2, 3)))) if self.training else scores
-
-
-class ByValue(nn.Module):
-    """Takes a branch by a value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.conv3 = unit(3, 8), unit(8, 6), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores, scaled where they are large."""
-        x = self.conv1(x)
-        if x.abs().max() > 1e9:
-            x = x / 2
-        return self.conv3(self.conv2(x).mean((2, 3)))
-
-
-class Counting(nn.Module):
-    """Counts its calls in a buffer and an attribute, and keeps a running mean of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.head = unit(3, 8), unit(8, 6), nn.Linear(6, 5)
-        self.register_buffer("calls", torch.zeros(1))
-        self.register_buffer("mean", torch.zeros(3))
-        self.times = 0
-        self.seen: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
-        self.calls += 1
-        self.times += 1
-        self.mean.mul_(0.9).add_(x.detach().mean((0, 2, 3)).to(self.mean), alpha=0.1)
-        self.seen.append(float(x.mean()))
-        return self.head(self.conv2(self.conv1(x)).mean((2, 3)))
-
-
-class Frequencies(nn.Module):
-    """Filters in the frequency domain, with complex weights (FNet, GFNet)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.head = unit(3, 8), unit(8, 6), nn.Linear(6, 5)
-        self.filter = nn.Parameter(torch.randn(8, 8, 5, 2) * 0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
-        x = self.conv1(x)
-        spectrum = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(self.filter)
-        return self.head(self.conv2(torch.fft.irfft2(spectrum, s=x.shape[2:], norm="ortho")).mean((2, 3)))
 
 
 class PointNet(nn.Module):
@@ -814,20 +538,6 @@ class Graph(nn.Module):
         adjacency = adjacency / adjacency.sum(-1, keepdim=True).clamp(min=1e-6)
         rows = F.relu(adjacency @ self.fc1(rows))
         return self.head(F.relu(torch.bmm(adjacency, self.fc2(rows))))
-
-
-class Fire(nn.Module):
-    """SqueezeNet's module."""
-
-    def __init__(self, inputs: int, squeeze: int, expand: int) -> None:
-        super().__init__()
-        self.squeeze = nn.Conv2d(inputs, squeeze, 1)
-        self.expand1, self.expand3 = nn.Conv2d(squeeze, expand, 1), nn.Conv2d(squeeze, expand, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Squeeze and expand twice."""
-        x = F.relu(self.squeeze(x))
-        return torch.cat([F.relu(self.expand1(x)), F.relu(self.expand3(x))], 1)
 
 
 class Ghost(nn.Module):
@@ -880,25 +590,6 @@ class SuperResolution(nn.Module):
         y = self.head(x)
         y = y + 0.1 * self.body2(F.relu(self.body1(y)))
         return self.shuffle(self.tail(y)) + F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-class HighResolution(nn.Module):
-    """Two resolutions that exchange features (HRNet)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = unit(3, 6)
-        self.high, self.low = unit(6, 6), unit(6, 8, stride=2)
-        self.down, self.up = nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(8, 6, 1)
-        self.last = nn.Conv2d(14, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images to maps."""
-        x = self.stem(x)
-        high, low = self.high(x), self.low(x)
-        mixed = F.relu(high + F.interpolate(self.up(low), size=high.shape[-2:], mode="bilinear", align_corners=False))
-        less = F.relu(low + self.down(high))
-        return self.last(torch.cat([mixed, F.interpolate(less, size=mixed.shape[-2:])], 1))
 
 
 class Film(nn.Module):
@@ -965,11 +656,6 @@ def volumes() -> nn.Module:
     )
 
 
-def scripted() -> nn.Module:
-    """A network with a child that is a ScriptModule."""
-    return Pooled(nn.Sequential(unit(3, 8), torch.jit.script(nn.Hardtanh()), unit(8, 6)), 6)
-
-
 def frozen() -> nn.Module:
     """A network of which the first half isn't trained."""
     net = Pooled(nn.Sequential(unit(3, 8), unit(8, 8), unit(8, 6)), 6)
@@ -1016,20 +702,11 @@ def _pooled(name: str, width: int, *features: Callable[[], nn.Module], **options
 NETWORKS: list[Case] = [
     _net("VGG", vgg),
     _pooled("ResNet", 12, lambda: unit(3, 8), lambda: BasicBlock(8, 8), lambda: BasicBlock(8, 12, 2)),
-    _pooled(
-        "ResNet of pre-activations, padded shortcuts",
-        12,
-        lambda: nn.Conv2d(3, 8, 3, padding=1),
-        lambda: PreActivation(8, 12),
-    ),
     _pooled("squeeze-and-excite", 8, lambda: unit(3, 8), lambda: Squeeze(8), lambda: unit(8, 8)),
     _pooled(
         "squeeze-and-excite by linear layers", 8, lambda: unit(3, 8), lambda: SqueezeByLinear(8), lambda: unit(8, 8)
     ),
     _net("UNet with transposed convolutions", UNet),
-    _net("UNet with interpolation", lambda: UNet("bilinear")),
-    _net("UNet with attention gates", AttentionGate, sizes=(8, 12, 16)),
-    _net("DenseNet", DenseNet),
     _pooled("ShuffleNet", 8, lambda: unit(3, 8), lambda: ShuffleBlock(8), lambda: ShuffleBlock(8)),
     _pooled("MobileNet v2", 8, lambda: unit(3, 6), lambda: Inverted(6, 6), lambda: Inverted(6, 8)),
     _pooled(
@@ -1039,9 +716,6 @@ NETWORKS: list[Case] = [
         lambda: Inverted(6, 6, 2, True, nn.Hardswish),
         lambda: Inverted(6, 8, 2, True, nn.Hardswish),
     ),
-    _pooled("Inception", 16, lambda: unit(3, 8), lambda: Inception(8), lambda: Inception(16)),
-    _pooled("RepVGG in training", 8, lambda: RepBlock(3, 8), lambda: RepBlock(8, 8)),
-    _pooled("kernels added in the forward", 8, lambda: RepFused(3, 8), lambda: RepFused(8, 8)),
     _pooled(
         "ConvNeXt",
         8,
@@ -1072,9 +746,7 @@ NETWORKS: list[Case] = [
     _net("two heads, a tuple", lambda: Heads("tuple")),
     _net("two heads, a dict", lambda: Heads("dict")),
     _net("two heads, a named tuple", lambda: Heads("named")),
-    _net("features beside scores", Features),
     _net("a head shared by levels", SharedHead),
-    _net("no modules", Functional),
     _net("convolutions that pad themselves", lambda: strided(SameConv)),
     _net("convolutions with a padding child", lambda: strided(StaticConv)),
     _net("convolutions that standardise weights", lambda: strided(StandardizedConv), sizes=(15, 18)),
@@ -1089,21 +761,10 @@ NETWORKS: list[Case] = [
     _net("siamese", Siamese, lambda n, size: (torch.randn(n, 3, size, size), torch.randn(n, 3, size, size))),
     _net("autoencoder", Autoencoder, sizes=(8,)),
     _net("variational autoencoder", Variational, noisy=True),
-    _net("noise in each forward", Noisy, noisy=True),
-    _net("GAN generator", Generator, lambda n, size: torch.randn(n, 6), sizes=(8,)),
-    _net("experts", Gated),
-    _net("gated by the largest channel", ByMaximum),
     _net("selective kernels", SelectiveKernel),
-    _net("early exit", EarlyExit),
-    _net("a branch by value", ByValue),
-    _net("counts its calls", Counting),
-    _net("filters of frequencies", Frequencies, sizes=(8,)),
-    _pooled("SqueezeNet", 12, lambda: unit(3, 8), lambda: Fire(8, 4, 6), lambda: Fire(12, 4, 6)),
     _pooled("GhostNet", 8, lambda: unit(3, 8), lambda: Ghost(8, 9), lambda: Ghost(9, 8)),
     _pooled("YOLO's blocks", 8, lambda: unit(3, 8), lambda: Csp(8, 8), lambda: Csp(8, 8)),
     _net("super-resolution", SuperResolution),
-    _net("two resolutions", HighResolution),
-    _net("a ScriptModule within", scripted),
     _net("half of it frozen", frozen),
     _net("channels last", last_format),
     _net("layers that share a weight", tied),

@@ -127,23 +127,10 @@ def _assigned(self: Any, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _scattered(self: Any, x: torch.Tensor) -> torch.Tensor:
-    z = self.a(x)
-    index = torch.zeros(z.shape[0], 1, *z.shape[2:], dtype=torch.long, device=z.device)
-    found: torch.Tensor = self.b(z.scatter_add(1, index, z[:, :1]))
-    return found
-
-
 def _gathered(self: Any, x: torch.Tensor) -> torch.Tensor:
     z = self.a(x)
     index = torch.arange(z.shape[1] - 1, -1, -1, device=z.device).view(1, -1, 1, 1).expand_as(z)
     found: torch.Tensor = self.b(z.gather(1, index))
-    return found
-
-
-def _masked(self: Any, x: torch.Tensor) -> torch.Tensor:
-    keep = torch.tensor([True, False] * 4, device=x.device)
-    found: torch.Tensor = self.b(self.a(x)[:, keep])
     return found
 
 
@@ -176,12 +163,6 @@ def _demodulated(self: Any, x: torch.Tensor) -> torch.Tensor:
     return F.conv2d(z, weight, self.b.bias, padding=1)
 
 
-def _cosine(self: Any, x: torch.Tensor) -> torch.Tensor:
-    z = self.a(x)
-    found: torch.Tensor = self.b(z * F.cosine_similarity(z, self.c(x), dim=1).unsqueeze(1))
-    return found
-
-
 def _halves(self: Any, x: torch.Tensor) -> torch.Tensor:
     first, second = self.a(x).chunk(2, 1)
     found: torch.Tensor = self.b(torch.cat([second.relu(), first], 1))
@@ -207,12 +188,6 @@ def _standardized(self: Any, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _gram(self: Any, x: torch.Tensor) -> torch.Tensor:
-    rows = self.a(x).flatten(2)
-    found: torch.Tensor = self.last(torch.bmm(rows, rows.transpose(1, 2)).mean(1))
-    return found
-
-
 def _squeezed(self: Any, x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     z = self.a(x)
     found: torch.Tensor = self.b(z * torch.sigmoid(gate(z)))
@@ -235,42 +210,22 @@ def _reader() -> nn.Linear:
 
 ELEMENTWISE = [
     _applied("relu", F.relu),
-    _applied("leaky relu", lambda z: F.leaky_relu(z, 0.1)),
-    _applied("gelu", F.gelu),
     _applied("silu", F.silu),
-    _applied("hardswish", F.hardswish),
     _applied("sigmoid", torch.sigmoid),
     _applied("softplus", F.softplus),
     _applied("exp of tanh", lambda z: torch.exp(torch.tanh(z))),
-    _applied("cosine", torch.cos),
     _applied("square plus one", lambda z: z * z + 1),
-    _applied("absolute to a power", lambda z: z.abs().add(1e-3).pow(0.7)),
-    _applied("clamp from below", lambda z: z.clamp(min=0.3)),
     _applied("reciprocal of a shift", lambda z: 1 / (z.square() + 0.5)),
-    _applied("logarithm of one more", lambda z: torch.log1p(z.abs())),
     _applied("where it is positive", lambda z: torch.where(z > 0, z, torch.full_like(z, 0.2))),
     _applied("masked fill", lambda z: z.masked_fill(z < 0, 0.7)),
-    _applied("nan to num and sign", lambda z: torch.nan_to_num(z) * torch.sign(z)),
-    _applied("relu6 and threshold", lambda z: F.threshold(F.relu6(z), 0.1, 0.4)),
     between("prelu of each channel", lambda: nn.PReLU(8)),
     between("prelu of all channels", nn.PReLU),
     between("dropout and alpha dropout", lambda: nn.Sequential(nn.Dropout2d(), nn.AlphaDropout())),
     operator("sigmoid, no border", lambda self, x: self.b(self.a(x).sigmoid()), b=lambda: nn.Conv2d(8, 6, 3)),
-    operator(
-        "softplus into a linear layer",
-        lambda self, x: self.last(F.softplus(self.a(x)).mean((2, 3))),
-        last=_reader,
-        b=nn.Identity,
-    ),
     operator("in place", _inplace),
     operator("channels assigned in place", _assigned),
     operator(
         "a parameter added", lambda self, x: self.b(self.a(x) + self.w), w=lambda: nn.Parameter(torch.randn(8, 1, 1))
-    ),
-    operator(
-        "a parameter's sigmoid added",
-        lambda self, x: self.b(self.a(x) + self.w.sigmoid()),
-        w=lambda: nn.Parameter(torch.randn(1, 8, 1, 1)),
     ),
     operator(
         "layer scale",
@@ -287,29 +242,17 @@ POOLING = [
     between("max pooling", lambda: nn.MaxPool2d(2)),
     between("max pooling, ceiled", lambda: nn.MaxPool2d(3, 2, padding=1, ceil_mode=True)),
     between("average pooling", lambda: nn.AvgPool2d(3, 2, padding=1)),
-    between("average pooling without the border", lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
     between("power pooling", lambda: nn.Sequential(nn.ReLU(), nn.LPPool2d(2, 2))),
     between("adaptive average pooling", lambda: nn.AdaptiveAvgPool2d(3)),
-    between("adaptive max pooling", lambda: nn.AdaptiveMaxPool2d((2, 3))),
     operator(
         "max pooling and back",
         lambda self, x: self.b(F.max_unpool2d(*F.max_pool2d(self.a(x), 2, return_indices=True), 2)),
         sizes=(8, 12, 16),
     ),
-    _applied(
-        "pooling of channels",
-        lambda z: (
-            F.avg_pool1d(z.flatten(2).transpose(1, 2), 2)
-            .transpose(1, 2)
-            .reshape(z.shape[0], -1, *z.shape[2:])
-            .repeat(1, 2, 1, 1)
-        ),
-    ),
 ]
 
 NORMS = [
     between("batch norm", lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())),
-    between("batch norm without weights", lambda: nn.Sequential(nn.BatchNorm2d(8, affine=False), nn.ReLU())),
     between("batch norm of the batch", lambda: nn.Sequential(nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU())),
     between("sigmoid before a batch norm", lambda: nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(8))),
     between(
@@ -332,7 +275,6 @@ NORMS = [
     ),
     between("group norm", lambda: nn.Sequential(nn.GroupNorm(4, 8), nn.ReLU())),
     between("group norm of one group", lambda: nn.Sequential(nn.GroupNorm(1, 8), nn.ReLU())),
-    between("group norm of each channel", lambda: nn.Sequential(nn.GroupNorm(8, 8), nn.ReLU())),
     between("instance norm", lambda: nn.Sequential(nn.InstanceNorm2d(8, affine=True), nn.ReLU())),
     between("instance norm with statistics", lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
     between("local response norm", lambda: nn.LocalResponseNorm(3)),
@@ -367,41 +309,21 @@ NORMS = [
 
 REDUCTIONS = [
     _gates("gate by the largest channel", lambda z: z.amax(1, keepdim=True)),
-    _gates("gate by the smallest channel", lambda z: z.amin(1, keepdim=True)),
     _gates("gate by max with indices", lambda z: z.max(1, keepdim=True)[0]),
-    _gates("gate by min with values", lambda z: z.min(dim=1, keepdim=True).values),
     _gates("gate by the mean of channels", lambda z: z.mean(1, keepdim=True)),
-    _gates("gate by the sum of channels", lambda z: z.sum(1, keepdim=True)),
     _gates("gate by a norm", lambda z: z.norm(dim=1, keepdim=True)),
-    _gates("gate by a vector norm", lambda z: torch.linalg.vector_norm(z, ord=1, dim=1, keepdim=True)),
-    _gates("gate by the deviation", lambda z: z.std(1, keepdim=True)),
-    _gates("gate by the variance", lambda z: z.var(dim=1, keepdim=True, unbiased=False)),
     _gates("gate by log-sum-exp", lambda z: z.logsumexp(1, keepdim=True)),
     _gates("gate by the median", lambda z: z.median(1, keepdim=True).values),
-    _gates("gate by a quantile", lambda z: z.quantile(0.3, dim=1, keepdim=True)),
     _gates("gate by the best two", lambda z: z.topk(2, dim=1).values.sum(1, keepdim=True)),
-    _gates("gate by a sorted channel", lambda z: z.sort(1).values[:, 2:3]),
-    _gates("gate by the third smallest", lambda z: z.kthvalue(3, 1, keepdim=True).values),
-    _gates("gate by the product", lambda z: (1 + z.tanh() / 2).prod(1, keepdim=True)),
-    _gates("gate by the largest's place", lambda z: z.argmax(1, keepdim=True).to(z.dtype)),
-    _gates("gate by how many are positive", lambda z: (z > 0).sum(1, keepdim=True).to(z.dtype)),
-    _gates("gate by whether any is large", lambda z: (z > 1).any(1, keepdim=True).to(z.dtype)),
     _gates("gate by a maximum over all", lambda z: z.amax(dim=(1, 2, 3), keepdim=True)),
-    _gates("gate by the mean of all", lambda z: z.mean(dim=(1, 2, 3), keepdim=True)),
     _gates("gate by each channel's maximum", lambda z: z.amax(dim=(2, 3), keepdim=True)),
     _gates("gate by each channel's mean", lambda z: F.adaptive_avg_pool2d(z, 1)),
-    _gates("gate by each channel's norm", lambda z: z.flatten(2).norm(dim=2)[..., None, None]),
     _applied("softmax over channels", lambda z: z.softmax(1)),
-    _applied("log-softmax over channels", lambda z: F.log_softmax(z, dim=1)),
     _applied("softmax over places", lambda z: z.flatten(2).softmax(-1).view_as(z) * 10),
     _applied("sum of channels so far", lambda z: z.cumsum(1)),
-    _applied("product of channels so far", lambda z: (1 + z.tanh() / 4).cumprod(1)),
     _applied("largest channel so far", lambda z: z.cummax(1).values),
-    _applied("sum of places so far", lambda z: z.cumsum(-1)),
-    _applied("difference of channels", lambda z: torch.diff(z, dim=1, prepend=z[:, :1])),
     _applied("unit vectors of channels", lambda z: F.normalize(z, dim=1)),
     _applied("sorted channels", lambda z: z.sort(1, descending=True).values),
-    _applied("channels of maxima", lambda z: torch.cat([z.amax(1, keepdim=True)] * 8, 1) + z),
     _applied("maxout", lambda z: z.view(z.shape[0], 4, 2, *z.shape[2:]).amax(2), b=lambda: conv(4, 6)),
 ]
 
@@ -420,23 +342,14 @@ RESHAPES = [
         b=nn.Identity,
     ),
     operator(
-        "view by a number",
-        lambda self, x: self.last(F.adaptive_avg_pool2d(self.a(x), 2).view(-1, 32)),
-        last=lambda: nn.Linear(32, 5),
-        b=nn.Identity,
-    ),
-    operator(
         "flatten with places first",
         lambda self, x: self.last(F.adaptive_avg_pool2d(self.a(x), 2).permute(0, 2, 3, 1).reshape(x.shape[0], -1)),
         last=lambda: nn.Linear(32, 5),
         b=nn.Identity,
     ),
-    _applied("unflatten by a shape's slice", lambda z: z.flatten(2).unflatten(2, z.shape[2:])),
-    _applied("view as another", lambda z: z.flatten(1).view_as(z)),
     operator(
         "permuted to the last", lambda self, x: self.last(self.a(x).permute(0, 2, 3, 1)), last=_reader, b=nn.Identity
     ),
-    _applied("moved and moved back", lambda z: z.movedim(1, -1).mul(2).movedim(-1, 1)),
     between("pixel shuffle", lambda: nn.PixelShuffle(2), b=lambda: conv(2, 6)),
     between("pixel unshuffle", lambda: nn.PixelUnshuffle(2), b=lambda: conv(32, 6), sizes=(8, 12, 16)),
     between("channel shuffle of a module", lambda: nn.ChannelShuffle(2)),
@@ -448,17 +361,11 @@ RESHAPES = [
         last=lambda: nn.Linear(32, 5),
         b=nn.Identity,
     ),
-    _applied("squeeze and unsqueeze", lambda z: z.unsqueeze(1).squeeze(1)),
     _applied("repeated", lambda z: z.repeat(1, 2, 1, 1), b=lambda: conv(16, 6)),
     _applied("each channel twice", lambda z: z.repeat_interleave(2, dim=1), b=lambda: conv(16, 6)),
     _applied("expanded", lambda z: z.mean((2, 3), keepdim=True).expand_as(z)),
     _applied("rolled over channels", lambda z: z.roll(1, dims=1)),
-    _applied("rolled over places", lambda z: z.roll(1, dims=2)),
     _applied("flipped over channels", lambda z: z.flip(1)),
-    _applied("flipped over places", lambda z: z.flip(3)),
-    _applied("groups as a batch", lambda z: z.reshape(z.shape[0] * 2, 4, *z.shape[2:]), b=lambda: conv(4, 6)),
-    _applied("transposed places", lambda z: z.transpose(2, 3).contiguous()),
-    _applied("windows", lambda z: z.unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2))),
 ]
 
 JOINS = [
@@ -476,11 +383,6 @@ JOINS = [
     ),
     operator("stack and sum", lambda self, x: self.b(torch.stack([self.a(x), self.c(x)]).sum(0)), c=lambda: conv(3, 8)),
     operator(
-        "stack and maximum",
-        lambda self, x: self.b(torch.stack([self.a(x), self.c(x)], -1).amax(-1)),
-        c=lambda: conv(3, 8),
-    ),
-    operator(
         "stack and flatten",
         lambda self, x: self.b(torch.stack([self.a(x), self.c(x)], 2).flatten(1, 2)),
         c=lambda: conv(3, 8),
@@ -491,14 +393,7 @@ JOINS = [
         "difference of two", lambda self, x: self.b(torch.sub(self.a(x), self.c(x), alpha=2)), c=lambda: conv(3, 8)
     ),
     operator("product of two", lambda self, x: self.b(self.a(x) * self.c(x)), c=lambda: conv(3, 8)),
-    operator("quotient of two", lambda self, x: self.b(self.a(x) / (1 + self.c(x).square())), c=lambda: conv(3, 8)),
     operator("larger of two", lambda self, x: self.b(torch.maximum(self.a(x), self.c(x))), c=lambda: conv(3, 8)),
-    operator(
-        "where one is positive",
-        lambda self, x: self.b(torch.where(self.c(x) > 0, self.a(x), self.c(x) * 2)),
-        c=lambda: conv(3, 8),
-    ),
-    operator("between two", lambda self, x: self.b(torch.lerp(self.a(x), self.c(x), 0.3)), c=lambda: conv(3, 8)),
     operator(
         "one channel over all",
         lambda self, x: self.b(self.a(x) * self.c(x).sigmoid()),
@@ -515,24 +410,9 @@ JOINS = [
     ),
     operator("input added to some", lambda self, x: self.b(torch.cat([self.a(x)[:, :3] + x, self.a(x)[:, 3:]], 1))),
     operator(
-        "sum with a part",
-        lambda self, x: self.b(self.a(x) + torch.cat([self.c(x), self.c(x)], 1)),
-        c=lambda: conv(3, 4),
-    ),
-    operator(
         "padded shortcut",
         lambda self, x: self.b(self.a(x) + F.pad(self.c(x), (0, 0, 0, 0, 2, 2))),
         c=lambda: conv(3, 4),
-    ),
-    operator(
-        "addcmul",
-        lambda self, x: self.b(torch.addcmul(self.a(x), self.c(x), self.c(x), value=0.5)),
-        c=lambda: conv(3, 8),
-    ),
-    operator("cosine of two", _cosine, c=lambda: conv(3, 8)),
-    operator(
-        "distance of two",
-        lambda self, x: self.b(self.a(x) * torch.cdist(_rows(self, x)[:, :4], _rows(self, x)[:, 4:8]).mean().tanh()),
     ),
 ]
 
@@ -541,14 +421,10 @@ PICKS = [
     operator("split and gate", _glu, b=lambda: conv(4, 6)),
     _applied("split unevenly", lambda z: torch.cat([z[:, 3:], z.split([3, 5], 1)[0].relu()], 1)),
     _applied("glu", lambda z: F.glu(z, 1), b=lambda: conv(4, 6)),
-    _applied("tensor split", lambda z: torch.tensor_split(z, 4, 1)[2], b=lambda: conv(2, 6)),
     _applied("unbind", lambda z: torch.stack(z.unbind(1)[::2], 1), b=lambda: conv(4, 6)),
     _applied("slice", lambda z: z[:, 2:7], b=lambda: conv(5, 6)),
     _applied("slice with steps", lambda z: z[:, ::2], b=lambda: conv(4, 6)),
-    _applied("slice from behind", lambda z: z[:, -3:], b=lambda: conv(3, 6)),
     _applied("a list of channels", lambda z: z[:, [0, 1, 7]], b=lambda: conv(3, 6)),
-    _applied("a list with one twice", lambda z: z[:, [5, 5, 2]], b=lambda: conv(3, 6)),
-    operator("a mask of channels", _masked, b=lambda: conv(4, 6)),
     operator(
         "index select",
         lambda self, x: self.b(self.a(x).index_select(1, self.order)),
@@ -559,10 +435,6 @@ PICKS = [
         "one channel by select", lambda self, x: self.b(self.a(x).select(1, 3).unsqueeze(1)), b=lambda: conv(1, 6)
     ),
     operator("gather", _gathered),
-    operator("scatter", _scattered),
-    _applied("narrow", lambda z: z.narrow(1, 1, 4), b=lambda: conv(4, 6)),
-    _applied("take along", lambda z: torch.take_along_dim(z, z.argsort(1), 1)),
-    _applied("places by a list", lambda z: z[:, :, [0, 2, 5]]),
     _applied("partly normalized", lambda z: torch.cat([F.instance_norm(z[:, :4]), z[:, 4:]], 1)),
 ]
 
@@ -575,20 +447,14 @@ PADDING = [
     for mode in ("zeros", "reflect", "replicate", "circular")
 ]
 PADDING += [
-    _applied("zeros around", lambda z: F.pad(z, (1, 2, 0, 1))),
     _applied("ones around", lambda z: F.pad(z, (1, 1, 1, 1), value=1.0)),
-    _applied("mirrored around", lambda z: F.pad(z, (1, 1, 1, 1), mode="reflect")),
-    between("constant padding", lambda: nn.ConstantPad2d(1, 0.5)),
     between("more channels by zeros", lambda: nn.ConstantPad3d((0, 0, 0, 0, 1, 1), 0.0), b=lambda: conv(10, 6)),
-    _applied("cropped", lambda z: z[..., 1:-1, 2:]),
     operator("same padding", lambda self, x: self.b(self.a(x)), b=lambda: nn.Conv2d(8, 6, 4, padding="same")),
 ]
 
 RESIZING = [
     _applied("nearest neighbours", lambda z: F.interpolate(z, scale_factor=2)),
     _applied("bilinear", lambda z: F.interpolate(z, size=(5, 7), mode="bilinear", align_corners=False)),
-    _applied("bicubic", lambda z: F.interpolate(z, scale_factor=1.5, mode="bicubic")),
-    _applied("over area", lambda z: F.interpolate(z, size=3, mode="area")),
     between("upsampling", lambda: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)),
     operator(
         "to another's size",
@@ -626,22 +492,10 @@ PRODUCTS = [
         b=nn.Identity,
     ),
     operator(
-        "einsum of two",
-        lambda self, x: self.b(torch.einsum("nchw,nchw->nchw", self.a(x), self.c(x))),
-        c=lambda: conv(3, 8),
-    ),
-    operator(
         "linear by a function",
         lambda self, x: F.linear(_rows(self, x), self.w, self.v),
         w=lambda: nn.Parameter(torch.randn(6, 8)),
         v=lambda: nn.Parameter(torch.randn(6)),
-        b=nn.Identity,
-    ),
-    operator("gram matrix", _gram, last=_reader, b=nn.Identity),
-    operator(
-        "bilinear form",
-        lambda self, x: self.form(_rows(self, x).mean(1), x.mean((2, 3))),
-        form=lambda: nn.Bilinear(8, 3, 5),
         b=nn.Identity,
     ),
     operator(
@@ -677,12 +531,6 @@ PRODUCTS = [
             ((_rows(self, x).transpose(1, 2) @ _rows(self, x)).softmax(-1) @ self.a(x).flatten(2)).unflatten(
                 2, x.shape[2:]
             )
-        ),
-    ),
-    operator(
-        "outer product",
-        lambda self, x: self.b(
-            self.a(x) * torch.einsum("nc,nd->ncd", x.mean((2, 3)), self.a(x).mean((2, 3))).sum(1)[..., None, None]
         ),
     ),
 ]
@@ -754,29 +602,15 @@ LAYERS = [
         w=lambda: nn.Buffer(torch.rand(1, 1, 3, 3)),
     ),
     operator("a modulated convolution", _demodulated, style=lambda: nn.Linear(3, 8)),
-    operator("weights of the weight", lambda self, x: self.b(F.conv2d(x, self.a.weight * 2, self.a.bias, padding=1))),
-    operator(
-        "transposed weights, tied",
-        lambda self, x: F.conv_transpose2d(self.a(x).relu(), self.a.weight, padding=1),
-        b=nn.Identity,
-    ),
     operator(
         "linear on places",
         lambda self, x: self.b(self.work(self.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
         work=lambda: nn.Linear(8, 8),
     ),
     operator(
-        "linear over the width", lambda self, x: self.b(self.work(self.a(x))), work=lambda: nn.Linear(8, 8), sizes=(8,)
-    ),
-    operator(
         "an embedding added",
         lambda self, x: self.b(self.a(x) + self.table(x.mean((1, 2, 3)).gt(0).long())[..., None, None]),
         table=lambda: nn.Embedding(2, 8),
-    ),
-    operator(
-        "an embedding's bag",
-        lambda self, x: self.b(self.a(x) * self.table(x.mean((2, 3)).gt(0).long())[..., None, None]),
-        table=lambda: nn.EmbeddingBag(2, 8),
     ),
     operator(
         "position embeddings",
@@ -792,14 +626,6 @@ LAYERS = [
         lambda self, x: self.b(self.c(self.n(self.c(self.a(x))).relu())),
         c=lambda: conv(8, 8),
         n=lambda: nn.BatchNorm2d(8),
-    ),
-    operator(
-        "a convolution over channels as depth",
-        lambda self, x: self.last(self.c(self.a(x).unsqueeze(1)).mean((2, 3, 4))),
-        c=lambda: nn.Conv3d(1, 4, 3, padding=1),
-        last=lambda: nn.Linear(4, 5),
-        b=nn.Identity,
-        whole=("last",),
     ),
     operator(
         "attention of neighbours",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import nni_topo
 
-SIZES = (16, 24)  # of the example and of the images that the files get; multiples of 4, which the U-Net needs
+SIZES = (16, 24)  # of the example and of the images that the files get
 
 
 class ResidualBlocks(nn.Module):
@@ -37,23 +37,6 @@ class ResidualBlocks(nn.Module):
             y = self.convs[at](self.norms[at](x).relu())
             x = x + self.convs[at + 1](self.norms[at + 1](y).relu())
         found: Tensor = self.head(x.relu().mean((2, 3)))
-        return found
-
-
-class UNet(nn.Module):
-    """A U-Net with group norms and SiLU, as diffusion models have it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.down = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, 2, 1)
-        self.mid, self.up, self.last = nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(40, 16, 1), nn.Conv2d(16, 3, 1)
-        self.n1, self.n2, self.n3 = nn.GroupNorm(4, 16), nn.GroupNorm(8, 24), nn.GroupNorm(4, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        high = nn.functional.silu(self.n1(self.enter(x)))
-        low = nn.functional.silu(self.n2(self.mid(self.down(high))))
-        low = nn.functional.interpolate(low, scale_factor=2.0)
-        found: Tensor = self.last(nn.functional.silu(self.n3(self.up(torch.cat([low, high], 1)))))
         return found
 
 
@@ -148,9 +131,7 @@ class ConvNeXtV2(nn.Module):
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "a residual network with one group": lambda: ResidualBlocks(1),
     "a residual network with groups": lambda: ResidualBlocks(4),
-    "a U-Net with group norms": UNet,
     "style transfer with instance norms": style_network,
     "ConvNeXt with layer norms": lambda: ConvNeXt(LayerNorm2d),
     "ConvNeXt with RMS norms": lambda: ConvNeXt(RMSNorm2d),

@@ -41,11 +41,6 @@ def small_cnn() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5))
 
 
-def mlp() -> nn.Module:
-    """Return the perceptron of LeNet-300-100, smaller."""
-    return nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 6))
-
-
 class Bert(nn.Module):
     """BERT of Transformers, small, with a head that classifies; the logits alone."""
 
@@ -65,27 +60,6 @@ class Bert(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.body(input_ids=tokens).logits  # type: ignore[no-any-return]
-
-
-class ViT(nn.Module):
-    """ViT of Transformers, small; the logits alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from transformers import ViTConfig, ViTForImageClassification
-
-        knobs: dict[str, Any] = {
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_labels": 4,
-            "initializer_range": 0.2,
-        }
-        self.body = ViTForImageClassification(
-            ViTConfig(hidden_size=24, intermediate_size=48, image_size=16, patch_size=8, **knobs)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x).logits  # type: ignore[no-any-return]
 
 
 def loss_of(net: nn.Module, model: nn.Module, images: Tensor) -> float:
@@ -132,7 +106,6 @@ def check(network: Callable[[], nn.Module], layers: list[str], make: Callable[[]
 ROADS = [
     Road("judges", "LeNet", lambda: check(LeNet, ["conv1", "conv2", "fc1"], lambda: torch.randn(SAMPLES, 1, 16, 16))),
     Road("judges", "batch norms", lambda: check(small_cnn, ["0", "3"], lambda: torch.randn(SAMPLES, 3, 12, 12))),
-    Road("judges", "MLP", lambda: check(mlp, ["0", "2"], lambda: torch.randn(SAMPLES, 20))),
     Road(
         "judges",
         "BERT",
@@ -140,15 +113,6 @@ ROADS = [
             Bert,
             [f"body.bert.encoder.layer.{index}.intermediate.dense" for index in range(2)],
             lambda: torch.randint(1, 60, (SAMPLES, 9)),
-        ),
-    ),
-    Road(
-        "judges",
-        "ViT",
-        lambda: check(
-            ViT,
-            [f"body.vit.encoder.layer.{index}.intermediate.dense" for index in range(2)],
-            lambda: torch.randn(SAMPLES, 3, 16, 16),
         ),
     ),
 ]

@@ -107,18 +107,6 @@ class Perceptron(nn.Module):
         return self.head(self.b(self.a(x).relu()).relu())
 
 
-class Block(nn.Module):
-    """A feed-forward block of a transformer."""
-
-    def __init__(self, kind: type[nn.Module]) -> None:
-        super().__init__()
-        linear: Any = named(kind, "Linear")
-        self.norm, self.up, self.down, self.head = nn.LayerNorm(12), linear(12, 48), linear(48, 12), nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.down(functional.relu(self.up(self.norm(x)))))
-
-
 class Convolutions(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -199,7 +187,6 @@ def prune(build: Callable[[], nn.Module], inputs: list[tuple[Any, ...]], cut: se
 
 
 ROWS = [(torch.randn(4, 12),), (torch.randn(7, 12),), (torch.randn(2, 3, 12),)]
-WORDS = [(torch.randn(2, 6, 12),), (torch.randn(3, 9, 12),)]
 IMAGES = [(torch.randn(2, 3, 16, 16),), (torch.randn(3, 3, 21, 18),)]
 
 
@@ -213,7 +200,6 @@ ROADS = [
     _road("equalized-learning-rate", lambda: Perceptron(EqualizedLinear), ROWS, "a", "b"),
     _road("low-rank-update", lambda: Perceptron(LowRankLinear), ROWS, "a", "b"),
     _road("linear-with-activation", lambda: Perceptron(ActivatedLinear), ROWS),
-    _road("feed-forward", lambda: Block(OwnLinear), WORDS, "up"),
     _road("convolution", lambda: Convolutions(OwnConv2d), IMAGES, "a", "b"),
     _road("weight-standardization", lambda: Convolutions(StandardizedConv2d), IMAGES, "a", "b"),
     _road("reflected-border", lambda: Convolutions(ReflectedConv2d), IMAGES),
@@ -222,7 +208,5 @@ if importlib.util.find_spec("torch_geometric"):
     GRAPHS = [graph(20), graph(33)]
     ROADS += [
         _road("pyg-sage", lambda: Graph("SAGEConv"), GRAPHS, "b.lin_l", "b.lin_r", "lin"),
-        _road("pyg-graph", lambda: Graph("GraphConv"), GRAPHS, "b.lin_rel", "b.lin_root", "lin"),
         _road("pyg-gcn", lambda: Graph("GCNConv"), GRAPHS, "lin"),
-        _road("pyg-gat", lambda: Graph("GATConv"), GRAPHS, "lin"),
     ]

@@ -57,37 +57,6 @@ class ConvLSTM(nn.Module):
         return self.head(hidden), (hidden, cell)
 
 
-class CachedTCN(nn.Module):
-    """A temporal convolution that keeps its last inputs, as streaming WaveNets do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.conv, self.mix, self.head = (
-            nn.Conv1d(3, 8, 1),
-            nn.Conv1d(8, 16, 3, dilation=2),
-            nn.Conv1d(16, 12, 1),
-            nn.Conv1d(12, 2, 1),
-        )
-
-    def forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-        seen = torch.cat([cache, self.enter(x)], 2)
-        found = self.head(torch.relu(self.mix(torch.relu(self.conv(seen)))))
-        return found[..., -1], seen[..., -4:]
-
-
-class VoiceActivity(nn.Module):
-    """Like Silero's: convolutions over a chunk of sound, an LSTM cell with a tuple of states, one probability."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Conv1d(1, 12, 8, 4), nn.ReLU(), nn.Conv1d(12, 16, 4, 2), nn.ReLU())
-        self.cell, self.decoder = nn.LSTMCell(16, 12), nn.Linear(12, 1)
-
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        hidden, cell = self.cell(self.encoder(x).mean(2), state)
-        return self.decoder(torch.relu(hidden)).sigmoid(), (hidden, cell)
-
-
 class Decoder(nn.Module):
     """A decoder of Transformers that hears embeddings and the keys and values before them, as it exports them."""
 
@@ -199,12 +168,6 @@ ROADS = [
         "streams",
         "ConvLSTM",
         lambda: check_stream(ConvLSTM, (2, 6, 6), lambda count: (torch.zeros(count, 4, 6, 6),) * 2),
-    ),
-    Road("streams", "TCN", lambda: check_stream(CachedTCN, (3, 1), lambda count: torch.zeros(count, 8, 4))),
-    Road(
-        "streams",
-        "voice activity",
-        lambda: check_stream(VoiceActivity, (1, 64), lambda count: (torch.zeros(count, 12),) * 2),
     ),
     Road(
         "streams", "decoder", lambda: check_stream(Decoder, (1, 16), lambda count: (torch.zeros(count, 2, 4, 8),) * 2)
