@@ -409,3 +409,14 @@ def test_a_callers_autocast_changes_nothing():
     assert all(torch.equal(*pair) for pair in zip(plain, mixed, strict=True))
     distances = [[stage.distance for stage in each.report.stages] for each in found]
     assert distances[0] == distances[1]
+
+
+def test_an_interruption_leaves_gradients_on():
+    class Interrupted(nn.Linear):
+        def forward(self, x):
+            torch.set_grad_enabled(False)  # as `torch.no_grad` does before its block begins
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nni_topo.dependency_groups(nn.Sequential(Interrupted(4, 4)), torch.randn(2, 4), [{"op_types": ["Linear"]}])
+    assert torch.is_grad_enabled()
