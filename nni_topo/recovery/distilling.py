@@ -66,7 +66,7 @@ from nni_topo.recovery.lesson import (
     is_better,
     is_blendable,
     joined,
-    student_copy,
+    student_of,
 )
 from nni_topo.recovery.rates import RATES, try_rates
 from nni_topo.recovery.report import signed_like
@@ -745,7 +745,7 @@ def _student(dense: nn.Module, pool: Call) -> nn.Module:
     """Return a copy that can learn: what requires gradients, or everything where nothing does."""
     if not any(parameter.is_floating_point() for parameter in dense.parameters()):
         raise ConfigError("a model must have floating parameters, got none (dense)")
-    student = student_copy(dense, pool)
+    student = student_of(dense, pool)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         # A network that is frozen as a whole is one that is only used, not one of which nothing may change.
         for parameter in student.parameters():

@@ -550,7 +550,7 @@ def _blocks_seen(net: nn.Module, names: Sequence[str], seen: dict[str, Tensor]) 
         yield
 
 
-def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
+def student_of(dense: nn.Module, pool: Call) -> nn.Module:
     """Return a copy of a network in evaluation mode, in single precision at least, to run on some images."""
     student: nn.Module = evaluating(detached_copy(dense))
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
@@ -575,7 +575,7 @@ def judged(
 ) -> list[Judgement]:
     """Compare several networks with the unpruned one, as :meth:`Lesson.judge` does, on all of some images."""
     pool = joined(list(calls(unpruned, images)))
-    students = [student_copy(net, pool) for net in nets]
+    students = [student_of(net, pool) for net in nets]
     lesson = Lesson(unpruned, students[0], pool, "auto", _TEMPERATURE, outputs=outputs)
     return [lesson.judge(net, torch.arange(batch_size(pool))) for net in students]
 

@@ -7,7 +7,7 @@ from shared_data_nets import in_threads
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nni_topo.recovery.course import Clock
-from nni_topo.recovery.lesson import Lesson, student_copy
+from nni_topo.recovery.lesson import Lesson, student_of
 from nni_topo.recovery.rates import RATES, try_rates
 
 
@@ -41,7 +41,7 @@ def tried(
     def student():
         if made is not None:
             made.append("a network")
-        return student_copy(dense, pool)
+        return student_of(dense, pool)
 
     return try_rates(
         lesson,

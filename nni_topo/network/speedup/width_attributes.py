@@ -121,12 +121,12 @@ def register_width_attribute(
     ...     def forward(self, images):
     ...         left, right = self.first(images).chunk(2, 1)
     ...         return self.second(left * right)
-    ...     def left_alone(self, images):
+    ...     def left_half(self, images):
     ...         return self.second(self.first(images)[:, : self.width])
     >>> nni_topo.register_width_attribute(Halves, "width", "second", "input")
     >>> kept = torch.tensor([1.0, 0, 1, 0]).repeat(2).view(-1, 1, 1, 1)
     >>> small = nni_topo.to_dense(Halves(), torch.randn(2, 3, 5, 5), {"first": {"weight": kept.expand(8, 3, 1, 1)}})
-    >>> small.width, small.left_alone(torch.randn(1, 3, 5, 5)).shape
+    >>> small.width, small.left_half(torch.randn(1, 3, 5, 5)).shape
     (2, torch.Size([1, 2, 5, 5]))
     """
     _TABLE[kind, attribute] = Described(module, part)
