@@ -29,6 +29,8 @@ class Context:
     models: set[int] | None = None  # the ids of the user's own models that it runs; None: no call has its turn
     in_step: str = ""  # the public function that all processes run
     limit: BatchLimit | None = None  # None: where memory is short, nothing starts again
+    # A tensor that says which positions of the model's current call aren't padding: bool, (samples, places). None: all.
+    real: Any = None
 
 
 _NONE = Context()
@@ -50,9 +52,9 @@ def in_context(**known: Any) -> Iterator[None]:
         _CONTEXT.reset(token)
 
 
-def forget_models() -> None:
-    """Let a forked process begin anew: the call that had its turn isn't there."""
-    _CONTEXT.set(replace(context(), models=None))
+def tell(**known: Any) -> None:
+    """Change fields of the context until the end of the block around it."""
+    _CONTEXT.set(replace(context(), **known))
 
 
 def leaving_out(layers: str = "the layer") -> str:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from nni_topo import compensate, load, masked_model, narrow_heads, save, to_dense
+from nni_topo.context import in_context
 from nni_topo.errors import DataError
-from nni_topo.network.runtime.hooks import counting
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 from nni_topo.zoo.transformers import _turned, gpt_small
 
@@ -132,7 +132,7 @@ def test_padding_says_nothing_about_pairs():
     known = PairLogits(frequencies), PairLogits(frequencies)
     real = torch.arange(9) < torch.tensor([[9], [6], [7]])
     for look, values in zip(known, (states, torch.where(real.unsqueeze(2), states, 5.0)), strict=True):
-        with counting(real):
+        with in_context(real=real):
             look.see_queries(rows, values, values)
             look.see_keys(rows, values, values)
     assert known[0].products.shape == (2, 2, 2)
@@ -244,7 +244,7 @@ def test_pairs_are_chosen_alike_on_another_device(device):
     found = []
     for place in (torch.device("cpu"), device):
         logits, values = PairLogits(frequencies.to(place)), states.to(place)
-        with counting(real.to(place)):
+        with in_context(real=real.to(place)):
             logits.see_queries(rows, values, values)
             logits.see_keys(rows, values, values)
         assert logits.products.device == values.device

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from nni_topo.context import context, in_context, tell
 from nni_topo.errors import ConfigError, DataError, NniTopoError, raised
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copying import detached_copy
@@ -24,9 +24,6 @@ Entering = Callable[[Tensor], Any]
 """Gets the tensor that enters a layer. What it returns enters instead, unless that is None."""
 Leaving = Callable[[Tensor, Any], Any]
 """Gets the input and the output of a layer. What it returns becomes the output, unless that is None."""
-
-# Which positions of the current call aren't padding: bool, (samples, places). None if all count.
-_REAL: ContextVar[Tensor | None] = ContextVar("real", default=None)
 
 
 @contextmanager
@@ -54,26 +51,10 @@ def padding_known(model: nn.Module) -> Iterator[None]:
     """Let `by_channel` skip padding within the block: the positions that the model's latest call masks as padding."""
 
     def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _REAL.set(real_positions_of(model, (args, kwargs)))
+        tell(real=real_positions_of(model, (args, kwargs)))
 
-    with counting(None), called(model, look):
+    with in_context(real=None), called(model, look):
         yield
-
-
-@contextmanager
-def counting(real: Tensor | None) -> Iterator[None]:
-    """Let `by_channel` count only these positions within the block.
-
-    Parameters
-    ----------
-    real : Tensor or None
-        bool, shape (samples, places); None counts all positions.
-    """
-    before = _REAL.set(real)
-    try:
-        yield
-    finally:
-        _REAL.reset(before)
 
 
 def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
@@ -209,7 +190,7 @@ def counted_places(shape: tuple[int, ...]) -> Tensor | None:
 
     None if all count, or if the positions are known for another shape only.
     """
-    real = _REAL.get()
+    real: Tensor | None = context().real
     if real is None or real.shape != shape:
         return None
     return real

@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from nni_topo.context import context, forget_models, in_context
+from nni_topo.context import context, in_context, tell
 from nni_topo.errors import DataError, listed
 from nni_topo.network.runtime.copying import (
     copied_together,
@@ -285,7 +285,7 @@ def _forget_turns() -> None:
     """Let a forked process begin anew: the threads that had turns aren't there."""
     global _turn
     _turn, _thread.has_turn = threading.Lock(), False
-    forget_models()
+    tell(models=None)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

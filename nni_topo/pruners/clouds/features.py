@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nni_topo.context import in_context
 from nni_topo.errors import ConfigError, DataError, LayerError
 from nni_topo.network.attention.heads import find_heads
 from nni_topo.network.channels.flow import ChannelFlow, followers, passes
@@ -21,7 +22,7 @@ from nni_topo.network.layers.kinds import WEIGHTED, by_channel
 from nni_topo.network.runtime.calibration import Calibration, calibration_of
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.fits import first_call
-from nni_topo.network.runtime.hooks import counting, inputs_seen
+from nni_topo.network.runtime.hooks import inputs_seen
 from nni_topo.network.runtime.inputs import Call, batch_size, bind_arguments, calls, fitting, real_positions
 from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.pruners.clouds.moments import ChannelMoments, check_finite, check_reached, embedding
@@ -134,7 +135,7 @@ class FeatureCollector(DataCollector):
             for number, call in enumerate(calls(context.model, batches)):
                 samples += batch_size(call)
                 named = bind_arguments(context.model, call)
-                with fitting(number, batches.name), counting(real_positions(named)):
+                with fitting(number, batches.name), in_context(real=real_positions(named)):
                     runner.run(*named.values())
         if samples < 2:
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")
