@@ -219,12 +219,13 @@ def tables() -> str:
     """Return Markdown: how much was run and what it takes, then the complete networks, and both ways to dense ones."""
     head = ["network", "records", "rows that don't apply", "cells", "CPU hours, estimated"]
     sizes = {record["key"][0]: record for record in read_records(RECORDS / "sizes.jsonl")}
-    lines = []
+    lines, total = [], 0.0
     for network in NETWORKS:
         done, failed, cells = records_of(network)
-        hours = f"{sizes[network]['hours']:.1f}" if network in sizes else ""
-        lines.append([network, str(len(done)), str(len(failed)), str(cells), hours])
-    total = sum(record["hours"] for record in sizes.values())
+        sized = sizes.get(network)
+        hours = None if sized is None else sized["hours"] * cells / sized["cells"]
+        total += hours or 0.0
+        lines.append([network, str(len(done)), str(len(failed)), str(cells), "" if hours is None else f"{hours:.1f}"])
     lines.append(["all", *(str(sum(int(line[column]) for line in lines)) for column in (1, 2, 3)), f"{total:.1f}"])
     blocks = ["**How much was run**", markdown_table(head, lines)]
     if sizes:

@@ -39,8 +39,8 @@ QUOTED = (
     ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "recall@10", "and {} % in the same time"),
     ((_ENCODER, 0.5, "l1", "none"), "cosine", "L1 without recovery a cosine of {}"),
     ((_CNN, 0.8, OURS, f"widths, {BLOCKS}"), "top 1", "of its MACs {} % of new crops keep their class"),
-    ((_CNN, 0.8, OURS, f"widths, {UNIFORM}"), "top 1", "by channels alone {} %,"),
-    ((_CNN, 0.8, "l1", "compensate"), "top 1", "by L1 with our recovery {} %)"),
+    ((_CNN, 0.8, OURS, f"widths, {UNIFORM}"), "top 1", "If channels alone go, {} % do,"),
+    ((_CNN, 0.8, "l1", "compensate"), "top 1", "do, {} % by L1 with our recovery."),
     ((_CNN, 0.5, OURS, f"widths, {BLOCKS}"), "top 1", "with half of them {} %."),
 )
 """Cell, column and wording of each figure in README.md; a test holds one against the other."""

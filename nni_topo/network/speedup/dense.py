@@ -99,7 +99,8 @@ def to_dense(
     groups : DependencyGroups, optional
         What `dependency_groups` returned for this model and inputs of this size. Then the model isn't traced again,
         which takes most of the time for a detector. Only weights may have changed since; where a number, a text or a
-        flag of a module has, or a weight or input of a model whose forward reads values, the model is traced again.
+        flag of a module has, in lists and mappings too, or a weight or input of a model whose forward reads values, the
+        model is traced again.
     round_to : int or "auto", optional
         If given, every pruned layer keeps a multiple of this many channels, or all of them. ``"auto"`` is what the
         model's device computes at once: 8 channels on a GPU; 16, 8 or 4 on a CPU, by its vector registers. Those with

@@ -14,6 +14,7 @@ import torch
 from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import PruningSetting
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
 from nni_topo.compat.wrapping import ListedModules, derived_types
 from nni_topo.errors import ConfigError, SpeedupError, hint_of, listed
@@ -238,12 +239,23 @@ def dependency_groups(
 
 
 def _settings_of(model: torch.nn.Module) -> list[Any]:
-    """List the classes of a model's modules, and the numbers, texts and flags in their attributes; modes may differ."""
-    plain, found = (bool, int, float, str, type(None)), list[Any]()
+    """List the classes of a model's modules, and the numbers, texts and flags in their attributes; modes may differ.
+
+    Those in lists, tuples and mappings count too.
+    """
+    found = list[Any]()
     for name, module in model.named_modules():
-        held = {key: value for key, value in vars(module).items() if isinstance(value, plain) and key != "training"}
+        own = {key: value for key, value in vars(module).items() if key not in _OF_PYTORCH and _is_plain(value)}
+        held = copy.deepcopy(own)
         found.append((name, type(module), held))
     return found
+
+
+_OF_PYTORCH = frozenset(vars(torch.nn.Module()))  # a module's mode, and its tables of hooks and others
+
+
+def _is_plain(value: Any) -> bool:
+    return all(isinstance(leaf, (bool, int, float, str, type(None))) for leaf in tree_leaves(value))
 
 
 def _sizes_of(model: torch.nn.Module) -> dict[str, torch.Size]:

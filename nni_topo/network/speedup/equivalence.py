@@ -566,7 +566,7 @@ def masked_model(
     reconcile : bool, default=False
         Make the masks of coupled layers agree first, as `to_dense` does: where they differ, every channel that one of
         them keeps is kept, with its weights. Without it each layer is masked as its own mask says. Masks of this
-        package's pruners with the list of `dependency_groups` agree already.
+        package's pruners with the list of `dependency_groups` agree already, unless channels are shuffled.
 
     Returns
     -------

@@ -83,11 +83,16 @@ class Flagged(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.one, self.two, self.last, self.adds = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2), True
+        self.one, self.two, self.last, self.settings = (
+            nn.Linear(8, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 2),
+            {"adds": [True]},
+        )
 
     def forward(self, x):
         hidden = self.one(x).relu()
-        return self.last(self.two(hidden) + hidden if self.adds else self.two(hidden))
+        return self.last(self.two(hidden) + hidden if self.settings["adds"][0] else self.two(hidden))
 
 
 def test_a_setting_that_changed_since_is_seen():
@@ -96,7 +101,7 @@ def test_a_setting_that_changed_since_is_seen():
     masks = {"one": {"weight": torch.ones(16, 8)}, "two": {"weight": torch.ones(16, 16)}}
     masks["one"]["weight"][:8] = 0.0
     masks["two"]["weight"][6:] = 0.0
-    model.adds = False
+    model.settings["adds"][0] = False
     dense = to_dense(model, rows, masks, groups=groups)
     assert (dense.one.out_features, dense.two.out_features) == (8, 6)
     torch.testing.assert_close(dense(rows), masked_model(model, rows, masks)(rows))
