@@ -263,10 +263,15 @@ def _sizes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
 
 
 def _hashes_of(model: torch.nn.Module) -> list[Any]:
-    tensors = [
-        torch.view_as_real(each) if each.is_complex() else each for each in (*model.parameters(), *model.buffers())
-    ]
-    return [torch.hash_tensor(each.detach()).view(torch.int64).item() for each in tensors if each.numel()]
+    """Return a hash of each tensor of a model; of one that PyTorch can't hash, as of eight bits, its identity."""
+    found: list[Any] = []
+    for tensor in (*model.parameters(), *model.buffers()):
+        values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        try:
+            found.append(torch.hash_tensor(values).view(torch.int64).item())
+        except (RuntimeError, TypeError):  # no values, no kernel for the type, or a class of its own
+            found.append(id(tensor))
+    return found
 
 
 def groups_of(

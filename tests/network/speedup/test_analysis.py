@@ -83,12 +83,8 @@ class Flagged(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.one, self.two, self.last, self.settings = (
-            nn.Linear(8, 16),
-            nn.Linear(16, 16),
-            nn.Linear(16, 2),
-            {"adds": [True]},
-        )
+        self.one, self.two, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2)
+        self.settings = {"adds": [True]}
 
     def forward(self, x):
         hidden = self.one(x).relu()
