@@ -101,7 +101,7 @@ class DependencyGroups(list[dict[str, Any]]):
         self._facts: Facts | None = None
         self._sizes: dict[str, torch.Size] = {}  # of the parameters of the model
         self._settings: list[Any] = []  # of its modules
-        self._values: list[int] = []  # of its tensors a hash each, if its forward reads values
+        self._values: list[Any] = []  # a hash of each of its tensors, if its forward reads values
 
     def take_facts(self, analysis: Analysis) -> None:
         """Keep what was found of a model, for :func:`nni_topo.to_dense`."""
@@ -251,7 +251,7 @@ def _settings_of(model: torch.nn.Module) -> list[Any]:
     return found
 
 
-_OF_PYTORCH = frozenset(vars(torch.nn.Module()))  # a module's mode, and its tables of hooks and others
+_OF_PYTORCH = vars(torch.nn.Module()).keys()  # a module's mode, and its tables of hooks and others
 
 
 def _is_plain(value: Any) -> bool:
