@@ -11,8 +11,7 @@ import torch
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.cli import main, verbs
-from nni_topo.errors import SpeedupError
+from nni_topo.cli import main
 
 QUICK = ["--limit", "300", "--train-epochs", "1", "--retrain-epochs", "1", "--in-process"]
 
@@ -348,12 +347,3 @@ def test_a_profile_shows_the_figures_of_its_document_in_their_units(capsys):
         line = next(line for line in shown.splitlines() if row["network"] in line.split())
         figures = [row["peak_bytes"] / 1e6, row["macs"] / 1e6, row["params"] / 1e3]
         assert line.replace("│", " ").split()[-3:] == [f"{each:.1f}" for each in figures]
-
-
-def test_an_error_names_the_page_that_says_more(monkeypatch, capsys):
-    def run(verb, console):
-        raise SpeedupError("it can't be made dense")
-
-    monkeypatch.setattr(verbs.List, "run", run)
-    assert main(["list"]) == 2
-    assert capsys.readouterr().err == "nni-topo list: it can't be made dense; see docs/compatibility.md\n"

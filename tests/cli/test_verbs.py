@@ -29,7 +29,7 @@ from nni_topo import analysis
 from nni_topo.cli import VERBS, _failed, main, studies, verbs
 from nni_topo.cli.doctor import Doctor
 from nni_topo.cli.profile import Profile
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.cost.measure import ModeCost
 from nni_topo.runs.choices import (
     CompensationChoice,
@@ -509,6 +509,7 @@ def test_flags_beside_a_plan_change_where_it_runs(flags, tmp_path, monkeypatch):
     ("error", "status", "said"),
     [
         (ConfigError("it is wrong"), 2, "nni-topo list: it is wrong\n"),
+        (SpeedupError("it isn't dense"), 2, "nni-topo list: it isn't dense; see docs/compatibility.md\n"),
         (OSError("no such thing"), 2, "nni-topo list: files must be readable and writable, got no such thing\n"),
         (KeyboardInterrupt(), 130, "nni-topo list: interrupted; the same command resumes it\n"),
         (KeyboardInterrupt("go [red] on"), 130, "nni-topo list: interrupted; go [red] on\n"),
