@@ -180,19 +180,20 @@ def table(records: list[dict[str, Any]]) -> str:
                     f"{100 * share:g} %",
                     name,
                     str(len(mine)),
-                    _shown([100 * each["time"] for each in mine], 1),
+                    shown([100 * each["time"] for each in mine], 1),
                     "bits per byte" if is_text else "points",
-                    _shown(list(lost[way].values()), digits),
-                    "" if way == "channels" else _shown(less, digits),
-                    _shown([float(len(each["removed"])) for each in mine], 1),
-                    _shown([each["seconds"] for each in mine], 0),
+                    shown(list(lost[way].values()), digits),
+                    "" if way == "channels" else shown(less, digits),
+                    shown([float(len(each["removed"])) for each in mine], 1),
+                    shown([each["seconds"] for each in mine], 0),
                 ]
             )
     head = ["network", "batch", "time asked", "what is removed", "seeds", "time kept %", "unit", "lost"]
     return markdown_table([*head, "less than channels", "blocks removed", "CPU s"], rows, text_columns=4)
 
 
-def _shown(values: list[float], digits: int) -> str:
+def shown(values: list[float], digits: int) -> str:
+    """Return the mean with its 95 % interval; a single value as it is."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
     return interval(values).show(1, digits)

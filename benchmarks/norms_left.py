@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from bench_block import TrainedNet
+from bench_equal_time import shown
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
@@ -35,7 +36,6 @@ from nni_topo.network.layers.original_width import (
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.reports import markdown_table
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import interval
 
 TITLES = {
     "vit_small": "ViT, small",
@@ -201,15 +201,10 @@ def table(records: list[dict[str, Any]]) -> str:
                 for norms in ("original", "left")
             }
             better = [one - other for one, other in zip(lost["original"], lost["left"], strict=True)]
-            shown = [shown_with(values, digits) for values in (lost["original"], lost["left"], better)]
-            rows.append([TITLES[name], f"{100 * share:g} %", stage, str(len(mine)), unit, *shown])
+            figures = [shown(values, digits) for values in (lost["original"], lost["left"], better)]
+            rows.append([TITLES[name], f"{100 * share:g} %", stage, str(len(mine)), unit, *figures])
     head = ["network", "width kept", "after", "seeds", "unit", "lost, original width", "lost, what is left"]
     return markdown_table([*head, "left is better by"], rows, text_columns=5)
-
-
-def shown_with(values: list[float], digits: int) -> str:
-    """Return the mean with its 95 % interval; a single value as it is."""
-    return interval(values).show(1, digits) if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
 if __name__ == "__main__":
