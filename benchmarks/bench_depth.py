@@ -24,7 +24,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.runs.depth import DepthPath, cost_saved, removable_blocks
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import markdown_table

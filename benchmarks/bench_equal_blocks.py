@@ -24,8 +24,8 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import zoo
 from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.reports import markdown_table
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval
 

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import zoo
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval, markdown_table
 

@@ -35,7 +35,7 @@ from zoo_reference import DETECTING, PRUNED, difference, run, width, zeroed_outp
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.studies.baselines import KINDS, PREFIX, cut
 
 

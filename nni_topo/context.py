@@ -26,7 +26,7 @@ class Context:
     leaves_out: str = "exclude {} from the config_list (exclude_op_names)"
     called_as: tuple[str, str] = ("", "")  # a function, and the public one that passes its arguments to it
     told: set[str] | None = None  # the warnings that were given; None: no public function runs
-    models: set[int] | None = None  # the ids of the user's own models that it runs; None: no call has its turn
+    is_running: bool = False  # whether a public function runs: the models within are copies, or put back by it
     in_step: str = ""  # the public function that all processes run
     limit: BatchLimit | None = None  # None: where memory is short, nothing starts again
     # A tensor that says which positions of the model's current call aren't padding: bool, (samples, places). None: all.

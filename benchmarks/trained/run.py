@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import nni_topo
 from benchmarks.trained import measures, photos, pretrained, sentences
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.runs.choices import Target
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config

@@ -24,9 +24,9 @@ from torch import nn
 from nni_topo.errors import ConfigError, LayerError
 from nni_topo.network.layers.derived import plain_layer
 from nni_topo.network.layers.kinds import kept_channels
+from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.inputs import in_smaller_batches
 from nni_topo.network.runtime.progress import quiet
-from nni_topo.network.runtime.untouched import left_alone
 from nni_topo.network.speedup.analysis import Facts
 from nni_topo.network.speedup.dependency import DependencyGroups
 from nni_topo.pruners.allocators import ConfigAllocator

@@ -20,7 +20,7 @@ from nni_topo.network.channels import reasons
 from nni_topo.network.cost.cost import Kept, NetworkCost
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
 from nni_topo.network.cost.measure import time_shares
-from nni_topo.network.runtime.copying import unwrapped_copy
+from nni_topo.network.runtime.copies import unwrapped_copy
 from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.dense import dense_of

@@ -27,9 +27,9 @@ from nni_topo.compat.wrapping import ListedModules, derived_types, interruptions
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.layers.kinds import CONVOLUTIONS, check_names, is_recurrent
 from nni_topo.network.runtime.arguments import BATCHES, CONFIG_LIST, INPUTS, LEGACY_KEYS, MODEL, check_entry
+from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.inputs import in_smaller_batches
 from nni_topo.network.runtime.progress import quiet_if_asked
-from nni_topo.network.runtime.untouched import left_alone
 from nni_topo.network.speedup.dependency import DependencyGroups, by_reason
 from nni_topo.rules import ANYTHING, FLAG, NONE, SEED, Rule, all_of, check_knobs, checked, instance, whole
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.channels.shuffle import Share
+from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.fits import run
 from nni_topo.network.runtime.hooks import padding_known
 from nni_topo.network.runtime.memory import check_memory
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import ChannelCoupling, PruningUnit, TargetSpaces, block_shape, pruning_units

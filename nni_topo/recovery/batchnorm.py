@@ -12,15 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import DataError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import calls, fitting
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import left_alone
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -29,9 +29,9 @@ from torch.fx import GraphModule, Node
 from nni_topo.errors import DataError
 from nni_topo.network.layers.kinds import PER_CHANNEL, WEIGHTED, by_output, of_output
 from nni_topo.network.runtime.calibration import BatchStore, nbytes_of
-from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.inputs import at_once
 from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, computing_in
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.course import Course, RateSchedule, RateTrial

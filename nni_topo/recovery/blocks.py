@@ -31,14 +31,13 @@ from nni_topo.network.layers.kinds import CONVOLUTIONS, NORMS
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
 from nni_topo.network.runtime.fits import first_call, structure_call
 from nni_topo.network.runtime.hooks import batches_of, watched
 from nni_topo.network.runtime.inputs import Call, batch_size, calls, fitting, real_positions_of, tensors_of
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import as_written, left_alone
+from nni_topo.network.runtime.switches import as_written
 from nni_topo.recovery.samples import (
     HELD_OUT_ENTRIES,
     check_ridge,

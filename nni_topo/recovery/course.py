@@ -19,7 +19,7 @@ from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import by_output, zeros_held
 from nni_topo.network.layers.memory_format import inputs_laid_out
-from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import Precision, backward_in
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar

@@ -31,15 +31,15 @@ from nni_topo.errors import ConfigError, DataError, GradientError, listed
 from nni_topo.network.io.checkpoint import fingerprint, model_fingerprint
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
-from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import check_samples_first, first_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import Call, batch_size, calls, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
-from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
 from nni_topo.recovery.course import (
     MOST_LOST,

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.layers.memory_format import lay_out
-from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
 from nni_topo.network.runtime.fits import failure_on, samples_second
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import (
@@ -37,10 +37,10 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.memory import check_memory, free_memory_of
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import Precision, computing_in
 from nni_topo.network.runtime.processes import Processes
-from nni_topo.network.runtime.training_mode import evaluating, evaluation_mode
-from nni_topo.network.runtime.untouched import random_state_kept, seed_torch
+from nni_topo.network.runtime.switches import random_state_kept, seed_torch
 from nni_topo.recovery.course import Batches
 
 Objective = Literal["auto", "kl", "squares", "cosine"]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from nni_topo.context import leaving_out
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.runtime.calibration import BatchStore, Calibration
+from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of, returned_tensors
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.recovery.lesson import (
     ComparedOutputs,
     Outputs,

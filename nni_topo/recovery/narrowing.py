@@ -36,14 +36,14 @@ from nni_topo.network.layers.kinds import by_channel, row_names, weight_name, we
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
-from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
 from nni_topo.network.runtime.fits import first_call, run, structure_call
 from nni_topo.network.runtime.hooks import batches_of, called, watched
 from nni_topo.network.runtime.inputs import bind_arguments, returned_tensors
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import as_written, left_alone
+from nni_topo.network.runtime.switches import as_written
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, union
 from nni_topo.recovery.directions import Moments, directions

@@ -14,9 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.errors import SpeedupError
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.layers.derived import fold
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.inputs import Call
-from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import cut_alone
 from nni_topo.network.speedup.equivalence import apply_masks

@@ -20,10 +20,10 @@ from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import InnerCall, call_of, has_own_forward
 from nni_topo.network.layers.kinds import TRANSPOSED
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.fits import failure_on
 from nni_topo.network.runtime.inputs import calls
 from nni_topo.network.runtime.memory import check_memory, free_memory_of
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values

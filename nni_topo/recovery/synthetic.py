@@ -22,13 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, check_model
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import call_arguments, check_fits
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.rules import SEED, whole
 
 _RATE = 0.1

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.inputs import tensors_of
-from nni_topo.network.runtime.training_mode import evaluating
 
 _LEAST_LAYERS = 2  # in a block
 

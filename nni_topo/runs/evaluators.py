@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
-from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.zoo.evaluation import by_label
 from nni_topo.zoo.labelled import batches as batches_of_rows
 from nni_topo.zoo.labelled import held_on

@@ -10,9 +10,9 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, raised
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.fits import check_samples_first, failure_on, samples_second, structure_call
 from nni_topo.network.runtime.inputs import Call, calls, on_device, tensors_of
+from nni_topo.network.runtime.modules import device_of
 
 
 @dataclass(frozen=True)

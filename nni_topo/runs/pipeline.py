@@ -26,10 +26,10 @@ from nni_topo.network.layers.kinds import (
     with_plain_weights,
     without_plain_weights,
 )
-from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.memory import give_back_memory
-from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import DenseReport, dense_of, dense_report_of
 from nni_topo.network.speedup.dependency import groups_of

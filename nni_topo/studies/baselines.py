@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.layers.kinds import output_channels, spread
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.pruners.hooks import Masks
 
 PREFIX = "torch-pruning"

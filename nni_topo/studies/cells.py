@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nni_topo.disk import only_process, read_json, write_json
-from nni_topo.network.runtime.untouched import one_call
+from nni_topo.network.runtime.switches import one_call
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery import recalibrate_batch_norm

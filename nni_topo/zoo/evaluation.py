@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import DataError
 from nni_topo.network.runtime.arguments import COMPUTING, DEVICE
-from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.inputs import at_once, fitting
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.public import Running, public
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.rules import NONE, checked, whole
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.labelled import LabelledImages, batches_in_order, labels_of

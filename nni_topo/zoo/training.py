@@ -22,7 +22,7 @@ from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, read
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.runtime.arguments import COMPUTING, DEVICE, TENSOR
-from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import backward_in, computing_in
 from nni_topo.network.runtime.progress import bar, quiet_if_asked
 from nni_topo.rules import NONE, checked, number

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.errors import SpeedupError
-from nni_topo.network.runtime.copying import in_double, to_precision
 from nni_topo.network.runtime.inputs import call_in_precision
+from nni_topo.network.runtime.weights import in_double, to_precision
 from nni_topo.network.speedup.equivalence import check_equal
 from nni_topo.speedup import masked_model
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.errors import SpeedupError
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.speedup import masked_model
 
 LINEAR = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]

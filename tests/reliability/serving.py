@@ -19,7 +19,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import NniTopoError
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.testing import snapshot
 
 CONDITIONS = [(1.0, 0.0), (0.01, 0.0), (100.0, 0.0), (1.0, 3.0), (1.0, -3.0), (100.0, 500.0)]

@@ -33,7 +33,7 @@ from nni_topo.network.attention.unfused.multihead import (
 )
 from nni_topo.network.attention.unfused.own_width import take_own_width
 from nni_topo.network.layers.kinds import entering_channels, is_recurrent
-from nni_topo.network.runtime.copying import put_attribute
+from nni_topo.network.runtime.modules import put_attribute
 
 IntArray = NDArray[np.int64]
 

@@ -26,8 +26,8 @@ from nni_topo.network.layers.kinds import (
     weight_name,
     weight_of,
 )
+from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.inputs import batch_size
-from nni_topo.network.runtime.untouched import left_alone
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.sharing import first_names
 

@@ -30,11 +30,10 @@ from nni_topo.network.layers.kinds import (
 )
 from nni_topo.network.layers.slicing import cut
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.runtime.copying import unwrapped_copy
+from nni_topo.network.runtime.copies import evaluation_mode, unwrapped_copy
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, batch_size, first_of_samples, tensors_of
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.network.speedup.analysis import Analysis
 
 FloatArray = NDArray[np.float64]

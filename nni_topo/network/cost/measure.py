@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.layers.kinds import RECURRENT, recurrent_products
 from nni_topo.network.runtime.arguments import COMPUTING, INPUTS, NETWORK, SHAPES
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
 from nni_topo.network.runtime.fits import call_arguments, fitting_call
 from nni_topo.network.runtime.inputs import (
     Call,
@@ -36,8 +36,7 @@ from nni_topo.network.runtime.inputs import (
 )
 from nni_topo.network.runtime.memory import out_of_memory, trim_heap
 from nni_topo.network.runtime.public import Running, public
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import as_written
+from nni_topo.network.runtime.switches import as_written
 from nni_topo.rules import checked
 
 _WARMUP_ROUNDS = 5  # untimed rounds before the timed ones

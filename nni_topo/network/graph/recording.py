@@ -50,7 +50,7 @@ from nni_topo.network.graph.traced_int import TracedInt, UnshownSizes, attribute
 from nni_topo.network.layers.derived import HEAD, is_followed, is_inner, with_heads
 from nni_topo.network.layers.kinds import is_one, is_scripted
 from nni_topo.network.runtime.comparison import difference
-from nni_topo.network.runtime.copying import is_transformed
+from nni_topo.network.runtime.copies import forget_evaluated
 from nni_topo.network.runtime.fits import LISTS
 from nni_topo.network.runtime.inputs import (
     batch_size,
@@ -61,7 +61,7 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.training_mode import forget_evaluated
+from nni_topo.network.runtime.modules import is_transformed
 
 _Undone = Callable[[nn.Module], AbstractContextManager[None]]
 

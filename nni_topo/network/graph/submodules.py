@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_map_only
 from nni_topo.network.graph.nodes import on_modules
 from nni_topo.network.graph.traced_int import TracedInt
 from nni_topo.network.layers.derived import with_heads
-from nni_topo.network.runtime.copying import detached_copy, is_transformed
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
 from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import Call, bind_arguments, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import random_state_kept
+from nni_topo.network.runtime.modules import is_transformed
+from nni_topo.network.runtime.switches import random_state_kept
 
 _Place = tuple[str, int]  # a module's name, and which of its calls
 _Part = tuple[Graph, tuple[Any, ...]]  # with its placeholders' values

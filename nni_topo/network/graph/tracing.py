@@ -25,7 +25,7 @@ from nni_topo.network.graph.submodules import by_parts, is_in_parts, part_argume
 from nni_topo.network.layers.derived import LayerSizes, call_of, check_covers_kernel, has_own_forward, inner_of
 from nni_topo.network.layers.kinds import CONVOLUTIONS, RECURRENT, WEIGHTED, is_scripted
 from nni_topo.network.runtime.comparison import difference, same_program
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone, state_kept
 from nni_topo.network.runtime.fits import form_that_fits
 from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import (
@@ -38,14 +38,11 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import (
+from nni_topo.network.runtime.switches import (
     as_written,
     drawn_since,
-    left_alone,
     random_state_kept,
     random_states,
-    state_kept,
     torch_random_kept,
 )
 

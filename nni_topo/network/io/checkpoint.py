@@ -59,7 +59,7 @@ from nni_topo.network.layers.kinds import (
 from nni_topo.network.layers.original_width import keep_original_width, response_norm
 from nni_topo.network.layers.slicing import make_channelwise
 from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwrapped
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.inputs import model_within, tensors_of
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import drop_report, report_of

@@ -27,15 +27,14 @@ from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError, shown, unknown_name
 from nni_topo.network.runtime.arguments import check_model
 from nni_topo.network.runtime.comparison import difference, same_program
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import call_arguments, check_fits, failure_on, first_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import Call, batch_size, calls, map_tensors, returned_tensors, taken, tensors_of
 from nni_topo.network.runtime.precision import in_full_precision
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import report_of
-from nni_topo.network.runtime.training_mode import evaluating
-from nni_topo.network.runtime.untouched import as_written
+from nni_topo.network.runtime.switches import as_written
 from nni_topo.rules import ANYTHING, all_of, whole
 
 Format = Literal["onnx", "torch.export"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.network.layers.rewriting import look_up, rewritten
-from nni_topo.network.runtime.copying import put_attribute
+from nni_topo.network.runtime.modules import put_attribute
 
 HEADS_TAKEN = "_nni_topo_heads_taken"
 """The name of the buffer: int64, (heads,)."""

@@ -28,9 +28,9 @@ from torch.utils._pytree import tree_leaves
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
 from nni_topo.network.runtime.comparison import SAME_LAYER, agree
-from nni_topo.network.runtime.copying import detached_copy, put_attribute
-from nni_topo.network.runtime.training_mode import evaluating, evaluation_mode
-from nni_topo.network.runtime.untouched import as_written
+from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
+from nni_topo.network.runtime.modules import put_attribute
+from nni_topo.network.runtime.switches import as_written
 
 _CONVOLVED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _SPREAD = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")

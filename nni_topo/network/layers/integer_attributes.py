@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from nni_topo.network.runtime.copying import put_attribute
+from nni_topo.network.runtime.modules import put_attribute
 
 Place = tuple[str, str, tuple[int | str, ...]]
 """A module, its attribute, and the keys that lead to a number in it where that is a list or a dict."""

@@ -22,10 +22,9 @@ from nni_topo.network.layers.by_head import HEADS_TAKEN, take_heads_of_tables
 from nni_topo.network.layers.derived import adopt, inner_of, plain_layer
 from nni_topo.network.layers.original_width import channel_dim, plain_norm, response_norm
 from nni_topo.network.runtime.arguments import MODEL, STRUCTURE
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
 from nni_topo.network.runtime.hooks import counted_places
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.rules import checked
 
 _logger = logging.getLogger(__name__)

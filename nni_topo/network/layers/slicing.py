@@ -17,7 +17,7 @@ from nni_topo.errors import SpeedupError
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.kinds import CONVOLUTIONS, RULES, TRANSPOSED, is_recurrent, row_names, weight_name
 from nni_topo.network.layers.original_width import keep_original_width, response_norm
-from nni_topo.network.runtime.copying import put_attribute
+from nni_topo.network.runtime.modules import put_attribute
 
 _BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
 

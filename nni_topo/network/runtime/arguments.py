@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError, shown, unknown_name
-from nni_topo.network.runtime.copying import is_plain
 from nni_topo.network.runtime.inputs import tensors_of
+from nni_topo.network.runtime.modules import is_plain
 from nni_topo.rules import FLAG, NONE, Rule, all_of, check_knobs, instance, is_class, number, one_of, whole
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError, listed
-from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import called, padding_known, watched
 from nni_topo.network.runtime.inputs import (
     Call,
@@ -30,9 +30,8 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.progress import bar
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import left_alone
 
 _FEW = 16  # samples on which it is looked which dimension layers take for time
 LISTS = (nn.ModuleList, nn.ModuleDict)

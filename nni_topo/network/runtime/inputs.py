@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.context import BatchLimit, context, in_context
 from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError, raised
-from nni_topo.network.runtime.copying import cast_tensor, device_of
 from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.modules import cast_tensor, device_of
 from nni_topo.network.runtime.processes import is_in_step
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

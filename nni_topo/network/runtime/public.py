@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from nni_topo.context import context, in_context
+from nni_topo.network.runtime.copies import leaves_models_alone
 from nni_topo.network.runtime.inputs import in_smaller_batches
 from nni_topo.network.runtime.processes import in_step
-from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.rules import Rule, checked
 
 _Given = ParamSpec("_Given")

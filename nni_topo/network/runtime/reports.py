@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from nni_topo.network.runtime.copying import put_attribute
+from nni_topo.network.runtime.modules import put_attribute
 
 
 class ModelReport(ABC):

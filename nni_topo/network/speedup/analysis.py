@@ -23,12 +23,12 @@ from nni_topo.network.graph.nodes import ShapeNoting, on_modules
 from nni_topo.network.graph.tracing import arguments, layer_sizes, trace
 from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
-from nni_topo.network.runtime.copying import put_parameters, unwrapped_copy
+from nni_topo.network.runtime.copies import evaluating, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.inputs import Call, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.training_mode import evaluating
-from nni_topo.network.runtime.untouched import as_written, random_state_kept
+from nni_topo.network.runtime.switches import as_written, random_state_kept
+from nni_topo.network.runtime.weights import put_parameters
 from nni_topo.network.speedup.dry_run import find_unprunable
 from nni_topo.network.speedup.sizes import Compared, second_call
 from nni_topo.network.speedup.training_only import read_in_training, unused_tensors

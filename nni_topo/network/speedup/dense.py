@@ -23,7 +23,7 @@ from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.integer_attributes import put_sizes
 from nni_topo.network.layers.kinds import PER_CHANNEL, follows_channels, kept_channels, output_channels
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating, forget_evaluated, left_alone, put_modes_of
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import (
@@ -34,13 +34,7 @@ from nni_topo.network.runtime.reports import (
     markdown_table,
     told_of_changes,
 )
-from nni_topo.network.runtime.training_mode import evaluating, forget_evaluated, put_modes_of
-from nni_topo.network.runtime.untouched import (
-    as_written,
-    left_alone,
-    random_state_kept,
-    seed_torch,
-)
+from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.constant_channels import (
     TOLERANCE,
@@ -55,11 +49,9 @@ from nni_topo.network.speedup.constant_channels import (
 )
 from nni_topo.network.speedup.dependency import DependencyGroups, why_not_followed
 from nni_topo.network.speedup.equivalence import (
-    OwnModes,
     TrainingRun,
     apply_masks,
     check_equal,
-    run_in_own_modes,
     run_in_training,
 )
 from nni_topo.network.speedup.explain import way_forward
@@ -225,10 +217,9 @@ def dense_of(
         checked = _compare(task, masked, dense, rtol) if check else ""
         stale = count_anew(task.original, dense, task.analysis.call)
         trained = run_in_training(task.original, dense, task.analysis.call) if check else TrainingRun()
-        in_own_modes = run_in_own_modes(model, task.original, dense, task.analysis.call) if check else OwnModes()
-        _report(task, masked, dense, checked, trained, in_own_modes, stale)
+        _report(task, masked, dense, checked, trained, stale)
         # Last, for all before compares it with the model's evaluated copy.
-        put_modes_of(model, task.original, dense)
+        put_modes_of(model, dense)
     give_back_classes(given, dense)
     return dense
 
@@ -399,7 +390,6 @@ def _report(
     dense: torch.nn.Module,
     checked: str,
     run: TrainingRun,
-    in_own_modes: OwnModes,
     stale: Mapping[str, int],
 ) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
@@ -409,9 +399,7 @@ def _report(
     if parted := _no_longer_shared(task.original, dense):
         notes += (f"modules that shared these have one each now, as they differ: {', '.join(parted)}",)
     lost = {row.before for row in report.rows if row.after < row.before}
-    unused = unused_tensors(task.original, flow.traced.graph)
-    told_of_widths = _notes_on_widths(run, lost, _unread(task, dense, lost, unused))
-    for told in (*told_of_widths, *_notes_on_own_modes(in_own_modes, run, unused)):
+    for told in _notes_on_widths(run, lost, _unread(task, dense, lost)):
         notes += (told,)
         _logger.warning("%s", told)
     report = dataclasses.replace(report, checked=checked, notes=notes)
@@ -462,35 +450,11 @@ def _notes_on_widths(run: TrainingRun, lost: set[int], unread: list[str]) -> Ite
         )
 
 
-def _notes_on_own_modes(found: OwnModes, run: TrainingRun, unused: list[str]) -> Iterator[str]:
-    """Tell what a ``train`` or ``eval`` of its own does to a dense model.
-
-    ``run``: the run in training mode, whose error isn't told twice; ``unused``: tensors that the pruned forward doesn't
-    use, by name.
-    """
-    if found.failure and not (run.failure and found.failure.endswith(run.failure)):
-        breaker = f"the model's own {found.method}()" if found.method else "the mode that it is returned in"
-        yield (
-            f"{breaker} breaks the dense model: {found.failure}. The unpruned model runs there, so its train() or "
-            "eval() uses tensors that the pruned forward doesn't, such as adapters, branches to be fused or averages "
-            "of weights, and these keep their width. Before pruning, merge or fuse for good or take over the averages, "
-            "so that train() and eval() leave the weights as they are; or prune in the other mode, if the forward uses "
-            "all weights there"
-        )
-    owners = dict.fromkeys(each.rpartition(".")[0] for each in unused)
-    others = [name for name in owners if name and name in found.trained]
-    if others:
-        yield (
-            "the dense model is smaller in evaluation mode alone: after its own train() it runs these layers, which "
-            f"evaluation mode doesn't use and which keep all their channels: {listed(others)}"
-        )
-
-
-def _unread(task: _Task, dense: torch.nn.Module, lost: set[int], unused: list[str]) -> list[str]:
+def _unread(task: _Task, dense: torch.nn.Module, lost: set[int]) -> list[str]:
     """Name the tensors that no run has read and that have a width that layers lost, but for those of whole layers."""
     before, after = named_tensors(task.original), named_tensors(dense)
     found = list[str]()
-    for name in unused:
+    for name in unused_tensors(task.original, task.flow.traced.graph):
         is_whole = name in after and after[name].shape == before[name].shape
         owner: Any = type(task.original.get_submodule(name.rpartition(".")[0]))
         if is_whole and not lost.isdisjoint(before[name].shape) and not owner.__module__.startswith("torch.nn."):

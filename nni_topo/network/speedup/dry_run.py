@@ -36,7 +36,7 @@ from nni_topo.network.graph.traced_int import resized
 from nni_topo.network.graph.tracing import arguments
 from nni_topo.network.layers.kinds import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, difference
-from nni_topo.network.runtime.copying import RandomWeights, detached_copy, put_parameters, to_precision, unwrapped_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating, unwrapped_copy
 from nni_topo.network.runtime.inputs import (
     Call,
     Variation,
@@ -50,8 +50,8 @@ from nni_topo.network.runtime.inputs import (
 )
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.progress import bar
-from nni_topo.network.runtime.training_mode import evaluating
-from nni_topo.network.runtime.untouched import as_written, random_state_kept, seed_torch
+from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
+from nni_topo.network.runtime.weights import RandomWeights, put_parameters, to_precision
 from nni_topo.network.speedup.constant_channels import (
     ConstantContribution,
     changed_constants,

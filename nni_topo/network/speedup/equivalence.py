@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,16 +24,9 @@ from nni_topo.network.layers.original_width import channel_dim, silent_value
 from nni_topo.network.layers.slicing import keep
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, check_model
 from nni_topo.network.runtime.comparison import difference
-from nni_topo.network.runtime.copying import (
-    RandomWeights,
-    detached_copy,
-    in_double,
-    is_transformed,
-    put_parameters,
-    to_precision,
-)
+from nni_topo.network.runtime.copies import detached_copy, evaluating, training
 from nni_topo.network.runtime.fits import call_arguments
-from nni_topo.network.runtime.hooks import called, watched
+from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import (
     TILT,
     Call,
@@ -50,16 +42,11 @@ from nni_topo.network.runtime.inputs import (
     varied,
 )
 from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.modules import is_transformed
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report
-from nni_topo.network.runtime.training_mode import (
-    evaluating,
-    failures_in_own_modes,
-    has_own_modes,
-    put_modes_of,
-    training,
-)
-from nni_topo.network.runtime.untouched import as_written, random_state_kept
+from nni_topo.network.runtime.switches import as_written, random_state_kept
+from nni_topo.network.runtime.weights import RandomWeights, in_double, put_parameters, to_precision
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.reconcile import (
     FullMasks,
@@ -292,75 +279,6 @@ def run_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Cal
     after = _plain_tensors(copied)
     changed = {name: (each, after[name]) for name, each in before.items() if after.get(name, each) is not each}
     return TrainingRun(kept=changed)
-
-
-@dataclass(frozen=True)
-class OwnModes:
-    """What the own ``train`` and ``eval`` of a dense model do to it.
-
-    Parameters
-    ----------
-    method : str, default=""
-        ``"eval"`` or ``"train"``, which breaks the dense model; empty if none does, or it is broken as it is returned.
-    failure : str, default=""
-        What fails then and not in the unpruned model; empty if nothing does.
-    trained : frozenset of str, default=frozenset()
-        The modules with parameters of their own that ran in training mode.
-    """
-
-    method: str = ""
-    failure: str = ""
-    trained: frozenset[str] = frozenset()
-
-
-def run_in_own_modes(
-    given: torch.nn.Module, evaluated: torch.nn.Module, dense: torch.nn.Module, call: Call
-) -> OwnModes:
-    """Call the own ``train`` and ``eval`` of a copy of a dense model, if any module has such a method, and run it.
-
-    Such a method may fuse branches, merge adapters or swap averages of weights in. What it reads and the forward
-    doesn't isn't cut.
-
-    Parameters
-    ----------
-    given, evaluated : torch.nn.Module
-        The unpruned model as it was given, and its copy in evaluation mode, from which the dense one was made.
-    dense : torch.nn.Module
-        The dense model.
-    call : Call
-        Its inputs.
-    """
-    # Where processes share a job, layers may wait in training mode for those of the other processes.
-    in_job = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if in_job or not has_own_modes(dense):
-        return OwnModes()
-    trained = set[str]()
-
-    def run(model: torch.nn.Module) -> None:
-        args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
-        with ExitStack() as stack, torch.no_grad():
-            if model.training:
-                for name, module in model.named_modules():
-                    is_scripted = isinstance(module, torch.jit.ScriptModule)
-                    if not is_scripted and module._parameters:
-                        stack.enter_context(called(module, partial(_note_call, trained, name)))
-            model(*args, **kwargs)
-
-    with random_state_kept():
-        copied = detached_copy(dense)
-        put_modes_of(given, evaluated, copied)
-        found = failures_in_own_modes(copied, run)
-        del copied  # before the copy of the other model is made
-        if any(failure for _, failure in found):
-            expected = failures_in_own_modes(detached_copy(given), run)
-            for (method, failure), (_, of_given) in zip(found, expected, strict=True):
-                if failure and not of_given:
-                    return OwnModes(method, failure)
-    return OwnModes(trained=frozenset(trained))
-
-
-def _note_call(names: set[str], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    names.add(name)
 
 
 def _raised_in_training(model: torch.nn.Module, call: Call) -> str:

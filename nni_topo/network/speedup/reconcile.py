@@ -22,7 +22,7 @@ from nni_topo.network.channels.reasons import Reason, Reasons
 from nni_topo.network.channels.shuffle import regrouped, shares, stays_in_place
 from nni_topo.network.layers.kinds import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
 from nni_topo.network.runtime.arguments import MASKS
-from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.modules import device_of
 
 _logger = logging.getLogger(__name__)
 

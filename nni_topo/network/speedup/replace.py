@@ -24,11 +24,10 @@ from nni_topo.network.layers.derived import HEAD
 from nni_topo.network.layers.kinds import CONVOLUTIONS, is_depthwise, output_channels, row_names, weight_name, weight_of
 from nni_topo.network.layers.slicing import cut, cut_channelwise, keep
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
-from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.inputs import Call, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import left_alone
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.reconcile import Dimensions, FullMasks, KeptIndices, find_narrow, keys_of_queries
 
 _logger = logging.getLogger(__name__)

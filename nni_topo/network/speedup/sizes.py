@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.runtime.inputs import Call, first_samples, map_tensors, tensors_of
-from nni_topo.network.runtime.untouched import random_state_kept
+from nni_topo.network.runtime.switches import random_state_kept
 
 _SMALL = 64  # places, which any input may have
 _MULTIPLES = (8, 16, 32)  # by which networks divide the sides of images

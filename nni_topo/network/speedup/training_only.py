@@ -26,12 +26,11 @@ from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.graph.nodes import RANDOM
 from nni_topo.network.graph.submodules import is_in_parts
 from nni_topo.network.graph.tracing import trace
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.hooks import called
 from nni_topo.network.runtime.inputs import Call, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.training_mode import evaluating
-from nni_topo.network.runtime.untouched import random_state_kept
+from nni_topo.network.runtime.switches import random_state_kept
 
 _logger = logging.getLogger(__name__)
 

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nni_topo.network.layers.integer_attributes import Place, number_at, put_sizes, read_in_forward
+from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import Call, run_few
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import left_alone
 from nni_topo.rules import Rule, checked, is_class
 
 _logger = logging.getLogger(__name__)

@@ -20,11 +20,10 @@ from nni_topo.network.channels.flow import ChannelFlow, followers, passes
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.layers.kinds import WEIGHTED, by_channel
 from nni_topo.network.runtime.calibration import Calibration, calibration_of
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.hooks import inputs_seen
 from nni_topo.network.runtime.inputs import Call, batch_size, bind_arguments, calls, fitting, real_positions
-from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.pruners.clouds.moments import ChannelMoments, check_finite, check_reached, embedding
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks

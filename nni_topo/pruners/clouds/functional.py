@@ -20,10 +20,10 @@ from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.layers.derived import weight_used
 from nni_topo.network.layers.kinds import WEIGHTED, by_channel, is_depthwise, weight_of
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.fits import run, structure_call, structure_of
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, calls
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points

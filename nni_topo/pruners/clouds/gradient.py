@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import feature_dimension
 from nni_topo.network.runtime.calibration import calibration_of
-from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import structure_call, structure_of
 from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import arguments_of, batch_size, copied, inputs_of, parts
-from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram

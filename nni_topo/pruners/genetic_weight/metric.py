@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, GeneLayer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.progress import bar
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.pruners.genetic_weight.masked import MaskedScores
 from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
 from nni_topo.pruners.genetic_weight.state import load_state, save_state

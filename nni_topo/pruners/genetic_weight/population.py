@@ -25,9 +25,8 @@ from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
-from nni_topo.network.runtime.copying import unwrapped_copy
+from nni_topo.network.runtime.copies import evaluating, unwrapped_copy
 from nni_topo.network.runtime.inputs import arguments_of, at_once, fitting, parts
-from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.pruners.genetic_weight.masked import split_genes
 from nni_topo.recovery.replay import without_side_effects
 

@@ -31,12 +31,12 @@ from nni_topo.network.attention.unfused.multihead import mixing_called
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.layers.kinds import WEIGHTED, output_channels
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.fits import structure_call, structure_of
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, calls, fitting, real_positions_of, tensors_of
 from nni_topo.network.runtime.memory import check_memory
-from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of, unread_error
 from nni_topo.pruners.hooks import PruningContext

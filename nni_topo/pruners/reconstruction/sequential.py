@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from nni_topo.network.runtime.copying import unwrapped_copy
-from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.runtime.copies import evaluating, unwrapped_copy
 from nni_topo.pruners.hooks import Masks, PruningContext
 from nni_topo.pruners.reconstruction.problems import (
     BoolArray,

@@ -38,7 +38,7 @@ from nni_topo.network.cost.measure import count_macs, counting_macs
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.checkpoint import tell_depth
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
 from nni_topo.network.runtime.inputs import (
     Call,
     bind_arguments,
@@ -53,7 +53,6 @@ from nni_topo.network.runtime.memory import check_memory, free_memory_of, freed_
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluating, evaluation_mode
 from nni_topo.network.speedup.dense import DenseReport
 from nni_topo.pruners.budget import Budget, as_budget, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation

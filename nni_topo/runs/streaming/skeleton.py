@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nni_topo.disk import reading
 from nni_topo.errors import ConfigError, DataError, listed
 from nni_topo.network.layers.kinds import as_torch_layers, is_transposed_linear
+from nni_topo.network.runtime.copies import evaluating, evaluation_mode
 from nni_topo.network.runtime.inputs import Call, on_device, tensors_of
-from nni_topo.network.runtime.training_mode import evaluating, evaluation_mode
 from nni_topo.runs.streaming.shards import CONFIG, Shards, check_float, key_of, keys_by_name
 
 _PACKAGES = ("transformers", "accelerate")

@@ -16,12 +16,11 @@ from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.kinds import CONVOLUTIONS, NORMALIZING, by_channel
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.runs.run import Start
 from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks

@@ -21,9 +21,8 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import CONVOLUTIONS, check_names
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, lent
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.untouched import lent, turn_lent
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.network.speedup.equivalence import masked_model
@@ -183,12 +182,12 @@ def sensitivity(
     least = -math.inf if stop_drop is None else baseline - stop_drop
     tasks = (delayed(trial.curve)(names, ratios, least) for names in trial.groups(layers))
     curves: list[SensitivityCurve] = []
-    with turn_lent():  # joblib's jobs may be threads
-        for curve in Parallel(n_jobs=n_jobs, return_as="generator")(tasks):
-            curves.append(curve)
-            if on_progress is not None:
-                for ratio, accuracy in curve.accuracy.items():
-                    on_progress("+".join(curve.layers), ratio, accuracy)
+    # Whatever backend the caller has chosen: calls in threads would wait for this one.
+    for curve in Parallel(n_jobs=n_jobs, backend="loky", return_as="generator")(tasks):
+        curves.append(curve)
+        if on_progress is not None:
+            for ratio, accuracy in curve.accuracy.items():
+                on_progress("+".join(curve.layers), ratio, accuracy)
     chosen, joint = _suggestion(trial, curves, baseline, budget)
     suggested = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in chosen.items()]
     return Sensitivity(pruner, trial.knobs, baseline, curves, budget, suggested, joint)

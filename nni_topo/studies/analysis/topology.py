@@ -17,7 +17,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.runtime.arguments import CONFIG_LIST, MODEL
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.budget import Budget

@@ -673,7 +673,7 @@ def test_a_layer_whose_width_the_forward_compares_with_its_own_loses_channels(ch
 
 
 def test_layers_that_are_not_cut_have_memory_of_their_own(monkeypatch):
-    monkeypatch.setattr("nni_topo.network.runtime.untouched._SHARE", 0.0)  # as for a model too large to be copied
+    monkeypatch.setattr("nni_topo.network.runtime.copies._SHARE", 0.0)  # as for a model too large to be copied
     model = nn.Sequential(
         nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)
     ).eval()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nni_topo.network.runtime.copying import put_attribute
+from nni_topo.network.runtime.modules import put_attribute
 
 # The modules with the unfused classes, by original class. They are imported late, since torchvision takes long to load;
 # where a model has such a module, torchvision or Transformers is installed.

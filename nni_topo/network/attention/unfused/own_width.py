@@ -25,7 +25,7 @@ from typing import Any
 from torch import nn
 
 from nni_topo.network.layers.rewriting import look_up, rewritten
-from nni_topo.network.runtime.copying import put_attribute
+from nni_topo.network.runtime.modules import put_attribute
 
 LAST, FIRST = -1, 1  # the dimension that holds the channels, in texts and in images
 _ALONG = " along "  # between the name of a rewritten class and the dimension, if it isn't the last

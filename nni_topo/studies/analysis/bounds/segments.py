@@ -14,9 +14,8 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.layers.kinds import WEIGHTED
 from nni_topo.network.runtime.arguments import check_model
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import call_arguments
-from nni_topo.network.runtime.training_mode import evaluating
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from nni_topo.network.layers.kinds import output_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dependency import dependency_groups

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.arguments import MODEL
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

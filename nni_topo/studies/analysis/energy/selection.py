@@ -30,11 +30,10 @@ from nni_topo.network.channels.flow import norms_after
 from nni_topo.network.layers.kinds import spread
 from nni_topo.network.runtime.arguments import BATCHES, INPUTS, MODEL
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import fitting
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner

@@ -18,7 +18,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.layers.kinds import kept_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.network.layers.derived import has_own_forward
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:

@@ -19,7 +19,7 @@ from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.layers.kinds import CONVOLUTIONS, weights_left
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import create_pruner, pruner_info

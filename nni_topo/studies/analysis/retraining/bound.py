@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.rules import is_finite
 
 BoundKind = Literal["node", "connection"]

@@ -1,4 +1,6 @@
-"""What is done to a model isn't done to copies of all its weights, nor to the weights themselves."""
+"""Copies of models, and what is put back in the models that run themselves."""
+
+from __future__ import annotations
 
 import functools
 import threading
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import nni_topo
 from nni_topo import RandomPruner, dependency_groups, to_dense
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.copying import RandomWeights, detached_copy, in_double
+from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone, left_alone
 
 CONFIG = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
 
@@ -68,52 +70,6 @@ def test_the_model_keeps_its_weights_and_shares_none_with_the_dense_one():
     places = {tensor.untyped_storage().data_ptr() for tensor in after.values()}
     assert not places & {tensor.untyped_storage().data_ptr() for tensor in dense.state_dict().values()}
     assert all(parameter.requires_grad for parameter in dense.parameters())
-
-
-class Tied(nn.Module):
-    """An embedding whose weights are the head's too, a recurrent layer and a norm, in half precision."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.units, self.norm = nn.Embedding(7, 4), nn.LSTM(4, 4, batch_first=True), nn.LayerNorm(4)
-        self.conv, self.head = nn.Conv1d(4, 4, 1), nn.Linear(4, 7, bias=False)
-        self.head.weight = self.table.weight
-        self.register_buffer("shift", torch.ones(4))
-        self.bfloat16()
-
-    def forward(self, numbers):
-        values = self.norm(self.units(self.table(numbers))[0] + self.shift)
-        return self.head(self.conv(values.mT).mT) @ self.table.weight
-
-
-def test_a_copy_in_double_precision_computes_as_one_and_holds_the_large_weights_as_they_are():
-    torch.manual_seed(0)
-    model, numbers = Tied().eval(), torch.randint(7, (3, 5))
-    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
-    full = detached_copy(model).double()
-    copied = in_double(model)
-    with torch.no_grad():
-        found, expected = copied(numbers), full(numbers)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for name in ("conv", "head"):
-        own = copied.get_submodule(name)._parameters["weight"]
-        assert own.data_ptr() == model.get_submodule(name).weight.data_ptr()
-    now = model.state_dict(keep_vars=True)
-    for name, (tensor, values) in before.items():
-        assert now[name] is tensor
-        assert tensor.dtype == torch.bfloat16
-        assert torch.equal(tensor, values)
-    assert type(model.head) is nn.Linear
-
-
-def test_random_weights_differ_from_row_to_row_and_from_layer_to_layer():
-    numbers = RandomWeights(torch.randn, torch.Generator().manual_seed(0))
-    one, other = (numbers.like(torch.empty(700, 512, 1, 1), 0.1) for _ in range(2))
-    rows = torch.cat([one, other]).flatten(1)
-    assert len(rows.unique(dim=0)) == 1400
-    assert not bool((one == other).any())
-    assert float(one.std()) == pytest.approx(0.1, rel=0.01)
 
 
 class Unlike(nn.Module):
@@ -217,6 +173,8 @@ ATTRIBUTES = {
     "lock": lambda block: ("held", threading.Lock()),
     "device": lambda block: ("to", functools.wraps(block.to)(lambda *given: block.to(*given))),  # as accelerate does
 }
+
+
 FORWARDS = {
     "closure": lambda forward: lambda x: checkpoint(forward, x, use_reentrant=False),
     "wrapper": _wrapper,
@@ -280,3 +238,93 @@ def test_a_copy_has_a_generator_of_its_own_in_the_same_state():
     copied = detached_copy(model)
     drawn = torch.rand(4, generator=copied.held)
     assert torch.equal(torch.rand(4, generator=model.held), drawn)
+
+
+def test_attributes_are_put_back_in_their_order_and_new_ones_go():
+    layer = nn.Linear(2, 2)
+    layer.one, layer.two = 1, 2
+    names = list(vars(layer))
+    with left_alone(layer):
+        del layer.one
+        layer.one, layer.two, layer.three = 1, 3, 3
+        layer.register_buffer("new", torch.zeros(1))
+        layer.requires_grad_(False)
+        layer.weight = nn.Parameter(torch.zeros(2, 2))
+    assert list(vars(layer)) == names
+    assert (layer.one, layer.two, list(layer._buffers)) == (1, 2, [])
+    assert bool(layer.weight.any())
+    assert layer.weight.requires_grad
+
+
+def test_gradients_are_away_within_the_block_and_back_after_it():
+    layer = nn.Linear(2, 2)
+    layer.weight.grad = gradient = torch.ones(2, 2)
+    with left_alone(layer):
+        assert layer.weight.grad is None
+        layer(torch.ones(1, 2)).sum().backward()
+    assert layer.weight.grad is gradient
+    assert gradient.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert layer.bias.grad is None
+
+
+def test_a_buffer_of_inference_mode_is_put_back():
+    model = nn.Module()
+    with torch.inference_mode():
+        model.register_buffer("sizes", torch.zeros(2))
+    with left_alone(model), torch.inference_mode():
+        model.sizes += 1.0
+    assert model.sizes.tolist() == [0.0, 0.0]
+
+
+def test_a_scripted_part_keeps_its_mode_and_its_buffers():
+    model = nn.Sequential(torch.jit.script(nn.BatchNorm1d(2)))
+    model[0].weight.grad = torch.ones(2)
+    with left_alone(model):
+        assert model[0].weight.grad is None
+        model(torch.randn(4, 2))
+        model.eval()
+    assert model[0].training
+    assert int(model[0].num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_parameters_that_a_forward_writes_to_stay_or_are_named_where_memory_is_short(has_room, monkeypatch, caplog):
+    if not has_room:
+        monkeypatch.setattr("nni_topo.network.runtime.copies._SHARE", 0.0)
+    model = nn.Sequential(nn.Linear(2, 2))
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        leaves_models_alone(lambda given: given[0].weight.mul_(2.0))(model)
+    assert torch.equal(model[0].weight, before) == has_room
+    assert ("0.weight" in caplog.text) != has_room
+
+
+class Emptying(nn.Module):
+    """Takes the last entry out of a table, or puts a first one in."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.register_buffer("only", torch.ones(2))
+        self.layer, self.change = nn.ReLU(), change
+
+    def forward(self, rows):
+        self.change(self)
+        return rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: delattr(model, "only"),
+        lambda model: model.register_parameter("first", nn.Parameter(torch.ones(1))),
+    ],
+    ids=["buffer", "parameter"],
+)
+def test_tables_that_become_empty_or_were_so_are_put_back(change):
+    model = Emptying(change)
+    tables = (model._buffers, model._modules, model._parameters, model._forward_hooks)
+    before = [dict(table) for table in tables]
+    with left_alone(model):
+        model(torch.ones(1))
+        assert [dict(table) for table in tables] != before
+    assert [dict(table) for table in tables] == before

@@ -1,0 +1,555 @@
+"""Copies of models: public functions work on a copy of the user's model.
+
+A model that can't be copied as it is (NNI has wrapped it, PyTorch spreads it over processes, it is timed as compiled)
+is run itself; its parameters, buffers, gradients, attributes and modes are put back.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import logging
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from operator import is_
+from pickle import PicklingError
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from nni.compression.base.compressor import Compressor
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from nni_topo.context import context
+from nni_topo.errors import ConfigError, DataError, listed
+from nni_topo.network.runtime.inputs import starts_again
+from nni_topo.network.runtime.memory import free_memory_of, out_of_memory
+from nni_topo.network.runtime.modules import (
+    has_compiled,
+    is_compiled_function,
+    is_compiled_module,
+    is_plain,
+    is_transformed,
+)
+from nni_topo.network.runtime.processes import is_in_step
+from nni_topo.network.runtime.switches import compiler_off, one_call, package_settings, random_state_kept
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
+
+_logger = logging.getLogger(__name__)
+
+_SHARE = 0.25  # of the free memory that a copy of a model's parameters may take
+# What copy.deepcopy raises for what it can't copy: pointers, queues between processes.
+_NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
+# A model and its copies share these. In training under NNI a model holds methods of the pruner, and of the evaluator
+# with its trainer and data.
+_SHARED = (ModuleType, io.IOBase, type(threading.Lock()), type(threading.RLock()), Compressor, Evaluator)
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
+
+
+def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Tensor] = ()) -> Any:
+    """Return a deep copy of a model; see `copied_together`."""
+    return copied_together([model], light=light, shared=shared)[0]
+
+
+def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared: Iterable[Tensor] = ()) -> list[Any]:
+    """Return deep copies of models, as copy.deepcopy makes them, that share with each other what the models share.
+
+    Weights that are computed with gradients, as those of a masked model in training are, become tensors of the copy's
+    own. A function that holds a module or a tensor of a model, such as a hook, or the ``forward`` and ``to`` that
+    accelerate puts in place of a class's, holds the copy's. What ``torch.compile`` has compiled is as it was written.
+    Locks, files and Python's modules are shared.
+
+    Parameters
+    ----------
+    models : sequence of torch.nn.Module
+        The models.
+    light : bool, default=False
+        Whether the copies' parameters use the memory of the models' own, which mustn't be written to then.
+    shared : iterable of Tensor, default=()
+        Tensors that the copies hold themselves.
+
+    Raises
+    ------
+    ConfigError
+        If copy.deepcopy can't copy a model, or a copy would hold what is the model's.
+    """
+    modules = [module for model in models for module in model.modules()]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    own = set[int]()
+    for module in modules:
+        held = (module, *module.parameters(recurse=False), *module.buffers(recurse=False))
+        own.update(id(each) for each in held if id(each) not in memo)
+        # deepcopy is slow at an OrderedDict, and every module has many empty ones for its hooks.
+        memo.update(
+            (id(value), OrderedDict()) for value in vars(module).values() if type(value) is OrderedDict and not value
+        )
+    if light:
+        for model in models:
+            for parameter in model.parameters():
+                memo.setdefault(id(parameter), _same_memory(parameter))
+    functions = _Functions(own, memo)
+    for value in _reached([vars(module) for module in modules]):
+        if issubclass(type(value), Tensor):  # a proxy of one says that it is one, too
+            if is_transformed(value):  # it has no memory and serves nobody after the transformation
+                memo.setdefault(id(value), value)
+            elif not value.is_leaf:  # deepcopy refuses it
+                memo.setdefault(id(value), value.detach().clone())
+        elif isinstance(value, _SHARED):
+            memo[id(value)] = value
+        elif type(value) is FunctionType and not is_compiled_function(value):
+            functions.add(value)
+    try:
+        copied: list[Any] = copy.deepcopy(list(models), memo)
+        functions.fill()
+    except _NOT_COPIED as error:
+        if out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"a model must be one that copy.deepcopy copies, got: {error} ({_not_copied(models, memo)})"
+        ) from error
+    for module in modules:
+        forward: Any = vars(module).get("forward")
+        if is_compiled_function(forward) and not is_compiled_module(module):  # which compiles what it holds
+            memo[id(module)].forward = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
+    _check_independent(copied, own)
+    return copied
+
+
+def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:
+    """Return a copy of a model that NNI has wrapped, without wrappers and masks; of any other model, a copy."""
+    copied: nn.Module = detached_copy(model, light=light)
+    for module in list(copied.modules()):
+        wrapper = getattr(module, "_nni_wrapper", None)
+        if wrapper is not None:
+            wrapper.unwrap()
+    return copied
+
+
+def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
+    """Return another parameter in the same memory, with a gradient of its own; one of another class is returned."""
+    if type(parameter) is not nn.Parameter or is_lazy(parameter) or parameter.is_inference():
+        return parameter
+    other = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    vars(other).update(vars(parameter))
+    return other
+
+
+def _reached(values: Iterable[Any]) -> Iterator[Any]:
+    """Go over values and what they hold: containers, functions, bound methods and partials; modules end a path."""
+    waiting, seen = list(values), set[int]()
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)
+        if kind in _ATOMS or id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if issubclass(kind, dict):
+            waiting += value.values()
+        elif issubclass(kind, _CONTAINERS):
+            waiting += value
+        elif kind is MethodType:
+            waiting += (value.__func__, value.__self__)
+        elif issubclass(kind, functools.partial):
+            waiting += (value.func, *value.args, *value.keywords.values())
+        elif kind is FunctionType and not is_compiled_function(value):
+            waiting += (*map(_content, value.__closure__ or ()), *(value.__defaults__ or ()), vars(value))
+            waiting += (value.__kwdefaults__ or {}).values()
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that has no value yet
+        return None
+
+
+class _Functions:
+    """Functions that hold what is a model's: deepcopy, which hands functions on as they are, finds copies of these.
+
+    A copy holds the copies of what is the model's, and what else the function holds.
+    """
+
+    def __init__(self, own: set[int], memo: dict[int, Any]) -> None:
+        self._own, self._memo = own, memo
+        self._made: list[tuple[FunctionType, FunctionType]] = []
+        self._cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
+
+    def add(self, function: FunctionType) -> None:
+        """Make a copy of a function if it needs one; what it holds comes later."""
+        if not self._is_own(function):
+            return
+        cells = [self._cells.setdefault(id(cell), (cell, CellType()))[1] for cell in function.__closure__ or ()]
+        copied = FunctionType(function.__code__, function.__globals__, function.__name__, None, tuple(cells) or None)
+        self._made.append((function, copied))
+        self._memo[id(function)] = copied
+
+    def fill(self) -> None:
+        """Let the copies hold what they should."""
+        for function, copied in self._made:
+            functools.update_wrapper(copied, function, updated=())
+            vars(copied).clear()
+            vars(copied).update({name: self._copy(value) for name, value in vars(function).items()})
+            if function.__defaults__ is not None:
+                copied.__defaults__ = tuple(map(self._copy, function.__defaults__))
+            if function.__kwdefaults__ is not None:
+                copied.__kwdefaults__ = {name: self._copy(value) for name, value in function.__kwdefaults__.items()}
+        for cell, new in self._cells.values():
+            with suppress(ValueError):  # a variable that has no value yet
+                new.cell_contents = self._copy(cell.cell_contents)
+
+    def _is_own(self, value: Any) -> bool:
+        return any(id(each) in self._own for each in _reached([value]))
+
+    def _copy(self, value: Any) -> Any:
+        return copy.deepcopy(value, self._memo) if self._is_own(value) else value
+
+
+def _not_copied(models: Iterable[nn.Module], memo: dict[int, Any]) -> str:
+    """Name the attribute that copy.deepcopy can't copy."""
+    for model in models:
+        for name, module in model.named_modules():
+            for attribute, value in vars(module).items():
+                if attribute not in ("_modules", "_parameters", "_buffers"):
+                    try:
+                        copy.deepcopy(value, dict(memo))
+                    except _NOT_COPIED:
+                        return f"{name}.{attribute}".lstrip(".")
+    return "model"
+
+
+def _check_independent(copied: Iterable[nn.Module], own: set[int]) -> None:
+    """Raise ConfigError for a copy that holds what is the model's: ``own`` has the ids of its modules and tensors."""
+    for model in copied:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            for attribute, value in vars(module).items():
+                place = f"{name}.{attribute}".lstrip(".")
+                for each in (value, *value.values()) if isinstance(value, dict) else (value,):
+                    if isinstance(each, weakref.ReferenceType) and id(each()) in own:
+                        raise ConfigError(
+                            "a model must hold its modules by themselves, for a copy of it has its own, got a weak "
+                            f"reference to one ({place}); hold the module in a tuple, which doesn't register it"
+                        )
+                    if id(each) in own and not isinstance(each, nn.Parameter):
+                        raise ConfigError(
+                            "a copy of a model must have modules and buffers of its own, got one that is the model's, "
+                            f"by the __deepcopy__ of a class ({place})"
+                        )
+
+
+def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:
+    """Let a public function work on copies of all models among its arguments, in lists and mappings too.
+
+    A copy has parameters of its own where these take at most a quarter of the free memory. Else it uses the memory of
+    the model's; a warning then names parameters that a forward has written to.
+
+    Models are copied once, at the outermost call. What isn't copied is put back (`left_alone`): a model that NNI has
+    wrapped, one that PyTorch spreads over processes, and any model if ``as_compiled`` is True, because a copy isn't
+    compiled.
+
+    Where memory is short the function raises a DataError, unless `in_smaller_batches` around it starts again with
+    fewer samples.
+    """
+
+    @functools.wraps(function)
+    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        models = list({id(each): each for given in (*args, *kwargs.values()) for each in _models_in(given)}.values())
+        is_copied = not context().is_running and not as_compiled
+        copied = [each for each in models if is_copied and is_plain(each) and not _is_wrapped(each)]
+        ids = {id(each) for each in copied}
+        others = [each for each in models if id(each) not in ids]
+        try:
+            with left_alone(*others, as_compiled=as_compiled), _copies(copied) as copies:
+                own: Any = [_replaced(given, copies) for given in args]
+                named: Any = {name: _replaced(given, copies) for name, given in kwargs.items()}
+                return function(*own, **named)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or starts_again() or is_in_step():
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+        # Outside of the except clause, because the error keeps the tensors of the failed call in memory.
+        raise DataError(
+            f"a device must have memory for a batch of the inputs, got: {reason} ({function.__qualname__}); give fewer "
+            "samples in each"
+        )
+
+    return run
+
+
+def _models_in(given: Any) -> list[nn.Module]:
+    """List the models that an argument is or holds."""
+    if isinstance(given, nn.Module):
+        return [given]
+    held = given.values() if isinstance(given, Mapping) else given if isinstance(given, (list, tuple)) else ()
+    return [each for each in held if isinstance(each, nn.Module)]
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    return any("_nni_wrapper" in module._modules for module in model.modules())
+
+
+def _replaced(given: Any, copies: Mapping[int, nn.Module]) -> Any:
+    """Return an argument with copies in place of the models."""
+    if isinstance(given, nn.Module):
+        return copies.get(id(given), given)
+    if not any(id(each) in copies for each in _models_in(given)):
+        return given
+    if isinstance(given, Mapping):
+        return {key: copies.get(id(each), each) for key, each in given.items()}
+    replaced = [copies.get(id(each), each) for each in given]
+    return tuple(replaced) if isinstance(given, tuple) else replaced
+
+
+@contextmanager
+def _copies(models: list[nn.Module]) -> Iterator[dict[int, nn.Module]]:
+    """Copy models for a block; warn of parameters that it has written to where the copies share their memory."""
+    is_light = not _have_room(models)
+    versions = [(name, each, _version(each)) for model in models for name, each in model.named_parameters()]
+    copies = copied_together(models, light=is_light)
+    for copied in copies:
+        for parameter in copied.parameters():
+            parameter.grad = None  # so that no gradient is added to the user's
+    try:
+        with compiler_off() if any(map(has_compiled, copies)) else nullcontext():
+            yield {id(model): copied for model, copied in zip(models, copies, strict=True)}
+    finally:
+        written = [name for name, each, version in versions if is_light and _version(each) != version]
+        if written:
+            _logger.warning(
+                "parameters that a forward or evaluate writes to must take at most a quarter of the free memory to be "
+                "left alone; these have new values: %s",
+                listed(written),
+            )
+
+
+def _have_room(models: Iterable[nn.Module]) -> bool:
+    """Tell whether copies of models' parameters take at most a quarter of the free memory of their devices."""
+    needed: dict[torch.device, int] = {}
+    for each in {id(each): each for model in models for each in model.parameters()}.values():
+        if not is_lazy(each) and not each.is_meta:
+            needed[each.device] = needed.get(each.device, 0) + each.nbytes
+    return all(count <= _SHARE * free_memory_of(device) for device, count in needed.items())
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() or is_lazy(tensor) else tensor._version
+
+
+@contextmanager
+def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
+    """Put back, whatever happens in the block, what models hold, and the states of all global generators.
+
+    See `state_kept` for what is put back. The outermost block gets the user's own models, and puts the values of
+    parameters back, too. What isn't a module has nothing to put back.
+
+    Parts that ``torch.compile`` has compiled run as they are written, for compiled ones call no hooks and show no
+    operations, unless ``as_compiled`` is True. A caller's ``torch.autocast`` is off likewise.
+    """
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    is_outermost = not context().is_running
+    compiler = nullcontext() if as_compiled or not any(map(has_compiled, modules)) else compiler_off()
+    kept = state_kept(*modules, values=is_outermost)
+    with one_call(), package_settings(as_compiled), compiler, kept, random_state_kept():
+        yield
+
+
+@contextmanager
+def state_kept(*models: nn.Module, values: bool = False) -> Iterator[None]:
+    """Put back, whatever happens in the block, what the modules of models hold.
+
+    These are modes, attributes, parameters and buffers, ``requires_grad``, gradients, and the values of buffers; with
+    ``values`` also those of parameters, if a copy of these takes at most a quarter of the free memory. Gradients are
+    None within the block. What a pruner does to wrap a model stays.
+    """
+    put_back: list[Callable[[], None]] = []
+    try:
+        _note(models, values and _have_room(models), put_back)
+        for tensor in _tensors_of(models):
+            if tensor.is_leaf and tensor.grad is not None:
+                tensor.grad = None  # so that none is added to it
+        yield
+    finally:
+        try:
+            for each in put_back:
+                each()
+        except BaseException:  # if that was interrupted, all of it once more, which does no harm
+            for each in put_back:
+                each()
+            raise
+
+
+def _tensors_of(models: Iterable[nn.Module]) -> list[Tensor]:
+    """List the parameters and buffers of models, without the masks of NNI's wrappers, which change."""
+    found: list[Tensor] = []
+    for module in dict.fromkeys(module for model in models for module in model.modules()):
+        found += module.parameters(recurse=False)
+        if not isinstance(module, ModuleWrapper):
+            found += module.buffers(recurse=False)
+    return list({id(tensor): tensor for tensor in found}.values())
+
+
+def _note(models: Iterable[nn.Module], values: bool, put_back: list[Callable[[], None]]) -> None:
+    """Append what puts models back; ``values``: those of parameters, too."""
+    for module in dict.fromkeys(module for model in models for module in model.modules()):
+        if not isinstance(module, ModuleWrapper):
+            _note_module(module, put_back)
+    for tensor in _tensors_of(models):
+        _note_tensor(tensor, values or not isinstance(tensor, nn.Parameter), put_back)
+
+
+def _note_module(module: nn.Module, put_back: list[Callable[[], None]]) -> None:
+    """Append what puts a module's mode, attributes, parameters and buffers back."""
+    mode = module.training
+    if isinstance(module, torch.jit.ScriptModule):  # whose tables aren't Python's
+        tables: list[Any] = []
+    else:
+        tables = [vars(module), module._parameters, module._buffers, module._modules, module._non_persistent_buffers_set]
+    before = [each.copy() for each in tables]
+
+    def put() -> None:
+        if module.training != mode:
+            module.training = mode
+        if "_nni_wrapper" in module._modules:  # NNI changes the tables to wrap a module
+            return
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)
+
+    put_back.append(put)
+
+
+def _note_tensor(tensor: Tensor, has_values: bool, put_back: list[Callable[[], None]]) -> None:
+    """Append what puts a tensor's memory, gradient and, if wanted, values back."""
+    if is_transformed(tensor) or not tensor.is_leaf or is_lazy(tensor):
+        return  # of use within torch.vmap alone, computed anew, or nothing yet
+    gradient, needs, memory = tensor.grad, tensor.requires_grad, tensor.detach()
+    is_usual = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
+    is_usual = is_usual and not tensor.is_meta
+    values = memory.clone() if has_values and is_usual else None
+
+    def put() -> None:
+        if is_usual and (tensor.dtype is not memory.dtype or not tensor.is_set_to(memory)):
+            tensor.data = memory
+        if values is not None and memory.untyped_storage().nbytes() and not torch.equal(memory, values):
+            with torch.inference_mode(memory.is_inference()):
+                memory.copy_(values)
+        if tensor.requires_grad != needs:
+            tensor.requires_grad_(needs)
+        if tensor.grad is not gradient:
+            tensor.grad = gradient
+
+    put_back.append(put)
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode, and every module of theirs back into its own mode afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    are_training = [model for model in models if model.training]
+    for model in models:
+        _switch(model, False)
+    try:
+        yield
+    finally:
+        for model in are_training:
+            _switch(model, True)  # a train of its own undoes what its eval has done
+        _put_modes(modes)
+
+
+def evaluating(model: Any) -> Any:
+    """Put a model into evaluation mode and return it, also where an ``eval`` or ``train`` of its own returns nothing.
+
+    A ``train`` that keeps batch norms frozen often forgets to return the model.
+    """
+    _switch(model, False)
+    return model
+
+
+def training(model: Any) -> Any:
+    """Put a model into training mode and return it."""
+    _switch(model, True)
+    return model
+
+
+def forget_evaluated(model: nn.Module) -> None:
+    """Let modules forget what they compute once for evaluation mode, such as LeViT's biases by position.
+
+    They forget it in training mode. Afterwards every module is in its own mode again.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    _switch(model, True)
+    _switch(model, False)
+    _put_modes(modes)
+
+
+def put_modes_of(given: nn.Module, dense: nn.Module) -> None:
+    """Put the modules of a smaller network, which is in evaluation mode, into the modes of the model's."""
+    own = dict(dense.named_modules(remove_duplicate=False))
+    if given.training:
+        _switch(dense, True)
+    _put_modes([(own[name], module.training) for name, module in given.named_modules() if name in own])
+
+
+def _switch(model: nn.Module, mode: bool) -> None:
+    """Put a model into a mode by its own ``train`` or ``eval``, which may freeze batch norms or fill a cache.
+
+    Where such a method changes weights, as where adapters are merged for evaluation, or raises an error, all that it
+    has done is put back, and the modes alone are set.
+    """
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    if all(module.training == mode for module in model.modules()):
+        return
+    method = model.train if mode else model.eval
+    if all(type(each).train is nn.Module.train and type(each).eval is nn.Module.eval for each in modules):
+        method()
+        return
+    put_back: list[Callable[[], None]] = []
+    _note([model], True, put_back)
+    weights = _weights(model)
+    values = [tensor.detach().clone() for tensor in weights]
+    try:
+        method()
+        now = _weights(model)
+        is_same = len(now) == len(weights) and all(map(is_, now, weights))
+        is_same = is_same and all(torch.equal(each.detach(), value) for each, value in zip(now, values, strict=True))
+    except Exception:  # a user's method may raise anything
+        is_same = False
+    if not is_same:
+        for each in put_back:
+            each()
+        _put_modes((module, mode) for module in model.modules())
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    """List what a model learns and saves: its parameters, and its buffers but for those that hold cached values."""
+    found: list[Tensor] = [*model.parameters()]
+    for module in model.modules():
+        passing = module._non_persistent_buffers_set
+        found += [each for name, each in module._buffers.items() if each is not None and name not in passing]
+    return [each for each in found if not is_lazy(each) and not each.is_meta]
+
+
+def _put_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Set modes one by one, without the modules' own methods."""
+    for module, mode in modes:
+        if module.training != mode:
+            module.training = mode
+
+
+@contextmanager
+def lent(model: nn.Module) -> Iterator[None]:
+    """Lend a network to a user's function: what it does to the network, such as to train it, is put back."""
+    with left_alone(model), state_kept(model, values=True):
+        yield

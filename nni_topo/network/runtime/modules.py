@@ -1,0 +1,64 @@
+"""What kind of module, tensor or function something is, and where a model lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; of a model without any, the CPU."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def is_plain(model: Any) -> bool:
+    """Tell whether a model is a module whose layers can be seen: not scripted, compiled, or spread over processes."""
+    # By their names: to import these classes takes longer than all else that looks at a model.
+    opaque = {"ScriptModule", "OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    return isinstance(model, nn.Module) and not kinds & {*opaque, "FSDPModule"}
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Tell whether a tensor belongs to a transformation under way, as ``torch.vmap`` and ``torch.func.grad`` make them.
+
+    Such a tensor stands for all samples of another tensor, say, and can't be used after the transformation.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Tell whether a module is what ``torch.compile`` made of another one."""
+    return type(module).__name__ == "OptimizedModule"  # by its name, for importing the class takes long
+
+
+def is_compiled_function(value: Any) -> bool:
+    """Tell whether a function is what ``torch.compile`` made of another one."""
+    return hasattr(value, "_torchdynamo_orig_callable") and not getattr(value, "_torchdynamo_disable", False)
+
+
+def has_compiled(model: nn.Module) -> bool:
+    """Tell whether ``torch.compile`` or ``compile()`` of a module has compiled a model, a part of it or a forward."""
+    return any(
+        each._compiled_call_impl is not None
+        or is_compiled_module(each)
+        or is_compiled_function(vars(each).get("forward"))
+        for each in model.modules()
+    )
+
+
+def put_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute of a module, also where a ``__setattr__`` of its class refuses, as one that freezes it does."""
+    try:
+        setattr(module, name, value)
+    except Exception:
+        nn.Module.__setattr__(module, name, value)
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor of floats, or of complex numbers, to single or double precision; return any other as it is."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,162 @@
+"""What is the whole process's: the random states, the switches of PyTorch, and whose turn it is."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+from nni_topo.context import in_context
+from nni_topo.network.runtime.precision import Switch, in_full_precision, is_within_autocast
+
+_PutBack = Callable[[], object]
+# The random states and the switches are those of the whole process, so calls of several threads run one at a time.
+_turn = threading.RLock()
+
+
+@contextmanager
+def one_call() -> Iterator[None]:
+    """Mark a call of a public function, which is over when the outermost block is; also a decorator.
+
+    Calls of several threads run one after another.
+    """
+    with _turn, in_context(is_running=True):
+        yield
+
+
+@contextmanager
+def package_settings(as_compiled: bool) -> Iterator[None]:
+    """Compute outside of a caller's ``torch.inference_mode``, ``torch.autocast`` and default device.
+
+    What is made in inference mode takes no gradients, for good. Sums of products that autocast rounds to three digits
+    say little of a network. ``as_compiled``: a model that is timed keeps autocast and default device.
+    """
+    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    gradients = torch.set_grad_enabled(torch.is_grad_enabled())  # an interruption may come as ``no_grad`` begins
+    is_on_cpu = as_compiled or torch.get_default_device().type == "cpu"
+    precision = nullcontext() if as_compiled else _autocast_off()
+    with gradients, inference, precision, nullcontext() if is_on_cpu else _OnCpu():
+        yield
+
+
+@contextmanager
+def _autocast_off() -> Iterator[None]:
+    """Let models compute in their own precision within a caller's ``torch.autocast``; they may ask for another."""
+    is_within = is_within_autocast()
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu", "cuda", *([] if accelerator is None else [accelerator.type])}
+    with ExitStack() as stack:
+        for kind in sorted(kinds):
+            # That of one device says for all of them that casts aren't kept.
+            if (kind == "cpu" and is_within) or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        yield
+
+
+class _OnCpu(TorchFunctionMode):
+    """Puts what the package makes without a word of where on the CPU; what models make lies where it would."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in _device_constructors() and given.get("device") is None and _is_called_by_package():
+            given = {**given, "device": torch.device("cpu")}
+        return func(*args, **given)
+
+
+def _is_called_by_package() -> bool:
+    """Tell whether it is code of the package that calls a function of PyTorch's."""
+    frame: FrameType | None = sys._getframe(2)
+    # PyTorch's own code calls for others, as do modes, which hand on what models call.
+    while frame is not None and (_package_of(frame) == "torch" or frame.f_code.co_name == "__torch_function__"):
+        frame = frame.f_back
+    return frame is not None and _package_of(frame) == __name__.partition(".")[0]
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _without_fast_paths() -> _PutBack:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    return partial(torch.backends.mha.set_fastpath_enabled, before)
+
+
+def _without_compiler() -> _PutBack:
+    stance = torch.compiler.set_stance("force_eager")
+    return partial(stance.__exit__, None, None, None)
+
+
+_fast_paths_off = Switch(_without_fast_paths)
+compiler_off = Switch(_without_compiler)
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Let networks compute what they say for a while: attention step by step, and products in full precision.
+
+    Networks that are compared have to differ by what they compute alone. The fast paths of attention and transformer
+    layers turn padded batches into nested tensors, on which hooks and masks can't work. A GPU rounds the factors of
+    convolutions to three digits where nobody forbids it, and those of matrices where
+    ``torch.set_float32_matmul_precision`` allows it; which digits are lost depends on the layers' widths.
+    """
+    with _fast_paths_off(), in_full_precision():
+        yield
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the random states of PyTorch, NumPy and Python as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch_random_kept():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def torch_random_kept() -> AbstractContextManager[None]:
+    """Leave PyTorch's random state as it was."""
+    # Not to start CUDA for that, its generators are only kept if it is in use.
+    return torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else [])
+
+
+def seed_torch(seed: int) -> None:
+    """Seed PyTorch's global generators within `random_state_kept`.
+
+    ``torch.manual_seed`` also notes the seed for devices that aren't in use: CUDA, started later, would begin with this
+    one and not with the user's.
+    """
+    torch.default_generator.manual_seed(seed)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or (accelerator.type == "cuda" and not torch.cuda.is_initialized()):
+        return
+    module: Any = torch.get_device_module(accelerator)
+    # Apple's has one device.
+    seed_all = getattr(module, "manual_seed_all", None) or getattr(module, "manual_seed", None)
+    if seed_all is not None:
+        seed_all(seed)
+
+
+def random_states() -> list[Tensor]:
+    """Return the states of PyTorch's random generators."""
+    others = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *others]
+
+
+def drawn_since(states: list[Tensor]) -> bool:
+    """Tell whether random numbers were drawn since PyTorch's generators had these states."""
+    # CUDA may have been started since, which has more of them.
+    return not all(torch.equal(one, other) for one, other in zip(states, random_states(), strict=False))
