@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nni_topo.errors import NniTopoError
-from nni_topo.network.runtime.processes import Processes, _Message
+from nni_topo.network.runtime.processes import Processes
 
 TIMEOUT = 60  # seconds
 _LENGTH = 400  # of sentences: with 48 of them positions are sampled
@@ -159,8 +159,9 @@ class Thread(Processes):
         self.rank, self.size = rank, len(told)
         self._told, self._barrier = told, barrier
 
-    def _exchange(self, mine: _Message) -> list[_Message]:
-        self._told[self.rank] = mine
+    def gather(self, value: Any, place: str) -> list[Any]:
+        """Return what each thread has."""
+        self._told[self.rank] = value
         self._barrier.wait()
         found = list(self._told)
         self._barrier.wait()
@@ -177,9 +178,6 @@ class Thread(Processes):
         """Replace tensors by those of the first thread."""
         for tensor, first in zip(tensors, self.first([each.detach().clone() for each in tensors], place), strict=True):
             tensor.detach().copy_(first)
-
-    def _name(self, rank: int) -> int:
-        return rank
 
 
 def in_threads(count: int, work: Callable[[Thread], Any]) -> list[Any]:

@@ -191,7 +191,7 @@ class StructuredPruner(Pruner):
 
     @property
     def _in_step(self) -> AbstractContextManager[None]:
-        """A block that an error of one process ends in all that share the pruner's calibration data."""
+        """A block that all processes which share the pruner's calibration data run."""
         processes = getattr(getattr(self, "calibration", None), "processes", None)
         return nullcontext() if processes is None else processes.in_step(type(self).__name__)
 

@@ -90,7 +90,7 @@ def remove_blocks(
     DataError
         If there is no batch, a batch doesn't fit the model, or what it gives isn't finite.
     ProcessError
-        If one of the processes that share the batches fails or is gone; in the others.
+        If one of the processes that share the batches is gone, or doesn't answer within the group's timeout.
 
     Notes
     -----

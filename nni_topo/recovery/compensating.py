@@ -205,7 +205,7 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     SpeedupError
         If the model is still wrapped or can't be traced.
     ProcessError
-        If one of the processes that share the calibration data fails or is gone; in the others.
+        If one of the processes that share the calibration data is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------

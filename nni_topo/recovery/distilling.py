@@ -636,7 +636,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     SpeedupError
         If a model is still wrapped.
     ProcessError
-        If one of the processes that share the images fails or is gone; in the others.
+        If one of the processes that share the images is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------

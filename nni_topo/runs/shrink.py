@@ -155,7 +155,7 @@ def shrink(
     SpeedupError
         If the model can't be traced, or is still wrapped.
     ProcessError
-        If one of the processes that share the images fails or is gone; in the others.
+        If one of the processes that share the images is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------

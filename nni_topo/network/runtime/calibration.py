@@ -98,8 +98,8 @@ class Calibration(Sequence[Any]):
     :func:`nni_topo.distill`, :func:`nni_topo.shrink` and :func:`nni_topo.shrink_pretrained` have to be called in all
     processes alike. Each runs its own batches, sums over samples are added up in float64, gradients in their own type,
     and all decide by these sums: the networks are the same in all processes, and but for rounding those that one
-    process makes of all batches. Other functions refuse such data. If a process fails or is gone, the others raise a
-    :class:`nni_topo.errors.ProcessError` that names it.
+    process makes of all batches. Other functions refuse such data. If a process is gone, or doesn't
+    answer within the group's timeout, the others raise a :class:`nni_topo.errors.ProcessError`.
 
     Examples
     --------

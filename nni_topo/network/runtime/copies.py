@@ -415,7 +415,13 @@ def _note_module(module: nn.Module, put_back: list[Callable[[], None]]) -> None:
     if isinstance(module, torch.jit.ScriptModule):  # whose tables aren't Python's
         tables: list[Any] = []
     else:
-        tables = [vars(module), module._parameters, module._buffers, module._modules, module._non_persistent_buffers_set]
+        tables = [
+            vars(module),
+            module._parameters,
+            module._buffers,
+            module._modules,
+            module._non_persistent_buffers_set,
+        ]
     before = [each.copy() for each in tables]
 
     def put() -> None:

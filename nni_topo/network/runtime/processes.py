@@ -1,9 +1,8 @@
-"""Processes that share calibration data: they add up their sums, take the same steps, and stop together.
+"""Processes that share calibration data: they add up their sums and take the same steps.
 
 The processes are those of a ``torch.distributed`` group, which the caller starts and hands to
-:class:`nni_topo.Calibration`. Before anything is exchanged, each process tells the first one that it has come so far,
-or why it hasn't, and the first one tells all. So an error or the death of one process ends the work of all with an
-error that names it, where a collective operation alone would leave the others waiting.
+:class:`nni_topo.Calibration`. As with all collective operations of PyTorch, the others wait for a process that has
+failed until its connection is closed, or until the group's timeout; a launcher such as ``torchrun`` ends them before.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -33,44 +31,25 @@ _BUCKET_BYTES = 2**25  # of tensors that are added up in one go
 _PLAIN = (bool, int, float, str, type(None))
 
 
-@dataclass(frozen=True)
-class _Message:
-    """What a process tells the others: how far it has come, what it has, and what went wrong, if anything."""
-
-    place: str
-    value: Any = None
-    error: str = ""
-    is_gone: bool = False  # what the first process notes in the place of what it should have heard
-
-
 class Processes:
-    """The processes of a group, as one of them sees them."""
+    """The processes of a group, as one of them sees them.
+
+    ``place`` says how far this process has come. A method raises ProcessError if another process is gone.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, value: Any, place: str) -> list[Any]:
-        """Return what each process has, by rank; it is pickled on the way.
-
-        ``place`` says how far this process has come. ProcessError, in all, if one has failed, is gone, or is elsewhere.
-        """
-        found = self._exchange(_Message(place, value))
-        told = [f"rank {self._name(rank)} {each.error}" for rank, each in enumerate(found) if each.error]
-        if told:
-            raise ProcessError(f"all processes must reach the same place, but {'; '.join(told)} ({_at(place)})")
-        if len({each.place for each in found}) > 1:
-            shown = ", ".join(f"rank {self._name(rank)} at {each.place}" for rank, each in enumerate(found))
-            raise ProcessError(f"all processes must make the same calls, got {shown} (process_group)")
-        return [each.value for each in found]
+        """Return what each process has, by rank; it is pickled on the way."""
+        found: list[Any] = [None] * self.size
+        with self._reaching(place):
+            dist.all_gather_object(found, value, group=self.group)
+        return found
 
     def add(self, tensors: Sequence[Tensor], place: str) -> None:
         """Replace tensors by their sums over all processes."""
-        shapes = self.gather([tuple(each.shape) for each in tensors], place)
-        for rank, found in enumerate(shapes):
-            if found != shapes[0]:
-                got = f"rank {self._name(0)} {shapes[0]}, rank {self._name(rank)} {found}"
-                raise ProcessError(f"all processes must add up sums of the same shapes, got {got} ({_at(place)})")
         for together in _buckets(tensors):
             is_one = len(together) == 1  # it may be large: no copy
             flat = together[0] if is_one else torch.cat([each.detach().reshape(-1) for each in together])
@@ -99,89 +78,48 @@ class Processes:
 
         Equal sums can lead to different last digits on processors of different kinds.
         """
-        self.gather(None, place)
         first = dist.get_global_rank(self.group, 0)
         for tensor in tensors:
             self._collect(lambda buffer: dist.broadcast(buffer, src=first, group=self.group), tensor, place)
 
     @contextmanager
     def in_step(self, place: str, given: Any = None) -> Iterator[None]:
-        """Let an error of one process end the block in all; what is ``given`` has to be equal in all.
-
-        Blocks within blocks do nothing: the outermost one sees the error that leaves it.
-        """
+        """Mark a block that all processes run; what is ``given`` has to be equal in all. Blocks within do nothing."""
         if is_in_step():
             yield
             return
         with in_context(in_step=place):
             found = self.gather(given, place)
             if any(each != found[0] for each in found):
-                shown = ", ".join(f"rank {self._name(rank)}: {told}" for rank, told in enumerate(_differing(found)))
-                raise ConfigError(f"models, masks and knobs must be equal in all processes, got {shown} ({place})")
-            try:
-                yield
-            except ProcessError:  # all know
-                raise
-            except Exception as error:
-                with suppress(ProcessError):
-                    told = " ".join(str(error).split())
-                    self._exchange(_Message(place, error=f"stopped: {type(error).__name__}: {told}"))
-                raise
-            self.gather(None, f"the end of {place}")
-
-    def _exchange(self, mine: _Message) -> list[_Message]:
-        """Return what each process tells; the first one hears all and passes it on."""
-        # By pairs of processes: a collective operation doesn't say which one is gone, and those that aren't its
-        # neighbours wait until the group's timeout.
-        if self.rank > 0:
-            try:
-                self._send(mine, 0)
-                found: list[_Message] = self._receive(0)
-            except RuntimeError as error:
-                raise ProcessError(
-                    f"all processes must reach the same place, but rank {self._name(0)} is gone, or it, or a process "
-                    f"that it waits for, didn't answer within the group's timeout: {_words(error)} ({_at(mine.place)})"
-                ) from error
-            return found
-        found = [mine]
-        for rank in range(1, self.size):
-            try:
-                found.append(self._receive(rank))
-            except RuntimeError as error:
-                # After a timeout nobody else can be heard either: only the first one is named.
-                is_first = not any(each.is_gone for each in found)
-                found.append(_Message(mine.place, error=_gone(error) if is_first else "", is_gone=True))
-        for rank in range(1, self.size):
-            # One that is gone by now is met again: in the next exchange, or the next collective operation.
-            with suppress(RuntimeError):
-                self._send(found, rank)
-        return found
-
-    def _send(self, value: Any, rank: int) -> None:
-        dist.send_object_list([value], dst=dist.get_global_rank(self.group, rank), group=self.group)
-
-    def _receive(self, rank: int) -> Any:
-        held: list[Any] = [None]
-        dist.recv_object_list(held, src=dist.get_global_rank(self.group, rank), group=self.group)
-        return held[0]
+                ranks = [dist.get_global_rank(self.group, rank) for rank in range(self.size)]
+                shown = [f"rank {rank}: {told}" for rank, told in zip(ranks, _differing(found), strict=True)]
+                raise ConfigError(
+                    f"models, masks and knobs must be equal in all processes, got {', '.join(shown)} ({place})"
+                )
+            yield
 
     def _collect(self, work: Callable[[Tensor], object], tensor: Tensor, place: str) -> None:
         """Run a collective operation on a tensor, in place."""
         # NCCL connects GPUs alone
         device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else tensor.device
         buffer = tensor.detach().to(device).contiguous()
-        try:
+        with self._reaching(place):
             work(buffer)
-        except RuntimeError as error:
-            raise ProcessError(
-                f"all processes must add up what they have, but one of the {self.size} {_gone(error)} ({_at(place)})"
-            ) from error
         if buffer is not tensor:
             tensor.detach().copy_(buffer)
 
-    def _name(self, rank: int) -> int:
-        """Return the rank of a process among all, as its launcher counts."""
-        return dist.get_global_rank(self.group, rank)
+    @contextmanager
+    def _reaching(self, place: str) -> Iterator[None]:
+        """Raise ProcessError if a collective operation ends because a process is gone or has waited too long."""
+        try:
+            yield
+        except RuntimeError as error:
+            verb = context().in_step
+            at = f"{place}, {verb}" if verb and verb not in place else place
+            raise ProcessError(
+                f"all {self.size} processes must reach the same place, but one is gone, or didn't answer within the "
+                f"group's timeout: {error} ({at})"
+            ) from error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -195,23 +133,6 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
-
-
-def _at(place: str) -> str:
-    """Return how far this process has come, with the public function that it runs."""
-    verb = context().in_step
-    return f"{place}, {verb}" if verb and verb not in place else place
-
-
-def _gone(error: Exception) -> str:
-    """Say of a process that it doesn't answer, and how PyTorch puts it."""
-    return f"is gone, or didn't answer within the group's timeout: {_words(error)}"
-
-
-def _words(error: Exception) -> str:
-    """Return an error's first sentence, without the place in PyTorch's sources."""
-    line = str(error).partition("\n")[0]
-    return (line.partition("] ")[2] or line).partition(". ")[0]
 
 
 def _differing(found: Sequence[Any]) -> list[str]:
@@ -242,7 +163,7 @@ def is_in_step() -> bool:
 
 
 def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Let an error of one process end a public function in all that share its calibration data.
+    """Check that the processes that share a public function's calibration data give it the same arguments.
 
     Without shared calibration data among its arguments it is the function as it was. Models, masks, names, entries of a
     config_list, settings and plain knobs among the arguments have to be equal in all processes; a ``device`` is each

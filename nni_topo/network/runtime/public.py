@@ -34,9 +34,9 @@ _USUAL = Running()
 def public(how: Running = _USUAL, /, **rules: Rule) -> Callable[[Callable[_Given, _Made]], Callable[_Given, _Made]]:
     """Decorate a public function that takes models or calibration data.
 
-    Within it no warning of the package is given twice, and no progress is shown if its ``progress`` is False. An error
-    of one of the processes that share calibration data ends it in all, see `in_step`. Its arguments are checked, see
-    `checked`, and models among them are copied, see `leaves_models_alone`.
+    Within it no warning of the package is given twice, and no progress is shown if its ``progress`` is False. Its
+    arguments are checked, see `checked`; processes that share calibration data give the same ones, see `in_step`.
+    Models among them are copied, see `leaves_models_alone`.
 
     Parameters
     ----------

@@ -85,7 +85,7 @@ class ReconstructionPruner(StructuredPruner):
     ConfigError, DataError
         If a knob or the request is bad, or no layer reads one that is to be pruned, before the model is wrapped.
     ProcessError
-        If one of the processes that share the calibration data fails or is gone; in the others.
+        If one of the processes that share the calibration data is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------

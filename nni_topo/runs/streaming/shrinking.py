@@ -182,7 +182,7 @@ def shrink_pretrained(
         If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
         differ in length, or the disk or the memory isn't enough. Blocks that are finished stay on the disk.
     ProcessError
-        If one of the processes that share the batches fails or is gone; in the others.
+        If one of the processes that share the batches is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------
