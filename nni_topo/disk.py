@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 
@@ -217,6 +219,15 @@ def write_tensors(path: Path, content: Any) -> None:
     """Write a file of ``torch.save`` atomically."""
     with whole_file(path) as part, part.open("wb") as stream:
         torch.save(content, stream)
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of safetensors; an error of the disk is an OSError, as Python's own functions raise it."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"(?:os error |code: )(\d+)", str(error))  # "Os { code: 2, ... }" before 0.6
+        raise (error if number is None else OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 @contextmanager

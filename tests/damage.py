@@ -98,10 +98,8 @@ def files(folder: Path) -> Iterator[tuple[str, Path, Reader, bool]]:
     """Yield kind, whole file, reader, and whether the file can tell that it is whole."""
     save_checkpoint(folder / "checkpoint.pt", net(), {"accuracy": 0.5})
     yield "checkpoint", folder / "checkpoint.pt", of_checkpoint, True
-    nni_topo.save(net(), folder / "dense.pt")
     nni_topo.save(net(), folder / "dense.safetensors")
-    yield "safetensors", folder / "dense.safetensors", lambda path: values(nni_topo.load(path, net)), True
-    yield "dense model", folder / "dense.pt", lambda path: values(nni_topo.load(path, net)), True
+    yield "dense model", folder / "dense.safetensors", lambda path: values(nni_topo.load(path, net)), True
     torch.save(net().state_dict(), folder / "old.pt", _use_new_zipfile_serialization=False)
     yield "checkpoint of old", folder / "old.pt", of_checkpoint, False
     with contextlib.suppress(KeyboardInterrupt):

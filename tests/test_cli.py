@@ -130,7 +130,7 @@ def test_prune_takes_the_seed_and_shows_costs_before_and_after(tmp_path, untrain
     assert "small_cnn, random" in output.out
     assert {"before", "after"} <= set(output.out.replace("┃", " ").split())
     place = tmp_path / "shown"
-    files = f"dense model: {place / 'dense.pt'} (nni_topo.load) · report: {place / 'report.html'}"
+    files = f"dense model: {place / 'dense.safetensors'} (nni_topo.load) · report: {place / 'report.html'}"
     assert output.out.endswith(f"{files}\n")
 
 
@@ -213,7 +213,7 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert stages[-1]["params"] == pytest.approx(0.3 * stages[0]["params"], rel=0.1)
     assert stages[-1]["accuracy"] > stages[1]["accuracy"]
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=1)
-    dense = nni_topo.load(tmp_path / "small" / "dense.pt", model)
+    dense = nni_topo.load(tmp_path / "small" / "dense.safetensors", model)
     page = (tmp_path / "small" / "report.html").read_text()
     assert all(f">{word}<" in page for word in ("reconstructed", "recovery by layer", "error held out", "latency_ms"))
     assert page.count(">features.conv2<") > 1  # its width, and how it came back
@@ -288,7 +288,7 @@ def test_shrink_removes_blocks_by_a_flag_or_a_file(tmp_path, capsys):
     page = (tmp_path / "flag" / "report.html").read_text()
     assert ">blocks removed<" in page
     assert min(names) in page
-    loaded = nni_topo.load(tmp_path / "flag" / "dense.pt", net)
+    loaded = nni_topo.load(tmp_path / "flag" / "dense.safetensors", net)
     assert zoo.count_macs(loaded, torch.zeros(1, 1, 28, 28)) < 0.65 * zoo.count_macs(net, torch.zeros(1, 1, 28, 28))
 
 
@@ -301,7 +301,9 @@ def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
     assert (document["cost"], [row["share"] for row in document["networks"]]) == ("params", [1.0, 0.6, 0.3])
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=1)
     for row in document["networks"][1:]:
-        assert zoo.count_params(nni_topo.load(tmp_path / "sizes" / f"{row['share']}.pt", model)) == row["params"]
+        assert (
+            zoo.count_params(nni_topo.load(tmp_path / "sizes" / f"{row['share']}.safetensors", model)) == row["params"]
+        )
     page = (tmp_path / "sizes" / "report.html").read_text()
     assert '<img alt="frontier"' in page
     assert ">networks<" in page

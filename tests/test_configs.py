@@ -152,7 +152,7 @@ def test_the_trees_file_leaves_zeros_that_retraining_keeps(checkpoint, tmp_path)
     assert 0.29 * record["params"] < record["weights_left"] < 0.35 * record["params"]
     assert record["accuracy_retrained"] > record["accuracy_oneshot"]
     dense = serialization.load(
-        tmp_path / "out" / "dense.pt",
+        tmp_path / "out" / "dense.safetensors",
         zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0),
     )
     assert weights_left(dense) == record["weights_left"]

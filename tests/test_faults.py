@@ -58,7 +58,6 @@ def of_pictures(path):
 WRITERS = {
     "tensors": lambda path: write_tensors(path, torch.zeros(10_000)),
     "model": lambda path: nni_topo.save(torch.nn.Linear(100, 100), path),
-    "safetensors": lambda path: nni_topo.save(torch.nn.Linear(100, 100), path),
     "checkpoint": lambda path: zoo.save_checkpoint(path, torch.nn.Linear(100, 100), {}),
     "json": lambda path: write_json(path, list(range(10_000))),
     "record": lambda path: append_record(path, {"key": "a" * 10_000}),
@@ -66,7 +65,7 @@ WRITERS = {
     "program": lambda path: nni_topo.export(torch.nn.Linear(100, 100), path, torch.zeros(2, 100)),
     "onnx": lambda path: nni_topo.export(torch.nn.Linear(100, 100), path, torch.zeros(2, 100)),
 }
-ENDINGS = {"safetensors": ".safetensors", "program": ".pt2", "onnx": ".onnx"}
+ENDINGS = {"program": ".pt2", "onnx": ".onnx"}
 
 
 @pytest.mark.parametrize("name", WRITERS)

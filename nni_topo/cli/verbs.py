@@ -232,7 +232,7 @@ class Shrink(TrainedVerb):
             )
             report: Any = dense.report
             output_folder(self.out)
-            nni_topo.save(dense, self.out / "dense.pt")
+            nni_topo.save(dense, self.out / "dense.safetensors")
             tables = {"stages": report.to_frame()}
             tables |= {"recovery by layer": report.compensation.to_frame()} if report.compensation else {}
             tables |= {"widths tried": pd.DataFrame(report.tried)} if report.tried else {}
@@ -260,7 +260,7 @@ class Shrink(TrainedVerb):
             write_json(self.out / "shrink.json", document, sort=False)
             if has_curve:
                 write_figure(self.out / "distillation.png", plot_distillation(verdict), 110)
-            files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
+            files = f"dense model: {self.out / 'dense.safetensors'} (nni_topo.load) · report: {write_report(self.out)}"
             self.put_out(console, document["stages"], [repr(report), files])
             return 0
 
@@ -364,6 +364,6 @@ class Prune(TrainedVerb):
         table = as_table(
             f"{record['model']}, {record['pruner']}", ("", "before", "after"), prune_costs(record), text_columns=3
         )
-        files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
+        files = f"dense model: {self.out / 'dense.safetensors'} (nni_topo.load) · report: {write_report(self.out)}"
         self.put_out(console, record, [table, files])
         return 0

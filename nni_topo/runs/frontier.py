@@ -159,8 +159,8 @@ class Frontier(Mapping[float, nn.Module]):
         Parameters
         ----------
         folder : str or path-like
-            A network is named after its share, e.g. ``0.25.pt``, which :func:`nni_topo.load` reads; the others are
-            ``frontier.json`` and ``frontier.png``. Existing files are replaced.
+            A network is named after its share, e.g. ``0.25.safetensors``, which :func:`nni_topo.load` reads; the others
+            are ``frontier.json`` and ``frontier.png``. Existing files are replaced.
 
         Returns
         -------
@@ -170,7 +170,7 @@ class Frontier(Mapping[float, nn.Module]):
         place = output_folder(path_of(folder, "folder"))
         files = []
         for share, network in self.items():
-            files.append(place / f"{share:g}.pt")
+            files.append(place / f"{share:g}.safetensors")
             save(network, files[-1])
         rows = [
             {name: value if is_finite(value) or isinstance(value, bool) else None for name, value in row.items()}

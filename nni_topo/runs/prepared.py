@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nni_topo.network.attention.config import is_pretrained
-from nni_topo.network.io.checkpoint import tell_pruned_heads, why_undescribed
+from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.layers.kinds import with_transposed_weights
 from nni_topo.network.runtime.arguments import check_model
 from nni_topo.network.runtime.calibration import Calibration
@@ -134,7 +134,4 @@ def _told_by_config(network: nn.Module, is_described: bool) -> str:
     """Let a network of Transformers be as its config describes it, and return what the config can't say."""
     if is_described:
         with_transposed_weights(network)
-    if not is_pretrained(network):
-        return ""
-    tell_pruned_heads(network)
-    return why_undescribed(network)
+    return why_undescribed(network) if is_pretrained(network) else ""

@@ -47,7 +47,7 @@ def prune_checkpoint(
     device: str = "cpu",
     progress: bool | None = None,
 ) -> Record:
-    """Prune a trained model; write ``dense.pt``, ``masks.pt``, ``summary.json`` to an empty folder."""
+    """Prune a trained model; write ``dense.safetensors``, ``masks.pt``, ``summary.json`` to an empty folder."""
     out = Path(out)
     with empty_folder(out):
         choice = PrunerChoice(config.pruner, knobs=config.knobs, calibration=config.calibration)
@@ -104,7 +104,7 @@ def prune_checkpoint(
             why = found.budget.why or f"layers keep a multiple of {config.round_to} channels"
             record |= budget_facts(start, dense, found.budget, record, why)
         output_folder(out)
-        files.save(dense, out / "dense.pt")
+        files.save(dense, out / "dense.safetensors")
         write_tensors(out / "masks.pt", masks)
         write_json(out / "summary.json", record)
         return record

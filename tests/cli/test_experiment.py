@@ -46,7 +46,7 @@ def trials(tmp_path):
     for trial in SUCCEEDED:
         place = folder / trial
         place.mkdir(parents=True)
-        for name in ("dense.pt", "config_list.json", "masks.pt", "settings.json"):
+        for name in ("dense.safetensors", "config_list.json", "masks.pt", "settings.json"):
             (place / name).write_text(f"{name} of {trial}")
         (place / "metrics.json").write_text(json.dumps({"test_accuracy": 0.375, "of": trial}))
     return folder
@@ -130,7 +130,7 @@ def test_best_is_the_trial_that_the_tuner_looks_for(mode, best, manager, trials,
 def test_export_copies_the_best_trials_files_or_those_of_the_one_named(words, trial, manager, tmp_path, capsys):
     show(manager, "export", *words, "--out", str(tmp_path / "out"))
     shown = capsys.readouterr().out
-    assert (tmp_path / "out" / "dense.pt").read_text() == f"dense.pt of {trial}"
+    assert (tmp_path / "out" / "dense.safetensors").read_text() == f"dense.safetensors of {trial}"
     score, ratio = ("0.1250", "0.2500") if trial == "RVApu" else ("0.2500", "0.5000")
     assert shown.splitlines()[0].endswith(f"({trial}): score {score}, accuracy {ratio}, test_accuracy 0.3750")
     assert shown.endswith(f"dense model and config_list: {tmp_path / 'out'}\n")
@@ -206,7 +206,7 @@ def test_a_run_tells_each_trial_once_and_exports_the_best(running, manager):
         lines[7] == f"dense model and config_list: {out / 'best'} · all trials: {out} · report: {out / 'report.html'}"
     )
     assert lines[8:] == ["1 of 4 trials failed"]
-    assert (out / "best" / "dense.pt").read_text() == "dense.pt of epUED"
+    assert (out / "best" / "dense.safetensors").read_text() == "dense.safetensors of epUED"
     assert [trial["id"] for trial in json.loads((out / "trials.json").read_text())] == [*SUCCEEDED, FAILED, RUNNING]
     ((experiment, resume, everywhere),) = running.experiments
     assert experiment.port is None  # it was stopped

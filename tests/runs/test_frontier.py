@@ -78,7 +78,11 @@ def test_the_table_has_a_row_for_each_network_and_the_unpruned_one():
 def test_it_is_saved_with_its_picture_and_can_be_loaded(tmp_path):
     found = made()
     files = found.save(tmp_path / "sizes")
-    assert [path.name for path in files] == ["0.7.pt", "0.45.pt", "0.25.pt", "frontier.json", "frontier.png"]
+    assert [path.name for path in files] == [
+        *(f"{share}.safetensors" for share in (0.7, 0.45, 0.25)),
+        "frontier.json",
+        "frontier.png",
+    ]
     again = nni_topo.load(files[2], toy_model()).eval()
     assert torch.equal(again(toy_images(4)), found[0.25](toy_images(4)))
     document = json.loads(files[3].read_text())

@@ -56,7 +56,7 @@ def test_the_record_says_what_each_step_left(round_to, checkpoint, tmp_path, cap
         "seed": 3,
     }
     data = zoo.load_data("digits", limit=64)
-    dense = nni_topo.load(out / "dense.pt", small_cnn())
+    dense = nni_topo.load(out / "dense.safetensors", small_cnn())
     assert record["accuracy_before"] == zoo.evaluate(small_cnn(), data.test)
     assert record["accuracy_retrained"] == zoo.evaluate(dense, data.test)
     assert {"accuracy_oneshot", "accuracy_compensated", "accuracy_distilled"} <= set(record)
@@ -114,7 +114,11 @@ def test_coupled_layers_lose_the_same_channels_unless_the_file_says_otherwise(
     )
     assert record["prune_seconds"] > 0.0
     assert {"latency_ms", "latency_before_ms", "versions", "hardware"} <= record.keys()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dense.pt", "masks.pt", "summary.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "dense.safetensors",
+        "masks.pt",
+        "summary.json",
+    ]
     masks = torch.load(tmp_path / "out" / "masks.pt", weights_only=True)
     for name, width in record["widths"].items():
         if name.startswith("features"):

@@ -1,9 +1,8 @@
 """Save a dense model in one file without code in it, and build it again from the unpruned model.
 
-The file holds tensors, names and integers only, in PyTorch's format, which is read with ``weights_only=True``, or as
-safetensors, whose header holds a recipe in JSON: which module has which sizes. Reading a file from elsewhere runs
-nothing. What it doesn't hold is the model's forward: that comes with the model it is loaded into, whose layers are
-made smaller to fit.
+The file is one of safetensors: tensors, and in its header a recipe in JSON, which says which module has which sizes.
+Reading a file from elsewhere runs nothing. What it doesn't hold is the model's forward: that comes with the model it is
+loaded into, whose layers are made smaller to fit.
 
 A pruned model of Transformers can also be saved as a folder that loads without this package.
 """
@@ -14,48 +13,30 @@ import copy
 import hashlib
 import itertools
 import json
-import math
 import os
-import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from nni_topo._version import __version__
-from nni_topo.disk import (
-    check_free_disk,
-    disk_errors,
-    output_folder,
-    path_of,
-    read_tensors,
-    reading,
-    whole_file,
-    write_tensors,
-)
+from nni_topo.disk import check_free_disk, disk_errors, output_folder, path_of, reading, whole_file, write_safetensors
 from nni_topo.errors import ConfigError, DataError, listed, raised, shown
 from nni_topo.network.attention.config import built_by_config, is_pretrained
-from nni_topo.network.attention.heads import Attention, find_attention, resize, set_size
-from nni_topo.network.attention.unfused.own_width import FIRST, LAST, own_width_of, take_own_width
+from nni_topo.network.attention.heads import find_attention, resize, set_size
+from nni_topo.network.attention.unfused.own_width import own_width_of, take_own_width
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
 from nni_topo.network.layers.derived import fold
-from nni_topo.network.layers.integer_attributes import Place, places_of, put_sizes, sizes_of
-from nni_topo.network.layers.kinds import (
-    as_torch_layers,
-    can_follow,
-    is_transposed_linear,
-    weight_of,
-    with_linear_layers,
-)
+from nni_topo.network.layers.integer_attributes import numbers_of, put_sizes
+from nni_topo.network.layers.kinds import is_transposed_linear, with_linear_layers
 from nni_topo.network.layers.original_width import keep_original_width, response_norm
 from nni_topo.network.layers.slicing import make_channelwise
 from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwrapped
@@ -63,50 +44,29 @@ from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.inputs import model_within, tensors_of
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import drop_report, report_of
-from nni_topo.rules import ANYTHING, Rule, check_knobs, taking
+from nni_topo.rules import ANYTHING, Rule, check_knobs, checked, taking
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
-_EXTRA_STATE = "_extra_state"  # what PyTorch calls the state that a module's get_extra_state returns
-_FORMAT_VERSION = 1
-_SAFE = ".safetensors"
-_RECIPE = "nni_topo"  # its place in the header of a safetensors file
-_KINDS: dict[str, type] = {
-    "format": str,
-    "format_version": int,
-    "package_version": str,
-    "modules": dict,
-    "numbers": dict,
-    "state_dict": dict,
-    "buffers": dict,
-    "fingerprints": dict,
-    "blocks": dict,
-    "parts": dict,
-    "head_sizes": dict,
-    "own_widths": dict,
-}
-_OLDER: dict[str, Any] = {
-    key: {} for key in ("numbers", "buffers", "fingerprints", "blocks", "parts", "head_sizes", "own_widths")
-}  # of older versions
+_FORMAT_VERSION = 2
+_RECIPE = "nni_topo"  # its place in the header of a file
+_OTHER = "a dense model must be loaded into the model it was pruned from"
 
 # The attributes that say how large a module is, by the class that defines them.
-_SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
-    torch.nn.modules.conv._ConvNd: ("in_channels", "out_channels", "groups"),
-    torch.nn.Linear: ("in_features", "out_features"),
-    torch.nn.modules.batchnorm._NormBase: ("num_features",),
-    torch.nn.GroupNorm: ("num_channels", "num_groups"),
-    torch.nn.RNNBase: ("input_size", "hidden_size"),
-    torch.nn.LayerNorm: ("normalized_shape",),
-    torch.nn.RMSNorm: ("normalized_shape",),
-    torch.nn.Embedding: ("num_embeddings", "embedding_dim"),
-    torch.nn.PReLU: ("num_parameters",),
-    torch.nn.PixelShuffle: ("upscale_factor",),
+_SIZES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.modules.conv._ConvNd: ("in_channels", "out_channels", "groups"),
+    nn.Linear: ("in_features", "out_features"),
+    nn.modules.batchnorm._NormBase: ("num_features",),
+    nn.GroupNorm: ("num_channels", "num_groups"),
+    nn.RNNBase: ("input_size", "hidden_size"),
+    nn.LayerNorm: ("normalized_shape",),
+    nn.RMSNorm: ("normalized_shape",),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+    nn.PReLU: ("num_parameters",),
+    nn.PixelShuffle: ("upscale_factor",),
 }
 
 _PathLike = str | os.PathLike[str]
-
-
-_MODULE = Rule(NETWORK.words, NETWORK.holds, tell=NETWORK.tell)
 
 
 def _told(value: Any) -> str:
@@ -117,12 +77,12 @@ def _told(value: Any) -> str:
 
 _UNPRUNED = Rule(
     "the unpruned torch.nn.Module or a function without arguments that makes it",
-    lambda value: isinstance(value, torch.nn.Module) or taking().holds(value),
+    lambda value: isinstance(value, nn.Module) or taking().holds(value),
     tell=_told,
 )
 
 
-def save(dense: torch.nn.Module, path: _PathLike) -> None:
+def save(dense: nn.Module, path: _PathLike) -> None:
     """Save a dense model without pickled code, non-persistent buffers too.
 
     Parameters
@@ -131,15 +91,14 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed. Of a compiled one, or one in
         ``DataParallel`` or ``DistributedDataParallel``, the model within is saved.
     path : str or path-like
-        The file to write, whole or not at all; an existing one is replaced. One that ends in ``.safetensors`` is
-        written as safetensors, with the recipe (which module has which sizes) as JSON under ``"nni_topo"`` in its
-        metadata; any other as PyTorch does.
+        The file to write, whole or not at all; an existing one is replaced. It is written as safetensors, whatever it
+        is called, with the recipe (which module has which sizes) as JSON under ``"nni_topo"`` in its metadata.
 
     Raises
     ------
     ConfigError
         If ``dense`` is no module or is quantised, or the path ends as the files of :func:`nni_topo.export` do, in
-        ``.onnx`` or ``.pt2``, or a module's extra state is no tensor.
+        ``.onnx`` or ``.pt2``, or the model's state_dict holds more than parameters and buffers.
     SpeedupError
         If the model is still wrapped by NNI.
     DataError
@@ -151,56 +110,46 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     save_pretrained : Writes a folder that Transformers loads by itself.
     """
     place = path_of(path)
-    check_knobs("save", {"dense": dense}, {"dense": _MODULE})
+    check_knobs("save", {"dense": dense}, {"dense": NETWORK})
     if place.suffix.lower() in FORMATS:
         raise ConfigError(f"files that end in {place.suffix} are those of nni_topo.export, got it for save ({place})")
     dense = model_within(dense)
     check_unwrapped(dense)
     check_float("model that is saved", dense, "save")
-    in_state, every = dense.state_dict(keep_vars=True), named_tensors(dense)
-    modules = dict[str, dict[str, Any]]()
-    for name, module in dense.named_modules():
-        if size_names(module):
-            modules[name] = describe(module)
-    state, buffers, fingerprints = dict[str, torch.Tensor](), dict[str, torch.Tensor](), dict[str, str]()
-    for name, tensor in in_state.items():
-        if tensor is None:  # the extra state of a module that has none to keep
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise ConfigError(
-                f"the extra state of a saved model must be tensors, got {type(tensor).__name__} from get_extra_state "
-                f"({name})"
-            )
-        state[name] = tensor.detach()
-    for name, tensor in every.items():
+    tensors, state = named_tensors(dense), dense.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if name not in tensors and value is not None:
+            raise ConfigError(f"the state of a saved model must be its parameters and buffers, got more ({name})")
+    first_names, stored_as, values = dict[int, str](), dict[str, str](), dict[str, Tensor]()
+    for name, tensor in tensors.items():
         if tensor.is_meta:
             raise DataError(f"a saved model must have values, got a tensor on the meta device, without any ({name})")
-        fingerprints[name] = fingerprint(tensor)
-        if name not in in_state:
-            buffers[name] = tensor.detach()
-    document = {
+        stored_as[name] = first_names.setdefault(id(tensor), name)
+        if stored_as[name] == name:
+            # A copy, because safetensors takes no two views of one memory.
+            values[name] = tensor.detach().cpu().contiguous().clone()
+    attention = find_attention(dense)
+    own_widths = {name: own_width_of(module) for name, module in dense.named_modules()}
+    recipe = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "package_version": __version__,
-        "modules": modules,
-        "numbers": sizes_of(dense),
-        "state_dict": state,
-        "buffers": buffers,
-        "fingerprints": fingerprints,
+        "stored_as": stored_as,  # by tensor, the name under which the file has its values: shared tensors have one
+        "not_persistent": [name for name in tensors if name not in state],
+        "modules": {name: describe(module) for name, module in dense.named_modules() if size_names(module)},
+        "numbers": [[*place, number] for place, number in numbers_of(dense).items()],
+        "attention": {name: [each.query_heads, each.head_size, each.width] for name, each in attention.items()},
+        "own_widths": {name: dim for name, dim in own_widths.items() if dim is not None},
         "blocks": kept_blocks(dense),
         "parts": removed_parts(dense),
-        "head_sizes": {name: attention.head_size for name, attention in find_attention(dense).items()},
-        "own_widths": _own_widths(dense),
     }
-    if place.suffix == _SAFE:
-        with whole_file(place) as part:
-            _write_safe(document, part)
-    else:
-        write_tensors(place, document)
+    recipe["digest"] = _digest(recipe, values)
+    with whole_file(place) as part:
+        write_safetensors(part, values, {_RECIPE: json.dumps(recipe)})
 
 
-@public(path=ANYTHING, model=_UNPRUNED)
-def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]) -> torch.nn.Module:
+@checked(path=ANYTHING, model=_UNPRUNED)
+def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     """Build a saved dense model from the unpruned model.
 
     Parameters
@@ -209,7 +158,8 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
         A file written by `save`.
     model : torch.nn.Module or callable
         The original, unpruned model, whatever its weights, or a function without arguments that makes it. It isn't
-        changed. Of a compiled one, or one spread over devices, the model within counts.
+        changed. Of a compiled one, or one spread over devices, the model within counts. If what was pruned is a model
+        made by :func:`nni_topo.as_torch_layers`, it is that one.
 
     Returns
     -------
@@ -221,80 +171,101 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     Raises
     ------
     DataError
-        If the file is missing or cut short, isn't one that `save` writes, has unknown keys, or holds other values than
-        were saved.
+        If the file is missing or cut short, isn't one that `save` writes, or holds something else than was saved.
     ConfigError
         If ``model`` is neither a module nor a function that makes one, or the file doesn't fit it: other modules, other
-        types, larger sizes, modules with two names that were two modules in the dense model, or tensors on the meta
-        device of which the file has no values.
+        types, larger sizes, modules with two names that were two modules in the dense model, or parameters or buffers
+        on the meta device of which the file has no values.
 
     Examples
     --------
     >>> import tempfile
     >>> make = lambda width=3: torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Linear(width, 2))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(make(width=2), f"{folder}/dense.pt")
-    ...     load(f"{folder}/dense.pt", make)
+    ...     save(make(width=2), f"{folder}/dense.safetensors")
+    ...     load(f"{folder}/dense.safetensors", make)
     Sequential(
       (0): Linear(in_features=4, out_features=2, bias=True)
       (1): Linear(in_features=2, out_features=2, bias=True)
     )
     """
-    document = _read(path)
-    built = detached_copy(model_within(model)) if isinstance(model, torch.nn.Module) else model_within(model())
-    check_knobs("load", {"model": built}, {"model": _MODULE})
+    file = path_of(path)
+    recipe, values = _read(file)
+    built = detached_copy(model_within(model)) if isinstance(model, nn.Module) else model_within(model())
+    check_knobs("load", {"model": built}, {"model": NETWORK})
     check_unwrapped(built)
     drop_report(built)  # it is that of another network than the file's
-    _take_out(document["blocks"], built, os.fspath(path))
-    _take_out_parts(document["parts"], built, os.fspath(path))
-    transposed = {name for name, module in built.named_modules() if is_transposed_linear(module)}
-    if transposed & document["modules"].keys():
+    _take_out_missing(recipe, built, file)
+    modules: dict[str, dict[str, Any]] = recipe["modules"]
+    if any(name in modules and is_transposed_linear(module) for name, module in built.named_modules()):
         with_linear_layers(built)  # as they were when they were pruned
     for name, module in built.named_modules():
         # A layer that computes its weight became a plain one where it was cut, which has another type in the file.
-        description = document["modules"].get(name)
-        if isinstance(description, dict) and description.get("type") != type(module).__name__:
+        if name in modules and modules[name]["type"] != type(module).__name__:
             fold(module)
-    _check_fit(document, built, os.fspath(path))
-    stored = document["state_dict"] | document.get("buffers", {})
-    _give_memory(built, stored, os.fspath(path))
-    modules: dict[str, dict[str, Any]] = document["modules"]
-    unpruned_attention = find_attention(built)
+    _check_fit(recipe, values, built, file)
+
+    attention, ties = find_attention(built), find_ties(built)
     for name, description in modules.items():
-        _resize(built.get_submodule(name), description["sizes"])
-    ties = find_ties(built)
+        module, sizes = built.get_submodule(name), description["sizes"]
+        if "counted" in sizes and isinstance(module, nn.Conv1d):
+            make_channelwise(module, 1)  # the file holds the places of the kept channels
+        elif "counted" in sizes:
+            keep_original_width(module, sizes["counted"])
+        for key, size in sizes.items():
+            setattr(module, key, tuple(size) if isinstance(size, list) else size)
     untie(built, ties)
-    with torch.no_grad():
-        for name, tensor in named_tensors(built).items():
-            if name in stored:
-                tensor.data = stored[name].to(tensor.device, copy=True)
-    for name, tensor in stored.items():
-        if _is_extra_state(name):
-            built.get_submodule(name.rpartition(".")[0]).set_extra_state(tensor.clone())
-    for name, attention in unpruned_attention.items():
-        _resize_heads(built, attention, document["head_sizes"].get(name, attention.head_size), os.fspath(path))
-    put_sizes(built, _smaller(document["numbers"], built, os.fspath(path)))
-    _take_own_widths(document["own_widths"], built, os.fspath(path))
+    if any(tensor.is_meta for tensor in named_tensors(built).values()):
+        built._apply(lambda each: torch.empty_like(each, device="cpu") if each.is_meta else each)
+    stored_as, filled = recipe["stored_as"], dict[int, Tensor]()
+    for name, tensor in named_tensors(built).items():
+        if name in stored_as:
+            value = values[stored_as[name]]
+            first = filled.setdefault(id(tensor), value)
+            if first is not value and not torch.equal(first, value):
+                raise ConfigError(
+                    f"{_OTHER}, got one that shares tensors between modules that the saved model doesn't share "
+                    f"({name}, {file})"
+                )
+            tensor.data = value.to(tensor.device, copy=True)
+    for name, each in attention.items():
+        queries, size, width = recipe["attention"].get(name, (each.query_heads, each.head_size, each.width))
+        heads = each.heads * queries // each.query_heads
+        resize(built.get_submodule(name), each, heads, width)
+        if size < each.head_size:
+            set_size(built.get_submodule(name), each.head_size, size, heads)
+    known, smaller = numbers_of(built), {}
+    for name, key, path_in, number in recipe["numbers"]:
+        at = name, key, tuple(path_in)
+        if 0 < number < known.get(at, 0):  # the others count no channels
+            smaller[at] = number
+    put_sizes(built, smaller)
+    for name, dim in recipe["own_widths"].items():
+        module = built.get_submodule(name)
+        if own_width_of(module) != dim and not take_own_width(module, dim):
+            raise ConfigError(f"{_OTHER}, got one whose forward doesn't take the width of its input ({name}, {file})")
     for names in ties:
-        tie_again(built, _shared(names, stored))
-    _check_values(document.get("fingerprints", {}), stored, built, os.fspath(path))
+        shared: dict[str, list[str]] = {}
+        for name in names:
+            shared.setdefault(stored_as.get(name, name), []).append(name)
+        tie_again(built, shared.values())
     return built
 
 
-def size_names(module: torch.nn.Module) -> tuple[str, ...]:
+def size_names(module: nn.Module) -> tuple[str, ...]:
     """List the names of a module's size attributes; none for a type without."""
     names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
     return (*names, "counted") if hasattr(module, "counted") else names
 
 
-def describe(module: torch.nn.Module) -> dict[str, Any]:
+def describe(module: nn.Module) -> dict[str, Any]:
     """Return a module's type and sizes, as a file's recipe has them."""
     sizes = {name: getattr(module, name) for name in size_names(module)}
     plain = {name: list(size) if isinstance(size, tuple) else int(size) for name, size in sizes.items()}
     return {"type": type(module).__name__, "sizes": plain}
 
 
-def fingerprint(tensor: torch.Tensor) -> str:
+def fingerprint(tensor: Tensor) -> str:
     """Digest a tensor's type, shape and bits."""
     plain = tensor.detach().cpu()
     plain = (plain if plain.layout == torch.strided else plain.to_dense()).contiguous()
@@ -303,7 +274,7 @@ def fingerprint(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
+def model_fingerprint(model: nn.Module) -> str:
     """Digest the names, types, shapes and bits of a model's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in named_tensors(model).items():
@@ -311,363 +282,87 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _give_memory(built: torch.nn.Module, stored: Mapping[str, torch.Tensor], place: str) -> None:
-    """Move the tensors of a model that are on the meta device to the CPU; they get their values later.
-
-    Tied ones stay tied. ConfigError for one of which the file has no values.
-    """
-    made = dict[int, torch.Tensor]()
-    for prefix, module in built.named_modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            for own, tensor in held.items():
-                if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
-                    continue
-                name = f"{prefix}.{own}" if prefix else own
-                if name not in stored:
-                    raise ConfigError(
-                        "a file must have the values of all tensors that a model has on the meta device, got none of "
-                        f"{name}: make the model on another device ({place})"
-                    )
-                if id(tensor) not in made:
-                    empty = torch.empty_like(tensor, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                held[own] = made[id(tensor)]
+def _digest(recipe: Mapping[str, Any], values: Mapping[str, Tensor]) -> str:
+    """Digest all that a file holds."""
+    fingerprints = {name: fingerprint(value) for name, value in values.items()}
+    return hashlib.sha256(json.dumps([recipe, fingerprints], sort_keys=True).encode()).hexdigest()
 
 
-def _shared(names: list[str], stored: dict[str, torch.Tensor]) -> list[list[str]]:
-    """Split a tie into the parts that were tied in the saved model: a file keeps one tensor in one place of memory."""
-    parts: dict[Any, list[str]] = {}
-    for name in names:
-        value = stored.get(name)
-        place = None if value is None else (value.data_ptr(), value.dtype, value.shape, value.stride())
-        parts.setdefault(place, []).append(name)
-    return list(parts.values())
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the recipe and the tensors of a file, and check that they are what `save` wrote."""
+    what, written = "a dense model's file", "written by nni_topo.save"
+    if zipfile.is_zipfile(file):
+        raise DataError(f"{what} must be {written}, got one of torch.save ({file})")
+    with reading(file, what, written):
+        with safe_open(str(file), "pt") as opened:
+            recipe: dict[str, Any] = json.loads((opened.metadata() or {}).get(_RECIPE, "{}"))
+            if recipe.get("format") != _FORMAT:
+                raise DataError(f"{what} must be {written}, got other safetensors ({file})")
+            if recipe.get("format_version") != _FORMAT_VERSION:
+                found = f"{recipe.get('format_version')!r} from nni_topo {recipe.get('package_version')}"
+                raise DataError(f"{what} must have format version {_FORMAT_VERSION}, got {found} ({file})")
+            values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        if recipe.pop("digest", None) != _digest(recipe, values):
+            raise DataError(f"{what} must hold what was saved, got something else ({file})")
+    return recipe, values
 
 
-def _check_values(
-    fingerprints: dict[str, str], stored: dict[str, torch.Tensor], built: torch.nn.Module, place: str
-) -> None:
-    """Raise unless a model holds what was saved; files of older versions have no fingerprints."""
-    for name, tensor in named_tensors(built).items():
-        saved = fingerprints.get(name)
-        if saved is None or fingerprint(tensor) == saved:
-            continue
-        if fingerprint(stored[name]) != saved:
-            raise DataError(f"a dense model's file must hold what was saved, got other values ({name}, {place})")
-        raise ConfigError(
-            "a dense model must be loaded into the model it was pruned from, got one that shares tensors between "
-            f"modules that the saved model doesn't share ({name}, {place})"
-        )
-
-
-def _write_safe(document: dict[str, Any], path: _PathLike) -> None:
-    """Write the tensors as safetensors, each once, and all else as JSON into the header."""
-    tensors = document["state_dict"] | document["buffers"]
-    stored_as, values = dict[str, str](), dict[str, torch.Tensor]()
-    for names in _shared([*tensors], tensors):
-        first = names[0]
-        stored_as |= dict.fromkeys(names, first)
-        # A copy, for safetensors takes no two views of one memory.
-        values[first] = tensors[first].cpu().contiguous().clone()
-    recipe = document | {"state_dict": stored_as, "buffers": [*document["buffers"]]}
-    try:
-        save_file(values, os.fspath(path), {_RECIPE: json.dumps(recipe)})
-    except SafetensorError as error:
-        number = re.search(r"(?:os error |code: )(\d+)", str(error))  # "Os { code: 2, ... }" before 0.6
-        raise (error if number is None else OSError(int(number[1]), os.strerror(int(number[1])))) from error
-
-
-def _read_safe(path: _PathLike) -> Any:
-    """Read what `_write_safe` wrote."""
-    with safe_open(os.fspath(path), "pt") as file:
-        recipe = json.loads((file.metadata() or {}).get(_RECIPE, "null"))
-        if not isinstance(recipe, dict):
-            return None
-        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    stored_as, buffers = recipe["state_dict"], recipe["buffers"]
-    if unknown := values.keys() - {*stored_as.values()}:
-        raise DataError(f"a dense model's recipe must name every tensor, got none of {min(unknown)} ({path})")
-    tensors = {name: values[first] for name, first in stored_as.items()}
-    in_buffers = {name: tensors.pop(name) for name in buffers}
-    return recipe | {"state_dict": tensors, "buffers": in_buffers}
-
-
-def _read(path: _PathLike) -> dict[str, Any]:
-    """Read a file and check that it is one of ours."""
-    file = path_of(path)
-    place = os.fspath(file)
-    with reading(file, "a dense model's file", "written by nni_topo.save"):
-        document = _read_safe(file) if _is_safe(file) else read_tensors(file)
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        is_state = isinstance(document, dict) and all(isinstance(each, torch.Tensor) for each in document.values())
-        got = "a state_dict, which load_state_dict takes" if document and is_state else "another kind"
-        raise DataError(f"a dense model's file must be written by nni_topo.save, got {got} ({place})")
-    if document.get("format_version") != _FORMAT_VERSION:
-        raise DataError(
-            f"a dense model's file must have format version {_FORMAT_VERSION}, got "
-            f"{document.get('format_version')!r} from nni_topo {document.get('package_version')} ({place})"
-        )
-    document = _OLDER | document
-    wrong = [str(key) for key in {**_KINDS, **document} if not isinstance(document.get(key), _KINDS.get(key, ()))]
-    if wrong:
-        raise DataError(f"a dense model's file must hold {', '.join(_KINDS)}, got it wrong at {wrong[0]!r} ({place})")
-    return document
-
-
-def _is_safe(file: Path) -> bool:
-    """Tell whether a file is one of safetensors, by its content, for it may have been renamed; else by its name."""
-    with file.open("rb") as stream:
-        start = stream.read(9)
-    # PyTorch's files are zip archives; those of safetensors have JSON after the number of its bytes, of 8 bytes.
-    return start[8:] == b"{" or (file.suffix == _SAFE and not start.startswith(b"PK"))
-
-
-def _take_out(blocks: dict[str, Any], model: torch.nn.Module, place: str) -> None:
-    """Take the blocks out of a model that the file's model lacks, unless it was built without them."""
+def _take_out_missing(recipe: dict[str, Any], model: nn.Module, file: Path) -> None:
+    """Take the blocks and parts out of a model that the file's model lacks, unless it was built without them."""
     modules, missing = dict(model.named_modules()), {}
-    for name, kept in blocks.items():
-        is_list = isinstance(kept, list) and bool(kept) and all(type(each) is int and each >= 0 for each in kept)
-        if not is_list or kept != sorted(set(kept)):
-            raise DataError(f"a recipe must number blocks in ascending order, got {kept!r:.80} ({name}, {place})")
-        lists = isinstance(modules.get(name), (torch.nn.ModuleList, torch.nn.Sequential))
-        count = len(modules[name]._modules) if lists else 0
+    for name, kept in recipe["blocks"].items():
+        blocks = modules.get(name)
+        count = len(blocks) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else 0
         if count != len(kept):
             missing[name] = kept
             if kept[-1] >= count:
-                rule = "a dense model must be loaded into the model it was pruned from"
-                raise ConfigError(f"{rule}, got {count} blocks where block {kept[-1]} is kept ({name}, {place})")
+                raise ConfigError(f"{_OTHER}, got {count} blocks where block {kept[-1]} is kept ({name}, {file})")
     take_out_others(model, missing)
-
-
-def _take_out_parts(parts: dict[str, Any], model: torch.nn.Module, place: str) -> None:
-    """Take the parts out of a model's blocks that the file's model lacks."""
     modules = dict(model.named_modules())
-    for name, outputs in parts.items():
-        if type(outputs) is not int or outputs < 0:
-            raise DataError(f"a recipe must say how many outputs a part had, got {outputs!r:.80} ({name}, {place})")
+    for name, outputs in recipe["parts"].items():
         if name not in modules:
-            rule = "a dense model must be loaded into the model it was pruned from"
-            raise ConfigError(f"{rule}, got one without a part that is to be taken out ({name}, {place})")
+            raise ConfigError(f"{_OTHER}, got one without a part that is to be taken out ({name}, {file})")
         take_out_part(model, name, outputs)
 
 
-def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> None:
+def _check_fit(recipe: dict[str, Any], values: dict[str, Tensor], model: nn.Module, file: Path) -> None:
     """Raise unless the file could come from a pruned copy of the model."""
-    rule = "a dense model must be loaded into the model it was pruned from"
-    stored: dict[str, dict[str, Any]] = document["modules"]
-    _check_names(document, model, rule, place)
-    modules, tensors = _modules_described(document, model), dict(model.state_dict(keep_vars=True))
-    resizable = {*find_attention(model)}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if size_names(module):
-            resizable.add(name)
-    for name, description in stored.items():
-        kind, sizes = _checked(description, name, place)
-        known = describe(modules[name])
-        counts = "counted" in sizes and known["sizes"].keys() <= sizes.keys()
-        if kind != known["type"] and not counts:
-            raise ConfigError(f"{rule}, got {kind} where the model has {known['type']} ({name}, {place})")
-        if not counts and sizes.keys() != known["sizes"].keys():
-            raise DataError(f"a recipe must hold {', '.join(known['sizes'])}, got {', '.join(sizes)} ({name}, {place})")
-    for name, tensor in tensors.items():
-        if name.rpartition(".")[2] == _EXTRA_STATE:
-            continue
-        small, full = tuple(document["state_dict"][name].shape), tuple(tensor.shape)
-        fits = len(small) == len(full) and all(a <= b for a, b in zip(small, full, strict=True))
-        if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(name, tensor))):
-            raise ConfigError(f"{rule}, got shape {small} where the model has {full} ({name}, {place})")
-    for name, description in stored.items():
-        _check_sizes(modules[name], description["sizes"], document, name, place)
-
-
-def _check_sizes(
-    module: torch.nn.Module, sizes: dict[str, Any], document: dict[str, Any], name: str, place: str
-) -> None:
-    """Raise unless a recipe's sizes are at most those of the unpruned module and are those of the file's tensors."""
-    known = describe(module)["sizes"]
-    for key, size in sizes.items():
-        if key == "counted":
-            continue
-        before = known.get(key, size)
-        new, old = size if isinstance(size, list) else [size], before if isinstance(before, list) else [before]
-        if len(new) != len(old) or any(not min(most, 1) <= one <= most for one, most in zip(new, old, strict=True)):
-            raise ConfigError(
-                "a dense model must be loaded into the model it was pruned from, got "
-                f"{key} {size} where the model has {known.get(key)} ({name}, {place})"
-            )
-    tensors = {**document["state_dict"], **document["buffers"]}
-    stated, stated_unpruned = _stated(module, sizes), _stated(module, known)
-    for own, shape in stated.items():
-        # A user's class may hold its tensors in another way, which the model shows.
-        mine, tensor = getattr(module, own, None), tensors.get(f"{name}.{own}".lstrip("."))
-        is_usual = isinstance(mine, torch.Tensor) and mine.shape[: len(shape)] == stated_unpruned[own]
-        if is_usual and tensor is not None and tensor.shape[: len(shape)] != shape:
-            got = f"{sizes} for a {own} of shape {tuple(tensor.shape)}"
-            raise DataError(f"a recipe's sizes must be those of its tensors, got {got} ({name}, {place})")
-    if "counted" in sizes:
-        least, most = _counts(module, tensors.get(f"{name}.taps".lstrip(".")))
-        if not least <= sizes["counted"] <= most:
-            rule = f"a recipe must count {least} channels" + ("" if least == most else " or more")
-            raise DataError(f"{rule}, got {sizes['counted']} ({name}, {place})")
-
-
-def _stated(module: Any, sizes: dict[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return the first dimensions of a module's tensors, by name, if it has these sizes; NaN where no tensor fits."""
-    if isinstance(module, torch.nn.modules.conv._ConvNd):
-        groups = sizes["groups"]
-        if module.transposed:
-            return {"weight": (sizes["in_channels"], sizes["out_channels"] / groups)}
-        # Inputs and outputs are dealt out to the groups alike.
-        return {"weight": (sizes["out_channels"] // groups * groups, sizes["in_channels"] / groups)}
-    if isinstance(module, torch.nn.Linear):
-        return {"weight": (sizes["out_features"], sizes["in_features"])}
-    if isinstance(module, torch.nn.modules.batchnorm._NormBase):
-        return dict.fromkeys(("weight", "running_mean"), (sizes["num_features"],))
-    if isinstance(module, torch.nn.GroupNorm):
-        fits = sizes["num_channels"] % sizes["num_groups"] == 0
-        return {"weight": (sizes["num_channels"] if fits else math.nan,)}
-    if isinstance(module, torch.nn.RNNBase):
-        gates = module.get_parameter("weight_hh_l0").shape[0] // module.hidden_size
-        return {"weight_ih_l0": (gates * sizes["hidden_size"], sizes["input_size"])}
-    if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-        return {"weight": tuple(sizes["normalized_shape"])}
-    if isinstance(module, torch.nn.Embedding):
-        return {"weight": (sizes["num_embeddings"], sizes["embedding_dim"])}
-    if isinstance(module, torch.nn.PReLU):
-        return {"weight": (sizes["num_parameters"],)}
-    return {}
-
-
-def _counts(module: Any, taps: torch.Tensor | None) -> tuple[int, float]:
-    """Return the least and the largest original width that a module cut from this one may have in its statistics."""
-    if hasattr(module, "counted"):
-        return module.counted, module.counted
-    if isinstance(module, torch.nn.Conv1d):  # a channel-wise convolution, which doesn't know the number of channels
-        return (1 if taps is None else len(taps)), math.inf
-    if isinstance(module, torch.nn.GroupNorm):
-        return (module.num_channels // module.num_groups,) * 2
-    if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-        return (module.normalized_shape[0],) * 2
-    return (next(module.parameters()).numel(),) * 2
-
-
-def _checked(description: Any, name: str, place: str) -> tuple[str, dict[str, Any]]:
-    """Return the type and sizes that a recipe has of a module."""
-    match description:
-        case {"type": str(kind), "sizes": dict(sizes)}:
-            numbers = list[Any]()
-            for size in sizes.values():
-                numbers += size if type(size) is list else [size]
-            if all(type(number) is int and number >= 0 for number in numbers):
-                return kind, sizes
-    raise DataError(f"a recipe must give a module's type and whole sizes, got {description!r:.80} ({name}, {place})")
-
-
-def _by_keys(value: Any) -> dict[str, Any]:
-    """List numbers by the keys that lead to them, as `places_of` has them."""
-    if isinstance(value, dict):
-        return value
-    return {str(at): each for at, each in enumerate(value)} if isinstance(value, list) else {"": value}
-
-
-def _smaller(stored: dict[str, Any], model: torch.nn.Module, place: str) -> dict[Place, int]:
-    """List the numbers in attributes that are smaller than in the unpruned model; the others say no size."""
-    found: dict[Place, int] = {}
-    known, places = sizes_of(model), places_of(model)
-    for name, value in stored.items():
-        new, old = _by_keys(value), _by_keys(known.get(name, []))
-        if any(type(each) is not int for each in new.values()):
-            raise DataError(f"a recipe must hold whole numbers, got {value!r:.80} ({name}, {place})")
-        if type(value) is type(known.get(name)) and new.keys() == old.keys():
-            found |= {places[name][keys]: size for keys, size in new.items() if 0 < size < old[keys]}
-    return found
-
-
-def _modules_described(document: dict[str, Any], model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return the modules of a model that a recipe has to describe, by name."""
-    # A response norm has a size only where it was pruned.
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if size_names(module) or (name in document["modules"] and response_norm(module))
-    }
-
-
-def _check_names(document: dict[str, Any], model: torch.nn.Module, rule: str, place: str) -> None:
-    """Raise unless a file has the modules and tensors of a model."""
-    problem = _name_problem(document, model)
-    if problem:
-        fits_plain = not _name_problem(document, as_torch_layers(model))
-        hint = ": the file fits nni_topo.as_torch_layers(model)" if fits_plain else ""
-        raise ConfigError(f"{rule}, got {problem}{hint} ({place})")
-
-
-def _is_extra_state(name: str) -> bool:
-    return name.rpartition(".")[2] == _EXTRA_STATE
-
-
-def _name_problem(document: dict[str, Any], model: torch.nn.Module) -> str:
-    """Say which modules or tensors a file has and a model lacks, or the other way round; "" if none."""
-    of_file = document["modules"], document["state_dict"]
-    of_model = _modules_described(document, model), model.state_dict(keep_vars=True)
-    for kind, stored, known in zip(("modules", "tensors"), of_file, of_model, strict=True):
+    modules: dict[str, dict[str, Any]] = recipe["modules"]
+    described = {}
+    for name, module in model.named_modules():
+        # A response norm has a size only where it was pruned.
+        if size_names(module) or (name in modules and response_norm(module)):
+            described[name] = describe(module)
+    tensors, state = named_tensors(model), model.state_dict(keep_vars=True)
+    stored = {name: values[first] for name, first in recipe["stored_as"].items()}
+    persistent = stored.keys() - set(recipe["not_persistent"])
+    for kind, of_file, of_model in (
+        ("modules", modules.keys(), described.keys()),
+        ("tensors", persistent, tensors.keys() & state.keys()),
+    ):
         for problem, names in (
-            ("missing in the model", stored.keys() - known.keys()),
-            # A module that had no extra state when the file was written may have some by now.
-            ("missing in the file", {name for name in known.keys() - stored.keys() if not _is_extra_state(name)}),
+            ("missing in the model", of_file - of_model),
+            ("missing in the file", of_model - of_file),
         ):
             if names:
-                return f"{kind} {problem}: {listed(sorted(names))}"
-    return ""
-
-
-def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place: str) -> None:
-    """Set the number of heads of attention and the size of each; its layers are cut already."""
-    layer, channels = next(iter(attention.channels.items()))
-    module, full_size = model.get_submodule(attention.name), attention.head_size
-    if type(size) is not int or not 0 < size <= full_size:
-        raise DataError(f"a head must have 1 to {full_size} channels, got {size!r:.80} ({attention.name}, {place})")
-    weight = weight_of(model.get_submodule(layer))
-    # Rows by the sizes of a head: those of one head, and those that all heads share, which stay.
-    of_head = channels.shape[1] // full_size
-    of_all = sum(rows.size // full_size for rows in attention.shared.get(layer, ()))
-    heads = (len(weight) // size - of_all) // of_head
-    resize(module, attention, heads, weight.shape[1])
-    if size < full_size:
-        set_size(module, full_size, size, heads)
-
-
-def _own_widths(model: torch.nn.Module) -> dict[str, int]:
-    """Return the modules whose forward no longer takes the width of its input, by name with the dimension."""
-    found = dict[str, int]()
-    for name, module in model.named_modules():
-        dim = own_width_of(module)
-        if dim is not None:
-            found[name] = dim
-    return found
-
-
-def _take_own_widths(stored: dict[str, Any], model: torch.nn.Module, place: str) -> None:
-    """Let the forwards of some modules take no width from their input."""
-    modules = dict(model.named_modules())
-    for name, dim in stored.items():
-        if dim not in (FIRST, LAST):
-            raise DataError(f"a recipe must say {LAST} or {FIRST} of a width, got {dim!r:.80} ({name}, {place})")
-        if name not in modules or not (own_width_of(modules[name]) == dim or take_own_width(modules[name], dim)):
-            rule = "a dense model must be loaded into the model it was pruned from"
-            raise ConfigError(f"{rule}, got one without a forward that takes the width of its input ({name}, {place})")
-
-
-def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
-    if "counted" in sizes and isinstance(module, torch.nn.Conv1d):
-        make_channelwise(module, 1)  # the file holds the places of the kept channels
-        module.counted = sizes["counted"]
-    elif "counted" in sizes:
-        keep_original_width(module, sizes["counted"])
-    for name in size_names(module):
-        size = sizes[name]
-        setattr(module, name, tuple(size) if isinstance(size, list) else size)
+                raise ConfigError(f"{_OTHER}, got {kind} {problem}: {listed(sorted(names))} ({file})")
+    for name, description in modules.items():
+        kind, sizes, known = description["type"], description["sizes"], described[name]["sizes"]
+        if "counted" not in sizes and kind != described[name]["type"]:
+            raise ConfigError(f"{_OTHER}, got {kind} where the model has {described[name]['type']} ({name}, {file})")
+        for key in sizes.keys() & known.keys() - {"counted"}:
+            if sizes[key] > known[key]:
+                raise ConfigError(f"{_OTHER}, got {key} {sizes[key]} where the model has {known[key]} ({name}, {file})")
+    for name in sorted(persistent):
+        small, full = tuple(stored[name].shape), tuple(tensors[name].shape)
+        if len(small) != len(full) or any(one > most for one, most in zip(small, full, strict=True)):
+            raise ConfigError(f"{_OTHER}, got shape {small} where the model has {full} ({name}, {file})")
+    for name, tensor in tensors.items():
+        if tensor.is_meta and name not in stored:
+            raise ConfigError(
+                "a file must have the values of all tensors that a model has on the meta device, got none of "
+                f"{name}: make the model on another device ({file})"
+            )
 
 
 @public(folder=ANYTHING)
@@ -709,14 +404,11 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
             f"a model must be one of Transformers, with adapters merged, got {name}; nni_topo.save takes any "
             "(save_pretrained)"
         )
-    described = _described(dense)
-    if described.why:
+    if why := why_undescribed(dense):  # it changes the config of the copy of the model that this function works on
         raise ConfigError(
-            f"from_pretrained must be able to build the model by its config, {described.why}; nni_topo.save and "
-            f"nni_topo.load take it ({described.place}{name})"
+            f"from_pretrained must be able to build the model by its config, {why}; nni_topo.save and nni_topo.load "
+            f"take it ({name})"
         )
-    if described.pruned_heads != (getattr(dense.config, "pruned_heads", None) or {}):
-        dense.config.pruned_heads = described.pruned_heads  # put back at the end, as all of the model
     place = output_folder(place)
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
         dense.save_pretrained(beside)
@@ -730,39 +422,20 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
                 file.replace(part)
 
 
-@dataclass(frozen=True)
-class _Described:
-    """Whether a model of Transformers can be built by its config."""
+def why_undescribed(dense: Any) -> str:
+    """Return what the config of a model of Transformers can't say of it, with the place; empty if it says everything.
 
-    why: str = ""  # what its config can't say; empty where it says everything
-    place: str = ""  # the module that it can't say it of, with a comma
-    pruned_heads: dict[int, list[int]] = field(default_factory=dict)  # what Transformers 4 has to be told beside it
-
-
-def why_undescribed(model: Any) -> str:
-    """Return what the config of a model of Transformers can't say of it; empty where `save_pretrained` takes it."""
-    found = _described(model)
-    place = f" ({found.place.removesuffix(', ')})" if found.place else ""
-    return found.why + place
-
-
-def tell_pruned_heads(model: Any) -> None:
-    """Let the config of a pruned model name the heads that it lost, if that describes it: its own `save_pretrained`."""
-    found = _described(model)
-    if found.pruned_heads and not found.why:
-        model.config.pruned_heads = found.pruned_heads
-
-
-def _described(dense: Any) -> _Described:
+    The config of a model that lost heads then names them, which Transformers 4 reads.
+    """
     if parts := removed_parts(dense):
-        return _Described("which has all parts in each block, got a model without some", f"{min(parts)}, ")
+        return f"which has all parts in each block, got a model without some ({min(parts)})"
     config = copy.deepcopy(dense.config)
     known = dict(getattr(config, "pruned_heads", None) or {})
     config.pruned_heads = {}
     try:
         plain = built_by_config(dense, config)
     except Exception as error:  # each constructor has errors of its own
-        return _Described(f"by which its class can't be built: {raised(error)}")
+        return f"by which its class can't be built: {raised(error)}"
     _leave_out(plain, dense)
     got = _structure(dense)
     # What a model was loaded with comes first: Transformers knows heads that this package doesn't.
@@ -777,20 +450,20 @@ def _described(dense: Any) -> _Described:
     if different:
         first = different[0]
         before, after = find_attention(built).get(first), find_attention(dense).get(first)
-        fewer = before is not None and after is not None and after.heads < before.heads
         why = "which has one width for all blocks"
-        if fewer and not heads:
+        if before is not None and after is not None and after.heads < before.heads and not heads:
             why += f" (Transformers {version('transformers')} prunes no heads of this class)"
-        return _Described(f"{why}, got {got.get(first)} where the config makes {wanted.get(first)}", f"{first}, ")
+        return f"{why}, got {got.get(first)} where the config makes {wanted.get(first)} ({first})"
     try:
         # Transformers 5 also does so when it writes and reads a config.
         validate = getattr(dense.config, "validate", None)
         if callable(validate):
             validate()
     except Exception as error:
-        told = f"Transformers {version('transformers')} refuses: {' '.join(str(error).split())}"
-        return _Described(f"which {told}")
-    return _Described(pruned_heads=heads)
+        return f"which Transformers {version('transformers')} refuses: {' '.join(str(error).split())}"
+    if heads != known:
+        dense.config.pruned_heads = heads
+    return ""
 
 
 def _leave_out(plain: torch.nn.Module, dense: torch.nn.Module) -> None:

@@ -101,31 +101,13 @@ def _stored(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
                 yield module, name, f"{key}.info", inside
 
 
-def sizes_of(model: nn.Module) -> dict[str, Any]:
-    """List the numbers that attributes of a model's own modules hold, by full name: int or list of int.
-
-    Of a dict, or of lists within lists, it is a dict of int by the keys that lead to each, joined by slashes.
-    """
-    sizes: dict[str, Any] = {}
+def numbers_of(model: nn.Module) -> dict[Place, int]:
+    """List the numbers that attributes of a model's own modules hold, by place."""
+    numbers = dict[Place, int]()
     for _, name, key, value in _stored(model):
-        full_name = f"{name}.{key}".lstrip(".")
-        if type(value) is int:
-            sizes[full_name] = value
-        elif type(value) in (list, tuple) and all(type(each) is int for each in value):
-            sizes[full_name] = list(value)
-        else:
-            sizes[full_name] = {"/".join(map(str, path)): each for path, each in (numbers_in(value) or {}).items()}
-    return sizes
-
-
-def places_of(model: nn.Module) -> dict[str, dict[str, Place]]:
-    """List where the numbers of `sizes_of` are: by full name, by the keys that lead to each, joined by slashes."""
-    places: dict[str, dict[str, Place]] = {}
-    for _, name, key, value in _stored(model):
-        inside = places[f"{name}.{key}".lstrip(".")] = {}
-        for path in numbers_in(value) or {}:
-            inside["/".join(map(str, path))] = name, key, path
-    return places
+        for path, number in (numbers_in(value) or {}).items():
+            numbers[name, key, path] = number
+    return numbers
 
 
 def number_at(model: nn.Module, place: Place) -> int | None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -17,13 +16,11 @@ from torch import nn
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.io.checkpoint import (
     RemovedPart,
-    describe,
     fingerprint,
     kept_blocks,
     load,
     removed_parts,
     save,
-    size_names,
     take_out,
     take_out_others,
     take_out_part,
@@ -68,10 +65,10 @@ def small():
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=["dense.pt", "dense.safetensors"])
-def path(request, tmp_path):
-    """A file of each format."""
-    return tmp_path / request.param
+@pytest.fixture
+def path(tmp_path):
+    """A file to write."""
+    return tmp_path / "dense.safetensors"
 
 
 @pytest.mark.parametrize("original", [make(), make])
@@ -115,14 +112,14 @@ def test_what_to_dense_makes_comes_back_and_trains(path):
 
 
 def test_the_model_given_stays_as_it_was(tmp_path):
-    save(small(), tmp_path / "dense.pt")
+    save(small(), tmp_path / "dense.safetensors")
     model = make().eval()
     before = copy.deepcopy(model.state_dict())
-    built = load(tmp_path / "dense.pt", model)
+    built = load(tmp_path / "dense.safetensors", model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model[0].out_channels == 8
     assert not built.training
-    assert load(tmp_path / "dense.pt", model.train()).training
+    assert load(tmp_path / "dense.safetensors", model.train()).training
 
 
 def test_ties_frozen_parameters_and_precision_stay(path):
@@ -139,13 +136,6 @@ def test_ties_frozen_parameters_and_precision_stay(path):
     assert not built[0].weight.requires_grad
     assert built[0].weight.dtype == torch.float16
     assert built[0].embedding_dim == 3
-
-
-def of_an_older_version(path):
-    """Rewrite a file as it was before fingerprints and numbers."""
-    document = torch.load(path, weights_only=True)
-    del document["fingerprints"], document["buffers"], document["numbers"]
-    torch.save(document, path)
 
 
 @pytest.mark.parametrize("as_function", [True, False])
@@ -180,7 +170,7 @@ def test_tensors_on_the_meta_device_that_no_file_has_are_named(path):
     save(small(), path)
     with torch.device("meta"):
         model = make()
-        model[4].steps = torch.arange(8)
+        model[4].register_buffer("steps", torch.arange(8), persistent=False)
     with pytest.raises(ConfigError, match=r"got none of 4\.steps: make the model on another device \(.*dense.*\)"):
         load(path, model)
 
@@ -193,15 +183,12 @@ def test_a_model_without_values_is_not_saved(path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_ties_of_the_model_hold_where_the_dense_model_has_them(tmp_path, older):
+def test_ties_of_the_model_hold_where_the_dense_model_has_them(tmp_path):
     for dense in (TiedConvolutions(), untied(TiedConvolutions())):
         with torch.no_grad():
             dense.two.weight.mul_(2)
-        save(dense, tmp_path / "dense.pt")
-        if older:
-            of_an_older_version(tmp_path / "dense.pt")
-        built = load(tmp_path / "dense.pt", TiedConvolutions)
+        save(dense, tmp_path / "dense.safetensors")
+        built = load(tmp_path / "dense.safetensors", TiedConvolutions)
         assert torch.equal(built(IMAGES), dense(IMAGES))
         assert (built.two.weight is built.one.weight) == (dense.two.weight is dense.one.weight)
         assert (built.two.bias is built.one.bias) == (dense.two.bias is dense.one.bias)
@@ -224,11 +211,8 @@ def test_buffers_that_no_state_dict_holds_come_back(tmp_path):
     dense = LanguageModel()
     dense.rotation.frequencies.mul_(1.5)
     tokens = torch.arange(10).view(2, 5)
-    save(dense, tmp_path / "dense.pt")
-    assert torch.equal(load(tmp_path / "dense.pt", LanguageModel)(tokens), dense(tokens))
-    of_an_older_version(tmp_path / "dense.pt")
-    built = load(tmp_path / "dense.pt", LanguageModel)
-    assert torch.equal(built.rotation.frequencies, LanguageModel().rotation.frequencies)
+    save(dense, tmp_path / "dense.safetensors")
+    assert torch.equal(load(tmp_path / "dense.safetensors", LanguageModel)(tokens), dense(tokens))
 
 
 def test_buffers_in_two_places_that_no_state_dict_holds(path):
@@ -263,17 +247,8 @@ class Twice(nn.Module):
 
 def test_a_model_that_shares_what_the_dense_model_does_not_is_refused(path):
     save(Twice(shared=False), path)
-    with pytest.raises(ConfigError, match=r"shares tensors between modules .*one.weight, .*dense\."):
+    with pytest.raises(ConfigError, match=r"shares tensors between modules .*two.weight, .*dense\."):
         load(path, Twice(shared=True))
-
-
-def test_a_file_of_other_values_is_refused(tmp_path):
-    save(small(), tmp_path / "dense.pt")
-    document = torch.load(tmp_path / "dense.pt", weights_only=True)
-    document["state_dict"]["0.weight"][0, 0, 0, 0] += 1e-3
-    torch.save(document, tmp_path / "dense.pt")
-    with pytest.raises(DataError, match=r"must hold what was saved, got other values \(0.weight, .*dense.pt"):
-        load(tmp_path / "dense.pt", make)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -287,16 +262,6 @@ def test_every_type_has_a_fingerprint(path, dtype):
     assert torch.equal(built.turned, dense.turned)
 
 
-def test_the_file_holds_nothing_but_plain_data(tmp_path):
-    save(small(), tmp_path / "dense.pt")
-    document = torch.load(tmp_path / "dense.pt", weights_only=True)
-    assert sorted(document["fingerprints"]) == sorted(document["state_dict"])
-    assert document["modules"]["0"] == {
-        "type": "Conv2d",
-        "sizes": {"in_channels": 3, "out_channels": 6, "groups": 1},
-    }
-
-
 class Unpickled:
     """Pickles as a call that would leave a trace."""
 
@@ -306,32 +271,31 @@ class Unpickled:
         return setattr, (Unpickled, "ran", True)
 
 
-def test_code_in_a_file_is_refused_and_not_run(tmp_path):
-    torch.save({"format": Unpickled()}, tmp_path / "evil.pt")
-    with pytest.raises(DataError, match=r"written by nni_topo.save.*evil.pt"):
-        load(tmp_path / "evil.pt", make)
+def test_code_in_a_file_is_refused_and_not_run(path):
+    for zipped in (True, False):
+        torch.save({"format": Unpickled()}, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(DataError, match=r"written by nni_topo.save.*dense\.safetensors"):
+            load(path, make)
     assert not Unpickled.ran
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not a model at all", "written by nni_topo.save"),
-        ({"weight": torch.ones(2)}, "got a state_dict, which load_state_dict takes"),
-        ({"weight": torch.ones(2), "epoch": 3}, "got another kind"),
-        (torch.nn.Linear(2, 2), r"got: it holds objects of classes, as torch\.save\(model\) writes them"),
-        ([torch.ones(2)], "got another kind"),
-        ({"format": "nni-topo dense model", "format_version": 99}, "format version 1, got 99"),
-    ],
-)
-def test_other_files_are_refused(tmp_path, content, message):
-    path = tmp_path / "other.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    with pytest.raises(DataError, match=message):
+def test_other_files_are_refused(path):
+    path.write_bytes(b"not a model at all")
+    with pytest.raises(DataError, match=r"must be a whole file written by nni_topo\.save"):
         load(path, make)
+    for content in (make().state_dict(), make()):
+        torch.save(content, path)
+        with pytest.raises(DataError, match=r"written by nni_topo\.save, got one of torch\.save \(.*dense\."):
+            load(path, make)
+    save_file({"0.weight": torch.ones(2)}, path)
+    with pytest.raises(DataError, match=r"written by nni_topo\.save, got other safetensors \(.*dense\.safetensors"):
+        load(path, make)
+
+
+def test_the_file_is_read_by_others(path):
+    dense = small()
+    save(dense, path)
+    assert load_file(path).keys() == dense.state_dict().keys()
 
 
 def test_a_file_that_is_cut_short_or_missing_is_refused(path):
@@ -346,34 +310,27 @@ def test_a_file_that_is_cut_short_or_missing_is_refused(path):
         save(small(), path.parent / "no" / "folder" / path.name)
 
 
-def with_recipe(path, change):
-    """Save the small model with another recipe."""
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda recipe, _: recipe.update(format_version=99), "format version 2, got 99 from nni_topo"),
+        (lambda recipe, _: recipe.update(hidden=1), "hold what was saved"),
+        (lambda recipe, _: recipe.update(blocks={"": [0]}), "hold what was saved"),
+        (lambda recipe, _: recipe["modules"]["0"]["sizes"].update(out_channels=5), "hold what was saved"),
+        (lambda recipe, _: recipe.pop("digest"), "hold what was saved"),
+        (lambda _, tensors: tensors.update(more=torch.ones(1)), "hold what was saved"),
+        (lambda _, tensors: tensors["0.weight"][0, 0, 0, 0].add_(1e-3), "hold what was saved"),
+    ],
+)
+def test_a_file_that_was_changed_is_refused(path, change, message):
     save(small(), path)
     with safe_open(path, "pt") as file:
         recipe = json.loads(file.metadata()["nni_topo"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     change(recipe, tensors)
     save_file(tensors, path, {"nni_topo": json.dumps(recipe)})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda recipe, _: recipe.update(hidden=1), r"got it wrong at 'hidden'"),
-        (lambda recipe, _: recipe.pop("modules"), r"got it wrong at 'modules'"),
-        (lambda recipe, _: recipe.update(blocks={"": [1, 0]}), r"number blocks in ascending order, got \[1, 0\]"),
-        (lambda recipe, _: recipe.pop("state_dict"), r"written by nni_topo.save, got \d+ bytes that lead to KeyError"),
-        (lambda recipe, _: recipe["modules"].update({"0": "Conv2d"}), r"type and whole sizes, got 'Conv2d' \(0,"),
-        (lambda recipe, _: recipe["modules"]["0"]["sizes"].update(groups=-1), r"whole sizes, got .*-1.* \(0,"),
-        (lambda recipe, _: recipe["modules"]["0"]["sizes"].pop("groups"), r"in_channels, out_channels, groups, got"),
-        (lambda _, tensors: tensors.update(more=torch.ones(1)), "name every tensor, got none of more"),
-        (lambda _, tensors: tensors["0.weight"].add_(1), r"must hold what was saved, got other values \(0.weight"),
-    ],
-)
-def test_another_recipe_is_refused(tmp_path, change, message):
-    with_recipe(tmp_path / "dense.safetensors", change)
-    with pytest.raises(DataError, match=message):
-        load(tmp_path / "dense.safetensors", make)
+    with pytest.raises(DataError, match=rf"{message}.*dense\.safetensors"):
+        load(path, make)
 
 
 class Everything(nn.Module):
@@ -392,52 +349,13 @@ class Everything(nn.Module):
         keep_original_width(self.mean, 4)
 
 
-SIZES = [
-    (name, key)
-    for name, module in Everything().named_modules()
-    for key in (describe(module)["sizes"] if size_names(module) else ())
-]
-
-
-@pytest.mark.quick_every(4)
-@pytest.mark.parametrize(
-    ("name", "key", "value"),
-    [*((name, key, "one more") for name, key in SIZES), *(("body.0", "out_channels", each) for each in (0, 10**30))],
-)
-def test_sizes_that_are_not_those_of_the_tensors_are_refused(tmp_path, name, key, value):
-    path = tmp_path / "dense.safetensors"
-    save(Everything(), path)
-    load(path, Everything)
-    with safe_open(path, "pt") as file:
-        recipe = json.loads(file.metadata()["nni_topo"])
-        tensors = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118 - it is no mapping
-    sizes = recipe["modules"][name]["sizes"]
-    size = sizes[key][0] if isinstance(sizes[key], list) else sizes[key]
-    new = size + 1 if value == "one more" else value
-    sizes[key] = [new] if isinstance(sizes[key], list) else new
-    save_file(tensors, path, {"nni_topo": json.dumps(recipe)})
-    with pytest.raises((ConfigError, DataError), match=rf"got .*{re.escape(name)}.*dense\.safetensors"):
-        load(path, Everything)
-
-
-@pytest.mark.parametrize(("name", "key", "value"), [("body.0", "out_channels", 5), ("body.5", "groups", 1)])
-def test_sizes_that_are_smaller_than_the_tensors_are_refused(tmp_path, name, key, value):
-    save(Everything(), tmp_path / "dense.pt")
-    document = torch.load(tmp_path / "dense.pt", weights_only=True)
-    document["modules"][name]["sizes"][key] = value
-    torch.save(document, tmp_path / "dense.pt")
-    with pytest.raises(DataError, match=rf"sizes must be those of its tensors, got .*{value}.* \({name}"):
-        load(tmp_path / "dense.pt", Everything)
-
-
-def test_safetensors_of_others_are_refused_and_ours_are_read_by_others(tmp_path):
-    path = tmp_path / "dense.safetensors"
-    dense = small()
-    save_file({"0.weight": torch.ones(2)}, path)
-    with pytest.raises(DataError, match="got another kind"):
-        load(path, make)
+def test_modules_of_each_kind_come_back(path):
+    dense = Everything()
     save(dense, path)
-    assert load_file(path).keys() == dense.state_dict().keys()
+    built = load(path, Everything)
+    assert repr(built) == repr(dense)
+    assert all(torch.equal(value, dense.state_dict()[key]) for key, value in built.state_dict().items())
+    assert torch.equal(built.along.taps, dense.along.taps)
 
 
 @pytest.mark.parametrize(
@@ -446,33 +364,30 @@ def test_safetensors_of_others_are_refused_and_ours_are_read_by_others(tmp_path)
         (lambda: make()[:-1], "modules missing in the model: 10 "),
         (lambda: make().append(nn.Linear(4, 4)), "modules missing in the file: 11 "),
         (lambda: make()[:3], r"modules missing in the model: 10, 3, 4, 5 and 2 more \("),
-        (lambda: make(width=4), r"got shape \(6, 3, 3, 3\) where the model has \(4, 3, 3, 3\) \(0.weight"),
+        (lambda: make(width=4), r"got out_channels 6 where the model has 4 \(0, "),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 1), *make()[1:]),
+            r"got shape \(6, 3, 3, 3\) where .*\(8, 3, 1, 1\) \(0",
+        ),
+        (lambda: make(groups=1), r"got groups 2 where the model has 1 \(5, "),
         (lambda: nn.Sequential(nn.Linear(3, 8), *make()[1:]), "got Conv2d where the model has Linear"),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), *make()[1:]), "tensors missing in the model: 0.bias"),
     ],
 )
 def test_another_model_is_refused_with_the_place(tmp_path, model, message):
-    save(small(), tmp_path / "dense.pt")
+    save(small(), tmp_path / "dense.safetensors")
     with pytest.raises(ConfigError, match=message):
-        load(tmp_path / "dense.pt", model)
+        load(tmp_path / "dense.safetensors", model)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize(
-    "computed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm]
-)
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-def test_a_model_with_computed_weights_is_told_what_the_file_fits(tmp_path, computed, device):
-    path = tmp_path / "dense.pt"
+@pytest.mark.parametrize("computed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_what_was_pruned_as_torch_layers_is_loaded_into_these(path, computed):
     save(small(), path)
-    with torch.device(device):
-        model = make()
-        computed(model[0])
-    message = r"missing in the model: 0\.weight: the file fits nni_topo\.as_torch_layers\(model\) "
-    with pytest.raises(ConfigError, match=message):
+    model = make()
+    computed(model[0])
+    with pytest.raises(ConfigError, match=r"missing in the model: 0\.weight"):
         load(path, model)
-    if device == "cpu":
-        assert load(path, as_torch_layers(model))[0].out_channels == 6
+    assert load(path, as_torch_layers(model))[0].out_channels == 6
 
 
 @pytest.mark.parametrize(
@@ -485,23 +400,15 @@ def test_a_model_with_computed_weights_is_told_what_the_file_fits(tmp_path, comp
     ],
 )
 def test_what_is_neither_a_model_nor_makes_one_is_refused(tmp_path, model, message):
-    save(small(), tmp_path / "dense.pt")
+    save(small(), tmp_path / "dense.safetensors")
     with pytest.raises(ConfigError, match=message):
-        load(tmp_path / "dense.pt", model)
+        load(tmp_path / "dense.safetensors", model)
 
 
 def test_values_alone_are_not_saved(path):
     with pytest.raises(ConfigError, match=r"dense must be a torch\.nn\.Module, got .*load_state_dict \(save\)"):
         save(small().state_dict(), path)
     assert not path.exists()
-
-
-def test_another_model_is_not_told_that_the_file_fits_its_plain_layers(path):
-    save(small(), path)
-    model = make().append(nn.Linear(4, 4))
-    nn.utils.parametrizations.weight_norm(model[0])
-    with pytest.raises(ConfigError, match=r"modules missing in the file: 11 \("):
-        load(path, model)
 
 
 class Scaled(nn.Module):
@@ -530,7 +437,7 @@ def test_a_wrapped_model_is_refused(tmp_path):
     pruner = L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
     pruner.compress()
     with pytest.raises(SpeedupError, match="unwrap_model"):
-        save(model, tmp_path / "dense.pt")
+        save(model, tmp_path / "dense.safetensors")
 
 
 def vit():
@@ -546,48 +453,32 @@ def test_a_removed_part_adds_nothing_in_the_form_of_what_it_stands_for():
     assert others == [None, None]
 
 
-@pytest.mark.parametrize("ending", ["pt", "safetensors"])
-def test_a_model_without_parts_is_read_again(ending, tmp_path):
+def test_a_model_without_parts_is_read_again(path):
     model, images = vit(), torch.randn(3, 1, 8, 8)
     take_out_part(model, "blocks.1.attention", 0)
     take_out_part(model, "blocks.3.mlp", 0)
     assert removed_parts(model) == {"blocks.1.attention": 0, "blocks.3.mlp": 0}
     assert not model.blocks[1].attention.training
-    save(model, tmp_path / f"small.{ending}")
+    save(model, path)
     # The unpruned model will do, and the one without the parts.
     for base in (vit(), model):
-        assert torch.equal(load(tmp_path / f"small.{ending}", base)(images), model(images))
+        assert torch.equal(load(path, base)(images), model(images))
+    shallow = vit()
+    del shallow.blocks[3:]
+    with pytest.raises(ConfigError, match=r"without a part .* taken out \(blocks\.3\.mlp, .*dense\.safetensors"):
+        load(path, shallow)
 
 
-@pytest.fixture(scope="module")
-def vit_and_recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vit") / "small.pt"
-    model = vit()
+def test_a_model_with_fewer_blocks_than_the_unpruned_one_is_refused(path):
+    model, images = vit(), torch.randn(3, 1, 8, 8)
+    take_out(model, "blocks", 1, 2)
     save(model, path)
-    return model, torch.load(path, weights_only=True)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "error", "message"),
-    [
-        ("blocks", {"blocks": [0, 9]}, ConfigError, r"got \d blocks where block 9 is kept \(blocks,"),
-        ("blocks", {"head": [0]}, ConfigError, r"got 0 blocks where block 0 is kept \(head,"),
-        ("blocks", {"blocks": [0, 0]}, DataError, r"number blocks in ascending order, got \[0, 0\] \(blocks,"),
-        ("blocks", {"blocks": [0, True]}, DataError, r"number blocks in ascending order, got \[0, True\] \(blocks,"),
-        ("head_sizes", {"blocks.0.attention": 99}, DataError, r"a head must have 1 to \d+ channels, got 99 \(blocks"),
-        ("head_sizes", {"blocks.0.attention": "1"}, DataError, r"channels, got '1' \(blocks\.0\.attention"),
-        ("own_widths", {"blocks.0": "all"}, DataError, r"of a width, got 'all' \(blocks\.0,"),
-        ("own_widths", {"blocks.9": -1}, (ConfigError, DataError), r"of a width|width of its input \(blocks\.9,"),
-        ("numbers", {"blocks": [1, 2.5]}, DataError, r"must hold whole numbers, got \[1, 2\.5\] \(blocks,"),
-        ("parts", {"blocks.9.attention": 0}, ConfigError, r"without a part .* taken out \(blocks\.9\.attention"),
-        ("parts", {"blocks.0.mlp": True}, DataError, r"how many outputs a part had, got True \(blocks\.0\.mlp"),
-    ],
-)
-def test_what_a_recipe_says_besides_sizes_is_checked(key, value, error, message, vit_and_recipe, tmp_path):
-    model, document = vit_and_recipe
-    torch.save({**document, key: value}, tmp_path / "small.pt")
-    with pytest.raises(error, match=message):
-        load(tmp_path / "small.pt", model)
+    for base in (vit(), model):
+        assert torch.equal(load(path, base)(images), model(images))
+    shallow = vit()
+    take_out(shallow, "blocks", 0, 3)
+    with pytest.raises(ConfigError, match=r"got \d blocks where block \d is kept \(blocks, .*dense\.safetensors"):
+        load(path, shallow)
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "net.PT2"])
@@ -665,17 +556,10 @@ def test_a_norm_counts_as_many_channels_as_the_one_it_was_made_of(name, tmp_path
     mask[gone] = 0
     dense = to_dense(model, rows, {"0": {"weight": mask}})
     assert dense[1].counted == counted
-    save(dense, tmp_path / "dense.pt")
-    loaded = load(tmp_path / "dense.pt", model)
+    save(dense, tmp_path / "dense.safetensors")
+    loaded = load(tmp_path / "dense.safetensors", model)
     assert loaded[1].counted == counted
     assert torch.equal(loaded(rows), dense(rows))
-    document = torch.load(tmp_path / "dense.pt", weights_only=True)
-    for wrong in (counted - 1, counted + 1):
-        document["modules"]["1"]["sizes"]["counted"] = wrong
-        torch.save(document, tmp_path / "wrong.pt")
-        for original in (model, dense):
-            with pytest.raises(DataError, match=rf"must count {counted} channels, got {wrong} \(1,"):
-                load(tmp_path / "wrong.pt", original)
 
 
 def test_heads_of_one_channel_come_back(tmp_path):
@@ -688,8 +572,8 @@ def test_heads_of_one_channel_come_back(tmp_path):
     dense = to_dense(model, inputs, masks)
     (attention,) = find_attention(dense).values()
     assert (attention.heads, attention.head_size) == (4, 1)
-    save(dense, tmp_path / "dense.pt")
-    assert torch.equal(load(tmp_path / "dense.pt", model)(inputs), dense(inputs))
+    save(dense, tmp_path / "dense.safetensors")
+    assert torch.equal(load(tmp_path / "dense.safetensors", model)(inputs), dense(inputs))
 
 
 class Split(nn.Module):
@@ -722,19 +606,14 @@ def test_a_fingerprint_is_of_a_tensors_type_shape_and_bits():
     assert fingerprint(torch.tensor(0.0)) != fingerprint(torch.tensor(-0.0))
 
 
-@pytest.mark.parametrize(("ending", "other"), [("pt", "safetensors"), ("safetensors", "pt"), ("safetensors", "bin")])
-def test_files_with_another_ending_are_read_by_their_content(tmp_path, ending, other):
+def test_a_file_may_have_any_name(tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    save(model, tmp_path / f"dense.{ending}")
-    renamed = (tmp_path / f"dense.{ending}").rename(tmp_path / f"renamed.{other}")
-    loaded = load(renamed, nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
-    assert torch.equal(loaded[0].weight, model[0].weight)
+    save(model, tmp_path / "dense.pt")
+    assert torch.equal(load(tmp_path / "dense.pt", model)[0].weight, model[0].weight)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"12345678{"])
-@pytest.mark.parametrize("ending", ["pt", "safetensors"])
-def test_files_of_other_content_are_refused(tmp_path, content, ending):
-    path = tmp_path / f"dense.{ending}"
+def test_files_of_other_content_are_refused(path, content):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a dense model's file must be a whole file written by nni_topo\.save"):
         load(path, nn.Linear(3, 2))
@@ -743,30 +622,19 @@ def test_files_of_other_content_are_refused(tmp_path, content, ending):
 class Counting(nn.Linear):
     """A layer with a state that is neither a parameter nor a buffer."""
 
-    seen: object = 0
+    seen: object = None
 
     def get_extra_state(self):
-        return torch.tensor(self.seen) if isinstance(self.seen, int) else self.seen
+        return self.seen
 
     def set_extra_state(self, state):
-        self.seen = int(state)
+        self.seen = state
 
 
-def test_extra_state_comes_back_where_it_is_a_tensor(path):
+def test_a_state_beside_parameters_and_buffers_is_refused_where_there_is_any(path):
     dense = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
-    dense[0].seen = 7
     save(dense, path)
-    model = nn.Sequential(Counting(3, 4), nn.Linear(4, 2))
-    assert load(path, model)[0].seen == 7
-    assert model[0].seen == 0
-    dense[0].seen = None  # nothing to keep
-    save(dense, path)
-    model[0].seen = 3
-    assert load(path, model)[0].seen == 3
-    dense[0].seen = 7
-    save(dense, path)
-    model[0].seen = None
-    assert load(path, model)[0].seen == 7
-    dense[0].seen = {"steps": 7}
-    with pytest.raises(ConfigError, match=r"must be tensors, got dict from get_extra_state \(0\._extra_state\)"):
+    assert torch.equal(load(path, dense)[0].weight, dense[0].weight)
+    dense[0].seen = torch.tensor(7)
+    with pytest.raises(ConfigError, match=r"must be its parameters and buffers, got more \(0\._extra_state\)"):
         save(dense, path)

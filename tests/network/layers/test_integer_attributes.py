@@ -9,10 +9,9 @@ from torch import nn
 from nni_topo.network.layers.integer_attributes import (
     number_at,
     numbers_in,
+    numbers_of,
     numbers_read,
-    places_of,
     put_sizes,
-    sizes_of,
     with_numbers,
 )
 
@@ -52,23 +51,21 @@ def test_numbers_of_a_models_own_modules_have_full_names():
     assert [(name, key) for _, name, key, _ in numbers_read(model)] == [
         ("inner", "width"), ("inner", "sizes"), ("inner", "table"), ("inner", "mixed"),
     ]  # fmt: skip
-    assert sizes_of(model) == {
-        "inner.width": 8, "inner.sizes": [3, 4], "inner.table": {"a/0": 5}, "inner.mixed": {"0": 3},
-    }  # fmt: skip
-    assert places_of(model) == {
-        "inner.width": {"": ("inner", "width", ())},
-        "inner.sizes": {"0": ("inner", "sizes", (0,)), "1": ("inner", "sizes", (1,))},
-        "inner.table": {"a/0": ("inner", "table", ("a", 0))},
-        "inner.mixed": {"0": ("inner", "mixed", (0,))},
+    assert numbers_of(model) == {
+        ("inner", "width", ()): 8,
+        ("inner", "sizes", (0,)): 3,
+        ("inner", "sizes", (1,)): 4,
+        ("inner", "table", ("a", 0)): 5,
+        ("inner", "mixed", (0,)): 3,
     }
-    assert sizes_of(Holding()).keys() == {"width", "sizes", "table", "mixed"}
+    assert {key for _, key, _ in numbers_of(Holding())} == {"width", "sizes", "table", "mixed"}
     assert [number_at(model, ("inner", *place)) for place in (("width", ()), ("table", ("a", 0)), ("name", ()))] == [
         8, 5, None,
     ]  # fmt: skip
     assert number_at(model, ("inner", "absent", ())) is None
     sizes = model["inner"].sizes
     put_sizes(model, {("inner", "width", ()): 6, ("inner", "sizes", (1,)): 2, ("inner", "table", ("a", 0)): 1})
-    assert sizes_of(model)["inner.width"] == 6
+    assert model["inner"].width == 6
     assert (model["inner"].sizes, model["inner"].table) == ([3, 2], {"a": [1, "b"]})
     assert sizes == [3, 4]
 
@@ -126,11 +123,9 @@ def test_numbers_of_what_describes_features_have_names_and_of_other_objects_none
     model[0].features = model.features
     model.plain, model.words = Info([{"num_chs": 8}]), Info(["a"], out_indices=(0,))
     model.single = Info(8, out_indices=(0,))
-    numbers = {"0/num_chs": 8, "1/num_chs": 16}
-    assert sizes_of(model) == {"features.info": numbers, "0.features.info": numbers}
-    places = places_of(model)
-    assert places["features.info"] == {f"{at}/num_chs": ("", "features.info", (at, "num_chs")) for at in (0, 1)}
-    assert number_at(model, places["features.info"]["1/num_chs"]) == 16
+    places = [(name, "features.info", (at, "num_chs")) for name in ("", "0") for at in (0, 1)]
+    assert numbers_of(model) == dict(zip(places, (8, 16, 8, 16), strict=True))
+    assert number_at(model, places[1]) == 16
     assert number_at(model, ("", "features.info", (2, "num_chs"))) is None
     assert number_at(model, ("0", "nothing", ())) is None
     shared = model.features
@@ -143,4 +138,4 @@ def test_numbers_of_what_describes_features_have_names_and_of_other_objects_none
 def test_the_line_numbers_of_a_traced_module_are_no_sizes():
     model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
     model.width = 8
-    assert sizes_of(model) == {"width": 8}
+    assert numbers_of(model) == {("", "width", ()): 8}

@@ -103,7 +103,7 @@ def test_five_trials_of_which_one_crashes(home, nets, wait_until):
     scores = {name: trial["result"]["default"] for name, trial in trials.items() if name != "l3"}
     assert document["best"]["result"]["default"] == max(scores.values()) > 0.3
     dense = nni_topo.load(
-        home.folder / "out" / "best" / "dense.pt",
+        home.folder / "out" / "best" / "dense.safetensors",
         lambda: zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8),
     )
     data = zoo.load_data("digits", limit=300)
@@ -199,7 +199,7 @@ def test_a_killed_manager_is_resumed_and_its_trials_go_on(home, nets, wait_until
     assert before.keys() <= after.keys()
     best = home.topo("experiment", "export", entry["id"], "--out", "best")
     assert best.returncode == 0, best.stderr
-    assert (home.folder / "best" / "dense.pt").stat().st_size > 1000
+    assert (home.folder / "best" / "dense.safetensors").stat().st_size > 1000
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def test_an_interrupted_run_exports_what_it_found_and_names_one_way_on(home, net
     assert (said + err).count("--resume") == 1
     assert way_on in err
     assert "the same command" not in said + err
-    assert (home.folder / "out" / "best" / "dense.pt").exists()
+    assert (home.folder / "out" / "best" / "dense.safetensors").exists()
     found = {trial["id"]: trial["status"] for trial in json.loads((home.folder / "out" / "trials.json").read_text())}
     assert "STOPPED" in found.values()
     assert "RUNNING" not in found.values()
@@ -345,7 +345,7 @@ def test_a_trial_without_files_here_is_run_again(nets, tmp_path):
     command = f"python -m nni_topo.runs.trial --limit 300 --train-epochs 4 --cache {nets}"
     metrics = export_trial(away, tmp_path / "again", command=command)
     assert metrics["settings"]["pruner"] == "l1"
-    assert (tmp_path / "again" / "dense.pt").exists()
+    assert (tmp_path / "again" / "dense.safetensors").exists()
     with pytest.raises(DataError, match=r"if its command is that of nni_topo.runs.trial, got 'true'"):
         export_trial(away, tmp_path / "other", command="true")
     with pytest.raises(DataError, match=r"must run again here, got: .*Unrecognized options: --no-such"):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import nni_topo
 from nni_topo import zoo
@@ -22,7 +23,7 @@ from nni_topo.runs.experiment.pipeline import reported, run_trial
 from nni_topo.runs.run import load_model_data
 from nni_topo.runs.trial import main
 
-FILES = {"settings.json", "masks.pt", "dense.pt", "config_list.json", "metrics.json"}
+FILES = {"settings.json", "masks.pt", "dense.safetensors", "config_list.json", "metrics.json"}
 SMALL_WORDS = ["--limit", "300", "--train-epochs", "4"]
 
 
@@ -41,7 +42,7 @@ def test_a_trial_leaves_a_net_that_does_what_its_metrics_say(settings, nets, tmp
     )
     assert files(tmp_path / "trial") == FILES
     assert json.loads((tmp_path / "trial" / "metrics.json").read_text()) == metrics
-    dense = nni_topo.load(tmp_path / "trial" / "dense.pt", whole_net)
+    dense = nni_topo.load(tmp_path / "trial" / "dense.safetensors", whole_net)
     data = load_model_data(ModelChoice("small_cnn"), DataChoice("digits", limit=300))
     assert zoo.evaluate(dense, data.test) == metrics["test_accuracy"]
     assert zoo.evaluate(dense, data.validation) == metrics["accuracy"] == metrics["score"]
@@ -147,7 +148,7 @@ def test_a_killed_trial_goes_on_to_the_same_result(nets, tmp_path, capsys):
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     killed, whole = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("killed", "whole"))
     assert killed["accuracy"] == whole["accuracy"]
-    kept = [torch.load(tmp_path / name / "dense.pt", weights_only=True)["state_dict"] for name in ("killed", "whole")]
+    kept = [load_file(tmp_path / name / "dense.safetensors") for name in ("killed", "whole")]
     assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[1])
 
 

@@ -95,4 +95,4 @@ def test_two_trials_over_ssh(home, nets, ssh_port):
     assert [trial["status"] for trial in document["trials"]] == ["SUCCEEDED"] * 2
     # the trials' files are on the other machine, so the best one was run again for the export
     assert document["best"]["metrics"]["score"] == document["best"]["result"]["default"]
-    assert (home.folder / "out" / "best" / "dense.pt").exists()
+    assert (home.folder / "out" / "best" / "dense.safetensors").exists()

@@ -14,7 +14,7 @@ from nni_topo.errors import DataError
 from nni_topo.runs.experiment.results import export_trial, in_words, save_trials, trials_table
 from nni_topo.runs.experiment.trials import TrialRecord
 
-FILES = ["config_list.json", "dense.pt", "masks.pt", "metrics.json", "settings.json"]
+FILES = ["config_list.json", "dense.safetensors", "masks.pt", "metrics.json", "settings.json"]
 
 
 def trial(number, status="SUCCEEDED", score=None, error="", folder=""):

@@ -110,6 +110,6 @@ def test_the_pruning_file_leaves_trees_and_zeros(tmp_path):
     masks = torch.load(tmp_path / "out" / "masks.pt", weights_only=True)
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8)
     assert connectivity(model, torch.zeros(1, 1, 8, 8), masks).channels == 1.0
-    dense = nni_topo.load(tmp_path / "out" / "dense.pt", model)
+    dense = nni_topo.load(tmp_path / "out" / "dense.safetensors", model)
     weight = dense.classifier.fc1.weight
     assert float((weight == 0).double().mean()) == pytest.approx(0.7, abs=1e-3)
