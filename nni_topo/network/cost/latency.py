@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,21 @@ from torch import Tensor, nn
 from nni_topo.disk import path_of, read_json, reading, write_json
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.cost.measure import memory_kept, now, thread_count
-from nni_topo.network.layers.derived import Size, has_own_forward, head, inner_of, is_followed
+from nni_topo.network.cost.measure import median_of, memory_kept, now, thread_count, timed
+from nni_topo.network.layers.derived import Size, has_own_forward, head, is_followed
 from nni_topo.network.layers.kinds import (
-    CONVOLUTIONS,
     RECURRENT,
-    TRANSPOSED,
     WEIGHTED,
     is_depthwise,
     output_channels,
     weight_of,
+    with_plain_weights,
 )
 from nni_topo.network.layers.slicing import cut
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.runtime.copies import evaluation_mode, unwrapped_copy
+from nni_topo.network.runtime.copying import detached_copy, unwrapped_copy
 from nni_topo.network.runtime.hooks import watched
-from nni_topo.network.runtime.inputs import Call, batch_size, first_of_samples, tensors_of
+from nni_topo.network.runtime.inputs import Call, batch_size, first_of_samples
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 
@@ -202,8 +201,8 @@ def measure_latency(
 
     Notes
     -----
-    For every width a new layer of the same kind is made and run by itself, on ones, at the size of the model's own
-    inputs of the layer. Equal layers are timed once. A layer that is called several times counts each call. A wider
+    For every width a copy of the layer is cut to it and run by itself, on ones, at the size of the model's own inputs
+    of the layer. Equal layers are timed once. A layer that is called several times counts each call. A wider
     layer never gets a smaller time than a narrower one: the table holds the running maximum. The time between the
     layers is that of a pass of the model minus the time inside its layers.
 
@@ -220,7 +219,7 @@ def measure_latency(
     called = {name: model.get_submodule(name) for name in analysis.sizes}
     modules = {name: module for name, module in called.items() if isinstance(module, WEIGHTED)}
     wholes = {name: module for name, module in called.items() if isinstance(module, _WHOLE)}
-    timed: dict[Any, FloatArray] = {}
+    grids: dict[Any, FloatArray] = {}
     layers: dict[str, LayerLatency] = {}
     with thread_count(threads), torch.no_grad(), evaluation_mode(model), memory_kept(first_of_samples(analysis.call)):
         inner = {id(each) for whole in wholes.values() for each in whole.modules()}
@@ -234,9 +233,9 @@ def measure_latency(
                 # A class with a forward of its own may use any of its attributes: no other layer is equal to it.
                 own = name if has_own_forward(module) else ""
                 key = (type(module), module.extra_repr(), own, inputs, entering, leaving)
-                if key not in timed:
-                    timed[key] = _timed_grid(module, inputs, entering, leaving, repeats)
-                seconds += timed[key]
+                if key not in grids:
+                    grids[key] = _timed_grid(module, inputs, entering, leaving, repeats)
+                seconds += grids[key]
             layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), _elements(calls))
     widths = NetworkCost(analysis).widths({}) if wholes else {}
     for name, whole in wholes.items():
@@ -270,59 +269,46 @@ def _pass_times(
     model: nn.Module, layers: Mapping[str, nn.Module], call: Call, repeats: int
 ) -> tuple[float, dict[str, float]]:
     """Return the median seconds that a pass spends outside of layers, and within each. No layer may call another."""
-    entered = 0.0
-    inside = dict.fromkeys(layers, 0.0)
+    entered, first = 0.0, first_of_samples(call)
+    inside = {name: list[float]() for name in layers}  # the seconds in each pass
 
     def enter(entering: Any) -> None:
         nonlocal entered
-        entered = now(tensors_of(entering)[0])
+        entered = now(first)
 
-    def leaving(name: str) -> Callable[[Any, Any], None]:
-        def leave(_: Any, output: Any) -> None:
-            # of attention and recurrent layers a tuple
-            inside[name] += now(tensors_of(output)[0]) - entered
+    def leave(name: str, _: Any, output: Any) -> None:
+        inside[name][-1] += now(first) - entered
 
-        return leave
-
-    first = first_of_samples(call)
-    rests, within = list[float](), list[dict[str, float]]()
     starts = [(layer, enter) for layer in layers.values()]
-    ends = [(layer, leaving(name)) for name, layer in layers.items()]
+    ends = [(layer, partial(leave, name)) for name, layer in layers.items()]
+    outside = list[float]()
     with watched(starts, ends):
-        for _ in range(repeats + 1):  # the first warms up
-            inside.update(dict.fromkeys(layers, 0.0))
+        for _ in range(repeats + 1):
+            for each in inside.values():
+                each.append(0.0)
             start = now(first)
             model(*call[0], **call[1])
-            rests.append(now(first) - start - sum(inside.values()))
-            within.append(dict(inside))
-    # `now` leaves out the time spent waiting for a core, which the system measures less exactly.
-    medians = {name: max(0.0, statistics.median(each[name] for each in within[1:])) for name in layers}
-    return max(0.0, statistics.median(rests[1:])), medians
+            outside.append(now(first) - start - sum(each[-1] for each in inside.values()))
+    return median_of(outside), {name: median_of(each) for name, each in inside.items()}
 
 
 def _timed_grid(
     module: nn.Module, size: tuple[int, ...], entering: tuple[int, ...], leaving: tuple[int, ...], repeats: int
 ) -> FloatArray:
-    """Time layers like a module at several widths.
+    """Time copies of a layer that are cut to several widths.
 
-    ``size``: the shape of the module's input. Returns the median seconds, shape ``(len(entering), len(leaving))``,
+    ``size``: the shape of the layer's input. Returns the median seconds, shape ``(len(entering), len(leaving))``,
     which don't fall along either axis.
     """
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    plain = with_plain_weights(unwrapped_copy(module))
+    weight = weight_of(plain)
     dim = len(size) - 1 if isinstance(module, nn.Linear) else 1
     seconds = np.empty((len(entering), len(leaving)))
     for i, incoming in enumerate(entering):
         for j, outgoing in enumerate(leaving):
-            layer, width = _like(module, incoming, outgoing)
-            layer.to(weight.device, weight.dtype)
+            layer, width = _cut_to(plain, incoming, outgoing)
             inputs = torch.ones((*size[:dim], width, *size[dim + 1 :]), device=weight.device, dtype=weight.dtype)
-            times = []
-            for _ in range(repeats + 1):
-                start = now(inputs)
-                layer(inputs)
-                times.append(now(inputs) - start)
-            # `now` leaves out the time spent waiting for a core, which the system measures less exactly.
-            seconds[i, j] = max(0.0, statistics.median(times[1:]))
+            seconds[i, j] = median_of([timed(partial(layer, inputs), inputs) for _ in range(repeats + 1)])
     return np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
 
 
@@ -346,7 +332,7 @@ def _widths(full: int, unit: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 def _cut_to(module: Any, entering: int, leaving: int) -> tuple[nn.Module, int]:
     """Return a copy of a layer, up to its convolution or product, that is cut to widths, and the width of its input."""
-    layer: Any = unwrapped_copy(module)
+    layer: Any = detached_copy(module)
     if is_followed(layer):
         layer = head(layer)
     groups = getattr(module, "groups", 1)
@@ -367,30 +353,3 @@ def _first_of_groups(groups: int, full: int, width: int) -> Tensor:
     """Return the first channels of every group, equally many of each: int64, shape (width,)."""
     starts = torch.arange(groups) * (full // groups)
     return (starts[:, None] + torch.arange(width // groups)).flatten()
-
-
-def _like(module: nn.Module, entering: int, leaving: int) -> tuple[nn.Module, int]:
-    """Return a layer of the same kind at other widths, and the width of its input."""
-    if inner_of(module) is not None:
-        return _cut_to(module, entering, leaving)
-    if isinstance(module, nn.Linear):
-        return nn.Linear(entering, leaving, bias=module.bias is not None), entering
-    conv: Any = module
-    groups = conv.groups
-    if is_depthwise(conv):
-        groups = entering = leaving * conv.in_channels // conv.out_channels
-    more = {"output_padding": conv.output_padding} if isinstance(module, TRANSPOSED) else {}
-    kind = next(kind for kind in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(module, kind))
-    layer = kind(
-        entering,
-        leaving,
-        conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=groups,
-        bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,
-        **more,
-    )
-    return layer, entering

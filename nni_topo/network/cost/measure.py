@@ -375,11 +375,22 @@ def _rounds(
             generator.shuffle(order)
             seconds = {}
             for name in order:
-                start = now(first)
-                models[name](*args, **kwargs)
-                seconds[name] = now(first) - start
+                seconds[name] = timed(partial(models[name], *args, **kwargs), first)
             rounds.append(tuple(seconds[name] for name in models))
     return rounds
+
+
+def timed(run: Callable[[], object], tensor: Tensor) -> float:
+    """Return the seconds that a function takes, whose work is on a tensor's device."""
+    start = now(tensor)
+    run()
+    return now(tensor) - start
+
+
+def median_of(seconds: Sequence[float]) -> float:
+    """Return the median of times of which the first warms up, at least 0."""
+    # `now` leaves out the time spent waiting for a core, which the system measures less exactly.
+    return max(0.0, statistics.median(seconds[1:]))
 
 
 def now(tensor: Tensor) -> float:
@@ -397,7 +408,7 @@ def now(tensor: Tensor) -> float:
 
 @contextmanager
 def memory_kept(tensor: Tensor) -> Iterator[None]:
-    """Keep the memory that a pass frees for the next pass, if a tensor is on the CPU, as caching allocators do.
+    """Keep freed memory in the process, if a tensor is on the CPU, so that timed passes don't pay for page faults.
 
     Otherwise glibc returns some of it to the system. How much depends by chance on what the heap holds, and fetching it
     again takes up to a third of a pass. This reserves 1 GB of addresses, of which only those in use take memory.
