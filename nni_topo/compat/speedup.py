@@ -1,8 +1,7 @@
-"""Patches of NNI's ``ModelSpeedup``: pytrees, misspelt attribute, shared layers, given masks, several outputs, cost."""
+"""Patches of NNI's ``ModelSpeedup``: pytrees, misspelt attribute, shared layers, given masks, several outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial, wraps
 from typing import Any
 
@@ -40,19 +39,6 @@ def restore_randomized_output() -> bool:
     if "_output_randomize" not in names or hasattr(container.NodeInfo, "_output_randomize"):
         return False
     container.NodeInfo._output_randomize = property(fdel=lambda info: delattr(info, "output_randomize"))
-    return True
-
-
-def count_masks_faster() -> bool:
-    """Write the same log lines about masks at a small part of the cost.
-
-    Place: ``nni/compression/speedup/model_speedup.py``, ``sparsity_stats``. Cause: it lists the index of every kept
-    entry to count them, for three log lines a node, on every version. Counting takes 30 % off the time of a ResNet-18's
-    speedup. Returns True if the function was replaced, False if it already counts.
-    """
-    if "nonzero" not in model_speedup.sparsity_stats.__code__.co_names:
-        return False
-    model_speedup.sparsity_stats = sparsity_text
     return True
 
 
@@ -136,14 +122,6 @@ def keep_graph_for_all_outputs() -> bool:
         return False
     model_speedup.ModelSpeedup.indirect_backward = _indirect_backward
     return True
-
-
-def sparsity_text(masks: Mapping[str, Any]) -> str:
-    """Write each mask's name and share of zeros, in [0, 1] with four decimals, as NNI's log does."""
-    tensors = {name: mask for name, mask in masks.items() if isinstance(mask, torch.Tensor)}
-    return "".join(
-        f"{name}: {1 - int(torch.count_nonzero(mask)) / mask.numel(): .4f} " for name, mask in tensors.items()
-    )
 
 
 def _indirect_backward(self: Any, output: Any, output_mask: Any) -> None:

@@ -79,22 +79,6 @@ def postpone_annotations() -> bool:
     return True
 
 
-def wrap_type_itself() -> bool:
-    """Let the tracer make its stand-in for ``type``.
-
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``functools.wraps(type)`` in
-    ``ConcreteTracer.trace``. Cause: Python 3.12 copies ``__type_params__`` as well; in its first releases (3.12.0 and
-    3.12.1 at least, any PyTorch) ``type`` gives a descriptor for it instead of a tuple, and every trace ended in a
-    TypeError. Returns True if NNI's view of ``functools`` was replaced, False if ``type`` can be wrapped.
-    """
-    try:
-        concrete_tracer.functools.wraps(type)(lambda value: value)
-    except TypeError:
-        concrete_tracer.functools = SimpleNamespace(**{**vars(functools), "wraps": _wraps})
-        return True
-    return False
-
-
 def name_class_of_super() -> bool:
     """Let ``super()`` in a traced method mean the class that defines the method.
 
@@ -269,12 +253,6 @@ def _typed(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return stand_in
 
     return make_typed
-
-
-def _wraps(wrapped: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Do what ``functools.wraps`` does, but for type parameters that aren't a tuple."""
-    skipped = () if isinstance(getattr(wrapped, "__type_params__", ()), tuple) else ("__type_params__",)
-    return functools.wraps(wrapped, assigned=[name for name in functools.WRAPPER_ASSIGNMENTS if name not in skipped])
 
 
 def _place(table: dict[Any, tuple[list[tuple[Any, str]], bool, Any]], function: Any) -> None:

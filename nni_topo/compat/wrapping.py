@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -258,40 +255,6 @@ def ask_for_blocks() -> bool:
     setattr(register_all, _MARK, True)
     Pruner._register_scalers = register_all
     return True
-
-
-def keep_interruptions() -> bool:
-    """Let Ctrl-C end the construction of a pruner as it ends everything else.
-
-    Place: ``nni/compression/base/compressor.py``, ``Compressor._validate_config``. Cause: the package ``schema``, which
-    looks at a config_list there, catches KeyboardInterrupt and says that a key is missing, on every version. Returns
-    True, but for a second call: NNI has no such rule.
-    """
-    validate = Compressor._validate_config
-
-    def validate_whole(self: Compressor) -> None:
-        with interruptions_later():
-            validate(self)
-
-    return _replaced(Compressor, validate, validate_whole)
-
-
-@contextmanager
-def interruptions_later() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block; for short blocks."""
-    handler = signal.getsignal(signal.SIGINT)
-    # Other threads are never interrupted, and what isn't Python's function doesn't raise.
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    waiting: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if waiting:
-            handler(*waiting[0])
 
 
 def undo_failed_constructors() -> bool:

@@ -23,7 +23,7 @@ from nni.compression.utils import Evaluator
 from schema import SchemaError
 from torch import Tensor, nn
 
-from nni_topo.compat.wrapping import ListedModules, derived_types, interruptions_later
+from nni_topo.compat.wrapping import ListedModules, derived_types
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.layers.kinds import CONVOLUTIONS, check_names, is_recurrent
 from nni_topo.network.runtime.arguments import BATCHES, CONFIG_LIST, INPUTS, LEGACY_KEYS, MODEL, check_entry
@@ -221,8 +221,7 @@ def _check_unwrapped(model: nn.Module, existed_wrappers: Mapping[str, Any]) -> N
 
 def _check_schema(config: dict[str, Any], place: str) -> None:
     try:
-        with interruptions_later():
-            default_config_schema("pruning").validate(config)
+        default_config_schema("pruning").validate(config)
     except SchemaError as error:
         reason = " ".join(str(part) for part in dict.fromkeys(error.autos + error.errors) if part)
         raise ConfigError(

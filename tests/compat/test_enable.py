@@ -15,7 +15,7 @@ from nni.common.concrete_trace_utils import concrete_tracer
 
 from nni_topo import compat
 
-BY_PYTHON = {"wrap_type_itself", "index_code_units", "restore_branch_opcodes"}
+BY_PYTHON = {"index_code_units", "restore_branch_opcodes"}
 ALWAYS_BROKEN = {"keep_pytree_nodes", *(patch.__name__ for patch in compat.patches())} - BY_PYTHON
 
 BYTECODE = {"index_code_units"} if sys.version_info >= (3, 11) else set()
@@ -44,7 +44,7 @@ def test_fresh_interpreter_is_patched_without_a_warning_and_once() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert set(found["applied"]) - {"wrap_type_itself"} == ALWAYS_BROKEN | BYTECODE
+    assert set(found["applied"]) == ALWAYS_BROKEN | BYTECODE
     assert found["failed"] == []
     assert found["again"] == []
     assert found["nni"] == "3.0"
@@ -71,7 +71,7 @@ def test_report_names_every_patch_once(compat_report: compat.CompatReport) -> No
     names = [result.name for result in compat_report.results]
     assert sorted(names) == sorted(compat_report.applied + compat_report.unneeded + compat_report.failed)
     assert len(set(names)) == len(names)
-    assert set(compat_report.applied) - {"wrap_type_itself"} == ALWAYS_BROKEN | BYTECODE
+    assert set(compat_report.applied) == ALWAYS_BROKEN | BYTECODE
     assert compat_report.torch == torch.__version__
     assert compat_report.python == platform.python_version()
     assert "restore_tensor_methods" in str(compat_report)

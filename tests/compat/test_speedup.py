@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
-from nni.compression.speedup import ModelSpeedup, container, mask_updater, model_speedup, utils
+from nni.compression.speedup import ModelSpeedup, container, mask_updater, utils
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -168,33 +168,6 @@ def test_arguments_of_a_speedup_may_be_named() -> None:
     assert made.masks == {"conv1": {"weight": None}}
     with pytest.raises(TypeError, match="model"):
         ModelSpeedup(dummy_input=INPUTS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.int64])
-def test_sparsity_text_is_the_text_of_nni(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(1)
-    masks = {
-        "weight": (torch.rand(6, 3, 5, generator=generator) > 0.4).to(dtype),
-        "bias": torch.zeros(7).to(dtype),
-        "_output_": torch.ones(1).to(dtype),
-        "nothing": None,
-    }
-    text = "".join(
-        f"{name}: {1 - mask.nonzero().size(0) / mask.numel(): .4f} " for name, mask in masks.items() if mask is not None
-    )
-    assert speedup.sparsity_text(masks) == text
-    assert speedup.sparsity_text({}) == ""
-
-
-def test_sparsity_text_replaces_the_slow_function_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert model_speedup.sparsity_stats is speedup.sparsity_text
-    assert speedup.count_masks_faster() is False
-
-    def lists_every_entry(masks: dict[str, Tensor]) -> str:
-        return str(masks["weight"].nonzero())
-
-    monkeypatch.setattr(model_speedup, "sparsity_stats", lists_every_entry)
-    assert speedup.count_masks_faster() is True
 
 
 @pytest.mark.parametrize("training", [False, True])

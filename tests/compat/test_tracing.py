@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import builtins
-import functools
 from contextlib import nullcontext
-from types import MethodDescriptorType, SimpleNamespace
+from types import MethodDescriptorType
 from typing import Any
 
 import pytest
@@ -221,36 +220,3 @@ def test_purity_is_patched_where_it_takes_the_node_only(monkeypatch: pytest.Monk
     nodes = list(torch.fx.symbolic_trace(nn.ReLU()).graph.nodes)
     assert [concrete_tracer.node_is_impure_wrapper(node, True) for node in nodes] == [False, False, True]
     assert tracing.accept_purity_argument() is False
-
-
-def test_type_can_be_wrapped_and_the_patch_is_applied_where_it_could_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracing.wrap_type_itself() is False
-    monkeypatch.setattr(concrete_tracer, "functools", functools)
-    broken = not isinstance(getattr(type, "__type_params__", ()), tuple)
-    assert tracing.wrap_type_itself() is broken
-    stand_in = concrete_tracer.functools.wraps(type)(lambda value: value)
-    assert stand_in.__name__ == "type"
-    assert stand_in.__wrapped__ is type
-
-
-def test_type_is_wrapped_where_python_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(wrapped: Any) -> Any:
-        raise TypeError("__type_params__ must be set to a tuple")
-
-    monkeypatch.setattr(concrete_tracer, "functools", SimpleNamespace(**{**vars(functools), "wraps": refuse}))
-    assert tracing.wrap_type_itself() is True
-    assert concrete_tracer.functools.wraps(type)(lambda value: value).__name__ == "type"
-    assert concrete_tracer.functools.reduce is functools.reduce
-    assert tracing.wrap_type_itself() is False
-
-
-@pytest.mark.parametrize(("parameters", "copied"), [(("T",), ("T",)), (object(), ())])
-def test_type_parameters_are_copied_where_they_are_a_tuple(
-    parameters: Any, copied: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = dict.fromkeys((*functools.WRAPPER_ASSIGNMENTS, "__type_params__"))
-    monkeypatch.setattr(functools, "WRAPPER_ASSIGNMENTS", tuple(names))
-    # of the class, for the attributes of an instance are copied in any case
-    kind = type("Kind", (SimpleNamespace,), {"__type_params__": parameters})
-    wrapper = tracing._wraps(kind(__name__="wrapped"))(lambda: 2)
-    assert getattr(wrapper, "__type_params__", ()) == copied

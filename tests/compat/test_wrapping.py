@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import signal
-import sys
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
@@ -22,8 +18,7 @@ from torch import nn
 from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPruner
 from nni_topo.compat import wrapping
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.copies import unwrapped_copy
-from nni_topo.pruners.registry import create_pruner
+from nni_topo.network.runtime.copying import unwrapped_copy
 from nni_topo.pruners.rounds import prune_in_rounds
 from nni_topo.pruners.testing.toys import toy_evaluator
 from nni_topo.sharing import find_ties
@@ -411,25 +406,3 @@ def test_what_is_no_model_gets_nnis_error():
         LevelPruner(3, request(["stem"]))
     with pytest.raises(TypeError, match="model"):
         LevelPruner(config_list=request(["stem"]))
-
-
-@pytest.mark.parametrize("name", ["l1", "random"])
-def test_ctrl_c_while_a_config_list_is_looked_at_is_ctrl_c(name: str) -> None:
-    asked = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
-    for at in range(1, 1200, 120):
-        model, seen = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), 0
-
-        def interrupt(frame: FrameType, event: str, argument: Any, at: int = at) -> None:
-            nonlocal seen
-            seen += event == "call" and frame.f_globals["__name__"] == "schema"
-            if seen == at:
-                seen += 1
-                signal.raise_signal(signal.SIGINT)
-
-        sys.setprofile(interrupt)
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                create_pruner(name, model, asked)
-        finally:
-            sys.setprofile(None)
-        create_pruner(name, model, asked).unwrap_model()  # the model is as it was
