@@ -8,17 +8,15 @@ import os
 import pickle
 import re
 import shutil
-import stat
-import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -29,30 +27,6 @@ LOCK = ".lock"
 DELETE = "delete it and run again"
 """The cure in errors about a damaged file that a run has written itself."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _locked(stream: IO[str], *, wait: bool, shared: bool = False) -> bool:
-        while True:
-            try:
-                msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
-                return True
-            except OSError:
-                if not wait:
-                    return False
-                time.sleep(0.1)
-
-else:
-    import fcntl
-
-    def _locked(stream: IO[str], *, wait: bool, shared: bool = False) -> bool:
-        """Return whether a file could be locked; the system releases it when the process ends, however that is."""
-        try:
-            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
-        return True
 
 
 def path_of(path: Any, knob: str = "path") -> Path:
@@ -101,21 +75,31 @@ def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
     check_free_disk(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = output_file(folder / LOCK).open("w")
-    with stream:
-        if not _locked(stream, wait=wait):
-            raise DataError(f"a folder must be written by one run at a time, got one at work there ({folder})")
+        lock = FileLock(output_file(folder / LOCK), timeout=-1 if wait else 0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise DataError(
+                f"a folder must be written by one run at a time, got one at work there ({folder})"
+            ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def is_held(folder: Path) -> bool:
     """Return whether a process holds a folder by :func:`only_process`."""
     try:
-        stream = output_file(folder / LOCK).open("r")  # to open a pipe would wait for a writer
+        place = output_file(folder / LOCK)
+        if place.exists():
+            with FileLock(place, timeout=0):
+                pass
+    except Timeout:
+        return True
     except (OSError, DataError):
-        return False
-    with stream:
-        return not _locked(stream, wait=False, shared=True)
+        pass
+    return False
 
 
 @contextmanager
@@ -137,25 +121,16 @@ def disk_errors(place: Path) -> Iterator[None]:
         raise DataError(f"a file must be writable, got {said.strerror} ({place})") from None
 
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-}
-
-
 def output_file(path: Path) -> Path:
     """Return the file that a path leads to, links followed; DataError if something exists there that is no file."""
     with disk_errors(path):
         target = Path(os.path.realpath(path))
         try:
-            kind = stat.S_IFMT(target.stat().st_mode)
+            target.stat()
         except FileNotFoundError:
             return target
-    if kind != stat.S_IFREG:
-        got = _KINDS.get(kind, "something else")
+    if not target.is_file():
+        got = "a folder" if target.is_dir() else "something else"
         raise DataError(f"an output file must be a regular file or a new one, got {got} ({path})")
     return target
 

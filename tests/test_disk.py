@@ -34,7 +34,6 @@ def figure(path):
 WRITERS = {
     "save": lambda path: nni_topo.save(net(), path),
     "save as text": lambda path: nni_topo.save(net(), str(path)),
-    "safetensors": lambda path: nni_topo.save(net(), path),
     "checkpoint": lambda path: zoo.save_checkpoint(path, net(), {}),
     "latency table": TABLE.save,
     "export": lambda path: nni_topo.export(net(), path, torch.ones(2, 3), "torch.export"),
@@ -43,7 +42,7 @@ WRITERS = {
     "text": lambda path: disk.write_text(path, "words"),
     "state": lambda path: nni_topo.distill(net(), net(), [torch.ones(4, 3)], state=path, steps=1),
 }
-NAMES = {"safetensors": "out.safetensors", "figure": "out.png", "export": "out.pt2"}
+NAMES = {"figure": "out.png", "export": "out.pt2"}
 
 
 def put(kind, path):
@@ -112,7 +111,7 @@ def test_what_names_no_place_is_refused(name, path, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["save", "safetensors", "latency table", "figure", "state", "text"])
+@pytest.mark.parametrize("name", ["save", "latency table", "figure", "state", "text"])
 def test_a_folder_that_is_missing_or_none_is_named(name, tmp_path):
     (tmp_path / "file").touch()
     for folder in ("missing", "file"):
@@ -173,7 +172,7 @@ def test_a_verb_looks_at_its_output_folder_before_it_works(verb, place, tmp_path
 def test_a_report_looks_at_its_picture_first(tmp_path, capsys):
     (tmp_path / "runs").mkdir()
     for place, message in (
-        (os.devnull, "got a device"),
+        (os.devnull, "got something else"),
         ("runs", "got a folder"),
         ("no/a.png", "must lie in a folder"),
     ):
