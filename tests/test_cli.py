@@ -247,13 +247,11 @@ def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, u
     assert json.loads(capsys.readouterr().out) == document["stages"]
     page = (tmp_path / "flags" / "report.html").read_text()
     assert ">networks tried<" in page
-    plan = tmp_path / "shrink.yaml"
-    plan.write_text(
-        f"model: small_cnn\nlimit: 500\nimages: 400\ncheckpoint: {untrained}\ntolerance: 0.05\nseconds: 0.2\n"
-        "budget: params\nallocation: error\ncaps: {features.conv1: 0.5, features.conv2: 0.5}\n"
-    )
-    assert main(["shrink", "--plan", str(plan), "--tolerance", "0.1", "--out", str(tmp_path / "file")]) == 0
-    document = json.loads((tmp_path / "file" / "shrink.json").read_text())
+    words = ["--model", "small_cnn", "--limit", "500", "--images", "400", "--checkpoint", str(untrained)]
+    words += ["--tolerance", "0.1", "--seconds", "0.2", "--budget", "params", "--allocation", "error"]
+    words += ["--caps", "features.conv1", "0.5", "features.conv2", "0.5"]
+    assert main(["shrink", *words, "--out", str(tmp_path / "error")]) == 0
+    document = json.loads((tmp_path / "error" / "shrink.json").read_text())
     assert (document["tolerance"]["tolerance"], document["tolerance"]["kind"]) == (0.1, "params")
     assert document["budget"] == {"params": None, "allocation": "error"}
     rows = {row["name"]: row for row in document["widths"]}
@@ -261,7 +259,7 @@ def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, u
 
 
 @pytest.mark.slow
-def test_shrink_removes_blocks_by_a_flag_or_a_file(tmp_path, capsys):
+def test_shrink_removes_blocks(tmp_path, capsys):
     checkpoint = tmp_path / "vit.pt"
     net = zoo.create_model("vit_small", num_classes=10, in_channels=1, image_size=28, seed=0)
     for part in (net.blocks[1], net.blocks[3]):
@@ -269,21 +267,14 @@ def test_shrink_removes_blocks_by_a_flag_or_a_file(tmp_path, capsys):
             torch.nn.init.zeros_(layer.weight)
             torch.nn.init.zeros_(layer.bias)
     torch.save(net.state_dict(), checkpoint)
-    plan = tmp_path / "shrink.yaml"
-    plan.write_text(
-        f"model: vit_small\nlimit: 200\nimages: 64\ncheckpoint: {checkpoint}\nseconds: 0.2\nflops: 0.6\ndepth: true\n"
-    )
     words = ["--model", "vit_small", "--limit", "200", "--images", "64", "--checkpoint", str(checkpoint)]
-    ways = {"file": ["--plan", str(plan)], "flag": [*words, "--seconds", "0.2", "--flops", "0.6", "--depth"]}
-    found = {}
-    for way, given in ways.items():
-        assert main(["shrink", *given, "--out", str(tmp_path / way)]) == 0
-        document = json.loads((tmp_path / way / "shrink.json").read_text())
-        found[way] = document["blocks removed"]
-        assert [row["is_chosen"] for row in document["numbers of blocks tried"]].count(True) == 1
-        assert "is removed: " in document["blocks"]
-    assert found["file"] == found["flag"]
-    names = {row["name"] for row in found["flag"]}
+    assert (
+        main(["shrink", *words, "--seconds", "0.2", "--flops", "0.6", "--depth", "--out", str(tmp_path / "flag")]) == 0
+    )
+    document = json.loads((tmp_path / "flag" / "shrink.json").read_text())
+    assert [row["is_chosen"] for row in document["numbers of blocks tried"]].count(True) == 1
+    assert "is removed: " in document["blocks"]
+    names = {row["name"] for row in document["blocks removed"]}
     assert any(name.startswith(("blocks.1", "blocks.3")) for name in names)
     page = (tmp_path / "flag" / "report.html").read_text()
     assert ">blocks removed<" in page

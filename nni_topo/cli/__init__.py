@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import pkgutil
@@ -15,7 +14,7 @@ from rich.console import Console
 import nni_topo
 from nni_topo.cli import completion, doctor, experiment, profile, verbs
 from nni_topo.errors import NniTopoError
-from nni_topo.studies.study import Study, Verb, flags_of
+from nni_topo.studies.study import Verb
 from nni_topo_command import chosen
 
 _INTERRUPTED = 130
@@ -94,13 +93,6 @@ def _choose(name: str, choices: Choices, words: list[str]) -> type[Verb] | Calla
     return choices[chosen(name, lines, words, f"nni_topo {nni_topo.__version__}")]
 
 
-def parsed(name: str, kind: type[Verb], words: list[str]) -> Verb:
-    """Return a verb with its fields set from the words and, where ``--plan`` is a file of flags, from that."""
-    if issubclass(kind, (Study, verbs.Shrink)):
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("--plan")
-        known, words = parser.parse_known_args(words)
-        if known.plan:
-            # later flags win, so those of the command line come after the file's
-            words = [*flags_of(known.plan), *words]
+def parsed(name: str, kind: type[Verb], words: Sequence[str]) -> Verb:
+    """Return a verb with its fields set from the words."""
     return tyro.cli(kind, prog=name, args=words, config=(tyro.conf.FlagCreatePairsOff,))

@@ -197,7 +197,6 @@ class Shrink(TrainedVerb):
     budget: str | None = None  # with --tolerance or --shares, the cost that counts: flops, params, latency or memory
     shares: tuple[float, ...] = ()  # networks of several sizes: shares in (0, 1) of the cost of --budget, descending
     measure: str = "outputs"  # what --tolerance is about: outputs (changed answers; else distance) or distance
-    plan: Path | None = None  # YAML file whose keys are these flags; flags of the command line override it
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
     equal_blocks: bool = False  # keep the same widths in all blocks, so that a config of Transformers describes them
     depth: bool = False  # let blocks compete with channels for the budget

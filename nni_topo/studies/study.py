@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from tyro.constructors import PrimitiveConstructorSpec
 
 from nni_topo.disk import check_free_disk, output_folder, write_figure, write_text
-from nni_topo.runs.choices import DataChoice, ModelChoice, read_yaml
+from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import Start, trained
 from nni_topo.studies.report import entries_of, write_report
 
@@ -109,20 +109,6 @@ class TrainedVerb(DataVerb):
         )
 
 
-def flags_of(path: str | Path) -> list[str]:
-    """Return a YAML file as flags of the command line; its keys are names of flags, with ``_`` or ``-``."""
-    words: list[str] = []
-    for key, value in read_yaml(path, "a plan").items():
-        flag = f"--{key}".replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, Mapping):
-            words += [flag, *(str(word) for pair in value.items() for word in pair)]
-        elif value is not None and value is not False:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
 class Findings:
     """What a study found, a frozen dataclass: written as ``STEM.json`` and pictures."""
 
@@ -210,7 +196,6 @@ class Study(Verb, Generic[Found]):
     The verb is the name of the study's file or folder in ``nni_topo/studies/analysis``; it needs no entry elsewhere.
     """
 
-    plan: Path | None = None  # YAML file whose keys are these flags; flags of the command line override it
     out: Path | None = None  # output folder; None: nothing is written
 
     @property

@@ -160,7 +160,7 @@ MISTAKES = [
     (f"{SHRINK} --tolerance 0.5 --pruner subcluster", "--shares, --tolerance and --depth need a pruner"),
     (f"{SHRINK} --depth --pruner subcluster", "--shares, --tolerance and --depth need a pruner"),
     (f"{SHRINK} --prune l1", "Unrecognized options: --prune, l1"),
-    ("shrink --plan PLAN", "flops must be in (0, 1], got 1.5"),
+    (f"{SHRINK} --flops 1.5", "flops must be in (0, 1], got 1.5"),
     ("shrink", "--model"),
     ("compare --model small_cnn --n-jobs 0", "n_jobs must be at least 1, or -1 for all cores, got 0"),
     ("compare --model resnet2", "model must be a known name, got 'resnet2'; did you mean"),
@@ -188,9 +188,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("words", "mistake"), MISTAKES, ids=[words for words, _ in MISTAKES])
 def test_a_wrong_flag_ends_with_2_before_anything_is_trained(words, mistake, tmp_path, steps, capsys):
-    plan = tmp_path / "plan.yaml"
-    plan.write_text("model: small_cnn\nflops: 1.5\n")
-    given = words.replace("PLAN", str(plan)).split()
+    given = words.split()
     try:
         status = main([*given, "--out", str(tmp_path / "new")])
     except SystemExit as end:
@@ -262,8 +260,7 @@ def test_a_new_study_is_one_file(tmp_path, monkeypatch, capsys):
     document = json.loads(capsys.readouterr().out)
     assert min(document["layers"].values()) == 32
     assert document == json.loads((tmp_path / "out" / "widths.json").read_text())
-    (tmp_path / "plan.yaml").write_text(f"model: small_cnn\ncheckpoint: {weights}\nlimit: 50\nleast: 64\n")
-    assert main(["analyze", "widths", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 0
+    assert main([*words, "--least", "64", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "widths of small_cnn" in shown
     assert f"written: {tmp_path / 'out' / 'widths.json'}" in shown.replace("\n", "")

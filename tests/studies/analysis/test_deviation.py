@@ -221,26 +221,3 @@ def test_evolution_command(checkpoint, tmp_path, capsys):
     assert "of fc2 removed" in text  # the layer with the most weights
     assert "compression" in text
     assert "highest" in text
-
-
-@pytest.mark.slow
-def test_a_plan_says_what_flags_say(checkpoint, tmp_path, capsys):
-    plan = tmp_path / "plan.yaml"
-    plan.write_text(
-        f"model: lenet300\nlimit: 400\ncheckpoint: {checkpoint}\npruners: [random, level]\nratios: [0.5]\nimages: 4\n"
-        f"out: {tmp_path / 'planned'}\njson: true\n"
-    )
-    assert main(["analyze", "deviation", "--plan", str(plan)]) == 0
-    planned = json.loads(capsys.readouterr().out)
-    words = ("--pruners", "random,level", "--ratios", "0.5", "--images", "4", "--json")
-    assert command("deviation", checkpoint, tmp_path, *words) == 0
-    assert planned == json.loads(capsys.readouterr().out)
-    assert main(["analyze", "deviation", "--plan", str(plan), "--ratios", "0.25", "--pruners", "level"]) == 0
-    (point,) = json.loads(capsys.readouterr().out)["points"]
-    assert (point["pruner"], point["ratio"]) == ("level", 0.25)
-    plan.write_text("modell: lenet300\n")
-    with pytest.raises(SystemExit, match="2"):
-        main(["analyze", "deviation", "--plan", str(plan)])
-    assert "--modell" in capsys.readouterr().err
-    assert main(["analyze", "deviation", "--plan", str(tmp_path / "nowhere.yaml")]) == 2
-    assert "nowhere.yaml" in "".join(capsys.readouterr().err.split())
