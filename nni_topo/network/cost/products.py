@@ -72,12 +72,12 @@ class Product:
             for at in (0, 1):
                 alone = [d for d, size in zip(self._summed, sizes[1 - at], strict=True) if size == 1]
                 if alone:
-                    kept[at] = kept[at].any(axis=tuple(alone), keepdims=True)
+                    kept[at] = np.any(kept[at], axis=tuple(alone), keepdims=True)
                     shapes[at] = tuple(1 if d in alone else size for d, size in enumerate(shapes[at]))
         both: BoolArray = kept[0] & kept[1]
         shape = tuple(map(max, *shapes))
         # Along a dimension in which no factor holds channels one place stands for all.
-        places = math.prod(size for size, length in zip(shape, both.shape, strict=True) if length == 1)
+        places: int = math.prod(size for size, length in zip(shape, both.shape, strict=True) if length == 1)
         # Where the number of products isn't a multiple of the samples', they don't depend on the samples.
         of_one, rest = divmod(places, self._times)
         return int(np.count_nonzero(both)) * (of_one if self._of_samples and not rest else places)
