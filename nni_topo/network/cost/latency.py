@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.disk import path_of, read_json, reading, write_json
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import DataError
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.cost.measure import median_of, memory_kept, now, thread_count, timed
+from nni_topo.network.cost.measure import count_params, median_of, memory_kept, now, thread_count, timed
 from nni_topo.network.layers.derived import Size, has_own_forward, head, is_followed
 from nni_topo.network.layers.kinds import (
     RECURRENT,
@@ -34,6 +34,7 @@ from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, batch_size, first_of_samples
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.rules import all_of, number, whole
 
 FloatArray = NDArray[np.float64]
 _SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -164,7 +165,13 @@ class LatencyTable:
             return cls(layers, **content)
 
 
-@public(model=MODEL, example_inputs=INPUTS)
+@public(
+    model=MODEL,
+    example_inputs=INPUTS,
+    shares=all_of(number(0, 1, "right"), Sequence, 1),
+    repeats=whole(1),
+    threads=whole(1),
+)
 def measure_latency(
     model: nn.Module,
     example_inputs: Any,
@@ -210,11 +217,6 @@ def measure_latency(
     proportion to the channels that enter and leave them. Of the time of attention its output projection, which has
     times of its own, takes the share of its weights.
     """
-    if repeats < 1 or threads < 1 or not len(shares) or not all(0.0 < share <= 1.0 for share in shares):
-        raise ConfigError(
-            "repeats and threads must be at least 1, and shares at least one number in (0, 1], "
-            f"got {repeats}, {threads} and {shares} (measure_latency)"
-        )
     analysis = Analysis.on(model, example_inputs)
     called = {name: model.get_submodule(name) for name in analysis.sizes}
     modules = {name: module for name, module in called.items() if isinstance(module, WEIGHTED)}
@@ -238,19 +240,15 @@ def measure_latency(
                 seconds += grids[key]
             layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), _elements(calls))
     widths = NetworkCost(analysis).widths({}) if wholes else {}
-    for name, whole in wholes.items():
+    for name, outer_layer in wholes.items():
         if name in widths:
             # The layers in it have times of their own. What is left is told by the weights: a difference of two
             # measured times may be zero, or less, on a busy machine.
-            held = {id(each) for each in whole.modules()}
-            of_inner = sum(_weight_count(module) for module in modules.values() if id(module) in held)
-            seconds_alone = inside[name] * (1.0 - of_inner / _weight_count(whole))
+            held = {id(each) for each in outer_layer.modules()}
+            of_inner = sum(count_params(each) for each in modules.values() if id(each) in held)
+            seconds_alone = inside[name] * (1.0 - of_inner / count_params(outer_layer))
             layers[name] = _proportional(seconds_alone, *widths[name], _elements(analysis.sizes[name]))
     return LatencyTable(layers, rest, batch_size=batch_size(analysis.call), threads=threads)
-
-
-def _weight_count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _elements(calls: Sequence[tuple[Size, Size]]) -> float:

@@ -36,8 +36,9 @@ from nni_topo.network.runtime.inputs import (
 )
 from nni_topo.network.runtime.memory import out_of_memory, trim_heap
 from nni_topo.network.runtime.public import Running, public
-from nni_topo.network.runtime.switches import as_written
-from nni_topo.rules import checked
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import as_written
+from nni_topo.rules import all_of, checked, whole
 
 _WARMUP_ROUNDS = 5  # untimed rounds before the timed ones
 _LEAST_ROUNDS = 8  # of a comparison of times
@@ -46,6 +47,7 @@ _BLOCK, _BLOCKS = 120 * 2**10, 8192
 # Linux: the nanoseconds for which this thread had a core, those for which it waited for one, and its time slices.
 _SCHEDULED = "/proc/thread-self/schedstat"
 
+_NETWORKS = all_of(NETWORK, Mapping, 1)
 MODES = ("plain", "channels_last", "bf16", "compile")
 
 
@@ -227,7 +229,7 @@ def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, threads
     return latencies({"model": model}, example_inputs, runs=runs, threads=threads)["model"]
 
 
-@public(Running(as_compiled=True), example_inputs=INPUTS)
+@public(Running(as_compiled=True), models=_NETWORKS, example_inputs=INPUTS, runs=whole(1), threads=whole(1))
 def latencies(
     models: Mapping[str, nn.Module],
     example_inputs: Any,
@@ -267,11 +269,6 @@ def latencies(
     ConfigError
         If a number is out of its range, or there is no model.
     """
-    if not models:
-        raise ConfigError("models must hold at least one network, got none (latencies)")
-    for knob, value in (("runs", runs), ("threads", threads)):
-        if value < 1:
-            raise ConfigError(f"{knob} must be at least 1, got {value} (latencies)")
     count = _WARMUP_ROUNDS + runs
     rounds = _rounds(models, example_inputs, threads, seed, lambda done: len(done) == count)[_WARMUP_ROUNDS:]
     medians = {}
@@ -480,7 +477,7 @@ class ModeCost:
     failed: str = ""
 
 
-@public(Running(as_compiled=True), example_inputs=INPUTS)
+@public(Running(as_compiled=True), models=_NETWORKS, example_inputs=INPUTS, runs=whole(1), threads=whole(1))
 def profile(
     models: Mapping[str, nn.Module],
     example_inputs: Any,
@@ -518,8 +515,6 @@ def profile(
     unknown = next((mode for mode in modes if mode not in MODES), None)
     if unknown is not None:
         raise unknown_name("mode", unknown, MODES, "profile")
-    if not models:
-        raise ConfigError("models must hold at least one network, got none (profile)")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     costs = {name: (count_macs(model, inputs), count_params(model)) for name, model in models.items()}
     found = []

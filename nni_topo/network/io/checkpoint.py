@@ -31,6 +31,7 @@ from nni_topo.errors import ConfigError, DataError, listed, raised, shown
 from nni_topo.network.attention.config import built_by_config, is_pretrained
 from nni_topo.network.attention.heads import find_attention, resize, set_size
 from nni_topo.network.attention.unfused.own_width import own_width_of, take_own_width
+from nni_topo.network.cost.measure import count_params
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
@@ -414,7 +415,7 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
         dense.save_pretrained(beside)
         report = report_of(dense)
         # One that was changed since, such as by `remove_blocks`, isn't what its report says.
-        is_told = report is not None and report.parameters_left in (None, _parameters(dense))
+        is_told = report is not None and report.parameters_left in (None, count_params(dense))
         if card and report is not None and is_told and may_write_card(place / CARD):
             (Path(beside) / CARD).write_text(model_card(dense, report), encoding="utf-8")
         for file in sorted(Path(beside).iterdir()):
@@ -476,10 +477,6 @@ def _leave_out(plain: torch.nn.Module, dense: torch.nn.Module) -> None:
         for key in [key for key, child in module._modules.items() if child is not None]:
             if name in own and hasattr(own[name], key) and getattr(own[name], key) is None:
                 setattr(module, key, None)
-
-
-def _parameters(model: torch.nn.Module) -> int:
-    return sum(each.numel() for each in model.parameters())
 
 
 def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:

@@ -275,8 +275,8 @@ def test_latency_restores_the_thread_count_even_after_an_error() -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"runs": 0}, "runs must be at least 1, got 0"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"runs": 0}, "runs must be an integer of at least 1, got 0"),
+        ({"threads": 0}, "threads must be an integer of at least 1, got 0"),
     ],
 )
 def test_bad_numbers_are_named(knobs: dict[str, int], message: str) -> None:

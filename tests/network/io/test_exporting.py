@@ -213,7 +213,7 @@ def test_int8_is_smaller_near_and_made_of_integers(tmp_path, bits, most):
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"int8": [torch.zeros(4, 4)], "weight_bits": 4}, r"must use 7 or 8 of 8 bits, got 4 \(weight_bits\)"),
+        ({"int8": [torch.zeros(4, 4)], "weight_bits": 4}, r"weight_bits must be 7 or 8, got 4 \(export\)"),
         ({"weight_bits": 8}, r"must be INT8 to use 8 bits, got no calibration data for that \(int8\)"),
     ],
 )
