@@ -56,7 +56,7 @@ def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise DataError(f"{rule}, got one that can't ({place})")
     try:
-        # What may be written to and what can be are two things: a file system may have a word in it.
+        # Permissions aren't enough: the file system may be read-only.
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
@@ -71,7 +71,7 @@ def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
 
 @contextmanager
 def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a folder with room to write, by default once no other process holds it; a killed process releases it."""
+    """Lock a folder with free disk, by default after waiting for other processes; a killed process unlocks it."""
     check_free_disk(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a process holds a folder by :func:`only_process`."""
+    """Return whether a process has locked a folder by :func:`only_process`."""
     try:
         place = output_file(folder / LOCK)
         if place.exists():
@@ -110,7 +110,7 @@ def disk_errors(place: Path) -> Iterator[None]:
     except NniTopoError:
         raise
     except (OSError, RuntimeError) as error:
-        # PyTorch says what a full disk did to its archive; the disk's own message comes after it.
+        # PyTorch's error is about its archive; the disk's own error is in its context.
         said: BaseException | None = error
         while said is not None and not isinstance(said, OSError):
             said = said.__context__
@@ -220,7 +220,7 @@ def reading(path: Path, what: str, holds: str = "", cure: str = "") -> Iterator[
             raise
         raise DataError(f"{what} must be a whole file{holds and ' '}{holds}, got: {error} ({path})") from None
     except Exception as error:
-        # Damaged bytes lead anywhere. PyTorch's words are many, and advise to read the file unsafely.
+        # Damaged bytes can raise any error. PyTorch's messages are long and advise to read the file unsafely.
         words = "" if type(error).__module__.startswith(("torch", "pickle", "_pickle")) else str(error).split("\n")[0]
         raise DataError(
             f"{what} must be a whole file{holds and ' '}{holds}, got {path.stat().st_size} bytes that lead to "
@@ -243,11 +243,11 @@ def read_tensors(path: Path) -> Any:
     """Read a file of ``torch.save`` with tensors and plain values, on the CPU; nothing in it is run."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            # PyTorch takes an entry that is marked as a folder for empty, and gives what was in memory before.
+            # PyTorch reads nothing from an entry that is marked as a folder, and returns uninitialised memory.
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr & _IS_FOLDER]
             if folders:
                 raise zipfile.BadZipFile(f"entries are marked as folders: {', '.join(folders)}")
-            # PyTorch writes the entries' sums, unless it is told not to, but doesn't look at them.
+            # PyTorch writes checksums by default, but doesn't check them.
             for entry in (entry for entry in archive.infolist() if entry.CRC):
                 with archive.open(entry) as stream:
                     while stream.read(2**20):

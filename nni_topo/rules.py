@@ -219,7 +219,7 @@ def checked(**rules: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_
 
         @functools.cache
         def table() -> dict[str, Rule]:
-            # At the first call, for annotations may name what stands further down in a module.
+            # At the first call, because annotations may name what is defined further down in a module.
             plain = {
                 name: each.annotation
                 for name, each in parameters.items()

@@ -48,7 +48,7 @@ def untie_layers() -> bool:
     Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.speedup_model``. Cause: the masks are followed
     on random values that are written into each layer in turn, so a layer had the masks of the last one that shares its
     weight, on every version: wrong channels went, without an error. And a module that is replaced was replaced under
-    the first of its names. The layers of a model in evaluation mode ended in training mode, for their graph has a mode
+    the first of its names. The layers of a model in evaluation mode ended in training mode, because their graph has a mode
     of its own. Returns True, but for a second call: NNI has no such rule.
     """
     original = model_speedup.ModelSpeedup.speedup_model

@@ -82,8 +82,8 @@ class NetworkCost:
         """Take a model with example inputs, whatever container they come in."""
         return cls(Analysis.on(model, example_inputs))
 
-    # The unpruned network is counted once, as `count_macs` does. Of that count as much is told by the channels that are
-    # kept as is known to depend on them: convolutions, linear and recurrent layers, products of activations, and what
+    # The unpruned network is counted once, as `count_macs` does. The part of that count that is known to depend on the
+    # kept channels is computed from them: convolutions, linear and recurrent layers, products of activations, and what
     # attention computes within, head by head. The rest stays as it is in the unpruned network. So a search for a budget
     # asks for the cost of thousands of widths without building any. Batch norms count as parameters. A channel that
     # several layers share is pruned when all of them lose it; one of a layer without an entry stays.

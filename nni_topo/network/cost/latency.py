@@ -211,7 +211,7 @@ def measure_latency(
     For every width a copy of the layer is cut to it and run by itself, on ones, at the size of the model's own inputs
     of the layer. Equal layers are timed once. A layer that is called several times counts each call. A wider
     layer never gets a smaller time than a narrower one: the table holds the running maximum. The time between the
-    layers is that of a pass of the model minus the time inside its layers.
+    layers is the time of a pass of the model minus the time inside its layers.
 
     ``nn.MultiheadAttention`` and recurrent layers are timed at full width alone, and are taken to need time in
     proportion to the channels that enter and leave them. Of the time of attention its output projection, which has
@@ -242,7 +242,7 @@ def measure_latency(
     widths = NetworkCost(analysis).widths({}) if wholes else {}
     for name, outer_layer in wholes.items():
         if name in widths:
-            # The layers in it have times of their own. What is left is told by the weights: a difference of two
+            # The layers in it have times of their own. What is left is estimated by the weights: a difference of two
             # measured times may be zero, or less, on a busy machine.
             held = {id(each) for each in outer_layer.modules()}
             of_inner = sum(count_params(each) for each in modules.values() if id(each) in held)

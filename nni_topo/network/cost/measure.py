@@ -164,7 +164,7 @@ class _Counter(TorchDispatchMode):
 
 @contextmanager
 def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[CountedMacs]:
-    """Count what runs within the block, and by itself what the named modules run; the counts are there after it.
+    """Count what runs within the block, in all and by named module; the counts are complete after the block.
 
     Fused attention kernels are switched off.
     """
@@ -286,7 +286,7 @@ def time_shares(
     precision: float = 0.015,
     seconds: float = 10.0,
 ) -> list[tuple[float, float]]:
-    """Compare the times of models with that of the unpruned network, on one thread.
+    """Compare the times of models with the time of the unpruned network, on one thread.
 
     Every round runs each model once, so that whatever slows the machine down slows all of them.
 
@@ -385,7 +385,7 @@ def timed(run: Callable[[], object], tensor: Tensor) -> float:
 
 
 def median_of(seconds: Sequence[float]) -> float:
-    """Return the median of times of which the first warms up, at least 0."""
+    """Return the median of times, at least 0; the first one was a warm-up and doesn't count."""
     # `now` leaves out the time spent waiting for a core, which the system measures less exactly.
     return max(0.0, statistics.median(seconds[1:]))
 

@@ -40,7 +40,7 @@ class _Factor:
 
 
 class Product:
-    """The products of two factors, whose dimensions broadcast to one shape, each place of which is a product.
+    """The products of two factors. Their dimensions broadcast to one shape, and each entry of it is a product.
 
     A product is computed as long as none of its factors is pruned. ``times``: as of `products_of`. ``summed``: of an
     Einstein sum, the dimensions that its result lacks.
@@ -63,9 +63,9 @@ class Product:
         """Count the products that stay; ``pruned``: bool, by group id."""
         kept, shapes = [~pruned[group_ids] for group_ids in self._group_ids], list(self._shapes)
         if self._summed is not None:
-            # As `torch.einsum` does it. A dimension that one factor alone has is summed over first. Where no dimension
-            # is summed over by both, PyTorch multiplies place by place, which `count_macs` doesn't count. A dimension
-            # of size 1 is one that a tensor hasn't.
+            # As `torch.einsum` does it. A dimension that only one factor has is summed over first. If both share no
+            # summed dimension, PyTorch multiplies entry by entry, which `count_macs` doesn't count. A dimension of
+            # size 1 counts as missing.
             sizes = [[_size(*each, d) for d in self._summed] for each in zip(kept, shapes, strict=True)]
             if not any(one != 1 != other for one, other in zip(*sizes, strict=True)):
                 return 0
@@ -76,7 +76,7 @@ class Product:
                     shapes[at] = tuple(1 if d in alone else size for d, size in enumerate(shapes[at]))
         both: BoolArray = kept[0] & kept[1]
         shape = tuple(map(max, *shapes))
-        # Along a dimension in which no factor holds channels one place stands for all.
+        # A dimension of length 1 in `both` holds no channels: its one entry stands for all.
         places: int = math.prod(size for size, length in zip(shape, both.shape, strict=True) if length == 1)
         # Where the number of products isn't a multiple of the samples', they don't depend on the samples.
         of_one, rest = divmod(places, self._times)

@@ -15,7 +15,7 @@ from nni_topo.network.runtime.reports import ModelReport
 CARD = "README.md"
 _TAGS = ["nni_topo", "pruned"]
 _PACKAGES = ("torch", "transformers")
-# The last line of a card holds a digest of the others, so that a text that someone has changed is known as such.
+# The last line of a card holds a digest of the other lines, which shows whether someone has changed them.
 _MARK = "<!-- written by nni_topo.save_pretrained, which replaces this file until someone changes it: {} -->\n"
 _logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def may_write_card(place: Path) -> bool:
         text, _, mark = _lines_of(place).rstrip("\n").rpartition("\n")
         if f"{mark}\n" == _MARK.format(_digest(f"{text}\n")):
             return True
-    _logger.info("the model's card isn't written, for %s isn't one of nni_topo's, or was changed", place)
+    _logger.info("the model's card isn't written, because %s isn't a card of nni_topo's, or was changed", place)
     return False
 
 

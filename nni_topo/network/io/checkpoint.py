@@ -176,7 +176,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     ConfigError
         If ``model`` is neither a module nor a function that makes one, or the file doesn't fit it: other modules, other
         types, larger sizes, modules with two names that were two modules in the dense model, or parameters or buffers
-        on the meta device of which the file has no values.
+        on the meta device whose values the file lacks.
 
     Examples
     --------
@@ -195,7 +195,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     built = detached_copy(model_within(model)) if isinstance(model, nn.Module) else model_within(model())
     check_knobs("load", {"model": built}, {"model": NETWORK})
     check_unwrapped(built)
-    drop_report(built)  # it is that of another network than the file's
+    drop_report(built)  # the report of the unpruned model, not of the one in the file
     _take_out_missing(recipe, built, file)
     modules: dict[str, dict[str, Any]] = recipe["modules"]
     if any(name in modules and is_transposed_linear(module) for name, module in built.named_modules()):
@@ -456,7 +456,7 @@ def why_undescribed(dense: Any) -> str:
             why += f" (Transformers {version('transformers')} prunes no heads of this class)"
         return f"{why}, got {got.get(first)} where the config makes {wanted.get(first)} ({first})"
     try:
-        # Transformers 5 also does so when it writes and reads a config.
+        # Transformers 5 also validates a config when it writes or reads it.
         validate = getattr(dense.config, "validate", None)
         if callable(validate):
             validate()

@@ -41,8 +41,8 @@ Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 """By ending of a path, the format of the file."""
 _BATCH = 2  # samples with which a network is exported that takes any batch
-_OTHER_BATCH = 3  # samples with which its file is run besides
-_MULTIPLES = (1, 8, 16, 32)  # of one of which a network may need a size to be
+_OTHER_BATCH = 3  # samples of the second batch with which its file is run
+_MULTIPLES = (1, 8, 16, 32)  # a network may take only sizes that are multiples of one of these
 _DIMS = all_of(whole(0), Sequence)
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
 _MOST_OF_A_REASON = 300  # characters of PyTorch's errors that are handed on
@@ -65,7 +65,7 @@ class Exported:
         as a share of the largest output; at two sizes if a dimension is dynamic.
     int8_distance : float, default=NaN
         Mean squared distance between the outputs of the INT8 file and those of the network, as a share of their
-        variance. It is measured on every eighth sample, which the ranges of the integers don't come from, or on all
+        variance. It is measured on every eighth sample, which the ranges of the integers aren't chosen by, or on all
         samples if there are fewer than eight. NaN without INT8.
     """
 
@@ -108,7 +108,7 @@ def export(
         Calibration data: batches of unlabelled inputs. Weights and activations become 8-bit integers, whose ranges are
         those of the values on these batches. ONNX only.
     weight_bits : {7, 8}, default=7
-        How many of the 8 bits INT8 weights use. 8 are nearer to the network; see the notes for where they are safe.
+        How many of the 8 bits INT8 weights use. 8 bits are more exact; the notes say where they are safe.
     dynamic_dims : sequence of int, default=(0,)
         Dimensions of the inputs that the file takes at any size: ``(0,)`` is any batch, ``(0, 2, 3)`` any batch, height
         and width of images, ``(2, 3)`` only height and width, ``()`` none. They hold for each input that has the
@@ -122,7 +122,7 @@ def export(
     Raises
     ------
     ConfigError
-        If the format is unknown, or isn't that of the path's ending; if INT8 is asked for in another format than ONNX;
+        If the format is unknown, or differs from the path's ending; if INT8 is asked for in another format than ONNX;
         if ``weight_bits`` is neither 7 nor 8, or given without ``int8``; if the inputs lack one of the
         ``dynamic_dims``; or if a package is missing.
     DataError
@@ -391,7 +391,7 @@ def _program(net: nn.Module, call: Call, dims: Sequence[int]) -> Any:
     def free_dimensions(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != size:
             return None
-        # All inputs have the batch; a height may have to be a multiple of 32, or that of another input.
+        # All inputs have the same batch size; a height may have to be a multiple of 32, or equal another input's.
         free = {dim: torch.export.Dim.DYNAMIC if dim else batch for dim in dims if dim < leaf.dim()}
         return free or None
 
