@@ -38,6 +38,7 @@ PAIRING = Path(__file__).with_name("pairing.cjs")
 """Lets NNI's manager give each trial its own parameters, and a resumed experiment none twice; preloaded likewise."""
 
 reports: list[CompatReport] = []
+_IN_PLACE = "_nni_topo_patches"  # the attribute of NNI that names the patches that were applied
 
 
 def enable() -> CompatReport:
@@ -126,8 +127,12 @@ def patches() -> tuple[Callable[[], bool], ...]:
 
 
 def _run(patch: Callable[[], bool]) -> PatchResult:
-    """Run one patch; an unknown NNI or PyTorch may lack what it looks at, which mustn't stop the others."""
+    """Run one patch unless it is in place; an unknown NNI or PyTorch may lack what it looks at: others go on."""
+    in_place: set[str] = vars(importlib.import_module("nni")).setdefault(_IN_PLACE, set())
     try:
-        return PatchResult(patch.__name__, "applied" if patch() else "unneeded")
+        if patch.__name__ in in_place or not patch():
+            return PatchResult(patch.__name__, "unneeded")
     except Exception as error:
         return PatchResult(patch.__name__, "failed", repr(error))
+    in_place.add(patch.__name__)
+    return PatchResult(patch.__name__, "applied")

@@ -15,8 +15,6 @@ from nni.common import version
 from nni.compression.utils import evaluator
 from torch import Tensor
 
-_MARK = "_nni_topo_patch"
-
 
 def import_trainers_late() -> bool:
     """Import Lightning and Transformers when an evaluator for them is made.
@@ -88,7 +86,7 @@ def set_lightning_steps() -> bool:
     ``trainer.fit_loop.max_steps``, which PyTorch Lightning 2.x only lets read; the limit lives on the loop over an
     epoch (any PyTorch and Python). Returns True if ``train`` was replaced, False if Lightning isn't installed.
     """
-    if not evaluator.LIGHTNING_INSTALLED or evaluator.LightningEvaluator.train is _train_lightning:
+    if not evaluator.LIGHTNING_INSTALLED:
         return False
     evaluator.LightningEvaluator.train = _train_lightning
     return True
@@ -117,7 +115,7 @@ def evaluate_within_training() -> bool:
     and it shows a second progress bar, which Rich's console refuses (any PyTorch and Python). Returns True if the
     method was replaced, False if Lightning isn't installed.
     """
-    if not evaluator.LIGHTNING_INSTALLED or evaluator.LightningEvaluator.evaluate is _evaluate_lightning:
+    if not evaluator.LIGHTNING_INSTALLED:
         return False
     evaluator.LightningEvaluator.evaluate = _evaluate_lightning
     return True
@@ -149,7 +147,7 @@ def patch_trainer_steps() -> bool:
     transformers isn't installed.
     """
     cls = evaluator.TransformersEvaluator
-    if not evaluator.TRANSFORMERS_INSTALLED or cls.patch_optimizer_step is _patch_optimizer_step:
+    if not evaluator.TRANSFORMERS_INSTALLED:
         return False
     cls.patch_optimizer_step = _patch_optimizer_step
     return True
@@ -164,7 +162,7 @@ def make_default_optimizer() -> bool:
     process raised it. Returns True if the method was wrapped, False if transformers isn't installed.
     """
     cls = evaluator.TransformersEvaluator
-    if not evaluator.TRANSFORMERS_INSTALLED or hasattr(cls._init_optimizer_helpers, _MARK):
+    if not evaluator.TRANSFORMERS_INSTALLED:
         return False
     initialize = cls._init_optimizer_helpers
 
@@ -188,7 +186,6 @@ def make_default_optimizer() -> bool:
             del trainer.get_optimizer_cls_and_kwargs
             trainer.optimizer = None
 
-    setattr(initialize_with_optimizer, _MARK, True)
     cls._init_optimizer_helpers = initialize_with_optimizer
     return True
 
@@ -201,7 +198,7 @@ def pass_loss_arguments() -> bool:
     method was replaced, False if transformers isn't installed.
     """
     cls = evaluator.TransformersEvaluator
-    if not evaluator.TRANSFORMERS_INSTALLED or cls.patch_loss is _patch_loss:
+    if not evaluator.TRANSFORMERS_INSTALLED:
         return False
     cls.patch_loss = _patch_loss
     return True

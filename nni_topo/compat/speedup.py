@@ -48,12 +48,10 @@ def untie_layers() -> bool:
     Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.speedup_model``. Cause: the masks are followed
     on random values that are written into each layer in turn, so a layer had the masks of the last one that shares its
     weight, on every version: wrong channels went, without an error. And a module that is replaced was replaced under
-    the first of its names. The layers of a model in evaluation mode ended in training mode, because their graph has a mode
-    of its own. Returns True, but for a second call: NNI has no such rule.
+    the first of its names. The layers of a model in evaluation mode ended in training mode, because their graph has a
+    mode of its own. Returns True: NNI has no such rule.
     """
     original = model_speedup.ModelSpeedup.speedup_model
-    if hasattr(original, "_nni_topo_patch"):
-        return False
 
     @wraps(original)
     def speedup_model(self: model_speedup.ModelSpeedup) -> torch.nn.Module:
@@ -70,7 +68,6 @@ def untie_layers() -> bool:
             _put_modes(model, modes)
         return model
 
-    speedup_model._nni_topo_patch = True  # type: ignore[attr-defined]
     model_speedup.ModelSpeedup.speedup_model = speedup_model
     return True
 
@@ -90,12 +87,10 @@ def keep_given_masks() -> bool:
 
     Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: NNI's own slip
     on every version: it works on the caller's masks, and fills in, reconciles and overwrites them; a second speedup
-    with them, of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now. Returns True
-    if the constructor was replaced, False if it is.
+    with them, of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now. Returns
+    True: NNI makes no copy.
     """
     init = model_speedup.ModelSpeedup.__init__
-    if hasattr(init, "__wrapped__"):
-        return False
 
     @wraps(init)
     def init_with_copies(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -116,10 +111,8 @@ def keep_graph_for_all_outputs() -> bool:
 
     Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: NNI's own slip on
     every version: it goes back from each output of a node by itself, and the first time frees the graph, so that the
-    second ended in a RuntimeError. Returns True if the method was replaced, False if it is.
+    second ended in a RuntimeError. Returns True: NNI keeps no graph.
     """
-    if model_speedup.ModelSpeedup.indirect_backward is _indirect_backward:
-        return False
     model_speedup.ModelSpeedup.indirect_backward = _indirect_backward
     return True
 

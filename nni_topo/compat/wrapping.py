@@ -19,7 +19,6 @@ from nni_topo.sharing import parameter_holders
 _TIED = "_nni_topo_tied"
 _BEGUN = "_nni_topo_begun"
 _MARK = "_nni_topo_patch"
-_FORWARD = "_nni_topo_forward"
 _CALLING = "_nni_topo_calling"
 _MIXER = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
 
@@ -44,7 +43,7 @@ def keep_shared_parameters() -> bool:
     that knows a shared parameter by one name left the other layers out. Returns True if the two methods were replaced,
     False if NNI's ``unwrap`` makes no new parameters.
     """
-    if hasattr(ModuleWrapper.unwrap, _MARK) or "register_parameter" not in ModuleWrapper.unwrap.__code__.co_names:
+    if "register_parameter" not in ModuleWrapper.unwrap.__code__.co_names:
         return False
     wrap_model, unwrap = Compressor.wrap_model, ModuleWrapper.unwrap
 
@@ -59,7 +58,6 @@ def keep_shared_parameters() -> bool:
         for name in getattr(self, _TIED, ()):
             self.module._parameters[name] = self._parameters[name]
 
-    setattr(unwrap_one, _MARK, True)
     Compressor.wrap_model, ModuleWrapper.unwrap = wrap_all, unwrap_one
     return True
 
@@ -107,15 +105,17 @@ def wrap_modules_once() -> bool:
 
     Place: ``nni/compression/base/compressor.py``, ``register_wrappers``. Cause: it goes by names, and ``op_types``
     selects all of them, so that the second wrapper met the first: a bare AssertionError, on every version. Returns
-    True, but for a second call: NNI has no such rule.
+    True: NNI has no such rule.
     """
     register = compressor.register_wrappers
 
+    @functools.wraps(register)
     def register_once(model: Any, config_list: Any, mode: Any, existed_wrappers: Any = None) -> Any:
         single = _by_one_name(model, config_list, existed_wrappers or {})
         return register(model, single, mode, existed_wrappers)
 
-    return _replaced(compressor, register, register_once)
+    compressor.register_wrappers = register_once
+    return True
 
 
 def _by_one_name(
@@ -140,31 +140,35 @@ def leave_no_forward() -> bool:
     """Leave an unwrapped module without an attribute ``forward`` of its own, if it had none.
 
     Place: ``nni/compression/base/wrapper.py``, ``ModuleWrapper.unwrap``. Cause: it puts the class's method back as an
-    attribute of the module, on every version. Returns True, but for a second call: NNI has no such rule.
+    attribute of the module, on every version. Returns True: NNI has no such rule.
     """
     unwrap = ModuleWrapper.unwrap
 
+    @functools.wraps(unwrap)
     def unwrap_one(self: ModuleWrapper) -> None:
         unwrap(self)
         if getattr(self.module_forward, "__func__", None) is type(self.module).forward:
             vars(self.module).pop("forward", None)
 
-    return _replaced(ModuleWrapper, unwrap, unwrap_one, _FORWARD)
+    ModuleWrapper.unwrap = unwrap_one
+    return True
 
 
 def unwrap_models_once() -> bool:
     """Let ``unwrap_model`` do nothing for a model that isn't wrapped.
 
     Place: ``nni/compression/base/compressor.py``, ``Compressor.unwrap_model``. Cause: it warns that it can't, and goes
-    on to an AttributeError, on every version. Returns True, but for a second call: NNI has no such rule.
+    on to an AttributeError, on every version. Returns True: NNI has no such rule.
     """
     unwrap_model = Compressor.unwrap_model
 
+    @functools.wraps(unwrap_model)
     def unwrap_once(self: Compressor) -> None:
         if self._is_wrapped:
             unwrap_model(self)
 
-    return _replaced(Compressor, unwrap_model, unwrap_once)
+    Compressor.unwrap_model = unwrap_once
+    return True
 
 
 def call_layers_of_attention() -> bool:
@@ -172,10 +176,11 @@ def call_layers_of_attention() -> bool:
 
     Place: ``nni/compression/base/compressor.py``, ``Compressor.wrap_model`` and ``unwrap_model``. Cause: PyTorch's
     ``nn.MultiheadAttention`` and torchvision's attention in windows never call these layers, so that masks on them do
-    nothing, on every version. Returns True, but for a second call: NNI has no such rule.
+    nothing, on every version. Returns True: NNI has no such rule.
     """
     wrap_model, unwrap_model = Compressor.wrap_model, Compressor.unwrap_model
 
+    @functools.wraps(wrap_model)
     def wrap_calling(self: Compressor) -> None:
         wrappers = {id(wrapper.module): wrapper for wrapper in self._module_wrappers.values()}
         found = [
@@ -190,21 +195,13 @@ def call_layers_of_attention() -> bool:
                 wrappers[id(module)].module_forward = type(module).forward.__get__(module)
         wrap_model(self)
 
+    @functools.wraps(unwrap_model)
     def unwrap_calling(self: Compressor) -> None:
         unwrap_model(self)
         for module, change in vars(self).pop(_CALLING, ()):
             change(module, False)
 
-    marked = _replaced(Compressor, unwrap_model, unwrap_calling, _CALLING)
-    return _replaced(Compressor, wrap_model, wrap_calling, _CALLING) and marked
-
-
-def _replaced(place: Any, function: Callable[..., Any], patched: Callable[..., Any], mark: str = _MARK) -> bool:
-    """Put a patched function in the place of NNI's and return True, or False if that was done before."""
-    if hasattr(function, mark):
-        return False
-    setattr(patched, mark, True)
-    setattr(place, function.__name__, functools.wraps(function)(patched))
+    Compressor.wrap_model, Compressor.unwrap_model = wrap_calling, unwrap_calling
     return True
 
 
@@ -213,11 +210,9 @@ def ask_for_targets() -> bool:
 
     Place: ``nni/compression/base/setting.py``, ``PruningSetting.get``. Cause: settings go by the name of a class, on
     every version. Recurrent layers of one class have more parameters the more levels they have, and NNI answers to a
-    parameter that a module lacks with a bare AssertionError. Returns True, but for a second call: NNI has no such rule.
+    parameter that a module lacks with a bare AssertionError. Returns True: NNI has no such rule.
     """
     get = PruningSetting.get
-    if hasattr(get, _MARK):
-        return False
 
     def get_of_module(
         cls: type[PruningSetting], module_cls_or_name: Any, config: dict[str, Any]
@@ -230,7 +225,6 @@ def ask_for_targets() -> bool:
                 return dict(get.__func__(alone, module_cls_or_name, config))
         return dict(get(module_cls_or_name, config))
 
-    setattr(get_of_module, _MARK, True)
     PruningSetting.get = classmethod(get_of_module)
     return True
 
@@ -239,12 +233,10 @@ def ask_for_blocks() -> bool:
     """Let `scaling` say what the blocks of a pruner's targets are.
 
     Place: ``nni/compression/base/compressor.py``, ``Pruner._register_scalers``. Cause: blocks are neighbouring rows
-    there, on every version, and a head's aren't where one weight holds queries, keys and values. Returns True, but for
-    a second call: NNI has no such rule.
+    there, on every version, and a head's aren't where one weight holds queries, keys and values. Returns True: NNI has
+    no such rule.
     """
     register = Pruner._register_scalers
-    if hasattr(register, _MARK):
-        return False
 
     @functools.wraps(register)
     def register_all(self: Pruner) -> None:
@@ -252,7 +244,6 @@ def ask_for_blocks() -> bool:
         for change in scaling:
             change(self.bound_model, self._target_spaces)
 
-    setattr(register_all, _MARK, True)
     Pruner._register_scalers = register_all
     return True
 
@@ -262,10 +253,8 @@ def undo_failed_constructors() -> bool:
 
     Place: ``nni/compression/base/compressor.py``, ``Compressor.__init__``, and those of all subclasses. Cause: an error
     after the first wrapper left a wrapped model and no pruner to unwrap it, on every version; from then on every pruner
-    refused the model. Returns True, but for a second call: NNI has no such rule.
+    refused the model. Returns True: NNI has no such rule.
     """
-    if hasattr(Compressor.__init__, _MARK):
-        return False
     for kind in _with_subclasses(Compressor):
         _guard_constructor(kind)
 

@@ -101,7 +101,6 @@ def test_given_masks_stay_as_they_are(make: type[nn.Module]) -> None:
         name: p.shape for name, p in second.named_parameters()
     }
     to_dense(model, INPUTS, masks)
-    assert speedup.keep_given_masks() is False
 
 
 def test_sizes_are_leaves_in_speedup_only() -> None:
