@@ -53,7 +53,7 @@ class ExportError(NniTopoError, RuntimeError):
 
 
 class ProcessError(NniTopoError, RuntimeError):
-    """Processes that work together: one has failed, has ended, or does something else."""
+    """Processes that work together and of which one is gone or doesn't answer."""
 
     page = "docs/recovery.md"
 

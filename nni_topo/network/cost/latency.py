@@ -29,7 +29,7 @@ from nni_topo.network.layers.kinds import (
 )
 from nni_topo.network.layers.slicing import cut
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.runtime.copying import detached_copy, unwrapped_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, unwrapped_copy
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, batch_size, first_of_samples
 from nni_topo.network.runtime.public import public

@@ -36,8 +36,7 @@ from nni_topo.network.runtime.inputs import (
 )
 from nni_topo.network.runtime.memory import out_of_memory, trim_heap
 from nni_topo.network.runtime.public import Running, public
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import as_written
+from nni_topo.network.runtime.switches import as_written
 from nni_topo.rules import all_of, checked, whole
 
 _WARMUP_ROUNDS = 5  # untimed rounds before the timed ones
