@@ -27,8 +27,9 @@ from sklearn.datasets import load_digits
 
 from nni_topo import zoo
 from nni_topo.runs.choices import CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.provenance import provenance
-from nni_topo.runs.run import Pruned, Start, made_dense, prune_to_ratios, retrain, trained
+from nni_topo.runs.run import Start, made_dense, prune_to_ratios, retrain, trained
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.studies.baselines import baseline_masks, is_baseline
 from nni_topo.studies.records import append_record, read_records
@@ -131,12 +132,13 @@ def run(name: str, seed: int, rows: Any, images: Path, out: Path, path: Path) ->
         print(*record["key"], f"{100 * record['test']:.1f} %", flush=True)
 
 
-def selected(row: str, kind: Kind, start: Start) -> Pruned:
+def selected(row: str, kind: Kind, start: Start) -> Pipeline:
     """Return the masks of a row."""
     target = Target("ratio", RATIO)
     ratios = layer_ratios(start.net, start.example, target)
     if is_baseline(row):
-        return Pruned(*baseline_masks(row, start.net, start.example, ratios))
+        masks, seconds = baseline_masks(row, start.net, start.example, ratios)
+        return Pipeline(start.analysis, masks=masks, seconds=seconds)
     if row in BASELINES:
         return prune_to_ratios(start, PrunerChoice(row), target, ratios)
     choice = replace({**CRITERIA, **VARIANTS}[row], calibration=kind.images)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,19 +33,23 @@ from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, leav
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.inputs import Call, returned_tensors, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import left_alone
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of, dense_report_of, to_dense
 from nni_topo.network.speedup.dependency import groups_of
-from nni_topo.pruners.budget import Budget, BudgetOutcome, outcome_of, tell_if_missed
+from nni_topo.pruners.budget import BudgetOutcome, outcome_of
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import Outputs, judged
-from nni_topo.runs.allocating import Tried, check_held_out
-from nni_topo.runs.pipeline import Pipeline, PrunedNetwork, RecoveredNetwork
+from nni_topo.runs.allocating import check_held_out
+from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prunable import layers_to_prune
 from nni_topo.runs.widths import fewest_channels, inner_layers_of, least_share
 
 if TYPE_CHECKING:
     import pandas
+
+    from nni_topo.runs.prepared import Prepared
 
 _SOLVED, _JUDGED = 256, 128  # calibration and held-out images by which blocks are chosen
 _LOOKED_AT = 8  # blocks that are looked at again after each removal, those that promised most
@@ -504,42 +509,42 @@ def _few(images: Calibration, count: int) -> Calibration:
     return images.chosen(torch.linspace(0, samples - 1, count).round().long().unique())
 
 
-@dataclass(frozen=True)
-class DepthPipeline(Pipeline):
-    """How a network is made smaller where blocks compete with channels for the budget."""
+class Depth:
+    """Blocks that compete with channels for the budget."""
 
-    removable: Removable = field(default_factory=lambda: Removable((), {}, {}))
-    _paths: dict[str, DepthPath] = field(default_factory=dict)
-    _made: dict[int, Pipeline] = field(default_factory=dict)
-    _lefts: dict[tuple[str, int], float] = field(default_factory=dict)
+    def __init__(self, whole: Prepared, removable: Removable) -> None:
+        self.whole, self.removable = whole, removable
+        self._prepared: dict[int, Prepared] = {}  # by number of blocks removed, the network without them
+        self._lefts = {0: 1.0}  # likewise, about which share of the cost is kept
 
     @classmethod
-    def on(cls, steps: Pipeline, budget: Budget) -> Pipeline:
-        """Return steps that also remove blocks; where no block can go, the same steps, which then say so."""
-        keeps = _keeps(steps)
+    def on(cls, whole: Prepared) -> Prepared:
+        """Let blocks compete, too; where no block can go, a warning says so."""
+        keeps = _keeps(whole)
 
         def keep(name: str) -> str:
-            is_told = not steps.is_described or tells_depth(steps.model, name.rpartition(".")[0])
+            is_told = not whole.is_described or tells_depth(whole.model, name.rpartition(".")[0])
             return keeps(name) if is_told else "no config of Transformers can say that there are fewer of these blocks"
 
-        removable = removable_blocks(steps.model, steps.images.all, keep, whole_blocks=bool(budget.equal_blocks))
+        whole_blocks = bool(whole.budget.equal_blocks)
+        removable = removable_blocks(whole.model, whole.images.all, keep, whole_blocks=whole_blocks)
         if not removable.candidates:
             why = "; ".join(f"{name}: {reason}" for name, reason in removable.kept.items())
             why = why or "none lies in a list of at least two, adds to its input and keeps its shape"
-            steps.leave_out(f"depth=True finds no block that can be removed ({why}), so only channels are removed")
-            return steps
-        check_held_out(steps.images.all, steps.images.judges, "depth=True")
-        own = {each.name: getattr(steps, each.name) for each in fields(Pipeline)}
-        return cls(**{**own, "is_search": True}, removable=removable)
+            whole.leave_out(f"depth=True finds no block that can be removed ({why}), so only channels are removed")
+            return whole
+        check_held_out(whole.images.all, whole.images.judges, "depth=True")
+        whole = replace(whole, is_search=True)
+        return replace(whole, depth=cls(whole, removable))
 
-    def recover(self, budget: Budget) -> tuple[RecoveredNetwork, tuple[Tried, ...]]:
+    def make(self, share: float) -> Pipeline:
         """Try some numbers of blocks, let channels take the rest of the budget, and keep the network that loses least.
 
         Among networks that miss the budget the one that misses it least is kept.
         """
-        judges = check_held_out(self.images.all, self.images.judges, "depth=True")
-        path, share = self._path(budget), budget.share
-        found: dict[int, tuple[RecoveredNetwork, tuple[Tried, ...]]] = {}
+        whole, path = self.whole, self.path
+        judges = check_held_out(whole.images.all, whole.images.judges, "depth=True")
+        found: dict[int, Pipeline] = {}
         outcomes: dict[int, BudgetOutcome] = {}
         losses: dict[int, float] = {}
 
@@ -547,19 +552,19 @@ class DepthPipeline(Pipeline):
             if count in found:
                 return
             try:
-                recovered, tried = self._with_depth(budget, count)
+                made = self.without(count, share)
             except ConfigError as error:  # the network has no channels that can be removed
                 if not count:
                     raise
                 _logger.info("%d blocks are not removed: %s", count, error)
                 return
-            found[count] = recovered, tried
-            outcomes[count] = outcome_of(budget, self.share_left(budget, recovered), "")
-            (judgement,) = judged(self.model, [recovered.dense], judges, self.settings.outputs)
+            found[count] = made
+            outcomes[count] = outcome_of(whole.of_share(share), made.left, "")
+            (judgement,) = judged(whole.model, [made.dense], judges, whole.settings.outputs)
             losses[count] = judgement.loss if math.isfinite(judgement.loss) else math.inf
 
         # Where few channels don't make a network fast enough, blocks go first.
-        overhead = self._overhead(budget) if budget.kind == "latency" else math.nan
+        overhead = self.overhead if whole.budget.kind == "latency" else math.nan
         first = path.nearest(share / overhead) if overhead > share else 0
         attempt(first)
         middle = max(first, path.nearest(share**_MIDDLE))
@@ -582,59 +587,44 @@ class DepthPipeline(Pipeline):
         best = counts[keys.index(min(keys))]
         tries = []
         for count in counts:
-            left = self._left(budget, count)
             outcome = outcomes[count]
-            tries.append(DepthTried(count, left, outcome.left, losses[count], outcome.is_met, count == best))
-        depth = DepthOutcome(path.states[best].removed, tuple(tries), self.removable.kept, overhead)
-        recovered, tried = found[best]
-        notes = tuple(str(each) for each in depth.removed)
-        layers = replace(recovered.layers, notes=(*recovered.layers.notes, *notes))
-        chosen = replace(recovered, layers=layers, depth=depth)
-        return chosen, tried
+            tries.append(
+                DepthTried(count, self.left(count), outcome.left, losses[count], outcome.is_met, count == best)
+            )
+        removed, chosen = path.states[best].removed, found[best]
+        layers = replace(chosen.layers, notes=(*chosen.layers.notes, *map(str, removed)))
+        return replace(chosen, layers=layers, depth=DepthOutcome(removed, tuple(tries), self.removable.kept, overhead))
 
-    def share_left(self, budget: Budget, recovered: RecoveredNetwork) -> float:
-        """Return the share of the unpruned network's cost that is kept."""
-        count = recovered.blocks_removed
-        if not count or budget.latency_table is None:
-            return super().share_left(budget, recovered)
-        own = self._own_budget(budget, count)
-        return self._left(budget, count) * self._steps_without(count, budget).share_left(own, recovered)
-
-    @leaves_models_alone
-    def outcome(self, budget: Budget, recovered: RecoveredNetwork) -> BudgetOutcome:
-        """Return the share of the cost that a dense network keeps, and warn where that misses the budget."""
-        planned, left = recovered.pruned.planned, self.share_left(budget, recovered)
-        why = "no network that was tried meets it"
-        if left < budget.share:
-            why = "of the networks that were tried and meet the budget this one loses least"
-        elif planned is not None and planned.why:
-            why = planned.why
-        return tell_if_missed(budget, left, why)
-
-    def _with_depth(self, budget: Budget, count: int) -> tuple[RecoveredNetwork, tuple[Tried, ...]]:
+    def without(self, count: int, share: float) -> Pipeline:
         """Remove so many blocks, and channels for the rest of the budget."""
+        whole = self.whole
         if not count:
-            return super().recover(budget)
-        short = self._path(budget).states[count]
-        if self._left(budget, count) <= budget.share:
-            dense = to_dense(short.net, self.images.example, {})
-            pruned = PrunedNetwork(short.net, {}, lambda: dense, None)
-            recovered = RecoveredNetwork(pruned, dense, dense_report_of(dense), None)
-            tried: tuple[Tried, ...] = ()
+            return whole.make(share)
+        if self.left(count) <= share:
+            short = self.path.states[count].net
+            dense = to_dense(short, whole.images.example, {})
+            made = replace(whole.start, narrower=short, dense=dense, layers=dense_report_of(dense))
+            return replace(made, left=self.left(count) if whole.budget.latency_table else whole.share_left(made))
+        prepared = self.prepared(count)
+        made = prepared.recover(min(share / self.left(count), 1.0))
+        # A table knows the layers by their names in the network without the blocks.
+        if whole.budget.latency_table is None:
+            left = whole.share_left(made)
         else:
-            recovered, tried = self._steps_without(count, budget).recover(self._own_budget(budget, count))
-        return replace(recovered, blocks_removed=count), tried
+            left = self.left(count) * prepared.share_left(made)
+        return replace(made, left=left)
 
-    def _steps_without(self, count: int, budget: Budget) -> Pipeline:
-        """Return the steps of the network without so many blocks."""
-        if count in self._made:
-            return self._made[count]
-        short = self._path(budget).states[count]
+    def prepared(self, count: int) -> Prepared:
+        """Return the network without so many blocks; its layers to prune are those of the whole network."""
+        whole = self.whole
+        if count in self._prepared:
+            return self._prepared[count]
+        short = self.path.states[count]
         layers: list[str | Mapping[str, Any]] | None = None
-        if not self.prunable.is_default:
+        if not whole.prunable.is_default:
             # The entries by the names that the layers have without the blocks.
             layers = []
-            for names, settings in _resolved(self.prunable.entries, self.model):
+            for names, settings in _resolved(whole.prunable.entries, whole.model):
                 here = [short.here[name] for name in names if name in short.here]
                 if here:
                     layers.append({**settings, "op_names": here})
@@ -642,66 +632,52 @@ class DepthPipeline(Pipeline):
                 raise ConfigError(
                     "a network must have a layer whose channels can be removed, got none that is named (layers)"
                 )
-        analysis = Analysis.on(short.net, self.images.example)
-        prunable = layers_to_prune(analysis, layers, is_described=self.is_described)
-        own = {each.name: getattr(self, each.name) for each in fields(Pipeline) if each.init}
-        own |= {"analysis": analysis, "prunable": prunable, "_asked": {}, "_left_out": [], "_costs": {}}
-        self._made[count] = Pipeline(**own)
-        return self._made[count]
+        analysis = Analysis.on(short.net, whole.images.example)
+        prunable = layers_to_prune(analysis, layers, is_described=whole.is_described)
+        table: Any = whole.budget.latency_table
+        budget = whole.budget if table is None else replace(whole.budget, latency_table=_table_of(table, short))
+        start = Pipeline(analysis, whole.round_to)
+        self._prepared[count] = replace(whole, start=start, budget=budget, prunable=prunable)
+        return self._prepared[count]
 
-    def _own_budget(self, budget: Budget, count: int) -> Budget:
-        """Return the budget of the network without so many blocks."""
-        fixed: Any = {budget.kind: min(budget.share / self._left(budget, count), 1.0)}
-        table: Any = budget.latency_table
-        if table is not None:
-            fixed["latency_table"] = _table_of(table, self._path(budget).states[count])
-        return replace(budget, **fixed)
-
-    def _left(self, budget: Budget, count: int) -> float:
+    def left(self, count: int) -> float:
         """Return the share of the cost that the network keeps without so many blocks, with all channels."""
-        key = budget.kind, count
-        if count and key not in self._lefts:
-            short = self._path(budget).states[count]
-            example = self.example_for(budget.kind)
+        if count not in self._lefts:
+            whole, short = self.whole, self.path.states[count]
+            budget, example = whole.budget, whole.example
             table: Any = budget.latency_table
             if budget.kind == "latency" and table is None:
-                ((self._lefts[key], _),) = time_shares([short.net], self.model, example, budget.share)
+                ((self._lefts[count], _),) = time_shares([short.net], whole.model, example, budget.share)
             else:
                 own = None if table is None else _table_of(table, short)
-                left, unpruned = (
-                    _cost(budget.kind, short.net, example, own),
-                    _cost(budget.kind, self.model, example, table),
-                )
-                self._lefts[key] = float(left / unpruned)
-        return self._lefts.get(key, 1.0)
+                left = _cost(budget.kind, short.net, example, own)
+                self._lefts[count] = float(left / _cost(budget.kind, whole.model, example, table))
+        return self._lefts[count]
 
-    def _overhead(self, budget: Budget) -> float:
-        """Return the share of time that the fewest channels leave."""
-        key = "overhead", 0
-        if key not in self._lefts:
-            example, entries = self.example_for("latency"), self.prunable.entries
-            table: Any = budget.latency_table
-            if table is not None:
-                found = least_share(self.analysis_for("latency"), "latency", entries, table, self.round_to)
-            else:
-                masks = fewest_channels(self.analysis_for("latency"), entries, self.round_to)
-                thin = dense_of(self.model, self.images.example, masks, check=False, facts=self.analysis.facts)
-                ((found, _),) = time_shares([thin], self.model, example, budget.share)
-            self._lefts[key] = found
-        return self._lefts[key]
+    @cached_property
+    def overhead(self) -> float:
+        """The share of the time that stays if each layer has as few channels as possible."""
+        whole = self.whole
+        entries, table = whole.prunable.entries, whole.budget.latency_table
+        if table is not None:
+            own: Any = table  # a file is read when the budget is made
+            return least_share(whole.counted, "latency", entries, own, whole.round_to)
+        masks = fewest_channels(whole.counted, entries, whole.round_to)
+        thin = dense_of(whole.model, whole.images.example, masks, check=False, facts=whole.analysis.facts)
+        ((found, _),) = time_shares([thin], whole.model, whole.example, whole.budget.share)
+        return found
 
-    def _path(self, budget: Budget) -> DepthPath:
-        if budget.kind not in self._paths:
-            example = self.example_for(budget.kind)
-            table: Any = budget.latency_table
-            if budget.kind == "latency" and table is None:
-                table = measure_latency(self.model, example)
-            saved = cost_saved(self.model, example, budget.kind, table)
-            judges: Any = self.images.judges
-            self._paths[budget.kind] = DepthPath(
-                self.model, self.images.learned, judges, self.settings.outputs, self.removable, saved
-            )
-        return self._paths[budget.kind]
+    @cached_property
+    def path(self) -> DepthPath:
+        """The network without one, two, three ... of its blocks."""
+        whole = self.whole
+        kind, table = whole.budget.kind, whole.budget.latency_table
+        if kind == "latency" and table is None:
+            table = measure_latency(whole.model, whole.example)
+        own: Any = table  # a file is read when the budget is made
+        saved = cost_saved(whole.model, whole.example, kind, own)
+        judges: Any = whole.images.judges
+        return DepthPath(whole.model, whole.images.learned, judges, whole.settings.outputs, self.removable, saved)
 
 
 def _cost(kind: str, model: nn.Module, example: Any, table: LatencyTable | None) -> float:
@@ -769,7 +745,7 @@ def _resolved(entries: Sequence[Mapping[str, Any]], model: nn.Module) -> list[tu
     return found
 
 
-def _keeps(steps: Pipeline) -> Callable[[str], str]:
+def _keeps(steps: Prepared) -> Callable[[str], str]:
     """Return a function that says why a block must stay for the layers that the caller named."""
     if steps.prunable.is_default:
         return lambda _: ""
@@ -777,7 +753,7 @@ def _keeps(steps: Pipeline) -> Callable[[str], str]:
     for names, settings in _resolved(steps.prunable.entries, steps.model):
         for name in names:
             named[name] = min(named.get(name, 1.0), float(settings.get("max_sparse_ratio", 1.0)))
-    analysis = steps.analysis_for("flops")
+    analysis = steps.analysis
     prunable = inner_layers_of(analysis)
     coupled: dict[Any, list[str]] = {}
     for entry in groups_of(analysis, [{"op_names": prunable, "sparse_ratio": 0.0}]):

@@ -17,22 +17,21 @@ from nni_topo.disk import output_folder, path_of, write_figure, write_json
 from nni_topo.errors import ConfigError, shown
 from nni_topo.maths.knee import knee
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.io.checkpoint import save
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
-from nni_topo.pruners.budget import Budget, outcome_of
+from nni_topo.pruners.budget import budget_outcome, outcome_of
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import Outputs, judged
 from nni_topo.rules import ANYTHING, is_finite
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import Stage
-from nni_topo.runs.pipeline import Pipeline, RecoveredNetwork, plain_weights
-from nni_topo.runs.prepared import Asked, Prepared
+from nni_topo.runs.pipeline import Pipeline
+from nni_topo.runs.prepared import Prepared, plain_weights
 from nni_topo.runs.report import ShrinkReport
 from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings
 from nni_topo.runs.shrink import without_share
@@ -321,19 +320,15 @@ def frontier(
     settings.check_has_size("shares need")
     if len(wanted) > 1:
         settings.check_one_distilled("one of each share")
-    asked = Asked.of(model, calibration, settings, template)
-    data = ImageParts.of(calibration, asked.model)
-    prepared = Prepared.of(asked, data, settings, is_search=True)
-    model, template, kind = asked.model, asked.budget, asked.budget.kind
-    steps, measured = prepared.pipeline, prepared.measured
-    timed = template
-    if kind == "latency" and template.latency_table is None:
-        # Measured once for all networks; these are timed at the end.
-        template = replace(template, latency_table=measure_latency(model, steps.example_for(kind)))
+    template, is_described = settings.checked(model, calibration, template)
+    prepared = Prepared.begun(model, calibration, settings, template, is_described=is_described, is_search=True)
+    steps, measured, data = prepared.counted_by_table(), prepared.measured, prepared.images
+    model, kind = steps.model, template.kind
     own_steps = _distillation_steps(wanted, data.learned.samples, distill)
     # Bounds of layers are shares of the unpruned network's channels.
     bounds = {"min_sparse_ratio", "max_sparse_ratio"}
     has_bounds = any(bounds & each.keys() for each in settings.layers or () if isinstance(each, Mapping))
+    can_start_from_larger = kind != "latency" and not depth and not has_bounds
 
     networks: dict[float, nn.Module] = {}
     reports: list[ShrinkReport] = []
@@ -342,43 +337,27 @@ def frontier(
     times: list[float] = []
     for share, count in zip(wanted, own_steps, strict=True):
         began = time.perf_counter()
-        fixed: Any = {kind: share}
-        own = replace(template, **fixed)
-        recovered, tried = steps.recover(own)
-        left, start = steps.share_left(own, recovered), 1.0
-        larger = wanted[len(networks) - 1] if networks else None
+        made, start = steps.make(share), 1.0
         # Where learned weights were discarded, the larger network has nothing that this one hasn't.
-        is_possible = kind != "latency" and not depth and not has_bounds
-        if larger is not None and is_possible and is_learned(reports[-1]):
-            other = _made_from_larger(networks[larger], lefts[-1], share, steps, template, recovered)
-            if other is not None:
-                own_left = steps.share_left(own, other)
-                # One that keeps more of the cost would win for that alone.
-                is_comparable = own_left <= left + outcome_of(own, left, "").tolerance
-                if is_comparable and _is_no_worse(model, recovered, other, data, outputs):
-                    recovered, start, left = other, larger, own_left
-        outcome = outcome_of(own, left, steps.why_missed(own, recovered, left))
+        if networks and can_start_from_larger and is_learned(reports[-1]):
+            larger = wanted[len(networks) - 1]
+            other = _made_from_larger(networks[larger], lefts[-1], share, steps, made)
+            # One that keeps more of the cost would win for that alone.
+            most = made.left + outcome_of(steps.of_share(share), made.left, "").tolerance
+            if other is not None and other.left <= most and _is_no_worse(model, made, other, data, outputs):
+                made, start = other, larger
+        outcome = outcome_of(steps.of_share(share), made.left, steps.why_missed(share, made))
         if not outcome.is_near:
             _logger.warning("%s", outcome)
-        final, verdict = steps.distil(recovered.dense, steps=count)
-        is_last_step_distilled = callable(distill) or final is not recovered.dense
-        measured.add("distilled" if is_last_step_distilled else "reconstructed", final)
-        report = prepared.report(
-            final,
-            own,
-            recovered,
-            tried,
-            stages=(measured.stages[0], measured.stages[-1]),
-            layers=recovered.layers,
-            outcome=outcome,
-            distillation=verdict,
-        )
-        networks[share] = final
-        reports.append(report)
+        final = steps.distil(made, steps=count)
+        measured.add("distilled" if steps.is_distilled(made, final) else "reconstructed", final.dense)
+        stages = (measured.stages[0], measured.stages[-1])
+        reports.append(steps.report(final.dense, final, stages=stages, outcome=outcome))
+        networks[share] = final.dense
         starts.append(start)
-        lefts.append(left)
+        lefts.append(made.left)
         times.append(time.perf_counter() - began)
-    if kind == "latency" and timed.latency_table is None:
+    if kind == "latency" and template.latency_table is None:
         args, kwargs = first_call(model, data.all)
         found = time_shares(list(networks.values()), model, kwargs or args, wanted[-1])
         lefts = [share for share, _ in found]
@@ -431,35 +410,26 @@ def _distillation_steps(shares: list[float], images: int, distill: Any) -> list[
     return [max(_LEAST_STEPS, round(total * weight / sum(weights))) for weight in weights]
 
 
-def _made_from_larger(
-    larger: nn.Module,
-    left: float,
-    share: float,
-    steps: Pipeline,
-    template: Budget,
-    recovered: RecoveredNetwork,
-) -> RecoveredNetwork | None:
+def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepared, made: Pipeline) -> Pipeline | None:
     """Prune a larger network further, to the same share of the unpruned one's cost; None where that can't be."""
-    fixed: Any = {template.kind: min(share / left, 1.0)}
     try:
         larger, _ = plain_weights(larger)
-        own = Pipeline.of(
-            larger, steps.images, steps.settings, template.kind, is_search=True, is_described=steps.is_described
-        )
-        other, _ = own.recover(replace(template, **fixed))
+        images, settings, is_described = steps.images, steps.settings, steps.is_described
+        own = Prepared.of(larger, images, settings, steps.budget, is_search=True, is_described=is_described)
+        other = own.recover(min(share / left, 1.0))
     except ConfigError as error:  # no more channels can be removed
         _logger.info("the network of share %g isn't made from a larger one: %s", share, error)
         return None
     # Its report counts the larger network's sizes as those before: a reader wants the unpruned network's.
-    before = {row.name: row.before for row in recovered.layers.rows}
+    before = {row.name: row.before for row in made.layers.rows}
     rows = tuple(replace(row, before=before.get(row.name, row.before)) for row in other.layers.rows)
-    layers = replace(other.layers, rows=rows, params_before=recovered.layers.params_before)
-    return replace(other, layers=layers)
+    layers = replace(other.layers, rows=rows, params_before=made.layers.params_before)
+    planned = other.planned and budget_outcome(own.budget.kind, share, other.planned.left * left, other.planned.why)
+    other = replace(other, layers=layers, planned=planned)
+    return replace(other, left=steps.share_left(other))
 
 
-def _is_no_worse(
-    model: nn.Module, plain: RecoveredNetwork, other: RecoveredNetwork, data: ImageParts, outputs: Outputs | None
-) -> bool:
+def _is_no_worse(model: nn.Module, plain: Pipeline, other: Pipeline, data: ImageParts, outputs: Outputs | None) -> bool:
     """Say whether a network made from a larger one loses no more on the held-out images."""
     if data.judges is None:
         return False

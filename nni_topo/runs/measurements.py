@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from nni_topo.network.runtime.calibration import HELD_OUT
 from nni_topo.network.runtime.copies import evaluation_mode, leaves_models_alone, lent
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.inputs import bind_arguments, returned_by_name, tensors_of
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import leaves_models_alone, lent
+from nni_topo.network.speedup.dense import LayerChannels
 from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs
 from nni_topo.recovery.likeness import NO_SCALE, Answers
 from nni_topo.recovery.report import SMALL
@@ -27,6 +30,7 @@ from nni_topo.runs.images import ImageParts
 # or its agreement so much smaller, and the interval of the held-out figure excludes the other one.
 _GAP = 2.0
 _GAP_OF_AGREEMENT = 0.05
+_MANY = 8  # so many channels make it worth telling that only one is left
 _logger = logging.getLogger(__name__)
 
 UNPRUNED = "unpruned"
@@ -123,8 +127,19 @@ class Measurements:
         self.stages.append(stage)
         self._began = time.perf_counter()
 
-    def warnings(self) -> tuple[str, ...]:
-        """Return what makes the figures of the last network doubtful, and what to do about it."""
+    def warnings(self, rows: Iterable[LayerChannels]) -> tuple[str, ...]:
+        """Return what makes the figures of the last network doubtful, and what to do about it.
+
+        ``rows``: the layers of that network, of which those with one channel left are named.
+        """
+        gone = [f"{row.name} (of {row.before})" for row in rows if row.after == 1 and row.before >= _MANY]
+        nearly_gone = [
+            f"one channel is left of these layers: {listed(gone)}; ask for a larger share of the cost, or give them a "
+            "max_sparse_ratio (layers)"
+        ]
+        return (*self._doubts(), *(nearly_gone if gone else ()))
+
+    def _doubts(self) -> tuple[str, ...]:
         if math.isinf(self.stages[-1].distance):
             _logger.warning("%s", NO_SCALE)
             return (NO_SCALE,)

@@ -1,127 +1,401 @@
-"""What `shrink` and `frontier` do once, before they make networks, and the report of each network that they return."""
+"""What `shrink` and `frontier` do once; after that they make networks of any size, each with its report."""
 
 from __future__ import annotations
 
+import copy
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import nn
 
+from nni_topo.errors import ConfigError, GradientError, listed
 from nni_topo.network.attention.config import is_pretrained
-from nni_topo.network.io.checkpoint import why_undescribed
-from nni_topo.network.layers.kinds import with_transposed_weights
-from nni_topo.network.runtime.arguments import check_model
+from nni_topo.network.cost.cost import cost_of
+from nni_topo.network.cost.latency import measure_latency
+from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.io.checkpoint import tell_pruned_heads, why_undescribed
+from nni_topo.network.layers.kinds import (
+    is_transposed_linear,
+    with_linear_layers,
+    with_plain_weights,
+    with_transposed_weights,
+    without_plain_weights,
+)
 from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.fits import first_call
+from nni_topo.network.runtime.memory import give_back_memory
 from nni_topo.network.runtime.reports import give_report
-from nni_topo.pruners.budget import AUTO, Budget, BudgetOutcome
-from nni_topo.runs.allocating import Tried
-from nni_topo.runs.depth import DepthPipeline
-from nni_topo.runs.images import ImageParts
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dependency import groups_of
+from nni_topo.network.speedup.reconcile import check_masks, widths_multiple
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.budget import (
+    AUTO,
+    Budget,
+    BudgetOutcome,
+    BudgetPlanner,
+    budget_outcome,
+    network_cost,
+    no_nearer,
+    tell_if_missed,
+)
+from nni_topo.pruners.registry import create_pruner, pruner_info
+from nni_topo.recovery import RecoveryMethod
+from nni_topo.recovery.narrowing import narrow_instead
+from nni_topo.rules import instance
+from nni_topo.runs.allocating import allocations_to_try, check_held_out, compared
+from nni_topo.runs.choices import Target
+from nni_topo.runs.depth import Depth
+from nni_topo.runs.images import ImageParts, of_first
 from nni_topo.runs.measurements import UNPRUNED, Measurements
-from nni_topo.runs.pipeline import Pipeline, RecoveredNetwork, plain_weights
+from nni_topo.runs.pipeline import Pipeline
+from nni_topo.runs.prunable import Prunable, layers_to_prune
 from nni_topo.runs.report import ShrinkReport
-from nni_topo.runs.settings import Settings
+from nni_topo.runs.settings import FREE_WIDTHS, Settings
+from nni_topo.runs.widths import as_entries, planned_ratios
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A checked request: the network to make smaller, and the budget."""
+class Prepared:
+    """A network whose layers to prune are known; networks of any share of its cost can be made."""
 
-    model: nn.Module  # with plain weights
-    budget: Budget
-    is_described: bool  # whether a config of Transformers has to describe the smaller network
-    warnings: tuple[str, ...]
+    start: Pipeline  # before the first step
+    images: ImageParts
+    settings: Settings
+    budget: Budget  # its cost is counted for all networks; its share is that of the call, if any
+    prunable: Prunable
+    narrows: bool  # whether all heads of attention are made narrower where heads would be removed
+    is_search: bool  # whether networks of several sizes are made: a missed budget of one isn't told
+    is_described: bool  # whether a config of Transformers has to describe the network
+    depth: Depth | None = None  # where blocks compete with channels
+    measured: Any = None  # Measurements, of `begun`
+    left_out: list[str] = field(default_factory=list)  # warnings of steps that were left out
+    # By allocation, the pruner that is asked again for every size: with what it has measured.
+    _pruners: dict[str, StructuredPruner] = field(default_factory=dict, init=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that is made smaller."""
+        return self.start.model
+
+    @property
+    def analysis(self) -> Analysis:
+        """What it does with channels."""
+        return self.start.analysis
+
+    @property
+    def round_to(self) -> int | None:
+        """Layers keep a multiple of so many channels."""
+        return self.start.round_to
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
+        images: ImageParts,
+        settings: Settings,
+        budget: Budget,
+        *,
+        is_search: bool = False,
+        is_described: bool = False,
+    ) -> Prepared:
+        """Find the layers that can lose channels."""
+        analysis = Analysis.on(model, images.example)
+        prunable = layers_to_prune(analysis, settings.layers, is_described=is_described)
+        give_back_memory(model)  # networks that were traced refer to themselves
+        device, round_to = device_of(model), settings.round_to
+        # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
+        is_free = round_to is None and device.type != "cuda"
+        width_unit = None if is_free or round_to == 1 else widths_multiple(round_to or "auto", device)
+        can_narrow = width_unit is None and budget.kind != "latency" and not budget.equal_blocks
+        narrows = can_narrow and settings.narrow_heads is not False
+        start = Pipeline(analysis, width_unit)
+        return cls(start, images, settings, budget, prunable, narrows, is_search, is_described)
+
+    @classmethod
+    def begun(
+        cls,
+        model: nn.Module,
         images: Calibration,
         settings: Settings,
         budget: Budget,
-        tolerance: float | None = None,
-    ) -> Asked:
-        """Check a request before any work."""
-        check_model(model)
-        settings.check_layers(model)
-        settings.check_budget(budget)
-        settings.check_shared(images, budget, tolerance)
-        budget, is_described = settings.as_described(model, budget)
-        model, warnings = plain_weights(model)
-        return cls(model, budget, is_described, warnings)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A pipeline, and the measurements of its networks, of which the unpruned one is measured."""
-
-    asked: Asked
-    pipeline: Pipeline
-    measured: Measurements
-
-    @classmethod
-    def of(
-        cls, asked: Asked, images: ImageParts, settings: Settings, *, is_search: bool, is_sized: bool = False
+        *,
+        is_described: bool,
+        parts: tuple[Calibration | None, ...] | None = None,
+        is_search: bool = False,
+        is_sized: bool = False,
     ) -> Prepared:
         """Find the layers to prune, and the blocks, and measure the unpruned network.
 
         ``is_sized``: whether the share of the budget is asked for; then a warning says if it can't be reached.
         """
-        model, budget = asked.model, asked.budget
-        settings.check_distillation(model, images.all)
-        pipeline = Pipeline.of(
-            model, images, settings, budget.kind, is_search=is_search, is_described=asked.is_described
-        )
-        if is_sized and not settings.depth:
-            pipeline.tell_reachable(budget)
-        measured = Measurements(model, images, settings.evaluate, settings.outputs)
+        model, warnings = plain_weights(model)
+        data = ImageParts.of(images, model, parts)
+        settings.check_distillation(model, data.all)
+        self = cls.of(model, data, settings, budget, is_search=is_search, is_described=is_described)
+        self.left_out.extend(warnings)
+        if is_sized and is_described and not settings.depth and budget.kind != "latency":
+            kind: Any = budget.kind
+            target, entries = Target(kind, budget.share), self.prunable.entries
+            told: dict[str, bool] = {"equal_blocks": True, "warns": False}
+            _, outcome = planned_ratios(self.analysis, target, entries, None, self.round_to, **told)
+            if not outcome.is_met:
+                self.leave_out(
+                    f"the config of {type(model).__name__} describes no network that keeps {budget.share:g} of the "
+                    f"{budget.kind}: {outcome.left:.4g} can be reached; {FREE_WIDTHS}"
+                )
+        measured = Measurements(model, data, settings.evaluate, settings.outputs)
         measured.add(UNPRUNED, model)
-        if settings.depth:
-            pipeline = DepthPipeline.on(pipeline, budget)
-        return cls(asked, pipeline, measured)
+        self = replace(self, measured=measured)
+        return Depth.on(self) if settings.depth else self
+
+    def leave_out(self, text: str) -> None:
+        """Warn of a step that is left out."""
+        self.left_out.append(text)
+        _logger.warning("%s", text)
+
+    def counted_by_table(self) -> Prepared:
+        """Return the same, but with a budget of time that is counted by a table, measured once for all sizes."""
+        if self.budget.kind != "latency" or self.budget.latency_table is not None:
+            return self
+        budget = replace(self.budget, latency_table=measure_latency(self.model, self.example))
+        own = replace(self, budget=budget, depth=None)
+        return own if self.depth is None else replace(own, depth=Depth(own, self.depth.removable))
+
+    def of_share(self, share: float, **changes: Any) -> Budget:
+        """Return the budget with another share."""
+        changes[self.budget.kind] = share
+        return replace(self.budget, **changes)
+
+    def make(self, share: float) -> Pipeline:
+        """Make a network that keeps a share of the cost, without distillation."""
+        if self.depth is not None:
+            return self.depth.make(share)
+        made = self.recover(share)
+        return replace(made, left=self.share_left(made))
+
+    def recover(self, share: float) -> Pipeline:
+        """Select, reconstruct and remove, without counting what is left of the cost.
+
+        With the allocation ``"auto"`` the budget is distributed in each way that the pruner offers, and the network
+        that loses least on the held-out images is kept.
+        """
+        if self.budget.allocation != AUTO:
+            return self.reconstruct(self.select(self.of_share(share)))
+        judges = check_held_out(self.images.all, self.images.judges)
+        candidates: dict[str, Pipeline] = {}
+        for name in allocations_to_try(self.settings.pruner):
+            candidates[name] = self.reconstruct(self.select(self.of_share(share, allocation=name)))
+        networks = {name: each.dense for name, each in candidates.items()}
+        tried = compared(self.model, networks, judges, self.settings.outputs)
+        chosen = next(each.allocation for each in tried if each.is_chosen)
+        return replace(candidates[chosen], tried=tried)
+
+    def select(self, budget: Budget) -> Pipeline:
+        """Select the channels to keep under a budget."""
+        selected = self._selected(budget)
+        give_back_memory(self.model)  # the pruner's copy refers to itself
+        if not self.narrows:
+            return selected
+        masks: Any
+        full, masks = narrow_instead(self.model, self.images.learned, selected.masks, self.analysis.facts)
+        return replace(selected, masks=masks, narrower=None if full is self.model else full)
+
+    def _selected(self, budget: Budget) -> Pipeline:
+        """Run the pruner on a copy of the model."""
+        known = self._pruners.get(budget.allocation)
+        if known is not None:
+            return self.start.select(known, budget)
+        victim, entries, pruner = detached_copy(self.model), self.prunable.entries, self.settings.pruner
+        # A copy: a function of the caller's may change what it is given.
+        groups = copy.deepcopy(self.prunable.groups) or groups_of(self.analysis, entries)
+        config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups
+        if callable(pruner):
+            masks: Any = pruner(victim, config_list, self.images.learned)
+            instance(Mapping).check("masks", masks, "pruner")
+            check_masks(self.model, masks)
+            return replace(self.start, masks=masks)
+        pruner_knobs, outcome = pruner_info(pruner).knobs(), None
+        if "budget" not in pruner_knobs:
+            kind: Any = budget.kind
+            table: Any = budget.latency_table  # a file is read when the budget is made
+            told = {"equal_blocks": bool(budget.equal_blocks), "warns": not self.is_search}
+            target = Target(kind, budget.share)
+            ratios, outcome = planned_ratios(self.counted, target, entries, table, self.round_to, **told)
+            config_list = groups_of(self.counted, as_entries(ratios))
+        offered = {
+            "seed": self.settings.seed,
+            "calibration": self.images.learned,
+            "example_inputs": self.example,
+            "budget": budget,
+            "round_to": self.round_to,
+        }
+        taken = {name: offered[name] for name in pruner_knobs if name in offered}
+        wrapped = create_pruner(pruner, victim, config_list, **taken | dict(self.settings.knobs))
+        if self.is_search and isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner):
+            self._pruners[budget.allocation] = wrapped
+            return self.start.select(wrapped, budget)
+        selected = self.start.select(wrapped)
+        return selected if outcome is None else replace(selected, planned=outcome)
+
+    def reconstruct(self, selected: Pipeline) -> Pipeline:
+        """Reconstruct the weights, if that was asked for, and remove the channels."""
+        method, images = self.settings.compensate, self.images.learned
+        if isinstance(method, (str, RecoveryMethod)):
+            told: dict[str, Any] = {"seed": self.settings.seed, "progress": self.settings.progress}
+            selected = selected.reconstruct(method, images, **told)
+        elif method is not None:
+            full = _checked_network(method(selected.full, selected.masks, images), "compensate")
+            selected = replace(selected, solved=full)
+        return selected.remove()
+
+    def distil(self, made: Pipeline, **own: Any) -> Pipeline:
+        """Distil a dense network, if asked to.
+
+        There is no verdict where :func:`nni_topo.distill` doesn't run, as for a network without gradients. ``own`` are
+        knobs of this network alone, which give way to those of the caller.
+        """
+        distill, images = self.settings.distill, self.images.learned
+        if distill is False:
+            return made
+        if callable(distill):
+            return replace(made, dense=_checked_network(distill(made.dense, self.model, images), "distill"))
+        knobs: dict[str, Any] = {
+            "held_out": self.images.judges,
+            "outputs": self.settings.outputs,
+            "seed": self.settings.seed,
+            "progress": self.settings.progress,
+            **own,
+        }
+        given = self.settings.distillation_knobs.items()
+        chosen = {name: value for name, value in given if value is not None or name not in own}
+        try:
+            # The unpruned network teaches, also one that lacks some blocks.
+            return replace(made, analysis=self.analysis).distill(images, **knobs | chosen)
+        except GradientError as error:
+            if distill is not True:  # whoever gives knobs wants it
+                raise GradientError(f"{error}; distill=False leaves distillation out") from error
+            self.leave_out(f"the network isn't distilled: {error}")
+            return made
+
+    def is_distilled(self, made: Pipeline, distilled: Pipeline) -> bool:
+        """Whether distillation ran, by this package or by a function of the caller's."""
+        return callable(self.settings.distill) or distilled.dense is not made.dense
+
+    def outcome(self, share: float, made: Pipeline) -> BudgetOutcome:
+        """Return whether a network meets a budget, and warn where it isn't near to it."""
+        budget, planned = self.of_share(share), made.planned
+        why = self.why_missed(share, made)
+        if made.depth or planned is None or planned.is_met or self._is_mispredicted(made):
+            return tell_if_missed(budget, made.left, why)
+        return budget_outcome(budget.kind, share, made.left, why)  # the pruner has given the warning
+
+    def why_missed(self, share: float, made: Pipeline) -> str:
+        """Return the reason if the cost of a network isn't near to its budget."""
+        planned = made.planned
+        if made.depth is not None:
+            if made.left < share:
+                return "of the networks that were tried and meet the budget this one loses least"
+            return planned.why if planned is not None and planned.why else "no network that was tried meets it"
+        if self.settings.chooses_how_many:
+            return "the pruner chooses how many channels it keeps"
+        if planned is not None and self._is_mispredicted(made):
+            return (
+                f"channels were chosen by a predicted share of {planned.left:.4g}: part of what the forward computes "
+                "takes another share in smaller networks than could be predicted"
+            )
+        if planned is not None and planned.why:
+            return planned.why
+        if made.layers.kept:
+            return "layers keep channels that were to be removed"
+        if made.narrower is not None:
+            return "heads of attention are made narrower, each by as many channels; narrow_heads=False removes heads"
+        allocations = () if callable(self.settings.pruner) else pruner_info(self.settings.pruner).allocations()
+        return no_nearer(self.budget, allocations)
+
+    def _is_mispredicted(self, made: Pipeline) -> bool:
+        """Tell whether the network that was planned has another cost than was predicted."""
+        if made.planned is None or self.budget.kind != "flops":
+            return False
+        # Narrower heads, kept channels and a function of the caller's change the cost after it was predicted.
+        is_as_planned = made.narrower is None and not callable(self.settings.compensate) and not made.layers.kept
+        return is_as_planned and abs(made.planned.left - made.left) > made.planned.tolerance
+
+    def share_left(self, made: Pipeline) -> float:
+        """Return the share of the cost that a dense network keeps."""
+        if self.budget.kind != "latency":
+            return float(cost_of(self.budget.kind, made.dense, self.example) / self._cost)
+        table: Any = self.budget.latency_table
+        batch = self._batch(self.images.all)
+        if table is None:
+            ((share, _),) = time_shares([made.dense], self.model, batch, self.budget.share)
+            return share
+        cost = network_cost("latency", Analysis.on(self.model, batch, self.analysis.facts), table)
+        known = {row.name: row for row in made.layers.rows if row.name in table.layers}
+        widths = {name: np.arange(row.before) < row.after for name, row in known.items()}
+        return float(cost(widths) / cost({}))
+
+    @cached_property
+    def _cost(self) -> int:
+        """Of the network that is made smaller."""
+        return cost_of(self.budget.kind, self.model, self.example)
+
+    @cached_property
+    def example(self) -> Any:
+        """The inputs by which the cost is counted: for time a whole batch."""
+        return self._batch(self.images.learned) if self.budget.kind == "latency" else self.images.example
+
+    def _batch(self, images: Calibration) -> Any:
+        args, kwargs = of_first(first_call(self.model, images), self.model, images)
+        return kwargs or args
+
+    @cached_property
+    def counted(self) -> Analysis:
+        """The analysis of the network on these inputs."""
+        if self.budget.kind != "latency":
+            return self.analysis
+        return Analysis.on(self.model, self.example, self.analysis.facts)
 
     def report(
         self,
         network: nn.Module,
-        budget: Budget,
-        recovered: RecoveredNetwork | None,
-        tried: tuple[Tried, ...],
+        made: Pipeline | None,
         warnings: tuple[str, ...] = (),
         *,
         outcome: BudgetOutcome | None,
         **found: Any,
     ) -> ShrinkReport:
-        """Give a network its report, and return it; ``found`` are other fields of it."""
-        pipeline, images, settings = self.pipeline, self.pipeline.images, self.pipeline.settings
-        compensation = None if recovered is None else recovered.report
-        allocation = "" if settings.chooses_how_many else str(budget.allocation)
+        """Give a network its report, and return it; ``found`` are other fields of it. No network was made: None."""
+        images, settings, measured = self.images, self.settings, self.measured
+        taken = self.start if made is None else made
+        allocation = "" if settings.chooses_how_many else str(self.budget.allocation)
         if allocation == AUTO:
-            allocation = next((each.allocation for each in tried if each.is_chosen), "")
+            allocation = next((each.allocation for each in taken.tried if each.is_chosen), "")
+        compensation = taken.compensation
         report = ShrinkReport(
+            **{"stages": tuple(measured.stages), "layers": taken.layers, "distillation": taken.verdict, **found},
             compensation=compensation,
-            depth=None if recovered is None else recovered.depth,
-            tried=tried,
+            depth=taken.depth,
+            tried=taken.tried,
             budget=outcome,
             images=images.learned.samples_of_all,
             held_out=0 if images.held_out is None else images.held_out.samples_of_all,
-            warnings=(
-                *self.asked.warnings,
-                *warnings,
-                *(() if compensation is None else compensation.warnings),
-                *pipeline.warnings,
-            ),
-            whole=pipeline.prunable.unpruned,
-            outputs=self.measured.answers.named,
+            warnings=(*warnings, *(compensation.warnings if compensation else ()), *dict.fromkeys(self.left_out)),
+            whole=self.prunable.unpruned,
+            outputs=measured.answers.named,
             pruner=settings.pruner_name,
             allocation=allocation,
-            equal_blocks=bool(budget.equal_blocks),
+            equal_blocks=bool(self.budget.equal_blocks),
             recovery=settings.recovery_name,
-            undescribed=_told_by_config(network, self.asked.is_described),
+            undescribed=_told_by_config(network, self.is_described),
             grouped=images.all.groups is not None,
-            **found,
         )
         if not give_report(network, report):
             _logger.warning(
@@ -134,4 +408,34 @@ def _told_by_config(network: nn.Module, is_described: bool) -> str:
     """Let a network of Transformers be as its config describes it, and return what the config can't say."""
     if is_described:
         with_transposed_weights(network)
-    return why_undescribed(network) if is_pretrained(network) else ""
+    if not is_pretrained(network):
+        return ""
+    tell_pruned_heads(network)
+    return why_undescribed(network)
+
+
+def _checked_network(made: Any, name: str) -> nn.Module:
+    """Return what a function of the caller's returned, if it is a network."""
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{name} must return a torch.nn.Module, got {type(made).__name__} (shrink)")
+    return made
+
+
+def plain_weights(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return a model whose weights are parameters, with a warning where it is another one than was given.
+
+    Linear layers take the place of Transformers' ``Conv1D``.
+    """
+    names = without_plain_weights(model)
+    if not names and not any(map(is_transposed_linear, model.modules())):
+        return model, ()
+    plain = with_linear_layers(with_plain_weights(model))
+    if not names:
+        return plain, ()
+    text = (
+        "these layers compute their weights, by weight norm, another parametrization or a pruning mask, or are of a "
+        f"class of the model's own: {listed(names)}. In the network that is returned they are PyTorch's layers with "
+        "plain weights; a file of it is read by nni_topo.load(path, nni_topo.as_torch_layers(model))"
+    )
+    _logger.warning("%s", text)
+    return plain, (text,)

@@ -98,11 +98,11 @@ def prune_checkpoint(
             retrain(dense, start.data, recipe_of(start), seed=seed, progress=progress)
             record |= start.figures(dense, "retrained")
         record |= latencies(start, dense) | provenance()
-        if found.budget is not None and found.budget.kind == "latency" and config.round_to is None:
-            record["budget"] = asdict(found.budget)  # timed longer, and in the batch that was asked for
-        elif found.budget is not None:
-            why = found.budget.why or f"layers keep a multiple of {config.round_to} channels"
-            record |= budget_facts(start, dense, found.budget, record, why)
+        if found.planned is not None and found.planned.kind == "latency" and config.round_to is None:
+            record["budget"] = asdict(found.planned)  # timed longer, and in the batch that was asked for
+        elif found.planned is not None:
+            why = found.planned.why or f"layers keep a multiple of {config.round_to} channels"
+            record |= budget_facts(start, dense, found.planned, record, why)
         output_folder(out)
         files.save(dense, out / "dense.safetensors")
         write_tensors(out / "masks.pt", masks)

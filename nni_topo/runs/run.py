@@ -1,4 +1,4 @@
-"""The pipeline: train, prune, make dense, compensate, distil, retrain, measure.
+"""Runs on a data set: train, prune, make dense, compensate, distil, retrain, measure.
 
 Comparisons, ``nni-topo prune``, trials, studies and the demonstration differ in what they ask for and in what they
 write down; each stage is one function here, and every pruner is handed the same knobs whoever asks.
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,11 @@ from nni_topo.network.layers.kinds import output_channels, weights_left, zeros_h
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.progress import quiet_if_asked
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import dense_of
 from nni_topo.network.speedup.dependency import groups_of
-from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome
+from nni_topo.pruners.budget import BudgetOutcome, budget_outcome
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, needs_rule, pruner_info
-from nni_topo.recovery import CompensationReport, Distillation, compensation, distillation, recovery_info
+from nni_topo.recovery import CompensationReport, Distillation, distillation, recovery_info
 from nni_topo.runs.choices import (
     CompensationChoice,
     DataChoice,
@@ -42,6 +40,7 @@ from nni_topo.runs.choices import (
     training_key,
 )
 from nni_topo.runs.evaluators import recipe_evaluator
+from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import as_entries, reasons_of_unpruned_layers
 from nni_topo.zoo.evaluation import bits
@@ -204,14 +203,6 @@ def pruner_knobs(name: str, victim: nn.Module, start: Start, calibration: int = 
     return knobs
 
 
-class Pruned(NamedTuple):
-    """What a pruner chose."""
-
-    masks: Masks
-    seconds: float
-    budget: BudgetOutcome | None = None  # what came of its own budget; None where it has none
-
-
 def created(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> Any:
     """Return a pruner of a copy of the network, which has looked at its knobs and its request."""
     victim = copy.deepcopy(start.net)
@@ -219,19 +210,14 @@ def created(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]
     return create_pruner(pruner.name, victim, config_list, **knobs)
 
 
-def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> Pruned:
+def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> Pipeline:
     """Prune a copy of the network; the choice's knobs come before :func:`pruner_knobs`."""
     began = time.perf_counter()
-    own = created(start, pruner, config_list)
-    if isinstance(own, StructuredPruner):
-        own.facts = start.analysis.facts
-    _, masks = own.compress()
-    seconds = time.perf_counter() - began
-    planner = getattr(own, "planner", None)  # NNI's pruners have none
-    return Pruned(masks, seconds, planner.outcome if isinstance(planner, BudgetPlanner) else None)
+    selected = Pipeline(start.analysis).select(created(start, pruner, config_list))
+    return replace(selected, seconds=time.perf_counter() - began)
 
 
-def prune_to_ratios(start: Start, choice: PrunerChoice, target: Target, ratios: dict[str, float]) -> Pruned:
+def prune_to_ratios(start: Start, choice: PrunerChoice, target: Target, ratios: dict[str, float]) -> Pipeline:
     """Prune a copy of the network with a ratio for every layer, or by the target where the pruner deals it out."""
     config_list: list[dict[str, Any]]
     if pruner_info(choice.name).structured:
@@ -261,14 +247,15 @@ def made_dense(
     start: Start, masks: Masks, compensate: CompensationChoice | None = None, *, progress: bool | None = None
 ) -> tuple[nn.Module, CompensationReport | None]:
     """Return the dense network, compensated if asked for, and what compensation did."""
+    pruned = Pipeline(start.analysis, masks=masks)
     if compensate is None:
-        return dense_of(start.net, start.example, masks, facts=start.analysis.facts), None
+        return pruned.remove().dense, None
     info = recovery_info(compensate.method)
     method = info.make(refine=compensate.refine) if "refine" in info.knobs() else info.make()
     # Others judge distillation.
     images = Calibration(start.images(compensate.images), hold_out=False)
-    done = compensation(start.net, masks, images, method=method, progress=progress)
-    return dense_of(done.model, start.example, masks, facts=start.analysis.facts), done.report
+    done = pruned.reconstruct(method, images, progress=progress).remove()
+    return done.dense, done.compensation
 
 
 def distilled(

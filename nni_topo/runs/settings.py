@@ -13,7 +13,7 @@ from nni_topo.errors import ConfigError, DataError, GradientError, listed, shown
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.layers.kinds import has_channels, without_plain_weights
-from nni_topo.network.runtime.arguments import BY_HEAD, check_entry
+from nni_topo.network.runtime.arguments import BY_HEAD, check_entry, check_model
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.inputs import calls
 from nni_topo.network.speedup.reconcile import MasksLike
@@ -167,6 +167,16 @@ class Settings:
                 f"state must be left out of the knobs of distill where several networks may be distilled, {several}, "
                 f"for a file holds the state of one, got {state!r} ({self.place})"
             )
+
+    def checked(
+        self, model: nn.Module, images: Calibration, budget: Budget, tolerance: float | None = None
+    ) -> tuple[Budget, bool]:
+        """Check a request before any work, and return the budget as :meth:`as_described`."""
+        check_model(model)
+        self.check_layers(model)
+        self.check_budget(budget)
+        self.check_shared(images, budget, tolerance)
+        return self.as_described(model, budget)
 
     def check_budget(self, budget: Budget) -> None:
         """Refuse a budget that the pruner can't distribute as it says."""

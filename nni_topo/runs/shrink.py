@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, listed
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
-from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
-from nni_topo.network.speedup.dense import DenseReport, dense_report_of, to_dense
 from nni_topo.network.speedup.reconcile import MasksLike
 from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.lesson import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of
-from nni_topo.runs.allocating import Tried
-from nni_topo.runs.images import ImageParts
-from nni_topo.runs.prepared import Asked, Prepared
+from nni_topo.runs.prepared import Prepared
 from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings
-from nni_topo.runs.tolerance import MEASURES, PARTS, Judge, check_tolerance, resolved_measure, within_tolerance
-
-_MANY = 8  # so many channels make it worth telling that only one is left
+from nni_topo.runs.tolerance import MEASURES, PARTS, check_tolerance, resolved_measure, within_tolerance
 
 KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEASURES)}
 """Rules of the knobs that say how far the network's answers may differ."""
@@ -227,96 +222,45 @@ def shrink(
         seed=seed,
         progress=progress,
     )
-    asked = Asked.of(model, calibration, settings, wanted, tolerance)
-    structure_call(asked.model, calibration)  # an error that says what to change
-    if tolerance is None:
-        return _within_budget(asked, calibration, settings)
-    settings.check_one_distilled("candidates of the tolerance")
-    measure = resolved_measure(measure, evaluate, asked.model, calibration, outputs)
-    return _within_tolerance(asked, calibration, settings, share, tolerance, measure)
-
-
-def _within_budget(asked: Asked, calibration: Calibration, settings: Settings) -> nn.Module:
-    """Return the network of a budget."""
-    images = ImageParts.of(calibration, asked.model)
-    prepared = Prepared.of(asked, images, settings, is_search=False, is_sized=True)
-    pipeline, measured, budget = prepared.pipeline, prepared.measured, asked.budget
-    tried: tuple[Tried, ...] = ()
-    if budget.allocation == AUTO or settings.depth:
-        recovered, tried = pipeline.recover(budget)
-        measured.add("pruned", recovered.pruned.dense)
+    wanted, is_described = settings.checked(model, calibration, wanted, tolerance)
+    if tolerance is not None:
+        structure_call(model, calibration)  # an error that says what to change
+        settings.check_one_distilled("candidates of the tolerance")
+        measure = resolved_measure(measure, evaluate, model, calibration, outputs)
+        # A function has its own data, so no image must be withheld from the calibration data to confirm.
+        parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
+        check_tolerance(tolerance, measure, calibration, parts or (), settings)
+        prepared = Prepared.begun(
+            model,
+            calibration,
+            settings,
+            wanted,
+            parts=parts,
+            is_described=is_described,
+            is_search=True,
+            is_sized=share is not None,
+        )
+        return within_tolerance(prepared, tolerance, measure, share)
+    prepared = Prepared.begun(model, calibration, settings, wanted, is_described=is_described, is_sized=True)
+    measured = prepared.measured
+    if wanted.allocation == AUTO or depth:
+        made = prepared.make(prepared.budget.share)
+        measured.add("pruned", made.without_recovery().dense)
     else:
-        pruned = pipeline.select(budget)
-        measured.add("pruned", pruned.dense)
-        recovered = pipeline.reconstruct(pruned)
-    outcome = pipeline.outcome(budget, recovered)
-    if settings.compensate is not None:
-        measured.add("reconstructed", recovered.dense)
-    network, verdict = pipeline.distil(recovered.dense)
-    if callable(settings.distill) or network is not recovered.dense:
-        measured.add("distilled", network)
-    prepared.report(
-        network,
-        budget,
-        recovered,
-        tried,
-        measured.warnings() + _nearly_gone(recovered.layers),
-        stages=tuple(measured.stages),
-        layers=recovered.layers,
-        outcome=outcome,
-        distillation=verdict,
-    )
+        selected = prepared.select(prepared.budget)
+        plain = selected.remove()
+        measured.add("pruned", plain.dense)
+        made = plain if compensate is None else prepared.reconstruct(selected)
+        made = replace(made, left=prepared.share_left(made))
+    outcome = prepared.outcome(prepared.budget.share, made)
+    if compensate is not None:
+        measured.add("reconstructed", made.dense)
+    final = prepared.distil(made)
+    if prepared.is_distilled(made, final):
+        measured.add("distilled", final.dense)
+    prepared.report(final.dense, final, measured.warnings(made.layers.rows), outcome=outcome)
+    network: nn.Module = final.dense
     return network
-
-
-def _within_tolerance(
-    asked: Asked, calibration: Calibration, settings: Settings, share: float | None, tolerance: float, measure: str
-) -> nn.Module:
-    """Return the smallest network within a tolerance; ``share``: the least of the cost that is kept, if it was said."""
-    # A function has its own data, so no image must be withheld from the calibration data to confirm.
-    parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
-    check_tolerance(tolerance, measure, calibration, parts or (), settings)
-    images = ImageParts.of(calibration, asked.model, parts)
-    prepared = Prepared.of(asked, images, settings, is_search=True, is_sized=share is not None)
-    measured, judging = prepared.measured, [each for each in (parts or ())[1:] if each is not None]
-    judge = Judge(asked.model, measured.answers, judging, tolerance, measure, settings.evaluate)
-    result = within_tolerance(prepared.pipeline, judge, asked.budget, share)
-    chosen = result.chosen
-    if chosen is None:
-        network = to_dense(asked.model, images.example, {})
-        recovered, layers = None, dense_report_of(network)
-    else:
-        recovered, network = chosen.recovered, chosen.network
-        layers = recovered.layers
-        measured.add("pruned", recovered.pruned.dense)
-        if settings.compensate is not None:
-            measured.add("reconstructed", recovered.dense)
-        if chosen.candidate.is_distilled:
-            measured.add("distilled", network)
-    prepared.report(
-        network,
-        asked.budget,
-        recovered,
-        () if chosen is None else chosen.tried,
-        measured.warnings() + _nearly_gone(layers) + result.warnings,
-        stages=tuple(measured.stages),
-        layers=layers,
-        outcome=result.budget,
-        distillation=None if chosen is None else chosen.verdict,
-        tolerance=result.outcome,
-    )
-    return network
-
-
-def _nearly_gone(layers: DenseReport) -> tuple[str, ...]:
-    """Return a warning that names the layers of which one channel is left."""
-    left = [f"{row.name} (of {row.before})" for row in layers.rows if row.after == 1 and row.before >= _MANY]
-    if not left:
-        return ()
-    return (
-        f"one channel is left of these layers: {listed(left)}; ask for a larger share of the cost, or give them a "
-        "max_sparse_ratio (layers)",
-    )
 
 
 def budget_settings(

@@ -26,21 +26,21 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
-from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copies import detached_copy
-from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
-from nni_topo.recovery.distilling import Verdict
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.speedup.dense import dense_report_of, to_dense
+from nni_topo.pruners.budget import BudgetOutcome, budget_outcome
 from nni_topo.recovery.lesson import Outputs
 from nni_topo.recovery.likeness import Answers, are_classes
-from nni_topo.runs.allocating import Tried
 from nni_topo.runs.measurements import UNPRUNED, evaluated
-from nni_topo.runs.pipeline import Pipeline, RecoveredNetwork
+from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.settings import Settings
 from nni_topo.runs.widths import least_share
 
 if TYPE_CHECKING:
     import pandas
+
+    from nni_topo.runs.prepared import Prepared
 
 MEASURES = ("auto", "outputs", "distance", "evaluate")
 PARTS = (0, 1, 2, 0, 2, 1, 0, 2)
@@ -49,7 +49,7 @@ PARTS = (0, 1, 2, 0, 2, 1, 0, 2)
 _LEAST = 8  # images of each part where distances are measured, for which no number follows from the tolerance
 _CANDIDATES = 6
 _SMALLEST = 1.0 / 64.0  # share of the cost below which no candidate is tried
-_STEP, _MORE_DISTILLED = 0.75, 1  # how much smaller a network is distilled next, and how many at most
+_STEP = 0.75  # how much smaller a network is distilled next
 _MORE = 3  # larger networks that are tried at most, to be confirmed before the smallest one
 _GAP = 1.4  # a network is tried between two of them if their shares' quotient is more
 _NEAR = 1.02  # no further candidate is tried between two shares whose quotient is less
@@ -245,21 +245,9 @@ class TriedNetwork:
     """A candidate and its networks."""
 
     candidate: Candidate
-    recovered: RecoveredNetwork
-    tried: tuple[Tried, ...]  # the allocations that were compared for it
-    network: nn.Module  # after distillation, if it was distilled
-    verdict: Verdict | None
+    made: Pipeline
+    final: Pipeline  # after distillation, if it was distilled
     is_safe: bool  # whether it is within the tolerance by such a margin that it is sure to be confirmed
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The network that is returned, and how it was found."""
-
-    chosen: TriedNetwork | None  # None where no smaller network is within the tolerance
-    outcome: ToleranceOutcome
-    budget: BudgetOutcome | None  # None without a share that was asked for
-    warnings: tuple[str, ...]
 
 
 def resolved_measure(
@@ -303,18 +291,19 @@ def check_tolerance(
         )
 
 
-def within_tolerance(steps: Pipeline, judge: Judge, budget: Budget, asked: float | None) -> SearchResult:
-    """Search the smallest network within a tolerance, distil and confirm it.
+def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: float | None) -> nn.Module:
+    """Search the smallest network within a tolerance, distil and confirm it, and return it with its report.
 
-    ``budget`` says which cost is made small, and its allocation; its share is not looked at. ``asked`` is the share
-    below which no network is looked for; None: the smallest one.
+    The budget says which cost is made small, and its allocation; its share is not looked at. ``asked`` is the share
+    below which no network is looked for; None: the smallest one. If no network is confirmed, a copy of the unpruned one
+    is returned.
     """
-    kind, timed = budget.kind, budget
-    if kind == "latency" and budget.latency_table is None:
-        # Measured once for all candidates; the result is timed.
-        budget = replace(budget, latency_table=measure_latency(steps.model, steps.example_for(kind)))
-    table: Any = budget.latency_table
-    floor = least_share(steps.analysis_for(kind), kind, steps.prunable.entries, table, steps.round_to)
+    images, measured, settings = prepared.images, prepared.measured, prepared.settings
+    kind, steps = prepared.budget.kind, prepared.counted_by_table()
+    parts = [each for each in (images.judges, images.held_out) if each is not None and measure != "evaluate"]
+    judge = Judge(steps.model, measured.answers, parts, tolerance, measure, settings.evaluate)
+    table: Any = steps.budget.latency_table
+    floor = least_share(steps.counted, kind, steps.prunable.entries, table, steps.round_to)
     if floor * _NEAR >= 1.0:
         raise ConfigError(
             f"a network must have channels to remove, got one whose fewest channels keep {floor:.4g} of its {kind} "
@@ -325,54 +314,104 @@ def within_tolerance(steps: Pipeline, judge: Judge, budget: Budget, asked: float
     candidates: list[Candidate] = []
     passed: list[TriedNetwork] = []
 
-    def made(share: float) -> TriedNetwork:
+    def noted(share: float, made: Pipeline, final: Pipeline, *, is_distilled: bool) -> TriedNetwork:
+        """Judge a network."""
+        judged = judge.on_search(final.dense)
+        found = judged.difference, judged.limit, judged.is_within
+        candidates.append(Candidate(share, made.left, is_distilled, *found))
+        return TriedNetwork(candidates[-1], made, final, judged.is_safe)
+
+    def tried(share: float) -> TriedNetwork:
         """Make a network without distillation, and judge it."""
-        shares: Any = {kind: share}
-        own = replace(budget, **shares)
-        recovered, tried = steps.recover(own)
-        judged = judge.on_search(recovered.dense)
-        left = steps.share_left(own, recovered)
-        candidate = Candidate(share, left, False, judged.difference, judged.limit, judged.is_within)
-        candidates.append(candidate)
-        return TriedNetwork(candidate, recovered, tried, recovered.dense, None, judged.is_safe)
+        made = steps.make(share)
+        return noted(share, made, made, is_distilled=False)
 
     def distilled(plain: TriedNetwork) -> TriedNetwork:
         """Distil a network, and judge it again."""
         # A copy: a function of the caller's may distil in place.
-        network, verdict = steps.distil(detached_copy(plain.recovered.dense))
-        judged = judge.on_search(network)
-        candidate = Candidate(
-            plain.candidate.asked, plain.candidate.left, True, judged.difference, judged.limit, judged.is_within
-        )
-        candidates.append(candidate)
-        return replace(plain, candidate=candidate, network=network, verdict=verdict, is_safe=judged.is_safe)
+        final = steps.distil(replace(plain.made, dense=detached_copy(plain.made.dense)))
+        return noted(plain.candidate.asked, plain.made, final, is_distilled=True)
 
     # Costs are compared by quotients: half of a network's cost counts as much as half of a small one's.
-    first = made(lowest) if asked is not None and asked >= floor and lowest < 1.0 else None
+    first = tried(lowest) if asked is not None and asked >= floor and lowest < 1.0 else None
     if first is not None and first.candidate.is_within:
         passed.append(first)
     else:
         while len(candidates) < _CANDIDATES and high / low >= _NEAR:
             middle = math.sqrt(low * high)
-            found = made(middle)
+            found = tried(middle)
             if found.candidate.is_within:
                 passed.append(found)
                 high = middle
             else:
                 low = middle
-    if passed and judge.measure != "evaluate":
+    if passed and measure != "evaluate":
         # The smallest may have passed by chance: larger networks, too, stand ready to be confirmed.
-        _add_larger(passed, made)
+        _add_larger(passed, tried)
     passed.sort(key=lambda each: -each.candidate.left)
-    if passed and steps.settings.distill is not False:
-        found = distilled(passed[-1])
-        if found.candidate.is_within:
-            passed[-1] = found
-            _go_on(passed, found, lowest, made, distilled)
-    return _confirmed(steps, judge, timed, asked, candidates, passed)
+    if passed and settings.distill is not False and (found := distilled(passed[-1])).candidate.is_within:
+        passed[-1] = found
+        verdict, share = found.final.verdict, max(found.candidate.asked * _STEP, lowest)
+        # Where learned weights are discarded, the network is no better than what the search has found.
+        if (verdict is None or verdict.is_kept) and found.candidate.asked / share >= _NEAR:
+            smaller = distilled(tried(share))
+            if smaller.candidate.is_within:
+                passed.append(smaller)
+        passed.sort(key=lambda each: -each.candidate.left)
+
+    # On the images that confirm, from the largest to the smallest; a function has no other images.
+    looks: list[Confirmation] = []
+    chosen: TriedNetwork | None = None
+    for each in passed[-1:] if measure == "evaluate" else passed:
+        judged, candidate = judge.confirm(each.final.dense), each.candidate
+        looks.append(
+            Confirmation(candidate.left, candidate.is_distilled, judged.difference, judged.limit, judged.is_within)
+        )
+        if not judged.is_within:
+            break
+        chosen = each
+    left = 1.0 if chosen is None else chosen.candidate.left
+    if chosen is not None and kind == "latency":
+        left = prepared.share_left(chosen.made)  # which times it, unless a table was given
+    confirmed = [look for look in looks if look.is_within]
+    outcome = ToleranceOutcome(
+        tolerance=tolerance,
+        measure=measure,
+        kind=kind,
+        left=left,
+        difference=confirmed[-1].difference if confirmed else 0.0,
+        limit=confirmed[-1].limit if confirmed else math.nan,
+        held_out=judge.counts[1],
+        judges=judge.counts[0],
+        needed=observations_needed(tolerance) if measure == "answers" else 0,
+        candidates=tuple(candidates),
+        confirmations=tuple(looks),
+        is_met=chosen is not None,
+    )
+    warnings = _warnings(outcome)
+    reached: BudgetOutcome | None = None
+    if asked is not None:
+        reached = budget_outcome(kind, asked, left, "a smaller network isn't within the tolerance")
+        if not reached.is_met:
+            warnings.append(str(reached))
+    for text in warnings:
+        _logger.warning("%s", text)
+    if chosen is None:
+        network: nn.Module = to_dense(prepared.model, images.example, {})
+        taken, layers = None, dense_report_of(network)
+    else:
+        network, taken, layers = chosen.final.dense, chosen.final, chosen.made.layers
+        measured.add("pruned", chosen.made.without_recovery().dense)
+        if settings.compensate is not None:
+            measured.add("reconstructed", chosen.made.dense)
+        if chosen.candidate.is_distilled:
+            measured.add("distilled", network)
+    told = measured.warnings(layers.rows) + tuple(warnings)
+    prepared.report(network, taken, told, layers=layers, outcome=reached, tolerance=outcome)
+    return network
 
 
-def _add_larger(passed: list[TriedNetwork], made: Callable[[float], TriedNetwork]) -> None:
+def _add_larger(passed: list[TriedNetwork], tried: Callable[[float], TriedNetwork]) -> None:
     """Try larger networks than the smallest one; what is within the tolerance joins the others.
 
     If the first look fails, no network is returned. So the largest one must be within the tolerance by a margin: each
@@ -392,88 +431,12 @@ def _add_larger(passed: list[TriedNetwork], made: Callable[[float], TriedNetwork
             if not middles:
                 return
             share = middles[0]
-        found = made(share)
+        found = tried(share)
         shares.append(share)
         if found.candidate.is_within:
             passed.append(found)
         if share == max(shares):
             largest = found
-
-
-def _go_on(
-    passed: list[TriedNetwork],
-    last: TriedNetwork,
-    lowest: float,
-    made: Callable[[float], TriedNetwork],
-    distilled: Callable[[TriedNetwork], TriedNetwork],
-) -> None:
-    """Try smaller networks after distillation, as long as it helps; what is within the tolerance joins the others."""
-    largest, share, step = last.candidate.asked, last.candidate.asked, _STEP
-    for _ in range(_MORE_DISTILLED):
-        # Where learned weights are discarded, the network is no better than what the search has found.
-        if last.verdict is not None and not last.verdict.is_kept:
-            return
-        share = max(share * step, lowest)
-        if largest / share < _NEAR:
-            return
-        last = distilled(made(share))
-        if last.candidate.is_within:
-            passed.append(last)
-            largest = share
-        else:
-            # Half of the way back, in quotients.
-            share, step = largest, math.sqrt(step)
-    passed.sort(key=lambda each: -each.candidate.left)
-
-
-def _confirmed(
-    steps: Pipeline,
-    judge: Judge,
-    budget: Budget,
-    asked: float | None,
-    candidates: list[Candidate],
-    passed: list[TriedNetwork],
-) -> SearchResult:
-    """Look at the candidates that passed, from the largest to the smallest, on the images that confirm."""
-    looks: list[Confirmation] = []
-    chosen: TriedNetwork | None = None
-    for each in passed:
-        if judge.measure == "evaluate" and each is not passed[-1]:
-            continue  # the function has no other images
-        judged, candidate = judge.confirm(each.network), each.candidate
-        looks.append(
-            Confirmation(candidate.left, candidate.is_distilled, judged.difference, judged.limit, judged.is_within)
-        )
-        if not judged.is_within:
-            break
-        chosen = each
-    left = 1.0 if chosen is None else chosen.candidate.left
-    if chosen is not None and budget.kind == "latency":
-        left = steps.share_left(budget, chosen.recovered)
-    confirmed = [look for look in looks if look.is_within]
-    outcome = ToleranceOutcome(
-        tolerance=judge.tolerance,
-        measure=judge.measure,
-        kind=budget.kind,
-        left=left,
-        difference=confirmed[-1].difference if confirmed else 0.0,
-        limit=confirmed[-1].limit if confirmed else math.nan,
-        held_out=judge.counts[1],
-        judges=judge.counts[0],
-        needed=observations_needed(judge.tolerance) if judge.measure == "answers" else 0,
-        candidates=tuple(candidates),
-        confirmations=tuple(looks),
-        is_met=chosen is not None,
-    )
-    warnings = _warnings(outcome)
-    reached: BudgetOutcome | None = None
-    if asked is not None:
-        reached = budget_outcome(budget.kind, asked, left, "a smaller network isn't within the tolerance")
-        if not reached.is_met:
-            warnings.append(str(reached))
-    for text in warnings:
-        _logger.warning("%s", text)
-    return SearchResult(chosen, outcome, reached, tuple(warnings))
 
 
 def _warnings(outcome: ToleranceOutcome) -> list[str]:

@@ -20,10 +20,10 @@ from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.choices import Cell
+from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import (
     WHOLE_CHANNELS,
-    Pruned,
     Start,
     budget_facts,
     costs,
@@ -137,21 +137,22 @@ def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
     return dict(known[key])
 
 
-def pruned_cell(cell: Cell, start: Start, ratios: dict[str, float]) -> Pruned:
+def pruned_cell(cell: Cell, start: Start, ratios: dict[str, float]) -> Pipeline:
     """Run a cell's pruner, or one of Torch-Pruning, with a ratio for every layer."""
     choice = cell.pruner
     if is_baseline(choice.name):
-        return Pruned(*baseline_masks(choice.name, start.net, start.example, ratios))
+        masks, seconds = baseline_masks(choice.name, start.net, start.example, ratios)
+        return Pipeline(start.analysis, masks=masks, seconds=seconds)
     if choice.name == SCRATCH:  # training from scratch uses the widths only
         choice = replace(choice, name="random")
     return prune_to_ratios(start, choice, cell.target, ratios)
 
 
-def why_missed(cell: Cell, pruned: Pruned) -> str:
+def why_missed(cell: Cell, pruned: Pipeline) -> str:
     """Return why a network may miss its cell's budget; all pruners of a target share its widths."""
     name = cell.pruner.name
-    if pruned.budget is not None:
-        return pruned.budget.why or "the dense network keeps other channels than were counted"
+    if pruned.planned is not None:
+        return pruned.planned.why or "the dense network keeps other channels than were counted"
     if name != SCRATCH and not is_baseline(name) and not pruner_info(name).structured:
         return "the pruner removes single weights and no channels"
     return WHOLE_CHANNELS

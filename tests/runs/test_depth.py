@@ -24,8 +24,9 @@ from nni_topo.pruners.budget import Budget, BudgetOutcome
 from nni_topo.recovery.lesson import Judgement
 from nni_topo.runs import depth as depth_module
 from nni_topo.runs.depth import (
+    Depth,
+    DepthOutcome,
     DepthPath,
-    DepthPipeline,
     Removable,
     Removal,
     RemovedBlock,
@@ -37,7 +38,8 @@ from nni_topo.runs.depth import (
     removable_blocks,
 )
 from nni_topo.runs.images import ImageParts
-from nni_topo.runs.pipeline import Pipeline, PrunedNetwork, RecoveredNetwork
+from nni_topo.runs.pipeline import Pipeline
+from nni_topo.runs.prepared import Prepared
 from nni_topo.runs.settings import Settings
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
 from nni_topo.zoo.transformers import bert_small, vit_small
@@ -458,51 +460,38 @@ def test_a_block_saves_its_share_of_the_multiply_accumulates():
     assert saved(Removal("1", "1", 0)) == pytest.approx(64 / 96)
 
 
-class Staged(DepthPipeline):
-    """Steps whose networks are numbers of blocks that are removed, with costs and losses that are written out."""
+class Staged(Depth):
+    """Networks that are numbers of blocks that are removed, with costs and losses that are written out."""
 
-    def told(self, lefts, losses, kept, refused, overhead):
-        """Note what is known of the networks."""
+    def __init__(self, whole, losses, kept, refused, overhead):
+        super().__init__(whole, Removable((), {}, {"4": "wanted"}))
         path = DepthPath.__new__(DepthPath)
         gone = [RemovedBlock(str(number), "block", "") for number in range(len(losses))]
         path.states = [
             Shortened(None, {}, (), tuple(gone[:count]), *each)
-            for count, each in enumerate(zip(losses, lefts, strict=True))
+            for count, each in enumerate(zip(losses, (1.0, 0.8, 0.6, 0.4, 0.2), strict=True))
         ]
         path._extend = lambda: False
         vars(self).update(path=path, kept=kept, refused=refused, overhead=overhead)
-        return self
 
-    def _path(self, budget):
-        return self.path
-
-    def _overhead(self, budget):
-        return self.overhead
-
-    def _left(self, budget, count):
+    def left(self, count):
         return self.path.states[count].left
 
-    def share_left(self, budget, recovered):
-        return self.kept.get(recovered.dense, budget.share)
-
-    def _with_depth(self, budget, count):
+    def without(self, count, share):
         if count in self.refused:
             raise ConfigError(f"no channels to remove without {count} blocks")
-        pruned = PrunedNetwork(None, {}, lambda: None, None)
         layers = DenseReport.__new__(DenseReport)
         vars(layers).update({each.name: () for each in fields(DenseReport)})
-        return RecoveredNetwork(pruned, count, layers, None), ()
+        return replace(self.whole.start, dense=count, layers=layers, left=self.kept.get(count, share))
 
 
-def staged(losses, *, whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, refused=(), overhead=math.nan):
-    """Steps for the losses of networks by the number of blocks removed; four blocks save a fifth of the cost each."""
-    names = [each.name for each in fields(Pipeline)]
+def staged(losses, *, kind="flops", whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, refused=(), overhead=math.nan):
+    """Depth for the losses of networks by the number of blocks removed; four blocks save a fifth of the cost each."""
     judges = Calibration([torch.zeros(8, 1)])
-    steps = Staged(**dict.fromkeys(names), removable=Removable((), {}, {"4": "wanted"}))
-    object.__setattr__(steps, "settings", Settings())
-    object.__setattr__(steps, "images", ImageParts(judges, judges, judges, judges, None))
-    object.__setattr__(steps, "analysis", Analysis(nn.Identity(), ((torch.zeros(1, 1),), {})))
-    return steps.told((1.0, 0.8, 0.6, 0.4, 0.2), whole, kept or {}, refused, overhead)
+    start = Pipeline(Analysis(nn.Identity(), ((torch.zeros(1, 1),), {})))
+    images = ImageParts(judges, judges, judges, judges, None)
+    asked = Prepared(start, images, Settings(), Budget(**{kind: 0.25}), None, False, True, False)
+    return Staged(asked, whole, kept or {}, refused, overhead)
 
 
 @pytest.mark.parametrize(
@@ -538,12 +527,11 @@ def test_numbers_of_blocks_are_tried_where_they_may_help(losses, knobs, tried, b
         return [Judgement(losses[net], 1.0, 0.0) for net in nets]
 
     monkeypatch.setattr(depth_module, "judged", judged)
-    kind = "latency" if "overhead" in knobs else "flops"
-    steps = staged(losses, **knobs)
-    chosen, _ = steps.recover(Budget(**{kind: 0.25}))
+    steps = staged(losses, kind="latency" if "overhead" in knobs else "flops", **knobs)
+    chosen = steps.make(0.25)
     assert chosen.dense == best
     assert [each.removed for each in chosen.depth.tried] == tried
-    assert [each.left for each in chosen.depth.tried] == [steps._left(None, count) for count in tried]
+    assert [each.left for each in chosen.depth.tried] == [steps.left(count) for count in tried]
     assert [each.is_chosen for each in chosen.depth.tried] == [count == best for count in tried]
     assert chosen.depth.kept == {"4": "wanted"}
     assert [each.name for each in chosen.depth.removed] == [str(number) for number in range(best)]
@@ -553,36 +541,31 @@ def test_numbers_of_blocks_are_tried_where_they_may_help(losses, knobs, tried, b
 
 def test_a_network_without_channels_that_can_go_is_refused_where_no_block_goes():
     with pytest.raises(ConfigError, match="no channels to remove without 0 blocks"):
-        staged({}, refused=(0,)).recover(Budget(flops=0.25))
+        staged({}, refused=(0,)).make(0.25)
 
 
-def depth_steps(layers=None, **settings):
+def depth_steps(layers=None, *, table=None, **cost):
     model, rows = stack()
+    budget = Budget(**cost or {"flops": 0.5}, latency_table=table, equal_blocks=layers is None)
     data = ImageParts.of(Calibration([rows]), model)
     asked = Settings(pruner="l1", layers=layers, compensate=None, distill=False, narrow_heads=False, progress=False)
-    return DepthPipeline.on(Pipeline.of(model, data, asked, "flops"), Budget(flops=0.5, **settings))
+    return Depth.on(Prepared.of(model, data, asked, budget)).depth
 
 
 @pytest.mark.slow
-def test_the_steps_without_a_block_prune_the_same_layers():
-    budget = Budget(flops=0.5)
-    steps = depth_steps(equal_blocks=True)  # which leaves parts of blocks alone
-    assert steps.is_search
+def test_the_network_without_a_block_loses_channels_of_the_same_layers():
+    steps = depth_steps()  # with equal blocks, which leaves parts of blocks alone
+    assert steps.whole.is_search
     assert [each.name for each in steps.removable.candidates] == ["blocks.0", "blocks.1", "blocks.2"]
-    path = steps._path(budget)
-    assert steps._path(budget) is path
-    path.choose = lambda candidates, scores: [each.name for each in candidates].index("blocks.1")
-    assert path._extend()
-    less = steps._steps_without(1, budget)
-    assert steps._steps_without(1, budget) is less
+    choosing(steps.path, "blocks.1")
+    less = steps.prepared(1)
+    assert steps.prepared(1) is less
     assert less.prunable.is_default
-    assert (len(less.model.blocks), len(steps.model.blocks)) == (2, 3)
+    assert (len(less.model.blocks), len(steps.whole.model.blocks)) == (2, 3)
     macs = 5 * 4 + 4 * 3 + 3 * 96
-    assert list(path._saved.values()) == pytest.approx([96 / macs] * 3)
-    assert steps._left(budget, 1) == pytest.approx(1.0 - 96 / macs)
-    assert steps._left(budget, 0) == 1.0
-    assert steps._own_budget(budget, 1).share == pytest.approx(0.5 / (1.0 - 96 / macs))
-    assert steps._own_budget(replace(budget, flops=0.9), 1).share == 1.0
+    assert list(steps.path._saved.values()) == pytest.approx([96 / macs] * 3)
+    assert steps.left(1) == pytest.approx(1.0 - 96 / macs)
+    assert steps.left(0) == 1.0
     named = depth_steps(["blocks.1.first.one", "blocks.1.second.one", {"op_names": ["blocks.2.first.one"]}])
     why = "no layer in it is named (layers)"
     unnamed = ("blocks.0", "blocks.0.first", "blocks.0.second", "blocks.2.second")
@@ -590,10 +573,8 @@ def test_the_steps_without_a_block_prune_the_same_layers():
         **dict.fromkeys(unnamed, why),
         "blocks.2": "blocks.2.second.one isn't named (layers)",
     }
-    path = named._path(budget)
-    path.choose = lambda candidates, scores: [each.name for each in candidates].index("blocks.1")
-    assert path._extend()
-    less = named._steps_without(1, budget)
+    choosing(named.path, "blocks.1")
+    less = named.prepared(1)
     assert not less.prunable.is_default
     assert [entry["op_names"] for entry in less.prunable.entries] == [["blocks.1.first.one"]]
 
@@ -977,69 +958,63 @@ def test_blocks_that_go_in_a_row_are_made_up_for_together():
     ],
 )
 def test_a_budget_that_blocks_and_channels_miss_has_a_reason(kept, planned, why, caplog):
-    steps = staged({0: 1.0}, kept={0: kept})
+    whole = staged({0: 1.0}).whole
     outcome = None if planned is None else BudgetOutcome("flops", 0.25, kept, kept <= 0.25, planned)
-    recovered = RecoveredNetwork(PrunedNetwork(None, {}, lambda: None, outcome), 0, None, None)
-    found = steps.outcome(Budget(flops=0.25), recovered)
+    made = replace(whole.start, planned=outcome, left=kept, depth=DepthOutcome((), (), {}))
+    found = whole.outcome(0.25, made)
     assert (found.left, found.why, found.is_met) == (kept, why, kept <= 0.25)
     assert len(caplog.records) == bool(why)
 
 
 def test_where_blocks_bring_all_of_the_saving_all_channels_stay():
-    steps = depth_steps(equal_blocks=True)
-    left = steps._left(Budget(flops=0.5), 0)
-    assert left == 1.0
-    steps._path(Budget(flops=0.5)).nearest(0.1)
-    one = steps._left(Budget(flops=0.5), 1)
+    steps = depth_steps()
+    assert steps.left(0) == 1.0
+    steps.path.nearest(0.1)
+    one = steps.left(1)
     for share, is_whole in ((one, True), (one - 0.1, False)):
-        budget = Budget(flops=share)
-        recovered, tried = steps._with_depth(budget, 1)
-        widths = {name: module.out_features for name, module in recovered.dense.named_modules() if name.endswith("one")}
+        made = steps.without(1, share)
+        widths = {name: module.out_features for name, module in made.dense.named_modules() if name.endswith("one")}
         assert (set(widths.values()) == {6}) == is_whole
-        assert (recovered.blocks_removed, tried) == (1, ())
-        assert (recovered.pruned.masks == {}) == is_whole
-        assert steps.share_left(budget, recovered) == pytest.approx(share, abs=0.06)
-        assert recovered.pruned.dense.head.out_features == 3
+        assert made.tried == ()
+        assert (made.masks == {}) == is_whole
+        assert made.left == pytest.approx(share, abs=0.06)
+        assert made.without_recovery().dense.head.out_features == 3
 
 
 def test_a_table_of_times_counts_for_what_is_left():
     model = stack()[0]
-    budget = Budget(latency=0.4, latency_table=table_of(model, 0.0))
-    steps = depth_steps(equal_blocks=True)
-    path = steps._path(budget)
-    choosing(path, "blocks.2")
+    steps = depth_steps(table=table_of(model, 0.0), latency=0.4)
+    choosing(steps.path, "blocks.2")
     # 14 layers take equally long, of which a block has four.
-    assert steps._left(budget, 1) == pytest.approx(10 / 14)
-    own = steps._own_budget(budget, 1)
-    assert own.share == pytest.approx(0.4 * 14 / 10)
-    assert len(own.latency_table.layers) == 10
-    assert steps._overhead(budget) < 0.4
-    recovered, _ = steps._with_depth(budget, 1)
-    weights = [module.weight for module in recovered.dense.modules() if isinstance(module, nn.Linear)]
+    assert steps.left(1) == pytest.approx(10 / 14)
+    assert len(steps.prepared(1).budget.latency_table.layers) == 10
+    assert steps.overhead < 0.4
+    made = steps.without(1, 0.4)
+    weights = [module.weight for module in made.dense.modules() if isinstance(module, nn.Linear)]
     assert len(weights) == 10
     # A layer takes a time that its weights are a share of: 20 of enter, 12 of head, 24 of each in a part.
     whole = (20, 12, *[24] * 8)
     wanted = sum(weight.numel() / count for weight, count in zip(weights, whole, strict=True)) / 14
-    assert steps.share_left(budget, recovered) == pytest.approx(wanted)
+    assert made.left == pytest.approx(wanted)
     assert wanted == pytest.approx(0.4, abs=0.05)
+    # Less is left without the block than is asked for: all channels stay.
+    assert steps.without(1, 0.8).left == steps.left(1)
 
 
 @pytest.mark.slow
 def test_without_a_table_networks_are_timed():
-    steps, budget = depth_steps(equal_blocks=True), Budget(latency=0.9)
-    path = steps._path(budget)
-    choosing(path, "blocks.0")
-    assert 0.0 < steps._left(budget, 1) < 1.5
-    assert 0.0 < steps._overhead(budget) < 1.5
-    assert path._saved.keys() == set(steps.removable.candidates)
+    steps = depth_steps(latency=0.9)
+    choosing(steps.path, "blocks.0")
+    assert 0.0 < steps.left(1) < 1.5
+    assert 0.0 < steps.overhead < 1.5
+    assert steps.path._saved.keys() == set(steps.removable.candidates)
 
 
 def test_named_layers_that_are_all_gone_leave_nothing_to_prune():
     steps = depth_steps(["blocks.1.first.one", "blocks.1.second.one"])
-    path = steps._path(Budget(flops=0.5))
-    choosing(path, "blocks.1")
+    choosing(steps.path, "blocks.1")
     with pytest.raises(ConfigError, match=r"got none that is named \(layers\)"):
-        steps._steps_without(1, Budget(flops=0.5))
+        steps.prepared(1)
 
 
 def test_entries_of_a_config_list_stay_as_they_are():

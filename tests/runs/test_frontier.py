@@ -16,9 +16,10 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.runs import frontier as module
+from nni_topo.runs import prepared
 from nni_topo.runs.frontier import Frontier, FrontierPoint
 from nni_topo.runs.images import ImageParts
-from nni_topo.runs.pipeline import RecoveredNetwork
+from nni_topo.runs.pipeline import Pipeline
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
 from nni_topo.zoo.transformers import vit_small
 
@@ -241,7 +242,7 @@ def test_a_network_from_a_larger_one_is_taken_if_its_finite_loss_is_no_larger():
 
     def is_no_worse(plain, other, count=256):
         data = ImageParts.of(Calibration([rows[0][:count]]), net)
-        networks = (RecoveredNetwork(None, each, None, None) for each in (plain, other))
+        networks = (Pipeline(None, dense=each) for each in (plain, other))
         return module._is_no_worse(net, *networks, data, None)
 
     assert is_no_worse(worse, plain)
@@ -265,7 +266,7 @@ def test_a_budget_of_time_is_counted_by_one_table_and_the_networks_are_timed_tog
         timings.append((len(models), whole, example, wanted))
         return [(0.71, 0.0), (0.41, 0.0), (0.21, 0.0)]
 
-    monkeypatch.setattr(module, "measure_latency", measure_latency)
+    monkeypatch.setattr(prepared, "measure_latency", measure_latency)
     monkeypatch.setattr(module, "time_shares", time_shares)
     model = toy_model().eval()
     found = made((0.7, 0.4, 0.2), model, budget="latency", pruner="l1", distill=keep)

@@ -17,14 +17,14 @@ from nni_topo import compensate, create_pruner, shrink
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import dense_report_of, to_dense
+from nni_topo.network.speedup.dense import to_dense
 from nni_topo.pruners.budget import Budget, budget_outcome
 from nni_topo.recovery import Reconstruct, distillation
 from nni_topo.recovery.likeness import NO_SCALE
 from nni_topo.recovery.report import SMALL
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import Measurements, evaluated
-from nni_topo.runs.pipeline import Pipeline, PrunedNetwork, RecoveredNetwork
+from nni_topo.runs.prepared import Prepared
 from nni_topo.runs.prunable import layers_to_prune
 from nni_topo.runs.settings import Settings
 from nni_topo.testing import toy_images, toy_model
@@ -41,11 +41,15 @@ def asked(**given):
     return Settings(**{"pruner": "l1", "compensate": None, "distill": False, "progress": False} | given)
 
 
-def steps(model=None, kind="flops", data=None, **given):
-    """A pipeline for a network, by default the toy network, with few images."""
+def steps(model=None, budget=FLOPS, data=None, **given):
+    """What is known of a network, by default the toy network, with few images."""
     model = toy_model().eval() if model is None else model
     known = {name: given.pop(name) for name in ("is_search", "is_described") if name in given}
-    return Pipeline.of(model, data or ImageParts.of(images(), model), asked(**given), kind, **known)
+    return Prepared.of(model, data or ImageParts.of(images(), model), asked(**given), budget, **known)
+
+
+def distilled(chosen, dense, **own):
+    return chosen.distil(replace(chosen.start, dense=dense), **own)
 
 
 def test_parts_of_the_images_are_named_or_every_eighth_is_held_out():
@@ -73,7 +77,8 @@ def test_parts_of_the_images_are_named_or_every_eighth_is_held_out():
     [
         ({}, True, None),
         ({"narrow_heads": False}, False, None),
-        ({"kind": "latency"}, False, None),
+        ({"budget": Budget(latency=0.5)}, False, None),
+        ({"budget": Budget(flops=0.5, equal_blocks=True)}, False, None),
         ({"round_to": 1}, True, None),
         ({"round_to": 2}, False, 2),
         ({"round_to": 6}, False, 6),
@@ -188,8 +193,9 @@ def test_masks_of_a_function_are_rounded_to_a_multiple(compensate):
     chosen = steps(pruner=choose, round_to=4, compensate=compensate)
     pruned = chosen.select(FLOPS)
     assert pruned.planned is None
-    assert pruned.dense.hidden.out_features == 12  # of 16, and 11 aren't a multiple of 4
-    assert chosen.reconstruct(pruned).dense.hidden.out_features == 12
+    made = chosen.reconstruct(pruned)
+    assert made.dense.hidden.out_features == 12  # of 16, and 11 aren't a multiple of 4
+    assert made.without_recovery().dense.hidden.out_features == 12
 
 
 @pytest.mark.parametrize("distill", [False, lambda dense, model, images: dense])
@@ -245,7 +251,7 @@ def measured(*stages, **knobs):
 )
 def test_distillation_that_leads_away_is_told_by_the_last_two_networks(distances, is_told, caplog):
     stages = [(name, {"distance": far, "distance_high": 9.0}) for name, far in distances.items()]
-    found = measured(*stages).warnings()
+    found = measured(*stages).warnings(())
     told = [text for text in found if "the distilled network is kept" in text]
     assert len(told) == is_told
     assert set(told) <= {record.getMessage() for record in caplog.records}
@@ -273,14 +279,14 @@ LESS = {"agreement": 0.8, "agreement_low": 0.7, "agreement_high": 0.85, "calibra
 )
 def test_too_few_images_are_told_by_the_last_network(before, last, is_told):
     found = measured(("pruned", before), ("reconstructed", last))
-    assert ["samples are too few" in text for text in found.warnings()] == [True] * is_told
+    assert ["samples are too few" in text for text in found.warnings(())] == [True] * is_told
 
 
 @pytest.mark.parametrize(("place", "is_told"), [(1, False), (2, True)])
 def test_outputs_without_a_scale_are_told_of_the_last_network(place, is_told):
     found = measured(("pruned", {}), ("reconstructed", {}))
     found.stages[place] = replace(found.stages[place], distance=math.inf)
-    assert found.warnings() == ((NO_SCALE,) if is_told else ())
+    assert found.warnings(()) == ((NO_SCALE,) if is_told else ())
 
 
 def test_a_network_is_measured_on_the_first_and_the_last_part():
@@ -434,11 +440,11 @@ def own_parts(model):
 def test_distillation_gets_the_judges_the_outputs_and_the_seed():
     model, dense = toy_model().eval(), toy_model(1).eval()
     chosen = steps(model, data=own_parts(model), distill={"steps": 2, "lr": 1e-3}, outputs=two_outputs, seed=3)
-    made, verdict = chosen.distil(dense)
+    made = distilled(chosen, dense)
     knobs = {"held_out": images(4, 1), "outputs": two_outputs, "seed": 3, "steps": 2, "lr": 1e-3}
     wanted = distillation(dense, model, images(8), **knobs)
-    torch.testing.assert_close(made.state_dict(), wanted.model.state_dict(), rtol=0, atol=0)
-    assert verdict == wanted.verdict
+    torch.testing.assert_close(made.dense.state_dict(), wanted.model.state_dict(), rtol=0, atol=0)
+    assert made.verdict == wanted.verdict
 
 
 @pytest.mark.parametrize(
@@ -453,17 +459,19 @@ def test_distillation_gets_the_judges_the_outputs_and_the_seed():
 )
 @pytest.mark.quick_every(2)
 def test_knobs_of_the_caller_go_before_those_of_a_network(given, own, taken):
-    _, verdict = steps(distill=given).distil(toy_model(1).eval(), **{"lr": 1e-3, **own})
-    assert verdict.steps == taken
+    made = distilled(steps(distill=given), toy_model(1).eval(), **{"lr": 1e-3, **own})
+    assert made.verdict.steps == taken
 
 
 def test_without_distillation_a_network_stays_and_a_function_takes_its_place():
     dense, other = toy_model(1).eval(), toy_model(2).eval()
-    assert steps().distil(dense) == (dense, None)
+    found = distilled(steps(), dense)
+    assert (found.dense, found.verdict) == (dense, None)
     chosen = steps(distill=lambda small, model, images: other if (small, images.samples) == (dense, 14) else None)
-    assert chosen.distil(dense) == (other, None)
+    found = distilled(chosen, dense)
+    assert (found.dense, found.verdict) == (other, None)
     with pytest.raises(ConfigError, match=r"distill must return a torch.nn.Module, got NoneType \(shrink\)"):
-        chosen.distil(other)
+        distilled(chosen, other)
 
 
 def masks_of(seed, **knobs):
@@ -499,9 +507,9 @@ def test_heads_get_narrower_where_that_is_asked_for(narrow_heads, equal_blocks, 
         mask = (rows >= 16)[:, None].expand_as(model.blocks[0].attention.q_proj.weight).float()
         return {f"blocks.0.attention.{name}_proj": {"weight": mask.clone()} for name in "qkv"}
 
-    chosen = steps(net, data=data, pruner=first_head, narrow_heads=narrow_heads)
-    pruned = chosen.select(Budget(flops=0.5, equal_blocks=equal_blocks))
-    assert (pruned.full is not net) == is_narrower
+    budget = Budget(flops=0.5, equal_blocks=equal_blocks)
+    pruned = steps(net, budget, data, pruner=first_head, narrow_heads=narrow_heads).select(budget)
+    assert (pruned.narrower is not None) == is_narrower
 
 
 def test_a_search_asks_the_same_pruner_for_every_size():
@@ -514,19 +522,16 @@ def test_a_search_asks_the_same_pruner_for_every_size():
 
 
 def test_inputs_by_which_a_cost_is_counted():
-    assert [each.shape[0] for each in steps().example_for("latency")] == [14]  # a whole batch of those to learn from
+    time = Budget(latency=0.5)
+    assert [each.shape[0] for each in steps(budget=time).example] == [14]  # a whole batch of those to learn from
     model = toy_model().eval()
     by_name = ImageParts.of(Calibration([{"images": toy_images(16)}]), model)
-    chosen = steps(model, data=by_name)
-    assert chosen.example_for("flops") is by_name.example
-    assert chosen.example_for("latency")["images"].shape == (14, 3, 8, 8)
+    assert steps(model, data=by_name).example is by_name.example
+    assert steps(model, time, by_name).example["images"].shape == (14, 3, 8, 8)
 
 
-def recovered_from(chosen, masks, planned=None):
-    dense = to_dense(chosen.model, toy_images(2), masks)
-    return RecoveredNetwork(
-        PrunedNetwork(chosen.model, masks, lambda: dense, planned), dense, dense_report_of(dense), None
-    )
+def recovered_from(chosen, masks, planned=None, left=1.0):
+    return replace(chosen.start, masks=masks, planned=planned, left=left).remove()
 
 
 def halved(name, width):
@@ -537,16 +542,13 @@ def halved(name, width):
 
 def test_why_a_budget_is_missed():
     chosen = steps(pruner="reconstruction")
-    all_removed = recovered_from(chosen, halved("hidden", 16))
-    assert all_removed.blocks_removed == 0
-    assert "; the allocation 'topological' or 'error' may come nearer" in chosen.why_missed(
-        Budget(flops=0.5, allocation="uniform"), all_removed, 0.4
-    )
+    all_removed = recovered_from(chosen, halved("hidden", 16), left=0.4)
+    assert "; the allocation 'topological' or 'error' may come nearer" in chosen.why_missed(0.5, all_removed)
     # Channels of the stem are added to those of another layer, which keeps them.
-    some_kept = recovered_from(chosen, halved("stem", 8))
-    assert chosen.why_missed(FLOPS, some_kept, 0.7) == "layers keep channels that were to be removed"
+    some_kept = recovered_from(chosen, halved("stem", 8), left=0.7)
+    assert chosen.why_missed(0.5, some_kept) == "layers keep channels that were to be removed"
     free = replace(chosen, settings=asked(pruner="subcluster"))
-    assert free.why_missed(FLOPS, some_kept, 0.7) == "the pruner chooses how many channels it keeps"
+    assert free.why_missed(0.5, some_kept) == "the pruner chooses how many channels it keeps"
 
 
 @pytest.mark.parametrize(("left", "is_predicted"), [(0.7, True), (0.708, True), (0.1, False), (0.75, False)])
@@ -554,7 +556,7 @@ def test_why_a_budget_is_missed():
 def test_a_prediction_that_was_wrong_is_told(left, is_predicted):
     chosen = steps()
     planned = budget_outcome("flops", 0.5, 0.7, "all layers are at their bounds")
-    why = chosen.why_missed(FLOPS, recovered_from(chosen, halved("hidden", 16), planned), left)
+    why = chosen.why_missed(0.5, recovered_from(chosen, halved("hidden", 16), planned, left))
     if is_predicted:
         assert why == planned.why
     else:
@@ -566,14 +568,14 @@ def test_the_share_of_a_cost_that_a_network_keeps():
     half = recovered_from(chosen, halved("hidden", 16))
     # A convolution has 8 x 8 places; the hidden layer maps 8 features to 16, the head these to 4.
     whole = 64 * 9 * (3 * 8 + 8 * 8) + 8 * 16 + 16 * 4
-    assert chosen.share_left(FLOPS, half) == pytest.approx((whole - 8 * 8 - 8 * 4) / whole)
-    assert 0.1 < chosen.share_left(Budget(latency=0.5), half) < 4.0  # it is timed
+    assert chosen.share_left(half) == pytest.approx((whole - 8 * 8 - 8 * 4) / whole)
+    assert 0.1 < steps(budget=Budget(latency=0.5)).share_left(half) < 4.0  # it is timed
     # By a table of the products of widths, of which the hidden layer and the head lose half.
     table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
-    assert chosen.share_left(Budget(latency=0.5, latency_table=table), half) == pytest.approx(
+    assert steps(budget=Budget(latency=0.5, latency_table=table)).share_left(half) == pytest.approx(
         (3 * 8 + 8 * 8 + 8 * 8 + 8 * 4) / (3 * 8 + 8 * 8 + 8 * 16 + 16 * 4)
     )
-    assert chosen.share_left(Budget(params=0.5), half) == pytest.approx(1 - (8 * 9 + 8 * 4) / 1076, rel=1e-2)
+    assert steps(budget=Budget(params=0.5)).share_left(half) == pytest.approx(1 - (8 * 9 + 8 * 4) / 1076, rel=1e-2)
 
 
 @pytest.fixture
@@ -650,7 +652,7 @@ def test_a_state_that_is_returned_is_told_and_its_samples_are_first(returns):
     turned = StatesFirst(model)
     measured = Measurements(turned, ImageParts.of(Calibration([((x, state.transpose(0, 1)),)]), turned), None)
     measured.add("unpruned", turned)
-    told = ["one step at a time, each from the calibration data's state" in each for each in measured.warnings()]
+    told = ["one step at a time, each from the calibration data's state" in each for each in measured.warnings(())]
     assert any(told) == returns
 
 

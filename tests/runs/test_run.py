@@ -155,7 +155,7 @@ def test_only_a_budget_of_time_is_counted_in_the_batch_that_is_timed(kind, image
     found = execute.prune_to_ratios(start, choice, Target(kind, 0.6), ratios)
     assert len(pruner_seen["knobs"]["example_inputs"]) == images
     assert pruner_seen["knobs"]["budget"] == {kind: 0.6, "allocation": "uniform"}
-    assert (found.budget.kind, found.budget.asked) == (kind, 0.6)
+    assert (found.planned.kind, found.planned.asked) == (kind, 0.6)
 
 
 def test_a_ratio_is_no_budget_to_be_dealt_out(pruner_seen):
@@ -209,7 +209,7 @@ def test_single_weights_are_pruned_layer_by_layer(pruner_seen):
     found = execute.prune_to_ratios(
         start, PrunerChoice("level"), Target("ratio", 0.5), {"features.conv2": 0.5, "classifier.fc1": 0.25}
     )
-    assert found.budget is None
+    assert found.planned is None
     left = {name: float(each["weight"].mean()) for name, each in found.masks.items()}
     assert left == pytest.approx({"features.conv2": 0.5, "classifier.fc1": 0.75}, abs=1e-3)
 

@@ -14,7 +14,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.likeness import Answers
-from nni_topo.runs import pipeline
+from nni_topo.runs import prepared
 from nni_topo.runs import tolerance as module
 from nni_topo.runs.settings import Settings
 from nni_topo.runs.tolerance import (
@@ -276,7 +276,7 @@ def test_distances_have_a_limit_from_two_images_on():
 
 def tried(asked: float, is_within: bool = True, is_safe: bool = False, left: float | None = None) -> TriedNetwork:
     candidate = Candidate(asked, asked if left is None else left, False, 0.0, 0.0, is_within)
-    return TriedNetwork(candidate, None, (), None, None, is_safe)
+    return TriedNetwork(candidate, None, None, is_safe)
 
 
 @pytest.mark.parametrize(
@@ -352,8 +352,8 @@ def test_a_budget_of_time_is_counted_by_one_table_and_the_result_is_timed(monkey
         timed.append(models)
         return [(0.4, 0.0)]
 
-    monkeypatch.setattr(module, "measure_latency", measure_latency)
-    monkeypatch.setattr(pipeline, "time_shares", time_shares)
+    monkeypatch.setattr(prepared, "measure_latency", measure_latency)
+    monkeypatch.setattr(prepared, "time_shares", time_shares)
     model = Copies().eval()
     small = shrunk(model, list(rows(160).split(80)), budget="latency", pruner="l1", tolerance=0.3)
     found = small.report.tolerance

@@ -60,7 +60,7 @@ from nni_topo.recovery.blocks import gap_after, solutions
 from nni_topo.recovery.likeness import NO_SCALE, Answers, Likeness
 from nni_topo.rules import ANYTHING, FLAG, NONE, SEED, instance, whole
 from nni_topo.runs.images import ImageParts
-from nni_topo.runs.pipeline import Pipeline
+from nni_topo.runs.prepared import Prepared
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.settings import Settings
 from nni_topo.runs.streaming.block import STATES, UNPRUNED, WANTED, BlockNet, WantedStates, entering, with_states
@@ -587,13 +587,9 @@ class _Run:
         budget = Budget(**share, equal_blocks=True)
         inner = self._settings.layers
         settings = replace(self._settings, layers=None if inner is None else [f"block.{name}" for name in inner])
-        steps = Pipeline.of(work.entered, images, settings, budget.kind)
-        pruned = steps.select(budget)
-        give_back_memory(work.entered)
-        recovered = steps.reconstruct(pruned)
-        dense: Any = recovered.dense
-        layers = recovered.layers
-        del pruned, recovered, steps
+        made = Prepared.of(work.entered, images, settings, budget).recover(budget.share)
+        dense, layers = made.dense, made.layers
+        del made
         warnings: list[str] = []
         if isinstance(work.wanted, WantedStates):
             # The last layer of the block brings into the states what the removed blocks after it did.
