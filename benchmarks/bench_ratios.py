@@ -19,8 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nni_topo.runs.experiment.pipeline import run_trial
-from nni_topo.runs.experiment.settings import TrialSettings
+from nni_topo.runs.trial import TrialSettings, run_trial
 from nni_topo.studies.tables import interval
 
 ROWS = ("uniform", "found")

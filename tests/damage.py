@@ -29,7 +29,7 @@ import nni_topo
 from nni_topo.errors import NniTopoError
 from nni_topo.network.cost.latency import LatencyTable
 from nni_topo.runs.choices import load_prune_config
-from nni_topo.runs.experiment.settings import read_parameters
+from nni_topo.runs.trial import read_parameters
 from nni_topo.studies.plan import load_plan
 from nni_topo.studies.records import COMPARED, read_records
 from nni_topo.zoo import DataBundle, Recipe, load_checkpoint, load_data, save_checkpoint, train

@@ -14,7 +14,7 @@ from nni_topo import errors, rules, zoo
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.rules import number, rule_of, whole
 from nni_topo.runs.choices import CompensationChoice, Target, load_prune_config
-from nni_topo.runs.experiment.settings import TrialSettings
+from nni_topo.runs.trial import TrialSettings
 from nni_topo.studies.plan import load_plan
 
 

@@ -16,11 +16,10 @@ from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.pruners.registry import PRUNERS, PrunerInfo, register_pruner
 from nni_topo.runs.choices import DataChoice, ModelChoice, PruneConfig, PrunerChoice, Target
-from nni_topo.runs.experiment.pipeline import run_trial
-from nni_topo.runs.experiment.settings import TrialSettings
 from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.runs.run import STILL, Start, prune, trained
 from nni_topo.runs.scheduled import prune_on_schedule
+from nni_topo.runs.trial import TrialSettings, run_trial
 from nni_topo.studies.analysis.deviation import study_masks
 from nni_topo.studies.compare import compare
 from nni_topo.studies.plan import ComparisonPlan

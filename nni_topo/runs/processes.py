@@ -20,14 +20,12 @@ import torch
 import torch.distributed as dist
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime.processes import digest
 from nni_topo.pruners.hooks import Masks
 from nni_topo.runs.run import on_cpu
 from nni_topo.zoo import DataBundle
 from nni_topo.zoo.labelled import subset
 
 _Plain = TypeVar("_Plain")
-_SHOWN = 12
 
 
 def world() -> tuple[int, int]:
@@ -59,33 +57,14 @@ def broadcast(value: _Plain, *, source: int = 0) -> _Plain:
 
 
 def broadcast_masks(masks: Masks | None, *, source: int = 0) -> Masks:
-    """Hand the masks of one process, ``source``, to all and check that they arrived; the others' may be None.
+    """Return the masks of one process, ``source``, in all, on the CPU; the others' may be None.
 
-    They come back on the CPU. DataError if ``source`` has none, or they aren't equal in all processes afterwards.
+    DataError if ``source`` has none.
     """
     held = broadcast(None if masks is None else on_cpu(masks), source=source)
     if held is None:
         raise DataError(f"the process that pruned must have masks, got None (rank {source})")
-    check_equal_masks(held)
     return held
-
-
-def check_equal_masks(masks: Masks) -> None:
-    """Raise DataError, in every process, unless all hold equal masks; it names the ranks by what they hold."""
-    if not _is_group():
-        return
-    found: list[Any] = [None] * dist.get_world_size()
-    # all learn of all: if one alone raised, the others would wait for it in the next exchange
-    dist.all_gather_object(found, masks_digest(masks))
-    if len(set(found)) > 1:
-        shown = ", ".join(f"rank {rank}: {digest[:_SHOWN]}" for rank, digest in enumerate(found))
-        raise DataError(f"masks must be equal in all processes, got {shown} (check_equal_masks)")
-
-
-def masks_digest(masks: Masks) -> str:
-    """Return a hexadecimal SHA-256 digest of masks: names, shapes and values; masks that are None don't count."""
-    flat = [(f"{module}.{target}", mask) for module, found in on_cpu(masks).items() for target, mask in found.items()]
-    return digest(sorted(flat, key=lambda each: each[0]))
 
 
 def data_share(data: DataBundle, rank: int, size: int) -> DataBundle:

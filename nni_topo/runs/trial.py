@@ -1,27 +1,372 @@
 """``python -m nni_topo.runs.trial``: one trial of an NNI experiment, or one of its own with ``--params FILE``.
 
-Under NNI the parameters come from the tuner, the results go to it, and the files lie in the trial's folder. Started by
-``torchrun``, the processes retrain together.
+A trial prunes, makes dense, compensates, retrains and measures; killed anywhere, the same call goes on. Under NNI the
+parameters come from the tuner, the results go to it, and the files lie in the trial's folder. Started by ``torchrun``,
+the processes retrain together.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import nni
 import tyro
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from nni_topo.errors import ConfigError, NniTopoError
+from nni_topo.disk import DELETE, only_process, read_json, read_tensors, reading, write_json, write_tensors
+from nni_topo.errors import ConfigError, DataError, NniTopoError, unknown_name
+from nni_topo.network.io import checkpoint as serialization
+from nni_topo.pruners.hooks import Masks
+from nni_topo.pruners.registry import check_pruner_knobs, pruner_info
+from nni_topo.rules import NONE, PATH, check_fields, number, whole
+from nni_topo.runs.choices import (
+    Cell,
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    PrunerChoice,
+    Target,
+    changed_recipe,
+)
 from nni_topo.runs.experiment.pairing import next_parameters
-from nni_topo.runs.experiment.pipeline import reported, run_trial
-from nni_topo.runs.experiment.settings import Trial, read_parameters, with_parameters
-from nni_topo.runs.processes import broadcast, process_group
-from nni_topo.runs.run import resolve_device
+from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, process_group, world
+from nni_topo.runs.provenance import Record, provenance
+from nni_topo.runs.run import (
+    WHOLE_CHANNELS,
+    Start,
+    budget_facts,
+    costs,
+    distilled,
+    latencies,
+    layer_widths,
+    load_model_data,
+    made_dense,
+    on_cpu,
+    prune_to_ratios,
+    resolve_device,
+    retrain,
+    trained,
+)
+from nni_topo.runs.widths import inner_layers, layer_ratios, proposed_ratios, pruning_config
+from nni_topo.zoo import default_recipe
+
+METRICS, SETTINGS = "metrics.json", "settings.json"
+DENSE, MASKS, CONFIG_LIST = "dense.pt", "masks.pt", "config_list.json"
+_PRUNED, _FACTS, _RETRAINING = "pruned.pt", "pruned.json", "retraining.pt"
+BUDGET_KEY = "TRIAL_BUDGET"
+"""Key that NNI's Hyperband and BOHB add to a trial's parameters."""
+_RATIO, _KNOB = "ratio.", "knob."
+_PLAIN = (str, int, float, bool)
+
+ReportMetrics = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """One trial. Every scalar field is an option of ``python -m nni_topo.runs.trial`` and may be a tuner's parameter.
+
+    The score that the tuner maximises is ``accuracy - flops_weight * MACs share - latency_weight * latency share``, all
+    three in [0, 1] or near it: what a pruned network may lose in accuracy to be smaller or faster by so much. A
+    weighted sum finds points on the convex hull of the trade-off only; every trial reports the three values as well.
+    """
+
+    model: str = "small_cnn"  # a listed name or package.module:factory
+    width: float = 1.0  # factor on the layers' widths
+    data: str = "digits"  # a listed name, an .npz file or a folder
+    data_dir: str | None = None  # folder with the data set's files
+    limit: int | None = None  # training images of the unpruned net; None: all
+    image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are
+    train_epochs: int | None = None  # of the unpruned net; None: the model's recipe
+    checkpoint: str | None = None  # state dict of the trained net; None: it is trained, once per experiment
+    pruner: str = "l1"  # registered name, see nni-topo list
+    ratio: float = 0.5  # sparse_ratio in [0, 1) of layers without one of their own
+    flops: float | None = None  # share of the MACs to be left, in (0, 1]; ratios then are proportions
+    calibration: int = 0  # training images without labels for a pruner that takes calibration data
+    compensate: int = 0  # training images without labels for compensation; 0: none
+    distill: int = 0  # training images without labels for distillation; 0: none
+    retrain_epochs: int = 1  # after pruning; 0: none
+    retrain_images: int | None = None  # training images used after pruning; None: all
+    double_images_after: int | None = None  # trials of an experiment after which retrain_images doubles
+    images_per_budget: int | None = None  # images after pruning per unit of TRIAL_BUDGET
+    lr: float | None = None  # learning rate after pruning; None: a fifth of the recipe's
+    flops_weight: float = 0.0  # accuracy that the whole net's MACs are worth
+    latency_weight: float = 0.0  # accuracy that the whole net's latency is worth
+    seed: int = 0  # of the net, the pruner where it takes one, and retraining
+    device: str = "cpu"  # cpu, cuda or auto
+    # no flags, a tuner's alone: by layer or shell pattern, `ratio.LAYER`, and the pruner's `knob.NAME[.FIELD]`
+    ratios: tyro.conf.Suppress[Mapping[str, float]] = field(default_factory=dict)
+    knobs: tyro.conf.Suppress[Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("calibration", "compensate", "distill", "retrain_epochs"), whole(0))
+        weights = dict.fromkeys(("flops_weight", "latency_weight"), number(0.0))
+        images = ("limit", "retrain_images", "double_images_after", "images_per_budget")
+        limits = dict.fromkeys(images, whole(1) | NONE)
+        paths = dict.fromkeys(("data_dir", "checkpoint"), PATH | NONE)
+        check_fields(self, "trial", **counts, **weights, **limits, **paths)
+        for name, value in {"ratio": self.ratio, **{_RATIO + k: v for k, v in self.ratios.items()}}.items():
+            if not 0.0 <= value < 1.0:
+                raise ConfigError(f"a ratio must be in [0, 1), got {value} ({name})")
+        if self.double_images_after is not None and self.retrain_images is None:
+            raise ConfigError("images that double need retrain_images to begin with, got none (double_images_after)")
+        if self.flops is not None:
+            Target("flops", self.flops)
+        check_pruner_knobs(self.pruner, self.knobs, "trial")
+
+    def layer_ratio(self, layer: str) -> float:
+        """Return a layer's proposed ratio: its own, that of the first pattern it matches, or ``ratio``."""
+        if layer in self.ratios:
+            return self.ratios[layer]
+        return next((value for name, value in self.ratios.items() if fnmatchcase(layer, name)), self.ratio)
+
+    def cell(self) -> Cell:
+        """Return the trial as a comparison's cell, whose trained net it shares."""
+        default = default_recipe(self.model, self.data)
+        train = default if self.train_epochs is None else changed_recipe(default, {"epochs": self.train_epochs})
+        retrain = train.for_retraining(self.retrain_epochs)
+        # A search over pruners has one number for all.
+        takes_images = "calibration" in pruner_info(self.pruner).knobs()
+        return Cell(
+            model=ModelChoice(self.model, self.width),
+            data=DataChoice(self.data, self.data_dir, self.limit, image_size=self.image_size),
+            pruner=PrunerChoice(self.pruner, knobs=self.knobs, calibration=self.calibration if takes_images else 0),
+            target=Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops),
+            seed=self.seed,
+            train=train,
+            retrain=retrain if self.lr is None else replace(retrain, lr=self.lr),
+            device=self.device,
+            compensate=CompensationChoice(self.compensate) if self.compensate else None,
+            distill=DistillationChoice(self.distill) if self.distill else None,
+        )
+
+    def for_trial(self, number: int) -> TrialSettings:
+        """Return the settings of an experiment's trial, numbered from 0: later ones may retrain on more images."""
+        if self.double_images_after is None or self.retrain_images is None:
+            return self
+        doublings = number // self.double_images_after
+        return replace(self, retrain_images=self.retrain_images * 2**doublings, double_images_after=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return asdict(self)
+
+
+def scalar_kinds() -> dict[str, type]:
+    """Return the types of the fields that are options of the trial program; those that may be None default to it."""
+    hints = get_type_hints(TrialSettings, include_extras=True)
+    kinds = {name: (*get_args(hint), hint)[0] for name, hint in hints.items()}
+    return {name: kind for name, kind in kinds.items() if kind in _PLAIN}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(TrialSettings):
+    """Prune, make dense, compensate, retrain and report to NNI."""
+
+    params: Path | None = None  # JSON file with the parameters, instead of NNI's tuner
+    out: Path | None = None  # folder for the trial's files; None: the one NNI makes
+    cache: Path | None = None  # folder of trained nets; None: the experiment's
+
+    def settings(self) -> TrialSettings:
+        """Return what isn't about places."""
+        return TrialSettings(**{item.name: getattr(self, item.name) for item in fields(TrialSettings)})
+
+
+def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> TrialSettings:
+    """Return settings with a tuner's parameters (scalars, ``ratio.LAYER``, ``knob.NAME[.FIELD]``, ``TRIAL_BUDGET``)."""
+    known = scalar_kinds()
+    changes: dict[str, Any] = {}
+    ratios, knobs = dict(settings.ratios), dict(settings.knobs)
+    for name, value in parameters.items():
+        if name.startswith(_RATIO):
+            ratios[name.removeprefix(_RATIO)] = _typed(name, value, float)
+        elif name.startswith(_KNOB):
+            knob, _, field = name.removeprefix(_KNOB).partition(".")
+            knobs[knob] = {**knobs.get(knob, {}), field: value} if field else value
+        elif name in known:
+            changes[name] = _typed(name, value, known[name], optional=getattr(TrialSettings, name) is None)
+        elif name == BUDGET_KEY:
+            if settings.images_per_budget is None:
+                raise ConfigError(f"a tuner's budget needs images_per_budget, got none ({BUDGET_KEY} = {value})")
+            changes["retrain_images"] = max(1, round(settings.images_per_budget * _typed(BUDGET_KEY, value, float)))
+        else:
+            raise unknown_name("a trial's parameter", str(name), [*known, f"{_RATIO}LAYER", f"{_KNOB}NAME"], "trial")
+    return replace(settings, **changes, ratios=ratios, knobs=knobs)
+
+
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """Read parameters from a JSON file; DataError if it is missing or isn't a JSON object."""
+    path = Path(path)
+    with reading(path, "a file of parameters", "of JSON"):
+        content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"parameters must be a JSON object, got {type(content).__name__} ({path})")
+    return content
+
+
+def _typed(name: str, value: Any, kind: type, *, optional: bool = False) -> Any:
+    """Return a parameter as its field's type; tuners give whole numbers as floats."""
+    if value is None and optional:
+        return None
+    wrong = not isinstance(value, _PLAIN) or isinstance(value, bool) or (kind is str) != isinstance(value, str)
+    if wrong or (kind is not str and not math.isfinite(value)) or (kind is int and value != int(value)):
+        raise ConfigError(f"a parameter must be of type {kind.__name__}, got {value!r} ({name})")
+    return kind(value)
+
+
+def run_trial(
+    settings: TrialSettings, out: str | Path, *, cache: str | Path | None = None, report: ReportMetrics | None = None
+) -> Record:
+    """Run a trial, or what is left of it, in a folder; return what ``metrics.json`` holds, accuracies in [0, 1].
+
+    The folder gets ``settings.json`` at once, ``masks.pt``, and at the end ``dense.pt`` (see :func:`nni_topo.load`),
+    ``config_list.json`` (the ratios that were realised) and ``metrics.json``; ``cache`` holds the trained nets that
+    trials share. ``report`` is called with 0 and the result after pruning, then with every epoch's number and result:
+    ``default``, the score, and ``accuracy``, both on validation images, so that a search doesn't learn the test images.
+    Processes of one ``torch.distributed`` group run one trial together: the first one prunes, all retrain on their
+    shares of the images and of the batch; retraining then starts anew after a kill. ConfigError if the settings can't
+    be used or the folder holds another trial; DataError if data can't be read or the disk is full; SpeedupError if the
+    masks can't be made dense.
+    """
+    out, (rank, size) = Path(out), world()
+    with only_process(out) if rank == 0 else nullcontext():
+        metrics: Record | None = None  # of a trial that is done
+        if rank == 0:
+            known, mine = read_json(out / SETTINGS), settings.to_dict()
+            if known is None:
+                write_json(out / SETTINGS, mine)
+            elif known != mine:
+                other = ", ".join(sorted(key for key in mine if known.get(key) != mine[key]))
+                raise ConfigError(f"a trial's folder must hold one trial, got another one, with other {other} ({out})")
+            metrics = read_json(out / METRICS)
+        metrics = broadcast(metrics)
+        if metrics is not None:
+            return dict(metrics)
+        began = time.perf_counter()
+        if not pruner_info(settings.pruner).structured:
+            raise ConfigError(f"a trial's pruner must remove whole channels, got {settings.pruner!r} (pruner)")
+        cell, nets = settings.cell(), out / "nets" if cache is None else Path(cache)
+        with only_process(nets) if settings.checkpoint is None else nullcontext():
+            start = trained(
+                cell.model,
+                cell.data,
+                recipe=cell.train,
+                checkpoint=settings.checkpoint,
+                folder=nets / "checkpoints",
+                seed=cell.seed,
+                device=settings.device,
+            )
+        masks = broadcast_masks(_masks(settings, cell, start, out) if rank == 0 else None)
+        dense, facts = _pruned(settings, cell, start, masks, out) if rank == 0 else (made_dense(start, masks)[0], {})
+        facts = broadcast(facts)
+
+        def tell(step: int, accuracy: float) -> None:
+            if rank == 0 and report is not None:
+                report(step, _result(accuracy, facts))
+
+        state = out / _RETRAINING if size == 1 else None
+        if state is None or not state.exists():
+            tell(0, facts["accuracy_pruned"])
+        if cell.retrain.epochs:
+            data, recipe, parallel = start.data, cell.retrain, None
+            if settings.retrain_images is not None:
+                images = settings.retrain_images
+                limit = images if cell.data.limit is None else min(images, cell.data.limit)
+                data = load_model_data(cell.model, replace(cell.data, limit=limit))
+            if size > 1:
+                data = data_share(data, rank, size)
+                recipe = replace(recipe, batch_size=max(1, recipe.batch_size // size))
+                parallel = DistributedDataParallel(dense)
+            knobs: dict[str, Any] = {"through": parallel, "state": state}
+            knobs["callback"] = lambda log: tell(log.epoch, log.validation_accuracy or 0.0)
+            retrain(dense, data, recipe, seed=cell.seed + rank, **knobs)
+        if rank == 0:
+            accuracy = start.validated(dense) if cell.retrain.epochs else facts["accuracy_pruned"]
+            facts = {
+                **facts,
+                "score": _result(accuracy, facts)["default"],
+                "accuracy": accuracy,
+                "test_accuracy": start.tested(dense),
+                "test_accuracy_before": start.accuracy,
+                "seconds": time.perf_counter() - began,
+                "settings": settings.to_dict(),
+                **provenance(),
+            }
+            serialization.save(dense, out / DENSE)
+            # A config_list that leads any structured pruner to the same widths.
+            before, after = layer_widths(start.net), layer_widths(dense)
+            ratios: dict[str, float] = {}
+            for name in inner_layers(start.net, start.example):
+                count = before[name] - after[name]
+                ratios[name] = (count + 0.5) / before[name] if count else 0.0
+            write_json(out / CONFIG_LIST, pruning_config(start.net, start.example, ratios))
+            write_json(out / METRICS, facts)
+            for name in (_PRUNED, _FACTS, _RETRAINING):
+                (out / name).unlink(missing_ok=True)
+        return broadcast(facts)
+
+
+def _masks(settings: TrialSettings, cell: Cell, start: Start, out: Path) -> Masks:
+    """Return the masks, on the CPU: those in the folder, or the pruner's."""
+    path = out / MASKS
+    if path.exists():
+        with reading(path, "a trial's masks", cure=DELETE):
+            return read_tensors(path)  # type: ignore[no-any-return]
+    names = inner_layers(start.net, start.example)
+    for pattern in settings.ratios:
+        if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+            raise unknown_name("the layer of a ratio", pattern, names, "ratios")
+    if settings.flops is not None and not settings.ratios:
+        ratios = layer_ratios(start.net, start.example, cell.target)
+    else:
+        proposed = {name: settings.layer_ratio(name) for name in names}
+        ratios = proposed_ratios(start.net, start.example, proposed, settings.flops)
+    masks = on_cpu(prune_to_ratios(start, cell.pruner, cell.target, ratios).masks)
+    write_tensors(path, masks)
+    return masks
+
+
+def _pruned(settings: TrialSettings, cell: Cell, start: Start, masks: Masks, out: Path) -> tuple[nn.Module, Record]:
+    """Return the dense net, compensated and distilled if asked for, and what retraining doesn't change."""
+    known = read_json(out / _FACTS)
+    if known is not None:
+        return serialization.load(out / _PRUNED, start.net), known
+    dense, _ = made_dense(start, masks, cell.compensate)
+    if cell.distill is not None:
+        dense = distilled(start, dense, cell.distill).model
+    facts: Record = {"accuracy_pruned": start.validated(dense), **costs(start, dense)}
+    facts["flops_share"] = facts["flops"] / facts["flops_before"]
+    facts["price"] = settings.flops_weight * facts["flops_share"]
+    if settings.latency_weight:
+        facts |= latencies(start, dense)
+        facts["latency_share"] = facts["latency_ms"] / facts["latency_before_ms"]
+        facts["price"] += settings.latency_weight * facts["latency_share"]
+    if cell.target.kind != "ratio":
+        facts |= budget_facts(start, dense, cell.target, facts, WHOLE_CHANNELS)
+    serialization.save(dense, out / _PRUNED)
+    write_json(out / _FACTS, facts)
+    return dense, facts
+
+
+def _result(accuracy: float, facts: Record) -> dict[str, float]:
+    return {"default": accuracy - facts["price"], "accuracy": accuracy}
+
+
+def reported(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the part of a trial's metrics that goes to the tuner, as ``default``, and to NNI's web page."""
+    names = ("accuracy", "flops_share", "latency_share")
+    return {"default": metrics["score"], **{name: metrics[name] for name in names if name in metrics}}
 
 
 def parsed(arguments: Sequence[str] | None = None) -> Trial:

@@ -21,7 +21,7 @@ from nni_topo.runs.choices import (
     load_prune_config,
     with_recovery,
 )
-from nni_topo.runs.experiment.settings import TrialSettings
+from nni_topo.runs.trial import TrialSettings
 from nni_topo.zoo import Recipe
 
 ALL = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]

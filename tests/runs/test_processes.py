@@ -14,9 +14,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.processes import (
     broadcast,
     broadcast_masks,
-    check_equal_masks,
     data_share,
-    masks_digest,
     process_group,
     world,
 )
@@ -32,13 +30,6 @@ def test_shares_leave_out_what_does_not_go_round():
     assert data_share(data, 10, 11).train.tensors[0].tolist() == [10]
     with pytest.raises(ConfigError, match=r"must get a training image, got 11 for 12 \(data_share\)"):
         data_share(data, 0, 12)
-
-
-def test_digests_do_not_depend_on_the_order_or_on_masks_that_are_none():
-    one, two = torch.ones(2), torch.zeros(3)
-    first = {"a": {"weight": one, "bias": None}, "b": {"weight": two}}
-    assert masks_digest(first) == masks_digest({"b": {"weight": two}, "a": {"weight": one}})
-    assert masks_digest(first) != masks_digest({"b": {"weight": one}, "a": {"weight": two}})
 
 
 @pytest.mark.parametrize("size", [None, "1"])
@@ -64,7 +55,6 @@ def test_a_group_that_is_there_is_used_and_stays(tmp_path, monkeypatch):
         mask = torch.ones(2, requires_grad=True)
         found = broadcast_masks({"conv": {"weight": mask, "bias": None}})
         assert (list(found["conv"]), found["conv"]["weight"].requires_grad) == (["weight"], False)
-        check_equal_masks(found)
         with pytest.raises(DataError, match=r"the process that pruned must have masks, got None \(rank 0\)"):
             broadcast_masks(None)
     finally:

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from nni_topo.disk import check_free_disk, output_folder, read_json, whole_file, without_folders, write_json
 from nni_topo.errors import DataError
-from nni_topo.runs.experiment.pipeline import CONFIG_LIST, DENSE, MASKS, METRICS, SETTINGS
 from nni_topo.runs.experiment.trials import TrialRecord
 from nni_topo.runs.provenance import Record
+from nni_topo.runs.trial import CONFIG_LIST, DENSE, MASKS, METRICS, SETTINGS
 
 PARAMETERS, TRIALS = "parameters.json", "trials.json"
 _FILES = (DENSE, CONFIG_LIST, MASKS, SETTINGS, METRICS)

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from nni_topo.runs.experiment.manager import free_port
-from nni_topo.runs.experiment.pipeline import run_trial
-from nni_topo.runs.experiment.settings import TrialSettings
+from nni_topo.runs.trial import TrialSettings, run_trial
 
 SMALL = {"limit": 300, "train_epochs": 4, "ratio": 0.5}
 

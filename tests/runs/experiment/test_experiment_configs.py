@@ -12,8 +12,7 @@ from nni.experiment.config import ExperimentConfig
 
 from nni_topo.errors import ConfigError
 from nni_topo.runs.experiment.manager import load_experiment
-from nni_topo.runs.experiment.settings import scalar_kinds, with_parameters
-from nni_topo.runs.trial import main, parsed
+from nni_topo.runs.trial import main, parsed, scalar_kinds, with_parameters
 
 FOLDER = Path(__file__).parents[3] / "configs" / "experiments"
 FILES = sorted(FOLDER.glob("*.yml"))

@@ -14,18 +14,24 @@ from joblib import parallel_config
 
 from nni_topo import GeneticSearch, TopologicalPruner, zoo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs.processes import broadcast, broadcast_masks, check_equal_masks, data_share, masks_digest, world
+from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, world
+from nni_topo.runs.run import on_cpu
 
 RANKS = """
-import json, os, runpy, sys
+import hashlib, json, os, runpy, sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 import nni_topo
 from nni_topo import zoo
-from nni_topo.runs.processes import broadcast, broadcast_masks, check_equal_masks, data_share, masks_digest
-from nni_topo.runs.processes import process_group
-from nni_topo.errors import DataError
+from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, process_group
 from nni_topo.runs.experiment.manager import free_port
+
+def digest(tensors):
+    found = hashlib.sha256()
+    for module in sorted(tensors):
+        for name, tensor in sorted(tensors[module].items()):
+            found.update(f"{module}.{name}".encode() + tensor.detach().numpy().tobytes())
+    return found.hexdigest()
 
 torch.set_num_threads(1)
 data = zoo.load_data("digits", limit=301)
@@ -37,22 +43,16 @@ with process_group() as (rank, size):
     pruner = nni_topo.create_pruner("random", net, config_list, seed=rank)
     _, own = pruner.compress()
     pruner.unwrap_model()
-    try:
-        check_equal_masks(own)
-        words = ""
-    except DataError as error:
-        words = str(error)
     masks = broadcast_masks(own if rank == 0 else None)
     dense = nni_topo.to_dense(net, images, masks)
     share = data_share(data, rank, size)
     shared = DistributedDataParallel(dense)
-    before = masks_digest({"net": dict(dense.state_dict())})
+    before = digest({"net": dict(dense.state_dict())})
     zoo.train(shared, share, zoo.Recipe(epochs=3, batch_size=16), seed=rank)
     after = {"net": dict(dense.named_parameters())}
-    check_equal_masks(after)
     print(json.dumps({
-        "rank": rank, "size": size, "words": words, "own": masks_digest(own), "masks": masks_digest(masks),
-        "images": len(share.train), "before": before, "after": masks_digest(after),
+        "rank": rank, "size": size, "own": digest(own), "masks": digest(masks),
+        "images": len(share.train), "before": before, "after": digest(after),
         "accuracy": zoo.evaluate(dense, data.test),
     }), file=open(f"{sys.argv[1]}/{rank}.json", "w"))
     port = broadcast(free_port())
@@ -89,8 +89,6 @@ def test_two_processes_get_the_first_ones_masks_and_train_the_same_net(ranks):
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
     assert (first["size"], first["images"], second["images"]) == (2, 150, 150)
     assert first["own"] != second["own"]
-    assert "masks must be equal in all processes, got rank 0: " in first["words"]
-    assert first["own"][:12] in second["words"]
     assert first["masks"] == second["masks"] == first["own"]
     assert first["before"] == second["before"]
     assert first["after"] == second["after"]
@@ -117,8 +115,8 @@ def test_a_group_of_one_process_agrees_with_itself():
     masks = {"conv": {"weight": torch.tensor([1.0, 0.0]), "bias": None}}
     assert world() == (0, 1)
     assert broadcast("a word") == "a word"
-    check_equal_masks(masks)
-    assert masks_digest(broadcast_masks(masks)) == masks_digest(masks)
+    (found,) = broadcast_masks(masks)["conv"].values()  # a mask that is None isn't handed on
+    assert torch.equal(found, masks["conv"]["weight"])
     with pytest.raises(DataError, match=r"the process that pruned must have masks, got None \(rank 0\)"):
         broadcast_masks(None)
 
@@ -128,17 +126,8 @@ def test_alone_there_is_nothing_to_share():
     assert world() == (0, 1)
     assert broadcast(3) == 3
     assert torch.equal(broadcast_masks(masks)["conv"]["weight"], masks["conv"]["weight"])
-    check_equal_masks(masks)
     with pytest.raises(DataError, match="must have masks, got None"):
         broadcast_masks(None)
-
-
-def test_digests_tell_names_shapes_and_values_apart():
-    ones = torch.ones(2, 2)
-    found = [{"a": {"weight": ones}}, {"b": {"weight": ones}}, {"a": {"bias": ones}}]
-    found += [{"a": {"weight": ones.flatten()}}, {"a": {"weight": torch.eye(2)}}]
-    assert len({masks_digest(masks) for masks in found}) == len(found)
-    assert masks_digest(found[0]) == masks_digest({"a": {"weight": ones.clone()}})
 
 
 def test_shares_are_equal_and_apart():
@@ -173,7 +162,7 @@ def test_a_dask_cluster_searches_layers_to_the_same_masks(tmp_path, monkeypatch)
             spread = searched(-1)
     assert len(tasks.data) >= 4
     assert {task["worker"] for task in tasks.data} <= set(workers)
-    assert masks_digest(spread) == masks_digest(searched(1))
+    torch.testing.assert_close(on_cpu(spread), on_cpu(searched(1)), rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -197,4 +186,4 @@ def test_ray_searches_layers_to_the_same_masks(tmp_path, monkeypatch):
             spread = searched(-1)
     finally:
         ray.shutdown()
-    assert masks_digest(spread) == masks_digest(searched(1))
+    torch.testing.assert_close(on_cpu(spread), on_cpu(searched(1)), rtol=0, atol=0)

@@ -17,11 +17,10 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.disk import is_held
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.runs import trial
 from nni_topo.runs.choices import DataChoice, ModelChoice
-from nni_topo.runs.experiment import pipeline
-from nni_topo.runs.experiment.pipeline import reported, run_trial
 from nni_topo.runs.run import load_model_data
-from nni_topo.runs.trial import main
+from nni_topo.runs.trial import main, reported, run_trial
 
 FILES = {"settings.json", "masks.pt", "dense.safetensors", "config_list.json", "metrics.json"}
 SMALL_WORDS = ["--limit", "300", "--train-epochs", "4"]
@@ -218,35 +217,12 @@ def test_of_trials_that_share_nets_one_trains_them(is_given, settings, nets, tmp
         held.append(is_held(nets))
         return trained(*arguments, **knobs)
 
-    trained = pipeline.trained
-    monkeypatch.setattr(pipeline, "trained", noting)
+    trained = trial.trained
+    monkeypatch.setattr(trial, "trained", noting)
     (checkpoint,) = (nets / "checkpoints").glob("*seed0.pt")
     own = str(checkpoint) if is_given else None
     run_trial(dataclasses.replace(settings, retrain_epochs=0, checkpoint=own), tmp_path / "trial", cache=nets)
     assert held == [not is_given]
-
-
-def test_each_of_two_processes_retrains_on_half_of_the_images_and_of_the_batch(settings, nets, tmp_path, monkeypatch):
-    seen = []
-
-    def noting(net, data, recipe, *, through, **knobs):
-        seen.append((len(data.train), recipe.batch_size, type(through), knobs["seed"]))
-        return retrain(net, data, recipe, through=through, **knobs)
-
-    retrain = pipeline.retrain
-    monkeypatch.setattr(pipeline, "retrain", noting)
-    trial = pipeline._Trial(settings, tmp_path, nets)
-    whole, batch = len(trial.start.data.train), trial.cell.retrain.batch_size
-    facts = {"accuracy_pruned": 0.5, "price": 0.0}
-    trial.retrained(trial.start.net, facts, None, 0, 1)
-    # a group of one process stands for two: what the second one does isn't looked at
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        trial.retrained(trial.start.net, facts, None, 1, 2)
-    finally:
-        torch.distributed.destroy_process_group()
-    parallel = torch.nn.parallel.DistributedDataParallel
-    assert seen == [(whole, batch, type(None), 0), (whole // 2, batch // 2, parallel, 1)]
 
 
 class KilledError(Exception):
@@ -268,8 +244,8 @@ def test_a_trial_that_stopped_in_an_epoch_goes_on_with_the_next(settings, nets, 
     assert told == [0, 1]
     assert files(tmp_path / "trial") == {"settings.json", "masks.pt", "pruned.pt", "pruned.json", "retraining.pt"}
     with monkeypatch.context() as patch:  # what is in the folder isn't made anew
-        patch.setattr(pipeline, "prune_to_ratios", None)
-        patch.setattr(pipeline, "made_dense", None)
+        patch.setattr(trial, "prune_to_ratios", None)
+        patch.setattr(trial, "made_dense", None)
         began = time.perf_counter()
         metrics = run_trial(asked, tmp_path / "trial", cache=nets, report=report)
         assert 0.0 < metrics["seconds"] < time.perf_counter() - began
@@ -288,31 +264,46 @@ def test_damaged_masks_are_to_be_deleted(settings, nets, tmp_path):
         run_trial(settings, tmp_path / "trial", cache=nets)
 
 
+@pytest.fixture
+def retrainings(monkeypatch):
+    """What is retrained: images, batch, what runs the network, and the seed; nothing is learned."""
+    seen = []
+
+    def retrain(net, data, recipe, *, through, seed, **knobs):
+        seen.append((len(data.train), recipe.batch_size, type(through), seed))
+
+    monkeypatch.setattr(trial, "retrain", retrain)
+    return seen
+
+
 @pytest.mark.parametrize(("images", "seen"), [(None, 300), (50, 50), (900, 300)])
-def test_retraining_takes_no_more_images_than_training_did(images, seen, settings, nets, tmp_path):
-    trial = pipeline._Trial(dataclasses.replace(settings, retrain_images=images), tmp_path, nets)
-    assert len(trial._retraining_data().train) == seen
+def test_retraining_takes_no_more_images_than_training_did(images, seen, settings, nets, tmp_path, retrainings):
+    run_trial(dataclasses.replace(settings, retrain_images=images), tmp_path, cache=nets)
+    assert [each[0] for each in retrainings] == [seen]
 
 
-def test_the_second_process_of_a_trial_prunes_measures_and_tells_nothing(settings, nets, tmp_path, monkeypatch):
-    alone = run_trial(dataclasses.replace(settings, retrain_epochs=0), tmp_path / "first", cache=nets)
+def test_the_second_of_two_processes_retrains_on_its_half_and_tells_nothing(
+    settings, nets, tmp_path, monkeypatch, retrainings
+):
+    alone = run_trial(settings, tmp_path / "first", cache=nets)
     masks = torch.load(tmp_path / "first" / "masks.pt", weights_only=True)
-    given, retrained = [], []
+    given, told = [], []
     # what the first process hands out: nothing is done yet, the facts, and the metrics
     handed = iter([None, {"accuracy_pruned": 0.5, "price": 0.0}, alone])
-    monkeypatch.setattr(pipeline, "world", lambda: (1, 2))
-    monkeypatch.setattr(pipeline, "broadcast", lambda value: given.append(value) or next(handed))
-    monkeypatch.setattr(pipeline, "broadcast_masks", lambda value: given.append(value) or masks)
-    monkeypatch.setattr(
-        pipeline._Trial, "retrained", lambda trial, *arguments: retrained.append(arguments) or arguments[0]
-    )
-    told = []
-    found = run_trial(settings, tmp_path / "out", cache=nets, report=lambda *result: told.append(result))
+    monkeypatch.setattr(trial, "world", lambda: (1, 2))
+    monkeypatch.setattr(trial, "broadcast", lambda value: given.append(value) or next(handed))
+    monkeypatch.setattr(trial, "broadcast_masks", lambda value: given.append(value) or masks)
+    # a group of one process stands for two: what the first one does isn't looked at
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        found = run_trial(settings, tmp_path / "out", cache=nets, report=lambda *result: told.append(result))
+    finally:
+        torch.distributed.destroy_process_group()
     assert found == alone
     assert given == [None, None, {}, {"accuracy_pruned": 0.5, "price": 0.0}]
-    ((dense, facts, report, rank, size),) = retrained
-    assert (facts, report, rank, size) == ({"accuracy_pruned": 0.5, "price": 0.0}, None, 1, 2)
-    assert {name: dense.get_submodule(name).weight.shape[0] for name in alone["widths"]} == alone["widths"]
+    (whole, batch, kind, seed), half = retrainings
+    assert (whole, kind, seed) == (300, type(None), 0)
+    assert half == (whole // 2, batch // 2, torch.nn.parallel.DistributedDataParallel, 1)
     assert told == []
     assert not (tmp_path / "out").exists()
 
@@ -321,4 +312,4 @@ def test_results_go_to_the_tuner_with_what_there_is():
     metrics = {"score": 0.25, "accuracy": 0.5, "flops_share": 0.75, "params": 3}
     assert reported(metrics) == {"default": 0.25, "accuracy": 0.5, "flops_share": 0.75}
     assert reported({"score": 0.0, "latency_share": 0.5}) == {"default": 0.0, "latency_share": 0.5}
-    assert pipeline._result(0.75, {"price": 0.5}) == {"default": 0.25, "accuracy": 0.75}
+    assert trial._result(0.75, {"price": 0.5}) == {"default": 0.25, "accuracy": 0.75}

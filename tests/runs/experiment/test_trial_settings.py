@@ -11,7 +11,7 @@ from nni_topo.runs.choices import (
     PrunerChoice,
     Target,
 )
-from nni_topo.runs.experiment.settings import TrialSettings, read_parameters, with_parameters
+from nni_topo.runs.trial import TrialSettings, read_parameters, with_parameters
 
 
 def test_parameters_replace_settings_and_fill_ratios_and_knobs():
@@ -73,8 +73,8 @@ def test_retraining_takes_a_rate_of_its_own():
         ({"seed": True}, "must be of type int, got True"),
         ({"lr": float("nan")}, "must be of type float, got nan"),
         ({"flops": 0.0}, r"must be in \(0, 1\], got 0.0"),
-        ({"retrain_epochs": -1}, "retrain_epochs must be at least 0, got -1"),
-        ({"retrain_images": 0}, "retrain_images must be at least 1, got 0"),
+        ({"retrain_epochs": -1}, "retrain_epochs must be an integer of at least 0.*, got -1"),
+        ({"retrain_images": 0}, "retrain_images must be an integer of at least 1.*, got 0"),
     ],
 )
 def test_bad_parameters_are_refused(parameters, message):
@@ -125,14 +125,14 @@ def test_a_cell_has_what_the_settings_say():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"calibration": -1}, "calibration must be at least 0, got -1"),
-        ({"compensate": -1}, "compensate must be at least 0, got -1"),
-        ({"distill": -1}, "distill must be at least 0, got -1"),
-        ({"flops_weight": -0.5}, "flops_weight must be at least 0, got -0.5"),
+        ({"calibration": -1}, "calibration must be an integer of at least 0.*, got -1"),
+        ({"compensate": -1}, "compensate must be an integer of at least 0.*, got -1"),
+        ({"distill": -1}, "distill must be an integer of at least 0.*, got -1"),
+        ({"flops_weight": -0.5}, "flops_weight must be at least 0 and finite, got -0.5"),
         ({"latency_weight": float("nan")}, "latency_weight must be .*got nan"),
-        ({"limit": 0}, "limit must be at least 1, got 0"),
-        ({"double_images_after": 0, "retrain_images": 1}, "double_images_after must be at least 1, got 0"),
-        ({"images_per_budget": 0}, "images_per_budget must be at least 1, got 0"),
+        ({"limit": 0}, "limit must be an integer of at least 1.*, got 0"),
+        ({"double_images_after": 0, "retrain_images": 1}, "double_images_after must be an integer of at least 1.*, got 0"),
+        ({"images_per_budget": 0}, "images_per_budget must be an integer of at least 1.*, got 0"),
         ({"data_dir": 1}, "data_dir must be .*got 1"),
         ({"checkpoint": 1}, "checkpoint must be .*got 1"),
         ({"flops": 2.0}, r"must be in \(0, 1\], got 2.0"),
