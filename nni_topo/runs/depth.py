@@ -658,10 +658,9 @@ class Depth:
     def overhead(self) -> float:
         """The share of the time that stays if each layer has as few channels as possible."""
         whole = self.whole
-        entries, table = whole.prunable.entries, whole.budget.latency_table
-        if table is not None:
-            own: Any = table  # a file is read when the budget is made
-            return least_share(whole.counted, "latency", entries, own, whole.round_to)
+        entries = whole.prunable.entries
+        if whole.budget.latency_table is not None:
+            return least_share(whole.counted, whole.budget, entries, whole.round_to)
         masks = fewest_channels(whole.counted, entries, whole.round_to)
         thin = dense_of(whole.model, whole.images.example, masks, check=False, facts=whole.analysis.facts)
         ((found, _),) = time_shares([thin], whole.model, whole.example, whole.budget.share)

@@ -23,7 +23,7 @@ from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
-from nni_topo.pruners.budget import budget_outcome, outcome_of
+from nni_topo.pruners.budget import budget_outcome
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import Outputs, judged
@@ -294,6 +294,7 @@ def frontier(
     >>> found[0.25](torch.randn(2, 16)).shape
     torch.Size([2, 4])
     """
+    arguments = locals()
     calibration = batches_of(images, model, "images")
     wanted = checked_shares(shares)
     template = without_share(budget, "frontier")
@@ -302,21 +303,7 @@ def frontier(
             f"budget must name a cost, e.g. 'flops' or {{'flops': None}}, got {shown(budget)}: shares says how much is "
             "kept (frontier)"
         )
-    settings = Settings(
-        pruner=pruner,
-        knobs={} if knobs is None else knobs,
-        layers=None if layers is None else list(layers),
-        compensate=compensate,
-        distill=distill,
-        narrow_heads=narrow_heads,
-        depth=depth,
-        outputs=outputs,
-        evaluate=evaluate,
-        round_to=round_to,
-        seed=seed,
-        progress=progress,
-        place="frontier",
-    )
+    settings = Settings.among(arguments, "frontier")
     settings.check_has_size("shares need")
     if len(wanted) > 1:
         settings.check_one_distilled("one of each share")
@@ -331,40 +318,31 @@ def frontier(
     can_start_from_larger = kind != "latency" and not depth and not has_bounds
 
     networks: dict[float, nn.Module] = {}
-    reports: list[ShrinkReport] = []
-    starts: list[float] = []
-    lefts: list[float] = []
-    times: list[float] = []
+    points = [_point(1.0, 1.0, measured.stages[0], 1.0, False, 0.0)]
     for share, count in zip(wanted, own_steps, strict=True):
         began = time.perf_counter()
-        made, start = steps.make(share), 1.0
+        made, start, larger = steps.make(share), 1.0, points[-1]
         # Where learned weights were discarded, the larger network has nothing that this one hasn't.
-        if networks and can_start_from_larger and is_learned(reports[-1]):
-            larger = wanted[len(networks) - 1]
-            other = _made_from_larger(networks[larger], lefts[-1], share, steps, made)
+        if can_start_from_larger and larger.is_distilled:
+            other = _made_from_larger(networks[larger.share], larger.left, share, steps, made)
             # One that keeps more of the cost would win for that alone.
-            most = made.left + outcome_of(steps.of_share(share), made.left, "").tolerance
+            most = made.left + budget_outcome(kind, share, made.left, "").tolerance
             if other is not None and other.left <= most and _is_no_worse(model, made, other, data, outputs):
-                made, start = other, larger
-        outcome = outcome_of(steps.of_share(share), made.left, steps.why_missed(share, made))
-        if not outcome.is_near:
-            _logger.warning("%s", outcome)
+                made, start = other, larger.share
+        outcome = steps.outcome(share, made)
         final = steps.distil(made, steps=count)
         measured.add("distilled" if steps.is_distilled(made, final) else "reconstructed", final.dense)
         stages = (measured.stages[0], measured.stages[-1])
-        reports.append(steps.report(final.dense, final, stages=stages, outcome=outcome))
+        report = steps.report(final.dense, final, stages=stages, outcome=outcome)
         networks[share] = final.dense
-        starts.append(start)
-        lefts.append(made.left)
-        times.append(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        points.append(_point(share, made.left, stages[1], start, is_learned(report), seconds))
     if kind == "latency" and template.latency_table is None:
         args, kwargs = first_call(model, data.all)
-        found = time_shares(list(networks.values()), model, kwargs or args, wanted[-1])
-        lefts = [share for share, _ in found]
+        times = time_shares(list(networks.values()), model, kwargs or args, wanted[-1])
+        timed = [replace(point, left=left) for point, (left, _) in zip(points[1:], times, strict=True)]
+        points = [points[0], *timed]
     measure = "answers" if measured.answers.are_classes else "distance"
-    points = [_point(1.0, 1.0, measured.stages[0], 1.0, False, 0.0)]
-    for share, left, report, start, seconds in zip(wanted, lefts, reports, starts, times, strict=True):
-        points.append(_point(share, left, report.stages[-1], start, is_learned(report), seconds))
     losses = [point.changed if measure == "answers" else point.distance for point in points]
     bend = knee([point.left for point in points], losses)
     if bend is not None:

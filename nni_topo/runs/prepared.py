@@ -49,7 +49,6 @@ from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.rules import instance
 from nni_topo.runs.allocating import allocations_to_try, check_held_out, compared
-from nni_topo.runs.choices import Target
 from nni_topo.runs.depth import Depth
 from nni_topo.runs.images import ImageParts, of_first
 from nni_topo.runs.measurements import UNPRUNED, Measurements
@@ -142,10 +141,7 @@ class Prepared:
         self = cls.of(model, data, settings, budget, is_search=is_search, is_described=is_described)
         self.left_out.extend(warnings)
         if is_sized and is_described and not settings.depth and budget.kind != "latency":
-            kind: Any = budget.kind
-            target, entries = Target(kind, budget.share), self.prunable.entries
-            told: dict[str, bool] = {"equal_blocks": True, "warns": False}
-            _, outcome = planned_ratios(self.analysis, target, entries, None, self.round_to, **told)
+            _, outcome = planned_ratios(self.analysis, budget, self.prunable.entries, self.round_to, warns=False)
             if not outcome.is_met:
                 self.leave_out(
                     f"the config of {type(model).__name__} describes no network that keeps {budget.share:g} of the "
@@ -213,9 +209,9 @@ class Prepared:
         known = self._pruners.get(budget.allocation)
         if known is not None:
             return self.start.select(known, budget)
-        victim, entries, pruner = detached_copy(self.model), self.prunable.entries, self.settings.pruner
+        victim, pruner = detached_copy(self.model), self.settings.pruner
         # A copy: a function of the caller's may change what it is given.
-        groups = copy.deepcopy(self.prunable.groups) or groups_of(self.analysis, entries)
+        groups = copy.deepcopy(self.prunable.groups)
         config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups
         if callable(pruner):
             masks: Any = pruner(victim, config_list, self.images.learned)
@@ -224,11 +220,8 @@ class Prepared:
             return replace(self.start, masks=masks)
         pruner_knobs, outcome = pruner_info(pruner).knobs(), None
         if "budget" not in pruner_knobs:
-            kind: Any = budget.kind
-            table: Any = budget.latency_table  # a file is read when the budget is made
-            told = {"equal_blocks": bool(budget.equal_blocks), "warns": not self.is_search}
-            target = Target(kind, budget.share)
-            ratios, outcome = planned_ratios(self.counted, target, entries, table, self.round_to, **told)
+            warns = not self.is_search
+            ratios, outcome = planned_ratios(self.counted, budget, self.prunable.entries, self.round_to, warns=warns)
             config_list = groups_of(self.counted, as_entries(ratios))
         offered = {
             "seed": self.settings.seed,
@@ -293,7 +286,7 @@ class Prepared:
         """Return whether a network meets a budget, and warn where it isn't near to it."""
         budget, planned = self.of_share(share), made.planned
         why = self.why_missed(share, made)
-        if made.depth or planned is None or planned.is_met or self._is_mispredicted(made):
+        if self.is_search or planned is None or planned.is_met or self._is_mispredicted(made):
             return tell_if_missed(budget, made.left, why)
         return budget_outcome(budget.kind, share, made.left, why)  # the pruner has given the warning
 

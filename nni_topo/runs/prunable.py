@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -36,7 +36,7 @@ class Prunable:
     # By layer that can't lose channels, why; where the caller names the layers, of those alone.
     unpruned: dict[str, str]
     is_default: bool  # the caller named no layer
-    groups: DependencyGroups | None = None  # of the entries, where they are known already
+    groups: DependencyGroups  # of the entries
 
 
 def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: bool = False) -> Prunable:
@@ -44,33 +44,34 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
 
     ``is_described``: whether a config of Transformers has to describe the smaller network.
     """
-    prunable = _layers_with_channels(analysis, layers)
-    return (_with_described if is_described else _without_held)(analysis, prunable)
-
-
-def _layers_with_channels(analysis: Analysis, layers: Layers | None) -> Prunable:
-    """Return entries for the named layers, or for all, whatever their partners are."""
+    entries: list[dict[str, Any]]
+    unpruned: dict[str, str] = {}
     if layers is not None:
         _check_have_channels(analysis, layers)
         entries = [dict(each) for each in layers if isinstance(each, Mapping)]
         names = [each for each in layers if isinstance(each, str)]
-        return Prunable([{"op_names": names}, *entries] if names else entries, {}, is_default=False)
-    names, unpruned = sorted_layers(analysis)
-    if not names:
-        # What can be changed comes first: a layer that gives the output keeps its channels in any case.
-        layers_of = sorted(by_reason(unpruned).items(), key=lambda each: each[0] == OUTPUT)
-        told = [f"{', '.join(same)}: {why}" for why, same in layers_of]
-        found = "; ".join(told) or "no convolution, linear or recurrent layer"
-        raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
-    return Prunable([{"op_names": names}], unpruned, is_default=True)
+        entries = [{"op_names": names}, *entries] if names else entries
+    else:
+        names, unpruned = sorted_layers(analysis)
+        entries = [{"op_names": names}]
+        if not names:
+            # What can be changed comes first: a layer that gives the output keeps its channels in any case.
+            layers_of = sorted(by_reason(unpruned).items(), key=lambda each: each[0] == OUTPUT)
+            told = [f"{', '.join(same)}: {why}" for why, same in layers_of]
+            found = "; ".join(told) or "no convolution, linear or recurrent layer"
+            raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
+    make = _with_described if is_described else _without_held
+    return make(analysis, entries, unpruned, layers is None)
 
 
-def _without_held(analysis: Analysis, prunable: Prunable) -> Prunable:
+def _without_held(
+    analysis: Analysis, entries: list[dict[str, Any]], unpruned: dict[str, str], is_default: bool
+) -> Prunable:
     """Note which of the layers to prune keep all channels because layers that share these aren't among them.
 
     Raises ConfigError where that holds for all of them.
     """
-    groups = groups_of(analysis, prunable.entries, warns=not prunable.is_default)
+    groups = groups_of(analysis, entries, warns=not is_default)
     held = held_by_unselected(analysis.flow, groups.layers())
     why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
     if held and len(held) == len({name for group in groups.layers() for name in group}):
@@ -79,15 +80,16 @@ def _without_held(analysis: Analysis, prunable: Prunable) -> Prunable:
             f"layers must include those that share channels with the layers it names, got {told}: name these, too "
             "(layers)"
         )
-    entries = prunable.entries
-    if prunable.is_default:
+    if is_default:
         # Masks of theirs would only be taken back, and until then keep the layers from being reconstructed.
         entries = [{"op_names": [name for name in entries[0]["op_names"] if name not in held]}]
         groups = groups_of(analysis, entries)
-    return replace(prunable, entries=entries, unpruned=prunable.unpruned | why, groups=groups)
+    return Prunable(entries, unpruned | why, is_default, groups)
 
 
-def _with_described(analysis: Analysis, prunable: Prunable) -> Prunable:
+def _with_described(
+    analysis: Analysis, entries: list[dict[str, Any]], unpruned: dict[str, str], is_default: bool
+) -> Prunable:
     """Leave out the layers of which a config of Transformers can't say that they have fewer channels.
 
     Raises ConfigError where the caller names such layers, or some of those to which a config gives one width, or none
@@ -102,23 +104,23 @@ def _with_described(analysis: Analysis, prunable: Prunable) -> Prunable:
     def is_whole(name: str, names: Collection[str]) -> bool:
         return name in settings and all(each in names for each in wholes[settings[name]])
 
-    named: list[str] = []
-    while prunable.is_default and named != prunable.entries[0]["op_names"]:
-        named = prunable.entries[0]["op_names"]
+    while is_default:
+        named = entries[0]["op_names"]
         kept = [name for name in named if is_whole(name, named)]
         if not kept:
             raise ConfigError(
                 f"a model of Transformers must have layers of which its config can say that they have fewer channels, "
                 f"got none in {type(model).__name__}; {FREE_WIDTHS} (shrink)"
             )
-        unpruned = prunable.unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
+        unpruned = unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
         # What is left out may hold channels of others.
-        prunable = _without_held(analysis, replace(prunable, entries=[{"op_names": kept}], unpruned=unpruned))
-    if prunable.is_default:
-        return prunable
-    prunable = _without_held(analysis, prunable)
+        prunable = _without_held(analysis, [{"op_names": kept}], unpruned, is_default)
+        entries, unpruned = prunable.entries, prunable.unpruned
+        if entries[0]["op_names"] == named:
+            return prunable
+    prunable = _without_held(analysis, entries, unpruned, is_default)
     bounds: dict[str, tuple[float, float]] = {}
-    for entry in prunable.groups or ():
+    for entry in prunable.groups:
         sizes = entry.get("granularity")
         if isinstance(sizes, list) and sizes[0] == -1:
             continue  # it loses the columns that read heads

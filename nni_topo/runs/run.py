@@ -304,7 +304,7 @@ def costs(start: Start, dense: nn.Module) -> Record:
     found: Record = {
         "widths": layer_widths(dense),
         "widths_before": layer_widths(start.net),
-        "whole": reasons_of_unpruned_layers(start.net, start.example, dense),
+        "whole": reasons_of_unpruned_layers(start.analysis, dense),
     }
     for suffix, net in (("_before", start.net), ("", dense)):
         found[f"flops{suffix}"] = zoo.count_macs(net, start.example)

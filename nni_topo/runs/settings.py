@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -64,6 +64,14 @@ class Settings:
     seed: int = 0
     progress: bool | None = None
     place: str = "shrink"  # the function that the user called
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any], place: str = "shrink") -> Settings:
+        """Take the settings from the arguments of a function that has all of them under these names."""
+        given = {each.name: arguments[each.name] for each in fields(cls) if each.name != "place"}
+        given["knobs"] = {} if given["knobs"] is None else given["knobs"]
+        given["layers"] = None if given["layers"] is None else list(given["layers"])
+        return cls(**given, place=place)
 
     def __post_init__(self) -> None:
         instance(Mapping).check("knobs", self.knobs, self.place)

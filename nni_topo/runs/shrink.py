@@ -204,24 +204,12 @@ def shrink(
     >>> small(torch.randn(2, 16)).shape
     torch.Size([2, 4])
     """
+    arguments = locals()
     calibration = batches_of(images, model, "images", shared=True)
     share, wanted = budget_settings(budget, tolerance)
     if tolerance is None and measure != "auto":
         raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
-    settings = Settings(
-        pruner=pruner,
-        knobs={} if knobs is None else knobs,
-        layers=None if layers is None else list(layers),
-        compensate=compensate,
-        distill=distill,
-        narrow_heads=narrow_heads,
-        depth=depth,
-        outputs=outputs,
-        evaluate=evaluate,
-        round_to=round_to,
-        seed=seed,
-        progress=progress,
-    )
+    settings = Settings.among(arguments)
     wanted, is_described = settings.checked(model, calibration, wanted, tolerance)
     if tolerance is not None:
         structure_call(model, calibration)  # an error that says what to change

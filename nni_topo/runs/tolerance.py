@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
@@ -302,8 +302,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
     kind, steps = prepared.budget.kind, prepared.counted_by_table()
     parts = [each for each in (images.judges, images.held_out) if each is not None and measure != "evaluate"]
     judge = Judge(steps.model, measured.answers, parts, tolerance, measure, settings.evaluate)
-    table: Any = steps.budget.latency_table
-    floor = least_share(steps.counted, kind, steps.prunable.entries, table, steps.round_to)
+    floor = least_share(steps.counted, steps.budget, steps.prunable.entries, steps.round_to)
     if floor * _NEAR >= 1.0:
         raise ConfigError(
             f"a network must have channels to remove, got one whose fewest channels keep {floor:.4g} of its {kind} "

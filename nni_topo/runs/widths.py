@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels import reasons
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.cost.latency import LatencyTable
 from nni_topo.network.layers.kinds import RECURRENT, is_transposed_linear
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import DenseReport
@@ -35,25 +34,22 @@ _MOVES = 32
 
 def planned_ratios(
     analysis: Analysis,
-    target: Target,
+    budget: Budget,
     entries: Sequence[Mapping[str, Any]] | None = None,
-    table: LatencyTable | None = None,
     round_to: int | None = None,
     *,
-    equal_blocks: bool = False,
     warns: bool = True,
 ) -> tuple[dict[str, float], BudgetOutcome]:
     """Return the ``sparse_ratio``, in [0, 1), of every layer that entries name, in network order, and the outcome.
 
     The entries of a config_list name the layers and their minimum and maximum ratios; by default all layers that can
-    lose channels. A budget of time is counted by the latency table. Every layer loses the same share; rounding to whole
-    channels is distributed over the layers so that the network meets the budget. ``warns``: where it can't.
+    lose channels. Every layer loses the same share; rounding to whole channels is distributed over the layers so that
+    the network meets the budget. ``warns``: where it can't.
     """
     config_list = _grouped(analysis, entries)
     units = _units(analysis, config_list)
-    budget: dict[str, Any] = {target.kind: target.value, "latency_table": table, "equal_blocks": equal_blocks}
     args, kwargs = analysis.call
-    planner = BudgetPlanner(Budget(**budget), kwargs or args, round_to=round_to, warns=warns)
+    planner = BudgetPlanner(budget, kwargs or args, round_to=round_to, warns=warns)
     planner.facts = analysis.facts
     kept = planner.rows(units, lambda unit: np.zeros(unit.blocks), analysis.model)
     assert planner.outcome is not None  # the widths are found
@@ -69,7 +65,8 @@ def layer_ratios(model: nn.Module, example_inputs: Any, target: Target) -> dict[
     if target.kind == "ratio":
         config_list = _grouped(analysis)
         return {name: target.value for entry in config_list for name in entry["op_names"]}
-    ratios, outcome = planned_ratios(analysis, target)
+    share: Any = {target.kind: target.value}
+    ratios, outcome = planned_ratios(analysis, Budget(**share))
     if outcome.left > 2.0 * target.value:
         raise ConfigError(
             f"a {target.kind} target must be reachable, got {target.value:g} where the fewest channels of each layer "
@@ -79,16 +76,13 @@ def layer_ratios(model: nn.Module, example_inputs: Any, target: Target) -> dict[
 
 
 def least_share(
-    analysis: Analysis,
-    kind: str,
-    entries: Sequence[Mapping[str, Any]],
-    table: LatencyTable | None = None,
-    round_to: int | None = None,
+    analysis: Analysis, budget: Budget, entries: Sequence[Mapping[str, Any]], round_to: int | None = None
 ) -> float:
     """Return the share of a cost that the fewest channels of each layer leave, within the bounds of the entries."""
     units = _units(analysis, _grouped(analysis, entries))
     rounded = Planner(round_to=round_to).rounded
-    left = share_left(units, network_cost(kind, analysis, table), rounded)
+    table: Any = budget.latency_table  # a file is read when the budget is made
+    left = share_left(units, network_cost(budget.kind, analysis, table), rounded)
     return left([unit.removable_rows[1] for unit in units])
 
 
@@ -177,10 +171,10 @@ def sorted_layers(analysis: Analysis) -> tuple[list[str], dict[str, str]]:
     return [name for name in names if name not in whole], reasons.as_text(whole)
 
 
-def reasons_of_unpruned_layers(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> dict[str, str]:
+def reasons_of_unpruned_layers(analysis: Analysis, dense: nn.Module) -> dict[str, str]:
     """Return for each layer that lost no channel in the dense network the reason why."""
     report: Any = getattr(dense, "report", None)
-    flow, found = Analysis.on(model, example_inputs).flow, {}
+    model, flow, found = analysis.model, analysis.flow, dict[str, str]()
     for row in report.rows if isinstance(report, DenseReport) else ():
         if row.before > row.after:
             continue

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.budget import BudgetOutcome
+from nni_topo.runs import pipeline
 from nni_topo.runs import run as execute
 from nni_topo.runs.choices import (
     CompensationChoice,
@@ -255,8 +256,8 @@ def test_compensation_takes_a_method_with_as_many_rounds_as_are_asked_for(method
         seen.append((sum(map(len, images)), getattr(method, "refine", None), progress))
         return compensation(net, masks, images, method=method, progress=progress)
 
-    compensation = execute.compensation
-    monkeypatch.setattr(execute, "compensation", noting)
+    compensation = pipeline.compensation
+    monkeypatch.setattr(pipeline, "compensation", noting)
     start = small_start()
     choice = CompensationChoice(20, method=method, refine=1)
     dense, report = execute.made_dense(start, halved(start), choice, progress=False)

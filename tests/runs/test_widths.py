@@ -8,6 +8,7 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.choices import Target
@@ -219,13 +220,14 @@ def test_one_factor_scales_the_shares_that_are_kept(factor, kept):
 
 def test_all_layers_are_equally_wide_where_that_is_asked_for():
     net, images = linears(10, 3)
-    target = Target("flops", 140 / 300)  # 6 and 5 channels: 60 + 30 + 50 products of 300
-    assert set(layer_ratios(net, images, target).values()) == {0.45, 0.55}
-    assert len(set(planned_ratios(Analysis.on(net, images), target, equal_blocks=True)[0].values())) == 1
+    share = 140 / 300  # 6 and 5 channels: 60 + 30 + 50 products of 300
+    assert set(layer_ratios(net, images, Target("flops", share)).values()) == {0.45, 0.55}
+    budget = Budget(flops=share, equal_blocks=True)
+    assert len(set(planned_ratios(Analysis.on(net, images), budget)[0].values())) == 1
 
 
 def test_channels_are_kept_in_multiples():
-    ratios, outcome = planned_ratios(Analysis.on(small_cnn(), IMAGES), Target("flops", 0.5), round_to=8)
+    ratios, outcome = planned_ratios(Analysis.on(small_cnn(), IMAGES), Budget(flops=0.5), round_to=8)
     assert outcome.asked == 0.5
     dense = dense_of(small_cnn(), ratios)
     assert {dense.get_submodule(name).weight.shape[0] % 8 for name in ratios} == {0}
@@ -243,9 +245,10 @@ def test_a_budget_below_half_of_what_the_fewest_channels_leave_is_refused(share,
         with pytest.raises(ConfigError, match=r"got 0.1 where .* leave 0.25 \(target\)"):
             layer_ratios(net, images, target)
         return
-    ratios = (
-        layer_ratios(net, images, target) if warns else planned_ratios(Analysis.on(net, images), target, warns=False)[0]
-    )
+    if warns:
+        ratios = layer_ratios(net, images, target)
+    else:
+        ratios, _ = planned_ratios(Analysis.on(net, images), Budget(flops=share), warns=False)
     assert ratios == {"0": 3.5 / 4}
     assert (f"the flops budget of {share} is missed" in caplog.text) is warns
 
@@ -257,7 +260,7 @@ def test_a_budget_below_half_of_what_the_fewest_channels_leave_is_refused(share,
 def test_the_fewest_channels_are_those_that_bounds_and_multiples_allow(bounds, round_to, kept):
     net, images = linears(8, 2)
     entries = [{"op_names": ["0"], **bounds}]
-    assert least_share(Analysis.on(net, images), "flops", entries, round_to=round_to) == kept / 8
+    assert least_share(Analysis.on(net, images), Budget(flops=0.5), entries, round_to) == kept / 8
     masks = fewest_channels(Analysis.on(net, images), entries, round_to)
     assert masks.keys() == {"0"}
     assert int(masks["0"]["weight"].flatten(1).any(1).sum()) == kept
@@ -317,10 +320,10 @@ def test_layers_that_lost_no_channel_are_told_with_the_reason():
         weight = torch.ones_like(model.get_submodule(name).weight)
         weight[:4] = 0.0
         masks[name] = {"weight": weight}
-    found = reasons_of_unpruned_layers(model, images, to_dense(model, images, masks))
+    found = reasons_of_unpruned_layers(Analysis.on(model, images), to_dense(model, images, masks))
     assert list(found) == ["idle", "other", "mixed", "sized", "states", "head"]
     assert (found["mixed"], found["head"]) == (MIXED, OUTPUT)
     assert found["idle"].startswith("the layer isn't called by itself")
     assert found["sized"].startswith(SIZED)
     assert found["other"] == found["states"] == "not asked for"
-    assert reasons_of_unpruned_layers(model, images, model) == {}
+    assert reasons_of_unpruned_layers(Analysis.on(model, images), model) == {}

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from nni_topo.errors import ConfigError
 from nni_topo.runs.experiment.trials import ManagerError, TrialRecord, answering, read_trials
 
 ENDED = ("DONE", "ERROR", "STOPPED", "VIEWED")
-_CHANNEL_PLATFORMS = ("remote", "kubeflow", "frameworkcontroller", "openpai", "hybrid")
-_PORTS = range(1, 65535)
 _LOOKS = 5
 
 
@@ -53,15 +51,12 @@ def start_experiment(
 
     ``port`` is that of its web page and REST API; services on other machines need the next one, too. ``resume`` names
     an experiment that was stopped or killed: it goes on, unfinished trials in their folders. With ``everywhere`` the
-    manager listens on all interfaces, as NNI's does, which trials on other machines need. ConfigError if a port is in
-    use or there is nothing to resume, DataError if the folder has no room, ManagerError if the manager doesn't start.
+    manager listens on all interfaces, as NNI's does, which trials on other machines need. ConfigError if there is
+    nothing to resume, DataError if the folder has no room, ManagerError if a port is in use or the manager doesn't
+    start.
     """
     config = _stopped_config(resume) if config is None else config
-    ready = config.canonical_copy()
-    platform = getattr(ready.training_service, "platform", "hybrid")
-    for number in (port, port + 1) if platform in _CHANNEL_PLATFORMS else (port,):
-        check_port(number)
-    check_free_disk(Path(ready.experiment_working_directory))
+    check_free_disk(Path(config.canonical_copy().experiment_working_directory))
     nni.silence_stdout()
     experiment = Experiment(config, id=resume)
     try:
@@ -75,30 +70,14 @@ def start_experiment(
     return experiment
 
 
-def check_port(port: int) -> None:
-    """Check that a port can be listened on; ConfigError if it is out of range or in use."""
-    if port not in _PORTS:
-        raise ConfigError(f"a port must be in [1, 65534], got {port} (port)")
-    for host in ("127.0.0.1", ""):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise ConfigError(f"a port must be free, got {port}: {error.strerror} (port)") from error
-
-
 def free_port() -> int:
     """Return a port that was free a moment ago, and the next one too."""
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        try:
-            check_port(port + 1)
-        except ConfigError:
-            continue
-        return port
+        with socket.socket() as one, socket.socket() as next_one, suppress(OSError, OverflowError):
+            one.bind(("127.0.0.1", 0))
+            port: int = one.getsockname()[1]
+            next_one.bind(("127.0.0.1", port + 1))
+            return port
 
 
 def read_status(experiment: Experiment) -> tuple[str, list[str]]:
