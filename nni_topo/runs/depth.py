@@ -38,7 +38,7 @@ from nni_topo.network.runtime.untouched import left_alone
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of, dense_report_of, to_dense
 from nni_topo.network.speedup.dependency import groups_of
-from nni_topo.pruners.budget import BudgetOutcome, outcome_of
+from nni_topo.pruners.budget import budget_outcome
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import Outputs, judged
 from nni_topo.runs.allocating import check_held_out
@@ -545,8 +545,7 @@ class Depth:
         whole, path = self.whole, self.path
         judges = check_held_out(whole.images.all, whole.images.judges, "depth=True")
         found: dict[int, Pipeline] = {}
-        outcomes: dict[int, BudgetOutcome] = {}
-        losses: dict[int, float] = {}
+        tried: dict[int, DepthTried] = {}
 
         def attempt(count: int) -> None:
             if count in found:
@@ -558,10 +557,11 @@ class Depth:
                     raise
                 _logger.info("%d blocks are not removed: %s", count, error)
                 return
-            found[count] = made
-            outcomes[count] = outcome_of(whole.of_share(share), made.left, "")
             (judgement,) = judged(whole.model, [made.dense], judges, whole.settings.outputs)
-            losses[count] = judgement.loss if math.isfinite(judgement.loss) else math.inf
+            loss = judgement.loss if math.isfinite(judgement.loss) else math.inf
+            is_met = budget_outcome(whole.budget.kind, share, made.left, "").is_met
+            found[count] = made
+            tried[count] = DepthTried(count, self.left(count), made.left, loss, is_met, is_chosen=False)
 
         # Where few channels don't make a network fast enough, blocks go first.
         overhead = self.overhead if whole.budget.kind == "latency" else math.nan
@@ -570,30 +570,24 @@ class Depth:
         middle = max(first, path.nearest(share**_MIDDLE))
         attempt(middle)
         fewer, more = _BETWEEN
-        is_better = middle in found and _order(outcomes[middle], losses[middle]) < min(
-            (_order(outcomes[count], losses[count]) for count in found if count != middle), default=(True, math.inf)
-        )
+        others = [_order(each) for count, each in tried.items() if count != middle]
+        is_better = middle in tried and _order(tried[middle]) < min(others, default=(True, math.inf))
         last = path.nearest(share ** (more if is_better else fewer))
         if is_better:
             # Blocks may bring all of the saving, if the network without them loses less than what was tried.
             all_of_it = path.first_below(share)
-            is_no_worse = path.states[all_of_it].loss <= losses[middle]
-            last = all_of_it if is_no_worse or not any(outcome.is_met for outcome in outcomes.values()) else last
+            is_no_worse = path.states[all_of_it].loss <= tried[middle].loss
+            last = all_of_it if is_no_worse or not any(each.is_met for each in tried.values()) else last
         attempt(max(first, last))
         if not found:
             attempt(0)
-        counts = sorted(found)
-        keys = [_order(outcomes[count], losses[count]) for count in counts]
-        best = counts[keys.index(min(keys))]
-        tries = []
-        for count in counts:
-            outcome = outcomes[count]
-            tries.append(
-                DepthTried(count, self.left(count), outcome.left, losses[count], outcome.is_met, count == best)
-            )
+        counts = sorted(tried)
+        best = min(counts, key=lambda count: _order(tried[count]))
+        tried[best] = replace(tried[best], is_chosen=True)
         removed, chosen = path.states[best].removed, found[best]
         layers = replace(chosen.layers, notes=(*chosen.layers.notes, *map(str, removed)))
-        return replace(chosen, layers=layers, depth=DepthOutcome(removed, tuple(tries), self.removable.kept, overhead))
+        depth = DepthOutcome(removed, tuple(tried[count] for count in counts), self.removable.kept, overhead)
+        return replace(chosen, layers=layers, depth=depth)
 
     def without(self, count: int, share: float) -> Pipeline:
         """Remove so many blocks, and channels for the rest of the budget."""
@@ -709,9 +703,9 @@ def cost_saved(
     return saved
 
 
-def _order(outcome: BudgetOutcome, loss: float) -> tuple[bool, float]:
+def _order(tried: DepthTried) -> tuple[bool, float]:
     """Return by what networks are put in order: those that meet the budget first, by loss, the others by cost."""
-    return not outcome.is_met, loss if outcome.is_met else outcome.left
+    return not tried.is_met, tried.loss if tried.is_met else tried.kept
 
 
 def _seconds(table: LatencyTable, names: Iterable[str]) -> float:
