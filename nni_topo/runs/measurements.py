@@ -132,62 +132,49 @@ class Measurements:
 
         ``rows``: the layers of that network, of which those with one channel left are named.
         """
-        gone = [f"{row.name} (of {row.before})" for row in rows if row.after == 1 and row.before >= _MANY]
-        nearly_gone = [
-            f"one channel is left of these layers: {listed(gone)}; ask for a larger share of the cost, or give them a "
-            "max_sparse_ratio (layers)"
-        ]
-        return (*self._doubts(), *(nearly_gone if gone else ()))
-
-    def _doubts(self) -> tuple[str, ...]:
-        if math.isinf(self.stages[-1].distance):
-            _logger.warning("%s", NO_SCALE)
-            return (NO_SCALE,)
-        found = [*self._warnings]
-        if self.stages[-1].network == "distilled":
+        last, samples, found = self.stages[-1], self._data.learned.samples_of_all, list[str]()
+        before = self.stages[-2].distance if len(self.stages) > 1 else math.nan
+        if last.network == "distilled" and MOST_DISTANCE * before < last.distance < math.inf:
             # Distillation can take a network away from the unpruned one where a function of the caller's distils, or
             # where other images than the held-out ones judged.
-            before, after = self.stages[-2].distance, self.stages[-1].distance
-            if after > MOST_DISTANCE * before:
-                text = (
-                    f"the distilled network is kept, but its distance from the unpruned network is {after:.3g}, "
-                    f"{before:.3g} before distillation; these samples didn't decide whether to keep it. "
-                    "shrink(..., distill=False) returns the network before distillation"
-                )
-                _logger.warning("%s", text)
-                found.append(text)
-        return (*found, *self._few_images())
-
-    def _few_images(self) -> tuple[str, ...]:
-        """Return a warning where images were too few, to hold any out or for the network."""
-        if self._data.held_out is None:
-            text = (
-                f"none of {self._data.learned.samples_of_all} samples could be held out, so distance and agreement are "
-                "those of the calibration data, on which a network looks better than it is: pass at least "
-                f"{HELD_OUT}, better some hundred"
+            found.append(
+                f"the distilled network is kept, but its distance from the unpruned network is {last.distance:.3g}, "
+                f"{before:.3g} before distillation; these samples didn't decide whether to keep it. "
+                "shrink(..., distill=False) returns the network before distillation"
             )
-            _logger.warning("%s", text)
-            return (text,)
-        last = self.stages[-1]
         is_far = last.distance_low > last.calibration_distance and last.distance > _GAP * last.calibration_distance
         agrees_less = (
             last.agreement_high < last.calibration_agreement
             and last.agreement < last.calibration_agreement - _GAP_OF_AGREEMENT
         )
+        if math.isinf(last.distance):
+            found.append(NO_SCALE)
+        elif self._data.held_out is None:
+            found.append(
+                f"none of {samples} samples could be held out, so distance and agreement are those of the calibration "
+                f"data, on which a network looks better than it is: pass at least {HELD_OUT}, better some hundred"
+            )
         # Where the outputs hardly differ, so do the answers but for ties.
-        if last.distance < SMALL or not (is_far or agrees_less):
-            return ()
-        found = (
-            f"distance {last.distance:.3g} on held-out samples, {last.calibration_distance:.3g} on the calibration data"
-        )
-        if not math.isnan(last.agreement):
-            found += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
-        text = (
-            f"{self._data.learned.samples_of_all} samples are too few for this network ({found}): pass more, as "
-            "different from each other as the inputs it will be used on, or keep a larger share of the cost"
-        )
-        _logger.warning("%s", text)
-        return (text,)
+        elif last.distance >= SMALL and (is_far or agrees_less):
+            figures = (
+                f"distance {last.distance:.3g} on held-out samples, {last.calibration_distance:.3g} on the calibration "
+                "data"
+            )
+            if not math.isnan(last.agreement):
+                figures += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
+            found.append(
+                f"{samples} samples are too few for this network ({figures}): pass more, as different from each other "
+                "as the inputs it will be used on, or keep a larger share of the cost"
+            )
+        for text in found:
+            _logger.warning("%s", text)
+        gone = [f"{row.name} (of {row.before})" for row in rows if row.after == 1 and row.before >= _MANY]
+        if gone:
+            found.append(
+                f"one channel is left of these layers: {listed(gone)}; ask for a larger share of the cost, or give "
+                "them a max_sparse_ratio (layers)"
+            )
+        return (*self._warnings, *found)
 
 
 def evaluated(evaluate: Callable[[nn.Module], float], net: nn.Module, name: str) -> float:

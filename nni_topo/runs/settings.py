@@ -77,11 +77,6 @@ class Settings:
         instance(Mapping).check("knobs", self.knobs, self.place)
         (taking("network") | NONE).check("evaluate", self.evaluate, self.place)
         (taking("output", "inputs") | NONE).check("outputs", self.outputs, self.place)
-        self._check_pruner()
-        self._check_compensate()
-        self._check_distill()
-
-    def _check_pruner(self) -> None:
         pruner = self.pruner
         if isinstance(pruner, type):
             raise ConfigError(
@@ -91,40 +86,35 @@ class Settings:
             taking("model", "config_list", "images").check("pruner", pruner, self.place)
         else:
             check_pruner_knobs(pruner, self.knobs, self.place)
-            if not pruner_info(pruner).structured:
+            info = pruner_info(pruner)
+            if not info.structured:
                 raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} ({self.place})")
-            self._check_needs(pruner)
+            if "budget" in self.knobs:  # an argument of the call itself
+                got = shown(self.knobs["budget"])
+                raise ConfigError(f"budget must be left out of knobs, got {got} ({self.place})")
+            given = {*_OFFERED, *(knob for knob, value in self.knobs.items() if value is not None)}
+            missing = [need for need in info.needs if given.isdisjoint(need.split(" or "))]
+            if missing:
+                raise ConfigError(
+                    f"pruner must be one that needs no {', '.join(missing)}, got {pruner!r}: create_pruner takes one "
+                    f"({self.place})"
+                )
             check_no_ratios([each if isinstance(each, Mapping) else {} for each in self.layers or ()], "layers")
         if self.depth:
             self.check_has_size("depth=True needs")
 
-    def _check_needs(self, pruner: str) -> None:
-        """Refuse a pruner that needs more than a call offers, and knobs that are arguments of the call itself."""
-        if "budget" in self.knobs:
-            raise ConfigError(f"budget must be left out of knobs, got {shown(self.knobs['budget'])} ({self.place})")
-        given = {*_OFFERED, *(knob for knob, value in self.knobs.items() if value is not None)}
-        missing = [need for need in pruner_info(pruner).needs if given.isdisjoint(need.split(" or "))]
-        if missing:
+        method: Any = self.compensate
+        if is_class(method) and issubclass(method, RecoveryMethod):
             raise ConfigError(
-                f"pruner must be one that needs no {', '.join(missing)}, got {pruner!r}: create_pruner takes one "
+                f"compensate must be a method's name, an object of it or a function, got the class {method.__name__} "
                 f"({self.place})"
             )
+        if method is not None and not isinstance(method, RecoveryMethod):
+            if callable(method):
+                taking("model", "masks", "images").check("compensate", method, self.place)
+            else:
+                RECOVERIES.info(method, self.place, "compensate")
 
-    def _check_compensate(self) -> None:
-        given: Any = self.compensate
-        if is_class(given) and issubclass(given, RecoveryMethod):
-            raise ConfigError(
-                f"compensate must be a method's name, an object of it or a function, got the class {given.__name__} "
-                f"({self.place})"
-            )
-        if given is None or isinstance(given, RecoveryMethod):
-            return
-        if callable(given):
-            taking("model", "masks", "images").check("compensate", given, self.place)
-        else:
-            RECOVERIES.info(given, self.place, "compensate")
-
-    def _check_distill(self) -> None:
         if isinstance(self.distill, Mapping):
             allowed = tuple(inspect.signature(distillation).parameters)[3:]
             for knob in self.distill:
