@@ -31,7 +31,7 @@ from nni_topo.rules import ANYTHING, is_finite
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import Stage
 from nni_topo.runs.pipeline import Pipeline
-from nni_topo.runs.prepared import Prepared, plain_weights
+from nni_topo.runs.prepared import Prepared, plain_weights, prepare
 from nni_topo.runs.report import ShrinkReport
 from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings
 from nni_topo.runs.shrink import without_share
@@ -308,7 +308,7 @@ def frontier(
     if len(wanted) > 1:
         settings.check_one_distilled("one of each share")
     template, is_described = settings.checked(model, calibration, template)
-    prepared = Prepared.begun(model, calibration, settings, template, is_described=is_described, is_search=True)
+    prepared = prepare(model, calibration, settings, template, is_described=is_described, is_search=True)
     steps, measured, data = prepared.counted_by_table(), prepared.measured, prepared.images
     model, kind = steps.model, template.kind
     own_steps = _distillation_steps(wanted, data.learned.samples, distill)

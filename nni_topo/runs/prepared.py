@@ -74,7 +74,7 @@ class Prepared:
     is_search: bool  # whether networks of several sizes are made: a missed budget of one isn't told
     is_described: bool  # whether a config of Transformers has to describe the network
     depth: Depth | None = None  # where blocks compete with channels
-    measured: Any = None  # Measurements, of `begun`
+    measured: Any = None  # Measurements, where the networks get reports
     left_out: list[str] = field(default_factory=list)  # warnings of steps that were left out
     # By allocation, the pruner that is asked again for every size: with what it has measured.
     _pruners: dict[str, StructuredPruner] = field(default_factory=dict, init=False)
@@ -117,40 +117,6 @@ class Prepared:
         narrows = can_narrow and settings.narrow_heads is not False
         start = Pipeline(analysis, width_unit)
         return cls(start, images, settings, budget, prunable, narrows, is_search, is_described)
-
-    @classmethod
-    def begun(
-        cls,
-        model: nn.Module,
-        images: Calibration,
-        settings: Settings,
-        budget: Budget,
-        *,
-        is_described: bool,
-        parts: tuple[Calibration | None, ...] | None = None,
-        is_search: bool = False,
-        is_sized: bool = False,
-    ) -> Prepared:
-        """Find the layers to prune, and the blocks, and measure the unpruned network.
-
-        ``is_sized``: whether the share of the budget is asked for; then a warning says if it can't be reached.
-        """
-        model, warnings = plain_weights(model)
-        data = ImageParts.of(images, model, parts)
-        settings.check_distillation(model, data.all)
-        self = cls.of(model, data, settings, budget, is_search=is_search, is_described=is_described)
-        self.left_out.extend(warnings)
-        if is_sized and is_described and not settings.depth and budget.kind != "latency":
-            _, outcome = planned_ratios(self.analysis, budget, self.prunable.entries, self.round_to, warns=False)
-            if not outcome.is_met:
-                self.leave_out(
-                    f"the config of {type(model).__name__} describes no network that keeps {budget.share:g} of the "
-                    f"{budget.kind}: {outcome.left:.4g} can be reached; {FREE_WIDTHS}"
-                )
-        measured = Measurements(model, data, settings.evaluate, settings.outputs)
-        measured.add(UNPRUNED, model)
-        self = replace(self, measured=measured)
-        return Depth.on(self) if settings.depth else self
 
     def leave_out(self, text: str) -> None:
         """Warn of a step that is left out."""
@@ -395,6 +361,41 @@ class Prepared:
                 "the model has an attribute of its own called report, so that this is only told here: %s", report
             )
         return report
+
+
+def prepare(
+    model: nn.Module,
+    images: Calibration,
+    settings: Settings,
+    budget: Budget,
+    *,
+    is_described: bool,
+    parts: tuple[Calibration | None, ...] | None = None,
+    is_search: bool = False,
+    is_sized: bool = False,
+) -> Prepared:
+    """Find the layers to prune, and the blocks, and measure the unpruned network, for a request that is checked.
+
+    ``is_sized``: whether the share of the budget is asked for; then a warning says if it can't be reached.
+    """
+    model, warnings = plain_weights(model)
+    data = ImageParts.of(images, model, parts)
+    settings.check_distillation(model, data.all)
+    prepared = Prepared.of(model, data, settings, budget, is_search=is_search, is_described=is_described)
+    prepared.left_out.extend(warnings)
+    if is_sized and is_described and not settings.depth and budget.kind != "latency":
+        _, outcome = planned_ratios(
+            prepared.analysis, budget, prepared.prunable.entries, prepared.round_to, warns=False
+        )
+        if not outcome.is_met:
+            prepared.leave_out(
+                f"the config of {type(model).__name__} describes no network that keeps {budget.share:g} of the "
+                f"{budget.kind}: {outcome.left:.4g} can be reached; {FREE_WIDTHS}"
+            )
+    measured = Measurements(model, data, settings.evaluate, settings.outputs)
+    measured.add(UNPRUNED, model)
+    prepared = replace(prepared, measured=measured)
+    return Depth.on(prepared) if settings.depth else prepared
 
 
 def _told_by_config(network: nn.Module, is_described: bool) -> str:

@@ -19,7 +19,7 @@ from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.lesson import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of
-from nni_topo.runs.prepared import Prepared
+from nni_topo.runs.prepared import prepare
 from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings
 from nni_topo.runs.tolerance import MEASURES, PARTS, check_tolerance, resolved_measure, within_tolerance
 
@@ -218,7 +218,7 @@ def shrink(
         # A function has its own data, so no image must be withheld from the calibration data to confirm.
         parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
         check_tolerance(tolerance, measure, calibration, parts or (), settings)
-        prepared = Prepared.begun(
+        prepared = prepare(
             model,
             calibration,
             settings,
@@ -229,7 +229,7 @@ def shrink(
             is_sized=share is not None,
         )
         return within_tolerance(prepared, tolerance, measure, share)
-    prepared = Prepared.begun(model, calibration, settings, wanted, is_described=is_described, is_sized=True)
+    prepared = prepare(model, calibration, settings, wanted, is_described=is_described, is_sized=True)
     measured = prepared.measured
     if wanted.allocation == AUTO or depth:
         made = prepared.make(prepared.budget.share)
