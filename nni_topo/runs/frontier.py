@@ -32,7 +32,6 @@ from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import Stage
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prepared import Prepared, plain_weights, prepare
-from nni_topo.runs.report import ShrinkReport
 from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings
 from nni_topo.runs.shrink import without_share
 
@@ -331,12 +330,14 @@ def frontier(
                 made, start = other, larger.share
         outcome = steps.outcome(share, made)
         final = steps.distil(made, steps=count)
-        measured.add("distilled" if steps.is_distilled(made, final) else "reconstructed", final.dense)
+        is_distilled = steps.is_distilled(made, final)
+        measured.add("distilled" if is_distilled else "reconstructed", final.dense)
         stages = (measured.stages[0], measured.stages[-1])
-        report = steps.report(final.dense, final, stages=stages, outcome=outcome)
+        steps.report(final.dense, final, stages=stages, outcome=outcome)
         networks[share] = final.dense
-        seconds = time.perf_counter() - began
-        points.append(_point(share, made.left, stages[1], start, is_learned(report), seconds))
+        # Without a verdict a function of the caller's distils, whose network is kept in any case.
+        is_learned = is_distilled if final.verdict is None else final.verdict.is_kept
+        points.append(_point(share, made.left, stages[1], start, is_learned, time.perf_counter() - began))
     if kind == "latency" and template.latency_table is None:
         args, kwargs = first_call(model, data.all)
         times = time_shares(list(networks.values()), model, kwargs or args, wanted[-1])
@@ -351,29 +352,20 @@ def frontier(
     return Frontier(networks, points, kind, measure, data.learned.samples, held_out)
 
 
-def is_learned(report: ShrinkReport) -> bool:
-    """Say whether a network has weights that distillation learned."""
-    if report.distillation is not None:
-        return report.distillation.is_kept
-    return report.stages[-1].network == "distilled"  # a function of the caller's, whose network is kept in any case
-
-
 def checked_shares(shares: Any) -> list[float]:
     """Return the shares, or raise ConfigError."""
     rule = "shares must be descending numbers in (0, 1), at least one"
-    if isinstance(shares, (str, bytes, Mapping)) or not isinstance(shares, Iterable):
-        raise ConfigError(f"{rule}, got {shown(shares)} (frontier)")
     try:
-        given = list(shares)
-    except (TypeError, NotImplementedError):  # a tensor of one number, a scripted model: they only look iterable
-        raise ConfigError(f"{rule}, got {shown(shares)} (frontier)") from None
+        given = [] if isinstance(shares, (str, bytes, Mapping)) else list(shares)
+    except (TypeError, NotImplementedError):  # a number, a tensor of one number, a scripted model
+        given = []
+    if not given:
+        raise ConfigError(f"{rule}, got {shown(shares)} (shares)")
     for place, share in enumerate(given):
         if not is_finite(share) or not 0.0 < share < 1.0:
             raise ConfigError(f"{rule}, got {shown(share)} (shares[{place}])")
         if place and not share < given[place - 1]:
             raise ConfigError(f"{rule}, got {share} after {given[place - 1]} (shares[{place}])")
-    if not given:
-        raise ConfigError(f"{rule}, got none (shares)")
     return [float(share) for share in given]
 
 

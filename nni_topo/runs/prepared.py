@@ -330,8 +330,8 @@ class Prepared:
         *,
         outcome: BudgetOutcome | None,
         **found: Any,
-    ) -> ShrinkReport:
-        """Give a network its report, and return it; ``found`` are other fields of it. No network was made: None."""
+    ) -> None:
+        """Give a network its report; ``found`` are other fields of it. ``made``: None if no network was made."""
         images, settings, measured = self.images, self.settings, self.measured
         taken = self.start if made is None else made
         allocation = "" if settings.chooses_how_many else str(self.budget.allocation)
@@ -360,7 +360,6 @@ class Prepared:
             _logger.warning(
                 "the model has an attribute of its own called report, so that this is only told here: %s", report
             )
-        return report
 
 
 def prepare(
