@@ -29,12 +29,10 @@ from nni_topo.network.io.checkpoint import take_out, take_out_part, tell_depth, 
 from nni_topo.network.layers.kinds import RECURRENT, WEIGHTED, is_transposed_linear
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
-from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, leaves_models_alone, left_alone
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.inputs import Call, returned_tensors, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.training_mode import evaluation_mode
-from nni_topo.network.runtime.untouched import left_alone
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of, dense_report_of, to_dense
 from nni_topo.network.speedup.dependency import groups_of

@@ -17,7 +17,7 @@ from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.cost.measure import time_shares
-from nni_topo.network.io.checkpoint import tell_pruned_heads, why_undescribed
+from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.layers.kinds import (
     is_transposed_linear,
     with_linear_layers,
@@ -26,9 +26,10 @@ from nni_topo.network.layers.kinds import (
     without_plain_weights,
 )
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.memory import give_back_memory
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.reports import give_report
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
@@ -401,10 +402,7 @@ def _told_by_config(network: nn.Module, is_described: bool) -> str:
     """Let a network of Transformers be as its config describes it, and return what the config can't say."""
     if is_described:
         with_transposed_weights(network)
-    if not is_pretrained(network):
-        return ""
-    tell_pruned_heads(network)
-    return why_undescribed(network)
+    return why_undescribed(network) if is_pretrained(network) else ""
 
 
 def _checked_network(made: Any, name: str) -> nn.Module:

@@ -27,7 +27,7 @@ from torch import nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.speedup.dense import dense_report_of, to_dense
 from nni_topo.pruners.budget import BudgetOutcome, budget_outcome
 from nni_topo.recovery.lesson import Outputs

@@ -63,7 +63,7 @@ from nni_topo.runs.widths import inner_layers, layer_ratios, proposed_ratios, pr
 from nni_topo.zoo import default_recipe
 
 METRICS, SETTINGS = "metrics.json", "settings.json"
-DENSE, MASKS, CONFIG_LIST = "dense.pt", "masks.pt", "config_list.json"
+DENSE, MASKS, CONFIG_LIST = "dense.safetensors", "masks.pt", "config_list.json"
 _PRUNED, _FACTS, _RETRAINING = "pruned.pt", "pruned.json", "retraining.pt"
 BUDGET_KEY = "TRIAL_BUDGET"
 """Key that NNI's Hyperband and BOHB add to a trial's parameters."""
@@ -230,9 +230,9 @@ def run_trial(
 ) -> Record:
     """Run a trial, or what is left of it, in a folder; return what ``metrics.json`` holds, accuracies in [0, 1].
 
-    The folder gets ``settings.json`` at once, ``masks.pt``, and at the end ``dense.pt`` (see :func:`nni_topo.load`),
-    ``config_list.json`` (the ratios that were realised) and ``metrics.json``; ``cache`` holds the trained nets that
-    trials share. ``report`` is called with 0 and the result after pruning, then with every epoch's number and result:
+    The folder gets ``settings.json`` at once, ``masks.pt``, and at the end ``dense.safetensors`` (see
+    :func:`nni_topo.load`), ``config_list.json`` (the ratios that were realised) and ``metrics.json``; ``cache`` holds
+    the trained nets that trials share. ``report`` is called with 0 and the result after pruning, then with every epoch's number and result:
     ``default``, the score, and ``accuracy``, both on validation images, so that a search doesn't learn the test images.
     Processes of one ``torch.distributed`` group run one trial together: the first one prunes, all retrain on their
     shares of the images and of the batch; retraining then starts anew after a kill. ConfigError if the settings can't
