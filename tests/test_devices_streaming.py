@@ -127,18 +127,18 @@ def test_removed_blocks_are_made_up_for_on_the_device(device, tmp_path):
 
 
 def test_blocks_lie_on_the_device_and_states_do_not(device, source, tmp_path, monkeypatch):
-    found, prepared = [], shrinking._Run._work
+    found, advance = [], shrinking._Run._advance
 
-    def seen(run, index):
-        found.append(prepared(run, index))
-        return found[-1]
+    def seen(run, name, entered, wanted, dense, batches):
+        found.append((entered, batches))
+        return advance(run, name, entered, wanted, dense, batches)
 
-    monkeypatch.setattr(shrinking._Run, "_work", seen)
+    monkeypatch.setattr(shrinking._Run, "_advance", seen)
     nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **SELECTED, device=device)
     assert len(found) == 2
-    for work in found:
-        assert {each.device for each in work.entered.parameters()} == {device}
-        assert {each.device.type for batch in work.batches for each in batch.values()} == {"cpu"}
+    for entered, batches in found:
+        assert {each.device for each in entered.parameters()} == {device}
+        assert {each.device.type for batch in batches for each in batch.values()} == {"cpu"}
 
 
 @pytest.mark.slow

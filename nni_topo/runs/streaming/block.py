@@ -12,12 +12,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.inputs import Call, batch_size, bind_arguments, on_device, real_positions, taken
-from nni_topo.runs.streaming.skeleton import Skeleton, states_of
+from nni_topo.runs.streaming.skeleton import Skeleton, states_in, states_of
 
-STATES, UNPRUNED, PADDING_MASK = "hidden_states", "unpruned_states", "attention_mask"
-WANTED = "wanted_states"
-"""Inputs of a block's network: states after the pruned blocks, and after the unpruned ones; which places count; and the
-states that the block is to reach where blocks after it are removed."""
+UNPRUNED, PADDING_MASK, WANTED = "unpruned_states", "attention_mask", "wanted_states"
+"""Inputs of a block's network beside `STATES`, which are those after the pruned blocks: the states after the unpruned
+blocks; which places count; and the states that the block is to reach where blocks after it are removed."""
 _EXTRA = "extra{}"
 _MOST_EXTRAS = 6  # that `BlockNet.forward` takes
 
@@ -67,12 +66,12 @@ class BlockNet(nn.Module):
 class WantedStates(nn.Module):
     """Puts out the states that a block is to reach, in the place of blocks that make them.
 
-    Its inputs are copied to ``device``, as those of a model are to the device of its parameters.
+    Its inputs are copied to ``device`` and cast to ``dtype``, as those of a model are to those of its parameters.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        self.place = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
         self.states = nn.Identity()
 
     def forward(
@@ -83,72 +82,81 @@ class WantedStates(nn.Module):
         return states
 
 
+@dataclass(frozen=True)
 class Frame:
     """How a block is called: which arguments are the same for all batches, and which come with each batch."""
 
-    def __init__(self, spec: TreeSpec, constants: dict[int, Any], extras: list[int]) -> None:
-        self._spec, self._constants, self._extras = spec, constants, extras
+    spec: TreeSpec  # of the positional and keyword arguments
+    leaves: list[Any]  # the arguments, flattened; None in the place of those that come with each batch
+    states: int  # the place of the states among them
+    extras: list[int]  # the places of what has an entry for each sample
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frame:
         return self  # it never changes
 
     def arguments(self, states: Any, extras: Sequence[Any]) -> Call:
         """Return positional and keyword arguments of the block."""
-        leaves: list[Any] = [None] * self._spec.num_leaves
-        for place, value in self._constants.items():
+        leaves = list(self.leaves)
+        leaves[self.states] = states
+        for place, value in zip(self.extras, extras, strict=False):
             leaves[place] = value
-        for place, value in zip(self._extras, extras, strict=False):
-            leaves[place] = value
-        args, kwargs = tree_unflatten(leaves, self._spec)
-        named = {name: states if value is _STATES else value for name, value in kwargs.items()}
-        return tuple(states if value is _STATES else value for value in args), named
+        call: Call = tree_unflatten(leaves, self.spec)
+        return call
 
 
-class _States:
-    """Stands in the place of the states."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _States:
-        return self
-
-
-_STATES = _States()
-
-
-@dataclass(frozen=True)
-class Entered:
-    """What enters a block in all batches, apart from the states."""
-
-    frame: Frame
-    batches: list[dict[str, Any]]  # inputs of `BlockNet` without the states, on the CPU
-
-
-def entering(skeleton: Skeleton, calls: Sequence[Call], index: int, *, adds_padding: bool = False) -> Entered:
-    """Return what the model gives a block beside the states.
+def entering(
+    skeleton: Skeleton, calls: Sequence[Call], index: int, *, adds_padding: bool = False
+) -> tuple[Frame, list[dict[str, Any]]]:
+    """Return what the model gives a block beside the states: the frame, and by batch inputs of `BlockNet` on the CPU.
 
     What has an entry for each sample comes with each batch; anything else must be the same for all batches.
-    ``adds_padding``: as if a batch had padding, also where none has.
+    ``adds_padding``: the model is called with one more sample, which has padding, and what it brings is dropped.
     """
-    found = None if adds_padding else _leaves(skeleton, calls, index, adds_padding=False)
-    if found is None:
-        # A batch without padding may get no mask. With one more sample that has padding, every batch gets one.
-        found = _leaves(skeleton, calls, index, adds_padding=True)
     place_of_block = skeleton.name_of(index)
-    if found is None:
-        raise ConfigError(f"a block must get the same arguments in all batches, got others ({place_of_block})")
-    spec, rows, by_sample, places = found
-    constants: dict[int, Any] = {}
+    given = [_with_padding(call) for call in calls] if adds_padding else calls
+    rows: list[list[Any]] = []
+    first: tuple[TreeSpec, int, torch.Size] | None = None
+    for number, call in enumerate(given):
+        leaves, spec, at, shape = _flat(skeleton, call, index)
+        first = first or (spec, at, shape)
+        if shape != first[2]:
+            raise DataError(
+                f"samples of all batches must have one length, got {shape[0]} and {first[2][0]} places: pad or cut "
+                f"them (batch {number})"
+            )
+        if rows and (spec != first[0] or list(map(_is_tensor, leaves)) != list(map(_is_tensor, rows[0]))):
+            if adds_padding:
+                raise ConfigError(f"a block must get the same arguments in all batches, got others ({place_of_block})")
+            # A batch without padding may get no mask. With one more sample that has padding, every batch gets one.
+            return entering(skeleton, calls, index, adds_padding=True)
+        # A mask of each batch may take more than a block: no more than one batch's are on the device.
+        rows.append(on_device(leaves, torch.device("cpu")) if rows else leaves)
+    assert first is not None  # calibration data have a batch
+    spec, at, shape = first
+    by_sample: set[int] = set()
+    largest = max(range(len(given)), key=lambda number: batch_size(given[number]))
+    size = batch_size(given[largest])
+    if size > 1:
+        # What becomes shorter with fewer samples, or isn't needed for them, has an entry for each.
+        fewer, *_ = _flat(skeleton, taken(given[largest], torch.arange(size - 1)), index)
+        for place, (value, other) in enumerate(zip(rows[largest], fewer, strict=True)):
+            may_have = _is_tensor(value) and value.dim() > 0 and len(value) == size
+            if may_have and (not _is_tensor(other) or len(other) == size - 1):
+                by_sample.add(place)
     extras: list[int] = []
     for place, value in enumerate(rows[0]):
         column = [row[place] for row in rows]
         if place in by_sample:
             extras.append(place)
+            for row in rows:
+                row[place] = row[place][:-1] if adds_padding else row[place]
         elif all(_is_same(value, other) for other in column):
-            constants[place] = value
-        elif all(isinstance(other, Tensor) and other.dim() > 0 and len(other) == 1 for other in column):
+            continue
+        elif all(_is_tensor(other) and other.dim() > 0 and len(other) == 1 for other in column):
             # It is broadcast over the samples.
-            for row, call in zip(rows, calls, strict=True):
-                row[place] = row[place].cpu().expand(batch_size(call), *row[place].shape[1:])
             extras.append(place)
+            for row, call in zip(rows, calls, strict=True):
+                row[place] = row[place].expand(batch_size(call), *row[place].shape[1:])
         else:
             raise ConfigError(
                 "what a block gets beside the states must be the same for all batches or have an entry for each "
@@ -163,57 +171,21 @@ def entering(skeleton: Skeleton, calls: Sequence[Call], index: int, *, adds_padd
     for row, call in zip(rows, calls, strict=True):
         batch: dict[str, Any] = {_EXTRA.format(number): row[place].cpu() for number, place in enumerate(extras)}
         mask = real_positions(bind_arguments(skeleton.model, call))
-        if mask is not None and mask.shape[1] == places:
+        if mask is not None and mask.shape[1] == shape[0]:
             batch[PADDING_MASK] = mask.long()
         batches.append(batch)
-    return Entered(Frame(spec, constants, extras), batches)
+    leaves = [None if place in extras else value for place, value in enumerate(rows[0])]
+    return Frame(spec, leaves, at, extras), batches
 
 
-def _leaves(
-    skeleton: Skeleton, calls: Sequence[Call], index: int, *, adds_padding: bool
-) -> tuple[TreeSpec, list[list[Any]], set[int], int] | None:
-    """Return a block's arguments, flattened, batch by batch, which of them have samples, and the number of places.
-
-    None if an argument is a tensor in some batches and None in others. ``adds_padding``: the model is called with one
-    more sample, which has padding, and what it brings is dropped. The arguments of the first batch lie on the model's
-    device, those of the others on the CPU.
-    """
-    if adds_padding:
-        calls = [_with_padding(call) for call in calls]
-    spec: TreeSpec | None = None
-    rows: list[list[Any]] = []
-    length: torch.Size | None = None
-    for number, call in enumerate(calls):
-        leaves, own, shape = _flat(skeleton, call, index)
-        if length is not None and shape != length:
-            raise DataError(
-                f"samples of all batches must have one length, got {shape[0]} and {length[0]} places: pad or cut them "
-                f"(batch {number})"
-            )
-        length = shape
-        if spec is not None and (own != spec or any(_differ(*pair) for pair in zip(leaves, rows[0], strict=True))):
-            return None
-        spec = own
-        # A mask of each batch may take more than a block: no more than one batch's are on the device.
-        rows.append(on_device(leaves, torch.device("cpu")) if rows else leaves)
-    assert spec is not None  # calibration data have a batch
-    assert length is not None
-    by_sample: set[int] = set()
-    largest = max(range(len(calls)), key=lambda number: batch_size(calls[number]))
-    size = batch_size(calls[largest])
-    if size > 1:
-        # What becomes shorter with fewer samples has an entry for each.
-        fewer, _, _ = _flat(skeleton, taken(calls[largest], torch.arange(size - 1)), index)
-        for place, (value, other) in enumerate(zip(rows[largest], fewer, strict=True)):
-            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
-                is_shorter = isinstance(other, Tensor) and len(other) == size - 1
-                if is_shorter or not isinstance(other, Tensor):
-                    by_sample.add(place)
-    if adds_padding:
-        for row in rows:
-            for place in by_sample:
-                row[place] = row[place][:-1]
-    return spec, rows, by_sample, length[0]
+def _flat(skeleton: Skeleton, call: Call, index: int) -> tuple[list[Any], TreeSpec, int, torch.Size]:
+    """Return a block's arguments in a call, flattened, without the states; these' place and shape without samples."""
+    entered = skeleton.entering(call, index)
+    states = states_in(entered)
+    leaves, spec = tree_flatten(entered)
+    at = next(place for place, leaf in enumerate(leaves) if leaf is states)
+    leaves[at] = None
+    return leaves, spec, at, states.shape[1:]
 
 
 def _with_padding(call: Call) -> Call:
@@ -232,28 +204,11 @@ def _with_padding(call: Call) -> Call:
     return args, longer
 
 
-def _flat(skeleton: Skeleton, call: Call, index: int) -> tuple[list[Any], TreeSpec, torch.Size]:
-    """Return a block's arguments in a call, flattened, and the shape of the states without the samples."""
-    args, kwargs = skeleton.entering(call, index)
-    states = args[0] if args else kwargs[STATES]
-    leaves, spec = tree_flatten(with_states((args, kwargs), _STATES))
-    return leaves, spec, states.shape[1:]
-
-
-def with_states(call: Call, states: Any) -> Call:
-    """Return a call of a block with other states."""
-    args, kwargs = call
-    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, STATES: states})
-
-
-def _differ(one: Any, other: Any) -> bool:
-    """Say whether one of two arguments is a tensor and the other isn't."""
-    return isinstance(one, Tensor) != isinstance(other, Tensor)
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
+    if isinstance(one, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
-    if _differ(one, other):
-        return False
     return one is other or bool(one == other)

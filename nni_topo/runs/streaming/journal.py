@@ -1,28 +1,26 @@
-"""What a run has done: finished blocks and their states, in a folder beside the weights, and at the end its report."""
+"""What a run has done, in one JSON file beside the weights, and the states between blocks, in a folder beside it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from nni_topo.disk import disk_errors, read_json, reading, write_json
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.disk import disk_errors, read_json, reading, whole_file, write_json
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.processes import Processes
-from nni_topo.runs.streaming.shards import INDEX, write_shard
+from nni_topo.runs.streaming.skeleton import INDEX
 
-FOLDER = ".shrink_pretrained"
-REPORT = "shrink_pretrained.json"
-"""The report of a finished run, with digests of its settings and the sizes of the files that it wrote."""
-WRITTEN = "model-*-of-*.safetensors"  # files of weights
-_FILE = "journal.json"
-_PART = "part"
+JOURNAL = "shrink_pretrained.json"
+"""Digests of a run's settings, and what was done; of a finished run its report."""
+_FOLDER = ".shrink_pretrained"  # of the states
 
 
 class Journal:
@@ -36,198 +34,162 @@ class Journal:
     folder : Path
         The output folder.
     settings : mapping
-        What tells this run from others. A journal with other settings is an error.
+        What tells this run from others.
     processes : Processes, optional
         Those that share the calibration data.
+
+    Attributes
+    ----------
+    kept : list of int
+        Numbers of the blocks that aren't removed, in the source.
+    rows : list of dict
+        What was noted of each finished block.
+    report : dict or None
+        The report of a finished run.
 
     Raises
     ------
     ConfigError
-        If the folder holds the journal of another run, or files but no journal.
+        If the folder holds a run with other settings of which a block is finished, or files of something else.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], processes: Processes | None = None) -> None:
-        self.folder, self._place = folder, folder / FOLDER
-        self._settings, self._processes = _digests(settings), processes
-        self._own = self._place  # where the states of this process's samples lie
-        self._content: dict[str, Any] = {"settings": self._settings, "done": 0, "kept": [], "files": {}, "rows": []}
-        if self._is_first:
-            self._open()
+        self.folder, self._processes = folder, processes
+        self.is_first = processes is None or processes.rank == 0
+        # Digests, for the settings name folders of this machine, and a report goes where its model goes. Addresses of
+        # objects are others in each process.
+        self._settings = {
+            name: hashlib.sha256(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()).hexdigest()
+            for name, value in settings.items()
+        }
+        content: Any = read_json(folder / JOURNAL, "the journal of a run") if self.is_first else None
         if processes is not None:
-            self._content = processes.first(self._content, "the journal")
-            if processes.rank > 0:
-                self._own = self._place / f"rank-{processes.rank}"
+            content = processes.first(content, "the journal")
+        self._check(content)
+        content = content or {}
+        self.kept: list[int] = content.get("kept", [])
+        self.rows: list[dict[str, Any]] = content.get("rows", [])
+        self.report: dict[str, Any] | None = content.get("report")
+        self._files: dict[str, dict[str, Any]] = content.get("files", {})  # names and bytes of their tensors
+        self._states = folder / _FOLDER
+        if processes is not None and not self.is_first:
+            self._states /= f"rank-{processes.rank}"
 
-    @property
-    def _is_first(self) -> bool:
-        return self._processes is None or self._processes.rank == 0
-
-    def _open(self) -> None:
-        """Read the journal of a run that was stopped, or begin one."""
-        folder = self.folder
-        found = read_json(self._place / _FILE, "the journal of a run")
-        if isinstance(found, dict) and not found.get("done") and found.get("settings") != self._settings:
-            self._begin_anew()  # no block was finished, so that nothing is lost
-            found = None
-        if found is None:
-            others = sorted(path.name for path in folder.iterdir() if path.name not in (FOLDER, ".lock"))
+    def _check(self, content: Any) -> None:
+        """Raise ConfigError for the journal of another run."""
+        if content is None:
+            others = []
+            if self.is_first and self.folder.is_dir():
+                others = sorted(path.name for path in self.folder.iterdir() if path.name not in (_FOLDER, ".lock"))
             if others:
-                got = "a whole model" if INDEX in others else others[0]
                 raise ConfigError(
-                    f"the folder for the pruned model must be empty or new, or hold a run that was stopped, got "
-                    f"{got} there ({folder})"
+                    "the folder for the pruned model must be empty or new, or hold a run that was stopped, got "
+                    f"{others[0]} there ({self.folder})"
                 )
-            self._write()  # before any other file, so that a run which is killed early may begin again
             return
-        _check_settings(found, self._settings, "a run that was stopped must go on with", folder)
-        self._content = found
-        for path in folder.glob("*.part"):  # a file that was written when the run was killed
-            path.unlink(missing_ok=True)
+        known = content.get("settings") if isinstance(content, dict) else None
+        is_begun = not isinstance(known, dict) or content.get("rows") or content.get("report")
+        if known != self._settings and is_begun:
+            names = sorted(name for name in self._settings if not known or known.get(name) != self._settings[name])
+            hint = " (a loader that shuffles gives other batches each time)" if "batches" in names else ""
+            raise ConfigError(
+                f"a run that was stopped or is finished must be called with the same settings, got others: "
+                f"{', '.join(names)}{hint}; delete the folder to begin anew ({self.folder})"
+            )
 
-    def _begin_anew(self) -> None:
-        """Delete what a run with other settings has written."""
+    def begin(self) -> None:
+        """Delete what a run that has finished no block, or was killed in a block, has written to no purpose."""
+        if not self.is_first:
+            return
         with disk_errors(self.folder):
-            for pattern in (WRITTEN, "*config.json", "*.part"):
-                for path in self.folder.glob(pattern):
-                    path.unlink()
-            shutil.rmtree(self._place)
+            patterns = ("*.part",) if self.rows else ("*.part", "model-*-of-*.safetensors", "*config.json")
+            for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
+                path.unlink()
+        if not self.rows:
+            self.kept, self._files = [], {}
+            self._write()  # before any other file, so that a run which is killed early may begin again
 
-    @property
-    def done(self) -> int:
-        """Number of blocks that are finished."""
-        return int(self._content["done"])
+    def write_weights(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a file of weights, in the first process: 0 is what lies outside of the blocks, then one a block.
 
-    @property
-    def kept(self) -> list[int]:
-        """Numbers of the blocks that aren't removed, in the source."""
-        found: list[int] = self._content["kept"]
-        return found
+        `note` makes it count.
+        """
+        if self.is_first:
+            file = f"model-{number + 1:05d}-of-{len(self.kept) + 1:05d}.safetensors"
+            nbytes = _write_tensors(self.folder / file, tensors)
+            self._files[file] = {"names": list(tensors), "nbytes": nbytes}
 
-    @kept.setter
-    def kept(self, numbers: Sequence[int]) -> None:
-        """Note the blocks that stay; `note` makes it count."""
-        self._content["kept"] = list(numbers)
-
-    @property
-    def files(self) -> dict[str, dict[str, Any]]:
-        """By file of weights that is written, the names of its tensors and their bytes."""
-        found: dict[str, dict[str, Any]] = self._content["files"]
-        return found
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """What was noted of each finished block."""
-        found: list[dict[str, Any]] = self._content["rows"]
-        return found
-
-    def write_weights(self, file: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a file of weights, in the first process; `note` makes it count."""
-        if not self._is_first:
-            return
-        nbytes = write_shard(self.folder / file, tensors)
-        self.files[file] = {"names": list(tensors), "nbytes": nbytes}
-
-    def note(self, done: int, row: Mapping[str, Any] | None = None) -> None:
-        """Write down that so many blocks are finished, and what is to be known of the last one."""
+    def note(self, row: Mapping[str, Any] | None = None) -> None:
+        """Write down that one more block is finished, and what is to be known of it; None before the first block."""
         if self._processes is not None:  # all have their states
-            row = self._processes.first(row, f"the states after {done} blocks")
+            row = self._processes.first(row, f"the states after {len(self.rows)} blocks")
         if row is not None:
             self.rows.append(dict(row))
-        self._content["done"] = done
-        if self._is_first:
+        if self.is_first:
             self._write()
         if self._processes is not None:  # states of before are needed until the others are known to count
-            self._processes.gather(None, f"the journal of {done} blocks")
-        for path in self._own.glob("states-*"):
-            if path.name != f"states-{done}":
+            self._processes.gather(None, f"the journal of {len(self.rows)} blocks")
+        for path in self._states.glob("states-*"):
+            if path.name != f"states-{len(self.rows)}":
                 shutil.rmtree(path, ignore_errors=True)
 
     def _write(self) -> None:
-        with disk_errors(self._place):
-            self._place.mkdir(parents=True, exist_ok=True)
-        write_json(self._place / _FILE, self._content)
+        content = {"settings": self._settings, "kept": self.kept, "files": self._files, "rows": self.rows}
+        write_json(self.folder / JOURNAL, content)
 
-    def begin_states(self) -> None:
-        """Begin to write the states after a block."""
-        shutil.rmtree(self._own / _PART, ignore_errors=True)
-        with disk_errors(self._own):
-            (self._own / _PART).mkdir(parents=True)
+    def begin_states(self, blocks: int) -> None:
+        """Begin to write the states after so many blocks; `note` makes them count."""
+        folder = self._states / f"states-{blocks}"
+        shutil.rmtree(folder, ignore_errors=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True)
 
-    def add_states(self, batch: int, states: Mapping[str, Tensor]) -> None:
+    def add_states(self, blocks: int, batch: int, states: Mapping[str, Tensor]) -> None:
         """Write the states of one batch."""
-        write_shard(self._own / _PART / f"{batch}.safetensors", states)
-
-    def end_states(self, done: int) -> None:
-        """Make the states count as those after so many blocks."""
-        target = self._own / f"states-{done}"
-        with disk_errors(target):
-            shutil.rmtree(target, ignore_errors=True)
-            (self._own / _PART).rename(target)
+        _write_tensors(self._states / f"states-{blocks}" / f"{batch}.safetensors", states)
 
     def states(self, batches: int) -> Sequence[dict[str, Tensor]]:
         """Return the states after the finished blocks, batch by batch; they are mapped from their files."""
         found = []
         for number in range(batches):
-            path = self._own / f"states-{self.done}" / f"{number}.safetensors"
+            path = self._states / f"states-{len(self.rows)}" / f"{number}.safetensors"
             cure = f"delete {self.folder} to begin anew"
             with reading(path, "a file of states", cure=cure), safe_open(str(path), "pt") as opened:
                 found.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
         return found
 
+    def write_index(self) -> None:
+        """Write the index of the weights, in the first process."""
+        if self.is_first:
+            where: dict[str, str] = {}
+            for file, content in self._files.items():
+                where |= dict.fromkeys(content["names"], file)
+            nbytes = sum(content["nbytes"] for content in self._files.values())
+            write_json(self.folder / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": where})
+
     def finish(self, report: Mapping[str, Any]) -> None:
-        """Write the report, and delete the journal and the states: the folder is complete."""
-        if self._is_first:
-            files = {file: (self.folder / file).stat().st_size for file in (*self.files, INDEX)}
-            write_json(self.folder / REPORT, {"settings": self._settings, "files": files, "report": report})
-            _delete(self.folder)
+        """Write the report in the place of what was noted, and delete the states: the folder is complete."""
+        if self.is_first:
+            write_json(self.folder / JOURNAL, {"settings": self._settings, "report": report})
         if self._processes is not None:
             self._processes.gather(None, "the report")
-            shutil.rmtree(self._own, ignore_errors=True)
+        self.delete_states()
+
+    def delete_states(self) -> None:
+        """Delete the states of this process, and in the first one the lock of the folder."""
+        shutil.rmtree(self._states, ignore_errors=True)
+        if self.is_first:
+            (self.folder / ".lock").unlink(missing_ok=True)
 
 
-def finished_report(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the report of a finished run holds, and delete what is left of the run if it was killed at its end.
-
-    ConfigError for a run with other settings, DataError where a file of the model is missing or has another size.
-    """
-    found = read_json(folder / REPORT, "the report of a run")
-    _check_settings(found, _digests(settings), "a finished model must be asked for with", folder)
-    for file, nbytes in found["files"].items():
-        path = folder / file
-        size = path.stat().st_size if path.is_file() else None
-        if size != nbytes:
-            got = "none" if size is None else f"{size} bytes where it wrote {nbytes}"
-            raise DataError(f"a finished model must have the files that its run wrote, got {got} ({path})")
-    _delete(folder)
-    report: dict[str, Any] = found["report"]
-    return report
-
-
-def _delete(folder: Path) -> None:
-    """Delete the journal and the states."""
-    # The journal first: one without states would say that the run must go on, which it can't.
-    (folder / FOLDER / _FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
-
-
-def _digests(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return a digest of each setting: they name folders of this machine, and a report goes where its model goes."""
-    found = {}
-    for name, value in settings.items():
-        found[name] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-    return found
-
-
-def _check_settings(found: Any, settings: Mapping[str, str], rule: str, folder: Path) -> None:
-    """Raise ConfigError for the journal or the report of a run with other settings."""
-    known = found.get("settings") if isinstance(found, dict) else None
-    if known == settings:
-        return
-    different = []
-    if isinstance(known, dict):
-        different = sorted(key for key in known if known[key] != settings.get(key))
-    hint = " (a loader that shuffles gives other batches each time)" if "batches" in different else ""
-    raise ConfigError(
-        f"{rule} the same settings, got others: {', '.join(different) or 'all'}{hint}; delete the folder to begin anew "
-        f"({folder})"
-    )
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Write a file of tensors, whole or not at all, and return their bytes; DataError where the disk is full."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as part, disk_errors(path):
+        try:
+            # Transformers reads files that say they are PyTorch's.
+            save_file(plain, str(part), {"format": "pt"})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise (error if number is None else OSError(int(number[1]), str(error))) from error
+    return sum(tensor.nbytes for tensor in plain.values())

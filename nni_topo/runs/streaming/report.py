@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nni_topo.network.runtime.reports import ModelReport, as_code, as_sentence, markdown_table
@@ -163,7 +163,7 @@ def as_report(content: dict[str, Any]) -> StreamingReport:
     return StreamingReport(
         **content
         | {
-            "blocks": tuple(as_row(row) for row in content["blocks"]),
+            "blocks": tuple(BlockRow(**row) for row in content["blocks"]),
             "widths": {name: (before, after) for name, (before, after) in content["widths"].items()},
             "budget": BudgetOutcome(**content["budget"]),
             "likeness": Likeness(**{name: Estimate(**each) for name, each in content["likeness"].items()}),
@@ -172,8 +172,3 @@ def as_report(content: dict[str, Any]) -> StreamingReport:
             "changed_since": tuple(content["changed_since"]),
         }
     )
-
-
-def as_row(content: dict[str, Any]) -> BlockRow:
-    """Return a row from what a journal holds of it."""
-    return BlockRow(**{field.name: content[field.name] for field in fields(BlockRow)})

@@ -1,41 +1,35 @@
-"""A model of Transformers whose blocks have no weights, and which says what enters each of them."""
+"""A model of Transformers whose blocks stay on the disk until they are asked for, and which says what enters them."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nni_topo.disk import reading
-from nni_topo.errors import ConfigError, DataError, listed
+from nni_topo.disk import read_json, reading
+from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.layers.kinds import as_torch_layers, is_transposed_linear
-from nni_topo.network.runtime.copies import evaluating, evaluation_mode
-from nni_topo.network.runtime.inputs import Call, on_device, tensors_of
-from nni_topo.runs.streaming.shards import CONFIG, Shards, check_float, key_of, keys_by_name
+from nni_topo.network.runtime.inputs import Call, on_device, taken, tensors_of
+from nni_topo.network.runtime.training_mode import evaluating
 
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+STATES = "hidden_states"  # the argument of a block that has the states, where it isn't the first one
 _PACKAGES = ("transformers", "accelerate")
 
 
 class _Reached(Exception):  # noqa: N818 - it is no error
     """A block was reached; the model's forward ends here."""
-
-
-@dataclass
-class _Visit:
-    """One pass of the model through its blocks, which compute nothing."""
-
-    stop: int | None  # the block at which the pass ends
-    injected: Tensor | None  # what leaves the last block
-    entering: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    passed: Tensor | None = None  # what left the block before
 
 
 class Skeleton:
@@ -46,8 +40,10 @@ class Skeleton:
 
     Parameters
     ----------
-    shards : Shards
-        The weights.
+    folder : Path
+        A folder as ``save_pretrained`` of Transformers writes it.
+    files : sequence of Path
+        Its files of weights.
     device : torch.device
         Where the loaded weights lie, and the model and its blocks compute.
 
@@ -59,68 +55,103 @@ class Skeleton:
         If weights are missing, have other shapes than the config says, or aren't finite.
     """
 
-    def __init__(self, shards: Shards, device: torch.device) -> None:
-        self.shards, self.device = shards, device
+    def __init__(self, folder: Path, files: Sequence[Path], device: torch.device) -> None:
+        self.folder, self.device = folder, device
         missing = [name for name in _PACKAGES if find_spec(name) is None]
         if missing:
             raise ConfigError(
                 f"a folder of Transformers needs the packages {' and '.join(_PACKAGES)}, got none of "
                 f"{listed(missing)} (shrink_pretrained)"
             )
-        model = _without_weights(shards.folder)
-        self.prefix = str(getattr(model, "base_model_prefix", ""))
-        self.blocks_name = _blocks_of(model, shards.folder)
-        self._keys_by_name = keys_by_name(model, shards)
-        self.output_length = 0  # of the tuple that a block returns; 0: it returns a tensor
-        self._visit: _Visit | None = None
-        self._take(model)
-        # Everything outside of the blocks is loaded; of tied tensors one has to be there.
-        inside = f"{self.blocks_name}."
-        tied: dict[int, list[str]] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if not name.startswith(inside):
-                tied.setdefault(id(tensor), []).append(name)
-        own: dict[str, str] = {}
-        for names in tied.values():
-            known = [name for name in names if key_of(name, self._keys_by_name, self.prefix) is not None]
-            first = (known or names)[0]
-            own[first] = first
-        self._fill(model, self._keys(own))
-        model.tie_weights()
-        model.eval()
-        model.requires_grad_(False)
+        model = _without_weights(folder)
+        self.config = copy.deepcopy(model.config)
+        self.blocks_name = _blocks_of(model, folder)
+        loaded = self._loaded(model, files)
+        self._on_disk: Any = loaded.get_submodule(self.blocks_name)
+        rest = {name: each for name, each in loaded.state_dict().items() if not name.startswith(f"{self.blocks_name}.")}
+        self._take(model, self._here(rest))
 
-    def _take(self, model: Any) -> None:
-        """Let the blocks of a model without weights record what enters them, and move its buffers to the device."""
+    def _loaded(self, model: Any, files: Sequence[Path]) -> Any:
+        """Let Transformers load what lies outside of the blocks, and accelerate know where the blocks are."""
+        kind = type(model)
+        # accelerate places a module with all that it holds: none of those that hold the blocks has a place.
+        parts = self.blocks_name.split(".")
+        holders = {".".join(parts[:count]) for count in range(len(parts))}
+        places = {self.blocks_name: "disk"}
+        for name, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]:
+            if name.rpartition(".")[0] in holders and name not in (*holders, self.blocks_name):
+                places[name] = "cpu"
+        try:
+            with _quietly():
+                loaded, found = kind.from_pretrained(
+                    self.folder,
+                    config=copy.deepcopy(model.config),
+                    dtype=_precision_of(files),
+                    device_map=places,
+                    offload_buffers=True,
+                    ignore_mismatched_sizes=True,  # they are told below
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+        except (OSError, RuntimeError, ValueError, LookupError, SafetensorError) as error:
+            raise DataError(
+                f"Transformers must be able to load {kind.__name__} from its folder, got {raised(error)} "
+                f"({self.folder})"
+            ) from error
+        for what, names in (("every tensor", "missing_keys"), ("tensors of the shapes", "mismatched_keys")):
+            # Of a tensor of another shape, Transformers 5 also tells the shapes.
+            wrong = sorted(each if isinstance(each, str) else each[0] for each in found[names])
+            if wrong:
+                raise DataError(
+                    f"the files must hold {what} that {kind.__name__} has by its {CONFIG}, got none for "
+                    f"{listed(wrong)} ({self.folder})"
+                )
+        return loaded
+
+    def _here(self, tensors: Mapping[str, Tensor], place: str = "") -> dict[str, Tensor]:
+        """Return copies on the device; DataError unless they are finite."""
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise DataError(f"weights must be finite, got NaN or infinity ({place}{name}, {self.folder})")
+        # Copies, for what is mapped from a file would change with it.
+        return {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
+
+    def _take(self, model: Any, rest: Mapping[str, Tensor]) -> None:
+        """Take a model without weights, and what lies outside of its blocks; its blocks record what enters them."""
         self.model = model
         self.blocks: list[Any] = list(model.get_submodule(self.blocks_name))
+        self.output_length = 0  # of the tuple that a block returns; 0: it returns a tensor
+        # One pass of the model: the block at which it ends, what enters that one, what left the block before, and what
+        # is to leave the last block.
+        self._stop: int | None = None
+        self._entering: list[Call] = []
+        self._passed: Tensor | None = None
+        self._injected: Tensor | None = None
         for index, block in enumerate(self.blocks):
             block.forward = self._recorder(index)
+        model.load_state_dict(rest, strict=False, assign=True)
         for module in model.modules():
             # The weights of the blocks, which have no values, can't be moved with them.
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[name] = buffer.to(self.device)
+        model.tie_weights()
+        model.eval()
+        model.requires_grad_(False)
+        if getattr(model.config, "use_cache", None) is not None:
+            model.config.use_cache = False  # a cache would be another argument of each block
 
     def described(self, config: Any) -> Skeleton:
         """Return a skeleton of the model that another config builds; it shares the tensors outside of the blocks."""
         other = copy.copy(self)
-        other._take(empty_model(type(self.model), config))
-        inside = f"{self.blocks_name}."
-        rest = {
-            name: tensor
-            for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if not name.startswith(inside)
-        }
-        other.model.load_state_dict(rest, strict=False, assign=True)
-        other.model.tie_weights()
-        other.model.eval()
-        other.model.requires_grad_(False)
+        other._take(empty_model(type(self.model), config), self.rest())
+        other.output_length = self.output_length
         return other
 
-    @property
-    def config(self) -> Any:
-        """The model's config."""
-        return self.model.config
+    def rest(self) -> dict[str, Tensor]:
+        """Return the tensors outside of the blocks by name."""
+        inside = f"{self.blocks_name}."
+        found = self.model.state_dict(keep_vars=True).items()
+        return {name: tensor for name, tensor in found if not name.startswith(inside)}
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -129,39 +160,14 @@ class Skeleton:
         """Return the name of a block."""
         return f"{self.blocks_name}.{index}"
 
-    def keys_of(self, index: int) -> dict[str, str]:
-        """Return the names of a block's tensors in the files, by their names in the block."""
-        inside = self.blocks[index].state_dict()
-        return self._keys({f"{self.name_of(index)}.{name}": name for name in inside})
-
-    def _keys(self, wanted: Mapping[str, str]) -> dict[str, str]:
-        """Return names in the files by the values of a mapping from names in the model; DataError if any is missing."""
-        found: dict[str, str] = {}
-        missing = []
-        for name, label in wanted.items():
-            key = key_of(name, self._keys_by_name, self.prefix)
-            if key is None:
-                missing.append(name)
-            else:
-                found[label] = key
-        if missing:
-            others = [key for key in self.shards.names if key not in self._keys_by_name.values()]
-            why = (
-                f"; Transformers makes them of {listed(others)}, nni_topo.shrink takes the model in memory"
-                if others
-                else ""
-            )
-            raise DataError(
-                f"the files must hold every tensor of {type(self.model).__name__}, got none of {listed(missing)}{why} "
-                f"({self.shards.folder})"
-            )
-        return found
-
     def block(self, index: int) -> Any:
         """Return a copy of a block with its weights, in evaluation mode."""
-        built = copy.deepcopy(self.blocks[index])
-        vars(built).pop("forward", None)
-        self._fill(built, self.keys_of(index))
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        # In a container, for what lies in the model itself isn't returned.
+        tensors = get_state_dict_offloaded_model(nn.ModuleDict({"block": self._on_disk[index]}))
+        values = {name.removeprefix("block."): tensor for name, tensor in tensors.items()}
+        built = self.filled(index, self._here(values, f"{self.name_of(index)}."))
         if self._transposed(index):
             built = as_torch_layers(built)
         built.requires_grad_(True)
@@ -186,77 +192,106 @@ class Skeleton:
             found[name] = found[name].T
         return found
 
-    def _fill(self, module: nn.Module, keys: Mapping[str, str]) -> None:
-        """Give a module the tensors of the files, by their names in it."""
-        tensors = self.shards.read(keys.values())
-        check_float({key: value for key, value in tensors.items() if value.dim() > 0}, self.shards.folder)
-        before = module.state_dict()
-        values: dict[str, Tensor] = {}
-        for inner, key in keys.items():
-            value = tensors[key]
-            if value.shape != before[inner].shape:
-                raise DataError(
-                    f"weights must have the shapes that {CONFIG} says, got {tuple(value.shape)} for "
-                    f"{tuple(before[inner].shape)} ({key}, {self.shards.folder})"
-                )
-            values[inner] = value.to(self.device, copy=True)  # what is mapped from the file would change with it
-        module.load_state_dict(values, strict=False, assign=True)
-
     def _recorder(self, index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            visit = self._visit
-            assert visit is not None  # the model runs in `_pass` alone
-            states = args[0] if args else kwargs.get("hidden_states")
+            states = args[0] if args else kwargs.get(STATES)
             if not isinstance(states, Tensor):
                 raise ConfigError(
                     f"blocks must get the states as their first argument, got {type(states).__name__} "
                     f"({self.name_of(index)})"
                 )
-            if visit.passed is not None and states is not visit.passed:
+            if self._passed is not None and states is not self._passed:
                 raise ConfigError(
                     "blocks must be called one after the other, each with what the one before returned, got "
                     f"something else ({self.name_of(index)})"
                 )
-            if index == visit.stop:
-                visit.entering = args, kwargs
+            if index == self._stop:
+                self._entering.append((args, kwargs))
                 raise _Reached
             is_last = index == len(self.blocks) - 1
-            passed = visit.injected if is_last and visit.injected is not None else states
-            visit.passed = passed
-            return (passed, *[None] * (self.output_length - 1)) if self.output_length else passed
+            self._passed = self._injected if is_last and self._injected is not None else states
+            return (self._passed, *[None] * (self.output_length - 1)) if self.output_length else self._passed
 
         return forward
 
-    @contextmanager
-    def _pass(self, visit: _Visit) -> Iterator[None]:
-        """Let the blocks take part in one pass."""
-        self._visit = visit
-        caching = getattr(self.config, "use_cache", None)
-        if caching is not None:
-            self.config.use_cache = False
-        try:
-            with evaluation_mode(self.model), torch.no_grad():
-                yield
-        finally:
-            self._visit = None
-            if caching is not None:
-                self.config.use_cache = caching
+    def learn_output(self, call: Call) -> None:
+        """Run the first block on one sample of a call, and note whether blocks return a tensor or a tuple."""
+        args, kwargs = self.entering(taken(call, torch.arange(1)), 0)
+        with torch.no_grad():
+            output = self.block(0)(*args, **kwargs)
+        if not isinstance(output, (Tensor, tuple)):
+            raise ConfigError(
+                f"a block must return a tensor, or a tuple that begins with one, got {type(output).__name__} "
+                f"({self.name_of(0)})"
+            )
+        self.output_length = len(output) if isinstance(output, tuple) else 0
 
-    def entering(self, call: Call, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def entering(self, call: Call, index: int) -> Call:
         """Return the arguments of a block in a call of the model; the states are right for the first block alone."""
         call = on_device(call, self.device)
-        visit = _Visit(stop=index, injected=None)
-        with self._pass(visit), suppress(_Reached):
+        self._stop, self._passed, self._injected = index, None, None
+        with torch.no_grad(), suppress(_Reached):
             self.model(*call[0], **call[1])
-        if visit.entering is None:
+        if not self._entering:
             raise ConfigError(f"the model must call all its blocks, got none of this one ({self.name_of(index)})")
-        return visit.entering
+        return self._entering.pop()
 
     def outputs(self, call: Call, states: Tensor) -> Any:
         """Return the model's output where these states leave the last block."""
         call, states = on_device((call, states), self.device)
-        with self._pass(_Visit(stop=None, injected=states)):
+        self._stop, self._passed, self._injected = None, None, states
+        with torch.no_grad():
             return self.model(*call[0], **call[1])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder; DataError where one is missing or damaged."""
+    if not folder.is_dir():
+        raise DataError(
+            f"the source must be a folder on this machine, got none of that name; of a model on the hub, "
+            f"huggingface_hub.snapshot_download returns it ({folder})"
+        )
+    index = read_json(folder / INDEX, "an index of weights")
+    if index is None and not (folder / SINGLE).is_file():
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        raise DataError(
+            f"a folder of weights must hold {SINGLE} or {INDEX}, got {others[0] if others else 'neither'}; "
+            f"from_pretrained and then save_pretrained of Transformers write them ({folder})"
+        )
+    with reading(folder / (SINGLE if index is None else INDEX), "an index of weights", "with a weight_map"):
+        names = {SINGLE} if index is None else {*index["weight_map"].values()}
+    files = [folder / name for name in sorted(names)]
+    for path in files:
+        with reading(path, "a file of weights", "of safetensors"), safe_open(str(path), "pt"):
+            pass
+    return files
+
+
+def _precision_of(files: Sequence[Path]) -> torch.dtype | str:
+    """Return the type of the first weights in the files, which may be another one than the config names."""
+    for path in files:
+        with safe_open(str(path), "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                dtype: torch.dtype = opened.get_tensor(name).dtype
+                if dtype.is_floating_point:
+                    return dtype
+    return "auto"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Let Transformers show no bar, and accelerate not warn that weights stay on the disk."""
+    from transformers.utils import logging as shown
+
+    shows, least = shown.is_progress_bar_enabled(), logging.root.manager.disable
+    shown.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(least)
+        if shows:
+            shown.enable_progress_bar()
 
 
 def empty_model(kind: Any, config: Any) -> Any:
@@ -298,44 +333,45 @@ def _without_weights(folder: Path) -> Any:
 
 def _blocks_of(model: Any, folder: Path) -> str:
     """Return the name of the list of blocks that holds most parameters."""
+    cure, place = "nni_topo.shrink takes it in memory", f"{type(model).__name__}, {folder}"
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ConfigError(
-            "a model must have one list of blocks, got an encoder and a decoder; nni_topo.shrink takes it in memory "
-            f"({type(model).__name__}, {folder})"
-        )
+        raise ConfigError(f"a model must have one list of blocks, got an encoder and a decoder; {cure} ({place})")
     found: dict[str, tuple[int, nn.ModuleList]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
             found[name] = sum(each.numel() for each in module.parameters()), module
-    rule, place = "a model must have a list of at least two blocks of one class (nn.ModuleList)", type(model).__name__
+    rule = "a model must have a list of at least two blocks of one class (nn.ModuleList)"
     if not found:
-        raise ConfigError(f"{rule}, got none; nni_topo.shrink takes it in memory ({place}, {folder})")
+        raise ConfigError(f"{rule}, got none; {cure} ({place})")
     name = max(found, key=lambda each: found[each][0])
-    blocks = found[name][1]
-    classes = sorted({type(each).__name__ for each in blocks})
-    if len(classes) > 1:
-        got = f"{classes[0]} and {classes[1]} in {name}"
-        raise ConfigError(f"{rule}, got {got}; nni_topo.shrink takes it in memory ({place}, {folder})")
-    first, *others = [{key: tuple(value.shape) for key, value in each.state_dict().items()} for each in blocks]
-    for index, shapes in enumerate(others, 1):
-        different = sorted(key for key in first.keys() | shapes.keys() if first.get(key) != shapes.get(key))
+    first, *others = found[name][1]
+    shapes = {key: tuple(value.shape) for key, value in first.state_dict().items()}
+    for index, other in enumerate(others, 1):
+        if type(other) is not type(first):
+            got = f"{type(first).__name__} and {type(other).__name__} ({name}.0 and {name}.{index})"
+            raise ConfigError(f"{rule}, got {got}; {cure} ({place})")
+        own = {key: tuple(value.shape) for key, value in other.state_dict().items()}
+        different = sorted(key for key in shapes.keys() | own.keys() if shapes.get(key) != own.get(key))
         if different:
             key = different[0]
             raise ConfigError(
                 "all blocks must have the same tensors, as they keep the same widths, got "
-                f"{first.get(key, 'none')} and {shapes.get(key, 'none')} for {key}; nni_topo.shrink takes it in memory "
+                f"{shapes.get(key, 'none')} and {own.get(key, 'none')} for {key}; {cure} "
                 f"({name}.0 and {name}.{index}, {folder})"
             )
     return name
 
 
-def output_length(output: Any) -> int:
-    """Return how many values a block returns in a tuple; 0 if it returns a tensor."""
-    if isinstance(output, tuple):
-        return len(output)
-    if not isinstance(output, Tensor):
-        raise ConfigError(f"a block must return a tensor, or a tuple that begins with one, got {type(output).__name__}")
-    return 0
+def states_in(call: Call) -> Tensor:
+    """Return the states that enter a block in a call of it."""
+    states: Tensor = call[0][0] if call[0] else call[1][STATES]
+    return states
+
+
+def with_states(call: Call, states: Any) -> Call:
+    """Return a call of a block with other states."""
+    args, kwargs = call
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, STATES: states})
 
 
 def states_of(output: Any) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs.streaming.block import BlockNet, entering, with_states
+from nni_topo.runs.streaming.block import BlockNet, entering
+from nni_topo.runs.streaming.skeleton import with_states
 
 WIDTH = 2
 
@@ -57,24 +58,24 @@ def by_position(input_ids, attention_mask):
 
 def test_what_is_the_same_is_kept_and_what_has_samples_comes_with_each_batch():
     given = calls(3, 5, 2, padded=(1,))
-    found = entering(skeleton(by_position), given, 3)
-    assert [list(batch) for batch in found.batches] == [["extra0", "attention_mask"]] * 3
-    for batch, (_, inputs) in zip(found.batches, given, strict=True):
+    frame, batches = entering(skeleton(by_position), given, 3)
+    assert [list(batch) for batch in batches] == [["extra0", "attention_mask"]] * 3
+    for batch, (_, inputs) in zip(batches, given, strict=True):
         assert torch.equal(batch["extra0"], inputs["attention_mask"][:, None, None, :].bool())
         assert batch["attention_mask"].dtype == torch.int64
         assert torch.equal(batch["attention_mask"], inputs["attention_mask"])
-    args, kwargs = found.frame.arguments("states", ("mask", None, None))
+    args, kwargs = frame.arguments("states", ("mask", None, None))
     assert args == ("states", "mask")
     assert torch.equal(kwargs.pop("angles"), torch.arange(4.0)[None])
     assert kwargs == {"flag": True, "cache": None}
-    assert copy.deepcopy(found.frame) is found.frame
+    assert copy.deepcopy(frame) is frame
 
 
 def test_states_may_have_a_name():
     def named(input_ids, attention_mask):
         return (), {"hidden_states": states_of(input_ids), "scale": input_ids.shape[1] / 2}
 
-    frame = entering(skeleton(named), calls(2, 2), 3).frame
+    frame = entering(skeleton(named), calls(2, 2), 3)[0]
     assert frame.arguments("states", ()) == ((), {"hidden_states": "states", "scale": 2.0})
     assert with_states(((), {"hidden_states": 1, "a": 2}), 3) == ((), {"hidden_states": 3, "a": 2})
     assert with_states(((1, 2), {"a": 3}), 4) == ((4, 2), {"a": 3})
@@ -88,12 +89,12 @@ def only_where_padded(input_ids, attention_mask):
 
 def test_where_one_batch_has_padding_all_get_a_mask():
     given = calls(3, 2, padded=(1,))
-    found = entering(skeleton(only_where_padded), given, 3)
-    for batch, (_, inputs) in zip(found.batches, given, strict=True):
+    _, batches = entering(skeleton(only_where_padded), given, 3)
+    for batch, (_, inputs) in zip(batches, given, strict=True):
         assert torch.equal(batch["extra0"], inputs["attention_mask"][:, None].bool())
     # without padding there is none, unless it is asked for
-    assert list(entering(skeleton(only_where_padded), calls(3, 2), 3).batches[0]) == ["attention_mask"]
-    wanted = entering(skeleton(only_where_padded), calls(3, 2), 3, adds_padding=True).batches
+    assert list(entering(skeleton(only_where_padded), calls(3, 2), 3)[1][0]) == ["attention_mask"]
+    wanted = entering(skeleton(only_where_padded), calls(3, 2), 3, adds_padding=True)[1]
     assert [batch["extra0"].shape for batch in wanted] == [(3, 1, 4), (2, 1, 4)]
     assert all(bool(batch["extra0"].all()) for batch in wanted)
 
@@ -106,8 +107,8 @@ def test_inputs_of_samples_are_as_many_as_the_samples_where_padding_is_added():
     given = calls(3, 2, padded=(1,))
     for _, inputs in given:
         inputs.update(lengths=torch.arange(1, len(inputs["input_ids"]) + 1), scale=torch.tensor(2.0))
-    found = entering(skeleton(arguments), given, 3)
-    for batch, (_, inputs) in zip(found.batches, given, strict=True):
+    _, batches = entering(skeleton(arguments), given, 3)
+    for batch, (_, inputs) in zip(batches, given, strict=True):
         assert torch.equal(batch["extra0"], inputs["attention_mask"] * inputs["lengths"][:, None])
         # what is given is left as it is
         assert len(inputs["lengths"]) == len(inputs["attention_mask"]) == len(batch["extra0"])
@@ -119,8 +120,8 @@ def test_inputs_of_samples_are_as_many_as_the_samples_where_padding_is_added():
     def plain(input_ids, attention_mask, lengths, scale):
         return (states_of(input_ids),), {"lengths": lengths}
 
-    found = entering(skeleton(plain), given, 3, adds_padding=False)
-    assert [batch["extra0"].tolist() for batch in found.batches] == [[1, 2, 3], [1, 2]]
+    _, batches = entering(skeleton(plain), given, 3, adds_padding=False)
+    assert [batch["extra0"].tolist() for batch in batches] == [[1, 2, 3], [1, 2]]
 
 
 def test_one_value_for_all_samples_of_a_batch_is_spread_over_them():
@@ -128,9 +129,9 @@ def test_one_value_for_all_samples_of_a_batch_is_spread_over_them():
         total = input_ids.sum().reshape(1)
         return (states_of(input_ids),), {"bias": total[:, None].expand(1, 3), "total": total}
 
-    found = entering(skeleton(arguments), calls(2, 3), 3)
-    assert [batch["extra0"].tolist() for batch in found.batches] == [[[28] * 3] * 2, [[66] * 3] * 3]
-    assert [batch["extra1"].tolist() for batch in found.batches] == [[28] * 2, [66] * 3]
+    _, batches = entering(skeleton(arguments), calls(2, 3), 3)
+    assert [batch["extra0"].tolist() for batch in batches] == [[[28] * 3] * 2, [[66] * 3] * 3]
+    assert [batch["extra1"].tolist() for batch in batches] == [[28] * 2, [66] * 3]
 
 
 def test_other_values_in_each_batch_are_told():
@@ -160,19 +161,19 @@ def test_a_value_with_as_many_entries_as_samples_needn_t_be_one_of_samples():
     def arguments(input_ids, attention_mask):
         return (states_of(input_ids),), {"angles": torch.arange(4.0), "own": input_ids[:, 0]}
 
-    found = entering(skeleton(arguments), calls(3, 4), 3)
-    assert [batch["extra0"].tolist() for batch in found.batches] == [[0, 4, 8], [0, 4, 8, 12]]
-    assert found.frame.arguments(0, (1,))[1]["angles"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    frame, batches = entering(skeleton(arguments), calls(3, 4), 3)
+    assert [batch["extra0"].tolist() for batch in batches] == [[0, 4, 8], [0, 4, 8, 12]]
+    assert frame.arguments(0, (1,))[1]["angles"].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_batches_of_one_sample_give_what_they_have_as_constants_or_each_its_own():
-    found = entering(skeleton(by_position), calls(1, 1), 3)
-    assert list(found.batches[0]) == ["attention_mask"]
+    _, batches = entering(skeleton(by_position), calls(1, 1), 3)
+    assert list(batches[0]) == ["attention_mask"]
     for sizes in ((3, 1), (2, 1)):
-        found = entering(skeleton(by_position), calls(*sizes, padded=(1,)), 3)
-        assert [len(batch["extra0"]) for batch in found.batches] == list(sizes)
-    found = entering(skeleton(by_position), calls(1, 1, padded=(1,)), 3)
-    assert [batch["extra0"][0, 0, 0].tolist() for batch in found.batches] == [[True] * 4, [True] * 3 + [False]]
+        _, batches = entering(skeleton(by_position), calls(*sizes, padded=(1,)), 3)
+        assert [len(batch["extra0"]) for batch in batches] == list(sizes)
+    _, batches = entering(skeleton(by_position), calls(1, 1, padded=(1,)), 3)
+    assert [batch["extra0"][0, 0, 0].tolist() for batch in batches] == [[True] * 4, [True] * 3 + [False]]
 
 
 def test_samples_of_other_lengths_and_too_many_tensors_are_told():
@@ -186,7 +187,7 @@ def test_samples_of_other_lengths_and_too_many_tensors_are_told():
 
         return skeleton(arguments)
 
-    assert len(entering(many(6), calls(2, 3), 3).batches[0]) == 7
+    assert len(entering(many(6), calls(2, 3), 3)[1][0]) == 7
     with pytest.raises(ConfigError, match=r"at most 6 tensors .* got 7 \(layers.3\)"):
         entering(many(7), calls(2, 3), 3)
 
@@ -195,7 +196,7 @@ def test_masks_of_other_places_than_the_states_do_not_count():
     def halved(input_ids, attention_mask):
         return (states_of(input_ids[:, ::2]),), {}
 
-    assert entering(skeleton(halved), calls(2, 3), 3).batches == [{}, {}]
+    assert entering(skeleton(halved), calls(2, 3), 3)[1] == [{}, {}]
 
 
 class Block(nn.Module):
@@ -210,11 +211,11 @@ class Block(nn.Module):
 
 def test_a_block_reads_pruned_or_unpruned_states():
     given = calls(3, 2, padded=(0,))
-    found = entering(skeleton(by_position), given, 3)
+    frame, batches = entering(skeleton(by_position), given, 3)
     states, other = torch.ones(3, 4, WIDTH), torch.full((3, 4, WIDTH), 2.0)
     mask = given[0][1]["attention_mask"][..., None]
     for reads_unpruned, wanted in ((None, states), (False, states), (True, other)):
         knobs = {} if reads_unpruned is None else {"reads_unpruned": reads_unpruned}
-        net = BlockNet(Block(), None, found.frame, **knobs)
-        reached = net(hidden_states=states, unpruned_states=other, **found.batches[0])
+        net = BlockNet(Block(), None, frame, **knobs)
+        reached = net(hidden_states=states, unpruned_states=other, **batches[0])
         assert torch.equal(reached, wanted * mask)

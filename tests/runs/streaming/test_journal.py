@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs.streaming.journal import Journal, finished_report
-from nni_topo.runs.streaming.shards import write_index
+from nni_topo.runs.streaming import journal as module
+from nni_topo.runs.streaming.journal import Journal
 
-SETTINGS = {"budget": ["params", 0.5], "seed": 0, "batches": "abc", "knobs": {"a": 1, "b": 2}}
+SETTINGS = {"budget": ["params", 0.5], "seed": 0, "batches": "abc", "knobs": [("a", 1)]}
 
 
 def names_in(folder):
@@ -23,52 +24,50 @@ def names_in(folder):
 def begun(folder):
     """A journal in which the first of two blocks is finished."""
     journal = Journal(folder, SETTINGS)
-    journal.begin_states()
-    journal.add_states(0, {"a": torch.zeros(1)})
-    journal.end_states(0)
-    journal.kept = (0, 2)
-    journal.write_weights("model-00001-of-00003.safetensors", {"rest": torch.ones(3)})
-    journal.note(0)
-    journal.begin_states()
-    journal.add_states(0, {"a": torch.ones(2)})
-    journal.add_states(1, {"a": torch.ones(1), "b": torch.zeros(1)})
-    journal.end_states(1)
-    journal.write_weights("model-00002-of-00003.safetensors", {"x": torch.ones(2, 2), "y": torch.ones(1)})
-    journal.note(1, {"block": "first"})
+    journal.begin()
+    journal.begin_states(0)
+    journal.add_states(0, 0, {"a": torch.zeros(1)})
+    journal.kept = [0, 2]
+    journal.write_weights(0, {"rest": torch.ones(3)})
+    journal.note()
+    journal.begin_states(1)
+    journal.add_states(1, 0, {"a": torch.ones(2)})
+    journal.add_states(1, 1, {"a": torch.ones(1), "b": torch.zeros(1)})
+    journal.write_weights(1, {"x": torch.ones(2, 2), "y": torch.ones(1)})
+    journal.note({"block": "first"})
     return journal
 
 
 def test_a_journal_that_is_opened_again_knows_what_is_finished(tmp_path):
-    states = tmp_path / ".shrink_pretrained"
-    fresh = Journal(tmp_path, SETTINGS)
-    assert (fresh.done, fresh.kept, fresh.files, fresh.rows) == (0, [], {}, [])
-    assert names_in(states) == ["journal.json"]
-    # what can't be deleted stays
-    (states / "states-x").touch()
     begun(tmp_path)
-    assert names_in(states) == ["journal.json", "states-1", "states-x"]  # those of before are gone
+    states = tmp_path / ".shrink_pretrained"
+    assert names_in(states) == ["states-1"]  # those of before are gone
     (tmp_path / "model-00003-of-00003.safetensors.7.part").touch()
-    again = Journal(tmp_path, SETTINGS | {"knobs": {"b": 2, "a": 1}})
+    again = Journal(tmp_path, SETTINGS)
+    again.begin()
     assert not list(tmp_path.glob("*.part"))
-    assert (again.done, again.kept, again.rows) == (1, [0, 2], [{"block": "first"}])
-    assert again.files == {
-        "model-00001-of-00003.safetensors": {"names": ["rest"], "nbytes": 12},
-        "model-00002-of-00003.safetensors": {"names": ["x", "y"], "nbytes": 20},
-    }
+    assert (again.kept, again.rows, again.report) == ([0, 2], [{"block": "first"}], None)
     first, second = again.states(2)
     assert (list(first), sorted(second)) == (["a"], ["a", "b"])
     assert torch.equal(first["a"], torch.ones(2))
-    assert len(again.states(1)) == 1
-    # states that were begun and not ended don't count
-    again.begin_states()
-    again.add_states(0, {"a": torch.zeros(5)})
-    assert torch.equal(again.states(1)[0]["a"], torch.ones(2))
-    again.begin_states()
-    assert names_in(states / "part") == []
-    again.add_states(0, {"a": torch.zeros(5)})
-    again.end_states(1)
+    # states that were begun don't count before they are noted
+    again.begin_states(2)
+    again.add_states(2, 0, {"a": torch.zeros(5)})
+    assert torch.equal(Journal(tmp_path, SETTINGS).states(1)[0]["a"], torch.ones(2))
+    again.write_weights(2, {"z": torch.ones(1)})
+    again.note({"block": "last"})
     assert torch.equal(again.states(1)[0]["a"], torch.zeros(5))
-    (states / "states-1" / "0.safetensors").write_bytes(b"half a file")
+    again.write_index()
+    assert json.loads((tmp_path / "model.safetensors.index.json").read_text()) == {
+        "metadata": {"total_size": 36},
+        "weight_map": {
+            "rest": "model-00001-of-00003.safetensors",
+            "x": "model-00002-of-00003.safetensors",
+            "y": "model-00002-of-00003.safetensors",
+            "z": "model-00003-of-00003.safetensors",
+        },
+    }
+    (states / "states-2" / "0.safetensors").write_bytes(b"half a file")
     with pytest.raises(DataError, match=rf"a file of states must .*; delete {tmp_path} to begin anew"):
         again.states(1)
 
@@ -84,70 +83,69 @@ def test_a_journal_that_is_opened_again_knows_what_is_finished(tmp_path):
 def test_a_finished_block_goes_on_with_the_same_settings_alone(changes, words, tmp_path):
     begun(tmp_path)
     before = names_in(tmp_path)
-    with pytest.raises(ConfigError, match=f"a run that was stopped must go on with the same settings, {words}"):
+    with pytest.raises(ConfigError, match=f"must be called with the same settings, {words}"):
         Journal(tmp_path, SETTINGS | changes)
     assert names_in(tmp_path) == before
-    (tmp_path / ".shrink_pretrained" / "journal.json").write_text("[]")
-    with pytest.raises(ConfigError, match="got others: all; delete the folder"):
+    (tmp_path / "shrink_pretrained.json").write_text("[]")
+    with pytest.raises(ConfigError, match="got others: batches, budget, knobs, seed"):
         Journal(tmp_path, SETTINGS)
 
 
-def test_before_the_first_block_other_settings_begin_anew(tmp_path):
+def test_before_the_first_block_a_run_begins_anew(tmp_path):
     journal = Journal(tmp_path, SETTINGS)
+    journal.begin()
+    journal.write_weights(0, {"rest": torch.ones(3)})
+    journal.note()
     for name in ("model-00001-of-00003.safetensors", "config.json", "generation_config.json", "x.7.part"):
         (tmp_path / name).touch()
-    journal.write_weights("model-00002-of-00003.safetensors", {"rest": torch.ones(3)})
-    journal.note(0)
-    # the same settings keep what was written
-    assert list(Journal(tmp_path, SETTINGS).files) == ["model-00002-of-00003.safetensors"]
-    assert "config.json" in names_in(tmp_path)
-    assert Journal(tmp_path, SETTINGS | {"seed": 1}).files == {}
-    assert names_in(tmp_path) == [".shrink_pretrained"]
-    assert Journal(tmp_path, SETTINGS | {"seed": 1}).done == 0
+    for settings in (SETTINGS, SETTINGS | {"seed": 1}):
+        again = Journal(tmp_path, settings)
+        again.begin()
+        assert names_in(tmp_path) == ["shrink_pretrained.json"]
+        again.write_index()
+        assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"] == {}
+        (tmp_path / "model.safetensors.index.json").unlink()
 
 
-def test_folders_with_other_files_are_left_alone(tmp_path):
-    (tmp_path / ".lock").touch()
-    Journal(tmp_path, SETTINGS)
-    shutil.rmtree(tmp_path / ".shrink_pretrained")
-    (tmp_path / "b.txt").touch()
-    (tmp_path / "a.txt").touch()
-    with pytest.raises(ConfigError, match=r"or hold a run that was stopped, got a.txt there"):
-        Journal(tmp_path, SETTINGS)
-    (tmp_path / "model.safetensors.index.json").touch()
-    with pytest.raises(ConfigError, match=r"got a whole model there"):
-        Journal(tmp_path, SETTINGS)
-    assert not (tmp_path / ".shrink_pretrained").exists()
-
-
-def test_a_finished_folder_holds_the_report_and_the_sizes_of_its_files(tmp_path):
-    journal = begun(tmp_path)
-    write_index(tmp_path, {file: content["names"] for file, content in journal.files.items()}, 32)
-    journal.finish({"params": 7})
+def test_a_finished_folder_holds_the_report_and_no_settings_of_this_machine(tmp_path):
+    begun(tmp_path).finish({"params": 7})
     assert names_in(tmp_path) == [
         "model-00001-of-00003.safetensors",
         "model-00002-of-00003.safetensors",
-        "model.safetensors.index.json",
         "shrink_pretrained.json",
     ]
-    # a run may be killed before it has deleted all
-    (tmp_path / ".shrink_pretrained" / "states-1").mkdir(parents=True)
-    for _ in range(2):
-        assert finished_report(tmp_path, SETTINGS) == {"params": 7}
-    assert not (tmp_path / ".shrink_pretrained").exists()
+    assert Journal(tmp_path, SETTINGS).report == {"params": 7}
     content = json.loads((tmp_path / "shrink_pretrained.json").read_text())
+    assert content.keys() == {"settings", "report"}
     assert content["settings"].keys() == SETTINGS.keys()
     assert "abc" not in content["settings"].values()
-    with pytest.raises(ConfigError, match="a finished model must be asked for with the same settings, got others: see"):
-        finished_report(tmp_path, SETTINGS | {"seed": 1})
-    index = tmp_path / "model.safetensors.index.json"
-    size = index.stat().st_size
-    index.write_text("{}")
-    with pytest.raises(DataError, match=rf"got 2 bytes where it wrote {size} \(.*index.json\)"):
-        finished_report(tmp_path, SETTINGS)
-    (tmp_path / "model-00001-of-00003.safetensors").unlink()
-    with pytest.raises(DataError, match=r"must have the files that its run wrote, got none \(.*model-00001-of"):
-        finished_report(tmp_path, SETTINGS)
+    with pytest.raises(ConfigError, match="must be called with the same settings, got others: seed"):
+        Journal(tmp_path, SETTINGS | {"seed": 1})
+
+
+def test_a_full_disk_is_told_and_leaves_no_file(tmp_path, monkeypatch):
+    def fails(words):
+        def save(*arguments):
+            raise SafetensorError(words)
+
+        monkeypatch.setattr(module, "save_file", save)
+
+    journal = Journal(tmp_path, SETTINGS)
+    fails("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(DataError, match="free disk"):
+        journal.write_weights(0, {"a": torch.ones(2)})
+    fails("something else")
+    with pytest.raises(SafetensorError, match="something else"):
+        journal.write_weights(0, {"a": torch.ones(2)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_written_as_they_are_wherever_they_come_from(tmp_path):
+    weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).half())
+    Journal(tmp_path, SETTINGS).write_weights(0, {"a": weight.T})
+    found = load_file(tmp_path / "model-00001-of-00001.safetensors")["a"]
+    assert found.dtype == torch.float16
+    assert torch.equal(found, weight.detach().T)
 
 
 def processes(rank, first=None):
@@ -163,30 +161,26 @@ def processes(rank, first=None):
 
 def test_of_several_processes_the_first_one_writes_what_all_share(tmp_path):
     one = Journal(tmp_path, SETTINGS, processes(0))
-    assert names_in(tmp_path / ".shrink_pretrained") == ["journal.json"]
-    content = json.loads((tmp_path / ".shrink_pretrained" / "journal.json").read_text())
+    one.begin()
+    content = json.loads((tmp_path / "shrink_pretrained.json").read_text())
     group = processes(1, content)
     other = Journal(tmp_path, SETTINGS, group)
-    other.write_weights("model-00001-of-00001.safetensors", {"a": torch.ones(1)})
-    assert (other.files, names_in(tmp_path)) == ({}, [".shrink_pretrained"])
-    for journal in (one, other):
-        journal.begin_states()
-        journal.add_states(0, {"a": torch.full((1,), 1.0 if journal is one else 2.0)})
-        journal.end_states(0)
-    assert sorted(path.name for path in (tmp_path / ".shrink_pretrained").iterdir()) == [
-        "journal.json", "rank-1", "states-0",
-    ]  # fmt: skip
+    other.begin()
+    other.write_weights(0, {"a": torch.ones(1)})
+    other.write_index()
+    assert names_in(tmp_path) == ["shrink_pretrained.json"]
+    for journal, value in ((one, 1.0), (other, 2.0)):
+        journal.begin_states(0)
+        journal.add_states(0, 0, {"a": torch.full((1,), value)})
     group.first = lambda row, what: {"block": "first"}
-    other.note(1, None)
-    assert (other.done, other.rows) == (1, [{"block": "first"}])
+    other.note(None)
+    assert other.rows == [{"block": "first"}]
     assert group.told == ["the journal of 1 blocks"]
-    assert json.loads((tmp_path / ".shrink_pretrained" / "journal.json").read_text())["done"] == 0
-    assert names_in(tmp_path / ".shrink_pretrained" / "rank-1") == []  # its states of before
-    assert one.states(1)[0]["a"].item() == 1.0
+    assert json.loads((tmp_path / "shrink_pretrained.json").read_text())["rows"] == []
+    assert one.states(1)[0]["a"].item() == 1.0  # those of the other one are of before
+    assert names_in(tmp_path / ".shrink_pretrained" / "rank-1") == []
     other.finish({})
     assert group.told[-1] == "the report"
-    assert not (tmp_path / "shrink_pretrained.json").exists()
-    assert names_in(tmp_path / ".shrink_pretrained") == ["journal.json", "states-0"]
-    write_index(tmp_path, {}, 0)
+    assert names_in(tmp_path / ".shrink_pretrained") == ["states-0"]
     one.finish({"params": 7})
-    assert names_in(tmp_path) == ["model.safetensors.index.json", "shrink_pretrained.json"]
+    assert names_in(tmp_path) == ["shrink_pretrained.json"]
