@@ -21,6 +21,8 @@ from nni_topo.runs.streaming.skeleton import INDEX
 JOURNAL = "shrink_pretrained.json"
 """Digests of a run's settings, and what was done; of a finished run its report."""
 _FOLDER = ".shrink_pretrained"  # of the states
+_WEIGHTS = "model-*-of-*.safetensors"
+_PART = ".part"  # ends the names of files that a process is writing, or was when it was killed
 
 
 class Journal:
@@ -65,48 +67,41 @@ class Journal:
         content: Any = read_json(folder / JOURNAL, "the journal of a run") if self.is_first else None
         if processes is not None:
             content = processes.first(content, "the journal")
-        self._check(content)
-        content = content or {}
-        self.kept: list[int] = content.get("kept", [])
-        self.rows: list[dict[str, Any]] = content.get("rows", [])
-        self.report: dict[str, Any] | None = content.get("report")
-        self._files: dict[str, dict[str, Any]] = content.get("files", {})  # names and bytes of their tensors
-        self._states = folder / _FOLDER
-        if processes is not None and not self.is_first:
-            self._states /= f"rank-{processes.rank}"
-
-    def _check(self, content: Any) -> None:
-        """Raise ConfigError for the journal of another run."""
         if content is None:
-            others = []
-            if self.is_first and self.folder.is_dir():
-                others = sorted(path.name for path in self.folder.iterdir() if path.name not in (_FOLDER, ".lock"))
+            own, others = (_FOLDER, ".lock"), list[str]()
+            if self.is_first and folder.is_dir():
+                others = sorted(path.name for path in folder.iterdir() if path.name not in own and path.suffix != _PART)
             if others:
                 raise ConfigError(
                     "the folder for the pruned model must be empty or new, or hold a run that was stopped, got "
-                    f"{others[0]} there ({self.folder})"
+                    f"{others[0]} there ({folder})"
                 )
-            return
+            content = {"settings": self._settings}
         known = content.get("settings") if isinstance(content, dict) else None
-        is_begun = not isinstance(known, dict) or content.get("rows") or content.get("report")
-        if known != self._settings and is_begun:
+        if known != self._settings and (not isinstance(known, dict) or content.get("rows") or content.get("report")):
             names = sorted(name for name in self._settings if not known or known.get(name) != self._settings[name])
             hint = " (a loader that shuffles gives other batches each time)" if "batches" in names else ""
             raise ConfigError(
                 f"a run that was stopped or is finished must be called with the same settings, got others: "
-                f"{', '.join(names)}{hint}; delete the folder to begin anew ({self.folder})"
+                f"{', '.join(names)}{hint}; delete the folder to begin anew ({folder})"
             )
+        self.kept: list[int] = content.get("kept", [])
+        self.rows: list[dict[str, Any]] = content.get("rows", [])
+        self.report: dict[str, Any] | None = content.get("report")
+        self._states = folder / _FOLDER
+        if processes is not None and not self.is_first:
+            self._states /= f"rank-{processes.rank}"
 
     def begin(self) -> None:
         """Delete what a run that has finished no block, or was killed in a block, has written to no purpose."""
         if not self.is_first:
             return
         with disk_errors(self.folder):
-            patterns = ("*.part",) if self.rows else ("*.part", "model-*-of-*.safetensors", "*config.json")
+            patterns = (f"*{_PART}",) if self.rows else (f"*{_PART}", _WEIGHTS, "*config.json")
             for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
                 path.unlink()
         if not self.rows:
-            self.kept, self._files = [], {}
+            self.kept = []
             self._write()  # before any other file, so that a run which is killed early may begin again
 
     def write_weights(self, number: int, tensors: Mapping[str, Tensor]) -> None:
@@ -116,8 +111,7 @@ class Journal:
         """
         if self.is_first:
             file = f"model-{number + 1:05d}-of-{len(self.kept) + 1:05d}.safetensors"
-            nbytes = _write_tensors(self.folder / file, tensors)
-            self._files[file] = {"names": list(tensors), "nbytes": nbytes}
+            _write_tensors(self.folder / file, tensors)
 
     def note(self, row: Mapping[str, Any] | None = None) -> None:
         """Write down that one more block is finished, and what is to be known of it; None before the first block."""
@@ -134,8 +128,7 @@ class Journal:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _write(self) -> None:
-        content = {"settings": self._settings, "kept": self.kept, "files": self._files, "rows": self.rows}
-        write_json(self.folder / JOURNAL, content)
+        write_json(self.folder / JOURNAL, {"settings": self._settings, "kept": self.kept, "rows": self.rows})
 
     def begin_states(self, blocks: int) -> None:
         """Begin to write the states after so many blocks; `note` makes them count."""
@@ -159,13 +152,14 @@ class Journal:
         return found
 
     def write_index(self) -> None:
-        """Write the index of the weights, in the first process."""
-        if self.is_first:
-            where: dict[str, str] = {}
-            for file, content in self._files.items():
-                where |= dict.fromkeys(content["names"], file)
-            nbytes = sum(content["nbytes"] for content in self._files.values())
-            write_json(self.folder / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": where})
+        """Write the index of the weights."""
+        where, nbytes = dict[str, str](), 0
+        for path in sorted(self.folder.glob(_WEIGHTS)):
+            with safe_open(str(path), "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    where[name] = path.name
+                    nbytes += opened.get_tensor(name).nbytes
+        write_json(self.folder / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": where})
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Write the report in the place of what was noted, and delete the states: the folder is complete."""
@@ -182,8 +176,8 @@ class Journal:
             (self.folder / ".lock").unlink(missing_ok=True)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write a file of tensors, whole or not at all, and return their bytes; DataError where the disk is full."""
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors, whole or not at all; DataError where the disk is full."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as part, disk_errors(path):
         try:
@@ -192,4 +186,3 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             raise (error if number is None else OSError(int(number[1]), str(error))) from error
-    return sum(tensor.nbytes for tensor in plain.values())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.disk import check_free_disk, disk_errors, only_process, path_of, read_json, write_text
-from nni_topo.errors import ConfigError, DataError, raised, unknown_name
+from nni_topo.errors import ConfigError, DataError, listed, raised, unknown_name
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.measure import count_macs, counting_macs
@@ -62,7 +62,6 @@ from nni_topo.runs.streaming.skeleton import (
     empty_model,
     states_in,
     states_of,
-    weight_files,
     with_states,
 )
 
@@ -237,8 +236,7 @@ def shrink_pretrained(
     if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     where = torch.device("cpu") if device is None else resolve_device(device)
-    files = weight_files(place)
-    skeleton = Skeleton(place, files, where)
+    skeleton = Skeleton(place, where)
     names = [skeleton.name_of(index) for index in range(len(skeleton))]
     removed = remove_blocks if isinstance(remove_blocks, int) else sorted(set(remove_blocks))
     if isinstance(removed, int):
@@ -259,8 +257,9 @@ def shrink_pretrained(
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
     _check_alike(given, processes)
     samples = calibration.sizes, calibration.digests
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in skeleton.files]
     identity = {
-        "source": [str(place.resolve()), [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]],
+        "source": [str(place.resolve()), files],
         "budget": [wanted.kind, wanted.share],
         "batches": samples if processes is None else processes.gather(samples, "the inputs"),
         "pruner": [pruner, sorted(settings.knobs.items())],
@@ -282,7 +281,7 @@ def shrink_pretrained(
             return as_report(journal.report)
         run = _Run(skeleton, calibration, given, journal, wanted, settings)
         journal.begin()
-        run.begin(removed, sum(path.stat().st_size for path in files))
+        run.begin(removed)
         shows = progress if is_first else False
         done = len(journal.rows)
         for number in bar("shrink_pretrained", shows, range(done, len(journal.kept)), done=done):
@@ -299,19 +298,18 @@ def shrink_pretrained(
 def _check_alike(given: Sequence[Call], processes: Processes | None) -> None:
     """Raise DataError unless all batches have the same inputs, in all processes."""
     own = [(len(args), sorted(kwargs)) for args, kwargs in given]
-    for rank, inputs in enumerate([own] if processes is None else processes.gather(own, "the inputs")):
-        for number, (count, names) in enumerate(inputs):
-            if rank == 0 and number == 0:
-                first_count, first_names = count, names
-            different = sorted({*names} ^ {*first_names})
-            if different or count != first_count:
-                got = (
-                    f"{different[0]} in one of two alone" if different else f"{first_count} and {count} without a name"
-                )
+    everywhere = [own] if processes is None else processes.gather(own, "the inputs")
+    first = everywhere[0][0]
+    for rank, inputs in enumerate(everywhere):
+        for number, found in enumerate(inputs):
+            if found != first:
+                told = [
+                    f"{count} without a name and {listed(names) or 'none'} by name" for count, names in (first, found)
+                ]
                 raise DataError(
-                    f"batches must have the same inputs in all, got {got}; give each input in all or in none: an "
-                    f"attention_mask of ones says that nothing is padding (batch {number}"
-                    f"{'' if processes is None else f' of rank {rank}'})"
+                    f"all batches must have the same inputs, got {told[0]}, and {told[1]}; give each in all or in "
+                    "none: an attention_mask of ones says that nothing is padding "
+                    f"(batches 0 and {number}{'' if processes is None else f' of rank {rank}'})"
                 )
 
 
@@ -333,20 +331,15 @@ class _Run:
         self._is_held_out = calibration.split()[1] is not None
         self._described_skeleton: Skeleton | None = None  # of the model that the written config builds
 
-    def begin(self, removed: int | Sequence[str], nbytes: int) -> None:
+    def begin(self, removed: int | Sequence[str]) -> None:
         """Learn what blocks return. A new run writes the states before the first block, and what isn't in blocks.
 
-        Parameters
-        ----------
-        removed : int or sequence of str
-            How many blocks are removed, or their names.
-        nbytes : int
-            Size of the weights on the disk.
+        ``removed``: how many blocks are removed, or their names.
         """
         skeleton, journal = self._skeleton, self._journal
         with fitting(0, "batches"):
             if not journal.rows:
-                self._check_room(removed, nbytes)
+                self._check_room(is_shorter=bool(removed))
             skeleton.learn_output(self._calls[0])
         if journal.rows:
             return
@@ -370,7 +363,7 @@ class _Run:
         journal.write_weights(0, dict(rest.values()))
         journal.note()
 
-    def _check_room(self, removed: int | Sequence[str], nbytes: int) -> None:
+    def _check_room(self, *, is_shorter: bool) -> None:
         """Raise DataError unless a block can be pruned in the free memory, and the model and its states be written."""
         skeleton = self._skeleton
         widest = 0
@@ -379,7 +372,7 @@ class _Run:
             if isinstance(weight, Tensor) and weight.dim() > 1:
                 widest = max(widest, weight.shape[0], weight[0].numel())
         states = states_in(skeleton.entering(self._calls[0], 0))
-        of_states = (4 if removed else 3) * 4 * states[0].numel() * self._samples.samples
+        of_states = (4 if is_shorter else 3) * 4 * states[0].numel() * self._samples.samples
         block = sum(each.nbytes for each in skeleton.blocks[0].parameters())
         needed = _COPIES * block + 8 * widest**2 + of_states + _CACHE
         if self._settings.distill is not False:
@@ -392,7 +385,8 @@ class _Run:
             needed = 2 * block + of_states + _CACHE
         check_memory(needed, what, cure, "batches")
         # States of the unpruned and the pruned network, before and after a block.
-        check_free_disk(self._journal.folder, nbytes + 2 * 2 * states[0].nbytes * self._samples.samples)
+        weights = sum(path.stat().st_size for path in skeleton.files)
+        check_free_disk(self._journal.folder, weights + 2 * 2 * states[0].nbytes * self._samples.samples)
 
     def _blocks_that_stay(self, removed: int | Sequence[str]) -> list[int]:
         """Return the numbers of the blocks that aren't removed."""

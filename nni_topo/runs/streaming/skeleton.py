@@ -42,8 +42,6 @@ class Skeleton:
     ----------
     folder : Path
         A folder as ``save_pretrained`` of Transformers writes it.
-    files : sequence of Path
-        Its files of weights.
     device : torch.device
         Where the loaded weights lie, and the model and its blocks compute.
 
@@ -55,8 +53,9 @@ class Skeleton:
         If weights are missing, have other shapes than the config says, or aren't finite.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path], device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
+        self.files = _weight_files(folder)
         missing = [name for name in _PACKAGES if find_spec(name) is None]
         if missing:
             raise ConfigError(
@@ -66,12 +65,12 @@ class Skeleton:
         model = _without_weights(folder)
         self.config = copy.deepcopy(model.config)
         self.blocks_name = _blocks_of(model, folder)
-        loaded = self._loaded(model, files)
+        loaded = self._loaded(model)
         self._on_disk: Any = loaded.get_submodule(self.blocks_name)
         rest = {name: each for name, each in loaded.state_dict().items() if not name.startswith(f"{self.blocks_name}.")}
         self._take(model, self._here(rest))
 
-    def _loaded(self, model: Any, files: Sequence[Path]) -> Any:
+    def _loaded(self, model: Any) -> Any:
         """Let Transformers load what lies outside of the blocks, and accelerate know where the blocks are."""
         kind = type(model)
         # accelerate places a module with all that it holds: none of those that hold the blocks has a place.
@@ -86,7 +85,7 @@ class Skeleton:
                 loaded, found = kind.from_pretrained(
                     self.folder,
                     config=copy.deepcopy(model.config),
-                    dtype=_precision_of(files),
+                    dtype=_precision_of(self.files),
                     device_map=places,
                     offload_buffers=True,
                     ignore_mismatched_sizes=True,  # they are told below
@@ -244,7 +243,7 @@ class Skeleton:
             return self.model(*call[0], **call[1])
 
 
-def weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder; DataError where one is missing or damaged."""
     if not folder.is_dir():
         raise DataError(

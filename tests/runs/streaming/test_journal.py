@@ -167,7 +167,6 @@ def test_of_several_processes_the_first_one_writes_what_all_share(tmp_path):
     other = Journal(tmp_path, SETTINGS, group)
     other.begin()
     other.write_weights(0, {"a": torch.ones(1)})
-    other.write_index()
     assert names_in(tmp_path) == ["shrink_pretrained.json"]
     for journal, value in ((one, 1.0), (other, 2.0)):
         journal.begin_states(0)

@@ -13,16 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.runs.streaming.skeleton import Skeleton, _blocks_of, _without_weights, weight_files
+from nni_topo.runs.streaming.skeleton import Skeleton, _blocks_of, _without_weights
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 CPU = torch.device("cpu")
-
-
-def skeleton_of(folder):
-    return Skeleton(folder, weight_files(folder), CPU)
 
 
 def with_lists(is_encoder_decoder=False, **lists):
@@ -77,7 +73,7 @@ def source(tmp_path_factory):
 
 
 def test_only_what_lies_outside_of_the_blocks_is_loaded(source):
-    skeleton = skeleton_of(source)
+    skeleton = Skeleton(source, CPU)
     weights = load_file(source / "model.safetensors")
     assert (len(skeleton), skeleton.blocks_name, skeleton.name_of(1)) == (3, "model.layers", "model.layers.1")
     for name, value in skeleton.model.state_dict().items():
@@ -104,7 +100,7 @@ def test_only_what_lies_outside_of_the_blocks_is_loaded(source):
 
 
 def test_blocks_pass_their_inputs_on_and_the_last_one_gives_what_it_is_told(source):
-    skeleton = skeleton_of(source)
+    skeleton = Skeleton(source, CPU)
     whole = transformers.LlamaForCausalLM.from_pretrained(source).eval()
     ids = torch.arange(10).reshape(2, 5)
     call = ((), {"input_ids": ids})
@@ -122,7 +118,7 @@ def test_blocks_pass_their_inputs_on_and_the_last_one_gives_what_it_is_told(sour
 
 def calling(source, forward):
     """A skeleton whose model calls its blocks otherwise; `forward` gets the skeleton and the tokens' states."""
-    skeleton = skeleton_of(source)
+    skeleton = Skeleton(source, CPU)
     skeleton.model.forward = lambda input_ids: forward(skeleton, skeleton.model.model.embed_tokens(input_ids))
     return skeleton, ((), {"input_ids": torch.arange(10).reshape(2, 5)})
 
@@ -182,7 +178,7 @@ def test_blocks_that_are_called_otherwise_are_told(forward, words, source):
 
 
 def test_a_model_of_another_config_shares_what_lies_outside_of_the_blocks(source):
-    skeleton = skeleton_of(source)
+    skeleton = Skeleton(source, CPU)
     config = transformers.LlamaConfig.from_pretrained(source)
     config.num_hidden_layers, config.intermediate_size = 2, 6
     other = skeleton.described(config)
@@ -201,7 +197,7 @@ def test_a_model_of_another_config_shares_what_lies_outside_of_the_blocks(source
 def test_weights_that_were_loaded_stay_when_their_file_changes(source, tmp_path):
     folder = tmp_path / "source"
     shutil.copytree(source, folder)
-    skeleton = skeleton_of(folder)
+    skeleton = Skeleton(folder, CPU)
     block, weights = skeleton.block(1), load_file(source / "model.safetensors")
     path = folder / "model.safetensors"
     with path.open("r+b") as stream:
