@@ -24,6 +24,7 @@ from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.measure import count_macs, counting_macs
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.checkpoint import tell_depth
+from nni_topo.network.layers.kinds import with_transposed_weights
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
 from nni_topo.network.runtime.inputs import (
@@ -188,9 +189,9 @@ def shrink_pretrained(
     Notes
     -----
     Blocks are the entries of the largest ``nn.ModuleList``. Each is loaded by itself and written in the precision of
-    ``source``; distillation learns in single precision. A pruned block gets the states that the pruned blocks before it
-    put out, and is to reproduce what the unpruned block makes of the states of the unpruned model, so that it makes up
-    for errors of the blocks before it.
+    ``source``, of several that of its first weights; distillation learns in single precision. A pruned block gets the
+    states that the pruned blocks before it put out, and is to reproduce what the unpruned block makes of the states of
+    the unpruned model, so that it makes up for errors of the blocks before it.
 
     Memory: the embeddings and the head, about twelve times one block, 8 bytes for each pair of input channels of its
     widest layer, the states of all samples three times in single precision (four times where blocks are removed), and
@@ -553,9 +554,9 @@ class _Run:
     def _write(self, number: int, unpruned: BlockNet, dense: Any, narrower: Sequence[str]) -> None:
         """Write the weights of a pruned block, and with the first one the config that describes it."""
         skeleton, journal = self._skeleton, self._journal
-        tensors = skeleton.stored(dense.block, journal.kept[number])
+        tensors = with_transposed_weights(detached_copy(dense.block)).state_dict()
         if number == 0:
-            config = self._described(unpruned, dense, narrower)
+            config = self._described(unpruned, dense, tensors, narrower)
             config.architectures = [type(skeleton.model).__name__]
             with disk_errors(journal.folder / CONFIG):
                 config.save_pretrained(journal.folder)
@@ -568,7 +569,7 @@ class _Run:
         values = {f"{place}.{name}": tensor.to(types[name]) for name, tensor in tensors.items()}
         journal.write_weights(number + 1, values)
 
-    def _described(self, unpruned: BlockNet, dense: Any, narrower: Sequence[str]) -> Any:
+    def _described(self, unpruned: BlockNet, dense: Any, tensors: Mapping[str, Tensor], narrower: Sequence[str]) -> Any:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
         config, kept, skeleton = copy.deepcopy(dense.config), self._journal.kept, self._skeleton
         kind = type(skeleton.model)
@@ -585,7 +586,7 @@ class _Run:
         if len(removed) == 1:
             count = removed.pop()
             heads.pruned_heads = {index: list(range(count)) for index in range(len(kept))}
-        wanted = {name: tuple(value.shape) for name, value in skeleton.stored(dense.block, 0).items()}
+        wanted = {name: tuple(value.shape) for name, value in tensors.items()}
         first = f"{skeleton.name_of(0)}."
         different = ""
         described: list[str] = []  # narrower layers that a config can describe

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nni_topo.disk import read_json, reading
 from nni_topo.errors import ConfigError, DataError, listed, raised
-from nni_topo.network.layers.kinds import as_torch_layers, is_transposed_linear
+from nni_topo.network.layers.kinds import with_linear_layers
 from nni_topo.network.runtime.inputs import Call, on_device, taken, tensors_of
 from nni_topo.network.runtime.training_mode import evaluating
 
@@ -65,25 +65,19 @@ class Skeleton:
         model = _without_weights(folder)
         self.config = copy.deepcopy(model.config)
         self.blocks_name = _blocks_of(model, folder)
-        loaded = self._loaded(model)
-        self._on_disk: Any = loaded.get_submodule(self.blocks_name)
-        rest = {name: each for name, each in loaded.state_dict().items() if not name.startswith(f"{self.blocks_name}.")}
-        self._take(model, self._here(rest))
-
-    def _loaded(self, model: Any) -> Any:
-        """Let Transformers load what lies outside of the blocks, and accelerate know where the blocks are."""
-        kind = type(model)
-        # accelerate places a module with all that it holds: none of those that hold the blocks has a place.
+        # Transformers loads what lies outside of the blocks, and accelerate notes where in the files the blocks are. It
+        # places a module with all that it holds: none of those that hold the blocks has a place.
         parts = self.blocks_name.split(".")
         holders = {".".join(parts[:count]) for count in range(len(parts))}
         places = {self.blocks_name: "disk"}
         for name, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]:
             if name.rpartition(".")[0] in holders and name not in (*holders, self.blocks_name):
                 places[name] = "cpu"
+        kind = type(model)
         try:
             with _quietly():
                 loaded, found = kind.from_pretrained(
-                    self.folder,
+                    folder,
                     config=copy.deepcopy(model.config),
                     dtype=_precision_of(self.files),
                     device_map=places,
@@ -94,8 +88,8 @@ class Skeleton:
                 )
         except (OSError, RuntimeError, ValueError, LookupError, SafetensorError) as error:
             raise DataError(
-                f"Transformers must be able to load {kind.__name__} from its folder, got {raised(error)} "
-                f"({self.folder})"
+                f"Transformers must be able to load {kind.__name__} with its blocks on the disk, got {raised(error)}; "
+                f"nni_topo.shrink takes a model in memory ({folder})"
             ) from error
         for what, names in (("every tensor", "missing_keys"), ("tensors of the shapes", "mismatched_keys")):
             # Of a tensor of another shape, Transformers 5 also tells the shapes.
@@ -103,9 +97,12 @@ class Skeleton:
             if wrong:
                 raise DataError(
                     f"the files must hold {what} that {kind.__name__} has by its {CONFIG}, got none for "
-                    f"{listed(wrong)} ({self.folder})"
+                    f"{listed(wrong)} ({folder})"
                 )
-        return loaded
+        self._on_disk: Any = loaded.get_submodule(self.blocks_name)
+        inside = f"{self.blocks_name}."
+        rest = {name: tensor for name, tensor in loaded.state_dict().items() if not name.startswith(inside)}
+        self._take(model, self._here(rest))
 
     def _here(self, tensors: Mapping[str, Tensor], place: str = "") -> dict[str, Tensor]:
         """Return copies on the device; DataError unless they are finite."""
@@ -160,17 +157,14 @@ class Skeleton:
         return f"{self.blocks_name}.{index}"
 
     def block(self, index: int) -> Any:
-        """Return a copy of a block with its weights, in evaluation mode."""
+        """Return a copy of a block with its weights, in evaluation mode, with linear layers for ``Conv1D``."""
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         # In a container, for what lies in the model itself isn't returned.
         tensors = get_state_dict_offloaded_model(nn.ModuleDict({"block": self._on_disk[index]}))
         values = {name.removeprefix("block."): tensor for name, tensor in tensors.items()}
-        built = self.filled(index, self._here(values, f"{self.name_of(index)}."))
-        if self._transposed(index):
-            built = as_torch_layers(built)
-        built.requires_grad_(True)
-        return evaluating(built)
+        built = with_linear_layers(self.filled(index, self._here(values, f"{self.name_of(index)}.")))
+        return evaluating(built.requires_grad_(True))
 
     def filled(self, index: int, tensors: Mapping[str, Tensor]) -> Any:
         """Return a copy of a block with tensors as its class keeps them, in evaluation mode."""
@@ -178,18 +172,6 @@ class Skeleton:
         vars(built).pop("forward", None)
         built.load_state_dict(tensors, assign=True)
         return evaluating(built)
-
-    def _transposed(self, index: int) -> list[str]:
-        """Return the names of a block's weights that its class keeps transposed, as GPT-2 does."""
-        modules = self.blocks[index].named_modules()
-        return [f"{name}.weight" for name, module in modules if is_transposed_linear(module)]
-
-    def stored(self, block: nn.Module, index: int) -> dict[str, Tensor]:
-        """Return the tensors of a block that `block` returned, pruned or not, as its class keeps them."""
-        found = dict(block.state_dict())
-        for name in self._transposed(index):
-            found[name] = found[name].T
-        return found
 
     def _recorder(self, index: int) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
