@@ -232,8 +232,9 @@ def run_trial(
 
     The folder gets ``settings.json`` at once, ``masks.pt``, and at the end ``dense.safetensors`` (see
     :func:`nni_topo.load`), ``config_list.json`` (the ratios that were realised) and ``metrics.json``; ``cache`` holds
-    the trained nets that trials share. ``report`` is called with 0 and the result after pruning, then with every epoch's number and result:
-    ``default``, the score, and ``accuracy``, both on validation images, so that a search doesn't learn the test images.
+    the trained nets that trials share. ``report`` is called with 0 and the result after pruning, then with every
+    epoch's number and result: ``default``, the score, and ``accuracy``, both on validation images, so that a search
+    doesn't learn the test images.
     Processes of one ``torch.distributed`` group run one trial together: the first one prunes, all retrain on their
     shares of the images and of the batch; retraining then starts anew after a kill. ConfigError if the settings can't
     be used or the folder holds another trial; DataError if data can't be read or the disk is full; SpeedupError if the

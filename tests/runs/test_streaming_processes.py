@@ -180,7 +180,6 @@ def test_a_run_goes_on_after_an_error(made: Any) -> None:
         ("distill", "without seconds, augment, state, blocks, got seconds, blocks"),
         ("budget", "models, masks and knobs must be equal in all processes, got rank 0: budget params=0.8"),
         ("inputs", "all batches must have the same inputs"),
-        ("none", "must hold at least one batch"),
     ],
 )
 def test_what_cannot_be_done_is_told(made: Any, case: str, words: str) -> None:

@@ -41,7 +41,6 @@ from nni_topo.network.runtime.memory import check_memory, free_memory_of, freed_
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluating, evaluation_mode
 from nni_topo.pruners.budget import Budget, as_budget, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.blocks import gap_after, solutions
@@ -488,14 +487,11 @@ class _Run:
         budget = Budget(**of_block, equal_blocks=True)
         inner: Any = self._settings.layers
         settings = replace(self._settings, layers=None if inner is None else [f"block.{each}" for each in inner])
-        steps = Pipeline.of(entered, images, settings, budget.kind)
-        pruned = steps.select(budget)
-        give_back_memory(entered)
-        recovered = steps.reconstruct(pruned)
-        dense: Any = recovered.dense
-        layers = sorted(recovered.layers.rows, key=lambda row: row.name)
+        made = Prepared.of(entered, images, settings, budget).recover(budget.share)
+        dense: Any = made.dense
+        layers = sorted(made.layers.rows, key=lambda row: row.name)
         widths = {row.name.removeprefix("block."): [row.before, row.after] for row in layers}
-        del pruned, recovered, steps
+        del made
         warnings: list[str] = []
         if isinstance(wanted, WantedStates):
             # The last layer of the block brings into the states what the removed blocks after it did.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from nni_topo.disk import read_json, reading
 from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.layers.kinds import with_linear_layers
+from nni_topo.network.runtime.copies import evaluating
 from nni_topo.network.runtime.inputs import Call, on_device, taken, tensors_of
-from nni_topo.network.runtime.training_mode import evaluating
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
