@@ -17,14 +17,13 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import ConfigError, DataError, GradientError, listed
@@ -55,11 +54,9 @@ from nni_topo.recovery.course import (
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
     Augment,
-    ComparedOutputs,
     Judgement,
     Lesson,
     Objective,
-    Outputs,
     SharedImages,
     check_any_count,
     check_augment,
@@ -68,6 +65,7 @@ from nni_topo.recovery.lesson import (
     joined,
     student_of,
 )
+from nni_topo.recovery.outputs import ComparedOutputs, Outputs
 from nni_topo.recovery.rates import RATES, try_rates
 from nni_topo.recovery.report import signed_like
 from nni_topo.rules import ANYTHING, FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
@@ -175,8 +173,8 @@ class Verdict:
         return not (math.isnan(self.lr) and self.loss_before == 0.0)
 
 
-@dataclass(frozen=True, repr=False)
-class Distillation:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Distillation(Verdict):
     """A distilled model and how it came about; its ``repr`` is that of its verdict.
 
     Attributes
@@ -219,55 +217,18 @@ class Distillation:
     """
 
     model: nn.Module
-    objective: str
-    loss_before: float
-    loss_after: float
-    agreement_before: float
-    agreement_after: float
-    is_kept: bool
     images: int
-    lr: float
-    steps: int
     seconds: float
-    distance_before: float
-    distance_after: float
-    most_steps: int = 0
-    rates: tuple[RateTrial, ...] = ()
-    curve: tuple[Look, ...] = ()
-    held_out: int = 0
-    solved_on: int = 0
-    is_out_of_time: bool = False
     outputs: ComparedOutputs | None = None
 
     def __repr__(self) -> str:
         told = f"\n{self.outputs}" if self.outputs is not None and self.outputs.left_out else ""
-        return f"{self.verdict!r}{told}"
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return the curve as a table: a row for each look, with the step, the learning rate and the held-out loss."""
-        return self.verdict.to_frame()
+        return f"{super().__repr__()}{told}"
 
     @property
     def verdict(self) -> Verdict:
         """The figures by which the learned weights were kept or discarded."""
-        return Verdict(
-            objective=self.objective,
-            is_kept=self.is_kept,
-            loss_before=self.loss_before,
-            loss_after=self.loss_after,
-            distance_before=self.distance_before,
-            distance_after=self.distance_after,
-            agreement_before=self.agreement_before,
-            agreement_after=self.agreement_after,
-            lr=self.lr,
-            steps=self.steps,
-            most_steps=self.most_steps,
-            rates=self.rates,
-            curve=self.curve,
-            held_out=self.held_out,
-            solved_on=self.solved_on,
-            is_out_of_time=self.is_out_of_time,
-        )
+        return Verdict(**{each.name: getattr(self, each.name) for each in fields(Verdict)})
 
 
 def course_length(images: int, batch_size: int) -> int:
@@ -759,29 +720,24 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int)
     It is a GradientError, or a ConfigError where they can be taken in single precision only.
     """
     precision, lesson.precision = lesson.precision, "float32"
-    try:
-        call, wanted = next(lesson.batches(few, len(few), seed, None, False))
-        with learning(student, []):
-            for is_again in (False, True):
-                if is_again and not _keeps_graph(student):
-                    break
-                loss = lesson.objective(student, call, wanted)
-                if not loss.requires_grad:
-                    raise GradientError(
-                        "a network that is distilled must compute gradients, got outputs without any: its forward runs "
-                        "under torch.no_grad() or torch.inference_mode(), or detaches them (dense)"
-                    )
-                try:
-                    loss.backward()
-                except RuntimeError as error:
-                    if out_of_memory(error):
-                        raise
-                    first_line = str(error).splitlines()[0]
-                    raise GradientError(
-                        f"a network that is distilled must compute gradients, got: {first_line} (dense)"
-                    ) from error
-    finally:
-        lesson.precision = precision
+    call, wanted = next(lesson.batches(few, len(few), seed, None, False))
+    with learning(student, []):
+        loss = lesson.objective(student, call, wanted)
+        if not loss.requires_grad:
+            raise GradientError(
+                "a network that is distilled must compute gradients, got outputs without any: its forward runs under "
+                "torch.no_grad() or torch.inference_mode(), or detaches them (dense)"
+            )
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            first_line = str(error).splitlines()[0]
+            raise GradientError(
+                f"a network that is distilled must compute gradients, got: {first_line} (dense)"
+            ) from error
+    lesson.precision = precision
     if precision != "float32":
         try:
             lesson.answer(call, precision)
@@ -792,15 +748,6 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int)
                 raise
             raise not_under_autocast(precision, error, "distill") from error
     student.zero_grad(set_to_none=True)
-
-
-def _keeps_graph(model: nn.Module) -> bool:
-    """Tell whether modules hold tensors of their last call from which gradients would go back into that call."""
-    return any(
-        isinstance(leaf, Tensor) and leaf.grad_fn is not None
-        for module in model.modules()
-        for leaf in tree_leaves(list(vars(module).values()))
-    )
 
 
 @leaves_models_alone

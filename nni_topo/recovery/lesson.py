@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError, listed, raised
+from nni_topo.errors import ConfigError, DataError, raised
 from nni_topo.network.layers.memory_format import lay_out
 from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
 from nni_topo.network.runtime.fits import failure_on, samples_second
-from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import (
     Call,
     arguments_of,
@@ -31,8 +29,6 @@ from nni_topo.network.runtime.inputs import (
     map_tensors,
     on_device,
     real_positions_of,
-    returned_by_name,
-    returned_tensors,
     taken,
     tensors_of,
 )
@@ -42,27 +38,35 @@ from nni_topo.network.runtime.precision import Precision, computing_in
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.switches import random_state_kept, seed_torch
 from nni_topo.recovery.course import Batches
+from nni_topo.recovery.outputs import (
+    READ,
+    Outputs,
+    Places,
+    are_tags,
+    blocks_seen,
+    compared_outputs,
+    finite,
+    in_words,
+    mean_distances,
+    places_by_sample,
+    read_outputs,
+    shared_blocks,
+    unpadded,
+)
 
 Objective = Literal["auto", "kl", "squares", "cosine"]
 Augment = Callable[[Any], Any]
-Outputs = Callable[[Any, Any], Any]
-"""Gets what a model returned and the inputs, as a batch holds them; returns what counts of it."""
-Places = tuple[int, ...] | None
-"""Which floating tensors of an output have an entry for each sample, in order; None: those of that length."""
 
 _VIEWS = 8
 _BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256
 _COPIES = 3
-_READ = 16  # samples by which the outputs of a network are told apart
 _VARIED = 1024  # samples, about, over which the variances of outputs are measured
 _NUMBERS = 2**27  # entries of outputs that are looked at together: of large outputs those of fewer samples
 _FEWEST = 16  # samples that are looked at together, however large their outputs are
 _KEPT_SHARE = 0.25  # of the free memory that the answers for all images may take
 _LEAST_VARIANCE = 1e-12
 _TEMPERATURE = 2.0  # where nothing is learned; distillation's default
-_UNIT = 1e-3  # by how much the length of an embedding may differ from one
-_FEWEST_TAGGED = 8  # samples by which tags are told from logits
 # Of the similarities between the embeddings of a batch, beside those of an embedding with the unpruned network's.
 _SIMILARITIES = 5.0
 MOST_DISTANCE = 2.0
@@ -152,16 +156,21 @@ class Lesson:
         self._unpruned: nn.Module = evaluating(detached_copy(unpruned, light=True))
         self._pool, self._temperature = pool, temperature
         self.precision = precision  # of the steps; what judges is in the precision of the parameters
-        # Autocast mixes a network in half precision with itself: norms get inputs of one type and weights of the other.
-        self._is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in self._unpruned.parameters())
         self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
         self._outputs = outputs
         self._place = _place_of(student)
         self._answers = _Answers(self.answer, batch_size(pool))
         self._views: dict[int, _Answers] = {}  # for all courses: they learn from the same images
-        self._places: Places = None
-        self.named, likely = self._read(pool)
-        self.kind = likely if objective == "auto" else objective
+        device, count = device_of(self._unpruned), at_once(min(READ, batch_size(pool)))
+        call = on_device(taken(pool, torch.arange(count)), device)
+        with evaluation_mode(self._unpruned), torch.no_grad():
+            self._places: Places = places_by_sample(self._unpruned, call, outputs)
+            answer = self._unpruned(*call[0], **call[1])
+        self.named = compared_outputs(answer, count, outputs, self._places)
+        read, likely = read_outputs(answer, call, count, outputs, self._places)
+        if objective == "auto":
+            objective = "squares" if likely == "kl" and are_tags(read[:1]) else likely
+        self.kind = objective
         one = torch.arange(1)
         wanted = self._answers(pool, one)
         self._count = len(wanted)  # of outputs
@@ -169,7 +178,7 @@ class Lesson:
         self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
         self._learned_scales = self._scales
         self._weight_of_distance = 0.0
-        few = cast_floats(taken(pool, torch.arange(at_once(min(_READ, batch_size(pool))))), self._place[1])
+        few = cast_floats(taken(pool, torch.arange(count)), self._place[1])
         with evaluation_mode(student), torch.no_grad():
             own = places_by_sample(student, few, outputs)
             call = taken(few, one)
@@ -183,9 +192,7 @@ class Lesson:
                 "says how they become one (objective)"
             )
         self._blocks = blocks  # weight of the blocks' outputs in what is learned
-        self._block_names = (
-            shared_blocks(self._unpruned, student, taken(pool, torch.arange(1)), self._place) if blocks else []
-        )
+        self._block_names = shared_blocks(self._unpruned, student, taken(pool, one), self._place) if blocks else []
         if blocks and not self._block_names:
             raise ConfigError(
                 f"blocks must be 0 where no block's output has the same shape in both models, got {blocks} (blocks)"
@@ -209,7 +216,7 @@ class Lesson:
         own = self._shares.own(index[:: -(-len(index) // min(_VARIED, self._together))])
         real = real_positions_of(self._unpruned, taken(self._pool, own))
         variances = []
-        for each in _unpadded(self._answers(self._pool, own), real):
+        for each in unpadded(self._answers(self._pool, own), real):
             rows = finite(each)
             if self._shares.processes is None:
                 variance = float(rows.var(0, correction=0).mean())
@@ -227,7 +234,7 @@ class Lesson:
                 if not len(part):
                     continue
                 found, wanted = self._compared(student, taken(self._pool, part), self._answers(self._pool, part))
-                distances = _distances(found, wanted, self._scales)
+                distances = mean_distances(found, wanted, self._scales)
                 rows = zip(self._losses(found, wanted, distances), distances, found, wanted, strict=True)
                 for row, (loss, distance, mine, theirs) in zip(sums, rows, strict=True):
                     count = self._entries(mine)
@@ -243,7 +250,7 @@ class Lesson:
         """Return the loss of a network that gives the same answer for each of some images: their mean answer."""
         own = self._shares.own(index[: min(_AT_ONCE, self._together)])
         real = real_positions_of(self._unpruned, taken(self._pool, own))
-        wanted = _unpadded(self._answers(self._pool, own), real)
+        wanted = unpadded(self._answers(self._pool, own), real)
         if self.kind == "kl":
             t = self._temperature
             likely = [self._mean((each / t).softmax(-1).flatten(0, -2)) for each in wanted]
@@ -252,7 +259,7 @@ class Lesson:
         else:
             means = [self._mean(each) for each in wanted]
         found = [mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)]
-        losses = self._losses(found, wanted, _distances(found, wanted, self._scales)) if len(wanted[0]) else []
+        losses = self._losses(found, wanted, mean_distances(found, wanted, self._scales)) if len(wanted[0]) else []
         loss = self._mean_of(losses, found)
         return float(self._shares.add(loss, "the loss of a constant"))
 
@@ -261,42 +268,37 @@ class Lesson:
 
         Where processes share the images, it is the part of this process: their parts add up to the mean.
         """
-        if not self._block_names:
-            if not len(wanted[0]):  # none of these images is this process's; the others wait for it
-                self._mean_of(self._taught([], []), [])
-                return torch.stack([each.sum() for each in student.parameters() if each.requires_grad]).sum() * 0.0
+        names = self._block_names
+        if names:
+            with blocks_seen(self._unpruned, names) as theirs:
+                wanted = self.answer(call, self.precision)
+        elif not len(wanted[0]):  # none of these images is this process's; the others wait for it
+            self._mean_of(self._taught([], []), [])
+            return torch.stack([each.sum() for each in student.parameters() if each.requires_grad]).sum() * 0.0
+        with blocks_seen(student, names) as mine:
             found, wanted = self._compared(student, call, wanted, self.precision)
-            return self._mean_of(self._taught(found, wanted), found)
-        theirs: dict[str, Tensor] = {}
-        mine: dict[str, Tensor] = {}
-        teacher, device = self._unpruned, device_of(self._unpruned)
-        args, kwargs = on_device(call, device)
-        watching = _blocks_seen(teacher, self._block_names, theirs)
-        low = self._answered_in(self.precision)
-        with evaluation_mode(teacher), torch.no_grad(), computing_in(low, device), watching:
-            answer = teacher(*args, **kwargs)
-        wanted = self._outputs_of(answer, (args, kwargs))
-        with _blocks_seen(student, self._block_names, mine):
-            found, wanted = self._compared(student, call, wanted, self.precision)
+        loss = self._mean_of(self._taught(found, wanted), found)
+        if not names:
+            return loss
         real = real_positions_of(student, call)
         off = []
-        for name in self._block_names:
+        for name in names:
             state = mine[name].to(torch.promote_types(mine[name].dtype, self._place[1]))
-            states = [state, theirs[name].to(state)]
             one, other = (
-                each.flatten(0, -2) if each.dim() > 2 and real is not None else each for each in _unpadded(states, real)
+                each.flatten(0, -2) if each.dim() > 2 and real is not None else each
+                for each in unpadded([state, theirs[name].to(state)], real)
             )
             # A share of the variance over this batch, so that all blocks count alike whatever their scale.
             variance = (other - other.mean(0)).square().mean() + _LEAST_VARIANCE
             off.append((one - other).square().mean() / variance)
-        return self._mean_of(self._taught(found, wanted), found) + self._blocks * torch.stack(off).mean()
+        return loss + self._blocks * torch.stack(off).mean()
 
     def _compared(
         self, student: nn.Module, call: Call, wanted: list[Tensor], precision: Precision = "float32"
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return what a model gives, and what is wanted, where both count."""
         real = real_positions_of(student, call)
-        return _unpadded(self._run(student, call, precision), real), _unpadded(wanted, real)
+        return unpadded(self._run(student, call, precision), real), unpadded(wanted, real)
 
     def _losses(self, found: list[Tensor], wanted: list[Tensor], distances: list[Tensor]) -> list[Tensor]:
         """Return the mean loss of each output, of which the distance is known."""
@@ -328,7 +330,7 @@ class Lesson:
         """
         if not found or not len(found[0]):
             return []
-        distances = _distances(found, wanted, self._learned_scales)
+        distances = mean_distances(found, wanted, self._learned_scales)
         losses = self._losses(found, wanted, distances)
         if self.kind == "kl":
             losses = [loss + self._weight_of_distance * each for loss, each in zip(losses, distances, strict=True)]
@@ -396,31 +398,30 @@ class Lesson:
 
     def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
         """Return batches of some of the images as they are, for the student."""
-        return _some(student, cast_floats(self._pool, self._place[1]), self._shares.own(index))
-
-    def _read(self, pool: Call) -> tuple[ComparedOutputs, str]:
-        """Return the outputs that are compared, by name, and the objective that suits them."""
-        device = device_of(self._unpruned)
-        count = at_once(min(_READ, batch_size(pool)))
-        args, kwargs = on_device(taken(pool, torch.arange(count)), device)
-        with evaluation_mode(self._unpruned), torch.no_grad():
-            self._places = places_by_sample(self._unpruned, (args, kwargs), self._outputs)
-            answer = self._unpruned(*args, **kwargs)
-        named = compared_outputs(answer, count, self._outputs, self._places)
-        tensors, kind = read_outputs(answer, (args, kwargs), count, self._outputs, self._places)
-        return named, "squares" if kind == "kl" and are_tags(tensors[:1]) else kind
+        pool, own, batches = cast_floats(self._pool, self._place[1]), self._shares.own(index), list[Any]()
+        for part in own.tensor_split(-(-len(own) // _AT_ONCE) or 1):
+            if not len(part):
+                continue
+            args, kwargs = taken(pool, part)
+            # A batch's first entry is what the model takes: a single tensor as it is, as users write it.
+            if kwargs:
+                batches.append((bind_arguments(student, (args, kwargs)),))
+            elif len(args) == 1 and isinstance(args[0], Tensor):
+                batches.append((args[0],))
+            else:
+                batches.append((args,))
+        return batches
 
     def answer(self, call: Call, precision: Precision) -> list[Tensor]:
         """Return the outputs of the unpruned network that are compared, where the student is."""
         device = device_of(self._unpruned)
         args, kwargs = on_device(call, device)
-        with evaluation_mode(self._unpruned), torch.no_grad(), computing_in(self._answered_in(precision), device):
+        # Autocast mixes a network in half precision with itself: norms get inputs of one type and weights of the other.
+        is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in self._unpruned.parameters())
+        low: Precision = "float32" if is_half else precision
+        with evaluation_mode(self._unpruned), torch.no_grad(), computing_in(low, device):
             answer = self._unpruned(*args, **kwargs)
         return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
-
-    def _answered_in(self, precision: Precision) -> Precision:
-        """Return the precision of the unpruned network's answers where steps have this one."""
-        return "float32" if self._is_half else precision
 
     def _outputs_of(self, answer: Any, call: Call) -> list[Tensor]:
         """Return the outputs that are compared, with all digits: losses need them, and so does a user's function."""
@@ -463,8 +464,19 @@ class _Answers:
     def __call__(self, call: Call, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
         """Return each output for the images of a call with these indices; what isn't known is asked in a precision."""
         began = time.perf_counter()
-        if self._is_kept:
-            self._complete(call, index[~self._is_known[index]].unique(), precision)
+        unknown = index[~self._is_known[index]].unique() if self._is_kept else index[:0]
+        for part in _together(unknown) if len(unknown) else ():
+            found = self._asked_about(call, part, precision)
+            if not self._values:
+                needed = sum(len(self._is_known) * each[:1].nbytes for each in found)  # for all images
+                self._is_kept = needed <= _KEPT_SHARE * free_memory_of(found[0].device)
+                count = len(self._is_known) if self._is_kept else 0
+                self._values = [each.new_empty(count, *each.shape[1:]) for each in found]
+                if not self._is_kept:
+                    break
+            for kept, each in zip(self._values, found, strict=True):
+                kept[part.to(kept.device)] = each
+            self._is_known[part] = True
         if self._is_kept or not len(index):
             answers = [each[index.to(each.device)] for each in self._values]
         else:
@@ -473,81 +485,9 @@ class _Answers:
         self._seconds += time.perf_counter() - began
         return answers
 
-    def _complete(self, call: Call, index: Tensor, precision: Precision) -> None:
-        """Ask about images of which nothing is known; keep the answers, if there is room for them."""
-        for part in _together(index) if len(index) else ():
-            found = self._asked_about(call, part, precision)
-            if not self._values:
-                needed = sum(len(self._is_known) * each[:1].nbytes for each in found)  # for all images
-                self._is_kept = needed <= _KEPT_SHARE * free_memory_of(found[0].device)
-                count = len(self._is_known) if self._is_kept else 0
-                self._values = [each.new_empty(count, *each.shape[1:]) for each in found]
-                if not self._is_kept:
-                    return
-            for kept, each in zip(self._values, found, strict=True):
-                kept[part.to(kept.device)] = each
-            self._is_known[part] = True
-
     def _asked_about(self, call: Call, index: Tensor, precision: Precision) -> list[Tensor]:
         self._asked += len(index)
         return self._ask(taken(call, index), precision)
-
-
-def minus(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Return `mine` minus `theirs`: zero where both are the same infinity, as scores are that a model masks."""
-    return torch.where(mine == theirs, 0.0, mine - theirs)
-
-
-def finite(outputs: Tensor) -> Tensor:
-    """Return outputs with zero in place of what isn't finite, such as scores that a model masks."""
-    return outputs.nan_to_num(0.0, 0.0, 0.0)
-
-
-def _distances(found: list[Tensor], wanted: list[Tensor], scales: list[float]) -> list[Tensor]:
-    """Return the mean squared distance of each output over its variance."""
-    return [
-        minus(mine, theirs).square().mean() / scale for mine, theirs, scale in zip(found, wanted, scales, strict=True)
-    ]
-
-
-def shared_blocks(
-    unpruned: nn.Module, student: nn.Module, call: Call, place: tuple[torch.device, torch.dtype]
-) -> list[str]:
-    """Return the blocks whose output has the same shape in both networks: in order, each called once.
-
-    A block is an entry of an ``nn.ModuleList`` or ``nn.Sequential`` that holds at least two layers with weights.
-    """
-    shapes: list[dict[str, Any]] = []
-    for net in (unpruned, student):
-        names = [
-            f"{parent}.{key}".lstrip(".")
-            for parent, module in net.named_modules()
-            if isinstance(module, (nn.ModuleList, nn.Sequential))
-            for key, child in module._modules.items()
-            if child is not None and sum(bool(list(each.parameters(recurse=False))) for each in child.modules()) > 1
-        ]
-        seen: dict[str, Tensor] = {}
-        args, kwargs = on_device(cast_floats(call, place[1]) if net is student else call, device_of(net))
-        with evaluation_mode(net), torch.no_grad(), _blocks_seen(net, names, seen):
-            net(*args, **kwargs)
-        shapes.append({name: each.shape for name, each in seen.items()})
-    return [name for name, shape in shapes[0].items() if shapes[1].get(name) == shape]
-
-
-@contextmanager
-def _blocks_seen(net: nn.Module, names: Sequence[str], seen: dict[str, Tensor]) -> Iterator[None]:
-    """Collect the first floating tensor that each of some modules returns within the block."""
-
-    def look(name: str) -> Callable[[Tensor, Any], None]:
-        def keep(_: Tensor, output: Any) -> None:
-            tensors = [each for each in tensors_of(output) if each.is_floating_point() and each.dim() > 1]
-            if tensors:
-                seen[name] = tensors[0]
-
-        return keep
-
-    with watched(leaving=[(net.get_submodule(name), look(name)) for name in names]):
-        yield
 
 
 def student_of(dense: nn.Module, pool: Call) -> nn.Module:
@@ -578,121 +518,6 @@ def judged(
     students = [student_of(net, pool) for net in nets]
     lesson = Lesson(unpruned, students[0], pool, "auto", _TEMPERATURE, outputs=outputs)
     return [lesson.judge(net, torch.arange(batch_size(pool))) for net in students]
-
-
-def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> Places:
-    """Return which floating tensors of a model's output have an entry for each sample, by two runs on a few samples.
-
-    One run doesn't tell them from a tensor that happens to be as long, such as anchors of shape (1, n, 4) beside the
-    answer for a single image.
-    """
-    count = min(_READ, batch_size(call))
-    if count < 2 or lists_of_samples((*call[0], *call[1].values())):
-        return None  # lists, such as detectors take, aren't cut by sample
-    lengths = []
-    for some in (count, count - 1):
-        args, kwargs = taken(call, torch.arange(some))
-        found = model(*args, **kwargs)
-        if outputs is not None:
-            found = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
-        lengths.append([len(each) - some for each in _with_entries(found)])
-    if len(lengths[0]) != len(lengths[1]):  # such as the boxes of each image
-        return None
-    return tuple(place for place, both in enumerate(zip(*lengths, strict=True)) if not any(both))
-
-
-def read_outputs(
-    found: Any, call: Call, count: int, outputs: Outputs | None, places: Places = None
-) -> tuple[list[Tensor], str]:
-    """Return what `outputs` makes of a model's output for a call, and the objective that suits it, as `outputs_of`."""
-    if outputs is None:
-        return outputs_of(found, count, places=places)
-    args, kwargs = call
-    read = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
-    tensors, kind = outputs_of(read, count, "what outputs= returns", places)
-    if all(each.dim() == 2 and bool((each.detach().norm(dim=1) - 1.0).abs().max() <= _UNIT) for each in tensors):
-        kind = "cosine"
-    return tensors, kind
-
-
-def outputs_of(
-    found: Any, count: int, what: str = "a model's output", places: Places = None
-) -> tuple[list[Tensor], str]:
-    """Return the outputs to be met, of so many entries, and whether they may be logits (``kl``) or not (``squares``).
-
-    Tags have the shape of logits: see `are_tags`.
-    """
-    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
-    if isinstance(logits, Tensor):
-        return [logits], "kl"
-    tensors = [
-        each
-        for place, each in enumerate(_with_entries(found))
-        if len(each) == count and (places is None or place in places)
-    ]
-    if not tensors:
-        told = f"{_kind(found)} for {count} samples"
-        if any(len(each) == count for each in _with_entries(found)):
-            told += ", which is as long for fewer samples"
-        if isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,):
-            told += "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
-        raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
-    may_be_classes = found is tensors[0] and found.dim() == 2 and found.shape[1] > 1
-    return tensors, "kl" if may_be_classes else "squares"
-
-
-def are_tags(outputs: Iterable[Tensor]) -> bool:
-    """Say whether rows of numbers are probabilities that don't exclude each other, such as sigmoids of several tags.
-
-    ``outputs``: those of several batches, each (samples, numbers), or of other shapes, which are no tags. A few logits
-    may lie in [0, 1] by chance, and outputs of zeros say nothing: as many samples as there are should be looked at.
-    """
-    samples, is_between, is_apart = 0, False, False
-    for rows in outputs:
-        if rows.dim() != 2 or not bool(((rows >= 0.0) & (rows <= 1.0)).all()):
-            return False
-        samples += len(rows)
-        is_between |= bool(((rows > 0.0) & (rows < 1.0)).any())
-        is_apart |= bool(((rows.sum(1) - 1.0).abs() > _UNIT).any())
-    return samples >= _FEWEST_TAGGED and is_between and is_apart
-
-
-def _with_entries(found: Any) -> list[Tensor]:
-    """Return the floating tensors of a model's output that have a first dimension."""
-    return [each for each in returned_tensors(found) if each.is_floating_point() and each.dim()]
-
-
-class ComparedOutputs(NamedTuple):
-    """Which tensors of a model's output are compared with the unpruned network's, by name; ``str`` is a sentence."""
-
-    compared: tuple[str, ...]
-    left_out: tuple[str, ...]
-
-    def __str__(self) -> str:
-        verb = "is" if len(self.compared) == 1 else "are"
-        return (
-            f"of the model's outputs {listed(self.compared)} {verb} compared, {listed(self.left_out)} not: outputs= "
-            "says what counts, e.g. outputs=lambda output, inputs: tuple(output.values())"
-        )
-
-
-def compared_outputs(found: Any, count: int, outputs: Outputs | None, places: Places = None) -> ComparedOutputs:
-    """Return which tensors of a model's output are compared; none are named where `outputs` says what counts."""
-    if outputs is not None:
-        return ComparedOutputs((), ())
-    chosen = {id(each) for each in outputs_of(found, count, places=places)[0]}
-    compared: list[str] = []
-    left_out: list[str] = []
-    for name, tensor in returned_by_name(found):
-        (compared if id(tensor) in chosen else left_out).append(name)
-    return ComparedOutputs(tuple(compared), tuple(left_out))
-
-
-def _unpadded(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:
-    """Return of outputs by position those that aren't padding, ``(positions, ...)``, and other outputs as they are."""
-    if real is None:
-        return outputs
-    return [each[real.to(each.device)] if each.dim() > 2 and each.shape[:2] == real.shape else each for each in outputs]
 
 
 def check_one_shape(parts: Iterable[Call]) -> None:
@@ -728,23 +553,6 @@ def joined(parts: list[Call]) -> Call:
         leaves.append(torch.cat(column) if has_samples else column[0])
     joined: Call = tree_unflatten(leaves, flat[0][1])
     return joined
-
-
-def _some(model: nn.Module, pool: Call, index: Tensor) -> list[Any]:
-    """Return batches of some of the images in the form in which users hand them."""
-    batches: list[Any] = []
-    for part in index.tensor_split(-(-len(index) // _AT_ONCE) or 1):
-        if not len(part):
-            continue
-        args, kwargs = taken(pool, part)
-        # A batch's first entry is what the model takes: a single tensor as it is, as users write it.
-        if kwargs:
-            batches.append((bind_arguments(model, (args, kwargs)),))
-        elif len(args) == 1 and isinstance(args[0], Tensor):
-            batches.append((args[0],))
-        else:
-            batches.append((args,))
-    return batches
 
 
 def is_blendable(call: Call) -> bool:
@@ -794,9 +602,9 @@ def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) 
     view = _augmented(few, augment, seed)
     error = failure_on(unpruned, view)
     if error is not None:
+        got, given = (", ".join(in_words(each) for each in tensors_of(part)) for part in (view, few))
         raise ConfigError(
-            f"augment must return inputs that fit the model, got {_shapes(view)} for {_shapes(few)}: "
-            f"{raised(error)} (augment)"
+            f"augment must return inputs that fit the model, got {got} for {given}: {raised(error)} (augment)"
         ) from error
 
 
@@ -815,60 +623,27 @@ def _view(part: Call, augment: Augment) -> Call:
     """Return what ``augment`` makes of some images; ConfigError unless that can take their place."""
     args, kwargs = part
     given = kwargs or (args[0] if len(args) == 1 else args)
-    before = tensors_of(part)
+    before, count = tensors_of(part), batch_size(part)
     unfinished = _not_finite(before)  # inputs may hold some, such as masks that are added
     seen = augment(given)
-    if not tensors_of(seen):
-        raise ConfigError(
-            f"augment must return tensors, in what it gets them in, got {type(seen).__name__} for {_kind(given)} "
-            "(augment)"
-        )
     # A model may take a mapping as its argument; what the function gives is used as what it got was.
     is_argument = not kwargs and isinstance(given, Mapping) and isinstance(seen, Mapping)
-    view = arguments_of((seen,) if is_argument else seen)
-    after = tensors_of(_in_order_of(part, view))
+    view = arguments_of((seen,) if is_argument else seen) if tensors_of(seen) else ((), {})
+    after = tensors_of(view)
     if len(after) != len(before) or len(view[0]) != len(args) or view[1].keys() != kwargs.keys():
         raise ConfigError(
-            f"augment must return tensors in what it gets them in, got {_kind(seen)} for {_kind(given)} (augment)"
+            "augment must return the same structure as its input (tensor, tuple or dict), "
+            f"got {in_words(seen)} for {in_words(given)} (augment)"
         )
-    for old, new in zip(before, after, strict=True):
-        if new.is_meta or new.layout != torch.strided:
-            kind = "meta" if new.is_meta else str(new.layout).removeprefix("torch.")
-            raise ConfigError(f"augment must return dense tensors with values, got a {kind} tensor (augment)")
-        # Indices and masks may be of any type that the model takes.
-        if old.is_floating_point() and new.dtype != old.dtype:
-            raise ConfigError(f"augment must return the type that it gets, {old.dtype}, got {new.dtype} (augment)")
-    count = len(before[0])
-    for old, new in zip(before, after, strict=True):
-        if old.dim() and len(old) == count and (not new.dim() or len(new) != count):
-            got = len(new) if new.dim() else "a single number"
-            raise ConfigError(f"augment must return as many samples as it gets, {count}, got {got} (augment)")
+    samples, found = (sum(bool(each.dim()) and len(each) == count for each in some) for some in (before, after))
+    if found < samples:
+        raise ConfigError(f"augment must return as many samples as it gets, {count}, got {in_words(seen)} (augment)")
     wrong = _not_finite(after)
     if wrong > unfinished:
         raise ConfigError(f"augment must return finite values, got {wrong} that aren't, for {count} samples (augment)")
     return view
 
 
-def _in_order_of(pattern: Any, value: Any) -> Any:
-    """Return a nested value with its mappings in the order of another's: a function may build them in any order."""
-    if isinstance(pattern, Mapping) and isinstance(value, Mapping) and pattern.keys() == value.keys():
-        return {key: _in_order_of(each, value[key]) for key, each in pattern.items()}
-    if isinstance(pattern, (tuple, list)) and isinstance(value, (tuple, list)) and len(pattern) == len(value):
-        return [_in_order_of(one, other) for one, other in zip(pattern, value, strict=True)]
-    return value
-
-
-def _shapes(call: Call) -> str:
-    """Return the shapes of a call's tensors."""
-    return ", ".join(str(tuple(each.shape)) for each in tensors_of(call))
-
-
 def _not_finite(tensors: list[Tensor]) -> int:
     """Count the values that are infinite or no numbers."""
     return sum(int((~each.isfinite()).sum()) for each in tensors if each.is_floating_point())
-
-
-def _kind(found: Any) -> str:
-    """Return a value's type, and the shapes of its tensors, for an error."""
-    shapes = [f"{str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}" for each in tensors_of(found)]
-    return f"{type(found).__name__} ({listed(shapes)})" if shapes else type(found).__name__

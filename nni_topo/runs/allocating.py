@@ -14,7 +14,8 @@ from nni_topo.maths.ties import first_smallest
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.pruners.budget import AUTO
 from nni_topo.pruners.registry import PRUNERS, pruner_info
-from nni_topo.recovery.lesson import Outputs, judged
+from nni_topo.recovery.lesson import judged
+from nni_topo.recovery.outputs import Outputs
 
 
 @dataclass(frozen=True)

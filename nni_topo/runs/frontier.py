@@ -26,7 +26,8 @@ from nni_topo.network.runtime.public import Running, public
 from nni_topo.pruners.budget import budget_outcome
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import course_length
-from nni_topo.recovery.lesson import Outputs, judged
+from nni_topo.recovery.lesson import judged
+from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, is_finite
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import Stage

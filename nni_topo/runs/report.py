@@ -18,7 +18,7 @@ from nni_topo.network.speedup.dense import DenseReport, sizes_in_markdown
 from nni_topo.network.speedup.dependency import OUTPUT, by_reason
 from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.recovery.distilling import Verdict
-from nni_topo.recovery.lesson import ComparedOutputs
+from nni_topo.recovery.outputs import ComparedOutputs
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.allocating import Tried
 from nni_topo.runs.depth import DepthOutcome

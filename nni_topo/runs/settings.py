@@ -23,7 +23,8 @@ from nni_topo.pruners.registry import check_pruner_knobs, pruner_info
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.distilling import check_can_learn, check_knobs_together, check_state
-from nni_topo.recovery.lesson import Outputs, check_augment, check_one_shape
+from nni_topo.recovery.lesson import check_augment, check_one_shape
+from nni_topo.recovery.outputs import Outputs
 from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.rules import NONE, check_knobs, instance, is_class, taking
 from nni_topo.runs.allocating import allocations_to_try

@@ -17,7 +17,7 @@ from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.speedup.reconcile import MasksLike
 from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget
 from nni_topo.recovery import RecoveryMethod
-from nni_topo.recovery.lesson import Outputs
+from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of
 from nni_topo.runs.prepared import prepare
 from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings

@@ -533,30 +533,6 @@ def overwritten(inner, x):
     return found + found.sigmoid().mul_(2.0) if found.add_(1.0) is found else given
 
 
-class Averaging(Wrapped):
-    """Outputs are averaged with those of the last call."""
-
-    def __init__(self, inner, keep):
-        super().__init__(inner, None)
-        self.keep, self.states = keep, []
-
-    def forward(self, x):
-        found = self.inner(x)
-        found = found if not self.states or len(self.states[0]) != len(x) else (found + self.states[0]) / 2
-        self.states = [self.keep(found)]
-        return found
-
-
-@pytest.mark.parametrize(("keep", "learns"), [(lambda kept: kept, False), (lambda kept: kept.detach(), True)])
-def test_a_state_of_the_last_call_must_be_detached(keep, learns):
-    pairs = [Averaging(each, keep) for each in pair()]
-    if learns:
-        assert distill(*pairs, batches(), steps=2, lr=1e-3)
-        return
-    with pytest.raises(GradientError, match=r"must compute gradients, got: Trying to backward .* a second time"):
-        distill(*pairs, batches(), steps=2, lr=1e-3)
-
-
 @pytest.mark.parametrize("work", [without_gradients, detached, overwritten])
 def test_networks_without_gradients_are_refused_before_anything_is_learned(work):
     dense, original = pair()
@@ -572,18 +548,16 @@ def test_a_network_without_parameters_is_refused():
 
 
 BAD_VIEWS = [
-    (lambda part: part[:1], r"as many samples as it gets, 2, got 1 \(augment\)"),
-    (lambda part: part[0, 0], r"as many samples as it gets, 2, got a single number \(augment\)"),
-    (lambda _: None, r"must return tensors, .* got NoneType .*\(augment\)"),
-    (lambda part: part.numpy(), r"must return tensors, .* got ndarray .*\(augment\)"),
+    (lambda part: part[:1], r"as many samples as it gets, 2, got Tensor .*\(augment\)"),
+    (lambda part: part[0, 0], r"as many samples as it gets, 2, got Tensor .* \(augment\)"),
+    (lambda _: None, r"the same structure .* got NoneType .*\(augment\)"),
+    (lambda part: part.numpy(), r"the same structure .* got ndarray .*\(augment\)"),
     (lambda part: part / 0.0, r"must return finite values, .*\(augment\)"),
-    (lambda part: part.double(), r"the type that it gets, .* got torch.float64 \(augment\)"),
-    (lambda part: part.to(torch.uint8), r"the type that it gets, .* got torch.uint8 \(augment\)"),
+    (lambda part: part.double(), r"must return inputs that fit the model, .*\(augment\)"),
+    (lambda part: part.to(torch.uint8), r"must return inputs that fit the model, .*\(augment\)"),
     (lambda part: part[:, :1], r"must return inputs that fit the model, .*\(augment\)"),
     (lambda part: (part, part), r"got tuple .* for Tensor .*\(augment\)"),
     (lambda part: {"x": part}, r"got dict .* for Tensor .*\(augment\)"),
-    (lambda part: part.to_sparse(), r"dense tensors with values, .*\(augment\)"),
-    (lambda part: part.to("meta"), r"dense tensors with values, .*\(augment\)"),
 ]
 
 
@@ -626,7 +600,7 @@ def test_augment_may_build_its_mapping_in_any_order_and_give_masks_and_indices_a
         return {**changed, "x": part["x"] + 0.01}
 
     assert isinstance(distill(dense, original, [batch], augment=augment, steps=5), Masked)
-    with pytest.raises(ConfigError, match=r"the type that it gets, torch.float32, got torch.float64 \(augment\)"):
+    with pytest.raises(ConfigError, match=r"must return inputs that fit the model, .*\(augment\)"):
         distill(dense, original, [batch], augment=lambda part: {"keep": part["keep"], **part, "x": part["x"].double()})
 
 

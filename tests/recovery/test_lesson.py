@@ -16,7 +16,8 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery import distill, distillation, lesson
-from nni_topo.recovery.lesson import Judgement, Lesson, outputs_of
+from nni_topo.recovery.lesson import Judgement, Lesson
+from nni_topo.recovery.outputs import outputs_of, read_outputs, shared_blocks
 
 
 def test_augmented_views_are_answered_by_the_original():
@@ -374,14 +375,14 @@ def test_a_users_outputs_have_unit_length_or_are_no_embeddings():
     call = ((inputs(4),), {})
     rows = torch.eye(4)
     for factor, kind in ((1.0, "cosine"), (1.0009, "cosine"), (0.9991, "cosine"), (1.002, "kl"), (0.998, "kl")):
-        assert lesson.read_outputs(None, call, 4, lambda _, inputs, factor=factor: factor * rows)[1] == kind
+        assert read_outputs(None, call, 4, lambda _, inputs, factor=factor: factor * rows)[1] == kind
     some = rows.clone()
     some[2] *= 1.1
-    assert lesson.read_outputs(None, call, 4, lambda _, inputs: some)[1] == "kl"
-    assert lesson.read_outputs(None, call, 4, lambda _, inputs: (rows, some))[1] == "squares"
-    assert lesson.read_outputs(None, call, 4, lambda _, inputs: rows[:, :, None])[1] == "squares"
+    assert read_outputs(None, call, 4, lambda _, inputs: some)[1] == "kl"
+    assert read_outputs(None, call, 4, lambda _, inputs: (rows, some))[1] == "squares"
+    assert read_outputs(None, call, 4, lambda _, inputs: rows[:, :, None])[1] == "squares"
     with pytest.raises(ConfigError, match="what outputs= returns must hold a floating tensor"):
-        lesson.read_outputs(None, call, 4, lambda _, inputs: "text")
+        read_outputs(None, call, 4, lambda _, inputs: "text")
 
 
 @pytest.mark.parametrize(
@@ -390,7 +391,7 @@ def test_a_users_outputs_have_unit_length_or_are_no_embeddings():
 )
 def test_a_users_outputs_get_the_inputs_as_a_batch_holds_them(args, kwargs, given):
     seen = []
-    lesson.read_outputs(ZEROS, (args, kwargs), 4, lambda output, inputs: seen.append(inputs) or output)
+    read_outputs(ZEROS, (args, kwargs), 4, lambda output, inputs: seen.append(inputs) or output)
     assert seen == [given]
 
 
@@ -504,7 +505,7 @@ def test_views_may_have_other_indices_and_keep_what_was_not_finite():
     assert (args[0].tolist(), args[1].tolist()) == ([[2.0] * 3] * 2, [5.0])
     _, kwargs = lesson._view(((), {"a": odd, "b": whole}), lambda both: {"b": both["b"], "a": both["a"]})
     assert set(kwargs) == {"a", "b"}
-    with pytest.raises(ConfigError, match=r"in what it gets them in, got dict .* for dict"):
+    with pytest.raises(ConfigError, match=r"the same structure as its input .*, got dict .* for dict"):
         lesson._view(((), {"a": odd, "b": whole}), lambda both: {"b": both["b"], "c": both["a"]})
     (mapping,), _ = lesson._view((({"a": odd},), {}), lambda seen: {"a": -seen["a"]})
     assert mapping["a"].tolist() == (-odd).tolist()
@@ -556,10 +557,10 @@ def test_blocks_are_entries_of_lists_with_two_layers_and_outputs_of_one_shape():
     place = torch.device("cpu"), torch.float32
     one, other = Blocks(4), Blocks(3)
     call = ((inputs(2),), {})
-    assert lesson.shared_blocks(one, other, call, place) == ["deep.0", "deep.2"]
-    assert lesson.shared_blocks(one, Blocks(4), call, place) == ["deep.0", "deep.1", "deep.2"]
+    assert shared_blocks(one, other, call, place) == ["deep.0", "deep.2"]
+    assert shared_blocks(one, Blocks(4), call, place) == ["deep.0", "deep.1", "deep.2"]
     half = ((inputs(2).bfloat16(),), {})
-    assert lesson.shared_blocks(one.bfloat16(), other, half, place) == ["deep.0", "deep.2"]
+    assert shared_blocks(one.bfloat16(), other, half, place) == ["deep.0", "deep.2"]
 
 
 def test_networks_are_judged_on_what_counts_of_all_images_at_a_temperature_of_two():
@@ -662,7 +663,7 @@ def test_outputs_are_told_from_what_is_as_long_by_two_samples_or_not_at_all():
     for listed in ((([ZEROS, ZEROS],), {}), ((ZEROS,), {"images": [ZEROS[0]] * len(ZEROS)})):
         assert lesson.places_by_sample(pytest.fail, listed, None) is None
     assert lesson.places_by_sample(lambda rows: list(rows), call, None) is None  # as many as there are samples
-    assert len(lesson.read_outputs((ZEROS, ZEROS), call, 4, None, (1,))[0]) == 1
+    assert len(read_outputs((ZEROS, ZEROS), call, 4, None, (1,))[0]) == 1
 
 
 def test_images_need_memory_for_three_copies(monkeypatch):

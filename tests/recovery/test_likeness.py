@@ -11,7 +11,6 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import DataError, SpeedupError
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.recovery.lesson import ComparedOutputs
 from nni_topo.recovery.likeness import (
     Answers,
     Estimate,
@@ -22,6 +21,7 @@ from nni_topo.recovery.likeness import (
     _share,
     are_classes,
 )
+from nni_topo.recovery.outputs import ComparedOutputs
 from nni_topo.testing import toy_images, toy_model
 
 

@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.recovery import distill, distillation
-from nni_topo.recovery.lesson import Lesson, shared_blocks
+from nni_topo.recovery.lesson import Lesson
+from nni_topo.recovery.outputs import shared_blocks
 
 
 def unit(output, _):

@@ -1,0 +1,216 @@
+"""What of two networks' outputs distillation and reports compare: which tensors, of which entries, and how far apart.
+
+Of a model's output these are its ``logits``, or all floating tensors with an entry for each sample, or what a user's
+``outputs=`` makes of it; padding doesn't count. Distillation can also compare the outputs of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, listed
+from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.hooks import watched
+from nni_topo.network.runtime.inputs import (
+    Call,
+    batch_size,
+    cast_floats,
+    lists_of_samples,
+    on_device,
+    returned_by_name,
+    returned_tensors,
+    taken,
+    tensors_of,
+)
+from nni_topo.network.runtime.training_mode import evaluation_mode
+
+Outputs = Callable[[Any, Any], Any]
+"""Gets what a model returned and the inputs, as a batch holds them; returns what counts of it."""
+Places = tuple[int, ...] | None
+"""Which floating tensors of an output have an entry for each sample, in order; None: those of that length."""
+
+READ = 16
+"""Samples by which the outputs of a network are told apart."""
+_UNIT = 1e-3  # by how much the length of an embedding may differ from one
+_FEWEST_TAGGED = 8  # samples by which tags are told from logits
+
+
+def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> Places:
+    """Return which floating tensors of a model's output have an entry for each sample, by two runs on a few samples.
+
+    One run doesn't tell them from a tensor that happens to be as long, such as anchors of shape (1, n, 4) beside the
+    answer for a single image.
+    """
+    count = min(READ, batch_size(call))
+    if count < 2 or lists_of_samples((*call[0], *call[1].values())):
+        return None  # lists, such as detectors take, aren't cut by sample
+    lengths = []
+    for some in (count, count - 1):
+        args, kwargs = taken(call, torch.arange(some))
+        found = model(*args, **kwargs)
+        if outputs is not None:
+            found = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
+        lengths.append([len(each) - some for each in _with_entries(found)])
+    if len(lengths[0]) != len(lengths[1]):  # such as the boxes of each image
+        return None
+    return tuple(place for place, both in enumerate(zip(*lengths, strict=True)) if not any(both))
+
+
+def read_outputs(
+    found: Any, call: Call, count: int, outputs: Outputs | None, places: Places = None
+) -> tuple[list[Tensor], str]:
+    """Return what `outputs` makes of a model's output for a call, and the objective that suits it, as `outputs_of`."""
+    if outputs is None:
+        return outputs_of(found, count, places=places)
+    args, kwargs = call
+    read = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
+    tensors, kind = outputs_of(read, count, "what outputs= returns", places)
+    if all(each.dim() == 2 and bool((each.detach().norm(dim=1) - 1.0).abs().max() <= _UNIT) for each in tensors):
+        kind = "cosine"
+    return tensors, kind
+
+
+def outputs_of(
+    found: Any, count: int, what: str = "a model's output", places: Places = None
+) -> tuple[list[Tensor], str]:
+    """Return the outputs to be met, of so many entries, and whether they may be logits (``kl``) or not (``squares``).
+
+    Tags have the shape of logits: see `are_tags`.
+    """
+    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+    if isinstance(logits, Tensor):
+        return [logits], "kl"
+    tensors = [
+        each
+        for place, each in enumerate(_with_entries(found))
+        if len(each) == count and (places is None or place in places)
+    ]
+    if not tensors:
+        told = f"{in_words(found)} for {count} samples"
+        if any(len(each) == count for each in _with_entries(found)):
+            told += ", which is as long for fewer samples"
+        if isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,):
+            told += "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
+        raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
+    may_be_classes = found is tensors[0] and found.dim() == 2 and found.shape[1] > 1
+    return tensors, "kl" if may_be_classes else "squares"
+
+
+def are_tags(outputs: Iterable[Tensor]) -> bool:
+    """Say whether rows of numbers are probabilities that don't exclude each other, such as sigmoids of several tags.
+
+    ``outputs``: those of several batches, each (samples, numbers), or of other shapes, which are no tags. A few logits
+    may lie in [0, 1] by chance, and outputs of zeros say nothing: as many samples as there are should be looked at.
+    """
+    samples, is_between, is_apart = 0, False, False
+    for rows in outputs:
+        if rows.dim() != 2 or not bool(((rows >= 0.0) & (rows <= 1.0)).all()):
+            return False
+        samples += len(rows)
+        is_between |= bool(((rows > 0.0) & (rows < 1.0)).any())
+        is_apart |= bool(((rows.sum(1) - 1.0).abs() > _UNIT).any())
+    return samples >= _FEWEST_TAGGED and is_between and is_apart
+
+
+def _with_entries(found: Any) -> list[Tensor]:
+    """Return the floating tensors of a model's output that have a first dimension."""
+    return [each for each in returned_tensors(found) if each.is_floating_point() and each.dim()]
+
+
+class ComparedOutputs(NamedTuple):
+    """Which tensors of a model's output are compared with the unpruned network's, by name; ``str`` is a sentence."""
+
+    compared: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        verb = "is" if len(self.compared) == 1 else "are"
+        return (
+            f"of the model's outputs {listed(self.compared)} {verb} compared, {listed(self.left_out)} not: outputs= "
+            "says what counts, e.g. outputs=lambda output, inputs: tuple(output.values())"
+        )
+
+
+def compared_outputs(found: Any, count: int, outputs: Outputs | None, places: Places = None) -> ComparedOutputs:
+    """Return which tensors of a model's output are compared; none are named where `outputs` says what counts."""
+    if outputs is not None:
+        return ComparedOutputs((), ())
+    chosen = {id(each) for each in outputs_of(found, count, places=places)[0]}
+    compared: list[str] = []
+    left_out: list[str] = []
+    for name, tensor in returned_by_name(found):
+        (compared if id(tensor) in chosen else left_out).append(name)
+    return ComparedOutputs(tuple(compared), tuple(left_out))
+
+
+def unpadded(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:
+    """Return of outputs by position those that aren't padding, ``(positions, ...)``, and other outputs as they are."""
+    if real is None:
+        return outputs
+    return [each[real.to(each.device)] if each.dim() > 2 and each.shape[:2] == real.shape else each for each in outputs]
+
+
+def minus(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Return `mine` minus `theirs`: zero where both are the same infinity, as scores are that a model masks."""
+    return torch.where(mine == theirs, 0.0, mine - theirs)
+
+
+def finite(outputs: Tensor) -> Tensor:
+    """Return outputs with zero in place of what isn't finite, such as scores that a model masks."""
+    return outputs.nan_to_num(0.0, 0.0, 0.0)
+
+
+def mean_distances(found: list[Tensor], wanted: list[Tensor], scales: list[float]) -> list[Tensor]:
+    """Return the mean squared distance of each output over its variance."""
+    return [
+        minus(mine, theirs).square().mean() / scale for mine, theirs, scale in zip(found, wanted, scales, strict=True)
+    ]
+
+
+def shared_blocks(
+    unpruned: nn.Module, student: nn.Module, call: Call, place: tuple[torch.device, torch.dtype]
+) -> list[str]:
+    """Return the blocks whose output has the same shape in both networks: in order, each called once.
+
+    A block is an entry of an ``nn.ModuleList`` or ``nn.Sequential`` that holds at least two layers with weights.
+    """
+    shapes: list[dict[str, Any]] = []
+    for net in (unpruned, student):
+        names = [
+            f"{parent}.{key}".lstrip(".")
+            for parent, module in net.named_modules()
+            if isinstance(module, (nn.ModuleList, nn.Sequential))
+            for key, child in module._modules.items()
+            if child is not None and sum(bool(list(each.parameters(recurse=False))) for each in child.modules()) > 1
+        ]
+        args, kwargs = on_device(cast_floats(call, place[1]) if net is student else call, device_of(net))
+        with evaluation_mode(net), torch.no_grad(), blocks_seen(net, names) as seen:
+            net(*args, **kwargs)
+        shapes.append({name: each.shape for name, each in seen.items()})
+    return [name for name, shape in shapes[0].items() if shapes[1].get(name) == shape]
+
+
+@contextmanager
+def blocks_seen(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the first floating tensor that each of some modules returns within the block, by name."""
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str, output: Any) -> None:
+        tensors = [each for each in tensors_of(output) if each.is_floating_point() and each.dim() > 1]
+        if tensors:
+            seen[name] = tensors[0]
+
+    looks = [(net.get_submodule(name), lambda _, output, name=name: look(name, output)) for name in names]
+    with watched(leaving=looks):
+        yield seen
+
+
+def in_words(found: Any) -> str:
+    """Return a value's type, and the shapes of its tensors, for an error."""
+    shapes = [f"{str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}" for each in tensors_of(found)]
+    return f"{type(found).__name__} ({listed(shapes)})" if shapes else type(found).__name__
