@@ -34,9 +34,8 @@ from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, computing_in
 from nni_topo.network.runtime.progress import bar
-from nni_topo.recovery.course import Course, RateSchedule, RateTrial
+from nni_topo.recovery.course import RATES, Course, RateTrial, try_rates
 from nni_topo.recovery.networks import Networks, dense_graph
-from nni_topo.recovery.rates import RATES, try_rates
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import Tools
 from nni_topo.recovery.replay import Replay
@@ -415,7 +414,7 @@ class _Learning:
                 least, best = loss, copy.deepcopy(net.state_dict())
             return loss
 
-        course = Course(student, is_normed=False, rate=rate, schedule=RateSchedule(_WARMUP))
+        course = Course(student, is_normed=False, rate=rate, warmup=_WARMUP)
         course.run(self, self.batches(), self._knobs.steps, False, first=first, look=look)
         if best:
             student.load_state_dict(best)

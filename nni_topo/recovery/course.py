@@ -1,4 +1,8 @@
-"""A course of gradient steps: its learning rates, its end, which parameters learn, and the file it goes on from."""
+"""Gradient steps: their learning rate and their number, which parameters learn, and the file that they go on from.
+
+A course of steps is the one training loop of `distill` and of the recovery method ``"block"``. A range test, which runs
+short courses and looks at held-out images, says which learning rate it can take.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +50,25 @@ course to less than half of it. Above these lines the network is broken.
 _FUSED = ("cpu", "cuda")  # devices on which AdamW takes all parameters together
 
 _LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course may be given up
+
+RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
+"""Learning rates of AdamW that are tried, the highest first."""
+
+_MOST_LOSS, _MOST_GROWTH = 2.0, 0.25
+"""A rate can be taken if after its few steps the held-out loss is at most so many times what it was before, and has
+grown by at most this share of its difference from the loss of a network that always gives the same answer.
+
+So where the network is hardly better than such a one, a rate that leads there can't be taken. Of few steps the loss is
+least at low rates, and over a whole course at high ones. So the test doesn't ask which rate is best so far; it asks
+which one doesn't break the network.
+"""
+
+# Of the short course for each rate:
+_RISE = 0.3  # share of its steps in which the rate rises; it falls in the others
+_SHARE = 0.03  # of a whole course's steps
+_LEAST_TRIED = 10  # steps
+_LEAST_KNOWN, _LEAST_LEFT = 3, 20  # steps for each rate, and steps after that, where time allows no more
+_SHARE_OF_TIME = 0.03  # of what is left
 
 
 class Teacher(Protocol):
@@ -126,31 +149,11 @@ class Clock:
         self._began = time.perf_counter() - spent
 
 
-class RateSchedule:
-    """The learning rate along a course, as a share of the highest: it rises, stays, and falls in a line to zero.
-
-    It falls in the last two fifths of the course. Where the held-out loss makes no more progress, the fall begins at
-    once, and is as much shorter as the part before it was.
-    """
-
-    def __init__(self, warmup: float = 0.0, falls_from: float = 1.0 - _FALL) -> None:
-        self.warmup = warmup
-        self.falls_from, self.end = falls_from, 1.0
-
-    def level(self, share: float, least: float) -> float:
-        """Return the rate after a share of the course, in [0, 1]; while it rises, at least the rate after `least`."""
-        rising = max(share, least) / self.warmup if share < self.warmup else 1.0
-        falling = (self.end - share) / (self.end - self.falls_from) if share > self.falls_from else 1.0
-        return max(0.0, min(rising, falling, 1.0))
-
-    def fall(self, share: float) -> None:
-        """Let the rate fall from here on, unless it does already, and the course end as much earlier."""
-        if share < self.falls_from:
-            self.falls_from, self.end = share, share / (1.0 - _FALL)
-
-
 class Course:
     """Gradient steps of a student; they go on from a file if it is there.
+
+    The rate rises, stays, and falls in a line to zero in the last two fifths of the course. Where the held-out loss
+    makes no more progress, the fall begins at once, and is as much shorter as the part before it was.
 
     Attributes
     ----------
@@ -170,9 +173,10 @@ class Course:
         *,
         is_normed: bool,
         rate: float,
+        warmup: float = 0.0,
+        falls_from: float = 1.0 - _FALL,
         kind: dict[str, Any] | None = None,
         clock: Clock | None = None,
-        schedule: RateSchedule | None = None,
         path: str | Path | None = None,
         every: float = 30.0,
         rates: Sequence[RateTrial] = (),
@@ -187,7 +191,8 @@ class Course:
         # One pass over the parameters takes a third of the time where each is small; not every device has it.
         is_fused = all(p.device.type in _FUSED and p.is_floating_point() for p in learned)
         self.optimizer = torch.optim.AdamW(learned, weight_decay=0.0, fused=is_fused or None)
-        self.clock, self.schedule = clock or Clock(), schedule or RateSchedule()
+        self.clock = clock or Clock()
+        self._warmup, self._falls_from, self._end = warmup, falls_from, 1.0  # shares of the course
         self.done, self.curve, self.is_given_up = 0, list[Look](), False
         self._looked = 0.0  # share of the course at the last look
         self._began = self.clock.spent
@@ -198,7 +203,7 @@ class Course:
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.done, self.rate, self._looked = state["done"], state["rate"], state["looked"]
                 self.is_normed = state["is_normed"]
-                self.schedule.falls_from, self.schedule.end = state["fall"]
+                self._falls_from, self._end = state["fall"]
                 self.rates = tuple(RateTrial(**each) for each in state["rates"])
                 self.curve = [Look(**each) for each in state["curve"]]
                 self._began = state["began"]
@@ -235,17 +240,28 @@ class Course:
                     # So that the time left that is shown is no more than the limit leaves.
                     seconds_of_a_step = (time.perf_counter() - began) / (self.done - before)
                     shown.total = min(total, self.done + 1 + int(max(self.clock.left, 0.0) / seconds_of_a_step))
-                share = self._share(step, total)
+                share = step / total  # of the steps, or of the time, that is used up
+                if self.clock.seconds is not None:
+                    taken = self.clock.spent - self._began
+                    share = max(share, taken / max(taken + self.clock.left, 1e-9))
                 if look is not None and int(share * _LOOKS) > int(self._looked * _LOOKS) and self.done:
                     self._look(look(self.student), share, first, total)
                     self._looked = share
-                if self.is_given_up or share >= self.schedule.end:
+                if self.is_given_up or share >= self._end:
                     break
-                self.optimizer.param_groups[0]["lr"] = self.rate * self.schedule.level(share, 1.0 / total)
+                # While the rate rises, it is at least that after the first step.
+                rising = max(share, 1.0 / total) / self._warmup if share < self._warmup else 1.0
+                falling = (self._end - share) / (self._end - self._falls_from) if share > self._falls_from else 1.0
+                self.optimizer.param_groups[0]["lr"] = self.rate * max(0.0, min(rising, falling, 1.0))
                 self.optimizer.zero_grad()
                 loss = lesson.objective(self.student, *next(rest))
                 backward_in(lesson.precision, device_of(self.student), loss)
-                self._add_gradients()
+                if self._processes is not None:  # each has the gradients of its own images
+                    learned = self.optimizer.param_groups[0]["params"]
+                    for parameter in learned:
+                        if parameter.grad is None:
+                            parameter.grad = torch.zeros_like(parameter)
+                    self._processes.add([parameter.grad for parameter in learned], "the gradients of a step")
                 self.optimizer.step()
                 self.done += 1
                 if time.perf_counter() - kept >= self._every:
@@ -257,24 +273,6 @@ class Course:
         if not self.is_given_up:
             self._keep()
 
-    def _add_gradients(self) -> None:
-        """Take in the gradients of all processes: each has those of its own images."""
-        if self._processes is None:
-            return
-        learning = [each for group in self.optimizer.param_groups for each in group["params"]]
-        for parameter in learning:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self._processes.add([parameter.grad for parameter in learning], "the gradients of a step")
-
-    def _share(self, step: int, total: int) -> float:
-        """Return the share of the steps, or of the time, that is used up."""
-        share = step / total
-        if self.clock.seconds is not None:
-            taken = self.clock.spent - self._began
-            share = max(share, taken / max(taken + self.clock.left, 1e-9))
-        return share
-
     def _look(self, loss: float, share: float, first: float, total: int) -> None:
         """Note the held-out loss, and end the course, or let its rate fall, where that says so."""
         self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
@@ -285,19 +283,14 @@ class Course:
         is_known = self.done >= (_LEAST_STEPS_IN_TIME if is_slow else _LEAST_STEPS)
         if not math.isfinite(loss) or (passed and is_known and not least <= passed[-1] * first):
             self.is_given_up = True
-        elif self._stands_still():
-            self.schedule.fall(share)
-
-    def _stands_still(self) -> bool:
-        """Say whether the last looks at the full rate found no smaller mean loss than those before them.
-
-        While the rate rises the loss is often smaller than soon after.
-        """
+            return
+        # Do the last looks at the full rate find no smaller mean loss than those before them? While the rate rises the
+        # loss is often smaller than soon after.
         losses = [each.loss for each in self.curve if each.lr == self.rate]
-        if len(losses) < 2 * _WINDOW:
-            return False
         lately, before = sum(losses[-_WINDOW:]), sum(losses[-2 * _WINDOW : -_WINDOW])
-        return lately > (1.0 - _PROGRESS) * before
+        stands_still = len(losses) >= 2 * _WINDOW and lately > (1.0 - _PROGRESS) * before
+        if stands_still and share < self._falls_from:
+            self._falls_from, self._end = share, share / (1.0 - _FALL)
 
     def _keep(self) -> None:
         if self.path is None:
@@ -310,12 +303,93 @@ class Course:
             "is_normed": self.is_normed,
             "rates": [asdict(each) for each in self.rates],
             "looked": self._looked,
-            "fall": [self.schedule.falls_from, self.schedule.end],
+            "fall": [self._falls_from, self._end],
             "curve": [asdict(each) for each in self.curve],
             "model": self.student.state_dict(),
         }
         parts = {"format": _FORMAT, "kind": self.kind, **now, "optimizer": self.optimizer.state_dict()}
         write_tensors(self.path, parts)
+
+
+def try_rates(
+    lesson: Teacher,
+    student: Callable[[], nn.Module],
+    batches: Callable[[], Batches],
+    judge: Callable[[nn.Module], float],
+    first: float,
+    constant: float,
+    total: int,
+    *,
+    is_normed: bool,
+    rates: Sequence[float] = RATES,
+    clock: Clock | None = None,
+    progress: bool | None = None,
+    processes: Processes | None = None,
+) -> tuple[RateTrial, ...]:
+    """Try learning rates from the highest on until one can be taken.
+
+    Parameters
+    ----------
+    lesson : Teacher
+        What is learned.
+    student : callable
+        Returns a copy of the network that learns.
+    batches : callable
+        Returns the batches of a course from its first one on.
+    judge : callable
+        Returns the held-out loss of a network, which may be changed.
+    first : float
+        The held-out loss of the network as it is.
+    constant : float
+        That of a network that always gives the same answer.
+    total : int
+        Steps of a whole course.
+    is_normed : bool
+        Whether batch norms take their statistics from the batches.
+    rates : sequence of float
+        What is tried, the highest first.
+    clock : Clock, optional
+        A limit of time: each rate takes 3 % of what is left, or three steps where these take longer.
+    progress : bool, optional
+        As for :func:`nni_topo.distill`.
+    processes : Processes, optional
+        Those that share the images.
+
+    Returns
+    -------
+    tuple of RateTrial
+        One for each rate that was tried. None is taken if all break the network. No other is tried where time allows
+        fewer than twenty more steps, and none at all where it is over.
+    """
+    clock = clock or Clock()
+    if clock.left <= 0.0:
+        return ()
+    steps = max(_LEAST_TRIED, round(_SHARE * total))
+
+    def tried(rate: float, steps: int) -> nn.Module:
+        course = Course(student(), is_normed=is_normed, rate=rate, warmup=_RISE, falls_from=_RISE, processes=processes)
+        course.run(lesson, batches(), steps, progress=False)
+        next(course.student.parameters()).flatten()[:1].cpu()  # a device computes on while Python does: this waits
+        return course.student
+
+    least_left = -math.inf  # seconds that are left for the course
+    if clock.seconds is not None:
+        tried(min(rates), 1)  # the first step takes longer: libraries are loaded and programs chosen
+        began = clock.spent
+        tried(min(rates), _LEAST_KNOWN)
+        seconds_of_a_step = (clock.spent - began) / _LEAST_KNOWN
+        least_left = _LEAST_LEFT * seconds_of_a_step
+        steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / seconds_of_a_step)))
+    most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(constant - first))
+    found: list[RateTrial] = []
+    for rate in bar("learning rate", progress, rates):
+        if clock.left < least_left:
+            break
+        loss = judge(tried(rate, steps))
+        found.append(RateTrial(rate, steps, loss, loss <= most))
+        if found[-1].is_taken:
+            break
+    return tuple(found)
 
 
 def read_state(path: Path, kind: dict[str, Any]) -> dict[str, Any]:

@@ -42,14 +42,15 @@ from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_sol
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
 from nni_topo.recovery.course import (
     MOST_LOST,
+    RATES,
     Batches,
     Clock,
     Course,
     Look,
-    RateSchedule,
     RateTrial,
     learning,
     read_state,
+    try_rates,
 )
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
@@ -66,7 +67,6 @@ from nni_topo.recovery.lesson import (
     student_of,
 )
 from nni_topo.recovery.outputs import ComparedOutputs, Outputs
-from nni_topo.recovery.rates import RATES, try_rates
 from nni_topo.recovery.report import signed_like
 from nni_topo.rules import ANYTHING, FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
 from nni_topo.sharing import named_tensors
@@ -417,7 +417,7 @@ def distillation(
             rate=rate,
             kind=kind,
             clock=clock,
-            schedule=RateSchedule(warmup),
+            warmup=warmup,
             path=state,
             every=state_seconds,
             rates=rates,

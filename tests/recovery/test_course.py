@@ -9,7 +9,7 @@ from shared_data_nets import in_threads
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, RateTrial, learning
+from nni_topo.recovery.course import Clock, Course, Look, RateTrial, learning
 from nni_topo.recovery.lesson import Lesson
 
 
@@ -31,7 +31,7 @@ def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, warmup=
     """Run a course whose looks find the given losses, the last one again and again; return it and the rates."""
     dense, original = pair()
     lesson = Seen(original, dense, ((inputs(64),), {}), "kl", 2.0)
-    lesson.course = Course(dense, is_normed=False, rate=rate, clock=clock, schedule=RateSchedule(warmup))
+    lesson.course = Course(dense, is_normed=False, rate=rate, clock=clock, warmup=warmup)
     batches = lesson.batches(torch.arange(64), 64, 0, None, False)
     left = None if losses is None else list(losses)
     look = None if left is None else lambda _: left.pop(0) if len(left) > 1 else left[0]
@@ -98,34 +98,6 @@ def test_time_that_is_over_takes_no_step():
     assert (done.done, rates, done.curve) == (0, [], [])
 
 
-def test_the_fall_is_as_much_shorter_as_what_was_before_it():
-    schedule = RateSchedule()
-    assert schedule.level(0.59, 0.01) == 1.0
-    schedule.fall(0.3)
-    assert schedule.end == pytest.approx(0.5)
-    assert schedule.level(0.4, 0.01) == pytest.approx(0.5)
-    assert schedule.level(0.5, 0.01) == 0.0
-    schedule.fall(0.45)  # it falls already
-    assert schedule.end == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("share", "level"),
-    [(0.0, 0.1), (0.1, 0.5), (0.2, 1.0), (0.6, 1.0), (0.8, 0.5), (1.0, 0.0), (1.2, 0.0)],
-)
-def test_the_level_of_a_rate_lies_between_zero_and_one(share, level):
-    assert RateSchedule(0.2).level(share, 0.02) == pytest.approx(level)
-
-
-def test_a_rate_whose_fall_begins_in_its_rise_has_the_lower_of_both():
-    schedule = RateSchedule(0.5, falls_from=0.2)
-    assert [schedule.level(share, 0.0) for share in (0.1, 0.3, 0.6)] == pytest.approx([0.2, 0.6, 0.5])
-    schedule.fall(0.2)
-    assert (schedule.falls_from, schedule.end) == (0.2, 1.0)
-    assert RateSchedule().level(0.0, 0.01) == 1.0
-    assert RateSchedule(falls_from=1.0).level(1.0, 0.01) == 1.0  # it never falls
-
-
 @pytest.mark.parametrize(
     ("losses", "stands_still"),
     [
@@ -140,11 +112,13 @@ def test_a_rate_whose_fall_begins_in_its_rise_has_the_lower_of_both():
     ],
 )
 def test_four_looks_are_compared_with_the_four_before(losses, stands_still):
-    steps = Course(pair()[0], is_normed=False, rate=0.5)
-    steps.curve = [Look(step, 0.5, loss) for step, loss in enumerate(losses)]
-    assert steps._stands_still() is stands_still
-    steps.curve[0] = Look(0, 0.4, losses[0])  # the rate was rising
-    assert steps._stands_still() is (stands_still and len(losses) > 8)
+    for rate, is_shorter in ((0.5, stands_still), (0.4, stands_still and len(losses) > 8)):
+        steps = Course(pair()[0], is_normed=False, rate=0.5)
+        steps.optimizer.param_groups[0]["lr"] = 0.5
+        # At the first look the rate may still rise.
+        steps.curve = [Look(step, 0.5 if step else rate, loss) for step, loss in enumerate(losses[:-1])]
+        steps._look(losses[-1], 0.3, math.inf, 100)
+        assert (steps._falls_from, steps._end) == pytest.approx((0.3, 0.5) if is_shorter else (0.6, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -206,14 +180,14 @@ def test_a_course_goes_on_from_all_that_its_file_says(tmp_path):
     known = {"rate": 0.01, "kind": {"seed": 3}, "path": path}
     clock = Clock(1000.0)
     clock.go_on_from(100.0)
-    one = Course(dense, is_normed=True, clock=clock, schedule=RateSchedule(0.1), rates=trials, **known)
+    one = Course(dense, is_normed=True, clock=clock, warmup=0.1, falls_from=0.3, rates=trials, **known)
     assert not path.exists()
-    one.schedule.fall(0.3)
+    one._end = 0.5
     one.run(lesson, lesson.batches(torch.arange(64), 64, 0, None, False), 50, False, look=lambda _: 0.5)
     other = Course(pair()[0], is_normed=False, clock=(later := Clock(1000.0)), **{**known, "rate": 0.5})
     assert (other.done, other.rate, other.is_normed, other.rates) == (one.done, 0.01, True, trials)
     assert (other.curve, other._looked, other._began) == (one.curve, one._looked, one._began)
-    assert (other.schedule.falls_from, other.schedule.end) == (0.3, one.schedule.end)
+    assert (other._falls_from, other._end) == (0.3, 0.5)
     assert len(one.curve) > 5
     assert one.done == 25  # the fall ends at half of the course
     assert 100.0 <= later.spent < 200.0
@@ -242,20 +216,6 @@ def test_time_left_is_what_neither_the_past_nor_the_last_judgements_take(watch):
     assert clock.left == 77.0
     clock.go_on_from(60.0)
     assert (clock.spent, clock.left) == (60.0, 35.0)
-
-
-def test_a_share_of_a_course_is_that_of_its_steps_or_of_its_own_time(watch):
-    clock = Clock(10.0)
-    watch.now += 2.0
-    steps = Course(pair()[0], is_normed=False, rate=0.1, clock=clock)
-    watch.now += 3.0
-    assert steps._share(1, 10) == 3.0 / 8.0
-    assert steps._share(5, 10) == 0.5
-    watch.now += 4.5
-    late = Course(pair()[0], is_normed=False, rate=0.1, clock=clock)
-    watch.now += 0.5
-    assert late._share(1, 10) == 1.0  # no time is left
-    assert Course(pair()[0], is_normed=False, rate=0.1)._share(1, 10) == 0.1
 
 
 class Timed(Seen):

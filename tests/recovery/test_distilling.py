@@ -17,7 +17,7 @@ from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
 from nni_topo.recovery.batchnorm import _pool
-from nni_topo.recovery.rates import RATES
+from nni_topo.recovery.course import RATES
 from nni_topo.rules import check_knobs
 from nni_topo.sharing import named_tensors
 from nni_topo.testing import toy_images, toy_model

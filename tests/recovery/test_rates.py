@@ -6,9 +6,8 @@ from distill_nets import inputs, pair
 from shared_data_nets import in_threads
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from nni_topo.recovery.course import Clock
+from nni_topo.recovery.course import RATES, Clock, try_rates
 from nni_topo.recovery.lesson import Lesson, student_of
-from nni_topo.recovery.rates import RATES, try_rates
 
 
 class Timed(Lesson):
