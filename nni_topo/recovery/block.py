@@ -19,8 +19,8 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -169,19 +169,13 @@ def _module(network: GraphModule, target: str) -> nn.Module | None:
         return None
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """Some samples of a block."""
 
     entering: list[Any]  # in the pruned network
     wanted: list[Tensor]  # of the unpruned network, at the place
     real: Tensor | None  # which positions aren't padding: bool, (samples, positions)
     rows: Tensor | None = None  # which samples count: bool, (samples,); None: all
-
-    @property
-    def tree(self) -> tuple[Any, ...]:
-        """All but the rows, for the store."""
-        return self.entering, self.wanted, self.real
 
     def taken(self, index: Tensor) -> _Part:
         """Return some of the samples."""
@@ -217,23 +211,22 @@ class _Values:
             wanted, reached = ([_in_single(each) for each in floats(net[place])] for net in (unpruned, pruned))
             part = _Part(given, wanted, replay.unpadded())
             extremes.append([torch.stack([each.amin(0), each.amax(0)]) for each in reached])
-            if not self._store.has_room(nbytes_of(part.tree)):
+            if not self._store.has_room(nbytes_of(part)):
                 raise DataError(
                     f"the values of a block must fit into {self._store.limit}, got {tools.images} samples with "
-                    f"{nbytes_of(part.tree) / size / 2**20:.1f} MiB each: fewer samples take less ({place.name})"
+                    f"{nbytes_of(part) / size / 2**20:.1f} MiB each: fewer samples take less ({place.name})"
                 )
-            self._store.append(part.tree)
+            self._store.append(part)
             self._sizes.append(size)
             shapes.append([_entries(each, size) for each in (*given, *wanted)])
         self.lives = alive(extremes)  # which values differ between samples in the pruned network
         self._are_mixed = None not in shapes[0] and all(each == shapes[0] for each in shapes)
         if self._are_mixed and self._store.nbytes <= tools.cache_bytes:
-            self._store, self._sizes = [_joined(list(self)).tree], [sum(self._sizes)]
+            self._store, self._sizes = [_joined(list(self))], [sum(self._sizes)]
 
     def __iter__(self) -> Iterator[_Part]:
         """Yield all samples, batch by batch."""
-        for each in self._store:
-            yield _Part(*each)
+        yield from self._store
 
     def parts(self, index: Tensor, size: int) -> Iterator[_Part]:
         """Yield samples by their indices, so many at a time or, where samples aren't mixed, batch by batch."""
@@ -244,7 +237,7 @@ class _Values:
                 for batch, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
                     own = chosen[(chosen >= first) & (chosen < end)] - first
                     if len(own):
-                        found.append(_Part(*self._store[batch]).taken(own))
+                        found.append(self._store[batch].taken(own))
                 yield _joined(found)
             return
         batches = torch.bucketize(index, starts[1:], right=True).tolist()
@@ -252,7 +245,7 @@ class _Values:
             rows = torch.zeros(self._sizes[batch], dtype=torch.bool)
             own = index[(index >= starts[batch]) & (index < starts[batch + 1])] - starts[batch]
             rows[own] = True
-            yield replace(_Part(*self._store[batch]), rows=rows)
+            yield self._store[batch]._replace(rows=rows)
 
 
 def _entries(value: Any, samples: int) -> Any:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from scipy.special import stdtrit
@@ -66,8 +66,7 @@ class Differences:
     agreed: list[float]  # share of the sample's largest logits that are the same; NaN where outputs aren't logits
 
 
-@dataclass(frozen=True)
-class _Answer:
+class _Answer(NamedTuple):
     """What a network gives for one batch, on the CPU."""
 
     outputs: list[Tensor]
@@ -91,11 +90,11 @@ class Answers:
             self._places = places_by_sample(model, next(calls(model, parts[0])), outputs)
         for part, store in zip(parts, self._wanted, strict=True):
             for answer in _answers(model, part, outputs, self._places):
-                store.append((answer.outputs, answer.are_logits, answer.real, answer.samples, answer.named))
+                store.append(answer)
         self._processes = parts[0].processes  # those that share the parts
         stores = self._wanted[-1:] if parts[-1].samples_of_all > 1 else self._wanted
-        self._scales = _scales([_Answer(*each) for store in stores for each in store], self._processes)
-        is_scored = _are_scores(_Answer(*each) for store in self._wanted for each in store)
+        self._scales = _scales(list(itertools.chain(*stores)), self._processes)
+        is_scored = _are_scores(itertools.chain(*self._wanted))
         if self._processes is not None:
             is_scored = any(self._processes.gather(is_scored, "what the outputs are"))
         self.are_classes = is_scored
@@ -118,8 +117,7 @@ class Answers:
         agreed: list[float] = []
         answers = _answers(net, self._parts[part], self._outputs, self._places)
         try:
-            for mine, kept in zip(answers, self._wanted[part], strict=True):
-                theirs = _Answer(*kept)
+            for mine, theirs in zip(answers, self._wanted[part], strict=True):
                 distances += self._distances(mine, theirs)
                 agreed += _agreements(mine, theirs) if self.are_classes else [math.nan] * theirs.samples
         except DataError as error:  # not for the data, on which the model itself has run
@@ -138,7 +136,8 @@ class Answers:
     @property
     def named(self) -> ComparedOutputs:
         """Which of the model's outputs are compared, and which aren't."""
-        return _Answer(*self._wanted[0][0]).named
+        named: ComparedOutputs = self._wanted[0][0].named
+        return named
 
     def _distances(self, mine: _Answer, theirs: _Answer) -> list[float]:
         """Return the squared distance of each sample's outputs, as a share of the variance, averaged over outputs."""

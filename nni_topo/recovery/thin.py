@@ -15,42 +15,24 @@ _WORTH = 0.9  # of the weights to compute at most: taking channels out and putti
 
 
 class _Thin:
-    """What a layer reads and puts out of its channels, of which the others are zero."""
+    """A layer that computes some of its outputs from some of its inputs; the others are zero."""
 
     computes_as_base = True
-    ins: Tensor
-    outs: Tensor
-    weight: Tensor
-    bias: Any
 
-    def kept(self, values: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Take out the channels that are read, with their weights and biases."""
-        weight = self.weight.index_select(0, self.outs).index_select(1, self.ins)
-        bias = None if self.bias is None else self.bias.index_select(0, self.outs)
-        return values.index_select(dim, self.ins), weight, bias
-
-    def spread(self, values: Tensor, dim: int) -> Tensor:
-        """Put the channels that were computed among zeros."""
-        shape = list(values.shape)
-        shape[dim] = len(self.weight)
-        return values.new_zeros(shape).index_copy_(dim, self.outs, values)
-
-
-class _ThinLinear(_Thin, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return self.spread(functional.linear(*self.kept(input, -1)), -1)
+        layer: Any = self
+        is_linear = isinstance(self, nn.Linear)
+        dim = -1 if is_linear else input.dim() - len(layer.kernel_size) - 1
+        weight = layer.weight.index_select(0, layer.outs).index_select(1, layer.ins)
+        bias = None if layer.bias is None else layer.bias.index_select(0, layer.outs)
+        apply = functional.linear if is_linear else layer._conv_forward
+        computed: Tensor = apply(input.index_select(dim, layer.ins), weight, bias)
+        shape = list(computed.shape)
+        shape[dim] = len(layer.weight)
+        return computed.new_zeros(shape).index_copy_(dim, layer.outs, computed)
 
 
-def _thin(kind: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002
-        dim = input.dim() - len(self.kernel_size) - 1
-        spread: Tensor = self.spread(self._conv_forward(*self.kept(input, dim)), dim)
-        return spread
-
-    return type(f"_Thin{kind.__name__}", (_Thin, kind), {"forward": forward})
-
-
-_KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _ThinLinear} | {kind: _thin(kind) for kind in CONVOLUTIONS}
+_KINDS = {kind: type(f"_Thin{kind.__name__}", (_Thin, kind), {}) for kind in (nn.Linear, *CONVOLUTIONS)}
 
 
 def thin_out(model: nn.Module, tasks: Iterable[Task]) -> None:

@@ -49,7 +49,7 @@ def test_what_is_left_out_is_zero(name):
     thin_out(thin, [])
     assert type(thin[0]) is not type(layer)
     with torch.no_grad():
-        assert thin[0].kept(values, 0 if name.endswith("batch") else 1 if "D" in name else -1)[1].shape[:2] == (2, 4)
+        assert (len(thin[0].outs), len(thin[0].ins)) == (2, 4)
         torch.testing.assert_close(thin(values), net(values))
 
 
