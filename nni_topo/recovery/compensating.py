@@ -107,23 +107,21 @@ def compensation(
     sizes, call = survey(model, calibration)
     networks = build_networks(Analysis(model, call), masks)
 
-    kept_values = cache_bytes or 0
     kept_samples = _SAMPLES_KEPT if cache_bytes is None else cache_bytes
 
-    def new_replay() -> Replay:
-        return Replay(model, networks.unpruned, networks.pruned, calibration, kept_values)
-
-    sampler = Sampler(new_replay(), sizes, seed, kept_samples, held_out_groups(calibration, sizes), processes)
-    plan = plan_of(networks, sampler.replay.touched_nodes)
+    replay = Replay(model, networks.unpruned, networks.pruned, calibration, cache_bytes or 0)
+    sampler = Sampler(replay, sizes, seed, kept_samples, held_out_groups(calibration, sizes), processes)
+    plan = plan_of(networks, replay.touched_nodes)
     tasks = chosen.tasks(plan, networks)
     thin_out(networks.pruned, tasks)
     if cache_bytes is None:
-        kept_values = sampler.memory_beside(tasks)
-        sampler.replay = new_replay()
+        replay.cache_bytes = sampler.memory_beside(tasks)
+    del replay  # the sampler has it until it begins again
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress, plan.left_alone)
 
     def begin_again() -> Replay:
-        sampler.replay = new_replay()  # what the old one has kept goes
+        kept_values = sampler.replay.cache_bytes
+        sampler.replay = Replay(model, networks.unpruned, networks.pruned, calibration, kept_values)
         return sampler.replay
 
     marks = sampler.held_out

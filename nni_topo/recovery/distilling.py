@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from nni.compression.utils import Evaluator
@@ -74,8 +74,6 @@ from nni_topo.sharing import named_tensors
 if TYPE_CHECKING:
     import pandas
 
-OBJECTIVES = ("auto", "kl", "squares", "cosine")
-
 _STEPS, _PASSES = 600, 10
 _SHOWN = 16  # digits of a hash that a state's file and errors have
 _BATCH_NORM_IMAGES = 256
@@ -84,7 +82,7 @@ _LOOKED_AT = 256  # held-out images at most that are looked at while learning go
 
 _POSITIVE = number(0.0, closed="neither")
 KNOBS = {
-    "objective": one_of(OBJECTIVES),
+    "objective": one_of(get_args(Objective)),
     "temperature": _POSITIVE,
     "steps": whole(1) | NONE,
     "seconds": _POSITIVE | NONE,
@@ -270,17 +268,10 @@ def distillation(
 ) -> Distillation:
     """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
     clock = Clock(seconds)
-    if state is not None:
-        check_output_file(path_of(state, "state"))
     for model in (original, dense):
         check_model(model)
         check_precision(precision, device_of(model), "distill")
-    hashes = dict[str, str]()
-    if state is not None:
-        # Before the models run, because a forward may write to buffers.
-        hashes = _hash_of_unpruned(original) | {"the same network to distil, hash": model_fingerprint(dense)[:_SHOWN]}
-        if path_of(state, "state").exists():
-            read_state(path_of(state, "state"), hashes)
+    hashes = check_state(state, original, dense)  # before the models run, because a forward may write to buffers
     both = {"images": images, "held_out": held_out}
     given = [batches_of(each, original, knob, shared=True) for knob, each in both.items() if each is not None]
     for each in given:
@@ -330,9 +321,14 @@ def distillation(
     lesson.judge_on(held)
     if len(learned) > 1:
         lesson.learn_from(learned)
+    own = learned[shares.mine(learned)]
+    if processes is not None:
+        images_by_process = processes.gather(len(own), "the images to learn from")
+        if not all(images_by_process):
+            raise DataError(f"each process must have images to learn from, got {images_by_process} by process (images)")
     most_steps = steps or course_length(len(learned), batch_size)
     is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
-    _check_gradients(lesson, student, _own(learned, shares)[:2], seed)
+    _check_gradients(lesson, student, own[:2], seed)
     if augment is not None:
         check_augment(original, pool, augment, seed)
 
@@ -397,15 +393,20 @@ def distillation(
         found = trials([lr], is_normed)
         is_normed = not found or found[0].is_taken
 
-    knobs: dict[str, Any] = {
+    kind = {
         "steps": most_steps,
         "seconds": seconds,
         "batch_size": batch_size,
         "lr": lr,
         "blend": blend,
+        "warmup": warmup,
+        "blocks": blocks,
+        "precision": precision,
+        "temperature": temperature,
+        "objective": lesson.kind,
+        "seed": seed,
+        "images": sum(counts),
     }
-    knobs |= {"warmup": warmup, "blocks": blocks, "precision": precision}
-    kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     if state is not None:  # the same images in the same order: which are held out depends on it
         of_images = " ".join(fingerprint(each)[:_SHOWN] for each in tensors_of(pool))
         kind |= {**hashes, "the same images in the same order, hash": of_images}
@@ -454,7 +455,10 @@ def distillation(
         is_kept = is_better(after, before)
     result = detached_copy(dense)
     if is_kept:
-        _take_values(result, student)
+        learned_values = named_tensors(student)
+        with torch.no_grad():
+            for name, tensor in named_tensors(result).items():
+                tensor.copy_(learned_values[name])
         hand_on_report(dense, result, "distilled (nni_topo.distill)")
     done = Distillation(
         model=result,
@@ -692,16 +696,6 @@ def samples_to_judge_on(model: nn.Module, images: Calibration) -> Tensor:
     return torch.isin(groups, others[every - 1 :: every])
 
 
-def _own(index: Tensor, shares: SharedImages) -> Tensor:
-    """Return the images that this process has; DataError, in all, if one has none."""
-    found = index[shares.mine(index)]
-    if shares.processes is not None:
-        counts = shares.processes.gather(len(found), "the images to learn from")
-        if not all(counts):
-            raise DataError(f"each process must have images to learn from, got {counts} by process (images)")
-    return found
-
-
 def _student(dense: nn.Module, pool: Call) -> nn.Module:
     """Return a copy that can learn: what requires gradients, or everything where nothing does."""
     if not any(parameter.is_floating_point() for parameter in dense.parameters()):
@@ -777,27 +771,18 @@ def check_can_learn(
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))), 0)
 
 
-def _hash_of_unpruned(unpruned: nn.Module) -> dict[str, str]:
-    """Return what a state's file says of the unpruned network."""
-    return {"the same unpruned network, hash": model_fingerprint(unpruned)[:_SHOWN]}
+def check_state(state: str | Path | None, unpruned: nn.Module, dense: nn.Module | None = None) -> dict[str, str]:
+    """Return what a state's file says of the networks, by their hashes; without a smaller network, of the unpruned one.
 
-
-def check_state(state: str | Path | None, unpruned: nn.Module) -> None:
-    """Raise, before there is a smaller model, the error of `distillation` where ``state`` is of another network.
-
-    DataError where the file that is there is no state, or can't be written.
+    ConfigError where the file that is there is of other networks, DataError where it is no state or can't be written.
     """
     if state is None:
-        return
+        return {}
     file = path_of(state, "state")
     check_output_file(file)
+    hashes = {"the same unpruned network, hash": model_fingerprint(unpruned)[:_SHOWN]}
+    if dense is not None:
+        hashes["the same network to distil, hash"] = model_fingerprint(dense)[:_SHOWN]
     if file.exists():
-        read_state(file, _hash_of_unpruned(unpruned))
-
-
-def _take_values(model: nn.Module, other: nn.Module) -> None:
-    """Give a model another's parameters and buffers, in its own types."""
-    values = named_tensors(other)
-    with torch.no_grad():
-        for name, tensor in named_tensors(model).items():
-            tensor.copy_(values[name])
+        read_state(file, hashes)
+    return hashes

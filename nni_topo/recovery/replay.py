@@ -66,8 +66,12 @@ class Replay:
         if self._instead and is_in_parts(unpruned.graph):  # what enters a part may depend on any input
             entering = self._placeholders
         self.touched_nodes = touched_nodes(unpruned, pruned, entering)
+        self.cache_bytes = cache_bytes
         # Values that are kept would be changed by an operation in place, by each pass anew.
-        self._cache_bytes = 0 if _works_in_place(unpruned) else cache_bytes
+        self._keeps = not any(
+            node.op in ("call_function", "call_method") and (_is_in_place(node) or node.target is operator.setitem)
+            for node in self.nodes
+        )
         self._reached: dict[int, _Reached] = {}  # by batch
         self._batches = math.inf  # unknown before a pass was read to its end
         self._real: dict[int, Tensor | None] = {}  # by batch, which positions aren't padding
@@ -96,7 +100,7 @@ class Replay:
             # What the batch has reached is kept, in the place of what was kept of it, if there is room.
             nbytes = _nbytes(*saved)
             others = sum(kept.nbytes for each, kept in self._reached.items() if each != index)
-            if others + nbytes <= self._cache_bytes:
+            if self._keeps and others + nbytes <= self.cache_bytes:
                 self._reached[index] = _Reached(front, settled, *saved, nbytes=nbytes)
 
     def shapes(self, watched: Collection[Node]) -> Iterator[tuple[Values, Tensor | None]]:
@@ -263,12 +267,6 @@ def _compute(runner: Interpreter, node: Node, values: Values) -> Any:
 def _is_in_place(node: Node) -> bool:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name.endswith("_") and not name.startswith("_") and name not in ("and_", "or_", "not_")
-
-
-def _works_in_place(graph_module: GraphModule) -> bool:
-    """Say whether running a part twice could change what it starts from."""
-    functions = [node for node in graph_module.graph.nodes if node.op in ("call_function", "call_method")]
-    return any(_is_in_place(node) or node.target is operator.setitem for node in functions)
 
 
 def _nbytes(*environments: Values) -> int:

@@ -39,37 +39,29 @@ def segments(
     ranks = {node: rank for rank, node in enumerate(nodes)}
     ordered = sorted(layers, key=ranks.__getitem__)
     at = [ranks[layer] for layer in ordered]
-    last = len(nodes) - 1  # the output
-    borders = [*_borders(_ends(nodes, touched, ranks), at), last]
-    found = []
-    for index, begin in enumerate(borders[:-1]):
-        end = borders[min(index + together, len(borders) - 1)]
-        mine = tuple(layer for layer, rank in zip(ordered, at, strict=True) if begin < rank <= end)
-        far = (each for each in borders if each >= end and sum(end < rank <= each for rank in at) >= ahead)
-        found.append(Segment(begin + 1, end, nodes[next(far, last)], mine))
-    return found
-
-
-def _borders(ends: Sequence[int], at: Sequence[int]) -> list[int]:
-    """Return the ranks after which blocks begin, from those where one may, and those of the layers."""
+    # The ranks of nodes whose value is all that later nodes read of what is touched.
+    ends, live = [], set[Node]()
+    for rank, node in enumerate(nodes):
+        if node in touched:
+            live.add(node)
+        live = {each for each in live if any(ranks[user] > rank for user in each.users)}
+        if live <= {node}:
+            ends.append(rank)
+    # The ranks after which blocks begin.
     borders: list[int] = []
     for rank in at:
         # The end right before a layer leaves norms and activations to the layer in front of them.
         border = max((end for end in ends if end < rank), default=-1)
         if not borders or sum(borders[-1] < other <= border for other in at) >= _LEAST_LAYERS:
             borders.append(border)
-    return borders
-
-
-def _ends(nodes: Sequence[Node], touched: Collection[Node], ranks: dict[Node, int]) -> list[int]:
-    """Return the ranks of nodes whose value is all that later nodes read of what is touched."""
-    found, live = [], set()
-    for rank, node in enumerate(nodes):
-        if node in touched:
-            live.add(node)
-        live = {each for each in live if any(ranks[user] > rank for user in each.users)}
-        if live <= {node}:
-            found.append(rank)
+    last = len(nodes) - 1  # the output
+    borders.append(last)
+    found = []
+    for index, begin in enumerate(borders[:-1]):
+        end = borders[min(index + together, len(borders) - 1)]
+        mine = tuple(layer for layer, rank in zip(ordered, at, strict=True) if begin < rank <= end)
+        far = (each for each in borders if each >= end and sum(end < rank <= each for rank in at) >= ahead)
+        found.append(Segment(begin + 1, end, nodes[next(far, last)], mine))
     return found
 
 
