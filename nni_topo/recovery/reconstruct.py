@@ -37,11 +37,10 @@ from nni_topo.recovery.samples import (
     Samples,
     Task,
     geometry_of,
-    input_rows,
-    output_map,
+    inputs_at,
     output_rows,
-    patches_of,
     position_count,
+    times,
 )
 from nni_topo.rules import check_fields, whole
 
@@ -111,14 +110,11 @@ class ReconstructTask(Task):
         """Return entries, and positions of the layer's output."""
         return len(unpruned[self.place]), position_count(self._module, unpruned[self.place].shape)
 
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
         """Return input patches of the pruned network, what it lacks at the place, and the unpruned values there."""
-        wanted = unpruned[self.place][part]
-        positions = positions.to(wanted.device)
-        source = pruned[self.layer.source][part]
-        inputs = input_rows(self._module, source, self._columns, positions, wanted.shape)
-        wanted = output_rows(self._module, wanted, self._rows, positions)
-        reached = output_rows(self._module, pruned[self.place][part], self._rows, positions)
+        wanted, reached = unpruned[self.place][part], pruned[self.place][part]
+        inputs = inputs_at(self._module, pruned[self.layer.source][part], self._columns, positions, wanted)
+        wanted, reached = (output_rows(self._module, each, self._rows, positions) for each in (wanted, reached))
         samples = inputs, wanted.double() - reached, wanted
         return self.refined(samples) if self.refines else samples
 
@@ -131,14 +127,6 @@ class ReconstructTask(Task):
         """Return how windows lie on what enters the layer; None if it isn't a convolution, or a transposed one."""
         return geometry_of(self._module, pruned[self.layer.source][:1])
 
-    def patches(self, unpruned: Values, pruned: Values, part: slice) -> Samples:
-        """Return what `samples` does, at all positions."""
-        inputs = patches_of(self._module, pruned[self.layer.source][part], self._columns)
-        wanted = output_map(unpruned[self.place][part], self._rows)
-        reached = output_map(pruned[self.place][part], self._rows)
-        samples = inputs, wanted.double() - reached, wanted
-        return self.refined(samples) if self.refines else samples
-
     def refined(self, samples: Samples) -> Samples:
         """Return the samples with what a ReLU lets through as wanted, and what lacks there."""
         inputs, lacking, wanted = samples
@@ -149,9 +137,7 @@ class ReconstructTask(Task):
     def effect(self, inputs: Tensor | Patches, found: Fit) -> Tensor:
         """Return what a solution changes at the place: nothing where the layer's output doesn't get there."""
         lives = (self._inverse() != 0).double().unsqueeze(1)
-        weights, shift = found.solution.weights, found.solution.shift.unsqueeze(1)
-        moved = inputs.times(weights) if isinstance(inputs, Patches) else inputs.double() @ weights
-        return (moved + shift) * lives
+        return (times(inputs, found.solution.weights) + found.solution.shift.unsqueeze(1)) * lives
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve by ridge least squares."""

@@ -84,14 +84,29 @@ def patches_of(module: Any, inputs: Tensor, columns: Tensor) -> Patches:
     return Patches.of(call.padded, len(columns), geometry)
 
 
-def output_map(outputs: Tensor, rows: Tensor) -> Tensor:
-    """Return a convolution's outputs, of channels (groups, o), in the order of `Patches`: (groups, rows, o)."""
-    return outputs.movedim(0, -1).flatten(1)[rows].mT
+def inputs_at(
+    module: Any, inputs: Tensor, columns: Tensor, positions: Tensor | None, outputs: Tensor
+) -> Tensor | Patches:
+    """Return what enters a layer at flat output positions as `input_rows` does, or, of None, at all as `Patches`."""
+    if positions is None:
+        return patches_of(module, inputs, columns)
+    return input_rows(module, inputs, columns, positions.to(outputs.device), outputs.shape)
 
 
-def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Return a layer's outputs at flat positions (n, p), of channels (groups, o): (groups, n * p, o)."""
-    return _chosen(outputs if is_pointwise(module) else outputs.movedim(1, -1), positions, rows)
+def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor | None) -> Tensor:
+    """Return a layer's outputs at flat positions (n, p), of channels (groups, o): (groups, n * p, o).
+
+    ``positions`` None: a convolution's outputs at all positions, in the order of `Patches`.
+    """
+    if positions is None:
+        return outputs.movedim(0, -1).flatten(1)[rows].mT
+    last = outputs if is_pointwise(module) else outputs.movedim(1, -1)
+    return _chosen(last, positions.to(outputs.device), rows)
+
+
+def times(inputs: Tensor | Patches, weights: Tensor) -> Tensor:
+    """Return the products of samples' inputs with weights (groups, unknowns, outputs), in double precision."""
+    return inputs.times(weights) if isinstance(inputs, Patches) else inputs.double() @ weights
 
 
 def _chosen(values: Tensor, positions: Tensor, channels: Tensor) -> Tensor:
@@ -234,8 +249,11 @@ class Task(ABC):
         """Return how many entries a batch has here, and how many positions each entry."""
 
     @abstractmethod
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
-        """Return inputs, residuals and references at some positions of some entries, ``(groups, samples, ...)``."""
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
+        """Return inputs, residuals and references at some positions of some entries, ``(groups, samples, ...)``.
+
+        ``positions`` (entries, p); None, for a task with a geometry: all, with the inputs as `Patches` in their order.
+        """
 
     @property
     def passes(self) -> int:
@@ -246,10 +264,6 @@ class Task(ABC):
         """Return how windows lie on the inputs, if they can be taken at all positions as `Patches`; else None."""
         del pruned
         return None
-
-    def patches(self, unpruned: Values, pruned: Values, part: slice) -> Samples:
-        """Return what `samples` does at all positions, in the order of `Patches`; for tasks with a geometry."""
-        raise NotImplementedError
 
     def refined(self, samples: Samples) -> Samples:
         """Return the samples of a task that refines, from what the network lacks at the same positions."""
@@ -426,17 +440,19 @@ class Sampler:
             is_held_out = self._marks(index, seen, entries)
             is_padded = real is not None and real.shape == (entries, count)
             if not is_padded and self._takes_all(task, pruned):
-                for part in _parts(entries, count * math.prod(task.layer.columns.shape)):
-                    inputs, lacking, meant = task.patches(unpruned, pruned, part)
-                    marks = is_held_out[part].repeat(count).to(lacking.device)
-                    yield _Chunk(inputs, lacking, meant, marks)
-                seen += entries
-                continue
-            positions, stay = draw_unpadded(count, entries, wanted, generator, real)
-            for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
-                inputs, lacking, meant = task.samples(unpruned, pruned, part, positions[part])
+                positions = stay = None
+                width = count * math.prod(task.layer.columns.shape)
+            else:
+                positions, stay = draw_unpadded(count, entries, wanted, generator, real)
+                width = positions.shape[1] * task.unknowns * len(task.layer.columns)
+            for part in _parts(entries, width):
+                at = None if positions is None else positions[part]
+                inputs, lacking, meant = task.samples(unpruned, pruned, part, at)
                 marks = is_held_out[part]
-                rows = marks.repeat_interleave(lacking.shape[1] // len(marks)).to(lacking.device)
+                if at is None:
+                    rows = marks.repeat(count).to(lacking.device)
+                else:
+                    rows = marks.repeat_interleave(lacking.shape[1] // len(marks)).to(lacking.device)
                 if stay is not None:
                     stays = stay[part].flatten().to(rows.device)
                     stays = stays.repeat_interleave(len(rows) // len(stays))

@@ -9,7 +9,6 @@ from nni_topo.recovery.samples import (
     draw_positions,
     geometry_of,
     input_rows,
-    output_map,
     output_rows,
     patches_of,
     position_count,
@@ -75,7 +74,7 @@ def test_patches_at_all_positions_are_the_rows_in_another_order(case):
     positions = torch.arange(count).expand(len(inputs), count)
     x = input_rows(layer, inputs, columns, positions, outputs.shape).double()
     y = output_rows(layer, outputs, rows, positions)
-    patches, found = patches_of(layer, inputs, columns), output_map(outputs, rows)
+    patches, found = patches_of(layer, inputs, columns), output_rows(layer, outputs, rows, None)
 
     def reordered(values):
         return values.unflatten(1, (len(inputs), count)).transpose(1, 2).flatten(1, 2)
