@@ -314,7 +314,7 @@ def _run(
         try:
             learned, held = sampler.collect(task, min(ranks[index:]), later=later, is_refined=is_refined)
         except OtherSamplesError:
-            if sampler.is_shared:
+            if sampler.processes is not None:
                 raise
             others.add(task.layer.name)
             left_alone[task.layer.name] = "in the pruned network a router sends it other samples"

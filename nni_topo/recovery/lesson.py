@@ -102,15 +102,14 @@ class SharedImages:
         self.processes = processes
         by_rank = [list(counts)] if processes is None else processes.gather(list(counts), "the images to learn from")
         rank = 0 if processes is None else processes.rank
-        numbers, before = [], 0
-        for source, count in enumerate(counts):
-            first = before + sum(each[source] for each in by_rank[:rank])
-            numbers.append(torch.arange(first, first + count))
-            before += sum(each[source] for each in by_rank)
         self.sources = [sum(each[source] for each in by_rank) for source in range(len(counts))]
         """The number of images of each source, of all processes."""
-        self._place = torch.full((before,), -1)
-        self._place[torch.cat(numbers)] = torch.arange(sum(counts))
+        self._place = torch.full((sum(self.sources),), -1)
+        before = own = 0
+        for source, count in enumerate(counts):
+            first = before + sum(each[source] for each in by_rank[:rank])
+            self._place[first : first + count] = torch.arange(own, own + count)
+            before, own = before + self.sources[source], own + count
 
     def __len__(self) -> int:
         """Return how many images there are."""

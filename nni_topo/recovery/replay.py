@@ -98,7 +98,8 @@ class Replay:
             self._at = index
             yield {node: unpruned[node] for node in watched}, {node: pruned[node] for node in watched}
             # What the batch has reached is kept, in the place of what was kept of it, if there is room.
-            nbytes = _nbytes(*saved)
+            tensors = tensors_of([list(values.values()) for values in saved])
+            nbytes = sum({each.data_ptr(): each.nbytes for each in tensors}.values())
             others = sum(kept.nbytes for each, kept in self._reached.items() if each != index)
             if self._keeps and others + nbytes <= self.cache_bytes:
                 self._reached[index] = _Reached(front, settled, *saved, nbytes=nbytes)
@@ -267,9 +268,3 @@ def _compute(runner: Interpreter, node: Node, values: Values) -> Any:
 def _is_in_place(node: Node) -> bool:
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name.endswith("_") and not name.startswith("_") and name not in ("and_", "or_", "not_")
-
-
-def _nbytes(*environments: Values) -> int:
-    """Return the bytes of some values; tensors that begin at the same address count once."""
-    tensors = [tensor for values in environments for tensor in tensors_of(list(values.values()))]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

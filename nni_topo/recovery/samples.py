@@ -315,7 +315,7 @@ class Sampler:
     ) -> None:
         self.replay = replay
         self.sizes = sizes
-        self._processes = processes  # those that have the other samples
+        self.processes = processes  # those that have the other samples
         self.images = sum(sizes)  # of all processes
         # By task, how many entries and random numbers the processes before this one have: (entries, numbers).
         self._before: dict[tuple[str, Node], tuple[int, int]] = {}
@@ -326,11 +326,6 @@ class Sampler:
         self._chunks: list[_Chunk] | None = None
 
     @property
-    def is_shared(self) -> bool:
-        """Whether other processes have samples, too."""
-        return self._processes is not None
-
-    @property
     def held_out(self) -> Tensor:
         """Which samples are held out, bool (samples,)."""
         if self._held_out is not None:
@@ -339,14 +334,14 @@ class Sampler:
 
     def begin(self, tasks: Sequence[Task]) -> None:
         """Check the memory that tasks take; where processes share the samples, find the place of this one's."""
-        if self._processes is not None:
-            self.images = sum(self._processes.gather(sum(self.sizes), "the number of images"))
+        if self.processes is not None:
+            self.images = sum(self.processes.gather(sum(self.sizes), "the number of images"))
         self.check_memory(tasks)
-        if self._processes is None:
+        if self.processes is None:
             return
         mine = self._counts(tasks)
-        everywhere = self._processes.gather(mine, "the positions to sample")
-        before = everywhere[: self._processes.rank]
+        everywhere = self.processes.gather(mine, "the positions to sample")
+        before = everywhere[: self.processes.rank]
         for index, task in enumerate(tasks):
             entries = sum(each[index][0] for each in before)
             self._before[task.layer.name, task.place] = entries, sum(each[index][1] for each in before)
@@ -375,7 +370,7 @@ class Sampler:
         """Return the bytes that networks' values may take: a quarter of what the sums of any task leave free."""
         free = free_memory_of(device_of(self.replay.model))
         most = max((self._needed(task) for task in tasks), default=0)
-        sharing = 1 if self._processes is None else self._processes.size
+        sharing = 1 if self.processes is None else self.processes.size
         return max(0, free - most) // (4 * sharing)
 
     def _needed(self, task: Task) -> int:
@@ -399,14 +394,17 @@ class Sampler:
         if kept is None:
             chunks = self._keep(self._sampled(task, settled, later), is_refined)
         else:
-            chunks = (_refined(task, chunk) for chunk in kept)
+            chunks = (
+                _Chunk(*task.refined((each.inputs, each.lacking, each.wanted)), is_held_out=each.is_held_out)
+                for each in kept
+            )
         for chunk in chunks:
             _add(learned, chunk, ~chunk.is_held_out)
             _add(held, chunk, chunk.is_held_out)
-        if self._processes is not None:
+        if self.processes is not None:
             device = device_of(self.replay.model)
-            learned.pool(self._processes, device, f"samples to learn from at {task.layer.name}")
-            held.pool(self._processes, device, f"samples held out at {task.layer.name}")
+            learned.pool(self.processes, device, f"samples to learn from at {task.layer.name}")
+            held.pool(self.processes, device, f"samples held out at {task.layer.name}")
         if not (learned.is_finite() and held.is_finite()):
             raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
         self._known = learned, held
@@ -414,12 +412,12 @@ class Sampler:
 
     def agreed(self, found: Fit, task: Task) -> Fit:
         """Return the solution of the first process, where several have solved the same equations."""
-        if self._processes is None:
+        if self.processes is None:
             return found
         weights, shift = found.solution.weights.clone(), found.solution.shift.clone()
         figures = [found.ridge, found.before, found.after, found.held_out, found.solution.error]
         numbers = torch.tensor(figures, dtype=torch.float64, device=weights.device)
-        self._processes.agree([weights, shift, numbers], f"the solution of {task.layer.name}")
+        self.processes.agree([weights, shift, numbers], f"the solution of {task.layer.name}")
         ridge, before, after, held_out, error = numbers.tolist()
         return Fit(Solution(weights, shift, error), ridge, before, after, held_out)
 
@@ -434,7 +432,13 @@ class Sampler:
         seen, passed = self._before.get((task.layer.name, task.place), (0, 0))
         pass_over(generator, passed)
         for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
-            _check_same_entries(task, unpruned, pruned)
+            before, after = (len(values[task.place]) for values in (unpruned, pruned))
+            if before != after:  # nothing says which belong together
+                raise OtherSamplesError(
+                    "layers that are reconstructed must get the same samples in the unpruned and in the pruned "
+                    f"network, got {before} and {after}: a part of the network, such as a router, decides what enters "
+                    f"them ({task.layer.name})"
+                )
             entries, count = task.extent(unpruned)
             real, wanted = self.replay.unpadded(), self._wanted(task, index, entries)
             is_held_out = self._marks(index, seen, entries)
@@ -504,10 +508,6 @@ def _at_rows(inputs: Tensor | Patches, rows: Tensor) -> Tensor | Patches:
     return inputs.chosen(rows) if isinstance(inputs, Patches) else inputs[:, rows]
 
 
-def _refined(task: Task, chunk: _Chunk) -> _Chunk:
-    return _Chunk(*task.refined((chunk.inputs, chunk.lacking, chunk.wanted)), is_held_out=chunk.is_held_out)
-
-
 def _add(equations: NormalEquations, chunk: _Chunk, rows: Tensor) -> None:
     if bool(rows.any()):
         equations.add(_at_rows(chunk.inputs, rows), chunk.lacking[:, rows], chunk.wanted[:, rows])
@@ -518,17 +518,6 @@ def _parts(entries: int, size: int) -> Iterator[slice]:
     step = max(1, _CHUNK // max(size, 1))
     for first in range(0, entries, step):
         yield slice(first, first + step)
-
-
-def _check_same_entries(task: Task, unpruned: Values, pruned: Values) -> None:
-    """Raise OtherSamplesError where a layer gets others in the pruned network: nothing says which belong together."""
-    before, after = (len(values[task.place]) for values in (unpruned, pruned))
-    if before != after:
-        raise OtherSamplesError(
-            "layers that are reconstructed must get the same samples in the unpruned and in the pruned network, got "
-            f"{before} and {after}: a part of the network, such as a router, decides what enters them "
-            f"({task.layer.name})"
-        )
 
 
 def check_ridge(ridge: Any) -> None:

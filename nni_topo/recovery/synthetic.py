@@ -36,7 +36,7 @@ _ROUGHNESS = 0.01  # weight of differences between neighbours
 _LEAST_VARIANCE = 1e-6
 
 
-@public(model=MODEL, example_inputs=INPUTS)
+@public(model=MODEL, example_inputs=INPUTS, count=whole(1), steps=whole(1), batch_size=whole(2), seed=SEED)
 def synthetic_images(
     model: nn.Module,
     example_inputs: Any,
@@ -102,9 +102,6 @@ def synthetic_images(
     >>> [tuple(batch.shape) for batch in synthetic_images(model, torch.zeros(1, 1, 8, 8), count=6, steps=2)]
     [(6, 1, 8, 8)]
     """
-    for name, value, least in (("count", count, 1), ("steps", steps, 1), ("batch_size", batch_size, 2)):
-        whole(least).check(name, value, "synthetic_images")
-    SEED.check("seed", seed, "synthetic_images")
     check_model(model)
     call = call_arguments(example_inputs, model)
     tensors = tensors_of(call)

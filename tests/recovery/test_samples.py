@@ -130,11 +130,11 @@ def test_a_process_draws_what_one_with_all_data_would_draw_for_its_batches(monke
     monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
     shared, (task,) = sampling(model, batches, (0, 2, 3), processes=Second())
     shared.begin([task])
-    assert (shared.is_shared, shared.images) == (True, 26)
+    assert shared.images == 26
     assert shared._before == {(task.layer.name, task.place): (13, drawn)}
     alone, (same,) = sampling(model, batches * 2, (0, 2, 3))
     alone.begin([same])
-    assert (alone.is_shared, alone.images, alone._before) == (False, 26, {})
+    assert (alone.images, alone._before) == (26, {})
     mine, every = (list(each._sampled(one, 0, None)) for each, one in ((shared, task), (alone, same)))
     assert len(mine) == 3
     for one, other in zip(mine, every[3:], strict=True):
