@@ -32,7 +32,6 @@ from nni_topo.network.runtime.hooks import batches_of, watched
 from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.recovery.outputs import Outputs, read_outputs
 from nni_topo.rules import NONE, SEED, one_of, taking, whole
 

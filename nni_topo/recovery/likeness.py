@@ -19,7 +19,6 @@ from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of, returned_tensors
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
-from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.recovery.outputs import (
     ComparedOutputs,
     Outputs,

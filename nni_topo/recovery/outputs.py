@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, listed
-from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import (
     Call,
@@ -27,7 +27,7 @@ from nni_topo.network.runtime.inputs import (
     taken,
     tensors_of,
 )
-from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.modules import device_of
 
 Outputs = Callable[[Any, Any], Any]
 """Gets what a model returned and the inputs, as a batch holds them; returns what counts of it."""

@@ -40,8 +40,8 @@ from nni_topo.pruners.budget import budget_outcome
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import Outputs
-from nni_topo.runs.allocating import Tried, check_held_out
-from nni_topo.runs.pipeline import Pipeline, PrunedNetwork, RecoveredNetwork
+from nni_topo.runs.allocating import check_held_out
+from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prunable import layers_to_prune
 from nni_topo.runs.widths import fewest_channels, inner_layers_of, least_share
 

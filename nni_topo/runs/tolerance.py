@@ -27,12 +27,11 @@ from torch import nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copying import detached_copy
-from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
-from nni_topo.recovery.distilling import Verdict
+from nni_topo.network.runtime.copies import detached_copy
+from nni_topo.network.speedup.dense import dense_report_of, to_dense
+from nni_topo.pruners.budget import BudgetOutcome, budget_outcome
 from nni_topo.recovery.likeness import Answers, are_classes
 from nni_topo.recovery.outputs import Outputs
-from nni_topo.runs.allocating import Tried
 from nni_topo.runs.measurements import UNPRUNED, evaluated
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.settings import Settings
