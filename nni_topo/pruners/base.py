@@ -30,7 +30,7 @@ from nni_topo.network.runtime.progress import quiet
 from nni_topo.network.speedup.analysis import Facts
 from nni_topo.network.speedup.dependency import DependencyGroups
 from nni_topo.pruners.allocators import ConfigAllocator
-from nni_topo.pruners.budget import Budget, BudgetPlanner
+from nni_topo.pruners.budget import Budget, BudgetPlanner, planned
 from nni_topo.pruners.checks import check_no_ratios, check_request, matched_modules, pruner_arguments
 from nni_topo.pruners.hooks import (
     Data,
@@ -69,7 +69,7 @@ class StructuredPruner(Pruner):
     allocator : SparsityAllocator or None, default=None
         Makes the masks. None: :class:`~nni_topo.hooks.ConfigAllocator`.
     planner : Planner or None, default=None
-        How many blocks are kept. None: :class:`~nni_topo.hooks.Planner`, by the config_list.
+        How many blocks are kept where there is no budget. None: :class:`~nni_topo.hooks.Planner`, by the config_list.
 
     Attributes
     ----------
@@ -89,6 +89,10 @@ class StructuredPruner(Pruner):
 
     Notes
     -----
+    A constructor of a subclass that is decorated by :func:`~nni_topo.pruners.checks.pruner_arguments` keeps its knobs
+    as attributes. Of these a ``budget`` takes the place of the planner, with ``example_inputs`` or ``calibration`` to
+    count the cost by, and ``round_to`` holds for both.
+
     ``unwrap_model()`` restores the unmasked weights as *new* Parameters: an optimizer made before doesn't know them.
     ``interval_steps``, ``total_times`` and ``first_step_gen`` mean what they mean for NNI's own pruners;
     ``LinearPruner`` and ``AGPPruner`` set them.
@@ -120,8 +124,18 @@ class StructuredPruner(Pruner):
         allocator: SparsityAllocator | None = None,
         planner: Planner | None = None,
     ) -> None:
-        self.planner = Planner() if planner is None else planner
-        has_budget = isinstance(self.planner, BudgetPlanner)
+        self.planner = Planner(round_to=getattr(self, "round_to", None)) if planner is None else planner
+        has_budget = getattr(self, "budget", None) is not None
+        if has_budget:
+            self.planner = planned(
+                self.budget,
+                model,
+                getattr(self, "example_inputs", None),
+                calibration=getattr(self, "calibration", None),
+                evaluator=evaluator,
+                round_to=self.planner.round_to,
+                allocations=self.allocations,
+            )
         self.needs_rule = self.needs_rule and not has_budget
         config_list = check_request(
             model, config_list, existed_wrappers, self.setting_rules, needs_rule=self.needs_rule

@@ -482,18 +482,16 @@ def check_shared_budget(budget: Budget | Mapping[str, Any] | None) -> None:
 
 
 def planned(
-    budget: Budget | Mapping[str, Any] | None,
+    budget: Budget | Mapping[str, Any],
     model: nn.Module,
     example_inputs: Any,
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | None,
     evaluator: Evaluator | None,
-    fallback: Planner,
-    allocations: Sequence[str] = ("uniform",),
-) -> Planner:
-    """Return a pruner's planner: by its budget, else the one for the config_list's ratios and thresholds."""
-    if budget is None:
-        return fallback
+    round_to: int | None,
+    allocations: Sequence[str],
+) -> BudgetPlanner:
+    """Return the planner of a pruner with a budget."""
     budget = as_budget(budget)
     if budget.allocation == AUTO:
         known = " or ".join(map(repr, allocations))
@@ -508,4 +506,4 @@ def planned(
         raise ConfigError(
             "a budget needs example_inputs, calibration data or an evaluator that evaluates, got none of them (budget)"
         )
-    return BudgetPlanner(budget, inputs, round_to=fallback.round_to, allocations=allocations)
+    return BudgetPlanner(budget, inputs, round_to=round_to, allocations=allocations)

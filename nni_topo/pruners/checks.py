@@ -57,19 +57,26 @@ KNOBS = {
 
 
 def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
-    """Check a constructor's arguments by the tables here, its own knobs by the rules given; the model is left alone."""
+    """Check a constructor's arguments by the tables here, its own knobs by the rules given; the model is left alone.
+
+    The pruner keeps each knob as an attribute of the same name, set before the constructor's own code runs.
+    """
 
     def decorate(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
-        names = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+        parameters = inspect.signature(function).parameters
+        names = [name for name in parameters if name not in ("self", "cls")]
         table = {**REQUEST, **KNOBS, **own}
         # A knob without a rule is an error right here.
         rules = {name: table[name] for name in names}
+        knobs = {name: each.default for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
         guarded = in_smaller_batches(function)
 
         @quiet_if_asked
         @checked(**rules)
         @functools.wraps(function)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
+            if function.__name__ == "__init__":
+                vars(args[0]).update({**knobs, **{name: kwargs[name] for name in knobs if name in kwargs}})
             with left_alone(args[1] if len(args) > 1 else kwargs.get("model")):
                 return guarded(*args, **kwargs)
 

@@ -21,12 +21,11 @@ from torch import nn
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import Budget, planned
+from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.functional import readers_of
 from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
-from nni_topo.pruners.planner import Planner
 from nni_topo.rules import Rule, whole
 
 
@@ -128,10 +127,6 @@ class MatrixPruner(StructuredPruner):
         budget: Budget | Mapping[str, Any] | None = None,
         round_to: int | None = None,
     ) -> None:
-        self.norm = norm
-        self.example_inputs = example_inputs
-        self.budget = budget
-        self.round_to = round_to
         inputs = example_inputs_of(example_inputs, model, evaluator=evaluator)
         super().__init__(
             model,
@@ -140,5 +135,4 @@ class MatrixPruner(StructuredPruner):
             existed_wrappers,
             collector=RowColumnCollector(norm, inputs),
             calculator=JointNorm(norm),
-            planner=planned(budget, model, inputs, evaluator=evaluator, fallback=Planner(round_to=round_to)),
         )

@@ -12,11 +12,10 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import Budget, planned
+from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
-from nni_topo.pruners.planner import Planner
 
 
 @dataclass
@@ -83,10 +82,6 @@ class RandomPruner(StructuredPruner):
         example_inputs: Any = None,
         round_to: int | None = None,
     ) -> None:
-        self.seed = seed
-        self.budget = budget
-        self.example_inputs = example_inputs
-        self.round_to = round_to
         super().__init__(
             model,
             config_list,
@@ -94,5 +89,4 @@ class RandomPruner(StructuredPruner):
             existed_wrappers,
             collector=WeightCollector(),
             calculator=RandomMetric(seed),
-            planner=planned(budget, model, example_inputs, evaluator=evaluator, fallback=Planner(round_to=round_to)),
         )

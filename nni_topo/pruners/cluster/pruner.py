@@ -17,12 +17,11 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, NeighbourGraph, check_used
 from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import Budget, planned
+from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.features import POOL, FeatureCollector, Pool
 from nni_topo.pruners.cluster.metric import ClusterMetric
 from nni_topo.pruners.cluster.survivors import SURVIVOR, Survivor, rules_of
-from nni_topo.pruners.planner import Planner
 from nni_topo.rules import one_of, whole
 
 
@@ -128,16 +127,6 @@ class ClusterPruner(StructuredPruner):
     ) -> None:
         check_used(algorithm, type(self).__name__, n_init=n_init, min_samples=min_samples, graph=graph)
         self.calibration = pruner_batches(calibration, model)
-        self.algorithm = algorithm
-        self.survivor = survivor
-        self.pool = pool
-        self.n_init = n_init
-        self.min_samples = min_samples
-        self.graph = graph
-        self.budget = budget
-        self.example_inputs = example_inputs
-        self.round_to = round_to
-        self.seed = seed
         collector = feature_collector(self.calibration, evaluator, pool, config_list)
         self._metric = ClusterMetric(
             collector=collector,
@@ -155,14 +144,6 @@ class ClusterPruner(StructuredPruner):
             existed_wrappers,
             collector=collector,
             calculator=self._metric,
-            planner=planned(
-                budget,
-                model,
-                example_inputs,
-                calibration=self.calibration,
-                evaluator=evaluator,
-                fallback=Planner(round_to=round_to),
-            ),
         )
 
     @property

@@ -24,7 +24,7 @@ from nni_topo.maths import signals
 from nni_topo.maths.ties import descending
 from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import Budget, planned
+from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.energy.chirp import ENERGY_KNOBS, ChirpEnergyCollector, EnergyCollector, Linear, Normalization
 from nni_topo.pruners.energy.data import DataEnergyCollector
@@ -154,15 +154,7 @@ class EnergyFilterPruner(StructuredPruner):
         linear: Linear = "unit-energy",
         round_to: int | None = None,
     ) -> None:
-        self.example_inputs = example_inputs
-        self.signal = signal
         self.calibration = pruner_batches(calibration, model)
-        self.budget = budget
-        self.normalization = normalization
-        self.batch_norm = batch_norm
-        self.bias = bias
-        self.linear = linear
-        self.round_to = round_to
         inputs = example_inputs
         if batch_norm or signal != "data":
             inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
@@ -176,7 +168,6 @@ class EnergyFilterPruner(StructuredPruner):
         else:
             chirp = None if isinstance(signal, str) else signal
             collector = ChirpEnergyCollector(inputs, signal=chirp, linear=linear, **shared)
-        fallback = Planner(strict=True, tolerance=TOLERANCE, round_to=round_to)
         super().__init__(
             model,
             config_list,
@@ -184,7 +175,5 @@ class EnergyFilterPruner(StructuredPruner):
             existed_wrappers,
             collector=collector,
             calculator=CumulativeEnergyMetric(),
-            planner=planned(
-                budget, model, inputs, calibration=self.calibration, evaluator=evaluator, fallback=fallback
-            ),
+            planner=Planner(strict=True, tolerance=TOLERANCE, round_to=round_to),
         )

@@ -131,15 +131,8 @@ class GeneticWeightPruner(StructuredPruner):
         if validation is None and evaluate is None and evaluator is None:
             raise ConfigError("a genetic search needs validation, evaluate or an evaluator, got none (validation)")
         self.validation = checked_validation(validation)
-        self.evaluate = evaluate
-        self.state = state
         if state is not None:
             check_output_file(path_of(state, "state"), makes_folder=True)
-        self.on_generation = on_generation
-        self.max_bytes = max_bytes
-        self.n_jobs = n_jobs
-        self.seed = seed
-        self.progress = progress
         self._metric = GeneticMetric(
             settings=self.search,
             validation=self.validation,

@@ -24,11 +24,10 @@ from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.network.runtime.inputs import inputs_of, on_device
 from nni_topo.network.runtime.processes import in_step
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import ALLOCATIONS, Budget, BudgetPlanner, check_shared_budget, planned
+from nni_topo.pruners.budget import ALLOCATIONS, Budget, as_budget, check_shared_budget
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.hooks import Data
-from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.pruners.reconstruction.sequential import SequentialProblems
@@ -139,25 +138,9 @@ class ReconstructionPruner(StructuredPruner):
             if budget is not None and example_inputs is None:
                 # The cost is counted by the same inputs in all processes.
                 first = on_device(inputs_of(calibration[0]), torch.device("cpu")) if processes.rank == 0 else None
-                example_inputs = processes.gather(first, "example inputs")[0]
-        self.sequential = sequential
-        self.swaps = swaps
-        self.budget = budget
-        self.example_inputs = example_inputs
-        self.round_to = round_to
-        self.seed = seed
-        self.progress = progress
+                self.example_inputs = processes.gather(first, "example inputs")[0]
         self._problems = (SequentialProblems if sequential else ReconstructionProblems)(calibration, seed=seed)
-        planner = planned(
-            budget,
-            model,
-            example_inputs,
-            calibration=calibration,
-            evaluator=evaluator,
-            fallback=Planner(round_to=round_to),
-            allocations=self.allocations,
-        )
-        is_by_error = isinstance(planner, BudgetPlanner) and planner.budget.allocation == "error"
+        is_by_error = budget is not None and as_budget(budget).allocation == "error"
         by_error = ReconstructionProblems(calibration, seed=seed) if is_by_error else None
         self._all_problems = [self._problems] if by_error is None else [self._problems, by_error]
         super().__init__(
@@ -167,7 +150,6 @@ class ReconstructionPruner(StructuredPruner):
             existed_wrappers,
             collector=FunctionalCollector(calibration),
             calculator=ReconstructionMetric(problems=self._problems, swaps=swaps, by_error=by_error, progress=progress),
-            planner=planner,
         )
 
     def _keep_measurements(self) -> None:

@@ -22,7 +22,6 @@ from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.features import POOL, Pool
 from nni_topo.pruners.cluster.pruner import feature_collector
 from nni_topo.pruners.cluster.survivors import SURVIVOR, Survivor, rules_of
-from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.subcluster.metric import SubclusterMetric, of_layer
 from nni_topo.rules import NONE, all_of, as_settings, settings
 
@@ -122,15 +121,10 @@ class SubclusterPruner(StructuredPruner):
         round_to: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.energy = energy
         self.growth = as_settings(Growth, growth, "growth")
-        self.survivor = survivor
-        self.pool = pool
-        self.seed = seed
         _check_names(model, energy, "energy")
         _check_names(model, self.growth.initial_ratio, "initial_ratio")
         self.calibration = pruner_batches(calibration, model)
-        self.round_to = round_to
         collector = feature_collector(self.calibration, evaluator, pool, config_list)
         self._metric = SubclusterMetric(
             collector=collector,
@@ -146,7 +140,6 @@ class SubclusterPruner(StructuredPruner):
             existed_wrappers,
             collector=collector,
             calculator=self._metric,
-            planner=Planner(round_to=round_to),
         )
         self._activate_targets(cap=1.0)
 

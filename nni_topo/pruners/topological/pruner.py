@@ -22,12 +22,11 @@ from torch import nn
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import Budget, planned
+from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds import CLOUDS, TRACED, PointCloud, make_collector
 from nni_topo.pruners.clouds.weight import PREPROCESS, Preprocess
 from nni_topo.pruners.hooks import DataCollector
-from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.topological.metric import CRITERIA, GeneticSearch, SelectionSettings, TopologicalMetric
 from nni_topo.rules import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
 
@@ -144,17 +143,8 @@ class TopologicalPruner(StructuredPruner):
         progress: bool | None = None,
         n_jobs: int | None = 1,
     ) -> None:
-        self.cloud = cloud
         self.calibration = pruner_batches(calibration, model)
-        self.criterion = criterion
         self.homology_dimensions = tuple(homology_dimensions)
-        self.solver = solver
-        self.budget = budget
-        self.example_inputs = example_inputs
-        self.round_to = round_to
-        self.seed = seed
-        self.progress = progress
-        self.n_jobs = n_jobs
         named = PointCloud(cloud) if isinstance(cloud, (str, DataCollector)) else cloud
         points = as_settings(PointCloud, named, "cloud")
         inputs = example_inputs
@@ -185,15 +175,6 @@ class TopologicalPruner(StructuredPruner):
             existed_wrappers,
             collector=make_collector(points, calibration=self.calibration, example_inputs=inputs, evaluator=evaluator),
             calculator=self._metric,
-            planner=planned(
-                budget,
-                model,
-                example_inputs,
-                calibration=self.calibration,
-                evaluator=evaluator,
-                fallback=Planner(round_to=round_to),
-                allocations=self.allocations,
-            ),
         )
 
     @classmethod

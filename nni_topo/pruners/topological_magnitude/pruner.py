@@ -24,7 +24,6 @@ from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
-from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.rounds import Round, even_steps, matched_state, prune_in_rounds
 from nni_topo.pruners.topological_magnitude.trees import (
     CONV_GRAPHS,
@@ -133,13 +132,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
             for name, module in model.named_modules():
                 if isinstance(module, CONVOLUTIONS) and name in planes:
                     graphs[name] = graph_of_convolution(module, planes[name][0])
-        self.on_subcritical = on_subcritical
-        self.conv_graph = conv_graph
-        self.rounds = rounds
-        self.example_inputs = example_inputs
-        self.rewind = rewind
         self._rewind_state = _rewind_state(model, rewind)
-        self.on_round = on_round
         self.history: list[Round] = []
         self._metric = TreeMetric(conv_graph=conv_graph, graphs=graphs, on_subcritical=on_subcritical)
         super().__init__(
@@ -149,7 +142,6 @@ class TopologicalMagnitudePruner(StructuredPruner):
             existed_wrappers,
             collector=MagnitudeCollector(),
             calculator=self._metric,
-            planner=Planner(),
         )
 
     def critical_ratios(self) -> dict[str, float]:
