@@ -78,8 +78,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
         "topological",
         {"config": LINEAR, "criterion": "bottleneck", "homology_dimensions": (0, 1), **SEARCH},
     ),
-    "narrow": ("topological", {"cloud": nni_topo.hooks.WeightCollector(max_features=4, preprocess="unit")}),
-    "large": ("topological", {"cloud": nni_topo.hooks.WeightCollector(max_bytes=64)}),
+    "unit": ("topological", {"cloud": nni_topo.hooks.WeightCollector(preprocess="unit")}),
     "flops": ("topological", {"config": FREE, "budget": {"flops": 0.5, "allocation": "topological"}}),
     "group": (
         "topological",

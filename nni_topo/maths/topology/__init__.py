@@ -1,12 +1,6 @@
 """Topology of point clouds and of layers as pure functions on arrays: diagrams, distances, spanning trees, covers."""
 
-from nni_topo.maths.topology.clouds import (
-    pairwise_distances,
-    projected_features,
-    projection_error,
-    random_projection,
-    with_origin,
-)
+from nni_topo.maths.topology.clouds import pairwise_distances, with_origin
 from nni_topo.maths.topology.comparison import bottleneck_distance, wasserstein_distance
 from nni_topo.maths.topology.covering import farthest_point_order, farthest_points, hausdorff_to_subset, mean_cover
 from nni_topo.maths.topology.diagrams import rips_diagram
@@ -49,9 +43,6 @@ __all__ = [
     "network_tree",
     "pairwise_distances",
     "plane_trees",
-    "projected_features",
-    "projection_error",
-    "random_projection",
     "relevance_distances",
     "rips_diagram",
     "rtd_lite",

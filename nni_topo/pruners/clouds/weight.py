@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nni_topo.context import leaving_out
 from nni_topo.errors import DataError
 from nni_topo.network.layers.kinds import by_channel
 from nni_topo.network.runtime.calibration import calibration_of
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.memory import check_memory
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
-from nni_topo.pruners.clouds.narrowing import Narrowing, chunks
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
 from nni_topo.rules import checked, one_of
@@ -40,49 +40,20 @@ class WeightCollector(DataCollector):
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
         As it is; mean point moved to the origin; also each feature scaled to unit variance; each point scaled to unit
         length (zero points stay). Constant features are left at zero by ``"standardize"``.
-    max_features : int or None, default=None
-        Project wider clouds at random onto this many features, at least 1. How far that may move distances is what
-        :func:`nni_topo.topology.projection_error` returns for ``blocks + 1`` points (the origin counts); it is logged.
-    projection_error : float or None, default=None
-        Project onto as few features as keep every distance between points, and from the origin, within this share of
-        it, in (0, 1), with probability 0.999 per weight. Clouds that have fewer features are left as they are.
-    max_bytes : int, default=2**30
-        Largest float64 cloud, in bytes, that is handed on as it is if there is no projection. Larger ones are handed on
-        as the ``n`` points in ``n`` dimensions with the same inner products, where that is narrower: distances are kept
-        to about 1e-8 of the largest norm.
-    seed : int, default=0
-        Of the projections.
 
     Raises
     ------
     ConfigError
-        If a knob is out of range, or both ``max_features`` and ``projection_error`` are given.
-
-    Notes
-    -----
-    A cloud that is made narrow is read in chunks of 64 MiB: beside the weight itself, memory is bounded by ``8 *
-    blocks * max_features`` bytes, or ``8 * blocks**2``, which is what the distances take anyway. Projecting costs
-    ``blocks * features * max_features`` products. Preprocessing comes before the projection.
+        If the name is unknown.
 
     References
     ----------
     .. [1] Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022: its table of contents
        names a point cloud made of the weight matrix; only its abstract and lists are public.
-    .. [2] Dasgupta, Gupta, "An elementary proof of a theorem of Johnson and Lindenstrauss", Random Structures and
-       Algorithms 22, 2003.
     """
 
-    def __init__(
-        self,
-        *,
-        preprocess: Preprocess = "none",
-        max_features: int | None = None,
-        projection_error: float | None = None,
-        max_bytes: int = 2**30,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, *, preprocess: Preprocess = "none") -> None:
         self.preprocess = checked_preprocess(preprocess)
-        self.narrowing = Narrowing(max_features, projection_error, max_bytes, seed)
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, features)`` on the CPU.
@@ -90,7 +61,7 @@ class WeightCollector(DataCollector):
         Raises
         ------
         DataError
-            If a weight is NaN or infinite.
+            If a weight is NaN or infinite, or the cloud doesn't fit into memory.
         """
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
@@ -100,25 +71,12 @@ class WeightCollector(DataCollector):
                 raise DataError(f"weights must be finite, got NaN or infinity ({module}.{target})")
             shrink = None if space._scaler is None else space._scaler.shrink
             blocks = weight[..., None] if shrink is None else shrink(weight, lambda block: block, keepdim=True)
-            return self._points(blocks.reshape(-1, blocks.shape[-1]), f"{module}.{target}")
+            cloud = blocks.reshape(-1, blocks.shape[-1])
+            what = f"a cloud of {len(cloud)} points of {cloud.shape[1]} features"
+            check_memory(16 * cloud.numel(), what, f"{leaving_out()}, or choose by norms", f"{module}.{target}")
+            return preprocess_points(cloud.to("cpu", torch.float64), self.preprocess)
 
         return context.collected(points)
-
-    def _points(self, cloud: Tensor, name: str) -> Tensor:
-        """Preprocess a cloud; make it narrow if it is too wide."""
-        features = self.narrowing.features(*cloud.shape)
-        if features is None and not self.narrowing.is_large(*cloud.shape):
-            what = f"a cloud of {len(cloud)} points of {cloud.shape[1]} features"
-            check_memory(16 * cloud.numel(), what, "WeightCollector(max_features=) makes it narrow", name)
-            return preprocess_points(cloud.to("cpu", torch.float64), self.preprocess)
-        steps = {"center": self.preprocess in ("center", "standardize"), "scale": self.preprocess == "standardize"}
-        if features is None:
-            points = points_of_gram(_total(part @ part.T for part in chunks(cloud, **steps)))
-        else:
-            points = self.narrowing.project(cloud, features, name, **steps)
-        if self.preprocess == "unit":
-            points = points / _nonzero(_total(part.pow(2).sum(1) for part in chunks(cloud)).sqrt())[:, None]
-        return points
 
 
 class ActivationCollector(DataCollector):
@@ -195,10 +153,6 @@ def checked_preprocess(preprocess: Preprocess) -> Preprocess:
 def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
     """Return preprocessed points ``(n, features)``; see :class:`WeightCollector`."""
     return _PREPROCESS[preprocess](points)
-
-
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    return sum(parts, torch.zeros((), dtype=torch.float64))
 
 
 def _nonzero(scale: Tensor) -> Tensor:
