@@ -47,7 +47,7 @@ SWAPPED = "least squares, swapped"
 MASKS = {
     "L2 norm": PrunerChoice("l2"),
     "least squares": PrunerChoice("reconstruction", calibration=512),
-    SWAPPED: PrunerChoice("reconstruction", calibration=512, knobs={"swaps": 1000}),
+    SWAPPED: PrunerChoice("exchange:ExchangePruner", calibration=512),
     "widths by error": PrunerChoice("reconstruction", calibration=512, knobs={"budget": {"allocation": "error"}}),
 }
 RULES = ("recalibrate", "mean", "merge", "scalar", "pair", "channel", "layer", "sequential", "reconstruct", "ahead")

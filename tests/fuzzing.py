@@ -176,7 +176,6 @@ KNOBS: dict[str, Any] = {
     "combine": st.sampled_from(["max", "sum"]),
     "preprocess": st.sampled_from(["none", "center", "standardize", "unit"]),
     "sequential": st.booleans(),
-    "swaps": st.integers(0, 3),
     "norm": st.sampled_from([1, 2]),
     "signal": st.sampled_from(["chirp", "data", {"direction": "diagonal"}, {"channels": "separate"}]),
     "normalization": st.sampled_from(["none", "area", "layer"]),

@@ -111,7 +111,7 @@ def cases(data: Any, rank: int = 0) -> dict[str, Made]:
     """Make everything that is compared; ``data`` returns calibration data from batches, groups and shares."""
     images = nets.batches(nets.Convolutions, SIZES)
     found = {
-        "CNN": pruned(nets.Convolutions, data(images), swaps=5),
+        "CNN": pruned(nets.Convolutions, data(images)),
         "residual": pruned(nets.Residual, data(nets.batches(nets.Residual, SIZES))),
         "transformer": pruned(nets.Transformer, data(nets.batches(nets.Transformer, SIZES))),
         "images of two sizes": pruned(nets.Convolutions, data(nets.batches(nets.Convolutions, SIZES, mixed=True))),
@@ -431,7 +431,7 @@ def test_a_group_of_one_process_shares_nothing(group_of_one: Any, whole: Any) ->
     data = Calibration(images, process_group=group_of_one)
     assert data.processes is None
     assert (data.samples, data.samples_of_all) == (48, 48)
-    check([pruned(nets.Convolutions, data, swaps=5)], whole["CNN"])
+    check([pruned(nets.Convolutions, data)], whole["CNN"])
 
 
 def test_what_is_added_up_in_one_go_is_of_one_type_and_not_too_large() -> None:

@@ -133,7 +133,12 @@ def pruner_masks(
     row: str, share: float, model: nn.Module, names: list[str], images: Tensor, seed: int, **more: Any
 ) -> dict[str, dict[str, Tensor]]:
     """Return the masks of a pruner of NNI or of the package."""
-    name = {"functional Hausdorff": "topological", "least squares": "reconstruction"}.get(row, row)
+    names_of_rows = {
+        "functional Hausdorff": "topological",
+        "least squares": "reconstruction",
+        "least squares with exchanges": "exchange:ExchangePruner",
+    }
+    name = names_of_rows.get(row, row)
     given = {"calibration": list(images.split(128)), "seed": seed}
     knobs = {knob: value for knob, value in given.items() if knob in nni_topo.pruner_info(name).knobs()}
     # in the middle between two numbers of filters, so that rounding down decides nothing

@@ -95,7 +95,7 @@ def run(kind: str, seed: int, data: zoo.DataBundle, images: Path, out: Path, pat
         else:
             names = [name for name, _ in pairs]
             swaps = {"swaps": 10_000} if row == EXCHANGED else {}
-            masks = pruner_masks(row.removesuffix(" with exchanges"), share, model, names, calibration, seed, **swaps)
+            masks = pruner_masks(row, share, model, names, calibration, seed, **swaps)
         dense = nni_topo.to_dense(model, calibration[:2], masks)
         dense = nni_topo.recalibrate_batch_norm(dense, list(calibration.split(128)))
         record["test"] = zoo.evaluate(dense, test)

@@ -151,7 +151,6 @@ BAD_KNOBS = {
     "combine": ("mean", 1),
     "preprocess": ("scale", 1),
     "sequential": ("no", 1),
-    "swaps": (-1, 2.5, "all", True),
     "norm": (3, True, "2"),
     "signal": ("noise", 1, {"sweep": []}),
     "normalization": ("mean", 1, []),

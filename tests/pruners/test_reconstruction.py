@@ -13,7 +13,6 @@ from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.reconstruction import ReconstructionPruner
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblem, ReconstructionProblems
 from nni_topo.pruners.reconstruction.sequential import SequentialProblems
-from nni_topo.pruners.rounds import even_steps, prune_in_rounds
 from nni_topo.pruners.topological import TopologicalPruner
 from nni_topo.speedup import dependency_groups, to_dense
 from nni_topo.testing import toy_images, toy_model
@@ -152,68 +151,6 @@ def test_the_pruner_keeps_what_least_squares_chooses(sequential):
         assert masks["hidden"]["bias"].nonzero().flatten().tolist() == sorted(problem.choose(8))
 
 
-def wide():
-    """Many channels that are alike, so that forward selection takes some that it would give back."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU()),
-        *(nn.Conv2d(24, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
-    ).eval()
-
-
-def test_swaps_leave_no_pair_whose_exchange_takes_more_off():
-    found = problem_of(wide(), ["0", "3"])
-    fell = 0
-    for name, keep in (("0", 6), ("3", 4)):
-        problem, channels = found[name], {"0": 24, "3": 16}[name]
-        greedy, swapped = problem.choose(keep), problem.choose(keep, 1, 1000)
-        assert len(set(swapped.tolist())) == keep
-        sets = [np.isin(np.arange(channels), chosen) for chosen in (greedy, swapped)]
-        others = [j for j in range(channels) if not sets[1][j]]
-        for old, new in itertools.product(swapped, others):
-            sets.append(sets[1].copy())
-            sets[-1][[old, new]] = False, True
-        before, after, *exchanged = lost(problem, sets)
-        assert after <= before
-        assert min(exchanged) > after - 2e-5
-        fell += after < before - 1e-5
-    assert fell
-
-
-@pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.quick_every(2)
-def test_the_pruner_swaps_as_often_as_it_is_told(sequential):
-    def masks(**knobs):
-        pruner = ReconstructionPruner(
-            wide(), config("0", "3", ratio=0.75), calibration=BATCHES, sequential=sequential, **knobs
-        )
-        found = pruner.compress()[1]
-        return [found[name]["bias"] for name in ("0", "3")]
-
-    plain, none, one, many, again = (masks(**k) for k in ({}, *({"swaps": n} for n in (0, 1, 1000, 1000))))
-    assert all(map(torch.equal, plain, none))
-    assert all(map(torch.equal, many, again))
-    moved = [int((mine != theirs).sum()) for mine, theirs in zip(plain, one, strict=True)]
-    assert set(moved) <= {0, 2}
-    assert any(moved) or sequential  # behind the layer as pruned none is worth it here
-    assert [int(each.sum()) for each in many] == [6, 4]
-    problem = problem_of(wide(), ["0"])["0"]
-    assert many[0].nonzero().flatten().tolist() == sorted(problem.choose(6, 1, 1000))
-
-
-def test_what_a_schedule_has_removed_no_swap_brings_back():
-    pruner = ReconstructionPruner(wide(), config("0", "3", ratio=0.75), calibration=BATCHES, swaps=1000)
-    steps = []
-
-    def train():
-        steps.append([space["bias"].mask.clone() for space in pruner._target_spaces.values()])
-
-    prune_in_rounds(pruner, even_steps(4), train)
-    assert [int(each.sum()) for each in steps[-1]] == [6, 4]
-    for earlier, later in itertools.pairwise(steps):
-        assert all((new <= old).all() for old, new in zip(earlier, later, strict=True))
-
-
 def branches():
     torch.manual_seed(4)
     return nn.Sequential(
@@ -286,12 +223,11 @@ class Halves(nn.Module):
 
 
 @pytest.mark.parametrize("samples", [4, 64])  # few are kept as they are, of many the products
-@pytest.mark.parametrize("swaps", [0, 5])
 @pytest.mark.parametrize("sequential", [False, True])
-def test_channels_are_chosen_by_all_layers_that_read_a_part_of_them(samples, swaps, sequential):
+def test_channels_are_chosen_by_all_layers_that_read_a_part_of_them(samples, sequential):
     model, data = Halves().eval(), [torch.randn(samples, 5)]
     groups = dependency_groups(model, data[0], config("first", ratio=0.75))
-    pruner = ReconstructionPruner(model, groups, calibration=data, swaps=swaps, sequential=sequential)
+    pruner = ReconstructionPruner(model, groups, calibration=data, sequential=sequential)
     mask = pruner.compress()[1]["first"]["bias"]
     pruner.unwrap_model()
     assert mask.nonzero().flatten().tolist() == [1, 4]

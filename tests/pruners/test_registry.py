@@ -168,5 +168,5 @@ def test_a_value_that_a_knob_may_not_have_is_refused_before_the_batches_are_read
         yield
 
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
-    with pytest.raises(ConfigError, match=r"swaps must be .*, got -1 \(shrink\)"):
-        nni_topo.shrink(model, batches(), {"flops": 0.5}, pruner="reconstruction", knobs={"swaps": -1})
+    with pytest.raises(ConfigError, match=r"sequential must be .*, got -1 \(shrink\)"):
+        nni_topo.shrink(model, batches(), {"flops": 0.5}, pruner="reconstruction", knobs={"sequential": -1})

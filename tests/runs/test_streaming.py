@@ -1071,12 +1071,12 @@ def test_other_files_of_the_source_are_copied(source, tmp_path):
 def test_every_other_argument_of_a_finished_run_is_told(source, tmp_path):
     target = tmp_path / "small"
     knobs = FAST | {"layers": ["mlp.up_proj", "mlp.gate_proj"], "compensate": Nothing(1)}
-    knobs |= {"pruner": "reconstruction", "knobs": {"swaps": 9}}
+    knobs |= {"pruner": "reconstruction", "knobs": {"sequential": False}}
     report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.81}, **knobs)
     assert (report.recovery, report.widths["mlp.up_proj"]) == ("Nothing", (24, 13))
     for change, words in (
         ({"pruner": "l1", "knobs": None}, "pruner"),
-        ({"knobs": {"swaps": 8}}, "pruner"),
+        ({"knobs": {"sequential": True}}, "pruner"),
         ({"layers": None}, "layers"),
         ({"remove_blocks": 1}, "remove_blocks"),
         ({"compensate": None}, "compensate"),

@@ -25,7 +25,6 @@ from torch import nn
 
 from nni_topo.context import leaving_out
 from nni_topo.errors import DataError
-from nni_topo.maths.least_squares.exchange import exchange
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
 from nni_topo.network.attention.unfused.multihead import mixing_called
 from nni_topo.network.channels.flow import ChannelFlow
@@ -61,13 +60,9 @@ class ReconstructionProblem:
     # their total variance is 1. A block is a channel's kernel elements times positions.
     layers: tuple[Products | SampleMatrix, ...]
 
-    def choose(self, keep: int, parts: int = 1, swaps: int = 0) -> IntArray:
-        """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts.
-
-        Then up to so many ``swaps`` of one of them and another channel, each the one that takes most off the error.
-        """
-        chosen = forward_selection(self.layers, keep, parts)[0]
-        return exchange(self.layers, chosen, swaps, parts)[0] if swaps else chosen
+    def choose(self, keep: int, parts: int = 1) -> IntArray:
+        """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts."""
+        return forward_selection(self.layers, keep, parts)[0]
 
     def worth(self, parts: int = 1) -> FloatArray:
         """Return what each channel takes off the error, summed over the layers, when all are chosen in turn."""

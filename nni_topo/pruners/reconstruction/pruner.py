@@ -32,7 +32,7 @@ from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.pruners.reconstruction.sequential import SequentialProblems
 from nni_topo.pruners.selection import WhenAsked
-from nni_topo.rules import FLAG, whole
+from nni_topo.rules import FLAG
 
 
 class ReconstructionPruner(StructuredPruner):
@@ -61,10 +61,6 @@ class ReconstructionPruner(StructuredPruner):
     sequential : bool, default=False
         Look at each layer in the network as pruned so far, the layers before it reconstructed, instead of at all
         layers in the network as it is.
-    swaps : int, default=0
-        After the choice, the most exchanges in each unit of a channel that is kept and one that isn't, at least 0: each
-        time those two whose exchange takes most off the error, while it takes off more than 1e-5 of what the kept
-        channels explain [3]_. 1000 is all that help.
     budget : Budget, mapping or None, default=None
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``, or ``{"flops":
         0.25, "allocation": "error"}`` for widths by the error that channels leave.
@@ -95,7 +91,6 @@ class ReconstructionPruner(StructuredPruner):
     ----------
     .. [1] He, Zhang, Sun, "Channel pruning for accelerating very deep neural networks", ICCV 2017.
     .. [2] Luo, Wu, Lin, "ThiNet", ICCV 2017.
-    .. [3] Fedorov, "Theory of Optimal Experiments", Academic Press, 1972 (the exchange algorithm).
 
     Examples
     --------
@@ -112,7 +107,7 @@ class ReconstructionPruner(StructuredPruner):
     allocations = ALLOCATIONS
 
     @in_step
-    @pruner_arguments(sequential=FLAG, swaps=whole(0))
+    @pruner_arguments(sequential=FLAG)
     def __init__(
         self,
         model: nn.Module,
@@ -122,7 +117,6 @@ class ReconstructionPruner(StructuredPruner):
         *,
         calibration: Iterable[Any] | None = None,
         sequential: bool = False,
-        swaps: int = 0,
         budget: Budget | Mapping[str, Any] | None = None,
         example_inputs: Any = None,
         round_to: int | None = None,
@@ -149,7 +143,7 @@ class ReconstructionPruner(StructuredPruner):
             evaluator,
             existed_wrappers,
             collector=FunctionalCollector(calibration),
-            calculator=ReconstructionMetric(problems=self._problems, swaps=swaps, by_error=by_error, progress=progress),
+            calculator=ReconstructionMetric(problems=self._problems, by_error=by_error, progress=progress),
         )
 
     def _keep_measurements(self) -> None:

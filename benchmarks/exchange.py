@@ -2,7 +2,8 @@
 
 Forward selection takes nothing back: a channel that was best alone stays when others have made it dispensable. The
 exchange algorithm [1]_ looks at all pairs of a chosen and another channel, and makes the exchange that takes most off
-the squared error, again and again until none does.
+the squared error, again and again until none does. The pruner ``exchange:ExchangePruner`` of the benchmarks does so
+after the selection of `ReconstructionPruner`.
 
 With ``G`` the products of the columns with each other and ``K`` the chosen ones, what an exchange takes off follows
 exactly from the inverse of ``G_KK``, from the Schur complements of the others and from what these share with the chosen
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -36,6 +39,9 @@ from nni_topo.maths.least_squares.greedy import (
     on_one_thread,
 )
 from nni_topo.maths.ties import RELATIVE, descending
+from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
+from nni_topo.pruners.reconstruction.problems import ReconstructionProblem
+from nni_topo.pruners.reconstruction.pruner import ReconstructionPruner
 from nni_topo.rules import whole
 
 _WORTHWHILE = 1e-5  # of what the chosen channels explain: an exchange that takes off no more isn't made
@@ -97,6 +103,39 @@ def exchange(
             ]
             _improve(readers, order, part, taken, most)
     return order, np.array(taken)
+
+
+@dataclass(kw_only=True, eq=False)
+class ExchangeMetric(ReconstructionMetric):
+    """Forward selection, then at most so many exchanges."""
+
+    swaps: int
+
+    def chosen(self, problem: ReconstructionProblem, keep: int, parts: int) -> IntArray:
+        """Return the kept channels of one unit, ``(keep,)``."""
+        return exchange(problem.layers, problem.choose(keep, parts), self.swaps, parts)[0]
+
+
+class ExchangePruner(ReconstructionPruner):
+    """`ReconstructionPruner` with at most ``swaps`` exchanges of a kept and a removed channel of each unit."""
+
+    def __init__(
+        self,
+        model: Any,
+        config_list: list[dict[str, Any]],
+        evaluator: Any = None,
+        existed_wrappers: Any = None,
+        *,
+        calibration: Any = None,
+        swaps: int = 1000,
+        sequential: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.swaps = swaps
+        super().__init__(
+            model, config_list, evaluator, existed_wrappers, calibration=calibration, sequential=sequential, seed=seed
+        )
+        self.calculator = ExchangeMetric(problems=self.calculator.problems, swaps=swaps)
 
 
 def _improve(readers: Sequence[_Reader], order: IntArray, part: IntArray, taken: list[float], most: int) -> None:

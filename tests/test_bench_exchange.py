@@ -4,12 +4,19 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from bench_modules import BENCHMARKS, imported
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.least_squares.exchange import exchange
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
+from nni_topo.pruners.reconstruction.pruner import ReconstructionPruner
+from nni_topo.testing import toy_images
+
+with imported(BENCHMARKS, "exchange") as _module:
+    exchange, ExchangePruner = _module.exchange, _module.ExchangePruner
 
 MANY = 1000
 few = settings(max_examples=30, deadline=None)
@@ -231,3 +238,32 @@ def test_nothing_is_exchanged_where_there_is_nothing_to_explain():
     found, gains = exchange([products(columns, 0.0 * targets, 1)], range(4), 5)
     assert found.tolist() == [0, 1, 2, 3]
     assert not len(gains)
+
+
+def wide():
+    """Many channels that are alike, so that forward selection takes some that it would give back."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU()),
+        *(nn.Conv2d(24, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
+    ).eval()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.quick_every(2)
+def test_the_pruner_exchanges_as_often_as_it_is_told(sequential):
+    config_list = [{"op_names": ["0", "3"], "sparse_ratio": 0.75}]
+    batches = [toy_images(32)]
+
+    def masks(kind, **knobs):
+        pruner = kind(wide(), config_list, calibration=batches, sequential=sequential, **knobs)
+        found = pruner.compress()[1]
+        return [found[name]["bias"] for name in ("0", "3")]
+
+    plain, none = masks(ReconstructionPruner), masks(ExchangePruner, swaps=0)
+    one, many, again = (masks(ExchangePruner, swaps=count) for count in (1, MANY, MANY))
+    assert all(map(torch.equal, plain, none))
+    assert all(map(torch.equal, many, again))
+    assert {int((mine != theirs).sum()) for mine, theirs in zip(plain, one, strict=True)} <= {0, 2}
+    assert [int(each.sum()) for each in many] == [6, 4]
+    assert sequential or not all(map(torch.equal, plain, many))
