@@ -163,7 +163,6 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.synthetic_images": lambda: {"model": net(), "example_inputs": IMAGES, "count": 2, "steps": 1},
     "nni_topo.to_dense": lambda: {"model": net(), "example_inputs": IMAGES, "masks": masks()},
     "nni_topo.zeros_held": lambda: {"model": net()},
-    "nni_topo.recovery.greedy_least_squares": lambda: {"gram": np.eye(4), "cross": np.ones((4, 2)), "keep": 2},
     "nni_topo.recovery.pair_coefficients": lambda: {"removed": POINTS[:, 0], "survivor": POINTS[:, 1]},
     "nni_topo.speedup.measure_latency": lambda: {
         "model": net(),

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.rules import checked
 
-__all__ = ["Chirp", "chirp", "chirp_2d", "signal_energy", "sweep_range"]
+__all__ = ["Chirp", "chirp", "chirp_2d"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Sweep = Literal["nyquist", "thesis"]
@@ -77,7 +77,9 @@ def chirp(
     shape : sequence of int
         Pixels per axis, one to three axes, at least 1 each.
     sweep : {"nyquist", "thesis"}, default="nyquist"
-        Range of the frequency; see :func:`sweep_range`.
+        Range of the frequency, from one cycle per diagonal. ``"nyquist"`` ends at 1/2 cycle per pixel, the highest
+        frequency that pixels can carry; ``"thesis"`` at 1, as the text has it, so that the upper half of the sweep
+        folds back to lower frequencies.
     direction : {"radial", "diagonal"}, default="radial"
         ``"radial"``: with the distance from the centre, out to the corners; every orientation. ``"diagonal"``: along
         the diagonal from the first to the last pixel, as the text has it; one orientation, every frequency once.
@@ -91,11 +93,6 @@ def chirp(
     ------
     ConfigError
         If a name is unknown, or a size isn't an integer from 1.
-
-    See Also
-    --------
-    sweep_range : the frequencies.
-    signal_energy : the energy of a response.
 
     Notes
     -----
@@ -127,7 +124,7 @@ class Chirp:
         orientation, at an eighth of the cost. ``"diagonal"``: the text's one along the diagonal, to which filters along
         the other are silent.
     sweep : {"nyquist", "thesis"}, default="nyquist"
-        Whether it ends at 1/2 or at 1 cycle per pixel; see :func:`sweep_range`.
+        Whether it ends at 1/2 or at 1 cycle per pixel; see :func:`chirp`.
     channels : {"together", "separate"}, default="together"
         Whether it enters all input channels at once, as in the text, where kernels that cancel over the channels have
         no energy, or one after the other, whose energies add up.
@@ -171,69 +168,10 @@ class Chirp:
         return np.stack(found)
 
 
-@checked()
-def sweep_range(shape: Sequence[int], sweep: Sweep = "nyquist") -> tuple[float, float]:
-    """Return the first and the last frequency of a chirp, in cycles per pixel.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        Pixels per axis.
-    sweep : {"nyquist", "thesis"}, default="nyquist"
-        ``"nyquist"`` ends at 1/2, the highest frequency that pixels can carry; ``"thesis"`` at 1, as the text has it,
-        so that the upper half of the sweep folds back to lower frequencies.
-
-    Returns
-    -------
-    tuple of float
-        ``1 / n``, with ``n`` the diagonal in pixels, but never above the end; and the end.
-
-    Raises
-    ------
-    ConfigError
-        If the name is unknown, or a size isn't an integer from 1.
-
-    Examples
-    --------
-    >>> sweep_range((3, 4))
-    (0.2, 0.5)
-    """
-    end = _checked(_ENDS, "sweep", sweep, "sweep_range")
+def sweep_range(shape: Sequence[int], sweep: str = "nyquist") -> tuple[float, float]:
+    """Return the first and the last frequency of a chirp, in cycles per pixel; ConfigError for a bad size or name."""
+    end = _checked(_ENDS, "sweep", sweep, "chirp")
     return min(1.0 / math.hypot(*_checked_shape(shape)), end), end
-
-
-@checked()
-def signal_energy(signal: ArrayLike) -> float:
-    """Return the energy of a signal, the sum of its squared magnitudes.
-
-    Parameters
-    ----------
-    signal : array_like, any shape
-        Real or complex, finite.
-
-    Returns
-    -------
-    float
-        At least 0.
-
-    Raises
-    ------
-    DataError
-        If a value is NaN or infinite.
-
-    Notes
-    -----
-    By Parseval's theorem it is the energy of the discrete Fourier transform divided by the number of samples.
-
-    Examples
-    --------
-    >>> signal_energy([3.0, -4.0])
-    25.0
-    """
-    values = np.asarray(signal)
-    if not np.isfinite(values).all():
-        raise DataError(f"a signal must be finite, got {int((~np.isfinite(values)).sum())} NaN or infinite (signal)")
-    return float(np.sum(np.abs(values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)) ** 2))
 
 
 def _along_diagonal(shape: tuple[int, ...]) -> FloatArray:

@@ -1,6 +1,5 @@
 """Bringing a pruned network back without labels."""
 
-from nni_topo.maths.least_squares.greedy import greedy_least_squares
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.block import Block
 from nni_topo.recovery.blocks import remove_blocks
@@ -38,7 +37,6 @@ __all__ = [
     "compensation",
     "distill",
     "distillation",
-    "greedy_least_squares",
     "list_recoveries",
     "narrow_heads",
     "pair_coefficients",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nni_topo import TopologicalPruner
 from nni_topo.maths.clustering.subclustering import Growth, grow, hoh_threshold
-from nni_topo.maths.least_squares.greedy import greedy_least_squares
+from nni_topo.maths.least_squares.greedy import Products, forward_selection
 from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.pruners.allocators import keep_highest
@@ -71,8 +71,9 @@ def test_least_squares_selection(seed, keep):
     columns[:, generator.permutation(8)[:5]] = columns[:, generator.integers(0, 8, 5)]
     target = columns @ generator.integers(-1, 2, size=(8, 2)).astype(float)
     gram, cross = columns.T @ columns, columns.T @ target
-    moved = greedy_least_squares(symmetric(rounded_otherwise(gram, seed, 4)), rounded_otherwise(cross, seed, 4), keep)
-    np.testing.assert_array_equal(moved, greedy_least_squares(gram, cross, keep))
+    moved = Products(symmetric(rounded_otherwise(gram, seed, 4)), rounded_otherwise(cross, seed, 4), 1)
+    chosen = (forward_selection([layer], keep)[0] for layer in (moved, Products(gram, cross, 1)))
+    np.testing.assert_array_equal(*chosen)
 
 
 @given(seeds, st.integers(1, 6), st.sampled_from([1, 2]))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.signals import Chirp, chirp, chirp_2d, signal_energy, sweep_range
+from nni_topo.errors import ConfigError
+from nni_topo.maths.signals import Chirp, chirp, chirp_2d, sweep_range
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 KNOBS = {
@@ -38,14 +38,7 @@ def test_every_chirp_is_finite_bounded_and_not_silent(shape, sweep, direction):
     assert signal.shape == shape
     assert signal.dtype == np.float64
     assert np.abs(signal).max() <= 1.0
-    assert signal_energy(signal) > 0.0
-
-
-@given(shape=SIZES, **KNOBS)
-@settings(max_examples=60, deadline=None)
-def test_parseval(shape, sweep, direction):
-    signal = chirp(shape, sweep=sweep, direction=direction)
-    assert signal_energy(np.fft.fftn(signal)) / signal.size == pytest.approx(signal_energy(signal), rel=1e-12)
+    assert np.square(signal).sum() > 0.0
 
 
 def test_two_dimensions_are_the_general_chirp():
@@ -143,11 +136,6 @@ def test_sweeps():
 def test_bad_arguments_are_refused(call, words):
     with pytest.raises(ConfigError, match=words):
         call()
-
-
-def test_the_energy_of_a_broken_signal_is_refused():
-    with pytest.raises(DataError, match="got 1 NaN or infinite"):
-        signal_energy([1.0, np.nan])
 
 
 @pytest.mark.parametrize("shape", [(9,), (6, 9), (4, 5, 6)])

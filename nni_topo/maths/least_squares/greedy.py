@@ -27,7 +27,6 @@ from threadpoolctl import ThreadpoolController
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.on_device import DeviceReader, ProductsOnDevice, SamplesOnDevice
 from nni_topo.maths.ties import first_largest
-from nni_topo.rules import checked
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -41,74 +40,46 @@ _MANY = 2**16  # numbers of a layer: fewer are worked through by the CPU sooner 
 _CACHED = 2**20  # bytes of targets that are worked on at a time
 
 
-@checked()
-def greedy_least_squares(
-    gram: FloatArray | Sequence[FloatArray],
-    cross: FloatArray | Sequence[FloatArray],
-    keep: int,
-    *,
-    block: int | Sequence[int] = 1,
-    parts: int = 1,
-) -> IntArray:
+def forward_selection(
+    layers: Sequence[Products | SampleMatrix], keep: int, parts: int = 1
+) -> tuple[IntArray, FloatArray]:
     """Choose channels one by one for the least-squares prediction of targets.
 
     Parameters
     ----------
-    gram : ndarray, shape (n * block, n * block), or a sequence of such
-        ``X.T @ X`` of the columns of all channels, centred if a constant is fitted too. Channel j has the columns ``j *
-        block ... (j + 1) * block - 1``. Where several layers read the channels, one for each.
-    cross : ndarray, shape (n * block, outputs), or a sequence of such
-        ``X.T @ Y`` with the targets.
+    layers : sequence of Products or SampleMatrix
+        What each layer that reads the channels is to be met from. The gain of several is the sum of theirs.
     keep : int
         How many to choose, in [1, n].
-    block : int or sequence of int, default=1
-        Columns of a channel, at least 1; a sequence has one entry for each layer.
     parts : int, default=1
         Equal segments of channels of which the same number is kept; divides n and ``keep``.
 
     Returns
     -------
-    ndarray of int, shape (keep,)
-        Channels in the order of choice; with one part each prefix is the choice for a smaller ``keep``. Of gains that
-        are equal to 1e-6 of them the lowest channel wins. From where no channel takes off more than 1e-5 of what those
-        before it took, the others follow by the gains that they have then: the targets are met.
+    channels : ndarray of int, shape (keep,)
+        In the order of choice; with one part each prefix is the choice for a smaller ``keep``. Of gains that are equal
+        to 1e-6 of them the lowest channel wins. From where no channel takes off more than 1e-5 of what those before it
+        took, the others follow by the gains that they have then: the targets are met.
+    taken : ndarray, shape (keep,)
+        What each channel took off the squared error.
 
     Raises
     ------
     ConfigError
-        If ``keep``, ``block`` or ``parts`` is out of range.
+        If ``keep`` or ``parts`` is out of range, or a block doesn't divide the columns.
     DataError
         If shapes don't fit or values aren't finite.
 
     Notes
     -----
-    The gain of several layers is the sum of theirs: scale ``cross`` to weigh them.
-
     With N columns the cost is about ``N * keep * block * (keep * block + min(outputs, N))`` products.
 
     Examples
     --------
     >>> columns = np.eye(3) * [1.0, 3.0, 2.0]
-    >>> greedy_least_squares(columns @ columns, columns @ [[1.0], [2.0], [3.0]], 2).tolist()
+    >>> forward_selection([Products(columns @ columns, columns @ [[1.0], [2.0], [3.0]], 1)], 2)[0].tolist()
     [2, 1]
     """
-    grams = [np.asarray(each) for each in ([gram] if isinstance(gram, np.ndarray) else gram)]
-    crosses = [np.asarray(each) for each in ([cross] if isinstance(cross, np.ndarray) else cross)]
-    if any(each.ndim != 2 for each in (*grams, *crosses)):
-        raise DataError("gram and cross must be matrices, got arrays of another number of dimensions")
-    blocks = [block] * len(grams) if isinstance(block, int) else list(block)
-    if not grams or not len(grams) == len(crosses) == len(blocks):
-        raise DataError(
-            f"gram, cross and block must belong together, got {len(grams)}, {len(crosses)} and {len(blocks)} of them"
-        )
-    layers = [Products(*layer) for layer in zip(grams, crosses, blocks, strict=True)]
-    return forward_selection(layers, keep, parts)[0]
-
-
-def forward_selection(
-    layers: Sequence[Products | SampleMatrix], keep: int, parts: int = 1
-) -> tuple[IntArray, FloatArray]:
-    """Return the order of :func:`greedy_least_squares`, and what each channel took off the squared error, (keep,)."""
     channels = channels_read(layers, keep)
     if parts < 1 or channels % parts or keep % parts:
         raise ConfigError(f"parts must divide {channels} channels and {keep} kept ones, got {parts} (parts)")

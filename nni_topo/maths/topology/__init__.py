@@ -17,7 +17,7 @@ from nni_topo.maths.topology.layer_trees import (
 from nni_topo.maths.topology.matching import h0_bottleneck, h0_wasserstein
 from nni_topo.maths.topology.metric_magnitude import magnitude_subset, metric_magnitude
 from nni_topo.maths.topology.relevance import relevance_distances
-from nni_topo.maths.topology.rtd_lite import rtd_lite, rtd_lite_bars, rtd_lite_loss
+from nni_topo.maths.topology.rtd_lite import rtd_lite, rtd_lite_loss
 from nni_topo.maths.topology.spanning import distinct_points, h0_deaths
 
 __all__ = [
@@ -46,7 +46,6 @@ __all__ = [
     "relevance_distances",
     "rips_diagram",
     "rtd_lite",
-    "rtd_lite_bars",
     "rtd_lite_loss",
     "spanning_forest",
     "wasserstein_distance",

@@ -12,7 +12,6 @@ from nni_topo.maths.topology.checks import FloatArray, IntArray, as_distances
 from nni_topo.rules import checked
 
 _QUANTILE = 0.9  # of the distances between different points, which becomes 1
-_ADDED = -1.0  # length of an edge that isn't of the first cloud
 
 
 @checked()
@@ -44,7 +43,6 @@ def rtd_lite(first: ArrayLike, second: ArrayLike, *, normalise: bool = True) -> 
 
     See Also
     --------
-    rtd_lite_bars : the same as a barcode.
     rtd_lite_loss : the same of tensors of points, differentiable.
 
     Notes
@@ -70,60 +68,6 @@ def rtd_lite(first: ArrayLike, second: ArrayLike, *, normalise: bool = True) -> 
     smaller = np.minimum(one, two)
     lengths = [float(matrix[tuple(spanning_edges(matrix).T)].sum()) for matrix in (one, two, smaller)]
     return max(0.0, (lengths[0] + lengths[1]) / 2.0 - lengths[2])
-
-
-@checked()
-def rtd_lite_bars(first: ArrayLike, second: ArrayLike, *, normalise: bool = True) -> FloatArray:
-    """Return the barcode of RTD-Lite from the first cloud: which clusters it joins later than the minimum cloud does.
-
-    A bar is born where two clusters of the minimum cloud become one, and dies where the first cloud joins them too.
-
-    Parameters
-    ----------
-    first, second : array_like, shape (n, n)
-        As in :func:`rtd_lite`.
-    normalise : bool, default=True
-        As in :func:`rtd_lite`.
-
-    Returns
-    -------
-    ndarray of float64, shape (k, 2)
-        Births and deaths of the k <= n - 1 bars of positive length, longest first. The lengths sum to the difference
-        between the spanning trees of the first and of the minimum cloud.
-
-    Raises
-    ------
-    DataError
-        As in :func:`rtd_lite`.
-
-    References
-    ----------
-    As of :func:`rtd_lite`, algorithm 1.
-
-    Examples
-    --------
-    >>> first, second = (abs(np.subtract.outer(x, x)) for x in ([0.0, 1.0, 5.0], [0.0, 4.0, 5.0]))
-    >>> rtd_lite_bars(first, second, normalise=False)
-    array([[1., 4.]])
-    """
-    one, two = _both(first, second, normalise)
-    smaller = np.minimum(one, two)
-    joins = spanning_edges(smaller)
-    births = smaller[tuple(joins.T)]
-    tree = [dict[int, float]() for _ in range(len(one))]
-    for start, end in spanning_edges(one).tolist():
-        tree[start][end] = tree[end][start] = one[start, end]
-    bars = []
-    for place in np.argsort(births, kind="stable").tolist():
-        # Adding the edge to the tree closes a cycle. The longest edge of the first cloud on it is where that cloud
-        # joins the two clusters; the added edge takes its place, and is never the longest of another cycle.
-        start, end = joins[place].tolist()
-        left, right = _longest_on_path(tree, start, end)
-        bars.append((births[place], tree[left].pop(right)))
-        del tree[right][left]
-        tree[start][end] = tree[end][start] = _ADDED
-    found = np.array([bar for bar in bars if bar[1] > bar[0]]).reshape(-1, 2)
-    return found[np.argsort(found[:, 0] - found[:, 1], kind="stable")]
 
 
 @checked()
@@ -194,24 +138,6 @@ def spanning_edges(distances: FloatArray) -> IntArray:
         to_tree[is_nearer] = row[is_nearer]
         to_tree[newest] = np.inf
     return edges
-
-
-def _longest_on_path(tree: list[dict[int, float]], start: int, end: int) -> tuple[int, int]:
-    """Return the longest edge on the path between two points of a tree."""
-    before = {start: start}
-    reached = [start]
-    while end not in before:
-        point = reached.pop()
-        for other in tree[point]:
-            if other not in before:
-                before[other] = point
-                reached.append(other)
-    path = []
-    point = end
-    while point != start:
-        path.append((before[point], point))
-        point = before[point]
-    return max(path, key=lambda edge: tree[edge[0]][edge[1]])
 
 
 def _both(first: ArrayLike, second: ArrayLike, normalise: bool) -> tuple[FloatArray, FloatArray]:
