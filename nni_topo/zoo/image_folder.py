@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.datasets.folder import find_classes
+from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from nni_topo.errors import DataError
@@ -98,63 +98,23 @@ def list_image_folder(
 
 def _listed(folder: Path) -> _Listed:
     _check_sorted(folder)
+    begin = len(os.path.join(folder, ""))
+    files = []
     try:
         # hidden folders aren't classes
         names = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+        # class by class, because a list of all paths takes ten times the memory of the arrays
+        for name in names:
+            images = make_dataset(folder, {name: 0}, extensions=_SUFFIXES)
+            files.append(np.array([os.fsencode(path[begin:]) for path, _ in images]))
     except FileNotFoundError as error:
         raise DataError(
             f"an image folder must hold one folder per class with at least one image, got: {error} ({folder})"
         ) from error
     if not names:
         raise DataError(f"an image folder must hold one folder per class, got none ({folder})")
-    # class by class, because a list of all paths takes ten times the memory of the arrays
-    files = [np.array([os.fsencode(path) for path in _images_of_class(folder, name)]) for name in names]
     labels = np.repeat(np.arange(len(names)), [len(each) for each in files])
     return _Listed(np.concatenate(files), labels, tuple(names))
-
-
-def _images_of_class(folder: Path, name: str) -> list[str]:
-    """List the images of a class by their paths below the folder, in torchvision's order.
-
-    Links are followed, but each folder counts once, and none that contains the class: a link to one would add the
-    images of other classes, or of the test set.
-    """
-    real = folder.resolve()
-    seen = {_identity(each) for each in (real, *real.parents)}
-    found: list[tuple[str, str]] = []
-    waiting = [name]
-    while waiting:
-        place = waiting.pop()
-        try:
-            own = _identity(folder / place)
-            if own in seen:
-                continue
-            seen.add(own)
-            inner = []
-            with os.scandir(folder / place) as entries:
-                for entry in entries:
-                    if entry.is_dir():
-                        inner.append(os.path.join(place, entry.name))
-                    elif entry.name.lower().endswith(_SUFFIXES):
-                        # To open a pipe would wait for a writer.
-                        if not entry.is_file():
-                            raise DataError(f"an image file must be a regular file, got another kind ({entry.path})")
-                        found.append((place, entry.name))
-        except OSError as error:
-            raise DataError(f"a folder of images must be readable, got {error.strerror} ({folder / place})") from error
-        waiting += sorted(inner, reverse=True)
-    if not found:
-        kinds = ", ".join(_SUFFIXES)
-        raise DataError(
-            "an image folder must hold one folder per class with at least one image, got none that ends in "
-            f"{kinds} ({folder / name})"
-        )
-    return [os.path.join(place, file) for place, file in sorted(found)]
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def _check_sorted(folder: Path) -> None:

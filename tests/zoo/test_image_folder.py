@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ from nni_topo.runs.processes import data_share
 from nni_topo.runs.run import Start, load_model_data
 from nni_topo.zoo import load_data
 from nni_topo.zoo.external import pretrained_preprocessing
-from nni_topo.zoo.image_folder import list_image_folder, read_image
+from nni_topo.zoo.image_folder import read_image
 from nni_topo.zoo.labelled import ImageFiles, Preprocessing
 
 
@@ -229,35 +228,6 @@ def test_the_command_of_the_documentation_sorts_the_validation_images_of_ilsvrc(
     found, expected = (load_data(str(place), image_size=16) for place in (tmp_path / "images", folder))
     assert found.test.labels.tolist() == expected.test.labels.tolist()
     assert len(found.test) == 20
-
-
-def test_links_are_followed_once_and_never_to_what_contains_a_class(folder, tmp_path) -> None:
-    shutil.copytree(folder, tmp_path / "data")
-    plain = list_image_folder(tmp_path / "data", 16)
-    inner = tmp_path / "data" / "train"
-    first, second = sorted(inner.iterdir())[:2]
-    (tmp_path / "elsewhere").mkdir()
-    next(first.iterdir()).rename(tmp_path / "elsewhere" / "moved.jpg")
-    (first / "more").symlink_to(tmp_path / "elsewhere")
-    (first / "again").symlink_to(tmp_path / "elsewhere")
-    for place in (first, inner, tmp_path / "data", tmp_path):
-        (second / f"to {place.name}").symlink_to(place)
-    (first / "itself").symlink_to(first)
-    linked = list_image_folder(tmp_path / "data", 16)
-    assert linked.test.files.tolist() == plain.test.files.tolist()
-    counts = [torch.tensor([int((each == label).sum()) for label in range(4)])
-              for each in (plain.train.labels, linked.train.labels)]  # fmt: skip
-    # of the second class also the images of the first, to which its link leads
-    assert (counts[1] - counts[0]).tolist() == [0, int(counts[0][0]), 0, 0]
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
-def test_a_pipe_named_as_an_image_is_refused(folder, tmp_path) -> None:
-    shutil.copytree(folder, tmp_path / "data")
-    place = next((tmp_path / "data" / "train").iterdir()) / "pipe.png"
-    os.mkfifo(place)
-    with pytest.raises(DataError, match=r"must be a regular file.*pipe\.png"):
-        load_data(str(tmp_path / "data"), image_size=16)
 
 
 def test_an_image_with_too_many_pixels_is_named(folder, monkeypatch) -> None:
