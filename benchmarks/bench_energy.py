@@ -285,13 +285,18 @@ def _print_baselines(record: dict[str, Any]) -> None:
         print(f"| {row} | {once:.1f} | {again:.1f} |")
 
 
+def _print_study(record: dict[str, Any]) -> None:
+    for part in show_energy(record):
+        print(part if isinstance(part, str) else f"\n{part.to_markdown()}\n")
+
+
 _PRINT: dict[str, Callable[[dict[str, Any]], None]] = {
     "cost": _print_cost,
     "correlation": _print_correlation,
     "directions": _print_directions,
     "compression": _print_compression,
     "rivals": _print_baselines,
-    "study": lambda record: print(*show_energy(record, markdown=True), sep="\n"),
+    "study": _print_study,
 }
 
 

@@ -11,7 +11,7 @@ import math
 import statistics
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,7 +194,7 @@ def _is_baseline(runs: dict[int, Record]) -> bool:
 
 @dataclass
 class NumberTable:
-    """A table for the terminal whose numbers are never cut: what is too wide goes on in another table below.
+    """A table whose numbers are never cut in a terminal: what is too wide goes on in another table below.
 
     Attributes
     ----------
@@ -223,6 +223,10 @@ class NumberTable:
             unbroken = 1 + sum(max(self._width(column), len(self.head[column])) + _BORDER for column in columns)
             title = self.title if index == 0 else None
             yield self._part(columns, title, breaks_heads=unbroken > options.max_width)
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown, without its title."""
+        return markdown_table(self.head, [*self.rows, *self.totals], text_columns=self.text_columns)
 
     def _parts(self, width: int) -> list[list[int]]:
         """Deal the number columns out to tables that are no wider than the terminal, one column at least in each."""
@@ -274,7 +278,7 @@ def as_table(
     text_columns: int = 1,
     totals: Iterable[Sequence[str]] = (),
 ) -> NumberTable:
-    """Return a table for the terminal: first ``text_columns`` columns of text, then numbers; ``totals`` set apart."""
+    """Return a table: first ``text_columns`` columns of text, then numbers; ``totals`` set apart."""
     return NumberTable(title, list(head), [list(row) for row in rows], [list(row) for row in totals], text_columns)
 
 
@@ -297,15 +301,21 @@ def with_tables(page: str, source: str, tables: str) -> str:
     return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
 
 
-def print_report(records: Iterable[Record], console: Console) -> None:
-    """Print one table of records per model, data set and target, and one of convergence after it."""
+def tables_of(records: Iterable[Record]) -> Iterator[NumberTable | str]:
+    """Yield one table of records per model, data set and target, its foot, and a table of convergence after it."""
     for group, rows in grouped(records).items():
         columns, lines = cells_of(rows)
-        console.print(NumberTable(title_of(group, rows), columns, lines, unpruned_first=True))
+        yield NumberTable(title_of(group, rows), columns, lines, unpruned_first=True)
         if foot := foot_of(rows):
-            console.print(foot)
+            yield foot
         if has_convergence(rows):
-            console.print(as_table(f"convergence: {title_of(group, rows)}", *convergence_of(rows)))
+            yield as_table(f"convergence: {title_of(group, rows)}", *convergence_of(rows))
+
+
+def print_report(records: Iterable[Record], console: Console) -> None:
+    """Print what :func:`tables_of` yields."""
+    for part in tables_of(records):
+        console.print(part)
 
 
 def print_widths(records: Iterable[Record], console: Console) -> None:
@@ -341,15 +351,10 @@ def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[
 
 
 def markdown_report(records: Iterable[Record]) -> str:
-    """Return one Markdown table of records per model, data set and target, and one of convergence after it."""
+    """Return what :func:`tables_of` yields in Markdown."""
     lines = []
-    for group, rows in grouped(records).items():
-        lines += [f"**{title_of(group, rows)}**", "", markdown_table(*cells_of(rows)), ""]
-        if foot := foot_of(rows):
-            lines += [foot, ""]
-        if has_convergence(rows):
-            title = f"**convergence: {title_of(group, rows)}**"
-            lines += [title, "", markdown_table(*convergence_of(rows)), ""]
+    for part in tables_of(records):
+        lines += [part, ""] if isinstance(part, str) else [f"**{part.title}**", "", part.to_markdown(), ""]
     return "\n".join(lines)
 
 
