@@ -328,8 +328,13 @@ def _check_module(name: str, module: nn.Module) -> None:
             raise DataError(f"weights must be finite, got {bad} NaN or infinite values ({name}.{target})")
 
 
-def check_weight_target(name: str, target: str, space: PruningTargetSpace, what: str) -> None:
-    """Raise unless a target is a linear layer's or convolution's weight, and not empty; ``what`` begins the message."""
+def check_single_weights(
+    name: str, target: str, space: PruningTargetSpace, what: str, refused: Sequence[str] = ()
+) -> None:
+    """Raise unless a target is the weight of a linear layer or convolution, not empty, and pruned weight by weight.
+
+    ``what`` begins the message; ``refused`` are further keys of NNI's that must be left out.
+    """
     module = space._wrapper.module
     if target != "weight" or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
         raise ConfigError(
@@ -337,3 +342,7 @@ def check_weight_target(name: str, target: str, space: PruningTargetSpace, what:
         )
     if space.target is None or space.target.numel() == 0:
         raise DataError(f"a pruned layer must have weights, got none ({name})")
+    for key in ("granularity", "dependency_group_id", "internal_metric_block", *refused):
+        value = getattr(space, key)
+        if value is not None and (key, value) != ("granularity", "default"):
+            raise ConfigError(f"single weights are pruned: {key} must be left out, got {value} ({name})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -22,8 +22,6 @@ _STEPS = {
     "distilled": "distilled",
     "retrained": "fine-tuned",
 }
-_NAME_HEIGHT = 0.035  # from one name to the next, as a share of the panel's height
-_NAME_DISTANCE = 0.06  # from the points to their names, as a share of its width
 _Item = TypeVar("_Item")
 
 
@@ -79,7 +77,7 @@ def plot_accuracy(records: Sequence[Record]) -> list[Axes]:
     """Draw accuracy against MACs of at least one record: a panel per model, data set and step of recovery.
 
     Bars are 95 % intervals, the dotted line is the unpruned network; each panel has its own scale. All panels share one
-    legend; beside the points with the fewest MACs stand the names, too.
+    legend.
     """
     found: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -131,7 +129,6 @@ def plot_distillation(verdict: Verdict) -> Figure:
 def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
     records, column = found
     groups, names = grouped(records), list(dict.fromkeys(record["pruner"] for record in records))
-    smallest: dict[str, tuple[float, float, str]] = {}  # by name its point with the fewest MACs, and its color
     axis.axhline(100 * interval([run["accuracy_before"] for run in records]).mean, color="k", ls=":", label="unpruned")
     for index, name in enumerate(names):
         targets = [[run for run in rows.get(name, {}).values() if column in run] for rows in groups.values()]
@@ -144,40 +141,8 @@ def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
         # After ten names the colors come again, with other markers.
         marker, color = _MARKERS[(index + index // 10) % len(_MARKERS)], f"C{index % 10}"
         axis.errorbar(macs, heights, yerr=halves, marker=marker, color=color, linestyle="", label=name)
-        if macs:
-            smallest[name] = (*min(zip(macs, heights, strict=True)), color)
     finish(axis, "MACs (millions)", "test accuracy %", legend=False, xlim=(0, 1.08 * axis.dataLim.x1))
-    _name_points(axis, smallest)
     axis.locator_params(axis="x", nbins=4)
-
-
-def _name_points(axis: Axes, points: Mapping[str, tuple[float, float, str]]) -> None:
-    """Write names beside points (x, y, color), where there is more room, with a line from each point to its name."""
-    if not points:
-        return
-    low, high = axis.get_ylim()
-    least = _NAME_HEIGHT * (high - low)
-    order = sorted(points, key=lambda name: points[name][1])
-    places: dict[str, float] = {}
-    lowest = low + 0.5 * least
-    for name in order:
-        places[name] = max(points[name][1], lowest)
-        lowest = places[name] + least
-    # What was pushed over the upper edge moves down, and what is below it with it.
-    highest = high - 0.5 * least
-    for name in reversed(order):
-        places[name] = min(places[name], highest)
-        highest = places[name] - least
-    left, right = min(x for x, _, _ in points.values()), max(x for x, _, _ in points.values())
-    start, end = axis.get_xlim()
-    away = _NAME_DISTANCE * (end - start)
-    is_right = end - right > left - start
-    across, side = (right + away, "left") if is_right else (left - away, "right")
-    for name, (x, y, color) in points.items():
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6}
-        where = (x, y), (across, places[name])
-        axis.annotate(name, *where, fontsize="xx-small", color=color, ha=side, va="center", arrowprops=arrow)
-    axis.set_ylim(low, high)
 
 
 def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:

@@ -87,7 +87,6 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         self.tournament_size = max(2, self.population_size // 10)
         self.trace: list[Generation] = []  # best and mean fitness per generation
         self.is_flat = True  # whether the individuals of each generation so far were equally fit
-        self.starts_flat = False  # whether the individuals of the first generation were
         self._size = size
         self._initial = initial
         # Fitnesses that are equal to 1e-6 count as equal, so that rounding decides no tournament.
@@ -113,10 +112,7 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
             for member, value in zip(fresh, self._levels(values), strict=True):
                 member.fitness = value
         fitness = [member.fitness for member in self.current_generation]
-        is_flat = min(fitness) == max(fitness)
-        self.is_flat = self.is_flat and is_flat
-        if not self.trace:
-            self.starts_flat = is_flat
+        self.is_flat = self.is_flat and min(fitness) == max(fitness)
         self.trace.append(Generation(min(fitness), float(np.mean(fitness))))
 
     def create_new_population(self) -> None:

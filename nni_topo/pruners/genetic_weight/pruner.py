@@ -25,7 +25,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.search.weights import HistoryRow, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.runtime.arguments import BATCHES
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
+from nni_topo.pruners.checks import check_single_weights, of_single_weights, pruner_arguments
 from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation
 from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
 from nni_topo.pruners.units import in_network_order, is_active
@@ -33,6 +33,9 @@ from nni_topo.rules import FUNCTION, NONE, PATH, as_settings, settings, whole
 
 if TYPE_CHECKING:
     import pandas
+
+
+_REFUSED = ("global_group_id", "sparse_threshold", "min_sparse_ratio")
 
 
 class GeneticWeightPruner(StructuredPruner):
@@ -184,23 +187,9 @@ class GeneticWeightPruner(StructuredPruner):
         for name, spaces in in_network_order(self.bound_model, self._target_spaces).items():
             for target, space in spaces.items():
                 if space.align is None or is_active(space) or "weight" not in spaces:
-                    _check_target(name, target, space)
+                    check_single_weights(name, target, space, "genes are the weights", _REFUSED)
         self._activate_targets(cap=1.0)
         super().wrap_model()
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
         return None
-
-
-def _check_target(name: str, target: str, space: PruningTargetSpace) -> None:
-    check_weight_target(name, target, space, "genes are the weights")
-    unusable = ("dependency_group_id", "global_group_id", "internal_metric_block", "sparse_threshold")
-    for key in (*unusable, "min_sparse_ratio"):
-        if getattr(space, key) is not None:
-            raise _left_out(key, getattr(space, key), name)
-    if space.granularity not in (None, "default"):
-        raise _left_out("granularity", space.granularity, name)
-
-
-def _left_out(key: str, value: Any, name: str) -> ConfigError:
-    return ConfigError(f"single weights are searched: {key} must be left out, got {value} ({name})")

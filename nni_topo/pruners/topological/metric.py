@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +20,6 @@ from nni_topo.rules import FLAG, check_knobs, one_of
 _logger = logging.getLogger(__name__)
 
 _COPIES = 3  # of a cloud, while its distances are computed
-_LONG = 60.0  # seconds: a search that takes longer is announced
 CRITERIA = ("hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein")
 """Distances between a kept and a whole cloud; ``"bottleneck_sum"`` adds those of several degrees."""
 
@@ -107,13 +104,7 @@ class TopologicalMetric(SelectionMetric):
         tasks = [(index, unit, part) for index, unit in enumerate(context.units) for part in range(unit.parts)]
         # A cloud is handed on, not held: its distances go with it.
         work = (
-            delayed(_chosen)(
-                clouds[unit.name].pop(0),
-                rows[unit.name],
-                [self.seed, index, part],
-                self.settings,
-                unit.part_name(part),
-            )
+            delayed(_chosen)(clouds[unit.name].pop(0), rows[unit.name], [self.seed, index, part], self.settings)
             for index, unit, part in tasks
         )
         # One by one, for the bar, where the backend can: Ray's can't.
@@ -121,45 +112,33 @@ class TopologicalMetric(SelectionMetric):
         results = Parallel(n_jobs=self.n_jobs, return_as="generator" if one_by_one else "list")(work)
         found: dict[str, list[BoolArray]] = {}
         flat: list[str] = []
-        starting_flat: list[str] = []
         with bar("choosing filters", self.progress, total=len(tasks)) as shown:
-            for (_, unit, part), (kept, trace, is_flat, starts_flat) in zip(tasks, results, strict=True):
+            for (_, unit, part), (kept, trace, is_flat) in zip(tasks, results, strict=True):
                 found.setdefault(unit.name, []).append(kept)
                 if trace:
                     self.trace[unit.part_name(part)] = trace
                 if is_flat:
                     flat.append(unit.part_name(part))
-                elif starts_flat:
-                    starting_flat.append(unit.part_name(part))
                 shown.update()
-        others = [name for name in ("bottleneck_sum", "hausdorff") if name != self.settings.criterion]
-        for names, which, so in (
-            (flat, "any generation", "these channels are chosen at random"),
-            (starting_flat, "the first generation", "the search for these channels begins at random"),
-        ):
-            if names:
-                _logger.warning(
-                    "the criterion %r tells no individual of %s from another, so %s; %s or another degree in "
-                    "homology_dimensions may tell them apart (%s)",
-                    self.settings.criterion,
-                    which,
-                    so,
-                    ", ".join(map(repr, others)),
-                    ", ".join(names),
-                )
+        if flat:
+            others = [name for name in ("bottleneck_sum", "hausdorff") if name != self.settings.criterion]
+            _logger.warning(
+                "the criterion %r tells no individual of any generation from another, so these channels are chosen at "
+                "random; %s or another degree in homology_dimensions may tell them apart (%s)",
+                self.settings.criterion,
+                ", ".join(map(repr, others)),
+                ", ".join(flat),
+            )
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _chosen(
-    cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings, name: str
-) -> tuple[BoolArray, list[Generation], bool, bool]:
-    """Return the kept blocks of a cloud, boolean ``(size,)``, and the search's progress.
-
-    Then whether all individuals of each generation were equally fit, and whether those of the first one were.
-    """
+    cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings
+) -> tuple[BoolArray, list[Generation], bool]:
+    """Return the kept blocks of a cloud, boolean ``(size,)``, the search's progress, and whether it told none apart."""
     cover, search = cloud.cover(keep), settings.search
     if search is None or keep == cloud.size:
-        return cover, [], False, False
+        return cover, [], False
     criterion, _, summed = settings.criterion.partition("_")
     # Points on a line, such as single weights, have no loops.
     is_line = 0 in settings.homology_dimensions and cloud.points.shape[1] == 1
@@ -175,7 +154,6 @@ def _chosen(
     def score(population: BoolArray) -> FloatArray:
         return fitness(cloud.with_base(population))
 
-    _announce(score, cloud.size, keep, search, name)
     run = SubsetGeneticAlgorithm(
         cloud.size,
         keep,
@@ -185,27 +163,4 @@ def _chosen(
         initial=cover[None] if search.greedy_start else None,
     )
     run.run()
-    return run.best_individual()[1], run.trace, run.is_flat, run.starts_flat
-
-
-def _announce(
-    fitness: Callable[[BoolArray], FloatArray], size: int, keep: int, search: GeneticSearch, name: str
-) -> None:
-    """Warn before the search if it takes long, by the time that one subset takes."""
-    first, second = np.zeros((2, 1, size), dtype=np.bool_)
-    first[:, :keep] = True
-    second[:, -keep:] = True
-    fitness(first)  # compiles what is compiled
-    started = time.perf_counter()
-    fitness(second)
-    seconds = (time.perf_counter() - started) * search.population_size * search.generations
-    if seconds > _LONG:
-        _logger.warning(
-            "the genetic search among %d blocks takes up to %d min: %d generations of %d subsets; fewer of them, "
-            "blocks that are whole channels, or a criterion without degree 1 take less time (%s)",
-            size,
-            np.ceil(seconds / 60),
-            search.generations,
-            search.population_size,
-            name,
-        )
+    return run.best_individual()[1], run.trace, run.is_flat

@@ -23,7 +23,7 @@ from nni_topo.network.layers.kinds import CONVOLUTIONS
 from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
+from nni_topo.pruners.checks import check_single_weights, of_single_weights, pruner_arguments
 from nni_topo.pruners.rounds import Round, even_steps, matched_state, prune_in_rounds
 from nni_topo.pruners.topological_magnitude.trees import (
     CONV_GRAPHS,
@@ -156,7 +156,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
         for name, spaces in self._target_spaces.items():
             for target, space in spaces.items():
                 if is_active(space):
-                    _check_target(name, target, space)
+                    check_single_weights(name, target, space, "a spanning tree needs the weight")
                     self._check_reached(name, space)
         context = self.context
         if self._target_spaces and not context.units:
@@ -215,10 +215,3 @@ def _rewind_state(
         rewind = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     matched_state(model, rewind)
     return {name: value.detach().clone() for name, value in rewind.items()}
-
-
-def _check_target(name: str, target: str, space: PruningTargetSpace) -> None:
-    check_weight_target(name, target, space, "a spanning tree needs the weight")
-    for key, default in (("granularity", "default"), ("dependency_group_id", None), ("internal_metric_block", None)):
-        if getattr(space, key) not in (default, None):
-            raise ConfigError(f"single weights are pruned: {key} must be left out, got {getattr(space, key)} ({name})")

@@ -162,12 +162,6 @@ class _Search:
             _logger.warning(
                 "%r tells no individual from another, so the filters are chosen at random (%s)", method, self.layer
             )
-        elif search.starts_flat:
-            _logger.warning(
-                "%r tells no individual of the first generation from another, so the search begins at random (%s)",
-                method,
-                self.layer,
-            )
         best: BoolArray = search.current_generation[0].genes
         return best
 
