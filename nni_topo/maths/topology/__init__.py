@@ -2,7 +2,7 @@
 
 from nni_topo.maths.topology.clouds import pairwise_distances, with_origin
 from nni_topo.maths.topology.comparison import bottleneck_distance, wasserstein_distance
-from nni_topo.maths.topology.covering import farthest_point_order, farthest_points, hausdorff_to_subset, mean_cover
+from nni_topo.maths.topology.covering import farthest_point_order, farthest_points, hausdorff_to_subset
 from nni_topo.maths.topology.diagrams import rips_diagram
 from nni_topo.maths.topology.fitness import CRITERIA, SubsetFitness
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph, linear_graph
@@ -38,7 +38,6 @@ __all__ = [
     "linear_graph",
     "magnitude_subset",
     "maximum_spanning_tree",
-    "mean_cover",
     "metric_magnitude",
     "network_tree",
     "pairwise_distances",

@@ -55,10 +55,6 @@ def hausdorff_to_subset(
     ConfigError
         If ``compiled=True`` and numba isn't installed.
 
-    See Also
-    --------
-    mean_cover : the mean of the same distances.
-
     References
     ----------
     F. Chazal, V. de Silva and S. Oudot, Persistence stability for geometric complexes, Geometriae Dedicata
@@ -70,39 +66,11 @@ def hausdorff_to_subset(
     >>> hausdorff_to_subset(line, [[True, False, True], [True, True, False]])
     array([1., 4.])
     """
-    return _public_covers(distances, subsets, base, compiled)[0]
-
-
-@checked()
-def mean_cover(
-    distances: ArrayLike, subsets: ArrayLike, base: int | None = None, *, compiled: bool | None = None
-) -> FloatArray:
-    """Compute the mean distance from a cloud's points to the nearest point of each of many subsets.
-
-    Parameters, errors and unit are those of `hausdorff_to_subset`.
-
-    Returns
-    -------
-    ndarray of float64, shape (p,)
-        The mean over all n points, kept ones included.
-
-    Examples
-    --------
-    >>> line = abs(np.subtract.outer([0.0, 1.0, 5.0], [0.0, 1.0, 5.0]))
-    >>> mean_cover(line, [[True, False, False], [False, False, False]], base=2)
-    array([0.33333333, 3.        ])
-    """
-    return _public_covers(distances, subsets, base, compiled)[1]
-
-
-def _public_covers(
-    distances: ArrayLike, subsets: ArrayLike, base: int | None, compiled: bool | None
-) -> tuple[FloatArray, FloatArray]:
     matrix = as_distances(distances)
     masks = as_subsets(subsets, len(matrix), base)
     # Sorting all neighbours is for this call alone; `SubsetFitness` sorts once for all its populations.
     worthwhile = np.count_nonzero(masks) > _WORTH_SORTING * len(matrix)
-    return covers(matrix, neighbour_ranks(matrix) if worthwhile else None, masks, use_compiled(compiled))
+    return covers(matrix, neighbour_ranks(matrix) if worthwhile else None, masks, use_compiled(compiled))[0]
 
 
 def neighbour_ranks(distances: FloatArray) -> NDArray[np.int32]:

@@ -7,15 +7,19 @@ from topology_clouds import make_cloud, make_subsets
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.topology import (
+    SubsetFitness,
     bottleneck_distance,
     farthest_point_order,
     farthest_points,
     hausdorff_to_subset,
-    mean_cover,
     pairwise_distances,
     rips_diagram,
     with_origin,
 )
+
+
+def mean_cover(distances, subsets, base=None, *, compiled=None):
+    return SubsetFitness(distances, "cover", base=base, compiled=compiled)(subsets)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -7,7 +7,7 @@ from topology_clouds import make_cloud, make_subsets
 from nni_topo.maths.topology import kernels, loops
 from nni_topo.maths.topology.covering import neighbour_ranks
 from nni_topo.maths.topology.matching import closed_wasserstein
-from nni_topo.topology import h0_deaths, hausdorff_to_subset, mean_cover, pairwise_distances, rips_diagram
+from nni_topo.topology import SubsetFitness, h0_deaths, hausdorff_to_subset, pairwise_distances, rips_diagram
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -32,7 +32,7 @@ def test_kernels_compute_what_numpy_does_before_they_are_compiled(seed):
     nearest = np.empty(subsets.shape)
     kernels.nearest_kept(distances, neighbour_ranks(distances), subsets, nearest)
     np.testing.assert_array_equal(nearest.max(axis=1), hausdorff_to_subset(distances, subsets, compiled=False))
-    np.testing.assert_allclose(nearest.mean(axis=1), mean_cover(distances, subsets, compiled=False))
+    np.testing.assert_allclose(nearest.mean(axis=1), SubsetFitness(distances, "cover", compiled=False)(subsets))
 
 
 @pytest.mark.parametrize("seed", range(20))
