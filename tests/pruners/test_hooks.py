@@ -76,14 +76,6 @@ def test_activation_cloud_has_the_distances_of_the_activations():
     np.testing.assert_allclose(pairwise_distances(cloud.numpy()), expected, atol=1e-7)
 
 
-def test_activation_cloud_without_centring_keeps_the_norms():
-    model, images = toy_model(), toy_images(8)
-    cloud = ActivationCollector([images], center=False).collect(context_of(model, CONVS))["stem"]["weight"]
-    with torch.no_grad():
-        outputs = model.stem(images).movedim(1, 0).flatten(1).double()
-    torch.testing.assert_close(cloud.norm(dim=1), outputs.pow(2).mean(1).sqrt(), atol=1e-6, rtol=1e-5)
-
-
 def test_activations_of_linear_layers_count_tokens_as_samples():
     layer = nn.Linear(4, 6)
     context = context_of(nn.Sequential(layer), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])

@@ -11,7 +11,7 @@ from nni_topo.network.channels.flow import ChannelFlow, norms_after
 from nni_topo.network.layers.kinds import norm_scale
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.pruners.clouds.functional import check_read, readers_of
-from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
+from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
 from nni_topo.rules import checked
@@ -40,7 +40,7 @@ class CoupledWeightCollector(DataCollector):
     @checked()
     def __init__(self, example_inputs: Any, *, preprocess: Preprocess = "none") -> None:
         self.example_inputs = example_inputs
-        self.preprocess = checked_preprocess(preprocess)
+        self.preprocess = preprocess
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check that every layer is read, as :meth:`collect` needs it."""

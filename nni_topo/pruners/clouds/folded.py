@@ -10,7 +10,7 @@ from torch import Tensor
 from nni_topo.errors import DataError
 from nni_topo.network.channels.flow import norms_after
 from nni_topo.network.layers.kinds import through_norms
-from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
+from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
 from nni_topo.rules import checked
@@ -43,7 +43,7 @@ class FoldedWeightCollector(DataCollector):
     @checked()
     def __init__(self, example_inputs: Any, *, preprocess: Preprocess = "none") -> None:
         self.example_inputs = example_inputs
-        self.preprocess = checked_preprocess(preprocess)
+        self.preprocess = preprocess
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, features + 1)`` on the CPU.

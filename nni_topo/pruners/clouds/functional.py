@@ -26,7 +26,7 @@ from nni_topo.network.runtime.inputs import Call, calls
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
-from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
+from nni_topo.pruners.clouds.weight import Preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
 from nni_topo.rules import checked
@@ -38,16 +38,15 @@ class FunctionalCollector(DataCollector):
     """The functional cloud: a neuron's outputs where they are read, weighted by how strongly they are read.
 
     A neuron's coordinates are the values that it puts into each next layer (after batch norm, activation and
-    pooling), each times the norm of the weights that read it. So a neuron that is always silent, or that nobody listens
-    to, lies at the origin, and two neurons are near each other if one can stand in for the other. The coordinates of a
-    head of attention are what it adds to the residual stream.
+    pooling), less their mean, which the reading layer's bias can take over, each times the norm of the weights that
+    read it. So a neuron that is always silent, or that nobody listens to, lies at the origin, and two neurons are near
+    each other if one can stand in for the other. The coordinates of a head of attention are what it adds to the
+    residual stream.
 
     Parameters
     ----------
     calibration : iterable
         Batches of inputs, or of ``(inputs, ...)``. They are read once, see :class:`nni_topo.Calibration`.
-    center : bool, default=True
-        Subtract each neuron's mean first: the reading layer's bias can take over a constant.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
         As in :class:`~nni_topo.hooks.WeightCollector`.
 
@@ -59,10 +58,9 @@ class FunctionalCollector(DataCollector):
     """
 
     @checked()
-    def __init__(self, calibration: Iterable[Any], *, center: bool = True, preprocess: Preprocess = "none") -> None:
+    def __init__(self, calibration: Iterable[Any], *, preprocess: Preprocess = "none") -> None:
         self.calibration = Calibration.of(calibration, shared=True)
-        self.center = center
-        self.preprocess = checked_preprocess(preprocess)
+        self.preprocess = preprocess
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check that every layer is read.
@@ -103,7 +101,7 @@ class FunctionalCollector(DataCollector):
 
         def points(unit: PruningUnit) -> Tensor:
             found = zip(readers[unit.name], moments[unit.name], strict=True)
-            grams = [reader.gram(moment.gram(center=self.center)) for reader, moment in found]
+            grams = [reader.gram(moment.gram(center=True)) for reader, moment in found]
             # Coordinates from several readers stand side by side, so their inner products add up.
             return preprocess_points(points_of_gram(torch.stack(grams).sum(0)), self.preprocess)
 

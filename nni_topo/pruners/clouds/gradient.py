@@ -22,7 +22,7 @@ from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
-from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
+from nni_topo.pruners.clouds.weight import Preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.rules import checked, whole
 
@@ -86,7 +86,7 @@ class GradientCollector(DataCollector):
             pass
         self.loss = loss
         self.steps = steps
-        self.preprocess = checked_preprocess(preprocess)
+        self.preprocess = preprocess
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check that every layer is read, unless an evaluator has the batches."""

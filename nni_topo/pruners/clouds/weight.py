@@ -52,8 +52,9 @@ class WeightCollector(DataCollector):
        names a point cloud made of the weight matrix; only its abstract and lists are public.
     """
 
+    @checked()
     def __init__(self, *, preprocess: Preprocess = "none") -> None:
-        self.preprocess = checked_preprocess(preprocess)
+        self.preprocess = preprocess
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, features)`` on the CPU.
@@ -80,7 +81,7 @@ class WeightCollector(DataCollector):
 
 
 class ActivationCollector(DataCollector):
-    """The activation cloud: a neuron's outputs over a calibration set are its coordinates.
+    """The activation cloud: a neuron's outputs over a calibration set, less their mean, are its coordinates.
 
     Only inner products of activations enter distances, so they are summed up batch by batch and the cloud is handed on
     as the ``n`` points in ``n`` dimensions that have these inner products. Memory doesn't grow with the number of
@@ -91,8 +92,6 @@ class ActivationCollector(DataCollector):
     calibration : iterable or None
         Batches of inputs, or of ``(inputs, ...)`` of which the first is used. Iterated once per collection, so pass a
         list or a DataLoader rather than a generator. None: the pruner's evaluator runs its evaluation instead.
-    center : bool, default=True
-        Subtract each neuron's mean first: the next layer's bias can take over a constant.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
         As in :class:`WeightCollector`, on the points handed on.
 
@@ -103,16 +102,9 @@ class ActivationCollector(DataCollector):
     """
 
     @checked()
-    def __init__(
-        self,
-        calibration: Iterable[Any] | None = None,
-        *,
-        center: bool = True,
-        preprocess: Preprocess = "none",
-    ) -> None:
+    def __init__(self, calibration: Iterable[Any] | None = None, *, preprocess: Preprocess = "none") -> None:
         self.calibration = calibration_of(calibration)
-        self.center = center
-        self.preprocess = checked_preprocess(preprocess)
+        self.preprocess = preprocess
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, blocks)`` on the CPU.
@@ -135,19 +127,13 @@ class ActivationCollector(DataCollector):
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
             outputs = output_blocks(context.target_spaces[module][target], "activation clouds")
-            found = points_of_gram(moments[module].gram(center=self.center))
+            found = points_of_gram(moments[module].gram(center=True))
             return preprocess_points(found[outputs].flatten(1), self.preprocess)
 
         return context.collected(points)
 
 
 PREPROCESS = one_of(_PREPROCESS)
-
-
-def checked_preprocess(preprocess: Preprocess) -> Preprocess:
-    """Return the name of a preprocessing step, or raise :class:`~nni_topo.errors.ConfigError`."""
-    PREPROCESS.check("preprocess", preprocess, "cloud")
-    return preprocess
 
 
 def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
