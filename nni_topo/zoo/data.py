@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.rules import checked
+from nni_topo.rules import NONE, checked, number, whole
 from nni_topo.zoo.external import accepted
 from nni_topo.zoo.labelled import LabelledImages, Preprocessing, labels_of, subset
 from nni_topo.zoo.recipes import Recipe
@@ -196,7 +196,13 @@ def _data_info(name: str, place: str) -> DataInfo:
     raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"], place)
 
 
-@checked()
+@checked(
+    limit=whole(1) | NONE,
+    validation=number(0, 1, "left"),
+    pad_to=whole(1) | NONE,
+    image_size=whole(1) | NONE,
+    workers=whole(0) | NONE,
+)
 def load_data(
     name: str,
     data_dir: str | Path | None = None,
@@ -269,13 +275,6 @@ def load_data(
     >>> data.train.tensors[0].shape, len(data.test), data.num_classes
     (torch.Size([100, 1, 8, 8]), 355, 10)
     """
-    for knob, value in (("limit", limit), ("pad_to", pad_to), ("image_size", image_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{knob} must be at least 1, got {value} (load_data)")
-    if workers is not None and workers < 0:
-        raise ConfigError(f"workers must be at least 0, got {workers} (load_data)")
-    if not 0.0 <= validation < 1.0:
-        raise ConfigError(f"validation must be in [0, 1), got {validation} (load_data)")
     info = _data_info(name, "zoo.load_data")
     if info.needs_folder:
         if data_dir is None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.rules import checked
+from nni_topo.rules import checked, number, whole
 from nni_topo.zoo.data import data_info
 from nni_topo.zoo.external import (
     TIMM,
@@ -193,7 +193,7 @@ def _model_info(name: str, place: str) -> ModelInfo:
     raise unknown_name("model", name, known, place)
 
 
-@checked()
+@checked(num_classes=whole(1), in_channels=whole(1), width=number(0, closed="neither"))
 def create_model(
     name: str,
     *,
@@ -239,16 +239,11 @@ def create_model(
     266610
     """
     info = _model_info(name, "zoo.create_model")
-    for knob, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if value < 1:
-            raise ConfigError(f"{knob} must be at least 1, got {value} ({name})")
     if image_size < info.min_image_size:
         raise ConfigError(
             f"image_size must be at least {info.min_image_size}, got {image_size} ({name}); "
             "load_data(pad_to=...) pads small images"
         )
-    if not width > 0:
-        raise ConfigError(f"width must be positive, got {width} ({name})")
     if width != 1.0 and not info.scalable:
         raise ConfigError(f"width must be 1.0 for a model that takes no width, got {width} ({name})")
     arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size, "width": width}

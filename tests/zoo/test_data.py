@@ -134,11 +134,11 @@ def test_class_rank_numbers_every_class_from_zero(labels: list[int], seed: int) 
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"limit": 0}, "limit must be an integer of at least 1 or None, got 0"),
         ({"validation": 1.0}, r"validation must be in \[0, 1\), got 1.0"),
         ({"validation": -0.1}, r"validation must be in \[0, 1\), got -0.1"),
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
-        ({"pad_to": 0}, "pad_to must be at least 1, got 0"),
+        ({"image_size": 0}, "image_size must be an integer of at least 1 or None, got 0"),
+        ({"pad_to": 0}, "pad_to must be an integer of at least 1 or None, got 0"),
     ],
 )
 def test_bad_numbers_are_named(knobs: dict[str, float], message: str) -> None:

@@ -144,7 +144,7 @@ def test_preprocessing_is_that_of_the_pretrained_weights_or_a_given_one(folder: 
     data = load_data(str(folder), image_size=16, preprocessing=given)
     assert (data.mean, data.std) == (given.mean, given.std)
     assert -1.0 <= float(data.test[:4][0].min()) < float(data.test[:4][0].max()) <= 1.0
-    with pytest.raises(ConfigError, match="workers must be at least 0, got -1"):
+    with pytest.raises(ConfigError, match="workers must be an integer of at least 0 or None, got -1"):
         load_data(str(folder), workers=-1)
 
 

@@ -272,10 +272,10 @@ def test_unknown_names_come_with_the_nearest(name: str, nearest: str) -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"classes": 0}, "num_classes must be at least 1, got 0"),
-        ({"channels": 0}, "in_channels must be at least 1, got 0"),
-        ({"width": 0.0}, "width must be positive, got 0.0"),
-        ({"width": float("nan")}, "width must be a finite number, got nan"),
+        ({"classes": 0}, "num_classes must be an integer of at least 1, got 0"),
+        ({"channels": 0}, "in_channels must be an integer of at least 1, got 0"),
+        ({"width": 0.0}, "width must be above 0 and finite, got 0.0"),
+        ({"width": float("nan")}, "width must be above 0 and finite, got nan"),
     ],
 )
 def test_bad_numbers_are_named(knobs: dict[str, float], message: str) -> None:

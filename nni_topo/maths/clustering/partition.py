@@ -17,9 +17,9 @@ from scipy.cluster.hierarchy import linkage
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.ties import leveled
-from nni_topo.rules import ANYTHING, checked, whole
+from nni_topo.rules import ANYTHING, checked, one_of, whole
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
@@ -52,7 +52,13 @@ def check_used(algorithm: str, place: str, **given: int | str) -> None:
             )
 
 
-@checked(count=ANYTHING)  # looked at with the points
+@checked(
+    count=ANYTHING,  # looked at with the points
+    algorithm=one_of(ALGORITHMS),
+    n_init=whole(1),
+    min_samples=whole(1),
+    graph=one_of(GRAPHS),
+)
 def partition(
     points: FloatArray,
     count: int,
@@ -113,12 +119,6 @@ def partition(
     whole(1).check("the number of clusters", count, "partition")
     if count > len(points):
         raise ConfigError(f"the number of clusters must be in [1, {len(points)}], the number of points, got {count!r}")
-    for name, value, least in (("n_init", n_init, 1), ("min_samples", min_samples, 1), ("seed", seed, 0)):
-        whole(least).check(name, value, "partition")
-    if algorithm not in ALGORITHMS:
-        raise unknown_name("algorithm", algorithm, ALGORITHMS, "partition")
-    if graph not in GRAPHS:
-        raise unknown_name("graph", graph, GRAPHS, "partition")
     check_used(algorithm, "partition", n_init=n_init, min_samples=min_samples, graph=graph)
     if count == len(points):
         return np.arange(count, dtype=np.intp)

@@ -10,14 +10,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, float64
 
-from nni_topo.errors import DataError, unknown_name
-from nni_topo.rules import is_finite
+from nni_topo.errors import DataError
+from nni_topo.rules import number, one_of, whole
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 IntArray: TypeAlias = NDArray[np.intp]
 
-ENGINES = ("exact", "gudhi")
+ENGINE = one_of(("exact", "gudhi"))
+DEGREE = whole(0)  # of homology
+ORDER = number(1.0)  # of Wasserstein distances
 
 
 def _as_floats(values: ArrayLike, what: str) -> FloatArray:
@@ -132,26 +134,3 @@ def as_diagram(diagram: ArrayLike, what: str) -> FloatArray:
         row = int(wrong[0])
         raise DataError(f"{what} must have finite births and deaths >= births, got {bars[row]} in row {row}")
     return bars
-
-
-def as_order(order: float) -> float:
-    """Return a Wasserstein order in [1, inf)."""
-    if not (is_finite(order) and order >= 1):
-        raise DataError(f"order must be in [1, inf), got {order!r}")
-    return float(order)
-
-
-def as_dimension(dimension: int) -> int:
-    """Return a homology dimension, an integer >= 0."""
-    if isinstance(dimension, bool) or not isinstance(dimension, (int, np.integer)) or dimension < 0:
-        raise DataError(f"a homology dimension must be an integer >= 0, got {dimension!r}")
-    if dimension >= 2**31:
-        raise DataError(f"a homology dimension must be below 2^31, got {dimension!r}")
-    return int(dimension)
-
-
-def as_engine(engine: str, place: str) -> str:
-    """Return the name of an engine that exists."""
-    if engine not in ENGINES:
-        raise unknown_name("engine", engine, ENGINES, place)
-    return engine

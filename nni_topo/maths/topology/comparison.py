@@ -11,13 +11,13 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from nni_topo.maths.topology import kernels
-from nni_topo.maths.topology.checks import FloatArray, as_diagram, as_engine, as_order
+from nni_topo.maths.topology.checks import ENGINE, ORDER, FloatArray, as_diagram
 from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
-from nni_topo.rules import ANYTHING, checked
+from nni_topo.rules import checked
 
 
-@checked()
+@checked(engine=ENGINE)
 def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", compiled: bool | None = None) -> float:
     """Compute the bottleneck distance between two persistence diagrams.
 
@@ -64,11 +64,10 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", co
     >>> bottleneck_distance([[0.0, 3.0], [0.0, 1.0]], [[0.0, 3.5]])
     0.5
     """
-    reference = as_engine(engine, "bottleneck_distance") == "gudhi"
     first, second, births = _split(a, b)
     if births is None:
         return float("inf")
-    if reference:
+    if engine == "gudhi":
         finite = _gudhi_bottleneck(first, second)
     elif not (first[:, 0].any() or second[:, 0].any()):
         finite = float(closed_bottleneck(_deaths(first)[None], _deaths(second))[0])
@@ -77,7 +76,7 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", co
     return max(finite, float(births.max(initial=0.0)))
 
 
-@checked(order=ANYTHING)  # as_order looks at it
+@checked(order=ORDER, engine=ENGINE)
 def wasserstein_distance(
     a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engine: str = "exact", compiled: bool | None = None
 ) -> float:
@@ -105,9 +104,9 @@ def wasserstein_distance(
     Raises
     ------
     DataError
-        If a diagram is malformed or the order isn't in [1, inf).
+        If a diagram is malformed.
     ConfigError
-        If the engine is unknown, or ``compiled=True`` and numba isn't installed.
+        If the order isn't in [1, inf), the engine is unknown, or ``compiled=True`` and numba isn't installed.
 
     Notes
     -----
@@ -119,17 +118,16 @@ def wasserstein_distance(
     >>> wasserstein_distance([[0.0, 4.0], [0.0, 1.0]], [[0.0, 1.0]], order=1)
     2.0
     """
-    power, reference = as_order(order), as_engine(engine, "wasserstein_distance") == "gudhi"
     first, second, births = _split(a, b)
     if births is None:
         return float("inf")
-    if reference:
-        finite = _gudhi_wasserstein(first, second, power)
+    if engine == "gudhi":
+        finite = _gudhi_wasserstein(first, second, order)
     elif not (first[:, 0].any() or second[:, 0].any()):
-        finite = float(closed_wasserstein(_deaths(first)[None], _deaths(second), power, compiled)[0])
+        finite = float(closed_wasserstein(_deaths(first)[None], _deaths(second), order, compiled)[0])
     else:
-        finite = _assignment(first, second, power)
-    return float(np.linalg.norm(np.append(births, finite), ord=power))
+        finite = _assignment(first, second, order)
+    return float(np.linalg.norm(np.append(births, finite), ord=order))
 
 
 def _split(a: ArrayLike, b: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray | None]:

@@ -9,18 +9,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology.checks import FloatArray, IntArray, as_dimension, as_distances, as_engine
+from nni_topo.maths.topology.checks import DEGREE, ENGINE, FloatArray, IntArray, as_distances
 from nni_topo.maths.topology.clouds import pairwise_distances
 from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.loops import LARGEST, SortedEdges, loop_bars, sort_edges
 from nni_topo.maths.topology.spanning import subset_deaths
-from nni_topo.rules import ANYTHING, checked
+from nni_topo.rules import checked
 
 _FIELD = 2
 _BATCH_ELEMENTS = 1 << 22
 
 
-@checked(dimension=ANYTHING)  # as_dimension looks at it
+@checked(dimension=DEGREE, engine=ENGINE)
 def rips_diagram(
     points: ArrayLike | None = None,
     *,
@@ -59,9 +59,9 @@ def rips_diagram(
     Raises
     ------
     DataError
-        If not exactly one of points and distances is given, if they are malformed, or if dimension < 0.
+        If not exactly one of points and distances is given, or if they are malformed.
     ConfigError
-        If the engine is unknown, or ``compiled=True`` and numba isn't installed.
+        If the dimension is negative, the engine is unknown, or ``compiled=True`` and numba isn't installed.
 
     See Also
     --------
@@ -82,7 +82,6 @@ def rips_diagram(
     >>> rips_diagram(square, dimension=1).round(3)
     array([[1.   , 1.414]])
     """
-    degree = as_dimension(dimension)
     if points is not None and distances is None:
         matrix = pairwise_distances(points)
     elif distances is not None and points is None:
@@ -90,7 +89,7 @@ def rips_diagram(
     else:
         raise DataError("rips_diagram needs either points or distances, got both or neither")
     edges = sort_edges(matrix) if use_compiled(compiled) and len(matrix) <= LARGEST else None
-    bars = diagrams_of(matrix, (degree,), as_engine(engine, "rips_diagram"), edges=edges)[0]
+    bars = diagrams_of(matrix, (int(dimension),), engine, edges=edges)[0]
     return bars if keep_infinite else bars[np.isfinite(bars[:, 1])]
 
 

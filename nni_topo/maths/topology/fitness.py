@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import DataError, unknown_name
 from nni_topo.maths.topology.checks import (
+    DEGREE,
+    ENGINE,
+    ORDER,
     BoolArray,
     FloatArray,
-    as_dimension,
     as_distances,
-    as_engine,
     as_index,
-    as_order,
     as_subsets,
 )
 from nni_topo.maths.topology.comparison import bottleneck_distance, wasserstein_distance
@@ -26,10 +25,9 @@ from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.loops import sort_edges
 from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
 from nni_topo.maths.topology.spanning import line_order, subset_deaths
-from nni_topo.rules import ANYTHING, checked, rule_of
+from nni_topo.rules import all_of, checked, one_of
 
 CRITERIA = ("bottleneck", "wasserstein", "hausdorff", "cover")
-COMBINATIONS = ("max", "sum")
 Combination = Literal["max", "sum"]
 
 
@@ -71,9 +69,10 @@ class SubsetFitness:
     Raises
     ------
     DataError
-        If an array is malformed, a dimension is < 0 or the order isn't in [1, inf).
+        If an array is malformed.
     ConfigError
-        If the criterion, the engine or the combination is unknown, or ``compiled=True`` and numba isn't installed.
+        If the criterion, the engine or the combination is unknown, a dimension is < 0, the order isn't in [1, inf), or
+        ``compiled=True`` and numba isn't installed.
 
     Notes
     -----
@@ -89,7 +88,12 @@ class SubsetFitness:
     array([1., 4.])
     """
 
-    @checked(order=ANYTHING, homology_dimensions=rule_of(Sequence[Any]))  # their values below
+    @checked(
+        criterion=one_of(CRITERIA),
+        homology_dimensions=all_of(DEGREE, Sequence, least=1),
+        engine=ENGINE,
+        order=ORDER,
+    )
     def __init__(
         self,
         distances: ArrayLike,
@@ -102,16 +106,10 @@ class SubsetFitness:
         combine: Combination = "max",
         compiled: bool | None = None,
     ) -> None:
-        if criterion not in CRITERIA:
-            raise unknown_name("criterion", criterion, CRITERIA, "SubsetFitness")
-        if combine not in COMBINATIONS:
-            raise unknown_name("combine", str(combine), COMBINATIONS, "SubsetFitness")
         self._largest = criterion == "bottleneck" and combine == "max"
-        self.criterion, self.engine = criterion, as_engine(engine, "SubsetFitness")
-        self.homology_dimensions = tuple(as_dimension(degree) for degree in homology_dimensions)
-        if not self.homology_dimensions:
-            raise DataError("homology_dimensions must name at least one degree, got none")
-        self.order, self.compiled = as_order(order), use_compiled(compiled)
+        self.criterion, self.engine, self.order = criterion, engine, order
+        self.homology_dimensions = tuple(map(int, homology_dimensions))
+        self.compiled = use_compiled(compiled)
         self._distances = as_distances(distances)
         self.base = base if base is None else as_index(base, len(self._distances), "base")
         self._cache: dict[bytes, float] = {}

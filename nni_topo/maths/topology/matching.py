@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 
 from nni_topo.errors import DataError
 from nni_topo.maths.topology import kernels
-from nni_topo.maths.topology.checks import FloatArray, as_deaths, as_order
-from nni_topo.rules import ANYTHING, checked
+from nni_topo.maths.topology.checks import ORDER, FloatArray, as_deaths
+from nni_topo.rules import checked
 
 
 @checked()
@@ -68,7 +68,7 @@ def closed_bottleneck(first: FloatArray, second: FloatArray) -> FloatArray:
     return costs
 
 
-@checked(order=ANYTHING)  # as_order looks at it
+@checked(order=ORDER)
 def h0_wasserstein(
     deaths_a: ArrayLike, deaths_b: ArrayLike, order: float = 2.0, *, compiled: bool | None = None
 ) -> FloatArray | float:
@@ -94,9 +94,9 @@ def h0_wasserstein(
     Raises
     ------
     DataError
-        If death times are negative, not finite or not sorted descending, or the order isn't in [1, inf).
+        If death times are negative, not finite or not sorted descending.
     ConfigError
-        If ``compiled=True`` and numba isn't installed.
+        If the order isn't in [1, inf), or ``compiled=True`` and numba isn't installed.
 
     Notes
     -----
@@ -111,7 +111,7 @@ def h0_wasserstein(
     2.0
     """
     first, second = np.atleast_2d(as_deaths(deaths_a, "deaths_a")), _one_list(deaths_b)
-    return _like(deaths_a, closed_wasserstein(first, second, as_order(order), compiled))
+    return _like(deaths_a, closed_wasserstein(first, second, order, compiled))
 
 
 def closed_wasserstein(first: FloatArray, second: FloatArray, order: float, compiled: bool | None = None) -> FloatArray:

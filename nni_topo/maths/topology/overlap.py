@@ -16,10 +16,10 @@ from scipy.stats import hypergeom
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.checks import as_chain, as_points
 from nni_topo.maths.topology.layer_trees import maximum_spanning_tree, network_tree
-from nni_topo.rules import checked
+from nni_topo.rules import checked, number, whole
 
 
-@checked()
+@checked(m=whole(1), n=whole(1))
 def overlap_bound(m: int, n: int, density: float = 1.0) -> float:
     """Bound from below the expected share of a spanning tree among the largest weights.
 
@@ -59,9 +59,6 @@ def overlap_bound(m: int, n: int, density: float = 1.0) -> float:
     >>> round(overlap_bound(100, 10), 3)
     0.049
     """
-    for name, size in (("m", m), ("n", n)):
-        if size < 1:
-            raise ConfigError(f"{name} must be at least 1, got {size} (overlap_bound)")
     alpha = m + n - 1
     least = alpha / (m * n)
     if not least <= density <= 1.0:
@@ -193,7 +190,7 @@ def tree_overlap(weight: ArrayLike) -> float:
     return int(tree[largest].sum()) / alpha
 
 
-@checked()
+@checked(m=whole(1), n=whole(1), share=number(0, 1))
 def random_overlap_log10(m: int, n: int, share: float, *, at_least: bool = False) -> float:
     """Return how likely two random sets of weights overlap, as a decimal logarithm.
 
@@ -225,10 +222,6 @@ def random_overlap_log10(m: int, n: int, share: float, *, at_least: bool = False
     >>> round(10 ** random_overlap_log10(2, 2, 1.0), 6)  # the same 3 of 4
     0.25
     """
-    if m < 1 or n < 1:
-        raise ConfigError(f"m and n must be at least 1, got {m} and {n} (random_overlap_log10)")
-    if not 0.0 <= share <= 1.0:
-        raise ConfigError(f"share must be in [0, 1], got {share} (random_overlap_log10)")
     alpha = m + n - 1
     count = round(share * alpha)
     overlap = hypergeom(m * n, alpha, alpha)

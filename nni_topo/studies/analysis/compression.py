@@ -16,7 +16,7 @@ from nni.compression.base.setting import PruningSetting
 from rich.console import RenderableType
 from torch import nn
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError
 from nni_topo.network.layers.derived import padded_size
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.public import public
@@ -28,7 +28,6 @@ from nni_topo.studies.tables import as_table
 from nni_topo.zoo import create_model, list_models
 
 Convention = Literal["theorem", "tables"]
-_CONVENTIONS = ("theorem", "tables")
 
 
 @dataclass(frozen=True)
@@ -194,8 +193,6 @@ def critical_compression_ratio(
     >>> {name: round(ratio, 5) for name, ratio in found.layers.items()}
     {'0': 88.78822, '2': 9.17431}
     """
-    if convention not in _CONVENTIONS:
-        raise unknown_name("convention", convention, _CONVENTIONS, "critical_compression_ratio")
     layers, skipped = weight_layers(model)
     sizes = Analysis.on(model, example_inputs).planes
     counts: dict[str, LayerCount] = {}

@@ -8,7 +8,6 @@ References
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,12 +19,12 @@ from rich.console import RenderableType
 from torch import nn
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.rules import NONE, checked
+from nni_topo.rules import NONE, checked, number
 from nni_topo.runs.run import build_model, load_model_data, resolve_device
 from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
 from nni_topo.studies.pictures import finish
@@ -73,7 +72,7 @@ class NeuralPersistence:
         return {**summary, "layers": self.layers, "deaths": {name: d.tolist() for name, d in self.deaths.items()}}
 
 
-@public(model=MODEL, example_inputs=INPUTS | NONE)
+@public(model=MODEL, example_inputs=INPUTS | NONE, p=number(1.0))
 def neural_persistence(
     model: nn.Module,
     example_inputs: Any = None,
@@ -130,7 +129,8 @@ def neural_persistence(
     >>> found.deaths[""].tolist(), round(found.total, 4)
     ([1.0, 0.5, 0.25], 0.9014)
     """
-    _check(p, conv_graph, scale, example_inputs)
+    if conv_graph == "toeplitz" and example_inputs is None:
+        raise ConfigError("conv_graph 'toeplitz' needs example_inputs, got None (neural_persistence)")
     layers, skipped = weight_layers(model)
     sizes = Analysis.on(model, example_inputs).planes if conv_graph == "toeplitz" else {}
     largest = {layer.name: _largest(layer) for layer in layers}
@@ -307,14 +307,3 @@ def _largest(layer: WeightLayer) -> float:
     if top == 0.0:
         raise DataError(f"a layer must have a weight other than 0 to be scaled, got {layer.weight.size} ({layer.name})")
     return top
-
-
-def _check(p: float, conv_graph: str, scale: str, example_inputs: Any) -> None:
-    if not 1.0 <= p < math.inf:
-        raise ConfigError(f"p must be in [1, inf), got {p} (neural_persistence)")
-    if conv_graph not in ("channel", "toeplitz"):
-        raise unknown_name("conv_graph", conv_graph, ("channel", "toeplitz"), "neural_persistence")
-    if scale not in ("layer", "model"):
-        raise unknown_name("scale", scale, ("layer", "model"), "neural_persistence")
-    if conv_graph == "toeplitz" and example_inputs is None:
-        raise ConfigError("conv_graph 'toeplitz' needs example_inputs, got None (neural_persistence)")

@@ -18,7 +18,7 @@ from rich.console import RenderableType
 from torch import nn
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import DataError
 from nni_topo.network.layers.kinds import CONVOLUTIONS, check_names
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.copies import detached_copy, lent
@@ -27,7 +27,7 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, create_pruner, pruner_info
-from nni_topo.rules import check_jobs, check_result, checked, instance
+from nni_topo.rules import NONE, all_of, check_jobs, check_knobs, check_result, checked, instance, number
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.studies.pictures import figure_of, finish, single
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
@@ -36,6 +36,11 @@ from nni_topo.zoo.labelled import subset
 
 _CALIBRATION = 512
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_KNOBS = {
+    "ratios": all_of(number(0, 1, "neither"), Sequence, least=1),
+    "budget": number(0.0),
+    "stop_drop": number(0.0) | NONE,
+}
 Evaluate = Callable[[nn.Module], float]
 Progress = Callable[[str, float, float], None]
 Knobs = Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]
@@ -195,10 +200,8 @@ def sensitivity(
 
 def _check_knobs(ratios: Sequence[float], budget: float, stop_drop: float | None, n_jobs: int) -> None:
     """Raise ConfigError unless curves can be measured."""
-    if not ratios or not all(0.0 < ratio < 1.0 for ratio in ratios):
-        raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {list(ratios)} (sensitivity)")
-    if not budget >= 0.0 or (stop_drop is not None and not stop_drop >= 0.0):
-        raise ConfigError(f"budget and stop_drop must be at least 0, got {budget} and {stop_drop} (sensitivity)")
+    given = {"ratios": ratios, "budget": budget, "stop_drop": stop_drop}
+    check_knobs("sensitivity", given, _KNOBS)
     check_jobs(n_jobs, "sensitivity")
 
 

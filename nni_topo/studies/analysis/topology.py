@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from rich.console import RenderableType
 from torch import nn
 
-from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
 from nni_topo.network.runtime.arguments import CONFIG_LIST, MODEL
@@ -24,6 +23,7 @@ from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.pruners.units import PruningUnit
+from nni_topo.rules import all_of, whole
 from nni_topo.runs.choices import Target
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.widths import inner_layers
@@ -33,6 +33,7 @@ from nni_topo.studies.tables import as_table
 
 FloatArray = NDArray[np.float64]
 _MOST_PANELS = 12
+_DEGREES = all_of(whole(0), Sequence, least=1)
 _DEGREE_COLORS = ("C0", "C1", "C2", "C3")
 
 
@@ -115,7 +116,7 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
     def check(self) -> None:
         """Check the fields; ConfigError if one is out of its range."""
         self._target()
-        _check_degrees(self.degrees)
+        _DEGREES.check("degrees", self.degrees, self.place)
 
     def _target(self) -> Target:
         return Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops)
@@ -148,13 +149,7 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
         yield as_table(f"topology of {self.model}", head, rows)
 
 
-def _check_degrees(degrees: tuple[int, ...]) -> None:
-    """Raise ConfigError unless diagrams of these degrees can be computed."""
-    if not len(degrees) or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in degrees):
-        raise ConfigError(f"degrees must be one or more integers from 0, got {degrees!r} (study_topology)")
-
-
-@public(model=MODEL, config_list=CONFIG_LIST)
+@public(model=MODEL, config_list=CONFIG_LIST, degrees=_DEGREES)
 def study_topology(
     model: nn.Module, config_list: list[dict[str, Any]], *, degrees: tuple[int, ...] = (0, 1), **knobs: Any
 ) -> TopologyStudy:
@@ -180,7 +175,6 @@ def study_topology(
     ConfigError, DataError
         As the pruner does; also if ``degrees`` is empty or negative.
     """
-    _check_degrees(degrees)
     pruner = TopologicalPruner(detached_copy(model), config_list, **knobs)
     data = pruner._collect_data()
     masks = pruner._generate_sparsity(pruner._calculate_metrics(data))

@@ -155,7 +155,7 @@ def test_malformed_diagrams_are_refused(bars, message):
 
 
 def test_orders_and_engines_are_checked():
-    with pytest.raises(DataError, match="order must be in"):
+    with pytest.raises(ConfigError, match="order must be at least 1"):
         wasserstein_distance([], [], 0.9)
     with pytest.raises(ConfigError, match="engine must be a known name"):
         bottleneck_distance([], [], engine="hera")

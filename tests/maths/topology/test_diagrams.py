@@ -80,7 +80,7 @@ def test_duplicates_are_bars_of_length_zero_and_the_infinite_bar_can_go():
 
 @pytest.mark.parametrize("dimension", [-1, 1.0, True, None])
 def test_dimensions_are_integers_from_zero(dimension):
-    with pytest.raises(DataError, match="homology dimension must be an integer >= 0"):
+    with pytest.raises(ConfigError, match="dimension must be an integer of at least 0"):
         rips_diagram([[0.0]], dimension=dimension)
 
 

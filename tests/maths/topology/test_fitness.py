@@ -119,10 +119,10 @@ def test_fitness_travels_to_other_processes():
         ({"criterion": "hausdorf"}, ConfigError, "criterion must be a known name, got 'hausdorf'"),
         ({"combine": "mean"}, ConfigError, "combine must be a known name, got 'mean'"),
         ({"engine": "ripser"}, ConfigError, "engine must be a known name"),
-        ({"homology_dimensions": (0, -1)}, DataError, "homology dimension must be an integer >= 0, got -1"),
-        ({"homology_dimensions": ()}, DataError, "at least one degree"),
+        ({"homology_dimensions": (0, -1)}, ConfigError, "each value an integer of at least 0"),
+        ({"homology_dimensions": ()}, ConfigError, "homology_dimensions must be a sequence of at least 1"),
         ({"base": 2}, DataError, r"base must be a point's index in \[0, 2\), got 2"),
-        ({"order": 0.0}, DataError, "order must be in"),
+        ({"order": 0.0}, ConfigError, "order must be at least 1"),
         ({"distances": [[0.0, np.inf], [np.inf, 0.0]]}, DataError, "finite, got inf"),
     ],
 )

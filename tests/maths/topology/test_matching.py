@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from nni_topo.errors import DataError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.topology import h0_bottleneck, h0_wasserstein
 
 lists = st.lists(st.one_of(st.floats(0, 10), st.integers(0, 4).map(float)), max_size=7).map(
@@ -123,5 +123,5 @@ def test_malformed_death_times_are_refused(a, b, message):
 
 @pytest.mark.parametrize("order", [0.5, np.inf, np.nan])
 def test_orders_below_one_or_infinite_are_refused(order):
-    with pytest.raises(DataError, match="order must be in"):
+    with pytest.raises(ConfigError, match="order must be at least 1"):
         h0_wasserstein([1.0], [1.0], order)

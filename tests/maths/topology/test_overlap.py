@@ -76,8 +76,8 @@ def test_the_bound_never_exceeds_one(density):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 3), "m must be at least 1, got 0"),
-        ((3, -1), "n must be at least 1, got -1"),
+        ((0, 3), "m must be an integer of at least 1, got 0"),
+        ((3, -1), "n must be an integer of at least 1, got -1"),
         ((10, 10, 0.0), r"density must be in \[0.19, 1\] for a 10 x 10 layer, got 0.0"),
         ((10, 10, 0.1), "got 0.1"),
         ((10, 10, 1.5), "got 1.5"),

@@ -168,7 +168,7 @@ def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
         (("--epochs", "0"), "epochs must be an integer of at least 1, got 0"),
         (("--images", "-5"), "images must be an integer of at least 1, got -5"),
         (("--calibration", "0"), "calibration must be an integer of at least 1, got 0"),
-        (("--gamma", "-1"), "gamma must be positive and finite, got -1.0"),
+        (("--gamma", "-1"), "gamma must be above 0 and finite, got -1.0"),
         (("--tolerance", "7"), "tolerance must be in [0, 1], got 7.0"),
     ):
         assert command("retraining", checkpoint, tmp_path, *words) == 2

@@ -203,8 +203,8 @@ def test_sensitivity_gives_pruners_the_data_they_need(pruner, kept, tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"ratios": ()}, "ratios must be one or more numbers"),
-        ({"ratios": (1.0,)}, "ratios must be one or more numbers"),
+        ({"ratios": ()}, "ratios must be a tuple of at least 1"),
+        ({"ratios": (1.0,)}, "ratios must be a tuple of at least 1"),
         ({"rounds": 0}, "rounds must be in \\[1, epochs\\], got 0 of 3 epochs"),
         ({"rounds": 4}, "got 4 of 3 epochs"),
         ({"epochs": -1}, r"epochs must be an integer of at least 0, got -1 \(magnitude\)"),

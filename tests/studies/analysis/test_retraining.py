@@ -134,11 +134,11 @@ def test_the_bound_of_nodes_is_the_same_for_zeros_and_for_a_dense_network():
 
 def test_bad_requests_are_refused():
     nets = (Quadratic(6, 8), Quadratic(0, 0), Quadratic(0, 2))
-    with pytest.raises(ConfigError, match="gamma must be positive and finite, got 0"):
+    with pytest.raises(ConfigError, match="gamma must be above 0 and finite, got 0"):
         bound(*nets, "node", gamma=0)
-    with pytest.raises(ConfigError, match="epochs must be positive and finite, got -1"):
+    with pytest.raises(ConfigError, match="epochs must be above 0 and finite, got -1"):
         retraining_bound(*nets, mse_loss, BATCHES, -1)
-    with pytest.raises(ConfigError, match="epochs must be a finite number, got 'a'"):
+    with pytest.raises(ConfigError, match="epochs must be above 0 and finite, got 'a'"):
         retraining_bound(*nets, mse_loss, BATCHES, "a")
     with pytest.raises(ConfigError, match=r"pair of inputs and targets, got a Tensor \(batch 0\)"):
         retraining_bound(*nets, mse_loss, [torch.zeros(4, 1)], 5)

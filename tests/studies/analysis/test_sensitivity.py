@@ -145,12 +145,12 @@ def test_pruners_that_train_get_an_evaluator_for_each_copy(tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "error", "message"),
     [
-        ({"ratios": ()}, ConfigError, "ratios must be one or more numbers in \\(0, 1\\)"),
+        ({"ratios": ()}, ConfigError, "ratios must be a sequence of at least 1, each value in \\(0, 1\\)"),
         ({"ratios": (0.5, 1.0)}, ConfigError, "ratios must be"),
         ({"pruner": "l3"}, ConfigError, "did you mean l"),
         ({"knobs": {"nrm": 1}, "pruner": "matrix"}, ConfigError, "did you mean norm"),
         ({"layers": ["hiden"]}, ConfigError, "a layer must be a known name, got 'hiden'; did you mean hidden"),
-        ({"budget": -1.0}, ConfigError, "budget and stop_drop must be at least 0, got -1.0"),
+        ({"budget": -1.0}, ConfigError, "budget must be at least 0 and finite, got -1.0"),
         ({"evaluate": lambda net: float("nan")}, DataError, "finite number, got nan"),
     ],
 )

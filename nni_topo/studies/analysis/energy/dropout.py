@@ -15,8 +15,11 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.arguments import MODEL
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.public import public
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.rules import all_of, number
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
+_RATE = number(0, 1, "left")
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -25,8 +28,6 @@ class ActiveDropout(nn.Module):
 
     def __init__(self, rate: float, seed: int) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
-            raise ConfigError(f"a dropout rate must be in [0, 1), got {rate} (rate)")
         self.rate = rate
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -36,7 +37,7 @@ class ActiveDropout(nn.Module):
         return values * kept / (1.0 - self.rate)
 
 
-@public(model=MODEL)
+@public(model=MODEL, rate=_RATE)
 def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
     """Return a copy of a model whose dropout layers are active at test time, all at one rate.
 
@@ -72,7 +73,7 @@ def _put_dropout(model: nn.Module, rate: float, seed: int) -> nn.Module:
     return model
 
 
-@public()
+@public(rates=all_of(_RATE, Sequence))
 def study_dropout(
     models: Mapping[str, Callable[[], nn.Module]],
     evaluate: EvaluateQuality,

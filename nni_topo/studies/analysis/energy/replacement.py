@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError
 from nni_topo.maths.signals import Chirp
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.layers.derived import weight_used
@@ -22,7 +22,7 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
-from nni_topo.rules import check_fields, number, whole
+from nni_topo.rules import all_of, check_fields, number, one_of, whole
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 KINDS = ("kept", "removed", "random", "copied", "evolved")
@@ -51,7 +51,7 @@ class FilterEvolution:
         check_fields(self, population_size=whole(2), generations=whole(1), mutation=number(0))
 
 
-@public(model=MODEL, example_inputs=INPUTS)
+@public(model=MODEL, example_inputs=INPUTS, kinds=all_of(one_of(KINDS), Sequence))
 def study_replacement(
     model: nn.Module,
     layer: str,
@@ -105,9 +105,6 @@ def study_replacement(
     ConfigError
         If a kind is unknown, the layer isn't a convolution without groups, or no filter lies below the threshold.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise unknown_name("kind of replacement", kind, KINDS, "study_replacement")
     entry = {"op_names": [layer], "sparse_threshold": threshold}
     pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
     _, masks = pruner.compress()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
 from nni_topo.network.channels.flow import norms_after
@@ -37,6 +37,7 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
+from nni_topo.rules import all_of, one_of
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Selection:
     seconds: float  # that the selection took
 
 
-@public(model=MODEL, example_inputs=INPUTS, batches=BATCHES)
+@public(model=MODEL, example_inputs=INPUTS, batches=BATCHES, methods=all_of(one_of(METHODS), Sequence))
 def study_selection(
     model: nn.Module,
     layer: str,
@@ -107,9 +108,6 @@ def study_selection(
     ConfigError
         If a method is unknown or ``keep`` is out of its range.
     """
-    for method in methods:
-        if method not in METHODS:
-            raise unknown_name("method", method, METHODS, "study_selection")
     with evaluation_mode(model):
         labelled: Any = Calibration.of(batches, "batches")
         search = _Search(model, layer, example_inputs, labelled, seed, knobs)

@@ -26,7 +26,7 @@ from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, unit_scores
-from nni_topo.rules import instance
+from nni_topo.rules import instance, number
 from nni_topo.studies.study import Findings
 from nni_topo.zoo.labelled import LabelledImages
 
@@ -188,8 +188,7 @@ class EnergyStudy(Findings):
         ConfigError
             If ``max_drop`` is negative, or nothing was evaluated.
         """
-        if not max_drop >= 0.0:
-            raise ConfigError(f"max_drop must be at least 0, got {max_drop} (suggestion)")
+        number(0.0).check("max_drop", max_drop, "suggestion")
         found = {}
         for layer in self.layers:
             best = None

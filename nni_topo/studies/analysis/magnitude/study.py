@@ -24,7 +24,7 @@ from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
-from nni_topo.rules import instance, number, whole
+from nni_topo.rules import all_of, instance, number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, made_dense, pruner_knobs
 from nni_topo.runs.widths import inner_layers
@@ -80,8 +80,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
 
     def check(self) -> None:
         """Raise ConfigError unless the study can be carried out."""
-        if not self.ratios or not all(0.0 < ratio < 1.0 for ratio in self.ratios):
-            raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {self.ratios} (magnitude)")
+        all_of(number(0, 1, "neither"), tuple, least=1).check("ratios", self.ratios, "magnitude")
         whole(0).check("epochs", self.epochs, "magnitude")
         if self.epochs and not 1 <= self.rounds <= self.epochs:
             raise ConfigError(f"rounds must be in [1, epochs], got {self.rounds} of {self.epochs} epochs (magnitude)")

@@ -14,15 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.public import public
-from nni_topo.rules import is_finite
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.rules import number
 
 BoundKind = Literal["node", "connection"]
+_POSITIVE = number(0.0, closed="neither")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class RetrainingBound:
         return epochs * self.gamma / self.epochs if self.epochs > 0 else math.inf
 
 
-@public(initial=MODEL, trained=MODEL, sparse=MODEL, batches=BATCHES)
+@public(initial=MODEL, trained=MODEL, sparse=MODEL, batches=BATCHES, epochs=_POSITIVE, gamma=_POSITIVE)
 def retraining_bound(
     initial: nn.Module,
     trained: nn.Module,
@@ -137,17 +139,12 @@ def retraining_bound(
     .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
        Technology, 2019, theorem 1.
     """
-    for name, value in (("epochs", epochs), ("gamma", gamma)):
-        if not is_finite(value) or value <= 0.0:
-            raise ConfigError(f"{name} must be positive and finite, got {value!r} (retraining_bound)")
-    if kind not in ("node", "connection"):
-        raise unknown_name("kind", str(kind), ("node", "connection"), "retraining_bound")
     data: list[tuple[Any, Any]] = []
-    for number, batch in enumerate(Calibration.of(batches, "batches")):
+    for index, batch in enumerate(Calibration.of(batches, "batches")):
         is_sequence = isinstance(batch, (tuple, list))
         if not is_sequence or len(batch) != 2:
             got = f"{type(batch).__name__} of {len(batch)}" if is_sequence else type(batch).__name__
-            raise ConfigError(f"a batch must be a pair of inputs and targets, got a {got} (batch {number})")
+            raise ConfigError(f"a batch must be a pair of inputs and targets, got a {got} (batch {index})")
         data.append((batch[0], batch[1]))
     for model in (initial, trained, sparse):
         check_model(model)

@@ -14,10 +14,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import pruner_info
-from nni_topo.rules import is_finite, whole
+from nni_topo.rules import number, whole
 from nni_topo.runs.run import Start, build_model, made_dense, retrain
 from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, study_masks
 from nni_topo.studies.analysis.retraining.bound import BoundKind, retraining_bound
@@ -87,10 +86,8 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
         super().check()
         for knob in ("images", "epochs"):
             whole(1).check(knob, getattr(self, knob), self.place)
-        if not is_finite(self.gamma) or self.gamma <= 0.0:
-            raise ConfigError(f"gamma must be positive and finite, got {self.gamma!r} ({self.place})")
-        if not 0.0 <= self.tolerance <= 1.0:
-            raise ConfigError(f"tolerance must be in [0, 1], got {self.tolerance!r} ({self.place})")
+        number(0.0, closed="neither").check("gamma", self.gamma, self.place)
+        number(0, 1).check("tolerance", self.tolerance, self.place)
 
     def find(self, tell: Tell) -> RetrainingStudy:
         """Prune a trained network, fine-tune it until its accuracy recovers, and compare the epochs with theorem 1."""

@@ -151,7 +151,7 @@ def test_bad_requests():
             study_energy(net(), ["0"], IMAGES[:1], thresholds=thresholds)
     with pytest.raises(ConfigError, match="in \\(0, 1\\)"):
         study_energy(net(), ["0"], IMAGES[:1], thresholds=(0.5, 1.5))
-    with pytest.raises(ConfigError, match="at least 0, got -1"):
+    with pytest.raises(ConfigError, match="at least 0 and finite, got -1"):
         fabricated([0.0], [1])[0].suggestion(-1)
 
 
