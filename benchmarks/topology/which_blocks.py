@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rtd
 import torch
 from registered import CONFIRMATION, EXPLORATION, benchmark, best_of, difference_row
 from scipy import stats
@@ -181,7 +182,7 @@ def averaged(values: Tensor) -> Tensor:
 def rtd_lite(one: Tensor, other: Tensor) -> float:
     """Return RTD-Lite between the clouds of images (n, ...), flattened, per image."""
     distances = [nni_topo.topology.pairwise_distances(each.flatten(1).double().numpy()) for each in (one, other)]
-    return nni_topo.topology.rtd_lite(*distances) / len(one)
+    return rtd.rtd_lite(*distances) / len(one)
 
 
 def rtd_lite_averaged(one: Tensor, other: Tensor) -> float:

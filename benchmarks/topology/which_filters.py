@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from metric_magnitude import magnitude_subset
 from numpy.typing import NDArray
 from registered import CONFIRMATION, EXPLORATION, benchmark, best_of, difference_row
 from torch import Tensor, nn
@@ -195,7 +196,7 @@ def most_magnitude(gram: Tensor, keep: int, scale: float) -> Tensor:
     """Return the channels to keep by the magnitude of their cloud and the origin; scale over the median distance."""
     distances = cloud_distances(gram)
     median = float(np.median(distances[np.triu_indices(len(distances), 1)]))
-    kept = nni_topo.topology.magnitude_subset(distances, keep + 1, scale / median, base=0)
+    kept = magnitude_subset(distances, keep + 1, scale / median, base=0)
     return torch.from_numpy(kept[1:] - 1)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from metric_magnitude import magnitude_subset
 from numpy.typing import NDArray
 from registered import CONFIRMATION, EXPLORATION, benchmark, best_of, difference_row
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ def magnitude_masks(
         keep = round(share * len(weight))
         median = float(np.median(matrix[np.triu_indices(len(matrix), 1)]))
         similarities = np.exp(-SCALE / median * matrix)
-        kept = nni_topo.topology.magnitude_subset(matrix, keep + 1, SCALE / median, base=0)
+        kept = magnitude_subset(matrix, keep + 1, SCALE / median, base=0)
         enumerated = row == EXACT and math.comb(len(weight), keep) <= SUBSETS
         if enumerated:
             kept = largest_by_enumeration(similarities, keep)

@@ -32,10 +32,10 @@ from encoders import (
     trained_encoder,
 )
 from registered import CONFIRMATION, EXPLORATION, Figures, benchmark, best_of, difference_row
+from rtd import rtd_lite_loss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-import nni_topo
 from nni_topo import zoo
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import markdown_table, show_accuracies
@@ -160,7 +160,7 @@ def cosine_and_similarities(found: Tensor, wanted: Tensor, variance: Tensor) -> 
 
 def rtd_lite(found: Tensor, wanted: Tensor) -> Tensor:
     """Return RTD-Lite of a batch, per point, between outputs of length one: neighbours are those of large cosine."""
-    return nni_topo.topology.rtd_lite_loss(normalize(found), normalize(wanted)) / len(found)
+    return rtd_lite_loss(normalize(found), normalize(wanted)) / len(found)
 
 
 SQUARES, OURS = "squares", "squares and RTD-Lite"

@@ -29,6 +29,7 @@ from encoders import (
     width_of,
 )
 from registered import CONFIRMATION, EXPLORATION, benchmark, difference_row
+from rtd import rtd_lite
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -90,7 +91,7 @@ def scores(before: Tensor, after: Tensor) -> dict[str, float]:
     one, other = normalize(before.double()), normalize(after.double())
     distances = [nni_topo.topology.pairwise_distances(each.numpy()) for each in (one, other)]
     return {
-        RTD_LITE: nni_topo.topology.rtd_lite(*distances) / len(one),
+        RTD_LITE: rtd_lite(*distances) / len(one),
         SQUARES: float((one - other).square().sum(1).mean()),
         CKA: 1.0 - linear_cka(one, other),
     }

@@ -15,9 +15,7 @@ from nni_topo.maths.topology.layer_trees import (
     spanning_forest,
 )
 from nni_topo.maths.topology.matching import h0_bottleneck, h0_wasserstein
-from nni_topo.maths.topology.metric_magnitude import magnitude_subset, metric_magnitude
 from nni_topo.maths.topology.relevance import relevance_distances
-from nni_topo.maths.topology.rtd_lite import rtd_lite, rtd_lite_loss
 from nni_topo.maths.topology.spanning import distinct_points, h0_deaths
 
 __all__ = [
@@ -36,16 +34,12 @@ __all__ = [
     "h0_wasserstein",
     "hausdorff_to_subset",
     "linear_graph",
-    "magnitude_subset",
     "maximum_spanning_tree",
-    "metric_magnitude",
     "network_tree",
     "pairwise_distances",
     "plane_trees",
     "relevance_distances",
     "rips_diagram",
-    "rtd_lite",
-    "rtd_lite_loss",
     "spanning_forest",
     "wasserstein_distance",
     "with_origin",

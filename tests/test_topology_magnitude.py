@@ -4,10 +4,13 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from bench_modules import BENCHMARKS, imported
 from scipy.spatial.distance import cdist
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.topology import magnitude_subset, metric_magnitude
+
+with imported(BENCHMARKS / "topology", "metric_magnitude") as _module:
+    magnitude_subset, metric_magnitude = _module.magnitude_subset, _module.metric_magnitude
 
 
 def cloud(seed=0, points=9):

@@ -3,10 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from bench_modules import BENCHMARKS, imported
 from scipy.spatial.distance import cdist
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology import h0_deaths, rtd_lite, rtd_lite_loss
+from nni_topo.topology import h0_deaths
+
+with imported(BENCHMARKS / "topology", "rtd") as _module:
+    rtd_lite, rtd_lite_loss = _module.rtd_lite, _module.rtd_lite_loss
 
 
 def clouds(seed, points=12):
