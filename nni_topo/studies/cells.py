@@ -46,6 +46,10 @@ class Trained(Protocol):
     """A job that starts from a trained network, which the output folder holds under its key."""
 
     @property
+    def key(self) -> str:
+        """Key of the job's record; jobs with equal settings have equal keys."""
+
+    @property
     def training_key(self) -> str:
         """Key of the trained network; jobs with the same key share it."""
 

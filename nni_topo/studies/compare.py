@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,9 +18,9 @@ from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import load_model_data, resolve_device
 from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.cells import cell_facts, run_cell
-from nni_topo.studies.isolation import in_turn, isolated
+from nni_topo.studies.isolation import run_missing
 from nni_topo.studies.plan import SCRATCH, ComparisonPlan
-from nni_topo.studies.records import COMPARED, append_record, read_records
+from nni_topo.studies.records import COMPARED, read_records
 from nni_topo.studies.report import write_report
 from nni_topo.studies.tables import markdown_report
 
@@ -101,24 +100,12 @@ def _all_cells(
         )
     write_json(out / "plan.json", asdict(plan), sort=False, default=repr)
 
-    def tell(number: int) -> None:
-        if on_cell is not None:
-            on_cell(cells[number - 1], number, len(cells))
-
-    todo = {number: cell for number, cell in enumerate(cells, start=1) if cell.key not in done}
-    jobs = effective_n_jobs(plan.n_jobs)
-    failures = {}
-    results = isolated(todo, out, jobs, tell, run_cell) if isolate else in_turn(todo, out, tell, run_cell)
-    with closing(results):
-        for number, result in results:
-            if isinstance(result, str):
-                failures[number] = RunFailure(todo[number], result)
-                continue
-            append_record(out / "results.jsonl", result)
-            done[todo[number].key] = result
+    at_a_time = effective_n_jobs(plan.n_jobs) if isolate else None
+    found = run_missing(cells, done, out, run_cell, at_a_time=at_a_time, announce=on_cell)
+    failures = [RunFailure(cells[number - 1], reason) for number, reason in sorted(found.items())]
     records = [done[cell.key] for cell in cells if cell.key in done]
     write_json(out / "results.json", records)
-    reasons = [{**cell_facts(failure.cell), "reason": failure.reason} for _, failure in sorted(failures.items())]
+    reasons = [{**cell_facts(failure.cell), "reason": failure.reason} for failure in failures]
     write_json(out / "failures.json", reasons)
     write_report(out)
-    return Comparison(records, [failures[number] for number in sorted(failures)])
+    return Comparison(records, failures)

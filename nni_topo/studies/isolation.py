@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from nni_topo.errors import NniTopoError
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.cells import Trained, checkpoint
+from nni_topo.studies.records import append_record
 
 # Never a plain fork: the child would inherit locks of PyTorch's threads. The fork server imports the pipeline once.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -28,10 +30,41 @@ _POLL_SECONDS = 1.0  # how often to check whether a network that other jobs wait
 Job = TypeVar("Job", bound=Trained)
 
 
-def in_turn(
+def run_missing(
+    jobs: Sequence[Job],
+    done: dict[str, Record],
+    out: Path,
+    run: Callable[[Job, Path], Record],
+    *,
+    at_a_time: int | None,
+    announce: Callable[[Job, int, int], None] | None = None,
+) -> dict[int, str]:
+    """Run the jobs whose key isn't in ``done``, and put their records there and into ``results.jsonl``.
+
+    ``at_a_time`` jobs run in processes of their own; None: one by one in this one. ``announce`` is called before each
+    job with the job, its number from 1 and the number of jobs. Return, by number, why jobs have no record.
+    """
+    todo = {number: job for number, job in enumerate(jobs, start=1) if job.key not in done}
+    failures: dict[int, str] = {}
+
+    def tell(number: int) -> None:
+        if announce is not None:
+            announce(todo[number], number, len(jobs))
+
+    results = _in_turn(todo, out, tell, run) if at_a_time is None else isolated(todo, out, at_a_time, tell, run)
+    with closing(results):
+        for number, result in results:
+            if isinstance(result, str):
+                failures[number] = result
+                continue
+            append_record(out / "results.jsonl", result)
+            done[todo[number].key] = result
+    return failures
+
+
+def _in_turn(
     todo: Mapping[int, Job], out: Path, tell: Callable[[int], None], run: Callable[[Job, Path], Record]
 ) -> Results:
-    """Run jobs one by one in this process; yield each job's number and record."""
     for number, job in todo.items():
         tell(number)
         yield number, run(job, out)

@@ -6,7 +6,6 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ from nni_topo.studies.analysis.deviation import share_kept
 from nni_topo.studies.analysis.layers import weight_layers
 from nni_topo.studies.analysis.rounds.report import markdown_overlap, markdown_rounds, overlap_figure, rounds_figure
 from nni_topo.studies.cells import start_of
-from nni_topo.studies.isolation import in_turn, isolated
-from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.isolation import run_missing
+from nni_topo.studies.records import read_records
 from nni_topo.studies.study import DataVerb, Findings, Names, Study, Tell
 from nni_topo.zoo.labelled import subset
 
@@ -153,30 +152,14 @@ def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1,
     """
     check_jobs(n_jobs, "rounds")
     out = Path(out)
+    at_a_time = None if n_jobs == 1 else effective_n_jobs(n_jobs)
     with only_process(out, wait=False):
-        return _all_cells(cells, out, n_jobs, announce)
-
-
-def _all_cells(cells: Sequence[RoundsCell], out: Path, n_jobs: int, announce: Any) -> list[Record]:
-    done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str)})}
-    todo = {number: cell for number, cell in enumerate(cells, start=1) if cell.key not in done}
-
-    def tell(number: int) -> None:
-        if announce is not None:
-            announce(todo[number], number, len(cells))
-
-    jobs, failed = effective_n_jobs(n_jobs), []
-    run = run_rounds_cell
-    results = in_turn(todo, out, tell, run) if n_jobs == 1 else isolated(todo, out, jobs, tell, run)
-    with closing(results):
-        for number, result in results:
-            if isinstance(result, str):
-                failed.append(f"{todo[number].method}, seed {todo[number].cell.seed}: {result}")
-                continue
-            append_record(out / "results.jsonl", result)
-            done[result["key"]] = result
-    if failed:
-        raise DataError(f"every run must end with a record, got none of {len(failed)}: {'; '.join(failed)} ({out})")
+        done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str)})}
+        found = run_missing(cells, done, out, run_rounds_cell, at_a_time=at_a_time, announce=announce)
+    if found:
+        runs = ((cells[number - 1], reason) for number, reason in found.items())
+        failed = "; ".join(f"{cell.method}, seed {cell.cell.seed}: {reason}" for cell, reason in runs)
+        raise DataError(f"every run must end with a record, got none of {len(found)}: {failed} ({out})")
     return [done[cell.key] for cell in cells]
 
 
