@@ -15,7 +15,6 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.arguments import MODEL
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.rules import all_of, number
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 

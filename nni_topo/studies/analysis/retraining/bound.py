@@ -20,7 +20,6 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.rules import number
 
 BoundKind = Literal["node", "connection"]
