@@ -275,8 +275,10 @@ class BudgetPlanner(Planner):
         else:
             removed = solve(share)
             self.left = cost(removed)
-        tell = tell_if_missed if self._warns else outcome_of
-        self.outcome = tell(self.budget, self.left, self._why_missed(units, removed, model, cost))
+        why = self._why_missed(units, removed, model, cost)
+        self.outcome = budget_outcome(self.budget.kind, self.budget.share, self.left, why)
+        if self._warns:
+            warn_if_missed(self.outcome)
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
@@ -352,17 +354,10 @@ def _is_near(kind: str, asked: float, left: float) -> bool:
     return abs(left - asked) <= _tolerance(kind, asked) + _ROUNDING
 
 
-def outcome_of(budget: Budget, left: float, reason: str) -> BudgetOutcome:
-    """Return the outcome of a budget; ``reason`` says why if the cost isn't near to it."""
-    return budget_outcome(budget.kind, budget.share, left, reason)
-
-
-def tell_if_missed(budget: Budget, left: float, reason: str) -> BudgetOutcome:
-    """Return the outcome of a budget, and warn where the cost isn't near to it."""
-    outcome = outcome_of(budget, left, reason)
+def warn_if_missed(outcome: BudgetOutcome) -> None:
+    """Warn where the cost isn't near to the budget."""
     if not outcome.is_near:
         _logger.warning("%s", outcome)
-    return outcome
 
 
 def share_left(

@@ -43,7 +43,7 @@ from nni_topo.pruners.budget import (
     budget_outcome,
     network_cost,
     no_nearer,
-    tell_if_missed,
+    warn_if_missed,
 )
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery import RecoveryMethod
@@ -251,11 +251,12 @@ class Prepared:
 
     def outcome(self, share: float, made: Pipeline) -> BudgetOutcome:
         """Return whether a network meets a budget, and warn where it isn't near to it."""
-        budget, planned = self.of_share(share), made.planned
-        why = self.why_missed(share, made)
+        planned = made.planned
+        outcome = budget_outcome(self.budget.kind, share, made.left, self.why_missed(share, made))
+        # Otherwise the pruner has given the warning.
         if self.is_search or planned is None or planned.is_met or self._is_mispredicted(made):
-            return tell_if_missed(budget, made.left, why)
-        return budget_outcome(budget.kind, share, made.left, why)  # the pruner has given the warning
+            warn_if_missed(outcome)
+        return outcome
 
     def why_missed(self, share: float, made: Pipeline) -> str:
         """Return the reason if the cost of a network isn't near to its budget."""

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from nni_topo.disk import disk_errors, read_json, reading, whole_file, write_json
+from nni_topo.disk import disk_errors, read_json, reading, whole_file, write_json, write_safetensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.runs.streaming.skeleton import INDEX
@@ -179,10 +178,5 @@ class Journal:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a file of tensors, whole or not at all; DataError where the disk is full."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as part, disk_errors(path):
-        try:
-            # Transformers reads files that say they are PyTorch's.
-            save_file(plain, str(part), {"format": "pt"})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise (error if number is None else OSError(int(number[1]), str(error))) from error
+    with whole_file(path) as part:
+        write_safetensors(part, plain, {"format": "pt"})  # Transformers reads files that say they are PyTorch's
