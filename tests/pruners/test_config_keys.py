@@ -56,11 +56,11 @@ def test_single_weights_are_chosen_without_loops(criterion: str) -> None:
     points = np.random.default_rng(0).normal(size=(12, 1))
     search = GeneticSearch(population_size=6, generations=3)
     chosen = [
-        _chosen(Cloud(points, 12), 6, [0], SelectionSettings(criterion, degrees, search), "layer")[0]
+        _chosen(Cloud(points, 12), 6, [0], SelectionSettings(criterion, degrees, search))[0]
         for degrees in ((0, 1), (0,))
     ]
     flat = Cloud(np.hstack([points, np.zeros((12, 1))]), 12)
-    in_plane = _chosen(flat, 6, [0], SelectionSettings(criterion, (0, 1), search), "layer")[0]
+    in_plane = _chosen(flat, 6, [0], SelectionSettings(criterion, (0, 1), search))[0]
     assert (chosen[0] == chosen[1]).all()
     assert (chosen[0] == in_plane).all()
 

@@ -53,6 +53,7 @@ _NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
 # with its trainer and data.
 _SHARED = (ModuleType, io.IOBase, type(threading.Lock()), type(threading.RLock()), Compressor, Evaluator)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
+_CHANGING = (dict, OrderedDict, list, set)
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
 
 
@@ -410,28 +411,20 @@ def _note(models: Iterable[nn.Module], values: bool, put_back: list[Callable[[],
 
 
 def _note_module(module: nn.Module, put_back: list[Callable[[], None]]) -> None:
-    """Append what puts a module's mode, attributes, parameters and buffers back."""
-    mode = module.training
-    if isinstance(module, torch.jit.ScriptModule):  # whose tables aren't Python's
-        tables: list[Any] = []
-    else:
-        tables = [
-            vars(module),
-            module._parameters,
-            module._buffers,
-            module._modules,
-            module._non_persistent_buffers_set,
-        ]
-    before = [each.copy() for each in tables]
+    """Append what puts a module's mode and attributes back, and what its own dictionaries, lists and sets hold."""
+    mode, held = module.training, list[Any]()
+    if not isinstance(module, torch.jit.ScriptModule):  # whose tables aren't Python's
+        held = [vars(module), *(each for each in vars(module).values() if type(each) in _CHANGING)]
+    before = [each.copy() for each in held]
 
     def put() -> None:
         if module.training != mode:
             module.training = mode
         if "_nni_wrapper" in module._modules:  # NNI changes the tables to wrap a module
             return
-        for table, entries in zip(tables, before, strict=True):
-            table.clear()
-            table.update(entries)
+        for each, entries in zip(held, before, strict=True):
+            each.clear()
+            (each.extend if isinstance(each, list) else each.update)(entries)
 
     put_back.append(put)
 

@@ -102,7 +102,7 @@ def _zero(module):
 
 
 def test_replacement_refuses_what_it_cannot_do():
-    with pytest.raises(ConfigError, match="did you mean copied"):
+    with pytest.raises(ConfigError, match="got \\['copy'\\]"):
         study_replacement(net(), "0", IMAGES[:1], quality, kinds=["copy"])
     with pytest.raises(ConfigError, match="got 0 \\(0\\)"):
         study_replacement(net(), "0", IMAGES[:1], quality, threshold=1e-9)
@@ -161,7 +161,7 @@ def test_selection_refuses_what_it_cannot_do():
     arguments = net(), "0", IMAGES[:1], [(IMAGES, LABELS)], quality
     with pytest.raises(ConfigError, match="in \\[1, 7\\], got 8"):
         study_selection(*arguments, keep=8)
-    with pytest.raises(ConfigError, match="did you mean"):
+    with pytest.raises(ConfigError, match=r"got \["):
         study_selection(*arguments, keep=2, methods=["tailor"])
 
 
