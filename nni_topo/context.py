@@ -63,6 +63,6 @@ def leaving_out(layers: str = "the layer") -> str:
 
 
 def called_as(place: str) -> str:
-    """Return the name by which the user called a function: that of the one which passes its arguments to it."""
+    """Return the name by which the user called a function: its own, or the name of the function that calls it."""
     function, public = context().called_as
     return public if place == function else place

@@ -330,7 +330,7 @@ class StructuredPruner(Pruner):
     def _activate_targets(self, cap: float = 0.0) -> None:
         """Give the ``sparse_ratio`` ``cap`` to configured targets without a rule: the pruner finds the number."""
         spaces = [space for targets in self._target_spaces.values() for space in targets.values()]
-        # A rule of one member is that of its group: a second one beside it could contradict it.
+        # A rule of one member holds for its group: a second one beside it could contradict it.
         ruled = {space.dependency_group_id for space in spaces if is_active(space)} - {None}
         for space in spaces:
             own = space.align is None and space.target is not None and not is_active(space)

@@ -152,7 +152,7 @@ def check_request(
 ) -> list[dict[str, Any]]:
     """Return a checked config_list in NNI 3's words, or raise ConfigError or DataError; the model isn't changed."""
     check_knobs("pruner", {"model": model, "config_list": config_list}, REQUEST)
-    # With inherited wrappers the config_list may be empty, as that of NNI's LinearPruner is.
+    # With inherited wrappers the config_list may be empty, as in NNI's LinearPruner.
     if not config_list and existed_wrappers is None:
         skipped = config_list.skipped if isinstance(config_list, DependencyGroups) else {}
         why = "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason(skipped).items())

@@ -70,7 +70,7 @@ class ColumnScaling(Scaling):
         return found.reshape(-1, 1, *found.shape[target.dim() :]) if keepdim else found
 
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
-        """Give each of a block's values that of the block."""
+        """Give each of a block's values the block's value."""
         if keepdim:
             target = target.reshape([1 if size == -1 else -1 for size in self.kernel_size])
         found: Tensor = super().expand(target, expand_size, keepdim, full_expand)

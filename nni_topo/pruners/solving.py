@@ -208,7 +208,7 @@ def solve_timed(
     if fast_enough:
         best = best if best in fast_enough else max(fast_enough, key=lambda removed: found[removed][0])
         return list(best), *found[best]
-    # The time is that of calling operations, which widths don't change: the widest network that is about as fast.
+    # Calling operations takes the time, and widths don't change that: the widest network that is about as fast.
     wider = {tuple(solve(aim)): aim for aim in _WIDER} | {best: found[best][1]}
     times = dict(zip(wider, timed(list(wider)), strict=True))
     least = min(times.values())

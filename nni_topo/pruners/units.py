@@ -216,7 +216,7 @@ def pruning_units(
             # NNI also makes a space for the bias that a layer doesn't have.
             if space.type is TargetType.PARAMETER and space.target is None:
                 continue
-            # Of other lengths, so that no group's name can be that of a target.
+            # Of other lengths, so that no group has the name of a target.
             grouped = space.dependency_group_id is not None
             key = (space.dependency_group_id,) if grouped else (module_name, target_name)
             groups.setdefault(key, []).append((module_name, target_name, space))

@@ -125,7 +125,7 @@ class ChannelTask(Task):
 
 
 class PairTask(ChannelTask):
-    """Let one kept channel stand in for each removed one: that of `survivors`, else the one most correlated."""
+    """For each removed channel, let one kept channel replace it: the one in `survivors`, else the most correlated."""
 
     # With `biases` the constant for a removed channel u is ``beta * biases[u]``, the same for each output, as (5.9)
     # prints it, instead of `beta` times the weights that read u.

@@ -42,7 +42,7 @@ def position_count(module: nn.Module, shape: Sequence[int]) -> int:
 def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, shape: Sequence[int]) -> Tensor:
     """Return what enters a layer at flat output positions (n, p): (groups, n * p, d * kernel elements).
 
-    ``columns`` (groups, d) are the input channels, ``shape`` is that of the layer's output.
+    ``columns`` (groups, d) are the input channels, ``shape`` is the shape of the layer's output.
     """
     # In the order of the layer's weight by output: channels and then kernel.
     groups, is_own = columns.shape[0], has_own_forward(module)

@@ -90,7 +90,7 @@ def alive(reached: Iterable[list[Tensor]]) -> list[Tensor | None]:
 
 
 def moments(values: Tensor) -> Tensor:
-    """Return the number of values, their sum and that of their squares."""
+    """Return the number of values, their sum and the sum of their squares."""
     wide = values.double()
     return torch.stack([wide.new_tensor(wide.numel()), wide.sum(), wide.square().sum()]).cpu()
 

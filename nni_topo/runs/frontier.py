@@ -61,7 +61,7 @@ class FrontierPoint:
     distance_low: float
     distance_high: float
     accuracy: float  # what `evaluate` returns; NaN without it
-    start: float  # share of the network that this one was made from: 1.0, or that of a larger one
+    start: float  # share of the network that this one was made from: 1.0, or the share of a larger one
     is_distilled: bool  # whether learned weights were kept
     is_knee: bool  # whether the curve of the losses has its knee here
     seconds: float  # wall time

@@ -51,7 +51,7 @@ class Stage:
     calibration_distance: float  # the same on the calibration images, where networks look better than they are
     calibration_agreement: float
     accuracy: float  # what `evaluate` returns; NaN without it
-    # Wall time of the step; of "pruned" that of all tries and their recovery with allocation="auto" or a tolerance.
+    # Wall time of the step; for "pruned" of all tries and their recovery, with allocation="auto" or a tolerance.
     seconds: float
 
 

@@ -69,7 +69,7 @@ class Prepared:
     start: Pipeline  # before the first step
     images: ImageParts
     settings: Settings
-    budget: Budget  # its cost is counted for all networks; its share is that of the call, if any
+    budget: Budget  # its cost is counted for all networks; its share is what the call asked for, if anything
     prunable: Prunable
     narrows: bool  # whether all heads of attention are made narrower where heads would be removed
     is_search: bool  # whether networks of several sizes are made: a missed budget of one isn't told

@@ -126,7 +126,7 @@ class TrialSettings:
         check_pruner_knobs(self.pruner, self.knobs, "trial")
 
     def layer_ratio(self, layer: str) -> float:
-        """Return a layer's proposed ratio: its own, that of the first pattern it matches, or ``ratio``."""
+        """Return a layer's proposed ratio: its own, the ratio of the first pattern it matches, or ``ratio``."""
         if layer in self.ratios:
             return self.ratios[layer]
         return next((value for name, value in self.ratios.items() if fnmatchcase(layer, name)), self.ratio)

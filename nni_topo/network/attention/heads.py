@@ -356,7 +356,7 @@ def _sharing(
 
 
 def is_mixed(node: Node, attention: Attention) -> bool:
-    """Tell whether a node's output is that of the output projection, not the heads' values."""
+    """Tell whether a node's output comes from the output projection and isn't the heads' values."""
     return node.op == "call_module" and attention.out is not None
 
 

@@ -204,7 +204,7 @@ class Propagation(torch.fx.Interpreter):
         return self._function(n, ids, shape)
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Give ids to the dimension of a tensor that holds channels: that of `dims`, else the last longer than 1.
+        """Give ids to the dimension of a tensor that holds channels: as in `dims`, else the last one longer than 1.
 
         Of a layer's weight it is the first, for its rows are the layer's outputs: Mamba's forward reads such weights.
         """
@@ -524,7 +524,7 @@ class ChannelFlow(Propagation):
             if not isinstance(entering, torch.Tensor) or shape is None:
                 continue
             for dim, size in enumerate(shape):
-                # Where channels are spread over several dimensions, as heads are, no place in one is that of a channel.
+                # Where channels are spread over several dimensions (heads), a place in one dimension is no channel.
                 if not entering.shape[dim] == entering.numel() == size > 1:
                     continue
                 held = np.zeros(size, dtype=np.bool_)

@@ -67,7 +67,7 @@ class TakenWidth:
     """A view or split that gives channels the width of a tensor, or a number that is computed of it."""
 
     owner: str  # the module in whose forward it stands
-    dim: int  # the dimension of the tensor that is taken: that of texts or that of images
+    dim: int  # which dimension holds the channels: the last (text) or the second (images)
     of: torch.Tensor  # the ids of the tensor
     viewed: torch.Tensor  # the ids of what gets it
 
@@ -181,7 +181,7 @@ class ChannelIds:
     def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, Reason]]:
         """Return group ids, int, (count,), before and after pinning; and why channels are pinned, by group id before.
 
-        The smallest id of a group is its group id: that of the layer that came first.
+        The smallest id of a group is its group id: the id of the layer that came first.
         """
         before, reasons = self._tied(self._pairs), dict[int, Reason]()
         apart = [(rows[:, (before[rows] != before[rows[:1]]).any(0)], reason) for rows, reason in self._columns]

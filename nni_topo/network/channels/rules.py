@@ -408,7 +408,7 @@ def _stacked(op: Operation) -> Any:
 
 
 def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
-    """Follow a concatenation. Along another dimension than that of the channels, it couples its parts."""
+    """Follow a concatenation. Along another dimension than the channels', it couples its parts."""
     moved = op.run_on_ids()
     if moved is None:
         return op.all_kept()
@@ -566,7 +566,7 @@ def _note_taken_width(op: Operation, size: Any, moved: Tensor) -> None:
         if not isinstance(ids, Tensor) or not isinstance(dim, int):
             continue
         last = ids.dim() - 1
-        # What stays may get it as well: then it has to be that of channels.
+        # What stays may get it as well: then it has to hold channels.
         if dim % ids.dim() in (1, last) and (_varying(moved) or ids.shape[dim] > 1):
             of_last = dim % ids.dim() == last
             op.channels.widths.append(TakenWidth(owner_of(op.node), LAST if of_last else FIRST, ids, compressed(moved)))
@@ -993,7 +993,7 @@ def _picked(op: Operation) -> Any:
 
 
 def picked_along_others(node: Node, ids: list[Tensor], shape: tuple[int, ...] | None) -> Tensor | None:
-    """Return the ids after a computed index or mask that leaves the last dimension, that of the channels, as it is.
+    """Return the ids after a computed index or mask that leaves the last dimension, which holds the channels, as it is.
 
     ``ids``: those of the tensor, then those of indices and masks. None if the index doesn't leave it, or if the
     channels aren't in the last dimension.

@@ -136,7 +136,7 @@ def _recorded(model: nn.Module, named: dict[str, Any], results: LayerResults, un
         return _recorded_twice(model, named, attributes, results, undone)
     except SpeedupError as error:
         let_go(error)
-        # What a model has kept from its last run (a detector's anchors, by size) is that of other inputs now.
+        # What a model has kept from its last run (a detector's anchors, by size) belongs to other inputs now.
         return _recorded_twice(model, named, attributes, results, undone)
 
 

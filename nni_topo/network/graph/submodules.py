@@ -153,7 +153,7 @@ class _Joined:
         return with_heads(on_modules(model, self._graph, type(model).__name__)), tuple(self._args)
 
     def _entered(self, label: str, place: tuple[str, int, str], value: Any) -> Any:
-        """Return the node of what enters a part; of a container, that of each tensor in it."""
+        """Return the node of what enters a part; for a container, the node of each tensor in it."""
         numbers = itertools.count()
 
         def node_of(tensor: Tensor, index: int | None) -> Node:

@@ -132,7 +132,7 @@ class TracedInt(int):
             each.note_other_use()
 
     def note_number(self) -> None:
-        """Note that of a size a number is made that the graph holds as it is, such as the root of a width."""
+        """Note that a number computed from a size, such as the root of a width, is a constant of the graph."""
         self.note_other_use()
         if self.unshown is not None:
             self.unshown.append(self)
@@ -213,7 +213,7 @@ def _note_other_uses(operands: Any) -> None:
 
 
 def _is_behind_the_samples(size: TracedInt) -> bool:
-    """Tell whether a size is that of a tensor's dimension after the first, or computed of such a size."""
+    """Tell whether a size is the size of a tensor's dimension after the first, or computed from such a size."""
     first, given = size.source or (None, ())
     if isinstance(first, Tensor):
         return bool(given % max(first.dim(), 1))
@@ -221,7 +221,7 @@ def _is_behind_the_samples(size: TracedInt) -> bool:
 
 
 def _is_written(number: int) -> bool:
-    """Tell whether a number stands in the line of code that asks for it, and isn't that of a layer, say."""
+    """Tell whether a number is a literal in the line of code that asks for it, not a layer's attribute."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back

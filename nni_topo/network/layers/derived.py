@@ -580,7 +580,7 @@ def plain_layer(module: Any) -> nn.Module | None:
     try:
         if not all(_gives(kind, vars(made), inner, x, wanted) for x, wanted in _outputs_on(module, inputs)):
             return None
-    except RuntimeError:  # it may compute in another precision than that of what enters
+    except RuntimeError:  # it may compute in another precision than its input has
         return None
     made.weight = weight if inner.is_own else nn.Parameter(inner.weight.clone(), weight.requires_grad)
     if inner.bias is not None:

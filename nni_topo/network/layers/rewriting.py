@@ -30,7 +30,7 @@ def rewritten(
 ) -> type[nn.Module] | None:
     """Return a class derived from ``kind`` with a changed forward; None if nothing changes, or if that can't be done.
 
-    ``change``: changes the forward's definition in place, and tells whether it did. ``name``: that of the class.
+    ``change``: changes the forward's definition in place, and tells whether it did. ``name``: the name of the class.
     ``place``: the module that looks the class up for pickle. ``variant``: the end of its qualified name, where a place
     rewrites in several ways. ``members``: further methods, which the forward calls.
     """

@@ -238,7 +238,7 @@ def _run(model: nn.Module, call: Call) -> tuple[str, set[str]]:
 def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Raise DataError if a layer takes the first dimension of the inputs for time, as PyTorch's do by default.
 
-    Its first dimension is that of the inputs if both change together: a model may have its samples second inside alone.
+    The layer sees the inputs' first dimension if both sizes change together: inside, a model may have samples second.
     """
     call, name = next(calls(model, calibration)), name_of(calibration)
     layers = {each: module for each, module in model.named_modules() if getattr(module, "batch_first", None) is False}
@@ -278,7 +278,7 @@ def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
 
 
 def _runs(model: nn.Module, call: Call) -> bool:
-    """Say whether a model runs on a call whose first dimension is that of the samples."""
+    """Say whether a model runs on a call whose first dimension counts samples."""
     try:
         return not _run(model, call)[0]
     except NniTopoError:

@@ -388,7 +388,7 @@ def variations_of(call: Call) -> tuple[Variation, ...]:
 def together(call: Call, variations: tuple[Variation, ...]) -> Call | None:
     """Return one batch of the first sample of a call and its variations.
 
-    None if there is a tensor of floats whose first dimension isn't that of the samples.
+    None if the first dimension of a tensor of floats doesn't count samples.
     """
     size = batch_size(call)
     for tensor in tensors_of(call):

@@ -175,7 +175,7 @@ def is_within_autocast() -> bool:
 
 
 class _SomeInSingle(TorchFunctionMode):
-    """Compute attention, also that of ``nn.MultiheadAttention``, and convolutions in single precision."""
+    """Compute attention (also ``nn.MultiheadAttention``) and convolutions in single precision."""
 
     def __torch_function__(
         self,

@@ -84,7 +84,7 @@ class Processes:
 
     @contextmanager
     def in_step(self, place: str, given: Any = None) -> Iterator[None]:
-        """Mark a block that all processes run; what is ``given`` has to be equal in all. Blocks within do nothing."""
+        """Mark a block that all processes run; what is ``given`` has to be equal in all. Nested blocks do nothing."""
         if is_in_step():
             yield
             return

@@ -83,7 +83,7 @@ _ONCE = _Once()
 
 
 def _filter_warnings() -> None:
-    """Give the filter to all loggers of the package: that of a logger isn't asked about its children's records."""
+    """Give the filter to all loggers of the package: a logger's filter doesn't see the records of its children."""
     package = __name__.partition(".")[0]
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(f"{package}."):

@@ -689,7 +689,7 @@ class _DryRun:
             if isinstance(wanted, Tensor):
                 if wanted.shape != given.shape:
                     return reasons.fixed_sizes(node)
-                # A tensor whose first dimension isn't that of the samples is compared as a whole.
+                # A tensor whose first dimension doesn't count samples is compared as a whole.
                 blocks = self._blocks if wanted.dim() > 1 and len(wanted) % self._blocks == 0 else 1
                 if_finite = self._is_varied or blocks > 1
                 pairs = zip(wanted.chunk(blocks), given.chunk(blocks), strict=True) if blocks > 1 else [(wanted, given)]

@@ -34,7 +34,7 @@ from nni_topo.rules import Rule, instance, number, one_of, settings
 
 
 class CumulativeEnergyMetric(MetricCalculator):
-    """A filter's score is its cumulative share of the energy: its own and that of all weaker filters."""
+    """A filter's score is its cumulative share of the energy: its own energy and the energy of all weaker filters."""
 
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
         """Return shares in (0, 1], equal for all members of a dependency group, whose energies add up."""

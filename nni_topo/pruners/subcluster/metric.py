@@ -92,7 +92,7 @@ class SubclusterMetric(SurvivorMetric):
 
 
 def of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, default: float) -> float:
-    """Return a knob's value for a unit: that of its first member that is named."""
+    """Return a knob's value for a unit: the value of its first member that is named."""
     if isinstance(knob, Mapping):
         return next((knob[module_name] for module_name, _ in unit.members if module_name in knob), default)
     return default if knob is None else knob

@@ -1,4 +1,4 @@
-"""Unfused attention: that of PyTorch, torchvision and CLIP, computed layer by layer, for any width and number of heads.
+"""Unfused attention: PyTorch's, torchvision's and CLIP's, computed layer by layer, for any width and number of heads.
 
 The original classes compute with the weights of layers that they never call, or take the input width for the width of
 all heads together. Here the layers are called, so that hooks and wrappers see them; only ``in_proj_weight`` of
