@@ -12,6 +12,7 @@ import torch
 from transformers_nets import inputs_of, logits, make, pruned
 
 import nni_topo
+from nni_topo.errors import ConfigError
 
 NAMES = (
     "LlamaForCausalLM",
@@ -84,3 +85,20 @@ def test_adapters_of_peft_are_trained_merged_and_loaded(name: str, tmp_path: Pat
     merged = adapted.merge_and_unload()
     assert [each.shape for each in merged.state_dict().values()] == [each.shape for each in dense.state_dict().values()]
     torch.testing.assert_close(logits(merged, inputs), found, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_adapters_of_peft_are_pruned_by_their_type() -> None:
+    peft = pytest.importorskip("peft")
+    unpruned = make("BertForSequenceClassification")
+    inputs = inputs_of(unpruned)
+    lora = peft.LoraConfig(r=4, target_modules=["query", "intermediate.dense"])
+    model = peft.get_peft_model(unpruned, lora).eval()
+    groups = nni_topo.dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    pruner = nni_topo.create_pruner("l1", model, groups)
+    masks = pruner.compress()[1]
+    pruner.unwrap_model()
+    name = "base_model.model.bert.encoder.layer.0.intermediate.dense"
+    dense = nni_topo.to_dense(model, inputs, masks).get_submodule(name)
+    assert (dense.base_layer.out_features, dense.lora_B["default"].out_features) == (12, 12)
+    with pytest.raises(ConfigError, match=rf"must hold its weight itself, got peft.*\({name}\)"):
+        nni_topo.create_pruner("l1", model, [{"op_names": [name], "sparse_ratio": 0.5}])

@@ -318,6 +318,11 @@ def _check_module(name: str, module: nn.Module) -> None:
         raise ConfigError(
             f"units must be those of PyTorch's LSTM, GRU or RNN, without a projection, got {module} ({name})"
         )
+    if isinstance(getattr(type(module), "weight", None), property):
+        raise ConfigError(
+            f"a pruned layer must hold its weight itself, got {type(module).__module__}.{type(module).__name__} around "
+            f"another layer ({name}): name the layer within it, or merge adapters first"
+        )
     for target, tensor in module.named_parameters(recurse=False):
         if tensor.numel() == 0:
             raise DataError(f"a pruned layer must have weights, got none ({name})")

@@ -372,6 +372,12 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
         if asks_for_heads:
             del config["granularity"]
         modules, settings, _ = select_modules_by_config(listed, config)
+        # PEFT's layers have the type's name of the layer within them, which is selected by itself, and its weight.
+        modules = {
+            name: module
+            for name, module in modules.items()
+            if is_parametrized(module) or not isinstance(getattr(type(module), "weight", None), property)
+        }
         if asks_for_heads:
             # A pattern for attention modules matches what is in them, too, such as dropout.
             modules = {name: module for name, module in modules.items() if next(module.parameters(), None) is not None}
