@@ -164,6 +164,10 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield part
             if target.exists():
                 shutil.copymode(target, part)
+            else:
+                umask = os.umask(0)
+                os.umask(umask)
+                part.chmod(0o666 & ~umask)  # safetensors writes files that their owner alone can read
             part.replace(target)
     finally:
         with suppress(OSError):

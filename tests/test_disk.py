@@ -120,6 +120,18 @@ def test_a_folder_that_is_missing_or_none_is_named(name, tmp_path):
             WRITERS[name](path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("name", ["save", "checkpoint"])
+def test_others_may_read_a_file_as_the_umask_says(name, tmp_path):
+    path = tmp_path / "net.safetensors"
+    before = os.umask(0o027)
+    try:
+        WRITERS[name](path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
 def test_a_folder_is_probed_by_writing_to_it():
     # Root may write to any folder by its rights, but files can't be made in this one.
     if not Path("/proc/self").is_dir():

@@ -390,7 +390,7 @@ def test_the_others_survive_a_process_that_is_killed(victim: int, tmp_path: Path
     for rank in {0, 1, 2} - {victim}:
         kind, words, seconds, same, _ = torch.load(tmp_path / f"dead-{rank}.pt", weights_only=False)
         assert kind == "ProcessError"
-        assert "processes must reach the same place, but one is gone" in words
+        assert "processes must reach the same place, but one has ended" in words
         assert seconds < 2 * nets.TIMEOUT
         assert same
 

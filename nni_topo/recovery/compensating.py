@@ -132,7 +132,7 @@ def compensation(
     report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began, left)
     if report.left_alone:
         named = ", ".join(f"{listed(names)} ({why})" for why, names in by_reason(report.left_alone).items())
-        _logger.warning("layers that read removed channels and couldn't be reconstructed: %s", named)
+        _logger.warning("layers after removed channels that couldn't be reconstructed: %s", named)
     for text in report.warnings:
         _logger.warning("%s", text)
     give_back_classes(given, networks.result)

@@ -75,7 +75,7 @@ class CompensationReport:
     layers : tuple of LayerReport
         The equations that were solved, in order. A layer before an addition may come twice.
     left_alone : dict of str to str
-        By layer that reads pruned channels and couldn't be reconstructed, the reason.
+        By layer after removed channels that couldn't be reconstructed, the reason.
     images : int
         Number of calibration images that were solved on.
     seconds : float

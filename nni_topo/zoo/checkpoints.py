@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nni_topo.disk import output_folder, path_of, read_tensors, reading, write_tensors
@@ -85,7 +86,7 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
 
 def _content(path: Path) -> dict[str, Any]:
     with reading(path, "a checkpoint", "of tensors and plain values only"):
-        content = read_tensors(path)
+        content = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
     if not isinstance(content, dict):
         raise DataError(f"a checkpoint must hold a dict, got {type(content).__name__} ({path})")
     return content

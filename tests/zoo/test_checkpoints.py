@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from nni_topo.errors import DataError
@@ -42,6 +43,13 @@ def test_foreign_state_dicts_are_read(tmp_path: Path, wrap) -> None:
     model, other = small(0), small(1)
     torch.save(wrap(model.state_dict()), tmp_path / "a.pt")
     assert load_checkpoint(tmp_path / "a.pt", other) == {}
+    assert same(model, other)
+
+
+def test_a_file_of_safetensors_is_read(tmp_path: Path) -> None:
+    model, other = small(0), small(1)
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    assert load_checkpoint(tmp_path / "a.safetensors", other) == {}
     assert same(model, other)
 
 

@@ -184,15 +184,23 @@ class _Functions:
     def __init__(self, own: set[int], memo: dict[int, Any]) -> None:
         self._own, self._memo = own, memo
         self._made: list[tuple[FunctionType, FunctionType]] = []
+        self._globals: dict[int, set[str]] = {}  # by copy, the global names that hold what is the model's
         self._cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
 
     def add(self, function: FunctionType) -> None:
         """Make a copy of a function if it needs one; what it holds comes later."""
-        if not self._is_own(function):
+        # A script or a notebook may put a forward in place that calls the old one by a global name.
+        names = function.__code__.co_names
+        found = {name: function.__globals__[name] for name in names if name in function.__globals__}
+        held = {name: value for name, value in found.items() if isinstance(value, (nn.Module, MethodType))}
+        own = {name for name, value in held.items() if self._is_own(value)}
+        if not own and not self._is_own(function):
             return
         cells = [self._cells.setdefault(id(cell), (cell, CellType()))[1] for cell in function.__closure__ or ()]
-        copied = FunctionType(function.__code__, function.__globals__, function.__name__, None, tuple(cells) or None)
+        known = {**function.__globals__} if own else function.__globals__
+        copied = FunctionType(function.__code__, known, function.__name__, None, tuple(cells) or None)
         self._made.append((function, copied))
+        self._globals[id(copied)] = own
         self._memo[id(function)] = copied
 
     def fill(self) -> None:
@@ -201,6 +209,8 @@ class _Functions:
             functools.update_wrapper(copied, function, updated=())
             vars(copied).clear()
             vars(copied).update({name: self._copy(value) for name, value in vars(function).items()})
+            for name in self._globals[id(copied)]:
+                copied.__globals__[name] = self._copy(function.__globals__[name])
             if function.__defaults__ is not None:
                 copied.__defaults__ = tuple(map(self._copy, function.__defaults__))
             if function.__kwdefaults__ is not None:

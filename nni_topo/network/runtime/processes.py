@@ -117,8 +117,8 @@ class Processes:
             verb = context().in_step
             at = f"{place}, {verb}" if verb and verb not in place else place
             raise ProcessError(
-                f"all {self.size} processes must reach the same place, but one is gone, or didn't answer within the "
-                f"group's timeout: {error} ({at})"
+                f"all {self.size} processes must reach the same place, but one has ended, or didn't answer within the "
+                f"group's timeout; its own output says why ({at})"
             ) from error
 
 

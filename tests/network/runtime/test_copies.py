@@ -211,6 +211,19 @@ def test_a_smaller_network_computes_without_the_one_it_was_made_of(how):
     assert all(vars(model[1])[name] is value for name, value in held.items() if how not in FORWARDS)
 
 
+def test_a_forward_that_calls_the_old_one_by_a_global_name_runs_the_copys():
+    # as in a notebook: `old = model.forward`, then `model.forward = lambda x: old(x) * 2`
+    model, images = _network("partial"), torch.randn(1, 3, 6, 6)
+    names = {"old": model[1].forward}
+    model[1].forward = eval("lambda x: old(x) * 2", names)
+    expected, copied = model(images), detached_copy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    torch.testing.assert_close(copied(images), expected)
+    assert names["old"].__self__ is model[1]
+
+
 def test_a_function_keeps_what_is_not_of_the_model():
     model, seen = _network("hook"), []
     model[0].register_forward_hook(lambda module, args, output: seen.append((module, model[1].scale)))
