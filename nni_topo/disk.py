@@ -157,6 +157,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     A link stays; the file that it leads to is replaced. What is no regular file isn't written.
     """
     target = output_file(path)
+    if not target.parent.is_dir():
+        raise DataError(f"an output file must lie in a folder that exists, got none ({path})")
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         with disk_errors(path):

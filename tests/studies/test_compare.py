@@ -208,14 +208,22 @@ def test_cells_in_one_process_run_one_by_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
-    broken = ComparisonPlan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("reconstruction"), PrunerChoice("l1"))})
-    records, failures = compare(broken, tmp_path)
+def test_a_failing_cell_is_reported_and_the_others_run(tmp_path, monkeypatch):
+    (tmp_path / "failing_nets_for_tests.py").write_text(
+        "def failing(num_classes):\n    raise ValueError('no such net')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    models = (ModelChoice("failing_nets_for_tests:failing"), *plan("l1").models)
+    records, failures = compare(ComparisonPlan(**{**plan("l1").__dict__, "models": models}), tmp_path / "out")
     assert [record["pruner"] for record in records] == ["l1"]
-    assert "needs calibration" in failures[0].reason
-    assert failures[0].cell.pruner.name == "reconstruction"
-    (written,) = json.loads((tmp_path / "failures.json").read_text())
-    assert (written["pruner"], written["seed"], written["reason"]) == ("reconstruction", 0, failures[0].reason)
+    assert "no such net" in failures[0].reason
+    (written,) = json.loads((tmp_path / "out" / "failures.json").read_text())
+    assert (written["pruner"], written["seed"], written["reason"]) == ("l1", 0, failures[0].reason)
+
+
+def test_a_plan_with_a_pruner_that_lacks_its_calibration_data_is_refused():
+    with pytest.raises(ConfigError, match="'reconstruction' needs calibration data, got 0 images"):
+        ComparisonPlan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("reconstruction"), PrunerChoice("l1"))})
 
 
 DYING = """

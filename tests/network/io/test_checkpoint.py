@@ -306,7 +306,7 @@ def test_a_file_that_is_cut_short_or_missing_is_refused(path):
     path.unlink()
     with pytest.raises(DataError, match=rf"must be a file that exists, got none \(.*{path.name}"):
         load(path, make)
-    with pytest.raises(DataError, match="must be writable"):
+    with pytest.raises(DataError, match="must lie in a folder that exists"):
         save(small(), path.parent / "no" / "folder" / path.name)
 
 

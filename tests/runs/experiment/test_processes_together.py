@@ -30,7 +30,8 @@ def digest(tensors):
     found = hashlib.sha256()
     for module in sorted(tensors):
         for name, tensor in sorted(tensors[module].items()):
-            found.update(f"{module}.{name}".encode() + tensor.detach().numpy().tobytes())
+            if tensor is not None:  # a target without a mask
+                found.update(f"{module}.{name}".encode() + tensor.detach().float().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 torch.set_num_threads(1)
@@ -60,7 +61,7 @@ with process_group() as (rank, size):
 # the same processes then carry out a trial, in a group of its own: torchrun's store serves only one
 os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=str(port))
 del sys.argv[1]
-runpy.run_module("nni_topo.runs.trial", run_name="__main__")
+runpy.run_module("nni_topo.runs.trial", run_name="__main__", alter_sys=True)
 """
 
 

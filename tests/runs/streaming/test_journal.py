@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs.streaming import journal as module
 from nni_topo.runs.streaming.journal import Journal
 
 SETTINGS = {"budget": ["params", 0.5], "seed": 0, "batches": "abc", "knobs": [("a", 1)]}
@@ -128,7 +127,7 @@ def test_a_full_disk_is_told_and_leaves_no_file(tmp_path, monkeypatch):
         def save(*arguments):
             raise SafetensorError(words)
 
-        monkeypatch.setattr(module, "save_file", save)
+        monkeypatch.setattr("nni_topo.disk.save_file", save)
 
     journal = Journal(tmp_path, SETTINGS)
     fails("Error while serializing: I/O error: No space left on device (os error 28)")
