@@ -525,7 +525,7 @@ def _switch(model: nn.Module, mode: bool) -> None:
         method()
         return
     put_back: list[Callable[[], None]] = []
-    _note([model], True, put_back)
+    _note([model], False, put_back)
     weights = _weights(model)
     values = [tensor.detach().clone() for tensor in weights]
     try:
@@ -538,6 +538,9 @@ def _switch(model: nn.Module, mode: bool) -> None:
     if not is_same:
         for each in put_back:
             each()
+        for tensor, value in zip(weights, values, strict=True):
+            if not torch.equal(tensor.detach(), value):
+                tensor.data.copy_(value)
         _put_modes((module, mode) for module in model.modules())
 
 
