@@ -160,8 +160,14 @@ class Skeleton:
         """Return a copy of a block with its weights, in evaluation mode, with linear layers for ``Conv1D``."""
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
-        # In a container, for what lies in the model itself isn't returned.
-        tensors = get_state_dict_offloaded_model(nn.ModuleDict({"block": self._on_disk[index]}))
+        try:
+            # In a container, for what lies in the model itself isn't returned.
+            tensors = get_state_dict_offloaded_model(nn.ModuleDict({"block": self._on_disk[index]}))
+        except ValueError as error:  # Transformers 5 doesn't compare the shapes of weights that stay on the disk
+            raise DataError(
+                f"the files must hold tensors of the shapes that {type(self.model).__name__} has by its {CONFIG}, got "
+                f"{raised(error)} ({self.name_of(index)}, {self.folder})"
+            ) from error
         values = {name.removeprefix("block."): tensor for name, tensor in tensors.items()}
         built = with_linear_layers(self.filled(index, self._here(values, f"{self.name_of(index)}.")))
         return evaluating(built.requires_grad_(True))
