@@ -23,7 +23,7 @@ from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, 
 from nni_topo.runs.frontier import checked_shares, frontier
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import empty_folder, prune_checkpoint
-from nni_topo.runs.run import Start, distillation_knobs, latencies
+from nni_topo.runs.run import Start, distillation_knobs
 from nni_topo.runs.settings import Settings
 from nni_topo.runs.shrink import KNOBS, budget_settings, shrink, without_share
 from nni_topo.runs.widths import sorted_layers
@@ -227,6 +227,7 @@ class Shrink(TrainedVerb):
                 budget,
                 tolerance=self.tolerance,
                 measure="auto" if self.tolerance is None else self.measure,
+                time=True,
                 **self._steps(start),
             )
             report: Any = dense.report
@@ -254,7 +255,9 @@ class Shrink(TrainedVerb):
                 facts |= {"tolerance": found_within, "result of the search": str(found_within)}
             facts |= {"blocks": str(depth)} if depth else {}
             facts |= {"result of distillation": str(verdict)} if verdict is not None else {}
-            facts |= latencies(start, dense) | provenance()
+            time = report.time
+            facts |= {"latency_before_ms": time.unpruned_ms[0], "latency_ms": time.ms[0], "latency_batch": time.samples}
+            facts |= provenance()
             document = finite(plain(facts))
             write_json(self.out / "shrink.json", document, sort=False)
             if has_curve:

@@ -16,7 +16,7 @@ from nni_topo.errors import ConfigError, GradientError, listed
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.latency import measure_latency
-from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.cost.measure import time_shares, timed_pair
 from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.layers.kinds import (
     is_transposed_linear,
@@ -74,6 +74,7 @@ class Prepared:
     narrows: bool  # whether all heads of attention are made narrower where heads would be removed
     is_search: bool  # whether networks of several sizes are made: a missed budget of one isn't told
     is_described: bool  # whether a config of Transformers has to describe the network
+    is_timed: bool = False  # whether reports have times
     depth: Depth | None = None  # where blocks compete with channels
     measured: Any = None  # Measurements, where the networks get reports
     left_out: list[str] = field(default_factory=list)  # warnings of steps that were left out
@@ -340,6 +341,7 @@ class Prepared:
         if allocation == AUTO:
             allocation = next((each.allocation for each in taken.tried if each.is_chosen), "")
         compensation = taken.compensation
+        timed = timed_pair(self.model, network, self._batch(images.all)) if self.is_timed else None
         report = ShrinkReport(
             **{"stages": tuple(measured.stages), "layers": taken.layers, "distillation": taken.verdict, **found},
             compensation=compensation,
@@ -357,6 +359,7 @@ class Prepared:
             recovery=settings.recovery_name,
             undescribed=_told_by_config(network, self.is_described),
             grouped=images.all.groups is not None,
+            time=timed,
         )
         if not give_report(network, report):
             _logger.warning(
@@ -374,10 +377,12 @@ def prepare(
     parts: tuple[Calibration | None, ...] | None = None,
     is_search: bool = False,
     is_sized: bool = False,
+    is_timed: bool = False,
 ) -> Prepared:
     """Find the layers to prune, and the blocks, and measure the unpruned network, for a request that is checked.
 
     ``is_sized``: whether the share of the budget is asked for; then a warning says if it can't be reached.
+    ``is_timed``: whether reports have the times of the unpruned network and of the smaller one.
     """
     model, warnings = plain_weights(model)
     data = ImageParts.of(images, model, parts)
@@ -395,7 +400,7 @@ def prepare(
             )
     measured = Measurements(model, data, settings.evaluate, settings.outputs)
     measured.add(UNPRUNED, model)
-    prepared = replace(prepared, measured=measured)
+    prepared = replace(prepared, measured=measured, is_timed=is_timed)
     return Depth.on(prepared) if settings.depth else prepared
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nni_topo.errors import listed
+from nni_topo.network.cost.measure import TimedPair
 from nni_topo.network.runtime.reports import (
     ModelReport,
     as_code,
@@ -89,6 +90,8 @@ class ShrinkReport(ModelReport):
         figures are those before.
     grouped : bool
         Whether ``groups`` of the calibration data said which samples belong together.
+    time : TimedPair or None
+        Milliseconds of the unpruned network and of the one that was returned, with ``time=True`` or a latency budget.
     """
 
     stages: tuple[Stage, ...]
@@ -111,6 +114,7 @@ class ShrinkReport(ModelReport):
     undescribed: str = ""
     changed_since: tuple[str, ...] = ()
     grouped: bool = False
+    time: TimedPair | None = None
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -146,6 +150,8 @@ class ShrinkReport(ModelReport):
             parts.append(as_sentence(str(self.budget)))
         if self.tolerance is not None:
             parts.append(as_sentence(str(self.tolerance)))
+        if self.time is not None:
+            parts.append(as_sentence(str(self.time)))
         steps = []
         if self.pruner:
             steps.append(f"pruner: {as_code(self.pruner)}")
@@ -202,7 +208,9 @@ class ShrinkReport(ModelReport):
         """Return the table's rows, with numbers and intervals as text."""
         is_discarded = self.distillation is not None and not self.distillation.is_kept
         rows: list[dict[str, Any]] = []
-        for stage in self.stages:
+        # Networks that were made in between aren't timed.
+        timed = {} if self.time is None else {0: self.time.unpruned_ms, len(self.stages) - 1: self.time.ms}
+        for place, stage in enumerate(self.stages):
             network = stage.network
             if network == "distilled" and is_discarded:
                 network = "distilled (discarded)"
@@ -211,6 +219,7 @@ class ShrinkReport(ModelReport):
                     "network": network,
                     "macs": stage.macs,
                     "params": stage.params,
+                    "ms": _with_interval(*timed[place]) if place in timed else None,
                     "distance": _with_interval(stage.distance, stage.distance_low, stage.distance_high),
                     "agreement": _with_interval(stage.agreement, stage.agreement_low, stage.agreement_high),
                     "accuracy": stage.accuracy,
@@ -223,7 +232,7 @@ class ShrinkReport(ModelReport):
         import pandas
 
         frame = pandas.DataFrame(self._rows()).dropna(axis="columns", how="all")
-        lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
+        lines = [frame.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
             lines.append(self._measured_on("agreement" in frame))
             if not self.grouped:
@@ -235,6 +244,8 @@ class ShrinkReport(ModelReport):
             lines.append(self.tolerance.told_candidates())
         if self.budget is not None:
             lines.append(str(self.budget))
+        if self.time is not None:
+            lines.append(str(self.time))
         if self.depth is not None:
             lines.append(str(self.depth))
         if self.distillation is not None:

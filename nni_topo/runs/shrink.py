@@ -55,6 +55,7 @@ def shrink(
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     round_to: int | Literal["auto"] | None = None,
+    time: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -125,6 +126,10 @@ def shrink(
         Pruned layers keep a multiple of this number of channels; ``"auto"`` chooses it for the model's device, 1: any
         number. None: any number on a CPU, as ``"auto"`` on a GPU, which may take several times as long over other
         numbers.
+    time : bool, default=False
+        Whether the report has the times of the unpruned network and of the one that is returned: medians of passes in
+        turns over a batch as large as the first one of ``images``, with one thread on a CPU. It takes some ten seconds,
+        or eight passes where these are slow. With a budget of latency the report always has them.
     seed : int, default=0
         Seed of all steps.
     progress : bool or None, default=None
@@ -211,6 +216,7 @@ def shrink(
         raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
     settings = Settings.among(arguments)
     wanted, is_described = settings.checked(model, calibration, wanted, tolerance)
+    is_timed = time or wanted.kind == "latency"
     if tolerance is not None:
         structure_call(model, calibration)  # an error that says what to change
         settings.check_one_distilled("candidates of the tolerance")
@@ -227,9 +233,12 @@ def shrink(
             is_described=is_described,
             is_search=True,
             is_sized=share is not None,
+            is_timed=is_timed,
         )
         return within_tolerance(prepared, tolerance, measure, share)
-    prepared = prepare(model, calibration, settings, wanted, is_described=is_described, is_sized=True)
+    prepared = prepare(
+        model, calibration, settings, wanted, is_described=is_described, is_sized=True, is_timed=is_timed
+    )
     measured = prepared.measured
     if wanted.allocation == AUTO or depth:
         made = prepared.make(prepared.budget.share)

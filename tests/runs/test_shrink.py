@@ -271,6 +271,26 @@ def test_budgets_are_met_beside_caps_and_floors(pruner, kind):
     assert left / cost == pytest.approx(0.6, abs=0.03)
 
 
+def test_the_report_has_times_if_they_are_asked_for_or_the_budget_is_one_of_time():
+    plain = shrunk().report
+    assert plain.time is None
+    assert " ms " not in repr(plain)
+    report = shrunk(time=True).report
+    before, after = report.time.unpruned_ms, report.time.ms
+    assert 0.0 < before[1] <= before[0] <= before[2]
+    assert 0.0 < after[1] <= after[0] <= after[2]
+    assert report.time.samples == 32
+    told = "a batch of 32 samples takes"
+    assert told in repr(report)
+    assert told.capitalize() in report.to_markdown()
+    cells = [line.split() for line in repr(report).splitlines()[:4]]
+    assert cells[0][3] == "ms"
+    assert float(cells[1][3]) == pytest.approx(before[0], rel=1e-3)  # of the unpruned network
+    assert float(cells[3][3]) == pytest.approx(after[0], rel=1e-3)  # of the one that is returned
+    table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
+    assert shrunk({"latency": 0.6, "latency_table": table}).report.time is not None
+
+
 def test_a_budget_of_time_serves_pruners_of_nni_too():
     table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
     small = shrunk({"latency": 0.6, "latency_table": table}, pruner="l1")

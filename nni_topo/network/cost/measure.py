@@ -41,6 +41,7 @@ from nni_topo.rules import all_of, checked, whole
 
 _WARMUP_ROUNDS = 5  # untimed rounds before the timed ones
 _LEAST_ROUNDS = 8  # of a comparison of times
+_PAIRED_ROUNDS = 30  # of the times in a report, where these don't take too long
 # Blocks that `memory_kept` allocates: the bytes of each, which glibc takes from the heap, and their number.
 _BLOCK, _BLOCKS = 120 * 2**10, 8192
 # Linux: the nanoseconds for which this thread had a core, those for which it waited for one, and its time slices.
@@ -341,11 +342,70 @@ def _median_share(place: int, rounds: list[tuple[float, ...]]) -> tuple[float, f
 
     The half width is a share of the median.
     """
-    shares = sorted(times[place] / times[-1] for times in rounds)
-    median = statistics.median(shares)
-    # The number of shares below the true median is binomial; 0.98 * sqrt(n) are 1.96 of its standard deviations.
-    low = int(len(shares) / 2.0 - 0.98 * math.sqrt(len(shares)))
-    return median, (shares[-1 - low] - shares[low]) / (2.0 * median)
+    median, low, high = _median([times[place] / times[-1] for times in rounds])
+    return median, (high - low) / (2.0 * median)
+
+
+def _median(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median of some values, and its 95 % interval."""
+    ordered = sorted(values)
+    # The number of values below the true median is binomial; 0.98 * sqrt(n) are 1.96 of its standard deviations.
+    low = int(len(ordered) / 2.0 - 0.98 * math.sqrt(len(ordered)))
+    return statistics.median(ordered), ordered[low], ordered[-1 - low]
+
+
+@dataclass(frozen=True)
+class TimedPair:
+    """The times of an unpruned and a smaller network, measured in turns; ``repr`` is a sentence.
+
+    Attributes
+    ----------
+    unpruned_ms, ms : tuple of float
+        Median milliseconds of one batch of the unpruned and of the smaller network, and the ends of its 95 % interval.
+    share : tuple of float
+        Median of the smaller network's share of the unpruned one's time in the same round, and its 95 % interval.
+    samples : int
+        Samples in the batch.
+    rounds : int
+        Timed rounds, in each of which both networks run once.
+    device : str
+        Where they run, such as ``"cpu"``, there on one thread.
+    """
+
+    unpruned_ms: tuple[float, float, float]
+    ms: tuple[float, float, float]
+    share: tuple[float, float, float]
+    samples: int
+    rounds: int
+    device: str
+
+    def __repr__(self) -> str:
+        median, low, high = self.share
+        place = "one thread of the CPU" if self.device == "cpu" else self.device
+        count = "a single sample" if self.samples == 1 else f"a batch of {self.samples} samples"
+        return (
+            f"{count} takes {median:.3g} ({low:.3g}-{high:.3g}) of the unpruned network's time on {place}: medians of "
+            f"{self.rounds} rounds, in which both run in turns"
+        )
+
+
+def timed_pair(unpruned: nn.Module, smaller: nn.Module, example_inputs: Any, seconds: float = 10.0) -> TimedPair:
+    """Time two networks in turns on one thread: 30 rounds, or after so many seconds at least eight."""
+
+    def is_enough(done: list[tuple[float, ...]]) -> bool:
+        count = len(done) - 1  # the first warms up
+        return count >= _LEAST_ROUNDS and (count >= _PAIRED_ROUNDS or sum(map(sum, done)) > seconds)
+
+    rounds = _rounds({"unpruned": unpruned, "smaller": smaller}, example_inputs, 1, 0, is_enough)[1:]
+    call = arguments_of(example_inputs, unpruned)
+    return TimedPair(
+        unpruned_ms=_median([1000.0 * before for before, _ in rounds]),
+        ms=_median([1000.0 * after for _, after in rounds]),
+        share=_median([after / before for before, after in rounds]),
+        samples=batch_size(call),
+        rounds=len(rounds),
+        device=str(first_of_samples(call).device),
+    )
 
 
 def _rounds(
