@@ -4,45 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from own_layers import Alike, Framed, Mirrored, Rectified, Standardized
+from own_layers import Alike, Mirrored, Rectified, Standardized
 from torch import nn
-from torch.fx import symbolic_trace
-from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.layers.derived import head
 from nni_topo.pruners.energy.responses import chirp_response_energy
-from nni_topo.studies.analysis.bounds.lipschitz import convolution_constant, operator_constant
+from nni_topo.studies.analysis.bounds.propagation import error_bound
 from nni_topo.studies.analysis.connectivity import connectivity
 from nni_topo.studies.analysis.magnitude.storage import with_sparse_linears
 
 
-def constant(layer, shape):
-    graph_module = symbolic_trace(nn.Sequential(nn.Identity()))
-    graph_module.add_submodule("layer", layer)
-    node = next(each for each in graph_module.graph.nodes if each.op == "call_module")
-    ShapeProp(graph_module).propagate(torch.zeros(shape))
-    node.target = "layer"
-    return operator_constant(graph_module, node)
-
-
-def test_a_bound_takes_what_is_padded_with_zeros_and_the_weight_that_is_computed():
-    torch.manual_seed(0)
-    layer = Alike(2, 3, 3, 2)
-    plain = nn.Conv2d(2, 3, 3, 2, padding=1)
-    plain.weight = layer.weight
-    assert constant(layer, (1, 2, 6, 6)) == pytest.approx(convolution_constant(plain, (6, 6)))
-    layer = Standardized(2, 3, 3, bias=False)
-    x = torch.randn(40, 2, 6, 6)
-    with torch.no_grad():
-        gain = (layer(x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).max()
-    assert gain <= constant(layer, (1, 2, 6, 6))
-
-
-@pytest.mark.parametrize("layer", [Mirrored(2, 3, 3), Framed(2, 3, 3)])
-def test_a_bound_refuses_what_pads_with_anything_else(layer):
-    with pytest.raises(ConfigError, match="pad with zeros"):
-        constant(layer, (1, 2, 6, 6))
+def test_a_bound_refuses_layers_with_a_forward_of_their_own():
+    inputs = torch.randn(2, 2, 6, 6)
+    with pytest.raises(ConfigError, match="PyTorch's own layers, got Standardized"):
+        error_bound(*(nn.Sequential(nn.Conv2d(2, 2, 1), Standardized(2, 3, 3)) for _ in range(2)), inputs)
 
 
 def test_only_plain_linear_layers_multiply_by_sparse_matrices():

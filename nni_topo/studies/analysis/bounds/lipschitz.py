@@ -7,7 +7,6 @@ References
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.graph.nodes import tensor_shape
-from nni_topo.network.layers.derived import call_of, has_own_forward, inner_of, kind_of
+from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, norm_scale
 from nni_topo.studies.analysis.bounds.pooling import pooling_constant, pooling_of
 
@@ -63,7 +62,7 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
     """Return a Lipschitz constant, in the Euclidean norm, of a node with shapes; ConfigError if none is known."""
     module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if module is not None and has_own_forward(module):
-        module = _plain_layer(module, _shape(node.all_input_nodes[0]))
+        raise ConfigError(f"a global error bound needs PyTorch's own layers, got {type(module).__name__} ({node})")
     if isinstance(module, nn.Linear):
         return float(torch.linalg.matrix_norm(module.weight.detach().double(), 2))
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
@@ -85,25 +84,6 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
     if name in _MOVES | _SUMS and not node.kwargs.get("alpha") and not (name == "getitem" and _repeats(node.args[1])):
         return 1.0
     raise ConfigError(f"a global error bound needs an operation of a known Lipschitz constant, got {name!r} ({node})")
-
-
-def _plain_layer(module: Any, shape: Sequence[int]) -> nn.Module:
-    """Return a layer of PyTorch that computes the same as one of a derived class; ConfigError if there is none."""
-    inner = inner_of(module)
-    x = torch.arange(1.0, math.prod(shape[1:]) + 1, dtype=torch.float64).view(1, *shape[1:])
-    entering = call_of(module, x).entering if inner is not None and inner.is_bare else x.new_zeros(0)
-    # Before the convolution it may only add zeros, which change no norm.
-    if inner is None or not torch.equal(entering[entering != 0], x.flatten()):
-        raise ConfigError(
-            "a global error bound needs layers that pad with zeros and convolve or multiply by a matrix alone, got "
-            f"{type(module).__name__}"
-        )
-    plain: Any = copy.copy(module)
-    plain.__class__ = kind_of(module)
-    plain._parameters = {"weight": nn.Parameter(inner.weight, False), "bias": None}
-    vars(plain).update(inner.settings)
-    made: nn.Module = plain
-    return made
 
 
 def convolution_constant(module: Any, sides: Sequence[int], most: int = 2 * 10**8) -> float:

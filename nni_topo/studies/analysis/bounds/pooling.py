@@ -12,7 +12,6 @@ from torch.fx import Node
 from torch.nn import functional
 from torch.nn.modules import pooling
 
-_ADAPTIVE = (pooling._AdaptiveMaxPoolNd, pooling._AdaptiveAvgPoolNd)
 _AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
 _POOLINGS = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd, *_AVERAGES)
 
@@ -56,28 +55,18 @@ def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int])
 
 def _windows(pool: Any, axis: int, entering: int, leaving: int) -> Tensor:
     """Return the weight of each position of one side in each window, shape (leaving, entering), float64."""
-    weights = torch.zeros(leaving, entering, dtype=torch.float64)
-    for window in range(leaving):
-        places, size = _window(pool, axis, window, entering, leaving)
-        weights[window, places] = 1.0 / size if isinstance(pool, _AVERAGES) else 1.0
-    return weights
-
-
-def _window(pool: Any, axis: int, window: int, entering: int, leaving: int) -> tuple[list[int], int]:
-    """Return a window's positions and the divisor of its sum."""
-    if isinstance(pool, _ADAPTIVE):
-        begin, end = window * entering // leaving, -(-(window + 1) * entering // leaving)
-        return list(range(begin, end)), end - begin
-    kernel, padding = _on_axis(pool.kernel_size, axis), _on_axis(pool.padding, axis)
-    spacing = _on_axis(getattr(pool, "dilation", 1), axis)
-    begin = window * _on_axis(pool.stride or pool.kernel_size, axis) - padding
-    places = [place for place in range(begin, begin + kernel * spacing, spacing) if 0 <= place < entering]
-    if getattr(pool, "divisor_override", None):
-        return places, 1
-    # With ceil_mode the last window may exceed the padding; its divisor counts only positions inside.
-    padded = getattr(pool, "count_include_pad", True)
-    return places, min(begin + kernel, entering + padding) - begin if padded else len(places)
-
-
-def _on_axis(value: int | Sequence[int], axis: int) -> int:
-    return value if isinstance(value, int) else value[axis]
+    ones = torch.eye(entering, dtype=torch.float64).unsqueeze(1)  # an image for each position, with a one there alone
+    if isinstance(pool, pooling._AdaptiveAvgPoolNd):
+        pooled = functional.adaptive_avg_pool1d(ones, leaving)
+    elif isinstance(pool, pooling._AdaptiveMaxPoolNd):
+        pooled = functional.adaptive_max_pool1d(ones, leaving)
+    else:
+        names = ("kernel_size", "stride", "padding", "dilation")
+        knobs = {name: getattr(pool, name) for name in names if getattr(pool, name, None) is not None}
+        knobs = {name: value if isinstance(value, int) else value[axis] for name, value in knobs.items()}
+        knobs["ceil_mode"] = pool.ceil_mode
+        if isinstance(pool, pooling._AvgPoolNd) and not getattr(pool, "divisor_override", None):
+            pooled = functional.avg_pool1d(ones, **knobs, count_include_pad=pool.count_include_pad)
+        else:  # 1 for each position in a window
+            pooled = functional.max_pool1d(ones, **knobs)
+    return pooled.squeeze(1).T
