@@ -35,12 +35,10 @@ from nni_topo import (
 )
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.widths import inner_layers
-from nni_topo.studies.analysis.energy.plots import compression_plot
-from nni_topo.studies.analysis.energy.run import AnalyzeEnergy
+from nni_topo.studies.analysis.energy.run import AnalyzeEnergy, show_energy
 from nni_topo.studies.analysis.energy.study import THRESHOLDS, study_energy
-from nni_topo.studies.analysis.energy.tables import show_energy
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import interval, show_accuracies
+from nni_topo.studies.tables import as_markdown, interval, show_accuracies
 
 IMAGENET = ("torchvision/vgg16", "torchvision/resnet101")
 SHARED_THRESHOLDS = (0.05, 0.1, 0.2)
@@ -129,7 +127,7 @@ def compression(label: str, options: argparse.Namespace) -> dict[str, Any]:
     model, data = trained(label, options.data_dir, options.out)
     example = data.test.tensors[0][:2]
     study = study_energy(model, _layers(model, example), example, together=False)
-    compression_plot(study).savefig(options.out / f"compression_{label}.png", dpi=130)
+    study.figures()["compression"].savefig(options.out / f"compression_{label}.png", dpi=130)
     layers = {row.name: [row.filters, *(row.removed[t] for t in THRESHOLDS)] for row in study.layers}
     return {"layers": list(layers.items())}
 
@@ -286,8 +284,7 @@ def _print_baselines(record: dict[str, Any]) -> None:
 
 
 def _print_study(record: dict[str, Any]) -> None:
-    for part in show_energy(record):
-        print(part if isinstance(part, str) else f"\n{part.to_markdown()}\n")
+    print(as_markdown(show_energy(record)))
 
 
 _PRINT: dict[str, Callable[[dict[str, Any]], None]] = {

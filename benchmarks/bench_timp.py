@@ -20,7 +20,9 @@ from rich.console import Console
 
 from nni_topo import zoo
 from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, Target
+from nni_topo.studies.analysis.rounds.report import rounds_tables
 from nni_topo.studies.analysis.rounds.study import METHODS, SPARSITIES, RoundsCell, RoundsStudy, run_rounds
+from nni_topo.studies.tables import as_markdown
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def main() -> None:
         )
 
     found = RoundsStudy(run_rounds(cells(options), options.out, announce=announce))
-    print(*found.tables(), sep="\n")
+    print(as_markdown(rounds_tables(found.records)))
     console.print("written:", ", ".join(map(str, found.save(options.out))), markup=False)
 
 

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from nni_topo.disk import output_file
-from nni_topo.studies.analysis.deviation import DeviationPoint, DeviationStudy
-from nni_topo.studies.analysis.retraining.study import RetrainingPoint, RetrainingStudy
+from nni_topo.studies.analysis.deviation import DeviationStudy
+from nni_topo.studies.analysis.retraining.study import RetrainingStudy
 from nni_topo.studies.records import read_records
 from nni_topo.studies.tables import markdown_table, with_tables
 
 SOURCE = "benchmarks/bounds_report.py"
 RECORDS = Path(__file__).parent / "records" / "bounds.jsonl"
 PAGE = Path(__file__).parent / "results" / "clustering.md"
+OF_A_RUN = {"study", "net", "accuracy_unpruned", "images", "trained_epochs", "most_epochs", "gamma"}
 OWN_TABLE = 0.6
 """The ratio of the text's table 3.1, which no other run has: its rows stand in a table of their own."""
 
@@ -58,8 +58,7 @@ def deviation_table(records: list[dict[str, Any]]) -> str:
     lines = []
     for net in dict.fromkeys(record["net"] for record in records):
         rows = [record for record in records if record["net"] == net]
-        points = [DeviationPoint(**_only(record, DeviationPoint)) for record in rows]
-        study = DeviationStudy(points, rows[0]["accuracy_unpruned"], rows[0]["images"])
+        study = DeviationStudy(_points(rows), rows[0]["accuracy_unpruned"], rows[0]["images"])
         for row in study.means().to_dict("records"):
             line = [net, row["pruner"], f"{row['ratio']:g}", f"{100 * row['pruned']:.1f}"]
             line += [f"{row[key]:.4g}" for key in ("error", "bound", "dev", "relative", "lipschitz")]
@@ -73,9 +72,10 @@ def retraining_table(records: list[dict[str, Any]]) -> str:
     lines = []
     for net, most in dict.fromkeys((record["net"], record["most_epochs"]) for record in records):
         rows = [record for record in records if (record["net"], record["most_epochs"]) == (net, most)]
-        points = [RetrainingPoint(**_only(record, RetrainingPoint)) for record in rows]
         first = rows[0]
-        study = RetrainingStudy(points, first["accuracy_unpruned"], first["trained_epochs"], most, first["gamma"])
+        study = RetrainingStudy(
+            _points(rows), first["accuracy_unpruned"], first["trained_epochs"], most, first["gamma"]
+        )
         for row in study.means().to_dict("records"):
             line = [f"{net}, {most}", "nodes" if row["kind"] == "node" else "connections", f"{row['ratio']:g}"]
             line += [f"{row['bound']:.3g}", f"{row['derived']:.3g}", f"{row['epochs']:.1f}", f"{row['back']:g}"]
@@ -87,9 +87,9 @@ def retraining_table(records: list[dict[str, Any]]) -> str:
     return markdown_table(head, lines, text_columns=2)
 
 
-def _only(record: dict[str, Any], point: type[Any]) -> dict[str, Any]:
-    """Return the entries of a record that are a point's."""
-    return {field.name: record[field.name] for field in fields(point)}
+def _points(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the points of a run, without what the records say of the run."""
+    return [{name: value for name, value in record.items() if name not in OF_A_RUN} for record in records]
 
 
 def with_bounds(page: str, records: list[dict[str, Any]]) -> str:

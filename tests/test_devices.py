@@ -46,8 +46,7 @@ from nni_topo.runs.choices import (
     PrunerChoice,
     Target,
 )
-from nni_topo.runs.run import Start, resolve_device
-from nni_topo.runs.scheduled import prune_on_schedule
+from nni_topo.runs.run import resolve_device
 from nni_topo.studies.cells import run_cell
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
@@ -325,18 +324,6 @@ def test_compares_cell(device, tmp_path):
     assert expected
     # Two of seventy images: a network whose outputs are all alike decides some of them by rounding.
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
-
-
-def test_schedules_of_the_runner(device):
-    def run(place: torch.device) -> Any:
-        data = digits()
-        config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
-        recipe = zoo.Recipe(epochs=2, batch_size=64)
-        start = Start(small(place), data, recipe, seed=1)
-        dense = prune_on_schedule(start, PrunerChoice("energy"), config, recipe, schedule="linear", rounds=2)
-        return states(dense, place)
-
-    agree(run, device)
 
 
 def test_a_device_is_found_by_its_name(device):

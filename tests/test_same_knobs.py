@@ -18,7 +18,6 @@ from nni_topo.pruners.registry import PRUNERS, PrunerInfo, register_pruner
 from nni_topo.runs.choices import DataChoice, ModelChoice, PruneConfig, PrunerChoice, Target
 from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.runs.run import STILL, Start, prune, trained
-from nni_topo.runs.scheduled import prune_on_schedule
 from nni_topo.runs.trial import TrialSettings, run_trial
 from nni_topo.studies.analysis.deviation import study_masks
 from nni_topo.studies.compare import compare
@@ -97,11 +96,6 @@ def _through_deviation(name, folder, start, checkpoint):
     study_masks(name, start, 0.5, 64)
 
 
-def _through_a_schedule(name, folder, start, checkpoint):
-    choice, config = PrunerChoice(name, calibration=64), [{"op_names": ["fc1"], "sparse_ratio": 0.5}]
-    prune_on_schedule(start, choice, config, zoo.Recipe(epochs=1), schedule="one-shot", finishing=0)
-
-
 def _through_sensitivity(name, folder, start, checkpoint):
     words = ["analyze", "sensitivity", "--model", "lenet300", "--limit", "120", "--seed", str(SEED)]
     study = ["--pruner", name, "--ratios", "0.5", "--calibration", "64", "--checkpoint", str(checkpoint)]
@@ -113,7 +107,6 @@ ENTRIES = [
     _through_prune,
     _through_a_trial,
     _through_deviation,
-    _through_a_schedule,
     _through_sensitivity,
 ]
 

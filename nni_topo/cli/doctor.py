@@ -19,7 +19,7 @@ from rich.console import Console
 from nni_topo import compat
 from nni_topo.errors import NniTopoError
 from nni_topo.studies.study import Verb
-from nni_topo.studies.tables import as_table
+from nni_topo.studies.tables import NumberTable
 from nni_topo.zoo import list_data, load_data
 
 _EXTRAS = {
@@ -65,7 +65,7 @@ class Doctor(Verb):
         rows = [(each.what, each.state, each.found, each.remedy) for each in found]
         broken = [each for each in found if each.state == "broken"]
         next_step = "fix what is broken first" if broken else "next: nni-topo demo"
-        table = as_table(None, ("what", "is", "found", "what to do"), rows, text_columns=4)
+        table = NumberTable(None, ("what", "is", "found", "what to do"), rows, text_columns=4)
         self.put_out(console, [asdict(each) for each in found], [table, next_step])
         return 1 if broken else 0
 

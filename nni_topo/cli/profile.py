@@ -14,7 +14,7 @@ from nni_topo.network.cost.measure import ModeCost, profile
 from nni_topo.rules import whole
 from nni_topo.runs.run import resolve_device
 from nni_topo.studies.study import ModelVerb, Names
-from nni_topo.studies.tables import as_table
+from nni_topo.studies.tables import NumberTable
 from nni_topo.zoo import create_model
 
 
@@ -54,7 +54,7 @@ class Profile(ModelVerb):
         rows = profile(nets, images.to(place), modes=self.modes, runs=self.runs, threads=self.threads, seed=self.seed)
         head = ("mode", "network", "ms", "samples/s", "peak MB", "MACs (M)", "parameters (k)")
         title = f"{self.model}, batch of {self.batch_size}, {place}"
-        table = as_table(title, head, map(_row, rows), text_columns=2)
+        table = NumberTable(title, head, list(map(_row, rows)), text_columns=2)
         failed = dict.fromkeys(f"{row.mode}: {row.failed}" for row in rows if row.failed)
         self.put_out(console, [asdict(row) for row in rows], [table, *failed])
         return 0

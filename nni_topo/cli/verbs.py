@@ -35,7 +35,7 @@ from nni_topo.studies.plan import SCRATCH, ComparisonPlan, load_plan
 from nni_topo.studies.records import compared_records
 from nni_topo.studies.report import prune_costs, write_report
 from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, finite, plain, save_figures
-from nni_topo.studies.tables import as_table, markdown_report, print_report, print_widths
+from nni_topo.studies.tables import NumberTable, markdown_report, print_report, print_widths
 from nni_topo.zoo import list_data, list_models
 
 
@@ -57,8 +57,8 @@ class List(Verb):
         models = f"models: {', '.join(list_models())} · torchvision/NAME · timm/NAME · package.module:factory"
         data = f"data:   {', '.join(list_data())} · an .npz file · a folder of images"
         lines = [(name, info.origin, info.summary, ", ".join(info.knobs())) for name, info in methods.items()]
-        table = as_table("recovery methods", ("method", "from", "does", "settings"), lines, text_columns=4)
-        self.put_out(console, document, [as_table(title, head, rows, text_columns=4), table, models, data])
+        table = NumberTable("recovery methods", ("method", "from", "does", "settings"), lines, text_columns=4)
+        self.put_out(console, document, [NumberTable(title, head, rows, text_columns=4), table, models, data])
         return 0
 
 
@@ -363,7 +363,7 @@ class Prune(TrainedVerb):
             device=self.device,
             progress=False if self.json else None,
         )
-        table = as_table(
+        table = NumberTable(
             f"{record['model']}, {record['pruner']}", ("", "before", "after"), prune_costs(record), text_columns=3
         )
         files = f"dense model: {self.out / 'dense.safetensors'} (nni_topo.load) · report: {write_report(self.out)}"

@@ -11,8 +11,9 @@ import math
 import statistics
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -270,16 +271,28 @@ class NumberTable:
         return table
 
 
-def as_table(
+def table_of(
     title: str | None,
-    head: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Iterable[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    totals: Iterable[Mapping[str, Any]] = (),
     *,
     text_columns: int = 1,
-    totals: Iterable[Sequence[str]] = (),
 ) -> NumberTable:
-    """Return a table: first ``text_columns`` columns of text, then numbers; ``totals`` set apart."""
-    return NumberTable(title, list(head), [list(row) for row in rows], [list(row) for row in totals], text_columns)
+    """Return a table of records, with a format of a record's entries for each column, such as ``"{accuracy:.1%}"``.
+
+    Signs of per cent are left out, because they stand in the columns' names.
+
+    >>> print(table_of(None, [{"name": "l1", "accuracy": 0.5}], {"": "{name}", "%": "{accuracy:.1%}"}).to_markdown())
+    |  | % |
+    |---|---:|
+    | l1 | 50.0 |
+    """
+    lines, sums = (
+        [[cell.format_map(row).replace("%", "") for cell in columns.values()] for row in records]
+        for records in (rows, totals)
+    )
+    return NumberTable(title, list(columns), lines, sums, text_columns)
 
 
 def with_tables(page: str, source: str, tables: str) -> str:
@@ -309,7 +322,7 @@ def tables_of(records: Iterable[Record]) -> Iterator[NumberTable | str]:
         if foot := foot_of(rows):
             yield foot
         if has_convergence(rows):
-            yield as_table(f"convergence: {title_of(group, rows)}", *convergence_of(rows))
+            yield NumberTable(f"convergence: {title_of(group, rows)}", *convergence_of(rows))
 
 
 def print_report(records: Iterable[Record], console: Console) -> None:
@@ -321,7 +334,7 @@ def print_report(records: Iterable[Record], console: Console) -> None:
 def print_widths(records: Iterable[Record], console: Console) -> None:
     """Print the mean number of output channels of every layer, one table per model, data set and target."""
     for group, rows in grouped(records).items():
-        console.print(as_table(f"widths: {title_of(group, rows)}", *widths_of(rows)))
+        console.print(NumberTable(f"widths: {title_of(group, rows)}", *widths_of(rows)))
 
 
 def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
@@ -352,9 +365,16 @@ def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[
 
 def markdown_report(records: Iterable[Record]) -> str:
     """Return what :func:`tables_of` yields in Markdown."""
+    return as_markdown(tables_of(records))
+
+
+def as_markdown(parts: Iterable[NumberTable | str]) -> str:
+    """Return tables, with their titles, and lines in Markdown."""
     lines = []
-    for part in tables_of(records):
-        lines += [part, ""] if isinstance(part, str) else [f"**{part.title}**", "", part.to_markdown(), ""]
+    for part in parts:
+        if isinstance(part, NumberTable) and part.title is not None:
+            lines += [f"**{part.title}**", ""]
+        lines += [part if isinstance(part, str) else part.to_markdown(), ""]
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ from rich.console import RenderableType
 
 from nni_topo.runs.run import layer_widths
 from nni_topo.studies.study import Findings, Tell, TrainedStudy
-from nni_topo.studies.tables import as_table
+from nni_topo.studies.tables import table_of
 
 """
 

@@ -24,7 +24,7 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.rules import checked, number
 from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
 from nni_topo.studies.study import Findings, ModelVerb, Study, Tell
-from nni_topo.studies.tables import as_table
+from nni_topo.studies.tables import table_of
 from nni_topo.zoo import create_model, list_models
 
 Convention = Literal["theorem", "tables"]
@@ -64,6 +64,10 @@ class LayerCount:
         """Weights over weights of the channel tree: the largest compression by a mask that keeps the tree."""
         return self.weights / self.channel_tree
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers and their ratios."""
+        return {**vars(self), "ratio": self.ratio, "weight_ratio": self.weight_ratio}
+
 
 @dataclass(frozen=True)
 class CriticalCompression(Findings):
@@ -101,10 +105,7 @@ class CriticalCompression(Findings):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as numbers and strings."""
-        layers = {
-            name: {**vars(count), "ratio": count.ratio, "weight_ratio": count.weight_ratio}
-            for name, count in self.counts.items()
-        }
+        layers = {name: count.to_dict() for name, count in self.counts.items()}
         summary = {"final": self.final, "by_kind": self.by_kind(), "skipped": self.skipped}
         return {"convention": self.convention, "layers": layers, **summary}
 
@@ -131,24 +132,25 @@ class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
 
     def show(self, found: CriticalCompression) -> Iterator[RenderableType]:
         """Yield a row per layer: edges, tree edges, critical ratio, and the same for weights."""
-        size = "x".join(map(str, self.input_size))
-        head = ("layer", "kind", "edges", "tree edges", "critical ratio", "weights", "channel tree", "ratio of weights")
-        counts = list(found.counts.values())
+        counts = found.counts.values()
         sums = [sum(getattr(c, name) for c in counts) for name in ("edges", "tree_edges", "weights", "channel_tree")]
-        rows = [
-            (name, c.kind, *_ratio(c.edges, c.tree_edges), *_ratio(c.weights, c.channel_tree))
-            for name, c in found.counts.items()
-        ]
-        total = ("all", "", *_ratio(*sums[:2]), *_ratio(*sums[2:]))
-        title = f"{self.model_choice.label}, {size}, as in the {self.convention}"
-        yield as_table(title, head, rows, text_columns=2, totals=[total])
+        columns = {
+            "layer": "{name}",
+            "kind": "{kind}",
+            "edges": "{edges}",
+            "tree edges": "{tree_edges}",
+            "critical ratio": "{ratio:.5f}",
+            "weights": "{weights}",
+            "channel tree": "{channel_tree}",
+            "ratio of weights": "{weight_ratio:.5f}",
+        }
+        rows = [{"name": name, **count.to_dict()} for name, count in found.counts.items()]
+        total = {"name": "all", **LayerCount("", *sums).to_dict()}
+        title = f"{self.model_choice.label}, {'x'.join(map(str, self.input_size))}, as in the {self.convention}"
+        yield table_of(title, rows, columns, [total], text_columns=2)
         yield "by kind: " + ", ".join(f"{kind} {ratio:.4f}" for kind, ratio in found.by_kind().items())
         if found.skipped:
             yield "skipped: " + ", ".join(f"{name} ({why})" for name, why in found.skipped.items())
-
-
-def _ratio(count: int, tree: int) -> tuple[str, str, str]:
-    return str(count), str(tree), f"{count / tree:.5f}"
 
 
 @public(model=MODEL, example_inputs=INPUTS)

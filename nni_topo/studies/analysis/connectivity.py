@@ -22,10 +22,11 @@ from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.equivalence import masked_model
+from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start
 from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks
 from nni_topo.studies.study import Names, Tell
-from nni_topo.studies.tables import as_table
+from nni_topo.studies.tables import table_of
 
 _SHRINKING = (nn.Softshrink, nn.Hardshrink, nn.Threshold)
 _LAYERS = (nn.Linear, *CONVOLUTIONS)
@@ -120,22 +121,12 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
 
 
 @dataclass(frozen=True)
-class ConnectivityPoint:
-    """One pruned network: what is connected, the kept share of its pruned layers' weights, and its accuracy."""
-
-    pruner: str
-    ratio: float
-    seed: int
-    kept: float
-    outputs: float
-    channels: float
-    channels_reached: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
 class ConnectivityStudy(PointsStudy):
-    """All points; shares and accuracies in [0, 1]."""
+    """All points, with shares in [0, 1].
+
+    ``kept`` weights of the pruned layers; ``outputs`` and ``channels`` as of a :class:`Connectivity`, of the layer
+    with the fewest; ``channels_reached``, likewise; the test ``accuracy`` without fine-tuning.
+    """
 
     stem = "connectivity"
 
@@ -160,23 +151,33 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
         start = self.start()
         return ConnectivityStudy(self.points(start, tell), start.accuracy)
 
-    def point(self, start: Start, name: str, ratio: float) -> ConnectivityPoint:
+    def point(self, start: Start, name: str, ratio: float) -> Record:
         """Prune the network and follow the kept weights."""
         masks = study_masks(name, start, ratio, self.calibration)
         found = connectivity(start.net, start.example, masks)
-        accuracy = start.tested(masked_model(start.net, start.example, masks))
-        facts = found.outputs, found.channels, min(found.reached.values())
-        return ConnectivityPoint(name, ratio, start.seed, share_kept(masks), *facts, accuracy)
+        return {
+            "pruner": name,
+            "ratio": ratio,
+            "seed": start.seed,
+            "kept": share_kept(masks),
+            "outputs": found.outputs,
+            "channels": found.channels,
+            "channels_reached": min(found.reached.values()),
+            "accuracy": start.tested(masked_model(start.net, start.example, masks)),
+        }
 
     def show(self, found: ConnectivityStudy) -> Iterator[RenderableType]:
         """Yield the means over seeds as a table."""
-        head = ("pruner", "ratio", "weights kept %", "outputs reached %", "channels connected %", "channels reached %")
-        columns = ("kept", "outputs", "channels", "channels_reached", "accuracy")
-        rows = [
-            (str(row["pruner"]), f"{row['ratio']:g}", *(f"{100 * row[column]:.1f}" for column in columns))
-            for row in found.means().to_dict("records")
-        ]
-        yield as_table(f"connectivity of {self.model}", (*head, "accuracy %"), rows)
+        columns = {
+            "pruner": "{pruner}",
+            "ratio": "{ratio:g}",
+            "weights kept %": "{kept:.1%}",
+            "outputs reached %": "{outputs:.1%}",
+            "channels connected %": "{channels:.1%}",
+            "channels reached %": "{channels_reached:.1%}",
+            "accuracy %": "{accuracy:.1%}",
+        }
+        yield table_of(f"connectivity of {self.model}", found.means().to_dict("records"), columns)
 
 
 def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -28,12 +28,13 @@ from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import PRUNERS, pruner_info
 from nni_topo.rules import check_jobs, checked, whole
 from nni_topo.runs.choices import PrunerChoice, Target
+from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, prune
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.bounds.propagation import ErrorBound, error_bound
 from nni_topo.studies.pictures import finish, panels
 from nni_topo.studies.study import Findings, Found, Names, Tell, TrainedStudy
-from nni_topo.studies.tables import as_table
+from nni_topo.studies.tables import table_of
 
 Form = Literal["first_order", "directional", "lipschitz"]
 
@@ -118,38 +119,26 @@ _ITERATIONS = 50
 
 
 @dataclass(frozen=True)
-class DeviationPoint:
-    """One pruned network; shares and accuracies in [0, 1], norms over the batch."""
-
-    pruner: str
-    ratio: float
-    seed: int
-    pruned: float  # removed share of the pruned layers' weights
-    error: float  # norm of the output's change
-    bound: float  # (3.9)
-    lipschitz: float  # the Lipschitz bound
-    dev: float  # this and the next two as in a NetDeviation with (3.9)
-    sign: float
-    relative: float
-    accuracy: float  # on the test images, without fine-tuning
-
-
-@dataclass(frozen=True)
 class PointsStudy(Findings):
-    """A point per pruned network, and the unpruned network's test accuracy in [0, 1]."""
+    """A record per pruned network, and the unpruned network's test accuracy in [0, 1]."""
 
-    points: Sequence[Any]
+    points: list[Record]
     accuracy: float
 
     def means(self) -> pd.DataFrame:
         """Return means over seeds by ``pruner`` and ``ratio``, in the order of the points."""
-        frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
+        frame = pd.DataFrame(self.points).drop(columns="seed")
         return frame.groupby(["pruner", "ratio"], sort=False, as_index=False).mean()
 
 
 @dataclass(frozen=True)
 class DeviationStudy(PointsStudy):
-    """All points, and the number of images in the batch."""
+    """All points, and the number of images in the batch.
+
+    A point has the removed share of the pruned layers' weights (``pruned``), the norm of the output's change over the
+    batch (``error``), the bounds (3.9) and Lipschitz, ``dev``, ``sign`` and ``relative`` as a :class:`NetDeviation`
+    with (3.9), and the test accuracy without fine-tuning, in [0, 1].
+    """
 
     stem = "deviation"
     images: int
@@ -186,7 +175,7 @@ class PrunersStudy(TrainedStudy[Found]):
             whole(1).check(knob, getattr(self, knob), self.place)
         check_jobs(self.n_jobs, self.place)
 
-    def points(self, start: Start, tell: Tell) -> list[Any]:
+    def points(self, start: Start, tell: Tell) -> list[Record]:
         """Return the point of every run, ``n_jobs`` measured at a time."""
         known = replace(start, known_accuracy=start.accuracy)  # measured once, not in every run
         runs = list(self.runs())
@@ -204,7 +193,7 @@ class PrunersStudy(TrainedStudy[Found]):
             for ratio, seed in itertools.product(self.ratios, range(self.seed, self.seed + repeats)):
                 yield name, ratio, seed
 
-    def point(self, start: Start, name: str, ratio: float) -> Any:
+    def point(self, start: Start, name: str, ratio: float) -> Record:
         """Prune the network with the seed of ``start`` and return what was measured."""
         raise NotImplementedError
 
@@ -225,36 +214,33 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
         start = self.start()
         return DeviationStudy(self.points(start, tell), start.accuracy, len(self._batch(start)))
 
-    def point(self, start: Start, name: str, ratio: float) -> DeviationPoint:
+    def point(self, start: Start, name: str, ratio: float) -> Record:
         """Prune the network and measure how much its output differs from the unpruned network's."""
         batch, masks = self._batch(start), study_masks(name, start, ratio, self.calibration)
         changed = masked_model(start.net, batch[:2], masks)
         bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
-        return _point(name, ratio, start.seed, 1.0 - share_kept(masks), bound, start.tested(changed))
+        run = {"pruner": name, "ratio": ratio, "seed": start.seed, "pruned": 1.0 - share_kept(masks)}
+        measured = {**asdict(deviation_of(bound)), "lipschitz": bound.lipschitz}
+        return {**run, **measured, "accuracy": start.tested(changed)}
 
     def _batch(self, start: Start) -> Tensor:
         return start.data.train[: self.images][0].to(start.device)
 
     def show(self, found: DeviationStudy) -> Iterator[RenderableType]:
         """Yield the means over seeds as a table."""
-        head = ("pruner", "ratio", "weights removed", "error", "bound (3.9)", "dev (3.12)", "dev / bound", "Lipschitz")
-        rows = [
-            [
-                str(row["pruner"]),
-                f"{row['ratio']:g}",
-                f"{row['pruned']:.3f}",
-                *(f"{row[key]:.4g}" for key in ("error", "bound", "dev", "relative", "lipschitz")),
-                f"{100 * row['accuracy']:.1f}",
-            ]
-            for row in found.means().to_dict("records")
-        ]
-        yield as_table(f"Net Deviation of {self.model}, {found.images} images", (*head, "accuracy %"), rows)
-
-
-def _point(name: str, ratio: float, seed: int, pruned: float, found: ErrorBound, accuracy: float) -> DeviationPoint:
-    # all fields of a NetDeviation are fields of a point too, error and bound among them
-    values = asdict(deviation_of(found)) | {"lipschitz": found.lipschitz, "accuracy": accuracy}
-    return DeviationPoint(pruner=name, ratio=ratio, seed=seed, pruned=pruned, **values)
+        columns = {
+            "pruner": "{pruner}",
+            "ratio": "{ratio:g}",
+            "weights removed": "{pruned:.3f}",
+            "error": "{error:.4g}",
+            "bound (3.9)": "{bound:.4g}",
+            "dev (3.12)": "{dev:.4g}",
+            "dev / bound": "{relative:.4g}",
+            "Lipschitz": "{lipschitz:.4g}",
+            "accuracy %": "{accuracy:.1%}",
+        }
+        title = f"Net Deviation of {self.model}, {found.images} images"
+        yield table_of(title, found.means().to_dict("records"), columns)
 
 
 def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Masks:

@@ -29,7 +29,7 @@ from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.pictures import finish, panels, single
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
-from nni_topo.studies.tables import as_table
+from nni_topo.studies.tables import NumberTable
 
 _ROWS = 400
 
@@ -176,7 +176,7 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
             for column in ("fitness", "accuracy", "compression")
         ]
         head = ("search", "generation", "of", "lowest", "mean", "highest")
-        yield as_table(f"evolution of {self.model}", head, rows, text_columns=3)
+        yield NumberTable(f"evolution of {self.model}", head, rows, text_columns=3)
 
 
 def _figures(trials: Mapping[str, EvolutionTrial]) -> dict[str, Figure]:

@@ -29,7 +29,7 @@ from nni_topo.runs.run import build_model, load_model_data, resolve_device
 from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
 from nni_topo.studies.pictures import finish
 from nni_topo.studies.study import Findings, Tell, TrainedStudy
-from nni_topo.studies.tables import as_table
+from nni_topo.studies.tables import table_of
 
 ConvGraph = Literal["channel", "toeplitz"]
 Scale = Literal["layer", "model"]
@@ -287,19 +287,17 @@ class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
         """Yield a row per layer: its persistence at the beginning and at the end, and its tree's edges."""
         first, last = found.history[0], found.history[-1]
         rows = [
-            (name, str(len(last.deaths[name])), f"{first.layers[name]:.4f}", f"{value:.4f}")
+            {"name": name, "edges": len(last.deaths[name]), "first": first.layers[name], "last": value}
             for name, value in last.layers.items()
         ]
-        total = ("sum", "", f"{first.total:.4f}", f"{last.total:.4f}")
-        title = f"neural persistence of {self.model}"
-        yield as_table(title, ("layer", "tree edges", "first", "last"), rows, totals=[total])
+        total = {"name": "sum", "edges": "", "first": first.total, "last": last.total}
+        columns = {"layer": "{name}", "tree edges": "{edges}", "first": "{first:.4f}", "last": "{last:.4f}"}
+        yield table_of(f"neural persistence of {self.model}", rows, columns, [total])
         if last.skipped:
             yield "skipped: " + ", ".join(f"{name} ({why})" for name, why in last.skipped.items())
 
 
 def _largest(layer: WeightLayer) -> float:
-    if layer.weight.size == 0:
-        raise DataError(f"a layer must have at least one weight, got shape {layer.weight.shape} ({layer.name})")
     bad = int((~np.isfinite(layer.weight)).sum())
     if bad:
         raise DataError(f"weights must be finite, got {bad} NaN or infinite values ({layer.name})")

@@ -31,7 +31,7 @@ from nni_topo.rules import NONE, all_of, check_jobs, check_knobs, check_result, 
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.studies.pictures import figure_of, finish, single
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
-from nni_topo.studies.tables import as_table
+from nni_topo.studies.tables import NumberTable
 from nni_topo.zoo.labelled import subset
 
 _CALIBRATION = 512
@@ -252,7 +252,7 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
         for curve in found.curves:
             shown = [f"{100 * curve.accuracy[ratio]:.1f}" if ratio in curve.accuracy else "" for ratio in ratios]
             rows.append([" + ".join(curve.layers), *shown, chosen.get(curve.layers, "0")])
-        yield as_table(f"sensitivity of {self.model}, {self.pruner}, validation accuracy in %", head, rows)
+        yield NumberTable(f"sensitivity of {self.model}, {self.pruner}, validation accuracy in %", head, rows)
         before, after = 100 * found.baseline, 100 * found.suggested_accuracy
         yield f"unpruned {before:.1f} %, all suggested ratios at once {after:.1f} %, without fine-tuning"
 

@@ -29,7 +29,7 @@ from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.pictures import finish, panels, single
 from nni_topo.studies.study import Findings, Tell, TrainedStudy
-from nni_topo.studies.tables import as_table
+from nni_topo.studies.tables import table_of
 
 FloatArray = NDArray[np.float64]
 _MOST_PANELS = 12
@@ -136,17 +136,10 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
 
     def show(self, found: TopologyStudy) -> Iterator[RenderableType]:
         """Yield a row per layer: points before and after, distances of the diagrams, Hausdorff distance."""
-        head = ("layer", "points", "kept", *(f"bottleneck H{degree}" for degree in self.degrees), "Hausdorff")
-        rows = [
-            (
-                layer.name,
-                str(layer.points),
-                str(layer.kept),
-                *(f"{distance:.4f}" for distance in (*layer.bottleneck.values(), layer.hausdorff)),
-            )
-            for layer in found.layers
-        ]
-        yield as_table(f"topology of {self.model}", head, rows)
+        columns = {"layer": "{name}", "points": "{points}", "kept": "{kept}"}
+        columns |= {f"bottleneck H{degree}": f"{{bottleneck[{degree}]:.4f}}" for degree in self.degrees}
+        rows = [vars(layer) for layer in found.layers]
+        yield table_of(f"topology of {self.model}", rows, {**columns, "Hausdorff": "{hausdorff:.4f}"})
 
 
 @public(model=MODEL, config_list=CONFIG_LIST, degrees=_DEGREES)

@@ -10,9 +10,10 @@ from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, Target
 from nni_topo.studies.analysis import overlap_bound
-from nni_topo.studies.analysis.rounds.report import markdown_overlap, markdown_rounds
+from nni_topo.studies.analysis.rounds.report import rounds_tables
 from nni_topo.studies.analysis.rounds.study import METHODS, RoundsCell, RoundsStudy, run_rounds, steps_to
 from nni_topo.studies.records import append_record
+from nni_topo.studies.tables import as_markdown
 
 LEVELS = (0.5, 0.9, 0.999)
 
@@ -117,8 +118,8 @@ def test_rewound_runs_are_compared_with_each_other_only(finished):
     records, _ = finished
     rewound = [{**record, "method": f"{record['method']}, rewound"} for record in records]
     rewound[1]["rounds"] = [{**entry, "accuracy": entry["accuracy"] - 0.25} for entry in records[1]["rounds"]]
-    table = markdown_rounds([*records, *rewound])
-    assert table.splitlines()[2].endswith("| T-IMP - IMP | T-IMP - IMP capped | T-IMP - IMP | T-IMP - IMP capped |")
+    table = next(rounds_tables([*records, *rewound])).to_markdown()
+    assert table.splitlines()[0].endswith("| T-IMP - IMP | T-IMP - IMP capped | T-IMP - IMP | T-IMP - IMP capped |")
     gains = [float(cell) for cell in table.splitlines()[-1].split("|")[-5:-1]]
     assert gains[2:] == pytest.approx([gain - 25 for gain in gains[:2]], abs=0.11)
 
@@ -128,14 +129,14 @@ def test_tables_and_pictures(finished, tmp_path, drawn):
     twice = [*records, *({**record, "seed": 1} for record in records)]
     for record in twice:
         append_record(tmp_path / "results.jsonl", record)
-    table = markdown_rounds(twice)
+    table = as_markdown(rounds_tables(twice))
     assert "**small_cnn on digits, 200 images, 2 seeds; dense" in table
     assert "| T-IMP - IMP | T-IMP - IMP capped |" in table
     row = next(line for line in table.splitlines() if line.startswith("| 99.9 |"))
     last = [record["rounds"][2]["accuracy"] for record in records]
     gains = [f"{100 * (last[1] - last[baseline]):+.1f} ± 0.0" for baseline in (0, 2)]
     assert row.endswith(f"| {gains[0]} | {gains[1]} |")
-    assert "| small_cnn | classifier.fc2 |" in markdown_overlap(twice)
+    assert "| small_cnn | classifier.fc2 |" in table
     files = RoundsStudy(twice).save(tmp_path)
     assert files == [tmp_path / name for name in ("rounds.json", "rounds.png", "overlap.png")]
     check_pictures(drawn, records)

@@ -1,48 +1,48 @@
 """The optional parts of an energy study, from dropout to schedules.
 
-Each part takes a :class:`Subject` and returns plain numbers for the study's record.
+Each part takes a :class:`Subject` and returns plain numbers for the study's record. A function beside it makes a table
+of the record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from matplotlib.figure import Figure
 from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import EvolutionSettings
-from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import recalibrate_batch_norm
-from nni_topo.runs.choices import PrunerChoice
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, retrain
-from nni_topo.runs.scheduled import Schedule, prune_on_schedule
 from nni_topo.studies.analysis.energy.accumulated import Step, accumulate_energy, harmless_layers
 from nni_topo.studies.analysis.energy.dropout import RATES, study_dropout
-from nni_topo.studies.analysis.energy.plots import layer_plot
 from nni_topo.studies.analysis.energy.replacement import study_replacement
 from nni_topo.studies.analysis.energy.selection import study_selection
 from nni_topo.studies.analysis.energy.study import (
     EnergyStudy,
     EvaluateQuality,
     LayerEnergy,
-    Quality,
+    layer_plot,
     masks_of,
     quality_on,
 )
 from nni_topo.studies.study import plain
+from nni_topo.studies.tables import NumberTable, table_of
 from nni_topo.zoo.labelled import subset
 
 _SUBSET = 256
 _RECALIBRATION_IMAGES = 1024
 _DROPOUT_THRESHOLDS = (0.01, 0.1)
 _SEARCH = EvolutionSettings(population_size=20, generations=10)
-_FINE_TUNING_EPOCHS = 4
+QUALITY = {"accuracy %": "{quality[accuracy]:.1%}", "loss": "{quality[loss]:.3f}"}
+"""Columns of tables of records that hold a quality."""
+Titled = tuple[str, NumberTable]
+"""A title is a line of its own, because a narrow table would wrap it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ class Subject:
     evaluate: EvaluateQuality
     knobs: dict[str, Any]
     layer: str | None
-    pictures: dict[str, Figure] = field(default_factory=dict)
 
     def nearest(self, threshold: float) -> float:
         """Return the study's threshold nearest to a number."""
@@ -81,8 +80,35 @@ def dropout_part(subject: Subject) -> Record:
         models = {row.name: partial(_pruned_alone, subject, row, threshold) for row in study.layers}
         found = study_dropout(models, subject.evaluate, seed=subject.start.seed)
         record[str(threshold)] = plain(found)
-        subject.pictures.update(_dropout_pictures(study, threshold, found))
+        # accuracy and loss by layer, a line per rate, and their change by dropout
+        rows = [found[row.name] for row in study.layers]
+        where = f"one layer at {100 * threshold:g} % of its energy"
+        for suffix, label, column, factor in (
+            ("", "accuracy %", "accuracy", 100.0),
+            ("_loss", "loss (nats)", "loss", 1.0),
+        ):
+            values = {rate: [factor * getattr(row[rate], column) for row in rows] for rate in RATES}
+            change = {rate: [a - b for a, b in zip(values[rate], values[0.0], strict=True)] for rate in RATES}
+            for more, what, lines in (("", label, values), ("_change", f"{label}, change by dropout", change)):
+                named = {f"rate {rate:g}": line for rate, line in lines.items()}
+                picture = layer_plot(study.layers, named, f"{what}, {where}")
+                study.pictures[f"dropout_{threshold:g}{suffix}{more}"] = picture
     return record
+
+
+def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Module:
+    return masked_model(subject.start.net, subject.start.example, masks_of(row.layers, subject.study.masks[threshold]))
+
+
+def dropout_table(part: Record) -> Titled:
+    """Return the accuracies by rate: unpruned, and means over the layers at each threshold."""
+    rates = list(part["unpruned"])
+    rows = [["unpruned", *(f"{100 * part['unpruned'][rate]['accuracy']:.1f}" for rate in rates)]]
+    for threshold, layers in part.items():
+        if threshold != "unpruned":
+            means = [sum(layer[rate]["accuracy"] for layer in layers.values()) / len(layers) for rate in rates]
+            rows.append([f"one layer at {threshold}, mean", *(f"{100 * mean:.1f}" for mean in means)])
+    return "dropout at test time", NumberTable(None, ["accuracy % at dropout rate", *rates], rows)
 
 
 def accumulated_part(subject: Subject) -> Record:
@@ -93,6 +119,13 @@ def accumulated_part(subject: Subject) -> Record:
         subject.start.net, layers, subject.start.example, subject.evaluate, threshold=threshold, **subject.knobs
     )
     return {"threshold": threshold, "steps": plain(steps)}
+
+
+def accumulated_table(part: Record) -> Titled:
+    """Return a row per layer pruned."""
+    rows = [{**step, "name": layer_name(step)} for step in part["steps"]]
+    title = f"accumulated at {100 * part['threshold']:g} % of the energy, without fine-tuning"
+    return title, table_of(None, rows, {"after layer": "{name}", "removed": "{removed}", **QUALITY})
 
 
 def iterative_part(subject: Subject) -> Record:
@@ -124,6 +157,21 @@ def iterative_part(subject: Subject) -> Record:
     return {**record, "after": plain(subject.evaluate(last))}
 
 
+def iterative_table(part: Record) -> Titled:
+    """Return a row per layer pruned, without and with an epoch after it, and one of all epochs after the last."""
+    share, epochs = f"{100 * part['threshold']:g} %", part["epochs"]
+    rows = []
+    for without, step in zip(part["none"], part["between"], strict=True):
+        accuracies = [f"{100 * each['quality']['accuracy']:.1f}" for each in (without, step)]
+        loss = f"{step['quality']['loss']:.3f}"
+        rows.append([layer_name(without), str(without["removed"]), accuracies[0], str(step["removed"])])
+        rows[-1] += [accuracies[1], loss]
+    head = ["after layer", "removed", "accuracy %", "an epoch after each: removed", "accuracy %", "loss"]
+    after = [f"the first, then {epochs} epochs", "", f"{100 * part['after']['accuracy']:.1f}", "", "", ""]
+    title = f"one layer after the other at {share} of its energy; {epochs} epochs of fine-tuning in all"
+    return title, NumberTable(None, head, rows, [after])
+
+
 def replacement_part(subject: Subject) -> Record:
     """Replace one layer's low-energy filters; evaluate before and after batch-norm re-calibration."""
     row, threshold = subject.single_layer(), subject.nearest(0.1)
@@ -141,6 +189,19 @@ def replacement_part(subject: Subject) -> Record:
     )
     kinds, filters = plain(found), row.removed[threshold]
     return {"layer": row.layers[0], "threshold": threshold, "filters": filters, "kinds": kinds}
+
+
+def replacement_table(part: Record) -> Titled:
+    """Return a row per kind of replacement."""
+    columns = {
+        "filters": "{name}",
+        "accuracy %": "{quality[accuracy]:.1%}",
+        "re-calibrated %": "{repaired[accuracy]:.1%}",
+        "energy %": "{energy:.1%}",
+        "similarity": "{similarity:.2f}",
+    }
+    rows = [{"name": kind, **made} for kind, made in part["kinds"].items()]
+    return f"{part['filters']} filters of {part['layer']} replaced", table_of(None, rows, columns)
 
 
 def selection_part(subject: Subject) -> Record:
@@ -162,46 +223,25 @@ def selection_part(subject: Subject) -> Record:
     return {"layer": row.layers[0], "filters": row.filters, "methods": plain(found)}
 
 
-def schedules_part(subject: Subject) -> Record:
-    """Prune half of every layer's filters at once, or in rounds with fine-tuning between, with equal epochs in all."""
-    layers = [name for row in subject.study.layers for name in row.layers]
-    entry = {"op_names": layers, "sparse_ratio": 0.5}
-    config_list = dependency_groups(subject.start.net, subject.start.example, [entry])
-    recipe = subject.start.recipe.for_retraining(_FINE_TUNING_EPOCHS)
-    choice = PrunerChoice("energy", knobs=subject.knobs)
-    schedules: tuple[Schedule, ...] = ("one-shot", "linear", "agp")
-    record: Record = {"ratio": 0.5, "epochs": _FINE_TUNING_EPOCHS}
-    for schedule in schedules:
-        dense = prune_on_schedule(subject.start, choice, config_list, recipe, schedule=schedule)
-        record[schedule] = plain(subject.evaluate(dense))
-    return record
+def selection_table(part: Record) -> Titled:
+    """Return a row per method."""
+    columns = {"": "{name}", **QUALITY, "energy lost %": "{energy:.1%}", "Taylor": "{taylor:.4f}"}
+    rows = [{"name": name, **made} for name, made in part["methods"].items()]
+    title = f"half of the {part['filters']} filters of {part['layer']}, selected by"
+    return title, table_of(None, rows, {**columns, "seconds": "{seconds:.2f}"})
 
 
-PARTS: dict[str, Callable[[Subject], Record]] = {
-    "dropout": dropout_part,
-    "accumulated": accumulated_part,
-    "iterative": iterative_part,
-    "replacement": replacement_part,
-    "selection": selection_part,
-    "schedules": schedules_part,
+def layer_name(layer: Record) -> str:
+    """Return the first name of a record's layers, and how many more there are."""
+    names = layer["layers"]
+    return f"{names[0]} +{len(names) - 1}" if len(names) > 1 else str(names[0])
+
+
+PARTS: dict[str, tuple[Callable[[Subject], Record], Callable[[Record], Titled]]] = {
+    "dropout": (dropout_part, dropout_table),
+    "accumulated": (accumulated_part, accumulated_table),
+    "iterative": (iterative_part, iterative_table),
+    "replacement": (replacement_part, replacement_table),
+    "selection": (selection_part, selection_table),
 }
-
-
-def _dropout_pictures(
-    study: EnergyStudy, threshold: float, found: dict[str, dict[float, Quality]]
-) -> dict[str, Figure]:
-    """Draw accuracy and loss by layer, a line per rate, and their change by dropout."""
-    rows = [found[row.name] for row in study.layers]
-    where = f"one layer at {100 * threshold:g} % of its energy"
-    figures = {}
-    for suffix, label, column, factor in (("", "accuracy %", "accuracy", 100.0), ("_loss", "loss (nats)", "loss", 1.0)):
-        values = {rate: [factor * getattr(row[rate], column) for row in rows] for rate in RATES}
-        change = {rate: [a - b for a, b in zip(values[rate], values[0.0], strict=True)] for rate in RATES}
-        for more, what, lines in (("", label, values), ("_change", f"{label}, change by dropout", change)):
-            named = {f"rate {rate:g}": line for rate, line in lines.items()}
-            figures[f"dropout_{threshold:g}{suffix}{more}"] = layer_plot(study.layers, named, f"{what}, {where}")
-    return figures
-
-
-def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Module:
-    return masked_model(subject.start.net, subject.start.example, masks_of(row.layers, subject.study.masks[threshold]))
+"""By name what finds a part's record, and what makes its table."""

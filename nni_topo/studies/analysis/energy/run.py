@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import nn
 
@@ -23,7 +22,7 @@ from nni_topo.rules import check_knobs, number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.dropout import with_dropout
-from nni_topo.studies.analysis.energy.parts import PARTS, Subject
+from nni_topo.studies.analysis.energy.parts import PARTS, Subject, layer_name
 from nni_topo.studies.analysis.energy.study import (
     THRESHOLDS,
     EnergyStudy,
@@ -32,38 +31,15 @@ from nni_topo.studies.analysis.energy.study import (
     quality_on,
     study_energy,
 )
-from nni_topo.studies.analysis.energy.tables import show_energy
-from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy, plain
+from nni_topo.studies.study import Names, Tell, TrainedStudy, plain
+from nni_topo.studies.tables import NumberTable
 from nni_topo.zoo.labelled import subset
 
 _CHIRP = Chirp()
 
 
-@dataclass(frozen=True)
-class EnergyReport(Findings):
-    """A study, the records and pictures of its parts, and the text of ``suggested.yaml``; empty: none."""
-
-    stem = "energy"
-    study: EnergyStudy
-    more: Record = field(default_factory=dict)
-    pictures: dict[str, Figure] = field(default_factory=dict)
-    suggestion: str = ""
-
-    def to_dict(self) -> Record:
-        """Return the study's numbers and those of its parts."""
-        return {**self.study.to_dict(), **self.more}
-
-    def figures(self) -> dict[str, Figure]:
-        """Return the pictures of the study and of its parts."""
-        return {**self.study.figures(), **self.pictures}
-
-    def texts(self) -> dict[str, str]:
-        """Return ``suggested.yaml``, if any layer has a suggested threshold."""
-        return {"suggested.yaml": self.suggestion} if self.suggestion else {}
-
-
 @dataclass(frozen=True, kw_only=True)
-class AnalyzeEnergy(TrainedStudy[EnergyReport]):
+class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
     """Prune filters at several energy thresholds, measure the accuracy of each, and suggest a threshold per layer.
 
     Everything is measured on validation images; the suggestion is then measured on the test images.
@@ -72,7 +48,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
     thresholds: tuple[float, ...] = THRESHOLDS  # energy shares in (0, 1), ascending
     images: int | None = None  # number of validation images, and of test images, at least 1; None: all
     max_drop: float = 0.01  # accuracy that each suggested threshold may cost alone, at least 0
-    parts: Names = ()  # further: dropout, accumulated, iterative, replacement, selection, schedules
+    parts: Names = ()  # further: dropout, accumulated, iterative, replacement, selection
     layer: str | None = None  # layer of replacement and selection; None: the one that costs most accuracy
     calibration: int = 0  # training images whose responses are measured instead of the chirp's; 0: the chirp
     sweep: str = _CHIRP.sweep  # of the chirp: nyquist or thesis
@@ -92,7 +68,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
         check_knobs(self.place, {"normalization": self.normalization}, ENERGY_KNOBS)
         number(0.0).check("max_drop", self.max_drop, self.place)
 
-    def find(self, tell: Tell) -> EnergyReport:
+    def find(self, tell: Tell) -> EnergyStudy:
         """Study a trained model; findings are written before each part, as a part can take minutes."""
         start = self.start(self.images)
         net, example, knobs = start.net, start.example, self._knobs()
@@ -102,15 +78,15 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
         given = knobs | ({"calibration": start.images(self.calibration)} if self.calibration else {})
         evaluate = partial(quality_on, images=subset(start.data.validation, slice(self.images)))
         study = study_energy(net, layers, example, evaluate, thresholds=self.thresholds, **given)
+        study.more.update({"model": self.model_choice.label, "data": self.data, "seed": self.seed})
         thresholds = study.suggestion(self.max_drop)
-        report = EnergyReport(study, {"model": self.model_choice.label, "data": self.data, "seed": self.seed})
         if thresholds:
             # all layers at once, measured on the test images
             masks: Masks = {}
             for name, threshold in thresholds.items():
                 masks |= masks_of([name], study.masks[threshold])
             dense = to_dense(net, example, masks)
-            report.more["suggested"] = plain(
+            study.more["suggested"] = plain(
                 {
                     "thresholds": thresholds,
                     "macs": zoo.count_macs(dense, example[:1]) / zoo.count_macs(net, example[:1]),
@@ -118,16 +94,15 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
                     "quality_before": quality_on(net, start.data.test),
                 }
             )
+            study = replace(study, file=self._suggestion(study.more, knobs))
         subject = Subject(start, study, evaluate, given, self.layer)
         for part in self.parts:
-            report.save(self.out)
+            study.save(self.out)
             tell(f"{part} ...")
-            report.more[part] = PARTS[part](subject)
-            report.pictures.update(subject.pictures)
-        suggestion = self._suggestion(report.more, knobs) if thresholds else ""
-        return EnergyReport(study, report.more, report.pictures, suggestion)
+            study.more[part] = PARTS[part][0](subject)
+        return study
 
-    def show(self, found: EnergyReport) -> Iterator[RenderableType]:
+    def show(self, found: EnergyStudy) -> Iterator[RenderableType]:
         """Yield the tables of the study and of its parts."""
         return show_energy(found.to_dict())
 
@@ -173,3 +148,39 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
             f"#   {command} --config suggested.yaml --out DIR\n\n"
         )
         return comment + yaml.safe_dump(content, sort_keys=False)
+
+
+def show_energy(record: Record) -> Iterator[NumberTable | str]:
+    """Yield the tables and lines of a study's record; a title is a line of its own, as a narrow table would wrap it."""
+    base, layers = record["baseline"], record["layers"]
+    thresholds = [str(threshold) for threshold in record["thresholds"]]
+    heads = [f"{100 * threshold:g} %" for threshold in record["thresholds"]]
+    together = [record["together"][t] for t in thresholds]
+    rows, losses = [], []
+    for layer in layers:
+        alone = [layer["alone"][t] for t in thresholds]
+        counts = zip((layer["removed"][t] for t in thresholds), alone, strict=True)
+        cells = [f"{removed}: {100 * quality['accuracy']:.1f}" for removed, quality in counts]
+        rows.append([layer_name(layer), str(layer["filters"]), *cells])
+        losses.append([layer_name(layer), *(f"{quality['loss']:.3f}" for quality in alone)])
+    cells = [f"{row['removed']}: {100 * row['quality']['accuracy']:.1f}" for row in together]
+    totals = [
+        ["all at once", str(sum(layer["filters"] for layer in layers)), *cells],
+        ["MACs kept %", "", *(f"{100 * row['macs']:.1f}" for row in together)],
+    ]
+    before = f"{100 * base['accuracy']:.1f} %, loss {base['loss']:.3f}"
+    yield f"{record['model']} on {record['data']}: {before}; filters removed: accuracy %"
+    yield NumberTable(None, ["layer", "filters", *heads], rows, totals, text_columns=2)
+    yield "loss (nats), this layer alone pruned"
+    all_losses = ["all at once", *(f"{row['quality']['loss']:.3f}" for row in together)]
+    yield NumberTable(None, ["layer", *heads], losses, [all_losses])
+    for verdict in ("saturated", "redundant"):
+        names = [layer_name(layer) for layer in layers if layer["verdict"] == verdict]
+        yield f"{verdict}: {', '.join(names) or 'none'}"
+    if "suggested" in record:
+        suggested = record["suggested"]
+        accuracy = f"{100 * suggested['quality']['accuracy']:.1f} %"
+        yield f"suggested, all at once: {accuracy} at {100 * suggested['macs']:.1f} % of the MACs"
+    for part, (_, table) in PARTS.items():
+        if part in record:
+            yield from table(record[part])

@@ -5,8 +5,8 @@ Source: Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
 
@@ -27,6 +27,8 @@ from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, unit_scores
 from nni_topo.rules import instance, number
+from nni_topo.runs.provenance import Record
+from nni_topo.studies.pictures import finish, single
 from nni_topo.studies.study import Findings
 from nni_topo.zoo.labelled import LabelledImages
 
@@ -35,6 +37,7 @@ MANY = 0.2
 """Share of a layer's filters; removing at least this share counts as many."""
 LITTLE = 0.02
 """Loss of accuracy, a fraction, that counts as little: the two points of the thesis."""
+_ALONE = "this layer alone pruned"
 
 
 @dataclass(frozen=True)
@@ -123,27 +126,60 @@ class EnergyStudy(Findings):
         All layers at once, by threshold.
     masks : dict of float to Masks
         Of all layers, by threshold.
+    more : dict of str to Any
+        What the command adds: the network's name, the suggestion measured on test images, and the records of parts.
+    pictures : dict of str to matplotlib.figure.Figure
+        Those of its parts, by name.
+    file : str
+        Text of ``suggested.yaml``; empty: none.
     """
 
-    stem, unwritten = "energy", ("masks",)
+    stem, unwritten = "energy", ("masks", "more", "pictures", "file")
     thresholds: tuple[float, ...]
     baseline: Quality | None
     layers: list[LayerEnergy]
     together: dict[float, WholeNetwork]
     masks: dict[float, Masks]
+    more: Record = field(default_factory=dict)
+    pictures: dict[str, Figure] = field(default_factory=dict)
+    file: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the study's numbers, with a verdict on each layer."""
+    def to_dict(self) -> Record:
+        """Return the study's numbers, with a verdict on each layer, and those of its parts."""
         content = super().to_dict()
         for row, layer in zip(content["layers"], self.layers, strict=True):
             row["verdict"] = self.verdict(layer)
-        return content
+        return {**content, **self.more}
 
     def figures(self) -> dict[str, Figure]:
-        """Return the pictures ``compression`` and, with an evaluation, ``accuracy``, ``loss`` and ``fitness``."""
-        from nni_topo.studies.analysis.energy.plots import energy_figures
+        """Return the pictures ``compression`` and, with an evaluation, ``accuracy``, ``loss`` and ``fitness``.
 
-        return energy_figures(self)
+        They have a line per threshold. The fitness, of figures A.7 and A.8, is 100 times the change of accuracy plus
+        the share removed.
+        """
+        values: dict[str, tuple[str, Callable[[LayerEnergy, float], float]]] = {
+            "compression": ("filters removed %", lambda layer, t: 100.0 * layer.compression(t))
+        }
+        levels: dict[str, float] = {}
+        if self.baseline is not None:
+            values |= {
+                "accuracy": (f"accuracy %, {_ALONE}", lambda layer, t: 100.0 * layer.alone[t].accuracy),
+                "loss": (f"loss (nats), {_ALONE}", lambda layer, t: layer.alone[t].loss),
+                "fitness": (f"fitness, {_ALONE}", lambda layer, t: layer.compression(t) - 100.0 * self.lost(layer, t)),
+            }
+            levels = {"accuracy": 100.0 * self.baseline.accuracy, "loss": self.baseline.loss}
+        figures = {}
+        for name, (label, value) in values.items():
+            lines = {t: [value(layer, t) for layer in self.layers] for t in self.thresholds}
+            named = {f"{100.0 * t:g} % of the energy": line for t, line in lines.items()}
+            figures[name] = layer_plot(self.layers, named, label)
+        for name, level in levels.items():
+            figures[name].axes[0].axhline(level, color="black", linestyle="--", linewidth=1)
+        return figures | self.pictures
+
+    def texts(self) -> dict[str, str]:
+        """Return ``suggested.yaml``, if there is one."""
+        return {"suggested.yaml": self.file} if self.file else {}
 
     def lost(self, layer: LayerEnergy, threshold: float) -> float:
         """Return the accuracy lost by pruning a layer alone, a fraction to nine decimals; negative if it rose.
@@ -265,15 +301,22 @@ def study_energy(
             if space.sparse_threshold is not None:
                 space.sparse_threshold = float(threshold)
         masks[threshold] = pruner._generate_sparsity(metrics)
-    rows = [
-        _layer(tuple(dict.fromkeys(m for m, _ in unit.members)), unit_scores(unit, metrics), model, masks)
-        for unit in pruner.context.units
-    ]
+    rows = []
+    for unit in pruner.context.units:
+        names = tuple(dict.fromkeys(module for module, _ in unit.members))
+        scores = unit_scores(unit, metrics)
+        gone = {t: int((~_kept(model, names[0], found)).sum()) for t, found in masks.items()}
+        rows.append(LayerEnergy(names, len(scores), tuple(scores.sort().values.tolist()), gone, {}))
     baseline = None
     if evaluate is not None:
         baseline = quality_of(evaluate, model)
         for row in rows:
-            _evaluate_alone(row, model, example_inputs, masks, evaluate, baseline)
+            known = {0: baseline}
+            for threshold, count in row.removed.items():
+                if count not in known:
+                    net = masked_model(model, example_inputs, masks_of(row.layers, masks[threshold]))
+                    known[count] = quality_of(evaluate, net)
+                row.alone[threshold] = known[count]
     networks: dict[float, WholeNetwork] = {}
     if together:
         analysis = Analysis.on(model, example_inputs)
@@ -297,26 +340,15 @@ def masks_of(layers: Sequence[str], masks: Masks) -> Masks:
     return {name: masks[name] for name in layers}
 
 
-def _layer(layers: tuple[str, ...], scores: Tensor, model: nn.Module, masks: dict[float, Masks]) -> LayerEnergy:
-    removed = {t: int((~_kept(model, layers[0], found)).sum()) for t, found in masks.items()}
-    return LayerEnergy(layers, len(scores), tuple(scores.sort().values.tolist()), removed, {})
-
-
 def _kept(model: nn.Module, layer: str, masks: Masks) -> Tensor:
     return cast(Tensor, kept_channels(model.get_submodule(layer), masks[layer]))
 
 
-def _evaluate_alone(
-    row: LayerEnergy,
-    model: nn.Module,
-    example_inputs: Any,
-    masks: dict[float, Masks],
-    evaluate: EvaluateQuality,
-    baseline: Quality,
-) -> None:
-    known = {0: baseline}
-    for threshold, removed in row.removed.items():
-        if removed not in known:
-            net = masked_model(model, example_inputs, masks_of(row.layers, masks[threshold]))
-            known[removed] = quality_of(evaluate, net)
-        row.alone[threshold] = known[removed]
+def layer_plot(layers: Sequence[LayerEnergy], lines: Mapping[str, Sequence[float]], label: str) -> Figure:
+    """Draw lines by name, each with one value per layer."""
+    figure, axis = single(max(6.0, 2.0 + 0.42 * len(layers)), 4.5)
+    for index, (name, values) in enumerate(lines.items()):
+        axis.plot(range(len(layers)), values, "o-", color=f"C{index % 10}", markersize=3, label=name)
+    axis.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=60, ha="right", fontsize="x-small")
+    finish(axis, ylabel=label)
+    return figure

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo import zoo
@@ -28,7 +29,7 @@ from nni_topo.rules import all_of, instance, number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, made_dense, pruner_knobs
 from nni_topo.runs.widths import inner_layers
-from nni_topo.studies.analysis.magnitude.report import WORDS, magnitude_figure, markdown_magnitude
+from nni_topo.studies.analysis.magnitude.report import WORDS, magnitude_figure, magnitude_tables
 from nni_topo.studies.analysis.magnitude.storage import stored_bytes, with_sparse_linears
 from nni_topo.studies.analysis.sensitivity import sensitivity
 from nni_topo.studies.records import append_record, read_records
@@ -131,9 +132,9 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
             request |= {"batch": self.batch, "seconds": self.seconds}
         return request
 
-    def show(self, found: MagnitudeStudy) -> Iterator[str]:
-        """Yield the tables, in Markdown."""
-        yield markdown_magnitude(found.to_dict())
+    def show(self, found: MagnitudeStudy) -> Iterator[RenderableType]:
+        """Yield the tables."""
+        return magnitude_tables(found.to_dict())
 
     def baseline(self, start: Start) -> Record:
         """Return the record of the unpruned network."""

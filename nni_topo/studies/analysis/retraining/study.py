@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,32 +17,23 @@ from nni_topo import zoo
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.rules import number, whole
+from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, build_model, made_dense, retrain
 from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, study_masks
 from nni_topo.studies.analysis.retraining.bound import BoundKind, retraining_bound
 from nni_topo.studies.pictures import finish, panels
 from nni_topo.studies.study import Names, Tell
-from nni_topo.studies.tables import as_table
-
-
-@dataclass(frozen=True)
-class RetrainingPoint:
-    """One pruned and fine-tuned network; accuracies in [0, 1]."""
-
-    pruner: str
-    kind: str  # "connection" or "node"
-    ratio: float
-    seed: int
-    bound: float  # epochs by (3.1) as printed, with the study's constant
-    derived: float  # the same with the ratio of gradients inverted
-    epochs: int | None  # after which the test accuracy recovered; None: never
-    accuracy_pruned: float  # before fine-tuning
-    accuracy_retrained: float  # after the last epoch of fine-tuning
+from nni_topo.studies.tables import table_of
 
 
 @dataclass(frozen=True)
 class RetrainingStudy(PointsStudy):
-    """All points, the epochs of training, the most epochs of fine-tuning, and gamma."""
+    """All points, the epochs of training, the most epochs of fine-tuning, and gamma.
+
+    A point has the ``kind`` of its bound, ``"connection"`` or ``"node"``; the ``bound`` in epochs by (3.1) as printed,
+    with the study's gamma, and ``derived``, the same with the ratio of gradients inverted; the ``epochs`` after which
+    the test accuracy recovered (None: never); and the accuracies in [0, 1] before fine-tuning and after its last epoch.
+    """
 
     stem = "retraining"
     trained_epochs: int
@@ -51,7 +42,7 @@ class RetrainingStudy(PointsStudy):
 
     def means(self) -> pd.DataFrame:
         """Return means over seeds by ``pruner``, ``kind`` and ``ratio``, in the order of the points."""
-        frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
+        frame = pd.DataFrame(self.points).drop(columns="seed")
         # a run that didn't recover counts with the most epochs; `back` is the number of runs that did
         frame = frame.assign(
             back=frame["epochs"].notna(), epochs=frame["epochs"].fillna(self.most_epochs).astype(float)
@@ -99,7 +90,7 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
         """Yield pruner, ratio and seed of every run; fine-tuning uses the seed even if the pruner doesn't."""
         yield from itertools.product(self.pruners, self.ratios, range(self.seed, self.seed + self.seeds))
 
-    def point(self, start: Start, name: str, ratio: float) -> RetrainingPoint:
+    def point(self, start: Start, name: str, ratio: float) -> Record:
         """Prune the network, compute its bound, and fine-tune it."""
         initial = build_model(self.model_choice, start.data, self.seed).to(start.device)
         pictures, labels = (tensor.split(256) for tensor in start.data.train[: self.images])
@@ -113,28 +104,26 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
         # the learning rate falls over the most epochs, even if the accuracy recovers earlier
         recipe, wanted = start.recipe.for_retraining(self.epochs), start.accuracy - self.tolerance
         taken, after = epochs_to_recover(sparse, start.data, recipe, wanted, seed=start.seed)
-        bounds = found.epochs, found.derived_epochs
-        return RetrainingPoint(name, kind, ratio, start.seed, *bounds, taken, before, after)
+        run = {"pruner": name, "kind": kind, "ratio": ratio, "seed": start.seed}
+        bounds = {"bound": found.epochs, "derived": found.derived_epochs}
+        return {**run, **bounds, "epochs": taken, "accuracy_pruned": before, "accuracy_retrained": after}
 
     def show(self, found: RetrainingStudy) -> Iterator[RenderableType]:
         """Yield the means over seeds as a table."""
-        bound = f"bound (3.1), gamma {found.gamma:g}"
-        head = ("pruner", "kind", "ratio", bound, "fitted gamma", "bound as derived", "epochs taken", "runs recovered")
-        rows = [
-            [
-                str(row["pruner"]),
-                str(row["kind"]),
-                f"{row['ratio']:g}",
-                *(f"{row[key]:.3g}" for key in ("bound", "fitted", "derived")),
-                f"{row['epochs']:.1f}",
-                f"{row['back']:g}",
-                *(f"{100 * row[key]:.1f}" for key in ("accuracy_pruned", "accuracy_retrained")),
-            ]
-            for row in found.means().to_dict("records")
-        ]
-        yield as_table(
-            f"epochs of fine-tuning of {self.model}", (*head, "no recovery %", "fine-tuned %"), rows, text_columns=2
-        )
+        columns = {
+            "pruner": "{pruner}",
+            "kind": "{kind}",
+            "ratio": "{ratio:g}",
+            f"bound (3.1), gamma {found.gamma:g}": "{bound:.3g}",
+            "fitted gamma": "{fitted:.3g}",
+            "bound as derived": "{derived:.3g}",
+            "epochs taken": "{epochs:.1f}",
+            "runs recovered": "{back:g}",
+            "no recovery %": "{accuracy_pruned:.1%}",
+            "fine-tuned %": "{accuracy_retrained:.1%}",
+        }
+        rows = found.means().to_dict("records")
+        yield table_of(f"epochs of fine-tuning of {self.model}", rows, columns, text_columns=2)
         yield f"trained for {found.trained_epochs} epochs to {100 * found.accuracy:.1f} %"
 
 

@@ -4,46 +4,63 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nni_topo.network.runtime.reports import markdown_table
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.pictures import finish, panels
-from nni_topo.studies.tables import Interval, interval, show_accuracies
+from nni_topo.studies.tables import Interval, NumberTable, interval, show_accuracies
 
 _COLORS = {"IMP": "C1", "T-IMP": "C0", "IMP capped": "C2"}
 
 
-def markdown_rounds(records: Iterable[Record]) -> str:
-    """Return a Markdown table per model: a row per sparsity, accuracy, weights kept and connectivity per method."""
-    parts = []
+def rounds_tables(records: Iterable[Record]) -> Iterator[NumberTable]:
+    """Yield a table per model, then one of the overlap of each trained linear layer, with its bound.
+
+    A model's table has a row per sparsity: accuracy, weights kept and connectivity of each method, and the differences
+    of T-IMP, rewound or not, to the methods that it is compared with, paired by seed.
+    """
     for model, methods in _by_model(records).items():
         runs = next(iter(methods.values()))
-        before = show_accuracies([run["accuracy_before"] for run in runs])
-        what = f"{runs[0]['images']} images, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        pairs = []
+        for ours in methods:
+            if ours.startswith("T-IMP"):
+                compared = [ours.replace("T-IMP", name) for name in ("IMP", "IMP capped")]
+                pairs += [(ours, baseline) for baseline in methods if baseline in compared]
         head = ["target sparsity %"]
         for method in methods:
             head += [f"{method}: kept %", "accuracy %", "channels connected %", "outputs reached %"]
-        head += [f"T-IMP - {baseline.partition(',')[0]}" for _, baseline in _baselines(methods)]
-        rows = [_row(methods, index) for index in range(len(runs[0]["rounds"]))]
-        parts.append(f"**{model} on {runs[0]['data']}, {what}; dense {before} %**\n\n")
-        parts[-1] += markdown_table(head, rows, text_columns=0) + "\n"
-    return "\n".join(parts)
-
-
-def markdown_overlap(records: Iterable[Record]) -> str:
-    """Return a Markdown table: the overlap of each trained linear layer, with its bound."""
-    rows = [
-        (model, name, measured.show(100), f"{100 * bound:.1f}")
+        head += [f"T-IMP - {baseline.partition(',')[0]}" for _, baseline in pairs]
+        rows = []
+        for index, entry in enumerate(runs[0]["rounds"]):
+            cells = [f"{100 * entry['target']:g}"]
+            accuracies: dict[str, dict[int, float]] = {}
+            for method, each in methods.items():
+                means = {
+                    key: 100 * float(np.mean([run["rounds"][index][key] for run in each]))
+                    for key in ("kept", "channels_connected", "outputs_reached")
+                }
+                accuracies[method] = {run["seed"]: run["rounds"][index]["accuracy"] for run in each}
+                cells += [f"{means['kept']:.2f}", show_accuracies(list(accuracies[method].values()))]
+                cells += [f"{means[key]:.1f}" for key in ("channels_connected", "outputs_reached")]
+            for ours, baseline in pairs:
+                seeds = sorted(accuracies[ours].keys() & accuracies[baseline].keys())
+                gains = [accuracies[ours][seed] - accuracies[baseline][seed] for seed in seeds]
+                cells.append(interval(gains).show(100, sign=True))
+            rows.append(cells)
+        before = show_accuracies([run["accuracy_before"] for run in runs])
+        what = f"{runs[0]['images']} images, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        yield NumberTable(f"{model} on {runs[0]['data']}, {what}; dense {before} %", head, rows)
+    overlaps = [
+        [model, name, measured.show(100), f"{100 * bound:.1f}"]
         for model, layers in _overlaps(records).items()
         for name, (measured, bound) in layers.items()
     ]
-    return markdown_table(("net", "layer", "overlap measured %", "bound %"), rows, text_columns=2)
+    yield NumberTable(None, ["net", "layer", "overlap measured %", "bound %"], overlaps, text_columns=2)
 
 
 def rounds_figure(records: Iterable[Record]) -> Figure:
@@ -97,35 +114,6 @@ def _overlaps(records: Iterable[Record]) -> dict[str, dict[str, tuple[Interval, 
             for name, first in runs[0]["overlap"].items()
         }
     return found
-
-
-def _row(methods: dict[str, list[Record]], index: int) -> list[str]:
-    cells = [f"{100 * next(iter(methods.values()))[0]['rounds'][index]['target']:g}"]
-    for runs in methods.values():
-        cells.append(f"{100 * _mean(runs, index, 'kept'):.2f}")
-        cells.append(show_accuracies([run["rounds"][index]["accuracy"] for run in runs]))
-        cells += [f"{100 * _mean(runs, index, key):.1f}" for key in ("channels_connected", "outputs_reached")]
-    by_seed = {m: {run["seed"]: run["rounds"][index]["accuracy"] for run in runs} for m, runs in methods.items()}
-    for ours, baseline in _baselines(methods):
-        seeds = sorted(by_seed[ours].keys() & by_seed[baseline].keys())
-        gains = [by_seed[ours][seed] - by_seed[baseline][seed] for seed in seeds]
-        cells.append(interval(gains).show(100, sign=True))
-    return cells
-
-
-def _baselines(methods: dict[str, list[Record]]) -> list[tuple[str, str]]:
-    """Return T-IMP, rewound or not, with each method that it is compared with."""
-    pairs = []
-    for ours in methods:
-        if not ours.startswith("T-IMP"):
-            continue
-        compared = [ours.replace("T-IMP", name) for name in ("IMP", "IMP capped")]
-        pairs += [(ours, baseline) for baseline in methods if baseline in compared]
-    return pairs
-
-
-def _mean(runs: list[Record], index: int, key: str) -> float:
-    return float(np.mean([run["rounds"][index][key] for run in runs]))
 
 
 def _draw(axis: Axes, runs: list[Record], key: str, label: str, style: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from joblib import effective_n_jobs
 from matplotlib.figure import Figure
 from nni.compression.base.compressor import Pruner
+from rich.console import RenderableType
 from torch import nn
 
 from nni_topo import zoo
@@ -34,7 +35,7 @@ from nni_topo.studies.analysis import (
 )
 from nni_topo.studies.analysis.deviation import share_kept
 from nni_topo.studies.analysis.layers import weight_layers
-from nni_topo.studies.analysis.rounds.report import markdown_overlap, markdown_rounds, overlap_figure, rounds_figure
+from nni_topo.studies.analysis.rounds.report import overlap_figure, rounds_figure, rounds_tables
 from nni_topo.studies.cells import start_of
 from nni_topo.studies.isolation import run_missing
 from nni_topo.studies.records import read_records
@@ -88,11 +89,6 @@ class RoundsStudy(Findings):
         """Return ``rounds`` and ``overlap``."""
         return {"rounds": rounds_figure(self.records), "overlap": overlap_figure(self.records)}
 
-    def tables(self) -> Iterator[str]:
-        """Yield the results of the rounds, and each linear layer's overlap with its bound, in Markdown."""
-        yield markdown_rounds(self.records)
-        yield markdown_overlap(self.records)
-
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
@@ -119,9 +115,9 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
 
         return RoundsStudy(run_rounds(list(self._cells()), self.out, n_jobs=self.n_jobs, announce=announce))
 
-    def show(self, found: RoundsStudy) -> Iterator[str]:
-        """Yield the tables."""
-        return found.tables()
+    def show(self, found: RoundsStudy) -> Iterator[RenderableType]:
+        """Yield the results of the rounds, and each linear layer's overlap with its bound."""
+        return rounds_tables(found.records)
 
     def _cells(self) -> Iterator[RoundsCell]:
         steps_to(self.sparsities)

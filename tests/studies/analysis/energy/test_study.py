@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 
@@ -14,7 +15,6 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.studies.analysis.energy.accumulated import accumulate_energy, harmless_layers
-from nni_topo.studies.analysis.energy.run import EnergyReport
 from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
 from nni_topo.testing import toy_images, toy_model
 
@@ -156,7 +156,7 @@ def test_bad_requests():
 
 
 def test_record_and_pictures(study, tmp_path, drawn):
-    files = EnergyReport(study, {"seed": 3}).save(tmp_path / "new")
+    files = dataclasses.replace(study, more={"seed": 3}).save(tmp_path / "new")
     assert [path.name for path in files] == [
         "energy.json",
         "compression.png",
