@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any])
     model : nn.Module
         Left as it is.
     meta : mapping
-        What to remember, e.g. the model's name, seed and accuracy: strings, numbers, booleans, None, and
-        lists, tuples or dicts of these.
+        What to remember, e.g. the model's name, seed and accuracy: what JSON can hold.
 
     Raises
     ------
@@ -37,10 +37,13 @@ def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any])
         If ``meta`` holds anything else, which couldn't be read back without running pickled code.
     """
     path = path_of(path)
-    _check_plain(dict(meta), "meta")
+    try:
+        kept = json.loads(json.dumps(dict(meta)))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"meta must hold what JSON can hold, got: {error} (meta)") from error
     output_folder(path.parent)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    write_tensors(path, {"format": _FORMAT, "state_dict": state, "meta": dict(meta)})
+    write_tensors(path, {"format": _FORMAT, "state_dict": state, "meta": kept})
 
 
 def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
@@ -104,15 +107,3 @@ def _check_fit(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise DataError(f"a checkpoint must fit the model, got: {'; '.join(wrong[:_SHOWN])}{more} ({path})")
-
-
-def _check_plain(value: Any, place: str) -> None:
-    if type(value) is dict:
-        for key, item in value.items():
-            _check_plain(key, f"a key of {place}")
-            _check_plain(item, f"{place}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{place}[{index}]")
-    elif type(value) not in (str, int, float, bool, type(None)):
-        raise DataError(f"meta must hold plain values, got {type(value).__name__} ({place})")

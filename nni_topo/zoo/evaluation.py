@@ -16,7 +16,7 @@ from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.rules import NONE, checked, whole
 from nni_topo.zoo.data import DataBundle
-from nni_topo.zoo.labelled import LabelledImages, batches_in_order, labels_of
+from nni_topo.zoo.labelled import LabelledImages, batches, labels_of
 
 _EVALUATION = {"model": COMPUTING, "device": DEVICE | NONE, "batch_size": whole(1)}
 
@@ -108,7 +108,8 @@ def loss_and_accuracy(
     model.to(device)
     totals = torch.zeros(2, dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad(), fitting(0, "dataset"):
-        for images, labels in batches_in_order(dataset, at_once(min(batch_size, len(dataset))), torch.device(device)):
+        rows = torch.arange(len(dataset)).split(at_once(min(batch_size, len(dataset))))
+        for images, labels in batches(dataset, rows, torch.device(device)):
             logits, labels = by_label(model(images).float(), labels)
             if int(labels.max()) >= logits.shape[1]:
                 raise DataError(f"labels must be below the model's {logits.shape[1]} outputs, got {int(labels.max())}")

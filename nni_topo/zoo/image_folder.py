@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms import InterpolationMode, v2
@@ -146,12 +148,13 @@ def read_image(path: str, layout: Layout) -> Tensor:
             raise DataError(
                 f"images must all be grey where the first of every class is, got one of mode {image.mode} ({path})"
             )
-        try:
-            picture = image.convert("L" if layout.grey else "RGB")
-        except OSError as error:
-            raise _not_whole(path, error) from error
+        picture = image.convert("L" if layout.grey else "RGB")
     if layout.scaled:
-        picture = _scaled(picture, layout)
+        # the middle square, scaled
+        mode = InterpolationMode(layout.preprocessing.interpolation)
+        short = round(layout.side / layout.preprocessing.crop)
+        scaled = v2.functional.resize(picture, [short], interpolation=mode, antialias=True)
+        picture = v2.functional.center_crop(scaled, [layout.side])
     elif picture.size != (layout.side, layout.side):
         raise _other_size((layout.side, layout.side), picture.size, path)
     pixels: Tensor = v2.functional.pil_to_tensor(picture)
@@ -160,31 +163,17 @@ def read_image(path: str, layout: Layout) -> Tensor:
     return torch.nn.functional.pad(pixels, (before, after, before, after))
 
 
-def _scaled(picture: Image.Image, layout: Layout) -> Image.Image:
-    """Return the middle square of an image, scaled, by torchvision's transforms."""
-    mode = InterpolationMode(layout.preprocessing.interpolation)
-    short = round(layout.side / layout.preprocessing.crop)
-    scaled: Image.Image = v2.functional.resize(picture, [short], interpolation=mode, antialias=True)
-    cropped: Image.Image = v2.functional.center_crop(scaled, [layout.side])
-    return cropped
-
-
-def _opened(path: str) -> Image.Image:
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """Open an image; what is damaged may also be found when its pixels are read."""
     try:
-        image: Image.Image = Image.open(path)
-    except UnidentifiedImageError as error:
-        size = Path(path).stat().st_size
-        raise DataError(f"an image file must be of a known format, got {size} bytes ({path})") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"an image must not be larger than Pillow opens, got: {error} ({path})") from error
-    except OSError as error:
-        raise _not_whole(path, error) from error
-    return image
-
-
-def _not_whole(path: str, error: OSError) -> DataError:
-    size = f"{Path(path).stat().st_size} bytes" if Path(path).exists() else "no file"
-    return DataError(f"an image file must be whole, got {error} in {size} ({path})")
+        with Image.open(path) as image:
+            yield image
+    except (OSError, Image.DecompressionBombError) as error:
+        size = f"{Path(path).stat().st_size} bytes" if Path(path).exists() else "no file"
+        raise DataError(
+            f"an image file must be whole and one that Pillow opens, got {error} in {size} ({path})"
+        ) from error
 
 
 def _other_size(size: tuple[int, int], other: tuple[int, int], path: str) -> DataError:

@@ -164,15 +164,6 @@ def batches(dataset: LabelledImages, chosen: Iterable[Tensor], device: torch.dev
         yield images[rows.to(images.device)].to(device), labels[rows.to(labels.device)].to(device)
 
 
-def batches_in_order(dataset: LabelledImages, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield all images and labels, ``size`` of them at a time, on the device."""
-    if isinstance(dataset, ImageFiles):
-        yield from batches(dataset, torch.arange(len(dataset)).split(size), device)
-        return
-    for images, labels in zip(*(tensor.split(size) for tensor in dataset.tensors), strict=True):
-        yield images.to(device), labels.to(device)
-
-
 class _Reading(Dataset[Any]):
     """Files by lists of row numbers; an error is an answer, so that it reaches the caller as it was raised."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sysconfig
 import zlib
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ import numpy.typing as npt
 
 from nni_topo.disk import reading
 from nni_topo.errors import DataError
-from nni_topo.zoo.idx import find_idx, read_idx
 
 Array = npt.NDArray[Any]
 
@@ -57,10 +57,27 @@ def read_idx_folder(folder: Path, download: bool, *, kind: str, class_names: tup
         getattr(datasets, kind)(folder, download=True)
     parts = []
     for prefix in ("train", "t10k"):
-        images = read_idx(find_idx(folder, f"{prefix}-images-idx3-ubyte"), 3)
-        labels = read_idx(find_idx(folder, f"{prefix}-labels-idx1-ubyte"), 1)
+        images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+        labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1)
         parts.append((images[:, None], labels.astype(np.int64)))
     return RawData(*parts[0], *parts[1], class_names)
+
+
+def _read_idx(folder: Path, stem: str, axes: int) -> Array:
+    """Read a file of unsigned bytes with so many axes, plain or gzipped, in the folder, its ``raw`` or ``*/raw``."""
+    # Also with a dot before ``idx``; ``*/raw`` is how torchvision lays the files out.
+    names = [name + suffix for name in (stem, stem.replace("-idx", ".idx")) for suffix in ("", ".gz")]
+    places = (folder, folder / "raw", *sorted(folder.glob("*/raw")))
+    path = next((place / name for place in places for name in names if (place / name).is_file()), None)
+    if path is None:
+        raise DataError(f"the folder must hold {stem} or {stem}.gz, got none ({folder})")
+    with reading(path, "an idx file", f"of unsigned bytes with {axes} axes"):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        # two zero bytes, the code of unsigned bytes, the number of axes and the length of each, then the elements
+        shape = np.frombuffer(content, ">u4", axes, offset=4)
+        if content[:4] != bytes((0, 0, 8, axes)):
+            raise ValueError(f"magic number {content[:4].hex()}")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
 def read_cifar(folder: Path, download: bool, *, kind: str) -> RawData:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -125,8 +124,8 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "absent.pt", small(0))
 
 
-@pytest.mark.parametrize("value", [np.float64(0.5), {1, 2}, Path("a"), torch.zeros(1)])
+@pytest.mark.parametrize("value", [{1, 2}, Path("a"), torch.zeros(1)])
 def test_meta_that_could_not_be_read_back_is_refused(tmp_path: Path, value: object) -> None:
-    with pytest.raises(DataError, match=r"meta must hold plain values, got .* \(meta\['nested'\]\[0\]\)"):
+    with pytest.raises(DataError, match=r"meta must hold what JSON can hold, got: .* not JSON serializable \(meta\)"):
         save_checkpoint(tmp_path / "a.pt", small(0), {"nested": [value]})
     assert not (tmp_path / "a.pt").exists()

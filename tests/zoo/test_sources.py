@@ -49,11 +49,11 @@ def test_a_truncated_idx_file_is_named_with_its_bytes(idx_folder) -> None:
     folder = idx_folder()
     content = (folder / IMAGES).read_bytes()
     (folder / IMAGES).write_bytes(content[:-100])
-    # 16 bytes of header and 60 images of 784 bytes.
-    with pytest.raises(DataError, match=rf"\(60, 28, 28\) must hold 47056 bytes, got 46956 .*{IMAGES}"):
+    # whole it has 16 bytes of header and 60 images of 784 bytes
+    with pytest.raises(DataError, match=rf"an idx file must be a whole file .* got 46956 bytes .*{IMAGES}"):
         load_data("mnist", folder)
     (folder / IMAGES).write_bytes(content[:9])
-    with pytest.raises(DataError, match="must hold at least 16 bytes, got 9"):
+    with pytest.raises(DataError, match=r"must be a whole file .* got 9 bytes"):
         load_data("mnist", folder)
 
 
@@ -61,14 +61,14 @@ def test_an_idx_file_with_too_much_is_refused(idx_folder) -> None:
     folder = idx_folder()
     with (folder / LABELS).open("ab") as file:
         file.write(b"x")
-    with pytest.raises(DataError, match="must hold 68 bytes, got 69"):
+    with pytest.raises(DataError, match=r"must be a whole file .* got 69 bytes"):
         load_data("mnist", folder)
 
 
 def test_a_wrong_magic_number_is_named(idx_folder) -> None:
     folder = idx_folder()
     (folder / IMAGES).write_bytes((folder / LABELS).read_bytes())
-    with pytest.raises(DataError, match="magic number must be 00000803, got 00000801"):
+    with pytest.raises(DataError, match=r"with 3 axes, .* magic number 00000801"):
         load_data("mnist", folder)
 
 
@@ -77,7 +77,7 @@ def test_a_damaged_gz_file_is_named(idx_folder, damage) -> None:
     folder = idx_folder(packed=True)
     path = folder / f"{IMAGES}.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=rf"an idx file must be a whole file, got \d+ bytes .* .*{IMAGES}\.gz"):
+    with pytest.raises(DataError, match=rf"an idx file must be a whole file of .*, got \d+ bytes .* .*{IMAGES}\.gz"):
         load_data("mnist", folder)
 
 
@@ -238,15 +238,13 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
         load_data(str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize(
-    ("kept", "message"), [(60, "whole, got .* in 60 bytes"), (3, "of a known format, got 3 bytes")]
-)
-def test_truncated_images_are_named(tmp_path: Path, kept: int, message: str) -> None:
+@pytest.mark.parametrize("kept", [60, 3])
+def test_truncated_images_are_named(tmp_path: Path, kept: int) -> None:
     write_images(tmp_path / "train" / "a", 3)
     write_images(tmp_path / "test" / "a", 3)
     path = tmp_path / "train" / "a" / "1.png"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(DataError, match=rf"an image file must be {message}.*1\.png"):
+    with pytest.raises(DataError, match=rf"an image file must be whole .* in {kept} bytes .*1\.png"):
         load_data(str(tmp_path), validation=0.0).train[:]
 
 

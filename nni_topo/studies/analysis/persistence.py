@@ -167,7 +167,7 @@ class PersistenceTracker:
     """Record a model's neural persistence while it trains.
 
     A tracker is a callback: call it after each epoch, with any arguments, e.g. as ``callback`` of
-    :func:`nni_topo.zoo.train`. :meth:`lightning` returns a callback for Lightning's Trainer.
+    :func:`nni_topo.zoo.train`, or as ``on_train_epoch_end`` of Lightning's ``LambdaCallback``.
 
     Parameters
     ----------
@@ -206,27 +206,6 @@ class PersistenceTracker:
     def totals(self) -> list[float]:
         """The model's total, per record."""
         return [record.total for record in self.history]
-
-    def lightning(self) -> Any:
-        """Return a Lightning callback that records at the end of every training epoch.
-
-        Raises
-        ------
-        ImportError
-            If neither ``lightning`` nor ``pytorch_lightning`` is installed.
-        """
-        try:
-            from lightning.pytorch import Callback
-        except ImportError:
-            from pytorch_lightning import Callback
-
-        tracker = self
-
-        class _Recorder(Callback):
-            def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-                tracker(trainer, pl_module)
-
-        return _Recorder()
 
 
 @dataclass(frozen=True)

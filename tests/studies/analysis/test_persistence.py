@@ -156,7 +156,8 @@ def test_the_tracker_goes_into_lightnings_trainer():
     tracker = PersistenceTracker(model)
     loader = torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=4)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    pl.Trainer(max_epochs=2, callbacks=[tracker.lightning()], **options).fit(model, loader)
+    recording = pl.callbacks.LambdaCallback(on_train_epoch_end=tracker)
+    pl.Trainer(max_epochs=2, callbacks=[recording], **options).fit(model, loader)
     assert len(tracker.history) == 3
 
 
