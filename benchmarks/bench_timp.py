@@ -20,8 +20,7 @@ from rich.console import Console
 
 from nni_topo import zoo
 from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, Target
-from nni_topo.studies.analysis.rounds.report import rounds_tables
-from nni_topo.studies.analysis.rounds.study import METHODS, SPARSITIES, RoundsCell, RoundsStudy, run_rounds
+from nni_topo.studies.analysis.rounds import METHODS, SPARSITIES, RoundsCell, RoundsStudy, rounds_tables, run_rounds
 from nni_topo.studies.tables import as_markdown
 
 

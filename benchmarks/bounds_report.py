@@ -16,7 +16,7 @@ from typing import Any
 
 from nni_topo.disk import output_file
 from nni_topo.studies.analysis.deviation import DeviationStudy
-from nni_topo.studies.analysis.retraining.study import RetrainingStudy
+from nni_topo.studies.analysis.retraining import RetrainingStudy
 from nni_topo.studies.records import read_records
 from nni_topo.studies.tables import markdown_table, with_tables
 

@@ -36,8 +36,8 @@ from nni_topo.cli import main as command
 from nni_topo.runs import choices as plans
 from nni_topo.runs.experiment.manager import free_port
 from nni_topo.runs.trial import TrialSettings, run_trial
-from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
-from nni_topo.studies.analysis.rounds.study import METHODS, RoundsCell, run_rounds
+from nni_topo.studies.analysis.magnitude import AnalyzeMagnitude
+from nni_topo.studies.analysis.rounds import METHODS, RoundsCell, run_rounds
 from nni_topo.studies.compare import compare
 from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.studies.records import read_records

@@ -16,8 +16,8 @@ from nni_topo import zoo
 from nni_topo.disk import only_process, whole_file, write_json, write_tensors
 from nni_topo.errors import DataError
 from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
-from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
-from nni_topo.studies.analysis.rounds.study import run_rounds
+from nni_topo.studies.analysis.magnitude import AnalyzeMagnitude
+from nni_topo.studies.analysis.rounds import run_rounds
 from nni_topo.studies.compare import compare
 from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.studies.records import append_record, read_records

@@ -51,25 +51,57 @@ class Doctor(Verb):
 
     def run(self, console: Console) -> int:
         """Print the checks; return 1 if anything is broken."""
-        found = [
-            *_packages(),
-            _torchvision(),
-            _nni(),
-            _gpu(),
-            *self._data(),
-            _manager(),
-            _free(self.port),
-            _disk(),
-            *_optional(),
-        ]
-        rows = [(each.what, each.state, each.found, each.remedy) for each in found]
-        broken = [each for each in found if each.state == "broken"]
+        found = list(self._findings())
+        broken = any(each.state == "broken" for each in found)
         next_step = "fix what is broken first" if broken else "next: nni-topo demo"
+        rows = [(each.what, each.state, each.found, each.remedy) for each in found]
         table = NumberTable(None, ("what", "is", "found", "what to do"), rows, text_columns=4)
         self.put_out(console, [asdict(each) for each in found], [table, next_step])
         return 1 if broken else 0
 
-    def _data(self) -> Iterator[Finding]:
+    def _findings(self) -> Iterator[Finding]:
+        """Yield the checks, in the order in which they are printed."""
+        yield Finding("python", "ok", platform.python_version())
+        # the requirements of setup.cfg
+        try:
+            required = [Requirement(text) for text in importlib.metadata.requires("nni_topo") or ()]
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("nni_topo", "missing", "runs from its folder, not installed", "pip install .")
+            required = []
+        for need in required:
+            if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+                continue
+            install = f"pip install '{need.name}{need.specifier}'"
+            try:
+                version = importlib.metadata.version(need.name)
+            except importlib.metadata.PackageNotFoundError:
+                yield Finding(need.name, "broken", "isn't installed", install)
+                continue
+            fits = need.specifier.contains(version, prereleases=True)
+            yield Finding(need.name, "ok" if fits else "broken", version, "" if fits else install)
+
+        # whether torchvision was built for the installed torch
+        torch_version, vision = (importlib.metadata.version(name) for name in ("torch", "torchvision"))
+        needs = [Requirement(text) for text in importlib.metadata.requires("torchvision") or ()]
+        wanted = next((need.specifier for need in needs if need.name == "torch"), None)
+        fits = wanted is None or wanted.contains(torch_version, prereleases=True)
+        remedy = "" if fits else f"pip install 'torch{wanted}', or the torchvision of this torch"
+        state = "ok" if fits else "broken"
+        yield Finding("torch and torchvision", state, f"{torch_version} with {vision}", remedy)
+
+        failed = compat.enable().failed
+        remedy = "see docs/compatibility.md for supported versions" if failed else ""
+        yield Finding(
+            "patches of NNI", "broken" if failed else "ok", ", ".join(failed) if failed else "all in place", remedy
+        )
+
+        if torch.cuda.is_available():
+            yield Finding("GPU", "ok", torch.cuda.get_device_name())
+        else:
+            threads = torch.get_num_threads()
+            used = f"CPU with {threads} thread{'' if threads == 1 else 's'}"
+            yield Finding("GPU", "missing", f"none that this torch can use; {used}")
+
         for name in list_data() if self.data_dir else ["digits"]:
             try:
                 load_data(name, self.data_dir, limit=8)
@@ -78,81 +110,32 @@ class Doctor(Verb):
             else:
                 yield Finding(f"data: {name}", "ok", "can be read")
 
+        if importlib.util.find_spec("nni_node") is None:
+            remedy = "pip install --force-reinstall --no-deps 'nni>=3.0,<4'"
+            yield Finding("NNI's manager", "missing", "not installed; only experiments need it", remedy)
+        else:
+            yield Finding("NNI's manager", "ok", "installed")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self.port))
+            except OSError as error:
+                remedy = "name another port for experiments"
+                yield Finding(f"port {self.port}", "missing", f"in use ({error.strerror})", remedy)
+            else:
+                yield Finding(f"port {self.port}", "ok", "free for NNI's manager")
 
-def _packages() -> Iterator[Finding]:
-    """Check the requirements of setup.cfg; only Python if the package itself isn't installed."""
-    yield Finding("python", "ok", platform.python_version())
-    try:
-        required = [Requirement(text) for text in importlib.metadata.requires("nni_topo") or ()]
-    except importlib.metadata.PackageNotFoundError:
-        yield Finding("nni_topo", "missing", "runs from its folder, not installed", "pip install .")
-        return
-    for need in required:
-        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = importlib.metadata.version(need.name)
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(need.name, "broken", "isn't installed", f"pip install '{need.name}{need.specifier}'")
-            continue
-        fits = need.specifier.contains(version, prereleases=True)
-        remedy = "" if fits else f"pip install '{need.name}{need.specifier}'"
-        yield Finding(need.name, "ok" if fits else "broken", version, remedy)
+        folder = Path(tempfile.gettempdir())
+        free = shutil.disk_usage(folder).free
+        enough = free > _FREE_DISK
+        remedy = "" if enough else "set TMPDIR to a folder with more free space"
+        state = "ok" if enough else "missing"
+        yield Finding("temporary files", state, f"{free / 2**30:.1f} GiB free in {folder}", remedy)
 
-
-def _torchvision() -> Finding:
-    """Check whether torchvision was built for the installed torch."""
-    torch_version, vision = (importlib.metadata.version(name) for name in ("torch", "torchvision"))
-    needs = [Requirement(text) for text in importlib.metadata.requires("torchvision") or ()]
-    wanted = next((need.specifier for need in needs if need.name == "torch"), None)
-    fits = wanted is None or wanted.contains(torch_version, prereleases=True)
-    remedy = "" if fits else f"pip install 'torch{wanted}', or the torchvision of this torch"
-    return Finding("torch and torchvision", "ok" if fits else "broken", f"{torch_version} with {vision}", remedy)
-
-
-def _nni() -> Finding:
-    failed = compat.enable().failed
-    if failed:
-        return Finding(
-            "patches of NNI", "broken", ", ".join(failed), "see docs/compatibility.md for supported versions"
-        )
-    return Finding("patches of NNI", "ok", "all in place")
-
-
-def _gpu() -> Finding:
-    if torch.cuda.is_available():
-        return Finding("GPU", "ok", torch.cuda.get_device_name())
-    threads = torch.get_num_threads()
-    used = f"CPU with {threads} thread{'' if threads == 1 else 's'}"
-    return Finding("GPU", "missing", f"none that this torch can use; {used}")
-
-
-def _manager() -> Finding:
-    if importlib.util.find_spec("nni_node") is None:
-        remedy = "pip install --force-reinstall --no-deps 'nni>=3.0,<4'"
-        return Finding("NNI's manager", "missing", "not installed; only experiments need it", remedy)
-    return Finding("NNI's manager", "ok", "installed")
-
-
-def _free(port: int) -> Finding:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            return Finding(f"port {port}", "missing", f"in use ({error.strerror})", "name another port for experiments")
-    return Finding(f"port {port}", "ok", "free for NNI's manager")
-
-
-def _disk() -> Finding:
-    folder = Path(tempfile.gettempdir())
-    free = shutil.disk_usage(folder).free
-    state, remedy = ("ok", "") if free > _FREE_DISK else ("missing", "set TMPDIR to a folder with more free space")
-    return Finding("temporary files", state, f"{free / 2**30:.1f} GiB free in {folder}", remedy)
-
-
-def _optional() -> Iterator[Finding]:
-    for extra, modules in _EXTRAS.items():
-        missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        state, found = ("missing", f"no {', '.join(missing)}") if missing else ("ok", ", ".join(modules))
-        yield Finding(f"extra: {extra}", state, found, f"pip install 'nni_topo[{extra}]'" if missing else "")
+        for extra, modules in _EXTRAS.items():
+            missing = [name for name in modules if importlib.util.find_spec(name) is None]
+            if missing:
+                remedy = f"pip install 'nni_topo[{extra}]'"
+                yield Finding(f"extra: {extra}", "missing", f"no {', '.join(missing)}", remedy)
+            else:
+                yield Finding(f"extra: {extra}", "ok", ", ".join(modules))

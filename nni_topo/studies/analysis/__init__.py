@@ -27,7 +27,7 @@ from nni_topo.studies.analysis.energy.selection import study_selection
 from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
 from nni_topo.studies.analysis.evolution import EvolutionTrial, plot_evolution
 from nni_topo.studies.analysis.persistence import NeuralPersistence, PersistenceTracker, neural_persistence
-from nni_topo.studies.analysis.retraining.bound import RetrainingBound, retraining_bound
+from nni_topo.studies.analysis.retraining import RetrainingBound, retraining_bound
 from nni_topo.studies.analysis.sensitivity import Sensitivity, SensitivityCurve, plot_sensitivity, sensitivity
 from nni_topo.studies.analysis.splits import draw_splits
 from nni_topo.studies.analysis.topology import LayerTopology, TopologyStudy, study_topology

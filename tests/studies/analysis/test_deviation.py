@@ -12,7 +12,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, load_model_data
 from nni_topo.studies.analysis.deviation import AnalyzeDeviation
-from nni_topo.studies.analysis.retraining.study import epochs_to_recover
+from nni_topo.studies.analysis.retraining import epochs_to_recover
 
 DATA = DataChoice("digits", limit=400)
 RECIPE = zoo.Recipe(epochs=3, batch_size=32, lr=0.05)

@@ -13,9 +13,7 @@ from nni_topo.cli import main
 from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import DataChoice, ModelChoice, load_prune_config
 from nni_topo.runs.run import Start, load_model_data
-from nni_topo.studies.analysis.magnitude.report import magnitude_tables
-from nni_topo.studies.analysis.magnitude.storage import stored_bytes, with_sparse_linears
-from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
+from nni_topo.studies.analysis.magnitude import AnalyzeMagnitude, magnitude_tables, stored_bytes, with_sparse_linears
 from nni_topo.studies.tables import as_markdown
 
 SMALL = ["--model", "lenet300", "--limit", "200", "--images", "100"]

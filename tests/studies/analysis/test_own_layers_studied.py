@@ -12,7 +12,7 @@ from nni_topo.network.layers.derived import head
 from nni_topo.pruners.energy.responses import chirp_response_energy
 from nni_topo.studies.analysis.bounds.propagation import error_bound
 from nni_topo.studies.analysis.connectivity import connectivity
-from nni_topo.studies.analysis.magnitude.storage import with_sparse_linears
+from nni_topo.studies.analysis.magnitude import with_sparse_linears
 
 
 def test_a_bound_refuses_layers_with_a_forward_of_their_own():

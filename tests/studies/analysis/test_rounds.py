@@ -10,8 +10,7 @@ from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, Target
 from nni_topo.studies.analysis import overlap_bound
-from nni_topo.studies.analysis.rounds.report import rounds_tables
-from nni_topo.studies.analysis.rounds.study import METHODS, RoundsCell, RoundsStudy, run_rounds, steps_to
+from nni_topo.studies.analysis.rounds import METHODS, RoundsCell, RoundsStudy, rounds_tables, run_rounds, steps_to
 from nni_topo.studies.records import append_record
 from nni_topo.studies.tables import as_markdown
 

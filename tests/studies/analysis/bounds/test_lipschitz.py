@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from nni_topo.errors import ConfigError
-from nni_topo.studies.analysis.bounds.lipschitz import convolution_constant, operator_constant
-from nni_topo.studies.analysis.bounds.pooling import pooling_constant
+from nni_topo.studies.analysis.bounds.lipschitz import convolution_constant, operator_constant, pooling_constant
 from nni_topo.studies.analysis.bounds.segments import traced
 
 

@@ -6,11 +6,20 @@ Source: "Network Structure Pruning", AVLSI final project report, sections V and 
 from __future__ import annotations
 
 import copy
+import gzip
+import io
 import itertools
-from collections.abc import Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
 from typing import Any
 
+import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
@@ -19,6 +28,7 @@ from nni_topo import zoo
 from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.layers.kinds import CONVOLUTIONS, weights_left
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.speedup.dependency import dependency_groups
@@ -29,11 +39,11 @@ from nni_topo.rules import all_of, instance, number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, made_dense, pruner_knobs
 from nni_topo.runs.widths import inner_layers
-from nni_topo.studies.analysis.magnitude.report import WORDS, magnitude_figure, magnitude_tables
-from nni_topo.studies.analysis.magnitude.storage import stored_bytes, with_sparse_linears
 from nni_topo.studies.analysis.sensitivity import sensitivity
+from nni_topo.studies.pictures import finish
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.study import Findings, Tell, TrainedStudy
+from nni_topo.studies.tables import NumberTable, show_range
 
 _PARTS = {"level": ("all", "conv", "dense"), "matrix": ("all",)}
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -47,6 +57,15 @@ _ROW = {
     "ratio": number(0.0, 1.0),
     "accuracy": number(0.0, 1.0),
 }
+_WAYS = {"direct": "-", "direct, retrained": "--", "iterative": ":"}
+WORDS = {"direct": "direct", "direct, retrained": "direct, fine-tuned", "iterative": "iterative"}
+"""The ways, named as in the records, in the words of figures and tables."""
+_COLORS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "C2", ("matrix", "all"): "C3"}
+_AGAIN = "unpruned"  # the copy of the unpruned network among the timed ones
+_SHARE = "time / unpruned network's time"
+
+PerSeed = Mapping[float, Sequence[float]]
+"""By ratio the values of all seeds."""
 
 
 @dataclass(frozen=True)
@@ -210,3 +229,176 @@ def _layers(start: Start, pruner: str, part: str) -> list[str]:
     found = [name for name, module in start.net.named_modules() if isinstance(module, _KINDS[part])]
     inner = inner_layers(start.net, start.example) if pruner_info(pruner).structured else found
     return [name for name in found if name in inner]
+
+
+def magnitude_figure(document: Record) -> Figure:
+    """Draw accuracy, each layer's sensitivity, parameters, bytes and time against the ratio."""
+    figure = Figure(figsize=(15.0, 8.0), layout="constrained")
+    (accuracy, alone, params), (disk, time, spare) = figure.subplots(2, 3)
+    spare.remove()
+    rows, baselines = document["rows"], document["baselines"]
+    for (pruner, part), color in _COLORS.items():
+        for way, style in _WAYS.items():
+            found = _by_ratio(_chosen(rows, pruner, part, way), "accuracy")
+            _line(accuracy, found, style, color, f"{pruner}, {part}, {WORDS[way]}")
+    for pruner, color in (("level", "C0"), ("matrix", "C3")):
+        chosen = _chosen(rows, pruner)
+        if not chosen:
+            continue
+        _line(params, _by_ratio(chosen, "params"), ".-", color, pruner)
+        for name, style in zip(baselines[0]["bytes"], ("-", "--", ":", "-.", ".-"), strict=True):
+            _line(disk, _by_ratio(chosen, "bytes", name), style, color, f"{pruner}, {name}")
+        for name in chosen[0]["time_shares"]:
+            style = {"zeros": "--", _AGAIN: ":"}.get(name, "-")
+            _line(time, _by_ratio(chosen, "time_shares", name, "median"), style, color, f"{pruner}, {name}")
+    for index, (layers, found) in enumerate(_alone(document).items()):
+        _line(alone, found, ".-", f"C{index % 10}", layers)
+    for axis, label, unpruned in (
+        (accuracy, "accuracy", [base["accuracy"] for base in baselines]),
+        (alone, "accuracy, one layer pruned", [base["accuracy"] for base in baselines]),
+        (params, "nonzero parameters", [base["params"] for base in baselines]),
+        (disk, "bytes on disk", [base["bytes"]["dense"] for base in baselines]),
+        (time, _SHARE, 1.0),
+    ):
+        axis.axhline(float(np.mean(unpruned)), color="0.5", linewidth=0.8)
+        finish(axis, "ratio", label, yscale="log" if axis in (params, disk) else "linear")
+    return figure
+
+
+def magnitude_tables(document: Record) -> Iterator[NumberTable | str]:
+    """Yield the study's tables: accuracies by way and by layer, then parameters, bytes and times by ratio."""
+    rows, baselines = document["rows"], document["baselines"]
+    ratios = sorted({row["ratio"] for row in rows})
+    heads = [f"{ratio:g}" for ratio in ratios]
+
+    def cells(found: PerSeed, scale: float, digits: int = 1) -> list[str]:
+        return [show_range(found[ratio], scale, digits) if ratio in found else "" for ratio in ratios]
+
+    accuracies = []
+    for (pruner, part), way in itertools.product(_COLORS, _WAYS):
+        found = _by_ratio(_chosen(rows, pruner, part, way), "accuracy")
+        if found:
+            accuracies.append([pruner, part, WORDS[way], *cells(found, 100)])
+    alone = [[layers, *cells(found, 100)] for layers, found in _alone(document).items()]
+    costs, noise, halves = [], [], []
+    for pruner in ("level", "matrix"):
+        chosen = _chosen(rows, pruner)
+        if not chosen:
+            continue
+        unpruned = show_range([base["params"] for base in baselines], 1e-3)
+        costs.append([pruner, "parameters (k)", unpruned, *cells(_by_ratio(chosen, "params"), 1e-3)])
+        for name in baselines[0]["bytes"]:
+            unpruned = show_range([base["bytes"][name] for base in baselines], 1e-3)
+            costs.append([pruner, f"{name} (kB)", unpruned, *cells(_by_ratio(chosen, "bytes", name), 1e-3)])
+        for name in chosen[0]["time_shares"]:
+            found = _by_ratio(chosen, "time_shares", name, "median")
+            timed = "copy of the unpruned network" if name == _AGAIN else name
+            costs.append([pruner, f"{timed}: {_SHARE}", "1", *cells(found, 1, 2)])
+            halves += [row["time_shares"][name]["half"] for row in chosen]
+        noise += [row["time_shares"][_AGAIN]["median"] for row in chosen]
+    accuracy = show_range([base["accuracy"] for base in baselines], 100)
+    first, milliseconds = baselines[0], show_range([base["latency_ms"] for base in baselines])
+    yield f"Unpruned: {accuracy} %, {milliseconds} ms for {first['batch']} images. Seeds: {len(baselines)}."
+    yield NumberTable(None, ["pruner", "layers", "way", *heads], accuracies, text_columns=3)
+    yield NumberTable(None, ["layer alone", *heads], alone)
+    yield NumberTable(None, ["pruner", "what", "0", *heads], costs, text_columns=2)
+    yield (
+        f"Noise of the times: a copy of the unpruned network takes {show_range(noise, 1, 3)} of its time. "
+        f"Each is the median of many rounds, whose 95 % interval is on average {100 * float(np.mean(halves)):.1f} % of "
+        f"it to either side, at most {100 * max(halves):.1f} %."
+    )
+
+
+def _chosen(rows: Sequence[Record], pruner: str, part: str = "all", way: str = "direct") -> list[Record]:
+    wanted = {"pruner": pruner, "part": part, "way": way}
+    return sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["ratio"])
+
+
+def _by_ratio(rows: Iterable[Record], *keys: str) -> PerSeed:
+    """Return what lies under the keys in records of several seeds."""
+    found = defaultdict[float, list[float]](list)
+    for row in rows:
+        value: Any = reduce(getitem, keys, row)
+        found[row["ratio"]].append(float(value))
+    return found
+
+
+def _alone(document: Record) -> Mapping[str, PerSeed]:
+    """Return the accuracies with one layer pruned, by the names of coupled layers."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for study in document["sensitivities"]:
+        for curve in study["curves"]:
+            accuracies = found.setdefault("+".join(curve["layers"]), {})
+            for ratio, value in curve["accuracy"].items():
+                accuracies.setdefault(float(ratio), []).append(value)
+    return found
+
+
+def _line(axis: Axes, found: PerSeed, style: str, color: str, label: str) -> None:
+    """Draw the means, and a band from the lowest to the highest where there are several seeds."""
+    if not found:
+        return
+    ratios = list(found)
+    axis.plot(ratios, [float(np.mean(found[ratio])) for ratio in ratios], style, color=color, label=label)
+    if max(map(len, found.values())) > 1:
+        lowest, highest = [min(found[ratio]) for ratio in ratios], [max(found[ratio]) for ratio in ratios]
+        axis.fill_between(ratios, lowest, highest, alpha=0.1, linewidth=0, color=color)
+
+
+def stored_bytes(model: nn.Module) -> dict[str, int]:
+    """Return the bytes of a model's state on disk, by format; masked weights must be zeros."""
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    dense = _saved(state)
+    # Weights of two and more dimensions become matrices (out, rest), with 64-bit indices except for csr32.
+    coordinates = {name: _matrix(value).to_sparse_coo().coalesce() for name, value in state.items() if value.dim() > 1}
+    rows = {name: _csr(_matrix(value)) for name, value in state.items() if value.dim() > 1}
+    # Clones, because the indices may be views of larger storages, which would be written in full.
+    parts = {name: (m.crow_indices().clone(), m.col_indices().clone(), m.values().clone()) for name, m in rows.items()}
+    short = {name: (crow.int(), columns.int(), values) for name, (crow, columns, values) in parts.items()}
+    return {
+        "dense": len(dense),
+        "gzip": len(gzip.compress(dense, 6)),
+        "coo": len(_saved({**state, **{name: (m.indices(), m.values()) for name, m in coordinates.items()}})),
+        "csr": len(_saved({**state, **parts})),
+        "csr32": len(_saved({**state, **short})),
+    }
+
+
+class SparseLinear(nn.Module):
+    """A linear layer that multiplies by a sparse matrix in row format, without the given layer's zeros."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.rows = _csr(linear.weight.detach())
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ``(n, in)`` to ``(n, out)``."""
+        outputs: Tensor = (self.rows @ inputs.T).T
+        return outputs if self.bias is None else outputs + self.bias
+
+
+def with_sparse_linears(model: nn.Module) -> nn.Module:
+    """Return a copy whose linear layers multiply by sparse matrices; convolutions have no such kernel in PyTorch."""
+    model = detached_copy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not has_own_forward(module):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, SparseLinear(module))
+    return model
+
+
+def _matrix(value: Tensor) -> Tensor:
+    return value.flatten(1)
+
+
+def _csr(matrix: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        return matrix.to_sparse_csr()
+
+
+def _saved(content: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
