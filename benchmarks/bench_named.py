@@ -35,7 +35,7 @@ from nni_topo.disk import output_file, read_json, write_figure
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import made_dense
 from nni_topo.studies.cells import pruned_cell, run_cell, shared_ratios, start_of
-from nni_topo.studies.pictures import figure_of, plot_accuracy
+from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.plan import ComparisonPlan, load_plan
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import cells_of, grouped, interval, markdown_table, title_of, with_tables
@@ -212,7 +212,7 @@ def draw(path: Path) -> None:
     left_out = ("accuracy_oneshot", "accuracy_distilled")
     records = [record for done, _ in complete().values() for record in done]
     shown = [{key: value for key, value in record.items() if key not in left_out} for record in records]
-    write_figure(path, figure_of(plot_accuracy(shown)[0]), dpi=110)
+    write_figure(path, comparison_figures(shown)["accuracy"], dpi=110)
 
 
 def tables() -> str:

@@ -30,7 +30,7 @@ from nni_topo.runs.widths import sorted_layers
 from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.compare import compare
 from nni_topo.studies.demo import DEMO
-from nni_topo.studies.pictures import comparison_figures, figure_of, plot_accuracy, plot_distillation
+from nni_topo.studies.pictures import comparison_figures, plot_distillation
 from nni_topo.studies.plan import SCRATCH, ComparisonPlan, load_plan
 from nni_topo.studies.records import compared_records
 from nni_topo.studies.report import prune_costs, write_report
@@ -170,7 +170,7 @@ class Report(Verb):
             console.print(f"report: {write_report(folder)}", markup=False, soft_wrap=True)
         records = [record for folder in self.folders for record in compared_records(folder / "results.jsonl")]
         if self.out is not None and records:
-            write_figure(self.out, figure_of(plot_accuracy(records)[0]), dpi=150)
+            write_figure(self.out, comparison_figures(records)["accuracy"], dpi=150)
             console.print(f"picture: {self.out}", markup=False)
         if self.json:
             print(json.dumps(records, indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -29,11 +29,6 @@ def single(width: float, height: float) -> tuple[Figure, Axes]:
     """Return a figure with one panel; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
-
-
-def figure_of(axis: Axes) -> Figure:
-    """Return the figure that a panel is part of."""
-    return cast("Figure", axis.figure)
 
 
 def finish(
@@ -68,49 +63,31 @@ def panels(
 
 
 def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
-    """Return a comparison's figures by the names of their files without suffix."""
-    drawn = {"accuracy": plot_accuracy(records), "convergence": plot_convergence(records)}
-    return {name: figure_of(axes[0]) for name, axes in drawn.items() if axes}
+    """Return the pictures of at least one record: ``accuracy``, and ``convergence`` if networks were fine-tuned.
 
-
-def plot_accuracy(records: Sequence[Record]) -> list[Axes]:
-    """Draw accuracy against MACs of at least one record: a panel per model, data set and step of recovery.
-
-    Bars are 95 % intervals, the dotted line is the unpruned network; each panel has its own scale. All panels share one
-    legend.
+    ``accuracy`` against MACs has a panel per model, data set and step of recovery. Bars are 95 % intervals, the dotted
+    line is the unpruned network; each panel has its own scale. ``convergence``, the validation accuracy against the
+    epochs of fine-tuning, has a line per pruner: the mean over seeds, in a band from the lowest to the highest seed,
+    because 95 % intervals of a few seeds hide one another. A run that has stopped keeps its last accuracy.
     """
     found: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         found[f"{record['model']} on {record['data']}"].append(record)
     steps = [step for step in _STEPS if any(f"accuracy_{step}" in record for record in records)]
     named = [(f"{name}, {_STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in found.items() for step in steps]
-    figure = panels(named, _draw_accuracy, size=(4.2, 4.2), columns=len(steps))
-    _share_legend(figure)
-    return figure.axes
-
-
-def plot_convergence(records: Sequence[Record]) -> list[Axes]:
-    """Draw validation accuracy against the epochs of fine-tuning, a line per pruner; empty without fine-tuning.
-
-    Lines are means over seeds; bands go from the lowest to the highest seed, because 95 % intervals of a few seeds hide
-    one another. A run that has stopped keeps its last accuracy. All panels share one legend.
-    """
+    figures = {"accuracy": panels(named, _draw_accuracy, size=(4.2, 4.2), columns=len(steps))}
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
-    if not groups:
-        return []
-    named = ((f"{model} on {data},\n{target}", rows) for (model, data, target), rows in groups.items())
-    figure = panels(named, _draw_convergence, size=(5.5, 4.2))
-    _share_legend(figure)
-    return figure.axes
-
-
-def _share_legend(figure: Figure) -> None:
-    """Give all panels of a figure one legend, beside them."""
-    handles: dict[str, Artist] = {}
-    for axis in figure.axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="x-small")
+    if groups:
+        titled = ((f"{model} on {data},\n{target}", rows) for (model, data, target), rows in groups.items())
+        figures["convergence"] = panels(titled, _draw_convergence, size=(5.5, 4.2))
+    for figure in figures.values():
+        # one legend for all panels, beside them
+        handles: dict[str, Artist] = {}
+        for axis in figure.axes:
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="x-small")
+    return figures
 
 
 def plot_distillation(verdict: Verdict) -> Figure:

@@ -21,9 +21,10 @@ COMPARED: dict[str, Rule] = {
 """What every record of a comparison holds."""
 
 
-def read_records(path: Path, rules: Mapping[str, Rule] | None = None) -> list[Record]:
+def read_records(path: Path, rules: Mapping[str, Rule] | None = None, with_key: str | None = None) -> list[Record]:
     """Read the records of ``results.jsonl`` and check their keys by rules; DataError names the line that breaks one.
 
+    Records without the key ``with_key`` are skipped.
     A last line without a line break is ignored: a crash cut it short, or another process is writing it.
     """
     if not path.exists():
@@ -39,6 +40,8 @@ def read_records(path: Path, rules: Mapping[str, Rule] | None = None) -> list[Re
             raise DataError(f"every line must be a JSON record, got: {error} ({place})") from error
         if not isinstance(record, dict):
             raise DataError(f"every line must be a JSON record of a run, got a {type(record).__name__} ({place})")
+        if with_key is not None and with_key not in record:
+            continue
         if not record.keys() >= rules.keys():
             keys = ", ".join(record)[:80]
             raise DataError(f"every line must be a JSON record of a run, got the keys {keys} ({place})")
@@ -52,13 +55,7 @@ def read_records(path: Path, rules: Mapping[str, Rule] | None = None) -> list[Re
 
 def compared_records(path: Path) -> list[Record]:
     """Read the records of comparisons; records of studies, which have no target, are skipped."""
-    found = [record for record in read_records(path) if "target" in record]
-    for record in found:
-        missing = COMPARED.keys() - record.keys()
-        if missing:
-            raise DataError(f"a record of a comparison must have {', '.join(sorted(missing))}, got none ({path})")
-        check_knobs(str(path), record, COMPARED)
-    return found
+    return read_records(path, COMPARED, with_key="target")
 
 
 def append_record(path: Path, record: Record) -> None:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from nni_topo.studies.pictures import plot_accuracy, plot_convergence
+from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.tables import (
     best_baseline,
     cells_of,
@@ -205,9 +205,9 @@ def test_the_terminal_shows_convergence_in_a_table_of_its_own():
 
 
 def test_the_picture_of_convergence_has_a_line_and_a_band_per_row_and_one_legend(drawn, tmp_path):
-    assert plot_convergence(RECORDS) == []
+    assert "convergence" not in comparison_figures(RECORDS)
     other = [{**entry, "data": "mnist"} for entry in STOPPED]
-    plot_convergence([*CURVES, *RECORDS, *other])[0].figure.savefig(tmp_path / "convergence.png")
+    comparison_figures([*CURVES, *RECORDS, *other])["convergence"].savefig(tmp_path / "convergence.png")
     lines = drawn.lines("convergence.png")
     assert set(lines) == {"unpruned", "l1", "ours", "kept"}
     assert lines["ours"] == [(epoch, pytest.approx(y)) for epoch, y in enumerate([20, 70, 80, 100 * 2.689 / 3])]
@@ -271,7 +271,7 @@ def test_widths_are_means_over_seeds():
 
 def test_the_picture_shows_every_rows_mean_before_and_after():
     other = [{**entry, "data": "mnist", "flops": 2e6, "target": "flops 0.5"} for entry in RECORDS[:3]]
-    axes = plot_accuracy([*RECORDS, *other])
+    axes = comparison_figures([*RECORDS, *other])["accuracy"].axes
     titles = [f"net on {data}, {step}" for data in ("digits", "mnist") for step in ("no recovery", "fine-tuned")]
     assert [axis.get_title() for axis in axes] == titles
     rows = ("l1", "fpgm", "ours", "random")

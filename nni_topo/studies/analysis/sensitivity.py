@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from joblib import Parallel, delayed
@@ -29,7 +29,7 @@ from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, create_pruner, pruner_info
 from nni_topo.rules import NONE, all_of, check_jobs, check_knobs, check_result, checked, instance, number
 from nni_topo.runs.run import pruner_knobs
-from nni_topo.studies.pictures import figure_of, finish, single
+from nni_topo.studies.pictures import finish, single
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
 from nni_topo.studies.tables import NumberTable
 from nni_topo.zoo.labelled import subset
@@ -102,7 +102,7 @@ class Sensitivity(Findings):
 
     def figures(self) -> dict[str, Figure]:
         """Return ``sensitivity``, see :func:`plot_sensitivity`."""
-        return {"sensitivity": figure_of(plot_sensitivity(self))}
+        return {"sensitivity": cast(Figure, plot_sensitivity(self).figure)}
 
     def texts(self) -> dict[str, str]:
         """Return ``suggested.yaml``, for ``nni-topo prune``."""

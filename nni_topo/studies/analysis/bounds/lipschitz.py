@@ -241,7 +241,8 @@ def _windows(pool: Any, axis: int, entering: int, leaving: int) -> Tensor:
         knobs = {name: getattr(pool, name) for name in names if getattr(pool, name, None) is not None}
         knobs = {name: value if isinstance(value, int) else value[axis] for name, value in knobs.items()}
         knobs["ceil_mode"] = pool.ceil_mode
-        if isinstance(pool, pooling._AvgPoolNd) and not getattr(pool, "divisor_override", None):
+        is_average = isinstance(pool, pooling._AvgPoolNd)
+        if is_average and not getattr(pool, "divisor_override", None):
             pooled = functional.avg_pool1d(ones, **knobs, count_include_pad=pool.count_include_pad)
         else:  # 1 for each position in a window
             pooled = functional.max_pool1d(ones, **knobs)
