@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +34,6 @@ class ListedFolder:
     class_names: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Listed:
-    """The files of one folder by class."""
-
-    files: npt.NDArray[np.bytes_] = field(repr=False)
-    labels: Array
-    class_names: tuple[str, ...]
-
-
 def list_image_folder(
     folder: Path,
     image_size: int | None = None,
@@ -59,20 +50,21 @@ def list_image_folder(
         place = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
         if place is None:
             raise DataError(f"beside train there must be a folder test or val, got none ({folder})")
-        train, test = _listed(folder / "train"), _listed(place)
-        roots = str(folder / "train"), str(place)
-        unknown = sorted(set(test.class_names) - set(train.class_names))
+        root = folder / "train"
+        files, labels, names = _listed(root)
+        test_files, test_labels, test_names = _listed(place)
+        unknown = sorted(set(test_names) - set(names))
         if unknown:
             raise DataError(f"test classes must be training classes, got {', '.join(unknown)} ({place})")
-        numbers = {name: number for number, name in enumerate(train.class_names)}
-        renumbered = np.asarray([numbers[name] for name in test.class_names])
-        test = replace(test, labels=renumbered[test.labels])
-        first = [str(Path(roots[0], os.fsdecode(train.files[row]))) for row in _first_of_classes(train)]
+        test_labels = np.asarray([names.index(name) for name in test_names])[test_labels]
+        train_files, train_labels = files, labels
     else:
-        whole, roots = _listed(folder), (str(folder), str(folder))
-        first = [str(Path(folder, os.fsdecode(whole.files[row]))) for row in _first_of_classes(whole)]
-        apart = stratified_fraction(whole.labels, 0.2, np.random.default_rng(_SPLIT_SEED))
-        train, test = (_Listed(whole.files[rows], whole.labels[rows], whole.class_names) for rows in (~apart, apart))
+        root = place = folder
+        files, labels, names = _listed(folder)
+        apart = stratified_fraction(labels, 0.2, np.random.default_rng(_SPLIT_SEED))
+        train_files, train_labels = files[~apart], labels[~apart]
+        test_files, test_labels = files[apart], labels[apart]
+    first = [str(root / os.fsdecode(files[row])) for row in np.unique(labels, return_index=True)[1]]
     modes, sizes = [], []
     for path in first:
         with _opened(path) as image:
@@ -90,15 +82,16 @@ def list_image_folder(
     padded = max(side, pad_to or 0)
     layout = Layout(is_grey, side, image_size is not None, padded, preprocessing or Preprocessing())
     # In rounds, so that the first images of a test set, however few, are of many classes.
-    order = in_rounds(test.labels, np.random.default_rng(_SPLIT_SEED))
+    order = in_rounds(test_labels, np.random.default_rng(_SPLIT_SEED))
     return ListedFolder(
-        ImageFiles(roots[0], train.files, torch.from_numpy(train.labels), layout, workers),
-        ImageFiles(roots[1], test.files[order], torch.from_numpy(test.labels[order]), layout, workers),
-        train.class_names,
+        ImageFiles(str(root), train_files, torch.from_numpy(train_labels), layout, workers),
+        ImageFiles(str(place), test_files[order], torch.from_numpy(test_labels[order]), layout, workers),
+        names,
     )
 
 
-def _listed(folder: Path) -> _Listed:
+def _listed(folder: Path) -> tuple[npt.NDArray[np.bytes_], Array, tuple[str, ...]]:
+    """Return the paths of images below a folder, class by class, the numbers of their classes, and the classes."""
     _check_sorted(folder)
     begin = len(os.path.join(folder, ""))
     files = []
@@ -116,7 +109,7 @@ def _listed(folder: Path) -> _Listed:
     if not names:
         raise DataError(f"an image folder must hold one folder per class, got none ({folder})")
     labels = np.repeat(np.arange(len(names)), [len(each) for each in files])
-    return _Listed(np.concatenate(files), labels, tuple(names))
+    return np.concatenate(files), labels, tuple(names)
 
 
 def _check_sorted(folder: Path) -> None:
@@ -134,11 +127,6 @@ def _check_sorted(folder: Path) -> None:
         raise DataError(
             f"an image folder must hold one folder per class, got {found} images without one: {cure} ({folder})"
         )
-
-
-def _first_of_classes(listed: _Listed) -> list[int]:
-    rows: list[int] = np.unique(listed.labels, return_index=True)[1].tolist()
-    return rows
 
 
 def read_image(path: str, layout: Layout) -> Tensor:
