@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import ahead  # noqa: F401  (it registers the method of this name)
-import recovery_rules  # noqa: F401  (it registers the rules of other papers)
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset

@@ -476,14 +476,7 @@ def test_a_comparison_is_planned_as_the_flags_say():
     flags = {
         "pruners": ("reconstruction", "scratch", "l1"),
         **{"params": (0.5,), "ratio": (0.25, 0.75), "memory": (0.125,), "seeds": 3, "seed": 4},
-        **{
-            "train_epochs": 0,
-            "retrain_epochs": 2,
-            "calibration": 16,
-            "compensate": 8,
-            "method": "channel",
-            "distill": 32,
-        },
+        **{"train_epochs": 0, "retrain_epochs": 2, "calibration": 16, "compensate": 8, "method": "mean", "distill": 32},
         **{"device": "cuda", "limit": 50, "test_limit": 7, "width": 0.5},
     }
     plan = verbs.Compare(**common, **flags)._plan()
@@ -493,7 +486,7 @@ def test_a_comparison_is_planned_as_the_flags_say():
     wanted = [Target("ratio", 0.25), Target("ratio", 0.75), Target("params", 0.5), Target("memory", 0.125)]
     assert sorted(plan.targets, key=wanted.index) == wanted
     assert (plan.seeds, plan.first_seed, plan.train, plan.retrain) == (3, 4, {"epochs": 0}, {"epochs": 2})
-    assert (plan.compensate, plan.distill) == (CompensationChoice(8, "channel"), DistillationChoice(32))
+    assert (plan.compensate, plan.distill) == (CompensationChoice(8, "mean"), DistillationChoice(32))
     (data,), (model,) = plan.data, plan.models
     assert (data.limit, data.test_limit, model.width, plan.device) == (50, 7, 0.5, "cuda")
 
@@ -609,7 +602,7 @@ def test_lists_are_columns_of_text(capsys):
     assert columns_of(shown, "pruner", "from", "keeps") == columns_of(
         shown, "cluster", "nni_topo", "one filter of each"
     )
-    assert columns_of(shown, "method", "from", "does") == columns_of(shown, "channel", "nni_topo", "predicts each")
+    assert columns_of(shown, "method", "from", "does") == columns_of(shown, "mean", "nni_topo", "adds the mean")
 
 
 def test_ports_and_files_are_those_that_the_pages_name():

@@ -82,7 +82,8 @@ def test_masks_of_nnis_pruners_on_nets_with_a_trait_each(net, pruner, method):
     dense = to_dense(repaired, images[:2], masks, check=net is not Grouped)
     before = distance(model, to_dense(model, images[:2], masks, check=False), images)
     after = distance(model, dense, images)
-    assert after < (0.95 if method == "reconstruct" else 1.1) * before
+    # What weights alone say of which filters are alike needs weights that were trained.
+    assert after < {"reconstruct": 0.95, "merge": 1.5}.get(method, 1.1) * before
     if net is not Grouped:
         assert distance(masked_model(repaired, images[:2], masks), dense, images) < 1e-8
 
@@ -225,6 +226,19 @@ def test_lost_layers_are_named(caplog):
     assert "almost lost: '1'" in caplog.text
     more = {"0": {"weight": (torch.arange(40) < 36).float()[:, None]}}
     assert compensation(model, more, [torch.randn(400, 40)]).report.lost == ()
+
+
+@pytest.mark.parametrize(("method", "unknowns"), [("scalar", 3), ("head", 3), ("mean", 0), ("reconstruct", 27)])
+def test_methods_that_fit_one_number_a_channel_need_few_samples(method, unknowns):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(16, 3)).eval()
+    masks = {"0": {"weight": (torch.arange(6) < 3).float()[:, None, None, None].expand(6, 2, 3, 3)}}
+    report = compensation(model, masks, [torch.randn(5, 2, 6, 6)], method=method).report
+    layer = next(each for each in report.layers if each.layer == "2")
+    assert (layer.samples, layer.unknowns) == (20, unknowns)
+    # Nobody is told to do what was done.
+    assert f"method={method!r}" not in " ".join(report.warnings)
+    assert layer.is_underdetermined is (method == "reconstruct")
 
 
 def test_batch_norms_are_recalibrated_on_request():

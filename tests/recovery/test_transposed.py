@@ -38,7 +38,7 @@ def doubled(**up: Any) -> tuple[nn.Sequential, dict[str, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize(
     ("up", "method"),
-    [(up, method) for up in UPS for method in ("reconstruct", "channel", "pair")],
+    [(up, method) for up in UPS for method in ("reconstruct", "sequential", "layer", "channel", "pair")],
 )
 @pytest.mark.quick_every(3)
 def test_what_the_kept_channels_know_is_made_up_for(up: str, method: Any) -> None:
@@ -52,6 +52,19 @@ def test_what_the_kept_channels_know_is_made_up_for(up: str, method: Any) -> Non
     left = (to_dense(found.model, images, masks)(images).detach() - wanted).square().mean()
     assert left < 1e-6 * lost
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["scalar", "mean", "merge"])
+@pytest.mark.parametrize("up", UPS)
+@pytest.mark.quick_every(3)
+def test_simpler_rules_leave_less_than_was_lost(up: str, method: Any) -> None:
+    model, masks = doubled(**UPS[up])
+    images = torch.randn(48, 3, 6, 6)
+    wanted = model(images).detach()
+    lost = (masked_model(model, images, masks)(images).detach() - wanted).square().mean()
+    repaired = compensate(model, masks, images.split(16), method=method)
+    left = (to_dense(repaired, images, masks)(images).detach() - wanted).square().mean()
+    assert left < lost or (method == "mean" and up == "no bias")
 
 
 def test_the_mean_of_a_constant_goes_into_the_bias() -> None:

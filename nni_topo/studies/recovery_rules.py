@@ -4,13 +4,6 @@
 ``"scalar"``, ``"head"``, ``"layer"`` and ``"sequential"`` solve for a layer's weights, as ``"reconstruct"`` does. The
 papers' penalties aren't used: the ridge of each layer is chosen on held-out samples, as in our methods.
 
-They aren't part of the package because ``"reconstruct"`` and ``"channel"`` bring back more
-(``results/recovery_methods.md``). Importing this module registers the names::
-
-    import recovery_rules  # with benchmarks/ on the path
-
-    nni_topo.compensate(model, masks, batches, method="mean")
-
 References
 ----------
 .. [1] Y. An, X. Zhao, T. Yu, M. Tang and J. Wang, "Fluctuation-based adaptive structured pruning for large language

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from bench_modules import BENCHMARKS, imported
 from every_sample import compensate, compensation
 from torch import nn
 from torch.nn import functional
@@ -15,18 +14,9 @@ from torch.nn.functional import unfold
 from nni_topo import create_pruner, dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import samples
-from nni_topo.recovery.registry import RECOVERIES, list_recoveries
+from nni_topo.recovery.registry import list_recoveries
 
 KEPT, GONE = [0, 2, 3], [1, 4, 5]
-RULES = ("sequential", "layer", "mean", "scalar", "head", "merge")
-
-
-@pytest.fixture(autouse=True)
-def rules(monkeypatch):
-    """The rules of other papers, which the benchmarks compare with, as registered names."""
-    monkeypatch.setattr(RECOVERIES, "table", dict(RECOVERIES.table))
-    with imported(BENCHMARKS, "recovery_rules"):
-        yield
 
 
 class Chain(nn.Module):
@@ -236,19 +226,6 @@ def test_merge_counts_all_layers_that_make_a_residual_stream(residual_net, image
     torch.testing.assert_close(masked(images[0]), residual_net(images[0]))
 
 
-@pytest.mark.parametrize(("method", "unknowns"), [("scalar", 3), ("head", 3), ("mean", 0), ("reconstruct", 27)])
-def test_methods_that_fit_one_number_a_channel_need_few_samples(method, unknowns):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(16, 3)).eval()
-    masks = {"0": {"weight": (torch.arange(6) < 3).float()[:, None, None, None].expand(6, 2, 3, 3)}}
-    report = compensation(model, masks, [torch.randn(5, 2, 6, 6)], method=method).report
-    layer = next(each for each in report.layers if each.layer == "2")
-    assert (layer.samples, layer.unknowns) == (20, unknowns)
-    # Nobody is told to do what was done.
-    assert f"method={method!r}" not in " ".join(report.warnings)
-    assert layer.is_underdetermined is (method == "reconstruct")
-
-
 def test_recalibrate_changes_statistics_alone(lively):
     model, masks, images = built(lively, norm=True)
     found = compensate(model, masks, [images], method="recalibrate")
@@ -260,7 +237,9 @@ def test_recalibrate_changes_statistics_alone(lively):
     assert torch.equal(found.norm.running_mean[GONE], model.norm.running_mean[GONE])
 
 
-@pytest.mark.parametrize("method", [*RULES, *list_recoveries()])
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name == "block")) for name in list_recoveries()]
+)
 @pytest.mark.quick_every(12)
 @pytest.mark.slow
 def test_every_rule_leaves_the_model_and_masks_alone_and_solves_grouped_and_residual_nets(
@@ -275,7 +254,7 @@ def test_every_rule_leaves_the_model_and_masks_alone_and_solves_grouped_and_resi
     assert torch.equal(compensate(residual_net, masks, images, method=method)(images[0]), found(images[0]))
 
 
-@pytest.mark.parametrize("method", [*RULES, *list_recoveries()])
+@pytest.mark.parametrize("method", list_recoveries())
 @pytest.mark.quick_every(4)
 def test_sums_by_shifts_and_by_rows_solve_alike(method, lively, monkeypatch):
     """Whatever a rule reads, of the pruned network or of the unpruned one, it reads at all positions, too."""

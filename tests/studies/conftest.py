@@ -1,0 +1,1 @@
+from twin_nets import *  # noqa: F403
