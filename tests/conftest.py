@@ -42,7 +42,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 BARE = """
 import contextlib, io, json, sys, traceback
 import re
-sys.modules.update(dict.fromkeys(("numba", "pytorch_lightning", "transformers")))
+sys.modules.update(dict.fromkeys(("pytorch_lightning", "transformers")))
 for line in iter(sys.stdin.readline, "end\\n"):
     said, error = io.StringIO(), None
     with contextlib.redirect_stdout(said):

@@ -63,7 +63,6 @@ def variants() -> list[Variant]:
         Variant("two-threads", dict.fromkeys(threads, "2")),
         Variant("hash-seed", {"PYTHONHASHSEED": "20181"}),
         Variant("random-order", options=("--random-order", "--random-order-bucket=global", "--random-order-seed=17")),
-        Variant("without-numba"),
     ]
 
 
@@ -89,9 +88,6 @@ def processor_flags() -> set[str]:
 def run(variant: Variant, tests: Sequence[str], folder: Path) -> tuple[int, int, int, str]:
     """Run the tests; return how many passed, failed and were skipped, and the BLAS kernels."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **variant.environment}
-    if variant.name == "without-numba":
-        (folder / "numba.py").write_text("raise ModuleNotFoundError(\"No module named 'numba'\", name='numba')\n")
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), environment.get("PYTHONPATH"))))
     probe = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True)
     kernels = probe.stdout.strip() or "unknown"
     report = folder / f"{variant.name}.xml"

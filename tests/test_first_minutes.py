@@ -118,11 +118,11 @@ def test_doctor_takes_a_version_before_a_release_for_what_it_is(capsys, monkeypa
 
 def test_doctor_names_the_extra_of_a_package_and_a_full_disk(capsys, monkeypatch):
     real = importlib.util.find_spec
-    gone = ("numba", "onnxscript", "nni_node")
+    gone = ("torch_pruning", "onnxscript", "nni_node")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else real(name))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
     found = findings(capsys)
-    assert found["extra: fast"]["found"] == "no numba"
+    assert found["extra: bench"]["found"] == "no torch_pruning"
     assert found["extra: export"]["found"].endswith("onnxscript")
     manager = found["NNI's manager"]
     assert (manager["state"], manager["found"]) == ("missing", "not installed; only experiments need it")

@@ -31,8 +31,8 @@ def test_all_tests_that_are_named_exist(processors):
 
 @pytest.mark.slow  # starts two interpreters
 def test_a_failing_test_fails_the_variant(processors, tmp_path, monkeypatch):
-    (tmp_path / "test_it.py").write_text("import numba\ndef test_it(): pass\n")
+    (tmp_path / "test_it.py").write_text("import os\ndef test_it(): assert os.environ['PYTHONHASHSEED'] != '20181'\n")
     monkeypatch.setattr(processors, "TESTS", tmp_path)
-    variant = next(v for v in processors.variants() if v.name == "without-numba")
+    variant = next(v for v in processors.variants() if v.name == "hash-seed")
     passed, failed, skipped, _ = processors.run(variant, ["test_it.py"], tmp_path)
     assert (passed, failed, skipped) == (0, 1, 0)

@@ -60,8 +60,8 @@ def measured(copy: Path, kept: Path, package: str, under: Iterable[str]) -> Iter
 def choose(mutant: Mutant, files: Iterable[TestFile], budget_s: float) -> Chosen:
     """Choose the tests of a mutant: those that run its function, then others of the same files, the quickest first.
 
-    Files in a folder that is named as the mutant's go first. Where no test is seen to run the function (numba's
-    kernels aren't seen) the tests that run anything in the file do. What doesn't fit in the budget is left out.
+    Files in a folder that is named as the mutant's go first. Where no test is seen to run the function
+    the tests that run anything in the file do. What doesn't fit in the budget is left out.
     """
     folder = Path(mutant.path).parent.name
     ranked: list[tuple[bool, bool, float, str]] = []

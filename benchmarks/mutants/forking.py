@@ -80,7 +80,7 @@ def preload(copy: Path) -> None:
     """Import what the tests import, without the package, and move into the copy."""
     os.chdir(copy)
     sys.path.insert(0, str(copy))
-    os.environ.update(PYTHONPATH=str(copy), NUMBA_CACHE_DIR=str(copy.parent / "numba"), OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
     stand_in = types.ModuleType(PACKAGE)
     stand_in.__path__ = [str(copy / PACKAGE)]
     sys.modules[PACKAGE] = stand_in

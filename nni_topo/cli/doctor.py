@@ -23,7 +23,6 @@ from nni_topo.studies.tables import NumberTable
 from nni_topo.zoo import list_data, load_data
 
 _EXTRAS = {
-    "fast": ("numba",),
     "bench": ("torch_pruning",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "evaluators": ("pytorch_lightning", "transformers"),

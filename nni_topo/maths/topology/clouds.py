@@ -89,7 +89,7 @@ def pairwise_distances(points: ArrayLike) -> FloatArray:
     exponent = min(-int(np.frexp(largest)[1]), _LARGEST_EXPONENT)
     cloud = cloud * np.ldexp(1.0, exponent)
     if cloud.shape[1] == 1:
-        # Rounded differences keep the order of the points on their line, see `line_order`; a Gram matrix doesn't.
+        # Rounded differences keep the order of the points on their line; a Gram matrix doesn't.
         lengths: FloatArray = cloud - cloud.T
         np.abs(lengths, out=lengths)
         return np.ldexp(lengths, -exponent, out=lengths)

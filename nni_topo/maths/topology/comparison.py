@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import ENGINE, ORDER, FloatArray, as_diagram
-from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
 from nni_topo.rules import checked
 
 
 @checked(engine=ENGINE)
-def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", compiled: bool | None = None) -> float:
+def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact") -> float:
     """Compute the bottleneck distance between two persistence diagrams.
 
     Parameters
@@ -27,8 +24,6 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", co
         Births and deaths; births finite, deaths >= births or ``inf``. Empty diagrams are allowed.
     engine : {"exact", "gudhi"}, default "exact"
         ``"gudhi"`` leaves the finite bars to GUDHI, as a reference.
-    compiled : bool, optional
-        True asks for the numba kernel, False for SciPy; default numba where it is installed.
 
     Returns
     -------
@@ -41,7 +36,7 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", co
     DataError
         If a diagram is malformed.
     ConfigError
-        If the engine is unknown, or ``compiled=True`` and numba isn't installed.
+        If the engine is unknown.
 
     Notes
     -----
@@ -72,14 +67,12 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", co
     elif not (first[:, 0].any() or second[:, 0].any()):
         finite = float(closed_bottleneck(_deaths(first)[None], _deaths(second))[0])
     else:
-        finite = _bottleneck(first, second, use_compiled(compiled))
+        finite = _bottleneck(first, second)
     return max(finite, float(births.max(initial=0.0)))
 
 
 @checked(order=ORDER, engine=ENGINE)
-def wasserstein_distance(
-    a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engine: str = "exact", compiled: bool | None = None
-) -> float:
+def wasserstein_distance(a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engine: str = "exact") -> float:
     """Compute the Wasserstein distance between two persistence diagrams.
 
     Parameters
@@ -91,9 +84,6 @@ def wasserstein_distance(
     engine : {"exact", "gudhi"}, default "exact"
         ``"gudhi"`` leaves the finite bars to GUDHI where the package POT is installed, which that needs, and
         to the general assignment elsewhere, as a reference for the closed form.
-    compiled : bool, optional
-        True asks for the numba kernel of `h0_wasserstein`, False for numpy; default numba where it is
-        installed.
 
     Returns
     -------
@@ -106,7 +96,7 @@ def wasserstein_distance(
     DataError
         If a diagram is malformed.
     ConfigError
-        If the order isn't in [1, inf), the engine is unknown, or ``compiled=True`` and numba isn't installed.
+        If the order isn't in [1, inf), or the engine is unknown.
 
     Notes
     -----
@@ -124,7 +114,7 @@ def wasserstein_distance(
     if engine == "gudhi":
         finite = _gudhi_wasserstein(first, second, order)
     elif not (first[:, 0].any() or second[:, 0].any()):
-        finite = float(closed_wasserstein(_deaths(first)[None], _deaths(second), order, compiled)[0])
+        finite = float(closed_wasserstein(_deaths(first)[None], _deaths(second), order)[0])
     else:
         finite = _assignment(first, second, order)
     return float(np.linalg.norm(np.append(births, finite), ord=order))
@@ -145,8 +135,7 @@ def _deaths(bars: FloatArray) -> FloatArray:
     return np.sort(bars[:, 1])[::-1]
 
 
-def _bottleneck(first: FloatArray, second: FloatArray, compiled: bool) -> float:
-    covered = kernels.compiled(kernels.covered) if compiled else _covered
+def _bottleneck(first: FloatArray, second: FloatArray) -> float:
     halves = [0.5 * (bars[:, 1] - bars[:, 0]) for bars in (first, second)]
     least = max(_surplus(halves[0], len(second)), _surplus(halves[1], len(first)))
     # Thresholds at which each side finds partners suit both at once (Mendelsohn and Dulmage).
@@ -154,17 +143,19 @@ def _bottleneck(first: FloatArray, second: FloatArray, compiled: bool) -> float:
         undecided = lengths > least
         gaps = cdist(bars[undecided], others, "chebyshev")
         nearest = np.minimum(lengths[undecided], gaps.min(axis=1, initial=np.inf)).max(initial=0.0)
-        least = _least_threshold(gaps, lengths[undecided], max(least, float(nearest)), covered)
+        least = _least_threshold(gaps, lengths[undecided], max(least, float(nearest)))
     return least
 
 
-def _least_threshold(
-    gaps: FloatArray, halves: FloatArray, bound: float, covered: Callable[[FloatArray, FloatArray, float], bool]
-) -> float:
+def _least_threshold(gaps: FloatArray, halves: FloatArray, bound: float) -> float:
     """Return the least threshold from a bound on at which all bars of one side are covered."""
 
     def enough(threshold: float) -> bool:
-        return covered(gaps, halves, threshold)
+        """Say whether all bars too long to be dropped find distinct partners within the threshold."""
+        far = gaps[halves > threshold] > threshold
+        if len(far) > far.shape[1] or far.all(axis=1).any():
+            return False
+        return not far[linear_sum_assignment(far)].any()
 
     if enough(bound):
         return bound
@@ -179,14 +170,6 @@ def _least_threshold(
 def _surplus(halves: FloatArray, partners: int) -> float:
     """Bound the distance by the longest bar that stays without a partner, since partners are limited."""
     return float(np.sort(halves)[::-1][partners]) if partners < len(halves) else 0.0
-
-
-def _covered(gaps: FloatArray, halves: FloatArray, threshold: float) -> bool:
-    """Say whether all bars too long to be dropped find distinct partners within the threshold."""
-    far = gaps[halves > threshold] > threshold
-    if len(far) > far.shape[1] or far.all(axis=1).any():
-        return False
-    return not far[linear_sum_assignment(far)].any()
 
 
 def _assignment(first: FloatArray, second: FloatArray, order: float) -> float:

@@ -9,27 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.ties import first_largest, first_smallest
-from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_distances, as_index, as_subsets
-from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.rules import checked, whole
-
-_CHUNK_ELEMENTS = 1 << 18
-# Measured: fewer kept points than this many times sqrt(n) are compared directly, without a search.
-_FEW = 6.0
-_FEW_COMPILED = 1.2
-# Measured: sorting all neighbours pays from this many kept points per point on, in all subsets together.
-_WORTH_SORTING = 64
 
 
 @checked()
-def hausdorff_to_subset(
-    distances: ArrayLike, subsets: ArrayLike, base: int | None = None, *, compiled: bool | None = None
-) -> FloatArray:
+def hausdorff_to_subset(distances: ArrayLike, subsets: ArrayLike, base: int | None = None) -> FloatArray:
     """Compute the Hausdorff distance between a cloud and each of many subsets of it.
 
     Parameters
@@ -40,8 +29,6 @@ def hausdorff_to_subset(
         The kept points of each subset, at least one.
     base : int, optional
         Index of a point that every subset keeps, whatever its mask says: the origin of `with_origin`.
-    compiled : bool, optional
-        True asks for the numba kernel, False for numpy; default numba where it is installed.
 
     Returns
     -------
@@ -52,8 +39,10 @@ def hausdorff_to_subset(
     ------
     DataError
         If the distances aren't a distance matrix, a subset is empty or the base isn't a point.
-    ConfigError
-        If ``compiled=True`` and numba isn't installed.
+
+    Notes
+    -----
+    Cost O(n k) for each subset of k points.
 
     References
     ----------
@@ -67,64 +56,16 @@ def hausdorff_to_subset(
     array([1., 4.])
     """
     matrix = as_distances(distances)
-    masks = as_subsets(subsets, len(matrix), base)
-    # Sorting all neighbours is for this call alone; `SubsetFitness` sorts once for all its populations.
-    worthwhile = np.count_nonzero(masks) > _WORTH_SORTING * len(matrix)
-    return covers(matrix, neighbour_ranks(matrix) if worthwhile else None, masks, use_compiled(compiled))[0]
+    return covers(matrix, as_subsets(subsets, len(matrix), base))[0]
 
 
-def neighbour_ranks(distances: FloatArray) -> NDArray[np.int32]:
-    """Return each point's points by distance, itself included, ties in any order; shape (n, n)."""
-    ranks = np.empty(distances.shape, dtype=np.int32)
-    rows = max(1, _CHUNK_ELEMENTS // len(distances))
-    for start in range(0, len(distances), rows):
-        # Not stable: equally near points give the same distance. Rows in chunks, since argsort's indices have 64 bits.
-        ranks[start : start + rows] = np.argsort(distances[start : start + rows], axis=1)
-    return ranks
-
-
-def covers(
-    distances: FloatArray, neighbours: NDArray[np.int32] | None, subsets: BoolArray, compiled: bool
-) -> tuple[FloatArray, FloatArray]:
-    """Return the maximum and the mean, each (p,), of the distances to the nearest kept points."""
+def covers(distances: FloatArray, subsets: BoolArray) -> tuple[FloatArray, FloatArray]:
+    """Return the maximum and the mean, each (p,), of the distances from all points to the nearest kept ones."""
     largest, mean = np.empty(len(subsets)), np.empty(len(subsets))
-    rows = max(1, _CHUNK_ELEMENTS // len(distances))
-    for start in range(0, len(subsets), rows):
-        nearest = _nearest_kept(distances, neighbours, subsets[start : start + rows], compiled)
-        nearest.max(axis=1, out=largest[start : start + rows])
-        nearest.mean(axis=1, out=mean[start : start + rows])
+    for place, subset in enumerate(subsets):
+        nearest = distances[subset].min(axis=0)
+        largest[place], mean[place] = nearest.max(), nearest.mean()
     return largest, mean
-
-
-def _nearest_kept(
-    distances: FloatArray, neighbours: NDArray[np.int32] | None, subsets: BoolArray, compiled: bool
-) -> FloatArray:
-    """Return every point's distance to the nearest point of each subset, (p, n)."""
-    nearest = np.empty(subsets.shape)
-    few = (_FEW_COMPILED if compiled else _FEW) * np.sqrt(len(distances)) * len(subsets)
-    if neighbours is None or np.count_nonzero(subsets) < few:
-        # A loop over subsets, but each step is a minimum over k by n: 2 to 20 times faster for so few points.
-        for subset, row in zip(subsets, nearest, strict=True):
-            np.min(distances[subset], axis=0, out=row)
-    elif compiled:
-        kernels.compiled(kernels.nearest_kept)(distances, neighbours, subsets, nearest)
-    else:
-        _search(distances, neighbours, subsets.ravel(), nearest.ravel())
-    return nearest
-
-
-def _search(distances: FloatArray, neighbours: NDArray[np.int32], kept: BoolArray, nearest: FloatArray) -> None:
-    """Look through the neighbours of all points of all subsets, nearest first, until one is kept."""
-    # A cell is a point of a subset: subset * n + point, so that ``cells - points`` is where its subset's mask begins.
-    cells = np.arange(len(kept))
-    points = cells % len(distances)
-    for rank in range(len(distances)):
-        candidates = neighbours[points, rank]
-        found = kept[cells - points + candidates]
-        nearest[cells[found]] = distances[points[found], candidates[found]]
-        cells, points = cells[~found], points[~found]
-        if cells.size == 0:
-            return
 
 
 @checked()

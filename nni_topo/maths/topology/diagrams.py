@@ -9,10 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology.checks import DEGREE, ENGINE, FloatArray, IntArray, as_distances
+from nni_topo.maths.topology.checks import DEGREE, ENGINE, FloatArray, as_distances
 from nni_topo.maths.topology.clouds import pairwise_distances
-from nni_topo.maths.topology.kernels import use_compiled
-from nni_topo.maths.topology.loops import LARGEST, SortedEdges, loop_bars, sort_edges
 from nni_topo.maths.topology.spanning import subset_deaths
 from nni_topo.rules import checked
 
@@ -28,7 +26,6 @@ def rips_diagram(
     dimension: int = 0,
     engine: str = "exact",
     keep_infinite: bool = True,
-    compiled: bool | None = None,
 ) -> FloatArray:
     """Compute the persistence diagram of a point cloud's Vietoris-Rips filtration in one degree.
 
@@ -41,14 +38,11 @@ def rips_diagram(
     dimension : int, default 0
         Homology degree, >= 0: 0 for components, 1 for loops, 2 for voids.
     engine : {"exact", "gudhi"}, default "exact"
-        ``"exact"`` takes degree 0 from the minimum spanning tree, degree 1 of up to 320 points from the lunes
-        of its edges where numba is installed, and the rest from GUDHI's RipsPersistence, which is fast since
-        GUDHI 3.11; ``"gudhi"`` builds GUDHI's simplex tree, the reference. All are exact, with coefficients in
-        Z/2.
+        ``"exact"`` takes degree 0 from the minimum spanning tree, and the rest from GUDHI's RipsPersistence,
+        which is fast since GUDHI 3.11; ``"gudhi"`` builds GUDHI's simplex tree, the reference. Both are exact,
+        with coefficients in Z/2.
     keep_infinite : bool, default True
         False leaves out the infinite bar that degree 0 has.
-    compiled : bool, optional
-        True asks for the numba kernel in degree 1, False for GUDHI; default numba where it is installed.
 
     Returns
     -------
@@ -61,7 +55,7 @@ def rips_diagram(
     DataError
         If not exactly one of points and distances is given, or if they are malformed.
     ConfigError
-        If the dimension is negative, the engine is unknown, or ``compiled=True`` and numba isn't installed.
+        If the dimension is negative, or the engine is unknown.
 
     See Also
     --------
@@ -88,33 +82,17 @@ def rips_diagram(
         matrix = as_distances(distances)
     else:
         raise DataError("rips_diagram needs either points or distances, got both or neither")
-    edges = sort_edges(matrix) if use_compiled(compiled) and len(matrix) <= LARGEST else None
-    bars = diagrams_of(matrix, (int(dimension),), engine, edges=edges)[0]
+    bars = diagrams_of(matrix, (int(dimension),), engine)[0]
     return bars if keep_infinite else bars[np.isfinite(bars[:, 1])]
 
 
-def diagrams_of(
-    distances: FloatArray,
-    degrees: Sequence[int],
-    engine: str,
-    points: IntArray | None = None,
-    edges: SortedEdges | None = None,
-) -> list[FloatArray]:
-    """Do the work of `rips_diagram` on checked arguments: bars (bars, 2) per degree, of the subset `points` (k,)."""
-    chosen = np.arange(len(distances)) if points is None else points
-    bars: dict[int, FloatArray] = {}
-    if 1 in degrees and engine == "exact" and edges is not None and len(chosen) <= LARGEST:
-        bars[1] = loop_bars(edges, chosen)
-    rest = [degree for degree in degrees if degree not in bars]
-    if rest:
-        compute = _simplex_tree if engine == "gudhi" else _spanning_tree_and_ripser
-        matrix = distances if points is None else distances[np.ix_(chosen, chosen)]
-        bars.update(zip(rest, compute(matrix, rest), strict=True))
+def diagrams_of(distances: FloatArray, degrees: Sequence[int], engine: str) -> list[FloatArray]:
+    """Do the work of `rips_diagram` on checked arguments: bars (bars, 2) per degree."""
+    compute = _simplex_tree if engine == "gudhi" else _spanning_tree_and_ripser
     found = []
-    for degree in degrees:
-        births, deaths = bars[degree][:, 0], bars[degree][:, 1]
-        longest_first = np.lexsort((births, births - deaths))
-        found.append(bars[degree][longest_first])
+    for bars in compute(distances, degrees):
+        births, deaths = bars[:, 0], bars[:, 1]
+        found.append(bars[np.lexsort((births, births - deaths))])
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,12 +19,10 @@ from nni_topo.maths.topology.checks import (
     as_subsets,
 )
 from nni_topo.maths.topology.comparison import bottleneck_distance, wasserstein_distance
-from nni_topo.maths.topology.covering import covers, neighbour_ranks
+from nni_topo.maths.topology.covering import covers
 from nni_topo.maths.topology.diagrams import diagrams_of, ripser_bars
-from nni_topo.maths.topology.kernels import use_compiled
-from nni_topo.maths.topology.loops import sort_edges
 from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
-from nni_topo.maths.topology.spanning import line_order, subset_deaths
+from nni_topo.maths.topology.spanning import subset_deaths
 from nni_topo.rules import all_of, checked, one_of
 
 CRITERIA = ("bottleneck", "wasserstein", "hausdorff", "cover")
@@ -58,8 +56,6 @@ class SubsetFitness:
         Order of the Wasserstein distance, in [1, inf).
     combine : {"max", "sum"}, default "max"
         Whether the bottleneck distances of the homology dimensions are compared or added.
-    compiled : bool, optional
-        True asks for numba kernels, False for numpy; default numba where it is installed.
 
     Attributes
     ----------
@@ -71,8 +67,7 @@ class SubsetFitness:
     DataError
         If an array is malformed.
     ConfigError
-        If the criterion, the engine or the combination is unknown, a dimension is < 0, the order isn't in [1, inf), or
-        ``compiled=True`` and numba isn't installed.
+        If the criterion, the engine or the combination is unknown, a dimension is < 0, or the order isn't in [1, inf).
 
     Notes
     -----
@@ -104,26 +99,16 @@ class SubsetFitness:
         engine: str = "exact",
         order: float = 2.0,
         combine: Combination = "max",
-        compiled: bool | None = None,
     ) -> None:
         self._largest = criterion == "bottleneck" and combine == "max"
         self.criterion, self.engine, self.order = criterion, engine, order
         self.homology_dimensions = tuple(map(int, homology_dimensions))
-        self.compiled = use_compiled(compiled)
         self._distances = as_distances(distances)
         self.base = base if base is None else as_index(base, len(self._distances), "base")
         self._cache: dict[bytes, float] = {}
-        if self._covers:
-            self._neighbours = neighbour_ranks(self._distances)
-        else:
-            # Points on a line, such as single weights, need no trees, and enclose no loops.
-            self._order = line_order(self._distances) if self.engine == "exact" else None
-            drawn = [degree for degree in self.homology_dimensions if degree == 0 or self._order is None]
-            # The kernel for loops starts from sorted edges; without it degree 1 is Ripser's.
-            loops = self.compiled and self.engine == "exact" and 1 in drawn
-            self._edges = sort_edges(self._distances) if loops else None
-            found = dict(zip(drawn, diagrams_of(self._distances, drawn, self.engine, edges=self._edges), strict=True))
-            self._whole = {degree: found.get(degree, np.empty((0, 2))) for degree in self.homology_dimensions}
+        if not self._covers:
+            diagrams = diagrams_of(self._distances, self.homology_dimensions, self.engine)
+            self._whole = dict(zip(self.homology_dimensions, diagrams, strict=True))
 
     @property
     def evaluations(self) -> int:
@@ -164,7 +149,7 @@ class SubsetFitness:
 
     def _score(self, subsets: BoolArray) -> FloatArray:
         if self._covers:
-            largest, mean = covers(self._distances, self._neighbours, subsets, self.compiled)
+            largest, mean = covers(self._distances, subsets)
             return largest if self.criterion == "hausdorff" else mean
         if self.engine == "gudhi":
             parts = self._by_diagram(subsets, self.homology_dimensions)
@@ -183,31 +168,28 @@ class SubsetFitness:
         sizes, losses = subsets.sum(axis=1), np.empty(len(subsets))
         for size in np.unique(sizes):
             same = sizes == size
-            deaths = subset_deaths(self._distances, subsets[same], self.compiled, self._order)
+            deaths = subset_deaths(self._distances, subsets[same])
             if self.criterion == "bottleneck":
                 losses[same] = closed_bottleneck(deaths, whole)
             else:
-                losses[same] = closed_wasserstein(deaths, whole, self.order, self.compiled)
+                losses[same] = closed_wasserstein(deaths, whole, self.order)
         return losses
 
     def _by_diagram(self, subsets: BoolArray, degrees: Sequence[int]) -> list[FloatArray]:
         """Score degrees one subset after the other, by the diagrams of the distance submatrix."""
         if not degrees:
             return []
-        if self._order is not None:
-            return [np.zeros(len(subsets)) for _ in degrees]
         losses = np.empty((len(degrees), len(subsets)))
-        chosen = (np.flatnonzero(subset) for subset in subsets)
-        found: Iterable[list[FloatArray]]
-        if self.engine == "gudhi" or self._edges is not None:
-            found = (diagrams_of(self._distances, degrees, self.engine, points, self._edges) for points in chosen)
+        matrices = (self._distances[np.ix_(subset, subset)] for subset in subsets)
+        if self.engine == "gudhi":
+            found = (diagrams_of(matrix, degrees, self.engine) for matrix in matrices)
         else:
-            found = ripser_bars((self._distances[np.ix_(points, points)] for points in chosen), degrees)
+            found = ripser_bars(matrices, degrees)
         for column, bars in enumerate(found):
             losses[:, column] = [self._loss(degree, part) for degree, part in zip(degrees, bars, strict=True)]
         return list(losses)
 
     def _loss(self, degree: int, bars: FloatArray) -> float:
         if self.criterion == "bottleneck":
-            return bottleneck_distance(bars, self._whole[degree], engine=self.engine, compiled=self.compiled)
-        return wasserstein_distance(bars, self._whole[degree], self.order, engine=self.engine, compiled=self.compiled)
+            return bottleneck_distance(bars, self._whole[degree], engine=self.engine)
+        return wasserstein_distance(bars, self._whole[degree], self.order, engine=self.engine)

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import ORDER, FloatArray, as_deaths
 from nni_topo.rules import checked
 
@@ -69,9 +68,7 @@ def closed_bottleneck(first: FloatArray, second: FloatArray) -> FloatArray:
 
 
 @checked(order=ORDER)
-def h0_wasserstein(
-    deaths_a: ArrayLike, deaths_b: ArrayLike, order: float = 2.0, *, compiled: bool | None = None
-) -> FloatArray | float:
+def h0_wasserstein(deaths_a: ArrayLike, deaths_b: ArrayLike, order: float = 2.0) -> FloatArray | float:
     """Compute the Wasserstein distance of H0 diagrams from their finite death times.
 
     Parameters
@@ -83,8 +80,6 @@ def h0_wasserstein(
     order : float, default 2
         Exponent q in [1, inf); the ground metric is the maximum norm, so a bar of length d lies d / 2
         from the diagonal.
-    compiled : bool, optional
-        True asks for the numba kernel, False for numpy; default numba where it is installed.
 
     Returns
     -------
@@ -96,7 +91,7 @@ def h0_wasserstein(
     DataError
         If death times are negative, not finite or not sorted descending.
     ConfigError
-        If the order isn't in [1, inf), or ``compiled=True`` and numba isn't installed.
+        If the order isn't in [1, inf).
 
     Notes
     -----
@@ -111,22 +106,17 @@ def h0_wasserstein(
     2.0
     """
     first, second = np.atleast_2d(as_deaths(deaths_a, "deaths_a")), _one_list(deaths_b)
-    return _like(deaths_a, closed_wasserstein(first, second, order, compiled))
+    return _like(deaths_a, closed_wasserstein(first, second, order))
 
 
-def closed_wasserstein(first: FloatArray, second: FloatArray, order: float, compiled: bool | None = None) -> FloatArray:
+def closed_wasserstein(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
     """Do the work of `h0_wasserstein` on checked lists of shape (p, r) and (m,)."""
     largest = max(first.max(initial=0.0), second.max(initial=0.0))
     if largest == 0.0:
         return np.zeros(len(first))
     # Powers of numbers up to 1 don't overflow, whatever the order; the unit comes back with the root.
     first, second = first / largest, second / largest
-    if kernels.use_compiled(compiled):
-        costs = np.empty(len(first))
-        kernels.compiled(kernels.wasserstein)(first, second, order, costs)
-    else:
-        costs = _align(first, second, order)
-    return np.asarray(largest * costs ** (1.0 / order))
+    return np.asarray(largest * _align(first, second, order) ** (1.0 / order))
 
 
 def _align(first: FloatArray, second: FloatArray, order: float) -> FloatArray:

@@ -7,8 +7,7 @@ from numpy.typing import ArrayLike
 
 from nni_topo.errors import DataError
 from nni_topo.maths.ties import FLOOR, first_largest
-from nni_topo.maths.topology import kernels
-from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_distances, as_points, as_subsets
+from nni_topo.maths.topology.checks import BoolArray, FloatArray, as_distances, as_points, as_subsets
 from nni_topo.maths.topology.clouds import pairwise_distances
 from nni_topo.rules import checked
 
@@ -16,7 +15,7 @@ _CHUNK_ELEMENTS = 1 << 16
 
 
 @checked()
-def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None, *, compiled: bool | None = None) -> FloatArray:
+def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None) -> FloatArray:
     """Compute the finite death times of H0 of a cloud, or of many subsets of it.
 
     In the Vietoris-Rips filtration every point is born at 0, and components die along the edges of the
@@ -28,21 +27,16 @@ def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None, *, compile
         Finite symmetric distances, 0 on the diagonal.
     subsets : array_like of bool, shape (p, n), optional
         The points of each subset, the same number k >= 1 in each; default the whole cloud.
-    compiled : bool, optional
-        True asks for the numba kernel, False for numpy; default numba where it is installed. Both return
-        the same numbers: they are entries of `distances`.
 
     Returns
     -------
     ndarray of float64, shape (n - 1,) or (p, k - 1)
-        Death times in the unit of the distances, sorted descending.
+        Death times in the unit of the distances, sorted descending; all are entries of `distances`.
 
     Raises
     ------
     DataError
         If the distances aren't a distance matrix, or the subsets are empty or of different sizes.
-    ConfigError
-        If ``compiled=True`` and numba isn't installed.
 
     Notes
     -----
@@ -65,12 +59,12 @@ def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None, *, compile
     matrix = as_distances(distances)
     if subsets is None:
         whole = np.ones((1, len(matrix)), dtype=np.bool_)
-        return subset_deaths(matrix, whole, compiled).ravel()
+        return subset_deaths(matrix, whole).ravel()
     masks = as_subsets(subsets, len(matrix))
     sizes = masks.sum(axis=1)
     if sizes.size and sizes.min() != sizes.max():
         raise DataError(f"subsets must have the same size, got sizes from {sizes.min()} to {sizes.max()}")
-    return subset_deaths(matrix, masks, compiled)
+    return subset_deaths(matrix, masks)
 
 
 @checked()
@@ -126,42 +120,14 @@ def distinct_points(points: ArrayLike) -> int:
     return first_largest(ratios) + 2
 
 
-def line_order(distances: FloatArray) -> IntArray | None:
-    """Return an order (n,) of points that lie as on a line: distances never fall away from a point. None without one.
-
-    `pairwise_distances` of points with one coordinate always has one. O(n^2) if there is one; of other clouds mostly
-    the first rows tell.
-    """
-    # The point that is farthest from any other is an end of the line.
-    end = distances[0].argmax()
-    order: IntArray = np.argsort(distances[end], kind="stable")
-    for place, point in enumerate(order):
-        row = distances[point, order]
-        steps = np.diff(row)
-        if (steps[place:] < 0.0).any() or (steps[:place] > 0.0).any():
-            return None
-    return order
-
-
-def subset_deaths(
-    distances: FloatArray, subsets: BoolArray, compiled: bool | None = None, order: IntArray | None = None
-) -> FloatArray:
-    """Do the work of `h0_deaths` on arguments that were checked before; `order` is the cloud's `line_order`, if any."""
+def subset_deaths(distances: FloatArray, subsets: BoolArray) -> FloatArray:
+    """Do the work of `h0_deaths` on arguments that were checked before."""
     if len(subsets) == 0:
         return np.empty((0, 0))
     size = int(np.count_nonzero(subsets[0]))
-    if order is not None:
-        # On a line the tree joins neighbours: no edge between two points is shorter than one on the way from the one to
-        # the other. All spanning trees of the least length have the same edge lengths, so these are Prim's, to the bit.
-        chosen = np.broadcast_to(order, subsets.shape)[subsets[:, order]].reshape(len(subsets), size)
-        deaths = distances[chosen[:, :-1], chosen[:, 1:]]
-    elif kernels.use_compiled(compiled):
-        deaths = np.empty((len(subsets), size - 1))
-        kernels.compiled(kernels.prim)(distances, subsets, deaths)
-    else:
-        rows = max(1, _CHUNK_ELEMENTS // len(distances))
-        chunks = [subsets[i : i + rows] for i in range(0, len(subsets), rows)]
-        deaths = np.concatenate([_prim(distances, chunk, size) for chunk in chunks])
+    rows = max(1, _CHUNK_ELEMENTS // len(distances))
+    chunks = [subsets[i : i + rows] for i in range(0, len(subsets), rows)]
+    deaths = np.concatenate([_prim(distances, chunk, size) for chunk in chunks])
     deaths.sort(axis=1)
     return np.ascontiguousarray(deaths[:, ::-1])
 

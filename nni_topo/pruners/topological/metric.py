@@ -140,12 +140,10 @@ def _chosen(
     if search is None or keep == cloud.size:
         return cover, [], False
     criterion, _, summed = settings.criterion.partition("_")
-    # Points on a line, such as single weights, have no loops.
-    is_line = 0 in settings.homology_dimensions and cloud.points.shape[1] == 1
     fitness = topology.SubsetFitness(
         cloud.distances,
         criterion,
-        homology_dimensions=(0,) if is_line else settings.homology_dimensions,
+        homology_dimensions=settings.homology_dimensions,
         base=cloud.base,
         engine=search.engine,
         combine="sum" if summed else "max",

@@ -39,21 +39,21 @@ def exhaustive_bottleneck(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_bottleneck_is_the_least_feasible_threshold(seed, compiled):
+def test_bottleneck_is_the_least_feasible_threshold(seed):
     a, b = make_diagram(seed, 9), make_diagram(seed + 3000, 9)
     exact = exhaustive_bottleneck(a, b)
-    assert bottleneck_distance(a, b, compiled=compiled) == pytest.approx(exact, rel=1e-12, abs=1e-15)
+    assert bottleneck_distance(a, b) == pytest.approx(exact, rel=1e-12, abs=1e-15)
     assert bottleneck_distance(a, b, engine="gudhi") >= exact - 1e-9
 
 
-def test_bottleneck_equals_gudhi_except_where_gudhi_stops_early(compiled):
+def test_bottleneck_equals_gudhi_except_where_gudhi_stops_early():
     pairs = [(make_diagram(seed, 40), make_diagram(seed + 5000, 40)) for seed in range(400)]
     differences = np.array([bottleneck_distance(a, b, engine="gudhi") - bottleneck_distance(a, b) for a, b in pairs])
     assert (differences > -1e-9).all()
     assert (np.abs(differences) > 1e-9).sum() <= 4
 
 
-def test_bottleneck_where_gudhi_through_3_13_errs(compiled):
+def test_bottleneck_where_gudhi_through_3_13_errs():
     """Seven bars can match seven, so that the eighth is dropped; GUDHI 3.13 drops the seventh: 1.917 / 2."""
     kept = [2.132, 1.952, 1.929, 1.811, 1.801, 1.778, 1.262]
     whole = [2.172, 2.156, 2.132, 2.091, 2.018, 1.952, 1.917, 1.905, 1.786, 1.708, 1.458, 1.433, 1.377, 1.335]
@@ -61,7 +61,7 @@ def test_bottleneck_where_gudhi_through_3_13_errs(compiled):
     a, b = (np.stack([np.zeros(len(deaths)), deaths], axis=1) for deaths in (kept, whole))
     assert exhaustive_bottleneck(a, b) == 1.905 / 2
     assert bottleneck_distance(a, b) == 1.905 / 2
-    assert bottleneck_distance(a + 1.0, b + 1.0, compiled=compiled) == pytest.approx(1.905 / 2, rel=1e-12)
+    assert bottleneck_distance(a + 1.0, b + 1.0) == pytest.approx(1.905 / 2, rel=1e-12)
     assert bottleneck_distance(a, b, engine="gudhi") >= 1.905 / 2
 
 

@@ -18,44 +18,40 @@ from nni_topo.topology import (
 )
 
 
-def mean_cover(distances, subsets, base=None, *, compiled=None):
-    return SubsetFitness(distances, "cover", base=base, compiled=compiled)(subsets)
+def mean_cover(distances, subsets, base=None):
+    return SubsetFitness(distances, "cover", base=base)(subsets)
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_covers_equal_direct_computation(seed, compiled):
+def test_covers_equal_direct_computation(seed):
     points = make_cloud(seed)
     distances = pairwise_distances(points)
     subsets = make_subsets(seed, 9, len(points))
     nearest = [distances[subset].min(axis=0) for subset in subsets]
-    np.testing.assert_array_equal(
-        hausdorff_to_subset(distances, subsets, compiled=compiled), [row.max() for row in nearest]
-    )
-    np.testing.assert_allclose(
-        mean_cover(distances, subsets, compiled=compiled), [row.mean() for row in nearest], rtol=1e-12
-    )
+    np.testing.assert_array_equal(hausdorff_to_subset(distances, subsets), [row.max() for row in nearest])
+    np.testing.assert_allclose(mean_cover(distances, subsets), [row.mean() for row in nearest], rtol=1e-12)
     expected = [directed_hausdorff(points, points[subset])[0] for subset in subsets]
     np.testing.assert_allclose(hausdorff_to_subset(distances, subsets), expected, rtol=1e-8, atol=1e-12)
 
 
-def test_a_base_point_is_always_kept(compiled):
+def test_a_base_point_is_always_kept():
     distances = pairwise_distances(with_origin([[3.0], [-1.0], [10.0]]))
     subsets = np.array([[False, False, True, False], [False, False, False, True]])
-    np.testing.assert_array_equal(hausdorff_to_subset(distances, subsets, 3, compiled=compiled), [3.0, 10.0])
-    np.testing.assert_array_equal(mean_cover(distances, subsets, 3, compiled=compiled), [1.0, 3.5])
+    np.testing.assert_array_equal(hausdorff_to_subset(distances, subsets, 3), [3.0, 10.0])
+    np.testing.assert_array_equal(mean_cover(distances, subsets, 3), [1.0, 3.5])
     assert not subsets[0, 3]
 
 
 @pytest.mark.parametrize("size", [3, 40, 250])
 @pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.quick_every(3)
-def test_large_populations_are_worked_off_in_chunks(size, grid, compiled):
+def test_every_row_is_of_its_own_subset(size, grid):
     rng = np.random.default_rng(0)
     points = rng.integers(0, 9, size=(500, 3)) if grid else rng.normal(size=(500, 3))
     distances = pairwise_distances(points)
     subsets = make_subsets(1, 900, 500, size)
-    values = hausdorff_to_subset(distances, subsets, compiled=compiled)
-    means = mean_cover(distances, subsets, compiled=compiled)
+    values = hausdorff_to_subset(distances, subsets)
+    means = mean_cover(distances, subsets)
     for row in (0, 523, 524, 899):
         nearest = distances[subsets[row]].min(axis=0)
         assert values[row] == nearest.max()

@@ -17,17 +17,17 @@ def positive(bars: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("dimension", [0, 1, 2])
-def test_exact_diagrams_equal_the_simplex_tree(seed, dimension, compiled):
+def test_exact_diagrams_equal_the_simplex_tree(seed, dimension):
     distances = pairwise_distances(make_cloud(seed))
-    exact = rips_diagram(distances=distances, dimension=dimension, compiled=compiled)
+    exact = rips_diagram(distances=distances, dimension=dimension)
     reference = rips_diagram(distances=distances, dimension=dimension, engine="gudhi")
     np.testing.assert_allclose(positive(exact), positive(reference), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("points", "features"), [(90, 2), (70, 40), (130, 300)])
-def test_many_loops_equal_ripser(points, features, compiled):
+def test_many_loops_equal_ripser(points, features):
     distances = pairwise_distances(np.random.default_rng(points).normal(size=(points, features)))
-    bars = rips_diagram(distances=distances, dimension=1, compiled=compiled)
+    bars = rips_diagram(distances=distances, dimension=1)
     rips = RipsPersistence(homology_dimensions=1, input_type="lower distance matrix")
     np.testing.assert_array_equal(positive(bars), positive(rips.fit_transform([distances])[0]))
 
@@ -45,7 +45,7 @@ def test_octahedron_has_one_void():
 
 
 @pytest.mark.parametrize("engine", ["exact", "gudhi"])
-def test_coefficients_are_those_of_two_elements(engine, compiled):
+def test_coefficients_are_those_of_two_elements(engine):
     """The projective plane has a loop and a void over Z/2, and neither over a field of another characteristic."""
     # half an icosahedron; its corners, edges and faces are points, at distance 1 where one lies in the other
     rim = [1, 2, 3, 4, 5]
@@ -56,7 +56,7 @@ def test_coefficients_are_those_of_two_elements(engine, compiled):
     assert len(cells) == 6 + 15 + 10
     distances = np.array([[0.0 if a == b else 1.0 if a < b or b < a else 2.0 for a in cells] for b in cells])
     for dimension in (1, 2):
-        bars = rips_diagram(distances=distances, dimension=dimension, engine=engine, compiled=compiled)
+        bars = rips_diagram(distances=distances, dimension=dimension, engine=engine)
         np.testing.assert_array_equal(positive(bars), [[1.0, 2.0]])
 
 

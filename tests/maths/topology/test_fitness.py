@@ -11,14 +11,14 @@ from nni_topo.topology import CRITERIA, SubsetFitness, h0_deaths, pairwise_dista
 @pytest.mark.parametrize("block", range(20))
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.quick_every(8)
-def test_engines_agree_on_200_clouds(block, criterion, compiled):
+def test_engines_agree_on_200_clouds(block, criterion):
     for seed in range(10 * block, 10 * block + 10):
         cloud = make_cloud(seed)
         base = len(cloud) if seed % 3 == 0 else None
         distances = pairwise_distances(cloud if base is None else with_origin(cloud))
         subsets = make_subsets(seed, 3, len(distances))
         knobs = {"homology_dimensions": ((0,), (1,), (0, 1))[seed % 3], "base": base}
-        exact = SubsetFitness(distances, criterion, compiled=compiled, **knobs)(subsets)
+        exact = SubsetFitness(distances, criterion, **knobs)(subsets)
         gudhi = SubsetFitness(distances, criterion, engine="gudhi", **knobs)(subsets)
         np.testing.assert_allclose(exact, gudhi, rtol=1e-9, atol=1e-9 * max(1.0, distances.max()), err_msg=str(seed))
 
@@ -81,14 +81,14 @@ def test_subsets_are_scored_once():
     np.testing.assert_allclose(again, SubsetFitness(distances, "wasserstein")(np.vstack([subsets[::-1], more])))
 
 
-def test_points_on_a_line_enclose_no_loops(compiled):
+def test_points_on_a_line_enclose_no_loops():
     line = np.array([0.0, 3.0, 1.0, 7.0, 4.5])
     distances = abs(np.subtract.outer(line, line))
     subsets = [[True, True, False, True, False], [False, True, True, True, True]]
-    both = SubsetFitness(distances, "bottleneck", homology_dimensions=(0, 1), combine="sum", compiled=compiled)
-    alone = SubsetFitness(distances, "bottleneck", compiled=compiled)
+    both = SubsetFitness(distances, "bottleneck", homology_dimensions=(0, 1), combine="sum")
+    alone = SubsetFitness(distances, "bottleneck")
     assert both(subsets).tolist() == alone(subsets).tolist()
-    loops = SubsetFitness(distances, "wasserstein", homology_dimensions=(1,), compiled=compiled)
+    loops = SubsetFitness(distances, "wasserstein", homology_dimensions=(1,))
     assert loops(subsets).tolist() == [0.0, 0.0]
 
 
@@ -139,12 +139,11 @@ def test_bad_populations_are_refused():
         fitness([[True, False], [False, False]])
 
 
-@pytest.mark.parametrize("compiled", [False, None])
 @pytest.mark.parametrize("kind", [np.bool_, np.int64, np.float64])
-def test_covering_is_the_largest_or_the_mean_distance_to_the_nearest_kept_point(compiled, kind):
+def test_covering_is_the_largest_or_the_mean_distance_to_the_nearest_kept_point(kind):
     distances = pairwise_distances(np.random.default_rng(2).normal(size=(30, 3)))
     subsets = make_subsets(2, 12, 30, 9)
     nearest = np.array([distances[:, subset].min(axis=1) for subset in subsets])
     for criterion, expected in (("hausdorff", nearest.max(axis=1)), ("cover", nearest.mean(axis=1))):
-        found = SubsetFitness(distances, criterion, compiled=compiled)(subsets.astype(kind))
+        found = SubsetFitness(distances, criterion)(subsets.astype(kind))
         np.testing.assert_allclose(found, expected, rtol=1e-12)

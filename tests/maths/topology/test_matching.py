@@ -39,7 +39,7 @@ def augmented(a, b, order: float) -> float:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_both_distances_are_minimal_over_all_matchings(seed, compiled):
+def test_both_distances_are_minimal_over_all_matchings(seed):
     rng = np.random.default_rng(seed)
     n, m = rng.integers(0, 5, 2)
     draw = rng.integers(0, 6, n + m).astype(float) if seed % 2 else rng.pareto(1.0, n + m)
@@ -48,36 +48,36 @@ def test_both_distances_are_minimal_over_all_matchings(seed, compiled):
     assert h0_bottleneck(a, b) == pytest.approx(min(map(max, options)), rel=1e-12)
     for order in (1.0, 2.0, 3.5):
         expected = min(sum(c**order for c in costs) for costs in options) ** (1 / order)
-        assert h0_wasserstein(a, b, order, compiled=compiled) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert h0_wasserstein(a, b, order) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_wasserstein_equals_the_assignment(seed, compiled):
+def test_wasserstein_equals_the_assignment(seed):
     rng = np.random.default_rng(1000 + seed)
     n, m = rng.integers(0, 40, 2)
     spread = (0.01, 1.0, 3.0)[seed % 3]
     a, b = (np.sort(np.exp(spread * rng.normal(size=size)))[::-1] for size in (n, m))
     for order in (1.0, 2.0):
         expected = augmented(a, b, order)
-        assert h0_wasserstein(a, b, order, compiled=compiled) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+        assert h0_wasserstein(a, b, order) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_the_longest_bars_are_not_always_matched(compiled):
-    assert h0_wasserstein([100.0, 1.0], [1.0], compiled=compiled) == pytest.approx(50.0)
+def test_the_longest_bars_are_not_always_matched():
+    assert h0_wasserstein([100.0, 1.0], [1.0]) == pytest.approx(50.0)
     assert h0_bottleneck([100.0, 1.0], [1.0]) == 50.0
 
 
-def test_batches_equal_single_calls(compiled):
+def test_batches_equal_single_calls():
     rng = np.random.default_rng(0)
     a, b = -np.sort(-rng.random((9, 6))), -np.sort(-rng.random(11))
     np.testing.assert_array_equal(h0_bottleneck(a, b), [h0_bottleneck(row, b) for row in a])
     np.testing.assert_allclose(
-        h0_wasserstein(a, b, compiled=compiled),
-        [h0_wasserstein(row, b, compiled=compiled) for row in a],
+        h0_wasserstein(a, b),
+        [h0_wasserstein(row, b) for row in a],
         rtol=1e-12,
     )
     assert h0_bottleneck(a[:, :0], b).shape == (9,)
-    np.testing.assert_allclose(h0_wasserstein(a[:, :0], b, compiled=compiled), np.linalg.norm(b / 2), rtol=1e-12)
+    np.testing.assert_allclose(h0_wasserstein(a[:, :0], b), np.linalg.norm(b / 2), rtol=1e-12)
 
 
 @given(lists, lists, lists, st.floats(1e-3, 1e3))
@@ -98,11 +98,11 @@ def test_wasserstein_falls_towards_bottleneck_with_the_order(a, b):
     assert all(x >= y - 1e-9 for x, y in itertools.pairwise(values))
 
 
-def test_tiny_distances_keep_their_digits(compiled):
+def test_tiny_distances_keep_their_digits():
     a = np.linspace(2.0, 1.0, 50)
     b = a + 1e-9 * np.cos(np.arange(50))
     expected = np.linalg.norm(a - b)
-    assert h0_wasserstein(a, b, compiled=compiled) == pytest.approx(expected, rel=1e-6, abs=0)
+    assert h0_wasserstein(a, b) == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize(

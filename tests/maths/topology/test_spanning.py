@@ -7,7 +7,6 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from topology_clouds import make_cloud, make_subsets
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology.spanning import line_order, subset_deaths
 from nni_topo.topology import distinct_points, h0_deaths, maximum_spanning_tree, pairwise_distances
 
 
@@ -19,62 +18,35 @@ def reference_deaths(distances: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_batched_trees_equal_scipy_per_subset(seed, compiled):
+def test_batched_trees_equal_scipy_per_subset(seed):
     distances = pairwise_distances(make_cloud(seed))
     n = len(distances)
     for size in {1, min(2, n), (n + 1) // 2, n}:
         subsets = make_subsets(seed, 7, n, size)
-        deaths = h0_deaths(distances, subsets, compiled=compiled)
+        deaths = h0_deaths(distances, subsets)
         assert deaths.shape == (7, size - 1)
         for subset, row in zip(subsets, deaths, strict=True):
             np.testing.assert_array_equal(row, reference_deaths(distances[np.ix_(subset, subset)]))
 
 
 @pytest.mark.parametrize("size", [5, 90, 200, 400])
-def test_sparse_and_dense_subsets_in_several_chunks(size, compiled):
+def test_sparse_and_dense_subsets_in_several_chunks(size):
     distances = pairwise_distances(np.random.default_rng(0).normal(size=(400, 6)))
     subsets = make_subsets(1, 130, 400, size)
-    deaths = h0_deaths(distances, subsets, compiled=compiled)
+    deaths = h0_deaths(distances, subsets)
     for row in (0, 64, 129):
         expected = reference_deaths(distances[np.ix_(subsets[row], subsets[row])])
         np.testing.assert_array_equal(deaths[row], expected)
 
 
-def test_deaths_by_hand(compiled):
+def test_deaths_by_hand():
     line = np.array([0.0, 1.0, 5.0, 5.0])
     distances = np.abs(np.subtract.outer(line, line))
-    np.testing.assert_array_equal(h0_deaths(distances, compiled=compiled), [4.0, 1.0, 0.0])
+    np.testing.assert_array_equal(h0_deaths(distances), [4.0, 1.0, 0.0])
     subsets = [[True, False, True, False], [False, False, True, True]]
-    np.testing.assert_array_equal(h0_deaths(distances, subsets, compiled=compiled), [[5.0], [0.0]])
-    assert h0_deaths([[0.0]], compiled=compiled).shape == (0,)
-    assert h0_deaths(distances, np.empty((0, 4), dtype=bool), compiled=compiled).shape == (0, 0)
-
-
-def line(seed: int) -> np.ndarray:
-    """Points with one coordinate, of any scale; every second cloud has equal points and equal gaps."""
-    rng = np.random.default_rng(seed)
-    points = rng.normal(size=(40, 1)) if seed % 2 else rng.integers(-9, 9, size=(40, 1)).astype(float)
-    return points * 10.0 ** rng.integers(-12, 12) + rng.normal()
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_on_a_line_neighbours_are_joined_as_a_tree_joins_them(seed, compiled):
-    distances = pairwise_distances(line(seed))
-    order = line_order(distances)
-    for size in (1, 2, 20, 40):
-        subsets = make_subsets(seed, 7, 40, size)
-        joined = subset_deaths(distances, subsets, compiled, order)
-        np.testing.assert_array_equal(joined, subset_deaths(distances, subsets, compiled))
-        assert joined.shape == (7, size - 1)
-
-
-def test_points_with_one_coordinate_have_an_order_and_others_have_none():
-    for seed in range(20):
-        points = line(seed)
-        order = line_order(pairwise_distances(points))
-        steps = np.diff(points[order, 0])
-        assert (steps >= 0).all() or (steps <= 0).all()
-        assert line_order(pairwise_distances(np.hstack([points, points[::-1]]))) is None
+    np.testing.assert_array_equal(h0_deaths(distances, subsets), [[5.0], [0.0]])
+    assert h0_deaths([[0.0]]).shape == (0,)
+    assert h0_deaths(distances, np.empty((0, 4), dtype=bool)).shape == (0, 0)
 
 
 @given(st.integers(0, 10_000), st.floats(1e-3, 1e3))
