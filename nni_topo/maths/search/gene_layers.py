@@ -9,36 +9,29 @@ from numpy.typing import NDArray
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
-_FIRST_CHUNK = 1024
 
 
 class GeneLayer:
-    """One target's magnitudes, shape (weights,), at least 0: their ranking, and how many weights have to stay."""
+    """One target's magnitudes, shape (weights,), at least 0, and how many of its weights have to stay."""
 
     def __init__(self, magnitudes: NDArray[np.floating[Any]], cap: float = 1.0) -> None:
         self.magnitudes = magnitudes
-        self.order = magnitudes.argsort(kind="stable").astype(np.int32)
-        self.ascending = magnitudes[self.order]
-        self.span = float(self.ascending[-1] - self.ascending[0])
+        self.span = float(magnitudes.max() - magnitudes.min())
         self.size = len(magnitudes)
         # `cap` is the largest share that may go; one weight stays in any case.
         self.least = max(1, self.size - int(self.size * cap))
 
-    def drop_weakest(self, alive: BoolArray, floor: int, rate: float) -> int:
-        """Remove the weakest remaining weight and those within ``rate`` of the range above it; return the new floor."""
-        # Nothing remains below the rank `floor`, so that the search for the weakest needn't start at 0.
-        first = self._weakest(alive, floor)
-        bound = self.ascending.dtype.type(self.ascending[first] + rate * self.span)
-        stop = max(int(np.searchsorted(self.ascending, bound)), first + 1)
-        if stop - first > _FIRST_CHUNK:  # reading all magnitudes in a row beats a jump per weight
-            survivors = alive & (self.magnitudes >= bound)
-            if np.count_nonzero(survivors) >= self.least:
-                alive[:] = survivors
-                return stop
-        ranks = first + np.flatnonzero(alive[self.order[first:stop]])
+    def drop_weakest(self, alive: BoolArray, rate: float) -> None:
+        """Remove the weakest remaining weight and those within ``rate`` of the range above it."""
+        weakest = self.magnitudes[alive].min()
+        bound = self.magnitudes.dtype.type(weakest + rate * self.span)
+        weak = np.flatnonzero(alive & (self.magnitudes < bound))
+        if not len(weak):
+            weak = np.flatnonzero(alive & (self.magnitudes == weakest))[:1]
         allowed = np.count_nonzero(alive) - self.least
-        alive[self.order[ranks[:allowed]]] = False
-        return stop if len(ranks) <= allowed else int(ranks[allowed])
+        if len(weak) > allowed:
+            weak = weak[self.magnitudes[weak].argsort(kind="stable")[:allowed]]
+        alive[weak] = False
 
     def drop_random(self, alive: BoolArray, rate: float, rng: np.random.Generator) -> None:
         """Remove a share of the remaining weights at random."""
@@ -46,23 +39,12 @@ class GeneLayer:
         count = min(max(1, int(rate * kept)), kept - self.least)
         alive[random_subset(alive, kept, count, rng)] = False
 
-    def revive(self, alive: BoolArray) -> bool:
-        """Bring the strongest removed weights back until as many stay as have to; say whether any did."""
+    def revive(self, alive: BoolArray) -> None:
+        """Bring the strongest removed weights back until as many stay as have to."""
         missing = self.least - np.count_nonzero(alive)
-        if missing <= 0:
-            return False
-        descending = self.order[::-1]
-        alive[descending[~alive[descending]][:missing]] = True
-        return True
-
-    def _weakest(self, alive: BoolArray, floor: int) -> int:
-        chunk = _FIRST_CHUNK
-        while True:
-            hits = alive[self.order[floor : floor + chunk]]
-            if hits.any():
-                return floor + int(hits.argmax())
-            floor += chunk
-            chunk *= 2
+        if missing > 0:
+            removed = np.flatnonzero(~alive)
+            alive[removed[self.magnitudes[removed].argsort(kind="stable")[-missing:]]] = True
 
 
 def random_subset(alive: BoolArray, kept: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:

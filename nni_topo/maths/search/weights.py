@@ -110,9 +110,9 @@ class HistoryRow(NamedTuple):
 class Individual(Chromosome):
     """Packed genes with their history."""
 
-    def __init__(self, genes: Bytes, number: int, floors: tuple[int, ...], born: int, partner: int) -> None:
+    def __init__(self, genes: Bytes, number: int, born: int, partner: int) -> None:
         super().__init__(genes)
-        self.number, self.floors, self.born, self.partner = number, floors, born, partner
+        self.number, self.born, self.partner = number, born, partner
         self.accuracy = 0.0
         self.compression = 0.0
 
@@ -157,7 +157,6 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
     def create_initial_population(self) -> None:
         """Make generation 0: all weights, then individuals that lost some at random."""
         low, high = self.settings.damage_range
-        floors = (0,) * len(self.layers)
         self.children = []
         for index in range(self.population_size):
             alive = np.ones(self.size, dtype=np.bool_)
@@ -165,7 +164,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
             for layer, part in self._parts(alive):
                 count = min(int(rate * layer.size), layer.size - layer.least)
                 part[self.rng.choice(layer.size, count, replace=False, shuffle=False)] = False
-            self.children.append(self._born(alive, index, floors, -1))
+            self.children.append(self._born(alive, index, -1))
         self.current_generation: list[Individual] = []
 
     def create_new_population(self) -> None:
@@ -206,7 +205,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
 
     def _child(self, place: int) -> Individual:
         parent = self.current_generation[place]
-        alive, floors, partner = self.genes(parent), list(parent.floors), -1
+        alive, partner = self.genes(parent), -1
         if self.rng.random() < self.settings.crossover_probability:
             # Individuals are ranked: of those drawn for the tournament, the one with the lowest place is the fittest.
             drawn = self.rng.choice(self.population_size - 1, self.tournament_size, replace=False)
@@ -214,20 +213,18 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
             other = self.current_generation[nearest + (nearest >= place)]
             partner = other.number
             self._cross(alive, other)
-            floors = [min(pair) for pair in zip(floors, other.floors, strict=True)]
-        for index, (layer, part) in enumerate(self._parts(alive)):
-            if layer.revive(part):
-                floors[index] = 0
+        for layer, part in self._parts(alive):
+            layer.revive(part)
         if self.rng.random() < self.settings.weakest_probability:
-            for index, (layer, part) in enumerate(self._parts(alive)):
-                floors[index] = layer.drop_weakest(part, floors[index], self.settings.weakest_rate)
+            for layer, part in self._parts(alive):
+                layer.drop_weakest(part, self.settings.weakest_rate)
         if self.rng.random() < self.settings.random_probability:
             for layer, part in self._parts(alive):
                 layer.drop_random(part, self.settings.random_rate, self.rng)
-        return self._born(alive, parent.number, tuple(floors), partner)
+        return self._born(alive, parent.number, partner)
 
-    def _born(self, alive: BoolArray, number: int, floors: tuple[int, ...], partner: int) -> Individual:
-        child = Individual(np.packbits(alive), number, floors, self.generation + 1, partner)
+    def _born(self, alive: BoolArray, number: int, partner: int) -> Individual:
+        child = Individual(np.packbits(alive), number, self.generation + 1, partner)
         child.compression = 1.0 - np.count_nonzero(alive) / self.size
         return child
 

@@ -59,7 +59,7 @@ class GeneticMetric(MetricCalculator):
             GeneLayer(data[name]["weight"].numpy().ravel().astype(np.float32), largest_share(unit))
             for name, unit in zip(names, context.units, strict=True)
         ]
-        # Magnitudes and their order, parents and children in bits, and those that run together.
+        # Magnitudes and a child that is bred, parents and children in bits, and those that run together.
         needed = (20 + self.settings.population_size / 4) * len(self.start_weights) + self.max_bytes
         cure = "fewer layers (op_names), a smaller population_size (search) or max_bytes take less"
         check_memory(needed, f"a population on {len(self.start_weights)} weights", cure, "+".join(names))

@@ -27,7 +27,6 @@ def save_state(algorithm: WeightGeneticAlgorithm, path: str | Path) -> None:
             generation=np.array(algorithm.generation),
             start_accuracy=np.array(algorithm.start_accuracy),
             genes=np.stack([member.genes for member in members]),
-            floors=np.array([member.floors for member in members]),
             lines=np.array([(member.number, member.born, member.partner) for member in members]),
             measured=np.array([(member.fitness, member.accuracy, member.compression) for member in members]),
             history=np.array(algorithm.history, dtype=np.float64),
@@ -43,9 +42,9 @@ def load_state(algorithm: WeightGeneticAlgorithm, path: str | Path) -> None:
         if str(content["request"]) != _request(algorithm):
             raise ConfigError(f"a state must be of the same weights, settings and seed, got another search's ({path})")
         algorithm.current_generation = []
-        members = zip(content["genes"], content["floors"], content["lines"], content["measured"], strict=True)
-        for genes, floors, (number, born, partner), measured in members:
-            member = Individual(genes, int(number), tuple(floors.tolist()), int(born), int(partner))
+        members = zip(content["genes"], content["lines"], content["measured"], strict=True)
+        for genes, (number, born, partner), measured in members:
+            member = Individual(genes, int(number), int(born), int(partner))
             member.fitness, member.accuracy, member.compression = measured.tolist()
             algorithm.current_generation.append(member)
         algorithm.rng.bit_generator.state = json.loads(str(content["generator"]))
@@ -63,5 +62,5 @@ def _request(algorithm: WeightGeneticAlgorithm) -> str:
     settings = {name: value for name, value in asdict(algorithm.settings).items() if name != "generations"}
     digest = hashlib.sha256(json.dumps([settings, algorithm.seed]).encode())
     for layer in algorithm.layers:
-        digest.update(np.int64(layer.least).tobytes() + layer.order.tobytes() + layer.ascending.tobytes())
+        digest.update(np.int64(layer.least).tobytes() + layer.magnitudes.tobytes())
     return digest.hexdigest()
