@@ -13,22 +13,22 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.rules import checked
+from nni_topo.rules import Rule, all_of, check_fields, checked, whole
 
 __all__ = ["Chirp", "chirp", "chirp_2d"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Sweep = Literal["nyquist", "thesis"]
 Direction = Literal["radial", "diagonal"]
-_Value = TypeVar("_Value")
 
 _ENDS: dict[str, float] = {"nyquist": 0.5, "thesis": 1.0}
+_SIZES = all_of(whole(1), Sequence, least=1)
+_SHAPE = Rule("one to three sizes, integers from 1", lambda shape: _SIZES.holds(shape) and len(shape) <= 3)
 
 
 @checked()
@@ -63,7 +63,7 @@ def chirp_2d(
     return chirp((height, width), sweep=sweep, direction=direction)
 
 
-@checked()
+@checked(shape=_SHAPE)
 def chirp(
     shape: Sequence[int],
     *,
@@ -104,9 +104,8 @@ def chirp(
     >>> chirp((5,), direction="diagonal").round(3)
     array([ 1.   ,  0.078, -0.951,  0.924, -0.809])
     """
-    sizes = _checked_shape(shape)
-    start, end = sweep_range(sizes, sweep)
-    position = _checked(_POSITIONS, "direction", direction, "chirp")(sizes)
+    start, end = sweep_range(shape, sweep)
+    position = _POSITIONS[direction](tuple(shape))
     length = max(float(position.max()), 1.0)
     phase = start * position + (end - start) * position**2 / (2.0 * length)
     signal: FloatArray = np.cos(2.0 * np.pi * phase)
@@ -145,13 +144,11 @@ class Chirp:
     channels: Literal["together", "separate"] = "together"
 
     def __post_init__(self) -> None:
-        _checked({**_POSITIONS, "mean": _from_centre}, "direction", self.direction, "Chirp")
-        _checked(_ENDS, "sweep", self.sweep, "Chirp")
-        _checked(dict.fromkeys(("together", "separate"), 0), "channels", self.channels, "Chirp")
+        check_fields(self)
 
     def planes(self, shape: Sequence[int]) -> FloatArray:
         """Return the chirps for an input of a shape, ``(planes, *shape)``."""
-        sizes = _checked_shape(shape)
+        sizes = tuple(shape)
         if self.direction != "mean":
             return chirp(sizes, sweep=self.sweep, direction=self.direction)[None]
         along = chirp(sizes, sweep=self.sweep, direction="diagonal")
@@ -168,10 +165,10 @@ class Chirp:
         return np.stack(found)
 
 
-def sweep_range(shape: Sequence[int], sweep: str = "nyquist") -> tuple[float, float]:
-    """Return the first and the last frequency of a chirp, in cycles per pixel; ConfigError for a bad size or name."""
-    end = _checked(_ENDS, "sweep", sweep, "chirp")
-    return min(1.0 / math.hypot(*_checked_shape(shape)), end), end
+def sweep_range(shape: Sequence[int], sweep: Sweep = "nyquist") -> tuple[float, float]:
+    """Return the first and the last frequency of a chirp, in cycles per pixel."""
+    end = _ENDS[sweep]
+    return min(1.0 / math.hypot(*shape), end), end
 
 
 def _along_diagonal(shape: tuple[int, ...]) -> FloatArray:
@@ -187,17 +184,3 @@ def _from_centre(shape: tuple[int, ...]) -> FloatArray:
 
 
 _POSITIONS: dict[str, Callable[[tuple[int, ...]], FloatArray]] = {"diagonal": _along_diagonal, "radial": _from_centre}
-
-
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape)
-    whole = all(isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 1 for size in sizes)
-    if not whole or not 1 <= len(sizes) <= 3:
-        raise ConfigError(f"a chirp must have one to three sizes, integers from 1, got {sizes} (shape)")
-    return tuple(int(size) for size in sizes)
-
-
-def _checked(table: dict[str, _Value], knob: str, name: str, place: str) -> _Value:
-    if not isinstance(name, str) or name not in table:
-        raise unknown_name(knob, str(name), table, place)
-    return table[name]

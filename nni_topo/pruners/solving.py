@@ -27,16 +27,15 @@ def solve_uniform(
     rows: Sequence[int],
     remaining: Callable[[Sequence[int]], float],
     share: float,
-    bounds: Sequence[tuple[int, int]] | None = None,
+    bounds: Sequence[tuple[int, int]],
     *,
     alike: bool = False,
 ) -> list[int]:
     """Return the rows that units lose by one ratio, within their bounds, so that a ``share`` of the cost remains.
 
-    The ``bounds`` are the fewest and the most rows of each; without them all but one may be removed. ``alike``: units
-    with the same number of rows lose equally many.
+    The ``bounds`` are the fewest and the most rows of each. ``alike``: units with the same number of rows lose equally
+    many.
     """
-    bounds = bounds or [(0, count - 1) for count in rows]
     # Layers of equal width would round at the same ratio, all at once: a phase for each, spread evenly by the golden
     # ratio, lets them round one after the other, so that the budget is met more nearly than by one ratio.
     phases = [0.5 if alike else (index * _GOLDEN) % 1.0 for index in range(len(rows))]

@@ -307,7 +307,9 @@ def test_bad_budgets_are_refused_before_the_model_is_wrapped(knobs, config, word
 
 def test_equal_widths_round_one_after_the_other():
     rows = [16] * 8
-    counts = [solve_uniform(rows, lambda removed: 1 - sum(removed) / 128, share) for share in np.linspace(0.2, 1, 30)]
+    bounds = [(0, count - 1) for count in rows]
+    shares = np.linspace(0.2, 1, 30)
+    counts = [solve_uniform(rows, lambda removed: 1 - sum(removed) / 128, share, bounds) for share in shares]
     lost = [sum(count) / 128 for count in counts]
     np.testing.assert_allclose(lost, 1 - np.linspace(0.2, 1, 30), atol=1 / 128)
     assert all(max(count) - min(count) <= 1 for count in counts)

@@ -12,7 +12,7 @@ Technology, 2019, sections 5.2 and 5.3, algorithms 2 and 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -326,53 +326,39 @@ def grow(
     found = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
     if threshold is None:
         threshold = growth.threshold(covariance, found, energy)
-    growing = _Growing(covariance, growth)
+    clusters: list[Cluster] = []
+
+    def add(members: IntArray, parent: int | None) -> None:
+        clusters.append(Cluster(tuple(members.tolist()), growth.variance(covariance, members), parent))
+        waiting.append(len(clusters) - 1)
+
+    waiting: list[int] = []  # numbers of the clusters that may be split
     for members in found:
-        growing.add(members, None)
-    while growing.leaves < most and (largest := growing.pop(at_least)) is not None:
-        varies = growing.clusters[largest].variance
-        if growing.leaves >= at_least and (varies <= threshold or within(varies, threshold)):
+        add(members, None)
+    leaves = len(clusters)
+    while leaves < most:
+        # In a single pass, parts of split clusters are looked at only while too few stay.
+        again = growth.recursive or leaves < at_least
+        open_ones = [number for number in waiting if again or clusters[number].parent is None]
+        if not open_ones:
             break
-        members = np.array(growing.clusters[largest].members)
+        largest = open_ones[first_largest([clusters[number].variance for number in open_ones])]
+        varies = clusters[largest].variance
+        if leaves >= at_least and (varies <= threshold or within(varies, threshold)):
+            break
+        waiting.remove(largest)
+        members = np.array(clusters[largest].members)
         cloud = points[members]
         if len(members) == 1 or np.abs(cloud - cloud[0]).max() <= _SAME * np.abs(cloud).max():
             continue  # all points are alike
         halves = partition(cloud, 2, seed=seed, n_init=growth.n_init)
         if halves.any():
-            growing.split(largest, (members[halves == 0], members[halves == 1]))
-    return SplitTree(tuple(growing.clusters), threshold)
-
-
-class _Growing:
-    """A tree of splits while it grows; gives the cluster that varies most."""
-
-    def __init__(self, covariance: FloatArray, growth: Growth) -> None:
-        self.covariance, self.growth = covariance, growth
-        self.clusters: list[Cluster] = []
-        self.leaves = 0
-        self._waiting: list[int] = []
-
-    def add(self, members: IntArray, parent: int | None) -> int:
-        number = len(self.clusters)
-        self.clusters.append(Cluster(tuple(members.tolist()), self.growth.variance(self.covariance, members), parent))
-        self._waiting.append(number)
-        self.leaves += 1
-        return number
-
-    def split(self, number: int, halves: Iterable[IntArray]) -> None:
-        first, second = (self.add(members, number) for members in halves)
-        self.clusters[number] = replace(self.clusters[number], children=(first, second))
-        self.leaves -= 1
-
-    def pop(self, at_least: int) -> int | None:
-        """Take the next cluster to look at; parts of split ones in a single pass only while too few stay."""
-        again = self.growth.recursive or self.leaves < at_least
-        found = [number for number in self._waiting if again or self.clusters[number].parent is None]
-        if not found:
-            return None
-        number = found[first_largest([self.clusters[number].variance for number in found])]
-        self._waiting.remove(number)
-        return number
+            children = len(clusters), len(clusters) + 1
+            clusters[largest] = replace(clusters[largest], children=children)
+            add(members[halves == 0], largest)
+            add(members[halves == 1], largest)
+            leaves += 1
+    return SplitTree(tuple(clusters), threshold)
 
 
 def _histogram(values: FloatArray, bins: int | Literal["scott"]) -> tuple[IntArray, FloatArray]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
+from nni_topo.errors import ConfigError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, GeneLayer
 from nni_topo.rules import Rule, all_of, check_knobs, number, whole
 
@@ -45,8 +46,8 @@ class WeightSearch:
     Parameters
     ----------
     alpha, beta : float, default=100.0, 1.0
-        Fitness is ``alpha * (accuracy - accuracy at the start) + beta * share of removed weights``; at least 0. With
-        the defaults a point of accuracy is worth all weights of the targets.
+        Fitness is ``alpha * (accuracy - accuracy at the start) + beta * share of removed weights``; at least 0, one of
+        them above it. With the defaults a point of accuracy is worth all weights of the targets.
     damage_rate : float or pair of float, default=0.1
         Share of the weights that individuals of generation 0 lose at random, the first one apart, in [0, 1]; of a
         pair, each individual's is drawn between the two.
@@ -87,6 +88,8 @@ class WeightSearch:
 
     def __post_init__(self) -> None:
         check_knobs("genetic algorithm", vars(self), _RULES)
+        if self.alpha == self.beta == 0.0:
+            raise ConfigError("alpha or beta must be above 0, got 0 for both (genetic algorithm)")
 
     @property
     def damage_range(self) -> tuple[float, float]:
@@ -188,12 +191,6 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
                 self.current_generation[place] = child
         self.children = []
         self._record()
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether the individuals of each generation so far were equally fit."""
-        found = {(row.generation, row.fitness) for row in self.history}
-        return len(found) == len({generation for generation, _ in found})
 
     def genes(self, individual: Individual) -> BoolArray:
         """Return an individual's genes, shape ``(genes,)``."""

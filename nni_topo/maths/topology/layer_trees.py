@@ -6,7 +6,7 @@ taken in row-major order, so that every tree is unique.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -103,25 +103,20 @@ def network_tree(weights: Sequence[ArrayLike]) -> list[BoolArray]:
     """
     matrices = as_chain(weights)
     lengths = np.concatenate([np.abs(matrix).ravel() for matrix in matrices])
-    first = 0
-    sources, targets = [], []
-    for matrix in matrices:
-        inputs = matrix.shape[1]
-        rows, columns = np.divmod(np.arange(matrix.size), inputs)
-        sources.append(first + columns)
-        targets.append(first + inputs + rows)
-        first += inputs
-    order = np.argsort(-lengths, kind="stable")
-    # ranks instead of lengths: all differ, so that the tree is unique, and none is 0, which SciPy takes for no edge
-    ranks = np.empty(len(lengths))
-    ranks[order] = np.arange(1.0, len(lengths) + 1)
-    nodes = first + len(matrices[-1])
-    graph = csr_matrix((ranks, (np.concatenate(sources), np.concatenate(targets))), shape=(nodes, nodes))
-    kept = minimum_spanning_tree(graph).data.astype(np.intp) - 1
+    widths = np.array([matrix.shape[1] for matrix in matrices])
+    inputs = np.cumsum([0, *widths])  # the first input of each layer, and at last the first output
+    weights = np.cumsum([0, *(matrix.size for matrix in matrices)])  # the first weight of each layer
+
+    def ends(batch: IntArray) -> tuple[IntArray, IntArray]:
+        layer = np.searchsorted(weights, batch, side="right") - 1
+        rows, columns = np.divmod(batch - weights[layer], widths[layer])
+        return inputs[layer] + columns, inputs[layer + 1] + rows
+
+    nodes = int(inputs[-1]) + len(matrices[-1])
+    elements, _, _ = _forest(lengths, ends, nodes, nodes - 1)
     mask = np.zeros(len(lengths), dtype=np.bool_)
-    mask[order[kept]] = True
-    ends = np.cumsum([matrix.size for matrix in matrices])[:-1]
-    return [part.reshape(matrix.shape) for part, matrix in zip(np.split(mask, ends), matrices, strict=True)]
+    mask[elements] = True
+    return [part.reshape(each.shape) for part, each in zip(np.split(mask, weights[1:-1]), matrices, strict=True)]
 
 
 @checked()
@@ -261,21 +256,35 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
     of the weight and of a few million edges.
     """
     flat = np.abs(_fitting(weight, graph)).ravel()
-    labels = np.arange(graph.inputs + graph.outputs)
+
+    def ends(batch: IntArray) -> tuple[IntArray, IntArray]:
+        sources, targets = graph.ends(batch)
+        return sources.ravel(), targets.ravel() + graph.inputs
+
+    nodes = graph.inputs + graph.outputs
+    elements, sources, targets = _forest(flat, ends, nodes, graph.forest_edges, graph.plane_outputs)
+    return Forest(elements, sources, targets - graph.inputs, flat[elements])
+
+
+def _forest(
+    flat: FloatArray, ends: Callable[[IntArray], tuple[IntArray, IntArray]], nodes: int, missing: int, each: int = 1
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Return the elements, sources and targets of a forest of so many edges, strongest first, each (missing,).
+
+    ``ends`` returns the ends of the ``each`` edges of each element, ``(elements * each,)``.
+    """
+    labels = np.arange(nodes)
     taken: list[tuple[IntArray, IntArray, IntArray]] = []
-    missing = graph.forest_edges
-    first = max(1, _FIRST_PER_NODE * len(labels) // graph.plane_outputs)
-    most = max(1, _MOST_EDGES // graph.plane_outputs)
     sample = np.sort(flat[:: max(1, len(flat) // _SAMPLE)])
-    for batch in _falling(flat, first, most, sample):
-        sources, targets = (nodes.ravel() for nodes in graph.ends(batch))
-        chosen, labels = _joined(labels, sources, targets + graph.inputs)
-        taken.append((batch[chosen // graph.plane_outputs], sources[chosen], targets[chosen]))
+    for batch in _falling(flat, max(1, _FIRST_PER_NODE * nodes // each), max(1, _MOST_EDGES // each), sample):
+        sources, targets = ends(batch)
+        chosen, labels = _joined(labels, sources, targets)
+        taken.append((batch[chosen // each], sources[chosen], targets[chosen]))
         missing -= len(chosen)
         if missing == 0:
             break
     elements, sources, targets = (np.concatenate(parts) for parts in zip(*taken, strict=True))
-    return Forest(elements, sources, targets, flat[elements])
+    return elements, sources, targets
 
 
 def _falling(flat: FloatArray, count: int, most: int, sample: FloatArray) -> Iterator[IntArray]:

@@ -15,7 +15,7 @@ from scipy.stats import hypergeom
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.checks import as_chain, as_points
-from nni_topo.maths.topology.layer_trees import maximum_spanning_tree, network_tree
+from nni_topo.maths.topology.layer_trees import network_tree
 from nni_topo.rules import checked, number, whole
 
 
@@ -183,11 +183,7 @@ def tree_overlap(weight: ArrayLike) -> float:
     >>> tree_overlap([[4.0, 3.0, 0.1], [2.0, 1.0, 0.2]])
     0.75
     """
-    matrix = as_points(weight, "weight")
-    tree = maximum_spanning_tree(matrix).ravel()
-    alpha = sum(matrix.shape) - 1
-    largest = np.argsort(-np.abs(matrix), axis=None, kind="stable")[:alpha]
-    return int(tree[largest].sum()) / alpha
+    return network_tree_overlap([as_points(weight, "weight")])
 
 
 @checked(m=whole(1), n=whole(1), share=number(0, 1))

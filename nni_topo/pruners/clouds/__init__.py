@@ -111,8 +111,6 @@ def make_collector(
                 "(example_inputs)"
             )
         return TRACED[kind](example_inputs, preprocess=preprocess)
-    if calibration is None and kind == "functional":
-        raise ConfigError("cloud 'functional' needs calibration data or an evaluator, got neither (calibration)")
-    if calibration is None and evaluator is None and kind == "gradient":
-        raise ConfigError("cloud 'gradient' needs calibration data or an evaluator, got neither (calibration)")
+    if calibration is None and (kind == "functional" or evaluator is None):
+        raise ConfigError(f"cloud {kind!r} needs calibration data or an evaluator, got neither (calibration)")
     return _MEASURED[kind](calibration, preprocess=preprocess)

@@ -46,7 +46,6 @@ class GeneticMetric(MetricCalculator):
     n_jobs: int
     progress: bool | None
     evolution: WeightGeneticAlgorithm | None = field(default=None, init=False)
-    _is_told: bool = field(default=False, init=False)  # whether the search was said to have no direction
     start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
@@ -68,14 +67,14 @@ class GeneticMetric(MetricCalculator):
         )
         if self.state is not None and Path(self.state).exists():
             load_state(search, self.state)
-        self.evolution, self._is_told = search, False
+        self.evolution, is_judged = search, False
         done = search.generation + 1
         with bar("searching weights", self.progress, total=self.settings.generations + 1, done=done) as shown:
 
             def after(current: WeightGeneticAlgorithm) -> bool:
+                nonlocal is_judged
                 shown.update()
-                if current.generation == 0:
-                    self._tell_if_flat(current)
+                is_judged = is_judged or self._tell_if_constant(current)
                 if self.state is not None:
                     save_state(current, self.state)
                 if self.on_generation is None:
@@ -83,40 +82,32 @@ class GeneticMetric(MetricCalculator):
                 return check_answer("on_generation", self.on_generation(current), "genetic_weight")
 
             search.run(after)
-        if search.is_flat and not self._is_told:
-            _logger.warning(
-                "all individuals of all %d generations are equally fit, so weights are chosen at random; beta above 0 "
-                "prefers smaller networks (search)",
-                search.generation + 1,
-            )
         genes = search.genes(search.best())
         kept = np.split(genes, np.cumsum([unit.blocks for unit in context.units])[:-1])
         return context.keep({unit.name: own for unit, own in zip(context.units, kept, strict=True)})
 
-    def _tell_if_flat(self, search: WeightGeneticAlgorithm) -> None:
-        """Warn, after the first generation, where nothing that the search is to find shows in its individuals."""
-        rows = [row for row in search.history if row.generation == 0]
-        accuracies, fitness = {row.accuracy for row in rows}, {row.fitness for row in rows}
-        is_one = all(row.compression == 0.0 for row in rows)  # with a damage_rate of 0 there is nothing to compare yet
-        if is_one or (len(accuracies) > 1 and len(fitness) > 1):
-            return
-        self._is_told = True
-        source = (
-            "evaluate" if self.evaluate is not None else "validation" if self.validation is not None else "evaluator"
-        )
-        if len(fitness) == 1:
-            what = "the search chooses weights at random"
-        else:
-            what = "the search looks at the share of removed weights alone"
-        if len(accuracies) == 1:
-            found = f"the accuracy of all {len(rows)} individuals of the first generation is {rows[0].accuracy:g}"
-            cure = f"{source} must measure the model that it gets, on enough images, or a larger damage_rate is needed"
-        else:
-            found = f"all {len(rows)} individuals of the first generation are equally fit"
-            cure = "alpha above 0 prefers accurate networks"
-        if len(fitness) == 1:
-            cure += "; beta above 0 prefers smaller networks"
-        _logger.warning("%s, so %s: %s (%s)", found, what, cure, source if len(accuracies) == 1 else "search")
+    def _tell_if_constant(self, search: WeightGeneticAlgorithm) -> bool:
+        """Warn where all individuals of a generation are equally accurate; say whether any of them lost a weight."""
+        rows = [row for row in search.history if row.generation == search.generation]
+        if all(row.compression == 0.0 for row in rows):
+            return False  # with a damage_rate of 0 there is nothing to compare yet
+        if len({row.accuracy for row in rows}) == 1:
+            sources = {"evaluate": self.evaluate, "validation": self.validation}
+            source = next((name for name, given in sources.items() if given is not None), "evaluator")
+            what = "looks at the share of removed weights alone"
+            if self.settings.beta == 0.0:
+                what = "chooses weights at random (beta above 0 prefers smaller networks)"
+            _logger.warning(
+                "the accuracy of all %d individuals of generation %d is %g, so the search %s: %s must measure the "
+                "model that it gets, on enough images, or a larger damage_rate is needed (%s)",
+                len(rows),
+                search.generation,
+                rows[0].accuracy,
+                what,
+                source,
+                source,
+            )
+        return True
 
     def _accuracies(self, context: PruningContext, names: list[str], weights: list[Tensor]) -> Accuracies:
         if self.validation is not None:
