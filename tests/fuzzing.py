@@ -181,7 +181,6 @@ KNOBS: dict[str, Any] = {
     "normalization": st.sampled_from(["none", "area", "layer"]),
     "batch_norm": st.booleans(),
     "bias": st.booleans(),
-    "linear": st.sampled_from(["unit-energy", "refuse"]),
     "on_subcritical": st.sampled_from(["raise", "clip"]),
     "conv_graph": st.sampled_from(["channel", "tensor", "unrolled"]),
     "rounds": st.sampled_from([1, 1, 2]),

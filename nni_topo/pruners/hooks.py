@@ -41,8 +41,8 @@ Masks = dict[str, dict[str, Tensor]]
 class KeptSet(Metrics):
     """Metrics of a choice already made: 0 for pruned blocks; made by :meth:`PruningContext.keep`.
 
-    The package's allocator takes it as it is. Kept blocks score 1 or, where that is more, the ``sparse_threshold``: so
-    NNI's comes to the same masks, wherever as many blocks were chosen as the config_list asks for.
+    The package's allocator takes it as it is. Kept blocks score 1: so NNI's comes to the same masks, wherever as many
+    blocks were chosen as a ratio asks for.
     """
 
 
@@ -122,8 +122,7 @@ class PruningContext:
             if not 0 < counts.min() == counts.max():
                 found = ", ".join(map(str, counts))
                 raise DataError(f"every part must keep as many blocks, at least 1, got {found} ({unit.name})")
-        worth = {unit.name: np.float64(max(1.0, unit.sparse_threshold or 0.0)) for unit in self.units}
-        return KeptSet(self.spread({name: torch.from_numpy(each * worth[name]) for name, each in kept.items()}))
+        return KeptSet(self.spread({name: torch.from_numpy(each).double() for name, each in kept.items()}))
 
     def spread(self, values: Mapping[str, Tensor]) -> Metrics:
         """Return for each member of a unit a copy of the unit's values ``(blocks,)``, in the blocked shape."""

@@ -156,7 +156,6 @@ BAD_KNOBS = {
     "normalization": ("mean", 1, []),
     "batch_norm": ("no",),
     "bias": (1,),
-    "linear": ("skip", None, {}),
     "on_subcritical": ("warn", 1),
     "conv_graph": ("matrix", []),
     "rounds": (0, 2.5),

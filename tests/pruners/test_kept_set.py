@@ -54,14 +54,6 @@ def test_equal_scores_lose_no_choice_in_either_allocator_and_precision(config, d
     same(allocator.allocate(rounded, pruner.context), masks)
 
 
-def test_a_high_threshold_keeps_the_same_in_nnis_allocator():
-    pruner = searched({"op_types": ["Linear"], "sparse_threshold": 7.0})
-    _, masks = pruner.compress()
-    assert [int(masks[name]["bias"].sum()) for name in sorted(masks)] == [1, 1, 1]
-    metrics = pruner.calculator.calculate(pruner.collector.collect(pruner.context), pruner.context)
-    same(NNIAllocator().allocate(metrics, pruner.context), masks)
-
-
 def test_neurons_that_are_worth_nothing_reach_a_threshold_of_zero():
     # Two corners, each five times: of the ten death times eight are zero, and none lies below zero.
     model = nn.Sequential(nn.Linear(2, 10))

@@ -21,13 +21,11 @@ from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, holds_columns, output_blocks
 from nni_topo.rules import FLAG, as_settings, check_knobs, one_of
 
-Linear = Literal["refuse", "unit-energy"]
 Normalization = Literal["none", "area", "layer"]
 ENERGY_KNOBS = {
     "normalization": one_of(("none", "area", "layer")),
     "batch_norm": FLAG,
     "bias": FLAG,
-    "linear": one_of(("refuse", "unit-energy")),
 }
 """What the knobs that the energies' collectors share must be."""
 
@@ -40,7 +38,6 @@ class EnergyCollector(DataCollector):
     normalization: Normalization = field(default="area", kw_only=True)
     batch_norm: bool = field(default=False, kw_only=True)
     bias: bool = field(default=True, kw_only=True)
-    linear: Linear = field(default="unit-energy", kw_only=True)
 
     def __post_init__(self) -> None:
         check_knobs(type(self).__name__, vars(self), ENERGY_KNOBS)
@@ -54,7 +51,7 @@ class EnergyCollector(DataCollector):
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Raise ConfigError or DataError for layers to prune that have no energy."""
         for name, module in modules.items():
-            check_layer(name, module, self.linear)
+            check_layer(name, module)
 
     def collect(self, context: PruningContext) -> Data:
         """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError without."""
@@ -117,13 +114,8 @@ class ChirpEnergyCollector(EnergyCollector):
         return found
 
 
-def check_layer(name: str, module: nn.Module, linear: Linear = "unit-energy") -> None:
+def check_layer(name: str, module: nn.Module) -> None:
     """Raise unless a layer's filters have an energy: ConfigError by its type, DataError by its weights'."""
-    if isinstance(module, nn.Linear) and linear == "refuse":
-        raise ConfigError(
-            f"a chirp must meet a convolution, got {type(module).__name__}; exclude it or set linear='unit-energy' "
-            f"({name})"
-        )
     weight = getattr(module, weight_name(module), None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else f"the weights of {type(module).__module__}"

@@ -26,11 +26,11 @@ from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.energy.chirp import ENERGY_KNOBS, ChirpEnergyCollector, EnergyCollector, Linear, Normalization
+from nni_topo.pruners.energy.chirp import ENERGY_KNOBS, ChirpEnergyCollector, EnergyCollector, Normalization
 from nni_topo.pruners.energy.data import DataEnergyCollector
 from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
-from nni_topo.rules import Rule, instance, number, one_of, settings
+from nni_topo.rules import Rule, number, one_of, settings
 
 
 class CumulativeEnergyMetric(MetricCalculator):
@@ -80,7 +80,7 @@ class EnergyFilterPruner(StructuredPruner):
     example_inputs : Any, default=None
         Inputs of the model, which tell every layer's input size; the chirp needs them. None: the first ``calibration``
         batch, else the evaluator's ``dummy_input`` or the first batch on which it evaluates.
-    signal : {"chirp", "data"}, Chirp, mapping or EnergyCollector, default="chirp"
+    signal : {"chirp", "data"}, Chirp or mapping, default="chirp"
         Whose responses are measured: those to a :class:`~nni_topo.Chirp`, given or by its fields: direction, sweep and
         taper, and whether it enters all input channels at once; or ``"data"``, the calibration images.
     calibration : iterable or None, default=None
@@ -93,17 +93,14 @@ class EnergyFilterPruner(StructuredPruner):
         Whether responses are scaled as the batch norm after the layer does; needs ``example_inputs``.
     bias : bool, default=True
         Whether the layer's bias is part of the response.
-    linear : {"unit-energy", "refuse"}, default="unit-energy"
-        What happens to linear layers, which a chirp can't enter: the expected energy of their outputs for uncorrelated
-        inputs of energy 1 each, or an error. ``signal="data"`` measures them like convolutions.
     round_to : int or None, default=None
         Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
 
     Raises
     ------
     ConfigError, DataError
-        If a knob or the request is bad, before the model is wrapped: a threshold outside (0, 1), a linear layer, an
-        input size that is unknown or smaller than the kernel, weights that aren't real floating-point numbers.
+        If a knob or the request is bad, before the model is wrapped: a threshold outside (0, 1), an input size
+        that is unknown or smaller than the kernel, weights that aren't real floating-point numbers.
 
     See Also
     --------
@@ -112,6 +109,9 @@ class EnergyFilterPruner(StructuredPruner):
 
     Notes
     -----
+    A chirp can't enter a linear layer: its neurons have the expected energy of their outputs for uncorrelated inputs of
+    energy 1 each. ``signal="data"`` measures them like convolutions.
+
     A layer is never emptied. In scheduled pruning energies are measured again each time, on the weights as they are
     then; filters that are masked already have none and stay masked.
 
@@ -134,9 +134,7 @@ class EnergyFilterPruner(StructuredPruner):
 
     setting_rules: ClassVar[Mapping[str, Rule]] = {"sparse_threshold": number(0, 1, "neither")}
 
-    @pruner_arguments(
-        signal=one_of(("chirp", "data")) | settings(signals.Chirp) | instance(EnergyCollector), **ENERGY_KNOBS
-    )
+    @pruner_arguments(signal=one_of(("chirp", "data")) | settings(signals.Chirp), **ENERGY_KNOBS)
     def __init__(
         self,
         model: nn.Module,
@@ -145,13 +143,12 @@ class EnergyFilterPruner(StructuredPruner):
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
         example_inputs: Any = None,
-        signal: signals.Chirp | Mapping[str, Any] | Literal["chirp", "data"] | EnergyCollector = "chirp",
+        signal: signals.Chirp | Mapping[str, Any] | Literal["chirp", "data"] = "chirp",
         calibration: Iterable[Any] | None = None,
         budget: Budget | Mapping[str, Any] | None = None,
         normalization: Normalization = "area",
         batch_norm: bool = False,
         bias: bool = True,
-        linear: Linear = "unit-energy",
         round_to: int | None = None,
     ) -> None:
         self.calibration = pruner_batches(calibration, model)
@@ -159,15 +156,14 @@ class EnergyFilterPruner(StructuredPruner):
         if batch_norm or signal != "data":
             inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
         shared: dict[str, Any] = {"normalization": normalization, "batch_norm": batch_norm, "bias": bias}
-        if isinstance(signal, EnergyCollector):
-            collector: EnergyCollector = signal
-        elif signal == "data":
+        collector: EnergyCollector
+        if signal == "data":
             if self.calibration is None and evaluator is None:
                 raise ConfigError("signal 'data' needs calibration data or an evaluator, got neither (calibration)")
             collector = DataEnergyCollector(inputs, calibration=self.calibration, **shared)
         else:
             chirp = None if isinstance(signal, str) else signal
-            collector = ChirpEnergyCollector(inputs, signal=chirp, linear=linear, **shared)
+            collector = ChirpEnergyCollector(inputs, signal=chirp, **shared)
         super().__init__(
             model,
             config_list,

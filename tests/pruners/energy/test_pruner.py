@@ -196,13 +196,6 @@ CONV = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
         (nn.Conv2d(1, 4, 3), {"sparse_threshold": 1.0}, {}, ConfigError, "in \\(0, 1\\), got 1.0"),
         (nn.Conv2d(1, 4, (9, 5), padding=(0, 2)), CONV, {}, ConfigError, "kernel 9x5, got 8x12 \\(0\\)"),
         (nn.Conv2d(1, 4, 3), CONV, {"example_inputs": None}, ConfigError, "must be known.*\\(0\\)"),
-        (
-            nn.Linear(8, 4),
-            {"sparse_ratio": 0.5},
-            {"linear": "refuse"},
-            ConfigError,
-            "must meet a convolution.*\\(0\\)",
-        ),
         (nn.Conv2d(1, 4, 3, dtype=torch.complex64), CONV, {}, DataError, "got torch.complex64 \\(0.weight\\)"),
         (nn.Conv2d(1, 4, 3), CONV, {"signal": "data"}, ConfigError, "calibration data or an evaluator"),
     ],

@@ -189,7 +189,7 @@ def test_unit_energy_of_a_linear_layer_is_the_expected_one():
     model = nn.Sequential(nn.Linear(6, 4))
     original = copy.deepcopy(model[0]).double()
     config = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
-    energy = collected(ChirpEnergyCollector(None, linear="unit-energy"), model, config)["0"]
+    energy = collected(ChirpEnergyCollector(None), model, config)["0"]
     inputs = torch.randn(200_000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(energy, original(inputs).pow(2).mean(0).detach(), rtol=0.02, atol=0.0)
 
