@@ -46,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = zoo.create_model("vgg16", num_classes=10, in_channels=3, image_size=32, width=options.width, seed=0)
     times: dict[str, list[float]] = {row: [] for row in ROWS}
-    for row, (name, knobs) in ROWS.items():  # compiled kernels and caches are warm afterwards
+    for row, (name, knobs) in ROWS.items():  # caches are warm afterwards
         seconds(name, knobs, zoo.create_model("small_cnn", num_classes=10, in_channels=3, image_size=8, seed=0))
         times[row].clear()
     for _ in range(options.repeats):

@@ -77,7 +77,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
         "topological",
         {"config": LINEAR, "criterion": "bottleneck", "homology_dimensions": (0, 1), **SEARCH},
     ),
-    "unit": ("topological", {"cloud": nni_topo.hooks.WeightCollector(preprocess="unit")}),
+    "unit": ("topological", {"cloud": {"kind": "weight", "preprocess": "unit"}}),
     "flops": ("topological", {"config": FREE, "budget": {"flops": 0.5, "allocation": "topological"}}),
     "group": (
         "topological",

@@ -13,6 +13,7 @@ import numpy as np
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, FloatArray
 from nni_topo.maths.ties import first_largest
+from nni_topo.pruners.clouds import Preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.planner import Losses
 from nni_topo.pruners.units import KeptBlocks, PruningUnit
@@ -35,21 +36,32 @@ class WhenAsked(dict[str, Value]):
 
 @dataclass(kw_only=True, eq=False)
 class SelectionMetric(MetricCalculator):
-    """Chooses the kept blocks of each unit by its clouds; ``origin``: whether the zero vector belongs to them."""
+    """Chooses the kept blocks of each unit by its clouds.
 
+    ``preprocess`` is done to each member's points; ``origin``: whether the zero vector belongs to the clouds.
+    """
+
+    preprocess: Preprocess = "none"
     origin: bool = True
     progress: bool | None = None
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Plan how many blocks each unit keeps, then choose which."""
         units = {unit.name: unit for unit in context.units}
-        clouds = WhenAsked(lambda name: _clouds(units[name], data, origin=self.origin))
+        clouds = WhenAsked(lambda name: self._clouds(units[name], data))
         return context.keep(self.choose(context, clouds, context.rows(self.losses(context, clouds))))
 
     def losses(self, context: PruningContext, clouds: Clouds) -> Losses:
         """Return what says how much a unit's blocks are worth beside other units': by default the death times."""
         del context
         return lambda unit: np.concatenate([cloud.losses() for cloud in clouds[unit.name]])
+
+    def _clouds(self, unit: PruningUnit, data: Data) -> list[Cloud]:
+        """Join the members' clouds and cut them into the unit's parts."""
+        members = [preprocess_points(data[module][target], self.preprocess).numpy() for module, target in unit.members]
+        joined = np.concatenate(members, axis=1) if len(members) > 1 else members[0]
+        parts = joined.reshape(unit.parts, unit.rows, -1)
+        return [Cloud(topology.with_origin(points) if self.origin else points, unit.rows) for points in parts]
 
     @abstractmethod
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
@@ -95,11 +107,3 @@ class Cloud:
         start = first_largest(self.distances.sum(1)) if self.base is None else self.base
         order, _ = topology.farthest_point_order(self.distances, start)
         return np.isin(np.arange(self.size), order[order < self.size][:keep])
-
-
-def _clouds(unit: PruningUnit, data: Data, *, origin: bool) -> list[Cloud]:
-    """Join the members' clouds and cut them into the unit's parts."""
-    members = [data[module][target].numpy() for module, target in unit.members]
-    joined = np.concatenate(members, axis=1) if len(members) > 1 else members[0]
-    parts = joined.reshape(unit.parts, unit.rows, -1)
-    return [Cloud(topology.with_origin(points) if origin else points, unit.rows) for points in parts]

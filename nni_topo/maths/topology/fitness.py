@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -181,6 +181,7 @@ class SubsetFitness:
             return []
         losses = np.empty((len(degrees), len(subsets)))
         matrices = (self._distances[np.ix_(subset, subset)] for subset in subsets)
+        found: Iterable[list[FloatArray]]
         if self.engine == "gudhi":
             found = (diagrams_of(matrix, degrees, self.engine) for matrix in matrices)
         else:

@@ -105,18 +105,18 @@ def network_tree(weights: Sequence[ArrayLike]) -> list[BoolArray]:
     lengths = np.concatenate([np.abs(matrix).ravel() for matrix in matrices])
     widths = np.array([matrix.shape[1] for matrix in matrices])
     inputs = np.cumsum([0, *widths])  # the first input of each layer, and at last the first output
-    weights = np.cumsum([0, *(matrix.size for matrix in matrices)])  # the first weight of each layer
+    firsts = np.cumsum([0, *(matrix.size for matrix in matrices)])  # the first weight of each layer
 
     def ends(batch: IntArray) -> tuple[IntArray, IntArray]:
-        layer = np.searchsorted(weights, batch, side="right") - 1
-        rows, columns = np.divmod(batch - weights[layer], widths[layer])
+        layer = np.searchsorted(firsts, batch, side="right") - 1
+        rows, columns = np.divmod(batch - firsts[layer], widths[layer])
         return inputs[layer] + columns, inputs[layer + 1] + rows
 
     nodes = int(inputs[-1]) + len(matrices[-1])
     elements, _, _ = _forest(lengths, ends, nodes, nodes - 1)
     mask = np.zeros(len(lengths), dtype=np.bool_)
     mask[elements] = True
-    return [part.reshape(each.shape) for part, each in zip(np.split(mask, weights[1:-1]), matrices, strict=True)]
+    return [part.reshape(each.shape) for part, each in zip(np.split(mask, firsts[1:-1]), matrices, strict=True)]
 
 
 @checked()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
 from nni_topo.pruners.clouds.folded import FoldedWeightCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.clouds.gradient import GradientCollector
-from nni_topo.pruners.clouds.weight import PREPROCESS, ActivationCollector, Preprocess, WeightCollector
+from nni_topo.pruners.clouds.weight import ActivationCollector, WeightCollector
 from nni_topo.pruners.hooks import DataCollector
 from nni_topo.rules import FLAG, check_knobs, checked, instance, one_of
 
@@ -27,6 +30,24 @@ _MEASURED: dict[str, Callable[..., DataCollector]] = {
 CLOUDS = ("auto", "weight", *TRACED, *_MEASURED)
 """Names of clouds."""
 
+Preprocess = Literal["none", "center", "standardize", "unit"]
+_PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda points: points,
+    "center": lambda points: points - points.mean(0),
+    "standardize": lambda points: (points - points.mean(0)) / _nonzero(points.std(0, correction=0)),
+    "unit": lambda points: points / _nonzero(points.norm(dim=1, keepdim=True)),
+}
+PREPROCESS = one_of(_PREPROCESS)
+
+
+def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
+    """Return preprocessed points ``(n, features)``; see :class:`PointCloud`."""
+    return _PREPROCESS[preprocess](points)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
 
 @dataclass(frozen=True)
 class PointCloud:
@@ -40,7 +61,8 @@ class PointCloud:
         outputs do in the layers that read them; or what removing a filter does to each labelled sample's loss. Default
         ``"auto"``: ``"functional"`` if there are calibration data, else ``"weight"``. A collector makes its own points.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
-        Applied to each member's cloud before a group's are joined; a collector has its own.
+        Each member's cloud as it is; its mean point moved to the origin; also each feature scaled to unit variance;
+        each point scaled to unit length (zero points stay). Constant features are left at zero by ``"standardize"``.
     origin : bool, default=True
         Whether the origin, to which a pruned filter falls, belongs to the cloud.
 
@@ -72,7 +94,7 @@ def make_collector(
     example_inputs: Any = None,
     evaluator: Any = None,
 ) -> DataCollector:
-    """Return the collector of a cloud.
+    """Return the collector of a cloud's points; they are preprocessed where subsets of them are chosen.
 
     Parameters
     ----------
@@ -99,18 +121,18 @@ def make_collector(
     cloud = cloud if isinstance(cloud, PointCloud) else PointCloud(cloud)
     if isinstance(cloud.kind, DataCollector):
         return cloud.kind
-    kind, preprocess = cloud.kind, cloud.preprocess
+    kind = cloud.kind
     if kind == "auto":
         kind = "weight" if calibration is None else "functional"
     if kind == "weight":
-        return WeightCollector(preprocess=preprocess)
+        return WeightCollector()
     if kind in TRACED:
         if example_inputs is None:
             raise ConfigError(
                 f"cloud {kind!r} needs example_inputs or an evaluator that has a dummy_input or evaluates, got neither "
                 "(example_inputs)"
             )
-        return TRACED[kind](example_inputs, preprocess=preprocess)
+        return TRACED[kind](example_inputs)
     if calibration is None and (kind == "functional" or evaluator is None):
         raise ConfigError(f"cloud {kind!r} needs calibration data or an evaluator, got neither (calibration)")
-    return _MEASURED[kind](calibration, preprocess=preprocess)
+    return _MEASURED[kind](calibration)

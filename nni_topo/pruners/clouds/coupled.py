@@ -11,7 +11,7 @@ from nni_topo.network.channels.flow import ChannelFlow, norms_after
 from nni_topo.network.layers.kinds import norm_scale
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.pruners.clouds.functional import check_read, readers_of
-from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, preprocess_points
+from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
 from nni_topo.rules import checked
@@ -29,8 +29,6 @@ class CoupledWeightCollector(DataCollector):
     ----------
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs of the model, to trace it.
-    preprocess : {"none", "center", "standardize", "unit"}, default="none"
-        As in :class:`~nni_topo.hooks.WeightCollector`.
 
     See Also
     --------
@@ -38,9 +36,8 @@ class CoupledWeightCollector(DataCollector):
     """
 
     @checked()
-    def __init__(self, example_inputs: Any, *, preprocess: Preprocess = "none") -> None:
+    def __init__(self, example_inputs: Any) -> None:
         self.example_inputs = example_inputs
-        self.preprocess = preprocess
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check that every layer is read, as :meth:`collect` needs it."""
@@ -71,7 +68,7 @@ class CoupledWeightCollector(DataCollector):
             if module in norms:
                 scale = norms[module][output_blocks(context.target_spaces[module][target], "coupled clouds")][..., None]
                 points = (points.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1)
-            return preprocess_points(points, self.preprocess)
+            return points
 
         return context.collected(points)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nni_topo.errors import DataError
 from nni_topo.network.channels.flow import norms_after
 from nni_topo.network.layers.kinds import through_norms
-from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, preprocess_points
+from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
 from nni_topo.rules import checked
@@ -28,8 +28,6 @@ class FoldedWeightCollector(DataCollector):
     ----------
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs of the model, to find the batch norms by tracing it.
-    preprocess : {"none", "center", "standardize", "unit"}, default="none"
-        As in :class:`~nni_topo.hooks.WeightCollector`, on all coordinates.
 
     See Also
     --------
@@ -41,9 +39,8 @@ class FoldedWeightCollector(DataCollector):
     """
 
     @checked()
-    def __init__(self, example_inputs: Any, *, preprocess: Preprocess = "none") -> None:
+    def __init__(self, example_inputs: Any) -> None:
         self.example_inputs = example_inputs
-        self.preprocess = preprocess
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, features + 1)`` on the CPU.
@@ -73,6 +70,6 @@ class FoldedWeightCollector(DataCollector):
             scale, offset = (values.cpu()[outputs][..., None] for values in through_norms(norm, bias))
             if not bool(torch.isfinite(scale).all() and torch.isfinite(offset).all()):
                 raise DataError(f"biases and batch norms must be finite, got NaN or infinity ({module})")
-            return preprocess_points(torch.cat([own * scale, offset], 2).flatten(1), self.preprocess)
+            return torch.cat([own * scale, offset], 2).flatten(1)
 
         return context.collected(points)

@@ -26,7 +26,6 @@ from nni_topo.network.runtime.inputs import Call, calls
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
-from nni_topo.pruners.clouds.weight import Preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
 from nni_topo.rules import checked
@@ -47,8 +46,6 @@ class FunctionalCollector(DataCollector):
     ----------
     calibration : iterable
         Batches of inputs, or of ``(inputs, ...)``. They are read once, see :class:`nni_topo.Calibration`.
-    preprocess : {"none", "center", "standardize", "unit"}, default="none"
-        As in :class:`~nni_topo.hooks.WeightCollector`.
 
     Notes
     -----
@@ -58,9 +55,8 @@ class FunctionalCollector(DataCollector):
     """
 
     @checked()
-    def __init__(self, calibration: Iterable[Any], *, preprocess: Preprocess = "none") -> None:
+    def __init__(self, calibration: Iterable[Any]) -> None:
         self.calibration = Calibration.of(calibration, shared=True)
-        self.preprocess = preprocess
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check that every layer is read.
@@ -103,7 +99,7 @@ class FunctionalCollector(DataCollector):
             found = zip(readers[unit.name], moments[unit.name], strict=True)
             grams = [reader.gram(moment.gram(center=True)) for reader, moment in found]
             # Coordinates from several readers stand side by side, so their inner products add up.
-            return preprocess_points(points_of_gram(torch.stack(grams).sum(0)), self.preprocess)
+            return points_of_gram(torch.stack(grams).sum(0))
 
         return context.collected_jointly(points)
 

@@ -22,7 +22,6 @@ from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
-from nni_topo.pruners.clouds.weight import Preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.rules import checked, whole
 
@@ -46,8 +45,6 @@ class GradientCollector(DataCollector):
         Maps the model's output and the targets to a scalar tensor, the mean over the batch.
     steps : int, default=8
         Training steps of the evaluator, at least 1; calibration batches are all used.
-    preprocess : {"none", "center", "standardize", "unit"}, default="none"
-        As in :class:`~nni_topo.hooks.WeightCollector`, on the points handed on.
 
     Raises
     ------
@@ -79,14 +76,12 @@ class GradientCollector(DataCollector):
         *,
         loss: Loss = cross_entropy,
         steps: int = 8,
-        preprocess: Preprocess = "none",
     ) -> None:
         self.calibration = calibration_of(calibration)
         for _ in _labelled(self.calibration) if self.calibration is not None else ():
             pass
         self.loss = loss
         self.steps = steps
-        self.preprocess = preprocess
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check that every layer is read, unless an evaluator has the batches."""
@@ -115,7 +110,7 @@ class GradientCollector(DataCollector):
                 self._run(model, self.calibration, gates)
         gates.flush()
         grams = {name: moments.gram(center=False, what="gradient") for name, moments in gates.moments.items()}
-        return context.collected_jointly(lambda u: preprocess_points(points_of_gram(grams[u.name]), self.preprocess))
+        return context.collected_jointly(lambda unit: points_of_gram(grams[unit.name]))
 
     def _run(self, model: nn.Module, calibration: Iterable[Any], gates: _Gates) -> None:
         """Differentiate the loss of every batch, in evaluation mode."""

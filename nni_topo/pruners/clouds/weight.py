@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +18,7 @@ from nni_topo.network.runtime.memory import check_memory
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
-from nni_topo.rules import checked, one_of
-
-Preprocess = Literal["none", "center", "standardize", "unit"]
-_PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda points: points,
-    "center": lambda points: points - points.mean(0),
-    "standardize": lambda points: (points - points.mean(0)) / _nonzero(points.std(0, correction=0)),
-    "unit": lambda points: points / _nonzero(points.norm(dim=1, keepdim=True)),
-}
+from nni_topo.rules import checked
 
 
 class WeightCollector(DataCollector):
@@ -35,26 +27,11 @@ class WeightCollector(DataCollector):
     A convolution of shape ``(out, in, kh, kw)`` gives ``out`` points in ``in * kh * kw`` dimensions, a linear layer
     ``(out, in)`` gives ``out`` points in ``in`` dimensions.
 
-    Parameters
-    ----------
-    preprocess : {"none", "center", "standardize", "unit"}, default="none"
-        As it is; mean point moved to the origin; also each feature scaled to unit variance; each point scaled to unit
-        length (zero points stay). Constant features are left at zero by ``"standardize"``.
-
-    Raises
-    ------
-    ConfigError
-        If the name is unknown.
-
     References
     ----------
     .. [1] Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022: its table of contents
        names a point cloud made of the weight matrix; only its abstract and lists are public.
     """
-
-    @checked()
-    def __init__(self, *, preprocess: Preprocess = "none") -> None:
-        self.preprocess = preprocess
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, features)`` on the CPU.
@@ -72,10 +49,10 @@ class WeightCollector(DataCollector):
                 raise DataError(f"weights must be finite, got NaN or infinity ({module}.{target})")
             shrink = None if space._scaler is None else space._scaler.shrink
             blocks = weight[..., None] if shrink is None else shrink(weight, lambda block: block, keepdim=True)
-            cloud = blocks.reshape(-1, blocks.shape[-1])
+            cloud: Tensor = blocks.reshape(-1, blocks.shape[-1])
             what = f"a cloud of {len(cloud)} points of {cloud.shape[1]} features"
             check_memory(16 * cloud.numel(), what, f"{leaving_out()}, or choose by norms", f"{module}.{target}")
-            return preprocess_points(cloud.to("cpu", torch.float64), self.preprocess)
+            return cloud.to("cpu", torch.float64)
 
         return context.collected(points)
 
@@ -92,8 +69,6 @@ class ActivationCollector(DataCollector):
     calibration : iterable or None
         Batches of inputs, or of ``(inputs, ...)`` of which the first is used. Iterated once per collection, so pass a
         list or a DataLoader rather than a generator. None: the pruner's evaluator runs its evaluation instead.
-    preprocess : {"none", "center", "standardize", "unit"}, default="none"
-        As in :class:`WeightCollector`, on the points handed on.
 
     Notes
     -----
@@ -102,9 +77,8 @@ class ActivationCollector(DataCollector):
     """
 
     @checked()
-    def __init__(self, calibration: Iterable[Any] | None = None, *, preprocess: Preprocess = "none") -> None:
+    def __init__(self, calibration: Iterable[Any] | None = None) -> None:
         self.calibration = calibration_of(calibration)
-        self.preprocess = preprocess
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, blocks)`` on the CPU.
@@ -127,19 +101,6 @@ class ActivationCollector(DataCollector):
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
             outputs = output_blocks(context.target_spaces[module][target], "activation clouds")
-            found = points_of_gram(moments[module].gram(center=True))
-            return preprocess_points(found[outputs].flatten(1), self.preprocess)
+            return points_of_gram(moments[module].gram(center=True))[outputs].flatten(1)
 
         return context.collected(points)
-
-
-PREPROCESS = one_of(_PREPROCESS)
-
-
-def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
-    """Return preprocessed points ``(n, features)``; see :class:`WeightCollector`."""
-    return _PREPROCESS[preprocess](points)
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, torch.ones_like(scale), scale)

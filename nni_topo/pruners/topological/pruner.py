@@ -24,8 +24,7 @@ from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.clouds import CLOUDS, TRACED, PointCloud, make_collector
-from nni_topo.pruners.clouds.weight import PREPROCESS, Preprocess
+from nni_topo.pruners.clouds import CLOUDS, PREPROCESS, TRACED, PointCloud, Preprocess, make_collector
 from nni_topo.pruners.hooks import DataCollector
 from nni_topo.pruners.topological.metric import CRITERIA, GeneticSearch, SelectionSettings, TopologicalMetric
 from nni_topo.rules import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
@@ -166,7 +165,12 @@ class TopologicalPruner(StructuredPruner):
             search = GeneticSearch()
         settings = SelectionSettings(criterion, self.homology_dimensions, search)
         self._metric = TopologicalMetric(
-            settings=settings, origin=points.origin, seed=seed, progress=progress, n_jobs=n_jobs
+            settings=settings,
+            preprocess=points.preprocess,
+            origin=points.origin,
+            seed=seed,
+            progress=progress,
+            n_jobs=n_jobs,
         )
         super().__init__(
             model,
