@@ -14,7 +14,6 @@ import torch
 from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import PruningSetting
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
 
 from nni_topo.compat.wrapping import ListedModules, derived_types
 from nni_topo.errors import ConfigError, SpeedupError, hint_of, listed
@@ -100,34 +99,24 @@ class DependencyGroups(list[dict[str, Any]]):
         self.reasons = dict(reasons or {})
         self._facts: Facts | None = None
         self._sizes: dict[str, torch.Size] = {}  # of the parameters of the model
-        self._settings: list[Any] = []  # of its modules
-        self._values: list[Any] = []  # a hash of each of its tensors, if its forward reads values
 
     def take_facts(self, analysis: Analysis) -> None:
         """Keep what was found of a model, for :func:`nni_topo.to_dense`."""
         self._facts = analysis.facts
-        self._sizes, self._settings = _sizes_of(analysis.model), _settings_of(analysis.model)
-        trace = analysis.facts.trace
-        self._values = _hashes_of(analysis.model) if trace is not None and trace.reads_values else []
+        self._sizes = {name: each.shape for name, each in analysis.model.named_parameters(remove_duplicate=False)}
 
     def facts_for(self, model: torch.nn.Module) -> Facts | None:
-        """Return what was found of a model when the groups were made; None if it must be found anew.
-
-        That is where a setting of a module has changed, or a weight of one whose forward reads values, and for a copy
-        of the groups.
-        """
+        """Return what was found of a model when the groups were made; None for a copy of the groups."""
         if self._facts is None or self._facts.trace is None:
             return None
-        sizes = _sizes_of(model)
+        sizes = {name: each.shape for name, each in model.named_parameters(remove_duplicate=False)}
         if sizes != self._sizes:
             other = [name for name in {**self._sizes, **sizes} if sizes.get(name) != self._sizes.get(name)]
             raise ConfigError(
                 "groups must be those that dependency_groups made for this model, got those of a model with other "
                 f"parameters: {listed(other)} (groups)"
             )
-        if self._facts.trace.reads_values and _hashes_of(model) != self._values:
-            return None
-        return self._facts if _settings_of(model) == self._settings else None
+        return self._facts
 
     def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
         """Put others in place of the entries."""
@@ -235,42 +224,6 @@ def dependency_groups(
     analysis = Analysis.on(model, example_inputs)
     found = groups_of(analysis, config_list, strict=strict)
     found.take_facts(analysis)
-    return found
-
-
-def _settings_of(model: torch.nn.Module) -> list[Any]:
-    """List the classes of a model's modules, and the numbers, texts and flags in their attributes; modes may differ.
-
-    Those in lists, tuples and mappings count too.
-    """
-    found = list[Any]()
-    for name, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if key not in _OF_PYTORCH and _is_plain(value)}
-        held = copy.deepcopy(own)
-        found.append((name, type(module), held))
-    return found
-
-
-_OF_PYTORCH = vars(torch.nn.Module()).keys()  # a module's mode, and its tables of hooks and others
-
-
-def _is_plain(value: Any) -> bool:
-    return all(isinstance(leaf, (bool, int, float, str, type(None))) for leaf in tree_leaves(value))
-
-
-def _sizes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-
-def _hashes_of(model: torch.nn.Module) -> list[Any]:
-    """Return a hash of each tensor of a model; of one that PyTorch can't hash, as of eight bits, its identity."""
-    found: list[Any] = []
-    for tensor in (*model.parameters(), *model.buffers()):
-        values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-        try:
-            found.append(torch.hash_tensor(values).view(torch.int64).item())
-        except (RuntimeError, TypeError):  # no values, no kernel for the type, or a class of its own
-            found.append(id(tensor))
     return found
 
 

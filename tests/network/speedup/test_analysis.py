@@ -78,42 +78,6 @@ def test_groups_that_are_passed_on_save_the_trace(traces):
         to_dense(given, images, {}, groups=groups)
 
 
-class Flagged(nn.Module):
-    """Adds the input of its first layer to the output of its second, if a flag says so."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2)
-        self.settings = {"adds": [True]}
-
-    def forward(self, x):
-        hidden = self.one(x).relu()
-        return self.last(self.two(hidden) + hidden if self.settings["adds"][0] else self.two(hidden))
-
-
-def test_a_setting_that_changed_since_is_seen():
-    model, rows = Flagged().eval(), torch.randn(4, 8)
-    groups = dependency_groups(model, rows, [{"op_names": ["one", "two"], "sparse_ratio": 0.5}])
-    masks = {"one": {"weight": torch.ones(16, 8)}, "two": {"weight": torch.ones(16, 16)}}
-    masks["one"]["weight"][:8] = 0.0
-    masks["two"]["weight"][6:] = 0.0
-    model.settings["adds"][0] = False
-    dense = to_dense(model, rows, masks, groups=groups)
-    assert (dense.one.out_features, dense.two.out_features) == (8, 6)
-    torch.testing.assert_close(dense(rows), masked_model(model, rows, masks)(rows))
-
-
-def test_groups_of_a_forward_that_reads_weights_serve_no_other_weights():
-    model, rows = Gated().eval(), torch.randn(4, 8)
-    groups = dependency_groups(model, rows, [{"op_names": ["one", "other"], "sparse_ratio": 0.5}])
-    masks = masks_of(model, groups)
-    with torch.no_grad():
-        model.gate.fill_(-1.0)
-    dense = to_dense(model, rows, masks, groups=groups)
-    assert dense.one.out_features == 16
-    torch.testing.assert_close(dense(rows), masked_model(model, rows, masks)(rows))
-
-
 def test_groups_of_a_forward_that_reads_values_of_inputs_save_the_trace(traces):
     class Masked(nn.Module):
         def __init__(self):
