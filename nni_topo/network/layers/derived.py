@@ -191,7 +191,12 @@ def forward_of(module: nn.Module, *args: Any) -> Any:
 def call_of(module: Any, entering: Tensor) -> InnerCall:
     """Return the call of PyTorch's function that a layer makes of what enters it; TypeError if it makes none."""
     if has_own_forward(module):
-        return _stopped(module, entering)
+        try:
+            with Within(_stop):
+                forward_of(module, entering)
+        except _Reached as reached:
+            return reached.call
+        raise TypeError(f"a layer must call a convolution or a product, got {type(module).__name__}")
     if isinstance(module, nn.Linear):
         return _call(functional.linear, (entering, module.weight, module.bias), {})
     function = next(each for each, (kind, _) in _FUNCTIONS.items() if isinstance(module, kind))
@@ -213,16 +218,8 @@ class _Reached(BaseException):
         self.call = call
 
 
-def _stopped(module: nn.Module, *args: Any) -> InnerCall:
-    def stop(call: InnerCall) -> Any:
-        raise _Reached(call)
-
-    try:
-        with Within(stop):
-            forward_of(module, *args)
-    except _Reached as reached:
-        return reached.call
-    raise TypeError(f"a layer must call a convolution or a product, got {type(module).__name__}")
+def _stop(call: InnerCall) -> Any:
+    raise _Reached(call)
 
 
 def _call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InnerCall:
@@ -382,24 +379,12 @@ class _UpToCall(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """Compute that."""
-
-        def stop(call: InnerCall) -> Any:
-            raise _Given(call.run())
-
         try:
-            with Within(stop):
+            with Within(_stop):
                 super().forward(*args)
-        except _Given as given:
-            return given.value
+        except _Reached as reached:
+            return reached.call.run()
         raise TypeError(f"a layer must call a convolution or a product, got {type(self).__name__}")
-
-
-class _Given(BaseException):
-    """Leaves a forward with what its call gives."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
 
 
 HEAD = "nni_topo_head"

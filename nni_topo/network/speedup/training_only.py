@@ -9,9 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from contextlib import ExitStack
-from functools import partial
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
 import torch
@@ -143,13 +141,9 @@ def _not_run(model: nn.Module, call: Call, parameters: list[str]) -> list[str]:
     owners = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
     with ExitStack() as stack, torch.no_grad(), random_state_kept():
         for owner in owners:
-            stack.enter_context(called(copied.get_submodule(owner), partial(_note_call, ran, owner)))
+            stack.enter_context(called(copied.get_submodule(owner), lambda *_, owner=owner: ran.add(owner)))
         copied(*call[0], **call[1])
     return [owner for owner in owners if owner not in ran]
-
-
-def _note_call(ran: set[str], owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    ran.add(owner)
 
 
 def _met_by_inputs(graph: Graph) -> set[Node]:
