@@ -40,11 +40,8 @@ def agree(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], tole
     return all(difference(wanted, given) <= tolerance for wanted, given in zip(expected, actual, strict=True))
 
 
-def difference(expected: torch.Tensor, actual: torch.Tensor, *, if_finite: bool = False) -> float:
-    """Measure the largest difference relative to the largest absolute value; NaN against a number is infinite.
-
-    ``if_finite``: zero where any of what is expected isn't.
-    """
+def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Measure the largest difference relative to the largest absolute value; NaN against a number is infinite."""
     if expected.numel() == 0:
         return 0.0
     if expected.is_complex() or actual.is_complex():
@@ -55,8 +52,6 @@ def difference(expected: torch.Tensor, actual: torch.Tensor, *, if_finite: bool 
         if all(map(math.isfinite, bounds)):
             gap, scale = (max(map(abs, ends)) for ends in (bounds[:2], bounds[2:]))  # zero is never negative
             return gap / scale if scale else gap
-    if if_finite and not bool(expected.isfinite().all()):
-        return 0.0
     expected, actual = expected.double(), actual.double()
     alike = (expected == actual) | (expected.isnan() & actual.isnan())
     gaps = (expected - actual).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(alike, 0)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,12 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate, map_arg
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention.heads import attend
-from nni_topo.network.attention.unfused.multihead import PrunedMultiheadAttention
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
@@ -37,17 +33,7 @@ from nni_topo.network.graph.tracing import arguments
 from nni_topo.network.layers.kinds import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, difference
 from nni_topo.network.runtime.copies import detached_copy, evaluating, unwrapped_copy
-from nni_topo.network.runtime.inputs import (
-    Call,
-    Variation,
-    call_in_precision,
-    random_like,
-    shrunk,
-    tensors_of,
-    together,
-    variations_of,
-    varied,
-)
+from nni_topo.network.runtime.inputs import Call, call_in_precision, first_samples, random_like, shrunk, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
@@ -65,21 +51,11 @@ if TYPE_CHECKING:
     from nni_topo.network.speedup.analysis import Analysis
 
 _SINGLE = (torch.float64, torch.float32)
-_SIDES = (33, 64)  # pixels of images in one batch; strides halve 33 to 17, 9, 5, 3 and 2
-_LARGEST = 2.0**20  # from here on a layer's output is scaled; inputs in the largest scale stay far below
+_SIDES = (33, 64)  # pixels of small images; strides halve 33 to 17, 9, 5, 3 and 2
 _ROUNDS = 24  # each finds about half of the unprunable channels that weren't found yet
 
 
 _DRAWS = 5  # of random weights and inputs, as long as the network fails on them
-_ROWS = 64  # from so many rows of input on, comparing a layer's weights takes less time than using them
-# What leaves zeros as they are, so that pruned channels of both networks stay at zero.
-_SIGNS: tuple[Callable[[Tensor], Tensor], ...] = (
-    torch.abs,
-    lambda values: -values.abs(),
-    lambda values: 0.01 * values,
-)
-_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
-_MULTIHEAD = (nn.MultiheadAttention, PrunedMultiheadAttention)
 
 
 class _Steps(nn.Module):
@@ -139,7 +115,10 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
                     group_ids = flow.group_ids_of(name)
                     if not layer.depthwise and name not in halves and np.isin(group_ids, read).any():
                         held.update(dict.fromkeys(group_ids.tolist(), reasons.result_depends(node)))
-        inputs, clean, second = _Inputs(args), set[bool](), None
+        few, by_shape, clean = first_samples((args, {})), dict[str, Call](), set[bool]()
+        for call in (*(shrunk(few, side) for side in _SIDES), few, (args, {})):
+            by_shape.setdefault(str([each.shape for each in tensors_of(call)]), call)
+        calls, second = list(by_shape.values()), None
         if analysis.depends_on_size and analysis.second is not None:
             held.update(dict.fromkeys(differing(flow, analysis.second.flow).tolist(), reasons.depends_on_size()))
         for turn in range(_ROUNDS):
@@ -148,7 +127,7 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
             is_kept = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
             dry_run = _DryRun(flow, is_kept, full)
             try:
-                found = inputs.find(dry_run)
+                found = _found_on(calls, dry_run)
             except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
                 if out_of_memory(error):
                     raise
@@ -196,86 +175,37 @@ def _all_held(flow: ChannelFlow, reason: Reason) -> dict[int, Reason]:
     return dict.fromkeys(group_ids.tolist(), reason)
 
 
-class _Inputs:
-    """The random inputs that a dry run runs on, small ones as long as these will do.
+def _found_on(calls: list[Call], dry_run: _DryRun) -> dict[int, Reason]:
+    """Return the unprunable channels that a dry run finds, by group id, and why.
 
-    They come in several scales and shifted, as small inputs and large ones ask different things of an operation: all in
-    one batch, if the network takes that.
+    ``calls``: inputs of the network, small ones first. Those that it doesn't run on, and those that show an unprunable
+    channel, are taken off the list, but for the last one, whose answer counts.
     """
-
-    def __init__(self, args: tuple[Any, ...]) -> None:
-        self._variations = variations_of((args, {}))
-        self._alone = _different([shrunk((args, {})), (args, {})])
-        batches = (
-            [together((shrunk((args, {}), side)), self._variations) for side in _SIDES] if self._variations else []
-        )
-        batches += [together((args, {}), self._variations)] if self._variations else []
-        self._batches = _different([each for each in batches if each is not None])
-        self._is_clean = True  # whether nothing was found yet
-
-    def find(self, dry_run: _DryRun) -> dict[int, Reason]:
-        """Return the unprunable channels by group id, and why."""
-        if self._is_clean and self._in_one_batch(dry_run):
-            return {}
-        self._is_clean = False
-        found = self._by_itself(dry_run)
-        if found or not self._variations or self._in_one_batch(dry_run):
-            return found
-        for variation in self._variations:
-            found |= self._varied(dry_run, variation)
-        return found
-
-    def _in_one_batch(self, dry_run: _DryRun) -> bool:
-        """Tell whether nothing is found at any scale; False too if that can't be told of one batch."""
-        while self._batches:
-            try:
-                return not dry_run.run(self._batches[0][0], blocks=1 + len(self._variations))
-            except Exception:  # sizes may be written into the graph; or memory is short, which inputs alone will show
-                del self._batches[0]
-        return False
-
-    def _by_itself(self, dry_run: _DryRun) -> dict[int, Reason]:
-        """Return what is found on the inputs as they are: on small ones as long as nothing is found on these."""
-        while len(self._alone) > 1:
-            try:
-                if not dry_run.run(self._alone[0][0]):
-                    return {}
-            except Exception as error:  # sizes may be written into the graph
-                if out_of_memory(error):
-                    raise
-            del self._alone[0]
-        return dry_run.run(self._alone[0][0])
-
-    def _varied(self, dry_run: _DryRun, variation: Variation) -> dict[int, Reason]:
-        """Return what is found on other inputs, in double precision too: rounding errors grow with the values."""
-        args = varied(self._alone[0], variation)
+    while len(calls) > 1:
         try:
-            found = dry_run.run(args[0], is_varied=True)
-        except Exception as error:  # a network needn't take all that is a number
+            if not dry_run.run(calls[0][0]):
+                return {}
+        except Exception as error:  # sizes may be written into the graph
             if out_of_memory(error):
                 raise
-            return {}
-        if not found:
-            return {}
-        try:
-            return dry_run.doubled().run(call_in_precision(args, torch.float64)[0], is_varied=True)
-        except Exception as error:  # a type may be written into the network
-            if out_of_memory(error):
-                raise
-            return found
-
-
-def _different(calls: list[Call]) -> list[Call]:
-    """Leave out calls whose tensors have the shapes of those before."""
-    found: dict[str, Call] = {}
-    for call in calls:
-        found.setdefault(str([each.shape for each in tensors_of(call)]), call)
-    return list(found.values())
+        del calls[0]
+    return dry_run.run(calls[0][0])
 
 
 def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
     """Return the graph of a model with random weights, in single precision, and the values of its placeholders."""
-    full = _with_type(analysis.trace.assembled(_with_random_weights(analysis.model)), torch.float64, torch.float32)
+    full = analysis.trace.assembled(_with_random_weights(analysis.model))
+
+    def single(value: Any) -> Any:
+        if value is torch.float64:
+            return torch.float32
+        return torch.complex64 if value is torch.complex128 else value
+
+    # Types that are arguments in the graph.
+    for node in full.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, single), map_aggregate(node.kwargs, single)
+    full.recompile()
+    to_precision(full, torch.float32)
     return full, (arguments(full.graph, analysis.model, analysis.call), {})
 
 
@@ -292,22 +222,6 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
 
     put_parameters(drawn, weights)
     return to_precision(drawn, torch.float32)
-
-
-def _with_type(network: GraphModule, old: torch.dtype, new: torch.dtype) -> GraphModule:
-    """Let a network compute in another precision, in place: its tensors, and types that are arguments in its graph."""
-
-    def changed(value: Any) -> Any:
-        if value is old:
-            return new
-        return new.to_complex() if value is old.to_complex() else value
-
-    for node in network.graph.nodes:
-        node.args = map_aggregate(node.args, changed)
-        node.kwargs = map_aggregate(node.kwargs, changed)
-    network.recompile()
-    to_precision(network, new)
-    return network
 
 
 def _draw(
@@ -355,11 +269,6 @@ def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
     return taken
 
 
-def _changed(change: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-    """Return a changed copy of a tensor of floats, and of any other a plain one, into which a node may write."""
-    return change(value) if value.is_floating_point() else value.clone()
-
-
 def _is_zero(value: Tensor, pruned: Tensor) -> bool:
     """Tell whether the pruned entries of a tensor are zero, where that is quick to say: of one dimension."""
     dims = [d for d in range(pruned.dim()) if pruned.shape[d] > 1]
@@ -392,18 +301,8 @@ class _DryRun:
         contribution = vars(self).get("_contribution")
         return contribution is not None and bool(contribution.constants or contribution.constant_channels)
 
-    def doubled(self) -> _DryRun:
-        """Return the same dry run in double precision."""
-        full = _with_type(copy.deepcopy(self.full), torch.float32, torch.float64)
-        return _DryRun(self.flow, self.is_kept, full)
-
-    def run(self, args: tuple[Any, ...], *, blocks: int = 1, is_varied: bool = False) -> dict[int, Reason]:
-        """Return the unprunable channels, by group id, and why.
-
-        ``blocks``: how many inputs there are in the batch, each of which is compared by itself. Values that aren't
-        finite are left out of the comparison where there are several, or the input ``is_varied``.
-        """
-        self._blocks, self._is_varied = blocks, is_varied
+    def run(self, args: tuple[Any, ...]) -> dict[int, Reason]:
+        """Return the unprunable channels, by group id, and why."""
         if self._uncut:
             return self._uncut
         self._found: dict[int, Reason] = {}
@@ -440,11 +339,6 @@ class _DryRun:
         arriving = any(map(len, entering.values()))
         if arriving:
             self._arriving[node] = entering
-        else:
-            computed_once = self._once(node)
-            if computed_once:
-                self._values[node] = computed_once
-                return
         needless = None  # input channels whose contribution is supplied as a constant
         if arriving and str(node.target) in self.flow.layers:
             needless = self._contribution.supplied(str(node.target))
@@ -468,71 +362,13 @@ class _DryRun:
             reason = reasons.number_made(node)  # which the forward of the dense model would compute anew
         if not reason and (reads_others or (arriving and node.name in self.flow.summed)):
             reason = reasons.result_depends(node)  # though not by much with these numbers
-        if not reason and self._is_foreign(node):
-            reason = self._compare_signs(node)
         # A single picked channel may be used for its size alone: its readers show that.
         ids = self.flow.ids.get(node.name)
         is_picked = has_property(node, "picks_one") and isinstance(ids, Tensor) and ids.numel() == 1
         if reason and not (reason.kind == "result_depends" and is_picked):
             self._blame(node, entering, reason)
             actual = tree_map_only(Tensor, Tensor.clone, expected)
-        self._values[node] = self._in_range(node, full, actual)
-
-    def _in_range(self, node: Node, full: Any, actual: Any) -> tuple[Any, Any]:
-        """Scale a layer's output in both networks by the same factor where values have grown beyond all measure.
-
-        Gates that multiply activations square them in each block. Without a norm they would be infinite after some
-        blocks, then NaN, and nothing after these could be compared.
-        """
-        if node.op != "call_module" or str(node.target) not in self.flow.layers:
-            return full, actual
-        if not isinstance(full, Tensor) or not full.numel():
-            return full, actual
-        low, high = (float(end) for end in full.detach().aminmax())
-        largest = max(-low, high)
-        if not _LARGEST < largest < math.inf:
-            return full, actual
-        factor = 0.5 ** math.ceil(math.log2(largest))  # a power of two, which changes no digit
-        return full * factor, actual * factor
-
-    def _is_foreign(self, node: Node) -> bool:
-        """Tell whether what an operation does with channels is a user's word, or a guess about code of another package.
-
-        Of PyTorch's own operations without a rule this would be a guess too, but these work place by place.
-        """
-        if has_property(node, "is_registered"):
-            return True
-        if node.name not in self.flow.guessed or node.op == "call_method":
-            return False
-        target: Any = node.target
-        if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            return str(target).partition(".")[0] not in ("aten", "prims")
-        made_by = type(self.full.get_submodule(target)) if node.op == "call_module" else target
-        return str(getattr(made_by, "__module__", "")).partition(".")[0] not in ("torch", "_operator", "math")
-
-    def _compare_signs(self, node: Node) -> Reason | None:
-        """Compare both networks at a node once more, on entering values of one sign and on small ones.
-
-        Whether a zero in place of a pruned channel matters may depend on the others: it is the largest where all of
-        these are negative, and of many channels some are positive with random weights. A trained network's may all be
-        negative.
-        """
-        for change in _SIGNS:
-            entering: list[dict[Node, Any]] = [{}, {}]
-            for parent in node.all_input_nodes:
-                for which, values in enumerate(entering):
-                    values[parent] = tree_map_only(Tensor, partial(_changed, change), self._values[parent][which])
-            try:
-                full = self._called(node, self.full, 0, values=entering[0])
-                actual = self._called(node, self.small, 1, values=entering[1])
-                reason = self._compare(node, tree_flatten(self._cut(node, full))[0], tree_flatten(actual)[0])
-            except Exception as error:  # an operation needn't take all that is a number
-                if out_of_memory(error):
-                    raise
-                continue
-            if reason:
-                return reason
-        return None
+        self._values[node] = full, actual
 
     def _reads_others(self, node: Node) -> bool:
         """Tell whether a node's result for the kept channels depends on the pruned ones.
@@ -568,19 +404,6 @@ class _DryRun:
         if not (isinstance(ids, Tensor) and takes_nan and ids.dim() == value.dim()):
             return value.clone()
         return value.masked_fill(~self._stays(ids).to(value.device).expand(value.shape), torch.nan)
-
-    def _once(self, node: Node) -> tuple[Any, Any] | None:
-        """Run a layer in the small network alone, if all that differs in the full one is zeros."""
-        if self._order is not None:
-            return None
-        stays = exact_channels(node, self.full, self.small, self.flow, self.is_kept, self._values)
-        if stays is None:
-            return None
-        given = self._called(node, self.small, 1)
-        (small, *others), spec = tree_flatten(given)
-        places = stays.nonzero().flatten().to(small.device)
-        full = small.new_zeros(*small.shape[:-1], len(stays)).index_copy_(-1, places, small)
-        return tree_unflatten([full, *others], spec), given
 
     def _called(
         self,
@@ -689,13 +512,8 @@ class _DryRun:
             if isinstance(wanted, Tensor):
                 if wanted.shape != given.shape:
                     return reasons.fixed_sizes(node)
-                # A tensor whose first dimension doesn't count samples is compared as a whole.
-                blocks = self._blocks if wanted.dim() > 1 and len(wanted) % self._blocks == 0 else 1
-                if_finite = self._is_varied or blocks > 1
-                pairs = zip(wanted.chunk(blocks), given.chunk(blocks), strict=True) if blocks > 1 else [(wanted, given)]
-                for one, other in pairs:
-                    if difference(one, other, if_finite=if_finite) > SAME_CHANNELS:
-                        return reasons.result_depends(node)
+                if difference(wanted, given) > SAME_CHANNELS:
+                    return reasons.result_depends(node)
         return None
 
     def _tensors_before(self, node: Node) -> list[Node]:
@@ -809,62 +627,3 @@ class _DryRun:
         group_ids = np.unique(np.concatenate([self.flow.group_ids_of(name) for name in self.flow.layers]))
         pruned: list[int] = group_ids[~self.is_kept[group_ids]].tolist()
         return pruned
-
-
-def exact_channels(
-    node: Node, full: nn.Module, small: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, values: Mapping[Node, Any]
-) -> Tensor | None:
-    """Tell which output channels of a linear layer or attention are the same in both networks, if that is certain.
-
-    No pruned channel may enter it. ``values``: by node, the output in the full network and that in the small one. None
-    unless the small network's weights are those of the kept channels: then it computes the same for these, and the
-    others are masked.
-    """
-    read = _read(node)
-    if read is None or read[0] not in flow.layers:
-        return None
-    name, parents, kinds, prefix = read
-    layers: list[Any] = [network.get_submodule(name) for network in (full, small)]
-    if any(type(each) not in kinds or each._forward_pre_hooks or each._forward_hooks for each in layers):
-        return None
-    ins = _entering(parents[0], flow, is_kept, values)
-    if ins is None:
-        return None
-    for parent in parents[1:]:
-        others = _entering(parent, flow, is_kept, values)
-        if others is None or not torch.equal(others, ins):
-            return None
-    weight, bias = ([getattr(layer, f"{prefix}{part}") for layer in layers] for part in ("weight", "bias"))
-    outs = torch.from_numpy(np.flatnonzero(is_kept[flow.group_ids_of(name)])).to(weight[0].device)
-    if not torch.equal(weight[0].index_select(0, outs).index_select(1, ins.to(outs.device)), weight[1]):
-        return None
-    if bias[0] is not None and not torch.equal(bias[0][outs], bias[1]):
-        return None
-    given = flow.ids[node.name]
-    ids = (given[0] if isinstance(given, (tuple, list)) else given).flatten(0, -2)[0]
-    return torch.from_numpy(is_kept[flow.group_ids(ids.numpy())])
-
-
-def _read(node: Node) -> tuple[str, list[Node], tuple[type[nn.Module], ...], str] | None:
-    """Return the module that a node calls, the nodes that enter it, the classes it may have, its weights' prefix."""
-    if node.op == "call_module" and len(node.args) == 1 and isinstance(node.args[0], Node):
-        return str(node.target), [node.args[0]], _LINEAR, ""
-    if node.target is attend and len(node.args) == 5:
-        module, _, *states = node.args
-        others = set(node.all_input_nodes) - {module, *states}  # masks, which may be of all heads
-        if isinstance(module, Node) and not others:
-            parents = [each for each in states if isinstance(each, Node)]
-            return str(module.target), parents, _MULTIHEAD, "in_proj_"
-    return None
-
-
-def _entering(parent: Node, flow: ChannelFlow, is_kept: np.ndarray, values: Mapping[Node, Any]) -> Tensor | None:
-    """List the kept channels of an input in its last dimension; None if other dimensions lose any, or for few rows."""
-    # A parameter is only compared where it is used.
-    value, ids = values[parent][0], flow.ids[parent.name]
-    if parent.op == "get_attr" or not isinstance(value, Tensor) or not isinstance(ids, Tensor):
-        return None
-    if ids.dim() != value.dim() or value[..., 0].numel() < _ROWS:
-        return None
-    *others, ins = kept_slices(ids, tuple(value.shape), flow, is_kept)
-    return ins if [len(each) for each in others] == list(value.shape[:-1]) else None

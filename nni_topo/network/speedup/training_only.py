@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import logging
 from contextlib import ExitStack
+from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,9 +141,13 @@ def _not_run(model: nn.Module, call: Call, parameters: list[str]) -> list[str]:
     ran = set[str]()
     copied = evaluating(detached_copy(model, light=True))
     owners = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+
+    def note(owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ran.add(owner)
+
     with ExitStack() as stack, torch.no_grad(), random_state_kept():
         for owner in owners:
-            stack.enter_context(called(copied.get_submodule(owner), lambda *_, owner=owner: ran.add(owner)))
+            stack.enter_context(called(copied.get_submodule(owner), partial(note, owner)))
         copied(*call[0], **call[1])
     return [owner for owner in owners if owner not in ran]
 

@@ -465,32 +465,10 @@ def test_a_wrong_rule_is_found_by_the_dry_run():
     assert "mean_over_channels" in found.skipped["a"]
 
 
-def largest_alone(images):
-    """Keep the largest channel at each place: of negative channels that would be a pruned one, which is zero."""
-    return images * (images >= images.amax(1, keepdim=True))
-
-
-@torch.library.custom_op("nni_topo_tests::largest_alone", mutates_args=())
-def largest_alone_of_no_rule(images: torch.Tensor) -> torch.Tensor:
-    return largest_alone(images)
-
-
 class Longest(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images):
         return images * (images.abs() >= images.abs().amax(1, keepdim=True))
-
-
-@pytest.mark.parametrize("kind", ["follow", "function", "library"])
-def test_a_rule_is_wrong_where_it_is_for_some_weights_alone(kind):
-    if kind == "library":
-        operator = largest_alone_of_no_rule
-    else:
-        user_rule = "follow" if kind == "follow" else lambda call: call.ids[0]
-        operator = nni_topo.register_operator(lambda images: largest_alone(images), user_rule)
-    # With random weights one of 32 channels is positive at every place.
-    net = Between(lambda self, x: operator(self.a(x)), nn.Conv2d(32, 4, 1), first=32).eval()
-    assert "a" in nni_topo.dependency_groups(net, IMAGES, ASKED).skipped
 
 
 def test_a_rule_is_right_where_zeros_are_as_good_as_nothing():

@@ -44,15 +44,6 @@ def test_types_may_differ_and_integers_count_too() -> None:
     assert difference(torch.zeros(0, 3), torch.zeros(0, 3)) == 0.0
 
 
-def test_where_only_finite_values_count_all_of_the_expected_ones_have_to_be_finite() -> None:
-    expected = torch.tensor([NAN, 2.0])
-    assert difference(expected, torch.tensor([1.0, 9.0]), if_finite=True) == 0.0
-    assert difference(torch.tensor([INF, 2.0]), torch.tensor([1.0, 9.0]), if_finite=True) == 0.0
-    assert difference(torch.tensor([4.0, 2.0]), torch.tensor([4.0, NAN]), if_finite=True) == INF
-    assert difference(torch.tensor([4.0, 2.0]), torch.tensor([4.0, 3.0]), if_finite=True) == 0.25
-    assert difference(torch.tensor([4.0, 2.0]).half(), torch.tensor([4.0, 3.0]).half(), if_finite=True) == 0.25
-
-
 def test_runs_agree_up_to_the_tolerance_tensor_by_tensor() -> None:
     one, other = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])
     assert agree([one, one], [one, other], 0.25)
