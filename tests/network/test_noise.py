@@ -76,17 +76,11 @@ def test_noise_in_front_or_behind_keeps_no_channels(place, draw):
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python", "NumPy"])
-def test_numbers_that_are_not_of_pytorch_are_named(draw):
+def test_numbers_that_are_not_of_pytorch_keep_no_channels(draw):
     torch.manual_seed(0)
     model = Noisy(behind=lambda x: x + draw()).eval()
-    random.seed(0)
-    np.random.seed(0)
-    states = random.getstate(), np.random.get_state()[1].tolist()
     groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
-    assert not groups
-    told = "its output enters code that could not be traced: the forward draws random numbers of Python's or NumPy's"
-    assert groups.skipped == dict.fromkeys(["first", "second", "last"], told)
-    assert states == (random.getstate(), np.random.get_state()[1].tolist())
+    assert groups.skipped == {"last": "it gives the model's output"}
 
 
 WRONG = {

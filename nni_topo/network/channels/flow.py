@@ -80,7 +80,6 @@ from nni_topo.network.layers.kinds import (
     is_depthwise,
     is_normalizing,
     is_plain_norm,
-    is_scripted,
     output_channels,
     row_names,
     weight_name,
@@ -228,8 +227,7 @@ class Propagation(torch.fx.Interpreter):
             # It needs all that enters, and what it puts out can't be made less.
             if has_complex_weights(module):
                 return self._all_kept(node, ids, reasons.complex_reader(node))
-            kind = "compiled by torch.jit" if is_scripted(module) else type(module).__name__
-            return self._all_kept(node, ids, reasons.uncut_module(node, kind))
+            return self._all_kept(node, ids, reasons.uncut_module(node, type(module).__name__))
         if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and ids[0].dim() != module.weight.dim():
             inputs = [tensor_shape(each) for each in self.traced.graph.nodes if each.op == "placeholder"]
             if any(each is not None and len(each) == ids[0].dim() for each in inputs[:1]):
@@ -390,12 +388,12 @@ class Propagation(torch.fx.Interpreter):
             return self._attend(n, ids, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
         op = self._operation(n)
         if not ids:
-            return op.computed() if shape is None else made(n, shape, self._given)
+            return op.run_on_ids() if shape is None else made(n, shape, self._given)
         rule = rule_of(n)
         if rule is not None and (rule.moves or rule.writes):
             return self._ruled(op, rule)
         if not tensors_of(given_shapes(n)):
-            return op.computed()
+            return op.run_on_ids()
         return op.by_place(known=False) if rule is None else self._ruled(op, rule)
 
     def _ruled(self, op: Operation, rule: OperatorRule) -> Any:
@@ -678,10 +676,6 @@ class ChannelFlow(Propagation):
             picks = picks and not all(has_property(user, "meets") or has_property(user, "moves") for user in node.users)
             if picks and isinstance(ids, torch.Tensor) and ids.numel():
                 found.append((np.unique(self.group_ids(ids.numpy())), place(node)))
-        for blocks in self.blocks:
-            for block in blocks.sides[0] if blocks.is_filled else ():
-                own = block[block != FIXED]
-                found.append((np.unique(self.group_ids(own)), blocks.place))
         return found
 
     def units(self, name: str) -> np.ndarray:

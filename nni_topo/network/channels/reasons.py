@@ -1,78 +1,20 @@
 """Why a layer, a channel or a head is kept: every reason that the package gives, and the only place that words one.
 
 To change a text, change it here: ``skipped``, ``explain``, ``dense.report``, warnings and errors all show it. To add a
-reason, add its kind to `Kind`, its sentence to the tables in the middle of this file, and what a user can do about it
-to `_ADVICE`. A reason whose sentence needs more than the name of an operation or layer has a function below the tables.
+reason, add its kind and sentence to the table in the middle of this file, and what a user can do about it to `_ADVICE`.
+A reason whose sentence needs more than an operation, or a layer and its class, has a function below the table.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch.fx import Node
 
 from nni_topo.context import leaving_out
 from nni_topo.errors import listed, raised
 from nni_topo.network.graph.nodes import described, line_of, place
-
-Kind = Literal[
-    "another_name",
-    "blocks_equal",
-    "call_not_covered",
-    "carries_constant",
-    "complex_weight",
-    "computed_weight",
-    "convolves_channels",
-    "coupled_with_itself",
-    "depends_on_size",
-    "dry_run_failed",
-    "fixed_channels",
-    "fixed_sizes",
-    "head_by_head",
-    "head_size",
-    "heads_stay",
-    "inside_module",
-    "joins_constant",
-    "joins_random",
-    "last_read",
-    "model_output",
-    "needs_all_channels",
-    "no_heads",
-    "no_rule",
-    "no_batch",
-    "nonzero_values",
-    "norm_follows",
-    "not_asked",
-    "not_followed",
-    "not_run",
-    "number_made",
-    "one_head",
-    "only_head",
-    "overwritten",
-    "own_norm",
-    "packed_rows",
-    "picked_by_value",
-    "random_shape",
-    "read_as_numbers",
-    "recurrent_state",
-    "result_depends",
-    "rounding",
-    "rule_keeps",
-    "rule_misfits",
-    "several_widths",
-    "shared",
-    "shared_by_heads",
-    "shared_weight",
-    "training_reader",
-    "transposed_weight",
-    "uncut_module",
-    "unknown_class",
-    "unselected",
-    "untraced_model",
-    "untraced_output",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +36,7 @@ class Reason:
         File and line of the forward that calls the operation ("net.py:12"); empty if they aren't known.
     """
 
-    kind: Kind
+    kind: str
     place: str = ""
     layer: str = ""
     text: str = ""
@@ -125,7 +67,7 @@ def in_part(kept: int, channels: int, reasons: Reasons) -> str:
 
 # What a user can do about a reason, by its kind. The kinds that masks, not the model, bring about have no entry.
 # {leave_out} stands for how the caller leaves the layer out of what is pruned.
-_ADVICE: dict[Kind, str] = {
+_ADVICE: dict[str, str] = {
     "model_output": "{leave_out}: the caller of the model needs this number of channels",
     "untraced_output": "write the code after the layer as a module that takes tensors and returns tensors",
     "untraced_model": "change what the message names, or prune the parts of the model one by one",
@@ -151,10 +93,7 @@ _ADVICE: dict[Kind, str] = {
         "{leave_out}: of a router, for one, that picks experts, each output stands for an expert, which isn't removed"
     ),
     "fixed_channels": "read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
-    "number_made": (
-        "compute with a number that an attribute holds, such as a scale, instead of the width of a tensor, and compare "
-        "a width with that of a layer (self.conv.out_channels) instead of a number"
-    ),
+    "number_made": "compute with a number that an attribute holds, such as a scale, instead of the width of a tensor",
     "heads_stay": (
         "see why the heads of the other tensor stay (nni_topo.explain of its layer), or give each head its own keys "
         "and values"
@@ -209,105 +148,93 @@ def advice(reasons: Reasons) -> tuple[str, ...]:
     return tuple(text.replace("{leave_out}", leaving_out()) for text in texts)
 
 
-# The three forms that most reasons have. Each makes a function from a kind and a sentence.
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+    """Makes the reasons of one kind that have one sentence."""
 
+    kind: str
+    text: str  # with ``{layer}`` for the name of a layer or module, and ``{of}`` for its class
 
-def _of_operation(kind: Kind, sentence: str) -> Callable[[Node], Reason]:
-    """Return a function that makes the reason of an operation, which is named after the sentence."""
-
-    def reason(node: Node) -> Reason:
-        return _at(kind, node, sentence)
-
-    return reason
-
-
-def _of_layer(kind: Kind, sentence: str) -> Callable[[str], Reason]:
-    """Return a function that makes the reason of a layer or module, whose name takes the place of ``{layer}``."""
-
-    def reason(layer: str) -> Reason:
-        return Reason(kind, layer, layer, sentence.format(layer=layer))
-
-    return reason
-
-
-def _plain(kind: Kind, sentence: str) -> Callable[[], Reason]:
-    """Return a function that makes a reason which names nothing."""
-
-    def reason() -> Reason:
-        return Reason(kind, text=sentence)
-
-    return reason
-
-
-def _at(kind: Kind, node: Node, sentence: str) -> Reason:
-    """Make the reason of an operation, which is named after the sentence, with its class if it is a module."""
-    return Reason(kind, place(node), "", f"{sentence} ({described(node)})", line_of(node))
+    def __call__(self, where: Node | str = "", of: str = "") -> Reason:
+        """Return a reason; ``where``: the operation, which is named after the sentence, or the layer or module."""
+        if isinstance(where, Node) and "{layer}" not in self.text:
+            return Reason(self.kind, place(where), "", f"{self.text} ({described(where)})", line_of(where))
+        layer, line = (str(where.target), line_of(where)) if isinstance(where, Node) else (where, "")
+        return Reason(self.kind, layer, layer, self.text.format(layer=layer, of=of), line)
 
 
 # Operations of the forward that keep the channels which enter them: kind and sentence.
 
-no_rule = _of_operation("no_rule", "no rule says where channels go")
-call_not_covered = _of_operation(
-    "call_not_covered", "this operation is called in a way in which channels can't be followed"
-)
-read_as_numbers = _of_operation("read_as_numbers", "the forward reads the values as a list or an array")
-rule_keeps = _of_operation("rule_keeps", "the operation is registered to keep all channels")
-rule_misfits = _of_operation("rule_misfits", "the rule that the operation is registered with doesn't fit these shapes")
-joins_constant = _of_operation(
-    "joins_constant", "an operation joins them to the network's input, a constant or a parameter"
-)
-joins_random = _of_operation("joins_random", "an operation joins them to random numbers that the forward draws")
-random_shape = _of_operation("random_shape", "the forward draws random numbers for them")
-overwritten = _of_operation("overwritten", "the forward writes into part of a tensor")
-picked_by_value = _of_operation("picked_by_value", "the forward picks places by the values of these channels")
-fixed_channels = _of_operation("fixed_channels", "the forward picks or counts channels by fixed numbers")
-number_made = _of_operation("number_made", "the forward computes with how many of them there are, or checks it")
-heads_stay = _of_operation(
+no_rule = Sentence("no_rule", "no rule says where channels go")
+call_not_covered = Sentence("call_not_covered", "this operation is called in a way in which channels can't be followed")
+read_as_numbers = Sentence("read_as_numbers", "the forward reads the values as a list or an array")
+rule_keeps = Sentence("rule_keeps", "the operation is registered to keep all channels")
+rule_misfits = Sentence("rule_misfits", "the rule that the operation is registered with doesn't fit these shapes")
+joins_constant = Sentence("joins_constant", "an operation joins them to the network's input, a constant or a parameter")
+joins_random = Sentence("joins_random", "an operation joins them to random numbers that the forward draws")
+random_shape = Sentence("random_shape", "the forward draws random numbers for them")
+overwritten = Sentence("overwritten", "the forward writes into part of a tensor")
+picked_by_value = Sentence("picked_by_value", "the forward picks places by the values of these channels")
+fixed_channels = Sentence("fixed_channels", "the forward picks or counts channels by fixed numbers")
+number_made = Sentence("number_made", "the forward computes with how many of them there are")
+heads_stay = Sentence(
     "heads_stay", "a product multiplies heads with those of a tensor whose heads stay, or with what all heads share"
 )
-one_head = _of_operation(
+one_head = Sentence(
     "one_head", "attention of one head, which can't be removed, scales by how many channels its queries and keys have"
 )
-result_depends = _of_operation("result_depends", "the result of an operation depends on removed channels")
+result_depends = Sentence("result_depends", "the result of an operation depends on removed channels")
 
 # Layers and modules that keep channels: kind and sentence.
 
-another_name = _of_layer("another_name", "it is {layer} under another name, and loses what that loses")
-training_reader = _of_layer("training_reader", "{layer} reads them in training mode only")
-own_norm = _of_layer(
+another_name = Sentence("another_name", "it is {layer} under another name, and loses what that loses")
+training_reader = Sentence("training_reader", "{layer} reads them in training mode only")
+own_norm = Sentence(
     "own_norm",
     "{layer} is a norm of the model's own: nni_topo.as_torch_layers(model) makes it one that can lose channels",
 )
-head_by_head = _of_layer("head_by_head", "it shares channels with {layer}, which loses heads")
-last_read = _of_layer("last_read", "{layer} needs at least one of the channels that it reads")
-only_head = _of_layer("only_head", "it makes the only head or unit of {layer}, which needs at least one")
-shared_by_heads = _of_layer(
+head_by_head = Sentence("head_by_head", "it shares channels with {layer}, which loses heads")
+last_read = Sentence("last_read", "{layer} needs at least one of the channels that it reads")
+only_head = Sentence("only_head", "it makes the only head or unit of {layer}, which needs at least one")
+shared_by_heads = Sentence(
     "shared_by_heads", "all heads of {layer} share these keys and values, which stay as long as one of them does"
 )
-carries_constant = _of_layer(
+carries_constant = Sentence(
     "carries_constant", "kept to carry the constant contribution of the removed channels ({layer})"
 )
 
+uncut_module = Sentence("uncut_module", "they enter {layer} ({of}), which can't be cut")
+no_batch = Sentence("no_batch", "the input of {layer} has no batch dimension")
+complex_reader = Sentence("complex_weight", "they enter {layer}, whose weights are complex numbers")
+several_widths = Sentence("several_widths", "{layer} is called on different numbers of channels")
+recurrent_input = Sentence("recurrent_state", "they are the initial state of {layer} ({of}), which keeps its size")
+convolved_elsewhere = Sentence(
+    "convolves_channels", "{layer}, a convolution along channels, is called on other channels as well"
+)
+unknown_attention = Sentence("no_heads", "it is part of {layer} ({of}), attention of an unknown structure")
+inside_module = Sentence("inside_module", "it is part of {layer} ({of}), which runs as one operation")
+
 # What the kept layer is itself, or where its channels go: kind and sentence.
 
-model_output = _plain("model_output", "it gives the model's output")
-coupled_with_itself = _plain("coupled_with_itself", "all of its channels are coupled with one another")
-kept_by_itself = _plain("coupled_with_itself", "some of its channels are coupled with one another")
-convolves_channels = _plain("convolves_channels", "it is a convolution along the channels of another layer")
-no_heads = _plain("no_heads", "it makes no queries, keys or values of attention, so it has no heads")
-recurrent_state = _plain("recurrent_state", "a recurrent layer keeps the size of its state")
-packed_rows = _plain(
+model_output = Sentence("model_output", "it gives the model's output")
+coupled_with_itself = Sentence("coupled_with_itself", "all of its channels are coupled with one another")
+kept_by_itself = Sentence("coupled_with_itself", "some of its channels are coupled with one another")
+convolves_channels = Sentence("convolves_channels", "it is a convolution along the channels of another layer")
+no_heads = Sentence("no_heads", "it makes no queries, keys or values of attention, so it has no heads")
+recurrent_state = Sentence("recurrent_state", "a recurrent layer keeps the size of its state")
+packed_rows = Sentence(
     "packed_rows", "a recurrent layer that reads packed sequences, or that isn't called by itself, keeps its units"
 )
-complex_weight = _plain("complex_weight", "its weights are complex numbers, which stay as they are")
-transposed_weight = _plain(
+complex_weight = Sentence("complex_weight", "its weights are complex numbers, which stay as they are")
+transposed_weight = Sentence(
     "transposed_weight", "its weight is transposed: nni_topo.as_torch_layers(model) makes it a linear layer"
 )
-not_followed = _plain("not_followed", "the layer isn't called by itself, or its channels couldn't be followed")
-norm_follows = _plain("norm_follows", "a norm keeps the channels of the layer before it, whose mask decides")
-not_run = _plain("not_run", "the forward doesn't use the layer")
-not_asked = _plain("not_asked", "not asked for")
-never_settled = _plain("dry_run_failed", "channels depend on one another in a way that no rule describes")
+not_followed = Sentence("not_followed", "the layer isn't called by itself, or its channels couldn't be followed")
+norm_follows = Sentence("norm_follows", "a norm keeps the channels of the layer before it, whose mask decides")
+not_run = Sentence("not_run", "the forward doesn't use the layer")
+not_asked = Sentence("not_asked", "not asked for")
+untraced_output = Sentence("untraced_output", "its output enters code that could not be traced")
+never_settled = Sentence("dry_run_failed", "channels depend on one another in a way that no rule describes")
 
 
 # Reasons whose sentences need more.
@@ -336,49 +263,12 @@ def depends_on_size(reader: str = "") -> Reason:
 def fixed_sizes(node: Node, error: Exception | None = None) -> Reason:
     """Return the reason for channels without which an operation fails, or gives another shape."""
     failure = "" if error is None else f": {type(error).__name__}"
-    return _at("fixed_sizes", node, f"the sizes of an operation don't fit fewer channels{failure}")
-
-
-def no_batch(node: Node) -> Reason:
-    """Return the reason for the input of a convolution that has no batch dimension."""
-    return _of_module("no_batch", node, f"the input of {node.target} has no batch dimension")
-
-
-def uncut_module(node: Node, kind: str) -> Reason:
-    """Return the reason for channels that enter a module of class ``kind``, which the package can't cut."""
-    return _of_module("uncut_module", node, f"they enter {node.target} ({kind}), which can't be cut")
-
-
-def complex_reader(node: Node) -> Reason:
-    """Return the reason for channels that enter a layer whose weights are complex numbers."""
-    return _of_module("complex_weight", node, f"they enter {node.target}, whose weights are complex numbers")
-
-
-def several_widths(node: Node) -> Reason:
-    """Return the reason for channels of a module that is called on different numbers of them."""
-    return _of_module("several_widths", node, f"{node.target} is called on different numbers of channels")
+    return Sentence("fixed_sizes", f"the sizes of an operation don't fit fewer channels{failure}")(node)
 
 
 def cutting_failed(layer: str, error: Exception) -> Reason:
     """Return the reason for channels of a module that raises an error when it is cut."""
     return Reason("uncut_module", layer, layer, str(error))
-
-
-def recurrent_input(node: Node, kind: str) -> Reason:
-    """Return the reason for channels of the initial state of a recurrent layer that keeps its units."""
-    text = f"they are the initial state of {node.target} ({kind}), which keeps its size"
-    return _of_module("recurrent_state", node, text)
-
-
-def convolved_elsewhere(node: Node) -> Reason:
-    """Return the reason for channels of a channel-wise convolution that is called on different channels too."""
-    text = f"{node.target}, a convolution along channels, is called on other channels as well"
-    return _of_module("convolves_channels", node, text)
-
-
-def _of_module(kind: Kind, node: Node, text: str) -> Reason:
-    """Make the reason of a module that a node calls; the text names the module."""
-    return Reason(kind, str(node.target), str(node.target), text, line_of(node))
 
 
 def needs_all_channels(node: Node, layer: str) -> Reason:
@@ -392,23 +282,9 @@ def dry_run_failed(error: Exception) -> Reason:
     return Reason("dry_run_failed", text=f"the dry run fails on random numbers: {raised(error)}")
 
 
-def untraced_output(*, is_noise: bool) -> Reason:
-    """Return the reason for the last layer of a traced part of a model.
-
-    ``is_noise``: whether the code after it draws random numbers of Python's or NumPy's.
-    """
-    why = ": the forward draws random numbers of Python's or NumPy's" if is_noise else ""
-    return Reason("untraced_output", text=f"its output enters code that could not be traced{why}")
-
-
 def untraced_model(error: Exception) -> Reason:
     """Return the reason for all layers of a model that can't be traced."""
     return Reason("untraced_model", text=str(error))
-
-
-def unknown_attention(module: str, kind: str) -> Reason:
-    """Return the reason for a layer asked for heads, in attention whose layers aren't recognised by their names."""
-    return Reason("no_heads", module, module, f"it is part of {module} ({kind}), attention of an unknown structure")
 
 
 def computed_weight(*, can_convert: bool) -> Reason:
@@ -424,11 +300,6 @@ def unknown_class(layer: str, kind: type) -> Reason:
     """Return the reason for a layer of a class that can't be cut, though NNI knows one of its name."""
     text = f"its class {kind.__qualname__} ({kind.__module__}) isn't PyTorch's and computes something else"
     return Reason("unknown_class", layer, layer, text)
-
-
-def inside_module(module: str, kind: str) -> Reason:
-    """Return the reason for a layer within a module of PyTorch's that uses its weight and doesn't call it."""
-    return Reason("inside_module", module, module, f"it is part of {module} ({kind}), which runs as one operation")
 
 
 def shared(names: Iterable[str], unmasked: Sequence[str]) -> Reason:

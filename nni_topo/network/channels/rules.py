@@ -83,7 +83,7 @@ class Operation:
     """
 
     def __init__(self, node: Node, values: dict[Node, Any], channels: ChannelIds, modules: Modules) -> None:
-        self.node, self.channels, self.modules = node, channels, modules
+        self.node, self.channels = node, channels
         self._values = values
         self.args: tuple[Any, ...]
         self.kwargs: dict[str, Any]
@@ -91,13 +91,11 @@ class Operation:
         self.ids: list[Tensor] = tensors_of((self.args, self.kwargs))
         self.shape = tensor_shape(node)
         self.module: Any = modules(str(node.target)) if node.op == "call_module" else None
+        self.rule = rule_of(node) if self.module is None else module_rule(self.module)
 
     def argument(self, at: int, *names: str, default: Any = None) -> Any:
         """Look up an argument by one of its names, else by its position, which is 0 for the first tensor."""
-        for name in names:
-            if name in self.kwargs:
-                return self.kwargs[name]
-        return self.args[at] if len(self.args) > at else default
+        return _argument(self.args, self.kwargs, at, names, default)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operator itself."""
@@ -126,10 +124,9 @@ class Operation:
 
     def _why_kept(self) -> reasons.Reason:
         """Return why channels are kept where the rule of the operation says no more."""
-        found = rule_of(self.node) if self.module is None else module_rule(self.module)
-        if found is None:
+        if self.rule is None:
             return reasons.no_rule(self.node)
-        return reasons.rule_keeps(self.node) if found.is_registered else reasons.call_not_covered(self.node)
+        return reasons.rule_keeps(self.node) if self.rule.is_registered else reasons.call_not_covered(self.node)
 
     # The methods below return the ids of the output.
 
@@ -142,12 +139,8 @@ class Operation:
                 self.keep(each, reason)
         return found
 
-    def computed(self) -> Any:
-        """Compute an output that isn't a tensor, such as a size."""
-        return self.run_on_ids()
-
     def run_on_ids(self, args: tuple[Any, ...] | None = None) -> Any:
-        """Run an operator that moves entries on the ids themselves, which shows where each channel goes.
+        """Run an operator that moves entries, or gives a size, on the ids themselves.
 
         ``args``: arguments to use in place of its own. None if it fails.
         """
@@ -260,6 +253,15 @@ class Operation:
         return self.carried(self.ids, lambda ids, shape: carry_reduced(ids, shape, dims))
 
 
+def _argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int, names: Sequence[str], default: Any = None
+) -> Any:
+    for name in names:
+        if name in kwargs:
+            return kwargs[name]
+    return args[at] if len(args) > at else default
+
+
 @dataclasses.dataclass(frozen=True)
 class FixedPlaces:
     """A call on a tensor whose channels are in one dimension; a rule's ``held`` lists the places that it fixes."""
@@ -278,10 +280,7 @@ class FixedPlaces:
 
     def argument(self, at: int, *names: str) -> Any:
         """Look up an argument of the call by name, else by its position."""
-        for name in names:
-            if name in self.node.kwargs:
-                return self.node.kwargs[name]
-        return self.node.args[at] if len(self.node.args) > at else None
+        return _argument(self.node.args, self.node.kwargs, at, names)
 
     def is_along(self, at: int) -> bool:
         """Tell whether the call works along the channels. ``at``: the position of its argument ``dim``."""
@@ -296,7 +295,6 @@ class Dims:
     at: int | None  # position of the argument, 0 being the tensor's; None: it is given by name only
     default: int | tuple[int, ...] | Callable[[int], int] | None  # without the argument; None: all dimensions
     adds: bool = False  # zeros make no difference to the result
-    largest: bool = False  # zeros make no difference to the result if no value is negative
     reduces: bool = False  # the output lacks the dimensions, or has them with length 1
 
 
@@ -315,8 +313,6 @@ class OperatorRule:
     one_value: bool = False  # it makes a tensor of one value, with the shape that its arguments say
     is_like: bool = False  # its first argument is a tensor, from which the new tensor takes its type
     is_unset: bool = False  # the values of its output are whatever is in memory
-    never_negative: bool = False  # its output is never negative
-    keeps_sign: bool = False  # its output isn't negative where its inputs aren't
     dims: Dims | None = None  # the dimensions along which it works, if it works along some
     is_registered: bool = False  # a user has registered it
     held: Callable[[FixedPlaces], list[slice]] | None = None  # returns the places that fixed numbers need kept
@@ -373,18 +369,15 @@ def has_property(node: Node, what: str) -> bool:
 
 @rule(
     "column_stack", "dstack", "hstack", "vstack", "row_stack", "reshape_as", "swapaxes", "t", "moveaxis", "repeat",
-    "repeat_interleave", "tile", "flip", "detach", "getattr", "pixel_shuffle", "pixel_unshuffle", nn.Unflatten,
-    moves=True,
-)  # fmt: skip
-@rule(
-    "flatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand", "expand_as", "contiguous", "clone",
-    nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, moves=True, keeps_sign=True,
+    "repeat_interleave", "tile", "flip", "roll", "detach", "getattr", "flatten", "permute", "transpose", "movedim",
+    "squeeze", "unsqueeze", "expand", "expand_as", "contiguous", "clone", "pixel_shuffle", "pixel_unshuffle",
+    nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, moves=True,
 )  # fmt: skip
 def _moves(op: Operation) -> Any:
     return op.moved()
 
 
-@rule("channel_shuffle", nn.ChannelShuffle, moves=True, keeps_sign=True)
+@rule("channel_shuffle", nn.ChannelShuffle, moves=True)
 def _shuffled(op: Operation) -> Any:
     """Follow a channel shuffle, which takes the channels in rows: each row keeps equally many."""
     module = op.module
@@ -396,12 +389,12 @@ def _shuffled(op: Operation) -> Any:
     return op.moved()
 
 
-@rule("cat", "concat", "concatenate", moves=True, keeps_sign=True)
+@rule("cat", "concat", "concatenate", moves=True)
 def _concatenated(op: Operation) -> Any:
     return _joined(op, op.ids, op.argument(1, "dim", default=0))
 
 
-@rule("stack", moves=True, keeps_sign=True)
+@rule("stack", moves=True)
 def _stacked(op: Operation) -> Any:
     dim = op.argument(1, "dim", default=0)
     return _joined(op, [each.unsqueeze(dim) for each in op.ids], dim)
@@ -433,7 +426,7 @@ def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
     return torch.from_numpy(op.channels.settled()[1])[moved]
 
 
-@rule("pad", keeps_sign=True)
+@rule("pad")
 def _padded(op: Operation) -> Any:
     """Follow padding: what is added along the channels stays, and of another dimension each place has the channels."""
     ids, ends = op.ids[0], op.argument(1, "pad")
@@ -478,20 +471,20 @@ def _held_by_view(given: FixedPlaces) -> list[slice]:
     return []
 
 
-@rule("view", moves=True, keeps_sign=True, held=_held_by_view, why_held=reasons.fixed_sizes)
+@rule("view", moves=True, held=_held_by_view, why_held=reasons.fixed_sizes)
 def _viewed(op: Operation) -> Any:
     # Tensors of ids are expanded, and an expanded tensor has no view.
     moved = op.run_on_ids((op.args[0].contiguous(), *op.args[1:]))
-    return op.all_kept() if moved is None else _taken_apart(op, moved, _given_sizes(op))
+    return op.all_kept() if moved is None else _taken_apart(op, moved, _sizes_of(op.node))
 
 
-@rule("reshape", moves=True, keeps_sign=True, held=_held_by_view, why_held=reasons.fixed_sizes)
+@rule("reshape", moves=True, held=_held_by_view, why_held=reasons.fixed_sizes)
 def _reshaped(op: Operation) -> Any:
     moved = op.run_on_ids()
-    return op.all_kept() if moved is None else _taken_apart(op, moved, _given_sizes(op))
+    return op.all_kept() if moved is None else _taken_apart(op, moved, _sizes_of(op.node))
 
 
-@rule("unflatten", moves=True, keeps_sign=True)
+@rule("unflatten", moves=True)
 def _unflattened(op: Operation) -> Any:
     moved = op.run_on_ids()
     if moved is None:
@@ -503,12 +496,8 @@ def _unflattened(op: Operation) -> Any:
     return _taken_apart(op, moved, sizes)
 
 
-def _given_sizes(op: Operation) -> Any:
-    """Return the sizes that a view is given, as in the graph: numbers, or nodes where they come from a shape."""
-    return _sizes_of(op.node)
-
-
 def _sizes_of(node: Node) -> Any:
+    """Return the sizes that a view is given, as in the graph: numbers, or nodes where they come from a shape."""
     sizes: Any = node.args[1:] or node.kwargs.get("shape", node.kwargs.get("size", ()))
     return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
@@ -529,8 +518,6 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
         counted = _counted(size, op.channels)
         if counted is not None and _varying(moved) == [d] and moved.shape[d] == len(counted):
             _count_alike(op, counted, moved, as_width=True)
-        elif isinstance(size, Node) and _varying(moved) == [d]:
-            _count_several_times(op, size, op.channels.per_channel(moved, d))
     if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
         return moved
     places = _varying(moved)
@@ -572,38 +559,6 @@ def _note_taken_width(op: Operation, size: Any, moved: Tensor) -> None:
             op.channels.widths.append(TakenWidth(owner_of(op.node), LAST if of_last else FIRST, ids, compressed(moved)))
 
 
-def _count_several_times(op: Operation, size: Any, channels: np.ndarray) -> None:
-    """Let parts with as many heads each keep equally many, if an attribute that counts heads is taken several times.
-
-    ConvBERT's ``heads * size * 2`` is the width of the heads of attention and of those that convolutions make.
-    """
-    counts, others = [], 1
-    for each in _factors(size):
-        if isinstance(each, TracedInt) and each.place is not None:
-            counts.append(int(each))
-        elif isinstance(each, int):
-            others *= each
-    if not counts or others < 2:
-        return
-    group_ids = op.channels.settled()[0][channels]
-    heads = len(np.unique(group_ids))
-    # The number of heads is one that divides them all, as often as the plain factors allow.
-    possible = {heads // count for count in counts if not heads % count and not others % (heads // count)} - {1}
-    if len(possible) == 1 and heads < len(channels):
-        parts = np.split(channels, possible.pop())
-        op.channels.blocks.append(Blocks([parts], may_vanish=False, place=described(op.node)))
-
-
-def _factors(size: Any) -> list[Any]:
-    """List the factors of a size in a graph: numbers, and nodes of other operations; none of what is no product."""
-    if not isinstance(size, Node) or size.target is not operator_module.mul:
-        return []
-    found = []
-    for each in size.args:
-        found += _factors(each) or [each]
-    return found
-
-
 # Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
 
 
@@ -613,6 +568,15 @@ def _held_by_unbind(given: FixedPlaces) -> list[slice]:
 
 @rule("unbind", moves=True, held=_held_by_unbind)
 def _unbound(op: Operation) -> Any:
+    return op.moved()
+
+
+def _held_by_tensor_split(given: FixedPlaces) -> list[slice]:
+    return [slice(None)] if given.is_along(2) else []
+
+
+@rule("tensor_split", moves=True, held=_held_by_tensor_split)
+def _split_evenly(op: Operation) -> Any:
     return op.moved()
 
 
@@ -636,8 +600,7 @@ def _held_by_split(given: FixedPlaces) -> list[slice]:
     return held
 
 
-@rule("split", moves=True, keeps_sign=True, held=_held_by_split)
-@rule("split_with_sizes", moves=True, held=_held_by_split)
+@rule("split", "split_with_sizes", moves=True, held=_held_by_split)
 def _split(op: Operation) -> Any:
     pieces = op.run_on_ids()
     if pieces is None:
@@ -669,26 +632,7 @@ def _count_alike(op: Operation, counted: Tensor, other: Tensor, *, as_width: boo
         op.channels.tie(counted.numpy(), channels, as_width=as_width)
 
 
-def _held_by_parts(given: FixedPlaces) -> list[slice]:
-    if not given.is_along(2):
-        return []
-    parts = given.argument(1, "chunks", "indices_or_sections", "indices", "sections")
-    if isinstance(parts, Sequence):
-        held = []
-        for end in parts:
-            if given.is_fixed(end):
-                held += _boundary(end, given.size)
-        return held
-    # If all parts have one size, `Blocks` makes them lose equally many channels, and nothing is fixed.
-    return [slice(None)] if given.is_fixed(parts) and given.size % max(int(parts), 1) else []
-
-
-@rule("tensor_split", moves=True, held=_held_by_parts)
-def _split_evenly(op: Operation) -> Any:
-    return op.moved()
-
-
-@rule("chunk", moves=True, keeps_sign=True)
+@rule("chunk", moves=True)
 def _chunked(op: Operation) -> Any:
     pieces = op.run_on_ids()
     if pieces is None:
@@ -697,15 +641,7 @@ def _chunked(op: Operation) -> Any:
     asked = op.argument(1, "chunks")
     short = pieces[0].shape[dim] - pieces[-1].shape[dim]
     if (short or asked != len(pieces)) and varies(ids, dim):
-        if asked != len(pieces) or channels.reorders or _varying(ids) != [dim % ids.dim()]:
-            op.keep(ids, reasons.fixed_channels(op.node))
-            return pieces
-        # The last piece is shorter than the others. If each loses as many as the others, chunk makes such pieces again.
-        rows = [channels.per_channel(piece, dim % ids.dim()) for piece in pieces]
-        rows[-1] = np.concatenate([rows[-1], np.full(short, FIXED)])
-        channels.chunks = True
-        where = described(op.node)
-        channels.blocks.append(Blocks([rows], may_vanish=False, moves=True, is_filled=True, place=where))
+        op.keep(ids, reasons.fixed_channels(op.node))  # the dense model would make other pieces
         return pieces
     # In the dense model chunk makes equal pieces too, so all pieces have to lose equally many channels.
     if pieces[0].dim() > 1 and not short:
@@ -783,24 +719,6 @@ def _held_by_select(given: FixedPlaces) -> list[slice]:
 
 @rule("select", moves=True, picks=True, picks_one=True, held=_held_by_select)
 def _selected(op: Operation) -> Any:
-    return op.moved()
-
-
-def _held_by_roll(given: FixedPlaces) -> list[slice]:
-    shifts, dims = given.argument(1, "shifts"), given.argument(2, "dims")
-    if dims is None or (isinstance(dims, Sequence) and not dims):
-        return [slice(None)]  # it rolls the flattened tensor
-    shifts, dims = (each if isinstance(each, Sequence) else [each] for each in (shifts, dims))
-    held = []
-    for shift, each in zip(shifts, dims, strict=False):
-        if each % len(given.shape) == given.dim and given.is_fixed(shift) and shift:
-            # The channels that move from the end to the start, or from the start to the end.
-            held.append(slice(-shift, None) if shift > 0 else slice(-shift))
-    return held
-
-
-@rule("roll", moves=True, held=_held_by_roll)
-def _rolled(op: Operation) -> Any:
     return op.moved()
 
 
@@ -894,12 +812,12 @@ def _up_to(at: int) -> slice:
     return slice(at + 1) if at >= 0 else slice(at, None)
 
 
-@rule("getitem", moves=True, by_index=True, picks=True, picks_one=True, keeps_sign=True, held=_held_by_index)
+@rule("getitem", moves=True, by_index=True, picks=True, picks_one=True, held=_held_by_index)
 def _indexed(op: Operation) -> Any:
     if _index_is_known(op):
         return _picked(op)
     if not tensors_of(given_shapes(op.node)):
-        return op.computed()
+        return op.run_on_ids()
     picked = picked_along_others(op.node, op.ids, op.shape)
     if picked is None:
         picked = _picked_elsewhere(op)
@@ -956,22 +874,8 @@ def _index_selected(op: Operation) -> Any:
     return op.all_kept()
 
 
-@rule("take", by_index=True)
-def _taken(op: Operation) -> Any:
-    return _picked(op) if _index_is_known(op) else op.by_place(known=False)
-
-
 @rule("gather", by_index=True, held=_held_by_index_select, dims=Dims(1, None))
 def _gathered(op: Operation) -> Any:
-    return _picked(op) if _index_is_known(op) else _works_along(op)
-
-
-def _held_by_take_along_dim(given: FixedPlaces) -> list[slice]:
-    return _held_by_tensor(given.argument(1, "index", "indices"), given.picks) if given.is_along(2) else []
-
-
-@rule("take_along_dim", by_index=True, held=_held_by_take_along_dim, dims=Dims(2, None))
-def _taken_along(op: Operation) -> Any:
     return _picked(op) if _index_is_known(op) else _works_along(op)
 
 
@@ -1061,7 +965,7 @@ def _takes_whole(index: Any, dims: list[int], rank: int) -> bool:
 # Operators on several tensors, place by place: they couple the channels of all.
 
 
-@rule("add", "iadd", "mul", "imul", "maximum", "minimum", meets=True, keeps_sign=True)
+@rule("add", "iadd", "mul", "imul", "maximum", "minimum", meets=True)
 @rule(
     "radd", "sub", "isub", "subtract", "multiply", "div", "truediv", "itruediv", "divide", "true_divide", "floordiv",
     "floor_divide", "pow", "fmax", "fmin", "lerp", "addcmul", "addcdiv", "and", "or", "xor", "logical_and",
@@ -1082,8 +986,7 @@ def _places_listed(op: Operation) -> Any:
     return op.all_kept(reason=reasons.picked_by_value(op.node))
 
 
-@rule("max", meets=True, dims=Dims(1, None, largest=True, reduces=True))
-@rule("min", meets=True, dims=Dims(1, None, reduces=True))
+@rule("max", "min", meets=True, dims=Dims(1, None, reduces=True))
 def _largest(op: Operation) -> Any:
     # With two tensors it works place by place.
     return op.by_place(known=True, meets=True) if len(op.ids) > 1 else _works_along(op)
@@ -1092,33 +995,24 @@ def _largest(op: Operation) -> Any:
 # Operators on one tensor, place by place.
 
 
-@rule("abs", "exp", "hardsigmoid", "relu", "relu6", "sigmoid", "softplus", "sqrt", "square", never_negative=True)
 @rule("empty_like", reads_sizes=True, is_unset=True)
 @rule("full_like", "ones_like", "zeros_like", reads_sizes=True)
-@rule("dropout", keeps_sign=True)
 @rule(
-    "absolute", "neg", "negative", "positive", "pos", "sign", "sgn", "rsqrt", "reciprocal", "exp2", "expm1", "log",
-    "log1p", "log2", "log10", "sin", "cos", "tan", "tanh", "sinh", "cosh", "asin", "acos", "atan", "atan2", "arctan",
-    "erf", "erfc", "expit", "logit", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardtanh",
-    "hardswish", "hardshrink", "softshrink", "tanhshrink", "softsign", "logsigmoid", "threshold", "rrelu", "clamp",
-    "clamp_min", "clamp_max", "clip", "ceil", "floor", "round", "trunc", "frac", "nan_to_num", "float", "half",
-    "double", "bfloat16", "long", "int", "bool", "type", "cpu", "cuda", "dropout1d", "dropout2d", "dropout3d",
-    "alpha_dropout", "feature_alpha_dropout", "invert", "bitwise_not", "logical_not", "isnan", "isinf", "isfinite",
-    "requires_grad", "zero", "fill", "rand_like", "randn_like", "conj", "real", "imag", "masked_fill",
-    "stochastic_depth",
+    "abs", "exp", "hardsigmoid", "relu", "relu6", "sigmoid", "softplus", "sqrt", "square", "dropout", "absolute", "neg",
+    "negative", "positive", "pos", "sign", "sgn", "rsqrt", "reciprocal", "exp2", "expm1", "log", "log1p", "log2",
+    "log10", "sin", "cos", "tan", "tanh", "sinh", "cosh", "asin", "acos", "atan", "atan2", "arctan", "erf", "erfc",
+    "expit", "logit", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardtanh", "hardswish",
+    "hardshrink", "softshrink", "tanhshrink", "softsign", "logsigmoid", "threshold", "rrelu", "clamp", "clamp_min",
+    "clamp_max", "clip", "ceil", "floor", "round", "trunc", "frac", "nan_to_num", "float", "half", "double", "bfloat16",
+    "long", "int", "bool", "type", "cpu", "cuda", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+    "feature_alpha_dropout", "invert", "bitwise_not", "logical_not", "isnan", "isinf", "isfinite", "requires_grad",
+    "zero", "fill", "rand_like", "randn_like", "conj", "real", "imag", "masked_fill", "stochastic_depth", nn.Identity,
+    nn.modules.dropout._DropoutNd, nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LeakyReLU, nn.ELU,
+    nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink,
+    nn.Softsign, nn.LogSigmoid, nn.Threshold, nn.RReLU, nn.Tanh,
 )  # fmt: skip
 def _pointwise(op: Operation) -> Any:
     return op.by_place(known=True)
-
-
-@rule(nn.Identity, nn.modules.dropout._DropoutNd, keeps_sign=True)
-@rule(nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, never_negative=True)
-@rule(
-    nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.Hardshrink,
-    nn.Softshrink, nn.Tanhshrink, nn.Softsign, nn.LogSigmoid, nn.Threshold, nn.RReLU, nn.Tanh,
-)  # fmt: skip
-def _pointwise_module(op: Operation) -> Any:
-    return op.passed()
 
 
 @rule("to", "type_as")
@@ -1132,7 +1026,7 @@ def _typed(op: Operation) -> Any:
 
 @rule("size", "dim", reads_sizes=True)
 def _size(op: Operation) -> Any:
-    return op.computed()
+    return op.run_on_ids()
 
 
 @rule("zeros", "ones", "full", one_value=True)
@@ -1181,83 +1075,74 @@ def _softmax_default(rank: int) -> int:
     return 0 if rank in (1, 3) else 1
 
 
+# Zeros make no difference to their results.
+@rule("sum", "nansum", "any", "count_nonzero", dims=Dims(1, None, adds=True, reduces=True))
+@rule("norm", "linalg_vector_norm", "linalg_norm", dims=Dims(2, None, adds=True, reduces=True))
+@rule("linalg_matrix_norm", dims=Dims(2, (-2, -1), adds=True, reduces=True))
+@rule("normalize", dims=Dims(2, 1, adds=True))
+@rule("cumsum", dims=Dims(1, None, adds=True))
+# Zeros make a difference: these count values, select among them, or depend on their places.
+@rule(
+    "mean", "amin", "amax", "nanmean", "std", "var", "std_mean", "var_mean", "prod", "all", "aminmax", "median",
+    "nanmedian", "logsumexp", "argmax", "argmin", dims=Dims(1, None, reduces=True),
+)  # fmt: skip
+@rule("mode", dims=Dims(1, -1, reduces=True))
+@rule("sort", "argsort", "cumprod", "cummax", "cummin", "logcumsumexp", dims=Dims(1, -1))
+@rule("softmax", "log_softmax", "softmin", nn.Softmax, nn.LogSoftmax, nn.Softmin, dims=Dims(1, _softmax_default))
+@rule("scatter", "scatter_add", "scatter_reduce", "index_fill", "index_reduce", dims=Dims(1, None))
+@rule("quantile", "nanquantile", dims=Dims(2, None, reduces=True))
+@rule("kthvalue", dims=Dims(2, -1, reduces=True))
+@rule("topk", "diff", "linalg_cross", dims=Dims(2, -1))
+@rule("unique_consecutive", dims=Dims(None, -1))
+@rule("gumbel_softmax", dims=Dims(4, -1))
+@rule("unique", dims=Dims(4, None))
+@rule("msort", dims=Dims(None, 0))
+@rule("local_response_norm", nn.LocalResponseNorm, nn.CrossMapLRN2d, dims=Dims(None, 1))
+@rule(nn.Softmax2d, dims=Dims(None, -3))
+@rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft", dims=Dims(2, -1))
+@rule("fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_hfft2", "fft_ihfft2", dims=Dims(2, (-2, -1)))
+@rule("fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "fft_hfftn", "fft_ihfftn", dims=Dims(2, None))
+@rule("fft_fftshift", "fft_ifftshift", dims=Dims(1, None))
+# Windows slide along the last dimensions.
+@rule(
+    "adaptive_max_pool1d", "adaptive_avg_pool1d", "lp_pool1d", nn.MaxPool1d, nn.AvgPool1d, nn.LPPool1d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d, dims=Dims(None, -1),
+)  # fmt: skip
+@rule(
+    "adaptive_max_pool2d", "adaptive_avg_pool2d", "lp_pool2d", "fractional_max_pool2d", nn.MaxPool2d, nn.AvgPool2d,
+    nn.LPPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.FractionalMaxPool2d, dims=Dims(None, (-2, -1)),
+)  # fmt: skip
+@rule(
+    "adaptive_max_pool3d", "adaptive_avg_pool3d", "lp_pool3d", "fractional_max_pool3d", nn.MaxPool3d, nn.AvgPool3d,
+    nn.LPPool3d, nn.AdaptiveMaxPool3d, nn.AdaptiveAvgPool3d, nn.FractionalMaxPool3d, dims=Dims(None, (-3, -2, -1)),
+)  # fmt: skip
 def _works_along(op: Operation) -> Any:
-    found = rule_of(op.node)
-    where = None if found is None else found.dims
-    if where is None:
-        return op.by_place(known=False)
+    """Follow an operator for which the dimensions along which it works are all that a rule needs."""
+    where: Dims = op.rule.dims  # type: ignore[assignment, union-attr]
     rank = op.ids[0].dim()
-    given = op.kwargs.get("dim", op.kwargs.get("axis"))
+    given: Any = getattr(op.module, "dim", op.kwargs.get("dim", op.kwargs.get("axis")))
     if given is None and where.at is not None and len(op.args) > where.at:
         given = op.args[where.at]
     if given is None or isinstance(given, bool):  # ``x.std(True)`` gives no dimension
         given = where.default(rank) if callable(where.default) else where.default
-    dims = _from_zero(given, rank)
-    if dims is None:
+    listed: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    if given is None or not listed or rank == 0:
+        dims = tuple(range(rank))
+    elif all(isinstance(d, int) for d in listed):
+        dims = tuple(d % rank for d in listed)
+    else:
         return op.by_place(known=False)
     adds = where.adds
     if adds and "norm" in operation_name(op.node):
         # Zeros make no difference to a norm of such an order.
         order = op.argument(1, "p", "ord")
         adds = order is None or order in ("fro", "nuc") or (isinstance(order, (int, float)) and order >= 0)
-    if where.largest:
-        # Zeros make a difference to the places of the largest values, which are the second output where there is one.
-        reads_places = tensor_shape(op.node) is None and any(
-            user.target is operator_module.getitem and user.args[1] != 0 and user.users for user in op.node.users
-        )
-        adds = not reads_places and _is_never_negative(op.node.args[0], op.modules)
     return op.along(dims, adds=adds, reduces=where.reduces)
 
 
-def _along(names: str, dims: Dims, **properties: Any) -> None:
-    """Enter operators, names separated by spaces, for which the dimensions are all that a rule needs."""
-    rule(*names.split(), dims=dims, **properties)(_works_along)
-
-
-# Zeros make no difference to their results.
-_along("sum", Dims(1, None, adds=True, reduces=True), keeps_sign=True)
-_along("nansum any count_nonzero", Dims(1, None, adds=True, reduces=True))
-_along("norm linalg_vector_norm", Dims(2, None, adds=True, reduces=True), never_negative=True)
-_along("linalg_norm", Dims(2, None, adds=True, reduces=True))
-_along("linalg_matrix_norm", Dims(2, (-2, -1), adds=True, reduces=True))
-_along("normalize", Dims(2, 1, adds=True))
-_along("cumsum", Dims(1, None, adds=True))
-# Zeros make no difference to their results if no value is negative.
-_along("amax", Dims(1, None, largest=True, reduces=True), keeps_sign=True)
-# Zeros make a difference: these count values, select among them, or depend on their places.
-_along("mean amin", Dims(1, None, reduces=True), keeps_sign=True)
-_along("nanmean std var std_mean var_mean prod all aminmax median nanmedian", Dims(1, None, reduces=True))
-_along("logsumexp argmax argmin", Dims(1, None, reduces=True))
-_along("mode", Dims(1, -1, reduces=True))
-_along("sort argsort cumprod cummax cummin logcumsumexp", Dims(1, -1))
-_along("softmax", Dims(1, _softmax_default), never_negative=True)
-_along("log_softmax softmin", Dims(1, _softmax_default))
-_along("scatter scatter_add scatter_reduce index_fill index_reduce", Dims(1, None))
-_along("quantile nanquantile", Dims(2, None, reduces=True))
-_along("kthvalue", Dims(2, -1, reduces=True))
-_along("topk diff linalg_cross", Dims(2, -1))
-_along("trapezoid trapz", Dims(None, -1, reduces=True))
-_along("cumulative_trapezoid unique_consecutive", Dims(None, -1))
-_along("gumbel_softmax", Dims(4, -1))
-_along("unique", Dims(4, None))
-_along("msort", Dims(None, 0))
-_along("local_response_norm", Dims(None, 1))
-_along("fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft", Dims(2, -1))
-_along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_hfft2 fft_ihfft2", Dims(2, (-2, -1)))
-_along("fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfftn fft_ihfftn", Dims(2, None))
-_along("fft_fftshift fft_ifftshift", Dims(1, None))
-# Windows slide along the last dimensions.
-_along("adaptive_max_pool1d adaptive_avg_pool1d", Dims(None, -1), keeps_sign=True)
-_along("adaptive_max_pool2d adaptive_avg_pool2d", Dims(None, (-2, -1)), keeps_sign=True)
-_along("adaptive_max_pool3d adaptive_avg_pool3d", Dims(None, (-3, -2, -1)), keeps_sign=True)
-_along("lp_pool1d", Dims(None, -1))
-_along("lp_pool2d fractional_max_pool2d", Dims(None, (-2, -1)))
-_along("lp_pool3d fractional_max_pool3d", Dims(None, (-3, -2, -1)))
-
-
-@rule("max_pool1d", "avg_pool1d", dims=Dims(None, (-1,)), keeps_sign=True)
-@rule("max_pool2d", "avg_pool2d", dims=Dims(None, (-2, -1)), keeps_sign=True)
-@rule("max_pool3d", "avg_pool3d", dims=Dims(None, (-3, -2, -1)), keeps_sign=True)
+@rule("max_pool1d", "avg_pool1d", dims=Dims(None, (-1,)))
+@rule("max_pool2d", "avg_pool2d", dims=Dims(None, (-2, -1)))
+@rule("max_pool3d", "avg_pool3d", dims=Dims(None, (-3, -2, -1)))
 def _pooled(op: Operation) -> Any:
     """Follow pooling: along a dimension with windows of one place, as where a text is pooled, channels stay."""
     ids, moving = op.ids[0], list[int]()
@@ -1303,98 +1188,6 @@ def _layer_norm(op: Operation) -> Any:
     if not isinstance(shape, Iterable):
         return op.by_place(known=False)
     return op.along(tuple(range(rank - len(list(shape)), rank)))
-
-
-@rule(nn.Softmax, never_negative=True)
-@rule(nn.LogSoftmax, nn.Softmin)
-def _softmax_module(op: Operation) -> Any:
-    rank = op.ids[0].dim()
-    return op.along(_from_zero(_softmax_default(rank) if op.module.dim is None else op.module.dim, rank) or ())
-
-
-@rule(nn.Softmax2d, never_negative=True)
-def _softmax_2d(op: Operation) -> Any:
-    return _along_last(op, -3)
-
-
-@rule(nn.LocalResponseNorm, nn.CrossMapLRN2d)
-def _response_norm(op: Operation) -> Any:
-    return _along_last(op, 1)
-
-
-@rule(nn.MaxPool1d, nn.AvgPool1d, nn.LPPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d, keeps_sign=True)
-def _pool_1d(op: Operation) -> Any:
-    return _along_last(op, -1)
-
-
-@rule(
-    nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.FractionalMaxPool2d,
-    keeps_sign=True,
-)  # fmt: skip
-def _pool_2d(op: Operation) -> Any:
-    return _along_last(op, -2, -1)
-
-
-@rule(
-    nn.MaxPool3d, nn.AvgPool3d, nn.LPPool3d, nn.AdaptiveMaxPool3d, nn.AdaptiveAvgPool3d, nn.FractionalMaxPool3d,
-    keeps_sign=True,
-)  # fmt: skip
-def _pool_3d(op: Operation) -> Any:
-    return _along_last(op, -3, -2, -1)
-
-
-def _along_last(op: Operation, *dims: int) -> Any:
-    return op.along(tuple(d % op.ids[0].dim() for d in dims))
-
-
-def _from_zero(given: Any, rank: int) -> tuple[int, ...] | None:
-    """Return dimensions counted from 0: ``given`` is one, several, or None for all. None if they aren't known."""
-    if given is None:
-        listed = []
-    elif isinstance(given, Iterable):
-        listed = list(given)
-    else:
-        listed = [given]
-    if not all(isinstance(d, int) for d in listed):
-        return None
-    if not listed or rank == 0:
-        return tuple(range(rank))
-    return tuple(d % rank for d in listed)
-
-
-def _is_never_negative(value: Any, modules: Modules) -> bool:
-    """Tell whether the value of a node can't be negative."""
-    known = set[Node]()
-    waiting = [value]
-    while waiting:
-        current = waiting.pop()
-        if not isinstance(current, Node) or current in known:
-            if isinstance(current, (int, float)) and current < 0:
-                return False
-            continue
-        known.add(current)
-        module = modules(str(current.target)) if current.op == "call_module" else None
-        found = rule_of(current) if module is None else module_rule(module)
-        if found is not None and found.never_negative:
-            continue
-        name = operation_name(current)
-        bound: Any = None  # the lower one, where it clamps
-        if isinstance(module, nn.Hardtanh):
-            bound = module.min_val
-        elif module is None and name in ("clamp", "clip", "clamp_min", "hardtanh"):
-            bound = current.args[1] if len(current.args) > 1 else None
-            for key in ("min_val", "min"):
-                bound = current.kwargs.get(key, bound)
-        if isinstance(bound, (int, float)) and bound >= 0:
-            continue
-        if name == "pow" and len(current.args) > 1 and isinstance(current.args[1], int) and current.args[1] % 2 == 0:
-            continue
-        if found is None or not found.keeps_sign:
-            return False
-        # Numbers are operands of these operators only; to others they are places or sizes.
-        operands = current.args if name in ("add", "iadd", "mul", "imul") else current.all_input_nodes
-        waiting += [each for each in operands if isinstance(each, (Node, int, float))]
-    return True
 
 
 # Products.

@@ -1,11 +1,11 @@
-"""Graphs: a node's name, place, output shape and marks in ``meta``; graph modules whose children may have any name."""
+"""Graphs: a node's name, place, output shape and marks in ``meta``; graphs as modules."""
 
 from __future__ import annotations
 
 import operator
 import sys
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.fx
 from torch import nn
@@ -127,37 +127,9 @@ class ShapeNoting(Interpreter):
         return found
 
 
-# Attributes of graph modules that PyTorch and this package use.
-_NEEDED = {"add_submodule", "delete_submodule", "delete_all_unused_submodules", "graph", "meta", "recompile"}
-_OWN = {name for name in set(dir(GraphModule)) - set(dir(nn.Module)) - _NEEDED if not name.startswith("_")}
-_OWN.add("shape_env")  # which instances have
-
-
-class _Shadowed(GraphModule):
-    """A graph module whose children may have the names of its own attributes, as ``code``."""
-
-    shadowed: ClassVar[frozenset[str]] = frozenset()
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in type(self).shadowed:
-            children = object.__getattribute__(self, "__dict__").get("_modules", {})
-            if name not in children:
-                raise AttributeError(name)  # it isn't there yet
-            return children[name]
-        return super().__getattribute__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # An attribute of the constructor's would take the child's place.
-        if name not in type(self).shadowed or isinstance(value, nn.Module):
-            super().__setattr__(name, value)
-
-
 def on_modules(root: nn.Module | dict[str, Any], graph: Graph, name: str) -> GraphModule:
     """Make a `torch.fx.GraphModule` of a graph and the modules that it calls."""
-    firsts = {str(node.target).partition(".")[0] for node in graph.nodes if node.op in ("call_module", "get_attr")}
-    shadowed = frozenset(firsts & _OWN)
-    kind: Any = type("_Shadowed", (_Shadowed,), {"shadowed": shadowed}) if shadowed else GraphModule
-    made: GraphModule = kind(root, graph, name)
+    made = GraphModule(root, graph, name)
     if isinstance(root, nn.Module):
         # Buffers that are in none of the root's state_dict stay out of this one; before 2.14 PyTorch takes them all in.
         theirs = dict(root.named_modules())

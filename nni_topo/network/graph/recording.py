@@ -7,7 +7,6 @@ It is fixed too where a model doesn't run on twice the samples.
 
 from __future__ import annotations
 
-import builtins
 import logging
 import operator
 import sys
@@ -15,7 +14,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
@@ -48,7 +46,7 @@ from nni_topo.network.graph.nodes import (
 )
 from nni_topo.network.graph.traced_int import TracedInt, UnshownSizes, attributes_traced, forget_places
 from nni_topo.network.layers.derived import HEAD, is_followed, is_inner, with_heads
-from nni_topo.network.layers.kinds import is_one, is_scripted
+from nni_topo.network.layers.kinds import is_one
 from nni_topo.network.runtime.comparison import difference
 from nni_topo.network.runtime.copies import forget_evaluated
 from nni_topo.network.runtime.fits import LISTS
@@ -60,10 +58,7 @@ from nni_topo.network.runtime.inputs import (
     returned_tensors,
     tensors_of,
 )
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import is_transformed
-
-_Undone = Callable[[nn.Module], AbstractContextManager[None]]
 
 _logger = logging.getLogger(__name__)
 _PLAIN = (
@@ -89,18 +84,11 @@ class Recorded:
     compared: tuple[tuple[int, int], ...]  # sizes that the forward compared with numbers, and these
 
 
-def record(
-    model: nn.Module,
-    named: dict[str, Any],
-    results: LayerResults | None = None,
-    undone: _Undone | None = None,
-) -> Recorded:
+def record(model: nn.Module, named: dict[str, Any], results: LayerResults | None = None) -> Recorded:
     """Record a model, in evaluation mode and changed by it, on a call's arguments by name.
 
-    ``results``: takes what the layers of the first run give. ``undone``: takes back what a run has changed in the
-    model; by default `made_tensors_dropped`.
+    ``results``: takes what the layers of the first run give.
     """
-    undone = undone or made_tensors_dropped
     results = LayerResults(model) if results is None else results
     held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in held if config is not None}.values()
@@ -110,38 +98,32 @@ def record(
     told = {id(config): getattr(config, "_attn_implementation", None) for config in configs}
     others = [config for config in configs if told[id(config)] not in (None, "eager")]
     if not others:
-        return _recorded(model, named, results, undone)
+        return _recorded(model, named, results)
     # So masks are always made, not only where this batch needs one; not all models can be told that any more.
     for config in others:
         config._attn_implementation = "eager"
     try:
-        return _recorded(model, named, results, undone)
+        return _recorded(model, named, results)
     except Exception as error:  # a model fails in as many ways as it is written
         let_go(error)
         for config in others:
             config._attn_implementation = told[id(config)]
-        try:
-            return _recorded(model, named, results, undone)
-        except Exception:
-            # This way takes less memory. Where it fails too, for whatever reason, memory is what is missing.
-            if out_of_memory(error):
-                raise error from None
-            raise
+    return _recorded(model, named, results)
 
 
-def _recorded(model: nn.Module, named: dict[str, Any], results: LayerResults, undone: _Undone) -> Recorded:
+def _recorded(model: nn.Module, named: dict[str, Any], results: LayerResults) -> Recorded:
     # Before it runs, for a run may put others in their places.
     attributes = _tensor_attributes(model)
     try:
-        return _recorded_twice(model, named, attributes, results, undone)
+        return _recorded_twice(model, named, attributes, results)
     except SpeedupError as error:
         let_go(error)
         # What a model has kept from its last run (a detector's anchors, by size) belongs to other inputs now.
-        return _recorded_twice(model, named, attributes, results, undone)
+        return _recorded_twice(model, named, attributes, results)
 
 
 def _recorded_twice(
-    model: nn.Module, named: dict[str, Any], attributes: dict[str, Tensor], results: LayerResults, undone: _Undone
+    model: nn.Module, named: dict[str, Any], attributes: dict[str, Tensor], results: LayerResults
 ) -> Recorded:
     samples = batch_size(named)
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
@@ -149,9 +131,9 @@ def _recorded_twice(
     with attributes_traced(model) as unclear:
         forget_evaluated(model)
         with results.taken():
-            first = _Recorder(model, kinds, named, undone)
+            first = _Recorder(model, kinds, named)
         unclear.note_unwritten()
-        second = _recorder_of_twice(model, kinds, doubled, results, undone)
+        second = _recorder_of_twice(model, kinds, doubled, results)
         if second is not None:
             _follow_samples(first, second, samples)
         unclear.note_divided(first.graph)
@@ -187,7 +169,7 @@ def _recorded_twice(
 
 
 def _recorder_of_twice(
-    model: nn.Module, kinds: _ModuleKinds, doubled: dict[str, Any], results: LayerResults, undone: _Undone
+    model: nn.Module, kinds: _ModuleKinds, doubled: dict[str, Any], results: LayerResults
 ) -> _Recorder | None:
     """Record a model on twice the samples; None if it doesn't run on these, as memory is short or their number fixed.
 
@@ -197,7 +179,7 @@ def _recorder_of_twice(
     try:
         forget_evaluated(model)
         with results.given():
-            return _Recorder(model, kinds, doubled, undone)
+            return _Recorder(model, kinds, doubled)
     except SpeedupError:
         raise
     except Exception as error:  # a model fails in as many ways as it is written
@@ -214,10 +196,9 @@ def made_tensors_dropped(model: nn.Module) -> Iterator[None]:
 
     So the next run makes them again, for its own inputs, and the graph shows how. Before they are None, or not there.
     """
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [
         (table, {name: tensor is None for name, tensor in table.items()})
-        for module in modules
+        for module in model.modules()
         for table in (module._buffers, module._parameters)
     ]
     try:
@@ -256,11 +237,9 @@ class _ModuleKinds:
     """Which modules of a model a recorder treats in which way, by identity."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.places: dict[int, str] = {}
         self.followed = set[int]()  # one node up to the function they call
         self.leaves = set[int]()  # one node; tried out before the model runs, on other values
-        for name, module in model.named_modules():
-            self.places[id(module)] = name
+        for module in model.modules():
             if is_followed(module):
                 self.followed.add(id(module))
             if _is_leaf(module):
@@ -270,7 +249,7 @@ class _ModuleKinds:
 class _Recorder(TorchFunctionMode):
     """One run of a model, written down."""
 
-    def __init__(self, model: nn.Module, kinds: _ModuleKinds, named: dict[str, Any], undone: _Undone) -> None:
+    def __init__(self, model: nn.Module, kinds: _ModuleKinds, named: dict[str, Any]) -> None:
         super().__init__()
         self.graph = Graph()
         self.constants: dict[str, Tensor] = {}
@@ -294,7 +273,7 @@ class _Recorder(TorchFunctionMode):
                 self._enter(value, self.graph.placeholder(name))
         self.entry = self._nodes[id(first_of_samples(named))]  # whose size is the number of samples
         args, kwargs = call_by_name(model, named)
-        with undone(model), self._calls_seen(model), self:
+        with made_tensors_dropped(model), self._calls_seen(model), self:
             self.outputs = model(*args, **kwargs)
         self._check_choice(model)
         if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):
@@ -393,23 +372,14 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def _calls_seen(self, model: nn.Module) -> Iterator[None]:
-        scripted: dict[int, str] = {}
         with ExitStack() as stack:
             for name, module in model.named_modules():
-                if is_scripted(module):
-                    scripted[id(module)] = name
-                elif name:
+                if name:
                     # Around all other hooks, which are part of what a module does.
                     before, after = partial(self._enter_module, name), partial(self._leave_module, name)
                     stack.enter_context(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
                     stack.enter_context(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-            if scripted:
-                # They take no hooks of their own, so that PyTorch's for all modules see them, of any thread.
-                stack.enter_context(register_module_forward_pre_hook(partial(self._enter_scripted, scripted)))
-                after = partial(self._leave_scripted, scripted)
-                stack.enter_context(register_module_forward_hook(after, with_kwargs=True, always_call=True))
             stack.enter_context(_masks_whole(model))
-            stack.enter_context(_lengths_measured())
             token = _RUNNING.set(self)
             stack.callback(_RUNNING.reset, token)
             yield
@@ -434,23 +404,6 @@ class _Recorder(TorchFunctionMode):
         if id(module) in self._kinds.leaves:
             self._write("call_module", name, args, kwargs, out)
         self._stack.pop()
-
-    def _enter_scripted(self, names: dict[int, str], module: nn.Module, args: tuple[Any, ...]) -> None:
-        if id(module) in names and _RUNNING.get() is self:
-            self._enter_module(names[id(module)], module, args, {})
-
-    def _leave_scripted(
-        self, names: dict[int, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
-        if id(module) in names and _RUNNING.get() is self:
-            self._leave_module(names[id(module)], module, args, kwargs, out)
-
-    def length(self, tensor: Tensor) -> int:
-        """Return the length of a tensor, which says whose it is as ``tensor.shape[0]`` does."""
-        found = _LEN(tensor)
-        if self._inside or id(tensor) not in self._nodes:
-            return found
-        return TracedInt.of_tensor(found, tensor, 0, self._unshown)
 
     def whole(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function and write it down as one node."""
@@ -579,59 +532,6 @@ def _masks_whole(model: nn.Module) -> Iterator[None]:
                     space[key] = plain
 
 
-_LEN = len
-_RANGE = range
-_MEASURING = [0]  # how many recorders want lengths of tensors to say whose they are
-
-
-@contextmanager
-def _lengths_measured() -> Iterator[None]:
-    """Let ``len(tensor)`` say whose size it is, in whatever file a forward calls it, and note loops over attributes.
-
-    Python makes a plain integer of what a tensor's own ``__len__`` returns. What stands in place of ``len`` meanwhile
-    asks for the thread's own recorder, so that other threads get what they always do.
-
-    ``range`` is watched too: it asks an integer nothing, and a graph has the steps of a loop over a number that an
-    attribute holds one by one.
-    """
-    with _LOCK:
-        _MEASURING[0] += 1
-        vars(builtins).update(len=_length, range=_Counting)
-    try:
-        yield
-    finally:
-        with _LOCK:
-            _MEASURING[0] -= 1
-            if not _MEASURING[0]:
-                vars(builtins).update(len=_LEN, range=_RANGE)
-
-
-class _LikeRange(type):
-    """Lets a class stand for `range` where types are compared."""
-
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, _RANGE)
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, _RANGE)
-
-
-class _Counting(metaclass=_LikeRange):
-    """Makes ranges, and notes that something is done as often as a number that an attribute holds."""
-
-    def __new__(cls, *limits: Any) -> Any:
-        """Return a range."""
-        for each in limits if _RUNNING.get() is not None else ():
-            if isinstance(each, TracedInt):
-                each.note_other_use()
-        return _RANGE(*limits)
-
-
-def _length(value: Any, /) -> int:
-    recorder = _RUNNING.get() if isinstance(value, Tensor) else None
-    return _LEN(value) if recorder is None else recorder.length(value)
-
-
 def _call_whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     recorder = _RUNNING.get()
     return function(*args, **kwargs) if recorder is None else recorder.whole(function, args, kwargs)
@@ -669,7 +569,7 @@ def _is_leaf(module: nn.Module) -> bool:
     added = {"_nni_wrapper", "parametrizations"} if is_parametrized(module) else {"_nni_wrapper"}
     inner = [name for name, _ in module.named_children() if name not in added]
     own = type(module).__module__.startswith("torch.nn") and not inner
-    return own or is_scripted(module) or is_attention(module) or is_one(module)
+    return own or is_attention(module) or is_one(module)
 
 
 def _picks(target: Any, args: Any) -> bool:

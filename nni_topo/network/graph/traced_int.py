@@ -8,14 +8,10 @@ so that a dense network's attribute can be changed, see `attribute_channels`.
 
 from __future__ import annotations
 
-import linecache
 import operator
-import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -55,7 +51,9 @@ class UnclearPlaces(set[Place]):
         """
         shown = set[tuple[Place, ...]]()
         for node in graph.nodes:
-            shown.update(tuple(size.places) for size in _attribute_sizes(node) if size.per is not None)
+            shown.update(
+                tuple(size.places) for size in _attribute_sizes((node.args, node.kwargs)) if size.per is not None
+            )
         before = -1
         while before != len(self):
             before = len(self)
@@ -220,22 +218,8 @@ def _is_behind_the_samples(size: TracedInt) -> bool:
     return any(isinstance(each, TracedInt) and _is_behind_the_samples(each) for each in given)
 
 
-def _is_written(number: int) -> bool:
-    """Tell whether a number is a literal in the line of code that asks for it, not a layer's attribute."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") == __name__:
-        frame = frame.f_back
-    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
-    return re.search(rf"(?<![\w.]){number}(?![\w.])", line) is not None
-
-
 def _note_equal(one: TracedInt, other: Any) -> bool:
-    """Note that an attribute holds the size of a tensor, as a forward checks; return whether the two are that.
-
-    The size of a tensor that is a number in the forward's code, as ``assert x.shape[1] == 48`` says, has to stay it.
-    """
-    if type(other) is int and one.unshown is not None and _is_behind_the_samples(one) and _is_written(other):
-        one.unshown.append(one)
+    """Note that an attribute holds the size of a tensor, as a forward checks; return whether the two are that."""
     for held, size in ((one, other), (other, one)):
         if not isinstance(held, TracedInt) or not isinstance(size, TracedInt):
             return False
@@ -345,11 +329,11 @@ def forget_places(graph: Graph, places: set[Place]) -> None:
         return _plain(leaf) if isinstance(leaf, TracedInt) and known & set(leaf.places) else leaf
 
     for node in graph.nodes:
-        if _attribute_sizes(node):
+        if _attribute_sizes((node.args, node.kwargs)):
             node.args, node.kwargs = map_aggregate((node.args, node.kwargs), plain)
 
 
-def _attribute_sizes(node: Node) -> list[TracedInt]:
+def _attribute_sizes(given: Any) -> list[TracedInt]:
     """List the numbers in a node's arguments that attributes hold."""
     found: list[TracedInt] = []
 
@@ -357,7 +341,7 @@ def _attribute_sizes(node: Node) -> list[TracedInt]:
         if isinstance(leaf, TracedInt):
             found.append(leaf)
 
-    map_aggregate((node.args, node.kwargs), look)
+    map_aggregate(given, look)
     return found
 
 
@@ -382,7 +366,7 @@ def attribute_channels(
             for parent in node.all_input_nodes:
                 for size in _computed_of(parent):
                     unclear.update(size.places)
-        sizes = _attribute_sizes(node)
+        sizes = _attribute_sizes((node.args, node.kwargs))
         if not sizes:
             continue
         uses = _uses(node, ids, groups)
@@ -476,7 +460,7 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> list[tuple[Tra
         by_channel: Any = node.kwargs.get("groups", args[6] if len(args) > 6 else None)
         return [(by_channel, _ids_in(ids[node.name], 1))] if _is_traced(by_channel) else []
     if name in _REPEATING:  # how often, not what: a number of heads for each one of the keys, say
-        return [(size, none) for size in _attribute_sizes(node)]
+        return [(size, none) for size in _attribute_sizes((node.args, node.kwargs))]
     if name in _MAKING:
         sizes = args[name.startswith("new_") :]
         sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
@@ -540,14 +524,7 @@ def _ids_in(ids: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
 
 def resized(given: Any, sizes: dict[Place, int]) -> Any:
     """Put new sizes in place of those that attributes hold, in a node's arguments."""
-    found: list[TracedInt] = []
-
-    def look(leaf: Any) -> None:
-        if isinstance(leaf, TracedInt):
-            found.append(leaf)
-
-    map_aggregate(given, look)
-    if not found:
+    if not _attribute_sizes(given):
         return given  # as it is: of a tensor's shape a plain tuple would be made
 
     def new(leaf: Any) -> Any:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.fx
 from torch import Tensor, nn
@@ -25,7 +23,7 @@ from nni_topo.network.graph.submodules import by_parts, is_in_parts, part_argume
 from nni_topo.network.layers.derived import LayerSizes, call_of, check_covers_kernel, has_own_forward, inner_of
 from nni_topo.network.layers.kinds import CONVOLUTIONS, RECURRENT, WEIGHTED, is_scripted
 from nni_topo.network.runtime.comparison import difference, same_program
-from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone, state_kept
+from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
 from nni_topo.network.runtime.fits import form_that_fits
 from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import (
@@ -63,12 +61,6 @@ class Recording:
     """whether the forward made Python's numbers of tensors' values, so that other weights may give another graph"""
     compared: tuple[tuple[int, int], ...] = ()
     """sizes of inputs or of what is made of them that the forward compared with numbers, and these numbers"""
-    draws_others: bool = False
-    """whether it is one of parts because the forward draws random numbers of Python's or NumPy's"""
-
-
-class _OtherNumbersError(SpeedupError):
-    """A forward draws random numbers that no graph draws: Python's, or NumPy's."""
 
 
 @as_written()
@@ -77,6 +69,9 @@ def trace(model: torch.nn.Module, inputs: Call) -> Recording:
 
     Two threads may trace two models at once.
     """
+    for name, module in model.named_modules():
+        if is_scripted(module):
+            raise ConfigError(f"a model must have no modules that torch.jit has compiled, got one ({name})")
     try:
         return _trace_whole(model, inputs)
     except SpeedupError as error:
@@ -93,7 +88,7 @@ def trace(model: torch.nn.Module, inputs: Call) -> Recording:
         if not args:
             raise
         _logger.info("%s is followed part by part: %s", type(model).__name__, error)
-        return Recording(graph_module, args, reads_values, draws_others=isinstance(error, _OtherNumbersError))
+        return Recording(graph_module, args, reads_values)
 
 
 def _check_runs(model: torch.nn.Module, call: Call) -> None:
@@ -129,8 +124,6 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
         try:
             recording = _trace_on(few, named, model, call)
         except SpeedupError as error:  # a forward may ask for a number of samples, or do something else with so few
-            if isinstance(error, _OtherNumbersError):
-                raise
             _logger.debug("%s can't be recorded on a few samples", type(model).__name__, exc_info=True)
             let_go(error)
         else:
@@ -142,58 +135,22 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
 
 def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: torch.nn.Module, call: Call) -> Recording:
     """Record a model on some arguments, and check what the graph computes on all samples of a call."""
-    held = _tensors_held(model)
-    try:
-        return _trace_and_check(shown, named, model, call, made_tensors_dropped)
-    except SpeedupError as error:
-        now = _tensors_held(model)
-        same = len(now) == len(held) and all(a is b and v == w for (a, v), (b, w) in zip(now, held, strict=True))
-        if same or isinstance(error, _OtherNumbersError):
-            raise
-        let_go(error)
-        # Each run begins with what the last one has left in the model, such as a running mean, and gives other outputs.
-        return _trace_and_check(shown, named, model, call, state_kept)
-
-
-def _tensors_held(model: nn.Module) -> list[tuple[Tensor, int]]:
-    """List the tensors that modules hold beside parameters, with their versions."""
-    held: list[Tensor] = []
-    for module in model.modules():
-        if not is_scripted(module):
-            held += [each for each in (*module._buffers.values(), *vars(module).values()) if isinstance(each, Tensor)]
-    return [(each, 0 if each.is_inference() else each._version) for each in held]
-
-
-def _trace_and_check(
-    shown: dict[str, Any],
-    named: dict[str, Any],
-    model: torch.nn.Module,
-    call: Call,
-    undone: Callable[[nn.Module], AbstractContextManager[None]],
-) -> Recording:
-    """Record a model and check the graph; ``undone`` takes back what a run changes in the model."""
     results, attention = LayerResults(model), _AttentionCalls(find_attention(model))
     try:
         with torch.no_grad(), random_state_kept():
-            others = _other_states()
             with torch_random_kept(), attention.noted(model):
-                recorded = record(model, shown, results, undone)
+                recorded = record(model, shown, results)
             graph_module, expected = recorded.graph_module, recorded.outputs
-            is_drawn = others != _other_states()
-            if is_drawn or shown is not named:
-                # What the recorder has noted of Python's numbers or NumPy's isn't drawn again by the graph, so that
-                # it differs from what the model draws now.
-                with torch_random_kept(), undone(model), results.taken():
+            if shown is not named:
+                with torch_random_kept(), made_tensors_dropped(model), results.taken():
                     expected = model(*call[0], **call[1])
             open_attention(graph_module, attention.given)
             args = _placed(graph_module.graph, named)
             # The graph draws what the model drew, and layers that get what they got there aren't computed again.
-            with undone(model), results.given():
+            with made_tensors_dropped(model), results.given():
                 actual = _RandomNoting(graph_module).run(*args)
-            _check_same(expected, actual, model, is_drawn=is_drawn)
+            _check_same(expected, actual, model)
         return Recording(graph_module, args, recorded.reads_values, recorded.compared)
-    except _OtherNumbersError:
-        raise
     except Exception as error:  # a model fails in as many ways as it is written
         if out_of_memory(error):
             raise
@@ -305,14 +262,7 @@ def _orders(value: Tensor) -> list[Tensor]:
     return [value, value.transpose(0, 1)] if value.dim() > 2 else [value]
 
 
-def _other_states() -> str:
-    """Write down the states of Python's and NumPy's random generators."""
-    state: Any = np.random.get_state()
-    _, keys, *place = state
-    return f"{hash(random.getstate())} {hash(keys.tobytes())} {place}"
-
-
-def _check_same(expected: Any, actual: Any, model: torch.nn.Module, *, is_drawn: bool) -> None:
+def _check_same(expected: Any, actual: Any, model: torch.nn.Module) -> None:
     """Raise unless the graph computes the model's outputs on the example inputs."""
     pairs = returned_tensors(expected), returned_tensors(actual)
     most = same_program((*pairs[0], *model.parameters()))
@@ -322,11 +272,6 @@ def _check_same(expected: Any, actual: Any, model: torch.nn.Module, *, is_drawn:
         for a, b in zip(*pairs, strict=True)
     )
     if not same:
-        if is_drawn:
-            raise _OtherNumbersError(
-                "random numbers in a forward must be PyTorch's for a graph to draw them too, "
-                f"got some of Python's or NumPy's ({type(model).__name__})"
-            )
         raise SpeedupError(f"a graph must compute what its model does, got other outputs ({type(model).__name__})")
 
 

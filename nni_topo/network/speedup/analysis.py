@@ -44,7 +44,6 @@ class Trace:
     assembled: Callable[..., GraphModule]  # puts the graph on the modules of a model
     flow: ChannelFlow  # its modules are without values
     reads_values: bool  # values of tensors decided what the forward did
-    draws_others: bool  # the forward draws random numbers of Python's or NumPy's, so only parts of it are followed
     compared: Compared
 
 
@@ -245,7 +244,7 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     put_parameters(graph_module, lambda _, parameter: parameter.to("meta"))
     graph_module.to("meta")
     assembled = partial(_assembled, graph, constants)
-    return Trace(assembled, flow, recording.reads_values, recording.draws_others, recording.compared)
+    return Trace(assembled, flow, recording.reads_values, recording.compared)
 
 
 def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> GraphModule:

@@ -474,7 +474,7 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
             skipped[name] = (own,)
         elif is_pinned or flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
-                skipped[name] = (reasons.untraced_output(is_noise=analysis.trace.draws_others),)
+                skipped[name] = (reasons.untraced_output(),)
             else:
                 heads.append(name)
     skipped |= dict.fromkeys(heads, (reasons.model_output(),))

@@ -110,27 +110,11 @@ def test_heads_go_with_the_keys_that_they_share(mix) -> None:
     assert not torch.allclose(dense(others), model(others), atol=1e-3)
 
 
-class Looped(Model):
-    """The number of heads of keys is also how many steps follow."""
-
-    mix = with_more(interleaved)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        found = super().forward(tokens)
-        places = found.shape[1]
-        for step in range(1, self.groups):
-            # Too far back for a short example to show it.
-            found = found + 0.1 * nn.functional.pad(found, (0, 0, 8 * step, 0))[:, :places]
-        return found
-
-
-@pytest.mark.parametrize("kind", [Summed, Looped])
-def test_heads_stay_where_their_number_counts_something_else_too(kind) -> None:
+def test_heads_stay_where_their_number_counts_something_else_too() -> None:
     torch.manual_seed(0)
-    model = kind().eval()
+    model = Summed().eval()
     groups, dense, masked = pruned(model)
     assert {"a", "b", "c"} <= groups.skipped.keys()
     assert (dense.heads, dense.groups) == (4, 2)
     longer = torch.cat([TOKENS, TOKENS.flip(0)], 1)
     torch.testing.assert_close(dense(longer), masked(longer))
-    assert range is type(range(1))  # which recording replaces

@@ -325,20 +325,6 @@ def test_heads_that_are_concatenated_with_others_are_removed_by_themselves(is_co
     assert all(parameter.grad is not None for parameter in dense.parameters())
 
 
-def test_an_attribute_that_counts_heads_of_two_kinds_keeps_equally_many():
-    torch.manual_seed(0)
-    net, words = Beside(4, 2, True).eval(), torch.randn(2, 5, 6)
-    attention = ("asked", "known", "told")
-    dense = nni_topo.to_dense(net, words, without_heads(net, {**{key: [0, 2] for key in attention}, "other": [1]}))
-    assert (dense.heads, dense.asked.out_features, dense.other.out_features) == (3, 6, 6)
-    # One of the two heads is kept as it was.
-    possible = []
-    for removed in (0, 2):
-        masks = without_heads(net, {**{key: [removed] for key in attention}, "other": [1]})
-        possible.append(nni_topo.masked_model(net, words, masks)(words))
-    assert sum(torch.allclose(dense(words), each, rtol=1e-5, atol=1e-6) for each in possible) == 1
-
-
 def test_an_embedding_of_places_reads_only_the_sizes_of_features():
     class Places(nn.Embedding):
         def forward(self, features):

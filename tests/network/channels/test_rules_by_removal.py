@@ -173,11 +173,6 @@ def all_calls() -> dict[str, Call]:
     tables["topk of all"] = without_a_dimension(torch.topk, 2)
     tables["diff"] = with_dimensions(torch.diff, 2, 1)
     tables["diff of all"] = without_a_dimension(torch.diff)
-    tables["trapezoid"] = with_dimensions(torch.trapezoid, None)
-    tables["trapezoid of all"] = without_a_dimension(torch.trapezoid)
-    tables["trapz"] = with_dimensions(torch.trapz, None)
-    tables["cumulative_trapezoid"] = with_dimensions(torch.cumulative_trapezoid, None)
-    tables["cumulative_trapezoid of all"] = without_a_dimension(torch.cumulative_trapezoid)
     tables["group_norm"] = {
         f"channels in {place}, {groups} groups": lambda z, place=place, groups=groups: functional.group_norm(
             z.movedim(1, place), groups
@@ -207,7 +202,7 @@ def all_calls() -> dict[str, Call]:
         }
     tables["fftshift"] = with_dimensions(torch.fft.fftshift, 1)
     tables["fftshift of all"] = without_a_dimension(torch.fft.fftshift)
-    tables |= pools() | modules() | signs()
+    tables |= pools() | modules()
     return {f"{name}: {how}": call for name, calls in tables.items() for how, call in calls.items()}
 
 
@@ -267,116 +262,13 @@ def modules() -> dict[str, dict[str, Call]]:
     return tables
 
 
-def signs() -> dict[str, dict[str, Call]]:
-    """List maxima over channels of what is never negative, and of what may be."""
-    operators: dict[str, Call] = {
-        "itself": lambda z: z,
-        "abs": torch.abs,
-        "relu": functional.relu,
-        "ReLU": nn.ReLU(),
-        "ReLU6": nn.ReLU6(),
-        "square": torch.square,
-        "pow of 2": lambda z: z.pow(2),
-        "pow of 3": lambda z: z.pow(3),
-        "pow of 1": lambda z: z.pow(1),
-        "pow of 2 by name": lambda z: torch.pow(z, exponent=2),
-        "times 2": lambda z: z.abs() * 2,
-        "times -2": lambda z: z.abs() * -2,
-        "2 times": lambda z: 2 * z.abs(),
-        "-2 times": lambda z: -2 * z.abs(),
-        "times -2 in place": lambda z: times(z.abs(), -2),
-        "times 2 in place": lambda z: times(z.abs(), 2),
-        "plus 1": lambda z: z.abs() + 1,
-        "plus -1": lambda z: z.abs() + -1,
-        "plus 1 in place": lambda z: plus(z.abs(), 1),
-        "plus -1 in place": lambda z: plus(z.abs(), -1),
-        "plus itself": lambda z: z.abs() + z.relu(),
-        "plus what may be negative": lambda z: z.abs() + z,
-        "minus itself": lambda z: z.relu() - z.abs(),
-        "neg": lambda z: z.abs().neg(),
-        "clamp at 0": lambda z: z.clamp(0),
-        "clamp from 0": lambda z: z.clamp(min=0),
-        "clamp at -1": lambda z: z.clamp(-1),
-        "clamp from -1": lambda z: z.clamp(min=-1),
-        "clamp up to 1": lambda z: z.clamp(max=1),
-        "clamp_min": lambda z: z.clamp_min(0),
-        "clip": lambda z: z.clip(0, 2),
-        "hardtanh": lambda z: functional.hardtanh(z, 0.0, 2.0),
-        "hardtanh by name": lambda z: functional.hardtanh(z, min_val=0.0, max_val=2.0),
-        "hardtanh from -1": functional.hardtanh,
-        "Hardtanh": nn.Hardtanh(0.0, 2.0),
-        "Hardtanh from -1": nn.Hardtanh(),
-        "Dropout": nn.Sequential(nn.ReLU(), nn.Dropout()).eval(),
-        "dropout": lambda z: functional.dropout(z.abs(), training=False),
-        "MaxPool2d": nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)),
-        "max_pool2d": lambda z: functional.max_pool2d(z.abs(), 2),
-        "avg_pool1d": lambda z: functional.avg_pool1d(z.abs().flatten(2), 2),
-        "max_pool2d of what may be negative": lambda z: functional.max_pool2d(z, 2),
-        "max_pool3d": lambda z: functional.max_pool3d(z.abs().unsqueeze(-1), 1),
-        "sum": lambda z: z.abs().sum((2, 3)),
-        "sum of what may be negative": lambda z: z.sum((2, 3)),
-        "mean": lambda z: z.abs().mean(3),
-        "amin": lambda z: z.abs().amin(3),
-        "amax": lambda z: z.abs().amax(3),
-        "norm": lambda z: z.norm(dim=3),
-        "vector_norm": lambda z: torch.linalg.vector_norm(z, dim=(2, 3)),
-        "gate": lambda z: z.abs() * z.softmax(3),
-        "gate by sigmoid": lambda z: z.abs() * z.sigmoid(),
-        "flatten": lambda z: z.abs().flatten(2),
-        "cat": lambda z: torch.cat([z.abs(), z.relu()], 2),
-        "cat with what may be negative": lambda z: torch.cat([z.abs(), z], 2),
-        "chunk": lambda z: z.abs().chunk(2, 2)[1],
-        "maximum": lambda z: torch.maximum(z.abs(), z.relu()),
-        "twice": lambda z: (z.relu() + z.relu()) * z.relu(),
-    }
-    along: dict[str, Call] = {
-        "amax": lambda z: z.amax(1),
-        "max": lambda z: z.max(1)[0],
-        "values": lambda z: z.max(1).values,
-        "places": lambda z: z.max(1)[1],
-        "indices": lambda z: z.max(1).indices,
-        "amin": lambda z: z.amin(1),
-    }
-    tables: dict[str, dict[str, Call]] = {"maxima of abs": {}}
-    for name, last in along.items():
-        tables["maxima of abs"][name] = lambda z, last=last: last(z.abs())
-    for name, first in operators.items():
-        tables[f"amax of {name}"] = {
-            "": nn.Sequential(first, Largest()) if isinstance(first, nn.Module) else after(first)
-        }
-    return tables
-
-
-def times(z: Tensor, factor: float) -> Tensor:
-    z *= factor
-    return z
-
-
-def plus(z: Tensor, summand: float) -> Tensor:
-    z += summand
-    return z
-
-
-class Largest(nn.Module):
-    def forward(self, z):
-        return z.amax(1)
-
-
-def after(first: Call) -> Call:
-    return lambda z: first(z).amax(1)
-
-
-# What loses no channels though it could: its result has another size, in which no rule looks for the channels, or is
-# never negative for a reason that no rule looks for.
+# What loses no channels though it could: its result has another size, in which no rule looks for the channels.
 KEPT_ANYWAY = {
-    "amax of plus what may be negative: ", "amax of pow of 2 by name: ", "amax of plus -1: ",
-    "amax of plus -1 in place: ",
     "topk of all: channels in 2", "diff: dim=0", "diff: -4 at 2", "diff of all: channels in 2",
-    "cumulative_trapezoid: dim=0", "cumulative_trapezoid of all: channels in 2",
 }  # fmt: skip
 RESIZED = (
-    "topk", "topk of all", "diff", "diff of all", "cumulative_trapezoid", "cumulative_trapezoid of all", "lp_pool1d",
-    "lp_pool2d", "lp_pool3d", "LPPool1d", "LPPool2d", "LPPool3d",
+    "topk", "topk of all", "diff", "diff of all", "lp_pool1d", "lp_pool2d", "lp_pool3d", "LPPool1d",
+    "LPPool2d", "LPPool3d",
 )  # fmt: skip
 CALLS = all_calls()
 

@@ -51,8 +51,6 @@ class Transposed(nn.Module):
 WHOLE = {
     "amax": lambda z: gate(z, z.amax(1, keepdim=True)),
     "amax of no dimensions": lambda z: gate(z, z.amax(())),
-    "max, its place, behind relu": lambda z: gate(z, z.relu().max(1, keepdim=True)[1]),
-    "values and places of a maximum": lambda z: gate(z, sum(z.relu().max(1, keepdim=True))),
     "topk": lambda z: gate(z, z.topk(2, 1)[0].sum(1, keepdim=True)),
     "sort": lambda z: z.sort(1)[0],
     "median": lambda z: gate(z, z.median(1, keepdim=True)[0]),
@@ -70,6 +68,8 @@ WHOLE = {
     "max_pool along channels": lambda z: (
         functional.max_pool1d(z.flatten(2).transpose(1, 2), 3, 1, 1).transpose(1, 2).unflatten(2, (CHANNELS, CHANNELS))
     ),
+    "roll": lambda z: z.roll(2, 1),
+    "tensor_split": lambda z: torch.cat(z.tensor_split(3, 1)[::-1], 1),
     "Softmax2d": nn.Softmax2d(),
     "MaxPool1d along channels": Transposed(nn.MaxPool1d(3, 1, 1)),
 }
@@ -81,8 +81,6 @@ FREE = {
     "normalize": lambda z: functional.normalize(z),
     "any": lambda z: gate(z, (z > 0).any(1, keepdim=True)),
     "cumsum": lambda z: z * z.cumsum(1),
-    "amax of means behind relu": lambda z: gate(z, z.relu().mean((2, 3), keepdim=True).amax(1, keepdim=True)),
-    "max of squares": lambda z: gate(z, (z**2).max(1, keepdim=True).values),
     "max of two": lambda z: torch.max(z, z.neg()),
     "amax of pixels": lambda z: gate(z, z.amax((2, 3), keepdim=True)),
     "median of rows": lambda z: z + z.median(3)[0].unsqueeze(3),

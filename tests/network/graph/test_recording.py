@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import operator
 from types import SimpleNamespace
@@ -290,53 +289,6 @@ class Folding(nn.Module):
         return self.last(x.reshape(samples, 0 + channels, height, -1)) * rest
 
 
-class Halved(nn.Module):
-    """What is done with the features is told by how many samples there are."""
-
-    def __init__(self, use):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-        self.use = use
-
-    def forward(self, x):
-        return self.head(self.use(torch.relu(self.second(torch.relu(self.first(x))))))
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda x: x + torch.cat([x[len(x) // 2 :], x[: len(x) // 2]]),
-        lambda x: torch.cat(x.split(len(x) // 2)[::-1]),
-        lambda x: x + 0 * x[torch.randperm(len(x))],
-        lambda x: x / len(x),
-    ],
-    ids=["slices", "split", "drawn indices", "divided"],
-)
-def test_the_length_of_a_tensor_is_its_number_of_samples(use):
-    model, rows = Halved(use).eval(), torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    groups = dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert {name for entry in groups for name in entry["op_names"]} >= {"first", "second"}
-    graph = record(model, {"x": rows}).graph_module
-    more = torch.randn(10, 4, generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(0)
-    expected = model(more)
-    torch.manual_seed(0)
-    assert torch.equal(graph(more), expected)
-
-
-def test_len_is_pythons_own_outside_of_a_recording():
-    plain, seen = builtins.len, []
-
-    def use(x):
-        seen.append((type(len(x)).__name__, type(len("abc")), len((1, 2))))
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        record(Halved(use), {"x": torch.ones(3, 4)})
-    assert seen[0] == ("TracedInt", int, 2)
-    assert builtins.len is plain
-
-
 def test_sizes_that_are_computed_of_others_follow_them():
     model, inputs = Folding().eval(), torch.randn(3, 3, 4, 6)
     graph = record(copy.deepcopy(model), {"x": inputs}).graph_module
@@ -576,37 +528,6 @@ def test_rows_picked_from_none_are_followed():
 
     groups = dependency_groups(Picking().eval(), torch.randn(2, 3, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     assert groups.skipped.keys() == {"first", "last"}
-
-
-class Coder(nn.Module):
-    """A child has a name that a graph module has itself; ``by_value``: a value decides, so that the run is recorded."""
-
-    def __init__(self, name, by_value):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 8), nn.Linear(5, 6)
-        self.add_module(name, nn.Sequential(nn.Linear(8, 5), nn.ReLU()) if by_value else nn.Linear(8, 5))
-        self.name, self.by_value = name, by_value
-
-    def forward(self, x):
-        x = torch.relu(self.first(x))
-        if self.by_value and x.sum() < -1:
-            x = x + 1
-        return self.last(torch.relu(self.get_submodule(self.name)(x)))
-
-
-@pytest.mark.parametrize(("name", "by_value"), [("code", False), ("print_readable", True), ("shape_env", False)])
-def test_children_may_have_names_of_a_graph_modules_own(name, by_value):
-    torch.manual_seed(0)
-    model, x = Coder(name, by_value).eval(), torch.randn(2, 6)
-    groups = dependency_groups(model, x, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    inner = f"{name}.0" if by_value else name
-    assert [entry["op_names"] for entry in groups] == [["first"], [inner]]
-    masks = {"first": {"weight": torch.ones(8, 6), "bias": torch.ones(8)}}
-    for mask in masks["first"].values():
-        mask[:4] = 0
-    dense = to_dense(model, x, masks)
-    assert dense.get_submodule(inner).in_features == 4
-    torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
 
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.graph.nodes import plain_name
-from nni_topo.network.graph.recording import record
 from nni_topo.network.graph.tracing import layer_sizes, trace
 from nni_topo.network.speedup.equivalence import masked_model
 
@@ -246,27 +244,6 @@ def test_where_memory_is_what_lacks_it_is_what_is_said():
             dependency_groups(model, torch.ones(2, 3), config)
 
 
-class Eager(nn.Module):
-    """Takes memory that isn't there in one way to compute attention, and can't be followed in the other."""
-
-    def __init__(self, follows: bool) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(_attn_implementation="sdpa")
-        self.layer, self.follows = nn.Linear(3, 4), follows
-
-    def forward(self, x):
-        x = self.layer(x)
-        if self.config._attn_implementation == "eager":
-            return x + torch.zeros(1 << 50).sum()
-        return x if self.follows else x * float(x.numpy().sum())
-
-
-def test_memory_that_one_way_of_attention_lacks_is_what_is_said_if_the_other_fails():
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
-        record(Eager(follows=False).eval(), {"x": torch.ones(2, 3)})
-    assert record(Eager(follows=True).eval(), {"x": torch.ones(2, 3)}) is not None
-
-
 MOST = {"samples": 4}
 
 
@@ -412,60 +389,3 @@ def test_a_recording_knows_that_only_sizes_and_constants_were_read(decide):
     recording = trace(Deciding(3, 2).eval(), ((torch.ones(2, 3),), {}))
     assert not recording.reads_values
     assert "add" in [plain_name(node) for node in recording.graph_module.graph.nodes]
-
-
-class Running(nn.Module):
-    """Subtracts what it remembers of the activations of all its calls, as some networks do outside of training too."""
-
-    def __init__(self, remember):
-        super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
-        self.register_buffer("mean", torch.zeros(8))
-        self.register_buffer("bank", torch.zeros(4, 8))
-        self.calls, self.remember = 0, remember
-
-    def forward(self, images):
-        entered = self.first(images).relu()
-        entered = entered - self.remember(self, entered.detach().mean((0, 2, 3)))[:, None, None]
-        return self.head(self.second(entered).relu().mean((2, 3)))
-
-
-def replaced(net, new):
-    net.mean = net.mean * 0.9 + new * 0.1
-    return net.mean
-
-
-def written(net, new):
-    net.mean.mul_(0.9).add_(new, alpha=0.1)
-    return net.mean
-
-
-def queued(net, new):
-    net.bank = torch.cat([net.bank[1:], new[None]])
-    return net.bank.mean(0)
-
-
-def filed(net, new):
-    net.bank[net.calls % 4] = new
-    net.calls += 1
-    return net.bank.mean(0)
-
-
-@pytest.mark.parametrize(("remember", "scale"), [(replaced, 1), (written, 100), (queued, 1), (filed, 1)])
-@pytest.mark.quick_every(4)
-def test_a_model_that_remembers_its_calls_is_recorded_from_one_state(remember, scale):
-    torch.manual_seed(0)
-    model, images = Running(remember), scale * torch.randn(8, 3, 8, 8)
-    model(images)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    groups = dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert groups.skipped == {}
-    pruner = L1NormPruner(model, groups)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    small, masked = to_dense(model, images, masks), masked_model(model, images, masks)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert (small.first.out_channels, small.second.out_channels) == (4, 4)
-    for _ in range(3):  # each call leaves something to the next one
-        images = scale * torch.randn(8, 3, 8, 8)
-        assert torch.allclose(small(images), masked(images), rtol=1e-4, atol=1e-5 * scale)

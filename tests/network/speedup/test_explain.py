@@ -109,7 +109,7 @@ def test_masks_that_remove_what_has_to_stay_are_told_why_it_has_to():
     assert told in str(caught.value)
     assert "exclude q, k from the config_list" in str(caught.value)
     assert "aren't zero" not in str(caught.value)
-    assert "or checks it (size in q)" in str(explain(model, x, "q"))
+    assert "how many of them there are (size in q)" in str(explain(model, x, "q"))
 
 
 @pytest.mark.parametrize("kind", MIXED)
