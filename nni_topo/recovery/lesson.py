@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from nni_topo.errors import ConfigError, DataError, raised
 from nni_topo.network.layers.memory_format import lay_out
 from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
-from nni_topo.network.runtime.fits import failure_on, samples_second
+from nni_topo.network.runtime.fits import failure_on
 from nni_topo.network.runtime.inputs import (
     Call,
     arguments_of,
@@ -590,8 +590,8 @@ def check_any_count(model: nn.Module, call: Call, name: str) -> None:
         if error is not None:
             raise ConfigError(
                 "distillation must be able to run a model on any number of samples: leave distillation out, in shrink "
-                f"distill=False; of {batch_size(call)} samples it got {count} and raised {raised(error)}"
-                f"{samples_second(model, call)} ({name})"
+                f"distill=False; of {batch_size(call)} samples it got {count} and raised {raised(error)} "
+                f"({name})"
             ) from error
 
 

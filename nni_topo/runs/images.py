@@ -10,7 +10,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, raised
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.fits import check_samples_first, failure_on, samples_second, structure_call
+from nni_topo.network.runtime.fits import check_samples_first, failure_on, structure_call
 from nni_topo.network.runtime.inputs import Call, calls, on_device, tensors_of
 from nni_topo.network.runtime.modules import device_of
 
@@ -54,8 +54,8 @@ class ImageParts:
                 raise ConfigError(
                     "a model must run on any number of samples, because every eighth one is held out: let its forward "
                     "take the number from its input, as x.flatten(1) and x.view(len(x), -1) do; of "
-                    f"{count} samples it got {learned.sizes[0]} and raised {raised(error)}"
-                    f"{samples_second(model, whole_call)} (model)"
+                    f"{count} samples it got {learned.sizes[0]} and raised {raised(error)} (model); samples must be "
+                    "the first dimension of every input, also of the states of recurrent layers"
                 ) from error
             return cls(calibration, learned, held_out, held_out, kwargs or args)
         first, judges, held_out = parts

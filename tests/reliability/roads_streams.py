@@ -151,7 +151,7 @@ def refuses_samples_second() -> None:
     try:
         nni_topo.shrink(RawSpeech().eval(), batches, {"flops": 0.6}, progress=False)
     except ConfigError as error:
-        if "the samples are the second dimension of state" not in str(error):
+        if "samples must be the first dimension of every input" not in str(error):
             raise UnsaidError(str(error)) from error
     else:
         raise WrongError("samples of a state were counted along its levels")

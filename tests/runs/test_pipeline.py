@@ -647,7 +647,7 @@ class StatesFirst(nn.Module):
 @pytest.mark.parametrize("returns", [True, False])
 def test_a_state_that_is_returned_is_told_and_its_samples_are_first(returns):
     model, x, state = Recurrent(returns).eval(), torch.randn(16, 4, 3), torch.zeros(2, 16, 5)
-    with pytest.raises(ConfigError, match=r"every eighth one is held out.*samples are the second dimension of state"):
+    with pytest.raises(ConfigError, match=r"every eighth one is held out.*samples must be the first dimension"):
         ImageParts.of(Calibration([((x, state),)]), model)
     turned = StatesFirst(model)
     measured = Measurements(turned, ImageParts.of(Calibration([((x, state.transpose(0, 1)),)]), turned), None)

@@ -24,13 +24,12 @@ from nni_topo.network.layers.derived import LayerSizes, call_of, check_covers_ke
 from nni_topo.network.layers.kinds import CONVOLUTIONS, RECURRENT, WEIGHTED, is_scripted
 from nni_topo.network.runtime.comparison import difference, same_program
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
-from nni_topo.network.runtime.fits import form_that_fits
 from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import (
     Call,
     batch_size,
     bind_arguments,
-    cure_of_argument,
+    described,
     let_go,
     returned_tensors,
     tensors_of,
@@ -101,15 +100,9 @@ def _check_runs(model: torch.nn.Module, call: Call) -> None:
     except Exception as error:  # a model fails in as many ways as it is written
         if out_of_memory(error):
             raise
-        cure = cure_of_argument(error)
-        if not cure and (fits := form_that_fits(copied, call)):
-            raise ConfigError(
-                f"example_inputs must fit the model, {type(model).__name__}, got {fits} (example_inputs)"
-            ) from error
-        given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in tensors_of(call))
         raise ConfigError(
-            f"example_inputs must fit the model: {type(model).__name__} can't be run on {given} in evaluation mode, "
-            f"got {raised(error)}{cure} (example_inputs)"
+            f"example_inputs must fit the model: {type(model).__name__} can't be run on {described(call)} in "
+            f"evaluation mode, got {raised(error)} (example_inputs)"
         ) from error
 
 

@@ -55,8 +55,8 @@ class Calibration(Sequence[Any]):
         ``forward`` requires two arguments: then they are its inputs, and a third entry is the labels. Entries
         of a mapping that the model has no argument for are left out. Where ``forward`` has one required parameter,
         takes no ``**kwargs``, and has no parameter called like a key of the mapping, the mapping is its argument.
-        Floats are cast to the type of the model's parameters. Inputs in a form that the model can't read, such as
-        bytes, channels last or a single image without a batch dimension, are an error that names the form it reads.
+        Floats are cast to the type of the model's parameters. Bytes, channels last, or a single image without a batch
+        dimension are an error.
     memory_bytes : int, default=2 * 2**30
         Memory for batches, in bytes, at least 0, of which at most half of the free memory is used. Further batches are
         written to files in the folder for temporary files. The batches of a list or tuple aren't copied.

@@ -129,16 +129,6 @@ def cure_of_mapping(call: Call, model: torch.nn.Module) -> str:
     )
 
 
-def cure_of_argument(error: Exception) -> str:
-    """Say why a model got a dict, where an error of it speaks of one; else nothing."""
-    if not isinstance(error, (TypeError, AttributeError)) or "dict" not in str(error):
-        return ""
-    return (
-        "; a mapping is passed as the model's single argument where none of its keys is a parameter of forward: to "
-        "pass its entries by name, use the names of these parameters as keys"
-    )
-
-
 def on_device(tree: Any, device: torch.device) -> Any:
     """Move the tensors of nested containers to a device, without their gradients."""
     return map_tensors(lambda tensor: _moved(tensor, device), tree)
@@ -624,9 +614,19 @@ def name_of(calibration: Iterable[Any]) -> str:
     return getattr(calibration, "name", "calibration")
 
 
+def described(call: Any) -> str:
+    """Describe the tensors of a call by their types and shapes."""
+    return ", ".join(
+        f"{str(each.dtype).removeprefix('torch.')} of shape {tuple(each.shape)}" for each in tensors_of(call)
+    )
+
+
 @contextmanager
-def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
-    """Turn an error of a model within the block into a DataError. ``batch``: the batch of ``knob``, counted from 0."""
+def fitting(batch: int, knob: str = "calibration", call: Call | None = None) -> Iterator[None]:
+    """Turn an error of a model within the block into a DataError.
+
+    ``batch``: the batch of ``knob``, counted from 0; ``call``: what the model gets.
+    """
     try:
         yield
     except NniTopoError:
@@ -634,8 +634,8 @@ def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         if out_of_memory(error):
             raise
-        reason = raised(error) + cure_of_argument(error)
-        raise DataError(f"{knob} must fit the model, got {reason} (batch {batch})") from error
+        given = "" if call is None else f" on {described(call)}"
+        raise DataError(f"{knob} must fit the model, got {raised(error)}{given} (batch {batch})") from error
 
 
 def first_of_samples(call: Any) -> Tensor:

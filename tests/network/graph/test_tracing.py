@@ -104,22 +104,16 @@ class TakesOne(nn.Module):
 @pytest.mark.parametrize(
     ("model", "args", "words"),
     [
-        (nn.Conv1d(3, 2, 1), (torch.ones(2, 5, 3),), r"Conv1d, got float32 of shape \(2, 5, 3\); it runs on them with"),
-        (TakesOne(), (torch.ones(2, 4).int(),), r"TakesOne, got int32 of shape \(2, 4\); it runs on them as floats"),
-        (
-            TakesOne(),
-            (torch.ones(2, 3),),
-            r"fit the model: TakesOne can't be run on \(2, 3\) torch.float32 in evaluation",
-        ),
+        (TakesOne(), (torch.ones(2, 3),), r"fit the model: TakesOne can't be run on float32 of shape \(2, 3\) in eval"),
         (
             TakesOne(),
             ({"rows": torch.ones(2, 4)},),
-            r"can't be run on \(2, 4\) .*got TypeError.*dict, at `return self.layer.batch.` in .*; a mapping is passed",
+            r"can't be run on float32 of shape \(2, 4\) .*got TypeError.*dict, at `return self.layer.batch.` in ",
         ),
     ],
-    ids=["channels last", "integers", "width", "a mapping"],
+    ids=["width", "a mapping"],
 )
-def test_inputs_that_a_model_refuses_are_told_with_what_helps(model, args, words):
+def test_inputs_that_a_model_refuses_are_told_with_its_own_error(model, args, words):
     with pytest.raises(ConfigError, match=words):
         trace(model.eval(), (args, {}))
 

@@ -1,4 +1,4 @@
-"""Inputs in other forms than a model takes: they are cast where there is one reading, else the error names the form."""
+"""Inputs in other forms than a model takes: floats are cast, else the error says what the model got."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import check_fits, check_samples_first, first_call, structure_call
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-BATCHED = r"with a batch dimension: image.unsqueeze\(0\) of one, or the batches of a DataLoader"
-FLOATS = r"as floats, prepared as in training, e.g. images.float\(\) / 255"
-FIRST = r"with channels first: images.movedim\(-1, 1\)"
 
 
 def classifier() -> nn.Module:
@@ -46,34 +43,14 @@ def test_a_model_of_several_types_gets_floats_as_they_are_and_integers_are_never
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (IMAGES.mul(255).byte(), rf"got uint8 of shape \(6, 3, 8, 8\); it runs on them {FLOATS} \(batch 0\)$"),
-        (IMAGES[0], rf"got float32 of shape \(3, 8, 8\); it runs on them {BATCHED} \(batch 0\)$"),
-        (IMAGES.movedim(1, -1), rf"got float32 of shape \(6, 8, 8, 3\); it runs on them {FIRST} \(batch 0\)$"),
-        (IMAGES[0].movedim(0, -1).mul(255).byte(), rf"it runs on them {FLOATS}; {BATCHED}; {FIRST} \(batch 0\)$"),
-        (
-            (torch.zeros(6).long(), IMAGES),
-            r"got int64 of shape \(6,\) as the first entry of a batch, which is the input; it runs on the second: pass "
-            r"\[\(images, labels\) for labels, images in batches\] \(batch 0\)$",
-        ),
-        (
-            {"pixels": IMAGES, "label": torch.zeros(6)},
-            r"got a mapping; it runs on the entry 'pixels': pass \[batch\['pixels'\] for batch in batches\]",
-        ),
-        (IMAGES[:, :1], r"got RuntimeError: Given groups=1.*to have 3 channels, but got 1 channels"),
-        (torch.arange(6), r"got RuntimeError: [^;]*\(batch 0\)$"),
+        (IMAGES.mul(255).byte(), r"got RuntimeError: .* on uint8 of shape \(6, 3, 8, 8\) \(batch 0\)$"),
+        (IMAGES.movedim(1, -1), r"got RuntimeError: .* on float32 of shape \(6, 8, 8, 3\) \(batch 0\)$"),
+        ((torch.zeros(6).long(), IMAGES), r"got RuntimeError: .* on int64 of shape \(6,\) \(batch 0\)$"),
+        ({"pixels": IMAGES}, r"got TypeError: .* on float32 of shape \(6, 3, 8, 8\) \(batch 0\)$"),
     ],
-    ids=[
-        "bytes",
-        "one image",
-        "channels last",
-        "all three",
-        "labels first",
-        "mapping",
-        "no form fits",
-        "labels alone",
-    ],
+    ids=["bytes", "channels last", "labels first", "mapping"],
 )
-def test_the_form_that_the_model_runs_on_is_named(batch, message):
+def test_what_the_model_can_not_run_on_is_told(batch, message):
     with pytest.raises(DataError, match=message):
         structure_call(classifier(), Calibration([batch], name="images"))
 
@@ -195,7 +172,7 @@ def test_a_missing_batch_dimension_is_named_by_every_entry_point(entry, place, t
     with pytest.raises((ConfigError, DataError)) as caught:
         entry(net, torch.randn(3, 8, 8))
     assert str(caught.value).startswith(f"{place} must ")
-    assert "image.unsqueeze(0) of one" in str(caught.value)
+    assert "(3, 8, 8)" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -229,19 +206,6 @@ def test_a_batch_is_traced_whole_where_more_layers_run_on_it_than_on_two_samples
     assert not model.layers[0]._forward_pre_hooks
 
 
-@pytest.mark.parametrize(
-    ("layer", "sample", "words"),
-    [
-        (nn.Conv1d(3, 4, 3), (6, 9, 3), rf"got float32 of shape \(6, 9, 3\); it runs on them {FIRST} \(batch 0\)$"),
-        (nn.Conv1d(9, 4, 3), (6, 3, 3), r"got RuntimeError: [^;]*\(batch 0\)$"),
-        (nn.Conv3d(3, 4, 1), (2, 4, 4, 4, 3), rf"it runs on them {FIRST} \(batch 0\)$"),
-    ],
-)
-def test_channels_may_be_last_of_any_number_of_dimensions(layer, sample, words):
-    with pytest.raises(DataError, match=words):
-        structure_call(nn.Sequential(layer), [torch.rand(sample)])
-
-
 class _Joined(nn.Module):
     """Takes two inputs."""
 
@@ -256,10 +220,10 @@ class _Joined(nn.Module):
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
-        ({"one": IMAGES[:, 0, 0, :2], "other": IMAGES[0, 0, 0, :2]}, r"got RuntimeError: [^;]*\(batch 0\)$"),
+        ({"one": IMAGES[:, 0, 0, :2], "other": IMAGES[0, 0, 0, :2]}, r"got RuntimeError: .*\(batch 0\)$"),
         ([IMAGES[:, 0], IMAGES[:, 0]], r"got TypeError: .*pass several inputs as \(\(images, vectors\),\)"),
     ],
 )
-def test_batches_of_several_inputs_that_fit_in_no_form_get_the_models_error(batch, words):
+def test_batches_of_several_inputs_that_do_not_fit_get_the_models_error(batch, words):
     with pytest.raises(DataError, match=words):
         structure_call(_Joined(), [batch])

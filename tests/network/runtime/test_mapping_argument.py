@@ -95,13 +95,7 @@ def test_where_it_could_mean_either_an_error_says_how_to_pass_it(kind):
         assert small(images[0]).shape == (32, 4)
 
 
-def test_entries_of_wrong_names_are_told_apart_from_a_mapping_that_is_meant():
-    net, wrong = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), {"pixels": torch.zeros(4, 6)}
-    why = "a mapping is passed as the model's single argument where none of its keys is a parameter of forward"
-    with pytest.raises(ConfigError, match=why):
-        nni_topo.dependency_groups(net, wrong, [{"op_types": ["Linear"]}])
-    with pytest.raises(DataError, match="it runs on the entry 'pixels'"):
-        nni_topo.shrink(net, [wrong] * 8, {"flops": 0.5})
+def test_a_mapping_with_wrong_keys_gets_the_models_own_error():
     with pytest.raises(DataError, match="must fit the model, got KeyError: 'v'"):
         nni_topo.shrink(ByMapping().eval(), [{"x": torch.zeros(8, 6)}], {"flops": 0.5})
 
