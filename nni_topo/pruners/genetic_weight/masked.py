@@ -13,20 +13,28 @@ from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
 
 
 class MaskedScores:
-    """A score per mask by masking, running ``score()`` and unmasking: what works for every network."""
+    """A score per mask by masking, running ``score()`` and unmasking: what works for every network.
 
-    def __init__(self, weights: Sequence[Tensor], score: Callable[[], float]) -> None:
-        self.weights = list(weights)
+    ``biases``: of each weight, the bias that an output loses with its last weight; None where it has none.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], score: Callable[[], float]) -> None:
+        self.weights, self.biases = list(weights), list(biases)
         self.score = score
 
     def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
         """Return the scores, shape ``(individuals,)``; DataError if one isn't a finite number."""
-        whole = [weight.detach().clone() for weight in self.weights]
+        changed = [each for each in (*self.weights, *self.biases) if each is not None]
+        before = [each.detach().clone() for each in changed]
         scores = []
         try:
             for genes in population:
-                for weight, value, mask in zip(self.weights, whole, split_genes(genes, whole), strict=True):
-                    weight.data.copy_(value * mask)
+                for each, value in zip(changed, before, strict=True):
+                    each.data.copy_(value)
+                for weight, bias, mask in zip(self.weights, self.biases, split_genes(genes, self.weights), strict=True):
+                    weight.data.mul_(mask)
+                    if bias is not None:
+                        bias.data.mul_(mask.flatten(1).any(1))
                 found = self.score()
                 try:
                     score = float(found)
@@ -36,8 +44,8 @@ class MaskedScores:
                     raise DataError(f"an evaluation must return a finite number, got {found!r} (genetic search)")
                 scores.append(score)
         finally:
-            for weight, value in zip(self.weights, whole, strict=True):
-                weight.data.copy_(value)
+            for each, value in zip(changed, before, strict=True):
+                each.data.copy_(value)
         return np.array(scores)
 
 

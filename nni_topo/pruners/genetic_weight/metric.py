@@ -126,7 +126,9 @@ class GeneticMetric(MetricCalculator):
                     metric = metric[0]
                 return check_result("an evaluator's evaluating function", metric, "evaluator")
 
-        return MaskedScores(weights, score)
+        spaces = [context.target_spaces[name] for name in names]
+        biases = [each["bias"].target if "bias" in each else None for each in spaces]
+        return MaskedScores(weights, biases, score)
 
 
 def largest_share(unit: PruningUnit) -> float:

@@ -150,12 +150,20 @@ def test_a_graph_that_cannot_be_cut_is_run_mask_by_mask():
 def test_any_score_of_a_masked_network():
     layer = nn.Linear(3, 1, bias=False)
     layer.weight.data = torch.tensor([[1.0, 2.0, 4.0]])
-    scores = MaskedScores([layer.weight], lambda: float(layer.weight.detach().sum()))
+    scores = MaskedScores([layer.weight], [None], lambda: float(layer.weight.detach().sum()))
     masks = [np.array(mask) for mask in ([True, True, True], [True, False, True], [False, False, True])]
     np.testing.assert_array_equal(scores(masks), [7.0, 5.0, 4.0])
     assert layer.weight.tolist() == [[1.0, 2.0, 4.0]]
     with pytest.raises(DataError, match="must return a finite number, got nan"):
-        MaskedScores([layer.weight], lambda: float("nan"))(masks)
+        MaskedScores([layer.weight], [None], lambda: float("nan"))(masks)
+
+
+def test_an_output_loses_its_bias_with_its_last_weight():
+    layer = nn.Linear(1, 2)
+    layer.weight.data, layer.bias.data = torch.tensor([[1.0], [2.0]]), torch.tensor([10.0, 20.0])
+    scores = MaskedScores([layer.weight], [layer.bias], lambda: float(layer(torch.ones(1)).detach().sum()))
+    np.testing.assert_array_equal(scores([np.array([True, True]), np.array([True, False])]), [33.0, 11.0])
+    assert layer.bias.tolist() == [10.0, 20.0]
 
 
 @pytest.mark.parametrize(
