@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from nni.compression.utils import Evaluator
@@ -226,6 +226,7 @@ def frontier(
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     round_to: int | Literal["auto"] | None = None,
+    time: bool = False,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Frontier:
@@ -244,7 +245,7 @@ def frontier(
         ``tolerance``.
     pruner : str, default="reconstruction"
         As for :func:`nni_topo.shrink`, by name: a structured pruner that accepts a budget, or one of NNI's.
-    knobs, layers, compensate, narrow_heads, outputs, evaluate, round_to, seed, progress
+    knobs, layers, compensate, narrow_heads, outputs, evaluate, round_to, time, seed, progress
         As for :func:`nni_topo.shrink`.
     depth : bool, default=False
         As for :func:`nni_topo.shrink`; the order of the blocks is found once. No network then starts from a larger one.
@@ -308,7 +309,7 @@ def frontier(
     if len(wanted) > 1:
         settings.check_one_distilled("one of each share")
     template, is_described = settings.checked(model, calibration, template)
-    prepared = prepare(model, calibration, settings, template, is_described=is_described, is_search=True)
+    prepared = prepare(model, calibration, settings, template, is_described=is_described, is_search=True, is_timed=time)
     steps, measured, data = prepared.counted_by_table(), prepared.measured, prepared.images
     model, kind = steps.model, template.kind
     own_steps = _distillation_steps(wanted, data.learned.samples, distill)
@@ -320,7 +321,7 @@ def frontier(
     networks: dict[float, nn.Module] = {}
     points = [_point(1.0, 1.0, measured.stages[0], 1.0, False, 0.0)]
     for share, count in zip(wanted, own_steps, strict=True):
-        began = time.perf_counter()
+        began = perf_counter()
         made, start, larger = steps.make(share), 1.0, points[-1]
         # Where learned weights were discarded, the larger network has nothing that this one hasn't.
         if can_start_from_larger and larger.is_distilled:
@@ -338,7 +339,7 @@ def frontier(
         networks[share] = final.dense
         # Without a verdict a function of the caller's distils, whose network is kept in any case.
         is_learned = is_distilled if final.verdict is None else final.verdict.is_kept
-        points.append(_point(share, made.left, stages[1], start, is_learned, time.perf_counter() - began))
+        points.append(_point(share, made.left, stages[1], start, is_learned, perf_counter() - began))
     if kind == "latency" and template.latency_table is None:
         args, kwargs = first_call(model, data.all)
         times = time_shares(list(networks.values()), model, kwargs or args, wanted[-1])

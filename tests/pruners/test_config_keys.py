@@ -10,7 +10,6 @@ import torch
 from config_keys import CASES, OWN, kept, outcome, plain, table, written
 
 import nni_topo
-from nni_topo.maths.topology.spanning import line_order
 from nni_topo.pruners.selection import Cloud
 from nni_topo.pruners.topological.metric import SelectionSettings, _chosen
 from nni_topo.pruners.topological.pruner import GeneticSearch
@@ -38,16 +37,6 @@ def test_a_bias_with_a_threshold_loses_what_its_weight_loses_too() -> None:
     kept_rows = masks["first"]["weight"].expand_as(plain().first.weight).flatten(1).any(1)
     assert kept_rows.sum() == 8
     assert torch.equal(masks["first"]["bias"].bool(), kept_rows & (plain().first.bias.abs() >= 0.1))
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_single_weights_have_an_order_that_spares_the_search_its_trees(seed: int) -> None:
-    """As the pruner collects them; a tree for each of a thousand subsets took a minute for 32x256 weights."""
-    config_list = [{"op_names": ["third"], "sparse_ratio": 0.5, "granularity": [1, 1], "target_names": ["weight"]}]
-    pruner = nni_topo.create_pruner("perera2022", plain(seed), config_list)
-    points = pruner.collector.collect(pruner.context)["third"]["weight"].numpy()
-    assert points.shape == (256, 1)
-    assert line_order(Cloud(points, 256).distances) is not None
 
 
 @pytest.mark.parametrize("criterion", ["bottleneck", "bottleneck_sum", "wasserstein"])

@@ -176,7 +176,7 @@ random_shape = Sentence("random_shape", "the forward draws random numbers for th
 overwritten = Sentence("overwritten", "the forward writes into part of a tensor")
 picked_by_value = Sentence("picked_by_value", "the forward picks places by the values of these channels")
 fixed_channels = Sentence("fixed_channels", "the forward picks or counts channels by fixed numbers")
-number_made = Sentence("number_made", "the forward computes with how many of them there are")
+number_made = Sentence("number_made", "the forward computes with how many of them there are, or checks it")
 heads_stay = Sentence(
     "heads_stay", "a product multiplies heads with those of a tensor whose heads stay, or with what all heads share"
 )

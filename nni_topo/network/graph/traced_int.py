@@ -8,10 +8,14 @@ so that a dense network's attribute can be changed, see `attribute_channels`.
 
 from __future__ import annotations
 
+import linecache
 import operator
+import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -218,8 +222,22 @@ def _is_behind_the_samples(size: TracedInt) -> bool:
     return any(isinstance(each, TracedInt) and _is_behind_the_samples(each) for each in given)
 
 
+def _is_written(number: int) -> bool:
+    """Tell whether a number is a literal in the line of code that asks for it, not a layer's attribute."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+    return re.search(rf"(?<![\w.]){number}(?![\w.])", line) is not None
+
+
 def _note_equal(one: TracedInt, other: Any) -> bool:
-    """Note that an attribute holds the size of a tensor, as a forward checks; return whether the two are that."""
+    """Note that an attribute holds the size of a tensor, as a forward checks; return whether the two are that.
+
+    The size of a tensor that is a number in the forward's code, as ``assert x.shape[1] == 48`` says, has to stay it.
+    """
+    if type(other) is int and one.unshown is not None and _is_behind_the_samples(one) and _is_written(other):
+        one.unshown.append(one)
     for held, size in ((one, other), (other, one)):
         if not isinstance(held, TracedInt) or not isinstance(size, TracedInt):
             return False

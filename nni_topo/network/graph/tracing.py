@@ -70,7 +70,10 @@ def trace(model: torch.nn.Module, inputs: Call) -> Recording:
     """
     for name, module in model.named_modules():
         if is_scripted(module):
-            raise ConfigError(f"a model must have no modules that torch.jit has compiled, got one ({name})")
+            raise ConfigError(
+                f"a model must have no modules that torch.jit has compiled, got one ({name}); put the module there "
+                "that torch.jit was given"
+            )
     try:
         return _trace_whole(model, inputs)
     except SpeedupError as error:

@@ -614,11 +614,15 @@ def name_of(calibration: Iterable[Any]) -> str:
     return getattr(calibration, "name", "calibration")
 
 
-def described(call: Any) -> str:
-    """Describe the tensors of a call by their types and shapes."""
-    return ", ".join(
-        f"{str(each.dtype).removeprefix('torch.')} of shape {tuple(each.shape)}" for each in tensors_of(call)
-    )
+def described(given: Any) -> str:
+    """Describe tensors in nested containers by their types and shapes, those of mappings with their keys."""
+    if isinstance(given, Tensor):
+        return f"{str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
+    if isinstance(given, Mapping):
+        named = [f"{key!r}: {described(value)}" for key, value in given.items() if tensors_of(value)]
+        return f"{{{', '.join(named)}}}"
+    entries = given if isinstance(given, (tuple, list)) else tensors_of(given)
+    return ", ".join(described(each) for each in entries if tensors_of(each))
 
 
 @contextmanager

@@ -58,8 +58,8 @@ class GeneticWeightPruner(StructuredPruner):
     evaluate : callable or None, default=None
         Instead: returns the score of a model, in [0, 1] for an accuracy. It runs the whole model for each individual.
     search : WeightSearch, mapping or None, default=None
-        :class:`~nni_topo.WeightSearch`, or its fields: fitness, population, generations, mutations. None:
-        ``WeightSearch()``.
+        :class:`~nni_topo.WeightSearch`, or a mapping of its fields, such as ``population_size`` and
+        ``generations``. None: ``WeightSearch()``.
     state : str, Path or None, default=None
         File that each generation is written to. If it exists, the search resumes from it.
     on_generation : callable or None, default=None

