@@ -90,9 +90,8 @@ def to_dense(
         NNI's masks, ``{module: {parameter: mask}}``, of any pruner. They aren't changed.
     groups : DependencyGroups, optional
         What `dependency_groups` returned for this model and inputs of this size. Then the model isn't traced again,
-        which takes most of the time for a detector. Only weights may have changed since; where a number, a text or a
-        flag of a module has, in lists and mappings too, or a weight or input of a model whose forward reads values, the
-        model is traced again.
+        which takes most of the time for a detector. Only weights may have changed since: where the forward has come to
+        compute something else, by a flag or a weight that it reads, the comparison with the masked model shows it.
     round_to : int or "auto", optional
         If given, every pruned layer keeps a multiple of this many channels, or all of them. ``"auto"`` is what the
         model's device computes at once: 8 channels on a GPU; 16, 8 or 4 on a CPU, by its vector registers. Those with
