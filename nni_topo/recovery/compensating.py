@@ -26,6 +26,7 @@ from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.dependency import by_reason
 from nni_topo.network.speedup.reconcile import MasksLike
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics, plan_of
+from nni_topo.recovery.plan import ATTENTION
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
 from nni_topo.recovery.replay import Replay
@@ -130,8 +131,9 @@ def compensation(
         copy_norm_statistics(networks, call, calibration)
     left = everything.samples_of_all - calibration.samples_of_all
     report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began, left)
-    if report.left_alone:
-        named = ", ".join(f"{listed(names)} ({why})" for why, names in by_reason(report.left_alone).items())
+    told = {name: why for name, why in report.left_alone.items() if why != ATTENTION}
+    if told:
+        named = ", ".join(f"{listed(names)} ({why})" for why, names in by_reason(told).items())
         _logger.warning("layers after removed channels that couldn't be reconstructed: %s", named)
     for text in report.warnings:
         _logger.warning("%s", text)

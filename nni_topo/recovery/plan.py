@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from nni_topo.network.attention.heads import is_attention
 from nni_topo.network.channels.flow import ChannelFlow, followers, passes
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.graph.nodes import tensor_shape
@@ -44,6 +45,10 @@ class Equation:
     place: Node  # what is compared; from the layer up to there are only batch norms and additions
     norms: tuple[str, ...]  # the batch norms on the way
     rectified: bool = False  # a ReLU alone reads the place, so that negative values are all alike
+
+
+ATTENTION = "attention, whose queries, keys and values stay as they are"
+"""Why attention whose heads are known isn't solved anew; the report says so, and no warning."""
 
 
 @dataclass
@@ -101,6 +106,8 @@ def _why_not(
     """Return why a module can't be solved anew; an empty text if there is nothing to solve."""
     if isinstance(module, PER_CHANNEL) or not any(p.dim() > 1 for p in module.parameters()):
         return ""
+    if is_attention(module):
+        return ATTENTION
     name = str(node.target)
     if not isinstance(module, WEIGHTED) or name not in flow.layers:
         return f"of type {type(module).__name__}"

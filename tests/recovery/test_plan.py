@@ -300,3 +300,14 @@ def test_equations_are_solved_in_the_order_of_their_places():
     report = compensation(Detour().eval(), masks, [torch.randn(60, 6)]).report
     places = [(each.layer, each.place) for each in report.layers]
     assert places == [("shortcut", "shortcut"), ("up", "up"), ("down", "add"), ("shortcut", "add")]
+
+
+def test_that_attention_stays_as_it_is_is_reported_without_a_warning(caplog):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "num_hidden_layers": 2}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=20, **sizes)).eval()
+    masks = {"encoder.layer.0.intermediate.dense": {"weight": (torch.arange(12) < 6).float()[:, None].expand(12, 8)}}
+    report = compensation(model, masks, [torch.randint(0, 20, (40, 5))]).report
+    assert report.left_alone == {"encoder.layer.1.attention.self": plan.ATTENTION}
+    assert "attention" not in caplog.text
