@@ -355,7 +355,7 @@ def _have_room(models: Iterable[nn.Module]) -> bool:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() or is_lazy(tensor) else tensor._version
+    return 0 if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -302,7 +302,7 @@ CALLS = {
         ),
         "three chunks": (
             lambda n: n.c.chunk(3, 1),
-            "1x3x1: 0*; 1x3x1: 0*; 1x2x1: 0*; c: 0* fixed_channels",
+            "1x3x1: c0 c1 c2; 1x3x1: c3 c4 c5; 1x2x1: c6 c7; equal moves is_filled: c0 c1 c2 | c3 c4 c5 | c6 c7 0",
         ),
         "five chunks": (lambda n: n.c.chunk(5, 1), "1x2x1: 0*; 1x2x1: 0*; 1x2x1: 0*; 1x2x1: 0*; c: 0* fixed_channels"),
         "chunks by name": (
@@ -922,7 +922,11 @@ def followed(functions):
                 parts.append(f"{parameter.rpartition('.')[2]} in {free.dim}: {told(ids)}")
         for blocks in flow.blocks:
             if blocks.place.endswith(f" in {owner}"):
-                kinds = [kind for kind in ("moves", "may_vanish", "is_uneven", "counted") if getattr(blocks, kind)]
+                kinds = [
+                    kind
+                    for kind in ("moves", "may_vanish", "is_uneven", "is_filled", "counted")
+                    if getattr(blocks, kind)
+                ]
                 sides = [" | ".join(map(told, side)) for side in blocks.sides]
                 parts.append(" ".join(["equal", *kinds]) + ": " + ", ".join(sides))
         nodes = {node.name for node in flow.graph.nodes if owner_of(node) == owner}
@@ -952,7 +956,7 @@ def test_channels_go_where_the_operations_put_them(kind, first):
         (lambda n: n.a.relu(), False, False),
         (lambda n: n.a.view(3, 2, -1, 6), True, False),
         (lambda n: n.c.chunk(2, 1), False, True),
-        (lambda n: n.c.chunk(3, 1), False, False),
+        (lambda n: n.c.chunk(3, 1), False, True),
         (lambda n: n.c.chunk(5, 1), False, False),
     ],
 )
