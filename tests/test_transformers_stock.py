@@ -165,3 +165,15 @@ def test_layers_that_share_the_channels_of_an_embedding_are_left_out_and_reconst
     assert "bert.encoder.layer.1.attention.output.dense" in [row.layer for row in small.report.compensation.layers]
     assert "must be selected together" not in caplog.text
     assert "must agree" not in caplog.text
+
+
+def test_gpt2_as_it_is_stays_whole_and_splits_as_before():
+    """Its layers of a class of Transformers' own keep all channels, so the size that the forward splits by stays."""
+    model = transformers.GPT2Model(
+        transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=4)
+    )
+    tokens = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+    dense = nni_topo.to_dense(model.eval(), tokens, {})
+    assert dense.h[0].attn.split_size == 32
+    with torch.no_grad():
+        assert torch.equal(dense(tokens)[0], model(tokens)[0])

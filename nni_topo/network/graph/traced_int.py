@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from nni_topo.network.graph.nodes import COMPARED, plain_name
+from nni_topo.network.graph.nodes import COMPARED, plain_name, tensor_shape
 from nni_topo.network.layers.integer_attributes import Place, numbers_in, numbers_read, with_numbers
 
 
@@ -491,7 +491,11 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> list[tuple[Tra
     entering = ids.get(args[0].name) if args and isinstance(args[0], Node) else None
     if name in ("split", "split_with_sizes") and len(args) > 1:
         sizes = args[1]
-        row = _ids_in(entering, node.kwargs.get("dim", args[2] if len(args) > 2 else 0))
+        parent: Any = args[0]
+        dim: Any = node.kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        row, shape = _ids_in(entering, dim), tensor_shape(parent)
+        if row is not None and shape is not None and len(row) != shape[dim]:
+            row = None  # channels that all stay have one id together
         if row is not None and _is_traced(sizes):
             return [(sizes, part) for part in np.split(row, range(_plain(sizes), len(row), _plain(sizes)))]
         if row is None or isinstance(sizes, (int, Node)) or any(isinstance(size, Node) for size in sizes):
