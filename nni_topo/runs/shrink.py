@@ -128,8 +128,8 @@ def shrink(
         numbers.
     time : bool, default=False
         Whether the report has the times of the unpruned network and of the one that is returned: medians of passes in
-        turns over a batch as large as the first one of ``images``, with one thread on a CPU. It takes some ten seconds,
-        or eight passes where these are slow. With a budget of latency the report always has them.
+        turns over a batch as large as the first one of ``images``, with one thread on a CPU. It takes at most some ten
+        seconds, or eight passes where these are slow. With a budget of latency the report always has them.
     seed : int, default=0
         Seed of all steps.
     progress : bool or None, default=None
