@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import logging
@@ -111,24 +110,6 @@ def required_arguments(model: torch.nn.Module) -> int:
     return sum(each.kind in kinds and each.default is each.empty for each in _parameters_of(model) or ())
 
 
-def cure_of_mapping(call: Call, model: torch.nn.Module) -> str:
-    """Say how a mapping is passed as an argument, where a model's first parameter got none by its name; else nothing.
-
-    For errors of arguments that don't fit.
-    """
-    args, kwargs = call
-    parameters = _parameters_of(model)
-    if args or not kwargs or not parameters:
-        return ""
-    first = parameters[0]
-    if first.name in kwargs or first.kind is not first.POSITIONAL_OR_KEYWORD:
-        return ""
-    return (
-        f"; a mapping holds arguments by name: if this one is itself the argument {first.name!r}, pass "
-        f"{{{first.name!r}: mapping}}"
-    )
-
-
 def on_device(tree: Any, device: torch.device) -> Any:
     """Move the tensors of nested containers to a device, without their gradients."""
     return map_tensors(lambda tensor: _moved(tensor, device), tree)
@@ -167,8 +148,7 @@ def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
         signature = inspect.signature(model.forward)
         bound = signature.bind(*call[0], **call[1])
     except TypeError as error:
-        cure = cure_of_mapping(call, model)
-        raise ConfigError(f"example_inputs must fit {type(model).__name__}.forward: {error}{cure}") from error
+        raise ConfigError(f"example_inputs must fit {type(model).__name__}.forward: {error}") from error
     named = dict(bound.arguments)
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -513,41 +493,18 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
         batch = batch[0]
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
     for leaf in () if isinstance(inputs, Tensor) else tree_flatten(inputs)[0]:
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            # Its tensors would stay whole where single samples are taken, as for those that are held out.
-            raise ConfigError(
-                "the inputs of a batch must be tensors, alone or in tuples, lists or mappings, got a data class, "
-                f"{type(leaf).__name__}: pass its tensors, to a module that makes a data class of them and calls the "
-                f"model ({name}, batch {index})"
-            )
-        if any(map(_is_cache, type(leaf).__mro__)):
+        # Tensors in other containers would stay whole where single samples are taken.
+        if (is_dataclass(leaf) and not isinstance(leaf, type)) or any(map(_is_cache, type(leaf).__mro__)):
             raise ConfigError(
                 "the inputs of a batch must be tensors, alone or in tuples, lists or mappings, got a "
-                f"{type(leaf).__name__}: pass its keys and values, (samples, heads, places, channels), to a module "
-                f"that makes a cache of them ({name}, batch {index})"
+                f"{type(leaf).__name__} ({name}, batch {index})"
             )
     if not tensors_of(inputs):
         raise ConfigError(
             "the input of a batch must be a tensor, or a tuple or mapping with a tensor in it, got "
-            f"{type(inputs).__name__}{_cure_without_tensors(inputs)} ({name}, batch {index})"
+            f"{type(inputs).__name__} ({name}, batch {index})"
         )
     return inputs
-
-
-def _cure_without_tensors(inputs: Any) -> str:
-    """Say how inputs without a tensor become tensors, where that is known; else nothing."""
-    leaves = tree_flatten(inputs)[0]
-    first = leaves[0] if leaves else None
-    if type(first).__module__.partition(".")[0] == "PIL":
-        return (
-            ": pictures become tensors as in training, e.g. by torchvision.transforms.functional.to_tensor(picture), "
-            "and torch.stack makes one batch of several"
-        )
-    if isinstance(first, (int, float)) and first is not inputs:
-        if isinstance(inputs, Mapping):
-            return " of numbers: tokenizers give tensors with return_tensors='pt' and padding=True"
-        return " of numbers: torch.tensor makes a batch of them"
-    return ""
 
 
 def check_inputs(batch: Any, index: int, name: str) -> None:
@@ -570,14 +527,14 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
     name = name_of(calibration)
     count = 0
     for count, batch in enumerate(calibration, start=1):
-        call = _bound(model, arguments_of(inputs_of(batch, count - 1, name), model), batch, count - 1, name)
+        call = _bound(model, arguments_of(inputs_of(batch, count - 1, name), model), count - 1, name)
         for part in parts(call):
             yield copied_for(model, part)
     if count == 0:
         raise DataError(f"{name} must hold at least one batch, got none (was a generator used twice?)")
 
 
-def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> Call:
+def _bound(model: nn.Module, call: Call, index: int, name: str) -> Call:
     """Return a call without the keyword arguments that the model doesn't have; DataError if it doesn't fit."""
     try:
         signature = inspect.signature(model.forward)
@@ -589,24 +546,10 @@ def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> C
     try:
         signature.bind(*args, **(known or kwargs))
     except TypeError as error:
-        several = isinstance(batch, (tuple, list)) and len(batch) > 1
-        cure = f"; {_SEVERAL}" if several else ""
-        if unknown := [str(key) for key in kwargs if key not in known]:
-            told = []
-            for each in unknown:
-                near = difflib.get_close_matches(each, signature.parameters, n=1, cutoff=_NEAR_NAME)
-                told.append(f"{each} (did you mean {near[0]}?)" if near else each)
-            cure = f"; it has no argument called {', '.join(told)}"
-        cure += cure_of_mapping(call, model)
-        raise DataError(f"{name} must fit the model, got TypeError: {error}{cure} (batch {index})") from error
+        raise DataError(
+            f"{name} must fit the model, got TypeError: {error} on {described(args or kwargs)} (batch {index})"
+        ) from error
     return args, known
-
-
-_NEAR_NAME = 0.6  # how alike names are of which one may be meant for the other: labels and images aren't
-_SEVERAL = (
-    "of a batch that is a tuple or list, the first entry is the input and the others are targets: pass several inputs "
-    "as ((images, vectors),) or as {'images': images, 'vectors': vectors}"
-)
 
 
 def name_of(calibration: Iterable[Any]) -> str:
