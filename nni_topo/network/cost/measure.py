@@ -24,12 +24,13 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.layers.kinds import RECURRENT, recurrent_products
 from nni_topo.network.runtime.arguments import COMPUTING, INPUTS, NETWORK, SHAPES
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
-from nni_topo.network.runtime.fits import call_arguments, fitting_call
+from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.inputs import (
     Call,
     arguments_of,
     batch_size,
     first_of_samples,
+    fitting,
     lists_of_samples,
     taken,
     tensors_of,
@@ -93,7 +94,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     what they compute.
     """
     call = call_arguments(example_inputs, model)
-    with fitting_call(model, call, "example_inputs"):
+    with fitting(0, "example_inputs", call):
         _, samples, counted = counted_run(model, call)
     return counted.all // samples
 
@@ -426,7 +427,7 @@ def _rounds(
         thread_count(threads),
         torch.inference_mode(),
         memory_kept(first),
-        fitting_call(next(iter(models.values())), (args, kwargs), "example_inputs"),
+        fitting(0, "example_inputs", (args, kwargs)),
     ):
         while not enough(rounds):
             generator.shuffle(order)
