@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import is_
 from pickle import PicklingError
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -39,7 +39,7 @@ from nni_topo.network.runtime.modules import (
     is_transformed,
 )
 from nni_topo.network.runtime.processes import is_in_step
-from nni_topo.network.runtime.switches import compiler_off, one_call, package_settings, random_state_kept
+from nni_topo.network.runtime.switches import one_call, package_settings, random_state_kept
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
@@ -82,7 +82,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     Raises
     ------
     ConfigError
-        If copy.deepcopy can't copy a model, or a copy would hold what is the model's.
+        If copy.deepcopy can't copy a model, or a module holds a weak reference to another.
     """
     modules = [module for model in models for module in model.modules()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
@@ -105,6 +105,11 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
                 memo.setdefault(id(value), value)
             elif not value.is_leaf:  # deepcopy refuses it
                 memo.setdefault(id(value), value.detach().clone())
+        elif isinstance(value, weakref.ReferenceType) and isinstance(value(), nn.Module) and id(value()) in own:
+            raise ConfigError(
+                "a model must hold its modules by themselves, for a copy of it has its own, got a weak reference to "
+                f"one; hold the module in a tuple, which doesn't register it ({type(value()).__name__})"
+            )
         elif isinstance(value, _SHARED):
             memo[id(value)] = value
         elif type(value) is FunctionType and not is_compiled_function(value):
@@ -122,7 +127,6 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         forward: Any = vars(module).get("forward")
         if is_compiled_function(forward) and not is_compiled_module(module):  # which compiles what it holds
             memo[id(module)].forward = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
-    _check_independent(copied, own)
     return copied
 
 
@@ -239,27 +243,6 @@ def _not_copied(models: Iterable[nn.Module], memo: dict[int, Any]) -> str:
     return "model"
 
 
-def _check_independent(copied: Iterable[nn.Module], own: set[int]) -> None:
-    """Raise ConfigError for a copy that holds what is the model's: ``own`` has the ids of its modules and tensors."""
-    for model in copied:
-        for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            for attribute, value in vars(module).items():
-                place = f"{name}.{attribute}".lstrip(".")
-                for each in (value, *value.values()) if isinstance(value, dict) else (value,):
-                    if isinstance(each, weakref.ReferenceType) and id(each()) in own:
-                        raise ConfigError(
-                            "a model must hold its modules by themselves, for a copy of it has its own, got a weak "
-                            f"reference to one ({place}); hold the module in a tuple, which doesn't register it"
-                        )
-                    if id(each) in own and not isinstance(each, nn.Parameter):
-                        raise ConfigError(
-                            "a copy of a model must have modules and buffers of its own, got one that is the model's, "
-                            f"by the __deepcopy__ of a class ({place})"
-                        )
-
-
 def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:
     """Let a public function work on copies of all models among its arguments, in lists and mappings too.
 
@@ -332,8 +315,13 @@ def _copies(models: list[nn.Module]) -> Iterator[dict[int, nn.Module]]:
     for copied in copies:
         for parameter in copied.parameters():
             parameter.grad = None  # so that no gradient is added to the user's
-    with compiler_off() if any(map(has_compiled, copies)) else nullcontext():
+    with _compiler_off(copies):
         yield {id(model): copied for model, copied in zip(models, copies, strict=True)}
+
+
+def _compiler_off(models: Iterable[nn.Module]) -> AbstractContextManager[object]:
+    """Let what is compiled in models run as it is written."""
+    return torch.compiler.set_stance("force_eager") if any(map(has_compiled, models)) else nullcontext()
 
 
 def _have_room(models: Iterable[nn.Module]) -> bool:
@@ -355,7 +343,7 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     operations, unless ``as_compiled`` is True. A caller's ``torch.autocast`` is off likewise.
     """
     modules = [model for model in models if isinstance(model, nn.Module)]
-    compiler = nullcontext() if as_compiled or not any(map(has_compiled, modules)) else compiler_off()
+    compiler = _compiler_off([] if as_compiled else modules)
     with one_call(), package_settings(as_compiled), compiler, _state_kept(modules), random_state_kept():
         yield
 
