@@ -19,7 +19,7 @@ from torch import nn
 import nni_topo
 from nni_topo import Calibration
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.processes import _buckets, digest
+from nni_topo.network.runtime.processes import digest
 from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
@@ -428,18 +428,6 @@ def test_a_group_of_one_process_shares_nothing(group_of_one: Any, whole: Any) ->
     assert data.processes is None
     assert (data.samples, data.samples_of_all) == (48, 48)
     check([pruned(nets.Convolutions, data)], whole["CNN"])
-
-
-def test_what_is_added_up_in_one_go_is_of_one_type_and_not_too_large() -> None:
-    single, double = torch.zeros(3, 2), torch.zeros(4, dtype=torch.float64)
-    large = torch.zeros(2**22, dtype=torch.float64)  # 32 MiB, as much as goes at a time
-    given = [single, single, double, large, single, torch.zeros(())]
-    found = list(_buckets(given))
-    assert [[tuple(each.shape) for each in bucket] for bucket in found] == [
-        [(3, 2), (3, 2)], [(4,)], [(2**22,)], [(3, 2), ()],
-    ]  # fmt: skip
-    assert all(one is other for one, other in zip(given, (each for bucket in found for each in bucket), strict=True))
-    assert list(_buckets([])) == []
 
 
 @pytest.mark.parametrize("group", ["gloo", 0, dist.GroupMember.NON_GROUP_MEMBER])

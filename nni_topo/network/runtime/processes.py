@@ -25,7 +25,6 @@ from nni_topo.errors import ConfigError, ProcessError
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
-_BUCKET_BYTES = 2**25  # of tensors that are added up in one go
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -48,14 +47,8 @@ class Processes:
 
     def add(self, tensors: Sequence[Tensor], place: str) -> None:
         """Replace tensors by their sums over all processes."""
-        for together in _buckets(tensors):
-            is_one = len(together) == 1  # it may be large: no copy
-            flat = together[0] if is_one else torch.cat([each.detach().reshape(-1) for each in together])
-            self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), flat, place)
-            if is_one:
-                continue
-            for tensor, summed in zip(together, flat.split([each.numel() for each in together]), strict=True):
-                tensor.detach().copy_(summed.view(tensor.shape))
+        for tensor in tensors:
+            self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), tensor, place)
 
     def total(self, tensor: Tensor | None, device: torch.device, place: str) -> Tensor | None:
         """Return the sum of the tensors of all processes, of which some may have none; None if none has any."""
@@ -119,19 +112,6 @@ class Processes:
                 f"all {self.size} processes must reach the same place, but one has ended, or didn't answer within the "
                 f"group's timeout; its own output says why ({at})"
             ) from error
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide tensors into lists of neighbours of one type: what is added up in one go waits for others but once."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        size = sum(each.nbytes for each in bucket) + tensor.nbytes
-        if bucket and (size > _BUCKET_BYTES or (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
 
 
 def processes_of(group: Any, place: str) -> Processes | None:
