@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -283,10 +282,10 @@ class Calibration(Sequence[Any]):
             inputs = inputs_of(batch, name=self.name)
             columns = lists_of_samples(_values(inputs))
             columns = columns or [each for each in tensors_of(inputs) if each.dim() and len(each) == size]
-            for sample in zip(*columns, strict=True):
+            for sample in zip(range(size), *columns, strict=True):
                 digest = hashlib.blake2b(digest_size=8)
                 for tensor in tensors_of(sample):
-                    digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+                    digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
                 found.append(digest.digest())
         return tuple(found)
 
@@ -555,24 +554,6 @@ def _values(inputs: Any) -> Iterable[Any]:
     return ()
 
 
-_TENSOR = object()  # stands in place of a tensor that is in a file
-
-
-@dataclass(frozen=True)
-class _BatchOnDisk:
-    """A batch whose tensors are in a file."""
-
-    path: Path
-    leaves: list[Any]
-    spec: Any
-
-    def read(self) -> Any:
-        """Return the batch. Its tensors are mapped into memory, so that they are read only where they are used."""
-        tensors = iter(torch.load(self.path, weights_only=True, mmap=True))
-        leaves = [next(tensors) if leaf is _TENSOR else leaf for leaf in self.leaves]
-        return tree_unflatten(leaves, self.spec)
-
-
 class BatchStore(Sequence[Any]):
     """Batches of tensors: in memory as long as there is room, then in files, which are deleted with the store."""
 
@@ -601,11 +582,9 @@ class BatchStore(Sequence[Any]):
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="nni_topo-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        leaves, spec = tree_flatten(batch)
         path = self._folder / f"{len(self._batches)}.pt"
-        torch.save([leaf for leaf in leaves if isinstance(leaf, Tensor)], path)
-        others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._batches.append(_BatchOnDisk(path, others, spec))
+        torch.save(batch, path)
+        self._batches.append(path)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -614,7 +593,10 @@ class BatchStore(Sequence[Any]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         batch = self._batches[index]
-        return batch.read() if isinstance(batch, _BatchOnDisk) else batch
+        if not isinstance(batch, Path):
+            return batch
+        # Its tensors are mapped into memory, so that they are read only where they are used.
+        return torch.load(batch, weights_only=False, mmap=True)
 
 
 def nbytes_of(tree: Any) -> int:

@@ -56,12 +56,10 @@ def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> C
             "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments "
             f"with a tensor in it, got {type(example_inputs).__name__}"
         )
-    first = first_of_samples(call)
-    if first.dim() and not len(first):
-        raise ConfigError(
-            f"example_inputs must hold at least one sample, got a tensor of shape {tuple(first.shape)} (example_inputs)"
-        )
     return call
+
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
@@ -76,10 +74,7 @@ def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
     if any(each.name in mapping and each.kind is not each.POSITIONAL_ONLY for each in parameters):
         return False
     required = [each for each in parameters if each.default is each.empty and each.kind is not each.VAR_POSITIONAL]
-    return len(required) == 1 and required[0].kind in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
+    return len(required) == 1 and required[0].kind in _BY_POSITION
 
 
 def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter] | None:
@@ -106,8 +101,7 @@ def model_within(model: torch.nn.Module) -> torch.nn.Module:
 
 def required_arguments(model: torch.nn.Module) -> int:
     """Return how many arguments a model's forward requires by position."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(each.kind in kinds and each.default is each.empty for each in _parameters_of(model) or ())
+    return sum(each.kind in _BY_POSITION and each.default is each.empty for each in _parameters_of(model) or ())
 
 
 def on_device(tree: Any, device: torch.device) -> Any:
@@ -163,12 +157,10 @@ def call_by_name(model: torch.nn.Module, named: Mapping[str, Any]) -> Call:
     """
     parameters = list(inspect.signature(model.forward).parameters.values())
     alone = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-    last = max(
-        (place for place, each in enumerate(parameters) if each.kind in alone and each.name in named), default=-1
-    )
+    places = [place for place, each in enumerate(parameters, 1) if each.kind in alone and each.name in named]
     args: list[Any] = []
     kwargs = dict(named)
-    for each in parameters[: last + 1]:
+    for each in parameters[: max(places, default=0)]:
         value = kwargs.pop(each.name, each.default)
         args += value if each.kind is each.VAR_POSITIONAL else [value]
     return tuple(args), kwargs
@@ -245,14 +237,11 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
     SpeedupError for an iterator, of which it can't be told what it will give.
     """
     found: list[tuple[str, torch.Tensor]] = []
-    seen, listed = set[int](), set[int]()
+    seen = set[int]()
 
-    def look(value: Any, name: str, *, beside_entries: bool = False) -> None:
+    def look(value: Any, name: str) -> None:
         if isinstance(value, Tensor):
-            # Some containers hold their entries in attributes, too.
-            if not (beside_entries and id(value) in listed):
-                found.append((name or "output", value))
-                listed.add(id(value))
+            found.append((name or "output", value))
             return
         if type(value) in _PLAIN or isinstance(value, _NO_OUTPUTS) or id(value) in seen:
             return
@@ -261,12 +250,9 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
         if isinstance(value, Iterator):
             raise SpeedupError(f"what a model returns must be there when its forward ends, got {type(value).__name__}")
         seen.add(id(value))
-        entries = _entries(value)
-        for key, each in entries:
+        for key, each in _parts(value):
             own = f"{name or 'output'}[{key}]" if isinstance(key, int) else f"{name}.{key}" if name else str(key)
-            look(each, own, beside_entries=beside_entries)
-        for key, each in _attributes(value):
-            look(each, f"{name}.{key}" if name else key, beside_entries=beside_entries or bool(entries))
+            look(each, own)
 
     look(output, "")
     return found
@@ -281,23 +267,15 @@ _NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
 _NO_OUTPUTS = (*_NUMBERS, range, str, bytes, nn.Module, type, ModuleType, FunctionType, MethodType, np.ndarray)
 
 
-def _entries(value: Any) -> list[tuple[Any, Any]]:
-    """List what a container holds, by key or place."""
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    """List what a container holds, by key or place; of an object that is none, its attributes."""
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
         return list(zip(value._fields, value, strict=True))
     if isinstance(value, Collection):
         return list(enumerate(value))
-    return []
-
-
-def _attributes(value: Any) -> list[tuple[str, Any]]:
-    """List what an object holds in attributes, in its ``__dict__`` and in slots."""
-    own = getattr(value, "__dict__", {})
-    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
-    names = [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
-    return [*own.items(), *((name, getattr(value, name)) for name in names if hasattr(value, name) and name not in own)]
+    return list(getattr(value, "__dict__", {}).items())
 
 
 TILT = 0.1
