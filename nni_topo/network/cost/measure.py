@@ -324,7 +324,10 @@ def time_shares(
         has_doubled = len(rounds).bit_count() == 1
         if len(rounds) < _LEAST_ROUNDS or not (has_doubled or is_over):
             return False
-        found = [_median_share(place, rounds) for place in range(len(models))]
+        found = []
+        for place in range(len(models)):
+            median, low, high = _median([times[place] / times[-1] for times in rounds])
+            found.append((median, (high - low) / (2.0 * median)))
         if is_over:
             return True
         for median, half_width in found:
@@ -336,15 +339,6 @@ def time_shares(
     named = {f"model {place}": model for place, model in enumerate(models)}
     _rounds({**named, "whole": whole}, example_inputs, 1, 0, is_known)
     return found
-
-
-def _median_share(place: int, rounds: list[tuple[float, ...]]) -> tuple[float, float]:
-    """Return the median of one model's time as a share of the last model's, and half of its 95 % interval.
-
-    The half width is a share of the median.
-    """
-    median, low, high = _median([times[place] / times[-1] for times in rounds])
-    return median, (high - low) / (2.0 * median)
 
 
 def _median(values: Sequence[float]) -> tuple[float, float, float]:

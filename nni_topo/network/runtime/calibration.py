@@ -166,9 +166,8 @@ class Calibration(Sequence[Any]):
             return cls(batches, name=name)
         if batches.processes is not None and not shared:
             raise ConfigError(
-                f"{name} must be in one process here, got batches that {batches.processes.size} processes share: "
-                "compensate, ReconstructionPruner, recalibrate_batch_norm, narrow_heads, remove_blocks, distill, "
-                f"shrink and shrink_pretrained take such data (process_group of {batches.name})"
+                f"{name} must be in one process here, got batches that {batches.processes.size} processes share "
+                f"(process_group of {batches.name})"
             )
         return batches
 

@@ -98,7 +98,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         for model in models:
             for parameter in model.parameters():
                 memo.setdefault(id(parameter), _same_memory(parameter))
-    functions = _Functions(own, memo)
+    functions: list[FunctionType] = []
     for value in _reached([vars(module) for module in modules]):
         if issubclass(type(value), Tensor):  # a proxy of one says that it is one, too
             if is_transformed(value):  # it has no memory and serves nobody after the transformation
@@ -113,10 +113,11 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         elif isinstance(value, _SHARED):
             memo[id(value)] = value
         elif type(value) is FunctionType and not is_compiled_function(value):
-            functions.add(value)
+            functions.append(value)
+    fill_functions = _copy_functions(functions, own, memo)
     try:
         copied: list[Any] = copy.deepcopy(list(models), memo)
-        functions.fill()
+        fill_functions()
     except _NOT_COPIED as error:
         if out_of_memory(error):
             raise
@@ -179,55 +180,49 @@ def _content(cell: CellType) -> Any:
         return None
 
 
-class _Functions:
-    """Functions that hold what is a model's: deepcopy, which hands functions on as they are, finds copies of these.
+def _copy_functions(functions: Iterable[FunctionType], own: set[int], memo: dict[int, Any]) -> Callable[[], None]:
+    """Let deepcopy, which hands functions on as they are, find copies of those that hold what is a model's.
 
-    A copy holds the copies of what is the model's, and what else the function holds.
+    ``own`` has the ids of what is a model's. Returned is what fills the copies once the models are copied: with the
+    copies of what is a model's, and with what else a function holds.
     """
 
-    def __init__(self, own: set[int], memo: dict[int, Any]) -> None:
-        self._own, self._memo = own, memo
-        self._made: list[tuple[FunctionType, FunctionType]] = []
-        self._globals: dict[int, set[str]] = {}  # by copy, the global names that hold what is the model's
-        self._cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
+    def is_own(value: Any) -> bool:
+        return any(id(each) in own for each in _reached([value]))
 
-    def add(self, function: FunctionType) -> None:
-        """Make a copy of a function if it needs one; what it holds comes later."""
+    def copied(value: Any) -> Any:
+        return copy.deepcopy(value, memo) if is_own(value) else value
+
+    made: list[tuple[FunctionType, list[str]]] = []
+    cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
+    for function in functions:
         # A script or a notebook may put a forward in place that calls the old one by a global name.
-        names = function.__code__.co_names
-        found = {name: function.__globals__[name] for name in names if name in function.__globals__}
-        held = {name: value for name, value in found.items() if isinstance(value, (nn.Module, MethodType))}
-        own = {name for name, value in held.items() if self._is_own(value)}
-        if not own and not self._is_own(function):
-            return
-        cells = [self._cells.setdefault(id(cell), (cell, CellType()))[1] for cell in function.__closure__ or ()]
-        known = {**function.__globals__} if own else function.__globals__
-        copied = FunctionType(function.__code__, known, function.__name__, None, tuple(cells) or None)
-        self._made.append((function, copied))
-        self._globals[id(copied)] = own
-        self._memo[id(function)] = copied
+        known = function.__globals__
+        names = [name for name in function.__code__.co_names if isinstance(known.get(name), (nn.Module, MethodType))]
+        names = [name for name in names if is_own(known[name])]
+        if names or is_own(function):
+            closure = tuple(cells.setdefault(id(cell), (cell, CellType()))[1] for cell in function.__closure__ or ())
+            known = {**known} if names else known
+            memo[id(function)] = FunctionType(function.__code__, known, function.__name__, None, closure or None)
+            made.append((function, names))
 
-    def fill(self) -> None:
-        """Let the copies hold what they should."""
-        for function, copied in self._made:
-            functools.update_wrapper(copied, function, updated=())
-            vars(copied).clear()
-            vars(copied).update({name: self._copy(value) for name, value in vars(function).items()})
-            for name in self._globals[id(copied)]:
-                copied.__globals__[name] = self._copy(function.__globals__[name])
+    def fill() -> None:
+        for function, names in made:
+            new = memo[id(function)]
+            functools.update_wrapper(new, function, updated=())
+            vars(new).clear()
+            vars(new).update({name: copied(value) for name, value in vars(function).items()})
+            for name in names:
+                new.__globals__[name] = copied(function.__globals__[name])
             if function.__defaults__ is not None:
-                copied.__defaults__ = tuple(map(self._copy, function.__defaults__))
+                new.__defaults__ = tuple(map(copied, function.__defaults__))
             if function.__kwdefaults__ is not None:
-                copied.__kwdefaults__ = {name: self._copy(value) for name, value in function.__kwdefaults__.items()}
-        for cell, new in self._cells.values():
+                new.__kwdefaults__ = {name: copied(value) for name, value in function.__kwdefaults__.items()}
+        for cell, filled in cells.values():
             with suppress(ValueError):  # a variable that has no value yet
-                new.cell_contents = self._copy(cell.cell_contents)
+                filled.cell_contents = copied(cell.cell_contents)
 
-    def _is_own(self, value: Any) -> bool:
-        return any(id(each) in self._own for each in _reached([value]))
-
-    def _copy(self, value: Any) -> Any:
-        return copy.deepcopy(value, self._memo) if self._is_own(value) else value
+    return fill
 
 
 def _not_copied(models: Iterable[nn.Module], memo: dict[int, Any]) -> str:

@@ -39,7 +39,10 @@ def in_full_precision() -> Iterator[None]:
         each.fp32_precision = "ieee"
     # The older switches don't tell how they are set where an operation rounds and they don't, or the other way round.
     products = torch.get_float32_matmul_precision()
-    convolutions = _allows_tf32()
+    try:
+        convolutions = _BACKENDS.cudnn.allow_tf32
+    except RuntimeError:  # which says that they disagree
+        convolutions = True
     torch.set_float32_matmul_precision("highest")
     _BACKENDS.cudnn.allow_tf32 = False
     for each in _OPERATIONS:
@@ -52,15 +55,6 @@ def in_full_precision() -> Iterator[None]:
         _BACKENDS.cudnn.allow_tf32 = convolutions
         for each, precision in zip(_OPERATIONS, precisions, strict=True):
             each.fp32_precision = precision
-
-
-def _allows_tf32() -> bool:
-    """Tell whether the older switch lets convolutions round, where no operation does."""
-    try:
-        allows: bool = _BACKENDS.cudnn.allow_tf32
-    except RuntimeError:  # which says that they disagree
-        return True
-    return allows
 
 
 _BACKENDS: Any = torch.backends  # PyTorch makes these attributes when it is imported, unseen by type checkers
