@@ -15,7 +15,7 @@ from torch import nn
 from nni_topo.errors import ConfigError, listed, raised, shown
 from nni_topo.network.cost.measure import count_macs, count_params
 from nni_topo.network.runtime.calibration import HELD_OUT
-from nni_topo.network.runtime.copies import evaluation_mode, leaves_models_alone, lent
+from nni_topo.network.runtime.copies import evaluating, evaluation_mode, leaves_models_alone, lent
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.inputs import bind_arguments, returned_by_name, tensors_of
 from nni_topo.network.speedup.dense import LayerChannels
@@ -181,12 +181,12 @@ def evaluated(evaluate: Callable[[nn.Module], float], net: nn.Module, name: str)
 
     What `evaluate` raises is told with the name, and raised on.
     """
-    with evaluation_mode(net), lent(net):
-        try:
-            given: Any = evaluate(net)
-        except Exception as error:
-            _logger.warning("evaluate failed for the %s network: %s", name, raised(error))
-            raise
+    try:
+        with lent(net) as copied:
+            given: Any = evaluate(evaluating(copied))
+    except Exception as error:
+        _logger.warning("evaluate failed for the %s network: %s", name, raised(error))
+        raise
     try:
         if isinstance(given, (str, bytes)):
             raise TypeError

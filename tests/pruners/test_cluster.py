@@ -269,7 +269,7 @@ def test_pruners_can_be_pickled():
 def test_batches_may_be_arrays_and_one_array_is_no_list_of_them():
     _, data = families()
     config = [{**HIDDEN, "sparse_ratio": 0.5}]
-    with pytest.raises(ConfigError, match=r"got one array of shape \(64, 5\)"):
+    with pytest.raises(ConfigError, match=r"got one ndarray of shape \(64, 5\)"):
         ClusterPruner(families()[0], config, calibration=data.numpy()).compress()
     of_arrays, of_tensors = (
         ClusterPruner(families()[0], config, calibration=[batch]).compress()[1] for batch in (data.numpy(), data)

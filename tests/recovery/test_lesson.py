@@ -241,7 +241,7 @@ def test_what_was_stopped_goes_on_to_the_same_result(tmp_path):
         ([inputs(0)], DataError, "must hold inputs, got an empty one"),
         ([inputs(8) * math.nan], DataError, "must be finite, got NaN"),
         ([torch.ones(4, 5)], DataError, "must fit the model"),
-        (inputs(8), ConfigError, "iterable of batches, e.g. a list of tensors, got one tensor"),
+        (inputs(8), ConfigError, "iterable of batches, e.g. a list of tensors or a DataLoader, got one Tensor"),
         ([inputs(4), {"inputs": inputs(4)}], DataError, "must have one shape for distillation"),
     ],
 )

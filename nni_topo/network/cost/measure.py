@@ -24,12 +24,13 @@ from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.layers.kinds import RECURRENT, recurrent_products
 from nni_topo.network.runtime.arguments import COMPUTING, INPUTS, NETWORK, SHAPES
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
-from nni_topo.network.runtime.fits import call_arguments, fitting_call
+from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.inputs import (
     Call,
     arguments_of,
     batch_size,
     first_of_samples,
+    fitting,
     lists_of_samples,
     taken,
     tensors_of,
@@ -93,7 +94,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     what they compute.
     """
     call = call_arguments(example_inputs, model)
-    with fitting_call(model, call, "example_inputs"):
+    with fitting(0, "example_inputs", call):
         _, samples, counted = counted_run(model, call)
     return counted.all // samples
 
@@ -323,7 +324,10 @@ def time_shares(
         has_doubled = len(rounds).bit_count() == 1
         if len(rounds) < _LEAST_ROUNDS or not (has_doubled or is_over):
             return False
-        found = [_median_share(place, rounds) for place in range(len(models))]
+        found = []
+        for place in range(len(models)):
+            median, low, high = _median([times[place] / times[-1] for times in rounds])
+            found.append((median, (high - low) / (2.0 * median)))
         if is_over:
             return True
         for median, half_width in found:
@@ -335,15 +339,6 @@ def time_shares(
     named = {f"model {place}": model for place, model in enumerate(models)}
     _rounds({**named, "whole": whole}, example_inputs, 1, 0, is_known)
     return found
-
-
-def _median_share(place: int, rounds: list[tuple[float, ...]]) -> tuple[float, float]:
-    """Return the median of one model's time as a share of the last model's, and half of its 95 % interval.
-
-    The half width is a share of the median.
-    """
-    median, low, high = _median([times[place] / times[-1] for times in rounds])
-    return median, (high - low) / (2.0 * median)
 
 
 def _median(values: Sequence[float]) -> tuple[float, float, float]:
@@ -426,7 +421,7 @@ def _rounds(
         thread_count(threads),
         torch.inference_mode(),
         memory_kept(first),
-        fitting_call(next(iter(models.values())), (args, kwargs), "example_inputs"),
+        fitting(0, "example_inputs", (args, kwargs)),
     ):
         while not enough(rounds):
             generator.shuffle(order)

@@ -28,7 +28,6 @@ class _Factor:
 
     ids: Tensor  # of length 1 where ids don't differ
     shape: tuple[int, ...]
-    of_samples: bool  # False if it is computed of parameters and buffers alone
 
     def at(self, *dims: int | None) -> _Factor:
         """Put dimensions, from the first on, in a new order; None stands for one of length 1."""
@@ -36,59 +35,33 @@ class _Factor:
         ids, shape = self.ids.permute(order), iter(self.shape[d] for d in order)
         for place, d in enumerate(dims):
             ids = ids.unsqueeze(place) if d is None else ids
-        return _Factor(ids, tuple(1 if d is None else next(shape) for d in dims), self.of_samples)
+        return _Factor(ids, tuple(1 if d is None else next(shape) for d in dims))
 
 
 class Product:
     """The products of two factors. Their dimensions broadcast to one shape, and each entry of it is a product.
 
-    A product is computed as long as none of its factors is pruned. ``times``: as of `products_of`. ``summed``: of an
-    Einstein sum, the dimensions that its result lacks.
+    A product is computed as long as none of its factors is pruned. ``times``: as of `products_of`.
     """
 
-    def __init__(
-        self, factors: Iterable[_Factor], flow: ChannelFlow, times: int, summed: list[int] | None = None
-    ) -> None:
+    def __init__(self, factors: Iterable[_Factor], flow: ChannelFlow, times: int) -> None:
         one, other = factors
         longest = max(len(one.shape), len(other.shape))
-        self._shapes, self._group_ids = list[tuple[int, ...]](), list[IntArray]()
+        self._group_ids, shapes = list[IntArray](), list[tuple[int, ...]]()
         for each in (one, other):
             missing = longest - len(each.shape)
-            self._shapes.append((1,) * missing + each.shape)
+            shapes.append((1,) * missing + each.shape)
             self._group_ids.append(flow.group_ids(each.ids[(None,) * missing].numpy()))
-        self._times, self._of_samples, self._summed = times, one.of_samples or other.of_samples, summed
+        self._shape, self._times = tuple(map(max, *shapes)), times
         self.depends = any(each.any() for each in self._group_ids)  # on channels that can be pruned
 
     def count(self, pruned: BoolArray) -> int:
         """Count the products that stay; ``pruned``: bool, by group id."""
-        kept, shapes = [~pruned[group_ids] for group_ids in self._group_ids], list(self._shapes)
-        if self._summed is not None:
-            # As `torch.einsum` does it. A dimension that only one factor has is summed over first. If both share no
-            # summed dimension, PyTorch multiplies entry by entry, which `count_macs` doesn't count. A dimension of
-            # size 1 counts as missing.
-            sizes = [[_size(*each, d) for d in self._summed] for each in zip(kept, shapes, strict=True)]
-            if not any(one != 1 != other for one, other in zip(*sizes, strict=True)):
-                return 0
-            for at in (0, 1):
-                alone = [d for d, size in zip(self._summed, sizes[1 - at], strict=True) if size == 1]
-                if alone:
-                    kept[at] = np.any(kept[at], axis=tuple(alone), keepdims=True)
-                    shapes[at] = tuple(1 if d in alone else size for d, size in enumerate(shapes[at]))
-        both: BoolArray = kept[0] & kept[1]
-        shape = tuple(map(max, *shapes))
+        one, other = self._group_ids
+        both: BoolArray = ~pruned[one] & ~pruned[other]
         # A dimension of length 1 in `both` holds no channels: its one entry stands for all.
-        places: int = math.prod(size for size, length in zip(shape, both.shape, strict=True) if length == 1)
-        # Where the number of products isn't a multiple of the samples', they don't depend on the samples.
-        of_one, rest = divmod(places, self._times)
-        return int(np.count_nonzero(both)) * (of_one if self._of_samples and not rest else places)
-
-
-def _size(kept: BoolArray, shape: tuple[int, ...], dim: int) -> int:
-    """Return the size of a dimension of a tensor of which some entries are kept."""
-    if kept.shape[dim] == 1:
-        return shape[dim]
-    others = tuple(d for d in range(kept.ndim) if d != dim)
-    return int(np.count_nonzero(kept.any(axis=others)))
+        places: int = math.prod(size for size, length in zip(self._shape, both.shape, strict=True) if length == 1)
+        return int(np.count_nonzero(both)) * places // self._times
 
 
 # The places and the names of the two factors, by operation.
@@ -106,14 +79,14 @@ def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
 
     ``times``: the call that the graph was recorded with has so many times the samples whose products are counted.
     """
-    found, of_samples = list[Product](), set[Node]()
+    found = list[Product]()
 
     def factor(given: Any) -> _Factor | None:
         """Return a tensor of the graph as a factor; None if its ids aren't known."""
         ids, shape = (flow.ids.get(given.name), tensor_shape(given)) if isinstance(given, Node) else (None, None)
         if shape is None or not isinstance(ids, Tensor) or ids.dim() != len(shape):
             return None
-        return _Factor(ids, shape, given in of_samples)
+        return _Factor(ids, shape)
 
     def argument(node: Node, at: int, names: Iterable[str]) -> _Factor | None:
         """Look up a factor by one of its names, else by its position."""
@@ -127,8 +100,6 @@ def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
             found.append(Product((rows, other.at(*range(columns), None, -2, -1)), flow, times))
 
     for node in graph.nodes:
-        if node.op == "placeholder" or any(each in of_samples for each in node.all_input_nodes):
-            of_samples.add(node)
         name = operation_name(node) if node.op in ("call_function", "call_method") else ""
         if name in _FACTORS:
             one, other = (argument(node, at, names) for at, names in _FACTORS[name])
@@ -140,7 +111,7 @@ def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
             if query is not None and key is not None and value is not None:
                 multiply(query, key.at(*range(len(key.shape) - 2), -1, -2))
                 shape = (*query.shape[:-1], key.shape[-2])
-                multiply(_Factor(torch.full((1,) * len(shape), FIXED), shape, query.of_samples), value)
+                multiply(_Factor(torch.full((1,) * len(shape), FIXED), shape), value)
         elif name == "einsum":
             operands = node.args[1:]
             if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
@@ -153,6 +124,5 @@ def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
                 placed = []
                 for each, own in zip(factors, read[0], strict=True):
                     placed.append(each.at(*(own.index(letter) if letter in own else None for letter in letters)))
-                summed = [d for d, letter in enumerate(letters) if letter not in read[1]]
-                found.append(Product(placed, flow, times, summed))
+                found.append(Product(placed, flow, times))
     return [each for each in found if each.depends]

@@ -66,16 +66,12 @@ def may_write_card(place: Path) -> bool:
     if not os.path.lexists(place):
         return True
     if place.is_file():
-        text, _, mark = _lines_of(place).rstrip("\n").rpartition("\n")
+        lines = place.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
+        text, _, mark = lines.rstrip("\n").rpartition("\n")
         if f"{mark}\n" == _MARK.format(_digest(f"{text}\n")):
             return True
     _logger.info("the model's card isn't written, because %s isn't a card of nni_topo's, or was changed", place)
     return False
-
-
-def _lines_of(place: Path) -> str:
-    """Read a text, whatever its line ends and its encoding."""
-    return place.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
 def _digest(text: str) -> str:

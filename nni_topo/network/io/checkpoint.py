@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nni_topo._version import __version__
 from nni_topo.disk import check_free_disk, disk_errors, output_folder, path_of, reading, whole_file, write_safetensors
-from nni_topo.errors import ConfigError, DataError, listed, raised, shown
+from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.attention.config import built_by_config, is_pretrained
 from nni_topo.network.attention.heads import find_attention, resize, set_size
 from nni_topo.network.attention.unfused.own_width import own_width_of, take_own_width
@@ -70,16 +70,10 @@ _SIZES: dict[type[nn.Module], tuple[str, ...]] = {
 _PathLike = str | os.PathLike[str]
 
 
-def _told(value: Any) -> str:
-    """Say what was given in place of a model or of a function that makes it."""
-    tell = taking().tell if callable(value) else NETWORK.tell
-    return shown(value) if tell is None else tell(value)
-
-
 _UNPRUNED = Rule(
     "the unpruned torch.nn.Module or a function without arguments that makes it",
     lambda value: isinstance(value, nn.Module) or taking().holds(value),
-    tell=_told,
+    tell=NETWORK.tell,
 )
 
 

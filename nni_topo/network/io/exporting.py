@@ -11,9 +11,9 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
@@ -30,7 +30,16 @@ from nni_topo.network.runtime.comparison import difference, same_program
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import call_arguments, check_fits, failure_on, first_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, batch_size, calls, map_tensors, returned_tensors, taken, tensors_of
+from nni_topo.network.runtime.inputs import (
+    Call,
+    batch_size,
+    calls,
+    map_tensors,
+    returned_by_name,
+    returned_tensors,
+    taken,
+    tensors_of,
+)
 from nni_topo.network.runtime.precision import in_full_precision
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import report_of
@@ -192,7 +201,9 @@ def export(
     if images is not None:
         first_call(net, images)
     calls_to_check = [call, _other_sizes(net, call, dynamic_dims)] if dynamic_dims else [call]
-    names = [name for name, _ in _named(returned)]
+    names = list[str]()
+    if not isinstance(returned, (Tensor, list)) and type(returned) is not tuple:
+        names = [name.replace("[", ".").replace("]", "") for name, _ in returned_by_name(returned)]
     _return_tensors_alone(net, returned, and_numbers=format != "onnx")
     with quietly():
         program = _program(net, call, dynamic_dims)
@@ -337,25 +348,8 @@ def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -
     net.forward = tensors_alone
 
 
-def _named(returned: Any, name: str = "") -> list[tuple[str, Tensor]]:
-    """List the tensors of what a network returns, as `tensors_of` does, each with its keys and places: ``boxes.0``."""
-    if isinstance(returned, Tensor):
-        return [(name, returned)]
-    if isinstance(returned, Mapping):
-        parts = dict(returned)
-    elif is_dataclass(returned) and not isinstance(returned, type):
-        parts = {each.name: getattr(returned, each.name, None) for each in fields(returned)}
-    elif isinstance(returned, tuple) and hasattr(returned, "_asdict"):
-        parts = returned._asdict()
-    elif isinstance(returned, (tuple, list)):
-        parts = dict(enumerate(returned))
-    else:  # an object that a network returns has its tensors in attributes
-        parts = {} if name else dict(getattr(returned, "__dict__", {}))
-    return [found for key, part in parts.items() for found in _named(part, f"{name}.{key}" if name else str(key))]
-
-
 def _name_outputs(graph: Any, names: list[str]) -> None:
-    """Give the outputs of an ONNX graph the names of the network's, where these aren't numbers alone.
+    """Give the outputs of an ONNX graph the names of the network's, where these are so many.
 
     In ONNX a name is given once: what an input or a weight is called gets an underscore as the name of an output, and
     values in between make way.
@@ -364,8 +358,6 @@ def _name_outputs(graph: Any, names: list[str]) -> None:
         return
     taken = {each.name for each in graph.inputs} | set(graph.initializers)
     for output, name in zip(graph.outputs, names, strict=True):
-        if not name or name.partition(".")[0].isdecimal():
-            name = output.name  # a tensor, or one of a tuple or list: PyTorch's name says as much
         output.name = _free(name, taken)
         taken.add(output.name)
     between = [each for node in graph for each in node.outputs if not any(each is output for output in graph.outputs)]

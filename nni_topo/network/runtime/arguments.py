@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -15,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from nni_topo.errors import ConfigError, DataError, SpeedupError, shown, unknown_name
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.runtime.modules import is_plain
-from nni_topo.rules import FLAG, NONE, Rule, all_of, check_knobs, instance, is_class, number, one_of, whole
+from nni_topo.rules import FLAG, NONE, Rule, all_of, check_knobs, instance, number, one_of, whole
 
 
 def unusable(tensor: Tensor, *, needs_values: bool = True) -> str:
@@ -34,21 +33,6 @@ def _kind(value: Any) -> str:
         return f"the class {value.__name__}"
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
-
-
-def _kind_of_model(value: Any) -> str:
-    """Say what is no model, and how it becomes one where that is known."""
-    if is_class(value) and issubclass(value, nn.Module):
-        return f"{_kind(value)}, of which no model has been made: {value.__name__}(...)"
-    if isinstance(value, Mapping) and tensors_of(dict(value)):
-        return f"{_kind(value)}, which a model takes by model.load_state_dict"
-    return _kind(value)
-
-
-def _kind_of_inputs(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"an array of shape {value.shape}, of which torch.from_numpy makes a tensor"
-    return shown(value)
 
 
 def _no_batches(value: Any) -> str:
@@ -81,20 +65,12 @@ def check_float(name: str, model: nn.Module, place: str) -> None:
             )
 
 
-_HOOK = "_hf_hook"  # where accelerate keeps what loads a module's weights before its forward
-
-
 def _look_at_model(name: str, model: nn.Module, place: str, *, needs_values: bool = True) -> None:
     for parameter, tensor in model.named_parameters():
         if found := unusable(tensor, needs_values=needs_values):
             cure = ""
             if tensor.is_meta:
                 cure = "; nni_topo.shrink_pretrained prunes a folder of Transformers that doesn't fit into memory"
-                if any(hasattr(module, _HOOK) for module in model.modules()):
-                    cure += (
-                        ". Where it fits, load it without device_map, or let "
-                        "accelerate.hooks.remove_hook_from_module(model, recurse=True) load the weights"
-                    )
             raise DataError(
                 f"parameters of a {name} must be tensors with values, got {found}{cure} ({parameter}, {place})"
             )
@@ -185,21 +161,21 @@ _INPUTS = "a tensor, a tuple of arguments or a dict of keyword arguments with a 
 _MASKS = "a mapping of names of modules to mappings of names of parameters to masks"
 
 DEVICE = Rule("a device's name, e.g. 'cpu' or 'cuda:1', or a torch.device", lambda value: _is_device(value))
-MODEL = Rule(_MODEL, is_plain, tell=_kind_of_model, look=_look_at_plain_model)
-STRUCTURE = Rule(_MODEL, is_plain, tell=_kind_of_model, look=partial(_look_at_plain_model, needs_values=False))
+MODEL = Rule(_MODEL, is_plain, tell=_kind, look=_look_at_plain_model)
+STRUCTURE = Rule(_MODEL, is_plain, tell=_kind, look=partial(_look_at_plain_model, needs_values=False))
 """Of a model whose values nobody looks at."""
 NETWORK = Rule(
     "a torch.nn.Module",
     lambda value: isinstance(value, nn.Module),
-    tell=_kind_of_model,
+    tell=_kind,
     look=partial(_look_at_model, needs_values=False),
 )
 """Of a model that may be compiled or spread over devices, and whose values nobody looks at."""
-COMPUTING = Rule(NETWORK.words, NETWORK.holds, tell=_kind_of_model, look=_look_at_model)
+COMPUTING = Rule(NETWORK.words, NETWORK.holds, tell=_kind, look=_look_at_model)
 """Of a model that may be compiled or spread over devices."""
 TENSOR = Rule("a tensor", lambda value: isinstance(value, Tensor), look=_look_at_inputs)
-INPUTS = Rule(_INPUTS, _holds_tensors, tell=_kind_of_inputs, look=_look_at_inputs)
-SHAPES = Rule(_INPUTS, _holds_tensors, tell=_kind_of_inputs, look=partial(_look_at_inputs, needs_values=False))
+INPUTS = Rule(_INPUTS, _holds_tensors, tell=_kind, look=_look_at_inputs)
+SHAPES = Rule(_INPUTS, _holds_tensors, tell=_kind, look=partial(_look_at_inputs, needs_values=False))
 """Of inputs whose values nobody looks at."""
 BATCHES = Rule("an iterable of batches", lambda value: not isinstance(value, (nn.Module, type(None))), tell=_no_batches)
 """Of batches, which are looked at as they are read."""

@@ -8,8 +8,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError, raised
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, lists_of_samples, taken, tensors_of
 from nni_topo.network.runtime.memory import free_memory
 from nni_topo.network.runtime.processes import processes_of
@@ -127,13 +126,14 @@ class Calibration(Sequence[Any]):
         whole(0, 2**63 - 1).check("memory_bytes", memory_bytes, "Calibration")
         (whole(1) | NONE).check("max_batches", max_batches, "Calibration")
         FLAG.check("hold_out", hold_out, "Calibration")
-        if isinstance(batches, (Tensor, np.ndarray)):
-            kind = "tensor" if isinstance(batches, Tensor) else "array"
-            got = f"one {kind} of shape {tuple(batches.shape)}; pass [{kind}] if it is one batch"
-            raise ConfigError(f"{name} must be an iterable of batches, e.g. a list of tensors, got {got} ({name})")
-        if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
-            got = f"{type(batches).__name__}{_cure_without_batches(batches)}"
-            raise ConfigError(f"{name} must be an iterable of batches, got {got} ({name})")
+        is_one = isinstance(batches, (Tensor, np.ndarray, str, bytes, Mapping))
+        if is_one or not isinstance(batches, Iterable):
+            got = type(batches).__name__
+            if isinstance(batches, (Tensor, np.ndarray)):
+                got = f"one {got} of shape {tuple(batches.shape)}"
+            raise ConfigError(
+                f"{name} must be an iterable of batches, e.g. a list of tensors or a DataLoader, got {got} ({name})"
+            )
         self.name = name
         self._holds_out = hold_out
         self._memory_bytes, self._max_batches = memory_bytes, max_batches
@@ -166,9 +166,8 @@ class Calibration(Sequence[Any]):
             return cls(batches, name=name)
         if batches.processes is not None and not shared:
             raise ConfigError(
-                f"{name} must be in one process here, got batches that {batches.processes.size} processes share: "
-                "compensate, ReconstructionPruner, recalibrate_batch_norm, narrow_heads, remove_blocks, distill, "
-                f"shrink and shrink_pretrained take such data (process_group of {batches.name})"
+                f"{name} must be in one process here, got batches that {batches.processes.size} processes share "
+                f"(process_group of {batches.name})"
             )
         return batches
 
@@ -185,7 +184,8 @@ class Calibration(Sequence[Any]):
         if count < 2 or not all(map(lists_them, self)):
             return self
         found = copy.copy(self)
-        found._kept = _WithArguments(self._batches, count)
+        batches = self._batches
+        found._kept = _Views(len(batches), lambda at: (tuple(batches[at][:count]), *batches[at][count:]))
         for index, batch in enumerate(found):
             check_inputs(batch, index, self.name)
         return found
@@ -279,17 +279,13 @@ class Calibration(Sequence[Any]):
         found: list[bytes] = []
         for batch, size in zip(self, self.sizes, strict=True):
             inputs = inputs_of(batch, name=self.name)
-            lists = lists_of_samples(_values(inputs))
-            own = [hashlib.blake2b(digest_size=8) for _ in range(size)]
-            for tensor in tensors_of(inputs) if not lists else ():
-                if tensor.dim() and len(tensor) == size:
-                    for digest, row in zip(own, _bytes_of(tensor), strict=True):
-                        digest.update(row)
-            for samples in lists:
-                for digest, sample in zip(own, samples, strict=True):
-                    for tensor in tensors_of(sample):
-                        digest.update(_bytes_of(tensor[None])[0])
-            found += [digest.digest() for digest in own]
+            columns = lists_of_samples(_values(inputs))
+            columns = columns or [each for each in tensors_of(inputs) if each.dim() and len(each) == size]
+            for sample in zip(range(size), *columns, strict=True):
+                digest = hashlib.blake2b(digest_size=8)
+                for tensor in tensors_of(sample):
+                    digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+                found.append(digest.digest())
         return tuple(found)
 
     def in_parts(self, pattern: Sequence[int]) -> tuple[Calibration | None, ...]:
@@ -421,7 +417,13 @@ class Calibration(Sequence[Any]):
             subset._set_groups(torch.cat(chosen_groups).tolist())
         subset.processes = self.processes
         subset._source = None
-        subset._kept = _Subset(self._batches, rows)
+        batches = self._batches
+
+        def some(at: int) -> Any:
+            index, chosen = rows[at]
+            return batches[index] if chosen is None else taken(batches[index], chosen)
+
+        subset._kept = _Views(len(rows), some)
         subset._sizes = tuple(_chosen_of(self._sizes, row) for row in rows)
         return subset
 
@@ -436,29 +438,22 @@ class Calibration(Sequence[Any]):
     def _read(self, source: Iterable[Any]) -> None:
         """Read, check and keep all batches."""
         in_memory = isinstance(source, (list, tuple))  # the caller holds these batches anyway
-        drops_last = getattr(source, "drop_last", False)  # a DataLoader's
-        length = _length(source, self.name)
+        length = _length(source)
         most = self._max_batches
-        what, total, limit = self.name, length, most
+        total, limit = length, most
         if most is None:
             # Of a length that is too small, as a loader of a stream may have, more comes than it says.
             limit = max(length or 0, _MOST_BATCHES)
-            if length is None:
-                what = f"{self.name} (no length: at most {limit} batches without max_batches)"
         else:
             source = itertools.islice(source, most)
             total = most if length is None else min(length, most)
         store = BatchStore(self._memory_bytes)
         batches: list[Any] = []
         sizes: list[int] = []
-        for index, batch in enumerate(bar(what, None, iter(source), total=total)):
+        for index, batch in enumerate(bar(self.name, None, iter(source), total=total)):
             if index == limit:
                 got = f"{index} batches so far ({store.nbytes / 2**30:.2f} GiB) and more"
-                if length is None:
-                    rule = "must have an end, a length or a limit"
-                else:
-                    rule = f"must end near its length, which is {length}"
-                raise DataError(f"{self.name} {rule}, got {got}: {_CURE} ({self.name})")
+                raise DataError(f"{self.name} must have an end, a length or a limit, got {got}: {_CURE} ({self.name})")
             batch = _plain(batch)
             check_inputs(batch, index, self.name)
             inputs = inputs_of(batch, index, self.name)
@@ -477,19 +472,9 @@ class Calibration(Sequence[Any]):
                 raise DataError(f"{self.name} must fit into {store.limit}, got {got}: {_CURE} ({self.name})")
             store.append(copied)
         if not sizes:
-            why = "was a generator used twice?"
-            if drops_last:
-                why = "with drop_last=True, a DataLoader leaves out a batch that isn't full"
-            raise DataError(f"{self.name} must hold at least one batch, got none ({why})")
+            raise DataError(f"{self.name} must hold at least one batch, got none (was a generator used twice?)")
         self._kept = batches if in_memory else store
         self._sizes = tuple(sizes)
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Return the bits of each entry of a tensor, uint8 (entries, bytes)."""
-    plain = tensor.detach().cpu()
-    plain = torch.view_as_real(plain) if plain.is_complex() else plain
-    return plain.contiguous().view(len(plain), -1).view(torch.uint8).numpy()
 
 
 def _labels_of(groups: Any) -> list[int | str]:
@@ -515,26 +500,12 @@ def calibration_of(batches: Iterable[Any] | None) -> Calibration | None:
 _CURE = "say how many batches are read, e.g. nni_topo.Calibration(batches, max_batches=16)"
 
 
-def _cure_without_batches(value: Any) -> str:
-    """Say how a value becomes batches, where that is known; else nothing."""
-    if isinstance(value, Mapping):
-        return "; pass [mapping] if it is one batch"
-    if hasattr(value, "__getitem__") and not isinstance(value, (str, bytes, type)):
-        return "; of a data set, torch.utils.data.DataLoader(dataset, batch_size=64) makes batches"
-    return ""
-
-
-def _length(source: Iterable[Any], name: str) -> int | None:
+def _length(source: Iterable[Any]) -> int | None:
     """Return the number of batches of an iterable; None if it has no length."""
     try:
         return len(source)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):  # a DataLoader raises TypeError if its data set is a stream
         return None
-    except Exception as error:  # a loader of the user's may raise anything
-        raise DataError(
-            f"the length of {name} must be a number of batches, or raise TypeError where it isn't known, got "
-            f"{raised(error)} ({type(source).__name__}.__len__ of {name})"
-        ) from error
 
 
 def _plain(batch: Any) -> Any:
@@ -582,24 +553,6 @@ def _values(inputs: Any) -> Iterable[Any]:
     return ()
 
 
-_TENSOR = object()  # stands in place of a tensor that is in a file
-
-
-@dataclass(frozen=True)
-class _BatchOnDisk:
-    """A batch whose tensors are in a file."""
-
-    path: Path
-    leaves: list[Any]
-    spec: Any
-
-    def read(self) -> Any:
-        """Return the batch. Its tensors are mapped into memory, so that they are read only where they are used."""
-        tensors = iter(torch.load(self.path, weights_only=True, mmap=True))
-        leaves = [next(tensors) if leaf is _TENSOR else leaf for leaf in self.leaves]
-        return tree_unflatten(leaves, self.spec)
-
-
 class BatchStore(Sequence[Any]):
     """Batches of tensors: in memory as long as there is room, then in files, which are deleted with the store."""
 
@@ -628,11 +581,9 @@ class BatchStore(Sequence[Any]):
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="nni_topo-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        leaves, spec = tree_flatten(batch)
         path = self._folder / f"{len(self._batches)}.pt"
-        torch.save([leaf for leaf in leaves if isinstance(leaf, Tensor)], path)
-        others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._batches.append(_BatchOnDisk(path, others, spec))
+        torch.save(batch, path)
+        self._batches.append(path)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -641,7 +592,10 @@ class BatchStore(Sequence[Any]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         batch = self._batches[index]
-        return batch.read() if isinstance(batch, _BatchOnDisk) else batch
+        if not isinstance(batch, Path):
+            return batch
+        # Its tensors are mapped into memory, so that they are read only where they are used.
+        return torch.load(batch, weights_only=False, mmap=True)
 
 
 def nbytes_of(tree: Any) -> int:
@@ -659,34 +613,16 @@ def _chosen_of(sizes: Sequence[int], row: tuple[int, Tensor | None]) -> int:
     return sizes[index] if chosen is None else len(chosen)
 
 
-class _WithArguments(Sequence[Any]):
-    """Batches whose first entries are the inputs together."""
+class _Views(Sequence[Any]):
+    """Batches that are made of others each time they are used."""
 
-    def __init__(self, batches: Sequence[Any], count: int) -> None:
-        self._batches, self._count = batches, count
+    def __init__(self, count: int, make: Callable[[int], Any]) -> None:
+        self._count, self._make = count, make
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return self._count
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        batch = self._batches[index]
-        return (tuple(batch[: self._count]), *batch[self._count :])
-
-
-class _Subset(Sequence[Any]):
-    """Some samples of some batches, selected each time a batch is used."""
-
-    def __init__(self, batches: Sequence[Any], rows: _Rows) -> None:
-        self._batches, self._rows = batches, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        batch_index, chosen = self._rows[index]
-        batch = self._batches[batch_index]
-        return batch if chosen is None else taken(batch, chosen)
+        return self._make(range(self._count)[index])

@@ -1,7 +1,7 @@
 """Copies of models: public functions work on a copy of the user's model.
 
 A model that can't be copied as it is (NNI has wrapped it, PyTorch spreads it over processes, it is timed as compiled)
-is run itself; its parameters, buffers, gradients, attributes and modes are put back.
+is run itself; its modes, attributes, buffers and gradients are put back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import is_
 from pickle import PicklingError
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nni_topo.context import context
-from nni_topo.errors import ConfigError, DataError, listed
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.inputs import starts_again
 from nni_topo.network.runtime.memory import free_memory_of, out_of_memory
 from nni_topo.network.runtime.modules import (
@@ -39,7 +39,7 @@ from nni_topo.network.runtime.modules import (
     is_transformed,
 )
 from nni_topo.network.runtime.processes import is_in_step
-from nni_topo.network.runtime.switches import compiler_off, one_call, package_settings, random_state_kept
+from nni_topo.network.runtime.switches import one_call, package_settings, random_state_kept
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
@@ -82,7 +82,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     Raises
     ------
     ConfigError
-        If copy.deepcopy can't copy a model, or a copy would hold what is the model's.
+        If copy.deepcopy can't copy a model, or a module holds a weak reference to another.
     """
     modules = [module for model in models for module in model.modules()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
@@ -98,20 +98,26 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         for model in models:
             for parameter in model.parameters():
                 memo.setdefault(id(parameter), _same_memory(parameter))
-    functions = _Functions(own, memo)
+    functions: list[FunctionType] = []
     for value in _reached([vars(module) for module in modules]):
         if issubclass(type(value), Tensor):  # a proxy of one says that it is one, too
             if is_transformed(value):  # it has no memory and serves nobody after the transformation
                 memo.setdefault(id(value), value)
             elif not value.is_leaf:  # deepcopy refuses it
                 memo.setdefault(id(value), value.detach().clone())
+        elif isinstance(value, weakref.ReferenceType) and isinstance(value(), nn.Module) and id(value()) in own:
+            raise ConfigError(
+                "a model must hold its modules by themselves, for a copy of it has its own, got a weak reference to "
+                f"one; hold the module in a tuple, which doesn't register it ({type(value()).__name__})"
+            )
         elif isinstance(value, _SHARED):
             memo[id(value)] = value
         elif type(value) is FunctionType and not is_compiled_function(value):
-            functions.add(value)
+            functions.append(value)
+    fill_functions = _copy_functions(functions, own, memo)
     try:
         copied: list[Any] = copy.deepcopy(list(models), memo)
-        functions.fill()
+        fill_functions()
     except _NOT_COPIED as error:
         if out_of_memory(error):
             raise
@@ -122,7 +128,6 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         forward: Any = vars(module).get("forward")
         if is_compiled_function(forward) and not is_compiled_module(module):  # which compiles what it holds
             memo[id(module)].forward = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
-    _check_independent(copied, own)
     return copied
 
 
@@ -175,55 +180,49 @@ def _content(cell: CellType) -> Any:
         return None
 
 
-class _Functions:
-    """Functions that hold what is a model's: deepcopy, which hands functions on as they are, finds copies of these.
+def _copy_functions(functions: Iterable[FunctionType], own: set[int], memo: dict[int, Any]) -> Callable[[], None]:
+    """Let deepcopy, which hands functions on as they are, find copies of those that hold what is a model's.
 
-    A copy holds the copies of what is the model's, and what else the function holds.
+    ``own`` has the ids of what is a model's. Returned is what fills the copies once the models are copied: with the
+    copies of what is a model's, and with what else a function holds.
     """
 
-    def __init__(self, own: set[int], memo: dict[int, Any]) -> None:
-        self._own, self._memo = own, memo
-        self._made: list[tuple[FunctionType, FunctionType]] = []
-        self._globals: dict[int, set[str]] = {}  # by copy, the global names that hold what is the model's
-        self._cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
+    def is_own(value: Any) -> bool:
+        return any(id(each) in own for each in _reached([value]))
 
-    def add(self, function: FunctionType) -> None:
-        """Make a copy of a function if it needs one; what it holds comes later."""
+    def copied(value: Any) -> Any:
+        return copy.deepcopy(value, memo) if is_own(value) else value
+
+    made: list[tuple[FunctionType, list[str]]] = []
+    cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
+    for function in functions:
         # A script or a notebook may put a forward in place that calls the old one by a global name.
-        names = function.__code__.co_names
-        found = {name: function.__globals__[name] for name in names if name in function.__globals__}
-        held = {name: value for name, value in found.items() if isinstance(value, (nn.Module, MethodType))}
-        own = {name for name, value in held.items() if self._is_own(value)}
-        if not own and not self._is_own(function):
-            return
-        cells = [self._cells.setdefault(id(cell), (cell, CellType()))[1] for cell in function.__closure__ or ()]
-        known = {**function.__globals__} if own else function.__globals__
-        copied = FunctionType(function.__code__, known, function.__name__, None, tuple(cells) or None)
-        self._made.append((function, copied))
-        self._globals[id(copied)] = own
-        self._memo[id(function)] = copied
+        known = function.__globals__
+        names = [name for name in function.__code__.co_names if isinstance(known.get(name), (nn.Module, MethodType))]
+        names = [name for name in names if is_own(known[name])]
+        if names or is_own(function):
+            closure = tuple(cells.setdefault(id(cell), (cell, CellType()))[1] for cell in function.__closure__ or ())
+            known = {**known} if names else known
+            memo[id(function)] = FunctionType(function.__code__, known, function.__name__, None, closure or None)
+            made.append((function, names))
 
-    def fill(self) -> None:
-        """Let the copies hold what they should."""
-        for function, copied in self._made:
-            functools.update_wrapper(copied, function, updated=())
-            vars(copied).clear()
-            vars(copied).update({name: self._copy(value) for name, value in vars(function).items()})
-            for name in self._globals[id(copied)]:
-                copied.__globals__[name] = self._copy(function.__globals__[name])
+    def fill() -> None:
+        for function, names in made:
+            new = memo[id(function)]
+            functools.update_wrapper(new, function, updated=())
+            vars(new).clear()
+            vars(new).update({name: copied(value) for name, value in vars(function).items()})
+            for name in names:
+                new.__globals__[name] = copied(function.__globals__[name])
             if function.__defaults__ is not None:
-                copied.__defaults__ = tuple(map(self._copy, function.__defaults__))
+                new.__defaults__ = tuple(map(copied, function.__defaults__))
             if function.__kwdefaults__ is not None:
-                copied.__kwdefaults__ = {name: self._copy(value) for name, value in function.__kwdefaults__.items()}
-        for cell, new in self._cells.values():
+                new.__kwdefaults__ = {name: copied(value) for name, value in function.__kwdefaults__.items()}
+        for cell, filled in cells.values():
             with suppress(ValueError):  # a variable that has no value yet
-                new.cell_contents = self._copy(cell.cell_contents)
+                filled.cell_contents = copied(cell.cell_contents)
 
-    def _is_own(self, value: Any) -> bool:
-        return any(id(each) in self._own for each in _reached([value]))
-
-    def _copy(self, value: Any) -> Any:
-        return copy.deepcopy(value, self._memo) if self._is_own(value) else value
+    return fill
 
 
 def _not_copied(models: Iterable[nn.Module], memo: dict[int, Any]) -> str:
@@ -239,36 +238,15 @@ def _not_copied(models: Iterable[nn.Module], memo: dict[int, Any]) -> str:
     return "model"
 
 
-def _check_independent(copied: Iterable[nn.Module], own: set[int]) -> None:
-    """Raise ConfigError for a copy that holds what is the model's: ``own`` has the ids of its modules and tensors."""
-    for model in copied:
-        for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            for attribute, value in vars(module).items():
-                place = f"{name}.{attribute}".lstrip(".")
-                for each in (value, *value.values()) if isinstance(value, dict) else (value,):
-                    if isinstance(each, weakref.ReferenceType) and id(each()) in own:
-                        raise ConfigError(
-                            "a model must hold its modules by themselves, for a copy of it has its own, got a weak "
-                            f"reference to one ({place}); hold the module in a tuple, which doesn't register it"
-                        )
-                    if id(each) in own and not isinstance(each, nn.Parameter):
-                        raise ConfigError(
-                            "a copy of a model must have modules and buffers of its own, got one that is the model's, "
-                            f"by the __deepcopy__ of a class ({place})"
-                        )
-
-
 def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:
     """Let a public function work on copies of all models among its arguments, in lists and mappings too.
 
     A copy has parameters of its own where these take at most a quarter of the free memory. Else it uses the memory of
-    the model's; a warning then names parameters that a forward has written to.
+    the model's.
 
     Models are copied once, at the outermost call. What isn't copied is put back (`left_alone`): a model that NNI has
-    wrapped, one that PyTorch spreads over processes, and any model if ``as_compiled`` is True, because a copy isn't
-    compiled.
+    wrapped, one that PyTorch spreads over processes, and a compiled one if ``as_compiled`` is True, because a copy
+    isn't compiled.
 
     Where memory is short the function raises a DataError, unless `in_smaller_batches` around it starts again with
     fewer samples.
@@ -277,8 +255,10 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
     @functools.wraps(function)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
         models = list({id(each): each for given in (*args, *kwargs.values()) for each in _models_in(given)}.values())
-        is_copied = not context().is_running and not as_compiled
-        copied = [each for each in models if is_copied and is_plain(each) and not _is_wrapped(each)]
+        copied = list[nn.Module]()
+        if not context().is_running:
+            plain = [each for each in models if is_plain(each) and not _is_wrapped(each)]
+            copied = [each for each in plain if not (as_compiled and has_compiled(each))]
         ids = {id(each) for each in copied}
         others = [each for each in models if id(each) not in ids]
         try:
@@ -325,24 +305,18 @@ def _replaced(given: Any, copies: Mapping[int, nn.Module]) -> Any:
 
 @contextmanager
 def _copies(models: list[nn.Module]) -> Iterator[dict[int, nn.Module]]:
-    """Copy models for a block; warn of parameters that it has written to where the copies share their memory."""
-    is_light = not _have_room(models)
-    versions = [(name, each, _version(each)) for model in models for name, each in model.named_parameters()]
-    copies = copied_together(models, light=is_light)
+    """Copy models for a block."""
+    copies = copied_together(models, light=not _have_room(models))
     for copied in copies:
         for parameter in copied.parameters():
             parameter.grad = None  # so that no gradient is added to the user's
-    try:
-        with compiler_off() if any(map(has_compiled, copies)) else nullcontext():
-            yield {id(model): copied for model, copied in zip(models, copies, strict=True)}
-    finally:
-        written = [name for name, each, version in versions if is_light and _version(each) != version]
-        if written:
-            _logger.warning(
-                "parameters that a forward or evaluate writes to must take at most a quarter of the free memory to be "
-                "left alone; these have new values: %s",
-                listed(written),
-            )
+    with _compiler_off(copies):
+        yield {id(model): copied for model, copied in zip(models, copies, strict=True)}
+
+
+def _compiler_off(models: Iterable[nn.Module]) -> AbstractContextManager[object]:
+    """Let what is compiled in models run as it is written."""
+    return torch.compiler.set_stance("force_eager") if any(map(has_compiled, models)) else nullcontext()
 
 
 def _have_room(models: Iterable[nn.Module]) -> bool:
@@ -354,112 +328,65 @@ def _have_room(models: Iterable[nn.Module]) -> bool:
     return all(count <= _SHARE * free_memory_of(device) for device, count in needed.items())
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if is_lazy(tensor) or tensor.is_inference() else tensor._version
-
-
 @contextmanager
 def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
-    """Put back, whatever happens in the block, what models hold, and the states of all global generators.
+    """Put back, whatever happens in the block, models as `_state_kept` does, and the states of all global generators.
 
-    See `state_kept` for what is put back. The outermost block gets the user's own models, and puts the values of
-    parameters back, too. What isn't a module has nothing to put back.
+    What isn't a module has nothing to put back.
 
     Parts that ``torch.compile`` has compiled run as they are written, for compiled ones call no hooks and show no
     operations, unless ``as_compiled`` is True. A caller's ``torch.autocast`` is off likewise.
     """
     modules = [model for model in models if isinstance(model, nn.Module)]
-    is_outermost = not context().is_running
-    compiler = nullcontext() if as_compiled or not any(map(has_compiled, modules)) else compiler_off()
-    kept = state_kept(*modules, values=is_outermost)
-    with one_call(), package_settings(as_compiled), compiler, kept, random_state_kept():
+    compiler = _compiler_off([] if as_compiled else modules)
+    with one_call(), package_settings(as_compiled), compiler, _state_kept(modules), random_state_kept():
         yield
 
 
 @contextmanager
-def state_kept(*models: nn.Module, values: bool = False) -> Iterator[None]:
-    """Put back, whatever happens in the block, what the modules of models hold.
+def _state_kept(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Put back modes, attributes, gradients, ``requires_grad`` and the values of buffers; gradients are away within.
 
-    These are modes, attributes, parameters and buffers, ``requires_grad``, gradients, and the values of buffers; with
-    ``values`` also those of parameters, if a copy of these takes at most a quarter of the free memory. Gradients are
-    None within the block. What a pruner does to wrap a model stays.
+    What a pruner does to wrap a model stays.
     """
-    put_back: list[Callable[[], None]] = []
+    modules = list(dict.fromkeys(module for model in models for module in model.modules()))
+    modes = [(module, module.training) for module in modules]
+    # The masks of NNI's wrappers are buffers, and change.
+    buffers = [each for module in modules if not isinstance(module, ModuleWrapper) for each in module.buffers(False)]
+    buffers = [each for each in buffers if not is_lazy(each) and not each.is_meta and not is_transformed(each)]
+    values = [each.detach().clone() for each in buffers]
+    tensors = [each for model in models for each in (*model.parameters(), *model.buffers()) if each.is_leaf]
+    gradients = [(each, each.grad, each.requires_grad) for each in tensors]
+    put_attributes_back = _noted(modules)
     try:
-        _note(models, values and _have_room(models), put_back)
-        for tensor in _tensors_of(models):
-            if tensor.is_leaf and tensor.grad is not None:
-                tensor.grad = None  # so that none is added to it
+        for tensor in tensors:
+            tensor.grad = None  # so that none is added to it
         yield
     finally:
-        try:
-            for each in put_back:
-                each()
-        except BaseException:  # if that was interrupted, all of it once more, which does no harm
-            for each in put_back:
-                each()
-            raise
-
-
-def _tensors_of(models: Iterable[nn.Module]) -> list[Tensor]:
-    """List the parameters and buffers of models, without the masks of NNI's wrappers, which change."""
-    found: list[Tensor] = []
-    for module in dict.fromkeys(module for model in models for module in model.modules()):
-        found += module.parameters(recurse=False)
-        if not isinstance(module, ModuleWrapper):
-            found += module.buffers(recurse=False)
-    return list({id(tensor): tensor for tensor in found}.values())
-
-
-def _note(models: Iterable[nn.Module], values: bool, put_back: list[Callable[[], None]]) -> None:
-    """Append what puts models back; ``values``: those of parameters, too."""
-    for module in dict.fromkeys(module for model in models for module in model.modules()):
-        if not isinstance(module, ModuleWrapper):
-            _note_module(module, put_back)
-    for tensor in _tensors_of(models):
-        _note_tensor(tensor, values or not isinstance(tensor, nn.Parameter), put_back)
-
-
-def _note_module(module: nn.Module, put_back: list[Callable[[], None]]) -> None:
-    """Append what puts a module's mode and attributes back, and what its own dictionaries, lists and sets hold."""
-    mode, held = module.training, list[Any]()
-    if not isinstance(module, torch.jit.ScriptModule):  # whose tables aren't Python's
-        held = [vars(module), *(each for each in vars(module).values() if type(each) in _CHANGING)]
-    before = [each.copy() for each in held]
-
-    def put() -> None:
-        if module.training != mode:
-            module.training = mode
-        if "_nni_wrapper" in module._modules:  # NNI changes the tables to wrap a module
-            return
-        for each, entries in zip(held, before, strict=True):
-            each.clear()
-            (each.extend if isinstance(each, list) else each.update)(entries)
-
-    put_back.append(put)
-
-
-def _note_tensor(tensor: Tensor, has_values: bool, put_back: list[Callable[[], None]]) -> None:
-    """Append what puts a tensor's memory, gradient and, if wanted, values back."""
-    if is_transformed(tensor) or not tensor.is_leaf or is_lazy(tensor):
-        return  # of use within torch.vmap alone, computed anew, or nothing yet
-    gradient, needs, memory = tensor.grad, tensor.requires_grad, tensor.detach()
-    is_usual = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
-    is_usual = is_usual and not tensor.is_meta
-    values = memory.clone() if has_values and is_usual else None
-
-    def put() -> None:
-        if is_usual and (tensor.dtype is not memory.dtype or not tensor.is_set_to(memory)):
-            tensor.data = memory
-        if values is not None and memory.untyped_storage().nbytes() and not torch.equal(memory, values):
-            with torch.inference_mode(memory.is_inference()):
-                memory.copy_(values)
-        if tensor.requires_grad != needs:
-            tensor.requires_grad_(needs)
-        if tensor.grad is not gradient:
+        put_attributes_back()
+        _put_modes(modes)
+        for buffer, value in zip(buffers, values, strict=True):
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)
+        for tensor, gradient, needs in gradients:
+            if tensor.requires_grad != needs:
+                tensor.requires_grad_(needs)
             tensor.grad = gradient
 
-    put_back.append(put)
+
+def _noted(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Note what modules hold in attributes, and in dictionaries, lists and sets there; return what puts it back."""
+    plain = [each for each in modules if not isinstance(each, (torch.jit.ScriptModule, ModuleWrapper))]
+    held = [(module, each) for module in plain for each in (vars(module), *vars(module).values())]
+    before = [(module, each, each.copy()) for module, each in held if type(each) in _CHANGING]
+
+    def put_back() -> None:
+        for module, each, entries in before:
+            if "_nni_wrapper" not in module._modules:  # NNI changes the tables to wrap a module
+                each.clear()
+                (each.extend if isinstance(each, list) else each.update)(entries)
+
+    return put_back
 
 
 @contextmanager
@@ -514,33 +441,29 @@ def put_modes_of(given: nn.Module, dense: nn.Module) -> None:
 def _switch(model: nn.Module, mode: bool) -> None:
     """Put a model into a mode by its own ``train`` or ``eval``, which may freeze batch norms or fill a cache.
 
-    Where such a method changes weights, as where adapters are merged for evaluation, or raises an error, all that it
-    has done is put back, and the modes alone are set.
+    Where such a method changes weights, as where adapters are merged for evaluation, or raises an error, what it has
+    done is put back, and the modes alone are set.
     """
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     if all(module.training == mode for module in model.modules()):
         return
     method = model.train if mode else model.eval
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     if all(type(each).train is nn.Module.train and type(each).eval is nn.Module.eval for each in modules):
         method()
         return
-    put_back: list[Callable[[], None]] = []
-    _note([model], False, put_back)
     weights = _weights(model)
     values = [tensor.detach().clone() for tensor in weights]
+    put_attributes_back = _noted(modules)
     try:
         method()
         now = _weights(model)
-        is_same = len(now) == len(weights) and all(map(is_, now, weights))
-        is_same = is_same and all(torch.equal(each.detach(), value) for each, value in zip(now, values, strict=True))
+        is_same = len(now) == len(weights) and all(map(is_, now, weights)) and all(map(torch.equal, now, values))
     except Exception:  # a user's method may raise anything
         is_same = False
     if not is_same:
-        for each in put_back:
-            each()
+        put_attributes_back()
         for tensor, value in zip(weights, values, strict=True):
-            if not torch.equal(tensor.detach(), value):
-                tensor.data.copy_(value)
+            tensor.data.copy_(value)
         _put_modes((module, mode) for module in model.modules())
 
 
@@ -561,7 +484,7 @@ def _put_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 
 
 @contextmanager
-def lent(model: nn.Module) -> Iterator[None]:
-    """Lend a network to a user's function: what it does to the network, such as to train it, is put back."""
-    with left_alone(model), state_kept(model, values=True):
-        yield
+def lent(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a copy of a network for a user's function, which may train it; the random states are put back."""
+    with random_state_kept(), _copies([model]) as copies:
+        yield copies[id(model)]

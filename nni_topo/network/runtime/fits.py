@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
-from nni_topo.network.runtime.hooks import called, padding_known, watched
+from nni_topo.network.runtime.hooks import Entering, padding_known, watched
 from nni_topo.network.runtime.inputs import (
     Call,
     arguments_of,
@@ -50,13 +50,8 @@ def run(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Run a model over calibration batches, in evaluation mode and without gradients; DataError if they don't fit."""
     with left_alone(model), evaluation_mode(model), torch.no_grad(), padding_known(model):
         for index, (args, kwargs) in enumerate(bar("calibration", None, calls(model, calibration))):
-            try:
-                with fitting(index, name_of(calibration), (args, kwargs)):
-                    model(*args, **kwargs)
-            except DataError:
-                if index == 0:
-                    first_call(model, calibration)  # an error that says what to change
-                raise
+            with fitting(index, name_of(calibration), (args, kwargs)):
+                model(*args, **kwargs)
 
 
 def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
@@ -144,60 +139,31 @@ def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> set[s
 
     Returned are the names of the modules in lists that ran.
     """
-    with fitting(0, name, call):
-        unbatched, ran = _run(model, call)
-    if unbatched:
-        raise DataError(
-            f"{name} must have samples along the first dimension, got {described(call)}, which {unbatched} takes for a "
-            "single sample: pass image.unsqueeze(0) of one, or the batches of a DataLoader (batch 0)"
-        )
-    return ran
-
-
-@contextmanager
-def fitting_call(model: nn.Module, call: Call, name: str) -> Iterator[None]:
-    """Turn an error of a model within the block into a DataError, as :func:`check_fits` words it for the whole call."""
-    try:
-        with fitting(0, name, call):
-            yield
-    except DataError:
-        check_fits(model, call, name)
-        raise
-
-
-def _run(model: nn.Module, call: Call) -> tuple[str, set[str]]:
-    """Run a model on a call; return the layer that takes the input for a single sample, and which listed modules ran.
-
-    The layer is empty if none does.
-    """
-    found, ran = list[str](), set[str]()
+    unbatched, ran = list[str](), set[str]()
     shape = first_of_samples(call).shape
 
-    def look(name: str, dimensions: int) -> Callable[[Tensor], None]:
-        def see(entering: Tensor) -> None:
-            # Another shape is one that the model has made: it may well go through its samples one by one.
-            if isinstance(entering, Tensor) and entering.dim() == dimensions and entering.shape == shape:
-                found.append(name)
+    def look(layer: str, dimensions: int, entering: Tensor) -> None:
+        # Another shape is one that the model has made: it may well go through its samples one by one.
+        if isinstance(entering, Tensor) and entering.dim() == dimensions and entering.shape == shape:
+            unbatched.append(layer)
 
-        return see
+    def note(module: str, _: Tensor) -> None:
+        ran.add(module)
 
-    def note(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
-        return lambda args, kwargs: ran.add(name)
-
-    entering = []
-    for name, module in model.named_modules():
+    entering: list[tuple[nn.Module, Entering]] = []
+    for layer, module in model.named_modules():
         for kind, dimensions in _UNBATCHED:
             if isinstance(module, kind):
-                entering.append((module, look(f"{type(module).__name__} {name!r}", dimensions)))
-    with ExitStack() as stack:
-        stack.enter_context(left_alone(model))
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(watched(entering=entering))
-        for name, module in _listed_modules(model).items():
-            stack.enter_context(called(module, note(name)))
+                entering.append((module, partial(look, f"{type(module).__name__} {layer!r}", dimensions)))
+    entering += [(module, partial(note, each)) for each, module in _listed_modules(model).items()]
+    with fitting(0, name, call), left_alone(model), evaluation_mode(model), torch.no_grad(), watched(entering):
         model(*call[0], **call[1])
-    return found[0] if found else "", ran
+    if unbatched:
+        raise DataError(
+            f"{name} must have samples along the first dimension, got {described(call)}, which {unbatched[0]} takes "
+            "for a single sample: pass image.unsqueeze(0) of one, or the batches of a DataLoader (batch 0)"
+        )
+    return ran
 
 
 def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
@@ -210,19 +176,16 @@ def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
     count = min(_FEW, batch_size(call))
     if not layers or count < 2:
         return
+
+    def look(seen: dict[str, int], layer: str, first: Any) -> None:
+        if isinstance(first, Tensor) and first.dim() > 1:
+            seen[layer] = len(first)
+
     lengths: list[dict[str, int]] = []
     for some in (count, count - 1):
         seen: dict[str, int] = {}
-
-        def look(layer: str, seen: dict[str, int]) -> Callable[[Any], None]:
-            def see(first: Any) -> None:
-                if isinstance(first, Tensor) and first.dim() > 1:
-                    seen[layer] = len(first)
-
-            return see
-
         args, kwargs = taken(call, torch.arange(some))
-        entering = [(module, look(each, seen)) for each, module in layers.items()]
+        entering = [(module, partial(look, seen, each)) for each, module in layers.items()]
         try:
             with left_alone(model), evaluation_mode(model), torch.no_grad(), watched(entering=entering):
                 model(*args, **kwargs)
@@ -235,8 +198,5 @@ def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
         if length == count and lengths[1].get(each) == count - 1:
             raise DataError(
                 f"{name} must have samples along the first dimension, got {described(call)}, whose first dimension "
-                f"{type(layers[each]).__name__} {each!r} takes for time, as batch_first=False says: pass "
-                "x.transpose(0, 1) to a module around the model whose forward returns "
-                "self.model(x.transpose(0, 1)).transpose(0, 1), or set batch_first=True if the first dimension is that "
-                "of the samples (batch 0)"
+                f"{type(layers[each]).__name__} {each!r} takes for time, as batch_first=False says (batch 0)"
             )

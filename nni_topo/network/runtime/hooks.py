@@ -58,22 +58,34 @@ def padding_known(model: nn.Module) -> Iterator[None]:
 
 def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
     """Return the inputs with which ``work`` calls a model, as calibration batches; DataError if it never does."""
-    seen: list[Any] = []
-
-    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = bind_arguments(model, (args, kwargs)) if kwargs else args
-        # The first entry of a batch is the model's input. In a tuple of one, several arguments aren't taken for an
-        # input with its targets.
-        seen.append((_detached(inputs),))
-
-    with called(model, record):
-        work()
+    seen = _seen(model, work)
     if not seen:
         raise DataError(
             "an evaluator that serves as calibration data must call the model, got no call (evaluator): give it an "
             "evaluating function, or pass batches (calibration); its dummy_input isn't taken for data"
         )
+    # The first entry of a batch is the model's input. In a tuple of one, several arguments aren't taken for an input
+    # with its targets.
+    return [(inputs,) for inputs in seen]
+
+
+def _seen(model: nn.Module, work: Callable[[], Any], most: int | None = None) -> list[Any]:
+    """Return the inputs with which ``work`` calls a model; it ends there after so many calls."""
+    seen: list[Any] = []
+
+    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = bind_arguments(model, (args, kwargs)) if kwargs else args
+        seen.append(tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), inputs))
+        if len(seen) == most:
+            raise _Enough
+
+    with called(model, record), suppress(_Enough):
+        work()
     return seen
+
+
+class _Enough(BaseException):
+    """Ends an evaluation. Not an Exception, which the user's function may catch."""
 
 
 def batches_of(
@@ -83,11 +95,6 @@ def batches_of(
 
     ``shared``: whether they may be shared by several processes.
     """
-    if calibration is None:
-        raise ConfigError(
-            f"{knob} must be an iterable of batches, got None; without data, nni_topo.synthetic_images(model, "
-            f"example_inputs) makes images from the model alone ({knob})"
-        )
     if not isinstance(calibration, Evaluator):
         return Calibration.of(calibration, knob, shared=shared).with_arguments(required_arguments(model))
     if getattr(calibration, "model", None) is not None:
@@ -126,24 +133,7 @@ def example_inputs_of(
     if getattr(evaluator, "model", None) is not None:
         return None
     with _bound_copy(evaluator, model, "example inputs") as (copied, evaluated):
-        return _first_inputs(evaluated, copied.evaluate)
-
-
-class _Enough(BaseException):
-    """Ends an evaluation. Not an Exception, which the user's function may catch."""
-
-
-def _first_inputs(model: nn.Module, evaluate: Callable[[], Any]) -> Any:
-    """Return the inputs with which an evaluation calls the model first; None if it never does."""
-    seen: list[Any] = []
-
-    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(_detached(bind_arguments(model, (args, kwargs)) if kwargs else args))
-        raise _Enough
-
-    with called(model, record), suppress(_Enough):
-        evaluate()
-    return seen[0] if seen else None
+        return next(iter(_seen(evaluated, copied.evaluate, 1)), None)
 
 
 @contextmanager
@@ -171,10 +161,6 @@ def _bound_copy(evaluator: Evaluator, model: nn.Module, knob: str) -> Iterator[t
             f"an evaluator that serves as {knob} must evaluate the model, got {raised(error)} "
             f"({type(evaluator).__name__}, {knob})"
         ) from error
-
-
-def _detached(inputs: Any) -> Any:
-    return tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), inputs)
 
 
 def pruner_batches(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import logging
@@ -57,12 +56,10 @@ def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> C
             "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments "
             f"with a tensor in it, got {type(example_inputs).__name__}"
         )
-    first = first_of_samples(call)
-    if first.dim() and not len(first):
-        raise ConfigError(
-            f"example_inputs must hold at least one sample, got a tensor of shape {tuple(first.shape)} (example_inputs)"
-        )
     return call
+
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
@@ -77,10 +74,7 @@ def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
     if any(each.name in mapping and each.kind is not each.POSITIONAL_ONLY for each in parameters):
         return False
     required = [each for each in parameters if each.default is each.empty and each.kind is not each.VAR_POSITIONAL]
-    return len(required) == 1 and required[0].kind in (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
+    return len(required) == 1 and required[0].kind in _BY_POSITION
 
 
 def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter] | None:
@@ -107,26 +101,7 @@ def model_within(model: torch.nn.Module) -> torch.nn.Module:
 
 def required_arguments(model: torch.nn.Module) -> int:
     """Return how many arguments a model's forward requires by position."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(each.kind in kinds and each.default is each.empty for each in _parameters_of(model) or ())
-
-
-def cure_of_mapping(call: Call, model: torch.nn.Module) -> str:
-    """Say how a mapping is passed as an argument, where a model's first parameter got none by its name; else nothing.
-
-    For errors of arguments that don't fit.
-    """
-    args, kwargs = call
-    parameters = _parameters_of(model)
-    if args or not kwargs or not parameters:
-        return ""
-    first = parameters[0]
-    if first.name in kwargs or first.kind is not first.POSITIONAL_OR_KEYWORD:
-        return ""
-    return (
-        f"; a mapping holds arguments by name: if this one is itself the argument {first.name!r}, pass "
-        f"{{{first.name!r}: mapping}}"
-    )
+    return sum(each.kind in _BY_POSITION and each.default is each.empty for each in _parameters_of(model) or ())
 
 
 def on_device(tree: Any, device: torch.device) -> Any:
@@ -167,8 +142,7 @@ def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
         signature = inspect.signature(model.forward)
         bound = signature.bind(*call[0], **call[1])
     except TypeError as error:
-        cure = cure_of_mapping(call, model)
-        raise ConfigError(f"example_inputs must fit {type(model).__name__}.forward: {error}{cure}") from error
+        raise ConfigError(f"example_inputs must fit {type(model).__name__}.forward: {error}") from error
     named = dict(bound.arguments)
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -183,12 +157,10 @@ def call_by_name(model: torch.nn.Module, named: Mapping[str, Any]) -> Call:
     """
     parameters = list(inspect.signature(model.forward).parameters.values())
     alone = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-    last = max(
-        (place for place, each in enumerate(parameters) if each.kind in alone and each.name in named), default=-1
-    )
+    places = [place for place, each in enumerate(parameters, 1) if each.kind in alone and each.name in named]
     args: list[Any] = []
     kwargs = dict(named)
-    for each in parameters[: last + 1]:
+    for each in parameters[: max(places, default=0)]:
         value = kwargs.pop(each.name, each.default)
         args += value if each.kind is each.VAR_POSITIONAL else [value]
     return tuple(args), kwargs
@@ -265,14 +237,11 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
     SpeedupError for an iterator, of which it can't be told what it will give.
     """
     found: list[tuple[str, torch.Tensor]] = []
-    seen, listed = set[int](), set[int]()
+    seen = set[int]()
 
-    def look(value: Any, name: str, *, beside_entries: bool = False) -> None:
+    def look(value: Any, name: str) -> None:
         if isinstance(value, Tensor):
-            # Some containers hold their entries in attributes, too.
-            if not (beside_entries and id(value) in listed):
-                found.append((name or "output", value))
-                listed.add(id(value))
+            found.append((name or "output", value))
             return
         if type(value) in _PLAIN or isinstance(value, _NO_OUTPUTS) or id(value) in seen:
             return
@@ -281,12 +250,9 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
         if isinstance(value, Iterator):
             raise SpeedupError(f"what a model returns must be there when its forward ends, got {type(value).__name__}")
         seen.add(id(value))
-        entries = _entries(value)
-        for key, each in entries:
+        for key, each in _parts(value):
             own = f"{name or 'output'}[{key}]" if isinstance(key, int) else f"{name}.{key}" if name else str(key)
-            look(each, own, beside_entries=beside_entries)
-        for key, each in _attributes(value):
-            look(each, f"{name}.{key}" if name else key, beside_entries=beside_entries or bool(entries))
+            look(each, own)
 
     look(output, "")
     return found
@@ -301,23 +267,15 @@ _NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
 _NO_OUTPUTS = (*_NUMBERS, range, str, bytes, nn.Module, type, ModuleType, FunctionType, MethodType, np.ndarray)
 
 
-def _entries(value: Any) -> list[tuple[Any, Any]]:
-    """List what a container holds, by key or place."""
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    """List what a container holds, by key or place; of an object that is none, its attributes."""
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
         return list(zip(value._fields, value, strict=True))
     if isinstance(value, Collection):
         return list(enumerate(value))
-    return []
-
-
-def _attributes(value: Any) -> list[tuple[str, Any]]:
-    """List what an object holds in attributes, in its ``__dict__`` and in slots."""
-    own = getattr(value, "__dict__", {})
-    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
-    names = [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
-    return [*own.items(), *((name, getattr(value, name)) for name in names if hasattr(value, name) and name not in own)]
+    return list(getattr(value, "__dict__", {}).items())
 
 
 TILT = 0.1
@@ -513,41 +471,18 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
         batch = batch[0]
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
     for leaf in () if isinstance(inputs, Tensor) else tree_flatten(inputs)[0]:
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            # Its tensors would stay whole where single samples are taken, as for those that are held out.
-            raise ConfigError(
-                "the inputs of a batch must be tensors, alone or in tuples, lists or mappings, got a data class, "
-                f"{type(leaf).__name__}: pass its tensors, to a module that makes a data class of them and calls the "
-                f"model ({name}, batch {index})"
-            )
-        if any(map(_is_cache, type(leaf).__mro__)):
+        # Tensors in other containers would stay whole where single samples are taken.
+        if (is_dataclass(leaf) and not isinstance(leaf, type)) or any(map(_is_cache, type(leaf).__mro__)):
             raise ConfigError(
                 "the inputs of a batch must be tensors, alone or in tuples, lists or mappings, got a "
-                f"{type(leaf).__name__}: pass its keys and values, (samples, heads, places, channels), to a module "
-                f"that makes a cache of them ({name}, batch {index})"
+                f"{type(leaf).__name__} ({name}, batch {index})"
             )
     if not tensors_of(inputs):
         raise ConfigError(
             "the input of a batch must be a tensor, or a tuple or mapping with a tensor in it, got "
-            f"{type(inputs).__name__}{_cure_without_tensors(inputs)} ({name}, batch {index})"
+            f"{type(inputs).__name__} ({name}, batch {index})"
         )
     return inputs
-
-
-def _cure_without_tensors(inputs: Any) -> str:
-    """Say how inputs without a tensor become tensors, where that is known; else nothing."""
-    leaves = tree_flatten(inputs)[0]
-    first = leaves[0] if leaves else None
-    if type(first).__module__.partition(".")[0] == "PIL":
-        return (
-            ": pictures become tensors as in training, e.g. by torchvision.transforms.functional.to_tensor(picture), "
-            "and torch.stack makes one batch of several"
-        )
-    if isinstance(first, (int, float)) and first is not inputs:
-        if isinstance(inputs, Mapping):
-            return " of numbers: tokenizers give tensors with return_tensors='pt' and padding=True"
-        return " of numbers: torch.tensor makes a batch of them"
-    return ""
 
 
 def check_inputs(batch: Any, index: int, name: str) -> None:
@@ -570,14 +505,14 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
     name = name_of(calibration)
     count = 0
     for count, batch in enumerate(calibration, start=1):
-        call = _bound(model, arguments_of(inputs_of(batch, count - 1, name), model), batch, count - 1, name)
+        call = _bound(model, arguments_of(inputs_of(batch, count - 1, name), model), count - 1, name)
         for part in parts(call):
             yield copied_for(model, part)
     if count == 0:
         raise DataError(f"{name} must hold at least one batch, got none (was a generator used twice?)")
 
 
-def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> Call:
+def _bound(model: nn.Module, call: Call, index: int, name: str) -> Call:
     """Return a call without the keyword arguments that the model doesn't have; DataError if it doesn't fit."""
     try:
         signature = inspect.signature(model.forward)
@@ -589,24 +524,10 @@ def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> C
     try:
         signature.bind(*args, **(known or kwargs))
     except TypeError as error:
-        several = isinstance(batch, (tuple, list)) and len(batch) > 1
-        cure = f"; {_SEVERAL}" if several else ""
-        if unknown := [str(key) for key in kwargs if key not in known]:
-            told = []
-            for each in unknown:
-                near = difflib.get_close_matches(each, signature.parameters, n=1, cutoff=_NEAR_NAME)
-                told.append(f"{each} (did you mean {near[0]}?)" if near else each)
-            cure = f"; it has no argument called {', '.join(told)}"
-        cure += cure_of_mapping(call, model)
-        raise DataError(f"{name} must fit the model, got TypeError: {error}{cure} (batch {index})") from error
+        raise DataError(
+            f"{name} must fit the model, got TypeError: {error} on {described(args or kwargs)} (batch {index})"
+        ) from error
     return args, known
-
-
-_NEAR_NAME = 0.6  # how alike names are of which one may be meant for the other: labels and images aren't
-_SEVERAL = (
-    "of a batch that is a tuple or list, the first entry is the input and the others are targets: pass several inputs "
-    "as ((images, vectors),) or as {'images': images, 'vectors': vectors}"
-)
 
 
 def name_of(calibration: Iterable[Any]) -> str:

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -97,7 +97,9 @@ def freed_at_once() -> Iterator[None]:
     library isn't glibc, or where the user has set a threshold in the environment.
     Afterwards glibc keeps the memory of tensors below 32 MiB, as it does in a process that has freed a larger one.
     """
-    if _threshold_is_set(os.environ) or not _set_threshold(_PAGES_OF_THEIR_OWN):
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in tunables
+    if is_set or not _set_threshold(_PAGES_OF_THEIR_OWN):
         yield
         return
     trim_heap()
@@ -105,11 +107,6 @@ def freed_at_once() -> Iterator[None]:
         yield
     finally:
         _set_threshold(_HIGHEST_THRESHOLD)
-
-
-def _threshold_is_set(environment: Mapping[str, str]) -> bool:
-    """Tell whether the user has said from which size on memory gets pages of its own."""
-    return "MALLOC_MMAP_THRESHOLD_" in environment or "mmap_threshold" in environment.get("GLIBC_TUNABLES", "")
 
 
 def _set_threshold(nbytes: int) -> bool:

@@ -7,7 +7,6 @@ rounds the factors of convolutions to three digits where nobody forbids it (TF32
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
@@ -21,41 +20,15 @@ from torch.overrides import TorchFunctionMode
 from nni_topo.errors import ConfigError
 from nni_topo.rules import one_of
 
-PutBack = Callable[[], object]
-
 Precision = Literal["float32", "bfloat16"]
 """In what a model that learns computes: as its parameters are, or under autocast to bfloat16."""
 
 PRECISION = one_of(["float32", "bfloat16"])
 
 
-class Switch:
-    """A switch of PyTorch's, which all threads share: the last one that needs it off restores it."""
-
-    def __init__(self, turn_off: Callable[[], PutBack]) -> None:
-        self._turn_off = turn_off
-        self._lock = threading.Lock()
-        self._users = 0
-        self._restore: PutBack = tuple
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Turn it off for a while."""
-        with self._lock:
-            if self._users == 0:
-                self._restore = self._turn_off()
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._restore()
-
-
-def _in_full() -> PutBack:
-    """Let products of single-precision numbers be computed in single precision."""
+@contextmanager
+def in_full_precision() -> Iterator[None]:
+    """Let products of single-precision numbers be computed in single precision for a while, whatever is set."""
     # PyTorch has a switch for each operation, one for those of each library, and one for all.
     precisions = []
     for each, library in zip(_OPERATIONS, _LIBRARIES, strict=True):
@@ -66,28 +39,22 @@ def _in_full() -> PutBack:
         each.fp32_precision = "ieee"
     # The older switches don't tell how they are set where an operation rounds and they don't, or the other way round.
     products = torch.get_float32_matmul_precision()
-    convolutions = _allows_tf32()
+    try:
+        convolutions = _BACKENDS.cudnn.allow_tf32
+    except RuntimeError:  # which says that they disagree
+        convolutions = True
     torch.set_float32_matmul_precision("highest")
     _BACKENDS.cudnn.allow_tf32 = False
     for each in _OPERATIONS:
         each.fp32_precision = "ieee"
 
-    def put_back() -> None:
+    try:
+        yield
+    finally:
         torch.set_float32_matmul_precision(products)
         _BACKENDS.cudnn.allow_tf32 = convolutions
         for each, precision in zip(_OPERATIONS, precisions, strict=True):
             each.fp32_precision = precision
-
-    return put_back
-
-
-def _allows_tf32() -> bool:
-    """Tell whether the older switch lets convolutions round, where no operation does."""
-    try:
-        allows: bool = _BACKENDS.cudnn.allow_tf32
-    except RuntimeError:  # which says that they disagree
-        return True
-    return allows
 
 
 _BACKENDS: Any = torch.backends  # PyTorch makes these attributes when it is imported, unseen by type checkers
@@ -101,14 +68,6 @@ _OPERATIONS: tuple[Any, ...] = (
 )
 _LIBRARIES: tuple[Any, ...] = 3 * (_BACKENDS.cudnn,) + 3 * (_BACKENDS.mkldnn,)
 """Where the setting is that an operation follows if it has none of its own; matrices on a GPU follow cuDNN's, too."""
-_rounding_off = Switch(_in_full)
-
-
-@contextmanager
-def in_full_precision() -> Iterator[None]:
-    """Let products of single-precision numbers be computed in single precision for a while, whatever is set."""
-    with _rounding_off():
-        yield
 
 
 def check_precision(precision: Precision, device: torch.device, place: str) -> None:

@@ -25,9 +25,6 @@ from nni_topo.errors import ConfigError, ProcessError
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
-_SHOWN = 12  # digits of a digest
-_MOST_SHOWN = 200  # characters of a list; of a longer one a digest is shown
-_BUCKET_BYTES = 2**25  # of tensors that are added up in one go
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -50,14 +47,8 @@ class Processes:
 
     def add(self, tensors: Sequence[Tensor], place: str) -> None:
         """Replace tensors by their sums over all processes."""
-        for together in _buckets(tensors):
-            is_one = len(together) == 1  # it may be large: no copy
-            flat = together[0] if is_one else torch.cat([each.detach().reshape(-1) for each in together])
-            self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), flat, place)
-            if is_one:
-                continue
-            for tensor, summed in zip(together, flat.split([each.numel() for each in together]), strict=True):
-                tensor.detach().copy_(summed.view(tensor.shape))
+        for tensor in tensors:
+            self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), tensor, place)
 
     def total(self, tensor: Tensor | None, device: torch.device, place: str) -> Tensor | None:
         """Return the sum of the tensors of all processes, of which some may have none; None if none has any."""
@@ -83,7 +74,7 @@ class Processes:
             self._collect(lambda buffer: dist.broadcast(buffer, src=first, group=self.group), tensor, place)
 
     @contextmanager
-    def in_step(self, place: str, given: Any = None) -> Iterator[None]:
+    def in_step(self, place: str, given: Mapping[str, Any] | None = None) -> Iterator[None]:
         """Mark a block that all processes run; what is ``given`` has to be equal in all. Nested blocks do nothing."""
         if is_in_step():
             yield
@@ -91,10 +82,11 @@ class Processes:
         with in_context(in_step=place):
             found = self.gather(given, place)
             if any(each != found[0] for each in found):
-                ranks = [dist.get_global_rank(self.group, rank) for rank in range(self.size)]
-                shown = [f"rank {rank}: {told}" for rank, told in zip(ranks, _differing(found), strict=True)]
+                names = dict.fromkeys(name for each in found for name in each)
+                unequal = [name for name in names if any(each.get(name) != found[0].get(name) for each in found)]
                 raise ConfigError(
-                    f"models, masks and knobs must be equal in all processes, got {', '.join(shown)} ({place})"
+                    f"models, masks and knobs must be equal in all processes, got different ones: {', '.join(unequal)} "
+                    f"({place})"
                 )
             yield
 
@@ -120,28 +112,6 @@ class Processes:
                 f"all {self.size} processes must reach the same place, but one has ended, or didn't answer within the "
                 f"group's timeout; its own output says why ({at})"
             ) from error
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide tensors into lists of neighbours of one type: what is added up in one go waits for others but once."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        size = sum(each.nbytes for each in bucket) + tensor.nbytes
-        if bucket and (size > _BUCKET_BYTES or (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
-
-
-def _differing(found: Sequence[Any]) -> list[str]:
-    """Say what each process was given, of arguments by name only those that aren't equal in all."""
-    if not all(isinstance(each, dict) for each in found):
-        return [str(each) for each in found]
-    names = dict.fromkeys(name for each in found for name in each)
-    unequal = [name for name in names if any(each.get(name) != found[0].get(name) for each in found)]
-    return [", ".join(f"{name} {each.get(name, 'not given')}" for name in unequal) for each in found]
 
 
 def processes_of(group: Any, place: str) -> Processes | None:
@@ -182,9 +152,8 @@ def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
         shared = [each for each in found if isinstance(each, Processes)]
         if not shared or is_in_step():
             return function(*args, **kwargs)
-        with shared[0].in_step(
-            called_as(place), {name: told for name, value in named.items() if (told := _told(value))}
-        ):
+        compared = {name: told for name, value in named.items() if (told := _compared(value)) is not None}
+        with shared[0].in_step(called_as(place), compared):
             return function(*args, **kwargs)
 
     return run
@@ -200,31 +169,25 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return found.hexdigest()
 
 
-def _told(value: Any) -> str:
-    """Describe an argument that has to be equal in all processes; empty for one that needn't be, or can't be told."""
+def _compared(value: Any) -> Any:
+    """Return what of an argument has to be equal in all processes; None if nothing has, or it can't be compared."""
     if isinstance(value, nn.Module):
-        named = [(name, each) for name, each in value.state_dict().items() if isinstance(each, Tensor)]
-        return f"with weights {digest(named)[:_SHOWN]}"
+        return digest((name, each) for name, each in value.state_dict().items() if isinstance(each, Tensor))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a budget, or a recovery method
+        value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        flat = []
-        for name, inner in value.items():
-            entries = inner.items() if isinstance(inner, Mapping) else [("", inner)]
-            flat += [(f"{name}.{key}" if key else name, each) for key, each in entries]
-        tensors = [(name, each) for name, each in flat if isinstance(each, Tensor)]
-        others = [(name, _told(each)) for name, each in flat if not isinstance(each, (Tensor, nn.Module))]
-        values = [f"with tensors {digest(sorted(tensors, key=lambda each: each[0]))[:_SHOWN]}"] if tensors else []
-        return ", ".join([*sorted(f"{name}={told}" for name, told in others if told), *values])
+        found = {}
+        for name, each in value.items():
+            found[name] = digest([("", each)]) if isinstance(each, Tensor) else _compared(each)
+        return found
     if isinstance(value, (list, tuple)):
         # Names of blocks, or the entries of a config_list. Batches are each process's own.
-        text = ", ".join(told for each in value if not _holds_tensors(each) and (told := _told(each)))
-        if len(text) > _MOST_SHOWN:
-            text = f"{len(value)} entries {hashlib.sha256(text.encode()).hexdigest()[:_SHOWN]}"
-        return f"[{text}]"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a budget, or a recovery method
-        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-        return f"{type(value).__name__}({_told(fields)})"
-    return repr(value) if isinstance(value, _PLAIN) else ""
+        batches = [
+            isinstance(each, Mapping) and any(isinstance(one, Tensor) for one in each.values()) for each in value
+        ]
+        return [_compared(each) for each, is_batch in zip(value, batches, strict=True) if not is_batch]
+    return repr(value) if isinstance(value, _PLAIN) else None
 
 
-def _holds_tensors(value: Any) -> bool:
+def _is_batch(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(each, Tensor) for each in value.values())

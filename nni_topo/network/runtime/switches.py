@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -18,9 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from nni_topo.context import in_context
-from nni_topo.network.runtime.precision import Switch, in_full_precision, is_within_autocast
+from nni_topo.network.runtime.precision import in_full_precision, is_within_autocast
 
-_PutBack = Callable[[], object]
 # The random states and the switches are those of the whole process, so calls of several threads run one at a time.
 _turn = threading.RLock()
 
@@ -87,21 +85,6 @@ def _package_of(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def _without_fast_paths() -> _PutBack:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    return partial(torch.backends.mha.set_fastpath_enabled, before)
-
-
-def _without_compiler() -> _PutBack:
-    stance = torch.compiler.set_stance("force_eager")
-    return partial(stance.__exit__, None, None, None)
-
-
-_fast_paths_off = Switch(_without_fast_paths)
-compiler_off = Switch(_without_compiler)
-
-
 @contextmanager
 def as_written() -> Iterator[None]:
     """Let networks compute what they say for a while: attention step by step, and products in full precision.
@@ -111,8 +94,13 @@ def as_written() -> Iterator[None]:
     convolutions to three digits where nobody forbids it, and those of matrices where
     ``torch.set_float32_matmul_precision`` allows it; which digits are lost depends on the layers' widths.
     """
-    with _fast_paths_off(), in_full_precision():
-        yield
+    has_fast_paths = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with in_full_precision():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(has_fast_paths)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class RandomWeights:
     _APART = 4096  # layers begin at different places
 
     def __init__(self, draw: Callable[..., Tensor], generator: torch.Generator | None = None) -> None:
-        self._drawn = _drawn(draw, self._DRAWN, torch.default_generator if generator is None else generator)
+        self._drawn = draw(self._DRAWN, generator=generator, device="cpu")
         self._scaled: dict[tuple[torch.device, float], Tensor] = {}
         self._start = 0
 
@@ -35,29 +35,6 @@ class RandomWeights:
         # An even place: complex numbers can be seen in the weights from there alone.
         self._start = (self._start + 102) % self._APART
         return self._scaled[key][self._start : self._start + weight.numel()].view(weight.shape)
-
-
-def _drawn(draw: Callable[..., Tensor], count: int, generator: torch.Generator) -> Tensor:
-    """Draw numbers, or take the same ones that were drawn before; the generator goes on as if they were drawn anew.
-
-    They mustn't be written to.
-    """
-    if torch.get_default_device().type != "cpu" or generator.device.type != "cpu":
-        return draw(count, generator=generator)
-    state = generator.get_state()
-    numbers, after = _drawn_from(draw, count, torch.get_default_dtype(), state.numpy(force=True).tobytes())
-    generator.set_state(after)
-    return numbers
-
-
-@lru_cache(maxsize=4)  # what draws them nearly always begins with a seed of its own, the same in each run
-def _drawn_from(draw: Callable[..., Tensor], count: int, dtype: torch.dtype, state: bytes) -> tuple[Tensor, Tensor]:
-    """Return numbers that a generator in a state draws, and its state afterwards."""
-    generator = torch.Generator()
-    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-    with torch.inference_mode(False):
-        numbers = draw(count, generator=generator, dtype=dtype, device="cpu")
-    return numbers, generator.get_state()
 
 
 def put_parameters(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:

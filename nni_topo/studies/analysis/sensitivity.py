@@ -333,8 +333,8 @@ class _Trial:
 
     def score(self, model: nn.Module) -> float:
         """Return a model's score."""
-        with lent(model):
-            score = check_result("evaluate", self.evaluate(model), "sensitivity")
+        with lent(model) as copied:
+            score = check_result("evaluate", self.evaluate(copied), "sensitivity")
         if not math.isfinite(score):
             raise DataError(f"an evaluation must return a finite number, got {score} (sensitivity)")
         return score

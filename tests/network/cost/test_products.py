@@ -151,7 +151,7 @@ def test_products_that_no_layer_makes_are_those_of_the_dense_model(kind):
     assert cost(kept).macs == count_macs(dense, x) < cost({}).macs
 
 
-LETTERS = {"b": None, "m": PLACES, "n": 6, "k": 7, "r": 3, "h": 4, "c": 10, "d": 9, "e": 8}
+LETTERS = {"b": None, "m": PLACES, "n": 6, "k": 7, "r": 3, "c": 10, "d": 9, "e": 8}
 
 
 class Letters(nn.Module):
@@ -182,11 +182,7 @@ EINSTEIN_SUMS = {
     "graph, dots": ("nm,...mc->...nc", {}),
     "weight": ("bmc,cd->bmd", {}),
     "relations": ("bmc,rcd->bmrd", {}),
-    "a letter of one operand": ("bmc,hcd->bmd", {}),
     "samples in two": ("bmc,bkc->bmk", {"k": PLACES}),
-    "place by place": ("bmc,c->bmc", {}),
-    "products that are summed": ("bmc,bmc->bm", {}),
-    "one place for all": ("nm,bmc->bnc", {"m": 1}),
 }
 
 
@@ -203,12 +199,10 @@ def cost_and_count(model: nn.Module, x: Tensor, ratio: float) -> tuple[int, int,
     return cost(kept).macs, count_macs(dense, x), cost({}).macs
 
 
-# 0.95 leaves one channel: PyTorch sums up no dimension of size 1.
-@pytest.mark.parametrize("ratio", [0.4, 0.95])
 @pytest.mark.parametrize("kind", EINSTEIN_SUMS)
-@pytest.mark.quick_every(6)
-def test_products_of_einstein_sums_are_those_of_the_dense_model(kind, ratio):
-    predicted, counted, unpruned = cost_and_count(made(Letters, *EINSTEIN_SUMS[kind]), rows(), ratio)
+@pytest.mark.quick_every(3)
+def test_products_of_einstein_sums_are_those_of_the_dense_model(kind):
+    predicted, counted, unpruned = cost_and_count(made(Letters, *EINSTEIN_SUMS[kind]), rows(), 0.4)
     assert predicted == counted < unpruned
 
 

@@ -13,6 +13,7 @@ from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.graph.nodes import plain_name
 from nni_topo.network.graph.tracing import layer_sizes, trace
+from nni_topo.network.runtime.switches import as_written
 from nni_topo.network.speedup.equivalence import masked_model
 
 
@@ -321,7 +322,7 @@ def test_two_threads_trace_at_once_and_a_third_runs_unseen():
             models[at](inputs[at])
             return models[at](inputs[at])
 
-    with ThreadPoolExecutor(3) as pool:
+    with as_written(), ThreadPoolExecutor(3) as pool:  # the switches of the process are those of before afterwards
         *recordings, output = pool.map(work, range(3))
     torch.testing.assert_close(output.shape, inputs[2].shape)
     for model, x, recording in zip(models, inputs, recordings, strict=False):

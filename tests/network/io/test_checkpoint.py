@@ -16,7 +16,6 @@ from torch import nn
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.io.checkpoint import (
     RemovedPart,
-    fingerprint,
     kept_blocks,
     load,
     removed_parts,
@@ -393,9 +392,9 @@ def test_what_was_pruned_as_torch_layers_is_loaded_into_these(path, computed):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (make().state_dict(), r"got an OrderedDict, which a model takes by model\.load_state_dict \(load\)"),
+        (make().state_dict(), r"got an OrderedDict \(load\)"),
         ("resnet18", r"model must be the unpruned torch\.nn\.Module or a function .* makes it, got .*str.* \(load\)"),
-        (lambda width: make(width), r"got <lambda>\(width\) \(load\)"),
+        (lambda width: make(width), r"got a function \(load\)"),
         (lambda: None, r"model must be a torch\.nn\.Module, got .*None.* \(load\)"),
     ],
 )
@@ -406,7 +405,7 @@ def test_what_is_neither_a_model_nor_makes_one_is_refused(tmp_path, model, messa
 
 
 def test_values_alone_are_not_saved(path):
-    with pytest.raises(ConfigError, match=r"dense must be a torch\.nn\.Module, got .*load_state_dict \(save\)"):
+    with pytest.raises(ConfigError, match=r"dense must be a torch\.nn\.Module, got an OrderedDict \(save\)"):
         save(small().state_dict(), path)
     assert not path.exists()
 
@@ -596,27 +595,10 @@ def test_numbers_in_attributes_that_became_smaller_come_back(path):
     assert all(map(torch.equal, loaded(rows), dense(rows)))
 
 
-def test_a_fingerprint_is_of_a_tensors_type_shape_and_bits():
-    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    same = [values.clone(), values.T.contiguous().T, values.to_sparse(), values.requires_grad_()]
-    assert {fingerprint(each) for each in same} == {fingerprint(values)}
-    values = values.detach()
-    others = [values.T, values.double(), values.flatten(), -values, values.view(torch.int32), values[:1], values[0, 0]]
-    assert len({fingerprint(each) for each in (values, *others)}) == 8
-    assert fingerprint(torch.tensor(0.0)) != fingerprint(torch.tensor(-0.0))
-
-
 def test_a_file_may_have_any_name(tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     save(model, tmp_path / "dense.pt")
     assert torch.equal(load(tmp_path / "dense.pt", model)[0].weight, model[0].weight)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK", b"12345678{"])
-def test_files_of_other_content_are_refused(path, content):
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"a dense model's file must be a whole file written by nni_topo\.save"):
-        load(path, nn.Linear(3, 2))
 
 
 class Counting(nn.Linear):

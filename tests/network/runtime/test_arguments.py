@@ -106,8 +106,8 @@ RULES: dict[str, tuple[list[Any], list[tuple[Any, type[NniTopoError], str]]]] = 
         [PLAIN],
         [
             (None, ConfigError, "got a NoneType"),
-            (nn.Linear, ConfigError, r"got the class Linear, of which no model has been made: Linear\(...\)"),
-            (nn.Linear(2, 2).state_dict(), ConfigError, "got an OrderedDict, which a model takes by model.load_state"),
+            (nn.Linear, ConfigError, "got the class Linear"),
+            (nn.Linear(2, 2).state_dict(), ConfigError, "got an OrderedDict"),
             (SCRIPTED, ConfigError, "isn't scripted, compiled or spread over devices"),
             (SPREAD, ConfigError, "got a DataParallel"),
             (ON_META, DataError, r"one on the meta device, .*; nni_topo.shrink_pretrained .*\(weight, here\)"),
@@ -158,11 +158,7 @@ RULES: dict[str, tuple[list[Any], list[tuple[Any, type[NniTopoError], str]]]] = 
         [META, torch.zeros(2)],
         [
             (3, ConfigError, "a tuple of arguments"),
-            (
-                np.zeros((2, 3)),
-                ConfigError,
-                r"got an array of shape \(2, 3\), of which torch.from_numpy makes a tensor",
-            ),
+            (np.zeros((2, 3)), ConfigError, "got a ndarray"),
             (SPARSE, DataError, "layout"),
             (torch.zeros(0), DataError, "sample"),
         ],

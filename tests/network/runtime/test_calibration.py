@@ -64,7 +64,7 @@ def test_batches_may_come_in_any_container(row, model, batches):
 
 @pytest.mark.parametrize("row", KNOBS)
 def test_what_is_no_iterable_of_batches_is_refused_before_the_model_is_wrapped(row, model):
-    with pytest.raises(ConfigError, match=r"iterable of batches.*one tensor of shape \(40, 6\)"):
+    with pytest.raises(ConfigError, match=r"iterable of batches.*one Tensor of shape \(40, 6\)"):
         kept(row, model, torch.randn(40, 6))
     assert not hasattr(model.hidden, "_nni_wrapper")
 
@@ -218,25 +218,25 @@ def test_batches_that_are_none_yet_may_say_so():
     assert calibration_of(None) is None
     assert calibration_of(data) is data
     loader = DataLoader(TensorDataset(torch.zeros(3, 6)), batch_size=4, drop_last=True)
-    with pytest.raises(DataError, match=r"must hold at least one batch, got none \(with drop_last=True"):
-        len(Calibration(loader))
-    with pytest.raises(DataError, match=r"must hold at least one batch, got none \(was a generator used twice\?\)"):
-        len(Calibration([]))
+    for empty in (loader, []):
+        with pytest.raises(DataError, match=r"must hold at least one batch, got none"):
+            len(Calibration(empty))
 
 
 @pytest.mark.parametrize(
-    ("given", "cure"),
+    ("given", "got"),
     [
-        (torch.zeros(2, 3), r"got one tensor of shape \(2, 3\); pass \[tensor\]"),
-        (np.zeros((2, 3)), r"got one array of shape \(2, 3\); pass \[array\]"),
-        ({"a": torch.zeros(2)}, r"got dict; pass \[mapping\] if it is one batch"),
-        (type("Items", (), {"__getitem__": lambda self, at: at})(), r"got Items; of a data set, torch.utils"),
-        ("text", r"got str \(calibration\)"),
-        (3, r"got int \(calibration\)"),
+        (torch.zeros(2, 3), r"one Tensor of shape \(2, 3\)"),
+        (np.zeros((2, 3)), r"one ndarray of shape \(2, 3\)"),
+        ({"a": torch.zeros(2)}, "dict"),
+        ("text", "str"),
+        (3, "int"),
     ],
 )
-def test_what_is_no_batches_says_how_it_becomes_some(given, cure):
-    with pytest.raises(ConfigError, match=rf"calibration must be an iterable of batches, .*{cure}"):
+def test_what_is_no_batches_is_refused(given, got):
+    with pytest.raises(
+        ConfigError, match=rf"calibration must be an iterable of batches, .*, got {got} \(calibration\)$"
+    ):
         Calibration(given)
 
 
@@ -337,8 +337,8 @@ STREAMS = {
 
 @pytest.mark.parametrize("row", STREAMS)
 def test_what_never_ends_is_an_error_that_names_the_knob(row, model):
-    rule = "end near its length, which is 5" if row == "wrong length" else "have an end, a length or a limit"
-    ended = rf"(calibration|images) must {rule}, got 1000 batches so far .* and more: .*max_batches=16\) \(\w+\)$"
+    rule = "must have an end, a length or a limit"
+    ended = rf"(calibration|images) {rule}, got 1000 batches so far .* and more: .*max_batches=16\) \(\w+\)$"
     with pytest.raises(DataError, match=ended):
         nni_topo.shrink(model, STREAMS[row](), {"flops": 0.5})
     with pytest.raises(DataError, match=ended):
@@ -346,7 +346,7 @@ def test_what_never_ends_is_an_error_that_names_the_knob(row, model):
 
 
 class Measured:
-    """Two batches, and a length that can't be told as it should."""
+    """Two batches, and a length that isn't known."""
 
     def __init__(self, error):
         self.error = error
@@ -355,16 +355,7 @@ class Measured:
         return iter([torch.zeros(4, 6), torch.ones(4, 6)])
 
     def __len__(self):
-        if isinstance(self.error, Exception):
-            raise self.error
-        return self.error
-
-
-@pytest.mark.parametrize("error", [RuntimeError("closed"), -1])
-def test_a_length_that_can_not_be_told_is_an_error_that_says_so(error, model):
-    rule = "the length of images must be a number of batches, or raise TypeError where it isn't known, got "
-    with pytest.raises(DataError, match=rf"^{rule}(\w+)Error: .* \(Measured.__len__ of images\)$"):
-        nni_topo.shrink(model, Measured(error), {"flops": 0.5})
+        raise self.error
 
 
 @pytest.mark.parametrize("error", [TypeError("a stream"), NotImplementedError()])
@@ -452,7 +443,7 @@ def test_two_inputs_are_taken_in_several_forms_and_one_of_them_is_refused():
     torch.manual_seed(0)
     model, images, vectors = Two().eval(), torch.randn(64, 6), torch.randn(64, 4)
     knobs = {"pruner": "reconstruction", "distill": {"steps": 2}}
-    with pytest.raises(DataError, match=r"missing a required argument: 'vectors'; .*\(\(images, vectors\),\)"):
+    with pytest.raises(DataError, match=r"missing a required argument: 'vectors' on float32 of shape \(64, 6\) "):
         nni_topo.shrink(model, [(images, "labels")], {"params": 0.6}, **knobs)
     expected = nni_topo.shrink(model, [(images, vectors)], {"params": 0.6}, **knobs).state_dict()
     for batch in (
@@ -538,7 +529,7 @@ def test_lengths_that_differ_are_told_before_anything_is_solved():
 
 
 def test_an_argument_that_the_model_lacks_is_named():
-    told = r"missing a required argument: 'vectors'; it has no argument called vec \(did you mean vectors\?\) "
+    told = r"missing a required argument: 'vectors' on \{'images': .*, 'vec': .*\} \(batch 0\)"
     with pytest.raises(DataError, match=told):
         nni_topo.recalibrate_batch_norm(Two(), [{"images": torch.zeros(4, 6), "vec": torch.zeros(4, 4)}])
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import nni_topo
 from nni_topo import RandomPruner, dependency_groups, to_dense
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone, left_alone
+from nni_topo.network.runtime.copies import detached_copy, left_alone
 
 CONFIG = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
 
@@ -233,7 +233,7 @@ def test_a_function_keeps_what_is_not_of_the_model():
 
 
 def test_a_weak_reference_to_a_module_is_refused():
-    with pytest.raises(ConfigError, match=r"got a weak reference to one \(1\.held\)"):
+    with pytest.raises(ConfigError, match=r"got a weak reference to one; .* \(Conv2d\)$"):
         dependency_groups(_network("weak reference"), torch.randn(1, 3, 6, 6), CONFIG)
 
 
@@ -280,15 +280,6 @@ def test_gradients_are_away_within_the_block_and_back_after_it():
     assert layer.bias.grad is None
 
 
-def test_a_buffer_of_inference_mode_is_put_back():
-    model = nn.Module()
-    with torch.inference_mode():
-        model.register_buffer("sizes", torch.zeros(2))
-    with left_alone(model), torch.inference_mode():
-        model.sizes += 1.0
-    assert model.sizes.tolist() == [0.0, 0.0]
-
-
 def test_a_scripted_part_keeps_its_mode_and_its_buffers():
     model = nn.Sequential(torch.jit.script(nn.BatchNorm1d(2)))
     model[0].weight.grad = torch.ones(2)
@@ -298,46 +289,3 @@ def test_a_scripted_part_keeps_its_mode_and_its_buffers():
         model.eval()
     assert model[0].training
     assert int(model[0].num_batches_tracked) == 0
-
-
-@pytest.mark.parametrize("has_room", [True, False])
-def test_parameters_that_a_forward_writes_to_stay_or_are_named_where_memory_is_short(has_room, monkeypatch, caplog):
-    if not has_room:
-        monkeypatch.setattr("nni_topo.network.runtime.copies._SHARE", 0.0)
-    model = nn.Sequential(nn.Linear(2, 2))
-    before = model[0].weight.detach().clone()
-    with torch.no_grad():
-        leaves_models_alone(lambda given: given[0].weight.mul_(2.0))(model)
-    assert torch.equal(model[0].weight, before) == has_room
-    assert ("0.weight" in caplog.text) != has_room
-
-
-class Emptying(nn.Module):
-    """Takes the last entry out of a table, or puts a first one in."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.register_buffer("only", torch.ones(2))
-        self.layer, self.change = nn.ReLU(), change
-
-    def forward(self, rows):
-        self.change(self)
-        return rows
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: delattr(model, "only"),
-        lambda model: model.register_parameter("first", nn.Parameter(torch.ones(1))),
-    ],
-    ids=["buffer", "parameter"],
-)
-def test_tables_that_become_empty_or_were_so_are_put_back(change):
-    model = Emptying(change)
-    tables = (model._buffers, model._modules, model._parameters, model._forward_hooks)
-    before = [dict(table) for table in tables]
-    with left_alone(model):
-        model(torch.ones(1))
-        assert [dict(table) for table in tables] != before
-    assert [dict(table) for table in tables] == before

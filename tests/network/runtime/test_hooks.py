@@ -90,7 +90,7 @@ def test_inputs_of_calls_are_batches_of_their_own():
     assert [len(each) for each in seen] == [1, 1, 1]
     with pytest.raises(DataError, match=r"must call the model, got no call \(evaluator\)"):
         inputs_seen(model, lambda: None)
-    with pytest.raises(ConfigError, match=r"images must be an iterable of batches, got None; .* \(images\)$"):
+    with pytest.raises(ConfigError, match=r"images must be an iterable of batches, .*, got NoneType \(images\)$"):
         batches_of(None, model, "images")
 
 

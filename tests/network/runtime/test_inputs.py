@@ -91,10 +91,6 @@ def test_inputs_become_arguments():
     for nothing in (3, (), {}, {"a": 3}, None):
         with pytest.raises(ConfigError, match=rf"with a tensor in it, got {type(nothing).__name__}"):
             arguments_of(nothing)
-    with pytest.raises(ConfigError, match=r"at least one sample, got a tensor of shape \(0, 3\) \(example_inputs\)"):
-        arguments_of(torch.zeros(0, 3))
-    with pytest.raises(ConfigError, match=r"at least one sample, got a tensor of shape \(0,\)"):
-        arguments_of((torch.zeros(()), torch.zeros(0)))
 
 
 def test_padding_is_where_masks_say_so():
@@ -172,14 +168,10 @@ def test_calls_have_the_arguments_that_a_model_takes():
     assert list(call[1]) == ["images", "labels"]
     with pytest.raises(DataError, match="must hold at least one batch, got none"):
         list(calls(TwoArguments(), []))
-    with pytest.raises(DataError, match=r"missing .*'vectors'.*the first entry is the input.*\(batch 1\)$"):
+    with pytest.raises(DataError, match=r"missing .*'vectors' on float32 of shape \(2, 3\) \(batch 1\)$"):
         list(calls(TwoArguments(), [((X, X), 3), (X, 3)]))
-    with pytest.raises(DataError, match=r"no argument called labels, names; a mapping holds.*\(batch 0\)$"):
+    with pytest.raises(DataError, match=r"on \{'labels': .*, 'names': .*\} \(batch 0\)$"):
         list(calls(TwoArguments(), [{"labels": X, "names": X}]))
-    with pytest.raises(DataError, match=r"'vectors' \(batch 0\)$"):  # with no targets
-        list(calls(TwoArguments(), [X]))
-    with pytest.raises(DataError, match=r"no argument called a, vecs \(did you mean vectors\?\)"):
-        list(calls(TwoArguments(), [{"images": X, "a": X, "vecs": X}]))
 
 
 def test_errors_let_go_of_what_the_functions_held_that_raised_them():
@@ -291,7 +283,7 @@ def test_what_holds_a_tensor_for_each_sample_is_told_from_states():
 def test_a_cache_of_transformers_as_input_is_refused():
     transformers = pytest.importorskip("transformers")
     batch = {"x": torch.zeros(4, 2), "past_key_values": transformers.DynamicCache()}
-    with pytest.raises(ConfigError, match=r"got a DynamicCache: pass its keys and values, .* \(calibration, batch 2\)"):
+    with pytest.raises(ConfigError, match=r"got a DynamicCache \(calibration, batch 2\)"):
         inputs_of(batch, 2)
 
 
@@ -300,7 +292,7 @@ def test_a_data_class_as_input_is_refused(place):
     pair = Pair(torch.randn(16, 1, 6, 6), torch.zeros(16))
     batch = {"alone": pair, "by name": {"pair": pair}}[place]
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1))
-    with pytest.raises(ConfigError, match=r"got a data class, Pair: pass its tensors, .* \(images, batch 0\)"):
+    with pytest.raises(ConfigError, match=r"got a Pair \(images, batch 0\)"):
         nni_topo.shrink(model, [batch], {"flops": 0.5}, distill=False)
 
 
@@ -324,13 +316,6 @@ class Result(dict):
     def __init__(self, **entries):
         super().__init__(entries)
         self.__dict__.update(entries)
-
-
-class Slots:
-    __slots__ = ("deep", "lost", "scores")
-
-    def __init__(self, scores, deep=None):
-        self.scores, self.deep = scores, deep
 
 
 class Plain:
@@ -357,7 +342,6 @@ Both = namedtuple("Both", ("first", "second"))
         (Pair(X, {"deep": X}), ["images", "labels.deep"]),
         (UserDict(a=X), ["a"]),
         (Result(a=X, b=torch.ones(1)), ["a", "b"]),
-        ([Slots(X, {"a": X})], ["output[0].deep.a", "output[0].scores"]),
         (Plain(a=X, b=X, c=Plain(d=X)), ["a", "b", "c.d"]),
         ((X, StaticCache(a=torch.ones(1))), ["output[0]"]),
         ({"a": X, "b": X}.values(), ["output[0]", "output[1]"]),

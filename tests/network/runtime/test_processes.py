@@ -73,7 +73,7 @@ class Two(Processes):
         super()._collect(lambda buffer: (work(buffer), buffer.mul_(2)), tensor, place)
 
 
-def test_all_tensors_of_a_bucket_are_added_up_in_place(alone: Noting) -> None:
+def test_tensors_are_added_up_in_place(alone: Noting) -> None:
     two = Two(alone.group)
     tensors = [torch.ones(2), torch.ones(2, 2).mT, torch.ones(1, dtype=torch.float64), torch.ones(3, 2).mT]
     weight = nn.Parameter(torch.ones(2))
