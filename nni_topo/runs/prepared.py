@@ -72,7 +72,7 @@ class Prepared:
     budget: Budget  # its cost is counted for all networks; its share is what the call asked for, if anything
     prunable: Prunable
     narrows: bool  # whether all heads of attention are made narrower where heads would be removed
-    is_search: bool  # whether networks of several sizes are made: a missed budget of one isn't told
+    is_search: bool  # whether networks of several sizes are made, by one pruner
     is_described: bool  # whether a config of Transformers has to describe the network
     is_timed: bool = False  # whether reports have times
     depth: Depth | None = None  # where blocks compete with channels
@@ -188,8 +188,7 @@ class Prepared:
             return replace(self.start, masks=masks)
         pruner_knobs, outcome = pruner_info(pruner).knobs(), None
         if "budget" not in pruner_knobs:
-            warns = not self.is_search
-            ratios, outcome = planned_ratios(self.counted, budget, self.prunable.entries, self.round_to, warns=warns)
+            ratios, outcome = planned_ratios(self.counted, budget, self.prunable.entries, self.round_to)
             config_list = groups_of(self.counted, as_entries(ratios))
         offered = {
             "seed": self.settings.seed,
@@ -200,9 +199,11 @@ class Prepared:
         }
         taken = {name: offered[name] for name in pruner_knobs if name in offered}
         wrapped = create_pruner(pruner, victim, config_list, **taken | dict(self.settings.knobs))
-        if self.is_search and isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner):
-            self._pruners[budget.allocation] = wrapped
-            return self.start.select(wrapped, budget)
+        if isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner):
+            if self.is_search:
+                self._pruners[budget.allocation] = wrapped
+                return self.start.select(wrapped, budget)
+            wrapped.planner.change(budget)  # which warns of nothing: `outcome` does
         selected = self.start.select(wrapped)
         return selected if outcome is None else replace(selected, planned=outcome)
 
@@ -252,11 +253,8 @@ class Prepared:
 
     def outcome(self, share: float, made: Pipeline) -> BudgetOutcome:
         """Return whether a network meets a budget, and warn where it isn't near to it."""
-        planned = made.planned
         outcome = budget_outcome(self.budget.kind, share, made.left, self.why_missed(share, made))
-        # Otherwise the pruner has given the warning.
-        if self.is_search or planned is None or planned.is_met or self._is_mispredicted(made):
-            warn_if_missed(outcome)
+        warn_if_missed(outcome)
         return outcome
 
     def why_missed(self, share: float, made: Pipeline) -> str:
@@ -268,27 +266,16 @@ class Prepared:
             return planned.why if planned is not None and planned.why else "no network that was tried meets it"
         if self.settings.chooses_how_many:
             return "the pruner chooses how many channels it keeps"
-        if planned is not None and self._is_mispredicted(made):
-            return (
-                f"channels were chosen by a predicted share of {planned.left:.4g}: part of what the forward computes "
-                "takes another share in smaller networks than could be predicted"
-            )
         if planned is not None and planned.why:
             return planned.why
         if made.layers.kept:
             return "layers keep channels that were to be removed"
         if made.narrower is not None:
             return "heads of attention are made narrower, each by as many channels; narrow_heads=False removes heads"
+        if planned is not None and planned.is_met:
+            return f"the forward computes more than the planned share of {planned.left:.4g} in a smaller network"
         allocations = () if callable(self.settings.pruner) else pruner_info(self.settings.pruner).allocations()
         return no_nearer(self.budget, allocations)
-
-    def _is_mispredicted(self, made: Pipeline) -> bool:
-        """Tell whether the network that was planned has another cost than was predicted."""
-        if made.planned is None or self.budget.kind != "flops":
-            return False
-        # Narrower heads, kept channels and a function of the caller's change the cost after it was predicted.
-        is_as_planned = made.narrower is None and not callable(self.settings.compensate) and not made.layers.kept
-        return is_as_planned and abs(made.planned.left - made.left) > made.planned.tolerance
 
     def share_left(self, made: Pipeline) -> float:
         """Return the share of the cost that a dense network keeps."""
@@ -390,9 +377,7 @@ def prepare(
     prepared = Prepared.of(model, data, settings, budget, is_search=is_search, is_described=is_described)
     prepared.left_out.extend(warnings)
     if is_sized and is_described and not settings.depth and budget.kind != "latency":
-        _, outcome = planned_ratios(
-            prepared.analysis, budget, prepared.prunable.entries, prepared.round_to, warns=False
-        )
+        _, outcome = planned_ratios(prepared.analysis, budget, prepared.prunable.entries, prepared.round_to)
         if not outcome.is_met:
             prepared.leave_out(
                 f"the config of {type(model).__name__} describes no network that keeps {budget.share:g} of the "

@@ -40,7 +40,7 @@ from nni_topo.network.runtime.inputs import (
 from nni_topo.network.runtime.memory import check_memory, free_memory_of, freed_at_once, give_back_memory, out_of_memory
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
-from nni_topo.pruners.budget import Budget, as_budget, budget_outcome
+from nni_topo.pruners.budget import Budget, as_budget, budget_outcome, warn_if_missed
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.blocks import gap_after, solutions
 from nni_topo.recovery.likeness import NO_SCALE, Answers
@@ -690,6 +690,8 @@ class _Run:
         # Blocks that lost nothing: those that were removed have saved enough.
         why = "blocks are equally wide" if min(costs) < cost_before else "the removed blocks save more"
         left = (rest + sum(costs)) / (rest + cost_before * len(skeleton))
+        outcome = budget_outcome(self._budget.kind, self._budget.share, left, why)
+        warn_if_missed(outcome)
         before = _parameters(skeleton.model)
         removed = [skeleton.name_of(index) for index in range(len(skeleton)) if index not in journal.kept]
         after = before - sum(row.params_before - row.params for row in rows) - len(removed) * rows[0].params_before
@@ -711,7 +713,7 @@ class _Run:
             params_before=before,
             params=after,
             widths={name: (old, new) for name, (old, new) in journal.rows[0]["widths"].items()},
-            budget=budget_outcome(self._budget.kind, self._budget.share, left, why),
+            budget=outcome,
             likeness=likeness,
             samples=learned.samples_of_all,
             held_out=0 if held_out is None else held_out.samples_of_all,
