@@ -167,19 +167,9 @@ def sorted_layers(analysis: Analysis) -> tuple[list[str], dict[str, str]]:
 def reasons_of_unpruned_layers(analysis: Analysis, dense: nn.Module) -> dict[str, str]:
     """Return for each layer that lost no channel in the dense network the reason why."""
     report: Any = getattr(dense, "report", None)
-    model, flow, found = analysis.model, analysis.flow, dict[str, str]()
-    for row in report.rows if isinstance(report, DenseReport) else ():
-        if row.before > row.after:
-            continue
-        if row.reason:
-            found[row.name] = row.reason
-        elif row.name not in flow.layers:
-            found[row.name] = str(why_not_followed(model, row.name))
-        elif flow.reaches_output(row.name):
-            found[row.name] = str(reasons.model_output())
-        else:
-            found[row.name] = reasons.told(flow.why_pinned(row.name) or (reasons.not_asked(),))
-    return found
+    rows = report.rows if isinstance(report, DenseReport) else ()
+    known, others = sorted_layers(analysis)[1], str(reasons.not_asked())
+    return {row.name: row.reason or known.get(row.name, others) for row in rows if row.before == row.after}
 
 
 def _grouped(analysis: Analysis, entries: Sequence[Mapping[str, Any]] | None = None) -> DependencyGroups:

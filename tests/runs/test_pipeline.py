@@ -115,13 +115,13 @@ NAMED = "layers of this model that can be named: "
 @pytest.mark.parametrize(
     ("layers", "got"),
     [
-        (["idle", "unused"], "idle, unused, which keep all channels: the forward doesn't use the layer;"),
+        (["idle", "unused"], "idle, unused: the forward doesn't use the layer;"),
         # An entry that asks for heads leaves the others to be looked at.
-        ([HEADS, "one"], "one, which gives the model's output;"),
-        ([{"op_types": ["Linear"]}], "one, two, which give the model's output;"),
+        ([HEADS, "one"], "one: it gives the model's output;"),
+        ([{"op_types": ["Linear"]}], "one, two: it gives the model's output;"),
         # What was named first isn't forgotten.
-        ([{"op_names": ["one"]}, {"op_types": ["Conv1d"]}], "one, which gives the model's output;"),
-        ([{"op_names": ["free", "one"]}], "one, which gives the model's output;"),
+        ([{"op_names": ["one"]}, {"op_types": ["Conv1d"]}], "one: it gives the model's output;"),
+        ([{"op_names": ["free", "one"]}], "one: it gives the model's output;"),
     ],
 )
 @pytest.mark.quick_every(4)
@@ -154,7 +154,7 @@ class Twice(nn.Module):
     ],
 )
 def test_layers_that_no_list_of_layers_has_are_refused_with_the_reason(name, why):
-    with pytest.raises(ConfigError, match=f"got {name}, which keeps all channels: {why}; layers of"):
+    with pytest.raises(ConfigError, match=f"got {name}: {why}; layers of"):
         layers_to_prune(Analysis.on(Twice(), torch.rand(2, 4)), [name])
 
 
@@ -162,7 +162,7 @@ def test_an_entry_for_heads_may_name_a_module_that_holds_layers():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))
     entry = {"op_names": ["0"], "granularity": "head"}
     assert layers_to_prune(Analysis.on(model, torch.rand(2, 4)), [entry]).entries == [entry]
-    with pytest.raises(ConfigError, match=r"got 0 \(Sequential\) without channels of its own;"):
+    with pytest.raises(ConfigError, match=r"got 0: it has no channels of its own;"):
         layers_to_prune(Analysis.on(model, torch.rand(2, 4)), ["0"])
 
 
