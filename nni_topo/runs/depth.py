@@ -225,8 +225,9 @@ def removable_blocks(
     kept: dict[str, str] = {}
 
     def why_kept(name: str) -> str:
-        if any(_has_hooks(each) for each in modules[name].modules()):
-            return "a hook meets it"
+        for each in modules[name].modules():
+            if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks:
+                return "a hook meets it"
         mine = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(seen[name][0].output)}
         if mine & memory:
             return "what it puts out is an output of the model"
@@ -236,11 +237,9 @@ def removable_blocks(
         trial = detached_copy(model, light=True)
         _remove(trial, candidate, candidate.name)
         try:
-            plainly = run_watched(trial, call)
-            # PyTorch's fast paths read attributes of attention that nothing else reads.
+            # As users run it: PyTorch's fast paths read attributes of attention that nothing else reads.
             with left_alone(trial), evaluation_mode(trial), torch.no_grad():
-                as_users_run_it = trial(*call[0], **call[1])
-            return all([tensor.shape for tensor in _tensors(each)] == shapes for each in (plainly, as_users_run_it))
+                return [tensor.shape for tensor in _tensors(trial(*call[0], **call[1]))] == shapes
         except Exception as error:  # a forward may do anything with what its blocks give
             if out_of_memory(error):
                 raise
@@ -303,17 +302,6 @@ def _layers_in(module: nn.Module) -> list[nn.Module]:
     """Return the modules with weights that multiply what enters them."""
     kinds = (*WEIGHTED, *RECURRENT, nn.MultiheadAttention)
     return [each for each in module.modules() if isinstance(each, kinds) or is_transposed_linear(each)]
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Say whether a module has hooks of its forward or backward pass."""
-    kinds = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(map(len, kinds))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -363,12 +363,10 @@ def prepare(
     is_described: bool,
     parts: tuple[Calibration | None, ...] | None = None,
     is_search: bool = False,
-    is_sized: bool = False,
     is_timed: bool = False,
 ) -> Prepared:
     """Find the layers to prune, and the blocks, and measure the unpruned network, for a request that is checked.
 
-    ``is_sized``: whether the share of the budget is asked for; then a warning says if it can't be reached.
     ``is_timed``: whether reports have the times of the unpruned network and of the smaller one.
     """
     model, warnings = plain_weights(model)
@@ -376,7 +374,7 @@ def prepare(
     settings.check_distillation(model, data.all)
     prepared = Prepared.of(model, data, settings, budget, is_search=is_search, is_described=is_described)
     prepared.left_out.extend(warnings)
-    if is_sized and is_described and not settings.depth and budget.kind != "latency":
+    if is_described and not settings.depth and budget.kind != "latency":
         _, outcome = planned_ratios(prepared.analysis, budget, prepared.prunable.entries, prepared.round_to)
         if not outcome.is_met:
             prepared.leave_out(
