@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -37,6 +36,7 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of, dense_report_of, to_dense
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.pruners.budget import budget_outcome
+from nni_topo.pruners.checks import matched_modules
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import Outputs
@@ -717,11 +717,9 @@ def _table_of(table: LatencyTable, short: Shortened) -> LatencyTable:
 def _resolved(entries: Sequence[Mapping[str, Any]], model: nn.Module) -> list[tuple[list[str], dict[str, Any]]]:
     """Return the layers that each entry of a config_list selects, in network order, and its other keys."""
     found = []
-    for entry in trans_legacy_config_list(list(entries)):  # NNI changes copies alone
-        modules, settings, _ = select_modules_by_config(model, entry)
-        # NNI selects a set of names, which each process has in another order.
-        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name in modules]
-        found.append((names, dict(settings)))
+    for entry in entries:
+        settings = {key: value for key, value in entry.items() if not key.startswith(("op_", "exclude_op_"))}
+        found.append((list(matched_modules(model, [dict(entry)])), settings))
     return found
 
 

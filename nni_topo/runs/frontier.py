@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -67,7 +67,7 @@ class FrontierPoint:
     seconds: float  # wall time
 
 
-class Frontier(Mapping[float, nn.Module]):
+class Frontier(dict[float, nn.Module]):
     """Networks of several sizes by the share of the cost that was asked for, e.g. ``found[0.25]``.
 
     Attributes
@@ -93,21 +93,12 @@ class Frontier(Mapping[float, nn.Module]):
         images: int,
         held_out: int,
     ) -> None:
-        self._networks = dict(networks)
+        super().__init__(networks)
         self.points, self.kind, self.measure = tuple(points), kind, measure
         self.images, self.held_out = images, held_out
 
-    def __getitem__(self, share: float) -> nn.Module:
-        if share not in self._networks:
-            known = ", ".join(map(str, self._networks))
-            raise KeyError(f"share must be one of the frontier's, got {share}; known: {known}")
-        return self._networks[share]
-
-    def __iter__(self) -> Iterator[float]:
-        return iter(self._networks)
-
-    def __len__(self) -> int:
-        return len(self._networks)
+    def __missing__(self, share: float) -> nn.Module:
+        raise KeyError(f"share must be one of the frontier's, got {share}; known: {', '.join(map(str, self))}")
 
     @property
     def knee(self) -> float | None:

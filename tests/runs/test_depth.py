@@ -31,7 +31,6 @@ from nni_topo.runs.depth import (
     Removal,
     RemovedBlock,
     Shortened,
-    _resolved,
     _seconds,
     _table_of,
     cost_saved,
@@ -1015,12 +1014,3 @@ def test_named_layers_that_are_all_gone_leave_nothing_to_prune():
     choosing(steps.path, "blocks.1")
     with pytest.raises(ConfigError, match=r"got none that is named \(layers\)"):
         steps.prepared(1)
-
-
-def test_entries_of_a_config_list_stay_as_they_are():
-    entries = [{"op_names": ["enter"], "sparsity": 0.5}, {"op_types": ["Linear"], "op_partial_names": ["blocks.1"]}]
-    before = copy.deepcopy(entries)
-    (one, _), (others, _) = _resolved(entries, stack()[0])
-    assert entries == before
-    assert one == ["enter"]
-    assert others == [f"blocks.1.{part}.{layer}" for part in ("first", "second") for layer in ("one", "two")]
