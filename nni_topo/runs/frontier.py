@@ -299,9 +299,9 @@ def frontier(
     settings.check_has_size("shares need")
     if len(wanted) > 1:
         settings.check_one_distilled("one of each share")
-    template, is_described = settings.checked(model, calibration, template)
-    prepared = prepare(model, calibration, settings, template, is_described=is_described, is_search=True, is_timed=time)
-    steps, measured, data = prepared.counted_by_table(), prepared.measured, prepared.images
+    template = settings.checked(model, calibration, template)
+    steps = prepare(model, calibration, settings, template, is_timed=time).for_search()
+    measured, data = steps.measured, steps.images
     model, kind = steps.model, template.kind
     own_steps = _distillation_steps(wanted, data.learned.samples, distill)
     # Bounds of layers are shares of the unpruned network's channels.
@@ -377,8 +377,7 @@ def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepa
     """Prune a larger network further, to the same share of the unpruned one's cost; None where that can't be."""
     try:
         larger, _ = plain_weights(larger)
-        images, settings, is_described = steps.images, steps.settings, steps.is_described
-        own = Prepared.of(larger, images, settings, steps.budget, is_search=True, is_described=is_described)
+        own = Prepared.of(larger, steps.images, steps.settings, steps.budget)
         other = own.recover(min(share / left, 1.0))
     except ConfigError as error:  # no more channels can be removed
         _logger.info("the network of share %g isn't made from a larger one: %s", share, error)

@@ -56,7 +56,7 @@ from nni_topo.runs.measurements import UNPRUNED, Measurements
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prunable import Prunable, layers_to_prune
 from nni_topo.runs.report import ShrinkReport
-from nni_topo.runs.settings import FREE_WIDTHS, Settings
+from nni_topo.runs.settings import FREE_WIDTHS, Settings, describes
 from nni_topo.runs.widths import as_entries, planned_ratios
 
 _logger = logging.getLogger(__name__)
@@ -71,9 +71,7 @@ class Prepared:
     settings: Settings
     budget: Budget  # its cost is counted for all networks; its share is what the call asked for, if anything
     prunable: Prunable
-    narrows: bool  # whether all heads of attention are made narrower where heads would be removed
-    is_search: bool  # whether networks of several sizes are made, by one pruner
-    is_described: bool  # whether a config of Transformers has to describe the network
+    is_search: bool = False  # whether networks of several sizes are made, by one pruner
     is_timed: bool = False  # whether reports have times
     depth: Depth | None = None  # where blocks compete with channels
     measured: Any = None  # Measurements, where the networks get reports
@@ -96,41 +94,40 @@ class Prepared:
         """Layers keep a multiple of so many channels."""
         return self.start.round_to
 
+    @property
+    def is_described(self) -> bool:
+        """Whether a config of Transformers has to describe the network."""
+        return describes(self.model, self.budget)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether all heads of attention are made narrower where heads would be removed."""
+        can_narrow = self.round_to is None and self.budget.kind != "latency" and not self.budget.equal_blocks
+        return can_narrow and self.settings.narrow_heads is not False
+
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        images: ImageParts,
-        settings: Settings,
-        budget: Budget,
-        *,
-        is_search: bool = False,
-        is_described: bool = False,
-    ) -> Prepared:
+    def of(cls, model: nn.Module, images: ImageParts, settings: Settings, budget: Budget) -> Prepared:
         """Find the layers that can lose channels."""
         analysis = Analysis.on(model, images.example)
-        prunable = layers_to_prune(analysis, settings.layers, is_described=is_described)
+        prunable = layers_to_prune(analysis, settings.layers, is_described=describes(model, budget))
         give_back_memory(model)  # networks that were traced refer to themselves
         device, round_to = device_of(model), settings.round_to
         # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
         is_free = round_to is None and device.type != "cuda"
         width_unit = None if is_free or round_to == 1 else widths_multiple(round_to or "auto", device)
-        can_narrow = width_unit is None and budget.kind != "latency" and not budget.equal_blocks
-        narrows = can_narrow and settings.narrow_heads is not False
-        start = Pipeline(analysis, width_unit)
-        return cls(start, images, settings, budget, prunable, narrows, is_search, is_described)
+        return cls(Pipeline(analysis, width_unit), images, settings, budget, prunable)
 
     def leave_out(self, text: str) -> None:
         """Warn of a step that is left out."""
         self.left_out.append(text)
         _logger.warning("%s", text)
 
-    def counted_by_table(self) -> Prepared:
-        """Return the same, but with a budget of time that is counted by a table, measured once for all sizes."""
-        if self.budget.kind != "latency" or self.budget.latency_table is not None:
-            return self
-        budget = replace(self.budget, latency_table=measure_latency(self.model, self.example))
-        own = replace(self, budget=budget, depth=None)
+    def for_search(self) -> Prepared:
+        """Return the same for networks of several sizes: one pruner makes all, one table counts a budget of time."""
+        budget = self.budget
+        if budget.kind == "latency" and budget.latency_table is None:
+            budget = replace(budget, latency_table=measure_latency(self.model, self.example))
+        own = replace(self, budget=budget, depth=None, is_search=True)
         return own if self.depth is None else replace(own, depth=Depth(own, self.depth.removable))
 
     def of_share(self, share: float, **changes: Any) -> Budget:
@@ -360,9 +357,7 @@ def prepare(
     settings: Settings,
     budget: Budget,
     *,
-    is_described: bool,
     parts: tuple[Calibration | None, ...] | None = None,
-    is_search: bool = False,
     is_timed: bool = False,
 ) -> Prepared:
     """Find the layers to prune, and the blocks, and measure the unpruned network, for a request that is checked.
@@ -372,9 +367,9 @@ def prepare(
     model, warnings = plain_weights(model)
     data = ImageParts.of(images, model, parts)
     settings.check_distillation(model, data.all)
-    prepared = Prepared.of(model, data, settings, budget, is_search=is_search, is_described=is_described)
+    prepared = Prepared.of(model, data, settings, budget)
     prepared.left_out.extend(warnings)
-    if is_described and not settings.depth and budget.kind != "latency":
+    if prepared.is_described and not settings.depth and budget.kind != "latency":
         _, outcome = planned_ratios(prepared.analysis, budget, prepared.prunable.entries, prepared.round_to)
         if not outcome.is_met:
             prepared.leave_out(

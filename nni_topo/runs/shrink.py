@@ -215,7 +215,7 @@ def shrink(
     if tolerance is None and measure != "auto":
         raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
     settings = Settings.among(arguments)
-    wanted, is_described = settings.checked(model, calibration, wanted, tolerance)
+    wanted = settings.checked(model, calibration, wanted, tolerance)
     is_timed = time or wanted.kind == "latency"
     if tolerance is not None:
         structure_call(model, calibration)  # an error that says what to change
@@ -224,18 +224,9 @@ def shrink(
         # A function has its own data, so no image must be withheld from the calibration data to confirm.
         parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
         check_tolerance(tolerance, measure, calibration, parts or (), settings)
-        prepared = prepare(
-            model,
-            calibration,
-            settings,
-            wanted,
-            parts=parts,
-            is_described=is_described,
-            is_search=True,
-            is_timed=is_timed,
-        )
+        prepared = prepare(model, calibration, settings, wanted, parts=parts, is_timed=is_timed)
         return within_tolerance(prepared, tolerance, measure, share)
-    prepared = prepare(model, calibration, settings, wanted, is_described=is_described, is_timed=is_timed)
+    prepared = prepare(model, calibration, settings, wanted, is_timed=is_timed)
     measured = prepared.measured
     if wanted.allocation == AUTO or depth:
         made = prepared.make(prepared.budget.share)

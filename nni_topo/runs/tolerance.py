@@ -297,7 +297,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
     is returned.
     """
     images, measured, settings = prepared.images, prepared.measured, prepared.settings
-    kind, steps = prepared.budget.kind, prepared.counted_by_table()
+    kind, steps = prepared.budget.kind, prepared.for_search()
     parts = [each for each in (images.judges, images.held_out) if each is not None and measure != "evaluate"]
     judge = Judge(steps.model, measured.answers, parts, tolerance, measure, settings.evaluate)
     floor = least_share(steps.counted, steps.budget, steps.prunable.entries, steps.round_to)

@@ -489,7 +489,7 @@ def staged(losses, *, kind="flops", whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, 
     judges = Calibration([torch.zeros(8, 1)])
     start = Pipeline(Analysis(nn.Identity(), ((torch.zeros(1, 1),), {})))
     images = ImageParts(judges, judges, judges, judges, None)
-    asked = Prepared(start, images, Settings(), Budget(**{kind: 0.25}), None, False, True, False)
+    asked = Prepared(start, images, Settings(), Budget(**{kind: 0.25}), None, is_search=True)
     return Staged(asked, whole, kept or {}, refused, overhead)
 
 

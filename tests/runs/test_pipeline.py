@@ -44,8 +44,7 @@ def asked(**given):
 def steps(model=None, budget=FLOPS, data=None, **given):
     """What is known of a network, by default the toy network, with few images."""
     model = toy_model().eval() if model is None else model
-    known = {name: given.pop(name) for name in ("is_search", "is_described") if name in given}
-    return Prepared.of(model, data or ImageParts.of(images(), model), asked(**given), budget, **known)
+    return Prepared.of(model, data or ImageParts.of(images(), model), asked(**given), budget)
 
 
 def distilled(chosen, dense, **own):
@@ -514,7 +513,7 @@ def test_heads_get_narrower_where_that_is_asked_for(narrow_heads, equal_blocks, 
 
 
 def test_a_search_asks_the_same_pruner_for_every_size():
-    once, search = (steps(pruner="random", is_search=is_search) for is_search in (False, True))
+    once, search = steps(pruner="random"), steps(pruner="random").for_search()
     for share in (0.5, 0.75):
         budget = Budget(flops=share)
         kept = [each.select(budget) for each in (once, search)]
