@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -37,6 +36,7 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of, dense_report_of, to_dense
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.pruners.budget import budget_outcome
+from nni_topo.pruners.checks import matched_modules
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import Outputs
@@ -225,8 +225,9 @@ def removable_blocks(
     kept: dict[str, str] = {}
 
     def why_kept(name: str) -> str:
-        if any(_has_hooks(each) for each in modules[name].modules()):
-            return "a hook meets it"
+        for each in modules[name].modules():
+            if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks:
+                return "a hook meets it"
         mine = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(seen[name][0].output)}
         if mine & memory:
             return "what it puts out is an output of the model"
@@ -236,11 +237,9 @@ def removable_blocks(
         trial = detached_copy(model, light=True)
         _remove(trial, candidate, candidate.name)
         try:
-            plainly = run_watched(trial, call)
-            # PyTorch's fast paths read attributes of attention that nothing else reads.
+            # As users run it: PyTorch's fast paths read attributes of attention that nothing else reads.
             with left_alone(trial), evaluation_mode(trial), torch.no_grad():
-                as_users_run_it = trial(*call[0], **call[1])
-            return all([tensor.shape for tensor in _tensors(each)] == shapes for each in (plainly, as_users_run_it))
+                return [tensor.shape for tensor in _tensors(trial(*call[0], **call[1]))] == shapes
         except Exception as error:  # a forward may do anything with what its blocks give
             if out_of_memory(error):
                 raise
@@ -303,17 +302,6 @@ def _layers_in(module: nn.Module) -> list[nn.Module]:
     """Return the modules with weights that multiply what enters them."""
     kinds = (*WEIGHTED, *RECURRENT, nn.MultiheadAttention)
     return [each for each in module.modules() if isinstance(each, kinds) or is_transposed_linear(each)]
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Say whether a module has hooks of its forward or backward pass."""
-    kinds = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(map(len, kinds))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
@@ -729,11 +717,9 @@ def _table_of(table: LatencyTable, short: Shortened) -> LatencyTable:
 def _resolved(entries: Sequence[Mapping[str, Any]], model: nn.Module) -> list[tuple[list[str], dict[str, Any]]]:
     """Return the layers that each entry of a config_list selects, in network order, and its other keys."""
     found = []
-    for entry in trans_legacy_config_list(list(entries)):  # NNI changes copies alone
-        modules, settings, _ = select_modules_by_config(model, entry)
-        # NNI selects a set of names, which each process has in another order.
-        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name in modules]
-        found.append((names, dict(settings)))
+    for entry in entries:
+        settings = {key: value for key, value in entry.items() if not key.startswith(("op_", "exclude_op_"))}
+        found.append((list(matched_modules(model, [dict(entry)])), settings))
     return found
 
 

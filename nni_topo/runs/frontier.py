@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -67,7 +67,7 @@ class FrontierPoint:
     seconds: float  # wall time
 
 
-class Frontier(Mapping[float, nn.Module]):
+class Frontier(dict[float, nn.Module]):
     """Networks of several sizes by the share of the cost that was asked for, e.g. ``found[0.25]``.
 
     Attributes
@@ -93,21 +93,12 @@ class Frontier(Mapping[float, nn.Module]):
         images: int,
         held_out: int,
     ) -> None:
-        self._networks = dict(networks)
+        super().__init__(networks)
         self.points, self.kind, self.measure = tuple(points), kind, measure
         self.images, self.held_out = images, held_out
 
-    def __getitem__(self, share: float) -> nn.Module:
-        if share not in self._networks:
-            known = ", ".join(map(str, self._networks))
-            raise KeyError(f"share must be one of the frontier's, got {share}; known: {known}")
-        return self._networks[share]
-
-    def __iter__(self) -> Iterator[float]:
-        return iter(self._networks)
-
-    def __len__(self) -> int:
-        return len(self._networks)
+    def __missing__(self, share: float) -> nn.Module:
+        raise KeyError(f"share must be one of the frontier's, got {share}; known: {', '.join(map(str, self))}")
 
     @property
     def knee(self) -> float | None:
@@ -308,9 +299,9 @@ def frontier(
     settings.check_has_size("shares need")
     if len(wanted) > 1:
         settings.check_one_distilled("one of each share")
-    template, is_described = settings.checked(model, calibration, template)
-    prepared = prepare(model, calibration, settings, template, is_described=is_described, is_search=True, is_timed=time)
-    steps, measured, data = prepared.counted_by_table(), prepared.measured, prepared.images
+    template = settings.checked(model, calibration, template)
+    steps = prepare(model, calibration, settings, template, is_timed=time).for_search()
+    measured, data = steps.measured, steps.images
     model, kind = steps.model, template.kind
     own_steps = _distillation_steps(wanted, data.learned.samples, distill)
     # Bounds of layers are shares of the unpruned network's channels.
@@ -386,8 +377,7 @@ def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepa
     """Prune a larger network further, to the same share of the unpruned one's cost; None where that can't be."""
     try:
         larger, _ = plain_weights(larger)
-        images, settings, is_described = steps.images, steps.settings, steps.is_described
-        own = Prepared.of(larger, images, settings, steps.budget, is_search=True, is_described=is_described)
+        own = Prepared.of(larger, steps.images, steps.settings, steps.budget)
         other = own.recover(min(share / left, 1.0))
     except ConfigError as error:  # no more channels can be removed
         _logger.info("the network of share %g isn't made from a larger one: %s", share, error)

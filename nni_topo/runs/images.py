@@ -11,7 +11,7 @@ from torch import nn
 from nni_topo.errors import ConfigError, raised
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import check_samples_first, failure_on, structure_call
-from nni_topo.network.runtime.inputs import Call, calls, on_device, tensors_of
+from nni_topo.network.runtime.inputs import Call, calls, on_device
 from nni_topo.network.runtime.modules import device_of
 
 
@@ -42,20 +42,10 @@ class ImageParts:
             learned, held_out = calibration.split()
             error = None if held_out is None else failure_on(model, next(calls(model, learned)))
             if error is not None:
-                whole_call, count = next(calls(model, calibration)), calibration.sizes[0]
-                for each in tensors_of(whole_call)[1:]:
-                    are_edges = each.dim() == 2 and len(each) == 2 != count and not each.is_floating_point()
-                    if are_edges or each.shape == (count, count):
-                        raise ConfigError(
-                            f"inputs must hold samples, of which every eighth is held out, got {count} nodes of a "
-                            f"graph with edges {tuple(each.shape)}: create_pruner, compensate and to_dense take whole "
-                            f"graphs ({calibration.name})"
-                        ) from error
                 raise ConfigError(
-                    "a model must run on any number of samples, because every eighth one is held out: let its forward "
-                    "take the number from its input, as x.flatten(1) and x.view(len(x), -1) do; of "
-                    f"{count} samples it got {learned.sizes[0]} and raised {raised(error)} (model); samples must be "
-                    "the first dimension of every input, also of the states of recurrent layers"
+                    "a model must run on any number of samples, the first dimension of every input, because every "
+                    f"eighth one is held out: of {calibration.sizes[0]} samples it got {learned.sizes[0]} and raised "
+                    f"{raised(error)} (model); create_pruner, compensate and to_dense take whole graphs"
                 ) from error
             return cls(calibration, learned, held_out, held_out, kwargs or args)
         first, judges, held_out = parts

@@ -56,7 +56,7 @@ from nni_topo.runs.measurements import UNPRUNED, Measurements
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prunable import Prunable, layers_to_prune
 from nni_topo.runs.report import ShrinkReport
-from nni_topo.runs.settings import FREE_WIDTHS, Settings
+from nni_topo.runs.settings import FREE_WIDTHS, Settings, describes
 from nni_topo.runs.widths import as_entries, planned_ratios
 
 _logger = logging.getLogger(__name__)
@@ -71,9 +71,7 @@ class Prepared:
     settings: Settings
     budget: Budget  # its cost is counted for all networks; its share is what the call asked for, if anything
     prunable: Prunable
-    narrows: bool  # whether all heads of attention are made narrower where heads would be removed
-    is_search: bool  # whether networks of several sizes are made: a missed budget of one isn't told
-    is_described: bool  # whether a config of Transformers has to describe the network
+    is_search: bool = False  # whether networks of several sizes are made, by one pruner
     is_timed: bool = False  # whether reports have times
     depth: Depth | None = None  # where blocks compete with channels
     measured: Any = None  # Measurements, where the networks get reports
@@ -96,41 +94,40 @@ class Prepared:
         """Layers keep a multiple of so many channels."""
         return self.start.round_to
 
+    @property
+    def is_described(self) -> bool:
+        """Whether a config of Transformers has to describe the network."""
+        return describes(self.model, self.budget)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether all heads of attention are made narrower where heads would be removed."""
+        can_narrow = self.round_to is None and self.budget.kind != "latency" and not self.budget.equal_blocks
+        return can_narrow and self.settings.narrow_heads is not False
+
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        images: ImageParts,
-        settings: Settings,
-        budget: Budget,
-        *,
-        is_search: bool = False,
-        is_described: bool = False,
-    ) -> Prepared:
+    def of(cls, model: nn.Module, images: ImageParts, settings: Settings, budget: Budget) -> Prepared:
         """Find the layers that can lose channels."""
         analysis = Analysis.on(model, images.example)
-        prunable = layers_to_prune(analysis, settings.layers, is_described=is_described)
+        prunable = layers_to_prune(analysis, settings.layers, is_described=describes(model, budget))
         give_back_memory(model)  # networks that were traced refer to themselves
         device, round_to = device_of(model), settings.round_to
         # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
         is_free = round_to is None and device.type != "cuda"
         width_unit = None if is_free or round_to == 1 else widths_multiple(round_to or "auto", device)
-        can_narrow = width_unit is None and budget.kind != "latency" and not budget.equal_blocks
-        narrows = can_narrow and settings.narrow_heads is not False
-        start = Pipeline(analysis, width_unit)
-        return cls(start, images, settings, budget, prunable, narrows, is_search, is_described)
+        return cls(Pipeline(analysis, width_unit), images, settings, budget, prunable)
 
     def leave_out(self, text: str) -> None:
         """Warn of a step that is left out."""
         self.left_out.append(text)
         _logger.warning("%s", text)
 
-    def counted_by_table(self) -> Prepared:
-        """Return the same, but with a budget of time that is counted by a table, measured once for all sizes."""
-        if self.budget.kind != "latency" or self.budget.latency_table is not None:
-            return self
-        budget = replace(self.budget, latency_table=measure_latency(self.model, self.example))
-        own = replace(self, budget=budget, depth=None)
+    def for_search(self) -> Prepared:
+        """Return the same for networks of several sizes: one pruner makes all, one table counts a budget of time."""
+        budget = self.budget
+        if budget.kind == "latency" and budget.latency_table is None:
+            budget = replace(budget, latency_table=measure_latency(self.model, self.example))
+        own = replace(self, budget=budget, depth=None, is_search=True)
         return own if self.depth is None else replace(own, depth=Depth(own, self.depth.removable))
 
     def of_share(self, share: float, **changes: Any) -> Budget:
@@ -188,8 +185,7 @@ class Prepared:
             return replace(self.start, masks=masks)
         pruner_knobs, outcome = pruner_info(pruner).knobs(), None
         if "budget" not in pruner_knobs:
-            warns = not self.is_search
-            ratios, outcome = planned_ratios(self.counted, budget, self.prunable.entries, self.round_to, warns=warns)
+            ratios, outcome = planned_ratios(self.counted, budget, self.prunable.entries, self.round_to)
             config_list = groups_of(self.counted, as_entries(ratios))
         offered = {
             "seed": self.settings.seed,
@@ -200,9 +196,11 @@ class Prepared:
         }
         taken = {name: offered[name] for name in pruner_knobs if name in offered}
         wrapped = create_pruner(pruner, victim, config_list, **taken | dict(self.settings.knobs))
-        if self.is_search and isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner):
-            self._pruners[budget.allocation] = wrapped
-            return self.start.select(wrapped, budget)
+        if isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner):
+            if self.is_search:
+                self._pruners[budget.allocation] = wrapped
+                return self.start.select(wrapped, budget)
+            wrapped.planner.change(budget)  # which warns of nothing: `outcome` does
         selected = self.start.select(wrapped)
         return selected if outcome is None else replace(selected, planned=outcome)
 
@@ -252,11 +250,8 @@ class Prepared:
 
     def outcome(self, share: float, made: Pipeline) -> BudgetOutcome:
         """Return whether a network meets a budget, and warn where it isn't near to it."""
-        planned = made.planned
         outcome = budget_outcome(self.budget.kind, share, made.left, self.why_missed(share, made))
-        # Otherwise the pruner has given the warning.
-        if self.is_search or planned is None or planned.is_met or self._is_mispredicted(made):
-            warn_if_missed(outcome)
+        warn_if_missed(outcome)
         return outcome
 
     def why_missed(self, share: float, made: Pipeline) -> str:
@@ -268,27 +263,16 @@ class Prepared:
             return planned.why if planned is not None and planned.why else "no network that was tried meets it"
         if self.settings.chooses_how_many:
             return "the pruner chooses how many channels it keeps"
-        if planned is not None and self._is_mispredicted(made):
-            return (
-                f"channels were chosen by a predicted share of {planned.left:.4g}: part of what the forward computes "
-                "takes another share in smaller networks than could be predicted"
-            )
         if planned is not None and planned.why:
             return planned.why
         if made.layers.kept:
             return "layers keep channels that were to be removed"
         if made.narrower is not None:
             return "heads of attention are made narrower, each by as many channels; narrow_heads=False removes heads"
+        if planned is not None and planned.is_met:
+            return f"the forward computes more than the planned share of {planned.left:.4g} in a smaller network"
         allocations = () if callable(self.settings.pruner) else pruner_info(self.settings.pruner).allocations()
         return no_nearer(self.budget, allocations)
-
-    def _is_mispredicted(self, made: Pipeline) -> bool:
-        """Tell whether the network that was planned has another cost than was predicted."""
-        if made.planned is None or self.budget.kind != "flops":
-            return False
-        # Narrower heads, kept channels and a function of the caller's change the cost after it was predicted.
-        is_as_planned = made.narrower is None and not callable(self.settings.compensate) and not made.layers.kept
-        return is_as_planned and abs(made.planned.left - made.left) > made.planned.tolerance
 
     def share_left(self, made: Pipeline) -> float:
         """Return the share of the cost that a dense network keeps."""
@@ -373,26 +357,20 @@ def prepare(
     settings: Settings,
     budget: Budget,
     *,
-    is_described: bool,
     parts: tuple[Calibration | None, ...] | None = None,
-    is_search: bool = False,
-    is_sized: bool = False,
     is_timed: bool = False,
 ) -> Prepared:
     """Find the layers to prune, and the blocks, and measure the unpruned network, for a request that is checked.
 
-    ``is_sized``: whether the share of the budget is asked for; then a warning says if it can't be reached.
     ``is_timed``: whether reports have the times of the unpruned network and of the smaller one.
     """
     model, warnings = plain_weights(model)
     data = ImageParts.of(images, model, parts)
     settings.check_distillation(model, data.all)
-    prepared = Prepared.of(model, data, settings, budget, is_search=is_search, is_described=is_described)
+    prepared = Prepared.of(model, data, settings, budget)
     prepared.left_out.extend(warnings)
-    if is_sized and is_described and not settings.depth and budget.kind != "latency":
-        _, outcome = planned_ratios(
-            prepared.analysis, budget, prepared.prunable.entries, prepared.round_to, warns=False
-        )
+    if prepared.is_described and not settings.depth and budget.kind != "latency":
+        _, outcome = planned_ratios(prepared.analysis, budget, prepared.prunable.entries, prepared.round_to)
         if not outcome.is_met:
             prepared.leave_out(
                 f"the config of {type(model).__name__} describes no network that keeps {budget.share:g} of the "

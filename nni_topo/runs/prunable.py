@@ -14,7 +14,6 @@ from nni_topo.network.channels import reasons
 from nni_topo.network.layers.kinds import has_channels
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import (
-    OUTPUT,
     DependencyGroups,
     by_reason,
     groups_of,
@@ -55,10 +54,7 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
         names, unpruned = sorted_layers(analysis)
         entries = [{"op_names": names}]
         if not names:
-            # What can be changed comes first: a layer that gives the output keeps its channels in any case.
-            layers_of = sorted(by_reason(unpruned).items(), key=lambda each: each[0] == OUTPUT)
-            told = [f"{', '.join(same)}: {why}" for why, same in layers_of]
-            found = "; ".join(told) or "no convolution, linear or recurrent layer"
+            found = _told(unpruned) or "no convolution, linear or recurrent layer"
             raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
     make = _with_described if is_described else _without_held
     return make(analysis, entries, unpruned, layers is None)
@@ -75,10 +71,9 @@ def _without_held(
     held = held_by_unselected(analysis.flow, groups.layers())
     why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
     if held and len(held) == len({name for group in groups.layers() for name in group}):
-        told = "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())
         raise ConfigError(
-            f"layers must include those that share channels with the layers it names, got {told}: name these, too "
-            "(layers)"
+            f"layers must include those that share channels with the layers it names, got {_told(why)}: name these, "
+            "too (layers)"
         )
     if is_default:
         # Masks of theirs would only be taken back, and until then keep the layers from being reconstructed.
@@ -158,11 +153,6 @@ def _check_have_channels(analysis: Analysis, layers: Layers) -> None:
             continue
         selected |= matched_modules(model, [entry])
         named.update(entry.get("op_names") or ())
-    without = [
-        f"{name or 'the model'} ({type(module).__name__})"
-        for name, module in selected.items()
-        if not has_channels(module)
-    ]
     prunable, unpruned = sorted_layers(analysis)
     with_channels = [name for name, module in selected.items() if has_channels(module)]
     others = [name for name in with_channels if name not in unpruned and name not in prunable]
@@ -170,16 +160,15 @@ def _check_have_channels(analysis: Analysis, layers: Layers) -> None:
     keeping = [name for name in with_channels if name in unpruned]
     if len(keeping) < len(with_channels) or by_head:
         keeping = [name for name in keeping if name in named]
-    refused = [f"{listed(without)} without channels of its own"] if without else []
-    for why, names in by_reason({name: unpruned[name] for name in keeping}).items():
-        if why == OUTPUT:
-            gives = "gives" if len(names) == 1 else "give"
-            refused.append(f"{listed(names)}, which {gives} the model's output")
-        else:
-            keeps = "keeps all channels" if len(names) == 1 else "keep all channels"
-            refused.append(f"{listed(names)}, which {keeps}: {why}")
+    refused = {name: "it has no channels of its own" for name in selected if name not in with_channels}
+    refused |= {name: unpruned[name] for name in keeping}
     if refused:
         raise ConfigError(
-            f"layers must be layers whose channels can be removed, got {' and '.join(refused)}; layers of this model "
-            f"that can be named: {listed(prunable, 8) or 'none'} (layers)"
+            f"layers must be layers whose channels can be removed, got {_told(refused)}; layers of this model that can "
+            f"be named: {listed(prunable, 8) or 'none'} (layers)"
         )
+
+
+def _told(why: Mapping[str, str]) -> str:
+    """Return the layers of each reason with it."""
+    return "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())

@@ -11,11 +11,9 @@ from nni_topo.disk import LOCK, check_free_disk, only_process, output_folder, wr
 from nni_topo.errors import ConfigError
 from nni_topo.network.io import checkpoint as files
 from nni_topo.network.runtime.public import public
-from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.reconcile import check_masks, resolve_masks
 from nni_topo.pruners.checks import check_request
-from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import check_pruner_knobs, needs_rule, pruner_info
 from nni_topo.runs.choices import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
 from nni_topo.runs.provenance import Record, provenance
@@ -67,13 +65,10 @@ def prune_checkpoint(
         if config.dependency_groups and pruner_info(config.pruner).structured:
             config_list = dependency_groups(start.net, start.example, config_list)
         found = prune(start, choice, config_list)
-        masks = on_cpu(found.masks)
+        masks = found.masks
         if config.round_to is not None:
-            on_device: Masks = {}
-            for name, targets in masks.items():
-                on_device[name] = {target: mask.to(start.device) for target, mask in targets.items()}
-            flow = Analysis.on(start.net, start.example).flow
-            masks = resolve_masks(start.net, flow, check_masks(start.net, on_device), config.round_to)
+            masks = resolve_masks(start.net, start.analysis.flow, check_masks(start.net, masks), config.round_to)
+        masks = on_cpu(masks)
         dense, _ = made_dense(start, masks)
         record: Record = {
             "model": model.label,

@@ -167,9 +167,7 @@ class Settings:
                 f"for a file holds the state of one, got {state!r} ({self.place})"
             )
 
-    def checked(
-        self, model: nn.Module, images: Calibration, budget: Budget, tolerance: float | None = None
-    ) -> tuple[Budget, bool]:
+    def checked(self, model: nn.Module, images: Calibration, budget: Budget, tolerance: float | None = None) -> Budget:
         """Check a request before any work, and return the budget as :meth:`as_described`."""
         check_model(model)
         self.check_layers(model)
@@ -256,14 +254,14 @@ class Settings:
             if self.distill is not True:  # whoever gives knobs wants it; without them a warning says so at the end
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
 
-    def as_described(self, model: nn.Module, budget: Budget) -> tuple[Budget, bool]:
-        """Return the budget, and whether a config of Transformers has to describe the smaller network.
+    def as_described(self, model: nn.Module, budget: Budget) -> Budget:
+        """Return the budget, with equal blocks if a config of Transformers has to describe the smaller network.
 
         That is the default for a model of Transformers, and with equal blocks. ConfigError for what can't be described.
         """
         is_asked = budget.equal_blocks or (budget.equal_blocks is None and not self.narrow_heads)
         if not is_pretrained(model) or not is_asked:
-            return budget, False
+            return budget
         why = why_undescribed(model)
         if names := without_plain_weights(model):
             why = f"which has other layers than the plain ones that are pruned ({listed(names)})"
@@ -278,7 +276,12 @@ class Settings:
                 f"the smaller network must be one that the config of {type(model).__name__} can describe, so that "
                 f"from_pretrained loads it, got {why}; {FREE_WIDTHS} ({self.place})"
             )
-        return replace(budget, equal_blocks=True), True
+        return replace(budget, equal_blocks=True)
+
+
+def describes(model: nn.Module, budget: Budget) -> bool:
+    """Say whether a config of Transformers has to describe the smaller network under a checked budget."""
+    return bool(budget.equal_blocks) and is_pretrained(model)
 
 
 def _name_of(choice: Any) -> str:

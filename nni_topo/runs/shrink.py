@@ -215,7 +215,7 @@ def shrink(
     if tolerance is None and measure != "auto":
         raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
     settings = Settings.among(arguments)
-    wanted, is_described = settings.checked(model, calibration, wanted, tolerance)
+    wanted = settings.checked(model, calibration, wanted, tolerance)
     is_timed = time or wanted.kind == "latency"
     if tolerance is not None:
         structure_call(model, calibration)  # an error that says what to change
@@ -224,21 +224,9 @@ def shrink(
         # A function has its own data, so no image must be withheld from the calibration data to confirm.
         parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
         check_tolerance(tolerance, measure, calibration, parts or (), settings)
-        prepared = prepare(
-            model,
-            calibration,
-            settings,
-            wanted,
-            parts=parts,
-            is_described=is_described,
-            is_search=True,
-            is_sized=share is not None,
-            is_timed=is_timed,
-        )
+        prepared = prepare(model, calibration, settings, wanted, parts=parts, is_timed=is_timed)
         return within_tolerance(prepared, tolerance, measure, share)
-    prepared = prepare(
-        model, calibration, settings, wanted, is_described=is_described, is_sized=True, is_timed=is_timed
-    )
+    prepared = prepare(model, calibration, settings, wanted, is_timed=is_timed)
     measured = prepared.measured
     if wanted.allocation == AUTO or depth:
         made = prepared.make(prepared.budget.share)
@@ -264,19 +252,15 @@ def budget_settings(
     budget: Budget | Mapping[str, Any] | str | None, tolerance: float | None
 ) -> tuple[float | None, Budget]:
     """Return the share that is asked for, if any, and the budget; without a share it says only which cost counts."""
-    if tolerance is None:
-        if budget is None or isinstance(budget, str):
-            got = "neither" if budget is None else repr(budget)
-            raise ConfigError(
-                f"shrink needs a budget with a share, e.g. {{'flops': 0.25}}, or a tolerance, got {got} (budget)"
-            )
-        found = as_budget(budget)
-        return found.share, found
-    named = without_share("flops" if budget is None else budget, "shrink")
+    if tolerance is None and (budget is None or isinstance(budget, str)):
+        got = "neither" if budget is None else repr(budget)
+        raise ConfigError(
+            f"shrink needs a budget with a share, e.g. {{'flops': 0.25}}, or a tolerance, got {got} (budget)"
+        )
+    named = None if tolerance is None else without_share("flops" if budget is None else budget, "shrink")
     if named is not None:
         return None, named
-    with_share: Any = budget
-    found = as_budget(with_share)
+    found = as_budget(budget)
     return found.share, found
 
 

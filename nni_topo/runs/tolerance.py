@@ -194,7 +194,9 @@ class Judge:
         self._answers, self._groups = answers, [each.groups for each in parts]
         self._evaluate, self.tolerance, self.measure = evaluate, tolerance, measure
         self.counts = [_units(each) for each in parts] or [0, 0]
-        self._unpruned = self._number(model, UNPRUNED) if measure == "evaluate" else math.nan
+        self._unpruned = math.nan
+        if measure == "evaluate" and evaluate is not None:
+            self._unpruned = evaluated(evaluate, model, UNPRUNED)
 
     def on_search(self, net: nn.Module) -> Judged:
         """Compare on the images of the search; the limit is what those that confirm would give if they looked alike."""
@@ -205,8 +207,8 @@ class Judge:
         return self._judged(net, 2, None)
 
     def _judged(self, net: nn.Module, part: int, count: int | None) -> Judged:
-        if self.measure == "evaluate":
-            fall = self._unpruned - self._number(net, "smaller")
+        if self.measure == "evaluate" and self._evaluate is not None:
+            fall = self._unpruned - evaluated(self._evaluate, net, "smaller")
             return Judged(fall, math.nan, fall <= self.tolerance, fall <= self.tolerance)
         differences = self._answers.differences(net, part)
         is_broken = ~np.isfinite(differences.distances)
@@ -234,10 +236,6 @@ class Judge:
         limit = limit_at(mean, count)
         highest = limit_at(limit_at(mean, len(values)), count)
         return Judged(mean, limit, limit <= self.tolerance, highest <= self.tolerance)
-
-    def _number(self, net: nn.Module, name: str) -> float:
-        assert self._evaluate is not None
-        return evaluated(self._evaluate, net, name)
 
 
 @dataclass(frozen=True)
@@ -299,7 +297,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
     is returned.
     """
     images, measured, settings = prepared.images, prepared.measured, prepared.settings
-    kind, steps = prepared.budget.kind, prepared.counted_by_table()
+    kind, steps = prepared.budget.kind, prepared.for_search()
     parts = [each for each in (images.judges, images.held_out) if each is not None and measure != "evaluate"]
     judge = Judge(steps.model, measured.answers, parts, tolerance, measure, settings.evaluate)
     floor = least_share(steps.counted, steps.budget, steps.prunable.entries, steps.round_to)

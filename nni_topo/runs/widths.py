@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,19 @@ from nni_topo.network.speedup.dependency import (
     unprunable_layers,
     why_not_followed,
 )
-from nni_topo.pruners.budget import Budget, BudgetOutcome, BudgetPlanner, kept_if, network_cost, share_left
+from nni_topo.pruners.budget import (
+    Budget,
+    BudgetOutcome,
+    BudgetPlanner,
+    kept_if,
+    network_cost,
+    share_left,
+    warn_if_missed,
+)
 from nni_topo.pruners.planner import Planner
+from nni_topo.pruners.solving import solve_uniform
 from nni_topo.pruners.units import PruningUnit, channels_of_block
 from nni_topo.runs.choices import Target
-
-_HALVINGS = 40
-_MOVES = 32
 
 
 def planned_ratios(
@@ -37,19 +43,17 @@ def planned_ratios(
     budget: Budget,
     entries: Sequence[Mapping[str, Any]] | None = None,
     round_to: int | None = None,
-    *,
-    warns: bool = True,
 ) -> tuple[dict[str, float], BudgetOutcome]:
     """Return the ``sparse_ratio``, in [0, 1), of every layer that entries name, in network order, and the outcome.
 
     The entries of a config_list name the layers and their minimum and maximum ratios; by default all layers that can
     lose channels. Every layer loses the same share; rounding to whole channels is distributed over the layers so that
-    the network meets the budget. ``warns``: where it can't.
+    the network meets the budget.
     """
     config_list = _grouped(analysis, entries)
     units = _units(analysis, config_list)
     args, kwargs = analysis.call
-    planner = BudgetPlanner(budget, kwargs or args, round_to=round_to, warns=warns)
+    planner = BudgetPlanner(budget, kwargs or args, round_to=round_to, warns=False)
     planner.facts = analysis.facts
     kept = planner.rows(units, lambda unit: np.zeros(unit.blocks), analysis.model)
     assert planner.outcome is not None  # the widths are found
@@ -67,6 +71,7 @@ def layer_ratios(model: nn.Module, example_inputs: Any, target: Target) -> dict[
         return {name: target.value for entry in config_list for name in entry["op_names"]}
     share: Any = {target.kind: target.value}
     ratios, outcome = planned_ratios(analysis, Budget(**share))
+    warn_if_missed(outcome)
     if outcome.left > 2.0 * target.value:
         raise ConfigError(
             f"a {target.kind} target must be reachable, got {target.value:g} where the fewest channels of each layer "
@@ -109,23 +114,11 @@ def proposed_ratios(
         agreed = {name: float(proposed[unit.layers[0]]) for unit in units for name in unit.layers}
         return {name: agreed[name] for entry in config_list for name in entry["op_names"]}
     left = share_left(units, network_cost("flops", analysis))
-    # the first layer's proposal stands for its dependency group; one factor for all scales the kept shares
+    # The first layer's proposal stands for its dependency group.
     kept = [1.0 - proposed[unit.layers[0]] for unit in units]
-
-    def removed(factor: float) -> list[int]:
-        return [
-            min(max(round(unit.rows * (1.0 - part * factor)), 0), unit.rows - 1)
-            for unit, part in zip(units, kept, strict=True)
-        ]
-
-    # the highest factor keeps every channel, and a lower one never keeps more, so that bisection finds the budget
-    low, high = 0.0, 1.0 / min(kept)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if left(removed(middle)) > share else (middle, high)
-    # channels are whole, so the kept share jumps; either side of the jump may be nearer to the budget
-    nearest = min((removed(factor) for factor in (low, high)), key=lambda counts: abs(left(counts) - share))
-    return _as_ratios(units, nearer(units, nearest, left, share), config_list)
+    rows, bounds = [unit.rows for unit in units], [(0, unit.rows - 1) for unit in units]
+    removed = solve_uniform(rows, left, share, bounds, proportions=[each / min(kept) for each in kept])
+    return _as_ratios(units, removed, config_list)
 
 
 def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]) -> list[dict[str, Any]]:
@@ -174,19 +167,9 @@ def sorted_layers(analysis: Analysis) -> tuple[list[str], dict[str, str]]:
 def reasons_of_unpruned_layers(analysis: Analysis, dense: nn.Module) -> dict[str, str]:
     """Return for each layer that lost no channel in the dense network the reason why."""
     report: Any = getattr(dense, "report", None)
-    model, flow, found = analysis.model, analysis.flow, dict[str, str]()
-    for row in report.rows if isinstance(report, DenseReport) else ():
-        if row.before > row.after:
-            continue
-        if row.reason:
-            found[row.name] = row.reason
-        elif row.name not in flow.layers:
-            found[row.name] = str(why_not_followed(model, row.name))
-        elif flow.reaches_output(row.name):
-            found[row.name] = str(reasons.model_output())
-        else:
-            found[row.name] = reasons.told(flow.why_pinned(row.name) or (reasons.not_asked(),))
-    return found
+    rows = report.rows if isinstance(report, DenseReport) else ()
+    known, others = sorted_layers(analysis)[1], str(reasons.not_asked())
+    return {row.name: row.reason or known.get(row.name, others) for row in rows if row.before == row.after}
 
 
 def _grouped(analysis: Analysis, entries: Sequence[Mapping[str, Any]] | None = None) -> DependencyGroups:
@@ -234,22 +217,3 @@ def _as_ratios(units: list[PruningUnit], removed: Sequence[int], config_list: li
         for name in unit.layers
     }
     return {name: ratios[name] for entry in config_list for name in entry["op_names"]}
-
-
-def nearer(
-    units: list[PruningUnit], removed: list[int], left: Callable[[Sequence[int]], float], share: float
-) -> list[int]:
-    """Move one row at a time, of whichever unit brings the MACs nearest to the budget, as long as one does."""
-    best, distance = removed, abs(left(removed) - share)
-    for _ in range(_MOVES):
-        moves = [
-            [count + step * (index == place) for index, count in enumerate(best)]
-            for place, unit in enumerate(units)
-            for step in (-1, 1)
-            if 0 <= best[place] + step < unit.rows
-        ]
-        found = min(((abs(left(counts) - share), counts) for counts in moves), default=(distance, best))
-        if found[0] >= distance:
-            break
-        distance, best = found
-    return best

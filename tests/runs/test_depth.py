@@ -31,7 +31,6 @@ from nni_topo.runs.depth import (
     Removal,
     RemovedBlock,
     Shortened,
-    _resolved,
     _seconds,
     _table_of,
     cost_saved,
@@ -490,7 +489,7 @@ def staged(losses, *, kind="flops", whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, 
     judges = Calibration([torch.zeros(8, 1)])
     start = Pipeline(Analysis(nn.Identity(), ((torch.zeros(1, 1),), {})))
     images = ImageParts(judges, judges, judges, judges, None)
-    asked = Prepared(start, images, Settings(), Budget(**{kind: 0.25}), None, False, True, False)
+    asked = Prepared(start, images, Settings(), Budget(**{kind: 0.25}), None, is_search=True)
     return Staged(asked, whole, kept or {}, refused, overhead)
 
 
@@ -1015,12 +1014,3 @@ def test_named_layers_that_are_all_gone_leave_nothing_to_prune():
     choosing(steps.path, "blocks.1")
     with pytest.raises(ConfigError, match=r"got none that is named \(layers\)"):
         steps.prepared(1)
-
-
-def test_entries_of_a_config_list_stay_as_they_are():
-    entries = [{"op_names": ["enter"], "sparsity": 0.5}, {"op_types": ["Linear"], "op_partial_names": ["blocks.1"]}]
-    before = copy.deepcopy(entries)
-    (one, _), (others, _) = _resolved(entries, stack()[0])
-    assert entries == before
-    assert one == ["enter"]
-    assert others == [f"blocks.1.{part}.{layer}" for part in ("first", "second") for layer in ("one", "two")]

@@ -47,15 +47,6 @@ def numbered(images):
     return replace(data, train=TensorDataset(places, labels), test=TensorDataset(-1.0 - places, labels))
 
 
-@pytest.mark.parametrize(("images", "sizes"), [(300, [128, 128, 44]), (128, [128]), (5, [5]), (999, [128, 128, 64])])
-def test_calibration_takes_the_first_training_images_and_nothing_else(images, sizes):
-    batches = Start(torch.nn.Linear(1, 1), numbered(320), zoo.Recipe(epochs=1)).images(images)
-    assert [len(batch) for batch in batches] == sizes
-    found = torch.cat(batches)
-    assert found.shape[1:] == (1, 8, 8)
-    assert torch.equal(found[:, 0, 0, 0], torch.arange(float(min(images, 320))))
-
-
 @pytest.fixture
 def pruner_seen(monkeypatch):
     """Notes the pruner that a cell makes, what it is given, and the network as it was before."""
@@ -135,15 +126,6 @@ def test_a_trained_network_is_kept_with_what_is_known_of_it(tmp_path, monkeypatc
     assert all(torch.equal(one, start.net.state_dict()[name]) for name, one in again.net.state_dict().items())
 
 
-@pytest.mark.parametrize(("batch_size", "steps"), [(64, 1), (20, 3), (1, 32)])
-def test_gradients_are_measured_once_over_the_images_or_in_32_batches(batch_size, steps):
-    start = small_start()
-    assert len(start.data.train) == 50
-    start = replace(start, recipe=zoo.Recipe(epochs=1, batch_size=batch_size))
-    found = execute.pruner_knobs("taylor", copy.deepcopy(start.net), start)["training_steps"]
-    assert (found, type(found)) == (steps, int)
-
-
 @pytest.mark.parametrize(("kind", "images"), [("flops", 2), ("memory", 2), ("latency", 64)])
 @pytest.mark.quick_every(6)
 def test_only_a_budget_of_time_is_counted_in_the_batch_that_is_timed(kind, images, pruner_seen, monkeypatch):
@@ -193,16 +175,6 @@ def test_images_are_counted_from_the_first_or_from_a_later_one():
     assert start.images(4, 300) == start.images(0) == []
     assert (len(start.example), len(start.timed)) == (2, 64)
     assert float(start.example.max()) == -1.0  # test images
-
-
-def test_validation_images_have_labels_and_come_in_batches_of_512():
-    data = numbered(4)
-    images, labels = torch.arange(513.0)[:, None], torch.arange(513)
-    start = Start(torch.nn.Linear(1, 1), replace(data, validation=TensorDataset(images, labels)), zoo.Recipe(epochs=1))
-    found = start.validation()
-    assert [len(batch) for pair in found for batch in pair] == [512, 512, 1, 1]
-    assert torch.equal(torch.cat([pair[0] for pair in found]), images)
-    assert torch.equal(torch.cat([pair[1] for pair in found]), labels)
 
 
 def test_single_weights_are_pruned_layer_by_layer(pruner_seen):
@@ -290,16 +262,6 @@ def test_data_are_as_large_as_the_model_needs_and_as_the_choice_says():
     for limit in (0, -1):
         with pytest.raises(ConfigError, match=rf"test_limit must be at least 1, got {limit} \(data\)"):
             execute.load_model_data(padded, DataChoice("digits", limit=20, test_limit=limit))
-
-
-@pytest.mark.parametrize(("image_size", "pad_to"), [(24, None), (None, 32)])
-def test_data_are_read_as_the_choice_says_and_prepared_as_the_model_needs(image_size, pad_to, monkeypatch):
-    seen = []
-    monkeypatch.setattr(zoo, "load_data", lambda *names, **knobs: seen.append((names, knobs)))
-    monkeypatch.setattr(execute, "pretrained_preprocessing", lambda name: f"as for {name}")
-    asked = {"limit": 7, "download": True, "image_size": image_size, "workers": 3}
-    execute.load_model_data(ModelChoice("cnn12"), DataChoice("photos", "there", **asked))
-    assert seen == [(("photos", "there"), {**asked, "pad_to": pad_to, "preprocessing": "as for cnn12"})]
 
 
 def test_a_network_has_the_classes_and_sizes_of_its_data():

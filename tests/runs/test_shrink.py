@@ -573,10 +573,10 @@ def normed_model():
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        ([{"op_types": ["BatchNorm2d"]}], r"got norm \(BatchNorm2d\) without channels of its own"),
-        (["conv", "flat"], r"got flat \(Flatten\) without channels of its own"),
-        (["head"], "got head, which gives the model's output"),
-        (["norm", "head"], "got norm .* without channels of its own and head, which gives the model's output"),
+        ([{"op_types": ["BatchNorm2d"]}], "got norm: it has no channels of its own"),
+        (["conv", "flat"], "got flat: it has no channels of its own"),
+        (["head"], "got head: it gives the model's output"),
+        (["norm", "head"], "got norm: it has no channels of its own; head: it gives the model's output"),
     ],
 )
 def test_named_layers_that_have_no_channels_to_remove_are_refused_with_those_that_have(layers, reason):
@@ -601,10 +601,10 @@ class WithStubbornLayers(nn.Module):
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        (["mixed"], "got mixed, which keeps all channels: the result of an operation depends on removed channels"),
-        (["free", "sized"], "got sized, which keeps all channels: the sizes of an operation don't fit"),
-        ([{"op_names": ["idle"], "max_sparse_ratio": 0.5}], "got idle, .* the forward doesn't use the layer"),
-        (["idle", "head"], "doesn't use the layer and head, which gives the model's output"),
+        (["mixed"], "got mixed: the result of an operation depends on removed channels"),
+        (["free", "sized"], "got sized: the sizes of an operation don't fit"),
+        ([{"op_names": ["idle"], "max_sparse_ratio": 0.5}], "got idle: the forward doesn't use the layer"),
+        (["idle", "head"], "doesn't use the layer; head: it gives the model's output"),
     ],
 )
 @pytest.mark.quick_every(3)

@@ -38,10 +38,9 @@ from nni_topo.network.runtime.inputs import (
     taken,
 )
 from nni_topo.network.runtime.memory import check_memory, free_memory_of, freed_at_once, give_back_memory, out_of_memory
-from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
-from nni_topo.pruners.budget import Budget, as_budget, budget_outcome
+from nni_topo.pruners.budget import Budget, as_budget, budget_outcome, warn_if_missed
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.blocks import gap_after, solutions
 from nni_topo.recovery.likeness import NO_SCALE, Answers
@@ -73,6 +72,7 @@ _COMPARED = 2  # samples on which the written block is compared with the pruned 
 # How far their outputs may be apart: a share of what the block adds, as a GPU may multiply in less than single
 # precision, and a share of what it puts out, for rounding.
 _ALIKE, _ROUNDED = 1e-2, 1e-5
+_CURE = "prune other layers only (layers), or use nni_topo.shrink and nni_topo.save in memory"
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
 _logger = logging.getLogger(__name__)
 
@@ -255,7 +255,15 @@ def shrink_pretrained(
             "leave distillation out: shrink_pretrained(..., distill=False) (batches)"
         )
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
-    _check_alike(given, processes)
+    inputs = [[f"{len(args)} without a name", *sorted(kwargs)] for args, kwargs in given]
+    by_rank = [inputs] if processes is None else processes.gather(inputs, "the inputs")
+    of_all = [each for own in by_rank for each in own]
+    other = next((each for each in of_all if each != of_all[0]), None)
+    if other is not None:
+        raise DataError(
+            f"all batches must have the same inputs, got {listed(of_all[0])}, and {listed(other)}; give each in all or "
+            "in none: an attention_mask of ones says that nothing is padding (batches)"
+        )
     samples = calibration.sizes, calibration.digests
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in skeleton.files]
     identity = {
@@ -293,24 +301,6 @@ def shrink_pretrained(
         journal.finish(asdict(report))
     _logger.info("%d blocks were pruned in %.0f s", len(report.blocks), time.perf_counter() - began)
     return report
-
-
-def _check_alike(given: Sequence[Call], processes: Processes | None) -> None:
-    """Raise DataError unless all batches have the same inputs, in all processes."""
-    own = [(len(args), sorted(kwargs)) for args, kwargs in given]
-    everywhere = [own] if processes is None else processes.gather(own, "the inputs")
-    first = everywhere[0][0]
-    for rank, inputs in enumerate(everywhere):
-        for number, found in enumerate(inputs):
-            if found != first:
-                told = [
-                    f"{count} without a name and {listed(names) or 'none'} by name" for count, names in (first, found)
-                ]
-                raise DataError(
-                    f"all batches must have the same inputs, got {told[0]}, and {told[1]}; give each in all or in "
-                    "none: an attention_mask of ones says that nothing is padding "
-                    f"(batches 0 and {number}{'' if processes is None else f' of rank {rank}'})"
-                )
 
 
 class _Run:
@@ -377,13 +367,8 @@ class _Run:
         needed = _COPIES * block + 8 * widest**2 + of_states + _CACHE
         if self._settings.distill is not False:
             needed += 4 * _LEARNING * states[0].numel() * min(self._samples.samples, _LEARNED_AT_ONCE)
-        what, cure = "a block with its statistics and states", "pass fewer or shorter samples"
-        if skeleton.device.type == "cuda":
-            free = free_memory_of(skeleton.device)
-            check_memory(needed, f"{what} (on {skeleton.device})", cure, "batches", free=free)
-        if skeleton.device.type != "cpu":
-            needed = 2 * block + of_states + _CACHE
-        check_memory(needed, what, cure, "batches")
+        what = f"a block with its statistics and states (on {skeleton.device})"
+        check_memory(needed, what, "pass fewer or shorter samples", "batches", free=free_memory_of(skeleton.device))
         # States of the unpruned and the pruned network, before and after a block.
         weights = sum(path.stat().st_size for path in skeleton.files)
         check_free_disk(self._journal.folder, weights + 2 * 2 * states[0].nbytes * self._samples.samples)
@@ -519,7 +504,7 @@ class _Run:
             dense, is_distilled = done.model, done.is_kept
 
         if self._journal.is_first:
-            self._write(number, unpruned, dense, [each for each, (old, new) in widths.items() if new < old])
+            self._write(number, unpruned, dense)
         distances = self._advance(name, entered, wanted, dense, batches)
         row = BlockRow(
             block=name,
@@ -547,12 +532,12 @@ class _Run:
             skeleton.outputs(self._calls[0], states)
         return counted.all / len(states)
 
-    def _write(self, number: int, unpruned: BlockNet, dense: Any, narrower: Sequence[str]) -> None:
+    def _write(self, number: int, unpruned: BlockNet, dense: Any) -> None:
         """Write the weights of a pruned block, and with the first one the config that describes it."""
         skeleton, journal = self._skeleton, self._journal
         tensors = with_transposed_weights(detached_copy(dense.block)).state_dict()
         if number == 0:
-            config = self._described(unpruned, dense, tensors, narrower)
+            config = self._described(unpruned, dense, tensors)
             config.architectures = [type(skeleton.model).__name__]
             with disk_errors(journal.folder / CONFIG):
                 config.save_pretrained(journal.folder)
@@ -565,7 +550,7 @@ class _Run:
         values = {f"{place}.{name}": tensor.to(types[name]) for name, tensor in tensors.items()}
         journal.write_weights(number + 1, values)
 
-    def _described(self, unpruned: BlockNet, dense: Any, tensors: Mapping[str, Tensor], narrower: Sequence[str]) -> Any:
+    def _described(self, unpruned: BlockNet, dense: Any, tensors: Mapping[str, Tensor]) -> Any:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
         config, kept, skeleton = copy.deepcopy(dense.config), self._journal.kept, self._skeleton
         kind = type(skeleton.model)
@@ -585,7 +570,6 @@ class _Run:
         wanted = {name: tuple(value.shape) for name, value in tensors.items()}
         first = f"{skeleton.name_of(0)}."
         different = ""
-        described: list[str] = []  # narrower layers that a config can describe
         for candidate in (config, heads):
             try:
                 validate = getattr(candidate, "validate", None)  # of Transformers 5
@@ -600,13 +584,8 @@ class _Run:
             if not wrong:
                 return candidate
             different = f"{wrong[0]} of {wanted[wrong[0]]} where the config makes {shapes.get(wrong[0])}"
-            for name in narrower:
-                if name not in described and not any(each.startswith(f"{name}.") for each in wrong):
-                    described.append(name)
-        cure = f"prune only {', '.join(described)}" if described else "prune other layers only"
         raise ConfigError(
-            f"from_pretrained must be able to build the model by its config, got {different}; {cure} (layers), or use "
-            f"nni_topo.shrink and nni_topo.save in memory ({kind.__name__})"
+            f"from_pretrained must be able to build the model by its config, got {different}; {_CURE} ({kind.__name__})"
         )
 
     def _check_computes(self, number: int, described: Skeleton, dense: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -622,7 +601,6 @@ class _Run:
         entered = entered.to(wide)
         place = f"{self._skeleton.name_of(index)}, {type(self._skeleton.model).__name__}"
         rule = "the block that from_pretrained builds by the config must put out what the pruned block does"
-        cure = "prune other layers only (layers), or use nni_topo.shrink and nni_topo.save in memory"
         outputs = []
         try:
             for skeleton, place_of_block in ((self._skeleton, index), (described, number)):
@@ -634,12 +612,12 @@ class _Run:
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             if out_of_memory(error) or not outputs:
                 raise
-            raise ConfigError(f"{rule}, got {raised(error)}; {cure} ({place})") from error
+            raise ConfigError(f"{rule}, got {raised(error)}; {_CURE} ({place})") from error
         wanted, found = outputs
         apart, added = float((wanted - found).norm()), float((wanted - entered).norm())
         if not apart <= _ALIKE * added + _ROUNDED * float(wanted.norm()):
             share = f"{apart / added:.2g} times what the block adds to the states" if added else f"{apart:.2g}"
-            raise ConfigError(f"{rule}, got outputs that differ by {share}; {cure} ({place})")
+            raise ConfigError(f"{rule}, got outputs that differ by {share}; {_CURE} ({place})")
 
     def _advance(
         self,
@@ -712,6 +690,8 @@ class _Run:
         # Blocks that lost nothing: those that were removed have saved enough.
         why = "blocks are equally wide" if min(costs) < cost_before else "the removed blocks save more"
         left = (rest + sum(costs)) / (rest + cost_before * len(skeleton))
+        outcome = budget_outcome(self._budget.kind, self._budget.share, left, why)
+        warn_if_missed(outcome)
         before = _parameters(skeleton.model)
         removed = [skeleton.name_of(index) for index in range(len(skeleton)) if index not in journal.kept]
         after = before - sum(row.params_before - row.params for row in rows) - len(removed) * rows[0].params_before
@@ -733,7 +713,7 @@ class _Run:
             params_before=before,
             params=after,
             widths={name: (old, new) for name, (old, new) in journal.rows[0]["widths"].items()},
-            budget=budget_outcome(self._budget.kind, self._budget.share, left, why),
+            budget=outcome,
             likeness=likeness,
             samples=learned.samples_of_all,
             held_out=0 if held_out is None else held_out.samples_of_all,

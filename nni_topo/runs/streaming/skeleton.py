@@ -91,14 +91,13 @@ class Skeleton:
                 f"Transformers must be able to load {kind.__name__} with its blocks on the disk, got {raised(error)}; "
                 f"nni_topo.shrink takes a model in memory ({folder})"
             ) from error
-        for what, names in (("every tensor", "missing_keys"), ("tensors of the shapes", "mismatched_keys")):
-            # Of a tensor of another shape, Transformers 5 also tells the shapes.
-            wrong = sorted(each if isinstance(each, str) else each[0] for each in found[names])
-            if wrong:
-                raise DataError(
-                    f"the files must hold {what} that {kind.__name__} has by its {CONFIG}, got none for "
-                    f"{listed(wrong)} ({folder})"
-                )
+        # Of a tensor of another shape, Transformers 5 also tells the shapes.
+        wrong = [each if isinstance(each, str) else each[0] for each in found["mismatched_keys"]]
+        if wrong := sorted([*wrong, *found["missing_keys"]]):
+            raise DataError(
+                f"the files must hold every tensor that {kind.__name__} has by its {CONFIG}, in its shape, got none "
+                f"for {listed(wrong)} ({folder})"
+            )
         self._on_disk: Any = loaded.get_submodule(self.blocks_name)
         inside = f"{self.blocks_name}."
         rest = {name: tensor for name, tensor in loaded.state_dict().items() if not name.startswith(inside)}
@@ -165,8 +164,8 @@ class Skeleton:
             tensors = get_state_dict_offloaded_model(nn.ModuleDict({"block": self._on_disk[index]}))
         except ValueError as error:  # Transformers 5 doesn't compare the shapes of weights that stay on the disk
             raise DataError(
-                f"the files must hold tensors of the shapes that {type(self.model).__name__} has by its {CONFIG}, got "
-                f"{raised(error)} ({self.name_of(index)}, {self.folder})"
+                f"the files must hold every tensor that {type(self.model).__name__} has by its {CONFIG}, in its "
+                f"shape, got {raised(error)} ({self.name_of(index)}, {self.folder})"
             ) from error
         values = {name.removeprefix("block."): tensor for name, tensor in tensors.items()}
         built = with_linear_layers(self.filled(index, self._here(values, f"{self.name_of(index)}.")))
@@ -327,25 +326,17 @@ def _blocks_of(model: Any, folder: Path) -> str:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
             found[name] = sum(each.numel() for each in module.parameters()), module
-    rule = "a model must have a list of at least two blocks of one class (nn.ModuleList)"
+    rule = "a model must have a list of at least two blocks of one class with the same tensors (nn.ModuleList)"
     if not found:
         raise ConfigError(f"{rule}, got none; {cure} ({place})")
     name = max(found, key=lambda each: found[each][0])
     first, *others = found[name][1]
-    shapes = {key: tuple(value.shape) for key, value in first.state_dict().items()}
+    shapes = {key: value.shape for key, value in first.state_dict().items()}
     for index, other in enumerate(others, 1):
-        if type(other) is not type(first):
-            got = f"{type(first).__name__} and {type(other).__name__} ({name}.0 and {name}.{index})"
+        own = {key: value.shape for key, value in other.state_dict().items()}
+        if type(other) is not type(first) or own != shapes:
+            got = f"{type(first).__name__} and another {type(other).__name__} as {name}.0 and {name}.{index}"
             raise ConfigError(f"{rule}, got {got}; {cure} ({place})")
-        own = {key: tuple(value.shape) for key, value in other.state_dict().items()}
-        different = sorted(key for key in shapes.keys() | own.keys() if shapes.get(key) != own.get(key))
-        if different:
-            key = different[0]
-            raise ConfigError(
-                "all blocks must have the same tensors, as they keep the same widths, got "
-                f"{shapes.get(key, 'none')} and {own.get(key, 'none')} for {key}; {cure} "
-                f"({name}.0 and {name}.{index}, {folder})"
-            )
     return name
 
 
