@@ -25,7 +25,6 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo import zoo
-from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.layers.derived import has_own_forward
@@ -35,27 +34,19 @@ from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
-from nni_topo.rules import all_of, instance, number, whole
+from nni_topo.rules import all_of, number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, made_dense, pruner_knobs
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.sensitivity import sensitivity
 from nni_topo.studies.pictures import finish
-from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.study import Findings, Tell, TrainedStudy
 from nni_topo.studies.tables import NumberTable, show_range
 
-_PARTS = {"level": ("all", "conv", "dense"), "matrix": ("all",)}
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "all": (*CONVOLUTIONS, nn.Linear),
     "conv": CONVOLUTIONS,
     "dense": (nn.Linear,),
-}
-_ROW = {
-    **dict.fromkeys(("pruner", "part", "way"), instance(str)),
-    "seed": whole(0),
-    "ratio": number(0.0, 1.0),
-    "accuracy": number(0.0, 1.0),
 }
 _WAYS = {"direct": "-", "direct, retrained": "--", "iterative": ":"}
 WORDS = {"direct": "direct", "direct, retrained": "direct, fine-tuned", "iterative": "iterative"}
@@ -109,78 +100,47 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         number(0.0, closed="neither").check("seconds", self.seconds, "magnitude")
 
     def find(self, tell: Tell) -> MagnitudeStudy:
-        """Prune each seed's network in every way that has no record in ``rows.jsonl`` yet."""
-        with only_process(self.out, wait=False):
-            return self._found(tell)
-
-    def _found(self, tell: Tell) -> MagnitudeStudy:
+        """Prune each seed's network in every way, and measure its layers' sensitivities."""
+        ways, ratios = tuple(WORDS) if self.epochs else ("direct",), sorted(set(self.ratios))
         rows, baselines, sensitivities = [], [], []
         for seed in range(self.seed, self.seed + self.seeds):
             start = replace(self, seed=seed).start(self.images)
-            rows += self._rows(start, tell)
-            baselines.append(self.baseline(start))
-            curves = sensitivity(start.net, start.example, start.tested, sorted(set(self.ratios)), "level")
+            for (pruner, part), way, ratio in itertools.product(_COLORS, ways, ratios):
+                layers = _layers(start, pruner, part)
+                if not layers:
+                    continue
+                row = {"pruner": pruner, "part": part, "way": way, "ratio": ratio, "seed": seed}
+                rows.append({**row, **self._measured(start, pruner, layers, way, ratio, with_costs=part == "all")})
+                accuracy = 100 * rows[-1]["accuracy"]
+                tell(f"{pruner}, {part}, {WORDS[way]}, {ratio:g}, seed {seed}: {accuracy:.1f} %")
+            images = self._timed_images(start)
+            baselines.append(
+                {
+                    "seed": seed,
+                    "accuracy": start.accuracy,
+                    "params": zoo.count_params(start.net),
+                    "bytes": stored_bytes(start.net),
+                    "latency_ms": zoo.latency_ms(start.net, images),
+                    "batch": len(images),
+                }
+            )
+            curves = sensitivity(start.net, start.example, start.tested, ratios, "level")
             sensitivities.append({"seed": seed, **curves.to_dict()})
-        return MagnitudeStudy(sorted(rows, key=lambda row: (*_place(row), row["seed"])), baselines, sensitivities)
-
-    def _rows(self, start: Start, tell: Tell) -> list[Record]:
-        """Return the records of one seed, known ones first."""
-        path = self.out / "rows.jsonl"
-        wanted = {_place(row): row for row in self._wanted(start)}
-        known = read_records(path, _ROW)
-        rows = [r for r in known if _place(r) in wanted and self._request(start, r).items() <= r.items()]
-        done = set(map(_place, rows))
-        for place, row in wanted.items():
-            if place not in done:
-                rows.append({**row, **self._measured(start, **row), **self._request(start, row)})
-                which = f"{row['pruner']}, {row['part']}, {WORDS[row['way']]}, {row['ratio']:g}, seed {start.seed}"
-                tell(f"{which}: {100 * rows[-1]['accuracy']:.1f} %")
-                append_record(path, rows[-1])
-        return rows
-
-    def _request(self, start: Start, row: Record) -> Record:
-        """Return what a record's figures depend on, beside its place."""
-        request: Record = {
-            "seed": start.seed,
-            "train_images": len(start.data.train),
-            "test_images": len(start.data.test),
-        }
-        if row["way"] != "direct":
-            request |= {"rounds": self.rounds, "epochs": self.epochs}
-        if row["part"] == "all" and row["way"] == "direct":  # these have parameters, bytes and times
-            request |= {"batch": self.batch, "seconds": self.seconds}
-        return request
+        return MagnitudeStudy(rows, baselines, sensitivities)
 
     def show(self, found: MagnitudeStudy) -> Iterator[RenderableType]:
         """Yield the tables."""
         return magnitude_tables(found.to_dict())
 
-    def baseline(self, start: Start) -> Record:
-        """Return the record of the unpruned network."""
-        images = self._timed_images(start)
-        return {
-            "seed": start.seed,
-            "accuracy": start.accuracy,
-            "params": zoo.count_params(start.net),
-            "bytes": stored_bytes(start.net),
-            "latency_ms": zoo.latency_ms(start.net, images),
-            "batch": len(images),
-        }
-
     def _timed_images(self, start: Start) -> Tensor:
         return start.data.test[: self.batch][0].to(start.device)
 
-    def _wanted(self, start: Start) -> Iterator[Record]:
-        """Yield pruner, part, way and ratio of every record."""
-        ways = tuple(WORDS) if self.epochs else ("direct",)
-        for ratio, pruner in itertools.product(sorted(set(self.ratios)), _PARTS):
-            for part, way in itertools.product(_PARTS[pruner], ways):
-                if _layers(start, pruner, part):
-                    yield {"pruner": pruner, "part": part, "way": way, "ratio": ratio}
-
-    def _measured(self, start: Start, pruner: str, part: str, way: str, ratio: float) -> Record:
+    def _measured(
+        self, start: Start, pruner: str, layers: list[str], way: str, ratio: float, *, with_costs: bool
+    ) -> Record:
+        """Prune some layers of a copy; return its accuracy, after direct pruning with its costs if these are asked."""
         pruned = copy.deepcopy(start.net)
-        config: list[dict[str, Any]] = [{"op_names": _layers(start, pruner, part), "sparse_ratio": ratio}]
+        config: list[dict[str, Any]] = [{"op_names": layers, "sparse_ratio": ratio}]
         if pruner_info(pruner).structured:
             config = dependency_groups(pruned, start.example, config)
         made = create_pruner(pruner, pruned, config, **pruner_knobs(pruner, pruned, start))
@@ -199,7 +159,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         _, masks = made.compress()
         made.unwrap_model()
         masked = masked_model(pruned, start.example, masks)
-        costs = self._costs(start, pruner, masked, masks) if part == "all" else {}
+        costs = self._costs(start, pruner, masked, masks) if with_costs else {}
         return {"accuracy": start.tested(masked), **costs}
 
     def _costs(self, start: Start, pruner: str, masked: nn.Module, masks: Any) -> Record:
@@ -219,10 +179,6 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         for name, (median, half) in zip(nets, timed, strict=True):
             shares[name] = {"median": median, "half": half}
         return {"params": params, "bytes": stored_bytes(stored), "time_shares": shares}
-
-
-def _place(row: Record) -> tuple[str, str, str, float]:
-    return row["pruner"], row["part"], row["way"], row["ratio"]
 
 
 def _layers(start: Start, pruner: str, part: str) -> list[str]:
