@@ -177,11 +177,6 @@ def data_info(name: str) -> DataInfo:
     DataError
         If it is a path of nothing that exists, or of a file that is no ``.npz``.
     """
-    return _data_info(name, "zoo.data_info")
-
-
-def _data_info(name: str, place: str) -> DataInfo:
-    """Return the record of a data set; ``place``: the function that was given the name."""
     if name in _DATA:
         return _DATA[name]
     path = Path(name)
@@ -189,11 +184,9 @@ def _data_info(name: str, place: str) -> DataInfo:
         return DataInfo(name, ".npz file", partial(read_npz, path))
     if path.is_dir():
         return DataInfo(name, "folder of images", partial(_list_image_folder, path))
-    if path.exists():
-        raise DataError(f"data must be an .npz file or a folder of images, got a file that is neither ({name})")
-    if {"/", "\\"} & set(name) or path.suffix:
+    if path.exists() or path.suffix or {"/", "\\"} & set(name):
         raise DataError(f"data must be a listed name, or an .npz file or a folder that exists, got none ({name})")
-    raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"], place)
+    raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"], "zoo")
 
 
 @checked(
@@ -275,7 +268,7 @@ def load_data(
     >>> data.train.tensors[0].shape, len(data.test), data.num_classes
     (torch.Size([100, 1, 8, 8]), 355, 10)
     """
-    info = _data_info(name, "zoo.load_data")
+    info = data_info(name)
     if info.needs_folder:
         if data_dir is None:
             raise ConfigError(f"data_dir must be given for data that is read from files, got None ({name})")

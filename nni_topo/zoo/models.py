@@ -11,7 +11,6 @@ import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -89,7 +88,6 @@ _BERT = "https://arxiv.org/abs/1810.04805"
 _HEADS = "5 blocks of 6 heads and 192 neurons on patches"
 _NORMED = "convolutions with batch norm"
 
-_WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")  # endings of files that a user may take for a model
 _MODELS = {
     info.name: info
     for info in (
@@ -169,28 +167,18 @@ def model_info(name: str) -> ModelInfo:
     ConfigError
         If the name is none of these, or there is no such factory.
     """
-    return _model_info(name, "zoo.model_info")
-
-
-def _model_info(name: str, place: str) -> ModelInfo:
-    """Return the record of a model; ``place``: the function that was given the name."""
     if name in _MODELS:
         return _MODELS[name]
     if name.startswith(TORCHVISION):
         if name not in torchvision_names():
-            raise unknown_name("model", name, torchvision_names(), place)
+            raise unknown_name("model", name, torchvision_names(), "zoo")
         return ModelInfo(name, "torchvision classification model, untrained", partial(build_torchvision, name), 224)
     if name.startswith(TIMM):
         return ModelInfo(name, "timm classification model, untrained", partial(build_timm, name), 224)
-    if Path(name).suffix in _WEIGHTS:
-        raise ConfigError(
-            f"model must be a listed name or package.module:factory, got a file of weights, which is the checkpoint of "
-            f"such a model (--checkpoint on the command line): {name}"
-        )
     if ":" in name:
         return ModelInfo(name, "model factory", import_factory(name), 32)
     known = [*_MODELS, "torchvision/NAME", "timm/NAME", "package.module:factory"]
-    raise unknown_name("model", name, known, place)
+    raise unknown_name("model", name, known, "zoo")
 
 
 @checked(num_classes=whole(1), in_channels=whole(1), width=number(0, closed="neither"))
@@ -238,7 +226,7 @@ def create_model(
     >>> sum(parameter.numel() for parameter in model.parameters())
     266610
     """
-    info = _model_info(name, "zoo.create_model")
+    info = model_info(name)
     if image_size < info.min_image_size:
         raise ConfigError(
             f"image_size must be at least {info.min_image_size}, got {image_size} ({name}); "
