@@ -225,11 +225,11 @@ def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
         pruned = [group_id for group_id in group_ids if group_id in removed]
         if not kept or not pruned:
             continue
-        rows, biases = [], []
+        rows, shifts = list[Tensor](), list[Tensor]()
         for side in (pruned, kept):
             rows.append(torch.stack([torch.cat([weight for _, weight, _ in made[each]]) for each in side]))
-            biases.append(torch.stack([torch.stack([bias for _, _, bias in made[each]]) for each in side]))
-        nearest = _nearest(rows, biases, is_normed=any(layer in norms for layer in layers))
+            shifts.append(torch.stack([torch.stack([bias for _, _, bias in made[each]]) for each in side]))
+        nearest = _nearest(rows, shifts, is_normed=any(layer in norms for layer in layers))
         for group_id, (rank, factor) in zip(pruned, nearest, strict=True):
             merged[group_id] = kept[rank], factor
     return merged

@@ -232,10 +232,9 @@ def _windows(pool: Any, axis: int, entering: int, leaving: int) -> Tensor:
     names = ("kernel_size", "stride", "padding", "dilation")
     knobs = {name: getattr(pool, name) for name in names if getattr(pool, name, None) is not None}
     knobs = {name: value if isinstance(value, int) else value[axis] for name, value in knobs.items()}
-    if isinstance(pool, pooling._AvgPoolNd):
-        pooled = functional.avg_pool1d(
-            ones, **knobs, ceil_mode=pool.ceil_mode, count_include_pad=pool.count_include_pad
-        )
+    knobs["ceil_mode"] = pool.ceil_mode
+    if hasattr(pool, "count_include_pad"):
+        pooled = functional.avg_pool1d(ones, **knobs, count_include_pad=pool.count_include_pad)
     else:  # 1 for each position in a window
-        pooled = functional.max_pool1d(ones, **knobs, ceil_mode=pool.ceil_mode)
+        pooled = functional.max_pool1d(ones, **knobs)
     return pooled.squeeze(1).T

@@ -113,7 +113,7 @@ def study_replacement(
     if not bool(weak.any()) or getattr(module, "groups", 1) != 1:
         raise ConfigError(f"a layer without groups must have filters to replace, got {int(weak.sum())} ({layer})")
     generator = torch.Generator().manual_seed(seed)
-    weight = module.weight.detach()
+    weight: Tensor = module.weight.detach()
     plane = torch.from_numpy(Chirp().planes(input_sizes(model, [layer], example_inputs)[layer]))
 
     def drawn() -> Tensor:
