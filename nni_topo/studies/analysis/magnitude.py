@@ -11,10 +11,8 @@ import io
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -48,9 +46,9 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": CONVOLUTIONS,
     "dense": (nn.Linear,),
 }
-_WAYS = {"direct": "-", "direct, retrained": "--", "iterative": ":"}
 WORDS = {"direct": "direct", "direct, retrained": "direct, fine-tuned", "iterative": "iterative"}
 """The ways, named as in the records, in the words of figures and tables."""
+_STYLES = dict(zip(WORDS.values(), ("-", "--", ":"), strict=True))
 _COLORS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "C2", ("matrix", "all"): "C3"}
 _AGAIN = "unpruned"  # the copy of the unpruned network among the timed ones
 _SHARE = "time / unpruned network's time"
@@ -192,23 +190,19 @@ def magnitude_figure(document: Record) -> Figure:
     figure = Figure(figsize=(15.0, 8.0), layout="constrained")
     (accuracy, alone, params), (disk, time, spare) = figure.subplots(2, 3)
     spare.remove()
-    rows, baselines = document["rows"], document["baselines"]
-    for (pruner, part), color in _COLORS.items():
-        for way, style in _WAYS.items():
-            found = _by_ratio(_chosen(rows, pruner, part, way), "accuracy")
-            _line(accuracy, found, style, color, f"{pruner}, {part}, {WORDS[way]}")
-    for pruner, color in (("level", "C0"), ("matrix", "C3")):
-        chosen = _chosen(rows, pruner)
-        if not chosen:
-            continue
-        _line(params, _by_ratio(chosen, "params"), ".-", color, pruner)
-        for name, style in zip(baselines[0]["bytes"], ("-", "--", ":", "-.", ".-"), strict=True):
-            _line(disk, _by_ratio(chosen, "bytes", name), style, color, f"{pruner}, {name}")
-        for name in chosen[0]["time_shares"]:
-            style = {"zeros": "--", _AGAIN: ":"}.get(name, "-")
-            _line(time, _by_ratio(chosen, "time_shares", name, "median"), style, color, f"{pruner}, {name}")
-    for index, (layers, found) in enumerate(_alone(document).items()):
-        _line(alone, found, ".-", f"C{index % 10}", layers)
+    series, baselines = _series(document), document["baselines"]
+    for key, found in series["accuracy"].items():
+        _line(accuracy, found, _STYLES[key[2]], _COLORS[key[0], key[1]], ", ".join(key))
+    for index, (key, found) in enumerate(series["alone"].items()):
+        _line(alone, found, ".-", f"C{index % 10}", *key)
+    for key, found in series["params"].items():
+        _line(params, found, ".-", _COLORS[key[0], "all"], *key)
+    styles = dict(zip(baselines[0]["bytes"], ("-", "--", ":", "-.", ".-"), strict=True))
+    for key, found in series["bytes"].items():
+        _line(disk, found, styles[key[1]], _COLORS[key[0], "all"], ", ".join(key))
+    for key, found in series["time"].items():
+        style = {"zeros": "--", _AGAIN: ":"}.get(key[1], "-")
+        _line(time, found, style, _COLORS[key[0], "all"], ", ".join(key))
     for axis, label, unpruned in (
         (accuracy, "accuracy", [base["accuracy"] for base in baselines]),
         (alone, "accuracy, one layer pruned", [base["accuracy"] for base in baselines]),
@@ -223,41 +217,33 @@ def magnitude_figure(document: Record) -> Figure:
 
 def magnitude_tables(document: Record) -> Iterator[NumberTable | str]:
     """Yield the study's tables: accuracies by way and by layer, then parameters, bytes and times by ratio."""
-    rows, baselines = document["rows"], document["baselines"]
-    ratios = sorted({row["ratio"] for row in rows})
+    series, baselines = _series(document), document["baselines"]
+    ratios = sorted({row["ratio"] for row in document["rows"]})
     heads = [f"{ratio:g}" for ratio in ratios]
 
     def cells(found: PerSeed, scale: float, digits: int = 1) -> list[str]:
         return [show_range(found[ratio], scale, digits) if ratio in found else "" for ratio in ratios]
 
-    accuracies = []
-    for (pruner, part), way in itertools.product(_COLORS, _WAYS):
-        found = _by_ratio(_chosen(rows, pruner, part, way), "accuracy")
-        if found:
-            accuracies.append([pruner, part, WORDS[way], *cells(found, 100)])
-    alone = [[layers, *cells(found, 100)] for layers, found in _alone(document).items()]
-    costs, noise, halves = [], [], []
-    for pruner in ("level", "matrix"):
-        chosen = _chosen(rows, pruner)
-        if not chosen:
-            continue
+    costs = []
+    for (pruner,), found in series["params"].items():
         unpruned = show_range([base["params"] for base in baselines], 1e-3)
-        costs.append([pruner, "parameters (k)", unpruned, *cells(_by_ratio(chosen, "params"), 1e-3)])
-        for name in baselines[0]["bytes"]:
-            unpruned = show_range([base["bytes"][name] for base in baselines], 1e-3)
-            costs.append([pruner, f"{name} (kB)", unpruned, *cells(_by_ratio(chosen, "bytes", name), 1e-3)])
-        for name in chosen[0]["time_shares"]:
-            found = _by_ratio(chosen, "time_shares", name, "median")
-            timed = "copy of the unpruned network" if name == _AGAIN else name
-            costs.append([pruner, f"{timed}: {_SHARE}", "1", *cells(found, 1, 2)])
-            halves += [row["time_shares"][name]["half"] for row in chosen]
-        noise += [row["time_shares"][_AGAIN]["median"] for row in chosen]
+        costs.append([pruner, "parameters (k)", unpruned, *cells(found, 1e-3)])
+    for (pruner, name), found in series["bytes"].items():
+        unpruned = show_range([base["bytes"][name] for base in baselines], 1e-3)
+        costs.append([pruner, f"{name} (kB)", unpruned, *cells(found, 1e-3)])
+    for (pruner, name), found in series["time"].items():
+        timed = "copy of the unpruned network" if name == _AGAIN else name
+        costs.append([pruner, f"{timed}: {_SHARE}", "1", *cells(found, 1, 2)])
     accuracy = show_range([base["accuracy"] for base in baselines], 100)
     first, milliseconds = baselines[0], show_range([base["latency_ms"] for base in baselines])
     yield f"Unpruned: {accuracy} %, {milliseconds} ms for {first['batch']} images. Seeds: {len(baselines)}."
+    accuracies = [[*key, *cells(found, 100)] for key, found in series["accuracy"].items()]
     yield NumberTable(None, ["pruner", "layers", "way", *heads], accuracies, text_columns=3)
+    alone = [[*key, *cells(found, 100)] for key, found in series["alone"].items()]
     yield NumberTable(None, ["layer alone", *heads], alone)
     yield NumberTable(None, ["pruner", "what", "0", *heads], costs, text_columns=2)
+    shares = [share for row in document["rows"] for share in row.get("time_shares", {}).items()]
+    noise, halves = [share["median"] for name, share in shares if name == _AGAIN], [each["half"] for _, each in shares]
     yield (
         f"Noise of the times: a copy of the unpruned network takes {show_range(noise, 1, 3)} of its time. "
         f"Each is the median of many rounds, whose 95 % interval is on average {100 * float(np.mean(halves)):.1f} % of "
@@ -265,35 +251,27 @@ def magnitude_tables(document: Record) -> Iterator[NumberTable | str]:
     )
 
 
-def _chosen(rows: Sequence[Record], pruner: str, part: str = "all", way: str = "direct") -> list[Record]:
-    wanted = {"pruner": pruner, "part": part, "way": way}
-    return sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["ratio"])
-
-
-def _by_ratio(rows: Iterable[Record], *keys: str) -> PerSeed:
-    """Return what lies under the keys in records of several seeds."""
-    found = defaultdict[float, list[float]](list)
-    for row in rows:
-        value: Any = reduce(getitem, keys, row)
-        found[row["ratio"]].append(float(value))
-    return found
-
-
-def _alone(document: Record) -> Mapping[str, PerSeed]:
-    """Return the accuracies with one layer pruned, by the names of coupled layers."""
-    found: dict[str, dict[float, list[float]]] = {}
+def _series(document: Record) -> dict[str, dict[tuple[str, ...], PerSeed]]:
+    """Return by quantity and by name the values of all seeds, by rising ratio."""
+    found: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in sorted(document["rows"], key=lambda row: row["ratio"]):
+        pruner, ratio = row["pruner"], row["ratio"]
+        found["accuracy"][pruner, row["part"], WORDS[row["way"]]][ratio].append(row["accuracy"])
+        if "params" in row:
+            found["params"][pruner,][ratio].append(row["params"])
+        for name, size in row.get("bytes", {}).items():
+            found["bytes"][pruner, name][ratio].append(size)
+        for name, share in row.get("time_shares", {}).items():
+            found["time"][pruner, name][ratio].append(share["median"])
     for study in document["sensitivities"]:
         for curve in study["curves"]:
-            accuracies = found.setdefault("+".join(curve["layers"]), {})
-            for ratio, value in curve["accuracy"].items():
-                accuracies.setdefault(float(ratio), []).append(value)
-    return found
+            for ratio, accuracy in curve["accuracy"].items():
+                found["alone"]["+".join(curve["layers"]),][float(ratio)].append(accuracy)
+    return found  # type: ignore[no-any-return]
 
 
 def _line(axis: Axes, found: PerSeed, style: str, color: str, label: str) -> None:
     """Draw the means, and a band from the lowest to the highest where there are several seeds."""
-    if not found:
-        return
     ratios = list(found)
     axis.plot(ratios, [float(np.mean(found[ratio])) for ratio in ratios], style, color=color, label=label)
     if max(map(len, found.values())) > 1:
