@@ -177,6 +177,11 @@ def data_info(name: str) -> DataInfo:
     DataError
         If it is a path of nothing that exists, or of a file that is no ``.npz``.
     """
+    return _data_info(name, "zoo.data_info")
+
+
+def _data_info(name: str, place: str) -> DataInfo:
+    """Return the record of a data set; ``place``: the function that was given the name."""
     if name in _DATA:
         return _DATA[name]
     path = Path(name)
@@ -186,7 +191,7 @@ def data_info(name: str) -> DataInfo:
         return DataInfo(name, "folder of images", partial(_list_image_folder, path))
     if path.exists() or path.suffix or {"/", "\\"} & set(name):
         raise DataError(f"data must be a listed name, or an .npz file or a folder that exists, got none ({name})")
-    raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"], "zoo")
+    raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"], place)
 
 
 @checked(
@@ -268,7 +273,7 @@ def load_data(
     >>> data.train.tensors[0].shape, len(data.test), data.num_classes
     (torch.Size([100, 1, 8, 8]), 355, 10)
     """
-    info = data_info(name)
+    info = _data_info(name, "zoo.load_data")
     if info.needs_folder:
         if data_dir is None:
             raise ConfigError(f"data_dir must be given for data that is read from files, got None ({name})")

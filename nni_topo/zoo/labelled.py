@@ -212,4 +212,4 @@ def _processes(count: int) -> int:
     """Return how many processes read so many files."""
     if count <= 2 * _FILES_AT_ONCE or multiprocessing.current_process().daemon:
         return 0  # starting them takes longer, and daemons may start none
-    return min(_MOST_PROCESSES, joblib.cpu_count())
+    return min(_MOST_PROCESSES, int(joblib.cpu_count()))

@@ -167,18 +167,23 @@ def model_info(name: str) -> ModelInfo:
     ConfigError
         If the name is none of these, or there is no such factory.
     """
+    return _model_info(name, "zoo.model_info")
+
+
+def _model_info(name: str, place: str) -> ModelInfo:
+    """Return the record of a model; ``place``: the function that was given the name."""
     if name in _MODELS:
         return _MODELS[name]
     if name.startswith(TORCHVISION):
         if name not in torchvision_names():
-            raise unknown_name("model", name, torchvision_names(), "zoo")
+            raise unknown_name("model", name, torchvision_names(), place)
         return ModelInfo(name, "torchvision classification model, untrained", partial(build_torchvision, name), 224)
     if name.startswith(TIMM):
         return ModelInfo(name, "timm classification model, untrained", partial(build_timm, name), 224)
     if ":" in name:
         return ModelInfo(name, "model factory", import_factory(name), 32)
     known = [*_MODELS, "torchvision/NAME", "timm/NAME", "package.module:factory"]
-    raise unknown_name("model", name, known, "zoo")
+    raise unknown_name("model", name, known, place)
 
 
 @checked(num_classes=whole(1), in_channels=whole(1), width=number(0, closed="neither"))
@@ -226,7 +231,7 @@ def create_model(
     >>> sum(parameter.numel() for parameter in model.parameters())
     266610
     """
-    info = model_info(name)
+    info = _model_info(name, "zoo.create_model")
     if image_size < info.min_image_size:
         raise ConfigError(
             f"image_size must be at least {info.min_image_size}, got {image_size} ({name}); "

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import time_shares
-from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.layers.kinds import CONVOLUTIONS, weights_left
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.speedup.dependency import dependency_groups
@@ -316,7 +315,7 @@ def with_sparse_linears(model: nn.Module) -> nn.Module:
     """Return a copy whose linear layers multiply by sparse matrices; convolutions have no such kernel in PyTorch."""
     model = detached_copy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not has_own_forward(module):
+        if type(module) is nn.Linear:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, SparseLinear(module))
     return model
