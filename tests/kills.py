@@ -36,7 +36,6 @@ from nni_topo.cli import main as command
 from nni_topo.runs import choices as plans
 from nni_topo.runs.experiment.manager import free_port
 from nni_topo.runs.trial import TrialSettings, run_trial
-from nni_topo.studies.analysis.magnitude import AnalyzeMagnitude
 from nni_topo.studies.analysis.rounds import METHODS, RoundsCell, run_rounds
 from nni_topo.studies.compare import compare
 from nni_topo.studies.plan import ComparisonPlan
@@ -74,14 +73,6 @@ def rounds(out: Path) -> Any:
     model, target = plans.ModelChoice("small_cnn"), plans.Target("ratio", 0.99)
     cell = plans.Cell(model, DIGITS, METHODS["IMP"], target, 0, recipe, recipe.for_retraining(1))
     return run_rounds([RoundsCell(replace(cell, pruner=method), (0.5, 0.99)) for method in METHODS.values()], out)
-
-
-def magnitude(out: Path) -> Any:
-    """Carry the magnitude study out."""
-    study = AnalyzeMagnitude(
-        model="lenet300", limit=200, images=100, ratios=(0.5,), rounds=2, epochs=2, seconds=0.1, out=out
-    )
-    return study.find(lambda line: None).rows
 
 
 def trial(out: Path) -> Any:
@@ -153,7 +144,7 @@ def study(name: str) -> Callable[[Path], Any]:
     return job
 
 
-ALONE = (comparison, recovery, rounds, magnitude, trial, genetic, training, distilling, zoo_of_networks)
+ALONE = (comparison, recovery, rounds, trial, genetic, training, distilling, zoo_of_networks)
 JOBS: dict[str, Callable[[Path], Any]] = {job.__name__: job for job in (*ALONE, *map(study, STUDIES))}
 
 

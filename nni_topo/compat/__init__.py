@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from nni_topo.compat.importing import KNOWN_NNI_VERSIONS, keep_pytree_nodes
-from nni_topo.compat.report import CompatibilityWarning, CompatReport, PatchResult
+from nni_topo.compat.report import CompatibilityWarning, CompatReport
 from nni_topo.errors import CompatibilityError
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "PAIRING",
     "CompatReport",
     "CompatibilityWarning",
-    "PatchResult",
     "enable",
 ]
 
@@ -75,16 +74,26 @@ def enable() -> CompatReport:
 
 
 def _patch() -> CompatReport:
-    """Import NNI and run every patch."""
+    """Import NNI and run every patch; an unknown NNI or PyTorch may lack what one looks at: the others go on."""
     try:
-        results = [PatchResult(keep_pytree_nodes.__name__, "applied" if keep_pytree_nodes() else "unneeded")]
-        nni_version = str(importlib.import_module("nni").__version__)
+        outcomes: dict[str, bool | str] = {keep_pytree_nodes.__name__: keep_pytree_nodes()}
+        nni = importlib.import_module("nni")
     except ImportError as error:
         raise CompatibilityError(
             f"nni.compression must be importable, got {error!r} (torch {torch.__version__}); see docs/compatibility.md"
         ) from error
-    results += [_run(patch) for patch in patches()]
-    return CompatReport(nni_version, torch.__version__, platform.python_version(), tuple(results))
+    in_place: set[str] = vars(nni).setdefault(_IN_PLACE, set())
+    for patch in patches():
+        name = patch.__name__
+        try:
+            outcomes[name] = name not in in_place and patch()
+        except Exception as error:
+            outcomes[name] = repr(error)
+        if outcomes[name] is True:
+            in_place.add(name)
+    applied, unneeded = (tuple(name for name, found in outcomes.items() if found is kind) for kind in (True, False))
+    failed = {name: found for name, found in outcomes.items() if isinstance(found, str)}
+    return CompatReport(nni.__version__, torch.__version__, platform.python_version(), applied, unneeded, failed)
 
 
 def patches() -> tuple[Callable[[], bool], ...]:
@@ -124,15 +133,3 @@ def patches() -> tuple[Callable[[], bool], ...]:
         evaluators.pass_loss_arguments,
         launching.wait_for_manager,
     )
-
-
-def _run(patch: Callable[[], bool]) -> PatchResult:
-    """Run one patch unless it is in place; an unknown NNI or PyTorch may lack what it looks at: others go on."""
-    in_place: set[str] = vars(importlib.import_module("nni")).setdefault(_IN_PLACE, set())
-    try:
-        if patch.__name__ in in_place or not patch():
-            return PatchResult(patch.__name__, "unneeded")
-    except Exception as error:
-        return PatchResult(patch.__name__, "failed", repr(error))
-    in_place.add(patch.__name__)
-    return PatchResult(patch.__name__, "applied")

@@ -1,11 +1,9 @@
-"""Which patches NNI needed with the installed PyTorch and Python, and what came of each."""
+"""Which patches NNI needed with the installed PyTorch and Python."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-Outcome = Literal["applied", "unneeded", "failed"]
 
 
 class CompatibilityWarning(UserWarning):
@@ -13,64 +11,32 @@ class CompatibilityWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class PatchResult:
-    """The outcome of one patch.
-
-    Parameters
-    ----------
-    name : str
-        The patch's function name.
-    outcome : {"applied", "unneeded", "failed"}
-        ``"unneeded"`` where NNI or PyTorch is already right.
-    reason : str, default ""
-        Why the patch failed; empty otherwise.
-    """
-
-    name: str
-    outcome: Outcome
-    reason: str = ""
-
-
-@dataclass(frozen=True)
 class CompatReport:
-    """The outcome of all patches, in the order in which they ran.
+    """The outcome of all patches, by the names of their functions, in the order in which they ran.
 
     Parameters
     ----------
     nni, torch, python : str
         The versions found.
-    results : tuple of PatchResult
-        One entry per patch.
+    applied : tuple of str
+        Patches that changed something.
+    unneeded : tuple of str
+        Patches that found NNI or PyTorch right.
+    failed : mapping of str to str
+        Patches that couldn't be put in place, with the error.
     """
 
     nni: str
     torch: str
     python: str
-    results: tuple[PatchResult, ...]
-
-    @property
-    def applied(self) -> tuple[str, ...]:
-        """Names of the patches that changed something."""
-        return self._names("applied")
-
-    @property
-    def unneeded(self) -> tuple[str, ...]:
-        """Names of the patches that found everything right."""
-        return self._names("unneeded")
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """Names of the patches that couldn't be put in place."""
-        return self._names("failed")
+    applied: tuple[str, ...]
+    unneeded: tuple[str, ...]
+    failed: Mapping[str, str]
 
     def __str__(self) -> str:
-        parts = [f"NNI {self.nni}, torch {self.torch}, Python {self.python}"]
-        parts += [
+        parts = [
+            f"NNI {self.nni}, torch {self.torch}, Python {self.python}",
             f"applied: {', '.join(self.applied) or 'none'}",
             f"not needed: {', '.join(self.unneeded) or 'none'}",
         ]
-        parts += [f"failed: {result.name} ({result.reason})" for result in self.results if result.outcome == "failed"]
-        return "; ".join(parts)
-
-    def _names(self, outcome: Outcome) -> tuple[str, ...]:
-        return tuple(result.name for result in self.results if result.outcome == outcome)
+        return "; ".join([*parts, *(f"failed: {name} ({reason})" for name, reason in self.failed.items())])

@@ -203,7 +203,7 @@ def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
     """Return, by group id, the replacement of each removed channel and its factor, from the weights alone."""
     removed = pruned_group_ids(networks.unpruned, networks.flow, networks.masks)
     norms = norms_after(networks.unpruned, networks.flow)
-    made: dict[int, list[_Filter]] = defaultdict(list)
+    made: dict[int, list[tuple[str, Tensor, Tensor]]] = defaultdict(list)  # layer, weights (d,), bias () of each filter
     for name in networks.flow.layers:
         module: Any = networks.unpruned.get_submodule(name)
         if not isinstance(module, WEIGHTED):
@@ -214,38 +214,32 @@ def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
         scale, biases = through_norms(batch_norms, biases)
         weights, biases = (weights * scale[:, None]).cpu(), biases.cpu()
         for group_id, weight, bias in zip(networks.flow.group_ids_of(name).tolist(), weights, biases, strict=True):
-            made[group_id].append(_Filter(name, weight, bias, is_normed=bool(batch_norms)))
+            made[group_id].append((name, weight, bias))
     # Channels are compared if the same layers make them; in a residual stream several layers make one channel.
     comparable: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for group_id, filters in made.items():
-        comparable[tuple(each.layer for each in filters)].append(group_id)
+        comparable[tuple(layer for layer, _, _ in filters)].append(group_id)
     merged: dict[int, tuple[int, float]] = {}
-    for group_ids in comparable.values():
+    for layers, group_ids in comparable.items():
         kept = [group_id for group_id in group_ids if group_id not in removed]
         pruned = [group_id for group_id in group_ids if group_id in removed]
         if not kept or not pruned:
             continue
-        nearest = _nearest([made[group_id] for group_id in pruned], [made[group_id] for group_id in kept])
+        rows, shifts = list[Tensor](), list[Tensor]()
+        for side in (pruned, kept):
+            rows.append(torch.stack([torch.cat([weight for _, weight, _ in made[each]]) for each in side]))
+            shifts.append(torch.stack([torch.stack([bias for _, _, bias in made[each]]) for each in side]))
+        nearest = _nearest(rows, shifts, is_normed=any(layer in norms for layer in layers))
         for group_id, (rank, factor) in zip(pruned, nearest, strict=True):
             merged[group_id] = kept[rank], factor
     return merged
 
 
-@dataclass(frozen=True)
-class _Filter:
-    """One layer's filter of one channel: weights (d,) and a bias (), scaled by a batch norm after it, if any."""
+def _nearest(rows: list[Tensor], biases: list[Tensor], *, is_normed: bool) -> list[tuple[int, float]]:
+    """Return for each removed channel the rank of its replacement and the factor, 0.0 where none is similar.
 
-    layer: str
-    weight: Tensor
-    bias: Tensor
-    is_normed: bool
-
-
-def _nearest(pruned: list[list[_Filter]], kept: list[list[_Filter]]) -> list[tuple[int, float]]:
-    """Return for each removed channel the rank of its replacement and the factor, 0.0 where none is similar."""
-    is_normed = any(each.is_normed for each in kept[0])
-    biases = [torch.stack([torch.stack([each.bias for each in found]) for found in side]) for side in (pruned, kept)]
-    rows = [torch.stack([torch.cat([each.weight for each in found]) for found in side]) for side in (pruned, kept)]
+    ``rows`` has the weights of the removed and of the kept channels, (n, d) each, ``biases`` their biases, (n, layers).
+    """
     if not is_normed:  # without a norm the paper treats the bias as one more weight
         rows = [torch.cat(pair, 1) for pair in zip(rows, biases, strict=True)]
     norms = [each.norm(dim=1).clamp_min(_TINY) for each in rows]

@@ -5,15 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import matplotlib as mpl
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from nni_topo.disk import read_json, without_folders, write_text
 from nni_topo.errors import DataError
@@ -34,7 +29,6 @@ from nni_topo.studies.tables import (
 
 _SOURCES = ("versions", "hardware", "revision")
 _LONG = 40  # rows of a table from which on it is folded
-_COLORS = {"#000000": "currentColor", "#ffffff": "var(--page)"}
 
 
 @dataclass(frozen=True)
@@ -102,17 +96,21 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _parts(folder: Path) -> Iterator[Part]:
-    drawn: set[str] = set()  # stems of pictures that the comparison's parts draw themselves
     # A study's own records have no target; its findings are in a file beside them.
     records = compared_records(folder / "results.jsonl")
     if records:
-        drawn = {"accuracy", "convergence"}
         # First the answer, then its picture, then the tables with all columns.
         groups = grouped(records)
         for group, rows in groups.items():
             yield Part(title_of(group, rows), *in_short(rows), text_columns=2)
-        for name, figure in comparison_figures(records).items():
-            yield Part(name, picture=as_svg(figure, name))
+        named = [
+            {**record, **{key: without_folders(record[key]) for key in ("model", "data", "pruner")}}
+            for record in records
+        ]
+        for name, figure in comparison_figures(named).items():
+            stream = io.BytesIO()
+            figure.savefig(stream, dpi=130)
+            yield _picture(name, stream.getvalue())
         for group, rows in groups.items():
             yield Part(f"all figures: {title_of(group, rows)}", *cells_of(rows), foot=foot_of(rows))
             if has_convergence(rows):
@@ -134,11 +132,16 @@ def _parts(folder: Path) -> Iterator[Part]:
         else:
             yield from _of_document(path.stem, document)
     for path in sorted(folder.glob("*.png")):
-        if path.stem not in drawn:
-            data = base64.b64encode(path.read_bytes()).decode()
-            yield Part(path.stem, picture=f'<img alt="{path.stem}" src="data:image/png;base64,{data}">')
+        if not (records and path.stem in ("accuracy", "convergence")):
+            yield _picture(path.stem, path.read_bytes())
     if records:
         yield from _sources(records)
+
+
+def _picture(name: str, content: bytes) -> Part:
+    """Return a PNG file's content as a part."""
+    data = base64.b64encode(content).decode()
+    return Part(name, picture=f'<img alt="{name}" src="data:image/png;base64,{data}">')
 
 
 def _of_document(title: str, document: Any) -> Iterator[Part]:
@@ -205,16 +208,3 @@ def _sources(records: Sequence[Record]) -> Iterator[Part]:
         yield Part(
             "versions", rows=[(name, " / ".join(values)) for name, values in found.items()], text_columns=2, folded=True
         )
-
-
-def as_svg(figure: Figure, name: str) -> str:
-    """Return a figure as an SVG element: text stays text, black and white become the page's two colors."""
-    stream = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    text = re.sub(r">([^<]+)<", lambda found: f">{without_folders(found[1])}<", text)
-    text = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
-    for color, name_on_page in _COLORS.items():
-        text = text.replace(color, name_on_page)
-    return text

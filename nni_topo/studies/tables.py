@@ -7,7 +7,6 @@ third parties, are compared with them.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import textwrap
 from collections import defaultdict
@@ -104,12 +103,15 @@ def show_accuracies(values: Sequence[float]) -> str:
     return f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def epochs_until_back(record: Record, share: float = 1.0) -> int | None:
-    """Return after how many epochs of fine-tuning a share of the unpruned validation accuracy is back; None: never."""
+def epochs_taken(record: Record, share: float = 1.0) -> tuple[int, bool]:
+    """Return the epochs of fine-tuning until a share of the unpruned validation accuracy is back, and whether it is.
+
+    A run that doesn't get there has taken all of its epochs.
+    """
     for epoch, accuracy in enumerate(record["curve"]):
         if accuracy >= share * record["validation_before"]:
-            return epoch
-    return None
+            return epoch, True
+    return len(record["curve"]) - 1, False
 
 
 def grouped(records: Iterable[Record]) -> dict[Group, dict[str, dict[int, Record]]]:
@@ -459,30 +461,35 @@ def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[
         if is_timed:
             head.append(f"seconds to {100 * share:g} %")
     # Where no run gets to a share, a difference of zero would say nothing.
-    reached = [share for share in shares if any(epochs_until_back(record, share) is not None for record in records)]
+    reached = [share for share in shares if any(epochs_taken(record, share)[1] for record in records)]
     compared = reached[-1] if reached else shares[0]
     head.append(f"vs best baseline, epochs to {100 * compared:g} %")
     # The baseline with the fewest mean epochs to this share; of equal ones, to the share before it.
     means = {}
     for row, runs in long.items():
         if _is_baseline(runs):
-            by_share = [_with_epochs(runs, share) for share in reversed(shares) if share <= compared]
-            means[row] = [float(np.mean([found["epochs"] for found in each.values()])) for each in by_share]
+            fewer = [share for share in reversed(shares) if share <= compared]
+            means[row] = [float(np.mean([epochs_taken(run, share)[0] for run in runs.values()])) for share in fewer]
     baseline = min(means, key=means.__getitem__, default=None)
     lines = []
     for row, runs in long.items():
         unpruned = show_accuracies([record["validation_before"] for record in runs.values()])
         line = [row, unpruned, show_accuracies([record["curve"][0] for record in runs.values()])]
         for share in shares:
-            line.append(_median_epochs(runs, share))
+            taken = {seed: epochs_taken(record, share) for seed, record in runs.items()}
+            line.append(_median_of(taken.values()))
             if is_timed:
-                line.append(_median_seconds(runs, share, per_epoch))
+                seconds = {seed: per_epoch[_widths(record)] for seed, record in runs.items()}
+                line.append(_median_of((seconds[seed] * epochs, is_back) for seed, (epochs, is_back) in taken.items()))
         if row == baseline:
             line.append("best baseline")
         elif baseline is None:
             line.append("")
         else:
-            ours, theirs = _with_epochs(runs, compared), _with_epochs(long[baseline], compared)
+            ours, theirs = (
+                {seed: {"epochs": epochs_taken(record, compared)[0]} for seed, record in each.items()}
+                for each in (runs, long[baseline])
+            )
             line.append(paired_difference(ours, theirs, "epochs").show(sign=True))
         lines.append(line)
     return head, lines
@@ -493,45 +500,20 @@ def _is_long(record: Record) -> bool:
     return "until" in record or len(record.get("curve", ())) > _SHORT + 1
 
 
-def _median_epochs(runs: dict[int, Record], share: float) -> str:
-    """Return median, lowest and highest number of epochs to a share; of an even number the lower middle one."""
-    ranked: list[tuple[float, str]] = []
-    for record in runs.values():
-        epochs = epochs_until_back(record, share)
-        last = len(record["curve"]) - 1
-        ranked.append((math.inf, f"> {last}") if epochs is None else (epochs, str(epochs)))
-    return _median_of(ranked)
-
-
 def _widths(record: Record) -> str:
     """Return a network's widths as a key; networks with the same key take equal time."""
     return json.dumps(record.get("widths"), sort_keys=True)
 
 
-def _median_seconds(runs: dict[int, Record], share: float, per_epoch: dict[str, float]) -> str:
-    """Return median, lowest and highest seconds of training to a share; of an even number the lower middle one."""
-    ranked: list[tuple[float, str]] = []
-    for record in runs.values():
-        epochs = epochs_until_back(record, share)
-        seconds = per_epoch[_widths(record)] * (len(record["curve"]) - 1 if epochs is None else epochs)
-        ranked.append((math.inf, f"> {seconds:.0f}") if epochs is None else (seconds, f"{seconds:.0f}"))
-    return _median_of(ranked)
+def _median_of(values: Iterable[tuple[float, bool]]) -> str:
+    """Return median [lowest, highest] of numbers, or the one that they share; of an even number the lower middle one.
 
-
-def _median_of(ranked: list[tuple[float, str]]) -> str:
-    """Return the texts of the median [lowest, highest] value, or the one text that they share."""
-    names = [name for _, name in sorted(ranked)]
+    A number whose second entry is False is a lower bound, shown by ``>`` and larger than all others.
+    """
+    ranked = sorted(values, key=lambda value: (not value[1], value[0]))
+    names = [f"{number:.0f}" if is_exact else f"> {number:.0f}" for number, is_exact in ranked]
     middle = names[(len(names) - 1) // 2]
     return middle if names[0] == names[-1] else f"{middle} [{names[0]}, {names[-1]}]"
-
-
-def _with_epochs(runs: dict[int, Record], share: float) -> dict[int, Record]:
-    """Return records of the epochs to a share by seed; a run that doesn't get there counts as all of its epochs."""
-    found = {}
-    for seed, record in runs.items():
-        epochs = epochs_until_back(record, share)
-        found[seed] = {"epochs": len(record["curve"]) - 1 if epochs is None else epochs}
-    return found
 
 
 def _unpruned(runs: dict[int, Record]) -> dict[str, str]:

@@ -96,14 +96,12 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _check_fit(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:
-    wanted = model.state_dict()
+    given, wanted = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, model.state_dict()))
     wrong = [
-        f"{key} is {tuple(state[key].shape)}, the model's {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
+        f"{key}: {given.get(key, 'missing')}, in the model {wanted.get(key, 'missing')}"
+        for key in {**wanted, **given}
+        if given.get(key) != wanted.get(key)
     ]
-    wrong += [f"{key} is missing" for key in wanted if key not in state]
-    wrong += [f"{key} is not in the model" for key in state if key not in wanted]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise DataError(f"a checkpoint must fit the model, got: {'; '.join(wrong[:_SHOWN])}{more} ({path})")
+        raise DataError(f"a checkpoint must fit the model, got {'; '.join(wrong[:_SHOWN])}{more} ({path})")

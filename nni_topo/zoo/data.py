@@ -189,9 +189,7 @@ def _data_info(name: str, place: str) -> DataInfo:
         return DataInfo(name, ".npz file", partial(read_npz, path))
     if path.is_dir():
         return DataInfo(name, "folder of images", partial(_list_image_folder, path))
-    if path.exists():
-        raise DataError(f"data must be an .npz file or a folder of images, got a file that is neither ({name})")
-    if {"/", "\\"} & set(name) or path.suffix:
+    if path.exists() or path.suffix or {"/", "\\"} & set(name):
         raise DataError(f"data must be a listed name, or an .npz file or a folder that exists, got none ({name})")
     raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"], place)
 

@@ -65,19 +65,13 @@ def list_image_folder(
         train_files, train_labels = files[~apart], labels[~apart]
         test_files, test_labels = files[apart], labels[apart]
     first = [str(root / os.fsdecode(files[row])) for row in np.unique(labels, return_index=True)[1]]
-    modes, sizes = [], []
+    modes, side = [], image_size or 0
     for path in first:
         with _opened(path) as image:
             modes.append(image.mode)
-            sizes.append(image.size)
-    side = image_size
-    if side is None:
-        for path, size in zip(first, sizes, strict=True):
-            if size != sizes[0]:
-                raise _other_size(sizes[0], size, path)
-        width, side = sizes[0]
-        if width != side:
-            raise DataError(f"images must be squares unless image_size is given, got {side}x{width} ({first[0]})")
+            side = side or image.width
+            if image_size is None and image.size != (side, side):
+                raise _other_size(side, image.size, path)
     is_grey = all(mode in _GREY for mode in modes)
     padded = max(side, pad_to or 0)
     layout = Layout(is_grey, side, image_size is not None, padded, preprocessing or Preprocessing())
@@ -92,7 +86,6 @@ def list_image_folder(
 
 def _listed(folder: Path) -> tuple[npt.NDArray[np.bytes_], Array, tuple[str, ...]]:
     """Return the paths of images below a folder, class by class, the numbers of their classes, and the classes."""
-    _check_sorted(folder)
     begin = len(os.path.join(folder, ""))
     files = []
     try:
@@ -104,29 +97,13 @@ def _listed(folder: Path) -> tuple[npt.NDArray[np.bytes_], Array, tuple[str, ...
             files.append(np.array([os.fsencode(path[begin:]) for path, _ in images]))
     except FileNotFoundError as error:
         raise DataError(
-            f"an image folder must hold one folder per class with at least one image, got: {error} ({folder})"
+            f"an image folder must hold one folder per class with at least one image, as docs/sources.md shows, got: "
+            f"{error} ({folder})"
         ) from error
     if not names:
         raise DataError(f"an image folder must hold one folder per class, got none ({folder})")
     labels = np.repeat(np.arange(len(names)), [len(each) for each in files])
     return np.concatenate(files), labels, tuple(names)
-
-
-def _check_sorted(folder: Path) -> None:
-    """Raise DataError for a folder of images that aren't sorted into folders of their classes, as ILSVRC's ``val``."""
-    found = 0
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir() and not entry.name.startswith("."):
-                return
-            found += entry.name.lower().endswith(_SUFFIXES)
-    if found:
-        cure = "move each into a folder with the name of its class"
-        if folder.name in ("val", "test"):
-            cure += ", the same as in train; docs/sources.md has a command that sorts ILSVRC's val"
-        raise DataError(
-            f"an image folder must hold one folder per class, got {found} images without one: {cure} ({folder})"
-        )
 
 
 def read_image(path: str, layout: Layout) -> Tensor:
@@ -144,7 +121,7 @@ def read_image(path: str, layout: Layout) -> Tensor:
         scaled = v2.functional.resize(picture, [short], interpolation=mode, antialias=True)
         picture = v2.functional.center_crop(scaled, [layout.side])
     elif picture.size != (layout.side, layout.side):
-        raise _other_size((layout.side, layout.side), picture.size, path)
+        raise _other_size(layout.side, picture.size, path)
     pixels: Tensor = v2.functional.pil_to_tensor(picture)
     missing = layout.padded - layout.side
     before, after = missing // 2, missing - missing // 2
@@ -164,6 +141,6 @@ def _opened(path: str) -> Iterator[Image.Image]:
         ) from error
 
 
-def _other_size(size: tuple[int, int], other: tuple[int, int], path: str) -> DataError:
-    sizes = f"{size[::-1]} and {other[::-1]}"
-    return DataError(f"images must share one size unless image_size is given, got {sizes} ({path})")
+def _other_size(side: int, size: tuple[int, int], path: str) -> DataError:
+    rule = "images must be squares of one size unless image_size is given"
+    return DataError(f"{rule}, got {size[1]}x{size[0]} beside {side}x{side} ({path})")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import joblib
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -211,5 +212,4 @@ def _processes(count: int) -> int:
     """Return how many processes read so many files."""
     if count <= 2 * _FILES_AT_ONCE or multiprocessing.current_process().daemon:
         return 0  # starting them takes longer, and daemons may start none
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_MOST_PROCESSES, cores)
+    return min(_MOST_PROCESSES, int(joblib.cpu_count()))

@@ -11,7 +11,6 @@ import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -89,7 +88,6 @@ _BERT = "https://arxiv.org/abs/1810.04805"
 _HEADS = "5 blocks of 6 heads and 192 neurons on patches"
 _NORMED = "convolutions with batch norm"
 
-_WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")  # endings of files that a user may take for a model
 _MODELS = {
     info.name: info
     for info in (
@@ -182,11 +180,6 @@ def _model_info(name: str, place: str) -> ModelInfo:
         return ModelInfo(name, "torchvision classification model, untrained", partial(build_torchvision, name), 224)
     if name.startswith(TIMM):
         return ModelInfo(name, "timm classification model, untrained", partial(build_timm, name), 224)
-    if Path(name).suffix in _WEIGHTS:
-        raise ConfigError(
-            f"model must be a listed name or package.module:factory, got a file of weights, which is the checkpoint of "
-            f"such a model (--checkpoint on the command line): {name}"
-        )
     if ":" in name:
         return ModelInfo(name, "model factory", import_factory(name), 32)
     known = [*_MODELS, "torchvision/NAME", "timm/NAME", "package.module:factory"]

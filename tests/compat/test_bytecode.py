@@ -5,7 +5,6 @@ from __future__ import annotations
 import dis
 import sys
 from collections.abc import Callable
-from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -229,64 +228,6 @@ def test_branch_over_a_jump_too_far_for_one_byte() -> None:
     torch.testing.assert_close(traced(ONES), ONES + 100)
 
 
-class Witness:
-    """A value that keeps the frame and the position at which it is tested for truth."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[CodeType, int]] = []
-
-    def __bool__(self) -> bool:
-        frame = sys._getframe().f_back
-        assert isinstance(frame, FrameType)
-        self.seen.append((frame.f_code, frame.f_lasti))
-        return len(self.seen) < 2
-
-    def __lt__(self, other: object) -> Witness:
-        return self
-
-
-def in_if(value: Any) -> object:
-    if value:
-        return 1
-    return 2
-
-
-def in_and(value: Any) -> object:
-    return value and 1
-
-
-def in_or(value: Any) -> object:
-    return value or 1
-
-
-def in_while(value: Any) -> object:
-    while value:
-        pass
-    return 1
-
-
-def in_while_not(value: Any) -> object:
-    while not value:
-        pass
-    return 1
-
-
-def in_comparison(value: Any) -> object:
-    if value < 3:
-        return 1
-    return 2
-
-
-@pytest.mark.parametrize("test", [in_if, in_and, in_or, in_while, in_while_not, in_comparison])
-def test_running_instruction_of_a_truth_test_is_a_branch(
-    test: Callable[[Any], object],
-) -> None:
-    witness = Witness()
-    test(witness)
-    for code, last in witness.seen:
-        assert tracing.code_units(code)[last // 2].opcode in concrete_proxy.ConcreteProxy.jump_opcodes
-
-
 def test_patches_are_needed_on_the_pythons_that_have_caches_or_other_jumps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -297,15 +238,3 @@ def test_patches_are_needed_on_the_pythons_that_have_caches_or_other_jumps(
     assert tracing.restore_branch_opcodes() is ("POP_JUMP_FORWARD_IF_TRUE" in dis.opmap)
     assert tracing.index_code_units() is False
     assert tracing.restore_branch_opcodes() is False
-
-
-def test_the_units_behind_the_last_instruction_are_its_own() -> None:
-    whole = in_comparison.__code__
-    comparison = next(found for found in dis.get_instructions(whole) if found.opname == "COMPARE_OP")
-    cut = whole.replace(co_code=whole.co_code[: comparison.offset + (4 if sys.version_info >= (3, 11) else 2)])
-    last = list(dis.get_instructions(cut))[-1]
-    if last.argrepr.startswith("bool("):
-        pytest.skip("this Python's comparison tests for truth, and counts as the instruction after it")
-    units = tracing.code_units(cut)
-    assert len(units) == len(cut.co_code) // 2
-    assert all(unit == last for unit in units[comparison.offset // 2 :])

@@ -82,7 +82,7 @@ def test_a_comparison_has_its_tables_pictures_and_widths(tmp_path):
     start = page.rows.index(list(head))
     assert page.rows[start : start + len(rows) + 1] == [list(head), *rows]
     assert "b" not in page.tags
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("img") == 1
     assert ["conv1", "8", "4", "4", ""] in page.rows
     assert ["head", "10", "10", "10", "it gives the output"] in page.rows
     assert ["epochs", "1"] in page.rows

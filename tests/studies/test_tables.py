@@ -12,7 +12,7 @@ from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.tables import (
     best_baseline,
     cells_of,
-    epochs_until_back,
+    epochs_taken,
     foot_of,
     grouped,
     in_short,
@@ -153,8 +153,9 @@ def convergence_rows(records):
 
 
 def test_epochs_until_the_accuracy_is_back_are_counted_from_the_pruned_network():
-    assert [epochs_until_back(found) for found in CURVES] == [2, 3, 2, 3, None, None, 0, 0, 0]
-    assert [epochs_until_back(found, 0.99) for found in CURVES] == [2, 3, 2, 3, None, 3, 0, 0, 0]
+    assert [epochs_taken(found)[0] for found in CURVES] == [2, 3, 2, 3, 3, 3, 0, 0, 0]
+    assert [epochs_taken(found)[1] for found in CURVES] == [True] * 4 + [False] * 2 + [True] * 3
+    assert [epochs_taken(found, 0.99)[1] for found in CURVES] == [True] * 4 + [False] + [True] * 4
     rows = convergence_rows(CURVES)
     assert [rows[row]["epochs to 100 %"] for row in ("l1", "ours", "kept")] == ["2 [2, 3]", "> 3 [3, > 3]", "0"]
     assert rows["ours"]["epochs to 99 %"] == "3 [3, > 3]"

@@ -174,7 +174,7 @@ def test_paths_have_records_that_need_no_folder(npz_file, tmp_path) -> None:
         with pytest.raises(DataError, match=r"an .npz file or a folder that exists, got none .*(absent|nofile.pt)\)"):
             data_info(name)
     (tmp_path / "images.pt").touch()
-    with pytest.raises(DataError, match=r"an .npz file or a folder of images, got a file that is neither \("):
+    with pytest.raises(DataError, match=r"an .npz file or a folder that exists, got none \("):
         data_info(str(tmp_path / "images.pt"))
     with pytest.raises(ConfigError, match="data must be a known name, got 'digit'"):
         data_info("digit")

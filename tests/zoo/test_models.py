@@ -300,8 +300,3 @@ def test_timm_that_is_missing_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match=r"timm must be installed: pip install timm, got none \(timm/resnet10t\)"):
         build("timm/resnet10t", size=32)
-
-
-def test_a_file_of_weights_is_no_model_but_its_checkpoint():
-    with pytest.raises(ConfigError, match=r"got a file of weights, which is the checkpoint .*--checkpoint.*: ./net.pt"):
-        model_info("./net.pt")

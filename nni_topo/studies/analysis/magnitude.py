@@ -11,10 +11,8 @@ import io
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -25,41 +23,31 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo import zoo
-from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import time_shares
-from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.layers.kinds import CONVOLUTIONS, weights_left
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
-from nni_topo.rules import all_of, instance, number, whole
+from nni_topo.rules import all_of, number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, made_dense, pruner_knobs
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.sensitivity import sensitivity
 from nni_topo.studies.pictures import finish
-from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.study import Findings, Tell, TrainedStudy
 from nni_topo.studies.tables import NumberTable, show_range
 
-_PARTS = {"level": ("all", "conv", "dense"), "matrix": ("all",)}
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "all": (*CONVOLUTIONS, nn.Linear),
     "conv": CONVOLUTIONS,
     "dense": (nn.Linear,),
 }
-_ROW = {
-    **dict.fromkeys(("pruner", "part", "way"), instance(str)),
-    "seed": whole(0),
-    "ratio": number(0.0, 1.0),
-    "accuracy": number(0.0, 1.0),
-}
-_WAYS = {"direct": "-", "direct, retrained": "--", "iterative": ":"}
 WORDS = {"direct": "direct", "direct, retrained": "direct, fine-tuned", "iterative": "iterative"}
 """The ways, named as in the records, in the words of figures and tables."""
+_STYLES = dict(zip(WORDS.values(), ("-", "--", ":"), strict=True))
 _COLORS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "C2", ("matrix", "all"): "C3"}
 _AGAIN = "unpruned"  # the copy of the unpruned network among the timed ones
 _SHARE = "time / unpruned network's time"
@@ -109,78 +97,47 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         number(0.0, closed="neither").check("seconds", self.seconds, "magnitude")
 
     def find(self, tell: Tell) -> MagnitudeStudy:
-        """Prune each seed's network in every way that has no record in ``rows.jsonl`` yet."""
-        with only_process(self.out, wait=False):
-            return self._found(tell)
-
-    def _found(self, tell: Tell) -> MagnitudeStudy:
+        """Prune each seed's network in every way, and measure its layers' sensitivities."""
+        ways, ratios = tuple(WORDS) if self.epochs else ("direct",), sorted(set(self.ratios))
         rows, baselines, sensitivities = [], [], []
         for seed in range(self.seed, self.seed + self.seeds):
             start = replace(self, seed=seed).start(self.images)
-            rows += self._rows(start, tell)
-            baselines.append(self.baseline(start))
-            curves = sensitivity(start.net, start.example, start.tested, sorted(set(self.ratios)), "level")
+            for (pruner, part), way, ratio in itertools.product(_COLORS, ways, ratios):
+                layers = _layers(start, pruner, part)
+                if not layers:
+                    continue
+                row = {"pruner": pruner, "part": part, "way": way, "ratio": ratio, "seed": seed}
+                rows.append({**row, **self._measured(start, pruner, layers, way, ratio, with_costs=part == "all")})
+                accuracy = 100 * rows[-1]["accuracy"]
+                tell(f"{pruner}, {part}, {WORDS[way]}, {ratio:g}, seed {seed}: {accuracy:.1f} %")
+            images = self._timed_images(start)
+            baselines.append(
+                {
+                    "seed": seed,
+                    "accuracy": start.accuracy,
+                    "params": zoo.count_params(start.net),
+                    "bytes": stored_bytes(start.net),
+                    "latency_ms": zoo.latency_ms(start.net, images),
+                    "batch": len(images),
+                }
+            )
+            curves = sensitivity(start.net, start.example, start.tested, ratios, "level")
             sensitivities.append({"seed": seed, **curves.to_dict()})
-        return MagnitudeStudy(sorted(rows, key=lambda row: (*_place(row), row["seed"])), baselines, sensitivities)
-
-    def _rows(self, start: Start, tell: Tell) -> list[Record]:
-        """Return the records of one seed, known ones first."""
-        path = self.out / "rows.jsonl"
-        wanted = {_place(row): row for row in self._wanted(start)}
-        known = read_records(path, _ROW)
-        rows = [r for r in known if _place(r) in wanted and self._request(start, r).items() <= r.items()]
-        done = set(map(_place, rows))
-        for place, row in wanted.items():
-            if place not in done:
-                rows.append({**row, **self._measured(start, **row), **self._request(start, row)})
-                which = f"{row['pruner']}, {row['part']}, {WORDS[row['way']]}, {row['ratio']:g}, seed {start.seed}"
-                tell(f"{which}: {100 * rows[-1]['accuracy']:.1f} %")
-                append_record(path, rows[-1])
-        return rows
-
-    def _request(self, start: Start, row: Record) -> Record:
-        """Return what a record's figures depend on, beside its place."""
-        request: Record = {
-            "seed": start.seed,
-            "train_images": len(start.data.train),
-            "test_images": len(start.data.test),
-        }
-        if row["way"] != "direct":
-            request |= {"rounds": self.rounds, "epochs": self.epochs}
-        if row["part"] == "all" and row["way"] == "direct":  # these have parameters, bytes and times
-            request |= {"batch": self.batch, "seconds": self.seconds}
-        return request
+        return MagnitudeStudy(rows, baselines, sensitivities)
 
     def show(self, found: MagnitudeStudy) -> Iterator[RenderableType]:
         """Yield the tables."""
         return magnitude_tables(found.to_dict())
 
-    def baseline(self, start: Start) -> Record:
-        """Return the record of the unpruned network."""
-        images = self._timed_images(start)
-        return {
-            "seed": start.seed,
-            "accuracy": start.accuracy,
-            "params": zoo.count_params(start.net),
-            "bytes": stored_bytes(start.net),
-            "latency_ms": zoo.latency_ms(start.net, images),
-            "batch": len(images),
-        }
-
     def _timed_images(self, start: Start) -> Tensor:
         return start.data.test[: self.batch][0].to(start.device)
 
-    def _wanted(self, start: Start) -> Iterator[Record]:
-        """Yield pruner, part, way and ratio of every record."""
-        ways = tuple(WORDS) if self.epochs else ("direct",)
-        for ratio, pruner in itertools.product(sorted(set(self.ratios)), _PARTS):
-            for part, way in itertools.product(_PARTS[pruner], ways):
-                if _layers(start, pruner, part):
-                    yield {"pruner": pruner, "part": part, "way": way, "ratio": ratio}
-
-    def _measured(self, start: Start, pruner: str, part: str, way: str, ratio: float) -> Record:
+    def _measured(
+        self, start: Start, pruner: str, layers: list[str], way: str, ratio: float, *, with_costs: bool
+    ) -> Record:
+        """Prune some layers of a copy; return its accuracy, after direct pruning with its costs if these are asked."""
         pruned = copy.deepcopy(start.net)
-        config: list[dict[str, Any]] = [{"op_names": _layers(start, pruner, part), "sparse_ratio": ratio}]
+        config: list[dict[str, Any]] = [{"op_names": layers, "sparse_ratio": ratio}]
         if pruner_info(pruner).structured:
             config = dependency_groups(pruned, start.example, config)
         made = create_pruner(pruner, pruned, config, **pruner_knobs(pruner, pruned, start))
@@ -199,7 +156,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         _, masks = made.compress()
         made.unwrap_model()
         masked = masked_model(pruned, start.example, masks)
-        costs = self._costs(start, pruner, masked, masks) if part == "all" else {}
+        costs = self._costs(start, pruner, masked, masks) if with_costs else {}
         return {"accuracy": start.tested(masked), **costs}
 
     def _costs(self, start: Start, pruner: str, masked: nn.Module, masks: Any) -> Record:
@@ -221,10 +178,6 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         return {"params": params, "bytes": stored_bytes(stored), "time_shares": shares}
 
 
-def _place(row: Record) -> tuple[str, str, str, float]:
-    return row["pruner"], row["part"], row["way"], row["ratio"]
-
-
 def _layers(start: Start, pruner: str, part: str) -> list[str]:
     found = [name for name, module in start.net.named_modules() if isinstance(module, _KINDS[part])]
     inner = inner_layers(start.net, start.example) if pruner_info(pruner).structured else found
@@ -236,23 +189,19 @@ def magnitude_figure(document: Record) -> Figure:
     figure = Figure(figsize=(15.0, 8.0), layout="constrained")
     (accuracy, alone, params), (disk, time, spare) = figure.subplots(2, 3)
     spare.remove()
-    rows, baselines = document["rows"], document["baselines"]
-    for (pruner, part), color in _COLORS.items():
-        for way, style in _WAYS.items():
-            found = _by_ratio(_chosen(rows, pruner, part, way), "accuracy")
-            _line(accuracy, found, style, color, f"{pruner}, {part}, {WORDS[way]}")
-    for pruner, color in (("level", "C0"), ("matrix", "C3")):
-        chosen = _chosen(rows, pruner)
-        if not chosen:
-            continue
-        _line(params, _by_ratio(chosen, "params"), ".-", color, pruner)
-        for name, style in zip(baselines[0]["bytes"], ("-", "--", ":", "-.", ".-"), strict=True):
-            _line(disk, _by_ratio(chosen, "bytes", name), style, color, f"{pruner}, {name}")
-        for name in chosen[0]["time_shares"]:
-            style = {"zeros": "--", _AGAIN: ":"}.get(name, "-")
-            _line(time, _by_ratio(chosen, "time_shares", name, "median"), style, color, f"{pruner}, {name}")
-    for index, (layers, found) in enumerate(_alone(document).items()):
-        _line(alone, found, ".-", f"C{index % 10}", layers)
+    series, baselines = _series(document), document["baselines"]
+    for key, found in series["accuracy"].items():
+        _line(accuracy, found, _STYLES[key[2]], _COLORS[key[0], key[1]], ", ".join(key))
+    for index, (key, found) in enumerate(series["alone"].items()):
+        _line(alone, found, ".-", f"C{index % 10}", *key)
+    for key, found in series["params"].items():
+        _line(params, found, ".-", _COLORS[key[0], "all"], *key)
+    styles = dict(zip(baselines[0]["bytes"], ("-", "--", ":", "-.", ".-"), strict=True))
+    for key, found in series["bytes"].items():
+        _line(disk, found, styles[key[1]], _COLORS[key[0], "all"], ", ".join(key))
+    for key, found in series["time"].items():
+        style = {"zeros": "--", _AGAIN: ":"}.get(key[1], "-")
+        _line(time, found, style, _COLORS[key[0], "all"], ", ".join(key))
     for axis, label, unpruned in (
         (accuracy, "accuracy", [base["accuracy"] for base in baselines]),
         (alone, "accuracy, one layer pruned", [base["accuracy"] for base in baselines]),
@@ -267,41 +216,33 @@ def magnitude_figure(document: Record) -> Figure:
 
 def magnitude_tables(document: Record) -> Iterator[NumberTable | str]:
     """Yield the study's tables: accuracies by way and by layer, then parameters, bytes and times by ratio."""
-    rows, baselines = document["rows"], document["baselines"]
-    ratios = sorted({row["ratio"] for row in rows})
+    series, baselines = _series(document), document["baselines"]
+    ratios = sorted({row["ratio"] for row in document["rows"]})
     heads = [f"{ratio:g}" for ratio in ratios]
 
     def cells(found: PerSeed, scale: float, digits: int = 1) -> list[str]:
         return [show_range(found[ratio], scale, digits) if ratio in found else "" for ratio in ratios]
 
-    accuracies = []
-    for (pruner, part), way in itertools.product(_COLORS, _WAYS):
-        found = _by_ratio(_chosen(rows, pruner, part, way), "accuracy")
-        if found:
-            accuracies.append([pruner, part, WORDS[way], *cells(found, 100)])
-    alone = [[layers, *cells(found, 100)] for layers, found in _alone(document).items()]
-    costs, noise, halves = [], [], []
-    for pruner in ("level", "matrix"):
-        chosen = _chosen(rows, pruner)
-        if not chosen:
-            continue
+    costs = []
+    for (pruner,), found in series["params"].items():
         unpruned = show_range([base["params"] for base in baselines], 1e-3)
-        costs.append([pruner, "parameters (k)", unpruned, *cells(_by_ratio(chosen, "params"), 1e-3)])
-        for name in baselines[0]["bytes"]:
-            unpruned = show_range([base["bytes"][name] for base in baselines], 1e-3)
-            costs.append([pruner, f"{name} (kB)", unpruned, *cells(_by_ratio(chosen, "bytes", name), 1e-3)])
-        for name in chosen[0]["time_shares"]:
-            found = _by_ratio(chosen, "time_shares", name, "median")
-            timed = "copy of the unpruned network" if name == _AGAIN else name
-            costs.append([pruner, f"{timed}: {_SHARE}", "1", *cells(found, 1, 2)])
-            halves += [row["time_shares"][name]["half"] for row in chosen]
-        noise += [row["time_shares"][_AGAIN]["median"] for row in chosen]
+        costs.append([pruner, "parameters (k)", unpruned, *cells(found, 1e-3)])
+    for (pruner, name), found in series["bytes"].items():
+        unpruned = show_range([base["bytes"][name] for base in baselines], 1e-3)
+        costs.append([pruner, f"{name} (kB)", unpruned, *cells(found, 1e-3)])
+    for (pruner, name), found in series["time"].items():
+        timed = "copy of the unpruned network" if name == _AGAIN else name
+        costs.append([pruner, f"{timed}: {_SHARE}", "1", *cells(found, 1, 2)])
     accuracy = show_range([base["accuracy"] for base in baselines], 100)
     first, milliseconds = baselines[0], show_range([base["latency_ms"] for base in baselines])
     yield f"Unpruned: {accuracy} %, {milliseconds} ms for {first['batch']} images. Seeds: {len(baselines)}."
+    accuracies = [[*key, *cells(found, 100)] for key, found in series["accuracy"].items()]
     yield NumberTable(None, ["pruner", "layers", "way", *heads], accuracies, text_columns=3)
+    alone = [[*key, *cells(found, 100)] for key, found in series["alone"].items()]
     yield NumberTable(None, ["layer alone", *heads], alone)
     yield NumberTable(None, ["pruner", "what", "0", *heads], costs, text_columns=2)
+    shares = [share for row in document["rows"] for share in row.get("time_shares", {}).items()]
+    noise, halves = [share["median"] for name, share in shares if name == _AGAIN], [each["half"] for _, each in shares]
     yield (
         f"Noise of the times: a copy of the unpruned network takes {show_range(noise, 1, 3)} of its time. "
         f"Each is the median of many rounds, whose 95 % interval is on average {100 * float(np.mean(halves)):.1f} % of "
@@ -309,35 +250,27 @@ def magnitude_tables(document: Record) -> Iterator[NumberTable | str]:
     )
 
 
-def _chosen(rows: Sequence[Record], pruner: str, part: str = "all", way: str = "direct") -> list[Record]:
-    wanted = {"pruner": pruner, "part": part, "way": way}
-    return sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["ratio"])
-
-
-def _by_ratio(rows: Iterable[Record], *keys: str) -> PerSeed:
-    """Return what lies under the keys in records of several seeds."""
-    found = defaultdict[float, list[float]](list)
-    for row in rows:
-        value: Any = reduce(getitem, keys, row)
-        found[row["ratio"]].append(float(value))
-    return found
-
-
-def _alone(document: Record) -> Mapping[str, PerSeed]:
-    """Return the accuracies with one layer pruned, by the names of coupled layers."""
-    found: dict[str, dict[float, list[float]]] = {}
+def _series(document: Record) -> dict[str, dict[tuple[str, ...], PerSeed]]:
+    """Return by quantity and by name the values of all seeds, by rising ratio."""
+    found: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in sorted(document["rows"], key=lambda row: row["ratio"]):
+        pruner, ratio = row["pruner"], row["ratio"]
+        found["accuracy"][pruner, row["part"], WORDS[row["way"]]][ratio].append(row["accuracy"])
+        if "params" in row:
+            found["params"][pruner,][ratio].append(row["params"])
+        for name, size in row.get("bytes", {}).items():
+            found["bytes"][pruner, name][ratio].append(size)
+        for name, share in row.get("time_shares", {}).items():
+            found["time"][pruner, name][ratio].append(share["median"])
     for study in document["sensitivities"]:
         for curve in study["curves"]:
-            accuracies = found.setdefault("+".join(curve["layers"]), {})
-            for ratio, value in curve["accuracy"].items():
-                accuracies.setdefault(float(ratio), []).append(value)
-    return found
+            for ratio, accuracy in curve["accuracy"].items():
+                found["alone"]["+".join(curve["layers"]),][float(ratio)].append(accuracy)
+    return found  # type: ignore[no-any-return]
 
 
 def _line(axis: Axes, found: PerSeed, style: str, color: str, label: str) -> None:
     """Draw the means, and a band from the lowest to the highest where there are several seeds."""
-    if not found:
-        return
     ratios = list(found)
     axis.plot(ratios, [float(np.mean(found[ratio])) for ratio in ratios], style, color=color, label=label)
     if max(map(len, found.values())) > 1:
@@ -382,7 +315,7 @@ def with_sparse_linears(model: nn.Module) -> nn.Module:
     """Return a copy whose linear layers multiply by sparse matrices; convolutions have no such kernel in PyTorch."""
     model = detached_copy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not has_own_forward(module):
+        if type(module) is nn.Linear:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, SparseLinear(module))
     return model

@@ -163,14 +163,25 @@ def retraining_bound(
     for model in (initial, trained, sparse):
         check_model(model)
     start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))
-    if kind == "node":
-        # pruned nodes are no longer in the network: the gradients of their zeros don't count
-        pruned = pruned.without_zeros()
-    # (3.6): squared norms over all layers
-    squared_norms = [sum(float(g.square().sum()) for g in state.gradients.values()) for state in (start, pruned)]
+    # (3.6): squared norms over all layers; pruned nodes are no longer in the network: their gradients don't count
+    kept = pruned.weights != 0 if kind == "node" else 1.0
+    squared_norms = [float(each.square().sum()) for each in (start.gradients, pruned.gradients * kept)]
     if min(squared_norms) == 0.0:
         raise DataError("gradients before training and after pruning must not be zero, got one that is (theorem 1)")
-    mu_initial, mu_sparse = (_mu(state, end, kind) for state in (start, pruned))
+    if kind == "node":
+        # (3.4) and (3.5), with equality: |gradient|^2 = mu |loss - trained loss|
+        slopes, gaps = squared_norms, [abs(state.loss - end.loss) for state in (start, pruned)]
+    else:
+        if not start.shapes == end.shapes == pruned.shapes:
+            raise ConfigError("the connection form needs parameters of the same shapes, got others (kind 'connection')")
+        # (3.2) and (3.3), with equality: |gradient - trained gradient| = mu |weights - trained weights|
+        slopes = [float((state.gradients - end.gradients).norm()) for state in (start, pruned)]
+        gaps = [float((state.weights - end.weights).norm()) for state in (start, pruned)]
+    if min(slopes + gaps) == 0.0:
+        raise DataError(
+            "networks before training and after pruning must differ from the trained one, got one that doesn't"
+        )
+    mu_initial, mu_sparse = (slope / gap for slope, gap in zip(slopes, gaps, strict=True))
     constants = gamma * epochs * mu_initial / mu_sparse
     return RetrainingBound(
         epochs=constants * squared_norms[0] / squared_norms[1],
@@ -188,15 +199,12 @@ def retraining_bound(
 
 @dataclass(frozen=True)
 class _State:
-    """A model's mean loss, and its parameters and their gradients by name."""
+    """A model's mean loss, its parameters and their gradients as vectors, and the parameters' shapes by name."""
 
     loss: float
-    weights: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-
-    def without_zeros(self) -> _State:
-        """Return the state with the gradients of pruned weights, which are zero, set to zero."""
-        return replace(self, gradients={name: g * (self.weights[name] != 0) for name, g in self.gradients.items()})
+    weights: Tensor
+    gradients: Tensor
+    shapes: dict[str, torch.Size]
 
 
 def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[tuple[Any, Any]]) -> _State:
@@ -222,33 +230,9 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
     reached = {name: p for name, p in copied.named_parameters() if p.grad is not None}
     if not math.isfinite(total):
         raise DataError(f"a loss must be finite, got {total} (theorem 1)")
-    return _State(
-        total,
-        {name: p.detach().double() for name, p in reached.items()},
-        {name: p.grad.double() for name, p in reached.items()},
-    )
-
-
-def _mu(state: _State, end: _State, kind: BoundKind) -> float:
-    if kind == "node":
-        # (3.4) and (3.5), with equality: |gradient|^2 = mu |loss - trained loss|
-        gap = abs(state.loss - end.loss)
-        slope = sum(float(g.square().sum()) for g in state.gradients.values())
-    else:
-        shapes = [{name: tuple(w.shape) for name, w in each.weights.items()} for each in (state, end)]
-        if shapes[0] != shapes[1]:
-            raise ConfigError("the connection form needs parameters of the same shapes, got others (kind 'connection')")
-        # (3.2) and (3.3), with equality: |gradient - trained gradient| = mu |weights - trained weights|
-        gap, slope = _distance(state.weights, end.weights), _distance(state.gradients, end.gradients)
-    if gap == 0.0 or slope == 0.0:
-        raise DataError(
-            "networks before training and after pruning must differ from the trained one, got one that doesn't"
-        )
-    return slope / gap
-
-
-def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(float((one[name] - other[name]).square().sum()) for name in one))
+    weights = torch.cat([p.detach().double().flatten() for p in reached.values()])
+    gradients = torch.cat([p.grad.double().flatten() for p in reached.values() if p.grad is not None])
+    return _State(total, weights, gradients, {name: p.shape for name, p in reached.items()})
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from nni_topo.studies.tables import NumberTable
 from nni_topo.zoo.labelled import subset
 
 _CALIBRATION = 512
+_ROUNDING = 1e-12  # of differences of accuracies
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _KNOBS = {
     "ratios": all_of(number(0, 1, "neither"), Sequence, least=1),
@@ -354,33 +355,29 @@ def _suggestion(
     low, high = 0, len(tolerances)
     while low < high:
         middle = (low + high) // 2
-        # The tolerance absorbs rounding of accuracies.
-        least = baseline - tolerances[middle] - 1e-12
+        least = baseline - tolerances[middle] - _ROUNDING
         ratios = {curve.layers: ratio for curve in curves if (ratio := curve.highest_ratio(least)) > 0.0}
         score = trial.pruned(ratios) if ratios else baseline
-        if score >= baseline - budget - 1e-12:
+        if score >= baseline - budget - _ROUNDING:
             best, joint, low = ratios, score, middle + 1
         else:
             high = middle
-    remaining = list(curves)
-    while remaining:
+    open_curves = {curve.layers: curve.accuracy for curve in curves}
+    while True:
         # the next measured ratio of each layer, and what it costs alone
-        steps: dict[int, float] = {}
-        costs: dict[int, float] = {}
-        for index, curve in enumerate(remaining):
-            higher = [ratio for ratio in curve.accuracy if ratio > best.get(curve.layers, 0.0)]
+        steps: dict[tuple[str, ...], float] = {}
+        for layers, accuracy in open_curves.items():
+            higher = [ratio for ratio in accuracy if ratio > best.get(layers, 0.0)]
             if higher:
-                steps[index] = min(higher)
-                costs[index] = baseline - curve.accuracy[steps[index]]
-        if not costs:
+                steps[layers] = min(higher)
+        if not steps:
             break
-        index = min(costs, key=costs.__getitem__)
-        curve = remaining.pop(index)
-        if costs[index] > budget + 1e-12:
-            continue
-        tried = {**best, curve.layers: steps[index]}
-        score = trial.pruned(tried)
-        if score >= baseline - budget - 1e-12:
+        costs = {layers: baseline - open_curves[layers][ratio] for layers, ratio in steps.items()}
+        cheapest = min(costs, key=costs.__getitem__)
+        tried = {**best, cheapest: steps[cheapest]}
+        score = trial.pruned(tried) if costs[cheapest] <= budget + _ROUNDING else -math.inf
+        if score >= baseline - budget - _ROUNDING:
             best, joint = tried, score
-            remaining.insert(index, curve)
+        else:
+            del open_curves[cheapest]
     return {curve.layers: best[curve.layers] for curve in curves if curve.layers in best}, joint

@@ -68,15 +68,6 @@ def test_deviation_command(checkpoint, tmp_path, capsys, drawn):
         assert list(drawn.lines(picture, panel)) == pruners.split(",")
 
 
-def test_deviation_table(checkpoint, tmp_path, capsys):
-    arguments = ("--pruners", "random", "--ratios", "0.5", "--images", "4", "--seeds", "2")
-    assert command("deviation", checkpoint, tmp_path, *arguments) == 0
-    text = capsys.readouterr().out
-    assert "Net Deviation of lenet300, 4 images" in text
-    assert "dev (3.12)" in text
-    assert len(json.loads((tmp_path / "deviation.json").read_text())["points"]) == 2
-
-
 @pytest.mark.parametrize(
     ("study", "more"),
     [
@@ -93,13 +84,6 @@ def test_networks_measured_beside_each_other_give_the_same_points(study, more, c
     alone, beside = ((tmp_path / jobs / f"{study}.json").read_text() for jobs in ("1", "2"))
     assert alone == beside
     assert len(json.loads(alone)["points"]) == 4
-
-
-@pytest.mark.parametrize("study", ["deviation", "sensitivity", "rounds"])
-def test_a_number_of_jobs_that_is_none_is_refused(study, tmp_path, capsys):
-    words = ["analyze", study, "--model", "lenet300", "--limit", "100", "--out", str(tmp_path), "--n-jobs", "0"]
-    assert main(words) == 2
-    assert "n_jobs must be at least 1, or -1 for all cores, got 0" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
@@ -122,14 +106,6 @@ def test_retraining_command(checkpoint, tmp_path, capsys, drawn):
         assert curves["epochs taken"] == [(row["ratio"], 2 if row["epochs"] is None else row["epochs"]) for row in rows]
         assert curves["bound (3.1)"] == [(row["ratio"], pytest.approx(row["bound"])) for row in rows]
         assert curves["bound as derived"] == [(row["ratio"], pytest.approx(row["derived"])) for row in rows]
-
-
-def test_retraining_table_fits_gamma(checkpoint, tmp_path, capsys):
-    arguments = ("--pruners", "random", "--ratios", "0.5", "--epochs", "1", "--images", "100")
-    assert command("retraining", checkpoint, tmp_path, *arguments) == 0
-    text = capsys.readouterr().out
-    assert "fitted gamma" in text
-    assert "epochs of fine-tuning of lenet300" in text
 
 
 def test_epochs_end_when_the_accuracy_is_back():

@@ -37,26 +37,17 @@ def test_zeros_take_no_room_where_they_are_left_out():
 
 
 @pytest.mark.slow
-def test_the_study_writes_rows_a_picture_and_goes_on(tmp_path, capsys, drawn):
+def test_the_study_writes_rows_and_a_picture(tmp_path, capsys, drawn):
     words = ["analyze", "magnitude", *SMALL, "--rounds", "2", "--epochs", "2", "--json", "--out", str(tmp_path)]
     words += ["--batch", "64", "--seconds", "0.2", "--seeds", "2"]
-    # without fine-tuning the direct rows alone, which the next call finds
+    # without fine-tuning the direct rows alone
     assert main([*words, "--ratios", "0.5", "--epochs", "0"]) == 0
     assert capsys.readouterr().err.count("direct, 0.5, seed") == 6
-    assert main([*words, "--ratios", "0.5"]) == 0
-    first = json.loads(capsys.readouterr().out)
-    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    assert len(lines) == 18
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    assert main([*words, "--ratios", "0.5", "0.8"]) == 0
-    output = capsys.readouterr()
-    document = json.loads(output.out)
-    assert output.err.count("0.5, seed") == 1
+    assert main([*words, "--ratios", "0.8", "0.5"]) == 0
+    document = json.loads(capsys.readouterr().out)
     kinds = {(row["pruner"], row["part"], row["way"], row["seed"]) for row in document["rows"]}
     assert len(kinds) == 18
     assert len(document["rows"]) == 36
-    kept = [row for row in document["rows"] if row["ratio"] == 0.5]
-    assert [row["accuracy"] for row in kept] == [row["accuracy"] for row in first["rows"]]
     # the seeds train networks of their own
     assert [base["seed"] for base in document["baselines"]] == [0, 1]
     assert document["baselines"][0]["bytes"]["gzip"] != document["baselines"][1]["bytes"]["gzip"]
@@ -74,9 +65,6 @@ def test_the_study_writes_rows_a_picture_and_goes_on(tmp_path, capsys, drawn):
         assert set(level["time_shares"]) == {"unpruned", "zeros", "csr"}
         assert set(matrix["time_shares"]) == {"unpruned", "zeros", "dense"}
     check_picture(drawn, document)
-    # records timed on another batch aren't used, the others are
-    assert main([*words, "--ratios", "0.5", "--batch", "32"]) == 0
-    assert capsys.readouterr().err.count("0.5, seed") == 4
 
 
 def check_picture(drawn, document):
@@ -162,7 +150,9 @@ def test_a_copy_of_the_unpruned_network_takes_its_time_and_a_dense_small_one_les
     data = load_model_data(ModelChoice("lenet300"), DataChoice("digits", limit=50))
     data = dataclasses.replace(data, test=TensorDataset(images, labels))
     study = AnalyzeMagnitude(model="lenet300", out=tmp_path, seconds=3.0)
-    found = study._measured(Start(net.eval(), data, zoo.Recipe(epochs=1)), "matrix", "all", "direct", 0.9)
+    found = study._measured(
+        Start(net.eval(), data, zoo.Recipe(epochs=1)), "matrix", ["1", "3"], "direct", 0.9, with_costs=True
+    )
     shares = {name: share["median"] for name, share in found["time_shares"].items()}
     # the machine may be busy, but never so that a network's rounds take half of the time of the same network's rounds
     assert 0.67 < shares["unpruned"] < 1.5

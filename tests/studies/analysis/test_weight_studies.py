@@ -67,13 +67,6 @@ def test_any_model_and_any_input(tmp_path, monkeypatch, capsys):
     assert found.layers["conv1"] == pytest.approx(49 * 32 * 48 / (70 * 102 + 32 * 48 - 1))
 
 
-def test_a_folder_that_cannot_be_made_ends_with_2(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    words = ["analyze", "compression", "--model", "mnist_fcn", "--input-size", "1", "28", "28"]
-    assert main([*words, "--out", str(tmp_path / "file" / "out")]) == 2
-    assert "an output folder must be a folder that can be written to, got" in " ".join(capsys.readouterr().err.split())
-
-
 def test_a_listed_models_size_has_three_numbers():
     with pytest.raises(ConfigError, match="got \\(28, 28\\)"):
         AnalyzeCompression(model="mnist_fcn", input_size=(28, 28)).find(print)

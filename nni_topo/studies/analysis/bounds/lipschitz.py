@@ -189,8 +189,6 @@ def _differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[s
 
 
 _AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
-_POOLINGS = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd, *_AVERAGES)
-
 _MAXIMUM_KNOBS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _AVERAGE_KNOBS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
@@ -198,7 +196,6 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     for function, module, knobs in (
         ("max_pool", "MaxPool", _MAXIMUM_KNOBS),
         ("avg_pool", "AvgPool", _AVERAGE_KNOBS),
-        ("adaptive_max_pool", "AdaptiveMaxPool", ("output_size", "return_indices")),
         ("adaptive_avg_pool", "AdaptiveAvgPool", ("output_size",)),
     )
     for sides in (1, 2, 3)
@@ -207,13 +204,12 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
 
 def pooling_of(module: nn.Module | None, node: Node) -> nn.Module | None:
     """Return the pooling module of a node, for a function the module of equal settings; None if it doesn't pool."""
-    if module is not None:
-        return module if isinstance(module, _POOLINGS) else None
-    if node.op != "call_function" or node.target not in _FUNCTIONS:
-        return None
-    kind, knobs = _FUNCTIONS[node.target]
-    given: dict[str, Any] = dict(zip(knobs, node.args[1:], strict=False))
-    return kind(**given, **{knob: value for knob, value in node.kwargs.items() if knob != "input"})
+    if module is None and node.op == "call_function" and node.target in _FUNCTIONS:
+        kind, knobs = _FUNCTIONS[node.target]
+        given: dict[str, Any] = dict(zip(knobs, node.args[1:], strict=False))
+        module = kind(**given, **{knob: value for knob, value in node.kwargs.items() if knob != "input"})
+    is_known = isinstance(module, (pooling._MaxPoolNd, *_AVERAGES)) and not getattr(module, "divisor_override", None)
+    return module if is_known else None
 
 
 def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int]) -> float:
@@ -223,8 +219,7 @@ def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int])
     ]
     if isinstance(pool, _AVERAGES):
         # An average is the Kronecker product of the averages along the sides; their norms multiply.
-        norms = math.prod(float(torch.linalg.matrix_norm(side, 2)) for side in sides)
-        return norms / (getattr(pool, "divisor_override", None) or 1)
+        return math.prod(float(torch.linalg.matrix_norm(side, 2)) for side in sides)
     # No output changes by more than the entries in its window; an entry counts once per window that contains it.
     return math.sqrt(math.prod(float(side.sum(0).max()) for side in sides))
 
@@ -233,17 +228,13 @@ def _windows(pool: Any, axis: int, entering: int, leaving: int) -> Tensor:
     """Return the weight of each position of one side in each window, shape (leaving, entering), float64."""
     ones = torch.eye(entering, dtype=torch.float64).unsqueeze(1)  # an image for each position, with a one there alone
     if isinstance(pool, pooling._AdaptiveAvgPoolNd):
-        pooled = functional.adaptive_avg_pool1d(ones, leaving)
-    elif isinstance(pool, pooling._AdaptiveMaxPoolNd):
-        pooled = functional.adaptive_max_pool1d(ones, leaving)
-    else:
-        names = ("kernel_size", "stride", "padding", "dilation")
-        knobs = {name: getattr(pool, name) for name in names if getattr(pool, name, None) is not None}
-        knobs = {name: value if isinstance(value, int) else value[axis] for name, value in knobs.items()}
-        knobs["ceil_mode"] = pool.ceil_mode
-        is_average = isinstance(pool, pooling._AvgPoolNd)
-        if is_average and not getattr(pool, "divisor_override", None):
-            pooled = functional.avg_pool1d(ones, **knobs, count_include_pad=pool.count_include_pad)
-        else:  # 1 for each position in a window
-            pooled = functional.max_pool1d(ones, **knobs)
+        return functional.adaptive_avg_pool1d(ones, leaving).squeeze(1).T
+    names = ("kernel_size", "stride", "padding", "dilation")
+    knobs = {name: getattr(pool, name) for name in names if getattr(pool, name, None) is not None}
+    knobs = {name: value if isinstance(value, int) else value[axis] for name, value in knobs.items()}
+    knobs["ceil_mode"] = pool.ceil_mode
+    if hasattr(pool, "count_include_pad"):
+        pooled = functional.avg_pool1d(ones, **knobs, count_include_pad=pool.count_include_pad)
+    else:  # 1 for each position in a window
+        pooled = functional.max_pool1d(ones, **knobs)
     return pooled.squeeze(1).T

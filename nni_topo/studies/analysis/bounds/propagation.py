@@ -182,11 +182,27 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     with torch.no_grad():
         error = norm(other(inputs) - graph(inputs))
     always = largest_changes(graph, other, inputs)
-    local = _local(segments, changes, inputs, iterations)
+    values = [inputs]  # what enters each segment
+    with torch.no_grad():
+        for segment in segments:
+            values.append(segment({}, values[-1]))
+    forwards = []  # of each segment but the first
+    for segment, value in list(zip(segments, values, strict=False))[1:]:
+        # samples don't mix in evaluation mode: the norm over a batch is the worst sample's norm
+        forwards.append(jacobian_norm(partial(segment, {}), value, per_sample=True, iterations=iterations))
     layers = []
-    for segment, (change, jacobian, downstream, directional) in zip(segments, local, strict=True):
+    for index, (segment, value) in enumerate(zip(segments, values, strict=False)):
+        own = {name: p.detach() for name, p in segment.module.named_parameters()}
+        changed = {name: changes[name] for name in own if bool(changes[name].any())}
+        change = math.sqrt(sum(norm(each) ** 2 for each in changed.values()))
+        # a segment that nothing changed has the Jacobian of all of its parameters
+        at = {name: own[name] for name in changed or own}
+        forward = partial(_forward, segment, value)
+        jacobian = jacobian_norm(forward, at, per_sample=False, iterations=iterations)
+        step = norm(_tangent(forward, at, changed)) if changed else 0.0
+        downstream = math.prod(forwards[index:])
         bound = sum(always.pop(name, 0.0) for name, _ in segment.module.named_modules())
-        terms = (change * jacobian * downstream, directional * downstream, bound)
+        terms = (change * jacobian * downstream, step * downstream, bound)
         layers.append(LayerErrorBound(segment.name, change, jacobian, downstream, *terms))
     return ErrorBound(tuple(layers), error)
 
@@ -242,34 +258,6 @@ def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
                 f"original and pruned must differ in the values of parameters only, got {one} and {same} (model)"
             )
     return {name: theirs[name].detach() - mine[name].detach() for name in mine}
-
-
-def _local(
-    segments: list[ChainSegment], changes: dict[str, Tensor], inputs: Tensor, iterations: int
-) -> list[tuple[float, float, float, float]]:
-    """Return for each segment the change, its weight Jacobian, the downstream product and the directional change."""
-    values, forwards = [inputs], []
-    with torch.no_grad():
-        for segment in segments:
-            values.append(segment({}, values[-1]))
-    found = []
-    for segment, value in zip(segments, values, strict=False):
-        own = {name: p.detach() for name, p in segment.module.named_parameters()}
-        changed = {name: changes[name] for name in own if bool(changes[name].any())}
-        # a segment that nothing changed has the Jacobian of all of its parameters
-        at = {name: own[name] for name in changed or own}
-        change = math.sqrt(sum(norm(each) ** 2 for each in changed.values()))
-        forward = partial(_forward, segment, value)
-        jacobian = jacobian_norm(forward, at, per_sample=False, iterations=iterations)
-        step = norm(_tangent(forward, at, changed)) if changed else 0.0
-        found.append((change, jacobian, step))
-    for segment, value in list(zip(segments, values, strict=False))[1:]:
-        # samples don't mix in evaluation mode: the norm over a batch is the worst sample's norm
-        forwards.append(jacobian_norm(partial(segment, {}), value, per_sample=True, iterations=iterations))
-    # forwards starts with the second segment: from index on it holds the segments after a segment
-    return [
-        (change, jacobian, math.prod(forwards[index:]), step) for index, (change, jacobian, step) in enumerate(found)
-    ]
 
 
 def _forward(segment: ChainSegment, value: Tensor, parameters: dict[str, Tensor]) -> Tensor:

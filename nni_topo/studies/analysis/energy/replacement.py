@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,14 +112,41 @@ def study_replacement(
     module: Any = model.get_submodule(layer)
     if not bool(weak.any()) or getattr(module, "groups", 1) != 1:
         raise ConfigError(f"a layer without groups must have filters to replace, got {int(weak.sum())} ({layer})")
-    replacer = _Replacer(model, layer, weak, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    weight: Tensor = module.weight.detach()
     plane = torch.from_numpy(Chirp().planes(input_sizes(model, [layer], example_inputs)[layer]))
+
+    def drawn() -> Tensor:
+        noise = torch.randn(weight[weak].shape, generator=generator, dtype=weight.dtype)
+        return weight.std(correction=0) * noise.to(weight.device)
+
+    def replaced_by(filters: Tensor, donors: Tensor | None = None) -> nn.Module:
+        changed: nn.Module = detached_copy(model)
+        own: Any = changed.get_submodule(layer)
+        with torch.no_grad():
+            own.weight[weak] = filters
+            if own.bias is not None:
+                own.bias[weak] = 0.0 if donors is None else own.bias[donors]
+        return changed
+
+    def loss_of(filters: Tensor) -> float:
+        return quality_of(fitness or evaluate, replaced_by(filters)).loss
+
     found = {}
     for kind in kinds:
-        if kind == "evolved":
-            changed = replacer.evolved(fitness or evaluate, evolution or FilterEvolution())
+        changed: nn.Module
+        if kind == "kept":
+            changed = detached_copy(model)
+        elif kind == "removed":
+            changed = masked_model(model, example_inputs, masks)
+        elif kind == "random":
+            changed = replaced_by(drawn())
+        elif kind == "copied":
+            others = (~weak).nonzero().flatten()
+            donors = others[torch.randint(len(others), (int(weak.sum()),), generator=generator)]
+            changed = replaced_by(weight[donors], donors)
         else:
-            changed = masked_model(model, example_inputs, masks) if kind == "removed" else replacer.simple(kind)
+            changed = replaced_by(_evolved(drawn, loss_of, evolution or FilterEvolution(), generator))
         repaired = None
         if repair is not None:
             after_repair = repair(changed)
@@ -135,56 +162,29 @@ def study_replacement(
     return found
 
 
-class _Replacer:
-    """Makes copies of a model with its weak filters replaced."""
+def _evolved(
+    drawn: Callable[[], Tensor],
+    loss_of: Callable[[Tensor], float],
+    settings: FilterEvolution,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the fittest filters found by tournaments, uniform crossover and normal mutation."""
 
-    def __init__(self, model: nn.Module, layer: str, weak: Tensor, generator: torch.Generator) -> None:
-        self.model, self.layer, self.weak, self.generator = model, layer, weak, generator
-        weight = cast(Tensor, model.get_submodule(layer).weight).detach()
-        self.weight, self.scale = weight, weight.std(correction=0)
+    def winner() -> int:
+        drawn_ones = torch.randint(len(losses), (_TOURNAMENT,), generator=generator).tolist()
+        return int(drawn_ones[first_smallest([losses[individual] for individual in drawn_ones])])
 
-    def simple(self, kind: str) -> nn.Module:
-        """Return a copy with the weak filters unchanged, drawn at random or copied from others."""
-        if kind == "kept":
-            plain: nn.Module = detached_copy(self.model)
-            return plain
-        if kind == "random":
-            return self._with(self._drawn())
-        others = (~self.weak).nonzero().flatten()
-        donors = others[torch.randint(len(others), (int(self.weak.sum()),), generator=self.generator)]
-        return self._with(self.weight[donors], donors)
-
-    def evolved(self, evaluate: EvaluateQuality, settings: FilterEvolution) -> nn.Module:
-        """Return a copy with the fittest filters found by tournaments, uniform crossover and normal mutation."""
-        population = [self._drawn() for _ in range(settings.population_size)]
-        losses = [quality_of(evaluate, self._with(filters)).loss for filters in population]
-        for _ in range(settings.generations - 1):
-            best = first_smallest(losses)
-            children = [population[best]]
-            while len(children) < settings.population_size:
-                mother, father = population[self._winner(losses)], population[self._winner(losses)]
-                from_mother = torch.rand(len(mother), generator=self.generator) < 0.5
-                from_mother = from_mother.to(mother.device).view(-1, *[1] * (mother.dim() - 1))
-                child = torch.where(from_mother, mother, father)
-                children.append(child + settings.mutation * self._drawn())
-            population = children
-            losses = [losses[best], *(quality_of(evaluate, self._with(filters)).loss for filters in population[1:])]
-        return self._with(population[first_smallest(losses)])
-
-    def _drawn(self) -> Tensor:
-        shape = self.weight[self.weak].shape
-        drawn = torch.randn(shape, generator=self.generator, dtype=self.weight.dtype)
-        return self.scale * drawn.to(self.weight.device)
-
-    def _winner(self, losses: list[float]) -> int:
-        drawn = torch.randint(len(losses), (_TOURNAMENT,), generator=self.generator).tolist()
-        return int(drawn[first_smallest([losses[individual] for individual in drawn])])
-
-    def _with(self, filters: Tensor, donors: Tensor | None = None) -> nn.Module:
-        changed: nn.Module = detached_copy(self.model)
-        module: Any = changed.get_submodule(self.layer)
-        with torch.no_grad():
-            module.weight[self.weak] = filters
-            if module.bias is not None:
-                module.bias[self.weak] = 0.0 if donors is None else module.bias[donors]
-        return changed
+    population = [drawn() for _ in range(settings.population_size)]
+    losses = [loss_of(filters) for filters in population]
+    for _ in range(settings.generations - 1):
+        best = first_smallest(losses)
+        children = [population[best]]
+        while len(children) < settings.population_size:
+            mother, father = population[winner()], population[winner()]
+            from_mother = torch.rand(len(mother), generator=generator) < 0.5
+            from_mother = from_mother.to(mother.device).view(-1, *[1] * (mother.dim() - 1))
+            child = torch.where(from_mother, mother, father)
+            children.append(child + settings.mutation * drawn())
+        population = children
+        losses = [losses[best], *(loss_of(filters) for filters in population[1:])]
+    return population[first_smallest(losses)]

@@ -69,7 +69,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
         number(0.0).check("max_drop", self.max_drop, self.place)
 
     def find(self, tell: Tell) -> EnergyStudy:
-        """Study a trained model; findings are written before each part, as a part can take minutes."""
+        """Study a trained model, then the parts that were asked for."""
         start = self.start(self.images)
         net, example, knobs = start.net, start.example, self._knobs()
         if "dropout" in self.parts:
@@ -97,7 +97,6 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
             study = replace(study, file=self._suggestion(study.more, knobs))
         subject = Subject(start, study, evaluate, given, self.layer)
         for part in self.parts:
-            study.save(self.out)
             tell(f"{part} ...")
             study.more[part] = PARTS[part][0](subject)
         return study
@@ -107,17 +106,9 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
         return show_energy(found.to_dict())
 
     def _knobs(self) -> dict[str, Any]:
-        """Return the pruner's arguments that differ from their defaults, as in YAML."""
-        signal = {name: getattr(self, name) for name in ("sweep", "direction")}
-        knobs: dict[str, Any] = {}
-        changed = {name: value for name, value in signal.items() if value != getattr(_CHIRP, name)}
-        if changed:
-            knobs["signal"] = changed
-        if self.normalization != "area":
-            knobs["normalization"] = self.normalization
-        if self.batch_norm:
-            knobs["batch_norm"] = True
-        return knobs | ({"signal": "data"} if self.calibration else {})
+        """Return the pruner's arguments, as in YAML."""
+        signal: Any = "data" if self.calibration else {"sweep": self.sweep, "direction": self.direction}
+        return {"signal": signal, "normalization": self.normalization, "batch_norm": self.batch_norm}
 
     def _suggestion(self, record: Record, knobs: dict[str, Any]) -> str:
         """Return a file for ``nni-topo prune``, with the command."""
@@ -126,8 +117,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
             {"op_names": [name for name in thresholds if thresholds[name] == threshold], "sparse_threshold": threshold}
             for threshold in sorted(set(thresholds.values()))
         ]
-        content: dict[str, Any] = {"pruner": "energy", "config_list": entries}
-        content |= {"knobs": knobs} if knobs else {}
+        content: dict[str, Any] = {"pruner": "energy", "config_list": entries, "knobs": knobs}
         content |= {"calibration": self.calibration} if self.calibration else {}
         # the command prunes the same network
         values: dict[str, Any] = {

@@ -110,87 +110,70 @@ def study_selection(
     """
     with evaluation_mode(model):
         labelled: Any = Calibration.of(batches, "batches")
-        search = _Search(model, layer, example_inputs, labelled, seed, knobs)
-        if not 1 <= keep < search.filters:
-            raise ConfigError(f"keep must be in [1, {search.filters - 1}], got {keep} ({layer})")
-        found = {}
-        for method in methods:
-            began = time.perf_counter()
-            kept = search.select(method, keep, evolution or EvolutionSettings())
-            found[method] = search.evaluated(kept, time.perf_counter() - began, evaluate)
-    return found
-
-
-class _Search:
-    """What all methods share: energies, Taylor terms, and the module whose output channels are set to zero."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: str,
-        example_inputs: Any,
-        batches: LabelledBatches,
-        seed: int,
-        knobs: dict[str, Any],
-    ) -> None:
-        self.model, self.layer, self.example_inputs, self.batches = model, layer, example_inputs, batches
-        self.seed = seed
         entry = {"op_names": [layer], "sparse_ratio": 0.0}
         pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
         energies = pruner._collect_data()[layer]["weight"][:, 0]
-        self.energies: FloatArray = (energies / energies.sum()).numpy()
-        self.filters = len(self.energies)
+        shares: FloatArray = (energies / energies.sum()).numpy()
+        filters = len(shares)
+        if not 1 <= keep < filters:
+            raise ConfigError(f"keep must be in [1, {filters - 1}], got {keep} ({layer})")
+        # the module whose output channels are set to zero
         flow = Analysis.on(model, example_inputs).flow
-        self.place = model.get_submodule(norms_after(model, flow).get(layer, layer))
-        self.terms = taylor_terms(model, self.place, batches).cpu().numpy()
+        place = model.get_submodule(norms_after(model, flow).get(layer, layer))
+        terms: FloatArray = taylor_terms(model, place, labelled).cpu().numpy()
 
-    def select(self, method: str, keep: int, evolution: EvolutionSettings) -> BoolArray:
-        """Return the kept filters, boolean ``(filters,)``."""
-        if method == "random":
-            return _largest(np.random.default_rng(self.seed).random(self.filters), keep)
-        if method == "energy":
-            return _largest(self.energies, keep)
-        if method == "taylor":
-            return _largest(np.abs(self.terms).mean(0), keep)
-        searched = {"energy": self._energy_lost, "taylor": self._joint_taylor, "loss": self._loss}
-        fitness = searched[method.removesuffix(", genetic")]
-        search = SubsetGeneticAlgorithm(self.filters, keep, fitness, evolution, seed=self.seed)
-        search.run()
-        if search.is_flat:
-            _logger.warning(
-                "%r tells no individual from another, so the filters are chosen at random (%s)", method, self.layer
-            )
-        best: BoolArray = search.current_generation[0].genes
-        return best
+        def energy_lost(population: BoolArray) -> FloatArray:
+            lost: FloatArray = ~population @ shares
+            return lost
 
-    def evaluated(self, kept: BoolArray, seconds: float, evaluate: EvaluateQuality) -> Selection:
-        """Evaluate the network without the removed filters."""
-        module: Any = self.model.get_submodule(self.layer)
-        masks = {"weight": spread(module, torch.from_numpy(kept))}
-        if module.bias is not None:
-            masks["bias"] = torch.from_numpy(kept).to(module.bias)
-        quality = quality_of(evaluate, masked_model(self.model, self.example_inputs, {self.layer: masks}))
-        energy, taylor = (float(fitness(kept[None])[0]) for fitness in (self._energy_lost, self._joint_taylor))
-        return Selection(tuple(np.flatnonzero(kept).tolist()), energy, taylor, quality, seconds)
+        def joint_taylor(population: BoolArray) -> FloatArray:
+            joint: FloatArray = np.abs(terms @ (~population).T.astype(np.float64)).mean(0)
+            return joint
 
-    def _energy_lost(self, population: BoolArray) -> FloatArray:
-        lost: FloatArray = ~population @ self.energies
-        return lost
+        def loss(population: BoolArray) -> FloatArray:
+            return np.array([_loss_without(model, place, labelled, torch.from_numpy(kept)) for kept in population])
 
-    def _joint_taylor(self, population: BoolArray) -> FloatArray:
-        joint: FloatArray = np.abs(self.terms @ (~population).T.astype(np.float64)).mean(0)
-        return joint
+        sorted_by: dict[str, FloatArray] = {
+            "random": np.random.default_rng(seed).random(filters),
+            "energy": shares,
+            "taylor": np.abs(terms).mean(0),
+        }
+        searched = {"energy, genetic": energy_lost, "taylor, genetic": joint_taylor, "loss, genetic": loss}
+        module: Any = model.get_submodule(layer)
+        found = {}
+        for method in methods:
+            began = time.perf_counter()
+            kept: BoolArray = np.zeros(filters, dtype=np.bool_)
+            if method in sorted_by:
+                kept[descending(sorted_by[method])[:keep]] = True
+            else:
+                settings = evolution or EvolutionSettings()
+                search = SubsetGeneticAlgorithm(filters, keep, searched[method], settings, seed=seed)
+                search.run()
+                if search.is_flat:
+                    _logger.warning(
+                        "%r tells no individual from another, so the filters are chosen at random (%s)", method, layer
+                    )
+                kept = search.current_generation[0].genes
+            seconds = time.perf_counter() - began
+            masks = {"weight": spread(module, torch.from_numpy(kept))}
+            if module.bias is not None:
+                masks["bias"] = torch.from_numpy(kept).to(module.bias)
+            quality = quality_of(evaluate, masked_model(model, example_inputs, {layer: masks}))
+            energy, taylor = (float(fitness(kept[None])[0]) for fitness in (energy_lost, joint_taylor))
+            found[method] = Selection(tuple(np.flatnonzero(kept).tolist()), energy, taylor, quality, seconds)
+    return found
 
-    def _loss(self, population: BoolArray) -> FloatArray:
-        return np.array([self._loss_without(torch.from_numpy(kept)) for kept in population])
 
-    def _loss_without(self, kept: Tensor) -> float:
-        def silence(_: Tensor, outputs: Tensor) -> Tensor:
-            return outputs * kept.to(outputs).view(-1, *[1] * (outputs.dim() - 2))
+def _loss_without(model: nn.Module, place: nn.Module, batches: LabelledBatches, kept: Tensor) -> float:
+    """Return the mean loss with the output channels of a module that aren't kept set to zero."""
 
-        with watched(leaving=[(self.place, silence)]), torch.no_grad():
-            losses = [cross_entropy(self.model(images), labels, reduction="sum") for images, labels in self.batches]
-        return float(torch.stack(losses).sum()) / sum(len(labels) for _, labels in self.batches)
+    def silence(_: Tensor, outputs: Tensor) -> Tensor:
+        return outputs * kept.to(outputs).view(-1, *[1] * (outputs.dim() - 2))
+
+    with watched(leaving=[(place, silence)]), torch.no_grad():
+        losses = [cross_entropy(model(images), labels, reduction="sum") for images, labels in batches]
+    return float(torch.stack(losses).sum()) / sum(len(labels) for _, labels in batches)
 
 
 def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -212,9 +195,3 @@ def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Ten
             # the output times the gradient by it, over all positions [2]
             terms.append((outputs[-1].detach() * gradient).flatten(2).sum(2).double())
     return torch.cat(terms)
-
-
-def _largest(values: FloatArray, keep: int) -> BoolArray:
-    kept = np.zeros(len(values), dtype=np.bool_)
-    kept[descending(values)[:keep]] = True
-    return kept

@@ -175,10 +175,10 @@ def test_the_lipschitz_bound_counts_operands_as_often_as_they_are_read(read):
     assert 0.0 < found.error <= found.lipschitz * (1 + 1e-6)
 
 
-def test_the_lipschitz_bound_holds_for_enlarging_and_sparse_poolings():
+def test_the_lipschitz_bound_holds_for_enlarging_poolings():
     image = torch.zeros(1, 1, 8, 8)
     image[..., 3, 4] = 4.0
-    for pool in (nn.AdaptiveMaxPool2d(1), nn.AdaptiveAvgPool2d(21), nn.AvgPool2d(2, divisor_override=1)):
+    for pool in (nn.MaxPool2d(5, 1, 2), nn.AdaptiveAvgPool2d(21)):
         net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), pool, nn.Flatten())
         changed = copy.deepcopy(net)
         net[0].weight.data.fill_(1.0)
@@ -243,8 +243,9 @@ def test_budgets_add_up():
     np.testing.assert_allclose(table["largest_change"], scale * table["change"])
     np.testing.assert_allclose(found.budgets()["epsilon"], [layer.first_order for layer in found.layers])
     assert list(found.to_frame()["name"]) == ["0", "2", "4"]
-    with pytest.raises(ConfigError, match="an allowed error must be finite and at least 0, got -1"):
-        found.budgets(-1)
+    for wrong in (-1, "a"):
+        with pytest.raises(ConfigError, match=f"an allowed error must be finite and at least 0, got {wrong!r}"):
+            found.budgets(wrong)
 
 
 def test_budgets_of_a_network_that_has_not_changed_are_equal_shares():
@@ -341,9 +342,3 @@ def test_outputs_in_containers_are_refused(container):
     net = Held()
     with pytest.raises(ConfigError, match="needs a tensor as output, got a "):
         error_bound(net, copy.deepcopy(net), torch.randn(3, 4))
-
-
-def test_budgets_of_something_else_are_refused():
-    net = mlp()
-    with pytest.raises(ConfigError, match="an allowed error must be finite and at least 0, got 'a'"):
-        error_bound(net, cut(net, 0.5), torch.randn(5, 4).double()).budgets("a")
