@@ -37,12 +37,12 @@ from nni_topo.network.speedup.reconcile import check_masks, widths_multiple
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import (
     AUTO,
+    NO_NEARER,
     Budget,
     BudgetOutcome,
     BudgetPlanner,
     budget_outcome,
     network_cost,
-    no_nearer,
     warn_if_missed,
 )
 from nni_topo.pruners.registry import create_pruner, pruner_info
@@ -279,8 +279,7 @@ class Prepared:
             return "layers keep channels that were to be removed"
         if made.narrower is not None:
             return "heads of attention are made narrower, each by as many channels; narrow_heads=False removes heads"
-        allocations = () if callable(self.settings.pruner) else pruner_info(self.settings.pruner).allocations()
-        return no_nearer(self.budget, allocations)
+        return NO_NEARER
 
     def _is_mispredicted(self, made: Pipeline) -> bool:
         """Tell whether the network that was planned has another cost than was predicted."""
