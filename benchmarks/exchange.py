@@ -37,9 +37,8 @@ from nni_topo.maths.least_squares.greedy import (
     channels_read,
 )
 from nni_topo.maths.ties import RELATIVE, descending
-from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblem
-from nni_topo.pruners.reconstruction.pruner import ReconstructionPruner
+from nni_topo.pruners.reconstruction.pruner import ReconstructionMetric, ReconstructionPruner
 from nni_topo.rules import whole
 
 _WORTHWHILE = 1e-5  # of what the chosen channels explain: an exchange that takes off no more isn't made

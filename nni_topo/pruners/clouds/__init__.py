@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
-from nni_topo.pruners.clouds.folded import FoldedWeightCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.clouds.gradient import GradientCollector
+from nni_topo.pruners.clouds.traced import CoupledWeightCollector, FoldedWeightCollector
 from nni_topo.pruners.clouds.weight import ActivationCollector, WeightCollector
 from nni_topo.pruners.hooks import DataCollector
 from nni_topo.rules import FLAG, check_knobs, checked, instance, one_of

@@ -26,8 +26,13 @@ from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.energy.chirp import ENERGY_KNOBS, ChirpEnergyCollector, EnergyCollector, Normalization
-from nni_topo.pruners.energy.data import DataEnergyCollector
+from nni_topo.pruners.energy.collectors import (
+    ENERGY_KNOBS,
+    ChirpEnergyCollector,
+    DataEnergyCollector,
+    EnergyCollector,
+    Normalization,
+)
 from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
 from nni_topo.rules import Rule, number, one_of, settings

@@ -13,14 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, GeneLayer
-from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
+from nni_topo.maths.search.weights import BoolArray, FloatArray, GeneLayer, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.progress import bar
-from nni_topo.pruners.genetic_weight.masked import MaskedScores
-from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
+from nni_topo.pruners.genetic_weight.population import MaskedScores, PopulationAccuracy
 from nni_topo.pruners.genetic_weight.state import load_state, save_state
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.units import PruningUnit
