@@ -23,15 +23,9 @@ from nni_topo.pruners.clouds.traced import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, holds_columns, output_blocks
-from nni_topo.rules import FLAG, as_settings, check_knobs, one_of
+from nni_topo.rules import as_settings, check_fields
 
 Normalization = Literal["none", "area", "layer"]
-ENERGY_KNOBS = {
-    "normalization": one_of(("none", "area", "layer")),
-    "batch_norm": FLAG,
-    "bias": FLAG,
-}
-"""What the knobs that the energies' collectors share must be."""
 
 
 @dataclass(eq=False)
@@ -44,7 +38,7 @@ class EnergyCollector(DataCollector):
     bias: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_knobs(type(self).__name__, vars(self), ENERGY_KNOBS)
+        check_fields(self)
         if self.batch_norm and self.example_inputs is None:
             raise ConfigError("batch_norm=True needs example_inputs, got none (example_inputs)")
 

@@ -27,7 +27,6 @@ from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.energy.collectors import (
-    ENERGY_KNOBS,
     ChirpEnergyCollector,
     DataEnergyCollector,
     EnergyCollector,
@@ -139,7 +138,7 @@ class EnergyFilterPruner(StructuredPruner):
 
     setting_rules: ClassVar[Mapping[str, Rule]] = {"sparse_threshold": number(0, 1, "neither")}
 
-    @pruner_arguments(signal=one_of(("chirp", "data")) | settings(signals.Chirp), **ENERGY_KNOBS)
+    @pruner_arguments(signal=one_of(("chirp", "data")) | settings(signals.Chirp))
     def __init__(
         self,
         model: nn.Module,

@@ -29,7 +29,7 @@ from nni_topo.pruners.checks import check_single_weights, of_single_weights, pru
 from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation
 from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
 from nni_topo.pruners.units import in_network_order, is_active
-from nni_topo.rules import FUNCTION, NONE, PATH, as_settings, settings, whole
+from nni_topo.rules import NONE, as_settings, settings, whole
 
 if TYPE_CHECKING:
     import pandas
@@ -106,10 +106,7 @@ class GeneticWeightPruner(StructuredPruner):
 
     @pruner_arguments(
         validation=BATCHES | NONE,
-        evaluate=FUNCTION | NONE,
         search=settings(WeightSearch) | NONE,
-        state=PATH | NONE,
-        on_generation=FUNCTION | NONE,
         max_bytes=whole(1, 2**63 - 1),
         n_jobs=whole(1),
     )

@@ -40,7 +40,6 @@ from nni_topo.pruners.reconstruction.problems import (
 )
 from nni_topo.pruners.selection import Clouds, SelectionMetric, WhenAsked
 from nni_topo.pruners.units import KeptBlocks
-from nni_topo.rules import FLAG
 
 
 @dataclass(kw_only=True, eq=False)
@@ -152,7 +151,7 @@ class ReconstructionPruner(StructuredPruner):
     allocations = ALLOCATIONS
 
     @in_step
-    @pruner_arguments(sequential=FLAG)
+    @pruner_arguments()
     def __init__(
         self,
         model: nn.Module,

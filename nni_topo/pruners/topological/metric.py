@@ -15,7 +15,6 @@ from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.hooks import Data, KeptSet, PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, SelectionMetric
 from nni_topo.pruners.units import KeptBlocks
-from nni_topo.rules import FLAG, check_knobs, one_of
 
 _logger = logging.getLogger(__name__)
 
@@ -58,10 +57,6 @@ class GeneticSearch(EvolutionSettings):
 
     greedy_start: bool = True
     engine: Literal["exact", "gudhi"] = "exact"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_knobs("GeneticSearch", vars(self), {"greedy_start": FLAG, "engine": one_of(("exact", "gudhi"))})
 
 
 @dataclass(frozen=True)
