@@ -14,7 +14,7 @@ import numpy as np
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError, listed, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.attention.config import accepted_heads
 from nni_topo.network.cost.cost import Kept, NetworkCost
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
@@ -41,8 +41,6 @@ _RULES = {
     "latency_table": instance(LatencyTable) | PATH | NONE,
     "equal_blocks": FLAG | NONE,
 }
-_MEANT = {"macs": "flops", "mac": "flops", "parameters": "params", "time": "latency", "seconds": "latency"}
-"""Other words for the costs, and what a budget calls them."""
 _MISSED = 0.01  # of the unpruned network's cost
 _MISSED_SMALL = 0.1  # of what is asked for, where that is less
 _MISSED_TIME = 0.05  # of what is asked for
@@ -139,19 +137,9 @@ class Budget:
         return float(getattr(self, self.kind))
 
 
-def as_budget(value: Any) -> Budget:
-    """Return a budget, also from a mapping of its fields; ConfigError for a bare number or another word for a cost."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise ConfigError(
-            f"budget must name the cost of which a share is kept, e.g. {{'flops': 0.5}}, got {value!r} (budget)"
-        )
-    for word in value if isinstance(value, Mapping) else ():
-        meant = _MEANT.get(str(word).lower())
-        if meant is not None:
-            costs = listed(BUDGETS)
-            raise ConfigError(f"cost in a budget must be one of {costs}, got {word!r}: use {meant!r} (budget)")
-    found: Budget = as_settings(Budget, value, "budget")
-    return found
+def as_budget(value: Budget | Mapping[str, Any]) -> Budget:
+    """Return a budget, also from a mapping of its fields."""
+    return as_settings(Budget, value, "budget")
 
 
 @dataclass(frozen=True)

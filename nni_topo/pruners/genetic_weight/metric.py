@@ -90,20 +90,12 @@ class GeneticMetric(MetricCalculator):
         if all(row.compression == 0.0 for row in rows):
             return False  # with a damage_rate of 0 there is nothing to compare yet
         if len({row.accuracy for row in rows}) == 1:
-            sources = {"evaluate": self.evaluate, "validation": self.validation}
-            source = next((name for name, given in sources.items() if given is not None), "evaluator")
-            what = "looks at the share of removed weights alone"
-            if self.settings.beta == 0.0:
-                what = "chooses weights at random (beta above 0 prefers smaller networks)"
             _logger.warning(
-                "the accuracy of all %d individuals of generation %d is %g, so the search %s: %s must measure the "
-                "model that it gets, on enough images, or a larger damage_rate is needed (%s)",
+                "the accuracy must differ between individuals for the search to look at it, got %g for all %d of "
+                "generation %d (genetic_weight)",
+                rows[0].accuracy,
                 len(rows),
                 search.generation,
-                rows[0].accuracy,
-                what,
-                source,
-                source,
             )
         return True
 

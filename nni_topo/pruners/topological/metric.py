@@ -116,12 +116,10 @@ class TopologicalMetric(SelectionMetric):
                     flat.append(unit.part_name(part))
                 shown.update()
         if flat:
-            others = [name for name in ("bottleneck_sum", "hausdorff") if name != self.settings.criterion]
             _logger.warning(
                 "the criterion %r tells no individual of any generation from another, so these channels are chosen at "
-                "random; %s or another degree in homology_dimensions may tell them apart (%s)",
+                "random (%s)",
                 self.settings.criterion,
-                ", ".join(map(repr, others)),
                 ", ".join(flat),
             )
         return {name: np.concatenate(parts) for name, parts in found.items()}
