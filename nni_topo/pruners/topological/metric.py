@@ -59,15 +59,6 @@ class GeneticSearch(EvolutionSettings):
     engine: Literal["exact", "gudhi"] = "exact"
 
 
-@dataclass(frozen=True)
-class SelectionSettings:
-    """How a subset of a cloud is chosen: what is minimised, and by which search; None: the greedy cover."""
-
-    criterion: str
-    homology_dimensions: tuple[int, ...]
-    search: GeneticSearch | None
-
-
 @dataclass(kw_only=True, eq=False)
 class TopologicalMetric(SelectionMetric):
     """Keeps of every cloud a subset that is close to the whole; ``n_jobs`` clouds at a time, as joblib's.
@@ -76,7 +67,9 @@ class TopologicalMetric(SelectionMetric):
     latest call.
     """
 
-    settings: SelectionSettings
+    criterion: str
+    homology_dimensions: tuple[int, ...]
+    search: GeneticSearch | None  # None: the greedy cover
     seed: int
     n_jobs: int | None = 1
     trace: dict[str, list[Generation]] = field(default_factory=dict, init=False)
@@ -84,10 +77,10 @@ class TopologicalMetric(SelectionMetric):
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Look whether distances fit into memory, then plan and choose."""
         # Distances and what checks them; a search sorts neighbours, or edges.
-        by_search = 4.0 if max(self.settings.homology_dimensions) else 2.0
+        by_search = 4.0 if max(self.homology_dimensions) else 2.0
         width = max((points.shape[1] for targets in data.values() for points in targets.values()), default=0)
         cure = f"{leaving_out()}, or choose by norms; solver='greedy' takes less than a search"
-        context.check_memory(1.5 if self.settings.search is None else by_search, cure, _COPIES * width)
+        context.check_memory(1.5 if self.search is None else by_search, cure, _COPIES * width)
         return super().calculate(data, context)
 
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
@@ -97,9 +90,10 @@ class TopologicalMetric(SelectionMetric):
 
         self.trace = {}
         tasks = [(index, unit, part) for index, unit in enumerate(context.units) for part in range(unit.parts)]
+        chosen_by = self.criterion, self.homology_dimensions, self.search
         # A cloud is handed on, not held: its distances go with it.
         work = (
-            delayed(_chosen)(clouds[unit.name].pop(0), rows[unit.name], [self.seed, index, part], self.settings)
+            delayed(_chosen)(clouds[unit.name].pop(0), rows[unit.name], [self.seed, index, part], *chosen_by)
             for index, unit, part in tasks
         )
         # One by one, for the bar, where the backend can: Ray's can't.
@@ -119,24 +113,29 @@ class TopologicalMetric(SelectionMetric):
             _logger.warning(
                 "the criterion %r tells no individual of any generation from another, so these channels are chosen at "
                 "random (%s)",
-                self.settings.criterion,
+                self.criterion,
                 ", ".join(flat),
             )
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _chosen(
-    cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings
+    cloud: Cloud,
+    keep: int,
+    seed: list[int],
+    criterion: str,
+    homology_dimensions: tuple[int, ...],
+    search: GeneticSearch | None,
 ) -> tuple[BoolArray, list[Generation], bool]:
     """Return the kept blocks of a cloud, boolean ``(size,)``, the search's progress, and whether it told none apart."""
-    cover, search = cloud.cover(keep), settings.search
+    cover = cloud.cover(keep)
     if search is None or keep == cloud.size:
         return cover, [], False
-    criterion, _, summed = settings.criterion.partition("_")
+    criterion, _, summed = criterion.partition("_")
     fitness = topology.SubsetFitness(
         cloud.distances,
         criterion,
-        homology_dimensions=settings.homology_dimensions,
+        homology_dimensions=homology_dimensions,
         base=cloud.base,
         engine=search.engine,
         combine="sum" if summed else "max",
