@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, LayerError
 from nni_topo.maths import signals
 from nni_topo.network.layers.derived import call_of, inner_of, is_followed
-from nni_topo.network.layers.kinds import WEIGHTED, by_channel, weight_name
+from nni_topo.network.layers.kinds import WEIGHTED, by_channel
 from nni_topo.network.runtime.calibration import calibration_of
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.pruners.clouds.moments import check_reached
@@ -47,9 +47,10 @@ class EnergyCollector(DataCollector):
         """Return, by module, the energy of each output channel per position, and the number of positions."""
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Raise ConfigError or DataError for layers to prune that have no energy."""
+        """Raise ConfigError for layers to prune that have no energy."""
         for name, module in modules.items():
-            check_layer(name, module)
+            if not isinstance(module, WEIGHTED):
+                raise LayerError(f"energies are defined for convolutions, got {type(module).__name__} ({name})", [name])
 
     def collect(self, context: PruningContext) -> Data:
         """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError without."""
@@ -154,16 +155,6 @@ class _Energy:
         self.energy = self.energy + rows.pow(2).sum(1)
         self.samples += rows.shape[1]
         self.positions = 1 if isinstance(self.module, nn.Linear) else math.prod(outputs.shape[2:])
-
-
-def check_layer(name: str, module: nn.Module) -> None:
-    """Raise unless a layer's filters have an energy: ConfigError by its type, DataError by its weights'."""
-    weight = getattr(module, weight_name(module), None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        kind = weight.dtype if isinstance(weight, Tensor) else f"the weights of {type(module).__module__}"
-        raise DataError(f"weights must be real floating-point tensors, got {kind} ({name}.weight)")
-    if not isinstance(module, WEIGHTED):
-        raise LayerError(f"energies are defined for convolutions, got {type(module).__name__} ({name})", [name])
 
 
 def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
