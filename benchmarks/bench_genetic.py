@@ -34,8 +34,7 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.maths.search.gene_layers import GeneLayer
-from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
+from nni_topo.maths.search.weights import GeneLayer, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.studies.analysis.evolution import EvolutionStudy, EvolutionTrial
 from nni_topo.studies.study import save_figures
 from nni_topo.studies.tables import interval

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 
 from nni_topo import zoo
 from nni_topo.pruners.topological_magnitude.pruner import TopologicalMagnitudePruner
-from nni_topo.pruners.topological_magnitude.trees import CONV_GRAPHS
+from nni_topo.pruners.topological_magnitude.trees import TreeGraph
 from nni_topo.topology import convolution_graph, maximum_spanning_tree, spanning_forest
 
 SIZES = (256, 512, 1024, 2048, 4096)
@@ -111,7 +111,7 @@ def conv_graphs(console: Console, options: argparse.Namespace) -> dict[str, dict
     images = torch.zeros(1, options.channels, options.size, options.size)
     config = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.0}]
     found: dict[str, dict[str, float]] = {}
-    for graph in CONV_GRAPHS:
+    for graph in get_args(TreeGraph):
         knobs = {"conv_graph": graph, "example_inputs": images, "on_subcritical": "clip"}
         pruner = TopologicalMagnitudePruner(model, config, **knobs)
         found[graph] = pruner.critical_ratios()

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.linalg.blas import dgemm
+from threadpoolctl import threadpool_limits
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.least_squares.greedy import (
@@ -34,14 +35,10 @@ from nni_topo.maths.least_squares.greedy import (
     Products,
     SampleMatrix,
     channels_read,
-    compressed,
-    explained,
-    on_one_thread,
 )
 from nni_topo.maths.ties import RELATIVE, descending
-from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblem
-from nni_topo.pruners.reconstruction.pruner import ReconstructionPruner
+from nni_topo.pruners.reconstruction.pruner import ReconstructionMetric, ReconstructionPruner
 from nni_topo.rules import whole
 
 _WORTHWHILE = 1e-5  # of what the chosen channels explain: an exchange that takes off no more isn't made
@@ -97,7 +94,7 @@ def exchange(
     part = np.arange(channels) // (channels // parts)
     taken: list[float] = []
     if most and len(order) < channels:
-        with on_one_thread():
+        with threadpool_limits(1, "blas"):  # threads would wait for each other's small products
             readers = [
                 _InProducts(one, order) if isinstance(one, Products) else _InSamples(one, order) for one in layers
             ]
@@ -194,7 +191,7 @@ class _Reader(ABC):
     def gains(self, channels: IntArray) -> FloatArray:
         """Return what each of some channels would take off the squared error, or costs without it, (channels,)."""
         rest = self._rest_of(channels)
-        return explained(self._own[channels], rest @ rest.transpose(0, 2, 1))
+        return _explained(self._own[channels], rest @ rest.transpose(0, 2, 1))
 
     def exchanges(self, coming: IntArray, leaving: IntArray) -> FloatArray:
         """Return what exchanges take off the squared error, (coming, leaving)."""
@@ -209,7 +206,7 @@ class _Reader(ABC):
         mixed = _times(through, both.transpose(0, 2, 3, 1))
         met = (new @ new.transpose(0, 2, 1))[:, None] + mixed + mixed.swapaxes(2, 3)
         met += _times(_times(through, old @ old.transpose(0, 2, 1)), through.swapaxes(2, 3))
-        return explained(own, met) - self.gains(leaving)
+        return _explained(own, met) - self.gains(leaving)
 
     def sweep(self, channel: int) -> None:
         """Take a chosen channel out, or another one in."""
@@ -247,7 +244,7 @@ class _InProducts(_Reader):
 
     def __init__(self, layer: Products, chosen: IntArray) -> None:
         gram, block = np.asarray(layer.gram, dtype=np.float64), layer.block
-        cross = compressed(layer.cross)
+        cross = _compressed(layer.cross)
         self._gram, self._slots = gram, np.array(chosen)
         self._slot = np.zeros(len(gram) // block, dtype=np.int64)
         self._slot[chosen] = np.arange(len(chosen))
@@ -317,7 +314,7 @@ class _InSamples(_Reader):
 
     def __init__(self, layer: SampleMatrix, chosen: IntArray) -> None:
         self._columns, block = np.asarray(layer.columns, dtype=np.float64), layer.block
-        targets = compressed(layer.targets)
+        targets = _compressed(layer.targets)
         diagonal = np.maximum(layer.ridge, LEAST_PIVOT * np.square(self._columns).sum(1))
         diagonal[diagonal == 0.0] = 1.0
         count = len(self._columns) // block
@@ -356,6 +353,21 @@ class _InSamples(_Reader):
 
 def _inverses(blocks: FloatArray) -> FloatArray:
     return np.asarray(np.linalg.inv(blocks), dtype=np.float64)
+
+
+def _explained(own: FloatArray, met: FloatArray) -> FloatArray:
+    """Return what blocks (..., block, block) take off the squared error: ``trace(G^-1 R R')`` of ``G`` and ``R R'``."""
+    if own.shape[-1] == 1:
+        return np.asarray(met[..., 0, 0] / own[..., 0, 0])
+    return np.asarray((np.linalg.inv(own) * met).sum((-2, -1)))
+
+
+def _compressed(cross: FloatArray) -> FloatArray:
+    """Return targets with at most as many columns as rows, and the same inner products between rows, as a copy."""
+    values = np.array(cross, dtype=np.float64, order="C")
+    if values.shape[1] <= values.shape[0]:
+        return values
+    return np.ascontiguousarray(np.linalg.qr(values.T, mode="r").T)
 
 
 def _times(left: FloatArray, right: FloatArray) -> FloatArray:

@@ -233,6 +233,7 @@ def checked(**rules: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_
             check_knobs(called_as(place), {**dict(zip(names, args, strict=False)), **kwargs}, table())
             return function(*args, **kwargs)
 
+        vars(run)["rules"] = table
         return run
 
     return decorate

@@ -2,11 +2,10 @@
 
 from nni_topo.pruners.allocators import ConfigAllocator, NNIAllocator, keep_highest
 from nni_topo.pruners.clouds import CLOUDS, make_collector
-from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
 from nni_topo.pruners.clouds.features import FeatureCollector
-from nni_topo.pruners.clouds.folded import FoldedWeightCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.clouds.gradient import GradientCollector
+from nni_topo.pruners.clouds.traced import CoupledWeightCollector, FoldedWeightCollector
 from nni_topo.pruners.clouds.weight import ActivationCollector, WeightCollector
 from nni_topo.pruners.hooks import (
     Data,

@@ -14,9 +14,8 @@ import numpy as np
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError, listed, unknown_name
+from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.attention.config import accepted_heads
-from nni_topo.network.channels import reasons
 from nni_topo.network.cost.cost import Kept, NetworkCost
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
 from nni_topo.network.cost.measure import time_shares
@@ -24,7 +23,6 @@ from nni_topo.network.runtime.copies import unwrapped_copy
 from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.dense import dense_of
-from nni_topo.network.speedup.dependency import held_by_unselected
 from nni_topo.pruners.agreement import Agreement
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_tolerance, solve_uniform
@@ -43,19 +41,12 @@ _RULES = {
     "latency_table": instance(LatencyTable) | PATH | NONE,
     "equal_blocks": FLAG | NONE,
 }
-_MEANT = {"macs": "flops", "mac": "flops", "parameters": "params", "time": "latency", "seconds": "latency"}
-"""Other words for the costs, and what a budget calls them."""
 _MISSED = 0.01  # of the unpruned network's cost
 _MISSED_SMALL = 0.1  # of what is asked for, where that is less
 _MISSED_TIME = 0.05  # of what is asked for
 _ROUNDING = 1e-12  # 0.51 - 0.5 is more than 0.01 in double precision
-# Why a budget is missed where nothing else keeps it from being met.
-_NO_NEARER = {
-    "uniform": "with one ratio for all layers the next possible numbers of channels come no nearer",
-    "topological": "with one tolerance for all layers the next possible numbers of channels come no nearer",
-    "error": "where the channels with the least error per saved cost are removed first, the next one comes no nearer",
-    AUTO: "with the allocation that was chosen the next possible numbers of channels come no nearer",
-}
+NO_NEARER = "the next possible numbers of channels come no nearer"
+"""Why a budget is missed where no bound keeps it from being met."""
 _SECONDS = 10.0  # to time one network beside the unpruned one
 _FEWEST = 1.0 / 8.0  # share of a layer's channels that a budget leaves
 _NEVER_ONE = 16  # layers of so many channels keep at least two
@@ -146,19 +137,9 @@ class Budget:
         return float(getattr(self, self.kind))
 
 
-def as_budget(value: Any) -> Budget:
-    """Return a budget, also from a mapping of its fields; ConfigError for a bare number or another word for a cost."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise ConfigError(
-            f"budget must name the cost of which a share is kept, e.g. {{'flops': 0.5}}, got {value!r} (budget)"
-        )
-    for word in value if isinstance(value, Mapping) else ():
-        meant = _MEANT.get(str(word).lower())
-        if meant is not None:
-            costs = listed(BUDGETS)
-            raise ConfigError(f"cost in a budget must be one of {costs}, got {word!r}: use {meant!r} (budget)")
-    found: Budget = as_settings(Budget, value, "budget")
-    return found
+def as_budget(value: Budget | Mapping[str, Any]) -> Budget:
+    """Return a budget, also from a mapping of its fields."""
+    return as_settings(Budget, value, "budget")
 
 
 @dataclass(frozen=True)
@@ -185,13 +166,8 @@ class BudgetOutcome:
         return _is_near(self.kind, self.asked, self.left)
 
     def __str__(self) -> str:
-        # So many digits that the numbers as they are printed agree with what is said of them.
-        for digits in range(4, 18):
-            asked, left = f"{self.asked:.{digits}g}", f"{self.left:.{digits}g}"
-            if _is_near(self.kind, float(asked), float(left)) == self.is_near:
-                break
-        kept = f"{left} of the unpruned network's cost is kept"
-        said = f"the {self.kind} budget of {asked} is {'met' if self.is_met else 'missed'}: {kept}"
+        said = f"the {self.kind} budget of {self.asked:.4g} is {'met' if self.is_met else 'missed'}: "
+        said += f"{self.left:.4g} of the unpruned network's cost is kept"
         if self.is_near:
             return f"{said}, within {self.tolerance:.4g} of it"
         difference = f"{abs(self.left - self.asked):.4g} {'more' if self.left > self.asked else 'less'} than asked"
@@ -207,12 +183,10 @@ class BudgetPlanner(Planner):
         example_inputs: Any,
         *,
         round_to: int | None = None,
-        allocations: Sequence[str] = (),
         warns: bool = True,
     ) -> None:
         super().__init__(round_to=round_to)
         self.budget = budget
-        self.allocations = allocations  # those that the pruner takes
         self.example_inputs = example_inputs
         self.facts: Facts | None = None  # what is known of the model already
         # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
@@ -275,8 +249,8 @@ class BudgetPlanner(Planner):
         else:
             removed = solve(share)
             self.left = cost(removed)
-        why = self._why_missed(units, removed, model, cost)
-        self.outcome = budget_outcome(self.budget.kind, self.budget.share, self.left, why)
+        why = self._why_missed(removed, bounds_under(self.budget, share, units, cost))
+        self.outcome = budget_outcome(self.budget.kind, share, self.left, why)
         if self._warns:
             warn_if_missed(self.outcome)
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
@@ -290,52 +264,17 @@ class BudgetPlanner(Planner):
                 return rounded
         return unit.rows
 
-    def _why_missed(
-        self,
-        units: Sequence[PruningUnit],
-        removed: Sequence[int],
-        model: nn.Module,
-        cost: Callable[[Sequence[int]], float],
-    ) -> str:
+    def _why_missed(self, removed: Sequence[int], bounds: Sequence[tuple[int, int]]) -> str:
         """Return the reason why the cost isn't nearer to the budget."""
-        bounds, is_over = bounds_under(self.budget, self.budget.share, units, cost), self.left > self.budget.share
-        at_bounds = "at their max_sparse_ratio, or keep the fewest channels that a budget leaves them"
-        can_be_met = f"; a budget of {self.left:.4g} can be met"
-        if is_over and not self._is_near(cost([most for _, most in bounds])):
-            flow = Analysis.on(model, self.example_inputs, self.facts).flow
-            held = held_by_unselected(flow, [unit.layers for unit in units])
-            if held:
-                partners = dict.fromkeys(name for names in held.values() for name in names)
-                why = f"{listed(held)} can lose no channel: {reasons.unselected(partners)}"
-                if len(held) < sum(len(unit.layers) for unit in units):
-                    why += f"; the others are {at_bounds}"
-                return why + can_be_met
-        is_least = all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True))
-        if self.budget.kind == "latency" and self.budget.latency_table is None and is_over and not is_least:
+        is_over = self.left > self.budget.share
+        if all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True)):
+            if not is_over:
+                return "all layers to prune are at their min_sparse_ratio"
             return (
-                "no widths that were timed take less, or hardly less: larger batches may, and shrink(..., depth=True) "
-                "removes whole blocks"
+                "all layers to prune are at their max_sparse_ratio, or keep the fewest channels that a budget leaves "
+                f"them; a budget of {self.left:.4g} can be met"
             )
-        if self.round_to:
-            return f"layers keep multiples of {self.round_to}"
-        if is_least and is_over:
-            return f"all layers to prune are {at_bounds}{can_be_met}"
-        if is_least:
-            return "all layers to prune are at their min_sparse_ratio"
-        if self.budget.kind == "latency" and self.budget.latency_table is None:
-            return "no widths that were timed came nearer"
-        return "blocks are equally wide" if self.budget.equal_blocks else no_nearer(self.budget, self.allocations)
-
-    def _is_near(self, left: float) -> bool:
-        """Say whether a share of the cost is near to the budget, or below it."""
-        return left < self.budget.share or _is_near(self.budget.kind, self.budget.share, left)
-
-
-def no_nearer(budget: Budget, allocations: Sequence[str]) -> str:
-    """Say why whole channels miss a budget, and which other allocation of the pruner's may come nearer."""
-    others = [repr(name) for name in allocations if budget.allocation not in (name, AUTO)]
-    cure = f"; the allocation {' or '.join(others)} may come nearer" if others else ""
-    return f"{_NO_NEARER[budget.allocation]}{cure}"
+        return f"layers keep multiples of {self.round_to}" if self.round_to else NO_NEARER
 
 
 def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutcome:
@@ -501,4 +440,4 @@ def planned(
         raise ConfigError(
             "a budget needs example_inputs, calibration data or an evaluator that evaluates, got none of them (budget)"
         )
-    return BudgetPlanner(budget, inputs, round_to=round_to, allocations=allocations)
+    return BudgetPlanner(budget, inputs, round_to=round_to)

@@ -31,7 +31,7 @@ from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.inputs import in_smaller_batches
 from nni_topo.network.runtime.progress import quiet_if_asked
 from nni_topo.network.speedup.dependency import DependencyGroups, by_reason
-from nni_topo.rules import ANYTHING, FLAG, NONE, SEED, Rule, all_of, check_knobs, checked, instance, whole
+from nni_topo.rules import ANYTHING, NONE, Rule, all_of, check_knobs, checked, instance, whole
 
 _Given = ParamSpec("_Given")
 _Returned = TypeVar("_Returned")
@@ -50,24 +50,20 @@ KNOBS = {
     "budget": ANYTHING,  # Budget's own table looks at it
     "example_inputs": INPUTS | NONE,
     "round_to": whole(1) | NONE,
-    "seed": SEED,
-    "progress": FLAG | NONE,
 }
 """What the knobs must be that mean the same for every pruner."""
 
 
 def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
-    """Check a constructor's arguments by the tables here, its own knobs by the rules given; the model is left alone.
+    """Check a constructor's arguments by the tables here, its own knobs by the rules given, the others by annotations.
 
+    The model is left alone.
     The pruner keeps each knob as an attribute of the same name, set before the constructor's own code runs.
     """
 
     def decorate(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
         parameters = inspect.signature(function).parameters
-        names = [name for name in parameters if name not in ("self", "cls")]
-        table = {**REQUEST, **KNOBS, **own}
-        # A knob without a rule is an error right here.
-        rules = {name: table[name] for name in names}
+        rules = {name: rule for name, rule in {**REQUEST, **KNOBS, **own}.items() if name in parameters}
         knobs = {name: each.default for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
         guarded = in_smaller_batches(function)
 
@@ -80,7 +76,6 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
             with left_alone(args[1] if len(args) > 1 else kwargs.get("model")):
                 return guarded(*args, **kwargs)
 
-        vars(run)["rules"] = rules
         return run
 
     return decorate

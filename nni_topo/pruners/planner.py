@@ -21,20 +21,13 @@ from torch import nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import leveled, within
 from nni_topo.pruners.units import PruningUnit
-from nni_topo.rules import FLAG, NONE, check_knobs, number, one_of, whole
+from nni_topo.rules import NONE, check_fields, number, whole
 
 _logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 Losses = Callable[[PruningUnit], FloatArray]
 """What a unit's blocks are worth, shape ``(blocks,)``, in any order; asked for only where layers are compared."""
-
-_RULES = {
-    "normalization": one_of(("none", "mean")),
-    "strict": FLAG,
-    "tolerance": number(0),
-    "round_to": whole(1) | NONE,
-}
 
 
 @dataclass(kw_only=True)
@@ -71,7 +64,12 @@ class Planner:
     round_to: int | None = None
 
     def __post_init__(self) -> None:
-        check_knobs("planner", vars(self), _RULES)
+        check_fields(
+            self,
+            "planner",
+            tolerance=number(0),
+            round_to=whole(1) | NONE,
+        )
 
     def rows(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many blocks, from 1, each part of each unit keeps.

@@ -116,7 +116,8 @@ def check_pruner_knobs(name: str, knobs: Iterable[str], place: str) -> None:
             raise unknown_name(f"knob of pruner {name!r}", knob, allowed, place)
     if isinstance(knobs, Mapping):
         kind: Any = PRUNERS.info(name, place).load()  # a class, or a class method that makes a pruner
-        check_knobs(place, knobs, getattr(kind, "rules", None) or getattr(kind.__init__, "rules", {}))
+        rules: Any = getattr(kind, "rules", None) or getattr(kind.__init__, "rules", dict)
+        check_knobs(place, knobs, rules())
 
 
 def needs_rule(name: str, knobs: Mapping[str, Any]) -> bool:

@@ -37,12 +37,12 @@ from nni_topo.network.speedup.reconcile import check_masks, widths_multiple
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import (
     AUTO,
+    NO_NEARER,
     Budget,
     BudgetOutcome,
     BudgetPlanner,
     budget_outcome,
     network_cost,
-    no_nearer,
     warn_if_missed,
 )
 from nni_topo.pruners.registry import create_pruner, pruner_info
@@ -271,8 +271,7 @@ class Prepared:
             return "heads of attention are made narrower, each by as many channels; narrow_heads=False removes heads"
         if planned is not None and planned.is_met:
             return f"the forward computes more than the planned share of {planned.left:.4g} in a smaller network"
-        allocations = () if callable(self.settings.pruner) else pruner_info(self.settings.pruner).allocations()
-        return no_nearer(self.budget, allocations)
+        return NO_NEARER
 
     def share_left(self, made: Pipeline) -> float:
         """Return the share of the cost that a dense network keeps."""

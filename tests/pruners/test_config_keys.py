@@ -11,7 +11,7 @@ from config_keys import CASES, OWN, kept, outcome, plain, table, written
 
 import nni_topo
 from nni_topo.pruners.selection import Cloud
-from nni_topo.pruners.topological.metric import SelectionSettings, _chosen
+from nni_topo.pruners.topological.metric import _chosen
 from nni_topo.pruners.topological.pruner import GeneticSearch
 
 
@@ -44,12 +44,9 @@ def test_single_weights_are_chosen_without_loops(criterion: str) -> None:
     """Points on a line have no loops: with and without degree 1 the same weights are kept."""
     points = np.random.default_rng(0).normal(size=(12, 1))
     search = GeneticSearch(population_size=6, generations=3)
-    chosen = [
-        _chosen(Cloud(points, 12), 6, [0], SelectionSettings(criterion, degrees, search))[0]
-        for degrees in ((0, 1), (0,))
-    ]
+    chosen = [_chosen(Cloud(points, 12), 6, [0], criterion, degrees, search)[0] for degrees in ((0, 1), (0,))]
     flat = Cloud(np.hstack([points, np.zeros((12, 1))]), 12)
-    in_plane = _chosen(flat, 6, [0], SelectionSettings(criterion, (0, 1), search))[0]
+    in_plane = _chosen(flat, 6, [0], criterion, (0, 1), search)[0]
     assert (chosen[0] == chosen[1]).all()
     assert (chosen[0] == in_plane).all()
 

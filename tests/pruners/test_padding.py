@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div, log_softmax
 from nni_topo.hooks import ActivationCollector
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
-from nni_topo.pruners.energy.data import DataEnergyCollector
+from nni_topo.pruners.energy.collectors import DataEnergyCollector
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.recovery import distillation

@@ -11,8 +11,7 @@ from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.reconstruction import ReconstructionPruner
-from nni_topo.pruners.reconstruction.problems import ReconstructionProblem, ReconstructionProblems
-from nni_topo.pruners.reconstruction.sequential import SequentialProblems
+from nni_topo.pruners.reconstruction.problems import ReconstructionProblem, ReconstructionProblems, SequentialProblems
 from nni_topo.pruners.topological import TopologicalPruner
 from nni_topo.speedup import dependency_groups, to_dense
 from nni_topo.testing import toy_images, toy_model
@@ -256,3 +255,13 @@ def test_both_convolutions_of_a_block_whose_halves_go_two_ways_are_cut(kind):
     dense = to_dense(model, images, masks)
     assert (dense.one.out_channels, dense.inner.out_channels) == (8, 4)
     assert not dense.report.kept
+
+
+def test_layers_before_may_be_transposed_convolutions():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(6, 8, 2, stride=2), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
+    pruner = ReconstructionPruner(model, config("0", "2", "4"), calibration=BATCHES, sequential=True)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert to_dense(model, IMAGES[:2], masks)[2].out_channels == 4

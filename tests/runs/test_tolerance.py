@@ -467,7 +467,7 @@ def test_a_pruner_of_nni_is_asked_too():
         ({"tolerance": None}, "needs a budget with a share, .* or a tolerance, got neither"),
         ({"tolerance": None, "budget": "flops"}, "needs a budget with a share, .* or a tolerance, got 'flops'"),
         ({"budget": "size"}, "budget must be a known name, got 'size'; known: flops, latency, memory, params"),
-        ({"budget": 0.5}, "budget must name the cost of which a share is kept"),
+        ({"budget": 0.5}, "budget must be a Budget or a mapping of its fields"),
         ({"measure": "agreement"}, "measure must be .*, got 'agreement'"),
         ({"pruner": "subcluster"}, "a pruner that can be asked for a size, got 'subcluster'"),
         ({"pruner": lambda *given: {}}, "a pruner that can be asked for a size, got a function"),

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nni_topo.errors import DataError
 from nni_topo.maths.clustering.partition import FloatArray, IntArray, partition
 from nni_topo.maths.ties import RELATIVE, first_largest, within
-from nni_topo.rules import FLAG, NONE, Rule, all_of, check_knobs, checked, is_number, number, one_of, whole
+from nni_topo.rules import NONE, Rule, all_of, check_fields, checked, is_number, number, one_of, whole
 
 _SAME = 1e-6
 _ROUNDING = 1e-9
@@ -30,15 +30,6 @@ STATISTICS = ("dispersion", "trace", "max", "mean")
 SCOTT = "scott"
 _BINS = whole(1) | one_of((SCOTT,))
 ENERGY, _SHARE = number(0, 1, "neither"), number(0, 1, "right")
-_RULES = {
-    "statistic": one_of(STATISTICS),
-    "initial_ratio": _SHARE | all_of(_SHARE, Mapping) | NONE,
-    "bins": _BINS,
-    "absolute": FLAG,
-    "diagonal": FLAG,
-    "recursive": FLAG,
-    "n_init": whole(1),
-}
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,12 @@ class Growth:
     n_init: int = 3
 
     def __post_init__(self) -> None:
-        check_knobs("sub-clustering", vars(self), _RULES)
+        check_fields(
+            self,
+            initial_ratio=_SHARE | all_of(_SHARE, Mapping) | NONE,
+            bins=_BINS,
+            n_init=whole(1),
+        )
 
     def values(self, covariance: FloatArray, members: IntArray) -> FloatArray:
         """Return the covariances between a cluster's nodes, each pair once, shape (values,)."""

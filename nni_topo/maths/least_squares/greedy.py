@@ -14,18 +14,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg.blas import dgemm
-from threadpoolctl import ThreadpoolController
+from torch import Tensor
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.least_squares.on_device import DeviceReader, ProductsOnDevice, SamplesOnDevice
 from nni_topo.maths.ties import first_largest
 
 FloatArray = NDArray[np.float64]
@@ -84,11 +81,29 @@ def forward_selection(
     if parts < 1 or channels % parts or keep % parts:
         raise ConfigError(f"parts must divide {channels} channels and {keep} kept ones, got {parts} (parts)")
     device = _device(layers)
-    with on_one_thread():
-        if device.type != "cpu":
-            return _chosen([_on_device(one, keep, device) for one in layers], channels, keep, parts)
-        readers = [_InProducts(one, keep) if isinstance(one, Products) else _InSamples(one) for one in layers]
-        return _chosen(readers, channels, keep, parts)
+    with _on_one_thread():
+        readers = [
+            _InProducts(one, keep, device) if isinstance(one, Products) else _InSamples(one, device) for one in layers
+        ]
+        part = np.arange(channels) // (channels // parts)
+        room = np.full(parts, keep // parts)
+        left = np.ones(channels, dtype=bool)
+        order, taken = np.empty(keep, dtype=np.int64), np.empty(keep)
+        gains, is_met = np.empty(0), False
+        for step in range(keep):
+            if not is_met:
+                gains = np.sum([reader.gains() for reader in readers], axis=0)
+            open_gains = np.where(left & (room[part] > 0), gains, -np.inf)
+            # What is small beside the first gain is rounding: among such channels the lowest wins.
+            order[step] = first_largest(open_gains, taken[0] if step else 0.0)
+            taken[step] = gains[order[step]]
+            left[order[step]] = False
+            room[part[order[step]]] -= 1
+            is_met = is_met or taken[step] <= _NOTHING * taken[:step].sum()
+            if not is_met and step < keep - 1:  # nobody asks what is left after the last one
+                for reader in readers:
+                    reader.choose(int(order[step]))
+    return order, taken
 
 
 def _device(layers: Sequence[Products | SampleMatrix]) -> torch.device:
@@ -100,53 +115,16 @@ def _device(layers: Sequence[Products | SampleMatrix]) -> torch.device:
     return CPU
 
 
-def _on_device(layer: Products | SampleMatrix, keep: int, device: torch.device) -> DeviceReader:
-    """Return a layer whose columns lie on a device."""
-
-    def tensor(values: FloatArray) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)
-
-    if isinstance(layer, Products):
-        return ProductsOnDevice(tensor(layer.gram), tensor(layer.cross), layer.block, keep, LEAST_PIVOT)
-    given = tensor(layer.columns), tensor(layer.targets), tensor(layer.ridge)
-    return SamplesOnDevice(*given, layer.block, LEAST_PIVOT)
-
-
-def _chosen(
-    readers: Sequence[_Reader] | Sequence[DeviceReader], channels: int, keep: int, parts: int
-) -> tuple[IntArray, FloatArray]:
-    part = np.arange(channels) // (channels // parts)
-    room = np.full(parts, keep // parts)
-    left = np.ones(channels, dtype=bool)
-    order, taken = np.empty(keep, dtype=np.int64), np.empty(keep)
-    gains, is_met = np.empty(0), False
-    for step in range(keep):
-        if not is_met:
-            found = sum(reader.gains() for reader in readers)
-            gains = found.cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
-        open_gains = np.where(left & (room[part] > 0), gains, -np.inf)
-        # What is small beside the first gain is rounding: among such channels the lowest wins.
-        order[step] = first_largest(open_gains, taken[0] if step else 0.0)
-        taken[step] = gains[order[step]]
-        left[order[step]] = False
-        room[part[order[step]]] -= 1
-        is_met = is_met or taken[step] <= _NOTHING * taken[:step].sum()
-        if not is_met and step < keep - 1:  # nobody asks what is left after the last one
-            for reader in readers:
-                reader.choose(int(order[step]))
-    return order, taken
-
-
-def on_one_thread() -> AbstractContextManager[object]:
-    """Keep BLAS on one thread for a while."""
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    """Keep PyTorch on one thread for a while."""
     # A step's products are tall and a block wide: threads would only wait for each other, above all beside other work.
-    limited: AbstractContextManager[object] = _libraries().limit(limits=1, user_api="blas")
-    return limited
-
-
-@cache
-def _libraries() -> ThreadpoolController:
-    return ThreadpoolController()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -185,88 +163,95 @@ class _Reader(ABC):
 
     # Channels that were chosen are dropped: the last one takes their place, so that what is left lies together.
 
-    def __init__(self, own: FloatArray, cross: FloatArray, rows: FloatArray) -> None:
-        # `own` (n, block, block) are the products of each channel's columns with each other, `rows` one for each
-        # column, of what else is to be moved with it.
+    def __init__(self, own: Tensor, cross: Tensor, rows: Tensor) -> None:
+        # `own` (n, block, block) are the products of each channel's columns with each other, `cross` what is left of
+        # the targets, `rows` one for each column, of what else is to be moved with it.
         count, self._block = own.shape[:2]
-        scale = np.trace(own, axis1=1, axis2=2) / self._block
+        scale = own.diagonal(dim1=1, dim2=2).mean(1)
         # A trace of ridge: columns that the chosen ones span leave a block of zeros, which has no factor.
-        self._own = own + (LEAST_PIVOT * np.where(scale > 0.0, scale, 1.0))[:, None, None] * np.eye(self._block)
+        trace = LEAST_PIVOT * torch.where(scale > 0.0, scale, 1.0)
+        self._unit = torch.eye(self._block, dtype=torch.float64, device=own.device)
+        self._own = own + trace[:, None, None] * self._unit
         self._cross, self._rows = cross, rows
         self._channels, self._place, self._left = np.arange(count), np.arange(count), count
-        self._met = np.empty_like(own)  # products of what is left of the targets, channel by channel
+        # A processor works through chunks of targets that fit into its cache; a GPU would wait for the launch of each.
+        in_cache = max(1, _CACHED // (8 * self._block * cross.shape[1]))
+        self._chunk = in_cache if own.device.type == "cpu" else count
+        self._met = torch.empty_like(self._own)  # products of what is left of the targets, channel by channel
         for chunk in self._chunks():
             self._meet(chunk)
 
     def gains(self) -> FloatArray:
         """Return what each channel would take off the squared error, shape (n,); 0 for the chosen ones."""
+        # With ``G`` the channel's own products and ``R`` what it shares with the error it is ``trace(G^-1 R R')``.
         own, met = self._own[: self._left], self._met[: self._left]
+        explained = met / own if self._block == 1 else torch.linalg.inv_ex(own).inverse * met
         gains = np.zeros(len(self._channels))
-        gains[self._channels[: self._left]] = explained(own, met)
+        gains[self._channels[: self._left]] = explained.sum((1, 2)).cpu().numpy()
         return gains
 
     def choose(self, channel: int) -> None:
         """Take a channel, and what it explains off the others."""
         place, block = self._place[channel], self._block
-        inverse = np.linalg.inv(np.linalg.cholesky(self._own[place]))
+        factor = torch.linalg.cholesky_ex(self._own[place]).L
+        inverse = torch.linalg.solve_triangular(factor, self._unit, upper=False)
         mine = slice(place * block, (place + 1) * block)
         filled = self._filled()
-        row, target = filled[mine].copy(), inverse @ self._cross[mine]
+        row, target = filled[mine].clone(), inverse @ self._cross[mine]
         self._left -= 1
-        for values, size in ((self._channels, 1), (self._own, 1), (self._cross, block), (filled, block)):
+        for values, size in ((self._own, 1), (self._cross, block), (filled, block)):
             last = self._left * size
-            values[place * size : (place + 1) * size] = values[last : last + size]
+            values[place * size : (place + 1) * size] = values[last : last + size].clone()
+        self._channels[place] = self._channels[self._left]
         self._place[self._channels[place]] = place
         new = self._shared(channel, row, inverse)
-        blocks = new.reshape(-1, block, block)
+        blocks = new.unflatten(0, (-1, block))
         # What is left of each channel's own block is its Schur complement.
-        self._own[: self._left] -= blocks @ blocks.transpose(0, 2, 1)
+        self._own[: self._left].baddbmm_(blocks, blocks.mT, alpha=-1.0)
         for chunk in self._chunks():
             rows = slice(chunk.start * block, chunk.stop * block)
-            dgemm(-1.0, target.T, new[rows].T, 1.0, self._cross[rows].T, overwrite_c=True)  # in place
+            self._cross[rows].addmm_(new[rows], target, alpha=-1.0)
             self._meet(chunk)
 
-    def _filled(self) -> FloatArray:
+    def _filled(self) -> Tensor:
         """Return what there is so far of the rows."""
         return self._rows
 
     @abstractmethod
-    def _shared(self, channel: int, row: FloatArray, inverse: FloatArray) -> FloatArray:
+    def _shared(self, channel: int, row: Tensor, inverse: Tensor) -> Tensor:
         """Return what the columns left share with a chosen channel's, (left * block, block), and with none before."""
         # These are scaled to length 1 by the `inverse` of their own products' Cholesky factor.
 
     def _chunks(self) -> Iterator[slice]:
-        """Yield chunks of the remaining channels whose rows fit into a processor's cache."""
-        step = max(1, _CACHED // (8 * self._block * self._cross.shape[1]))
-        for start in range(0, self._left, step):
-            yield slice(start, min(start + step, self._left))
+        """Yield chunks of the remaining channels."""
+        for start in range(0, self._left, self._chunk):
+            yield slice(start, min(start + self._chunk, self._left))
 
     def _meet(self, chunk: slice) -> None:
-        rows = self._cross[chunk.start * self._block : chunk.stop * self._block]
-        blocks = rows.reshape(-1, self._block, rows.shape[1])
-        self._met[chunk] = blocks @ blocks.transpose(0, 2, 1)
+        blocks = self._cross[chunk.start * self._block : chunk.stop * self._block].unflatten(0, (-1, self._block))
+        torch.bmm(blocks, blocks.mT, out=self._met[chunk])
 
 
 class _InProducts(_Reader):
     """By products: the Cholesky factor of the chosen columns grows by a block column a step."""
 
-    def __init__(self, layer: Products, keep: int) -> None:
-        channels = np.arange(len(layer.gram) // layer.block)
-        # By channel and column, twice.
-        self._gram = np.asarray(layer.gram, dtype=np.float64).reshape((len(channels), layer.block) * 2)
-        own = self._gram[channels, :, channels]
-        # The factor lies transposed, so that what is there so far is contiguous.
-        super().__init__(own, compressed(layer.cross), np.zeros((keep * layer.block, len(layer.gram))).T)
+    def __init__(self, layer: Products, keep: int, device: torch.device) -> None:
+        self._gram = _tensor(layer.gram, device).unflatten(1, (-1, layer.block)).unflatten(0, (-1, layer.block))
+        own = self._gram.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        # The rows of the factor, as long as it will be; it lies transposed, so that what there is so far is contiguous.
+        rows = torch.zeros(keep * layer.block, len(layer.gram), dtype=torch.float64, device=device).mT
+        super().__init__(own, _compressed(_tensor(layer.cross, device)), rows)
         self._done = 0
 
-    def _filled(self) -> FloatArray:
+    def _filled(self) -> Tensor:
         return self._rows[:, : self._done]
 
-    def _shared(self, channel: int, row: FloatArray, inverse: FloatArray) -> FloatArray:
+    def _shared(self, channel: int, row: Tensor, inverse: Tensor) -> Tensor:
         columns = self._left * self._block
-        shared = self._gram[channel][:, self._channels[: self._left]].reshape(self._block, -1)
-        shared -= row @ self._filled()[:columns].T
-        new = np.ascontiguousarray((inverse @ shared).T)
+        left = torch.from_numpy(self._channels[: self._left]).to(row.device)
+        shared = self._gram[channel][:, left].flatten(1)
+        shared.addmm_(row, self._filled()[:columns].mT, alpha=-1.0)
+        new: Tensor = (inverse @ shared).mT.contiguous()
         self._rows[:columns, self._done : self._done + self._block] = new
         self._done += self._block
         return new
@@ -275,39 +260,29 @@ class _InProducts(_Reader):
 class _InSamples(_Reader):
     """By samples: what the chosen columns explain is projected out of these, fewer than there are columns."""
 
-    def __init__(self, layer: SampleMatrix) -> None:
-        columns = np.array(layer.columns, dtype=np.float64)
-        blocks = columns.reshape(-1, layer.block, columns.shape[1])
-        own = blocks @ blocks.transpose(0, 2, 1)
-        own += layer.ridge.reshape(-1, layer.block, 1) * np.eye(layer.block)
-        super().__init__(own, columns @ compressed(layer.targets), columns)
-        self._left_over = np.eye(columns.shape[1])
+    def __init__(self, layer: SampleMatrix, device: torch.device) -> None:
+        columns = _tensor(layer.columns, device).clone()
+        blocks = columns.unflatten(0, (-1, layer.block))
+        own = blocks @ blocks.mT + torch.diag_embed(_tensor(layer.ridge, device).unflatten(0, (-1, layer.block)))
+        super().__init__(own, columns @ _compressed(_tensor(layer.targets, device)), columns)
+        self._left_over = torch.eye(columns.shape[1], dtype=torch.float64, device=device)
 
-    def _shared(self, channel: int, row: FloatArray, inverse: FloatArray) -> FloatArray:
-        new = self._left_over @ (row.T @ inverse.T)
-        self._left_over -= new @ new.T
-        return np.asarray(self._rows[: self._left * self._block] @ new)
-
-
-def explained(own: FloatArray, met: FloatArray) -> FloatArray:
-    """Return what blocks take off the squared error, (...), by their own products and those of what they share with it.
-
-    Both are (..., block, block): with ``G`` and ``R R'`` it is ``trace(G^-1 R R')``.
-    """
-    if own.shape[-1] == 1:
-        return np.asarray(met[..., 0, 0] / own[..., 0, 0])
-    return np.asarray((np.linalg.inv(own) * met).sum((-2, -1)))
+    def _shared(self, channel: int, row: Tensor, inverse: Tensor) -> Tensor:
+        new = self._left_over @ (row.mT @ inverse.mT)
+        self._left_over.addmm_(new, new.mT, alpha=-1.0)
+        shared: Tensor = self._rows[: self._left * self._block] @ new
+        return shared
 
 
-def compressed(cross: FloatArray) -> FloatArray:
+def _tensor(values: FloatArray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(device)
+
+
+def _compressed(cross: Tensor) -> Tensor:
     """Return targets with at most as many columns as rows, and the same inner products between rows, as a copy."""
-    values = np.array(cross, dtype=np.float64, order="C")
-    if values.shape[1] <= values.shape[0]:
-        return values
     # Gains look at targets only through inner products of rows, and updates mix rows: a rotation of the targets changes
     # neither.
-    factor: FloatArray = np.asarray(np.linalg.qr(values.T, mode="r"))
-    return np.ascontiguousarray(factor.T)
+    return cross.clone() if cross.shape[1] <= cross.shape[0] else torch.linalg.qr(cross.mT, mode="r").R.mT.contiguous()
 
 
 def channels_read(layers: Sequence[Products | SampleMatrix], keep: int) -> int:

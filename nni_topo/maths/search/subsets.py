@@ -16,19 +16,10 @@ from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import Levels
-from nni_topo.rules import FLAG, NONE, check_knobs, number, whole
+from nni_topo.rules import NONE, check_fields, number, whole
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
-
-_RULES = {
-    "population_size": whole(2),
-    "generations": whole(1),
-    "crossover_probability": number(0, 1),
-    "mutation_probability": number(0, 1),
-    "elitism": FLAG,
-    "patience": whole(1) | NONE,
-}
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,14 @@ class EvolutionSettings:
     patience: int | None = None  # generations without a better one after which the search ends; None: never
 
     def __post_init__(self) -> None:
-        check_knobs("genetic algorithm", vars(self), _RULES)
+        check_fields(
+            self,
+            population_size=whole(2),
+            generations=whole(1),
+            crossover_probability=number(0, 1),
+            mutation_probability=number(0, 1),
+            patience=whole(1) | NONE,
+        )
 
 
 @dataclass(frozen=True)

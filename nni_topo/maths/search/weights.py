@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, GeneLayer
 from nni_topo.rules import Rule, all_of, check_knobs, number, whole
 
 Bytes = NDArray[np.uint8]
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
 _SHARE = number(0, 1)
 _RULES = {
     "alpha": number(0),
@@ -118,6 +119,57 @@ class Individual(Chromosome):
         self.number, self.born, self.partner = number, born, partner
         self.accuracy = 0.0
         self.compression = 0.0
+
+
+class GeneLayer:
+    """One target's magnitudes, shape (weights,), at least 0, and how many of its weights have to stay."""
+
+    def __init__(self, magnitudes: NDArray[np.floating[Any]], cap: float = 1.0) -> None:
+        self.magnitudes = magnitudes
+        self.span = float(magnitudes.max() - magnitudes.min())
+        self.size = len(magnitudes)
+        # `cap` is the largest share that may go; one weight stays in any case.
+        self.least = max(1, self.size - int(self.size * cap))
+
+    def drop_weakest(self, alive: BoolArray, rate: float) -> None:
+        """Remove the weakest remaining weight and those within ``rate`` of the range above it."""
+        weakest = self.magnitudes[alive].min()
+        bound = self.magnitudes.dtype.type(weakest + rate * self.span)
+        weak = np.flatnonzero(alive & (self.magnitudes < bound))
+        if not len(weak):
+            weak = np.flatnonzero(alive & (self.magnitudes == weakest))[:1]
+        allowed = np.count_nonzero(alive) - self.least
+        if len(weak) > allowed:
+            weak = weak[self.magnitudes[weak].argsort(kind="stable")[:allowed]]
+        alive[weak] = False
+
+    def drop_random(self, alive: BoolArray, rate: float, rng: np.random.Generator) -> None:
+        """Remove a share of the remaining weights at random."""
+        kept = int(np.count_nonzero(alive))
+        count = min(max(1, int(rate * kept)), kept - self.least)
+        alive[random_subset(alive, kept, count, rng)] = False
+
+    def revive(self, alive: BoolArray) -> None:
+        """Bring the strongest removed weights back until as many stay as have to."""
+        missing = self.least - np.count_nonzero(alive)
+        if missing > 0:
+            removed = np.flatnonzero(~alive)
+            alive[removed[self.magnitudes[removed].argsort(kind="stable")[-missing:]]] = True
+
+
+def random_subset(alive: BoolArray, kept: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw ``count`` of the ``kept`` set positions, all subsets alike; indices of shape (count,)."""
+    if 4 * count > kept:
+        return rng.choice(np.flatnonzero(alive), count, replace=False, shuffle=False)
+    # Small shares are drawn by rejection, which doesn't look at every gene.
+    found = np.zeros(0, dtype=np.int64)
+    while len(found) < count:
+        draws = rng.integers(len(alive), size=16 + (count - len(found)) * len(alive) // kept)
+        found = np.concatenate((found, draws[alive[draws]]))
+        found.sort()
+        # NumPy's own ``unique``, which hashes, takes several times as long.
+        found = found[np.diff(found, prepend=-1) > 0]
+    return rng.permutation(found)[:count] if len(found) > count else found
 
 
 class WeightGeneticAlgorithm(GeneticAlgorithm):

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
-from nni_topo.pruners.clouds.folded import FoldedWeightCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.clouds.gradient import GradientCollector
+from nni_topo.pruners.clouds.traced import CoupledWeightCollector, FoldedWeightCollector
 from nni_topo.pruners.clouds.weight import ActivationCollector, WeightCollector
 from nni_topo.pruners.hooks import DataCollector
-from nni_topo.rules import FLAG, check_knobs, checked, instance, one_of
+from nni_topo.rules import check_fields, checked, instance, one_of
 
 TRACED: dict[str, Callable[..., DataCollector]] = {
     "coupled": CoupledWeightCollector,
@@ -37,7 +36,6 @@ _PREPROCESS: dict[str, Callable[[Tensor], Tensor]] = {
     "standardize": lambda points: (points - points.mean(0)) / _nonzero(points.std(0, correction=0)),
     "unit": lambda points: points / _nonzero(points.norm(dim=1, keepdim=True)),
 }
-PREPROCESS = one_of(_PREPROCESS)
 
 
 def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
@@ -82,8 +80,7 @@ class PointCloud:
     origin: bool = True
 
     def __post_init__(self) -> None:
-        rules = {"kind": one_of(CLOUDS) | instance(DataCollector), "preprocess": PREPROCESS, "origin": FLAG}
-        check_knobs("cloud", vars(self), rules)
+        check_fields(self, "cloud", kind=one_of(CLOUDS) | instance(DataCollector))
 
 
 @checked()

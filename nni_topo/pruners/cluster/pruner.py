@@ -14,7 +14,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, NeighbourGraph, check_used
+from nni_topo.maths.clustering.partition import Algorithm, NeighbourGraph, check_used
 from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
@@ -22,7 +22,7 @@ from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.features import POOL, FeatureCollector, Pool
 from nni_topo.pruners.cluster.metric import ClusterMetric
 from nni_topo.pruners.cluster.survivors import SURVIVOR, Survivor, rules_of
-from nni_topo.rules import one_of, whole
+from nni_topo.rules import whole
 
 
 class ClusterPruner(StructuredPruner):
@@ -99,12 +99,10 @@ class ClusterPruner(StructuredPruner):
     """
 
     @pruner_arguments(
-        algorithm=one_of(ALGORITHMS),
         survivor=SURVIVOR,
         pool=POOL,
         n_init=whole(1),
         min_samples=whole(1),
-        graph=one_of(GRAPHS),
     )
     def __init__(
         self,

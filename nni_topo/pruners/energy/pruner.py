@@ -26,8 +26,12 @@ from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.energy.chirp import ENERGY_KNOBS, ChirpEnergyCollector, EnergyCollector, Normalization
-from nni_topo.pruners.energy.data import DataEnergyCollector
+from nni_topo.pruners.energy.collectors import (
+    ChirpEnergyCollector,
+    DataEnergyCollector,
+    EnergyCollector,
+    Normalization,
+)
 from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
 from nni_topo.rules import Rule, number, one_of, settings
@@ -134,7 +138,7 @@ class EnergyFilterPruner(StructuredPruner):
 
     setting_rules: ClassVar[Mapping[str, Rule]] = {"sparse_threshold": number(0, 1, "neither")}
 
-    @pruner_arguments(signal=one_of(("chirp", "data")) | settings(signals.Chirp), **ENERGY_KNOBS)
+    @pruner_arguments(signal=one_of(("chirp", "data")) | settings(signals.Chirp))
     def __init__(
         self,
         model: nn.Module,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.maths.search.gene_layers import BoolArray, FloatArray, GeneLayer
-from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
-from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.maths.search.weights import BoolArray, FloatArray, GeneLayer, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.progress import bar
-from nni_topo.pruners.genetic_weight.masked import MaskedScores
-from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
+from nni_topo.pruners.genetic_weight.population import MaskedScores, PopulationAccuracy
 from nni_topo.pruners.genetic_weight.state import load_state, save_state
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
-from nni_topo.pruners.units import PruningUnit
 from nni_topo.rules import check_answer, check_result
 
 _logger = logging.getLogger(__name__)
@@ -54,10 +50,10 @@ class GeneticMetric(MetricCalculator):
         weights = [context.target_spaces[name]["weight"].target for name in names]
         flat = [weight.detach().cpu().float().flatten() for weight in weights]
         self.start_weights = torch.cat(flat).numpy()
-        layers = [
-            GeneLayer(data[name]["weight"].numpy().ravel().astype(np.float32), largest_share(unit))
-            for name, unit in zip(names, context.units, strict=True)
-        ]
+        layers = []
+        for name, unit in zip(names, context.units, strict=True):
+            most = min(1.0 if unit.sparse_ratio is None else unit.sparse_ratio, unit.max_sparse_ratio)
+            layers.append(GeneLayer(data[name]["weight"].numpy().ravel().astype(np.float32), most))
         # Magnitudes and a child that is bred, parents and children in bits, and those that run together.
         needed = (20 + self.settings.population_size / 4) * len(self.start_weights) + self.max_bytes
         cure = "fewer layers (op_names), a smaller population_size (search) or max_bytes take less"
@@ -92,20 +88,12 @@ class GeneticMetric(MetricCalculator):
         if all(row.compression == 0.0 for row in rows):
             return False  # with a damage_rate of 0 there is nothing to compare yet
         if len({row.accuracy for row in rows}) == 1:
-            sources = {"evaluate": self.evaluate, "validation": self.validation}
-            source = next((name for name, given in sources.items() if given is not None), "evaluator")
-            what = "looks at the share of removed weights alone"
-            if self.settings.beta == 0.0:
-                what = "chooses weights at random (beta above 0 prefers smaller networks)"
             _logger.warning(
-                "the accuracy of all %d individuals of generation %d is %g, so the search %s: %s must measure the "
-                "model that it gets, on enough images, or a larger damage_rate is needed (%s)",
+                "the accuracy must differ between individuals for the search to look at it, got %g for all %d of "
+                "generation %d (genetic_weight)",
+                rows[0].accuracy,
                 len(rows),
                 search.generation,
-                rows[0].accuracy,
-                what,
-                source,
-                source,
             )
         return True
 
@@ -129,14 +117,3 @@ class GeneticMetric(MetricCalculator):
         spaces = [context.target_spaces[name] for name in names]
         biases = [each["bias"].target if "bias" in each else None for each in spaces]
         return MaskedScores(weights, biases, score)
-
-
-def largest_share(unit: PruningUnit) -> float:
-    """Return the share of a layer's weights that may be pruned: the smaller of its ``sparse_ratio`` and its maximum."""
-    ratio = 1.0 if unit.sparse_ratio is None else unit.sparse_ratio
-    return min(ratio, unit.max_sparse_ratio)
-
-
-def checked_validation(validation: Iterable[Any] | None) -> list[Any] | None:
-    """Return labelled batches as a list; a DataError where there is none."""
-    return None if validation is None else list(Calibration(validation, name="validation"))

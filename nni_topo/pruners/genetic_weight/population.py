@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import MethodType
 from typing import Any
@@ -21,18 +21,64 @@ from torch.func import functional_call, vmap
 from torch.fx import Interpreter, Node
 
 from nni_topo.errors import DataError, SpeedupError
-from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
+from nni_topo.maths.search.weights import BoolArray, FloatArray
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
 from nni_topo.network.runtime.copies import evaluating, unwrapped_copy
 from nni_topo.network.runtime.inputs import arguments_of, at_once, fitting, parts
-from nni_topo.pruners.genetic_weight.masked import split_genes
 from nni_topo.recovery.replay import without_side_effects
 
 _logger = logging.getLogger(__name__)
 
 _LARGEST_CHUNK = 256
+
+
+class MaskedScores:
+    """A score per mask by masking, running ``score()`` and unmasking: what works for every network.
+
+    ``biases``: of each weight, the bias that an output loses with its last weight; None where it has none.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], score: Callable[[], float]) -> None:
+        self.weights, self.biases = list(weights), list(biases)
+        self.score = score
+
+    def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
+        """Return the scores, shape ``(individuals,)``; DataError if one isn't a finite number."""
+        changed = [each for each in (*self.weights, *self.biases) if each is not None]
+        before = [each.detach().clone() for each in changed]
+        scores = []
+        try:
+            for genes in population:
+                for each, value in zip(changed, before, strict=True):
+                    each.data.copy_(value)
+                for weight, bias, mask in zip(self.weights, self.biases, split_genes(genes, self.weights), strict=True):
+                    weight.data.mul_(mask)
+                    if bias is not None:
+                        bias.data.mul_(mask.flatten(1).any(1))
+                found = self.score()
+                try:
+                    score = float(found)
+                except (TypeError, ValueError, RuntimeError):
+                    score = np.nan
+                if not np.isfinite(score):
+                    raise DataError(f"an evaluation must return a finite number, got {found!r} (genetic search)")
+                scores.append(score)
+        finally:
+            for each, value in zip(changed, before, strict=True):
+                each.data.copy_(value)
+        return np.array(scores)
+
+
+def split_genes(genes: BoolArray, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return a boolean mask per weight tensor, on its device."""
+    masks, start = [], 0
+    for weight in weights:
+        part = torch.from_numpy(genes[start : start + weight.numel()])
+        masks.append(part.reshape(weight.shape).to(weight.device))
+        start += weight.numel()
+    return masks
 
 
 class PopulationAccuracy:

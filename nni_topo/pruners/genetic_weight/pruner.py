@@ -24,12 +24,13 @@ from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.weights import HistoryRow, WeightGeneticAlgorithm, WeightSearch
 from nni_topo.network.runtime.arguments import BATCHES
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_single_weights, of_single_weights, pruner_arguments
-from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation
+from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration
 from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
 from nni_topo.pruners.units import in_network_order, is_active
-from nni_topo.rules import FUNCTION, NONE, PATH, as_settings, settings, whole
+from nni_topo.rules import NONE, as_settings, settings, whole
 
 if TYPE_CHECKING:
     import pandas
@@ -106,10 +107,7 @@ class GeneticWeightPruner(StructuredPruner):
 
     @pruner_arguments(
         validation=BATCHES | NONE,
-        evaluate=FUNCTION | NONE,
         search=settings(WeightSearch) | NONE,
-        state=PATH | NONE,
-        on_generation=FUNCTION | NONE,
         max_bytes=whole(1, 2**63 - 1),
         n_jobs=whole(1),
     )
@@ -133,7 +131,7 @@ class GeneticWeightPruner(StructuredPruner):
         self.search = as_settings(WeightSearch, search, "search")
         if validation is None and evaluate is None and evaluator is None:
             raise ConfigError("a genetic search needs validation, evaluate or an evaluator, got none (validation)")
-        self.validation = checked_validation(validation)
+        self.validation = None if validation is None else list(Calibration(validation, name="validation"))
         if state is not None:
             check_output_file(path_of(state, "state"), makes_folder=True)
         self._metric = GeneticMetric(

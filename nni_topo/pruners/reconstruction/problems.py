@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nni.compression.pruning.tools.sparse_gen import _expand_masks
 from numpy.typing import NDArray
 from torch import nn
 
@@ -30,7 +31,7 @@ from nni_topo.network.attention.unfused.multihead import mixing_called
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.layers.kinds import WEIGHTED, output_channels
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copies import evaluation_mode
+from nni_topo.network.runtime.copies import evaluating, evaluation_mode, unwrapped_copy
 from nni_topo.network.runtime.fits import structure_call, structure_of
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, calls, fitting, real_positions_of, tensors_of
@@ -38,16 +39,16 @@ from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of, unread_error
-from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.hooks import Masks, PruningContext
 from nni_topo.pruners.reconstruction.readings import Reading, column_count
 from nni_topo.pruners.units import PruningUnit
+from nni_topo.recovery.compensating import compensate_up_to
 from nni_topo.recovery.samples import position_count
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
-_LINEAR = WEIGHTED
 _COPIES = 3  # of products, or of samples, at most
 _MANY = 2048  # columns: fewer take next to nothing
 
@@ -90,7 +91,7 @@ class ReconstructionProblems:
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check, before anything is wrapped, that a convolution or linear layer reads each layer to prune."""
-        check_read(model, modules, structure_call(model, self.calibration), _LINEAR)
+        check_read(model, modules, structure_call(model, self.calibration), WEIGHTED)
 
     def each(
         self, context: PruningContext, kept: dict[str, BoolArray]
@@ -220,7 +221,53 @@ class ReconstructionProblems:
 
 def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[ChannelReader]:
     """Return the convolutions and linear layers that read a unit's channels; ConfigError if there is none."""
-    found = [r for r in readers_of(unit, flow, context) if isinstance(r.module, _LINEAR)]
+    found = [r for r in readers_of(unit, flow, context) if isinstance(r.module, WEIGHTED)]
     if not found:
         raise unread_error([unit.name])
     return found
+
+
+class SequentialProblems(ReconstructionProblems):
+    """Measures each unit's problem after the units chosen before it were compensated, in the order of the network.
+
+    The targets are those of the unpruned network; the channels to keep come from the network in which the units
+    before are pruned and the layers up to here are reconstructed.
+    """
+
+    def each(
+        self, context: PruningContext, kept: dict[str, BoolArray]
+    ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
+        """Yield every unit and its problem; before the next one the caller puts what it keeps of a unit into `kept`."""
+        original = evaluating(unwrapped_copy(context.model))
+        analysis = self.analysis(original, context.facts)
+        flow = analysis.flow
+        modules = {module: name for name, module in original.named_modules()}
+        own = PruningContext(original, context.target_spaces)
+        readers = {unit.name: linear_readers(unit, flow, own) for unit in context.units}
+        self.check_memory(readers, analysis)
+        rank = {name: index for index, name in enumerate(flow.layers)}
+        first = {
+            name: min((modules[reader.module] for reader in found), key=rank.__getitem__)
+            for name, found in readers.items()
+        }
+        for unit in sorted(context.units, key=lambda unit: rank[first[unit.name]]):
+            masks = self._masks(context, kept)
+            network: nn.Module = original
+            if masks:
+                last = first[unit.name]
+                network = compensate_up_to(
+                    original, masks, self.calibration, last, seed=self.seed, facts=analysis.facts
+                )
+            yield unit, self.measure({unit.name: readers[unit.name]}, original, network)[unit.name]
+
+    @staticmethod
+    def _masks(context: PruningContext, kept: dict[str, BoolArray]) -> Masks:
+        """Masks of the units chosen so far."""
+        masks: Masks = {}
+        for unit in context.units:
+            if unit.name not in kept or bool(kept[unit.name].all()):
+                continue
+            for module, target in unit.members:
+                shape = context.metric_shape(module, target)
+                masks.setdefault(module, {})[target] = torch.from_numpy(kept[unit.name]).float().reshape(shape)
+        return dict(_expand_masks(masks, context.target_spaces))

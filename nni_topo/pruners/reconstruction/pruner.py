@@ -11,9 +11,11 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
@@ -23,16 +25,58 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.network.runtime.inputs import inputs_of, on_device
 from nni_topo.network.runtime.processes import in_step
+from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import ALLOCATIONS, Budget, as_budget, check_shared_budget
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.functional import FunctionalCollector
-from nni_topo.pruners.hooks import Data
-from nni_topo.pruners.reconstruction.metric import ReconstructionMetric
-from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
-from nni_topo.pruners.reconstruction.sequential import SequentialProblems
-from nni_topo.pruners.selection import WhenAsked
-from nni_topo.rules import FLAG
+from nni_topo.pruners.hooks import Data, PruningContext
+from nni_topo.pruners.planner import Losses
+from nni_topo.pruners.reconstruction.problems import (
+    IntArray,
+    ReconstructionProblem,
+    ReconstructionProblems,
+    SequentialProblems,
+)
+from nni_topo.pruners.selection import Clouds, SelectionMetric, WhenAsked
+from nni_topo.pruners.units import KeptBlocks
+
+
+@dataclass(kw_only=True, eq=False)
+class ReconstructionMetric(SelectionMetric):
+    """Keeps in every unit the channels from which the next layers' outputs can best be reconstructed."""
+
+    problems: ReconstructionProblems
+    by_error: ReconstructionProblems | None = None
+    """Where blocks of all units are compared by what they take off the readers' errors; None: by death times."""
+
+    def losses(self, context: PruningContext, clouds: Clouds) -> Losses:
+        """Return what says how much of its readers' errors each block of a unit takes off."""
+        if self.by_error is None:
+            return super().losses(context, clouds)
+        # A row loses a block of every part.
+        worth = {u.name: u.parts * found.worth(u.parts) for u, found in self.by_error.each(context, {})}
+        return lambda unit: worth[unit.name]
+
+    def chosen(self, problem: ReconstructionProblem, keep: int, parts: int) -> IntArray:
+        """Return the kept channels of one unit, ``(keep,)``."""
+        return problem.choose(keep, parts)
+
+    def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
+        """Choose unit by unit, in the order of the problems."""
+        kept: KeptBlocks = {}
+        processes = self.problems.calibration.processes
+        if processes is not None:
+            # Equal sums can lead to other choices between near ties on processors of another kind.
+            rows = processes.gather(rows, "how many channels are kept")[0]
+        with bar("choosing filters", self.progress, total=len(context.units)) as shown:
+            for unit, problem in self.problems.each(context, kept):
+                chosen = self.chosen(problem, rows[unit.name] * unit.parts, unit.parts)
+                if processes is not None:
+                    chosen = processes.gather(chosen, f"the channels of {unit.name}")[0]
+                kept[unit.name] = np.isin(np.arange(unit.blocks), chosen)
+                shown.update()
+        return kept
 
 
 class ReconstructionPruner(StructuredPruner):
@@ -107,7 +151,7 @@ class ReconstructionPruner(StructuredPruner):
     allocations = ALLOCATIONS
 
     @in_step
-    @pruner_arguments(sequential=FLAG)
+    @pruner_arguments()
     def __init__(
         self,
         model: nn.Module,

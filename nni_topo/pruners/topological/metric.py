@@ -15,7 +15,6 @@ from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.hooks import Data, KeptSet, PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, SelectionMetric
 from nni_topo.pruners.units import KeptBlocks
-from nni_topo.rules import FLAG, check_knobs, one_of
 
 _logger = logging.getLogger(__name__)
 
@@ -59,19 +58,6 @@ class GeneticSearch(EvolutionSettings):
     greedy_start: bool = True
     engine: Literal["exact", "gudhi"] = "exact"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_knobs("GeneticSearch", vars(self), {"greedy_start": FLAG, "engine": one_of(("exact", "gudhi"))})
-
-
-@dataclass(frozen=True)
-class SelectionSettings:
-    """How a subset of a cloud is chosen: what is minimised, and by which search; None: the greedy cover."""
-
-    criterion: str
-    homology_dimensions: tuple[int, ...]
-    search: GeneticSearch | None
-
 
 @dataclass(kw_only=True, eq=False)
 class TopologicalMetric(SelectionMetric):
@@ -81,7 +67,9 @@ class TopologicalMetric(SelectionMetric):
     latest call.
     """
 
-    settings: SelectionSettings
+    criterion: str
+    homology_dimensions: tuple[int, ...]
+    search: GeneticSearch | None  # None: the greedy cover
     seed: int
     n_jobs: int | None = 1
     trace: dict[str, list[Generation]] = field(default_factory=dict, init=False)
@@ -89,10 +77,10 @@ class TopologicalMetric(SelectionMetric):
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Look whether distances fit into memory, then plan and choose."""
         # Distances and what checks them; a search sorts neighbours, or edges.
-        by_search = 4.0 if max(self.settings.homology_dimensions) else 2.0
+        by_search = 4.0 if max(self.homology_dimensions) else 2.0
         width = max((points.shape[1] for targets in data.values() for points in targets.values()), default=0)
         cure = f"{leaving_out()}, or choose by norms; solver='greedy' takes less than a search"
-        context.check_memory(1.5 if self.settings.search is None else by_search, cure, _COPIES * width)
+        context.check_memory(1.5 if self.search is None else by_search, cure, _COPIES * width)
         return super().calculate(data, context)
 
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
@@ -102,9 +90,10 @@ class TopologicalMetric(SelectionMetric):
 
         self.trace = {}
         tasks = [(index, unit, part) for index, unit in enumerate(context.units) for part in range(unit.parts)]
+        chosen_by = self.criterion, self.homology_dimensions, self.search
         # A cloud is handed on, not held: its distances go with it.
         work = (
-            delayed(_chosen)(clouds[unit.name].pop(0), rows[unit.name], [self.seed, index, part], self.settings)
+            delayed(_chosen)(clouds[unit.name].pop(0), rows[unit.name], [self.seed, index, part], *chosen_by)
             for index, unit, part in tasks
         )
         # One by one, for the bar, where the backend can: Ray's can't.
@@ -121,29 +110,32 @@ class TopologicalMetric(SelectionMetric):
                     flat.append(unit.part_name(part))
                 shown.update()
         if flat:
-            others = [name for name in ("bottleneck_sum", "hausdorff") if name != self.settings.criterion]
             _logger.warning(
                 "the criterion %r tells no individual of any generation from another, so these channels are chosen at "
-                "random; %s or another degree in homology_dimensions may tell them apart (%s)",
-                self.settings.criterion,
-                ", ".join(map(repr, others)),
+                "random (%s)",
+                self.criterion,
                 ", ".join(flat),
             )
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _chosen(
-    cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings
+    cloud: Cloud,
+    keep: int,
+    seed: list[int],
+    criterion: str,
+    homology_dimensions: tuple[int, ...],
+    search: GeneticSearch | None,
 ) -> tuple[BoolArray, list[Generation], bool]:
     """Return the kept blocks of a cloud, boolean ``(size,)``, the search's progress, and whether it told none apart."""
-    cover, search = cloud.cover(keep), settings.search
+    cover = cloud.cover(keep)
     if search is None or keep == cloud.size:
         return cover, [], False
-    criterion, _, summed = settings.criterion.partition("_")
+    criterion, _, summed = criterion.partition("_")
     fitness = topology.SubsetFitness(
         cloud.distances,
         criterion,
-        homology_dimensions=settings.homology_dimensions,
+        homology_dimensions=homology_dimensions,
         base=cloud.base,
         engine=search.engine,
         combine="sum" if summed else "max",

@@ -24,9 +24,9 @@ from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.clouds import CLOUDS, PREPROCESS, TRACED, PointCloud, Preprocess, make_collector
+from nni_topo.pruners.clouds import CLOUDS, TRACED, PointCloud, Preprocess, make_collector
 from nni_topo.pruners.hooks import DataCollector
-from nni_topo.pruners.topological.metric import CRITERIA, GeneticSearch, SelectionSettings, TopologicalMetric
+from nni_topo.pruners.topological.metric import CRITERIA, GeneticSearch, TopologicalMetric
 from nni_topo.rules import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
 
 _logger = logging.getLogger(__name__)
@@ -163,9 +163,10 @@ class TopologicalPruner(StructuredPruner):
             search = None
         else:
             search = GeneticSearch()
-        settings = SelectionSettings(criterion, self.homology_dimensions, search)
         self._metric = TopologicalMetric(
-            settings=settings,
+            criterion=criterion,
+            homology_dimensions=self.homology_dimensions,
+            search=search,
             preprocess=points.preprocess,
             origin=points.origin,
             seed=seed,
@@ -183,9 +184,7 @@ class TopologicalPruner(StructuredPruner):
 
     @classmethod
     @pruner_arguments(
-        combine=one_of(("max", "sum")),
         homology_dimensions=_DIMENSIONS,
-        preprocess=PREPROCESS,
         search=settings(GeneticSearch) | NONE,
         n_jobs=_JOBS,
     )

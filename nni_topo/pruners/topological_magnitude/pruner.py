@@ -26,14 +26,13 @@ from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_single_weights, of_single_weights, pruner_arguments
 from nni_topo.pruners.rounds import Round, even_steps, matched_state, prune_in_rounds
 from nni_topo.pruners.topological_magnitude.trees import (
-    CONV_GRAPHS,
     MagnitudeCollector,
     OnSubcritical,
     TreeGraph,
     TreeMetric,
 )
 from nni_topo.pruners.units import in_network_order, is_active
-from nni_topo.rules import FUNCTION, NONE, instance, one_of, whole
+from nni_topo.rules import NONE, instance, one_of, whole
 
 
 class TopologicalMagnitudePruner(StructuredPruner):
@@ -100,11 +99,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
     """
 
     @pruner_arguments(
-        on_subcritical=one_of(("raise", "clip")),
-        conv_graph=one_of(CONV_GRAPHS),
         rounds=whole(1),
         rewind=one_of(("initial",)) | instance(Mapping) | NONE,
-        on_round=FUNCTION | NONE,
     )
     def __init__(
         self,

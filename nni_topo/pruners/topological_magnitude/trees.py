@@ -23,7 +23,6 @@ from nni_topo.pruners.units import PruningUnit
 BoolArray = NDArray[np.bool_]
 OnSubcritical = Literal["raise", "clip"]
 TreeGraph = Literal["channel", "toeplitz", "toeplitz_full"]
-CONV_GRAPHS = ("channel", "toeplitz", "toeplitz_full")
 _LEAST = 1e-300
 _COPIES = 4  # of the magnitudes of all layers, in float64, until the trees are there
 

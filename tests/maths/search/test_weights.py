@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.search.gene_layers import GeneLayer, random_subset
-from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
+from nni_topo.maths.search.weights import GeneLayer, WeightGeneticAlgorithm, WeightSearch, random_subset
 from nni_topo.pruners.genetic_weight.state import load_state, save_state
 
 SIZE = 60

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
+from nni_topo.pruners.clouds.traced import CoupledWeightCollector
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.speedup import dependency_groups

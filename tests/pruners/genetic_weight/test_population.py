@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import DataError
-from nni_topo.pruners.genetic_weight.masked import MaskedScores
-from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
+from nni_topo.pruners.genetic_weight.population import MaskedScores, PopulationAccuracy
 from nni_topo.testing import toy_images, toy_model
 
 

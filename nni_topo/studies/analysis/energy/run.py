@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from rich.console import RenderableType
@@ -16,9 +16,9 @@ from nni_topo import zoo
 from nni_topo.errors import unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.network.speedup.dense import to_dense
-from nni_topo.pruners.energy.chirp import ENERGY_KNOBS
+from nni_topo.pruners.energy.collectors import Normalization
 from nni_topo.pruners.hooks import Masks
-from nni_topo.rules import check_knobs, number, whole
+from nni_topo.rules import number, one_of, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.dropout import with_dropout
@@ -65,7 +65,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
         whole(0).check("calibration", self.calibration, self.place)
         chirp: dict[str, Any] = {"sweep": self.sweep, "direction": self.direction}
         replace(_CHIRP, **chirp)  # which checks its fields
-        check_knobs(self.place, {"normalization": self.normalization}, ENERGY_KNOBS)
+        one_of(get_args(Normalization)).check("normalization", self.normalization, self.place)
         number(0.0).check("max_drop", self.max_drop, self.place)
 
     def find(self, tell: Tell) -> EnergyStudy:

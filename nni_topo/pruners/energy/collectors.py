@@ -1,9 +1,10 @@
-"""Filter energies: how much of a chirp each filter lets through."""
+"""Filter energies: how much of a chirp, or of real inputs, each filter lets through."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
@@ -13,21 +14,18 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, LayerError
 from nni_topo.maths import signals
-from nni_topo.network.layers.derived import inner_of
-from nni_topo.network.layers.kinds import WEIGHTED, weight_name
-from nni_topo.pruners.clouds.coupled import norm_scales
+from nni_topo.network.layers.derived import call_of, inner_of, is_followed
+from nni_topo.network.layers.kinds import WEIGHTED, by_channel
+from nni_topo.network.runtime.calibration import calibration_of
+from nni_topo.network.runtime.hooks import watched
+from nni_topo.pruners.clouds.moments import check_reached
+from nni_topo.pruners.clouds.traced import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, holds_columns, output_blocks
-from nni_topo.rules import FLAG, as_settings, check_knobs, one_of
+from nni_topo.rules import as_settings, check_fields
 
 Normalization = Literal["none", "area", "layer"]
-ENERGY_KNOBS = {
-    "normalization": one_of(("none", "area", "layer")),
-    "batch_norm": FLAG,
-    "bias": FLAG,
-}
-"""What the knobs that the energies' collectors share must be."""
 
 
 @dataclass(eq=False)
@@ -40,7 +38,7 @@ class EnergyCollector(DataCollector):
     bias: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_knobs(type(self).__name__, vars(self), ENERGY_KNOBS)
+        check_fields(self)
         if self.batch_norm and self.example_inputs is None:
             raise ConfigError("batch_norm=True needs example_inputs, got none (example_inputs)")
 
@@ -49,9 +47,10 @@ class EnergyCollector(DataCollector):
         """Return, by module, the energy of each output channel per position, and the number of positions."""
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Raise ConfigError or DataError for layers to prune that have no energy."""
+        """Raise ConfigError for layers to prune that have no energy."""
         for name, module in modules.items():
-            check_layer(name, module)
+            if not isinstance(module, WEIGHTED):
+                raise LayerError(f"energies are defined for convolutions, got {type(module).__name__} ({name})", [name])
 
     def collect(self, context: PruningContext) -> Data:
         """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError without."""
@@ -114,14 +113,48 @@ class ChirpEnergyCollector(EnergyCollector):
         return found
 
 
-def check_layer(name: str, module: nn.Module) -> None:
-    """Raise unless a layer's filters have an energy: ConfigError by its type, DataError by its weights'."""
-    weight = getattr(module, weight_name(module), None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        kind = weight.dtype if isinstance(weight, Tensor) else f"the weights of {type(module).__module__}"
-        raise DataError(f"weights must be real floating-point tensors, got {kind} ({name}.weight)")
-    if not isinstance(module, WEIGHTED):
-        raise LayerError(f"energies are defined for convolutions, got {type(module).__name__} ({name})", [name])
+@dataclass(eq=False)
+class DataEnergyCollector(EnergyCollector):
+    """Energy of each filter's responses to calibration data, or to an evaluator's: what the chirp stands in for."""
+
+    calibration: Iterable[Any] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.calibration = calibration_of(self.calibration)
+
+    def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
+        """Return the mean energy of each channel's output, and the number of positions per image."""
+        names = [name for unit in context.units for name, _ in unit.members]
+        biases = [None if self.bias else masked_parameters(context, name)[1] for name in names]
+        layers = [context.model.get_submodule(name) for name in names]
+        sums = dict(zip(names, map(_Energy, layers, biases), strict=True))
+        with watched(leaving=[(total.module, total.add) for total in sums.values()]):
+            context.run(self.calibration)
+        for name, total in sums.items():
+            check_reached(total.samples, name, "response")
+        return {name: ((total.energy / total.samples).cpu(), total.positions) for name, total in sums.items()}
+
+
+class _Energy:
+    """Energy of each channel of a layer, less its bias if one is given, summed over samples and positions."""
+
+    def __init__(self, module: nn.Module, bias: Tensor | None) -> None:
+        self.module, self.bias = module, bias
+        self._goes_on = is_followed(module)
+        self.energy: Any = 0.0
+        self.samples = 0
+        self.positions = 0
+
+    def add(self, entering: Tensor, outputs: Tensor) -> None:
+        if self._goes_on:  # the filters' answers are what it goes on with
+            outputs = call_of(self.module, entering).run()
+        rows = by_channel(self.module, outputs).double()
+        if self.bias is not None:
+            rows = rows - self.bias.to(rows.device)[:, None]
+        self.energy = self.energy + rows.pow(2).sum(1)
+        self.samples += rows.shape[1]
+        self.positions = 1 if isinstance(self.module, nn.Linear) else math.prod(outputs.shape[2:])
 
 
 def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
