@@ -137,9 +137,10 @@ class Budget:
         return float(getattr(self, self.kind))
 
 
-def as_budget(value: Budget | Mapping[str, Any]) -> Budget:
-    """Return a budget, also from a mapping of its fields."""
-    return as_settings(Budget, value, "budget")
+def as_budget(value: Any) -> Budget:
+    """Return a budget, also from a mapping of its fields; ConfigError for anything else."""
+    found: Budget = as_settings(Budget, value, "budget")
+    return found
 
 
 @dataclass(frozen=True)
