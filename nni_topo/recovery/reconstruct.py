@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
-from nni_topo.maths.least_squares.shifts import Geometry, Patches
 from nni_topo.network.layers.kinds import by_output, of_output, through_norms
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan
@@ -36,11 +35,9 @@ from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import (
     Samples,
     Task,
-    geometry_of,
-    inputs_at,
+    input_rows,
     output_rows,
     position_count,
-    times,
 )
 from nni_topo.rules import check_fields, whole
 
@@ -110,22 +107,14 @@ class ReconstructTask(Task):
         """Return entries, and positions of the layer's output."""
         return len(unpruned[self.place]), position_count(self._module, unpruned[self.place].shape)
 
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return input patches of the pruned network, what it lacks at the place, and the unpruned values there."""
         wanted, reached = unpruned[self.place][part], pruned[self.place][part]
-        inputs = inputs_at(self._module, pruned[self.layer.source][part], self._columns, positions, wanted)
+        entering = pruned[self.layer.source][part]
+        inputs = input_rows(self._module, entering, self._columns, positions, wanted.shape)
         wanted, reached = (output_rows(self._module, each, self._rows, positions) for each in (wanted, reached))
         samples = inputs, wanted.double() - reached, wanted
         return self.refined(samples) if self.refines else samples
-
-    @property
-    def passes(self) -> int:
-        """How often the inputs are multiplied with values of the outputs: more often in front of a ReLU."""
-        return 3 if self._is_rectified else 1
-
-    def geometry(self, pruned: Values) -> Geometry | None:
-        """Return how windows lie on what enters the layer; None if it isn't a convolution, or a transposed one."""
-        return geometry_of(self._module, pruned[self.layer.source][:1])
 
     def refined(self, samples: Samples) -> Samples:
         """Return the samples with what a ReLU lets through as wanted, and what lacks there."""
@@ -134,10 +123,10 @@ class ReconstructTask(Task):
         lacking = torch.where(wanted > 0, lacking, -reached.clamp(min=0.0))
         return inputs, lacking, wanted.clamp(min=0.0)
 
-    def effect(self, inputs: Tensor | Patches, found: Fit) -> Tensor:
+    def effect(self, inputs: Tensor, found: Fit) -> Tensor:
         """Return what a solution changes at the place: nothing where the layer's output doesn't get there."""
         lives = (self._inverse() != 0).double().unsqueeze(1)
-        return (times(inputs, found.solution.weights) + found.solution.shift.unsqueeze(1)) * lives
+        return (inputs.double() @ found.solution.weights + found.solution.shift.unsqueeze(1)) * lives
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve by ridge least squares."""

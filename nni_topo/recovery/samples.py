@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
-from nni_topo.maths.least_squares.shifts import Geometry, Patches, pays
 from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import InnerCall, call_of, has_own_forward
 from nni_topo.network.layers.kinds import TRANSPOSED
@@ -45,7 +44,7 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
     ``columns`` (groups, d) are the input channels, ``shape`` is the shape of the layer's output.
     """
     # In the order of the layer's weight by output: channels and then kernel.
-    groups, is_own = columns.shape[0], has_own_forward(module)
+    groups, is_own, positions = columns.shape[0], has_own_forward(module), positions.to(inputs.device)
     if is_pointwise(module):
         return _chosen(call_of(module, inputs).entering if is_own else inputs, positions, columns)
     entries = torch.arange(len(inputs), device=inputs.device)[:, None]
@@ -69,44 +68,10 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
     return rows.reshape(len(rows), groups, -1).transpose(0, 1)
 
 
-def geometry_of(module: Any, inputs: Tensor) -> Geometry | None:
-    """Return how a layer's windows lie on what enters it; None if it isn't a convolution whose patches are its rows."""
-    if is_pointwise(module) or isinstance(module, TRANSPOSED):
-        return None
-    call = call_of(module, inputs)
-    return Geometry(call.kernel, call.stride, call.dilation, call.output_size)
-
-
-def patches_of(module: Any, inputs: Tensor, columns: Tensor) -> Patches:
-    """Return what enters a convolution at all positions, of input channels (groups, d)."""
-    call, geometry = _reached(module, inputs, columns.flatten()), geometry_of(module, inputs[:1])
-    assert geometry is not None  # what is asked for patches is a convolution
-    return Patches.of(call.padded, len(columns), geometry)
-
-
-def inputs_at(
-    module: Any, inputs: Tensor, columns: Tensor, positions: Tensor | None, outputs: Tensor
-) -> Tensor | Patches:
-    """Return what enters a layer at flat output positions as `input_rows` does, or, of None, at all as `Patches`."""
-    if positions is None:
-        return patches_of(module, inputs, columns)
-    return input_rows(module, inputs, columns, positions.to(outputs.device), outputs.shape)
-
-
-def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor | None) -> Tensor:
-    """Return a layer's outputs at flat positions (n, p), of channels (groups, o): (groups, n * p, o).
-
-    ``positions`` None: a convolution's outputs at all positions, in the order of `Patches`.
-    """
-    if positions is None:
-        return outputs.movedim(0, -1).flatten(1)[rows].mT
+def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """Return a layer's outputs at flat positions (n, p), of channels (groups, o): (groups, n * p, o)."""
     last = outputs if is_pointwise(module) else outputs.movedim(1, -1)
     return _chosen(last, positions.to(outputs.device), rows)
-
-
-def times(inputs: Tensor | Patches, weights: Tensor) -> Tensor:
-    """Return the products of samples' inputs with weights (groups, unknowns, outputs), in double precision."""
-    return inputs.times(weights) if isinstance(inputs, Patches) else inputs.double() @ weights
 
 
 def _chosen(values: Tensor, positions: Tensor, channels: Tensor) -> Tensor:
@@ -201,7 +166,7 @@ def samples_to_solve_on(model: nn.Module, calibration: Calibration) -> Calibrati
     return learned
 
 
-Samples = tuple[Tensor | Patches, Tensor, Tensor]
+Samples = tuple[Tensor, Tensor, Tensor]
 
 HELD_OUT_ENTRIES = 5
 """Of so many entries one is held out, to choose the ridge by."""
@@ -249,27 +214,14 @@ class Task(ABC):
         """Return how many entries a batch has here, and how many positions each entry."""
 
     @abstractmethod
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
-        """Return inputs, residuals and references at some positions of some entries, ``(groups, samples, ...)``.
-
-        ``positions`` (entries, p); None, for a task with a geometry: all, with the inputs as `Patches` in their order.
-        """
-
-    @property
-    def passes(self) -> int:
-        """How often the inputs are multiplied with values of the outputs, about."""
-        return 1
-
-    def geometry(self, pruned: Values) -> Geometry | None:
-        """Return how windows lie on the inputs, if they can be taken at all positions as `Patches`; else None."""
-        del pruned
-        return None
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+        """Return inputs, residuals and references at positions (entries, p), ``(groups, samples, ...)``."""
 
     def refined(self, samples: Samples) -> Samples:
         """Return the samples of a task that refines, from what the network lacks at the same positions."""
         return samples
 
-    def effect(self, inputs: Tensor | Patches, found: Fit) -> Tensor:
+    def effect(self, inputs: Tensor, found: Fit) -> Tensor:
         """Return what a solution changes at the place; for tasks that others refine."""
         raise NotImplementedError
 
@@ -286,7 +238,7 @@ class Task(ABC):
 class _Chunk:
     """Samples of a task as long as others refine it, and which of them are held out."""
 
-    inputs: Tensor | Patches
+    inputs: Tensor
     lacking: Tensor
     wanted: Tensor
     is_held_out: Tensor  # by row
@@ -299,8 +251,7 @@ class _Chunk:
 class Sampler:
     """Streams the samples of tasks into normal equations."""
 
-    # Where shifts take less work (`pays`), a convolution's sums are those over all positions. Of the others,
-    # a layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
+    # A layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
     # spread over images and positions, drawn from a seed. Every fifth entry is held out, or every fifth group of
     # entries. Padding isn't looked at.
 
@@ -353,10 +304,7 @@ class Sampler:
         for index, (values, real) in enumerate(self.replay.shapes(watched)):
             for place, task in enumerate(tasks):
                 entries, count = task.extent(values)
-                is_padded = real is not None and real.shape == (entries, count)
-                numbers = 0
-                if is_padded or not self._takes_all(task, values):
-                    numbers = numbers_drawn(count, entries, self._wanted(task, index, entries), real)
+                numbers = numbers_drawn(count, entries, self._wanted(task, index, entries), real)
                 found[place] = found[place][0] + entries, found[place][1] + numbers
         return found
 
@@ -442,25 +390,16 @@ class Sampler:
             entries, count = task.extent(unpruned)
             real, wanted = self.replay.unpadded(), self._wanted(task, index, entries)
             is_held_out = self._marks(index, seen, entries)
-            is_padded = real is not None and real.shape == (entries, count)
-            if not is_padded and self._takes_all(task, pruned):
-                positions = stay = None
-                width = count * math.prod(task.layer.columns.shape)
-            else:
-                positions, stay = draw_unpadded(count, entries, wanted, generator, real)
-                width = positions.shape[1] * task.unknowns * len(task.layer.columns)
+            positions, stay = draw_unpadded(count, entries, wanted, generator, real)
+            width = positions.shape[1] * task.unknowns * len(task.layer.columns)
             for part in _parts(entries, width):
-                at = None if positions is None else positions[part]
-                inputs, lacking, meant = task.samples(unpruned, pruned, part, at)
+                inputs, lacking, meant = task.samples(unpruned, pruned, part, positions[part])
                 marks = is_held_out[part]
-                if at is None:
-                    rows = marks.repeat(count).to(lacking.device)
-                else:
-                    rows = marks.repeat_interleave(lacking.shape[1] // len(marks)).to(lacking.device)
+                rows = marks.repeat_interleave(lacking.shape[1] // len(marks)).to(lacking.device)
                 if stay is not None:
                     stays = stay[part].flatten().to(rows.device)
                     stays = stays.repeat_interleave(len(rows) // len(stays))
-                    inputs, lacking, meant = _at_rows(inputs, stays), lacking[:, stays], meant[:, stays]
+                    inputs, lacking, meant = inputs[:, stays], lacking[:, stays], meant[:, stays]
                     rows = rows[stays]
                 yield _Chunk(inputs, lacking, meant, rows)
             seen += entries
@@ -484,33 +423,16 @@ class Sampler:
             yield chunk
         self._chunks = kept
 
-    def _takes_all(self, task: Task, pruned: Values) -> bool:
-        """Say whether the sums over all positions take less work by shifts than those over a sample of rows."""
-        geometry = task.geometry(pruned)
-        if geometry is None:
-            return False
-        return pays(geometry, task.layer.columns.shape[1], task.outputs, self.images, _sampled_rows(task), task.passes)
-
     def _wanted(self, task: Task, index: int, entries: int) -> int:
         """Positions per entry of a batch."""
-        samples = _sampled_rows(task)
+        samples = max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
         share = self.sizes[index] / self.images
         return int(samples * share / entries) + 1
 
 
-def _sampled_rows(task: Task) -> int:
-    """Return how many rows are drawn for a task, where there are as many."""
-    return max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
-
-
-def _at_rows(inputs: Tensor | Patches, rows: Tensor) -> Tensor | Patches:
-    """Return marked rows of inputs; of patches all rows of an entry are marked or none is."""
-    return inputs.chosen(rows) if isinstance(inputs, Patches) else inputs[:, rows]
-
-
 def _add(equations: NormalEquations, chunk: _Chunk, rows: Tensor) -> None:
     if bool(rows.any()):
-        equations.add(_at_rows(chunk.inputs, rows), chunk.lacking[:, rows], chunk.wanted[:, rows])
+        equations.add(chunk.inputs[:, rows], chunk.lacking[:, rows], chunk.wanted[:, rows])
 
 
 def _parts(entries: int, size: int) -> Iterator[slice]:

@@ -9,7 +9,6 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.normal import Fit, Solution
-from nni_topo.maths.least_squares.shifts import Patches
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import samples
 from nni_topo.recovery.networks import build_networks, plan_of
@@ -158,21 +157,6 @@ def test_positions_are_drawn_from_a_seed_batch_by_batch(monkeypatch):
         torch.testing.assert_close(chunk.wanted[0], model(rows))
 
 
-def test_convolutions_are_sampled_at_all_positions_where_that_is_less_work():
-    model, batches = convolutions(8), batches_of(2, 16, 16, sizes=(4, 7, 6))
-    sampler, (task,) = sampling(model, batches, range(7))
-    chunks = list(sampler._sampled(task, 0, None))
-    assert [type(chunk.inputs) for chunk in chunks] == [Patches] * 3
-    assert [chunk.lacking.shape for chunk in chunks] == [(1, len(batch) * 256, 8) for batch in batches]
-    # Position by position, the entries of a batch one after the other.
-    marks = torch.cat([chunk.is_held_out.reshape(256, -1).T for chunk in chunks])
-    assert torch.equal(marks, (torch.arange(17) % 5 == 4)[:, None].expand(17, 256))
-    learned, held = sampler.collect(task, 0)
-    assert (learned.samples, held.samples) == (14 * 256, 3 * 256)
-    found = torch.cat([chunk.wanted for chunk in chunks], 1)
-    torch.testing.assert_close(found.sum(1)[0], model(torch.cat(batches)).sum((0, 2, 3)))
-
-
 @pytest.mark.parametrize("where", [0, 4])
 def test_values_that_are_not_finite_are_told_whether_they_are_held_out_or_not(where):
     batches = batches_of(3, sizes=(5,))
@@ -211,8 +195,8 @@ class Series(nn.Sequential):
         return super().forward(states)
 
 
-@pytest.mark.parametrize(("places", "kind", "drawn"), [(64, torch.Tensor, 10 * 34), (60, Patches, 0)])
-def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places, kind, drawn):
+@pytest.mark.parametrize(("places", "drawn"), [(64, 10 * 34), (60, 10 * 17)])
+def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places, drawn):
     """160 rows are 17 of each of ten entries; so many real ones, of half of all, take 34. Another shape is no mask."""
     monkeypatch.setattr(samples, "_LEAST_SAMPLES", 160)
     monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
@@ -223,9 +207,7 @@ def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places,
     sampler, (task,) = sampling(model, batches, range(7))
     assert sampler._counts([task]) == [(10, drawn)]
     chunks = list(sampler._sampled(task, 0, None))
-    assert [isinstance(chunk.inputs, kind) for chunk in chunks] == [True] * 2
-    rows = sum(chunk.lacking.shape[1] for chunk in chunks)
-    assert abs(rows - 170) <= 10 if drawn else rows == 640
+    assert abs(sum(chunk.lacking.shape[1] for chunk in chunks) - 170) <= 10
 
 
 class Noting:
