@@ -65,9 +65,8 @@ class ChannelTask(Task):
         """Return entries, and positions of the layer's input."""
         return len(unpruned[self.place]), self._last(unpruned[self.place]).shape[1]
 
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return kept channels of the pruned network, what they alone lack, and the unpruned network's channels."""
-        assert positions is not None  # a task without a geometry gets positions
         wanted = self._rows(unpruned[self.place][part], positions)
         reached = self._rows(pruned[self.place][part], positions)
         index = self.kept.to(wanted.device)[:, None, :].expand(-1, wanted.shape[1], -1)

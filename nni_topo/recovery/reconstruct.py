@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
-from nni_topo.maths.least_squares.shifts import Geometry
 from nni_topo.network.layers.kinds import by_output, of_output, through_norms
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan
@@ -36,8 +35,7 @@ from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import (
     Samples,
     Task,
-    geometry_of,
-    inputs_at,
+    input_rows,
     output_rows,
     position_count,
 )
@@ -109,24 +107,17 @@ class ReconstructTask(Task):
         """Return entries, and positions of the layer's output."""
         return len(unpruned[self.place]), position_count(self._module, unpruned[self.place].shape)
 
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return input patches of the pruned network, what it lacks at the place, and the unpruned values there."""
         wanted, reached = unpruned[self.place][part], pruned[self.place][part]
-        inputs = inputs_at(self._module, pruned[self.layer.source][part], self._columns, positions, wanted)
+        entering = pruned[self.layer.source][part]
+        inputs = input_rows(self._module, entering, self._columns, positions, wanted.shape)
         wanted, reached = (output_rows(self._module, each, self._rows, positions) for each in (wanted, reached))
         if self.refines:  # what a ReLU lets through is wanted, and below zero nothing
             lacking = torch.where(wanted > 0, wanted.double() - reached, -reached.double().clamp(min=0.0))
             return inputs, lacking, wanted.clamp(min=0.0)
         return inputs, wanted.double() - reached, wanted
 
-    @property
-    def passes(self) -> int:
-        """How often the inputs are multiplied with values of the outputs: more often in front of a ReLU."""
-        return 3 if self._is_rectified else 1
-
-    def geometry(self, pruned: Values) -> Geometry | None:
-        """Return how windows lie on what enters the layer; None if it isn't a convolution, or a transposed one."""
-        return geometry_of(self._module, pruned[self.layer.source][:1])
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve by ridge least squares."""

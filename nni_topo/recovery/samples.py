@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
-from nni_topo.maths.least_squares.shifts import Geometry, Patches, pays
 from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import InnerCall, call_of, has_own_forward
 from nni_topo.network.layers.kinds import TRANSPOSED
@@ -40,7 +39,7 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
     ``columns`` (groups, d) are the input channels, ``shape`` is the shape of the layer's output.
     """
     # In the order of the layer's weight by output: channels and then kernel.
-    groups, is_own = columns.shape[0], has_own_forward(module)
+    groups, is_own, positions = columns.shape[0], has_own_forward(module), positions.to(inputs.device)
     if isinstance(module, nn.Linear):
         return _chosen(call_of(module, inputs).entering if is_own else inputs, positions, columns)
     entries = torch.arange(len(inputs), device=inputs.device)[:, None]
@@ -64,44 +63,10 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
     return rows.reshape(len(rows), groups, -1).transpose(0, 1)
 
 
-def geometry_of(module: Any, inputs: Tensor) -> Geometry | None:
-    """Return how a layer's windows lie on what enters it; None if it isn't a convolution whose patches are its rows."""
-    if isinstance(module, (nn.Linear, *TRANSPOSED)):
-        return None
-    call = call_of(module, inputs)
-    return Geometry(call.kernel, call.stride, call.dilation, call.output_size)
-
-
-def patches_of(module: Any, inputs: Tensor, columns: Tensor) -> Patches:
-    """Return what enters a convolution at all positions, of input channels (groups, d)."""
-    call, geometry = _reached(module, inputs, columns.flatten()), geometry_of(module, inputs[:1])
-    assert geometry is not None  # what is asked for patches is a convolution
-    return Patches.of(call.padded, len(columns), geometry)
-
-
-def inputs_at(
-    module: Any, inputs: Tensor, columns: Tensor, positions: Tensor | None, outputs: Tensor
-) -> Tensor | Patches:
-    """Return what enters a layer at flat output positions as `input_rows` does, or, of None, at all as `Patches`."""
-    if positions is None:
-        return patches_of(module, inputs, columns)
-    return input_rows(module, inputs, columns, positions.to(outputs.device), outputs.shape)
-
-
-def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor | None) -> Tensor:
-    """Return a layer's outputs at flat positions (n, p), of channels (groups, o): (groups, n * p, o).
-
-    ``positions`` None: a convolution's outputs at all positions, in the order of `Patches`.
-    """
-    if positions is None:
-        return outputs.movedim(0, -1).flatten(1)[rows].mT
+def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """Return a layer's outputs at flat positions (n, p), of channels (groups, o): (groups, n * p, o)."""
     last = outputs if isinstance(module, nn.Linear) else outputs.movedim(1, -1)
     return _chosen(last, positions.to(outputs.device), rows)
-
-
-def times(inputs: Tensor | Patches, weights: Tensor) -> Tensor:
-    """Return the products of samples' inputs with weights (groups, unknowns, outputs), in double precision."""
-    return inputs.times(weights) if isinstance(inputs, Patches) else inputs.double() @ weights
 
 
 def _chosen(values: Tensor, positions: Tensor, channels: Tensor) -> Tensor:
@@ -196,7 +161,7 @@ def samples_to_solve_on(model: nn.Module, calibration: Calibration) -> Calibrati
     return learned
 
 
-Samples = tuple[Tensor | Patches, Tensor, Tensor]
+Samples = tuple[Tensor, Tensor, Tensor]
 
 HELD_OUT_ENTRIES = 5
 """Of so many entries one is held out, to choose the ridge by."""
@@ -244,21 +209,8 @@ class Task(ABC):
         """Return how many entries a batch has here, and how many positions each entry."""
 
     @abstractmethod
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
-        """Return inputs, residuals and references at some positions of some entries, ``(groups, samples, ...)``.
-
-        ``positions`` (entries, p); None, for a task with a geometry: all, with the inputs as `Patches` in their order.
-        """
-
-    @property
-    def passes(self) -> int:
-        """How often the inputs are multiplied with values of the outputs, about."""
-        return 1
-
-    def geometry(self, pruned: Values) -> Geometry | None:
-        """Return how windows lie on the inputs, if they can be taken at all positions as `Patches`; else None."""
-        del pruned
-        return None
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+        """Return inputs, residuals and references at positions (entries, p), ``(groups, samples, ...)``."""
 
     @abstractmethod
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
@@ -272,8 +224,7 @@ class Task(ABC):
 class Sampler:
     """Streams the samples of tasks into normal equations."""
 
-    # Where shifts take less work (`pays`), a convolution's sums are those over all positions. Of the others,
-    # a layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
+    # A layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
     # spread over images and positions, drawn for each batch from the seed and the number of images before it. Padding
     # isn't looked at.
 
@@ -364,22 +315,15 @@ class Sampler:
             entries, count = task.extent(unpruned)
             real, wanted = self.replay.unpadded(), self._wanted(task, index, entries)
             is_held_out = self._marks(first, self.sizes[index], entries)
-            is_padded = real is not None and real.shape == (entries, count)
-            if not is_padded and self._takes_all(task, pruned):
-                positions = stay = None
-                width = count * math.prod(task.layer.columns.shape)
-            else:
-                generator = torch.Generator().manual_seed(self.seed + first)
-                positions, stay = draw_unpadded(count, entries, wanted, generator, real)
-                width = positions.shape[1] * task.unknowns * len(task.layer.columns)
+            generator = torch.Generator().manual_seed(self.seed + first)
+            positions, stay = draw_unpadded(count, entries, wanted, generator, real)
+            width = positions.shape[1] * task.unknowns * len(task.layer.columns)
             step = max(1, _CHUNK // max(width, 1))  # entries whose patches fit into memory together
             for begin in range(0, entries, step):
                 part = slice(begin, begin + step)
-                samples = task.samples(unpruned, pruned, part, None if positions is None else positions[part])
-                lacking = samples[1]
-                marks = is_held_out[part].to(lacking.device)
-                by_entry = lacking.shape[1] // len(marks)
-                rows = marks.repeat(by_entry) if positions is None else marks.repeat_interleave(by_entry)
+                samples = task.samples(unpruned, pruned, part, positions[part])
+                marks = is_held_out[part].to(samples[1].device)
+                rows = marks.repeat_interleave(samples[1].shape[1] // len(marks))
                 if stay is not None:
                     stays = stay[part].flatten().to(rows.device)
                     stays = stays.repeat_interleave(len(rows) // len(stays))
@@ -395,30 +339,17 @@ class Sampler:
         own = first - self._first
         return self.held_out[own : own + size].repeat_interleave(entries // size)
 
-    def _takes_all(self, task: Task, pruned: Values) -> bool:
-        """Say whether the sums over all positions take less work by shifts than those over a sample of rows."""
-        geometry = task.geometry(pruned)
-        if geometry is None:
-            return False
-        return pays(geometry, task.layer.columns.shape[1], task.outputs, self.images, _sampled_rows(task), task.passes)
-
     def _wanted(self, task: Task, index: int, entries: int) -> int:
         """Positions per entry of a batch."""
-        samples = _sampled_rows(task)
+        samples = max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
         share = self.sizes[index] / self.images
         return int(samples * share / entries) + 1
 
 
-def _sampled_rows(task: Task) -> int:
-    """Return how many rows are drawn for a task, where there are as many."""
-    return max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
-
-
 def _at_rows(samples: Samples, rows: Tensor) -> Samples:
-    """Return marked rows of samples; of patches all rows of an entry are marked or none is."""
+    """Return marked rows of samples."""
     inputs, lacking, wanted = samples
-    chosen = inputs.chosen(rows) if isinstance(inputs, Patches) else inputs[:, rows]
-    return chosen, lacking[:, rows], wanted[:, rows]
+    return inputs[:, rows], lacking[:, rows], wanted[:, rows]
 
 
 def check_ridge(ridge: Any) -> None:

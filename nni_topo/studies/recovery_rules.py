@@ -42,7 +42,7 @@ from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_group_ids
 from nni_topo.recovery.reconstruct import ReconstructTask
 from nni_topo.recovery.registry import RECOVERIES, RecoveryInfo, RecoveryMethod
 from nni_topo.recovery.replay import Values
-from nni_topo.recovery.samples import Samples, Task, inputs_at, output_rows, times
+from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows
 
 _LEAST_SIMILARITY, _SHARE_OF_SIMILARITY = 0.1, 0.85  # the paper's t and lambda for VGG
 _TINY = 1e-12
@@ -107,13 +107,14 @@ class ScalarTask(ReconstructTask):
 class LayerTask(ReconstructTask):
     """Solve for a layer from its inputs in the unpruned network, as AIMET does [3]_."""
 
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return the unpruned network's input patches, what kept weights miss of its output, and the output."""
         wanted = unpruned[self.place][part]
-        inputs = inputs_at(self._module, unpruned[self.layer.source][part], self._columns, positions, wanted)
+        entering = unpruned[self.layer.source][part]
+        inputs = input_rows(self._module, entering, self._columns, positions, wanted.shape)
         wanted = output_rows(self._module, wanted, self._rows, positions)
         weight, bias = by_output(self._module.weight.detach(), self._module), self._module.bias
-        reached = times(inputs, weight[self.block(weight)].double().flatten(2).mT)  # what kept weights give
+        reached = inputs.double() @ weight[self.block(weight)].double().flatten(2).mT  # what kept weights give
         constant = 0.0 if bias is None else bias.detach()[self._rows].double().unsqueeze(1)
         return inputs, wanted.double() - reached - constant, wanted
 

@@ -7,10 +7,8 @@ from torch import nn
 from nni_topo.network.layers.kinds import by_output
 from nni_topo.recovery.samples import (
     draw_positions,
-    geometry_of,
     input_rows,
     output_rows,
-    patches_of,
     position_count,
 )
 
@@ -55,32 +53,6 @@ def test_rows_times_weights_are_the_layer(case):
     y = output_rows(layer, outputs, rows, positions)
     weight = weight.reshape(groups, rows.shape[1], -1).transpose(1, 2)
     torch.testing.assert_close(x @ weight + layer.bias.detach()[rows][:, None], y)
-
-
-@pytest.mark.parametrize("case", LAYERS)
-def test_patches_at_all_positions_are_the_rows_in_another_order(case):
-    layer, shape = LAYERS[case]
-    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        outputs = layer(inputs)
-    if geometry_of(layer, inputs) is None:
-        assert "transposed" in case or "Linear" in repr(layer)
-        return
-    groups = layer.groups
-    weight = layer.weight.detach()
-    columns = torch.arange(weight.shape[1] * groups).reshape(groups, -1)
-    rows = torch.arange(len(weight)).reshape(groups, -1)
-    count = position_count(layer, outputs.shape)
-    positions = torch.arange(count).expand(len(inputs), count)
-    x = input_rows(layer, inputs, columns, positions, outputs.shape).double()
-    y = output_rows(layer, outputs, rows, positions)
-    patches, found = patches_of(layer, inputs, columns), output_rows(layer, outputs, rows, None)
-
-    def reordered(values):
-        return values.unflatten(1, (len(inputs), count)).transpose(1, 2).flatten(1, 2)
-
-    assert torch.equal(patches.written(), reordered(x))
-    assert torch.equal(found, reordered(y))
 
 
 @pytest.mark.parametrize(

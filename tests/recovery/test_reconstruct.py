@@ -7,7 +7,6 @@ import torch
 from every_sample import compensate, compensation
 from torch import nn
 
-import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.maths.least_squares.normal import Fit, Solution
 from nni_topo.network.speedup.analysis import Analysis
@@ -292,43 +291,6 @@ def test_masks_that_remove_nothing_change_nothing(residual_net, images):
     found = compensation(residual_net, masks, images)
     torch.testing.assert_close(found.model.state_dict(), residual_net.state_dict(), rtol=0, atol=0)
     assert len(found.report.to_frame()) == 0
-
-
-@pytest.mark.parametrize("choose", [False, True])
-@pytest.mark.quick_every(2)
-def test_sums_by_shifts_over_all_positions_give_the_solution_of_rows_at_all_positions(choose, monkeypatch):
-    """Kernels of 5, a ReLU (which is refined), groups, a stride and a circular padding."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.Conv2d(8, 8, 5, padding=2, groups=2), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, (5, 3), stride=(1, 2), padding=(2, 1), padding_mode="circular"), nn.ReLU(),
-        nn.Flatten(), nn.Linear(8 * 9 * 5, 4),
-    ).eval()  # fmt: skip
-    batches = torch.randn(40, 3, 9, 9).split(16)
-    used = []
-
-    def solved(takes_all):
-        def pays(geometry, *_):
-            used.append(takes_all)
-            return takes_all and geometry.elements > 1
-
-        for place in ("nni_topo.recovery.samples.pays", "nni_topo.pruners.reconstruction.readings.pays"):
-            monkeypatch.setattr(place, pays)
-        config = nni_topo.dependency_groups(model, batches[0], [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-        kind = nni_topo.ReconstructionPruner if choose else nni_topo.MatrixPruner
-        knobs = {"calibration": batches} if choose else {}
-        pruner = kind(copy.deepcopy(model), config, **knobs)
-        _, masks = pruner.compress()
-        return masks, nni_topo.compensate(model, masks, batches)
-
-    masks, by_rows = solved(takes_all=False)
-    same_masks, by_shifts = solved(takes_all=True)
-    assert set(used) == {False, True}
-    for layer, targets in masks.items():
-        assert torch.equal(same_masks[layer]["weight"], targets["weight"])
-    for expected, found in zip(by_rows.parameters(), by_shifts.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    assert any(not torch.equal(one, other) for one, other in zip(by_rows.parameters(), model.parameters(), strict=True))
 
 
 def tasks_of(net, masks, images, refine):

@@ -9,7 +9,6 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.normal import Fit, Solution
-from nni_topo.maths.least_squares.shifts import Patches
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import samples
 from nni_topo.recovery.networks import build_networks, plan_of
@@ -153,21 +152,6 @@ def test_positions_are_drawn_from_the_seed_and_the_number_of_images_before(monke
         first += len(batch)
 
 
-def test_convolutions_are_sampled_at_all_positions_where_that_is_less_work():
-    model, batches = convolutions(8), batches_of(2, 16, 16, sizes=(4, 7, 6))
-    sampler, (task,) = sampling(model, batches, range(7))
-    chunks = list(sampler._sampled(task, 0, None))
-    assert [type(inputs) for (inputs, _, _), _ in chunks] == [Patches] * 3
-    assert [lacking.shape for (_, lacking, _), _ in chunks] == [(1, len(batch) * 256, 8) for batch in batches]
-    # Position by position, the entries of a batch one after the other.
-    marks = torch.cat([held_out.reshape(256, -1).T for _, held_out in chunks])
-    assert torch.equal(marks, (torch.arange(17) % 5 == 4)[:, None].expand(17, 256))
-    learned, held = sampler.collect(task, 0)
-    assert (learned.samples, held.samples) == (14 * 256, 3 * 256)
-    found = torch.cat([wanted for (_, _, wanted), _ in chunks], 1)
-    torch.testing.assert_close(found.sum(1)[0], model(torch.cat(batches)).sum((0, 2, 3)))
-
-
 @pytest.mark.parametrize("where", [0, 4])
 def test_values_that_are_not_finite_are_told_whether_they_are_held_out_or_not(where):
     batches = batches_of(3, sizes=(5,))
@@ -206,8 +190,8 @@ class Series(nn.Sequential):
         return super().forward(states)
 
 
-@pytest.mark.parametrize(("places", "kind", "rows"), [(64, torch.Tensor, 170), (60, Patches, 640)])
-def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places, kind, rows):
+@pytest.mark.parametrize("places", [64, 60])
+def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places):
     """160 rows are 17 of each of ten entries; so many real ones, of half of all, take 34. Another shape is no mask."""
     monkeypatch.setattr(samples, "_LEAST_SAMPLES", 160)
     monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
@@ -217,8 +201,7 @@ def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places,
     batches = [{"states": each, "attention_mask": mask} for each in batches_of(2, 64, sizes=(5, 5))]
     sampler, (task,) = sampling(model, batches, range(7))
     chunks = list(sampler._sampled(task, 0, None))
-    assert [isinstance(inputs, kind) for (inputs, _, _), _ in chunks] == [True] * 2
-    assert abs(sum(lacking.shape[1] for (_, lacking, _), _ in chunks) - rows) <= 10
+    assert abs(sum(lacking.shape[1] for (_, lacking, _), _ in chunks) - 170) <= 10
 
 
 class Noting:

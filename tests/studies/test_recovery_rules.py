@@ -13,7 +13,6 @@ from torch.nn.functional import unfold
 
 from nni_topo import create_pruner, dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.recovery import samples
 from nni_topo.recovery.registry import list_recoveries
 
 KEPT, GONE = [0, 2, 3], [1, 4, 5]
@@ -252,32 +251,3 @@ def test_every_rule_leaves_the_model_and_masks_alone_and_solves_grouped_and_resi
     outputs = masked_model(found, images[0], masks)(images[0])
     assert bool(torch.isfinite(outputs).all())
     assert torch.equal(compensate(residual_net, masks, images, method=method)(images[0]), found(images[0]))
-
-
-@pytest.mark.parametrize("method", list_recoveries())
-@pytest.mark.quick_every(4)
-def test_sums_by_shifts_and_by_rows_solve_alike(method, lively, monkeypatch):
-    """Whatever a rule reads, of the pruned network or of the unpruned one, it reads at all positions, too."""
-    torch.manual_seed(0)
-    model = lively(
-        nn.Sequential(
-            nn.Conv2d(2, 6, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(6, 6, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(6, 4, 3, bias=False),
-            nn.BatchNorm2d(4),
-        )
-    ).double()
-    masks = {name: {"weight": torch.ones_like(model.get_submodule(name).weight)} for name in ("0", "2")}
-    for each in masks.values():
-        each["weight"][[1, 4, 5]] = 0
-    images = torch.randn(48, 2, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = []
-    for by_shifts in (True, False):
-        monkeypatch.setattr(samples, "pays", lambda *_, by_shifts=by_shifts: by_shifts)
-        found.append(compensation(model, masks, images.split(16), method=method))
-    one, other = ([layer.error_after for layer in each.report.layers] for each in found)
-    assert one == pytest.approx(other, rel=1e-6, abs=1e-12)
-    with torch.no_grad():
-        torch.testing.assert_close(found[0].model(images), found[1].model(images), rtol=1e-6, atol=1e-8)

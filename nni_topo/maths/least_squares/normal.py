@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from nni_topo.maths.least_squares.shifts import Patches, PatchProducts, symmetric
 
 GRID = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Where the walk along the grid begins, and what is taken where no sample is held out.
@@ -43,7 +42,6 @@ class NormalEquations:
         self.samples = 0
         self._rows: list[tuple[Tensor, Tensor]] | None = []  # inputs and residuals; None where products are summed
         self._sums: dict[str, Tensor] = {}
-        self._shifted: PatchProducts | None = None  # products of patches that aren't in the sums yet
         self._parts: tuple[NormalEquations, ...] = ()  # those whose products of inputs add up to these
         # By samples: what the last solution was found with.
         self._factors: dict[int, tuple[float, bool, _Factor]] = {} if known is None else known._factors
@@ -71,10 +69,9 @@ class NormalEquations:
             self._multiply(inputs, residuals)
         if self._parts:
             self._sums["xx"], self._parts = self._products(), ()
-        self._settle()
         return self._sums
 
-    def add(self, inputs: Tensor | Patches, residuals: Tensor, references: Tensor) -> None:
+    def add(self, inputs: Tensor, residuals: Tensor, references: Tensor) -> None:
         """Add inputs (groups, samples, unknowns), and residuals and references (groups, samples, outputs)."""
         # Normal equations square the condition number: float64, whatever the network computes in.
         residuals, references = residuals.double(), references.double()
@@ -82,18 +79,6 @@ class NormalEquations:
         moments = {"y": residuals, "yy": residuals.square(), "r": references, "rr": references.square()}
         for name, values in moments.items():
             self._accumulate(name, values.sum(1))
-        if isinstance(inputs, Patches):
-            # Of patches no row is kept.
-            rows = self._joined() if self._rows else None
-            self._rows = None
-            if rows is not None:
-                self._multiply(*rows)
-            self._accumulate("x", inputs.total())
-            self._accumulate("xy", inputs.cross(residuals))
-            if not self._known:
-                self._shifted = self._shifted or PatchProducts()
-                self._shifted.add(inputs)
-            return
         inputs = inputs.double()
         self._accumulate("x", inputs.sum(1))
         if self._rows is None:
@@ -161,7 +146,6 @@ class NormalEquations:
     def is_finite(self) -> bool:
         """Say whether no sample was NaN or infinite."""
         # What isn't finite shows in the plain sums; only products can overflow where these don't.
-        self._settle()
         own = [self._sums["xx"].diagonal(dim1=1, dim2=2)] if "xx" in self._sums else []
         totals = [total for name, total in self._sums.items() if name != "xx"] + own
         return all(bool(torch.isfinite(total).all()) for total in totals)
@@ -309,7 +293,6 @@ class NormalEquations:
         """Sum the products of inputs, only to be read."""
         if self._parts:
             return self._products()
-        self._settle()
         return symmetric(self._joined()[0]) if self._rows else self._sums["xx"]
 
     def _joined(self) -> tuple[Tensor, Tensor]:
@@ -325,14 +308,18 @@ class NormalEquations:
             self._accumulate("xx", symmetric(inputs))
         self._accumulate("xy", inputs.mT @ residuals)
 
-    def _settle(self) -> None:
-        """Take products of patches into the sums."""
-        if self._shifted is not None:
-            products, self._shifted = self._shifted.total(), None
-            self._accumulate("xx", products)
-
     def _accumulate(self, name: str, total: Tensor) -> None:
         self._sums[name] = self._sums[name].add_(total) if name in self._sums else total
+
+
+def symmetric(rows: Tensor) -> Tensor:
+    """Return the products of columns of rows ``(groups, rows, columns)``: ``(groups, columns, columns)``."""
+    if rows.device.type != "cpu":
+        return rows.mT @ rows
+    # NumPy sees that both factors are one matrix and computes half of the symmetric product; PyTorch computes it all.
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = [each.T @ each for each in rows.numpy()]
+    return torch.from_numpy(np.stack(products) if len(products) > 1 else products[0][None])
 
 
 @dataclass(frozen=True)

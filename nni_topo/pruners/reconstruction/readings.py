@@ -11,17 +11,14 @@ from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix
 from nni_topo.maths.least_squares.normal import NormalEquations
-from nni_topo.maths.least_squares.shifts import pays
 from nni_topo.network.layers.derived import call_of, has_own_forward, weight_used
 from nni_topo.network.layers.kinds import by_output
 from nni_topo.pruners.clouds.functional import ChannelReader
 from nni_topo.recovery.samples import (
     draw_unpadded,
-    geometry_of,
     input_rows,
     numbers_drawn,
     pass_over,
-    patches_of,
     position_count,
 )
 
@@ -34,8 +31,7 @@ _FEW = 4  # times the samples: not more than a layer's columns, and these aren't
 class Reading:
     """The least squares of a layer's share of its output, in the original network, by what enters its twin."""
 
-    # ``images`` come in all. Where shifts take less work (`pays`), a convolution's sums are those over all positions.
-    # Of the others, a layer with ``c`` columns is sampled at about ``max(8192, 4 * c)`` positions, evenly spread.
+    # A layer with ``c`` columns is sampled at about ``max(8192, 4 * c)`` positions of all ``images``, evenly spread.
 
     def __init__(self, reader: ChannelReader, twin: nn.Module, images: int, seed: int) -> None:
         self.module: Any = reader.module
@@ -48,9 +44,10 @@ class Reading:
         # Of a channel that enters in fewer places than others, columns that hold nothing make up the number.
         elements = self._all_columns // reader.places.size
         self._empty = torch.from_numpy(reader.places.reshape(-1) < 0).repeat_interleave(elements).to(weight.device)
-        self._weights: Tensor | None = None  # where they are multiplied with
-        self._images = images
-        self._sampled = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * self._all_columns)
+        # Of the unpruned network itself the outputs follow from the products of the inputs.
+        own = self.module is twin
+        self._weights = weight.new_zeros(self._all_columns, 0, dtype=torch.float64) if own else self._read_weights()
+        self._wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * self._all_columns) // images + 1  # positions per entry
         self._generator = torch.Generator().manual_seed(seed)
         self._shape: Sequence[int]
         self._before: Tensor
@@ -69,62 +66,27 @@ class Reading:
 
     def numbers(self, counted: Tensor | None) -> int:
         """Return how many random numbers `add` would draw for the batch that went through, which is let go."""
-        before, now = self._before, self._now
+        entries = len(self._before)
         del self._before, self._now
-        places = position_count(self.module, self._shape)
-        is_padded = counted is not None and counted.shape == (len(before), places)
-        if not is_padded and self._takes_all(now):
-            return 0
-        return numbers_drawn(places, len(before), self._wanted, counted)
+        return numbers_drawn(position_count(self.module, self._shape), entries, self._wanted, counted)
 
     def pass_over(self, numbers: int) -> None:
         """Go on as if so many random numbers had been drawn."""
         pass_over(self._generator, numbers)
-
-    @property
-    def _wanted(self) -> int:
-        """Positions per entry of a batch."""
-        return self._sampled // self._images + 1
 
     def add(self, counted: Tensor | None) -> None:
         """Add the batch that went through; ``(entries, places)`` tells which positions count, None: all do."""
         before, now, shape = self._before, self._now, self._shape
         del self._before, self._now  # they may be large
         places = position_count(self.module, shape)
-        is_padded = counted is not None and counted.shape == (len(before), places)
-        if not is_padded and self._takes_all(now):
-            patches = patches_of(self.module, now, self._inputs)
-            first_patches = patches if now is before else patches_of(self.module, before, self._inputs)
-            outputs = first_patches.times(self._weights_met()[None])
-            self.equations.add(patches, outputs, outputs)
-            return
         positions, stay = draw_unpadded(places, len(before), self._wanted, self._generator, counted)
-        positions = positions.to(before.device)
         real = slice(None) if stay is None else stay.flatten()
         rows = first = input_rows(self.module, now, self._inputs, positions, shape)[:, real].double()
         if now is not before:
             first = input_rows(self.module, before, self._inputs, positions, shape)[:, real].double()
         # What the unit adds to the layer's output, without the other channels and the bias.
-        outputs = first @ self._weights_met()
+        outputs = first @ self._weights
         self.equations.add(rows, outputs, outputs)
-
-    def _weights_met(self) -> Tensor:
-        """Return the weights by which each batch is multiplied, ``(channels * columns, outputs)``."""
-        if self._weights is None:
-            if self.module is self.twin:
-                # Of the unpruned network itself the outputs follow from the products of the inputs.
-                self._weights = self._inputs.new_zeros(self._all_columns, 0, dtype=torch.float64)
-            else:
-                self._weights = self._read_weights()
-        return self._weights
-
-    def _takes_all(self, entering: Tensor) -> bool:
-        """Say whether the sums over all positions take less work by shifts than those over a sample of rows."""
-        geometry = geometry_of(self.module, entering[:1])
-        if geometry is None or geometry.elements != self.columns:
-            return False
-        outputs = self._weights_met().shape[1]
-        return pays(geometry, self._inputs.shape[1], outputs, self._images, self._sampled)
 
     def layer(self) -> Products | SampleMatrix:
         """Return what was summed up, targets scaled such that their total variance is 1; the sums are used up."""
