@@ -7,8 +7,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,10 +22,7 @@ from nni_topo.studies.records import append_record
 
 # Never a plain fork: the child would inherit locks of PyTorch's threads. The fork server imports the pipeline once.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-Results = Generator[tuple[int, "Record | str"], None, None]
 _POLL_SECONDS = 1.0  # how often to check whether a network that other jobs wait for is trained
-
-
 Job = TypeVar("Job", bound=Trained)
 
 
@@ -41,8 +37,10 @@ def run_missing(
 ) -> dict[int, str]:
     """Run the jobs whose key isn't in ``done``, and put their records there and into ``results.jsonl``.
 
-    ``at_a_time`` jobs run in processes of their own; None: one by one in this one. ``announce`` is called before each
-    job with the job, its number from 1 and the number of jobs. Return, by number, why jobs have no record.
+    ``at_a_time`` jobs run in processes of their own, each on one thread; ``run`` must then be a function of a module.
+    If several jobs share a trained network, one trains it and the others start when its checkpoint exists. None: one by
+    one in this process. ``announce`` is called before each job with the job, its number from 1 and the number of jobs.
+    Return, by number, why jobs have no record.
     """
     todo = {number: job for number, job in enumerate(jobs, start=1) if job.key not in done}
     failures: dict[int, str] = {}
@@ -51,55 +49,41 @@ def run_missing(
         if announce is not None:
             announce(todo[number], number, len(jobs))
 
-    results = _in_turn(todo, out, tell, run) if at_a_time is None else isolated(todo, out, at_a_time, tell, run)
-    with closing(results):
-        for number, result in results:
-            if isinstance(result, str):
-                failures[number] = result
-                continue
+    def note(number: int, result: Record | str) -> None:
+        if isinstance(result, str):
+            failures[number] = result
+        else:
             append_record(out / "results.jsonl", result)
             done[todo[number].key] = result
-    return failures
 
-
-def _in_turn(
-    todo: Mapping[int, Job], out: Path, tell: Callable[[int], None], run: Callable[[Job, Path], Record]
-) -> Results:
-    for number, job in todo.items():
-        tell(number)
-        yield number, run(job, out)
-
-
-def isolated(
-    todo: Mapping[int, Job], out: Path, jobs: int, tell: Callable[[int], None], run: Callable[[Job, Path], Record]
-) -> Results:
-    """Run each job in its own process, ``jobs`` at a time; yield its number and its record, or why it has none.
-
-    If several jobs share a trained network, one trains it and the others start when its checkpoint exists. ``run`` must
-    be a function of a module. Each process computes on one thread.
-    """
+    if at_a_time is None:
+        for number, job in todo.items():
+            tell(number)
+            note(number, run(job, out))
+        return failures
     context: Any = multiprocessing.get_context(_START)
     if _START == "forkserver":
         context.set_forkserver_preload(["nni_topo.studies.cells"])
-    waiting, running = dict(todo), dict[Connection, tuple[int, BaseProcess]]()
+    waiting, running = dict(todo), dict[Any, tuple[int, BaseProcess]]()
     try:
         while waiting or running:
-            while len(running) < jobs:
-                number = _next(waiting, [todo[each] for each, _ in running.values()], out)
-                if number is None:
+            while len(running) < at_a_time:
+                next_number = _next(waiting, [todo[number] for number, _ in running.values()], out)
+                if next_number is None:
                     break
-                tell(number)
+                tell(next_number)
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_send_record, args=(sender, run, waiting.pop(number), out))
+                process = context.Process(target=_send_record, args=(sender, run, waiting.pop(next_number), out))
                 process.start()
                 sender.close()  # the child holds the other copy: the pipe closes when the child ends
-                running[receiver] = number, process
+                running[receiver] = next_number, process
             for ready in wait(list(running), _POLL_SECONDS):
-                done, process = running.pop(cast(Connection, ready))
-                yield done, _received(cast(Connection, ready), process)
+                number, process = running.pop(ready)
+                note(number, _received(cast(Connection, ready), process))
     finally:
         for _, process in running.values():
             process.kill()
+    return failures
 
 
 def _next(waiting: Mapping[int, Job], running: list[Job], out: Path) -> int | None:

@@ -26,7 +26,6 @@ from nni_topo.runs.processes import data_share
 from nni_topo.runs.run import Start, load_model_data
 from nni_topo.zoo import load_data
 from nni_topo.zoo.external import pretrained_preprocessing
-from nni_topo.zoo.image_folder import read_image
 from nni_topo.zoo.labelled import ImageFiles, Preprocessing
 
 
@@ -274,9 +273,3 @@ def test_twenty_thousand_files_are_trained_on_in_a_bounded_resident_set(tmp_path
     assert whole["here"] - whole["begun"] < 300
     assert whole["here"] - tenth["here"] < 200
     assert whole["there"] - tenth["there"] < 200
-
-
-def test_reading_one_image_names_its_size(folder: Path) -> None:
-    layout = load_data(str(folder), image_size=16).train.layout
-    path = str(next((folder / "val").rglob("*.JPEG")))
-    assert read_image(path, layout).shape == (3, 16, 16)

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
-from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
-from nni_topo.runs.choices import DataChoice, ModelChoice, load_prune_config
-from nni_topo.runs.run import Start, load_model_data
+from nni_topo.runs.choices import load_prune_config
 from nni_topo.studies.analysis.magnitude import AnalyzeMagnitude, magnitude_tables, stored_bytes, with_sparse_linears
 from nni_topo.studies.tables import as_markdown
 
@@ -138,25 +134,6 @@ def test_tables_have_means_with_the_lowest_and_the_highest_of_the_seeds():
     assert "| level | zeros: time / unpruned network's time | 1 | 0.60 [0.50, 0.70] |" in text
     assert "takes 1.000 [0.990, 1.010] of its time" in text
     assert "on average 2.5 % of it to either side, at most 4.0 %" in text
-
-
-@pytest.mark.slow
-def test_a_copy_of_the_unpruned_network_takes_its_time_and_a_dense_small_one_less(tmp_path):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 600), nn.ReLU(), nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 10)
-    )
-    images, labels = torch.randn(256, 1, 28, 28), torch.zeros(256, dtype=torch.long)
-    data = load_model_data(ModelChoice("lenet300"), DataChoice("digits", limit=50))
-    data = dataclasses.replace(data, test=TensorDataset(images, labels))
-    study = AnalyzeMagnitude(model="lenet300", out=tmp_path, seconds=3.0)
-    found = study._measured(
-        Start(net.eval(), data, zoo.Recipe(epochs=1)), "matrix", ["1", "3"], "direct", 0.9, with_costs=True
-    )
-    shares = {name: share["median"] for name, share in found["time_shares"].items()}
-    # the machine may be busy, but never so that a network's rounds take half of the time of the same network's rounds
-    assert 0.67 < shares["unpruned"] < 1.5
-    assert shares["dense"] < 0.5
 
 
 @pytest.mark.slow
