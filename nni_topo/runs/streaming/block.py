@@ -110,7 +110,8 @@ def entering(
     """Return what the model gives a block beside the states: the frame, and by batch inputs of `BlockNet` on the CPU.
 
     What has an entry for each sample comes with each batch; anything else must be the same for all batches.
-    ``adds_padding``: the model is called with one more sample, which has padding, and what it brings is dropped.
+    ``adds_padding``: the model is called with one more sample, which has padding, and what it brings is dropped. By
+    itself a batch without padding may get no mask, where others get one.
     """
     place_of_block = skeleton.name_of(index)
     given = [_with_padding(call) for call in calls] if adds_padding else calls
@@ -125,10 +126,7 @@ def entering(
                 f"them (batch {number})"
             )
         if rows and (spec != first[0] or list(map(_is_tensor, leaves)) != list(map(_is_tensor, rows[0]))):
-            if adds_padding:
-                raise ConfigError(f"a block must get the same arguments in all batches, got others ({place_of_block})")
-            # A batch without padding may get no mask. With one more sample that has padding, every batch gets one.
-            return entering(skeleton, calls, index, adds_padding=True)
+            raise ConfigError(f"a block must get the same arguments in all batches, got others ({place_of_block})")
         # A mask of each batch may take more than a block: no more than one batch's are on the device.
         rows.append(on_device(leaves, torch.device("cpu")) if rows else leaves)
     assert first is not None  # calibration data have a batch

@@ -49,7 +49,7 @@ from nni_topo.runs.images import ImageParts
 from nni_topo.runs.prepared import Prepared
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.settings import Settings
-from nni_topo.runs.streaming.block import UNPRUNED, WANTED, BlockNet, WantedStates, entering
+from nni_topo.runs.streaming.block import PADDING_MASK, UNPRUNED, WANTED, BlockNet, WantedStates, entering
 from nni_topo.runs.streaming.journal import JOURNAL, Journal
 from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_report
 from nni_topo.runs.streaming.skeleton import (
@@ -320,6 +320,11 @@ class _Run:
         self._budget, self._settings = budget, settings
         self._is_held_out = calibration.split()[1] is not None
         self._described_skeleton: Skeleton | None = None  # of the model that the written config builds
+        masks = [call[1].get(PADDING_MASK) for call in given]
+        is_padded = any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
+        processes = calibration.processes
+        # Whether a sample of any process has padding.
+        self._is_padded = is_padded if processes is None else any(processes.gather(is_padded, "the padding"))
 
     def begin(self, removed: int | Sequence[str]) -> None:
         """Learn what blocks return. A new run writes the states before the first block, and what isn't in blocks.
@@ -409,7 +414,7 @@ class _Run:
     ) -> Iterator[tuple[dict[str, Tensor], Call, Tensor]]:
         """Yield for each batch its states, its call, and what an unpruned block makes of the unpruned states."""
         skeleton = self._skeleton
-        frame, others = entering(skeleton, self._calls, index)
+        frame, others = entering(skeleton, self._calls, index, adds_padding=self._is_padded)
         net: BlockNet = evaluating(BlockNet(skeleton.block(index), skeleton.config, frame, reads_unpruned=True))
         for number, (state, extras, call) in enumerate(zip(states, others, self._calls, strict=True)):
             with torch.no_grad():
@@ -426,15 +431,10 @@ class _Run:
     def prune(self, number: int) -> None:
         """Prune one block that stays, write its weights and the states after it and after the gap that follows."""
         began = time.perf_counter()
-        skeleton, kept, processes = self._skeleton, self._journal.kept, self._samples.processes
+        skeleton, kept = self._skeleton, self._journal.kept
         index = kept[number]
         name = skeleton.name_of(index)
-        frame, others = entering(skeleton, self._calls, index)
-        if processes is not None:
-            # A block gets a mask in one process and none in another where one has samples without padding alone.
-            known = processes.gather(sorted(others[0]), f"the inputs of {name}")
-            if any(each != known[0] for each in known):
-                frame, others = entering(skeleton, self._calls, index, adds_padding=True)
+        frame, others = entering(skeleton, self._calls, index, adds_padding=self._is_padded)
         states = self._journal.states(len(self._calls))
         batches = [{**own, **other} for own, other in zip(states, others, strict=True)]
         block, config = skeleton.block(index), copy.deepcopy(skeleton.config)

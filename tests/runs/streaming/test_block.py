@@ -89,7 +89,7 @@ def only_where_padded(input_ids, attention_mask):
 
 def test_where_one_batch_has_padding_all_get_a_mask():
     given = calls(3, 2, padded=(1,))
-    _, batches = entering(skeleton(only_where_padded), given, 3)
+    _, batches = entering(skeleton(only_where_padded), given, 3, adds_padding=True)
     for batch, (_, inputs) in zip(batches, given, strict=True):
         assert torch.equal(batch["extra0"], inputs["attention_mask"][:, None].bool())
     # without padding there is none, unless it is asked for
@@ -107,7 +107,7 @@ def test_inputs_of_samples_are_as_many_as_the_samples_where_padding_is_added():
     given = calls(3, 2, padded=(1,))
     for _, inputs in given:
         inputs.update(lengths=torch.arange(1, len(inputs["input_ids"]) + 1), scale=torch.tensor(2.0))
-    _, batches = entering(skeleton(arguments), given, 3)
+    _, batches = entering(skeleton(arguments), given, 3, adds_padding=True)
     for batch, (_, inputs) in zip(batches, given, strict=True):
         assert torch.equal(batch["extra0"], inputs["attention_mask"] * inputs["lengths"][:, None])
         # what is given is left as it is
