@@ -177,9 +177,11 @@ class Lesson:
         self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
         self._learned_scales = self._scales
         self._weight_of_distance = 0.0
-        call = cast_floats(taken(pool, one), self._place[1])
+        few = cast_floats(taken(pool, torch.arange(count)), self._place[1])
         with evaluation_mode(student), torch.no_grad():
-            found = read_outputs(student(*call[0], **call[1]), call, 1, outputs, self._places)[0]
+            own = places_by_sample(student, few, outputs)
+            call = taken(few, one)
+            found = read_outputs(student(*call[0], **call[1]), call, 1, outputs, own)[0]
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, wanted))
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")

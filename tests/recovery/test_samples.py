@@ -127,7 +127,7 @@ def test_a_process_draws_what_one_with_all_data_would_draw_for_its_batches(monke
     shared.held_out = alone.held_out[13:]
     shared.begin([task])
     assert shared.images == alone.images == 26
-    mine, every = (list(each._sampled(one, 0, None)) for each, one in ((shared, task), (alone, same)))
+    mine, every = (list(each._sampled(one, 0)) for each, one in ((shared, task), (alone, same)))
     assert len(mine) == 3
     for (one, marks), (other, same_marks) in zip(mine, every[3:], strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
@@ -143,7 +143,7 @@ def test_positions_are_drawn_from_the_seed_and_the_number_of_images_before(monke
     model, batches = linears(), batches_of(9, 3)
     sampler, (task,) = sampling(model, batches, (0, 2, 3))
     first = 0
-    for ((inputs, _, wanted), _), batch in zip(sampler._sampled(task, 0, None), batches, strict=True):
+    for ((inputs, _, wanted), _), batch in zip(sampler._sampled(task, 0), batches, strict=True):
         generator = torch.Generator().manual_seed(3 + first)
         places = (9 * torch.rand(len(batch), 1, generator=generator, dtype=torch.float64)).floor().long()
         rows = batch[torch.arange(len(batch)), places[:, 0]]
@@ -200,7 +200,7 @@ def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places)
     mask = (torch.arange(places) < 32).long().expand(5, places)
     batches = [{"states": each, "attention_mask": mask} for each in batches_of(2, 64, sizes=(5, 5))]
     sampler, (task,) = sampling(model, batches, range(7))
-    chunks = list(sampler._sampled(task, 0, None))
+    chunks = list(sampler._sampled(task, 0))
     assert abs(sum(lacking.shape[1] for (_, lacking, _), _ in chunks) - 170) <= 10
 
 
