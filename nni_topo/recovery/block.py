@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from nni_topo.errors import DataError
-from nni_topo.network.layers.kinds import PER_CHANNEL, WEIGHTED, by_output, of_output
+from nni_topo.network.layers.kinds import PER_CHANNEL, WEIGHTED
 from nni_topo.network.runtime.calibration import BatchStore, nbytes_of
 from nni_topo.network.runtime.inputs import at_once
 from nni_topo.network.runtime.memory import out_of_memory
@@ -35,7 +35,7 @@ from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, computing_in
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.course import RATES, Course, RateTrial, try_rates
-from nni_topo.recovery.networks import Networks, dense_graph
+from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import Tools
 from nni_topo.recovery.replay import Replay
@@ -50,7 +50,6 @@ _REPORTED = 256  # samples to learn from, at most, over which the report has the
 _AT_ONCE = 256  # samples that run together where nothing is learned
 _TOGETHER = 4  # neighbouring stretches that learn at once: of a transformer, two blocks of attention and an MLP each
 _WARMUP = 0.1  # share of the steps, as `distill` has it by default
-_CLOSE = 1e-3  # by which the dense block may differ from the masked one, as a share of the largest value
 _LEAST_VARIANCE = 1e-12
 
 _logger = logging.getLogger(__name__)
@@ -97,8 +96,6 @@ class Block(Reconstruct):
             )
             return ()
         entered = [entering(segment, replay.nodes) for segment in found]
-        # Without the removed channels steps take less time.
-        dense = dense_graph(networks)
         reports = list[LayerReport]()
         rates: Sequence[float] = RATES
         for index, segment in enumerate(bar("learn blocks", tools.progress, found)):
@@ -109,7 +106,7 @@ class Block(Reconstruct):
                 if segment.first <= replay.order[node] <= segment.last:
                     names += own
             values = _Values(replay, segment, entered[index], later, tools)
-            block = _Learning(self, networks, dense, segment, names, values, tools.seed)
+            block = _Learning(self, networks, segment, names, values, tools.seed)
             try:
                 report = block.run(rates)
             except RuntimeError as error:
@@ -263,14 +260,7 @@ class _Learning:
     """The gradient steps of one block; what `Course` and the range test take for a lesson."""
 
     def __init__(
-        self,
-        knobs: Block,
-        networks: Networks,
-        dense: GraphModule | None,
-        segment: Segment,
-        names: list[str],
-        values: _Values,
-        seed: int,
+        self, knobs: Block, networks: Networks, segment: Segment, names: list[str], values: _Values, seed: int
     ) -> None:
         self._knobs, self._networks, self._segment, self._names = knobs, networks, segment, names
         self._values, self._seed = values, seed
@@ -281,33 +271,13 @@ class _Learning:
         self._scales = [float(square - total.square() / count) / float(count) for count, total, square in sums]
         self._scales = [max(each, _LEAST_VARIANCE) for each in self._scales]
         self.samples = int(sums[0][0]) if sums else 0
-        self._source, self._places = networks.pruned, dict[str, Any]()
-        if dense is not None:
-            self._go_dense(dense)
-
-    def _go_dense(self, dense: GraphModule) -> None:
-        """Let the dense block learn, which takes less time, if it computes what the masked one does."""
-        places = _places(self._networks.pruned, dense, self._names)
-        part = next(self._values.parts(self._learned[:4], 4))
-        if places is None:
-            return
-        try:
-            with torch.no_grad():
-                masked = floats(Stretch(self._networks.pruned, self._segment)(*part.entering))
-                found = floats(Stretch(dense, self._segment)(*part.entering))
-        except RuntimeError:  # what enters is wider, where channels that enter are removed
-            return
-        for one, other in zip(masked, found, strict=True):
-            if one.shape != other.shape or float((one - other).abs().max()) > _CLOSE * float(one.abs().max()):
-                return
-        self._source, self._places = dense, places
 
     def student(self) -> Stretch:
         """Return a copy of the block in which what may move requires gradients."""
-        stretch = Stretch(self._source, self._segment)
+        stretch = Stretch(self._networks.pruned, self._segment)
         for name, parameter in stretch.body.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name in self._names)
-            if name in self._names and self._source is self._networks.pruned:
+            if name in self._names:
                 # Biases of removed channels, such as those that a depth-wise convolution adds, are zero here alone.
                 kept = (parameter != 0) | (self._networks.result.get_parameter(name) == 0)
                 parameter.register_hook(lambda gradient, kept=kept: gradient * kept)
@@ -417,15 +387,10 @@ class _Learning:
         learned = dict(student.body.named_parameters())
         with torch.no_grad():
             for name in self._names:
-                owner, _, key = name.rpartition(".")
                 change = learned[name] - start[name]
-                change = _by_output(change, key, self._source.get_submodule(owner))
                 for net in (self._networks.pruned, self._networks.result):
-                    module, parameter = net.get_submodule(owner), net.get_parameter(name)
-                    rows = _by_output(parameter.detach(), key, module).clone()
-                    place = self._places.get(name, ...)
-                    rows[place] = (rows[place] + change).to(rows.dtype)
-                    parameter.copy_(of_output(rows, module) if _is_matrix(key, module) else rows)
+                    parameter = net.get_parameter(name)
+                    parameter.copy_((parameter + change).to(parameter.dtype))
 
     def _lacking(
         self, student: nn.Module, part: _Part, wanted: list[Tensor], precision: Precision = "float32"
@@ -448,43 +413,3 @@ class _Learning:
                 value = value[rows.repeat_interleave(len(value) // len(rows))]
             found.append(value)
         return found
-
-
-def _is_matrix(key: str, module: nn.Module) -> bool:
-    """Say whether a parameter is the weight of a layer, which lies by output in another order."""
-    return key == "weight" and isinstance(module, WEIGHTED)
-
-
-def _by_output(value: Tensor, key: str, module: nn.Module) -> Tensor:
-    """Return a parameter, or a change of it, with the outputs first."""
-    return by_output(value, module) if _is_matrix(key, module) else value
-
-
-def _places(pruned: GraphModule, dense: GraphModule, names: Sequence[str]) -> dict[str, Any] | None:
-    """Return where each parameter of the dense network lies in the full one, by output; None where it isn't known."""
-    places: dict[str, Any] = {}
-    for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
-        full: Any = pruned.get_submodule(owner)
-        small: Any = dense.get_submodule(owner)
-        rows: Any = None
-        if isinstance(full, WEIGHTED):
-            weight, cut = by_output(full.weight.detach(), full), by_output(small.weight.detach(), small)
-            used = weight != 0
-            rows = used.flatten(1).any(1).nonzero().flatten() if len(cut) < len(weight) else torch.arange(len(weight))
-            columns = used.transpose(0, 1).flatten(1).any(1).nonzero().flatten()
-            columns = columns if cut.shape[1] < weight.shape[1] else torch.arange(weight.shape[1])
-            place = rows[:, None].to(weight.device), columns[None].to(weight.device)
-            if weight[place].shape != cut.shape or not torch.equal(weight[place], cut):
-                return None
-            places[f"{owner}.weight"] = place
-        for key, value in full.named_parameters(recurse=False):
-            if f"{owner}.{key}" in places:
-                continue
-            cut = small.get_parameter(key)
-            own = rows
-            if own is None:
-                own = torch.arange(len(value)) if len(cut) == len(value) else value.nonzero().flatten()
-            if len(own) != len(cut):
-                return None
-            places[f"{owner}.{key}"] = (own.to(value.device),)
-    return places

@@ -11,13 +11,11 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.errors import SpeedupError
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.inputs import Call
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import cut_alone
 from nni_topo.network.speedup.equivalence import apply_masks
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve_masks
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
@@ -62,18 +60,6 @@ def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
     pruned = detached_copy(unpruned, light=True)
     _take_values(pruned, apply_masks(base, analysis.call, full))
     return Networks(unpruned, pruned, detached_copy(model), analysis, full, checked, folded)
-
-
-def dense_graph(networks: Networks) -> GraphModule | None:
-    """Return the graph of the dense network of a result, with the nodes of the others; None where there is none."""
-    try:
-        # The result has other weights, but is made dense by the same graph.
-        dense = cut_alone(networks.analysis.of(networks.result), networks.masks)
-        found = without_side_effects(Analysis(evaluating(dense), networks.call).graph(dense)[0])
-    except SpeedupError:
-        return None
-    same = [node.name for node in found.graph.nodes] == [node.name for node in networks.unpruned.graph.nodes]
-    return found if same else None
 
 
 def plan_of(networks: Networks, touched: set[Node]) -> Plan:

@@ -20,7 +20,7 @@ from nni_topo.recovery.block import (
     _Values,
 )
 from nni_topo.recovery.course import Course
-from nni_topo.recovery.networks import build_networks, dense_graph, plan_of
+from nni_topo.recovery.networks import build_networks, plan_of
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import Tools
 from nni_topo.recovery.replay import Replay, touched_nodes
@@ -304,14 +304,6 @@ def test_heads_of_attention_learn_with_their_queries_keys_and_values():
     nni_topo.to_dense(found.model, images[:2], masks)
 
 
-def test_what_the_dense_network_learns_is_what_the_masked_one_would(gated, values, monkeypatch):
-    quick = Block(steps=20, lr=2e-3)
-    dense = compensate(gated, MASKS, values, method=quick)
-    monkeypatch.setattr("nni_topo.recovery.block.dense_graph", lambda _: None)
-    masked = compensate(gated, MASKS, values, method=quick)
-    torch.testing.assert_close(dense.state_dict(), masked.state_dict(), rtol=1e-3, atol=1e-4)
-
-
 class Uses(nn.Module):
     """A layer that is pruned, one that is used twice, two of one weight, a norm and a head."""
 
@@ -376,22 +368,19 @@ class Flat(nn.Module):
         return self.second(self.first(values.flatten(0, 1)))
 
 
-def learner(model, masks, batches, is_dense=False, off=0.0, cache_bytes=2**30, **knobs):
-    """Return what learns all blocks of a model together; the dense network can be off by a constant."""
+def learner(model, masks, batches, **knobs):
+    """Return what learns all blocks of a model together."""
     networks = build_networks(Analysis(model, ((batches[0],), {})), masks)
     replay = Replay(model, networks.unpruned, networks.pruned, batches, 2**30)
     Reconstruct().tasks(plan_of(networks, replay.touched_nodes), networks)  # layers read removed channels no more
     sizes = tuple(len(each) for each in batches)
     held_out = torch.arange(sum(sizes)) % 5 == 4
-    tools = Tools(sum(sizes), sizes, held_out, 0, cache_bytes, False, lambda: replay)
+    tools = Tools(sum(sizes), sizes, held_out, 0, 2**30, False, lambda: replay)
     learners = _learners(networks, replay.touched_nodes)
     (segment, *_) = segments(replay.nodes, replay.touched_nodes, learners, 0, 9)
     names = [name for own in learners.values() for name in own]
     known = _Values(replay, segment, entering(segment, replay.nodes), set(), tools)
-    dense = dense_graph(networks) if is_dense else None
-    if off:
-        dense.get_parameter("second.bias").data += off
-    return Watched(Block(**knobs), networks, dense, segment, names, known, 0)
+    return Watched(Block(**knobs), networks, segment, names, known, 0)
 
 
 class Normed(nn.Module):
@@ -411,13 +400,11 @@ FIRST = (torch.arange(16) < 8).float()
 NORMED_MASKS = {"first": {"weight": FIRST[:, None], "bias": FIRST}, "norm": {"weight": FIRST, "bias": FIRST}}
 
 
-@pytest.mark.parametrize("is_dense", [True, False])
-def test_batch_norms_keep_their_statistics_and_no_bar_is_shown(values, capsys, monkeypatch, is_dense):
+def test_batch_norms_keep_their_statistics_and_no_bar_is_shown(values, capsys, monkeypatch):
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
     torch.manual_seed(0)
     model = Normed().eval()
-    block = learner(model, NORMED_MASKS, values, is_dense, steps=4)
-    assert (block._source is not block._networks.pruned) is is_dense
+    block = learner(model, NORMED_MASKS, values, steps=4)
     report = block.run((2e-3, 1e-9))
     assert (report.lr, report.is_kept, report.ridge) == (2e-3, True, 0.0)
     assert (block.steps, block.modes) == (10 + 4, {False})
@@ -440,7 +427,7 @@ def test_batch_norms_keep_their_statistics_and_no_bar_is_shown(values, capsys, m
     held = torch.arange(256) % 5 == 4
     assert report.error_after == pytest.approx(float(off[~held].square().mean() / spread), rel=1e-3)
     assert report.error_held_out == pytest.approx(float(off[held].square().mean() / spread), rel=1e-3)
-    assert (report.unknowns, report.samples) == (16 * 6 + 16 + 16 + 16 + 6 * 16 + 6, 256 * 6) or is_dense
+    assert (report.unknowns, report.samples) == (16 * 6 + 16 + 16 + 16 + 6 * 16 + 6, 256 * 6)
     assert (report.layer, report.place) == ("first, norm, second", "output")
 
 
@@ -509,19 +496,6 @@ def test_layers_at_the_ends_of_blocks_learn_with_them(values, monkeypatch):
     masks = {"0": {"weight": MASK}, "2": {"weight": MASK}}
     steps = learned(compensation(model, masks, values[:2], method=Block(steps=1, lr=1e-3)))
     assert [(step.layer, step.place) for step in steps] == [("0, 1", "_1"), ("2, 3", "output")]
-
-
-@pytest.mark.parametrize(
-    ("scale", "off", "is_taken"), [(1.0, 0.0, True), (1.0, 1e-5, True), (1.0, 0.1, False), (0.01, 0.01, False)]
-)
-def test_the_dense_block_learns_if_it_computes_what_the_masked_one_does(values, scale, off, is_taken):
-    torch.manual_seed(0)
-    model = Normed().eval()
-    with torch.no_grad():
-        for parameter in model.second.parameters():
-            parameter *= scale
-    block = learner(model, NORMED_MASKS, values, True, off)
-    assert (block._source is not block._networks.pruned) is is_taken
 
 
 def test_errors_are_shares_of_the_variance_and_what_is_zero_for_a_mask_stays(values):
@@ -617,8 +591,7 @@ def test_transposed_convolutions_learn_by_output():
     mask = (torch.arange(8) < 4).float()
     masks = {"0": {"weight": mask[:, None, None].expand(8, 2, 1), "bias": mask}}
     images = list(torch.randn(40, 2, 5, generator=torch.Generator().manual_seed(0)).split(20))
-    block = learner(model, masks, images, True, steps=4, lr=1e-2)
-    assert block._source is not block._networks.pruned
+    block = learner(model, masks, images, steps=4, lr=1e-2)
     report = block.run(())
     assert report.is_kept
     learned = torch.arange(40) % 5 != 4

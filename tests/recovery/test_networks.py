@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from every_sample import compensation
 from torch import nn
-from torch.fx import symbolic_trace
 
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.recovery.networks import build_networks, dense_graph, plan_of
+from nni_topo.recovery.networks import build_networks, plan_of
 from nni_topo.recovery.replay import touched_nodes
 from nni_topo.speedup import to_dense
 
@@ -105,16 +102,3 @@ def test_layers_that_compute_their_weight_become_plain_where_they_are_solved():
     plan_of(networks, touched_nodes(networks.unpruned, networks.pruned))
     assert [type(layer) for layer in networks.result] == [Doubled, nn.Linear, nn.Linear, nn.Linear]
     torch.testing.assert_close(networks.result[2].weight, 2.0 * model[2].weight)
-
-
-def test_the_dense_graph_has_the_nodes_of_the_others_or_there_is_none():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
-    mask = (torch.arange(6) < 4).float()
-    masks = {"0": {"weight": mask[:, None].expand(6, 4), "bias": mask}}
-    networks = build_networks(Analysis(model, ((torch.randn(3, 4),), {})), masks)
-    found = dense_graph(networks)
-    assert [node.name for node in found.graph.nodes] == [node.name for node in networks.unpruned.graph.nodes]
-    assert found.get_submodule("0").weight.shape == (4, 4)
-    longer = symbolic_trace(nn.Sequential(*model, nn.ReLU()))
-    assert dense_graph(dataclasses.replace(networks, unpruned=longer)) is None

@@ -223,14 +223,6 @@ def dense_of(
     return dense
 
 
-def cut_alone(analysis: Analysis, masks: FullMasks) -> torch.nn.Module:
-    """Return the dense model of `to_dense`, in evaluation mode, without comparing it, a report or a warning."""
-    with random_state_kept(), torch.inference_mode(False):
-        seed_torch(0)
-        task = _prepare(analysis, masks, None)
-        return _cut(task, _masked_without_constants(task), ())
-
-
 @dataclasses.dataclass(frozen=True)
 class _Task:
     """What is to be made dense."""
