@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
@@ -39,11 +40,10 @@ from nni_topo.recovery.samples import (
     check_ridge,
     samples_to_solve_on,
 )
-from nni_topo.recovery.thin import thin_out
 from nni_topo.rules import NONE, instance, whole
 
 _logger = logging.getLogger(__name__)
-_SAMPLES_KEPT = 2**30  # bytes of one layer's samples, unless `cache_bytes` says so
+_BLOCK_BYTES = 2**30  # of a block's values, unless `cache_bytes` says so
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,14 +107,11 @@ def compensation(
     everything, calibration = calibration, samples_to_solve_on(model, calibration)
     sizes, call = survey(model, calibration)
     networks = build_networks(Analysis(model, call), masks)
-
-    kept_samples = _SAMPLES_KEPT if cache_bytes is None else cache_bytes
-
     replay = Replay(model, networks.unpruned, networks.pruned, calibration, cache_bytes or 0)
-    sampler = Sampler(replay, sizes, seed, kept_samples, held_out_groups(calibration, sizes), processes)
+    marks = held_out_samples(calibration, sizes)
+    sampler = Sampler(replay, sizes, seed, marks, processes)
     plan = plan_of(networks, replay.touched_nodes)
     tasks = chosen.tasks(plan, networks)
-    thin_out(networks.pruned, tasks)
     if cache_bytes is None:
         replay.cache_bytes = sampler.memory_beside(tasks)
     del replay  # the sampler has it until it begins again
@@ -125,8 +122,8 @@ def compensation(
         sampler.replay = Replay(model, networks.unpruned, networks.pruned, calibration, kept_values)
         return sampler.replay
 
-    marks = sampler.held_out
-    layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, kept_samples, progress, begin_again))
+    block_bytes = _BLOCK_BYTES if cache_bytes is None else cache_bytes
+    layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, block_bytes, progress, begin_again))
     if recalibrate or chosen.recalibrates:
         copy_norm_statistics(networks, call, calibration)
     left = everything.samples_of_all - calibration.samples_of_all
@@ -182,9 +179,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     seed : int, default=0
         For the positions that large feature maps are sampled at, and the order of samples that blocks learn from.
     cache_bytes : int or None, default=None
-        Memory for intermediate values of both networks, at least 0, and as much again for one layer's samples. With
-        less, more is computed again. None: values take at most a quarter of the memory that is free on the network's
-        device, samples 1 GiB.
+        Memory for intermediate values of both networks, at least 0. With less, more is computed again. None: they take
+        at most a quarter of the memory that is free on the network's device, those of a block that learns 1 GiB.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -284,7 +280,7 @@ def compensate_up_to(
     end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)
     plan.equations = [equation for equation in plan.equations if replay.order[equation.place] < end]
     tasks = Reconstruct(refine=0).tasks(plan, networks)
-    sampler = Sampler(replay, sizes, seed, 0, held_out_groups(calibration, sizes), calibration.processes)
+    sampler = Sampler(replay, sizes, seed, held_out_samples(calibration, sizes), calibration.processes)
     _run(tasks, sampler, networks, None, False, {})
     return networks.pruned
 
@@ -309,12 +305,11 @@ def _run(
     for index, task in enumerate(bar("compensate", progress, tasks)):
         if task.layer.name in others:  # a task that would refine what wasn't solved
             continue
-        is_refined = index + 1 < len(tasks) and tasks[index + 1].refines
         chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
         later = {node for each in tasks[index + 1 :] for node in each.watched}
         began = time.perf_counter()
         try:
-            learned, held = sampler.collect(task, min(ranks[index:]), later=later, is_refined=is_refined)
+            learned, held = sampler.collect(task, min(ranks[index:]), later)
         except OtherSamplesError:
             if sampler.processes is not None:
                 raise
@@ -325,8 +320,6 @@ def _run(
         found = sampler.agreed(task.fit(learned, held, chosen), task)
         for net in (networks.pruned, networks.result):
             task.apply(net, found)
-        if is_refined:
-            sampler.advance(task, found)
         layers.append(
             LayerReport(
                 layer=task.layer.name,
@@ -352,8 +345,8 @@ def survey(model: nn.Module, calibration: Calibration) -> tuple[tuple[int, ...],
     return tuple(sizes), call
 
 
-def held_out_groups(calibration: Calibration, sizes: Sequence[int]) -> Tensor | None:
-    """Return which samples are held out where they come in groups; None where each is held out by itself."""
-    if calibration.groups is None or tuple(sizes) != calibration.sizes:
-        return None
-    return calibration.held_out(HELD_OUT_ENTRIES)
+def held_out_samples(calibration: Calibration, sizes: Sequence[int]) -> Tensor:
+    """Return which samples are held out, bool (samples,): every fifth one, or every fifth group of a Calibration."""
+    if sum(sizes) == calibration.samples:
+        return calibration.held_out(HELD_OUT_ENTRIES)
+    return torch.arange(sum(sizes)) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1  # lists of images, as detectors take

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
-from nni_topo.maths.least_squares.shifts import Geometry, Patches
+from nni_topo.maths.least_squares.shifts import Geometry
 from nni_topo.network.layers.kinds import by_output, of_output, through_norms
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan
@@ -40,7 +40,6 @@ from nni_topo.recovery.samples import (
     inputs_at,
     output_rows,
     position_count,
-    times,
 )
 from nni_topo.rules import check_fields, whole
 
@@ -52,7 +51,7 @@ class Reconstruct(RecoveryMethod):
     """Solve each layer after removed channels again, to reproduce its unpruned output or the sum it goes into."""
 
     # So many more steps, at least 0, for each layer in front of a ReLU, in which only what the ReLU lets through
-    # counts, with the ridge of the first. They start from its samples; they pay where little is kept.
+    # counts, with the ridge of the first. They pay where little is kept.
     refine: int = 2
 
     def __post_init__(self) -> None:
@@ -115,8 +114,10 @@ class ReconstructTask(Task):
         wanted, reached = unpruned[self.place][part], pruned[self.place][part]
         inputs = inputs_at(self._module, pruned[self.layer.source][part], self._columns, positions, wanted)
         wanted, reached = (output_rows(self._module, each, self._rows, positions) for each in (wanted, reached))
-        samples = inputs, wanted.double() - reached, wanted
-        return self.refined(samples) if self.refines else samples
+        if self.refines:  # what a ReLU lets through is wanted, and below zero nothing
+            lacking = torch.where(wanted > 0, wanted.double() - reached, -reached.double().clamp(min=0.0))
+            return inputs, lacking, wanted.clamp(min=0.0)
+        return inputs, wanted.double() - reached, wanted
 
     @property
     def passes(self) -> int:
@@ -126,18 +127,6 @@ class ReconstructTask(Task):
     def geometry(self, pruned: Values) -> Geometry | None:
         """Return how windows lie on what enters the layer; None if it isn't a convolution, or a transposed one."""
         return geometry_of(self._module, pruned[self.layer.source][:1])
-
-    def refined(self, samples: Samples) -> Samples:
-        """Return the samples with what a ReLU lets through as wanted, and what lacks there."""
-        inputs, lacking, wanted = samples
-        reached = wanted - lacking
-        lacking = torch.where(wanted > 0, lacking, -reached.clamp(min=0.0))
-        return inputs, lacking, wanted.clamp(min=0.0)
-
-    def effect(self, inputs: Tensor | Patches, found: Fit) -> Tensor:
-        """Return what a solution changes at the place: nothing where the layer's output doesn't get there."""
-        lives = (self._inverse() != 0).double().unsqueeze(1)
-        return (times(inputs, found.solution.weights) + found.solution.shift.unsqueeze(1)) * lives
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve by ridge least squares."""

@@ -104,28 +104,6 @@ class Replay:
             if self._keeps and others + nbytes <= self.cache_bytes:
                 self._reached[index] = _Reached(front, settled, *saved, nbytes=nbytes)
 
-    def shapes(self, watched: Collection[Node]) -> Iterator[tuple[Values, Tensor | None]]:
-        """Yield for each batch tensors of the shapes that the watched nodes' values have, and what `unpadded` tells.
-
-        Their numbers mean nothing and take no memory. Batches of equal shapes are run once.
-        """
-        known: dict[tuple[Any, ...], Values] = {}
-        for index, call in enumerate(calls(self.model, self._calibration)):
-            key = tuple((each.shape, each.dtype) for each in tensors_of(call))
-            real = real_positions_of(self.model, call)
-            if key not in known:
-                values, found = self._given(self._unpruned_call(call)), {}
-                with fitting(index), torch.no_grad():
-                    for rank, node in enumerate(self.nodes):
-                        self._step(rank, values, None, values)
-                        if node in watched:
-                            value = values[node]
-                            is_tensor = isinstance(value, Tensor)
-                            found[node] = value.new_zeros(1).expand(value.shape) if is_tensor else value
-                        self._free(rank, values, set())
-                known[key] = found
-            yield known[key], real
-
     def unpadded(self) -> Tensor | None:
         """Tell which positions of the batch that `run` is at aren't padding, ``(entries, places)``; None: no mask."""
         return self._real[self._at]

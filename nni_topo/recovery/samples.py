@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -219,7 +219,7 @@ class OtherSamplesError(ConfigError):
 class Task(ABC):
     """One layer that is changed to make up for pruned channels."""
 
-    refines = False  # it has the same inputs as the task before, which is done
+    refines = False  # it has the same inputs as the task before, whose products serve again
     layer: Solvable
     watched: list[Node]  # whose values are sampled
     place: Node  # where the error is measured
@@ -265,14 +265,6 @@ class Task(ABC):
         del pruned
         return None
 
-    def refined(self, samples: Samples) -> Samples:
-        """Return the samples of a task that refines, from what the network lacks at the same positions."""
-        return samples
-
-    def effect(self, inputs: Tensor | Patches, found: Fit) -> Tensor:
-        """Return what a solution changes at the place; for tasks that others refine."""
-        raise NotImplementedError
-
     @abstractmethod
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve from the sums of the samples to learn from and of those held out."""
@@ -282,83 +274,36 @@ class Task(ABC):
         """Put a solution into a network."""
 
 
-@dataclass
-class _Chunk:
-    """Samples of a task as long as others refine it, and which of them are held out."""
-
-    inputs: Tensor | Patches
-    lacking: Tensor
-    wanted: Tensor
-    is_held_out: Tensor  # by row
-
-    @property
-    def nbytes(self) -> int:
-        return self.inputs.nbytes + self.lacking.nbytes + self.wanted.nbytes
-
-
 class Sampler:
     """Streams the samples of tasks into normal equations."""
 
     # Where shifts take less work (`pays`), a convolution's sums are those over all positions. Of the others,
     # a layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
-    # spread over images and positions, drawn from a seed. Every fifth entry is held out, or every fifth group of
-    # entries. Padding isn't looked at.
+    # spread over images and positions, drawn for each batch from the seed and the number of images before it. Padding
+    # isn't looked at.
 
     def __init__(
         self,
         replay: Replay,
         sizes: Sequence[int],
         seed: int,
-        cache_bytes: int,
-        held_out: Tensor | None = None,
+        held_out: Tensor,
         processes: Processes | None = None,
     ) -> None:
         self.replay = replay
         self.sizes = sizes
-        self.processes = processes  # those that have the other samples
-        self.images = sum(sizes)  # of all processes
-        # By task, how many entries and random numbers the processes before this one have: (entries, numbers).
-        self._before: dict[tuple[str, Node], tuple[int, int]] = {}
-        self._held_out = held_out  # by sample, where samples come in groups; None: each is held out by itself
+        self.held_out = held_out  # which samples are held out, bool (samples,)
         self.seed = seed
-        self._cache_bytes = cache_bytes  # for the samples that refinements go on from; without, networks run again
+        self.processes = processes  # those that have the other samples
+        self.images, self._first = sum(sizes), 0  # of all processes, and of those before this one
         self._known: tuple[NormalEquations, NormalEquations] | None = None
-        self._chunks: list[_Chunk] | None = None
-
-    @property
-    def held_out(self) -> Tensor:
-        """Which samples are held out, bool (samples,)."""
-        if self._held_out is not None:
-            return self._held_out
-        return (torch.arange(sum(self.sizes)) + 1) % HELD_OUT_ENTRIES == 0
 
     def begin(self, tasks: Sequence[Task]) -> None:
         """Check the memory that tasks take; where processes share the samples, find the place of this one's."""
         if self.processes is not None:
-            self.images = sum(self.processes.gather(sum(self.sizes), "the number of images"))
+            counts = self.processes.gather(sum(self.sizes), "the number of images")
+            self.images, self._first = sum(counts), sum(counts[: self.processes.rank])
         self.check_memory(tasks)
-        if self.processes is None:
-            return
-        mine = self._counts(tasks)
-        everywhere = self.processes.gather(mine, "the positions to sample")
-        before = everywhere[: self.processes.rank]
-        for index, task in enumerate(tasks):
-            entries = sum(each[index][0] for each in before)
-            self._before[task.layer.name, task.place] = entries, sum(each[index][1] for each in before)
-
-    def _counts(self, tasks: Sequence[Task]) -> list[tuple[int, int]]:
-        """Return how many entries this process has for each task, and how many random numbers it draws."""
-        found = [(0, 0)] * len(tasks)
-        watched = {node for task in tasks for node in task.watched}
-        for index, (values, real) in enumerate(self.replay.shapes(watched)):
-            for place, task in enumerate(tasks):
-                entries, count = task.extent(values)
-                is_padded = real is not None and real.shape == (entries, count)
-                numbers = 0
-                if is_padded or not self._takes_all(task, values):
-                    numbers = numbers_drawn(count, entries, self._wanted(task, index, entries), real)
-                found[place] = found[place][0] + entries, found[place][1] + numbers
-        return found
 
     def check_memory(self, tasks: Sequence[Task]) -> None:
         """Raise DataError for a task whose sums and factors don't fit into memory."""
@@ -382,25 +327,18 @@ class Sampler:
         return 8 * _COPIES * groups * task.unknowns * samples
 
     def collect(
-        self, task: Task, settled: int, *, later: Collection[Node] | None = None, is_refined: bool = False
+        self, task: Task, settled: int, later: Collection[Node] | None = None
     ) -> tuple[NormalEquations, NormalEquations]:
         """Return the sums of the samples to learn from and of those held out; DataError if any isn't finite."""
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
         # `settled` is the rank of the first node that may change before a later pass, `later` what these watch.
-        kept = self._chunks if task.refines else None
         known = self._known if task.refines else None
-        self._known, self._chunks = None, kept
+        self._known = None
         learned, held = (NormalEquations(each) for each in known or (None, None))
-        if kept is None:
-            chunks = self._keep(self._sampled(task, settled, later), is_refined)
-        else:
-            chunks = (
-                _Chunk(*task.refined((each.inputs, each.lacking, each.wanted)), is_held_out=each.is_held_out)
-                for each in kept
-            )
-        for chunk in chunks:
-            _add(learned, chunk, ~chunk.is_held_out)
-            _add(held, chunk, chunk.is_held_out)
+        for samples, is_held_out in self._sampled(task, settled, later):
+            for equations, rows in ((learned, ~is_held_out), (held, is_held_out)):
+                if bool(rows.any()):
+                    equations.add(*_at_rows(samples, rows))
         if self.processes is not None:
             device = device_of(self.replay.model)
             learned.pool(self.processes, device, f"samples to learn from at {task.layer.name}")
@@ -421,16 +359,9 @@ class Sampler:
         ridge, before, after, held_out, error = numbers.tolist()
         return Fit(Solution(weights, shift, error), ridge, before, after, held_out)
 
-    def advance(self, task: Task, found: Fit) -> None:
-        """Take a solution, which the networks now have, into the samples that are kept."""
-        for chunk in self._chunks or ():
-            chunk.lacking -= task.effect(chunk.inputs, found)
-
-    def _sampled(self, task: Task, settled: int, later: Collection[Node] | None) -> Iterator[_Chunk]:
-        """Run the networks and yield a task's samples."""
-        generator = torch.Generator().manual_seed(self.seed)
-        seen, passed = self._before.get((task.layer.name, task.place), (0, 0))
-        pass_over(generator, passed)
+    def _sampled(self, task: Task, settled: int, later: Collection[Node] | None) -> Iterator[tuple[Samples, Tensor]]:
+        """Run the networks and yield a task's samples, and which of them are held out."""
+        first = self._first
         for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
             before, after = (len(values[task.place]) for values in (unpruned, pruned))
             if before != after:  # nothing says which belong together
@@ -441,48 +372,37 @@ class Sampler:
                 )
             entries, count = task.extent(unpruned)
             real, wanted = self.replay.unpadded(), self._wanted(task, index, entries)
-            is_held_out = self._marks(index, seen, entries)
+            is_held_out = self._marks(first, self.sizes[index], entries)
             is_padded = real is not None and real.shape == (entries, count)
             if not is_padded and self._takes_all(task, pruned):
                 positions = stay = None
                 width = count * math.prod(task.layer.columns.shape)
             else:
+                generator = torch.Generator().manual_seed(self.seed + first)
                 positions, stay = draw_unpadded(count, entries, wanted, generator, real)
                 width = positions.shape[1] * task.unknowns * len(task.layer.columns)
-            for part in _parts(entries, width):
-                at = None if positions is None else positions[part]
-                inputs, lacking, meant = task.samples(unpruned, pruned, part, at)
-                marks = is_held_out[part]
-                if at is None:
-                    rows = marks.repeat(count).to(lacking.device)
-                else:
-                    rows = marks.repeat_interleave(lacking.shape[1] // len(marks)).to(lacking.device)
+            step = max(1, _CHUNK // max(width, 1))  # entries whose patches fit into memory together
+            for begin in range(0, entries, step):
+                part = slice(begin, begin + step)
+                samples = task.samples(unpruned, pruned, part, None if positions is None else positions[part])
+                lacking = samples[1]
+                marks = is_held_out[part].to(lacking.device)
+                by_entry = lacking.shape[1] // len(marks)
+                rows = marks.repeat(by_entry) if positions is None else marks.repeat_interleave(by_entry)
                 if stay is not None:
                     stays = stay[part].flatten().to(rows.device)
                     stays = stays.repeat_interleave(len(rows) // len(stays))
-                    inputs, lacking, meant = _at_rows(inputs, stays), lacking[:, stays], meant[:, stays]
-                    rows = rows[stays]
-                yield _Chunk(inputs, lacking, meant, rows)
-            seen += entries
+                    samples, rows = _at_rows(samples, stays), rows[stays]
+                yield samples, rows
+            first += self.sizes[index]
 
-    def _marks(self, index: int, seen: int, entries: int) -> Tensor:
-        """Return which entries of a batch are held out; so many were in the batches before."""
-        size = self.sizes[index]
-        if self._held_out is None or entries % size:
-            return (torch.arange(seen, seen + entries) + 1) % HELD_OUT_ENTRIES == 0
-        first = sum(self.sizes[:index])
+    def _marks(self, first: int, size: int, entries: int) -> Tensor:
+        """Return which entries of a batch are held out, before which so many images come."""
+        if entries % size:  # such as the places of a sequence, or what a list of images became
+            return (torch.arange(entries) + first) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
         # A layer may cut each sample into several entries, such as windows.
-        return self._held_out[first : first + size].repeat_interleave(entries // size)
-
-    def _keep(self, chunks: Iterator[_Chunk], is_refined: bool) -> Iterator[_Chunk]:
-        """Pass samples on; keep them for the tasks that refine this one if all fit into the cache."""
-        kept: list[_Chunk] | None = [] if is_refined else None
-        size = 0
-        for chunk in chunks:
-            size += chunk.nbytes
-            kept = [*kept, chunk] if kept is not None and size <= self._cache_bytes else None
-            yield chunk
-        self._chunks = kept
+        own = first - self._first
+        return self.held_out[own : own + size].repeat_interleave(entries // size)
 
     def _takes_all(self, task: Task, pruned: Values) -> bool:
         """Say whether the sums over all positions take less work by shifts than those over a sample of rows."""
@@ -503,21 +423,11 @@ def _sampled_rows(task: Task) -> int:
     return max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
 
 
-def _at_rows(inputs: Tensor | Patches, rows: Tensor) -> Tensor | Patches:
-    """Return marked rows of inputs; of patches all rows of an entry are marked or none is."""
-    return inputs.chosen(rows) if isinstance(inputs, Patches) else inputs[:, rows]
-
-
-def _add(equations: NormalEquations, chunk: _Chunk, rows: Tensor) -> None:
-    if bool(rows.any()):
-        equations.add(_at_rows(chunk.inputs, rows), chunk.lacking[:, rows], chunk.wanted[:, rows])
-
-
-def _parts(entries: int, size: int) -> Iterator[slice]:
-    """Cut entries of a size into slices that fit into memory together with their patches."""
-    step = max(1, _CHUNK // max(size, 1))
-    for first in range(0, entries, step):
-        yield slice(first, first + step)
+def _at_rows(samples: Samples, rows: Tensor) -> Samples:
+    """Return marked rows of samples; of patches all rows of an entry are marked or none is."""
+    inputs, lacking, wanted = samples
+    chosen = inputs.chosen(rows) if isinstance(inputs, Patches) else inputs[:, rows]
+    return chosen, lacking[:, rows], wanted[:, rows]
 
 
 def check_ridge(ridge: Any) -> None:

@@ -269,24 +269,6 @@ def test_a_norm_that_was_narrowed_and_what_gets_other_inputs_are_touched(residua
     assert touched_nodes(original, copy.deepcopy(original), entering) == set(original.graph.nodes)
 
 
-def test_shapes_are_those_of_each_batch_and_padding_is_told():
-    torch.manual_seed(0)
-    model, real = Shown(), torch.tensor([[1, 1, 0]] * 2)
-    graph = symbolic_trace(model)
-    batches = [{"states": torch.randn(count, 3, 3)} for count in (2, 2, 5)]
-    batches[1]["attention_mask"] = real
-    found = Replay(model, graph, copy.deepcopy(graph), batches, 0)
-    watched = [node_of(graph, name) for name in ("first", "second")]
-    shapes = list(found.shapes(watched))
-    assert [[tuple(values[node].shape) for node in watched] for values, _ in shapes] == [
-        [(count, 3, 6), (count, 3, 2)] for count in (2, 2, 5)
-    ]
-    assert [None if mask is None else mask.tolist() for _, mask in shapes] == [None, real.bool().tolist(), None]
-    assert [set(values) for values, _ in shapes] == [set(watched)] * 3
-    again = Replay(model, graph, copy.deepcopy(graph), [batches[0], {"states": torch.randn(2, 3, 3)}], 0)
-    assert len(list(again.shapes(watched))) == 2
-
-
 def stack(*sizes):
     """Return linear layers, their graph, and one in which the first layer differs."""
     torch.manual_seed(0)
@@ -357,14 +339,3 @@ def test_a_copy_without_side_effects_leaves_the_original_and_shares_parameters_i
     assert any(node.kwargs.get("inplace") for node in graph.graph.nodes)
     assert not any(node.kwargs.get("inplace") for node in copied.graph.nodes)
     assert without_side_effects(graph).first.weight is not graph.first.weight
-
-
-def test_values_that_are_no_tensors_have_their_own_shapes():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.LSTM(3, 4))
-    graph = symbolic_trace(model)
-    (node,) = (node for node in graph.graph.nodes if node.op == "call_module")
-    ((found, real),) = Replay(model, graph, copy.deepcopy(graph), [torch.randn(5, 2, 3)], 0).shapes([node])
-    assert real is None
-    assert found[node][0].shape == (5, 2, 4)
-    assert [each.shape for each in found[node][1]] == [(1, 2, 4)] * 2

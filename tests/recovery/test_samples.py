@@ -53,19 +53,12 @@ def test_of_layers_with_many_positions_some_are_drawn_and_the_generator_says_how
         assert torch.equal(torch.rand(2, generator=one), torch.rand(2, generator=other))
 
 
-def test_every_fifth_entry_is_held_out_or_the_entries_of_groups():
-    sampler = Sampler(None, (4, 7), 0, 0)
-    assert sampler.held_out.nonzero().flatten().tolist() == [4, 9]
-    assert sampler._marks(0, 0, 4).tolist() == [False] * 4
-    assert sampler._marks(1, 4, 7).nonzero().flatten().tolist() == [0, 5]
-    assert sampler._marks(1, 8, 14).nonzero().flatten().tolist() == [1, 6, 11]
-    marks = torch.tensor([False, True, False, False, True, False])
-    grouped = Sampler(None, (2, 4), 0, 0, marks)
-    assert grouped.held_out is marks
-    assert grouped._marks(0, 0, 2).tolist() == [False, True]
-    assert grouped._marks(1, 2, 4).tolist() == [False, False, True, False]
-    assert grouped._marks(0, 0, 4).tolist() == [False, False, True, True]
-    assert grouped._marks(1, 3, 3).tolist() == [False, True, False]  # not a number for each sample
+def test_a_layer_holds_out_what_its_samples_became_or_every_fifth_place():
+    sampler = Sampler(None, (2, 4), 0, torch.tensor([False, True, False, False, True, False]))
+    assert sampler._marks(0, 2, 2).tolist() == [False, True]
+    assert sampler._marks(2, 4, 4).tolist() == [False, False, True, False]
+    assert sampler._marks(0, 2, 4).tolist() == [False, False, True, True]  # two windows of each sample
+    assert sampler._marks(2, 4, 7).nonzero().flatten().tolist() == [2]  # not a number for each sample
 
 
 @pytest.mark.parametrize("ridge", [0, 0.0, 2, 1e9, "auto"])
@@ -87,7 +80,8 @@ def sampling(model, batches, kept, method=Reconstruct(refine=0), **knobs):  # no
     replay = Replay(model, networks.unpruned, networks.pruned, batches, 0)
     tasks = method.tasks(plan_of(networks, replay.touched_nodes), networks)
     sizes = tuple(len(each["states"] if isinstance(each, dict) else each) for each in batches)
-    return Sampler(replay, sizes, 3, 0, **knobs), tasks
+    held_out = torch.arange(sum(sizes)) % 5 == 4
+    return Sampler(replay, sizes, 3, held_out, **knobs), tasks
 
 
 def batches_of(*shape, sizes=(4, 7, 2)):
@@ -118,58 +112,59 @@ class Second:
 
 
 @pytest.mark.parametrize(
-    ("model", "batches", "drawn"),
+    ("model", "batches", "rows"),
     [
-        (convolutions(4), batches_of(2, 6, 6), 13 * 2),  # 27 rows of 26 images: one of each, and one more
-        (linears(), batches_of(9, 3), 13 * 1),
-        (linears(), batches_of(3), 0),  # all there are
+        (convolutions(4), batches_of(2, 6, 6), 2),  # 27 rows of 26 images: one of each, and one more
+        (linears(), batches_of(9, 3), 1),
+        (linears(), batches_of(3), 1),  # all there are
     ],
 )
-def test_a_process_draws_what_one_with_all_data_would_draw_for_its_batches(monkeypatch, model, batches, drawn):
+def test_a_process_draws_what_one_with_all_data_would_draw_for_its_batches(monkeypatch, model, batches, rows):
     monkeypatch.setattr(samples, "_LEAST_SAMPLES", 4)
     monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
-    shared, (task,) = sampling(model, batches, (0, 2, 3), processes=Second())
-    shared.begin([task])
-    assert shared.images == 26
-    assert shared._before == {(task.layer.name, task.place): (13, drawn)}
     alone, (same,) = sampling(model, batches * 2, (0, 2, 3))
     alone.begin([same])
-    assert (alone.images, alone._before) == (26, {})
+    shared, (task,) = sampling(model, batches, (0, 2, 3), processes=Second())
+    shared.held_out = alone.held_out[13:]
+    shared.begin([task])
+    assert shared.images == alone.images == 26
     mine, every = (list(each._sampled(one, 0, None)) for each, one in ((shared, task), (alone, same)))
     assert len(mine) == 3
-    for one, other in zip(mine, every[3:], strict=True):
-        for name in ("inputs", "lacking", "wanted", "is_held_out"):
-            assert torch.equal(getattr(one, name), getattr(other, name))
-    held_out = torch.cat([chunk.is_held_out for chunk in every])
-    assert torch.equal(held_out.reshape(26, -1)[:, 0], torch.arange(26) % 5 == 4)
+    for (one, marks), (other, same_marks) in zip(mine, every[3:], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+        assert torch.equal(marks, same_marks)
+    held_out = torch.cat([marks for _, marks in every])
+    assert torch.equal(held_out.reshape(26, rows)[:, 0], torch.arange(26) % 5 == 4)
 
 
-def test_positions_are_drawn_from_a_seed_batch_by_batch(monkeypatch):
+def test_positions_are_drawn_from_the_seed_and_the_number_of_images_before(monkeypatch):
     """One of nine positions of each entry, of the inputs of a layer on all of them."""
     monkeypatch.setattr(samples, "_LEAST_SAMPLES", 4)
     monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
     model, batches = linears(), batches_of(9, 3)
     sampler, (task,) = sampling(model, batches, (0, 2, 3))
-    generator = torch.Generator().manual_seed(3)
-    for chunk, batch in zip(sampler._sampled(task, 0, None), batches, strict=True):
+    first = 0
+    for ((inputs, _, wanted), _), batch in zip(sampler._sampled(task, 0, None), batches, strict=True):
+        generator = torch.Generator().manual_seed(3 + first)
         places = (9 * torch.rand(len(batch), 1, generator=generator, dtype=torch.float64)).floor().long()
         rows = batch[torch.arange(len(batch)), places[:, 0]]
-        torch.testing.assert_close(chunk.inputs[0], model[0](rows)[:, [0, 2, 3]])
-        torch.testing.assert_close(chunk.wanted[0], model(rows))
+        torch.testing.assert_close(inputs[0], model[0](rows)[:, [0, 2, 3]])
+        torch.testing.assert_close(wanted[0], model(rows))
+        first += len(batch)
 
 
 def test_convolutions_are_sampled_at_all_positions_where_that_is_less_work():
     model, batches = convolutions(8), batches_of(2, 16, 16, sizes=(4, 7, 6))
     sampler, (task,) = sampling(model, batches, range(7))
     chunks = list(sampler._sampled(task, 0, None))
-    assert [type(chunk.inputs) for chunk in chunks] == [Patches] * 3
-    assert [chunk.lacking.shape for chunk in chunks] == [(1, len(batch) * 256, 8) for batch in batches]
+    assert [type(inputs) for (inputs, _, _), _ in chunks] == [Patches] * 3
+    assert [lacking.shape for (_, lacking, _), _ in chunks] == [(1, len(batch) * 256, 8) for batch in batches]
     # Position by position, the entries of a batch one after the other.
-    marks = torch.cat([chunk.is_held_out.reshape(256, -1).T for chunk in chunks])
+    marks = torch.cat([held_out.reshape(256, -1).T for _, held_out in chunks])
     assert torch.equal(marks, (torch.arange(17) % 5 == 4)[:, None].expand(17, 256))
     learned, held = sampler.collect(task, 0)
     assert (learned.samples, held.samples) == (14 * 256, 3 * 256)
-    found = torch.cat([chunk.wanted for chunk in chunks], 1)
+    found = torch.cat([wanted for (_, _, wanted), _ in chunks], 1)
     torch.testing.assert_close(found.sum(1)[0], model(torch.cat(batches)).sum((0, 2, 3)))
 
 
@@ -211,8 +206,8 @@ class Series(nn.Sequential):
         return super().forward(states)
 
 
-@pytest.mark.parametrize(("places", "kind", "drawn"), [(64, torch.Tensor, 10 * 34), (60, Patches, 0)])
-def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places, kind, drawn):
+@pytest.mark.parametrize(("places", "kind", "rows"), [(64, torch.Tensor, 170), (60, Patches, 640)])
+def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places, kind, rows):
     """160 rows are 17 of each of ten entries; so many real ones, of half of all, take 34. Another shape is no mask."""
     monkeypatch.setattr(samples, "_LEAST_SAMPLES", 160)
     monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
@@ -221,11 +216,9 @@ def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places,
     mask = (torch.arange(places) < 32).long().expand(5, places)
     batches = [{"states": each, "attention_mask": mask} for each in batches_of(2, 64, sizes=(5, 5))]
     sampler, (task,) = sampling(model, batches, range(7))
-    assert sampler._counts([task]) == [(10, drawn)]
     chunks = list(sampler._sampled(task, 0, None))
-    assert [isinstance(chunk.inputs, kind) for chunk in chunks] == [True] * 2
-    rows = sum(chunk.lacking.shape[1] for chunk in chunks)
-    assert abs(rows - 170) <= 10 if drawn else rows == 640
+    assert [isinstance(inputs, kind) for (inputs, _, _), _ in chunks] == [True] * 2
+    assert abs(sum(lacking.shape[1] for (_, lacking, _), _ in chunks) - rows) <= 10
 
 
 class Noting:

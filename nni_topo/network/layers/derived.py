@@ -174,7 +174,7 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
 def has_own_forward(module: nn.Module) -> bool:
     """Tell whether a layer's class computes in another way than the class of PyTorch's that it is derived from."""
     kind: Any = kind_of(module)
-    if kind is None or getattr(type(module), "computes_as_base", False):
+    if kind is None:
         return False
     return any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in ("forward", *_INNER))
 
