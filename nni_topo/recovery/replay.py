@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,11 +66,8 @@ class Replay:
             entering = self._placeholders
         self.touched_nodes = touched_nodes(unpruned, pruned, entering)
         self.cache_bytes = cache_bytes
-        # Values that are kept would be changed by an operation in place, by each pass anew.
-        self._keeps = not any(
-            node.op in ("call_function", "call_method") and (_is_in_place(node) or node.target is operator.setitem)
-            for node in self.nodes
-        )
+        # Values that are kept would be changed by a method such as `copy_`, which has no plain form, by each pass anew.
+        self._keeps = not any(node.op == "call_method" and str(node.target).endswith("_") for node in self.nodes)
         self._reached: dict[int, _Reached] = {}  # by batch
         self._batches = math.inf  # unknown before a pass was read to its end
         self._real: dict[int, Tensor | None] = {}  # by batch, which positions aren't padding
@@ -185,8 +181,12 @@ def without_side_effects(graph_module: GraphModule, *, light: bool = False) -> G
     for node in copied.graph.nodes:
         if node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op in ("call_function", "call_method"):
-            node.target = _plain_target(node)
+        # Methods are recorded in their plain form; of functions those of torch have one, as `relu_` and `relu`.
+        name = getattr(node.target, "__name__", "")
+        for home in (torch, functional):
+            if node.op == "call_function" and name.endswith("_") and getattr(home, name, None) is node.target:
+                node.target = getattr(home, name.rstrip("_"), node.target)
+                break
     copied.recompile()
     return copied
 
@@ -214,35 +214,8 @@ def touched_nodes(unpruned: GraphModule, pruned: GraphModule, entering: Collecti
     return touched
 
 
-def _plain_target(node: Node) -> Any:
-    """Return the operation that gives the same value without working in place; the same one if there is none."""
-    if node.op == "call_method":
-        name = str(node.target).rstrip("_")
-        # `requires_grad_` has a property beside it, which can't be called.
-        return name if _is_in_place(node) and callable(getattr(Tensor, name, None)) else node.target
-    name = str(getattr(node.target, "__name__", ""))
-    if getattr(node.target, "__module__", "") == "_operator":
-        return getattr(operator, _OPERATORS.get(name, name), node.target)
-    if not _is_in_place(node):
-        return node.target
-    # `torch.nn.init.zeros_` has the name of a function of torch's that does something else.
-    homes = [home for home in (torch, functional) if getattr(home, name, None) is node.target]
-    plain = (getattr(home, name.rstrip("_"), None) for home in homes)
-    return next((function for function in plain if function is not None), node.target)
-
-
-_OPERATORS = {f"i{name}": name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")} | {
-    "iand": "and_", "ior": "or_", "ixor": "xor",
-}  # fmt: skip
-
-
 def _compute(runner: Interpreter, node: Node, values: Values) -> Any:
     if node.op == "call_method" and node.target == "requires_grad_":  # no gradients are taken here
         return values[node.all_input_nodes[0]]
     runner.env = values
     return runner.run_node(node)
-
-
-def _is_in_place(node: Node) -> bool:
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.startswith("_") and name not in ("and_", "or_", "not_")
