@@ -34,7 +34,7 @@ from nni_topo.recovery.plan import Plan, Solvable, pruned_group_ids
 from nni_topo.recovery.reconstruct import add_constant
 from nni_topo.recovery.registry import RecoveryMethod
 from nni_topo.recovery.replay import Values
-from nni_topo.recovery.samples import Samples, Task, is_pointwise
+from nni_topo.recovery.samples import Samples, Task
 from nni_topo.rules import NONE, Rule, check_fields, checked, whole
 
 # As a share of a channel's mean square: below it a variance is what rounding leaves of the difference of two sums.
@@ -120,7 +120,7 @@ class ChannelTask(Task):
 
     def _last(self, values: Tensor) -> Tensor:
         """Return values as ``(entries, positions, channels)``."""
-        last = values if is_pointwise(self._module) else values.movedim(1, -1)
+        last = values if isinstance(self._module, nn.Linear) else values.movedim(1, -1)
         return last.reshape(len(last), -1, last.shape[-1])
 
 
@@ -287,7 +287,7 @@ def _places(layer: Solvable, group_ids: np.ndarray, module: nn.Module) -> tuple[
     counts = np.unique(np.unique(group_ids, return_counts=True)[1])
     # After a flattening each channel has equally many features. 0, FIXED, stands for whatever can't be pruned, which
     # is no channel.
-    if is_pointwise(module) and len(counts) == 1 and counts[0] > 1 and group_ids.min() > 0:
+    if isinstance(module, nn.Linear) and len(counts) == 1 and counts[0] > 1 and group_ids.min() > 0:
         # Stable: the features of each channel stay in the order of their positions, so that the p-th of every channel
         # lie at one position and make a sample.
         order = np.argsort(group_ids, kind="stable").reshape(-1, counts[0])

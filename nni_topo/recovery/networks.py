@@ -32,20 +32,10 @@ class Networks:
     unpruned: GraphModule  # holds the model's own parameters, which mustn't be written to
     pruned: GraphModule
     result: nn.Module  # a copy of the model, of full size, to be returned
-    analysis: Analysis  # of the model
+    flow: ChannelFlow  # how channels go through the model
     masks: FullMasks  # agree where layers share channels
     asked: FullMasks  # as they were given
     folded: set[str]  # layers that compute their weight: plain ones in the graphs, and where solved in the result
-
-    @property
-    def flow(self) -> ChannelFlow:
-        """How channels go through the model."""
-        return self.analysis.flow
-
-    @property
-    def call(self) -> Call:
-        """The call by which the model was traced."""
-        return self.analysis.call
 
 
 def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
@@ -59,7 +49,7 @@ def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
     unpruned = without_side_effects(analysis.graph(base)[0], light=True)
     pruned = detached_copy(unpruned, light=True)
     _take_values(pruned, apply_masks(base, analysis.call, full))
-    return Networks(unpruned, pruned, detached_copy(model), analysis, full, checked, folded)
+    return Networks(unpruned, pruned, detached_copy(model), analysis.flow, full, checked, folded)
 
 
 def plan_of(networks: Networks, touched: set[Node]) -> Plan:

@@ -29,14 +29,9 @@ from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values
 
 
-def is_pointwise(module: nn.Module) -> bool:
-    """Say whether a layer works on the last dimension, as a linear layer does."""
-    return isinstance(module, nn.Linear)
-
-
 def position_count(module: nn.Module, shape: Sequence[int]) -> int:
     """Return how many positions each entry of a layer's output, of a shape, has."""
-    return math.prod(shape[1:-1] if is_pointwise(module) else shape[2:])
+    return math.prod(shape[1:-1] if isinstance(module, nn.Linear) else shape[2:])
 
 
 def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, shape: Sequence[int]) -> Tensor:
@@ -46,7 +41,7 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
     """
     # In the order of the layer's weight by output: channels and then kernel.
     groups, is_own = columns.shape[0], has_own_forward(module)
-    if is_pointwise(module):
+    if isinstance(module, nn.Linear):
         return _chosen(call_of(module, inputs).entering if is_own else inputs, positions, columns)
     entries = torch.arange(len(inputs), device=inputs.device)[:, None]
     dims = len(module.kernel_size)
@@ -71,7 +66,7 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
 
 def geometry_of(module: Any, inputs: Tensor) -> Geometry | None:
     """Return how a layer's windows lie on what enters it; None if it isn't a convolution whose patches are its rows."""
-    if is_pointwise(module) or isinstance(module, TRANSPOSED):
+    if isinstance(module, (nn.Linear, *TRANSPOSED)):
         return None
     call = call_of(module, inputs)
     return Geometry(call.kernel, call.stride, call.dilation, call.output_size)
@@ -100,7 +95,7 @@ def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Ten
     """
     if positions is None:
         return outputs.movedim(0, -1).flatten(1)[rows].mT
-    last = outputs if is_pointwise(module) else outputs.movedim(1, -1)
+    last = outputs if isinstance(module, nn.Linear) else outputs.movedim(1, -1)
     return _chosen(last, positions.to(outputs.device), rows)
 
 
@@ -299,14 +294,10 @@ class Sampler:
         self._known: tuple[NormalEquations, NormalEquations] | None = None
 
     def begin(self, tasks: Sequence[Task]) -> None:
-        """Check the memory that tasks take; where processes share the samples, find the place of this one's."""
+        """Find the place of this process's samples; DataError if a task's sums and factors don't fit into memory."""
         if self.processes is not None:
             counts = self.processes.gather(sum(self.sizes), "the number of images")
             self.images, self._first = sum(counts), sum(counts[: self.processes.rank])
-        self.check_memory(tasks)
-
-    def check_memory(self, tasks: Sequence[Task]) -> None:
-        """Raise DataError for a task whose sums and factors don't fit into memory."""
         for task in tasks:
             what = f"least squares of {task.unknowns} unknowns"
             check_memory(self._needed(task), what, _CURE, task.layer.name)
