@@ -118,13 +118,10 @@ def look_ahead(
     """Solve the layers of `tasks`, which are done, block by block for places so many layers after them."""
     by_node = {task.layer.node: task for task in tasks if isinstance(task, ReconstructTask)}
     found = segments(replay.nodes, replay.touched_nodes, by_node, ahead, _TOGETHER)
-    entered = [entering(segment, replay.nodes) for segment in found]
     reports = []
-    for index, segment in enumerate(bar("look ahead", progress, found)):
-        # A later place that is reached already is this segment's, too, which the data keep.
-        later = {node for nodes in entered[index + 1 :] for node in nodes}
+    for segment in bar("look ahead", progress, found):
         window = Window(segment, networks.pruned, by_node)
-        data = _Data(replay, segment, entered[index], later, cache_bytes)
+        data = _Data(replay, segment, entering(segment, replay.nodes), cache_bytes)
         try:
             unknowns, report = _solved(segment, window, data, images, seed)
         except NotImplementedError as error:
@@ -169,10 +166,8 @@ def _names(segment: Segment) -> str:
 class _Data:
     """The batches of a stretch: kept where they fit into memory, or the networks run again for each pass."""
 
-    def __init__(self, replay: Replay, segment: Segment, read: list[Node], later: set[Node], cache_bytes: int) -> None:
+    def __init__(self, replay: Replay, segment: Segment, read: list[Node], cache_bytes: int) -> None:
         self._replay, self._segment, self._read = replay, segment, read
-        # The next pass over this stretch reads the same places again.
-        self._later = {*later, *read, segment.place}
         self._cache_bytes = cache_bytes
         self._kept: list[_Batch] | None = None
 
@@ -183,7 +178,7 @@ class _Data:
         kept: list[_Batch] | None = []
         size = 0
         place = self._segment.place
-        for unpruned, pruned in self._replay.run(self._segment.first, [*self._read, place], self._later):
+        for unpruned, pruned in self._replay.run(self._segment.first, [*self._read, place]):
             values = {node.name: pruned[node] for node in self._read}
             there = floats(unpruned[place]), floats(pruned[place])
             batch = _Batch(values, *there, self._replay.unpadded())

@@ -95,17 +95,14 @@ class Block(Reconstruct):
                 HELD_OUT_ENTRIES,
             )
             return ()
-        entered = [entering(segment, replay.nodes) for segment in found]
         reports = list[LayerReport]()
         rates: Sequence[float] = RATES
-        for index, segment in enumerate(bar("learn blocks", tools.progress, found)):
-            later = {node for nodes in entered[index + 1 :] for node in nodes}
-            later |= {other.place for other in found[index + 1 :]}
+        for segment in bar("learn blocks", tools.progress, found):
             names = []
             for node, own in learners.items():
                 if segment.first <= replay.order[node] <= segment.last:
                     names += own
-            values = _Values(replay, segment, entered[index], later, tools)
+            values = _Values(replay, segment, tools)
             block = _Learning(self, networks, segment, names, values, tools.seed)
             try:
                 report = block.run(rates)
@@ -196,13 +193,14 @@ class _Values:
     Samples are mixed across batches where all tensors have an entry for each; else batches stay as they are.
     """
 
-    def __init__(self, replay: Replay, segment: Segment, read: list[Node], later: set[Node], tools: Tools) -> None:
+    def __init__(self, replay: Replay, segment: Segment, tools: Tools) -> None:
         self.held_out, place = tools.held_out, segment.place
+        read = entering(segment, replay.nodes)
         self._sizes = list[int]()
         extremes = list[list[Tensor]]()
         self._store: Any = BatchStore(tools.cache_bytes)
         shapes = list[Any]()
-        for index, (unpruned, pruned) in enumerate(replay.run(segment.first, [*read, place], later)):
+        for index, (unpruned, pruned) in enumerate(replay.run(segment.first, [*read, place])):
             size = tools.sizes[index]
             given = [_in_single(pruned[node]) for node in read]
             wanted, reached = ([_in_single(each) for each in floats(net[place])] for net in (unpruned, pruned))

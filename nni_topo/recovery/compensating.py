@@ -306,10 +306,9 @@ def _run(
         if task.layer.name in others:  # a task that would refine what wasn't solved
             continue
         chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
-        later = {node for each in tasks[index + 1 :] for node in each.watched}
         began = time.perf_counter()
         try:
-            learned, held = sampler.collect(task, min(ranks[index:]), later)
+            learned, held = sampler.collect(task, min(ranks[index:]))
         except OtherSamplesError:
             if sampler.processes is not None:
                 raise

@@ -25,10 +25,9 @@ Values = dict[Node, Any]
 
 @dataclass
 class _Reached:
-    """How far a batch's values are known for good: the next rank of both networks, their values, and their bytes."""
+    """How far a batch's values are known for good: the next rank, the values of both networks, and their bytes."""
 
-    first: int
-    second: int
+    rank: int
     unpruned: Values
     pruned: Values
     nbytes: int = 0
@@ -39,8 +38,7 @@ class Replay:
 
     # What both have computed up to a place that won't change any more is kept for the next pass, batch by batch, as far
     # as it fits into `cache_bytes`; else a batch starts where it last did fit, in the worst case at its inputs. So
-    # memory stays bounded, whatever the number of images. The unpruned network never changes: what it has computed
-    # isn't computed again.
+    # memory stays bounded, whatever the number of images.
 
     def __init__(
         self,
@@ -73,24 +71,18 @@ class Replay:
         self._real: dict[int, Tensor | None] = {}  # by batch, which positions aren't padding
         self._at = 0  # the batch that `run` has yielded last
 
-    def run(
-        self, settled: int, watched: list[Node], later: Collection[Node] | None = None
-    ) -> Iterator[tuple[Values, Values]]:
-        """Yield the watched nodes' values in both networks, batch by batch; DataError if one doesn't fit the model."""
-        # `settled` is the rank of the first node that may change before a later pass, `later` all that these watch.
+    def run(self, settled: int, watched: list[Node]) -> Iterator[tuple[Values, Values]]:
+        """Yield the watched nodes' values in both networks, batch by batch; DataError if one doesn't fit the model.
+
+        ``settled``: rank of the first node that may change before a later pass; it doesn't fall from pass to pass.
+        """
         stop = max(self.order[node] for node in watched) + 1
-        wanted = {*watched, *(later or ())}
         for index, at in enumerate(self._starts()):
             unpruned, pruned = at.unpruned, at.pruned
-            # Of the unpruned network's values, a batch may have reached places after what is settled now.
-            self._advance(unpruned, pruned, range(at.first, settled), range(at.second, settled), wanted, index)
+            self._advance(unpruned, pruned, range(at.rank, settled), watched, index)
+            front = max(at.rank, settled)
             saved = dict(unpruned), dict(pruned)
-            front = max(at.first, settled)
-            self._advance(unpruned, pruned, range(front, stop), range(settled, stop), wanted, index)
-            if later is not None:
-                front = max(front, stop)
-                needed = {node: value for node, value in unpruned.items() if self._last_use[node] >= front}
-                saved = needed | {node: unpruned[node] for node in set(later) & unpruned.keys()}, saved[1]
+            self._advance(unpruned, pruned, range(front, stop), watched, index)
             self._at = index
             yield {node: unpruned[node] for node in watched}, {node: pruned[node] for node in watched}
             # What the batch has reached is kept, in the place of what was kept of it, if there is room.
@@ -98,7 +90,7 @@ class Replay:
             nbytes = sum({each.data_ptr(): each.nbytes for each in tensors}.values())
             others = sum(kept.nbytes for each, kept in self._reached.items() if each != index)
             if self._keeps and others + nbytes <= self.cache_bytes:
-                self._reached[index] = _Reached(front, settled, *saved, nbytes=nbytes)
+                self._reached[index] = _Reached(front, *saved, nbytes=nbytes)
 
     def unpadded(self) -> Tensor | None:
         """Tell which positions of the batch that `run` is at aren't padding, ``(entries, places)``; None: no mask."""
@@ -119,7 +111,7 @@ class Replay:
                 values = self._given(call)
                 # The model's code runs once for both where it can: it may change its inputs in place.
                 other = self._given(self._unpruned_call(call)) if self._instead else dict(values)
-                yield _Reached(0, 0, other, values)
+                yield _Reached(0, other, values)
         self._batches = batches
 
     def _unpruned_call(self, call: Call) -> Call:
@@ -134,35 +126,25 @@ class Replay:
         named = bind_arguments(self.model, call)
         return {node: named[str(node.target)] for node in self._placeholders if str(node.target) in named}
 
-    def _advance(
-        self, unpruned: Values, pruned: Values, one: range, other: range, watched: set[Node], index: int
-    ) -> None:
-        """Run some nodes of the unpruned network, and some of the pruned one."""
+    def _advance(self, unpruned: Values, pruned: Values, ranks: range, watched: Collection[Node], index: int) -> None:
+        """Run some nodes of both networks."""
         with fitting(index), torch.no_grad():
-            for rank in range(min(one.start, other.start), max(one.stop, other.stop)):
-                self._step(rank, unpruned if rank in one else None, pruned if rank in other else None, unpruned)
-                for values in [values for values, run in ((unpruned, one), (pruned, other)) if rank in run]:
+            for rank in ranks:
+                node = self.nodes[rank]
+                if node.op == "placeholder":
+                    for values in (unpruned, pruned):
+                        values.setdefault(node, node.args[0] if node.args else None)
+                else:
+                    unpruned[node] = _compute(self._runners[0], node, unpruned)
+                    # Where nothing pruned reaches, both networks compute the same, and one tensor serves both.
+                    pruned[node] = unpruned[node]
+                    if node in self.touched_nodes:
+                        known = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
+                        pruned[node] = _compute(self._runners[1], self._twins[node], known)
+                for values in (unpruned, pruned):
                     self._free(rank, values, watched)
 
-    def _step(self, rank: int, unpruned: Values | None, pruned: Values | None, known: Values) -> None:
-        """Compute a node in either network, or in both; `known` are values of the unpruned one."""
-        node = self.nodes[rank]
-        if node.op == "placeholder":
-            for values in (unpruned, pruned):
-                if values is not None:
-                    values.setdefault(node, node.args[0] if node.args else None)
-            return
-        if unpruned is not None:
-            unpruned[node] = _compute(self._runners[0], node, unpruned)
-        if pruned is not None and node in self.touched_nodes:
-            twin = self._twins[node]
-            values = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
-            pruned[node] = _compute(self._runners[1], twin, values)
-        elif pruned is not None:
-            # Where nothing pruned reaches, both networks compute the same: once is enough, and one tensor serves both.
-            pruned[node] = known[node] if node in known else _compute(self._runners[0], node, pruned)
-
-    def _free(self, rank: int, values: Values, watched: set[Node]) -> None:
+    def _free(self, rank: int, values: Values, watched: Collection[Node]) -> None:
         """Free what a node was the last to read, so that memory holds the values of one place alone."""
         for node in [*self.nodes[rank].all_input_nodes, self.nodes[rank]]:
             if self._last_use[node] <= rank and node not in watched:

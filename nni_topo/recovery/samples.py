@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -317,16 +317,13 @@ class Sampler:
         samples = min(self.images * positions, task.unknowns)
         return 8 * _COPIES * groups * task.unknowns * samples
 
-    def collect(
-        self, task: Task, settled: int, later: Collection[Node] | None = None
-    ) -> tuple[NormalEquations, NormalEquations]:
+    def collect(self, task: Task, settled: int) -> tuple[NormalEquations, NormalEquations]:
         """Return the sums of the samples to learn from and of those held out; DataError if any isn't finite."""
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
-        # `settled` is the rank of the first node that may change before a later pass, `later` what these watch.
         known = self._known if task.refines else None
         self._known = None
         learned, held = (NormalEquations(each) for each in known or (None, None))
-        for samples, is_held_out in self._sampled(task, settled, later):
+        for samples, is_held_out in self._sampled(task, settled):
             for equations, rows in ((learned, ~is_held_out), (held, is_held_out)):
                 if bool(rows.any()):
                     equations.add(*_at_rows(samples, rows))
@@ -350,10 +347,10 @@ class Sampler:
         ridge, before, after, held_out, error = numbers.tolist()
         return Fit(Solution(weights, shift, error), ridge, before, after, held_out)
 
-    def _sampled(self, task: Task, settled: int, later: Collection[Node] | None) -> Iterator[tuple[Samples, Tensor]]:
+    def _sampled(self, task: Task, settled: int) -> Iterator[tuple[Samples, Tensor]]:
         """Run the networks and yield a task's samples, and which of them are held out."""
         first = self._first
-        for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
+        for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched)):
             before, after = (len(values[task.place]) for values in (unpruned, pruned))
             if before != after:  # nothing says which belong together
                 raise OtherSamplesError(

@@ -24,7 +24,7 @@ from nni_topo.recovery.networks import build_networks, plan_of
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import Tools
 from nni_topo.recovery.replay import Replay, touched_nodes
-from nni_topo.recovery.windows import entering, segments
+from nni_topo.recovery.windows import segments
 
 
 def error(found, model, masks, images):
@@ -379,7 +379,7 @@ def learner(model, masks, batches, **knobs):
     learners = _learners(networks, replay.touched_nodes)
     (segment, *_) = segments(replay.nodes, replay.touched_nodes, learners, 0, 9)
     names = [name for own in learners.values() for name in own]
-    known = _Values(replay, segment, entering(segment, replay.nodes), set(), tools)
+    known = _Values(replay, segment, tools)
     return Watched(Block(**knobs), networks, segment, names, known, 0)
 
 

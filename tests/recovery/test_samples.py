@@ -128,7 +128,7 @@ def test_a_process_draws_what_one_with_all_data_would_draw_for_its_batches(monke
     shared.held_out = alone.held_out[13:]
     shared.begin([task])
     assert shared.images == alone.images == 26
-    mine, every = (list(each._sampled(one, 0, None)) for each, one in ((shared, task), (alone, same)))
+    mine, every = (list(each._sampled(one, 0)) for each, one in ((shared, task), (alone, same)))
     assert len(mine) == 3
     for (one, marks), (other, same_marks) in zip(mine, every[3:], strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
@@ -144,7 +144,7 @@ def test_positions_are_drawn_from_the_seed_and_the_number_of_images_before(monke
     model, batches = linears(), batches_of(9, 3)
     sampler, (task,) = sampling(model, batches, (0, 2, 3))
     first = 0
-    for ((inputs, _, wanted), _), batch in zip(sampler._sampled(task, 0, None), batches, strict=True):
+    for ((inputs, _, wanted), _), batch in zip(sampler._sampled(task, 0), batches, strict=True):
         generator = torch.Generator().manual_seed(3 + first)
         places = (9 * torch.rand(len(batch), 1, generator=generator, dtype=torch.float64)).floor().long()
         rows = batch[torch.arange(len(batch)), places[:, 0]]
@@ -156,7 +156,7 @@ def test_positions_are_drawn_from_the_seed_and_the_number_of_images_before(monke
 def test_convolutions_are_sampled_at_all_positions_where_that_is_less_work():
     model, batches = convolutions(8), batches_of(2, 16, 16, sizes=(4, 7, 6))
     sampler, (task,) = sampling(model, batches, range(7))
-    chunks = list(sampler._sampled(task, 0, None))
+    chunks = list(sampler._sampled(task, 0))
     assert [type(inputs) for (inputs, _, _), _ in chunks] == [Patches] * 3
     assert [lacking.shape for (_, lacking, _), _ in chunks] == [(1, len(batch) * 256, 8) for batch in batches]
     # Position by position, the entries of a batch one after the other.
@@ -216,7 +216,7 @@ def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places,
     mask = (torch.arange(places) < 32).long().expand(5, places)
     batches = [{"states": each, "attention_mask": mask} for each in batches_of(2, 64, sizes=(5, 5))]
     sampler, (task,) = sampling(model, batches, range(7))
-    chunks = list(sampler._sampled(task, 0, None))
+    chunks = list(sampler._sampled(task, 0))
     assert [isinstance(inputs, kind) for (inputs, _, _), _ in chunks] == [True] * 2
     assert abs(sum(lacking.shape[1] for (_, lacking, _), _ in chunks) - rows) <= 10
 
