@@ -118,7 +118,6 @@ class ReconstructTask(Task):
             return inputs, lacking, wanted.clamp(min=0.0)
         return inputs, wanted.double() - reached, wanted
 
-
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve by ridge least squares."""
         return fit(learned, held, ridge, intercept=self.layer.intercept is not None)
