@@ -354,6 +354,7 @@ def _state_kept(models: Sequence[nn.Module]) -> Iterator[None]:
     # The masks of NNI's wrappers are buffers, and change.
     buffers = [each for module in modules if not isinstance(module, ModuleWrapper) for each in module.buffers(False)]
     buffers = [each for each in buffers if not is_lazy(each) and not each.is_meta and not is_transformed(each)]
+    buffers = [each for each in buffers if each.layout == torch.strided]  # no operation compares others
     values = [each.detach().clone() for each in buffers]
     tensors = [each for model in models for each in (*model.parameters(), *model.buffers()) if each.is_leaf]
     gradients = [(each, each.grad, each.requires_grad) for each in tensors]
