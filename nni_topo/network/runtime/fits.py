@@ -198,5 +198,6 @@ def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
         if length == count and lengths[1].get(each) == count - 1:
             raise DataError(
                 f"{name} must have samples along the first dimension, got {described(call)}, whose first dimension "
-                f"{type(layers[each]).__name__} {each!r} takes for time, as batch_first=False says (batch 0)"
+                f"{type(layers[each]).__name__} {each!r} takes for time, as batch_first=False says; "
+                "set batch_first=True, or put the model into a module that passes it x.transpose(0, 1) (batch 0)"
             )
