@@ -275,6 +275,8 @@ class BudgetPlanner(Planner):
                 "all layers to prune are at their max_sparse_ratio, or keep the fewest channels that a budget leaves "
                 f"them; a budget of {self.left:.4g} can be met"
             )
+        if self.budget.kind == "latency" and self.budget.latency_table is None:
+            return "no widths that were timed come nearer; larger batches, or shrink(..., depth=True), may"
         return f"layers keep multiples of {self.round_to}" if self.round_to else NO_NEARER
 
 

@@ -45,7 +45,8 @@ class ImageParts:
                 raise ConfigError(
                     "a model must run on any number of samples, the first dimension of every input, because every "
                     f"eighth one is held out: of {calibration.sizes[0]} samples it got {learned.sizes[0]} and raised "
-                    f"{raised(error)} (model); create_pruner, compensate and to_dense take whole graphs"
+                    f"{raised(error)} (model); let its forward take the number from its input. Nodes of a graph are no "
+                    "samples: create_pruner, compensate and to_dense take whole graphs"
                 ) from error
             return cls(calibration, learned, held_out, held_out, kwargs or args)
         first, judges, held_out = parts

@@ -70,7 +70,10 @@ def _look_at_model(name: str, model: nn.Module, place: str, *, needs_values: boo
         if found := unusable(tensor, needs_values=needs_values):
             cure = ""
             if tensor.is_meta:
-                cure = "; nni_topo.shrink_pretrained prunes a folder of Transformers that doesn't fit into memory"
+                cure = (
+                    "; nni_topo.shrink_pretrained prunes a folder of Transformers that doesn't fit into memory; load "
+                    "other models without offloading"
+                )
             raise DataError(
                 f"parameters of a {name} must be tensors with values, got {found}{cure} ({parameter}, {place})"
             )
@@ -174,8 +177,8 @@ NETWORK = Rule(
 COMPUTING = Rule(NETWORK.words, NETWORK.holds, tell=_kind, look=_look_at_model)
 """Of a model that may be compiled or spread over devices."""
 TENSOR = Rule("a tensor", lambda value: isinstance(value, Tensor), look=_look_at_inputs)
-INPUTS = Rule(_INPUTS, _holds_tensors, tell=_kind, look=_look_at_inputs)
-SHAPES = Rule(_INPUTS, _holds_tensors, tell=_kind, look=partial(_look_at_inputs, needs_values=False))
+INPUTS = Rule(_INPUTS, _holds_tensors, look=_look_at_inputs)
+SHAPES = Rule(_INPUTS, _holds_tensors, look=partial(_look_at_inputs, needs_values=False))
 """Of inputs whose values nobody looks at."""
 BATCHES = Rule("an iterable of batches", lambda value: not isinstance(value, (nn.Module, type(None))), tell=_no_batches)
 """Of batches, which are looked at as they are read."""

@@ -472,7 +472,10 @@ class Calibration(Sequence[Any]):
                 raise DataError(f"{self.name} must fit into {store.limit}, got {got}: {_CURE} ({self.name})")
             store.append(copied)
         if not sizes:
-            raise DataError(f"{self.name} must hold at least one batch, got none (was a generator used twice?)")
+            raise DataError(
+                f"{self.name} must hold at least one batch, got none: a generator gives its batches "
+                f"once, and a DataLoader with drop_last=True leaves out what doesn't fill a batch ({self.name})"
+            )
         self._kept = batches if in_memory else store
         self._sizes = tuple(sizes)
 

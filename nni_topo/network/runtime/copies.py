@@ -82,7 +82,8 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     Raises
     ------
     ConfigError
-        If copy.deepcopy can't copy a model, or a module holds a weak reference to another.
+        If copy.deepcopy can't copy a model, a copy holds what is the model's, or a module holds a weak reference to
+        another.
     """
     modules = [module for model in models for module in model.modules()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
@@ -128,6 +129,12 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         forward: Any = vars(module).get("forward")
         if is_compiled_function(forward) and not is_compiled_module(module):  # which compiles what it holds
             memo[id(module)].forward = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
+    for name, module in (named for each in copied for named in each.named_modules()):
+        if id(module) in own or any(id(buffer) in own for buffer in module.buffers(recurse=False)):
+            raise ConfigError(
+                "a copy of a model must have modules and buffers of its own, got one that is the model's, by the "
+                f"__deepcopy__ of a class ({name or type(module).__name__})"
+            )
     return copied
 
 
@@ -345,18 +352,17 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _state_kept(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back modes, attributes, gradients, ``requires_grad`` and the values of buffers; gradients are away within.
+    """Put back modes, attributes, gradients, tensors' memory and values of buffers; gradients are None within.
 
     What a pruner does to wrap a model stays.
     """
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     modes = [(module, module.training) for module in modules]
+    tensors = [each for model in models for each in (*model.parameters(), *model.buffers()) if each.is_leaf]
+    memories = [(each, each.detach()) for each in tensors if _is_usual(each)]
     # The masks of NNI's wrappers are buffers, and change.
     buffers = [each for module in modules if not isinstance(module, ModuleWrapper) for each in module.buffers(False)]
-    buffers = [each for each in buffers if not is_lazy(each) and not each.is_meta and not is_transformed(each)]
-    buffers = [each for each in buffers if each.layout == torch.strided]  # no operation compares others
-    values = [each.detach().clone() for each in buffers]
-    tensors = [each for model in models for each in (*model.parameters(), *model.buffers()) if each.is_leaf]
+    values = [(each, each.detach().clone()) for each in buffers if _is_usual(each)]
     gradients = [(each, each.grad, each.requires_grad) for each in tensors]
     put_attributes_back = _noted(modules)
     try:
@@ -366,13 +372,23 @@ def _state_kept(models: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         put_attributes_back()
         _put_modes(modes)
-        for buffer, value in zip(buffers, values, strict=True):
+        for tensor, memory in memories:  # a forward may give a tensor other memory, of another size, by `data`
+            if tensor.dtype is not memory.dtype or not tensor.is_set_to(memory):
+                tensor.data = memory
+        for buffer, value in values:
             if not torch.equal(buffer, value):
-                buffer.data.copy_(value)
+                with torch.inference_mode(buffer.is_inference()):
+                    buffer.data.copy_(value)
         for tensor, gradient, needs in gradients:
             if tensor.requires_grad != needs:
                 tensor.requires_grad_(needs)
             tensor.grad = gradient
+
+
+def _is_usual(tensor: Tensor) -> bool:
+    """Tell whether a tensor has plain memory, which can be compared and put back."""
+    has_memory = not is_lazy(tensor) and not tensor.is_meta and not is_transformed(tensor)
+    return has_memory and type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
 
 
 def _noted(modules: Iterable[nn.Module]) -> Callable[[], None]:

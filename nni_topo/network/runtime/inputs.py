@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.context import BatchLimit, context, in_context
-from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError, raised
+from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError, raised, shown
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import cast_tensor, device_of
 from nni_topo.network.runtime.processes import is_in_step
@@ -54,7 +54,7 @@ def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> C
     if not tensors_of(call):
         raise ConfigError(
             "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments "
-            f"with a tensor in it, got {type(example_inputs).__name__}"
+            f"with a tensor in it, got {shown(example_inputs)}"
         )
     return call
 
@@ -480,7 +480,7 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
     if not tensors_of(inputs):
         raise ConfigError(
             "the input of a batch must be a tensor, or a tuple or mapping with a tensor in it, got "
-            f"{type(inputs).__name__} ({name}, batch {index})"
+            f"{shown(inputs)} ({name}, batch {index})"
         )
     return inputs
 

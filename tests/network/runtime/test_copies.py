@@ -289,3 +289,44 @@ def test_a_scripted_part_keeps_its_mode_and_its_buffers():
         model.eval()
     assert model[0].training
     assert int(model[0].num_batches_tracked) == 0
+
+
+class Shared(nn.Linear):
+    """A layer that all copies of a model share, such as a frozen encoder."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_model_whose_copies_share_a_module_is_refused_and_keeps_its_weights():
+    model = nn.Sequential(Shared(4, 8), nn.Linear(8, 3))
+    weight = model[0].weight.detach().clone()
+    with pytest.raises(ConfigError, match=r"must have modules and buffers of its own, .* \(0\)$"):
+        dependency_groups(model, torch.randn(2, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert torch.equal(model[0].weight, weight)
+
+
+class Remembering(nn.Module):
+    """Bounds its weights and lets a memory grow in each forward, by giving both other tensors' memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("memory", torch.zeros(3, 4))
+
+    def forward(self, rows):
+        self.first.weight.data = self.first.weight.data.renorm(2, 0, 0.1)  # as EEGNet does
+        self.memory.data = torch.cat([self.memory, rows])
+        return self.second(torch.relu(self.first(rows)))
+
+
+def test_memory_that_a_forward_replaces_is_put_back():
+    model, rows = Remembering(), torch.randn(8, 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruner = RandomPruner(model, dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}]))
+    pruner.compress()
+    pruner.unwrap_model()
+    with left_alone(model):
+        model(rows)
+        assert len(model.memory) > 3
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -137,8 +137,8 @@ def test_a_model_may_run_its_layers_on_single_samples():
     ("batches", "message"),
     [
         (TensorDataset(IMAGES), r"must be an iterable of batches, .* or a DataLoader, got TensorDataset"),
-        ([IMAGES.tolist()], r"a tensor, .*, got list \(images, batch 0\)"),
-        ([{"input_ids": [[1, 2]]}], r"mapping with a tensor in it, got dict"),
+        ([IMAGES.tolist()], r"a tensor, .*, got \[.* \(images, batch 0\)"),
+        ([{"input_ids": [[1, 2]]}], r"mapping with a tensor in it, got \{'input_ids': \[\[1, 2\]\]\}"),
         ([IMAGES[:1]], "distillation must have at least two samples, one to judge by, got 1: pass more, or leave"),
     ],
     ids=["data set", "lists", "tokens", "one image"],
