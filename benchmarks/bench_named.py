@@ -212,6 +212,8 @@ def draw(path: Path) -> None:
     left_out = ("accuracy_oneshot", "accuracy_distilled")
     records = [record for done, _ in complete().values() for record in done]
     shown = [{key: value for key, value in record.items() if key not in left_out} for record in records]
+    for record in shown:
+        record["model"] = record["model"].rpartition(":")[2]  # without the module of a network that isn't built in
     write_figure(path, comparison_figures(shown)["accuracy"], dpi=110)
 
 

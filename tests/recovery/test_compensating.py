@@ -286,7 +286,7 @@ def test_half_precision_stays_half():
         ([torch.ones(2, 1, 8, 8)], DataError, "must fit the model, got RuntimeError: .* .batch 0."),
         ([toy_images(2), torch.ones(2, 1, 8, 8)], DataError, "must fit the model, got RuntimeError: .* .batch 1."),
         ([toy_images(2) * 1e30], DataError, "activations must be finite, got NaN or infinity .inner."),
-        (["images"], ConfigError, "got str"),
+        (["images"], ConfigError, "got 'images'"),
     ],
 )
 @pytest.mark.quick_every(3)
