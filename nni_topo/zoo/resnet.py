@@ -55,20 +55,20 @@ class SmallImageResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(widths[0])
         self.relu1 = nn.ReLU()
-        self.stages = [f"stage{index}" for index in range(1, len(widths) + 1)]
-        for index, name in enumerate(self.stages):
+        for index in range(len(widths)):
             # The first block of a stage changes channels and resolution.
             first = BasicBlock(widths[max(index - 1, 0)], widths[index], stride=2 if index else 1)
             others = [BasicBlock(widths[index], widths[index], stride=1) for _ in range(blocks - 1)]
-            self.add_module(name, nn.Sequential(first, *others))
+            self.add_module(f"stage{index + 1}", nn.Sequential(first, *others))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits ``[n, num_classes]`` of images ``[n, in_channels, h, w]``."""
         features = self.relu1(self.norm1(self.conv1(images)))
-        for name in self.stages:
-            features = self.get_submodule(name)(features)
+        for name, stage in self.named_children():  # NNI's tracer follows no names that a list holds
+            if name.startswith("stage"):
+                features = stage(features)
         logits: Tensor = self.fc(torch.flatten(self.pool(features), 1))
         return logits
 
