@@ -43,10 +43,10 @@ class ImageParts:
             error = None if held_out is None else failure_on(model, next(calls(model, learned)))
             if error is not None:
                 raise ConfigError(
-                    "a model must run on any number of samples, the first dimension of every input, because every "
-                    f"eighth one is held out: of {calibration.sizes[0]} samples it got {learned.sizes[0]} and raised "
-                    f"{raised(error)} (model); let its forward take the number from its input. Nodes of a graph are no "
-                    "samples: create_pruner, compensate and to_dense take whole graphs"
+                    "a model must run on any number of samples, because every eighth one is held out: of "
+                    f"{calibration.sizes[0]} samples it got {learned.sizes[0]} and raised {raised(error)} (model); "
+                    "samples must be the first dimension of every input, also of the states of recurrent layers. Nodes "
+                    "of a graph are no samples: create_pruner, compensate and to_dense take whole graphs"
                 ) from error
             return cls(calibration, learned, held_out, held_out, kwargs or args)
         first, judges, held_out = parts

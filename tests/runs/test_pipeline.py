@@ -643,7 +643,7 @@ class StatesFirst(nn.Module):
 def test_a_state_that_is_returned_is_told_and_its_samples_are_first(returns):
     model, x, state = Recurrent(returns).eval(), torch.randn(16, 4, 3), torch.zeros(2, 16, 5)
     with pytest.raises(
-        ConfigError, match=r"samples, the first dimension of every input, because every eighth one is held out"
+        ConfigError, match=r"every eighth one is held out.*samples must be the first dimension of every input"
     ):
         ImageParts.of(Calibration([((x, state),)]), model)
     turned = StatesFirst(model)
