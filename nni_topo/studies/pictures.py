@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -65,28 +66,34 @@ def panels(
 def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
     """Return the pictures of at least one record: ``accuracy``, and ``convergence`` if networks were fine-tuned.
 
-    ``accuracy`` against MACs has a panel per model, data set and step of recovery. Bars are 95 % intervals, the dotted
-    line is the unpruned network; each panel has its own scale. ``convergence``, the validation accuracy against the
-    epochs of fine-tuning, has a line per pruner: the mean over seeds, in a band from the lowest to the highest seed,
-    because 95 % intervals of a few seeds hide one another. A run that has stopped keeps its last accuracy.
+    ``accuracy`` against MACs has a panel per model, data set and step of recovery; three models or more stand two in a
+    row. Bars are 95 % intervals, the dotted line is the unpruned network; each panel has its own scale.
+    ``convergence``, the validation accuracy against the epochs of fine-tuning, has a line per pruner: the mean over
+    seeds, in a band from the lowest to the highest seed, because 95 % intervals of a few seeds hide one another. A run
+    that has stopped keeps its last accuracy.
     """
     found: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         found[f"{record['model']} on {record['data']}"].append(record)
     steps = [step for step in _STEPS if any(f"accuracy_{step}" in record for record in records)]
     named = [(f"{name}, {_STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in found.items() for step in steps]
-    figures = {"accuracy": panels(named, _draw_accuracy, size=(4.2, 4.2), columns=len(steps))}
+    many = len(found) > 2
+    size = (3.4, 3.0) if many else (4.2, 4.2)
+    pruners = list(dict.fromkeys(record["pruner"] for record in records))
+    draw = partial(_draw_accuracy, pruners=pruners)
+    figures = {"accuracy": panels(named, draw, size=size, columns=len(steps) * (2 if many else 1))}
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
     if groups:
         titled = ((f"{model} on {data},\n{target}", rows) for (model, data, target), rows in groups.items())
         figures["convergence"] = panels(titled, _draw_convergence, size=(5.5, 4.2))
     for figure in figures.values():
-        # one legend for all panels, beside them
+        # one legend for all panels, below them
         handles: dict[str, Artist] = {}
         for axis in figure.axes:
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="x-small")
+        columns = max(2, round(figure.get_figwidth() / 1.8))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="small", ncols=columns)
     return figures
 
 
@@ -103,15 +110,17 @@ def plot_distillation(verdict: Verdict) -> Figure:
     return figure
 
 
-def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
+def _draw_accuracy(axis: Axes, found: tuple[list[Record], str], pruners: list[str]) -> None:
     records, column = found
-    groups, names = grouped(records), list(dict.fromkeys(record["pruner"] for record in records))
+    groups = grouped(records)
     axis.axhline(100 * interval([run["accuracy_before"] for run in records]).mean, color="k", ls=":", label="unpruned")
-    for index, name in enumerate(names):
+    for index, name in enumerate(pruners):  # of all panels: a pruner has one color
         targets = [[run for run in rows.get(name, {}).values() if column in run] for rows in groups.values()]
         targets = [runs for runs in targets if runs]
+        if not targets:
+            continue
         # Networks of one target have the same MACs: a small horizontal step keeps their markers apart.
-        step = (index - (len(names) - 1) / 2) * records[0]["flops_before"] / 2e8
+        step = (index - (len(pruners) - 1) / 2) * records[0]["flops_before"] / 2e8
         macs = [interval([run["flops"] for run in runs]).mean / 1e6 + step for runs in targets]
         points = [interval([100 * run[column] for run in runs]) for runs in targets]
         heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
