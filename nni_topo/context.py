@@ -27,6 +27,7 @@ class Context:
     called_as: tuple[str, str] = ("", "")  # a function, and the public one that passes its arguments to it
     told: set[str] | None = None  # the warnings that were given; None: no public function runs
     is_running: bool = False  # whether a public function runs: the models within are copies, or put back by it
+    is_as_written: bool = False  # whether networks compute what they say (`as_written`)
     in_step: str = ""  # the public function that all processes run
     limit: BatchLimit | None = None  # None: where memory is short, nothing starts again
     # A tensor that says which positions of the model's current call aren't padding: bool, (samples, places). None: all.

@@ -465,7 +465,7 @@ def _switch(model: nn.Module, mode: bool) -> None:
         return
     method = model.train if mode else model.eval
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    if all(type(each).train is nn.Module.train and type(each).eval is nn.Module.eval for each in modules):
+    if all(_sets_modes_alone(each) for each in modules):
         method()
         return
     weights = _weights(model)
@@ -482,6 +482,17 @@ def _switch(model: nn.Module, mode: bool) -> None:
         for tensor, value in zip(weights, values, strict=True):
             tensor.data.copy_(value)
         _put_modes((module, mode) for module in model.modules())
+
+
+def _sets_modes_alone(module: nn.Module) -> bool:
+    """Tell whether a module has the ``train`` and ``eval`` of `torch.nn.Module`, or those of Transformers' models.
+
+    The latter hand on to the former, unless the model is asked to use other kernels.
+    """
+    homes = {type(module).train.__module__, type(module).eval.__module__}
+    return homes <= {"torch.nn.modules.module", "transformers.modeling_utils"} and not getattr(
+        module, "use_kernels", False
+    )
 
 
 def _weights(model: nn.Module) -> list[Tensor]:

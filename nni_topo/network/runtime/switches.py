@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from nni_topo.context import in_context
+from nni_topo.context import context, in_context
 from nni_topo.network.runtime.precision import in_full_precision, is_within_autocast
 
 # The random states and the switches are those of the whole process, so calls of several threads run one at a time.
@@ -94,10 +94,13 @@ def as_written() -> Iterator[None]:
     convolutions to three digits where nobody forbids it, and those of matrices where
     ``torch.set_float32_matmul_precision`` allows it; which digits are lost depends on the layers' widths.
     """
+    if context().is_as_written:
+        yield
+        return
     has_fast_paths = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with in_full_precision():
+        with in_context(is_as_written=True), in_full_precision():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(has_fast_paths)

@@ -21,7 +21,14 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.reasons import Reasons
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.integer_attributes import put_sizes
-from nni_topo.network.layers.kinds import PER_CHANNEL, follows_channels, kept_channels, output_channels
+from nni_topo.network.layers.kinds import (
+    PER_CHANNEL,
+    follows_channels,
+    is_depthwise,
+    is_normalizing,
+    kept_channels,
+    output_channels,
+)
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
 from nni_topo.network.runtime.copies import detached_copy, evaluating, forget_evaluated, left_alone, put_modes_of
 from nni_topo.network.runtime.fits import call_arguments
@@ -236,7 +243,14 @@ class _Task:
 
     def apply(self, resolved: Resolved) -> torch.nn.Module:
         """Return the masked model for masks that agree."""
-        return apply_masks(self.original, self.analysis.call, resolved.masks, light=True)
+        dead: dict[str, torch.Tensor] | None = None  # what enters norms as zeros has to be found by running the model
+        if self.analysis.stay_zero(resolved.is_kept):
+            dead = {}
+            for name, module in self.original.named_modules():
+                pruned = torch.from_numpy(~resolved.is_kept[self.flow.entering_group_ids(name)])
+                if bool(pruned.any()) and (is_depthwise(module) or is_normalizing(module)):
+                    dead[name] = pruned
+        return apply_masks(self.original, self.analysis.call, resolved.masks, light=True, dead=dead)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,8 +312,10 @@ def _masked_without_constants(task: _Task) -> _Masked:
     # Constant channels count for the multiple of ``round_to``, so they are chosen among all that may be pruned.
     measured = task.rounded if task.round_to is None else resolve(task.original, flow, task.masks)
     probe = task.apply(measured)
-    with left_alone(probe):
-        contributions = constant_contribution(probe, flow, measured.is_kept, task.analysis.call)
+    contributions = ConstantContribution({}, {})
+    if not task.analysis.stay_zero(measured.is_kept):
+        with left_alone(probe):
+            contributions = constant_contribution(probe, flow, measured.is_kept, task.analysis.call)
     if contributions.constant_channels:
         # What was measured holds for the channels pruned then: none that stayed may be pruned now because a constant
         # channel takes its place in the count.

@@ -67,15 +67,23 @@ _Place = tuple[str | None, str]
 
 
 @as_written()
-def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks, *, light: bool = False) -> torch.nn.Module:
+def apply_masks(
+    model: torch.nn.Module,
+    call: Call,
+    masks: FullMasks,
+    *,
+    light: bool = False,
+    dead: Mapping[str, torch.Tensor] | None = None,
+) -> torch.nn.Module:
     """Do the work of `nni_topo.masked_model` on checked arguments.
 
-    ``light``: parameters that no mask changes use the memory of the model's, which mustn't be written to then.
+    ``light``: parameters that no mask changes use the memory of the model's, which mustn't be written to then;
+    ``dead``: the channels that enter norms and depth-wise convolutions as zeros, bool, by module, where they are known.
     """
     own = detached_copy(model, light=True)
     ties = find_ties(own)
     untie(own, ties)
-    dead = _dead_inputs(own, call, masks)
+    dead = _dead_inputs(own, call, masks) if dead is None else dead
     # Only now, when the masked weights of the probe, which are as many, are freed.
     reference: torch.nn.Module = own if light else detached_copy(own)
     with torch.no_grad():

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from nni_topo.network.layers.integer_attributes import Place, number_at, put_sizes, read_in_forward
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import called, watched
-from nni_topo.network.runtime.inputs import Call, run_few
+from nni_topo.network.runtime.inputs import Call, run_few, shrunk
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.rules import Rule, checked, is_class
 
@@ -204,7 +204,13 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
     if not claims:
         return {}
     wanted = {described for _, described in claims.values()}
-    whole, narrow = _shapes(original, wanted, call), _shapes(dense, wanted, call)
+    try:
+        small = shrunk(call)  # images of any size show the numbers of channels
+        whole, narrow = _shapes(original, wanted, small), _shapes(dense, wanted, small)
+    except Exception as error:  # a user's model may take no other size
+        if out_of_memory(error):
+            raise
+        whole, narrow = _shapes(original, wanted, call), _shapes(dense, wanted, call)
     sizes: dict[Place, int] = {}
     stale: dict[str, int] = {}
     for place, (before, described) in claims.items():
