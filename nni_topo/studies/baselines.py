@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.layers.kinds import output_channels, spread
 from nni_topo.network.runtime.copies import detached_copy
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.hooks import Masks
 
 PREFIX = "torch-pruning"
@@ -42,17 +43,18 @@ def is_baseline(name: str) -> bool:
     return True
 
 
-def baseline_masks(
-    name: str,
-    model: nn.Module,
-    example_inputs: Tensor,
-    ratios: dict[str, float],
-    heads: Mapping[str, int] = MappingProxyType({}),
-) -> tuple[Masks, float]:
-    """Prune a copy by Torch-Pruning, at a ``sparse_ratio`` by layer; return NNI's masks of it, and seconds."""
+def baseline_masks(name: str, analysis: Analysis, ratios: dict[str, float]) -> tuple[Masks, float]:
+    """Prune a copy by Torch-Pruning, at a ``sparse_ratio`` by layer; return NNI's masks of it, and seconds.
+
+    Attention loses whole heads, as in the other rows. Layers without a ratio aren't pruned.
+    """
+    model = analysis.model
+    heads = dict[str, int]()
+    for layer, attention in analysis.flow.heads.items():
+        if layer in ratios and not attention.recurrent:  # the heads of a recurrent layer are its units
+            heads[layer] = len(attention.channels[layer])
     began = time.perf_counter()
-    # layers without a ratio aren't pruned
-    _, kept = cut(name, model, example_inputs, ratios, heads)
+    _, kept = cut(name, model, analysis.call[0], ratios, heads)
     seconds = time.perf_counter() - began
     masks: Masks = {}
     for layer, channels in kept.items():
@@ -66,7 +68,7 @@ def baseline_masks(
 def cut(
     name: str,
     model: nn.Module,
-    example_inputs: Tensor,
+    example_inputs: Any,
     ratios: dict[str, float],
     heads: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[nn.Module, dict[str, Tensor]]:

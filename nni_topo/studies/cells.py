@@ -145,10 +145,7 @@ def pruned_cell(cell: Cell, start: Start, ratios: dict[str, float]) -> Pipeline:
     """Run a cell's pruner, or one of Torch-Pruning, with a ratio for every layer."""
     choice = cell.pruner
     if is_baseline(choice.name):
-        flow = start.analysis.flow
-        heads = {layer: len(each.channels[layer]) for layer, each in flow.heads.items() if not each.recurrent}
-        heads = {layer: count for layer, count in heads.items() if layer in ratios}
-        masks, seconds = baseline_masks(choice.name, start.net, start.example, ratios, heads)
+        masks, seconds = baseline_masks(choice.name, start.analysis, ratios)
         return Pipeline(start.analysis, masks=masks, seconds=seconds)
     if choice.name == SCRATCH:  # training from scratch uses the widths only
         choice = replace(choice, name="random")

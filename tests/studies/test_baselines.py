@@ -7,6 +7,7 @@ import torch
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.speedup import to_dense
@@ -22,7 +23,7 @@ def test_torch_pruning_meets_the_macs_of_the_other_rows(name):
     images = torch.randn(2, 1, 16, 16)
     before = copy.deepcopy(model.state_dict())
     ratios = layer_ratios(model, images, Target("flops", 0.4))
-    masks, seconds = baseline_masks(name, model, images, ratios)
+    masks, seconds = baseline_masks(name, Analysis.on(model, images), ratios)
     dense = to_dense(model.eval(), images, masks)
     assert zoo.count_macs(dense, images) / zoo.count_macs(model, images) == pytest.approx(0.4, abs=0.01)
     assert dense(images).shape == (2, 10)
@@ -35,9 +36,9 @@ def test_torch_pruning_meets_the_macs_of_the_other_rows(name):
 def test_torch_pruning_takes_whole_heads_of_queries_keys_and_values_together():
     model = zoo.create_model("vit_small", num_classes=10, in_channels=1, image_size=16, seed=0).eval()
     images = torch.randn(2, 1, 16, 16)
-    heads = {f"blocks.{block}.attention.{each}_proj": 6 for block in range(5) for each in "qkv"}
+    heads = [f"blocks.{block}.attention.{each}_proj" for block in range(5) for each in "qkv"]
     ratios = dict.fromkeys(heads, 1 - 1 / 3) | {f"blocks.{block}.mlp.fc1": 0.75 for block in range(5)}
-    masks, _ = baseline_masks("torch-pruning", model, images, ratios, heads)
+    masks, _ = baseline_masks("torch-pruning", Analysis.on(model, images), ratios)
     assert masks.keys() == ratios.keys()
     for block in range(5):
         query, key, value = (masks[f"blocks.{block}.attention.{each}_proj"]["bias"] for each in "qkv")
