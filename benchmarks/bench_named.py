@@ -219,15 +219,14 @@ def draw(path: Path) -> None:
 
 def tables() -> str:
     """Return Markdown: how much was run and what it takes, then the complete networks, and both ways to dense ones."""
-    head = ["network", "records", "rows that don't apply", "cells", "CPU hours, estimated"]
+    head = ["network", "records", "rows that don't apply", "cells", "CPU hours"]
     sizes = {record["key"][0]: record for record in read_records(RECORDS / "sizes.jsonl")}
     lines, total = [], 0.0
     for network in NETWORKS:
         done, failed, cells = records_of(network)
-        sized = sizes.get(network)
-        hours = None if sized is None else sized["hours"] * cells / sized["cells"]
-        total += hours or 0.0
-        lines.append([network, str(len(done)), str(len(failed)), str(cells), "" if hours is None else f"{hours:.1f}"])
+        hours = sum(sum(record["cpu_seconds"].values()) for record in done) / 3600
+        total += hours
+        lines.append([network, str(len(done)), str(len(failed)), str(cells), f"{hours:.1f}"])
     lines.append(["all", *(str(sum(int(line[column]) for line in lines)) for column in (1, 2, 3)), f"{total:.1f}"])
     blocks = ["**How much was run**", markdown_table(head, lines)]
     if sizes:

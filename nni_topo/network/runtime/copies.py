@@ -130,10 +130,11 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         if is_compiled_function(forward) and not is_compiled_module(module):  # which compiles what it holds
             memo[id(module)].forward = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
     for name, module in (named for each in copied for named in each.named_modules()):
-        if id(module) in own or any(id(buffer) in own for buffer in module.buffers(recurse=False)):
+        held = (module, *module.buffers(recurse=False), *(() if light else module.parameters(recurse=False)))
+        if any(id(each) in own for each in held):
             raise ConfigError(
-                "a copy of a model must have modules and buffers of its own, got one that is the model's, by the "
-                f"__deepcopy__ of a class ({name or type(module).__name__})"
+                "a copy of a model must have modules, buffers and parameters of its own, got one that is the model's, "
+                f"by the __deepcopy__ of a class ({name or type(module).__name__})"
             )
     return copied
 
