@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import compensate, create_pruner, dependency_groups, distill, narrow_heads, to_dense, zoo
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.runs.run import Start, pruner_knobs
 from nni_topo.studies.baselines import baseline_masks, is_baseline
 from nni_topo.studies.records import append_record, read_records
@@ -191,11 +192,11 @@ class _Recovered:
         return turned, {**masks, **within}
 
     def _baseline_masks(self, net: nn.Module) -> Any:
-        parts = {name: part for name, part in net.named_modules() if isinstance(part, SelfAttention)}
-        heads = {f"{name}.{each}_proj": part.num_heads for name, part in parts.items() for each in "qkv"}
+        attention = [name for name, part in net.named_modules() if isinstance(part, SelfAttention)]
+        heads = [f"{name}.{each}_proj" for name in attention for each in "qkv"]
         inner = [name for name, _ in net.named_modules() if name.endswith(".mlp.fc1")]
         ratios = dict.fromkeys(heads, 1.0 - self._heads) | dict.fromkeys(inner, 1.0 - self._neurons)
-        return baseline_masks(CHOICES[self._choice], net, self._rows[:2], ratios, heads)[0]
+        return baseline_masks(CHOICES[self._choice], Analysis.on(net, self._rows[:2]), ratios)[0]
 
 
 def _times(start: Start, dense: nn.Module) -> dict[str, float]:

@@ -137,7 +137,7 @@ def selected(row: str, kind: Kind, start: Start) -> Pipeline:
     target = Target("ratio", RATIO)
     ratios = layer_ratios(start.net, start.example, target)
     if is_baseline(row):
-        masks, seconds = baseline_masks(row, start.net, start.example, ratios)
+        masks, seconds = baseline_masks(row, start.analysis, ratios)
         return Pipeline(start.analysis, masks=masks, seconds=seconds)
     if row in BASELINES:
         return prune_to_ratios(start, PrunerChoice(row), target, ratios)

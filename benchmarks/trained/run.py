@@ -32,6 +32,7 @@ import nni_topo
 from benchmarks.trained import measures, photos, pretrained, sentences
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.runtime.copies import detached_copy
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.runs.choices import Target
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
@@ -142,7 +143,7 @@ class Cnn(Subject):
         """Prune all layers to the same widths, whatever the criterion; the share is of multiply-accumulates."""
         ratios = layer_ratios(self.model, self.example, Target("flops", share), self.entries())
         if criterion.startswith("torch-pruning"):
-            return self.model, baseline_masks(criterion, self.model, self.example, ratios)[0]
+            return self.model, baseline_masks(criterion, Analysis.on(self.model, self.example), ratios)[0]
         return self.model, self.masks_of(criterion, self.model, pruning_config(self.model, self.example, ratios))
 
     def entries(self) -> list[dict[str, Any]]:
@@ -235,9 +236,8 @@ class Encoder(Subject):
             ids = self.example["input_ids"]
             config_list = nni_topo.dependency_groups(self.model, self.example, [heads, neurons])
             names = [name for entry in config_list for name in entry["op_names"]]
-            counts = {name: self.model.config.num_attention_heads for name in names if ".attention." in name}
             ratios = dict.fromkeys(names, 1.0 - share)
-            return self.model, baseline_masks(criterion, self.model, ids, ratios, counts)[0]
+            return self.model, baseline_masks(criterion, Analysis.on(self.model, ids), ratios)[0]
         if criterion != OURS:
             groups = nni_topo.dependency_groups(self.model, self.example, [heads, neurons])
             return self.model, self.masks_of(criterion, self.model, groups)
