@@ -98,9 +98,10 @@ def keep_given_masks() -> bool:
         modes = _modes(model) if isinstance(model, torch.nn.Module) else {}
         init(self, *args, **kwargs)
         _put_modes(self.bound_model, modes)  # tracing gives all modules the model's mode
-        self.masks = {
-            name: {target: _copy(mask) for target, mask in given.items()} for name, given in self.masks.items()
-        }
+        self.masks = {name: dict(given) for name, given in self.masks.items()}
+        for given in self.masks.values():
+            for target, mask in given.items():
+                given[target] = mask.detach().clone() if isinstance(mask, torch.Tensor) else mask
 
     model_speedup.ModelSpeedup.__init__ = init_with_copies
     return True
@@ -113,21 +114,17 @@ def keep_graph_for_all_outputs() -> bool:
     every version: it goes back from each output of a node by itself, and the first time frees the graph, so that the
     second ended in a RuntimeError. Returns True: NNI keeps no graph.
     """
-    model_speedup.ModelSpeedup.indirect_backward = _indirect_backward
+
+    def indirect_backward(self: Any, output: Any, output_mask: Any) -> None:
+        if isinstance(output, torch.Tensor) and self.tensor_propagate_check(output):
+            assert isinstance(output_mask, torch.Tensor)  # NNI's own
+            if output.grad_fn is not None:
+                output.backward(output_mask.expand_as(output), retain_graph=True)
+        else:
+            assert output_mask is None  # NNI's own
+
+    model_speedup.ModelSpeedup.indirect_backward = indirect_backward
     return True
-
-
-def _indirect_backward(self: Any, output: Any, output_mask: Any) -> None:
-    if isinstance(output, torch.Tensor) and self.tensor_propagate_check(output):
-        assert isinstance(output_mask, torch.Tensor)  # NNI's own
-        if output.grad_fn is not None:
-            output.backward(output_mask.expand_as(output), retain_graph=True)
-    else:
-        assert output_mask is None  # NNI's own
-
-
-def _copy(mask: Any) -> Any:
-    return mask.detach().clone() if isinstance(mask, torch.Tensor) else mask
 
 
 def _is_size(value: object) -> bool:
