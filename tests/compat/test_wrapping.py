@@ -249,7 +249,8 @@ def test_a_module_with_two_names_is_fused_with_its_norm():
     entry = {"op_types": ["Conv2d"], "quant_dtype": "int8", "target_names": ["weight"]}
     entry["fuse_names"] = [("first", "norm")]
     wrappers, _ = compressor.register_wrappers(model, [entry], "quantization")
-    assert sorted(wrappers) == ["first", "norm"] and wrappers["first"].fused_modules[1] is model.norm
+    assert sorted(wrappers) == ["first", "norm"]
+    assert wrappers["first"].fused_modules[1] is model.norm
 
 
 def test_the_first_name_is_the_one_that_the_model_has_first():

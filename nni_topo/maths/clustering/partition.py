@@ -17,8 +17,9 @@ from scipy.cluster.hierarchy import linkage
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import leveled
+from nni_topo.maths.topology.checks import as_points
 from nni_topo.rules import ANYTHING, checked, one_of, whole
 
 FloatArray = NDArray[np.float64]
@@ -115,7 +116,7 @@ def partition(
     >>> partition(np.array([[0.0], [5.0], [0.1], [5.1]]), 2).tolist()
     [0, 1, 0, 1]
     """
-    points = checked_points(points)
+    points = as_points(points)
     whole(1).check("the number of clusters", count, "partition")
     if count > len(points):
         raise ConfigError(f"the number of clusters must be in [1, {len(points)}], the number of points, got {count!r}")
@@ -133,16 +134,6 @@ def partition(
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", message="Graph is not fully connected", category=UserWarning)
         return renumbered(_labels(points, count, algorithm, seed, n_init, graph))
-
-
-def checked_points(points: FloatArray) -> FloatArray:
-    """Return points as float64, shape (n, d); raise DataError unless there are some and all are finite."""
-    points = np.asarray(points, dtype=np.float64)
-    if points.ndim != 2 or not points.size:
-        raise DataError(f"points must be of shape (n, d) and not empty, got shape {points.shape}")
-    if not np.isfinite(points).all():
-        raise DataError(f"points must be finite, got {int((~np.isfinite(points)).sum())} values that aren't")
-    return points
 
 
 def renumbered(labels: IntArray) -> IntArray:
