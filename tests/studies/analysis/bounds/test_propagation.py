@@ -222,7 +222,7 @@ def test_stages_compute_the_network():
     for net, inputs in ((convnet(), torch.randn(2, 1, 14, 14).double()), (toy_model().eval(), toy_images(3))):
         value = inputs
         for stage in chain(traced(net, inputs)):
-            value = stage({}, value)
+            value = stage(value, {})
         torch.testing.assert_close(value, net.eval()(inputs))
 
 
