@@ -287,7 +287,7 @@ class Shrink(TrainedVerb):
             settings.check_has_size("--shares, --tolerance and --depth need")
 
     def _steps(self, start: Start) -> dict[str, Any]:
-        """Return what both `shrink` and `frontier` are told of the steps."""
+        """Return the arguments that `shrink` and `frontier` share."""
         return {
             "pruner": self.pruner,
             "compensate": self.method,

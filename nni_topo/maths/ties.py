@@ -1,8 +1,8 @@
 """Near ties: what decides between numbers that only rounding tells apart.
 
 A sum comes out a few bits larger or smaller on another processor, with other libraries or more threads. So wherever
-something is chosen by computed numbers, those that are equal to a relative tolerance count as equal, and of equal ones
-the lowest index wins. Numbers that are taken as they are given, such as single weights, need no tolerance.
+something is chosen by computed numbers, numbers within a relative tolerance count as equal, and of equal numbers the
+lowest index wins. Numbers that are taken as they are given, such as single weights, need no tolerance.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def leveled(values: ArrayLike, scale: float = 0.0) -> FloatArray:
 
 
 def within(values: ArrayLike, bound: float) -> NDArray[np.bool_]:
-    """Say which values are equal to a bound, to 1e-10 of it: bounds may be set with care, just beside a value."""
+    """Say which values are equal to a bound, to 1e-10 of it: a user may set a bound just above or below a value."""
     return np.abs(np.asarray(values, dtype=np.float64) - bound) <= AT_BOUND * abs(bound)
 
 

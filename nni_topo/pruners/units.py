@@ -128,7 +128,7 @@ def block_shape(space: PruningTargetSpace) -> tuple[int, ...]:
         raise ConfigError(f"a pruned target must be a parameter, got {space.type.value} {space._target_name!r}")
     if space._scaler is None:
         return tuple(target.shape)
-    # Only the shape is asked for: the first element of each block stands for the block.
+    # Only the shape matters: each block is reduced to its first element.
     try:
         return tuple(space._scaler.shrink(target.detach(), lambda block: block[..., 0], keepdim=True).shape)
     except (AssertionError, ArithmeticError, IndexError, RuntimeError, TypeError) as error:

@@ -124,7 +124,7 @@ class MeanTask(LayerTask):
 
     @property
     def fitted(self) -> int:
-        """None beside the constant."""
+        """0: only the constant is fitted."""
         return 0
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:

@@ -198,7 +198,7 @@ def _is_baseline(runs: dict[int, Record]) -> bool:
 
 @dataclass
 class NumberTable:
-    """A table whose numbers are never cut in a terminal: what is too wide goes on in another table below.
+    """A table whose numbers are never cut in a terminal: columns that don't fit are in another table below.
 
     Attributes
     ----------
@@ -534,7 +534,7 @@ def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
     """Return the cells of a row by column."""
     runs = rows[row]
     cell = _column(runs)
-    # pruned single weights are told by the share of weights that are zero
+    # single weights were pruned if a share of the weights is zero
     has_zeros = any(run.get("weights_left", run["params"]) < 0.999 * run["params"] for run in runs.values())
     return {
         "method": row,

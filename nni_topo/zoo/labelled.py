@@ -83,7 +83,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     root : str
         Folder that the files' paths begin from.
     files : ndarray of bytes, shape (n,)
-        Their paths below it. One array, for a list of strings would be copied into every reading process.
+        Their paths below it. An array, because a list of strings would be copied into every reading process.
     labels : Tensor, shape (n,)
         int64.
     layout : Layout

@@ -307,8 +307,8 @@ def grow(
     Notes
     -----
     The cluster that varies most, of equal ones the oldest, is split first, so that ``at_least`` and ``at_most`` cut the
-    growth where it matters least. Nodes that all put out the same aren't split, however much they vary: one stands for
-    all of them.
+    growth where it matters least. Nodes that all put out the same aren't split, however much they vary: one of them
+    is enough.
     """
     points, covariance = np.asarray(points, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
     if points.ndim != 2 or covariance.shape != (len(points), len(points)):

@@ -97,9 +97,8 @@ class ReadCollector(FunctionalCollector):
 class ReconstructionPruner(StructuredPruner):
     """Prune the filters and neurons that least squares can do without in the layers that read them.
 
-    Channels are chosen one by one, each the one that takes most off the squared error with which the next layers,
-    their weights solved anew, meet what they put out on the calibration data. All layers that read a channel count
-    alike.
+    Channels are chosen one by one, each the one that reduces most the squared error of the next layers' outputs on the
+    calibration data, with their weights solved anew. All layers that read a channel count alike.
 
     Parameters
     ----------

@@ -46,7 +46,7 @@ class SubclusterMetric(SurvivorMetric):
             # Half a row more keeps int(rows * ratio) from falling short by rounding.
             largest = (unit.rows - found[unit.name].rows + 0.5) / unit.rows
             bounded.append(replace(unit, max_sparse_ratio=min(largest, 1.0)))
-        # Rounded are the counts of clusters that come of it.
+        # Without `round_to`, which is applied to the number of clusters.
         exact = replace(context.planner, round_to=None)
         shared = exact.rows(bounded, lambda unit: merging_losses(clouds[unit.name]), context.model)
         for unit in grouped:
