@@ -170,10 +170,11 @@ def call_layers_of_attention() -> bool:
     @functools.wraps(wrap_model)
     def wrap_calling(self: Compressor) -> None:
         wrappers = {id(wrapper.module): wrapper for wrapper in self._module_wrappers.values()}
-        found = [
-            (module, change) for module in self.bound_model.modules() for asks, change in calling
-            if asks(module) and any(id(part) in wrappers for part in module.children())
-        ]  # fmt: skip
+        found = []
+        for module in self.bound_model.modules():
+            for asks, change in calling:
+                if asks(module) and any(id(part) in wrappers for part in module.children()):
+                    found.append((module, change))
         if found:
             vars(self)[_CALLING] = found
         for module, change in found:

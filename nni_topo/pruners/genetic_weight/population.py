@@ -57,14 +57,9 @@ class MaskedScores:
                     weight.data.mul_(mask)
                     if bias is not None:
                         bias.data.mul_(mask.flatten(1).any(1))
-                found = self.score()
-                try:
-                    score = float(found)
-                except (TypeError, ValueError, RuntimeError):
-                    score = np.nan
-                if not np.isfinite(score):
-                    raise DataError(f"an evaluation must return a finite number, got {found!r} (genetic search)")
-                scores.append(score)
+                scores.append(self.score())
+                if not np.isfinite(scores[-1]):
+                    raise DataError(f"an evaluation must return a finite number, got {scores[-1]} (genetic search)")
         finally:
             for each, value in zip(changed, before, strict=True):
                 each.data.copy_(value)
