@@ -265,19 +265,10 @@ def _followed(name: str, module: nn.Module, target: str, config: dict[str, Any])
 
 def check_no_ratios(config_list: Sequence[Mapping[str, Any]], place: str = "config_list") -> None:
     """Raise a ConfigError where an entry says how much to prune, which a budget does."""
-    check_keys_left_out(
-        config_list, ("sparse_ratio", "sparse_threshold", "global_group_id", *_RATIOS), "a budget replaces", place
-    )
-
-
-def check_keys_left_out(
-    config_list: Sequence[Mapping[str, Any]], keys: Sequence[str], why: str, place: str = "config_list"
-) -> None:
-    """Raise a ConfigError that begins with ``why`` where an entry has one of some keys."""
     for index, config in enumerate(config_list):
-        for key in keys:
+        for key in ("sparse_ratio", "sparse_threshold", "global_group_id", *_RATIOS):
             if any(setting.get(key) is not None for setting in _settings(config)):
-                raise ConfigError(f"{why} {key}, got both ({place}[{index}])")
+                raise ConfigError(f"a budget replaces {key}, got both ({place}[{index}])")
 
 
 def _settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
