@@ -30,7 +30,7 @@ def keep_size_whole() -> bool:
 def restore_randomized_output() -> bool:
     """Let a node without masks free the random values of its inputs.
 
-    Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: NNI's own slip
+    Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: a bug of NNI's
     on every version: it deletes ``_output_randomize``, but the attribute of ``NodeInfo`` is ``output_randomize``, so a
     ``len``, ``dim`` or ``is None`` that is the last user of a value raised an AttributeError. Returns True if
     ``NodeInfo`` got the second name, False if it's not used or known.
@@ -85,7 +85,7 @@ def _put_modes(model: torch.nn.Module, modes: dict[str, bool]) -> None:
 def keep_given_masks() -> bool:
     """Leave the masks that a speedup is given, and the modes of its model, as they are.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: NNI's own slip
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: a bug of NNI's
     on every version: it works on the caller's masks, and fills in, reconciles and overwrites them; a second speedup
     with them, of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now. Returns
     True: NNI makes no copy.
@@ -110,7 +110,7 @@ def keep_given_masks() -> bool:
 def keep_graph_for_all_outputs() -> bool:
     """Let a module give several tensors: a recurrent layer, attention.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: NNI's own slip on
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: a bug of NNI's, on
     every version: it goes back from each output of a node by itself, and the first time frees the graph, so that the
     second ended in a RuntimeError. Returns True: NNI keeps no graph.
     """

@@ -1,4 +1,4 @@
-"""Mends of NNI's concrete tracer: what it wraps, and how it asks whether a node is pure."""
+"""Patches of NNI's concrete tracer: what it wraps, and how it asks whether a node is pure."""
 
 from __future__ import annotations
 import __future__
@@ -82,7 +82,7 @@ def postpone_annotations() -> bool:
 def name_class_of_super() -> bool:
     """Let ``super()`` in a traced method mean the class that defines the method.
 
-    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: NNI's own slip
+    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: a bug of NNI's
     on every version: it writes ``super()`` as ``super(self.__class__, self)``, so that a method inherited by a subclass
     calls itself until the trace ends in a RecursionError. Returns True if the rewriting was replaced, False if it names
     the class already.
@@ -182,7 +182,7 @@ def write_stand_ins_as_types() -> bool:
 def compare_stand_ins_as_types() -> bool:
     """Let ``type(value) is tuple`` be true of a tuple.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: NNI's own slip
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: a bug of NNI's
     on every version: ``type`` gives the class, while the name ``tuple`` means the class's stand-in, so that ``is`` was
     never true and ``is not`` always. Models that check a type so (DistilBERT) raised their own errors. Returns True if
     NNI's maker of wrappers was replaced, False if its ``is`` knows stand-ins.
@@ -210,7 +210,7 @@ def compare_stand_ins_as_types() -> bool:
 def call_functions_of_python() -> bool:
     """Let functions that PyTorch calls within a traced function be those that it means.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: NNI's own slip
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: a bug of NNI's
     on every version: ``torch.norm`` and others of ``torch.functional`` are replaced by a wrapper of the builtin of that
     name. It calls the function of ``torch.functional`` from the model's code, but the builtin, which takes other
     arguments, from PyTorch's: ``normalize``, ``mse_loss`` and others ended in a TypeError. Returns True if NNI's maker

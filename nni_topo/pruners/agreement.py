@@ -1,4 +1,4 @@
-"""Which blocks are kept where units share some of them, which no dependency group can state: they choose as one.
+"""Select the kept blocks of units that share only some of their blocks, which dependency groups can't express.
 
 A *class* is a set of blocks that are kept or pruned together: blocks of several units, or several of one unit. Classes
 that the same units hold form a *segment*. Classes of negative numbers stay: they form segments of their own, and a

@@ -98,7 +98,7 @@ class StructuredPruner(Pruner):
     ``LinearPruner`` and ``AGPPruner`` set them.
 
     At the default granularity a transposed convolution loses output channels, and its bias with them, as every other
-    layer does; so it does in NNI's own pruners, which by themselves would take its input channels.
+    layer does. With this package imported NNI's own pruners do the same; by themselves they prune its input channels.
     """
 
     needs_rule: bool = True

@@ -333,9 +333,9 @@ def bounds_under(
     fixed = left_at(0.0)
 
     def is_enough(fewest: float) -> bool:
-        """Say whether the share for which layers would keep twice these rows is as much as is asked for, and is met.
+        """Say whether the pruned layers, at twice these rows each, keep at least the budget's share of their own cost.
 
-        It is a share of that part of the cost which depends on the layers that are pruned.
+        Of a budget that can't be met the least share that can be met counts.
         """
         return left_at(2.0 * fewest) - fixed >= (1.0 - fixed) * max(share, left_at(fewest))
 

@@ -1,6 +1,6 @@
-"""What is checked about a model, its config_list and a pruner's knobs before NNI wraps anything.
+"""Checks of a model, its config_list and a pruner's knobs, before NNI wraps anything.
 
-What a value must be stands in tables: of the arguments and knobs that pruners share, and of a config_list's keys.
+Tables say what the arguments and knobs that pruners share must be.
 """
 
 from __future__ import annotations

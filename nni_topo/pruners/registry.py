@@ -178,8 +178,8 @@ def expose_in_nni() -> None:
 
     Pruners become attributes of ``nni.compression.pruning``; collectors, metrics and allocators of
     ``nni.compression.pruning.tools``, beside NNI's functions for these steps. NNI's schedulers warn of pruners that
-    they weren't tested with: no longer of these, which are. All pruners see heads of attention,
-    and the output channels of transposed convolutions.
+    they weren't tested with; for these pruners, which are tested with them, the warning is left out. All pruners, NNI's
+    too, can then prune heads of attention, and prune transposed convolutions by output channels.
     """
     own = [cls for info in PRUNERS.table.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
     for cls in own:

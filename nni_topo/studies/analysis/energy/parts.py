@@ -77,7 +77,10 @@ def dropout_part(subject: Subject) -> Record:
     (unpruned,) = study_dropout({"": lambda: subject.start.net}, subject.evaluate, seed=subject.start.seed).values()
     record: Record = {"unpruned": plain(unpruned)}
     for threshold in sorted({subject.nearest(t) for t in _DROPOUT_THRESHOLDS}):
-        models = {row.name: partial(_pruned_alone, subject, row, threshold) for row in study.layers}
+        models = {}
+        for row in study.layers:
+            masks = masks_of(row.layers, study.masks[threshold])
+            models[row.name] = partial(masked_model, subject.start.net, subject.start.example, masks)
         found = study_dropout(models, subject.evaluate, seed=subject.start.seed)
         record[str(threshold)] = plain(found)
         # accuracy and loss by layer, a line per rate, and their change by dropout
@@ -95,10 +98,6 @@ def dropout_part(subject: Subject) -> Record:
                 lines[line] = [a - b for a, b in zip(lines[line], by_rate[0.0], strict=True)]
             study.pictures[f"{name}_change"] = layer_plot(study.layers, lines, f"{label}, change by dropout, {where}")
     return record
-
-
-def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Module:
-    return masked_model(subject.start.net, subject.start.example, masks_of(row.layers, subject.study.masks[threshold]))
 
 
 def dropout_table(part: Record) -> Titled:
