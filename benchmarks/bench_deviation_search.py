@@ -20,9 +20,9 @@ from bench_subcluster import Bench
 from torch import Tensor, nn
 
 from nni_topo import zoo
+from nni_topo.analysis import NetDeviation, net_deviation
 from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
-from nni_topo.studies.analysis import NetDeviation, net_deviation
 from nni_topo.studies.tables import interval, markdown_table, show_accuracies
 
 NET, LAYER = "lenet300", "fc1"

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo import zoo
-from nni_topo.runs.choices import DataChoice, ModelChoice
-from nni_topo.runs.run import build_model, load_model_data
-from nni_topo.studies.analysis import (
+from nni_topo.analysis import (
     connectivity,
     network_overlap_bound,
     network_tree_overlap,
     neural_persistence,
     overlap_bound,
 )
+from nni_topo.runs.choices import DataChoice, ModelChoice
+from nni_topo.runs.run import build_model, load_model_data
 from nni_topo.studies.analysis.layers import weight_layers
 from nni_topo.studies.tables import interval, markdown_table
 from nni_topo.topology import network_tree, relevance_distances, rips_diagram

@@ -23,12 +23,12 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.analysis import draw_splits
 from nni_topo.maths.clustering import GRAPHS
 from nni_topo.maths.clustering.subclustering import STATISTICS, Growth, initial_clusters
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, layer_widths, load_model_data
 from nni_topo.runs.widths import inner_layers
-from nni_topo.studies.analysis import draw_splits
 from nni_topo.studies.analysis.retraining import epochs_to_recover
 from nni_topo.zoo.evaluation import loss_and_accuracy
 from nni_topo.zoo.recipes import Precision

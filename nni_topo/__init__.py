@@ -2,9 +2,6 @@
 
 import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 from nni_topo import compat as compat
@@ -88,26 +85,6 @@ for _name in ("clustering", "hooks", "signals", "speedup", "testing", "topology"
 
 _PIPELINE = {"frontier": "frontier", "shrink": "shrink", "shrink_pretrained": "streaming"}  # by function its module
 _LAZY = ("analysis", "studies", "zoo")  # they load matplotlib, pandas and torchvision, which pruning doesn't need
-
-
-class _Analysis(MetaPathFinder, Loader):
-    """Let ``nni_topo.analysis`` and what is in it stand for ``nni_topo.studies.analysis``, loaded at first use."""
-
-    _name, _home = f"{__name__}.analysis", f"{__name__}.studies.analysis"
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, _Analysis()) if name == self._name or name.startswith(f"{self._name}.") else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(spec.name.replace(self._name, self._home, 1))
-        self._spec = module.__spec__
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # the import system has put the short name's there; the module ran long before
-
-
-sys.meta_path.insert(0, _Analysis())
 
 
 def __getattr__(name: str) -> Any:

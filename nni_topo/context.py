@@ -1,4 +1,4 @@
-"""What functions know of the public function that runs: how their messages name it, and what it does once for all."""
+"""The state of the public function that runs: how messages name it, and what is done once per call of it."""
 
 from __future__ import annotations
 

@@ -116,8 +116,8 @@ def raised(error: BaseException) -> str:
     """Say which error something of a user's has raised, and at which line: many are assertions without any words.
 
     The line is the innermost one of files that aren't installed; without such, the innermost one of an installed
-    package that is neither PyTorch, NNI nor this one. Of an error in several lines the first one is told, or all if it
-    announces the others, or the last one if they are a traceback, as DataLoader's workers and TorchScript give it.
+    package that is neither PyTorch, NNI nor this one. Of a message of several lines the first one is shown, or all if
+    it announces the others, or the last one if they are a traceback, as DataLoader's workers and TorchScript give it.
     """
     lines = [" ".join(line.split()) for line in words_of(error).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines):

@@ -66,15 +66,13 @@ class Rule:
             if self.look is not None:
                 self.look(name, value, place)
             return
-        if self.names and isinstance(value, str) and self._is_misspelt(value):
-            raise unknown_name(name, value, self.names, place)
+        if self.names and isinstance(value, str):
+            # A text was meant as one of the names: where nothing else is allowed, or one of them is near.
+            others = set(self.words.split(" or ")) - set(map(repr, self.names)) - {"None"}
+            if not others or _nearest(value, self.names):
+                raise unknown_name(name, value, self.names, place)
         found = shown(value) if self.tell is None else self.tell(value)
         raise self.error(f"{name} must be {self.words}, got {found} ({place})")
-
-    def _is_misspelt(self, text: str) -> bool:
-        """Say whether a text was meant as one of the names: nothing else is allowed, or one of them is near."""
-        others = set(self.words.split(" or ")) - set(map(repr, self.names)) - {"None"}
-        return not others or bool(_nearest(text, self.names))
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Rule:

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import nni_topo
+from nni_topo.analysis import Quality, retraining_bound, study_selection
 from nni_topo.errors import DataError
-from nni_topo.studies.analysis import Quality, retraining_bound, study_selection
 from nni_topo.testing import toy_images, toy_model
 
 BATCHED = ("calibration", "images", "batches", "validation", "int8")

@@ -233,16 +233,21 @@ class Shrink(TrainedVerb):
             report: Any = dense.report
             output_folder(self.out)
             nni_topo.save(dense, self.out / "dense.safetensors")
-            tables = {"stages": report.to_frame()}
-            tables |= {"recovery by layer": report.compensation.to_frame()} if report.compensation else {}
-            tables |= {"widths tried": pd.DataFrame(report.tried)} if report.tried else {}
             found_within, verdict, depth = report.tolerance, report.distillation, report.depth
-            tables |= {"blocks removed": pd.DataFrame(map(asdict, depth.removed))} if depth and depth.removed else {}
-            tables |= {"numbers of blocks tried": depth.to_frame()} if depth else {}
             has_curve = verdict is not None and bool(verdict.curve)
-            tables |= {"networks tried": found_within.to_frame()} if found_within else {}
-            tables |= {"distillation": verdict.to_frame()} if has_curve else {}
-            found = {name: each.to_dict("records") for name, each in tables.items()}
+            tables = {"stages": report.to_frame()}
+            if report.compensation:
+                tables["recovery by layer"] = report.compensation.to_frame()
+            if report.tried:
+                tables["widths tried"] = pd.DataFrame(report.tried)
+            if depth and depth.removed:
+                tables["blocks removed"] = pd.DataFrame(map(asdict, depth.removed))
+            if depth:
+                tables["numbers of blocks tried"] = depth.to_frame()
+            if found_within:
+                tables["networks tried"] = found_within.to_frame()
+            if has_curve:
+                tables["distillation"] = verdict.to_frame()
             facts = {
                 "model": self.model,
                 "data": self.data,
@@ -250,11 +255,16 @@ class Shrink(TrainedVerb):
                 "method": self.method,
                 "budget": budget,
             }
-            facts |= {**found, "widths": report.layers.rows}
+            for name, table in tables.items():
+                facts[name] = table.to_dict("records")
+            facts["widths"] = report.layers.rows
             if found_within is not None:
-                facts |= {"tolerance": found_within, "result of the search": str(found_within)}
-            facts |= {"blocks": str(depth)} if depth else {}
-            facts |= {"result of distillation": str(verdict)} if verdict is not None else {}
+                facts["tolerance"] = found_within
+                facts["result of the search"] = str(found_within)
+            if depth:
+                facts["blocks"] = str(depth)
+            if verdict is not None:
+                facts["result of distillation"] = str(verdict)
             time = report.time
             facts |= {"latency_before_ms": time.unpruned_ms[0], "latency_ms": time.ms[0], "latency_batch": time.samples}
             facts |= provenance()
@@ -287,7 +297,7 @@ class Shrink(TrainedVerb):
             settings.check_has_size("--shares, --tolerance and --depth need")
 
     def _steps(self, start: Start) -> dict[str, Any]:
-        """Return what both `shrink` and `frontier` are told of the steps."""
+        """Return the arguments that `shrink` and `frontier` share."""
         return {
             "pruner": self.pruner,
             "compensate": self.method,

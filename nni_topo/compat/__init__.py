@@ -64,17 +64,8 @@ def enable() -> CompatReport:
     >>> compat.enable() is compat.enable()
     True
     """
-    if not reports:
-        report = _patch()
-        reports.append(report)
-        if report.nni not in KNOWN_NNI_VERSIONS or report.failed:
-            known = " or ".join(KNOWN_NNI_VERSIONS)
-            warnings.warn(f"nni_topo knows NNI {known}, found {report}", CompatibilityWarning, stacklevel=2)
-    return reports[0]
-
-
-def _patch() -> CompatReport:
-    """Import NNI and run every patch; an unknown NNI or PyTorch may lack what one looks at: the others go on."""
+    if reports:
+        return reports[0]
     try:
         outcomes: dict[str, bool | str] = {keep_pytree_nodes.__name__: keep_pytree_nodes()}
         nni = importlib.import_module("nni")
@@ -87,13 +78,18 @@ def _patch() -> CompatReport:
         name = patch.__name__
         try:
             outcomes[name] = name not in in_place and patch()
-        except Exception as error:
+        except Exception as error:  # an unknown NNI or PyTorch may lack what one patch looks at: the others go on
             outcomes[name] = repr(error)
         if outcomes[name] is True:
             in_place.add(name)
     applied, unneeded = (tuple(name for name, found in outcomes.items() if found is kind) for kind in (True, False))
     failed = {name: found for name, found in outcomes.items() if isinstance(found, str)}
-    return CompatReport(nni.__version__, torch.__version__, platform.python_version(), applied, unneeded, failed)
+    report = CompatReport(nni.__version__, torch.__version__, platform.python_version(), applied, unneeded, failed)
+    reports.append(report)
+    if report.nni not in KNOWN_NNI_VERSIONS or report.failed:
+        known = " or ".join(KNOWN_NNI_VERSIONS)
+        warnings.warn(f"nni_topo knows NNI {known}, found {report}", CompatibilityWarning, stacklevel=2)
+    return report
 
 
 def patches() -> tuple[Callable[[], bool], ...]:

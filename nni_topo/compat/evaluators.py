@@ -23,15 +23,46 @@ def import_trainers_late() -> bool:
     wherever these are installed, so that each new process takes seconds longer to start (any PyTorch and Python).
     Returns True if one of them is imported late; False if none is installed, or NNI has imported what is.
     """
+
+    def import_lightning() -> None:
+        """Give NNI's evaluators Lightning, or, where it can't be imported, let them say that it isn't installed."""
+        if hasattr(evaluator, "pl"):
+            return
+        try:
+            evaluator.pl = importlib.import_module("pytorch_lightning")
+        except ImportError:
+            evaluator.LIGHTNING_INSTALLED = False
+
+    def import_trainer() -> None:
+        """Give NNI's evaluators the Trainer of Transformers, and the base of the callbacks that it accepts."""
+        if hasattr(evaluator, "HFTrainer"):
+            return
+        try:
+            from transformers import TrainerCallback
+            from transformers.trainer import Trainer
+        except ImportError:
+            evaluator.TRANSFORMERS_INSTALLED = False
+            return
+
+        class PatchCallback(TrainerCallback):
+            """As NNI has it where Transformers is installed."""
+
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                """Do nothing; NNI's tasks are in subclasses."""
+
+        PatchCallback.__module__, PatchCallback.__qualname__ = evaluator.__name__, "PatchCallback"
+        evaluator.PatchCallback = PatchCallback
+        evaluator.HFTrainer = Trainer
+
     is_late = False
     if not evaluator.LIGHTNING_INSTALLED and importlib.util.find_spec("pytorch_lightning") is not None:
         # NNI tells it to its manager
         version.PYTORCH_LIGHTNING_VERSION = version._minor_version_tuple(metadata.version("pytorch_lightning"))
-        _prepare(evaluator.LightningEvaluator, _import_lightning)
+        _prepare(evaluator.LightningEvaluator, import_lightning)
         evaluator.LIGHTNING_INSTALLED = True
         is_late = True
     if not evaluator.TRANSFORMERS_INSTALLED and importlib.util.find_spec("transformers") is not None:
-        _prepare(evaluator.TransformersEvaluator, _import_trainer)
+        _prepare(evaluator.TransformersEvaluator, import_trainer)
         evaluator.TRANSFORMERS_INSTALLED = True
         is_late = True
     return is_late
@@ -47,38 +78,6 @@ def _prepare(cls: type, prepare: Callable[[], None]) -> None:
     cls.__new__ = make  # type: ignore[assignment, method-assign]
 
 
-def _import_lightning() -> None:
-    """Give NNI's evaluators Lightning, or, where it can't be imported, let them say that it isn't installed."""
-    if hasattr(evaluator, "pl"):
-        return
-    try:
-        evaluator.pl = importlib.import_module("pytorch_lightning")
-    except ImportError:
-        evaluator.LIGHTNING_INSTALLED = False
-
-
-def _import_trainer() -> None:
-    """Give NNI's evaluators the Trainer of Transformers, and the base of the callbacks that it accepts."""
-    if hasattr(evaluator, "HFTrainer"):
-        return
-    try:
-        from transformers import TrainerCallback
-        from transformers.trainer import Trainer
-    except ImportError:
-        evaluator.TRANSFORMERS_INSTALLED = False
-        return
-
-    class PatchCallback(TrainerCallback):
-        """As NNI has it where Transformers is installed."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """Do nothing; NNI's tasks are in subclasses."""
-
-    PatchCallback.__module__, PatchCallback.__qualname__ = evaluator.__name__, "PatchCallback"
-    evaluator.PatchCallback = PatchCallback
-    evaluator.HFTrainer = Trainer
-
-
 def set_lightning_steps() -> bool:
     """Let ``LightningEvaluator`` limit the number of training steps.
 
@@ -88,23 +87,23 @@ def set_lightning_steps() -> bool:
     """
     if not evaluator.LIGHTNING_INSTALLED:
         return False
-    evaluator.LightningEvaluator.train = _train_lightning
+
+    def train(self: Any, max_steps: int | None = None, max_epochs: int | None = None) -> None:
+        """Train the bound module with a fresh copy of the trainer, whose own limits hold where none is given."""
+        trainer = self.trainer.trace_copy().get()
+        # sanity batches before training would run through the pruner's hooks
+        trainer.num_sanity_val_steps = 0
+        if max_steps:
+            trainer.fit_loop.epoch_loop.max_steps = max_steps
+            trainer.fit_loop.max_epochs = -1  # else the trainer's own number of epochs may end a schedule half-way
+        if max_epochs:
+            trainer.fit_loop.max_epochs = max_epochs
+        trainer.fit(self.model, self.data_module)
+        # a trainer left on the model would be saved with it
+        self.model.trainer = None
+
+    evaluator.LightningEvaluator.train = train
     return True
-
-
-def _train_lightning(self: Any, max_steps: int | None = None, max_epochs: int | None = None) -> None:
-    """Train the bound module with a fresh copy of the trainer, whose own limits hold where none is given."""
-    trainer = self.trainer.trace_copy().get()
-    # sanity batches before training would run through the pruner's hooks
-    trainer.num_sanity_val_steps = 0
-    if max_steps:
-        trainer.fit_loop.epoch_loop.max_steps = max_steps
-        trainer.fit_loop.max_epochs = -1  # else the trainer's own number of epochs may end a schedule half-way
-    if max_epochs:
-        trainer.fit_loop.max_epochs = max_epochs
-    trainer.fit(self.model, self.data_module)
-    # a trainer left on the model would be saved with it
-    self.model.trainer = None
 
 
 def evaluate_within_training() -> bool:
@@ -117,24 +116,24 @@ def evaluate_within_training() -> bool:
     """
     if not evaluator.LIGHTNING_INSTALLED:
         return False
-    evaluator.LightningEvaluator.evaluate = _evaluate_lightning
+
+    def evaluate(self: Any) -> tuple[float | None, list[dict[str, float]]]:
+        """Test the bound module with a fresh copy of the trainer; one that trains it goes on afterwards."""
+        trainer = self.trainer.trace_copy().get()
+        training = self.model._trainer
+        if training is not None and trainer.progress_bar_callback is not None:
+            trainer.callbacks.remove(trainer.progress_bar_callback)
+        try:
+            results = trainer.test(self.model, self.data_module, verbose=training is None)
+        finally:
+            self.model.trainer = training
+            if training is not None:
+                self.data_module.trainer = training
+        scores = [metrics["default"] for metrics in results if "default" in metrics]
+        return (sum(scores) / len(scores) if scores else None), results
+
+    evaluator.LightningEvaluator.evaluate = evaluate
     return True
-
-
-def _evaluate_lightning(self: Any) -> tuple[float | None, list[dict[str, float]]]:
-    """Test the bound module with a fresh copy of the trainer; one that trains it goes on afterwards."""
-    trainer = self.trainer.trace_copy().get()
-    training = self.model._trainer
-    if training is not None and trainer.progress_bar_callback is not None:
-        trainer.callbacks.remove(trainer.progress_bar_callback)
-    try:
-        results = trainer.test(self.model, self.data_module, verbose=training is None)
-    finally:
-        self.model.trainer = training
-        if training is not None:
-            self.data_module.trainer = training
-    scores = [metrics["default"] for metrics in results if "default" in metrics]
-    return (sum(scores) / len(scores) if scores else None), results
 
 
 def patch_trainer_steps() -> bool:
@@ -146,10 +145,34 @@ def patch_trainer_steps() -> bool:
     its pruner the first set was lost and the second ran twice. Returns True if NNI's method was replaced, False if
     transformers isn't installed.
     """
-    cls = evaluator.TransformersEvaluator
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False
-    cls.patch_optimizer_step = _patch_optimizer_step
+
+    def patch_optimizer_step(
+        self: Any, before_step_tasks: Sequence[Callable[[], None]], after_step_tasks: Sequence[Callable[[], None]]
+    ) -> None:
+        trainer = self.trainer
+
+        class StepTasks(evaluator.PatchCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                optimizer: torch.optim.Optimizer = (
+                    getattr(trainer, "deepspeed", None) or trainer.callback_handler.optimizer
+                )
+                step = optimizer.step
+
+                def step_with_tasks(*args: Any, **kwargs: Any) -> Any:
+                    for task in before_step_tasks:
+                        task()
+                    result = step(*args, **kwargs)
+                    for task in after_step_tasks:
+                        task()
+                    return result
+
+                optimizer.step = step_with_tasks  # type: ignore[method-assign]
+
+        trainer.add_callback(StepTasks())
+
+    evaluator.TransformersEvaluator.patch_optimizer_step = patch_optimizer_step
     return True
 
 
@@ -197,41 +220,17 @@ def pass_loss_arguments() -> bool:
     place knows no ``num_items_in_batch``, which Trainers pass (seen with transformers 4.57). Returns True if NNI's
     method was replaced, False if transformers isn't installed.
     """
-    cls = evaluator.TransformersEvaluator
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False
-    cls.patch_loss = _patch_loss
+
+    def patch_loss(self: Any, patch: Callable[[Tensor, Any], Tensor]) -> None:
+        compute_loss = self.trainer.compute_loss
+
+        def compute_patched_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            result = compute_loss(model, inputs, return_outputs, **kwargs)
+            return (patch(result[0], inputs), result[1]) if return_outputs else patch(result, inputs)
+
+        self.trainer.compute_loss = compute_patched_loss
+
+    evaluator.TransformersEvaluator.patch_loss = patch_loss
     return True
-
-
-def _patch_optimizer_step(
-    self: Any, before_step_tasks: Sequence[Callable[[], None]], after_step_tasks: Sequence[Callable[[], None]]
-) -> None:
-    trainer = self.trainer
-
-    class StepTasks(evaluator.PatchCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            optimizer: torch.optim.Optimizer = getattr(trainer, "deepspeed", None) or trainer.callback_handler.optimizer
-            step = optimizer.step
-
-            def step_with_tasks(*args: Any, **kwargs: Any) -> Any:
-                for task in before_step_tasks:
-                    task()
-                result = step(*args, **kwargs)
-                for task in after_step_tasks:
-                    task()
-                return result
-
-            optimizer.step = step_with_tasks  # type: ignore[method-assign]
-
-    trainer.add_callback(StepTasks())
-
-
-def _patch_loss(self: Any, patch: Callable[[Tensor, Any], Tensor]) -> None:
-    compute_loss = self.trainer.compute_loss
-
-    def compute_patched_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        result = compute_loss(model, inputs, return_outputs, **kwargs)
-        return (patch(result[0], inputs), result[1]) if return_outputs else patch(result, inputs)
-
-    self.trainer.compute_loss = compute_patched_loss

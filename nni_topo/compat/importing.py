@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -30,9 +29,27 @@ def keep_pytree_nodes() -> bool:
     before.
     """
     already_imported = _REGISTERING_MODULE in sys.modules
-    with _registered_once() as held_back, _trainers_hidden():
+    held_back: list[type] = []
+    register: Callable[..., None] = _pytree._register_pytree_node
+
+    def register_new(cls: type, *args: Any, **kwargs: Any) -> None:
+        if cls in _pytree.SUPPORTED_NODES:
+            held_back.append(cls)
+        else:
+            register(cls, *args, **kwargs)
+
+    # `evaluators.import_trainers_late` gives NNI the trainer libraries when they are used.
+    finder, hides_trainers = _Hidden(), metadata.version("nni") in KNOWN_NNI_VERSIONS
+    if hides_trainers:
+        sys.meta_path.insert(0, finder)
+    _pytree._register_pytree_node = register_new
+    try:
         importlib.import_module("nni.compression.pruning")
         importlib.import_module("nni.compression.speedup")
+    finally:
+        _pytree._register_pytree_node = register
+        if hides_trainers:
+            sys.meta_path.remove(finder)
     return bool(held_back) and not already_imported
 
 
@@ -47,39 +64,3 @@ class _Hidden(MetaPathFinder):
         if name in TRAINERS and threading.get_ident() == self._thread:
             raise ModuleNotFoundError(f"{name} is imported when it is used", name=name)
         return None
-
-
-@contextmanager
-def _trainers_hidden() -> Iterator[None]:
-    """Let NNI find no trainer library but those that are imported already.
-
-    `evaluators.import_trainers_late` gives NNI the others when they are used. An NNI that isn't known finds all.
-    """
-    if metadata.version("nni") not in KNOWN_NNI_VERSIONS:
-        yield
-        return
-    finder = _Hidden()
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-
-
-@contextmanager
-def _registered_once() -> Iterator[list[type]]:
-    """Let ``_register_pytree_node`` skip the types that have a node already, and list these."""
-    held_back: list[type] = []
-    register: Callable[..., None] = _pytree._register_pytree_node
-
-    def register_new(cls: type, *args: Any, **kwargs: Any) -> None:
-        if cls in _pytree.SUPPORTED_NODES:
-            held_back.append(cls)
-        else:
-            register(cls, *args, **kwargs)
-
-    _pytree._register_pytree_node = register_new
-    try:
-        yield held_back
-    finally:
-        _pytree._register_pytree_node = register

@@ -1,4 +1,4 @@
-"""Mends of how NNI starts experiments."""
+"""Patches of how NNI starts experiments."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def keep_size_whole() -> bool:
 def restore_randomized_output() -> bool:
     """Let a node without masks free the random values of its inputs.
 
-    Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: NNI's own slip
+    Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: a bug of NNI's
     on every version: it deletes ``_output_randomize``, but the attribute of ``NodeInfo`` is ``output_randomize``, so a
     ``len``, ``dim`` or ``is None`` that is the last user of a value raised an AttributeError. Returns True if
     ``NodeInfo`` got the second name, False if it's not used or known.
@@ -85,7 +85,7 @@ def _put_modes(model: torch.nn.Module, modes: dict[str, bool]) -> None:
 def keep_given_masks() -> bool:
     """Leave the masks that a speedup is given, and the modes of its model, as they are.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: NNI's own slip
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: a bug of NNI's
     on every version: it works on the caller's masks, and fills in, reconciles and overwrites them; a second speedup
     with them, of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now. Returns
     True: NNI makes no copy.
@@ -98,9 +98,10 @@ def keep_given_masks() -> bool:
         modes = _modes(model) if isinstance(model, torch.nn.Module) else {}
         init(self, *args, **kwargs)
         _put_modes(self.bound_model, modes)  # tracing gives all modules the model's mode
-        self.masks = {
-            name: {target: _copy(mask) for target, mask in given.items()} for name, given in self.masks.items()
-        }
+        self.masks = {name: dict(given) for name, given in self.masks.items()}
+        for given in self.masks.values():
+            for target, mask in given.items():
+                given[target] = mask.detach().clone() if isinstance(mask, torch.Tensor) else mask
 
     model_speedup.ModelSpeedup.__init__ = init_with_copies
     return True
@@ -109,25 +110,21 @@ def keep_given_masks() -> bool:
 def keep_graph_for_all_outputs() -> bool:
     """Let a module give several tensors: a recurrent layer, attention.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: NNI's own slip on
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: a bug of NNI's, on
     every version: it goes back from each output of a node by itself, and the first time frees the graph, so that the
     second ended in a RuntimeError. Returns True: NNI keeps no graph.
     """
-    model_speedup.ModelSpeedup.indirect_backward = _indirect_backward
+
+    def indirect_backward(self: Any, output: Any, output_mask: Any) -> None:
+        if isinstance(output, torch.Tensor) and self.tensor_propagate_check(output):
+            assert isinstance(output_mask, torch.Tensor)  # NNI's own
+            if output.grad_fn is not None:
+                output.backward(output_mask.expand_as(output), retain_graph=True)
+        else:
+            assert output_mask is None  # NNI's own
+
+    model_speedup.ModelSpeedup.indirect_backward = indirect_backward
     return True
-
-
-def _indirect_backward(self: Any, output: Any, output_mask: Any) -> None:
-    if isinstance(output, torch.Tensor) and self.tensor_propagate_check(output):
-        assert isinstance(output_mask, torch.Tensor)  # NNI's own
-        if output.grad_fn is not None:
-            output.backward(output_mask.expand_as(output), retain_graph=True)
-    else:
-        assert output_mask is None  # NNI's own
-
-
-def _copy(mask: Any) -> Any:
-    return mask.detach().clone() if isinstance(mask, torch.Tensor) else mask
 
 
 def _is_size(value: object) -> bool:

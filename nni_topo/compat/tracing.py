@@ -1,4 +1,4 @@
-"""Mends of NNI's concrete tracer: what it wraps, and how it asks whether a node is pure."""
+"""Patches of NNI's concrete tracer: what it wraps, and how it asks whether a node is pure."""
 
 from __future__ import annotations
 import __future__
@@ -82,7 +82,7 @@ def postpone_annotations() -> bool:
 def name_class_of_super() -> bool:
     """Let ``super()`` in a traced method mean the class that defines the method.
 
-    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: NNI's own slip
+    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: a bug of NNI's
     on every version: it writes ``super()`` as ``super(self.__class__, self)``, so that a method inherited by a subclass
     calls itself until the trace ends in a RecursionError. Returns True if the rewriting was replaced, False if it names
     the class already.
@@ -182,7 +182,7 @@ def write_stand_ins_as_types() -> bool:
 def compare_stand_ins_as_types() -> bool:
     """Let ``type(value) is tuple`` be true of a tuple.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: NNI's own slip
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: a bug of NNI's
     on every version: ``type`` gives the class, while the name ``tuple`` means the class's stand-in, so that ``is`` was
     never true and ``is not`` always. Models that check a type so (DistilBERT) raised their own errors. Returns True if
     NNI's maker of wrappers was replaced, False if its ``is`` knows stand-ins.
@@ -198,7 +198,8 @@ def compare_stand_ins_as_types() -> bool:
 
         @functools.wraps(func)
         def wrapper(*args: Any) -> Any:
-            return traced(*(_class_of(arg, tracer.clz_wrapper_map) for arg in args))
+            classes = {id(stand_in): cls for stand_in, cls in tracer.clz_wrapper_map.items()}
+            return traced(*(classes.get(id(arg), arg) for arg in args))
 
         return wrapper
 
@@ -209,7 +210,7 @@ def compare_stand_ins_as_types() -> bool:
 def call_functions_of_python() -> bool:
     """Let functions that PyTorch calls within a traced function be those that it means.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: NNI's own slip
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: a bug of NNI's
     on every version: ``torch.norm`` and others of ``torch.functional`` are replaced by a wrapper of the builtin of that
     name. It calls the function of ``torch.functional`` from the model's code, but the builtin, which takes other
     arguments, from PyTorch's: ``normalize``, ``mse_loss`` and others ended in a TypeError. Returns True if NNI's maker
@@ -230,14 +231,6 @@ def call_functions_of_python() -> bool:
 
     concrete_tracer._create_wrapped_leaf_func = make_wrapper
     return True
-
-
-def _class_of(value: Any, classes: dict[Any, Any]) -> Any:
-    """Look up the class that a stand-in stands for; anything else comes back as it is."""
-    for stand_in, cls in classes.items():
-        if stand_in is value:
-            return cls
-    return value
 
 
 def _typed(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -280,17 +273,14 @@ def code_units(code: CodeType) -> tuple[dis.Instruction, ...]:
     # counted by hand: during a trace len() is NNI's, and walks through what it is given
     filled = 0
     for instruction in dis.get_instructions(code):
-        if not _leads_to_the_next(instruction):
+        # Python 3.13 and newer show a comparison that calls bool() on its result as bool(<)
+        leads_to_the_next = instruction.opname in ("EXTENDED_ARG", "TO_BOOL") or instruction.argrepr.startswith("bool(")
+        if not leads_to_the_next:
             following = instruction.offset // 2 + 1
             units += [instruction] * (following - filled)
             filled = following
     units += units[-1:] * (len(code.co_code) // 2 - filled)
     return (*units,)
-
-
-def _leads_to_the_next(instruction: dis.Instruction) -> bool:
-    # Python 3.13 and newer show a comparison that calls bool() on its result as bool(<)
-    return instruction.opname in ("EXTENDED_ARG", "TO_BOOL") or instruction.argrepr.startswith("bool(")
 
 
 def index_code_units() -> bool:
@@ -317,10 +307,10 @@ def restore_branch_opcodes() -> bool:
     3.10 and 3.12 to 3.13 use listed names. Returns True if opcodes were added, False if all were known.
     """
     known = concrete_proxy.ConcreteProxy.jump_opcodes
-    missing = tuple(opcode for name, opcode in dis.opmap.items() if _branches_on_truth(name) and opcode not in known)
-    concrete_proxy.ConcreteProxy.jump_opcodes = known + missing
+    missing = []
+    for name, opcode in dis.opmap.items():
+        branches = name.startswith(("JUMP_IF_", "POP_JUMP_")) and ("_IF_TRUE" in name or "_IF_FALSE" in name)
+        if branches and opcode not in known:
+            missing.append(opcode)
+    concrete_proxy.ConcreteProxy.jump_opcodes = (*known, *missing)
     return bool(missing)
-
-
-def _branches_on_truth(name: str) -> bool:
-    return name.startswith(("JUMP_IF_", "POP_JUMP_")) and any(word in name for word in ("_IF_TRUE", "_IF_FALSE"))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,7 +48,13 @@ def keep_shared_parameters() -> bool:
 
     @functools.wraps(wrap_model)
     def wrap_all(self: Compressor) -> None:
-        _share_targets(self)
+        # Wrappers hold the parameters themselves that stand in several places, instead of copies.
+        holders = parameter_holders(self.bound_model)
+        for wrapper in self._module_wrappers.values():
+            own = {name: value for name, value in wrapper.module._parameters.items() if holders[id(value)] > 1}
+            shared = [name for name in wrapper.pruning_target_spaces if name in own]
+            wrapper._parameters.update({name: own[name] for name in shared})
+            setattr(wrapper, _TIED, tuple(shared))
         wrap_model(self)
 
     @functools.wraps(unwrap)
@@ -79,16 +84,6 @@ def derived_types(model: torch.nn.Module, types: Iterable[str]) -> set[str]:
     return found
 
 
-def _share_targets(pruner: Compressor) -> None:
-    """Let wrappers hold the parameters themselves that stand in several places, instead of copies."""
-    holders = parameter_holders(pruner.bound_model)
-    for wrapper in pruner._module_wrappers.values():
-        own = {name: value for name, value in wrapper.module._parameters.items() if holders[id(value)] > 1}
-        shared = [name for name in wrapper.pruning_target_spaces if name in own]
-        wrapper._parameters.update({name: own[name] for name in shared})
-        setattr(wrapper, _TIED, tuple(shared))
-
-
 class ListedModules:
     """The modules of a model, listed once: NNI's ``select_modules_by_config`` lists them for each entry it is given."""
 
@@ -111,29 +106,21 @@ def wrap_modules_once() -> bool:
 
     @functools.wraps(register)
     def register_once(model: Any, config_list: Any, mode: Any, existed_wrappers: Any = None) -> Any:
-        single = _by_one_name(model, config_list, existed_wrappers or {})
+        chosen = {id(wrapper.module): name for name, wrapper in (existed_wrappers or {}).items()}
+        listed: Any = ListedModules(model)
+        order = {name: index for index, (name, _) in enumerate(listed.named_modules())}
+        single = []  # the config_list, written so that no module is selected under two names
+        for config in config_list:
+            modules, settings, fused = select_modules_by_config(listed, config)
+            for name in sorted(modules, key=order.__getitem__):
+                chosen.setdefault(id(modules[name]), name)
+            names = {chosen[id(module)] for module in modules.values()}
+            fusion = {"fuse_names": fused} if fused else {}
+            single.append(config if names == modules.keys() else {**settings, **fusion, "op_names": sorted(names)})
         return register(model, single, mode, existed_wrappers)
 
     compressor.register_wrappers = register_once
     return True
-
-
-def _by_one_name(
-    model: torch.nn.Module, config_list: list[dict[str, Any]], existed: Mapping[str, ModuleWrapper]
-) -> list[dict[str, Any]]:
-    """Write a config_list so that no module is selected under two names; entries that select none so are kept."""
-    chosen = {id(wrapper.module): name for name, wrapper in existed.items()}
-    listed: Any = ListedModules(model)
-    order = {name: index for index, (name, _) in enumerate(listed.named_modules())}
-    written = []
-    for config in config_list:
-        modules, settings, fused = select_modules_by_config(listed, config)
-        for name in sorted(modules, key=order.__getitem__):
-            chosen.setdefault(id(modules[name]), name)
-        names = {chosen[id(module)] for module in modules.values()}
-        fusion = {"fuse_names": fused} if fused else {}
-        written.append(config if names == modules.keys() else {**settings, **fusion, "op_names": sorted(names)})
-    return written
 
 
 def leave_no_forward() -> bool:
@@ -183,10 +170,11 @@ def call_layers_of_attention() -> bool:
     @functools.wraps(wrap_model)
     def wrap_calling(self: Compressor) -> None:
         wrappers = {id(wrapper.module): wrapper for wrapper in self._module_wrappers.values()}
-        found = [
-            (module, change) for module in self.bound_model.modules() for asks, change in calling
-            if asks(module) and any(id(part) in wrappers for part in module.children())
-        ]  # fmt: skip
+        found = []
+        for module in self.bound_model.modules():
+            for asks, change in calling:
+                if asks(module) and any(id(part) in wrappers for part in module.children()):
+                    found.append((module, change))
         if found:
             vars(self)[_CALLING] = found
         for module, change in found:
@@ -283,44 +271,29 @@ def _guard_constructor(kind: type) -> None:
         if _BEGUN in vars(self):
             original(self, *args, **kwargs)
             return
-        first = args[0] if args else kwargs.get("model", kwargs.get("pruner"))
+        subject = args[0] if args else kwargs.get("model", kwargs.get("pruner"))
+        model = subject.bound_model if isinstance(subject, Compressor) else subject
+        things = [subject] if isinstance(subject, Compressor) else []
+        things += list(model.modules()) if isinstance(model, torch.nn.Module) else []
+        # Of each the attributes that it has now, and what its tables hold now.
+        before = []
+        for thing in things:
+            attributes = vars(thing)
+            tables = [v for name, v in attributes.items() if name.startswith("_") and isinstance(v, (dict, set))]
+            before.append((attributes, dict(attributes), [(table, table.copy()) for table in tables]))
         vars(self)[_BEGUN] = True
         try:
-            with _undone_on_error(first):
-                original(self, *args, **kwargs)
+            original(self, *args, **kwargs)
+        except BaseException:
+            for attributes, values, contents in before:
+                attributes.clear()
+                attributes.update(values)
+                for table, content in contents:
+                    table.clear()
+                    table.update(content)
+            raise
         finally:
             del vars(self)[_BEGUN]
 
     setattr(guarded, _MARK, True)
     kind.__init__ = guarded  # type: ignore[misc]
-
-
-@contextmanager
-def _undone_on_error(subject: Any) -> Iterator[None]:
-    """Put the modules of a model, or of a pruner's model, back as they were if there is an error."""
-    model = subject.bound_model if isinstance(subject, Compressor) else subject
-    things = [subject] if isinstance(subject, Compressor) else []
-    things += list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    undo = [_restorer(vars(thing)) for thing in things]
-    try:
-        yield
-    except BaseException:
-        for restore in undo:
-            restore()
-        raise
-
-
-def _restorer(attributes: dict[str, Any]) -> Callable[[], None]:
-    """Make a function that gives an object the attributes that it has now, and its tables what they hold now."""
-    before = dict(attributes)
-    tables = [value for name, value in before.items() if name.startswith("_") and isinstance(value, (dict, set))]
-    contents = [table.copy() for table in tables]
-
-    def restore() -> None:
-        attributes.clear()
-        attributes.update(before)
-        for table, content in zip(tables, contents, strict=True):
-            table.clear()
-            table.update(content)
-
-    return restore

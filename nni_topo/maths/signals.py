@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -105,7 +105,12 @@ def chirp(
     array([ 1.   ,  0.078, -0.951,  0.924, -0.809])
     """
     start, end = sweep_range(shape, sweep)
-    position = _POSITIONS[direction](tuple(shape))
+    if direction == "diagonal":
+        axes = np.meshgrid(*(np.arange(size, dtype=np.float64) for size in shape), indexing="ij")
+        position = np.tensordot(shape, axes, axes=1) / math.hypot(*shape)
+    else:
+        axes = np.meshgrid(*(np.arange(size) - (size - 1) / 2.0 for size in shape), indexing="ij")
+        position = np.sqrt(np.sum(np.square(axes), axis=0))
     length = max(float(position.max()), 1.0)
     phase = start * position + (end - start) * position**2 / (2.0 * length)
     signal: FloatArray = np.cos(2.0 * np.pi * phase)
@@ -169,18 +174,3 @@ def sweep_range(shape: Sequence[int], sweep: Sweep = "nyquist") -> tuple[float, 
     """Return the first and the last frequency of a chirp, in cycles per pixel."""
     end = _ENDS[sweep]
     return min(1.0 / math.hypot(*shape), end), end
-
-
-def _along_diagonal(shape: tuple[int, ...]) -> FloatArray:
-    axes = np.meshgrid(*(np.arange(size, dtype=np.float64) for size in shape), indexing="ij")
-    along: FloatArray = np.tensordot(shape, axes, axes=1) / math.hypot(*shape)
-    return along
-
-
-def _from_centre(shape: tuple[int, ...]) -> FloatArray:
-    axes = np.meshgrid(*(np.arange(size) - (size - 1) / 2.0 for size in shape), indexing="ij")
-    distance: FloatArray = np.sqrt(np.sum(np.square(axes), axis=0))
-    return distance
-
-
-_POSITIONS: dict[str, Callable[[tuple[int, ...]], FloatArray]] = {"diagonal": _along_diagonal, "radial": _from_centre}

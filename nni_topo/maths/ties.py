@@ -1,8 +1,8 @@
 """Near ties: what decides between numbers that only rounding tells apart.
 
 A sum comes out a few bits larger or smaller on another processor, with other libraries or more threads. So wherever
-something is chosen by computed numbers, those that are equal to a relative tolerance count as equal, and of equal ones
-the lowest index wins. Numbers that are taken as they are given, such as single weights, need no tolerance.
+something is chosen by computed numbers, numbers within a relative tolerance count as equal, and of equal numbers the
+lowest index wins. Numbers that are taken as they are given, such as single weights, need no tolerance.
 """
 
 from __future__ import annotations
@@ -53,12 +53,27 @@ def leveled(values: ArrayLike, scale: float = 0.0) -> FloatArray:
     # or of the largest size among the values. Values without near ties come back as they are.
     numbers = np.array(values, dtype=np.float64)
     for row in numbers.reshape(-1, numbers.shape[-1]) if numbers.size else ():
-        _level(row, scale)
+        order = np.argsort(-row, kind="stable")
+        falling = row[order]
+        largest = max(scale, abs(float(falling[0])), abs(float(falling[-1])))
+        reach = np.maximum(RELATIVE * np.abs(falling), FLOOR * largest)
+        if not (falling[:-1] - falling[1:] <= reach[:-1]).any():
+            continue
+        # The end of the run of equal values that each value would start; then from the largest on, one run after the
+        # other.
+        ends = np.searchsorted(-falling, reach - falling, side="right").tolist()
+        start, values_of_row = 0, falling.tolist()
+        while start < len(values_of_row):
+            end = max(ends[start], start + 1)
+            if end > start + 1:
+                falling[start:end] = values_of_row[start]
+            start = end
+        row[order] = falling
     return numbers
 
 
 def within(values: ArrayLike, bound: float) -> NDArray[np.bool_]:
-    """Say which values are equal to a bound, to 1e-10 of it: bounds may be set with care, just beside a value."""
+    """Say which values are equal to a bound, to 1e-10 of it: a user may set a bound just above or below a value."""
     return np.abs(np.asarray(values, dtype=np.float64) - bound) <= AT_BOUND * abs(bound)
 
 
@@ -70,30 +85,12 @@ class Levels:
 
     def __call__(self, values: Iterable[float]) -> list[float]:
         """Return finite values, leveled among themselves and with all that came before."""
-        return [self._settled(float(value)) for value in values]
-
-    def _settled(self, value: float) -> float:
-        place = bisect_left(self._known, value)
-        for known in self._known[max(place - 1, 0) : place + 1]:
-            if abs(known - value) <= RELATIVE * max(abs(known), abs(value)):
-                return known
-        self._known.insert(place, value)
-        return value
-
-
-def _level(row: FloatArray, scale: float) -> None:
-    """Level one row in place."""
-    order = np.argsort(-row, kind="stable")
-    falling = row[order]
-    reach = np.maximum(RELATIVE * np.abs(falling), FLOOR * max(scale, abs(float(falling[0])), abs(float(falling[-1]))))
-    if not (falling[:-1] - falling[1:] <= reach[:-1]).any():
-        return
-    # The end of the run of equal values that each value would start; then from the largest on, one run after the other.
-    ends = np.searchsorted(-falling, reach - falling, side="right").tolist()
-    start, values = 0, falling.tolist()
-    while start < len(values):
-        end = max(ends[start], start + 1)
-        if end > start + 1:
-            falling[start:end] = values[start]
-        start = end
-    row[order] = falling
+        settled = []
+        for value in map(float, values):
+            place = bisect_left(self._known, value)
+            neighbours = self._known[max(place - 1, 0) : place + 1]
+            equal = [known for known in neighbours if abs(known - value) <= RELATIVE * max(abs(known), abs(value))]
+            if not equal:
+                self._known.insert(place, value)
+            settled.append(equal[0] if equal else value)
+        return settled

@@ -1,4 +1,4 @@
-"""Which blocks are kept where units share some of them, which no dependency group can state: they choose as one.
+"""Select the kept blocks of units that share only some of their blocks, which dependency groups can't express.
 
 A *class* is a set of blocks that are kept or pruned together: blocks of several units, or several of one unit. Classes
 that the same units hold form a *segment*. Classes of negative numbers stay: they form segments of their own, and a
@@ -114,7 +114,14 @@ class _Shared:
             new = is_open & (own > 0)
             staying, blocks = int(own[self._stays] @ self._sizes[self._stays]), int(own @ self._sizes)
             asked = staying + math.ceil((blocks - staying) * int(wanted[part]) / blocks)  # the same share of the others
-            counts[new] = _deal(max(int(asked - own @ counts), 0), self._sizes[new], own[new])
+            # What is missing is distributed in proportion to the segments' lengths; a class takes `each` blocks.
+            missing, sizes, each = max(int(asked - own @ counts), 0), self._sizes[new], own[new]
+            room = int(sizes @ each)
+            dealt, rest = np.divmod(sizes * min(missing, room), max(room, 1))
+            for place in np.argsort(-rest, kind="stable"):
+                if rest[place] and dealt @ each + each[place] <= missing:
+                    dealt[place] += 1
+            counts[new] = dealt
             is_open &= ~new
         return counts
 
@@ -135,13 +142,3 @@ def _ranks(values: Iterable[Hashable]) -> IntArray:
     """Number the distinct values from 0 in the order of their first occurrence."""
     found: dict[Hashable, int] = {}
     return np.array([found.setdefault(value, len(found)) for value in values])
-
-
-def _deal(total: int, sizes: IntArray, each: IntArray) -> IntArray:
-    """Distribute ``total`` blocks over segments in proportion to ``sizes``; a class takes ``each`` blocks."""
-    room = int(sizes @ each)
-    counts, rest = np.divmod(sizes * min(total, room), max(room, 1))
-    for place in np.argsort(-rest, kind="stable"):
-        if rest[place] and counts @ each + each[place] <= total:
-            counts[place] += 1
-    return counts

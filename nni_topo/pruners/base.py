@@ -98,7 +98,7 @@ class StructuredPruner(Pruner):
     ``LinearPruner`` and ``AGPPruner`` set them.
 
     At the default granularity a transposed convolution loses output channels, and its bias with them, as every other
-    layer does; so it does in NNI's own pruners, which by themselves would take its input channels.
+    layer does. With this package imported NNI's own pruners do the same; by themselves they prune its input channels.
     """
 
     needs_rule: bool = True
@@ -274,7 +274,7 @@ class StructuredPruner(Pruner):
     def _fitting(self, model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Check the layers; leave out those that the collector refuses, if dependency groups chose them by kind."""
         try:
-            self._check_layers(model, matched_modules(model, config_list))
+            self.collector.check(model, matched_modules(model, config_list))  # nothing is wrapped yet
             return config_list
         except LayerError as error:
             modules = dict(model.named_modules())
@@ -289,10 +289,6 @@ class StructuredPruner(Pruner):
                 raise
             _logger.warning("layers stay unpruned (%s): %s", ", ".join(out), error)
             return self._fitting(model, remaining)
-
-    def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Refuse layers that the collector can't use; nothing is wrapped yet."""
-        self.collector.check(model, modules)
 
     def _begin_facts(self) -> None:
         """Forget what was found about the model, which may have been trained since, unless a caller hands facts on."""

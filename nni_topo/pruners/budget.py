@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -159,12 +159,13 @@ class BudgetOutcome:
 
         For latency at least 5 % of ``asked``.
         """
-        return _tolerance(self.kind, self.asked)
+        nearest = min(_MISSED, _MISSED_SMALL * self.asked)
+        return max(nearest, _MISSED_TIME * self.asked) if self.kind == "latency" else nearest
 
     @property
     def is_near(self) -> bool:
         """Whether ``left`` is within ``tolerance`` of ``asked``: a network that costs less meets the budget, too."""
-        return _is_near(self.kind, self.asked, self.left)
+        return abs(self.left - self.asked) <= self.tolerance + _ROUNDING
 
     def __str__(self) -> str:
         said = f"the {self.kind} budget of {self.asked:.4g} is {'met' if self.is_met else 'missed'}: "
@@ -282,18 +283,8 @@ class BudgetPlanner(Planner):
 
 def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutcome:
     """Return the outcome of a budget; ``why`` is the reason if the cost isn't near to it."""
-    is_near = _is_near(kind, asked, left)
-    return BudgetOutcome(kind, asked, left, is_near or left < asked, "" if is_near else why)
-
-
-def _tolerance(kind: str, asked: float) -> float:
-    """Return how far the share that is kept may be from the share that was asked for."""
-    return max(min(_MISSED, _MISSED_SMALL * asked), _MISSED_TIME * asked if kind == "latency" else 0.0)
-
-
-def _is_near(kind: str, asked: float, left: float) -> bool:
-    """Say whether a cost is near to a budget; a difference of just the tolerance is, whatever the rounding of it."""
-    return abs(left - asked) <= _tolerance(kind, asked) + _ROUNDING
+    outcome = BudgetOutcome(kind, asked, left, is_met=True)
+    return outcome if outcome.is_near else replace(outcome, is_met=left < asked, why=why)
 
 
 def warn_if_missed(outcome: BudgetOutcome) -> None:
@@ -342,9 +333,9 @@ def bounds_under(
     fixed = left_at(0.0)
 
     def is_enough(fewest: float) -> bool:
-        """Say whether the share for which layers would keep twice these rows is as much as is asked for, and is met.
+        """Say whether the pruned layers, at twice these rows each, keep at least the budget's share of their own cost.
 
-        It is a share of that part of the cost which depends on the layers that are pruned.
+        Of a budget that can't be met the least share that can be met counts.
         """
         return left_at(2.0 * fewest) - fixed >= (1.0 - fixed) * max(share, left_at(fewest))
 

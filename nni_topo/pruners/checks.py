@@ -1,6 +1,6 @@
-"""What is checked about a model, its config_list and a pruner's knobs before NNI wraps anything.
+"""Checks of a model, its config_list and a pruner's knobs, before NNI wraps anything.
 
-What a value must be stands in tables: of the arguments and knobs that pruners share, and of a config_list's keys.
+Tables say what the arguments and knobs that pruners share must be.
 """
 
 from __future__ import annotations
@@ -153,7 +153,14 @@ def check_request(
         why = "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason(skipped).items())
         told = f": all layers that were asked for stay unpruned{why}" if skipped else ""
         raise ConfigError(f"a config_list must have at least one entry, got none (config_list){told}")
-    _check_unwrapped(model, existed_wrappers or {})
+    own = {id(wrapper) for wrapper in (existed_wrappers or {}).values()}
+    for name, module in model.named_modules():
+        wrapper = getattr(module, "_nni_wrapper", None)
+        if wrapper is not None and id(wrapper) not in own:
+            raise ConfigError(
+                "a model must not be wrapped by another compressor; call its unwrap_model() or use from_compressor, "
+                f"got a wrapped module ({name})"
+            )
     for index, config in enumerate(config_list):
         check_entry(config, f"config_list[{index}]", rules)
     check_names(model, config_list)
@@ -163,7 +170,13 @@ def check_request(
     modern, listed = modern_config(model, config_list), ListedModules(model)
     for index, config in enumerate(modern):
         place = f"config_list[{index}]"
-        _check_schema(config, place)
+        try:
+            default_config_schema("pruning").validate(config)
+        except SchemaError as error:
+            reason = " ".join(str(part) for part in dict.fromkeys(error.autos + error.errors) if part)
+            raise ConfigError(
+                f"a config_list entry must follow NNI's schema; {reason} ({place}); see docs/config_list.md"
+            ) from error
         # In network order, so that an error names the same layer each time: NNI's order depends on the hash seed.
         modules = _matched(listed, [config])
         if not modules:
@@ -181,7 +194,15 @@ def check_request(
                     followed[name, target] = source
         matched.update(modules)
     if needs_rule:
-        _check_rules(modern)
+        # An entry without a ratio or threshold would prune nothing, or make NNI fail without a message.
+        ruled = [config for config in modern if any(key in s for s in _settings(config) for key in _RULES)]
+        groups = {group for config in ruled for group in _groups(config)}
+        for index, config in enumerate(modern):
+            if config not in ruled and not groups & _groups(config):
+                raise ConfigError(
+                    "a config_list entry must have a sparse_ratio or a sparse_threshold, got neither "
+                    f"(config_list[{index}]); see docs/config_list.md"
+                )
     for (name, target), source in followed.items():
         # Wrappers that are taken over may hold what a target follows.
         if source not in first and existed_wrappers is None:
@@ -208,27 +229,6 @@ def _matched(listed: Any, config_list: list[dict[str, Any]]) -> dict[str, nn.Mod
     for config in config_list:
         found.update(select_modules_by_config(listed, config)[0])
     return {name: found[name] for name, _ in listed.named_modules() if name in found}
-
-
-def _check_unwrapped(model: nn.Module, existed_wrappers: Mapping[str, Any]) -> None:
-    own = {id(wrapper) for wrapper in existed_wrappers.values()}
-    for name, module in model.named_modules():
-        wrapper = getattr(module, "_nni_wrapper", None)
-        if wrapper is not None and id(wrapper) not in own:
-            raise ConfigError(
-                "a model must not be wrapped by another compressor; call its unwrap_model() or use from_compressor, "
-                f"got a wrapped module ({name})"
-            )
-
-
-def _check_schema(config: dict[str, Any], place: str) -> None:
-    try:
-        default_config_schema("pruning").validate(config)
-    except SchemaError as error:
-        reason = " ".join(str(part) for part in dict.fromkeys(error.autos + error.errors) if part)
-        raise ConfigError(
-            f"a config_list entry must follow NNI's schema; {reason} ({place}); see docs/config_list.md"
-        ) from error
 
 
 def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -> list[str]:
@@ -265,31 +265,10 @@ def _followed(name: str, module: nn.Module, target: str, config: dict[str, Any])
 
 def check_no_ratios(config_list: Sequence[Mapping[str, Any]], place: str = "config_list") -> None:
     """Raise a ConfigError where an entry says how much to prune, which a budget does."""
-    check_keys_left_out(
-        config_list, ("sparse_ratio", "sparse_threshold", "global_group_id", *_RATIOS), "a budget replaces", place
-    )
-
-
-def check_keys_left_out(
-    config_list: Sequence[Mapping[str, Any]], keys: Sequence[str], why: str, place: str = "config_list"
-) -> None:
-    """Raise a ConfigError that begins with ``why`` where an entry has one of some keys."""
     for index, config in enumerate(config_list):
-        for key in keys:
+        for key in ("sparse_ratio", "sparse_threshold", "global_group_id", *_RATIOS):
             if any(setting.get(key) is not None for setting in _settings(config)):
-                raise ConfigError(f"{why} {key}, got both ({place}[{index}])")
-
-
-def _check_rules(config_list: Sequence[dict[str, Any]]) -> None:
-    """Refuse entries without a ratio or threshold: they would prune nothing, or make NNI fail without a message."""
-    ruled = [config for config in config_list if any(key in s for s in _settings(config) for key in _RULES)]
-    groups = {group for config in ruled for group in _groups(config)}
-    for index, config in enumerate(config_list):
-        if config not in ruled and not groups & _groups(config):
-            raise ConfigError(
-                "a config_list entry must have a sparse_ratio or a sparse_threshold, got neither "
-                f"(config_list[{index}]); see docs/config_list.md"
-            )
+                raise ConfigError(f"a budget replaces {key}, got both ({place}[{index}])")
 
 
 def _settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -331,7 +310,7 @@ def _check_module(name: str, module: nn.Module) -> None:
 def check_single_weights(
     name: str, target: str, space: PruningTargetSpace, what: str, refused: Sequence[str] = ()
 ) -> None:
-    """Raise unless a target is the weight of a linear layer or convolution, not empty, and pruned weight by weight.
+    """Raise unless a target is the weight of a linear layer or convolution, and pruned weight by weight.
 
     ``what`` begins the message; ``refused`` are further keys of NNI's that must be left out.
     """
@@ -340,8 +319,6 @@ def check_single_weights(
         raise ConfigError(
             f"{what} of a Linear, Conv1d, Conv2d or Conv3d, got the {target} of a {type(module).__name__} ({name})"
         )
-    if space.target is None or space.target.numel() == 0:
-        raise DataError(f"a pruned layer must have weights, got none ({name})")
     for key in ("granularity", "dependency_group_id", "internal_metric_block", *refused):
         value = getattr(space, key)
         if value is not None and (key, value) != ("granularity", "default"):

@@ -1,6 +1,6 @@
-"""Heads as blocks of targets: NNI's pruners and ours choose among them where one layer makes queries, keys and values.
+"""Blocks that are the heads of attention, for all pruners, where one layer makes queries, keys and values.
 
-Where these are layers of their own NNI's granularity says it all, and a dependency group ties them.
+Where these are separate layers, NNI's granularity and a dependency group are enough.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ Masks = dict[str, dict[str, Tensor]]
 class KeptSet(Metrics):
     """Metrics of a choice already made: 0 for pruned blocks; made by :meth:`PruningContext.keep`.
 
-    The package's allocator takes it as it is. Kept blocks score 1: so NNI's comes to the same masks, wherever as many
-    blocks were chosen as a ratio asks for.
+    The package's allocator takes it as it is. Kept blocks score 1, so that NNI's allocator makes the same masks where
+    the number of kept blocks is the one that the ratio gives.
     """
 
 
@@ -143,7 +143,7 @@ class PruningContext:
 
     def collected_jointly(self, points: Callable[[PruningUnit], Tensor]) -> Data:
         """Return each unit's points as those of its first member; the others get none."""
-        # They put out the same channels: carried by each, a cloud would count once per member.
+        # The members put out the same channels, so that a cloud for each member would count several times.
         found = {unit.name: points(unit) for unit in self.units}
         return self.collected(lambda unit, *member: found[unit.name][:, : None if member == unit.members[0] else 0])
 

@@ -113,7 +113,7 @@ class Planner:
     def _by_threshold(self, unit: PruningUnit, threshold: float, losses: FloatArray) -> int:
         passing = losses > threshold if self.strict else losses >= threshold
         if unit.is_summed:
-            # A threshold may be set just beside a loss, with care: 1e-10 of it, not the 1e-6 of ties between losses.
+            # To 1e-10, and not to the 1e-6 of ties: a user may set a threshold just above or below one loss.
             equal = within(losses, threshold)
             passing = passing & ~equal if self.strict else passing | equal
         # Where a maximum ratio keeps more than the one block that is always kept, nothing would be emptied.
@@ -147,7 +147,7 @@ class Planner:
         joined = np.concatenate(ascending)
         # Rounding mustn't decide between layers either; of equal losses those of the earlier layer are pruned first.
         order = np.argsort(leveled(joined) if any(unit.is_summed for unit in group) else joined, kind="stable")
-        # Sums rise, so a prefix of the order is pruned: within each unit its lowest rows, so that a count is enough.
+        # Losses are sorted, so each unit loses its lowest rows; its count is enough.
         spent = np.asarray(cost)[owners][order].cumsum()
         removed = np.bincount(owners[order][spent <= budget], minlength=len(group)).tolist()
         return {unit.name: unit.rows - low - more for unit, low, more in zip(group, fewest, removed, strict=True)}

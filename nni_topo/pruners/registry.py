@@ -109,13 +109,14 @@ def pruner_info(name: str) -> PrunerInfo:
 
 def check_pruner_knobs(name: str, knobs: Iterable[str], place: str) -> None:
     """Raise ConfigError for an unknown pruner or knob, with the nearest names, and for a wrong value of a knob."""
-    allowed = PRUNERS.info(name, place).knobs()
+    info = PRUNERS.info(name, place)
+    allowed = info.knobs()
     (instance(Mapping) | rule_of(Iterable[str])).check("knobs", knobs, f"pruner {name!r}")
     for knob in map(str, knobs):
         if knob not in allowed:
             raise unknown_name(f"knob of pruner {name!r}", knob, allowed, place)
     if isinstance(knobs, Mapping):
-        kind: Any = PRUNERS.info(name, place).load()  # a class, or a class method that makes a pruner
+        kind: Any = info.load()  # a class, or a class method that makes a pruner
         rules: Any = getattr(kind, "rules", None) or getattr(kind.__init__, "rules", dict)
         check_knobs(place, knobs, rules())
 
@@ -177,8 +178,8 @@ def expose_in_nni() -> None:
 
     Pruners become attributes of ``nni.compression.pruning``; collectors, metrics and allocators of
     ``nni.compression.pruning.tools``, beside NNI's functions for these steps. NNI's schedulers warn of pruners that
-    they weren't tested with: no longer of these, which are. All pruners see heads of attention,
-    and the output channels of transposed convolutions.
+    they weren't tested with; for these pruners, which are tested with them, the warning is left out. All pruners, NNI's
+    too, can then prune heads of attention, and prune transposed convolutions by output channels.
     """
     own = [cls for info in PRUNERS.table.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
     for cls in own:

@@ -52,7 +52,7 @@ class SelectionMetric(MetricCalculator):
         return context.keep(self.choose(context, clouds, context.rows(self.losses(context, clouds))))
 
     def losses(self, context: PruningContext, clouds: Clouds) -> Losses:
-        """Return what says how much a unit's blocks are worth beside other units': by default the death times."""
+        """Return the function that makes the blocks of all units comparable: by default by their death times."""
         del context
         return lambda unit: np.concatenate([cloud.losses() for cloud in clouds[unit.name]])
 

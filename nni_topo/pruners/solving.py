@@ -49,7 +49,7 @@ def solve_uniform(
         ]
 
     low, high = 0.0, 1.0
-    # Widths are integers: bisection ends beside a step of the cost, so the nearest of all that it saw counts.
+    # Widths are integers, and bisection ends at a step of the cost: the nearest of all tried ratios is taken.
     tried = [(abs(remaining(removed(ratio)) - share), ratio) for ratio in (low, high)]
     for _ in range(_STEPS):
         middle = (low + high) / 2.0
@@ -164,16 +164,16 @@ def solve_timed(
 ) -> tuple[list[int], float, float]:
     """Return rows to remove such that the dense network takes a ``share`` of the time, what it takes, and the aim.
 
-    A table of layers is off by what networks do beside and between them, so that each solution is timed, and the next
-    one aims at what the table says where, by the times so far, the share would be met. Where one comes near, or none
-    does, the nearest few are timed once more, in turns: of several timings the nearest is so by luck, too, and from one
-    minute to the next a machine is faster with large networks, or with small ones.
+    A table of layers misses the time that a network spends between them. So each solution is timed, and the next one
+    aims at the table's share at which, by the times so far, the share would be met. Where a solution is near, or none
+    is, the nearest few are timed again, in turns: one timing may be near by chance, and a machine's speed drifts
+    differently for large and small networks.
 
-    A time may jump over the share, as where channels fill vector registers: then the slowest network that takes no more
-    is returned, for the nearest one would miss the budget.
+    A time may jump over the share, as where channels fill vector registers. Then the slowest network that takes no more
+    is returned, because the nearest one would miss the budget.
 
-    If no network takes so little, the widest of a few is returned that takes about as little as any, and not the
-    narrowest: it would be ruined for nothing.
+    If no network takes so little, the widest of those that take about as little as any is returned: narrower ones
+    would lose accuracy for nothing.
     """
     points, aim, found, near = [(1.0, 1.0)], share, dict[tuple[int, ...], tuple[float, float]](), _NEAR_TIME * share
 

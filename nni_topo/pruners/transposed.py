@@ -1,8 +1,8 @@
 """Transposed convolutions, whose weights hold the output channels in the second dimension: ``(in, out / groups, ...)``.
 
-NNI takes the first dimension of every weight for the output channels and gives the bias the same mask: of a transposed
-convolution the input channels went, and the bias, one entry per output channel, didn't fit or lost the wrong entries.
-The blocks of such a weight are its output channels here, for every pruner, the package's and NNI's own.
+NNI takes the first dimension of every weight for the output channels and gives the bias the same mask. So a transposed
+convolution lost input channels, and its bias, with an entry per output channel, didn't fit or lost the wrong entries.
+Here the blocks of such a weight are its output channels, for the package's pruners and for NNI's own.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.network.channels.shuffle import Share
 from nni_topo.network.layers.kinds import channel_dimension, output_channels, spread, weight_of
 
@@ -126,12 +126,9 @@ def block_shape(space: PruningTargetSpace) -> tuple[int, ...]:
     target = space.target
     if target is None:
         raise ConfigError(f"a pruned target must be a parameter, got {space.type.value} {space._target_name!r}")
-    if target.numel() == 0:
-        place = f"{space._wrapper.name}.{space._target_name}"
-        raise DataError(f"a pruned layer must have weights, got none ({place})")
     if space._scaler is None:
         return tuple(target.shape)
-    # Only the shape is asked for: the first element of each block stands for the block.
+    # Only the shape matters: each block is reduced to its first element.
     try:
         return tuple(space._scaler.shrink(target.detach(), lambda block: block[..., 0], keepdim=True).shape)
     except (AssertionError, ArithmeticError, IndexError, RuntimeError, TypeError) as error:

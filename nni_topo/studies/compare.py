@@ -83,29 +83,23 @@ def compare(
         if cell.until is not None and not len(data.validation):
             raise ConfigError(f"until must have validation images to look at, got none ({cell.data.name})")
     with only_process(out, wait=False):
-        return _all_cells(plan, cells, out, isolate, on_cell)
-
-
-def _all_cells(
-    plan: ComparisonPlan, cells: list[Cell], out: Path, isolate: bool, on_cell: Callable[[Cell, int, int], None] | None
-) -> Comparison:
-    done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})}
-    # results.json and the tables show one comparison; a changed plan in an old folder would mix two
-    foreign = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
-    if foreign:
-        one = foreign[0]
-        raise ConfigError(
-            f"an output folder must hold one comparison, got {len(foreign)} records of another one, e.g. "
-            f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
-        )
-    write_json(out / "plan.json", asdict(plan), sort=False, default=repr)
-
-    at_a_time = effective_n_jobs(plan.n_jobs) if isolate else None
-    found = run_missing(cells, done, out, run_cell, at_a_time=at_a_time, announce=on_cell)
-    failures = [RunFailure(cells[number - 1], reason) for number, reason in sorted(found.items())]
-    records = [done[cell.key] for cell in cells if cell.key in done]
-    write_json(out / "results.json", records)
-    reasons = [{**cell_facts(failure.cell), "reason": failure.reason} for failure in failures]
-    write_json(out / "failures.json", reasons)
-    write_report(out)
+        known = read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})
+        done = {record["key"]: record for record in known}
+        # results.json and the tables show one comparison; a changed plan in an old folder would mix two
+        foreign = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
+        if foreign:
+            one = foreign[0]
+            raise ConfigError(
+                f"an output folder must hold one comparison, got {len(foreign)} records of another one, e.g. "
+                f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
+            )
+        write_json(out / "plan.json", asdict(plan), sort=False, default=repr)
+        at_a_time = effective_n_jobs(plan.n_jobs) if isolate else None
+        found = run_missing(cells, done, out, run_cell, at_a_time=at_a_time, announce=on_cell)
+        failures = [RunFailure(cells[number - 1], reason) for number, reason in sorted(found.items())]
+        records = [done[cell.key] for cell in cells if cell.key in done]
+        write_json(out / "results.json", records)
+        reasons = [{**cell_facts(failure.cell), "reason": failure.reason} for failure in failures]
+        write_json(out / "failures.json", reasons)
+        write_report(out)
     return Comparison(records, failures)

@@ -79,7 +79,16 @@ def run_missing(
                 running[receiver] = next_number, process
             for ready in wait(list(running), _POLL_SECONDS):
                 number, process = running.pop(ready)
-                note(number, _received(cast(Connection, ready), process))
+                result: Record | str
+                with cast(Connection, ready) as pipe:
+                    try:
+                        result = pipe.recv()
+                    except (EOFError, OSError):  # the process sent nothing, or only a part
+                        process.join()
+                        code = process.exitcode or 0
+                        killed = f"killed by signal {-code} (out of memory?)"
+                        result = killed if code < 0 else f"ended with exit code {code}"
+                note(number, result)
     finally:
         for _, process in running.values():
             process.kill()
@@ -93,17 +102,6 @@ def _next(waiting: Mapping[int, Job], running: list[Job], out: Path) -> int | No
         if job.training_key not in training or checkpoint(job, out).exists():
             return number
     return None
-
-
-def _received(receiver: Connection, process: BaseProcess) -> Record | str:
-    """Return what a process sent before it ended, or how it ended."""
-    with receiver:
-        try:
-            return cast("Record | str", receiver.recv())
-        except (EOFError, OSError):  # it sent nothing, or only a part
-            process.join()
-    code = process.exitcode or 0
-    return f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
 
 
 def _send_record(sender: Connection, run: Callable[[Job, Path], Record], job: Job, out: Path) -> None:

@@ -14,15 +14,9 @@ from matplotlib.figure import Figure
 
 from nni_topo.recovery.distilling import Verdict
 from nni_topo.runs.provenance import Record
-from nni_topo.studies.tables import grouped, interval
+from nni_topo.studies.tables import STEPS, grouped, interval
 
 _MARKERS = "osD^vP*X<>"
-_STEPS = {
-    "oneshot": "no recovery",
-    "compensated": "weight reconstruction",
-    "distilled": "distilled",
-    "retrained": "fine-tuned",
-}
 _Item = TypeVar("_Item")
 
 
@@ -75,8 +69,8 @@ def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
     found: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         found[f"{record['model']} on {record['data']}"].append(record)
-    steps = [step for step in _STEPS if any(f"accuracy_{step}" in record for record in records)]
-    named = [(f"{name}, {_STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in found.items() for step in steps]
+    steps = [step for step in STEPS if any(f"accuracy_{step}" in record for record in records)]
+    named = [(f"{name}, {STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in found.items() for step in steps]
     many = len(found) > 2
     size = (3.4, 3.0) if many else (4.2, 4.2)
     pruners = list(dict.fromkeys(record["pruner"] for record in records))

@@ -59,7 +59,7 @@ class ComparisonPlan:
             number(0, 1, "right").check("until", self.retrain["until"], "retrain")
             if not self.retrain.get("epochs"):
                 raise ConfigError(
-                    f"until must have epochs beside it, the most that are run, got {dict(self.retrain)} (retrain)"
+                    f"until needs epochs, the maximum number of epochs, got {dict(self.retrain)} (retrain)"
                 )
         for name in ("models", "data", "pruners", "targets"):
             if not getattr(self, name):

@@ -29,7 +29,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit, fit_by
 from nni_topo.maths.ties import first_largest_along
@@ -48,12 +47,6 @@ _LEAST_SIMILARITY, _SHARE_OF_SIMILARITY = 0.1, 0.85  # the paper's t and lambda 
 _TINY = 1e-12
 
 Merged = Mapping[int, tuple[int, float]]
-
-
-def own_equations(plan: Plan, order: Mapping[Node, int]) -> list[Equation]:
-    """Return one equation for each layer of a plan, for its own output, in network order."""
-    layers = {equation.layer.node: equation.layer for equation in plan.equations}
-    return [Equation(layers[node], node, ()) for node in sorted(layers, key=order.__getitem__)]
 
 
 class MergeTask(PairTask):
@@ -124,7 +117,7 @@ class MeanTask(LayerTask):
 
     @property
     def fitted(self) -> int:
-        """None beside the constant."""
+        """0: only the constant is fitted."""
         return 0
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
@@ -146,8 +139,11 @@ class Sequential(RecoveryMethod):
 
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
         """Return one task for each layer of the plan."""
-        order = {node: rank for rank, node in enumerate(networks.unpruned.graph.nodes)}
-        return [self.task(each, networks.pruned, networks.result) for each in own_equations(plan, order)]
+        layers = {equation.layer.node: equation.layer for equation in plan.equations}
+        # One equation for each layer, for its own output, in network order.
+        nodes = [node for node in networks.unpruned.graph.nodes if node in layers]
+        own = [Equation(layers[node], node, ()) for node in nodes]
+        return [self.task(equation, networks.pruned, networks.result) for equation in own]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from nni_topo.runs.provenance import Record
 from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.records import compared_records
 from nni_topo.studies.tables import (
+    STEPS,
     cells_of,
     convergence_of,
     foot_of,
@@ -82,13 +83,7 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
         label = f"{asked.kind} kept % ({100 * asked.asked:.4g} asked, {'met' if asked.is_met else 'missed'})"
         rows.append((label, "100.0", f"{100 * asked.left:.1f}"))
     before = f"{100 * record['accuracy_before']:.1f}"
-    steps = {
-        "oneshot": "accuracy",
-        "compensated": "weight reconstruction",
-        "distilled": "distilled",
-        "retrained": "fine-tuned",
-    }
-    for step, label in steps.items():
+    for step, label in {**STEPS, "oneshot": "accuracy"}.items():
         if f"accuracy_{step}" in record:
             unpruned = before if step == "oneshot" else ""
             rows.append((f"{label} %", unpruned, f"{100 * record[f'accuracy_{step}']:.1f}"))

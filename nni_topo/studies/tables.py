@@ -28,6 +28,13 @@ from nni_topo.studies.plan import SCRATCH
 
 Group = tuple[str, str, str]
 _BORDER = 3  # characters between two columns of a table
+STEPS = {
+    "oneshot": "no recovery",
+    "compensated": "weight reconstruction",
+    "distilled": "distilled",
+    "retrained": "fine-tuned",
+}
+"""The steps after which accuracy is measured, named as in the records, in the words of figures and tables."""
 SHARES = (0.95, 0.98, 0.99, 1.0)
 """Shares of the unpruned network's validation accuracy, up to the one that ended fine-tuning, in tables."""
 _SHORT = 2  # so many epochs of fine-tuning say nothing of convergence
@@ -155,13 +162,6 @@ def _chosen_by(rows: Iterable[Sequence[Record]], column: str) -> str:
     return validation if all(validation in record for records in rows for record in records) else column
 
 
-_LAST_STEPS = {
-    "accuracy_distilled": "distilled",
-    "accuracy_compensated": "weight reconstruction",
-    "accuracy_oneshot": "no recovery",
-}
-
-
 def in_short(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
     """Return the head and the lines of a short table: how much smaller networks are, and what the best method loses.
 
@@ -171,8 +171,9 @@ def in_short(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[s
     """
     pruned = {row: runs for row, runs in rows.items() if next(iter(runs.values()))["pruner_name"] != SCRATCH}
     lines, images = [], "validation"
-    for steps in (_LAST_STEPS, {"accuracy_retrained": "fine-tuned"}):
-        for column, step in steps.items():
+    for steps in (("distilled", "compensated", "oneshot"), ("retrained",)):
+        for step in steps:
+            column = f"accuracy_{step}"
             best = _best_of(pruned, column)
             if best is None:
                 continue
@@ -183,7 +184,7 @@ def in_short(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[s
             macs = float(np.mean([run["flops_before"] / run["flops"] for run in runs]))
             params = float(np.mean([run["params_before"] / run["params"] for run in runs]))
             lost = interval([run["accuracy_before"] - run[column] for run in runs]).show(100)
-            lines.append([step, best, lost, f"{macs:.1f}", f"{params:.1f}"])
+            lines.append([STEPS[step], best, lost, f"{macs:.1f}", f"{params:.1f}"])
             break
     return ["after", f"best method on {images} images", "points lost", "times fewer MACs", "parameters"], lines
 
@@ -197,7 +198,7 @@ def _is_baseline(runs: dict[int, Record]) -> bool:
 
 @dataclass
 class NumberTable:
-    """A table whose numbers are never cut in a terminal: what is too wide goes on in another table below.
+    """A table whose numbers are never cut in a terminal: columns that don't fit are in another table below.
 
     Attributes
     ----------
@@ -533,7 +534,7 @@ def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
     """Return the cells of a row by column."""
     runs = rows[row]
     cell = _column(runs)
-    # pruned single weights are told by the share of weights that are zero
+    # single weights were pruned if a share of the weights is zero
     has_zeros = any(run.get("weights_left", run["params"]) < 0.999 * run["params"] for run in runs.values())
     return {
         "method": row,

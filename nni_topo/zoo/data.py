@@ -299,7 +299,14 @@ def load_data(
     mean, std = _statistics(raw.train_images)
 
     def dataset(images: Array, labels: Array) -> TensorDataset:
-        return TensorDataset(_normalised(images, mean, std, pad_to), torch.from_numpy(labels))
+        """Return images, scaled, padded and normalised, float32, with their labels."""
+        scale = 255.0 if images.dtype == np.uint8 else 1.0
+        pixels = torch.tensor(images).to(torch.float32).div_(scale)
+        missing = max(0, (pad_to or 0) - pixels.shape[-1])
+        before, after = missing // 2, missing - missing // 2
+        pixels = torch.nn.functional.pad(pixels, (before, after, before, after))
+        shift, factor = (value.to(torch.float32).view(1, -1, 1, 1) for value in (mean, std))
+        return TensorDataset(pixels.sub_(shift).div_(factor), torch.from_numpy(labels))
 
     train = dataset(raw.train_images[kept], raw.train_labels[kept])
     return DataBundle(
@@ -388,14 +395,3 @@ def _statistics(images: Array) -> tuple[Tensor, Tensor]:
     else:
         mean, std = pixels.mean(axis=1, dtype=np.float64), pixels.std(axis=1, dtype=np.float64)
     return torch.from_numpy(mean), torch.from_numpy(np.where(std > 1e-8, std, 1.0))
-
-
-def _normalised(images: Array, mean: Tensor, std: Tensor, pad_to: int | None) -> Tensor:
-    """float32 images, scaled, padded and normalised."""
-    scale = 255.0 if images.dtype == np.uint8 else 1.0
-    pixels = torch.tensor(images).to(torch.float32).div_(scale)
-    missing = max(0, (pad_to or 0) - pixels.shape[-1])
-    before, after = missing // 2, missing - missing // 2
-    pixels = torch.nn.functional.pad(pixels, (before, after, before, after))
-    shift, factor = (value.to(torch.float32).view(1, -1, 1, 1) for value in (mean, std))
-    return pixels.sub_(shift).div_(factor)

@@ -89,7 +89,7 @@ def build_timm(name: str, num_classes: int, in_channels: int, image_size: int) -
 
 
 def accepted(function: Callable[..., object], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return those of some arguments that a function takes by name."""
+    """Return the arguments that a function takes by name."""
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {key: value for key, value in arguments.items() if takes_all or key in parameters}

@@ -83,7 +83,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     root : str
         Folder that the files' paths begin from.
     files : ndarray of bytes, shape (n,)
-        Their paths below it. One array, for a list of strings would be copied into every reading process.
+        Their paths below it. An array, because a list of strings would be copied into every reading process.
     labels : Tensor, shape (n,)
         int64.
     layout : Layout
@@ -157,30 +157,12 @@ def held_on(dataset: LabelledImages, device: torch.device) -> LabelledImages:
 
 def batches(dataset: LabelledImages, chosen: Iterable[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images and labels of rows, one batch for each tensor of row numbers, on the device."""
-    if isinstance(dataset, ImageFiles):
-        yield from _batches_of_files(dataset, list(chosen), device)
+    if not isinstance(dataset, ImageFiles):
+        images, labels = dataset.tensors
+        for rows in chosen:
+            yield images[rows.to(images.device)].to(device), labels[rows.to(labels.device)].to(device)
         return
-    images, labels = dataset.tensors
-    for rows in chosen:
-        yield images[rows.to(images.device)].to(device), labels[rows.to(labels.device)].to(device)
-
-
-class _Reading(Dataset[Any]):
-    """Files by lists of row numbers; an error is an answer, so that it reaches the caller as it was raised."""
-
-    def __init__(self, images: ImageFiles) -> None:
-        self.images = images
-
-    def __getitem__(self, rows: list[int]) -> Tensor | DataError:
-        try:
-            return self.images.pixels(rows)
-        except DataError as error:
-            return error
-
-
-def _batches_of_files(
-    dataset: ImageFiles, chosen: list[Tensor], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+    chosen = list(chosen)
     # Processes read a few files at a time, however large the batches are: what waits in their queues has a bound.
     pieces = (piece.tolist() for rows in chosen for piece in rows.split(_FILES_AT_ONCE))
     count = sum(len(rows) for rows in chosen)
@@ -206,6 +188,19 @@ def _batches_of_files(
     finally:
         # An error's traceback holds these variables, and the processes end with the iterator at the earliest.
         del answers
+
+
+class _Reading(Dataset[Any]):
+    """Files by lists of row numbers; an error is an answer, so that it reaches the caller as it was raised."""
+
+    def __init__(self, images: ImageFiles) -> None:
+        self.images = images
+
+    def __getitem__(self, rows: list[int]) -> Tensor | DataError:
+        try:
+            return self.images.pixels(rows)
+        except DataError as error:
+            return error
 
 
 def _processes(count: int) -> int:

@@ -25,7 +25,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import nni_topo
 import nni_topo_command
-from nni_topo import analysis
 from nni_topo.cli import VERBS, _failed, main, studies, verbs
 from nni_topo.cli.profile import Profile
 from nni_topo.errors import ConfigError, SpeedupError
@@ -39,6 +38,7 @@ from nni_topo.runs.choices import (
     Target,
 )
 from nni_topo.runs.run import Start
+from nni_topo.studies import analysis
 
 STUDIES = {
     "topology", "energy", "deviation", "retraining", "compression", "magnitude", "sensitivity", "persistence",

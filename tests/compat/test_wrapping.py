@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from nni.compression.base import compressor
 from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.base.setting import PruningSetting
 from nni.compression.base.wrapper import ModuleWrapper
@@ -245,19 +246,18 @@ def test_a_module_with_two_names_is_fused_with_its_norm():
     model = nn.Module()
     model.first, model.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
     model.again = model.first
-    entry = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
-    for fused in ({}, {"fuse_names": [("first", "norm")]}):
-        assert wrapping._by_one_name(model, [{**entry, **fused}], {}) == [
-            {"op_names": ["first"], "sparse_ratio": 0.5, **fused}
-        ]
+    entry = {"op_types": ["Conv2d"], "quant_dtype": "int8", "target_names": ["weight"]}
+    entry["fuse_names"] = [("first", "norm")]
+    wrappers, _ = compressor.register_wrappers(model, [entry], "quantization")
+    assert sorted(wrappers) == ["first", "norm"]
+    assert wrappers["first"].fused_modules[1] is model.norm
 
 
 def test_the_first_name_is_the_one_that_the_model_has_first():
     model = nn.Module()
     model.zebra = nn.Conv2d(3, 4, 1)
     model.apple = model.zebra
-    entry = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
-    assert wrapping._by_one_name(model, [entry], {}) == [{"op_names": ["zebra"], "sparse_ratio": 0.5}]
+    assert list(LevelPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]).compress()[1]) == ["zebra"]
 
 
 def test_shared_parameters_are_left_alone_where_unwrapping_makes_no_new_ones(monkeypatch):

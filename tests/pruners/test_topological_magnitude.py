@@ -9,10 +9,10 @@ import torch
 from nni.compression.pruning import AGPPruner, LevelPruner
 from torch import nn
 
+from nni_topo.analysis import connectivity
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths import topology
 from nni_topo.pruners.topological_magnitude.pruner import TopologicalMagnitudePruner
-from nni_topo.studies.analysis import connectivity
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 LAYERS = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.7}]

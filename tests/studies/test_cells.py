@@ -118,7 +118,7 @@ def test_a_plan_is_read_from_yaml(tmp_path):
         ("train: {epochs: 4}", "train: {epoch: 4}", "did you mean epochs"),
         ("retrain: {epochs: 1}", "retrain: {epochs: 9, until: 0}", r"until must be in \(0, 1\], got 0 \(retrain\)"),
         ("retrain: {epochs: 1}", "retrain: {epochs: 9, until: most}", r"until must be .*, got 'most' \(retrain\)"),
-        ("retrain: {epochs: 1}", "retrain: {until: 0.99}", r"until must have epochs beside it, .*'until': 0.99"),
+        ("retrain: {epochs: 1}", "retrain: {until: 0.99}", r"until needs epochs, .*'until': 0.99"),
         ("label: activations", "label: l1", "labels of pruners must differ, got twice: l1"),
         ("- l1", "- {label: l1}", "a mapping with a name"),
     ],

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
-from nni_topo import analysis
 from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.studies import analysis
 from nni_topo.studies.analysis.sensitivity import Sensitivity, SensitivityCurve
 from nni_topo.studies.compare import Comparison, RunFailure
 from nni_topo.studies.study import Findings, Verb
@@ -72,7 +72,7 @@ def test_rows_by_name_and_no_rows_at_all(layers, rows):
 
 
 def test_every_study_shows_its_table():
-    for info in pkgutil.iter_modules(analysis.__path__, "nni_topo.analysis."):
+    for info in pkgutil.iter_modules(analysis.__path__, "nni_topo.studies.analysis."):
         importlib.import_module(info.name)
     kinds = [kind for kind in Findings.__subclasses__() if kind.__module__.startswith("nni_topo.")]
     assert len(kinds) > 8

@@ -17,8 +17,9 @@ from scipy.cluster.hierarchy import linkage
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import leveled
+from nni_topo.maths.topology.checks import as_points
 from nni_topo.rules import ANYTHING, checked, one_of, whole
 
 FloatArray = NDArray[np.float64]
@@ -115,7 +116,7 @@ def partition(
     >>> partition(np.array([[0.0], [5.0], [0.1], [5.1]]), 2).tolist()
     [0, 1, 0, 1]
     """
-    points = checked_points(points)
+    points = as_points(points)
     whole(1).check("the number of clusters", count, "partition")
     if count > len(points):
         raise ConfigError(f"the number of clusters must be in [1, {len(points)}], the number of points, got {count!r}")
@@ -124,25 +125,35 @@ def partition(
         return np.arange(count, dtype=np.intp)
     if count == 1:
         return np.zeros(len(points), dtype=np.intp)
-    if algorithm == "dbscan":
-        return renumbered(_density_labels(points, count, min_samples))
+    # Here and below, not above: scikit-learn takes longer to import than all of this package.
+    from sklearn import cluster, decomposition, mixture
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         # Fewer distinct points than clusters, and mixtures that don't settle, still give a partition.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", message="Graph is not fully connected", category=UserWarning)
-        return renumbered(_labels(points, count, algorithm, seed, n_init, graph))
-
-
-def checked_points(points: FloatArray) -> FloatArray:
-    """Return points as float64, shape (n, d); raise DataError unless there are some and all are finite."""
-    points = np.asarray(points, dtype=np.float64)
-    if points.ndim != 2 or not points.size:
-        raise DataError(f"points must be of shape (n, d) and not empty, got shape {points.shape}")
-    if not np.isfinite(points).all():
-        raise DataError(f"points must be finite, got {int((~np.isfinite(points)).sum())} values that aren't")
-    return points
+        if algorithm == "kmeans":
+            found = cluster.KMeans(count, n_init=n_init, random_state=seed).fit(points.astype(np.float32)).labels_
+        elif algorithm == "ward":
+            found = cluster.AgglomerativeClustering(count, linkage="ward").fit(points).labels_
+        elif algorithm == "spectral":
+            found = _spectral_labels(points, count, seed, n_init, graph)
+        elif algorithm == "dbscan":
+            found = _density_labels(points, count, min_samples)
+        elif (points == points[0]).all():  # rounding gives them a variance, or none to divide by
+            found = np.zeros(len(points), dtype=np.intp)
+        else:
+            scaled = points / np.sqrt(points.var(0).sum() / points.shape[1])
+            kind = "spherical"
+            if algorithm == "gmm_full":
+                kind, axes = "full", min(_AXES, *points.shape)
+                scaled = decomposition.PCA(axes, svd_solver="full").fit_transform(scaled)
+            model = mixture.GaussianMixture(
+                count, covariance_type=kind, n_init=n_init, random_state=seed, reg_covar=_LEAST_VARIANCE
+            )
+            found = model.fit_predict(scaled)
+    return renumbered(found)
 
 
 def renumbered(labels: IntArray) -> IntArray:
@@ -154,31 +165,6 @@ def renumbered(labels: IntArray) -> IntArray:
     rank = np.empty(len(first), dtype=np.intp)
     rank[np.argsort(first)] = np.arange(len(first))
     return rank[inverse]
-
-
-def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: int, graph: str) -> IntArray:
-    # Here and below, not above: scikit-learn takes longer to import than all of this package.
-    from sklearn import cluster, decomposition, mixture
-
-    if algorithm == "kmeans":
-        found = cluster.KMeans(count, n_init=n_init, random_state=seed).fit(points.astype(np.float32)).labels_
-    elif algorithm == "ward":
-        found = cluster.AgglomerativeClustering(count, linkage="ward").fit(points).labels_
-    elif algorithm == "spectral":
-        found = _spectral_labels(points, count, seed, n_init, graph)
-    else:
-        if (points == points[0]).all():  # rounding gives them a variance, or none to divide by
-            return np.zeros(len(points), dtype=np.intp)
-        scaled = points / np.sqrt(points.var(0).sum() / points.shape[1])
-        kind = "spherical"
-        if algorithm == "gmm_full":
-            kind, axes = "full", min(_AXES, *points.shape)
-            scaled = decomposition.PCA(axes, svd_solver="full").fit_transform(scaled)
-        model = mixture.GaussianMixture(
-            count, covariance_type=kind, n_init=n_init, random_state=seed, reg_covar=_LEAST_VARIANCE
-        )
-        found = model.fit_predict(scaled)
-    return np.asarray(found, dtype=np.intp)
 
 
 def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArray:

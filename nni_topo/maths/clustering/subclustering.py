@@ -307,8 +307,8 @@ def grow(
     Notes
     -----
     The cluster that varies most, of equal ones the oldest, is split first, so that ``at_least`` and ``at_most`` cut the
-    growth where it matters least. Nodes that all put out the same aren't split, however much they vary: one stands for
-    all of them.
+    growth where it matters least. Nodes that all put out the same aren't split, however much they vary: one of them
+    is enough.
     """
     points, covariance = np.asarray(points, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
     if points.ndim != 2 or covariance.shape != (len(points), len(points)):
@@ -360,17 +360,15 @@ def grow(
 def _histogram(values: FloatArray, bins: int | Literal["scott"]) -> tuple[IntArray, FloatArray]:
     """Count values in bins of equal width; what lies on a border, up to rounding, belongs to the bin above it."""
     low, high = values.min(), values.max()
-    number = _scott_bins(values) if bins == SCOTT else int(bins)
+    if bins == SCOTT:
+        # as few as are no wider than Scott's rule says; a range that is a multiple of this width but for rounding takes
+        # so many bins and no more
+        width = float(np.std(values)) * math.pow(24.0 * math.sqrt(math.pi) / len(values), 1.0 / 3.0)
+        number = max(1, math.ceil((high - low) / width - _ROUNDING))
+    else:
+        number = int(bins)
     places = np.floor((values - low) / (high - low) * number + RELATIVE).astype(np.intp)
     return np.bincount(np.minimum(places, number - 1), minlength=number), np.linspace(low, high, number + 1)
-
-
-def _scott_bins(values: FloatArray) -> int:
-    """Return the least number of bins that are no wider than Scott's rule says; values must not be all alike."""
-    width: float = np.std(values) * math.pow(24.0 * math.sqrt(math.pi) / len(values), 1.0 / 3.0)
-    spread: float = values.max() - values.min()
-    # a range that is a multiple of the width but for rounding takes so many bins and no more
-    return max(1, math.ceil(spread / width - _ROUNDING))
 
 
 def _spreads(low: float, high: float) -> bool:

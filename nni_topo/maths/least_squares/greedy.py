@@ -94,13 +94,13 @@ def forward_selection(
             if not is_met:
                 gains = np.sum([reader.gains() for reader in readers], axis=0)
             open_gains = np.where(left & (room[part] > 0), gains, -np.inf)
-            # What is small beside the first gain is rounding: among such channels the lowest wins.
+            # Gains that are tiny compared with the first one are rounding: among such channels the lowest wins.
             order[step] = first_largest(open_gains, taken[0] if step else 0.0)
             taken[step] = gains[order[step]]
             left[order[step]] = False
             room[part[order[step]]] -= 1
             is_met = is_met or taken[step] <= _NOTHING * taken[:step].sum()
-            if not is_met and step < keep - 1:  # nobody asks what is left after the last one
+            if not is_met and step < keep - 1:  # after the last choice no gains are needed
                 for reader in readers:
                     reader.choose(int(order[step]))
     return order, taken

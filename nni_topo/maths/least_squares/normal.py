@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 GRID = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# Where the walk along the grid begins, and what is taken where no sample is held out.
-_FIRST_TRIED = 5
+_FIRST_TRIED = 5  # place of the first ridge tried; also of the ridge if no sample is held out
 _LEAST_RIDGE = 1e-12
 _LEAST_VARIANCE = 1e-12
 # Share of the mean variance in the ridge, so that an input that hardly varies doesn't get the huge weight that
@@ -223,43 +222,48 @@ class NormalEquations:
             cross = cross.baddbmm(means.unsqueeze(2), sums["y"].unsqueeze(1), alpha=-1)
             squares = squares - sums["y"].square() / self.samples
         known = self._factors.pop(self.samples, None)
-        factor = known[2] if known and known[:2] == (ridge, intercept) else self._factor(ridge, intercept)
-        if factor is None:
-            return None
+        if known and known[:2] == (ridge, intercept):
+            factor = known[2]
+        else:
+            matrix = self._products()
+            # A view: centring turns these sums of squares into those about the means; `floor` is of what they were.
+            diagonal = matrix.diagonal(dim1=1, dim2=2)
+            floor = _LEAST_VARIANCE * diagonal
+            if intercept:
+                matrix.baddbmm_(sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
+            penalty = _penalty(diagonal, ridge)
+            # Units are taken out before the decomposition. What varies by no more than rounding is scaled to 0, an
+            # equation apart from the others, with coefficient 0.
+            scale = (diagonal + penalty).masked_fill(diagonal <= floor, torch.inf).rsqrt()
+            matrix.mul_(scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
+            # The penalty is in the scale, so that the scaled diagonal is 1, up to rounding.
+            diagonal.fill_(1.0)
+            # In place, which takes a matrix column by column: the transpose of a symmetric one is itself.
+            info = torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
+            torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
+            if bool(info.any()):
+                return None
+            factor = _Factor(matrix.mT, scale, penalty)
         self._factors[self.samples] = ridge, intercept, factor
-        scale = factor.scale.unsqueeze(2)
-        weights = _solved(factor.lower, cross * scale).mul_(scale)
+        scales = factor.scale.unsqueeze(2)
+        weights = _solved(factor.lower, cross * scales).mul_(scales)
         # By the equations themselves the products of weights and inputs are `cross` less the penalty.
         met = torch.linalg.vecdot(weights.flatten(), (cross + factor.penalty.unsqueeze(2) * weights).flatten())
         return weights, float(squares.sum() - met)
 
-    def _factor(self, ridge: float, intercept: bool) -> _Factor | None:
-        matrix = self._products()
-        # A view: centring, below, turns these sums of squares into those about the means; `floor` is of what they were.
-        diagonal = matrix.diagonal(dim1=1, dim2=2)
-        floor = _LEAST_VARIANCE * diagonal
-        if intercept:
-            means = self._sums["x"] / self.samples
-            matrix.baddbmm_(self._sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
-        penalty = _penalty(diagonal, ridge)
-        # Units are taken out before the decomposition. What varies by no more than rounding is scaled to 0, an equation
-        # apart from the others, with coefficient 0.
-        scale = (diagonal + penalty).masked_fill(diagonal <= floor, torch.inf).rsqrt()
-        matrix.mul_(scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
-        # The penalty is in the scale, so that the scaled diagonal is 1, up to rounding.
-        diagonal.fill_(1.0)
-        # In place, which takes a matrix column by column: the transpose of a symmetric one is itself.
-        info = torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
-        torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
-        return None if bool(info.any()) else _Factor(matrix.mT, scale, penalty)
-
     def _solve_few(self, ridge: float, intercept: bool) -> tuple[Tensor, float] | None:
         """Solve for one number a sample, of which there are fewer than unknowns; the same as from products."""
-        residuals = self._joined()[1]
+        inputs, residuals = self._joined()
         if intercept:
             residuals = residuals - residuals.mean(1, keepdim=True)
         if (self.samples, intercept) not in self._few:
-            self._few[self.samples, intercept] = self._scaled(intercept)
+            # Inputs over the roots of their penalties at ridge 1, one over these roots, and products of the former.
+            floor = _LEAST_VARIANCE * inputs.square().sum(1)
+            if intercept:
+                inputs = inputs - inputs.mean(1, keepdim=True)
+            squares = inputs.square().sum(1)
+            roots = _penalty(squares, 1.0).masked_fill(squares <= floor, torch.inf).rsqrt().unsqueeze(1)
+            self._few[self.samples, intercept] = inputs * roots, roots, symmetric((inputs * roots).mT)
         scaled, scale, products = self._few[self.samples, intercept]
         matrix = products / ridge
         matrix.diagonal(dim1=1, dim2=2).add_(1.0)
@@ -269,17 +273,6 @@ class NormalEquations:
         # ``(X'X + 1)^-1 X'Y = X'(XX' + 1)^-1 Y``, and what the second factor leaves of Y is the error itself.
         left = _solved(lower, residuals)
         return (scaled.mT @ left).mul_(scale.mT / ridge), float(left.square().sum())
-
-    def _scaled(self, intercept: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs over the roots of their penalties at ridge 1, one over these, and products of the former."""
-        inputs = self._joined()[0]
-        floor = _LEAST_VARIANCE * inputs.square().sum(1)
-        if intercept:
-            inputs = inputs - inputs.mean(1, keepdim=True)
-        squares = inputs.square().sum(1)
-        scale = _penalty(squares, 1.0).masked_fill(squares <= floor, torch.inf).rsqrt().unsqueeze(1)
-        scaled = inputs * scale
-        return scaled, scale, symmetric(scaled.mT)
 
     def _products(self) -> Tensor:
         """Sum the products of inputs, to be worked on in place."""
@@ -392,12 +385,7 @@ def _choose(
     if ridge is not None:
         solution = learned.solve(ridge, intercept=intercept)
         return (math.inf, nothing) if solution is None else (ridge, held.relative_error(solution))
-    chosen, least = _descend(learned, held, intercept=intercept)
-    return (chosen, least) if least < nothing else (math.inf, nothing)
-
-
-def _descend(learned: NormalEquations, held: NormalEquations, *, intercept: bool) -> tuple[float, float]:
-    """Walk along the grid downhill, to smaller ridges first; the factor of the best one is kept."""
+    # Downhill along the grid, to smaller ridges first; the factor of the best one is kept.
     best, least = _FIRST_TRIED, math.inf
 
     def is_better(tried: int) -> bool:
@@ -418,4 +406,4 @@ def _descend(learned: NormalEquations, held: NormalEquations, *, intercept: bool
             pass
         if best != _FIRST_TRIED:
             break
-    return GRID[best], least
+    return (GRID[best], least) if least < nothing else (math.inf, nothing)

@@ -121,7 +121,23 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         rivals = self._rng.integers(len(genes), size=(2 * couples, self.tournament_size))
         winners = rivals[np.arange(2 * couples), fitness[rivals].argmin(1)]
         mothers, fathers = genes[winners[:couples]], genes[winners[couples:]]
-        children = self._mutated(np.concatenate(self._crossed(mothers, fathers)))
+        # Crossover: blocks that only one parent keeps are dealt to the two children, as many to each as a parent had.
+        differing = mothers ^ fathers
+        keys = np.where(differing, self._rng.random(differing.shape), np.inf)
+        ranks = keys.argsort(axis=1).argsort(axis=1)
+        first = differing & (ranks < differing.sum(1, keepdims=True) // 2)
+        crossed = self._rng.random((couples, 1)) < self.crossover_probability
+        both = mothers & fathers
+        daughters = np.where(crossed, both | first, mothers)
+        sons = np.where(crossed, both | (differing & ~first), fathers)
+        children = np.concatenate([daughters, sons])
+        # Mutation: a kept block is swapped for a removed one.
+        chosen = np.flatnonzero(self._rng.random(len(children)) < self.mutation_probability)
+        keys = self._rng.random((len(chosen), self._size))
+        removed = np.where(children[chosen], keys, -1.0).argmax(1)
+        added = np.where(children[chosen], -1.0, keys).argmax(1)
+        children[chosen, removed] = False
+        children[chosen, added] = True
         population = [_newborn(row) for row in children[: self.population_size]]
         if self.elitism:
             population[0] = self.current_generation[0]
@@ -138,27 +154,6 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
             best = min(best, now)
             if self.patience is not None and stale >= self.patience:
                 break
-
-    def _crossed(self, mothers: BoolArray, fathers: BoolArray) -> tuple[BoolArray, BoolArray]:
-        """Deal the blocks that only one parent keeps to the two children, as many to each as each parent had."""
-        differing = mothers ^ fathers
-        keys = np.where(differing, self._rng.random(differing.shape), np.inf)
-        ranks = keys.argsort(axis=1).argsort(axis=1)
-        first = differing & (ranks < differing.sum(1, keepdims=True) // 2)
-        crossed = self._rng.random((len(mothers), 1)) < self.crossover_probability
-        both = mothers & fathers
-        daughters = np.where(crossed, both | first, mothers)
-        sons = np.where(crossed, both | (differing & ~first), fathers)
-        return daughters, sons
-
-    def _mutated(self, genes: BoolArray) -> BoolArray:
-        chosen = np.flatnonzero(self._rng.random(len(genes)) < self.mutation_probability)
-        keys = self._rng.random((len(chosen), self._size))
-        removed = np.where(genes[chosen], keys, -1.0).argmax(1)
-        added = np.where(genes[chosen], -1.0, keys).argmax(1)
-        genes[chosen, removed] = False
-        genes[chosen, added] = True
-        return genes
 
 
 def _newborn(genes: BoolArray) -> Chromosome:

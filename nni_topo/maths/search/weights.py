@@ -223,8 +223,27 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         self.current_generation: list[Individual] = []
 
     def create_new_population(self) -> None:
-        """Breed one child for every individual."""
-        self.children = [self._child(place) for place in range(self.population_size)]
+        """Breed one child for every individual: a crossover, then the two mutations, each by chance."""
+        self.children = []
+        for place, parent in enumerate(self.current_generation):
+            alive, partner = self.genes(parent), -1
+            if self.rng.random() < self.settings.crossover_probability:
+                # Individuals are ranked: of those drawn for the tournament, the one with the lowest place is the
+                # fittest.
+                drawn = self.rng.choice(self.population_size - 1, self.tournament_size, replace=False)
+                nearest = int(drawn.min())
+                other = self.current_generation[nearest + (nearest >= place)]
+                partner = other.number
+                self._cross(alive, other)
+            for layer, part in self._parts(alive):
+                layer.revive(part)
+            if self.rng.random() < self.settings.weakest_probability:
+                for layer, part in self._parts(alive):
+                    layer.drop_weakest(part, self.settings.weakest_rate)
+            if self.rng.random() < self.settings.random_probability:
+                for layer, part in self._parts(alive):
+                    layer.drop_random(part, self.settings.random_rate, self.rng)
+            self.children.append(self._born(alive, parent.number, partner))
 
     def calculate_population_fitness(self) -> None:
         """Evaluate the children and let them replace those of the parents that are less fit."""
@@ -242,7 +261,9 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
             if child.fitness > self.current_generation[place].fitness:
                 self.current_generation[place] = child
         self.children = []
-        self._record()
+        for member in sorted(self.current_generation, key=lambda member: member.number):
+            measured = (member.fitness, member.accuracy, member.compression)
+            self.history.append(HistoryRow(self.generation, member.number, *measured, member.born, member.partner))
 
     def genes(self, individual: Individual) -> BoolArray:
         """Return an individual's genes, shape ``(genes,)``."""
@@ -251,26 +272,6 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
     def best(self) -> Individual:
         """Return the fittest individual."""
         return self.current_generation[0]
-
-    def _child(self, place: int) -> Individual:
-        parent = self.current_generation[place]
-        alive, partner = self.genes(parent), -1
-        if self.rng.random() < self.settings.crossover_probability:
-            # Individuals are ranked: of those drawn for the tournament, the one with the lowest place is the fittest.
-            drawn = self.rng.choice(self.population_size - 1, self.tournament_size, replace=False)
-            nearest = int(drawn.min())
-            other = self.current_generation[nearest + (nearest >= place)]
-            partner = other.number
-            self._cross(alive, other)
-        for layer, part in self._parts(alive):
-            layer.revive(part)
-        if self.rng.random() < self.settings.weakest_probability:
-            for layer, part in self._parts(alive):
-                layer.drop_weakest(part, self.settings.weakest_rate)
-        if self.rng.random() < self.settings.random_probability:
-            for layer, part in self._parts(alive):
-                layer.drop_random(part, self.settings.random_rate, self.rng)
-        return self._born(alive, parent.number, partner)
 
     def _born(self, alive: BoolArray, number: int, partner: int) -> Individual:
         child = Individual(np.packbits(alive), number, self.generation + 1, partner)
@@ -289,8 +290,3 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         for layer in self.layers:
             yield layer, alive[start : start + layer.size]
             start += layer.size
-
-    def _record(self) -> None:
-        for member in sorted(self.current_generation, key=lambda member: member.number):
-            measured = (member.fitness, member.accuracy, member.compression)
-            self.history.append(HistoryRow(self.generation, member.number, *measured, member.born, member.partner))

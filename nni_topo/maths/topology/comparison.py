@@ -63,7 +63,9 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact") ->
     if births is None:
         return float("inf")
     if engine == "gudhi":
-        finite = _gudhi_bottleneck(first, second)
+        import gudhi
+
+        finite = float(gudhi.bottleneck_distance(first, second))
     elif not (first[:, 0].any() or second[:, 0].any()):
         finite = float(closed_bottleneck(_deaths(first)[None], _deaths(second))[0])
     else:
@@ -112,7 +114,12 @@ def wasserstein_distance(a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engi
     if births is None:
         return float("inf")
     if engine == "gudhi":
-        finite = _gudhi_wasserstein(first, second, order)
+        try:
+            from gudhi.wasserstein import wasserstein_distance as reference
+        except ImportError:
+            finite = _assignment(first, second, order)
+        else:
+            finite = float(reference(first, second, order=order, internal_p=np.inf))
     elif not (first[:, 0].any() or second[:, 0].any()):
         finite = float(closed_wasserstein(_deaths(first)[None], _deaths(second), order)[0])
     else:
@@ -187,17 +194,3 @@ def _assignment(first: FloatArray, second: FloatArray, order: float) -> float:
     costs[:, : len(second)] = np.minimum(gaps**order, drop_first[:, None] + drop_second)
     total = costs[linear_sum_assignment(costs)].sum()
     return float(largest * total ** (1.0 / order))
-
-
-def _gudhi_bottleneck(first: FloatArray, second: FloatArray) -> float:
-    import gudhi
-
-    return float(gudhi.bottleneck_distance(first, second))
-
-
-def _gudhi_wasserstein(first: FloatArray, second: FloatArray, order: float) -> float:
-    try:
-        from gudhi.wasserstein import wasserstein_distance as reference
-    except ImportError:
-        return _assignment(first, second, order)
-    return float(reference(first, second, order=order, internal_p=np.inf))

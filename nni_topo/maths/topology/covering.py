@@ -11,9 +11,17 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import first_largest, first_smallest
-from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_distances, as_index, as_subsets
+from nni_topo.maths.topology.checks import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    as_distances,
+    as_index,
+    as_points,
+    as_subsets,
+)
 from nni_topo.rules import checked, whole
 
 
@@ -155,9 +163,7 @@ def farthest_points(points: ArrayLike, count: int) -> IntArray:
     >>> farthest_points([[0.0], [1.0], [5.0], [6.0]], 3)
     array([1, 3, 0])
     """
-    cloud = np.asarray(points, dtype=np.float64)
-    if cloud.ndim != 2 or not cloud.size or not np.isfinite(cloud).all():
-        raise DataError(f"points must be a matrix of finite numbers (n, d), got shape {cloud.shape} (points)")
+    cloud = as_points(points)
     whole(1).check("count", count, "farthest_points")
     if count > len(cloud):
         raise ConfigError(f"count must be in [1, {len(cloud)}], the number of points, got {count} (farthest_points)")

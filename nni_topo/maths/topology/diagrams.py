@@ -88,21 +88,30 @@ def rips_diagram(
 
 def diagrams_of(distances: FloatArray, degrees: Sequence[int], engine: str) -> list[FloatArray]:
     """Do the work of `rips_diagram` on checked arguments: bars (bars, 2) per degree."""
-    compute = _simplex_tree if engine == "gudhi" else _spanning_tree_and_ripser
-    found = []
-    for bars in compute(distances, degrees):
-        births, deaths = bars[:, 0], bars[:, 1]
-        found.append(bars[np.lexsort((births, births - deaths))])
-    return found
+    found: dict[int, FloatArray] = {}
+    if engine == "gudhi":
+        import gudhi
 
-
-def _spanning_tree_and_ripser(distances: FloatArray, degrees: Sequence[int]) -> list[FloatArray]:
-    higher = [degree for degree in degrees if degree > 0]
-    bars = dict(zip(higher, next(ripser_bars([distances], higher)), strict=True)) if higher else {}
-    if 0 in degrees:
-        deaths = subset_deaths(distances, np.ones((1, len(distances)), dtype=np.bool_))[0]
-        bars[0] = np.stack([np.zeros(len(distances)), np.append(deaths, np.inf)], axis=1)
-    return [bars[degree] for degree in degrees]
+        rips = gudhi.RipsComplex(distance_matrix=distances)
+        tree: Any = rips.create_simplex_tree(max_dimension=max(degrees) + 1)
+        # A complex of few points has no simplices above the degrees asked for: then its top degree counts.
+        top_counts = max(degrees) >= tree.dimension()
+        tree.compute_persistence(homology_coeff_field=_FIELD, persistence_dim_max=top_counts)
+        for degree in degrees:
+            bars = tree.persistence_intervals_in_dimension(degree)
+            found[degree] = np.asarray(bars, dtype=np.float64).reshape(-1, 2)
+    else:
+        higher = [degree for degree in degrees if degree > 0]
+        if higher:
+            found.update(zip(higher, next(ripser_bars([distances], higher)), strict=True))
+        if 0 in degrees:
+            deaths = subset_deaths(distances, np.ones((1, len(distances)), dtype=np.bool_))[0]
+            found[0] = np.stack([np.zeros(len(distances)), np.append(deaths, np.inf)], axis=1)
+    longest_first = []
+    for degree in degrees:
+        births, deaths = found[degree][:, 0], found[degree][:, 1]
+        longest_first.append(found[degree][np.lexsort((births, births - deaths))])
+    return longest_first
 
 
 def ripser_bars(matrices: Iterable[FloatArray], degrees: Sequence[int]) -> Iterator[list[FloatArray]]:
@@ -132,17 +141,3 @@ def _ripser(matrices: list[FloatArray], degrees: Sequence[int]) -> Iterator[list
     )
     for diagrams in rips.fit_transform(matrices) if matrices else []:
         yield [np.asarray(bars, dtype=np.float64).reshape(-1, 2) for bars in diagrams]
-
-
-def _simplex_tree(distances: FloatArray, degrees: Sequence[int]) -> list[FloatArray]:
-    import gudhi
-
-    rips = gudhi.RipsComplex(distance_matrix=distances)
-    tree: Any = rips.create_simplex_tree(max_dimension=max(degrees) + 1)
-    # A complex of few points has no simplices above the degrees asked for: then its top degree counts.
-    top_counts = max(degrees) >= tree.dimension()
-    tree.compute_persistence(homology_coeff_field=_FIELD, persistence_dim_max=top_counts)
-    return [
-        np.asarray(tree.persistence_intervals_in_dimension(degree), dtype=np.float64).reshape(-1, 2)
-        for degree in degrees
-    ]

@@ -170,7 +170,19 @@ def convolution_graph(
     _require_positive("groups", groups)
     if weight_shape[0] % groups:
         raise DataError(f"groups must divide the {weight_shape[0]} output channels, got {groups} (convolution_graph)")
-    plane = _plane(kernel, size, steps, gaps)
+    # Which input position each kernel weight reads at each output position, (kernel, positions): grown dimension by
+    # dimension.
+    plane = np.zeros((1, 1), dtype=np.intp)
+    for width, length, step, gap in zip(kernel, size, steps, gaps, strict=True):
+        positions = (length - gap * (width - 1) - 1) // step + 1
+        if positions < 1:
+            raise DataError(
+                f"a kernel must fit into its padded input, got {width} weights {gap} apart in {length} pixels "
+                "(convolution_graph)"
+            )
+        along = gap * np.arange(width)[:, None] + step * np.arange(positions)
+        grown = plane[:, None, :, None] * length + along[None, :, None, :]
+        plane = grown.reshape(plane.shape[0] * width, plane.shape[1] * positions)
     return LayerGraph((weight_shape[0], weight_shape[1], len(plane)), groups, plane, math.prod(size))
 
 
@@ -181,24 +193,6 @@ def plane_components(graph: LayerGraph, offsets: Sequence[int] | None = None) ->
     targets = graph.plane_inputs + np.tile(np.arange(graph.plane_outputs), len(chosen))
     edges = coo_matrix((np.ones(chosen.size, dtype=np.int8), (chosen.ravel(), targets)), shape=(nodes, nodes))
     return int(connected_components(edges, directed=False, return_labels=False))
-
-
-def _plane(
-    kernel: tuple[int, ...], size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> IntArray:
-    """Return the flat input position of each kernel weight at each output position, shape (kernel, positions)."""
-    reads = np.zeros((1, 1), dtype=np.intp)
-    for width, length, step, gap in zip(kernel, size, stride, dilation, strict=True):
-        positions = (length - gap * (width - 1) - 1) // step + 1
-        if positions < 1:
-            raise DataError(
-                f"a kernel must fit into its padded input, got {width} weights {gap} apart in {length} pixels "
-                "(convolution_graph)"
-            )
-        along = gap * np.arange(width)[:, None] + step * np.arange(positions)
-        grown = reads[:, None, :, None] * length + along[None, :, None, :]
-        reads = grown.reshape(reads.shape[0] * width, reads.shape[1] * positions)
-    return reads
 
 
 def _per_dimension(value: Sequence[int] | int, count: int) -> tuple[int, ...]:

@@ -110,20 +110,16 @@ def h0_wasserstein(deaths_a: ArrayLike, deaths_b: ArrayLike, order: float = 2.0)
 
 
 def closed_wasserstein(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
-    """Do the work of `h0_wasserstein` on checked lists of shape (p, r) and (m,)."""
+    """Do the work of `h0_wasserstein` on checked lists of shape (p, r) and (m,), over all p rows at once."""
     largest = max(first.max(initial=0.0), second.max(initial=0.0))
     if largest == 0.0:
         return np.zeros(len(first))
     # Powers of numbers up to 1 don't overflow, whatever the order; the unit comes back with the root.
     first, second = first / largest, second / largest
-    return np.asarray(largest * _align(first, second, order) ** (1.0 / order))
-
-
-def _align(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
-    """Run the alignment's recurrence along its anti-diagonals, over all p rows at once; sums of powers (p,)."""
-    # `old[i]` is the least cost of the first i bars of `first` against the first ``step - 1 - i`` of `second`,
-    # `older[i]` that of a step before. The cells of an anti-diagonal don't depend on each other: r + m steps on arrays,
-    # instead of r m on cells. Cells outside of the table are infinite, so they never win.
+    # The alignment's recurrence runs along its anti-diagonals: `old[i]` is the least cost of the first i bars of
+    # `first` against the first ``step - 1 - i`` of `second`, `older[i]` that of a step before. The cells of an
+    # anti-diagonal don't depend on each other: r + m steps on arrays, instead of r m on cells. Cells outside of the
+    # table are infinite, so they never win.
     # Turned, so that the p diagrams lie next to each other in memory: slices of cells are contiguous.
     lists, rows, columns = first.T, first.shape[1], len(second)
     drop_first, drop_second = (0.5 * lists) ** order, (0.5 * second[:, None]) ** order
@@ -147,8 +143,7 @@ def _align(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
         matched = older[low - 1 : high] + gaps**order
         np.minimum(new[low : high + 1], matched, out=new[low : high + 1])
         older, old = old, new
-    best: FloatArray = old[rows]
-    return best
+    return np.asarray(largest * old[rows] ** (1.0 / order))
 
 
 def _one_list(deaths: ArrayLike) -> FloatArray:

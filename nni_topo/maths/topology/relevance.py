@@ -66,16 +66,12 @@ def relevance_distances(weights: Sequence[ArrayLike]) -> FloatArray:
         relevance = scaled[start]
         for end in range(start + 1, len(spans)):
             if end > start + 1:
-                relevance = _strongest(relevance, scaled[end - 1])
+                # The largest product over the neurons between.
+                strongest = np.zeros((len(relevance), scaled[end - 1].shape[1]))
+                for before, after in zip(relevance.T, scaled[end - 1], strict=True):
+                    np.maximum(strongest, np.outer(before, after), out=strongest)
+                relevance = strongest
             distances[spans[start], spans[end]] = 1.0 - relevance
             distances[spans[end], spans[start]] = 1.0 - relevance.T
     np.fill_diagonal(distances, 0.0)
     return distances
-
-
-def _strongest(first: FloatArray, second: FloatArray) -> FloatArray:
-    """Return the largest product over the neurons between: (a, b) and (b, c) give (a, c)."""
-    best = np.zeros((len(first), second.shape[1]))
-    for before, after in zip(first.T, second, strict=True):
-        np.maximum(best, np.outer(before, after), out=best)
-    return best

@@ -14,7 +14,7 @@ from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.processes import Processes
 
 _TURN = 2**24
-_MATRICES = 6  # of the rows' inner products that lie beside each other at most, until they are points
+_MATRICES = 6  # most matrices of inner products in memory at a time, until points are made of them
 # Share of the largest variance below which a pivot is rounding; distances, its root, err by less than 1e-6.
 _ROUNDING = 1e-13
 _WIDE = 4096  # points from which on eigenvectors, 27 times as much work as pivoted Cholesky, take minutes

@@ -115,7 +115,7 @@ class ChirpEnergyCollector(EnergyCollector):
 
 @dataclass(eq=False)
 class DataEnergyCollector(EnergyCollector):
-    """Energy of each filter's responses to calibration data, or to an evaluator's: what the chirp stands in for."""
+    """Energy of each filter's responses to calibration data, or to an evaluator's; the chirp approximates it."""
 
     calibration: Iterable[Any] | None = field(default=None, kw_only=True)
 
@@ -147,7 +147,7 @@ class _Energy:
         self.positions = 0
 
     def add(self, entering: Tensor, outputs: Tensor) -> None:
-        if self._goes_on:  # the filters' answers are what it goes on with
+        if self._goes_on:  # its class computes more with the filters' responses
             outputs = call_of(self.module, entering).run()
         rows = by_channel(self.module, outputs).double()
         if self.bias is not None:

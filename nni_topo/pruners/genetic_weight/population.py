@@ -57,14 +57,9 @@ class MaskedScores:
                     weight.data.mul_(mask)
                     if bias is not None:
                         bias.data.mul_(mask.flatten(1).any(1))
-                found = self.score()
-                try:
-                    score = float(found)
-                except (TypeError, ValueError, RuntimeError):
-                    score = np.nan
-                if not np.isfinite(score):
-                    raise DataError(f"an evaluation must return a finite number, got {found!r} (genetic search)")
-                scores.append(score)
+                scores.append(self.score())
+                if not np.isfinite(scores[-1]):
+                    raise DataError(f"an evaluation must return a finite number, got {scores[-1]} (genetic search)")
         finally:
             for each, value in zip(changed, before, strict=True):
                 each.data.copy_(value)
@@ -220,8 +215,8 @@ class _Tail:
         layer: Any = self._run.fetch_attr(str(node.target))
         parameters = _parameters(layer, weight)
         if isinstance(layer, nn.Linear) and not has_own_forward(layer) and node.all_input_nodes[0] in self._known:
-            # The weight on the left: those of all individuals become the rows of one product, where linear() would have
-            # a small one for each, of the same inputs.
+            # With the weight on the left, vmap multiplies the weights of all individuals at once; linear() would
+            # multiply those of each individual by itself.
             product: Tensor = (weight @ entering.flatten(0, -2).mT).mT.contiguous().unflatten(0, entering.shape[:-1])
             return product + parameters.get("bias", 0.0)
         # functional_call() puts the parameters into the layer while it runs: threads mustn't share its dictionary.

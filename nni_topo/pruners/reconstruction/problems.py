@@ -32,13 +32,13 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.layers.kinds import WEIGHTED, output_channels
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import evaluating, evaluation_mode, unwrapped_copy
-from nni_topo.network.runtime.fits import structure_call, structure_of
+from nni_topo.network.runtime.fits import structure_of
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, calls, fitting, real_positions_of, tensors_of
 from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis, Facts
-from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of, unread_error
+from nni_topo.pruners.clouds.functional import ChannelReader, readers_of, unread_error
 from nni_topo.pruners.hooks import Masks, PruningContext
 from nni_topo.pruners.reconstruction.readings import Reading, column_count
 from nni_topo.pruners.units import PruningUnit
@@ -88,10 +88,6 @@ class ReconstructionProblems:
         self.max_bytes = max_bytes
         self.keeps = False  # whether problems that fit into `max_bytes` together are measured only once
         self._measured: dict[str, ReconstructionProblem] = {}
-
-    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Check, before anything is wrapped, that a convolution or linear layer reads each layer to prune."""
-        check_read(model, modules, structure_call(model, self.calibration), WEIGHTED)
 
     def each(
         self, context: PruningContext, kept: dict[str, BoolArray]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.layers.kinds import WEIGHTED
+from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.network.runtime.inputs import inputs_of, on_device
 from nni_topo.network.runtime.processes import in_step
@@ -29,7 +31,7 @@ from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import ALLOCATIONS, Budget, as_budget, check_shared_budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.clouds.functional import FunctionalCollector
+from nni_topo.pruners.clouds.functional import FunctionalCollector, check_read
 from nni_topo.pruners.hooks import Data, PruningContext
 from nni_topo.pruners.planner import Losses
 from nni_topo.pruners.reconstruction.problems import (
@@ -79,12 +81,24 @@ class ReconstructionMetric(SelectionMetric):
         return kept
 
 
+class ReadCollector(FunctionalCollector):
+    """The functional cloud of layers that a convolution or a linear layer reads."""
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check that a convolution or linear layer reads each layer to prune."""
+        check_read(model, modules, structure_call(model, self.calibration), WEIGHTED)
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return the clouds; they are computed only where layers are compared: by thresholds, groups and budgets."""
+        collected = cache(partial(super().collect, context))
+        return WhenAsked(lambda name: collected()[name])
+
+
 class ReconstructionPruner(StructuredPruner):
     """Prune the filters and neurons that least squares can do without in the layers that read them.
 
-    Channels are chosen one by one, each the one that takes most off the squared error with which the next layers,
-    their weights solved anew, meet what they put out on the calibration data. All layers that read a channel count
-    alike.
+    Channels are chosen one by one, each the one that reduces most the squared error of the next layers' outputs on the
+    calibration data, with their weights solved anew. All layers that read a channel count alike.
 
     Parameters
     ----------
@@ -186,18 +200,10 @@ class ReconstructionPruner(StructuredPruner):
             config_list,
             evaluator,
             existed_wrappers,
-            collector=FunctionalCollector(calibration),
+            collector=ReadCollector(calibration),
             calculator=ReconstructionMetric(problems=self._problems, by_error=by_error, progress=progress),
         )
 
     def _keep_measurements(self) -> None:
         for problems in self._all_problems:
             problems.keeps = True
-
-    def _collect_data(self) -> Data:
-        # Clouds are looked at only where layers are compared: by thresholds, global groups and budgets.
-        collected = cache(super()._collect_data)
-        return WhenAsked(lambda name: collected()[name])
-
-    def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        self._problems.check(model, modules)

@@ -31,11 +31,28 @@ class SubclusterMetric(SurvivorMetric):
         """Return the clusters of every unit."""
         context.check_memory(3.0, f"{leaving_out()}, or take ClusterPruner")
         self.trees = {}
-        found = {unit.name: self._clusters(unit, clouds[unit.name], context, _cap(unit)) for unit in context.units}
-        for name, rows in self._shared_caps(clouds, found, context).items():
-            unit = next(unit for unit in context.units if unit.name == name)
-            if rows > found[name].rows:
-                found[name] = self._clusters(unit, clouds[name], context, unit.rows - rows)
+        found = {}
+        for unit in context.units:
+            # At most its own ratio, if it has one, and its maximum ratio; a minimum ratio above its own ratio takes
+            # that one's place, as in NNI.
+            fewest, cap = unit.removable_rows
+            if unit.sparse_ratio is not None and unit.global_group_id is None:
+                cap = min(cap, max(fewest, int(unit.rows * unit.sparse_ratio)))
+            found[unit.name] = self._clusters(unit, clouds[unit.name], context, cap)
+        # The ratio of a global group caps what the group loses.
+        grouped = [unit for unit in context.units if unit.global_group_id is not None and unit.sparse_threshold is None]
+        bounded = []
+        for unit in grouped:
+            # Half a row more keeps int(rows * ratio) from falling short by rounding.
+            largest = (unit.rows - found[unit.name].rows + 0.5) / unit.rows
+            bounded.append(replace(unit, max_sparse_ratio=min(largest, 1.0)))
+        # Without `round_to`, which is applied to the number of clusters.
+        exact = replace(context.planner, round_to=None)
+        shared = exact.rows(bounded, lambda unit: merging_losses(clouds[unit.name]), context.model)
+        for unit in grouped:
+            rows = shared[unit.name]
+            if rows > found[unit.name].rows:
+                found[unit.name] = self._clusters(unit, clouds[unit.name], context, unit.rows - rows)
         return found
 
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], context: PruningContext, cap: int) -> Clusters:
@@ -76,20 +93,6 @@ class SubclusterMetric(SurvivorMetric):
         self.trees[unit.part_name(part)] = tree
         return tree.labels(unit.blocks)[part * rows : (part + 1) * rows]
 
-    def _shared_caps(
-        self, clouds: dict[str, list[FeatureCloud]], found: Mapping[str, Clusters], context: PruningContext
-    ) -> dict[str, int]:
-        """Return how many rows each unit of a global group has to keep for the group's ratio to be a cap."""
-        grouped = [unit for unit in context.units if unit.global_group_id is not None and unit.sparse_threshold is None]
-        bounded = []
-        for unit in grouped:
-            # Half a row more keeps int(rows * ratio) from falling short by rounding.
-            largest = (unit.rows - found[unit.name].rows + 0.5) / unit.rows
-            bounded.append(replace(unit, max_sparse_ratio=min(largest, 1.0)))
-        # Rounded are the counts of clusters that come of it.
-        exact = replace(context.planner, round_to=None)
-        return exact.rows(bounded, lambda unit: merging_losses(clouds[unit.name]), context.model)
-
 
 def of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, default: float) -> float:
     """Return a knob's value for a unit: the value of its first member that is named."""
@@ -100,14 +103,3 @@ def of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, defaul
 
 def _count(labels: IntArray) -> int:
     return len(np.unique(labels[labels >= 0]))
-
-
-def _cap(unit: PruningUnit) -> int:
-    """Return how many rows of a unit may be pruned: at most its own ratio, if it has one, and its maximum ratio.
-
-    A minimum ratio above its own ratio takes that one's place, as in NNI.
-    """
-    fewest, most = unit.removable_rows
-    if unit.sparse_ratio is None or unit.global_group_id is not None:
-        return most
-    return min(most, max(fewest, int(unit.rows * unit.sparse_ratio)))

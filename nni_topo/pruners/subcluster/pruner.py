@@ -76,8 +76,8 @@ class SubclusterPruner(StructuredPruner):
     Neurons that are near copies of each other stay in one cluster, however large their values, and one of them is
     pruned. With ``Growth(statistic="max")`` every neuron whose variance is above the threshold ends up alone.
 
-    Every call looks at the network as it is masked by then: what went before is dead, and the threshold is that of the
-    neurons that are left. So a second ``compress()``, or a schedule, may take more than one call does.
+    Every call looks at the network as it is masked by then: neurons that were pruned before are dead, and the threshold
+    is computed from the remaining ones. So a second ``compress()``, or a schedule, may prune more than one call does.
 
     References
     ----------

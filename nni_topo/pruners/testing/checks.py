@@ -94,7 +94,8 @@ def check_dependency_group(create: Create) -> None:
 def check_global_group(create: Create) -> None:
     """A global group loses about the asked share of its elements, and no layer all of its filters."""
     masks = _masks(create, [{**_HALF[0], "global_group_id": 1}])
-    weights = [targets["weight"].expand_as(_weight(name)) for name, targets in masks.items()]
+    model: Any = toy_model()
+    weights = [targets["weight"].expand_as(model.get_submodule(name).weight) for name, targets in masks.items()]
     total = sum(mask.numel() for mask in weights)
     lost = total - sum(float(mask.sum()) for mask in weights)
     require(0.3 * total <= lost <= 0.5 * total, f"a share in [0.3, 0.5] lost, got {lost / total:.3f}")
@@ -218,10 +219,6 @@ def _masks(create: Create, config_list: list[dict[str, Any]], model: ToyModel | 
     _, masks = pruner.compress()
     pruner.unwrap_model()
     return masks
-
-
-def _weight(name: str) -> torch.Tensor:
-    return toy_model().get_submodule(name).weight  # type: ignore[return-value]
 
 
 def require(condition: bool, promise: str) -> None:

@@ -1,4 +1,4 @@
-"""What of a model, and beside it, mustn't change."""
+"""Snapshots of a model and of the global generators, to check that neither changes."""
 
 from __future__ import annotations
 

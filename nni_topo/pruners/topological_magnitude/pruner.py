@@ -151,9 +151,15 @@ class TopologicalMagnitudePruner(StructuredPruner):
         self._target_spaces = in_network_order(self.bound_model, self._target_spaces)
         for name, spaces in self._target_spaces.items():
             for target, space in spaces.items():
-                if is_active(space):
-                    check_single_weights(name, target, space, "a spanning tree needs the weight")
-                    self._check_reached(name, space)
+                if not is_active(space):
+                    continue
+                check_single_weights(name, target, space, "a spanning tree needs the weight")
+                reached = self.conv_graph == "channel" or name in self._metric.graphs
+                if not reached and not isinstance(space._wrapper.module, nn.Linear):
+                    raise ConfigError(
+                        f"conv_graph {self.conv_graph!r} needs example_inputs that run every layer, got one that isn't "
+                        f"run ({name})"
+                    )
         context = self.context
         if self._target_spaces and not context.units:
             raise ConfigError(
@@ -166,14 +172,6 @@ class TopologicalMagnitudePruner(StructuredPruner):
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
         return None
-
-    def _check_reached(self, name: str, space: PruningTargetSpace) -> None:
-        reached = self.conv_graph == "channel" or name in self._metric.graphs
-        if not reached and not isinstance(space._wrapper.module, nn.Linear):
-            raise ConfigError(
-                f"conv_graph {self.conv_graph!r} needs example_inputs that run every layer, got one that isn't run "
-                f"({name})"
-            )
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
         if self.rounds != 1 or self.rewind is not None or self.on_round is not None:

@@ -24,7 +24,7 @@ BoolArray = NDArray[np.bool_]
 OnSubcritical = Literal["raise", "clip"]
 TreeGraph = Literal["channel", "toeplitz", "toeplitz_full"]
 _LEAST = 1e-300
-_COPIES = 4  # of the magnitudes of all layers, in float64, until the trees are there
+_COPIES = 4  # of the magnitudes of all layers, in float64, while trees are computed
 
 
 class MagnitudeCollector(DataCollector):

@@ -115,8 +115,13 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
     is_reached = torch.cat([(out > 0).any(0).flatten() for out in outputs])
     connected = {}
     for name, found in masks.items():
-        if "weight" in found:
-            connected[name] = _connected(flow.get_submodule(name), found["weight"])
+        if "weight" not in found:
+            continue
+        kept = found["weight"].ne(0)
+        kernels = kept.flatten(2).any(2) if kept.dim() > 2 else kept
+        groups = int(getattr(flow.get_submodule(name), "groups", 1))
+        entering = kernels.reshape(groups, -1, kernels.shape[1]).any(1).flatten()
+        connected[name] = float(torch.cat([kernels.any(1), entering]).double().mean())
     return Connectivity(float(is_reached.double().mean()), reached, connected)
 
 
@@ -212,11 +217,3 @@ def _outputs(model: nn.Module, args: Any, kwargs: Any, value: float) -> list[Ten
         return tensors_of(model(*call[0], **call[1]))
     except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
         raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
-
-
-def _connected(module: nn.Module, mask: Tensor) -> float:
-    """Return the share of a layer's input and output channels that keep a weight."""
-    kernels = mask.ne(0).flatten(2).any(2) if mask.dim() > 2 else mask.ne(0)
-    groups = int(getattr(module, "groups", 1))
-    entering = kernels.reshape(groups, -1, kernels.shape[1]).any(1).flatten()
-    return float(torch.cat([kernels.any(1), entering]).double().mean())

@@ -283,8 +283,9 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     dense = _saved(state)
     # Weights of two and more dimensions become matrices (out, rest), with 64-bit indices except for csr32.
-    coordinates = {name: _matrix(value).to_sparse_coo().coalesce() for name, value in state.items() if value.dim() > 1}
-    rows = {name: _csr(_matrix(value)) for name, value in state.items() if value.dim() > 1}
+    matrices = {name: value.flatten(1) for name, value in state.items() if value.dim() > 1}
+    coordinates = {name: matrix.to_sparse_coo().coalesce() for name, matrix in matrices.items()}
+    rows = {name: _csr(matrix) for name, matrix in matrices.items()}
     # Clones, because the indices may be views of larger storages, which would be written in full.
     parts = {name: (m.crow_indices().clone(), m.col_indices().clone(), m.values().clone()) for name, m in rows.items()}
     short = {name: (crow.int(), columns.int(), values) for name, (crow, columns, values) in parts.items()}
@@ -319,10 +320,6 @@ def with_sparse_linears(model: nn.Module) -> nn.Module:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, SparseLinear(module))
     return model
-
-
-def _matrix(value: Tensor) -> Tensor:
-    return value.flatten(1)
 
 
 def _csr(matrix: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.maths.topology.overlap import overlap_bound, tree_overlap
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.rounds import Round, prune_in_rounds
@@ -30,15 +31,11 @@ from nni_topo.rules import check_jobs, instance, whole
 from nni_topo.runs.choices import Cell, PrunerChoice, Target, changed_recipe
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import Start, build_model, pruner_knobs
-from nni_topo.studies.analysis import (
-    connectivity,
-    critical_config_list,
-    neural_persistence,
-    overlap_bound,
-    tree_overlap,
-)
+from nni_topo.studies.analysis.compression import critical_config_list
+from nni_topo.studies.analysis.connectivity import connectivity
 from nni_topo.studies.analysis.deviation import share_kept
 from nni_topo.studies.analysis.layers import weight_layers
+from nni_topo.studies.analysis.persistence import neural_persistence
 from nni_topo.studies.cells import start_of
 from nni_topo.studies.isolation import run_missing
 from nni_topo.studies.pictures import finish, panels

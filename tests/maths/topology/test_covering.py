@@ -122,7 +122,7 @@ def test_malformed_arguments_are_refused():
         farthest_point_order(distances, start=-1)
     with pytest.raises(ConfigError, match=r"count must be in \[1, 3\], the number of points, got 4"):
         farthest_points(distances, 4)
-    with pytest.raises(DataError, match="points must be a matrix of finite numbers"):
+    with pytest.raises(DataError, match="points must be finite, got nan"):
         farthest_points([[np.nan], [0.0]], 1)
-    with pytest.raises(DataError, match="points must be a matrix of finite numbers"):
+    with pytest.raises(DataError, match="points must be a matrix"):
         farthest_points([1.0, 2.0], 1)

@@ -7,14 +7,14 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.studies.analysis import (
+from nni_topo.analysis import (
     network_overlap_bound,
     network_tree_overlap,
     overlap_bound,
     random_overlap_log10,
     tree_overlap,
 )
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.topology import maximum_spanning_tree
 
 SHAPES = [(100, 10), (100, 100), (784, 100), (30, 40), (5, 3), (2, 2)]

@@ -6,8 +6,8 @@ from nni.compression.pruning import LevelPruner
 from torch import nn
 
 from nni_topo import zoo
+from nni_topo.analysis import critical_compression_ratio, critical_config_list
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.studies.analysis import critical_compression_ratio, critical_config_list
 from nni_topo.testing import toy_images, toy_model
 
 RESNET20 = 7 * [4.22946] + 6 * [3.97927] + 6 * [3.53374]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from nni_topo import zoo
+from nni_topo.analysis import connectivity
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.studies.analysis import connectivity
 from nni_topo.testing import toy_images, toy_model
 
 

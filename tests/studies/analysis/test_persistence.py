@@ -12,9 +12,9 @@ from nni.compression.pruning import LevelPruner
 from torch import nn
 
 from nni_topo import zoo
+from nni_topo.analysis import PersistenceTracker, neural_persistence
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths import topology
-from nni_topo.studies.analysis import PersistenceTracker, neural_persistence
 
 
 def linear(weight: np.ndarray) -> nn.Linear:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import nni_topo
+from nni_topo.analysis import retraining_bound
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.studies.analysis import retraining_bound
 from nni_topo.testing import require_unchanged, snapshot
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from nni_topo import zoo
+from nni_topo.analysis import overlap_bound
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, Target
-from nni_topo.studies.analysis import overlap_bound
 from nni_topo.studies.analysis.rounds import METHODS, RoundsCell, RoundsStudy, rounds_tables, run_rounds, steps_to
 from nni_topo.studies.records import append_record
 from nni_topo.studies.tables import as_markdown

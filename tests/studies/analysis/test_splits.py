@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nni_topo.analysis import draw_splits
 from nni_topo.clustering import Cluster, Growth, SplitTree, grow
 from nni_topo.errors import ConfigError
-from nni_topo.studies.analysis import draw_splits
 from nni_topo.studies.analysis.splits import leaf_places
 
 TREE = SplitTree(

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from nni_topo.analysis import study_topology
 from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
-from nni_topo.studies.analysis import study_topology
 from nni_topo.testing import toy_images, toy_model
 
 CONFIG = [

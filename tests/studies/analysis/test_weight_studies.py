@@ -8,11 +8,11 @@ import torch
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.analysis import connectivity, neural_persistence
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import DataChoice, ModelChoice, load_prune_config
 from nni_topo.runs.prune import prune_checkpoint
-from nni_topo.studies.analysis import connectivity, neural_persistence
 from nni_topo.studies.analysis.compression import AnalyzeCompression
 
 COMPRESSION = ["analyze", "compression", "--model"]

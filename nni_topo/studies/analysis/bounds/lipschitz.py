@@ -25,7 +25,7 @@ from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, norm_scale
 
-# Upper bounds of the slopes; a parameter can make a leaky or exponential unit steeper, see _steepness.
+# Upper bounds of the slopes; a parameter can make a leaky or exponential unit steeper.
 _SLOPES = {
     "relu": 1.0, "relu6": 1.0, "leakyrelu": 1.0, "elu": 1.0, "celu": 1.0, "tanh": 1.0, "hardtanh": 1.0, "softplus": 1.0,
     "softsign": 1.0, "logsigmoid": 1.0, "sigmoid": 0.25, "hardsigmoid": 1.0 / 6.0, "softmax": 1.0, "gelu": 1.13,
@@ -77,12 +77,21 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
         return pooling_constant(pool, _shape(node.all_input_nodes[0])[2:], _shape(node)[2:])
     name = _operation_name(module, node)
     if name in _SLOPES:
-        return max(_SLOPES[name], _steepness(module, name, node))
+        # A leaky or exponential unit may be steeper on its negative side.
+        knob = {"leakyrelu": "negative_slope", "elu": "alpha"}.get(name)
+        if knob is None:
+            return _SLOPES[name]
+        given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get(knob, 0.0)
+        return max(_SLOPES[name], abs(float(given if module is None else getattr(module, knob))))
     if name == "mean":
         # A mean of m entries has the norm 1 / sqrt(m), and each entry is in one mean only.
         return math.sqrt(math.prod(_shape(node)) / math.prod(_shape(node.all_input_nodes[0])))
-    # A sum: 1 for each operand of the sum's shape; _differences counts the copies of a broadcast operand.
-    if name in _MOVES | _SUMS and not node.kwargs.get("alpha") and not (name == "getitem" and _repeats(node.args[1])):
+    repeats = False  # whether an index may read an entry more than once
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        repeats = not all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in index)
+    # A sum: 1 for each operand of the sum's shape; the copies of a broadcast operand are counted by the caller.
+    if name in _MOVES | _SUMS and not node.kwargs.get("alpha") and not repeats:
         return 1.0
     raise ConfigError(f"a global error bound needs an operation of a known Lipschitz constant, got {name!r} ({node})")
 
@@ -109,23 +118,6 @@ def convolution_constant(module: Any, sides: Sequence[int], most: int = 2 * 10**
     spaced[every_other] = kernels
     spectrum = torch.fft.fftn(spaced, s=torus, dim=dims).flatten(3)
     return float(torch.linalg.matrix_norm(spectrum.movedim(3, 1), 2).max())
-
-
-def _steepness(module: Any, name: str, node: Node) -> float:
-    """Return the slope of a leaky or exponential unit on its negative side; 0 for other units."""
-    knob = {"leakyrelu": "negative_slope", "elu": "alpha"}.get(name)
-    if knob is None:
-        return 0.0
-    if module is not None:
-        return abs(float(getattr(module, knob)))
-    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get(knob, 0.0)
-    return abs(float(given))
-
-
-def _repeats(index: Any) -> bool:
-    """Return whether an index may read an entry more than once."""
-    each = index if isinstance(index, tuple) else (index,)
-    return not all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in each)
 
 
 def _operation_name(module: nn.Module | None, node: Node) -> str:
@@ -159,7 +151,18 @@ class _Changes(Interpreter):
         """Run a node of the unpruned network and bound the difference of its value."""
         value = super().run_node(n)
         if n.op in ("call_module", "call_function", "call_method"):
-            found = _differences(self.other, n, self.known)
+            # Of the node's inputs, by the layers that their differences come from.
+            found: dict[str, float] = {}
+            operands: list[Node] = []
+            map_arg((n.args, n.kwargs), operands.append)  # a node that is read twice counts twice
+            differing = [operand for operand in operands if self.known.get(operand)]
+            constant = operator_constant(self.other, n) if differing else 0.0
+            broadcasts = n.op != "call_module" and _operation_name(None, n) in _SUMS
+            for operand in differing:
+                # k copies of a difference have sqrt(k) times its norm
+                copies = math.prod(_shape(n)) / math.prod(_shape(operand)) if broadcasts else 1.0
+                for layer, difference in self.known[operand].items():
+                    found[layer] = found.get(layer, 0.0) + constant * math.sqrt(copies) * difference
             if n.op == "call_module" and str(n.target) in self._changed:
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 changed = self.other.get_submodule(str(n.target))(*args, **kwargs)
@@ -168,24 +171,6 @@ class _Changes(Interpreter):
         elif n.op == "output":
             self.known[n] = self.known.get(n.all_input_nodes[0], {})
         return value
-
-
-def _differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[str, float]]) -> dict[str, float]:
-    """Bound a node's output difference, given those of its inputs; return it by the layers it comes from."""
-    total: dict[str, float] = {}
-    operands: list[Node] = []
-    map_arg((node.args, node.kwargs), operands.append)  # a node that is read twice counts twice
-    differing = [operand for operand in operands if known.get(operand)]
-    if not differing:
-        return total
-    constant = operator_constant(graph_module, node)
-    broadcasts = node.op != "call_module" and _operation_name(None, node) in _SUMS
-    for operand in differing:
-        # k copies of a difference have sqrt(k) times its norm
-        copies = math.prod(_shape(node)) / math.prod(_shape(operand)) if broadcasts else 1.0
-        for layer, norm in known[operand].items():
-            total[layer] = total.get(layer, 0.0) + constant * math.sqrt(copies) * norm
-    return total
 
 
 _AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)

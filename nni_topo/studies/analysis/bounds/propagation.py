@@ -32,7 +32,7 @@ from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.public import public
 from nni_topo.rules import is_finite, whole
 from nni_topo.studies.analysis.bounds.lipschitz import largest_changes, norm
-from nni_topo.studies.analysis.bounds.segments import ChainSegment, chain, traced
+from nni_topo.studies.analysis.bounds.segments import chain, traced
 
 _CONVERGED = 1e-5
 
@@ -185,11 +185,11 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     values = [inputs]  # what enters each segment
     with torch.no_grad():
         for segment in segments:
-            values.append(segment({}, values[-1]))
+            values.append(segment(values[-1], {}))
     forwards = []  # of each segment but the first
     for segment, value in list(zip(segments, values, strict=False))[1:]:
         # samples don't mix in evaluation mode: the norm over a batch is the worst sample's norm
-        forwards.append(jacobian_norm(partial(segment, {}), value, per_sample=True, iterations=iterations))
+        forwards.append(jacobian_norm(partial(segment, parameters={}), value, per_sample=True, iterations=iterations))
     layers = []
     for index, (segment, value) in enumerate(zip(segments, values, strict=False)):
         own = {name: p.detach() for name, p in segment.module.named_parameters()}
@@ -197,7 +197,7 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
         change = math.sqrt(sum(norm(each) ** 2 for each in changed.values()))
         # a segment that nothing changed has the Jacobian of all of its parameters
         at = {name: own[name] for name in changed or own}
-        forward = partial(_forward, segment, value)
+        forward = partial(segment, value)
         jacobian = jacobian_norm(forward, at, per_sample=False, iterations=iterations)
         step = norm(_tangent(forward, at, changed)) if changed else 0.0
         downstream = math.prod(forwards[index:])
@@ -258,10 +258,6 @@ def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
                 f"original and pruned must differ in the values of parameters only, got {one} and {same} (model)"
             )
     return {name: theirs[name].detach() - mine[name].detach() for name in mine}
-
-
-def _forward(segment: ChainSegment, value: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return segment(parameters, value)
 
 
 def _tangent(forward: Callable[[Any], Tensor], at: Any, direction: Any) -> Tensor:

@@ -31,7 +31,7 @@ class ChainSegment:
         """Its layers, joined by ``+``."""
         return "+".join(self.layers)
 
-    def __call__(self, parameters: dict[str, Tensor], value: Tensor) -> Tensor:
+    def __call__(self, value: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Run the segment with some of its parameters replaced."""
         result: Tensor = functional_call(self.module, parameters, (value,))
         return result

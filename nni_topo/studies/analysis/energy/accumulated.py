@@ -30,10 +30,10 @@ class Step:
     quality: Quality
 
 
-def harmless_layers(study: EnergyStudy, threshold: float, most_lost: float = LITTLE) -> list[tuple[str, ...]]:
+def harmless_layers(study: EnergyStudy, threshold: float) -> list[tuple[str, ...]]:
     """Return, in order, the layers that lose filters at a threshold of the study and, pruned alone, little accuracy."""
     pruned = [layer for layer in study.layers if layer.removed[threshold]]
-    return [layer.layers for layer in pruned if study.lost(layer, threshold) < most_lost]
+    return [layer.layers for layer in pruned if study.lost(layer, threshold) < LITTLE]
 
 
 @public(model=MODEL, example_inputs=INPUTS)

@@ -77,27 +77,27 @@ def dropout_part(subject: Subject) -> Record:
     (unpruned,) = study_dropout({"": lambda: subject.start.net}, subject.evaluate, seed=subject.start.seed).values()
     record: Record = {"unpruned": plain(unpruned)}
     for threshold in sorted({subject.nearest(t) for t in _DROPOUT_THRESHOLDS}):
-        models = {row.name: partial(_pruned_alone, subject, row, threshold) for row in study.layers}
+        models = {}
+        for row in study.layers:
+            masks = masks_of(row.layers, study.masks[threshold])
+            models[row.name] = partial(masked_model, subject.start.net, subject.start.example, masks)
         found = study_dropout(models, subject.evaluate, seed=subject.start.seed)
         record[str(threshold)] = plain(found)
         # accuracy and loss by layer, a line per rate, and their change by dropout
         rows = [found[row.name] for row in study.layers]
         where = f"one layer at {100 * threshold:g} % of its energy"
-        for suffix, label, column, factor in (
-            ("", "accuracy %", "accuracy", 100.0),
-            ("_loss", "loss (nats)", "loss", 1.0),
-        ):
-            values = {rate: [factor * getattr(row[rate], column) for row in rows] for rate in RATES}
-            change = {rate: [a - b for a, b in zip(values[rate], values[0.0], strict=True)] for rate in RATES}
-            for more, what, lines in (("", label, values), ("_change", f"{label}, change by dropout", change)):
-                named = {f"rate {rate:g}": line for rate, line in lines.items()}
-                picture = layer_plot(study.layers, named, f"{what}, {where}")
-                study.pictures[f"dropout_{threshold:g}{suffix}{more}"] = picture
+        values = {
+            "accuracy %": {rate: [100.0 * row[rate].accuracy for row in rows] for rate in RATES},
+            "loss (nats)": {rate: [row[rate].loss for row in rows] for rate in RATES},
+        }
+        for label, by_rate in values.items():
+            name = f"dropout_{threshold:g}" + ("_loss" if label == "loss (nats)" else "")
+            lines = {f"rate {rate:g}": line for rate, line in by_rate.items()}
+            study.pictures[name] = layer_plot(study.layers, lines, f"{label}, {where}")
+            for line in lines:
+                lines[line] = [a - b for a, b in zip(lines[line], by_rate[0.0], strict=True)]
+            study.pictures[f"{name}_change"] = layer_plot(study.layers, lines, f"{label}, change by dropout, {where}")
     return record
-
-
-def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Module:
-    return masked_model(subject.start.net, subject.start.example, masks_of(row.layers, subject.study.masks[threshold]))
 
 
 def dropout_table(part: Record) -> Titled:

@@ -13,8 +13,8 @@ from torch import nn
 from torch.autograd.functional import jacobian
 
 import nni_topo
+from nni_topo.analysis import error_bound, net_deviation
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.studies.analysis import error_bound, net_deviation
 from nni_topo.studies.analysis.bounds.propagation import jacobian_norm
 from nni_topo.studies.analysis.bounds.segments import chain, traced
 from nni_topo.testing import toy_images, toy_model
@@ -222,7 +222,7 @@ def test_stages_compute_the_network():
     for net, inputs in ((convnet(), torch.randn(2, 1, 14, 14).double()), (toy_model().eval(), toy_images(3))):
         value = inputs
         for stage in chain(traced(net, inputs)):
-            value = stage({}, value)
+            value = stage(value, {})
         torch.testing.assert_close(value, net.eval()(inputs))
 
 

@@ -1,0 +1,73 @@
+"""Studies of a model; none of them changes it. The verbs of ``nni-topo analyze`` are theirs."""
+
+from nni_topo.maths.topology.overlap import (
+    network_overlap_bound,
+    network_tree_overlap,
+    overlap_bound,
+    random_overlap_log10,
+    tree_overlap,
+)
+from nni_topo.studies.analysis.bounds.propagation import ErrorBound, LayerErrorBound, error_bound
+from nni_topo.studies.analysis.compression import (
+    CriticalCompression,
+    LayerCount,
+    critical_compression_ratio,
+    critical_config_list,
+)
+from nni_topo.studies.analysis.connectivity import Connectivity, connectivity
+from nni_topo.studies.analysis.deviation import NetDeviation, deviation_of, net_deviation
+from nni_topo.studies.analysis.energy.accumulated import accumulate_energy
+from nni_topo.studies.analysis.energy.dropout import study_dropout, with_dropout
+from nni_topo.studies.analysis.energy.replacement import study_replacement
+from nni_topo.studies.analysis.energy.selection import study_selection
+from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
+from nni_topo.studies.analysis.evolution import EvolutionTrial, plot_evolution
+from nni_topo.studies.analysis.persistence import NeuralPersistence, PersistenceTracker, neural_persistence
+from nni_topo.studies.analysis.retraining import RetrainingBound, retraining_bound
+from nni_topo.studies.analysis.sensitivity import Sensitivity, SensitivityCurve, plot_sensitivity, sensitivity
+from nni_topo.studies.analysis.splits import draw_splits
+from nni_topo.studies.analysis.topology import LayerTopology, TopologyStudy, study_topology
+
+__all__ = [
+    "Connectivity",
+    "CriticalCompression",
+    "EnergyStudy",
+    "ErrorBound",
+    "EvolutionTrial",
+    "LayerCount",
+    "LayerEnergy",
+    "LayerErrorBound",
+    "LayerTopology",
+    "NetDeviation",
+    "NeuralPersistence",
+    "PersistenceTracker",
+    "Quality",
+    "RetrainingBound",
+    "Sensitivity",
+    "SensitivityCurve",
+    "TopologyStudy",
+    "accumulate_energy",
+    "connectivity",
+    "critical_compression_ratio",
+    "critical_config_list",
+    "deviation_of",
+    "draw_splits",
+    "error_bound",
+    "net_deviation",
+    "network_overlap_bound",
+    "network_tree_overlap",
+    "neural_persistence",
+    "overlap_bound",
+    "plot_evolution",
+    "plot_sensitivity",
+    "random_overlap_log10",
+    "retraining_bound",
+    "sensitivity",
+    "study_dropout",
+    "study_energy",
+    "study_replacement",
+    "study_selection",
+    "study_topology",
+    "tree_overlap",
+    "with_dropout",
+]
