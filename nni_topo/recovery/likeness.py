@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from scipy.special import stdtrit
@@ -179,7 +179,12 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
                 read, kind = read_outputs(found, call, count, outputs, places)
                 named = compared_outputs(found, count, outputs, places)
             except ConfigError:
-                read = _stacked(found, count)
+                read = []
+                if isinstance(found, (list, tuple)) and len(found) == count:
+                    # Such as a dict for each sample; samples that are alike are put together.
+                    by_sample = [[each for each in returned_tensors(own) if each.is_floating_point()] for own in found]
+                    if len({tuple(each.shape for each in tensors) for tensors in by_sample}) == 1:
+                        read = [torch.stack(same) for same in zip(*by_sample, strict=True)]
                 if not read:
                     # Such as lists of boxes: without an entry per image, a batch is one sample.
                     read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]
@@ -195,16 +200,6 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
                 samples=count,
                 named=named,
             )
-
-
-def _stacked(found: Any, count: int) -> list[Tensor]:
-    """Join what a model gives sample by sample, such as a dict for each; empty where samples aren't alike."""
-    if not isinstance(found, (list, tuple)) or len(found) != count:
-        return []
-    by_sample = [[each for each in returned_tensors(sample) if each.is_floating_point()] for sample in found]
-    if len({tuple(each.shape for each in tensors) for tensors in by_sample}) != 1:
-        return []
-    return [torch.stack(same) for same in zip(*by_sample, strict=True)]
 
 
 def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[float]:

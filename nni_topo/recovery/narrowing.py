@@ -34,7 +34,6 @@ from nni_topo.network.attention.rotary import by_table, find_frequencies
 from nni_topo.network.attention.unfused.multihead import mixing_called, projected
 from nni_topo.network.layers.kinds import by_channel, row_names, weight_name, weight_of
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
-from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
 from nni_topo.network.runtime.fits import first_call, run, structure_call
@@ -149,7 +148,25 @@ def narrow_heads(
         for name in asked
         if name not in whole
     ]
-    _measure(turned, heads, batches)
+    # One pass over the batches sums up what the heads do.
+    entering, leaving = [], []
+    for each in heads:
+        before, after = each.looks()
+        entering += before
+        leaving += after
+    with ExitStack() as stack:
+        stack.enter_context(mixing_called(turned))
+        stack.enter_context(watched(entering, leaving))
+        for each in heads:
+            module = turned.get_submodule(each.attention.name)
+            if isinstance(module, nn.MultiheadAttention):
+                stack.enter_context(called(module, partial(each.look_within, module)))
+        run(turned, batches)
+    for each in heads:
+        if batches.processes is not None:
+            each.pool(batches.processes, device_of(turned))
+        if not each.are_seen():
+            raise DataError(f"calibration must reach every attention module, got none ({each.attention.name})")
     wanted = _outputs(turned, batches)
 
     def is_same() -> bool:
@@ -363,28 +380,6 @@ class _Heads:
                 places = torch.from_numpy(rows).to(parameter.device)
                 values = parameter[places].double()  # (heads, n, inputs), or (heads, n) of a bias
                 parameter[places] = torch.einsum("hn...,hnm->hm...", values, maps).to(parameter)
-
-
-def _measure(model: nn.Module, heads: list[_Heads], batches: Calibration) -> None:
-    """Run a model over all batches and sum up what its heads do."""
-    entering, leaving = [], []
-    for each in heads:
-        before, after = each.looks()
-        entering += before
-        leaving += after
-    with ExitStack() as stack:
-        stack.enter_context(mixing_called(model))
-        stack.enter_context(watched(entering, leaving))
-        for each in heads:
-            module = model.get_submodule(each.attention.name)
-            if isinstance(module, nn.MultiheadAttention):
-                stack.enter_context(called(module, partial(each.look_within, module)))
-        run(model, batches)
-    for each in heads:
-        if batches.processes is not None:
-            each.pool(batches.processes, device_of(model))
-        if not each.are_seen():
-            raise DataError(f"calibration must reach every attention module, got none ({each.attention.name})")
 
 
 def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:

@@ -48,26 +48,11 @@ def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
     full = resolve_masks(base, analysis.flow, checked)
     unpruned = without_side_effects(analysis.graph(base)[0], light=True)
     pruned = detached_copy(unpruned, light=True)
-    _take_values(pruned, apply_masks(base, analysis.call, full))
-    return Networks(unpruned, pruned, detached_copy(model), analysis.flow, full, checked, folded)
-
-
-def plan_of(networks: Networks, touched: set[Node]) -> Plan:
-    """Plan what is solved; in the result, layers that are and compute their weight become plain ones that have it."""
-    plan = make_plan(networks.unpruned, networks.flow, networks.masks, touched)
-    for name in {equation.layer.name for equation in plan.equations} & networks.folded:
-        fold(networks.result.get_submodule(name))
-    return plan
-
-
-def _take_values(graph_module: GraphModule, model: nn.Module) -> None:
-    """Give a graph the tensors of a model that nothing else needs; buffers too.
-
-    Parameters become the graph's own, each place's another one; constants that only the graph has stay.
-    """
-    untie(graph_module, find_ties(graph_module))
-    values, taken = named_tensors(model), set[int]()
-    for name, old in named_tensors(graph_module).items():
+    # The pruned graph takes the tensors of the masked model. Parameters become the graph's own, another one in each
+    # place; constants that only the graph has stay.
+    untie(pruned, find_ties(pruned))
+    values, taken = named_tensors(apply_masks(base, analysis.call, full)), set[int]()
+    for name, old in named_tensors(pruned).items():
         owner, _, target = name.rpartition(".")
         if not isinstance(old, nn.Parameter):
             if name in values:
@@ -79,7 +64,16 @@ def _take_values(graph_module: GraphModule, model: nn.Module) -> None:
         is_free = value is not old and id(value) not in taken
         taken.add(id(value))
         new = nn.Parameter(value.detach().to(old.dtype, copy=not is_free), requires_grad=old.requires_grad)
-        setattr(graph_module.get_submodule(owner), target, new)
+        setattr(pruned.get_submodule(owner), target, new)
+    return Networks(unpruned, pruned, detached_copy(model), analysis.flow, full, checked, folded)
+
+
+def plan_of(networks: Networks, touched: set[Node]) -> Plan:
+    """Plan what is solved; in the result, layers that are and compute their weight become plain ones that have it."""
+    plan = make_plan(networks.unpruned, networks.flow, networks.masks, touched)
+    for name in {equation.layer.name for equation in plan.equations} & networks.folded:
+        fold(networks.result.get_submodule(name))
+    return plan
 
 
 def copy_norm_statistics(networks: Networks, call: Call, calibration: Iterable[Any]) -> None:

@@ -82,7 +82,7 @@ def outputs_of(
 
     Tags have the shape of logits: see `are_tags`.
     """
-    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+    logits = logits_of(found)
     if isinstance(logits, Tensor):
         return [logits], "kl"
     tensors = [
@@ -99,6 +99,11 @@ def outputs_of(
         raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
     may_be_classes = found is tensors[0] and found.dim() == 2 and found.shape[1] > 1
     return tensors, "kl" if may_be_classes else "squares"
+
+
+def logits_of(found: Any) -> Any:
+    """Return what a model's output calls its logits, or None."""
+    return found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
 
 
 def are_tags(outputs: Iterable[Tensor]) -> bool:
