@@ -43,6 +43,7 @@ from nni_topo.recovery.outputs import (
     Outputs,
     Places,
     are_tags,
+    as_in_batch,
     blocks_seen,
     compared_outputs,
     finite,
@@ -89,17 +90,12 @@ def is_better(after: Judgement, before: Judgement) -> bool:
 class SharedImages:
     """How processes share the images of a pool: each has some, and all number them alike.
 
-    Parameters
-    ----------
-    processes : Processes or None
-        None: one process has all.
-    counts : sequence of int
-        How many images this process has of each source. Images are numbered source by source, and within a source in
-        the order of the processes.
+    ``counts``: how many images this process has of each source. Images are numbered source by source, and within a
+    source in the order of the processes.
     """
 
     def __init__(self, processes: Processes | None, counts: Sequence[int]) -> None:
-        self.processes = processes
+        self.processes = processes  # None: one process has all
         by_rank = [list(counts)] if processes is None else processes.gather(list(counts), "the images to learn from")
         rank = 0 if processes is None else processes.rank
         self.sources = [sum(each[source] for each in by_rank) for source in range(len(counts))]
@@ -441,11 +437,6 @@ class _Answers:
     """What the unpruned network says of some images: computed where it is asked for, and kept if there is room for it.
 
     There is room where the answers for all images take at most a quarter of the free memory.
-
-    Attributes
-    ----------
-    seconds_of_one : float
-        Time for one image, as measured so far.
     """
 
     def __init__(self, ask: Callable[[Call, Precision], list[Tensor]], count: int) -> None:
@@ -457,7 +448,7 @@ class _Answers:
 
     @property
     def seconds_of_one(self) -> float:
-        """Seconds for one image."""
+        """Seconds for one image, as measured so far."""
         return self._seconds / max(self._asked, 1)
 
     def __call__(self, call: Call, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
@@ -620,8 +611,7 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
 
 def _view(part: Call, augment: Augment) -> Call:
     """Return what ``augment`` makes of some images; ConfigError unless that can take their place."""
-    args, kwargs = part
-    given = kwargs or (args[0] if len(args) == 1 else args)
+    (args, kwargs), given = part, as_in_batch(part)
     before, count = tensors_of(part), batch_size(part)
     unfinished = _not_finite(before)  # inputs may hold some, such as masks that are added
     seen = augment(given)

@@ -54,7 +54,7 @@ def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> P
         args, kwargs = taken(call, torch.arange(some))
         found = model(*args, **kwargs)
         if outputs is not None:
-            found = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
+            found = outputs(found, as_in_batch((args, kwargs)))
         lengths.append([len(each) - some for each in _with_entries(found)])
     if len(lengths[0]) != len(lengths[1]):  # such as the boxes of each image
         return None
@@ -67,12 +67,16 @@ def read_outputs(
     """Return what `outputs` makes of a model's output for a call, and the objective that suits it, as `outputs_of`."""
     if outputs is None:
         return outputs_of(found, count, places=places)
-    args, kwargs = call
-    read = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
-    tensors, kind = outputs_of(read, count, "what outputs= returns", places)
+    tensors, kind = outputs_of(outputs(found, as_in_batch(call)), count, "what outputs= returns", places)
     if all(each.dim() == 2 and bool((each.detach().norm(dim=1) - 1.0).abs().max() <= _UNIT) for each in tensors):
         kind = "cosine"
     return tensors, kind
+
+
+def as_in_batch(call: Call) -> Any:
+    """Return a call's inputs as a batch holds them: a tensor; for several arguments their tuple or dict."""
+    args, kwargs = call
+    return kwargs or (args[0] if len(args) == 1 else args)
 
 
 def outputs_of(

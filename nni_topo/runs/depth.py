@@ -162,20 +162,11 @@ class _Seen:
 def removable_blocks(
     model: nn.Module, images: Calibration, keep: Callable[[str], str] = lambda _: "", *, whole_blocks: bool = False
 ) -> Removable:
-    """Find the blocks, and parts of blocks, that a network runs without.
+    """Find the blocks, and parts of blocks, that a network runs without, by two samples of the images.
 
-    A block lies in a list, is called once, adds to its input and keeps its shape. Those that contain others stay.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network.
-    images : Calibration
-        Batches, of which two samples are run.
-    keep : callable
-        Gives the reason why a module with a name must stay; an empty text if it needn't.
-    whole_blocks : bool
-        Whether no parts are looked for.
+    A block lies in a list, is called once, adds to its input and keeps its shape. Blocks that contain others stay.
+    ``keep`` gives the reason why a module with a name must stay, or an empty text. With ``whole_blocks`` no parts are
+    looked for.
     """
     call = structure_call(model, images)
     modules = dict(model.named_modules())

@@ -22,26 +22,14 @@ _MOST_EXTRAS = 6  # that `BlockNet.forward` takes
 
 
 class BlockNet(nn.Module):
-    """A block that gets what changes from batch to batch as inputs, and holds what doesn't.
-
-    Parameters
-    ----------
-    block : torch.nn.Module
-        The block.
-    config : object
-        The model's config, in which the pruned widths are noted.
-    frame : Frame
-        What the block gets beside the states.
-    reads_unpruned : bool, default=False
-        Whether the states are those after unpruned blocks.
-    """
+    """A block that gets what changes from batch to batch as inputs, and holds what doesn't."""
 
     def __init__(self, block: nn.Module, config: Any, frame: Frame, *, reads_unpruned: bool = False) -> None:
         super().__init__()
         self.block = block
-        self.config = config
-        self.frame = frame
-        self.reads_unpruned = reads_unpruned
+        self.config = config  # the model's, in which the pruned widths are noted
+        self.frame = frame  # what the block gets beside the states
+        self.reads_unpruned = reads_unpruned  # whether the states are those after unpruned blocks
 
     def forward(
         self,

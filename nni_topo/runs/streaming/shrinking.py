@@ -249,11 +249,7 @@ def shrink_pretrained(
         if names[0] in removed:
             raise ConfigError(f"the first block must stay, got its name, {names[0]} (remove_blocks)")
     settings.check_shared(calibration, wanted)
-    if distill is not False and calibration.samples < 2:
-        raise DataError(
-            f"distillation must have at least two samples, one to judge by, got {calibration.samples}: pass more, or "
-            "leave distillation out: shrink_pretrained(..., distill=False) (batches)"
-        )
+    settings.check_two_samples(calibration)
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
     inputs = [[f"{len(args)} without a name", *sorted(kwargs)] for args, kwargs in given]
     by_rank = [inputs] if processes is None else processes.gather(inputs, "the inputs")

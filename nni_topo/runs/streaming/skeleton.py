@@ -36,21 +36,11 @@ class Skeleton:
     """A model without the weights of its blocks: embeddings, norms and head are loaded, a block when it is asked for.
 
     The blocks are the ``nn.ModuleList`` that holds most parameters; all are of one class and have the same shapes. They
-    must be called one after the other, each with what the one before returned.
+    must be called one after the other, each with what the one before returned. Loaded weights lie on ``device``, where
+    the model and its blocks compute.
 
-    Parameters
-    ----------
-    folder : Path
-        A folder as ``save_pretrained`` of Transformers writes it.
-    device : torch.device
-        Where the loaded weights lie, and the model and its blocks compute.
-
-    Raises
-    ------
-    ConfigError
-        If the folder is of a model that isn't one of Transformers, or has no such list of blocks.
-    DataError
-        If weights are missing, have other shapes than the config says, or aren't finite.
+    ConfigError if the ``folder`` is of a model that isn't one of Transformers, or has no such list of blocks. DataError
+    if weights are missing, have other shapes than the config says, or aren't finite.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
