@@ -64,8 +64,8 @@ class Block(Reconstruct):
     steps: int = 200
     # Learning rate of AdamW at its highest, above 0. None: a range test finds it, for each block anew.
     lr: float | None = None
-    # So many layers that are touched by pruning, at least 0, lie between a block and the place where the unpruned
-    # network's values are the target; the network's output where there are fewer. 0: the block's own end.
+    # Number of layers after pruned channels, at least 0, between a block and the place whose unpruned values are the
+    # target; the network's output where there are fewer. 0: the block's own end.
     layers: int = 0
     # Samples a step, at least 1.
     batch_size: int = 32
@@ -131,7 +131,7 @@ def _learners(networks: Networks, touched: Collection[Node]) -> dict[Node, list[
     for node in graph.nodes:
         if node not in touched:
             continue
-        # Attention is a value that a function gets: its layers run within it, but for the last one.
+        # In a graph, attention is an argument of a function, inside of which all its layers but the last one run.
         targets = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
         if node.op == "call_module":
             targets.append(str(node.target))
@@ -386,7 +386,7 @@ class _Learning:
         return self._counted([mine - meant for mine, meant in zip(found, wanted, strict=True)], part)
 
     def _counted(self, values: list[Tensor], part: _Part) -> list[Tensor]:
-        """Return what counts of some values: 0 where nothing is alive, without padding and samples held out."""
+        """Return values without padding and held-out samples; 0 where the pruned network's values never vary."""
         found = []
         for value, lives in zip(values, self._values.lives, strict=True):
             value = value if lives is None else value * lives

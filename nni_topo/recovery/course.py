@@ -34,7 +34,7 @@ _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 _FALL = 0.4  # share of a course in which the rate falls to zero, at its end
 _LOOKS = 25  # how often a course of full length looks at the held-out loss
-_WINDOW = 4  # looks whose mean is compared with the mean of as many before them: at a high rate single losses jump
+_WINDOW = 4  # looks whose mean is compared with the mean of the four before them: at a high rate single losses jump
 _PROGRESS = 0.02  # share of the earlier mean by which a smaller one counts as progress
 
 MOST_LOST = 20.0
@@ -229,7 +229,7 @@ class Course:
                     self._looked = share
                 if self.is_given_up or share >= self._end:
                     break
-                # While the rate rises, it is at least that after the first step.
+                # The first step has the rate of the second one, which isn't zero.
                 rising = max(share, 1.0 / total) / self._warmup if share < self._warmup else 1.0
                 falling = (self._end - share) / (self._end - self._falls_from) if share > self._falls_from else 1.0
                 self.optimizer.param_groups[0]["lr"] = self.rate * max(0.0, min(rising, falling, 1.0))
@@ -378,7 +378,7 @@ def learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Let gradients be taken and some batch norms use their batches; what masks have made zero stays zero."""
     handles = []
     for module in student.modules():
-        own = dict(module.named_parameters(recurse=False))  # scripted modules have no dicts of theirs
+        own = dict(module.named_parameters(recurse=False))  # scripted modules have no `_parameters`
         weight, bias = own.get("weight"), own.get("bias")
         if weight is None or bias is None:
             continue

@@ -1,9 +1,9 @@
 """Distillation without labels: a dense or masked network learns the unpruned one's outputs for some images [1]_.
 
 The second step of a recovery. Compensation solves each layer alone and once; here all weights move together, a few
-hundred steps of AdamW, on the images that compensation had. Classifiers learn softened class probabilities, whatever
-else a network gives is met in squares. A range test on held-out images finds the learning rate, and the steps end when
-the loss on these makes no progress.
+hundred steps of AdamW, on the images that compensation had. Classifiers learn softened class probabilities; of other
+outputs the squared distance is made small. A range test on held-out images finds the learning rate, and the steps end
+when the loss on these makes no progress.
 
 References
 ----------

@@ -1,4 +1,4 @@
-"""What a network before pruning says of unlabelled images, in batches that another one learns from."""
+"""The unpruned network's outputs for unlabelled images, in batches that a smaller network learns from."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Lesson:
         precision: Precision = "float32",
         shares: SharedImages | None = None,
     ) -> None:
-        # A copy that shares its weights, in evaluation mode, as which it answers all along.
+        # A copy that shares its weights and stays in evaluation mode.
         self._unpruned: nn.Module = evaluating(detached_copy(unpruned, light=True))
         self._pool, self._temperature = pool, temperature
         self.precision = precision  # of the steps; what judges is in the precision of the parameters
@@ -194,7 +194,7 @@ class Lesson:
             )
 
     def learn_from(self, index: Tensor) -> None:
-        """Let some of the images say in which scale the loss of a step is; others have no say in what is learned."""
+        """Take the scales of the loss of a step from the images that are learned from, and from no others."""
         self._learned_scales = self._variances(index)
         if self.kind == "kl":
             # The distance of a network that gives a constant answer is about 1, and its divergence depends on the scale
@@ -202,7 +202,7 @@ class Lesson:
             self._weight_of_distance = self.loss_of_a_constant(index)
 
     def judge_on(self, index: Tensor) -> None:
-        """Let the images that judge say in which scale distances are, as in reports; a single one has none."""
+        """Take the scales of distances from the images that judge, as reports do; a single image has no variance."""
         if len(index) > 1:
             self._scales = self._variances(index)
 
@@ -291,7 +291,7 @@ class Lesson:
     def _compared(
         self, student: nn.Module, call: Call, wanted: list[Tensor], precision: Precision = "float32"
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what a model gives, and what is wanted, where both count."""
+        """Return a model's outputs and the wanted ones, both without padding."""
         real = real_positions_of(student, call)
         return unpadded(self._run(student, call, precision), real), unpadded(wanted, real)
 
@@ -364,9 +364,9 @@ class Lesson:
     ) -> Batches:
         """Yield batches of some of the images, pass after pass, with the unpruned network's outputs for them.
 
-        There are none where the outputs of blocks are learned: the unpruned network runs on each batch then. A new view
-        of the images costs a pass of the unpruned network: `allows` says whether there are so many seconds for it. Else
-        an earlier view comes again.
+        Where the outputs of blocks are learned, no outputs are yielded: the unpruned network runs on each batch then. A
+        new view of the images costs a pass of the unpruned network. `allows` says whether there are so many seconds
+        for it; else an earlier view comes again.
         """
         generator = torch.Generator().manual_seed(seed)
         own, is_mine = self._shares.own(index), self._shares.mine(index)
@@ -434,9 +434,9 @@ class Lesson:
 
 
 class _Answers:
-    """What the unpruned network says of some images: computed where it is asked for, and kept if there is room for it.
+    """The unpruned network's outputs for some images, computed when they are asked for.
 
-    There is room where the answers for all images take at most a quarter of the free memory.
+    They are kept where those for all images take at most a quarter of the free memory.
     """
 
     def __init__(self, ask: Callable[[Call, Precision], list[Tensor]], count: int) -> None:

@@ -59,7 +59,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Differences:
-    """How like two networks' answers are, sample by sample; where outputs have no samples, batch by batch."""
+    """How far two networks' answers differ, sample by sample; where outputs have no samples, batch by batch."""
 
     distances: list[float]  # squared, over the variance of the unpruned network's outputs; NaN: other shapes
     agreed: list[float]  # share of the sample's largest logits that are the same; NaN where outputs aren't logits

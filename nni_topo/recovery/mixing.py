@@ -145,7 +145,7 @@ class PairTask(ChannelTask):
 
     @property
     def fitted(self) -> int:
-        """One factor of the channel that stands in, for each removed channel."""
+        """For each removed channel, the factor of the kept channel that replaces it."""
         return 1
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
@@ -225,7 +225,7 @@ class Pair(RecoveryMethod):
         """Return a task for each layer that reads removed channels; ConfigError if ``pairs`` can't be used."""
         flow, unpruned = networks.flow, networks.unpruned
         removed = pruned_group_ids(unpruned, flow, networks.masks)
-        survivors: dict[int, int] = {}  # by group id of a removed channel that of the kept one
+        survivors: dict[int, int] = {}  # group ids: removed channel -> kept channel
         for name, chosen in (self.pairs or {}).items():
             if name not in flow.layers:
                 raise unknown_name("a layer of pairs", name, flow.layers, "pairs")

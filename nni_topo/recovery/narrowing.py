@@ -208,7 +208,7 @@ def narrow_instead(
     flow, full = Analysis(model, structure_call(model, batches), facts).flow, check_masks(model, masks)
     is_kept = union(model, flow, full)
     ratios, rest = {}, 0.0
-    # Rotary heads lose whole pairs, all heads as many: pruning heads comes nearer to the cost.
+    # Rotary heads lose whole pairs, the same number in all heads: removing heads comes nearer to the cost.
     rotary = find_frequencies(model, flow.attention)
     known = dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent)
     for name in (each for each in known if each not in rotary):
@@ -303,8 +303,8 @@ class _Heads:
     def turned(self, is_same: Callable[[], bool], processes: Processes | None = None) -> bool:
         """Put first the directions of each head with which logits and values come nearest.
 
-        Where it can't be done, for the model isn't the same then, the model stays as it was. Under rotary positions
-        values are turned alone; that pairs of queries and keys may turn together says which channels are pairs.
+        Where the model would compute something else, it stays as it was, and False is returned. Under rotary positions
+        values alone are turned; a trial turn of pairs of queries and keys confirms which channels are pairs.
         """
         steps = [(self._turn_logits, True), (self._turn_values, True)]
         before = [(each, each.detach().clone()) for each in self._parameters()]

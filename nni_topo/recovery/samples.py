@@ -93,9 +93,10 @@ def draw_positions(count: int, entries: int, wanted: int, generator: torch.Gener
 def draw_unpadded(
     count: int, entries: int, wanted: int, generator: torch.Generator, real: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw positions as `draw_positions`, of which about `wanted` count, and tell which, both (entries, positions).
+    """Draw positions as `draw_positions`, of which about `wanted` count, and say which do, both (entries, positions).
 
-    ``real``: all that count, bool (entries, count); None, or of another shape: all do, and none is told.
+    ``real`` marks the positions that count, bool (entries, count). If it is None or has another shape, all count, and
+    None is returned instead of marks.
     """
     if real is None or real.shape != (entries, count):
         return draw_positions(count, entries, wanted, generator), None

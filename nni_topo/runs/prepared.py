@@ -162,6 +162,7 @@ class Prepared:
     def select(self, budget: Budget) -> Pipeline:
         """Select the channels to keep under a budget, by the pruner on a copy of the model."""
         pruner = self.settings.pruner
+        masks: Any
         # A copy: a function of the caller's may change what it is given.
         groups = copy.deepcopy(self.prunable.groups)
         config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups

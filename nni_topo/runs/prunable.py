@@ -76,7 +76,7 @@ def _without_held(
             "too (layers)"
         )
     if is_default:
-        # Masks of theirs would only be taken back, and until then keep the layers from being reconstructed.
+        # Their masks would be undone later, and would keep these layers from being reconstructed until then.
         entries = [{"op_names": [name for name in entries[0]["op_names"] if name not in held]}]
         groups = groups_of(analysis, entries)
     return Prunable(entries, unpruned | why, is_default, groups)

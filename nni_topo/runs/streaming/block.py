@@ -45,7 +45,7 @@ class BlockNet(nn.Module):
         extra5: Tensor | None = None,
     ) -> Tensor:
         """Return the states that leave the block, (samples, places, width)."""
-        # Parameters by name, for a graph has no others.
+        # Parameters by name, because a graph has no others.
         states = unpruned_states if self.reads_unpruned else hidden_states
         args, kwargs = self.frame.arguments(states, (extra0, extra1, extra2, extra3, extra4, extra5))
         return states_of(self.block(*args, **kwargs))

@@ -36,8 +36,8 @@ class Journal:
     def __init__(self, folder: Path, settings: Mapping[str, Any], processes: Processes | None = None) -> None:
         self.folder, self._processes = folder, processes
         self.is_first = processes is None or processes.rank == 0
-        # Digests, for the settings name folders of this machine, and a report goes where its model goes. Addresses of
-        # objects are others in each process.
+        # Digests, because settings name folders of this machine, and the report is published with the model. Addresses
+        # of objects differ between processes.
         self._settings = {
             name: hashlib.sha256(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()).hexdigest()
             for name, value in settings.items()

@@ -338,7 +338,7 @@ class _Run:
         for number, call in enumerate(self._calls):
             with fitting(number, "batches"):
                 states = states_in(skeleton.entering(call, 0))
-            # Random masks bring others.
+            # Random masks change the states.
             if number == 0 and not torch.equal(states, states_in(skeleton.entering(call, 0))):
                 raise ConfigError(
                     "the same inputs must bring the same states into the first block, got others in the second pass, "
@@ -475,7 +475,7 @@ class _Run:
         del made
         warnings: list[str] = []
         if isinstance(wanted, WantedStates):
-            # The last layer of the block brings into the states what the removed blocks after it did.
+            # The last layer of the block adds to the states what the removed blocks after it added.
             (call, *_) = calls(wanted, Calibration(batches[:1]))
             gap = gap_after(dense, dense.block, wanted, wanted.states, call)
             if gap is None:

@@ -55,8 +55,8 @@ class Skeleton:
         model = _without_weights(folder)
         self.config = copy.deepcopy(model.config)
         self.blocks_name = _blocks_of(model, folder)
-        # Transformers loads what lies outside of the blocks, and accelerate notes where in the files the blocks are. It
-        # places a module with all that it holds: none of those that hold the blocks has a place.
+        # Transformers loads what lies outside of the blocks, and accelerate notes where in the files the blocks are. A
+        # module that is given a place takes all its children along, so the modules that contain the blocks get none.
         parts = self.blocks_name.split(".")
         holders = {".".join(parts[:count]) for count in range(len(parts))}
         places = {self.blocks_name: "disk"}
@@ -72,7 +72,7 @@ class Skeleton:
                     dtype=_precision_of(self.files),
                     device_map=places,
                     offload_buffers=True,
-                    ignore_mismatched_sizes=True,  # they are told below
+                    ignore_mismatched_sizes=True,  # the error below names them
                     use_safetensors=True,
                     output_loading_info=True,
                 )
@@ -98,7 +98,7 @@ class Skeleton:
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise DataError(f"weights must be finite, got NaN or infinity ({place}{name}, {self.folder})")
-        # Copies, for what is mapped from a file would change with it.
+        # Copies, because tensors that are mapped from a file change with it.
         return {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
 
     def _take(self, model: Any, rest: Mapping[str, Tensor]) -> None:
@@ -150,7 +150,7 @@ class Skeleton:
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         try:
-            # In a container, for what lies in the model itself isn't returned.
+            # In a container, because tensors of the given module itself aren't returned.
             tensors = get_state_dict_offloaded_model(nn.ModuleDict({"block": self._on_disk[index]}))
         except ValueError as error:  # Transformers 5 doesn't compare the shapes of weights that stay on the disk
             raise DataError(
