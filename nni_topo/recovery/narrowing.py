@@ -306,9 +306,10 @@ class _Heads:
         Where the model would compute something else, it stays as it was, and False is returned. Under rotary positions
         values alone are turned; a trial turn of pairs of queries and keys confirms which channels are pairs.
         """
-        steps = [(self._turn_logits, True), (self._turn_values, True)]
         before = [(each, each.detach().clone()) for each in self._parameters()]
-        for step, stays in steps if self.logits is None else [(self._spin, False), (self._turn_values, True)]:
+        # Each step, and whether what it does stays if the model computes the same.
+        first = (self._turn_logits, True) if self.logits is None else (self._spin, False)
+        for step, stays in (first, (self._turn_values, True)):
             with torch.no_grad():
                 step()
                 if processes is not None:
