@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.runtime.copies import detached_copy, evaluating
-from nni_topo.network.runtime.inputs import Call
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import apply_masks
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve_masks
-from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects
 from nni_topo.sharing import find_ties, named_tensors, untie
@@ -74,14 +69,3 @@ def plan_of(networks: Networks, touched: set[Node]) -> Plan:
     for name in {equation.layer.name for equation in plan.equations} & networks.folded:
         fold(networks.result.get_submodule(name))
     return plan
-
-
-def copy_norm_statistics(networks: Networks, call: Call, calibration: Iterable[Any]) -> None:
-    """Measure the statistics of the result's batch norms anew, on its masked form; removed channels keep theirs."""
-    masked = recalibrate_batch_norm(apply_masks(networks.result, call, networks.masks), calibration)
-    for name, module in networks.result.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_var is not None and module.running_mean is not None:
-            measured: Any = masked.get_submodule(name)
-            alive = measured.running_var > 0
-            module.running_mean[alive] = measured.running_mean[alive]
-            module.running_var[alive] = measured.running_var[alive]

@@ -135,11 +135,6 @@ def recovery_info(name: str) -> RecoveryInfo:
     return RECOVERIES.info(name, "recovery_info")
 
 
-def recovery_method(method: str | RecoveryMethod) -> RecoveryMethod:
-    """Return a method by its name, with its default settings, or as it is given."""
-    return method if isinstance(method, RecoveryMethod) else RECOVERIES.info(method, "compensate", "method").make()
-
-
 _OWN = "nni_topo.recovery"
 RECOVERIES.register(
     RecoveryInfo("reconstruct", f"{_OWN}.reconstruct:Reconstruct", "solves each layer after removed channels again"),
