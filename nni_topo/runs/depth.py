@@ -613,12 +613,14 @@ class Depth:
             whole, short = self.whole, self.path.states[count]
             budget, example = whole.budget, whole.example
             table: Any = budget.latency_table
-            if budget.kind == "latency" and table is None:
+            if table is not None:
+                left = _table_of(table, short)(NetworkCost.on(short.net, example).widths({}))
+                self._lefts[count] = float(left / table(NetworkCost.on(whole.model, example).widths({})))
+            elif budget.kind == "latency":
                 ((self._lefts[count], _),) = time_shares([short.net], whole.model, example, budget.share)
             else:
-                own = None if table is None else _table_of(table, short)
-                left = _cost(budget.kind, short.net, example, own)
-                self._lefts[count] = float(left / _cost(budget.kind, whole.model, example, table))
+                before, after = (cost_of(budget.kind, net, example) for net in (whole.model, short.net))
+                self._lefts[count] = after / before
         return self._lefts[count]
 
     @cached_property
@@ -646,18 +648,11 @@ class Depth:
         return DepthPath(whole.model, whole.images.learned, judges, whole.settings.outputs, self.removable, saved)
 
 
-def _cost(kind: str, model: nn.Module, example: Any, table: LatencyTable | None) -> float:
-    """Return the cost of a network; a table says what it takes in time."""
-    if table is None:
-        return float(cost_of(kind, model, example))
-    return table(NetworkCost.on(model, example).widths({}))
-
-
 def cost_saved(
     model: nn.Module, example: Any, kind: str, table: LatencyTable | None = None
 ) -> Callable[[Removal], float]:
     """Return a function that gives the share of a network's cost that removing a block saves; of time by a table."""
-    unpruned = _cost(kind, model, example, table)
+    unpruned = cost_of(kind, model, example) if table is None else 0
     known: dict[str, float] = {}
 
     def saved(candidate: Removal) -> float:

@@ -198,7 +198,8 @@ class Prepared:
                 selected = self.start.select(wrapped)
             if outcome is not None:
                 selected = replace(selected, planned=outcome)
-        give_back_memory(self.model)  # the pruner's copy refers to itself
+            del wrapped  # with its copy, which refers to itself
+        give_back_memory(self.model)
         if not self.narrows:
             return selected
         full, masks = narrow_instead(self.model, self.images.learned, selected.masks, self.analysis.facts)
