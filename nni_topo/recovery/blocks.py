@@ -282,7 +282,7 @@ class _Calls:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Say whether two values are tensors in one place."""
+    """Say whether two values are tensors in the same memory."""
     are_tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
     return are_tensors and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 

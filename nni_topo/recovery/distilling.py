@@ -332,16 +332,16 @@ def distillation(
     if augment is not None:
         check_augment(original, pool, augment, seed)
 
-    def judged(net: nn.Module, index: Tensor) -> Judgement:
+    def judge(net: nn.Module, index: Tensor) -> Judgement:
         with clock.judging(len(index)):
             return lesson.judge(net, index)
 
-    before = judged(student, held)
+    before = judge(student, held)
     clock.judged_at_end = len(held)
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
         clock.judged_at_end += len(held) + len(learned)
     looked_at = held[:_LOOKED_AT]
-    first = before.loss if len(looked_at) == len(held) else judged(student, looked_at).loss
+    first = before.loss if len(looked_at) == len(held) else judge(student, looked_at).loss
 
     def courses_batches() -> Batches:
         return lesson.batches(learned, batch_size, seed, augment, is_blended, lambda needed: needed <= clock.left / 10)
@@ -353,7 +353,7 @@ def distillation(
             measured = recalibrate_batch_norm(net, few) if is_normed else net
         except DataError:  # the steps have left weights that aren't finite
             return math.inf
-        return judged(measured, looked_at).loss
+        return judge(measured, looked_at).loss
 
     def trials(rates: Sequence[float], is_normed: bool) -> tuple[RateTrial, ...]:
         return try_rates(
@@ -430,7 +430,7 @@ def distillation(
             most_steps,
             progress,
             first=first,
-            look=lambda net: judged(net, looked_at).loss,
+            look=lambda net: judge(net, looked_at).loss,
         )
         is_out_of_time = clock.left <= 0.0
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)

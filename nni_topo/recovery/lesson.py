@@ -154,8 +154,8 @@ class Lesson:
         self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
         self._outputs = outputs
         self._place = _place_of(student)
-        self._answers = _Answers(self.answer, batch_size(pool))
-        self._views: dict[int, _Answers] = {}  # for all courses: they learn from the same images
+        self._answers = _LazyOutputs(self.answer, batch_size(pool))
+        self._views: dict[int, _LazyOutputs] = {}  # for all courses: they learn from the same images
         device, count = device_of(self._unpruned), at_once(min(READ, batch_size(pool)))
         call = on_device(taken(pool, torch.arange(count)), device)
         with evaluation_mode(self._unpruned), torch.no_grad():
@@ -380,7 +380,7 @@ class Lesson:
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
             call = _blended(call, seed + view) if blend and view else call
             if view and view not in views:
-                views[view] = _Answers(self.answer, len(own))
+                views[view] = _LazyOutputs(self.answer, len(own))
             for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // at_once(size))):
                 mine = place[chosen[is_mine[chosen]]]
                 if self._block_names:
@@ -433,7 +433,7 @@ class Lesson:
         return self._outputs_of(found, (args, kwargs))
 
 
-class _Answers:
+class _LazyOutputs:
     """The unpruned network's outputs for some images, computed when they are asked for.
 
     They are kept where those for all images take at most a quarter of the free memory.

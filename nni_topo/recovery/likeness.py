@@ -76,10 +76,10 @@ class _Answer(NamedTuple):
 
 
 class Answers:
-    """What the unpruned network says of several parts of the images, and how like that another one's answers are.
+    """The unpruned network's answers on several parts of the images, and how near another network's answers are.
 
-    Distances are shares of the variance over the last part, which is that of held-out images: images of one kind vary
-    less than those of all kinds. Of a single image it is the variance over all parts.
+    Distances are shares of the variance over the last part, the held-out images, because images of one kind vary less
+    than images of all kinds. If that part is a single image, they are shares of the variance over all parts.
     """
 
     def __init__(self, model: nn.Module, *parts: Calibration, outputs: Outputs | None = None) -> None:

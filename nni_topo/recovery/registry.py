@@ -29,7 +29,7 @@ from nni_topo.rules import checked
 
 @dataclass(frozen=True)
 class Tools:
-    """What a method that does more than its tasks works with."""
+    """What a method gets that does more than its tasks."""
 
     images: int  # of the calibration data
     sizes: tuple[int, ...]  # of its batches, in images

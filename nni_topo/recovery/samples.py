@@ -330,7 +330,7 @@ class Sampler:
             first += self.sizes[index]
 
     def _marks(self, first: int, size: int, entries: int) -> Tensor:
-        """Return which entries of a batch are held out, before which so many images come."""
+        """Return which entries of a batch are held out; ``first`` images of all processes come before it."""
         if entries % size:  # such as the places of a sequence, or what a list of images became
             return (torch.arange(entries) + first) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
         # A layer may cut each sample into several entries, such as windows.

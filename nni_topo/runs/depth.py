@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 _SOLVED, _JUDGED = 256, 128  # calibration and held-out images by which blocks are chosen
 _LOOKED_AT = 8  # blocks that are looked at again after each removal, those that promised most
 _TOGETHER = 4  # networks that are judged at once, each with its own weights in memory
-_MIDDLE, _BETWEEN = 0.5, (0.25, 0.75)  # shares of the saving, in quotients, that blocks bring in the networks tried
+_MIDDLE, _BETWEEN = 0.5, (0.25, 0.75)  # powers of the budget's share that blocks alone keep in the networks tried
 _CACHE = "past_key_values"  # what a decoder returns for its next call
 _logger = logging.getLogger(__name__)
 
