@@ -311,6 +311,7 @@ def distillation(
         is_held = torch.ones(given[1].samples, dtype=torch.bool)
     else:
         is_held = samples_to_judge_on(dense, given[0])
+        # With one process it is the same tensor, so that the mark below holds for both.
         of_all = is_held if processes is None else torch.cat(processes.gather(is_held, "the held-out samples"))
         if len(of_all) > 1 and not of_all.any():
             of_all[-1] = True  # of fewer than eight

@@ -35,7 +35,7 @@ from nni_topo.network.runtime.inputs import (
 from nni_topo.network.runtime.memory import check_memory, free_memory_of
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import Precision, computing_in
-from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.processes import Processes, gathered
 from nni_topo.network.runtime.switches import random_state_kept, seed_torch
 from nni_topo.recovery.course import Batches
 from nni_topo.recovery.outputs import (
@@ -96,7 +96,7 @@ class SharedImages:
 
     def __init__(self, processes: Processes | None, counts: Sequence[int]) -> None:
         self.processes = processes  # None: one process has all
-        by_rank = [list(counts)] if processes is None else processes.gather(list(counts), "the images to learn from")
+        by_rank = gathered(processes, list(counts), "the images to learn from")
         rank = 0 if processes is None else processes.rank
         self.sources = [sum(each[source] for each in by_rank) for source in range(len(counts))]
         """The number of images of each source, of all processes."""

@@ -17,7 +17,7 @@ from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.runtime.calibration import BatchStore, Calibration
 from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of, returned_tensors
-from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.processes import Processes, gathered
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.outputs import (
     ComparedOutputs,
@@ -94,9 +94,7 @@ class Answers:
         stores = self._wanted[-1:] if parts[-1].samples_of_all > 1 else self._wanted
         self._scales = _scales(list(itertools.chain(*stores)), self._processes)
         is_scored = _are_scores(itertools.chain(*self._wanted))
-        if self._processes is not None:
-            is_scored = any(self._processes.gather(is_scored, "what the outputs are"))
-        self.are_classes = is_scored
+        self.are_classes = any(gathered(self._processes, is_scored, "what the outputs are"))
         """Whether the unpruned network's outputs are scores of classes, the largest of which is its answer."""
 
     def likenesses(self, net: nn.Module) -> list[Likeness]:
@@ -125,9 +123,7 @@ class Answers:
                 f"{str(error.__cause__).partition(chr(10))[0]}: a forward that decides by values of tensors, as in "
                 f"`if x.mean() > 0`, may go another way with fewer channels; {leaving_out('the layers around it')}"
             ) from error
-        if self._processes is None:
-            return Differences(distances, agreed)
-        everywhere = self._processes.gather((distances, agreed), "the comparison of outputs")
+        everywhere = gathered(self._processes, (distances, agreed), "the comparison of outputs")
         return Differences(
             [each for theirs, _ in everywhere for each in theirs], [each for _, theirs in everywhere for each in theirs]
         )
@@ -208,20 +204,16 @@ def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[flo
     Where processes share the samples, over those of all.
     """
     scales = []
-    numbers = {len(each.outputs) for each in answers}
-    if processes is not None:
-        numbers = set().union(*processes.gather(numbers, "the numbers of outputs"))
+    numbers = set().union(*gathered(processes, {len(each.outputs) for each in answers}, "the numbers of outputs"))
     groups = [[(each, each.outputs[index]) for each in answers] for index in range(min(numbers))]
     if len(numbers) > 1:
         # Such as a list of boxes for each image, and batches of unequally many: all are outputs of one kind.
         groups = [[(each, output) for each in answers for output in each.outputs]]
     for group in groups:
-        shapes = {output.shape[1:] for _, output in group}
-        is_padded = any(each.real is not None for each in answers)
-        if processes is not None:
-            known = processes.gather((shapes, is_padded), "the shapes of outputs")
-            shapes = set().union(*(each for each, _ in known))
-            is_padded = any(each for _, each in known)
+        own = {output.shape[1:] for _, output in group}, any(each.real is not None for each in answers)
+        known = gathered(processes, own, "the shapes of outputs")
+        shapes = set().union(*(each for each, _ in known))
+        is_padded = any(each for _, each in known)
         # Where lengths differ, or some positions are padding, every position is an observation of its own.
         is_ragged = len(shapes) > 1 or is_padded
         total = torch.zeros((), dtype=torch.float64)

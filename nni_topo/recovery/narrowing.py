@@ -40,7 +40,7 @@ from nni_topo.network.runtime.fits import first_call, run, structure_call
 from nni_topo.network.runtime.hooks import batches_of, called, watched
 from nni_topo.network.runtime.inputs import bind_arguments, returned_tensors
 from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.processes import Processes, gathered
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.switches import as_written
 from nni_topo.network.speedup.analysis import Analysis, Facts
@@ -171,8 +171,7 @@ def narrow_heads(
 
     def is_same() -> bool:
         found = agree(wanted, _outputs(turned, batches), SAME_CHANNELS)
-        processes = batches.processes
-        return found if processes is None else all(processes.gather(found, "the outputs with turned heads"))
+        return all(gathered(batches.processes, found, "the outputs with turned heads"))
 
     for each in heads:
         if not each.turned(is_same, batches.processes):
