@@ -33,9 +33,9 @@ from benchmarks.trained import measures, photos, pretrained, sentences
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.runs.choices import Target
+from nni_topo.pruners.budget import Budget
 from nni_topo.runs.provenance import provenance
-from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
+from nni_topo.runs.widths import inner_layers, planned_ratios, pruning_config
 from nni_topo.studies.baselines import baseline_masks
 from nni_topo.studies.records import append_record, read_records
 
@@ -141,9 +141,10 @@ class Cnn(Subject):
 
     def choose(self, criterion: str, share: float) -> tuple[nn.Module, Masks]:
         """Prune all layers to the same widths, whatever the criterion; the share is of multiply-accumulates."""
-        ratios = layer_ratios(self.model, self.example, Target("flops", share), self.entries())
+        analysis = Analysis.on(self.model, self.example)
+        ratios, _ = planned_ratios(analysis, Budget(flops=share), self.entries())
         if criterion.startswith("torch-pruning"):
-            return self.model, baseline_masks(criterion, Analysis.on(self.model, self.example), ratios)[0]
+            return self.model, baseline_masks(criterion, analysis, ratios)[0]
         return self.model, self.masks_of(criterion, self.model, pruning_config(self.model, self.example, ratios))
 
     def entries(self) -> list[dict[str, Any]]:

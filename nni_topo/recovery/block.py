@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from nni_topo.errors import DataError
 from nni_topo.network.layers.kinds import PER_CHANNEL, WEIGHTED
@@ -64,8 +64,8 @@ class Block(Reconstruct):
     steps: int = 200
     # Learning rate of AdamW at its highest, above 0. None: a range test finds it, for each block anew.
     lr: float | None = None
-    # So many layers that are touched by pruning, at least 0, lie between a block and the place where the unpruned
-    # network's values are the target; the network's output where there are fewer. 0: the block's own end.
+    # Number of layers after pruned channels, at least 0, between a block and the place whose unpruned values are the
+    # target; the network's output where there are fewer. 0: the block's own end.
     layers: int = 0
     # Samples a step, at least 1.
     batch_size: int = 32
@@ -131,14 +131,17 @@ def _learners(networks: Networks, touched: Collection[Node]) -> dict[Node, list[
     for node in graph.nodes:
         if node not in touched:
             continue
-        # Attention is a value that a function gets: its layers run within it, but for the last one.
+        # In a graph, attention is an argument of a function, inside of which all its layers but the last one run.
         targets = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
         if node.op == "call_module":
             targets.append(str(node.target))
         names: list[str] = []
         for target in targets:
-            owner = _module(networks.pruned, target)
-            if owner is None or used.count(target) > 1:
+            try:
+                owner = networks.pruned.get_submodule(target)
+            except AttributeError:  # the name of a tensor
+                continue
+            if used.count(target) > 1:
                 continue
             for own, module in owner.named_modules():
                 name = f"{target}.{own}".rstrip(".")
@@ -153,14 +156,6 @@ def _learners(networks: Networks, touched: Collection[Node]) -> dict[Node, list[
         if names:
             found[node] = names
     return found
-
-
-def _module(network: GraphModule, target: str) -> nn.Module | None:
-    """Return a module of a network; None if the name is that of a tensor."""
-    try:
-        return network.get_submodule(target)
-    except AttributeError:
-        return None
 
 
 class _Part(NamedTuple):
@@ -343,13 +338,31 @@ class _Learning:
                 progress=False,
             )
             rate = next((each.lr for each in tried if each.is_taken), math.nan)
+        least, best = first, dict[str, Any]()  # the state with the smallest loss on the samples that are looked at
+
+        def look(net: nn.Module) -> float:
+            nonlocal least, best
+            loss = self.judge(net, looked_at)
+            if loss < least:
+                least, best = loss, copy.deepcopy(net.state_dict())
+            return loss
+
         after, held, is_kept = before, held_before, False
         if not math.isnan(rate):
-            self._learn(student, rate, first, looked_at)
+            course = Course(student, is_normed=False, rate=rate, warmup=_WARMUP)
+            course.run(self, self.batches(), steps, False, first=first, look=look)
+            if best:
+                student.load_state_dict(best)
             after, held = self.judge(student, reported), self.judge(student, self._held)
             is_kept = held < held_before
         if is_kept:
-            self._put(student, start)
+            learned = dict(student.body.named_parameters())
+            with torch.no_grad():
+                for name in self._names:
+                    change = learned[name] - start[name]
+                    for net in (self._networks.pruned, self._networks.result):
+                        parameter = net.get_parameter(name)
+                        parameter.copy_((parameter + change).to(parameter.dtype))
         return LayerReport(
             layer=self.layers,
             place=self._segment.place.name,
@@ -364,32 +377,6 @@ class _Learning:
             is_kept=is_kept,
         )
 
-    def _learn(self, student: nn.Module, rate: float, first: float, looked_at: Tensor) -> None:
-        """Let a student learn, and leave it in the state with the smallest loss on the samples that are looked at."""
-        least, best = first, dict[str, Any]()
-
-        def look(net: nn.Module) -> float:
-            nonlocal least, best
-            loss = self.judge(net, looked_at)
-            if loss < least:
-                least, best = loss, copy.deepcopy(net.state_dict())
-            return loss
-
-        course = Course(student, is_normed=False, rate=rate, warmup=_WARMUP)
-        course.run(self, self.batches(), self._knobs.steps, False, first=first, look=look)
-        if best:
-            student.load_state_dict(best)
-
-    def _put(self, student: Stretch, start: dict[str, Tensor]) -> None:
-        """Add what was learned to the weights of the pruned network and of the result."""
-        learned = dict(student.body.named_parameters())
-        with torch.no_grad():
-            for name in self._names:
-                change = learned[name] - start[name]
-                for net in (self._networks.pruned, self._networks.result):
-                    parameter = net.get_parameter(name)
-                    parameter.copy_((parameter + change).to(parameter.dtype))
-
     def _lacking(
         self, student: nn.Module, part: _Part, wanted: list[Tensor], precision: Precision = "float32"
     ) -> list[Tensor]:
@@ -399,7 +386,7 @@ class _Learning:
         return self._counted([mine - meant for mine, meant in zip(found, wanted, strict=True)], part)
 
     def _counted(self, values: list[Tensor], part: _Part) -> list[Tensor]:
-        """Return what counts of some values: 0 where nothing is alive, without padding and samples held out."""
+        """Return values without padding and held-out samples; 0 where the pruned network's values never vary."""
         found = []
         for value, lives in zip(values, self._values.lives, strict=True):
             value = value if lives is None else value * lives

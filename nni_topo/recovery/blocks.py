@@ -197,7 +197,7 @@ class Writer:
         return self.layer.bias is not None or (self.norm is not None and self.norm.affine)
 
     def add(self, solution: Solution) -> None:
-        """Let the layer write more into the stream: new parameters, for other networks may hold the present ones."""
+        """Let the layer write more into the stream, by new parameters: other networks may share the present ones."""
         weight = self.layer.weight
         more = solution.weights[0].T.to(weight.device)
         shift = solution.shift[0].to(weight.device)
@@ -221,11 +221,11 @@ class Writer:
 
 @dataclass(frozen=True)
 class Gap:
-    """A layer before a gap, and what it is to bring into the stream."""
+    """A layer before a gap, and what it is to add to the stream."""
 
     writer: Writer
     wanted: Stream
-    is_whole: bool  # whether all that is wanted lacks, else what the writer's own stream doesn't have
+    is_whole: bool  # whether it is to add all that is wanted; else only what the writer's own stream lacks
 
     def fill(self, solution: Solution) -> None:
         """Let the writer make up for the gap."""
@@ -243,7 +243,7 @@ def gap_after(result: nn.Module, block: nn.Module, model: nn.Module, wanted: nn.
     if writer is None:
         return None
     stream = Stream(wanted, _Calls(model, wanted, call).end)
-    # A norm can become the other block's, and a ReLU is the same; nothing else is made of one.
+    # A norm can take the values of the other block's norm, and a ReLU has none.
     return Gap(writer, stream, is_whole=False) if type(stream.end) is type(writer.stream.end) else None
 
 
@@ -282,7 +282,7 @@ class _Calls:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Say whether two values are tensors in one place."""
+    """Say whether two values are tensors in the same memory."""
     are_tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
     return are_tensors and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 

@@ -32,7 +32,7 @@ from nni_topo.network.runtime.hooks import batches_of, watched
 from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
-from nni_topo.recovery.outputs import Outputs, read_outputs
+from nni_topo.recovery.outputs import Outputs, logits_of, read_outputs
 from nni_topo.rules import NONE, SEED, one_of, taking, whole
 
 
@@ -148,7 +148,8 @@ def _features(model: nn.Module, pool: Calibration, outputs: Outputs | None, prog
             last.clear()
             with fitting(index, pool.name):
                 result = model(*call[0], **call[1])
-            is_classifier = outputs is None and bool(last) and last[0][1] is _tensor_of(result)
+            answer = result if isinstance(result, Tensor) else logits_of(result)
+            is_classifier = outputs is None and bool(last) and last[0][1] is answer
             tensors = [last[0][0]] if is_classifier else read_outputs(result, call, batch_size(call), outputs)[0]
             real = real_positions_of(model, call)
             found.append(torch.cat([_by_sample(each, real) for each in tensors], dim=1))
@@ -159,13 +160,6 @@ def _features(model: nn.Module, pool: Calibration, outputs: Outputs | None, prog
     if not bool(features.isfinite().all()):
         raise DataError("features must be finite, got NaN or infinity (outputs)")
     return features
-
-
-def _tensor_of(result: Any) -> Any:
-    """Return a model's output where it is a tensor, or its logits."""
-    if isinstance(result, Tensor):
-        return result
-    return result.get("logits") if isinstance(result, dict) else getattr(result, "logits", None)
 
 
 def _by_sample(tensor: Tensor, real: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError, listed
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
@@ -25,11 +26,13 @@ from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.dependency import by_reason
+from nni_topo.network.speedup.equivalence import apply_masks
 from nni_topo.network.speedup.reconcile import MasksLike
-from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics, plan_of
+from nni_topo.recovery.batchnorm import recalibrate_batch_norm
+from nni_topo.recovery.networks import Networks, build_networks, plan_of
 from nni_topo.recovery.plan import ATTENTION
 from nni_topo.recovery.reconstruct import Reconstruct
-from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
+from nni_topo.recovery.registry import RECOVERIES, RecoveryMethod, Tools
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
 from nni_topo.recovery.samples import (
@@ -94,7 +97,7 @@ def compensation(
     """
     began = time.perf_counter()
     check_ridge(ridge)
-    chosen = recovery_method(method)
+    chosen = method if isinstance(method, RecoveryMethod) else RECOVERIES.info(method, "compensate", "method").make()
     check_model(model)
     given, model = model, with_known_layers(model)
     calibration = batches_of(calibration, model, shared=True)
@@ -125,7 +128,14 @@ def compensation(
     block_bytes = _BLOCK_BYTES if cache_bytes is None else cache_bytes
     layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, block_bytes, progress, begin_again))
     if recalibrate or chosen.recalibrates:
-        copy_norm_statistics(networks, call, calibration)
+        # On the masked form of the result; removed channels keep their statistics.
+        masked = recalibrate_batch_norm(apply_masks(networks.result, call, networks.masks), calibration)
+        for name, module in networks.result.named_modules():
+            if isinstance(module, _BatchNorm) and module.running_var is not None and module.running_mean is not None:
+                measured: Any = masked.get_submodule(name)
+                alive = measured.running_var > 0
+                module.running_mean[alive] = measured.running_mean[alive]
+                module.running_var[alive] = measured.running_var[alive]
     left = everything.samples_of_all - calibration.samples_of_all
     report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began, left)
     told = {name: why for name, why in report.left_alone.items() if why != ATTENTION}

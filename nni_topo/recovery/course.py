@@ -34,7 +34,7 @@ _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 _FALL = 0.4  # share of a course in which the rate falls to zero, at its end
 _LOOKS = 25  # how often a course of full length looks at the held-out loss
-_WINDOW = 4  # looks whose mean is compared with the mean of as many before them: at a high rate single losses jump
+_WINDOW = 4  # looks whose mean is compared with the mean of the four before them: at a high rate single losses jump
 _PROGRESS = 0.02  # share of the earlier mean by which a smaller one counts as progress
 
 MOST_LOST = 20.0
@@ -106,18 +106,12 @@ class RateTrial:
 
 
 class Clock:
-    """Wall time of a distillation, with the time of interrupted runs, and its limit.
-
-    Attributes
-    ----------
-    seconds : float or None
-        All of the time; None: as long as it takes.
-    judged_at_end : int
-        On how many samples the result will be judged, each time counted: time for steps ends as much earlier.
-    """
+    """Wall time of a distillation, with the time of interrupted runs, and its limit."""
 
     def __init__(self, seconds: float | None = None) -> None:
-        self.seconds, self.judged_at_end = seconds, 0
+        self.seconds = seconds  # all of the time; None: as long as it takes
+        # On how many samples the result will be judged, each time counted: time for steps ends that much earlier.
+        self.judged_at_end = 0
         self._began = time.perf_counter()
         self._seconds_a_sample = math.inf
 
@@ -153,18 +147,7 @@ class Course:
     """Gradient steps of a student; they go on from a file if it is there.
 
     The rate rises, stays, and falls in a line to zero in the last two fifths of the course. Where the held-out loss
-    makes no more progress, the fall begins at once, and is as much shorter as the part before it was.
-
-    Attributes
-    ----------
-    curve : list of Look
-        The held-out loss along the course.
-    is_normed : bool
-        Whether batch norms take their statistics from the batches.
-    rates : tuple of RateTrial
-        The range test by which the rate was found; a course that goes on from a file has that of its beginning.
-    is_given_up : bool
-        Whether it ended because the held-out loss grew.
+    makes no more progress, the fall begins at once, and is shorter in proportion to the part before it.
     """
 
     def __init__(
@@ -182,9 +165,10 @@ class Course:
         rates: Sequence[RateTrial] = (),
         processes: Processes | None = None,
     ) -> None:
-        self.student, self.rate, self.rates = student, rate, tuple(rates)
+        self.student, self.rate = student, rate
+        self.rates = tuple(rates)  # the range test by which the rate was found
         self._processes = processes  # those that share the images; None if this one has all
-        self.is_normed = is_normed
+        self.is_normed = is_normed  # whether batch norms take their statistics from the batches
         self.kind, self.path = kind or {}, None if path is None else Path(path)
         self._every = every  # seconds from one state in the file to the next
         learned = [p for p in student.parameters() if p.requires_grad]
@@ -193,7 +177,9 @@ class Course:
         self.optimizer = torch.optim.AdamW(learned, weight_decay=0.0, fused=is_fused or None)
         self.clock = clock or Clock()
         self._warmup, self._falls_from, self._end = warmup, falls_from, 1.0  # shares of the course
-        self.done, self.curve, self.is_given_up = 0, list[Look](), False
+        self.done = 0  # steps
+        self.curve: list[Look] = []  # the held-out loss along the course
+        self.is_given_up = False  # whether it ended because the held-out loss grew
         self._looked = 0.0  # share of the course at the last look
         self._began = self.clock.spent
         if self.path is not None and self.path.exists():
@@ -221,14 +207,8 @@ class Course:
     ) -> None:
         """Take the remaining steps, or as many as time and the held-out loss allow.
 
-        Parameters
-        ----------
-        total : int
-            Steps of a course of full length.
-        first : float, default=inf
-            The held-out loss before the first step.
-        look : callable, optional
-            Returns a network's held-out loss. Without it the course has its full length.
+        A course of full length has ``total`` steps. ``look`` returns a network's held-out loss, which was ``first``
+        before the first step; without it the course has its full length.
         """
         rest = itertools.islice(batches, self.done, None)
         began = kept = time.perf_counter()
@@ -249,7 +229,7 @@ class Course:
                     self._looked = share
                 if self.is_given_up or share >= self._end:
                     break
-                # While the rate rises, it is at least that after the first step.
+                # The first step has the rate of the second one, which isn't zero.
                 rising = max(share, 1.0 / total) / self._warmup if share < self._warmup else 1.0
                 falling = (self._end - share) / (self._end - self._falls_from) if share > self._falls_from else 1.0
                 self.optimizer.param_groups[0]["lr"] = self.rate * max(0.0, min(rising, falling, 1.0))
@@ -326,40 +306,15 @@ def try_rates(
     progress: bool | None = None,
     processes: Processes | None = None,
 ) -> tuple[RateTrial, ...]:
-    """Try learning rates from the highest on until one can be taken.
+    """Try learning rates from the highest on until one can be taken; return what became of each.
 
-    Parameters
-    ----------
-    lesson : Teacher
-        What is learned.
-    student : callable
-        Returns a copy of the network that learns.
-    batches : callable
-        Returns the batches of a course from its first one on.
-    judge : callable
-        Returns the held-out loss of a network, which may be changed.
-    first : float
-        The held-out loss of the network as it is.
-    constant : float
-        That of a network that always gives the same answer.
-    total : int
-        Steps of a whole course.
-    is_normed : bool
-        Whether batch norms take their statistics from the batches.
-    rates : sequence of float
-        What is tried, the highest first.
-    clock : Clock, optional
-        A limit of time: each rate takes 3 % of what is left, or three steps where these take longer.
-    progress : bool, optional
-        As for :func:`nni_topo.distill`.
-    processes : Processes, optional
-        Those that share the images.
+    ``student`` returns a copy of the network that learns, ``batches`` the batches of a course from its first one on,
+    and ``judge`` the held-out loss of a network, which it may change. That loss is ``first`` before any step, and
+    ``constant`` for a network that always gives the same answer. A whole course has ``total`` steps.
 
-    Returns
-    -------
-    tuple of RateTrial
-        One for each rate that was tried. None is taken if all break the network. No other is tried where time allows
-        fewer than twenty more steps, and none at all where it is over.
+    No rate is taken if all break the network. Under a limit of time each rate takes 3 % of what is left, or three steps
+    where these take longer; no other rate is tried where time allows fewer than twenty more steps, and none at all
+    where it is over.
     """
     clock = clock or Clock()
     if clock.left <= 0.0:
@@ -423,7 +378,7 @@ def learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Let gradients be taken and some batch norms use their batches; what masks have made zero stays zero."""
     handles = []
     for module in student.modules():
-        own = dict(module.named_parameters(recurse=False))  # scripted modules have no dicts of theirs
+        own = dict(module.named_parameters(recurse=False))  # scripted modules have no `_parameters`
         weight, bias = own.get("weight"), own.get("bias")
         if weight is None or bias is None:
             continue

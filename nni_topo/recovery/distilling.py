@@ -1,9 +1,9 @@
 """Distillation without labels: a dense or masked network learns the unpruned one's outputs for some images [1]_.
 
 The second step of a recovery. Compensation solves each layer alone and once; here all weights move together, a few
-hundred steps of AdamW, on the images that compensation had. Classifiers learn softened class probabilities, whatever
-else a network gives is met in squares. A range test on held-out images finds the learning rate, and the steps end when
-the loss on these makes no progress.
+hundred steps of AdamW, on the images that compensation had. Classifiers learn softened class probabilities; of other
+outputs the squared distance is made small. A range test on held-out images finds the learning rate, and the steps end
+when the loss on these makes no progress.
 
 References
 ----------
@@ -311,6 +311,7 @@ def distillation(
         is_held = torch.ones(given[1].samples, dtype=torch.bool)
     else:
         is_held = samples_to_judge_on(dense, given[0])
+        # With one process it is the same tensor, so that the mark below holds for both.
         of_all = is_held if processes is None else torch.cat(processes.gather(is_held, "the held-out samples"))
         if len(of_all) > 1 and not of_all.any():
             of_all[-1] = True  # of fewer than eight
@@ -332,16 +333,16 @@ def distillation(
     if augment is not None:
         check_augment(original, pool, augment, seed)
 
-    def judged(net: nn.Module, index: Tensor) -> Judgement:
+    def judge(net: nn.Module, index: Tensor) -> Judgement:
         with clock.judging(len(index)):
             return lesson.judge(net, index)
 
-    before = judged(student, held)
+    before = judge(student, held)
     clock.judged_at_end = len(held)
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
         clock.judged_at_end += len(held) + len(learned)
     looked_at = held[:_LOOKED_AT]
-    first = before.loss if len(looked_at) == len(held) else judged(student, looked_at).loss
+    first = before.loss if len(looked_at) == len(held) else judge(student, looked_at).loss
 
     def courses_batches() -> Batches:
         return lesson.batches(learned, batch_size, seed, augment, is_blended, lambda needed: needed <= clock.left / 10)
@@ -353,7 +354,7 @@ def distillation(
             measured = recalibrate_batch_norm(net, few) if is_normed else net
         except DataError:  # the steps have left weights that aren't finite
             return math.inf
-        return judged(measured, looked_at).loss
+        return judge(measured, looked_at).loss
 
     def trials(rates: Sequence[float], is_normed: bool) -> tuple[RateTrial, ...]:
         return try_rates(
@@ -430,7 +431,7 @@ def distillation(
             most_steps,
             progress,
             first=first,
-            look=lambda net: judged(net, looked_at).loss,
+            look=lambda net: judge(net, looked_at).loss,
         )
         is_out_of_time = clock.left <= 0.0
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)

@@ -1,4 +1,4 @@
-"""What a network before pruning says of unlabelled images, in batches that another one learns from."""
+"""The unpruned network's outputs for unlabelled images, in batches that a smaller network learns from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from nni_topo.network.runtime.inputs import (
 from nni_topo.network.runtime.memory import check_memory, free_memory_of
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import Precision, computing_in
-from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.processes import Processes, gathered
 from nni_topo.network.runtime.switches import random_state_kept, seed_torch
 from nni_topo.recovery.course import Batches
 from nni_topo.recovery.outputs import (
@@ -43,6 +43,7 @@ from nni_topo.recovery.outputs import (
     Outputs,
     Places,
     are_tags,
+    as_in_batch,
     blocks_seen,
     compared_outputs,
     finite,
@@ -89,18 +90,13 @@ def is_better(after: Judgement, before: Judgement) -> bool:
 class SharedImages:
     """How processes share the images of a pool: each has some, and all number them alike.
 
-    Parameters
-    ----------
-    processes : Processes or None
-        None: one process has all.
-    counts : sequence of int
-        How many images this process has of each source. Images are numbered source by source, and within a source in
-        the order of the processes.
+    ``counts``: how many images this process has of each source. Images are numbered source by source, and within a
+    source in the order of the processes.
     """
 
     def __init__(self, processes: Processes | None, counts: Sequence[int]) -> None:
-        self.processes = processes
-        by_rank = [list(counts)] if processes is None else processes.gather(list(counts), "the images to learn from")
+        self.processes = processes  # None: one process has all
+        by_rank = gathered(processes, list(counts), "the images to learn from")
         rank = 0 if processes is None else processes.rank
         self.sources = [sum(each[source] for each in by_rank) for source in range(len(counts))]
         """The number of images of each source, of all processes."""
@@ -151,15 +147,15 @@ class Lesson:
         precision: Precision = "float32",
         shares: SharedImages | None = None,
     ) -> None:
-        # A copy that shares its weights, in evaluation mode, as which it answers all along.
+        # A copy that shares its weights and stays in evaluation mode.
         self._unpruned: nn.Module = evaluating(detached_copy(unpruned, light=True))
         self._pool, self._temperature = pool, temperature
         self.precision = precision  # of the steps; what judges is in the precision of the parameters
         self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
         self._outputs = outputs
         self._place = _place_of(student)
-        self._answers = _Answers(self.answer, batch_size(pool))
-        self._views: dict[int, _Answers] = {}  # for all courses: they learn from the same images
+        self._answers = _LazyOutputs(self.answer, batch_size(pool))
+        self._views: dict[int, _LazyOutputs] = {}  # for all courses: they learn from the same images
         device, count = device_of(self._unpruned), at_once(min(READ, batch_size(pool)))
         call = on_device(taken(pool, torch.arange(count)), device)
         with evaluation_mode(self._unpruned), torch.no_grad():
@@ -198,7 +194,7 @@ class Lesson:
             )
 
     def learn_from(self, index: Tensor) -> None:
-        """Let some of the images say in which scale the loss of a step is; others have no say in what is learned."""
+        """Take the scales of the loss of a step from the images that are learned from, and from no others."""
         self._learned_scales = self._variances(index)
         if self.kind == "kl":
             # The distance of a network that gives a constant answer is about 1, and its divergence depends on the scale
@@ -206,7 +202,7 @@ class Lesson:
             self._weight_of_distance = self.loss_of_a_constant(index)
 
     def judge_on(self, index: Tensor) -> None:
-        """Let the images that judge say in which scale distances are, as in reports; a single one has none."""
+        """Take the scales of distances from the images that judge, as reports do; a single image has no variance."""
         if len(index) > 1:
             self._scales = self._variances(index)
 
@@ -295,7 +291,7 @@ class Lesson:
     def _compared(
         self, student: nn.Module, call: Call, wanted: list[Tensor], precision: Precision = "float32"
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what a model gives, and what is wanted, where both count."""
+        """Return a model's outputs and the wanted ones, both without padding."""
         real = real_positions_of(student, call)
         return unpadded(self._run(student, call, precision), real), unpadded(wanted, real)
 
@@ -368,9 +364,9 @@ class Lesson:
     ) -> Batches:
         """Yield batches of some of the images, pass after pass, with the unpruned network's outputs for them.
 
-        There are none where the outputs of blocks are learned: the unpruned network runs on each batch then. A new view
-        of the images costs a pass of the unpruned network: `allows` says whether there are so many seconds for it. Else
-        an earlier view comes again.
+        Where the outputs of blocks are learned, no outputs are yielded: the unpruned network runs on each batch then. A
+        new view of the images costs a pass of the unpruned network. `allows` says whether there are so many seconds
+        for it; else an earlier view comes again.
         """
         generator = torch.Generator().manual_seed(seed)
         own, is_mine = self._shares.own(index), self._shares.mine(index)
@@ -384,7 +380,7 @@ class Lesson:
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
             call = _blended(call, seed + view) if blend and view else call
             if view and view not in views:
-                views[view] = _Answers(self.answer, len(own))
+                views[view] = _LazyOutputs(self.answer, len(own))
             for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // at_once(size))):
                 mine = place[chosen[is_mine[chosen]]]
                 if self._block_names:
@@ -437,15 +433,10 @@ class Lesson:
         return self._outputs_of(found, (args, kwargs))
 
 
-class _Answers:
-    """What the unpruned network says of some images: computed where it is asked for, and kept if there is room for it.
+class _LazyOutputs:
+    """The unpruned network's outputs for some images, computed when they are asked for.
 
-    There is room where the answers for all images take at most a quarter of the free memory.
-
-    Attributes
-    ----------
-    seconds_of_one : float
-        Time for one image, as measured so far.
+    They are kept where those for all images take at most a quarter of the free memory.
     """
 
     def __init__(self, ask: Callable[[Call, Precision], list[Tensor]], count: int) -> None:
@@ -457,7 +448,7 @@ class _Answers:
 
     @property
     def seconds_of_one(self) -> float:
-        """Seconds for one image."""
+        """Seconds for one image, as measured so far."""
         return self._seconds / max(self._asked, 1)
 
     def __call__(self, call: Call, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
@@ -620,8 +611,7 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
 
 def _view(part: Call, augment: Augment) -> Call:
     """Return what ``augment`` makes of some images; ConfigError unless that can take their place."""
-    args, kwargs = part
-    given = kwargs or (args[0] if len(args) == 1 else args)
+    (args, kwargs), given = part, as_in_batch(part)
     before, count = tensors_of(part), batch_size(part)
     unfinished = _not_finite(before)  # inputs may hold some, such as masks that are added
     seen = augment(given)

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from scipy.special import stdtrit
@@ -17,7 +17,7 @@ from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.runtime.calibration import BatchStore, Calibration
 from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of, returned_tensors
-from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.processes import Processes, gathered
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.outputs import (
     ComparedOutputs,
@@ -59,7 +59,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Differences:
-    """How like two networks' answers are, sample by sample; where outputs have no samples, batch by batch."""
+    """How far two networks' answers differ, sample by sample; where outputs have no samples, batch by batch."""
 
     distances: list[float]  # squared, over the variance of the unpruned network's outputs; NaN: other shapes
     agreed: list[float]  # share of the sample's largest logits that are the same; NaN where outputs aren't logits
@@ -76,10 +76,10 @@ class _Answer(NamedTuple):
 
 
 class Answers:
-    """What the unpruned network says of several parts of the images, and how like that another one's answers are.
+    """The unpruned network's answers on several parts of the images, and how near another network's answers are.
 
-    Distances are shares of the variance over the last part, which is that of held-out images: images of one kind vary
-    less than those of all kinds. Of a single image it is the variance over all parts.
+    Distances are shares of the variance over the last part, the held-out images, because images of one kind vary less
+    than images of all kinds. If that part is a single image, they are shares of the variance over all parts.
     """
 
     def __init__(self, model: nn.Module, *parts: Calibration, outputs: Outputs | None = None) -> None:
@@ -94,9 +94,7 @@ class Answers:
         stores = self._wanted[-1:] if parts[-1].samples_of_all > 1 else self._wanted
         self._scales = _scales(list(itertools.chain(*stores)), self._processes)
         is_scored = _are_scores(itertools.chain(*self._wanted))
-        if self._processes is not None:
-            is_scored = any(self._processes.gather(is_scored, "what the outputs are"))
-        self.are_classes = is_scored
+        self.are_classes = any(gathered(self._processes, is_scored, "what the outputs are"))
         """Whether the unpruned network's outputs are scores of classes, the largest of which is its answer."""
 
     def likenesses(self, net: nn.Module) -> list[Likeness]:
@@ -125,9 +123,7 @@ class Answers:
                 f"{str(error.__cause__).partition(chr(10))[0]}: a forward that decides by values of tensors, as in "
                 f"`if x.mean() > 0`, may go another way with fewer channels; {leaving_out('the layers around it')}"
             ) from error
-        if self._processes is None:
-            return Differences(distances, agreed)
-        everywhere = self._processes.gather((distances, agreed), "the comparison of outputs")
+        everywhere = gathered(self._processes, (distances, agreed), "the comparison of outputs")
         return Differences(
             [each for theirs, _ in everywhere for each in theirs], [each for _, theirs in everywhere for each in theirs]
         )
@@ -179,7 +175,12 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
                 read, kind = read_outputs(found, call, count, outputs, places)
                 named = compared_outputs(found, count, outputs, places)
             except ConfigError:
-                read = _stacked(found, count)
+                read = []
+                if isinstance(found, (list, tuple)) and len(found) == count:
+                    # Such as a dict for each sample; samples that are alike are put together.
+                    by_sample = [[each for each in returned_tensors(own) if each.is_floating_point()] for own in found]
+                    if len({tuple(each.shape for each in tensors) for tensors in by_sample}) == 1:
+                        read = [torch.stack(same) for same in zip(*by_sample, strict=True)]
                 if not read:
                     # Such as lists of boxes: without an entry per image, a batch is one sample.
                     read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]
@@ -197,36 +198,22 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
             )
 
 
-def _stacked(found: Any, count: int) -> list[Tensor]:
-    """Join what a model gives sample by sample, such as a dict for each; empty where samples aren't alike."""
-    if not isinstance(found, (list, tuple)) or len(found) != count:
-        return []
-    by_sample = [[each for each in returned_tensors(sample) if each.is_floating_point()] for sample in found]
-    if len({tuple(each.shape for each in tensors) for tensors in by_sample}) != 1:
-        return []
-    return [torch.stack(same) for same in zip(*by_sample, strict=True)]
-
-
 def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[float]:
     """Return for each output how far a sample's lies from the mean over all samples, squared, on average.
 
     Where processes share the samples, over those of all.
     """
     scales = []
-    numbers = {len(each.outputs) for each in answers}
-    if processes is not None:
-        numbers = set().union(*processes.gather(numbers, "the numbers of outputs"))
+    numbers = set().union(*gathered(processes, {len(each.outputs) for each in answers}, "the numbers of outputs"))
     groups = [[(each, each.outputs[index]) for each in answers] for index in range(min(numbers))]
     if len(numbers) > 1:
         # Such as a list of boxes for each image, and batches of unequally many: all are outputs of one kind.
         groups = [[(each, output) for each in answers for output in each.outputs]]
     for group in groups:
-        shapes = {output.shape[1:] for _, output in group}
-        is_padded = any(each.real is not None for each in answers)
-        if processes is not None:
-            known = processes.gather((shapes, is_padded), "the shapes of outputs")
-            shapes = set().union(*(each for each, _ in known))
-            is_padded = any(each for _, each in known)
+        own = {output.shape[1:] for _, output in group}, any(each.real is not None for each in answers)
+        known = gathered(processes, own, "the shapes of outputs")
+        shapes = set().union(*(each for each, _ in known))
+        is_padded = any(each for _, each in known)
         # Where lengths differ, or some positions are padding, every position is an observation of its own.
         is_ragged = len(shapes) > 1 or is_padded
         total = torch.zeros((), dtype=torch.float64)

@@ -145,7 +145,7 @@ class PairTask(ChannelTask):
 
     @property
     def fitted(self) -> int:
-        """One factor of the channel that stands in, for each removed channel."""
+        """For each removed channel, the factor of the kept channel that replaces it."""
         return 1
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
@@ -223,8 +223,33 @@ class Pair(RecoveryMethod):
 
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
         """Return a task for each layer that reads removed channels; ConfigError if ``pairs`` can't be used."""
-        survivors = _survivors(networks, self.pairs or {})
-        biases = _biases(networks) if self.as_printed else None
+        flow, unpruned = networks.flow, networks.unpruned
+        removed = pruned_group_ids(unpruned, flow, networks.masks)
+        survivors: dict[int, int] = {}  # group ids: removed channel -> kept channel
+        for name, chosen in (self.pairs or {}).items():
+            if name not in flow.layers:
+                raise unknown_name("a layer of pairs", name, flow.layers, "pairs")
+            group_ids = flow.group_ids_of(name).tolist()
+            asked = kept_channels(unpruned.get_submodule(name), networks.asked.get(name, {}))
+            for lost, kept in chosen.items():
+                inside = all(each in range(len(group_ids)) for each in (lost, kept))
+                if inside and group_ids[lost] in removed and group_ids[kept] not in removed:
+                    survivors[group_ids[lost]] = group_ids[kept]
+                # A channel that is masked stays where another layer needs it, and then needs no survivor.
+                elif not inside or asked is None or bool(asked[lost]) or not bool(asked[kept]):
+                    raise ConfigError(
+                        f"pairs must map channels that are removed to channels that are kept, got {lost}: {kept} "
+                        f"({name})"
+                    )
+        biases: dict[int, float] | None = None
+        if self.as_printed:  # of every channel's first layer, 0 if it has none
+            biases = {}
+            for name in flow.layers:
+                numbers = flow.group_ids_of(name)
+                bias = getattr(unpruned.get_submodule(name), "bias", None)
+                values = np.zeros(len(numbers)) if bias is None else bias.detach().double().cpu().numpy()
+                for number, value in zip(numbers.tolist(), values.tolist(), strict=True):
+                    biases.setdefault(number, value)
         readers = readers_of_removed(plan, networks)
         return [PairTask(layer, group_ids, networks.pruned, survivors, biases) for layer, group_ids in readers]
 
@@ -304,36 +329,3 @@ def _maps_channels(pairs: object) -> bool:
     if not isinstance(pairs, Mapping):
         return False
     return all(isinstance(name, str) and isinstance(chosen, Mapping) for name, chosen in pairs.items())
-
-
-def _survivors(networks: Networks, pairs: Pairs) -> dict[int, int]:
-    """Translate channels of layers into group ids."""
-    removed = pruned_group_ids(networks.unpruned, networks.flow, networks.masks)
-    survivors = {}
-    for name, chosen in pairs.items():
-        if name not in networks.flow.layers:
-            raise unknown_name("a layer of pairs", name, networks.flow.layers, "pairs")
-        group_ids = networks.flow.group_ids_of(name).tolist()
-        asked = kept_channels(networks.unpruned.get_submodule(name), networks.asked.get(name, {}))
-        for lost, kept in chosen.items():
-            inside = all(each in range(len(group_ids)) for each in (lost, kept))
-            if inside and group_ids[lost] in removed and group_ids[kept] not in removed:
-                survivors[group_ids[lost]] = group_ids[kept]
-            # A channel that is masked stays where another layer needs it, and then needs no survivor.
-            elif not inside or asked is None or bool(asked[lost]) or not bool(asked[kept]):
-                raise ConfigError(
-                    f"pairs must map channels that are removed to channels that are kept, got {lost}: {kept} ({name})"
-                )
-    return survivors
-
-
-def _biases(networks: Networks) -> dict[int, float]:
-    """Return the bias of every channel's first layer, 0 if it has none."""
-    biases: dict[int, float] = {}
-    for name in networks.flow.layers:
-        group_ids = networks.flow.group_ids_of(name)
-        bias = getattr(networks.unpruned.get_submodule(name), "bias", None)
-        values = np.zeros(len(group_ids)) if bias is None else bias.detach().double().cpu().numpy()
-        for group_id, value in zip(group_ids.tolist(), values.tolist(), strict=True):
-            biases.setdefault(group_id, value)
-    return biases

@@ -34,14 +34,13 @@ from nni_topo.network.attention.rotary import by_table, find_frequencies
 from nni_topo.network.attention.unfused.multihead import mixing_called, projected
 from nni_topo.network.layers.kinds import by_channel, row_names, weight_name, weight_of
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
-from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
 from nni_topo.network.runtime.fits import first_call, run, structure_call
 from nni_topo.network.runtime.hooks import batches_of, called, watched
 from nni_topo.network.runtime.inputs import bind_arguments, returned_tensors
 from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.processes import Processes, gathered
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.switches import as_written
 from nni_topo.network.speedup.analysis import Analysis, Facts
@@ -149,13 +148,30 @@ def narrow_heads(
         for name in asked
         if name not in whole
     ]
-    _measure(turned, heads, batches)
+    # One pass over the batches sums up what the heads do.
+    entering, leaving = [], []
+    for each in heads:
+        before, after = each.looks()
+        entering += before
+        leaving += after
+    with ExitStack() as stack:
+        stack.enter_context(mixing_called(turned))
+        stack.enter_context(watched(entering, leaving))
+        for each in heads:
+            module = turned.get_submodule(each.attention.name)
+            if isinstance(module, nn.MultiheadAttention):
+                stack.enter_context(called(module, partial(each.look_within, module)))
+        run(turned, batches)
+    for each in heads:
+        if batches.processes is not None:
+            each.pool(batches.processes, device_of(turned))
+        if not each.are_seen():
+            raise DataError(f"calibration must reach every attention module, got none ({each.attention.name})")
     wanted = _outputs(turned, batches)
 
     def is_same() -> bool:
         found = agree(wanted, _outputs(turned, batches), SAME_CHANNELS)
-        processes = batches.processes
-        return found if processes is None else all(processes.gather(found, "the outputs with turned heads"))
+        return all(gathered(batches.processes, found, "the outputs with turned heads"))
 
     for each in heads:
         if not each.turned(is_same, batches.processes):
@@ -191,7 +207,7 @@ def narrow_instead(
     flow, full = Analysis(model, structure_call(model, batches), facts).flow, check_masks(model, masks)
     is_kept = union(model, flow, full)
     ratios, rest = {}, 0.0
-    # Rotary heads lose whole pairs, all heads as many: pruning heads comes nearer to the cost.
+    # Rotary heads lose whole pairs, the same number in all heads: removing heads comes nearer to the cost.
     rotary = find_frequencies(model, flow.attention)
     known = dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent)
     for name in (each for each in known if each not in rotary):
@@ -286,12 +302,13 @@ class _Heads:
     def turned(self, is_same: Callable[[], bool], processes: Processes | None = None) -> bool:
         """Put first the directions of each head with which logits and values come nearest.
 
-        Where it can't be done, for the model isn't the same then, the model stays as it was. Under rotary positions
-        values are turned alone; that pairs of queries and keys may turn together says which channels are pairs.
+        Where the model would compute something else, it stays as it was, and False is returned. Under rotary positions
+        values alone are turned; a trial turn of pairs of queries and keys confirms which channels are pairs.
         """
-        steps = [(self._turn_logits, True), (self._turn_values, True)]
         before = [(each, each.detach().clone()) for each in self._parameters()]
-        for step, stays in steps if self.logits is None else [(self._spin, False), (self._turn_values, True)]:
+        # Each step, and whether what it does stays if the model computes the same.
+        first = (self._turn_logits, True) if self.logits is None else (self._spin, False)
+        for step, stays in (first, (self._turn_values, True)):
             with torch.no_grad():
                 step()
                 if processes is not None:
@@ -363,28 +380,6 @@ class _Heads:
                 places = torch.from_numpy(rows).to(parameter.device)
                 values = parameter[places].double()  # (heads, n, inputs), or (heads, n) of a bias
                 parameter[places] = torch.einsum("hn...,hnm->hm...", values, maps).to(parameter)
-
-
-def _measure(model: nn.Module, heads: list[_Heads], batches: Calibration) -> None:
-    """Run a model over all batches and sum up what its heads do."""
-    entering, leaving = [], []
-    for each in heads:
-        before, after = each.looks()
-        entering += before
-        leaving += after
-    with ExitStack() as stack:
-        stack.enter_context(mixing_called(model))
-        stack.enter_context(watched(entering, leaving))
-        for each in heads:
-            module = model.get_submodule(each.attention.name)
-            if isinstance(module, nn.MultiheadAttention):
-                stack.enter_context(called(module, partial(each.look_within, module)))
-        run(model, batches)
-    for each in heads:
-        if batches.processes is not None:
-            each.pool(batches.processes, device_of(model))
-        if not each.are_seen():
-            raise DataError(f"calibration must reach every attention module, got none ({each.attention.name})")
 
 
 def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:

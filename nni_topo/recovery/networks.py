@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.runtime.copies import detached_copy, evaluating
-from nni_topo.network.runtime.inputs import Call
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import apply_masks
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve_masks
-from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects
 from nni_topo.sharing import find_ties, named_tensors, untie
@@ -48,26 +43,11 @@ def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
     full = resolve_masks(base, analysis.flow, checked)
     unpruned = without_side_effects(analysis.graph(base)[0], light=True)
     pruned = detached_copy(unpruned, light=True)
-    _take_values(pruned, apply_masks(base, analysis.call, full))
-    return Networks(unpruned, pruned, detached_copy(model), analysis.flow, full, checked, folded)
-
-
-def plan_of(networks: Networks, touched: set[Node]) -> Plan:
-    """Plan what is solved; in the result, layers that are and compute their weight become plain ones that have it."""
-    plan = make_plan(networks.unpruned, networks.flow, networks.masks, touched)
-    for name in {equation.layer.name for equation in plan.equations} & networks.folded:
-        fold(networks.result.get_submodule(name))
-    return plan
-
-
-def _take_values(graph_module: GraphModule, model: nn.Module) -> None:
-    """Give a graph the tensors of a model that nothing else needs; buffers too.
-
-    Parameters become the graph's own, each place's another one; constants that only the graph has stay.
-    """
-    untie(graph_module, find_ties(graph_module))
-    values, taken = named_tensors(model), set[int]()
-    for name, old in named_tensors(graph_module).items():
+    # The pruned graph takes the tensors of the masked model. Parameters become the graph's own, another one in each
+    # place; constants that only the graph has stay.
+    untie(pruned, find_ties(pruned))
+    values, taken = named_tensors(apply_masks(base, analysis.call, full)), set[int]()
+    for name, old in named_tensors(pruned).items():
         owner, _, target = name.rpartition(".")
         if not isinstance(old, nn.Parameter):
             if name in values:
@@ -79,15 +59,13 @@ def _take_values(graph_module: GraphModule, model: nn.Module) -> None:
         is_free = value is not old and id(value) not in taken
         taken.add(id(value))
         new = nn.Parameter(value.detach().to(old.dtype, copy=not is_free), requires_grad=old.requires_grad)
-        setattr(graph_module.get_submodule(owner), target, new)
+        setattr(pruned.get_submodule(owner), target, new)
+    return Networks(unpruned, pruned, detached_copy(model), analysis.flow, full, checked, folded)
 
 
-def copy_norm_statistics(networks: Networks, call: Call, calibration: Iterable[Any]) -> None:
-    """Measure the statistics of the result's batch norms anew, on its masked form; removed channels keep theirs."""
-    masked = recalibrate_batch_norm(apply_masks(networks.result, call, networks.masks), calibration)
-    for name, module in networks.result.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_var is not None and module.running_mean is not None:
-            measured: Any = masked.get_submodule(name)
-            alive = measured.running_var > 0
-            module.running_mean[alive] = measured.running_mean[alive]
-            module.running_var[alive] = measured.running_var[alive]
+def plan_of(networks: Networks, touched: set[Node]) -> Plan:
+    """Plan what is solved; in the result, layers that are and compute their weight become plain ones that have it."""
+    plan = make_plan(networks.unpruned, networks.flow, networks.masks, touched)
+    for name in {equation.layer.name for equation in plan.equations} & networks.folded:
+        fold(networks.result.get_submodule(name))
+    return plan

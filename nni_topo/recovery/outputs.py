@@ -54,7 +54,7 @@ def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> P
         args, kwargs = taken(call, torch.arange(some))
         found = model(*args, **kwargs)
         if outputs is not None:
-            found = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
+            found = outputs(found, as_in_batch((args, kwargs)))
         lengths.append([len(each) - some for each in _with_entries(found)])
     if len(lengths[0]) != len(lengths[1]):  # such as the boxes of each image
         return None
@@ -67,12 +67,16 @@ def read_outputs(
     """Return what `outputs` makes of a model's output for a call, and the objective that suits it, as `outputs_of`."""
     if outputs is None:
         return outputs_of(found, count, places=places)
-    args, kwargs = call
-    read = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
-    tensors, kind = outputs_of(read, count, "what outputs= returns", places)
+    tensors, kind = outputs_of(outputs(found, as_in_batch(call)), count, "what outputs= returns", places)
     if all(each.dim() == 2 and bool((each.detach().norm(dim=1) - 1.0).abs().max() <= _UNIT) for each in tensors):
         kind = "cosine"
     return tensors, kind
+
+
+def as_in_batch(call: Call) -> Any:
+    """Return a call's inputs as a batch holds them: a tensor; for several arguments their tuple or dict."""
+    args, kwargs = call
+    return kwargs or (args[0] if len(args) == 1 else args)
 
 
 def outputs_of(
@@ -82,7 +86,7 @@ def outputs_of(
 
     Tags have the shape of logits: see `are_tags`.
     """
-    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+    logits = logits_of(found)
     if isinstance(logits, Tensor):
         return [logits], "kl"
     tensors = [
@@ -99,6 +103,11 @@ def outputs_of(
         raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
     may_be_classes = found is tensors[0] and found.dim() == 2 and found.shape[1] > 1
     return tensors, "kl" if may_be_classes else "squares"
+
+
+def logits_of(found: Any) -> Any:
+    """Return what a model's output calls its logits, or None."""
+    return found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
 
 
 def are_tags(outputs: Iterable[Tensor]) -> bool:

@@ -73,9 +73,10 @@ class PairLogits:
 
 
 def pairs_that_stay(shares: FloatArray, kept: int) -> np.ndarray:
-    """Choose so many pairs, bool (pairs,), one after the other going that the others' logits come nearest without.
+    """Return which pairs stay, bool (pairs,), of which there are ``kept``.
 
-    ``shares``: products of what pairs add, (pairs, pairs). Of pairs that are as near the lowest goes.
+    Pairs are removed one by one, each time the pair without which the logits change least; of equal ones the first.
+    ``shares``: products of what pairs add, (pairs, pairs).
     """
     stays = np.ones(len(shares), dtype=bool)
     lost, scale = np.zeros(len(shares)), float(np.trace(shares))

@@ -124,7 +124,10 @@ class ReconstructTask(Task):
 
     def apply(self, net: nn.Module, found: Fit) -> None:
         """Add the solution to the layer's weights, and the constant to its bias or the batch norm's running mean."""
-        inverse = self._inverse()
+        # What a change at the place is for the layer's output, by group and row; 0 where it isn't seen.
+        scale = self._scale[self._rows]
+        is_dead = scale.abs() <= _DEAD_SCALE * self._scale.abs().max()
+        inverse = (1.0 / scale).masked_fill(is_dead, 0.0)
         module: Any = net.get_submodule(self.layer.name)
         change = (found.solution.weights * inverse.unsqueeze(1)).transpose(1, 2)
         with torch.no_grad():
@@ -135,12 +138,6 @@ class ReconstructTask(Task):
             module.weight.copy_(of_output(rows, module))
             if self.layer.intercept is not None:
                 add_constant(net, self.layer.intercept, self._rows, found.solution.shift * inverse)
-
-    def _inverse(self) -> Tensor:
-        """Return what a change at the place is for the layer's output, by group and row; 0 where it isn't seen."""
-        scale = self._scale[self._rows]
-        is_dead = scale.abs() <= _DEAD_SCALE * self._scale.abs().max()
-        return (1.0 / scale).masked_fill(is_dead, 0.0)
 
     def block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices of the weights between kept channels, group by group, in the weight by output."""

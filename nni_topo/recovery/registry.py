@@ -29,7 +29,7 @@ from nni_topo.rules import checked
 
 @dataclass(frozen=True)
 class Tools:
-    """What a method that does more than its tasks works with."""
+    """What a method gets that does more than its tasks."""
 
     images: int  # of the calibration data
     sizes: tuple[int, ...]  # of its batches, in images
@@ -133,11 +133,6 @@ def recovery_info(name: str) -> RecoveryInfo:
         If the name is no text, isn't registered (with the nearest names that are), or isn't that of a class of methods.
     """
     return RECOVERIES.info(name, "recovery_info")
-
-
-def recovery_method(method: str | RecoveryMethod) -> RecoveryMethod:
-    """Return a method by its name, with its default settings, or as it is given."""
-    return method if isinstance(method, RecoveryMethod) else RECOVERIES.info(method, "compensate", "method").make()
 
 
 _OWN = "nni_topo.recovery"

@@ -110,14 +110,13 @@ class Replay:
                 self._real[index] = real_positions_of(self.model, call)
                 values = self._given(call)
                 # The model's code runs once for both where it can: it may change its inputs in place.
-                other = self._given(self._unpruned_call(call)) if self._instead else dict(values)
-                yield _Reached(0, other, values)
+                unpruned = dict(values)
+                if self._instead:  # the unpruned network gets other inputs
+                    args, kwargs = call
+                    others = {name: kwargs[other] for name, other in self._instead.items()}
+                    unpruned = self._given((args, kwargs | others))
+                yield _Reached(0, unpruned, values)
         self._batches = batches
-
-    def _unpruned_call(self, call: Call) -> Call:
-        """Return a call of the unpruned network, which may get other inputs than the pruned one."""
-        args, kwargs = call
-        return args, kwargs | {name: kwargs[other] for name, other in self._instead.items()}
 
     def _given(self, call: Call) -> Values:
         """Return what enters both graphs; of a network in parts, what the model's code passes to the parts."""
@@ -141,14 +140,11 @@ class Replay:
                     if node in self.touched_nodes:
                         known = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
                         pruned[node] = _compute(self._runners[1], self._twins[node], known)
-                for values in (unpruned, pruned):
-                    self._free(rank, values, watched)
-
-    def _free(self, rank: int, values: Values, watched: Collection[Node]) -> None:
-        """Free what a node was the last to read, so that memory holds the values of one place alone."""
-        for node in [*self.nodes[rank].all_input_nodes, self.nodes[rank]]:
-            if self._last_use[node] <= rank and node not in watched:
-                values.pop(node, None)
+                # What this node was the last to read is freed, so that memory holds the values of one place alone.
+                for each in [*node.all_input_nodes, node]:
+                    if self._last_use[each] <= rank and each not in watched:
+                        unpruned.pop(each, None)
+                        pruned.pop(each, None)
 
 
 def without_side_effects(graph_module: GraphModule, *, light: bool = False) -> GraphModule:

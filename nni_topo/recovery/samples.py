@@ -93,9 +93,10 @@ def draw_positions(count: int, entries: int, wanted: int, generator: torch.Gener
 def draw_unpadded(
     count: int, entries: int, wanted: int, generator: torch.Generator, real: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw positions as `draw_positions`, of which about `wanted` count, and tell which, both (entries, positions).
+    """Draw positions as `draw_positions`, of which about `wanted` count, and say which do, both (entries, positions).
 
-    ``real``: all that count, bool (entries, count); None, or of another shape: all do, and none is told.
+    ``real`` marks the positions that count, bool (entries, count). If it is None or has another shape, all count, and
+    None is returned instead of marks.
     """
     if real is None or real.shape != (entries, count):
         return draw_positions(count, entries, wanted, generator), None
@@ -329,7 +330,7 @@ class Sampler:
             first += self.sizes[index]
 
     def _marks(self, first: int, size: int, entries: int) -> Tensor:
-        """Return which entries of a batch are held out, before which so many images come."""
+        """Return which entries of a batch are held out; ``first`` images of all processes come before it."""
         if entries % size:  # such as the places of a sequence, or what a list of images became
             return (torch.arange(entries) + first) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
         # A layer may cut each sample into several entries, such as windows.

@@ -22,7 +22,7 @@ class Segment:
     """Some layers, and a place after them; nodes before `first` don't belong to it."""
 
     first: int  # rank of the first node that is run
-    last: int  # rank of the last node of the blocks whose layers these are, at most that of the place
+    last: int  # rank of the last node of the blocks with these layers; it isn't after the place
     place: Node
     layers: tuple[Node, ...]  # where the graph calls them
 
@@ -30,11 +30,11 @@ class Segment:
 def segments(
     nodes: Sequence[Node], touched: Collection[Node], layers: Iterable[Node], ahead: int, together: int
 ) -> list[Segment]:
-    """Return so many neighbouring blocks, from each block on, with a place `ahead` layers after them.
+    """Return, from each block on, that block and its next ones, ``together`` in all, with a place after them.
 
-    Everything flows through the ends of blocks alone, and they hold two layers at least, but for the last one.
-    ``touched``: nodes that depend on what is pruned. The place is the end of the first block with so many layers
-    between the two, or what the network puts out.
+    Everything flows through the ends of blocks alone, and each block but the last holds at least two layers.
+    ``touched``: nodes that depend on what is pruned. The place is the end of the first block that leaves ``ahead``
+    layers in between, or the network's output.
     """
     ranks = {node: rank for rank, node in enumerate(nodes)}
     ordered = sorted(layers, key=ranks.__getitem__)

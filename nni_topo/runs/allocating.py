@@ -1,4 +1,4 @@
-"""Widths by trial: networks whose budget was dealt out in several ways, judged by unlabelled images held out."""
+"""Networks whose budget was distributed in several ways, compared on held-out images without labels."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nni_topo.recovery.outputs import Outputs
 
 @dataclass(frozen=True)
 class Tried:
-    """One way to deal out a budget, and how like the original's the answers of the network are."""
+    """One way to distribute a budget, and how near the network's outputs are to the unpruned network's."""
 
     allocation: str  # of nni_topo.Budget
-    loss: float  # on the images held out, as nni_topo.distill counts it; less is better
-    agreement: float  # share of them whose largest output is the original's; NaN unless outputs are logits
+    loss: float  # on the held-out images, as nni_topo.distill counts it; less is better
+    agreement: float  # share of them whose largest output is the unpruned network's; NaN unless outputs are logits
     is_chosen: bool
 
     def __repr__(self) -> str:
@@ -33,7 +33,7 @@ class Tried:
 
 
 def allocations_to_try(pruner: str | Callable[..., Any]) -> tuple[str, ...]:
-    """Return how a pruner can deal out a budget; ConfigError if there is nothing to choose from."""
+    """Return how a pruner can distribute a budget; ConfigError if there is nothing to choose from."""
     found = () if callable(pruner) else pruner_info(pruner).allocations()
     if len(found) < 2:
         able = ", ".join(sorted(name for name, info in PRUNERS.table.items() if len(info.allocations()) > 1))

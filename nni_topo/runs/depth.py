@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 _SOLVED, _JUDGED = 256, 128  # calibration and held-out images by which blocks are chosen
 _LOOKED_AT = 8  # blocks that are looked at again after each removal, those that promised most
 _TOGETHER = 4  # networks that are judged at once, each with its own weights in memory
-_MIDDLE, _BETWEEN = 0.5, (0.25, 0.75)  # shares of the saving, in quotients, that blocks bring in the networks tried
+_MIDDLE, _BETWEEN = 0.5, (0.25, 0.75)  # powers of the budget's share that blocks alone keep in the networks tried
 _CACHE = "past_key_values"  # what a decoder returns for its next call
 _logger = logging.getLogger(__name__)
 
@@ -162,20 +162,11 @@ class _Seen:
 def removable_blocks(
     model: nn.Module, images: Calibration, keep: Callable[[str], str] = lambda _: "", *, whole_blocks: bool = False
 ) -> Removable:
-    """Find the blocks, and parts of blocks, that a network runs without.
+    """Find the blocks, and parts of blocks, that a network runs without, by two samples of the images.
 
-    A block lies in a list, is called once, adds to its input and keeps its shape. Those that contain others stay.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network.
-    images : Calibration
-        Batches, of which two samples are run.
-    keep : callable
-        Gives the reason why a module with a name must stay; an empty text if it needn't.
-    whole_blocks : bool
-        Whether no parts are looked for.
+    A block lies in a list, is called once, adds to its input and keeps its shape. Blocks that contain others stay.
+    ``keep`` gives the reason why a module with a name must stay, or an empty text. With ``whole_blocks`` no parts are
+    looked for.
     """
     call = structure_call(model, images)
     modules = dict(model.named_modules())
@@ -210,76 +201,71 @@ def removable_blocks(
     memory = {tensor.untyped_storage().data_ptr() for tensor in _tensors(outputs)}
     shapes = [tensor.shape for tensor in _tensors(outputs)]
 
-    def adds(name: str) -> bool:
-        """Say whether a block keeps the shape of its input, and what it puts out depends on it without its layers."""
-        if len(seen[name]) != 1 or not isinstance(seen[name][0].entering, Tensor):
-            return False
+    blocks: list[str] = []
+    for name, module in listed:
+        if not _layers_in(module) or len(seen[name]) != 1 or not isinstance(seen[name][0].entering, Tensor):
+            continue
         entering = seen[name][0].entering
         keeps_shape = entering.is_floating_point() and entering.shape == seen[name][0].first.shape
-        return keeps_shape and _depends(model, modules[name], call, entering)
-
-    blocks = [name for name, module in listed if _layers_in(module) and adds(name)]
+        if keeps_shape and _depends(model, module, call, entering):
+            blocks.append(name)
     blocks = [name for name in blocks if not any(other.startswith(f"{name}.") for other in blocks)]
     found: list[Removal] = []
     parts: dict[str, tuple[str, ...]] = {}
     kept: dict[str, str] = {}
-
-    def why_kept(name: str) -> str:
-        for each in modules[name].modules():
-            if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks:
-                return "a hook meets it"
-        mine = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(seen[name][0].output)}
-        if mine & memory:
-            return "what it puts out is an output of the model"
-        return keep(name)
-
-    def runs_without(candidate: Removal) -> bool:
-        trial = detached_copy(model, light=True)
-        _remove(trial, candidate, candidate.name)
-        try:
-            # As users run it: PyTorch's fast paths read attributes of attention that nothing else reads.
-            with left_alone(trial), evaluation_mode(trial), torch.no_grad():
-                return [tensor.shape for tensor in _tensors(trial(*call[0], **call[1]))] == shapes
-        except Exception as error:  # a forward may do anything with what its blocks give
-            if out_of_memory(error):
-                raise
-            return False
-
     for name in blocks:
-        own_parts = [] if whole_blocks else _parts_of(name, modules[name], seen)
-        if own_parts:
-            parts[name] = tuple(own_parts)
         wanted = [Removal(name, name, 0)]
-        for part in own_parts:
-            output = seen[part][0].output
-            wanted.append(Removal(part, name, len(output) if isinstance(output, tuple) else 0))
+        if not whole_blocks:
+            # It has parts if its output is its input plus what at least two parts put out.
+            (block,) = seen[name]
+            total = block.entering
+            for key, child in modules[name].named_children():
+                part = f"{name}.{key}"
+                if len(seen[part]) == 1 and seen[part][0].first.shape == block.first.shape and _layers_in(child):
+                    output = seen[part][0].output
+                    wanted.append(Removal(part, name, len(output) if isinstance(output, tuple) else 0))
+                    total = total + seen[part][0].first
+            if len(wanted) > 2 and agree([block.first], [total], SAME_CHANNELS):
+                parts[name] = tuple(each.name for each in wanted[1:])
+            else:
+                del wanted[1:]
         for candidate in wanted:
+            module = modules[candidate.name]
             is_only = not candidate.is_part and len(modules[name.rpartition(".")[0]]._modules) == 1
             # A decoder counts the tokens that it has seen by the keys of its first attention.
-            counts = candidate.is_part and getattr(modules[candidate.name], "layer_idx", None) == 0
+            counts = candidate.is_part and getattr(module, "layer_idx", None) == 0
             if is_only or counts:
                 continue
-            why = why_kept(candidate.name)
-            if not why and not runs_without(candidate):
-                why = "the model gives other outputs without it, or doesn't run"
+            has_hooks = False
+            for each in module.modules():
+                own_hooks = each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks
+                has_hooks |= any(own_hooks)
+            mine = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(seen[candidate.name][0].output)}
+            if has_hooks:
+                why = "a hook meets it"
+            elif mine & memory:
+                why = "what it puts out is an output of the model"
+            else:
+                why = keep(candidate.name)
+            if not why:
+                trial = detached_copy(model, light=True)
+                _remove(trial, candidate, candidate.name)
+                runs_without = False
+                try:
+                    # As users run it: PyTorch's fast paths read attributes of attention that nothing else reads.
+                    with left_alone(trial), evaluation_mode(trial), torch.no_grad():
+                        given = trial(*call[0], **call[1])
+                    runs_without = [tensor.shape for tensor in _tensors(given)] == shapes
+                except Exception as error:  # a forward may do anything with what its blocks give
+                    if out_of_memory(error):
+                        raise
+                if not runs_without:
+                    why = "the model gives other outputs without it, or doesn't run"
             if why:
                 kept[candidate.name] = why
             else:
                 found.append(candidate)
     return Removable(tuple(found), parts, kept)
-
-
-def _parts_of(block: str, module: nn.Module, seen: Mapping[str, list[_Seen]]) -> list[str]:
-    """Return the parts of a block, if its output is its input and what at least two parts put out."""
-    names = [f"{block}.{key}" for key, _ in module.named_children()]
-    (whole,) = seen[block]
-    parts, total = [], whole.entering
-    for name in names:
-        is_part = len(seen[name]) == 1 and seen[name][0].first.shape == whole.first.shape
-        if is_part and _layers_in(module.get_submodule(name.removeprefix(f"{block}."))):
-            parts.append(name)
-            total = total + seen[name][0].first
-    return parts if len(parts) > 1 and agree([whole.first], [total], SAME_CHANNELS) else []
 
 
 def _depends(model: nn.Module, block: nn.Module, call: Call, entering: Tensor) -> bool:
@@ -627,12 +613,14 @@ class Depth:
             whole, short = self.whole, self.path.states[count]
             budget, example = whole.budget, whole.example
             table: Any = budget.latency_table
-            if budget.kind == "latency" and table is None:
+            if table is not None:
+                left = _table_of(table, short)(NetworkCost.on(short.net, example).widths({}))
+                self._lefts[count] = float(left / table(NetworkCost.on(whole.model, example).widths({})))
+            elif budget.kind == "latency":
                 ((self._lefts[count], _),) = time_shares([short.net], whole.model, example, budget.share)
             else:
-                own = None if table is None else _table_of(table, short)
-                left = _cost(budget.kind, short.net, example, own)
-                self._lefts[count] = float(left / _cost(budget.kind, whole.model, example, table))
+                before, after = (cost_of(budget.kind, net, example) for net in (whole.model, short.net))
+                self._lefts[count] = after / before
         return self._lefts[count]
 
     @cached_property
@@ -660,18 +648,11 @@ class Depth:
         return DepthPath(whole.model, whole.images.learned, judges, whole.settings.outputs, self.removable, saved)
 
 
-def _cost(kind: str, model: nn.Module, example: Any, table: LatencyTable | None) -> float:
-    """Return the cost of a network; a table says what it takes in time."""
-    if table is None:
-        return float(cost_of(kind, model, example))
-    return table(NetworkCost.on(model, example).widths({}))
-
-
 def cost_saved(
     model: nn.Module, example: Any, kind: str, table: LatencyTable | None = None
 ) -> Callable[[Removal], float]:
     """Return a function that gives the share of a network's cost that removing a block saves; of time by a table."""
-    unpruned = _cost(kind, model, example, table)
+    unpruned = cost_of(kind, model, example) if table is None else 0
     known: dict[str, float] = {}
 
     def saved(candidate: Removal) -> float:

@@ -314,7 +314,7 @@ def frontier(
     for share, count in zip(wanted, own_steps, strict=True):
         began = perf_counter()
         made, start, larger = steps.make(share), 1.0, points[-1]
-        # Where learned weights were discarded, the larger network has nothing that this one hasn't.
+        # Where learned weights were discarded, there is nothing to start from.
         if can_start_from_larger and larger.is_distilled:
             other = _made_from_larger(networks[larger.share], larger.left, share, steps, made)
             # One that keeps more of the cost would win for that alone.

@@ -160,49 +160,50 @@ class Prepared:
         return replace(candidates[chosen], tried=tried)
 
     def select(self, budget: Budget) -> Pipeline:
-        """Select the channels to keep under a budget."""
-        selected = self._selected(budget)
-        give_back_memory(self.model)  # the pruner's copy refers to itself
-        if not self.narrows:
-            return selected
+        """Select the channels to keep under a budget, by the pruner on a copy of the model."""
+        pruner = self.settings.pruner
         masks: Any
-        full, masks = narrow_instead(self.model, self.images.learned, selected.masks, self.analysis.facts)
-        return replace(selected, masks=masks, narrower=None if full is self.model else full)
-
-    def _selected(self, budget: Budget) -> Pipeline:
-        """Run the pruner on a copy of the model."""
-        known = self._pruners.get(budget.allocation)
-        if known is not None:
-            return self.start.select(known, budget)
-        victim, pruner = detached_copy(self.model), self.settings.pruner
         # A copy: a function of the caller's may change what it is given.
         groups = copy.deepcopy(self.prunable.groups)
         config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups
-        if callable(pruner):
-            masks: Any = pruner(victim, config_list, self.images.learned)
-            instance(Mapping).check("masks", masks, "pruner")
-            check_masks(self.model, masks)
-            return replace(self.start, masks=masks)
-        pruner_knobs, outcome = pruner_info(pruner).knobs(), None
-        if "budget" not in pruner_knobs:
-            ratios, outcome = planned_ratios(self.counted, budget, self.prunable.entries, self.round_to)
-            config_list = groups_of(self.counted, as_entries(ratios))
-        offered = {
-            "seed": self.settings.seed,
-            "calibration": self.images.learned,
-            "example_inputs": self.example,
-            "budget": budget,
-            "round_to": self.round_to,
-        }
-        taken = {name: offered[name] for name in pruner_knobs if name in offered}
-        wrapped = create_pruner(pruner, victim, config_list, **taken | dict(self.settings.knobs))
-        if isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner):
-            if self.is_search:
+        if budget.allocation in self._pruners:
+            selected = self.start.select(self._pruners[budget.allocation], budget)
+        elif callable(pruner):
+            given: Any = pruner(detached_copy(self.model), config_list, self.images.learned)
+            instance(Mapping).check("masks", given, "pruner")
+            check_masks(self.model, given)
+            selected = replace(self.start, masks=given)
+        else:
+            pruner_knobs, outcome = pruner_info(pruner).knobs(), None
+            if "budget" not in pruner_knobs:
+                ratios, outcome = planned_ratios(self.counted, budget, self.prunable.entries, self.round_to)
+                config_list = groups_of(self.counted, as_entries(ratios))
+            offered = {
+                "seed": self.settings.seed,
+                "calibration": self.images.learned,
+                "example_inputs": self.example,
+                "budget": budget,
+                "round_to": self.round_to,
+            }
+            taken = {name: offered[name] for name in pruner_knobs if name in offered}
+            knobs = taken | dict(self.settings.knobs)
+            wrapped = create_pruner(pruner, detached_copy(self.model), config_list, **knobs)
+            takes_budgets = isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner)
+            if takes_budgets and self.is_search:
                 self._pruners[budget.allocation] = wrapped
-                return self.start.select(wrapped, budget)
-            wrapped.planner.change(budget)  # which warns of nothing: `outcome` does
-        selected = self.start.select(wrapped)
-        return selected if outcome is None else replace(selected, planned=outcome)
+                selected = self.start.select(wrapped, budget)
+            else:
+                if takes_budgets:
+                    wrapped.planner.change(budget)  # which warns of nothing: `outcome` does
+                selected = self.start.select(wrapped)
+            if outcome is not None:
+                selected = replace(selected, planned=outcome)
+            del wrapped  # with its copy, which refers to itself
+        give_back_memory(self.model)
+        if not self.narrows:
+            return selected
+        full, masks = narrow_instead(self.model, self.images.learned, selected.masks, self.analysis.facts)
+        return replace(selected, masks=masks, narrower=None if full is self.model else full)
 
     def reconstruct(self, selected: Pipeline) -> Pipeline:
         """Reconstruct the weights, if that was asked for, and remove the channels."""
@@ -325,6 +326,8 @@ class Prepared:
             allocation = next((each.allocation for each in taken.tried if each.is_chosen), "")
         compensation = taken.compensation
         timed = timed_pair(self.model, network, self._batch(images.all)) if self.is_timed else None
+        if self.is_described:  # it is to be as its config describes it
+            with_transposed_weights(network)
         report = ShrinkReport(
             **{"stages": tuple(measured.stages), "layers": taken.layers, "distillation": taken.verdict, **found},
             compensation=compensation,
@@ -340,7 +343,7 @@ class Prepared:
             allocation=allocation,
             equal_blocks=bool(self.budget.equal_blocks),
             recovery=settings.recovery_name,
-            undescribed=_told_by_config(network, self.is_described),
+            undescribed=why_undescribed(network) if is_pretrained(network) else "",
             grouped=images.all.groups is not None,
             time=timed,
         )
@@ -379,13 +382,6 @@ def prepare(
     measured.add(UNPRUNED, model)
     prepared = replace(prepared, measured=measured, is_timed=is_timed)
     return Depth.on(prepared) if settings.depth else prepared
-
-
-def _told_by_config(network: nn.Module, is_described: bool) -> str:
-    """Let a network of Transformers be as its config describes it, and return what the config can't say."""
-    if is_described:
-        with_transposed_weights(network)
-    return why_undescribed(network) if is_pretrained(network) else ""
 
 
 def _checked_network(made: Any, name: str) -> nn.Module:

@@ -72,7 +72,7 @@ def data_share(data: DataBundle, rank: int, size: int) -> DataBundle:
     each = len(data.train) // size
     if not each:
         raise ConfigError(f"each process must get a training image, got {len(data.train)} for {size} (data_share)")
-    # Shares of one length: all processes take as many steps, and none waits for gradients that never come. Up to
+    # Shares of equal length: all processes take as many steps, and none waits for gradients that never come. Up to
     # size - 1 images are left out.
     return replace(data, train=subset(data.train, slice(rank, rank + each * size, size)))
 

@@ -41,7 +41,8 @@ class Prunable:
 def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: bool = False) -> Prunable:
     """Return config_list entries for the named layers; by default for all layers that can lose channels.
 
-    ``is_described``: whether a config of Transformers has to describe the smaller network.
+    ``is_described``: whether a config of Transformers has to describe the smaller network. Then ConfigError where the
+    caller names layers that it can't describe, some of those to which it gives one width, or none is left.
     """
     entries: list[dict[str, Any]]
     unpruned: dict[str, str] = {}
@@ -56,40 +57,11 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
         if not names:
             found = _told(unpruned) or "no convolution, linear or recurrent layer"
             raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
-    make = _with_described if is_described else _without_held
-    return make(analysis, entries, unpruned, layers is None)
-
-
-def _without_held(
-    analysis: Analysis, entries: list[dict[str, Any]], unpruned: dict[str, str], is_default: bool
-) -> Prunable:
-    """Note which of the layers to prune keep all channels because layers that share these aren't among them.
-
-    Raises ConfigError where that holds for all of them.
-    """
-    groups = groups_of(analysis, entries, warns=not is_default)
-    held = held_by_unselected(analysis.flow, groups.layers())
-    why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
-    if held and len(held) == len({name for group in groups.layers() for name in group}):
-        raise ConfigError(
-            f"layers must include those that share channels with the layers it names, got {_told(why)}: name these, "
-            "too (layers)"
-        )
-    if is_default:
-        # Masks of theirs would only be taken back, and until then keep the layers from being reconstructed.
-        entries = [{"op_names": [name for name in entries[0]["op_names"] if name not in held]}]
-        groups = groups_of(analysis, entries)
-    return Prunable(entries, unpruned | why, is_default, groups)
-
-
-def _with_described(
-    analysis: Analysis, entries: list[dict[str, Any]], unpruned: dict[str, str], is_default: bool
-) -> Prunable:
-    """Leave out the layers of which a config of Transformers can't say that they have fewer channels.
-
-    Raises ConfigError where the caller names such layers, or some of those to which a config gives one width, or none
-    is left.
-    """
+    is_default = layers is None
+    if not is_described:
+        return _without_held(analysis, entries, unpruned, is_default)
+    # Layers of which a config of Transformers can't say that they have fewer channels are left out, or refused if the
+    # caller names them: the layers to which a config gives one width go together.
     model = analysis.model
     settings = described_layers(model)
     wholes: dict[str, list[str]] = {}
@@ -122,19 +94,41 @@ def _with_described(
         for name in entry["op_names"]:
             if name not in prunable.unpruned:
                 bounds[name] = entry.get("min_sparse_ratio", 0.0), entry.get("max_sparse_ratio", 1.0)
-    told = [
+    refused = [
         name
         for name in bounds
         if not is_whole(name, bounds) or len({bounds[each] for each in wholes[settings[name]]}) > 1
     ]
-    if told:
+    if refused:
         described = [name for name in settings if is_whole(name, settings)]
         raise ConfigError(
             "layers must be those of which a config can say that they have fewer channels, all to which it gives the "
-            f"same width, with the same bounds, got {listed(told, 4)} where it can of "
+            f"same width, with the same bounds, got {listed(refused, 4)} where it can of "
             f"{listed(described, 4) or 'none'}; {FREE_WIDTHS} (layers)"
         )
     return prunable
+
+
+def _without_held(
+    analysis: Analysis, entries: list[dict[str, Any]], unpruned: dict[str, str], is_default: bool
+) -> Prunable:
+    """Note which of the layers to prune keep all channels because layers that share these aren't among them.
+
+    Raises ConfigError where that holds for all of them.
+    """
+    groups = groups_of(analysis, entries, warns=not is_default)
+    held = held_by_unselected(analysis.flow, groups.layers())
+    why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
+    if held and len(held) == len({name for group in groups.layers() for name in group}):
+        raise ConfigError(
+            f"layers must include those that share channels with the layers it names, got {_told(why)}: name these, "
+            "too (layers)"
+        )
+    if is_default:
+        # Their masks would be undone later, and would keep these layers from being reconstructed until then.
+        entries = [{"op_names": [name for name in entries[0]["op_names"] if name not in held]}]
+        groups = groups_of(analysis, entries)
+    return Prunable(entries, unpruned | why, is_default, groups)
 
 
 def _check_have_channels(analysis: Analysis, layers: Layers) -> None:

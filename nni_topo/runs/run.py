@@ -218,17 +218,17 @@ def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]])
 
 
 def prune_to_ratios(start: Start, choice: PrunerChoice, target: Target, ratios: dict[str, float]) -> Pipeline:
-    """Prune a copy of the network with a ratio for every layer, or by the target where the pruner deals it out."""
+    """Prune a copy of the network with a ratio for every layer, or by the target where the pruner distributes it."""
     config_list: list[dict[str, Any]]
     if pruner_info(choice.name).structured:
         config_list = groups_of(start.analysis, as_entries(ratios))
         if not needs_rule(choice.name, {}):
-            # It finds the number itself, and a ratio is its limit: with the same minimum it keeps the others' widths.
+            # It finds the number itself, and a ratio is its upper bound: with the same lower bound, widths are equal.
             for entry in config_list:
                 entry["min_sparse_ratio"] = entry["sparse_ratio"]
     else:  # single weights know no groups of channels
         config_list = as_entries(ratios)
-    # it deals out a budget itself
+    # A pruner with an allocation distributes the budget itself.
     allocation = choice.knobs.get("budget", {}).get("allocation")
     if allocation is not None and target.kind != "ratio":
         budget = {target.kind: target.value, "allocation": allocation}
@@ -263,7 +263,8 @@ def distilled(
 ) -> Distillation:
     """Let a dense network learn from the unpruned one, on training images without labels."""
     images, knobs = start.images(choice.images), distillation_knobs(start, choice)
-    # Compensation had the first images, too, so the next eighth as many judge; where there are none, some of the first.
+    # Compensation used the first images, too. So those after them judge, an eighth as many; without any, some of the
+    # first.
     judges = start.images(choice.images // HELD_OUT, choice.images) or None
     return distillation(dense, start.net, images, held_out=judges, seed=start.seed, progress=progress, **knobs)
 

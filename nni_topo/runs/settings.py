@@ -229,15 +229,19 @@ class Settings:
             )
         check_knobs_together(self.distillation_knobs)
 
-    def check_distillation(self, model: nn.Module, images: Calibration) -> None:
-        """Raise, before anything is pruned, the errors of :func:`nni_topo.distill` that images and outputs show."""
-        if self.distill is False or callable(self.distill):
-            return
-        if images.samples < 2:
+    def check_two_samples(self, images: Calibration) -> None:
+        """Refuse a single sample where networks are distilled."""
+        if self.distill is not False and images.samples < 2:
             raise DataError(
                 f"distillation must have at least two samples, one to judge by, got {images.samples}: pass more, or "
                 f"leave distillation out: {self.place}(..., distill=False) ({images.name})"
             )
+
+    def check_distillation(self, model: nn.Module, images: Calibration) -> None:
+        """Raise, before anything is pruned, the errors of :func:`nni_topo.distill` that images and outputs show."""
+        if self.distill is False or callable(self.distill):
+            return
+        self.check_two_samples(images)
         if not any(parameter.is_floating_point() for parameter in model.parameters()):
             return  # it has no layer to prune, which `layers_to_prune` says
         check_one_shape(calls(model, images))

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nni_topo.disk import DELETE, only_process, read_json, read_tensors, reading, write_json, write_tensors
 from nni_topo.errors import ConfigError, DataError, NniTopoError, unknown_name
 from nni_topo.network.io import checkpoint as serialization
+from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import check_pruner_knobs, pruner_info
 from nni_topo.rules import NONE, PATH, check_fields, number, whole
@@ -59,7 +60,7 @@ from nni_topo.runs.run import (
     retrain,
     trained,
 )
-from nni_topo.runs.widths import inner_layers, layer_ratios, proposed_ratios, pruning_config
+from nni_topo.runs.widths import as_entries, inner_layers_of, layer_ratios, proposed_ratios
 from nni_topo.zoo import default_recipe
 
 METRICS, SETTINGS = "metrics.json", "settings.json"
@@ -308,10 +309,10 @@ def run_trial(
             # A config_list that leads any structured pruner to the same widths.
             before, after = layer_widths(start.net), layer_widths(dense)
             ratios: dict[str, float] = {}
-            for name in inner_layers(start.net, start.example):
+            for name in inner_layers_of(start.analysis):
                 count = before[name] - after[name]
                 ratios[name] = (count + 0.5) / before[name] if count else 0.0
-            write_json(out / CONFIG_LIST, pruning_config(start.net, start.example, ratios))
+            write_json(out / CONFIG_LIST, groups_of(start.analysis, as_entries(ratios)))
             write_json(out / METRICS, facts)
             for name in (_PRUNED, _FACTS, _RETRAINING):
                 (out / name).unlink(missing_ok=True)
@@ -324,7 +325,7 @@ def _masks(settings: TrialSettings, cell: Cell, start: Start, out: Path) -> Mask
     if path.exists():
         with reading(path, "a trial's masks", cure=DELETE):
             return read_tensors(path)  # type: ignore[no-any-return]
-    names = inner_layers(start.net, start.example)
+    names = inner_layers_of(start.analysis)
     for pattern in settings.ratios:
         if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
             raise unknown_name("the layer of a ratio", pattern, names, "ratios")

@@ -127,6 +127,11 @@ def processes_of(group: Any, place: str) -> Processes | None:
     return Processes(group) if dist.get_world_size(group) > 1 else None
 
 
+def gathered(processes: Processes | None, value: Any, place: str) -> list[Any]:
+    """Return what each process has, by rank; of a process that shares nothing, its own value alone."""
+    return [value] if processes is None else processes.gather(value, place)
+
+
 def is_in_step() -> bool:
     """Say whether other processes take the same steps now."""
     return bool(context().in_step)

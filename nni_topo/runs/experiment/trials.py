@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,22 +113,17 @@ def _record(experiment: Experiment, job: dict[str, Any], parameters: dict[str, A
     result = data if isinstance(data, dict) else {"default": float(data)}
     # what a resumed experiment is about to take up again NNI calls by the name of that event
     folder, status = job.get("logPath", ""), job["status"].replace("ADD_RESUMED", "WAITING")
-    error = _last_words(experiment, job["trialJobId"], folder) if status == "FAILED" else ""
-    return TrialRecord(job["trialJobId"], job.get("sequenceId", 0), status, parameters, result, folder, error)
-
-
-def _last_words(experiment: Experiment, trial: str, folder: str) -> str:
-    """Return the last line that a trial wrote to standard error, from its folder or through the manager."""
-    path = Path(folder, _STDERR)
-    try:
-        if path.exists():
-            text = path.read_text(encoding="utf-8", errors="replace")
-        else:
-            # The manager fetches it, also from another machine.
-            prefix = f"/{experiment.url_prefix}" if experiment.url_prefix else ""
-            url = f"http://localhost:{experiment.port}{prefix}/api/v1/nni/trial-file/{trial}/stderr"
-            reply = requests.get(url, timeout=rest.timeout)
-            text = reply.text if reply.ok else ""
-    except OSError:
-        return ""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    error, trial = "", job["trialJobId"]
+    if status == "FAILED":
+        path = Path(folder, _STDERR)
+        with suppress(OSError):
+            if path.exists():
+                text = path.read_text(encoding="utf-8", errors="replace")
+            else:
+                # The manager fetches it, also from another machine.
+                prefix = f"/{experiment.url_prefix}" if experiment.url_prefix else ""
+                url = f"http://localhost:{experiment.port}{prefix}/api/v1/nni/trial-file/{trial}/stderr"
+                reply = requests.get(url, timeout=rest.timeout)
+                text = reply.text if reply.ok else ""
+            error = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    return TrialRecord(trial, job.get("sequenceId", 0), status, parameters, result, folder, error)

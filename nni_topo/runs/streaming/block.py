@@ -22,26 +22,14 @@ _MOST_EXTRAS = 6  # that `BlockNet.forward` takes
 
 
 class BlockNet(nn.Module):
-    """A block that gets what changes from batch to batch as inputs, and holds what doesn't.
-
-    Parameters
-    ----------
-    block : torch.nn.Module
-        The block.
-    config : object
-        The model's config, in which the pruned widths are noted.
-    frame : Frame
-        What the block gets beside the states.
-    reads_unpruned : bool, default=False
-        Whether the states are those after unpruned blocks.
-    """
+    """A block that gets what changes from batch to batch as inputs, and holds what doesn't."""
 
     def __init__(self, block: nn.Module, config: Any, frame: Frame, *, reads_unpruned: bool = False) -> None:
         super().__init__()
         self.block = block
-        self.config = config
-        self.frame = frame
-        self.reads_unpruned = reads_unpruned
+        self.config = config  # the model's, in which the pruned widths are noted
+        self.frame = frame  # what the block gets beside the states
+        self.reads_unpruned = reads_unpruned  # whether the states are those after unpruned blocks
 
     def forward(
         self,
@@ -57,7 +45,7 @@ class BlockNet(nn.Module):
         extra5: Tensor | None = None,
     ) -> Tensor:
         """Return the states that leave the block, (samples, places, width)."""
-        # Parameters by name, for a graph has no others.
+        # Parameters by name, because a graph has no others.
         states = unpruned_states if self.reads_unpruned else hidden_states
         args, kwargs = self.frame.arguments(states, (extra0, extra1, extra2, extra3, extra4, extra5))
         return states_of(self.block(*args, **kwargs))

@@ -27,38 +27,17 @@ _PART = ".part"  # ends the names of files that a process is writing, or was whe
 class Journal:
     """The state of a run in its output folder.
 
-    Where processes share the calibration data, the first one reads and writes what all have in common; each has the
-    states of its own samples.
+    ``settings`` tell this run from others. Where processes share the calibration data, the first one reads and writes
+    what all have in common; each has the states of its own samples.
 
-    Parameters
-    ----------
-    folder : Path
-        The output folder.
-    settings : mapping
-        What tells this run from others.
-    processes : Processes, optional
-        Those that share the calibration data.
-
-    Attributes
-    ----------
-    kept : list of int
-        Numbers of the blocks that aren't removed, in the source.
-    rows : list of dict
-        What was noted of each finished block.
-    report : dict or None
-        The report of a finished run.
-
-    Raises
-    ------
-    ConfigError
-        If the folder holds a run with other settings of which a block is finished, or files of something else.
+    ConfigError if the folder holds a run with other settings of which a block is finished, or files of something else.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], processes: Processes | None = None) -> None:
         self.folder, self._processes = folder, processes
         self.is_first = processes is None or processes.rank == 0
-        # Digests, for the settings name folders of this machine, and a report goes where its model goes. Addresses of
-        # objects are others in each process.
+        # Digests, because settings name folders of this machine, and the report is published with the model. Addresses
+        # of objects differ between processes.
         self._settings = {
             name: hashlib.sha256(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()).hexdigest()
             for name, value in settings.items()
@@ -84,9 +63,9 @@ class Journal:
                 f"a run that was stopped or is finished must be called with the same settings, got others: "
                 f"{', '.join(names)}{hint}; delete the folder to begin anew ({folder})"
             )
-        self.kept: list[int] = content.get("kept", [])
-        self.rows: list[dict[str, Any]] = content.get("rows", [])
-        self.report: dict[str, Any] | None = content.get("report")
+        self.kept: list[int] = content.get("kept", [])  # numbers of the blocks that aren't removed, in the source
+        self.rows: list[dict[str, Any]] = content.get("rows", [])  # what was noted of each finished block
+        self.report: dict[str, Any] | None = content.get("report")  # of a finished run
         self._states = folder / _FOLDER
         if processes is not None and not self.is_first:
             self._states /= f"rank-{processes.rank}"

@@ -38,6 +38,7 @@ from nni_topo.network.runtime.inputs import (
     taken,
 )
 from nni_topo.network.runtime.memory import check_memory, free_memory_of, freed_at_once, give_back_memory, out_of_memory
+from nni_topo.network.runtime.processes import gathered
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
 from nni_topo.pruners.budget import Budget, as_budget, budget_outcome, warn_if_missed
@@ -249,15 +250,10 @@ def shrink_pretrained(
         if names[0] in removed:
             raise ConfigError(f"the first block must stay, got its name, {names[0]} (remove_blocks)")
     settings.check_shared(calibration, wanted)
-    if distill is not False and calibration.samples < 2:
-        raise DataError(
-            f"distillation must have at least two samples, one to judge by, got {calibration.samples}: pass more, or "
-            "leave distillation out: shrink_pretrained(..., distill=False) (batches)"
-        )
+    settings.check_two_samples(calibration)
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
     inputs = [[f"{len(args)} without a name", *sorted(kwargs)] for args, kwargs in given]
-    by_rank = [inputs] if processes is None else processes.gather(inputs, "the inputs")
-    of_all = [each for own in by_rank for each in own]
+    of_all = [each for own in gathered(processes, inputs, "the inputs") for each in own]
     other = next((each for each in of_all if each != of_all[0]), None)
     if other is not None:
         raise DataError(
@@ -322,9 +318,8 @@ class _Run:
         self._described_skeleton: Skeleton | None = None  # of the model that the written config builds
         masks = [call[1].get(PADDING_MASK) for call in given]
         is_padded = any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
-        processes = calibration.processes
         # Whether a sample of any process has padding.
-        self._is_padded = is_padded if processes is None else any(processes.gather(is_padded, "the padding"))
+        self._is_padded = any(gathered(calibration.processes, is_padded, "the padding"))
 
     def begin(self, removed: int | Sequence[str]) -> None:
         """Learn what blocks return. A new run writes the states before the first block, and what isn't in blocks.
@@ -342,7 +337,7 @@ class _Run:
         for number, call in enumerate(self._calls):
             with fitting(number, "batches"):
                 states = states_in(skeleton.entering(call, 0))
-            # Random masks bring others.
+            # Random masks change the states.
             if number == 0 and not torch.equal(states, states_in(skeleton.entering(call, 0))):
                 raise ConfigError(
                     "the same inputs must bring the same states into the first block, got others in the second pass, "
@@ -479,7 +474,7 @@ class _Run:
         del made
         warnings: list[str] = []
         if isinstance(wanted, WantedStates):
-            # The last layer of the block brings into the states what the removed blocks after it did.
+            # The last layer of the block adds to the states what the removed blocks after it added.
             (call, *_) = calls(wanted, Calibration(batches[:1]))
             gap = gap_after(dense, dense.block, wanted, wanted.states, call)
             if gap is None:

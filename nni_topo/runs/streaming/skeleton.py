@@ -36,21 +36,11 @@ class Skeleton:
     """A model without the weights of its blocks: embeddings, norms and head are loaded, a block when it is asked for.
 
     The blocks are the ``nn.ModuleList`` that holds most parameters; all are of one class and have the same shapes. They
-    must be called one after the other, each with what the one before returned.
+    must be called one after the other, each with what the one before returned. Loaded weights lie on ``device``, where
+    the model and its blocks compute.
 
-    Parameters
-    ----------
-    folder : Path
-        A folder as ``save_pretrained`` of Transformers writes it.
-    device : torch.device
-        Where the loaded weights lie, and the model and its blocks compute.
-
-    Raises
-    ------
-    ConfigError
-        If the folder is of a model that isn't one of Transformers, or has no such list of blocks.
-    DataError
-        If weights are missing, have other shapes than the config says, or aren't finite.
+    ConfigError if the ``folder`` is of a model that isn't one of Transformers, or has no such list of blocks. DataError
+    if weights are missing, have other shapes than the config says, or aren't finite.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -65,8 +55,8 @@ class Skeleton:
         model = _without_weights(folder)
         self.config = copy.deepcopy(model.config)
         self.blocks_name = _blocks_of(model, folder)
-        # Transformers loads what lies outside of the blocks, and accelerate notes where in the files the blocks are. It
-        # places a module with all that it holds: none of those that hold the blocks has a place.
+        # Transformers loads what lies outside of the blocks, and accelerate notes where in the files the blocks are. A
+        # module that is given a place takes all its children along, so the modules that contain the blocks get none.
         parts = self.blocks_name.split(".")
         holders = {".".join(parts[:count]) for count in range(len(parts))}
         places = {self.blocks_name: "disk"}
@@ -82,7 +72,7 @@ class Skeleton:
                     dtype=_precision_of(self.files),
                     device_map=places,
                     offload_buffers=True,
-                    ignore_mismatched_sizes=True,  # they are told below
+                    ignore_mismatched_sizes=True,  # the error below names them
                     use_safetensors=True,
                     output_loading_info=True,
                 )
@@ -108,7 +98,7 @@ class Skeleton:
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise DataError(f"weights must be finite, got NaN or infinity ({place}{name}, {self.folder})")
-        # Copies, for what is mapped from a file would change with it.
+        # Copies, because tensors that are mapped from a file change with it.
         return {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
 
     def _take(self, model: Any, rest: Mapping[str, Tensor]) -> None:
@@ -160,7 +150,7 @@ class Skeleton:
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         try:
-            # In a container, for what lies in the model itself isn't returned.
+            # In a container, because tensors of the given module itself aren't returned.
             tensors = get_state_dict_offloaded_model(nn.ModuleDict({"block": self._on_disk[index]}))
         except ValueError as error:  # Transformers 5 doesn't compare the shapes of weights that stay on the disk
             raise DataError(
