@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
+import operator
 
+import numpy as np
 import pytest
 import torch
 from speedup_nets import masks_of
 from torch import nn
+from torch.fx import Graph
 
 import nni_topo
 from nni_topo.network.graph.traced_int import (
     TracedInt,
     UnclearPlaces,
+    attribute_channels,
     attributes_traced,
 )
 
@@ -21,6 +26,30 @@ PLACE, HEADS = ("inner", "width", ()), ("inner", "heads", ())
 
 def held(value: int = 12, parts: int = 1, place=PLACE) -> TracedInt:
     return TracedInt.of_attribute(value, place, parts, UnclearPlaces())
+
+
+@pytest.mark.parametrize(
+    ("use", "is_shown", "noted"),
+    [
+        (None, True, False), (None, False, True),
+        (lambda number, heads: (number // heads) ** -0.5, True, False),
+        (lambda number, heads: math.sqrt(number // heads), False, True),
+        (lambda number, heads: number**-0.5, True, True),  # of which the quotient stays as it is, and so do the heads
+        (lambda number, heads: heads == 5, True, True),
+    ],
+)  # fmt: skip
+def test_what_is_made_of_a_quotient_is_no_matter_if_a_graph_shows_the_quotient(use, is_shown, noted) -> None:
+    unclear = UnclearPlaces()
+    number, heads = (TracedInt.of_attribute(n, at, 1, unclear) for n, at in ((12, PLACE), (3, HEADS)))
+    graph, part = Graph(), number // heads
+    if is_shown:
+        graph.call_method("view", (graph.placeholder("x"), 2, heads, part))
+    part.written = is_shown
+    if use is not None:
+        use(number, heads)
+    unclear.note_unwritten()
+    unclear.note_divided(graph)
+    assert unclear == ({PLACE, HEADS} if noted else set())
 
 
 @pytest.mark.parametrize(
@@ -62,6 +91,79 @@ def test_attributes_are_traced_within_the_block_and_put_back() -> None:
     with pytest.raises(RuntimeError, match="inside"), attributes_traced(model):
         raise RuntimeError("inside")
     assert type(inner.width) is int
+
+
+def graph_of(method: str, *args) -> tuple[Graph, dict]:
+    """One call on a tensor of eight channels; the ids by node."""
+    graph = Graph()
+    images = graph.placeholder("images")
+    called = graph.call_method(method, (images, *args)) if method != "getitem" else graph.call_function(
+        operator.getitem, (images, *args)
+    )  # fmt: skip
+    graph.output(called)
+    return graph, {"images": torch.arange(10, 18).view(1, 8, 1), called.name: torch.arange(10, 18).view(1, 8, 1)}
+
+
+def found_in(method: str, *args) -> list[tuple[int, list[int]]] | None:
+    found = attribute_channels(*graph_of(method, *args), np.arange(100))
+    assert found.keys() <= {PLACE}
+    return [(parts, ids.tolist()) for parts, ids in found[PLACE]] if found else None
+
+
+ALL = list(range(10, 18))
+
+
+def test_views_splits_and_slices_show_which_channels_an_attribute_counts() -> None:
+    assert found_in("view", 1, held(8), 1) == [(1, ALL)]
+    assert found_in("reshape", (1, held(8, parts=2), 1)) == [(2, ALL)]
+    assert found_in("view", 1, held(4), 2) is None  # not the number of channels
+    assert found_in("view", held(8), 1, 1) is None  # another dimension
+    assert found_in("split", held(4), 1) == [(1, ALL[:4]), (1, ALL[4:])]
+    assert found_in("split", held(3), 1) is None  # pieces of several sizes
+    assert found_in("split", held(4)) is None  # along samples
+    assert found_in("split", [held(5), 3], 1) == [(1, ALL[:5])]
+    assert found_in("split_with_sizes", [3, held(5)], 1) == [(1, ALL[3:])]
+    assert found_in("getitem", (slice(None), slice(None, held(3)))) == [(1, ALL[:3])]
+    assert found_in("getitem", (slice(None), slice(held(3), None))) == [(1, ALL[:3])]
+    assert found_in("getitem", (slice(None, held(3)), slice(None))) is None
+    assert found_in("getitem", (slice(None), held(3))) is None  # it picks one
+    assert found_in("relu", held(8)) is None  # nothing is known of it
+
+
+def quotient_graph(width: int, heads: int, *, is_joined: bool = False) -> tuple[Graph, dict, np.ndarray]:
+    """Channels that are viewed as heads, by a quotient of two attributes, and the groups in which these are tied."""
+    unclear = UnclearPlaces()
+    whole, count = (TracedInt.of_attribute(n, at, 1, unclear) for n, at in ((width, PLACE), (heads, HEADS)))
+    graph = Graph()
+    states = graph.placeholder("states")
+    view = graph.call_method("view", (states, 1, count, whole // count))
+    channels = torch.arange(10, 10 + width)
+    ids = {"states": channels.view(1, 1, -1), view.name: channels.view(1, heads, -1)}
+    if is_joined:
+        ids[graph.call_method("view", (view, 1, whole)).name] = channels.view(1, -1)
+    groups = np.arange(100)
+    groups[10 : 10 + width] = np.repeat(groups[10 : 10 + width : width // heads], width // heads)
+    return graph, ids, groups
+
+
+def test_a_width_follows_the_number_of_heads_that_it_is_divided_by() -> None:
+    found = attribute_channels(*quotient_graph(12, 3))
+    assert {at: [(parts, ids.tolist()) for parts, ids in uses] for at, uses in found.items()} == {
+        HEADS: [(1, [10, 14, 18])], PLACE: [(4, [10, 14, 18])],
+    }  # fmt: skip
+    # The width of what the heads put out is as many.
+    found = attribute_channels(*quotient_graph(12, 3, is_joined=True))
+    assert [(parts, len(ids)) for parts, ids in found[PLACE]] == [(1, 12)]
+    assert HEADS in found
+    # That of other channels may be another number.
+    graph, ids, groups = quotient_graph(12, 3, is_joined=True)
+    ids["view_1"] = ids["view_1"] + 40
+    assert attribute_channels(graph, ids, groups) == {}
+    # And so may be what nothing is known of.
+    graph, ids, groups = quotient_graph(12, 3)
+    size_of_all = next(node for node in graph.nodes if node.op == "call_method").args[3]
+    graph.call_method("roll", (next(iter(graph.nodes)), size_of_all))
+    assert attribute_channels(graph, ids, groups) == {}
 
 
 class Blurred(nn.Module):
