@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from nni.compression.pruning import L1NormPruner
 from torch import nn
@@ -22,12 +24,16 @@ def lively(model):
     return model
 
 
-def l1_masks(model, config_list):
-    """Masks of NNI's L1 pruner; the model comes back unwrapped."""
-    pruner = L1NormPruner(model, config_list)
+def masks_of(pruner):
+    """Masks of a pruner; the model comes back unwrapped."""
     _, masks = pruner.compress()
     pruner.unwrap_model()
     return masks
+
+
+def l1_masks(model, config_list):
+    """Masks of NNI's L1 pruner; the model comes back unwrapped."""
+    return masks_of(L1NormPruner(model, config_list))
 
 
 def prune_half(model, inputs, types=("Conv2d",), exclude=(), **knobs):
@@ -35,6 +41,13 @@ def prune_half(model, inputs, types=("Conv2d",), exclude=(), **knobs):
     config = {"op_types": list(types), "sparse_ratio": 0.5, "exclude_op_names": list(exclude)}
     masks = l1_masks(model, dependency_groups(model, inputs, [config]))
     return masks, to_dense(model, inputs, masks, **knobs)
+
+
+def same_output(dense, reference, *inputs):
+    """Compare what two models give in evaluation mode, to a share of the largest output."""
+    with torch.no_grad():
+        expected, actual = (copy.deepcopy(model).eval()(*inputs) for model in (reference, dense))
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def parameters(model):

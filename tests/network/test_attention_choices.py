@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_nets import HEADS, SIZE, WIDTH, _states, head_masks, make, same
 from nni.compression.pruning import L1NormPruner
+from speedup_nets import masks_of
 from torch import nn
 
 from nni_topo import compensate, create_pruner, dependency_groups, masked_model, to_dense
@@ -28,14 +29,12 @@ PRUNERS = {
 
 def prune(model, config, kind, data):
     groups = list(dependency_groups(model, data[0], config))
-    pruner = PRUNERS[kind](model, groups, data)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(PRUNERS[kind](model, groups, data))
     return masks
 
 
 @pytest.mark.parametrize("kind", PRUNERS)
-@pytest.mark.parametrize("name", ["multihead", "fused", "apart", "shared keys"])
+@pytest.mark.parametrize("name", ["multihead", "fused", "apart", "shared keys", "one key", "one key fused"])
 @pytest.mark.quick_every(5)
 def test_pruners_choose_heads(name, kind):
     model, data = make(name), [_states(8, 7, 5)]

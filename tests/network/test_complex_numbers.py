@@ -135,12 +135,6 @@ def test_what_to_change_about_complex_weights_is_said():
     assert "real and imaginary parts in layers of their own" in str(nni_topo.explain(model, inputs, "first"))
 
 
-def test_a_norm_of_imaginary_parts_keeps_its_bias():
-    model, inputs = network("imaginary")
-    masks = {"second": {"weight": torch.ones(12, 8), "bias": torch.ones(12)}}
-    assert torch.equal(masked_model(model, inputs, masks)(inputs), model(inputs))
-
-
 def test_a_dense_model_with_other_complex_weights_is_not_equal():
     model, inputs = network("free")
     other = copy.deepcopy(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from nni.compression.speedup import ModelSpeedup
-from speedup_nets import Concatenated, Grouped, Residual, chain, filter_mask, l1_masks
+from speedup_nets import Concatenated, Grouped, Residual, chain, filter_mask, l1_masks, masks_of
 from torch import nn
 
 import nni_topo
@@ -102,9 +101,7 @@ def test_a_smaller_detector_finds_the_same_boxes_as_the_masked_one_and_learns():
     build = torchvision.models.detection.ssdlite320_mobilenet_v3_large
     model = build(weights=None, weights_backbone=None, score_thresh=0.0).eval()
     images = [torch.rand(3, 200, 240)]
-    pruner = nni_topo.create_pruner("l2", model, nni_topo.dependency_groups(model, (images,), bench.ASKED))
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.create_pruner("l2", model, nni_topo.dependency_groups(model, (images,), bench.ASKED)))
     dense, masked = nni_topo.to_dense(model, (images,), masks), nni_topo.masked_model(model, (images,), masks)
     assert bench.zoo.count_params(dense) < 0.4 * bench.zoo.count_params(model)
     others = [torch.rand(3, 300, 180, dtype=torch.float64), torch.rand(3, 160, 160, dtype=torch.float64)]
@@ -158,48 +155,6 @@ def test_a_network_of_which_all_layers_give_the_output_keeps_them():
     assert [entry["op_names"] for entry in groups] == [["0"]]
 
 
-class Branches(nn.Module):
-    """A sum of two convolutions, as re-parameterised blocks hold before they are made one."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.large, self.small = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(inputs, outputs, 1)
-        self.norm = nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        return self.norm(self.large(x) + self.small(x))
-
-
-class Features(nn.Module):
-    """Gives what each of its blocks gives, or what the last does."""
-
-    def __init__(self, blocks, *, only_last):
-        super().__init__()
-        self.blocks, self.only_last = nn.ModuleList(blocks), only_last
-
-    def forward(self, x):
-        found = []
-        for block in self.blocks:
-            x = block(x).relu()
-            found.append(x)
-        return found[-1] if self.only_last else found
-
-
-@pytest.mark.parametrize("only_last", [True, False])
-@pytest.mark.parametrize("count", [1, 3])
-def test_what_groups_hold_of_a_network_that_gives_sums_can_be_removed(count, only_last):
-    torch.manual_seed(0)
-    model = Features([Branches(8 if place else 3, 8) for place in range(count)], only_last=only_last).eval()
-    images = torch.rand(2, 3, 6, 6)
-    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    hidden = [f"blocks.{place}.{name}" for place in range(count - 1) for name in ("large", "small")] * only_last
-    assert [name for entry in groups for name in entry["op_names"]] == hidden
-    assert set(groups.skipped.values()) == {"it gives the model's output"}
-    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1] if groups else {}
-    dense = nni_topo.to_dense(model, images, masks)
-    assert all(dense.get_submodule(name).out_channels == 4 for name in hidden)
-
-
 @pytest.mark.parametrize("make", [chain, Residual, Concatenated, Grouped])
 @pytest.mark.quick_every(2)
 def test_numbers_infer_what_nnis_own_speedup_does_by_running(make):
@@ -228,9 +183,7 @@ def test_layers_before_a_channel_shuffle_of_pytorch_lose_channels():
     layers = nn.Conv2d(3, 16, 1), nn.ChannelShuffle(2), nn.Conv2d(16, 8, 3, groups=2), nn.Conv2d(8, 4, 1)
     model, images = nn.Sequential(*layers).eval(), torch.rand(2, 3, 5, 5)
     groups = nni_topo.dependency_groups(model, images, bench.ASKED)
-    pruner = nni_topo.RandomPruner(model, groups, seed=1)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=1))
     dense = nni_topo.to_dense(model, images, masks)
     assert [(each.in_channels, each.out_channels) for each in dense if isinstance(each, nn.Conv2d)] == [
         (3, 8), (8, 4), (4, 4)

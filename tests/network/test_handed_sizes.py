@@ -26,15 +26,10 @@ class Shaped(nn.Module):
 
 USES = {
     "unflatten": lambda x, y: y.flatten(2).unflatten(2, x.shape[2:]),
-    "unflatten of all": lambda x, y: y.flatten(1).unflatten(1, y.shape[1:]),
     "unflatten behind a number": lambda x, y: y.unflatten(dim=1, sizes=(2, -1)).flatten(1, 2),
     "number of entries": lambda x, y: y.view(len(x), -1, y.shape[2:].numel()).unflatten(2, y.shape[2:]),
     "view": lambda x, y: y.flatten(2).view(*y.shape[:2], *x.shape[2:]),
-    "view of a sum": lambda x, y: y.flatten(2).view(y.shape[:2] + x.shape[2:]),
-    "reshape": lambda x, y: y.flatten(2).reshape(x.shape[0], -1, *y.shape[2:]),
-    "expand": lambda x, y: y + y.mean((2, 3), keepdim=True).expand(-1, -1, *y.shape[2:]),
     "interpolate": lambda x, y: functional.interpolate(functional.max_pool2d(y, 2), size=x.shape[2:]),
-    "pooling": lambda x, y: functional.adaptive_avg_pool2d(y, y.shape[2:]),
     "zeros": lambda x, y: y + torch.zeros(y.shape[2:]),
 }
 

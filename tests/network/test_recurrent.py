@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
+from speedup_nets import masks_of
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.speedup.analysis import Analysis
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
 ASKED = [{"op_types": ["Linear", "LSTM", "GRU", "RNN"], "sparse_ratio": 0.5}]
@@ -116,9 +116,7 @@ def test_states_tie_the_units_of_two_layers():
     model, rows = Pair().eval(), torch.randn(5, 2, 4)
     groups = nni_topo.dependency_groups(model, rows, ASKED)
     assert {entry["dependency_group_id"] for entry in groups} == {"group_0"}
-    pruner = nni_topo.RandomPruner(model, groups)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.RandomPruner(model, groups))
     dense = nni_topo.to_dense(model, rows, masks)
     assert [dense.reads.hidden_size, dense.writes.hidden_size, dense.report.kept] == [4, 4, ()]
 
@@ -126,9 +124,7 @@ def test_states_tie_the_units_of_two_layers():
 def test_cost_file_and_layers_behind_know_of_fewer_units(tmp_path):
     model, rows = Net(nn.LSTM, batch_first=True).eval(), torch.randn(64, 7, 4)
     groups = nni_topo.dependency_groups(model, rows[:2], ASKED)
-    pruner = nni_topo.ReconstructionPruner(model, groups, calibration=[rows])
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.ReconstructionPruner(model, groups, calibration=[rows]))
     solved = nni_topo.compensate(model, masks, [rows])
     dense = nni_topo.to_dense(solved, rows[:2], masks)
     plain = nni_topo.to_dense(model, rows[:2], masks)
@@ -181,30 +177,6 @@ def test_costs_of_levels_and_directions_are_those_of_the_dense_layer(kind, shape
     assert found.macs == 7 * (24 + products + 3 * dense.head.in_features)
 
 
-class Started(nn.Module):
-    """A recurrent layer whose first states other layers make."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.states = nn.ModuleList([nn.Linear(4, 10) for _ in range(1 + (kind is nn.LSTM))])
-        self.body, self.head = kind(4, 10, batch_first=True), nn.Linear(10, 3)
-
-    def forward(self, rows):
-        states = tuple(each(rows[:, 0])[None] for each in self.states)
-        return self.head(self.body(rows, states if len(states) == 2 else states[0])[0])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_makes_the_first_states_goes_with_the_units(kind):
-    flow = Analysis.on(Started(kind).eval(), torch.randn(2, 5, 4)).flow
-    units = flow.group_ids_of("body")[:10].tolist()
-    assert len(set(units)) == 10
-    for name in flow.layers:
-        if name.startswith("states"):
-            assert flow.group_ids_of(name).tolist() == units
-    assert flow.entering_group_ids("head").tolist() == units
-
-
 class Packed(nn.Module):
     """A recurrent layer that reads rows of several lengths, packed, between linear layers."""
 
@@ -238,9 +210,8 @@ def test_layers_around_packed_rows_lose_channels_and_the_recurrent_layer_keeps_i
     asked = [*ASKED, {"op_types": ["Embedding"], "sparse_ratio": 0.5}]
     groups = nni_topo.dependency_groups(model, (words, lengths), asked)
     assert "packed" in groups.skipped["body"]
-    pruner = L1NormPruner(model, groups)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    assert NetworkCost.on(model, (words, lengths))({}).params == sum(each.numel() for each in model.parameters())
+    masks = masks_of(L1NormPruner(model, groups))
     assert masks.keys() == {"embed", "before", "after"}
     masked = nni_topo.masked_model(model, (words, lengths), masks)
     dense = nni_topo.to_dense(model, (words, lengths), masks)

@@ -34,24 +34,12 @@ class Deformable(nn.Module):
         shares = shares.transpose(1, 2).flatten(0, 1).unsqueeze(1)
         seen = functional.grid_sample(images, grids, align_corners=False)  # (samples * heads, channels, places, points)
         mixed = (seen * shares).sum(-1).view(samples, values.shape[2] * values.shape[3], places)
-        return self.out(mixed.transpose(1, 2)) * self.scale()
+        return self.out(mixed.transpose(1, 2))
 
     def reference(self) -> Tensor:
         """The place itself, between -1 and 1."""
         steps = torch.linspace(-1, 1, SIDE)
         return torch.cartesian_prod(steps, steps)[:, None, None]
-
-    def scale(self) -> float:
-        """One number."""
-        return 1.0
-
-
-class ScaledByWidth(Deformable):
-    """With another number for fewer heads."""
-
-    def scale(self) -> float:
-        """One over the root of the width."""
-        return self.width**-0.5
 
 
 class Stream(nn.Module):
@@ -66,14 +54,10 @@ class Stream(nn.Module):
         return self.head(x + self.attention(x))
 
 
-def _made(kind: type[Deformable]) -> nn.Module:
-    torch.manual_seed(0)
-    return Stream(kind()).eval()
-
-
 @torch.no_grad()
 def test_heads_go_with_their_places_and_the_numbers_of_both_attributes(tmp_path):
-    model = _made(Deformable)
+    torch.manual_seed(0)
+    model = Stream(Deformable()).eval()
     groups = nni_topo.dependency_groups(model, TEXTS, ASKED)
     assert groups.skipped == {"head": "it gives the model's output"}
     _, masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()
@@ -95,38 +79,3 @@ def test_heads_go_with_their_places_and_the_numbers_of_both_attributes(tmp_path)
     torch.testing.assert_close(dense(TEXTS), expected(TEXTS), rtol=1e-5, atol=1e-6)
     nni_topo.save(dense, tmp_path / "dense.pt")
     assert torch.equal(nni_topo.load(tmp_path / "dense.pt", model)(TEXTS), dense(TEXTS))
-
-
-def test_heads_stay_where_the_width_of_all_decides_something_else():
-    model = _made(ScaledByWidth)
-    groups = nni_topo.dependency_groups(model, TEXTS, ASKED)
-    assert {"attention.values", "attention.offsets", "attention.shares"} <= groups.skipped.keys()
-    assert groups.skipped["attention.values"].startswith("the sizes of an operation don't fit fewer channels")
-    assert "enter" not in groups.skipped  # the stream goes
-
-
-class Read(nn.Module):
-    """Features of a convolution, read at the places that two channels of another one name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features, self.places, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 2, 1), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        grid = self.places(x).tanh().permute(0, 2, 3, 1)
-        return self.last(functional.grid_sample(self.features(x), grid, align_corners=False))
-
-
-@torch.no_grad()
-def test_features_that_a_grid_reads_go_channel_by_channel_and_the_grid_stays():
-    torch.manual_seed(0)
-    model, images = Read().eval(), torch.randn(2, 3, 6, 6)
-    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["features"]]
-    assert "(grid_sample)" in groups.skipped["places"]
-    _, masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()
-    dense = nni_topo.to_dense(model, images, masks)
-    assert (dense.features.out_channels, dense.last.in_channels, dense.places.out_channels) == (4, 4, 2)
-    expected = copy.deepcopy(model)
-    expected.last.weight[:, masks["features"]["weight"].flatten(1).amax(1) == 0] = 0
-    torch.testing.assert_close(dense(images), expected(images), rtol=1e-5, atol=1e-6)

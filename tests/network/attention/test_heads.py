@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from attention_nets import HEADS, NETS, SIZE, WIDTH, Fused, _states, head_masks, make, same
+from attention_nets import HEADS, NETS, SIZE, WIDTH, _states, head_masks, make, same
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -121,20 +121,6 @@ def test_attention_of_timm():
     same(dense, masked_model(model, images, masks), images)
 
 
-def test_what_is_no_attention_that_is_known_stays_whole():
-    gated, scaled = Fused(), Fused()
-    gated.gate, scaled.scale = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(HEADS))
-    others = (
-        nn.MultiheadAttention(WIDTH, HEADS, kdim=5, vdim=5),
-        nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True),
-        nn.MultiheadAttention(WIDTH, HEADS, add_zero_attn=True),
-        type("Own", (nn.MultiheadAttention,), {})(WIDTH, HEADS),
-        gated,
-        scaled,
-    )
-    assert not any(find_attention(each) for each in others)
-
-
 def test_groups_tie_queries_keys_values_and_what_mixes_them():
     model = make("shared keys")
     asked = [{"op_types": ["Linear"], "exclude_op_names": ["0"], "sparse_ratio": 0.4}]
@@ -240,20 +226,6 @@ def test_the_residual_width_goes_with_all_that_reads_it_and_norms_count_on(name,
     assert type(norm).__name__ == ("OriginalWidthRMSNorm" if name == "gpt_small" else "OriginalWidthLayerNorm")
     save(dense, tmp_path / "dense.safetensors")
     assert torch.equal(load(tmp_path / "dense.safetensors", model)(inputs), dense(inputs))
-
-
-def test_where_the_width_stays_what_mixes_heads_loses_columns_and_no_rows():
-    model, inputs, _ = _width("vit_small")
-    # Its patches come from a convolution, which isn't asked for.
-    groups = dependency_groups(model, inputs[:2], [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert "attention.o_proj, which loses heads" in groups.skipped["blocks.0.mlp.fc2"]
-    assert {entry["op_names"][0].rpartition(".")[2] for entry in groups} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "fc1",
-    }
 
 
 @pytest.mark.slow

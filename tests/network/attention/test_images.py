@@ -66,11 +66,11 @@ class Areas(nn.Module):
 
 
 class Apart(nn.Module):
-    """Three convolutions make queries, keys and values; ``kind`` says how a view is told the width of the input."""
+    """Three convolutions make queries, keys and values."""
 
-    def __init__(self, kind: str = "unpacked") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.count, self.kind = HEADS, kind
+        self.count = HEADS
         self.ask, self.match, self.give, self.mixed = (normed(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,40 +80,18 @@ class Apart(nn.Module):
         k = self.match(x).view(x.shape[0], count, size, places)
         v = self.give(x).view(x.shape[0], count, channels // count, places)
         context = functional.scaled_dot_product_attention(*(each.transpose(2, 3) for each in (q, k, v)))
-        context = context.transpose(2, 3)
-        if self.kind == "unpacked":
-            context = context.reshape(x.shape[0], channels, x.shape[2], x.shape[3])
-        elif self.kind == "whole":
-            context = context.reshape(x.shape)
-        else:
-            context = torch.reshape(context, [x.shape[0], x.shape[1], x.shape[2], x.shape[3]])
-        return self.mixed(context)
-
-
-class Flattened(Apart):
-    """Leaves the number of places to follow from the width of the input, which has to stay that of the values."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        samples, channels, *sides = x.shape
-        q, k, v = (
-            layer(x).view(samples, self.count, channels // self.count, -1)
-            for layer in (self.ask, self.match, self.give)
-        )
-        context = functional.scaled_dot_product_attention(*(each.transpose(2, 3) for each in (q, k, v)))
-        return self.mixed(context.transpose(2, 3).reshape(samples, channels, *sides))
+        return self.mixed(context.transpose(2, 3).reshape(x.shape[0], channels, x.shape[2], x.shape[3]))
 
 
 class Divided(Apart):
     """Divides by the root of a head's size, which it computes of the width of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        samples, channels, height, width = x.shape
-        size = channels // self.count
-        q, k, v = (
-            layer(x).view(samples, self.count, size, height * width) for layer in (self.ask, self.match, self.give)
-        )
+        samples, channels, *sides = x.shape
+        size, places = channels // self.count, sides[0] * sides[1]
+        q, k, v = (layer(x).view(samples, self.count, size, places) for layer in (self.ask, self.match, self.give))
         shares = (q.transpose(2, 3) @ k * size**-0.5).softmax(-1)
-        return self.mixed((v @ shares.transpose(2, 3)).reshape(samples, channels, height, width))
+        return self.mixed((v @ shares.transpose(2, 3)).reshape(samples, channels, *sides))
 
 
 class Single(nn.Module):
@@ -188,8 +166,6 @@ NETS = {
     "joint": Joint,
     "areas": Areas,
     "apart": Apart,
-    "apart, whole shape": lambda: Apart("whole"),
-    "apart, list": lambda: Apart("list"),
     "single": Single,
 }
 
@@ -221,16 +197,15 @@ def test_the_classes_that_were_cut_are_derived_from_the_users_and_those_that_fit
     assert kinds["joint"].__name__ == "PrunedJoint"
 
 
-@pytest.mark.parametrize("kind", [Flattened, Divided])
 @torch.no_grad()
-def test_where_the_width_of_the_input_is_used_otherwise_the_heads_go_with_the_stream(kind: type[nn.Module]) -> None:
-    model = make(kind())
+def test_where_the_width_of_the_input_is_used_otherwise_the_heads_go_with_the_stream() -> None:
+    model = make(Divided())
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert groups.skipped == {"leave": "it gives the model's output"}
     masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
     dense, masked = (each(model, IMAGES, masks) for each in (nni_topo.to_dense, nni_topo.masked_model))
     torch.testing.assert_close(dense(3 * IMAGES), masked(3 * IMAGES), rtol=1e-12, atol=1e-12)
-    assert type(dense.attention) is kind
+    assert type(dense.attention) is Divided
     assert (dense.attention.count, dense.enter[0].out_channels) == (HEADS // 2, WIDTH // 2)
 
 

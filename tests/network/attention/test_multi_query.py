@@ -56,30 +56,6 @@ def test_a_head_without_queries_has_no_output_in_the_dense_model_nor_in_the_mask
     assert [each.heads for each in find_attention(whole).values()] == [attention.heads]
 
 
-@pytest.mark.parametrize("kind", ["l1", "topological", "reconstruction"])
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.quick_every(3)
-def test_pruners_choose_among_the_heads_and_leave_key_and_value(name, kind):
-    model, inputs, attention, queries, out = _parts(name)
-    asked = [{"op_names": ["1.attention" if name == "one key" else "attention"], "granularity": "head",
-              "sparse_ratio": 0.5}]  # fmt: skip
-    groups = dependency_groups(model, inputs, asked)
-    by_name = {entry["op_names"][0]: entry for entry in groups}
-    assert by_name.keys() == {queries, out}
-    assert [by_name[each]["granularity"] for each in (queries, out)] == [[attention.size, -1], [-1, attention.size]]
-    assert by_name[queries]["dependency_group_id"] == by_name[out]["dependency_group_id"]
-    knobs = {"calibration": [_states(20, 7, 5)]} if kind in ("topological", "reconstruction") else {}
-    _, masks = create_pruner(kind, copy.deepcopy(model), groups, **knobs).compress()
-    kept = attention.heads - attention.heads // 2
-    rows = masks[queries]["weight"].amax(1)
-    assert rows[torch.from_numpy(attention.channels[queries])].sum(1).tolist().count(0) == attention.heads - kept
-    for shared in attention.shared.get(queries, ()):
-        assert rows[torch.from_numpy(shared)].all()
-    dense = to_dense(model, inputs, masks)
-    assert [each.heads for each in find_attention(dense).values()] == [kept]
-    same(dense, masked_model(model, inputs, masks), inputs)
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_heads_the_stream_and_neurons_go_at_once_and_layers_of_key_and_value_read_less(name):
     model, inputs, attention, queries, out = _parts(name)

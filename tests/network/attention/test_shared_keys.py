@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from speedup_nets import masks_of
 from torch import Tensor, nn
 
 import nni_topo
@@ -84,9 +85,7 @@ class Summed(Model):
 
 def pruned(model: nn.Module) -> tuple[nni_topo.DependencyGroups, nn.Module, nn.Module]:
     groups = nni_topo.dependency_groups(model, TOKENS, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    pruner = nni_topo.RandomPruner(model, groups, seed=1)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=1))
     return groups, nni_topo.to_dense(model, TOKENS, masks), masked_model(model, TOKENS, masks)
 
 

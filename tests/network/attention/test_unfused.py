@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from speedup_nets import masks_of
 from torch import nn
 from torchvision.models.maxvit import MaxVit, RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import (
@@ -132,9 +133,7 @@ def test_heads_and_widths_go(name, asked, tmp_path):
     model, inputs = _make(name)
     groups = dependency_groups(model, inputs, REQUESTS[asked](model))
     assert not {why for layer, why in groups.skipped.items() if "cpb_mlp" not in layer}
-    pruner = create_pruner("l1", model, groups)
-    masks = pruner.compress()[1]
-    pruner.unwrap_model()
+    masks = masks_of(create_pruner("l1", model, groups))
     dense = to_dense(model, inputs, masks)
     assert not dense.report.kept
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))

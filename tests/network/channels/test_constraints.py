@@ -6,9 +6,8 @@ import pickle
 
 import pytest
 import torch
-from nni.compression.pruning import L1NormPruner
 from partly_tied_nets import NETS, Block, make
-from speedup_nets import Concatenated, Grouped, Residual, l1_masks
+from speedup_nets import masks_of
 from torch import nn
 
 import nni_topo
@@ -25,12 +24,6 @@ PRUNERS = {
     "random": lambda model, config: nni_topo.RandomPruner(model, config, seed=3),
     "topological": nni_topo.TopologicalPruner,
 }
-
-
-def chosen(pruner):
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    return masks
 
 
 def convolutions(model):
@@ -57,7 +50,7 @@ def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pru
     model = make(name)
     groups = dependency_groups(model, IMAGES, HALF)
     assert groups.ties
-    masks = chosen(PRUNERS[pruner](model, groups))
+    masks = masks_of(PRUNERS[pruner](model, groups))
     dense = to_dense(model, IMAGES, masks)
     assert gone(model, dense) == 0.5
     # Each layer loses its half, as asked for, and none of its masked channels came back.
@@ -70,23 +63,7 @@ def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pru
         torch.testing.assert_close(
             dense(IMAGES), masked_model(model, IMAGES, masks).eval()(IMAGES), rtol=1e-12, atol=1e-12
         )
-    assert rows(masks) == rows(chosen(PRUNERS[pruner](model, dependency_groups(model, IMAGES, HALF))))
-
-
-def test_pruners_of_nni_choose_as_before():
-    model = make("SplitResidual")
-    groups = dependency_groups(model, IMAGES, HALF)
-    masks = l1_masks(model, groups)
-    assert rows(masks) == rows(chosen(L1NormPruner(model, list(groups))))
-    to_dense(model, IMAGES, masks)
-
-
-@pytest.mark.parametrize(("net", "pruner"), [(Residual, "l1"), (Grouped, "random"), (Concatenated, "topological")])
-def test_networks_whose_ties_groups_state_are_pruned_as_before(net, pruner):
-    model, images = net().eval(), IMAGES.float()
-    groups = dependency_groups(model, images, HALF)
-    assert groups.ties == {}
-    assert rows(chosen(PRUNERS[pruner](model, groups))) == rows(chosen(PRUNERS[pruner](model, list(groups))))
+    assert rows(masks) == rows(masks_of(PRUNERS[pruner](model, dependency_groups(model, IMAGES, HALF))))
 
 
 def test_ties_say_which_channels_go_together():
@@ -112,7 +89,7 @@ def test_ties_stay_where_entries_change_and_in_copies():
 
 def test_channels_with_the_highest_mean_score_over_all_layers_stay():
     model = make("SplitResidual")
-    masks = chosen(nni_topo.MatrixPruner(model, dependency_groups(model, IMAGES, HALF), norm=1))
+    masks = masks_of(nni_topo.MatrixPruner(model, dependency_groups(model, IMAGES, HALF), norm=1))
     weights = {name: each.weight.detach().flatten(1).abs() for name, each in convolutions(model).items()}
     wide = weights["expand.conv"].sum(1)
     # The pruner's score of a group is the norm over both of its layers, and counts for each of them.
@@ -132,7 +109,7 @@ def test_a_budget_counts_what_will_be_left(name, budget):
     model = make(name)
     config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"]}])
     pruner = nni_topo.RandomPruner(model, config, budget=budget, example_inputs=IMAGES)
-    dense = to_dense(model, IMAGES, chosen(pruner))
+    dense = to_dense(model, IMAGES, masks_of(pruner))
     whole, left = (NetworkCost.on(net, IMAGES)({}) for net in (model, dense))
     shares = {"flops": left.macs / whole.macs, "params": left.params / whole.params}
     ((kind, asked),) = budget.items()
@@ -148,7 +125,7 @@ def test_a_budget_by_error_is_met_where_channels_can_only_go_together(name, capl
     pruner = nni_topo.ReconstructionPruner(
         model, config, calibration=[IMAGES], budget={"flops": 0.4, "allocation": "error"}
     )
-    dense = to_dense(model, IMAGES, chosen(pruner))
+    dense = to_dense(model, IMAGES, masks_of(pruner))
     whole, left = (NetworkCost.on(net, IMAGES)({}).macs for net in (model, dense))
     assert left / whole == pytest.approx(0.4, abs=0.03)
     assert pruner.planner.left == pytest.approx(left / whole, rel=1e-12)
@@ -158,7 +135,7 @@ def test_the_widths_of_a_comparison_meet_its_budget():
     model = make("SplitResidual")
     ratios = layer_ratios(model, IMAGES, Target("flops", 0.4))
     pruner = nni_topo.RandomPruner(model, pruning_config(model, IMAGES, ratios))
-    dense = to_dense(model, IMAGES, chosen(pruner))
+    dense = to_dense(model, IMAGES, masks_of(pruner))
     whole, left = (NetworkCost.on(net, IMAGES)({}).macs for net in (model, dense))
     assert left / whole == pytest.approx(0.4, abs=0.03)
 
@@ -166,7 +143,7 @@ def test_the_widths_of_a_comparison_meet_its_budget():
 def test_widths_are_multiples_where_ties_allow_it():
     model = make("SplitResidual")
     pruner = nni_topo.RandomPruner(model, dependency_groups(model, IMAGES, HALF), round_to=4)
-    dense = to_dense(model, IMAGES, chosen(pruner))
+    dense = to_dense(model, IMAGES, masks_of(pruner))
     assert all(each.out_channels % 4 == 0 for each in convolutions(dense).values())
 
 
@@ -189,7 +166,7 @@ def test_blocks_of_grouped_convolutions_lose_equally_many(seed):
     torch.manual_seed(0)
     model = GroupedSplit().double().eval()
     dense = to_dense(
-        model, IMAGES, chosen(nni_topo.RandomPruner(model, dependency_groups(model, IMAGES, HALF), seed=seed))
+        model, IMAGES, masks_of(nni_topo.RandomPruner(model, dependency_groups(model, IMAGES, HALF), seed=seed))
     )
     assert {name: each.out_channels for name, each in convolutions(dense).items()} == {
         "expand.conv": 12, "inner.conv": 6, "join.conv": 4
@@ -203,21 +180,12 @@ def test_layers_that_are_asked_for_different_ratios_lose_no_more_than_that(caplo
         {"op_names": ["expand.conv"], "sparse_ratio": 0.25},
         {"op_names": ["inner.0.1.conv", "inner.1.1.conv"], "sparse_ratio": 0.75},
     ]
-    dense = to_dense(model, IMAGES, chosen(nni_topo.RandomPruner(model, dependency_groups(model, IMAGES, config))))
+    dense = to_dense(model, IMAGES, masks_of(nni_topo.RandomPruner(model, dependency_groups(model, IMAGES, config))))
     # The halves of the wide layer keep equally many of its 24, so 12 of the shared ones stay where 4 were asked for.
     assert dense.expand.conv.out_channels == 24
     assert dense.inner[0][1].conv.out_channels == 12
     assert not dense.report.kept
     assert "more channels are kept in inner.0.1.conv.weight+inner.1.1.conv.weight 12 of 16 instead of 4" in caplog.text
-
-
-def test_blocks_of_ones_own_are_chosen_as_before():
-    model = make("SplitResidual")
-    groups = dependency_groups(model, IMAGES, HALF)
-    own = groups.with_entries(
-        {**entry, "granularity": [4, -1, -1, -1]} if entry["op_names"] == ["expand.conv"] else entry for entry in groups
-    )
-    assert rows(chosen(nni_topo.RandomPruner(model, own))) == rows(chosen(nni_topo.RandomPruner(model, list(own))))
 
 
 class Gated(nn.Module):
@@ -239,7 +207,7 @@ def test_both_halves_of_a_gated_layer_go_alike_of_states_in_any_shape(shape, pru
     torch.manual_seed(0)
     model, states = Gated().eval(), torch.randn(*shape)
     groups = dependency_groups(model, states, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    masks = chosen(PRUNERS[pruner](model, groups))
+    masks = masks_of(PRUNERS[pruner](model, groups))
     gate, values = masks["both"]["weight"].amax(1).chunk(2)
     assert torch.equal(gate, values)
     dense = to_dense(model, states, masks)
@@ -280,13 +248,13 @@ def test_channels_that_have_to_stay_are_never_masked(seed):
     images = torch.randn(2, 1, 6, 6)
     model = Skipped().eval()
     groups = dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    masks = chosen(nni_topo.RandomPruner(model, groups, seed=seed))
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=seed))
     assert masks["up"]["bias"][8:].all()  # those of the skip connection
     assert [int(masks[name]["bias"].sum()) for name in ("inner", "up")] == [4, 12]
     assert not to_dense(model, images, masks).report.kept
     model, rows_in = Picked().eval(), torch.randn(4, 3)
     groups = dependency_groups(model, rows_in, [{"op_names": ["first", "other"], "sparse_ratio": 0.75}])
-    masks = chosen(nni_topo.RandomPruner(model, groups, seed=seed))
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=seed))
     staying = {i for i, number in enumerate(groups.ties["first"]) if number < 0}
     assert staying
     assert staying <= set(masks["first"]["bias"].nonzero().flatten().tolist())

@@ -776,6 +776,23 @@ CALLS = {
         "of heads": (lambda n: torch.zeros(heads(n.c).size(1), 3), "1x1: 0; c: c0 c0 c2 c2 c4 c4 c6 c6"),
         "of as many values": (lambda n: torch.arange(n.a.size(1)), "1: 0"),
         "of two channels": (lambda n: torch.ones(n.d.size(1), 3), "2x1: d*"),
+        "as many as there are": (lambda n: n.a * torch.ones(1, 4, 1), "1x4x1: 0*; a: 0* joins_constant"),
+        "values for each channel": (
+            lambda n: n.a * torch.arange(n.a.size(1)).view(-1, 1),
+            "1x4x1: 0*; a: 0* joins_constant",
+        ),
+    },
+    "what slides along channels": {
+        "a convolution": (
+            lambda n: n.owner.part("e", lambda: nn.Conv1d(1, 1, 3, padding=1))(n.a.mean(2)[:, None]),
+            "1x1x4: a*",
+        ),
+        "a circular convolution": (
+            lambda n: n.owner.part("e", lambda: nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular"))(
+                n.a.mean(2)[:, None]
+            ),
+            "1x1x1: e*; a: a0 a0 a0 a0",
+        ),
     },
     "along dimensions": {
         "norm of matrices for each channel": (
@@ -860,6 +877,7 @@ CALLS = {
             "1x1x1x1: 0; a: 0* call_not_covered; c: 0* call_not_covered",
         ),
         "with a matrix": (lambda n: heads(n.c) @ n.x[0], "1x1x1x1: 0; c: 0* call_not_covered"),
+        "of no samples": (lambda n: rows(n.a)[:0] @ n.a[:0], "0x1x1: "),
         "in two dimensions": (
             lambda n: n.a.unflatten(1, (2, 2))[..., None] @ n.x[:, :1, None, None],
             "1x1x1x1x1: 0; a: 0* call_not_covered",
@@ -948,23 +966,3 @@ def test_channels_go_where_the_operations_put_them(kind, first):
     calls = dict(list(CALLS[kind].items())[first : first + AT_ONCE])
     functions = {name: function for name, (function, _) in calls.items()}
     assert followed(functions) == {name: expected for name, (_, expected) in calls.items()}
-
-
-@pytest.mark.parametrize(
-    ("function", "reorders", "chunks"),
-    [
-        (lambda n: n.a.relu(), False, False),
-        (lambda n: n.a.view(3, 2, -1, 6), True, False),
-        (lambda n: n.c.chunk(2, 1), False, True),
-        (lambda n: n.c.chunk(3, 1), False, True),
-        (lambda n: n.c.chunk(5, 1), False, False),
-    ],
-)
-def test_only_rows_of_a_fixed_number_and_equal_pieces_make_a_shuffle(function, reorders, chunks):
-    flow = Analysis.on(Called(function).eval(), IMAGES).flow
-    assert (flow.reorders, flow.chunks, flow.shuffles) == (reorders, chunks, False)
-
-
-def test_rows_of_a_fixed_number_that_are_cut_into_pieces_are_shuffled():
-    flow = Analysis.on(Called(lambda n: n.c.view(3, 2, -1, 6).flatten(1, 2).chunk(2, 1)).eval(), IMAGES).flow
-    assert flow.shuffles

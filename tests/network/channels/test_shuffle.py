@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
-from speedup_nets import shuffled
+from speedup_nets import masks_of, shuffled
 from torch import nn
 
 import nni_topo
@@ -25,9 +25,7 @@ PRUNERS = {
 
 def pruned(model, ratio, pruner=PRUNERS["random"]):
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": ratio}])
-    pruner = pruner(model, groups)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(pruner(model, groups))
     return groups, masks, nni_topo.to_dense(model, IMAGES, masks)
 
 
@@ -88,9 +86,7 @@ def test_a_ratio_that_shares_were_not_made_for_is_met_by_blocks():
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     others = groups.with_entries({**entry, "sparse_ratio": 0.25} for entry in groups)
     assert others.shares == groups.shares
-    pruner = nni_topo.RandomPruner(model, others, seed=1)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.RandomPruner(model, others, seed=1))
     assert widths(nni_topo.to_dense(model, IMAGES, masks))[1:] == [12] * 7 + [9]
 
 
@@ -169,9 +165,7 @@ class Grouped(nn.Module):
 def test_channels_shuffled_into_groups_of_a_convolution_go(groups, width, name):
     model, images = Grouped(groups, width).eval(), torch.randn(2, 3, 8, 8)
     chosen = nni_topo.dependency_groups(model, images, [{"op_names": ["squeeze"], "sparse_ratio": 0.5}])
-    pruner = nni_topo.create_pruner(name, model, chosen)
-    masks = pruner.compress()[1]
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.create_pruner(name, model, chosen))
     dense = nni_topo.to_dense(model, images, masks)  # which compares
     if name == "random":  # it chooses as many of each run of neighbours as the shuffle needs
         assert dense.squeeze.out_channels == width // 2

@@ -174,16 +174,6 @@ def test_places_that_tensors_pick_may_get_the_channels_of_another_layer() -> Non
     torch.testing.assert_close(dense(x), silenced(model, masks)(x))
 
 
-def test_a_product_of_empty_tensors_keeps_no_layer() -> None:
-    model, x = Written("product").eval(), torch.randn(3, 4, 5)
-    groups = nni_topo.dependency_groups(model, x, [{"op_names": ["enter", "inner"], "sparse_ratio": 0.5}])
-    assert groups.skipped == {}
-    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
-    dense = nni_topo.to_dense(model, x, masks)
-    assert (dense.enter.out_features, dense.inner.out_features) == (4, 3)
-    torch.testing.assert_close(dense(x), silenced(model, masks)(x))
-
-
 class Rotated(nn.Module):
     """As OLMo 2: norms of all queries and keys, then positions that turn the channels of each head by a buffer."""
 

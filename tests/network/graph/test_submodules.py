@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from speedup_nets import masks_of
 from torch import Tensor, nn
 
 import nni_topo
@@ -70,9 +71,7 @@ def test_channels_go_where_only_sizes_are_asked_for(between):
     model = net(between)
     groups = nni_topo.dependency_groups(model, IMAGES, ALL)
     assert groups.skipped == {"head.last": "its output enters code that could not be traced"}
-    pruner = nni_topo.RandomPruner(model, groups, seed=0)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=0))
     dense = nni_topo.to_dense(model, IMAGES, masks)
     assert (dense.backbone[0].out_channels, dense.head.convs["a"].in_channels, dense.head.last.in_features) == (3, 3, 4)
     masked = nni_topo.masked_model(model, IMAGES, masks)
@@ -113,9 +112,7 @@ def test_sizes_that_attributes_of_parts_hold_are_those_of_the_whole_model():
     model = Net(lambda level: None).eval()
     model.backbone.append(nn.Sequential(Halves()))
     groups = nni_topo.dependency_groups(model, IMAGES, ALL)
-    pruner = nni_topo.RandomPruner(model, groups, seed=0)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=0))
     dense = nni_topo.to_dense(model, IMAGES, masks)
     assert (dense.backbone[2][0].width, dense.backbone[2][0].conv.out_channels) == (3, 6)
     assert model.backbone[2][0].width == 6
@@ -148,9 +145,7 @@ def test_compensation_goes_through_parts():
     model = Found().eval()
     batches = [torch.randn(32, 3, 8, 8) for _ in range(3)]
     groups = nni_topo.dependency_groups(model, batches[0], ALL)
-    pruner = nni_topo.create_pruner("reconstruction", model, groups, calibration=batches)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.create_pruner("reconstruction", model, groups, calibration=batches))
     assert groups.skipped.keys() == {"head.last"}
     others = torch.randn(64, 3, 8, 8)
     with torch.no_grad():

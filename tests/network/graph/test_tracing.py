@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
-
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
+from speedup_nets import masks_of
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -13,7 +11,6 @@ from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.graph.nodes import plain_name
 from nni_topo.network.graph.tracing import layer_sizes, trace
-from nni_topo.network.runtime.switches import as_written
 from nni_topo.network.speedup.equivalence import masked_model
 
 
@@ -49,9 +46,7 @@ def test_inputs_that_a_forward_takes_by_place_alone_are_followed(kind, count):
     model, inputs = kind().eval(), tuple(torch.randn(count, 4, 3))
     groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     assert groups.skipped.keys() == {"2"}
-    pruner = L1NormPruner(model, groups)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(L1NormPruner(model, groups))
     dense = to_dense(model, inputs, masks)
     assert dense[0].out_features == 4
     with torch.no_grad():
@@ -91,82 +86,6 @@ def test_a_graph_in_half_precision_may_differ_by_its_rounding():
     assert {name for entry in groups for name in entry["op_names"]} >= {"0.attention", "1.attention"}
 
 
-class TakesOne(nn.Module):
-    """Takes one tensor of rows."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 2)
-
-    def forward(self, batch):
-        return self.layer(batch)
-
-
-@pytest.mark.parametrize(
-    ("model", "args", "words"),
-    [
-        (TakesOne(), (torch.ones(2, 3),), r"fit the model: TakesOne can't be run on float32 of shape \(2, 3\) in eval"),
-        (
-            TakesOne(),
-            ({"rows": torch.ones(2, 4)},),
-            r"can't be run on \{'rows': float32 of shape \(2, 4\)\} .*got TypeError.*dict, at `return self.layer",
-        ),
-    ],
-    ids=["width", "a mapping"],
-)
-def test_inputs_that_a_model_refuses_are_told_with_its_own_error(model, args, words):
-    with pytest.raises(ConfigError, match=words):
-        trace(model.eval(), (args, {}))
-
-
-class Own(nn.Module):
-    """A convolution and a product that do more than PyTorch's, and a recurrent layer that gets rows in a pack."""
-
-    class Conv(nn.Conv2d):
-        def forward(self, images):
-            return super().forward(images).mean((2, 3))
-
-    class Linear(nn.Linear):
-        def forward(self, rows):
-            return super().forward(rows)[..., :1]
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.linear, self.units = self.Conv(3, 4, 3, stride=2), self.Linear(4, 6), nn.GRU(1, 2)
-
-    def forward(self, images):
-        rows = self.linear(self.conv(images))
-        return self.units(nn.utils.rnn.pack_sequence([rows]))[0].data
-
-
-@pytest.mark.parametrize(
-    ("model", "shape", "sizes"),
-    [
-        (nn.LSTM(4, 3), (5, 2, 4), {"": [((2, 5, 4), (2, 5, 3))]}),
-        (nn.GRUCell(4, 3), (5, 4), {"": [((5, 4), (5, 3))]}),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (2, 3, 8, 9), {"0": [((2, 3, 8, 9), (2, 4, 6, 7))]}),
-        (Own(), (2, 3, 9, 9), {"conv": [((2, 3, 9, 9), (2, 4, 4, 4))], "linear": [((2, 4), (2, 6))]}),
-    ],
-    ids=["steps first", "cell", "convolution", "own classes"],
-)
-def test_layers_are_noted_with_the_samples_first_and_without_what_own_classes_do_after(model, shape, sizes):
-    assert layer_sizes(model, ((torch.randn(shape),), {})) == sizes
-
-
-def test_every_call_of_a_layer_is_noted_and_attention_with_all_that_it_makes():
-    layer = nn.Linear(4, 4)
-    assert layer_sizes(nn.Sequential(layer, layer), ((torch.ones(2, 4),), {})) == {"0": [((2, 4), (2, 4))] * 2}
-
-    class Attending(nn.MultiheadAttention):
-        def forward(self, rows):
-            return super().forward(rows, rows, rows)[0]
-
-    sizes = layer_sizes(Attending(8, 2, batch_first=True), ((torch.ones(2, 5, 8),), {}))
-    assert sizes[""] == [((2, 5, 8), (2, 5, 24))]
-    with pytest.raises(ConfigError, match=r"must be ones that the model runs on, got: .* \(forward\)"):
-        layer_sizes(layer, ((torch.ones(2, 5),), {}))
-
-
 STATES = torch.randn(3, 5, 8)
 
 
@@ -181,20 +100,6 @@ class Attending(nn.Module):
         return self.call(self.attention, x)
 
 
-@pytest.mark.parametrize(
-    ("call", "read"),
-    [
-        (lambda attention, x: attention(x, 2 * x, value=x)[0], [[0, 1, "value"]]),
-        (lambda attention, x: attention(x, x, x)[0] + attention(2 * x, x, x)[0], [[0, 1, 2]] * 2),
-        (lambda attention, x: attention(x, x, x)[0] + attention(x, x, value=x)[0], [None] * 2),
-    ],
-)
-def test_calls_of_attention_say_where_its_states_are_unless_they_differ(call, read):
-    graph = trace(Attending(call).eval(), ((STATES,), {})).graph_module.graph
-    found = [node.meta["reads"] for node in graph.nodes if node.meta.get("reads") is not None]
-    assert found == [{} if each is None else {"attention": each} for each in read]
-
-
 def test_attention_that_is_computed_layer_by_layer_reads_its_states_and_no_mask():
     clip = pytest.importorskip("transformers.models.clip")
     config = clip.CLIPVisionConfig(hidden_size=8, num_attention_heads=2, attn_implementation="eager")
@@ -203,6 +108,21 @@ def test_attention_that_is_computed_layer_by_layer_reads_its_states_and_no_mask(
     graph = trace(model.eval(), ((STATES,), {})).graph_module.graph
     (reads,) = (node.meta["reads"] for node in graph.nodes if node.meta.get("reads") is not None)
     assert reads == {f"attention.{layer}": [0] for layer in ("q_proj", "k_proj", "v_proj")}
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "sizes"),
+    [
+        (nn.LSTM(4, 3), (5, 2, 4), {"": [((2, 5, 4), (2, 5, 3))]}),
+        (nn.GRUCell(4, 3), (5, 4), {"": [((5, 4), (5, 3))]}),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (2, 3, 8, 9), {"0": [((2, 3, 8, 9), (2, 4, 6, 7))]}),
+    ],
+    ids=["steps first", "cell", "convolution"],
+)
+def test_sizes_of_layers_have_the_samples_first(model, shape, sizes):
+    assert layer_sizes(model, ((torch.randn(shape),), {})) == sizes
+    with pytest.raises(ConfigError, match=r"must be ones that the model runs on, got: .* \(forward\)"):
+        layer_sizes(model, ((torch.ones(2, 5),), {}))
 
 
 def test_a_graph_that_computes_something_else_than_its_model_is_refused():
@@ -251,24 +171,14 @@ def hungry(x):
     return x
 
 
-def hungry_for_numbers(x):
-    """Take more memory than there is for large numbers."""
-    if has_torch_function_unary(x):
-        return handle_torch_function(hungry_for_numbers, (x,), x)
-    if float(x.abs().max()) > 20:
-        torch.zeros(1 << 50)
-    return x
-
-
 class Hungry(nn.Module):
-    def __init__(self, of_numbers: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.first, self.last, self.of_numbers = nn.Linear(3, 4), nn.Linear(4, 2), of_numbers
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
         nn.init.ones_(self.first.weight)
 
     def forward(self, x):
-        x = self.first(x)
-        return self.last(hungry_for_numbers(x) if self.of_numbers else hungry(x))
+        return self.last(hungry(self.first(x)))
 
 
 LINEAR = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
@@ -284,59 +194,11 @@ MASKS = {"first": {"weight": torch.tensor([1.0, 1, 0, 0])[:, None].expand(4, 3).
 )
 def test_inputs_for_which_together_there_is_no_memory_are_taken_one_by_one(samples, most, monkeypatch):
     monkeypatch.setitem(MOST, "samples", most)
-    model = Hungry(of_numbers=False).eval()
+    model = Hungry().eval()
     assert "first" not in dependency_groups(model, torch.ones(samples, 3), LINEAR).skipped
     dense = to_dense(model, torch.ones(samples, 3), MASKS)
     assert dense.first.out_features == 2
     assert "shifted by -3" in dense.report.checked
-
-
-class Chain(nn.Module):
-    """Layers one after the other, each of which waits for other threads, so that their runs are mixed."""
-
-    def __init__(self, width: int, depth: int, meet: Barrier) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.width, self.meet = width, meet
-
-    def forward(self, x):
-        for layer in self.layers:
-            self.meet.wait(timeout=60)
-            x = torch.relu(layer(x)).view(-1, self.width)
-        return x
-
-    def __deepcopy__(self, memo):
-        return self  # of a barrier there is no copy
-
-
-def test_two_threads_trace_at_once_and_a_third_runs_unseen():
-    # Two runs while a model is recorded, and one of its graph, which knows no barrier.
-    meet = Barrier(3)
-    models = [Chain(width, 8, meet).eval() for width in (4, 5, 6)]
-    inputs = [torch.ones(2, model.width) for model in models]
-
-    def work(at: int) -> object:
-        if at < 2:
-            return trace(models[at], ((inputs[at],), {}))
-        with torch.no_grad():
-            models[at](inputs[at])
-            return models[at](inputs[at])
-
-    with as_written(), ThreadPoolExecutor(3) as pool:  # the switches of the process are those of before afterwards
-        *recordings, output = pool.map(work, range(3))
-    torch.testing.assert_close(output.shape, inputs[2].shape)
-    for model, x, recording in zip(models, inputs, recordings, strict=False):
-        nodes = [(node.op, str(node.target)) for node in recording.graph_module.graph.nodes]
-        called = [target for op, target in nodes if op == "call_module"]
-        assert called == [f"layers.{at}" for at in range(8)]
-        assert sum("relu" in target for op, target in nodes if op == "call_function") == 8
-        assert not recording.reads_values
-        meet.reset()
-        torch.testing.assert_close(recording.graph_module(x + 1.0).shape, x.shape)
-        expected = x + 1.0
-        for layer in model.layers:
-            expected = torch.relu(layer(expected))
-        torch.testing.assert_close(recording.graph_module(x + 1.0), expected)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from attention_nets import _states, find_attention
 from attention_nets import make as attention_net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tied_nets import LanguageModel, Rotation, TiedConvolutions, untied
+from tied_nets import LanguageModel, TiedConvolutions, untied
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
@@ -121,22 +121,6 @@ def test_the_model_given_stays_as_it_was(tmp_path):
     assert load(tmp_path / "dense.safetensors", model.train()).training
 
 
-def test_ties_frozen_parameters_and_precision_stay(path):
-    def tied(width):
-        model = nn.Sequential(nn.Embedding(5, width), nn.Linear(width, 5, bias=False))
-        model[1].weight = model[0].weight
-        model[0].weight.requires_grad_(False)
-        return model
-
-    dense = tied(3).half()
-    save(dense, path)
-    built = load(path, tied(7))
-    assert built[1].weight is built[0].weight
-    assert not built[0].weight.requires_grad
-    assert built[0].weight.dtype == torch.float16
-    assert built[0].embedding_dim == 3
-
-
 @pytest.mark.parametrize("as_function", [True, False])
 def test_a_model_that_is_made_on_the_meta_device_gets_its_values_from_the_file(path, as_function):
     def tied(width):
@@ -193,38 +177,12 @@ def test_ties_of_the_model_hold_where_the_dense_model_has_them(tmp_path):
         assert (built.two.bias is built.one.bias) == (dense.two.bias is dense.one.bias)
 
 
-def test_equal_tensors_that_the_dense_model_does_not_share_stay_apart(path):
-    save(untied(TiedConvolutions()), path)
-    built = load(path, TiedConvolutions)
-    with torch.no_grad():
-        built.one.weight.zero_()
-    assert bool(built.two.weight.all())
-    save(TiedConvolutions(), path)
-    built = load(path, untied(TiedConvolutions()))
-    with torch.no_grad():
-        built.one.weight.zero_()
-    assert bool(built.two.weight.all())
-
-
 def test_buffers_that_no_state_dict_holds_come_back(tmp_path):
     dense = LanguageModel()
     dense.rotation.frequencies.mul_(1.5)
     tokens = torch.arange(10).view(2, 5)
     save(dense, tmp_path / "dense.safetensors")
     assert torch.equal(load(tmp_path / "dense.safetensors", LanguageModel)(tokens), dense(tokens))
-
-
-def test_buffers_in_two_places_that_no_state_dict_holds(path):
-    dense = nn.Sequential(Rotation(4), Rotation(4))
-    dense[1].frequencies = dense[0].frequencies
-    save(dense, path)
-    built = load(path, dense)
-    assert built[1].frequencies is built[0].frequencies
-    dense[1].frequencies = dense[0].frequencies * 2
-    tied = copy.deepcopy(built)
-    save(dense, path)
-    built = load(path, tied)
-    assert torch.equal(built[1].frequencies, 2 * built[0].frequencies)
 
 
 def test_buffers_that_a_forward_makes_are_not_asked_for(path):
@@ -538,29 +496,6 @@ def test_a_config_that_does_not_describe_the_list_stays(config, kept):
     tell_depth(nn.Linear(2, 2), {"0": (6, [0, 1])})  # it has no config
 
 
-COUNTING = {
-    "layer norm": (lambda: nn.LayerNorm(8), [2, 3, 6], 8),
-    "root norm": (lambda: nn.RMSNorm(8), [2, 3, 6], 8),
-    "one group": (lambda: nn.GroupNorm(1, 8), [2, 3, 6], 8),
-    "two groups": (lambda: nn.GroupNorm(2, 8), [0, 1, 6, 7], 4),  # of each group
-}
-
-
-@pytest.mark.parametrize("name", COUNTING)
-def test_a_norm_counts_as_many_channels_as_the_one_it_was_made_of(name, tmp_path):
-    norm, gone, counted = COUNTING[name]
-    torch.manual_seed(0)
-    model, rows = nn.Sequential(nn.Linear(5, 8), norm(), nn.Linear(8, 3)), torch.rand(4, 5)
-    mask = torch.ones(8, 5)
-    mask[gone] = 0
-    dense = to_dense(model, rows, {"0": {"weight": mask}})
-    assert dense[1].counted == counted
-    save(dense, tmp_path / "dense.safetensors")
-    loaded = load(tmp_path / "dense.safetensors", model)
-    assert loaded[1].counted == counted
-    assert torch.equal(loaded(rows), dense(rows))
-
-
 def test_heads_of_one_channel_come_back(tmp_path):
     model, inputs = attention_net("apart"), _states(2, 7, 5)
     masks = {}
@@ -593,12 +528,6 @@ def test_numbers_in_attributes_that_became_smaller_come_back(path):
     loaded = load(path, model)
     assert (loaded.sizes, model.sizes) == ({"a": 2, "b": 4}, {"a": 3, "b": 5})
     assert all(map(torch.equal, loaded(rows), dense(rows)))
-
-
-def test_a_file_may_have_any_name(tmp_path):
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    save(model, tmp_path / "dense.pt")
-    assert torch.equal(load(tmp_path / "dense.pt", model)[0].weight, model[0].weight)
 
 
 class Counting(nn.Linear):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from speedup_nets import masks_of
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -38,9 +39,7 @@ def fed(path, inputs):
 def dense():
     model = toy_model().eval()
     config = nni_topo.dependency_groups(model, IMAGES[:2], [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    pruner = nni_topo.create_pruner("l1", model, config)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.create_pruner("l1", model, config))
     return nni_topo.to_dense(model, IMAGES[:2], masks)
 
 
@@ -234,15 +233,6 @@ class TwoInputs(nn.Module):
         return {"sum": self.left(first) + self.right(second), "first": self.left(first)}
 
 
-def test_keyword_arguments_and_several_outputs(tmp_path):
-    model, inputs = TwoInputs().eval(), {"first": torch.randn(2, 4), "second": torch.randn(2, 5)}
-    done = nni_topo.export(model, tmp_path / "two.onnx", inputs)
-    found = outputs(done.path, **{name: tensor.numpy() for name, tensor in inputs.items()})
-    with torch.no_grad():
-        for mine, theirs in zip(found, model(**inputs).values(), strict=True):
-            np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-5)
-
-
 class WithNumbers(TwoInputs):
     """Returns things beside tensors, as detectors and encoders do."""
 
@@ -275,14 +265,6 @@ class InDataClass(nn.Module):
 
     def forward(self, inputs):
         return self.returns(inputs, self.layer(inputs))
-
-
-def test_the_tensors_of_data_classes_are_outputs(tmp_path):
-    model, images = InDataClass(lambda inputs, found: (inputs.sum(1), Answer(found, 3))).eval(), torch.randn(2, 4)
-    done = nni_topo.export(model, tmp_path / "answer.onnx", images)
-    total, scores = outputs(done.path, inputs=images.numpy())
-    np.testing.assert_allclose(total, images.sum(1).numpy(), atol=1e-5)
-    np.testing.assert_allclose(scores, model(images)[1].scores.detach().numpy(), atol=1e-5)
 
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -459,11 +441,6 @@ def test_the_ending_of_a_path_and_the_format_must_agree(tmp_path, name, given, m
     with pytest.raises(ConfigError, match=message):
         nni_topo.export(toy_model(), tmp_path / name, IMAGES[:2], **given)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_ending_of_a_path_says_the_format(tmp_path):
-    nni_topo.export(toy_model(), tmp_path / "small.pt2", IMAGES[:2])
-    assert torch.export.load(tmp_path / "small.pt2").module()(IMAGES[:2]).shape == (2, 4)
 
 
 def test_missing_packages_are_named_with_the_extra_that_has_them(tmp_path, monkeypatch):

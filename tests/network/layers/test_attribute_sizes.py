@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from speedup_nets import masks_of
 from torch import nn
 
 import nni_topo
@@ -50,18 +51,14 @@ def dense_of(model):
     groups = nni_topo.dependency_groups(model, images, ASKED)
     if not groups:
         return None, groups
-    pruner = nni_topo.RandomPruner(model, groups, seed=0)
-    masks = pruner.compress()[1]
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=0))
     return nni_topo.to_dense(model, images, masks), groups
 
 
 def test_what_counts_channels_gets_smaller_and_the_model_stays_as_it_was():
     model, images = zoo_nets.make("written")
     groups = nni_topo.dependency_groups(model, images, ASKED)
-    pruner = nni_topo.RandomPruner(model, groups, seed=0)
-    masks = pruner.compress()[1]
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=0))
     dense = nni_topo.to_dense(model, images, masks)
     kept = (masks["two.0"]["weight"].flatten(1).sum(1) > 0).tolist(), masks["three.0"]["weight"].flatten(1).sum(1) > 0
     assert (dense.width, dense.sizes, dense.shape) == (2, (sum(kept[0][:8]), sum(kept[0][8:])), (6, 1, 1))
@@ -165,28 +162,3 @@ def test_a_width_in_a_config_by_which_something_else_is_decided_stays():
     dense, groups = dense_of(DecidesByConfig(Config()).eval())
     assert set(groups.skipped) == {"two"}
     assert dense.config.sizes == [6, 8]
-
-
-class Nested(nn.Module):
-    """Holds the widths of its layers in lists with one number in each entry."""
-
-    def __init__(self, width=8):
-        super().__init__()
-        self.info, self.listed, self.pair = [{"channels": width}, {"channels": 16}], [[width], 16], (width, 16)
-        self.named = {"one": width}
-        self.one, self.two, self.head = nn.Conv2d(3, width, 1), nn.Conv2d(width, 16, 1), nn.Conv2d(16, 2, 1)
-
-    def forward(self, x):
-        return self.head(self.two(self.one(x).relu()).relu()).mean((2, 3))
-
-
-@pytest.mark.parametrize("name", ["dense.pt", "dense.safetensors"])
-def test_a_file_holds_numbers_of_lists_within_lists(tmp_path, name):
-    dense, _ = dense_of(Nested().eval())
-    assert (dense.info, dense.listed) == ([{"channels": 8}, {"channels": 16}], [[8], 16])  # nothing reads them
-    dense.info, dense.listed = [{"channels": 4}, {"channels": 16}], [[4], 16]
-    dense.pair, dense.named = (4, 16), {"one": 4}
-    nni_topo.save(dense, tmp_path / name)
-    loaded = nni_topo.load(tmp_path / name, Nested)
-    for key in ("info", "listed", "pair", "named"):
-        assert getattr(loaded, key) == getattr(dense, key)

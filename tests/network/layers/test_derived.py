@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
 
 import pytest
 import torch
 from own_layers import BARE, COMPUTED, KINDS, Shuffled, make
+from speedup_nets import masks_of
 from torch import nn
 
 import nni_topo
@@ -36,9 +36,7 @@ def images(count=2, side=SIDE, scale=1.0):
 def pruned(model, example=None):
     example = images() if example is None else example
     groups = nni_topo.dependency_groups(model, example, HALF)
-    pruner = nni_topo.create_pruner("l1", model, groups)
-    masks = pruner.compress()[1]
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.create_pruner("l1", model, groups))
     return groups, masks
 
 
@@ -275,35 +273,13 @@ def test_the_call_of_a_layer_has_its_settings_and_the_size_of_what_leaves(name):
     assert call.weight is layer.weight
 
 
-class Multiplied(nn.Linear):
-    """It multiplies in a way of its own, with a square weight."""
+def test_a_layer_that_multiplies_nothing_makes_no_call():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * x
 
-    def __init__(self, multiply):
-        super().__init__(4, 4)
-        self.multiply = multiply
-
-    def forward(self, x):
-        return self.multiply(x, self.weight, self.bias)
-
-
-@pytest.mark.parametrize(
-    "multiply",
-    [
-        lambda x, weight, bias: x @ weight,
-        lambda x, weight, bias: x @ weight[:2].T,
-        lambda x, weight, bias: x[:, :2] @ weight[:, :2].T,
-        lambda x, weight, bias: torch.bmm(x[None], weight.T[None]),
-        lambda x, weight, bias: x * 2,
-    ],
-    ids=["plain", "rows", "columns", "batches", "none"],
-)
-def test_other_products_are_none_of_a_linear_layer(multiply):
-    layer, x = Multiplied(multiply), torch.randn(3, 4)
-    with suppress(TypeError):  # there is none
-        call = call_of(layer, x)  # of another tensor, which isn't the layer's own
-        assert call.weight is not layer.weight
-        torch.testing.assert_close(call.run(), layer(x))
-    assert inner_of(layer) is None or not inner_of(layer).is_own
+    with pytest.raises(TypeError, match="must call a convolution or a product"):
+        call_of(Doubled(3, 3), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(

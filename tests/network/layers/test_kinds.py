@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from nni.compression.speedup.replacer import Replacer
 from speedup_nets import filter_mask
 from torch import nn
 from torch.nn import functional
@@ -61,15 +60,6 @@ def random_images():
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("conv", [SameConv, nn.Conv2d])
-def test_layers_of_derived_classes_are_pruned_as_theirs(conv):
-    torch.manual_seed(0)
-    model = nn.Sequential(conv(3, 8, 3), ChannelsFirst(8, elementwise_affine=True), conv(8, 4, 3)).double()
-    groups = nni_topo.dependency_groups(model, random_images(), CONVOLUTIONS)
-    assert [entry["op_names"] for entry in groups] == [["0"]]
-    assert nni_topo.RandomPruner(model, groups).compress()[1]["0"]["weight"].mean() == 0.5
-
-
 def test_a_norm_of_channels_first_counts_what_is_gone():
     torch.manual_seed(0)
     model = nn.Sequential(SameConv(3, 8, 3), ChannelsFirst(8), nn.Conv2d(8, 4, 1)).double()
@@ -106,20 +96,6 @@ def test_a_module_with_a_rule_is_cut_by_it():
         torch.testing.assert_close(dense(random_images()), zeroed_outputs(again, again[0], [0, 3], random_images()))
     finally:
         del RULES[Gain]
-
-
-def test_replacers_of_nni_run_before_the_cut():
-    class ToSilu(Replacer):
-        def replace_modules(self, speedup):
-            self.kept = [each.tolist() for each in speedup.kept("2")]
-            speedup.bound_model[1] = nn.SiLU()
-
-    torch.manual_seed(0)
-    model, replacer = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)), ToSilu()
-    masks = {"0": filter_mask(model[0], [0, 3])}
-    dense = nni_topo.to_dense(model, random_images().float(), masks, customized_replacers=[replacer], check=False)
-    assert isinstance(dense[1], nn.SiLU)
-    assert replacer.kept == [[1, 2, 4, 5, 6, 7], [0, 1]]
 
 
 def drawn(channels: int, **knobs: bool) -> nn.BatchNorm2d:
@@ -222,38 +198,9 @@ def test_an_optimizer_of_whole_matrices_moves_no_zero():
     assert not torch.equal(layer.weight != 0, kept)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(3, 4, 2),
-        nn.Conv2d(4, 4, 1, groups=2),
-        nn.ConvTranspose2d(3, 4, 2),
-        nn.ConvTranspose1d(6, 4, 1, groups=2),
-        nn.Linear(3, 4),
-        nn.Embedding(3, 4),
-    ],
-)
-def test_masks_of_channels_are_spread_over_the_weight_and_read_from_it(layer):
-    kept = torch.tensor([True, False, False, True])
+def test_rows_of_a_transposed_convolution_with_groups_are_its_output_channels():
+    layer, kept = nn.ConvTranspose1d(6, 4, 1, groups=2), torch.tensor([True, False, False, True])
     mask = kinds.spread(layer, kept)
-    assert (mask.shape, mask.dtype) == (layer.weight.shape, torch.float32)
-    assert kinds.spread(layer, kept, torch.bool).dtype == torch.bool
-    with torch.no_grad():
-        layer.weight.fill_(1.0).mul_(mask)
-        if not isinstance(layer, nn.Embedding):
-            layer.bias.zero_()
-    shape = {
-        nn.Linear: (2, 3),
-        nn.Embedding: (2,),
-        nn.Conv2d: (2, layer.weight.shape[1] * getattr(layer, "groups", 1), 5, 5),
-    }
-    shape |= {nn.ConvTranspose2d: (2, 3, 5, 5), nn.ConvTranspose1d: (2, 6, 5)}
-    entering = torch.ones(shape[type(layer)], dtype=torch.int64 if isinstance(layer, nn.Embedding) else torch.float32)
-    leaving = layer(entering).movedim(kinds.feature_dimension(layer), 0).flatten(1)
-    assert leaving.ne(0).any(1).tolist() == kept.tolist()
-    assert kinds.kept_channels(layer, {"weight": mask}).tolist() == kept.tolist()
-    assert kinds.kept_channels(layer, {"bias": kept}) is None
-    assert kinds.kept_channels(nn.ReLU(), {"weight": mask}) is None
     rows = kinds.by_output(mask, layer)
     assert rows.flatten(1).ne(0).all(1).tolist() == kept.tolist()
     assert torch.equal(kinds.of_output(rows, layer), mask)

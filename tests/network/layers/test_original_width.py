@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 import whole_nets
+from speedup_nets import masks_of
 from torch import nn
 from whole_nets import NETS, Gate, ResponseNorm, Standardized, make
 
 import nni_topo
-from nni_topo.network.layers.derived import PaddedAlike, fold
+from nni_topo.network.layers.derived import PaddedAlike
 from nni_topo.network.layers.original_width import keep_original_width
 from nni_topo.network.layers.slicing import ChannelwiseConv1d
 from nni_topo.network.speedup.equivalence import masked_model
@@ -22,9 +23,7 @@ HALF = [{"op_types": ["Conv1d", "Conv2d", "Linear"], "sparse_ratio": 0.5}]
 
 def pruned(model, ratio=0.5):
     groups = nni_topo.dependency_groups(model, IMAGES, [{**HALF[0], "sparse_ratio": ratio}])
-    pruner = nni_topo.RandomPruner(model, groups, seed=1)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=1))
     return groups, masks, nni_topo.to_dense(model, IMAGES, masks)
 
 
@@ -160,21 +159,6 @@ def test_computed_weights_become_the_layers_own():
     assert {name for name, _ in dense.named_parameters() if name.startswith("0.")} == {"0.weight", "0.bias"}
     alike = pruned(make("standardized_alike"))[2]
     assert {type(each) for each in alike.modules() if isinstance(each, nn.Conv2d)} == {nn.Conv2d, PaddedAlike}
-
-
-class Scaled(nn.Conv2d):
-    """It does more with what it convolves than a plain layer does."""
-
-    def forward(self, x):
-        return 2 * nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
-
-
-def test_a_layer_that_does_more_with_its_computed_weight_is_left_alone():
-    layer = Scaled(3, 4, 3)
-    before = layer.weight.clone()
-    assert not fold(layer)
-    assert type(layer) is Scaled
-    assert torch.equal(layer.weight, before)
 
 
 class Normed(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -154,15 +153,6 @@ RULES: dict[str, tuple[list[Any], list[tuple[Any, type[NniTopoError], str]]]] = 
             ((torch.zeros(0), torch.zeros(0, 4)), DataError, r"at least one sample, got shape \(0,\)"),
         ],
     ),
-    "SHAPES": (
-        [META, torch.zeros(2)],
-        [
-            (3, ConfigError, "a tuple of arguments"),
-            (np.zeros((2, 3)), ConfigError, r"got array\("),
-            (SPARSE, DataError, "layout"),
-            (torch.zeros(0), DataError, "sample"),
-        ],
-    ),
     "BATCHES": (
         [[], [torch.zeros(2)], iter([]), torch.zeros(2)],
         [
@@ -187,14 +177,6 @@ RULES: dict[str, tuple[list[Any], list[tuple[Any, type[NniTopoError], str]]]] = 
     "DEVICE": (
         ["cpu", "cuda:1", torch.device("meta")],
         [("gpu", ConfigError, "a device's name"), (0, ConfigError, "a device's name"), (None, ConfigError, "device")],
-    ),
-    "ROUND_TO": (
-        [1, 8, "auto", None],
-        [
-            (0, ConfigError, "at least 1"),
-            ("all", ConfigError, "an integer of at least 1 or 'auto' or None, got 'all'"),
-            (1.5, ConfigError, "least 1"),
-        ],
     ),
 }
 

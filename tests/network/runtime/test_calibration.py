@@ -8,6 +8,7 @@ from collections import UserDict
 import numpy as np
 import pytest
 import torch
+from speedup_nets import masks_of
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -46,9 +47,7 @@ def batches() -> list[torch.Tensor]:
 
 
 def kept(row: str, model: nn.Module, calibration) -> list[int]:
-    pruner = nni_topo.create_pruner(row, model, CONFIG, calibration=calibration, **KNOBS[row])
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.create_pruner(row, model, CONFIG, calibration=calibration, **KNOBS[row]))
     return masks["hidden"]["bias"].int().tolist()
 
 
@@ -345,24 +344,6 @@ def test_what_never_ends_is_an_error_that_names_the_knob(row, model):
         kept("reconstruction", model, STREAMS[row]())
 
 
-class Measured:
-    """Two batches, and a length that isn't known."""
-
-    def __init__(self, error):
-        self.error = error
-
-    def __iter__(self):
-        return iter([torch.zeros(4, 6), torch.ones(4, 6)])
-
-    def __len__(self):
-        raise self.error
-
-
-@pytest.mark.parametrize("error", [TypeError("a stream"), NotImplementedError()])
-def test_a_length_that_is_not_known_is_none(error):
-    assert Calibration(Measured(error)).sizes == (4, 4)
-
-
 def test_max_batches_takes_the_first_ones(batches):
     asked = []
 
@@ -381,12 +362,6 @@ def test_max_batches_takes_the_first_ones(batches):
     for wrong in (0, 1.5, True):
         with pytest.raises(ConfigError, match=r"max_batches must be .*at least 1.* \(Calibration\)"):
             Calibration(batches, max_batches=wrong)
-
-
-def test_as_many_batches_as_a_length_promises_are_read():
-    """An iterable with a length has an end, however many batches it has."""
-    loader = DataLoader(torch.zeros(1100, 1, 6), batch_size=None)
-    assert len(Calibration(loader)) == 1100
 
 
 def test_what_does_not_fit_is_an_error(batches):
@@ -526,12 +501,6 @@ def test_lengths_that_differ_are_told_before_anything_is_solved():
         nni_topo.shrink(Embedded(), batches, {"params": 0.7}, compensate=lambda *_: pytest.fail("solved"))
     report = nni_topo.shrink(Embedded().eval(), batches, {"params": 0.7}, pruner="l1", distill=False).report
     assert 0.0 < report.stages[-1].distance < 1.0
-
-
-def test_an_argument_that_the_model_lacks_is_named():
-    told = r"missing a required argument: 'vectors' on \{'images': .*, 'vec': .*\} \(batch 0\)"
-    with pytest.raises(DataError, match=told):
-        nni_topo.recalibrate_batch_norm(Two(), [{"images": torch.zeros(4, 6), "vec": torch.zeros(4, 4)}])
 
 
 def test_an_evaluator_serves_pruners_as_calibration(model, batches):

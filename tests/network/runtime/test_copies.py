@@ -6,10 +6,10 @@ import functools
 import threading
 import warnings
 import weakref
-from typing import ClassVar
 
 import pytest
 import torch
+from speedup_nets import masks_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,48 +21,24 @@ from nni_topo.network.runtime.copies import detached_copy, left_alone
 CONFIG = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
 
 
-class Seen(nn.Conv2d):
-    """A convolution that notes the sizes of the images that enter."""
-
-    sides: ClassVar[list[int]] = []
-
-    def forward(self, x):
-        self.sides.append(x.shape[-1])
-        return super().forward(x)
-
-
 class Model(nn.Module):
-    """A gate, whose removed channels are constants, and a norm; ``side``: takes images of so many pixels alone."""
+    """A gate, whose removed channels are constants, and a norm."""
 
-    def __init__(self, side=None):
+    def __init__(self):
         super().__init__()
-        self.side = side
-        self.first, self.norm, self.second = Seen(3, 8, 3), nn.BatchNorm2d(8), Seen(8, 8, 1)
+        self.first, self.norm, self.second = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
         self.third, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
 
     def forward(self, x):
-        if self.side is not None:
-            x = x.view(-1, 3, self.side, self.side)
         x = torch.sigmoid(self.second(self.norm(self.first(x)).relu()))
         return self.head(self.third(x).relu().mean((2, 3)))
-
-
-@pytest.mark.parametrize("side", [None, 100])
-def test_a_rehearsal_runs_on_a_corner_of_large_images_where_the_graph_lets_it(side):
-    Seen.sides.clear()
-    groups = dependency_groups(Model(side), torch.randn(1, 3, 100, 100), CONFIG)
-    assert [entry["op_names"][0] for entry in groups] == ["first", "second", "third"]
-    assert {100, 98} <= set(Seen.sides)
-    assert (33 in Seen.sides) == (side is None)
 
 
 def test_the_model_keeps_its_weights_and_shares_none_with_the_dense_one():
     model = Model().train()
     before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
     groups = dependency_groups(model, torch.randn(1, 3, 20, 20), CONFIG)
-    pruner = RandomPruner(model, groups, seed=0)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(RandomPruner(model, groups, seed=0))
     before |= {name: (tensor, before[name][1]) for name, tensor in model.state_dict(keep_vars=True).items()}
     dense = to_dense(model, torch.randn(1, 3, 20, 20), masks)
     after = model.state_dict(keep_vars=True)
@@ -198,9 +174,7 @@ def test_a_smaller_network_computes_without_the_one_it_was_made_of(how):
     model = _network(how)
     held = {name: value for name, value in vars(model[1]).items() if name in ("forward", "act", "steps", "held", "to")}
     groups = dependency_groups(model, images[:2], CONFIG)
-    pruner = RandomPruner(model, groups, seed=0)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(RandomPruner(model, groups, seed=0))
     small = to_dense(model, images[:2], masks)
     assert len(small[1].first.weight) == 4
     with torch.no_grad():

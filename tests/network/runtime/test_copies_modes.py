@@ -7,16 +7,14 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from own_mode_nets import Adapted, Averaged, ForEvaluation, Scaling
+from own_mode_nets import Adapted, Averaged, ForEvaluation
 from torch import nn
 
 import nni_topo
 from nni_topo.network.runtime.copies import (
-    detached_copy,
     evaluating,
     evaluation_mode,
     forget_evaluated,
-    put_modes_of,
     training,
 )
 
@@ -139,22 +137,3 @@ def test_a_model_that_refuses_training_mode_is_pruned():
     assert [module.training for module in model.modules()] == modes
     small = nni_topo.shrink(model, [torch.randn(64, 4)], {"flops": 0.5}, distill={"steps": 2, "lr": 1e-3})
     assert small[0].out_features == 4
-
-
-class Scaled(Scaling, nn.Linear):
-    pass
-
-
-def modes_of(model):
-    return [module.training for module in model.modules()]
-
-
-@pytest.mark.parametrize("is_training", [True, False])
-def test_a_copy_made_in_evaluation_mode_gets_the_modes_of_the_model(is_training):
-    model = nn.Sequential(Scaled(6, 4), nn.BatchNorm1d(4)).train(is_training)
-    model[1].train(not is_training)
-    copied = evaluating(detached_copy(model))
-    put_modes_of(model, copied)
-    assert modes_of(copied) == modes_of(model)
-    assert copied[0].scale == (1.0 if is_training else 2.0)
-    assert torch.equal(copied[0].weight, model[0].weight)

@@ -11,7 +11,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.fits import check_fits, check_samples_first, first_call, structure_call
+from nni_topo.network.runtime.fits import check_samples_first, first_call, structure_call
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -118,21 +118,6 @@ def test_time_steps_are_not_taken_for_samples(layer: nn.Module) -> None:
         check_samples_first(Reading(layer, turns=True), [torch.rand(shape)])
 
 
-class OneByOne(nn.Module):
-    """Runs its layer on every sample alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([self.conv(image) for image in images])
-
-
-def test_a_model_may_run_its_layers_on_single_samples():
-    check_fits(OneByOne(), ((IMAGES,), {}))
-
-
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
@@ -196,26 +181,3 @@ def test_a_batch_is_traced_whole_where_more_layers_run_on_it_than_on_two_samples
     torch.testing.assert_close(found, batch[:traced], rtol=0, atol=0)
     assert model.training
     assert not model.layers[0]._forward_pre_hooks
-
-
-class _Joined(nn.Module):
-    """Takes two inputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 2)
-
-    def forward(self, one, other):
-        return self.layer(torch.cat([one, other], 1))
-
-
-@pytest.mark.parametrize(
-    ("batch", "words"),
-    [
-        ({"one": IMAGES[:, 0, 0, :2], "other": IMAGES[0, 0, 0, :2]}, r"got RuntimeError: .*\(batch 0\)$"),
-        ([IMAGES[:, 0], IMAGES[:, 0]], r"got TypeError: missing .*'other' on float32 of shape"),
-    ],
-)
-def test_batches_of_several_inputs_that_do_not_fit_get_the_models_error(batch, words):
-    with pytest.raises(DataError, match=words):
-        structure_call(_Joined(), [batch])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import UserDict, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass
 
 import pytest
@@ -310,14 +310,6 @@ def test_calls_are_cut_into_parts_of_samples_that_may_run_together(most):
     assert work() == {8: [7], 6: [3, 2, 2], 3: [3, 2, 2], 1: [1] * 7}[most]
 
 
-class Result(dict):
-    """As ``ModelOutput`` does, it holds its entries in attributes, too."""
-
-    def __init__(self, **entries):
-        super().__init__(entries)
-        self.__dict__.update(entries)
-
-
 class Plain:
     def __init__(self, **attributes):
         self.__dict__.update(attributes)
@@ -340,11 +332,8 @@ Both = namedtuple("Both", ("first", "second"))
         ({0: X, "text": "none", "empty": None}, ["output[0]"]),
         (Both(X, Both(X, 3)), ["first", "second.first"]),
         (Pair(X, {"deep": X}), ["images", "labels.deep"]),
-        (UserDict(a=X), ["a"]),
-        (Result(a=X, b=torch.ones(1)), ["a", "b"]),
         (Plain(a=X, b=X, c=Plain(d=X)), ["a", "b", "c.d"]),
         ((X, StaticCache(a=torch.ones(1))), ["output[0]"]),
-        ({"a": X, "b": X}.values(), ["output[0]", "output[1]"]),
         ((X, X.numpy(), range(3), b"text"), ["output[0]"]),
     ],
 )

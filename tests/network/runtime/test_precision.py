@@ -115,20 +115,6 @@ def test_an_operation_goes_on_following_the_setting_of_all():
     assert {each.fp32_precision for each in OPERATIONS.values()} == {"tf32"}
 
 
-@in_own_process
-def test_the_older_switch_is_put_back_where_it_disagrees():
-    _allow(True)
-    _set_all("ieee")
-    for name in ("conv", "rnn"):
-        OPERATIONS[name].fp32_precision = "none"
-    assert asked(lambda: BACKENDS.cudnn.allow_tf32) == "disagrees"
-    with in_full_precision():
-        pass
-    for name in ("conv", "rnn"):
-        OPERATIONS[name].fp32_precision = "tf32"
-    assert asked(lambda: BACKENDS.cudnn.allow_tf32) is True
-
-
 class _Telling(nn.Module):
     """Notes with which precision it is called."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import Budget, RandomPruner, ReconstructionPruner, dependency_groups, masked_model, shrink, to_dense
+from nni_topo import Budget, RandomPruner, dependency_groups, masked_model, shrink, to_dense
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import count_params
 from nni_topo.network.graph import tracing
@@ -35,20 +35,6 @@ def traces(monkeypatch):
 
 def two_layers(width=4):
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 2, 3, groups=2)).eval()
-
-
-def test_groups_serve_the_dense_network_of_the_first_round_too():
-    model, images = toy_model().eval(), toy_images(2)
-    groups = dependency_groups(model, images, [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5}])
-    widths = [model.stem.out_channels]
-    for _ in range(2):
-        pruner = ReconstructionPruner(model, groups, calibration=[images])
-        _, masks = pruner.compress()
-        pruner.unwrap_model()
-        model = to_dense(model, images, masks)
-        widths.append(model.stem.out_channels)
-    assert widths[1] == widths[0] // 2
-    assert widths[2] == widths[1] // 2
 
 
 def masks_of(model, groups):

@@ -58,10 +58,8 @@ BEHIND = {
 CARRIED = {
     "zeros beyond the border": lambda: [nn.Conv2d(8, 6, 3, padding=1)],
     "zeros around what enters": lambda: [nn.ZeroPad2d(1), nn.Conv2d(8, 6, 3)],
-    "own class": lambda: [Doubling(8, 6, 3, padding=1)],
     "transposed": lambda: [nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1)],
     "no bias": lambda: [nn.Conv2d(8, 6, 1, bias=False)],
-    "norm without statistics": lambda: [nn.Conv2d(8, 6, 1, bias=False), nn.InstanceNorm2d(6)],
     "norm that isn't alone": lambda: [Twice()],
     "positions": lambda: [Positions(), nn.Conv2d(8, 6, 3)],
 }
@@ -143,47 +141,6 @@ def test_where_no_bias_can_one_channel_brings_what_all_did(between, behind):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-@torch.no_grad()
-def test_what_rounding_brings_back_is_none_of_those_brought():
-    net, images = made(nn.Sigmoid(), [nn.Conv2d(8, 6, 3, padding=1)])
-    masks = {"first": filter_mask(net.first, [0, 1, 2, 4, 5])}
-    dense = to_dense(net, images, masks, round_to=3)
-    assert dense.first.out_channels == 6  # three of its own, one that brings constants, two that came back
-    norms = dense.first.weight.abs().sum((1, 2, 3))
-    assert int((norms == 0).sum()) == 1
-    masked = [place for place in [0, 1, 2, 4, 5] if not (dense.first.weight == net.first.weight[place]).any()]
-    rest = {"first": filter_mask(net.first, masked)}
-    others = torch.randn(3, 3, 10, 10, dtype=torch.float64)
-    assert len(masked) == 3
-    assert gap(dense(others), masked_model(net, images, rest)(others)) < 1e-9
-
-
-class Joined(nn.Module):
-    """Two layers whose channels become two numbers, three readers, of which one can add both to its bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
-        self.padded, self.other = nn.Conv2d(16, 4, 3, padding=1), nn.Conv2d(16, 4, 5, padding=2)
-        self.plain, self.head = nn.Conv2d(16, 4, 1), nn.Linear(12, 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = torch.cat([self.first(images).sigmoid(), nn.functional.softplus(self.second(images))], 1)
-        return self.head(torch.cat([self.padded(x), self.other(x), self.plain(x)], 1).relu().mean((2, 3)))
-
-
-@torch.no_grad()
-def test_all_readers_have_it_from_one_channel():
-    torch.manual_seed(0)
-    net, images = lively(Joined().eval()).double(), torch.rand(2, 3, 10, 10, dtype=torch.float64)
-    masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "second")}
-    dense = to_dense(net, images, masks)
-    # Of softplus comes the larger number.
-    assert (dense.first.out_channels, dense.second.out_channels) == (4, 5)
-    others = torch.randn(3, 3, 10, 10, dtype=torch.float64)
-    assert gap(dense(others), masked_model(net, images, masks)(others)) < 1e-9
-
-
 class Apart(nn.Module):
     """Where the channels of two layers differ from one, they do so each at other places."""
 
@@ -218,23 +175,6 @@ def test_where_none_takes_it_over_the_layer_stays_whole(behind):
     net, images = made(nn.Sigmoid(), LEFT_ALONE[behind]())
     skipped = dependency_groups(net, images, BY_TYPE).skipped
     assert "removed channels arrive as values that aren't zero" in skipped["first"]
-
-
-class Levels(nn.Module):
-    """Reads images of two sizes with one layer, as heads over pyramids do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read = nn.Conv2d(8, 6, 3, padding=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        small = self.read(nn.functional.avg_pool2d(images, 2))
-        return self.read(images) + nn.functional.interpolate(small, scale_factor=2)
-
-
-def test_a_layer_that_is_called_at_two_sizes_has_no_one_channel_for_both():
-    net, images = made(nn.Sigmoid(), [Levels()])
-    assert "removed channels arrive as values" in dependency_groups(net, images, BY_TYPE).skipped["first"]
 
 
 class Gated(nn.Module):
@@ -376,17 +316,3 @@ def test_norms_whose_constants_differ_in_training_are_named():
     assert note.startswith("constants after batch norms are those of evaluation mode")
     plain, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 1)])
     assert to_dense(plain, images, masks).report.notes == ()
-
-
-@torch.no_grad()
-def test_channels_that_arrive_as_zeros_contribute_nothing_that_could_be_dropped():
-    net, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 1)])
-    net.between[0].bias[GONE] = torch.tensor([0.7, 0.0, -9.0, 0.7], dtype=torch.float64)
-    net.between[0].running_mean[GONE] = 0.0
-    masks = {"first": filter_mask(net.first, GONE)}
-    kept = to_dense(net, images, masks, constants="keep")
-    (note,) = kept.report.notes
-    assert note.startswith("constants after batch norms are those of evaluation mode")
-    masked = copy.deepcopy(net)
-    masked.first.weight[GONE], masked.first.bias[GONE] = 0, 0
-    assert gap(kept(images), masked(images)) < 1e-9

@@ -17,8 +17,10 @@ from speedup_nets import (
     filter_mask,
     l1_masks,
     lively,
+    masks_of,
     parameters,
     prune_half,
+    same_output,
 )  # fmt: skip
 from tied_nets import LanguageModel
 from torch import nn
@@ -31,12 +33,6 @@ from nni_topo.zoo import create_model
 
 def images(channels=3, size=8, batch=2):
     return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def same_output(dense, reference, inputs, tolerance=1e-5):
-    with torch.no_grad():
-        expected, actual = (copy.deepcopy(model).eval()(inputs) for model in (reference, dense))
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_a_chain_becomes_the_slices_that_a_hand_would_cut():
@@ -163,15 +159,6 @@ def test_low_precision_stays_and_loses_nothing(dtype):
     assert torch.equal(dense[0].weight, model[0].weight[2:])
 
 
-def test_the_same_masks_give_the_same_model_whatever_the_global_seed():
-    model, masks = chain(), {"0": filter_mask(chain()[0], [0, 1])}
-    torch.manual_seed(1)
-    first = to_dense(model, images(), masks)
-    torch.manual_seed(2)
-    second = to_dense(model, images(), masks)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-
-
 def test_the_dense_model_trains():
     _, dense = prune_half(chain(), images())
     dense(images()).square().sum().backward()
@@ -285,15 +272,6 @@ def test_a_counting_norm_can_be_cut_saved_and_loaded_again(tmp_path):
     assert torch.equal(nni_topo.load(tmp_path / "dense.pt", model)(inputs), twice(inputs))
 
 
-def test_what_an_activation_makes_of_zeros_goes_into_the_bias_behind():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), nn.Sigmoid(), nn.Linear(8, 3))
-    dense = to_dense(model, torch.rand(4, 5), {"0": filter_mask(model[0], [2, 3, 6])})
-    added = 0.5 * model[2].weight[:, [2, 3, 6]].sum(1)
-    assert torch.allclose(dense[2].bias, model[2].bias + added, atol=1e-6)
-    assert dense[2].weight.shape == (3, 5)
-
-
 def test_inputs_must_fit_the_model():
     with pytest.raises(ConfigError, match=r"example_inputs must fit the model: LeNet .*'image'.*got TypeError"):
         to_dense(LeNet(), {"image": images(1, 28)}, {})
@@ -316,35 +294,6 @@ def test_gradients_may_be_switched_off(mode):
     with mode():
         dense = to_dense(model, images, {"0": {"weight": mask}})
     assert dense[0].weight.shape[0] == 2
-
-
-class Rows(nn.Module):
-    """Takes channels to rows in a view, which dense ones may leave in another order; and a scale comes first."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(5, 12), nn.Linear(12, 8), nn.Linear(8, 2)
-        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 8))
-
-    def forward(self, x):
-        rows = self.first(x).reshape(len(x), 6, 3, -1).transpose(2, 3).flatten(2)
-        return self.head(self.scale * self.second(rows))
-
-
-def test_a_scale_that_comes_before_what_it_scales_is_no_other_order():
-    torch.manual_seed(0)
-    model, x = Rows(), torch.randn(2, 6, 5)
-    groups = nni_topo.dependency_groups(model, x, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["first"], ["second"]]
-    pruner = nni_topo.RandomPruner(model, groups, seed=0)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    dense = to_dense(model, x, masks, rtol=1e-12)
-    assert (dense.first.out_features, dense.second.out_features, len(dense.scale)) == (6, 4, 4)
-    gone = masks["second"]["weight"].amax(1) == 0
-    model.second.register_forward_hook(lambda *given: given[2] * ~gone)
-    model.first.register_forward_hook(lambda *given: given[2] * (masks["first"]["weight"].amax(1) != 0))
-    torch.testing.assert_close(dense.double()(x.double()), model.double()(x.double()), rtol=1e-12, atol=1e-12)
 
 
 class Reading(nn.Module):
@@ -377,40 +326,6 @@ def test_layers_whose_weights_the_forward_reads_are_as_wide_as_these():
     x = (model.first(rows).relu() + model.table.weight[:1])[:, kept]
     x = x * (model.scale.weight.flatten() * model.weight)[kept]
     torch.testing.assert_close(dense(rows), model.last((x @ model.narrow.weight[:, kept].T).relu()))
-
-
-class Shuffled(nn.Module):
-    """Interleaves the halves of a layer's channels, which leaves dense ones in another order where halves differ."""
-
-    def __init__(self, last):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.norm, self.shift = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Parameter(torch.randn(8, 1, 1))
-        self.deep, self.last = nn.Conv2d(8, 16, 3, padding=1, groups=8), last
-        lively(self)
-
-    def forward(self, x):
-        x = self.first(x)
-        x = x.reshape(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
-        return self.last((self.deep(self.norm(x).relu()) * 0.5).relu()).mean((2, 3))
-
-
-@pytest.mark.parametrize(
-    ("gone", "order", "groups"),
-    [([0, 4], [1, 5, 2, 6, 3, 7], 1), ([0, 5], [1, 4, 2, 6, 3, 7], 1), ([3, 4], [], 2)],
-)
-def test_layers_behind_a_shuffle_are_cut_in_the_order_of_the_dense_channels(gone, order, groups):
-    model = Shuffled(nn.Conv2d(16, 4, 1, groups=groups)).eval()
-    masks = {"first": filter_mask(model.first, gone)}
-    dense = to_dense(model, images(), masks, rtol=1e-6)
-    assert (dense.first.out_channels, dense.norm.num_features, dense.deep.groups) == (6, 6, 6)
-    assert (dense.deep.out_channels, dense.last.in_channels) == (12, 12)
-    if groups == 1:
-        # In the model every second channel is one of the second half.
-        places = [2 * at if at < 4 else 2 * (at - 4) + 1 for at in order]
-        assert torch.equal(dense.norm.running_mean, model.norm.running_mean[places])
-        assert torch.equal(dense.deep.weight, model.deep.weight[[2 * at + part for at in places for part in (0, 1)]])
-    same_output(dense, masked_model(model, images(), masks), images())
 
 
 class Labelled(nn.Module):
@@ -483,57 +398,6 @@ def test_unused_modules_are_as_wide_as_the_used_ones_of_their_kind_whose_weight_
     assert (dense.unread.embedding_dim, dense.spare.in_features, dense.free.in_features) == (6, 6, 8)
     assert (dense.unread.num_embeddings, dense.spare.out_features) == (11, 11)
     assert torch.equal(dense.e.weight, model.e.weight[:, [0, 1, 3, 4, 5, 7]])
-
-
-class Neighbours(nn.Module):
-    """Weighs each channel by its neighbours, over which a convolution runs."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
-        self.along = nn.Conv1d(1, 1, 3, padding=1, bias=False)
-
-    def forward(self, x):
-        x = self.first(x)
-        weights = self.along(x.mean((2, 3)).unsqueeze(1)).sigmoid().squeeze(1)
-        return self.last(x * weights[:, :, None, None])
-
-
-def test_a_convolution_over_channels_reads_the_neighbours_that_stay(tmp_path):
-    model = Neighbours().eval()
-    masks = {"first": filter_mask(model.first, [1, 4, 5])}
-    dense = to_dense(model, images(), masks)
-    assert (dense.first.out_channels, dense.along.counted, dense.along.weight.shape) == (5, 8, (1, 1, 3))
-    same_output(dense, masked_model(model, images(), masks), images())
-    nni_topo.save(dense, tmp_path / "dense.pt")
-    same_output(nni_topo.load(tmp_path / "dense.pt", model), dense, images(), 0.0)
-
-
-class Viewing(nn.Module):
-    """Gives what its first layer puts out the width of what enters."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
-
-    def forward(self, x):
-        samples, channels, height, width = x.shape
-        y = self.one(x).flatten(2).relu()
-        return self.two(y.reshape(samples, channels, height, width))
-
-
-@pytest.mark.parametrize(
-    ("gone", "one"), [({"1.one": [0, 5, 6]}, 5), ({"0": [2]}, 8), ({"0": [2], "1.one": [0, 5]}, 6)]
-)
-def test_a_view_that_takes_the_width_of_what_enters_takes_its_own_where_layers_are_cut(gone, one):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), Viewing(), nn.Conv2d(8, 2, 1)).eval()
-    masks = {name: filter_mask(model.get_submodule(name), places) for name, places in gone.items()}
-    dense = to_dense(model, images(), masks)
-    assert (dense[0].out_channels, dense[1].one.out_channels, dense[1].two.in_channels) == (8 - ("0" in gone), one, one)
-    assert type(model[1]) is Viewing
-    same_output(dense, masked_model(model, images(), masks), images())
 
 
 class Answer:
@@ -664,9 +528,7 @@ def test_a_layer_whose_width_the_forward_compares_with_its_own_loses_channels(ch
     model, rows = Checking(check).eval(), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     assert groups.skipped.keys() == {"head"}
-    pruner = nni_topo.RandomPruner(model, groups, seed=0)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=0))
     assert to_dense(model, rows, masks).body.out_features == 8
 
 

@@ -11,13 +11,11 @@ import torch
 import torchvision
 from attention_nets import WIDTH, Fused
 from nni.compression.speedup.dependency import auto_set_denpendency_group_ids
-from speedup_nets import Concatenated, Grouped, Residual, Shared, chain
+from speedup_nets import Concatenated, Grouped, Residual, chain
 from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.network.channels.flow import ChannelFlow
-from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.runtime.inputs import arguments_of
 from nni_topo.network.speedup.analysis import Analysis
@@ -40,12 +38,6 @@ def partition(config_list):
 
 def names(config_list):
     return [entry["op_names"][0] for entry in config_list]
-
-
-def flow_of(model, inputs=IMAGES):
-    recording = trace(model.eval(), arguments_of(inputs))
-    graph_module, args = recording.graph_module, recording.args
-    return ChannelFlow(graph_module, args)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
@@ -100,111 +92,6 @@ def test_a_layer_read_by_two_grouped_convolutions_has_blocks_that_suit_both(grou
     assert [result[name]["internal_metric_block"] for name in ("one", "two")] == list(groups)
 
 
-def test_pairs_inside_a_larger_group_get_a_group_each():
-    class Pairs(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1)
-            self.three, self.four = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1)
-            self.tail = nn.Conv2d(10, 10, 3, groups=10)
-
-        def forward(self, x):
-            return self.tail(torch.cat([self.one(x) + self.three(x), self.two(x) + self.four(x)], 1))
-
-    config = [{"op_names": ["one", "two", "three", "four", "tail"], "sparse_ratio": 0.5}]
-    result = dependency_groups(Pairs(), IMAGES, config)
-    assert partition(result) == {frozenset({"one", "three"}), frozenset({"two", "four"})}
-
-
-def test_a_convolution_of_one_output_channel_is_no_depthwise_one():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 3), nn.Conv2d(1, 5, 3))
-    assert partition(dependency_groups(model, IMAGES, CONVOLUTIONS)) == set()
-
-
-class Sum(nn.Module):
-    """Two layers that meet in an addition."""
-
-    def __init__(self, one, two):
-        super().__init__()
-        self.one, self.two = one, two
-
-    def forward(self, x):
-        return self.one(x) + self.two(x)
-
-
-def test_three_dimensional_convolutions_are_layers_too():
-    model = Sum(nn.Conv3d(2, 4, 1), nn.Conv3d(2, 4, 3, padding=1))
-    config = [{"op_names": ["one", "two"], "sparse_ratio": 0.5}]
-    result = dependency_groups(model, torch.rand(1, 2, 3, 3, 3), config)
-    assert partition(result) == {frozenset({"one", "two"})}
-
-
-def test_transposed_convolutions_are_tied():
-    model = Sum(nn.ConvTranspose2d(3, 4, 1), nn.Conv2d(3, 4, 1))
-    config = [{"op_names": ["one", "two"], "sparse_ratio": 0.5}]
-    assert flow_of(model).group_ids_of("one").tolist() == flow_of(model).group_ids_of("two").tolist()
-    assert partition(dependency_groups(model, IMAGES, config)) == {frozenset({"one", "two"})}
-
-
-@pytest.mark.parametrize(
-    "operation",
-    [
-        lambda x, y: x.add_(y),
-        lambda x, y: torch.where(x > 0, x, y),
-        lambda x, y: x * y.mean((2, 3), keepdim=True),
-        lambda x, y: (x.permute(0, 2, 3, 1) * y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
-        lambda x, y: torch.cat([x, y], dim=2),
-        lambda x, y: torch.stack([x, y]).sum(0),
-    ],
-)
-def test_elementwise_operations_tie_channel_to_channel(operation):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two, self.tail = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
-
-        def forward(self, x):
-            return self.tail(operation(self.one(x), self.two(x)))
-
-    flow = flow_of(Two())
-    assert flow.group_ids_of("one").tolist() == flow.group_ids_of("two").tolist()
-    assert len(set(flow.group_ids_of("one").tolist())) == 4
-
-
-def test_a_gate_of_one_channel_ties_nothing():
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.gate = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 1, 1)
-
-        def forward(self, x):
-            return self.one(x) * torch.sigmoid(self.gate(x))
-
-    assert partition(dependency_groups(Gated(), IMAGES, CONVOLUTIONS)) == set()
-
-
-def test_what_meets_the_input_is_fixed_and_said(caplog):
-    class Skip(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.tail = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
-
-        def forward(self, x):
-            return self.tail(x + self.one(x))
-
-    assert set(flow_of(Skip()).group_ids_of("one").tolist()) == {FIXED}
-    with caplog.at_level(logging.WARNING, "nni_topo"):
-        assert dependency_groups(Skip(), IMAGES, CONVOLUTIONS) == []
-        named = dependency_groups(Skip(), IMAGES, [{"op_names": ["one", "tail"], "sparse_ratio": 0.5}])
-    assert "one: an operation joins them to the network's input, a constant or a parameter (add)" in caplog.text
-    assert names(named) == ["one", "tail"]
-    assert (
-        "one: 3 of 3 channels are kept: an operation joins them to the network's input, a constant or a parameter (add)"
-        in caplog.text
-    )
-    assert "should be excluded, got tail" in caplog.text
-
-
 def test_a_partner_that_is_not_selected_is_named(caplog):
     config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_names": ["point", "tail"]}]
     with caplog.at_level(logging.WARNING, "nni_topo"):
@@ -234,11 +121,6 @@ def test_an_entry_that_selects_nothing_is_refused_and_an_empty_list_is_not():
     with pytest.raises(ConfigError, match=r"of op_types 'LSTM': known: .*\(config_list\[0\]\)"):
         dependency_groups(chain(), IMAGES, [{"op_types": ["LSTM"], "sparse_ratio": 0.5}])
     assert dependency_groups(chain(), IMAGES, []) == []
-
-
-def test_a_shared_layer_ties_what_enters_its_calls():
-    flow = flow_of(Shared())
-    assert flow.group_ids_of("stem").tolist() == flow.group_ids_of("twice").tolist()
 
 
 @pytest.mark.slow
@@ -292,11 +174,6 @@ def warnings_of(caplog, config_list, **knobs):
 
 BY_TYPE = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 BY_NAME = [{"op_names": ["one", "two", "last"], "sparse_ratio": 0.5}]
-WHOLE = (
-    "layers that can't lose channels stay whole and are left out (.skipped has all; nni_topo.explain says what "
-    "to change): "
-)
-SOME = "some channels of these layers can't be removed: "
 DEPENDS = "the result of an operation depends on removed channels (softmax)"
 
 
@@ -310,21 +187,19 @@ def test_what_is_as_it_was_asked_for_is_not_warned_of(caplog):
 
 
 def test_each_thing_that_turned_out_otherwise_is_warned_of_once(caplog):
-    told, groups = warnings_of(caplog, BY_TYPE, mixes=True)
-    assert told == [f"{WHOLE}one: {DEPENDS}; last: it gives the model's output"]
+    (told,), groups = warnings_of(caplog, BY_TYPE, mixes=True)
+    assert f"one: {DEPENDS}; last: it gives the model's output" in told
     assert groups.skipped["one"] == DEPENDS
-    told, groups = warnings_of(caplog, BY_TYPE, picks=True)
-    assert told == [f"{SOME}one: {groups.skipped['one']}"]
+    (told,), groups = warnings_of(caplog, BY_TYPE, picks=True)
+    assert f"one: {groups.skipped['one']}" in told
     assert groups.skipped["one"].startswith("2 of 8 channels are kept: ")
     assert [entry["op_names"] for entry in groups] == [["one"], ["two"]]
-    told, groups = warnings_of(caplog, BY_NAME)
-    assert told == ["the layer that gives the model's output should be excluded, got last"]
+    (told,), groups = warnings_of(caplog, BY_NAME)
+    assert "should be excluded, got last" in told
     assert groups.skipped == {}
     assert groups.named == {"one", "two", "last"}
-    told, groups = warnings_of(caplog, [{"op_names": ["one"], "sparse_ratio": 0.5}], pairs=True)
-    assert told == [
-        "layers that share channels must be selected together, got one without two: the channels they share stay"
-    ]
+    (told,), _ = warnings_of(caplog, [{"op_names": ["one"], "sparse_ratio": 0.5}], pairs=True)
+    assert "must be selected together, got one without two" in told
 
 
 @pytest.mark.parametrize("knobs", [{"mixes": True}, {"picks": True}])
@@ -535,19 +410,6 @@ def test_groups_are_numbered_as_they_are_selected_and_units_have_their_size():
     assert told(exclude_op_names=["one", "two"]) == {
         "alone": whole["alone"], "three": ("group_0", None), "four": ("group_0", None),
     }  # fmt: skip
-
-
-def test_a_granularity_of_ones_own_makes_no_group_of_heads():
-    model, states = TwoStreams().eval(), torch.randn(2, 7, 5)
-    names = ["enter.0", "attention.0.qkv", "attention.0.proj", "added.0"]
-    groups = dependency_groups(model, states, [{"op_names": names, "granularity": [3, 6], "sparse_ratio": 0.5}])
-    found = {entry["op_names"][0]: (entry["granularity"], entry.get("dependency_group_id")) for entry in groups}
-    assert found == {
-        "enter.0": ([3, 6], "group_0"),
-        "attention.0.qkv": ([3, 6], None),
-        "attention.0.proj": ([3, 6], "group_0"),
-        "added.0": ([3, 6], "group_0"),
-    }
 
 
 @pytest.mark.parametrize("function", [nni_topo.dependency_groups, nni_topo.explain])

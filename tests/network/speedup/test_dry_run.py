@@ -41,26 +41,6 @@ def test_a_layer_that_was_cut_wrongly_shows(layer, name):
     assert set(wrong.flow.group_ids_of("0")[1::2].tolist()) <= wrong.run((ROWS,)).keys()
 
 
-def test_a_network_that_fails_on_random_numbers_stays_whole_with_the_reason():
-    class Whitening(nn.Module):
-        """Multiplies with a root of a matrix, which must be positive."""
-
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.Linear(4, 6), nn.Linear(3, 2)
-            self.squares = nn.Parameter(torch.eye(6, 3))
-
-        def forward(self, x):
-            group_id = torch.linalg.cholesky(self.squares[:3])
-            return self.last(self.first(x) @ self.squares @ group_id)
-
-    groups = nni_topo.dependency_groups(
-        Whitening().eval(), torch.randn(5, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
-    )
-    assert not groups
-    assert "the dry run fails on random numbers: _LinAlgError" in groups.skipped["first"]
-
-
 class Routed(nn.Module):
     """Calls those experts that a router gives a row, in a loop over them, as mixtures of Transformers do."""
 
@@ -155,33 +135,6 @@ def test_a_channel_that_is_picked_counts_where_its_values_do_and_rows_that_a_mas
     assert dense.words.embedding_dim in ((4, 5) if reads_values else (4,))
     assert dense.inner.out_features == 4
     torch.testing.assert_close(dense(ids), reference(ids))
-
-
-class Attending(nn.Module):
-    """Attention of states to themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(6, 3, batch_first=True), nn.Linear(6, 2)
-
-    def forward(self, x):
-        return self.head(self.attention(x, x, x, need_weights=False)[0])
-
-
-@pytest.mark.parametrize("name", ["in_proj_weight", "in_proj_bias"])
-@torch.no_grad()
-def test_attention_that_was_cut_wrongly_shows(name):
-    torch.manual_seed(0)
-    model = Attending().eval()
-    nn.init.normal_(model.attention.in_proj_bias)
-    trace = Analysis.on(model, ROWS[None]).trace
-    assembled, flow = trace.assembled, trace.flow
-    left = np.ones(flow.size, dtype=bool)
-    left[flow.group_ids_of("attention")[flow.heads["attention"].channels["attention"][1]]] = False
-    wrong = _DryRun(flow, left, assembled(copy.deepcopy(model)))
-    values = getattr(wrong.small.attention, name)
-    values.data = values.data.flip(0)
-    assert wrong.run((ROWS[None],))
 
 
 class Scale(nn.Module):
@@ -279,42 +232,6 @@ def test_layers_whose_channels_a_size_is_computed_of_are_to_blame_for_it_and_non
     groups = nni_topo.dependency_groups(Counting().eval(), ROWS, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     assert [entry["op_names"] for entry in groups] == [["first"]]
     assert groups.skipped.keys() == {"second", "other", "last", "also"}
-
-
-class Placed(nn.Module):
-    """A table of positions is for one size of images; what removed channels become isn't zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
-        self.table = nn.Parameter(torch.rand(1, 3, 96, 96))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(x + self.table).sigmoid())
-
-
-def test_nothing_is_printed_where_smaller_images_do_not_fit(capfd):
-    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-    groups = nni_topo.dependency_groups(Placed().eval(), torch.rand(2, 3, 96, 96), config)
-    assert [entry["op_names"] for entry in groups] == [["first"]]
-    assert capfd.readouterr().err == ""
-
-
-class Four(nn.Module):
-    """Adds a number to each of four samples, so that fewer don't fit."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
-        self.numbers = nn.Parameter(torch.rand(4, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(x).relu()) + self.numbers
-
-
-def test_all_samples_are_taken_where_a_few_do_not_fit():
-    kept = unprunable_layers(Analysis.on(Four().eval(), torch.randn(4, 6)), ["first"])
-    assert kept == {}
 
 
 class Divided(nn.Module):

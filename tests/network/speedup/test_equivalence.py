@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from speedup_nets import Concatenated, Residual, Shared, chain, filter_mask, lively
+from speedup_nets import Concatenated, Residual, Shared, chain, filter_mask
 from torch import nn
 
 from nni_topo import create_pruner, dependency_groups, to_dense
@@ -38,21 +38,6 @@ def test_equal_outputs_pass_at_no_tolerance_at_all(values):
     check(values, list(values), rtol=0.0)
 
 
-@pytest.mark.parametrize(
-    ("expected", "actual"),
-    [
-        ([1.0, 2.0], [NAN, 2.0]),
-        ([NAN, 2.0], [1.0, 2.0]),
-        ([INF, 2.0], [1.0, 2.0]),
-        ([INF, 2.0], [-INF, 2.0]),
-        ([0.0, 0.0], [NAN, 0.0]),
-    ],
-)
-def test_nan_or_infinity_against_anything_else_is_refused_at_any_tolerance(expected, actual):
-    with pytest.raises(SpeedupError, match="got a difference of inf"):
-        check(expected, actual, rtol=1e6)
-
-
 @pytest.mark.parametrize(("largest", "rtol"), [(-1000.0, 1e-2), (1e-6, 1e-6)])
 def test_the_tolerance_is_a_share_of_the_largest_output(largest, rtol):
     size = abs(largest)
@@ -60,21 +45,6 @@ def test_the_tolerance_is_a_share_of_the_largest_output(largest, rtol):
     for wrong in (1.1 * rtol * size, -1.1 * rtol * size):
         with pytest.raises(SpeedupError, match="what the masked one does"):
             check([largest, 0.0], [largest, wrong], rtol)
-
-
-def test_a_difference_of_just_the_tolerance_passes():
-    check([2.0, 0.0], [2.0, 0.5], rtol=0.25)
-
-
-def test_infinite_outputs_are_no_scale():
-    with pytest.raises(SpeedupError, match=r"got a difference of 0\.5 "):
-        check([INF, 2.0, NAN], [INF, 1.0, NAN])
-
-
-def test_where_everything_is_zero_the_difference_is_absolute():
-    check([0.0], [1e-5], rtol=1e-4)
-    with pytest.raises(SpeedupError, match=r"got a difference of 0\.001 "):
-        check([0.0], [1e-3], rtol=1e-4)
 
 
 def test_outputs_of_another_shape_are_refused():
@@ -219,44 +189,6 @@ def test_a_shared_norm_is_silenced_only_where_every_call_gets_zeros():
     assert changed(model, masked_model(model, IMAGES, masks))["norm.bias"] == [1]
 
 
-def test_what_a_half_dead_shared_norm_feeds_is_alive():
-    class Chained(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first = nn.Conv2d(3, 4, 1)
-            self.norm, self.behind = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-            lively(self)
-
-        def forward(self, x):
-            once = self.norm(self.first(x))
-            return self.behind(once) + self.norm(x.mean(1, keepdim=True).expand(-1, 4, -1, -1))
-
-    model = Chained()
-    rows = changed(model, masked_model(model, IMAGES, {"first": filter_mask(model.first, [2])}))
-    assert set(rows) == {"first.weight", "first.bias"}
-
-
-def test_in_place_activations_and_modules_never_called_do_no_harm():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU6(inplace=True), nn.Conv2d(4, 2, 1))
-    model.add_module("never", nn.BatchNorm2d(7))
-    model.forward = lambda x: model[3](model[2](model[1](model[0](x))))
-    lively(model)
-    plain = nn.Sequential(*list(model)[:4])
-    rows = changed(plain, masked_model(plain, IMAGES, {"0": filter_mask(plain[0], [1])}))
-    assert rows["1.bias"] == [1]
-    shared = Shared()
-    masks = {"never": filter_mask(shared.never, [0])}
-    assert set(changed(shared, masked_model(shared, IMAGES, masks))) == {"never.weight", "never.bias"}
-
-
-def test_the_mode_of_each_module_stays():
-    model = chain()
-    model[1].eval()
-    reference = masked_model(model, IMAGES, {"0": filter_mask(model[0], [1])})
-    assert [module.training for module in reference.modules()] == [module.training for module in model.modules()]
-
-
 class GatedBlock(nn.Module):
     """A block whose gate multiplies its values, as in MambaOut: each block squares what no norm holds."""
 
@@ -270,21 +202,6 @@ class GatedBlock(nn.Module):
         return x + self.leave(values * nn.functional.gelu(gate))
 
 
-class UnnormedGates(nn.Module):
-    """Gates without any norm, and a batch norm after them."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Conv2d(3 if at == 0 else 8, 8, 1, bias=False) for at in range(12)])
-        self.norm, self.last, self.factor = nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1), factor
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-            x = self.factor * x * x
-        return self.last(self.norm(x))
-
-
 def test_channels_that_arrive_as_zeros_are_found_behind_many_gates():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), *(GatedBlock(8) for _ in range(9)), nn.LayerNorm(8), nn.Linear(8, 3)).eval()
@@ -296,13 +213,6 @@ def test_channels_that_arrive_as_zeros_are_found_behind_many_gates():
     groups = dependency_groups(model, rows, asked)
     masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
     assert to_dense(model, rows, masks)[0].out_features == 4
-
-
-@pytest.mark.parametrize("factor", [10.0, 0.01])
-def test_squares_of_squares_are_neither_infinite_nor_zero(factor):
-    model = lively(UnnormedGates(factor)).eval()
-    rows = changed(model, masked_model(model, IMAGES, {"layers.11": filter_mask(model.layers[11], [1, 6])}))
-    assert rows["norm.bias"] == rows["norm.weight"] == [1, 6]
 
 
 class Refusing(nn.Module):
@@ -349,22 +259,3 @@ class Shown(nn.Module):
 def test_inputs_of_one_batch_agree_each_by_itself(expected, actual, blocks, agreed):
     call = ((torch.zeros(blocks, 2),), {})
     assert _agreed((Shown(*expected), Shown(*actual)), call, 1e-4, blocks, double=False) == agreed
-
-
-@pytest.mark.parametrize("error", [ValueError, AssertionError])
-def test_a_forward_that_checks_its_number_of_channels_is_told_as_a_fixed_size(error):
-    class Checking(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Linear(6, 24), nn.Linear(24, 3)
-
-        def forward(self, rows):
-            rows = self.one(rows)
-            if rows.shape[1] != 24:
-                raise error(f"24 channels are expected, got {rows.shape[1]}")
-            return self.two(rows)
-
-    mask = torch.ones(24, 1)
-    mask[:4] = 0.0
-    with pytest.raises(SpeedupError, match=f"fixed size in its forward .* {error.__name__}: 24 channels .* got 20"):
-        to_dense(Checking(), torch.randn(8, 6), {"one": {"weight": mask}})

@@ -6,13 +6,13 @@ import pytest
 import torch
 from attention_nets import _states, find_attention, head_masks, make
 from nni.compression.pruning import L1NormPruner
-from speedup_nets import Chunked, Concatenated, Grouped, Residual, chain, filter_mask, l1_masks
+from speedup_nets import Chunked, Grouped, Residual, chain, filter_mask
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.reconcile import check_masks, resolve
-from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.speedup import masked_model, to_dense
 from nni_topo.zoo.transformers import SelfAttention
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -50,57 +50,6 @@ def test_the_masked_model_of_the_comparison_has_masks_that_agree():
         by_itself = masked_model(model, IMAGES, masks).eval()(IMAGES)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(actual, by_itself, rtol=1e-2)
-
-
-class Added(nn.Module):
-    """Adds up the outputs of many layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.many = nn.ModuleList([nn.Conv2d(3, 8, 1) for _ in range(40)])
-        self.last = nn.Conv2d(8, 2, 1)
-
-    def forward(self, x):
-        return self.last(sum(each(x) for each in self.many))
-
-
-def test_a_warning_names_a_few_of_many_layers_and_the_report_all(caplog):
-    model = Added().eval()
-    masks = {f"many.{at}": filter_mask(each, [at % 8]) for at, each in enumerate(model.many)}
-    with caplog.at_level(logging.WARNING, "nni_topo"):
-        dense = to_dense(model, IMAGES, masks)
-    assert "many.0 1 of 8, many.1 1 of 8" in caplog.text
-    assert "and 36 more (shared by many.0, many.1" in caplog.text
-    assert "dense.report lists all layers" in caplog.text
-    assert len(caplog.messages[0]) < 400
-    assert len(dense.report.kept) == 40
-
-
-class Multiplied(nn.Module):
-    """Depth-wise convolutions that make two channels of each, and a layer whose outputs are multiplied with theirs."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 1)
-        self.small, self.large = nn.Conv2d(8, 16, 1, groups=8), nn.Conv2d(8, 16, 3, padding=1, groups=8)
-        self.beside, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
-
-    def forward(self, x):
-        first = self.first(x)
-        return self.last((self.small(first) + self.large(first)) * self.beside(x))
-
-
-def test_masks_of_another_pruner_agree_where_channels_are_multiplied(caplog):
-    torch.manual_seed(0)
-    model = Multiplied().eval()
-    groups = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    pruner = L1NormPruner(model, groups)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    with caplog.at_level(logging.WARNING, "nni_topo"):
-        dense = to_dense(model, IMAGES, masks)
-    assert not caplog.messages
-    assert (dense.first.out_channels, dense.small.out_channels, dense.beside.out_channels) == (4, 8, 8)
 
 
 def test_groups_of_a_convolution_stay_equal():
@@ -170,28 +119,10 @@ def test_rounding_goes_by_the_output_channels_of_a_transposed_convolution():
     assert torch.equal(dense[0].weight, model[0].weight[:, [0, 3]])
 
 
-def test_rounding_is_no_conflict_to_warn_of(caplog):
-    model = Residual()
-    masks = {name: filter_mask(getattr(model, name), [1, 4, 5]) for name in ("stem", "point")}
-    with caplog.at_level(logging.WARNING, "nni_topo"):
-        to_dense(model, IMAGES, masks, round_to=4)
-    assert not caplog.records
-
-
 @pytest.mark.parametrize("round_to", [0, 2.0, True, "8"])
 def test_round_to_must_be_a_positive_integer(round_to):
     with pytest.raises(ConfigError, match=r"round_to must be (an integer of at least 1|a known name)"):
         to_dense(chain(), IMAGES, {"0": filter_mask(chain()[0], [1])}, round_to=round_to)
-
-
-@pytest.mark.parametrize("net", [Residual, Concatenated])
-def test_groups_leave_nothing_to_reconcile(net, caplog):
-    model = net()
-    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_names": ["tail"]}]
-    masks = l1_masks(model, dependency_groups(model, IMAGES, config))
-    with caplog.at_level(logging.WARNING, "nni_topo"):
-        to_dense(model, IMAGES, masks)
-    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -327,12 +258,6 @@ def test_masks_get_the_type_and_the_shape_of_their_parameter(dtype):
             check_masks(model, {"0": {"weight": 2 * mask}})
 
 
-@pytest.mark.parametrize("shape", [(8,), (3, 3), (8, 2, 3, 3), (1, 8, 3, 3, 3), (0, 1, 1, 1)])
-def test_masks_of_other_shapes_are_refused(shape):
-    with pytest.raises(ConfigError, match=r"must have its parameter's shape \(8, 3, 3, 3\), or 1 in place"):
-        check_masks(chain(), {"0": {"weight": torch.ones(shape)}})
-
-
 def test_a_bias_may_be_masked_by_itself_and_modules_without_a_mask_are_left_out():
     model = chain()
     masks = check_masks(model, {"0": {"bias": torch.zeros(8)}, "3": {"weight": None}, "8": {}})
@@ -399,47 +324,3 @@ def test_heads_get_narrower_also_where_attention_divides_by_a_number_of_its_own(
     assert find_attention(dense)["attention"].head_size == 2
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
     assert "head size unchanged" not in caplog.text
-
-
-class Crossing(nn.Module):
-    """Splits the channels of two layers into pieces, one of which holds channels of both, and turns their order."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.one, self.two, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(12, 2, 1)
-
-    def forward(self, x):
-        pieces = torch.cat([self.one(x), self.two(x)], 1).chunk(4, 1)
-        return self.last(torch.cat(pieces[::-1], 1))
-
-
-def test_pieces_that_cannot_be_of_one_size_stay_whole_and_equal_ones_lose_as_many():
-    model = Crossing().eval()
-    # Of each piece one: of the channels 0 to 2, of 3 to 5, which are the last of one layer and two of the other, ...
-    even = to_dense(model, IMAGES, {"one": filter_mask(model.one, [1]), "two": filter_mask(model.two, [0, 3, 7])})
-    assert (even.one.out_channels, even.two.out_channels, even.last.in_channels) == (3, 5, 8)
-    uneven = to_dense(model, IMAGES, {"one": filter_mask(model.one, [1]), "two": filter_mask(model.two, [0])})
-    assert (uneven.one.out_channels, uneven.two.out_channels, uneven.last.in_channels) == (4, 8, 12)
-
-
-class Shuffled(nn.Module):
-    """Halves the channels of two layers behind a shuffle of another one's: one half holds all of one, some of both."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.zero, self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1)
-        self.last, self.also = nn.Conv2d(6, 2, 1), nn.Conv2d(4, 2, 1)
-
-    def forward(self, x):
-        also = self.zero(x)
-        also = also.view(len(x), 2, -1, *also.shape[2:]).transpose(1, 2).flatten(1, 2)
-        one, two = torch.cat([self.one(x), self.two(x)], 1).chunk(2, 1)
-        return self.last(one * two) + self.also(also)
-
-
-def test_halves_of_which_no_smaller_number_fits_stay_whole_behind_a_shuffle():
-    model = Shuffled().eval()
-    dense = to_dense(model, IMAGES, {"one": filter_mask(model.one, [1]), "two": filter_mask(model.two, [0])})
-    assert (dense.one.out_channels, dense.two.out_channels) == (4, 8)

@@ -46,18 +46,6 @@ class TwoWays(nn.Module):
         return self.o((self.more(x).relu() if is_large else x).mean((2, 3)))
 
 
-class Tokens(nn.Module):
-    """A sum over the tokens that count of what isn't zero at zero."""
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.a, self.b, self.o = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-
-    def forward(self, ids, mask):
-        x = functional.softplus(self.b(self.a(self.words(ids)).relu()))
-        return self.o((x * mask[..., None]).sum(1))
-
-
 def _groups(model, inputs, kinds=("Conv2d", "Linear")):
     torch.manual_seed(0)
     return nni_topo.dependency_groups(model.eval(), inputs, [{"op_types": [*kinds], "sparse_ratio": 0.5}])
@@ -147,13 +135,6 @@ def test_channels_that_other_layers_read_at_another_size_stay(side):
     groups = _groups(TwoWays(), torch.randn(2, 3, side, side))
     assert not groups
     assert {reason.kind for reason in groups.reasons["a"]} == {"depends_on_size"}
-
-
-def test_lengths_of_tokens_and_their_mask_change_together():
-    inputs = {"ids": torch.randint(0, 9, (3, 7)), "mask": torch.ones(3, 7, dtype=torch.long)}
-    groups = _groups(Tokens(), inputs, ["Linear"])
-    assert [entry["op_names"] for entry in groups] == [["a"]]
-    assert {reason.kind for reason in groups.reasons["b"]} == {"depends_on_size"}
 
 
 def test_the_report_names_the_second_size_or_says_that_there_is_none():

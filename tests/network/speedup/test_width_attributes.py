@@ -18,7 +18,6 @@ from torchvision.ops import FeaturePyramidNetwork
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.network.speedup import width_attributes
-from nni_topo.network.speedup.width_attributes import channels_kept
 
 
 def dense_of(model: nn.Module, images: Tensor, **entry: Any) -> Any:
@@ -105,22 +104,6 @@ def test_what_describes_another_tensor_is_left_and_named(caplog: pytest.LogCaptu
     assert dense_of(model, IMAGES, op_names=["stage2.0"]).report.stale == {}
 
 
-def test_an_attribute_that_nothing_tells_the_meaning_of_keeps_its_number() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.width, self.widths = 8, [8, 2]
-            self.one, self.two = nn.Conv2d(3, self.width, 1), nn.Conv2d(self.width, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.two(torch.relu(self.one(x)))
-            return found
-
-    dense = dense_of(Net().eval(), IMAGES)
-    assert (dense.one.out_channels, dense.width, dense.widths) == (4, 8, [8, 2])
-    assert dense.report.stale == {}
-
-
 def test_methods_beside_the_forward_may_fail() -> None:
     class Unfinished(Body):
         def forward_features(self, x: Tensor) -> Tensor:
@@ -133,46 +116,6 @@ def test_methods_beside_the_forward_may_fail() -> None:
     dense = dense_of(Unfinished().eval(), IMAGES)
     assert (dense.stage3[0].out_channels, dense.num_features) == (12, 24)
     assert dense.report.stale == {"num_features": 24, "head_hidden_size": 24}
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "kept"),
-    [
-        ([(2, 8, 5, 5)], [(2, 4, 5, 5)], 4),
-        ([(2, 5, 5, 8)], [(2, 5, 5, 4)], 4),  # channels last
-        ([(2, 8, 8, 8)], [(2, 4, 8, 8)], 4),  # as many places in a row as channels
-        ([(8, 8)], [(8, 4)], 4),  # the batch counts no channels
-        ([(2, 8, 5, 5)], [(2, 8, 5, 5)], 8),
-        ([(2, 8, 5), (2, 8, 3)], [(2, 4, 5), (2, 4, 3)], 4),
-        ([(2, 8, 5), (2, 8, 3)], [(2, 4, 5), (2, 6, 3)], None),  # of several outputs
-        ([(2, 9, 5)], [(2, 4, 5)], None),
-        ([], [], None),
-    ],
-)
-def test_channels_are_what_became_fewer(before: Any, after: Any, kept: int | None) -> None:
-    assert channels_kept(8, before, after) == kept
-
-
-def test_a_property_tells_its_own_number() -> None:
-    class Gate(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 1)
-
-        @property
-        def in_channels(self) -> int:
-            return self.conv.in_channels
-
-        @property
-        def out_channels(self) -> int:
-            return self.conv.out_channels
-
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.conv(x)
-            return found
-
-    dense = dense_of(nn.Sequential(Gate(), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval(), IMAGES)
-    assert (dense[0].in_channels, dense[0].out_channels) == (3, 4)
 
 
 class Info:
