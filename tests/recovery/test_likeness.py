@@ -2,26 +2,21 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import nn
 
 import nni_topo
-from nni_topo.errors import DataError, SpeedupError
+from nni_topo.errors import DataError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.likeness import (
     Answers,
     Estimate,
-    _agreements,
-    _Answer,
     _mean,
-    _scales,
     _share,
     are_classes,
 )
-from nni_topo.recovery.outputs import ComparedOutputs
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -144,23 +139,6 @@ class Noisy(Logits):
         return {"logits": found + torch.randn(found.shape, generator=torch.Generator().manual_seed(1))}
 
 
-class Classes(Tokens):
-    """As many scores for each text as it has places."""
-
-    def forward(self, input_ids, attention_mask=None):
-        return super().forward(input_ids)["last_hidden_state"].mean(1)
-
-
-def test_scores_of_as_many_classes_as_there_are_places_all_count():
-    ids = torch.randint(1, 11, (9, 4), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0]] * 9)}
-    (likeness,) = Answers(Classes(), Calibration([batch])).likenesses(Classes(0.5))
-    with torch.no_grad():
-        wanted, got = Classes()(ids).double(), Classes(0.5)(ids).double()
-    scale = (wanted - wanted.mean(0)).square().sum()
-    assert likeness.distance.value == pytest.approx(float((wanted - got).square().sum() / scale))
-
-
 class Similar(nn.Module):
     """One number for each pair."""
 
@@ -207,24 +185,23 @@ def test_outputs_without_an_entry_per_image_are_compared_where_they_have_one_sha
 
 
 class Rows(nn.Module):
-    """One dict, or one tuple, for each sample."""
+    """One dict for each sample."""
 
-    def __init__(self, seed: int, kind: type) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.body = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
-        self.scores, self.boxes, self.kind = nn.Linear(12, 3), nn.Linear(12, 4), kind
+        self.scores, self.boxes = nn.Linear(12, 3), nn.Linear(12, 4)
 
     def forward(self, x):
         x = self.body(x)
         pairs = zip(self.scores(x), self.boxes(x), strict=True)
-        return [{"scores": a, "boxes": b} if self.kind is dict else (a, b) for a, b in pairs]
+        return [{"scores": a, "boxes": b} for a, b in pairs]
 
 
-@pytest.mark.parametrize("kind", [dict, tuple])
-def test_outputs_sample_by_sample_are_compared_as_those_of_a_batch(kind):
+def test_outputs_sample_by_sample_are_compared_as_those_of_a_batch():
     images = torch.randn(22, 5, generator=torch.Generator().manual_seed(0))
-    one, other = Rows(0, kind), Rows(1, kind)
+    one, other = Rows(0), Rows(1)
     (likeness,) = Answers(one, Calibration(images.split(8))).likenesses(other)  # the last batch is smaller
     wanted = []
     with torch.no_grad():
@@ -234,15 +211,6 @@ def test_outputs_sample_by_sample_are_compared_as_those_of_a_batch(kind):
             wanted.append((expected - actual).square().sum(1).mean() / variance)
     assert likeness.distance.value == pytest.approx(float(sum(wanted)) / 2)
     assert math.isnan(likeness.agreement.value)
-
-
-@pytest.mark.parametrize("kind", [dict, tuple])
-def test_a_network_that_answers_sample_by_sample_is_shrunk(kind):
-    images = torch.randn(90, 5, generator=torch.Generator().manual_seed(0))
-    model = Rows(0, kind).eval()
-    small = nni_topo.shrink(model, images.split(20), {"params": 0.7}, distill=False)
-    assert len(small(images)) == 90
-    assert 0.0 < small.report.stages[-1].distance < math.inf
 
 
 def test_batches_of_unequally_many_lists_of_boxes_are_compared():
@@ -278,68 +246,18 @@ def test_images_that_are_too_few_to_hold_any_out_are_told():
     assert last.distance == last.calibration_distance
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5])
-def test_the_report_says_whether_the_budget_was_met(share):
-    small = nni_topo.shrink(toy_model().eval(), [toy_images(32)], {"params": share}, distill=False)
-    outcome = small.report.budget
-    found = nni_topo.zoo.count_params(small) / nni_topo.zoo.count_params(toy_model())
-    assert (outcome.kind, outcome.asked, outcome.left) == ("params", share, pytest.approx(found))
-    assert outcome.is_met == (found <= share + 0.01)
-    assert outcome.is_near == (abs(found - share) <= 0.01)
-
-
-def test_a_budget_that_is_missed_says_why():
-    capped = [{"op_names": ["hidden"], "max_sparse_ratio": 0.1}]
-    report = nni_topo.shrink(toy_model().eval(), [toy_images(32)], {"params": 0.5}, layers=capped, distill=False).report
-    assert not report.budget.is_met
-    assert report.budget.left > 0.55
-    assert "at their max_sparse_ratio" in report.budget.why
-
-
-class Halves(nn.Module):
-    """All channels of one layer are looked at by a function that needs all of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, images):
-        return self.last(torch.relu(self.second(self.first(images).softmax(1))))
-
-
-def test_the_report_says_which_layers_can_not_lose_channels():
-    report = nni_topo.shrink(Halves().eval(), [torch.randn(64, 6)], {"params": 0.8}, distill=False).report
-    assert list(report.whole) == ["first", "last"]
-    assert "first keeps all channels: " in repr(report)
-    assert "last keeps all channels" not in repr(report)
-
-    class Only(Halves):
-        def forward(self, images):
-            return self.last(self.second(self.first(images).softmax(1)).softmax(1))
-
-    with pytest.raises(
-        nni_topo.errors.ConfigError,
-        match=r"must have a layer whose channels can be removed, got none: .*first.*; last: it gives",
-    ):
-        nni_topo.shrink(Only().eval(), [torch.randn(64, 6)], {"params": 0.8}, distill=False)
-
-
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
         ({"evaluate": 5}, "evaluate must be a function or None, got 5"),
-        ({"evaluate": lambda net: np.zeros(3)}, "evaluate must return a number"),
         ({"evaluate": lambda net: math.nan}, "evaluate must return a number for the model as it was given, got nan"),
         (
             {"evaluate": lambda net, data: 1.0},
             r"evaluate must be a function of \(network\) or None, got .*\(net, data\)",
         ),
-        ({"outputs": lambda output: output}, r"outputs must be a function of \(output, inputs\) or None, got .*"),
         ({"pruner": lambda model: {}}, r"pruner must be a function of \(model, config_list, images\), got .*\(model\)"),
         ({"compensate": lambda model: model}, r"compensate must be a function of \(model, masks, images\), got"),
         ({"distill": lambda dense: dense}, r"distill must be a function of \(dense, model, images\), got"),
-        ({"knobs": 5}, "knobs must be a mapping or None, got 5"),
         ({"pruner": lambda model, config_list, images: None}, "masks must be"),
         ({"compensate": lambda model, masks, images: None}, "compensate must return a torch.nn.Module, got NoneType"),
         ({"distill": lambda dense, model, images: 3}, "distill must return a torch.nn.Module, got int"),
@@ -392,25 +310,6 @@ def test_outputs_that_are_no_numbers_are_not_near():
     assert math.isnan(Answers(net(), batches).likenesses(other)[0].distance.value)
 
 
-class Deciding(nn.Module):
-    """Skips a layer where the numbers are small."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(5, width), nn.Linear(width, 8), nn.Linear(8, 3)
-
-    def forward(self, inputs):
-        hidden = self.first(inputs)
-        return self.head(self.second(hidden) if inputs.abs().mean() > 1 else hidden)
-
-
-def test_a_smaller_network_that_goes_another_way_is_told_of_and_not_the_images():
-    images = Calibration([3 * torch.ones(4, 5), torch.zeros(4, 5)])
-    answers = Answers(Deciding(8), images)
-    with pytest.raises(SpeedupError, match="a smaller network must run on every batch on which the model runs"):
-        answers.likenesses(Deciding(6))
-
-
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -433,80 +332,6 @@ def test_shares_have_wilsons_interval(hits, count):
     assert 0.0 <= found.low <= found.high <= 1.0
     assert (found.low == 0.0) is (hits == 0)
     assert (found.high == 1.0) is (hits == count)
-
-
-def test_the_limit_of_no_hits_is_zero_whatever_the_number_of_samples():
-    assert {_share([0.0] * count).low for count in range(1, 100)} == {0.0}
-
-
-def answer(outputs, real=None, are_logits=True):
-    return _Answer([outputs], are_logits, real, len(outputs), ComparedOutputs((), ()))
-
-
-def classes(*chosen):
-    """Return scores of four classes of which those that are given are the largest, position by position."""
-    return torch.eye(4)[torch.tensor(chosen)]
-
-
-def test_agreement_is_by_sample_of_the_positions_that_are_real():
-    theirs, mine = classes([0, 1, 2], [3, 3, 3]), classes([0, 2, 2], [3, 0, 0])
-    real = torch.tensor([[True, True, False], [True, False, False]])
-    assert _agreements(answer(mine), answer(theirs)) == pytest.approx([2 / 3, 1 / 3])
-    assert _agreements(answer(mine), answer(theirs, real)) == [0.5, 1.0]
-    nothing = torch.zeros(2, 3, dtype=torch.bool)
-    assert _agreements(answer(mine), answer(theirs, nothing)) == [0.0, 0.0]
-    one, other = classes(0, 1), classes(0, 2)
-    assert _agreements(answer(one), answer(other)) == [1.0, 0.0]
-    assert _agreements(answer(one), answer(other, real)) == [1.0, 0.0]
-    deep = classes([[0, 1], [2, 3]], [[0, 0], [0, 0]])
-    assert _agreements(answer(deep), answer(deep.roll(1, 2))) == [0.0, 1.0]
-    for found in (answer(other, are_logits=False), answer(classes(0, 1, 2))):
-        assert all(math.isnan(each) for each in _agreements(answer(one), found))
-    assert all(math.isnan(each) for each in _agreements(answer(one), answer(other, are_logits=False)))
-
-
-def test_scales_are_squared_distances_of_samples_from_their_mean():
-    plain = torch.tensor([[0.0, 2.0], [4.0, 2.0]])
-    assert _scales([answer(plain[:1]), answer(plain[1:])], None) == [4.0]
-    # Two samples with three positions in common, of which (0, 2) and (4, 2) are real: three of them are alike.
-    rows = torch.stack([plain, torch.full((2, 2), 99.0)])
-    real = torch.tensor([[True, True], [False, False]])
-    assert _scales([answer(rows, real)], None) == [8.0 / 2]
-    # Scores of classes by sample beside a mask of the same shape are no positions.
-    mask = torch.tensor([[True, False], [False, True]])
-    assert _scales([answer(plain, mask)], None) == [4.0]
-    # Where batches differ in the number of features, each number is an observation: 0, 2 and 4 around 2.
-    assert _scales([answer(torch.tensor([[0.0, 2.0]])), answer(torch.tensor([[4.0]]))], None) == [4.0]
-    # Where they differ in the number of positions, each position is.
-    ragged = [answer(torch.tensor([[[0.0, 90.0], [2.0, 90.0]]])), answer(torch.tensor([[[4.0, 90.0]]]))]
-    assert _scales(ragged, None) == [4.0]  # the second feature never varies
-    deep = [answer(torch.tensor([[[[0.0], [2.0]]]])), answer(torch.tensor([[[[4.0]]]]))]
-    assert _scales(deep, None) == [4.0]
-    # A mask of batches of one length makes each position an observation, too: of (0, 4) and (0, 4), not of 0 and 4.
-    even = torch.tensor([[[0.0], [4.0]], [[0.0], [4.0]]])
-    assert _scales([answer(even)], None) == [0.0]
-    assert _scales([answer(even, torch.ones(2, 2, dtype=torch.bool))], None) == [8.0]
-    assert _scales([answer(torch.full((3, 2), 0.1))], None) == [0.0]
-
-
-def test_distances_are_means_over_outputs_and_sums_over_real_positions():
-    images = torch.tensor([[[0.0], [2.0]], [[4.0], [2.0]]])
-    found = Answers(nn.Identity(), Calibration([images]))
-    real = torch.tensor([[True, False], [True, True]])
-    theirs, mine = answer(images, real), answer(images + torch.tensor([1.0, 3.0])[:, None])
-    (scale,) = found._scales
-    assert scale == 4.0
-    assert found._distances(mine, theirs) == pytest.approx([1 / 4, (1 + 9) / 4])
-    assert found._distances(mine, answer(images)) == pytest.approx([(1 + 9) / 4] * 2)
-    assert all(math.isnan(each) for each in found._distances(answer(images[:, :1]), theirs))
-
-
-def test_scales_tell_what_varies_from_what_rounding_leaves_at_any_size():
-    plain = torch.tensor([[0.0, 2.0], [4.0, 2.0]]).double()
-    for factor in (1e-10, 0.1, 1e10):
-        assert _scales([answer(factor * plain)], None) == pytest.approx([4.0 * factor**2], rel=1e-12, abs=0.0)
-    for value in (1e-10, 0.1, 1e5 / 3, 1e10 / 7):
-        assert _scales([answer(torch.full((7, 3), value).double())], None) == [0.0]
 
 
 class Several(nn.Module):
@@ -533,12 +358,6 @@ def test_distances_of_several_outputs_are_means_of_shares_of_their_own_variances
     exact = answers.likenesses(answers._model)
     assert exact[0].distance == Estimate(0.0, 0.0, 0.0)
     assert all(math.isnan(value) for value in vars(exact[0].agreement).values())
-
-
-def test_outputs_without_an_entry_per_image_are_one_sample_a_batch():
-    batches = Calibration([{"images": list(torch.rand(3, 3, 4, 4))} for _ in range(3)])
-    found = Answers(Boxes(1.0), batches).differences(Boxes(1.1), 0)
-    assert len(found.distances) == len(found.agreed) == 3
 
 
 def test_batches_that_do_not_fit_are_named_from_zero():
