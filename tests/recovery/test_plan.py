@@ -4,7 +4,6 @@ import pytest
 import torch
 from every_sample import compensation
 from torch import nn
-from torch.fx import symbolic_trace
 
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import plan
@@ -43,6 +42,12 @@ def test_errors_are_measured_at_the_sum_where_all_before_it_hands_on(between):
     assert places == [("down", "down" if between in ("tanh", "double") else "add")]
 
 
+class Hooked(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_forward_hook(lambda *_: None)
+
+
 class Doubling(nn.Linear):
     def forward(self, x):
         return 2.0 * super().forward(x)
@@ -60,9 +65,14 @@ def solved_by_class(kind):
     return compensation(model, masks, [torch.randn(40, 3)]).report
 
 
-def test_a_layer_whose_forward_looks_at_its_input_twice_is_left_alone():
-    report = solved_by_class(Looking)
-    assert report.left_alone == {"1": "of type Looking, which does more than a convolution or a product"}
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Looking, "of type Looking, which does more than a convolution"), (Hooked, "it has forward hooks")],
+)
+def test_layers_that_do_more_than_a_product_are_left_alone(kind, reason):
+    left_alone = solved_by_class(kind).left_alone
+    assert left_alone.keys() == {"1"}
+    assert left_alone["1"].startswith(reason)
 
 
 def test_a_layer_whose_forward_goes_on_with_its_product_is_solved():
@@ -71,157 +81,10 @@ def test_a_layer_whose_forward_goes_on_with_its_product_is_solved():
     assert [(each.layer, each.place) for each in report.layers] == [("1", "_1"), ("2", "_2")]
 
 
-def node_of(model, name):
-    graph = symbolic_trace(model)
-    return graph, next(node for node in graph.graph.nodes if node.name == name)
-
-
-class Two(nn.Module):
-    """Two values of one input, joined by a function."""
-
-    def __init__(self, join):
-        super().__init__()
-        self.first, self.second, self.join = nn.Linear(3, 3), nn.Linear(3, 3), join
-
-    def forward(self, values):
-        return self.join(self.first(values), self.second(values))
-
-
-@pytest.mark.parametrize(
-    ("join", "name", "is_sum"),
-    [
-        (lambda one, other: one + other, "add", True),
-        (lambda one, other: one.add(other), "add", True),
-        (torch.add, "add", True),
-        (lambda one, other: torch.add(one, other, alpha=2), "add", False),
-        (lambda one, other: one.add(other, alpha=2), "add", False),
-        (lambda one, other: one + one, "add", False),
-        (lambda one, other: one + 1.0, "add", False),
-        (lambda one, other: one - other, "sub", False),
-        (lambda one, other: one.mul(other), "mul", False),
-        (lambda one, other: one, "first", False),
-        (lambda one, other: torch.cat([one, other]), "cat", False),
-    ],
-)
-def test_sums_are_of_two_different_values_and_nothing_else(join, name, is_sum):
-    assert plan._is_sum(node_of(Two(join), name)[1]) is is_sum
-
-
-@pytest.mark.parametrize(
-    ("join", "is_rectified"),
-    [
-        (lambda one, other: one.relu(), True),
-        (lambda one, other: torch.relu(one), True),
-        (lambda one, other: nn.functional.relu(one), True),
-        (lambda one, other: one.relu() + one, False),
-        (lambda one, other: one.tanh(), False),
-        (nn.ReLU(), True),
-        (nn.ReLU6(), False),
-        (nn.Tanh(), False),
-        (nn.Identity(), False),
-    ],
-)
-def test_a_relu_alone_reads_a_value(join, is_rectified):
-    taken = join if not isinstance(join, nn.Module) else None
-    model = Two(taken) if taken else nn.Sequential(nn.Linear(3, 3), join)
-    assert plan._is_rectified(*node_of(model, "first" if taken else "_0")) is is_rectified
-
-
-class Normed(nn.Module):
-    """A layer before a norm, which may be called twice or give what it gets to others."""
-
-    def __init__(self, norm, *, bias=False, calls=1, is_seen=False):
-        super().__init__()
-        self.first, self.norm, self.calls, self.is_seen = nn.Linear(3, 3, bias=bias), norm, calls, is_seen
-
-    def forward(self, values):
-        made = self.first(values)
-        found = self.norm(made)
-        for _ in range(self.calls - 1):
-            found = self.norm(found)
-        return found + made if self.is_seen else found
-
-
-@pytest.mark.parametrize(
-    ("knobs", "mask", "taker"),
-    [
-        ({"bias": True}, None, "first"),
-        ({"bias": True}, [1.0, 1.0, 0.0], "first"),
-        ({"bias": True}, [1.0, 0.0, 1.0], None),  # one of the rows that are solved is masked
-        ({}, None, "norm"),
-        ({"calls": 2}, None, None),
-        ({"is_seen": True}, None, None),
-        ({"norm": nn.BatchNorm1d(3, track_running_stats=False)}, None, None),
-        ({"norm": nn.LayerNorm(3)}, None, None),
-        ({"norm": nn.Tanh()}, None, None),
-    ],
-)
-def test_a_constant_goes_into_the_bias_or_the_mean_of_the_norm_after_it(knobs, mask, taker):
-    graph, node = node_of(Normed(**{"norm": nn.BatchNorm1d(3), **knobs}), "first")
-    masks = {} if mask is None else {"first": {"bias": torch.tensor(mask)}}
-    assert plan._intercept(graph, node, torch.tensor([[0, 1]]), masks) == taker
-
-
 def traced(net, *shape):
     """Return a graph whose shapes are known, and where channels go."""
     analysis = Analysis(net.eval(), ((torch.zeros(shape),), {}))
     return analysis.graph(net)[0], analysis.flow
-
-
-def hooked(layer):
-    layer.register_forward_hook(lambda *_: None)
-
-
-def hooked_before(layer):
-    layer.register_forward_pre_hook(lambda *_: None)
-
-
-HOOKED = "it has forward hooks, which may change what it computes"
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda layer: None, None),
-        (hooked, HOOKED),
-        (hooked_before, HOOKED),
-        (nn.utils.parametrizations.weight_norm, "its weight is computed"),
-    ],
-)
-def test_layers_whose_calls_do_more_are_left_alone(change, reason):
-    graph, flow = traced(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 2, 3)
-    node = next(node for node in graph.graph.nodes if node.target == "1")
-    layer = graph.get_submodule("1")
-    change(layer)
-    assert plan._why_not(graph, node, layer, flow, {}) == reason
-
-
-@pytest.mark.parametrize(
-    ("module", "gone", "is_by_channel"),
-    [
-        (nn.Linear(3, 4), [], True),
-        (nn.Linear(3, 4), [(slice(1, 3), slice(None))], True),
-        (nn.Linear(3, 4), [(slice(None), 1)], True),
-        (nn.Linear(3, 4), [(slice(None), 1), (2, slice(None))], True),
-        (nn.Linear(3, 4), [(slice(None),)], True),
-        (nn.Linear(3, 4), [(2, 1)], False),
-        (nn.Linear(3, 4), [(slice(1, 3), 1)], False),
-        (nn.Conv2d(4, 4, 2, groups=2), [(slice(0, 2), 1)], True),  # a channel of the first group
-        (nn.Conv2d(4, 4, 2, groups=2), [(slice(1, 3), 1)], False),
-        (nn.Conv2d(4, 4, 2, groups=2), [(3,)], True),
-        (nn.Conv2d(4, 4, 2), [(slice(0, 2), 1)], False),
-        (nn.Conv2d(4, 4, 2), [(slice(None), slice(None), 1)], False),
-        (nn.Conv2d(4, 4, 2), [(slice(None), slice(None), 1, 0)], False),
-        (nn.ConvTranspose2d(4, 2, 2), [(1,)], True),
-        (nn.ConvTranspose2d(4, 2, 2), [(slice(None), 1)], True),
-        (nn.ConvTranspose2d(4, 2, 2), [(1, 1)], False),
-    ],
-)
-def test_masks_by_channel_remove_rows_and_columns_of_a_group(module, gone, is_by_channel):
-    mask = torch.ones_like(module.weight)
-    for index in gone:
-        mask[index] = 0
-    assert plan._goes_by_channel(module, mask) is is_by_channel
 
 
 @pytest.mark.parametrize(
@@ -230,16 +93,11 @@ def test_masks_by_channel_remove_rows_and_columns_of_a_group(module, gone, is_by
         ([1, 3], [], None, ([[0], [2]], [[0, 1, 2], [3, 4, 5]])),
         ([1], [], None, None),  # one of the first group, none of the second
         ([0, 1], [], None, ([[2, 3]], [[3, 4, 5]])),  # nothing is left of a group
-        ([0, 1, 2, 3], [], None, None),
         ([], [0, 3], None, ([[0, 1], [2, 3]], [[1, 2], [4, 5]])),
-        ([], [0], None, None),
-        ([], [3, 4, 5], None, ([[0, 1]], [[0, 1, 2]])),
         ([1, 3], [0, 3], [], ([[0], [2]], [[1, 2], [4, 5]])),  # its own mask names neither
         ([], [], [(0,), (4,)], ([[0, 1], [2, 3]], [[1, 2], [3, 5]])),
-        ([], [], [(slice(None), 1)], ([[0], [2]], [[0, 1, 2], [3, 4, 5]])),
         ([], [], [(slice(0, 3), 0), (slice(3, 6), 1)], ([[1], [2]], [[0, 1, 2], [3, 4, 5]])),
         ([1], [2], [(slice(3, 6), 0), (4,)], ([[0], [3]], [[0, 1], [3, 5]])),
-        ([], [], [(slice(0, 3), 0)], None),
     ],
 )
 def test_what_is_left_of_each_group_is_solved(entering, leaving, masked, solved):
@@ -267,17 +125,6 @@ def test_groups_that_keep_different_numbers_are_named():
     report = compensation(net, masks, [torch.randn(20, 3, 4, 4)]).report
     assert report.left_alone == {"1": "its groups keep different numbers of channels"}
     assert [each.layer for each in report.layers] == ["2"]
-
-
-def test_of_outputs_that_are_added_the_one_with_most_unknowns_is_solved_for_the_sum():
-    """Eight kept channels are fewer than nine elements of the kernel of a single one."""
-    net = nn.Sequential(nn.Conv2d(8, 1, 1), nn.Conv2d(4, 4, 3, groups=4))
-    equations = []
-    for name, columns in (("1", torch.arange(4)[:, None]), ("0", torch.arange(8)[None])):
-        layer = plan.Solvable(name, None, columns, columns, None)
-        equations.append((plan.Equation(layer, f"near {name}", ()), plan.Equation(layer, "sum", ())))
-    found = [(each.layer.name, each.place) for each in plan._ordered(net, equations)]
-    assert found == [("0", "near 0"), ("1", "sum"), ("0", "sum")]
 
 
 class Detour(nn.Module):
