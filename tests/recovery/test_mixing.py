@@ -208,7 +208,6 @@ def test_bad_activations_are_refused(removed, survivor, message):
 
 
 CONV, GROUPED, LINEAR = nn.Conv2d(4, 2, 3), nn.Conv2d(4, 2, 3, groups=2), nn.Linear(4, 2)
-ONE_BY_ONE = [[[0], [1], [2], [3]]]
 
 
 class Passing(nn.Module):
