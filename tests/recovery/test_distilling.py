@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import time
 
 import pytest
 import torch
@@ -237,31 +236,6 @@ def test_few_held_out_images_are_named():
     enough = str(distillation(dense, original, batches(224), steps=5).verdict)
     assert "few to decide by" not in enough
     assert "until the time was over" not in enough
-
-
-@pytest.mark.slow
-def test_a_first_call_that_is_slow_takes_no_time_from_the_steps():
-    """As on a GPU, where libraries are loaded and programs chosen when a network first runs on so many images."""
-    slow = {"forward", "backward"}
-
-    def once(what):
-        if what in slow:
-            slow.remove(what)
-            time.sleep(0.5)
-
-    class Loading(Narrow):
-        def forward(self, inputs):
-            if len(inputs) > 32:
-                once("forward")
-            found = super().forward(inputs)
-            if found.requires_grad:
-                found.register_hook(lambda _: once("backward"))
-            return found
-
-    dense, original = Loading(4).eval(), Narrow(16).eval()
-    found = distillation(dense, original, batches(400), seconds=4.0, steps=100)
-    assert not slow
-    assert found.steps == 100
 
 
 def test_no_rate_is_tried_where_time_allows_no_steps():
@@ -693,32 +667,6 @@ def test_data_without_batches_are_named(knob):
         distillation(*pair(), **{"images": batches(), knob: []})
 
 
-def grad_passes(work):
-    """Return, of the batch norms that run with gradients, whether each trains and on how many samples."""
-    passes = []
-
-    def note(module, args):
-        if isinstance(module, nn.BatchNorm1d) and torch.is_grad_enabled():
-            passes.append((module.training, len(args[0])))
-
-    hook = nn.modules.module.register_module_forward_pre_hook(note)
-    try:
-        work()
-    finally:
-        hook.remove()
-    return passes
-
-
-@pytest.mark.parametrize(("count", "is_normed"), [(255, False), (256, True)])
-def test_norms_use_batches_from_256_images_on(count, is_normed):
-    nets = [recalibrate_batch_norm(net, batches(320)) for net in pair(norm=True)]
-    passes = grad_passes(
-        lambda: distillation(*nets, [inputs(count)], held_out=[inputs(16, seed=1)], steps=1, lr=1e-3, blend=False)
-    )
-    assert passes[0] == (False, 2)  # whether gradients can be taken
-    assert passes[-1] == (is_normed, 64)
-
-
 def test_while_learning_goes_on_256_of_the_held_out_images_are_looked_at():
     dense, original = pair()
     judges = inputs(300, seed=1)
@@ -761,17 +709,6 @@ class Taking(Narrow):
 def watch(watch, monkeypatch):
     monkeypatch.setattr(Taking, "watch", watch)
     return watch
-
-
-def test_steps_leave_time_for_two_judgements_and_new_statistics(watch, monkeypatch):
-    """A pass over 40 images that judge takes 10 seconds, and one over the 280 others 70."""
-    nets = (Taking(4, norm=True).eval(), Narrow(16, norm=True).eval())
-    dense, original = (recalibrate_batch_norm(net, batches(320)) for net in nets)
-    monkeypatch.setattr(Taking, "seconds", 0.25)
-    found = distillation(dense, original, batches(320), seconds=500.0, lr=1e-3, blend=False, steps=10**6)
-    assert found.is_out_of_time
-    # A step, and the looks at the held-out images before and after it, may begin at the very end.
-    assert 500.0 <= found.seconds <= 500.0 + 10.0 + 1.0 + 10.0 + 1.0
 
 
 @pytest.mark.parametrize(("seconds", "is_out_of_time"), [(6.5, False), (6.0, True)])
