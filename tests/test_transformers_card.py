@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import pickle
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -235,13 +234,6 @@ def test_no_card_is_written_where_none_is_wanted_or_nothing_is_known(tmp_path: P
     assert not (tmp_path / "wrong").exists()
 
 
-def test_the_report_survives_pickle_and_copies() -> None:
-    small = shrunk("Llama")
-    text = small.report.to_markdown()
-    assert pickle.loads(pickle.dumps(small.report)).to_markdown() == text
-    assert copy.deepcopy(small).report.to_markdown() == text
-
-
 def test_heads_of_single_blocks_name_the_version_that_loads_them(tmp_path: Path) -> None:
     if int(transformers.__version__.split(".")[0]) > 4:
         pytest.skip("Transformers 5 prunes no heads")
@@ -254,19 +246,6 @@ def test_heads_of_single_blocks_name_the_version_that_loads_them(tmp_path: Path)
     assert "Transformers 4" in card_of(tmp_path).content
     nni_topo.save_pretrained(neurons_removed(), tmp_path)
     assert "Transformers 4" not in card_of(tmp_path).content
-
-
-class Own(transformers.BertForSequenceClassification):
-    """A class that Transformers doesn't have."""
-
-
-def test_a_class_of_the_users_is_not_imported_from_transformers(tmp_path: Path) -> None:
-    dense = neurons_removed()
-    dense.__class__ = Own
-    nni_topo.save_pretrained(dense, tmp_path)
-    text = card_of(tmp_path).content
-    assert "from transformers import" not in text
-    assert 'Own.from_pretrained("' in text
 
 
 def test_adapters_of_peft_keep_their_own_card_and_merged_ones_get_ours(tmp_path: Path) -> None:

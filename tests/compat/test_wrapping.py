@@ -11,13 +11,12 @@ from nni.compression.base.setting import PruningSetting
 from nni.compression.pruning import FPGMPruner, L1NormPruner, L2NormPruner, LevelPruner, LinearPruner
 from nni.compression.speedup import ModelSpeedup
 from speedup_nets import filter_mask
-from tied_nets import LanguageModel, TiedConvolutions, TiedNorms, TwoBlocks, TwoNames, zeroed
+from tied_nets import LanguageModel, TiedConvolutions, TwoBlocks, TwoNames, zeroed
 from torch import nn
 
 from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPruner
 from nni_topo.compat import wrapping
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.copies import unwrapped_copy
 from nni_topo.pruners.rounds import prune_in_rounds
 from nni_topo.pruners.testing.toys import toy_evaluator
 from nni_topo.sharing import find_ties
@@ -74,15 +73,6 @@ def test_unwrapping_leaves_embedding_and_head_of_one_weight(kind, names):
     assert model.o.weight is model.e.weight
 
 
-def test_unwrapping_leaves_norms_of_one_weight_and_buffer():
-    model = TiedNorms()
-    ties = find_ties(model)
-    pruner = LevelPruner(model, request(["norm1"]))
-    pruner.compress()
-    pruner.unwrap_model()
-    assert find_ties(model) == ties
-
-
 @pytest.mark.parametrize("names", SELECTIONS)
 def test_wrapped_layers_of_one_weight_are_trained_together(names):
     model, wrapped = TiedConvolutions(), TiedConvolutions()
@@ -133,14 +123,6 @@ def test_a_second_pruner_takes_over_layers_of_one_weight():
     assert model.one.weight is model.two.weight
 
 
-def test_copies_of_wrapped_models_are_tied():
-    model = TiedConvolutions()
-    pruner = RandomPruner(model, request(["one", "two"]))
-    pruner.compress()
-    model(IMAGES)
-    assert find_ties(unwrapped_copy(model)) == find_ties(TiedConvolutions())
-
-
 def test_rounds_leave_weights_that_another_layer_needs():
     model = TiedConvolutions()
     pruner = L1NormPruner(model, request(["one"]))
@@ -180,18 +162,6 @@ def test_nnis_speedup_beside_layers_of_one_weight():
     assert model.up.out_features == 10
     assert model.e.weight is model.o.weight
     assert torch.allclose(model(TOKENS), expected, atol=1e-6)
-
-
-def test_nnis_speedup_of_a_block_with_two_names():
-    model = TwoBlocks().eval()
-    inputs = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
-    mask = filter_mask(model.first[0], [1, 2])
-    mask["bias"] = mask["weight"][:, 0].clone()
-    expected = zeroed(TwoBlocks(), {"first.0": mask})(inputs)
-    ModelSpeedup(model, inputs, {"first.0": mask}).speedup_model()
-    assert model.first[0] is model.second[0]
-    assert model.second[0].out_features == 8
-    assert torch.allclose(model(inputs), expected, atol=1e-6)
 
 
 def test_nnis_speedup_of_a_layer_with_two_names():
@@ -238,14 +208,6 @@ def test_regular_expressions_and_exclusions_see_both_names():
     assert sorted(L1NormPruner(TwoNames(), [config]).compress()[1]) == ["second", "stem"]
     config = {"op_types": ["Conv2d"], "exclude_op_names": ["first", "tail"], "sparse_ratio": 0.5}
     assert sorted(L1NormPruner(TwoNames(), [config]).compress()[1]) == ["second", "stem"]
-
-
-def test_the_first_name_is_the_one_that_the_model_has_first():
-    model = nn.Module()
-    model.zebra = nn.Conv2d(3, 4, 1)
-    model.apple = model.zebra
-    entry = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
-    assert wrapping._by_one_name(model, [entry], {}) == [{"op_names": ["zebra"], "sparse_ratio": 0.5}]
 
 
 class OwnConvolution(nn.Conv2d):
@@ -335,11 +297,3 @@ def test_a_second_wrapping_that_fails_leaves_the_first():
     assert torch.equal(model(IMAGES), expected)
     pruner.unwrap_model()
     assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
-
-
-def test_a_constructor_that_raises_leaves_a_model_that_is_named():
-    model = TiedConvolutions()
-    before = state(model)
-    with pytest.raises(KeyboardInterrupt):
-        NniFailing(config_list=request(["stem"]), model=model)
-    assert state(model) == before

@@ -503,11 +503,6 @@ def test_numbers_of_blocks_are_tried_where_they_may_help(losses, knobs, tried, b
     assert math.isnan(chosen.depth.overhead) == ("overhead" not in knobs)
 
 
-def test_a_network_without_channels_that_can_go_is_refused_where_no_block_goes():
-    with pytest.raises(ConfigError, match="no channels to remove without 0 blocks"):
-        staged({}, refused=(0,)).make(0.25)
-
-
 def depth_steps(layers=None, *, table=None, **cost):
     model, rows = stack()
     budget = Budget(**cost or {"flops": 0.5}, latency_table=table, equal_blocks=layers is None)
@@ -769,21 +764,6 @@ def test_blocks_that_go_in_a_row_are_made_up_for_together():
     assert writers == ["blocks.1.second.two", "blocks.1.second.two", "blocks.0.second.two"]
 
 
-def test_where_blocks_bring_all_of_the_saving_all_channels_stay():
-    steps = depth_steps()
-    assert steps.left(0) == 1.0
-    steps.path.nearest(0.1)
-    one = steps.left(1)
-    for share, is_whole in ((one, True), (one - 0.1, False)):
-        made = steps.without(1, share)
-        widths = {name: module.out_features for name, module in made.dense.named_modules() if name.endswith("one")}
-        assert (set(widths.values()) == {6}) == is_whole
-        assert made.tried == ()
-        assert (made.masks == {}) == is_whole
-        assert made.left == pytest.approx(share, abs=0.06)
-        assert made.without_recovery().dense.head.out_features == 3
-
-
 def test_a_table_of_times_counts_for_what_is_left():
     model = stack()[0]
     steps = depth_steps(table=table_of(model, 0.0), latency=0.4)
@@ -802,10 +782,3 @@ def test_a_table_of_times_counts_for_what_is_left():
     assert wanted == pytest.approx(0.4, abs=0.05)
     # Less is left without the block than is asked for: all channels stay.
     assert steps.without(1, 0.8).left == steps.left(1)
-
-
-def test_named_layers_that_are_all_gone_leave_nothing_to_prune():
-    steps = depth_steps(["blocks.1.first.one", "blocks.1.second.one"])
-    choosing(steps.path, "blocks.1")
-    with pytest.raises(ConfigError, match=r"got none that is named \(layers\)"):
-        steps.prepared(1)
