@@ -184,6 +184,29 @@ def test_a_layer_before_a_batch_norm_takes_a_linear_block_up_exactly(has_bias):
     torch.testing.assert_close(small(rows(seed=2)), model(rows(seed=2)), rtol=1e-7, atol=1e-7)
 
 
+class Padded(nn.Module):
+    """Blocks on the places of texts, beside a mask of their padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Adds(), Adds(), Adds())
+
+    def forward(self, values, attention_mask):
+        return torch.tanh(self.blocks(values))
+
+
+def test_padding_does_not_count():
+    torch.manual_seed(0)
+    model, mask = Padded().double().eval(), (torch.arange(5) < 3).long().expand(30, 5)
+    found = []
+    for filler in (0.0, 9.0):
+        values = torch.where(mask[..., None] > 0, rows(150).view(30, 5, 4), filler)
+        batch = {"values": values, "attention_mask": mask}
+        found.append(remove_blocks(model, ["blocks.1"], [batch], ridge=1e-3).blocks[0].layer.weight)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], model.blocks[0].layer.weight)
+
+
 def test_the_ridge_that_is_given_holds_weights_back():
     model = streams()
     held, free = (remove_blocks(model, ["front.1"], [rows()], ridge=ridge).front[0].layer for ridge in (1e9, "auto"))

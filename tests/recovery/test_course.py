@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from distill_nets import inputs, pair
+from shared_data_nets import in_threads
 from torch import nn
 
 from nni_topo.errors import ConfigError
@@ -191,3 +192,21 @@ def test_a_file_gets_the_state_every_half_minute(watch, tmp_path):
     lesson.seconds = 10.0
     lesson.course.run(lesson, batches, 8, False)
     assert lesson.kept == [0, 0, 0, 3, 3, 3, 6, 6]
+
+
+def test_gradients_of_all_processes_are_added_up():
+    """One weight has no part in the outputs."""
+
+    def work(processes):
+        dense, original = pair()
+        dense.unused = nn.Parameter(torch.ones(2))
+        lesson = Lesson(original, dense, ((inputs(8),), {}), "kl", 2.0)
+        steps = Course(dense, is_normed=False, rate=0.1, processes=processes)
+        steps.run(lesson, lesson.batches(torch.arange(8), 8, 0, None, False), 1, False)
+        return dense.head.bias.grad, dense.unused.grad
+
+    alone, none = work(None)
+    assert none is None
+    for together, zeros in in_threads(2, work):
+        torch.testing.assert_close(together, 2.0 * alone)
+        assert zeros.tolist() == [0.0, 0.0]

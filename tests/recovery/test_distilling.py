@@ -456,7 +456,13 @@ def detached(inner, x):
     return inner(x).detach()
 
 
-@pytest.mark.parametrize("work", [without_gradients, detached])
+def overwritten(inner, x):
+    given = inner(x)
+    found = given.exp()
+    return found + found.sigmoid().mul_(2.0) if found.add_(1.0) is found else given
+
+
+@pytest.mark.parametrize("work", [without_gradients, detached, overwritten])
 def test_networks_without_gradients_are_refused_before_anything_is_learned(work):
     dense, original = pair()
     wrapped = Wrapped(dense, work), Wrapped(original, work)

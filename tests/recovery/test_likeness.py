@@ -8,7 +8,7 @@ from scipy import stats
 from torch import nn
 
 import nni_topo
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, SpeedupError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.likeness import (
     Answers,
@@ -387,3 +387,22 @@ def test_scores_that_lie_between_0_and_1_in_the_first_batch_alone_are_those_of_c
     images[60, 2] = 3.0
     answers = Answers(nn.Identity(), Calibration(list(images.split(16))))
     assert all(found.agreement.value == 1.0 for found in answers.likenesses(nn.Identity()))
+
+
+class Deciding(nn.Module):
+    """Skips a layer where the numbers are small."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, width), nn.Linear(width, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        hidden = self.first(inputs)
+        return self.head(self.second(hidden) if inputs.abs().mean() > 1 else hidden)
+
+
+def test_a_smaller_network_that_goes_another_way_is_told_of_and_not_the_images():
+    images = Calibration([3 * torch.ones(4, 5), torch.zeros(4, 5)])
+    answers = Answers(Deciding(8), images)
+    with pytest.raises(SpeedupError, match="a smaller network must run on every batch on which the model runs"):
+        answers.likenesses(Deciding(6))

@@ -71,7 +71,6 @@ def solved_by_class(kind):
 )
 def test_layers_that_do_more_than_a_product_are_left_alone(kind, reason):
     left_alone = solved_by_class(kind).left_alone
-    assert left_alone.keys() == {"1"}
     assert left_alone["1"].startswith(reason)
 
 

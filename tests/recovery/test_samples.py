@@ -108,3 +108,24 @@ def test_values_that_are_not_finite_are_told_whether_they_are_held_out_or_not(wh
     batches[0][where] = math.inf
     with pytest.raises(DataError, match=r"activations must be finite, got NaN or infinity \(1\)"):
         sampler.collect(task, 0)
+
+
+class Series(nn.Sequential):
+    """Two convolutions along time, beside a mask of padding."""
+
+    def forward(self, states, attention_mask):
+        return super().forward(states)
+
+
+@pytest.mark.parametrize("places", [64, 60])
+def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places):
+    """160 rows are 17 of each of ten entries; so many real ones, of half of all, take 34. Another shape is no mask."""
+    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 160)
+    monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
+    torch.manual_seed(0)
+    model = Series(nn.Conv1d(2, 8, 3, padding=1), nn.Conv1d(8, 8, 15, padding=7)).double()
+    mask = (torch.arange(places) < 32).long().expand(5, places)
+    batches = [{"states": each, "attention_mask": mask} for each in batches_of(2, 64, sizes=(5, 5))]
+    sampler, (task,) = sampling(model, batches, range(7))
+    chunks = list(sampler._sampled(task, 0))
+    assert abs(sum(lacking.shape[1] for (_, lacking, _), _ in chunks) - 170) <= 10
