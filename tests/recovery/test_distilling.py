@@ -798,6 +798,8 @@ def test_a_state_is_of_the_share_of_blocks_that_it_began_with(tmp_path):
     dense, original = with_blocks(), with_blocks()
     with torch.no_grad():
         dense[0][0].weight += 0.2
+    with pytest.raises(ConfigError, match=r"got blocks \(process_group\)"):
+        distillation(dense, original, shared(batches()), steps=2, blocks=0.5, blend=False)
     knobs = {"steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
     distillation(dense, original, batches(), blocks=0.5, **knobs)
     with pytest.raises(ConfigError, match=r"distillation must go on with blocks 0\.5, got 0\.25"):

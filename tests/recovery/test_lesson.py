@@ -453,3 +453,18 @@ def test_what_processes_share_is_judged_and_learned_as_by_one_that_has_all(form,
     torch.testing.assert_close(found[0][1] + found[1][1], losses, rtol=1e-11, atol=0.0)
     summed = [one + other for one, other in zip(found[0][2], found[1][2], strict=True)]
     torch.testing.assert_close(summed, gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_states_of_other_places_than_the_mask_has_are_rows_of_their_own():
+    original, student = (Deep(seed).double().eval() for seed in (0, 1))
+    states = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(2)).double()
+    call = (), {"states": states, "attention_mask": torch.ones(6, 5, dtype=torch.int64)}
+    found = Lesson(original, student, call, "squares", 2.0, blocks=0.5)
+    (theirs, wanted), (mine, scores) = (states_of(net, states) for net in (original, student))
+    by_sample = float((scores - wanted).square().mean() / wanted.var(0, correction=0).mean())
+    off = []
+    for one, other in zip(mine, theirs, strict=True):
+        one, other = one.flatten(0, 1), other.flatten(0, 1)
+        off.append(float((one - other).square().mean() / (other - other.mean(0)).square().mean()))
+    loss = float(found.objective(student, call, []).detach())
+    assert loss == pytest.approx(by_sample + 0.5 * sum(off) / 2)

@@ -131,6 +131,8 @@ def test_agreement_of_positions_is_that_of_their_classes():
         same = (Logits()(ids)["logits"].argmax(2) == Noisy()(ids)["logits"].argmax(2)).double()
     assert 0.0 < float(same.mean()) < 1.0
     assert likeness.agreement.value == pytest.approx(float(((same * mask).sum(1) / mask.sum(1)).mean()))
+    (without_mask,) = Answers(Logits(), Calibration([{"input_ids": ids}])).likenesses(Noisy())
+    assert without_mask.agreement.value == pytest.approx(float(same.mean()))
 
 
 class Noisy(Logits):

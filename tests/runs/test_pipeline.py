@@ -408,3 +408,16 @@ def test_rows_of_a_graph_are_nodes_and_whole_graphs_go_step_by_step(edges):
     dense = to_dense(compensate(model, masks, [(inputs, torch.zeros(40))]), inputs, masks)
     assert dense.enter.out_features == 4
     assert dense(*inputs).shape == (40, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "taken"),
+    [
+        ({"steps": 1}, {"steps": 2}, 1),
+        ({"steps": None}, {"steps": 2}, 2),  # not given
+        ({"steps": 1, "seconds": None}, {}, 1),
+    ],
+)
+def test_knobs_of_the_caller_go_before_those_of_a_network(given, own, taken):
+    made = distilled(steps(distill=given), toy_model(1).eval(), **{"lr": 1e-3, **own})
+    assert made.verdict.steps == taken

@@ -147,3 +147,13 @@ def test_a_block_reads_pruned_or_unpruned_states():
         net = BlockNet(Block(), None, frame, **knobs)
         reached = net(hidden_states=states, unpruned_states=other, **batches[0])
         assert torch.equal(reached, wanted * mask)
+
+
+def test_one_value_for_all_samples_of_a_batch_is_spread_over_them():
+    def arguments(input_ids, attention_mask):
+        total = input_ids.sum().reshape(1)
+        return (states_of(input_ids),), {"bias": total[:, None].expand(1, 3), "total": total}
+
+    _, batches = entering(skeleton(arguments), calls(2, 3), 3)
+    assert [batch["extra0"].tolist() for batch in batches] == [[[28] * 3] * 2, [[66] * 3] * 3]
+    assert [batch["extra1"].tolist() for batch in batches] == [[28] * 2, [66] * 3]
