@@ -210,3 +210,30 @@ def test_gradients_of_all_processes_are_added_up():
     for together, zeros in in_threads(2, work):
         torch.testing.assert_close(together, 2.0 * alone)
         assert zeros.tolist() == [0.0, 0.0]
+
+
+class Shift(nn.Module):
+    """Has a bias and no weight."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(width))
+
+    def forward(self, rows):
+        return rows + self.bias
+
+
+def test_channels_of_zeros_are_held_in_all_modules_until_the_end():
+    torch.manual_seed(0)
+    rows, norms = torch.randn(8, 4), [nn.BatchNorm1d(4).eval() for _ in range(3)]
+    net = nn.Sequential(nn.Linear(3, 4), Shift(4), *norms)
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight[1] = 0.0
+    norms[1].weight.requires_grad_(False)
+    with learning(net, []):
+        torch.stack([norm(rows).sum() for norm in norms]).sum().backward()
+    assert [norm.bias.grad.tolist() for norm in norms] == [[8.0, 0.0, 8.0, 8.0]] * 3
+    net.zero_grad()
+    torch.stack([norm(rows).sum() for norm in norms]).sum().backward()
+    assert [norm.bias.grad.tolist() for norm in norms] == [[8.0] * 4] * 3

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,9 +13,7 @@ from nni_topo.recovery import samples
 from nni_topo.recovery.networks import build_networks, plan_of
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.replay import Replay
-from nni_topo.recovery.samples import (
-    Sampler,
-)
+from nni_topo.recovery.samples import Sampler, draw_positions, draw_unpadded, numbers_drawn, pass_over
 
 
 def sampling(model, batches, kept, method=Reconstruct(refine=0), **knobs):  # noqa: B008
@@ -129,3 +128,50 @@ def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places)
     sampler, (task,) = sampling(model, batches, range(7))
     chunks = list(sampler._sampled(task, 0))
     assert abs(sum(lacking.shape[1] for (_, lacking, _), _ in chunks) - 170) <= 10
+
+
+def test_of_layers_with_many_positions_some_are_drawn_and_the_generator_says_how_many():
+    """Of 12 positions of two entries the real ones are 3 and 6: a share of 3 / 8."""
+    real = torch.zeros(2, 12, dtype=torch.bool)
+    real[0, :3] = real[1, :6] = True
+    for mask, wanted, count, drawn in (
+        (None, 4, 4, 8),
+        (None, 12, 12, 0),
+        (None, 13, 12, 0),
+        (real, 3, 8, 16),
+        (real, 4, 11, 22),
+        (real, 5, 12, 0),
+        (real[:, :6], 4, 4, 8),  # not of these positions
+        (torch.zeros(2, 12, dtype=torch.bool), 1, 12, 0),
+    ):
+        assert numbers_drawn(12, 2, wanted, mask) == drawn
+        one, other = (torch.Generator().manual_seed(3) for _ in range(2))
+        positions, stay = draw_unpadded(12, 2, wanted, one, mask)
+        assert positions.shape == (2, count)
+        if mask is None or mask.shape != (2, 12):
+            assert stay is None
+        else:
+            assert stay.tolist() == [
+                [bool(row[at]) for at in places] for row, places in zip(mask, positions, strict=True)
+            ]
+        pass_over(other, drawn)
+        assert torch.equal(torch.rand(2, generator=one), torch.rand(2, generator=other))
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "lows"),
+    [(10, 3, [0, 4, 7, 10]), (2**26 + 1, 3, [0, 22369622, 44739244, 67108865]), (5, 2, [0, 3, 5]), (4, 1, [0, 4])],
+)
+def test_a_position_is_drawn_from_each_of_equal_ranges(count, wanted, lows):
+    found = draw_positions(count, 50, wanted, torch.Generator().manual_seed(0))
+    jitter = torch.rand(50, wanted, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for index, (low, high) in enumerate(itertools.pairwise(lows)):
+        assert torch.equal(found[:, index], (low + jitter[:, index] * (high - low)).floor().long())
+
+
+def test_a_layer_holds_out_what_its_samples_became_or_every_fifth_place():
+    sampler = Sampler(None, (2, 4), 0, torch.tensor([False, True, False, False, True, False]))
+    assert sampler._marks(0, 2, 2).tolist() == [False, True]
+    assert sampler._marks(2, 4, 4).tolist() == [False, False, True, False]
+    assert sampler._marks(0, 2, 4).tolist() == [False, False, True, True]  # two windows of each sample
+    assert sampler._marks(2, 4, 7).nonzero().flatten().tolist() == [2]  # not a number for each sample
