@@ -9,7 +9,7 @@ from shared_data_nets import in_threads
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.recovery.course import Clock, Course, RateTrial, learning
+from nni_topo.recovery.course import Clock, Course, Look, RateTrial, learning
 from nni_topo.recovery.lesson import Lesson
 
 
@@ -237,3 +237,31 @@ def test_channels_of_zeros_are_held_in_all_modules_until_the_end():
     net.zero_grad()
     torch.stack([norm(rows).sum() for norm in norms]).sum().backward()
     assert [norm.bias.grad.tolist() for norm in norms] == [[8.0] * 4] * 3
+
+
+@pytest.mark.parametrize(
+    ("looked", "share", "done", "total", "losses", "is_given_up"),
+    [
+        (0.05, 0.1, 60, 600, [20.1], True),
+        (0.05, 0.1, 60, 600, [20.0], False),
+        (0.1, 0.15, 90, 600, [99.0], False),  # no line is passed
+        (0.05, 0.2, 120, 600, [10.1], True),  # of two lines the later one counts
+        (0.2, 0.5, 300, 600, [5.1], True),
+        (0.2, 0.5, 300, 600, [5.0, 9.0], False),  # one of two looks is below
+        (0.2, 0.5, 300, 600, [4.0, 9.0, 9.0], True),
+        (0.05, 0.1, 49, 490, [99.0], False),
+        (0.05, 0.1, 50, 500, [99.0], True),
+        (0.05, 0.1, 4, 500, [99.0], False),  # time allows few steps
+        (0.05, 0.1, 5, 500, [99.0], True),
+        (0.1, 0.15, 90, 600, [math.nan], True),
+        (0.1, 0.15, 90, 600, [math.inf], True),
+    ],
+)
+def test_lines_that_a_loss_may_not_be_above(looked, share, done, total, losses, is_given_up):
+    first = 0.5
+    steps = Course(pair()[0], is_normed=False, rate=0.5)
+    steps.done, steps._looked = done, looked
+    steps.curve = [Look(1, 0.1, first * loss) for loss in losses[:-1]]
+    steps._look(first * losses[-1], share, first, total)
+    assert steps.is_given_up is is_given_up
+    assert (steps.curve[-1].step, len(steps.curve)) == (done, len(losses))

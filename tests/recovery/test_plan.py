@@ -157,3 +157,31 @@ def test_that_attention_stays_as_it_is_is_reported_without_a_warning(caplog):
     report = compensation(model, masks, [torch.randint(0, 20, (40, 5))]).report
     assert report.left_alone == {"encoder.layer.1.attention.self": plan.ATTENTION}
     assert "attention" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("module", "gone", "is_by_channel"),
+    [
+        (nn.Linear(3, 4), [], True),
+        (nn.Linear(3, 4), [(slice(1, 3), slice(None))], True),
+        (nn.Linear(3, 4), [(slice(None), 1)], True),
+        (nn.Linear(3, 4), [(slice(None), 1), (2, slice(None))], True),
+        (nn.Linear(3, 4), [(slice(None),)], True),
+        (nn.Linear(3, 4), [(2, 1)], False),
+        (nn.Linear(3, 4), [(slice(1, 3), 1)], False),
+        (nn.Conv2d(4, 4, 2, groups=2), [(slice(0, 2), 1)], True),  # a channel of the first group
+        (nn.Conv2d(4, 4, 2, groups=2), [(slice(1, 3), 1)], False),
+        (nn.Conv2d(4, 4, 2, groups=2), [(3,)], True),
+        (nn.Conv2d(4, 4, 2), [(slice(0, 2), 1)], False),
+        (nn.Conv2d(4, 4, 2), [(slice(None), slice(None), 1)], False),
+        (nn.Conv2d(4, 4, 2), [(slice(None), slice(None), 1, 0)], False),
+        (nn.ConvTranspose2d(4, 2, 2), [(1,)], True),
+        (nn.ConvTranspose2d(4, 2, 2), [(slice(None), 1)], True),
+        (nn.ConvTranspose2d(4, 2, 2), [(1, 1)], False),
+    ],
+)
+def test_masks_by_channel_remove_rows_and_columns_of_a_group(module, gone, is_by_channel):
+    mask = torch.ones_like(module.weight)
+    for index in gone:
+        mask[index] = 0
+    assert plan._goes_by_channel(module, mask) is is_by_channel
