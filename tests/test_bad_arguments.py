@@ -25,7 +25,6 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import NniTopoError
 from nni_topo.rules import is_class
-from nni_topo.studies.plan import load_plan
 from nni_topo.testing import require_unchanged, snapshot
 
 MODULES = (
@@ -408,24 +407,6 @@ def test_inputs_that_require_gradients_are_values(name, argument, changes):
     given[argument] = [images] if isinstance(given[argument], list) else images
     run(function_of(name), given)
     assert images.grad is None
-
-
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ("seeds: [2]", r"seeds must be an integer of at least 1, got \[2\] \(plan\)"),
-        ("data: [{name: digits, limit: half}]", r"limit must be an integer.*, got 'half' \(data\)"),
-        ("pruners: [{name: l1, knobs: 5}]", r"knobs must be a mapping, got 5 \(pruners\)"),
-        ("train: 5", r"train must be a mapping, got 5 \(plan\)"),
-    ],
-)
-def test_values_of_a_plan_are_told_by_key(keys, words, tmp_path):
-    plan = {"models": "[small_cnn]", "data": "[digits]", "pruners": "[l1]", "targets": "[{ratio: 0.5}]"}
-    key, _, value = keys.partition(": ")
-    path = tmp_path / "plan.yaml"
-    path.write_text("".join(f"{name}: {text}\n" for name, text in {**plan, key: value}.items()))
-    with pytest.raises(NniTopoError, match=words):
-        load_plan(path)
 
 
 @pytest.mark.parametrize(

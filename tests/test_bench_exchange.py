@@ -130,17 +130,6 @@ def test_exchanges_stay_within_a_part_and_take_the_place_of_what_goes():
     assert (after // 4).tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("kind", [Products, SampleMatrix])
-def test_few_samples_are_exchanged_as_their_products_are(kind):
-    (few_samples,) = readers(5, 30, [(SampleMatrix, 4, 6)], samples=20)
-    layer = few_samples if kind is SampleMatrix else Products(few_samples.gram, few_samples.cross, 4)
-    start = np.arange(7)
-    after, taken = exchange([layer], start, MANY)
-    reference, reference_taken = exchange([Products(few_samples.gram, few_samples.cross, 4)], start, MANY)
-    np.testing.assert_array_equal(after, reference)
-    np.testing.assert_allclose(taken, reference_taken, rtol=1e-5)
-
-
 def test_the_limit_holds_and_none_changes_nothing():
     layers = readers(7, 12, [(Products, 1, 5)])
     start = np.array([3, 1, 2, 0])
@@ -169,29 +158,6 @@ def test_equal_exchanges_take_the_lowest_channels_whatever_rounding_says(seed):
         assert channel < twin or channel in start
 
 
-def test_columns_that_are_silent_or_spanned_by_others_do_no_harm():
-    columns, targets = mixed(2, 30, 6, 2, 4)
-    columns[:, 4:6], columns[:, 6:8] = 0.0, columns[:, :2]
-    gram = Products(columns.T @ columns, columns.T @ targets, 2)
-    few_samples = SampleMatrix(np.ascontiguousarray(columns.T), targets, 1e-4 * np.square(columns).sum(0), 2)
-    for layer in (gram, few_samples):
-        after, taken = exchange([layer], [0, 2, 3], MANY)
-        assert 2 not in after
-        assert not {0, 3} <= set(after.tolist())
-        assert (taken > 0.0).all()
-
-
-def test_what_is_chosen_from_is_left_as_it_was():
-    layers = readers(9, 8, [(Products, 2, 3), (SampleMatrix, 2, 30)])
-    held = [layers[0].gram, layers[0].cross, layers[1].columns, layers[1].targets, layers[1].ridge]
-    before = [values.copy() for values in held]
-    start = np.array([0, 1, 2])
-    exchange(layers, start, MANY)
-    assert start.tolist() == [0, 1, 2]
-    for values, old in zip(held, before, strict=True):
-        np.testing.assert_array_equal(values, old)
-
-
 @pytest.mark.parametrize(
     ("chosen", "most", "parts", "message"),
     [
@@ -205,39 +171,6 @@ def test_what_is_chosen_from_is_left_as_it_was():
 def test_bad_input_is_refused(chosen, most, parts, message):
     with pytest.raises(ConfigError, match=message):
         exchange(readers(1, 8, [(Products, 1, 2)]), chosen, most, parts)
-
-
-@pytest.mark.parametrize("unit", [1e-5, 1e5])
-def test_exchanges_do_not_hang_on_the_unit_of_the_targets(unit):
-    made = 0
-    for seed in range(20):
-        columns, targets = mixed(seed, 60, 8, 1, 2)
-        layers = [products(columns, targets * scale, 1) for scale in (1.0, unit)]
-        (expected, gains), (found, scaled) = (exchange([layer], range(4), MANY) for layer in layers)
-        assert found.tolist() == expected.tolist()
-        np.testing.assert_allclose(scaled, gains * unit**2, rtol=1e-6)
-        made += len(gains)
-    assert made > 20
-
-
-@pytest.mark.parametrize("dtype", [np.int64, np.float32])
-def test_whole_numbers_and_single_precision_are_exchanged_as_double_precision_is(dtype):
-    rng = np.random.default_rng(3)
-    inputs = rng.integers(-9, 10, (40, 12)) @ rng.integers(-1, 2, (12, 12))
-    gram, cross = inputs.T @ inputs, inputs.T @ rng.integers(-9, 10, (40, 3))
-    (expected, gains), (found, same) = (
-        exchange([Products(gram.astype(kind), cross.astype(kind), 1)], range(5), MANY) for kind in (np.float64, dtype)
-    )
-    assert len(gains) > 0
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(same, gains)
-
-
-def test_nothing_is_exchanged_where_there_is_nothing_to_explain():
-    columns, targets = mixed(0, 60, 8, 1, 2)
-    found, gains = exchange([products(columns, 0.0 * targets, 1)], range(4), 5)
-    assert found.tolist() == [0, 1, 2, 3]
-    assert not len(gains)
 
 
 def wide():

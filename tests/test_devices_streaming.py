@@ -126,21 +126,6 @@ def test_removed_blocks_are_made_up_for_on_the_device(device, tmp_path):
     assert distances[1] == pytest.approx(distances[0], rel=0.05)
 
 
-def test_blocks_lie_on_the_device_and_states_do_not(device, source, tmp_path, monkeypatch):
-    found, advance = [], shrinking._Run._advance
-
-    def seen(run, name, entered, wanted, dense, batches):
-        found.append((entered, batches))
-        return advance(run, name, entered, wanted, dense, batches)
-
-    monkeypatch.setattr(shrinking._Run, "_advance", seen)
-    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **SELECTED, device=device)
-    assert len(found) == 2
-    for entered, batches in found:
-        assert {each.device for each in entered.parameters()} == {device}
-        assert {each.device.type for batch in batches for each in batch.values()} == {"cpu"}
-
-
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_on_another_device(device, source, tmp_path, monkeypatch):
     class StopError(Exception):
@@ -163,14 +148,6 @@ def test_a_stopped_run_goes_on_on_another_device(device, source, tmp_path, monke
         report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **SOLVED, device=then)
         assert len(report.blocks) == 2
         check_close(tmp_path / "whole", target)
-
-
-@pytest.mark.slow
-def test_inputs_may_lie_elsewhere(device, source, tmp_path):
-    for place in ("cpu", device):
-        target = tmp_path / str(place).replace(":", "")
-        nni_topo.shrink_pretrained(source, tokens(place), target, {"params": 0.7}, **SOLVED)
-    check_close(tmp_path / "cpu", tmp_path / str(device).replace(":", ""), share=0.0)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from typing_extensions import TypeAliasType
 
 import nni_topo
-from nni_topo import errors, rules, zoo
+from nni_topo import errors, zoo
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.rules import number, rule_of, whole
+from nni_topo.rules import number, whole
 from nni_topo.runs.choices import CompensationChoice, Target, load_prune_config
 from nni_topo.runs.trial import TrialSettings
 from nni_topo.studies.plan import load_plan
@@ -124,19 +123,6 @@ def test_a_mistyped_name_is_told_with_its_place(what, tmp_path):
     call, place = MISTYPED[what]
     with pytest.raises(ConfigError, match=rf"must be a known name, got '.*'; .* \({re.escape(place)}\)$"):
         call(tmp_path)
-
-
-@pytest.mark.parametrize("hint", ["ArrayLike", "ArrayLike | None", "int | str"])
-def test_array_like_may_be_a_union_or_the_name_of_one(hint, monkeypatch):
-    # NumPy 2.5 made a union into `type ArrayLike = ...`
-    def words(array_like: object) -> str:
-        monkeypatch.setattr(rules, "ArrayLike", array_like)
-        return rule_of(hint, {"ArrayLike": array_like, "np": np}).words
-
-    kinds = int | str | np.ndarray
-    as_name = words(TypeAliasType("ArrayLike", kinds))
-    assert ("array of real numbers" in as_name) == ("ArrayLike" in hint)
-    assert words(kinds) == as_name
 
 
 @pytest.mark.parametrize(

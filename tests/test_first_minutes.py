@@ -98,24 +98,6 @@ def test_doctor_says_which_versions_do_not_fit(capsys, monkeypatch):
     assert pair["remedy"] == "pip install 'torch==1.0', or the torchvision of this torch"
 
 
-def test_doctor_takes_a_version_before_a_release_for_what_it_is(capsys, monkeypatch, tmp_path):
-    installed = {
-        "nni_topo": ("1.0", ["torch>=2", "torchvision>=9"]),
-        "torch": ("2.99.dev1", []),
-        "torchvision": ("9.1rc1", ["torch>=2.98"]),
-    }
-    for name, (version, needs) in installed.items():
-        folder = tmp_path / f"{name}-{version}.dist-info"
-        folder.mkdir()
-        required = "".join(f"Requires-Dist: {need}\n" for need in needs)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{required}")
-    monkeypatch.syspath_prepend(tmp_path)
-    found = findings(capsys)
-    assert [found[name]["found"] for name in ("torch", "torchvision")] == ["2.99.dev1", "9.1rc1"]
-    assert found["torch and torchvision"]["found"] == "2.99.dev1 with 9.1rc1"
-    assert {found[name]["state"] for name in ("torch", "torchvision", "torch and torchvision")} == {"ok"}
-
-
 def test_doctor_names_the_extra_of_a_package_and_a_full_disk(capsys, monkeypatch):
     real = importlib.util.find_spec
     gone = ("torch_pruning", "onnxscript", "nni_node")

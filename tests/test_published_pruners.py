@@ -11,7 +11,7 @@ import torch
 from bench_modules import BENCHMARKS, imported
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.testing import STRUCTURED_CHECKS, toy_images, toy_model
 
 with imported(BENCHMARKS, "published_pruners.filter_betti") as filter_betti:
@@ -66,12 +66,6 @@ def test_holes_are_the_first_betti_number_of_gudhis_cubical_complex():
             complex_.compute_persistence()
             loops = complex_.persistence_intervals_in_dimension(1)
             assert sum(birth <= 0.5 < death for birth, death in loops) == holes
-
-
-def test_maps_of_a_batch_have_holes_of_their_own():
-    ring, empty = drawn("###", "#.#", "###"), drawn("...", "...", "...")
-    assert count_holes(np.stack([ring, empty, ring, ring])).tolist() == [1, 0, 1, 1]
-    assert count_holes(np.zeros((0, 3, 3), dtype=bool)).tolist() == []
 
 
 def test_betti_numbers_of_a_square_and_a_far_point_are_those_by_hand():
@@ -185,9 +179,3 @@ def test_they_keep_what_every_pruner_promises(name, check):
 def test_without_data_they_are_refused():
     with pytest.raises(ConfigError, match="needs calibration data or an evaluator"):
         ObcePruner(toy_model(), [{"op_names": ["stem"], "sparse_ratio": 0.5}])
-
-
-def test_clouds_need_two_inputs():
-    pruner = ObcePruner(toy_model(), [{"op_names": ["stem"], "sparse_ratio": 0.5}], calibration=[toy_images(1)])
-    with pytest.raises(DataError, match="at least two"):
-        pruner.compress()

@@ -182,7 +182,6 @@ def errors(rank: int) -> dict[str, tuple[str, str]]:
     masks = {"first": {"weight": torch.ones(12, 1, 1, 1).index_fill_(0, torch.arange(4), 0.0)}}
     before = digest(model.state_dict().items())
     wide = nets.made(nets.Wide)
-    rows = Calibration(nets.batches(nets.Wide, SIZES)[SHARES[2][rank]], process_group=group)
 
     large = [image.clone() for image in images[SHARES[2][rank]]]
     if rank == 1:
@@ -205,25 +204,17 @@ def errors(rank: int) -> dict[str, tuple[str, str]]:
                 model, masks, Calibration(images[:1], groups=[0] * 8 if rank else None, process_group=group)
             )
         ),
-        "block": nets.told(lambda: nni_topo.compensate(model, masks, mine, method="block")),
         "distill": nets.told(lambda: nni_topo.shrink(model, mine, {"flops": 0.5})),
         "distill batch norms": nets.told(
             lambda: nni_topo.shrink(model, mine, {"flops": 0.5}, distill={"blend": False})
         ),
-        "distill for a time": nets.told(lambda: nni_topo.shrink(model, mine, {"flops": 0.5}, distill={"seconds": 9.0})),
-        "cosine": nets.told(lambda: nni_topo.distill(wide, wide, rows, objective="cosine", blend=False)),
-        "held out": nets.told(lambda: nni_topo.distill(wide, wide, rows, held_out=[torch.ones(2, 40)], blend=False)),
         "nothing to learn": nets.told(
             lambda: nni_topo.distill(
                 wide, wide, Calibration([torch.ones(1, 40)], process_group=group), blend=False, seed=2
             )
         ),
-        "depth": nets.told(lambda: nni_topo.shrink(model, mine, {"flops": 0.5}, distill=False, depth=True)),
         "time": nets.told(lambda: nni_topo.shrink(model, mine, {"latency": 0.5}, distill=False)),
         "frontier": nets.told(lambda: nni_topo.frontier(model, mine)),
-        "another pruner": nets.told(
-            lambda: nni_topo.TopologicalPruner(model, layers_of(nets.Convolutions), calibration=mine)
-        ),
         "in one process": nets.told(lambda: nni_topo.compensate(model, masks, images[:2])),
     }
     found["model"] = ("", "same" if digest(model.state_dict().items()) == before else "changed")
@@ -319,21 +310,15 @@ def test_neither_errors_nor_refusals_change_the_model(two: Any) -> None:
         ("blocks", "ConfigError", "must be equal in all processes, got different ones: names (remove_blocks)"),
         ("groups", "ConfigError", "groups must be given in all processes or in none, got [False, True]"),
         ("too few to judge", "DataError", "samples to solve on and samples to judge by, got [1, 0] by process"),
-        ("block", "ConfigError", "a method must solve by sums over samples"),
         ("distill", "ConfigError", "got blend=True, which mixes those of all processes: pass blend=False"),
         (
             "distill batch norms",
             "ConfigError",
             "without batch norms, whose statistics are those of a whole batch, got BatchNorm2d",
         ),
-        ("depth", "ConfigError", "with methods by name, got depth"),
         ("time", "ConfigError", "a budget of latency must have a latency_table"),
         ("frontier", "ConfigError", "images must be in one process here, got batches that 2 processes share"),
-        ("distill for a time", "ConfigError", "without seconds, augment, state, blocks, got seconds (process_group)"),
-        ("cosine", "ConfigError", "got 'cosine', which compares all samples of a batch (objective)"),
-        ("held out", "ConfigError", "must be shared by the same processes, got one that isn't (held_out)"),
         ("nothing to learn", "DataError", "each process must have images to learn from, got ["),
-        ("another pruner", "ConfigError", "calibration must be in one process here, got batches that 2 processes"),
     ],
 )
 def test_an_error_of_all_is_that_of_each(two: Any, what: str, kind: str, words: str) -> None:
@@ -412,22 +397,6 @@ def test_a_process_that_does_not_answer_ends_the_others_after_the_timeout_of_the
     told_by = [torch.load(tmp_path / f"silent-{rank}.pt", weights_only=False) for rank in (0, 2)]
     assert all(kind == "ProcessError" and seconds < 2 * SILENCE for kind, _, seconds in told_by)
     assert all("didn't answer within the group's timeout" in words for _, words, _ in told_by)
-
-
-@pytest.fixture
-def group_of_one(tmp_path: Path) -> Any:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_a_group_of_one_process_shares_nothing(group_of_one: Any, whole: Any) -> None:
-    images = nets.batches(nets.Convolutions, SIZES)
-    data = Calibration(images, process_group=group_of_one)
-    assert data.processes is None
-    assert (data.samples, data.samples_of_all) == (48, 48)
-    check([pruned(nets.Convolutions, data)], whole["CNN"])
 
 
 @pytest.mark.parametrize("group", ["gloo", 0, dist.GroupMember.NON_GROUP_MEMBER])

@@ -7,7 +7,7 @@ import pytest
 from bench_modules import BENCHMARKS, imported
 from scipy.spatial.distance import cdist
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import DataError
 
 with imported(BENCHMARKS / "topology", "metric_magnitude") as _module:
     magnitude_subset, metric_magnitude = _module.magnitude_subset, _module.metric_magnitude
@@ -82,21 +82,3 @@ def test_the_base_stays():
     assert magnitude_subset(cloud(3), 4, base=int(free[0])).tolist() == free.tolist()
     with pytest.raises(DataError, match=r"base must be a point's index in \[0, 5\), got 5"):
         magnitude_subset(distances, 3, base=5)
-
-
-def test_equal_costs_are_decided_by_the_lowest_index():
-    distances = 2.0 * (1.0 - np.eye(4))
-    assert magnitude_subset(distances, 2).tolist() == [2, 3]
-
-
-def test_bad_arguments_are_refused():
-    with pytest.raises(ConfigError, match="scale must be above 0 and finite, got 0"):
-        metric_magnitude(cloud(), 0.0)
-    with pytest.raises(DataError, match="keep must be at most the number of points, 9, got 10"):
-        magnitude_subset(cloud(), 10)
-    with pytest.raises(ConfigError, match="keep must be an integer of at least 1, got 0"):
-        magnitude_subset(cloud(), 0)
-    # the complete bipartite graph with 3 and 2 points: no Euclidean distances
-    graph = np.where(np.equal.outer([0, 0, 0, 1, 1], [0, 0, 0, 1, 1]), 2.0, 1.0) * (1.0 - np.eye(5))
-    with pytest.raises(DataError, match="similarities must be positive definite"):
-        metric_magnitude(graph, 0.3)

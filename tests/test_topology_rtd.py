@@ -77,19 +77,6 @@ def test_the_loss_is_the_same_number_and_its_gradient_that_of_small_steps():
         assert points.grad[4, 1].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
 
 
-def test_descending_the_loss_makes_clouds_alike():
-    generator = torch.Generator().manual_seed(1)
-    target = torch.randn(20, 4, generator=generator)
-    points = torch.randn(20, 4, generator=generator).requires_grad_()
-    optimizer = torch.optim.Adam([points], lr=0.05)
-    before = rtd_lite_loss(points, target).item()
-    for _ in range(150):
-        optimizer.zero_grad()
-        rtd_lite_loss(points, target).backward()
-        optimizer.step()
-    assert rtd_lite_loss(points, target).item() < 0.3 * before
-
-
 def test_bad_clouds_are_refused():
     first, second = map(symmetric, clouds(3))
     with pytest.raises(DataError, match="both clouds must have the same number of points, got 12 and 11"):
@@ -105,10 +92,3 @@ def test_bad_clouds_are_refused():
         rtd_lite_loss(points, points[1:])
     with pytest.raises(DataError, match=r"points must be finite, got NaN or infinity \(first\)"):
         rtd_lite_loss(points / 0.0, points)
-
-
-def test_the_loss_of_clouds_far_from_the_origin_is_that_of_clouds_at_it():
-    """The distances are of differences, not of scalar products, whose difference rounding leaves little of."""
-    generator = torch.Generator().manual_seed(0)
-    clouds = [torch.randint(-50, 51, (40, 3), generator=generator).float() for _ in range(2)]
-    assert float(rtd_lite_loss(*(1e5 + cloud for cloud in clouds))) == float(rtd_lite_loss(*clouds)) > 0.0

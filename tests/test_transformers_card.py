@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
-import pickle
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +15,6 @@ from transformers_nets import SIZES, inputs_of, logits, transformers
 
 import nni_topo
 from nni_topo.network.speedup.dense import DenseReport, LayerChannels
-from nni_topo.runs.depth import DepthOutcome, RemovedBlock
-from nni_topo.runs.tolerance import ToleranceOutcome
 from nni_topo.testing import require_unchanged, snapshot
 
 # Neurons alone: how many heads may be left depends on the version of Transformers.
@@ -169,46 +165,6 @@ def test_steps_that_were_not_run_are_not_told() -> None:
     assert "held-out" not in text
 
 
-def test_blocks_a_tolerance_and_warnings_are_told() -> None:
-    block = RemovedBlock("model.layers.2", "block", "model.layers.1.mlp.down_proj")
-    report = shrunk("Llama").report
-    layers = dataclasses.replace(report.layers, notes=(str(block),))  # as with depth=True
-    found = ToleranceOutcome(
-        tolerance=0.05,
-        measure="answers",
-        kind="params",
-        is_met=True,
-        difference=0.01,
-        limit=0.04,
-        left=0.9,
-        held_out=300,
-        judges=200,
-        needed=0,
-        candidates=(),
-        confirmations=(),
-    )
-    more = {"depth": DepthOutcome((block,), (), {}), "tolerance": found, "warnings": ("few images", "and more")}
-    text = dataclasses.replace(report, layers=layers, **more).to_markdown()
-    assert "blocks removed: 1" in text
-    assert f"- T{str(block)[1:]}." in text
-    assert f"T{str(found)[1:]}." in text
-    assert text.endswith("## Warnings\n\n- Few images.\n- And more.")
-    assert (
-        f"{report.images} other samples are the calibration data, the rest judged the candidates" in text
-    )  # others chose the network
-
-
-def test_an_evaluation_functions_figures_are_in_the_table() -> None:
-    report = shrunk("Llama").report
-    stages = tuple(dataclasses.replace(stage, accuracy=0.5 + 0.125 * at) for at, stage in enumerate(report.stages))
-    rows = table_rows(dataclasses.replace(report, stages=stages).to_markdown())
-    assert [row[-1] for row in rows if len(row) == 4 and row[0] in ("network", "unpruned", "pruned")] == [
-        "accuracy",
-        "0.5",
-        "0.625",
-    ]
-
-
 def test_a_base_model_is_named_if_the_config_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = neurons_removed()
     monkeypatch.chdir(tmp_path)
@@ -278,13 +234,6 @@ def test_no_card_is_written_where_none_is_wanted_or_nothing_is_known(tmp_path: P
     assert not (tmp_path / "wrong").exists()
 
 
-def test_the_report_survives_pickle_and_copies() -> None:
-    small = shrunk("Llama")
-    text = small.report.to_markdown()
-    assert pickle.loads(pickle.dumps(small.report)).to_markdown() == text
-    assert copy.deepcopy(small).report.to_markdown() == text
-
-
 def test_heads_of_single_blocks_name_the_version_that_loads_them(tmp_path: Path) -> None:
     if int(transformers.__version__.split(".")[0]) > 4:
         pytest.skip("Transformers 5 prunes no heads")
@@ -297,19 +246,6 @@ def test_heads_of_single_blocks_name_the_version_that_loads_them(tmp_path: Path)
     assert "Transformers 4" in card_of(tmp_path).content
     nni_topo.save_pretrained(neurons_removed(), tmp_path)
     assert "Transformers 4" not in card_of(tmp_path).content
-
-
-class Own(transformers.BertForSequenceClassification):
-    """A class that Transformers doesn't have."""
-
-
-def test_a_class_of_the_users_is_not_imported_from_transformers(tmp_path: Path) -> None:
-    dense = neurons_removed()
-    dense.__class__ = Own
-    nni_topo.save_pretrained(dense, tmp_path)
-    text = card_of(tmp_path).content
-    assert "from transformers import" not in text
-    assert 'Own.from_pretrained("' in text
 
 
 def test_adapters_of_peft_keep_their_own_card_and_merged_ones_get_ours(tmp_path: Path) -> None:

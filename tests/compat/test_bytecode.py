@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dis
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from nni.common.concrete_trace_utils import concrete_proxy, concrete_trace
+from nni.common.concrete_trace_utils import concrete_trace
 from torch import Tensor, nn
-
-from nni_topo.compat import tracing
 
 ONES = torch.ones(4, 3)
 
@@ -226,15 +223,3 @@ def test_branch_over_a_jump_too_far_for_one_byte() -> None:
     assert "EXTENDED_ARG" in opnames
     traced = concrete_trace(module(namespace["forward"]), (ONES,), use_operator_patch=False)
     torch.testing.assert_close(traced(ONES), ONES + 100)
-
-
-def test_patches_are_needed_on_the_pythons_that_have_caches_or_other_jumps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plain_jumps = tuple(dis.opmap[name] for name in concrete_proxy.ConcreteProxy.jump_opnames if name in dis.opmap)
-    monkeypatch.setattr(concrete_proxy, "dis", dis)
-    monkeypatch.setattr(concrete_proxy.ConcreteProxy, "jump_opcodes", plain_jumps)
-    assert tracing.index_code_units() is (sys.version_info >= (3, 11))
-    assert tracing.restore_branch_opcodes() is ("POP_JUMP_FORWARD_IF_TRUE" in dis.opmap)
-    assert tracing.index_code_units() is False
-    assert tracing.restore_branch_opcodes() is False

@@ -7,11 +7,10 @@ import copy
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
-from nni.compression.speedup import ModelSpeedup, container, mask_updater, utils
+from nni.compression.speedup import ModelSpeedup, container, utils
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
-from nni_topo.compat import speedup
 from nni_topo.speedup import to_dense
 
 INPUTS = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -111,35 +110,12 @@ def test_sizes_are_leaves_in_speedup_only() -> None:
     assert tree_map is not utils.tree_map
 
 
-def test_sizes_are_patched_where_pytorch_opens_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils, "tree_map", tree_map)
-    monkeypatch.setattr(utils, "tree_flatten", tree_flatten)
-    opened = len(tree_flatten(torch.Size((2, 3)))[0]) == 2
-    assert speedup.keep_size_whole() is opened
-
-
 def test_randomized_output_goes_by_both_names() -> None:
     node = next(iter(torch.fx.symbolic_trace(nn.ReLU()).graph.nodes))
     info = container.NodeInfo(node)
     info.output_randomize = INPUTS
     del info._output_randomize
     assert not hasattr(info, "output_randomize")
-
-
-def test_randomized_output_is_patched_once_and_only_where_it_is_misspelt(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert speedup.restore_randomized_output() is False
-    monkeypatch.delattr(container.NodeInfo, "_output_randomize")
-    assert speedup.restore_randomized_output() is True
-
-    class Right:
-        def direct_update_process(self, info: container.NodeInfo) -> None:
-            del info.output_randomize
-
-    monkeypatch.delattr(container.NodeInfo, "_output_randomize")
-    monkeypatch.setattr(mask_updater, "NoMaskUpdater", Right)
-    assert speedup.restore_randomized_output() is False
 
 
 def test_each_of_several_outputs_is_gone_back_from() -> None:

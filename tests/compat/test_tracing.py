@@ -13,8 +13,6 @@ from nni.common.concrete_trace_utils import concrete_trace, concrete_tracer
 from torch import Tensor, nn
 from torch.fx.graph_module import GraphModule
 
-from nni_topo.compat import tracing
-
 TABLE = concrete_tracer.ConcreteTracer.default_autowrap_leaf_function
 
 
@@ -199,24 +197,3 @@ def test_every_method_has_its_position_on_tensor() -> None:
     for function in methods:
         assert (torch.Tensor, function.__name__) in TABLE[function][0]
     assert torch.Tensor._make_subclass not in TABLE
-
-
-def test_methods_overridden_in_python_are_listed_by_their_override() -> None:
-    assert TABLE[torch.Tensor.split] == ([], False, torch.Tensor.split)
-
-
-def test_purity_is_left_alone_where_it_takes_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
-    def takes_both(node: Any, impure_random: bool = True) -> bool:
-        return impure_random
-
-    monkeypatch.setattr(concrete_tracer, "node_is_impure_wrapper", takes_both)
-    assert tracing.accept_purity_argument() is False
-    assert concrete_tracer.node_is_impure_wrapper is takes_both
-
-
-def test_purity_is_patched_where_it_takes_the_node_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(concrete_tracer, "node_is_impure_wrapper", lambda node: node.op == "output")
-    assert tracing.accept_purity_argument() is True
-    nodes = list(torch.fx.symbolic_trace(nn.ReLU()).graph.nodes)
-    assert [concrete_tracer.node_is_impure_wrapper(node, True) for node in nodes] == [False, False, True]
-    assert tracing.accept_purity_argument() is False

@@ -7,19 +7,17 @@ import copy
 import pytest
 import torch
 from nni.compression.base import compressor
-from nni.compression.base.compressor import Compressor, Pruner
+from nni.compression.base.compressor import Pruner
 from nni.compression.base.setting import PruningSetting
-from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.pruning import FPGMPruner, L1NormPruner, L2NormPruner, LevelPruner, LinearPruner
 from nni.compression.speedup import ModelSpeedup
 from speedup_nets import filter_mask
-from tied_nets import LanguageModel, TiedConvolutions, TiedNorms, TwoBlocks, TwoNames, zeroed
+from tied_nets import LanguageModel, TiedConvolutions, TwoBlocks, TwoNames, zeroed
 from torch import nn
 
 from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPruner
 from nni_topo.compat import wrapping
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.copies import unwrapped_copy
 from nni_topo.pruners.rounds import prune_in_rounds
 from nni_topo.pruners.testing.toys import toy_evaluator
 from nni_topo.sharing import find_ties
@@ -76,15 +74,6 @@ def test_unwrapping_leaves_embedding_and_head_of_one_weight(kind, names):
     assert model.o.weight is model.e.weight
 
 
-def test_unwrapping_leaves_norms_of_one_weight_and_buffer():
-    model = TiedNorms()
-    ties = find_ties(model)
-    pruner = LevelPruner(model, request(["norm1"]))
-    pruner.compress()
-    pruner.unwrap_model()
-    assert find_ties(model) == ties
-
-
 @pytest.mark.parametrize("names", SELECTIONS)
 def test_wrapped_layers_of_one_weight_are_trained_together(names):
     model, wrapped = TiedConvolutions(), TiedConvolutions()
@@ -135,14 +124,6 @@ def test_a_second_pruner_takes_over_layers_of_one_weight():
     assert model.one.weight is model.two.weight
 
 
-def test_copies_of_wrapped_models_are_tied():
-    model = TiedConvolutions()
-    pruner = RandomPruner(model, request(["one", "two"]))
-    pruner.compress()
-    model(IMAGES)
-    assert find_ties(unwrapped_copy(model)) == find_ties(TiedConvolutions())
-
-
 def test_rounds_leave_weights_that_another_layer_needs():
     model = TiedConvolutions()
     pruner = L1NormPruner(model, request(["one"]))
@@ -182,18 +163,6 @@ def test_nnis_speedup_beside_layers_of_one_weight():
     assert model.up.out_features == 10
     assert model.e.weight is model.o.weight
     assert torch.allclose(model(TOKENS), expected, atol=1e-6)
-
-
-def test_nnis_speedup_of_a_block_with_two_names():
-    model = TwoBlocks().eval()
-    inputs = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
-    mask = filter_mask(model.first[0], [1, 2])
-    mask["bias"] = mask["weight"][:, 0].clone()
-    expected = zeroed(TwoBlocks(), {"first.0": mask})(inputs)
-    ModelSpeedup(model, inputs, {"first.0": mask}).speedup_model()
-    assert model.first[0] is model.second[0]
-    assert model.second[0].out_features == 8
-    assert torch.allclose(model(inputs), expected, atol=1e-6)
 
 
 def test_nnis_speedup_of_a_layer_with_two_names():
@@ -260,18 +229,6 @@ def test_the_first_name_is_the_one_that_the_model_has_first():
     assert list(LevelPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]).compress()[1]) == ["zebra"]
 
 
-def test_shared_parameters_are_left_alone_where_unwrapping_makes_no_new_ones(monkeypatch):
-    def unwrap(self):
-        self.module.forward = self.module_forward
-
-    wrap_model = Compressor.wrap_model
-    monkeypatch.setattr(Compressor, "wrap_model", wrap_model)
-    monkeypatch.setattr(ModuleWrapper, "unwrap", unwrap)
-    assert wrapping.keep_shared_parameters() is False
-    assert Compressor.wrap_model is wrap_model
-    assert ModuleWrapper.unwrap is unwrap
-
-
 class OwnConvolution(nn.Conv2d):
     """A class of a user's, derived from one that NNI prunes."""
 
@@ -284,7 +241,6 @@ class OwnDropout(nn.Dropout):
     ("types", "found"),
     [
         (["Conv2d", "Dropout"], {"OwnConvolution"}),
-        (["Dropout"], set()),
         (["Linear"], {"NonDynamicallyQuantizableLinear"}),
         ([], set()),
     ],
@@ -297,13 +253,6 @@ def test_derived_classes_get_the_settings_of_their_base(types, found, monkeypatc
     assert wrapping.derived_types(model, types) == found
     base = before[types[0]] if found else None
     assert PruningSetting.registry == {**before, **dict.fromkeys(found, base)}
-
-
-def test_settings_that_a_derived_class_has_are_kept(monkeypatch):
-    own = {"weight": PruningSetting.registry["Conv2d"]["weight"]}
-    monkeypatch.setattr(PruningSetting, "registry", {**PruningSetting.registry, "OwnConvolution": own})
-    assert wrapping.derived_types(nn.Sequential(OwnConvolution(4, 4, 1)), ["Conv2d"]) == {"OwnConvolution"}
-    assert PruningSetting.registry["OwnConvolution"] is own
 
 
 class Failing(StructuredPruner):
@@ -367,42 +316,3 @@ def test_a_second_wrapping_that_fails_leaves_the_first():
     assert torch.equal(model(IMAGES), expected)
     pruner.unwrap_model()
     assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
-
-
-class Taking(Pruner):
-    """Changes the pruner that it's given, and its model, and raises."""
-
-    def __init__(self, pruner):
-        pruner.taken, pruner.bound_model.taken = True, True
-        pruner._module_wrappers.clear()
-        pruner.bound_model.tail = nn.Identity()
-        raise ValueError("taken")
-
-
-@pytest.mark.parametrize("arguments", [lambda pruner: ((pruner,), {}), lambda pruner: ((), {"pruner": pruner})])
-def test_a_constructor_that_raises_leaves_the_pruner_it_is_given_as_it_was(arguments):
-    model = TiedConvolutions()
-    pruner = L1NormPruner(model, request(["stem"]))
-    before, attributes = state(model), dict(vars(pruner))
-    positional, named = arguments(pruner)
-    with pytest.raises(ValueError, match="taken"):
-        Taking(*positional, **named)
-    assert vars(pruner) == attributes
-    assert list(pruner._module_wrappers) == ["stem"]
-    assert state(model) == before
-    assert not hasattr(model, "taken")
-
-
-def test_a_constructor_that_raises_leaves_a_model_that_is_named():
-    model = TiedConvolutions()
-    before = state(model)
-    with pytest.raises(KeyboardInterrupt):
-        NniFailing(config_list=request(["stem"]), model=model)
-    assert state(model) == before
-
-
-def test_what_is_no_model_gets_nnis_error():
-    with pytest.raises(AttributeError, match="'named_modules'"):
-        LevelPruner(3, request(["stem"]))
-    with pytest.raises(TypeError, match="model"):
-        LevelPruner(config_list=request(["stem"]))

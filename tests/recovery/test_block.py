@@ -11,20 +11,9 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import Block, compensate, compensation
-from nni_topo.recovery.block import (
-    _learners,
-    _Learning,
-    _Values,
-)
 from nni_topo.recovery.course import Course
-from nni_topo.recovery.networks import build_networks, plan_of
-from nni_topo.recovery.reconstruct import Reconstruct
-from nni_topo.recovery.registry import Tools
-from nni_topo.recovery.replay import Replay, touched_nodes
-from nni_topo.recovery.windows import segments
 
 
 def error(found, model, masks, images):
@@ -304,85 +293,6 @@ def test_heads_of_attention_learn_with_their_queries_keys_and_values():
     nni_topo.to_dense(found.model, images[:2], masks)
 
 
-class Uses(nn.Module):
-    """A layer that is pruned, one that is used twice, two of one weight, a norm and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.start, self.first = nn.Linear(4, 6), nn.Linear(6, 6)
-        self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.twice, self.norm, self.head = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2)
-        self.third.weight = self.second.weight
-
-    def forward(self, values):
-        values = self.second(self.first(self.start(values).relu()).relu())
-        values = self.twice(self.third(values).relu())
-        return self.head(self.norm(self.twice(values)))
-
-
-def test_layers_that_are_used_once_may_learn_after_what_is_pruned():
-    torch.manual_seed(0)
-    masks = {"start": {"weight": (torch.arange(6) < 3).float()[:, None].expand(6, 4)}}
-    call = ((torch.randn(8, 4),), {})
-    networks = build_networks(Analysis(Uses().eval(), call), masks)
-    touched = touched_nodes(networks.unpruned, networks.pruned)
-    found = {node.name: names for node, names in _learners(networks, touched).items()}
-    assert found == {
-        "start": ["start.weight", "start.bias"],
-        "first": ["first.weight", "first.bias"],
-        "second": ["second.bias"],
-        "third": ["third.bias"],
-        "norm": ["norm.weight", "norm.bias"],
-        "head": ["head.weight", "head.bias"],
-    }
-    later = {node for node in touched if node.name in ("norm", "head")}
-    assert [node.name for node in _learners(networks, later)] == ["norm", "head"]
-
-
-class Watched(_Learning):
-    """Notes what is looked at and the losses there, how many steps are taken, and which modules of the block train."""
-
-    def __init__(self, *args):
-        self.looked_at, self.losses, self.steps, self.modes = [], [], 0, set()
-        super().__init__(*args)
-
-    def judge(self, student, index):
-        self.looked_at.append(index.tolist())
-        self.losses.append(super().judge(student, index))
-        return self.losses[-1]
-
-    def objective(self, student, call, wanted):
-        self.steps += 1
-        self.modes |= {module.training for module in student.body.modules()}
-        return super().objective(student, call, wanted)
-
-
-class Flat(nn.Module):
-    """Layers on the positions of all samples in one dimension."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 6)
-
-    def forward(self, values):
-        return self.second(self.first(values.flatten(0, 1)))
-
-
-def learner(model, masks, batches, **knobs):
-    """Return what learns all blocks of a model together."""
-    networks = build_networks(Analysis(model, ((batches[0],), {})), masks)
-    replay = Replay(model, networks.unpruned, networks.pruned, batches, 2**30)
-    Reconstruct().tasks(plan_of(networks, replay.touched_nodes), networks)  # layers read removed channels no more
-    sizes = tuple(len(each) for each in batches)
-    held_out = torch.arange(sum(sizes)) % 5 == 4
-    tools = Tools(sum(sizes), sizes, held_out, 0, 2**30, False, lambda: replay)
-    learners = _learners(networks, replay.touched_nodes)
-    (segment, *_) = segments(replay.nodes, replay.touched_nodes, learners, 0, 9)
-    names = [name for own in learners.values() for name in own]
-    known = _Values(replay, segment, tools)
-    return Watched(Block(**knobs), networks, segment, names, known, 0)
-
-
 class Normed(nn.Module):
     """A pruned layer, a batch norm whose statistics are far from those of its inputs, and a layer."""
 
@@ -404,22 +314,19 @@ def test_batch_norms_keep_their_statistics_and_no_bar_is_shown(values, capsys, m
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
     torch.manual_seed(0)
     model = Normed().eval()
-    block = learner(model, NORMED_MASKS, values, steps=4)
-    report = block.run((2e-3, 1e-9))
-    assert (report.lr, report.is_kept, report.ridge) == (2e-3, True, 0.0)
-    assert (block.steps, block.modes) == (10 + 4, {False})
+    data = nni_topo.Calibration(values, hold_out=False)
+    found = compensation(model, NORMED_MASKS, data, method=Block(steps=60), progress=False)
     assert capsys.readouterr().err == ""
-    result = block._networks.result
+    (report,) = learned(found)
+    result = found.model
+    assert report.is_kept
     for name in ("running_mean", "running_var"):
         assert torch.equal(getattr(result.norm, name), getattr(model.norm, name))
     # Removed channels stay as they were.
     for name, rows in (("first.weight", slice(8, 16)), ("first.bias", slice(8, 16)), ("norm.weight", slice(8, 16))):
         assert torch.equal(result.get_parameter(name)[rows], model.get_parameter(name)[rows])
         assert not torch.equal(result.get_parameter(name)[:8], model.get_parameter(name)[:8])
-    # The pruned network goes on with what was learned.
-    pruned = block._networks.pruned
-    for name in ("first.weight", "norm.weight", "second.bias"):
-        torch.testing.assert_close(pruned.get_parameter(name)[:6], result.get_parameter(name)[:6])
+    pruned = masked_model(result, values[0][:2], NORMED_MASKS)
     with torch.no_grad():
         off = torch.cat([pruned(each) - model(each) for each in values]).double()
         wanted = torch.cat([model(each) for each in values]).double()
@@ -489,114 +396,20 @@ def test_blocks_after_one_that_can_not_learn_do(values, monkeypatch, caplog, pre
     assert message.endswith(" (precision='bfloat16')") is (precision == "bfloat16")
 
 
-def test_layers_at_the_ends_of_blocks_learn_with_them(values, monkeypatch):
-    monkeypatch.setattr("nni_topo.recovery.block._TOGETHER", 1)
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(*sizes) for sizes in ((6, 16), (16, 6)) * 2)).eval()
-    masks = {"0": {"weight": MASK}, "2": {"weight": MASK}}
-    steps = learned(compensation(model, masks, values[:2], method=Block(steps=1, lr=1e-3)))
-    assert [(step.layer, step.place) for step in steps] == [("0, 1", "_1"), ("2, 3", "output")]
-
-
-def test_errors_are_shares_of_the_variance_and_what_is_zero_for_a_mask_stays(values):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 1)).eval()
-    block = learner(model, {"0": {"weight": MASK}}, values, batch_size=8)
-    pruned, result = block._networks.pruned, block._networks.result
-    with torch.no_grad():
-        for net in (pruned, result):
-            net.get_parameter("0.bias")[1] = 0.0
-        pruned.get_parameter("0.bias")[2] = 0.0
-        wanted = torch.cat([model(each) for each in values])
-        off = torch.cat([pruned(each) for each in values]) - wanted
-    student = block.student()
-    for index in ([0], [5, 100, 7], range(256)):
-        expected = off[list(index)].square().mean() / wanted.var(correction=0)
-        assert block.judge(student, torch.tensor(list(index))) == pytest.approx(float(expected), rel=1e-4)
-    part, meant = next(block.batches())
-    rows = [int((torch.cat(values) == row).all(1).nonzero()) for row in part.entering[0]]
-    assert len(rows) == 8
-    loss = block.objective(student, part, meant)
-    torch.testing.assert_close(loss, off[rows].square().mean() / wanted.var(correction=0), rtol=1e-4, atol=0)
-    loss.backward()
-    assert (student.body.get_parameter("0.bias").grad[:4] != 0).tolist() == [True, True, False, True]
-
-
-def test_batches_that_have_no_entry_for_each_sample_stay_as_they_are(values):
-    torch.manual_seed(0)
-    model = Flat().eval()
-    batches = [each.reshape(-1, 2, 6) for each in values]
-    block = learner(model, {"first": {"weight": MASK}}, batches)
-    assert (block._values._are_mixed, block._values._sizes) == (False, [32] * 4)
-    with torch.no_grad():
-        wanted = [model(each) for each in batches]
-        off = torch.cat([block._networks.pruned(each) - meant for each, meant in zip(batches, wanted, strict=True)])
-        shares = off.square().reshape(128, -1).mean(1) / torch.cat(wanted).var(correction=0)
-        for index in ([0], [3, 40, 41]):
-            found = block.judge(block.student(), torch.tensor(index))
-            assert found == pytest.approx(float(shares[index].mean()), rel=1e-4)
-
-
-def test_projections_within_attention_learn_where_it_is_computed():
-    torch.manual_seed(0)
-    model = nni_topo.zoo.create_model("vit_small", num_classes=3, in_channels=1, image_size=8, seed=0).eval()
-    weight = model.blocks[3].mlp.fc1.weight
-    mask = (torch.arange(len(weight)) < len(weight) // 2).float()
-    masks = {"blocks.3.mlp.fc1": {"weight": mask[:, None].expand_as(weight), "bias": mask}}
-    networks = build_networks(Analysis(model, ((torch.randn(2, 1, 8, 8),), {})), masks)
-    found = _learners(networks, touched_nodes(networks.unpruned, networks.pruned))
-    owners = [list(dict.fromkeys(name.rpartition(".")[0] for name in names)) for names in found.values()]
-    last = "blocks.4."
-    assert owners == [
-        ["blocks.3.mlp.fc1"],
-        ["blocks.3.mlp.fc2"],
-        [f"{last}norm1"],
-        [f"{last}attention.{kind}_proj" for kind in "qkv"],
-        [f"{last}attention.o_proj"],
-        [f"{last}norm2"],
-        [f"{last}mlp.fc1"],
-        [f"{last}mlp.fc2"],
-        ["norm"],
-        ["head"],
-    ]
-    assert all(len(names) == 2 * len(own) for names, own in zip(found.values(), owners, strict=True))
-
-
-def test_a_rate_is_taken_if_the_loss_grows_by_at_most_a_quarter_of_what_it_is_off_one(values):
-    """Of a network that always gives the same answer the loss is one."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6)).eval()
-    masks = {"0": {"weight": (torch.arange(16) < 1).float()[:, None].expand(16, 6)}}
-    block = learner(model, masks, values, steps=1)
-    rates = torch.logspace(0.5, -2.5, 25).tolist()
-    report = block.run(rates)
-    first, *tried = block.losses[2 : 4 + rates.index(report.lr)]
-    assert min(tried[:-1]) > first + 0.25 * abs(1.0 - first) >= tried[-1]
-    assert min(tried[:-1]) < first + 0.25 * abs(2.0 - first)
-
-
-@pytest.mark.parametrize("knobs", [{}, {"lr": 1e-30}])
-def test_a_block_that_learns_nothing_stays(gated, values, knobs):
-    """No rate is left to try, or one at which no weight moves."""
-    block = learner(gated, MASKS, values, steps=2, **knobs)
-    report = block.run(())
-    assert (report.is_kept, report.ridge) == (False, math.inf)
-    assert math.isnan(report.lr) if not knobs else report.lr == 1e-30
-    assert block.steps == (2 if knobs else 0)
-
-
-def test_transposed_convolutions_learn_by_output():
+def test_transposed_convolutions_learn():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 8, 1), nn.Tanh(), nn.ConvTranspose1d(8, 3, 2, stride=2)).eval()
     mask = (torch.arange(8) < 4).float()
     masks = {"0": {"weight": mask[:, None, None].expand(8, 2, 1), "bias": mask}}
     images = list(torch.randn(40, 2, 5, generator=torch.Generator().manual_seed(0)).split(20))
-    block = learner(model, masks, images, steps=4, lr=1e-2)
-    report = block.run(())
+    data = nni_topo.Calibration(images, hold_out=False)
+    found = compensation(model, masks, data, method=Block(steps=60))
+    (report,) = learned(found)
     assert report.is_kept
-    learned = torch.arange(40) % 5 != 4
+    is_learned = torch.arange(40) % 5 != 4
     with torch.no_grad():
         wanted = model(torch.cat(images))
-        off = block._networks.pruned(torch.cat(images)) - wanted
-    assert report.error_after == pytest.approx(float(off[learned].square().mean() / wanted.var(correction=0)), rel=1e-4)
+        off = masked_model(found.model, images[0][:2], masks)(torch.cat(images)) - wanted
+    expected = off[is_learned].square().mean() / wanted.var(correction=0)
+    assert report.error_after == pytest.approx(float(expected), rel=1e-4)
     assert report.error_after < report.error_before

@@ -9,12 +9,11 @@ import time
 import pytest
 import torch
 from nni.compression.pruning import FPGMPruner, L1NormPruner, L2NormPruner, LevelPruner
-from speedup_nets import Concatenated, Grouped, LeNet, Residual, Shared, chain
+from speedup_nets import Concatenated, Grouped, LeNet, Residual, chain
 from torch import nn
 
 from nni_topo import Calibration, zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.network.speedup.equivalence import apply_masks
 from nni_topo.recovery import Reconstruct, compensate, compensating, compensation
 from nni_topo.recovery.registry import list_recoveries
 from nni_topo.recovery.report import CompensationReport, LayerReport
@@ -144,14 +143,6 @@ def test_layers_that_can_not_be_solved_are_named_and_left():
     assert after < before
 
 
-def test_shared_modules_are_left_alone():
-    model, images = Shared().eval(), toy_images(32)
-    masks = pruned(model, images, exclude=["tail", "never"])
-    found = compensation(model, masks, images.split(16))
-    assert found.report.left_alone == {"twice": "called more than once"}
-    assert distance(masked_model(found.model, images, masks), to_dense(found.model, images, masks), images) < 1e-8
-
-
 def test_report_tells_layer_by_layer_what_was_done():
     model, images = toy_model(), toy_images(640)
     masks = pruned(model, images[:2], exclude=["head"])
@@ -170,18 +161,6 @@ def test_report_tells_layer_by_layer_what_was_done():
     assert (frame["note"] == "").all()
     assert (frame["seconds"] > 0).all()
     assert took >= report.seconds >= frame["seconds"].sum()
-
-
-@pytest.mark.parametrize(("least", "samples"), [(64, [160 * 4, 160, 160]), (1600, [160 * 11, 160, 160])])
-def test_layers_are_sampled_at_sixteen_positions_an_unknown_but_not_below_the_least(monkeypatch, least, samples):
-    """576 samples for the 36 unknowns of the first layer are 3.6 per image, 1600 are 10: rounded up, in two batches."""
-    monkeypatch.setattr("nni_topo.recovery.samples._LEAST_SAMPLES", least)
-    model, images = toy_model(), toy_images(160)
-    masks = pruned(model, images[:2], exclude=["head"])
-    data = Calibration(images.split(80), hold_out=False)
-    frame = compensation(model, masks, data, method=Reconstruct(refine=0)).report.to_frame()
-    assert frame["unknowns"].tolist() == [36, 4, 8]
-    assert frame["samples"].tolist() == samples
 
 
 def test_fixed_ridge_is_used_and_a_large_one_changes_little():
@@ -254,15 +233,6 @@ def test_batch_norms_are_recalibrated_on_request():
     assert torch.equal(found.inner.weight, plain.inner.weight)
 
 
-def test_saved_state_fits_the_original(tmp_path):
-    model, images = toy_model(), toy_images(64)
-    found = compensate(model, pruned(model, images, exclude=["head"]), [images])
-    torch.save(found.state_dict(), tmp_path / "state.pt")
-    fresh = toy_model(1)
-    fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert torch.equal(fresh.eval()(images), found.eval()(images))
-
-
 def test_half_precision_stays_half():
     model, images = toy_model().bfloat16(), toy_images(64).bfloat16()
     masks = pruned(model, images, exclude=["head"])
@@ -277,13 +247,11 @@ def test_half_precision_stays_half():
     ("calibration", "error", "message"),
     [
         ([], DataError, "at least one batch, got none"),
-        ([toy_images(0)], DataError, "must hold inputs, got an empty one .calibration, batch 0."),
         (
             [toy_images(2), torch.full((1, 3, 8, 8), math.nan)],
             DataError,
             "must be finite, got NaN or infinity .calibration, batch 1.",
         ),
-        ([torch.ones(2, 1, 8, 8)], DataError, "must fit the model, got RuntimeError: .* .batch 0."),
         ([toy_images(2), torch.ones(2, 1, 8, 8)], DataError, "must fit the model, got RuntimeError: .* .batch 1."),
         ([toy_images(2) * 1e30], DataError, "activations must be finite, got NaN or infinity .inner."),
         (["images"], ConfigError, "got 'images'"),
@@ -308,10 +276,7 @@ def test_bad_calibration_is_refused_and_nothing_changes(calibration, error, mess
     [
         ({"method": "magic"}, "method must be a known name, got 'magic'"),
         ({"ridge": -1.0}, "ridge must be 'auto' or a finite number of at least 0, got -1.0"),
-        ({"ridge": math.nan}, "got nan"),
         ({"cache_bytes": -1}, "cache_bytes must be an integer of at least 0 .*, got -1"),
-        ({"cache_bytes": "1 GB"}, "cache_bytes must be an integer .*, got '1 GB'"),
-        ({"ridge": True}, "got True"),
         ({"ridge": "much"}, "got 'much'"),
         ({"method": 3}, "method must be a str or a RecoveryMethod, got 3"),
     ],
@@ -397,9 +362,7 @@ def layer_of(samples=200, unknowns=100, held_out=0.5, **knobs):
     [
         (layer_of(samples=100), "", False, True),
         (layer_of(samples=99), "fewer samples than unknowns", False, True),
-        (layer_of(held_out=0.9), "", False, True),
         (layer_of(held_out=0.91), "output almost lost", True, True),
-        (layer_of(held_out=0.05), "", False, True),
         (layer_of(held_out=0.049), "", False, False),
         (layer_of(held_out=math.nan), "", False, True),
         (
@@ -419,38 +382,6 @@ def test_a_layer_has_a_note_of_what_makes_it_doubtful(layer, note, is_lost, is_f
     assert "nan" not in repr(report).lower()
 
 
-@pytest.mark.parametrize(
-    ("layers", "images"),
-    [
-        ([layer_of(samples=10)], 80),
-        ([layer_of(samples=30)], 27),  # 8 * 100 / 30, rounded up
-        ([layer_of(samples=50), layer_of(samples=0, unknowns=3)], 24),  # the later one of a layer
-    ],
-)
-def test_few_samples_say_how_many_images_would_do(layers, images):
-    (warning,) = CompensationReport(tuple(layers), {}, 8, 0.0).warnings
-    assert f"at least {images} instead of 8" in warning
-    others = (layer_of(samples=10, held_out=0.01), layer_of(samples=100))
-    assert CompensationReport(others, {}, 8, 0.0).warnings == ()
-
-
-def test_layers_in_front_of_one_are_solved():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
-    mask = (torch.arange(6) < 4).float()
-    masks = {"0": {"weight": mask[:, None].expand(6, 3), "bias": mask}}
-    masks["2"] = {"weight": mask[:, None].expand(6, 6), "bias": mask}
-    images = Calibration(torch.randn(60, 3).split(20), hold_out=False)
-    solved = compensate(model, masks, images, method=Reconstruct(refine=0))
-    plain = apply_masks(model, ((images[0],), {}), masks)
-    for layer, is_solved in (("2", (False, False)), ("4", (True, False))):
-        found = compensating.compensate_up_to(model, masks, images, layer)
-        for name, is_its in zip(("2", "4"), is_solved, strict=True):
-            weight = found.get_submodule(name).weight
-            expected = solved if is_its else plain
-            torch.testing.assert_close(weight[:4, :4], expected.get_submodule(name).weight[:4, :4])
-
-
 def narrowed(*layers):
     """Return a network and masks that remove a channel of its first layer."""
     torch.manual_seed(0)
@@ -460,18 +391,6 @@ def narrowed(*layers):
 
 def square():
     return nn.Linear(4, 4)
-
-
-@pytest.mark.parametrize(("seed", "is_first_unchanged"), [(12, True), (19, True), (4, False)])
-def test_refinements_take_the_ridge_of_the_first_solution_unless_no_change_was_best(seed, is_first_unchanged):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU()).eval()
-    masks = {"0": {"weight": (torch.arange(6) < 5).float()[:, None].expand(6, 3)}}
-    data = Calibration([torch.randn(20, 3)], hold_out=False)
-    first, *others = (layer.ridge for layer in compensation(model, masks, data).report.layers)
-    assert math.isinf(first) is is_first_unchanged
-    assert all(math.isfinite(ridge) for ridge in others)
-    assert len(set(others if is_first_unchanged else [first, *others])) == 1
 
 
 class Routed(nn.Module):

@@ -98,57 +98,6 @@ def test_time_that_is_over_takes_no_step():
     assert (done.done, rates, done.curve) == (0, [], [])
 
 
-@pytest.mark.parametrize(
-    ("losses", "stands_still"),
-    [
-        ([1.0] * 7, False),
-        ([1.0] * 8, True),
-        ([9.0] + [1.0] * 8, True),
-        ([1.0] * 4 + [0.97] * 4, False),
-        ([1.0] * 4 + [0.985] * 4, True),
-        ([1.0] * 4 + [0.0, 0.0, 0.0, 3.9], False),
-        ([1.0] * 4 + [0.0, 0.0, 0.0, 3.93], True),
-        ([1.0] * 4 + [0.0, 0.0, 0.0, 4.0 * (1.0 - 0.02)], False),
-    ],
-)
-def test_four_looks_are_compared_with_the_four_before(losses, stands_still):
-    for rate, is_shorter in ((0.5, stands_still), (0.4, stands_still and len(losses) > 8)):
-        steps = Course(pair()[0], is_normed=False, rate=0.5)
-        steps.optimizer.param_groups[0]["lr"] = 0.5
-        # At the first look the rate may still rise.
-        steps.curve = [Look(step, 0.5 if step else rate, loss) for step, loss in enumerate(losses[:-1])]
-        steps._look(losses[-1], 0.3, math.inf, 100)
-        assert (steps._falls_from, steps._end) == pytest.approx((0.3, 0.5) if is_shorter else (0.6, 1.0))
-
-
-@pytest.mark.parametrize(
-    ("looked", "share", "done", "total", "losses", "is_given_up"),
-    [
-        (0.05, 0.1, 60, 600, [20.1], True),
-        (0.05, 0.1, 60, 600, [20.0], False),
-        (0.1, 0.15, 90, 600, [99.0], False),  # no line is passed
-        (0.05, 0.2, 120, 600, [10.1], True),  # of two lines the later one counts
-        (0.2, 0.5, 300, 600, [5.1], True),
-        (0.2, 0.5, 300, 600, [5.0, 9.0], False),  # one of two looks is below
-        (0.2, 0.5, 300, 600, [4.0, 9.0, 9.0], True),
-        (0.05, 0.1, 49, 490, [99.0], False),
-        (0.05, 0.1, 50, 500, [99.0], True),
-        (0.05, 0.1, 4, 500, [99.0], False),  # time allows few steps
-        (0.05, 0.1, 5, 500, [99.0], True),
-        (0.1, 0.15, 90, 600, [math.nan], True),
-        (0.1, 0.15, 90, 600, [math.inf], True),
-    ],
-)
-def test_lines_that_a_loss_may_not_be_above(looked, share, done, total, losses, is_given_up):
-    first = 0.5
-    steps = Course(pair()[0], is_normed=False, rate=0.5)
-    steps.done, steps._looked = done, looked
-    steps.curve = [Look(1, 0.1, first * loss) for loss in losses[:-1]]
-    steps._look(first * losses[-1], share, first, total)
-    assert steps.is_given_up is is_given_up
-    assert (steps.curve[-1].step, len(steps.curve)) == (done, len(losses))
-
-
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_channels_of_zeros_stay_zero_while_others_learn(has_bias):
     torch.manual_seed(0)
@@ -238,18 +187,11 @@ def timed(watch, **knobs):
     return lesson, lesson.batches(torch.arange(64), 64, 0, None, False)
 
 
-def test_the_steps_that_are_shown_are_those_that_the_time_allows(watch, capsys, tmp_path):
-    """Two steps of half a second each are taken of a course that has ten; 19 seconds are left for others."""
-    path = tmp_path / "state.pt"
-    lesson, batches = timed(watch, clock=Clock(20.0), path=path)
-    lesson.course.done, lesson.course._looked = 10, 0.1
-    lesson.course.run(lesson, batches, 100, True, first=1.0, look=lambda _: math.nan)
-    assert lesson.course.is_given_up
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("distill: 10 of 100, ")
-    assert lines[-1].startswith("distill: 12 of 51, ")
-    assert [(look.step, look.lr) for look in lesson.course.curve] == [(12, 0.01)]
-    assert not path.exists()  # there is nothing to go on from
+def test_a_file_gets_the_state_every_half_minute(watch, tmp_path):
+    lesson, batches = timed(watch, path=tmp_path / "state.pt")
+    lesson.seconds = 10.0
+    lesson.course.run(lesson, batches, 8, False)
+    assert lesson.kept == [0, 0, 0, 3, 3, 3, 6, 6]
 
 
 def test_gradients_of_all_processes_are_added_up():
@@ -268,13 +210,6 @@ def test_gradients_of_all_processes_are_added_up():
     for together, zeros in in_threads(2, work):
         torch.testing.assert_close(together, 2.0 * alone)
         assert zeros.tolist() == [0.0, 0.0]
-
-
-def test_a_file_gets_the_state_every_half_minute(watch, tmp_path):
-    lesson, batches = timed(watch, path=tmp_path / "state.pt")
-    lesson.seconds = 10.0
-    lesson.course.run(lesson, batches, 8, False)
-    assert lesson.kept == [0, 0, 0, 3, 3, 3, 6, 6]
 
 
 class Shift(nn.Module):
@@ -302,3 +237,31 @@ def test_channels_of_zeros_are_held_in_all_modules_until_the_end():
     net.zero_grad()
     torch.stack([norm(rows).sum() for norm in norms]).sum().backward()
     assert [norm.bias.grad.tolist() for norm in norms] == [[8.0] * 4] * 3
+
+
+@pytest.mark.parametrize(
+    ("looked", "share", "done", "total", "losses", "is_given_up"),
+    [
+        (0.05, 0.1, 60, 600, [20.1], True),
+        (0.05, 0.1, 60, 600, [20.0], False),
+        (0.1, 0.15, 90, 600, [99.0], False),  # no line is passed
+        (0.05, 0.2, 120, 600, [10.1], True),  # of two lines the later one counts
+        (0.2, 0.5, 300, 600, [5.1], True),
+        (0.2, 0.5, 300, 600, [5.0, 9.0], False),  # one of two looks is below
+        (0.2, 0.5, 300, 600, [4.0, 9.0, 9.0], True),
+        (0.05, 0.1, 49, 490, [99.0], False),
+        (0.05, 0.1, 50, 500, [99.0], True),
+        (0.05, 0.1, 4, 500, [99.0], False),  # time allows few steps
+        (0.05, 0.1, 5, 500, [99.0], True),
+        (0.1, 0.15, 90, 600, [math.nan], True),
+        (0.1, 0.15, 90, 600, [math.inf], True),
+    ],
+)
+def test_lines_that_a_loss_may_not_be_above(looked, share, done, total, losses, is_given_up):
+    first = 0.5
+    steps = Course(pair()[0], is_normed=False, rate=0.5)
+    steps.done, steps._looked = done, looked
+    steps.curve = [Look(1, 0.1, first * loss) for loss in losses[:-1]]
+    steps._look(first * losses[-1], share, first, total)
+    assert steps.is_given_up is is_given_up
+    assert (steps.curve[-1].step, len(steps.curve)) == (done, len(losses))

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -136,29 +135,14 @@ def test_agreement_of_positions_is_that_of_their_classes():
         same = (Logits()(ids)["logits"].argmax(2) == Noisy()(ids)["logits"].argmax(2)).double()
     assert 0.0 < float(same.mean()) < 1.0
     assert likeness.agreement.value == pytest.approx(float(((same * mask).sum(1) / mask.sum(1)).mean()))
+    (without_mask,) = Answers(Logits(), Calibration([{"input_ids": ids}])).likenesses(Noisy())
+    assert without_mask.agreement.value == pytest.approx(float(same.mean()))
 
 
 class Noisy(Logits):
     def forward(self, input_ids, attention_mask=None):
         found = super().forward(input_ids)["logits"]
         return {"logits": found + torch.randn(found.shape, generator=torch.Generator().manual_seed(1))}
-
-
-class Classes(Tokens):
-    """As many scores for each text as it has places."""
-
-    def forward(self, input_ids, attention_mask=None):
-        return super().forward(input_ids)["last_hidden_state"].mean(1)
-
-
-def test_scores_of_as_many_classes_as_there_are_places_all_count():
-    ids = torch.randint(1, 11, (9, 4), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0]] * 9)}
-    (likeness,) = Answers(Classes(), Calibration([batch])).likenesses(Classes(0.5))
-    with torch.no_grad():
-        wanted, got = Classes()(ids).double(), Classes(0.5)(ids).double()
-    scale = (wanted - wanted.mean(0)).square().sum()
-    assert likeness.distance.value == pytest.approx(float((wanted - got).square().sum() / scale))
 
 
 class Similar(nn.Module):
@@ -207,24 +191,23 @@ def test_outputs_without_an_entry_per_image_are_compared_where_they_have_one_sha
 
 
 class Rows(nn.Module):
-    """One dict, or one tuple, for each sample."""
+    """One dict for each sample."""
 
-    def __init__(self, seed: int, kind: type) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.body = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
-        self.scores, self.boxes, self.kind = nn.Linear(12, 3), nn.Linear(12, 4), kind
+        self.scores, self.boxes = nn.Linear(12, 3), nn.Linear(12, 4)
 
     def forward(self, x):
         x = self.body(x)
         pairs = zip(self.scores(x), self.boxes(x), strict=True)
-        return [{"scores": a, "boxes": b} if self.kind is dict else (a, b) for a, b in pairs]
+        return [{"scores": a, "boxes": b} for a, b in pairs]
 
 
-@pytest.mark.parametrize("kind", [dict, tuple])
-def test_outputs_sample_by_sample_are_compared_as_those_of_a_batch(kind):
+def test_outputs_sample_by_sample_are_compared_as_those_of_a_batch():
     images = torch.randn(22, 5, generator=torch.Generator().manual_seed(0))
-    one, other = Rows(0, kind), Rows(1, kind)
+    one, other = Rows(0), Rows(1)
     (likeness,) = Answers(one, Calibration(images.split(8))).likenesses(other)  # the last batch is smaller
     wanted = []
     with torch.no_grad():
@@ -234,15 +217,6 @@ def test_outputs_sample_by_sample_are_compared_as_those_of_a_batch(kind):
             wanted.append((expected - actual).square().sum(1).mean() / variance)
     assert likeness.distance.value == pytest.approx(float(sum(wanted)) / 2)
     assert math.isnan(likeness.agreement.value)
-
-
-@pytest.mark.parametrize("kind", [dict, tuple])
-def test_a_network_that_answers_sample_by_sample_is_shrunk(kind):
-    images = torch.randn(90, 5, generator=torch.Generator().manual_seed(0))
-    model = Rows(0, kind).eval()
-    small = nni_topo.shrink(model, images.split(20), {"params": 0.7}, distill=False)
-    assert len(small(images)) == 90
-    assert 0.0 < small.report.stages[-1].distance < math.inf
 
 
 def test_batches_of_unequally_many_lists_of_boxes_are_compared():
@@ -278,68 +252,18 @@ def test_images_that_are_too_few_to_hold_any_out_are_told():
     assert last.distance == last.calibration_distance
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5])
-def test_the_report_says_whether_the_budget_was_met(share):
-    small = nni_topo.shrink(toy_model().eval(), [toy_images(32)], {"params": share}, distill=False)
-    outcome = small.report.budget
-    found = nni_topo.zoo.count_params(small) / nni_topo.zoo.count_params(toy_model())
-    assert (outcome.kind, outcome.asked, outcome.left) == ("params", share, pytest.approx(found))
-    assert outcome.is_met == (found <= share + 0.01)
-    assert outcome.is_near == (abs(found - share) <= 0.01)
-
-
-def test_a_budget_that_is_missed_says_why():
-    capped = [{"op_names": ["hidden"], "max_sparse_ratio": 0.1}]
-    report = nni_topo.shrink(toy_model().eval(), [toy_images(32)], {"params": 0.5}, layers=capped, distill=False).report
-    assert not report.budget.is_met
-    assert report.budget.left > 0.55
-    assert "at their max_sparse_ratio" in report.budget.why
-
-
-class Halves(nn.Module):
-    """All channels of one layer are looked at by a function that needs all of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, images):
-        return self.last(torch.relu(self.second(self.first(images).softmax(1))))
-
-
-def test_the_report_says_which_layers_can_not_lose_channels():
-    report = nni_topo.shrink(Halves().eval(), [torch.randn(64, 6)], {"params": 0.8}, distill=False).report
-    assert list(report.whole) == ["first", "last"]
-    assert "first keeps all channels: " in repr(report)
-    assert "last keeps all channels" not in repr(report)
-
-    class Only(Halves):
-        def forward(self, images):
-            return self.last(self.second(self.first(images).softmax(1)).softmax(1))
-
-    with pytest.raises(
-        nni_topo.errors.ConfigError,
-        match=r"must have a layer whose channels can be removed, got none: .*first.*; last: it gives",
-    ):
-        nni_topo.shrink(Only().eval(), [torch.randn(64, 6)], {"params": 0.8}, distill=False)
-
-
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
         ({"evaluate": 5}, "evaluate must be a function or None, got 5"),
-        ({"evaluate": lambda net: np.zeros(3)}, "evaluate must return a number"),
         ({"evaluate": lambda net: math.nan}, "evaluate must return a number for the model as it was given, got nan"),
         (
             {"evaluate": lambda net, data: 1.0},
             r"evaluate must be a function of \(network\) or None, got .*\(net, data\)",
         ),
-        ({"outputs": lambda output: output}, r"outputs must be a function of \(output, inputs\) or None, got .*"),
         ({"pruner": lambda model: {}}, r"pruner must be a function of \(model, config_list, images\), got .*\(model\)"),
         ({"compensate": lambda model: model}, r"compensate must be a function of \(model, masks, images\), got"),
         ({"distill": lambda dense: dense}, r"distill must be a function of \(dense, model, images\), got"),
-        ({"knobs": 5}, "knobs must be a mapping or None, got 5"),
         ({"pruner": lambda model, config_list, images: None}, "masks must be"),
         ({"compensate": lambda model, masks, images: None}, "compensate must return a torch.nn.Module, got NoneType"),
         ({"distill": lambda dense, model, images: 3}, "distill must return a torch.nn.Module, got int"),
@@ -392,25 +316,6 @@ def test_outputs_that_are_no_numbers_are_not_near():
     assert math.isnan(Answers(net(), batches).likenesses(other)[0].distance.value)
 
 
-class Deciding(nn.Module):
-    """Skips a layer where the numbers are small."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(5, width), nn.Linear(width, 8), nn.Linear(8, 3)
-
-    def forward(self, inputs):
-        hidden = self.first(inputs)
-        return self.head(self.second(hidden) if inputs.abs().mean() > 1 else hidden)
-
-
-def test_a_smaller_network_that_goes_another_way_is_told_of_and_not_the_images():
-    images = Calibration([3 * torch.ones(4, 5), torch.zeros(4, 5)])
-    answers = Answers(Deciding(8), images)
-    with pytest.raises(SpeedupError, match="a smaller network must run on every batch on which the model runs"):
-        answers.likenesses(Deciding(6))
-
-
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -435,8 +340,78 @@ def test_shares_have_wilsons_interval(hits, count):
     assert (found.high == 1.0) is (hits == count)
 
 
-def test_the_limit_of_no_hits_is_zero_whatever_the_number_of_samples():
-    assert {_share([0.0] * count).low for count in range(1, 100)} == {0.0}
+class Several(nn.Module):
+    """Two outputs of which the second varies a tenth as much."""
+
+    def __init__(self, first=0.0, second=0.0):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, images):
+        return images + self.first, 0.1 * images.flip(0)[:, :1] + self.second
+
+
+def test_distances_of_several_outputs_are_means_of_shares_of_their_own_variances():
+    images = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]).double()
+    answers = Answers(Several(), Calibration([images]))
+    scales = (2 * 8 / 3, 8 / 3 / 100)  # 0, 2 and 4 lie 8 / 3 from their mean, squared, on average
+    for shifts, squares in (((0.5, 0.0), (2 * 0.25, 0.0)), ((0.5, 0.3), (2 * 0.25, 0.09)), ((0.0, 0.3), (0.0, 0.09))):
+        expected = sum(square / scale for square, scale in zip(squares, scales, strict=True)) / 2
+        found = answers.differences(Several(*shifts), 0)
+        assert found.distances == pytest.approx([expected] * 3)
+        assert all(math.isnan(each) for each in found.agreed)
+    assert (answers.named.compared, answers.named.left_out) == (("output[0]", "output[1]"), ())
+    exact = answers.likenesses(answers._model)
+    assert exact[0].distance == Estimate(0.0, 0.0, 0.0)
+    assert all(math.isnan(value) for value in vars(exact[0].agreement).values())
+
+
+def test_batches_that_do_not_fit_are_named_from_zero():
+    with pytest.raises(DataError, match=r"must fit the model, got .* \(batch 0\)$"):
+        Answers(net(), Calibration([torch.randn(4, 6)]))
+    with pytest.raises(DataError, match=r"must fit the model, got .* \(batch 1\)$"):
+        Answers(net(), Calibration([torch.randn(4, 5), torch.randn(4, 6)]))
+
+
+@pytest.mark.parametrize("size", [4, 16, 64])
+@pytest.mark.parametrize(("gives", "agrees"), [(torch.sigmoid, False), (lambda x: x.softmax(1), True), (abs, True)])
+def test_tags_have_no_largest_output_whatever_the_batches(gives, agrees, size):
+    class Scores(nn.Module):
+        def forward(self, x):
+            return gives(x)
+
+    images = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)) * 3.0
+    model, batches = Scores(), Calibration(list(images.split(size)))
+    answers = Answers(model, batches)
+    for found in (*answers.likenesses(nn.Identity()), *answers.likenesses(model)):
+        assert math.isnan(found.agreement.value) is not agrees
+    assert are_classes(model, batches) is agrees
+
+
+def test_scores_that_lie_between_0_and_1_in_the_first_batch_alone_are_those_of_classes():
+    images = torch.rand(64, 5, generator=torch.Generator().manual_seed(0))
+    images[60, 2] = 3.0
+    answers = Answers(nn.Identity(), Calibration(list(images.split(16))))
+    assert all(found.agreement.value == 1.0 for found in answers.likenesses(nn.Identity()))
+
+
+class Deciding(nn.Module):
+    """Skips a layer where the numbers are small."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, width), nn.Linear(width, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        hidden = self.first(inputs)
+        return self.head(self.second(hidden) if inputs.abs().mean() > 1 else hidden)
+
+
+def test_a_smaller_network_that_goes_another_way_is_told_of_and_not_the_images():
+    images = Calibration([3 * torch.ones(4, 5), torch.zeros(4, 5)])
+    answers = Answers(Deciding(8), images)
+    with pytest.raises(SpeedupError, match="a smaller network must run on every batch on which the model runs"):
+        answers.likenesses(Deciding(6))
 
 
 def answer(outputs, real=None, are_logits=True):
@@ -499,72 +474,3 @@ def test_distances_are_means_over_outputs_and_sums_over_real_positions():
     assert found._distances(mine, theirs) == pytest.approx([1 / 4, (1 + 9) / 4])
     assert found._distances(mine, answer(images)) == pytest.approx([(1 + 9) / 4] * 2)
     assert all(math.isnan(each) for each in found._distances(answer(images[:, :1]), theirs))
-
-
-def test_scales_tell_what_varies_from_what_rounding_leaves_at_any_size():
-    plain = torch.tensor([[0.0, 2.0], [4.0, 2.0]]).double()
-    for factor in (1e-10, 0.1, 1e10):
-        assert _scales([answer(factor * plain)], None) == pytest.approx([4.0 * factor**2], rel=1e-12, abs=0.0)
-    for value in (1e-10, 0.1, 1e5 / 3, 1e10 / 7):
-        assert _scales([answer(torch.full((7, 3), value).double())], None) == [0.0]
-
-
-class Several(nn.Module):
-    """Two outputs of which the second varies a tenth as much."""
-
-    def __init__(self, first=0.0, second=0.0):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, images):
-        return images + self.first, 0.1 * images.flip(0)[:, :1] + self.second
-
-
-def test_distances_of_several_outputs_are_means_of_shares_of_their_own_variances():
-    images = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]).double()
-    answers = Answers(Several(), Calibration([images]))
-    scales = (2 * 8 / 3, 8 / 3 / 100)  # 0, 2 and 4 lie 8 / 3 from their mean, squared, on average
-    for shifts, squares in (((0.5, 0.0), (2 * 0.25, 0.0)), ((0.5, 0.3), (2 * 0.25, 0.09)), ((0.0, 0.3), (0.0, 0.09))):
-        expected = sum(square / scale for square, scale in zip(squares, scales, strict=True)) / 2
-        found = answers.differences(Several(*shifts), 0)
-        assert found.distances == pytest.approx([expected] * 3)
-        assert all(math.isnan(each) for each in found.agreed)
-    assert (answers.named.compared, answers.named.left_out) == (("output[0]", "output[1]"), ())
-    exact = answers.likenesses(answers._model)
-    assert exact[0].distance == Estimate(0.0, 0.0, 0.0)
-    assert all(math.isnan(value) for value in vars(exact[0].agreement).values())
-
-
-def test_outputs_without_an_entry_per_image_are_one_sample_a_batch():
-    batches = Calibration([{"images": list(torch.rand(3, 3, 4, 4))} for _ in range(3)])
-    found = Answers(Boxes(1.0), batches).differences(Boxes(1.1), 0)
-    assert len(found.distances) == len(found.agreed) == 3
-
-
-def test_batches_that_do_not_fit_are_named_from_zero():
-    with pytest.raises(DataError, match=r"must fit the model, got .* \(batch 0\)$"):
-        Answers(net(), Calibration([torch.randn(4, 6)]))
-    with pytest.raises(DataError, match=r"must fit the model, got .* \(batch 1\)$"):
-        Answers(net(), Calibration([torch.randn(4, 5), torch.randn(4, 6)]))
-
-
-@pytest.mark.parametrize("size", [4, 16, 64])
-@pytest.mark.parametrize(("gives", "agrees"), [(torch.sigmoid, False), (lambda x: x.softmax(1), True), (abs, True)])
-def test_tags_have_no_largest_output_whatever_the_batches(gives, agrees, size):
-    class Scores(nn.Module):
-        def forward(self, x):
-            return gives(x)
-
-    images = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)) * 3.0
-    model, batches = Scores(), Calibration(list(images.split(size)))
-    answers = Answers(model, batches)
-    for found in (*answers.likenesses(nn.Identity()), *answers.likenesses(model)):
-        assert math.isnan(found.agreement.value) is not agrees
-    assert are_classes(model, batches) is agrees
-
-
-def test_scores_that_lie_between_0_and_1_in_the_first_batch_alone_are_those_of_classes():
-    images = torch.rand(64, 5, generator=torch.Generator().manual_seed(0))
-    images[60, 2] = 3.0
-    answers = Answers(nn.Identity(), Calibration(list(images.split(16))))
-    assert all(found.agreement.value == 1.0 for found in answers.likenesses(nn.Identity()))

@@ -12,8 +12,6 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery import Channel, Pair, pair_coefficients
-from nni_topo.recovery.mixing import _places
-from nni_topo.recovery.plan import Solvable
 from nni_topo.speedup import masked_model, to_dense
 
 FLOATS = st.lists(st.floats(-10, 10), min_size=3, max_size=20)
@@ -210,34 +208,6 @@ def test_bad_activations_are_refused(removed, survivor, message):
 
 
 CONV, GROUPED, LINEAR = nn.Conv2d(4, 2, 3), nn.Conv2d(4, 2, 3, groups=2), nn.Linear(4, 2)
-ONE_BY_ONE = [[[0], [1], [2], [3]]]
-
-
-@pytest.mark.parametrize(
-    ("module", "group_ids", "columns", "places", "kept"),
-    [
-        (CONV, [1, 2, 3, 4], [[0, 3]], ONE_BY_ONE, [[0, 3]]),
-        (CONV, [1, 2, 1, 2], [[0, 2]], ONE_BY_ONE, [[0, 2]]),  # the same channels twice are no flattened ones
-        (GROUPED, [1, 2, 3, 4], [[1], [2]], [[[0], [1]], [[2], [3]]], [[1], [0]]),
-        (GROUPED, [1, 2, 3, 4], [[3]], [[[2], [3]]], [[1]]),
-        (LINEAR, [1, 2, 3, 4], [[1, 2]], ONE_BY_ONE, [[1, 2]]),
-        (LINEAR, [1, 1, 2, 2], [[2, 3]], [[[0, 1], [2, 3]]], [[1]]),
-        (LINEAR, [2, 1, 1, 2], [[1, 2]], [[[0, 3], [1, 2]]], [[1]]),  # in the order of the weight's columns
-        (LINEAR, [2, 1, 2, 1], [[0, 2]], [[[0, 2], [1, 3]]], [[0]]),
-        (LINEAR, [0, 0, 1, 1], [[0, 1]], ONE_BY_ONE, [[0, 1]]),  # what can't be pruned is no channel
-        (nn.Linear(5, 2), [1, 1, 1, 2, 2], [[3, 4]], [[[0], [1], [2], [3], [4]]], [[3, 4]]),
-    ],
-)
-def test_places_of_channels_are_one_by_one_or_those_of_their_features(module, group_ids, columns, places, kept):
-    layer = Solvable("layer", None, torch.tensor(columns), torch.tensor([[0, 1]]), None)
-    found, ranks = _places(layer, np.array(group_ids), module)
-    assert (found.tolist(), ranks.tolist()) == (places, kept)
-
-
-def test_features_of_many_positions_stay_in_order():
-    layer = Solvable("layer", None, torch.arange(0, 400, 4)[None], torch.tensor([[0]]), None)
-    found, _ = _places(layer, np.tile([1, 2, 3, 4], 100), nn.Linear(400, 1))
-    assert torch.equal(found[0], torch.arange(4)[:, None] + 4 * torch.arange(100))
 
 
 class Passing(nn.Module):

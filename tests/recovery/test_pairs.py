@@ -139,31 +139,6 @@ def test_padding_says_nothing_about_pairs():
     torch.testing.assert_close(known[1].products, known[0].products)
 
 
-class Neighbours(Sharing):
-    """The same heads under positions that turn channels beside each other, and not those half a head apart."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("inv_freq", torch.tensor([1.0, 0.3, 0.1]), persistent=False)
-
-    def forward(self, states):
-        layers = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (layer(states).unflatten(2, (-1, 6)).transpose(1, 2) for layer in layers)
-        order = torch.tensor([0, 2, 4, 1, 3, 5])
-        query, key = (_turned(5 * each[..., order], self.inv_freq) for each in (query, key))
-        shared = (each.repeat_interleave(2, 1) for each in (key, value))
-        return self.o_proj(nn.functional.scaled_dot_product_attention(query, *shared).transpose(1, 2).flatten(2))
-
-
-def test_positions_that_turn_other_pairs_leave_heads_as_they_were(caplog):
-    torch.manual_seed(0)
-    net, inputs = nn.Sequential(nn.Linear(24, 24), Neighbours(), nn.Linear(24, 3)).eval(), torch.randn(30, 7, 24)
-    turned, masks = narrow_heads(net, [inputs], 0.5)
-    assert masks == {}
-    assert "1 (this attention uses the head size in a way that can't be adapted)" in caplog.text
-    assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in turned.state_dict().items())
-
-
 def test_every_module_may_lose_as_many_pairs_as_it_is_asked_for_where_frequencies_are_its_own():
     net, tokens = gpt()
     turned, masks = narrow_heads(net, [tokens], {"blocks.0.attention": 0.5, "blocks.2.attention": 0.9})
@@ -177,34 +152,6 @@ def test_what_isnt_finite_is_refused():
     nn.init.constant_(net.blocks[1].attention.k_proj.weight, 3e38)
     with pytest.raises(DataError, match=r"finite, got NaN or infinity \(blocks.1.attention"):
         narrow_heads(net, [tokens], 0.5)
-
-
-def test_shares_are_means_over_heads_whose_logits_vary():
-    logits = PairLogits(torch.ones(2))
-    products = torch.tensor([[[1.0, 0.0], [0.0, 3.0]], [[6.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
-    logits.products = products.double()
-    assert logits.shares() == pytest.approx(np.array([[0.5, 0.0625], [0.0625, 0.375]]))
-    logits.products = 0.0 * logits.products
-    assert logits.shares().tolist() == [[0.0, 0.0], [0.0, 0.0]]
-
-
-@pytest.mark.parametrize("places", [1, 5, 16, 17, 40])
-def test_logits_of_some_queries_with_the_keys_up_to_them(places):
-    generator = torch.Generator().manual_seed(places)
-    queries, keys = (torch.randn(2, places, 3, generator=generator, dtype=torch.complex128) for _ in range(2))
-    chosen = [round(at * (places - 1) / (min(places, 16) - 1)) for at in range(min(places, 16))] if places > 1 else [0]
-    expected = torch.zeros(2, 3, 3).double()
-    for query in chosen:
-        added = (queries[:, query, None] * keys[:, : query + 1].conj()).real
-        added = added - added.mean(1, keepdim=True)
-        expected += added.mT @ added
-    found = PairLogits(torch.ones(3))
-    found._add(queries[:, :0], keys[:, :0])
-    assert found.products is None
-    found._add(queries, keys)
-    torch.testing.assert_close(found.products, expected)
-    found._add(queries, keys)
-    torch.testing.assert_close(found.products, 2.0 * expected)
 
 
 @pytest.mark.parametrize("has_samples", [True, False])
@@ -227,26 +174,3 @@ def test_pairs_of_heads_that_share_keys_add_to_logits_up_to_each_query(has_sampl
                 added = added - added.mean(0)
                 expected[head] += added.T @ added
     torch.testing.assert_close(found.products, expected)
-
-
-def test_heads_of_a_millionth_of_a_millionth_of_the_largest_logits_have_no_shares():
-    logits = PairLogits(torch.ones(2))
-    largest = torch.diag(torch.tensor([3000.0, 1000.0]))
-    for factor, expected in ((1e-10, [0.5, 0.5]), (1e-13, [0.75, 0.25])):
-        logits.products = torch.stack([largest, factor * largest.flip(0, 1)]).double()
-        assert np.diag(logits.shares()) == pytest.approx(expected)
-
-
-def test_pairs_are_chosen_alike_on_another_device(device):
-    torch.manual_seed(0)
-    frequencies, rows, states = torch.tensor([1.0, 0.1]), np.arange(8).reshape(2, 4), torch.randn(3, 9, 8)
-    real = torch.arange(9) < torch.tensor([[9], [6], [7]])
-    found = []
-    for place in (torch.device("cpu"), device):
-        logits, values = PairLogits(frequencies.to(place)), states.to(place)
-        with in_context(real=real.to(place)):
-            logits.see_queries(rows, values, values)
-            logits.see_keys(rows, values, values)
-        assert logits.products.device == values.device
-        found.append(logits.shares())
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)

@@ -55,14 +55,6 @@ def test_rows_times_weights_are_the_layer(case):
     torch.testing.assert_close(x @ weight + layer.bias.detach()[rows][:, None], y)
 
 
-@pytest.mark.parametrize(
-    ("case", "shape", "count"),
-    [("linear", (3, 6), 1), ("tokens", (3, 4, 2, 6), 8), ("1d", (2, 6, 4), 4), ("plain", (2, 6, 5, 7), 35)],
-)
-def test_positions_are_counted_without_entries_and_channels(case, shape, count):
-    assert position_count(LAYERS[case][0], shape) == count
-
-
 def test_rows_of_a_transposed_convolution_called_for_a_size_are_those_of_this_size():
     layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1)
     inputs = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0))
@@ -72,16 +64,6 @@ def test_rows_of_a_transposed_convolution_called_for_a_size_are_those_of_this_si
     weight = by_output(layer.weight.detach(), layer).flatten(1)
     y = output_rows(layer, outputs, torch.arange(6)[None], positions)
     torch.testing.assert_close(x @ weight.T + layer.bias.detach(), y)
-
-
-def test_rows_of_some_channels_are_those_of_the_whole():
-    layer = nn.Conv2d(4, 6, 3)
-    inputs = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(9).expand(2, 9)
-    shape = layer(inputs).shape
-    whole = input_rows(layer, inputs, torch.arange(4)[None], positions, shape).unflatten(2, (4, 9))
-    some = input_rows(layer, inputs, torch.tensor([[1, 3]]), positions, shape).unflatten(2, (2, 9))
-    torch.testing.assert_close(some, whole[:, :, [1, 3]])
 
 
 @pytest.mark.parametrize(("count", "wanted"), [(9, 1), (9, 4), (9, 8), (1000, 7), (5, 5), (5, 50)])

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 from distill_nets import inputs, pair
-from shared_data_nets import in_threads
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nni_topo.recovery.course import RATES, Clock, try_rates
@@ -101,14 +100,6 @@ def test_each_rate_begins_with_the_same_network():
     assert torch.allclose(seen[1], pair()[0].first.weight, atol=1e-10)
 
 
-@pytest.mark.parametrize(("seconds", "count"), [(0.0, 0), (100.0, 3)])
-def test_no_network_learns_where_the_time_is_over(seconds, count):
-    """With time, one takes the first step, one shows how long a step takes, and the first rate has one."""
-    made = []
-    found = tried(lambda _: 0.5, clock=Clock(seconds), made=made)
-    assert (len(made), len(found)) == (count, min(count, 1))
-
-
 @pytest.mark.parametrize(
     ("seconds", "trials", "steps"),
     [
@@ -128,14 +119,6 @@ def test_time_allows_few_steps_and_few_rates(watch, seconds, trials, steps):
     assert counts == [1, 3, *[steps] * trials]
 
 
-@pytest.mark.parametrize(("passed", "networks"), [(4.5, 3), (5.0, 0), (6.0, 0)])
-def test_nothing_is_tried_at_the_very_end_of_the_time(watch, passed, networks):
-    made, clock = [], Clock(5.0)
-    watch.now += passed
-    tried(lambda _: 0.5, clock=clock, made=made, watch=watch, steps=[], rates=(0.1,))
-    assert len(made) == min(networks, 2)  # the time doesn't allow a rate
-
-
 def test_the_rate_rises_in_three_tenths_of_the_steps_and_falls_in_the_others():
     seen = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
@@ -144,27 +127,3 @@ def test_the_rate_rises_in_three_tenths_of_the_steps_and_falls_in_the_others():
     finally:
         hook.remove()
     assert seen == pytest.approx([0.07, 0.07, 0.14, 0.21, 0.18, 0.15, 0.12, 0.09, 0.06, 0.03])
-
-
-def test_progress_counts_rates_and_not_their_steps(monkeypatch, capsys):
-    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
-    tried(lambda _: 9.0, rates=(0.1, 0.01, 0.001), progress=None)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("learning rate: 3 of 3, ")
-    assert all(line.startswith("learning rate: ") for line in lines)
-
-
-def test_processes_take_each_step_together():
-    def work(processes):
-        seen = []
-
-        def judge(net):
-            seen.append(net.head.bias.grad.clone())
-            return 0.5
-
-        tried(judge, 10, processes=processes)
-        return seen
-
-    (alone,) = work(None)
-    for (together,) in in_threads(2, work):
-        torch.testing.assert_close(together, 2.0 * alone, rtol=0.05, atol=0.0)  # they learn the same images

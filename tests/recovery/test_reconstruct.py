@@ -8,11 +8,7 @@ from every_sample import compensate, compensation
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.least_squares.normal import Fit, Solution
-from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import Reconstruct
-from nni_topo.recovery.networks import build_networks
-from nni_topo.recovery.plan import make_plan
 from nni_topo.speedup import masked_model, to_dense
 
 
@@ -293,13 +289,6 @@ def test_masks_that_remove_nothing_change_nothing(residual_net, images):
     assert len(found.report.to_frame()) == 0
 
 
-def tasks_of(net, masks, images, refine):
-    """Return the tasks of all layers that read removed channels, as if nothing had been solved before."""
-    networks = build_networks(Analysis(net, ((images,), {})), masks)
-    plan = make_plan(networks.unpruned, networks.flow, networks.masks, set(networks.unpruned.graph.nodes))
-    return Reconstruct(refine=refine).tasks(plan, networks)
-
-
 @pytest.fixture
 def normed_net():
     """A convolution before a norm, of which one channel is silent, and a ReLU; then one whose output is read."""
@@ -319,42 +308,6 @@ FIRST_OF_FOUR = {"0": {"weight": torch.tensor([0.0, 1, 1, 1])[:, None, None, Non
 def test_refinements_are_counted(refine):
     with pytest.raises(ConfigError, match="refine must be an integer of at least 0, got"):
         Reconstruct(refine=refine)
-
-
-def test_what_a_relu_lets_through_is_wanted_of_refinements(normed_net, images):
-    """Below zero everything is alike: what is reached there isn't lacking, and what is reached above is too much."""
-    first, refining = tasks_of(normed_net, FIRST_OF_FOUR, images[0], 1)[-3:-1]
-    with torch.no_grad():
-        entering = normed_net[0](images[0])
-    generator = torch.Generator().manual_seed(0)
-    unpruned, pruned = (
-        {first.layer.source: entering, first.place: torch.randn(entering.shape, generator=generator).double()}
-        for _ in range(2)
-    )
-    positions = torch.arange(entering[0, 0].numel()).expand(len(entering), -1)
-    inputs, lacking, wanted = first.samples(unpruned, pruned, slice(None), positions)
-    found = refining.samples(unpruned, pruned, slice(None), positions)
-    assert torch.equal(found[0], inputs)
-    reached = wanted - lacking
-    torch.testing.assert_close(found[1], torch.where(wanted > 0.0, lacking, -reached.relu()))
-    assert torch.equal(found[2], wanted.relu())
-
-
-def test_a_solution_changes_nothing_where_the_norm_is_silent(normed_net, images):
-    task = tasks_of(normed_net, FIRST_OF_FOUR, images[0], 0)[-2]
-    weights, shift = torch.ones(1, 27, 3).double(), torch.tensor([[1.0, 2.0, 3.0]]).double()
-    found = Fit(Solution(weights, shift), 0.0, 1.0, 0.0, 0.0)
-    before = copy.deepcopy(normed_net)
-    task.apply(normed_net, found)
-    change = (normed_net[1].weight - before[1].weight).detach()
-    slopes = (before[2].weight / (before[2].running_var + before[2].eps).sqrt()).detach()
-    for row, slope in ((0, slopes[0]), (2, slopes[2])):
-        torch.testing.assert_close(change[row, 1:], torch.full((3, 3, 3), 1.0 / float(slope)).double())
-        shifted = before[2].running_mean[row] - shift[0, row] / slope
-        torch.testing.assert_close(normed_net[2].running_mean[row], shifted)
-    assert not change[1].any()
-    assert not change[:, 0].any()
-    assert normed_net[2].running_mean[1] == before[2].running_mean[1]
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-5, 1e4])

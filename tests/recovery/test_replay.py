@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import operator
 
 import pytest
 import torch
@@ -189,55 +188,6 @@ def test_padding_is_left_out_whether_a_network_is_followed_as_a_whole_or_by_part
     assert torch.allclose(*found, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("target", "plain"),
-    [
-        (torch.relu_, torch.relu),
-        (nn.functional.leaky_relu_, nn.functional.leaky_relu),
-        (torch.zero_, torch.zero_),  # has no other form
-        (nn.init.zeros_, nn.init.zeros_),  # torch.zeros makes a tensor of a given size
-        (torch.relu, torch.relu),
-    ],
-)
-def test_functions_in_place_have_a_plain_form(target, plain):
-    graph = torch.fx.Graph()
-    graph.call_function(target, (graph.placeholder("x"),))
-    found = without_side_effects(torch.fx.GraphModule(nn.Module(), graph))
-    assert list(found.graph.nodes)[1].target is plain
-
-
-class Asking(nn.Module):
-    """Asks for gradients of what is between its layers, as saliency maps do."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, values):
-        return self.second(self.first(values).relu().requires_grad_())
-
-
-def test_a_network_that_asks_for_gradients_between_its_layers_is_solved():
-    torch.manual_seed(0)
-    model, images = Asking().eval(), torch.randn(40, 3)
-    traced = without_side_effects(symbolic_trace(model))
-    torch.testing.assert_close(traced(images), model(images))
-    mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    masks = {"first": {"weight": mask[:, None].expand(4, 3), "bias": mask}}
-    (layer,) = nni_topo.compensation(model, masks, Calibration([images], hold_out=False)).report.layers
-    assert layer.error_after < layer.error_before
-
-
-def test_a_norm_that_was_narrowed_and_what_gets_other_inputs_are_touched(residual_net):
-    original = without_side_effects(symbolic_trace(residual_net))
-    changed = copy.deepcopy(original)
-    assert touched_nodes(original, changed) == set()
-    changed.get_submodule("head").weight = None
-    assert {node.name for node in touched_nodes(original, changed)} == {"head", "output"}
-    entering = [node for node in original.graph.nodes if node.op == "placeholder"]
-    assert touched_nodes(original, copy.deepcopy(original), entering) == set(original.graph.nodes)
-
-
 def stack(*sizes):
     """Return linear layers, their graph, and one in which the first layer differs."""
     torch.manual_seed(0)
@@ -256,55 +206,3 @@ def test_what_was_kept_serves_again_where_later_values_are_too_large():
         one, other = values(replay, original, "output", after)
         torch.testing.assert_close(one, model(torch.cat(batches)).detach())
         torch.testing.assert_close(other, changed(torch.cat(batches)).detach())
-
-
-def test_what_is_changed_in_place_is_not_kept():
-    """The first two values after the first layer are doubled, each time that this is run."""
-    _, model, _ = stack(3, 4, 2)
-    first = node_of(model, "_0")
-    with model.graph.inserting_before(node_of(model, "_1")):
-        place = (slice(None), slice(0, 2))
-        part = model.graph.call_function(operator.getitem, (first, place))
-        doubled = model.graph.call_function(operator.mul, (part, 2.0))
-        model.graph.call_method("copy_", (part, doubled))
-    model.recompile()
-    changed = copy.deepcopy(model)
-    changed.get_submodule("0").bias.data.add_(1.0)
-    batches = list(torch.randn(12, 3).split(6))
-    replay = Replay(model, model, changed, batches, 2**30)
-    for _ in range(3):
-        one, other = values(replay, model, "_1", part.name)
-        with torch.no_grad():
-            torch.testing.assert_close(one, model(torch.cat(batches)))
-            torch.testing.assert_close(other, changed(torch.cat(batches)))
-
-
-class ScaledFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(3, 4)
-
-    def forward(self, factor=2.0, x=None):
-        return factor * self.first(x)
-
-
-def test_a_first_argument_that_is_left_out_has_its_default():
-    torch.manual_seed(0)
-    model, inputs = ScaledFirst(), torch.randn(5, 3)
-    original = symbolic_trace(model)
-    changed = copy.deepcopy(original)
-    changed.get_submodule("first").weight.data.mul_(0.5)
-    one, other = values(Replay(model, original, changed, [{"x": inputs}], 0), original, "mul", "first")
-    torch.testing.assert_close(one, model(x=inputs).detach())
-    torch.testing.assert_close(other, changed(x=inputs).detach())
-
-
-@pytest.mark.parametrize("is_light", [True, False])
-def test_a_copy_without_side_effects_leaves_the_original_and_shares_parameters_if_it_is_light(is_light):
-    graph = symbolic_trace(InPlace())
-    copied = without_side_effects(graph, light=is_light)
-    assert (copied.first.weight.data_ptr() == graph.first.weight.data_ptr()) is is_light
-    assert (graph.relu.inplace, copied.relu.inplace) == (True, False)
-    assert any(node.kwargs.get("inplace") for node in graph.graph.nodes)
-    assert not any(node.kwargs.get("inplace") for node in copied.graph.nodes)
-    assert without_side_effects(graph).first.weight is not graph.first.weight

@@ -7,65 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.least_squares.normal import Fit, Solution
+from nni_topo.errors import DataError
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import samples
 from nni_topo.recovery.networks import build_networks, plan_of
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.replay import Replay
-from nni_topo.recovery.samples import (
-    Sampler,
-    check_ridge,
-    draw_positions,
-    draw_unpadded,
-    numbers_drawn,
-    pass_over,
-)
-
-
-def test_of_layers_with_many_positions_some_are_drawn_and_the_generator_says_how_many():
-    """Of 12 positions of two entries the real ones are 3 and 6: a share of 3 / 8."""
-    real = torch.zeros(2, 12, dtype=torch.bool)
-    real[0, :3] = real[1, :6] = True
-    for mask, wanted, count, drawn in (
-        (None, 4, 4, 8),
-        (None, 12, 12, 0),
-        (None, 13, 12, 0),
-        (real, 3, 8, 16),
-        (real, 4, 11, 22),
-        (real, 5, 12, 0),
-        (real[:, :6], 4, 4, 8),  # not of these positions
-        (torch.zeros(2, 12, dtype=torch.bool), 1, 12, 0),
-    ):
-        assert numbers_drawn(12, 2, wanted, mask) == drawn
-        one, other = (torch.Generator().manual_seed(3) for _ in range(2))
-        positions, stay = draw_unpadded(12, 2, wanted, one, mask)
-        assert positions.shape == (2, count)
-        if mask is None or mask.shape != (2, 12):
-            assert stay is None
-        else:
-            assert stay.tolist() == [
-                [bool(row[at]) for at in places] for row, places in zip(mask, positions, strict=True)
-            ]
-        pass_over(other, drawn)
-        assert torch.equal(torch.rand(2, generator=one), torch.rand(2, generator=other))
-
-
-def test_a_layer_holds_out_what_its_samples_became_or_every_fifth_place():
-    sampler = Sampler(None, (2, 4), 0, torch.tensor([False, True, False, False, True, False]))
-    assert sampler._marks(0, 2, 2).tolist() == [False, True]
-    assert sampler._marks(2, 4, 4).tolist() == [False, False, True, False]
-    assert sampler._marks(0, 2, 4).tolist() == [False, False, True, True]  # two windows of each sample
-    assert sampler._marks(2, 4, 7).nonzero().flatten().tolist() == [2]  # not a number for each sample
-
-
-@pytest.mark.parametrize("ridge", [0, 0.0, 2, 1e9, "auto"])
-def test_ridges_at_their_bounds_are_taken(ridge):
-    check_ridge(ridge)
-    for wrong in (math.inf, -1e-9, None, False, "", [0.1]):
-        with pytest.raises(ConfigError, match="ridge must be 'auto' or a finite number of at least 0, got"):
-            check_ridge(wrong)
+from nni_topo.recovery.samples import Sampler, draw_positions, draw_unpadded, numbers_drawn, pass_over
 
 
 def sampling(model, batches, kept, method=Reconstruct(refine=0), **knobs):  # noqa: B008
@@ -161,28 +109,6 @@ def test_values_that_are_not_finite_are_told_whether_they_are_held_out_or_not(wh
         sampler.collect(task, 0)
 
 
-def test_processes_agree_on_the_solution_of_the_first(one_process):
-    sampler, (task,) = sampling(linears(), batches_of(3), (0, 2, 3), processes=one_process)
-    given = Fit(Solution(torch.ones(1, 3, 2).double(), torch.ones(1, 2).double(), 0.3), 0.1, 0.7, 0.2, 0.6)
-    found = sampler.agreed(given, task)
-    assert (found.ridge, found.before, found.after, found.held_out, found.solution.error) == (0.1, 0.7, 0.2, 0.6, 0.3)
-    assert torch.equal(found.solution.weights, given.solution.weights)
-    assert found.solution.weights is not given.solution.weights
-    alone, _ = sampling(linears(), batches_of(3), (0, 2, 3))
-    assert alone.agreed(given, task) is given
-
-
-@pytest.mark.parametrize(
-    ("count", "wanted", "lows"),
-    [(10, 3, [0, 4, 7, 10]), (2**26 + 1, 3, [0, 22369622, 44739244, 67108865]), (5, 2, [0, 3, 5]), (4, 1, [0, 4])],
-)
-def test_a_position_is_drawn_from_each_of_equal_ranges(count, wanted, lows):
-    found = draw_positions(count, 50, wanted, torch.Generator().manual_seed(0))
-    jitter = torch.rand(50, wanted, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for index, (low, high) in enumerate(itertools.pairwise(lows)):
-        assert torch.equal(found[:, index], (low + jitter[:, index] * (high - low)).floor().long())
-
-
 class Series(nn.Sequential):
     """Two convolutions along time, beside a mask of padding."""
 
@@ -204,32 +130,48 @@ def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places)
     assert abs(sum(lacking.shape[1] for (_, lacking, _), _ in chunks) - 170) <= 10
 
 
-class Noting:
-    """Stands for processes that agree, and notes where tensors lie."""
+def test_of_layers_with_many_positions_some_are_drawn_and_the_generator_says_how_many():
+    """Of 12 positions of two entries the real ones are 3 and 6: a share of 3 / 8."""
+    real = torch.zeros(2, 12, dtype=torch.bool)
+    real[0, :3] = real[1, :6] = True
+    for mask, wanted, count, drawn in (
+        (None, 4, 4, 8),
+        (None, 12, 12, 0),
+        (None, 13, 12, 0),
+        (real, 3, 8, 16),
+        (real, 4, 11, 22),
+        (real, 5, 12, 0),
+        (real[:, :6], 4, 4, 8),  # not of these positions
+        (torch.zeros(2, 12, dtype=torch.bool), 1, 12, 0),
+    ):
+        assert numbers_drawn(12, 2, wanted, mask) == drawn
+        one, other = (torch.Generator().manual_seed(3) for _ in range(2))
+        positions, stay = draw_unpadded(12, 2, wanted, one, mask)
+        assert positions.shape == (2, count)
+        if mask is None or mask.shape != (2, 12):
+            assert stay is None
+        else:
+            assert stay.tolist() == [
+                [bool(row[at]) for at in places] for row, places in zip(mask, positions, strict=True)
+            ]
+        pass_over(other, drawn)
+        assert torch.equal(torch.rand(2, generator=one), torch.rand(2, generator=other))
 
-    def __init__(self):
-        self.devices = set()
 
-    def agree(self, tensors, place):
-        self.devices |= {tensor.device for tensor in tensors}
-
-
-@pytest.mark.parametrize("device", ["far"], indirect=True)
-def test_what_processes_agree_on_lies_with_the_weights(device):
-    noting = Noting()
-    sampler, (task,) = sampling(linears(), batches_of(3), (0, 2, 3), processes=noting)
-    weights, shift = torch.ones(1, 3, 2).double().to(device), torch.ones(1, 2).double().to(device)
-    found = sampler.agreed(Fit(Solution(weights, shift, 0.3), 0.1, 0.7, 0.2, 0.6), task)
-    assert noting.devices == {device}
-    assert found.ridge == 0.1
+@pytest.mark.parametrize(
+    ("count", "wanted", "lows"),
+    [(10, 3, [0, 4, 7, 10]), (2**26 + 1, 3, [0, 22369622, 44739244, 67108865]), (5, 2, [0, 3, 5]), (4, 1, [0, 4])],
+)
+def test_a_position_is_drawn_from_each_of_equal_ranges(count, wanted, lows):
+    found = draw_positions(count, 50, wanted, torch.Generator().manual_seed(0))
+    jitter = torch.rand(50, wanted, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for index, (low, high) in enumerate(itertools.pairwise(lows)):
+        assert torch.equal(found[:, index], (low + jitter[:, index] * (high - low)).floor().long())
 
 
-@pytest.mark.parametrize("device", ["far"], indirect=True)
-@pytest.mark.parametrize("channels", [[0, 1, 2, 3], [2, 0]])
-def test_outputs_are_taken_where_they_lie(device, channels):
-    values = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
-    places, rows = torch.tensor([[0, 3], [1, 4]]), torch.tensor([channels])
-    found = samples.output_rows(nn.Linear(3, 4), values.to(device), rows.to(device), places.to(device))
-    expected = torch.stack([values[0, 0], values[0, 3], values[1, 1], values[1, 4]])[:, channels]
-    assert found.device == device
-    assert torch.equal(found[0].cpu(), expected)
+def test_a_layer_holds_out_what_its_samples_became_or_every_fifth_place():
+    sampler = Sampler(None, (2, 4), 0, torch.tensor([False, True, False, False, True, False]))
+    assert sampler._marks(0, 2, 2).tolist() == [False, True]
+    assert sampler._marks(2, 4, 4).tolist() == [False, False, True, False]
+    assert sampler._marks(0, 2, 4).tolist() == [False, False, True, True]  # two windows of each sample
+    assert sampler._marks(2, 4, 7).nonzero().flatten().tolist() == [2]  # not a number for each sample

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.fx import symbolic_trace
 
-from nni_topo.recovery import windows
 from nni_topo.recovery.windows import Segment, Stretch, entering, segments
 
 
@@ -30,19 +29,6 @@ def test_blocks_begin_where_everything_flows_through_one_value_and_places_lie_ah
     assert alone == [(first, "relu_"), (second, "mean"), (["head"], "output")]
     # conv3's output isn't all that is read: the shortcut reads what entered it.
     assert nodes[cut[1].first - 1].name == "relu_"
-
-
-def test_values_are_alive_where_they_differ_between_images_of_all_batches():
-    first = [torch.tensor([[1.0, 2.0], [1.0, 3.0]]), torch.tensor([[1.0], [2.0]])]
-    second = [torch.tensor([[4.0, 3.0]]), torch.tensor([[1.0, 2.0]])]
-    assert [each.tolist() for each in windows.alive([first])] == [[False, True], [True]]
-    varied, other = windows.alive([first, second])
-    assert (varied.tolist(), other) == ([True, True], None)  # of another shape
-    back = windows.alive([first, second, first])
-    assert (back[0].tolist(), back[1]) == ([True, True], None)
-    low = windows.alive([[torch.tensor([[4.0, 4.0]])], [torch.tensor([[4.0, 1.0]])]])
-    assert low[0].tolist() == [False, True]
-    assert windows.alive([]) == []
 
 
 @pytest.mark.parametrize(

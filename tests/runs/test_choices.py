@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 
@@ -17,11 +16,9 @@ from nni_topo.runs.choices import (
     PruneConfig,
     PrunerChoice,
     Target,
-    changed_recipe,
     load_prune_config,
     with_recovery,
 )
-from nni_topo.runs.trial import TrialSettings
 from nni_topo.zoo import Recipe
 
 ALL = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -32,15 +29,11 @@ ALL = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
     [
         (lambda: PruneConfig("l1", ALL, calibration=-1), "calibration must be .*, got -1"),
         (lambda: PruneConfig("l1", ALL, round_to=0), "round_to must be .*, got 0"),
-        (lambda: PruneConfig("l1", 0.5), "config_list must be .*, got 0.5"),
-        (lambda: PrunerChoice("l1", calibration=-1), "calibration must be .*, got -1"),
         (lambda: CompensationChoice(0), "images must be .*, got 0"),
         (lambda: CompensationChoice(refine=-1), "refine must be .*, got -1"),
-        (lambda: CompensationChoice(method="solve"), "got 'solve'"),
         (lambda: DistillationChoice(1), "images must be .*, got 1"),
         (lambda: DistillationChoice(seconds=0), "seconds must be .*, got 0"),
         (lambda: DataChoice("digits", data_dir=1), "data_dir must be .*, got 1"),
-        (lambda: ModelChoice("small_cnn", checkpoint=1), "checkpoint must be .*, got 1"),
         (lambda: Target("ratio", 1.0), r"in \[0, 1\), got 1.0"),
         (lambda: Target("flops", 0.0), r"in \(0, 1\], got 0.0"),
         (lambda: Target("size", 0.5), "got 'size'"),
@@ -49,13 +42,6 @@ ALL = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 def test_what_is_out_of_range_is_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
-
-
-def test_the_edges_of_the_ranges_are_taken():
-    assert PruneConfig("l1", ALL, calibration=0, round_to=1).round_to == 1
-    assert (CompensationChoice(1, refine=0).images, DistillationChoice(2).images) == (1, 2)
-    assert [Target("ratio", 0.0).label, Target("flops", 1.0).label] == ["ratio 0", "100 % of the MACs left"]
-    assert [ModelChoice("net").label, ModelChoice("net", 0.5).label] == ["net", "net x0.5"]
 
 
 CELL = Cell(
@@ -109,13 +95,6 @@ def test_knobs_that_are_no_lists_have_the_key_of_their_values():
     assert one.key == other.key != CELL.key
 
 
-def test_places_may_be_paths():
-    assert ModelChoice("net", checkpoint=Path("net.pt")).checkpoint == Path("net.pt")
-    assert DataChoice("digits", data_dir=Path("there")).data_dir == Path("there")
-    settings = TrialSettings(data_dir=Path("there"), checkpoint=Path("net.pt"))
-    assert (settings.data_dir, settings.checkpoint) == (Path("there"), Path("net.pt"))
-
-
 def digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -160,8 +139,3 @@ def test_a_file_says_how_a_network_is_pruned(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
             load_prune_config(path)
-
-
-def test_a_recipe_is_changed_field_by_field():
-    found = changed_recipe(Recipe(epochs=3, lr=0.5), {"epochs": 1})
-    assert (found.epochs, found.lr) == (1, 0.5)

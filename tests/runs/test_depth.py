@@ -20,12 +20,11 @@ from nni_topo.network.cost.latency import LatencyTable, LayerLatency
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import DenseReport
-from nni_topo.pruners.budget import Budget, BudgetOutcome
+from nni_topo.pruners.budget import Budget
 from nni_topo.recovery.lesson import Judgement
 from nni_topo.runs import depth as depth_module
 from nni_topo.runs.depth import (
     Depth,
-    DepthOutcome,
     DepthPath,
     Removable,
     Removal,
@@ -230,11 +229,10 @@ def test_layers_that_a_caller_names_are_those_of_the_unpruned_network():
     assert "stage1.2.conv1" not in dict(small.named_modules())
 
 
-@pytest.mark.parametrize("pruner", [pytest.param("reconstruction", marks=pytest.mark.slow), "l1"])
 @pytest.mark.slow
-def test_budgets_of_what_is_tried_are_not_told_only_that_of_the_call(pruner, caplog):
+def test_budgets_of_what_is_tried_are_not_told_only_that_of_the_call(caplog):
     """Networks without two or three blocks have budgets of their own, which the few channels of this one miss."""
-    small = shrunk(resnet(SILENT), pruner=pruner, compensate=None)
+    small = shrunk(resnet(SILENT), pruner="l1", compensate=None)
     assert len(small.report.depth.tried) == 3
     told = [record.getMessage() for record in caplog.records if "budget" in record.getMessage()]
     assert told == [str(small.report.budget)]
@@ -350,18 +348,11 @@ def test_a_tolerance_and_a_frontier_take_depth():
     assert family[0.67].report.depth.tried[0].removed == 0
 
 
-@pytest.mark.parametrize("is_contained", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.slow
-def test_parts_whose_attributes_a_fast_path_reads_stay(is_contained):
+def test_parts_whose_attributes_a_fast_path_reads_stay():
     torch.manual_seed(0)
-
-    def layer():
-        return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
-
-    if is_contained:
-        body = nn.TransformerEncoder(layer(), 3, enable_nested_tensor=False)
-    else:
-        body = nn.Sequential(*(layer() for _ in range(3)))
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    body = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     model = nn.Sequential(body, nn.Flatten(), nn.Linear(40, 4)).eval()
     rows = torch.randn(64, 5, 8)
     knobs = {"distill": False, "depth": True, "progress": False}
@@ -433,25 +424,6 @@ def test_the_part_before_it_makes_up_for_a_part(make, gone, writers):
     assert path.states[-1].removed == tuple(map(RemovedBlock, gone, ["part"] * len(gone), writers))
 
 
-def test_time_between_layers_is_dealt_out_by_what_the_layers_put_out():
-    one = LayerLatency((1, 4), (1, 8), ((1.0, 2.0), (3.0, 4.0)), activation=8.0)
-    two = LayerLatency((1, 8), (1, 2), ((1.0, 2.0), (5.0, 6.0)), activation=24.0)
-    table = LatencyTable({"0": one, "1.x": two}, rest=16.0)
-    assert _seconds(table, ["0"]) == 4.0 + 4.0
-    assert _seconds(table, table.layers) == 4.0 + 6.0 + 16.0
-    wide = LayerLatency((1, 2, 4), (1, 4, 8), ((1.0, 2.0, 3.0), (2.0, 4.0, 6.0), (3.0, 6.0, 9.0)), activation=0.0)
-    assert _seconds(LatencyTable({"0": wide}), ["0"]) == 9.0
-    short = Shortened(nn.Identity(), {"a": "1.x", "b": "nowhere"}, (), (), 0.0, 1.0)
-    assert _table_of(table, short) == LatencyTable({"a": two}, rest=12.0)
-    silent = LatencyTable({name: replace(layer, activation=0.0) for name, layer in table.layers.items()}, rest=16.0)
-    assert _seconds(silent, ["0"]) == 4.0
-    assert _table_of(silent, short).rest == 16.0
-    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
-    saved = cost_saved(net, torch.zeros(2, 4), "latency", LatencyTable({"0": one}))
-    assert saved(Removal("0", "0", 0)) == 1.0
-    assert saved(Removal("1", "1", 0)) == 0.0
-
-
 def test_a_block_saves_its_share_of_the_multiply_accumulates():
     net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), nn.Linear(4, 4))
     saved = cost_saved(net, torch.zeros(2, 4), "flops")
@@ -498,7 +470,6 @@ def staged(losses, *, kind="flops", whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, 
     [
         # Without blocks it is best: fewer go than for half of the saving.
         ({0: 1.0, 2: 2.0, 1: 1.5}, {}, [0, 1, 2], 0),
-        ({0: 1.0, 2: 1.0, 1: 0.5}, {}, [0, 1, 2], 1),
         ({0: 1.0, 2: math.nan, 1: 2.0}, {}, [0, 1, 2], 0),
         ({0: math.nan, 2: 1.0, 3: 0.5}, {}, [0, 2, 3], 3),
         # Blocks for half of the saving are better: more go.
@@ -508,16 +479,12 @@ def staged(losses, *, kind="flops", whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, 
         ({0: 2.0, 2: 1.0, 3: 1.5}, {"whole": (0.0, 9.0, 9.0, 9.0, 1.1)}, [0, 2, 3], 2),
         # No network meets the budget: the one that misses it least is kept, whatever it loses.
         ({0: 1.0, 2: 2.0, 4: 3.0}, {"kept": {0: 0.5, 2: 0.4, 4: 0.3}}, [0, 2, 4], 4),
-        ({0: 3.0, 2: 2.0, 1: 1.0}, {"kept": {0: 0.3, 2: 0.4, 1: 0.5}}, [0, 1, 2], 0),
         # One that meets the budget is better than one that doesn't.
         ({0: 1.0, 2: 2.0, 3: 3.0}, {"kept": {0: 0.5}}, [0, 2, 3], 2),
         # Channels alone aren't fast enough.
         ({2: 1.0, 3: 2.0}, {"overhead": 0.5}, [2, 3], 2),
-        ({2: 1.0, 4: 3.0}, {"overhead": 0.5, "kept": {2: 0.4}}, [2, 4], 4),
         ({1: 1.0, 2: 2.0}, {"overhead": 0.3}, [1, 2], 1),
-        ({0: 1.0, 2: 2.0, 1: 3.0}, {"overhead": 0.25}, [0, 1, 2], 0),
         ({0: 1.0, 1: 2.0}, {"refused": (2,)}, [0, 1], 0),
-        ({0: 1.0}, {"refused": (1, 2)}, [0], 0),
         ({0: 1.0}, {"refused": (1, 2, 3, 4), "overhead": 0.5}, [0], 0),
     ],
 )
@@ -536,11 +503,6 @@ def test_numbers_of_blocks_are_tried_where_they_may_help(losses, knobs, tried, b
     assert [each.name for each in chosen.depth.removed] == [str(number) for number in range(best)]
     assert chosen.layers.notes == tuple(map(str, chosen.depth.removed))
     assert math.isnan(chosen.depth.overhead) == ("overhead" not in knobs)
-
-
-def test_a_network_without_channels_that_can_go_is_refused_where_no_block_goes():
-    with pytest.raises(ConfigError, match="no channels to remove without 0 blocks"):
-        staged({}, refused=(0,)).make(0.25)
 
 
 def depth_steps(layers=None, *, table=None, **cost):
@@ -565,17 +527,6 @@ def test_the_network_without_a_block_loses_channels_of_the_same_layers():
     assert list(steps.path._saved.values()) == pytest.approx([96 / macs] * 3)
     assert steps.left(1) == pytest.approx(1.0 - 96 / macs)
     assert steps.left(0) == 1.0
-    named = depth_steps(["blocks.1.first.one", "blocks.1.second.one", {"op_names": ["blocks.2.first.one"]}])
-    why = "no layer in it is named (layers)"
-    unnamed = ("blocks.0", "blocks.0.first", "blocks.0.second", "blocks.2.second")
-    assert named.removable.kept == {
-        **dict.fromkeys(unnamed, why),
-        "blocks.2": "blocks.2.second.one isn't named (layers)",
-    }
-    choosing(named.path, "blocks.1")
-    less = named.prepared(1)
-    assert not less.prunable.is_default
-    assert [entry["op_names"] for entry in less.prunable.entries] == [["blocks.1.first.one"]]
 
 
 class Blocks(nn.Module):
@@ -623,32 +574,6 @@ class Normed(TwoParts):
         return x + self.second(self.between(x))
 
 
-class Scaled(TwoParts):
-    """Scales the sum."""
-
-    def __init__(self, factor) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x):
-        """Map (samples, 4)."""
-        return self.factor * super().forward(x)
-
-
-class Cancelling(TwoParts):
-    """Parts that are far from zero and cancel each other: the sum depends on the order, by rounding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.no_grad():
-            self.first.two.bias += 4096.0
-            self.second.two.bias -= 4096.0
-
-    def forward(self, x):
-        """Map (samples, 4)."""
-        return x + (self.first(x) + self.second(x))
-
-
 class OnePart(nn.Module):
     """A block that holds one module."""
 
@@ -683,8 +608,6 @@ PARTS = [name for block in WHOLE for name in (block, f"{block}.first", f"{block}
         (TwoParts, PARTS),
         (InPlace, PARTS),
         (Normed, PARTS),
-        (lambda: Scaled(1.0005), PARTS),
-        (lambda: Scaled(1.2), WHOLE),  # more than the sum of its parts
         (OnePart, WHOLE),
         (Wide, WHOLE),
     ],
@@ -700,13 +623,6 @@ def test_parts_are_what_is_added_up_in_a_block(block, names):
     assert found.candidates[0] == Removal("blocks.0", "blocks.0", 0)
     assert found.parts == ({name: (f"{name}.first", f"{name}.second") for name in WHOLE} if names is PARTS else {})
     assert names_of(found_in(model, whole_blocks=True)) == WHOLE
-
-
-def test_sums_that_differ_by_rounding_are_sums():
-    rows = torch.zeros(16, 5)
-    rows[0] = 1000.0
-    found = found_in(Blocks(block=Cancelling), rows)
-    assert set(found.parts) == set(WHOLE)
 
 
 class Narrowing(nn.Module):
@@ -750,14 +666,6 @@ class Indexed(Blocks):
         return self.head(x)
 
 
-class Counted(Blocks):
-    """Puts out as many numbers as it has blocks."""
-
-    def forward(self, x):
-        """Map (samples, 5) to (samples, blocks)."""
-        return super().forward(x)[:, : len(self.blocks)]
-
-
 class Attended(nn.Module):
     """A block of which a part returns a tuple."""
 
@@ -771,36 +679,12 @@ class Attended(nn.Module):
         return x + self.mlp(x)
 
 
-class Pairs(nn.Module):
-    """A block that takes a tuple and returns one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, pair):
-        """Map two of (samples, 4)."""
-        return pair[0] + self.layer(pair[1]), pair[1]
-
-
-class Paired(Blocks):
-    """Hands tuples from block to block."""
-
-    def forward(self, x):
-        """Map (samples, 5) to (samples, 3)."""
-        pair = (self.enter(x),) * 2
-        for block in self.blocks:
-            pair = block(pair)
-        return self.head(pair[0])
-
-
 def test_what_a_model_does_with_its_blocks_decides_whether_they_can_go():
     found = found_in(Telling())  # its cache is shorter without a block, as it may be
     assert (names_of(found), found.kept) == (PARTS, {})
-    other = "the model gives other outputs without it, or doesn't run"
-    for make in (Indexed, Counted):
-        found = found_in(make(), whole_blocks=True)
-        assert (names_of(found), found.kept) == ([], dict.fromkeys(WHOLE, other))
+    found = found_in(Indexed(), whole_blocks=True)
+    assert names_of(found) == []
+    assert found.kept.keys() == set(WHOLE)
     # Of a list with one block the parts alone can go, of one with two each.
     assert names_of(found_in(Blocks(1))) == PARTS[1:3]
     assert names_of(found_in(Blocks(2))) == PARTS[:6]
@@ -809,19 +693,10 @@ def test_what_a_model_does_with_its_blocks_decides_whether_they_can_go():
         block.first.layer_idx = number
     # By what the first attention keeps a decoder counts the tokens.
     assert names_of(found_in(numbered)) == [name for name in PARTS if name != "blocks.0.first"]
-    assert names_of(found_in(Paired(block=Pairs))) == []
     attended = found_in(Blocks(block=Attended), torch.randn(8, 3, 5))
     assert {each.name.rpartition(".")[2]: each.outputs for each in attended.candidates if each.is_part} == {
         "attention": 2, "mlp": 0
     }  # fmt: skip
-
-
-def test_a_constant_that_a_norm_adds_is_no_input():
-    torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5)) for _ in range(3)]
-    for block in blocks:
-        nn.init.ones_(block[1].bias)
-    assert names_of(found_in(nn.Sequential(*blocks))) == []
 
 
 def short_path(rows=64, costs=lambda _: 0.25, make=Blocks, whole=True, judges=None):
@@ -849,30 +724,6 @@ def test_a_path_goes_as_far_as_it_is_asked_for():
     assert path.states[2].left == 0.5
 
 
-class Rooted(Blocks):
-    """Takes the root of what the blocks give, which the first one makes positive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.no_grad():
-            self.blocks[0].second.two.bias += 100.0
-
-    def forward(self, x):
-        """Map (samples, 5) to (samples, 3)."""
-        x = self.enter(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.sqrt())
-
-
-def test_a_block_without_which_nothing_finite_comes_out_stays():
-    path = short_path(make=Rooted)
-    assert path.nearest(0.75) == 1
-
-    assert path.states[1].gone[0].name != "blocks.0"
-    assert math.isfinite(path.states[1].loss)
-
-
 def choosing(path, *names):
     """Let a path remove these blocks or parts, in this order."""
     wanted = iter(names)
@@ -880,27 +731,6 @@ def choosing(path, *names):
     for _ in names:
         assert path._extend()
     return path.states[-1]
-
-
-class ThreeParts(TwoParts):
-    """A block of three parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.third = Part()
-
-    def forward(self, x):
-        """Map (samples, 4)."""
-        x = super().forward(x)
-        return x + self.third(x)
-
-
-def test_what_a_part_saves_does_not_depend_on_the_others():
-    path = short_path(make=lambda: Blocks(2, ThreeParts), whole=False, costs=lambda each: 0.1 if each.is_part else 0.4)
-    state = choosing(path, "blocks.0.second")
-    saved = {each.name: path._saved_after(state, each) for each in path._remaining(state)}
-    parts = ["blocks.0.first", "blocks.0.third", *(f"blocks.1.{part}" for part in ("first", "second", "third"))]
-    assert saved == pytest.approx({**dict.fromkeys(parts, 0.1), "blocks.0": 0.3, "blocks.1": 0.4})
 
 
 def test_the_config_of_a_model_says_how_many_blocks_are_left():
@@ -930,54 +760,10 @@ def test_less_is_lost_where_a_layer_makes_up_for_what_goes(name):
 
 def test_blocks_that_go_in_a_row_are_made_up_for_together():
     path = short_path(200, make=lambda: Blocks(5))
-    first, both, three = choosing(path, "blocks.2"), choosing(path, "blocks.3"), choosing(path, "blocks.1")
-    writers = [each.replaced_by for each in three.removed]
+    for name in ("blocks.2", "blocks.3", "blocks.1"):
+        state = choosing(path, name)
+    writers = [each.replaced_by for each in state.removed]
     assert writers == ["blocks.1.second.two", "blocks.1.second.two", "blocks.0.second.two"]
-    # Whatever block is next to the gap, the stream after the last one that went is wanted.
-    for state, candidate, wanted in (
-        (path.states[0], "blocks.2", 2),
-        (first, "blocks.3", 3),
-        (first, "blocks.1", 2),
-        (both, "blocks.1", 3),
-        (both, "blocks.4", 4),
-    ):
-        gap = path._gap(state, Removal(candidate, candidate, 0))
-        assert gap.wanted.block is path._model.blocks[wanted]
-    assert path._gap(both, Removal("blocks.0", "blocks.0", 0)) is None
-
-
-@pytest.mark.parametrize(
-    ("kept", "planned", "why"),
-    [
-        (0.25, "", ""),
-        (0.2, "of its own", "of the networks that were tried and meet the budget this one loses least"),
-        (0.5, "of its own", "of its own"),
-        (0.5, "", "no network that was tried meets it"),
-        (0.5, None, "no network that was tried meets it"),
-    ],
-)
-def test_a_budget_that_blocks_and_channels_miss_has_a_reason(kept, planned, why, caplog):
-    whole = staged({0: 1.0}).whole
-    outcome = None if planned is None else BudgetOutcome("flops", 0.25, kept, kept <= 0.25, planned)
-    made = replace(whole.start, planned=outcome, left=kept, depth=DepthOutcome((), (), {}))
-    found = whole.outcome(0.25, made)
-    assert (found.left, found.why, found.is_met) == (kept, why, kept <= 0.25)
-    assert len(caplog.records) == bool(why)
-
-
-def test_where_blocks_bring_all_of_the_saving_all_channels_stay():
-    steps = depth_steps()
-    assert steps.left(0) == 1.0
-    steps.path.nearest(0.1)
-    one = steps.left(1)
-    for share, is_whole in ((one, True), (one - 0.1, False)):
-        made = steps.without(1, share)
-        widths = {name: module.out_features for name, module in made.dense.named_modules() if name.endswith("one")}
-        assert (set(widths.values()) == {6}) == is_whole
-        assert made.tried == ()
-        assert (made.masks == {}) == is_whole
-        assert made.left == pytest.approx(share, abs=0.06)
-        assert made.without_recovery().dense.head.out_features == 3
 
 
 def test_a_table_of_times_counts_for_what_is_left():
@@ -1000,17 +786,26 @@ def test_a_table_of_times_counts_for_what_is_left():
     assert steps.without(1, 0.8).left == steps.left(1)
 
 
-@pytest.mark.slow
-def test_without_a_table_networks_are_timed():
-    steps = depth_steps(latency=0.9)
-    choosing(steps.path, "blocks.0")
-    assert 0.0 < steps.left(1) < 1.5
-    assert 0.0 < steps.overhead < 1.5
-    assert steps.path._saved.keys() == set(steps.removable.candidates)
+def test_where_blocks_bring_all_of_the_saving_all_channels_stay():
+    steps = depth_steps()
+    assert steps.left(0) == 1.0
+    steps.path.nearest(0.1)
+    one = steps.left(1)
+    for share, is_whole in ((one, True), (one - 0.1, False)):
+        made = steps.without(1, share)
+        widths = {name: module.out_features for name, module in made.dense.named_modules() if name.endswith("one")}
+        assert (set(widths.values()) == {6}) == is_whole
+        assert made.tried == ()
+        assert (made.masks == {}) == is_whole
+        assert made.left == pytest.approx(share, abs=0.06)
+        assert made.without_recovery().dense.head.out_features == 3
 
 
-def test_named_layers_that_are_all_gone_leave_nothing_to_prune():
-    steps = depth_steps(["blocks.1.first.one", "blocks.1.second.one"])
-    choosing(steps.path, "blocks.1")
-    with pytest.raises(ConfigError, match=r"got none that is named \(layers\)"):
-        steps.prepared(1)
+def test_time_between_layers_is_dealt_out_by_what_the_layers_put_out():
+    one = LayerLatency((1, 4), (1, 8), ((1.0, 2.0), (3.0, 4.0)), activation=8.0)
+    two = LayerLatency((1, 8), (1, 2), ((1.0, 2.0), (5.0, 6.0)), activation=24.0)
+    table = LatencyTable({"0": one, "1.x": two}, rest=16.0)
+    assert _seconds(table, ["0"]) == 4.0 + 4.0
+    assert _seconds(table, table.layers) == 4.0 + 6.0 + 16.0
+    short = Shortened(nn.Identity(), {"a": "1.x", "b": "nowhere"}, (), (), 0.0, 1.0)
+    assert _table_of(table, short) == LatencyTable({"a": two}, rest=12.0)

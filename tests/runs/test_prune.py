@@ -166,24 +166,6 @@ def test_a_device_that_is_not_there_is_refused(checkpoint, tmp_path):
         prune_checkpoint(SMALL, checkpoint, config, DIGITS, tmp_path / "out", device="nowhere")
 
 
-@pytest.mark.parametrize(
-    ("bounds", "round_to", "why"),
-    [
-        ({}, 64, "layers keep a multiple of 64 channels"),
-        ({"max_sparse_ratio": 0.1}, 64, "all layers to prune are at their max_sparse_ratio"),
-        ({"max_sparse_ratio": 0.1}, None, "all layers to prune are at their max_sparse_ratio"),
-        ({}, None, ""),
-    ],
-)
-@pytest.mark.quick_every(2)
-def test_a_record_says_why_a_budget_is_missed(bounds, round_to, why, checkpoint, tmp_path):
-    entries = [{"op_types": ["Conv2d"], **bounds}]
-    config = PruneConfig("matrix", entries, knobs={"budget": {"flops": 0.5}}, round_to=round_to)
-    record = prune_checkpoint(SMALL, checkpoint, config, DIGITS, tmp_path / "out", progress=False)
-    assert record["budget"]["why"].startswith(why)
-    assert bool(record["budget"]["why"]) is bool(why)
-
-
 @pytest.mark.parametrize("round_to", [None, 8])
 def test_a_budget_of_time_is_that_of_the_table_unless_widths_are_rounded(round_to, checkpoint, tmp_path):
     names = [name for name, layer in small_cnn().named_modules() if isinstance(layer, torch.nn.Conv2d)]

@@ -102,14 +102,6 @@ def small_start():
     return Start(net, data, zoo.Recipe(epochs=1))
 
 
-def test_accuracies_are_measured_where_they_arent_known():
-    start = small_start()
-    assert start.accuracy == zoo.evaluate(start.net, start.data.test)
-    assert start.validation_accuracy == zoo.evaluate(start.net, start.data.validation)
-    known = replace(start, known_accuracy=2.0, known_validation=3.0)
-    assert (known.accuracy, known.validation_accuracy) == (2.0, 3.0)
-
-
 def test_a_trained_network_is_kept_with_what_is_known_of_it(tmp_path, monkeypatch):
     choices = ModelChoice("small_cnn"), DataChoice("digits", limit=50)
     recipe = zoo.Recipe(epochs=1)
@@ -124,21 +116,6 @@ def test_a_trained_network_is_kept_with_what_is_known_of_it(tmp_path, monkeypatc
     again = trained(*choices, recipe=recipe, folder=tmp_path, seed=3)
     assert (again.known_accuracy, again.known_validation) == (start.accuracy, start.validation_accuracy)
     assert all(torch.equal(one, start.net.state_dict()[name]) for name, one in again.net.state_dict().items())
-
-
-@pytest.mark.parametrize(("kind", "images"), [("flops", 2), ("memory", 2), ("latency", 64)])
-@pytest.mark.quick_every(6)
-def test_only_a_budget_of_time_is_counted_in_the_batch_that_is_timed(kind, images, pruner_seen, monkeypatch):
-    # how near the times are known doesn't matter here
-    monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.01)
-    monkeypatch.setattr("nni_topo.pruners.solving._TIMINGS", 1)
-    start = small_start()
-    choice = PrunerChoice("matrix", knobs={"budget": {"allocation": "uniform"}})
-    ratios = layer_ratios(start.net, start.example, Target("ratio", 0.5))
-    found = execute.prune_to_ratios(start, choice, Target(kind, 0.6), ratios)
-    assert len(pruner_seen["knobs"]["example_inputs"]) == images
-    assert pruner_seen["knobs"]["budget"] == {kind: 0.6, "allocation": "uniform"}
-    assert (found.planned.kind, found.planned.asked) == (kind, 0.6)
 
 
 def test_a_ratio_is_no_budget_to_be_dealt_out(pruner_seen):
@@ -166,15 +143,6 @@ def test_images_are_augmented_as_the_plan_says_or_not_at_all():
     assert knobs == plain
     assert found.shape == images.shape
     assert not torch.equal(found, images)
-
-
-def test_images_are_counted_from_the_first_or_from_a_later_one():
-    start = Start(torch.nn.Linear(1, 1), numbered(300), zoo.Recipe(epochs=1))
-    later = start.images(4, 297)
-    assert [batch[:, 0, 0, 0].tolist() for batch in later] == [[297.0, 298.0, 299.0]]
-    assert start.images(4, 300) == start.images(0) == []
-    assert (len(start.example), len(start.timed)) == (2, 64)
-    assert float(start.example.max()) == -1.0  # test images
 
 
 def test_single_weights_are_pruned_layer_by_layer(pruner_seen):
@@ -264,12 +232,6 @@ def test_data_are_as_large_as_the_model_needs_and_as_the_choice_says():
             execute.load_model_data(padded, DataChoice("digits", limit=20, test_limit=limit))
 
 
-def test_a_network_has_the_classes_and_sizes_of_its_data():
-    data = replace(zoo.load_data("digits", limit=10), num_classes=7, in_channels=2, image_size=12)
-    net = execute.build_model(ModelChoice("small_cnn"), data, 0)
-    assert net(torch.zeros(1, 2, 12, 12)).shape == (1, 7)
-
-
 def test_retraining_takes_a_seed_runs_what_it_is_told_and_keeps_zeros():
     class Counted(torch.nn.Module):
         def __init__(self, net):
@@ -331,17 +293,6 @@ def test_a_checkpoint_comes_before_the_folder_and_before_training(tmp_path, monk
     path.write_bytes(b"half a file")
     with pytest.raises(DataError, match=rf"{path.name}.*delete it"):
         trained(*choices, recipe=recipe, folder=tmp_path / "damaged")
-
-
-@pytest.mark.parametrize("shown", [None, False])
-def test_training_tells_how_far_it_is_unless_it_is_told_not_to(shown, monkeypatch, capsys):
-    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
-    choices = ModelChoice("small_cnn"), DataChoice("digits", limit=20)
-    start = trained(*choices, recipe=zoo.Recipe(epochs=1), progress=shown, accept=lambda untrained: None)
-    assert not start.net.training
-    assert ("training" in capsys.readouterr().err) == (shown is None)
-    # the network that was looked at before is trained all the same
-    assert start.net.features.conv1.weight.requires_grad
 
 
 def test_devices_are_resolved_by_what_is_there(monkeypatch):

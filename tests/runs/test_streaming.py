@@ -20,10 +20,7 @@ import nni_topo
 from nni_topo.disk import MIN_FREE_BYTES, only_process
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.io.checkpoint import take_out
-from nni_topo.network.runtime.processes import Processes
-from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.streaming import shrinking
-from nni_topo.testing import toy_images, toy_model
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -270,10 +267,7 @@ def test_a_block_whose_outputs_are_not_finite_is_named(source, tmp_path):
         ({"budget": {"params": 0.5, "allocation": "error"}}, r"by the allocation 'uniform', got 'error'"),
         ({"budget": {"params": 0.2}}, r"got 0.2 of the params where 0.\d+ lie outside of the blocks \(budget\)"),
         ({"layers": ["mlp.up_prj"]}, r"got 'mlp.up_prj'; did you mean mlp.up_proj"),
-        ({"layers": []}, r"layers must be a collection of at least 1, each value a str or None, got \[\]"),
         ({"pruner": "l11"}, r"did you mean"),
-        ({"compensate": "reconstrct"}, r"did you mean"),
-        ({"distill": {"stps": 5}}, r"did you mean"),
         ({"round_to": "auto"}, r"round_to must be an integer of at least 1 or None, got 'auto'"),
         ({"folder": "source"}, r"needs a folder of its own, got that of the source"),
         ({"batches": "other lengths"}, r"must have one length, got 5 and 6 places: pad or cut them \(batch 1\)"),
@@ -333,37 +327,17 @@ class ScaledByHeads(transformers.LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         for block in self.model.layers:
-            block.self_attn.scaling = self.scale(config)
-
-    def scale(self, config):
-        return (config.num_attention_heads / config.hidden_size) ** 0.5
+            block.self_attn.scaling = (config.num_attention_heads / config.hidden_size) ** 0.5
 
 
-class LimitedByHeads(ScaledByHeads):
-    """Attention that fails with fewer than four heads."""
-
-    def scale(self, config):
-        return 0.5 if config.num_attention_heads >= 4 else "unknown"
-
-
-@pytest.mark.parametrize(
-    ("kind", "got"),
-    [
-        (ScaledByHeads, r"outputs that differ by 0\.\d+ times what the block adds to the states"),
-        (LimitedByHeads, r"TypeError: .*"),
-    ],
-)
-@pytest.mark.quick_every(2)
-def test_a_block_that_its_config_builds_otherwise_is_told(tmp_path, monkeypatch, kind, got):
+def test_a_block_that_its_config_builds_otherwise_is_told(tmp_path, monkeypatch):
     # Transformers replaces its own module when a model is first imported.
-    monkeypatch.setattr(sys.modules["transformers"], kind.__name__, kind, raising=False)
-    source = saved(kind, llama_config(initializer_range=0.5), tmp_path / "source")
+    monkeypatch.setattr(sys.modules["transformers"], "ScaledByHeads", ScaledByHeads, raising=False)
+    source = saved(ScaledByHeads, llama_config(initializer_range=0.5), tmp_path / "source")
     # With all heads nothing differs.
     layers = ["mlp.gate_proj", "mlp.up_proj"]
     nni_topo.shrink_pretrained(source, tokens(), tmp_path / "mlp", {"params": 0.8}, layers=layers, **FAST)
-    with pytest.raises(
-        ConfigError, match=rf"must put out what the pruned block does, got {got}; prune .*layers.0, {kind.__name__}"
-    ):
+    with pytest.raises(ConfigError, match=r"must put out what the pruned block does, .* 0\.\d+ .*layers.0, Scaled"):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
     assert not list((tmp_path / "small").glob("model-00002*"))
 
@@ -474,24 +448,6 @@ def test_blocks_that_return_tuples_go_on_too(tmp_path, monkeypatch):
     assert report.likeness == whole.likeness
 
 
-def test_a_run_that_is_killed_before_its_first_block_begins_again(source, tmp_path, monkeypatch):
-    target = tmp_path / "small"
-
-    def stops(journal, number, tensors):
-        (target / "model-00001-of-00007.safetensors").touch()
-        (target / "model-00001-of-00003.safetensors.7.part").touch()
-        raise StopError
-
-    monkeypatch.setattr(shrinking.Journal, "write_weights", stops)
-    with pytest.raises(StopError):
-        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
-    monkeypatch.undo()
-    nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
-    assert logits(target, tokens()[0]).isfinite().all()
-    assert not list(target.glob("*.part"))
-    assert len(list(target.glob("*.safetensors"))) == 3
-
-
 def test_a_finished_folder_returns_its_report(source, tmp_path, monkeypatch):
     target, knobs = tmp_path / "small", FAST | {"compensate": "reconstruct"}
     report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
@@ -522,19 +478,6 @@ def test_a_pruned_folder_is_pruned_again(source, tmp_path):
     assert second.params_before == first.params
     again = nni_topo.shrink_pretrained(tmp_path / "small", tokens(), tmp_path / "less", {"params": 0.8}, **FAST)
     assert again == second
-
-
-def test_padding_does_not_count_in_the_report(source, tmp_path):
-    batches = tokens()
-    for batch in batches:
-        batch["attention_mask"][:, -3:] = 0
-    report = nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.7}, **FAST)
-    kind = transformers.LlamaForCausalLM
-    held_out = nni_topo.Calibration(batches).split()[1]
-    answers = Answers(kind.from_pretrained(source).eval(), held_out)
-    (likeness,) = answers.likenesses(kind.from_pretrained(tmp_path / "small").eval())
-    assert report.likeness.distance.value == pytest.approx(likeness.distance.value, rel=1e-4)
-    assert report.likeness.agreement.value == pytest.approx(likeness.agreement.value, abs=1e-6)
 
 
 def test_weights_keep_the_precision_of_the_files(source, tmp_path):
@@ -594,16 +537,6 @@ def test_batches_with_other_inputs_are_told(source, tmp_path):
         nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.7}, **FAST)
 
 
-def test_models_whose_first_states_are_random_are_told(tmp_path):
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
-    decoder = {f"decoder_{name}": 8 if name == "hidden_size" else 2 for name in sizes}
-    config = transformers.ViTMAEConfig(**sizes, **decoder, image_size=16, patch_size=4)
-    source = saved(transformers.ViTMAEForPreTraining, config, tmp_path / "source")
-    images = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))]
-    with pytest.raises(ConfigError, match=r"must bring the same states into the first block.*noise"):
-        nni_topo.shrink_pretrained(source, images, tmp_path / "small", {"params": 0.8}, **FAST)
-
-
 def test_lists_of_unequal_blocks_are_told(tmp_path):
     sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2, "d_kv": 8}
     saved(transformers.T5EncoderModel, transformers.T5Config(**sizes), tmp_path / "t5")
@@ -611,14 +544,6 @@ def test_lists_of_unequal_blocks_are_told(tmp_path):
         ConfigError, match=r"the same tensors.*got T5Block and another T5Block as encoder.block.0 and encoder.block.1"
     ):
         nni_topo.shrink_pretrained(tmp_path / "t5", tokens(), tmp_path / "small", {"params": 0.8}, **FAST)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
-    shape = {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
-    config = transformers.JambaConfig(**sizes, **shape, num_key_value_heads=2, use_mamba_kernels=False, mamba_dt_rank=4)
-    saved(transformers.JambaForCausalLM, config, tmp_path / "jamba")
-    with pytest.raises(
-        ConfigError, match=r"of one class.*got JambaMambaDecoderLayer and another JambaAttentionDecoderLayer"
-    ):
-        nni_topo.shrink_pretrained(tmp_path / "jamba", tokens(), tmp_path / "small", {"params": 0.8}, **FAST)
 
 
 @pytest.mark.slow
@@ -739,10 +664,9 @@ def test_the_block_before_a_gap_makes_up_for_it(tmp_path, caplog):
     with torch.no_grad():
         wanted = in_memory(**batches[0]).logits
     assert torch.allclose(logits(tmp_path / "small", batches[0]), wanted, atol=1e-3)
-    plain = take_out(model, "model.layers", 1, 2)
+    take_out(model, "model.layers", 1, 2)
     with torch.no_grad():
         far = model(**batches[0]).logits
-    assert plain is None
     unpruned = logits(source, batches[0])
     assert float((wanted - unpruned).norm()) < 0.9 * float((far - unpruned).norm())
 
@@ -764,24 +688,13 @@ def test_removed_blocks_count_for_the_budget(tmp_path):
 @pytest.mark.slow
 def test_a_stopped_run_that_removes_blocks_goes_on(tmp_path, monkeypatch):
     source, batches = deep(tmp_path, num_key_value_heads=4), tokens(padded=True)
-    whole = nni_topo.shrink_pretrained(
-        source, batches, tmp_path / "whole", {"params": 0.6}, remove_blocks=2, progress=False, distill={"steps": 5}
-    )
+    knobs = {"remove_blocks": 2, "progress": False, "distill": {"steps": 5}}
+    whole = nni_topo.shrink_pretrained(source, batches, tmp_path / "whole", {"params": 0.6}, **knobs)
     with monkeypatch.context() as patch:
         patch.setattr(shrinking._Run, "prune", stopping(shrinking._Run.prune))
         with pytest.raises(StopError):
-            nni_topo.shrink_pretrained(
-                source,
-                batches,
-                tmp_path / "small",
-                {"params": 0.6},
-                remove_blocks=2,
-                progress=False,
-                distill={"steps": 5},
-            )
-    again = nni_topo.shrink_pretrained(
-        source, batches, tmp_path / "small", {"params": 0.6}, remove_blocks=2, progress=False, distill={"steps": 5}
-    )
+            nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.6}, **knobs)
+    again = nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.6}, **knobs)
     assert again.removed == whole.removed
     assert files_of(tmp_path / "small") == files_of(tmp_path / "whole")
 
@@ -797,10 +710,8 @@ def test_a_state_is_no_file_for_all_blocks(source, tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (-1, r"must be an integer of at least 0 or a collection of at least 1, .* str, got -1 \(shrink_pretrained\)"),
-        (True, "got True"),
+        (True, r"must be an integer of at least 0 or a collection .*, got True \(shrink_pretrained\)"),
         ("model.layers.1", "each value a str, got 'model.layers.1'"),
-        ([], r"got \[\]"),
         (2, "the first of 2 blocks must stay, got 2 to remove"),
         (["model.layers.0"], "the first block must stay, got its name, model.layers.0"),
         (["model.layers.7"], "model.layers.7"),
@@ -857,10 +768,6 @@ def test_samples_that_are_all_the_same_are_told(source, tmp_path):
     report = nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.7}, **FAST)
     assert report.likeness.distance.value == math.inf
     assert "outputs don't vary over the samples" in report.warnings[0]
-    model = toy_model().eval()
-    small = nni_topo.shrink(model, [toy_images(1).expand(16, -1, -1, -1)], {"flops": 0.5}, distill=False)
-    assert small.report.stages[-1].distance == math.inf
-    assert "outputs don't vary over the samples" in small.report.warnings[0]
 
 
 def test_a_block_its_statistics_and_the_states_must_fit_into_memory(source, tmp_path, monkeypatch):
@@ -868,31 +775,6 @@ def test_a_block_its_statistics_and_the_states_must_fit_into_memory(source, tmp_
     words = r"statistics and states \(on cpu\) must fit into memory.*fewer or shorter samples"
     with pytest.raises(DataError, match=words):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
-@pytest.mark.slow
-def test_a_group_of_one_process_does_what_one_does_alone(tmp_path):
-    source = saved(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=3), tmp_path / "source")
-    batches = tokens(padded=True)
-    alone = nni_topo.shrink_pretrained(source, batches, tmp_path / "alone", {"params": 0.7}, remove_blocks=1, **FAST)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        data = nni_topo.Calibration(batches)
-        data.processes = Processes(torch.distributed.group.WORLD)
-        knobs = {"budget": {"params": 0.7}, "remove_blocks": 1, **FAST}
-        report = nni_topo.shrink_pretrained(source, data, tmp_path / "group", **knobs)
-        again = nni_topo.shrink_pretrained(source, data, tmp_path / "group", **knobs)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert again == report
-    assert (report.removed, report.widths, report.likeness) == (alone.removed, alone.widths, alone.likeness)
-    assert [row.distance for row in report.blocks] == pytest.approx([row.distance for row in alone.blocks])
-    one, other = weights_of(tmp_path / "alone"), weights_of(tmp_path / "group")
-    assert all(torch.equal(one[name], other[name]) for name in one | other)
-    assert {path.name for path in (tmp_path / "group").iterdir()} == {
-        path.name for path in (tmp_path / "alone").iterdir()
-    }
 
 
 def test_a_budget_of_work_counts_the_head_and_all_blocks(source, tmp_path):
@@ -996,13 +878,11 @@ def test_every_other_argument_of_a_finished_run_is_told(source, tmp_path):
     same = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.81}, **knobs | {"compensate": Nothing(1)})
     assert same == report
     for change, words in (
-        ({"pruner": "l1", "knobs": None}, "pruner"),
         ({"knobs": {"sequential": True}}, "pruner"),
         ({"layers": None}, "layers"),
         ({"remove_blocks": 1}, "remove_blocks"),
         ({"compensate": None}, "compensate"),
         ({"compensate": Nothing(2)}, "compensate"),
-        ({"distill": True}, "distill"),
         ({"distill": {"steps": 2}}, "distill"),
         ({"round_to": 4}, "round_to"),
         ({"seed": 1}, "seed"),
@@ -1044,37 +924,6 @@ def test_a_folder_at_which_another_run_is_at_work_is_told(source, tmp_path):
     target = tmp_path / "small"
     with only_process(target), pytest.raises(DataError, match="by one run at a time, got one at work there"):
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
-
-
-@pytest.mark.slow
-def test_progress_counts_the_blocks_that_were_pruned_before(source, tmp_path, monkeypatch, capsys):
-    knobs = FAST | {"progress": True}
-    prune = shrinking._Run.prune
-    monkeypatch.setattr(shrinking._Run, "prune", stopping(prune))
-    with pytest.raises(StopError):
-        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **knobs)
-    assert "shrink_pretrained: 0" in capsys.readouterr().err
-    monkeypatch.setattr(shrinking._Run, "prune", prune)
-    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **knobs)
-    told = capsys.readouterr().err
-    assert "shrink_pretrained: 1" in told
-    assert "shrink_pretrained: 0" not in told
-
-
-def test_blocks_that_get_the_states_by_name_lose_width_and_number(tmp_path):
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
-    config = transformers.LayoutLMConfig(**sizes, num_attention_heads=4, max_position_embeddings=32)
-    source = saved(transformers.LayoutLMForMaskedLM, config, tmp_path / "source")
-    target, knobs = tmp_path / "small", FAST | {"layers": ["intermediate.dense"], "remove_blocks": 1}
-    report = nni_topo.shrink_pretrained(source, tokens(1), target, {"flops": 0.55}, **knobs)
-    small = transformers.LayoutLMForMaskedLM.from_pretrained(target)
-    assert small.config.num_hidden_layers == 2
-    assert report.params == sum(each.numel() for each in small.parameters())
-    # a norm follows the sum with the states, so that nothing makes up for the gap
-    numbers = [int(row.block.rpartition(".")[2]) for row in report.blocks]
-    before = f"layoutlm.encoder.layer.{({1, 2} - {*numbers}).pop() - 1}"
-    told = [each for each in report.warnings if each.startswith("no weights of ")]
-    assert [each.split()[3] for each in told] == [before]
 
 
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) > 4, reason="Transformers 5 prunes no heads")

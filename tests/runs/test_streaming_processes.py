@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -188,44 +185,3 @@ def test_what_cannot_be_done_is_told(made: Any, case: str, words: str) -> None:
     assert kinds <= {"ConfigError", "DataError", "ProcessError"}
     assert any(words in each["refused"][case][1] for each in found), [each["refused"][case] for each in found]
     assert not list((folder / "refused").glob("*.safetensors"))
-
-
-def die(rank: int, count: int, folder: Path) -> None:
-    del count
-    prune = shrinking._Run.prune
-
-    def dying(run: Any, number: int) -> None:
-        if number == 1 and rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        prune(run, number)
-
-    shrinking._Run.prune = dying  # type: ignore[method-assign]
-    found = nets.told(
-        lambda: nni_topo.shrink_pretrained(
-            folder / "source", share(tokens(), rank), folder / "killed", {"params": 0.8}, **KNOBS
-        )
-    )
-    torch.save(found, folder / f"dead-{rank}.pt")
-
-
-def go_on(rank: int, count: int, folder: Path) -> None:
-    del count
-    report = nni_topo.shrink_pretrained(
-        folder / "source", share(tokens(), rank), folder / "killed", {"params": 0.8}, **KNOBS
-    )
-    torch.save(figures(report), folder / f"lives-{rank}.pt")
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows kills in another way")
-def test_the_run_goes_on_after_a_process_was_killed(made: Any) -> None:
-    folder, found = made
-    ended = nets.start(die, 2, folder)
-    assert [process.exitcode for process in ended] == [0, -signal.SIGKILL]
-    kind, words = torch.load(folder / "dead-0.pt", weights_only=False)
-    assert kind == "ProcessError"
-    assert "one has ended" in words
-    ended = nets.start(go_on, 2, folder)
-    assert [process.exitcode for process in ended] == [0, 0]
-    for rank in range(2):
-        assert torch.load(folder / f"lives-{rank}.pt", weights_only=False) == found[rank]["plain"]
-    assert not math.isnan(found[0]["plain"][0][1])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import nni
@@ -62,14 +59,6 @@ def test_alone_a_file_gives_parameters_and_the_results_are_printed(seen, tmp_pat
     assert (seen["final"], seen["steps"], seen["results"]) == ([], [], [])
 
 
-def test_only_the_first_of_several_processes_tells_results(seen, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trial, "broadcast", lambda value: {"ratio": 0.25} if value == {} else pytest.fail("asked"))
-    options = trial.parsed(["--params", "nowhere.json", "--out", str(tmp_path)])
-    trial._run(options, is_first=False)
-    assert seen["runs"][0][0].ratio == 0.25
-    assert len(capsys.readouterr().out.splitlines()) == 1  # of the step, which `run_trial` tells in the first alone
-
-
 @pytest.mark.parametrize("words", [["--params", "p.json"], []])
 def test_a_trial_has_a_folder(words, seen, monkeypatch, capsys):
     monkeypatch.delenv("NNI_OUTPUT_DIR", raising=False)
@@ -85,20 +74,3 @@ def test_without_nni_and_without_a_file_there_are_no_parameters(tmp_path, capsys
     assert trial.main(["--out", str(tmp_path / "out")]) == 2
     assert "parameters must come from NNI or from --params FILE, got neither" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_the_file_is_a_program_that_shows_each_step_at_once(monkeypatch):
-    class Noting(io.StringIO):
-        flushed = ""
-
-        def flush(self):
-            self.flushed = self.getvalue()
-
-    out = Noting()
-    monkeypatch.setattr(sys, "stdout", out)
-    trial._show(1, {"default": 0.5})
-    assert json.loads(out.flushed) == {"step": 1, "default": 0.5}
-    monkeypatch.setattr(sys, "argv", ["trial", "--help"])
-    with pytest.raises(SystemExit, match=r"^0$"):
-        runpy.run_path(trial.__file__, run_name="__main__")
-    assert "--params" in out.getvalue()

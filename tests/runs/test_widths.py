@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from partly_tied_nets import Hierarchical
 from torch import nn
 
 from nni_topo import zoo
@@ -12,8 +11,6 @@ from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import (
-    _grouped,
-    _units,
     fewest_channels,
     inner_layers,
     layer_ratios,
@@ -21,11 +18,9 @@ from nni_topo.runs.widths import (
     planned_ratios,
     proposed_ratios,
     pruning_config,
-    reasons_of_unpruned_layers,
     sorted_layers,
 )
 from nni_topo.speedup import to_dense
-from nni_topo.testing import toy_images, toy_model
 
 IMAGES = torch.zeros(2, 1, 8, 8)
 
@@ -136,31 +131,6 @@ def test_an_unreachable_budget_is_met_as_nearly_as_the_network_can():
     assert {smallest.get_submodule(name).weight.shape[0] for name in names} == {1}
 
 
-@pytest.mark.slow
-def test_a_share_of_the_whole_removes_no_channel_of_a_deep_network():
-    # more layers than rows that are moved at the end
-    net = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(40)))
-    images = torch.zeros(2, 3)
-    ratios = proposed_ratios(net, images, dict.fromkeys(inner_layers(net, images), 0.5), 1.0)
-    assert len(ratios) == 39
-    assert set(ratios.values()) == {0.0}
-    # and none leaves a layer more than one
-    assert set(proposed_ratios(net, images, dict.fromkeys(ratios, 0.5), 1e-6).values()) == {2.5 / 3}
-
-
-def test_channels_that_only_some_layers_share_are_counted_as_shared():
-    # Res2Net: what a convolution makes of one quarter of a layer's channels is added to the next quarter
-    net, images = Hierarchical().eval(), torch.zeros(2, 3, 8, 8)
-    analysis = Analysis.on(net, images)
-    units = _units(analysis, _grouped(analysis))
-    shared = {name: unit.ties for unit in units for name in unit.layers}
-    enter = shared["enter.conv"]
-    assert len(enter) == len(set(enter)) == 32
-    assert shared["convs.0.conv"] == enter[8:16]
-    assert shared["convs.1.conv"] == enter[16:24]
-    assert shared["stem.conv"] == shared["convs.2.conv"] == ()
-
-
 def linears(width, count):
     """Linear layers without a bias, whose costs are products of their widths."""
     return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count))), torch.zeros(2, width)
@@ -219,22 +189,6 @@ def test_the_fewest_channels_are_those_that_bounds_and_multiples_allow(bounds, r
     assert int(masks["0"]["weight"].flatten(1).any(1).sum()) == kept
 
 
-def test_coupled_layers_have_the_narrower_bounds_and_blocks_that_fit_all():
-    model, images = toy_model().eval(), toy_images(2)
-    entries = [
-        {"op_names": ["stem"], "min_sparse_ratio": 0.125, "max_sparse_ratio": 0.75},
-        {"op_names": ["inner"], "min_sparse_ratio": 0.25},
-        {"op_names": ["hidden"]},
-    ]
-    analysis = Analysis.on(model, images)
-    units = {unit.layers: unit for unit in _units(analysis, _grouped(analysis, entries))}
-    assert {layers: (unit.min_sparse_ratio, unit.max_sparse_ratio) for layers, unit in units.items()} == {
-        ("stem", "inner"): (0.25, 0.75),
-        ("hidden",): (0.0, 1.0),
-    }
-    assert [unit.rows for unit in units.values()] == [8, 16]
-
-
 class Stubborn(nn.Module):
     """Convolutions of which one can lose channels; a softmax, a fixed size and a branch hold the others."""
 
@@ -264,19 +218,3 @@ def test_layers_that_can_lose_channels_are_told_from_those_that_cant_with_the_re
     assert (why["mixed"], why["head"], why["idle"]) == (MIXED, OUTPUT, UNUSED)
     assert why["sized"].startswith(SIZED)
     assert inner_layers(Stubborn().eval(), torch.zeros(2, 3, 4, 4)) == ["free", "other"]
-
-
-def test_layers_that_lost_no_channel_are_told_with_the_reason():
-    model, images = Stubborn().eval(), torch.zeros(2, 3, 4, 4)
-    masks = {}
-    for name in ("free", "mixed"):
-        weight = torch.ones_like(model.get_submodule(name).weight)
-        weight[:4] = 0.0
-        masks[name] = {"weight": weight}
-    found = reasons_of_unpruned_layers(Analysis.on(model, images), to_dense(model, images, masks))
-    assert list(found) == ["idle", "other", "mixed", "sized", "states", "head"]
-    assert (found["mixed"], found["head"]) == (MIXED, OUTPUT)
-    assert found["idle"] == UNUSED
-    assert found["sized"].startswith(SIZED)
-    assert found["other"] == found["states"] == "not asked for"
-    assert reasons_of_unpruned_layers(Analysis.on(model, images), model) == {}

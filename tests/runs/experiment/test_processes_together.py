@@ -9,12 +9,11 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from joblib import parallel_config
 
 from nni_topo import GeneticSearch, TopologicalPruner, zoo
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, world
+from nni_topo.errors import ConfigError
+from nni_topo.runs.processes import data_share
 from nni_topo.runs.run import on_cpu
 
 RANKS = """
@@ -102,33 +101,6 @@ def test_a_trial_by_two_processes(ranks):
     assert [json.loads(line).get("step") for line in words.splitlines()] == [0, 1, 2, None]
     metrics = json.loads((folder / "trial" / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.3
-
-
-@pytest.fixture
-def group_of_one(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("group_of_one")
-def test_a_group_of_one_process_agrees_with_itself():
-    masks = {"conv": {"weight": torch.tensor([1.0, 0.0]), "bias": None}}
-    assert world() == (0, 1)
-    assert broadcast("a word") == "a word"
-    (found,) = broadcast_masks(masks)["conv"].values()  # a mask that is None isn't handed on
-    assert torch.equal(found, masks["conv"]["weight"])
-    with pytest.raises(DataError, match=r"the process that pruned must have masks, got None \(rank 0\)"):
-        broadcast_masks(None)
-
-
-def test_alone_there_is_nothing_to_share():
-    masks = {"conv": {"weight": torch.tensor([1.0, 0.0])}}
-    assert world() == (0, 1)
-    assert broadcast(3) == 3
-    assert torch.equal(broadcast_masks(masks)["conv"]["weight"], masks["conv"]["weight"])
-    with pytest.raises(DataError, match="must have masks, got None"):
-        broadcast_masks(None)
 
 
 def test_shares_are_equal_and_apart():

@@ -282,32 +282,6 @@ def test_retraining_takes_no_more_images_than_training_did(images, seen, setting
     assert [each[0] for each in retrainings] == [seen]
 
 
-def test_the_second_of_two_processes_retrains_on_its_half_and_tells_nothing(
-    settings, nets, tmp_path, monkeypatch, retrainings
-):
-    alone = run_trial(settings, tmp_path / "first", cache=nets)
-    masks = torch.load(tmp_path / "first" / "masks.pt", weights_only=True)
-    given, told = [], []
-    # what the first process hands out: nothing is done yet, the facts, and the metrics
-    handed = iter([None, {"accuracy_pruned": 0.5, "price": 0.0}, alone])
-    monkeypatch.setattr(trial, "world", lambda: (1, 2))
-    monkeypatch.setattr(trial, "broadcast", lambda value: given.append(value) or next(handed))
-    monkeypatch.setattr(trial, "broadcast_masks", lambda value: given.append(value) or masks)
-    # a group of one process stands for two: what the first one does isn't looked at
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        found = run_trial(settings, tmp_path / "out", cache=nets, report=lambda *result: told.append(result))
-    finally:
-        torch.distributed.destroy_process_group()
-    assert found == alone
-    assert given == [None, None, {}, {"accuracy_pruned": 0.5, "price": 0.0}]
-    (whole, batch, kind, seed), half = retrainings
-    assert (whole, kind, seed) == (300, type(None), 0)
-    assert half == (whole // 2, batch // 2, torch.nn.parallel.DistributedDataParallel, 1)
-    assert told == []
-    assert not (tmp_path / "out").exists()
-
-
 def test_results_go_to_the_tuner_with_what_there_is():
     metrics = {"score": 0.25, "accuracy": 0.5, "flops_share": 0.75, "params": 3}
     assert reported(metrics) == {"default": 0.25, "accuracy": 0.5, "flops_share": 0.75}

@@ -11,7 +11,6 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.streaming.block import BlockNet, entering
-from nni_topo.runs.streaming.skeleton import with_states
 
 WIDTH = 2
 
@@ -71,16 +70,6 @@ def test_what_is_the_same_is_kept_and_what_has_samples_comes_with_each_batch():
     assert copy.deepcopy(frame) is frame
 
 
-def test_states_may_have_a_name():
-    def named(input_ids, attention_mask):
-        return (), {"hidden_states": states_of(input_ids), "scale": input_ids.shape[1] / 2}
-
-    frame = entering(skeleton(named), calls(2, 2), 3)[0]
-    assert frame.arguments("states", ()) == ((), {"hidden_states": "states", "scale": 2.0})
-    assert with_states(((), {"hidden_states": 1, "a": 2}), 3) == ((), {"hidden_states": 3, "a": 2})
-    assert with_states(((1, 2), {"a": 3}), 4) == ((4, 2), {"a": 3})
-
-
 def only_where_padded(input_ids, attention_mask):
     """A mask where a sample has padding, as newer versions of Transformers give it."""
     mask = None if bool(attention_mask.all()) else attention_mask[:, None].bool()
@@ -97,41 +86,6 @@ def test_where_one_batch_has_padding_all_get_a_mask():
     wanted = entering(skeleton(only_where_padded), calls(3, 2), 3, adds_padding=True)[1]
     assert [batch["extra0"].shape for batch in wanted] == [(3, 1, 4), (2, 1, 4)]
     assert all(bool(batch["extra0"].all()) for batch in wanted)
-
-
-def test_inputs_of_samples_are_as_many_as_the_samples_where_padding_is_added():
-    def arguments(input_ids, attention_mask, lengths, scale):
-        mask = None if bool(attention_mask.all()) else attention_mask * lengths[:, None]
-        return (states_of(input_ids),), {"mask": mask, "scale": scale}
-
-    given = calls(3, 2, padded=(1,))
-    for _, inputs in given:
-        inputs.update(lengths=torch.arange(1, len(inputs["input_ids"]) + 1), scale=torch.tensor(2.0))
-    _, batches = entering(skeleton(arguments), given, 3, adds_padding=True)
-    for batch, (_, inputs) in zip(batches, given, strict=True):
-        assert torch.equal(batch["extra0"], inputs["attention_mask"] * inputs["lengths"][:, None])
-        # what is given is left as it is
-        assert len(inputs["lengths"]) == len(inputs["attention_mask"]) == len(batch["extra0"])
-    assert bool(given[0][1]["attention_mask"].all())
-    # without a mask nothing can be padded
-    for _, inputs in given:
-        inputs["attention_mask"] = None
-
-    def plain(input_ids, attention_mask, lengths, scale):
-        return (states_of(input_ids),), {"lengths": lengths}
-
-    _, batches = entering(skeleton(plain), given, 3, adds_padding=False)
-    assert [batch["extra0"].tolist() for batch in batches] == [[1, 2, 3], [1, 2]]
-
-
-def test_one_value_for_all_samples_of_a_batch_is_spread_over_them():
-    def arguments(input_ids, attention_mask):
-        total = input_ids.sum().reshape(1)
-        return (states_of(input_ids),), {"bias": total[:, None].expand(1, 3), "total": total}
-
-    _, batches = entering(skeleton(arguments), calls(2, 3), 3)
-    assert [batch["extra0"].tolist() for batch in batches] == [[[28] * 3] * 2, [[66] * 3] * 3]
-    assert [batch["extra1"].tolist() for batch in batches] == [[28] * 2, [66] * 3]
 
 
 def test_other_values_in_each_batch_are_told():
@@ -157,25 +111,6 @@ def test_other_values_in_each_batch_are_told():
         entering(skeleton(sometimes), calls(3, 4), 3)
 
 
-def test_a_value_with_as_many_entries_as_samples_needn_t_be_one_of_samples():
-    def arguments(input_ids, attention_mask):
-        return (states_of(input_ids),), {"angles": torch.arange(4.0), "own": input_ids[:, 0]}
-
-    frame, batches = entering(skeleton(arguments), calls(3, 4), 3)
-    assert [batch["extra0"].tolist() for batch in batches] == [[0, 4, 8], [0, 4, 8, 12]]
-    assert frame.arguments(0, (1,))[1]["angles"].tolist() == [0.0, 1.0, 2.0, 3.0]
-
-
-def test_batches_of_one_sample_give_what_they_have_as_constants_or_each_its_own():
-    _, batches = entering(skeleton(by_position), calls(1, 1), 3)
-    assert list(batches[0]) == ["attention_mask"]
-    for sizes in ((3, 1), (2, 1)):
-        _, batches = entering(skeleton(by_position), calls(*sizes, padded=(1,)), 3)
-        assert [len(batch["extra0"]) for batch in batches] == list(sizes)
-    _, batches = entering(skeleton(by_position), calls(1, 1, padded=(1,)), 3)
-    assert [batch["extra0"][0, 0, 0].tolist() for batch in batches] == [[True] * 4, [True] * 3 + [False]]
-
-
 def test_samples_of_other_lengths_and_too_many_tensors_are_told():
     given = [*calls(2, 2), *calls(2, length=5)]
     with pytest.raises(DataError, match=r"one length, got 5 and 4 places: pad or cut them \(batch 2\)"):
@@ -190,13 +125,6 @@ def test_samples_of_other_lengths_and_too_many_tensors_are_told():
     assert len(entering(many(6), calls(2, 3), 3)[1][0]) == 7
     with pytest.raises(ConfigError, match=r"at most 6 tensors .* got 7 \(layers.3\)"):
         entering(many(7), calls(2, 3), 3)
-
-
-def test_masks_of_other_places_than_the_states_do_not_count():
-    def halved(input_ids, attention_mask):
-        return (states_of(input_ids[:, ::2]),), {}
-
-    assert entering(skeleton(halved), calls(2, 3), 3)[1] == [{}, {}]
 
 
 class Block(nn.Module):
@@ -219,3 +147,13 @@ def test_a_block_reads_pruned_or_unpruned_states():
         net = BlockNet(Block(), None, frame, **knobs)
         reached = net(hidden_states=states, unpruned_states=other, **batches[0])
         assert torch.equal(reached, wanted * mask)
+
+
+def test_one_value_for_all_samples_of_a_batch_is_spread_over_them():
+    def arguments(input_ids, attention_mask):
+        total = input_ids.sum().reshape(1)
+        return (states_of(input_ids),), {"bias": total[:, None].expand(1, 3), "total": total}
+
+    _, batches = entering(skeleton(arguments), calls(2, 3), 3)
+    assert [batch["extra0"].tolist() for batch in batches] == [[[28] * 3] * 2, [[66] * 3] * 3]
+    assert [batch["extra1"].tolist() for batch in batches] == [[28] * 2, [66] * 3]

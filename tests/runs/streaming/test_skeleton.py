@@ -22,7 +22,6 @@ CPU = torch.device("cpu")
     ("content", "words"),
     [
         ({"architectures": ["NoSuchModel"]}, r"must name a class of Transformers \(architectures\), got \['NoSuch"),
-        ({"architectures": []}, r"got \[\]; nni_topo.shrink"),
         ({}, "got None; nni_topo.shrink"),
         ({"architectures": ["LlamaConfig"]}, r"got \['LlamaConfig'\]"),
         ({"architectures": ["LlamaForCausalLM"], "hidden_size": "wide"}, "one that Transformers builds LlamaForCausal"),
@@ -46,33 +45,6 @@ def source(tmp_path_factory):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, use_cache=True)).save_pretrained(folder)
     return folder
-
-
-def calling(source, forward):
-    """A skeleton whose model calls its blocks otherwise; `forward` gets the skeleton and the tokens' states."""
-    skeleton = Skeleton(source, CPU)
-    skeleton.model.forward = lambda input_ids: forward(skeleton, skeleton.model.model.embed_tokens(input_ids))
-    return skeleton, ((), {"input_ids": torch.arange(10).reshape(2, 5)})
-
-
-@pytest.mark.parametrize(
-    ("forward", "words"),
-    [
-        (
-            lambda skeleton, states: skeleton.blocks[0]([states]),
-            r"as their first argument, got list \(model.layers.0\)",
-        ),
-        (lambda skeleton, states: skeleton.blocks[1](x=states), r"first argument, got NoneType \(model.layers.1\)"),
-        (
-            lambda skeleton, states: skeleton.blocks[1](skeleton.blocks[0](states).clone()),
-            r"each with what the one before returned, got something else \(model.layers.1\)",
-        ),
-    ],
-)
-def test_blocks_that_are_called_otherwise_are_told(forward, words, source):
-    skeleton, call = calling(source, forward)
-    with pytest.raises(ConfigError, match=words):
-        skeleton.entering(call, 2)
 
 
 def test_weights_that_were_loaded_stay_when_their_file_changes(source, tmp_path):
