@@ -237,25 +237,26 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
     SpeedupError for an iterator, of which it can't be told what it will give.
     """
     found: list[tuple[str, torch.Tensor]] = []
-    seen = set[int]()
-
-    def look(value: Any, name: str) -> None:
-        if isinstance(value, Tensor):
-            found.append((name or "output", value))
-            return
-        if type(value) in _PLAIN or isinstance(value, _NO_OUTPUTS) or id(value) in seen:
-            return
-        if any(_is_cache(kind) for kind in type(value).__mro__):
-            return
-        if isinstance(value, Iterator):
-            raise SpeedupError(f"what a model returns must be there when its forward ends, got {type(value).__name__}")
-        seen.add(id(value))
-        for key, each in _parts(value):
-            own = f"{name or 'output'}[{key}]" if isinstance(key, int) else f"{name}.{key}" if name else str(key)
-            look(each, own)
-
-    look(output, "")
+    _look_for_tensors(output, "", found, set())
     return found
+
+
+def _look_for_tensors(value: Any, name: str, found: list[tuple[str, torch.Tensor]], seen: set[int]) -> None:
+    """Add the tensors of a value with this name, but for those in objects with a ``seen`` id."""
+    # No function within another one: one that calls itself keeps what it has found until Python looks for cycles.
+    if isinstance(value, Tensor):
+        found.append((name or "output", value))
+        return
+    if type(value) in _PLAIN or isinstance(value, _NO_OUTPUTS) or id(value) in seen:
+        return
+    if any(_is_cache(kind) for kind in type(value).__mro__):
+        return
+    if isinstance(value, Iterator):
+        raise SpeedupError(f"what a model returns must be there when its forward ends, got {type(value).__name__}")
+    seen.add(id(value))
+    for key, each in _parts(value):
+        own = f"{name or 'output'}[{key}]" if isinstance(key, int) else f"{name}.{key}" if name else str(key)
+        _look_for_tensors(each, own, found, seen)
 
 
 def _is_cache(kind: type) -> bool:

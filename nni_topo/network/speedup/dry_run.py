@@ -222,11 +222,12 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
     drawn: nn.Module = evaluating(unwrapped_copy(model, light=True))
     normal, uniform = RandomWeights(torch.randn), RandomWeights(torch.rand)
 
-    def weights(name: str, old: Tensor) -> Tensor:
-        if old.is_complex():
-            return torch.complex(weights(name, old.real), weights(name, old.imag))
+    def real(old: Tensor) -> Tensor:
         fan = old[0].numel() if old.dim() > 1 else 0
         return normal.like(old, fan**-0.5) if fan else uniform.like(old, 1.0, 0.5)
+
+    def weights(_: str, old: Tensor) -> Tensor:
+        return torch.complex(real(old.real), real(old.imag)) if old.is_complex() else real(old)
 
     put_parameters(drawn, weights)
     return to_precision(drawn, torch.float32)

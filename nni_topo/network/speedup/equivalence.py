@@ -144,14 +144,17 @@ def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generat
         fold(module)  # weights with a mean of zero would cancel
     unbiased = {f"{name}.bias".lstrip(".") for name, module in model.named_modules() if is_depthwise(module)}
 
+    def drawn(old: torch.Tensor) -> torch.Tensor:
+        fan = max(old[0].numel(), 1) if old.dim() > 1 else 1
+        return ids.like(old, 1 / fan, 0.5 / fan)
+
     def weights(name: str, old: torch.Tensor) -> torch.Tensor:
         if name in unbiased:
             return torch.zeros_like(old)
         if old.is_complex():
-            values = weights("", old.real)
+            values = drawn(old.real)
             return torch.complex(values, TILT * values)
-        fan = max(old[0].numel(), 1) if old.dim() > 1 else 1
-        values, (owner, _, target) = ids.like(old, 1 / fan, 0.5 / fan), name.rpartition(".")
+        values, (owner, _, target) = drawn(old), name.rpartition(".")
         mask = masks.get(owner, {}).get(target)
         return values if mask is None else values * mask.to(values)
 

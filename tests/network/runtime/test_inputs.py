@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import namedtuple
 from dataclasses import dataclass
@@ -345,3 +346,15 @@ def test_outputs_are_named_by_what_leads_to_them(found, names):
 def test_an_iterator_is_no_output():
     with pytest.raises(SpeedupError, match=r"must be there when its forward ends, got generator"):
         returned_by_name(each for each in [X])
+
+
+def test_what_is_returned_is_let_go_without_a_search_for_cycles():
+    outputs = {"logits": [torch.ones(3)]}
+    seen = weakref.ref(outputs["logits"][0])
+    gc.disable()
+    try:
+        assert len(returned_tensors(outputs)) == 1
+        del outputs
+        assert seen() is None
+    finally:
+        gc.enable()
