@@ -32,7 +32,9 @@ def read_records(path: Path, rules: Mapping[str, Rule] | None = None, with_key: 
     rules = rules or {}
     lines = path.read_bytes().splitlines(keepends=True)
     records = []
-    for index, line in enumerate(filter(_is_complete, lines), start=1):
+    for index, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):  # the last one, cut short
+            continue
         place = f"{path}:{index}"
         try:
             record = json.loads(line)
@@ -63,12 +65,8 @@ def append_record(path: Path, record: Record) -> None:
     with disk_errors(path), output_file(path).open("ab") as stream:
         if path.stat().st_size:
             before = path.read_bytes()
-            if not _is_complete(before):
+            if not before.endswith(b"\n"):
                 stream.truncate(before.rfind(b"\n") + 1)
         stream.write(json.dumps(record, sort_keys=True).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _is_complete(line: bytes) -> bool:
-    return line.endswith(b"\n")

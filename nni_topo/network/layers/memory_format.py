@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.runtime.copies import evaluation_mode
@@ -33,7 +33,8 @@ def lay_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """
     _put(model, torch.channels_last)
     for layer in _fragile(model):
-        layer.weight.data = _channels_first(layer.weight.data)
+        # Of a 1x1 kernel both layouts have the same order, so that only a copy has the strides of the usual one.
+        layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
     try:
         with evaluation_mode(model), inputs_laid_out(model), torch.no_grad():
             model(*args, **kwargs)
@@ -59,11 +60,6 @@ def inputs_laid_out(model: nn.Module) -> Iterator[None]:
     """Hand layers for which it isn't safe their inputs with channels first, for a while."""
     with watched(entering=[(layer, lambda values: values.contiguous()) for layer in _fragile(model)]):
         yield
-
-
-def _channels_first(weight: Tensor) -> Tensor:
-    # Of a 1x1 kernel both layouts have the same order, so that only a copy has the strides of the usual one.
-    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _fragile(model: nn.Module) -> list[nn.Conv2d]:

@@ -265,8 +265,10 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
         models = list({id(each): each for given in (*args, *kwargs.values()) for each in _models_in(given)}.values())
         copied = list[nn.Module]()
         if not context().is_running:
-            plain = [each for each in models if is_plain(each) and not _is_wrapped(each)]
-            copied = [each for each in plain if not (as_compiled and has_compiled(each))]
+            for each in models:
+                is_wrapped = any("_nni_wrapper" in module._modules for module in each.modules())
+                if is_plain(each) and not is_wrapped and not (as_compiled and has_compiled(each)):
+                    copied.append(each)
         ids = {id(each) for each in copied}
         others = [each for each in models if id(each) not in ids]
         try:
@@ -293,10 +295,6 @@ def _models_in(given: Any) -> list[nn.Module]:
         return [given]
     held = given.values() if isinstance(given, Mapping) else given if isinstance(given, (list, tuple)) else ()
     return [each for each in held if isinstance(each, nn.Module)]
-
-
-def _is_wrapped(model: nn.Module) -> bool:
-    return any("_nni_wrapper" in module._modules for module in model.modules())
 
 
 def _replaced(given: Any, copies: Mapping[int, nn.Module]) -> Any:

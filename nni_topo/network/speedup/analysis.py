@@ -70,11 +70,13 @@ class Facts:
         if not self.inputs:
             return True
         inputs, values = _described(call), tensors_of(call)
-        return (
-            len(inputs) == len(self.inputs)
-            and all(one is other or _is_equal(one, other) for one, other in zip(inputs, self.inputs, strict=True))
-            and all(torch.equal(one, other) for one, other in zip(values, self.values, strict=False))
-        )
+        if len(inputs) != len(self.inputs):
+            return False
+        for one, other in zip(inputs, self.inputs, strict=True):
+            can_be_equal = type(one) is type(other) and isinstance(one, _COMPARED)
+            if one is not other and not (can_be_equal and one == other):
+                return False
+        return all(torch.equal(one, other) for one, other in zip(values, self.values, strict=False))
 
     def __reduce__(self) -> Any:
         return Facts, ()  # a copy, or another process, finds out anew
@@ -277,7 +279,3 @@ def _described(call: Call) -> list[Any]:
     leaves, structure = tree_flatten(call)
     shapes = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return [structure, *shapes]
-
-
-def _is_equal(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and isinstance(one, _COMPARED) and one == other

@@ -235,7 +235,9 @@ def check_equal(
     things of an operation. Returns in words what was compared.
     """
     drawn = random_like(call, torch.Generator().manual_seed(1))
-    pair, variations = (reference, dense), _variations_of(drawn)
+    pair, variations = (reference, dense), variations_of(drawn)
+    # shifted both ways, as weights that were trained may tell these apart
+    variations += tuple((factor, -shift) for factor, shift in variations if shift)
     is_rough = rtol >= _ROUGH and _is_single(reference)
     batch = together(drawn, variations) if variations else None
     # All at once, in double precision only where that is needed. Whatever is wrong is looked for below.
@@ -312,12 +314,6 @@ def _plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for key, value in vars(module).items()
         if isinstance(value, torch.Tensor)
     }
-
-
-def _variations_of(call: Call) -> tuple[Variation, ...]:
-    """List how inputs are varied: shifted both ways, as weights that were trained may tell these apart."""
-    variations = variations_of(call)
-    return (*variations, *((factor, -shift) for factor, shift in variations if shift))
 
 
 def _told(compared: Call, variations: list[Variation]) -> str:
@@ -452,10 +448,6 @@ def _first_difference(
     return None, "after the last layer"
 
 
-def _worst(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
-    return max((difference(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
-
-
 def _compare(
     expected: list[torch.Tensor],
     actual: list[torch.Tensor],
@@ -470,7 +462,7 @@ def _compare(
             f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
             f"got {shapes[1]} instead of {shapes[0]} ({where})"
         )
-    worst = _worst(expected, actual)
+    worst = max((difference(*each) for each in zip(expected, actual, strict=True)), default=0.0)
     if not worst <= rtol:
         raise SpeedupError(
             f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "
