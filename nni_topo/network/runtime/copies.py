@@ -130,8 +130,8 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         if is_compiled_function(forward) and not is_compiled_module(module):  # which compiles what it holds
             memo[id(module)].forward = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
     for name, module in (named for each in copied for named in each.named_modules()):
-        held = (module, *module.buffers(recurse=False), *(() if light else module.parameters(recurse=False)))
-        if any(id(each) in own for each in held):
+        tensors = [*module.buffers(recurse=False), *(() if light else module.parameters(recurse=False))]
+        if id(module) in own or any(id(each) in own and not is_transformed(each) for each in tensors):
             raise ConfigError(
                 "a copy of a model must have modules, buffers and parameters of its own, got one that is the model's, "
                 f"by the __deepcopy__ of a class ({name or type(module).__name__})"
@@ -488,10 +488,12 @@ def _sets_modes_alone(module: nn.Module) -> bool:
 
     The latter hand on to the former, unless the model is asked to use other kernels.
     """
-    homes = {type(module).train.__module__, type(module).eval.__module__}
-    return homes <= {"torch.nn.modules.module", "transformers.modeling_utils"} and not getattr(
-        module, "use_kernels", False
-    )
+    for method in (type(module).train, type(module).eval):
+        # a decorated one may bear the name of another module
+        home = getattr(method, "__globals__", {}).get("__name__")
+        if home not in ("torch.nn.modules.module", "transformers.modeling_utils"):
+            return False
+    return not getattr(module, "use_kernels", False)
 
 
 def _weights(model: nn.Module) -> list[Tensor]:

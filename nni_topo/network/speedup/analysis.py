@@ -10,7 +10,6 @@ from functools import partial
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
@@ -30,7 +29,7 @@ from nni_topo.network.runtime.inputs import Call, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.switches import as_written, random_state_kept
 from nni_topo.network.runtime.weights import put_parameters
-from nni_topo.network.speedup.dry_run import Shown, dry_runs
+from nni_topo.network.speedup.dry_run import find_unprunable
 from nni_topo.network.speedup.sizes import Compared, second_call
 from nni_topo.network.speedup.training_only import read_in_training, unused_tensors
 
@@ -60,7 +59,7 @@ class Facts:
         self.values: list[Tensor] = []  # of the tensors, where these decide what the forward does
         self.trace: Trace | None = None
         self.sizes: LayerSizes | None = None
-        self.shown: Shown | None = None  # by dry runs
+        self.unprunable: dict[int, Reason] | None = None
         self.second: Facts | None = None  # on inputs of another size
         self.second_call: Call | None = None
         self.is_second_known = False
@@ -134,17 +133,9 @@ class Analysis:
     @property
     def unprunable(self) -> dict[int, Reason]:
         """The channels that a dry run finds to be unprunable although nothing pins them: by group id, the reason."""
-        if self.facts.shown is None:
-            self.facts.shown = dry_runs(self)
-        return self.facts.shown.unprunable
-
-    def stay_zero(self, is_kept: np.ndarray) -> bool:
-        """Tell whether it is known, by a dry run, that the zeros of pruned channels stay zero wherever they go.
-
-        ``is_kept``: bool, by group id.
-        """
-        shown = self.facts.shown
-        return shown is not None and shown.stay_zero and bool(is_kept[list(shown.unprunable)].all())
+        if self.facts.unprunable is None:
+            self.facts.unprunable = find_unprunable(self)
+        return self.facts.unprunable
 
     @property
     def planes(self) -> dict[str, tuple[Size, Size]]:

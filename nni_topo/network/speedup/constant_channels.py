@@ -25,7 +25,9 @@ from nni_topo.network.channels.flow import ChannelFlow, only_norm_after
 from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.layers.derived import call_of, has_own_forward, inner_of, is_followed, kind_of
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, WEIGHTED, by_channel, is_depthwise, is_plain_norm
+from nni_topo.network.layers.original_width import channel_dim
 from nni_topo.network.layers.slicing import keep
+from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, fitting, random_like, run_few
 
@@ -90,6 +92,26 @@ def readers(
         if not with_values:
             break
     return with_values
+
+
+def stays_zero(
+    model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call, entering_norms: dict[str, Tensor]
+) -> bool:
+    """Run a masked model; tell whether pruned channels are zero where layers read them, and where norms do.
+
+    ``entering_norms``: which channels that enter norms and depth-wise convolutions are pruned, bool, by module.
+    """
+    are_zero = list[bool]()
+
+    def look(module: nn.Module, pruned: Tensor, entered: Tensor) -> None:
+        rows = entered.transpose(0, channel_dim(module) or 1).flatten(1)
+        are_zero.append(len(rows) == len(pruned) and not bool(rows[pruned.to(rows.device)].any()))
+
+    modules = {name: model.get_submodule(name) for name in entering_norms}
+    looks = [(module, partial(look, module, entering_norms[name])) for name, module in modules.items()]
+    with left_alone(model), watched(entering=looks):
+        found = readers(model, flow, is_kept, call)
+    return not found and all(are_zero)
 
 
 def constants_read(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> dict[str, Tensor]:

@@ -32,6 +32,8 @@ from nni_topo.network.layers.kinds import (
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
 from nni_topo.network.runtime.copies import detached_copy, evaluating, forget_evaluated, left_alone, put_modes_of
 from nni_topo.network.runtime.fits import call_arguments
+from nni_topo.network.runtime.inputs import shrunk
+from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import (
     ModelReport,
@@ -53,6 +55,7 @@ from nni_topo.network.speedup.constant_channels import (
     dropped,
     is_bordered,
     norms_of_constants,
+    stays_zero,
 )
 from nni_topo.network.speedup.dependency import DependencyGroups, why_not_followed
 from nni_topo.network.speedup.equivalence import (
@@ -243,14 +246,28 @@ class _Task:
 
     def apply(self, resolved: Resolved) -> torch.nn.Module:
         """Return the masked model for masks that agree."""
-        dead: dict[str, torch.Tensor] | None = None  # what enters norms as zeros has to be found by running the model
-        if self.analysis.stay_zero(resolved.is_kept):
-            dead = {}
-            for name, module in self.original.named_modules():
-                pruned = torch.from_numpy(~resolved.is_kept[self.flow.entering_group_ids(name)])
-                if bool(pruned.any()) and (is_depthwise(module) or is_normalizing(module)):
-                    dead[name] = pruned
-        return apply_masks(self.original, self.analysis.call, resolved.masks, light=True, dead=dead)
+        return apply_masks(self.original, self.analysis.call, resolved.masks, light=True)
+
+    def apply_to_zeros(self, resolved: Resolved) -> torch.nn.Module | None:
+        """Return the masked model if all that is pruned stays zero in it up to the layers that read it; else None.
+
+        This is so in most networks, and one run shows it, where the general way takes two: one to find what enters
+        norms as zeros, and one to measure what other values pruned channels have.
+        """
+        flow, is_kept = self.flow, resolved.is_kept
+        dead = dict[str, torch.Tensor]()
+        for name, module in self.original.named_modules():
+            pruned = torch.from_numpy(~is_kept[flow.entering_group_ids(name)])
+            if bool(pruned.any()) and (is_depthwise(module) or is_normalizing(module)):
+                dead[name] = pruned
+        masked = apply_masks(self.original, self.analysis.call, resolved.masks, light=True, dead=dead)
+        for call in (shrunk(self.analysis.call), self.analysis.call):
+            try:
+                return masked if stays_zero(masked, flow, is_kept, call, dead) else None
+            except Exception as error:  # a user's model may take no other size
+                if out_of_memory(error):
+                    raise
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,9 +328,10 @@ def _masked_without_constants(task: _Task) -> _Masked:
     flow = task.flow
     # Constant channels count for the multiple of ``round_to``, so they are chosen among all that may be pruned.
     measured = task.rounded if task.round_to is None else resolve(task.original, flow, task.masks)
-    probe = task.apply(measured)
+    probe = task.apply_to_zeros(measured)
     contributions = ConstantContribution({}, {})
-    if not task.analysis.stay_zero(measured.is_kept):
+    if probe is None:
+        probe = task.apply(measured)
         with left_alone(probe):
             contributions = constant_contribution(probe, flow, measured.is_kept, task.analysis.call)
     if contributions.constant_channels:

@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections import defaultdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -80,35 +80,28 @@ class _FailedRunError(Exception):
         self.error = error
 
 
-class Shown(NamedTuple):
-    """What dry runs show."""
-
-    unprunable: dict[int, Reason]  # channels that can't be pruned although nothing pins them: by group id, the reason
-    stay_zero: bool  # whether no operation makes another value of the zeros of any other pruned channel
-
-
 @as_written()
-def dry_runs(analysis: Analysis) -> Shown:
-    """Run a model without random channels, in as many rounds as are needed, and tell what that shows."""
+def find_unprunable(analysis: Analysis) -> dict[int, Reason]:
+    """Return the channels that can't be pruned although nothing pins them: by group id, the reason."""
     flow = analysis.flow
-    shown: Shown | None = None
+    held: dict[int, Reason] | None = None
     for seed in range(_DRAWS):
         try:
-            shown = _found_with(analysis, seed)
+            held = _found_with(analysis, seed)
         except _FailedRunError as failed:
             # With others it may not: where a router gives no token to an expert, the expert isn't called.
-            shown = Shown(_all_held(flow, reasons.dry_run_failed(failed.error)), stay_zero=False)
+            held = _all_held(flow, reasons.dry_run_failed(failed.error))
             continue
         # Where the last round still found channels, nothing is sure.
-        return Shown(_all_held(flow, reasons.never_settled()), stay_zero=False) if shown is None else shown
-    assert shown is not None  # of the last draw that failed
-    return shown
+        return _all_held(flow, reasons.never_settled()) if held is None else held
+    assert held is not None  # of the last draw that failed
+    return held
 
 
-def _found_with(analysis: Analysis, seed: int) -> Shown | None:
-    """Return what dry runs show on random weights and inputs; None if they find no end."""
+def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
+    """Return the unprunable channels that a dry run finds on random weights and inputs; None if it finds no end."""
     flow, held = analysis.flow, dict[int, Reason]()
-    drawing, stay_zero = np.random.default_rng(0), True
+    drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
         seed_torch(seed)
         full, entering = _randomized(analysis)
@@ -143,10 +136,9 @@ def _found_with(analysis: Analysis, seed: int) -> Shown | None:
                 second = second or _SecondSize(analysis.second, flow, seed)
                 found = second.changed_constants(full, args, is_kept)
             held.update(found)
-            stay_zero &= not dry_run.arriving
             clean = set() if found else clean | {in_parts}
             if clean == {bool(flow.blocks), False}:
-                return Shown(held, stay_zero)
+                return held
     return None
 
 
@@ -292,8 +284,6 @@ class _DryRun:
 
     def __init__(self, flow: ChannelFlow, is_kept: np.ndarray, full: GraphModule) -> None:
         self.flow, self.is_kept, self.full = flow, is_kept, full
-        # By node, the pruned channels that enter it with values other than zero, by the node that they come from.
-        self.arriving: dict[Node, dict[Node, np.ndarray]] = {}
         self._sizes = flow.sizes_kept(is_kept)
         modules = nn.Module()
         vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
@@ -318,7 +308,8 @@ class _DryRun:
             return self._uncut
         self._found: dict[int, Reason] = {}
         self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
-        self.arriving = {}
+        # By node, the pruned channels that enter it with values other than zero, by the node that they come from.
+        self._arriving: dict[Node, dict[Node, np.ndarray]] = {}
         self._args, inputs = args, iter(args)
         last_reader = dict[Node, Node]()
         for node in self.full.graph.nodes:
@@ -348,7 +339,7 @@ class _DryRun:
         entering = {parent: self._nonzero(parent) for parent in self._tensors_before(node)}
         arriving = any(map(len, entering.values()))
         if arriving:
-            self.arriving[node] = entering
+            self._arriving[node] = entering
         needless = None  # input channels whose contribution is supplied as a constant
         if arriving and str(node.target) in self.flow.layers:
             needless = self._contribution.supplied(str(node.target))
@@ -605,7 +596,7 @@ class _DryRun:
         source = reader
         while True:
             before = source
-            for parent, channels in self.arriving.get(before, {}).items():
+            for parent, channels in self._arriving.get(before, {}).items():
                 if len(channels) and parent.op not in ("get_attr", "placeholder"):
                     source = parent
                     break

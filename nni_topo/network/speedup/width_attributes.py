@@ -203,18 +203,18 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
                     claims[place] = before, described
     if not claims:
         return {}
-    wanted = {described for _, described in claims.values()}
+    kept: dict[Place, int | None] = {}
     try:
-        small = shrunk(call)  # images of any size show the numbers of channels
-        whole, narrow = _shapes(original, wanted, small), _shapes(dense, wanted, small)
+        kept = _counted(original, dense, claims, shrunk(call))  # small images show most numbers of channels
     except Exception as error:  # a user's model may take no other size
         if out_of_memory(error):
             raise
-        whole, narrow = _shapes(original, wanted, call), _shapes(dense, wanted, call)
+    if not kept or None in kept.values():
+        kept = _counted(original, dense, claims, call)
     sizes: dict[Place, int] = {}
     stale: dict[str, int] = {}
-    for place, (before, described) in claims.items():
-        found = channels_kept(before, whole.get(described, []), narrow.get(described, []))
+    for place, (before, _) in claims.items():
+        found = kept[place]
         name, key, path = place
         if found is not None:
             sizes[place] = found
@@ -222,6 +222,18 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
             stale[f"{name}.{key}".lstrip(".") + "".join(f"[{each!r}]" for each in path)] = before
     put_sizes(dense, sizes)
     return stale
+
+
+def _counted(
+    original: nn.Module, dense: nn.Module, claims: dict[Place, tuple[int, Described]], call: Call
+) -> dict[Place, int | None]:
+    """Return how many of their channels the tensors of the claims still have; None where that isn't certain."""
+    wanted = {described for _, described in claims.values()}
+    whole, narrow = _shapes(original, wanted, call), _shapes(dense, wanted, call)
+    return {
+        place: channels_kept(before, whole.get(described, []), narrow.get(described, []))
+        for place, (before, described) in claims.items()
+    }
 
 
 def _sizes_lost(module: nn.Module, narrower: nn.Module) -> set[int]:

@@ -546,3 +546,41 @@ def test_layers_that_are_not_cut_have_memory_of_their_own(monkeypatch):
             value.zero_()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class Threshold(nn.Module):
+    """Zeros become ones where a learned threshold is negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.threshold = nn.Parameter(torch.tensor(-0.5))
+
+    def forward(self, images):
+        return self.last((self.first(images) > self.threshold).float())
+
+
+class PlainNorm(nn.Module):
+    """Zeros become other numbers once the batch norm, which has no parameters, has statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, images):
+        return self.last(torch.relu(self.norm(self.first(images))))
+
+
+@pytest.mark.parametrize("kind", [Threshold, PlainNorm])
+def test_what_zeros_become_is_seen_in_the_model_as_it_is_now(kind):
+    model = kind()
+    request = [{"op_names": ["first"], "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(model, images(), request)
+    for _ in range(3):
+        model(images() + 1)  # batch norms learn their statistics
+    model.eval()
+    masks = {"first": filter_mask(model.first, [0, 3, 4])}
+    dense = to_dense(model, images(), masks, groups=groups)
+    assert dense.first.out_channels == 5
+    assert torch.allclose(dense(images()), masked_model(model, images(), masks)(images()), atol=1e-6)
