@@ -5,7 +5,11 @@
 A net of torchvision's and the side of its images (``vgg16:32`` is the zoo's own): half of all convolutions and linear
 layers but the output's, by random masks that NNI's and ours share. Each tool runs in processes of its own, in turns;
 seconds are the processor's, on one thread, memory is what the process holds more than before at most. A line a process
-goes to the file; the table prints the least of all.
+goes to the file; the table has the least of all.
+
+    python benchmarks/bench_dense.py --out benchmarks/records/dense.jsonl --into benchmarks/results/speed.md
+
+writes the table of the records into a page, between the two comments that name this file.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from nni_topo.studies.tables import markdown_table, with_tables
 
 TOOLS = ("ours", "unchecked", "nni", "torch-pruning")  # unchecked: ours without its comparison with the masked network
 
@@ -99,12 +105,11 @@ def measured(net: str, tool: str) -> dict[str, Any]:
     return record
 
 
-def print_table(records: list[dict[str, Any]]) -> None:
-    """Print the least of all runs as Markdown."""
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the least of all runs as Markdown."""
     head = ["net", "forward s", "groups s", "dense s", "unchecked s", "NNI's s", "NNI's / unchecked"]
     head += ["GiB", "NNI's GiB", "Torch-Pruning's s", "groups and unchecked / Torch-Pruning's"]
-    print(f"| {' | '.join(head)} |")
-    print("|---|" + "---:|" * (len(head) - 1))
+    rows = []
     for net in dict.fromkeys(record["net"] for record in records):
 
         def least(tool: str, key: str, net: str = net) -> float:
@@ -117,9 +122,9 @@ def print_table(records: list[dict[str, Any]]) -> None:
             least(nni, "dense"), least(nni, "dense") / least(unchecked, "dense"), least(ours, "dense GiB"),
             least(nni, "dense GiB"), least(other, "whole"), least(unchecked, "whole") / least(other, "whole"),
         ]  # fmt: skip
-        print(f"| {net} | {' | '.join('' if cell != cell else f'{cell:.2f}' for cell in cells)} |")
-    for failed in {f"{each['net']}, {each['tool']}: {each['failed']}" for each in records if "failed" in each}:
-        print(f"\n{failed}")
+        rows.append([net, *("" if cell != cell else f"{cell:.2f}" for cell in cells)])
+    failed = {f"{each['net']}, {each['tool']}: {each['failed']}" for each in records if "failed" in each}
+    return "\n\n".join([markdown_table(head, rows), *sorted(failed)])
 
 
 def main() -> None:
@@ -129,6 +134,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS, help="default: all")
     parser.add_argument("--repeats", type=int, default=2, help="processes of each tool, in turns, default 2")
     parser.add_argument("--out", type=Path, required=True, help="lines of finished processes")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="page whose table is replaced")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for net in options.nets:
@@ -136,7 +142,12 @@ def main() -> None:
             record = measured(net, tool)
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-    print_table([json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()])
+    shown = table([json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()])
+    if options.into is None:
+        print(shown)
+    else:
+        page = options.into.read_text(encoding="utf-8")
+        options.into.write_text(with_tables(page, "benchmarks/bench_dense.py", shown), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -394,7 +394,7 @@ def _noted(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Note what modules hold in attributes, and in dictionaries, lists and sets there; return what puts it back."""
     plain = [each for each in modules if not isinstance(each, (torch.jit.ScriptModule, ModuleWrapper))]
     held = [(module, each) for module in plain for each in (vars(module), *vars(module).values())]
-    before = [(module, each, each.copy()) for module, each in held if type(each) in _CHANGING]
+    before = [(module, each, each.copy() if each else ()) for module, each in held if type(each) in _CHANGING]
 
     def put_back() -> None:
         for module, each, entries in before:
