@@ -27,6 +27,7 @@ from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.dependency import by_reason
 from nni_topo.network.speedup.equivalence import apply_masks
+from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import MasksLike
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.networks import Networks, build_networks, plan_of
@@ -129,7 +130,9 @@ def compensation(
     layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, block_bytes, progress, begin_again))
     if recalibrate or chosen.recalibrates:
         # On the masked form of the result; removed channels keep their statistics.
-        masked = recalibrate_batch_norm(apply_masks(networks.result, call, networks.masks), calibration)
+        masked = apply_masks(networks.result, networks.masks)
+        leave_out(masked, networks.flow, networks.is_kept)
+        masked = recalibrate_batch_norm(masked, calibration)
         for name, module in networks.result.named_modules():
             if isinstance(module, _BatchNorm) and module.running_var is not None and module.running_mean is not None:
                 measured: Any = masked.get_submodule(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -13,7 +14,8 @@ from nni_topo.network.layers.derived import fold
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import apply_masks
-from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve_masks
+from nni_topo.network.speedup.leaving_out import leave_out
+from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve, warn_of_kept
 from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects
 from nni_topo.sharing import find_ties, named_tensors, untie
@@ -28,6 +30,7 @@ class Networks:
     pruned: GraphModule
     result: nn.Module  # a copy of the model, of full size, to be returned
     flow: ChannelFlow  # how channels go through the model
+    is_kept: np.ndarray  # which channels stay, by group id: bool
     masks: FullMasks  # agree where layers share channels
     asked: FullMasks  # as they were given
     folded: set[str]  # layers that compute their weight: plain ones in the graphs, and where solved in the result
@@ -40,13 +43,15 @@ def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
     base = evaluating(detached_copy(model, light=True))
     # A weight that a forward computes from all others can't be solved anew one by one; what it computes can.
     folded = {name for name, module in base.named_modules() if fold(module)}
-    full = resolve_masks(base, analysis.flow, checked)
+    resolved = resolve(base, analysis.flow, checked)
+    warn_of_kept(resolved.kept)
+    full = resolved.masks
     unpruned = without_side_effects(analysis.graph(base)[0], light=True)
     pruned = detached_copy(unpruned, light=True)
     # The pruned graph takes the tensors of the masked model. Parameters become the graph's own, another one in each
     # place; constants that only the graph has stay.
     untie(pruned, find_ties(pruned))
-    values, taken = named_tensors(apply_masks(base, analysis.call, full)), set[int]()
+    values, taken = named_tensors(apply_masks(base, full)), set[int]()
     for name, old in named_tensors(pruned).items():
         owner, _, target = name.rpartition(".")
         if not isinstance(old, nn.Parameter):
@@ -60,7 +65,8 @@ def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
         taken.add(id(value))
         new = nn.Parameter(value.detach().to(old.dtype, copy=not is_free), requires_grad=old.requires_grad)
         setattr(pruned.get_submodule(owner), target, new)
-    return Networks(unpruned, pruned, detached_copy(model), analysis.flow, full, checked, folded)
+    leave_out(pruned, analysis.flow, resolved.is_kept)
+    return Networks(unpruned, pruned, detached_copy(model), analysis.flow, resolved.is_kept, full, checked, folded)
 
 
 def plan_of(networks: Networks, touched: set[Node]) -> Plan:

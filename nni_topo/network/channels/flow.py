@@ -84,8 +84,7 @@ from nni_topo.network.layers.kinds import (
     row_names,
     weight_name,
 )
-from nni_topo.network.layers.original_width import channel_dim
-from nni_topo.network.layers.slicing import ChannelwiseConv1d
+from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 
@@ -279,7 +278,7 @@ class Propagation(torch.fx.Interpreter):
     def _channel_wise(
         self, node: torch.fx.Node, name: str, module: Any, ids: torch.Tensor, shape: tuple[int, ...]
     ) -> Any:
-        """Let the channels that a channel-wise convolution reads stay where they are."""
+        """Let a channel-wise convolution run over the channels that are left, in their order."""
         self.channel_wise.add(name)
         if not _is_channel_wise(module, ids, shape) or ids.shape[2] != len(self._entering.get(name, ids[0, 0])):
             return self._all_kept(node, [ids], reasons.convolved_elsewhere(node))
@@ -412,8 +411,7 @@ def _is_channel_wise(module: torch.nn.Module, ids: torch.Tensor, shape: tuple[in
     """Tell whether a layer is a channel-wise convolution: over the channels that enter it, by their ids, to as many."""
     if not isinstance(module, torch.nn.Conv1d) or ids.dim() != 3 or ids.shape[::2] != shape[::2]:
         return False
-    is_known = type(module) in (torch.nn.Conv1d, ChannelwiseConv1d)
-    is_plain = is_known and module.padding_mode == "zeros" and module.groups == 1
+    is_plain = type(module) is torch.nn.Conv1d and module.padding_mode == "zeros" and module.groups == 1
     return is_plain and module.stride == (1,) and varies(ids, 2) and not varies(ids, 1)
 
 

@@ -129,7 +129,6 @@ _ADVICE: dict[str, str] = {
     "complex_weight": "hold the complex weights as real ones, their real and imaginary parts in layers of their own",
     "computed_weight": "make the weight a plain parameter; nni_topo.as_torch_layers(model) does so where it can",
     "transposed_weight": "prune nni_topo.as_torch_layers(model) instead of the model",
-    "own_norm": "prune nni_topo.as_torch_layers(model) instead of the model",
     "inside_module": (
         "write the module as one that calls its layers; heads of nn.MultiheadAttention can be pruned as it is"
     ),
@@ -189,18 +188,11 @@ result_depends = Sentence("result_depends", "the result of an operation depends 
 
 another_name = Sentence("another_name", "it is {layer} under another name, and loses what that loses")
 training_reader = Sentence("training_reader", "{layer} reads them in training mode only")
-own_norm = Sentence(
-    "own_norm",
-    "{layer} is a norm of the model's own: nni_topo.as_torch_layers(model) makes it one that can lose channels",
-)
 head_by_head = Sentence("head_by_head", "it shares channels with {layer}, which loses heads")
 last_read = Sentence("last_read", "{layer} needs at least one of the channels that it reads")
 only_head = Sentence("only_head", "it makes the only head or unit of {layer}, which needs at least one")
 shared_by_heads = Sentence(
     "shared_by_heads", "all heads of {layer} share these keys and values, which stay as long as one of them does"
-)
-carries_constant = Sentence(
-    "carries_constant", "kept to carry the constant contribution of the removed channels ({layer})"
 )
 
 uncut_module = Sentence("uncut_module", "they enter {layer} ({of}), which can't be cut")
@@ -249,14 +241,8 @@ def nonzero_values(reader: Node, source: Node) -> Reason:
     return Reason("nonzero_values", place(source), "", text, line_of(source) or line_of(reader))
 
 
-def depends_on_size(reader: str = "") -> Reason:
-    """Return the reason for channels that another size of the input couples with others.
-
-    ``reader``: the layer that reads them, if what depends on the size is their constant value once they are removed.
-    """
-    if reader:
-        text = f"if removed they are constants that depend on the size of the input ({reader} reads them)"
-        return Reason("depends_on_size", reader, reader, text)
+def depends_on_size() -> Reason:
+    """Return the reason for channels that another size of the input couples with others."""
     return Reason("depends_on_size", text="which channels are coupled depends on the size of the input")
 
 

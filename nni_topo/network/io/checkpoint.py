@@ -38,8 +38,7 @@ from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.integer_attributes import numbers_of, put_sizes
 from nni_topo.network.layers.kinds import is_transposed_linear, with_linear_layers
-from nni_topo.network.layers.original_width import keep_original_width, response_norm
-from nni_topo.network.layers.slicing import make_channelwise
+from nni_topo.network.layers.norms import channel_dim, width_names
 from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwrapped
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.inputs import model_within, tensors_of
@@ -203,10 +202,6 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     attention, ties = find_attention(built), find_ties(built)
     for name, description in modules.items():
         module, sizes = built.get_submodule(name), description["sizes"]
-        if "counted" in sizes and isinstance(module, nn.Conv1d):
-            make_channelwise(module, 1)  # the file holds the places of the kept channels
-        elif "counted" in sizes:
-            keep_original_width(module, sizes["counted"])
         for key, size in sizes.items():
             setattr(module, key, tuple(size) if isinstance(size, list) else size)
     untie(built, ties)
@@ -250,7 +245,9 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
 def size_names(module: nn.Module) -> tuple[str, ...]:
     """List the names of a module's size attributes; none for a type without."""
     names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
-    return (*names, "counted") if hasattr(module, "counted") else names
+    if not names and channel_dim(module) is not None:
+        names = tuple(width_names(module, next(module.parameters()).numel()))
+    return names
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -325,8 +322,7 @@ def _check_fit(recipe: dict[str, Any], values: dict[str, Tensor], model: nn.Modu
     modules: dict[str, dict[str, Any]] = recipe["modules"]
     described = {}
     for name, module in model.named_modules():
-        # A response norm has a size only where it was pruned.
-        if size_names(module) or (name in modules and response_norm(module)):
+        if size_names(module):
             described[name] = describe(module)
     tensors, state = named_tensors(model), model.state_dict(keep_vars=True)
     stored = {name: values[first] for name, first in recipe["stored_as"].items()}

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from nni_topo.errors import unknown_name
 from nni_topo.network.layers.by_head import HEADS_TAKEN, take_heads_of_tables
 from nni_topo.network.layers.derived import adopt, inner_of, plain_layer
-from nni_topo.network.layers.original_width import channel_dim, plain_norm, response_norm
+from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.arguments import MODEL, STRUCTURE
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
 from nni_topo.network.runtime.hooks import counted_places
@@ -96,19 +96,15 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     Returns
     -------
     torch.nn.Module
-        A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them, ``torch.nn.RMSNorm`` for
-        RMS norms of a library's own, as LLaMA has them, and ``torch.nn.LayerNorm`` for layer norms of its own, as
-        Cohere's and nanoGPT's are, or a class derived from these, where one more than the weights multiplies, as in
-        Gemma and Nemotron, or channels come first, as in ConvNeXt. Norms are found by trying them, whatever their
-        parameters are called: one vector, or two of one length. So are linear layers and convolutions of classes that
-        aren't derived from PyTorch's, as PyTorch Geometric's ``Linear``; their parameter is called ``weight``. Weights
-        that weight norm, spectral norm, another parametrization or the masks of ``torch.nn.utils.prune`` compute are
-        plain ones with the values that they have in evaluation mode.
+        A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them. Linear layers and
+        convolutions of classes that aren't derived from PyTorch's, as PyTorch Geometric's ``Linear``, are PyTorch's;
+        their parameter is called ``weight``. Weights that weight norm, spectral norm, another parametrization or the
+        masks of ``torch.nn.utils.prune`` compute are plain ones with the values that they have in evaluation mode.
 
         A ``Conv1D`` is a linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this
-        package, would take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all
-        channels. A module that computes a table of biases by head, as ALiBi's of MPT, BLOOM and Falcon, is of a class
-        derived from its own, with a buffer that lists the heads to take of the table: all.
+        package, would take its inputs for outputs. A module that computes a table of biases by head, as ALiBi's of MPT,
+        BLOOM and Falcon, is of a class derived from its own, with a buffer that lists the heads to take of the table:
+        all.
 
     Examples
     --------
@@ -116,13 +112,7 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     ReLU()
     """
     copied = with_linear_layers(with_plain_weights(model))
-    replaced: dict[torch.nn.Module, torch.nn.Module] = {}  # a module with two names stays one
-    for name, module in list(copied.named_modules(remove_duplicate=False)):
-        made: Any = replaced.get(module)
-        made = made or (plain_norm(module) if name else None)
-        if made is not None:
-            replaced[module] = made
-            copied.set_submodule(name, made.train(module.training))
+    for module in copied.modules():
         take_heads_of_tables(module)
     return copied
 
@@ -247,8 +237,8 @@ def is_one(module: torch.nn.Module) -> bool:
 
 
 def is_normalizing(module: torch.nn.Module) -> bool:
-    """Tell whether a module is a norm of PyTorch's, or a custom response norm."""
-    return isinstance(module, NORMALIZING) or response_norm(module) is not None
+    """Tell whether a module is a norm of PyTorch's, or one over channels of another class."""
+    return isinstance(module, NORMALIZING) or channel_dim(module) is not None
 
 
 def per_channel_names(norm: torch.nn.Module) -> list[str]:

@@ -10,13 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.kinds import CONVOLUTIONS, RULES, TRANSPOSED, is_recurrent, row_names, weight_name
-from nni_topo.network.layers.original_width import keep_original_width, response_norm
+from nni_topo.network.layers.norms import channel_dim, cut_norm
 from nni_topo.network.runtime.modules import put_attribute
 
 _BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
@@ -54,14 +52,12 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
     elif isinstance(module, torch.nn.GroupNorm):
         _cut_group_norm(name, module, outs)
     elif isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-        keep_original_width(module, module.normalized_shape[0])
-        _cut_vectors(module, outs)
-        module.normalized_shape = (len(outs),)
+        cut_norm(module, outs)
     elif isinstance(module, torch.nn.PReLU) and module.num_parameters > 1:
         _cut_vectors(module, outs)
         module.num_parameters = len(outs)
-    elif response_norm(module):
-        _cut_response_norm(module, outs)
+    elif channel_dim(module) is not None:
+        cut_norm(module, outs)
 
 
 def _cut_units(module: Any, rows: torch.Tensor) -> None:
@@ -113,19 +109,11 @@ def _cut_vectors(module: torch.nn.Module, kept: torch.Tensor) -> None:
         keep(module, name, _rows(getattr(module, name, None), kept))
 
 
-def _cut_response_norm(module: torch.nn.Module, kept: torch.Tensor) -> None:
-    for name, parameter in list(module.named_parameters()):
-        keep_original_width(module, parameter.numel())
-        keep(module, name, parameter.index_select(max(range(parameter.dim()), key=lambda d: parameter.shape[d]), kept))
-
-
 def _cut_group_norm(name: str, module: torch.nn.GroupNorm, kept: torch.Tensor) -> None:
     sizes = torch.bincount(kept // (module.num_channels // module.num_groups), minlength=module.num_groups)
     sizes = sizes[sizes > 0]
     if bool((sizes != sizes[0]).any()):
         raise SpeedupError(f"groups of a norm must keep equally many channels, got {_brief(sizes)} ({name})")
-    if int(sizes[0]) < module.num_channels // module.num_groups:
-        keep_original_width(module, module.num_channels // module.num_groups)
     _cut_vectors(module, kept)
     module.num_groups, module.num_channels = len(sizes), len(kept)
 
@@ -154,42 +142,3 @@ def _cut_convolution(name: str, module: Any, ins: torch.Tensor, outs: torch.Tens
         keep(module, "weight", weight.gather(1, index.to(weight.device)))
     keep(module, "bias", _rows(module.bias, outs))
     module.in_channels, module.out_channels, module.groups = len(ins), len(outs), len(kept_groups)
-
-
-class ChannelwiseConv1d(nn.Conv1d):
-    """A channel-wise convolution over originally ``counted`` channels, of which some are kept."""
-
-    counted: int
-    taps: Tensor  # int64, (kept, kernel): which of the kept channels each tap reads; their number stands for a zero
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``(batch, inputs, kept)`` to ``(batch, outputs, kept)``."""
-        windows = functional.pad(x, (0, 1))[..., self.taps]
-        found = torch.einsum("bilk,oik->bol", windows, self.weight)
-        return found if self.bias is None else found + self.bias[:, None]
-
-    def extra_repr(self) -> str:
-        """Show the original width too."""
-        return f"{super().extra_repr()}, counted={self.counted}"  # type: ignore[no-untyped-call]
-
-
-def make_channelwise(module: Any, channels: int) -> None:
-    """Let a channel-wise convolution look its channels up; one that does already stays as it is."""
-    if isinstance(module, ChannelwiseConv1d):
-        return
-    before = module._reversed_padding_repeated_twice[0]
-    steps = torch.arange(module.kernel_size[0]) * module.dilation[0] - before
-    taps = torch.arange(channels)[:, None] + steps
-    module.__class__ = ChannelwiseConv1d
-    module.counted = channels
-    taps = taps.masked_fill((taps < 0) | (taps >= channels), channels)
-    module.register_buffer("taps", taps.to(module.weight.device), persistent=False)
-
-
-def cut_channelwise(module: Any, kept: Tensor, channels: int) -> None:
-    """Keep some of the channels that a channel-wise convolution runs over, given their present indices, in place."""
-    make_channelwise(module, channels)
-    places = torch.full((channels + 1,), len(kept), device=kept.device).index_copy(
-        0, kept, torch.arange(len(kept), device=kept.device)
-    )
-    module.taps = places[module.taps[kept]]

@@ -24,16 +24,12 @@ from nni_topo.network.layers.integer_attributes import put_sizes
 from nni_topo.network.layers.kinds import (
     PER_CHANNEL,
     follows_channels,
-    is_depthwise,
-    is_normalizing,
     kept_channels,
     output_channels,
 )
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
 from nni_topo.network.runtime.copies import detached_copy, evaluating, forget_evaluated, left_alone, put_modes_of
 from nni_topo.network.runtime.fits import call_arguments
-from nni_topo.network.runtime.inputs import shrunk
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import (
     ModelReport,
@@ -45,17 +41,13 @@ from nni_topo.network.runtime.reports import (
 )
 from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
 from nni_topo.network.speedup.analysis import Analysis, Facts
-from nni_topo.network.speedup.constant_channels import (
+from nni_topo.network.speedup.constants import (
     TOLERANCE,
-    ConstantContribution,
     absorb,
-    add_to_constant_channels,
-    constant_contribution,
     constants_read,
     dropped,
     is_bordered,
     norms_of_constants,
-    stays_zero,
 )
 from nni_topo.network.speedup.dependency import DependencyGroups, why_not_followed
 from nni_topo.network.speedup.equivalence import (
@@ -65,6 +57,7 @@ from nni_topo.network.speedup.equivalence import (
     run_in_training,
 )
 from nni_topo.network.speedup.explain import way_forward
+from nni_topo.network.speedup.leaving_out import leave_out, normalize_left
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_outputs, narrowed
 from nni_topo.network.speedup.training_only import unused_tensors
@@ -221,8 +214,12 @@ def dense_of(
     with random_state_kept(), torch.inference_mode(False):
         seed_torch(0)
         task = _prepare(Analysis(model, call, facts), full, round_to)
-        masked = _masked_with_constants(task) if constants == "keep" else _masked_without_constants(task)
+        if constants == "keep":
+            masked = _masked_with_constants(task)
+        else:
+            masked = _Masked(task.apply(task.rounded), task.rounded, ())
         dense = _cut(task, masked, tuple(customized_replacers))
+        leave_out(masked.reference, task.flow, masked.is_kept)
         checked = _compare(task, masked, dense, rtol) if check else ""
         stale = count_anew(task.original, dense, task.analysis.call)
         trained = run_in_training(task.original, dense, task.analysis.call) if check else TrainingRun()
@@ -246,28 +243,7 @@ class _Task:
 
     def apply(self, resolved: Resolved) -> torch.nn.Module:
         """Return the masked model for masks that agree."""
-        return apply_masks(self.original, self.analysis.call, resolved.masks, light=True)
-
-    def apply_to_zeros(self, resolved: Resolved) -> torch.nn.Module | None:
-        """Return the masked model if all that is pruned stays zero in it up to the layers that read it; else None.
-
-        This is so in most networks, and one run shows it, where the general way takes two: one to find what enters
-        norms as zeros, and one to measure what other values pruned channels have.
-        """
-        flow, is_kept = self.flow, resolved.is_kept
-        dead = dict[str, torch.Tensor]()
-        for name, module in self.original.named_modules():
-            pruned = torch.from_numpy(~is_kept[flow.entering_group_ids(name)])
-            if bool(pruned.any()) and (is_depthwise(module) or is_normalizing(module)):
-                dead[name] = pruned
-        masked = apply_masks(self.original, self.analysis.call, resolved.masks, light=True, dead=dead)
-        for call in (shrunk(self.analysis.call), self.analysis.call):
-            try:
-                return masked if stays_zero(masked, flow, is_kept, call, dead) else None
-            except Exception as error:  # a user's model may take no other size
-                if out_of_memory(error):
-                    raise
-        return None
+        return apply_masks(self.original, resolved.masks, light=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +252,6 @@ class _Masked:
 
     reference: torch.nn.Module
     resolved: Resolved  # its masks
-    contributions: ConstantContribution  # of pruned channels, which the layers of the dense model have to add
     notes: tuple[str, ...]
 
     @property
@@ -294,13 +269,14 @@ def _prepare(analysis: Analysis, masks: FullMasks, round_to: int | Literal["auto
 def _masked_with_constants(task: _Task) -> _Masked:
     """Mask a model as NNI does, where batch norms make constants of pruned channels, and fold these into biases."""
     resolved, flow = task.rounded, task.flow
-    # As in NNI's masked model, in which norms turn the zeros that arrive into other values.
-    with left_alone(task.original):
-        call = task.analysis.call
-        kept = constants_read(task.original, flow, resolved.is_kept, call)
-        lacking = dropped(task.original, flow, resolved.is_kept, call)
+    # As in NNI's masked model, in which batch norms turn the zeros that arrive into other values.
+    original, call = detached_copy(task.original, light=True), task.analysis.call
+    normalize_left(original, flow, resolved.is_kept)
+    with left_alone(original):
+        kept = constants_read(original, flow, resolved.is_kept, call)
+        lacking = dropped(original, flow, resolved.is_kept, call)
         if kept and task.analysis.second is not None:
-            others = constants_read(task.original, flow, resolved.is_kept, task.analysis.second.call)
+            others = constants_read(original, flow, resolved.is_kept, task.analysis.second.call)
             for name, values in kept.items():
                 is_same = (values - others.get(name, 0 * values)).abs() <= TOLERANCE * values.abs()
                 if not bool(is_same.all()):
@@ -312,42 +288,15 @@ def _masked_with_constants(task: _Task) -> _Masked:
         notes.append(
             f"what pruned channels contribute is no constant that can be kept, and is dropped: {', '.join(lacking)}"
         )
-    bordered = [name for name in kept if is_bordered(task.original, flow, name)]
+    bordered = [name for name in kept if is_bordered(original, flow, name)]
     if bordered:
         notes.append(f"kept constants go on beyond the border that these layers pad with zeros: {', '.join(bordered)}")
     if kept:
-        notes += _notes_on_training(norms_of_constants(task.original, flow, resolved.is_kept, call))
+        notes += _notes_on_training(norms_of_constants(original, flow, resolved.is_kept, call))
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(reference, find_ties(reference))
-    absorb(reference, flow, resolved.is_kept, kept, exactly=False)
-    return _Masked(reference, resolved, ConstantContribution({}, {}), tuple(notes))
-
-
-def _masked_without_constants(task: _Task) -> _Masked:
-    """Mask a model with pruned channels at zero, and choose constant channels where zeros become other values."""
-    flow = task.flow
-    # Constant channels count for the multiple of ``round_to``, so they are chosen among all that may be pruned.
-    measured = task.rounded if task.round_to is None else resolve(task.original, flow, task.masks)
-    probe = task.apply_to_zeros(measured)
-    contributions = ConstantContribution({}, {})
-    if probe is None:
-        probe = task.apply(measured)
-        with left_alone(probe):
-            contributions = constant_contribution(probe, flow, measured.is_kept, task.analysis.call)
-    if contributions.constant_channels:
-        # What was measured holds for the channels pruned then: none that stayed may be pruned now because a constant
-        # channel takes its place in the count.
-        constant_channels = contributions.kept_for_others(flow)
-        resolved = resolve(
-            task.original, flow, task.masks, task.round_to, constant_channels=constant_channels, also=measured.is_kept
-        )
-    else:
-        resolved = task.rounded
-    reference = probe if resolved is measured else task.apply(resolved)
-    notes = []
-    if contributions.constants or contributions.constant_channels:
-        notes = _notes_on_training(norms_of_constants(reference, flow, resolved.is_kept, task.analysis.call))
-    return _Masked(reference, resolved, contributions, tuple(notes))
+    absorb(reference, flow, resolved.is_kept, kept)
+    return _Masked(reference, resolved, tuple(notes))
 
 
 def _notes_on_training(norms: list[str]) -> list[str]:
@@ -365,8 +314,6 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     copied = detached_copy(masked.reference, light=not replacers)
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(copied, find_ties(copied))
-    absorb(copied, flow, masked.is_kept, masked.contributions.constants, exactly=True)
-    add_to_constant_channels(copied, flow, masked.is_kept, masked.contributions.constant_channels)
     speedup = DenseSpeedup(copied, flow, masked.is_kept, replacers)
     speedup.speedup_model()
     ties = find_ties(original)
@@ -398,10 +345,10 @@ def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) 
     """Raise a SpeedupError unless the dense model computes what the masked one does; say on what they were compared."""
     kept = kept_outputs(task.flow, masked.is_kept)
     advise = partial(way_forward, task.analysis, masked.reference, kept)
-    analysis, contributions = task.analysis, masked.contributions
+    analysis = task.analysis
     with left_alone(dense):
         checked = check_equal(masked.reference, dense, analysis.call, kept, rtol, advise=advise)
-        if not (analysis.depends_on_size or contributions.constants or contributions.constant_channels):
+        if not analysis.depends_on_size:
             return checked
         if analysis.second is None:
             return f"{checked}; no other size was found that the model takes, so it is right at this size alone"

@@ -36,7 +36,6 @@ from nni_topo.network.layers.kinds import (
     is_transposed_linear,
     weight_is_computed,
 )
-from nni_topo.network.layers.original_width import plain_norm
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, UNGROUPED, check_unwrapped
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis, Facts
@@ -257,9 +256,6 @@ def groups_of(
     unpruned = unprunable_layers(analysis, [name for name in order if name in selection.by_type])
     projections = _projections_by_column(flow, groups, selection, unpruned)
     choice = _choose(model, flow, order, selection, unpruned, projections)
-    choice = dataclasses.replace(
-        choice, left_out=named_norms(model, choice.left_out), in_part=named_norms(model, choice.in_part)
-    )
     for name, why in choice.left_out.items() if strict else ():
         if why != (reasons.model_output(),):
             told = reasons.told(why)
@@ -581,20 +577,6 @@ def _followers(flow: ChannelFlow) -> set[str]:
     return followers
 
 
-def named_norms(model: torch.nn.Module, found: Mapping[str, Reasons]) -> dict[str, Reasons]:
-    """Name a norm of the model's own where an operation in it keeps channels, if `as_torch_layers` replaces it."""
-    norms = dict[str, bool]()
-
-    def named(reason: Reason) -> Reason:
-        owner = reason.place.rpartition(" in ")[2] if reason.kind in ("result_depends", "call_not_covered") else ""
-        if owner and owner not in norms:
-            module = dict(model.named_modules()).get(owner)
-            norms[owner] = module is not None and plain_norm(module) is not None
-        return reasons.own_norm(owner) if norms.get(owner) else reason
-
-    return {name: tuple(dict.fromkeys(map(named, why))) for name, why in found.items()}
-
-
 def _told_in_part(flow: ChannelFlow, pinned: Mapping[str, Reasons]) -> dict[str, str]:
     """Say of layers of which some channels have to stay how many these are, and why."""
     told = {}
@@ -657,8 +639,6 @@ def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
         return reasons.complex_weight()
     if is_transposed_linear(model.get_submodule(name)):
         return reasons.transposed_weight()
-    if plain_norm(model.get_submodule(name)) is not None:
-        return reasons.own_norm(name)
     if not has_channels(model.get_submodule(name)):
         return reasons.unknown_class(name, type(model.get_submodule(name)))
     parts = name.split(".")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections import defaultdict
-from functools import cached_property
+from collections import OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -30,7 +29,7 @@ from nni_topo.network.channels.shuffle import Shares, chosen_of, shares
 from nni_topo.network.graph.nodes import RANDOM, UNSHOWN
 from nni_topo.network.graph.traced_int import resized
 from nni_topo.network.graph.tracing import arguments
-from nni_topo.network.layers.kinds import is_normalizing, is_recurrent, per_channel_names
+from nni_topo.network.layers.kinds import is_recurrent
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, difference
 from nni_topo.network.runtime.copies import detached_copy, evaluating, unwrapped_copy
 from nni_topo.network.runtime.inputs import Call, call_in_precision, first_samples, random_like, shrunk, tensors_of
@@ -38,11 +37,7 @@ from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
 from nni_topo.network.runtime.weights import RandomWeights, put_parameters, to_precision
-from nni_topo.network.speedup.constant_channels import (
-    ConstantContribution,
-    changed_constants,
-    constant_contribution,
-)
+from nni_topo.network.speedup.leaving_out import leave_out_of
 from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
 from nni_topo.network.speedup.sizes import differing
@@ -56,20 +51,6 @@ _ROUNDS = 24  # each finds about half of the unprunable channels that weren't fo
 
 
 _DRAWS = 5  # of random weights and inputs, as long as the network fails on them
-
-
-class _Steps(nn.Module):
-    """A graph as a module that runs it node by node; PyTorch prints nothing if a node fails."""
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        super().__init__()
-        self._modules = graph_module._modules
-        self._runs = Interpreter(graph_module)
-        self._runs.extra_traceback = False
-
-    def forward(self, *args: Any) -> Any:
-        """Run the graph. ``args``: the values of its placeholders."""
-        return self._runs.run(*args)
 
 
 class _FailedRunError(Exception):
@@ -118,7 +99,7 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
         few, by_shape, clean = first_samples((args, {})), dict[str, Call](), set[bool]()
         for call in (*(shrunk(few, side) for side in _SIDES), few, (args, {})):
             by_shape.setdefault(str([each.shape for each in tensors_of(call)]), call)
-        calls, second = list(by_shape.values()), None
+        calls = list(by_shape.values())
         if analysis.depends_on_size and analysis.second is not None:
             held.update(dict.fromkeys(differing(flow, analysis.second.flow).tolist(), reasons.depends_on_size()))
         for turn in range(_ROUNDS):
@@ -132,42 +113,11 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
                 if out_of_memory(error):
                     raise
                 raise _FailedRunError(error) from error
-            if not found and dry_run.has_constants and analysis.second is not None:
-                second = second or _SecondSize(analysis.second, flow, seed)
-                found = second.changed_constants(full, args, is_kept)
             held.update(found)
             clean = set() if found else clean | {in_parts}
             if clean == {bool(flow.blocks), False}:
                 return held
     return None
-
-
-class _SecondSize:
-    """A network with random weights at a second size of its inputs, on which constants are measured again."""
-
-    def __init__(self, analysis: Analysis, flow: ChannelFlow, seed: int) -> None:
-        self._first, self._flow = flow, analysis.flow
-        seed_torch(seed)
-        full, entering = _randomized(analysis)
-        self._full = _Steps(full)
-        self._call = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)
-
-    def changed_constants(self, full: GraphModule, args: tuple[Any, ...], is_kept: np.ndarray) -> dict[int, Reason]:
-        """Return the channels whose constant contribution isn't the same at both sizes, by group id, and why."""
-        found = constant_contribution(_Steps(full), self._first, is_kept, (args, {}))
-        other_kept = np.ones(self._flow.size, dtype=np.bool_)
-        for name in self._first.layers.keys() & self._flow.layers.keys():
-            other_kept[self._flow.group_ids_of(name)] = is_kept[self._first.group_ids_of(name)]
-        for name in self._first.free_parameters.keys() & self._flow.free_parameters.keys():
-            ids = [flow.group_ids(flow.free_parameter_ids(name)) for flow in (self._flow, self._first)]
-            if len(ids[0]) == len(ids[1]):
-                other_kept[ids[0]] = is_kept[ids[1]]
-        changed = dict[int, Reason]()
-        for name, channels in changed_constants(found, self._full, self._flow, other_kept, self._call).items():
-            for group_id in self._first.entering_group_ids(name)[channels.numpy()].tolist():
-                if group_id != FIXED:
-                    changed[group_id] = reasons.depends_on_size(name)
-        return changed
 
 
 def _all_held(flow: ChannelFlow, reason: Reason) -> dict[int, Reason]:
@@ -296,12 +246,6 @@ class _DryRun:
             self._uncut = dict.fromkeys(self._removed_at(speedup.at), reasons.cutting_failed(speedup.at, error))
         self._order = speedup.order
 
-    @property
-    def has_constants(self) -> bool:
-        """Whether pruned channels contributed constants in a run."""
-        contribution = vars(self).get("_contribution")
-        return contribution is not None and bool(contribution.constants or contribution.constant_channels)
-
     def run(self, args: tuple[Any, ...]) -> dict[int, Reason]:
         """Return the unprunable channels, by group id, and why."""
         if self._uncut:
@@ -334,21 +278,14 @@ class _DryRun:
         if node.op == "get_attr":
             # Its size is compared where it is used, which may be for its type or device alone.
             full = self._called(node, self.full, 0)
-            self._values[node] = self._masked(node, full, None), self._called(node, self.small, 1)
+            self._values[node] = self._masked(node, full), self._called(node, self.small, 1)
             return
         entering = {parent: self._nonzero(parent) for parent in self._tensors_before(node)}
         arriving = any(map(len, entering.values()))
         if arriving:
             self._arriving[node] = entering
-        needless = None  # input channels whose contribution is supplied as a constant
-        if arriving and str(node.target) in self.flow.layers:
-            needless = self._contribution.supplied(str(node.target))
-            if needless is not None:
-                layer: Any = self.full.get_submodule(str(node.target))
-                needless = needless.view(-1, *[1] * (layer.weight.dim() - 2))
         reads_others = node.name in self.flow.guessed and self._reads_others(node)
-        first_input = self._values[node.all_input_nodes[0]][0] if node.all_input_nodes else None
-        full = self._masked(node, self._called(node, self.full, 0, needless), first_input)
+        full = self._masked(node, self._called(node, self.full, 0))
         expected = self._cut(node, full)
         try:
             actual = self._called(node, self.small, 1)
@@ -411,22 +348,19 @@ class _DryRun:
         node: Node,
         module: nn.Module,
         which: int,
-        needless: Tensor | None = None,
         values: dict[Node, Any] | None = None,
     ) -> Any:
-        """Compute a node's output in one of the networks, with channels that are ``needless`` at zero.
+        """Compute a node's output in one of the networks.
 
         ``values``: the outputs of the nodes before it, if not those in this network.
         """
         if RANDOM not in node.meta:
-            return self._computed(node, module, which, needless, values)
+            return self._computed(node, module, which, values)
         with random_state_kept():  # both draw the same numbers
             seed_torch(0)
-            return self._computed(node, module, which, needless, values)
+            return self._computed(node, module, which, values)
 
-    def _computed(
-        self, node: Node, module: nn.Module, which: int, needless: Tensor | None, values: dict[Node, Any] | None
-    ) -> Any:
+    def _computed(self, node: Node, module: nn.Module, which: int, values: dict[Node, Any] | None) -> Any:
         if node.op == "get_attr":
             value: Any = module
             for part in str(node.target).split("."):
@@ -435,54 +369,43 @@ class _DryRun:
         entering = values or {parent: self._values[parent][which] for parent in node.all_input_nodes}
         given: Any = map_arg((node.args, node.kwargs), entering.__getitem__)
         args, kwargs = resized(given, self._sizes) if which else given
-        if needless is not None:
-            first, *others = args
-            args = (first.masked_fill(needless.to(first.device), 0), *others)
         if node.op == "call_module":
-            layer = module.get_submodule(str(node.target))
-            return (layer if which else self._silenced(str(node.target), layer))(*args, **kwargs)
+            name = str(node.target)
+            layer = module.get_submodule(name)
+            return (layer if which else self._without_removed(name, layer))(*args, **kwargs)
         method = getattr(args[0], str(node.target)) if node.op == "call_method" else None
         value = node.target(*args, **kwargs) if method is None else method(*args[1:], **kwargs)  # type: ignore[operator]
         # Memory that isn't written to yet holds anything, and not the same in both networks.
         return value.zero_() if has_property(node, "is_unset") else value
 
-    def _silenced(self, name: str, layer: nn.Module) -> nn.Module:
-        """Return a recurrent layer with pruned units at zero, which its other units read; any other layer as it is."""
-        if not is_recurrent(layer):
+    def _without_removed(self, name: str, layer: nn.Module) -> nn.Module:
+        """Return a module that norms the channels that stay, or reads zeros in place of the others; or as it is."""
+        kept = torch.from_numpy(np.asarray(self.is_kept[self.flow.entering_group_ids(name)]))
+        pruned = torch.from_numpy(~self.is_kept[self.flow.group_ids_of(name)]) if name in self.flow.layers else ~kept
+        if kept.all() and not pruned.any():
             return layer
-        pruned, layer = torch.from_numpy(~self.is_kept[self.flow.group_ids_of(name)]), copy.deepcopy(layer)
-        for parameter in layer.parameters():
-            parameter[pruned.to(parameter.device)] = 0
+        layer = copy.copy(layer)
+        layer._parameters = dict(layer._parameters)
+        layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = OrderedDict(), OrderedDict()
+        leave_out_of(layer, kept, self.flow, name)
+        if is_recurrent(layer):  # its other units read the pruned ones
+            layer = copy.deepcopy(layer)
+            for parameter in layer.parameters():
+                parameter[pruned.to(parameter.device)] = 0
         return layer
 
-    @cached_property
-    def _contribution(self) -> ConstantContribution:
-        return constant_contribution(_Steps(self.full), self.flow, self.is_kept, (self._args, {}))
-
-    def _masked(self, node: Node, value: Any, entering: Any) -> Any:
-        """Zero the pruned channels of layers and parameters, and those of a norm that arrive as zeros."""
+    def _masked(self, node: Node, value: Any) -> Any:
+        """Zero the pruned channels of layers and parameters."""
         if self._is_attention(node):
             (context, *others), spec = tree_flatten(value)
             pruned = ~self._stays(tree_flatten(self.flow.ids[node.name])[0][0]).to(context.device)
             return tree_unflatten([context.masked_fill(pruned.expand(context.shape), 0), *others], spec)
         if node.op not in ("call_module", "get_attr") or not isinstance(value, Tensor):
             return value
-        pruned, name = ~self._stays(self.flow.ids[node.name]).to(value.device).expand(value.shape), str(node.target)
-        if name in (self.flow.layers if node.op == "call_module" else self.flow.free_parameters):
-            return value.masked_fill(pruned, 0)
-        module = self.full.get_submodule(name) if node.op == "call_module" else None
-        if module is None or not is_normalizing(module):
+        known = self.flow.layers if node.op == "call_module" else self.flow.free_parameters
+        if str(node.target) not in known:
             return value
-        dead = pruned & (entering == 0)
-        if per_channel_names(module):
-            return value.masked_fill(dead, 0)
-        # A norm without parameters has none that could be masked. Where it subtracts the mean of several channels, a
-        # pruned channel becomes minus that mean. With random numbers all means may have one sign, of which an
-        # activation makes zeros; a trained network's may have any.
-        if not isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            return value
-        drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value.device)
-        return torch.where(dead & (drawn < 0.5), -value, value)
+        return value.masked_fill(~self._stays(self.flow.ids[node.name]).to(value.device).expand(value.shape), 0)
 
     def _stays(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(self.is_kept[self.flow.group_ids(ids.numpy())]))

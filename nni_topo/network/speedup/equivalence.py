@@ -7,7 +7,6 @@ here everything that works on single channels is pruned with the channel.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.context import leaving_out
 from nni_topo.errors import NniTopoError, SpeedupError, raised
-from nni_topo.network.layers.derived import fold, give_back_classes, with_known_layers
-from nni_topo.network.layers.kinds import WEIGHTED, is_depthwise, is_normalizing, per_channel_names
-from nni_topo.network.layers.original_width import channel_dim, silent_value
+from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.slicing import keep
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, check_model
 from nni_topo.network.runtime.comparison import difference
@@ -28,26 +25,24 @@ from nni_topo.network.runtime.copies import detached_copy, evaluating, training
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import (
-    TILT,
     Call,
     Variation,
     call_in_precision,
     first_samples,
     random_like,
     returned_tensors,
-    run_few,
     tensors_of,
     together,
     variations_of,
     varied,
 )
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.modules import is_transformed
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report
-from nni_topo.network.runtime.switches import as_written, random_state_kept
-from nni_topo.network.runtime.weights import RandomWeights, in_double, put_parameters, to_precision
+from nni_topo.network.runtime.switches import random_state_kept
+from nni_topo.network.runtime.weights import in_double
 from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import (
     FullMasks,
     KeptIndices,
@@ -66,158 +61,22 @@ _LEAST, _LARGEST = 0.01, 100.0
 _Place = tuple[str | None, str]
 
 
-@as_written()
-def apply_masks(
-    model: torch.nn.Module,
-    call: Call,
-    masks: FullMasks,
-    *,
-    light: bool = False,
-    dead: Mapping[str, torch.Tensor] | None = None,
-) -> torch.nn.Module:
-    """Do the work of `nni_topo.masked_model` on checked arguments.
+def apply_masks(model: torch.nn.Module, masks: FullMasks, *, light: bool = False) -> torch.nn.Module:
+    """Return a copy of a model in which weights and biases are multiplied by their masks.
 
-    ``light``: parameters that no mask changes use the memory of the model's, which mustn't be written to then;
-    ``dead``: the channels that enter norms and depth-wise convolutions as zeros, bool, by module, where they are known.
+    ``light``: parameters that no mask changes use the memory of the model's, which mustn't be written to then.
     """
-    own = detached_copy(model, light=True)
-    ties = find_ties(own)
-    untie(own, ties)
-    dead = _dead_inputs(own, call, masks) if dead is None else dead
-    # Only now, when the masked weights of the probe, which are as many, are freed.
-    reference: torch.nn.Module = own if light else detached_copy(own)
+    reference: torch.nn.Module = detached_copy(model, light=light)
+    ties = find_ties(reference)
+    untie(reference, ties)
     with torch.no_grad():
-        _apply(reference, masks)
-        for name, channels in dead.items():
-            _silence(reference.get_submodule(name), channels)
+        for name, targets in masks.items():
+            for target, mask in targets.items():
+                module = reference.get_submodule(name)
+                keep(module, target, getattr(module, target) * mask)
     tie_again(reference, ties)
     hand_on_report(model, reference, "masked (nni_topo.masked_model)")
     return reference
-
-
-def _apply(model: torch.nn.Module, masks: FullMasks) -> None:
-    for name, targets in masks.items():
-        for target, mask in targets.items():
-            module = model.get_submodule(name)
-            keep(module, target, getattr(module, target) * mask)
-
-
-def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
-    """Zero what a per-channel module makes of dead channels."""
-    for target in ["bias"] if is_depthwise(module) else per_channel_names(module):
-        parameter = getattr(module, target, None)
-        if isinstance(parameter, torch.Tensor):
-            silenced = parameter.detach().clone()
-            values = silenced.view(-1)
-            repeats = values.shape[0] // len(channels)
-            values[channels.to(values.device).repeat_interleave(repeats)] = silent_value(module, target)
-            keep(module, target, silenced)
-
-
-def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[str, torch.Tensor]:
-    """Find the channels that enter norms and depth-wise convolutions as zeros in every call: bool, (channels,)."""
-    generator = torch.Generator().manual_seed(0)
-    probe = _positive(model, masks, generator)
-    positive = call_in_precision(random_like(call, generator, positive=True), torch.float32)
-    watches, looks = dict[str, _Watch](), list[Any]()
-    for name, module in probe.named_modules():
-        if is_depthwise(module) or is_normalizing(module):
-            watches[name] = _Watch(module)
-            looks.append((module, watches[name].look))
-        if isinstance(module, WEIGHTED):
-            looks.append((module, _in_range))
-    unstable = True
-    with torch.no_grad(), random_state_kept(), watched(leaving=looks):
-        while unstable:
-            run_few(probe, positive)
-            unsettled = [watch.settle() for watch in watches.values()]
-            unstable = any(unsettled)
-    dead = {name: watch.dead for name, watch in watches.items() if watch.dead is not None}
-    return {name: channels for name, channels in dead.items() if bool(channels.any())}
-
-
-def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generator) -> torch.nn.Module:
-    """Copy a model with positive parameters, scaled so that activations neither grow nor shrink, and masked."""
-    probe: torch.nn.Module = evaluating(detached_copy(model, light=True))
-    ids = RandomWeights(torch.rand, generator)
-    for module in probe.modules():
-        fold(module)  # weights with a mean of zero would cancel
-    unbiased = {f"{name}.bias".lstrip(".") for name, module in model.named_modules() if is_depthwise(module)}
-
-    def drawn(old: torch.Tensor) -> torch.Tensor:
-        fan = max(old[0].numel(), 1) if old.dim() > 1 else 1
-        return ids.like(old, 1 / fan, 0.5 / fan)
-
-    def weights(name: str, old: torch.Tensor) -> torch.Tensor:
-        if name in unbiased:
-            return torch.zeros_like(old)
-        if old.is_complex():
-            values = drawn(old.real)
-            return torch.complex(values, TILT * values)
-        values, (owner, _, target) = drawn(old), name.rpartition(".")
-        mask = masks.get(owner, {}).get(target)
-        return values if mask is None else values * mask.to(values)
-
-    put_parameters(probe, weights)
-    for owner, targets in masks.items():
-        module = probe.get_submodule(owner)
-        for target, mask in targets.items():
-            if target in module._buffers:
-                keep(module, target, getattr(module, target) * mask)
-    return to_precision(probe, torch.float32)
-
-
-def _in_range(_: Any, output: Any) -> Any:
-    """Scale a layer's output to a largest value of one where the probe's values have grown or shrunk much.
-
-    Only whether a value is zero counts here. But gates that multiply activations square them in each block, and the
-    probe's norms don't scale them down: after some blocks all would be infinite, NaN or zero.
-    """
-    if not isinstance(output, torch.Tensor) or not output.numel() or is_transformed(output):
-        return output
-    largest = float(output.abs().amax())
-    is_usual = _LEAST <= largest <= _LARGEST
-    return output if is_usual or largest == 0 or not math.isfinite(largest) else output / largest
-
-
-class _Watch:
-    """Watch one norm or depth-wise convolution of the probe over all of its calls; a norm passes on what it gets."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.dead: torch.Tensor | None = None
-        self._calls: list[torch.Tensor] = []
-        self._alive: torch.Tensor | None = None
-        self._is_norm = not is_depthwise(module)
-        self._dim = channel_dim(module) or 1
-
-    def settle(self) -> bool:
-        """Combine the calls of a round; True if another round is needed."""
-        found, self._calls = self._calls, []
-        # Only a norm without parameters takes several widths, and it has no bias to silence.
-        if len({len(each) for each in found}) != 1:
-            return False
-        calls = torch.stack(found)
-        self.dead = calls.all(0)
-        # A channel that is zero in one call and not in another can't be silenced in the parameters, so from the next
-        # round on its bias counts as positive.
-        mixed = calls.any(0) & ~self.dead
-        known = self._alive if self._alive is not None else torch.zeros_like(mixed)
-        self._alive = known | mixed
-        return bool((mixed & ~known).any())
-
-    def look(self, entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Note a call, and let out what is to pass instead."""
-        if is_transformed(entered):  # by torch.vmap, say: what enters there keeps all channels
-            return output
-        rows = entered.transpose(0, self._dim).flatten(1)
-        self._calls.append(rows.eq(0).all(1))
-        passed: torch.Tensor = _in_range(entered, entered.clone() if self._is_norm else output)
-        if self._alive is None:
-            return passed
-        view = [1] * passed.dim()
-        view[self._dim] = -1
-        alive = self._alive.to(passed).repeat_interleave(passed.shape[self._dim] // len(self._alive))
-        return passed + alive.view(view)
 
 
 def check_equal(
@@ -519,16 +378,14 @@ def masked_model(
     given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
-    try:
-        flow = Analysis(model, call).flow
-    except SpeedupError:
-        if reconcile:
-            raise
+    flow = Analysis(model, call).flow
+    if reconcile:
+        resolved = resolve(model, flow, full)
+        full, is_kept = resolved.masks, resolved.is_kept
     else:
-        if reconcile:
-            full = resolve(model, flow, full).masks
-        else:
-            full = mask_what_follows(model, flow, full, union(model, flow, full))
-    masked = apply_masks(model, call, full)
+        is_kept = union(model, flow, full)
+        full = mask_what_follows(model, flow, full, is_kept)
+    masked = apply_masks(model, full)
+    leave_out(masked, flow, is_kept)
     give_back_classes(given, masked)
     return masked

@@ -23,7 +23,7 @@ from nni_topo.network.layers.kinds import RECURRENT, feature_dimension, is_trans
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, check_unwrapped
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dependency import named_norms, unprunable_layers
+from nni_topo.network.speedup.dependency import unprunable_layers
 from nni_topo.network.speedup.reconcile import KeptIndices
 
 # Who asks for an explanation may use either.
@@ -199,7 +199,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
         block_places=flow.block_places(layer),
         heads=heads.name if heads else "",
         mixes=mixed.name if mixed else "",
-        reasons=named_norms(model, {layer: why or (flow.why_pinned(layer) if kept else ())})[layer],
+        reasons=why or (flow.why_pinned(layer) if kept else ()),
     )
 
 
@@ -227,7 +227,7 @@ def way_forward(analysis: Analysis, reference: nn.Module, kept: KeptIndices, pla
             found = dict.fromkeys(held[group_id] for group_id in removed if group_id in held)
             # Of values that aren't zero the place where they arrive says more.
             why[name] = tuple(each for each in found if each.kind != "nonzero_values")
-    why = {name: told for name, told in named_norms(analysis.model, why).items() if told}
+    why = {name: told for name, told in why.items() if told}
     if why:
         return reasons.removed_all_the_same(why, tuple(itertools.chain.from_iterable(why.values())))
     # The pruned layers from which the place can be reached without another layer between.

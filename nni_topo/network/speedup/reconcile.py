@@ -159,16 +159,8 @@ def resolve(
     flow: ChannelFlow,
     masks: FullMasks,
     round_to: int | Literal["auto"] | None = None,
-    *,
-    constant_channels: Mapping[int, Reason] | None = None,
-    also: np.ndarray | None = None,
 ) -> Resolved:
-    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all.
-
-    Channels that are ``constant_channels``, by group id and with the reason, stay without getting their weights back.
-    Those that are ``also`` kept, bool by group id, stay with their weights.
-    """
-    constant_channels = constant_channels or {}
+    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
     round_to = widths_multiple(round_to, device_of(model))
     given = _given(model, flow, masks)
     kept = flow.kept(given)
@@ -182,26 +174,21 @@ def resolve(
             )
     # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
     shared, scores = kept.copy(), cache(partial(_scores, model, flow))
-    kept[[*constant_channels]] = True
-    if also is not None:
-        kept |= also
     read = keep_read(flow, kept, scores)
     # In two steps, to tell the channels that come back for equal blocks from those for rounding.
     grow(flow, kept, scores, 1, set(given))
     evened = kept.copy()
     grow(flow, kept, scores, round_to or 1, set(given))
-    weighty = kept.copy()
-    weighty[[*constant_channels]] = False
     why = dict[str, Reasons]()
     for name in given:
-        if found := _why_kept(flow, given, name, (shared, evened, kept), round_to, {**read, **constant_channels}):
+        if found := _why_kept(flow, given, name, (shared, evened, kept), round_to, read):
             why[name] = found
     told = dict[str, str]()
     for name in given:
-        count = int(((evened & weighty)[flow.group_ids_of(name)] & ~given[name]).sum())
+        count = int((evened[flow.group_ids_of(name)] & ~given[name]).sum())
         if count:
             told[name] = f"{count} of {len(given[name])} ({reasons.told(why.get(name, ()))})"
-    new = _new_masks(model, flow, masks, given, (shared, weighty))
+    new = _new_masks(model, flow, masks, given, (shared, kept))
     # Where all heads keep equally many channels, the masked ones are cut as well.
     for name in find_narrow(model, flow, new, kept):
         for layer in flow.attention[name].layers:

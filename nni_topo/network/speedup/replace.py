@@ -22,7 +22,7 @@ from nni_topo.network.channels.shuffle import DenseOrder
 from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import HEAD
 from nni_topo.network.layers.kinds import CONVOLUTIONS, is_depthwise, output_channels, row_names, weight_name, weight_of
-from nni_topo.network.layers.slicing import cut, cut_channelwise, keep
+from nni_topo.network.layers.slicing import cut, keep
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.inputs import Call, tensors_of
@@ -116,9 +116,7 @@ class _Cutter(Replacer):
             speedup.at = name
             if len(ins) < len(entering) or len(outs) < len(leaving):
                 device = next((each.device for each in module.parameters()), torch.device("cpu"))
-                if name in flow.channel_wise:
-                    cut_channelwise(module, ins.to(device), len(entering))
-                else:
+                if name not in flow.channel_wise:  # which has the same weight for any number of channels
                     cut(name, module, ins.to(device), outs.to(device))
         speedup.at = ""
         for name, free in flow.free_parameters.items():

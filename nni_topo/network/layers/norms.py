@@ -1,0 +1,99 @@
+"""Norms over channels: found by what they do, cut with the channels, and run over the channels that are left.
+
+A norm of a library's own, such as LLaMA's RMS norm or ConvNeXt's response norm, is found by running it: it has one
+number a channel in each of its parameters, and if its channels and these numbers change places, so do its results.
+Such a norm of fewer channels is the same module with fewer numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.network.runtime.modules import put_attribute
+
+_NEAR = 1e-4  # of values near one, with squares in single precision
+
+
+def channel_dim(norm: nn.Module) -> int | None:
+    """Return the dimension in which a norm has its channels: -1 or 1. None for any other module."""
+    if isinstance(norm, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+        return 1
+    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and type(norm).__module__.startswith("torch.nn."):
+        return -1 if len(norm.normalized_shape) == 1 else None
+    own = [each for each in norm._parameters.values() if each is not None]
+    if type(norm).__module__.startswith(("torch.", "nni_topo.")) or norm._modules or norm._buffers or not own:
+        return None
+    width = own[0].numel()
+    if width < 2 or any(each.numel() != width or max(each.shape) != width for each in own):
+        return None
+    shapes = tuple(tuple(each.shape) for each in own)
+    plain = tuple((name, each) for name, each in vars(norm).items() if isinstance(each, (int, float, str, tuple)))
+    if "forward" in vars(norm):  # accelerate puts its own in place
+        return _channel_dim(norm, own, width)
+    if (type(norm), shapes, plain) not in _KNOWN:
+        _KNOWN[type(norm), shapes, plain] = _channel_dim(norm, own, width)
+    return _KNOWN[type(norm), shapes, plain]
+
+
+_KNOWN: dict[Any, int | None] = {}  # by class, shapes and numbers of a norm, for it is asked often
+
+
+def _channel_dim(norm: nn.Module, own: list[nn.Parameter], width: int) -> int | None:
+    order = torch.arange(width).roll(1)
+    numbers = [torch.linspace(0.5, 1.5 + at, width).view(each.shape) for at, each in enumerate(own)]
+    one = _with_parameters(norm, numbers)
+    other = _with_parameters(norm, [each.flatten()[order].view(each.shape) for each in numbers])
+    images = torch.linspace(-9, 9, 24 * width).sin().view(2, 3, 4, width)
+    for x in (images, images.flatten(1, 2)):  # norms with the channels first may take texts, of three dimensions, alone
+        for dim in (-1, 1):
+            try:
+                with torch.no_grad():
+                    given = one.forward(x.movedim(-1, dim)).movedim(dim, -1)
+                    turned = other.forward(x[..., order].movedim(-1, dim)).movedim(dim, -1)
+                    others = torch.cat([x[..., :1], 1 - x[..., 1:]], -1)
+                    changed = one.forward(others.movedim(-1, dim)).movedim(dim, -1)
+            except Exception:  # a forward fails in as many ways as it is written
+                continue
+            if given.shape != x.shape or not torch.allclose(given[..., order], turned, rtol=_NEAR, atol=_NEAR):
+                continue
+            # What treats each channel by itself is no norm.
+            if not torch.allclose(given[..., 0], changed[..., 0], rtol=_NEAR, atol=_NEAR):
+                return dim
+    return None
+
+
+def _with_parameters(norm: Any, numbers: list[Tensor]) -> Any:
+    """Return a module that computes what a norm does, on the CPU, in single precision and with these parameters."""
+    made = copy.copy(norm)
+    made._parameters = dict(norm._parameters)
+    names = [name for name, each in norm._parameters.items() if each is not None]
+    for name, values in zip(names, numbers, strict=True):
+        made._parameters[name] = nn.Parameter(values, requires_grad=False)
+    return made
+
+
+def is_over_channels(module: nn.Module) -> bool:
+    """Tell whether a module is a norm whose result for a channel depends on others: a layer, RMS or group norm."""
+    return not isinstance(module, nn.modules.batchnorm._NormBase) and channel_dim(module) is not None
+
+
+def cut_norm(norm: nn.Module, kept: Tensor) -> None:
+    """Keep some channels of a norm over all of them, in place."""
+    shape = getattr(norm, "normalized_shape", (0,))
+    width = max((each.numel() for each in norm.parameters()), default=shape[0])
+    names = width_names(norm, width)
+    for name, parameter in list(norm._parameters.items()):
+        if parameter is not None:
+            rows = parameter.index_select(max(range(parameter.dim()), key=lambda d: parameter.shape[d]), kept)
+            put_attribute(norm, name, nn.Parameter(rows.detach(), requires_grad=parameter.requires_grad))
+    for name in names:
+        put_attribute(norm, name, (len(kept),) if isinstance(getattr(norm, name), tuple) else len(kept))
+
+
+def width_names(norm: nn.Module, width: int) -> list[str]:
+    """Name the attributes of a norm that hold its width, as a number or in a tuple."""
+    return [name for name, each in vars(norm).items() if each == (width,) or (type(each) is int and each == width)]

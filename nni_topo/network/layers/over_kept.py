@@ -1,0 +1,38 @@
+"""Modules of full width that work over the channels that are left, as in the network of a dense one's comparison."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.network.layers.norms import channel_dim
+from nni_topo.network.layers.slicing import cut
+
+
+class OverKept(nn.Module):
+    """What a module does with the channels that are left; the others are zero."""
+
+    whole: type[nn.Module]  # the class of the module: a norm, or a convolution along channels
+    kept: Tensor  # int64, (channels that are left,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run on the channels of ``(batch, channels, ...)`` or ``(..., channels)`` that are left."""
+        small: Any = copy.copy(self)
+        small.__class__ = self.whole
+        small._parameters = dict(self._parameters)
+        kept = self.kept.to(x.device)
+        dim = 2 if self.whole is nn.Conv1d else channel_dim(small) or 1
+        if self.whole is not nn.Conv1d:
+            cut("", small, kept, kept)
+        found: Tensor = small.forward(x.index_select(dim, kept))
+        return torch.zeros_like(x, dtype=found.dtype).index_copy(dim, kept, found)
+
+
+def run_over_kept(module: Any, kept: Tensor) -> None:
+    """Let a module of full width run over some of its channels, in place; ``kept``: their places, int64."""
+    whole = module.whole if isinstance(module, OverKept) else type(module)
+    module.__class__ = type(f"{whole.__name__}OverKept", (OverKept, whole), {})
+    module.whole, module.kept = whole, kept

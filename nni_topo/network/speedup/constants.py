@@ -1,0 +1,178 @@
+"""The shifts that batch norms add to pruned channels: constants that the layers which read them can keep.
+
+In NNI's masked model a pruned channel is a constant after a batch norm. A layer turns constants into one number for
+each of its output channels, which its bias can add instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nni_topo.network.channels.flow import ChannelFlow, only_norm_after
+from nni_topo.network.layers.derived import has_own_forward, inner_of, is_followed, kind_of
+from nni_topo.network.layers.kinds import CONVOLUTIONS, WEIGHTED, by_channel, is_depthwise, is_plain_norm
+from nni_topo.network.layers.slicing import keep
+from nni_topo.network.runtime.hooks import watched
+from nni_topo.network.runtime.inputs import Call, fitting, random_like, run_few
+
+TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A layer that pruned channels enter, and their values in each of its calls."""
+
+    module: nn.Module
+    pruned: Tensor  # which of the channels that enter are pruned: bool, (input channels,)
+    ends: list[Tensor] = dataclasses.field(default_factory=list)  # least and largest value of each: (2, pruned)
+
+    def look(self, entered: Tensor) -> None:
+        """Record the values that enter in a call."""
+        rows, pruned = by_channel(self.module, entered), self.pruned
+        if len(rows) == len(pruned):
+            found = rows[pruned.to(rows.device)]
+        else:  # a call with another number of channels, of which nothing is known
+            found = rows.new_full((int(pruned.sum()), 1), torch.nan)
+        self.ends.append(torch.stack([found.amin(1), found.amax(1)]).cpu().double())
+
+    def constants(self) -> Tensor:
+        """Return the constant value of each channel in all calls; zero for one that stays or isn't constant."""
+        ends = torch.stack(self.ends)
+        lowest, highest = ends[:, 0].amin(0), ends[:, 1].amax(0)
+        largest = torch.maximum(lowest.abs(), highest.abs())
+        values = torch.where(highest - lowest <= TOLERANCE * largest, highest, 0.0)
+        return torch.zeros(len(self.pruned), dtype=torch.float64).masked_scatter(self.pruned, values)
+
+
+def readers(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> dict[str, Reader]:
+    """Run a model on two random inputs; return the layers that pruned channels enter as other values than zero."""
+    entering, leaving = list[Any](), list[Any]()
+    found = dict[str, Reader]()
+    for name in flow.layers:
+        module = model.get_submodule(name)
+        pruned, kept = (torch.from_numpy(np.asarray(each)) for each in _pruned_and_kept(flow, is_kept, name))
+        if isinstance(module, WEIGHTED) and bool(pruned.any()):
+            found[name] = Reader(module, pruned)
+            entering.append((module, found[name].look))
+        # A layer with operations after its convolution may give values for a pruned channel.
+        if isinstance(module, WEIGHTED) and not bool(kept.all()) and not is_followed(module):
+            leaving.append((module, partial(_zeroed, module, kept)))
+    # Two inputs, for on one of them a channel with a single place looks constant.
+    for seed in range(2):
+        with fitting(0, "example_inputs"), torch.no_grad(), watched(entering, leaving):
+            run_few(model, random_like(call, torch.Generator().manual_seed(seed)))
+        with_values = {name: reader for name, reader in found.items() if any(bool(each.any()) for each in reader.ends)}
+        if not with_values:
+            break
+    return with_values
+
+
+def constants_read(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> dict[str, Tensor]:
+    """Measure the constant values of pruned channels, by the layer that reads them: (input channels,), else zero."""
+    found = {name: reader.constants() for name, reader in readers(model, flow, is_kept, call).items()}
+    return {name: values for name, values in found.items() if bool(values.any())}
+
+
+def dropped(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> list[str]:
+    """Name the layers that lose a part of the contribution of pruned channels, where constants are kept."""
+    names = list[str]()
+    for name, reader in readers(model, flow, is_kept, call).items():
+        is_lost = torch.stack(reader.ends).ne(0).flatten(0, 1).any(0) & (reader.constants()[reader.pruned] == 0)
+        absorbs = can_absorb(reader.module, only_norm_after(model, flow, name))
+        if bool(is_lost.any()) or not absorbs:
+            names.append(name)
+    return names
+
+
+def is_bordered(model: nn.Module, flow: ChannelFlow, name: str) -> bool:
+    """Tell whether a layer's bias can add its response to constants exactly, but for places next to its border."""
+    module, norm = model.get_submodule(name), only_norm_after(model, flow, name)
+    return can_absorb(module, norm) and _pads_with_zeros(module)
+
+
+def norms_of_constants(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> list[str]:
+    """Name the batch norms whose output for pruned channels isn't zero.
+
+    In training they use the statistics of the batch, which gives other constants.
+    """
+    found, leaving = set[str](), list[Any]()
+
+    def look(name: str, pruned: Tensor, _: Any, output: Tensor) -> None:
+        if bool(output.transpose(0, 1)[pruned.to(output.device)].any()):
+            found.add(name)
+
+    for name, module in model.named_modules():
+        pruned = torch.from_numpy(~is_kept[flow.entering_group_ids(name)])
+        if is_plain_norm(module) and bool(pruned.any()):
+            leaving.append((module, partial(look, name, pruned)))
+        if name in flow.layers and isinstance(module, WEIGHTED):
+            kept = torch.from_numpy(np.asarray(is_kept[flow.group_ids_of(name)]))
+            leaving.append((module, partial(_zeroed, module, kept)))
+    with torch.no_grad(), watched(leaving=leaving):
+        run_few(model, random_like(call, torch.Generator().manual_seed(0)))
+    return [name for name, _ in model.named_modules() if name in found]
+
+
+@torch.no_grad()
+def absorb(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, constants: dict[str, Tensor]) -> None:
+    """Fold constants into the biases of the layers that read them.
+
+    Their weights for these channels become zero. Parameters are replaced; buffers of the model mustn't be shared. For a
+    layer without a bias, the running mean of the batch norm after it takes the constant.
+    """
+    for name, values in constants.items():
+        module: Any = model.get_submodule(name)
+        norm = only_norm_after(model, flow, name)
+        if not can_absorb(module, norm):
+            continue
+        weight = module.weight
+        pruned, kept = (torch.from_numpy(np.asarray(each)) for each in _pruned_and_kept(flow, is_kept, name))
+        values = values * pruned  # some may be kept again since they were measured
+        rows = values.to(weight.device).view(module.groups if hasattr(module, "groups") else 1, -1)
+        rows = rows.repeat_interleave(len(weight) // len(rows), 0)
+        made = (weight.double().flatten(2).sum(2) if weight.dim() > 2 else weight.double()).mul(rows).sum(1)
+        made = (made * kept.to(made)).to(weight)
+        keep(module, "weight", weight * (rows == 0).view(*rows.shape, *[1] * (weight.dim() - 2)))
+        if module.bias is not None:
+            keep(module, "bias", module.bias + made)
+        else:
+            norm.running_mean.sub_(made)  # type: ignore[union-attr,operator]
+
+
+def can_absorb(module: nn.Module, norm: nn.Module | None) -> bool:
+    """Tell whether the bias of a layer, or the batch norm after it, can add the layer's response to constants."""
+    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or not reads_plainly(module) or is_depthwise(module):
+        return False
+    return isinstance(module.bias, Tensor) or norm is not None
+
+
+def _pads_with_zeros(module: Any) -> bool:
+    """Tell whether there are zeros beyond the border of what a layer reads, in place of the constant."""
+    if has_own_forward(module):
+        inner = inner_of(module)
+        return inner is not None and any(inner.settings.get("_reversed_padding_repeated_twice", ()))
+    return any(getattr(module, "_reversed_padding_repeated_twice", ())) and module.padding_mode == "zeros"
+
+
+def reads_plainly(module: nn.Module) -> bool:
+    """Tell whether a layer reads what enters with its own weight, and adds its own bias."""
+    if not has_own_forward(module):
+        return type(module) is kind_of(module)
+    inner = inner_of(module)
+    return inner is not None and inner.is_own
+
+
+def _pruned_and_kept(flow: ChannelFlow, is_kept: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which input channels of a layer are pruned, and which of its output channels stay."""
+    return ~is_kept[flow.entering_group_ids(name)], is_kept[flow.group_ids_of(name)]
+
+
+def _zeroed(module: nn.Module, kept: Tensor, entered: Tensor, output: Tensor) -> Tensor:
+    view = [-1] if isinstance(module, nn.Linear) else [-1, *[1] * (output.dim() - 2)]
+    return output * kept.to(output).view(view)

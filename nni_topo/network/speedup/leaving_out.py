@@ -1,0 +1,77 @@
+"""Removed channels taken out where they are read, in a network of full width.
+
+A layer that reads a removed channel reads a zero in its place, whatever an operation before it has made of it. A norm
+over channels, or a convolution along them, runs over those that are left. All else treats each channel by itself. So the channels that are left have
+the values that they have in the dense network.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, is_depthwise, is_normalizing, per_channel_names
+from nni_topo.network.layers.norms import is_over_channels
+from nni_topo.network.layers.over_kept import run_over_kept
+from nni_topo.network.layers.slicing import keep
+
+
+def leave_out(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> None:
+    """Take removed channels out of what modules read, in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A network with modules of the names that ``flow`` knows. No other network may share its parameters.
+    flow : ChannelFlow
+        How channels go through it.
+    is_kept : ndarray of bool
+        Which channels stay, by group id.
+    """
+    for name, module in model.named_modules():
+        kept = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
+        leave_out_of(module, kept, flow, name)
+
+
+def leave_out_of(module: nn.Module, kept: Tensor, flow: ChannelFlow, name: str) -> None:
+    """Take removed channels out of what one module reads; ``kept``: which channels that enter it stay, bool."""
+    if bool(kept.all()):
+        return
+    if is_over_channels(module) or name in flow.channel_wise:
+        run_over_kept(module, kept.nonzero().flatten())
+    elif is_normalizing(module) or is_depthwise(module):
+        for target in ["bias"] if is_depthwise(module) else per_channel_names(module):
+            parameter = getattr(module, target, None)
+            if isinstance(parameter, Tensor):
+                own = kept.repeat_interleave(len(parameter) // len(kept)).to(parameter.device)
+                keep(module, target, parameter.detach() * own)
+    elif name in flow.layers:
+        dim = 1 if isinstance(module, CONVOLUTIONS + TRANSPOSED) else -1
+        module.register_forward_pre_hook(partial(_read_zeros, kept, dim), with_kwargs=True)
+
+
+def normalize_left(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> None:
+    """Let norms over channels run over those that stay, in place."""
+    for name, module in model.named_modules():
+        kept = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
+        if not bool(kept.all()) and is_over_channels(module):
+            run_over_kept(module, kept.nonzero().flatten())
+
+
+def _read_zeros(kept: Tensor, dim: int, _: Any, args: Any, kwargs: Any) -> Any:
+    """Put zeros in place of removed channels in what enters a layer."""
+
+    def zeroed(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.dim() < 2 or x.shape[dim] != len(kept):
+            return x
+        view = [1] * x.dim()
+        view[dim] = -1
+        return x.masked_fill(~kept.to(x.device).view(view), 0)
+
+    return tree_map_only(Tensor, zeroed, (args, kwargs))
