@@ -92,6 +92,9 @@ def measure(name: str, options: dict[str, str], *, baselines: bool = False) -> d
             lambda: ModelSpeedup(detached_copy(model), inputs, masks).speedup_model(), whole, inputs
         )
         record["torch_pruning"] = made_by_other(lambda: cut(PREFIX, model, inputs, ratios)[0], whole, inputs)
+    given = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    with torch.no_grad():
+        whole_outputs = run(detached_copy(model).double(), given)
     gone, norms = zeroing(model, dense)
     chosen = sum(width(layers[entry["op_names"][0]]) for entry in groups if entry["op_names"][0] in layers)
     record |= {
@@ -100,12 +103,11 @@ def measure(name: str, options: dict[str, str], *, baselines: bool = False) -> d
         "kept": {row.name: row.reason for row in dense.report.kept},
         "dense_parameters": zoo.count_params(dense),
     }
-    model, dense = model.double(), dense.double()
-    inputs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    model, dense, inputs = model.double(), dense.double(), given
     with torch.no_grad():
         actual = run(dense, inputs)
-        record["change"] = difference(run(model, inputs), actual)
-    record["difference"] = difference(zeroed_outputs(model, gone | norms, inputs), actual)
+        record["change"] = difference(whole_outputs, actual)
+    record["difference"] = difference(zeroed_outputs(model, dense, gone | norms, inputs), actual)
     if isinstance(inputs, Tensor):
         record["macs"], record["dense_macs"] = zoo.count_macs(model, inputs), zoo.count_macs(dense, inputs)
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ DETECTING = {f"{each}_predictor" for each in ("roi_heads.box", "roi_heads.mask",
     "head", "rpn.head"
 }  # fmt: skip
 READ = (nn.modules.conv._ConvNd, nn.Linear)  # of which a forward may read the weights
+BY_CHANNEL = (nn.modules.batchnorm._NormBase, nn.PReLU, *PRUNED)
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -87,17 +89,6 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*parameters, *buffers]
 
 
-def mixers(model: Any) -> tuple[str, ...]:
-    """Return how the names of layers end that mix heads which put out something without what makes them.
-
-    In MViT norms shift what heads without values put out; where all heads share their values, heads without queries
-    put out the mean of these.
-    """
-    config = getattr(model, "config", None)
-    is_shared = getattr(config, "multi_query", False) or getattr(config, "num_key_value_heads", None) == 1
-    return ("project.0", *((".attn.c_proj", ".self_attn.o_proj", ".self_attention.dense") if is_shared else ()))
-
-
 def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Find the channels that are gone, of layers and norms: bool, by name; and zero what is gone of all else."""
     layers, norms = {}, {}
@@ -130,11 +121,14 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
             if isinstance(module, nn.RNNBase):  # its units read one another at the next step
                 for parameter in module.parameters():
                     parameter.data.unflatten(0, (-1, len(gone)))[:, torch.from_numpy(gone)] = 0
-        if name.endswith(mixers(model)) and other.in_features < module.in_features:
-            # What mixes the heads reads no more of these.
-            gone = np.ones(module.in_features, dtype=bool)
-            gone[rows_left(by_output(module).T, by_output(other).T)] = False
-            module.weight.data[:, torch.from_numpy(gone)] = 0
+        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and getattr(module, "groups", 1) == 1:
+            # It reads nothing of channels that are gone, whatever they are by then.
+            if other.weight.shape[1] < module.weight.shape[1]:
+                kept = torch.from_numpy(~layers.get(name, np.zeros(len(module.weight), dtype=bool)))
+                columns = (each.detach().transpose(0, 1).flatten(1) for each in (module.weight[kept], other.weight))
+                gone = np.ones(module.weight.shape[1], dtype=bool)
+                gone[rows_left(*(each.numpy() for each in columns))] = False
+                module.weight.data[:, torch.from_numpy(gone)] = 0
         elif isinstance(module, NORMS) and isinstance(module.weight, Tensor) and len(other.weight) < len(module.weight):
             kept, whole = ([*zip(*(p.tolist() for p in each.parameters()), strict=True)] for each in (other, module))
             assert len({*whole}) == len(whole), "channels must be told apart by their parameters"
@@ -142,9 +136,29 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
     return layers, norms
 
 
-def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -> Any:
-    """Run a network in which hooks zero channels, and what makes them where a layer of which no call is seen does."""
+def _narrowed(narrow: nn.Module, _: nn.Module, entered: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Return what a norm gives that doesn't see the channels that are gone, which are zero everywhere."""
+    (x,) = entered
+    width, whole = max(each.numel() for each in narrow.parameters()), output.shape
+    for dim in (x.dim() - 1, 1):
+        rows = x.movedim(dim, 0).flatten(1)
+        kept = rows.ne(0).any(1).nonzero().flatten()
+        if len(kept) == width < len(rows):
+            return torch.zeros(whole).to(output).index_copy(dim, kept, narrow(x.index_select(dim, kept)))
+    return output
+
+
+def zeroed_outputs(model: nn.Module, dense: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -> Any:
+    """Run a network in which hooks zero channels, and what makes them where a layer of which no call is seen does.
+
+    Norms over channels are the dense network's, on the channels that are left.
+    """
     handles, seen = [], set[str]()
+    for name, module in model.named_modules():
+        own, other = [*module.parameters()], dense.get_submodule(name)
+        is_norm = own and all(max(each.shape) == each.numel() for each in own) and not [*module.children()]
+        if is_norm and own[0].shape != next(other.parameters()).shape and not isinstance(module, BY_CHANNEL):
+            handles.append(module.register_forward_hook(partial(_narrowed, other)))
     for name, channels in gone.items():
         module = model.get_submodule(name)
         if isinstance(module, nn.RNNBase):

@@ -1,11 +1,12 @@
-"""The shifts that batch norms add to pruned channels: constants that the layers which read them can keep.
+"""What removed channels contribute in the model that NNI's pruner has wrapped: constants, and zeros in norms.
 
-In NNI's masked model a pruned channel is a constant after a batch norm. A layer turns constants into one number for
-each of its output channels, which its bias can add instead.
+A removed channel is a constant after a batch norm, or after a sigmoid. A layer turns constants into one number for each
+of its output channels, which its bias can add instead. In norms over channels it counts as a zero.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from nni_topo.network.channels.flow import ChannelFlow, only_norm_after
 from nni_topo.network.layers.derived import has_own_forward, inner_of, is_followed, kind_of
 from nni_topo.network.layers.kinds import CONVOLUTIONS, WEIGHTED, by_channel, is_depthwise, is_plain_norm
+from nni_topo.network.layers.norms import channel_dim, is_over_channels
 from nni_topo.network.layers.slicing import keep
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, fitting, random_like, run_few
@@ -176,3 +178,84 @@ def _pruned_and_kept(flow: ChannelFlow, is_kept: np.ndarray, name: str) -> tuple
 def _zeroed(module: nn.Module, kept: Tensor, entered: Tensor, output: Tensor) -> Tensor:
     view = [-1] if isinstance(module, nn.Linear) else [-1, *[1] * (output.dim() - 2)]
     return output * kept.to(output).view(view)
+
+
+@torch.no_grad()
+def fit_norms(wrapped: nn.Module, dense: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> list[str]:
+    """Bring norms over the channels that are left near those over all of them, in place, on a call.
+
+    Over the channels that are left a norm has another mean and deviation than beside zeros. For each norm, or each
+    group of a group norm, the factor and the shift that undo most of it (least squares) go into weight and bias.
+
+    Parameters
+    ----------
+    wrapped : torch.nn.Module
+        The network of full width with masked weights, whose norms see removed channels as zeros.
+    dense : torch.nn.Module
+        The dense network.
+    flow : ChannelFlow
+        How channels go through the network.
+    is_kept : ndarray of bool
+        Which channels stay, by group id.
+    call : Call
+        Inputs of the network.
+
+    Returns
+    -------
+    list of str
+        Norms that stay as they are, for their results aren't their weights times something.
+    """
+    outputs, left = dict[str, Tensor](), list[str]()
+    noting, fitting_them = list[Any](), list[Any]()
+
+    def note(name: str, kept: Tensor, _: Any, output: Tensor) -> None:
+        dim = channel_dim(wrapped.get_submodule(name)) or 1
+        outputs.setdefault(name, output.index_select(dim, kept.to(output.device)).movedim(dim, -1))
+
+    def fit(name: str, entered: Tensor, output: Tensor) -> Tensor:
+        norm: Any = dense.get_submodule(name)
+        wanted = outputs.pop(name, None)
+        if wanted is None:  # a later call
+            return output
+        weight, bias, dim = norm.weight, getattr(norm, "bias", None), channel_dim(norm) or 1
+        shift = torch.zeros_like(weight) if bias is None else bias
+        scaled = output.movedim(dim, -1) - shift
+        groups = getattr(norm, "num_groups", 1)
+        for rows in torch.arange(len(weight), device=weight.device).chunk(groups):
+            x, y = scaled[..., rows].double(), (wanted[..., rows] - shift[rows]).double()
+            own = weight[rows].double().expand(x.shape)
+            columns = [x.flatten()] if bias is None else [x.flatten(), own.flatten()]
+            found = torch.linalg.lstsq(torch.stack(columns, 1), y.reshape(-1, 1)).solution.flatten()
+            if bias is not None:
+                bias[rows] += (found[1] * weight[rows].double()).to(bias)
+            weight[rows] *= found[0].to(weight)
+        again: Tensor = norm.forward(entered)
+        return again
+
+    for name, module in wrapped.named_modules():
+        kept = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
+        if bool(kept.all()) or not is_over_channels(module):
+            continue
+        if _is_scaled_by_weight(dense.get_submodule(name)):
+            noting.append((module, partial(note, name, kept.nonzero().flatten())))
+            fitting_them.append((dense.get_submodule(name), partial(fit, name)))
+        else:
+            left.append(name)
+    args, kwargs = call
+    with watched(leaving=noting):
+        wrapped(*args, **kwargs)
+    with watched(leaving=fitting_them):
+        dense(*args, **kwargs)
+    return left
+
+
+def _is_scaled_by_weight(norm: Any) -> bool:
+    """Tell whether a norm's result is its weight times something, plus its bias."""
+    if set(norm._parameters) - {"weight", "bias"} or not isinstance(norm._parameters.get("weight"), Tensor):
+        return False
+    doubled = copy.deepcopy(norm)
+    for parameter in doubled.parameters():
+        parameter.mul_(2)
+    x = torch.linspace(-1, 2, 8 * norm.weight.numel(), device=norm.weight.device, dtype=norm.weight.dtype)
+    x = x.view(2, 2, 2, -1).movedim(-1, channel_dim(norm) or 1)
+    return torch.allclose(2 * norm.forward(x), doubled.forward(x), rtol=1e-2, atol=1e-2)

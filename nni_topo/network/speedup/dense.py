@@ -46,6 +46,7 @@ from nni_topo.network.speedup.constants import (
     absorb,
     constants_read,
     dropped,
+    fit_norms,
     is_bordered,
     norms_of_constants,
 )
@@ -100,9 +101,12 @@ def to_dense(
         model's device computes at once: 8 channels on a GPU; 16, 8 or 4 on a CPU, by its vector registers. Those with
         the largest weights (L1 norm over all tied layers) come back.
     constants : {"zero", "keep"}, default="zero"
-        What becomes of the shift that a batch norm adds to a removed channel. ``"zero"``: it goes with the channel, as
-        in `masked_model`. ``"keep"``: it stays, as in the model that NNI's pruner has wrapped; the layer that reads it
-        adds what it makes of it to its bias, or takes it off the running mean of the batch norm after it.
+        What removed channels contribute. ``"zero"``: nothing, as in `masked_model`. ``"keep"``: what they do in the
+        model that NNI's pruner has wrapped, for networks that were trained so. The layer that reads a constant, as the
+        shift of a batch norm, adds what it makes of it to its bias, or takes it off the running mean of the batch norm
+        after it. Norms over channels, which had removed channels as zeros among the others, get the factor and shift
+        that undo most of the difference; these are measured on ``example_inputs``, which should be a batch of real
+        ones.
     check : bool, default=True
         Compare the dense model with the masked one, in evaluation mode, on random inputs: as they are, times 0.01 and
         100 and shifted by 3 both ways where they are floats. ``report.checked`` says on which. Where the size of the
@@ -158,12 +162,9 @@ def to_dense(
 
     Masked weights within kept channels are zeros in the dense model.
 
-    After an activation that isn't zero at zero (sigmoid, softplus), a removed channel is a constant. It is added to the
-    bias of the layer that reads it, or to the batch norm after that layer. Where that is impossible (the layer pads
-    with zeros, or there is neither bias nor norm), one removed channel is kept with zero weights and carries the
-    contribution of all; ``report`` says so. Where a convolution with several groups reads such channels, or where their
-    contribution depends on the input (a softmax over channels), the two models can't be equal. The error then says
-    which layers to exclude; ``check=False`` returns the dense model all the same, to be fine-tuned.
+    A removed channel isn't there. A norm over channels has its own class and runs over the channels that are left. A
+    layer that reads a removed channel reads nothing, also after an activation that isn't zero at zero (sigmoid,
+    softplus); `compensate` puts what that contributed on average into the bias.
 
     With ``constants="keep"``, a layer that pads with zeros treats a constant as if it went on beyond the border: values
     next to the border differ from those of NNI's wrapped model, all others are equal. A parameter that the model adds
@@ -174,9 +175,9 @@ def to_dense(
     the norms. After `compensate`, which solves for removed channels that are zero, ``"zero"`` is right. Neither setting
     loses less accuracy on every network.
 
-    Cost: two to four forward passes to trace the model, one to look for constants,
-    three to compare, and one in training mode; where the size may decide something, another trace and comparison; two
-    more, and what ``forward_features`` takes, where a network holds attributes as timm's and torchvision's do.
+    Cost: two to four forward passes to trace the model, three to compare and one in training mode; where the size may
+    decide something, another trace and comparison; two more, and what ``forward_features`` takes, where a network holds
+    attributes as timm's and torchvision's do.
     """
     check_model(model)
     if constants not in ("zero", "keep"):
@@ -221,6 +222,11 @@ def dense_of(
         dense = _cut(task, masked, tuple(customized_replacers))
         leave_out(masked.reference, task.flow, masked.is_kept)
         checked = _compare(task, masked, dense, rtol) if check else ""
+        if constants == "keep":
+            wrapped = task.apply(task.rounded)
+            if left := fit_norms(wrapped, dense, task.flow, masked.is_kept, task.analysis.call):
+                note = f"these norms over channels run as they are over those that are left: {', '.join(left)}"
+                masked = dataclasses.replace(masked, notes=(*masked.notes, note))
         stale = count_anew(task.original, dense, task.analysis.call)
         trained = run_in_training(task.original, dense, task.analysis.call) if check else TrainingRun()
         _report(task, masked, dense, checked, trained, stale)

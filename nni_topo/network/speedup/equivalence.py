@@ -351,10 +351,10 @@ def masked_model(
     Returns
     -------
     torch.nn.Module
-        A copy in which weights and biases are multiplied by their masks; the bias of a channel
-        without weights is zero; weight and bias of a batch norm are zero for channels that arrive at it as
-        zeros whatever the input, and so is the bias of a depth-wise convolution; and so are the places of a parameter
-        that the model uses by itself, a position embedding say, that meet removed channels. Nothing else differs. What
+        A copy in which weights and biases are multiplied by their masks; the bias of a channel without weights is zero;
+        and so are the places of a parameter that the model uses by itself, a position embedding say, that meet removed
+        channels. Where a removed channel is read it isn't there: a layer reads a zero in its place, weight and bias of
+        a batch norm are zero for it, and a norm over channels runs over those that are left. Nothing else differs. What
         layers share, they share in the copy too unless their masks differ.
 
     Raises
@@ -362,17 +362,15 @@ def masked_model(
     ConfigError
         If masks don't fit the model.
     SpeedupError
-        If the model is still wrapped or a layer would be empty; with ``reconcile``, if it can't be traced.
+        If the model is still wrapped, a layer would be empty, or it can't be traced.
     DataError
         If the model holds NaN or infinite values.
 
     Notes
     -----
-    The channels that arrive as zeros are found by a forward pass in which all parameters and inputs are
-    positive and norms pass on what they get: there nothing cancels and no ReLU dies, so that a zero is a
-    zero of the structure. It holds through concatenations, additions and shared modules alike.
-
-    A group or layer norm takes its statistics over removed channels too, as zeros.
+    A channel is removed if no layer that shares it keeps it. NNI's masked model differs: there a group or layer norm
+    takes its statistics over removed channels too, as zeros, and a constant that an operation makes of a zero, as a
+    sigmoid does, is read.
     """
     check_model(model)
     given, model = model, with_known_layers(model)

@@ -1,8 +1,8 @@
 """Removed channels taken out where they are read, in a network of full width.
 
 A layer that reads a removed channel reads a zero in its place, whatever an operation before it has made of it. A norm
-over channels, or a convolution along them, runs over those that are left. All else treats each channel by itself. So the channels that are left have
-the values that they have in the dense network.
+over channels, or a convolution along them, runs over those that are left. All else treats each channel by itself. So
+the channels that are left have the values that they have in the dense network.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def leave_out_of(module: nn.Module, kept: Tensor, flow: ChannelFlow, name: str) 
     """Take removed channels out of what one module reads; ``kept``: which channels that enter it stay, bool."""
     if bool(kept.all()):
         return
-    if is_over_channels(module) or name in flow.channel_wise:
-        run_over_kept(module, kept.nonzero().flatten())
-    elif is_normalizing(module) or is_depthwise(module):
+    if is_normalizing(module) or is_depthwise(module):
         for target in ["bias"] if is_depthwise(module) else per_channel_names(module):
             parameter = getattr(module, target, None)
             if isinstance(parameter, Tensor):
-                own = kept.repeat_interleave(len(parameter) // len(kept)).to(parameter.device)
-                keep(module, target, parameter.detach() * own)
+                own = kept.repeat_interleave(parameter.numel() // len(kept)).view(parameter.shape)
+                keep(module, target, parameter.detach() * own.to(parameter.device))
     elif name in flow.layers:
         dim = 1 if isinstance(module, CONVOLUTIONS + TRANSPOSED) else -1
         module.register_forward_pre_hook(partial(_read_zeros, kept, dim), with_kwargs=True)
+    if is_over_channels(module) or name in flow.channel_wise:
+        run_over_kept(module, kept.nonzero().flatten())
 
 
 def normalize_left(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> None:
@@ -68,6 +68,8 @@ def _read_zeros(kept: Tensor, dim: int, _: Any, args: Any, kwargs: Any) -> Any:
     """Put zeros in place of removed channels in what enters a layer."""
 
     def zeroed(x: Tensor) -> Tensor:
+        if x.is_nested:
+            return torch.nested.as_nested_tensor([zeroed(each) for each in x.unbind()])
         if not x.is_floating_point() or x.dim() < 2 or x.shape[dim] != len(kept):
             return x
         view = [1] * x.dim()
