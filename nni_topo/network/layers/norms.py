@@ -1,8 +1,9 @@
-"""Norms over channels: found by what they do, cut with the channels, and run over the channels that are left.
+"""Norms over channels, and other modules that treat all channels alike: found by what they do, cut with the channels.
 
 A norm of a library's own, such as LLaMA's RMS norm or ConvNeXt's response norm, is found by running it: it has one
 number a channel in each of its parameters, and if its channels and these numbers change places, so do its results.
-Such a norm of fewer channels is the same module with fewer numbers.
+Such a norm of fewer channels is the same module with fewer numbers. So is a gate that weighs places by the mean and the
+maximum over the channels (CBAM's), which holds nothing for each channel.
 """
 
 from __future__ import annotations
@@ -24,32 +25,39 @@ def channel_dim(norm: nn.Module) -> int | None:
         return 1
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and type(norm).__module__.startswith("torch.nn."):
         return -1 if len(norm.normalized_shape) == 1 else None
+    if type(norm).__module__.startswith(("torch.", "nni_topo.")) or norm._buffers:
+        return None
     own = [each for each in norm._parameters.values() if each is not None]
-    if type(norm).__module__.startswith(("torch.", "nni_topo.")) or norm._modules or norm._buffers or not own:
+    if own and (norm._modules or any(each.numel() != max(each.shape) or each.numel() < 2 for each in own)):
         return None
-    width = own[0].numel()
-    if width < 2 or any(each.numel() != width or max(each.shape) != width for each in own):
+    if len({each.numel() for each in own}) > 1 or len(list(norm.modules())) > _MOST_PARTS:
         return None
-    shapes = tuple(tuple(each.shape) for each in own)
-    plain = tuple((name, each) for name, each in vars(norm).items() if isinstance(each, (int, float, str, tuple)))
     if "forward" in vars(norm):  # accelerate puts its own in place
-        return _channel_dim(norm, own, width)
-    if (type(norm), shapes, plain) not in _KNOWN:
-        _KNOWN[type(norm), shapes, plain] = _channel_dim(norm, own, width)
-    return _KNOWN[type(norm), shapes, plain]
+        return _channel_dim(norm, own)
+    shapes = tuple((name, each.shape) for name, each in norm.named_parameters())
+    plain = tuple((name, each) for name, each in vars(norm).items() if isinstance(each, (int, float, str, tuple)))
+    key = type(norm), shapes, plain, repr(norm)
+    if key not in _KNOWN:
+        _KNOWN[key] = _channel_dim(norm, own)
+    return _KNOWN[key]
 
 
-_KNOWN: dict[Any, int | None] = {}  # by class, shapes and numbers of a norm, for it is asked often
+_KNOWN: dict[Any, int | None] = {}  # by class, shapes, numbers and parts of a module, for it is asked often
+_MOST_PARTS = 12  # of a module that works over channels: pools, a convolution of what they give, an activation
+_WIDTH = 6  # at which a module is tried that holds nothing for each channel
 
 
-def _channel_dim(norm: nn.Module, own: list[nn.Parameter], width: int) -> int | None:
-    order = torch.arange(width).roll(1)
+def _channel_dim(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
+    width = own[0].numel() if own else _WIDTH
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
     numbers = [torch.linspace(0.5, 1.5 + at, width).view(each.shape) for at, each in enumerate(own)]
     one = _with_parameters(norm, numbers)
     other = _with_parameters(norm, [each.flatten()[order].view(each.shape) for each in numbers])
     images = torch.linspace(-9, 9, 24 * width).sin().view(2, 3, 4, width)
-    for x in (images, images.flatten(1, 2)):  # norms with the channels first may take texts, of three dimensions, alone
-        for dim in (-1, 1):
+    # Norms with the channels first may take texts, of three dimensions, alone. What holds nothing for each channel may
+    # treat places alike, and only images with the channels first tell these from channels.
+    for x in (images, images.flatten(1, 2)) if own else (images,):
+        for dim in (-1, 1) if own else (1,):
             try:
                 with torch.no_grad():
                     given = one.forward(x.movedim(-1, dim)).movedim(dim, -1)
@@ -77,14 +85,14 @@ def _with_parameters(norm: Any, numbers: list[Tensor]) -> Any:
 
 
 def is_over_channels(module: nn.Module) -> bool:
-    """Tell whether a module is a norm whose result for a channel depends on others: a layer, RMS or group norm."""
+    """Tell whether a module's result for a channel depends on others, all alike: a layer, RMS or group norm, a gate."""
     return not isinstance(module, nn.modules.batchnorm._NormBase) and channel_dim(module) is not None
 
 
 def cut_norm(norm: nn.Module, kept: Tensor) -> None:
     """Keep some channels of a norm over all of them, in place."""
-    shape = getattr(norm, "normalized_shape", (0,))
-    width = max((each.numel() for each in norm.parameters()), default=shape[0])
+    own = [each for each in norm._parameters.values() if each is not None]
+    width = own[0].numel() if own else getattr(norm, "normalized_shape", (0,))[0]
     names = width_names(norm, width)
     for name, parameter in list(norm._parameters.items()):
         if parameter is not None:

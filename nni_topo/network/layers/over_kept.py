@@ -17,14 +17,14 @@ class OverKept(nn.Module):
 
     whole: type[nn.Module]  # the class of the module: a norm, or a convolution along channels
     kept: Tensor  # int64, (channels that are left,)
+    kept_dim: int  # the dimension of the channels
 
     def forward(self, x: Tensor) -> Tensor:
         """Run on the channels of ``(batch, channels, ...)`` or ``(..., channels)`` that are left."""
         small: Any = copy.copy(self)
         small.__class__ = self.whole
         small._parameters = dict(self._parameters)
-        kept = self.kept.to(x.device)
-        dim = 2 if self.whole is nn.Conv1d else channel_dim(small) or 1
+        kept, dim = self.kept.to(x.device), self.kept_dim
         if self.whole is not nn.Conv1d:
             cut("", small, kept, kept)
         found: Tensor = small.forward(x.index_select(dim, kept))
@@ -34,5 +34,7 @@ class OverKept(nn.Module):
 def run_over_kept(module: Any, kept: Tensor) -> None:
     """Let a module of full width run over some of its channels, in place; ``kept``: their places, int64."""
     whole = module.whole if isinstance(module, OverKept) else type(module)
+    if not isinstance(module, OverKept):
+        module.kept_dim = 2 if whole is nn.Conv1d else channel_dim(module)
     module.__class__ = type(f"{whole.__name__}OverKept", (OverKept, whole), {})
     module.whole, module.kept = whole, kept
