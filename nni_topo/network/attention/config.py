@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nni_topo.network.attention.heads import COUNTS, SHARED_COUNTS, Attention, find_attention
-from nni_topo.network.layers.kinds import WEIGHTED, is_transposed_linear, output_channels
+from nni_topo.network.layers.kinds import WEIGHTED, is_transposed_linear, output_channels, with_linear_layers
 from nni_topo.sharing import named_tensors
 
 Widths = dict[str, dict[str, int]]
@@ -207,6 +207,7 @@ def tell_config(model: Any, original: nn.Module) -> None:
             left = {value * (output_channels(model.get_submodule(name)) or 0) / width for name, width in layers.items()}
             if len(left) == 1 and (one := left.pop()).is_integer():
                 _put(config, setting, int(one))
+        _tell_width(model, original, found, before)
         return
     for key in _MLP_WIDTHS:
         wide = getattr(config, key, None)
@@ -224,6 +225,36 @@ def tell_config(model: Any, original: nn.Module) -> None:
                     widths.add(getattr(model.get_submodule(name), size_of))
         if len(widths) == 1:
             setattr(config, key, widths.pop())
+
+
+def _tell_width(model: Any, original: Any, found: dict[str, Attention], before: dict[str, Attention]) -> None:
+    """Put the pruned width of the residual stream into a config, if it builds a model of all the pruned widths by it.
+
+    ``found``, ``before``: the attention of both networks. Where the width over the heads is the size of one, fewer
+    heads belong to it.
+    """
+    config, key = model.config, original.config.attribute_map.get("hidden_size", "hidden_size")
+    wide = getattr(original.config, key, None)
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    left = set[int]()
+    for name, tensor in named_tensors(original).items():
+        if tensor.dim() == 1 and len(tensor) == wide and name in shapes:
+            left.add(shapes[name][0])
+    shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
+    for width in sorted(left - {wide}):
+        changed = copy.deepcopy(config)
+        setattr(changed, key, width)
+        if len(shares) == 1 and {each.query_heads * each.head_size for each in found.values()} == {width}:
+            for count in COUNTS:
+                count = original.config.attribute_map.get(count, count)
+                if isinstance(vars(original.config).get(count), int):
+                    setattr(changed, count, round(getattr(original.config, count) * next(iter(shares))))
+        try:
+            built = with_linear_layers(built_by_config(model, changed))
+        except Exception:  # a constructor may refuse a number, each in its own words
+            continue
+        if {name: tuple(tensor.shape) for name, tensor in named_tensors(built).items()} == shapes:
+            vars(config).update(vars(changed))
 
 
 def accepted_heads(model: nn.Module) -> dict[str, list[int]]:

@@ -37,7 +37,7 @@ from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.integer_attributes import numbers_of, put_sizes
-from nni_topo.network.layers.kinds import is_transposed_linear, with_linear_layers
+from nni_topo.network.layers.kinds import is_transposed_linear, with_linear_layers, with_transposed_weights
 from nni_topo.network.layers.norms import channel_dim, width_names
 from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwrapped
 from nni_topo.network.runtime.copies import detached_copy
@@ -395,6 +395,7 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
             f"a model must be one of Transformers, with adapters merged, got {name}; nni_topo.save takes any "
             "(save_pretrained)"
         )
+    with_transposed_weights(dense)  # a copy, as is all that a public function gets
     if why := why_undescribed(dense):  # it changes the config of the copy of the model that this function works on
         raise ConfigError(
             f"from_pretrained must be able to build the model by its config, {why}; nni_topo.save and nni_topo.load "
