@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from energy_nets import NETS, trained
+from networks.energy_nets import NETS, trained
 from scipy.stats import spearmanr
 from torch import nn
 from torch.utils.data import TensorDataset

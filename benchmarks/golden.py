@@ -49,10 +49,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from networks.zoo_build import append_line, asked_of, brief, build, entries, read_lines, run_each
+from networks.zoo_reference import run
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from zoo_build import append_line, asked_of, brief, build, entries, read_lines, run_each
-from zoo_reference import run
 
 import nni_topo
 from nni_topo import zoo

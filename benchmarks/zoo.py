@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from networks.zoo_build import ASKED as ASKED
+from networks.zoo_build import append_line, asked_of, brief, build, entries, read_lines, run_each
+from networks.zoo_reference import DETECTING, PRUNED, difference, run, width, zeroed_outputs, zeroing
 from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
-from zoo_build import ASKED as ASKED
-from zoo_build import append_line, asked_of, brief, build, entries, read_lines, run_each
-from zoo_reference import DETECTING, PRUNED, difference, run, width, zeroed_outputs, zeroing
 
 import nni_topo
 from nni_topo import zoo

@@ -13,7 +13,7 @@ import logging
 
 import torch
 import zoo
-import zoo_transformers
+from networks import zoo_transformers
 
 
 def main() -> None:

@@ -108,12 +108,17 @@ def test_most_figures_of_the_pages_would_be_noticed_if_their_last_digit_changed(
     assert sum(noticed) > 0.85 * len(noticed)
 
 
-@pytest.mark.parametrize("page", [FRONT, *RESULTS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [FRONT, BENCHMARKS / "README.md", *RESULTS], ids=lambda page: page.stem)
 def test_links_and_pictures_of_results_exist(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
         place = page.parent / target if target else page
         assert place.exists(), target
         assert not anchor or anchor in sections(place), f"{target}#{anchor}"
+
+
+def test_the_page_of_the_benchmarks_names_every_script():
+    text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in BENCHMARKS.glob("*.py") if f"`{path.name}`" not in text] == []
 
 
 def test_files_that_name_a_page_of_results_name_one_that_exists():

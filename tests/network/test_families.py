@@ -17,7 +17,7 @@ from nni_topo.errors import ConfigError
 
 sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
 import zoo as bench
-import zoo_nets
+from networks import zoo_nets
 
 sys.path.remove(str(_BENCHMARKS))
 

@@ -18,7 +18,7 @@ from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.testing import toy_knobs
 
 sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
-import zoo_nets
+from networks import zoo_nets
 
 sys.path.remove(str(_BENCHMARKS))
 

@@ -14,7 +14,7 @@ import nni_topo
 from nni_topo.errors import SpeedupError
 
 sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[3] / "benchmarks"))
-import zoo_nets
+from networks import zoo_nets
 
 sys.path.remove(str(_BENCHMARKS))
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
-from zoo_by_value import Detector, Experts, InParts, Untraceable, block
+
+from networks.zoo_by_value import Detector, Experts, InParts, Untraceable, block
 
 
 class UNet(nn.Module):

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torchvision
-import zoo_nets
-import zoo_transformers
 from torch import nn
 
-LIST = Path(__file__).with_name("zoo.txt")
+from networks import zoo_nets, zoo_transformers
+
+LIST = Path(__file__).parents[1] / "zoo.txt"
 CONVOLUTIONS = [f"{kind}{d}d" for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)]
 # An op_types entry selects classes derived from these too.
 ASKED = [{"op_types": [*CONVOLUTIONS, "Linear", "LSTM", "GRU", "RNN"], "sparse_ratio": 0.5}]

@@ -27,7 +27,9 @@ NETS = {
     "vgg16": Net(ModelChoice("vgg16_modified", 0.25), 10_000, zoo.Recipe(12, lr=0.1, precision="bfloat16")),
     "resnet20": Net(ModelChoice("resnet20"), 5_000, zoo.Recipe(10, lr=0.2)),
     "lenet5_like": Net(ModelChoice("lenet5_like"), 10_000, zoo.Recipe(4)),
-    "resnet29": Net(ModelChoice("bottleneck_resnet:resnet29"), 5_000, zoo.Recipe(10, lr=0.2, precision="bfloat16")),
+    "resnet29": Net(
+        ModelChoice("networks.bottleneck_resnet:resnet29"), 5_000, zoo.Recipe(10, lr=0.2, precision="bfloat16")
+    ),
 }
 
 

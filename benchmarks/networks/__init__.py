@@ -1,0 +1,1 @@
+"""Networks that the scripts of ``benchmarks/`` prune, and what makes and checks them."""
