@@ -17,6 +17,10 @@ from torch import nn
 
 from nni_topo.network.attention.heads import COUNTS, SHARED_COUNTS, Attention, find_attention
 from nni_topo.network.layers.kinds import WEIGHTED, is_transposed_linear, output_channels, with_linear_layers
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
+from nni_topo.network.runtime.copies import left_alone
+from nni_topo.network.runtime.inputs import Call, run_few, tensors_of
+from nni_topo.network.runtime.switches import random_state_kept
 from nni_topo.sharing import named_tensors
 
 Widths = dict[str, dict[str, int]]
@@ -192,8 +196,11 @@ def _put_heads(config: Any, model: nn.Module, before: dict[str, Attention], shar
     return True
 
 
-def tell_config(model: Any, original: nn.Module) -> None:
-    """Put the pruned widths into the ``config`` of a model of Transformers, where all blocks have the same."""
+def tell_config(model: Any, original: nn.Module, call: Call) -> None:
+    """Put the pruned widths into the ``config`` of a model of Transformers, where all blocks have the same.
+
+    ``call``: inputs, on which a model whose forward reads the width in its config is known by its outputs.
+    """
     config: Any = getattr(model, "config", None)
     found, before = find_attention(model), find_attention(original)
     # Heads of queries: of two sets that share keys and values, one may be left, whose heads then all share them.
@@ -207,7 +214,7 @@ def tell_config(model: Any, original: nn.Module) -> None:
             left = {value * (output_channels(model.get_submodule(name)) or 0) / width for name, width in layers.items()}
             if len(left) == 1 and (one := left.pop()).is_integer():
                 _put(config, setting, int(one))
-        _tell_width(model, original, found, before)
+        _tell_width(model, original, found, before, call)
         return
     for key in _MLP_WIDTHS:
         wide = getattr(config, key, None)
@@ -227,7 +234,9 @@ def tell_config(model: Any, original: nn.Module) -> None:
             setattr(config, key, widths.pop())
 
 
-def _tell_width(model: Any, original: Any, found: dict[str, Attention], before: dict[str, Attention]) -> None:
+def _tell_width(
+    model: Any, original: Any, found: dict[str, Attention], before: dict[str, Attention], call: Call
+) -> None:
     """Put the pruned width of the residual stream into a config, if it builds a model of all the pruned widths by it.
 
     ``found``, ``before``: the attention of both networks. Where the width over the heads is the size of one, fewer
@@ -253,8 +262,15 @@ def _tell_width(model: Any, original: Any, found: dict[str, Attention], before: 
             built = with_linear_layers(built_by_config(model, changed))
         except Exception:  # a constructor may refuse a number, each in its own words
             continue
-        if {name: tuple(tensor.shape) for name, tensor in named_tensors(built).items()} == shapes:
+        if {name: tuple(tensor.shape) for name, tensor in named_tensors(built).items()} != shapes:
+            continue
+        kept = dict(vars(config))
+        with left_alone(model), torch.no_grad(), random_state_kept():
+            wanted = tensors_of(run_few(model, call))
             vars(config).update(vars(changed))
+            # Gemma multiplies by the root of the width that the config says.
+            if not agree(wanted, tensors_of(run_few(model, call)), SAME_CHANNELS):
+                vars(config).update(kept)
 
 
 def accepted_heads(model: nn.Module) -> dict[str, list[int]]:

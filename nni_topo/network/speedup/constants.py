@@ -20,6 +20,7 @@ from nni_topo.network.layers.derived import has_own_forward, inner_of, is_follow
 from nni_topo.network.layers.kinds import CONVOLUTIONS, WEIGHTED, by_channel, is_depthwise, is_plain_norm
 from nni_topo.network.layers.norms import channel_dim, is_over_channels
 from nni_topo.network.layers.slicing import keep
+from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, fitting, random_like, run_few
 
@@ -242,10 +243,11 @@ def fit_norms(wrapped: nn.Module, dense: nn.Module, flow: ChannelFlow, is_kept: 
         else:
             left.append(name)
     args, kwargs = call
-    with watched(leaving=noting):
-        wrapped(*args, **kwargs)
-    with watched(leaving=fitting_them):
-        dense(*args, **kwargs)
+    with left_alone(wrapped, dense):
+        with watched(leaving=noting):
+            wrapped(*args, **kwargs)
+        with watched(leaving=fitting_them):
+            dense(*args, **kwargs)
     return left
 
 

@@ -328,7 +328,7 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     _take_own_widths(original, copied, flow)
     dense = narrowed(copied, flow, masked.resolved.masks, masked.is_kept, task.analysis.call)
     tie_again(dense, ties)
-    tell_config(dense, original)
+    tell_config(dense, original, task.analysis.call)
     forget_evaluated(dense)
     # Layers that weren't cut have the original's memory still.
     shapes = {name: each.shape for name, each in original.named_parameters(remove_duplicate=False)}
