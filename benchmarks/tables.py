@@ -170,6 +170,13 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
     "fresh_networks": _fresh_networks,
     "gpu": _gpu,
     "named_pruners": _named_pruners,
+    "norms": lambda: iter(
+        [
+            _of_jsonl("under_masks.py", "norms_left.jsonl", "table_of_norms", "norms"),
+            _of_jsonl("under_masks.py", "under_masks.jsonl"),
+            _of_jsonl("trained/width.py", "trained/width.jsonl"),
+        ]
+    ),
     "speed": lambda: iter(
         [
             _of_jsonl("bench_pipeline.py", "steps.jsonl"),

@@ -141,5 +141,23 @@ def table(records: list[dict[str, Any]]) -> str:
     return markdown_table([*head, 'dense loses, `constants="keep"`'], rows, text_columns=3)
 
 
+def table_of_norms(records: list[dict[str, Any]]) -> str:
+    """Return the table of ``norms_left.jsonl``: points lost by norms, and by how many fewer over what is left."""
+    titles = {name.partition(":")[2] or name: title for name, title in TITLES.items()}
+    rows = []
+    for name, share in dict.fromkeys((each["key"][0], each["key"][2]) for each in records):
+        mine = [each for each in records if (each["key"][0], each["key"][2]) == (name, share)]
+        for stage in ("reconstructed", "distilled"):
+            lost = {
+                norms: [100.0 * (each["unpruned"] - each[norms][stage]) for each in mine if stage in each[norms]]
+                for norms in ("original", "left", "replaced")
+            }
+            better = [one - other for one, other in zip(lost["original"], lost["left"], strict=True)]
+            figures = [shown(values, 1) if values else "" for values in (*lost.values(), better)]
+            rows.append([titles[name.partition(":")[2] or name], f"{100 * share:g} %", stage, str(len(mine)), *figures])
+    head = ["network", "width kept", "after", "seeds", "points lost, original width", "over what is left"]
+    return markdown_table([*head, "replaced afterwards", "what is left is better by"], rows, text_columns=4)
+
+
 if __name__ == "__main__":
     main()
