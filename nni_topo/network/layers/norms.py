@@ -49,6 +49,8 @@ _WIDTH = 6  # at which a module is tried that holds nothing for each channel
 
 def _channel_dim(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
     width = own[0].numel() if own else _WIDTH
+    if norm._modules:
+        norm = copy.deepcopy(norm).to("cpu", torch.float32)
     order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
     numbers = [torch.linspace(0.5, 1.5 + at, width).view(each.shape) for at, each in enumerate(own)]
     one = _with_parameters(norm, numbers)

@@ -1,0 +1,56 @@
+"""Gates that weigh places by the mean and the maximum over all channels, as CBAM's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo.network.layers.norms import channel_dim
+
+IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Pool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.max(1)[0].unsqueeze(1), x.mean(1).unsqueeze(1)], 1)
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.conv = Pool(), nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv(self.pool(x)).sigmoid()
+
+
+class OfPlaces(nn.Module):
+    """It treats channels alike too, but each by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean((2, 3), keepdim=True)
+
+
+def test_a_gate_runs_over_the_channels_that_are_left() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Sigmoid(), Gate(), nn.Conv2d(16, 4, 3)).double().eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert "0" not in groups.skipped
+    kept = torch.tensor([0, 3, 4, 7, 8, 9, 12, 15])
+    mask = torch.zeros(16, 3, 3, 3, dtype=torch.float64).index_fill(0, kept, 1.0)
+    dense = nni_topo.to_dense(model, IMAGES, {"0": {"weight": mask}})
+    assert type(dense[2]) is Gate
+    with torch.no_grad():
+        left = model[1](model[0](IMAGES))[:, kept]
+        pooled = torch.stack([left.amax(1), left.mean(1)], 1)
+        gated = left * model[2].conv(pooled).sigmoid()
+        wanted = nn.functional.conv2d(gated, model[3].weight[:, kept], model[3].bias)
+        torch.testing.assert_close(dense(IMAGES), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_what_treats_each_channel_by_itself_or_places_alike_is_none() -> None:
+    assert channel_dim(Gate()) == 1
+    assert channel_dim(OfPlaces()) is None
+    assert channel_dim(Pool()) is None  # its result has no channels
+    assert channel_dim(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU())) is None
