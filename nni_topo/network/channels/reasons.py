@@ -348,18 +348,7 @@ def removed_all_the_same(layers: Iterable[str], why: Reasons) -> str:
     return f"masks remove channels of {names} that have to stay: {told(why)}; {leaving_out(names)}; {_UNCHECKED}"
 
 
-def unequal(layers: Iterable[str], place: str | None, statistics: str = "") -> str:
-    """Return why the outputs differ from a place on: removed channels of pruned layers aren't zero there.
-
-    ``place``: a layer that reads the channels; None if it isn't known. ``statistics``: the class of the module at this
-    place if it computes statistics over all channels.
-    """
+def unequal(layers: Iterable[str]) -> str:
+    """Return why the outputs differ where no reason is known: something reads removed channels of pruned layers."""
     before = ", ".join(layers) or "the layers before it"
-    leave_out = leaving_out(before)
-    if statistics:
-        return f"{statistics} takes its statistics over removed channels too: {leave_out}; {_UNCHECKED}"
-    if place is None:
-        return f"removed channels of {before} aren't zero there: {leave_out}; {_UNCHECKED}"
-    arrive = f"removed channels of {before} arrive at {place} as values that aren't zero"
-    keep = 'constants="keep" keeps constant values, as if they went on beyond padded borders'
-    return f"{arrive}: {leave_out}; {keep}; {_UNCHECKED}"
+    return f"an operation reads removed channels of {before}: {leaving_out(before)}; {_UNCHECKED}"

@@ -21,7 +21,7 @@ _NEAR = 1e-4  # of values near one, with squares in single precision
 
 def channel_dim(norm: nn.Module) -> int | None:
     """Return the dimension in which a norm has its channels: -1 or 1. None for any other module."""
-    if isinstance(norm, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+    if isinstance(norm, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)):
         return 1
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and type(norm).__module__.startswith("torch.nn."):
         return -1 if len(norm.normalized_shape) == 1 else None
@@ -91,10 +91,12 @@ def is_over_channels(module: nn.Module) -> bool:
     return not isinstance(module, nn.modules.batchnorm._NormBase) and channel_dim(module) is not None
 
 
-def cut_norm(norm: nn.Module, kept: Tensor) -> None:
+def cut_norm(norm: Any, kept: Tensor) -> None:
     """Keep some channels of a norm over all of them, in place."""
     own = [each for each in norm._parameters.values() if each is not None]
-    width = own[0].numel() if own else getattr(norm, "normalized_shape", (0,))[0]
+    if not own and not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        return
+    width = own[0].numel() if own else norm.normalized_shape[0]
     names = width_names(norm, width)
     for name, parameter in list(norm._parameters.items()):
         if parameter is not None:
@@ -106,4 +108,8 @@ def cut_norm(norm: nn.Module, kept: Tensor) -> None:
 
 def width_names(norm: nn.Module, width: int) -> list[str]:
     """Name the attributes of a norm that hold its width, as a number or in a tuple."""
-    return [name for name, each in vars(norm).items() if each == (width,) or (type(each) is int and each == width)]
+    names = list[str]()
+    for name, each in vars(norm).items():
+        if (isinstance(each, tuple) and each == (width,)) or (type(each) is int and each == width):
+            names.append(name)
+    return names

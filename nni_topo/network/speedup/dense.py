@@ -350,7 +350,7 @@ def _take_own_widths(original: torch.nn.Module, dense: torch.nn.Module, flow: Ch
 def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) -> str:
     """Raise a SpeedupError unless the dense model computes what the masked one does; say on what they were compared."""
     kept = kept_outputs(task.flow, masked.is_kept)
-    advise = partial(way_forward, task.analysis, masked.reference, kept)
+    advise = partial(way_forward, task.analysis, kept)
     analysis = task.analysis
     with left_alone(dense):
         checked = check_equal(masked.reference, dense, analysis.call, kept, rtol, advise=advise)

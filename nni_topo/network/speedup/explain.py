@@ -29,7 +29,6 @@ from nni_topo.network.speedup.reconcile import KeptIndices
 # Who asks for an explanation may use either.
 _LEAVE_OUT = "leave {} out of what is pruned (layers of shrink, exclude_op_names of a config_list)"
 _LISTED = 4  # names that a message lists before it counts the others
-_MIXING = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LocalResponseNorm)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -213,7 +212,7 @@ def _channels(module: nn.Module) -> int | None:
     return output_channels(module)
 
 
-def way_forward(analysis: Analysis, reference: nn.Module, kept: KeptIndices, place: str | None) -> str:
+def way_forward(analysis: Analysis, kept: KeptIndices, place: str | None) -> str:
     """Say why outputs differ from ``place`` on (None: after the last module), and what can be done about it."""
     try:
         flow = analysis.flow
@@ -241,11 +240,7 @@ def way_forward(analysis: Analysis, reference: nn.Module, kept: KeptIndices, pla
                 seen.add(parent)
                 nodes.append(parent)
     before = [name for name in flow.layers if name in reached & pruned]
-    module = None if place is None else reference.get_submodule(place)
-    if isinstance(module, _MIXING):
-        return reasons.unequal(before, place, type(module).__name__)
-    is_read = module is not None and output_channels(module) is not None
-    return reasons.unequal(before, place if is_read else None)
+    return reasons.unequal(before)
 
 
 def _removed(flow: ChannelFlow, name: str, kept: KeptIndices) -> Tensor:

@@ -54,3 +54,15 @@ def test_what_treats_each_channel_by_itself_or_places_alike_is_none() -> None:
     assert channel_dim(OfPlaces()) is None
     assert channel_dim(Pool()) is None  # its result has no channels
     assert channel_dim(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU())) is None
+
+
+def test_a_response_norm_over_neighbours_has_those_that_are_left() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3, alpha=1.0), nn.Conv2d(8, 4, 1)).double().eval()
+    kept = torch.tensor([0, 3, 4, 7])
+    mask = torch.zeros(8, 3, 3, 3, dtype=torch.float64).index_fill(0, kept, 1.0)
+    dense = nni_topo.to_dense(model, IMAGES, {"0": {"weight": mask}})
+    with torch.no_grad():
+        left = model[1](model[0](IMAGES)[:, kept])
+        wanted = nn.functional.conv2d(left, model[2].weight[:, kept], model[2].bias)
+        torch.testing.assert_close(dense(IMAGES), wanted, rtol=1e-9, atol=1e-12)
