@@ -9,10 +9,10 @@ places of a dimension) is a property in the same entry, `OperatorRule`.
 Rules only propose: a dry run checks them for every operation of a model. An operator without a rule is assumed to work
 place by place, that is, on each entry by itself.
 
-A removed channel is zero in the masked network and missing in the dense one. A sum or a norm is the same with and
-without it. A mean counts it, a maximum may be it, a softmax gives it a share, a sort puts other channels in its place:
-all channels are kept if such an operation works along them. The rule decides by what the operation does, not by what
-it computes for some numbers.
+A sum or a length is the same with and without a channel that is zero. A mean counts it, a maximum may be it, a softmax
+gives it a share, a sort puts other channels in its place: all channels are kept if such an operation works along them
+in the midst of a forward. In a module of its own that treats all channels alike, as norms do, it works along those that
+are left (`layers/norms.py`). The rule decides by what the operation does, not by what it computes for some numbers.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def to_dense(
     the layer that reads it has neither bias nor batch norm, and where it differs by position, as a table of positions
     does; ``report.notes`` names these layers. Constants after a batch norm are those of evaluation mode, in which the
     norm's statistics are fixed: when trained further, the dense and the masked model diverge, and the notes name
-    the norms. After `compensate`, which solves for removed channels that are zero, ``"zero"`` is right. Neither setting
+    the norms. After `compensate`, which solves for removed channels that aren't there, ``"zero"`` is right. Neither setting
     loses less accuracy on every network.
 
     Cost: two to four forward passes to trace the model, three to compare and one in training mode; where the size may

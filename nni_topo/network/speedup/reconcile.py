@@ -106,7 +106,7 @@ class Resolved:
     masks: FullMasks
     is_kept: np.ndarray  # which channels stay, by group id: bool
     reasons: dict[str, Reasons]  # why masked layers keep channels that their masks remove; of those that do
-    kept: dict[str, str]  # how many and why, by layer that keeps any but for ``round_to`` and constant channels
+    kept: dict[str, str]  # how many and why, by layer that keeps any but for ``round_to``
 
 
 _REASONS = 3  # that a warning names
