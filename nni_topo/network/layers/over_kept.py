@@ -19,6 +19,9 @@ class OverKept(nn.Module):
     kept: Tensor  # int64, (channels that are left,)
     kept_dim: int  # the dimension of the channels
 
+    def __reduce__(self) -> Any:
+        return _made, (self.whole, dict(vars(self)))  # its class has no name by which pickle finds it
+
     def forward(self, x: Tensor) -> Tensor:
         """Run on the channels of ``(batch, channels, ...)`` or ``(..., channels)`` that are left."""
         small: Any = copy.copy(self)
@@ -36,5 +39,20 @@ def run_over_kept(module: Any, kept: Tensor) -> None:
     whole = module.whole if isinstance(module, OverKept) else type(module)
     if not isinstance(module, OverKept):
         module.kept_dim = 2 if whole is nn.Conv1d else channel_dim(module)
-    module.__class__ = type(f"{whole.__name__}OverKept", (OverKept, whole), {})
+    module.__class__ = _over_kept(whole)
     module.whole, module.kept = whole, kept
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _over_kept(whole: type[nn.Module]) -> type[nn.Module]:
+    if whole not in _CLASSES:
+        _CLASSES[whole] = type(f"{whole.__name__}OverKept", (OverKept, whole), {})
+    return _CLASSES[whole]
+
+
+def _made(whole: type[nn.Module], held: dict[str, Any]) -> nn.Module:
+    made = nn.Module.__new__(_over_kept(whole))
+    vars(made).update(held)
+    return made

@@ -140,12 +140,21 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
 
 
 def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:
-    """Return a copy of a model that NNI has wrapped, without wrappers and masks; of any other model, a copy."""
+    """Return a copy of a model that NNI has wrapped, without wrappers and masks; of any other model, a copy.
+
+    Of what `nni_topo.masked_model` returned it is a copy whose modules are what they were, with the masked weights.
+    """
     copied: nn.Module = detached_copy(model, light=light)
     for module in list(copied.modules()):
         wrapper = getattr(module, "_nni_wrapper", None)
         if wrapper is not None:
             wrapper.unwrap()
+        if (whole := vars(module).pop("whole", None)) is not None and hasattr(module, "kept_dim"):
+            module.__class__ = whole
+            del module.kept, module.kept_dim
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "undone_by_copying", False):
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     return copied
 
 

@@ -28,7 +28,14 @@ from nni_topo.network.layers.kinds import (
     output_channels,
 )
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
-from nni_topo.network.runtime.copies import detached_copy, evaluating, forget_evaluated, left_alone, put_modes_of
+from nni_topo.network.runtime.copies import (
+    detached_copy,
+    evaluating,
+    forget_evaluated,
+    left_alone,
+    put_modes_of,
+    unwrapped_copy,
+)
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import (
@@ -172,8 +179,8 @@ def to_dense(
     the layer that reads it has neither bias nor batch norm, and where it differs by position, as a table of positions
     does; ``report.notes`` names these layers. Constants after a batch norm are those of evaluation mode, in which the
     norm's statistics are fixed: when trained further, the dense and the masked model diverge, and the notes name
-    the norms. After `compensate`, which solves for removed channels that aren't there, ``"zero"`` is right. Neither setting
-    loses less accuracy on every network.
+    the norms. After `compensate`, which solves for removed channels that aren't there, ``"zero"`` is right. Neither
+    setting loses less accuracy on every network.
 
     Cost: two to four forward passes to trace the model, three to compare and one in training mode; where the size may
     decide something, another trace and comparison; two more, and what ``forward_features`` takes, where a network holds
@@ -268,7 +275,7 @@ class _Masked:
 
 def _prepare(analysis: Analysis, masks: FullMasks, round_to: int | Literal["auto"] | None) -> _Task:
     """Make the masks agree, all that is known before anything is measured."""
-    original, flow = evaluating(detached_copy(analysis.model, light=True)), analysis.flow
+    original, flow = evaluating(unwrapped_copy(analysis.model, light=True)), analysis.flow
     return _Task(analysis, flow, original, masks, round_to, resolve(original, flow, masks, round_to))
 
 

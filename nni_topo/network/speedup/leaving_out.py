@@ -7,7 +7,6 @@ the channels that are left have the values that they have in the dense network.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ def leave_out_of(module: nn.Module, kept: Tensor, flow: ChannelFlow, name: str) 
                 keep(module, target, parameter.detach() * own.to(parameter.device))
     elif name in flow.layers:
         dim = 1 if isinstance(module, CONVOLUTIONS + TRANSPOSED) else -1
-        module.register_forward_pre_hook(partial(_read_zeros, kept, dim), with_kwargs=True)
+        module.register_forward_pre_hook(_ReadZeros(kept, dim), with_kwargs=True)
     if is_over_channels(module) or name in flow.channel_wise:
         run_over_kept(module, kept.nonzero().flatten())
 
@@ -64,16 +63,23 @@ def normalize_left(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> 
             run_over_kept(module, kept.nonzero().flatten())
 
 
-def _read_zeros(kept: Tensor, dim: int, _: Any, args: Any, kwargs: Any) -> Any:
-    """Put zeros in place of removed channels in what enters a layer."""
+class _ReadZeros:
+    """A hook that puts zeros in place of removed channels in what enters a layer."""
 
-    def zeroed(x: Tensor) -> Tensor:
+    undone_by_copying = True  # `unwrapped_copy` takes it off, as it does NNI's masks
+
+    def __init__(self, kept: Tensor, dim: int) -> None:
+        self.kept, self.dim = kept, dim
+
+    def __call__(self, _: Any, args: Any, kwargs: Any) -> Any:
+        """Return the arguments with zeros."""
+        return tree_map_only(Tensor, self._zeroed, (args, kwargs))
+
+    def _zeroed(self, x: Tensor) -> Tensor:
         if x.is_nested:
-            return torch.nested.as_nested_tensor([zeroed(each) for each in x.unbind()])
-        if not x.is_floating_point() or x.dim() < 2 or x.shape[dim] != len(kept):
+            return torch.nested.as_nested_tensor([self._zeroed(each) for each in x.unbind()])
+        if not x.is_floating_point() or x.dim() < 2 or x.shape[self.dim] != len(self.kept):
             return x
         view = [1] * x.dim()
-        view[dim] = -1
-        return x.masked_fill(~kept.to(x.device).view(view), 0)
-
-    return tree_map_only(Tensor, zeroed, (args, kwargs))
+        view[self.dim] = -1
+        return x.masked_fill(~self.kept.to(x.device).view(view), 0)
