@@ -139,6 +139,7 @@ def main() -> None:
                     "milliseconds": [unpruned, mine],
                 }
                 append_record(path, record | {"data": subject.facts, **provenance()})
+                (options.out / "width.state").unlink(missing_ok=True)
                 print(record["key"], {key: each["value"] for key, each in record["figures"].items()}, flush=True)
     print(table(read_records(path)))
 

@@ -9,6 +9,7 @@ maximum over the channels (CBAM's), which holds nothing for each channel.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -27,16 +28,19 @@ def channel_dim(norm: nn.Module) -> int | None:
         return -1 if len(norm.normalized_shape) == 1 else None
     if type(norm).__module__.startswith(("torch.", "nni_topo.")) or norm._buffers:
         return None
-    own = [each for each in norm._parameters.values() if each is not None]
-    if own and (norm._modules or any(each.numel() != max(each.shape) or each.numel() < 2 for each in own)):
+    own, parts = [each for each in norm._parameters.values() if each is not None], list(norm.modules())
+    if len(parts) > _MOST_PARTS or len(inspect.signature(norm.forward).parameters) != 1:  # a gate may enter it, too
         return None
-    if len({each.numel() for each in own}) > 1 or len(list(norm.modules())) > _MOST_PARTS:
-        return None
+    if own:
+        has_others = any(True for part in parts[1:] for _ in part.parameters())
+        width = own[0].numel()
+        if has_others or width < 2 or any(each.numel() != width or max(each.shape) != width for each in own):
+            return None
     if "forward" in vars(norm):  # accelerate puts its own in place
         return _channel_dim(norm, own)
-    shapes = tuple((name, each.shape) for name, each in norm.named_parameters())
-    plain = tuple((name, each) for name, each in vars(norm).items() if isinstance(each, (int, float, str, tuple)))
-    key = type(norm), shapes, plain, repr(norm)
+    shapes = [(name, tuple(each.shape)) for name, each in norm.named_parameters()]
+    plain = [(name, each) for name, each in vars(norm).items() if isinstance(each, (int, float, str, tuple))]
+    key = type(norm), f"{shapes} {plain} {norm}"
     if key not in _KNOWN:
         _KNOWN[key] = _channel_dim(norm, own)
     return _KNOWN[key]
@@ -50,7 +54,7 @@ _WIDTH = 6  # at which a module is tried that holds nothing for each channel
 def _channel_dim(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
     width = own[0].numel() if own else _WIDTH
     if norm._modules:
-        norm = copy.deepcopy(norm).to("cpu", torch.float32)
+        norm = copy.deepcopy(norm).to("cpu", torch.float32).eval()
     order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
     numbers = [torch.linspace(0.5, 1.5 + at, width).view(each.shape) for at, each in enumerate(own)]
     one = _with_parameters(norm, numbers)

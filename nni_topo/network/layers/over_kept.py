@@ -20,7 +20,7 @@ class OverKept(nn.Module):
     kept_dim: int  # the dimension of the channels
 
     def __reduce__(self) -> Any:
-        return _made, (self.whole, dict(vars(self)))  # its class has no name by which pickle finds it
+        return _made, (self.whole,), dict(vars(self))  # its class has no name by which pickle finds it
 
     def forward(self, x: Tensor) -> Tensor:
         """Run on the channels of ``(batch, channels, ...)`` or ``(..., channels)`` that are left."""
@@ -52,7 +52,6 @@ def _over_kept(whole: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[whole]
 
 
-def _made(whole: type[nn.Module], held: dict[str, Any]) -> nn.Module:
-    made = nn.Module.__new__(_over_kept(whole))
-    vars(made).update(held)
-    return made
+def _made(whole: type[nn.Module]) -> nn.Module:
+    kind = _over_kept(whole)
+    return kind.__new__(kind)
