@@ -162,5 +162,6 @@ def test_layers_around_norms_lose_channels_and_the_dense_network_is_saved_and_cu
         nni_topo.save(small, tmp_path / "small.pt")
         again = nni_topo.load(tmp_path / "small.pt", model)
         assert repr(again) == repr(small)
+        assert (getattr(again[1], "hidden_size", width), getattr(again[1], "shape", (width,))) == (width, (width,))
         with torch.no_grad():
             assert torch.equal(again(x), small(x))
