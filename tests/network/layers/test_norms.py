@@ -165,3 +165,24 @@ def test_layers_around_norms_lose_channels_and_the_dense_network_is_saved_and_cu
         assert (getattr(again[1], "hidden_size", width), getattr(again[1], "shape", (width,))) == (width, (width,))
         with torch.no_grad():
             assert torch.equal(again(x), small(x))
+
+
+class Named(nn.Module):
+    """A norm that gets its input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.head = (
+            nn.Linear(4, 6),
+            nn.LayerNorm(6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.norm(input=self.first(x))).relu())
+
+
+def test_layers_around_a_norm_that_is_called_by_name_lose_channels() -> None:
+    groups = nni_topo.dependency_groups(Named().eval(), torch.randn(3, 4), [{"op_types": ["Linear"]}])
+    assert groups.skipped.keys() == {"head"}
