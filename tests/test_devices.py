@@ -32,7 +32,6 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.network.layers.original_width import keep_original_width
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.pruners.registry import create_pruner, list_pruners
 from nni_topo.recovery import distillation
@@ -205,27 +204,6 @@ def test_masks_of_the_cpu_fit_a_model_elsewhere(device):
     def run(place: torch.device) -> Any:
         _, masks = grouped(CPU)
         return states(nni_topo.to_dense(toy_model().to(place), IMAGES[:2].to(place), masks), place)
-
-    agree(run, device)
-
-
-@pytest.mark.parametrize(
-    ("norm", "shape"),
-    [
-        (nn.LayerNorm(6, eps=1e-3), (4, 5, 6)),
-        (nn.RMSNorm(6, eps=1e-3), (4, 5, 6)),
-        (nn.GroupNorm(2, 6, eps=1e-3), (3, 6, 4, 5)),
-    ],
-)
-def test_norms_of_the_original_width(device, norm, shape):
-    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 2
-
-    def run(place: torch.device) -> Any:
-        made = copy.deepcopy(norm)
-        for index, parameter in enumerate(made.parameters()):
-            nn.init.constant_(parameter, 0.5 + index)
-        keep_original_width(made, 4 if isinstance(norm, nn.GroupNorm) else 9)
-        return made.to(place)(inputs.to(place))
 
     agree(run, device)
 

@@ -24,7 +24,7 @@ MAMBA2 = {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_
 def test_a_model_with_a_state_is_pruned_and_generates(name: str, sizes: dict[str, Any]) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**SIZES, **sizes)
-    model = nni_topo.as_torch_layers(getattr(transformers, f"{name}ForCausalLM")(config).eval())
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     assert model.config.use_cache
     inputs = {"input_ids": torch.randint(5, 45, (2, 8))}
     groups = nni_topo.dependency_groups(model, inputs, ASKED)

@@ -1,4 +1,4 @@
-"""A small network with every norm of the original width, and its training by two processes."""
+"""A small network with every kind of norm over channels, and its training by two processes."""
 
 from __future__ import annotations
 

@@ -199,6 +199,33 @@ class Optional(nn.Module):
         return {"y": self.second(x * scale) + (0.0 if shift is None else shift)}
 
 
+class Net(nn.Module):
+    """A layer, something between that makes other values of zeros, and what reads these."""
+
+    def __init__(self, between, *behind):
+        super().__init__()
+        self.first, self.between, self.behind = nn.Conv2d(3, 8, 3), between, nn.Sequential(*behind)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, images):
+        return self.head(self.behind(self.between(self.first(images))).relu().flatten(2).mean(2))
+
+
+class Rows(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, images):
+        found = self.layer(images.flatten(2).transpose(1, 2))
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+
+class Doubling(nn.Conv2d):
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
 def norm_behind(*layers):
     return [each for layer in layers for each in (layer, nn.BatchNorm2d(layer.out_channels))]
 

@@ -50,6 +50,23 @@ class ResponseNorm(nn.Module):
         return self.gamma * (x * (lengths / (lengths.mean(self.dim, keepdim=True) + self.eps))) + self.beta + x
 
 
+class ChannelsFirst(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Root(nn.Module):
+    """The RMS norm of LLaMA, or that of Gemma, which multiplies by one more than its weight."""
+
+    def __init__(self, width=5, shift=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.hidden_size, self.shape, self.shift, self.eps = width, (width,), shift, 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (self.shift + self.weight)
+
+
 class Standardized(nn.Conv2d):
     """Weight standardization with a gain, as in NF-ResNets; ``alike`` pads as TensorFlow does."""
 

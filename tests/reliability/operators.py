@@ -55,7 +55,7 @@ class Shifted(nn.Module):
         return weight - weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
-class Rms(nn.Module):
+class RmsNorm(nn.Module):
     """A norm over channels as papers write it."""
 
     def __init__(self, width: int) -> None:
@@ -287,7 +287,7 @@ NORMS = [
         b=nn.Identity,
     ),
     operator("layer norm over all", lambda self, x: self.b(F.layer_norm(self.a(x), self.a(x).shape[1:]))),
-    between("rms norm as papers write it", lambda: Rms(8)),
+    between("rms norm as papers write it", lambda: RmsNorm(8)),
     operator(
         "rms norm",
         lambda self, x: self.last(self.norm(_rows(self, x))).mean(1),

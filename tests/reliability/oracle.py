@@ -1,35 +1,24 @@
 """A masked network made by hand, from nothing but the numbers that the dense one still has.
 
-Which channels a dense network keeps is read off its weights: each row is found again in the network that was pruned. In
-a copy of that network the other rows are set to zero, weights and biases, and so is what the norms and depth-wise
-convolutions make of channels that are zero then: the package promises that a channel goes as a whole. Nothing of the
-package takes part.
+Which channels a dense network keeps is read off its weights: each row and column is found again in the network that was
+pruned. In a copy of that network the others are set to zero, weights, biases and what norms have of them, and norms
+over channels run over those that are left: the package promises that a channel goes as a whole. Nothing of the package
+takes part.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from reliability.cases import call, doubled
 from torch import Tensor, nn
 
 ROWS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
+BY_CHANNEL = nn.modules.batchnorm._NormBase  # norms of each channel by itself
 
 
 class WrongError(AssertionError):
@@ -42,7 +31,9 @@ class Kept:
 
     places: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     layers: dict[str, Tensor] = field(default_factory=dict)  # output channels by layer
-    carried: bool = False  # a removed channel stays, without weights, to bring a layer what all of them did
+    columns: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # by layer the weights with which it reads, like its weight
     untied: bool = False  # layers that shared a weight don't any more
 
     @property
@@ -62,7 +53,6 @@ def kept_of(model: nn.Module, dense: nn.Module) -> Kept:
         **dict(dense.named_buffers(remove_duplicate=False)),
     }
     kept = Kept()
-    carried = False
     large = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -77,11 +67,29 @@ def kept_of(model: nn.Module, dense: nn.Module) -> Kept:
             if key == "weight":
                 rows = rows_of(dense.get_submodule(owner), found)
                 kept.layers[owner] = found_again(rows_of(module, whole), rows)
-                carried = carried or len(rows) > int(kept.layers[owner].sum())
+                kept.columns[owner] = columns_of(module, dense.get_submodule(owner), kept.layers[owner])
             continue
         smaller = [d for d in range(whole.dim()) if whole.shape[d] != found.shape[d]]
         kept.places[name] = {d: found_again(along(whole, d), along(found, d)) for d in smaller}
-    return Kept(kept.places, kept.layers, carried, len(set(small.values())) > len(set(large.values())))
+    return Kept(kept.places, kept.layers, kept.columns, len(set(small.values())) > len(set(large.values())))
+
+
+def columns_of(module: nn.Module, small: nn.Module, rows: Tensor) -> Tensor:
+    """Tell with which weights a layer reads channels that are left: 1 or 0, in the shape of its weight."""
+    whole, found = module.weight.detach(), small.weight.detach()
+    left = torch.ones_like(whole)
+    if isinstance(module, TRANSPOSED):
+        stays = found_again(along(whole, 0), along(found, 0)) if len(found) < len(whole) else torch.ones(len(whole))
+        return left * stays.view(-1, *[1] * (whole.dim() - 1))
+    size, each = len(whole) // getattr(module, "groups", 1), len(found) // getattr(small, "groups", 1)
+    places = rows.nonzero().flatten()
+    for start in range(0, len(places), each):
+        group = int(places[start]) // size
+        mine = slice(group * size, (group + 1) * size)
+        if found.shape[1] < whole.shape[1]:
+            stays = found_again(along(whole[mine], 1), along(found[start : start + each], 1))
+            left[mine] = left[mine] * stays.view(1, -1, *[1] * (whole.dim() - 2))
+    return left
 
 
 def rows_of(module: nn.Module, weight: Tensor) -> Tensor:
@@ -154,25 +162,25 @@ class Oracle:
                     trained.get_parameter(name)[gone] = value[gone]
 
 
-def masked_by_hand(model: nn.Module, kept: Kept, asked: Any, drawn: Sequence[Any]) -> Oracle:
+def masked_by_hand(model: nn.Module, kept: Kept, asked: Any) -> Oracle:
     """Make the masked network, of what a dense one keeps of the masks that were asked for."""
     masked = copy.deepcopy(model).double().eval()
     zeros: dict[str, Tensor] = {}
     masks: dict[str, dict[str, Tensor]] = {}
     for name, rows in kept.layers.items():
         module = masked.get_submodule(name)
-        if bool(rows.all()) or (is_depthwise(module) and name not in asked):
-            continue
         left = like_rows(module, rows.double())
-        zeros[f"{name}.weight"] = left
-        masks[name] = {"weight": left.float()}
+        zeros[f"{name}.weight"] = left * kept.columns[name]
+        if bool(rows.all()):
+            continue
+        if name in asked or not is_depthwise(module):
+            masks[name] = {"weight": left.float()}
         if module.bias is not None:
             zeros[f"{name}.bias"] = rows.double()
     for name, found in kept.places.items():
         owner, _, key = name.rpartition(".")
         module = masked.get_submodule(owner)
-        # What norms make of a removed channel is zero only where zeros arrive; see below.
-        if not found or key not in module._parameters or isinstance(module, NORMS):
+        if not found or key not in module._parameters:
             continue
         left = torch.ones_like(getattr(module, key)).detach()
         for dim, stays in found.items():
@@ -186,9 +194,44 @@ def masked_by_hand(model: nn.Module, kept: Kept, asked: Any, drawn: Sequence[Any
     with torch.no_grad():
         for name, left in zeros.items():
             masked.get_parameter(name).copy_(masked.get_parameter(name) * left)
-    while silenced(masked, kept, drawn):
-        pass  # what follows a norm that is silent now may be next
-    return Oracle(masked, masks, not (kept.carried or kept.untied or apart))
+    for name, module in masked.named_modules():
+        if is_over_channels(module):
+            known = [kept.places.get(f"{name}.{key}", {}) for key in module._parameters]
+            rows = next((stays for found in known for stays in found.values()), None)
+            if rows is not None or isinstance(module, nn.Conv1d) or not [*module.parameters()]:
+                module.register_forward_hook(partial(over_left, rows))
+    return Oracle(masked, masks, not (kept.untied or apart))
+
+
+def is_over_channels(module: nn.Module) -> bool:
+    """Tell by its name whether a module is a norm over channels; a convolution of a single row goes along channels."""
+    if isinstance(module, nn.Conv1d):
+        return module.in_channels == module.out_channels == 1
+    is_norm = "Norm" in type(module).__name__ and not isinstance(module, (BY_CHANNEL, nn.LocalResponseNorm))
+    return is_norm and not module._modules and not isinstance(module, (*ROWS, *TRANSPOSED))
+
+
+def over_left(rows: Tensor | None, module: nn.Module, entered: Any, given: Tensor) -> Tensor:
+    """Run a norm over the channels that are left; those that aren't zero, if it has no numbers that tell which."""
+    (x,) = entered
+    dim = 1
+    if isinstance(module, nn.Conv1d):
+        dim = 2
+    elif type(module) in (nn.LayerNorm, nn.RMSNorm) or (rows is not None and x.shape[1] != len(rows)):
+        dim = -1
+    rows = x.movedim(dim, 0).flatten(1).any(1) if rows is None else rows
+    left, small = rows.nonzero().flatten(), copy.copy(module)
+    if isinstance(module, nn.GroupNorm):
+        small.num_groups = int(rows.view(module.num_groups, -1).any(1).sum())
+        small.num_channels = len(left)
+    elif hasattr(module, "normalized_shape"):
+        small.normalized_shape = (len(left),)
+    if dim != 2:
+        small._parameters = {
+            name: each if each is None else each.index_select(each.shape.index(len(rows)), left)
+            for name, each in module._parameters.items()
+        }
+    return torch.zeros_like(given).index_copy(dim, left, small.forward(x.index_select(dim, left)))
 
 
 def untied(model: nn.Module, zeros: dict[str, Tensor]) -> bool:
@@ -214,48 +257,3 @@ def untied(model: nn.Module, zeros: dict[str, Tensor]) -> bool:
 def is_depthwise(module: nn.Module) -> bool:
     """Tell whether a layer has a group for each channel that enters."""
     return isinstance(module, (*ROWS[1:], *TRANSPOSED)) and module.groups == module.in_channels > 1
-
-
-def silenced(masked: nn.Module, kept: Kept, drawn: Sequence[Any]) -> bool:
-    """Set norms and depth-wise convolutions to zero for removed channels that arrive as zeros; True if any wasn't."""
-    changed = False
-    for name, dead in dead_inputs(masked, drawn).items():
-        module = masked.get_submodule(name)
-        if is_depthwise(module):
-            gone, keys = ~kept.layers.get(name, torch.ones(module.out_channels, dtype=torch.bool)), ["bias"]
-            dead = dead.repeat_interleave(len(gone) // len(dead))
-        else:
-            left = kept.places.get(f"{name}.weight", {}).get(0)
-            gone, keys = torch.zeros_like(dead) if left is None else ~left, ["weight", "bias"]
-        for key in keys:
-            values = getattr(module, key, None)
-            if isinstance(values, Tensor) and len(values) == len(dead) and bool(values.detach()[gone & dead].any()):
-                changed = True
-                with torch.no_grad():
-                    values[gone & dead] = 0
-    return changed
-
-
-def dead_inputs(model: nn.Module, drawn: Sequence[Any]) -> dict[str, Tensor]:
-    """Tell which channels enter norms and depth-wise convolutions as zeros."""
-    dead: dict[str, Tensor] = {}
-
-    def look(name: str, dim: int) -> Any:
-        def hook(module: nn.Module, entered: Any) -> None:
-            rows = entered[0].movedim(dim, 0).flatten(1).eq(0).all(1)
-            dead[name] = dead.get(name, torch.ones_like(rows)) & rows
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        if is_depthwise(module) or isinstance(module, NORMS):
-            # One of a class of its own may take images.
-            dim = -1 if type(module) in (nn.LayerNorm, nn.RMSNorm) else 1
-            handles.append(module.register_forward_pre_hook(look(name, dim)))
-    with torch.no_grad():
-        for inputs in drawn:
-            call(model, doubled(inputs))
-    for handle in handles:
-        handle.remove()
-    return dead

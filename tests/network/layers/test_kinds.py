@@ -15,7 +15,6 @@ import nni_topo
 from nni_topo.network import register_module
 from nni_topo.network.layers import kinds
 from nni_topo.network.layers.kinds import RULES, norm_scale, through_norms, weights_left
-from nni_topo.network.layers.original_width import OriginalWidthLayerNorm
 
 CONVOLUTIONS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 
@@ -30,11 +29,6 @@ class DividingConv(nn.Conv2d):
 
     def forward(self, x):
         return super().forward(x) / (1 + x.mean(1, keepdim=True).abs())
-
-
-class ChannelsFirst(nn.LayerNorm):
-    def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class Gain(nn.Module):
@@ -58,17 +52,6 @@ def zeroed_outputs(model, layer, gone, images):
 
 def random_images():
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-def test_a_norm_of_channels_first_counts_what_is_gone():
-    torch.manual_seed(0)
-    model = nn.Sequential(SameConv(3, 8, 3), ChannelsFirst(8), nn.Conv2d(8, 4, 1)).double()
-    dense = nni_topo.to_dense(model, random_images(), {"0": filter_mask(model[0], [1, 4, 5])})
-    assert isinstance(dense[1], OriginalWidthLayerNorm)
-    assert dense[1].dim == 1
-    # The norm's shift is zero, but what it makes of a zero isn't: the channel goes with all that is made of it.
-    model[2].weight.data[:, [1, 4, 5]] = 0
-    torch.testing.assert_close(dense(random_images()), zeroed_outputs(model, model[0], [1, 4, 5], random_images()))
 
 
 def test_a_layer_that_needs_all_inputs_keeps_those_before_it_whole():
@@ -210,27 +193,16 @@ class Own1D(Conv1D):
     """One of somebody else's."""
 
 
-class Root(nn.Module):
-    """The norm of LLaMA."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(width)), 1e-6
-
-    def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
-
-
 class Blocks(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.norm, self.last = Conv1D(8, 4), Root(8), Conv1D(3, 8)
-        self.other, self.root = Own1D(3, 3), Root(3)
+        self.first, self.norm, self.last = Conv1D(8, 4), nn.LayerNorm(8), Conv1D(3, 8)
+        self.other = Own1D(3, 3)
         self.tied, self.again = self.norm, nn.ModuleList([self.last])
 
     def forward(self, x):
-        return self.root(self.other(self.again[0](self.tied(self.norm(self.first(x)).relu()))))
+        return self.other(self.again[0](self.tied(self.norm(self.first(x)).relu())))
 
 
 def test_plain_layers_stand_in_place_of_those_of_transformers():
@@ -242,20 +214,19 @@ def test_plain_layers_stand_in_place_of_those_of_transformers():
     assert kinds.has_channels(model.first)
     assert not kinds.is_transposed_linear(model.other)
     plain = nni_topo.as_torch_layers(model)
-    kinds_found = {name: type(getattr(plain, name)) for name in ("first", "norm", "last", "other", "root")}
-    assert list(kinds_found.values()) == [nn.Linear, nn.RMSNorm, nn.Linear, Own1D, nn.RMSNorm]
+    kinds_found = {name: type(getattr(plain, name)) for name in ("first", "norm", "last", "other")}
+    assert list(kinds_found.values()) == [nn.Linear, nn.LayerNorm, nn.Linear, Own1D]
     assert plain.tied is plain.norm
     assert plain.again[0] is plain.last
     assert sum(each.numel() for each in plain.parameters()) == sum(each.numel() for each in model.parameters())
     assert (plain.first.in_features, plain.first.out_features) == (4, 8)
     assert [each.weight.requires_grad for each in (plain.first, plain.last)] == [False, True]
     assert plain.last.weight.is_contiguous()
-    assert [each.training for each in (plain.first, plain.norm, plain.last, plain.root)] == [False, True, False, False]
+    assert [each.training for each in (plain.first, plain.norm, plain.last)] == [False, True, False]
     torch.testing.assert_close(plain(x), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert type(model.first) is Conv1D
 
 
 def test_a_model_that_is_such_a_layer_itself_stays():
-    for model in (Conv1D(3, 4), Root(4)):
-        assert type(nni_topo.as_torch_layers(model)) is type(model)
+    assert type(nni_topo.as_torch_layers(Conv1D(3, 4))) is Conv1D

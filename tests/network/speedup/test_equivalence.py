@@ -233,6 +233,22 @@ def test_short_memory_is_an_error_for_one_input_alone():
     assert _agreed(pair, ((torch.zeros(2, 2),), {}), 1e-4, 2, double=False) is None
 
 
+@pytest.mark.parametrize("norm", [nn.ReLU(), nn.LayerNorm(6)], ids=["layers alone", "norm"])
+@torch.no_grad()
+def test_a_masked_model_is_trained_written_and_made_dense(norm, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 6), norm, nn.Linear(6, 2)).eval(), torch.randn(4, 3)
+    masks = {"0": filter_mask(model[0], [0, 2, 4])}
+    masked = masked_model(model, x, masks)
+    masked[2].bias += 1.0
+    torch.save(masked, tmp_path / "masked.pt")
+    again = torch.load(tmp_path / "masked.pt", weights_only=False)
+    assert torch.equal(again(x), masked(x))
+    dense = to_dense(masked, x, masks)
+    assert dense[0].out_features == 3
+    torch.testing.assert_close(dense(x), masked(x))
+
+
 class Shown(nn.Module):
     """Puts out what it is told, whatever goes in."""
 

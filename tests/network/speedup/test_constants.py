@@ -1,0 +1,165 @@
+"""With ``constants="keep"`` biases add what removed channels are in the model that NNI's pruner wraps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nni.compression.pruning import L1NormPruner
+from speedup_nets import Doubling, Net, Rows, filter_mask, lively
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.speedup import dependency_groups, masked_model, to_dense
+
+GONE = [1, 2, 4, 5]  # equally many of both groups
+ASKED = [{"op_names": ["first"], "sparse_ratio": 0.5}]
+
+
+BEHIND = {
+    "bias": lambda: [nn.Conv2d(8, 6, 3)],
+    "groups": lambda: [nn.Conv2d(8, 6, 3, groups=2)],
+    "reflected border": lambda: [nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect")],
+    "norm": lambda: [nn.Conv2d(8, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6)],
+    "linear": lambda: [Rows(nn.Linear(8, 6))],
+    "pooled": lambda: [nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 6, 1)],
+    "own class": lambda: [Doubling(8, 6, 3)],
+}
+
+
+def made(between: nn.Module, behind: list[nn.Module]) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    net = lively(Net(between, *behind).eval()).double()
+    return net, torch.rand(2, 3, 10, 10, dtype=torch.float64)
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def wrapped(net: nn.Module, images: Tensor, look: str) -> tuple[Tensor, dict, nn.Module]:
+    """Run the model as NNI's pruner wraps it; return what a module gives, the masks, and the model unwrapped."""
+    found = []
+    pruner = L1NormPruner(net, dependency_groups(net, images, ASKED))
+    _, masks = pruner.compress()
+    net.get_submodule(look).register_forward_hook(lambda _, __, output: found.append(output.detach().clone()))
+    net(images)
+    pruner.unwrap_model()
+    net.get_submodule(look)._forward_hooks.clear()
+    return found[0], masks, net
+
+
+BETWEEN = {"shift of a norm": lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), "sigmoid": nn.Sigmoid}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("behind", BEHIND)
+@torch.no_grad()
+@pytest.mark.quick_every(3)
+def test_kept_constants_give_what_nnis_wrapped_model_does(between, behind):
+    net, images = made(BETWEEN[between](), BEHIND[behind]())
+    expected, masks, net = wrapped(net, images, "head")
+    before = copy.deepcopy(net.state_dict())
+    dense = to_dense(net, images, masks, constants="keep")
+    assert dense.first.out_channels == 4
+    assert gap(dense(images), expected) < 1e-9
+    assert gap(to_dense(net, images, masks)(images), expected) > 1e-3
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@torch.no_grad()
+def test_beyond_a_border_a_kept_shift_goes_on():
+    net, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 3, padding=1)])
+    expected, masks, net = wrapped(net, images, "behind")
+    found = []
+    dense = to_dense(net, images, masks, constants="keep")
+    dense.behind.register_forward_hook(lambda _, __, output: found.append(output))
+    dense(images)
+    inner = (..., slice(1, -1), slice(1, -1))
+    assert gap(found[0][inner], expected[inner]) < 1e-9
+    assert gap(found[0], expected) > 1e-3
+
+
+@torch.no_grad()
+def test_shared_layers_keep_each_its_own():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = nn.Linear(4, 8), nn.Linear(4, 8)
+            self.second, self.third = nn.Linear(8, 5), nn.Linear(8, 5)
+            self.third.weight, self.third.bias = self.second.weight, self.second.bias
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return self.second(self.first(rows).sigmoid()) + 2 * self.third(self.other(rows).relu())
+
+    torch.manual_seed(0)
+    net, rows = Tied().double(), torch.rand(3, 4, dtype=torch.float64)
+    masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "other")}
+    dense = to_dense(net, rows, masks, constants="keep")
+    assert dense.third.weight is dense.second.weight
+    assert "modules that shared these have one each now, as they differ: second.bias, third.bias" in dense.report.notes
+    for name in ("first", "other"):
+        layer = net.get_submodule(name)
+        layer.weight[GONE], layer.bias[GONE] = 0, 0
+    assert gap(dense(rows), net(rows)) < 1e-9
+
+
+def test_another_word_is_refused():
+    net, images = made(nn.ReLU(), [nn.Conv2d(8, 6, 1)])
+    with pytest.raises(ConfigError, match="constants must be a known name, got 'fold'; known: keep, zero"):
+        to_dense(net, images, {"first": filter_mask(net.first, GONE)}, constants="fold")
+
+
+class Shifted(nn.Module):
+    """A layer, a parameter of the model's own and another layer."""
+
+    def __init__(self, shape: tuple[int, ...], last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), last
+        self.shift = nn.Parameter(torch.randn(shape))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.first(images).flatten(2).transpose(1, 2) + self.shift)
+
+
+@torch.no_grad()
+def test_a_parameter_that_is_added_is_kept_where_constants_are():
+    net, images = Shifted((1, 1, 8), nn.Linear(8, 5)).double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    masks = {"first": filter_mask(net.first, GONE)}
+    masked = copy.deepcopy(net)
+    masked.first.weight[GONE], masked.first.bias[GONE] = 0, 0
+    kept = to_dense(net, images, masks, constants="keep")
+    assert kept.first.out_channels == 8 - len(GONE)
+    assert gap(kept(images), masked(images)) < 1e-9
+    assert kept.report.notes == ()
+    assert gap(to_dense(net, images, masks)(images), masked_model(net, images, masks)(images)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("shape", "last"), [((1, 36, 8), nn.Linear(8, 5)), ((8,), nn.Linear(8, 5, bias=False))], ids=["places", "no bias"]
+)
+def test_what_no_layer_can_keep_is_named(shape, last):
+    net, images = Shifted(shape, last).eval(), torch.randn(2, 3, 6, 6)
+    masks = {"first": filter_mask(net.first, GONE)}
+    (note,) = to_dense(net, images, masks, constants="keep").report.notes
+    assert note == "what pruned channels contribute is no constant that can be kept, and is dropped: last"
+    assert to_dense(net, images, masks).report.notes == ()
+
+
+def test_a_border_beyond_which_constants_go_on_is_named():
+    net, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 3, padding=1)])
+    masks = {"first": filter_mask(net.first, GONE)}
+    report = to_dense(net, images, masks, constants="keep").report
+    assert "kept constants go on beyond the border that these layers pad with zeros: behind.0" in report.notes
+    assert repr(report).endswith(report.notes[-1])
+
+
+@torch.no_grad()
+def test_norms_whose_constants_differ_in_training_are_named():
+    net, images = made(nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(8)), [nn.Conv2d(8, 6, 1)])
+    masks = {"first": filter_mask(net.first, GONE)}
+    (note,) = to_dense(net, images, masks, constants="keep").report.notes
+    assert note.startswith("constants after batch norms are those of evaluation mode")
+    assert note.endswith(": between.1")
+    assert to_dense(net, images, masks).report.notes == ()

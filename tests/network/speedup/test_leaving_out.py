@@ -1,0 +1,202 @@
+"""A layer that reads a removed channel reads a zero, whatever an operation before it has made of it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from speedup_nets import Doubling, Net, Rows, filter_mask, lively
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nni_topo.speedup import dependency_groups, masked_model, to_dense
+
+GONE = [1, 2, 4, 5]  # equally many of both groups
+BY_TYPE = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
+
+
+class Added(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        images += 0.5
+        return images
+
+
+class Positions(nn.Module):
+    """Something else at every place."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.cos() * torch.linspace(0.5, 2.0, images.shape[-1]).to(images)
+
+
+class Gated(nn.Module):
+    """Times a gate that depends on the image, and is the same at every place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(8, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.sigmoid() * self.gate(images).mean((2, 3), keepdim=True)
+
+
+class Twice(nn.Module):
+    """A layer that is read by its norm and beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.layer(images)
+        return x + self.norm(x)
+
+
+BETWEEN = {
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+    "added in place": Added,
+    "positions": Positions,
+    "gate": Gated,
+    "shift of a norm": lambda: nn.BatchNorm2d(8),
+    "norm of a sigmoid": lambda: nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(8), nn.Sigmoid()),
+}
+BEHIND = {
+    "bias": lambda: [nn.Conv2d(8, 6, 3)],
+    "no bias": lambda: [nn.Conv2d(8, 6, 1, bias=False)],
+    "zeros beyond the border": lambda: [nn.Conv2d(8, 6, 3, padding=1)],
+    "zeros around what enters": lambda: [nn.ZeroPad2d(1), nn.Conv2d(8, 6, 3)],
+    "reflected border": lambda: [nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect")],
+    "groups": lambda: [nn.Conv2d(8, 6, 3, padding=1, groups=2, bias=False)],
+    "transposed": lambda: [nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1)],
+    "one place": lambda: [nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 6, 1)],
+    "linear": lambda: [Rows(nn.Linear(8, 6))],
+    "recurrent": lambda: [Rows(nn.GRU(8, 6, batch_first=True))],
+    "own class": lambda: [Doubling(8, 6, 3)],
+    "norm that isn't alone": lambda: [Twice()],
+}
+
+
+def made(between: str, behind: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    net = lively(Net(BETWEEN[between](), *BEHIND[behind]()).eval()).double()
+    return net, torch.rand(2, 3, 10, 10, dtype=torch.float64)
+
+
+def without_weights(net: Net) -> Net:
+    """Zero the weights with which the layer behind reads the removed channels, and those of the gate."""
+    net = copy.deepcopy(net)
+    for reader in (*net.between.modules(), *net.behind.modules()):
+        if isinstance(reader, nn.GRU):
+            reader.weight_ih_l0.data[:, GONE] = 0
+        elif isinstance(reader, nn.ConvTranspose2d):
+            reader.weight.data[GONE] = 0
+        elif isinstance(reader, (nn.Conv2d, nn.Linear)):
+            each = 8 // getattr(reader, "groups", 1)
+            for channel in GONE:
+                rows = slice(0, 6) if each == 8 else slice(channel // each * 3, channel // each * 3 + 3)
+                reader.weight.data[rows, channel % each] = 0
+    return net
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("behind", BEHIND)
+@torch.no_grad()
+@pytest.mark.quick_every(4)
+def test_a_layer_reads_zeros_in_place_of_removed_channels(between, behind):
+    net, images = made(between, behind)
+    assert dependency_groups(net, images, BY_TYPE).skipped.keys() == {"head"}
+    masks, before = {"first": filter_mask(net.first, GONE)}, copy.deepcopy(net.state_dict())
+    dense, masked = to_dense(net, images, masks), masked_model(net, images, masks)
+    assert dense.first.out_channels == 4
+    assert (dense.report.kept, dense.report.notes) == ((), ())
+    others = torch.randn(3, 3, 12, 10, dtype=torch.float64)
+    expected = without_weights(net)(others)
+    torch.testing.assert_close(dense(others), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(masked(others), expected, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    # In training mode a batch norm has the statistics of the batch, of each channel by itself.
+    torch.testing.assert_close(dense.train()(others), masked.train()(others), rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_depth_wise_convolution_makes_nothing_of_removed_channels_that_is_read():
+    net, images = made("sigmoid", "bias")
+    net.behind = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Sigmoid(), nn.Conv2d(8, 6, 1)).double()
+    masks = {"first": filter_mask(net.first, GONE)}
+    dense = to_dense(net, images, masks)
+    assert (dense.behind[0].groups, dense.behind[2].in_channels) == (4, 4)
+    net.behind[2].weight[:, GONE] = 0
+    torch.testing.assert_close(dense(images), net(images), rtol=1e-9, atol=1e-12)
+
+
+class Decoder(nn.Module):
+    """A recurrent layer whose first state is as wide as what it reads, as between encoders and decoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.first = nn.Linear(4, 8), nn.Linear(4, 8)
+        self.reader, self.head = nn.GRU(8, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        state = self.state(rows[:, 0]).tanh()[None]
+        return self.head(self.reader(self.first(rows).sigmoid(), state)[0])
+
+
+@torch.no_grad()
+def test_the_first_state_of_a_recurrent_layer_is_read_as_it_is():
+    torch.manual_seed(0)
+    net, rows = Decoder().double().eval(), torch.randn(2, 5, 4, dtype=torch.float64)
+    assert dependency_groups(net, rows, BY_TYPE).skipped.keys() == {"head"}
+    dense = to_dense(net, rows, {"first": filter_mask(net.first, GONE)})
+    assert (dense.reader.input_size, dense.reader.hidden_size) == (4, 8)
+    net.reader.weight_ih_l0[:, GONE] = 0
+    torch.testing.assert_close(dense(rows), net(rows), rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+def test_each_of_two_layers_that_share_weights_reads_its_own_channels():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = nn.Linear(4, 8), nn.Linear(4, 8)
+            self.second, self.third = nn.Linear(8, 5), nn.Linear(8, 5)
+            self.third.weight, self.third.bias = self.second.weight, self.second.bias
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return self.second(self.first(rows).sigmoid()) + 2 * self.third(self.other(rows).relu())
+
+    torch.manual_seed(0)
+    net, rows = Tied().double(), torch.rand(3, 4, dtype=torch.float64)
+    masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "other")}
+    dense = to_dense(net, rows, masks)
+    assert dense.second.in_features == 4
+    assert dense.third.weight is dense.second.weight
+    assert dense.third.bias is dense.second.bias
+    net.second.weight[:, GONE] = 0
+    torch.testing.assert_close(dense(rows), net(rows), rtol=1e-9, atol=1e-12)
+
+
+class Apart(nn.Module):
+    """An operation over all channels, which isn't a norm that this package knows."""
+
+    def __init__(self, operation) -> None:
+        super().__init__()
+        self.first, self.operation, self.head = nn.Linear(4, 8), operation, nn.Linear(8, 2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.head(self.operation(self.first(rows)))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x.softmax(-1),
+        lambda x: functional.normalize(x.sigmoid(), dim=-1),
+        lambda x: x.sigmoid() / x.sigmoid().sum(-1, keepdim=True),
+        lambda x: functional.layer_norm(x, (8,)),
+    ],
+)
+def test_layers_stay_whole_where_what_is_left_depends_on_what_is_removed(operation):
+    skipped = dependency_groups(Apart(operation).eval(), torch.randn(3, 4), BY_TYPE).skipped
+    assert "removed channels" in skipped["first"]
