@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nni_topo.network.layers.norms import channel_dim
@@ -22,8 +21,9 @@ class OverKept(nn.Module):
     def __reduce__(self) -> Any:
         return _made, (self.whole,), dict(vars(self))  # its class has no name by which pickle finds it
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run on the channels of ``(batch, channels, ...)`` or ``(..., channels)`` that are left."""
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Run on the channels of ``(batch, channels, ...)`` or ``(..., channels)`` that are left: of one argument."""
+        (x,) = (*args, *kwargs.values())
         small: Any = copy.copy(self)
         small.__class__ = self.whole
         small._parameters = dict(self._parameters)
@@ -31,7 +31,8 @@ class OverKept(nn.Module):
         if self.whole is not nn.Conv1d:
             cut("", small, kept, kept)
         found: Tensor = small.forward(x.index_select(dim, kept))
-        return torch.zeros_like(x, dtype=found.dtype).index_copy(dim, kept, found)
+        shape = [*found.shape[:dim], x.shape[dim], *found.shape[dim % x.dim() + 1 :]]
+        return found.new_zeros(shape).index_copy(dim, kept, found)
 
 
 def run_over_kept(module: Any, kept: Tensor) -> None:

@@ -71,8 +71,10 @@ class _ReadZeros:
     def __init__(self, kept: Tensor, dim: int) -> None:
         self.kept, self.dim = kept, dim
 
-    def __call__(self, _: Any, args: Any, kwargs: Any) -> Any:
-        """Return the arguments with zeros."""
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Return the arguments with zeros; a recurrent layer's state isn't what it reads."""
+        if isinstance(module, nn.RNNBase) and args:
+            return (tree_map_only(Tensor, self._zeroed, args[0]), *args[1:]), kwargs
         return tree_map_only(Tensor, self._zeroed, (args, kwargs))
 
     def _zeroed(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.layers.kinds import WEIGHTED
 from nni_topo.network.runtime.arguments import check_model
-from nni_topo.network.runtime.copies import detached_copy, evaluating
+from nni_topo.network.runtime.copies import evaluating, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
 
 
@@ -45,7 +45,7 @@ def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
     if not bool(torch.isfinite(inputs).all()):
         raise DataError("inputs must be finite, got NaN or infinity (inputs)")
     check_model(model)
-    net = evaluating(detached_copy(model))
+    net = evaluating(unwrapped_copy(model))
     net.requires_grad_(False)
     recording = trace(net, call_arguments(inputs, model))
     graph_module = recording.graph_module
