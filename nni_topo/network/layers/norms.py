@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.network.runtime.modules import put_attribute
+from nni_topo.network.runtime.switches import random_state_kept
 
 _NEAR = 1e-4  # of values near one, with squares in single precision
 
@@ -36,36 +37,47 @@ def channel_dim(norm: nn.Module) -> int | None:
         width = own[0].numel()
         if has_others or width < 2 or any(each.numel() != width or max(each.shape) != width for each in own):
             return None
-    if "forward" in vars(norm):  # accelerate puts its own in place
-        return _channel_dim(norm, own)
+    held = [{name: each for name, each in vars(part).items() if name not in _USUAL} for part in parts]
+    if not all(_is_plain(each) for values in held for each in values.values()):
+        # A part may hold anything, such as a function that it calls: then a norm is tried each time, and no gate.
+        return _channel_dim(norm, own) if own else None
+    if not own and any(parameter.is_meta for parameter in norm.parameters()):
+        return None
     shapes = [(name, tuple(each.shape)) for name, each in norm.named_parameters()]
-    plain = [(name, each) for name, each in vars(norm).items() if isinstance(each, (int, float, str, tuple))]
-    key = type(norm), f"{shapes} {plain} {norm}"
+    key = type(norm), f"{shapes} {held} {norm}"
     if key not in _KNOWN:
         _KNOWN[key] = _channel_dim(norm, own)
     return _KNOWN[key]
 
 
 _KNOWN: dict[Any, int | None] = {}  # by class, shapes, numbers and parts of a module, for it is asked often
+_USUAL = vars(nn.Module()).keys() - {"training"}
 _MOST_PARTS = 12  # of a module that works over channels: pools, a convolution of what they give, an activation
 _WIDTH = 6  # at which a module is tried that holds nothing for each channel
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, str))
 
 
 def _channel_dim(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
     width = own[0].numel() if own else _WIDTH
     if norm._modules:
         norm = copy.deepcopy(norm).to("cpu", torch.float32).eval()
-    order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
+    drawing = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.arange(1, width, 2), torch.arange(0, width, 2)])  # across groups and neighbours
     numbers = [torch.linspace(0.5, 1.5 + at, width).view(each.shape) for at, each in enumerate(own)]
     one = _with_parameters(norm, numbers)
     other = _with_parameters(norm, [each.flatten()[order].view(each.shape) for each in numbers])
-    images = torch.linspace(-9, 9, 24 * width).sin().view(2, 3, 4, width)
+    images = torch.randn(2, 3, 4, width, generator=drawing)
     # Norms with the channels first may take texts, of three dimensions, alone. What holds nothing for each channel may
     # treat places alike, and only images with the channels first tell these from channels.
     for x in (images, images.flatten(1, 2)) if own else (images,):
         for dim in (-1, 1) if own else (1,):
             try:
-                with torch.no_grad():
+                with torch.no_grad(), random_state_kept():
                     given = one.forward(x.movedim(-1, dim)).movedim(dim, -1)
                     turned = other.forward(x[..., order].movedim(-1, dim)).movedim(dim, -1)
                     others = torch.cat([x[..., :1], 1 - x[..., 1:]], -1)

@@ -23,6 +23,7 @@ from nni_topo.network.graph.nodes import ShapeNoting, on_modules
 from nni_topo.network.graph.tracing import arguments, layer_sizes, trace
 from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.copies import evaluating, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.inputs import Call, tensors_of
@@ -221,6 +222,8 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
         for name, dim in own_widths.items():
             take_own_width(model.get_submodule(name), dim)
         adopt(model)
+        for module in model.modules():
+            channel_dim(module)  # which runs it: not while the model is recorded
         return model
 
     model = copied()

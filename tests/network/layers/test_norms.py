@@ -72,12 +72,12 @@ class InSingle(nn.LayerNorm):
 DIMS = {
     -1: [
         nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False), nn.RMSNorm(4), Root(), Root(shift=1.0), Written(),
-        ResponseNorm(4), InSingle(4), InSingle(4).bfloat16(), Root().double(),
+        ResponseNorm(4), InSingle(4), InSingle(4).bfloat16(), Root().double(), WithChild(),
     ],
     1: [nn.BatchNorm2d(4), nn.InstanceNorm1d(4), nn.GroupNorm(2, 4), ChannelsFirst(4), ResponseNorm(4, dim=1)],
     None: [
         nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4)), ChannelsFirst((2, 4)), nn.Linear(4, 4), nn.PReLU(4),
-        LayerScale(), OverGroups(4), OverPlaces(), Refusing(), WithBuffer(), WithChild(), Root(1),
+        LayerScale(), OverGroups(4), OverPlaces(), Refusing(), WithBuffer(), Root(1),
     ],
 }  # fmt: skip
 

@@ -49,7 +49,7 @@ def normalized(images: Tensor) -> Tensor:
 
 
 MIXED = {
-    "response norm": nn.LocalResponseNorm(3, alpha=3.0),
+    "sort": Function(lambda images: images.sort(dim=1)[0]),
     "functional softmax": Function(lambda images: functional.softmax(images, dim=1)),
 }
 
@@ -62,7 +62,7 @@ def test_values_of_removed_channels_that_an_operation_reads_name_every_way_on():
     net = Net(Function(normalized)).eval()
     with pytest.raises(SpeedupError, match="got a difference") as caught:
         to_dense(net, images(), {"first": filter_mask(net.first, GONE)})
-    assert "removed channels of first arrive at second as values that aren't zero" in str(caught.value)
+    assert "an operation reads removed channels of first" in str(caught.value)
     assert "exclude first from the config_list (exclude_op_names)" in str(caught.value)
     assert "check=False returns the dense model all the same" in str(caught.value)
 
@@ -116,7 +116,7 @@ def test_every_layer_that_arrives_there_is_named():
 
     net = Sum().eval()
     masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "beside")}
-    with pytest.raises(SpeedupError, match="removed channels of first, beside arrive at second as values"):
+    with pytest.raises(SpeedupError, match="an operation reads removed channels of first, beside"):
         to_dense(net, images(), masks)
 
 
