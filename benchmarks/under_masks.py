@@ -134,11 +134,15 @@ def table(records: list[dict[str, Any]]) -> str:
     rows = []
     for name, share in dict.fromkeys((each["key"][0], each["key"][2]) for each in records):
         mine = [each for each in records if (each["key"][0], each["key"][2]) == (name, share)]
-        lost = [shown([100.0 * (each["masked"] - each[way]) for each in mine], 1) for way in WAYS]
+        lost = []
+        for way in (*WAYS, "original"):
+            values = [100.0 * (each["masked"] - each[way]) for each in mine if way in each]
+            lost.append(shown(values, 1) if values else "")
         accuracies = [shown([100.0 * each[key] for each in mine], 1) for key in ("unpruned", "masked")]
         rows.append([TITLES[name], f"{100 * share:g} %", str(len(mine)), *accuracies, *lost])
     head = ["network", "channels kept", "seeds", "unpruned", "trained under masks", "dense loses"]
-    return markdown_table([*head, 'dense loses, `constants="keep"`'], rows, text_columns=3)
+    head += ['dense loses, `constants="keep"`', "norms over the original width lost"]
+    return markdown_table(head, rows, text_columns=3)
 
 
 def table_of_norms(records: list[dict[str, Any]]) -> str:
