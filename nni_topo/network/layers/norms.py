@@ -41,7 +41,8 @@ def channel_dim(norm: nn.Module) -> int | None:
     if not all(_is_plain(each) for values in held for each in values.values()):
         # A part may hold anything, such as a function that it calls: then a norm is tried each time, and no gate.
         return _channel_dim(norm, own) if own else None
-    if not own and any(parameter.is_meta for parameter in norm.parameters()):
+    numbers = list(norm.parameters())
+    if not own and (any(each.is_meta for each in numbers) or sum(each.numel() for each in numbers) > _MOST_NUMBERS):
         return None
     shapes = [(name, tuple(each.shape)) for name, each in norm.named_parameters()]
     key = type(norm), f"{shapes} {held} {norm}"
@@ -53,6 +54,7 @@ def channel_dim(norm: nn.Module) -> int | None:
 _KNOWN: dict[Any, int | None] = {}  # by class, shapes, numbers and parts of a module, for it is asked often
 _USUAL = vars(nn.Module()).keys() - {"training"}
 _MOST_PARTS = 12  # of a module that works over channels: pools, a convolution of what they give, an activation
+_MOST_NUMBERS = 256  # that it holds; CBAM's gate has 98 weights
 _WIDTH = 6  # at which a module is tried that holds nothing for each channel
 
 
