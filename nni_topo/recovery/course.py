@@ -33,9 +33,11 @@ _FORMAT = "nni-topo distillation 5"
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 _FALL = 0.4  # share of a course in which the rate falls to zero, at its end
-_LOOKS = 25  # how often a course of full length looks at the held-out loss
 _WINDOW = 4  # looks whose mean is compared with the mean of the four before them: at a high rate single losses jump
 _PROGRESS = 0.02  # share of the earlier mean by which a smaller one counts as progress
+
+LOOKS = 25
+"""How often a course of full length looks at the held-out loss."""
 
 MOST_LOST = 20.0
 """A network is lost whose held-out loss is so many times the first."""
@@ -125,6 +127,10 @@ class Clock:
         yield
         self._seconds_a_sample = min(self._seconds_a_sample, (time.perf_counter() - began) / samples)
 
+    def seconds_of_judging(self, samples: int) -> float:
+        """Return how long judging so many samples takes; 0 as long as nothing was judged."""
+        return self._seconds_a_sample * samples if math.isfinite(self._seconds_a_sample) else 0.0
+
     @property
     def spent(self) -> float:
         """Seconds since the beginning."""
@@ -135,8 +141,7 @@ class Clock:
         """Seconds that are left for steps; infinite without a limit."""
         if self.seconds is None:
             return math.inf
-        reserve = self._seconds_a_sample * self.judged_at_end if self.judged_at_end else 0.0
-        return self.seconds - reserve - self.spent
+        return self.seconds - self.seconds_of_judging(self.judged_at_end) - self.spent
 
     def go_on_from(self, spent: float) -> None:
         """Count the seconds that an interrupted run had spent."""
@@ -180,6 +185,7 @@ class Course:
         self.done = 0  # steps
         self.curve: list[Look] = []  # the held-out loss along the course
         self.is_given_up = False  # whether it ended because the held-out loss grew
+        self.is_out_of_time = False  # whether it ended because time allows no further step
         self._looked = 0.0  # share of the course at the last look
         self._began = self.clock.spent
         if self.path is not None and self.path.exists():
@@ -216,15 +222,20 @@ class Course:
         with learning(self.student, batch_norms(self.student) if self.is_normed else []):
             shown = bar("distill", progress, range(self.done, total), total=total, done=self.done)
             for step in shown:
-                if self.done > before and self.clock.seconds is not None:
-                    # So that the time left that is shown is no more than the limit leaves.
-                    seconds_of_a_step = (time.perf_counter() - began) / (self.done - before)
-                    shown.total = min(total, self.done + 1 + int(max(self.clock.left, 0.0) / seconds_of_a_step))
+                if self.clock.seconds is not None:
+                    # With its looks; the first one may take longer, and is taken if there is any time.
+                    seconds_of_a_step = (time.perf_counter() - began) / max(self.done - before, 1)
+                    if self.clock.left <= 0.0 or self.clock.left < seconds_of_a_step:
+                        self.is_out_of_time = True
+                        break
+                    if self.done > before:
+                        # So that the time left that is shown is no more than the limit leaves.
+                        shown.total = min(total, self.done + 1 + int(self.clock.left / seconds_of_a_step))
                 share = step / total  # of the steps, or of the time, that is used up
                 if self.clock.seconds is not None:
                     taken = self.clock.spent - self._began
                     share = max(share, taken / max(taken + self.clock.left, 1e-9))
-                if look is not None and int(share * _LOOKS) > int(self._looked * _LOOKS) and self.done:
+                if look is not None and int(share * LOOKS) > int(self._looked * LOOKS) and self.done:
                     self._look(look(self.student), share, first, total)
                     self._looked = share
                 if self.is_given_up or share >= self._end:
@@ -291,6 +302,40 @@ class Course:
         write_tensors(self.path, parts)
 
 
+def tried_steps(total: int) -> int:
+    """Return how many steps the range test takes at each rate, where a whole course has ``total`` of them."""
+    return max(_LEAST_TRIED, round(_SHARE * total))
+
+
+def timed_step(
+    lesson: Teacher,
+    student: Callable[[], nn.Module],
+    batches: Callable[[], Batches],
+    *,
+    is_normed: bool,
+    processes: Processes | None = None,
+) -> float:
+    """Return the seconds of a step on the first batch, whose answers are known; arguments as of `try_rates`.
+
+    One step before it isn't timed: libraries are loaded, programs chosen and the unpruned network asked. Of short ones
+    three are timed, and the fastest counts.
+    """
+    taken: list[float] = []
+    # Processes take their steps together, whatever the time of each.
+    while len(taken) < 2 or (len(taken) < 4 and sum(taken) < 1.0 and processes is None):
+        course = Course(student(), is_normed=is_normed, rate=min(RATES), processes=processes)
+        began = time.perf_counter()
+        course.run(lesson, batches(), 1, progress=False)
+        wait_for(course.student)
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
+
+
+def wait_for(student: nn.Module) -> None:
+    """Wait until a device has computed what Python has asked it for."""
+    next(student.parameters()).flatten()[:1].cpu()
+
+
 def try_rates(
     lesson: Teacher,
     student: Callable[[], nn.Module],
@@ -303,6 +348,7 @@ def try_rates(
     is_normed: bool,
     rates: Sequence[float] = RATES,
     clock: Clock | None = None,
+    seconds_of_a_step: float = 0.0,
     progress: bool | None = None,
     processes: Processes | None = None,
 ) -> tuple[RateTrial, ...]:
@@ -313,26 +359,22 @@ def try_rates(
     ``constant`` for a network that always gives the same answer. A whole course has ``total`` steps.
 
     No rate is taken if all break the network. Under a limit of time each rate takes 3 % of what is left, or three steps
-    where these take longer; no other rate is tried where time allows fewer than twenty more steps, and none at all
-    where it is over.
+    where these take longer, by ``seconds_of_a_step``; no other rate is tried where time allows fewer than twenty more
+    steps, and none at all where it is over.
     """
     clock = clock or Clock()
     if clock.left <= 0.0:
         return ()
-    steps = max(_LEAST_TRIED, round(_SHARE * total))
+    steps = tried_steps(total)
 
-    def tried(rate: float, steps: int) -> nn.Module:
+    def tried(rate: float) -> nn.Module:
         course = Course(student(), is_normed=is_normed, rate=rate, warmup=_RISE, falls_from=_RISE, processes=processes)
         course.run(lesson, batches(), steps, progress=False)
-        next(course.student.parameters()).flatten()[:1].cpu()  # a device computes on while Python does: this waits
+        wait_for(course.student)
         return course.student
 
     least_left = -math.inf  # seconds that are left for the course
     if clock.seconds is not None:
-        tried(min(rates), 1)  # the first step takes longer: libraries are loaded and programs chosen
-        began = clock.spent
-        tried(min(rates), _LEAST_KNOWN)
-        seconds_of_a_step = (clock.spent - began) / _LEAST_KNOWN
         least_left = _LEAST_LEFT * seconds_of_a_step
         steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / seconds_of_a_step)))
     most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(constant - first))
@@ -340,7 +382,7 @@ def try_rates(
     for rate in bar("learning rate", progress, rates):
         if clock.left < least_left:
             break
-        loss = judge(tried(rate, steps))
+        loss = judge(tried(rate))
         found.append(RateTrial(rate, steps, loss, loss <= most))
         if found[-1].is_taken:
             break

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -33,14 +34,16 @@ from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import check_samples_first, first_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, batch_size, calls, tensors_of
+from nni_topo.network.runtime.inputs import Call, at_once, batch_size, calls, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
+from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
 from nni_topo.recovery.course import (
+    LOOKS,
     MOST_LOST,
     RATES,
     Batches,
@@ -50,10 +53,14 @@ from nni_topo.recovery.course import (
     RateTrial,
     learning,
     read_state,
+    timed_step,
+    tried_steps,
     try_rates,
+    wait_for,
 )
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
+    VIEWS,
     Augment,
     Judgement,
     Lesson,
@@ -78,6 +85,7 @@ _STEPS, _PASSES = 600, 10
 _SHOWN = 16  # digits of a hash that a state's file and errors have
 _BATCH_NORM_IMAGES = 256
 _FEW = 25  # held-out images below which a result that is kept was often worse on other images
+_TIMED = 16  # samples of the step that is timed before there is a smaller model
 _LOOKED_AT = 256  # held-out images at most that are looked at while learning goes on; all of them judge the result
 
 _POSITIVE = number(0.0, closed="neither")
@@ -338,10 +346,10 @@ def distillation(
             return lesson.judge(net, index)
 
     before = judge(student, held)
-    clock.judged_at_end = len(held)
+    looked_at = held[:_LOOKED_AT]
+    clock.judged_at_end = len(looked_at) + len(held)
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
         clock.judged_at_end += len(held) + len(learned)
-    looked_at = held[:_LOOKED_AT]
     first = before.loss if len(looked_at) == len(held) else judge(student, looked_at).loss
 
     def courses_batches() -> Batches:
@@ -368,6 +376,7 @@ def distillation(
             is_normed=is_normed,
             rates=rates,
             clock=clock,
+            seconds_of_a_step=seconds_of_a_step,
             progress=progress,
             processes=processes,
         )
@@ -376,9 +385,26 @@ def distillation(
     is_out_of_time = False
     rate = math.nan if lr is None else lr
     goes_on = state is not None and path_of(state, "state").exists()
-    if is_normed and not goes_on and before.loss > 0.0:
+    if is_normed and not goes_on and before.loss > 0.0 and clock.left > 0.0:
         # Networks that were trained with fixed statistics, or on other images, break by the statistics of the batches.
         is_normed = loss_of(_student(dense, pool), is_normed) <= MOST_LOST * first
+    seconds_of_a_step = 0.0
+    if not goes_on and before.loss > 0.0 and clock.left > 0.0:
+        seconds_of_a_step = timed_step(
+            lesson, lambda: _student(dense, pool), courses_batches, is_normed=is_normed, processes=processes
+        )
+        count = len(RATES) if lr is None else 0  # rates that are tried at most
+        tried = count * tried_steps(most_steps)
+        judged = (LOOKS + count) * len(looked_at) + clock.judged_at_end
+        views = VIEWS if is_blended or augment is not None else 1
+        answered = min(most_steps * batch_size, views * len(learned))
+        needed = (most_steps + tried) * seconds_of_a_step
+        needed += clock.seconds_of_judging(judged) + lesson.seconds_of_answers(answered)
+        text = f"distillation takes at most about {duration(needed)}: {most_steps} steps of "
+        text += f"{duration(seconds_of_a_step)} each" + (f", {tried} to find the learning rate" if tried else "")
+        text += "; seconds= limits it" if seconds is None else f"; seconds= ends it after {duration(seconds)}"
+        is_long = seconds is None and needed > LONG
+        _logger.log(logging.WARNING if is_long else logging.INFO, "%s", text)
     if goes_on:
         rate = 0.0  # the file has its own
     elif before.loss == 0.0:
@@ -433,7 +459,7 @@ def distillation(
             first=first,
             look=lambda net: judge(net, looked_at).loss,
         )
-        is_out_of_time = clock.left <= 0.0
+        is_out_of_time = course.is_out_of_time or clock.left <= 0.0
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
         if course.is_given_up:
             _logger.info(
@@ -442,17 +468,18 @@ def distillation(
                 taken,
                 most_steps,
             )
-        student = course.student
-        if processes is not None:  # on processors of other kinds the same steps end in other last digits
-            processes.agree(list(named_tensors(student).values()), "the learned weights")
-        after = lesson.judge(student, held)
-        if course.is_normed and math.isfinite(after.loss):
-            # Views and blends differ from the images that will come. Statistics of the images as they are may be better
-            # or worse than the statistics of the steps: the held-out images decide.
-            measured = recalibrate_batch_norm(student, lesson.plain(student, learned))
-            judged_again = lesson.judge(measured, held)
-            if judged_again.loss < after.loss:
-                student, after = measured, judged_again
+        if taken:
+            student = course.student
+            if processes is not None:  # on processors of other kinds the same steps end in other last digits
+                processes.agree(list(named_tensors(student).values()), "the learned weights")
+            after = lesson.judge(student, held)
+            if course.is_normed and math.isfinite(after.loss):
+                # Views and blends differ from the images that will come. Statistics of the images as they are may be
+                # better or worse than the statistics of the steps: the held-out images decide.
+                measured = recalibrate_batch_norm(student, lesson.plain(student, learned))
+                judged_again = lesson.judge(measured, held)
+                if judged_again.loss < after.loss:
+                    student, after = measured, judged_again
         is_kept = is_better(after, before)
     result = detached_copy(dense)
     if is_kept:
@@ -527,11 +554,13 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     temperature : float, default=2.0
         Logits are divided by it, above 0; for ``"kl"``.
     steps : int, optional
-        Gradient steps at most, at least 1; by default 600, or ten passes over the images where that is more. They end
+        Gradient steps at most, at least 1; by default 600, or ten passes over the images, whichever is more. They end
         earlier where the loss on the held-out images makes no more progress.
     seconds : float, optional
-        Budget of wall time, above 0, for the whole call: the range test, the steps and the judging. With a budget that
-        binds, the result depends on the machine's speed.
+        Budget of wall time, above 0, for the whole call: comparing both networks before the first step, the range test,
+        the steps and the judging. No step begins that wouldn't end in time; the comparison alone takes what it takes.
+        With a budget that binds, the result depends on the machine's speed. Without one a message before the first step
+        says how long the call takes at most, a warning where that is more than ten minutes.
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
@@ -757,11 +786,12 @@ def check_can_learn(
     blend: bool = True,
     precision: Precision = "float32",
     is_shared: bool = False,
-) -> None:
+) -> float:
     """Raise the errors of `distillation` that a model's outputs for a batch show, before there is a smaller model.
 
     ConfigError for outputs that can't be compared, or where processes share the images (``is_shared``) and one can't
-    learn from its own alone; GradientError for outputs without gradients.
+    learn from its own alone; GradientError for outputs without gradients. Returned are the seconds that a sample takes
+    in a gradient step.
     """
     check_precision(precision, device_of(model), "distill")
     check_any_count(model, call, "model")
@@ -770,6 +800,17 @@ def check_can_learn(
     if is_shared:
         _check_together(model, lesson.kind, is_blended=blend and is_blendable(call))
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))), 0)
+    # Of few samples: the model may need more memory for a whole batch than the smaller one will.
+    few = torch.arange(at_once(min(_TIMED, batch_size(call))))
+    inputs, wanted = next(lesson.batches(few, len(few), 0, None, False))
+    seconds = 0.0
+    with learning(student, []):
+        for _ in range(2):  # the first run takes longer: libraries are loaded and programs chosen
+            began = time.perf_counter()
+            backward_in(precision, device_of(student), lesson.objective(student, inputs, wanted))
+            wait_for(student)
+            seconds = time.perf_counter() - began
+    return seconds / len(few)
 
 
 def check_state(state: str | Path | None, unpruned: nn.Module, dense: nn.Module | None = None) -> dict[str, str]:

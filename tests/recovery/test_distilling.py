@@ -717,16 +717,48 @@ def watch(watch, monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize(("seconds", "is_out_of_time"), [(6.5, False), (6.0, True)])
-def test_time_is_over_where_none_is_left(watch, seconds, is_out_of_time):
-    """One pass shows that gradients can be taken, and five are steps."""
+@pytest.mark.parametrize(("seconds", "steps", "is_out_of_time"), [(8.5, 5, False), (8.0, 5, True), (7.9, 4, True)])
+def test_time_is_over_where_none_is_left(watch, seconds, steps, is_out_of_time):
+    """One pass shows that gradients can be taken, two time a step, and five are steps."""
     found = distillation(Taking(4).eval(), pair()[1], batches(), seconds=seconds, lr=1e-3, steps=5)
-    assert (found.steps, found.is_out_of_time) == (5, is_out_of_time)
+    assert (found.steps, found.is_out_of_time) == (steps, is_out_of_time)
 
 
-@pytest.mark.parametrize(("seconds", "trials"), [(33.0, 3), (60.0, 5)])
+@pytest.mark.parametrize("is_normed", [False, True])
+@pytest.mark.parametrize("lr", [None, 1e-3])
+@pytest.mark.parametrize("seconds", [8.0, 33.0, 60.0, 150.0])
+def test_seconds_hold_for_the_whole_call(watch, monkeypatch, seconds, lr, is_normed):
+    """A look at the 40 held-out samples takes two seconds, and new statistics of norms another fourteen."""
+    monkeypatch.setattr(Taking, "seconds", 0.05)
+    dense, original = Taking(4, norm=is_normed).eval(), pair(norm=is_normed)[1]
+    found = distillation(dense, original, batches(320), seconds=seconds, lr=lr)
+    assert found.seconds < seconds + 1.0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "level", "words"),
+    [
+        (
+            {"steps": 20},
+            "INFO",
+            "at most about 70 s: 20 steps of 1 s each, 50 to find the learning rate; seconds= limits",
+        ),
+        ({"steps": 20, "lr": 1e-3}, "INFO", "at most about 20 s: 20 steps of 1 s each; seconds= limits it"),
+        ({"lr": 1e-3}, "WARNING", "at most about 10 minutes: 601 steps of 1 s each; seconds= limits it"),
+        ({"lr": 1e-3, "seconds": 9.0}, "INFO", "10 minutes: 601 steps of 1 s each; seconds= ends it after 9 s"),
+    ],
+)
+def test_the_time_is_told_before_it_is_spent(watch, caplog, knobs, level, words):
+    caplog.set_level("INFO", "nni_topo")
+    distillation(Taking(4).eval(), pair()[1], batches(), **{"steps": 601, **knobs})
+    told = [each for each in caplog.records if "distillation takes" in each.getMessage()]
+    assert [each.levelname for each in told] == [level]
+    assert words in told[0].getMessage()
+
+
+@pytest.mark.parametrize(("seconds", "trials"), [(31.0, 3), (60.0, 5)])
 def test_time_that_allows_no_lower_rate_is_named(watch, seconds, trials):
-    """One pass is a check and four time the steps. With three steps a rate, at least twenty seconds must be left."""
+    """One pass is a check and two time a step. With three steps a rate, at least twenty seconds must be left."""
     dense, original = Taking(4).eval(), pair()[1]
     with torch.no_grad():
         for net in (dense, original):
@@ -735,7 +767,7 @@ def test_time_that_allows_no_lower_rate_is_named(watch, seconds, trials):
     found = distillation(dense, original, images, seconds=seconds, blend=False)
     assert [each.lr for each in found.rates] == list(RATES[:trials])
     assert (math.isnan(found.lr), found.is_out_of_time) == (True, trials < 5)
-    assert found.seconds == 1 + 4 + 3 * trials
+    assert found.seconds == 1 + 2 + 3 * trials
 
 
 class Twin(Processes):
@@ -819,7 +851,7 @@ def test_processes_judge_by_their_images_and_take_all_steps_together(groups, lr)
     assert 0 < len(own) < 48
     assert found.loss_before == pytest.approx(divergence(dense, original, own), rel=1e-4)
     assert found.loss_after == pytest.approx(divergence(found.model, original, own), rel=1e-4)
-    steps = sum(each.steps for each in found.rates) + 4
+    steps = 2 + sum(each.steps for each in found.rates) + 4  # the first two show how long a step takes
     assert data.processes.places.count("the gradients of a step") == steps
     assert data.processes.places.count("the learned weights") == 1
 
