@@ -11,13 +11,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, GradientError, listed
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.latency import measure_latency
-from nni_topo.network.cost.measure import time_shares, timed_pair
+from nni_topo.network.cost.measure import counted_run, time_shares, timed_pair
 from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.layers.kinds import (
     is_transposed_linear,
@@ -27,8 +27,9 @@ from nni_topo.network.layers.kinds import (
     without_plain_weights,
 )
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copies import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import first_call
+from nni_topo.network.runtime.inputs import Call
 from nni_topo.network.runtime.memory import give_back_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.progress import LONG, duration
@@ -64,9 +65,9 @@ from nni_topo.runs.settings import FREE_WIDTHS, Settings, describes
 from nni_topo.runs.widths import as_entries, planned_ratios
 
 # What selecting channels by reconstruction takes, and reconstructing weights as well: passes forward and back over the
-# calibration data, and the seconds of a system of equations by the cube of its columns. Measured on one core:
-# benchmarks/results/speed.md#in-passes-over-the-data.
-_PASSES, _SECONDS_OF_CUBE = 2.0, 4e-11
+# calibration data, and seconds for each product of `_products`. Measured on one core.
+_PASSES, _SECONDS_OF_A_PRODUCT = 2.0, 3e-11
+_POSITIONS = 16  # positions of large feature maps that are drawn for each column, about
 _logger = logging.getLogger(__name__)
 
 
@@ -139,8 +140,7 @@ class Prepared:
         settings, samples = self.settings, self.images.learned.samples
         # A run back takes twice as long as a run forward.
         a_pass = 3.0 * self.measured.seconds_of_a_sample * samples
-        columns = [each[0].numel() for each in self.model.parameters() if each.dim() > 1]
-        solving = _PASSES * a_pass + _SECONDS_OF_CUBE * sum(each**3 for each in columns)
+        solving = _PASSES * a_pass + _SECONDS_OF_A_PRODUCT * _products(self.model, self.analysis.call, samples)
         told, others, total = list[str](), list[str](), 0.0
         if self.depth is not None:
             made *= 3  # each with several numbers of blocks
@@ -438,6 +438,23 @@ def prepare(
     measured.add(UNPRUNED, model)
     prepared = replace(prepared, measured=measured, is_timed=is_timed, seconds_of_a_step=seconds_of_a_step)
     return Depth.on(prepared) if settings.depth else prepared
+
+
+@leaves_models_alone
+def _products(model: nn.Module, call: Call, samples: int) -> float:
+    """Return the products, about, of forming and solving the normal equations of all layers once."""
+    weights = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
+    }
+    _, counted, macs = counted_run(model, call, weights)
+    found = 0.0
+    for name, weight in weights.items():
+        columns = weight[0].numel()
+        positions = samples * macs.within.get(name, 0) / counted / weight.numel()
+        found += columns**2 * (columns + min(positions, _POSITIONS * columns))
+    return found
 
 
 def _checked_network(made: Any, name: str) -> nn.Module:
