@@ -6,6 +6,7 @@ short courses and looks at held-out images, says which learning rate it can take
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -29,7 +30,7 @@ from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.batchnorm import batch_norms
 
-_FORMAT = "nni-topo distillation 5"
+_FORMAT = "nni-topo distillation 6"
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 _FALL = 0.4  # share of a course in which the rate falls to zero, at its end
@@ -52,6 +53,7 @@ course to less than half of it. Above these lines the network is broken.
 _FUSED = ("cpu", "cuda")  # devices on which AdamW takes all parameters together
 
 _LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course may be given up
+_NO_GAIN_AT = 0.2  # share of a course after which it ends if no loss was smaller than the first
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 """Learning rates of AdamW that are tried, the highest first."""
@@ -184,9 +186,12 @@ class Course:
         self._warmup, self._falls_from, self._end = warmup, falls_from, 1.0  # shares of the course
         self.done = 0  # steps
         self.curve: list[Look] = []  # the held-out loss along the course
-        self.is_given_up = False  # whether it ended because the held-out loss grew
+        self.is_given_up = False  # whether it ended because the held-out loss grew, or gained nothing
+        self.gains_nothing = False  # whether it ended because at no rate the held-out loss got smaller
         self.is_out_of_time = False  # whether it ended because time allows no further step
         self._looked = 0.0  # share of the course at the last look
+        self.best: dict[str, Tensor] = {}  # the student's state where two looks in turn were best, if it gained there
+        self.best_step, self._least = 0, math.inf  # its step, and the larger loss of these two looks
         self._began = self.clock.spent
         if self.path is not None and self.path.exists():
             with _reading_state(self.path):
@@ -198,6 +203,7 @@ class Course:
                 self._falls_from, self._end = state["fall"]
                 self.rates = tuple(RateTrial(**each) for each in state["rates"])
                 self.curve = [Look(**each) for each in state["curve"]]
+                self.best, self.best_step, self._least = state["best"], state["best_step"], state["least"]
                 self._began = state["began"]
                 self.clock.go_on_from(state["spent"])
 
@@ -210,11 +216,13 @@ class Course:
         *,
         first: float = math.inf,
         look: Callable[[nn.Module], float] | None = None,
+        again: Callable[[], Batches] | None = None,
     ) -> None:
         """Take the remaining steps, or as many as time and the held-out loss allow.
 
         A course of full length has ``total`` steps. ``look`` returns a network's held-out loss, which was ``first``
-        before the first step; without it the course has its full length.
+        before the first step; without it the course has its full length. ``again`` returns the batches from the first
+        one on; with it a course ends after a fifth that gains nothing.
         """
         rest = itertools.islice(batches, self.done, None)
         began = kept = time.perf_counter()
@@ -237,23 +245,20 @@ class Course:
                     share = max(share, taken / max(taken + self.clock.left, 1e-9))
                 if look is not None and int(share * LOOKS) > int(self._looked * LOOKS) and self.done:
                     self._look(look(self.student), share, first, total)
+                    latest = [each.loss for each in self.curve[-2:]]
+                    if len(latest) == 2 and max(latest) < min(first, self._least):
+                        self._least, self.best_step = max(latest), self.done
+                        self.best = copy.deepcopy(self.student.state_dict())
+                    is_fifth = self._looked < _NO_GAIN_AT <= share and self.done >= _LEAST_STEPS
                     self._looked = share
+                    if again is not None and is_fifth and not self.is_given_up:
+                        self._end_without_gain(lesson, again(), look, first)
                 if self.is_given_up or share >= self._end:
                     break
                 # The first step has the rate of the second one, which isn't zero.
                 rising = max(share, 1.0 / total) / self._warmup if share < self._warmup else 1.0
                 falling = (self._end - share) / (self._end - self._falls_from) if share > self._falls_from else 1.0
-                self.optimizer.param_groups[0]["lr"] = self.rate * max(0.0, min(rising, falling, 1.0))
-                self.optimizer.zero_grad()
-                loss = lesson.objective(self.student, *next(rest))
-                backward_in(lesson.precision, device_of(self.student), loss)
-                if self._processes is not None:  # each has the gradients of its own images
-                    learned = self.optimizer.param_groups[0]["params"]
-                    for parameter in learned:
-                        if parameter.grad is None:
-                            parameter.grad = torch.zeros_like(parameter)
-                    self._processes.add([parameter.grad for parameter in learned], "the gradients of a step")
-                self.optimizer.step()
+                self._step(lesson, next(rest), self.rate * max(0.0, min(rising, falling, 1.0)))
                 self.done += 1
                 if time.perf_counter() - kept >= self._every:
                     self._keep()
@@ -263,6 +268,43 @@ class Course:
             self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], look(self.student)))
         if not self.is_given_up:
             self._keep()
+
+    def _step(self, lesson: Teacher, batch: tuple[Any, list[Tensor]], rate: float) -> None:
+        """Take one step."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.zero_grad()
+        loss = lesson.objective(self.student, *batch)
+        backward_in(lesson.precision, device_of(self.student), loss)
+        if self._processes is not None:  # each has the gradients of its own images
+            learned = self.optimizer.param_groups[0]["params"]
+            for parameter in learned:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self._processes.add([parameter.grad for parameter in learned], "the gradients of a step")
+        self.optimizer.step()
+
+    def _end_without_gain(
+        self, lesson: Teacher, batches: Batches, look: Callable[[nn.Module], float], first: float
+    ) -> None:
+        """End the course if no look has found a smaller loss than the first, and none is found where the rate falls.
+
+        At a high rate many courses show no gain that end with one. So the rate falls to zero in half as many steps as
+        were taken; if that gains, the course goes on from where it was.
+        """
+        if min(each.loss for each in self.curve) < first:
+            return
+        steps, rate = self.done // 2, self.optimizer.param_groups[0]["lr"]
+        before = copy.deepcopy((self.student.state_dict(), self.optimizer.state_dict()))
+        for step, batch in enumerate(itertools.islice(batches, steps)):
+            self._step(lesson, batch, rate * (1.0 - step / steps))
+        loss = look(self.student)
+        if loss < first:
+            self.student.load_state_dict(before[0])
+            self.optimizer.load_state_dict(before[1])
+            return
+        self.done += steps
+        self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
+        self.is_given_up = self.gains_nothing = True
 
     def _look(self, loss: float, share: float, first: float, total: int) -> None:
         """Note the held-out loss, and end the course, or let its rate fall, where that says so."""
@@ -296,6 +338,9 @@ class Course:
             "looked": self._looked,
             "fall": [self._falls_from, self._end],
             "curve": [asdict(each) for each in self.curve],
+            "best": self.best,
+            "best_step": self.best_step,
+            "least": self._least,
             "model": self.student.state_dict(),
         }
         parts = {"format": _FORMAT, "kind": self.kind, **now, "optimizer": self.optimizer.state_dict()}

@@ -132,6 +132,8 @@ class Verdict:
     held_out: int = 0  # samples that decided
     solved_on: int = 0  # of these, samples on which weights of the network had been solved before
     is_out_of_time: bool = False  # whether `seconds` ended it, or the range test
+    weights_of: int = 0  # the step whose weights are kept; 0 if they are discarded
+    gains_nothing: bool = False  # whether it ended after a fifth, because at no rate the loss got smaller
 
     def __repr__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out samples the loss "
@@ -158,6 +160,15 @@ class Verdict:
         else:
             text += f"It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
             text += ", until the time was over" if self.is_out_of_time else ""
+            if self.gains_nothing:
+                text += (
+                    "; it ended there, because the loss got no smaller, neither at this rate nor where the rate fell"
+                )
+            if self.is_kept and 0 < self.weights_of < self.steps:
+                text += (
+                    f"; the weights are those after {self.weights_of} steps, because those at the end are no better "
+                )
+                text += "than without distillation"
             too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
             text += f"; too high: {', '.join(too_high)}" if too_high else ""
         if 0 < self.held_out < _FEW and self.has_anything_to_learn:
@@ -218,6 +229,11 @@ class Distillation(Verdict):
         Number of those on which weights of ``dense`` had been solved before, where it looks better than it is.
     is_out_of_time : bool
         Whether ``seconds`` ended the steps, or the range test before a rate could be taken.
+    weights_of : int
+        The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
+    gains_nothing : bool
+        Whether the steps ended after a fifth of them and half as many in which the rate fell to zero, because the loss
+        on the held-out images was at no look smaller than before the first step.
     outputs : ComparedOutputs or None
         By name, the outputs of the model that were compared and those that weren't.
     """
@@ -395,11 +411,11 @@ def distillation(
         )
         count = len(RATES) if lr is None else 0  # rates that are tried at most
         tried = count * tried_steps(most_steps)
-        judged = (LOOKS + count) * len(looked_at) + clock.judged_at_end
+        looks = (LOOKS + count) * len(looked_at) + clock.judged_at_end
         views = VIEWS if is_blended or augment is not None else 1
         answered = min(most_steps * batch_size, views * len(learned))
         needed = (most_steps + tried) * seconds_of_a_step
-        needed += clock.seconds_of_judging(judged) + lesson.seconds_of_answers(answered)
+        needed += clock.seconds_of_judging(looks) + lesson.seconds_of_answers(answered)
         text = f"distillation takes at most about {duration(needed)}: {most_steps} steps of "
         text += f"{duration(seconds_of_a_step)} each" + (f", {tried} to find the learning rate" if tried else "")
         text += "; seconds= limits it" if seconds is None else f"; seconds= ends it after {duration(seconds)}"
@@ -438,6 +454,7 @@ def distillation(
         of_images = " ".join(fingerprint(each)[:_SHOWN] for each in tensors_of(pool))
         kind |= {**hashes, "the same images in the same order, hash": of_images}
     after, is_kept, taken, curve = before, False, 0, tuple[Look, ...]()
+    weights_of, gains_nothing = 0, False
     if not math.isnan(rate):
         course = Course(
             _student(dense, pool),
@@ -458,28 +475,42 @@ def distillation(
             progress,
             first=first,
             look=lambda net: judge(net, looked_at).loss,
+            again=courses_batches,
         )
         is_out_of_time = course.is_out_of_time or clock.left <= 0.0
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
-        if course.is_given_up:
+        gains_nothing = course.gains_nothing
+        if course.is_given_up and not gains_nothing:
             _logger.info(
                 "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown",
                 rate,
                 taken,
                 most_steps,
             )
-        if taken:
-            student = course.student
+
+        def judged(learned_student: nn.Module) -> tuple[nn.Module, Judgement]:
+            """Return what was learned, with the better statistics of batch norms, and how it is judged."""
             if processes is not None:  # on processors of other kinds the same steps end in other last digits
-                processes.agree(list(named_tensors(student).values()), "the learned weights")
-            after = lesson.judge(student, held)
-            if course.is_normed and math.isfinite(after.loss):
+                processes.agree(list(named_tensors(learned_student).values()), "the learned weights")
+            found = lesson.judge(learned_student, held)
+            if course.is_normed and math.isfinite(found.loss):
                 # Views and blends differ from the images that will come. Statistics of the images as they are may be
                 # better or worse than the statistics of the steps: the held-out images decide.
-                measured = recalibrate_batch_norm(student, lesson.plain(student, learned))
+                measured = recalibrate_batch_norm(learned_student, lesson.plain(learned_student, learned))
                 judged_again = lesson.judge(measured, held)
-                if judged_again.loss < after.loss:
-                    student, after = measured, judged_again
+                if judged_again.loss < found.loss:
+                    return measured, judged_again
+            return learned_student, found
+
+        if taken:
+            student, after = judged(course.student)
+            weights_of = taken
+            is_time = seconds is None or seconds - clock.spent > clock.seconds_of_judging(clock.judged_at_end)
+            if not is_better(after, before) and course.best and is_time:
+                course.student.load_state_dict(course.best)
+                other, found = judged(course.student)
+                if is_better(found, before):
+                    student, after, weights_of = other, found, course.best_step
         is_kept = is_better(after, before)
     result = detached_copy(dense)
     if is_kept:
@@ -508,6 +539,8 @@ def distillation(
         held_out=len(held),
         solved_on=was_solved_on,
         is_out_of_time=is_out_of_time,
+        weights_of=weights_of if is_kept else 0,
+        gains_nothing=gains_nothing,
         outputs=lesson.named,
     )
     if is_kept and processes is None:
@@ -576,6 +609,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         at 25 times, on 256 of them at most: the mean of four looks has to be 2 % below that of the four before. The
         steps are given up where the loss is twenty times the first one after a tenth of them, ten times after a fifth,
         or five times at half.
+        They also end after a fifth where no look has found a smaller loss than the first, and none is found where the
+        rate falls to zero in half as many steps.
     outputs : callable, optional
         What counts of a model's output, where that is only a part or a function of it, e.g. a pooled embedding. It gets
         what the model returned, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or
@@ -614,8 +649,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     -------
     torch.nn.Module
         A new model in the mode of ``dense``, module by module: with the learned weights if their loss on the images
-        held out is smaller and their distance from the outputs of ``original`` at most twice that of ``dense``, else an
-        equal copy. Masked weights stay zero.
+        held out is smaller and their distance from the outputs of ``original`` at most twice that of ``dense``, else
+        with those where two looks in turn found the smallest loss if these are better, else an equal copy. Masked
+        weights stay zero.
 
     Raises
     ------

@@ -14,7 +14,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
-from nni_topo.recovery.course import RATES
+from nni_topo.recovery.course import RATES, Course
 from nni_topo.sharing import named_tensors
 from nni_topo.testing import toy_images, toy_model
 
@@ -201,6 +201,38 @@ def test_a_rate_that_is_asked_for_is_given_up_where_held_out_loss_grows(caplog):
     low = distillation(*pair(), batches(), steps=100, lr=1e-3, blend=False)
     assert low.is_kept
     assert low.steps == 100
+
+
+def moved(course_step, since, by):
+    """Return a step after which, from a number of steps on, weights move away."""
+
+    def step(course, *args):
+        course_step(course, *args)
+        if course.done >= since:
+            with torch.no_grad():
+                course.student.head.weight[0] += by
+
+    return step
+
+
+def test_weights_from_before_are_kept_where_those_at_the_end_are_worse(monkeypatch):
+    monkeypatch.setattr(Course, "_step", moved(Course._step, 60, 0.5))
+    found = distillation(*pair(), batches(), steps=100, lr=1e-2, blend=False)
+    assert found.is_kept
+    assert found.weights_of == 60
+    assert found.steps > 60
+    best = next(each for each in found.curve if each.step == 60)
+    assert found.loss_after == pytest.approx(best.loss)
+    assert found.loss_after < found.loss_before < found.curve[-1].loss
+    assert "; the weights are those after 60 steps, because those at the end are no better than without" in str(found)
+
+
+def test_a_distillation_that_gains_nothing_ends_after_a_fifth_and_says_so(monkeypatch, caplog):
+    dense, original = pair()
+    monkeypatch.setattr(Course, "_step", moved(Course._step, 0, 0.004))
+    found = distillation(dense, original, batches(), steps=600, lr=1e-4, blend=False)
+    assert (found.gains_nothing, found.is_kept, found.steps, found.weights_of) == (True, False, 180, 0)
+    assert "It took 180 of at most 600 steps at a learning rate of up to 0.0001; it ended there, because" in caplog.text
 
 
 def test_nothing_is_learned_where_nothing_is_left_to_learn(caplog):
