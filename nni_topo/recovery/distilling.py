@@ -581,7 +581,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
         ``"cosine"``, for one vector a sample: one minus the cosine with the unpruned network's vector, and five times
         the squared difference of the cosines between all samples of a batch [3]_. ``"auto"``: ``"cosine"`` where
-        ``outputs`` gives vectors of length one, ``"kl"`` for outputs that are called ``logits`` and for a single tensor
+        outputs are vectors of length one, ``"kl"`` for outputs that are called ``logits`` and for a single tensor
         (images, classes), unless its rows are numbers in [0, 1] that don't add up to 1, as tags are; else
         ``"squares"``.
     temperature : float, default=2.0
@@ -722,7 +722,8 @@ def _check_together(model: nn.Module, objective: str, *, is_blended: bool) -> No
     """Raise ConfigError for what needs more than the images that one process has."""
     if objective == "cosine":
         raise ConfigError(
-            f"{_TOGETHER} by 'kl' or 'squares', got 'cosine', which compares all samples of a batch (objective)"
+            f"{_TOGETHER} by 'kl' or 'squares', got 'cosine', which compares all samples of a batch and is the default "
+            "for vectors of length one (objective)"
         )
     if is_blended:
         raise ConfigError(
