@@ -508,9 +508,9 @@ def distillation(
             is_time = seconds is None or seconds - clock.spent > clock.seconds_of_judging(clock.judged_at_end)
             if not is_better(after, before) and course.best and is_time:
                 course.student.load_state_dict(course.best)
-                other, found = judged(course.student)
-                if is_better(found, before):
-                    student, after, weights_of = other, found, course.best_step
+                earlier, then = judged(course.student)
+                if is_better(then, before):
+                    student, after, weights_of = earlier, then, course.best_step
         is_kept = is_better(after, before)
     result = detached_copy(dense)
     if is_kept:

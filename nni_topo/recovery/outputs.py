@@ -79,7 +79,7 @@ def _are_embeddings(rows: Tensor) -> bool:
     """Say whether an output is vectors of length one, (samples, numbers); probabilities that are all 0 or 1 aren't."""
     if rows.dim() != 2 or rows.shape[1] < 2:
         return False
-    rows = rows.detach()
+    rows = rows.detach().float()  # the length of many numbers in half precision is rounded too much
     are_shares = bool((rows >= 0.0).all()) and bool(((rows.sum(1) - 1.0).abs() <= _UNIT).all())
     return not are_shares and bool(((rows.norm(dim=1) - 1.0).abs() <= _UNIT).all())
 
