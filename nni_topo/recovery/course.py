@@ -222,7 +222,7 @@ class Course:
 
         A course of full length has ``total`` steps. ``look`` returns a network's held-out loss, which was ``first``
         before the first step; without it the course has its full length. ``again`` returns the batches from the first
-        one on; with it a course ends after a fifth that gains nothing.
+        one on; with it the best state is kept, and a course ends after a fifth that gains nothing.
         """
         rest = itertools.islice(batches, self.done, None)
         began = kept = time.perf_counter()
@@ -245,14 +245,15 @@ class Course:
                     share = max(share, taken / max(taken + self.clock.left, 1e-9))
                 if look is not None and int(share * LOOKS) > int(self._looked * LOOKS) and self.done:
                     self._look(look(self.student), share, first, total)
-                    latest = [each.loss for each in self.curve[-2:]]
-                    if len(latest) == 2 and max(latest) < min(first, self._least):
-                        self._least, self.best_step = max(latest), self.done
-                        self.best = copy.deepcopy(self.student.state_dict())
                     is_fifth = self._looked < _NO_GAIN_AT <= share and self.done >= _LEAST_STEPS
                     self._looked = share
-                    if again is not None and is_fifth and not self.is_given_up:
-                        self._end_without_gain(lesson, again(), look, first)
+                    if again is not None:
+                        latest = [each.loss for each in self.curve[-2:]]
+                        if len(latest) == 2 and max(latest) < min(first, self._least):
+                            self._least, self.best_step = max(latest), self.done
+                            self.best = copy.deepcopy(self.student.state_dict())
+                        if is_fifth and not self.is_given_up:
+                            self._end_without_gain(lesson, again(), look, first)
                 if self.is_given_up or share >= self._end:
                     break
                 # The first step has the rate of the second one, which isn't zero.
