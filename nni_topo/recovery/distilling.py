@@ -133,7 +133,7 @@ class Verdict:
     solved_on: int = 0  # of these, samples on which weights of the network had been solved before
     is_out_of_time: bool = False  # whether `seconds` ended it, or the range test
     weights_of: int = 0  # the step whose weights are kept; 0 if they are discarded
-    gains_nothing: bool = False  # whether it ended after a fifth, because at no rate the loss got smaller
+    gains_nothing: bool = False  # whether it ended after a fifth, because the loss got no smaller
 
     def __repr__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out samples the loss "
@@ -162,13 +162,12 @@ class Verdict:
             text += ", until the time was over" if self.is_out_of_time else ""
             if self.gains_nothing:
                 text += (
-                    "; it ended there, because the loss got no smaller, neither at this rate nor where the rate fell"
+                    "; it ended there, because no look found a smaller loss, nor nearly so where the rate fell to zero"
                 )
             if self.is_kept and 0 < self.weights_of < self.steps:
                 text += (
-                    f"; the weights are those after {self.weights_of} steps, because those at the end are no better "
+                    f"; the weights are those after {self.weights_of} steps: at the end they are no better than none"
                 )
-                text += "than without distillation"
             too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
             text += f"; too high: {', '.join(too_high)}" if too_high else ""
         if 0 < self.held_out < _FEW and self.has_anything_to_learn:
@@ -232,8 +231,8 @@ class Distillation(Verdict):
     weights_of : int
         The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
     gains_nothing : bool
-        Whether the steps ended after a fifth of them and half as many in which the rate fell to zero, because the loss
-        on the held-out images was at no look smaller than before the first step.
+        Whether the steps ended after a fifth of them and half as many in which the rate fell to zero: the loss on the
+        held-out images was at no look smaller than before the first step, and at the last one still larger by half.
     outputs : ComparedOutputs or None
         By name, the outputs of the model that were compared and those that weren't.
     """
@@ -609,8 +608,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         at 25 times, on 256 of them at most: the mean of four looks has to be 2 % below that of the four before. The
         steps are given up where the loss is twenty times the first one after a tenth of them, ten times after a fifth,
         or five times at half.
-        They also end after a fifth where no look has found a smaller loss than the first, and none is found where the
-        rate falls to zero in half as many steps.
+        They also end after a fifth where no look has found a smaller loss than the first, and where it is still one and
+        a half times the first after the rate has fallen to zero in half as many steps.
     outputs : callable, optional
         What counts of a model's output, where that is only a part or a function of it, e.g. a pooled embedding. It gets
         what the model returned, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or

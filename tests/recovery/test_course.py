@@ -114,7 +114,7 @@ def test_the_state_is_kept_where_two_looks_in_turn_were_best():
 
 
 def test_a_course_ends_where_its_first_fifth_gains_nothing_at_any_rate():
-    done, rates = course(600, [1.2, 1.3, 1.1, 1.2, 1.0], first=1.0, ends_early=True)
+    done, rates = course(600, [1.2, 1.3, 1.1, 1.2, 1.0, 1.5], first=1.0, ends_early=True)
     assert (done.is_given_up, done.gains_nothing, done.done) == (True, True, 180)
     assert rates[120:] == pytest.approx([0.01 * left / 60 for left in range(60, 0, -1)])
     assert done.curve[-1].step == 180
@@ -123,14 +123,14 @@ def test_a_course_ends_where_its_first_fifth_gains_nothing_at_any_rate():
 @pytest.mark.parametrize(
     ("losses", "total"),
     [
-        ([1.2, 1.2, 1.2, 1.2, 1.2, 0.9, 0.8], 600),  # the sixth loss is found where the rate has fallen
+        ([1.2, 1.2, 1.2, 1.2, 1.2, 1.4, 0.8], 600),  # the sixth loss is found where the rate has fallen
         ([1.2, 0.9, 1.2, 1.2, 1.2, 0.8], 600),  # a look has gained
         ([1.2], 240),  # of 48 steps little is known
     ],
 )
 def test_a_course_that_gains_early_or_where_the_rate_falls_goes_on_as_it_was(losses, total):
     done, rates = course(total, losses, first=1.0, ends_early=True)
-    falls = [0.9] if len(losses) == 7 else []
+    falls = [1.4] if len(losses) == 7 else []
     plain, others = course(total, [each for each in losses if each not in falls] if falls else losses, first=1.0)
     assert (done.gains_nothing, done.done) == (False, plain.done)
     assert len(rates) == len(others) + 60 * len(falls)
