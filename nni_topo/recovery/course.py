@@ -6,6 +6,7 @@ short courses and looks at held-out images, says which learning rate it can take
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -29,13 +30,15 @@ from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.batchnorm import batch_norms
 
-_FORMAT = "nni-topo distillation 5"
+_FORMAT = "nni-topo distillation 6"
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 _FALL = 0.4  # share of a course in which the rate falls to zero, at its end
-_LOOKS = 25  # how often a course of full length looks at the held-out loss
 _WINDOW = 4  # looks whose mean is compared with the mean of the four before them: at a high rate single losses jump
 _PROGRESS = 0.02  # share of the earlier mean by which a smaller one counts as progress
+
+LOOKS = 25
+"""How often a course of full length looks at the held-out loss."""
 
 MOST_LOST = 20.0
 """A network is lost whose held-out loss is so many times the first."""
@@ -50,6 +53,14 @@ course to less than half of it. Above these lines the network is broken.
 _FUSED = ("cpu", "cuda")  # devices on which AdamW takes all parameters together
 
 _LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course may be given up
+
+_NO_GAIN_AT, _NO_GAIN = 0.2, 1.5
+"""A course ends after this share of it if no held-out loss was smaller than the first, and if the loss is still so many
+times the first where the rate has fallen to zero.
+
+At a high rate many courses show no gain by then that end with one. On networks of three kinds all of these had at most
+1.13 times the first loss where the rate had fallen, and those that ended with none 1.0 to 2.7 times.
+"""
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 """Learning rates of AdamW that are tried, the highest first."""
@@ -125,6 +136,10 @@ class Clock:
         yield
         self._seconds_a_sample = min(self._seconds_a_sample, (time.perf_counter() - began) / samples)
 
+    def seconds_of_judging(self, samples: int) -> float:
+        """Return how long judging so many samples takes; 0 as long as nothing was judged."""
+        return self._seconds_a_sample * samples if math.isfinite(self._seconds_a_sample) else 0.0
+
     @property
     def spent(self) -> float:
         """Seconds since the beginning."""
@@ -135,8 +150,7 @@ class Clock:
         """Seconds that are left for steps; infinite without a limit."""
         if self.seconds is None:
             return math.inf
-        reserve = self._seconds_a_sample * self.judged_at_end if self.judged_at_end else 0.0
-        return self.seconds - reserve - self.spent
+        return self.seconds - self.seconds_of_judging(self.judged_at_end) - self.spent
 
     def go_on_from(self, spent: float) -> None:
         """Count the seconds that an interrupted run had spent."""
@@ -179,8 +193,12 @@ class Course:
         self._warmup, self._falls_from, self._end = warmup, falls_from, 1.0  # shares of the course
         self.done = 0  # steps
         self.curve: list[Look] = []  # the held-out loss along the course
-        self.is_given_up = False  # whether it ended because the held-out loss grew
+        self.is_given_up = False  # whether it ended because the held-out loss grew, or gained nothing
+        self.gains_nothing = False  # whether it ended because the held-out loss got no smaller
+        self.is_out_of_time = False  # whether it ended because time allows no further step
         self._looked = 0.0  # share of the course at the last look
+        self.best: dict[str, Tensor] = {}  # the student's state where two looks in turn were best, if it gained there
+        self.best_step, self._least = 0, math.inf  # its step, and the larger loss of these two looks
         self._began = self.clock.spent
         if self.path is not None and self.path.exists():
             with _reading_state(self.path):
@@ -192,6 +210,7 @@ class Course:
                 self._falls_from, self._end = state["fall"]
                 self.rates = tuple(RateTrial(**each) for each in state["rates"])
                 self.curve = [Look(**each) for each in state["curve"]]
+                self.best, self.best_step, self._least = state["best"], state["best_step"], state["least"]
                 self._began = state["began"]
                 self.clock.go_on_from(state["spent"])
 
@@ -204,11 +223,13 @@ class Course:
         *,
         first: float = math.inf,
         look: Callable[[nn.Module], float] | None = None,
+        again: Callable[[], Batches] | None = None,
     ) -> None:
         """Take the remaining steps, or as many as time and the held-out loss allow.
 
         A course of full length has ``total`` steps. ``look`` returns a network's held-out loss, which was ``first``
-        before the first step; without it the course has its full length.
+        before the first step; without it the course has its full length. ``again`` returns the batches from the first
+        one on; with it the best state is kept, and a course ends after a fifth that gains nothing.
         """
         rest = itertools.islice(batches, self.done, None)
         began = kept = time.perf_counter()
@@ -216,33 +237,36 @@ class Course:
         with learning(self.student, batch_norms(self.student) if self.is_normed else []):
             shown = bar("distill", progress, range(self.done, total), total=total, done=self.done)
             for step in shown:
-                if self.done > before and self.clock.seconds is not None:
-                    # So that the time left that is shown is no more than the limit leaves.
-                    seconds_of_a_step = (time.perf_counter() - began) / (self.done - before)
-                    shown.total = min(total, self.done + 1 + int(max(self.clock.left, 0.0) / seconds_of_a_step))
+                if self.clock.seconds is not None:
+                    # With its looks; the first one may take longer, and is taken if there is any time.
+                    seconds_of_a_step = (time.perf_counter() - began) / max(self.done - before, 1)
+                    if self.clock.left <= 0.0 or self.clock.left < seconds_of_a_step:
+                        self.is_out_of_time = True
+                        break
+                    if self.done > before:
+                        # So that the time left that is shown is no more than the limit leaves.
+                        shown.total = min(total, self.done + 1 + int(self.clock.left / seconds_of_a_step))
                 share = step / total  # of the steps, or of the time, that is used up
                 if self.clock.seconds is not None:
                     taken = self.clock.spent - self._began
                     share = max(share, taken / max(taken + self.clock.left, 1e-9))
-                if look is not None and int(share * _LOOKS) > int(self._looked * _LOOKS) and self.done:
+                if look is not None and int(share * LOOKS) > int(self._looked * LOOKS) and self.done:
                     self._look(look(self.student), share, first, total)
+                    is_fifth = self._looked < _NO_GAIN_AT <= share and self.done >= _LEAST_STEPS
                     self._looked = share
+                    if again is not None:
+                        latest = [each.loss for each in self.curve[-2:]]
+                        if len(latest) == 2 and max(latest) < min(first, self._least):
+                            self._least, self.best_step = max(latest), self.done
+                            self.best = copy.deepcopy(self.student.state_dict())
+                        if is_fifth and not self.is_given_up:
+                            self._end_without_gain(lesson, again(), look, first)
                 if self.is_given_up or share >= self._end:
                     break
                 # The first step has the rate of the second one, which isn't zero.
                 rising = max(share, 1.0 / total) / self._warmup if share < self._warmup else 1.0
                 falling = (self._end - share) / (self._end - self._falls_from) if share > self._falls_from else 1.0
-                self.optimizer.param_groups[0]["lr"] = self.rate * max(0.0, min(rising, falling, 1.0))
-                self.optimizer.zero_grad()
-                loss = lesson.objective(self.student, *next(rest))
-                backward_in(lesson.precision, device_of(self.student), loss)
-                if self._processes is not None:  # each has the gradients of its own images
-                    learned = self.optimizer.param_groups[0]["params"]
-                    for parameter in learned:
-                        if parameter.grad is None:
-                            parameter.grad = torch.zeros_like(parameter)
-                    self._processes.add([parameter.grad for parameter in learned], "the gradients of a step")
-                self.optimizer.step()
+                self._step(lesson, next(rest), self.rate * max(0.0, min(rising, falling, 1.0)))
                 self.done += 1
                 if time.perf_counter() - kept >= self._every:
                     self._keep()
@@ -252,6 +276,42 @@ class Course:
             self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], look(self.student)))
         if not self.is_given_up:
             self._keep()
+
+    def _step(self, lesson: Teacher, batch: tuple[Any, list[Tensor]], rate: float) -> None:
+        """Take one step."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.zero_grad()
+        loss = lesson.objective(self.student, *batch)
+        backward_in(lesson.precision, device_of(self.student), loss)
+        if self._processes is not None:  # each has the gradients of its own images
+            learned = self.optimizer.param_groups[0]["params"]
+            for parameter in learned:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self._processes.add([parameter.grad for parameter in learned], "the gradients of a step")
+        self.optimizer.step()
+
+    def _end_without_gain(
+        self, lesson: Teacher, batches: Batches, look: Callable[[nn.Module], float], first: float
+    ) -> None:
+        """End the course if no look has found a smaller loss than the first, and it stays large where the rate falls.
+
+        The rate falls to zero in half as many steps as were taken. If that helps, the course goes on from where it was.
+        """
+        if min(each.loss for each in self.curve) < first:
+            return
+        steps, rate = self.done // 2, self.optimizer.param_groups[0]["lr"]
+        before = copy.deepcopy((self.student.state_dict(), self.optimizer.state_dict()))
+        for step, batch in enumerate(itertools.islice(batches, steps)):
+            self._step(lesson, batch, rate * (1.0 - step / steps))
+        loss = look(self.student)
+        if loss < _NO_GAIN * first:
+            self.student.load_state_dict(before[0])
+            self.optimizer.load_state_dict(before[1])
+            return
+        self.done += steps
+        self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
+        self.is_given_up = self.gains_nothing = True
 
     def _look(self, loss: float, share: float, first: float, total: int) -> None:
         """Note the held-out loss, and end the course, or let its rate fall, where that says so."""
@@ -285,10 +345,47 @@ class Course:
             "looked": self._looked,
             "fall": [self._falls_from, self._end],
             "curve": [asdict(each) for each in self.curve],
+            "best": self.best,
+            "best_step": self.best_step,
+            "least": self._least,
             "model": self.student.state_dict(),
         }
         parts = {"format": _FORMAT, "kind": self.kind, **now, "optimizer": self.optimizer.state_dict()}
         write_tensors(self.path, parts)
+
+
+def tried_steps(total: int) -> int:
+    """Return how many steps the range test takes at each rate, where a whole course has ``total`` of them."""
+    return max(_LEAST_TRIED, round(_SHARE * total))
+
+
+def timed_step(
+    lesson: Teacher,
+    student: Callable[[], nn.Module],
+    batches: Callable[[], Batches],
+    *,
+    is_normed: bool,
+    processes: Processes | None = None,
+) -> float:
+    """Return the seconds of a step on the first batch, whose answers are known; arguments as of `try_rates`.
+
+    One step before it isn't timed: libraries are loaded, programs chosen and the unpruned network asked. Of short ones
+    three are timed, and the fastest counts.
+    """
+    taken: list[float] = []
+    # Processes take their steps together, whatever the time of each.
+    while len(taken) < 2 or (len(taken) < 4 and sum(taken) < 1.0 and processes is None):
+        course = Course(student(), is_normed=is_normed, rate=min(RATES), processes=processes)
+        began = time.perf_counter()
+        course.run(lesson, batches(), 1, progress=False)
+        wait_for(course.student)
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
+
+
+def wait_for(student: nn.Module) -> None:
+    """Wait until a device has computed what Python has asked it for."""
+    next(student.parameters()).flatten()[:1].cpu()
 
 
 def try_rates(
@@ -303,6 +400,7 @@ def try_rates(
     is_normed: bool,
     rates: Sequence[float] = RATES,
     clock: Clock | None = None,
+    seconds_of_a_step: float = 0.0,
     progress: bool | None = None,
     processes: Processes | None = None,
 ) -> tuple[RateTrial, ...]:
@@ -313,26 +411,22 @@ def try_rates(
     ``constant`` for a network that always gives the same answer. A whole course has ``total`` steps.
 
     No rate is taken if all break the network. Under a limit of time each rate takes 3 % of what is left, or three steps
-    where these take longer; no other rate is tried where time allows fewer than twenty more steps, and none at all
-    where it is over.
+    where these take longer, by ``seconds_of_a_step``; no other rate is tried where time allows fewer than twenty more
+    steps, and none at all where it is over.
     """
     clock = clock or Clock()
     if clock.left <= 0.0:
         return ()
-    steps = max(_LEAST_TRIED, round(_SHARE * total))
+    steps = tried_steps(total)
 
-    def tried(rate: float, steps: int) -> nn.Module:
+    def tried(rate: float) -> nn.Module:
         course = Course(student(), is_normed=is_normed, rate=rate, warmup=_RISE, falls_from=_RISE, processes=processes)
         course.run(lesson, batches(), steps, progress=False)
-        next(course.student.parameters()).flatten()[:1].cpu()  # a device computes on while Python does: this waits
+        wait_for(course.student)
         return course.student
 
     least_left = -math.inf  # seconds that are left for the course
     if clock.seconds is not None:
-        tried(min(rates), 1)  # the first step takes longer: libraries are loaded and programs chosen
-        began = clock.spent
-        tried(min(rates), _LEAST_KNOWN)
-        seconds_of_a_step = (clock.spent - began) / _LEAST_KNOWN
         least_left = _LEAST_LEFT * seconds_of_a_step
         steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / seconds_of_a_step)))
     most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(constant - first))
@@ -340,7 +434,7 @@ def try_rates(
     for rate in bar("learning rate", progress, rates):
         if clock.left < least_left:
             break
-        loss = judge(tried(rate, steps))
+        loss = judge(tried(rate))
         found.append(RateTrial(rate, steps, loss, loss <= most))
         if found[-1].is_taken:
             break

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -33,14 +34,16 @@ from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import check_samples_first, first_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, batch_size, calls, tensors_of
+from nni_topo.network.runtime.inputs import Call, at_once, batch_size, calls, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
+from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
 from nni_topo.recovery.course import (
+    LOOKS,
     MOST_LOST,
     RATES,
     Batches,
@@ -50,10 +53,14 @@ from nni_topo.recovery.course import (
     RateTrial,
     learning,
     read_state,
+    timed_step,
+    tried_steps,
     try_rates,
+    wait_for,
 )
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
+    VIEWS,
     Augment,
     Judgement,
     Lesson,
@@ -78,6 +85,7 @@ _STEPS, _PASSES = 600, 10
 _SHOWN = 16  # digits of a hash that a state's file and errors have
 _BATCH_NORM_IMAGES = 256
 _FEW = 25  # held-out images below which a result that is kept was often worse on other images
+_TIMED = 16  # samples of the step that is timed before there is a smaller model
 _LOOKED_AT = 256  # held-out images at most that are looked at while learning goes on; all of them judge the result
 
 _POSITIVE = number(0.0, closed="neither")
@@ -124,6 +132,8 @@ class Verdict:
     held_out: int = 0  # samples that decided
     solved_on: int = 0  # of these, samples on which weights of the network had been solved before
     is_out_of_time: bool = False  # whether `seconds` ended it, or the range test
+    weights_of: int = 0  # the step whose weights are kept; 0 if they are discarded
+    gains_nothing: bool = False  # whether it ended after a fifth, because the loss got no smaller
 
     def __repr__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out samples the loss "
@@ -150,6 +160,14 @@ class Verdict:
         else:
             text += f"It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
             text += ", until the time was over" if self.is_out_of_time else ""
+            if self.gains_nothing:
+                text += (
+                    "; it ended there, because no look found a smaller loss, nor nearly so where the rate fell to zero"
+                )
+            if self.is_kept and 0 < self.weights_of < self.steps:
+                text += (
+                    f"; the weights are those after {self.weights_of} steps: at the end they are no better than none"
+                )
             too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
             text += f"; too high: {', '.join(too_high)}" if too_high else ""
         if 0 < self.held_out < _FEW and self.has_anything_to_learn:
@@ -210,6 +228,11 @@ class Distillation(Verdict):
         Number of those on which weights of ``dense`` had been solved before, where it looks better than it is.
     is_out_of_time : bool
         Whether ``seconds`` ended the steps, or the range test before a rate could be taken.
+    weights_of : int
+        The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
+    gains_nothing : bool
+        Whether the steps ended after a fifth of them and half as many in which the rate fell to zero: the loss on the
+        held-out images was at no look smaller than before the first step, and at the last one still larger by half.
     outputs : ComparedOutputs or None
         By name, the outputs of the model that were compared and those that weren't.
     """
@@ -338,10 +361,10 @@ def distillation(
             return lesson.judge(net, index)
 
     before = judge(student, held)
-    clock.judged_at_end = len(held)
+    looked_at = held[:_LOOKED_AT]
+    clock.judged_at_end = len(looked_at) + len(held)
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
         clock.judged_at_end += len(held) + len(learned)
-    looked_at = held[:_LOOKED_AT]
     first = before.loss if len(looked_at) == len(held) else judge(student, looked_at).loss
 
     def courses_batches() -> Batches:
@@ -368,6 +391,7 @@ def distillation(
             is_normed=is_normed,
             rates=rates,
             clock=clock,
+            seconds_of_a_step=seconds_of_a_step,
             progress=progress,
             processes=processes,
         )
@@ -376,9 +400,26 @@ def distillation(
     is_out_of_time = False
     rate = math.nan if lr is None else lr
     goes_on = state is not None and path_of(state, "state").exists()
-    if is_normed and not goes_on and before.loss > 0.0:
+    if is_normed and not goes_on and before.loss > 0.0 and clock.left > 0.0:
         # Networks that were trained with fixed statistics, or on other images, break by the statistics of the batches.
         is_normed = loss_of(_student(dense, pool), is_normed) <= MOST_LOST * first
+    seconds_of_a_step = 0.0
+    if not goes_on and before.loss > 0.0 and clock.left > 0.0:
+        seconds_of_a_step = timed_step(
+            lesson, lambda: _student(dense, pool), courses_batches, is_normed=is_normed, processes=processes
+        )
+        count = len(RATES) if lr is None else 0  # rates that are tried at most
+        tried = count * tried_steps(most_steps)
+        looks = (LOOKS + count) * len(looked_at) + clock.judged_at_end
+        views = VIEWS if is_blended or augment is not None else 1
+        answered = min(most_steps * batch_size, views * len(learned))
+        needed = (most_steps + tried) * seconds_of_a_step
+        needed += clock.seconds_of_judging(looks) + lesson.seconds_of_answers(answered)
+        text = f"distillation takes at most about {duration(needed)}: {most_steps} steps of "
+        text += f"{duration(seconds_of_a_step)} each" + (f", {tried} to find the learning rate" if tried else "")
+        text += "; seconds= limits it" if seconds is None else f"; seconds= ends it after {duration(seconds)}"
+        is_long = seconds is None and needed > LONG
+        _logger.log(logging.WARNING if is_long else logging.INFO, "%s", text)
     if goes_on:
         rate = 0.0  # the file has its own
     elif before.loss == 0.0:
@@ -412,6 +453,7 @@ def distillation(
         of_images = " ".join(fingerprint(each)[:_SHOWN] for each in tensors_of(pool))
         kind |= {**hashes, "the same images in the same order, hash": of_images}
     after, is_kept, taken, curve = before, False, 0, tuple[Look, ...]()
+    weights_of, gains_nothing = 0, False
     if not math.isnan(rate):
         course = Course(
             _student(dense, pool),
@@ -432,27 +474,42 @@ def distillation(
             progress,
             first=first,
             look=lambda net: judge(net, looked_at).loss,
+            again=courses_batches,
         )
-        is_out_of_time = clock.left <= 0.0
+        is_out_of_time = course.is_out_of_time or clock.left <= 0.0
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
-        if course.is_given_up:
+        gains_nothing = course.gains_nothing
+        if course.is_given_up and not gains_nothing:
             _logger.info(
                 "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown",
                 rate,
                 taken,
                 most_steps,
             )
-        student = course.student
-        if processes is not None:  # on processors of other kinds the same steps end in other last digits
-            processes.agree(list(named_tensors(student).values()), "the learned weights")
-        after = lesson.judge(student, held)
-        if course.is_normed and math.isfinite(after.loss):
-            # Views and blends differ from the images that will come. Statistics of the images as they are may be better
-            # or worse than the statistics of the steps: the held-out images decide.
-            measured = recalibrate_batch_norm(student, lesson.plain(student, learned))
-            judged_again = lesson.judge(measured, held)
-            if judged_again.loss < after.loss:
-                student, after = measured, judged_again
+
+        def judged(learned_student: nn.Module) -> tuple[nn.Module, Judgement]:
+            """Return what was learned, with the better statistics of batch norms, and how it is judged."""
+            if processes is not None:  # on processors of other kinds the same steps end in other last digits
+                processes.agree(list(named_tensors(learned_student).values()), "the learned weights")
+            found = lesson.judge(learned_student, held)
+            if course.is_normed and math.isfinite(found.loss):
+                # Views and blends differ from the images that will come. Statistics of the images as they are may be
+                # better or worse than the statistics of the steps: the held-out images decide.
+                measured = recalibrate_batch_norm(learned_student, lesson.plain(learned_student, learned))
+                judged_again = lesson.judge(measured, held)
+                if judged_again.loss < found.loss:
+                    return measured, judged_again
+            return learned_student, found
+
+        if taken:
+            student, after = judged(course.student)
+            weights_of = taken
+            is_time = seconds is None or seconds - clock.spent > clock.seconds_of_judging(clock.judged_at_end)
+            if not is_better(after, before) and course.best and is_time:
+                course.student.load_state_dict(course.best)
+                earlier, then = judged(course.student)
+                if is_better(then, before):
+                    student, after, weights_of = earlier, then, course.best_step
         is_kept = is_better(after, before)
     result = detached_copy(dense)
     if is_kept:
@@ -481,6 +538,8 @@ def distillation(
         held_out=len(held),
         solved_on=was_solved_on,
         is_out_of_time=is_out_of_time,
+        weights_of=weights_of if is_kept else 0,
+        gains_nothing=gains_nothing,
         outputs=lesson.named,
     )
     if is_kept and processes is None:
@@ -521,17 +580,19 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
         ``"cosine"``, for one vector a sample: one minus the cosine with the unpruned network's vector, and five times
         the squared difference of the cosines between all samples of a batch [3]_. ``"auto"``: ``"cosine"`` where
-        ``outputs`` gives vectors of length one, ``"kl"`` for outputs that are called ``logits`` and for a single tensor
+        outputs are vectors of length one, ``"kl"`` for outputs that are called ``logits`` and for a single tensor
         (images, classes), unless its rows are numbers in [0, 1] that don't add up to 1, as tags are; else
         ``"squares"``.
     temperature : float, default=2.0
         Logits are divided by it, above 0; for ``"kl"``.
     steps : int, optional
-        Gradient steps at most, at least 1; by default 600, or ten passes over the images where that is more. They end
+        Gradient steps at most, at least 1; by default 600, or ten passes over the images, whichever is more. They end
         earlier where the loss on the held-out images makes no more progress.
     seconds : float, optional
-        Budget of wall time, above 0, for the whole call: the range test, the steps and the judging. With a budget that
-        binds, the result depends on the machine's speed.
+        Budget of wall time, above 0, for the whole call: comparing both networks before the first step, the range test,
+        the steps and the judging. No step begins that wouldn't end in time; the comparison alone takes what it takes.
+        With a budget that binds, the result depends on the machine's speed. Without one a message before the first step
+        says how long the call takes at most, a warning where that is more than ten minutes.
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
@@ -547,6 +608,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         at 25 times, on 256 of them at most: the mean of four looks has to be 2 % below that of the four before. The
         steps are given up where the loss is twenty times the first one after a tenth of them, ten times after a fifth,
         or five times at half.
+        They also end after a fifth where no look has found a smaller loss than the first, and where it is still one and
+        a half times the first after the rate has fallen to zero in half as many steps.
     outputs : callable, optional
         What counts of a model's output, where that is only a part or a function of it, e.g. a pooled embedding. It gets
         what the model returned, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or
@@ -585,8 +648,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     -------
     torch.nn.Module
         A new model in the mode of ``dense``, module by module: with the learned weights if their loss on the images
-        held out is smaller and their distance from the outputs of ``original`` at most twice that of ``dense``, else an
-        equal copy. Masked weights stay zero.
+        held out is smaller and their distance from the outputs of ``original`` at most twice that of ``dense``, else
+        with those where two looks in turn found the smallest loss if these are better, else an equal copy. Masked
+        weights stay zero.
 
     Raises
     ------
@@ -657,7 +721,8 @@ def _check_together(model: nn.Module, objective: str, *, is_blended: bool) -> No
     """Raise ConfigError for what needs more than the images that one process has."""
     if objective == "cosine":
         raise ConfigError(
-            f"{_TOGETHER} by 'kl' or 'squares', got 'cosine', which compares all samples of a batch (objective)"
+            f"{_TOGETHER} by 'kl' or 'squares', got 'cosine', which compares all samples of a batch and is the default "
+            "for vectors of length one (objective)"
         )
     if is_blended:
         raise ConfigError(
@@ -757,11 +822,12 @@ def check_can_learn(
     blend: bool = True,
     precision: Precision = "float32",
     is_shared: bool = False,
-) -> None:
+) -> float:
     """Raise the errors of `distillation` that a model's outputs for a batch show, before there is a smaller model.
 
     ConfigError for outputs that can't be compared, or where processes share the images (``is_shared``) and one can't
-    learn from its own alone; GradientError for outputs without gradients.
+    learn from its own alone; GradientError for outputs without gradients. Returned are the seconds that a sample takes
+    in a gradient step.
     """
     check_precision(precision, device_of(model), "distill")
     check_any_count(model, call, "model")
@@ -770,6 +836,17 @@ def check_can_learn(
     if is_shared:
         _check_together(model, lesson.kind, is_blended=blend and is_blendable(call))
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))), 0)
+    # Of few samples: the model may need more memory for a whole batch than the smaller one will.
+    few = torch.arange(at_once(min(_TIMED, batch_size(call))))
+    inputs, wanted = next(lesson.batches(few, len(few), 0, None, False))
+    seconds = 0.0
+    with learning(student, []):
+        for _ in range(2):  # the first run takes longer: libraries are loaded and programs chosen
+            began = time.perf_counter()
+            backward_in(precision, device_of(student), lesson.objective(student, inputs, wanted))
+            wait_for(student)
+            seconds = time.perf_counter() - began
+    return seconds / len(few)
 
 
 def check_state(state: str | Path | None, unpruned: nn.Module, dense: nn.Module | None = None) -> dict[str, str]:

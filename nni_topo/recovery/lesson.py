@@ -58,7 +58,6 @@ from nni_topo.recovery.outputs import (
 Objective = Literal["auto", "kl", "squares", "cosine"]
 Augment = Callable[[Any], Any]
 
-_VIEWS = 8
 _BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256
 _COPIES = 3
@@ -70,6 +69,8 @@ _LEAST_VARIANCE = 1e-12
 _TEMPERATURE = 2.0  # where nothing is learned; distillation's default
 # Of the similarities between the embeddings of a batch, beside those of an embedding with the unpruned network's.
 _SIMILARITIES = 5.0
+VIEWS = 8
+"""So many views of the images are made where they are augmented or blended, the first of them as they are."""
 MOST_DISTANCE = 2.0
 """Learned weights are discarded if the held-out distance is more than so many times what it was before."""
 
@@ -373,7 +374,7 @@ class Lesson:
         place = is_mine.cumsum(0) - 1  # of an image among those of this process
         plain, views = taken(self._pool, own), self._views
         for turn in itertools.count():
-            view = 0 if augment is None and not blend else turn % _VIEWS
+            view = 0 if augment is None and not blend else turn % VIEWS
             if view and view not in views and not allows(self._answers.seconds_of_one * len(own)):
                 view = [0, *views][turn % (1 + len(views))]
             # Drawn again from the view's own seed: only one view is in memory.
@@ -390,6 +391,10 @@ class Lesson:
                 else:
                     wanted = self._answers(self._pool, own[mine], self.precision)
                 yield taken(call, mine), wanted
+
+    def seconds_of_answers(self, samples: int) -> float:
+        """Return how long the unpruned network's answers for so many samples take."""
+        return self._answers.seconds_of_one * samples
 
     def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
         """Return batches of some of the images as they are, for the student."""

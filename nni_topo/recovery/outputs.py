@@ -64,13 +64,24 @@ def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> P
 def read_outputs(
     found: Any, call: Call, count: int, outputs: Outputs | None, places: Places = None
 ) -> tuple[list[Tensor], str]:
-    """Return what `outputs` makes of a model's output for a call, and the objective that suits it, as `outputs_of`."""
+    """Return what counts of a model's output for a call, and the objective that suits it, `outputs_of` or cosine."""
     if outputs is None:
-        return outputs_of(found, count, places=places)
-    tensors, kind = outputs_of(outputs(found, as_in_batch(call)), count, "what outputs= returns", places)
-    if all(each.dim() == 2 and bool((each.detach().norm(dim=1) - 1.0).abs().max() <= _UNIT) for each in tensors):
+        tensors, kind = outputs_of(found, count, places=places)
+    else:
+        tensors, kind = outputs_of(outputs(found, as_in_batch(call)), count, "what outputs= returns", places)
+    # What a model calls its logits is no embedding, whatever its length.
+    if (outputs is not None or logits_of(found) is None) and all(map(_are_embeddings, tensors)):
         kind = "cosine"
     return tensors, kind
+
+
+def _are_embeddings(rows: Tensor) -> bool:
+    """Say whether an output is vectors of length one, (samples, numbers); probabilities that are all 0 or 1 aren't."""
+    if rows.dim() != 2 or rows.shape[1] < 2:
+        return False
+    rows = rows.detach().float()  # the length of many numbers in half precision is rounded too much
+    are_shares = bool((rows >= 0.0).all()) and bool(((rows.sum(1) - 1.0).abs() <= _UNIT).all())
+    return not are_shares and bool(((rows.norm(dim=1) - 1.0).abs() <= _UNIT).all())
 
 
 def as_in_batch(call: Call) -> Any:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, GradientError, listed
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.latency import measure_latency
-from nni_topo.network.cost.measure import time_shares, timed_pair
+from nni_topo.network.cost.measure import counted_run, time_shares, timed_pair
 from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.layers.kinds import (
     is_transposed_linear,
@@ -26,10 +27,12 @@ from nni_topo.network.layers.kinds import (
     without_plain_weights,
 )
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copies import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import first_call
+from nni_topo.network.runtime.inputs import Call
 from nni_topo.network.runtime.memory import give_back_memory
 from nni_topo.network.runtime.modules import device_of
+from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.reports import give_report
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
@@ -47,6 +50,8 @@ from nni_topo.pruners.budget import (
 )
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery import RecoveryMethod
+from nni_topo.recovery.course import RATES, tried_steps
+from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.rules import instance
 from nni_topo.runs.allocating import allocations_to_try, check_held_out, compared
@@ -59,6 +64,10 @@ from nni_topo.runs.report import ShrinkReport
 from nni_topo.runs.settings import FREE_WIDTHS, Settings, describes
 from nni_topo.runs.widths import as_entries, planned_ratios
 
+# What selecting channels by reconstruction takes, and reconstructing weights as well: passes forward and back over the
+# calibration data, and seconds for each product of `_products`. Measured on one core.
+_PASSES, _SECONDS_OF_A_PRODUCT = 2.0, 3e-11
+_POSITIONS = 16  # positions of large feature maps that are drawn for each column, about
 _logger = logging.getLogger(__name__)
 
 
@@ -75,6 +84,7 @@ class Prepared:
     is_timed: bool = False  # whether reports have times
     depth: Depth | None = None  # where blocks compete with channels
     measured: Any = None  # Measurements, where the networks get reports
+    seconds_of_a_step: float = math.nan  # for a sample, of the unpruned network; NaN where none is distilled
     left_out: list[str] = field(default_factory=list)  # warnings of steps that were left out
     # By allocation, the pruner that is asked again for every size: with what it has measured.
     _pruners: dict[str, StructuredPruner] = field(default_factory=dict, init=False)
@@ -121,6 +131,52 @@ class Prepared:
         """Warn of a step that is left out."""
         self.left_out.append(text)
         _logger.warning("%s", text)
+
+    def tell_cost(self, made: int = 1, distilled: int = 1) -> None:
+        """Say what each stage will take, before it is spent: as a warning where it is more than ten minutes.
+
+        ``made`` networks are made, and ``distilled`` of them distilled; times are by those of the unpruned network.
+        """
+        settings, samples = self.settings, self.images.learned.samples
+        # A run back takes twice as long as a run forward.
+        a_pass = 3.0 * self.measured.seconds_of_a_sample * samples
+        solving = _PASSES * a_pass + _SECONDS_OF_A_PRODUCT * _products(self.model, self.analysis.call, samples)
+        told, others, total = list[str](), list[str](), 0.0
+        if self.depth is not None:
+            made *= 3  # each with several numbers of blocks
+            others.append("ordering blocks")
+        if settings.pruner == "reconstruction":
+            seconds = solving if self.is_search else made * solving  # a search has its sums once
+            told.append(f"selecting channels about {duration(seconds)}")
+            total += seconds
+        else:
+            others.append("selecting channels")
+        if settings.recovery_name == "reconstruct":
+            told.append(f"reconstructing weights about {duration(made * solving)}")
+            total += made * solving
+        elif settings.compensate is not None:
+            others.append("reconstructing weights")
+        knobs = {name: value for name, value in settings.distillation_knobs.items() if value is not None}
+        if not math.isnan(self.seconds_of_a_step):
+            size = knobs.get("batch_size", 64)
+            steps = knobs.get("steps") or course_length(samples, size)
+            tried = 0 if "lr" in knobs else len(RATES) * tried_steps(steps)
+            a_step = min(size, samples) * self.seconds_of_a_step
+            seconds = distilled * min((steps + tried) * a_step, knobs.get("seconds", math.inf))
+            finding = f", {tried} to find the learning rate" if tried else ""
+            told.append(
+                f"distilling at most {duration(seconds)} ({steps} steps of at most {duration(a_step)} each{finding})"
+            )
+            total += seconds
+        elif callable(settings.distill):
+            others.append("distilling")
+        if not told:
+            return
+        text = f"{settings.place} takes about {duration(total)}: {', '.join(told)}"
+        text += f"; not counted: {', '.join(others)}" if others else ""
+        if not math.isnan(self.seconds_of_a_step) and "seconds" not in knobs:
+            text += "; distill={'seconds': ...} limits distillation"
+        _logger.log(logging.WARNING if total > LONG else logging.INFO, "%s", text)
 
     def for_search(self) -> Prepared:
         """Return the same for networks of several sizes: one pruner makes all, one table counts a budget of time."""
@@ -368,7 +424,7 @@ def prepare(
     """
     model, warnings = plain_weights(model)
     data = ImageParts.of(images, model, parts)
-    settings.check_distillation(model, data.all)
+    seconds_of_a_step = settings.check_distillation(model, data.all)
     prepared = Prepared.of(model, data, settings, budget)
     prepared.left_out.extend(warnings)
     if prepared.is_described and not settings.depth and budget.kind != "latency":
@@ -380,8 +436,25 @@ def prepare(
             )
     measured = Measurements(model, data, settings.evaluate, settings.outputs)
     measured.add(UNPRUNED, model)
-    prepared = replace(prepared, measured=measured, is_timed=is_timed)
+    prepared = replace(prepared, measured=measured, is_timed=is_timed, seconds_of_a_step=seconds_of_a_step)
     return Depth.on(prepared) if settings.depth else prepared
+
+
+@leaves_models_alone
+def _products(model: nn.Module, call: Call, samples: int) -> float:
+    """Return the products, about, of forming and solving the normal equations of all layers once."""
+    weights = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
+    }
+    _, counted, macs = counted_run(model, call, weights)
+    found = 0.0
+    for name, weight in weights.items():
+        columns = weight[0].numel()
+        positions = samples * macs.within.get(name, 0) / counted / weight.numel()
+        found += columns**2 * (columns + min(positions, _POSITIONS * columns))
+    return found
 
 
 def _checked_network(made: Any, name: str) -> nn.Module:

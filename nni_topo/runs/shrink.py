@@ -19,6 +19,7 @@ from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of
+from nni_topo.runs.allocating import allocations_to_try
 from nni_topo.runs.prepared import prepare
 from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings
 from nni_topo.runs.tolerance import MEASURES, PARTS, check_tolerance, resolved_measure, within_tolerance
@@ -105,8 +106,9 @@ def shrink(
         Whether to distil at the end. The distilled weights are kept only if, on the held-out images, the loss falls and
         the distance at most doubles; ``report.distillation`` has the figures. A network of whose outputs no gradients
         can be taken isn't distilled, with a warning. Or knobs of :func:`nni_topo.distill`, e.g.
-        ``{"seconds": 60, "augment": ...}``; or a function of (dense, model, images) that returns a dense model, which
-        is kept in any case.
+        ``{"seconds": 60, "augment": ...}``, where ``seconds`` is the wall time of the whole distillation, but not of
+        the steps before it; or a function of (dense, model, images) that returns a dense model, which is kept in any
+        case.
     narrow_heads : bool, optional
         Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
         :func:`nni_topo.narrow_heads` can. Not done for a latency budget, nor with ``round_to`` or ``equal_blocks``,
@@ -164,6 +166,10 @@ def shrink(
 
     Notes
     -----
+    Before the work a message says what selecting channels, reconstructing weights and distilling take, and the whole
+    call: by the time of the unpruned network's pass over the images and of one of its gradient steps. It is a warning
+    where that is more than ten minutes. Distillation, which takes most of it, says it again of the smaller network.
+
     With a ``tolerance``, three of eight images are calibration data, two judge the candidates of a search (six to nine
     networks after weight reconstruction, the smallest one that is within the tolerance after distillation, and where
     that helps a smaller one), and three, which the search never saw, confirm the result: the upper 95 %
@@ -227,6 +233,7 @@ def shrink(
         prepared = prepare(model, calibration, settings, wanted, parts=parts, is_timed=is_timed)
         return within_tolerance(prepared, tolerance, measure, share)
     prepared = prepare(model, calibration, settings, wanted, is_timed=is_timed)
+    prepared.tell_cost(made=len(allocations_to_try(pruner)) if wanted.allocation == AUTO else 1)
     measured = prepared.measured
     if wanted.allocation == AUTO or depth:
         made = prepared.make(prepared.budget.share)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -27,15 +28,26 @@ class Seen(Lesson):
         return super().objective(student, call, wanted)
 
 
-def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, warmup=0.0):
-    """Run a course whose looks find the given losses, the last one again and again; return it and the rates."""
+def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, warmup=0.0, ends_early=False, states=None):
+    """Run a course whose looks find the given losses, the last one again and again; return it and the rates.
+
+    ``states`` gets the weights at each look.
+    """
     dense, original = pair()
     lesson = Seen(original, dense, ((inputs(64),), {}), "kl", 2.0)
     lesson.course = Course(dense, is_normed=False, rate=rate, clock=clock, warmup=warmup)
-    batches = lesson.batches(torch.arange(64), 64, 0, None, False)
     left = None if losses is None else list(losses)
-    look = None if left is None else lambda _: left.pop(0) if len(left) > 1 else left[0]
-    lesson.course.run(lesson, batches, total, False, first=first, look=look)
+
+    def batches():
+        return lesson.batches(torch.arange(64), 16, 0, None, False)
+
+    def look(net):
+        if states is not None:
+            states.append(copy.deepcopy(net.state_dict()))
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    knobs = {"look": None if left is None else look, "again": batches if ends_early else None}
+    lesson.course.run(lesson, batches(), total, False, first=first, **knobs)
     return lesson.course, lesson.rates
 
 
@@ -93,6 +105,39 @@ def test_a_single_large_loss_does_not_end_a_course():
     assert not done.is_given_up
 
 
+def test_the_state_is_kept_where_two_looks_in_turn_were_best():
+    states = []
+    done, _ = course(100, [0.9, 0.8, 0.2, 0.85, 0.7, 0.6, 0.75, *[2.0] * 18], first=1.0, states=states, ends_early=True)
+    assert done.best_step == 24  # looks are after 4, 8, ... steps
+    torch.testing.assert_close(done.best, states[5], rtol=0, atol=0)
+    assert course(100, [0.9, 1.0, 0.9, 1.1, 0.8, 1.2], first=1.0, ends_early=True)[0].best == {}
+
+
+def test_a_course_ends_where_its_first_fifth_gains_nothing_at_any_rate():
+    done, rates = course(600, [1.2, 1.3, 1.1, 1.2, 1.0, 1.5], first=1.0, ends_early=True)
+    assert (done.is_given_up, done.gains_nothing, done.done) == (True, True, 180)
+    assert rates[120:] == pytest.approx([0.01 * left / 60 for left in range(60, 0, -1)])
+    assert done.curve[-1].step == 180
+
+
+@pytest.mark.parametrize(
+    ("losses", "total"),
+    [
+        ([1.2, 1.2, 1.2, 1.2, 1.2, 1.4, 0.8], 600),  # the sixth loss is found where the rate has fallen
+        ([1.2, 0.9, 1.2, 1.2, 1.2, 0.8], 600),  # a look has gained
+        ([1.2], 240),  # of 48 steps little is known
+    ],
+)
+def test_a_course_that_gains_early_or_where_the_rate_falls_goes_on_as_it_was(losses, total):
+    done, rates = course(total, losses, first=1.0, ends_early=True)
+    falls = [1.4] if len(losses) == 7 else []
+    plain, others = course(total, [each for each in losses if each not in falls] if falls else losses, first=1.0)
+    assert (done.gains_nothing, done.done) == (False, plain.done)
+    assert len(rates) == len(others) + 60 * len(falls)
+    torch.testing.assert_close(done.student.state_dict(), plain.student.state_dict(), rtol=0, atol=0)
+    assert done.curve == plain.curve
+
+
 def test_time_that_is_over_takes_no_step():
     done, rates = course(100, [1.0], clock=Clock(1e-9))
     assert (done.done, rates, done.curve) == (0, [], [])
@@ -132,11 +177,17 @@ def test_a_course_goes_on_from_all_that_its_file_says(tmp_path):
     one = Course(dense, is_normed=True, clock=clock, warmup=0.1, falls_from=0.3, rates=trials, **known)
     assert not path.exists()
     one._end = 0.5
-    one.run(lesson, lesson.batches(torch.arange(64), 64, 0, None, False), 50, False, look=lambda _: 0.5)
+
+    def batches():
+        return lesson.batches(torch.arange(64), 64, 0, None, False)
+
+    one.run(lesson, batches(), 50, False, look=lambda _: 0.5, again=batches)
     other = Course(pair()[0], is_normed=False, clock=(later := Clock(1000.0)), **{**known, "rate": 0.5})
     assert (other.done, other.rate, other.is_normed, other.rates) == (one.done, 0.01, True, trials)
     assert (other.curve, other._looked, other._began) == (one.curve, one._looked, one._began)
     assert (other._falls_from, other._end) == (0.3, 0.5)
+    assert (other.best_step, other._least) == (one.best_step, one._least) == (4, 0.5)
+    torch.testing.assert_close(other.best, one.best, rtol=0, atol=0)
     assert len(one.curve) > 5
     assert one.done == 25  # the fall ends at half of the course
     assert 100.0 <= later.spent < 200.0

@@ -14,7 +14,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
-from nni_topo.recovery.course import RATES
+from nni_topo.recovery.course import RATES, Course
 from nni_topo.sharing import named_tensors
 from nni_topo.testing import toy_images, toy_model
 
@@ -201,6 +201,38 @@ def test_a_rate_that_is_asked_for_is_given_up_where_held_out_loss_grows(caplog):
     low = distillation(*pair(), batches(), steps=100, lr=1e-3, blend=False)
     assert low.is_kept
     assert low.steps == 100
+
+
+def moved(course_step, since, by):
+    """Return a step after which, from a number of steps on, weights move away."""
+
+    def step(course, *args):
+        course_step(course, *args)
+        if course.done >= since:
+            with torch.no_grad():
+                course.student.head.weight[0] += by
+
+    return step
+
+
+def test_weights_from_before_are_kept_where_those_at_the_end_are_worse(monkeypatch):
+    monkeypatch.setattr(Course, "_step", moved(Course._step, 60, 0.5))
+    found = distillation(*pair(), batches(), steps=100, lr=1e-2, blend=False)
+    assert found.is_kept
+    assert found.weights_of == 60
+    assert found.steps > 60
+    best = next(each for each in found.curve if each.step == 60)
+    assert found.loss_after == pytest.approx(best.loss)
+    assert found.loss_after < found.loss_before < found.curve[-1].loss
+    assert "; the weights are those after 60 steps: at the end they are no better than none" in str(found)
+
+
+def test_a_distillation_that_gains_nothing_ends_after_a_fifth_and_says_so(monkeypatch, caplog):
+    dense, original = pair()
+    monkeypatch.setattr(Course, "_step", moved(Course._step, 0, 0.004))
+    found = distillation(dense, original, batches(), steps=600, lr=1e-4, blend=False)
+    assert (found.gains_nothing, found.is_kept, found.steps, found.weights_of) == (True, False, 180, 0)
+    assert "It took 180 of at most 600 steps at a learning rate of up to 0.0001; it ended there, because" in caplog.text
 
 
 def test_nothing_is_learned_where_nothing_is_left_to_learn(caplog):
@@ -715,16 +747,48 @@ def watch(watch, monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize(("seconds", "is_out_of_time"), [(6.5, False), (6.0, True)])
-def test_time_is_over_where_none_is_left(watch, seconds, is_out_of_time):
-    """One pass shows that gradients can be taken, and five are steps."""
+@pytest.mark.parametrize(("seconds", "steps", "is_out_of_time"), [(8.5, 5, False), (8.0, 5, True), (7.9, 4, True)])
+def test_time_is_over_where_none_is_left(watch, seconds, steps, is_out_of_time):
+    """One pass shows that gradients can be taken, two time a step, and five are steps."""
     found = distillation(Taking(4).eval(), pair()[1], batches(), seconds=seconds, lr=1e-3, steps=5)
-    assert (found.steps, found.is_out_of_time) == (5, is_out_of_time)
+    assert (found.steps, found.is_out_of_time) == (steps, is_out_of_time)
 
 
-@pytest.mark.parametrize(("seconds", "trials"), [(33.0, 3), (60.0, 5)])
+@pytest.mark.parametrize("is_normed", [False, True])
+@pytest.mark.parametrize("lr", [None, 1e-3])
+@pytest.mark.parametrize("seconds", [8.0, 33.0, 60.0, 150.0])
+def test_seconds_hold_for_the_whole_call(watch, monkeypatch, seconds, lr, is_normed):
+    """A look at the 40 held-out samples takes two seconds, and new statistics of norms another fourteen."""
+    monkeypatch.setattr(Taking, "seconds", 0.05)
+    dense, original = Taking(4, norm=is_normed).eval(), pair(norm=is_normed)[1]
+    found = distillation(dense, original, batches(320), seconds=seconds, lr=lr)
+    assert found.seconds < seconds + 1.0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "level", "words"),
+    [
+        (
+            {"steps": 20},
+            "INFO",
+            "at most about 70 s: 20 steps of 1 s each, 50 to find the learning rate; seconds= limits",
+        ),
+        ({"steps": 20, "lr": 1e-3}, "INFO", "at most about 20 s: 20 steps of 1 s each; seconds= limits it"),
+        ({"lr": 1e-3}, "WARNING", "at most about 10 minutes: 601 steps of 1 s each; seconds= limits it"),
+        ({"lr": 1e-3, "seconds": 9.0}, "INFO", "10 minutes: 601 steps of 1 s each; seconds= ends it after 9 s"),
+    ],
+)
+def test_the_time_is_told_before_it_is_spent(watch, caplog, knobs, level, words):
+    caplog.set_level("INFO", "nni_topo")
+    distillation(Taking(4).eval(), pair()[1], batches(), **{"steps": 601, **knobs})
+    told = [each for each in caplog.records if "distillation takes" in each.getMessage()]
+    assert [each.levelname for each in told] == [level]
+    assert words in told[0].getMessage()
+
+
+@pytest.mark.parametrize(("seconds", "trials"), [(31.0, 3), (60.0, 5)])
 def test_time_that_allows_no_lower_rate_is_named(watch, seconds, trials):
-    """One pass is a check and four time the steps. With three steps a rate, at least twenty seconds must be left."""
+    """One pass is a check and two time a step. With three steps a rate, at least twenty seconds must be left."""
     dense, original = Taking(4).eval(), pair()[1]
     with torch.no_grad():
         for net in (dense, original):
@@ -733,7 +797,7 @@ def test_time_that_allows_no_lower_rate_is_named(watch, seconds, trials):
     found = distillation(dense, original, images, seconds=seconds, blend=False)
     assert [each.lr for each in found.rates] == list(RATES[:trials])
     assert (math.isnan(found.lr), found.is_out_of_time) == (True, trials < 5)
-    assert found.seconds == 1 + 4 + 3 * trials
+    assert found.seconds == 1 + 2 + 3 * trials
 
 
 class Twin(Processes):
@@ -817,7 +881,7 @@ def test_processes_judge_by_their_images_and_take_all_steps_together(groups, lr)
     assert 0 < len(own) < 48
     assert found.loss_before == pytest.approx(divergence(dense, original, own), rel=1e-4)
     assert found.loss_after == pytest.approx(divergence(found.model, original, own), rel=1e-4)
-    steps = sum(each.steps for each in found.rates) + 4
+    steps = 2 + sum(each.steps for each in found.rates) + 4  # the first two show how long a step takes
     assert data.processes.places.count("the gradients of a step") == steps
     assert data.processes.places.count("the learned weights") == 1
 

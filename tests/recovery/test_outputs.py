@@ -15,7 +15,7 @@ import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.recovery import distill, distillation
 from nni_topo.recovery.lesson import Lesson
-from nni_topo.recovery.outputs import shared_blocks
+from nni_topo.recovery.outputs import read_outputs, shared_blocks
 
 
 def unit(output, _):
@@ -90,6 +90,44 @@ def test_the_shrink_report_looks_at_what_is_read_alone():
     assert small.report.stages[-1].distance == pytest.approx(
         float((mine - theirs).square().sum(1).mean() / variance), rel=1e-3
     )
+
+
+class Unit(nn.Module):
+    """Ends a network by vectors of length one."""
+
+    def forward(self, inputs):
+        return normalize(inputs, dim=1)
+
+
+def test_a_model_that_gives_vectors_of_length_one_needs_no_outputs():
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 6)]
+    images = [torch.randn(256, 8, generator=torch.Generator().manual_seed(1))]
+    knobs = {"budget": {"flops": 0.5}, "distill": {"steps": 60, "lr": 0.003}}
+    small = nni_topo.shrink(nn.Sequential(*layers, Unit()), images, **knobs)
+    other = nni_topo.shrink(nn.Sequential(*layers), images, outputs=unit, **knobs)
+    assert small.report.distillation.objective == "cosine"
+    assert small.report.distillation.loss_after == pytest.approx(other.report.distillation.loss_after, rel=1e-4)
+    assert [stage.agreement != stage.agreement for stage in small.report.stages] == [True] * 4
+    assert "agreement" not in str(small.report)
+    found = nni_topo.shrink(nn.Sequential(*layers, Unit()), images, tolerance=0.5, distill=False)
+    assert found.report.tolerance.measure == "distance"
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        (normalize(torch.randn(16, 4, generator=torch.Generator().manual_seed(0))), "cosine"),
+        (torch.eye(4).repeat(4, 1), "kl"),  # probabilities of a classifier that is sure
+        (torch.eye(4).repeat(4, 1) * 2.0, "kl"),
+        (torch.tensor([[1.0], [-1.0]]).repeat(8, 1), "squares"),  # a single number has no direction
+        (normalize(torch.ones(16, 2, 4), dim=2), "squares"),
+        ({"logits": -torch.eye(4).repeat(4, 1)}, "kl"),
+        ((-torch.eye(4).repeat(4, 1), torch.zeros(16, 4)), "squares"),
+    ],
+)
+def test_embeddings_are_told_by_their_length(rows, kind):
+    assert read_outputs(rows, ((inputs(16),), {}), 16, None)[1] == kind
 
 
 class Times(nn.Module):

@@ -17,6 +17,8 @@ R = TypeVar("R")
 
 _DELAY = 5.0  # seconds after which progress appears that wasn't asked for
 _PAUSE = 30.0  # seconds from one line to the next
+LONG = 600.0
+"""Seconds beyond which it is a warning, and no mere piece of information, that something will take so long."""
 
 
 class _Lines(tqdm):  # type: ignore[type-arg]
@@ -62,6 +64,14 @@ def bar(
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(items, **given)
     return _Lines(items, **given, leave=False, miniters=1)
+
+
+def duration(seconds: float) -> str:
+    """Say how long something takes: "40 s", "12 minutes", "1.8 hours"."""
+    if seconds < 100.0:
+        return f"{seconds:.2g} s"
+    minutes = seconds / 60.0
+    return f"{minutes:.0f} minutes" if minutes < 100.0 else f"{minutes / 60.0:.2g} hours"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nni_topo
-from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.progress import bar, duration
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -101,3 +101,18 @@ def test_no_progress_is_shown_where_it_is_not_wanted(called, progress, monkeypat
     called(toy_model(), toy_images(40), progress=progress)
     lines = [line for line in sys.stderr.getvalue().splitlines() if " passed" in line]
     assert bool(lines) == (progress is None)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.0123, "0.012 s"),
+        (80.2, "80 s"),
+        (99.4, "99 s"),
+        (100.0, "2 minutes"),
+        (5990.0, "100 minutes"),
+        (6600.0, "1.8 hours"),
+    ],
+)
+def test_how_long_something_takes_is_told_in_words(seconds, words):
+    assert duration(seconds) == words
