@@ -20,6 +20,7 @@ from nni_topo.network.layers.kinds import WEIGHTED, is_transposed_linear, output
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
 from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.inputs import Call, run_few, tensors_of
+from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.switches import random_state_kept
 from nni_topo.sharing import named_tensors
 
@@ -268,9 +269,27 @@ def _tell_width(
         with left_alone(model), torch.no_grad(), random_state_kept():
             wanted = tensors_of(run_few(model, call))
             vars(config).update(vars(changed))
-            # Gemma multiplies by the root of the width that the config says.
-            if not agree(wanted, tensors_of(run_few(model, call)), SAME_CHANNELS):
+            # Gemma multiplies by the root of the width that the config says, others by a number of their constructor's.
+            if not (_computes(model, call, wanted) and _computes(_loaded(model, changed), call, wanted)):
                 vars(config).update(kept)
+
+
+def _loaded(model: Any, config: Any) -> Any:
+    """Return a model of the same weights that is built by a config, as ``from_pretrained`` does; None without one."""
+    try:
+        built = with_linear_layers(type(model)(copy.deepcopy(config)))
+        built.load_state_dict(model.state_dict())
+        return built.to(device_of(model)).to(next(model.parameters()).dtype).eval()
+    except Exception:  # a constructor may refuse a number, each in its own words
+        return None
+
+
+def _computes(model: Any, call: Call, wanted: list[torch.Tensor]) -> bool:
+    """Tell whether a model gives these tensors."""
+    try:
+        return model is not None and agree(wanted, tensors_of(run_few(model, call)), SAME_CHANNELS)
+    except Exception:  # a forward may raise anything
+        return False
 
 
 def accepted_heads(model: nn.Module) -> dict[str, list[int]]:

@@ -27,7 +27,8 @@ def channel_dim(norm: nn.Module) -> int | None:
         return 1
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and type(norm).__module__.startswith("torch.nn."):
         return -1 if len(norm.normalized_shape) == 1 else None
-    if type(norm).__module__.startswith(("torch.", "nni_topo.")) or norm._buffers:
+    # accelerate puts a forward of its own in place, which runs the module that it was given
+    if type(norm).__module__.startswith(("torch.", "nni_topo.")) or norm._buffers or "forward" in vars(norm):
         return None
     own, parts = [each for each in norm._parameters.values() if each is not None], list(norm.modules())
     if len(parts) > _MOST_PARTS or len(inspect.signature(norm.forward).parameters) != 1:  # a gate may enter it, too
@@ -40,14 +41,14 @@ def channel_dim(norm: nn.Module) -> int | None:
     held = [{name: each for name, each in vars(part).items() if name not in _USUAL} for part in parts]
     if not all(_is_plain(each) for values in held for each in values.values()):
         # A part may hold anything, such as a function that it calls: then a norm is tried each time, and no gate.
-        return _channel_dim(norm, own) if own else None
+        return _tried(norm, own) if own else None
     numbers = list(norm.parameters())
     if not own and (any(each.is_meta for each in numbers) or sum(each.numel() for each in numbers) > _MOST_NUMBERS):
         return None
     shapes = [(name, tuple(each.shape)) for name, each in norm.named_parameters()]
-    key = type(norm), f"{shapes} {held} {norm}"
+    key = type(norm), f"{shapes} {held} {[type(part) for part in parts]}"
     if key not in _KNOWN:
-        _KNOWN[key] = _channel_dim(norm, own)
+        _KNOWN[key] = _tried(norm, own)
     return _KNOWN[key]
 
 
@@ -55,23 +56,30 @@ _KNOWN: dict[Any, int | None] = {}  # by class, shapes, numbers and parts of a m
 _USUAL = vars(nn.Module()).keys() - {"training"}
 _MOST_PARTS = 12  # of a module that works over channels: pools, a convolution of what they give, an activation
 _MOST_NUMBERS = 256  # that it holds; CBAM's gate has 98 weights
+_FEW = 2  # channels on which a module of more has to run, too
 _WIDTH = 6  # at which a module is tried that holds nothing for each channel
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (int, float, str))
 
 
-def _channel_dim(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
+def _tried(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
+    """Run a module to find its `channel_dim`."""
     width = own[0].numel() if own else _WIDTH
     if norm._modules:
-        norm = copy.deepcopy(norm).to("cpu", torch.float32).eval()
+        try:
+            norm = copy.deepcopy(norm).to("cpu", torch.float32).eval()
+        except Exception:  # it may hold a lock, say
+            return None
     drawing = torch.Generator().manual_seed(0)
     order = torch.cat([torch.arange(1, width, 2), torch.arange(0, width, 2)])  # across groups and neighbours
     numbers = [torch.linspace(0.5, 1.5 + at, width).view(each.shape) for at, each in enumerate(own)]
     one = _with_parameters(norm, numbers)
+    fewer, kept = _with_parameters(norm, numbers), torch.arange(_FEW if width > _FEW else 1)
+    cut_norm(fewer, kept)
     other = _with_parameters(norm, [each.flatten()[order].view(each.shape) for each in numbers])
     images = torch.randn(2, 3, 4, width, generator=drawing)
     # Norms with the channels first may take texts, of three dimensions, alone. What holds nothing for each channel may
@@ -84,9 +92,14 @@ def _channel_dim(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
                     turned = other.forward(x[..., order].movedim(-1, dim)).movedim(dim, -1)
                     others = torch.cat([x[..., :1], 1 - x[..., 1:]], -1)
                     changed = one.forward(others.movedim(-1, dim)).movedim(dim, -1)
+                    narrow = fewer.forward(x[..., kept].movedim(-1, dim)).movedim(dim, -1)
             except Exception:  # a forward fails in as many ways as it is written
                 continue
-            if given.shape != x.shape or not torch.allclose(given[..., order], turned, rtol=_NEAR, atol=_NEAR):
+            if (
+                given.shape != x.shape
+                or narrow.shape != x[..., kept].shape
+                or not torch.allclose(given[..., order], turned, rtol=_NEAR, atol=_NEAR)
+            ):
                 continue
             # What treats each channel by itself is no norm.
             if not torch.allclose(given[..., 0], changed[..., 0], rtol=_NEAR, atol=_NEAR):
@@ -124,10 +137,14 @@ def cut_norm(norm: Any, kept: Tensor) -> None:
         put_attribute(norm, name, (len(kept),) if isinstance(getattr(norm, name), tuple) else len(kept))
 
 
+_WIDTHS = ("dim", "size", "width", "channel", "feature", "hidden", "shape")  # in the names of numbers of channels
+
+
 def width_names(norm: nn.Module, width: int) -> list[str]:
     """Name the attributes of a norm that hold its width, as a number or in a tuple."""
     names = list[str]()
     for name, each in vars(norm).items():
-        if (isinstance(each, tuple) and each == (width,)) or (type(each) is int and each == width):
+        is_width = type(each) is int and each == width and any(word in name.lower() for word in _WIDTHS)
+        if is_width or (isinstance(each, tuple) and each == (width,)):
             names.append(name)
     return names

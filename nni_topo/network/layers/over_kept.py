@@ -30,6 +30,10 @@ class OverKept(nn.Module):
         kept, dim = self.kept.to(x.device), self.kept_dim
         if self.whole is not nn.Conv1d:
             cut("", small, kept, kept)
+            for name, parameter in self._parameters.items():  # which get gradients
+                if parameter is not None:
+                    long = max(range(parameter.dim()), key=lambda d, shape=parameter.shape: shape[d])  # type: ignore[misc]
+                    small._parameters[name] = parameter.index_select(long, kept)
         found: Tensor = small.forward(x.index_select(dim, kept))
         shape = [*found.shape[:dim], x.shape[dim], *found.shape[dim % x.dim() + 1 :]]
         return found.new_zeros(shape).index_copy(dim, kept, found)
