@@ -43,6 +43,18 @@ def test_a_folder_of_half_the_width_is_loaded(name, tmp_path):
         torch.testing.assert_close(loaded(**inputs).logits, dense(**inputs).logits, rtol=1e-5, atol=1e-6)
 
 
+def test_a_constructor_that_computes_a_number_of_the_width_keeps_it():
+    """XGLM's embeddings multiply by its root, which a network built anew would take of the smaller one."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64, "vocab_size": 50}
+    model = transformers.XGLMForCausalLM(transformers.XGLMConfig(**sizes)).eval()
+    groups = nni_topo.dependency_groups(model, IDS, [{"op_types": ["Linear", "Embedding"], "sparse_ratio": 0.5}])
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = nni_topo.to_dense(model, IDS, masks, groups=groups)
+    assert dense.get_input_embeddings().embedding_dim == 16
+    assert dense.config.hidden_size == 32
+
+
 def test_a_forward_that_reads_the_width_in_the_config_keeps_it():
     """Gemma multiplies its embeddings by the root of it."""
     torch.manual_seed(0)

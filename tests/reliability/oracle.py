@@ -25,7 +25,7 @@ class WrongError(AssertionError):
     """A network doesn't compute what it should."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kept:
     """By parameter, for each dimension that became smaller which indices stay: bool."""
 
@@ -35,6 +35,7 @@ class Kept:
         default_factory=dict
     )  # by layer the weights with which it reads, like its weight
     untied: bool = False  # layers that shared a weight don't any more
+    silent: bool = False  # a layer keeps rows without weights, to which a step gives some
 
     @property
     def removed(self) -> bool:
@@ -68,10 +69,12 @@ def kept_of(model: nn.Module, dense: nn.Module) -> Kept:
                 rows = rows_of(dense.get_submodule(owner), found)
                 kept.layers[owner] = found_again(rows_of(module, whole), rows)
                 kept.columns[owner] = columns_of(module, dense.get_submodule(owner), kept.layers[owner])
+                kept.silent = kept.silent or len(rows) > int(kept.layers[owner].sum())
             continue
         smaller = [d for d in range(whole.dim()) if whole.shape[d] != found.shape[d]]
         kept.places[name] = {d: found_again(along(whole, d), along(found, d)) for d in smaller}
-    return Kept(kept.places, kept.layers, kept.columns, len(set(small.values())) > len(set(large.values())))
+    kept.untied = len(set(small.values())) > len(set(large.values()))
+    return kept
 
 
 def columns_of(module: nn.Module, small: nn.Module, rows: Tensor) -> Tensor:
@@ -200,7 +203,7 @@ def masked_by_hand(model: nn.Module, kept: Kept, asked: Any) -> Oracle:
             rows = next((stays for found in known for stays in found.values()), None)
             if rows is not None or isinstance(module, nn.Conv1d) or not [*module.parameters()]:
                 module.register_forward_hook(partial(over_left, rows))
-    return Oracle(masked, masks, not (kept.untied or apart))
+    return Oracle(masked, masks, not (kept.untied or kept.silent or apart))
 
 
 def is_over_channels(module: nn.Module) -> bool:

@@ -94,3 +94,14 @@ def test_a_norm_on_another_device_runs_there(far: torch.device) -> None:
     for each in (norm, away):
         run_over_kept(each, torch.tensor([0, 2, 5]))
     torch.testing.assert_close(away(x.to(far)).cpu(), norm(x))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6)], ids=lambda norm: type(norm).__name__
+)
+def test_a_norm_over_kept_channels_gets_gradients(norm: nn.Module) -> None:
+    run_over_kept(norm, torch.tensor([0, 2, 3, 5]))
+    norm(torch.randn(3, 6)).square().sum().backward()
+    assert norm.weight.grad is not None
+    assert norm.weight.grad[[1, 4]].tolist() == [0.0, 0.0]
+    assert bool((norm.weight.grad[[0, 2, 3, 5]] != 0).all())
