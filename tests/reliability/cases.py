@@ -68,7 +68,7 @@ def lively(model: nn.Module) -> nn.Module:
             for name, value in module.named_parameters(recurse=False):
                 if name.startswith("bias"):
                     value.normal_(0, 1)
-                elif value.dim() < 2:
+                elif value.numel() == max(value.shape, default=1):
                     value.uniform_(0.5, 1.5)
             if hasattr(module, "p") and isinstance(module, (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)):
                 module.p = 0.0  # two networks of different widths draw different numbers

@@ -210,7 +210,7 @@ def is_over_channels(module: nn.Module) -> bool:
     """Tell by its name whether a module is a norm over channels; a convolution of a single row goes along channels."""
     if isinstance(module, nn.Conv1d):
         return module.in_channels == module.out_channels == 1
-    is_norm = "Norm" in type(module).__name__ and not isinstance(module, (BY_CHANNEL, nn.LocalResponseNorm))
+    is_norm = "Norm" in type(module).__name__ and not isinstance(module, BY_CHANNEL)
     return is_norm and not module._modules and not isinstance(module, (*ROWS, *TRANSPOSED))
 
 

@@ -245,8 +245,9 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
 def size_names(module: nn.Module) -> tuple[str, ...]:
     """List the names of a module's size attributes; none for a type without."""
     names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
-    if not names and channel_dim(module) is not None:
-        names = tuple(width_names(module, next(module.parameters()).numel()))
+    own = [each for each in module._parameters.values() if each is not None]
+    if not names and own and channel_dim(module) is not None:
+        names = tuple(width_names(module, own[0].numel()))
     return names
 
 

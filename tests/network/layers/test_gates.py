@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -105,3 +107,15 @@ def test_a_number_that_only_equals_the_width_stays() -> None:
     mask = torch.ones(8, 3).index_fill(0, torch.tensor([1, 2, 6]), 0.0)
     dense = nni_topo.to_dense(model, torch.randn(4, 3), {"0": {"weight": mask}})
     assert (dense[1].power, dense[1].weight.numel()) == (8, 5)
+
+
+def test_a_network_with_a_gate_or_a_response_norm_is_saved_and_loaded(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), Gate(), nn.Conv2d(8, 4, 1)).double().eval()
+
+    mask = torch.ones(8, 3, 3, 3, dtype=torch.float64).index_fill(0, torch.tensor([1, 6]), 0.0)
+    dense = nni_topo.to_dense(build(), IMAGES, {"0": {"weight": mask}})
+    nni_topo.save(dense, tmp_path / "dense.safetensors")
+    with torch.no_grad():
+        assert torch.equal(nni_topo.load(tmp_path / "dense.safetensors", build)(IMAGES), dense(IMAGES))
