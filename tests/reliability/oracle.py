@@ -211,7 +211,8 @@ def is_over_channels(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d):
         return module.in_channels == module.out_channels == 1
     is_norm = "Norm" in type(module).__name__ and not isinstance(module, BY_CHANNEL)
-    return is_norm and not module._modules and not isinstance(module, (*ROWS, *TRANSPOSED))
+    is_of_weights = type(module).__module__.startswith("torch.nn.utils")
+    return is_norm and not is_of_weights and not module._modules and not isinstance(module, (*ROWS, *TRANSPOSED))
 
 
 def over_left(rows: Tensor | None, module: nn.Module, entered: Any, given: Tensor) -> Tensor:
