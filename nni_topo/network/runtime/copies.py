@@ -149,9 +149,9 @@ def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:
         wrapper = getattr(module, "_nni_wrapper", None)
         if wrapper is not None:
             wrapper.unwrap()
-        if (whole := vars(module).pop("whole", None)) is not None and hasattr(module, "kept_dim"):
-            module.__class__ = whole
-            del module.kept, module.kept_dim
+        if {"whole", "kept", "kept_dim"} <= vars(module).keys():
+            module.__class__ = module.whole
+            del module.whole, module.kept, module.kept_dim
         for key, hook in list(module._forward_pre_hooks.items()):
             if getattr(hook, "undone_by_copying", False):
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
