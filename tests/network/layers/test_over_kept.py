@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from whole_nets import ChannelsFirst, ResponseNorm, Root
 
+import nni_topo
 from nni_topo.network.layers.over_kept import run_over_kept
 from nni_topo.network.layers.slicing import cut
 
@@ -105,3 +106,11 @@ def test_a_norm_over_kept_channels_gets_gradients(norm: nn.Module) -> None:
     assert norm.weight.grad is not None
     assert norm.weight.grad[[1, 4]].tolist() == [0.0, 0.0]
     assert bool((norm.weight.grad[[0, 2, 3, 5]] != 0).all())
+
+
+def test_copies_of_masked_models_are_plain_and_other_attributes_stay() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 2)).eval()
+    model[1].whole = "a note"
+    mask = torch.ones(6, 3).index_fill(0, torch.tensor([1, 2]), 0.0)
+    dense = nni_topo.to_dense(model, torch.randn(2, 3), {"0": {"weight": mask}})
+    assert (type(dense[1]), dense[1].whole) == (nn.LayerNorm, "a note")
