@@ -150,7 +150,7 @@ def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:
         if wrapper is not None:
             wrapper.unwrap()
         if {"whole", "kept", "kept_dim"} <= vars(module).keys():
-            module.__class__ = module.whole
+            module.__class__ = vars(module)["whole"]
             del module.whole, module.kept, module.kept_dim
         for key, hook in list(module._forward_pre_hooks.items()):
             if getattr(hook, "undone_by_copying", False):
