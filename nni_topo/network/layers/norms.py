@@ -122,6 +122,11 @@ def is_over_channels(module: nn.Module) -> bool:
     return not isinstance(module, nn.modules.batchnorm._NormBase) and channel_dim(module) is not None
 
 
+def numbers_of(parameter: Tensor, kept: Tensor) -> Tensor:
+    """Return the numbers of some channels, of a norm's parameter that has one for each; its other sizes are 1."""
+    return parameter.index_select(parameter.shape.index(max(parameter.shape)), kept)
+
+
 def cut_norm(norm: Any, kept: Tensor) -> None:
     """Keep some channels of a norm over all of them, in place."""
     own = [each for each in norm._parameters.values() if each is not None]
@@ -131,8 +136,8 @@ def cut_norm(norm: Any, kept: Tensor) -> None:
     names = width_names(norm, width)
     for name, parameter in list(norm._parameters.items()):
         if parameter is not None:
-            rows = parameter.index_select(max(range(parameter.dim()), key=lambda d: parameter.shape[d]), kept)
-            put_attribute(norm, name, nn.Parameter(rows.detach(), requires_grad=parameter.requires_grad))
+            numbers = numbers_of(parameter, kept).detach()
+            put_attribute(norm, name, nn.Parameter(numbers, requires_grad=parameter.requires_grad))
     for name in names:
         put_attribute(norm, name, (len(kept),) if isinstance(getattr(norm, name), tuple) else len(kept))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_topo.network.layers.norms import channel_dim
+from nni_topo.network.layers.norms import channel_dim, numbers_of
 from nni_topo.network.layers.slicing import cut
 
 
@@ -32,8 +32,7 @@ class OverKept(nn.Module):
             cut("", small, kept, kept)
             for name, parameter in self._parameters.items():  # which get gradients
                 if parameter is not None:
-                    long = max(range(parameter.dim()), key=lambda d, shape=parameter.shape: shape[d])  # type: ignore[misc]
-                    small._parameters[name] = parameter.index_select(long, kept)
+                    small._parameters[name] = numbers_of(parameter, kept)  # type: ignore[assignment]
         found: Tensor = small.forward(x.index_select(dim, kept))
         shape = [*found.shape[:dim], x.shape[dim], *found.shape[dim % x.dim() + 1 :]]
         return found.new_zeros(shape).index_copy(dim, kept, found)
