@@ -15,7 +15,7 @@ from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import apply_masks
 from nni_topo.network.speedup.leaving_out import leave_out
-from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve, warn_of_kept
+from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve_masks
 from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects
 from nni_topo.sharing import find_ties, named_tensors, untie
@@ -43,8 +43,7 @@ def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
     base = evaluating(detached_copy(model, light=True))
     # A weight that a forward computes from all others can't be solved anew one by one; what it computes can.
     folded = {name for name, module in base.named_modules() if fold(module)}
-    resolved = resolve(base, analysis.flow, checked)
-    warn_of_kept(resolved.kept)
+    resolved = resolve_masks(base, analysis.flow, checked)
     full = resolved.masks
     unpruned = without_side_effects(analysis.graph(base)[0], light=True)
     pruned = detached_copy(unpruned, light=True)

@@ -67,7 +67,8 @@ def prune_checkpoint(
         found = prune(start, choice, config_list)
         masks = found.masks
         if config.round_to is not None:
-            masks = resolve_masks(start.net, start.analysis.flow, check_masks(start.net, masks), config.round_to)
+            checked = check_masks(start.net, masks)
+            masks = resolve_masks(start.net, start.analysis.flow, checked, config.round_to).masks
         masks = on_cpu(masks)
         dense, _ = made_dense(start, masks)
         record: Record = {

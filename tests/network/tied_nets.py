@@ -170,6 +170,19 @@ def untied(model):
     return model
 
 
+class TiedReaders(nn.Module):
+    """Two layers with one weight and one bias, of which each reads a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other = nn.Linear(4, 8), nn.Linear(4, 8)
+        self.second, self.third = nn.Linear(8, 5), nn.Linear(8, 5)
+        self.third.weight, self.third.bias = self.second.weight, self.second.bias
+
+    def forward(self, rows):
+        return self.second(self.first(rows).sigmoid()) + 2 * self.third(self.other(rows).relu())
+
+
 def zeroed(model, masks):
     """An untied model with masked weights at zero, and the biases of channels that have none left."""
     untied(model)

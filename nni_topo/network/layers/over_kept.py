@@ -32,7 +32,7 @@ class OverKept(nn.Module):
             cut("", small, kept, kept)
             for name, parameter in self._parameters.items():  # which get gradients
                 if parameter is not None:
-                    small._parameters[name] = numbers_of(parameter, kept)  # type: ignore[assignment]
+                    small._parameters[name] = numbers_of(parameter, kept)
         found: Tensor = small.forward(x.index_select(dim, kept))
         shape = [*found.shape[:dim], x.shape[dim], *found.shape[dim % x.dim() + 1 :]]
         return found.new_zeros(shape).index_copy(dim, kept, found)

@@ -112,13 +112,11 @@ class Resolved:
 _REASONS = 3  # that a warning names
 
 
-def resolve_masks(
-    model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None
-) -> FullMasks:
+def resolve_masks(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None) -> Resolved:
     """Make the masks of tied channels agree as `resolve` does, and warn of layers that keep channels for it."""
     resolved = resolve(model, flow, masks, round_to)
     warn_of_kept(resolved.kept)
-    return resolved.masks
+    return resolved
 
 
 def warn_of_kept(kept: Mapping[str, str]) -> None:

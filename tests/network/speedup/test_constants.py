@@ -8,6 +8,7 @@ import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
 from speedup_nets import Doubling, Net, Rows, filter_mask, lively
+from tied_nets import TiedReaders
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
@@ -83,18 +84,8 @@ def test_beyond_a_border_a_kept_shift_goes_on():
 
 @torch.no_grad()
 def test_shared_layers_keep_each_its_own():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.other = nn.Linear(4, 8), nn.Linear(4, 8)
-            self.second, self.third = nn.Linear(8, 5), nn.Linear(8, 5)
-            self.third.weight, self.third.bias = self.second.weight, self.second.bias
-
-        def forward(self, rows: Tensor) -> Tensor:
-            return self.second(self.first(rows).sigmoid()) + 2 * self.third(self.other(rows).relu())
-
     torch.manual_seed(0)
-    net, rows = Tied().double(), torch.rand(3, 4, dtype=torch.float64)
+    net, rows = TiedReaders().double(), torch.rand(3, 4, dtype=torch.float64)
     masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "other")}
     dense = to_dense(net, rows, masks, constants="keep")
     assert dense.third.weight is dense.second.weight

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from speedup_nets import Doubling, Net, Rows, filter_mask, lively
+from tied_nets import TiedReaders
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -156,18 +157,8 @@ def test_the_first_state_of_a_recurrent_layer_is_read_as_it_is():
 
 @torch.no_grad()
 def test_each_of_two_layers_that_share_weights_reads_its_own_channels():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.other = nn.Linear(4, 8), nn.Linear(4, 8)
-            self.second, self.third = nn.Linear(8, 5), nn.Linear(8, 5)
-            self.third.weight, self.third.bias = self.second.weight, self.second.bias
-
-        def forward(self, rows: Tensor) -> Tensor:
-            return self.second(self.first(rows).sigmoid()) + 2 * self.third(self.other(rows).relu())
-
     torch.manual_seed(0)
-    net, rows = Tied().double(), torch.rand(3, 4, dtype=torch.float64)
+    net, rows = TiedReaders().double(), torch.rand(3, 4, dtype=torch.float64)
     masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "other")}
     dense = to_dense(net, rows, masks)
     assert dense.second.in_features == 4
