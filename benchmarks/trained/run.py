@@ -197,6 +197,7 @@ class Encoder(Subject):
     shares = (0.5,)
     learned = 16_000
     judges = 300
+    blocks = 0.2  # the share of the blocks' hidden states in what distillation compares
 
     def __init__(self, home: Path, count: int | None = None) -> None:
         folder = pretrained.minilm_folder(home)
@@ -254,7 +255,7 @@ class Encoder(Subject):
             self._batches("calibration"),
             held_out=self._batches("validation"),
             outputs=lambda output, batch: pretrained.embedding(output, batch["attention_mask"]),
-            blocks=0.2,
+            blocks=self.blocks,
             **{"lr": 8e-4} | limits,
             warmup=0.1,
             state=state,

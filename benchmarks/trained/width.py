@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
-from benchmarks.trained import pretrained
 from benchmarks.trained.run import OURS, Encoder, Row
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.runs.provenance import provenance
@@ -54,6 +53,8 @@ class Mapped(nn.Module):
 class MappedEncoder(Encoder):
     """MiniLM with a linear layer behind it, of which the hidden width can be cut too."""
 
+    blocks = 0.0  # blocks of another width have no hidden states to compare
+
     def __init__(self, home: Path) -> None:
         super().__init__(home)
         self.model = Mapped(self.model).eval()
@@ -67,19 +68,6 @@ class MappedEncoder(Encoder):
         if row == ALL:  # layers by type; what writes to the residual stream is among them
             asked = [{"op_types": ["Linear", "Embedding"], "sparse_ratio": 1.0 - share}]
         return self.masks_of(criterion, self.model, nni_topo.dependency_groups(self.model, self.example, asked))
-
-    def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
-        """Distil pooled embeddings; blocks of another width have no states to compare. Other sentences decide."""
-        return nni_topo.distillation(
-            dense,
-            self.model,
-            self._batches("calibration"),
-            held_out=self._batches("validation"),
-            outputs=lambda output, batch: pretrained.embedding(output, batch["attention_mask"]),
-            **{"lr": 8e-4} | limits,
-            warmup=0.1,
-            state=state,
-        )
 
     def milliseconds(self, *nets: nn.Module) -> list[float]:
         """Time networks in turns on a batch of 64 sentences."""
