@@ -14,7 +14,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
-from nni_topo.recovery.course import RATES, Course
+from nni_topo.recovery.course import RATES
 from nni_topo.sharing import named_tensors
 from nni_topo.testing import toy_images, toy_model
 
@@ -203,21 +203,30 @@ def test_a_rate_that_is_asked_for_is_given_up_where_held_out_loss_grows(caplog):
     assert low.steps == 100
 
 
-def moved(course_step, since, by):
-    """Return a step after which, from a number of steps on, weights move away."""
+class Drifting(Narrow):
+    """After so many passes with gradients, its weights move away at each of them."""
 
-    def step(course, *args):
-        course_step(course, *args)
-        if course.done >= since:
-            with torch.no_grad():
-                course.student.head.weight[0] += by
+    since, by, passes = 0, 0.0, 0
 
-    return step
+    def forward(self, inputs):
+        if torch.is_grad_enabled():
+            self.passes += 1
+            if self.passes > self.since:
+                with torch.no_grad():
+                    self.head.weight[0] += self.by
+        return super().forward(inputs)
 
 
-def test_weights_from_before_are_kept_where_those_at_the_end_are_worse(monkeypatch):
-    monkeypatch.setattr(Course, "_step", moved(Course._step, 60, 0.5))
-    found = distillation(*pair(), batches(), steps=100, lr=1e-2, blend=False)
+def drifting(since, by):
+    dense, original = pair()
+    made = Drifting(4)
+    made.load_state_dict(dense.state_dict())
+    made.since, made.by = since, by
+    return made.eval(), original
+
+
+def test_weights_from_before_are_kept_where_those_at_the_end_are_worse():
+    found = distillation(*drifting(60, 0.5), batches(), steps=100, lr=1e-2, blend=False)
     assert found.is_kept
     assert found.weights_of == 60
     assert found.steps > 60
@@ -227,10 +236,8 @@ def test_weights_from_before_are_kept_where_those_at_the_end_are_worse(monkeypat
     assert "; the weights are those after 60 steps: at the end they are no better than none" in str(found)
 
 
-def test_a_distillation_that_gains_nothing_ends_after_a_fifth_and_says_so(monkeypatch, caplog):
-    dense, original = pair()
-    monkeypatch.setattr(Course, "_step", moved(Course._step, 0, 0.004))
-    found = distillation(dense, original, batches(), steps=600, lr=1e-4, blend=False)
+def test_a_distillation_that_gains_nothing_ends_after_a_fifth_and_says_so(caplog):
+    found = distillation(*drifting(0, 0.004), batches(), steps=600, lr=1e-4, blend=False)
     assert (found.gains_nothing, found.is_kept, found.steps, found.weights_of) == (True, False, 180, 0)
     assert "It took 180 of at most 600 steps at a learning rate of up to 0.0001; it ended there, because" in caplog.text
 
@@ -757,10 +764,10 @@ def test_time_is_over_where_none_is_left(watch, seconds, steps, is_out_of_time):
 @pytest.mark.parametrize("is_normed", [False, True])
 @pytest.mark.parametrize("lr", [None, 1e-3])
 @pytest.mark.parametrize("seconds", [8.0, 33.0, 60.0, 150.0])
-def test_seconds_hold_for_the_whole_call(watch, monkeypatch, seconds, lr, is_normed):
+def test_seconds_hold_for_the_whole_call(watch, seconds, lr, is_normed):
     """A look at the 40 held-out samples takes two seconds, and new statistics of norms another fourteen."""
-    monkeypatch.setattr(Taking, "seconds", 0.05)
     dense, original = Taking(4, norm=is_normed).eval(), pair(norm=is_normed)[1]
+    dense.seconds = 0.05
     found = distillation(dense, original, batches(320), seconds=seconds, lr=lr)
     assert found.seconds < seconds + 1.0
 
