@@ -55,11 +55,10 @@ _FUSED = ("cpu", "cuda")  # devices on which AdamW takes all parameters together
 _LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course may be given up
 
 _NO_GAIN_AT, _NO_GAIN = 0.2, 1.5
-"""A course ends after this share of it if no held-out loss was smaller than the first, and if the loss is still so many
-times the first where the rate has fallen to zero.
+"""Share of a course after which it is tried without a high rate if no held-out loss was smaller than the first. It ends
+there if the loss is then at least so many times the first.
 
-At a high rate many courses show no gain by then that end with one. On networks of three kinds all of these had at most
-1.13 times the first loss where the rate had fallen, and those that ended with none 1.0 to 2.7 times.
+At a high rate the loss may be larger for long and smaller in the end.
 """
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)

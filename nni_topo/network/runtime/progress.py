@@ -18,7 +18,7 @@ R = TypeVar("R")
 _DELAY = 5.0  # seconds after which progress appears that wasn't asked for
 _PAUSE = 30.0  # seconds from one line to the next
 LONG = 600.0
-"""Seconds beyond which it is a warning, and no mere piece of information, that something will take so long."""
+"""A forecast of more seconds than these is logged as a warning."""
 
 
 class _Lines(tqdm):  # type: ignore[type-arg]
