@@ -20,6 +20,12 @@ MODELS = {
         {"pixel_values": torch.linspace(-1, 1, 6144).sin().view(2, 3, 32, 32)},
     ),
     "LlamaForCausalLM": ("LlamaConfig", {**WIDTHS, "num_key_value_heads": 4, "vocab_size": 50}, IDS),
+    # norms without parameters
+    "OlmoForCausalLM": (
+        "OlmoConfig",
+        {**WIDTHS, "vocab_size": 50, "pad_token_id": 1, "eos_token_id": 2, "use_cache": False},
+        IDS,
+    ),
     "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 50}, IDS),
 }
 

@@ -116,4 +116,5 @@ def train_shared(rank: int, how: str, saved: Path, folder: Path) -> None:
     weights = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         torch.save(weights, folder / f"{how}.pt")
+    dist.barrier()  # a process that still waits for messages aborts if the other one is gone
     dist.destroy_process_group()

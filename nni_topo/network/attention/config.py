@@ -246,10 +246,12 @@ def _tell_width(
     config, key = model.config, original.config.attribute_map.get("hidden_size", "hidden_size")
     wide = getattr(original.config, key, None)
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-    left = set[int]()
+    # Norms tell it; norms that hold no numbers, as OLMo's, leave it to matrices, which have other widths as well.
+    by_rank = {1: set[int](), 2: set[int]()}
     for name, tensor in named_tensors(original).items():
-        if tensor.dim() == 1 and len(tensor) == wide and name in shapes:
-            left.add(shapes[name][0])
+        if tensor.dim() in by_rank and name in shapes:
+            by_rank[tensor.dim()].update(new for old, new in zip(tensor.shape, shapes[name], strict=True) if old == wide)
+    left = by_rank[1] or by_rank[2]
     shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
     for width in sorted(left - {wide}):
         changed = copy.deepcopy(config)

@@ -127,9 +127,18 @@ class ShapeNoting(Interpreter):
         return found
 
 
+class _WithLayerCalledCode(GraphModule):
+    """A graph on modules of which one may be called ``code``: PyTorch's own class gives its source by that name."""
+
+    @property
+    def code(self) -> Any:
+        """The layer of that name, else the source of the forward."""
+        return self._modules["code"] if "code" in self._modules else super().code
+
+
 def on_modules(root: nn.Module | dict[str, Any], graph: Graph, name: str) -> GraphModule:
     """Make a `torch.fx.GraphModule` of a graph and the modules that it calls."""
-    made = GraphModule(root, graph, name)
+    made = _WithLayerCalledCode(root, graph, name)
     if isinstance(root, nn.Module):
         # Buffers that are in none of the root's state_dict stay out of this one; before 2.14 PyTorch takes them all in.
         theirs = dict(root.named_modules())

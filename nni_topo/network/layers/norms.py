@@ -68,7 +68,8 @@ def _is_plain(value: Any) -> bool:
 
 def _tried(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
     """Run a module to find its `channel_dim`."""
-    width = own[0].numel() if own else _WIDTH
+    held = _width_held(norm)
+    width = held or _WIDTH
     if norm._modules:
         try:
             norm = copy.deepcopy(norm).to("cpu", torch.float32).eval()
@@ -84,8 +85,8 @@ def _tried(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
     images = torch.randn(2, 3, 4, width, generator=drawing)
     # Norms with the channels first may take texts, of three dimensions, alone. What holds nothing for each channel may
     # treat places alike, and only images with the channels first tell these from channels.
-    for x in (images, images.flatten(1, 2)) if own else (images,):
-        for dim in (-1, 1) if own else (1,):
+    for x in (images, images.flatten(1, 2)) if held else (images,):
+        for dim in (-1, 1) if held else (1,):
             try:
                 with torch.no_grad(), random_state_kept():
                     given = one.forward(x.movedim(-1, dim)).movedim(dim, -1)
@@ -129,10 +130,9 @@ def numbers_of(parameter: Tensor, kept: Tensor) -> Tensor:
 
 def cut_norm(norm: Any, kept: Tensor) -> None:
     """Keep some channels of a norm over all of them, in place."""
-    own = [each for each in norm._parameters.values() if each is not None]
-    if not own and not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+    width = _width_held(norm)
+    if width is None:
         return
-    width = own[0].numel() if own else norm.normalized_shape[0]
     names = width_names(norm, width)
     for name, parameter in list(norm._parameters.items()):
         if parameter is not None:
@@ -140,6 +140,15 @@ def cut_norm(norm: Any, kept: Tensor) -> None:
             put_attribute(norm, name, nn.Parameter(numbers, requires_grad=parameter.requires_grad))
     for name in names:
         put_attribute(norm, name, (len(kept),) if isinstance(getattr(norm, name), tuple) else len(kept))
+
+
+def _width_held(norm: nn.Module) -> int | None:
+    """Return for how many channels a norm holds numbers, or says that it normalizes them; None for any number."""
+    own = [each for each in norm._parameters.values() if each is not None]
+    shape = getattr(norm, "normalized_shape", ())
+    if own:
+        return own[0].numel()
+    return shape[0] if isinstance(shape, (tuple, list)) and len(shape) == 1 else None
 
 
 _WIDTHS = ("dim", "size", "width", "channel", "feature", "hidden", "shape")  # in the names of numbers of channels

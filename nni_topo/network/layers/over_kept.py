@@ -26,6 +26,7 @@ class OverKept(nn.Module):
         (x,) = (*args, *kwargs.values())
         small: Any = copy.copy(self)
         small.__class__ = self.whole
+        del small.whole, small.kept, small.kept_dim
         small._parameters = dict(self._parameters)
         kept, dim = self.kept.to(x.device), self.kept_dim
         if self.whole is not nn.Conv1d:

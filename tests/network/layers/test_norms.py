@@ -69,10 +69,22 @@ class InSingle(nn.LayerNorm):
         return functional.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
+class WithoutParameters(nn.Module):
+    """OLMo's norm: it holds the width alone."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.normalized_shape = (width,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x.float(), self.normalized_shape, None, None, 1e-5).to(x.dtype)
+
+
 DIMS = {
     -1: [
         nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False), nn.RMSNorm(4), Root(), Root(shift=1.0), Written(),
         ResponseNorm(4), InSingle(4), InSingle(4).bfloat16(), Root().double(), WithChild(),
+        WithoutParameters(4),
     ],
     1: [nn.BatchNorm2d(4), nn.InstanceNorm1d(4), nn.GroupNorm(2, 4), ChannelsFirst(4), ResponseNorm(4, dim=1)],
     None: [
@@ -114,6 +126,7 @@ MAKERS = {
     "channels first": ChannelsFirst,
     "own root": Root,
     "own layer": Written,
+    "own, no parameters": WithoutParameters,
     "response": ResponseNorm,
     "response, channels first": partial(ResponseNorm, dim=1),
 }
