@@ -121,7 +121,9 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
             if isinstance(module, nn.RNNBase):  # its units read one another at the next step
                 for parameter in module.parameters():
                     parameter.data.unflatten(0, (-1, len(gone)))[:, torch.from_numpy(gone)] = 0
-        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) and getattr(module, "groups", 1) == 1:
+        # A convolution of another class may standardize its weight.
+        is_plain = isinstance(module, nn.Linear) or type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        if is_plain and getattr(module, "groups", 1) == 1:
             # It reads nothing of channels that are gone, whatever they are by then.
             if other.weight.shape[1] < module.weight.shape[1]:
                 kept = torch.from_numpy(~layers.get(name, np.zeros(len(module.weight), dtype=bool)))
@@ -136,10 +138,11 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
     return layers, norms
 
 
-def _narrowed(narrow: nn.Module, _: nn.Module, entered: tuple[Any, ...], output: Tensor) -> Tensor:
+def _narrowed(narrow: Any, _: nn.Module, entered: tuple[Any, ...], output: Tensor) -> Tensor:
     """Return what a norm gives that doesn't see the channels that are gone, which are zero everywhere."""
     (x,) = entered
-    width, whole = max(each.numel() for each in narrow.parameters()), output.shape
+    whole = output.shape
+    width = max((each.numel() for each in narrow.parameters()), default=0) or narrow.normalized_shape[0]
     for dim in (x.dim() - 1, 1):
         rows = x.movedim(dim, 0).flatten(1)
         kept = rows.ne(0).any(1).nonzero().flatten()
@@ -156,6 +159,8 @@ def zeroed_outputs(model: nn.Module, dense: nn.Module, gone: dict[str, np.ndarra
     handles, seen = [], set[str]()
     for name, module in model.named_modules():
         own, other = [*module.parameters()], dense.get_submodule(name)
+        if not own and getattr(module, "normalized_shape", 0) != getattr(other, "normalized_shape", 0):
+            handles.append(module.register_forward_hook(partial(_narrowed, other)))  # OLMo's, which has no parameters
         is_norm = own and all(max(each.shape) == each.numel() for each in own) and not [*module.children()]
         if is_norm and own[0].shape != next(other.parameters()).shape and not isinstance(module, BY_CHANNEL):
             handles.append(module.register_forward_hook(partial(_narrowed, other)))

@@ -250,7 +250,9 @@ def _tell_width(
     by_rank = {1: set[int](), 2: set[int]()}
     for name, tensor in named_tensors(original).items():
         if tensor.dim() in by_rank and name in shapes:
-            by_rank[tensor.dim()].update(new for old, new in zip(tensor.shape, shapes[name], strict=True) if old == wide)
+            by_rank[tensor.dim()].update(
+                new for old, new in zip(tensor.shape, shapes[name], strict=True) if old == wide
+            )
     left = by_rank[1] or by_rank[2]
     shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
     for width in sorted(left - {wide}):

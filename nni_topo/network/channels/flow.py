@@ -84,7 +84,7 @@ from nni_topo.network.layers.kinds import (
     row_names,
     weight_name,
 )
-from nni_topo.network.layers.norms import channel_dim
+from nni_topo.network.layers.norms import channel_dim, gives_no_channels
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 
@@ -264,6 +264,8 @@ class Propagation(torch.fx.Interpreter):
                 reason = reasons.several_widths(node)
                 self._given.pin(np.unique(before), reason)
                 return self._all_kept(node, ids, reason)
+            if gives_no_channels(module):
+                return given_shapes(node)
         elif known is not None:
             return known.apply(self._operation(node))
         if isinstance(module, tuple(RULES)) or not (any(True for _ in module.parameters()) or is_normalizing(module)):

@@ -104,7 +104,10 @@ _ADVICE: dict[str, str] = {
         "prune heads, which lose their queries; nni_topo.narrow_heads makes the keys and values of all heads narrower"
     ),
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
-    "result_depends": "use an operation that treats every channel by itself, or {leave_out}",
+    "result_depends": (
+        "use an operation that treats every channel by itself, or write a mean or maximum over channels as a module of "
+        "its own, or {leave_out}"
+    ),
     "nonzero_values": (
         "use operations that leave channels of zeros at zero (ReLU, GELU, SiLU) between the layer and the one that "
         "reads it, or {leave_out}"

@@ -2,15 +2,15 @@
 
 A norm of a library's own, such as LLaMA's RMS norm or ConvNeXt's response norm, is found by running it: it has one
 number a channel in each of its parameters, and if its channels and these numbers change places, so do its results.
-Such a norm of fewer channels is the same module with fewer numbers. So is a gate that weighs places by the mean and the
-maximum over the channels (CBAM's), which holds nothing for each channel.
+Such a norm of fewer channels is the same module with fewer numbers. So is a gate of places by the mean and the maximum
+over the channels (CBAM's), which holds nothing for each channel and gives the channels that it has gated, or the gate.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,30 @@ from nni_topo.network.runtime.switches import random_state_kept
 _NEAR = 1e-4  # of values near one, with squares in single precision
 
 
+class Over(NamedTuple):
+    """How a module works over channels."""
+
+    dim: int  # of the channels: -1 or 1
+    gives_channels: bool = True  # False: what it gives has the same size for any number of channels
+
+
 def channel_dim(norm: nn.Module) -> int | None:
     """Return the dimension in which a norm has its channels: -1 or 1. None for any other module."""
+    found = _over(norm)
+    return None if found is None else found.dim
+
+
+def gives_no_channels(module: nn.Module) -> bool:
+    """Tell whether a module works over channels and gives none of them, such as a gate of places."""
+    found = _over(module)
+    return found is not None and not found.gives_channels
+
+
+def _over(norm: nn.Module) -> Over | None:
     if isinstance(norm, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)):
-        return 1
+        return Over(1)
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and type(norm).__module__.startswith("torch.nn."):
-        return -1 if len(norm.normalized_shape) == 1 else None
+        return Over(-1) if len(norm.normalized_shape) == 1 else None
     # accelerate puts a forward of its own in place, which runs the module that it was given
     if type(norm).__module__.startswith(("torch.", "nni_topo.")) or norm._buffers or "forward" in vars(norm):
         return None
@@ -52,7 +70,7 @@ def channel_dim(norm: nn.Module) -> int | None:
     return _KNOWN[key]
 
 
-_KNOWN: dict[Any, int | None] = {}  # by class, shapes, numbers and parts of a module, for it is asked often
+_KNOWN: dict[Any, Over | None] = {}  # by class, shapes, numbers and parts of a module, for it is asked often
 _USUAL = vars(nn.Module()).keys() - {"training"}
 _MOST_PARTS = 12  # of a module that works over channels: pools, a convolution of what they give, an activation
 _MOST_NUMBERS = 256  # that it holds; CBAM's gate has 98 weights
@@ -66,8 +84,8 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (int, float, str))
 
 
-def _tried(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
-    """Run a module to find its `channel_dim`."""
+def _tried(norm: nn.Module, own: list[nn.Parameter]) -> Over | None:
+    """Run a module to find how it works over channels."""
     held = _width_held(norm)
     width = held or _WIDTH
     if norm._modules:
@@ -96,16 +114,22 @@ def _tried(norm: nn.Module, own: list[nn.Parameter]) -> int | None:
                     narrow = fewer.forward(x[..., kept].movedim(-1, dim)).movedim(dim, -1)
             except Exception:  # a forward fails in as many ways as it is written
                 continue
-            if (
-                given.shape != x.shape
-                or narrow.shape != x[..., kept].shape
-                or not torch.allclose(given[..., order], turned, rtol=_NEAR, atol=_NEAR)
-            ):
-                continue
+            gives_channels = given.shape == x.shape
+            if gives_channels:
+                is_alike = narrow.shape == x[..., kept].shape and _near(given[..., order], turned)
+                changes = not _near(given[..., 0], changed[..., 0])
+            else:
+                is_alike = not held and given.shape[:-1] == x.shape[:-1] and narrow.shape == given.shape
+                is_alike = is_alike and _near(given, turned)
+                changes = not _near(given, changed)
             # What treats each channel by itself is no norm.
-            if not torch.allclose(given[..., 0], changed[..., 0], rtol=_NEAR, atol=_NEAR):
-                return dim
+            if is_alike and changes:
+                return Over(dim, gives_channels)
     return None
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=_NEAR, atol=_NEAR)
 
 
 def _with_parameters(norm: Any, numbers: list[Tensor]) -> Any:

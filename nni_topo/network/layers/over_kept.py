@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_topo.network.layers.norms import channel_dim, numbers_of
+from nni_topo.network.layers.norms import channel_dim, gives_no_channels, numbers_of
 from nni_topo.network.layers.slicing import cut
 
 
@@ -17,6 +17,7 @@ class OverKept(nn.Module):
     whole: type[nn.Module]  # the class of the module: a norm, or a convolution along channels
     kept: Tensor  # int64, (channels that are left,)
     kept_dim: int  # the dimension of the channels
+    gives_none: bool  # whether no channels leave it
 
     def __reduce__(self) -> Any:
         return _made, (self.whole,), dict(vars(self))  # its class has no name by which pickle finds it
@@ -26,7 +27,7 @@ class OverKept(nn.Module):
         (x,) = (*args, *kwargs.values())
         small: Any = copy.copy(self)
         small.__class__ = self.whole
-        del small.whole, small.kept, small.kept_dim
+        del small.whole, small.kept, small.kept_dim, small.gives_none
         small._parameters = dict(self._parameters)
         kept, dim = self.kept.to(x.device), self.kept_dim
         if self.whole is not nn.Conv1d:
@@ -35,6 +36,8 @@ class OverKept(nn.Module):
                 if parameter is not None:
                     small._parameters[name] = numbers_of(parameter, kept)
         found: Tensor = small.forward(x.index_select(dim, kept))
+        if self.gives_none:
+            return found
         shape = [*found.shape[:dim], x.shape[dim], *found.shape[dim % x.dim() + 1 :]]
         return found.new_zeros(shape).index_copy(dim, kept, found)
 
@@ -44,6 +47,7 @@ def run_over_kept(module: Any, kept: Tensor) -> None:
     whole = module.whole if isinstance(module, OverKept) else type(module)
     if not isinstance(module, OverKept):
         module.kept_dim = 2 if whole is nn.Conv1d else channel_dim(module)
+        module.gives_none = whole is not nn.Conv1d and gives_no_channels(module)
     module.__class__ = _over_kept(whole)
     module.whole, module.kept = whole, kept
 

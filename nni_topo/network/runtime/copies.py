@@ -151,7 +151,7 @@ def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:
             wrapper.unwrap()
         if {"whole", "kept", "kept_dim"} <= vars(module).keys():
             module.__class__ = vars(module)["whole"]
-            del module.whole, module.kept, module.kept_dim
+            del module.whole, module.kept, module.kept_dim, module.gives_none
         for key, hook in list(module._forward_pre_hooks.items()):
             if getattr(hook, "undone_by_copying", False):
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import nni_topo
-from nni_topo.network.layers.norms import channel_dim
+from nni_topo.network.layers.norms import channel_dim, gives_no_channels
 
 IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -27,6 +29,26 @@ class Gate(nn.Module):
         return x * self.conv(self.pool(x)).sigmoid()
 
 
+class Weights(nn.Module):
+    """The gate alone, as CBAM is often written: the block multiplies by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid()
+
+
+class Weighed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = Weights()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weights(x)
+
+
 class OfPlaces(nn.Module):
     """It treats channels alike too, but each by itself."""
 
@@ -34,27 +56,30 @@ class OfPlaces(nn.Module):
         return x - x.mean((2, 3), keepdim=True)
 
 
-def test_a_gate_runs_over_the_channels_that_are_left() -> None:
+@pytest.mark.parametrize("kind", [Gate, Weighed])
+@pytest.mark.parametrize("left", [[0, 3, 4, 7, 8, 9, 12, 15], [5]])
+def test_a_gate_runs_over_the_channels_that_are_left(kind: Any, left: list[int]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Sigmoid(), Gate(), nn.Conv2d(16, 4, 3)).double().eval()
+    model: Any = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Sigmoid(), kind(), nn.Conv2d(16, 4, 3)).double().eval()
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert "0" not in groups.skipped
-    kept = torch.tensor([0, 3, 4, 7, 8, 9, 12, 15])
+    kept = torch.tensor(left)
     mask = torch.zeros(16, 3, 3, 3, dtype=torch.float64).index_fill(0, kept, 1.0)
     dense = nni_topo.to_dense(model, IMAGES, {"0": {"weight": mask}})
-    assert type(dense[2]) is Gate
+    assert type(dense[2]) is kind
     with torch.no_grad():
-        left = model[1](model[0](IMAGES))[:, kept]
-        pooled = torch.stack([left.amax(1), left.mean(1)], 1)
-        gated = left * model[2].conv(pooled).sigmoid()
+        gated = model[2](model[1](model[0](IMAGES))[:, kept])
         wanted = nn.functional.conv2d(gated, model[3].weight[:, kept], model[3].bias)
         torch.testing.assert_close(dense(IMAGES), wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_what_treats_each_channel_by_itself_or_places_alike_is_none() -> None:
     assert channel_dim(Gate()) == 1
+    assert channel_dim(Weights()) == 1
+    assert gives_no_channels(Weights())
+    assert not gives_no_channels(Gate())
     assert channel_dim(OfPlaces()) is None
-    assert channel_dim(Pool()) is None  # its result has no channels
+    assert gives_no_channels(Pool())
     assert channel_dim(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU())) is None
 
 
@@ -112,7 +137,7 @@ def test_a_number_that_only_equals_the_width_stays() -> None:
 def test_a_network_with_a_gate_or_a_response_norm_is_saved_and_loaded(tmp_path: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), Gate(), nn.Conv2d(8, 4, 1)).double().eval()
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), Weighed(), nn.Conv2d(8, 4, 1)).double().eval()
 
     mask = torch.ones(8, 3, 3, 3, dtype=torch.float64).index_fill(0, torch.tensor([1, 6]), 0.0)
     dense = nni_topo.to_dense(build(), IMAGES, {"0": {"weight": mask}})
