@@ -58,7 +58,7 @@ def by_onnx(model: nn.Module, x: Tensor, other: Tensor, free: dict[int, str]) ->
     """Export with free sizes, and compare in onnxruntime at another size."""
     stream = io.BytesIO()
     torch.onnx.export(
-        FirstOutput(model), (x,), stream, dynamo=False, input_names=["x"], output_names=["y"],
+        FirstOutput(model).eval(), (x,), stream, dynamo=False, input_names=["x"], output_names=["y"],
         dynamic_axes={"x": free, "y": {0: "samples"}},
     )  # fmt: skip
     session = onnxruntime.InferenceSession(stream.getvalue(), providers=["CPUExecutionProvider"])

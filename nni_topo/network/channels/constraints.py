@@ -34,7 +34,7 @@ def coupled_names(owned: Mapping[str, set[int]]) -> list[list[str]]:
 def partial_couplings(
     flow: ChannelFlow, names: Iterable[str], *, with_staying: bool = True
 ) -> dict[str, tuple[int, ...]]:
-    """Return ids, (channels,), of layers whose couplings no group can state, or of which some channels stay.
+    """Return the channel ids of layers whose couplings no group of a config_list can state, or that keep some channels.
 
     Channels with equal ids are coupled; those with a negative one stay. ``with_staying``: also layers of which some
     channels stay and whose couplings a group can state.
@@ -59,7 +59,7 @@ def partial_couplings(
 
 
 def _is_stated(flow: ChannelFlow, names: list[str]) -> bool:
-    """Tell whether layers are coupled unit i to unit i, and no unit to another of its own layer."""
+    """Tell whether layers are coupled unit by unit in the same order, and no unit to another of its own layer."""
     first = flow.group_ids(flow.unit_channel_ids(names[0]))
     for name in names[1:]:
         if not np.array_equal(flow.group_ids(flow.unit_channel_ids(name)), first):
@@ -93,7 +93,7 @@ def blocks_of(flow: ChannelFlow) -> dict[str, int]:
 
 
 def _with_equal_blocks(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, int]:
-    """Give layers whose channels are shuffled together the same blocks: with others they'd lose different numbers."""
+    """Give layers whose channels are shuffled together the same blocks, so that they lose equally many channels."""
     shuffled_together = list[set[str]]()
     for blocks in flow.blocks:
         group_ids = flow.group_ids(np.concatenate([block for side in blocks.sides for block in side]))

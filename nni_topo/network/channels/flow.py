@@ -96,7 +96,7 @@ WEIGHT = ".weight"  # how the names of layers' weights end
 
 
 class Propagation(torch.fx.Interpreter):
-    """Send the ids of channels through a traced model with shapes in ``node.meta["tensor_meta"]``."""
+    """Propagate channel ids through a traced model whose nodes have shapes in ``node.meta["tensor_meta"]``."""
 
     # Channels that enter what can't be followed stay. So every id says all there is to say about a channel, and the
     # network can be cut by ids alone.
@@ -139,7 +139,7 @@ class Propagation(torch.fx.Interpreter):
         return np.arange(parameter.first, parameter.first + parameter.channels)
 
     def uncoupled(self) -> dict[str, FreeParameter]:
-        """Return the free tensors, by name, whose places aren't coupled with channels that can be removed.
+        """Return the free parameters whose entries aren't coupled with channels that can be removed, by name.
 
         Those in which only one dimension may hold channels aren't among them.
         """
@@ -202,7 +202,7 @@ class Propagation(torch.fx.Interpreter):
         return self._function(n, ids, shape)
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Give ids to the dimension of a tensor that holds channels: as in `dims`, else the last one longer than 1.
+        """Give ids to the dimension of a free parameter that holds channels, by default the last one longer than 1.
 
         Of a layer's weight it is the first, for its rows are the layer's outputs: Mamba's forward reads such weights.
         """
@@ -273,7 +273,7 @@ class Propagation(torch.fx.Interpreter):
         return self._operation(node).passed(ids)
 
     def _operation(self, node: torch.fx.Node) -> Operation:
-        """Put a node as its rule sees it."""
+        """Return a node in the form that rules take."""
         values = {parent: self.env[parent] for parent in node.all_input_nodes}
         return Operation(node, values, self._given, self.fetch_attr)
 
@@ -305,7 +305,7 @@ class Propagation(torch.fx.Interpreter):
         return tree_map_only(torch.Tensor, held, found)
 
     def _head_ids(self, attention: Attention) -> np.ndarray:
-        """Give ids to the layers that make the heads, and tie those of a head; return the ids of the heads' output."""
+        """Give ids to the layers that make heads, and couple those of a head; return the ids of the heads' output."""
         for name in attention.layers:
             if name not in self.layers:
                 own = [attention.channels[name]] if name in attention.channels else []
@@ -325,7 +325,7 @@ class Propagation(torch.fx.Interpreter):
         return context
 
     def _attend(self, node: torch.fx.Node, ids: list[torch.Tensor], attention: Attention) -> Any:
-        """Tie the layers that make each head; other layers within read what enters, or it has to keep all channels."""
+        """Couple the layers that make each head. What other layers within the attention read keeps all channels."""
         read = states_read(node, *self.fetch_args_kwargs_from_env(node))
         for name, states in read.items():
             for each in states:
@@ -381,7 +381,7 @@ class Propagation(torch.fx.Interpreter):
         return torch.from_numpy(leaving).view(view).expand(shape)
 
     def _tie_calls(self, name: str, entering: np.ndarray) -> None:
-        """Tie what enters a module in one call to what enters it in another: one set of weights serves both."""
+        """Couple what enters a module in its calls: one set of weights reads all of them."""
         self._given.tie(self._entering.setdefault(name, entering), entering)
 
     def _function(self, n: torch.fx.Node, ids: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
@@ -410,7 +410,7 @@ class Propagation(torch.fx.Interpreter):
 
 
 def _is_channel_wise(module: torch.nn.Module, ids: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Tell whether a layer is a channel-wise convolution: over the channels that enter it, by their ids, to as many."""
+    """Tell whether a layer is a channel-wise convolution: it slides along the channels and gives as many."""
     if not isinstance(module, torch.nn.Conv1d) or ids.dim() != 3 or ids.shape[::2] != shape[::2]:
         return False
     is_plain = type(module) is torch.nn.Conv1d and module.padding_mode == "zeros" and module.groups == 1
@@ -418,7 +418,7 @@ def _is_channel_wise(module: torch.nn.Module, ids: torch.Tensor, shape: tuple[in
 
 
 class ChannelFlow(Propagation):
-    """Follow the channels of a traced model, on its arguments, and answer questions about how they depend on others."""
+    """Follow the channels of a traced model, and answer questions about which layers share them."""
 
     def __init__(
         self,
@@ -477,7 +477,7 @@ class ChannelFlow(Propagation):
                 self.blocks.append(Blocks([counted], may_vanish=False, place=f"the attribute {where}"))
 
     def _dims_before_last(self, args: tuple[Any, ...]) -> dict[str, int]:
-        """Find the dimensions in which free tensors hold channels, where these aren't in the likeliest: by name.
+        """Return, by name, the dimensions of free parameters that hold channels and aren't the last one longer than 1.
 
         Biases by position have the heads first, and a matrix may have a row for each channel. Of a tensor whose
         places aren't coupled with channels that can be removed, the other dimensions are tried, all such at once:
@@ -541,7 +541,7 @@ class ChannelFlow(Propagation):
         return self._given.foreign_widths()
 
     def sizes_kept(self, is_kept: np.ndarray) -> dict[Place, int]:
-        """Return what attributes that hold numbers of channels have to hold, given which channels stay, by group id."""
+        """Return the new values of attributes that hold numbers of channels, given which channels stay, by group id."""
         return {place: parts * int(is_kept[each[0]].sum()) for place, (parts, each) in self._attribute_sizes.items()}
 
     @property
@@ -565,12 +565,12 @@ class ChannelFlow(Propagation):
 
     @property
     def shuffles(self) -> bool:
-        """Whether the network cuts into equal pieces, or reads in groups, what it puts into another order."""
+        """Whether the network shuffles channels, then splits them equally or reads them by a grouped convolution."""
         return (self.reorders and self.chunks) or bool(self.regrouped)
 
     @cached_property
     def regrouped(self) -> dict[str, int]:
-        """Calls of convolutions of several groups that read shuffled channels: by name of the node, how many groups."""
+        """Return the grouped convolutions' calls that read shuffled channels: the number of groups, by node."""
         found = dict[str, int]()
         moves = [block for blocks in self.blocks if blocks.moves for side in blocks.sides for block in side]
         if not (self.reorders and moves):
@@ -595,7 +595,7 @@ class ChannelFlow(Propagation):
         return self.group_ids(self.channel_ids_of(name))
 
     def kept(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Tell which channels stay if layers keep the chosen ones: bool, by group id.
+        """Return which channels stay if layers keep the selected ones: bool, by group id.
 
         ``chosen``: by layer, bool, shape (channels,) or (heads,). A channel stays as soon as one coupled with it does.
         A layer that isn't chosen for keeps all, but for a depth-wise one, which follows the layer before it.
@@ -635,7 +635,7 @@ class ChannelFlow(Propagation):
         return list(found)
 
     def block_places(self, name: str) -> tuple[str, ...]:
-        """Name what requires that blocks of a layer's channels lose equally many, in network order."""
+        """List the operations that require blocks of a layer's channels to lose equally many, in network order."""
         group_ids = np.setdiff1d(self.group_ids_of(name), FIXED)
         found = dict[str, None]()
         for blocks in self.blocks:
@@ -645,12 +645,12 @@ class ChannelFlow(Propagation):
         return tuple(found)
 
     def why_pinned(self, name: str) -> reasons.Reasons:
-        """Return why channels of a layer stay in any case, each reason once."""
+        """Return the reasons why channels of a layer can never be removed, each once."""
         group_ids = self._before[self.channel_ids_of(name)].tolist()
         return tuple(dict.fromkeys(self._reasons[group_id] for group_id in group_ids if group_id in self._reasons))
 
     def reaches_output(self, name: str) -> bool:
-        """Tell whether any channel of a layer is one of the model's output, so that it has to stay."""
+        """Tell whether any channel of a layer is a channel of the model's output, which has to stay."""
         return bool(np.isin(self.group_ids_of(name), self.at_output).any())
 
     def is_output(self, name: str) -> bool:
@@ -667,7 +667,7 @@ class ChannelFlow(Propagation):
         return self._entering.get(name, np.zeros(0, dtype=np.int64))
 
     def read(self) -> list[tuple[np.ndarray, str]]:
-        """List the channels that layers and norms read, and those that a forward picks: group ids, and the reader."""
+        """List the channels that layers, norms and indices read: group ids, and the reader."""
         found = [(self.group_ids(entering), name) for name, entering in self._entering.items() if len(entering)]
         for node in self.traced.graph.nodes:
             ids = self.ids[node.name]
@@ -683,18 +683,18 @@ class ChannelFlow(Propagation):
         return found
 
     def units(self, name: str) -> np.ndarray:
-        """List a layer's output channels by unit: those of a head, say. int, (units, channels)."""
+        """Return a layer's output channels by unit, such as a head: int, (units, channels)."""
         if name in self.heads:
             return self.heads[name].channels[name]
         return np.arange(self.layers[name].channels).reshape(-1, self._unit_size(name))
 
     def unit_channel_ids(self, name: str) -> np.ndarray:
-        """List the id of the first channel of each of a layer's units: int, (units,)."""
+        """Return the id of the first channel of each unit of a layer: int, (units,)."""
         ids: np.ndarray = self.channel_ids_of(name)[self.units(name)[:, 0]]
         return ids
 
     def _unit_size(self, name: str) -> int:
-        """Count the neighbouring channels of a layer in a unit, as those that a pixel shuffle spreads over an image."""
+        """Return how many neighbouring channels of a layer make a unit, such as those of a pixel shuffle."""
         group_ids = self.group_ids_of(name)
         starts = np.flatnonzero(np.diff(group_ids, prepend=-1))
         size = len(group_ids) // len(starts)
@@ -728,7 +728,7 @@ _PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 
 
 def norms_after(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
-    """Return, by layer, the name of the batch norm that takes all of its channels and no others; not all have one."""
+    """Return, by layer, the batch norm that reads all of its channels and no others. Not all layers have one."""
     first = {layer.first: name for name, layer in flow.layers.items()}
     found = {}
     for name, module in model.named_modules():
@@ -746,7 +746,7 @@ def norms_after(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
 
 
 def only_norm_after(model: nn.Module, flow: ChannelFlow, name: str) -> nn.Module | None:
-    """Return the batch norm with statistics that is the only reader of a layer and reads nothing else; None without."""
+    """Return the batch norm with running statistics that alone reads a layer, and reads nothing else; else None."""
     calls = [node for node in flow.traced.graph.nodes if node.op == "call_module" and node.target == name]
     readers = {user for node in calls for user in node.users}
     targets = {str(user.target) if user.op == "call_module" else "" for user in readers}
@@ -761,7 +761,7 @@ def only_norm_after(model: nn.Module, flow: ChannelFlow, name: str) -> nn.Module
 
 
 def followers(node: Node) -> Iterator[Node]:
-    """Yield the nodes after a node, as long as only one node reads each and the shape stays the same."""
+    """Yield the nodes after a node, as long as each has one reader and the shape stays the same."""
     shape = tensor_shape(node)
     # A second reader uses the value as it is here, so nothing after it decides alone.
     while len(node.users) == 1:

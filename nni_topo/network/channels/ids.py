@@ -36,7 +36,7 @@ class Layer:
 
 @dataclasses.dataclass
 class FreeParameter:
-    """A parameter or buffer that the model uses by itself (a layer scale, positions); an id for each place."""
+    """A parameter or buffer that the forward uses outside of a layer (a layer scale, positions), with its ids."""
 
     first: int
     channels: int
@@ -51,7 +51,7 @@ class FreeParameter:
 
 @dataclasses.dataclass
 class Blocks:
-    """Channels in blocks of which each keeps equally many: by side, one array of channel ids a block."""
+    """Blocks of channels that have to keep equally many each: for each side, an array of channel ids a block."""
 
     sides: list[list[np.ndarray]]  # a grouped convolution's inputs and its outputs, a norm's channels, a chunk's pieces
     may_vanish: bool  # a block may lose all of its channels, on all sides at once
@@ -64,7 +64,7 @@ class Blocks:
 
 @dataclasses.dataclass
 class TakenWidth:
-    """A view or split that gives channels the width of a tensor, or a number that is computed of it."""
+    """A view or split whose size is the width of another tensor, or is computed from one."""
 
     owner: str  # the module in whose forward it stands
     dim: int  # which dimension holds the channels: the last (text) or the second (images)
@@ -73,7 +73,7 @@ class TakenWidth:
 
 
 class ForeignWidth(NamedTuple):
-    """What is known of a module that gives channels the width of others that needn't be as many."""
+    """A module that reshapes channels by the width of other channels, which needn't be as many."""
 
     dim: int  # the dimension of the tensor whose width is taken
     by_kept: bool  # whether channels get it that stay in any case, so that the others would have to
@@ -81,7 +81,7 @@ class ForeignWidth(NamedTuple):
 
 
 class ChannelIds:
-    """The ids of a network's channels, and what is known of them: which are tied, pinned, or lost equally often.
+    """The ids of a network's channels, and their constraints: coupled, kept, or lost in equal numbers.
 
     ``FIXED`` stands for all that stay.
     """
@@ -112,33 +112,33 @@ class ChannelIds:
         self._rows: list[tuple[np.ndarray, np.ndarray]] = []
 
     def new(self, count: int) -> int:
-        """Give out so many ids, and return the first of them."""
+        """Give out a number of new ids, and return the first."""
         self._firsts.append(self.count)
         self.count += count
         return self.count - count
 
     def given_with(self, channel: int) -> int:
-        """Count the ids that were given out together with one, itself among them: the channels of its layer."""
+        """Return how many ids were given out together with this one: the channels of its layer."""
         at = bisect_right(self._firsts, channel) - 1
         end = self._firsts[at + 1] if at + 1 < len(self._firsts) else self.count
         return end - self._firsts[at]
 
     def filled(self, name: str, dims: list[int], shape: tuple[int, ...]) -> torch.Tensor:
-        """Give ids to the places of a tensor of one value along one of the dimensions whose size an attribute holds."""
+        """Give ids to the entries of a constant tensor along one of the dimensions whose size an attribute holds."""
         dim = self.dims.get(name, dims[-1])
         self.one_valued[name] = made = FreeParameter(self.new(shape[dim]), shape[dim], dim, dims)
         return made.ids(shape)
 
     def pin(self, ids: np.ndarray, reason: Reason) -> None:
-        """Keep channels, and all that are tied to them."""
+        """Keep channels, and all that are coupled with them."""
         self._pins.append((ids, reason))
 
     def pin_unless_tied(self, columns: np.ndarray, reason: Reason) -> None:
-        """Keep the channels of each column of ids, (ids, columns), unless all of them turn out to be tied."""
+        """Keep the channels in each column of ids, (ids, columns), unless all of the column turn out to be coupled."""
         self._columns.append((columns, reason))
 
     def tie(self, ones: np.ndarray | int, others: np.ndarray | int, *, as_width: bool = False) -> None:
-        """Tie channels to others, one by one; those that are tied to ``FIXED`` stay.
+        """Couple channels with others, one by one; those that are coupled with ``FIXED`` stay.
 
         ``as_width``: for no other reason than that a view gives them the width of the others.
         """
@@ -152,16 +152,16 @@ class ChannelIds:
         self._tied_at.append(self.node)
 
     def tie_whole_rows(self, ids: np.ndarray, rows: np.ndarray) -> None:
-        """Tie each id to its row of ids, (ids, columns), if all of the row turn out to be tied, as those of a head."""
+        """Couple each id with its row, (ids, columns), if the whole row turns out to be coupled, as of a head."""
         free = (ids != FIXED) & (rows != FIXED).all(1)
         self._rows.append((ids[free], rows[free]))
 
     def ties(self) -> list[tuple[torch.fx.Node, np.ndarray]]:
-        """List the operations that tie channels, in network order, each with the pairs of ids: int, (pairs, 2)."""
+        """List the operations that couple channels, in network order, each with the pairs of ids: int, (pairs, 2)."""
         return list(zip(self._tied_at, self._pairs[1:], strict=True))
 
     def couple(self, one: torch.Tensor, other: torch.Tensor) -> None:
-        """Tie the ids of tensors that meet entry by entry; both are broadcast."""
+        """Couple the ids of tensors that are combined entry by entry; both are broadcast."""
         one, other = torch.broadcast_tensors(one, other)
         # Along a dimension in which neither differs (batch, pixels) one place says all, and few pairs are left to sort.
         for d in range(one.dim()):
@@ -179,7 +179,7 @@ class ChannelIds:
         return first.reshape(-1).numpy()
 
     def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, Reason]]:
-        """Return group ids, int, (count,), before and after pinning; and why channels are pinned, by group id before.
+        """Return group ids, int, (count,), without and with kept channels; and why channels are kept, by group id.
 
         The smallest id of a group is its group id: the id of the layer that came first.
         """
@@ -255,7 +255,7 @@ def given_shapes(node: torch.fx.Node) -> Any:
 
 
 def varies(ids: torch.Tensor, dim: int) -> bool:
-    """Tell whether ids, int64, differ along a dimension."""
+    """Tell whether ids differ along a dimension."""
     # A stride of 0 is one entry seen many times: nothing to compare.
     some = ids.shape[dim] > 1 and ids.stride(dim) != 0
     return some and not torch.equal(ids.narrow(dim, 0, 1).expand(ids.shape), ids)

@@ -236,7 +236,7 @@ never_settled = Sentence("dry_run_failed", "channels depend on one another in a 
 
 
 def nonzero_values(reader: Node, source: Node) -> Reason:
-    """Return the reason for removed channels that are zero before ``source`` and not where ``reader`` reads them."""
+    """Return the reason for removed channels that are zero before ``source`` but not where ``reader`` reads them."""
     where = described(reader)
     if source is not reader:
         where = f"made by {described(source)}, read by {where}"
@@ -245,7 +245,7 @@ def nonzero_values(reader: Node, source: Node) -> Reason:
 
 
 def depends_on_size() -> Reason:
-    """Return the reason for channels that another size of the input couples with others."""
+    """Return the reason for channels that are coupled with others at another input size."""
     return Reason("depends_on_size", text="which channels are coupled depends on the size of the input")
 
 
@@ -346,7 +346,7 @@ def unchecked() -> str:
 
 
 def removed_all_the_same(layers: Iterable[str], why: Reasons) -> str:
-    """Return why the outputs differ where masks remove channels that have to stay."""
+    """Return why the outputs differ where masks remove channels that can't be removed."""
     names = ", ".join(layers)
     return f"masks remove channels of {names} that have to stay: {told(why)}; {leaving_out(names)}; {_UNCHECKED}"
 

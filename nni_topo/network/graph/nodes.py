@@ -51,7 +51,7 @@ def line_of(node: torch.fx.Node) -> str:
 
 
 def is_of_forward(node: torch.fx.Node) -> bool:
-    """Tell whether a node is a constant that the forward makes at each call: nobody gives it other values."""
+    """Tell whether a node is a constant that the forward creates at each call."""
     return node.op == "get_attr" and str(node.target).startswith(("_tensor_constant", RECORDED))
 
 
@@ -61,7 +61,7 @@ def is_held(node: torch.fx.Node) -> bool:
 
 
 def place(node: torch.fx.Node) -> str:
-    """Say where a node stands: a module's name, or an operation and the module that it is written in."""
+    """Return where a node stands: a module's name, or an operation and the module whose forward calls it."""
     if node.op == "call_module":
         return str(node.target)
     owner = owner_of(node)
@@ -77,7 +77,7 @@ def owner_of(node: torch.fx.Node) -> str:
 
 
 def described(node: torch.fx.Node) -> str:
-    """Say where a node stands as `place` does, of a module its class too, as in "last.2: Fold"."""
+    """Return where a node stands as `place` does, with the class of a module, as in "last.2: Fold"."""
     owner, text = node.graph.owning_module, place(node)
     if node.op == "call_module" and owner is not None:
         text += f": {type(owner.get_submodule(str(node.target))).__name__}"
@@ -85,7 +85,7 @@ def described(node: torch.fx.Node) -> str:
 
 
 def makes_mask(node: torch.fx.Node) -> bool:
-    """Tell whether a node is a function that makes a mask: of states it looks at size and type alone."""
+    """Tell whether a node makes an attention mask, for which only sizes and types of states count."""
     return getattr(node.target, "makes_mask", False)
 
 
@@ -97,7 +97,7 @@ def tensor_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
 
 
 def plain_name(node: torch.fx.Node) -> str:
-    """Name a function or method alike however it is called: "add" for ``torch.add``, ``operator.add``, ``add_``."""
+    """Return one name for a function or method, however it is called: "add" for ``torch.add`` and ``add_``."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     # Underscores before (``__add__``) and after (``add_``) a name say how it is called, not what it does to channels.
     return "getitem" if node.target is operator.getitem else name.strip("_")
@@ -128,7 +128,7 @@ class ShapeNoting(Interpreter):
 
 
 class _WithLayerCalledCode(GraphModule):
-    """A graph on modules of which one may be called ``code``: PyTorch's own class gives its source by that name."""
+    """A GraphModule with a layer called ``code``, by which name PyTorch's own class gives its source."""
 
     @property
     def code(self) -> Any:

@@ -85,7 +85,7 @@ class Recorded:
 
 
 def record(model: nn.Module, named: dict[str, Any], results: LayerResults | None = None) -> Recorded:
-    """Record a model, in evaluation mode and changed by it, on a call's arguments by name.
+    """Record a model's call. The model is put into evaluation mode, and may be changed.
 
     ``results``: takes what the layers of the first run give.
     """
@@ -171,7 +171,7 @@ def _recorded_twice(
 def _recorder_of_twice(
     model: nn.Module, kinds: _ModuleKinds, doubled: dict[str, Any], results: LayerResults
 ) -> _Recorder | None:
-    """Record a model on twice the samples; None if it doesn't run on these, as memory is short or their number fixed.
+    """Record a model on twice the samples; None if it fails on them, for lack of memory or as their number is fixed.
 
     The graph of the first run then holds for that number of samples alone. Lists of samples (a detector's images) are
     not doubled by that: what fails on them is followed part by part.
@@ -223,7 +223,7 @@ def _tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _name_attributes(recorder: _Recorder, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """Read constants that are attributes of modules from there, unless the model has replaced them while it ran."""
+    """Read constants that are modules' attributes from there, unless the model replaced them while it ran."""
     names = {id(tensor): name for name, tensor in before.items() if after.get(name) is tensor}
     for node in recorder.graph.nodes:
         held = recorder.held.get(str(node.target)) if node.op == "get_attr" else None
@@ -234,7 +234,7 @@ def _name_attributes(recorder: _Recorder, before: dict[str, Tensor], after: dict
 
 
 class _ModuleKinds:
-    """Which modules of a model a recorder treats in which way, by identity."""
+    """The modules of a model by how a recorder treats them, by identity."""
 
     def __init__(self, model: nn.Module) -> None:
         self.followed = set[int]()  # one node up to the function they call
@@ -247,7 +247,7 @@ class _ModuleKinds:
 
 
 class _Recorder(TorchFunctionMode):
-    """One run of a model, written down."""
+    """Records one run of a model."""
 
     def __init__(self, model: nn.Module, kinds: _ModuleKinds, named: dict[str, Any]) -> None:
         super().__init__()
@@ -341,7 +341,7 @@ class _Recorder(TorchFunctionMode):
             self._node(args[0])
 
     def _check_choice(self, model: nn.Module) -> None:
-        """Raise if a value has chosen among modules of a list, and left some out, which the graph wouldn't know of."""
+        """Raise if a value chose some modules of a list and left others out, which the graph can't show."""
         for name, module in model.named_modules() if self._chosen or self._deciding else ():
             if not isinstance(module, LISTS):
                 continue
@@ -355,13 +355,13 @@ class _Recorder(TorchFunctionMode):
                 raise SpeedupError(f"of modules that are chosen by value all must run, got some that don't ({name})")
 
     def _is_followed(self, value: Any) -> bool:
-        """Tell whether a value is a tensor of the graph's, or a size of one, as a tensor may be made of."""
+        """Tell whether a value is a tensor in the graph, or a size of one."""
         if isinstance(value, Tensor):
             return id(value) in self._nodes or id(value) in self._own
         return isinstance(value, TracedInt) and value.source is not None and not value.factors
 
     def _measured(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        """Let the sizes that a model asks a tensor for say whose they are."""
+        """Let sizes that a model reads from a tensor know where they come from."""
         name = getattr(func, "__name__", "")
         of_shape = name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"
         if not (of_shape or name == "size") or id(args[0]) not in self._nodes:
@@ -406,7 +406,7 @@ class _Recorder(TorchFunctionMode):
         self._stack.pop()
 
     def whole(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function and write it down as one node."""
+        """Call a function and record it as one node."""
         self._inside += 1
         try:
             out = function(*args, **kwargs)
@@ -450,7 +450,7 @@ class _Recorder(TorchFunctionMode):
         return value
 
     def _enter(self, value: Any, node: Node) -> None:
-        """Note what a node gives; of a container, as the states of an LSTM within its output, each tensor in it."""
+        """Note the value of a node; of a container, such as an LSTM's states, each tensor in it."""
         if isinstance(value, Tensor):
             self._keep(value, node)
             return
@@ -481,7 +481,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _list_leaves(value: Any, found: list[Any]) -> None:
-    """List what nested containers hold, slices too."""
+    """List the leaves of nested containers, of slices too."""
     if isinstance(value, (tuple, list)):
         for each in value:
             _list_leaves(each, found)
@@ -501,7 +501,7 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def _masks_whole(model: nn.Module) -> Iterator[None]:
-    """Write functions that make masks, as models of Transformers call them, down as one node each.
+    """Record functions that make attention masks as one node each.
 
     A model finds them among the names of its file. What stands there meanwhile asks for the thread's own recorder, so
     that other threads compute what they always do.
@@ -538,7 +538,7 @@ def _call_whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class _Bound:
-    """A function that makes a mask, with those of its arguments that no graph can hold."""
+    """A function that makes an attention mask, bound to arguments that a graph can't hold."""
 
     makes_mask = True
 
@@ -573,7 +573,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _picks(target: Any, args: Any) -> bool:
-    """Tell whether an operation gives as much as values say."""
+    """Tell whether the size of an operation's output depends on values."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if name == "getitem":
         return any(each.dtype == torch.bool for each in tensors_of(args[1:]))
@@ -581,7 +581,7 @@ def _picks(target: Any, args: Any) -> bool:
 
 
 def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
-    """Write a call of PyTorch's as a graph does, and without working in place."""
+    """Return a function call as a graph holds it, without changing tensors in place."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return "call_function", getattr, (args[0], func.__self__.__name__)
@@ -599,7 +599,7 @@ def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, .
 
 
 def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
-    """Let what differs between runs of so many samples and of twice as many follow their number."""
+    """Let numbers that differ between runs of n and 2n samples follow the number of samples."""
     graph, nodes = first.graph, list(first.graph.nodes)
     others = list(second.graph.nodes)
     same = len(nodes) == len(others) and all(
@@ -629,7 +629,7 @@ def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
 
 
 def _following(graph: Graph, one: Node, constants: dict[str, Tensor], twin: Tensor, size: Node) -> Node:
-    """Make of a constant one for any number of samples, given what it is for twice as many."""
+    """Extend a constant to any number of samples, given its value for twice as many."""
     name = str(one.target)
     constant = constants[name]
     # It may number rows, as ``states[torch.arange(samples), last]`` takes a place of each.

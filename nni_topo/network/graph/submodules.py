@@ -65,12 +65,12 @@ def by_parts(
 
 
 def is_in_parts(graph: Graph) -> bool:
-    """Tell whether a graph is one of parts."""
+    """Tell whether a graph was put together of parts."""
     return any(_PART in node.meta for node in graph.nodes)
 
 
 def part_arguments(graph: Graph, model: nn.Module, call: Call) -> tuple[Any, ...]:
-    """Run a model and list what enters its parts, for a graph's placeholders."""
+    """Run a model and list the arguments of its parts, for a graph's placeholders."""
     places = [node.meta[_PART] for node in graph.nodes if node.op == "placeholder"]
     seen = _seen(model, call, {place[0] for place in places})
     found = []
@@ -81,7 +81,7 @@ def part_arguments(graph: Graph, model: nn.Module, call: Call) -> tuple[Any, ...
 
 
 class _Run(TorchFunctionMode):
-    """One run of a model: what enters and leaves its parts, and which tensors only go from one to another."""
+    """One run of a model: what enters and leaves its parts, and the tensors that go from one to another unchanged."""
 
     def __init__(self, model: nn.Module, call: Call, names: set[str]) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ from nni_topo.network.layers.integer_attributes import Place, numbers_in, number
 
 
 class UnclearPlaces(set[Place]):
-    """Places of which something is made that no graph shows.
+    """Attributes and sizes from which the forward computes something that no graph shows.
 
     ``compared``: place, tensor and dimension where a forward found a place's number equal to the size of a tensor.
     ``computed``: numbers that were computed of those at places alone. ``divided``: pairs of places of whose quotient
@@ -42,7 +42,7 @@ class UnclearPlaces(set[Place]):
         self.divided = set[tuple[Place, ...]]()
 
     def note_unwritten(self) -> None:
-        """Note the places of computed numbers that no graph holds: what became of these isn't known."""
+        """Note the places of computed numbers that no graph holds, because what they became isn't known."""
         for each in self.computed:
             if not each.written:
                 each.note_other_use()
@@ -68,7 +68,7 @@ class UnclearPlaces(set[Place]):
 
 
 class UnshownSizes(list["TracedInt"]):
-    """Sizes of tensors of which numbers were made that the graph doesn't show.
+    """Sizes of tensors from which the forward computed numbers that the graph doesn't show.
 
     ``compared``: pairs of a size, not the number of samples, and the number that a forward compared it with by ``<`` or
     ``>``: with inputs of another size it may do something else.
@@ -125,7 +125,7 @@ class TracedInt(int):
         return TracedInt.of_attribute(_plain(self), place, self.parts, self.unclear, per)
 
     def note_other_use(self) -> None:
-        """Note that something is made of an attribute's number that the graph doesn't show."""
+        """Note that the forward computes something from an attribute's number that the graph doesn't show."""
         if self.per is not None:
             self.unclear.divided.add(tuple(self.places))
         elif self.place is not None:
@@ -160,7 +160,7 @@ class TracedInt(int):
 
 
 def _plain(number: int) -> int:
-    """Return a plain integer; `int` would take note of that."""
+    """Return a plain integer, without the note that `int` would make."""
     return int.__add__(number, 0)
 
 
@@ -223,7 +223,7 @@ def _is_behind_the_samples(size: TracedInt) -> bool:
 
 
 def _is_written(number: int) -> bool:
-    """Tell whether a number is a literal in the line of code that asks for it, not a layer's attribute."""
+    """Tell whether a number is a literal in the line of code that asks for it, and no layer's attribute."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
@@ -292,7 +292,7 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
 
 @contextmanager
 def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
-    """Let the integers that attributes of a model's own modules hold say where they come from, within the block.
+    """Within the block, integers in attributes of a model's own modules know where they come from.
 
     Yields the places of which something is made that no graph shows; they are filled in while the model runs.
     """
@@ -314,7 +314,7 @@ def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
 
 
 def is_computed_of_attributes(size: Any) -> bool:
-    """Tell whether a node computes a number of those that attributes hold, and of no sizes of tensors."""
+    """Tell whether a node computes a number from attributes alone, without sizes of tensors."""
     if not isinstance(size, Node) or size.target not in ON_NUMBERS:
         return False
     return all(isinstance(each, int) or is_computed_of_attributes(each) for each in size.args)
@@ -340,7 +340,7 @@ def fold_numbers(graph: Graph, following: Collection[Place]) -> None:
 
 
 def forget_places(graph: Graph, places: set[Place]) -> None:
-    """Make plain integers of those in a graph that come from some places."""
+    """Replace integers from some places by plain ones in a graph."""
     known = set(places)  # a comparison of traced integers may add to the other one
 
     def plain(leaf: Any) -> Any:
@@ -545,7 +545,7 @@ def _ids_in(ids: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
 
 
 def resized(given: Any, sizes: dict[Place, int]) -> Any:
-    """Put new sizes in place of those that attributes hold, in a node's arguments."""
+    """Replace sizes that come from attributes by new ones, in a node's arguments."""
     if not _attribute_sizes(given):
         return given  # as it is: of a tensor's shape a plain tuple would be made
 

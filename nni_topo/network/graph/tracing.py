@@ -94,7 +94,7 @@ def trace(model: torch.nn.Module, inputs: Call) -> Recording:
 
 
 def _check_runs(model: torch.nn.Module, call: Call) -> None:
-    """Raise if a model can't be run on a call, for which no tracer is to blame."""
+    """Raise if the model itself can't be run on a call."""
     # A recorder that fails may leave its own things in what it runs.
     copied = detached_copy(model, light=True)
     try:
@@ -254,7 +254,7 @@ def _read_of(entered: Any, places: dict[Any, Any]) -> list[int | str]:
 
 
 def _orders(value: Tensor) -> list[Tensor]:
-    """Return a tensor of three dimensions or more as it is, and with its first two dimensions exchanged."""
+    """Return a tensor of three dimensions or more, and the same with its first two dimensions exchanged."""
     return [value, value.transpose(0, 1)] if value.dim() > 2 else [value]
 
 

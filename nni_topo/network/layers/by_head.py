@@ -29,7 +29,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module] | None] = {}
 
 
 def _take_heads(module: Any, table: Any, heads: int) -> Any:
-    """Take heads out of a table ``(heads, ...)`` or ``(samples * heads, ..., ...)``; all else is returned as it is.
+    """Select heads of a table ``(heads, ...)`` or ``(samples * heads, ..., ...)``; anything else is returned unchanged.
 
     ``heads``: how many there are in the table.
     """
@@ -44,7 +44,7 @@ def _take_heads(module: Any, table: Any, heads: int) -> Any:
 
 
 def take_heads_of_tables(module: nn.Module) -> bool:
-    """Let a module that makes tables with an entry for each head take them by a buffer, in place; False for others.
+    """Let a module that makes tables with an entry a head select entries by a buffer, in place; False for others.
 
     Only modules that call a list of blocks, and have no layers of their own that could make heads.
     """
@@ -62,13 +62,13 @@ def take_heads_of_tables(module: nn.Module) -> bool:
 
 
 def takes_all_heads(module: nn.Module) -> bool:
-    """Tell whether a module that takes heads of tables by a buffer takes all of them, in order."""
+    """Tell whether a module that selects heads of tables by a buffer selects all of them, in order."""
     taken = getattr(module, HEADS_TAKEN)
     return torch.equal(taken, torch.arange(_heads_of(module), device=taken.device))
 
 
 def _heads_of(module: nn.Module) -> int:
-    """Return how many heads the tables of a module have; 0 if it doesn't say."""
+    """Return how many heads a module's tables have; 0 if the module has no attribute that says so."""
     return next((value for key in _COUNTS if isinstance(value := vars(module).get(key), int)), 0)
 
 

@@ -50,14 +50,14 @@ Size = tuple[int, ...]
 
 
 def _several(value: Any, dims: int) -> tuple[int, ...]:
-    """Write a setting as one number for each axis."""
+    """Return a setting as a tuple with a number for each axis."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return values * dims if len(values) == 1 else values
 
 
 @dataclass(frozen=True)
 class InnerCall:
-    """One call of PyTorch's function: what it computes with, and how."""
+    """A call of one of PyTorch's functions: its tensors and settings."""
 
     function: Any
     entering: Tensor
@@ -136,7 +136,7 @@ class InnerCall:
 
 
 class Within(TorchFunctionMode):
-    """Let a function compute what calls of convolutions and products give, while a layer runs."""
+    """While a layer runs, hand its calls of convolutions and products to a function that computes them."""
 
     def __init__(self, meet: Callable[[InnerCall], Any]) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Within(TorchFunctionMode):
 
 
 def _transposed(factor: Any) -> Tensor | None:
-    """Return the matrix of which a product's last factor is the transpose, else None."""
+    """Return the matrix whose transpose is the last factor of a product; None if there is none."""
     weight = getattr(factor, "_base", None)  # a parameter, or what NNI's wrapper has in its place
     if not isinstance(weight, Tensor) or weight.dim() != 2 or factor.dim() != 2:
         return None
@@ -167,12 +167,12 @@ def is_inner(func: Any) -> bool:
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """Return which of PyTorch's weighted layers a module is one of, or derived from."""
+    """Return the weighted layer of PyTorch's that a module is, or is derived from."""
     return next((kind for kind in _KINDS if isinstance(module, kind)), None)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Tell whether a layer's class computes in another way than the class of PyTorch's that it is derived from."""
+    """Tell whether a layer's class has a forward of its own, other than that of PyTorch's class it is derived from."""
     kind: Any = kind_of(module)
     if kind is None:
         return False
@@ -183,13 +183,13 @@ _INNER = ("_conv_forward",)  # what the forward of PyTorch's convolutions calls
 
 
 def forward_of(module: nn.Module, *args: Any) -> Any:
-    """Run the forward of a layer's class, whatever NNI or a hook has put in its place."""
+    """Run the forward of a layer's class, without what NNI or a hook has put in its place."""
     forward: Any = type(module).forward
     return forward(module, *args)
 
 
 def call_of(module: Any, entering: Tensor) -> InnerCall:
-    """Return the call of PyTorch's function that a layer makes of what enters it; TypeError if it makes none."""
+    """Return the call of PyTorch's function that a layer makes on some inputs; TypeError if it makes none."""
     if has_own_forward(module):
         try:
             with Within(_stop):
@@ -211,7 +211,7 @@ def call_of(module: Any, entering: Tensor) -> InnerCall:
 
 
 class _Reached(BaseException):
-    """Leaves a forward at its call; nothing that a layer may be written with catches it."""
+    """Raised to leave a forward at its call; no ``except`` in a layer's code catches it."""
 
     def __init__(self, call: InnerCall) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ class Inner:
 
 
 def inner_of(module: Any) -> Inner | None:
-    """Try a layer with a forward of its own out, and tell what it does; None if it is none of these, or does more.
+    """Run a layer with a forward of its own on trial inputs, and return what it does; None if it does anything else.
 
     It makes one call, with a weight of its parameter's shape; before that it may do anything to its input that takes no
     parameters; what it does after that depends on the call's result alone.
@@ -276,7 +276,7 @@ def inner_of(module: Any) -> Inner | None:
 
 
 def _inner_on(module: Any, inputs: list[Tensor]) -> Inner | None:
-    """Try a layer out on these inputs."""
+    """Run a layer on these trial inputs."""
     tried: Any = evaluating(detached_copy(module, light=True))
     found: list[Inner] = []
     with torch.no_grad():
@@ -292,7 +292,7 @@ def _inner_on(module: Any, inputs: list[Tensor]) -> Inner | None:
 
 
 def trial_inputs(module: Any) -> list[Tensor]:
-    """Make inputs of a few sizes for a layer: of one alone two ways to pad may need no pixel, or as many."""
+    """Make trial inputs of several sizes: with one size alone, two ways of padding may look the same."""
     if isinstance(module, nn.Linear):
         shapes = [(2, module.in_features), (3, module.in_features)]
     else:
@@ -353,7 +353,7 @@ def _tried(module: Any, x: Tensor) -> Inner | None:
 
 
 def _alike(one: Inner, other: Inner) -> bool:
-    """Tell whether two inputs show the same, with the same weight."""
+    """Tell whether two inputs show the same behaviour, with the same weight."""
     plain = [(each.is_bare, each.is_own, each.settings, each.bias is None) for each in (one, other)]
     if plain[0] != plain[1]:
         return False
@@ -362,20 +362,20 @@ def _alike(one: Inner, other: Inner) -> bool:
 
 
 def weight_used(module: Any) -> Tensor:
-    """Return the weight that a layer's convolution or product is given: its own, or what its forward makes of that."""
+    """Return the weight with which a layer convolves or multiplies: a parameter, or what its forward computes."""
     inner = inner_of(module)
     weight: Tensor = module.weight if inner is None or inner.is_own else inner.weight
     return weight
 
 
 def is_followed(module: nn.Module) -> bool:
-    """Tell whether a layer goes on with what its own weight gives: it is two nodes of a graph and more, see `head`."""
+    """Tell whether a layer computes more after its convolution or product; a graph has it in parts, see `head`."""
     inner = inner_of(module)
     return inner is not None and inner.is_own and not inner.is_bare
 
 
 class _UpToCall(nn.Module):
-    """A layer that gives what its convolution or product gives, without what its class does with that."""
+    """A layer that ends with its convolution or product, without what its class computes afterwards."""
 
     def forward(self, *args: Any) -> Any:
         """Compute that."""
@@ -392,7 +392,7 @@ HEAD = "nni_topo_head"
 
 
 def with_heads(graph_module: GraphModule) -> GraphModule:
-    """Put heads in the place of the layers of which a graph calls these; return the graph module."""
+    """Replace such layers in a graph by their parts up to the call; return the graph module."""
     for node in graph_module.graph.nodes:
         if node.meta.get(HEAD):
             graph_module.set_submodule(str(node.target), head(graph_module.get_submodule(str(node.target))))
@@ -414,7 +414,7 @@ def is_head(module: nn.Module) -> bool:
 
 
 def head(module: nn.Module) -> nn.Module:
-    """Return a layer up to its call, with the same parameters and children, for the graph in which the rest follows."""
+    """Return a layer up to its call, with the same parameters and children; the graph holds the rest."""
     if is_head(module):
         return module
     made = nn.Module.__new__(_head_class(type(module)))
@@ -427,7 +427,7 @@ LayerSizes = dict[str, list[tuple[Size, Size]]]
 
 
 def spatial(module: Any, size: Size) -> Size:
-    """Return the pixels of a convolution's input or output."""
+    """Return the spatial size of a convolution's input or output."""
     return size[-len(module.kernel_size) :]
 
 
@@ -461,7 +461,7 @@ def graph_of_convolution(module: Any, input_size: Size) -> LayerGraph:
 
 
 class PaddedAlike(nn.Conv2d):
-    """A convolution that pads as TensorFlow's "SAME" does: as its input's size needs, an odd pixel at the end."""
+    """A convolution with TensorFlow's "SAME" padding: it depends on the input's size, an odd pixel is the last."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(batch, channels, height, width)``."""
@@ -475,7 +475,7 @@ class PaddedAlike(nn.Conv2d):
 
 
 def fold(module: Any) -> bool:
-    """Make a layer that computes its weight a plain one that has it, in place; False, and nothing done, for others."""
+    """Replace a layer that computes its weight by a plain one with that weight, in place; False for other layers."""
     found = _computed(module)
     if found is not None:
         inner, kind, settings = found
@@ -494,7 +494,7 @@ def fold(module: Any) -> bool:
 @torch.no_grad()
 @as_written()
 def _computed(module: Any) -> tuple[Inner, type[nn.Module], dict[str, Any]] | None:
-    """Return what a layer computes, and the class, with its settings, that does the same with that weight."""
+    """Return a layer's outputs on trial inputs, and PyTorch's class and settings that give the same."""
     if isinstance(module, PaddedAlike) or not has_own_forward(module):
         return None
     # Of a wrapped layer NNI holds the parameters, and of a parametrized one they are computed before.
@@ -519,7 +519,7 @@ def _outputs_on(module: nn.Module, inputs: list[Tensor]) -> list[tuple[Tensor, A
 
 
 def _gives(kind: type[Any], own: dict[str, Any], inner: Inner, x: Tensor, wanted: Tensor) -> bool:
-    """Tell whether a class gives, with attributes and a weight that was computed, what a layer gave."""
+    """Tell whether a class with these attributes and this weight gives a layer's outputs."""
     made: Any = nn.Module.__new__(kind)
     made.__dict__ = {**own, "_parameters": {"weight": inner.weight, "bias": inner.bias}, "_buffers": {}}
     given = made.forward(x)

@@ -27,7 +27,7 @@ _TABLES = frozenset(vars(nn.Module())) | {"_lineno_map", "_prologue_start"}
 
 
 def numbers_in(value: Any) -> dict[tuple[int | str, ...], int] | None:
-    """List the integers in a value by the keys that lead to them: itself, or a list, tuple or dict of plain values.
+    """List the integers in a value by their keys: the value itself, or those in a list, tuple or dict of plain values.
 
     None where it holds anything else, as tensors, no integer, or very many.
     """
@@ -46,7 +46,7 @@ def numbers_in(value: Any) -> dict[tuple[int | str, ...], int] | None:
 
 
 def with_numbers(value: Any, numbers: Mapping[tuple[int | str, ...], int], path: tuple[int | str, ...] = ()) -> Any:
-    """Put integers in place of those in a value, by the keys that lead to them; lists and dicts are new ones."""
+    """Replace integers in a value, by their keys; lists and dicts are copied."""
     if type(value) in (list, tuple):
         return type(value)(with_numbers(each, numbers, (*path, at)) for at, each in enumerate(value))
     if type(value) is dict:
@@ -55,7 +55,7 @@ def with_numbers(value: Any, numbers: Mapping[tuple[int | str, ...], int], path:
 
 
 def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
-    """List a model's own modules and attributes that hold integers, see `numbers_in`: with name and key.
+    """List the attributes of a model's own modules that hold integers, see `numbers_in`: with name and key.
 
     So are the lists in the ``config`` of modules, as models of Transformers have one. The key of such a list has a dot:
     ``config.hidden_sizes``. A config that several modules hold is listed with the one that contains the others. It is
@@ -89,7 +89,7 @@ def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
-    """List what `numbers_read` does, and the list ``info`` of objects that describe features, as timm's have them.
+    """List as `numbers_read` does, including the list ``info`` in timm's objects that describe features.
 
     The key of such a list has a dot: ``feature_info.info``.
     """

@@ -149,7 +149,7 @@ def with_transposed_weights(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _take_weight(layer: Any, other: Any) -> None:
-    """Give a layer another one's weight, the other way round, its bias and its mode."""
+    """Give a layer the transposed weight of another one, its bias and its mode."""
     layer.weight = torch.nn.Parameter(other.weight.detach().T.contiguous(), other.weight.requires_grad)
     layer.bias = other.bias
     layer.train(other.training)
@@ -225,7 +225,7 @@ def is_transposed_linear(module: torch.nn.Module) -> bool:
 
 
 def is_one(module: torch.nn.Module) -> bool:
-    """Tell whether a custom module is a layer or a norm, perhaps with an activation in it, that can be cut."""
+    """Tell whether a custom module is a layer or norm that can be cut, perhaps with an activation in it."""
     if type(module) in RULES:
         return True
     if isinstance(module, (*WEIGHTED, torch.nn.Embedding)):
@@ -248,14 +248,14 @@ def per_channel_names(norm: torch.nn.Module) -> list[str]:
 
 
 def has_no_width(norm: torch.nn.Module) -> bool:
-    """Tell whether a norm treats every channel by itself, however many come: it holds no number for any of them."""
+    """Tell whether a norm holds no number for any channel and treats each by itself, so that it runs on any number."""
     held = ("weight", "bias", "running_mean", "running_var")
     is_by_channel = isinstance(norm, torch.nn.modules.batchnorm._NormBase)  # instance norms too
     return is_by_channel and not any(isinstance(getattr(norm, name), torch.Tensor) for name in held)
 
 
 def is_plain_norm(module: torch.nn.Module) -> bool:
-    """Tell whether a module is a batch norm and nothing else; a custom one may hold an activation too."""
+    """Tell whether a module is a batch norm of PyTorch's own class; a custom one may hold an activation too."""
     return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.")
 
 
@@ -304,7 +304,7 @@ def output_channels(module: torch.nn.Module) -> int | None:
 
 
 def has_channels(module: torch.nn.Module) -> bool:
-    """Tell whether a module makes channels of its own; one that can't lose them yet, such as a ``Conv1D``, too."""
+    """Tell whether a module makes channels of its own, even if they can't be removed yet, as those of a ``Conv1D``."""
     if isinstance(module, (torch.nn.MultiheadAttention, *RECURRENT)) or is_transposed_linear(module):
         return True
     return output_channels(module) is not None
@@ -316,19 +316,19 @@ def entering_channels(module: Any) -> int:
 
 
 def weight_name(module: torch.nn.Module) -> str:
-    """Name the parameter by whose masks a layer loses channels."""
+    """Return the name of the parameter whose mask says which channels a layer loses."""
     names = {torch.nn.MultiheadAttention: "in_proj_weight", torch.nn.RNNBase: "weight_ih_l0"}
     return next((name for kind, name in names.items() if isinstance(module, kind)), "weight")
 
 
 def weight_of(module: torch.nn.Module) -> torch.Tensor:
-    """Return the parameter by whose masks a layer loses channels."""
+    """Return the parameter whose mask says which channels a layer loses."""
     weight: torch.Tensor = getattr(module, weight_name(module))
     return weight
 
 
 def row_names(module: torch.nn.Module) -> tuple[str, ...]:
-    """Name the other parameters that have a row for each of a layer's output channels: the bias."""
+    """Return the names of the other parameters with an entry for each output channel: the bias."""
     if isinstance(module, torch.nn.RNNBase):
         # Of all levels and both directions; weights first.
         names = [name for name in module._flat_weights_names if name != "weight_ih_l0"]
@@ -355,7 +355,7 @@ def feature_dimension(module: torch.nn.Module) -> int:
 
 
 def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return the output channels of which masks keep any weight: bool, shape (channels,); None without such masks."""
+    """Return the output channels with an unmasked weight: bool, shape (channels,); None if the layer has no mask."""
     count, mask = output_channels(module), targets.get(weight_name(module))
     if count is None or mask is None:
         return None
@@ -363,21 +363,21 @@ def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) 
 
 
 def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-    """Put a weight's, or its mask's, output channels into the first dimension: shape (channels, ...)."""
+    """Move the output channels of a weight, or of its mask, into the first dimension: shape (channels, ...)."""
     if isinstance(module, TRANSPOSED):
         return channels_swapped(weight, module.groups)
     return weight.transpose(0, 1) if channel_dimension(module) else weight
 
 
 def of_output(rows: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-    """Put rows, as of `by_output`, back into the order of a module's weight."""
+    """Undo `by_output`: put rows back into the layout of a module's weight."""
     if isinstance(module, TRANSPOSED):
         return channels_swapped(rows, module.groups)
     return rows.transpose(0, 1) if channel_dimension(module) else rows
 
 
 def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """Turn a transposed convolution's weight (in, out / groups, ...) into (out, in / groups, ...), and the other way.
+    """Swap the channels of a transposed convolution's weight: (in, out / groups, ...) and (out, in / groups, ...).
 
     Of one group it is a view.
     """
@@ -386,7 +386,7 @@ def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Turn kept output channels, bool, shape (channels,), into a mask of ones and zeros of the weight's shape."""
+    """Expand kept output channels, bool, shape (channels,), to a mask of ones and zeros of the weight's shape."""
     weight = weight_of(module)
     kept = kept.to(dtype=dtype or weight.dtype, device=weight.device)
     if isinstance(module, TRANSPOSED):
@@ -463,7 +463,7 @@ def through_norms(norms: Iterable[nn.Module], constants: Tensor) -> tuple[Tensor
 @checked(model=MODEL)
 @contextmanager
 def zeros_held(model: nn.Module) -> Iterator[None]:
-    """Keep the weights that are zero at zero while a network trains.
+    """Keep weights that are zero at zero while a network trains.
 
     Masks of single weights leave zeros in the network that :func:`~nni_topo.to_dense` returns. Within this context the
     gradients at zeros of the weights of convolutions and linear layers are zero, and so are the zeros themselves after
@@ -506,7 +506,7 @@ def zeros_held(model: nn.Module) -> Iterator[None]:
 
 
 def weights_left(model: nn.Module) -> int:
-    """Count the parameters without the zeros in the weights of convolutions and linear layers."""
+    """Count a model's parameters without zero weights of convolutions and linear layers."""
     total = sum(parameter.numel() for parameter in model.parameters())
     return total - sum(int((weight == 0).sum()) for weight in _weights(model))
 

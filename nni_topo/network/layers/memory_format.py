@@ -27,7 +27,7 @@ _FEW = 16  # channels that a vector register holds, at most
 
 
 def lay_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
-    """Let channels come last in a model's weights, in place, but of layers for which that isn't safe; return it.
+    """Give a model's weights the format ``channels_last``, in place, except where that isn't safe; return the model.
 
     Where the model then doesn't run, as with a ``view`` of a feature map, channels stay first.
     """
@@ -46,7 +46,7 @@ def lay_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def lay_back(model: nn.Module) -> None:
-    """Let channels come first again, in place."""
+    """Give a model's weights the contiguous format again, in place."""
     _put(model, torch.contiguous_format)
 
 
@@ -57,7 +57,7 @@ def _put(model: nn.Module, layout: torch.memory_format) -> None:
 
 @contextmanager
 def inputs_laid_out(model: nn.Module) -> Iterator[None]:
-    """Hand layers for which it isn't safe their inputs with channels first, for a while."""
+    """Within the context, layers for which ``channels_last`` isn't safe get contiguous inputs."""
     with watched(entering=[(layer, lambda values: values.contiguous()) for layer in _fragile(model)]):
         yield
 

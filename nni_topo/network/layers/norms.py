@@ -35,7 +35,7 @@ def channel_dim(norm: nn.Module) -> int | None:
 
 
 def gives_no_channels(module: nn.Module) -> bool:
-    """Tell whether a module works over channels and gives none of them, such as a gate of places."""
+    """Tell whether a module works over channels and its output has none of them, as that of a gate of places."""
     found = _over(module)
     return found is not None and not found.gives_channels
 
@@ -143,12 +143,12 @@ def _with_parameters(norm: Any, numbers: list[Tensor]) -> Any:
 
 
 def is_over_channels(module: nn.Module) -> bool:
-    """Tell whether a module's result for a channel depends on others, all alike: a layer, RMS or group norm, a gate."""
+    """Tell whether a module combines channels, all in the same way, as layer, RMS and group norms and gates do."""
     return not isinstance(module, nn.modules.batchnorm._NormBase) and channel_dim(module) is not None
 
 
 def numbers_of(parameter: Tensor, kept: Tensor) -> Tensor:
-    """Return the numbers of some channels, of a norm's parameter that has one for each; its other sizes are 1."""
+    """Return a norm's numbers for some channels, from a parameter with one number a channel."""
     return parameter.index_select(parameter.shape.index(max(parameter.shape)), kept)
 
 
@@ -167,7 +167,7 @@ def cut_norm(norm: Any, kept: Tensor) -> None:
 
 
 def _width_held(norm: nn.Module) -> int | None:
-    """Return for how many channels a norm holds numbers, or says that it normalizes them; None for any number."""
+    """Return the number of channels for which a norm holds numbers, or that it is made for; None if it takes any."""
     own = [each for each in norm._parameters.values() if each is not None]
     shape = getattr(norm, "normalized_shape", ())
     if own:

@@ -12,7 +12,7 @@ from nni_topo.network.layers.slicing import cut
 
 
 class OverKept(nn.Module):
-    """What a module does with the channels that are left; the others are zero."""
+    """A module of full width that works on the channels that stay; the others are zero."""
 
     whole: type[nn.Module]  # the class of the module: a norm, or a convolution along channels
     kept: Tensor  # int64, (channels that are left,)
@@ -43,7 +43,7 @@ class OverKept(nn.Module):
 
 
 def run_over_kept(module: Any, kept: Tensor) -> None:
-    """Let a module of full width run over some of its channels, in place; ``kept``: their places, int64."""
+    """Let a module of full width work on some channels alone, in place; ``kept``: their indices, int64."""
     whole = module.whole if isinstance(module, OverKept) else type(module)
     if not isinstance(module, OverKept):
         module.kept_dim = 2 if whole is nn.Conv1d else channel_dim(module)

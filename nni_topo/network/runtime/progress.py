@@ -22,7 +22,7 @@ LONG = 600.0
 
 
 class _Lines(tqdm):  # type: ignore[type-arg]
-    """Progress in lines of their own: where the output is no terminal, a bar would be drawn again and again."""
+    """Progress in separate lines, for outputs that are no terminal, where a bar would be drawn again and again."""
 
     monitor_interval = 0  # no thread that draws anew
     _next = 0.0  # seconds after the start when the next line is due
@@ -67,7 +67,7 @@ def bar(
 
 
 def duration(seconds: float) -> str:
-    """Say how long something takes: "40 s", "12 minutes", "1.8 hours"."""
+    """Format a duration: "40 s", "12 minutes", "1.8 hours"."""
     if seconds < 100.0:
         return f"{seconds:.2g} s"
     minutes = seconds / 60.0
@@ -76,7 +76,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def quiet(progress: object) -> Iterator[None]:
-    """Let no bar appear in this block if ``progress`` is False, whatever is called in it."""
+    """Show no progress bar within this block if ``progress`` is False."""
     with in_context(is_quiet=context().is_quiet or progress is False):
         yield
 

@@ -13,7 +13,7 @@ from nni_topo.network.runtime.modules import put_attribute
 
 
 class ModelReport(ABC):
-    """What the package writes down of a model that it returns, in the model's attribute ``report``."""
+    """What the package reports about a model that it returns, in the model's attribute ``report``."""
 
     changed_since: tuple[str, ...]
     """What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``."""
@@ -52,7 +52,7 @@ def report_of(model: nn.Module) -> ModelReport | None:
 
 
 def hand_on_report(model: nn.Module, changed: nn.Module, how: str) -> None:
-    """Let a changed copy of a model have the model's report, if it has one, with a note of ``how`` it was changed.
+    """Give a changed copy of a model the model's report, if it has one, with a note of ``how`` it was changed.
 
     The figures of the report are those before: without the note a reader would take them for the copy's.
     """
@@ -77,7 +77,7 @@ def tell_solved_on(model: nn.Module, digests: Iterable[bytes]) -> None:
 
 
 def drop_report(model: nn.Module) -> None:
-    """Take away the report that a copy of a model has, but that is of another model."""
+    """Remove the report of another model from a copy of it."""
     if isinstance(getattr(model, "report", None), ModelReport):
         vars(model).pop("report", None)
     vars(model).pop(_BESIDE, None)

@@ -63,7 +63,7 @@ def _autocast_off() -> Iterator[None]:
 
 
 class _OnCpu(TorchFunctionMode):
-    """Puts what the package makes without a word of where on the CPU; what models make lies where it would."""
+    """Puts tensors that the package makes without a device on the CPU; those that models make lie where they would."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
@@ -73,7 +73,7 @@ class _OnCpu(TorchFunctionMode):
 
 
 def _is_called_by_package() -> bool:
-    """Tell whether it is code of the package that calls a function of PyTorch's."""
+    """Tell whether code of the package calls a function of PyTorch's."""
     frame: FrameType | None = sys._getframe(2)
     # PyTorch's own code calls for others, as do modes, which hand on what models call.
     while frame is not None and (_package_of(frame) == "torch" or frame.f_code.co_name == "__torch_function__"):
@@ -87,7 +87,7 @@ def _package_of(frame: FrameType) -> str:
 
 @contextmanager
 def as_written() -> Iterator[None]:
-    """Let networks compute what they say for a while: attention step by step, and products in full precision.
+    """Within the block, networks compute attention step by step and products in full precision.
 
     Networks that are compared have to differ by what they compute alone. The fast paths of attention and transformer
     layers turn padded batches into nested tensors, on which hooks and masks can't work. A GPU rounds the factors of
@@ -108,7 +108,7 @@ def as_written() -> Iterator[None]:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Leave the random states of PyTorch, NumPy and Python as they were."""
+    """Restore the random states of PyTorch, NumPy and Python afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch_random_kept():
@@ -119,7 +119,7 @@ def random_state_kept() -> Iterator[None]:
 
 
 def torch_random_kept() -> AbstractContextManager[None]:
-    """Leave PyTorch's random state as it was."""
+    """Restore PyTorch's random state afterwards."""
     # Not to start CUDA for that, its generators are only kept if it is in use.
     return torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else [])
 

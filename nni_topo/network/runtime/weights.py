@@ -38,7 +38,7 @@ class RandomWeights:
 
 
 def put_parameters(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
-    """Put others in place of a model's real and complex parameters, by full name; one in several places stays one."""
+    """Replace a model's real and complex parameters, by full name; one in several places stays one."""
     made = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that no other gets its id
     for name, module in model.named_modules():
         for own, old in list(module._parameters.items()):

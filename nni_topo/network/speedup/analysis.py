@@ -83,7 +83,7 @@ class Facts:
 
 
 class Analysis:
-    """A model, wrapped by NNI or not, and a call of it; all answers are those of the unwrapped model in evaluation.
+    """What is known of a model, wrapped by NNI or not, on a call; it is that of the unwrapped model in evaluation mode.
 
     Parameters
     ----------
@@ -159,7 +159,7 @@ class Analysis:
 
     @property
     def second(self) -> Analysis | None:
-        """The same model on inputs of another size; None if no other is found that it takes and can be traced on."""
+        """The same model on inputs of another size; None if there is none that it takes and can be traced on."""
         known = self.facts
         if not known.is_second_known:
             copied: nn.Module = evaluating(unwrapped_copy(self.model, light=True))
@@ -269,7 +269,7 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def _described(call: Call) -> list[Any]:
-    """List what a trace depends on in a call: containers, shapes and types of tensors, all other values."""
+    """List what a trace depends on in a call: containers, shapes and types of tensors, and all other values."""
     leaves, structure = tree_flatten(call)
     shapes = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return [structure, *shapes]

@@ -29,7 +29,7 @@ TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """A layer that pruned channels enter, and their values in each of its calls."""
+    """A layer that reads pruned channels, and their values in each of its calls."""
 
     module: nn.Module
     pruned: Tensor  # which of the channels that enter are pruned: bool, (input channels,)
@@ -54,7 +54,7 @@ class Reader:
 
 
 def readers(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> dict[str, Reader]:
-    """Run a model on two random inputs; return the layers that pruned channels enter as other values than zero."""
+    """Run a model on two random inputs; return the layers that read pruned channels as values other than zero."""
     entering, leaving = list[Any](), list[Any]()
     found = dict[str, Reader]()
     for name in flow.layers:
@@ -77,7 +77,7 @@ def readers(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call
 
 
 def constants_read(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> dict[str, Tensor]:
-    """Measure the constant values of pruned channels, by the layer that reads them: (input channels,), else zero."""
+    """Measure pruned channels' constant values, by the layer that reads them: (input channels,), zero elsewhere."""
     found = {name: reader.constants() for name, reader in readers(model, flow, is_kept, call).items()}
     return {name: values for name, values in found.items() if bool(values.any())}
 
@@ -94,7 +94,7 @@ def dropped(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call
 
 
 def is_bordered(model: nn.Module, flow: ChannelFlow, name: str) -> bool:
-    """Tell whether a layer's bias can add its response to constants exactly, but for places next to its border."""
+    """Tell whether a layer's bias can add its response to constants exactly, except next to padded borders."""
     module, norm = model.get_submodule(name), only_norm_after(model, flow, name)
     return can_absorb(module, norm) and _pads_with_zeros(module)
 
@@ -156,7 +156,7 @@ def can_absorb(module: nn.Module, norm: nn.Module | None) -> bool:
 
 
 def _pads_with_zeros(module: Any) -> bool:
-    """Tell whether there are zeros beyond the border of what a layer reads, in place of the constant."""
+    """Tell whether a layer pads what it reads with zeros, where the constant would go on."""
     if has_own_forward(module):
         inner = inner_of(module)
         return inner is not None and any(inner.settings.get("_reversed_padding_repeated_twice", ()))
@@ -164,7 +164,7 @@ def _pads_with_zeros(module: Any) -> bool:
 
 
 def reads_plainly(module: nn.Module) -> bool:
-    """Tell whether a layer reads what enters with its own weight, and adds its own bias."""
+    """Tell whether a layer applies its own weight to what enters, and adds its own bias."""
     if not has_own_forward(module):
         return type(module) is kind_of(module)
     inner = inner_of(module)
@@ -172,7 +172,7 @@ def reads_plainly(module: nn.Module) -> bool:
 
 
 def _pruned_and_kept(flow: ChannelFlow, is_kept: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tell which input channels of a layer are pruned, and which of its output channels stay."""
+    """Return which input channels of a layer are pruned, and which of its output channels stay."""
     return ~is_kept[flow.entering_group_ids(name)], is_kept[flow.group_ids_of(name)]
 
 
@@ -183,7 +183,7 @@ def _zeroed(module: nn.Module, kept: Tensor, entered: Tensor, output: Tensor) ->
 
 @torch.no_grad()
 def fit_norms(wrapped: nn.Module, dense: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> list[str]:
-    """Bring norms over the channels that are left near those over all of them, in place, on a call.
+    """Fit norms over the channels that stay to norms over all channels, in place, on a call.
 
     Over the channels that are left a norm has another mean and deviation than beside zeros. For each norm, or each
     group of a group norm, the factor and the shift that undo most of it (least squares) go into weight and bias.

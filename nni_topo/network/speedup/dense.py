@@ -89,7 +89,7 @@ def to_dense(
     rtol: float = 1e-4,
     customized_replacers: Sequence[Replacer] = (),
 ) -> torch.nn.Module:
-    """Build the dense model that computes what the masked model does.
+    """Remove masked channels: return a smaller dense model without masks.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def to_dense(
     round_to : int or "auto", optional
         If given, every pruned layer keeps a multiple of this many channels, or all of them. ``"auto"`` is what the
         model's device computes at once: 8 channels on a GPU; 16, 8 or 4 on a CPU, by its vector registers. Those with
-        the largest weights (L1 norm over all tied layers) come back.
+        the largest weights (L1 norm over all coupled layers) come back.
     constants : {"zero", "keep"}, default="zero"
         What removed channels contribute. ``"zero"``: nothing, as in `masked_model`. ``"keep"``: what they do in the
         model that NNI's pruner has wrapped, for networks that were trained so. The layer that reads a constant, as the
@@ -245,7 +245,7 @@ def dense_of(
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What is to be made dense."""
+    """What is asked of `to_dense`."""
 
     analysis: Analysis
     flow: ChannelFlow
@@ -261,7 +261,7 @@ class _Task:
 
 @dataclasses.dataclass(frozen=True)
 class _Masked:
-    """The masked model that the dense one has to equal."""
+    """The masked model with which the dense one is compared."""
 
     reference: torch.nn.Module
     resolved: Resolved  # its masks
@@ -274,13 +274,13 @@ class _Masked:
 
 
 def _prepare(analysis: Analysis, masks: FullMasks, round_to: int | Literal["auto"] | None) -> _Task:
-    """Make the masks agree, all that is known before anything is measured."""
+    """Resolve the masks, without measuring anything."""
     original, flow = evaluating(unwrapped_copy(analysis.model, light=True)), analysis.flow
     return _Task(analysis, flow, original, masks, round_to, resolve(original, flow, masks, round_to))
 
 
 def _masked_with_constants(task: _Task) -> _Masked:
-    """Mask a model as NNI does, where batch norms make constants of pruned channels, and fold these into biases."""
+    """Mask a model as NNI does, and fold the constants that batch norms make of pruned channels into biases."""
     resolved, flow = task.rounded, task.flow
     # As in NNI's masked model, in which batch norms turn the zeros that arrive into other values.
     original, call = detached_copy(task.original, light=True), task.analysis.call
@@ -321,7 +321,7 @@ def _notes_on_training(norms: list[str]) -> list[str]:
 
 
 def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.nn.Module:
-    """Cut a copy of the masked model: layers, heads, attributes that count channels. It is in evaluation mode."""
+    """Cut a copy of the masked model: layers, heads, attributes that hold sizes. It is in evaluation mode."""
     flow, original = task.flow, task.original
     # Layers that are cut, or that constants are folded into, get new tensors; others may share the reference's.
     copied = detached_copy(masked.reference, light=not replacers)
@@ -346,7 +346,7 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
 
 
 def _take_own_widths(original: torch.nn.Module, dense: torch.nn.Module, flow: ChannelFlow) -> None:
-    """Let forwards that give what their layers put out the width of their input do without it, where these were cut."""
+    """Rewrite forwards that reshape a layer's output to the width of their input, where the layer was cut."""
     for name, dim in flow.own_widths.items():
         pair = original.get_submodule(name), dense.get_submodule(name)
         before, after = ([each.shape for each in module.parameters()] for module in pair)
@@ -355,7 +355,7 @@ def _take_own_widths(original: torch.nn.Module, dense: torch.nn.Module, flow: Ch
 
 
 def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) -> str:
-    """Raise a SpeedupError unless the dense model computes what the masked one does; say on what they were compared."""
+    """Raise a SpeedupError unless the dense model gives the masked one's outputs; return on what they were compared."""
     kept = kept_outputs(task.flow, masked.is_kept)
     advise = partial(way_forward, task.analysis, kept)
     analysis = task.analysis
@@ -377,7 +377,7 @@ def _report(
     run: TrainingRun,
     stale: Mapping[str, int],
 ) -> None:
-    """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
+    """Give a dense model its report, and warn of masked channels that it keeps for another reason than rounding."""
     model, flow, resolved = task.analysis.model, task.flow, masked.resolved
     report = dense_report(model, dense, task.masks, resolved.reasons, stale)
     notes = ((flow.missed,) if flow.missed else ()) + masked.notes
@@ -406,7 +406,7 @@ def _report(
 
 
 def _notes_on_widths(run: TrainingRun, lost: set[int], unread: list[str]) -> Iterator[str]:
-    """Tell of widths that are as before, and that a dense model may meet later.
+    """Return notes on attributes and tensors of the old width that the dense model may read later.
 
     ``lost``: the widths of layers that lost channels; ``unread``: what has such a width and no run has read.
     """
@@ -436,7 +436,7 @@ def _notes_on_widths(run: TrainingRun, lost: set[int], unread: list[str]) -> Ite
 
 
 def _unread(task: _Task, dense: torch.nn.Module, lost: set[int]) -> list[str]:
-    """Name the tensors that no run has read and that have a width that layers lost, but for those of whole layers."""
+    """Name the tensors that no run has read and that have the old width of a pruned layer."""
     before, after = named_tensors(task.original), named_tensors(dense)
     found = list[str]()
     for name in unused_tensors(task.original, task.flow.traced.graph):
@@ -599,7 +599,7 @@ class DenseReport(ModelReport):
 
 
 def _told_of_others(count: int) -> str:
-    """Return a sentence on the layers that a table leaves out; empty if there are none."""
+    """Return a sentence on the layers that a table leaves out; empty if it has all."""
     if count == 0:
         return ""
     if count == 1:

@@ -57,7 +57,7 @@ _BY_LAYER = Rule(
 
 
 class DependencyGroups(list[dict[str, Any]]):
-    """A config_list with a group for each layer that needs one, and what was left out of it.
+    """A config_list with a dependency group for each coupled layer, and the layers that were left out of it.
 
     Parameters
     ----------
@@ -100,12 +100,12 @@ class DependencyGroups(list[dict[str, Any]]):
         self._sizes: dict[str, torch.Size] = {}  # of the parameters of the model
 
     def take_facts(self, analysis: Analysis) -> None:
-        """Keep what was found of a model, for :func:`nni_topo.to_dense`."""
+        """Store what was found about a model, for :func:`nni_topo.to_dense`."""
         self._facts = analysis.facts
         self._sizes = {name: each.shape for name, each in analysis.model.named_parameters(remove_duplicate=False)}
 
     def facts_for(self, model: torch.nn.Module) -> Facts | None:
-        """Return what was found of a model when the groups were made; None for a copy of the groups."""
+        """Return what was found about a model when the groups were made; None for a copy of the groups."""
         if self._facts is None or self._facts.trace is None:
             return None
         sizes = {name: each.shape for name, each in model.named_parameters(remove_duplicate=False)}
@@ -118,7 +118,7 @@ class DependencyGroups(list[dict[str, Any]]):
         return self._facts
 
     def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
-        """Put others in place of the entries."""
+        """Return these groups with other entries."""
         return DependencyGroups(entries, self.skipped, self.named, self.ties, self.shares, self.reasons)
 
     def unnamed(self) -> DependencyGroups:
@@ -145,7 +145,7 @@ class DependencyGroups(list[dict[str, Any]]):
 def dependency_groups(
     model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]], *, strict: bool = False
 ) -> DependencyGroups:
-    """Write a config_list that names every layer and the group it has to be pruned with.
+    """Make a config_list that names each layer, with the layers that have to be pruned together in one group.
 
     Parameters
     ----------
@@ -229,7 +229,7 @@ def dependency_groups(
 def groups_of(
     analysis: Analysis, config_list: list[dict[str, Any]], *, strict: bool = False, warns: bool = True
 ) -> DependencyGroups:
-    """Return what :func:`dependency_groups` does; unless it ``warns``, of a choice that isn't the user's own."""
+    """Return what :func:`dependency_groups` does; without ``warns`` no warning names layers that were left out."""
     check_names(analysis.model, config_list)
     analysis = analysis.of(with_known_layers(analysis.model))
     model = analysis.model
@@ -374,7 +374,7 @@ def _choose(
     unpruned: Mapping[str, Reasons],
     projections: dict[str, Attention],
 ) -> _Choice:
-    """Tell which selected layers lose rows, and which none, given those that can't and those that lose columns."""
+    """Return which selected layers lose rows, and which none, given those that can't or that lose columns."""
     left_out = {name: why for name, why in unpruned.items() if name not in projections}
     # An output projection that loses columns keeps its rows, and with these the channels that it shares.
     rows = dict[int, str]()
@@ -402,7 +402,7 @@ def _choose(
 def _write_entries(
     flow: ChannelFlow, order: Sequence[str], selection: _Selection, choice: _Choice
 ) -> list[dict[str, Any]]:
-    """Write an entry for each layer that is to lose channels: its own settings, and those of its group."""
+    """Write an entry for each layer that loses channels: its own settings, and those of its group."""
     group_settings = _settings(flow, choice.projections, choice.by_row | choice.projections.keys())
     left_out = choice.left_out.keys() | _followers(flow)
     entries = []
@@ -419,7 +419,7 @@ def _write_entries(
 
 
 def _why_headless(model: torch.nn.Module, name: str) -> Reasons:
-    """Return why a layer has no heads."""
+    """Return why a layer has no heads that could be pruned."""
     module, place = model.get_submodule(name), name.rpartition(".")[0]
     if is_transposed_linear(module):
         return (why_not_followed(model, name),)
@@ -430,7 +430,7 @@ def _why_headless(model: torch.nn.Module, name: str) -> Reasons:
 
 
 def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
-    """Put the layers of attention in place of a module that holds them."""
+    """Replace a module that holds attention by the layers of the attention."""
     holders, inner = set[str](), set[str]()
     for name in names - flow.heads.keys():
         if name in flow.attention:
@@ -478,7 +478,7 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
 
 
 def _is_used(flow: ChannelFlow, model: torch.nn.Module, name: str) -> bool:
-    """Say whether the forward calls a layer, calls a module around it that isn't traced, or reads its weights."""
+    """Tell whether the forward calls a layer, calls an untraced module around it, or reads its weights."""
     layer = model.get_submodule(name)
     # One module may have several names.
     names = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
@@ -497,7 +497,7 @@ def layer_groups(flow: ChannelFlow) -> list[list[str]]:
 
 
 def held_by_unselected(flow: ChannelFlow, groups: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
-    """Return by selected layer of which no channel can be removed the layers that would have to be selected with it.
+    """Return, by selected layer that can lose no channel, the layers that would have to be selected with it.
 
     ``groups`` are the selected layers, those that lose the same channels or heads together. An output projection that
     loses the columns of heads shares its rows with layers that needn't be selected, so a group is held as a whole or
@@ -524,7 +524,7 @@ def held_by_unselected(flow: ChannelFlow, groups: Iterable[Collection[str]]) -> 
 def _settings(
     flow: ChannelFlow, projections: Mapping[str, Attention], chosen: frozenset[str]
 ) -> dict[str, dict[str, Any]]:
-    """Make the keys that dependency groups add to entries of chosen layers; `projections` lose the columns of heads."""
+    """Return the keys that dependency groups add to entries; `projections` lose the columns of heads."""
     blocks = blocks_of(flow)
     # NNI can state only groups whose layers are tied channel i to channel i.
     stated: dict[tuple[int, ...], list[str]] = {}
@@ -561,7 +561,7 @@ def _settings(
 
 
 def _followers(flow: ChannelFlow) -> set[str]:
-    """Find depth-wise convolutions whose channels come from several layers, in another order or several from each."""
+    """Return depthwise convolutions whose channels come from several layers, in another order, or several from each."""
     owners = [name for name, layer in flow.layers.items() if not layer.depthwise]
     owned = {group_id for name in owners for group_id in flow.group_ids_of(name).tolist()}
     # By channel and by unit: a depth-wise convolution that makes two channels of each is pruned by single ones, and no
@@ -578,7 +578,7 @@ def _followers(flow: ChannelFlow) -> set[str]:
 
 
 def _told_in_part(flow: ChannelFlow, pinned: Mapping[str, Reasons]) -> dict[str, str]:
-    """Say of layers of which some channels have to stay how many these are, and why."""
+    """Return sentences on layers of which some channels have to stay: how many, and why."""
     told = {}
     for name, why in pinned.items():
         group_ids = flow.group_ids_of(name)
@@ -595,7 +595,7 @@ def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
-    """Name the layers left out, those that keep some channels, and those that give the output."""
+    """Warn of the layers left out, of those that keep some channels, and of those that give the output."""
     if flow.missed:
         _logger.warning("%s", flow.missed)
     if set(choice.left_out.values()) - {(reasons.model_output(),)}:
@@ -625,7 +625,7 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
 
 
 def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
-    """Return why a layer keeps its channels although no other layer knows of them."""
+    """Return why a layer keeps its channels although no coupling is known."""
     if not name:
         return reasons.model_output()  # the layer is the whole model
     if is_recurrent(model.get_submodule(name)):

@@ -63,7 +63,7 @@ class _FailedRunError(Exception):
 
 @as_written()
 def find_unprunable(analysis: Analysis) -> dict[int, Reason]:
-    """Return the channels that can't be pruned although nothing pins them: by group id, the reason."""
+    """Return the channels that a dry run finds unprunable: the reason, by group id."""
     flow = analysis.flow
     held: dict[int, Reason] | None = None
     for seed in range(_DRAWS):
@@ -80,7 +80,7 @@ def find_unprunable(analysis: Analysis) -> dict[int, Reason]:
 
 
 def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
-    """Return the unprunable channels that a dry run finds on random weights and inputs; None if it finds no end."""
+    """Return the unprunable channels that dry runs find on random weights and inputs; None if it finds ever more."""
     flow, held = analysis.flow, dict[int, Reason]()
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
@@ -160,7 +160,7 @@ def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
 
 
 def _with_random_weights(model: nn.Module) -> nn.Module:
-    """Copy a model with weights under which nothing is zero or cancels by itself."""
+    """Copy a model with random weights, under which nothing is zero or cancels by chance."""
     drawn: nn.Module = evaluating(unwrapped_copy(model, light=True))
     normal, uniform = RandomWeights(torch.randn), RandomWeights(torch.rand)
 
@@ -212,7 +212,7 @@ def _draw(
 
 
 def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
-    """Take some places of a dimension."""
+    """Select places along a dimension."""
     if d < max(value.dim() - 1, 2):
         return value.index_select(d, places)
     # Of the last of more than two dimensions PyTorch takes entries one by one.
@@ -221,7 +221,7 @@ def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
 
 
 def _is_zero(value: Tensor, pruned: Tensor) -> bool:
-    """Tell whether the pruned entries of a tensor are zero, where that is quick to say: of one dimension."""
+    """Tell whether the pruned entries of a tensor are zero; only for tensors of one dimension, where that is quick."""
     dims = [d for d in range(pruned.dim()) if pruned.shape[d] > 1]
     if len(dims) != 1 or pruned.shape[dims[0]] != value.shape[dims[0]] or value.dtype not in _SINGLE:
         return False
@@ -230,7 +230,7 @@ def _is_zero(value: Tensor, pruned: Tensor) -> bool:
 
 
 class _DryRun:
-    """One run of both networks."""
+    """One run of the masked and of the smaller network, node by node."""
 
     def __init__(self, flow: ChannelFlow, is_kept: np.ndarray, full: GraphModule) -> None:
         self.flow, self.is_kept, self.full = flow, is_kept, full
@@ -379,7 +379,7 @@ class _DryRun:
         return value.zero_() if has_property(node, "is_unset") else value
 
     def _without_removed(self, name: str, layer: nn.Module) -> nn.Module:
-        """Return a module that norms the channels that stay, or reads zeros in place of the others; or as it is."""
+        """Return a module that norms without removed channels, or reads zeros in their place; or the module itself."""
         kept = torch.from_numpy(np.asarray(self.is_kept[self.flow.entering_group_ids(name)]))
         pruned = torch.from_numpy(~self.is_kept[self.flow.group_ids_of(name)]) if name in self.flow.layers else ~kept
         if kept.all() and not pruned.any():
@@ -515,7 +515,7 @@ class _DryRun:
         return np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
 
     def _source(self, reader: Node) -> Node:
-        """Find the operation that gives pruned channels the values, other than zero, with which they enter a node."""
+        """Find the operation that turns pruned channels, zero before it, into the values that enter a node."""
         source = reader
         while True:
             before = source

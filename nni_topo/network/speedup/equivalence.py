@@ -135,7 +135,7 @@ class TrainingRun:
 
 
 def run_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Call) -> TrainingRun:
-    """Run copies of a dense model, and of the original where that fails, in training mode.
+    """Run copies of a dense model, and of the original if that fails, in training mode.
 
     A width that is used in training mode only isn't cut where nothing shows what it belongs to: that of weights which
     follow another layer's, of a layer in a plain list, or of noise that the forward draws.
@@ -154,7 +154,7 @@ def run_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Cal
 
 
 def _raised_in_training(model: torch.nn.Module, call: Call) -> str:
-    """Run a copy in training mode, which may change it; say which error it raises, if any."""
+    """Run a copy in training mode, which may change it; return the error that it raises, if any."""
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
     with random_state_kept(), torch.no_grad():
         try:
@@ -166,7 +166,7 @@ def _raised_in_training(model: torch.nn.Module, call: Call) -> str:
 
 
 def _plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors that modules hold in attributes and that are neither parameters nor buffers, by name."""
+    """Return the tensors in modules' attributes that are neither parameters nor buffers, by name."""
     return {
         f"{name}.{key}".lstrip("."): value
         for name, module in model.named_modules()
@@ -176,7 +176,7 @@ def _plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _told(compared: Call, variations: list[Variation]) -> str:
-    """Say on what two models were compared."""
+    """Return a sentence on the inputs on which two models were compared."""
     shapes = " and ".join(str(tuple(each.shape[1:])) for each in tensors_of(compared))
     others = "".join(f", {_named(each)}" for each in variations)
     return f"random inputs of shape {shapes}{others}"
@@ -190,7 +190,7 @@ def _named(variation: Variation) -> str:
 def _agreed(
     pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, rtol: float, blocks: int, *, double: bool
 ) -> set[int] | None:
-    """List of several inputs in one batch those on which two models agree; None unless on all that give numbers."""
+    """Return the inputs of one batch on which two models agree; None unless that is all that give finite numbers."""
     try:
         entering = call_in_precision(call, torch.float64) if double else call
         expected, actual, _ = _run(pair, entering, {}, rtol, double=double)
@@ -250,7 +250,7 @@ def _check_one(
 
 
 def _is_single(model: torch.nn.Module) -> bool:
-    """Tell whether a model computes in single precision at least."""
+    """Tell whether a model computes in single or double precision."""
     return all(parameter.dtype not in (torch.float16, torch.bfloat16) for parameter in model.parameters())
 
 
@@ -276,7 +276,7 @@ def _run(
 def _looks(
     model: torch.nn.Module, names: Iterable[str], record: dict[str, torch.Tensor]
 ) -> list[tuple[torch.nn.Module, Callable[[Any, Any], None]]]:
-    """List modules, each with what records its output; a scripted module takes no hooks and is left out."""
+    """List modules with what records their outputs; scripted modules take no hooks and are left out."""
     looks = list[tuple[torch.nn.Module, Callable[[Any, Any], None]]]()
     for name in names:
         module = model.get_submodule(name)

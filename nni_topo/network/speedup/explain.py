@@ -108,7 +108,7 @@ class Explanation:
 
 
 def _first(names: Sequence[str]) -> str:
-    """List the first names, and count the others: residual stages have an addition for each block."""
+    """Join the first names, and count the others: a residual stage has an addition for each block."""
     shown = ", ".join(names[:_LISTED])
     return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown
 
@@ -213,7 +213,7 @@ def _channels(module: nn.Module) -> int | None:
 
 
 def way_forward(analysis: Analysis, kept: KeptIndices, place: str | None) -> str:
-    """Say why outputs differ from ``place`` on (None: after the last module), and what can be done about it."""
+    """Return why outputs differ after ``place`` (None: after the last module), and what can be done about it."""
     try:
         flow = analysis.flow
     except NniTopoError:

@@ -56,7 +56,7 @@ def leave_out_of(module: nn.Module, kept: Tensor, flow: ChannelFlow, name: str) 
 
 
 def normalize_left(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> None:
-    """Let norms over channels run over those that stay, in place."""
+    """Let norms over channels leave removed channels out, in place."""
     for name, module in model.named_modules():
         kept = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
         if not bool(kept.all()) and is_over_channels(module):
@@ -64,7 +64,7 @@ def normalize_left(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> 
 
 
 class _ReadZeros:
-    """A hook that puts zeros in place of removed channels in what enters a layer."""
+    """A hook by which a layer reads zeros in place of removed channels."""
 
     undone_by_copying = True  # `unwrapped_copy` takes it off, as it does NNI's masks
 

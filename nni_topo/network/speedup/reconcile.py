@@ -101,7 +101,7 @@ Scores = Callable[[], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """Masks that agree, and what was kept for it."""
+    """Masks without contradictions, and the channels that were kept for that."""
 
     masks: FullMasks
     is_kept: np.ndarray  # which channels stay, by group id: bool
@@ -113,14 +113,14 @@ _REASONS = 3  # that a warning names
 
 
 def resolve_masks(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None) -> Resolved:
-    """Make the masks of tied channels agree as `resolve` does, and warn of layers that keep channels for it."""
+    """Resolve masks of coupled channels as `resolve` does, and warn of layers that keep channels for it."""
     resolved = resolve(model, flow, masks, round_to)
     warn_of_kept(resolved.kept)
     return resolved
 
 
 def warn_of_kept(kept: Mapping[str, str]) -> None:
-    """Say in one warning which layers keep channels although they are masked: how many and why, by layer.
+    """Warn once of all layers that keep masked channels: how many and why, by layer.
 
     It names a few layers; the report of the dense model has them all.
     """
@@ -142,7 +142,7 @@ def warn_of_kept(kept: Mapping[str, str]) -> None:
 
 
 def widths_multiple(round_to: int | str | None, device: torch.device) -> int | None:
-    """Check ``round_to``; ``"auto"`` is how many channels a processor computes at once."""
+    """Check ``round_to`` and return it; for ``"auto"`` the number of channels that the processor computes at once."""
     if round_to == "auto":
         # Tensor cores take half-precision matrices by eights; a vector register of a CPU holds so many single floats.
         lanes = {"AVX512": 16, "AVX2": 8}
@@ -158,7 +158,7 @@ def resolve(
     masks: FullMasks,
     round_to: int | Literal["auto"] | None = None,
 ) -> Resolved:
-    """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
+    """Make masks of coupled channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
     round_to = widths_multiple(round_to, device_of(model))
     given = _given(model, flow, masks)
     kept = flow.kept(given)
@@ -195,12 +195,12 @@ def resolve(
 
 
 def union(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> np.ndarray:
-    """Tell which channels are kept, by group id: those of which any tied one is kept, or has no mask."""
+    """Return which channels are kept, by group id: those of which a coupled one is kept, or has no mask."""
     return flow.kept(_given(model, flow, masks))
 
 
 def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
-    """Collect the channels that the masks keep, for the layers that have a mask."""
+    """Return the channels that masks keep, for the layers that have a mask."""
     given = {}
     for name in flow.layers:
         kept = kept_channels(model.get_submodule(name), masks.get(name, {}))
@@ -210,7 +210,7 @@ def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[
 
 
 def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, Reason]:
-    """Bring one channel back where a reader would get none: return which, and why."""
+    """Restore one channel of each reader that would get none: return which, and why."""
     found = dict[int, Reason]()
     for group_ids, reader in flow.read():
         if not kept[group_ids].any():
@@ -220,7 +220,7 @@ def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, 
 
 
 def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, masked: set[str]) -> None:
-    """Bring channels back until blocks are equal and counts are rounded; both only ever add."""
+    """Restore channels until blocks are equal and widths are rounded."""
     layers = [flow.group_ids_of(name) for name in flow.layers if name in masked]
     # Evening out one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
     before, in_place = -1, flow.shuffles and stays_in_place(flow, kept)
@@ -247,7 +247,7 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
 
 
 def _fit_groups(flow: ChannelFlow, kept: np.ndarray, scores: Scores, moved: np.ndarray) -> None:
-    """Bring channels back until a shuffle sends those of a layer to the right groups of the convolution after it.
+    """Restore channels until each group of a convolution gets the channels of a layer that a shuffle sends to it.
 
     ``moved``: the channels, by group id, that it sends elsewhere.
     """
@@ -269,7 +269,7 @@ def _fit_groups(flow: ChannelFlow, kept: np.ndarray, scores: Scores, moved: np.n
 
 
 def _even_out(blocks: Blocks, sides: list[list[np.ndarray]], is_kept: np.ndarray, scores: Scores) -> None:
-    """Bring channels back until all blocks that are not pruned as a whole keep equally many."""
+    """Restore channels until all blocks that aren't removed as a whole keep equally many."""
     # A block goes only if it goes on all sides; where any side keeps a channel of it, all are filled up.
     remains = []
     for block_on_sides in zip(*sides, strict=True):
@@ -282,7 +282,7 @@ def _even_out(blocks: Blocks, sides: list[list[np.ndarray]], is_kept: np.ndarray
 
 
 def _bring_back(group_ids: np.ndarray, kept: np.ndarray, scores: Scores, wanted: int) -> None:
-    """Keep the best of the pruned channels until so many are kept."""
+    """Restore the pruned channels with the largest scores until so many are kept."""
     if int(kept[group_ids].sum()) >= wanted:
         return
     pruned = np.unique(group_ids[~kept[group_ids]])
@@ -295,7 +295,7 @@ def _bring_back(group_ids: np.ndarray, kept: np.ndarray, scores: Scores, wanted:
 
 
 def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
-    """Sum the L1 norms of the weights of tied channels."""
+    """Sum the L1 norms of the weights of coupled channels."""
     scores = np.zeros(flow.size)
     for name in flow.layers:
         module = model.get_submodule(name)
@@ -316,7 +316,7 @@ def _why_kept(
     round_to: int | None,
     single: Mapping[int, Reason],
 ) -> Reasons:
-    """Return why a layer got back channels that its mask removes, by the stage at which it did.
+    """Return why a masked channel of a layer was restored, by the stage that restored it.
 
     ``single``: channels that stay whatever others do, by group id, with the reason.
     """
