@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, listed, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations, Solution, fit
-from nni_topo.network.io.checkpoint import take_out, tell_depth
+from nni_topo.network.io.checkpoint import keep_blocks
 from nni_topo.network.layers.kinds import CONVOLUTIONS, NORMS
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
@@ -124,7 +124,7 @@ def remove_blocks(
         whole: Any = model.get_submodule(parent)
         at = first - sum(parent == other and number < first for other, number in removed)
         removed |= {(parent, number) for number in range(first, last + 1)}
-        take_out(result, parent, at, last - first + 1)
+        keep_blocks(result, parent, [*range(at), *range(at + last - first + 1, len(container))])
         call = structure_call(model, batches)
         gap = gap_after(result, container[at - 1], model, whole[last], call) if at else None
         if gap is None:
@@ -132,11 +132,6 @@ def remove_blocks(
             continue
         (found,) = solutions((model, result), [gap], batches, ridge)
         gap.fill(found)
-    counts = {parent: len(model.get_submodule(parent)._modules) for parent, _, _ in gaps}
-    numbers_kept = {}
-    for name, count in counts.items():
-        numbers_kept[name] = (count, [number for number in range(count) if (name, number) not in removed])
-    tell_depth(result, numbers_kept)
     if batches.processes is None:
         tell_solved_on(result, batches.digests)
     hand_on_report(model, result, f"blocks removed (nni_topo.remove_blocks): {listed(names, 8)}")

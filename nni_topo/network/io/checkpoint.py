@@ -1,7 +1,7 @@
 """Save a dense model in one file without code in it, and build it again from the unpruned model.
 
-The file is one of safetensors: tensors, and in its header a recipe in JSON, which says which module has which sizes.
-Reading a file from elsewhere runs nothing. What it doesn't hold is the model's forward: that comes with the model it is
+The file holds tensors as safetensors, and in its header a recipe in JSON: the sizes by module, and the removed blocks.
+Reading a file from elsewhere runs no code. The forward isn't in the file: it comes with the model that the file is
 loaded into, whose layers are made smaller to fit.
 
 A pruned model of Transformers can also be saved as a folder that loads without this package.
@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
 import os
 import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,9 +34,8 @@ from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
 from nni_topo.network.layers.derived import fold
-from nni_topo.network.layers.integer_attributes import numbers_of, put_sizes
+from nni_topo.network.layers.integer_attributes import Place, numbers_in, numbers_of, put_sizes
 from nni_topo.network.layers.kinds import is_transposed_linear, with_linear_layers, with_transposed_weights
-from nni_topo.network.layers.norms import channel_dim, width_names
 from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwrapped
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.inputs import model_within, tensors_of
@@ -48,23 +45,9 @@ from nni_topo.rules import ANYTHING, Rule, check_knobs, checked, taking
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _RECIPE = "nni_topo"  # its place in the header of a file
 _OTHER = "a dense model must be loaded into the model it was pruned from"
-
-# The attributes that say how large a module is, by the class that defines them.
-_SIZES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.modules.conv._ConvNd: ("in_channels", "out_channels", "groups"),
-    nn.Linear: ("in_features", "out_features"),
-    nn.modules.batchnorm._NormBase: ("num_features",),
-    nn.GroupNorm: ("num_channels", "num_groups"),
-    nn.RNNBase: ("input_size", "hidden_size"),
-    nn.LayerNorm: ("normalized_shape",),
-    nn.RMSNorm: ("normalized_shape",),
-    nn.Embedding: ("num_embeddings", "embedding_dim"),
-    nn.PReLU: ("num_parameters",),
-    nn.PixelShuffle: ("upscale_factor",),
-}
 
 _PathLike = str | os.PathLike[str]
 
@@ -81,7 +64,7 @@ def save(dense: nn.Module, path: _PathLike) -> None:
 
     Parameters
     ----------
-    dense : torch.nn.Module
+    dense : nn.Module
         A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed. Of a compiled one, or one in
         ``DataParallel`` or ``DistributedDataParallel``, the model within is saved.
     path : str or path-like
@@ -130,8 +113,8 @@ def save(dense: nn.Module, path: _PathLike) -> None:
         "package_version": __version__,
         "stored_as": stored_as,  # by tensor, the name under which the file has its values: shared tensors have one
         "not_persistent": [name for name in tensors if name not in state],
-        "modules": {name: describe(module) for name, module in dense.named_modules() if size_names(module)},
-        "numbers": [[*place, number] for place, number in numbers_of(dense).items()],
+        "layers": _layers(dense),
+        "sizes": [[*place, number] for place, number in _sizes(dense).items()],
         "attention": {name: [each.query_heads, each.head_size, each.width] for name, each in attention.items()},
         "own_widths": {name: dim for name, dim in own_widths.items() if dim is not None},
         "blocks": kept_blocks(dense),
@@ -150,7 +133,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     ----------
     path : str or path-like
         A file written by `save`.
-    model : torch.nn.Module or callable
+    model : nn.Module or callable
         The original, unpruned model, whatever its weights, or a function without arguments that makes it. It isn't
         changed. Of a compiled one, or one spread over devices, the model within counts. If what was pruned is a model
         made by :func:`nni_topo.as_torch_layers`, it is that one.
@@ -190,20 +173,16 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     check_unwrapped(built)
     drop_report(built)  # the report of the unpruned model, not of the one in the file
     _take_out_missing(recipe, built, file)
-    modules: dict[str, dict[str, Any]] = recipe["modules"]
-    if any(name in modules and is_transposed_linear(module) for name, module in built.named_modules()):
+    layers, modules = recipe["layers"], dict(built.named_modules())
+    if any(layers.get(name) == "Linear" and is_transposed_linear(module) for name, module in modules.items()):
         with_linear_layers(built)  # as they were when they were pruned
-    for name, module in built.named_modules():
+    for name, kind in layers.items():
         # A layer that computes its weight became a plain one where it was cut, which has another type in the file.
-        if name in modules and modules[name]["type"] != type(module).__name__:
-            fold(module)
+        if name in modules and _plain_class(modules[name]) != kind:
+            fold(modules[name])
     _check_fit(recipe, values, built, file)
 
     attention, ties = find_attention(built), find_ties(built)
-    for name, description in modules.items():
-        module, sizes = built.get_submodule(name), description["sizes"]
-        for key, size in sizes.items():
-            setattr(module, key, tuple(size) if isinstance(size, list) else size)
     untie(built, ties)
     if any(tensor.is_meta for tensor in named_tensors(built).values()):
         built._apply(lambda each: torch.empty_like(each, device="cpu") if each.is_meta else each)
@@ -224,8 +203,8 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
         resize(built.get_submodule(name), each, heads, width)
         if size < each.head_size:
             set_size(built.get_submodule(name), each.head_size, size, heads)
-    known, smaller = numbers_of(built), {}
-    for name, key, path_in, number in recipe["numbers"]:
+    known, smaller = _sizes(built), {}
+    for name, key, path_in, number in recipe["sizes"]:
         at = name, key, tuple(path_in)
         if 0 < number < known.get(at, 0):  # the others count no channels
             smaller[at] = number
@@ -242,20 +221,33 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     return built
 
 
-def size_names(module: nn.Module) -> tuple[str, ...]:
-    """List the names of a module's size attributes; none for a type without."""
-    names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
-    own = [each for each in module._parameters.values() if each is not None]
-    if not names and own and channel_dim(module) is not None:
-        names = tuple(width_names(module, own[0].numel()))
-    return names
+def _plain_class(module: nn.Module) -> str:
+    """Name a module's class; of one that this package has rewritten, the class before that."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("nni_topo.")).__name__
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
-    """Return a module's type and sizes, as a file's recipe has them."""
-    sizes = {name: getattr(module, name) for name in size_names(module)}
-    plain = {name: list(size) if isinstance(size, tuple) else int(size) for name, size in sizes.items()}
-    return {"type": type(module).__name__, "sizes": plain}
+def _layers(model: nn.Module) -> dict[str, str]:
+    """Return the classes of the modules that have parameters of their own, by name."""
+    layers = {}
+    for name, module in model.named_modules():
+        if any(each is not None for each in module._parameters.values()):
+            layers[name] = _plain_class(module)
+    return layers
+
+
+def _sizes(model: nn.Module) -> dict[Place, int]:
+    """List the whole numbers that attributes of a model's modules hold, PyTorch's own layers' too, by place."""
+    sizes = numbers_of(model)
+    for name, key, value in _layer_attributes(model):
+        sizes |= {(name, key, path): number for path, number in (numbers_in(value) or {}).items()}
+    return sizes
+
+
+def _layer_attributes(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """List the attributes that describe PyTorch's own layers: module, key and value."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn."):
+            yield from ((name, key, value) for key, value in vars(module).items() if not key.startswith("_"))
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -284,8 +276,6 @@ def _digest(recipe: Mapping[str, Any], values: Mapping[str, Tensor]) -> str:
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the recipe and the tensors of a file, and check that they are what `save` wrote."""
     what, written = "a dense model's file", "written by nni_topo.save"
-    if zipfile.is_zipfile(file):
-        raise DataError(f"{what} must be {written}, got one of torch.save ({file})")
     with reading(file, what, written):
         with safe_open(str(file), "pt") as opened:
             recipe: dict[str, Any] = json.loads((opened.metadata() or {}).get(_RECIPE, "{}"))
@@ -302,15 +292,15 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _take_out_missing(recipe: dict[str, Any], model: nn.Module, file: Path) -> None:
     """Take the blocks and parts out of a model that the file's model lacks, unless it was built without them."""
-    modules, missing = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
     for name, kept in recipe["blocks"].items():
         blocks = modules.get(name)
         count = len(blocks) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else 0
-        if count != len(kept):
-            missing[name] = kept
-            if kept[-1] >= count:
-                raise ConfigError(f"{_OTHER}, got {count} blocks where block {kept[-1]} is kept ({name}, {file})")
-    take_out_others(model, missing)
+        if count == len(kept):
+            continue
+        if kept[-1] >= count:
+            raise ConfigError(f"{_OTHER}, got {count} blocks where block {kept[-1]} is kept ({name}, {file})")
+        keep_blocks(model, name, kept)
     modules = dict(model.named_modules())
     for name, outputs in recipe["parts"].items():
         if name not in modules:
@@ -320,31 +310,22 @@ def _take_out_missing(recipe: dict[str, Any], model: nn.Module, file: Path) -> N
 
 def _check_fit(recipe: dict[str, Any], values: dict[str, Tensor], model: nn.Module, file: Path) -> None:
     """Raise unless the file could come from a pruned copy of the model."""
-    modules: dict[str, dict[str, Any]] = recipe["modules"]
-    described = {}
-    for name, module in model.named_modules():
-        if size_names(module):
-            described[name] = describe(module)
-    tensors, state = named_tensors(model), model.state_dict(keep_vars=True)
+    tensors, layers = named_tensors(model), _layers(model)
     stored = {name: values[first] for name, first in recipe["stored_as"].items()}
     persistent = stored.keys() - set(recipe["not_persistent"])
-    for kind, of_file, of_model in (
-        ("modules", modules.keys(), described.keys()),
-        ("tensors", persistent, tensors.keys() & state.keys()),
-    ):
-        for problem, names in (
-            ("missing in the model", of_file - of_model),
-            ("missing in the file", of_model - of_file),
-        ):
-            if names:
-                raise ConfigError(f"{_OTHER}, got {kind} {problem}: {listed(sorted(names))} ({file})")
-    for name, description in modules.items():
-        kind, sizes, known = description["type"], description["sizes"], described[name]["sizes"]
-        if "counted" not in sizes and kind != described[name]["type"]:
-            raise ConfigError(f"{_OTHER}, got {kind} where the model has {described[name]['type']} ({name}, {file})")
-        for key in sizes.keys() & known.keys() - {"counted"}:
-            if sizes[key] > known[key]:
-                raise ConfigError(f"{_OTHER}, got {key} {sizes[key]} where the model has {known[key]} ({name}, {file})")
+    own = tensors.keys() & model.state_dict(keep_vars=True).keys()
+    for place, names in (("model", persistent - own), ("file", own - persistent)):
+        if names:
+            raise ConfigError(f"{_OTHER}, got tensors missing in the {place}: {listed(sorted(names))} ({file})")
+    for name, kind in recipe["layers"].items():
+        if layers.get(name, kind) != kind:
+            raise ConfigError(f"{_OTHER}, got {kind} where the model has {layers[name]} ({name}, {file})")
+    of_layers = {(name, key) for name, key, _ in _layer_attributes(model)}
+    known = _sizes(model)
+    for name, key, path_in, size in recipe["sizes"]:
+        largest = known.get((name, key, tuple(path_in)), size)
+        if (name, key) in of_layers and size > largest:
+            raise ConfigError(f"{_OTHER}, got {key} {size} where the model has {largest} ({name}, {file})")
     for name in sorted(persistent):
         small, full = tuple(stored[name].shape), tuple(tensors[name].shape)
         if len(small) != len(full) or any(one > most for one, most in zip(small, full, strict=True)):
@@ -430,23 +411,26 @@ def why_undescribed(dense: Any) -> str:
     except Exception as error:  # each constructor has errors of its own
         return f"by which its class can't be built: {raised(error)}"
     _leave_out(plain, dense)
-    got = _structure(dense)
-    # What a model was loaded with comes first: Transformers knows heads that this package doesn't.
-    for heads in (known, _pruned_heads(plain, dense)):
-        built = copy.deepcopy(plain)
-        if heads:
-            built.prune_heads(heads)
-        wanted = _structure(built)
-        different = [each for each in {**wanted, **got} if wanted.get(each) != got.get(each)]
-        if not different:
-            break
-    if different:
-        first = different[0]
-        before, after = find_attention(built).get(first), find_attention(dense).get(first)
-        why = "which has one width for all blocks"
-        if before is not None and after is not None and after.heads < before.heads and not heads:
-            why += f" (Transformers {version('transformers')} prunes no heads of this class)"
-        return f"{why}, got {got.get(first)} where the config makes {wanted.get(first)} ({first})"
+    got, wanted = _structure(dense), _structure(plain)
+    heads = dict[int, list[int]]()
+    if wanted != got:
+        # What the model was loaded with comes first: Transformers knows heads that this package doesn't.
+        for candidate in (known, _pruned_heads(plain, dense)):
+            built = copy.deepcopy(plain)
+            try:
+                built.prune_heads(candidate)
+            except Exception:  # each class that can't prune heads says so in its own way
+                continue
+            if _structure(built) == got:
+                heads = candidate
+                break
+        else:
+            first = next(each for each in {**wanted, **got} if wanted.get(each) != got.get(each))
+            before, after = find_attention(plain).get(first), find_attention(dense).get(first)
+            why = "which has one width for all blocks"
+            if before is not None and after is not None and after.heads < before.heads:
+                why += f" (Transformers {version('transformers')} prunes no heads of this class)"
+            return f"{why}, got {got.get(first)} where the config makes {wanted.get(first)} ({first})"
     try:
         # Transformers 5 also validates a config when it writes or reads it.
         validate = getattr(dense.config, "validate", None)
@@ -459,7 +443,7 @@ def why_undescribed(dense: Any) -> str:
     return ""
 
 
-def _leave_out(plain: torch.nn.Module, dense: torch.nn.Module) -> None:
+def _leave_out(plain: nn.Module, dense: nn.Module) -> None:
     """Remove from a model built by its config the parts that another one was made without.
 
     An argument says so, such as ``add_pooling_layer=False``, which isn't in the config; ``from_pretrained`` takes it.
@@ -471,43 +455,27 @@ def _leave_out(plain: torch.nn.Module, dense: torch.nn.Module) -> None:
                 setattr(module, key, None)
 
 
-def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:
-    """Return ``config.pruned_heads`` for a model: pruned heads, by the number of their block.
+def _pruned_heads(plain: nn.Module, dense: nn.Module) -> dict[int, list[int]]:
+    """Return ``config.pruned_heads`` for a model whose attention modules are one to a block.
 
-    Which heads of a block are named makes no difference: the values of the others come from the file. Empty where the
-    class can't prune heads, as none can since Transformers 5.
+    Which heads of a block are named makes no difference: the values of the others come from the file.
     """
-    unpruned, pruned = find_attention(plain), find_attention(dense)
-    probe, found = copy.deepcopy(plain), dict[int, list[int]]()
-    for block in itertools.count():
-        before = {name: each.heads for name, each in find_attention(probe).items()}
-        try:
-            probe.base_model._prune_heads({block: [0]})
-        except Exception:  # there is no such block, or the class has heads that stay; each says so in its own way
-            return found
-        after = {name: each.heads for name, each in find_attention(probe).items()}
-        changed = [name for name, count in before.items() if after.get(name, 0) != count]
-        if not changed:
-            return found
-        missing = {unpruned[name].heads - pruned[name].heads if name in pruned else 0 for name in changed}
-        count = missing.pop()
-        # A block whose attention modules lose different numbers can't be described.
-        if not missing and count > 0:
+    pruned, found = find_attention(dense), {}
+    for block, (name, each) in enumerate(find_attention(plain).items()):
+        count = each.heads - pruned[name].heads if name in pruned else 0
+        if count > 0:
             found[block] = list(range(count))
     return found
 
 
-def _structure(model: torch.nn.Module) -> dict[str, Any]:
-    """Return what a config has to reproduce: the heads, the modules' sizes and the tensors' shapes, by name."""
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """Return what a config has to reproduce: the heads, the layers' sizes and the tensors' shapes, by name."""
     heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
-    # Norms in the place of Transformers' own compute the same, if they have no statistics of another width; their
-    # weights have the width already.
-    described = []
-    for name, module in model.named_modules():
-        is_plain = isinstance(module, (torch.nn.RMSNorm, torch.nn.LayerNorm)) and not hasattr(module, "counted")
-        if size_names(module) and not is_plain:
-            described.append((name, module))
-    sizes = {name: describe(module) for name, module in described}
+    sizes = {}
+    for name, key, value in _layer_attributes(model):
+        # A norm in the place of one of Transformers' own computes the same.
+        if numbers_in(value) is not None and key != "normalized_shape":
+            sizes[f"{name}.{key}"] = value
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     for name in list(shapes):
         owner, _, key = name.rpartition(".")
@@ -516,21 +484,26 @@ def _structure(model: torch.nn.Module) -> dict[str, Any]:
     return heads | sizes | shapes
 
 
-_NOTE = "kept_blocks"
+_NOTE = "_kept_blocks"
 
 
-def take_out(model: nn.Module, parent: str, first: int, count: int) -> None:
-    """Take ``count`` blocks out of an ``nn.ModuleList`` or ``nn.Sequential``, from number ``first`` on, in place."""
+def keep_blocks(model: nn.Module, parent: str, numbers: Sequence[int]) -> None:
+    """Take all blocks but some out of an ``nn.ModuleList`` or ``nn.Sequential``, in place.
+
+    The list notes which blocks of the unpruned model it keeps, and a config of Transformers how many.
+    """
     container: Any = model.get_submodule(parent)
-    kept = list(getattr(container, _NOTE, range(len(container))))
-    del container[first : first + count]
-    del kept[first : first + count]
-    setattr(container, _NOTE, tuple(kept))
-    # Layers of Transformers look up their cached states by these numbers.
-    for block in list(container)[first:]:
-        for module in block.modules():
+    blocks = list(container)
+    known = getattr(container, _NOTE, range(len(blocks)))
+    tell_depth(getattr(model, "config", None), len(blocks), numbers)
+    del container[:]
+    for new, old in enumerate(numbers):
+        container.append(blocks[old])
+        # Layers of Transformers look up their cached states by these numbers.
+        for module in blocks[old].modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx -= count
+                module.layer_idx -= old - new
+    setattr(container, _NOTE, tuple(known[number] for number in numbers))
 
 
 def kept_blocks(model: nn.Module) -> dict[str, list[int]]:
@@ -538,35 +511,18 @@ def kept_blocks(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(getattr(module, _NOTE)) for name, module in model.named_modules() if hasattr(module, _NOTE)}
 
 
-def take_out_others(model: nn.Module, kept: Mapping[str, list[int]]) -> None:
-    """Take all blocks but the ``kept`` ones out of an unpruned model, in place."""
-    before = {parent: len(model.get_submodule(parent)._modules) for parent in kept}
-    for parent, numbers in kept.items():
-        for number in sorted(set(range(before[parent])) - set(numbers), reverse=True):
-            take_out(model, parent, number, 1)
-    tell_depth(model, {parent: (before[parent], numbers) for parent, numbers in kept.items()})
-
-
-def tells_depth(model: Any, parent: str) -> bool:
-    """Say whether the ``config`` of a model of Transformers has the number of blocks in a list."""
-    config: Any = getattr(model, "config", None)
-    count = len(model.get_submodule(parent)._modules)
+def tells_depth(config: Any, count: int) -> bool:
+    """Say whether a config of Transformers has the number of blocks of a list."""
     return getattr(config, "num_hidden_layers", None) == count and not config.is_encoder_decoder
 
 
-def tell_depth(model: Any, kept: Mapping[str, tuple[int, list[int]]]) -> None:
-    """Set the number of blocks in the ``config`` of a model of Transformers, if that describes one list of blocks.
-
-    ``kept``: by list, how many blocks there were, and the numbers of those that are kept.
-    """
-    config: Any = getattr(model, "config", None)
-    count, numbers = next(iter(kept.values()), (0, []))
-    if len(kept) != 1 or getattr(config, "num_hidden_layers", None) != count or config.is_encoder_decoder:
-        return
-    config.num_hidden_layers = len(numbers)
-    kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, list) and len(kinds) == count:
-        config.layer_types = [kinds[number] for number in numbers]
+def tell_depth(config: Any, count: int, kept: Sequence[int]) -> None:
+    """Set the number of blocks in a config of Transformers, if it describes a list of ``count`` blocks."""
+    if tells_depth(config, count):
+        config.num_hidden_layers = len(kept)
+        kinds = getattr(config, "layer_types", None)
+        if isinstance(kinds, list) and len(kinds) == count:
+            config.layer_types = [kinds[number] for number in kept]
 
 
 class RemovedPart(nn.Module):
@@ -585,7 +541,7 @@ class RemovedPart(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros of the shape of the first tensor."""
-        zeros: torch.Tensor = torch.zeros_like(tensors_of((args, kwargs))[0])
+        zeros: Tensor = torch.zeros_like(tensors_of((args, kwargs))[0])
         return (zeros, *[None] * (self.outputs - 1)) if self.outputs else zeros
 
 

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from os import PathLike
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -549,7 +548,7 @@ class _Run:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
         config, kept, skeleton = copy.deepcopy(dense.config), self._journal.kept, self._skeleton
         kind = type(skeleton.model)
-        tell_depth(SimpleNamespace(config=config), {skeleton.blocks_name: (len(skeleton), kept)})
+        tell_depth(config, len(skeleton), kept)
         if len(kept) < len(skeleton) and getattr(config, "num_hidden_layers", None) != len(kept):
             raise ConfigError(
                 "a config must have the number of blocks as num_hidden_layers, where blocks are removed, got none; use "
