@@ -30,8 +30,10 @@ from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.batchnorm import batch_norms
 
-_FORMAT = "nni-topo distillation 6"
+_FORMAT = "nni-topo distillation 7"
 _MOMENTUM = 0.1  # of batch norms that have none of their own
+_KEPT = ("done", "rate", "is_normed", "best", "best_step", "_began", "_looked", "_least", "_falls_from", "_end")
+"""Attributes of a course that its file has as they are."""
 
 _FALL = 0.4  # share of a course in which the rate falls to zero, at its end
 _WINDOW = 4  # looks whose mean is compared with the mean of the four before them: at a high rate single losses jump
@@ -204,13 +206,10 @@ class Course:
                 state = read_state(self.path, self.kind)
                 self.student.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
-                self.done, self.rate, self._looked = state["done"], state["rate"], state["looked"]
-                self.is_normed = state["is_normed"]
-                self._falls_from, self._end = state["fall"]
+                for name in _KEPT:
+                    setattr(self, name, state[name])
                 self.rates = tuple(RateTrial(**each) for each in state["rates"])
                 self.curve = [Look(**each) for each in state["curve"]]
-                self.best, self.best_step, self._least = state["best"], state["best_step"], state["least"]
-                self._began = state["began"]
                 self.clock.go_on_from(state["spent"])
 
     def run(
@@ -334,22 +333,16 @@ class Course:
     def _keep(self) -> None:
         if self.path is None:
             return
-        now = {
-            "done": self.done,
+        parts = {
+            "format": _FORMAT,
+            "kind": self.kind,
+            **{name: getattr(self, name) for name in _KEPT},
             "spent": self.clock.spent,
-            "began": self._began,
-            "rate": self.rate,
-            "is_normed": self.is_normed,
             "rates": [asdict(each) for each in self.rates],
-            "looked": self._looked,
-            "fall": [self._falls_from, self._end],
             "curve": [asdict(each) for each in self.curve],
-            "best": self.best,
-            "best_step": self.best_step,
-            "least": self._least,
             "model": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
         }
-        parts = {"format": _FORMAT, "kind": self.kind, **now, "optimizer": self.optimizer.state_dict()}
         write_tensors(self.path, parts)
 
 
