@@ -46,7 +46,7 @@ from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
 _FORMAT_VERSION = 3
-_RECIPE = "nni_topo"  # its place in the header of a file
+_RECIPE = "nni_topo"  # the recipe's key in the header of a file
 _OTHER = "a dense model must be loaded into the model it was pruned from"
 
 _PathLike = str | os.PathLike[str]
@@ -103,7 +103,7 @@ def save(dense: nn.Module, path: _PathLike) -> None:
             raise DataError(f"a saved model must have values, got a tensor on the meta device, without any ({name})")
         stored_as[name] = first_names.setdefault(id(tensor), name)
         if stored_as[name] == name:
-            # A copy, because safetensors takes no two views of one memory.
+            # Copies, because safetensors refuses tensors that share memory.
             values[name] = tensor.detach().cpu().contiguous().clone()
     attention = find_attention(dense)
     own_widths = {name: own_width_of(module) for name, module in dense.named_modules()}
@@ -111,7 +111,7 @@ def save(dense: nn.Module, path: _PathLike) -> None:
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "package_version": __version__,
-        "stored_as": stored_as,  # by tensor, the name under which the file has its values: shared tensors have one
+        "stored_as": stored_as,  # by tensor, its name in the file; shared tensors are stored once
         "not_persistent": [name for name in tensors if name not in state],
         "layers": _layers(dense),
         "sizes": [[*place, number] for place, number in _sizes(dense).items()],
@@ -171,13 +171,13 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     built = detached_copy(model_within(model)) if isinstance(model, nn.Module) else model_within(model())
     check_knobs("load", {"model": built}, {"model": NETWORK})
     check_unwrapped(built)
-    drop_report(built)  # the report of the unpruned model, not of the one in the file
+    drop_report(built)  # it describes the unpruned model
     _take_out_missing(recipe, built, file)
     layers, modules = recipe["layers"], dict(built.named_modules())
     if any(layers.get(name) == "Linear" and is_transposed_linear(module) for name, module in modules.items()):
-        with_linear_layers(built)  # as they were when they were pruned
+        with_linear_layers(built)  # they were converted before they were pruned
     for name, kind in layers.items():
-        # A layer that computes its weight became a plain one where it was cut, which has another type in the file.
+        # A layer that computes its weight was replaced by a plain layer when it was cut.
         if name in modules and _plain_class(modules[name]) != kind:
             fold(modules[name])
     _check_fit(recipe, values, built, file)
@@ -206,7 +206,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     known, smaller = _sizes(built), {}
     for name, key, path_in, number in recipe["sizes"]:
         at = name, key, tuple(path_in)
-        if 0 < number < known.get(at, 0):  # the others count no channels
+        if 0 < number < known.get(at, 0):  # other numbers don't count channels
             smaller[at] = number
     put_sizes(built, smaller)
     for name, dim in recipe["own_widths"].items():
@@ -222,7 +222,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
 
 
 def _plain_class(module: nn.Module) -> str:
-    """Name a module's class; of one that this package has rewritten, the class before that."""
+    """Return the name of a module's class; for a class that this package derived, that of the original class."""
     return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("nni_topo.")).__name__
 
 
@@ -236,7 +236,7 @@ def _layers(model: nn.Module) -> dict[str, str]:
 
 
 def _sizes(model: nn.Module) -> dict[Place, int]:
-    """List the whole numbers that attributes of a model's modules hold, PyTorch's own layers' too, by place."""
+    """List the integers in attributes of a model's modules, PyTorch's layers included, by place."""
     sizes = numbers_of(model)
     for name, key, value in _layer_attributes(model):
         sizes |= {(name, key, path): number for path, number in (numbers_in(value) or {}).items()}
@@ -244,7 +244,7 @@ def _sizes(model: nn.Module) -> dict[Place, int]:
 
 
 def _layer_attributes(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """List the attributes that describe PyTorch's own layers: module, key and value."""
+    """List the attributes of PyTorch's own layers: module name, key and value."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.nn."):
             yield from ((name, key, value) for key, value in vars(module).items() if not key.startswith("_"))
@@ -274,7 +274,7 @@ def _digest(recipe: Mapping[str, Any], values: Mapping[str, Tensor]) -> str:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the recipe and the tensors of a file, and check that they are what `save` wrote."""
+    """Read the recipe and the tensors of a file, and check that nothing was changed since `save`."""
     what, written = "a dense model's file", "written by nni_topo.save"
     with reading(file, what, written):
         with safe_open(str(file), "pt") as opened:
@@ -291,7 +291,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _take_out_missing(recipe: dict[str, Any], model: nn.Module, file: Path) -> None:
-    """Take the blocks and parts out of a model that the file's model lacks, unless it was built without them."""
+    """Remove the blocks and parts that the saved model lacks, unless the model was built without them."""
     modules = dict(model.named_modules())
     for name, kept in recipe["blocks"].items():
         blocks = modules.get(name)
@@ -309,7 +309,7 @@ def _take_out_missing(recipe: dict[str, Any], model: nn.Module, file: Path) -> N
 
 
 def _check_fit(recipe: dict[str, Any], values: dict[str, Tensor], model: nn.Module, file: Path) -> None:
-    """Raise unless the file could come from a pruned copy of the model."""
+    """Raise ConfigError unless the file could be that of a pruned copy of the model."""
     tensors, layers = named_tensors(model), _layers(model)
     stored = {name: values[first] for name, first in recipe["stored_as"].items()}
     persistent = stored.keys() - set(recipe["not_persistent"])
@@ -377,8 +377,8 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
             f"a model must be one of Transformers, with adapters merged, got {name}; nni_topo.save takes any "
             "(save_pretrained)"
         )
-    with_transposed_weights(dense)  # a copy, as is all that a public function gets
-    if why := why_undescribed(dense):  # it changes the config of the copy of the model that this function works on
+    with_transposed_weights(dense)  # of a copy: see `public`
+    if why := why_undescribed(dense):  # may change the copy's config
         raise ConfigError(
             f"from_pretrained must be able to build the model by its config, {why}; nni_topo.save and nni_topo.load "
             f"take it ({name})"
@@ -387,7 +387,7 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
         dense.save_pretrained(beside)
         report = report_of(dense)
-        # One that was changed since, such as by `remove_blocks`, isn't what its report says.
+        # If the model was changed since, as by `remove_blocks`, its report is outdated.
         is_told = report is not None and report.parameters_left in (None, count_params(dense))
         if card and report is not None and is_told and may_write_card(place / CARD):
             (Path(beside) / CARD).write_text(model_card(dense, report), encoding="utf-8")
@@ -397,9 +397,9 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
 
 
 def why_undescribed(dense: Any) -> str:
-    """Return what the config of a model of Transformers can't say of it, with the place; empty if it says everything.
+    """Return why the config of a model of Transformers can't rebuild it, with the place; empty if it can.
 
-    The config of a model that lost heads then names them, which Transformers 4 reads.
+    If removed heads have to be listed for that, as Transformers 4 can, they are added to the config.
     """
     if parts := removed_parts(dense):
         return f"which has all parts in each block, got a model without some ({min(parts)})"
@@ -414,12 +414,12 @@ def why_undescribed(dense: Any) -> str:
     got, wanted = _structure(dense), _structure(plain)
     heads = dict[int, list[int]]()
     if wanted != got:
-        # What the model was loaded with comes first: Transformers knows heads that this package doesn't.
+        # Heads that were removed before come first: Transformers may know some that this package doesn't find.
         for candidate in (known, _pruned_heads(plain, dense)):
             built = copy.deepcopy(plain)
             try:
                 built.prune_heads(candidate)
-            except Exception:  # each class that can't prune heads says so in its own way
+            except Exception:  # classes that can't prune heads raise different errors
                 continue
             if _structure(built) == got:
                 heads = candidate
@@ -432,7 +432,7 @@ def why_undescribed(dense: Any) -> str:
                 why += f" (Transformers {version('transformers')} prunes no heads of this class)"
             return f"{why}, got {got.get(first)} where the config makes {wanted.get(first)} ({first})"
     try:
-        # Transformers 5 also validates a config when it writes or reads it.
+        # Transformers 5 validates configs when it writes and reads them.
         validate = getattr(dense.config, "validate", None)
         if callable(validate):
             validate()
@@ -444,9 +444,10 @@ def why_undescribed(dense: Any) -> str:
 
 
 def _leave_out(plain: nn.Module, dense: nn.Module) -> None:
-    """Remove from a model built by its config the parts that another one was made without.
+    """Remove parts from a model built by its config that the dense model was built without.
 
-    An argument says so, such as ``add_pooling_layer=False``, which isn't in the config; ``from_pretrained`` takes it.
+    They depend on arguments such as ``add_pooling_layer=False``, which aren't in the config; ``from_pretrained`` takes
+    them.
     """
     own = dict(dense.named_modules())
     for name, module in list(plain.named_modules()):
@@ -456,9 +457,9 @@ def _leave_out(plain: nn.Module, dense: nn.Module) -> None:
 
 
 def _pruned_heads(plain: nn.Module, dense: nn.Module) -> dict[int, list[int]]:
-    """Return ``config.pruned_heads`` for a model whose attention modules are one to a block.
+    """Return ``config.pruned_heads`` for a model with one attention module in each block.
 
-    Which heads of a block are named makes no difference: the values of the others come from the file.
+    Only the number of heads matters: the values of the kept ones come from the file.
     """
     pruned, found = find_attention(dense), {}
     for block, (name, each) in enumerate(find_attention(plain).items()):
@@ -469,18 +470,18 @@ def _pruned_heads(plain: nn.Module, dense: nn.Module) -> dict[int, list[int]]:
 
 
 def _structure(model: nn.Module) -> dict[str, Any]:
-    """Return what a config has to reproduce: the heads, the layers' sizes and the tensors' shapes, by name."""
+    """Return what a config must reproduce, by name: heads, sizes of layers and shapes of tensors."""
     heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
     sizes = {}
     for name, key, value in _layer_attributes(model):
-        # A norm in the place of one of Transformers' own computes the same.
+        # A norm of PyTorch may replace one of Transformers.
         if numbers_in(value) is not None and key != "normalized_shape":
             sizes[f"{name}.{key}"] = value
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     for name in list(shapes):
         owner, _, key = name.rpartition(".")
         if key == HEADS_TAKEN and takes_all_heads(model.get_submodule(owner)):
-            del shapes[name]  # the model's own class computes the same table
+            del shapes[name]  # the original class computes the same table
     return heads | sizes | shapes
 
 
@@ -488,9 +489,9 @@ _NOTE = "_kept_blocks"
 
 
 def keep_blocks(model: nn.Module, parent: str, numbers: Sequence[int]) -> None:
-    """Take all blocks but some out of an ``nn.ModuleList`` or ``nn.Sequential``, in place.
+    """Remove all blocks but those with these numbers from an ``nn.ModuleList`` or ``nn.Sequential``, in place.
 
-    The list notes which blocks of the unpruned model it keeps, and a config of Transformers how many.
+    The list records which blocks of the unpruned model it keeps, a config of Transformers how many.
     """
     container: Any = model.get_submodule(parent)
     blocks = list(container)
@@ -499,7 +500,7 @@ def keep_blocks(model: nn.Module, parent: str, numbers: Sequence[int]) -> None:
     del container[:]
     for new, old in enumerate(numbers):
         container.append(blocks[old])
-        # Layers of Transformers look up their cached states by these numbers.
+        # Layers of Transformers find their cached states by this number.
         for module in blocks[old].modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx -= old - new
@@ -507,17 +508,17 @@ def keep_blocks(model: nn.Module, parent: str, numbers: Sequence[int]) -> None:
 
 
 def kept_blocks(model: nn.Module) -> dict[str, list[int]]:
-    """Return the numbers of the blocks that are kept, by the names of the lists that lost any."""
+    """Return the numbers of the kept blocks, by the names of the lists that lost blocks."""
     return {name: list(getattr(module, _NOTE)) for name, module in model.named_modules() if hasattr(module, _NOTE)}
 
 
 def tells_depth(config: Any, count: int) -> bool:
-    """Say whether a config of Transformers has the number of blocks of a list."""
+    """Return whether a config of Transformers holds the number of blocks of a list."""
     return getattr(config, "num_hidden_layers", None) == count and not config.is_encoder_decoder
 
 
 def tell_depth(config: Any, count: int, kept: Sequence[int]) -> None:
-    """Set the number of blocks in a config of Transformers, if it describes a list of ``count`` blocks."""
+    """Set the number of blocks in a config of Transformers, if it was ``count``."""
     if tells_depth(config, count):
         config.num_hidden_layers = len(kept)
         kinds = getattr(config, "layer_types", None)
@@ -526,13 +527,12 @@ def tell_depth(config: Any, count: int, kept: Sequence[int]) -> None:
 
 
 class RemovedPart(nn.Module):
-    """Takes the place of a part of a block that was removed, and adds nothing to the stream.
+    """Replaces a removed part of a block and adds zeros to the residual stream.
 
     Parameters
     ----------
     outputs : int, default=0
-        The length of the tuple that the part returned, whose first entry is zeros and all others None; 0: it returned a
-        tensor.
+        Length of the returned tuple, whose first entry is zeros and whose others are None; 0: a tensor is returned.
     """
 
     def __init__(self, outputs: int = 0) -> None:
@@ -546,7 +546,7 @@ class RemovedPart(nn.Module):
 
 
 def take_out_part(model: nn.Module, name: str, outputs: int) -> None:
-    """Take a part of a block out, in place; ``outputs`` as for `RemovedPart`."""
+    """Remove a part of a block, in place; ``outputs`` as for `RemovedPart`."""
     parent, _, key = name.rpartition(".")
     removed = RemovedPart(outputs)
     removed.train(model.get_submodule(name).training)
@@ -554,5 +554,5 @@ def take_out_part(model: nn.Module, name: str, outputs: int) -> None:
 
 
 def removed_parts(model: nn.Module) -> dict[str, int]:
-    """Return the parts that were taken out of blocks, with the lengths of the tuples that they returned."""
+    """Return the removed parts of blocks by name, with their ``outputs``."""
     return {name: module.outputs for name, module in model.named_modules() if isinstance(module, RemovedPart)}
