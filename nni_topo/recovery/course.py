@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.disk import DELETE, read_state, reading, write_tensors
 from nni_topo.network.layers.kinds import by_output, zeros_held
 from nni_topo.network.layers.memory_format import inputs_laid_out
 from nni_topo.network.runtime.modules import device_of
@@ -201,8 +200,8 @@ class Course:
         self.best_step, self._least = 0, math.inf  # its step, and the larger loss of these two looks
         self._began = self.clock.spent
         if self.path is not None and self.path.exists():
-            with _reading_state(self.path):
-                state = read_state(self.path, self.kind)
+            with reading(self.path, "a state", "of this distillation", DELETE):
+                state = state_of(self.path, self.kind)
                 self.student.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 for name in _KEPT:
@@ -432,30 +431,9 @@ def try_rates(
     return tuple(found)
 
 
-def read_state(path: Path, kind: dict[str, Any]) -> dict[str, Any]:
-    """Read a course's file.
-
-    ConfigError if it belongs to a distillation whose ``kind`` differs, DataError if it isn't such a file.
-    """
-    with _reading_state(path):
-        state: dict[str, Any] = read_tensors(path)
-        if state["format"] != _FORMAT:
-            raise DataError(
-                f"a state must be of the format {_FORMAT!r}, got {state['format']!r}, as other versions of nni_topo "
-                f"write it; {DELETE} ({path})"
-            )
-        for key, value in kind.items():
-            found = state["kind"].get(key)
-            if found != value:
-                raise ConfigError(
-                    f"distillation must go on with {key} {found}, got {value}; another file, or none, begins anew "
-                    f"({path})"
-                )
-    return state
-
-
-def _reading_state(path: Path) -> AbstractContextManager[None]:
-    return reading(path, "a state", "of this distillation", DELETE)
+def state_of(path: Path, kind: dict[str, Any]) -> dict[str, Any]:
+    """Read a course's file; errors as for :func:`~nni_topo.disk.read_state`."""
+    return read_state(path, _FORMAT, kind, "distillation")
 
 
 @contextmanager

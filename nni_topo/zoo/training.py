@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, reading, write_tensors
+from nni_topo.disk import DELETE, check_output_file, path_of, read_state, reading, write_tensors
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.runtime.arguments import COMPUTING, DEVICE, TENSOR
@@ -201,14 +201,9 @@ class _Trainer:
         """Go on from a file of :meth:`keep`, if there is one; return the logs of the epochs done."""
         if not path.exists():
             return []
-        with reading(path, "a training's state", "of this model", DELETE):
-            state = read_tensors(path)
-            if state["format"] != _FORMAT:
-                raise KeyError(state["format"])
+        with reading(path, "a state", "of this training", DELETE):
+            state = read_state(path, _FORMAT, self.kind, "training")
             self.model.load_state_dict(state["model"])
-            for key, value in self.kind.items():
-                if state["kind"][key] != value:
-                    raise ConfigError(f"a training must go on with {key} {state['kind'][key]}, got {value} ({path})")
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generators"][0].byte())
             torch.set_rng_state(state["generators"][1].byte())
