@@ -38,7 +38,17 @@ class PairLogits:
         for sample, (asking, asked) in enumerate(zip(queries, keys, strict=True)):
             here = torch.arange(asked.shape[1], device=output.device)
             here = here if real is None else here[real[sample].to(here.device)]
-            self._add(asking[:, here], asked[:, here])
+            count = len(here)
+            if not count:
+                continue
+            chosen = torch.linspace(0, count - 1, min(_QUERIES, count)).round().long().to(here.device)
+            # (heads, queries, keys, pairs)
+            logits = (asking[:, here[chosen]].unsqueeze(2) * asked[:, here].conj_physical().unsqueeze(1)).real
+            reached = (torch.arange(count, device=here.device) <= chosen.unsqueeze(1)).unsqueeze(2).to(logits)
+            means = (logits * reached).sum(2, keepdim=True) / reached.sum(1, keepdim=True)
+            varying = ((logits - means) * reached).flatten(1, 2)
+            products = varying.mT @ varying
+            self.products = products if self.products is None else self.products + products
         self._queries = None
 
     def shares(self) -> FloatArray:
@@ -57,19 +67,6 @@ class PairLogits:
         places = torch.arange(values.shape[1], device=values.device)
         angles = torch.outer(places.double(), self._frequencies.to(places.device, torch.double))
         return (torch.complex(one, other) * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)).transpose(1, 2)
-
-    def _add(self, queries: Tensor, keys: Tensor) -> None:
-        places = queries.shape[1]
-        if not places:
-            return
-        chosen = torch.linspace(0, places - 1, min(_QUERIES, places)).round().long().to(queries.device)
-        # (heads, queries, keys, pairs)
-        logits = (queries[:, chosen].unsqueeze(2) * keys.conj_physical().unsqueeze(1)).real
-        reached = (torch.arange(places, device=chosen.device) <= chosen.unsqueeze(1)).unsqueeze(2).to(logits)
-        means = (logits * reached).sum(2, keepdim=True) / reached.sum(1, keepdim=True)
-        varying = ((logits - means) * reached).flatten(1, 2)
-        products = varying.mT @ varying
-        self.products = products if self.products is None else self.products + products
 
 
 def pairs_that_stay(shares: FloatArray, kept: int) -> np.ndarray:

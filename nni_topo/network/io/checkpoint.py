@@ -410,23 +410,35 @@ def why_undescribed(dense: Any) -> str:
         plain = built_by_config(dense, config)
     except Exception as error:  # each constructor has errors of its own
         return f"by which its class can't be built: {raised(error)}"
-    _leave_out(plain, dense)
+    # Arguments that leave out parts, as ``add_pooling_layer=False``, aren't in the config; from_pretrained takes them.
+    own = dict(dense.named_modules())
+    for name, module in list(plain.named_modules()):
+        for key in [key for key, child in module._modules.items() if child is not None]:
+            if name in own and hasattr(own[name], key) and getattr(own[name], key) is None:
+                setattr(module, key, None)
     got, wanted = _structure(dense), _structure(plain)
     heads = dict[int, list[int]]()
     if wanted != got:
+        # Of a model with one attention module in each block: only the number of removed heads matters, not which.
+        kept, removed = find_attention(dense), dict[int, list[int]]()
+        for block, (name, attention) in enumerate(find_attention(plain).items()):
+            count = attention.heads - kept[name].heads if name in kept else 0
+            if count > 0:
+                removed[block] = list(range(count))
         # Heads that were removed before come first: Transformers may know some that this package doesn't find.
-        for candidate in (known, _pruned_heads(plain, dense)):
+        for candidate in (known, removed):
             built = copy.deepcopy(plain)
             try:
                 built.prune_heads(candidate)
             except Exception:  # classes that can't prune heads raise different errors
                 continue
-            if _structure(built) == got:
+            wanted = _structure(built)
+            if wanted == got:
                 heads = candidate
                 break
         else:
             first = next(each for each in {**wanted, **got} if wanted.get(each) != got.get(each))
-            before, after = find_attention(plain).get(first), find_attention(dense).get(first)
+            before, after = find_attention(plain).get(first), kept.get(first)
             why = "which has one width for all blocks"
             if before is not None and after is not None and after.heads < before.heads:
                 why += f" (Transformers {version('transformers')} prunes no heads of this class)"
@@ -441,32 +453,6 @@ def why_undescribed(dense: Any) -> str:
     if heads != known:
         dense.config.pruned_heads = heads
     return ""
-
-
-def _leave_out(plain: nn.Module, dense: nn.Module) -> None:
-    """Remove parts from a model built by its config that the dense model was built without.
-
-    They depend on arguments such as ``add_pooling_layer=False``, which aren't in the config; ``from_pretrained`` takes
-    them.
-    """
-    own = dict(dense.named_modules())
-    for name, module in list(plain.named_modules()):
-        for key in [key for key, child in module._modules.items() if child is not None]:
-            if name in own and hasattr(own[name], key) and getattr(own[name], key) is None:
-                setattr(module, key, None)
-
-
-def _pruned_heads(plain: nn.Module, dense: nn.Module) -> dict[int, list[int]]:
-    """Return ``config.pruned_heads`` for a model with one attention module in each block.
-
-    Only the number of heads matters: the values of the kept ones come from the file.
-    """
-    pruned, found = find_attention(dense), {}
-    for block, (name, each) in enumerate(find_attention(plain).items()):
-        count = each.heads - pruned[name].heads if name in pruned else 0
-        if count > 0:
-            found[block] = list(range(count))
-    return found
 
 
 def _structure(model: nn.Module) -> dict[str, Any]:
