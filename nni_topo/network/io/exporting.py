@@ -238,20 +238,25 @@ def export(
                 _quantize(part, session, _in_batches(calls(net, learned), batch), weight_bits, symbolic)
                 distance = _distance(net, _session(part), _in_batches(calls(net, held_out or learned), batch))
             elif (report := report_of(model)) is not None:
-                modules = dict(net.named_modules())
-                pruned = [modules.get(name) for name in report.pruned_layers]
-                convolutions = [module for module in pruned if isinstance(module, nn.Conv2d)]
-                slow = [module for module in convolutions if module.out_channels % _FAST]
-                if slow:
-                    _logger.warning(
-                        "onnxruntime can be slow where the channels of a convolution aren't a multiple of %d, as in %d "
-                        "of the %d that were pruned; round_to=%d avoids that (see docs/runtimes.md)",
-                        _FAST,
-                        len(slow),
-                        len(convolutions),
-                        _FAST,
-                    )
+                _warn_of_slow_convolutions(net, report.pruned_layers)
     return Exported(path, path.stat().st_size, error, distance)
+
+
+def _warn_of_slow_convolutions(net: nn.Module, pruned: tuple[str, ...]) -> None:
+    """Warn of the pruned convolutions for which onnxruntime has no fast kernels."""
+    modules = dict(net.named_modules())
+    found = [modules.get(name) for name in pruned]
+    convolutions = [module for module in found if isinstance(module, nn.Conv2d)]
+    slow = [module for module in convolutions if module.out_channels % _FAST]
+    if slow:
+        _logger.warning(
+            "onnxruntime can be slow where the channels of a convolution aren't a multiple of %d, as in %d of the %d "
+            "that were pruned; round_to=%d avoids that (see docs/runtimes.md)",
+            _FAST,
+            len(slow),
+            len(convolutions),
+            _FAST,
+        )
 
 
 def _import(name: str) -> Any:
