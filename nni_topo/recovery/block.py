@@ -45,10 +45,10 @@ from nni_topo.recovery.windows import Segment, Stretch, alive, entering, floats,
 from nni_topo.rules import NONE, check_fields, number, whole
 from nni_topo.sharing import find_ties
 
-_LOOKED_AT = 64  # held-out samples at most that are looked at while a block learns; all of them judge it
-_REPORTED = 256  # samples to learn from, at most, over which the report has the error
-_AT_ONCE = 256  # samples that run together where nothing is learned
-_TOGETHER = 4  # neighbouring stretches that learn at once: of a transformer, two blocks of attention and an MLP each
+_LOOKED_AT = 64  # most held-out samples for the loss during training; the result is judged by all
+_REPORTED = 256  # most training samples for the errors in the report
+_AT_ONCE = 256  # batch size without gradients
+_TOGETHER = 4  # neighbouring stretches that are trained together: of a transformer, two attention layers and two MLPs
 _WARMUP = 0.1  # share of the steps, as `distill` has it by default
 _LEAST_VARIANCE = 1e-12
 
@@ -77,7 +77,7 @@ class Block(Reconstruct):
         check_fields(self, "block", lr=number(0.0, closed="neither") | NONE, precision=PRECISION, **counts)
 
     def after(self, tasks: Sequence[Task], networks: Networks, tools: Tools) -> tuple[LayerReport, ...]:
-        """Let the blocks learn, one after the other."""
+        """Train the blocks one after the other."""
         del tasks
         replay = tools.new_replay()
         learners = _learners(networks, replay.touched_nodes)
@@ -115,13 +115,13 @@ class Block(Reconstruct):
                 _logger.warning("%s can't learn and stay as the closed form leaves them: %s", block.layers, first_line)
                 continue
             reports.append(report)
-            # What breaks one block breaks the next, too, most of the time.
+            # A rate that breaks one block usually breaks the next one, too.
             rates = tuple(each for each in RATES if each <= report.lr) or rates
         return tuple(reports)
 
 
 def _learners(networks: Networks, touched: Collection[Node]) -> dict[Node, list[str]]:
-    """Return which parameters may move, by the node that uses them: of layers and norms that are used once."""
+    """Return the parameters to train by the node that uses them: those of layers and norms that are used once."""
     graph = networks.unpruned.graph
     result = dict(networks.result.named_parameters())
     tied = {name for names in find_ties(networks.result) for name in names}
@@ -150,7 +150,7 @@ def _learners(networks: Networks, touched: Collection[Node]) -> dict[Node, list[
                     continue
                 for key, parameter in module.named_parameters(recurse=False):
                     full = f"{name}.{key}"
-                    # In the result, a weight that is computed has other names.
+                    # In the result, a computed weight has other names.
                     if full in result and result[full].shape == parameter.shape and full not in tied:
                         names.append(full)
         if names:
@@ -173,7 +173,7 @@ class _Part(NamedTuple):
 
 
 def _joined(parts: Sequence[_Part]) -> _Part:
-    """Put samples of several batches together."""
+    """Concatenate samples of several batches."""
     if len(parts) == 1:
         return parts[0]
     entered = [torch.cat(each) for each in zip(*(part.entering for part in parts), strict=True)]
@@ -183,9 +183,9 @@ def _joined(parts: Sequence[_Part]) -> _Part:
 
 
 class _Values:
-    """What enters a block and what is wanted at its place, for all samples: in memory as far as allowed, then in files.
+    """The inputs of a block and its targets for all samples, in memory up to a limit, then in files.
 
-    Samples are mixed across batches where all tensors have an entry for each; else batches stay as they are.
+    Samples are mixed across batches if all tensors have an entry for each sample.
     """
 
     def __init__(self, replay: Replay, segment: Segment, tools: Tools) -> None:
@@ -219,7 +219,7 @@ class _Values:
         yield from self._store
 
     def parts(self, index: Tensor, size: int) -> Iterator[_Part]:
-        """Yield samples by their indices, so many at a time or, where samples aren't mixed, batch by batch."""
+        """Yield samples by index in batches of ``size``; if samples aren't mixed, in the given batches."""
         starts = torch.tensor([0, *self._sizes]).cumsum(0)
         if self._are_mixed:
             for chosen in index.tensor_split(-(-len(index) // at_once(size))):
@@ -244,13 +244,13 @@ def _entries(value: Any, samples: int) -> Any:
 
 
 def _in_single(value: Any) -> Any:
-    """Return a value in single precision if it is a tensor of half precision."""
+    """Return a value, a tensor of half precision in single precision."""
     is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if is_half else value
 
 
 class _Learning:
-    """The gradient steps of one block; what `Course` and the range test take for a lesson."""
+    """The training of one block: a `Teacher` for `Course` and the range test."""
 
     def __init__(
         self, knobs: Block, networks: Networks, segment: Segment, names: list[str], values: _Values, seed: int
@@ -266,7 +266,7 @@ class _Learning:
         self.samples = int(sums[0][0]) if sums else 0
 
     def student(self) -> Stretch:
-        """Return a copy of the block in which what may move requires gradients."""
+        """Return a copy of the block in which only the trained parameters require gradients."""
         stretch = Stretch(self._networks.pruned, self._segment)
         for name, parameter in stretch.body.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name in self._names)
@@ -277,7 +277,7 @@ class _Learning:
         return stretch
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
-        """Yield batches to learn from, pass after pass."""
+        """Yield training batches, epoch after epoch."""
         generator = torch.Generator().manual_seed(self._seed)
         while True:
             order = self._learned[torch.randperm(len(self._learned), generator=generator)]
@@ -286,7 +286,7 @@ class _Learning:
                     yield part, part.wanted
 
     def objective(self, student: nn.Module, call: Any, wanted: list[Tensor]) -> Tensor:
-        """Return the mean squared distance at the place over its variance."""
+        """Return the mean squared distance from the targets over their variance."""
         off = self._lacking(student, call, wanted, self._knobs.precision)
         return torch.stack([each.square().mean() / scale for each, scale in zip(off, self._scales, strict=True)]).mean()
 
@@ -303,16 +303,16 @@ class _Learning:
 
     @property
     def precision(self) -> Precision:
-        """What the steps are computed in."""
+        """The precision of the steps."""
         return self._knobs.precision
 
     @property
     def layers(self) -> str:
-        """Names of the layers that learn."""
+        """Names of the trained layers."""
         return ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self._names))
 
     def run(self, rates: Sequence[float]) -> LayerReport:
-        """Take the steps, and put what is learned into the networks if the held-out error has fallen."""
+        """Train the block, and put the weights into the networks if the held-out error has fallen."""
         began = time.perf_counter()
         if not self._scales:
             raise RuntimeError(f"{self._segment.place.name} has no floating values")
@@ -331,14 +331,14 @@ class _Learning:
                 self.batches,
                 lambda net: self.judge(net, looked_at),
                 first,
-                1.0,  # of a constant: errors are shares of the variance
+                1.0,  # the loss of constant outputs, because errors are divided by the variance
                 steps,
                 is_normed=False,
                 rates=rates,
                 progress=False,
             )
             rate = next((each.lr for each in tried if each.is_taken), math.nan)
-        least, best = first, dict[str, Any]()  # the state with the smallest loss on the samples that are looked at
+        least, best = first, dict[str, Any]()  # the state with the smallest held-out loss so far
 
         def look(net: nn.Module) -> float:
             nonlocal least, best
@@ -380,13 +380,13 @@ class _Learning:
     def _lacking(
         self, student: nn.Module, part: _Part, wanted: list[Tensor], precision: Precision = "float32"
     ) -> list[Tensor]:
-        """Return by how much a student misses what is wanted, where it counts."""
+        """Return the differences between a student's outputs and the targets, without padding."""
         with computing_in(precision, device_of(student)):
             found = floats(student(*part.entering))
         return self._counted([mine - meant for mine, meant in zip(found, wanted, strict=True)], part)
 
     def _counted(self, values: list[Tensor], part: _Part) -> list[Tensor]:
-        """Return values without padding and held-out samples; 0 where the pruned network's values never vary."""
+        """Return values without padding and unused samples; 0 where the pruned network's values are constant."""
         found = []
         for value, lives in zip(values, self._values.lives, strict=True):
             value = value if lives is None else value * lives

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, listed, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations, Solution, fit
-from nni_topo.network.io.checkpoint import take_out, tell_depth
+from nni_topo.network.io.checkpoint import keep_blocks
 from nni_topo.network.layers.kinds import CONVOLUTIONS, NORMS
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
@@ -48,7 +48,7 @@ from nni_topo.recovery.samples import (
     samples_to_solve_on,
 )
 
-_POSITIONS = 64  # of each image of a convolution's output: neighbouring ones tell nearly the same
+_POSITIONS = 64  # positions of each image in a convolution's output; neighbouring ones are nearly equal
 _ENDS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LayerNorm, nn.RMSNorm)  # what may follow the sum at a block's end
 
 _logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def remove_blocks(
         whole: Any = model.get_submodule(parent)
         at = first - sum(parent == other and number < first for other, number in removed)
         removed |= {(parent, number) for number in range(first, last + 1)}
-        take_out(result, parent, at, last - first + 1)
+        keep_blocks(result, parent, [*range(at), *range(at + last - first + 1, len(container))])
         call = structure_call(model, batches)
         gap = gap_after(result, container[at - 1], model, whole[last], call) if at else None
         if gap is None:
@@ -132,11 +132,6 @@ def remove_blocks(
             continue
         (found,) = solutions((model, result), [gap], batches, ridge)
         gap.fill(found)
-    counts = {parent: len(model.get_submodule(parent)._modules) for parent, _, _ in gaps}
-    numbers_kept = {}
-    for name, count in counts.items():
-        numbers_kept[name] = (count, [number for number in range(count) if (name, number) not in removed])
-    tell_depth(result, numbers_kept)
     if batches.processes is None:
         tell_solved_on(result, batches.digests)
     hand_on_report(model, result, f"blocks removed (nni_topo.remove_blocks): {listed(names, 8)}")
@@ -144,7 +139,7 @@ def remove_blocks(
 
 
 def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return runs of neighbouring blocks: the name of their container, the first and the last number."""
+    """Group neighbouring blocks: the name of their container, the first and the last number."""
     modules = dict(model.named_modules())
     if isinstance(names, str) or not len(names):
         raise ConfigError(f"names must be a sequence of at least one block's name, got {names!r} (names)")
@@ -170,14 +165,14 @@ def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
 
 @dataclass(frozen=True)
 class Stream:
-    """Where the stream after a block can be read."""
+    """A module whose input or output is the residual stream after a block."""
 
     block: nn.Module
-    end: nn.Module | None  # the ReLU or norm after the sum, whose input is read; None: the block's output is
+    end: nn.Module | None  # the ReLU or norm after the sum, if its input is the stream; None: the block's output is
 
     def watch(self, look: Callable[[Tensor], Any]) -> tuple[list[Any], list[Any]]:
-        """Return what `watched` takes to show the stream."""
-        # Copies, because what comes next may work in place.
+        """Return the arguments of `watched` that observe the stream."""
+        # Copies, because the next operation may work in place.
         if self.end is None:
             return [], [(self.block, lambda _, output: look(tensors_of(output)[0].detach().clone()))]
         return [(self.end, lambda entering: look(entering.detach().clone()))], []
@@ -185,7 +180,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Writer:
-    """A layer of a block, all of whose output is added to the stream."""
+    """A layer whose whole output is added to the residual stream."""
 
     layer: Any  # a linear layer or a convolution
     norm: Any  # the batch norm between the layer and the sum; None without one
@@ -193,11 +188,11 @@ class Writer:
 
     @property
     def has_intercept(self) -> bool:
-        """Whether a constant can be added."""
+        """Whether a constant can be added to its output."""
         return self.layer.bias is not None or (self.norm is not None and self.norm.affine)
 
     def add(self, solution: Solution) -> None:
-        """Let the layer write more into the stream, by new parameters: other networks may share the present ones."""
+        """Add to the layer's output by new parameters, because other networks may share the old ones."""
         weight = self.layer.weight
         more = solution.weights[0].T.to(weight.device)
         shift = solution.shift[0].to(weight.device)
@@ -206,7 +201,7 @@ class Writer:
             scale = (self.norm.running_var.double() + self.norm.eps).rsqrt()
             if self.norm.affine:
                 scale = scale * self.norm.weight.double()
-        # Nothing gets through a norm that multiplies by zero.
+        # A channel with a norm factor of zero can't be changed.
         passes = scale.abs() > 0.0
         inverse = torch.where(passes, 1.0 / torch.where(passes, scale, 1.0), 0.0)
         with torch.no_grad():
@@ -221,14 +216,14 @@ class Writer:
 
 @dataclass(frozen=True)
 class Gap:
-    """A layer before a gap, and what it is to add to the stream."""
+    """A layer before a gap, and the streams that it should match."""
 
     writer: Writer
     wanted: Stream
-    is_whole: bool  # whether it is to add all that is wanted; else only what the writer's own stream lacks
+    is_whole: bool  # whether it adds the whole wanted stream, or the difference to its own
 
     def fill(self, solution: Solution) -> None:
-        """Let the writer make up for the gap."""
+        """Change the writer by a solution."""
         self.writer.add(solution)
         end, wanted_end = self.writer.stream.end, self.wanted.end
         if end is not None and wanted_end is not None and not self.is_whole:
@@ -238,20 +233,20 @@ class Gap:
 
 
 def gap_after(result: nn.Module, block: nn.Module, model: nn.Module, wanted: nn.Module, call: Call) -> Gap | None:
-    """Return how a block of one model can give what another block gives in the unpruned model, or None."""
+    """Return how a block of one model can replace another block of the unpruned model; None if it can't."""
     writer = find_writer(result, block, call)
     if writer is None:
         return None
     stream = Stream(wanted, _Calls(model, wanted, call).end)
-    # A norm can take the values of the other block's norm, and a ReLU has none.
+    # A norm can get the parameters of the other block's norm; a ReLU has none.
     return Gap(writer, stream, is_whole=False) if type(stream.end) is type(writer.stream.end) else None
 
 
 class _Calls:
-    """The calls of the modules in a block, and what they put out."""
+    """The calls of the modules in a block, with their outputs."""
 
     def __init__(self, model: nn.Module, block: nn.Module, call: Call) -> None:
-        self.calls: list[tuple[nn.Module, Any, Any]] = []  # the tensors are held, so that no address is used again
+        self.calls: list[tuple[nn.Module, Any, Any]] = []  # holds the tensors, so that no address is reused
 
         def look(module: nn.Module) -> Any:
             return lambda entering, output: self.calls.append((module, entering, output))
@@ -267,13 +262,13 @@ class _Calls:
                 self.end = module
 
     def layers(self) -> list[Any]:
-        """Return the linear layers and convolutions that are called once, those with the most unknowns first."""
+        """Return the linear layers and convolutions that are called once, in falling order of their unknowns."""
         called: list[Any] = [module for module, _, _ in self.calls if type(module) in (*CONVOLUTIONS, nn.Linear)]
         found = [layer for layer in reversed(called) if called.count(layer) == 1]
         return sorted(found, key=lambda layer: -layer.weight[0].numel())
 
     def norm_of(self, layer: nn.Module) -> Any:
-        """Return the batch norm that a layer's output enters, or None."""
+        """Return the batch norm after a layer, or None."""
         (output,) = (output for module, _, output in self.calls if module is layer)
         for module, entering, _ in self.calls:
             if isinstance(module, NORMS) and module.running_var is not None and _is_same(entering, output):
@@ -282,20 +277,20 @@ class _Calls:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Say whether two values are tensors in the same memory."""
+    """Return whether two values are tensors in the same memory."""
     are_tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
     return are_tensors and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def run_watched(model: nn.Module, call: Call, entering: Iterable[Any] = (), leaving: Iterable[Any] = ()) -> Any:
-    """Run a model once, in evaluation mode, and show what enters and leaves its layers."""
-    # Fused code would pass hooks by.
+    """Run a model once in evaluation mode, with its layers' inputs and outputs observed."""
+    # Fused code doesn't call hooks.
     with left_alone(model), evaluation_mode(model), torch.no_grad(), as_written(), watched(entering, leaving):
         return model(*call[0], **call[1])
 
 
 def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None:
-    """Return a layer of a block all of whose output is added to what leaves the block, or None."""
+    """Return a layer of a block whose whole output is added to the block's output, or None."""
     seen = _Calls(model, block, call)
     stream = Stream(block, seen.end)
     for layer in seen.layers():
@@ -314,7 +309,7 @@ def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None
             before, after = stream.watch(streams.append)
             first = len(streams)
             run_watched(model, call, before, [*more, *after])
-            # A ReLU may be called more than once; its last call is the block's end.
+            # A ReLU may be called several times; the last call ends the block.
             del streams[first:-1]
         unchanged, moved = streams
         if agree([added.expand_as(unchanged)], [moved - unchanged], SAME_CHANNELS):
@@ -325,9 +320,9 @@ def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None
 def solutions(
     nets: Sequence[nn.Module], gaps: Sequence[Gap], batches: Calibration, ridge: float | Literal["auto"]
 ) -> list[Solution]:
-    """Solve for what the writers of gaps lack, each by itself, in one pass over the batches.
+    """Solve for the writers of gaps, each by itself, in one pass over the batches.
 
-    ``nets`` are the networks in which the streams lie; the writers are in the last one.
+    ``nets`` are the networks of the streams; the writers are in the last one.
     """
     seen: list[dict[str, Tensor]] = [{} for _ in gaps]
     before: list[Any] = []
@@ -347,7 +342,7 @@ def solutions(
             with fitting(index, batches.name):
                 for net in nets:
                     net(*call[0], **call[1])
-            # Inside, the samples may be the second dimension: then places are held out in place of samples.
+            # Inside, samples may be the second dimension; then positions are held out instead.
             size, entries = batch_size(call), len(seen[0]["wanted"])
             held = is_held_out[samples : samples + size]
             if entries != size:
@@ -358,7 +353,7 @@ def solutions(
                 reached = own.get("reached", torch.zeros_like(own["wanted"])).double()
                 lacking = own["wanted"].double() - reached
                 if isinstance(gap.writer.stream.end, nn.ReLU) and not gap.is_whole:
-                    # All that a ReLU doesn't let through is as good.
+                    # Where a ReLU gives zero, any smaller value is as good.
                     lacking = torch.where(own["wanted"] > 0.0, lacking, -reached.clamp(min=0.0))
                 values = own["entering"], lacking, own["wanted"]
                 for each, rows in zip(parts, (~held, held), strict=True):
@@ -380,7 +375,7 @@ def solutions(
 def _rows(
     layer: Any, values: tuple[Tensor, Tensor, Tensor], held: Tensor, real: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return a layer's inputs, what lacks and what is wanted of some samples, (1, rows, ...), or None.
+    """Return a layer's inputs, the missing and the wanted outputs of some samples, (1, rows, ...), or None.
 
     ``held`` says which samples, bool (samples,); ``real`` which positions aren't padding, bool (samples, places).
     """

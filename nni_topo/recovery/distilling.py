@@ -52,7 +52,7 @@ from nni_topo.recovery.course import (
     Look,
     RateTrial,
     learning,
-    read_state,
+    state_of,
     timed_step,
     tried_steps,
     try_rates,
@@ -862,5 +862,5 @@ def check_state(state: str | Path | None, unpruned: nn.Module, dense: nn.Module 
     if dense is not None:
         hashes["the same network to distil, hash"] = model_fingerprint(dense)[:_SHOWN]
     if file.exists():
-        read_state(file, hashes)
+        state_of(file, hashes)
     return hashes

@@ -1,4 +1,4 @@
-"""The unpruned network's outputs for unlabelled images, in batches that a smaller network learns from."""
+"""The unpruned network's outputs for unlabelled images: a smaller network learns them and is judged by them."""
 
 from __future__ import annotations
 
@@ -61,35 +61,35 @@ Augment = Callable[[Any], Any]
 _BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256
 _COPIES = 3
-_VARIED = 1024  # samples, about, over which the variances of outputs are measured
-_NUMBERS = 2**27  # entries of outputs that are looked at together: of large outputs those of fewer samples
-_FEWEST = 16  # samples that are looked at together, however large their outputs are
-_KEPT_SHARE = 0.25  # of the free memory that the answers for all images may take
+_VARIED = 1024  # approximate number of samples for the variances of outputs
+_NUMBERS = 2**27  # most entries of outputs in one batch that is judged: large outputs get smaller batches
+_FEWEST = 16  # smallest such batch, however large the outputs
+_KEPT_SHARE = 0.25  # largest share of the free memory for stored outputs of the unpruned network
 _LEAST_VARIANCE = 1e-12
-_TEMPERATURE = 2.0  # where nothing is learned; distillation's default
-# Of the similarities between the embeddings of a batch, beside those of an embedding with the unpruned network's.
+_TEMPERATURE = 2.0  # for `judged`: the default of distillation
+# Weight of the term that compares the cosines between the embeddings of a batch.
 _SIMILARITIES = 5.0
 VIEWS = 8
-"""So many views of the images are made where they are augmented or blended, the first of them as they are."""
+"""Number of views of augmented or blended images; the first view is the images themselves."""
 MOST_DISTANCE = 2.0
-"""Learned weights are discarded if the held-out distance is more than so many times what it was before."""
+"""Learned weights are discarded if the held-out distance grows to more than this multiple."""
 
 
 class Judgement(NamedTuple):
-    """How far a network's outputs are from the unpruned network's, on the images that it is judged by."""
+    """How far a network's outputs are from the unpruned network's, on held-out images."""
 
-    loss: float  # what distillation makes small
+    loss: float  # the objective
     agreement: float  # share of largest logits that are the same, in [0, 1]; NaN unless outputs are logits
     distance: float  # mean squared distance of the outputs over their variance, as the report of `shrink` has it
 
 
 def is_better(after: Judgement, before: Judgement) -> bool:
-    """Say whether learned weights are kept: the one rule of `distill` and `shrink`. NaN is never better."""
+    """Return whether learned weights are kept, by the rule of `distill` and `shrink`. NaN is never better."""
     return after.loss < before.loss and after.distance <= MOST_DISTANCE * before.distance
 
 
 class SharedImages:
-    """How processes share the images of a pool: each has some, and all number them alike.
+    """How the images of a pool are distributed over processes, with one numbering for all of them.
 
     ``counts``: how many images this process has of each source. Images are numbered source by source, and within a
     source in the order of the processes.
@@ -117,7 +117,7 @@ class SharedImages:
         return self._place[index] >= 0
 
     def own(self, index: Tensor) -> Tensor:
-        """Return the places in this process's pool of those images among ``index`` that it has."""
+        """Return where the images of ``index`` that this process has are in its pool."""
         places = self._place[index]
         return places[places >= 0]
 
@@ -130,9 +130,9 @@ class SharedImages:
 
 
 class Lesson:
-    """The unpruned network's outputs for some images, and how far another network is from them.
+    """The unpruned network's outputs for some images, and the distance of another network's outputs from them.
 
-    Images go by their numbers in ``pool``; where processes share the images, by those that all have in common.
+    Images are numbered as in ``pool``; if processes share the images, as in `SharedImages`.
     """
 
     def __init__(
@@ -151,12 +151,12 @@ class Lesson:
         # A copy that shares its weights and stays in evaluation mode.
         self._unpruned: nn.Module = evaluating(detached_copy(unpruned, light=True))
         self._pool, self._temperature = pool, temperature
-        self.precision = precision  # of the steps; what judges is in the precision of the parameters
+        self.precision = precision  # of the steps; judgements are in the precision of the parameters
         self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
         self._outputs = outputs
         self._place = _place_of(student)
         self._answers = _LazyOutputs(self.answer, batch_size(pool))
-        self._views: dict[int, _LazyOutputs] = {}  # for all courses: they learn from the same images
+        self._views: dict[int, _LazyOutputs] = {}  # shared by all courses, which learn from the same images
         device, count = device_of(self._unpruned), at_once(min(READ, batch_size(pool)))
         call = on_device(taken(pool, torch.arange(count)), device)
         with evaluation_mode(self._unpruned), torch.no_grad():
@@ -170,8 +170,8 @@ class Lesson:
         one = torch.arange(1)
         wanted = self._answers(pool, one)
         self._count = len(wanted)  # of outputs
-        self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # samples at most
-        self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
+        self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples
+        self._scales = self._variances(torch.arange(len(self._shares)))  # for judgements
         self._learned_scales = self._scales
         self._weight_of_distance = 0.0
         few = cast_floats(taken(pool, torch.arange(count)), self._place[1])
@@ -187,7 +187,7 @@ class Lesson:
                 f"objective='cosine' must have one vector for each sample, got outputs of shapes {expected}: outputs= "
                 "says how they become one (objective)"
             )
-        self._blocks = blocks  # weight of the blocks' outputs in what is learned
+        self._blocks = blocks  # weight of the loss of the blocks' outputs
         self._block_names = shared_blocks(self._unpruned, student, taken(pool, one), self._place) if blocks else []
         if blocks and not self._block_names:
             raise ConfigError(
@@ -195,20 +195,20 @@ class Lesson:
             )
 
     def learn_from(self, index: Tensor) -> None:
-        """Take the scales of the loss of a step from the images that are learned from, and from no others."""
+        """Compute the scales of the loss of a step from the training images only."""
         self._learned_scales = self._variances(index)
         if self.kind == "kl":
-            # The distance of a network that gives a constant answer is about 1, and its divergence depends on the scale
-            # of the scores. So both count alike in every scale.
+            # The distance of a network with constant outputs is about 1; its divergence depends on the scale of the
+            # scores. With this weight both terms are equal for such a network.
             self._weight_of_distance = self.loss_of_a_constant(index)
 
     def judge_on(self, index: Tensor) -> None:
-        """Take the scales of distances from the images that judge, as reports do; a single image has no variance."""
+        """Compute the scales of distances from the held-out images, as reports do, if there are at least two."""
         if len(index) > 1:
             self._scales = self._variances(index)
 
     def _variances(self, index: Tensor) -> list[float]:
-        """Return the variance of each output of the unpruned network over some of the images, a sample of many."""
+        """Return the variance of each output of the unpruned network over some images, or a sample of many."""
         own = self._shares.own(index[:: -(-len(index) // min(_VARIED, self._together))])
         real = real_positions_of(self._unpruned, taken(self._pool, own))
         variances = []
@@ -223,7 +223,7 @@ class Lesson:
 
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
         """Compare a network with the unpruned one on some of the images, in evaluation mode."""
-        # By output: the loss and the distance, each times the number of entries, that number, and how many agree.
+        # By output: loss times entries, distance times entries, number of entries, number of equal largest logits.
         sums = torch.zeros(self._count, 4, dtype=torch.float64, device="cpu")
         with evaluation_mode(student), torch.no_grad():
             for part in _together(self._shares.own(index)):
@@ -243,7 +243,7 @@ class Lesson:
         return Judgement(max(loss, 0.0), agreed if self.kind == "kl" else math.nan, distance)
 
     def loss_of_a_constant(self, index: Tensor) -> float:
-        """Return the loss of a network that gives the same answer for each of some images: their mean answer."""
+        """Return the loss of a network whose outputs for some images are always their mean output."""
         own = self._shares.own(index[: min(_AT_ONCE, self._together)])
         real = real_positions_of(self._unpruned, taken(self._pool, own))
         wanted = unpadded(self._answers(self._pool, own), real)
@@ -260,15 +260,15 @@ class Lesson:
         return float(self._shares.add(loss, "the loss of a constant"))
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
-        """Return the mean loss on a call for which the unpruned network says `wanted`; with the loss of the blocks.
+        """Return the mean loss on a call whose outputs should be `wanted`, with the loss of the blocks.
 
-        Where processes share the images, it is the part of this process: their parts add up to the mean.
+        If processes share the images, the parts that they return add up to the mean.
         """
         names = self._block_names
         if names:
             with blocks_seen(self._unpruned, names) as theirs:
                 wanted = self.answer(call, self.precision)
-        elif not len(wanted[0]):  # none of these images is this process's; the others wait for it
+        elif not len(wanted[0]):  # this process has none of these images, but the others wait for it
             self._mean_of(self._taught([], []), [])
             return torch.stack([each.sum() for each in student.parameters() if each.requires_grad]).sum() * 0.0
         with blocks_seen(student, names) as mine:
@@ -284,7 +284,7 @@ class Lesson:
                 each.flatten(0, -2) if each.dim() > 2 and real is not None else each
                 for each in unpadded([state, theirs[name].to(state)], real)
             )
-            # A share of the variance over this batch, so that all blocks count alike whatever their scale.
+            # Divided by the variance over this batch, so that all blocks have the same weight.
             variance = (other - other.mean(0)).square().mean() + _LEAST_VARIANCE
             off.append((one - other).square().mean() / variance)
         return loss + self._blocks * torch.stack(off).mean()
@@ -297,7 +297,7 @@ class Lesson:
         return unpadded(self._run(student, call, precision), real), unpadded(wanted, real)
 
     def _losses(self, found: list[Tensor], wanted: list[Tensor], distances: list[Tensor]) -> list[Tensor]:
-        """Return the mean loss of each output, of which the distance is known."""
+        """Return the mean loss of each output, given the distances."""
         if self.kind == "squares":
             return distances
         losses: list[Tensor] = []
@@ -305,24 +305,23 @@ class Lesson:
             for mine, theirs in zip(found, wanted, strict=True):
                 one, other = normalize(mine, dim=1), normalize(theirs, dim=1)
                 turned = 1.0 - (one * other).sum(1).mean()
-                # The order of neighbours is in the similarities; what turns all embeddings alike leaves them as they
-                # are.
+                # The cosines between samples say which are neighbours, and don't change if all embeddings are rotated.
                 similarities = (one @ one.T - other @ other.T).square().mean()
                 losses.append(turned + _SIMILARITIES * similarities)
             return losses
         t = self._temperature
         for mine, theirs in zip(found, wanted, strict=True):
             loss = kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
-            # A class that is masked has no probability, and no part in the divergence.
+            # A masked class has probability 0 and contributes nothing.
             loss = loss.masked_fill(theirs == -math.inf, 0.0)
             losses.append(t * t * loss.sum(-1).mean())
         return losses
 
     def _taught(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
-        """Return what steps make small: the mean loss of each output, of class scores together with their distance.
+        """Return the mean loss of each output that steps minimise: for class scores the divergence plus the distance.
 
-        The divergence of probabilities hardly sees the scores of classes that are unlikely, and not at all what is
-        added to those of all classes: they would move, and for nothing.
+        The divergence hardly depends on the scores of unlikely classes, and not at all on a constant added to all
+        scores. Without the distance these would drift.
         """
         if not found or not len(found[0]):
             return []
@@ -333,7 +332,7 @@ class Lesson:
         return losses
 
     def _mean_of(self, losses: list[Tensor], found: list[Tensor]) -> Tensor:
-        """Return the mean of losses of outputs; where processes share the images, this one's part of the mean."""
+        """Return the mean of the outputs' losses; if processes share the images, this process's part of the mean."""
         if self._shares.processes is not None:
             own = torch.zeros(self._count, dtype=torch.float64, device="cpu")
             for place, each in enumerate(found):
@@ -343,11 +342,11 @@ class Lesson:
         return torch.stack(losses).mean() if losses else torch.zeros((), device=self._place[0], dtype=self._place[1])
 
     def _entries(self, found: Tensor) -> int:
-        """Return how many losses an output's mean is over: one for each sample, or each position."""
+        """Return the number of samples, or of positions of all samples, of an output."""
         return found[..., 0].numel()
 
     def _mean(self, rows: Tensor) -> Tensor:
-        """Return the mean (...) of rows (n, ...), where processes share the images over the rows of all."""
+        """Return the mean (...) of rows (n, ...), over all processes that share the images."""
         if self._shares.processes is None:
             return rows.mean(0)
         total = self._shares.add(rows.double().sum(0), "a mean answer")
@@ -363,21 +362,21 @@ class Lesson:
         blend: bool,
         allows: Callable[[float], bool] = lambda seconds: True,
     ) -> Batches:
-        """Yield batches of some of the images, pass after pass, with the unpruned network's outputs for them.
+        """Yield batches of some of the images, epoch after epoch, with the unpruned network's outputs for them.
 
-        Where the outputs of blocks are learned, no outputs are yielded: the unpruned network runs on each batch then. A
-        new view of the images costs a pass of the unpruned network. `allows` says whether there are so many seconds
-        for it; else an earlier view comes again.
+        With a loss of the blocks no outputs are yielded: the unpruned network runs on each batch. A new view of the
+        images costs a pass of the unpruned network. It is made only if `allows` returns True for the seconds that this
+        takes; otherwise an earlier view is used again.
         """
         generator = torch.Generator().manual_seed(seed)
         own, is_mine = self._shares.own(index), self._shares.mine(index)
-        place = is_mine.cumsum(0) - 1  # of an image among those of this process
+        place = is_mine.cumsum(0) - 1  # index of an image among those of this process
         plain, views = taken(self._pool, own), self._views
         for turn in itertools.count():
             view = 0 if augment is None and not blend else turn % VIEWS
             if view and view not in views and not allows(self._answers.seconds_of_one * len(own)):
                 view = [0, *views][turn % (1 + len(views))]
-            # Drawn again from the view's own seed: only one view is in memory.
+            # Views are drawn anew from their seeds, so that only one is in memory.
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
             call = _blended(call, seed + view) if blend and view else call
             if view and view not in views:
@@ -393,7 +392,7 @@ class Lesson:
                 yield taken(call, mine), wanted
 
     def seconds_of_answers(self, samples: int) -> float:
-        """Return how long the unpruned network's answers for so many samples take."""
+        """Return the seconds that the unpruned network needs for so many samples."""
         return self._answers.seconds_of_one * samples
 
     def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
@@ -403,7 +402,7 @@ class Lesson:
             if not len(part):
                 continue
             args, kwargs = taken(pool, part)
-            # A batch's first entry is what the model takes: a single tensor as it is, as users write it.
+            # The first entry of a batch is the model's input: a single tensor as it is.
             if kwargs:
                 batches.append((bind_arguments(student, (args, kwargs)),))
             elif len(args) == 1 and isinstance(args[0], Tensor):
@@ -413,10 +412,10 @@ class Lesson:
         return batches
 
     def answer(self, call: Call, precision: Precision) -> list[Tensor]:
-        """Return the outputs of the unpruned network that are compared, where the student is."""
+        """Return the compared outputs of the unpruned network, on the student's device and in its type."""
         device = device_of(self._unpruned)
         args, kwargs = on_device(call, device)
-        # Autocast mixes a network in half precision with itself: norms get inputs of one type and weights of the other.
+        # Under autocast a network in half precision fails: norms get inputs of one type and weights of another.
         is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in self._unpruned.parameters())
         low: Precision = "float32" if is_half else precision
         with evaluation_mode(self._unpruned), torch.no_grad(), computing_in(low, device):
@@ -424,7 +423,7 @@ class Lesson:
         return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
 
     def _outputs_of(self, answer: Any, call: Call) -> list[Tensor]:
-        """Return the outputs that are compared, with all digits: losses need them, and so does a user's function."""
+        """Return the compared outputs; bfloat16 is cast first, for the losses and for the user's function."""
         own = self._place[1]
         if any(each.dtype == torch.bfloat16 for each in tensors_of(answer)):
             answer = map_tensors(lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
@@ -439,9 +438,9 @@ class Lesson:
 
 
 class _LazyOutputs:
-    """The unpruned network's outputs for some images, computed when they are asked for.
+    """The unpruned network's outputs for some images, computed when they are first needed.
 
-    They are kept where those for all images take at most a quarter of the free memory.
+    They are kept if the outputs for all images take at most a quarter of the free memory.
     """
 
     def __init__(self, ask: Callable[[Call, Precision], list[Tensor]], count: int) -> None:
@@ -457,7 +456,7 @@ class _LazyOutputs:
         return self._seconds / max(self._asked, 1)
 
     def __call__(self, call: Call, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
-        """Return each output for the images of a call with these indices; what isn't known is asked in a precision."""
+        """Return the outputs for some images of a call; unknown ones are computed in the given precision."""
         began = time.perf_counter()
         unknown = index[~self._is_known[index]].unique() if self._is_kept else index[:0]
         for part in _together(unknown) if len(unknown) else ():
@@ -499,8 +498,8 @@ def student_of(dense: nn.Module, pool: Call) -> nn.Module:
 
 
 def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and type of the parameters that learn."""
-    learned = [p for p in student.parameters() if p.is_floating_point()]  # inputs aren't complex where a weight is
+    """Return the device and type of the trained parameters."""
+    learned = [p for p in student.parameters() if p.is_floating_point()]  # complex weights have real inputs
     ordered = sorted(learned or student.parameters(), key=lambda p: not p.requires_grad)
     return ordered[0].device, ordered[0].dtype
 
@@ -537,7 +536,7 @@ def check_one_shape(parts: Iterable[Call]) -> None:
 
 
 def joined(parts: list[Call]) -> Call:
-    """Make one call of several; a DataError if their inputs don't fit together."""
+    """Concatenate calls into one; DataError if their inputs don't fit together."""
     check_one_shape(parts)
     flat = [tree_flatten(part) for part in parts]
     leaves = []
@@ -551,13 +550,13 @@ def joined(parts: list[Call]) -> Call:
 
 
 def is_blendable(call: Call) -> bool:
-    """Whether a call is one floating tensor that holds several values an entry."""
+    """Return whether a call is one floating-point tensor with several values for each sample."""
     tensors = tensors_of(call)
     return len(tensors) == 1 and tensors[0].is_floating_point() and tensors[0].dim() > 1
 
 
 def _blended(call: Call, seed: int) -> Call:
-    """Move half of the entries, by a random share of the way, towards other ones."""
+    """Interpolate about half of the samples with other samples, by random weights."""
     generator = torch.Generator().manual_seed(seed)
 
     def blend(images: Tensor) -> Tensor:
@@ -571,15 +570,15 @@ def _blended(call: Call, seed: int) -> Call:
 
 
 def _together(index: Tensor) -> tuple[Tensor, ...]:
-    """Cut images into those that go through a network together."""
+    """Split image numbers into batches."""
     found: tuple[Tensor, ...] = index.split(at_once(min(_AT_ONCE, max(1, len(index)))))
     return found
 
 
 def check_any_count(model: nn.Module, call: Call, name: str) -> None:
-    """Raise ConfigError, before anything is learned, unless a network runs on one sample of a call and on two.
+    """Raise ConfigError, before training, unless a network runs on one sample of a call and on two.
 
-    What judges and what is learned from are cut into batches anew, whose sizes may be any.
+    Training and held-out images are split into batches anew, which may have any size.
     """
     for count in range(1, 1 + min(2, batch_size(call))):
         error = failure_on(model, taken(call, torch.arange(count)))
@@ -592,7 +591,7 @@ def check_any_count(model: nn.Module, call: Call, name: str) -> None:
 
 
 def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) -> None:
-    """Raise ConfigError, before anything is learned, unless a network runs on what ``augment`` makes of two images."""
+    """Raise ConfigError, before training, unless a network runs on the output of ``augment`` for two images."""
     few = taken(call, torch.arange(min(2, batch_size(call))))
     view = _augmented(few, augment, seed)
     error = failure_on(unpruned, view)
@@ -604,7 +603,7 @@ def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) 
 
 
 def _augmented(call: Call, augment: Augment, seed: int) -> Call:
-    """Return another view of a call's inputs; the global generators are left as they were."""
+    """Return another view of a call's inputs; the global generators don't change."""
     with random_state_kept():
         seed_torch(seed)
         views = [_view(taken(call, part), augment) for part in _together(torch.arange(batch_size(call)))]
@@ -615,12 +614,12 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
 
 
 def _view(part: Call, augment: Augment) -> Call:
-    """Return what ``augment`` makes of some images; ConfigError unless that can take their place."""
+    """Return the output of ``augment`` for some images; ConfigError unless it can replace them."""
     (args, kwargs), given = part, as_in_batch(part)
     before, count = tensors_of(part), batch_size(part)
-    unfinished = _not_finite(before)  # inputs may hold some, such as masks that are added
+    unfinished = _not_finite(before)  # additive masks hold infinities
     seen = augment(given)
-    # A model may take a mapping as its argument; what the function gives is used as what it got was.
+    # A model may take one mapping as its argument; then the returned mapping is that argument, too.
     is_argument = not kwargs and isinstance(given, Mapping) and isinstance(seen, Mapping)
     view = arguments_of((seen,) if is_argument else seen) if tensors_of(seen) else ((), {})
     after = tensors_of(view)
@@ -639,5 +638,5 @@ def _view(part: Call, augment: Augment) -> Call:
 
 
 def _not_finite(tensors: list[Tensor]) -> int:
-    """Count the values that are infinite or no numbers."""
+    """Return how many values are infinite or NaN."""
     return sum(int((~each.isfinite()).sum()) for each in tensors if each.is_floating_point())

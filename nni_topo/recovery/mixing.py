@@ -35,12 +35,16 @@ from nni_topo.recovery.reconstruct import add_constant
 from nni_topo.recovery.registry import RecoveryMethod
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task
-from nni_topo.rules import NONE, Rule, check_fields, checked, whole
+from nni_topo.rules import NONE, Rule, all_of, check_fields, checked, instance, whole
 
 # As a share of a channel's mean square: below it a variance is what rounding leaves of the difference of two sums.
 _LEAST_VARIANCE = 1e-12
 
 Pairs = Mapping[str, Mapping[int, int]]
+_PAIRS = Rule(
+    "a mapping of layers to mappings of channels",
+    lambda pairs: all_of(instance(Mapping), Mapping).holds(pairs) and all(isinstance(name, str) for name in pairs),
+)
 
 
 class ChannelTask(Task):
@@ -219,7 +223,7 @@ class Pair(RecoveryMethod):
     as_printed: bool = False  # the constant of equation (5.9) as printed, from the removed neuron's own bias
 
     def __post_init__(self) -> None:
-        check_fields(self, "pair", pairs=Rule("a mapping of layers to mappings of channels", _maps_channels) | NONE)
+        check_fields(self, "pair", pairs=_PAIRS | NONE)
 
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
         """Return a task for each layer that reads removed channels; ConfigError if ``pairs`` can't be used."""
@@ -323,9 +327,3 @@ def _places(layer: Solvable, group_ids: np.ndarray, module: nn.Module) -> tuple[
         torch.isin(mine[:, 0], columns).nonzero().flatten() for mine, columns in zip(places, layer.columns, strict=True)
     ]
     return places, torch.stack(kept)
-
-
-def _maps_channels(pairs: object) -> bool:
-    if not isinstance(pairs, Mapping):
-        return False
-    return all(isinstance(name, str) and isinstance(chosen, Mapping) for name, chosen in pairs.items())

@@ -24,7 +24,7 @@ from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost.cost import NetworkCost, cost_of
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
 from nni_topo.network.cost.measure import time_shares
-from nni_topo.network.io.checkpoint import take_out, take_out_part, tell_depth, tells_depth
+from nni_topo.network.io.checkpoint import keep_blocks, take_out_part, tells_depth
 from nni_topo.network.layers.kinds import RECURRENT, WEIGHTED, is_transposed_linear
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
@@ -304,9 +304,7 @@ def _remove(net: nn.Module, candidate: Removal, name: str) -> None:
         return
     parent, _, key = name.rpartition(".")
     keys = list(net.get_submodule(parent)._modules)
-    number = keys.index(key)
-    take_out(net, parent, number, 1)
-    tell_depth(net, {parent: (len(keys), [other for other in range(len(keys)) if other != number])})
+    keep_blocks(net, parent, [number for number in range(len(keys)) if keys[number] != key])
 
 
 @dataclass(frozen=True)
@@ -496,7 +494,8 @@ class Depth:
         keeps = _keeps(whole)
 
         def keep(name: str) -> str:
-            is_told = not whole.is_described or tells_depth(whole.model, name.rpartition(".")[0])
+            blocks = whole.model.get_submodule(name.rpartition(".")[0])._modules
+            is_told = not whole.is_described or tells_depth(getattr(whole.model, "config", None), len(blocks))
             return keeps(name) if is_told else "no config of Transformers can say that there are fewer of these blocks"
 
         whole_blocks = bool(whole.budget.equal_blocks)

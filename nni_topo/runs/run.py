@@ -278,23 +278,11 @@ def distillation_knobs(start: Start, choice: DistillationChoice) -> dict[str, An
     return {**knobs, "augment": lambda images: zoo.augmented(images, choice.augmentation, black)}
 
 
-def retrain(
-    net: nn.Module,
-    data: zoo.DataBundle,
-    recipe: zoo.Recipe,
-    *,
-    seed: int,
-    through: nn.Module | None = None,
-    **knobs: Any,
-) -> zoo.TrainingLog:
-    """Train a pruned network in place; single weights that are zero stay zero.
-
-    ``through`` runs it, for example its DistributedDataParallel; None: itself. The knobs are
-    :func:`nni_topo.zoo.train`'s.
-    """
+def retrain(net: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, *, seed: int, **knobs: Any) -> zoo.TrainingLog:
+    """Train a pruned network in place; single weights that are zero stay zero. Knobs: :func:`nni_topo.zoo.train`'s."""
     with zeros_held(net):
         device = next(net.parameters()).device
-        return zoo.train(net if through is None else through, data, recipe, seed=seed, device=device, **knobs)
+        return zoo.train(net, data, recipe, seed=seed, device=device, **knobs)
 
 
 def costs(start: Start, dense: nn.Module) -> Record:

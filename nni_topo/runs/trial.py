@@ -1,8 +1,7 @@
 """``python -m nni_topo.runs.trial``: one trial of an NNI experiment, or one of its own with ``--params FILE``.
 
 A trial prunes, makes dense, compensates, retrains and measures; killed anywhere, the same call goes on. Under NNI the
-parameters come from the tuner, the results go to it, and the files lie in the trial's folder. Started by ``torchrun``,
-the processes retrain together.
+parameters come from the tuner, the results go to it, and the files lie in the trial's folder.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import Any, get_args, get_type_hints
 import nni
 import tyro
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nni_topo.disk import DELETE, only_process, read_json, read_tensors, reading, write_json, write_tensors
 from nni_topo.errors import ConfigError, DataError, NniTopoError, unknown_name
@@ -42,7 +40,6 @@ from nni_topo.runs.choices import (
     changed_recipe,
 )
 from nni_topo.runs.experiment.pairing import next_parameters
-from nni_topo.runs.processes import broadcast, broadcast_masks, data_share, process_group, world
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import (
     WHOLE_CHANNELS,
@@ -56,7 +53,6 @@ from nni_topo.runs.run import (
     made_dense,
     on_cpu,
     prune_to_ratios,
-    resolve_device,
     retrain,
     trained,
 )
@@ -236,25 +232,20 @@ def run_trial(
     the trained nets that trials share. ``report`` is called with 0 and the result after pruning, then with every
     epoch's number and result: ``default``, the score, and ``accuracy``, both on validation images, so that a search
     doesn't learn the test images.
-    Processes of one ``torch.distributed`` group run one trial together: the first one prunes, all retrain on their
-    shares of the images and of the batch; retraining then starts anew after a kill. ConfigError if the settings can't
-    be used or the folder holds another trial; DataError if data can't be read or the disk is full; SpeedupError if the
-    masks can't be made dense.
+    ConfigError if the settings can't be used or the folder holds another trial; DataError if data can't be read or the
+    disk is full; SpeedupError if the masks can't be made dense.
     """
-    out, (rank, size) = Path(out), world()
-    with only_process(out) if rank == 0 else nullcontext():
-        metrics: Record | None = None  # of a trial that is done
-        if rank == 0:
-            known, mine = read_json(out / SETTINGS), settings.to_dict()
-            if known is None:
-                write_json(out / SETTINGS, mine)
-            elif known != mine:
-                other = ", ".join(sorted(key for key in mine if known.get(key) != mine[key]))
-                raise ConfigError(f"a trial's folder must hold one trial, got another one, with other {other} ({out})")
-            metrics = read_json(out / METRICS)
-        metrics = broadcast(metrics)
+    out = Path(out)
+    with only_process(out):
+        known, mine = read_json(out / SETTINGS), settings.to_dict()
+        if known is None:
+            write_json(out / SETTINGS, mine)
+        elif known != mine:
+            other = ", ".join(sorted(key for key in mine if known.get(key) != mine[key]))
+            raise ConfigError(f"a trial's folder must hold one trial, got another one, with other {other} ({out})")
+        metrics: Record | None = read_json(out / METRICS)  # of a trial that is done
         if metrics is not None:
-            return dict(metrics)
+            return metrics
         began = time.perf_counter()
         if not pruner_info(settings.pruner).structured:
             raise ConfigError(f"a trial's pruner must remove whole channels, got {settings.pruner!r} (pruner)")
@@ -269,54 +260,48 @@ def run_trial(
                 seed=cell.seed,
                 device=settings.device,
             )
-        masks = broadcast_masks(_masks(settings, cell, start, out) if rank == 0 else None)
-        dense, facts = _pruned(settings, cell, start, masks, out) if rank == 0 else (made_dense(start, masks)[0], {})
-        facts = broadcast(facts)
+        dense, facts = _pruned(settings, cell, start, _masks(settings, cell, start, out), out)
 
         def tell(step: int, accuracy: float) -> None:
-            if rank == 0 and report is not None:
+            if report is not None:
                 report(step, _result(accuracy, facts))
 
-        state = out / _RETRAINING if size == 1 else None
-        if state is None or not state.exists():
+        state = out / _RETRAINING
+        if not state.exists():
             tell(0, facts["accuracy_pruned"])
+        accuracy = facts["accuracy_pruned"]
         if cell.retrain.epochs:
-            data, recipe, parallel = start.data, cell.retrain, None
+            data = start.data
             if settings.retrain_images is not None:
                 images = settings.retrain_images
                 limit = images if cell.data.limit is None else min(images, cell.data.limit)
                 data = load_model_data(cell.model, replace(cell.data, limit=limit))
-            if size > 1:
-                data = data_share(data, rank, size)
-                recipe = replace(recipe, batch_size=max(1, recipe.batch_size // size))
-                parallel = DistributedDataParallel(dense)
-            knobs: dict[str, Any] = {"through": parallel, "state": state}
+            knobs: dict[str, Any] = {"state": state}
             knobs["callback"] = lambda log: tell(log.epoch, log.validation_accuracy or 0.0)
-            retrain(dense, data, recipe, seed=cell.seed + rank, **knobs)
-        if rank == 0:
-            accuracy = start.validated(dense) if cell.retrain.epochs else facts["accuracy_pruned"]
-            facts = {
-                **facts,
-                "score": _result(accuracy, facts)["default"],
-                "accuracy": accuracy,
-                "test_accuracy": start.tested(dense),
-                "test_accuracy_before": start.accuracy,
-                "seconds": time.perf_counter() - began,
-                "settings": settings.to_dict(),
-                **provenance(),
-            }
-            serialization.save(dense, out / DENSE)
-            # A config_list that leads any structured pruner to the same widths.
-            before, after = layer_widths(start.net), layer_widths(dense)
-            ratios: dict[str, float] = {}
-            for name in inner_layers_of(start.analysis):
-                count = before[name] - after[name]
-                ratios[name] = (count + 0.5) / before[name] if count else 0.0
-            write_json(out / CONFIG_LIST, groups_of(start.analysis, as_entries(ratios)))
-            write_json(out / METRICS, facts)
-            for name in (_PRUNED, _FACTS, _RETRAINING):
-                (out / name).unlink(missing_ok=True)
-        return broadcast(facts)
+            retrain(dense, data, cell.retrain, seed=cell.seed, **knobs)
+            accuracy = start.validated(dense)
+        done = {
+            **facts,
+            "score": _result(accuracy, facts)["default"],
+            "accuracy": accuracy,
+            "test_accuracy": start.tested(dense),
+            "test_accuracy_before": start.accuracy,
+            "seconds": time.perf_counter() - began,
+            "settings": settings.to_dict(),
+            **provenance(),
+        }
+        serialization.save(dense, out / DENSE)
+        # A config_list that leads any structured pruner to the same widths.
+        before, after = layer_widths(start.net), layer_widths(dense)
+        ratios: dict[str, float] = {}
+        for name in inner_layers_of(start.analysis):
+            count = before[name] - after[name]
+            ratios[name] = (count + 0.5) / before[name] if count else 0.0
+        write_json(out / CONFIG_LIST, groups_of(start.analysis, as_entries(ratios)))
+        write_json(out / METRICS, done)
+        for name in (_PRUNED, _FACTS, _RETRAINING):
+            (out / name).unlink(missing_ok=True)
+        return done
 
 
 def _masks(settings: TrialSettings, cell: Cell, start: Start, out: Path) -> Masks:
@@ -380,15 +365,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a trial by the words of a command line; return 0, or 2 with the reason on standard error."""
     try:
         options = parsed(arguments)
-        with process_group(resolve_device(options.device)) as (rank, _):
-            _run(options, is_first=rank == 0)
+        _run(options)
     except NniTopoError as error:
         print(f"nni_topo.runs.trial: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(options: Trial, *, is_first: bool) -> None:
+def _run(options: Trial) -> None:
     alone = options.params is not None
     if options.out is not None:
         out = options.out
@@ -397,18 +381,15 @@ def _run(options: Trial, *, is_first: bool) -> None:
     else:
         out = Path(os.environ["NNI_OUTPUT_DIR"])
     cache = options.cache or (None if alone else out.parent.parent / "nets")
-    parameters: dict[str, Any] = {}
-    if is_first and options.params is not None:
+    if options.params is not None:
         parameters = read_parameters(options.params)
-    elif is_first:
-        if nni.get_trial_id() == "STANDALONE":
-            raise ConfigError("parameters must come from NNI or from --params FILE, got neither (trial)")
+    elif nni.get_trial_id() == "STANDALONE":
+        raise ConfigError("parameters must come from NNI or from --params FILE, got neither (trial)")
+    else:
         parameters = next_parameters()
-    settings = with_parameters(options.settings(), broadcast(parameters))
+    settings = with_parameters(options.settings(), parameters)
     settings = settings.for_trial(0 if alone else nni.get_sequence_id())
     metrics = run_trial(settings, out, cache=cache, report=_show if alone else _report)
-    if not is_first:
-        return
     if alone:
         print(json.dumps(reported(metrics)))
     else:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nni_topo.disk import only_process, read_json, write_json
-from nni_topo.network.runtime.switches import one_call
+from nni_topo.network.runtime.switches import one_call, seed_torch, torch_random_kept
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery import recalibrate_batch_norm
@@ -165,8 +165,8 @@ def why_missed(cell: Cell, pruned: Pipeline) -> str:
 def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
     """Return a copy of a model with newly drawn weights."""
     fresh = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch_random_kept():
+        seed_torch(seed)
         for module in fresh.modules():
             reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None:

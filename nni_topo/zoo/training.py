@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, reading, write_tensors
+from nni_topo.disk import DELETE, check_output_file, path_of, read_state, reading, write_tensors
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.runtime.arguments import COMPUTING, DEVICE, TENSOR
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import backward_in, computing_in
 from nni_topo.network.runtime.progress import bar, quiet_if_asked
+from nni_topo.network.runtime.switches import seed_torch, torch_random_kept
 from nni_topo.rules import NONE, checked, number
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import by_label, check_model, evaluate
@@ -160,26 +161,27 @@ def train(
     path = None if state is None else path_of(state, "state")
     if path is not None:
         check_output_file(path)
-    with (
-        _seeded(seed, device),
-        _channels_last(model, data.train[0][0][None].to(device)),
-        bar("training", progress, total=recipe.epochs) as shown,
-    ):
-        trainer = _Trainer(model, data, recipe, seed, device)
-        logs = [] if path is None else trainer.resume(path)
-        shown.update(len(logs))
-        for epoch in range(len(logs) + 1, recipe.epochs + 1):
-            reached = logs[-1].validation_accuracy if logs else None
-            if until is not None and reached is not None and reached >= until:
-                break
-            log = trainer.run_epoch(epoch)
-            logs.append(log)
-            shown.set_postfix_str(f"loss {log.loss:.3f}, accuracy {100 * log.accuracy:.1f} %", refresh=False)
-            shown.update()
-            if path is not None:
-                trainer.keep(path, logs)
-            if callback is not None:
-                callback(log)
+    with torch_random_kept():
+        seed_torch(seed)
+        with (
+            _channels_last(model, data.train[0][0][None].to(device)),
+            bar("training", progress, total=recipe.epochs) as shown,
+        ):
+            trainer = _Trainer(model, data, recipe, seed, device)
+            logs = [] if path is None else trainer.resume(path)
+            shown.update(len(logs))
+            for epoch in range(len(logs) + 1, recipe.epochs + 1):
+                reached = logs[-1].validation_accuracy if logs else None
+                if until is not None and reached is not None and reached >= until:
+                    break
+                log = trainer.run_epoch(epoch)
+                logs.append(log)
+                shown.set_postfix_str(f"loss {log.loss:.3f}, accuracy {100 * log.accuracy:.1f} %", refresh=False)
+                shown.update()
+                if path is not None:
+                    trainer.keep(path, logs)
+                if callback is not None:
+                    callback(log)
     return TrainingLog(tuple(logs), recipe, seed)
 
 
@@ -201,14 +203,9 @@ class _Trainer:
         """Go on from a file of :meth:`keep`, if there is one; return the logs of the epochs done."""
         if not path.exists():
             return []
-        with reading(path, "a training's state", "of this model", DELETE):
-            state = read_tensors(path)
-            if state["format"] != _FORMAT:
-                raise KeyError(state["format"])
+        with reading(path, "a state", "of this training", DELETE):
+            state = read_state(path, _FORMAT, self.kind, "training")
             self.model.load_state_dict(state["model"])
-            for key, value in self.kind.items():
-                if state["kind"][key] != value:
-                    raise ConfigError(f"a training must go on with {key} {state['kind'][key]}, got {value} ({path})")
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generators"][0].byte())
             torch.set_rng_state(state["generators"][1].byte())
@@ -290,17 +287,6 @@ def shifted(images: Tensor, black: Tensor, generator: torch.Generator | None) ->
     columns = corner[1] + torch.arange(width, device=images.device)
     item = torch.arange(count, device=images.device).view(-1, 1, 1)
     return padded[item, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators of the CPU and of the device inside; leave them as they were."""
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            torch.cuda.manual_seed_all(seed)
-        yield
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.evaluators import recipe_evaluator
-from nni_topo.runs.processes import data_share
 from nni_topo.runs.run import Start, load_model_data
 from nni_topo.zoo import load_data
 from nni_topo.zoo.external import pretrained_preprocessing
@@ -166,8 +165,7 @@ def test_training_evaluation_and_nnis_evaluators_give_what_they_do_on_the_same_i
         evaluator._init_optimizer_helpers(net)
         evaluator.bind_model(net)
         evaluator.train(max_steps=11)
-        shared = data_share(data, 1, 3)
-        start = Start(net, shared, recipe)
+        start = Start(net, data, recipe)
         found.append(
             [
                 *(epoch.loss for epoch in log.epochs),
@@ -175,7 +173,6 @@ def test_training_evaluation_and_nnis_evaluators_give_what_they_do_on_the_same_i
                 start.accuracy,
                 start.validation_accuracy,
                 start.images(9, 4)[0].numpy(force=True).tobytes(),
-                len(shared.train),
                 float(net[0].weight.detach().abs().sum()),
             ]
         )

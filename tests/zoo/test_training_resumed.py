@@ -69,12 +69,12 @@ def test_another_training_is_refused(recipe, seed, message, tmp_path):
 def test_files_that_are_no_state_of_the_model_are_refused(tmp_path):
     path = tmp_path / "state.pt"
     train(net(), DATA, RECIPE, seed=5, state=path)
-    with pytest.raises(DataError, match="whole file of this model"):
+    with pytest.raises(DataError, match="whole file of this training"):
         train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), DATA, RECIPE, seed=5, state=path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataError, match="whole file of this model"):
+    with pytest.raises(DataError, match="whole file of this training"):
         train(net(), DATA, RECIPE, seed=5, state=path)
     torch.save({"weights": torch.zeros(2)}, path)
-    with pytest.raises(DataError, match="whole file of this model"):
+    with pytest.raises(DataError, match="whole file of this training"):
         train(net(), DATA, RECIPE, seed=5, state=path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]

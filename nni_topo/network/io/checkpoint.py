@@ -1,7 +1,7 @@
 """Save a dense model in one file without code in it, and build it again from the unpruned model.
 
-The file is one of safetensors: tensors, and in its header a recipe in JSON, which says which module has which sizes.
-Reading a file from elsewhere runs nothing. What it doesn't hold is the model's forward: that comes with the model it is
+The file holds tensors as safetensors, and in its header a recipe in JSON: the sizes by module, and the removed blocks.
+Reading a file from elsewhere runs no code. The forward isn't in the file: it comes with the model that the file is
 loaded into, whose layers are made smaller to fit.
 
 A pruned model of Transformers can also be saved as a folder that loads without this package.
@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
 import os
 import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,9 +34,8 @@ from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
 from nni_topo.network.layers.derived import fold
-from nni_topo.network.layers.integer_attributes import numbers_of, put_sizes
+from nni_topo.network.layers.integer_attributes import Place, numbers_in, numbers_of, put_sizes
 from nni_topo.network.layers.kinds import is_transposed_linear, with_linear_layers, with_transposed_weights
-from nni_topo.network.layers.norms import channel_dim, width_names
 from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwrapped
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.inputs import model_within, tensors_of
@@ -48,23 +45,9 @@ from nni_topo.rules import ANYTHING, Rule, check_knobs, checked, taking
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
-_FORMAT_VERSION = 2
-_RECIPE = "nni_topo"  # its place in the header of a file
+_FORMAT_VERSION = 3
+_RECIPE = "nni_topo"  # the recipe's key in the header of a file
 _OTHER = "a dense model must be loaded into the model it was pruned from"
-
-# The attributes that say how large a module is, by the class that defines them.
-_SIZES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.modules.conv._ConvNd: ("in_channels", "out_channels", "groups"),
-    nn.Linear: ("in_features", "out_features"),
-    nn.modules.batchnorm._NormBase: ("num_features",),
-    nn.GroupNorm: ("num_channels", "num_groups"),
-    nn.RNNBase: ("input_size", "hidden_size"),
-    nn.LayerNorm: ("normalized_shape",),
-    nn.RMSNorm: ("normalized_shape",),
-    nn.Embedding: ("num_embeddings", "embedding_dim"),
-    nn.PReLU: ("num_parameters",),
-    nn.PixelShuffle: ("upscale_factor",),
-}
 
 _PathLike = str | os.PathLike[str]
 
@@ -81,7 +64,7 @@ def save(dense: nn.Module, path: _PathLike) -> None:
 
     Parameters
     ----------
-    dense : torch.nn.Module
+    dense : nn.Module
         A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed. Of a compiled one, or one in
         ``DataParallel`` or ``DistributedDataParallel``, the model within is saved.
     path : str or path-like
@@ -120,7 +103,7 @@ def save(dense: nn.Module, path: _PathLike) -> None:
             raise DataError(f"a saved model must have values, got a tensor on the meta device, without any ({name})")
         stored_as[name] = first_names.setdefault(id(tensor), name)
         if stored_as[name] == name:
-            # A copy, because safetensors takes no two views of one memory.
+            # Copies, because safetensors refuses tensors that share memory.
             values[name] = tensor.detach().cpu().contiguous().clone()
     attention = find_attention(dense)
     own_widths = {name: own_width_of(module) for name, module in dense.named_modules()}
@@ -128,10 +111,10 @@ def save(dense: nn.Module, path: _PathLike) -> None:
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "package_version": __version__,
-        "stored_as": stored_as,  # by tensor, the name under which the file has its values: shared tensors have one
+        "stored_as": stored_as,  # by tensor, its name in the file; shared tensors are stored once
         "not_persistent": [name for name in tensors if name not in state],
-        "modules": {name: describe(module) for name, module in dense.named_modules() if size_names(module)},
-        "numbers": [[*place, number] for place, number in numbers_of(dense).items()],
+        "layers": _layers(dense),
+        "sizes": [[*place, number] for place, number in _sizes(dense).items()],
         "attention": {name: [each.query_heads, each.head_size, each.width] for name, each in attention.items()},
         "own_widths": {name: dim for name, dim in own_widths.items() if dim is not None},
         "blocks": kept_blocks(dense),
@@ -150,7 +133,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     ----------
     path : str or path-like
         A file written by `save`.
-    model : torch.nn.Module or callable
+    model : nn.Module or callable
         The original, unpruned model, whatever its weights, or a function without arguments that makes it. It isn't
         changed. Of a compiled one, or one spread over devices, the model within counts. If what was pruned is a model
         made by :func:`nni_topo.as_torch_layers`, it is that one.
@@ -188,22 +171,18 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     built = detached_copy(model_within(model)) if isinstance(model, nn.Module) else model_within(model())
     check_knobs("load", {"model": built}, {"model": NETWORK})
     check_unwrapped(built)
-    drop_report(built)  # the report of the unpruned model, not of the one in the file
+    drop_report(built)  # it describes the unpruned model
     _take_out_missing(recipe, built, file)
-    modules: dict[str, dict[str, Any]] = recipe["modules"]
-    if any(name in modules and is_transposed_linear(module) for name, module in built.named_modules()):
-        with_linear_layers(built)  # as they were when they were pruned
-    for name, module in built.named_modules():
-        # A layer that computes its weight became a plain one where it was cut, which has another type in the file.
-        if name in modules and modules[name]["type"] != type(module).__name__:
-            fold(module)
+    layers, modules = recipe["layers"], dict(built.named_modules())
+    if any(layers.get(name) == "Linear" and is_transposed_linear(module) for name, module in modules.items()):
+        with_linear_layers(built)  # they were converted before they were pruned
+    for name, kind in layers.items():
+        # A layer that computes its weight was replaced by a plain layer when it was cut.
+        if name in modules and _plain_class(modules[name]) != kind:
+            fold(modules[name])
     _check_fit(recipe, values, built, file)
 
     attention, ties = find_attention(built), find_ties(built)
-    for name, description in modules.items():
-        module, sizes = built.get_submodule(name), description["sizes"]
-        for key, size in sizes.items():
-            setattr(module, key, tuple(size) if isinstance(size, list) else size)
     untie(built, ties)
     if any(tensor.is_meta for tensor in named_tensors(built).values()):
         built._apply(lambda each: torch.empty_like(each, device="cpu") if each.is_meta else each)
@@ -224,10 +203,10 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
         resize(built.get_submodule(name), each, heads, width)
         if size < each.head_size:
             set_size(built.get_submodule(name), each.head_size, size, heads)
-    known, smaller = numbers_of(built), {}
-    for name, key, path_in, number in recipe["numbers"]:
+    known, smaller = _sizes(built), {}
+    for name, key, path_in, number in recipe["sizes"]:
         at = name, key, tuple(path_in)
-        if 0 < number < known.get(at, 0):  # the others count no channels
+        if 0 < number < known.get(at, 0):  # other numbers don't count channels
             smaller[at] = number
     put_sizes(built, smaller)
     for name, dim in recipe["own_widths"].items():
@@ -242,20 +221,33 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     return built
 
 
-def size_names(module: nn.Module) -> tuple[str, ...]:
-    """List the names of a module's size attributes; none for a type without."""
-    names = next((names for kind, names in _SIZES.items() if isinstance(module, kind)), ())
-    own = [each for each in module._parameters.values() if each is not None]
-    if not names and own and channel_dim(module) is not None:
-        names = tuple(width_names(module, own[0].numel()))
-    return names
+def _plain_class(module: nn.Module) -> str:
+    """Return the name of a module's class; for a class that this package derived, that of the original class."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("nni_topo.")).__name__
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
-    """Return a module's type and sizes, as a file's recipe has them."""
-    sizes = {name: getattr(module, name) for name in size_names(module)}
-    plain = {name: list(size) if isinstance(size, tuple) else int(size) for name, size in sizes.items()}
-    return {"type": type(module).__name__, "sizes": plain}
+def _layers(model: nn.Module) -> dict[str, str]:
+    """Return the classes of the modules that have parameters of their own, by name."""
+    layers = {}
+    for name, module in model.named_modules():
+        if any(each is not None for each in module._parameters.values()):
+            layers[name] = _plain_class(module)
+    return layers
+
+
+def _sizes(model: nn.Module) -> dict[Place, int]:
+    """List the integers in attributes of a model's modules, PyTorch's layers included, by place."""
+    sizes = numbers_of(model)
+    for name, key, value in _layer_attributes(model):
+        sizes |= {(name, key, path): number for path, number in (numbers_in(value) or {}).items()}
+    return sizes
+
+
+def _layer_attributes(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """List the attributes of PyTorch's own layers: module name, key and value."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn."):
+            yield from ((name, key, value) for key, value in vars(module).items() if not key.startswith("_"))
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -282,10 +274,8 @@ def _digest(recipe: Mapping[str, Any], values: Mapping[str, Tensor]) -> str:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the recipe and the tensors of a file, and check that they are what `save` wrote."""
+    """Read the recipe and the tensors of a file, and check that nothing was changed since `save`."""
     what, written = "a dense model's file", "written by nni_topo.save"
-    if zipfile.is_zipfile(file):
-        raise DataError(f"{what} must be {written}, got one of torch.save ({file})")
     with reading(file, what, written):
         with safe_open(str(file), "pt") as opened:
             recipe: dict[str, Any] = json.loads((opened.metadata() or {}).get(_RECIPE, "{}"))
@@ -301,16 +291,16 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _take_out_missing(recipe: dict[str, Any], model: nn.Module, file: Path) -> None:
-    """Take the blocks and parts out of a model that the file's model lacks, unless it was built without them."""
-    modules, missing = dict(model.named_modules()), {}
+    """Remove the blocks and parts that the saved model lacks, unless the model was built without them."""
+    modules = dict(model.named_modules())
     for name, kept in recipe["blocks"].items():
         blocks = modules.get(name)
         count = len(blocks) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else 0
-        if count != len(kept):
-            missing[name] = kept
-            if kept[-1] >= count:
-                raise ConfigError(f"{_OTHER}, got {count} blocks where block {kept[-1]} is kept ({name}, {file})")
-    take_out_others(model, missing)
+        if count == len(kept):
+            continue
+        if kept[-1] >= count:
+            raise ConfigError(f"{_OTHER}, got {count} blocks where block {kept[-1]} is kept ({name}, {file})")
+        keep_blocks(model, name, kept)
     modules = dict(model.named_modules())
     for name, outputs in recipe["parts"].items():
         if name not in modules:
@@ -319,32 +309,23 @@ def _take_out_missing(recipe: dict[str, Any], model: nn.Module, file: Path) -> N
 
 
 def _check_fit(recipe: dict[str, Any], values: dict[str, Tensor], model: nn.Module, file: Path) -> None:
-    """Raise unless the file could come from a pruned copy of the model."""
-    modules: dict[str, dict[str, Any]] = recipe["modules"]
-    described = {}
-    for name, module in model.named_modules():
-        if size_names(module):
-            described[name] = describe(module)
-    tensors, state = named_tensors(model), model.state_dict(keep_vars=True)
+    """Raise ConfigError unless the file could be that of a pruned copy of the model."""
+    tensors, layers = named_tensors(model), _layers(model)
     stored = {name: values[first] for name, first in recipe["stored_as"].items()}
     persistent = stored.keys() - set(recipe["not_persistent"])
-    for kind, of_file, of_model in (
-        ("modules", modules.keys(), described.keys()),
-        ("tensors", persistent, tensors.keys() & state.keys()),
-    ):
-        for problem, names in (
-            ("missing in the model", of_file - of_model),
-            ("missing in the file", of_model - of_file),
-        ):
-            if names:
-                raise ConfigError(f"{_OTHER}, got {kind} {problem}: {listed(sorted(names))} ({file})")
-    for name, description in modules.items():
-        kind, sizes, known = description["type"], description["sizes"], described[name]["sizes"]
-        if "counted" not in sizes and kind != described[name]["type"]:
-            raise ConfigError(f"{_OTHER}, got {kind} where the model has {described[name]['type']} ({name}, {file})")
-        for key in sizes.keys() & known.keys() - {"counted"}:
-            if sizes[key] > known[key]:
-                raise ConfigError(f"{_OTHER}, got {key} {sizes[key]} where the model has {known[key]} ({name}, {file})")
+    own = tensors.keys() & model.state_dict(keep_vars=True).keys()
+    for place, names in (("model", persistent - own), ("file", own - persistent)):
+        if names:
+            raise ConfigError(f"{_OTHER}, got tensors missing in the {place}: {listed(sorted(names))} ({file})")
+    for name, kind in recipe["layers"].items():
+        if layers.get(name, kind) != kind:
+            raise ConfigError(f"{_OTHER}, got {kind} where the model has {layers[name]} ({name}, {file})")
+    of_layers = {(name, key) for name, key, _ in _layer_attributes(model)}
+    known = _sizes(model)
+    for name, key, path_in, size in recipe["sizes"]:
+        largest = known.get((name, key, tuple(path_in)), size)
+        if (name, key) in of_layers and size > largest:
+            raise ConfigError(f"{_OTHER}, got {key} {size} where the model has {largest} ({name}, {file})")
     for name in sorted(persistent):
         small, full = tuple(stored[name].shape), tuple(tensors[name].shape)
         if len(small) != len(full) or any(one > most for one, most in zip(small, full, strict=True)):
@@ -396,8 +377,8 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
             f"a model must be one of Transformers, with adapters merged, got {name}; nni_topo.save takes any "
             "(save_pretrained)"
         )
-    with_transposed_weights(dense)  # a copy, as is all that a public function gets
-    if why := why_undescribed(dense):  # it changes the config of the copy of the model that this function works on
+    with_transposed_weights(dense)  # of a copy: see `public`
+    if why := why_undescribed(dense):  # may change the copy's config
         raise ConfigError(
             f"from_pretrained must be able to build the model by its config, {why}; nni_topo.save and nni_topo.load "
             f"take it ({name})"
@@ -406,7 +387,7 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
         dense.save_pretrained(beside)
         report = report_of(dense)
-        # One that was changed since, such as by `remove_blocks`, isn't what its report says.
+        # If the model was changed since, as by `remove_blocks`, its report is outdated.
         is_told = report is not None and report.parameters_left in (None, count_params(dense))
         if card and report is not None and is_told and may_write_card(place / CARD):
             (Path(beside) / CARD).write_text(model_card(dense, report), encoding="utf-8")
@@ -416,9 +397,9 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
 
 
 def why_undescribed(dense: Any) -> str:
-    """Return what the config of a model of Transformers can't say of it, with the place; empty if it says everything.
+    """Return why the config of a model of Transformers can't rebuild it, with the place; empty if it can.
 
-    The config of a model that lost heads then names them, which Transformers 4 reads.
+    If removed heads have to be listed for that, as Transformers 4 can, they are added to the config.
     """
     if parts := removed_parts(dense):
         return f"which has all parts in each block, got a model without some ({min(parts)})"
@@ -429,26 +410,41 @@ def why_undescribed(dense: Any) -> str:
         plain = built_by_config(dense, config)
     except Exception as error:  # each constructor has errors of its own
         return f"by which its class can't be built: {raised(error)}"
-    _leave_out(plain, dense)
-    got = _structure(dense)
-    # What a model was loaded with comes first: Transformers knows heads that this package doesn't.
-    for heads in (known, _pruned_heads(plain, dense)):
-        built = copy.deepcopy(plain)
-        if heads:
-            built.prune_heads(heads)
-        wanted = _structure(built)
-        different = [each for each in {**wanted, **got} if wanted.get(each) != got.get(each)]
-        if not different:
-            break
-    if different:
-        first = different[0]
-        before, after = find_attention(built).get(first), find_attention(dense).get(first)
-        why = "which has one width for all blocks"
-        if before is not None and after is not None and after.heads < before.heads and not heads:
-            why += f" (Transformers {version('transformers')} prunes no heads of this class)"
-        return f"{why}, got {got.get(first)} where the config makes {wanted.get(first)} ({first})"
+    # Arguments that leave out parts, as ``add_pooling_layer=False``, aren't in the config; from_pretrained takes them.
+    own = dict(dense.named_modules())
+    for name, module in list(plain.named_modules()):
+        for key in [key for key, child in module._modules.items() if child is not None]:
+            if name in own and hasattr(own[name], key) and getattr(own[name], key) is None:
+                setattr(module, key, None)
+    got, wanted = _structure(dense), _structure(plain)
+    heads = dict[int, list[int]]()
+    if wanted != got:
+        # Of a model with one attention module in each block: only the number of removed heads matters, not which.
+        kept, removed = find_attention(dense), dict[int, list[int]]()
+        for block, (name, attention) in enumerate(find_attention(plain).items()):
+            count = attention.heads - kept[name].heads if name in kept else 0
+            if count > 0:
+                removed[block] = list(range(count))
+        # Heads that were removed before come first: Transformers may know some that this package doesn't find.
+        for candidate in (known, removed):
+            built = copy.deepcopy(plain)
+            try:
+                built.prune_heads(candidate)
+            except Exception:  # classes that can't prune heads raise different errors
+                continue
+            wanted = _structure(built)
+            if wanted == got:
+                heads = candidate
+                break
+        else:
+            first = next(each for each in {**wanted, **got} if wanted.get(each) != got.get(each))
+            before, after = find_attention(plain).get(first), kept.get(first)
+            why = "which has one width for all blocks"
+            if before is not None and after is not None and after.heads < before.heads:
+                why += f" (Transformers {version('transformers')} prunes no heads of this class)"
+            return f"{why}, got {got.get(first)} where the config makes {wanted.get(first)} ({first})"
     try:
-        # Transformers 5 also validates a config when it writes or reads it.
+        # Transformers 5 validates configs when it writes and reads them.
         validate = getattr(dense.config, "validate", None)
         if callable(validate):
             validate()
@@ -459,124 +455,70 @@ def why_undescribed(dense: Any) -> str:
     return ""
 
 
-def _leave_out(plain: torch.nn.Module, dense: torch.nn.Module) -> None:
-    """Remove from a model built by its config the parts that another one was made without.
-
-    An argument says so, such as ``add_pooling_layer=False``, which isn't in the config; ``from_pretrained`` takes it.
-    """
-    own = dict(dense.named_modules())
-    for name, module in list(plain.named_modules()):
-        for key in [key for key, child in module._modules.items() if child is not None]:
-            if name in own and hasattr(own[name], key) and getattr(own[name], key) is None:
-                setattr(module, key, None)
-
-
-def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:
-    """Return ``config.pruned_heads`` for a model: pruned heads, by the number of their block.
-
-    Which heads of a block are named makes no difference: the values of the others come from the file. Empty where the
-    class can't prune heads, as none can since Transformers 5.
-    """
-    unpruned, pruned = find_attention(plain), find_attention(dense)
-    probe, found = copy.deepcopy(plain), dict[int, list[int]]()
-    for block in itertools.count():
-        before = {name: each.heads for name, each in find_attention(probe).items()}
-        try:
-            probe.base_model._prune_heads({block: [0]})
-        except Exception:  # there is no such block, or the class has heads that stay; each says so in its own way
-            return found
-        after = {name: each.heads for name, each in find_attention(probe).items()}
-        changed = [name for name, count in before.items() if after.get(name, 0) != count]
-        if not changed:
-            return found
-        missing = {unpruned[name].heads - pruned[name].heads if name in pruned else 0 for name in changed}
-        count = missing.pop()
-        # A block whose attention modules lose different numbers can't be described.
-        if not missing and count > 0:
-            found[block] = list(range(count))
-    return found
-
-
-def _structure(model: torch.nn.Module) -> dict[str, Any]:
-    """Return what a config has to reproduce: the heads, the modules' sizes and the tensors' shapes, by name."""
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """Return what a config must reproduce, by name: heads, sizes of layers and shapes of tensors."""
     heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
-    # Norms in the place of Transformers' own compute the same, if they have no statistics of another width; their
-    # weights have the width already.
-    described = []
-    for name, module in model.named_modules():
-        is_plain = isinstance(module, (torch.nn.RMSNorm, torch.nn.LayerNorm)) and not hasattr(module, "counted")
-        if size_names(module) and not is_plain:
-            described.append((name, module))
-    sizes = {name: describe(module) for name, module in described}
+    sizes = {}
+    for name, key, value in _layer_attributes(model):
+        # A norm of PyTorch may replace one of Transformers.
+        if numbers_in(value) is not None and key != "normalized_shape":
+            sizes[f"{name}.{key}"] = value
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     for name in list(shapes):
         owner, _, key = name.rpartition(".")
         if key == HEADS_TAKEN and takes_all_heads(model.get_submodule(owner)):
-            del shapes[name]  # the model's own class computes the same table
+            del shapes[name]  # the original class computes the same table
     return heads | sizes | shapes
 
 
-_NOTE = "kept_blocks"
+_NOTE = "_kept_blocks"
 
 
-def take_out(model: nn.Module, parent: str, first: int, count: int) -> None:
-    """Take ``count`` blocks out of an ``nn.ModuleList`` or ``nn.Sequential``, from number ``first`` on, in place."""
+def keep_blocks(model: nn.Module, parent: str, numbers: Sequence[int]) -> None:
+    """Remove all blocks but those with these numbers from an ``nn.ModuleList`` or ``nn.Sequential``, in place.
+
+    The list records which blocks of the unpruned model it keeps, a config of Transformers how many.
+    """
     container: Any = model.get_submodule(parent)
-    kept = list(getattr(container, _NOTE, range(len(container))))
-    del container[first : first + count]
-    del kept[first : first + count]
-    setattr(container, _NOTE, tuple(kept))
-    # Layers of Transformers look up their cached states by these numbers.
-    for block in list(container)[first:]:
-        for module in block.modules():
+    blocks = list(container)
+    known = getattr(container, _NOTE, range(len(blocks)))
+    tell_depth(getattr(model, "config", None), len(blocks), numbers)
+    del container[:]
+    for new, old in enumerate(numbers):
+        container.append(blocks[old])
+        # Layers of Transformers find their cached states by this number.
+        for module in blocks[old].modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx -= count
+                module.layer_idx -= old - new
+    setattr(container, _NOTE, tuple(known[number] for number in numbers))
 
 
 def kept_blocks(model: nn.Module) -> dict[str, list[int]]:
-    """Return the numbers of the blocks that are kept, by the names of the lists that lost any."""
+    """Return the numbers of the kept blocks, by the names of the lists that lost blocks."""
     return {name: list(getattr(module, _NOTE)) for name, module in model.named_modules() if hasattr(module, _NOTE)}
 
 
-def take_out_others(model: nn.Module, kept: Mapping[str, list[int]]) -> None:
-    """Take all blocks but the ``kept`` ones out of an unpruned model, in place."""
-    before = {parent: len(model.get_submodule(parent)._modules) for parent in kept}
-    for parent, numbers in kept.items():
-        for number in sorted(set(range(before[parent])) - set(numbers), reverse=True):
-            take_out(model, parent, number, 1)
-    tell_depth(model, {parent: (before[parent], numbers) for parent, numbers in kept.items()})
-
-
-def tells_depth(model: Any, parent: str) -> bool:
-    """Say whether the ``config`` of a model of Transformers has the number of blocks in a list."""
-    config: Any = getattr(model, "config", None)
-    count = len(model.get_submodule(parent)._modules)
+def tells_depth(config: Any, count: int) -> bool:
+    """Return whether a config of Transformers holds the number of blocks of a list."""
     return getattr(config, "num_hidden_layers", None) == count and not config.is_encoder_decoder
 
 
-def tell_depth(model: Any, kept: Mapping[str, tuple[int, list[int]]]) -> None:
-    """Set the number of blocks in the ``config`` of a model of Transformers, if that describes one list of blocks.
-
-    ``kept``: by list, how many blocks there were, and the numbers of those that are kept.
-    """
-    config: Any = getattr(model, "config", None)
-    count, numbers = next(iter(kept.values()), (0, []))
-    if len(kept) != 1 or getattr(config, "num_hidden_layers", None) != count or config.is_encoder_decoder:
-        return
-    config.num_hidden_layers = len(numbers)
-    kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, list) and len(kinds) == count:
-        config.layer_types = [kinds[number] for number in numbers]
+def tell_depth(config: Any, count: int, kept: Sequence[int]) -> None:
+    """Set the number of blocks in a config of Transformers, if it was ``count``."""
+    if tells_depth(config, count):
+        config.num_hidden_layers = len(kept)
+        kinds = getattr(config, "layer_types", None)
+        if isinstance(kinds, list) and len(kinds) == count:
+            config.layer_types = [kinds[number] for number in kept]
 
 
 class RemovedPart(nn.Module):
-    """Takes the place of a part of a block that was removed, and adds nothing to the stream.
+    """Replaces a removed part of a block and adds zeros to the residual stream.
 
     Parameters
     ----------
     outputs : int, default=0
-        The length of the tuple that the part returned, whose first entry is zeros and all others None; 0: it returned a
-        tensor.
+        Length of the returned tuple, whose first entry is zeros and whose others are None; 0: a tensor is returned.
     """
 
     def __init__(self, outputs: int = 0) -> None:
@@ -585,12 +527,12 @@ class RemovedPart(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros of the shape of the first tensor."""
-        zeros: torch.Tensor = torch.zeros_like(tensors_of((args, kwargs))[0])
+        zeros: Tensor = torch.zeros_like(tensors_of((args, kwargs))[0])
         return (zeros, *[None] * (self.outputs - 1)) if self.outputs else zeros
 
 
 def take_out_part(model: nn.Module, name: str, outputs: int) -> None:
-    """Take a part of a block out, in place; ``outputs`` as for `RemovedPart`."""
+    """Remove a part of a block, in place; ``outputs`` as for `RemovedPart`."""
     parent, _, key = name.rpartition(".")
     removed = RemovedPart(outputs)
     removed.train(model.get_submodule(name).training)
@@ -598,5 +540,5 @@ def take_out_part(model: nn.Module, name: str, outputs: int) -> None:
 
 
 def removed_parts(model: nn.Module) -> dict[str, int]:
-    """Return the parts that were taken out of blocks, with the lengths of the tuples that they returned."""
+    """Return the removed parts of blocks by name, with their ``outputs``."""
     return {name: module.outputs for name, module in model.named_modules() if isinstance(module, RemovedPart)}

@@ -1,8 +1,8 @@
 """Processes that share calibration data: they add up their sums and take the same steps.
 
-The processes are those of a ``torch.distributed`` group, which the caller starts and hands to
-:class:`nni_topo.Calibration`. As with all collective operations of PyTorch, the others wait for a process that has
-failed until its connection is closed, or until the group's timeout; a launcher such as ``torchrun`` ends them before.
+The processes form a ``torch.distributed`` group, which the caller starts and passes to :class:`nni_topo.Calibration`.
+As with all collective operations of PyTorch, if a process fails the others wait until its connection is closed, or for
+the group's timeout; a launcher such as ``torchrun`` ends them earlier.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class Processes:
-    """The processes of a group, as one of them sees them.
+    """A group of processes, in one of them.
 
-    ``place`` says how far this process has come. A method raises ProcessError if another process is gone.
+    ``place`` names the current step in errors. Methods raise ProcessError if another process has ended.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -39,7 +39,7 @@ class Processes:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, value: Any, place: str) -> list[Any]:
-        """Return what each process has, by rank; it is pickled on the way."""
+        """Return the values of all processes, by rank; they are pickled."""
         found: list[Any] = [None] * self.size
         with self._reaching(place):
             dist.all_gather_object(found, value, group=self.group)
@@ -51,7 +51,7 @@ class Processes:
             self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), tensor, place)
 
     def total(self, tensor: Tensor | None, device: torch.device, place: str) -> Tensor | None:
-        """Return the sum of the tensors of all processes, of which some may have none; None if none has any."""
+        """Return the sum of the tensors of all processes, some of which may have none; None if no process has one."""
         shapes = [shape for shape in self.gather(None if tensor is None else tuple(tensor.shape), place) if shape]
         if not shapes:
             return None
@@ -60,14 +60,14 @@ class Processes:
         return found
 
     def first(self, value: _Made, place: str) -> _Made:
-        """Return the value of the first process, of tensors on the CPU; it is pickled on the way."""
+        """Return the value of the first process, with tensors on the CPU; it is pickled."""
         found: _Made = self.gather(value if self.rank == 0 else None, place)[0]
         return found
 
     def agree(self, tensors: Sequence[Tensor], place: str) -> None:
         """Replace tensors by those of the first process, which have the same shapes.
 
-        Equal sums can lead to different last digits on processors of different kinds.
+        Results from equal sums can differ in the last digits if the processors differ.
         """
         first = dist.get_global_rank(self.group, 0)
         for tensor in tensors:
@@ -75,7 +75,7 @@ class Processes:
 
     @contextmanager
     def in_step(self, place: str, given: Mapping[str, Any] | None = None) -> Iterator[None]:
-        """Mark a block that all processes run; what is ``given`` has to be equal in all. Nested blocks do nothing."""
+        """Run code in all processes; ``given`` must be equal in all. Nested blocks do nothing."""
         if is_in_step():
             yield
             return
@@ -92,7 +92,7 @@ class Processes:
 
     def _collect(self, work: Callable[[Tensor], object], tensor: Tensor, place: str) -> None:
         """Run a collective operation on a tensor, in place."""
-        # NCCL connects GPUs alone
+        # NCCL takes tensors on GPUs only
         device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else tensor.device
         buffer = tensor.detach().to(device).contiguous()
         with self._reaching(place):
@@ -102,7 +102,7 @@ class Processes:
 
     @contextmanager
     def _reaching(self, place: str) -> Iterator[None]:
-        """Raise ProcessError if a collective operation ends because a process is gone or has waited too long."""
+        """Raise ProcessError if a collective operation fails because a process has ended or the timeout is over."""
         try:
             yield
         except RuntimeError as error:
@@ -115,7 +115,7 @@ class Processes:
 
 
 def processes_of(group: Any, place: str) -> Processes | None:
-    """Return the processes of a group; None without a group, or where this process is the only one."""
+    """Return the processes of a group; None without a group, or if this is the only process."""
     if group is None:
         return None
     is_known = dist.is_available() and dist.is_initialized() and isinstance(group, dist.ProcessGroup)
@@ -128,28 +128,27 @@ def processes_of(group: Any, place: str) -> Processes | None:
 
 
 def gathered(processes: Processes | None, value: Any, place: str) -> list[Any]:
-    """Return what each process has, by rank; of a process that shares nothing, its own value alone."""
+    """Return the values of all processes, by rank; without processes, the value alone."""
     return [value] if processes is None else processes.gather(value, place)
 
 
 def is_in_step() -> bool:
-    """Say whether other processes take the same steps now."""
+    """Return whether other processes run the same public function now."""
     return bool(context().in_step)
 
 
 def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Check that the processes that share a public function's calibration data give it the same arguments.
+    """Check that processes that share calibration data call a public function with equal arguments.
 
-    Without shared calibration data among its arguments it is the function as it was. Models, masks, names, entries of a
-    config_list, settings and plain knobs among the arguments have to be equal in all processes; a ``device`` is each
-    one's own.
+    Compared are models, masks, names, entries of a config_list, settings and plain knobs; a ``device`` may differ.
+    Without shared calibration data among the arguments nothing is compared.
     """
     place = function.__qualname__.removesuffix(".__init__")
     parameters = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        # Of functions that take any number of arguments, those that have no name of their own go by their number.
+        # Arguments without a name are numbered.
         names = [*parameters[: len(args)], *map(str, range(len(parameters), len(args)))]
         named = {**dict(zip(names, args, strict=True)), **kwargs}
         named.pop("device", None)
@@ -169,13 +168,13 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors:
         found.update(f"{name} {tuple(tensor.shape)}".encode())
-        # one type, so that equal masks have one digest whatever they were made of
+        # one type, so that equal masks of different types have equal digests
         found.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
 def _compared(value: Any) -> Any:
-    """Return what of an argument has to be equal in all processes; None if nothing has, or it can't be compared."""
+    """Return what must be equal in all processes of an argument; None if nothing must, or it can't be compared."""
     if isinstance(value, nn.Module):
         return digest((name, each) for name, each in value.state_dict().items() if isinstance(each, Tensor))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a budget, or a recovery method
@@ -186,11 +185,8 @@ def _compared(value: Any) -> Any:
             found[name] = digest([("", each)]) if isinstance(each, Tensor) else _compared(each)
         return found
     if isinstance(value, (list, tuple)):
-        # Names of blocks, or the entries of a config_list. Batches are each process's own.
-        batches = [
-            isinstance(each, Mapping) and any(isinstance(one, Tensor) for one in each.values()) for each in value
-        ]
-        return [_compared(each) for each, is_batch in zip(value, batches, strict=True) if not is_batch]
+        # Names of blocks, or the entries of a config_list. Batches differ.
+        return [_compared(each) for each in value if not _is_batch(each)]
     return repr(value) if isinstance(value, _PLAIN) else None
 
 

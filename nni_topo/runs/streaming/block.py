@@ -1,4 +1,4 @@
-"""A block as a network of its own: its inputs are the states that enter it, and what it gets beside them."""
+"""A block as a network of its own: its inputs are the states and the block's other arguments."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from nni_topo.network.runtime.inputs import Call, batch_size, bind_arguments, on
 from nni_topo.runs.streaming.skeleton import Skeleton, states_in, states_of
 
 UNPRUNED, PADDING_MASK, WANTED = "unpruned_states", "attention_mask", "wanted_states"
-"""Inputs of a block's network beside `STATES`, which are those after the pruned blocks: the states after the unpruned
-blocks; which places count; and the states that the block is to reach where blocks after it are removed."""
+"""Inputs of a block's network besides `STATES`, the states after the pruned blocks: the states after the unpruned
+blocks; the padding mask; and, if blocks after it are removed, the states that it should reach."""
 _EXTRA = "extra{}"
 _MOST_EXTRAS = 6  # that `BlockNet.forward` takes
 
 
 class BlockNet(nn.Module):
-    """A block that gets what changes from batch to batch as inputs, and holds what doesn't."""
+    """A block whose inputs are the arguments that differ between batches; it holds the others."""
 
     def __init__(self, block: nn.Module, config: Any, frame: Frame, *, reads_unpruned: bool = False) -> None:
         super().__init__()
         self.block = block
-        self.config = config  # the model's, in which the pruned widths are noted
-        self.frame = frame  # what the block gets beside the states
-        self.reads_unpruned = reads_unpruned  # whether the states are those after unpruned blocks
+        self.config = config  # the model's, which gets the pruned widths
+        self.frame = frame  # the block's other arguments
+        self.reads_unpruned = reads_unpruned  # whether it takes the states after the unpruned blocks
 
     def forward(
         self,
@@ -44,17 +44,17 @@ class BlockNet(nn.Module):
         extra4: Tensor | None = None,
         extra5: Tensor | None = None,
     ) -> Tensor:
-        """Return the states that leave the block, (samples, places, width)."""
-        # Parameters by name, because a graph has no others.
+        """Return the states after the block, (samples, places, width)."""
+        # Named parameters, because a graph has no others.
         states = unpruned_states if self.reads_unpruned else hidden_states
         args, kwargs = self.frame.arguments(states, (extra0, extra1, extra2, extra3, extra4, extra5))
         return states_of(self.block(*args, **kwargs))
 
 
 class WantedStates(nn.Module):
-    """Puts out the states that a block is to reach, in the place of blocks that make them.
+    """Returns the states that a block should reach, in place of the blocks that compute them.
 
-    Its inputs are copied to ``device`` and cast to ``dtype``, as those of a model are to those of its parameters.
+    Its inputs are copied to ``device`` and cast to ``dtype``, as a model's inputs are to those of its parameters.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -72,12 +72,12 @@ class WantedStates(nn.Module):
 
 @dataclass(frozen=True)
 class Frame:
-    """How a block is called: which arguments are the same for all batches, and which come with each batch."""
+    """The arguments of a block: those that are the same for all batches, and the places of the others."""
 
-    spec: TreeSpec  # of the positional and keyword arguments
-    leaves: list[Any]  # the arguments, flattened; None in the place of those that come with each batch
-    states: int  # the place of the states among them
-    extras: list[int]  # the places of what has an entry for each sample
+    spec: TreeSpec  # structure of the positional and keyword arguments
+    leaves: list[Any]  # the flattened arguments; None for those that come with each batch
+    states: int  # index of the states among them
+    extras: list[int]  # indices of tensors with an entry for each sample
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frame:
         return self  # it never changes
@@ -95,11 +95,11 @@ class Frame:
 def entering(
     skeleton: Skeleton, calls: Sequence[Call], index: int, *, adds_padding: bool = False
 ) -> tuple[Frame, list[dict[str, Any]]]:
-    """Return what the model gives a block beside the states: the frame, and by batch inputs of `BlockNet` on the CPU.
+    """Return a block's arguments besides the states: the frame, and for each batch inputs of `BlockNet` on the CPU.
 
-    What has an entry for each sample comes with each batch; anything else must be the same for all batches.
-    ``adds_padding``: the model is called with one more sample, which has padding, and what it brings is dropped. By
-    itself a batch without padding may get no mask, where others get one.
+    Tensors with an entry for each sample come with each batch; all else must be the same for all batches.
+    ``adds_padding``: call the model with one more sample, which has padding, and drop that sample afterwards: otherwise
+    a batch without padding may get no mask, while others get one.
     """
     place_of_block = skeleton.name_of(index)
     given = [_with_padding(call) for call in calls] if adds_padding else calls
@@ -115,7 +115,7 @@ def entering(
             )
         if rows and (spec != first[0] or list(map(_is_tensor, leaves)) != list(map(_is_tensor, rows[0]))):
             raise ConfigError(f"a block must get the same arguments in all batches, got others ({place_of_block})")
-        # A mask of each batch may take more than a block: no more than one batch's are on the device.
+        # Masks of all batches may be larger than a block, so only one batch's arguments are on the device.
         rows.append(on_device(leaves, torch.device("cpu")) if rows else leaves)
     assert first is not None  # calibration data have a batch
     spec, at, shape = first
@@ -123,7 +123,7 @@ def entering(
     largest = max(range(len(given)), key=lambda number: batch_size(given[number]))
     size = batch_size(given[largest])
     if size > 1:
-        # What becomes shorter with fewer samples, or isn't needed for them, has an entry for each.
+        # A tensor that is shorter or missing with one sample fewer has an entry for each sample.
         fewer, *_ = _flat(skeleton, taken(given[largest], torch.arange(size - 1)), index)
         for place, (value, other) in enumerate(zip(rows[largest], fewer, strict=True)):
             may_have = _is_tensor(value) and value.dim() > 0 and len(value) == size
@@ -139,7 +139,7 @@ def entering(
         elif all(_is_same(value, other) for other in column):
             continue
         elif all(_is_tensor(other) and other.dim() > 0 and len(other) == 1 for other in column):
-            # It is broadcast over the samples.
+            # A tensor of length 1 is broadcast over the samples.
             extras.append(place)
             for row, call in zip(rows, calls, strict=True):
                 row[place] = row[place].expand(batch_size(call), *row[place].shape[1:])
@@ -165,7 +165,7 @@ def entering(
 
 
 def _flat(skeleton: Skeleton, call: Call, index: int) -> tuple[list[Any], TreeSpec, int, torch.Size]:
-    """Return a block's arguments in a call, flattened, without the states; these' place and shape without samples."""
+    """Return a block's flattened arguments without the states, their structure, and the states' index and shape."""
     entered = skeleton.entering(call, index)
     states = states_in(entered)
     leaves, spec = tree_flatten(entered)
@@ -175,7 +175,7 @@ def _flat(skeleton: Skeleton, call: Call, index: int) -> tuple[list[Any], TreeSp
 
 
 def _with_padding(call: Call) -> Call:
-    """Return a call with its first sample once more, whose last place is padding; without a mask the call as it is."""
+    """Append the first sample again with its last place as padding; a call without a mask is returned unchanged."""
     args, kwargs = call
     mask = kwargs.get(PADDING_MASK)
     if not isinstance(mask, Tensor) or mask.dim() != 2:

@@ -1,4 +1,4 @@
-"""What a run has done, in one JSON file beside the weights, and the states between blocks, in a folder beside it."""
+"""The progress of a run, in one JSON file beside the weights, and the states between blocks, in a hidden folder."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from nni_topo.network.runtime.processes import Processes
 from nni_topo.runs.streaming.skeleton import INDEX
 
 JOURNAL = "shrink_pretrained.json"
-"""Digests of a run's settings, and what was done; of a finished run its report."""
+"""The name of the file: digests of the run's settings, then its finished blocks or its report."""
 _FOLDER = ".shrink_pretrained"  # of the states
 _WEIGHTS = "model-*-of-*.safetensors"
-_PART = ".part"  # ends the names of files that a process is writing, or was when it was killed
+_PART = ".part"  # suffix of files that aren't complete
 
 
 class Journal:
     """The state of a run in its output folder.
 
-    ``settings`` tell this run from others. Where processes share the calibration data, the first one reads and writes
-    what all have in common; each has the states of its own samples.
+    ``settings`` identify the run. If processes share the calibration data, the first one reads and writes the common
+    files; each has the states of its own samples.
 
-    ConfigError if the folder holds a run with other settings of which a block is finished, or files of something else.
+    ConfigError if the folder holds other files, or a run with other settings that has finished a block.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], processes: Processes | None = None) -> None:
         self.folder, self._processes = folder, processes
         self.is_first = processes is None or processes.rank == 0
-        # Digests, because settings name folders of this machine, and the report is published with the model. Addresses
-        # of objects differ between processes.
+        # Digests, because the settings hold paths, and the report is published with the model. Addresses of objects are
+        # removed, because they differ between processes.
         self._settings = {
             name: hashlib.sha256(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()).hexdigest()
             for name, value in settings.items()
@@ -63,15 +63,15 @@ class Journal:
                 f"a run that was stopped or is finished must be called with the same settings, got others: "
                 f"{', '.join(names)}{hint}; delete the folder to begin anew ({folder})"
             )
-        self.kept: list[int] = content.get("kept", [])  # numbers of the blocks that aren't removed, in the source
-        self.rows: list[dict[str, Any]] = content.get("rows", [])  # what was noted of each finished block
+        self.kept: list[int] = content.get("kept", [])  # numbers of the kept blocks in the source
+        self.rows: list[dict[str, Any]] = content.get("rows", [])  # one record for each finished block
         self.report: dict[str, Any] | None = content.get("report")  # of a finished run
         self._states = folder / _FOLDER
         if processes is not None and not self.is_first:
             self._states /= f"rank-{processes.rank}"
 
     def begin(self) -> None:
-        """Delete what a run that has finished no block, or was killed in a block, has written to no purpose."""
+        """Delete files of an interrupted run that can't be used."""
         if not self.is_first:
             return
         with disk_errors(self.folder):
@@ -80,26 +80,26 @@ class Journal:
                 path.unlink()
         if not self.rows:
             self.kept = []
-            self._write()  # before any other file, so that a run which is killed early may begin again
+            self._write()  # first, so that a run that is killed early can be started again
 
     def write_weights(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a file of weights, in the first process: 0 is what lies outside of the blocks, then one a block.
+        """Write a file of weights, in the first process: number 0 for the rest of the model, then one for each block.
 
-        `note` makes it count.
+        It is valid once `note` has recorded it.
         """
         if self.is_first:
             file = f"model-{number + 1:05d}-of-{len(self.kept) + 1:05d}.safetensors"
             _write_tensors(self.folder / file, tensors)
 
     def note(self, row: Mapping[str, Any] | None = None) -> None:
-        """Write down that one more block is finished, and what is to be known of it; None before the first block."""
-        if self._processes is not None:  # all have their states
+        """Record one more finished block; None: that the run has begun."""
+        if self._processes is not None:  # waits until all have written their states
             row = self._processes.first(row, f"the states after {len(self.rows)} blocks")
         if row is not None:
             self.rows.append(dict(row))
         if self.is_first:
             self._write()
-        if self._processes is not None:  # states of before are needed until the others are known to count
+        if self._processes is not None:  # the earlier states are needed until the record is written
             self._processes.gather(None, f"the journal of {len(self.rows)} blocks")
         for path in self._states.glob("states-*"):
             if path.name != f"states-{len(self.rows)}":
@@ -109,7 +109,7 @@ class Journal:
         write_json(self.folder / JOURNAL, {"settings": self._settings, "kept": self.kept, "rows": self.rows})
 
     def begin_states(self, blocks: int) -> None:
-        """Begin to write the states after so many blocks; `note` makes them count."""
+        """Begin to write the states after so many blocks; they are valid once `note` has recorded the block."""
         folder = self._states / f"states-{blocks}"
         shutil.rmtree(folder, ignore_errors=True)
         with disk_errors(folder):
@@ -120,7 +120,7 @@ class Journal:
         _write_tensors(self._states / f"states-{blocks}" / f"{batch}.safetensors", states)
 
     def states(self, batches: int) -> Sequence[dict[str, Tensor]]:
-        """Return the states after the finished blocks, batch by batch; they are mapped from their files."""
+        """Return the states after the finished blocks, batch by batch, memory-mapped."""
         found = []
         for number in range(batches):
             path = self._states / f"states-{len(self.rows)}" / f"{number}.safetensors"
@@ -140,7 +140,7 @@ class Journal:
         write_json(self.folder / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": where})
 
     def finish(self, report: Mapping[str, Any]) -> None:
-        """Write the report in the place of what was noted, and delete the states: the folder is complete."""
+        """Replace the records by the report and delete the states."""
         if self.is_first:
             write_json(self.folder / JOURNAL, {"settings": self._settings, "report": report})
         if self._processes is not None:
@@ -148,14 +148,14 @@ class Journal:
         self.delete_states()
 
     def delete_states(self) -> None:
-        """Delete the states of this process, and in the first one the lock of the folder."""
+        """Delete the states of this process; the first process also deletes the lock of the folder."""
         shutil.rmtree(self._states, ignore_errors=True)
         if self.is_first:
             (self.folder / ".lock").unlink(missing_ok=True)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of tensors, whole or not at all; DataError where the disk is full."""
+    """Write a file of tensors atomically; DataError if the disk is full."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as part:
-        write_safetensors(part, plain, {"format": "pt"})  # Transformers reads files that say they are PyTorch's
+        write_safetensors(part, plain, {"format": "pt"})  # Transformers requires this entry

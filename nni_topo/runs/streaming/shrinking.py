@@ -1,4 +1,4 @@
-"""A folder of Transformers pruned block by block: one block, and the states between blocks, are in memory at a time."""
+"""Prune a folder of Transformers block by block: only one block and the states between blocks are in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from os import PathLike
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,13 +64,13 @@ from nni_topo.runs.streaming.skeleton import (
     with_states,
 )
 
-_COPIES = 12  # of a block while it is pruned, with what the heap holds beside them, as measured
-_LEARNING = 20  # values as large as the states that a block keeps for its gradients
-_LEARNED_AT_ONCE = 64  # samples of a step of distillation
+_COPIES = 12  # measured memory while a block is pruned, in sizes of the block
+_LEARNING = 20  # memory that a block needs for gradients, in sizes of the states
+_LEARNED_AT_ONCE = 64  # samples in a step of distillation
 _CACHE = 2**28  # bytes for intermediate values of a block
 _COMPARED = 2  # samples on which the written block is compared with the pruned one
-# How far their outputs may be apart: a share of what the block adds, as a GPU may multiply in less than single
-# precision, and a share of what it puts out, for rounding.
+# Largest difference between their outputs: a share of what the block adds to the states, because GPUs may multiply in
+# less than single precision, plus a share of its output, for rounding.
 _ALIKE, _ROUNDED = 1e-2, 1e-5
 _CURE = "prune other layers only (layers), or use nni_topo.shrink and nni_topo.save in memory"
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
@@ -290,7 +289,7 @@ def shrink_pretrained(
         done = len(journal.rows)
         for number in bar("shrink_pretrained", shows, range(done, len(journal.kept)), done=done):
             run.prune(number)
-            give_back_memory(skeleton.model)  # of the block, which is let go
+            give_back_memory(skeleton.model)  # that of the block
         report = run.report()
         if is_first:
             run.finish(report, card=card)
@@ -315,16 +314,16 @@ class _Run:
         self._samples = calibration
         self._budget, self._settings = budget, settings
         self._is_held_out = calibration.split()[1] is not None
-        self._described_skeleton: Skeleton | None = None  # of the model that the written config builds
+        self._described_skeleton: Skeleton | None = None  # the model of the written config
         masks = [call[1].get(PADDING_MASK) for call in given]
         is_padded = any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
         # Whether a sample of any process has padding.
         self._is_padded = any(gathered(calibration.processes, is_padded, "the padding"))
 
     def begin(self, removed: int | Sequence[str]) -> None:
-        """Learn what blocks return. A new run writes the states before the first block, and what isn't in blocks.
+        """Learn what blocks return. A new run writes the states before the first block, and the other weights.
 
-        ``removed``: how many blocks are removed, or their names.
+        ``removed``: the number of blocks to remove, or their names.
         """
         skeleton, journal = self._skeleton, self._journal
         with fitting(0, "batches"):
@@ -354,7 +353,7 @@ class _Run:
         journal.note()
 
     def _check_room(self, *, is_shorter: bool) -> None:
-        """Raise DataError unless a block can be pruned in the free memory, and the model and its states be written."""
+        """Raise DataError unless memory is enough to prune a block, and the disk for the model and the states."""
         skeleton = self._skeleton
         widest = 0
         for module in skeleton.blocks[0].modules():
@@ -407,7 +406,7 @@ class _Run:
     def _unpruned_through(
         self, index: int, states: Sequence[dict[str, Tensor]]
     ) -> Iterator[tuple[dict[str, Tensor], Call, Tensor]]:
-        """Yield for each batch its states, its call, and what an unpruned block makes of the unpruned states."""
+        """Yield for each batch its states, its call, and the output of an unpruned block for the unpruned states."""
         skeleton = self._skeleton
         frame, others = entering(skeleton, self._calls, index, adds_padding=self._is_padded)
         net: BlockNet = evaluating(BlockNet(skeleton.block(index), skeleton.config, frame, reads_unpruned=True))
@@ -418,13 +417,13 @@ class _Run:
             yield state, call, after
 
     def _data(self, batches: list[dict[str, Any]]) -> Calibration:
-        """Return calibration data of states, of the same samples and processes as the model's inputs."""
+        """Return states as calibration data, with the groups and processes of the model's inputs."""
         found = Calibration(batches, name="batches", groups=self._samples.groups)
         found.processes = self._samples.processes
         return found
 
     def prune(self, number: int) -> None:
-        """Prune one block that stays, write its weights and the states after it and after the gap that follows."""
+        """Prune one kept block, and write its weights and the states after it and the removed blocks that follow."""
         began = time.perf_counter()
         skeleton, kept = self._skeleton, self._journal.kept
         index = kept[number]
@@ -435,7 +434,7 @@ class _Run:
         block, config = skeleton.block(index), copy.deepcopy(skeleton.config)
         unpruned: BlockNet = evaluating(BlockNet(block, config, frame, reads_unpruned=True))
         entered: BlockNet = evaluating(BlockNet(block, config, frame))
-        wanted: BlockNet | WantedStates = unpruned  # puts out the states that the pruned block is to reach
+        wanted: BlockNet | WantedStates = unpruned  # returns the states that the pruned block should reach
         removed = range(index + 1, kept[number + 1] if number + 1 < len(kept) else len(skeleton))
         if removed:
             wanted = WantedStates(skeleton.device, next(block.parameters()).dtype)
@@ -518,7 +517,7 @@ class _Run:
         return _parameters(net) if self._budget.kind == "params" else count_macs(net, example)
 
     def _cost_of_rest(self) -> float:
-        """Return the cost of what lies outside of the blocks; multiply-accumulates as PyTorch counts them."""
+        """Return the cost outside of the blocks, in multiply-accumulates counted by PyTorch, or in parameters."""
         skeleton = self._skeleton
         if self._budget.kind == "params":
             return float(_parameters(skeleton.model) - sum(_parameters(block) for block in skeleton.blocks))
@@ -528,7 +527,7 @@ class _Run:
         return counted.all / len(states)
 
     def _write(self, number: int, unpruned: BlockNet, dense: Any) -> None:
-        """Write the weights of a pruned block, and with the first one the config that describes it."""
+        """Write the weights of a pruned block; with those of the first block also the config."""
         skeleton, journal = self._skeleton, self._journal
         tensors = with_transposed_weights(detached_copy(dense.block)).state_dict()
         if number == 0:
@@ -549,13 +548,13 @@ class _Run:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
         config, kept, skeleton = copy.deepcopy(dense.config), self._journal.kept, self._skeleton
         kind = type(skeleton.model)
-        tell_depth(SimpleNamespace(config=config), {skeleton.blocks_name: (len(skeleton), kept)})
+        tell_depth(config, len(skeleton), kept)
         if len(kept) < len(skeleton) and getattr(config, "num_hidden_layers", None) != len(kept):
             raise ConfigError(
                 "a config must have the number of blocks as num_hidden_layers, where blocks are removed, got none; use "
                 f"nni_topo.shrink and nni_topo.save in memory ({type(config).__name__})"
             )
-        # Transformers 4 has to be told which heads of BERT and its like are gone.
+        # Transformers 4 needs the removed heads of BERT and similar models in the config.
         heads = copy.deepcopy(config)
         before, after = find_attention(unpruned.block), find_attention(dense.block)
         removed = {each.heads - after[name].heads for name, each in before.items()}
@@ -571,7 +570,7 @@ class _Run:
                 if callable(validate):
                     validate()
                 built = empty_model(kind, candidate).state_dict()
-            except Exception as error:  # a constructor may refuse such numbers in its own words
+            except Exception as error:  # constructors raise any error for sizes that they refuse
                 different = different or " ".join(str(error).split())
                 continue
             shapes = {name.removeprefix(first): tuple(value.shape) for name, value in built.items() if first in name}
@@ -584,9 +583,9 @@ class _Run:
         )
 
     def _check_computes(self, number: int, described: Skeleton, dense: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ConfigError unless the block that the written config builds puts out what the pruned block does.
+        """Raise ConfigError unless a block built from the written config has the outputs of the pruned block.
 
-        What a class computes from its config, such as a scale from the number of heads, shows in no shape.
+        Shapes don't show values that a class computes from its config, such as a scale from the number of heads.
         """
         index = self._journal.kept[number]
         states = self._journal.states(1)[0]
@@ -629,7 +628,7 @@ class _Run:
         """
         journal, done = self._journal, len(self._journal.rows) + 1
         held_out = self._samples.held_out(HELD_OUT) if self._is_held_out else torch.zeros(self._samples.samples).bool()
-        # Of the calibration data and of the held-out samples: squared distances, squares, values and their number.
+        # For calibration data and held-out samples: squared distances, squares, values, number of values.
         sums = torch.zeros(2, 4, dtype=torch.float64, device="cpu")
         first = 0
         journal.begin_states(done)
@@ -679,10 +678,10 @@ class _Run:
         answers = Answers(_Tail(skeleton, UNPRUNED), learned if held_out is None else held_out)
         (likeness,) = answers.likenesses(_Tail(skeleton, STATES))
         rows = tuple(BlockRow(**row["block"]) for row in journal.rows)
-        # Whether the budget is met. All blocks cost the same before.
+        # All unpruned blocks have the same cost.
         rest, costs = self._cost_of_rest(), [row["cost"] for row in journal.rows]
         cost_before = journal.rows[0]["cost_before"]
-        # Blocks that lost nothing: those that were removed have saved enough.
+        # If the kept blocks lost nothing, the removed ones have saved enough.
         why = "blocks are equally wide" if min(costs) < cost_before else "the removed blocks save more"
         left = (rest + sum(costs)) / (rest + cost_before * len(skeleton))
         outcome = budget_outcome(self._budget.kind, self._budget.share, left, why)
@@ -734,7 +733,7 @@ class _Run:
 
 
 class _Tail(nn.Module):
-    """What a model makes of the states after its last block."""
+    """The part of a model after its last block."""
 
     def __init__(self, skeleton: Skeleton, reads: str) -> None:
         super().__init__()
@@ -748,7 +747,7 @@ class _Tail(nn.Module):
 
 
 def _check_finite(states: Tensor, name: str, batch: int) -> None:
-    """Raise DataError for an unpruned block whose outputs aren't finite."""
+    """Raise DataError if the output of an unpruned block isn't finite."""
     if not bool(torch.isfinite(states).all()):
         raise DataError(
             f"what a block of the unpruned model puts out must be finite, got NaN or infinity ({name}, batch {batch})"

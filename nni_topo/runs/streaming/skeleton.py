@@ -1,4 +1,4 @@
-"""A model of Transformers whose blocks stay on the disk until they are asked for, and which says what enters them."""
+"""A model of Transformers whose blocks are loaded from the disk one by one, and which records their inputs."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from nni_topo.network.runtime.inputs import Call, on_device, taken, tensors_of
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-STATES = "hidden_states"  # the argument of a block that has the states, where it isn't the first one
+STATES = "hidden_states"  # the keyword argument of a block with the states, if it isn't the first argument
 _PACKAGES = ("transformers", "accelerate")
 
 
 class _Reached(Exception):  # noqa: N818 - it is no error
-    """A block was reached; the model's forward ends here."""
+    """Ends the model's forward when a block is reached."""
 
 
 class Skeleton:
-    """A model without the weights of its blocks: embeddings, norms and head are loaded, a block when it is asked for.
+    """A model without the weights of its blocks: embeddings, norms and head are loaded, blocks on demand.
 
-    The blocks are the ``nn.ModuleList`` that holds most parameters; all are of one class and have the same shapes. They
-    must be called one after the other, each with what the one before returned. Loaded weights lie on ``device``, where
-    the model and its blocks compute.
+    The blocks are the ``nn.ModuleList`` with the most parameters; all have one class and the same shapes. They must be
+    called in order, each with the output of the one before. Weights are loaded to ``device``, where the model and its
+    blocks run.
 
-    ConfigError if the ``folder`` is of a model that isn't one of Transformers, or has no such list of blocks. DataError
-    if weights are missing, have other shapes than the config says, or aren't finite.
+    ConfigError if the ``folder`` doesn't hold a model of Transformers with such a list of blocks. DataError if weights
+    are missing, aren't finite, or don't have the shapes of the config.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -55,8 +55,8 @@ class Skeleton:
         model = _without_weights(folder)
         self.config = copy.deepcopy(model.config)
         self.blocks_name = _blocks_of(model, folder)
-        # Transformers loads what lies outside of the blocks, and accelerate notes where in the files the blocks are. A
-        # module that is given a place takes all its children along, so the modules that contain the blocks get none.
+        # Transformers loads everything outside of the blocks, and accelerate records where the blocks are in the files.
+        # A place holds for all children of a module, so the modules that contain the blocks get none.
         parts = self.blocks_name.split(".")
         holders = {".".join(parts[:count]) for count in range(len(parts))}
         places = {self.blocks_name: "disk"}
@@ -72,7 +72,7 @@ class Skeleton:
                     dtype=_precision_of(self.files),
                     device_map=places,
                     offload_buffers=True,
-                    ignore_mismatched_sizes=True,  # the error below names them
+                    ignore_mismatched_sizes=True,  # reported below
                     use_safetensors=True,
                     output_loading_info=True,
                 )
@@ -81,7 +81,7 @@ class Skeleton:
                 f"Transformers must be able to load {kind.__name__} with its blocks on the disk, got {raised(error)}; "
                 f"nni_topo.shrink takes a model in memory ({folder})"
             ) from error
-        # Of a tensor of another shape, Transformers 5 also tells the shapes.
+        # Transformers 5 lists mismatched tensors with their shapes.
         wrong = [each if isinstance(each, str) else each[0] for each in found["mismatched_keys"]]
         if wrong := sorted([*wrong, *found["missing_keys"]]):
             raise DataError(
@@ -98,16 +98,16 @@ class Skeleton:
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise DataError(f"weights must be finite, got NaN or infinity ({place}{name}, {self.folder})")
-        # Copies, because tensors that are mapped from a file change with it.
+        # Copies, because memory-mapped tensors change with their file.
         return {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
 
     def _take(self, model: Any, rest: Mapping[str, Tensor]) -> None:
-        """Take a model without weights, and what lies outside of its blocks; its blocks record what enters them."""
+        """Take a model without weights and the tensors outside of its blocks; the blocks record their inputs."""
         self.model = model
         self.blocks: list[Any] = list(model.get_submodule(self.blocks_name))
-        self.output_length = 0  # of the tuple that a block returns; 0: it returns a tensor
-        # One pass of the model: the block at which it ends, what enters that one, what left the block before, and what
-        # is to leave the last block.
+        self.output_length = 0  # length of the tuple that a block returns; 0: it returns a tensor
+        # During a pass: the block at which it stops, the inputs of that block, the output of the block before, and the
+        # output that replaces that of the last block.
         self._stop: int | None = None
         self._entering: list[Call] = []
         self._passed: Tensor | None = None
@@ -116,17 +116,17 @@ class Skeleton:
             block.forward = self._recorder(index)
         model.load_state_dict(rest, strict=False, assign=True)
         for module in model.modules():
-            # The weights of the blocks, which have no values, can't be moved with them.
+            # Buffers alone, because the weights of the blocks are on the meta device and can't be moved.
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[name] = buffer.to(self.device)
         model.tie_weights()
         model.eval()
         model.requires_grad_(False)
         if getattr(model.config, "use_cache", None) is not None:
-            model.config.use_cache = False  # a cache would be another argument of each block
+            model.config.use_cache = False  # a cache would be a further argument of each block
 
     def described(self, config: Any) -> Skeleton:
-        """Return a skeleton of the model that another config builds; it shares the tensors outside of the blocks."""
+        """Return a skeleton of the model of another config, which shares the tensors outside of the blocks."""
         other = copy.copy(self)
         other._take(empty_model(type(self.model), config), self.rest())
         other.output_length = self.output_length
@@ -150,9 +150,9 @@ class Skeleton:
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         try:
-            # In a container, because tensors of the given module itself aren't returned.
+            # In a container, because accelerate doesn't return tensors of the given module itself.
             tensors = get_state_dict_offloaded_model(nn.ModuleDict({"block": self._on_disk[index]}))
-        except ValueError as error:  # Transformers 5 doesn't compare the shapes of weights that stay on the disk
+        except ValueError as error:  # Transformers 5 doesn't check the shapes of weights on the disk
             raise DataError(
                 f"the files must hold every tensor that {type(self.model).__name__} has by its {CONFIG}, in its "
                 f"shape, got {raised(error)} ({self.name_of(index)}, {self.folder})"
@@ -162,7 +162,7 @@ class Skeleton:
         return evaluating(built.requires_grad_(True))
 
     def filled(self, index: int, tensors: Mapping[str, Tensor]) -> Any:
-        """Return a copy of a block with tensors as its class keeps them, in evaluation mode."""
+        """Return a copy of a block with the given tensors, in evaluation mode."""
         built = copy.deepcopy(self.blocks[index])
         vars(built).pop("forward", None)
         built.load_state_dict(tensors, assign=True)
@@ -191,7 +191,7 @@ class Skeleton:
         return forward
 
     def learn_output(self, call: Call) -> None:
-        """Run the first block on one sample of a call, and note whether blocks return a tensor or a tuple."""
+        """Run the first block on one sample, to learn whether blocks return a tensor or a tuple."""
         args, kwargs = self.entering(taken(call, torch.arange(1)), 0)
         with torch.no_grad():
             output = self.block(0)(*args, **kwargs)
@@ -203,7 +203,7 @@ class Skeleton:
         self.output_length = len(output) if isinstance(output, tuple) else 0
 
     def entering(self, call: Call, index: int) -> Call:
-        """Return the arguments of a block in a call of the model; the states are right for the first block alone."""
+        """Return the arguments of a block in a call of the model; only for the first block are the states correct."""
         call = on_device(call, self.device)
         self._stop, self._passed, self._injected = index, None, None
         with torch.no_grad(), suppress(_Reached):
@@ -213,7 +213,7 @@ class Skeleton:
         return self._entering.pop()
 
     def outputs(self, call: Call, states: Tensor) -> Any:
-        """Return the model's output where these states leave the last block."""
+        """Return the model's output for these outputs of the last block."""
         call, states = on_device((call, states), self.device)
         self._stop, self._passed, self._injected = None, None, states
         with torch.no_grad():
@@ -221,7 +221,7 @@ class Skeleton:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder; DataError where one is missing or damaged."""
+    """Return the safetensors files of a folder; DataError if one is missing or damaged."""
     if not folder.is_dir():
         raise DataError(
             f"the source must be a folder on this machine, got none of that name; of a model on the hub, "
@@ -244,7 +244,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _precision_of(files: Sequence[Path]) -> torch.dtype | str:
-    """Return the type of the first weights in the files, which may be another one than the config names."""
+    """Return the type of the first floating-point tensor in the files; the config may name another one."""
     for path in files:
         with safe_open(str(path), "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
@@ -256,7 +256,7 @@ def _precision_of(files: Sequence[Path]) -> torch.dtype | str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Let Transformers show no bar, and accelerate not warn that weights stay on the disk."""
+    """Hide the progress bars of Transformers and the warnings of accelerate about weights on the disk."""
     from transformers.utils import logging as shown
 
     shows, least = shown.is_progress_bar_enabled(), logging.root.manager.disable
@@ -271,7 +271,7 @@ def _quietly() -> Iterator[None]:
 
 
 def empty_model(kind: Any, config: Any) -> Any:
-    """Build a model by a config; parameters are on the meta device, buffers aren't."""
+    """Build a model from a config, with parameters on the meta device."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -279,7 +279,7 @@ def empty_model(kind: Any, config: Any) -> Any:
 
 
 def _without_weights(folder: Path) -> Any:
-    """Build the model that a folder's config describes, without weights."""
+    """Build the model of a folder's config, without weights."""
     import transformers
 
     path = folder / CONFIG
@@ -298,7 +298,7 @@ def _without_weights(folder: Path) -> Any:
         model = empty_model(kind, config)
     except ConfigError:
         raise
-    except Exception as error:  # Transformers 5 has classes of its own for values of another kind
+    except Exception as error:  # Transformers 5 raises errors of its own classes
         told = " ".join(str(error).split())
         raise ConfigError(
             f"a config must be one that Transformers builds {names[0]} by, got: {told} ({path})"
@@ -308,7 +308,7 @@ def _without_weights(folder: Path) -> Any:
 
 
 def _blocks_of(model: Any, folder: Path) -> str:
-    """Return the name of the list of blocks that holds most parameters."""
+    """Return the name of the list of blocks with the most parameters."""
     cure, place = "nni_topo.shrink takes it in memory", f"{type(model).__name__}, {folder}"
     if getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError(f"a model must have one list of blocks, got an encoder and a decoder; {cure} ({place})")
@@ -331,17 +331,17 @@ def _blocks_of(model: Any, folder: Path) -> str:
 
 
 def states_in(call: Call) -> Tensor:
-    """Return the states that enter a block in a call of it."""
+    """Return the states among the arguments of a block."""
     states: Tensor = call[0][0] if call[0] else call[1][STATES]
     return states
 
 
 def with_states(call: Call, states: Any) -> Call:
-    """Return a call of a block with other states."""
+    """Return arguments of a block with other states."""
     args, kwargs = call
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, STATES: states})
 
 
 def states_of(output: Any) -> Tensor:
-    """Return the states that a block puts out."""
+    """Return the states in the output of a block."""
     return tensors_of(output)[0]
