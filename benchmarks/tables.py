@@ -175,6 +175,10 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
             _of_jsonl("under_masks.py", "norms_left.jsonl", "table_of_norms", "norms"),
             _of_jsonl("under_masks.py", "under_masks.jsonl"),
             _of_jsonl("trained/width.py", "trained/width.jsonl"),
+            _of_jsonl("over_channels.py", "over_channels.jsonl"),
+            _of_jsonl("gpt_width.py", "gpt_width.jsonl"),
+            _of_jsonl("zoo_exports.py", "zoo_exports.jsonl"),
+            _of_jsonl("zoo_exports.py", "zoo_exports_before.jsonl", title="before"),
         ]
     ),
     "speed": lambda: iter(
