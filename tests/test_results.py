@@ -17,12 +17,15 @@ PROJECT = Path(__file__).parents[1]
 BENCHMARKS = PROJECT / "benchmarks"
 FRONT = BENCHMARKS / "RESULTS.md"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.md"))
+ARCHIVE = BENCHMARKS / "archive" / "README.md"
+ARCHIVED = sorted({*(BENCHMARKS / "archive").glob("*.md")} - {ARCHIVE})
 QUOTING = [
     PROJECT / "README.md",
     PROJECT / "docs" / "choosing.md",
     PROJECT / "docs" / "index.md",
     PROJECT / "docs" / "topology_in_pruning.md",
     FRONT,
+    ARCHIVE,
 ]
 # the rows of sources.md have a test of their own, tests/test_sources.py
 OTHERS = sorted({*PROJECT.glob("docs/*.md")} - {*QUOTING, PROJECT / "docs" / "sources.md"})
@@ -42,8 +45,10 @@ def blocks(page: Path) -> list[str]:
 
 
 def linked(block: str, page: Path) -> list[tuple[Path, str]]:
-    """The sections of results that a block links to."""
-    links = re.findall(r"\]\(([\w./]*results/\w+\.md)(?:#([\w-]+))?\)", block)
+    """The sections of results, or of the archive, that a block links to."""
+    links = re.findall(r"\]\(([\w./]*(?:results|archive)/\w+\.md)(?:#([\w-]+))?\)", block)
+    if page == ARCHIVE:
+        links += re.findall(r"\]\((\w+\.md)(?:#([\w-]+))?\)", block)
     return [((page.parent / target).resolve(), anchor) for target, anchor in links]
 
 
@@ -78,6 +83,13 @@ def test_the_figures_of_a_page_stand_in_the_tables_that_it_links(page):
     assert checked or page.stem == "index"
 
 
+@pytest.mark.parametrize(
+    "page", [PROJECT / "README.md", PROJECT / "docs" / "choosing.md", FRONT], ids=lambda page: page.stem
+)
+def test_the_pages_that_are_read_first_quote_no_table_without_raw_runs(page):
+    assert not {path for block in blocks(page) for path, _ in linked(block, page)} & {*ARCHIVED}
+
+
 @pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
 def test_figures_with_intervals_on_the_other_pages_stand_in_the_tables_that_they_link(page):
     for block in blocks(page):
@@ -108,7 +120,7 @@ def test_most_figures_of_the_pages_would_be_noticed_if_their_last_digit_changed(
     assert sum(noticed) > 0.85 * len(noticed)
 
 
-@pytest.mark.parametrize("page", [FRONT, BENCHMARKS / "README.md", *RESULTS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [FRONT, BENCHMARKS / "README.md", ARCHIVE, *RESULTS, *ARCHIVED], ids=str)
 def test_links_and_pictures_of_results_exist(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
         place = page.parent / target if target else page
@@ -129,18 +141,19 @@ def test_files_that_name_a_page_of_results_name_one_that_exists():
         if not name.endswith(ends) or not path.exists() or path == Path(__file__):
             continue
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"RESULTS\.md#(?!(?:how-to-read|ten-q|what-didn|all-tables|adding))", text), name
-        for page in re.findall(r"benchmarks/(results/\w+\.(?:md|csv))", text):
+        assert not re.search(r"RESULTS\.md#(?!(?:how-to-read|eight-q|what-didn|all-tables|adding))", text), name
+        for page in re.findall(r"benchmarks/((?:results|archive)/\w+\.(?:md|csv))", text):
             assert (BENCHMARKS / page).exists(), f"{name}: {page}"
 
 
 def test_the_front_page_is_short_and_leads_to_every_page():
     text = FRONT.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
-    linked_pages = {path for block in blocks(FRONT) for path, _ in linked(block, FRONT)}
-    assert linked_pages == set(RESULTS)
-    (questions,) = (part for head, part in sections(FRONT).items() if head == "ten-questions")
-    assert len([line for line in questions.splitlines() if line.startswith("|")]) == 2 + 10
+    for page, pages in ((FRONT, RESULTS), (ARCHIVE, ARCHIVED)):
+        found = {path for block in blocks(page) for path, _ in linked(block, page)}
+        assert found - {ARCHIVE} >= {*pages}
+    (questions,) = (part for head, part in sections(FRONT).items() if head == "eight-questions")
+    assert len([line for line in questions.splitlines() if line.startswith("|")]) == 2 + 8
 
 
 def test_the_front_page_counts_the_comparisons():
@@ -157,7 +170,7 @@ def test_the_front_page_counts_the_comparisons():
     assert f"The tables hold {count} such differences" in FRONT.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*RESULTS, *ARCHIVED], ids=str)
 @pytest.mark.quick_every(3)
 def test_a_page_says_when_its_figures_were_recorded_and_which_commit_brought_them(page):
     said = re.findall(
@@ -199,7 +212,7 @@ def test_the_short_tables_of_the_zoo_follow_from_all_rows():
 WORDS = r"\b[Gg]oals?\b|\b[Aa]imed\b|were allowed|before a version|[Rr]ead honestly|by a hair|were to go"
 
 
-@pytest.mark.parametrize("page", [FRONT, *RESULTS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [FRONT, *RESULTS, *ARCHIVED], ids=str)
 def test_results_speak_of_what_was_measured_and_not_of_what_was_planned(page):
     text = re.sub(r"`[^`]*`", "", page.read_text(encoding="utf-8"))
     assert not re.search(WORDS, text)
