@@ -129,8 +129,11 @@ trained-table: trained-packages
 	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained
 	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only reconstruction --recoveries 'compensate, distill in bfloat16' --steps 100000 --seconds 780
 	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only l1 --recoveries 'distill in bfloat16' --steps 100000 --seconds 834
+	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only l1 --recoveries 'compensate, distill in bfloat16' --steps 1635
+	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only 'reconstruction, whole heads' 'three of six layers' --recoveries none compensate
+	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --sizes
 	$(TRAINED) benchmarks/trained/report.py benchmarks/records/trained --into benchmarks/results/trained.md
-	$(TRAINED) benchmarks/trained/report.py benchmarks/records/trained --bars docs/figures/minilm.png
+	$(TRAINED) benchmarks/trained/report.py benchmarks/records/trained --times docs/figures/minilm.png
 
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON_LOWEST) -m venv $(LOWEST)
@@ -156,14 +159,15 @@ docs:
 	test -x $(SITE)/bin/mkdocs || { $(PYTHON) -m venv $(SITE) && $(SITE)/bin/pip install --quiet $(SITE_TOOLS); }
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
 
-# docs/start.md as it runs now, with its picture, in start/
+# docs/start.md and docs/compare.md as they run now, with their picture, in start/
 start: $(READY)
 	rm -rf start
 	$(BIN)/python tools/transcript.py docs/start.md start
+	$(BIN)/python tools/transcript.py docs/compare.md start/compare
 
 # pictures of the report that `make start` leaves, and of the site, by Chromium
 pictures: docs
-	$(BIN)/python tools/screenshots.py start/runs/digits
+	$(BIN)/python tools/screenshots.py start/compare/runs/digits
 
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -178,6 +182,7 @@ checkout:
 	  { echo "make upstream NNI=DIR: DIR must be a checkout of NNI's repository at v3.0, got '$(NNI)'"; exit 2; }
 
 $(READY): setup.cfg pyproject.toml
+	@echo "installing into $(VENV): 7 GB without PyTorch there, and some minutes; make VENV=DIR uses an environment of yours"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@

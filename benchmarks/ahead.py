@@ -6,7 +6,7 @@ corrected as well. The layers between don't change meanwhile. SNOWS does so for 
 [1]_; here whole channels are pruned, and Gauss-Newton leaves out second derivatives. The steps are found by conjugate
 gradients from products with Jacobians, forward and backward [2]_.
 
-It isn't part of the package because it takes as long as distillation and gains less (``results/recovery_methods.md``).
+It isn't part of the package because it takes as long as distillation and gains less (``archive/recovery_methods.md``).
 Importing this module registers the name::
 
     import ahead  # with benchmarks/ on the path

@@ -1,10 +1,11 @@
-"""Write the tables of benchmarks/results/ from the records.
+"""Write the tables of benchmarks/results/ and benchmarks/archive/ from the records.
 
     python benchmarks/tables.py          # or: make tables
     python benchmarks/tables.py --check  # write nothing; exit code 1 if a page isn't what its records make
 
 Each table of a page stands between two comments that name its source: the benchmark that makes it from records, or a
-file of ``records/printed/``. Those hold the cells of tables whose runs kept no records, as the benchmark printed them.
+file of ``records/printed/``. Those hold the cells of tables whose runs kept no records, as the benchmark printed them;
+such tables are in the archive.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nni_topo.studies.records import Record, read_records
 from nni_topo.studies.tables import with_tables
 
 BENCHMARKS = Path(__file__).parent
-RESULTS, RECORDS = BENCHMARKS / "results", BENCHMARKS / "records"
+RESULTS, ARCHIVE, RECORDS = (BENCHMARKS / name for name in ("results", "archive", "records"))
 PRINTED = re.compile(r"<!-- benchmarks/records/(printed/[\w/]+\.csv): begin -->")
 _NUMBER = re.compile(r"[*+<-]*\d|$")
 HYPOTHESES = (
@@ -49,9 +50,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     differ = 0
-    for path in sorted(RESULTS.glob("*.md")):
+    for path in [*sorted(RESULTS.glob("*.md")), *sorted(ARCHIVE.glob("*.md"))]:
         page = path.read_text(encoding="utf-8")
-        made = made_anew(path.stem, page)
+        made = made_anew(path, page)
         if made != page:
             differ += 1
             print(f"{'differs' if options.check else 'written'}: {path.relative_to(BENCHMARKS.parent)}")
@@ -60,12 +61,12 @@ def main() -> int:
     return int(options.check and differ > 0)
 
 
-def made_anew(name: str, page: str) -> str:
-    """Return a page with all its tables made from their records."""
+def made_anew(path: Path, page: str) -> str:
+    """Return the text of a page with all its tables made from their records."""
     for file in PRINTED.findall(page):
         page = with_tables(page, f"benchmarks/records/{file}", printed_table(RECORDS / file))
-    if name in _MAKERS:
-        for make in _MAKERS[name]():
+    if path.parent == RESULTS and path.stem in _MAKERS:
+        for make in _MAKERS[path.stem]():
             page = make(page)
     return page
 

@@ -15,7 +15,12 @@ def anchor(heading: str) -> str:
 
 def sections(page: Path) -> dict[str, str]:
     """Each section's text by its anchor, subsections included; the whole page by an empty one."""
-    text = re.sub(r"```.*?```", lambda found: found[0].replace("#", " "), page.read_text(encoding="utf-8"), flags=re.S)
+    return sections_of(page.read_text(encoding="utf-8"))
+
+
+def sections_of(page: str) -> dict[str, str]:
+    """The sections of a page's text."""
+    text = re.sub(r"```.*?```", lambda found: found[0].replace("#", " "), page, flags=re.S)
     headings = list(HEADING.finditer(text))
     found = {"": text}
     for number, heading in enumerate(headings):

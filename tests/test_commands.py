@@ -19,6 +19,7 @@ FILES = [
     *PAGES,
     PROJECT / "benchmarks" / "RESULTS.md",
     *PROJECT.glob("benchmarks/results/*.md"),
+    *PROJECT.glob("benchmarks/archive/*.md"),
     *PROJECT.glob("configs/**/*.y*ml"),
 ]
 CHEAP = ("list", "analyze compression --model resnet20 ", "analyze compression --model mnist_fcn ")

@@ -138,11 +138,14 @@ def words(text):
     lines = [line for line in text.splitlines() if not re.search("[\u2500-\u257f]", line)]  # a table's cells wrap
     # whether distillation helps, and whether its figures disagree
     lines = [re.sub(r"^distillation is (kept|discarded): .*", "distillation", line) for line in lines]
+    lines = [line.replace("distilled (discarded)", "distilled") for line in lines]
     return [re.sub(r"[-+]?\d+(\.\d+)?(e[-+]\d+)?", "#", " ".join(line.split())) for line in lines]
 
 
 @pytest.mark.slow
-def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the_page_says(tmp_path):
+def test_the_roads_of_a_new_user_run_in_an_empty_folder_and_print_what_the_page_says(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("transformers")
     page = (PROJECT / "docs" / "start.md").read_text(encoding="utf-8")
     found = transcript.transcribed(page, tmp_path)
 
@@ -150,8 +153,18 @@ def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the
         return float(re.search(rf"^{step}: ([\d.]+)", found, re.M)[1])
 
     assert words(found) == words(page)
-    assert accuracy("trained") > 0.95
-    assert accuracy("after weight reconstruction") > max(0.85, accuracy("pruned"))
+    assert accuracy("trained") > 0.8
+    assert accuracy("fine-tuned") > accuracy("trained") - 0.05
+    assert accuracy("ReconstructionPruner") > accuracy("L1NormPruner")
+    assert float(re.search(r"intermediate_size \d+, largest difference (\S+)", found)[1]) < 1e-5
+    assert (tmp_path / "small" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_in_an_empty_folder_and_prints_what_the_page_says(tmp_path):
+    page = (PROJECT / "docs" / "compare.md").read_text(encoding="utf-8")
+    found = transcript.transcribed(page, tmp_path)
+    assert words(found) == words(page)
     assert all(re.search(rf"^│ {name} ", found, re.M) for name in ("unpruned", "reconstruction", "l1", "fpgm"))
     assert (tmp_path / "runs" / "digits" / "report.html").exists()
 

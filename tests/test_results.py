@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,51 +16,16 @@ import nni_topo
 
 PROJECT = Path(__file__).parents[1]
 BENCHMARKS = PROJECT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from quotes import ARCHIVE, FIRST, blocks, linked, main, quoted, stands, tables_of  # noqa: E402
+
+sys.path.remove(str(BENCHMARKS))
 FRONT = BENCHMARKS / "RESULTS.md"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.md"))
-QUOTING = [
-    PROJECT / "README.md",
-    PROJECT / "docs" / "choosing.md",
-    PROJECT / "docs" / "index.md",
-    PROJECT / "docs" / "topology_in_pruning.md",
-    FRONT,
-]
+ARCHIVED = sorted({*(BENCHMARKS / "archive").glob("*.md")} - {ARCHIVE})
+QUOTING = [*FIRST, PROJECT / "docs" / "topology_in_pruning.md", ARCHIVE]
 # the rows of sources.md have a test of their own, tests/test_sources.py
 OTHERS = sorted({*PROJECT.glob("docs/*.md")} - {*QUOTING, PROJECT / "docs" / "sources.md"})
-NUMBER = r"(?<![\w.+-])[-+]?\d[\d,]*(?:\.\d+)?"
-# what a sentence claims: numbers with an interval, with decimals, with a unit, or in a list before one ("18 to 47 %")
-FIGURE = re.compile(
-    rf"{NUMBER} ± {NUMBER}|(?<![\w.+-])[-+]?\d+\.\d+(?:e\+\d+)?"
-    rf"|{NUMBER}(?=(?:(?:,| to| and| against| or) {NUMBER})* ?(?:%|x\b|points|times|seconds))"
-)
-
-
-def blocks(page: Path) -> list[str]:
-    """The paragraphs, the points of lists and the rows of tables, each in one line."""
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
-    pieces = re.split(r"\n\s*\n|\n(?=\s*[-*|] ?)|\n(?=#)", text)
-    return [" ".join(piece.split()) for piece in pieces]
-
-
-def linked(block: str, page: Path) -> list[tuple[Path, str]]:
-    """The sections of results that a block links to."""
-    links = re.findall(r"\]\(([\w./]*results/\w+\.md)(?:#([\w-]+))?\)", block)
-    return [((page.parent / target).resolve(), anchor) for target, anchor in links]
-
-
-def tables(text: str) -> str:
-    """The rows of a section's tables, and their titles."""
-    lines = (line.strip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line.startswith(("|", "**")))
-
-
-def quoted(block: str) -> list[str]:
-    """The figures of a block, without those in code and in the targets of links."""
-    return FIGURE.findall(re.sub(r"`[^`]*`|\]\([^)]*\)|nni_topo \d\S*", "", block))
-
-
-def stands(figure: str, text: str) -> bool:
-    return re.search(rf"(?<![\w.]){re.escape(figure)}(?!\.?\d)", text) is not None
 
 
 @pytest.mark.parametrize("page", QUOTING, ids=lambda page: page.stem)
@@ -71,17 +37,29 @@ def test_the_figures_of_a_page_stand_in_the_tables_that_it_links(page):
         if not links:
             assert " ± " not in block, f"{page.name}: a figure without a link to its table: {block}"
             continue
-        text = "\n".join(tables(sections(path)[anchor]) for path, anchor in links)
+        text = tables_of(block, page)
         missing = [figure for figure in figures if not stands(figure, text)]
         assert not missing, f"{page.name}: not in the linked tables: {missing}: {block}"
         checked += len(figures)
     assert checked or page.stem == "index"
 
 
+@pytest.mark.parametrize("page", FIRST, ids=lambda page: page.stem)
+def test_the_pages_that_are_read_first_quote_no_table_without_raw_runs(page):
+    assert not {path for block in blocks(page) for path, _ in linked(block, page)} & {*ARCHIVED}
+
+
+def test_the_script_for_readers_finds_every_figure(capsys):
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 80
+    assert "ok  README.md  0.949  trained.md" in lines
+
+
 @pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
 def test_figures_with_intervals_on_the_other_pages_stand_in_the_tables_that_they_link(page):
     for block in blocks(page):
-        text = "\n".join(tables(sections(path)[anchor]) for path, anchor in linked(block, page))
+        text = tables_of(block, page)
         missing = [figure for figure in quoted(block) if " ± " in figure and not stands(figure, text)]
         assert not missing, f"{page.name}: not in the linked tables: {missing}: {block}"
 
@@ -101,14 +79,14 @@ def test_most_figures_of_the_pages_would_be_noticed_if_their_last_digit_changed(
     noticed = []
     for page in QUOTING:
         for block in blocks(page):
-            text = "\n".join(tables(sections(path)[anchor]) for path, anchor in linked(block, page))
+            text = tables_of(block, page)
             changed = [f"{figure[:-1]}{(int(figure[-1]) + 3) % 10}" for figure in quoted(block) if text]
             noticed += [not stands(figure, text) for figure in changed]
     assert len(noticed) > 100
     assert sum(noticed) > 0.85 * len(noticed)
 
 
-@pytest.mark.parametrize("page", [FRONT, BENCHMARKS / "README.md", *RESULTS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [FRONT, BENCHMARKS / "README.md", ARCHIVE, *RESULTS, *ARCHIVED], ids=str)
 def test_links_and_pictures_of_results_exist(page):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
         place = page.parent / target if target else page
@@ -129,18 +107,19 @@ def test_files_that_name_a_page_of_results_name_one_that_exists():
         if not name.endswith(ends) or not path.exists() or path == Path(__file__):
             continue
         text = path.read_text(encoding="utf-8")
-        assert not re.search(r"RESULTS\.md#(?!(?:how-to-read|ten-q|what-didn|all-tables|adding))", text), name
-        for page in re.findall(r"benchmarks/(results/\w+\.(?:md|csv))", text):
+        assert not re.search(r"RESULTS\.md#(?!(?:how-to-read|eight-q|what-didn|all-tables|adding))", text), name
+        for page in re.findall(r"benchmarks/((?:results|archive)/\w+\.(?:md|csv))", text):
             assert (BENCHMARKS / page).exists(), f"{name}: {page}"
 
 
 def test_the_front_page_is_short_and_leads_to_every_page():
     text = FRONT.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
-    linked_pages = {path for block in blocks(FRONT) for path, _ in linked(block, FRONT)}
-    assert linked_pages == set(RESULTS)
-    (questions,) = (part for head, part in sections(FRONT).items() if head == "ten-questions")
-    assert len([line for line in questions.splitlines() if line.startswith("|")]) == 2 + 10
+    for page, pages in ((FRONT, RESULTS), (ARCHIVE, ARCHIVED)):
+        found = {path for block in blocks(page) for path, _ in linked(block, page)}
+        assert found - {ARCHIVE} >= {*pages}
+    (questions,) = (part for head, part in sections(FRONT).items() if head == "eight-questions")
+    assert len([line for line in questions.splitlines() if line.startswith("|")]) == 2 + 8
 
 
 def test_the_front_page_counts_the_comparisons():
@@ -157,7 +136,7 @@ def test_the_front_page_counts_the_comparisons():
     assert f"The tables hold {count} such differences" in FRONT.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*RESULTS, *ARCHIVED], ids=str)
 @pytest.mark.quick_every(3)
 def test_a_page_says_when_its_figures_were_recorded_and_which_commit_brought_them(page):
     said = re.findall(
@@ -199,7 +178,7 @@ def test_the_short_tables_of_the_zoo_follow_from_all_rows():
 WORDS = r"\b[Gg]oals?\b|\b[Aa]imed\b|were allowed|before a version|[Rr]ead honestly|by a hair|were to go"
 
 
-@pytest.mark.parametrize("page", [FRONT, *RESULTS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [FRONT, *RESULTS, *ARCHIVED], ids=str)
 def test_results_speak_of_what_was_measured_and_not_of_what_was_planned(page):
     text = re.sub(r"`[^`]*`", "", page.read_text(encoding="utf-8"))
     assert not re.search(WORDS, text)

@@ -58,7 +58,7 @@ FIGURE = re.compile(r"\d+\.\d+(?:e\+\d+)?(?: ± \d+\.\d+)?|\d+(?:-\d+)+|-?\d+(?!
 
 def linked(cell):
     """The text of the sections of results that a cell links to."""
-    links = re.findall(r"benchmarks/(results/\w+\.md)(?:#([\w-]+))?\)", cell)
+    links = re.findall(r"benchmarks/((?:results|archive)/\w+\.md)(?:#([\w-]+))?\)", cell)
     return "\n".join(sections(PROJECT / "benchmarks" / page)[anchor] for page, anchor in links)
 
 

@@ -21,7 +21,11 @@ _TITLES = {
 }
 ELSEWHERE = {
     "results.md": "benchmarks/RESULTS.md",
-    **{f"results/{page.name}": f"benchmarks/results/{page.name}" for page in PROJECT.glob("benchmarks/results/*.md")},
+    **{
+        f"{folder}/{page.name}": f"benchmarks/{folder}/{page.name}"
+        for folder in ("results", "archive")
+        for page in PROJECT.glob(f"benchmarks/{folder}/*.md")
+    },
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
@@ -48,7 +52,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 def relinked(text: str, source: str) -> str:
     """Return a file's text with its links as seen from its page; what isn't part of the site is named only."""
     pages = {source: page for page, source in ELSEWHERE.items()} | {"README.md": "index.md"}
-    top = "../" if source.startswith("benchmarks/results/") else ""
+    top = "../" if source.startswith(("benchmarks/results/", "benchmarks/archive/")) else ""
 
     def link(found: re.Match[str]) -> str:
         words, target, anchor = found[1], found[2], found[3] or ""

@@ -1,4 +1,4 @@
-"""Pictures for docs/start.md, by headless Chromium: ``python tools/screenshots.py RUN`` behind ``make docs``.
+"""Pictures for docs/compare.md, by headless Chromium: ``python tools/screenshots.py RUN`` behind ``make docs``.
 
 RUN is the folder of a run with its ``report.html``. Chromium has no network here: what a page needs is in its file.
 """

@@ -2,8 +2,8 @@
 
 FOLDER is made for it and stays, so that pictures can be taken of what is there.
 
-Python snippets run one after the other, as one program. A block of ``text`` right below a snippet holds its output;
-commands of the shell run only where they have one.
+Python snippets run one after the other, as one program; one that begins with ``# NAME.py`` is that file instead. A
+block of ``text`` right below a snippet holds its output; commands of the shell run only where they have one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 SNIPPET = re.compile(r"```(python|console)\n(.*?)```\n(\n```text\n.*?```\n)?", re.S)
-PROGRESS = re.compile(r"^\w[\w ]*: [\d.]+( of \d+)?, [\d:]+ passed|^\{'(train|eval)_\w+': ")
-"""Lines on how far a step is, which appear where a machine is slow, and those of a Trainer on its speed and losses."""
+PROGRESS = re.compile(
+    r"^\w[\w ]*: [\d.]+( of \d+)?, [\d:]+ passed|^\{'(train|eval)_\w+': |^[A-Z]+:\d{4}-\d\d-\d\d .*\.cpp:\d+\]"
+)
+"""Lines on how far a step is, which appear where a machine is slow, those of a Trainer, and those of a profiler."""
 PROJECT = Path(__file__).parents[1]
 
 
@@ -31,6 +33,10 @@ def transcribed(page: str, folder: Path) -> str:
 
     def run(found: re.Match[str]) -> str:
         language, code, old = found.groups()
+        file = re.match(r"# (\w+\.py)\n", code)
+        if file:
+            Path(file[1]).write_text(code, encoding="utf-8")
+            return found[0]
         if language == "console" and old is None:
             return found[0]
         said = python(code, names) if language == "python" else "".join(map(shell, code.splitlines()))

@@ -2,10 +2,10 @@
 
     python -m benchmarks.trained.report runs/trained
     python -m benchmarks.trained.report benchmarks/records/trained --into benchmarks/results/trained.md
-    python -m benchmarks.trained.report benchmarks/records/trained --bars docs/figures/minilm.png
+    python -m benchmarks.trained.report benchmarks/records/trained --times docs/figures/minilm.png
 
 The first writes ``report.md`` and ``agreement.png`` into the folder and prints the tables; ``--into`` replaces what a
-page holds between the two comments that name this file; ``--bars`` draws README's picture.
+page holds between the two comments that name this file; ``--times`` draws README's picture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.trained.run import BLOCKS, CRITERIA, OURS, RECOVERIES, UNIFORM
+from benchmarks.trained.run import BLOCKS, CRITERIA, EXTRA, LAYERS, OURS, RECOVERIES, UNIFORM
 from nni_topo.disk import output_file
 from nni_topo.studies.records import read_records
 from nni_topo.studies.tables import interval, markdown_table, with_tables
@@ -36,12 +36,11 @@ QUOTED = (
     ((_ENCODER, 0.5, OURS, "compensate, distill in bfloat16"), "cosine", "a cosine of {} with the unpruned network's"),
     ((_ENCODER, 0.5, OURS, "compensate, distill in bfloat16"), "recall@10", "{} % of their ten nearest neighbours"),
     ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "cosine", "weight reconstruction reach {} and"),
-    ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "recall@10", "and {} % in the same time"),
-    ((_ENCODER, 0.5, "l1", "none"), "cosine", "L1 without recovery a cosine of {}"),
-    ((_CNN, 0.8, OURS, f"widths, {BLOCKS}"), "top 1", "of its MACs {} % of new crops keep their class"),
-    ((_CNN, 0.8, OURS, f"widths, {UNIFORM}"), "top 1", "If channels alone go, {} % do,"),
-    ((_CNN, 0.8, "l1", "compensate"), "top 1", "do, {} % by L1 with our recovery."),
-    ((_CNN, 0.5, OURS, f"widths, {BLOCKS}"), "top 1", "with half of them {} %."),
+    ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "recall@10", "and {} % in the same fourteen minutes"),
+    ((_CNN, 0.8, OURS, f"widths, {BLOCKS}"), "top 1", "{} % of new crops keep their class, after 40 photos"),
+    ((_CNN, 0.8, OURS, f"widths, {UNIFORM}"), "top 1", "{} % if channels alone go"),
+    ((_CNN, 0.8, "l1", "compensate"), "top 1", "{} % by L1 with our recovery"),
+    ((_CNN, 0.5, OURS, f"widths, {BLOCKS}"), "top 1", "half of the MACs of EfficientNet-Lite0 {} % of new crops"),
 )
 """Cell, column and wording of each figure in README.md; a test holds one against the other."""
 ALLOCATED = {
@@ -51,15 +50,18 @@ ALLOCATED = {
     "blocks": "uniform, `depth=True`",
     "blocks, distill": "uniform, `depth=True`, then `distill`",
 }
-BARS = (
-    ("l1", "none", "L1, no recovery"),
-    ("fpgm", "compensate", "FPGM (best baseline), weight reconstruction"),
-    ("l1", "distill in bfloat16", "L1, distillation"),
-    (OURS, "none", "least squares, no recovery"),
-    (OURS, "compensate", "least squares, weight reconstruction"),
-    (OURS, "compensate, distill in bfloat16", "least squares, weight reconstruction, distillation"),
-)
-"""MiniLM's cells in README's picture, from the top: criterion, recovery and label."""
+DRAWN = {
+    "l1": ("tab:gray", "L1, whole heads"),
+    OURS: ("tab:red", "least squares, narrower heads"),
+    LAYERS: ("tab:blue", "three of six layers"),
+}
+STEPS = {
+    "none": ("x", "no recovery"),
+    "compensate": ("s", "weight reconstruction"),
+    "distill in bfloat16": ("^", "distillation"),
+    "compensate, distill in bfloat16": ("o", "weight reconstruction, distillation"),
+}
+"""MiniLM's cells in README's picture, by color and marker."""
 _MARKERS = dict(zip(CRITERIA, "xosD^*", strict=True))
 Record = dict[str, Any]
 
@@ -74,7 +76,11 @@ def tables(records: Iterable[Record]) -> str:
     groups: dict[tuple[str, float], dict[tuple[str, str], Record]] = {}
     few: dict[tuple[str, float], list[Record]] = {}
     widths: dict[str, list[Record]] = {}
+    sizes: dict[str, Record] = {}
     for record in records:
+        if "milliseconds" in record:
+            sizes[record["key"][2]] = record
+            continue
         if "images" in record:
             few.setdefault((record["network"], record["key"][1]), []).append(record)
             continue
@@ -86,7 +92,7 @@ def tables(records: Iterable[Record]) -> str:
     order = sorted(groups, key=lambda group: (NETWORKS.index(group[0]), -group[1]))
     found = []
     for group in order:
-        found.append(_table(*group, groups[group]))
+        found.append(_table(*group, groups[group], sizes if group[0] == _ENCODER else {}))
         if group in few:
             found.append(_by_images(*group, few[group]))
         is_last = [each for each in order if each[0] == group[0]][-1] == group
@@ -149,12 +155,18 @@ def _steps(record: Record) -> str:
     return str(record["steps"]) if record["is_kept"] else f"{record['steps']}, discarded"
 
 
-def _table(network: str, share: float, found: dict[tuple[str, str], Record]) -> str:
-    """Return the table of one network at one share; the better end of each column of figures is bold."""
+def _table(network: str, share: float, found: dict[tuple[str, str], Record], sizes: dict[str, Record]) -> str:
+    """Return the table of one network at one share; the better end of each column of figures is bold.
+
+    ``sizes`` has the times of networks by criterion; those that it doesn't name are as wide as that of L1.
+    """
     first = next(iter(found.values()))
     names = [name for name in COLUMNS if name in first["figures"]]
     rows = [
-        (criterion, recovery) for recovery in RECOVERIES for criterion in CRITERIA if (criterion, recovery) in found
+        (criterion, recovery)
+        for recovery in RECOVERIES
+        for criterion in (*CRITERIA, *EXTRA)
+        if (criterion, recovery) in found
     ]
     best = {}
     for name in names:
@@ -169,8 +181,13 @@ def _table(network: str, share: float, found: dict[tuple[str, str], Record]) -> 
             line.append(f"**{shown}**" if best[name] == row else shown)
         line += [f"{100 * record[part]:.1f}" for part in ("macs", "params")]
         line += [_steps(record), f"{record['seconds']:.0f}"]
+        if sizes:
+            size = sizes.get(row[0], sizes["l1"])
+            line += [f"{size['milliseconds']:.0f}", "yes" if size["loads"] else "no"]
         lines.append(line)
     head = ["criterion", "recovery", *map(title_of, names), "MACs %", "parameters %", "steps", "CPU s"]
+    if sizes:
+        head += [f"ms (unpruned {sizes['l1']['milliseconds_unpruned']:.0f})", "`from_pretrained`"]
     return (
         f"**{TITLES[network].format(share=share)}**\n\n{markdown_table(head, lines, text_columns=2)}\n\n{_said(first)}"
     )
@@ -225,7 +242,7 @@ def _said(record: Record) -> str:
 
 def picture(records: Sequence[Record], path: Path) -> None:
     """Draw what each criterion and recovery keeps, against the processor's seconds, a panel for each table."""
-    records = [record for record in records if "images" not in record and "allocation" not in record]
+    records = [record for record in records if record["key"][3] in RECOVERIES and record["key"][2] in CRITERIA]
     groups = sorted({(record["key"][0], record["key"][1]) for record in records}, key=lambda at: (at[0], -at[1]))
     drawn = Figure(figsize=(4.6 * len(groups), 3.8), layout="constrained")
     for axis, (network, share) in zip(drawn.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
@@ -248,24 +265,29 @@ def picture(records: Sequence[Record], path: Path) -> None:
     drawn.savefig(output_file(path), dpi=110)
 
 
-def bars(records: Sequence[Record], path: Path) -> None:
-    """Draw how near MiniLM's embeddings stay to the unpruned network's, a bar for each cell of ``BARS``."""
-    cells = {
-        tuple(record["key"]): record["figures"]
-        for record in records
-        if "images" not in record and "allocation" not in record
-    }
-    values = [cells[_ENCODER, 0.5, criterion, recovery]["cosine"]["value"] for criterion, recovery, _ in BARS]
-    colors = ["tab:red" if criterion == OURS else "tab:gray" for criterion, _, _ in BARS]
-    drawn = Figure(figsize=(7.2, 2.6), layout="constrained")
+def times(records: Sequence[Record], path: Path) -> None:
+    """Draw how near MiniLM's embeddings stay to the unpruned network's against the time of 64 sentences."""
+    found = {tuple(record["key"][2:]): record for record in records if record["key"][:2] == [_ENCODER, 0.5]}
+    drawn = Figure(figsize=(7.2, 3.4), layout="constrained")
     axis = drawn.subplots()
-    shown = axis.barh([label for _, _, label in BARS], values, color=colors)
-    axis.bar_label(shown, fmt="%.3f", padding=3)
-    axis.invert_yaxis()
-    axis.set(xlim=(0.0, 1.08), xlabel="cosine with the unpruned network")
-    drawn.suptitle("all-MiniLM-L6-v2 with half of its heads' channels and of its MLPs' neurons", fontsize="medium")
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    for criterion, (color, _) in DRAWN.items():
+        for recovery, (marker, _) in STEPS.items():
+            if (criterion, recovery) in found:
+                cosine = found[criterion, recovery]["figures"]["cosine"]["value"]
+                axis.plot(found[criterion, "size"]["milliseconds"], cosine, marker, color=color)
+    axis.plot(found["l1", "size"]["milliseconds_unpruned"], 1.0, "*", color="black", markersize=12)
+    for color, label in DRAWN.values():
+        axis.plot([], [], "-", color=color, label=label)
+    for marker, label in STEPS.values():
+        axis.plot([], [], marker, color="black", label=label)
+    axis.plot([], [], "*", color="black", markersize=10, label="unpruned")
+    axis.set(xlim=(0.0, None), ylim=(0.45, 1.03), xlabel="milliseconds of 64 sentences, one thread")
+    axis.set_ylabel("cosine with the unpruned embeddings")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small", loc="lower left")
+    drawn.suptitle(
+        "all-MiniLM-L6-v2 with half of its multiply-accumulates, recovered without labels", fontsize="medium"
+    )
     drawn.savefig(output_file(path), dpi=130)
 
 
@@ -274,13 +296,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the --out of run.py")
     parser.add_argument("--into", type=Path, help="a page that holds the tables")
-    parser.add_argument("--bars", type=Path, help="write README's picture here, and nothing else")
+    parser.add_argument("--times", type=Path, help="write README's picture here, and nothing else")
     options = parser.parse_args(arguments)
     records = read(options.folder)
     if not records:
         parser.error(f"the folder must hold records of run.py, got none ({options.folder})")
-    if options.bars is not None:
-        bars(records, options.bars)
+    if options.times is not None:
+        times(records, options.times)
         return
     text = tables(records)
     if options.into is not None:

@@ -4,11 +4,13 @@
     python -m benchmarks.trained.run minilm --out runs/trained
     python -m benchmarks.trained.run minilm --out runs/trained --only l1 reconstruction --recoveries none
 
-Every row keeps the same number of channels in every layer. A cell is a network, a share of its cost, a selection
-criterion and a recovery; each is a line of ``NETWORK.jsonl``, and the same command goes on where it was stopped.
-``--only`` and ``--recoveries`` run some rows and columns. ``--images 8 32 128 512`` measures instead what weight
-reconstruction gains from so many crops (sentences), ``--allocations uniform error auto blocks`` what `shrink` reaches
-on EfficientNet-Lite0 where it chooses the widths of the layers. ``report.py`` beside this file makes the tables.
+Every row keeps the same number of channels in every layer, but for MiniLM without layers. A cell is a network, a share
+of its cost, a selection criterion and a recovery; each is a line of ``NETWORK.jsonl``, and the same command goes on
+where it was stopped. ``--only`` and ``--recoveries`` run some rows and columns; the rows of EXTRA run only if they are
+named. ``--sizes`` times MiniLM's dense networks, and sees which of them ``from_pretrained`` loads. ``--images 8 32 128
+512`` measures instead what weight reconstruction gains from so many crops (sentences), ``--allocations uniform error
+auto blocks`` what `shrink` reaches on EfficientNet-Lite0 where it chooses the widths of the layers. ``report.py``
+beside this file makes the tables.
 
 Weights are recovered from calibration photos (sentences), distilled weights are kept or discarded by validation photos,
 and all figures are of test photos, which nothing else looks at. Seconds are those of the processor, on one thread.
@@ -18,6 +20,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import statistics
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +35,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from benchmarks.trained import measures, photos, pretrained, sentences
+from nni_topo.errors import NniTopoError
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.speedup.analysis import Analysis
@@ -41,6 +47,9 @@ from nni_topo.studies.records import append_record, read_records
 
 CRITERIA = ("random", "l1", "l2", "fpgm", "torch-pruning", "reconstruction")
 OURS = "reconstruction"
+WHOLE_HEADS, LAYERS = "reconstruction, whole heads", "three of six layers"
+EXTRA = (WHOLE_HEADS, LAYERS)
+"""Further rows of MiniLM: least squares as the others prune, and the best three layers that stay, all others whole."""
 UNPRUNED = "unpruned"
 SOLVED = {"channel": "channel", "compensate": "reconstruct", "block": "block"}
 """Recoveries by the method of `compensate` that they are; distillation may follow."""
@@ -67,7 +76,7 @@ USUAL = tuple(name for name in RECOVERIES if not name.endswith(ROUNDED))
 """Recoveries that run unless others are named."""
 LONG = ("channel", "block", *(name for name in RECOVERIES if "distill" in name))
 """Recoveries that only the rows of LONG_ROWS have: they take minutes."""
-LONG_ROWS = ("l1", OURS)
+LONG_ROWS = ("l1", OURS, *EXTRA)
 Masks = Any
 
 
@@ -240,12 +249,65 @@ class Encoder(Subject):
             names = [name for entry in config_list for name in entry["op_names"]]
             ratios = dict.fromkeys(names, 1.0 - share)
             return self.model, baseline_masks(criterion, Analysis.on(self.model, ids), ratios)[0]
+        if criterion == LAYERS:
+            return self.without_layers(self.best_layers()), {}
         if criterion != OURS:
             groups = nni_topo.dependency_groups(self.model, self.example, [heads, neurons])
-            return self.model, self.masks_of(criterion, self.model, groups)
+            return self.model, self.masks_of(OURS if criterion == WHOLE_HEADS else criterion, self.model, groups)
         turned, narrower = nni_topo.narrow_heads(self.model, self.data, 1.0 - share)
         groups = nni_topo.dependency_groups(turned, self.example, [neurons])
         return turned, narrower | self.masks_of(criterion, turned, groups)
+
+    def best_layers(self) -> tuple[int, ...]:
+        """Return the three layers that by themselves are nearest to the whole encoder, on the validation sentences."""
+        judges = self._batches("validation")
+        wanted = measures.embeddings(self.model, judges)
+
+        def cosine(kept: tuple[int, ...]) -> float:
+            found = measures.embeddings(self.without_layers(kept), judges)
+            return float(nn.functional.cosine_similarity(found, wanted).mean())
+
+        return max(itertools.combinations(range(len(self.model.encoder.layer)), 3), key=cosine)
+
+    def without_layers(self, kept: Sequence[int]) -> nn.Module:
+        """Return the encoder with a few layers, under their old numbers: distillation compares layers by name."""
+        net = detached_copy(self.model)
+        for number in set(range(len(net.encoder.layer))) - set(kept):
+            del net.encoder.layer._modules[str(number)]
+        return net
+
+    def sizes(self, share: float) -> Iterator[dict[str, Any]]:
+        """Yield milliseconds of a batch, CPU time in turns with the unpruned encoder, and whether the folder loads."""
+        shapes = {name: self.choose(name, share) for name in ("l1", OURS)}
+        shapes[LAYERS] = self.without_layers(range(3)), {}  # any three take as long
+        nets = {name: nni_topo.to_dense(net, self.example, m) if m else net for name, (net, m) in shapes.items()}
+        times: dict[str, list[float]] = {UNPRUNED: [], **{name: [] for name in nets}}
+        with torch.no_grad():
+            for _ in range(25):
+                for name, net in {UNPRUNED: self.model, **nets}.items():
+                    times[name].append(timed(lambda net=net: net(**self.data[0]))[1])  # type: ignore[misc]
+        for name, net in nets.items():
+            yield {
+                "key": (self.name, share, name, "size"),
+                "milliseconds": 1000 * statistics.median(times[name]),
+                "milliseconds_unpruned": 1000 * statistics.median(times[UNPRUNED]),
+                "loads": self.loads(name, net),
+            }
+
+    def loads(self, name: str, net: nn.Module) -> bool:
+        """Return whether ``from_pretrained`` makes the same network of the folder that `save_pretrained` writes."""
+        if name == LAYERS:  # numbered from 0 on, as a config says it
+            net = detached_copy(net)
+            net.encoder.layer = nn.ModuleList(net.encoder.layer._modules.values())
+            net.config.num_hidden_layers = len(net.encoder.layer)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                nni_topo.save_pretrained(net, folder)
+            except NniTopoError:
+                return False
+            again = pretrained.minilm(Path(folder))
+        found, wanted = (measures.embeddings(each, self._test[:2]) for each in (again, net))
+        return torch.allclose(found, wanted, atol=1e-5)
 
     def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
         """Distil pooled embeddings and the blocks' hidden states; other sentences decide."""
@@ -271,13 +333,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", choices=(Cnn.name, Encoder.name))
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
-    parser.add_argument("--only", nargs="+", choices=CRITERIA, default=CRITERIA, metavar="CRITERION")
+    parser.add_argument("--only", nargs="+", choices=(*CRITERIA, *EXTRA), default=CRITERIA, metavar="CRITERION")
     parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=USUAL, metavar="RECOVERY")
     parser.add_argument("--shares", nargs="+", type=float, metavar="SHARE", help="shares of the cost to keep")
     parser.add_argument("--steps", type=int, default=250, help="of a distillation (default 250)")
     parser.add_argument("--seconds", type=float, help="wall time of a distillation's steps (default: no limit)")
     parser.add_argument("--images", nargs="+", type=int, metavar="COUNT", help="calibration crops or sentences")
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, metavar="ALLOCATION")
+    parser.add_argument("--sizes", action="store_true", help="time MiniLM's networks and load their folders instead")
     parser.add_argument("--all", action="store_true", help="the long recoveries for every criterion")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -287,6 +350,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for images in options.images or [None]:
         subject: Subject = Cnn(images) if options.network == Cnn.name else Encoder(options.out, images)
         common = {"network": subject.name, "data": subject.facts, **provenance()}
+        if options.sizes and isinstance(subject, Encoder):
+            share = subject.shares[0]
+            if (subject.name, share, OURS, "size") not in done:
+                for record in subject.sizes(share):
+                    append_record(path, record | common)
+            return
         work = cells if images is None else image_cells
         for record in (allocation_cells if options.allocations else work)(subject, options, done):
             append_record(path, record | common)
@@ -299,6 +368,8 @@ def wanted(criterion: str, options: argparse.Namespace) -> list[str]:
     names = [name for name in RECOVERIES if name in options.recoveries]
     if options.network == Encoder.name:  # it has no batch norms
         names = [name for name in names if name != "batch norms"]
+    if criterion == LAYERS:  # no channels are gone whose contribution could be reconstructed
+        names = [name for name in names if name in ("none", "distill", f"distill{ROUNDED}")]
     if options.all or criterion in LONG_ROWS:
         return names
     return [name for name in names if name not in LONG]
@@ -403,7 +474,8 @@ class Row:
             if not then:
                 return dense, spent, {}
         else:
-            dense, spent = nni_topo.to_dense(self.net, subject.example, self.masks), 0.0
+            has_masks = len(self.masks) > 0  # none where whole layers are gone
+            dense, spent = nni_topo.to_dense(self.net, subject.example, self.masks) if has_masks else self.net, 0.0
         if name == "none":
             return dense, spent, {}
         if name == NEW_WEIGHTS:

@@ -287,6 +287,12 @@ def check_tolerance(
             f"{needed} held-out {unit} without a change are needed for a tolerance of {tolerance:g}, got {got} of "
             f"{total} {unit}: pass at least {_total_for(needed, 2)} {unit}{least} (tolerance)"
         )
+    changes = 0
+    while limit_of_share((changes + 1) / got, got) <= tolerance:
+        changes += 1
+    text = f"{got} held-out {unit} confirm the tolerance of {tolerance:g}: at most {changes} answers may change"
+    text += "" if changes else f"; twice as many {unit} can confirm smaller networks"
+    _logger.log(logging.INFO if changes else logging.WARNING, "%s", text)
 
 
 def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: float | None) -> nn.Module:

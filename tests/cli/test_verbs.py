@@ -400,7 +400,9 @@ def test_a_demonstration_runs_in_this_process(tiny, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(verbs, "DEMO", plan)
     tiny_for_verbs.made_by.clear()
     assert main(["demo", "--json", "--out", str(tmp_path / "demo")]) == 0
-    (record,) = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert "each pruned 1 times: some two minutes" in " ".join(said.err.split())  # before the work
+    (record,) = json.loads(said.out)
     assert (record["pruner"], record["target"]) == ("l1", "ratio 0.5")
     assert tiny_for_verbs.made_by == {os.getpid()}
 

@@ -164,6 +164,18 @@ class Rare(Copies):
                 self.head.weight[:, index] = torch.tensor([50.0, -50.0, 0.0]) * sign
 
 
+def test_how_many_answers_may_change_is_said_before_the_work(caplog):
+    # By Clopper and Pearson two changes of 300 have a limit of 2.08 %, one of 1.57 %, none of 0.99 %.
+    caplog.set_level("INFO", logger="nni_topo")
+    shrunk(tolerance=0.02)
+    assert caplog.messages[0] == "300 held-out samples confirm the tolerance of 0.02: at most 1 answers may change"
+    caplog.clear()
+    shrunk()
+    (record,) = (record for record in caplog.records if "held-out samples confirm" in record.message)
+    assert record.levelname == "WARNING"
+    assert record.message.endswith("at most 0 answers may change; twice as many samples can confirm smaller networks")
+
+
 def test_what_only_the_images_that_confirm_show_is_not_missed(caplog):
     model, images = Rare().eval(), rows()
     confirms = torch.isin(torch.arange(800) % 8, torch.tensor([2, 4, 7]))
