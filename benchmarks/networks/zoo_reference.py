@@ -151,6 +151,13 @@ def _narrowed(narrow: Any, _: nn.Module, entered: tuple[Any, ...], output: Tenso
     return output
 
 
+def _along_left(layer: Any, entered: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Return what a convolution along channels gives on those that aren't zero everywhere."""
+    (x,) = entered
+    kept = x.ne(0).flatten(0, 1).any(0).nonzero().flatten()
+    return torch.zeros_like(output).index_copy(2, kept, layer.forward(x.index_select(2, kept)))
+
+
 def zeroed_outputs(model: nn.Module, dense: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -> Any:
     """Run a network in which hooks zero channels, and what makes them where a layer of which no call is seen does.
 
@@ -158,6 +165,8 @@ def zeroed_outputs(model: nn.Module, dense: nn.Module, gone: dict[str, np.ndarra
     """
     handles, seen = [], set[str]()
     for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d) and module.in_channels == module.out_channels == 1:
+            handles.append(module.register_forward_hook(_along_left))  # ECA's
         own, other = [*module.parameters()], dense.get_submodule(name)
         if not own and getattr(module, "normalized_shape", 0) != getattr(other, "normalized_shape", 0):
             handles.append(module.register_forward_hook(partial(_narrowed, other)))  # OLMo's, which has no parameters
