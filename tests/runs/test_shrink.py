@@ -5,6 +5,7 @@ import math
 import re
 from collections import OrderedDict
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -297,6 +298,37 @@ def test_a_time_that_a_pruner_of_nni_misses_is_told(caplog):
     assert "the latency budget of 0.4 is missed" in caplog.text
 
 
+def convolutions(*widths):
+    """Return convolutions of these widths with a linear layer at the end, and images for them."""
+    torch.manual_seed(0)
+    layers = []
+    for entering, leaving in pairwise((1, *widths)):
+        layers += [nn.Conv2d(entering, leaving, 3, padding=1), nn.ReLU()]
+    pooling = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 3)]
+    return nn.Sequential(*layers, *pooling).eval(), [torch.randn(4, 1, 6, 6)]
+
+
+@pytest.mark.parametrize("pruner", ["matrix", "l1"])
+def test_widths_are_multiples_that_processors_like_where_they_meet_the_budget(pruner):
+    net, images = convolutions(8, 32, 64, 128, 256)
+    few = {"pruner": pruner, "compensate": None, "distill": False}
+    small = nni_topo.shrink(net, images, {"flops": 0.5}, **few)
+    assert small.report.budget.left == pytest.approx(0.5, abs=0.01)
+    for row, multiple in zip(small.report.layers.rows, (1, 4, 8, 16, 16), strict=False):
+        assert row.after < row.before
+        assert row.after % multiple == 0
+    free = nni_topo.shrink(net, images, {"flops": 0.5}, round_to=1, **few)
+    assert free.report.budget.left == pytest.approx(0.5, abs=0.002)
+    assert any(row.after % 2 for row in free.report.layers.rows[:5])
+
+
+def test_layers_keep_other_widths_where_multiples_miss_the_budget():
+    net, images = convolutions(128, 32)
+    small = nni_topo.shrink(net, images, {"params": 0.53}, pruner="l1", compensate=None, distill=False)
+    assert small.report.budget.is_met
+    assert small.report.budget.left == pytest.approx(0.53, abs=0.01)
+
+
 @pytest.mark.parametrize("pruner", ["matrix", pytest.param("l1", marks=pytest.mark.slow)])
 @pytest.mark.slow
 def test_budgets_are_met_in_multiples_of_channels_or_told(pruner, caplog):
@@ -483,8 +515,8 @@ def test_heads_get_narrower_for_the_cost_of_those_that_would_go(make, pruner):
     torch.manual_seed(0)
     net, images = make(4, 1, 8).eval(), torch.randn(200, 1, 8, 8)
     few = {"compensate": None, "distill": False, "pruner": pruner}
-    fewer = nni_topo.shrink(net, [images], {"flops": 0.4}, narrow_heads=False, **few)
-    narrow = nni_topo.shrink(net, [images], {"flops": 0.4}, **few)
+    fewer = nni_topo.shrink(net, [images], {"flops": 0.4}, round_to=1, **few)
+    narrow = nni_topo.shrink(net, [images], {"flops": 0.4}, narrow_heads=True, round_to=1, **few)
     whole, gone, kept = (find_attention(each) for each in (net, fewer, narrow))
     assert any(gone[name].heads < each.heads for name, each in whole.items())
     assert all(kept[name].heads == each.heads for name, each in whole.items())
@@ -497,9 +529,29 @@ def test_heads_get_narrower_for_the_cost_of_those_that_would_go(make, pruner):
     assert errors[1] < errors[0]
 
 
+def test_narrower_heads_keep_multiples_of_eight_channels_unless_any_number_is_asked_for():
+    torch.manual_seed(0)
+    body = nn.TransformerEncoderLayer(96, 4, 64, batch_first=True)  # heads of 24 channels
+    net, images = nn.Sequential(body, nn.Linear(96, 3)).eval(), torch.randn(20, 5, 96)
+    few = {"pruner": "l1", "compensate": None, "distill": False, "narrow_heads": True}
+    small = nni_topo.shrink(net, [images], {"flops": 0.6}, **few)
+    assert [(each.heads, each.head_size) for each in find_attention(small).values()] == [(4, 16)]
+    small = nni_topo.shrink(net, [images], {"flops": 0.4}, round_to=1, **few)
+    (found,) = find_attention(small).values()
+    assert found.heads == 4
+    assert found.head_size < 24
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", [{"budget": {"latency": 0.6}}, {"budget": {"flops": 0.4}, "round_to": 8}])
-def test_heads_go_where_time_counts_or_multiples_are_asked_for(knobs, monkeypatch):
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"budget": {"flops": 0.4}},
+        {"budget": {"latency": 0.6}, "narrow_heads": True},
+        {"budget": {"flops": 0.4}, "round_to": 8, "narrow_heads": True},
+    ],
+)
+def test_whole_heads_go_by_default_and_where_time_counts_or_multiples_are_asked_for(knobs, monkeypatch):
     # how near the times are known doesn't matter here
     monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.1)
     torch.manual_seed(0)
