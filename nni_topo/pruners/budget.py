@@ -20,6 +20,7 @@ from nni_topo.network.attention.config import accepted_heads
 from nni_topo.network.cost.cost import Kept, NetworkCost
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
 from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.io.exporting import as_run_by
 from nni_topo.network.runtime.copies import unwrapped_copy
 from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.network.speedup.analysis import Analysis, Facts
@@ -33,6 +34,7 @@ from nni_topo.rules import FLAG, NONE, PATH, as_settings, check_knobs, instance,
 _logger = logging.getLogger(__name__)
 
 Allocation = Literal["uniform", "topological", "error", "auto"]
+Runtime = Literal["pytorch", "onnxruntime"]
 AUTO = "auto"
 """The allocation that :func:`nni_topo.shrink` finds by trying those that a pruner takes."""
 ALLOCATIONS: tuple[str, ...] = tuple(name for name in get_args(Allocation) if name != AUTO)
@@ -41,6 +43,7 @@ _RULES = {
     "allocation": one_of(get_args(Allocation)),
     "latency_table": instance(LatencyTable) | PATH | NONE,
     "equal_blocks": FLAG | NONE,
+    "runtime": one_of(get_args(Runtime)),
 }
 _MISSED = 0.01  # of the unpruned network's cost
 _MISSED_SMALL = 0.1  # of what is asked for, where that is less
@@ -81,11 +84,16 @@ class Budget:
         Seconds per layer and width, or a JSON file of them, for ``latency``; then only the table counts. None: measured
         once, on one thread with the batch of the pruner's ``example_inputs``
         (``pruner.planner.latency_table`` holds it), and corrected by the times of dense networks of the widths found.
+    runtime : {"pytorch", "onnxruntime"}, default="pytorch"
+        What runs the dense networks whose times correct the table: for ``"onnxruntime"`` each is exported to ONNX
+        (:func:`nni_topo.export`) and runs on one thread of the CPU. For ``latency`` without a table alone.
 
     Raises
     ------
     ConfigError, DataError
         If not exactly one cost is given, or a value can't be used.
+    ExportError
+        While widths are found, if onnxruntime can't run the network.
 
     Notes
     -----
@@ -113,6 +121,7 @@ class Budget:
     allocation: Allocation = "uniform"
     latency_table: LatencyTable | str | Path | None = None
     equal_blocks: bool | None = None
+    runtime: Runtime = "pytorch"
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -127,6 +136,11 @@ class Budget:
             )
         if self.latency_table is not None and self.latency is None:
             raise ConfigError(f"a latency table needs a budget of 'latency', got {given[0]!r} (latency_table)")
+        if self.runtime != "pytorch" and (self.latency is None or self.latency_table is not None):
+            got = given[0] if self.latency is None else "latency_table"
+            raise ConfigError(
+                f"a runtime needs a budget of 'latency' without a latency_table, got {got!r} (runtime, budget)"
+            )
         if isinstance(self.latency_table, (str, Path)):
             object.__setattr__(self, "latency_table", LatencyTable.load(self.latency_table))
 
@@ -252,7 +266,7 @@ class BudgetPlanner(Planner):
         if self.budget.kind == "latency" and self.budget.latency_table is None:
             self._multiples = preferred_steps(units) if self.prefers_multiples else None
             analysis = Analysis.on(model, self.example_inputs, self.facts)
-            time = network_time(analysis, self.example_inputs, share)
+            time = network_time(analysis, self.example_inputs, share, self.budget.runtime)
 
             def timed(solutions: Sequence[Sequence[int]]) -> list[float]:
                 return time([kept(removed) for removed in solutions])
@@ -452,19 +466,23 @@ def network_cost(kind: str, analysis: Analysis, table: LatencyTable | None = Non
     return lambda kept: float(counted(cost(kept)))
 
 
-def network_time(analysis: Analysis, example_inputs: Any, wanted: float) -> Callable[[Sequence[Kept]], list[float]]:
+def network_time(
+    analysis: Analysis, example_inputs: Any, wanted: float, runtime: Runtime = "pytorch"
+) -> Callable[[Sequence[Kept]], list[float]]:
     """Return a function that times dense networks for choices of kept channels, as shares of the unpruned one's time.
 
     A single network that is far from the share ``wanted`` is timed roughly.
     """
     unpruned, cost = unwrapped_copy(analysis.model), NetworkCost(analysis)
+    (whole,) = as_run_by(runtime, [unpruned], example_inputs)
 
     def shares(choices: Sequence[Kept]) -> list[float]:
         nets = []
         for kept in choices:
             masks = cost.masks(kept)
             nets.append(dense_of(unpruned, example_inputs, masks, check=False, facts=analysis.facts))
-        timed = time_shares(nets, unpruned, example_inputs, wanted, seconds=_SECONDS * len(nets))
+        ready = as_run_by(runtime, nets, example_inputs)
+        timed = time_shares(ready, whole, example_inputs, wanted, seconds=_SECONDS * len(nets))
         for found, off in timed:
             level = logging.WARNING if off > max(_MISSED_TIME, abs(found - wanted) / found) else logging.INFO
             _logger.log(level, "widths that were timed take %.4g of the time, known to %.1f %%", found, 100.0 * off)

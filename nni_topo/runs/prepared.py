@@ -19,6 +19,7 @@ from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.cost.measure import counted_run, time_shares, timed_pair
 from nni_topo.network.io.checkpoint import why_undescribed
+from nni_topo.network.io.exporting import as_run_by
 from nni_topo.network.layers.kinds import (
     is_transposed_linear,
     with_linear_layers,
@@ -186,6 +187,11 @@ class Prepared:
     def for_search(self) -> Prepared:
         """Return the same for networks of several sizes: one pruner makes all, one table counts a budget of time."""
         budget = self.budget
+        if budget.runtime != "pytorch":
+            raise ConfigError(
+                f"networks of several sizes must be timed in PyTorch, got {budget.runtime!r}: shrink makes one network "
+                "of a given share of the time (runtime, budget)"
+            )
         if budget.kind == "latency" and budget.latency_table is None:
             budget = replace(budget, latency_table=measure_latency(self.model, self.example))
         own = replace(self, budget=budget, depth=None, is_search=True)
@@ -350,7 +356,8 @@ class Prepared:
         table: Any = self.budget.latency_table
         batch = self._batch(self.images.all)
         if table is None:
-            ((share, _),) = time_shares([made.dense], self.model, batch, self.budget.share)
+            whole, dense = as_run_by(self.budget.runtime, [self.model, made.dense], batch)
+            ((share, _),) = time_shares([dense], whole, batch, self.budget.share)
             return share
         cost = network_cost("latency", Analysis.on(self.model, batch, self.analysis.facts), table)
         known = {row.name: row for row in made.layers.rows if row.name in table.layers}
@@ -394,7 +401,10 @@ class Prepared:
         if allocation == AUTO:
             allocation = next((each.allocation for each in taken.tried if each.is_chosen), "")
         compensation = taken.compensation
-        timed = timed_pair(self.model, network, self._batch(images.all)) if self.is_timed else None
+        timed = None
+        if self.is_timed:
+            batch, runtime = self._batch(images.all), self.budget.runtime
+            timed = replace(timed_pair(*as_run_by(runtime, [self.model, network], batch), batch), runtime=runtime)
         if self.is_described:  # it is to be as its config describes it
             with_transposed_weights(network)
         report = ShrinkReport(

@@ -19,6 +19,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
+from nni_topo.network.io import exporting
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import DenseReport, LayerChannels
 from nni_topo.pruners.budget import BudgetOutcome, network_cost
@@ -270,6 +271,40 @@ def test_the_report_has_times_if_they_are_asked_for_or_the_budget_is_one_of_time
     assert float(cells[3][3]) == pytest.approx(after[0], rel=1e-3)  # of the one that is returned
     table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
     assert shrunk({"latency": 0.6, "latency_table": table}).report.time is not None
+
+
+def test_a_budget_of_time_in_onnxruntime_is_timed_there(monkeypatch):
+    timed = []
+
+    def as_run_by(runtime, networks, inputs):
+        found = exporting.as_run_by(runtime, networks, inputs)
+        timed.extend(found)
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        for net, other in zip(networks, found, strict=True):
+            torch.testing.assert_close(torch.from_numpy(other(*args)[0]), net(*args), rtol=1e-4, atol=1e-5)
+        return found
+
+    for place in ("nni_topo.pruners.budget", "nni_topo.runs.prepared"):
+        monkeypatch.setattr(f"{place}.as_run_by", as_run_by)
+    monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.1)
+    small = shrunk({"latency": 0.9, "runtime": "onnxruntime"}, pruner="l1", compensate=None)
+    assert {type(each) for each in timed} == {exporting.OnnxNetwork}
+    assert small.report.time.runtime == "onnxruntime"
+    assert "on one thread of the CPU in onnxruntime" in repr(small.report)
+    assert small.stem.out_channels <= toy_model().stem.out_channels
+
+
+def test_a_runtime_is_for_one_network_of_a_share_of_the_time():
+    rule = r"a runtime needs a budget of 'latency' without a latency_table, got '{}' \(runtime, budget\)"
+    with pytest.raises(ConfigError, match=rule.format("flops")):
+        shrunk({"flops": 0.5, "runtime": "onnxruntime"})
+    table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
+    with pytest.raises(ConfigError, match=rule.format("latency_table")):
+        shrunk({"latency": 0.5, "runtime": "onnxruntime", "latency_table": table})
+    with pytest.raises(ConfigError, match="runtime must be a known name, got 'onnx'"):
+        shrunk({"latency": 0.5, "runtime": "onnx"})
+    with pytest.raises(ConfigError, match=r"several sizes must be timed in PyTorch, got 'onnxruntime'"):
+        shrunk({"latency": None, "runtime": "onnxruntime"}, tolerance=0.4)
 
 
 def test_a_budget_of_time_serves_pruners_of_nni_too():
