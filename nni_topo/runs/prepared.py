@@ -371,8 +371,8 @@ class Prepared:
 
     @cached_property
     def example(self) -> Any:
-        """The inputs by which the cost is counted: for time a whole batch."""
-        return self._batch(self.images.learned) if self.budget.kind == "latency" else self.images.example
+        """The inputs by which the cost is counted: for time a batch as large as the first one that was passed."""
+        return self._batch(self.images.all) if self.budget.kind == "latency" else self.images.example
 
     def _batch(self, images: Calibration) -> Any:
         args, kwargs = of_first(first_call(self.model, images), self.model, images)

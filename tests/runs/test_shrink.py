@@ -294,6 +294,20 @@ def test_a_budget_of_time_in_onnxruntime_is_timed_there(monkeypatch):
     assert small.stem.out_channels <= toy_model().stem.out_channels
 
 
+def test_a_budget_of_time_counts_batches_as_large_as_the_first_one(monkeypatch):
+    sizes = []
+
+    def time_shares(models, whole, inputs, wanted, **_):
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        sizes.append(len(args[0]))
+        return [(wanted, 0.01)] * len(models)
+
+    for place in ("nni_topo.pruners.budget", "nni_topo.runs.prepared"):
+        monkeypatch.setattr(f"{place}.time_shares", time_shares)
+    nni_topo.shrink(toy_model().eval(), [toy_images(16)], {"latency": 0.5}, compensate=None, distill=False)
+    assert set(sizes) == {16}  # also where some of them are held out
+
+
 def test_a_runtime_is_for_one_network_of_a_share_of_the_time():
     rule = r"a runtime needs a budget of 'latency' without a latency_table, got '{}' \(runtime, budget\)"
     with pytest.raises(ConfigError, match=rule.format("flops")):
