@@ -165,8 +165,8 @@ def measure(name: str, ways: list[str], path: Path) -> dict[str, Any]:
         record["seconds"] = ended.ru_utime - began.ru_utime  # of the whole call
         record["multiples"] = sum(row.after % 4 == 0 for row in report.layers.rows) / len(report.layers.rows)
         for runtime in RUNTIMES:
-            pair = timed_pair(*as_run_by(runtime, [net, small], inputs), inputs, seconds=SECONDS)
-            record[runtime] = _as_record(pair)
+            before, after = as_run_by(runtime, [net, small], inputs)
+            record[runtime] = _as_record(timed_pair(before, after, inputs, seconds=SECONDS))
         record["load"] = os.getloadavg()[0]  # of the machine, this process included
         append_record(path, record | provenance())
     return {"ways": len(ways)}

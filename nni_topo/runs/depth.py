@@ -618,8 +618,8 @@ class Depth:
                 left = _table_of(table, short)(NetworkCost.on(short.net, example).widths({}))
                 self._lefts[count] = float(left / table(NetworkCost.on(whole.model, example).widths({})))
             elif budget.kind == "latency":
-                before, after = as_run_by(budget.runtime, [whole.model, short.net], example)
-                ((self._lefts[count], _),) = time_shares([after], before, example, budget.share)
+                unpruned, shorter = as_run_by(budget.runtime, [whole.model, short.net], example)
+                ((self._lefts[count], _),) = time_shares([shorter], unpruned, example, budget.share)
             else:
                 before, after = (cost_of(budget.kind, net, example) for net in (whole.model, short.net))
                 self._lefts[count] = after / before

@@ -404,7 +404,8 @@ class Prepared:
         timed = None
         if self.is_timed:
             batch, runtime = self._batch(images.all), self.budget.runtime
-            timed = replace(timed_pair(*as_run_by(runtime, [self.model, network], batch), batch), runtime=runtime)
+            before, after = as_run_by(runtime, [self.model, network], batch)
+            timed = replace(timed_pair(before, after, batch), runtime=runtime)
         if self.is_described:  # it is to be as its config describes it
             with_transposed_weights(network)
         report = ShrinkReport(

@@ -39,7 +39,7 @@ FREE_WIDTHS = (
 )
 """What helps where a config of Transformers can't describe a network."""
 
-PREFERRED = "preferred"
+PREFERRED: Literal["preferred"] = "preferred"
 """The value of ``round_to`` by which layers keep multiples of channels as far as the budget allows."""
 _OFFERED = ("seed", "calibration", "example_inputs", "budget", "round_to")  # what a call gives a pruner
 Layers = Sequence[str | Mapping[str, Any]]
