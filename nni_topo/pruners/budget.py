@@ -57,6 +57,7 @@ _NEVER_ONE = 16  # layers of so many channels keep at least two
 _HALVINGS = 20
 _FASTEST = 16  # the largest multiple of channels that is preferred
 _LEAST_STEPS = 8  # a layer has at least so many times the multiple that is preferred
+_LEAST_STEPS_IN_TIME = 2  # the same under a budget of time, where other widths cost MACs and save nothing
 _FINER = 32  # how often the multiples of a layer may be halved
 
 
@@ -200,7 +201,8 @@ class BudgetPlanner(Planner):
     With ``prefers_multiples`` layers keep multiples of 16 channels, those of fewer than 128 channels multiples of an
     eighth of their channels: of 8 from 64 channels on, of 4 from 32. Where the budget isn't met within its tolerance
     by these, nor with a multiple more or less in one layer, the layer in which a multiple changes the cost most keeps
-    multiples of half as many channels, and so on down to any number. Heads are counted whole.
+    multiples of half as many channels, and so on down to any number. Under a budget of time that is measured these are
+    multiples of half of a layer's channels, at most 16. Heads are counted whole.
     """
 
     def __init__(
@@ -264,7 +266,7 @@ class BudgetPlanner(Planner):
             return solve_error(worth, bounds, cost, share, Agreement(units).together)
 
         if self.budget.kind == "latency" and self.budget.latency_table is None:
-            self._multiples = preferred_steps(units) if self.prefers_multiples else None
+            self._multiples = preferred_steps(units, _LEAST_STEPS_IN_TIME) if self.prefers_multiples else None
             analysis = Analysis.on(model, self.example_inputs, self.facts)
             time = network_time(analysis, self.example_inputs, share, self.budget.runtime)
 
@@ -303,7 +305,7 @@ class BudgetPlanner(Planner):
         tolerance = budget_outcome(self.budget.kind, share, share, "").tolerance
         if abs(cost(removed) - share) > tolerance:
             return removed
-        self._multiples = preferred_steps(units)
+        self._multiples = preferred_steps(units, _LEAST_STEPS)
         # Which units keep equally many rows: those of as many rows in equal blocks, else each for itself.
         together: dict[Any, list[int]] = defaultdict(list)
         for place, unit in enumerate(units):
@@ -362,11 +364,11 @@ class BudgetPlanner(Planner):
         return f"layers keep multiples of {self.round_to}" if self.round_to else NO_NEARER
 
 
-def preferred_steps(units: Sequence[PruningUnit]) -> dict[str, int]:
-    """Return by unit how many rows at a time each of its parts best loses, for the sake of time."""
+def preferred_steps(units: Sequence[PruningUnit], least: int) -> dict[str, int]:
+    """Return by unit how many rows at a time each of its parts best loses: it has at least so many times as many."""
     found = {}
     for unit in units:
-        multiple = min(_FASTEST, 1 << (max(1, unit.blocks // _LEAST_STEPS).bit_length() - 1))
+        multiple = min(_FASTEST, 1 << (max(1, unit.blocks // least).bit_length() - 1))
         found[unit.name] = 1 if unit.channels > 1 else multiple // math.gcd(multiple, unit.parts)
     return found
 
