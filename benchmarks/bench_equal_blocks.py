@@ -3,10 +3,10 @@
     python benchmarks/bench_equal_blocks.py --out runs/equal_blocks
 
 trains a small ViT on the digits for each seed, and prunes heads and neurons to the same shares of the parameters:
-equally in all blocks, freely with one ratio or by error, and freely with narrower heads, as `shrink` does unless it is
-told otherwise. Calibration data are the training images without their labels. Accuracy and changed answers are those of
-the validation and test images, which nothing else uses; differences are paired by network. A line per network goes to
-``equal_blocks.jsonl``; the same command goes on where it was stopped.
+equally in all blocks, freely with one ratio or by error, and freely with narrower heads. Calibration data are the
+training images without their labels. Accuracy and changed answers are those of the validation and test images, which
+nothing else uses; differences are paired by network. A line per network goes to ``equal_blocks.jsonl``; the same
+command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "equal": ("equal in all blocks", {"equal_blocks": True}, {}),
     "uniform": ("free, one ratio", {}, {"narrow_heads": False}),
     "error": ("free, by error", {"allocation": "error"}, {"narrow_heads": False}),
-    "narrower": ("free, one ratio, narrower heads", {}, {}),
+    "narrower": ("free, one ratio, narrower heads", {}, {"narrow_heads": True}),
 }
 """By the word in records, what tables call it, the budget's settings, and the knobs of `shrink`."""
 LAYERS = [
@@ -85,6 +85,7 @@ def _made(
         layers=LAYERS,
         distill={"steps": STEPS},
         evaluate=lambda found: zoo.evaluate(found, tested),  # for the report alone
+        round_to=1,
         seed=seed,
         progress=False,
         **knobs,

@@ -3,15 +3,17 @@
     python benchmarks/fresh_networks/split.py --data-dir DIR --out runs/fresh/images.npz
     python benchmarks/bench_multiples.py --images runs/fresh/images.npz --out runs/multiples
 
-trains small networks on 5,000 images of Fashion-MNIST at 14 pixels, and shrinks each to the same shares of its MACs
-with any widths and with ``round_to=8``. 2,048 other images calibrate. Accuracy and changed answers are those of 5,000
-test images, which nothing else uses; differences are paired by network. A line per network goes to
-``multiples.jsonl``; the same command goes on where it was stopped.
+trains networks of the kinds of ``fresh_networks/`` on 5,000 images of Fashion-MNIST at 14 pixels (VGG-16 at 28,
+padded), and shrinks each to the same shares of its MACs with any widths, with ``round_to=8`` and with the widths that
+`shrink` keeps by default. 2,048 other images calibrate. Accuracy and changed answers are those of 5,000 test images,
+which nothing else uses; differences are paired by network. A line per network goes to ``multiples.jsonl``; the same
+command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,12 @@ from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval, markdown_table
 
-NETS = ("resnet20", "mobilenet_like", "vit_small")
+TITLES = {name: NETWORKS[name] for name in ("resnet20", "mobilenet_like", "vit_small", "lenet5_like")}
+TITLES |= {"vgg16": "VGG-16, a quarter of the width"}
+WIDTH, PADDED = 0.25, 32  # of the VGG-16, which takes no smaller images
 SHARES = (0.5, 0.25)
-MULTIPLES = (None, 8)
+DEFAULT = "default"
+RULES: dict[Any, dict[str, Any]] = {None: {"round_to": 1, "narrow_heads": True}, 8: {"round_to": 8}, DEFAULT: {}}
 SEEDS = (0, 1, 2, 3)
 CALIBRATED, BATCH = 2048, 128
 STEPS = ("reconstructed", "distilled")
@@ -41,22 +46,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True, help="Fashion-MNIST, split by fresh_networks/split.py")
-    parser.add_argument("--nets", nargs="+", default=NETS, choices=NETWORKS)
+    parser.add_argument("--nets", nargs="+", default=list(TITLES), choices=TITLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "multiples.jsonl"
     done = {tuple(record["key"]) for record in read_records(path)}
-    data = small_images(options.images)
-    others = data.train[IMAGES_TRAINED : IMAGES_TRAINED + CALIBRATED][0]
-    images = Calibration(list(others.split(BATCH)))
+    small, large = small_images(options.images), zoo.load_data(str(options.images), pad_to=PADDED)
     for seed in options.seeds:
         for name in options.nets:
-            keys = [(name, seed, share, multiple) for share in SHARES for multiple in MULTIPLES]
+            keys = [(name, seed, share, rule) for share in SHARES for rule in RULES]
             if all(key in done for key in keys):
                 continue
-            net = trained_net(name, seed, data, options.out)
+            data, width = (large, WIDTH) if name == "vgg16" else (small, 1.0)
+            net = trained_net(name, seed, data, options.out, width=width)
+            others = data.train[IMAGES_TRAINED : IMAGES_TRAINED + CALIBRATED][0]
+            images = Calibration(list(others.split(BATCH)))
             for key in keys:
                 if key not in done:
                     append_record(path, {"key": key, **_made(net, images, data.test, *key[1:])})
@@ -65,7 +71,7 @@ def main() -> None:
 
 
 def _made(
-    net: nn.Module, images: Calibration, tested: TensorDataset, seed: int, share: float, multiple: int | None
+    net: nn.Module, images: Calibration, tested: TensorDataset, seed: int, share: float, rule: int | str | None
 ) -> dict[str, Any]:
     """Make one network, and measure it on images that nothing else uses."""
     began = time.process_time()
@@ -73,7 +79,7 @@ def _made(
         net,
         images,
         {"flops": share},
-        round_to=multiple,
+        **RULES[rule],
         evaluate=lambda found: zoo.evaluate(found, tested),  # for the report alone
         seed=seed,
         progress=False,
@@ -94,14 +100,17 @@ def _made(
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return a row for each network, share and rule: means over seeds, and what multiples lose more, paired by seed."""
-    groups: dict[tuple[str, float, int | None], dict[int, dict[str, Any]]] = {}
+    groups: dict[tuple[str, float, int | str | None], dict[int, dict[str, Any]]] = {}
     for record in records:
         name, seed, share, multiple = record["key"]
         groups.setdefault((name, share, multiple), {})[seed] = record
     rows = []
-    for (name, share, multiple), found in groups.items():
-        free = groups[name, share, None]
-        cells = [NETWORKS[name], f"{100 * share:g} %", "any" if multiple is None else f"multiples of {multiple}"]
+    for name, share, multiple in itertools.product(TITLES, SHARES, RULES):
+        found, free = groups.get((name, share, multiple), {}), groups.get((name, share, None), {})
+        if not found:
+            continue
+        told = {None: "any", DEFAULT: "by default"}.get(multiple, f"multiples of {multiple}")
+        cells = [TITLES[name], f"{100 * share:g} %", told]
         cells.append(interval([100 * each["left"] for each in found.values()]).show())
         for step in STEPS:
             lost = [100 * (each["unpruned"] - _after(each, step)) for each in found.values()]

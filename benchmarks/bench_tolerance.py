@@ -203,14 +203,14 @@ def small_images(path: Path) -> zoo.DataBundle:
     return replace(data, **parts, image_size=SIZE)
 
 
-def trained_net(name: str, seed: int, data: zoo.DataBundle, out: Path) -> nn.Module:
+def trained_net(name: str, seed: int, data: zoo.DataBundle, out: Path, *, width: float = 1.0) -> nn.Module:
     """Return a network, trained on the first images for ten epochs, or read from the folder if it was before."""
     torch.manual_seed(seed)
     if hasattr(recovery_nets, name):
         net = getattr(recovery_nets, name)(data.num_classes, data.in_channels)
     else:
         sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels, "image_size": data.image_size}
-        net = zoo.create_model(name, **sizes, seed=seed)
+        net = zoo.create_model(name, **sizes, width=width, seed=seed)
     path = out / f"{name}-{seed}.pt"
     if path.exists():
         net.load_state_dict(torch.load(path, weights_only=True))

@@ -184,6 +184,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
     ),
     "speed": lambda: iter(
         [
+            _of_jsonl("bench_time.py", "time.jsonl"),
             _of_jsonl("bench_pipeline.py", "steps.jsonl"),
             _of_jsonl("bench_seconds.py", "seconds.jsonl"),
             _of_jsonl("bench_tones.py", "tones.jsonl"),

@@ -432,7 +432,9 @@ def allocation_cells(
                 continue
             has_blocks = name in (BLOCKS, DISTILLED_BLOCKS)
             budget = {"flops": share, "allocation": UNIFORM if has_blocks else name}
-            shrink = functools.partial(nni_topo.shrink, distill=False, layers=layers, depth=has_blocks, progress=False)
+            shrink = functools.partial(
+                nni_topo.shrink, distill=False, layers=layers, depth=has_blocks, round_to=1, progress=False
+            )
             dense, seconds = timed(lambda budget=budget, shrink=shrink: shrink(subject.model, subject.data, budget))  # type: ignore[misc]
             notes: dict[str, Any] = {}
             if has_blocks:

@@ -18,7 +18,7 @@ from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.recovery.registry import RECOVERIES
-from nni_topo.rules import check_knobs, number, one_of, whole
+from nni_topo.rules import NONE, check_knobs, number, one_of, whole
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
 from nni_topo.runs.frontier import checked_shares, frontier
 from nni_topo.runs.provenance import provenance
@@ -204,6 +204,8 @@ class Shrink(TrainedVerb):
     measure: str = "outputs"  # what --tolerance is about: outputs (changed answers; else distance) or distance
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
     equal_blocks: bool = False  # keep the same widths in all blocks, so that a config of Transformers describes them
+    runtime: str = "pytorch"  # where --latency is timed: pytorch or onnxruntime
+    round_to: int | None = None  # layers keep a multiple of so many channels, 1: any number; None: as the budget allows
     depth: bool = False  # let blocks compete with channels for the budget
     caps: dict[str, float] = field(default_factory=dict)  # largest share a layer may lose, e.g. features.conv1 0.5
     floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, e.g. features.conv1 0.1
@@ -286,6 +288,7 @@ class Shrink(TrainedVerb):
         place = "nni-topo shrink"
         one_of(("outputs", "distance")).check("measure", self.measure, place)
         RECOVERIES.info(self.method, place, "method")
+        (whole(1) | NONE).check("round_to", self.round_to, place)
         DistillationChoice(self.images, seconds=self.seconds)
         for flag, shares in (("caps", self.caps), ("floors", self.floors)):
             for name, share in shares.items():
@@ -309,6 +312,7 @@ class Shrink(TrainedVerb):
             "layers": self._entries(start),
             "distill": distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
             "depth": self.depth,
+            "round_to": self.round_to,
             "evaluate": start.tested,
             "seed": self.seed,
             "progress": False if self.json else None,
@@ -342,6 +346,7 @@ class Shrink(TrainedVerb):
             raise ConfigError(f"--shares says how much is kept, got {other} beside it (nni-topo shrink)")
         how: dict[str, Any] = {} if self.allocation is None else {"allocation": self.allocation}
         how |= {"equal_blocks": True} if self.equal_blocks else {}
+        how |= {"runtime": self.runtime} if self.runtime != "pytorch" else {}
         if not shares and (self.tolerance is not None or self.shares):
             # What is kept follows from the tolerance, or the shares.
             return {self.budget or "flops": None, **how} if how else self.budget

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -19,6 +20,7 @@ from nni_topo.network.attention.config import accepted_heads
 from nni_topo.network.cost.cost import Kept, NetworkCost
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
 from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.io.exporting import as_run_by
 from nni_topo.network.runtime.copies import unwrapped_copy
 from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.network.speedup.analysis import Analysis, Facts
@@ -32,6 +34,7 @@ from nni_topo.rules import FLAG, NONE, PATH, as_settings, check_knobs, instance,
 _logger = logging.getLogger(__name__)
 
 Allocation = Literal["uniform", "topological", "error", "auto"]
+Runtime = Literal["pytorch", "onnxruntime"]
 AUTO = "auto"
 """The allocation that :func:`nni_topo.shrink` finds by trying those that a pruner takes."""
 ALLOCATIONS: tuple[str, ...] = tuple(name for name in get_args(Allocation) if name != AUTO)
@@ -40,6 +43,7 @@ _RULES = {
     "allocation": one_of(get_args(Allocation)),
     "latency_table": instance(LatencyTable) | PATH | NONE,
     "equal_blocks": FLAG | NONE,
+    "runtime": one_of(get_args(Runtime)),
 }
 _MISSED = 0.01  # of the unpruned network's cost
 _MISSED_SMALL = 0.1  # of what is asked for, where that is less
@@ -51,6 +55,10 @@ _SECONDS = 10.0  # to time one network beside the unpruned one
 _FEWEST = 1.0 / 8.0  # share of a layer's channels that a budget leaves
 _NEVER_ONE = 16  # layers of so many channels keep at least two
 _HALVINGS = 20
+_FASTEST = 16  # the largest multiple of channels that is preferred
+_LEAST_STEPS = 8  # a layer has at least so many times the multiple that is preferred
+_LEAST_STEPS_IN_TIME = 2  # the same under a budget of time, where other widths cost MACs and save nothing
+_FINER = 32  # how often the multiples of a layer may be halved
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,16 @@ class Budget:
         Seconds per layer and width, or a JSON file of them, for ``latency``; then only the table counts. None: measured
         once, on one thread with the batch of the pruner's ``example_inputs``
         (``pruner.planner.latency_table`` holds it), and corrected by the times of dense networks of the widths found.
+    runtime : {"pytorch", "onnxruntime"}, default="pytorch"
+        What runs the dense networks whose times correct the table: for ``"onnxruntime"`` each is exported to ONNX
+        (:func:`nni_topo.export`) and runs on one thread of the CPU. For ``latency`` without a table alone.
 
     Raises
     ------
     ConfigError, DataError
         If not exactly one cost is given, or a value can't be used.
+    ExportError
+        While widths are found, if onnxruntime can't run the network.
 
     Notes
     -----
@@ -109,6 +122,7 @@ class Budget:
     allocation: Allocation = "uniform"
     latency_table: LatencyTable | str | Path | None = None
     equal_blocks: bool | None = None
+    runtime: Runtime = "pytorch"
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -123,6 +137,11 @@ class Budget:
             )
         if self.latency_table is not None and self.latency is None:
             raise ConfigError(f"a latency table needs a budget of 'latency', got {given[0]!r} (latency_table)")
+        if self.runtime != "pytorch" and (self.latency is None or self.latency_table is not None):
+            got = given[0] if self.latency is None else "latency_table"
+            raise ConfigError(
+                f"a runtime needs a budget of 'latency' without a latency_table, got {got!r} (runtime, budget)"
+            )
         if isinstance(self.latency_table, (str, Path)):
             object.__setattr__(self, "latency_table", LatencyTable.load(self.latency_table))
 
@@ -177,7 +196,14 @@ class BudgetOutcome:
 
 
 class BudgetPlanner(Planner):
-    """Keep as many blocks as a budget allows."""
+    """Keep as many blocks as a budget allows.
+
+    With ``prefers_multiples`` layers keep multiples of 16 channels, those of fewer than 128 channels multiples of an
+    eighth of their channels: of 8 from 64 channels on, of 4 from 32. Where the budget isn't met within its tolerance
+    by these, nor with a multiple more or less in one layer, the layer in which a multiple changes the cost most keeps
+    multiples of half as many channels, and so on down to any number. Under a budget of time that is measured these are
+    multiples of half of a layer's channels, at most 16. Heads are counted whole.
+    """
 
     def __init__(
         self,
@@ -185,9 +211,11 @@ class BudgetPlanner(Planner):
         example_inputs: Any,
         *,
         round_to: int | None = None,
+        prefers_multiples: bool = False,
         warns: bool = True,
     ) -> None:
         super().__init__(round_to=round_to)
+        self.prefers_multiples = prefers_multiples
         self.budget = budget
         self.example_inputs = example_inputs
         self.facts: Facts | None = None  # what is known of the model already
@@ -197,6 +225,7 @@ class BudgetPlanner(Planner):
         self.outcome: BudgetOutcome | None = None  # None until the widths are found
         self._cost: Callable[[Kept], float] | None = None
         self._warns = warns  # where the budget is missed
+        self._multiples: dict[str, int] | None = None  # by unit, where multiples are preferred
         self._accepted: dict[str, list[int]] = {}  # numbers of heads that a config accepts, by layer
         self._aim: float | None = None  # what the table must say so that the dense network takes the share
 
@@ -229,16 +258,17 @@ class BudgetPlanner(Planner):
         def solve(share: float) -> list[int]:
             bounds = bounds_under(self.budget, share, units, cost)
             if self.budget.allocation == "uniform":
-                rows = [unit.rows for unit in units]
-                return solve_uniform(rows, cost, share, bounds, alike=bool(self.budget.equal_blocks))
+                rows, steps = [unit.rows for unit in units], [self.step(unit) for unit in units]
+                return solve_uniform(rows, cost, share, bounds, alike=bool(self.budget.equal_blocks), steps=steps)
             worth = [losses(unit) for unit in units]
             if self.budget.allocation == "topological":
                 return solve_tolerance(worth, bounds, cost, share)
             return solve_error(worth, bounds, cost, share, Agreement(units).together)
 
         if self.budget.kind == "latency" and self.budget.latency_table is None:
+            self._multiples = preferred_steps(units, _LEAST_STEPS_IN_TIME) if self.prefers_multiples else None
             analysis = Analysis.on(model, self.example_inputs, self.facts)
-            time = network_time(analysis, self.example_inputs, share)
+            time = network_time(analysis, self.example_inputs, share, self.budget.runtime)
 
             def timed(solutions: Sequence[Sequence[int]]) -> list[float]:
                 return time([kept(removed) for removed in solutions])
@@ -249,13 +279,66 @@ class BudgetPlanner(Planner):
                 removed = solve(self._aim)
                 (self.left,) = timed([removed])
         else:
+            self._multiples = None
             removed = solve(share)
+            if self.prefers_multiples:
+                removed = self._in_multiples(units, removed, lambda: solve(share), cost)
             self.left = cost(removed)
         why = self._why_missed(removed, bounds_under(self.budget, share, units, cost))
         self.outcome = budget_outcome(self.budget.kind, share, self.left, why)
         if self._warns:
             warn_if_missed(self.outcome)
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
+
+    def _in_multiples(
+        self,
+        units: Sequence[PruningUnit],
+        removed: list[int],
+        solve: Callable[[], list[int]],
+        cost: Callable[[Sequence[int]], float],
+    ) -> list[int]:
+        """Return rows to remove by which layers keep multiples of channels, if these meet the budget, too.
+
+        ``removed``: the rows to remove if layers may keep any number of channels.
+        """
+        share = self.budget.share
+        tolerance = budget_outcome(self.budget.kind, share, share, "").tolerance
+        if abs(cost(removed) - share) > tolerance:
+            return removed
+        self._multiples = preferred_steps(units, _LEAST_STEPS)
+        # Which units keep equally many rows: those of as many rows in equal blocks, else each for itself.
+        together: dict[Any, list[int]] = defaultdict(list)
+        for place, unit in enumerate(units):
+            together[unit.rows if self.budget.equal_blocks else unit.name].append(place)
+        for _ in range(_FINER):
+            rounded = solve()
+            left = cost(rounded)
+            if abs(left - share) <= tolerance:
+                return rounded
+            # A multiple more or less of one layer may meet the budget.
+            bounds = bounds_under(self.budget, share, units, cost)
+            coarsest, most = list[int](), 0.0
+            for places in together.values():
+                for sign in (-1, 1):
+                    other = list(rounded)
+                    for place in places:
+                        low, high = bounds[place]
+                        other[place] = min(max(rounded[place] + sign * self.step(units[place]), low), high)
+                    then = cost(other)
+                    if abs(then - share) <= tolerance:
+                        return other
+                    if self.step(units[places[0]]) > 1 and abs(then - left) > most:
+                        coarsest, most = places, abs(then - left)
+            if not coarsest:
+                break
+            for place in coarsest:
+                self._multiples[units[place].name] //= 2
+        self._multiples = None
+        return removed
+
+    def step(self, unit: PruningUnit) -> int:
+        """Return of how many rows each part of a unit keeps a multiple."""
+        return super().step(unit) if self._multiples is None else self._multiples[unit.name]
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
         """Return the least number of rows, from ``rows`` on, that ``round_to`` and the model's config allow."""
@@ -279,6 +362,15 @@ class BudgetPlanner(Planner):
         if self.budget.kind == "latency" and self.budget.latency_table is None:
             return "no widths that were timed come nearer; larger batches, or shrink(..., depth=True), may"
         return f"layers keep multiples of {self.round_to}" if self.round_to else NO_NEARER
+
+
+def preferred_steps(units: Sequence[PruningUnit], least: int) -> dict[str, int]:
+    """Return by unit how many rows at a time each of its parts best loses: it has at least so many times as many."""
+    found = {}
+    for unit in units:
+        multiple = min(_FASTEST, 1 << (max(1, unit.blocks // least).bit_length() - 1))
+        found[unit.name] = 1 if unit.channels > 1 else multiple // math.gcd(multiple, unit.parts)
+    return found
 
 
 def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutcome:
@@ -376,19 +468,23 @@ def network_cost(kind: str, analysis: Analysis, table: LatencyTable | None = Non
     return lambda kept: float(counted(cost(kept)))
 
 
-def network_time(analysis: Analysis, example_inputs: Any, wanted: float) -> Callable[[Sequence[Kept]], list[float]]:
+def network_time(
+    analysis: Analysis, example_inputs: Any, wanted: float, runtime: Runtime = "pytorch"
+) -> Callable[[Sequence[Kept]], list[float]]:
     """Return a function that times dense networks for choices of kept channels, as shares of the unpruned one's time.
 
     A single network that is far from the share ``wanted`` is timed roughly.
     """
     unpruned, cost = unwrapped_copy(analysis.model), NetworkCost(analysis)
+    (whole,) = as_run_by(runtime, [unpruned], example_inputs)
 
     def shares(choices: Sequence[Kept]) -> list[float]:
         nets = []
         for kept in choices:
             masks = cost.masks(kept)
             nets.append(dense_of(unpruned, example_inputs, masks, check=False, facts=analysis.facts))
-        timed = time_shares(nets, unpruned, example_inputs, wanted, seconds=_SECONDS * len(nets))
+        ready = as_run_by(runtime, nets, example_inputs)
+        timed = time_shares(ready, whole, example_inputs, wanted, seconds=_SECONDS * len(nets))
         for found, off in timed:
             level = logging.WARNING if off > max(_MISSED_TIME, abs(found - wanted) / found) else logging.INFO
             _logger.log(level, "widths that were timed take %.4g of the time, known to %.1f %%", found, 100.0 * off)

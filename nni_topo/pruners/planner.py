@@ -91,9 +91,12 @@ class Planner:
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
         """Return the least number of rows, from ``rows`` on, that makes a multiple of ``round_to`` channels."""
-        # Each part keeps ``rows``, which are a multiple of ``round_to`` channels if they are one of ``step``.
-        step = 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts * unit.channels)
+        step = self.step(unit)
         return min(-(-rows // step) * step, unit.rows)
+
+    def step(self, unit: PruningUnit) -> int:
+        """Return of how many rows each part of a unit keeps a multiple, so that channels are one of ``round_to``."""
+        return 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts * unit.channels)
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Do what :meth:`rows` does, by losses of rows, ``(rows,)`` and descending, and without ``round_to``."""

@@ -30,23 +30,27 @@ def solve_uniform(
     bounds: Sequence[tuple[int, int]],
     *,
     alike: bool = False,
+    steps: Sequence[int] | None = None,
     proportions: Sequence[float] | None = None,
 ) -> list[int]:
     """Return the rows that units lose by one ratio, within their bounds, so that a ``share`` of the cost remains.
 
     The ``bounds`` are the fewest and the most rows of each. ``alike``: units with the same number of rows lose equally
-    many. ``proportions``, from 1 on: of each unit, how many times the share of a unit of proportion 1 it keeps.
+    many. ``steps``: each unit loses a multiple of so many rows, or meets a bound. ``proportions``, from 1 on: of each
+    unit, how many times the share of a unit of proportion 1 it keeps.
     """
+    steps = [1] * len(rows) if steps is None else steps
     proportions = [1.0] * len(rows) if proportions is None else proportions
     # Layers of equal width would round at the same ratio, all at once: a phase for each, spread evenly by the golden
     # ratio, lets them round one after the other, so that the budget is met more nearly than by one ratio.
     phases = [0.5 if alike else (index * _GOLDEN) % 1.0 for index in range(len(rows))]
 
     def removed(ratio: float) -> list[int]:
-        return [
-            min(max(int(count * (ratio - (times - 1.0) * (1.0 - ratio)) + phase), low), high)
-            for count, times, phase, (low, high) in zip(rows, proportions, phases, bounds, strict=True)
-        ]
+        found = []
+        for count, step, times, phase, (low, high) in zip(rows, steps, proportions, phases, bounds, strict=True):
+            lost = count * (ratio - (times - 1.0) * (1.0 - ratio))
+            found.append(min(max(int(lost / step + phase) * step, low), high))
+        return found
 
     low, high = 0.0, 1.0
     # Widths are integers, and bisection ends at a step of the cost: the nearest of all tried ratios is taken.

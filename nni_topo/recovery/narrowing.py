@@ -197,11 +197,17 @@ def narrow_heads(
 
 
 def narrow_instead(
-    model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: MasksLike, facts: Facts | None = None
+    model: nn.Module,
+    calibration: Iterable[Any] | Evaluator,
+    masks: MasksLike,
+    facts: Facts | None = None,
+    *,
+    round_to: int = 1,
 ) -> tuple[nn.Module, MasksLike]:
     """Keep the heads that masks prune, and make all heads of a module narrower instead, for the same cost.
 
-    Where `narrow_heads` leaves the heads' size unchanged, heads are pruned; model and masks are as it returns them.
+    Heads that are wider than ``round_to`` keep a multiple of so many channels. Where `narrow_heads` leaves the heads'
+    size unchanged, heads are pruned; model and masks are as it returns them.
     """
     batches = batches_of(calibration, model, shared=True)
     flow, full = Analysis(model, structure_call(model, batches), facts).flow, check_masks(model, masks)
@@ -214,7 +220,8 @@ def narrow_instead(
         heads = is_kept[flow.group_ids(flow.unit_channel_ids(next(iter(flow.attention[name].channels))))]
         size = flow.attention[name].head_size
         wanted = size * heads.mean() + rest
-        kept = min(max(round(wanted), 1), size)
+        step = round_to if size > round_to else 1
+        kept = min(max(step * round(wanted / step), step), size)
         if not heads.all() and kept < size:
             # What is rounded in one module is made up for in the next.
             ratios[name], rest = (size - kept) / size, wanted - kept

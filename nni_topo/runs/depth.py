@@ -25,6 +25,7 @@ from nni_topo.network.cost.cost import NetworkCost, cost_of
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.io.checkpoint import keep_blocks, take_out_part, tells_depth
+from nni_topo.network.io.exporting import as_run_by
 from nni_topo.network.layers.kinds import RECURRENT, WEIGHTED, is_transposed_linear
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
@@ -616,7 +617,8 @@ class Depth:
                 left = _table_of(table, short)(NetworkCost.on(short.net, example).widths({}))
                 self._lefts[count] = float(left / table(NetworkCost.on(whole.model, example).widths({})))
             elif budget.kind == "latency":
-                ((self._lefts[count], _),) = time_shares([short.net], whole.model, example, budget.share)
+                unpruned, shorter = as_run_by(budget.runtime, [whole.model, short.net], example)
+                ((self._lefts[count], _),) = time_shares([shorter], unpruned, example, budget.share)
             else:
                 before, after = (cost_of(budget.kind, net, example) for net in (whole.model, short.net))
                 self._lefts[count] = after / before
@@ -631,7 +633,8 @@ class Depth:
             return least_share(whole.counted, whole.budget, entries, whole.round_to)
         masks = fewest_channels(whole.counted, entries, whole.round_to)
         thin = dense_of(whole.model, whole.images.example, masks, check=False, facts=whole.analysis.facts)
-        ((found, _),) = time_shares([thin], whole.model, whole.example, whole.budget.share)
+        unpruned, thin = as_run_by(whole.budget.runtime, [whole.model, thin], whole.example)
+        ((found, _),) = time_shares([thin], unpruned, whole.example, whole.budget.share)
         return found
 
     @cached_property

@@ -212,7 +212,7 @@ def frontier(
     layers: Iterable[str | Mapping[str, Any]] | None = None,
     compensate: str | RecoveryMethod | Compensate | None = "reconstruct",
     distill: Mapping[str, Any] | Distill | bool = True,
-    narrow_heads: bool | None = None,
+    narrow_heads: bool = False,
     depth: bool = False,
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,

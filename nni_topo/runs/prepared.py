@@ -19,6 +19,7 @@ from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.cost.measure import counted_run, time_shares, timed_pair
 from nni_topo.network.io.checkpoint import why_undescribed
+from nni_topo.network.io.exporting import as_run_by
 from nni_topo.network.layers.kinds import (
     is_transposed_linear,
     with_linear_layers,
@@ -61,12 +62,13 @@ from nni_topo.runs.measurements import UNPRUNED, Measurements
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prunable import Prunable, layers_to_prune
 from nni_topo.runs.report import ShrinkReport
-from nni_topo.runs.settings import FREE_WIDTHS, Settings, describes
+from nni_topo.runs.settings import FREE_WIDTHS, PREFERRED, Settings, describes
 from nni_topo.runs.widths import as_entries, planned_ratios
 
 # What selecting channels by reconstruction takes, and reconstructing weights as well: passes forward and back over the
 # calibration data, and seconds for each product of `_products`. Measured on one core.
 _PASSES, _SECONDS_OF_A_PRODUCT = 2.0, 3e-11
+_HEADS = 8  # of how many channels narrower heads keep a multiple, where multiples are preferred
 _POSITIONS = 16  # positions of large feature maps that are drawn for each column, about
 _logger = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ class Prepared:
     is_timed: bool = False  # whether reports have times
     depth: Depth | None = None  # where blocks compete with channels
     measured: Any = None  # Measurements, where the networks get reports
+    prefers_multiples: bool = False  # whether layers keep multiples of channels as far as the budget allows
     seconds_of_a_step: float = math.nan  # for a sample, of the unpruned network; NaN where none is distilled
     left_out: list[str] = field(default_factory=list)  # warnings of steps that were left out
     # By allocation, the pruner that is asked again for every size: with what it has measured.
@@ -113,7 +116,7 @@ class Prepared:
     def narrows(self) -> bool:
         """Whether all heads of attention are made narrower where heads would be removed."""
         can_narrow = self.round_to is None and self.budget.kind != "latency" and not self.budget.equal_blocks
-        return can_narrow and self.settings.narrow_heads is not False
+        return can_narrow and self.settings.narrow_heads
 
     @classmethod
     def of(cls, model: nn.Module, images: ImageParts, settings: Settings, budget: Budget) -> Prepared:
@@ -122,10 +125,13 @@ class Prepared:
         prunable = layers_to_prune(analysis, settings.layers, is_described=describes(model, budget))
         give_back_memory(model)  # networks that were traced refer to themselves
         device, round_to = device_of(model), settings.round_to
-        # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
-        is_free = round_to is None and device.type != "cuda"
-        width_unit = None if is_free or round_to == 1 else widths_multiple(round_to or "auto", device)
-        return cls(Pipeline(analysis, width_unit), images, settings, budget, prunable)
+        if round_to is None:
+            # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
+            round_to = "auto" if device.type == "cuda" else PREFERRED
+        is_preferred = round_to == PREFERRED
+        width_unit = None if is_preferred or round_to == 1 else widths_multiple(round_to, device)
+        start = Pipeline(analysis, width_unit)
+        return cls(start, images, settings, budget, prunable, prefers_multiples=is_preferred)
 
     def leave_out(self, text: str) -> None:
         """Warn of a step that is left out."""
@@ -181,6 +187,11 @@ class Prepared:
     def for_search(self) -> Prepared:
         """Return the same for networks of several sizes: one pruner makes all, one table counts a budget of time."""
         budget = self.budget
+        if budget.runtime != "pytorch":
+            raise ConfigError(
+                f"networks of several sizes must be timed in PyTorch, got {budget.runtime!r}: shrink makes one network "
+                "of a given share of the time (runtime, budget)"
+            )
         if budget.kind == "latency" and budget.latency_table is None:
             budget = replace(budget, latency_table=measure_latency(self.model, self.example))
         own = replace(self, budget=budget, depth=None, is_search=True)
@@ -232,7 +243,7 @@ class Prepared:
         else:
             pruner_knobs, outcome = pruner_info(pruner).knobs(), None
             if "budget" not in pruner_knobs:
-                ratios, outcome = planned_ratios(self.counted, budget, self.prunable.entries, self.round_to)
+                ratios, outcome = self.planned_ratios(budget)
                 config_list = groups_of(self.counted, as_entries(ratios))
             offered = {
                 "seed": self.settings.seed,
@@ -245,6 +256,8 @@ class Prepared:
             knobs = taken | dict(self.settings.knobs)
             wrapped = create_pruner(pruner, detached_copy(self.model), config_list, **knobs)
             takes_budgets = isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner)
+            if takes_budgets and wrapped.planner.round_to is None:
+                wrapped.planner.prefers_multiples = self.prefers_multiples
             if takes_budgets and self.is_search:
                 self._pruners[budget.allocation] = wrapped
                 selected = self.start.select(wrapped, budget)
@@ -258,8 +271,14 @@ class Prepared:
         give_back_memory(self.model)
         if not self.narrows:
             return selected
-        full, masks = narrow_instead(self.model, self.images.learned, selected.masks, self.analysis.facts)
+        masks, step = selected.masks, _HEADS if self.prefers_multiples else 1
+        full, masks = narrow_instead(self.model, self.images.learned, masks, self.analysis.facts, round_to=step)
         return replace(selected, masks=masks, narrower=None if full is self.model else full)
+
+    def planned_ratios(self, budget: Budget) -> tuple[dict[str, float], BudgetOutcome]:
+        """Return the ratio of each layer to prune under a budget, and the outcome."""
+        entries, prefers_multiples = self.prunable.entries, self.prefers_multiples
+        return planned_ratios(self.counted, budget, entries, self.round_to, prefers_multiples=prefers_multiples)
 
     def reconstruct(self, selected: Pipeline) -> Pipeline:
         """Reconstruct the weights, if that was asked for, and remove the channels."""
@@ -337,7 +356,8 @@ class Prepared:
         table: Any = self.budget.latency_table
         batch = self._batch(self.images.all)
         if table is None:
-            ((share, _),) = time_shares([made.dense], self.model, batch, self.budget.share)
+            whole, dense = as_run_by(self.budget.runtime, [self.model, made.dense], batch)
+            ((share, _),) = time_shares([dense], whole, batch, self.budget.share)
             return share
         cost = network_cost("latency", Analysis.on(self.model, batch, self.analysis.facts), table)
         known = {row.name: row for row in made.layers.rows if row.name in table.layers}
@@ -351,8 +371,8 @@ class Prepared:
 
     @cached_property
     def example(self) -> Any:
-        """The inputs by which the cost is counted: for time a whole batch."""
-        return self._batch(self.images.learned) if self.budget.kind == "latency" else self.images.example
+        """The inputs by which the cost is counted: for time a batch as large as the first one that was passed."""
+        return self._batch(self.images.all) if self.budget.kind == "latency" else self.images.example
 
     def _batch(self, images: Calibration) -> Any:
         args, kwargs = of_first(first_call(self.model, images), self.model, images)
@@ -381,7 +401,11 @@ class Prepared:
         if allocation == AUTO:
             allocation = next((each.allocation for each in taken.tried if each.is_chosen), "")
         compensation = taken.compensation
-        timed = timed_pair(self.model, network, self._batch(images.all)) if self.is_timed else None
+        timed = None
+        if self.is_timed:
+            batch, runtime = self._batch(images.all), self.budget.runtime
+            before, after = as_run_by(runtime, [self.model, network], batch)
+            timed = replace(timed_pair(before, after, batch), runtime=runtime)
         if self.is_described:  # it is to be as its config describes it
             with_transposed_weights(network)
         report = ShrinkReport(
@@ -428,7 +452,7 @@ def prepare(
     prepared = Prepared.of(model, data, settings, budget)
     prepared.left_out.extend(warnings)
     if prepared.is_described and not settings.depth and budget.kind != "latency":
-        _, outcome = planned_ratios(prepared.analysis, budget, prepared.prunable.entries, prepared.round_to)
+        _, outcome = prepared.planned_ratios(budget)
         if not outcome.is_met:
             prepared.leave_out(
                 f"the config of {type(model).__name__} describes no network that keeps {budget.share:g} of the "

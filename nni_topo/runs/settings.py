@@ -39,6 +39,8 @@ FREE_WIDTHS = (
 )
 """What helps where a config of Transformers can't describe a network."""
 
+PREFERRED: Literal["preferred"] = "preferred"
+"""The value of ``round_to`` by which layers keep multiples of channels as far as the budget allows."""
 _OFFERED = ("seed", "calibration", "example_inputs", "budget", "round_to")  # what a call gives a pruner
 Layers = Sequence[str | Mapping[str, Any]]
 """Names of layers, and entries of a config_list without ratios."""
@@ -58,11 +60,11 @@ class Settings:
     layers: Layers | None = None
     compensate: str | RecoveryMethod | Compensate | None = "reconstruct"
     distill: Mapping[str, Any] | Distill | bool = True
-    narrow_heads: bool | None = None
+    narrow_heads: bool = False
     depth: bool = False
     outputs: Outputs | None = None
     evaluate: Callable[[nn.Module], float] | None = None
-    round_to: int | Literal["auto"] | None = None
+    round_to: int | Literal["auto", "preferred"] | None = None
     seed: int = 0
     progress: bool | None = None
     place: str = "shrink"  # the function that the user called

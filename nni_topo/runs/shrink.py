@@ -51,7 +51,7 @@ def shrink(
     layers: Iterable[str | Mapping[str, Any]] | None = None,
     compensate: str | RecoveryMethod | Compensate | None = "reconstruct",
     distill: Mapping[str, Any] | Distill | bool = True,
-    narrow_heads: bool | None = None,
+    narrow_heads: bool = False,
     depth: bool = False,
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -109,10 +109,11 @@ def shrink(
         ``{"seconds": 60, "augment": ...}``, where ``seconds`` is the wall time of the whole distillation, but not of
         the steps before it; or a function of (dense, model, images) that returns a dense model, which is kept in any
         case.
-    narrow_heads : bool, optional
+    narrow_heads : bool, default=False
         Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
-        :func:`nni_topo.narrow_heads` can. Not done for a latency budget, nor with ``round_to`` or ``equal_blocks``,
-        nor on a GPU unless ``round_to`` is 1. None: as True, but for a model of Transformers; see the notes.
+        :func:`nni_topo.narrow_heads` can: by multiples of 8 channels, with ``round_to=1`` by any number. That keeps
+        more of the answers and takes more time. Not done for a latency budget, nor with another ``round_to`` or
+        ``equal_blocks``, nor on a GPU unless ``round_to`` is 1.
     depth : bool, default=False
         Whether blocks compete with channels for the budget: residual blocks, blocks of transformers, and attention or
         the MLP in these; see the notes. That takes two to three times as long.
@@ -126,8 +127,10 @@ def shrink(
         then needs data of its own, which no longer tell how good the network is: they chose it.
     round_to : int or "auto", optional
         Pruned layers keep a multiple of this number of channels; ``"auto"`` chooses it for the model's device, 1: any
-        number. None: any number on a CPU, as ``"auto"`` on a GPU, which may take several times as long over other
-        numbers.
+        number. None: on a CPU multiples of an eighth of a layer's channels or less, the largest of 16, 8, 4 and 2, as
+        far as the budget is met by them, and heads whole; processors compute several channels at once. For a latency
+        budget multiples of half of a layer's channels or less. On a GPU, which may take several times as long over
+        other numbers, as ``"auto"``.
     time : bool, default=False
         Whether the report has the times of the unpruned network and of the one that is returned: medians of passes in
         turns over a batch as large as the first one of ``images``, with one thread on a CPU. It takes at most some ten
@@ -188,7 +191,7 @@ def shrink(
     what :func:`nni_topo.save_pretrained`, its own ``save_pretrained`` or a ``Trainer`` saves: blocks are equally wide,
     heads are removed whole or, where the config can't say fewer heads, kept, and poolers, classifiers and the residual
     stream stay as wide as they are. A warning before the work says if this can't meet the budget, and which share it
-    reaches. ``"equal_blocks": False`` in the budget asks for free widths and narrower heads, ``narrow_heads=True`` as
+    reaches. ``"equal_blocks": False`` in the budget asks for free widths, ``narrow_heads=True`` for narrower heads as
     well; ``report.undescribed`` then says what no config can say.
 
     With ``depth`` blocks are put in an order first: the next one is the block without which the loss, on 128 held-out

@@ -43,6 +43,8 @@ def planned_ratios(
     budget: Budget,
     entries: Sequence[Mapping[str, Any]] | None = None,
     round_to: int | None = None,
+    *,
+    prefers_multiples: bool = False,
 ) -> tuple[dict[str, float], BudgetOutcome]:
     """Return the ``sparse_ratio``, in [0, 1), of every layer that entries name, in network order, and the outcome.
 
@@ -53,7 +55,7 @@ def planned_ratios(
     config_list = _grouped(analysis, entries)
     units = _units(analysis, config_list)
     args, kwargs = analysis.call
-    planner = BudgetPlanner(budget, kwargs or args, round_to=round_to, warns=False)
+    planner = BudgetPlanner(budget, kwargs or args, round_to=round_to, prefers_multiples=prefers_multiples, warns=False)
     planner.facts = analysis.facts
     kept = planner.rows(units, lambda unit: np.zeros(unit.blocks), analysis.model)
     assert planner.outcome is not None  # the widths are found

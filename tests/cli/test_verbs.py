@@ -145,6 +145,8 @@ MISTAKES = [
     (f"{SHRINK} --shares 0.5 1", "in (0, 1), at least one, got 1.0 (shares[1])"),
     (f"{SHRINK} --tolerance nan", "tolerance must be in (0, 1) or None, got nan"),
     (f"{SHRINK} --seconds -1", "seconds must be above 0"),
+    (f"{SHRINK} --round-to 0", "round_to must be an integer of at least 1 or None, got 0"),
+    (f"{SHRINK} --runtime onnxruntime", "a runtime needs a budget of 'latency' without a latency_table, got 'flops'"),
     (f"{SHRINK} --images 1", "images must be an integer of at least 2, got 1"),
     (f"{SHRINK} --pruner l11", "pruner must be a known name, got 'l11'; did you mean l1?"),
     (f"{SHRINK} --method solve", "method must be a known name, got 'solve'"),

@@ -5,6 +5,7 @@ import math
 import re
 from collections import OrderedDict
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
+from nni_topo.network.io import exporting
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import DenseReport, LayerChannels
 from nni_topo.pruners.budget import BudgetOutcome, network_cost
@@ -271,6 +273,54 @@ def test_the_report_has_times_if_they_are_asked_for_or_the_budget_is_one_of_time
     assert shrunk({"latency": 0.6, "latency_table": table}).report.time is not None
 
 
+def test_a_budget_of_time_in_onnxruntime_is_timed_there(monkeypatch):
+    timed = []
+
+    def as_run_by(runtime, networks, inputs):
+        found = exporting.as_run_by(runtime, networks, inputs)
+        timed.extend(found)
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        for net, other in zip(networks, found, strict=True):
+            torch.testing.assert_close(torch.from_numpy(other(*args)[0]), net(*args), rtol=1e-4, atol=1e-5)
+        return found
+
+    for place in ("nni_topo.pruners.budget", "nni_topo.runs.prepared"):
+        monkeypatch.setattr(f"{place}.as_run_by", as_run_by)
+    monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.1)
+    small = shrunk({"latency": 0.9, "runtime": "onnxruntime"}, pruner="l1", compensate=None)
+    assert {type(each) for each in timed} == {exporting.OnnxNetwork}
+    assert small.report.time.runtime == "onnxruntime"
+    assert "on one thread of the CPU in onnxruntime" in repr(small.report)
+    assert small.stem.out_channels <= toy_model().stem.out_channels
+
+
+def test_a_budget_of_time_counts_batches_as_large_as_the_first_one(monkeypatch):
+    sizes = []
+
+    def time_shares(models, whole, inputs, wanted, **_):
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        sizes.append(len(args[0]))
+        return [(wanted, 0.01)] * len(models)
+
+    for place in ("nni_topo.pruners.budget", "nni_topo.runs.prepared"):
+        monkeypatch.setattr(f"{place}.time_shares", time_shares)
+    nni_topo.shrink(toy_model().eval(), [toy_images(16)], {"latency": 0.5}, compensate=None, distill=False)
+    assert set(sizes) == {16}  # also where some of them are held out
+
+
+def test_a_runtime_is_for_one_network_of_a_share_of_the_time():
+    rule = r"a runtime needs a budget of 'latency' without a latency_table, got '{}' \(runtime, budget\)"
+    with pytest.raises(ConfigError, match=rule.format("flops")):
+        shrunk({"flops": 0.5, "runtime": "onnxruntime"})
+    table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
+    with pytest.raises(ConfigError, match=rule.format("latency_table")):
+        shrunk({"latency": 0.5, "runtime": "onnxruntime", "latency_table": table})
+    with pytest.raises(ConfigError, match="runtime must be a known name, got 'onnx'"):
+        shrunk({"latency": 0.5, "runtime": "onnx"})
+    with pytest.raises(ConfigError, match=r"several sizes must be timed in PyTorch, got 'onnxruntime'"):
+        shrunk({"latency": None, "runtime": "onnxruntime"}, tolerance=0.4)
+
+
 def test_a_budget_of_time_serves_pruners_of_nni_too():
     table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
     small = shrunk({"latency": 0.6, "latency_table": table}, pruner="l1")
@@ -295,6 +345,37 @@ def test_a_time_that_a_pruner_of_nni_misses_is_told(caplog):
     capped = [{"op_names": list(LAYERS), "max_sparse_ratio": 0.25}]
     shrunk({"latency": 0.4, "latency_table": table}, pruner="l1", layers=capped)
     assert "the latency budget of 0.4 is missed" in caplog.text
+
+
+def convolutions(*widths):
+    """Return convolutions of these widths with a linear layer at the end, and images for them."""
+    torch.manual_seed(0)
+    layers = []
+    for entering, leaving in pairwise((1, *widths)):
+        layers += [nn.Conv2d(entering, leaving, 3, padding=1), nn.ReLU()]
+    pooling = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 3)]
+    return nn.Sequential(*layers, *pooling).eval(), [torch.randn(4, 1, 6, 6)]
+
+
+@pytest.mark.parametrize("pruner", ["matrix", "l1"])
+def test_widths_are_multiples_that_processors_like_where_they_meet_the_budget(pruner):
+    net, images = convolutions(8, 32, 64, 128, 256)
+    few = {"pruner": pruner, "compensate": None, "distill": False}
+    small = nni_topo.shrink(net, images, {"flops": 0.5}, **few)
+    assert small.report.budget.left == pytest.approx(0.5, abs=0.01)
+    for row, multiple in zip(small.report.layers.rows, (1, 4, 8, 16, 16), strict=False):
+        assert row.after < row.before
+        assert row.after % multiple == 0
+    free = nni_topo.shrink(net, images, {"flops": 0.5}, round_to=1, **few)
+    assert free.report.budget.left == pytest.approx(0.5, abs=0.002)
+    assert any(row.after % 2 for row in free.report.layers.rows[:5])
+
+
+def test_layers_keep_other_widths_where_multiples_miss_the_budget():
+    net, images = convolutions(128, 32)
+    small = nni_topo.shrink(net, images, {"params": 0.53}, pruner="l1", compensate=None, distill=False)
+    assert small.report.budget.is_met
+    assert small.report.budget.left == pytest.approx(0.53, abs=0.01)
 
 
 @pytest.mark.parametrize("pruner", ["matrix", pytest.param("l1", marks=pytest.mark.slow)])
@@ -483,8 +564,8 @@ def test_heads_get_narrower_for_the_cost_of_those_that_would_go(make, pruner):
     torch.manual_seed(0)
     net, images = make(4, 1, 8).eval(), torch.randn(200, 1, 8, 8)
     few = {"compensate": None, "distill": False, "pruner": pruner}
-    fewer = nni_topo.shrink(net, [images], {"flops": 0.4}, narrow_heads=False, **few)
-    narrow = nni_topo.shrink(net, [images], {"flops": 0.4}, **few)
+    fewer = nni_topo.shrink(net, [images], {"flops": 0.4}, round_to=1, **few)
+    narrow = nni_topo.shrink(net, [images], {"flops": 0.4}, narrow_heads=True, round_to=1, **few)
     whole, gone, kept = (find_attention(each) for each in (net, fewer, narrow))
     assert any(gone[name].heads < each.heads for name, each in whole.items())
     assert all(kept[name].heads == each.heads for name, each in whole.items())
@@ -497,9 +578,29 @@ def test_heads_get_narrower_for_the_cost_of_those_that_would_go(make, pruner):
     assert errors[1] < errors[0]
 
 
+def test_narrower_heads_keep_multiples_of_eight_channels_unless_any_number_is_asked_for():
+    torch.manual_seed(0)
+    body = nn.TransformerEncoderLayer(96, 4, 64, batch_first=True)  # heads of 24 channels
+    net, images = nn.Sequential(body, nn.Linear(96, 3)).eval(), torch.randn(20, 5, 96)
+    few = {"pruner": "l1", "compensate": None, "distill": False, "narrow_heads": True}
+    small = nni_topo.shrink(net, [images], {"flops": 0.6}, **few)
+    assert [(each.heads, each.head_size) for each in find_attention(small).values()] == [(4, 16)]
+    small = nni_topo.shrink(net, [images], {"flops": 0.4}, round_to=1, **few)
+    (found,) = find_attention(small).values()
+    assert found.heads == 4
+    assert found.head_size < 24
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", [{"budget": {"latency": 0.6}}, {"budget": {"flops": 0.4}, "round_to": 8}])
-def test_heads_go_where_time_counts_or_multiples_are_asked_for(knobs, monkeypatch):
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"budget": {"flops": 0.4}},
+        {"budget": {"latency": 0.6}, "narrow_heads": True},
+        {"budget": {"flops": 0.4}, "round_to": 8, "narrow_heads": True},
+    ],
+)
+def test_whole_heads_go_by_default_and_where_time_counts_or_multiples_are_asked_for(knobs, monkeypatch):
     # how near the times are known doesn't matter here
     monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.1)
     torch.manual_seed(0)

@@ -365,6 +365,8 @@ class TimedPair:
         Timed rounds, in each of which both networks run once.
     device : str
         Where they run, such as ``"cpu"``, there on one thread.
+    runtime : str
+        What runs them: ``"pytorch"`` or ``"onnxruntime"``.
     """
 
     unpruned_ms: tuple[float, float, float]
@@ -373,10 +375,12 @@ class TimedPair:
     samples: int
     rounds: int
     device: str
+    runtime: str = "pytorch"
 
     def __repr__(self) -> str:
         median, low, high = self.share
         place = "one thread of the CPU" if self.device == "cpu" else self.device
+        place += " in onnxruntime" if self.runtime == "onnxruntime" else ""
         count = "a single sample" if self.samples == 1 else f"a batch of {self.samples} samples"
         return (
             f"{count} takes {self.ms[0]:.3g} ms, unpruned {self.unpruned_ms[0]:.3g} ms, on {place}: {median:.3g} "

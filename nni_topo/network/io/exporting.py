@@ -55,7 +55,7 @@ _MULTIPLES = (1, 8, 16, 32)  # a network may take only sizes that are multiples 
 _DIMS = all_of(whole(0), Sequence)
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
 _MOST_OF_A_REASON = 300  # characters of PyTorch's errors that are handed on
-_FAST = 8  # onnxruntime's fast convolutions have a multiple of so many channels
+_FAST = 4  # onnxruntime's fast convolutions have a multiple of so many channels
 _logger = logging.getLogger(__name__)
 
 
@@ -144,7 +144,7 @@ def export(
     Notes
     -----
     ONNX needs ``pip install 'nni_topo[export]'``. onnxruntime can be slow where the channels of a convolution
-    aren't a multiple of 8: prune with ``round_to=8``; a warning says where a pruned network has others.
+    aren't a multiple of 4: prune with ``round_to=8``; a warning says where a pruned network has others.
 
     INT8 is onnxruntime's static quantisation: signed weights with a scale per channel, unsigned activations. Weights
     use 7 of the 8 bits by default, because x86 processors without VNNI add two products in 16 bits: products of 8-bit
@@ -251,11 +251,10 @@ def _warn_of_slow_convolutions(net: nn.Module, pruned: tuple[str, ...]) -> None:
     if slow:
         _logger.warning(
             "onnxruntime can be slow where the channels of a convolution aren't a multiple of %d, as in %d of the %d "
-            "that were pruned; round_to=%d avoids that (see docs/runtimes.md)",
+            "that were pruned; round_to=8 avoids that (see docs/runtimes.md)",
             _FAST,
             len(slow),
             len(convolutions),
-            _FAST,
         )
 
 
@@ -267,6 +266,28 @@ def _import(name: str) -> Any:
         raise ConfigError(
             f"the packages for ONNX must be installed: pip install 'nni_topo[export]', got no {name} (export)"
         ) from error
+
+
+class OnnxNetwork(nn.Module):
+    """A network as onnxruntime runs it on one thread of the CPU, to be timed; its inputs are the network's."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "network.onnx"
+            with quietly():
+                export(model, path, inputs)
+            self._session = _session(path, threads=1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return the arrays that the file returns."""
+        arrays: list[Any] = self._session.run(None, _feed(self._session, (args, kwargs)))
+        return arrays
+
+
+def as_run_by(runtime: str, networks: Sequence[nn.Module], inputs: Any) -> list[nn.Module]:
+    """Return networks to be timed in a runtime: in PyTorch themselves."""
+    return [OnnxNetwork(each, inputs) if runtime == "onnxruntime" else each for each in networks]
 
 
 @contextmanager
@@ -419,10 +440,11 @@ def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _session(path: Path) -> Any:
-    """Load an ONNX file in onnxruntime."""
+def _session(path: Path, threads: int = 0) -> Any:
+    """Load an ONNX file in onnxruntime; 0 threads: as many as it takes by itself."""
     runtime = _import("onnxruntime")
     options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
     options.log_severity_level = 3  # errors only
     return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -48,7 +48,7 @@ from nni_topo.rules import ANYTHING, FLAG, NONE, SEED, all_of, instance, whole
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.prepared import Prepared
 from nni_topo.runs.run import resolve_device
-from nni_topo.runs.settings import Settings
+from nni_topo.runs.settings import PREFERRED, Settings
 from nni_topo.runs.streaming.block import PADDING_MASK, UNPRUNED, WANTED, BlockNet, WantedStates, entering
 from nni_topo.runs.streaming.journal import JOURNAL, Journal
 from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_report
@@ -217,7 +217,7 @@ def shrink_pretrained(
         compensate=compensate,
         distill=distill,
         narrow_heads=False,
-        round_to=round_to or 1,  # the widths don't depend on the device
+        round_to=round_to or PREFERRED,  # the widths don't depend on the device
         seed=seed,
         progress=False,
         place="shrink_pretrained",
