@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError, listed
-from nni_topo.maths.least_squares.normal import Fit
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.runtime.arguments import BATCHES, MASKS, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
@@ -244,7 +243,7 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
 
     Cost: the sums of products take ``inputs * kernel elements`` squared float64 numbers a layer, twice, whatever
     the number of images, and solving twice as much again; a 3x3 convolution of 2,048 channels 11 GB. What
-    ``cache_bytes`` allow comes on top, and in front of a ReLU at most 1 GiB of samples.
+    ``cache_bytes`` allow comes on top.
 
     References
     ----------
@@ -316,15 +315,13 @@ def _run(
     ranks = [sampler.replay.order[task.layer.node] for task in tasks]
     layers: list[LayerReport] = []
     others: set[str] = set()
-    found: Fit | None = None
     for index, task in enumerate(bar("compensate", progress, tasks)):
         if task.layer.name in others:  # a task that would refine what wasn't solved
             continue
         chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
         began = time.perf_counter()
         try:
-            is_refined = index + 1 < len(tasks) and tasks[index + 1].refines
-            learned, held = sampler.collect(task, min(ranks[index:]), found, is_refined=is_refined)
+            learned, held = sampler.collect(task, min(ranks[index:]))
         except OtherSamplesError:
             if sampler.processes is not None:
                 raise

@@ -113,19 +113,10 @@ class ReconstructTask(Task):
         entering = pruned[self.layer.source][part]
         inputs = input_rows(self._module, entering, self._columns, positions, wanted.shape)
         wanted, reached = (output_rows(self._module, each, self._rows, positions) for each in (wanted, reached))
+        if self.refines:  # what a ReLU lets through is wanted, and below zero nothing
+            lacking = torch.where(wanted > 0, wanted.double() - reached, -reached.double().clamp(min=0.0))
+            return inputs, lacking, wanted.clamp(min=0.0)
         return inputs, wanted.double() - reached, wanted
-
-    def refined(self, samples: Samples) -> Samples:
-        """Return what is lacking after the ReLU: what it lets through is wanted, and below zero nothing."""
-        inputs, lacking, wanted = samples
-        return inputs, torch.where(wanted > 0, lacking, (lacking - wanted).clamp(max=0.0)), wanted.clamp(min=0.0)
-
-    def left(self, samples: Samples, found: Fit) -> Samples:
-        """Take what the solution puts out off what was lacking."""
-        inputs, lacking, wanted = samples
-        solution, is_dead = found.solution, self._inverse()[1]
-        put_out = (inputs @ solution.weights.to(inputs.dtype)).double() + solution.shift.unsqueeze(1)
-        return inputs, lacking - put_out.masked_fill(is_dead.unsqueeze(1), 0.0), wanted
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve by ridge least squares."""
@@ -133,7 +124,10 @@ class ReconstructTask(Task):
 
     def apply(self, net: nn.Module, found: Fit) -> None:
         """Add the solution to the layer's weights, and the constant to its bias or the batch norm's running mean."""
-        inverse, _ = self._inverse()
+        # What a change at the place is for the layer's output, by group and row; 0 where it isn't seen.
+        scale = self._scale[self._rows]
+        is_dead = scale.abs() <= _DEAD_SCALE * self._scale.abs().max()
+        inverse = (1.0 / scale).masked_fill(is_dead, 0.0)
         module: Any = net.get_submodule(self.layer.name)
         change = (found.solution.weights * inverse.unsqueeze(1)).transpose(1, 2)
         with torch.no_grad():
@@ -144,12 +138,6 @@ class ReconstructTask(Task):
             module.weight.copy_(of_output(rows, module))
             if self.layer.intercept is not None:
                 add_constant(net, self.layer.intercept, self._rows, found.solution.shift * inverse)
-
-    def _inverse(self) -> tuple[Tensor, Tensor]:
-        """Return what a change at the place is for the layer's output, by group and row, and where it isn't seen."""
-        scale = self._scale[self._rows]
-        is_dead = scale.abs() <= _DEAD_SCALE * self._scale.abs().max()
-        return (1.0 / scale).masked_fill(is_dead, 0.0), is_dead
 
     def block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices of the weights between kept channels, group by group, in the weight by output."""

@@ -169,7 +169,6 @@ HELD_OUT_ENTRIES = 5
 _LEAST_SAMPLES = 16384
 _SAMPLES_PER_UNKNOWN = 16
 _CHUNK = 2**23
-_KEPT = 2**30  # bytes of samples at most
 _COPIES = 4  # of products, or of samples, at most
 _CURE = "method='recalibrate' takes none; a layer that reads fewer channels takes less"
 
@@ -214,14 +213,6 @@ class Task(ABC):
     def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return inputs, residuals and references at positions (entries, p), ``(groups, samples, ...)``."""
 
-    def refined(self, samples: Samples) -> Samples:
-        """Return the samples of a task that refines another one, from those that the other one would have now."""
-        return samples
-
-    def left(self, samples: Samples, found: Fit) -> Samples:
-        """Return samples of the task before as they are after its solution, where the task `refines`."""
-        raise NotImplementedError
-
     @abstractmethod
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve from the sums of the samples to learn from and of those held out."""
@@ -253,8 +244,6 @@ class Sampler:
         self.processes = processes  # those that have the other samples
         self.images, self._first = sum(sizes), 0  # of all processes, and of those before this one
         self._known: tuple[NormalEquations, NormalEquations] | None = None
-        # Samples of the last task, if the next one refines it and they aren't many: no network runs for these again.
-        self._kept: list[tuple[int, Samples]] | None = None
 
     def begin(self, tasks: Sequence[Task]) -> None:
         """Find the place of this process's samples; DataError if a task's sums and factors don't fit into memory."""
@@ -280,32 +269,16 @@ class Sampler:
         samples = min(self.images * positions, task.unknowns)
         return 8 * _COPIES * groups * task.unknowns * samples
 
-    def collect(
-        self, task: Task, settled: int, found: Fit | None = None, *, is_refined: bool = False
-    ) -> tuple[NormalEquations, NormalEquations]:
-        """Return the sums of the samples to learn from and of those held out; DataError if any isn't finite.
-
-        ``found`` is the solution of the task before; ``is_refined`` says whether the task after refines this one.
-        """
+    def collect(self, task: Task, settled: int) -> tuple[NormalEquations, NormalEquations]:
+        """Return the sums of the samples to learn from and of those held out; DataError if any isn't finite."""
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
         known = self._known if task.refines else None
         self._known = None
-        both = [NormalEquations(each) for each in known or (None, None)]
-        if task.refines and self._kept is not None and found is not None:
-            parts: Iterator[tuple[int, Samples]] = ((place, task.left(each, found)) for place, each in self._kept)
-        else:
-            parts = self._parts(task, settled)
-        kept: list[tuple[int, Samples]] | None = [] if is_refined else None
-        nbytes = 0
-        for place, samples in parts:
-            both[place].add(*(task.refined(samples) if task.refines else samples))
-            nbytes += sum(each.nbytes for each in samples)
-            if nbytes > _KEPT:
-                kept = None
-            if kept is not None:
-                kept.append((place, samples))
-        self._kept = kept
-        learned, held = both
+        learned, held = (NormalEquations(each) for each in known or (None, None))
+        for samples, is_held_out in self._sampled(task, settled):
+            for equations, rows in ((learned, ~is_held_out), (held, is_held_out)):
+                if bool(rows.any()):
+                    equations.add(*_at_rows(samples, rows))
         if self.processes is not None:
             device = device_of(self.replay.model)
             learned.pool(self.processes, device, f"samples to learn from at {task.layer.name}")
@@ -314,13 +287,6 @@ class Sampler:
             raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
         self._known = learned, held
         return learned, held
-
-    def _parts(self, task: Task, settled: int) -> Iterator[tuple[int, Samples]]:
-        """Run the networks and yield a task's samples: 0 with those to learn from, 1 with those held out."""
-        for samples, is_held_out in self._sampled(task, settled):
-            for place, rows in enumerate((~is_held_out, is_held_out)):
-                if bool(rows.any()):
-                    yield place, _at_rows(samples, rows)
 
     def agreed(self, found: Fit, task: Task) -> Fit:
         """Return the solution of the first process, where several have solved the same equations."""

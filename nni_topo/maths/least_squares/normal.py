@@ -265,16 +265,11 @@ class NormalEquations:
             roots = _penalty(squares, 1.0).masked_fill(squares <= floor, torch.inf).rsqrt().unsqueeze(1)
             self._few[self.samples, intercept] = inputs * roots, roots, symmetric((inputs * roots).mT)
         scaled, scale, products = self._few[self.samples, intercept]
-        known = self._factors.pop(self.samples, None)
-        if known and known[:2] == (ridge, intercept):
-            lower = known[2].lower
-        else:
-            matrix = products / ridge
-            matrix.diagonal(dim1=1, dim2=2).add_(1.0)
-            lower, info = torch.linalg.cholesky_ex(matrix)
-            if bool(info.any()):
-                return None
-        self._factors[self.samples] = ridge, intercept, _Factor(lower, scale, scale)
+        matrix = products / ridge
+        matrix.diagonal(dim1=1, dim2=2).add_(1.0)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        if bool(info.any()):
+            return None
         # ``(X'X + 1)^-1 X'Y = X'(XX' + 1)^-1 Y``, and what the second factor leaves of Y is the error itself.
         left = _solved(lower, residuals)
         return (scaled.mT @ left).mul_(scale.mT / ridge), float(left.square().sum())
