@@ -182,6 +182,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
             _of_jsonl("zoo_exports.py", "zoo_exports_before.jsonl", title="before"),
         ]
     ),
+    "recovery": lambda: iter([_of_jsonl("bench_course.py", "course.jsonl")]),
     "speed": lambda: iter(
         [
             _of_jsonl("bench_time.py", "time.jsonl"),

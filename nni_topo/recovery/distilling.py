@@ -586,8 +586,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     temperature : float, default=2.0
         Logits are divided by it, above 0; for ``"kl"``.
     steps : int, optional
-        Gradient steps at most, at least 1; by default 600, or ten passes over the images, whichever is more. They end
-        earlier where the loss on the held-out images makes no more progress.
+        Gradient steps at most, at least 1; by default the larger number of 600 and of ten passes over the images. They
+        end earlier where the loss on the held-out images makes no more progress.
     seconds : float, optional
         Budget of wall time, above 0, for the whole call: comparing both networks before the first step, the range test,
         the steps and the judging. No step begins that wouldn't end in time; the comparison alone takes what it takes.
