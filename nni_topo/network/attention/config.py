@@ -263,6 +263,8 @@ def _tell_width(
                 count = original.config.attribute_map.get(count, count)
                 if isinstance(vars(original.config).get(count), int):
                     setattr(changed, count, round(getattr(original.config, count) * next(iter(shares))))
+        elif len(sizes := {each.head_size for each in found.values()}) == 1:
+            changed.head_dim = sizes.pop()  # which OLMo's config needn't have, and its attention reads
         try:
             built = with_linear_layers(built_by_config(model, changed))
         except Exception:  # a constructor may refuse a number, each in its own words

@@ -75,7 +75,7 @@ _USUAL = vars(nn.Module()).keys() - {"training"}
 _MOST_PARTS = 12  # of a module that works over channels: pools, a convolution of what they give, an activation
 _MOST_NUMBERS = 256  # that it holds; CBAM's gate has 98 weights
 _FEW = 2  # channels on which a module of more has to run, too
-_WIDTH = 6  # at which a module is tried that holds nothing for each channel
+_WIDTHS_TRIED = (6, 4099)  # of a module that holds nothing for each channel
 
 
 def _is_plain(value: Any) -> bool:
@@ -86,13 +86,22 @@ def _is_plain(value: Any) -> bool:
 
 def _tried(norm: nn.Module, own: list[nn.Parameter]) -> Over | None:
     """Run a module to find how it works over channels."""
-    held = _width_held(norm)
-    width = held or _WIDTH
+    width = _width_held(norm)
     if norm._modules:
         try:
             norm = copy.deepcopy(norm).to("cpu", torch.float32).eval()
         except Exception:  # it may hold a lock, say
             return None
+    if width is not None:
+        return _tried_at(norm, own, width)
+    # At the larger width channels that are picked by a fixed number or slice show.
+    found = _tried_at(norm, own, _WIDTHS_TRIED[0])
+    return found if found is None or _tried_at(norm, own, _WIDTHS_TRIED[1]) == found else None
+
+
+def _tried_at(norm: nn.Module, own: list[nn.Parameter], width: int) -> Over | None:
+    """Run a module on inputs of so many channels."""
+    holds_width = _width_held(norm) is not None
     drawing = torch.Generator().manual_seed(0)
     order = torch.cat([torch.arange(1, width, 2), torch.arange(0, width, 2)])  # across groups and neighbours
     numbers = [torch.linspace(0.5, 1.5 + at, width).view(each.shape) for at, each in enumerate(own)]
@@ -103,8 +112,8 @@ def _tried(norm: nn.Module, own: list[nn.Parameter]) -> Over | None:
     images = torch.randn(2, 3, 4, width, generator=drawing)
     # Norms with the channels first may take texts, of three dimensions, alone. What holds nothing for each channel may
     # treat places alike, and only images with the channels first tell these from channels.
-    for x in (images, images.flatten(1, 2)) if held else (images,):
-        for dim in (-1, 1) if held else (1,):
+    for x in (images, images.flatten(1, 2)) if holds_width else (images,):
+        for dim in (-1, 1) if holds_width else (1,):
             try:
                 with torch.no_grad(), random_state_kept():
                     given = one.forward(x.movedim(-1, dim)).movedim(dim, -1)
@@ -119,7 +128,7 @@ def _tried(norm: nn.Module, own: list[nn.Parameter]) -> Over | None:
                 is_alike = narrow.shape == x[..., kept].shape and _near(given[..., order], turned)
                 changes = not _near(given[..., 0], changed[..., 0])
             else:
-                is_alike = not held and given.shape[:-1] == x.shape[:-1] and narrow.shape == given.shape
+                is_alike = not holds_width and given.shape[:-1] == x.shape[:-1] and narrow.shape == given.shape
                 is_alike = is_alike and _near(given, turned)
                 changes = not _near(given, changed)
             # What treats each channel by itself is no norm.
