@@ -35,8 +35,10 @@ _CNN, _ENCODER = NETWORKS
 QUOTED = (
     ((_ENCODER, 0.5, OURS, "compensate, distill in bfloat16"), "cosine", "a cosine of {} with the unpruned network's"),
     ((_ENCODER, 0.5, OURS, "compensate, distill in bfloat16"), "recall@10", "{} % of their ten nearest neighbours"),
-    ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "cosine", "weight reconstruction reach {} and"),
+    ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "cosine", "without weight reconstruction {} and"),
     ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "recall@10", "and {} % in the same fourteen minutes"),
+    ((_ENCODER, 0.5, "l1", "compensate, distill in bfloat16"), "cosine", "with the same recovery reaches {} and"),
+    ((_ENCODER, 0.5, "l1", "compensate, distill in bfloat16"), "recall@10", "and {} %, without weight reconstruction"),
     ((_CNN, 0.8, OURS, f"widths, {BLOCKS}"), "top 1", "{} % of new crops keep their class, after 40 photos"),
     ((_CNN, 0.8, OURS, f"widths, {UNIFORM}"), "top 1", "{} % if channels alone go"),
     ((_CNN, 0.8, "l1", "compensate"), "top 1", "{} % by L1 with our recovery"),

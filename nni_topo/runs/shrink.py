@@ -116,7 +116,7 @@ def shrink(
         ``equal_blocks``, nor on a GPU unless ``round_to`` is 1.
     depth : bool, default=False
         Whether blocks compete with channels for the budget: residual blocks, blocks of transformers, and attention or
-        the MLP in these; see the notes. That takes two to three times as long.
+        the MLP in these; see the notes. That takes two to four times as long.
     outputs : callable, optional
         What counts of the model's output, as for :func:`nni_topo.distill`: the report, the allocation and distillation
         look at nothing else.
