@@ -135,6 +135,7 @@ _ADVICE: dict[str, str] = {
     "inside_module": (
         "write the module as one that calls its layers; heads of nn.MultiheadAttention can be pruned as it is"
     ),
+    "inside_gate": "prune the layers whose channels enter the module, which runs over those that are left",
     "not_followed": "call the layer itself (self.layer(x)) rather than a function on its weight",
     "unselected": "prune the layers that share the channels, too",
     "several_widths": "call a module of its own in each place",
@@ -207,6 +208,7 @@ convolved_elsewhere = Sentence(
     "convolves_channels", "{layer}, a convolution along channels, is called on other channels as well"
 )
 unknown_attention = Sentence("no_heads", "it is part of {layer} ({of}), attention of an unknown structure")
+inside_gate = Sentence("inside_gate", "it is part of {layer} ({of}), which treats all channels alike")
 inside_module = Sentence("inside_module", "it is part of {layer} ({of}), which runs as one operation")
 
 # What the kept layer is itself, or where its channels go: kind and sentence.

@@ -36,6 +36,7 @@ from nni_topo.network.layers.kinds import (
     is_transposed_linear,
     weight_is_computed,
 )
+from nni_topo.network.layers.norms import is_over_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, UNGROUPED, check_unwrapped
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis, Facts
@@ -645,6 +646,8 @@ def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
     for length in range(len(parts) - 1, 0, -1):
         owner = model.get_submodule(".".join(parts[:length]))
         is_container = isinstance(owner, (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict))
+        if is_over_channels(owner):
+            return reasons.inside_gate(".".join(parts[:length]), type(owner).__name__)
         if type(owner).__module__.startswith("torch.nn.modules.") and not is_container:
             return reasons.inside_module(".".join(parts[:length]), type(owner).__name__)
     return reasons.not_followed()

@@ -63,6 +63,8 @@ def test_a_gate_runs_over_the_channels_that_are_left(kind: Any, left: list[int])
     model: Any = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Sigmoid(), kind(), nn.Conv2d(16, 4, 3)).double().eval()
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert "0" not in groups.skipped
+    (inner,) = groups.skipped.keys() - {"3"}
+    assert groups.reasons[inner][0].kind == "inside_gate"
     kept = torch.tensor(left)
     mask = torch.zeros(16, 3, 3, 3, dtype=torch.float64).index_fill(0, kept, 1.0)
     dense = nni_topo.to_dense(model, IMAGES, {"0": {"weight": mask}})
