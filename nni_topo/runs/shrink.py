@@ -127,10 +127,10 @@ def shrink(
         then needs data of its own, which no longer tell how good the network is: they chose it.
     round_to : int or "auto", optional
         Pruned layers keep a multiple of this number of channels; ``"auto"`` chooses it for the model's device, 1: any
-        number. None: on a CPU multiples of an eighth of a layer's channels or less, the largest of 16, 8, 4 and 2, as
-        far as the budget is met by them, and heads whole; processors compute several channels at once. For a latency
-        budget multiples of half of a layer's channels or less. On a GPU, which may take several times as long over
-        other numbers, as ``"auto"``.
+        number. None: processors compute several channels at once, so on a CPU layers keep a multiple of 16 from 128
+        channels on, of 8 from 64, of 4 from 32 and of 2 from 16, or a smaller multiple where the budget couldn't be met
+        otherwise. For a latency budget the multiples are 16 from 32 channels on, 8 from 16, 4 from 8 and 2 from 4. On a
+        GPU as ``"auto"``.
     time : bool, default=False
         Whether the report has the times of the unpruned network and of the one that is returned: medians of passes in
         turns over a batch as large as the first one of ``images``, with one thread on a CPU. It takes at most some ten
