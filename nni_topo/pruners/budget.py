@@ -337,7 +337,7 @@ class BudgetPlanner(Planner):
         return removed
 
     def step(self, unit: PruningUnit) -> int:
-        """Return of how many rows each part of a unit keeps a multiple."""
+        """Return the number of rows of which each part of a unit keeps a multiple."""
         return super().step(unit) if self._multiples is None else self._multiples[unit.name]
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
@@ -365,7 +365,7 @@ class BudgetPlanner(Planner):
 
 
 def preferred_steps(units: Sequence[PruningUnit], least: int) -> dict[str, int]:
-    """Return by unit how many rows at a time each of its parts best loses: it has at least so many times as many."""
+    """Return, by unit, the multiple of rows that each part keeps: at most 16, and at most a ``least``-th of the rows."""
     found = {}
     for unit in units:
         multiple = min(_FASTEST, 1 << (max(1, unit.blocks // least).bit_length() - 1))
