@@ -365,7 +365,7 @@ class BudgetPlanner(Planner):
 
 
 def preferred_steps(units: Sequence[PruningUnit], least: int) -> dict[str, int]:
-    """Return, by unit, the multiple of rows that each part keeps: at most 16, and at most a ``least``-th of the rows."""
+    """Return, by unit, the multiple of rows that each part keeps: at most 16, at most a ``least``-th of the rows."""
     found = {}
     for unit in units:
         multiple = min(_FASTEST, 1 << (max(1, unit.blocks // least).bit_length() - 1))

@@ -95,7 +95,7 @@ class Planner:
         return min(-(-rows // step) * step, unit.rows)
 
     def step(self, unit: PruningUnit) -> int:
-        """Return the number of rows of which each part keeps a multiple, so that channels are a multiple of ``round_to``."""
+        """Return the number of rows of which each part keeps a multiple, so that channels are one of ``round_to``."""
         return 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts * unit.channels)
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
