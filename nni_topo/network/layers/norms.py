@@ -125,19 +125,19 @@ def _tried_at(norm: nn.Module, own: list[nn.Parameter], width: int) -> Over | No
                 continue
             gives_channels = given.shape == x.shape
             if gives_channels:
-                is_alike = narrow.shape == x[..., kept].shape and _near(given[..., order], turned)
-                changes = not _near(given[..., 0], changed[..., 0])
+                is_alike = narrow.shape == x[..., kept].shape and _agree(given[..., order], turned)
+                changes = not _agree(given[..., 0], changed[..., 0])
             else:
                 is_alike = not holds_width and given.shape[:-1] == x.shape[:-1] and narrow.shape == given.shape
-                is_alike = is_alike and _near(given, turned)
-                changes = not _near(given, changed)
+                is_alike = is_alike and _agree(given, turned)
+                changes = not _agree(given, changed)
             # What treats each channel by itself is no norm.
             if is_alike and changes:
                 return Over(dim, gives_channels)
     return None
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
+def _agree(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=_NEAR, atol=_NEAR)
 
 
