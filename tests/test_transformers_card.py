@@ -14,7 +14,7 @@ import torch
 from transformers_nets import SIZES, inputs_of, logits, transformers
 
 import nni_topo
-from nni_topo.network.speedup.dense import DenseReport, LayerChannels
+from nni_topo.network.speedup.dense_report import DenseReport, LayerChannels
 from nni_topo.testing import require_unchanged, snapshot
 
 # Neurons alone: how many heads may be left depends on the version of Transformers.

@@ -6,7 +6,8 @@ from nni_topo.network.cost.measure import ModeCost, profile
 from nni_topo.network.io.checkpoint import load, save, save_pretrained
 from nni_topo.network.io.exporting import Exported, export
 from nni_topo.network.layers.kinds import as_torch_layers, register_module, zeros_held
-from nni_topo.network.speedup.dense import DenseReport, LayerChannels, to_dense
+from nni_topo.network.speedup.dense import to_dense
+from nni_topo.network.speedup.dense_report import DenseReport, LayerChannels
 from nni_topo.network.speedup.dependency import DependencyGroups, dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.network.speedup.explain import Explanation, explain

@@ -34,7 +34,8 @@ from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.inputs import Call, returned_tensors, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import dense_of, dense_report_of, to_dense
+from nni_topo.network.speedup.dense import dense_of, to_dense
+from nni_topo.network.speedup.dense_report import dense_report_of
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.pruners.budget import budget_outcome
 from nni_topo.pruners.checks import matched_modules

@@ -18,7 +18,7 @@ from nni_topo.network.runtime.calibration import HELD_OUT
 from nni_topo.network.runtime.copies import evaluating, evaluation_mode, leaves_models_alone, lent
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.inputs import bind_arguments, returned_by_name, tensors_of
-from nni_topo.network.speedup.dense import LayerChannels
+from nni_topo.network.speedup.dense_report import LayerChannels
 from nni_topo.recovery.lesson import MOST_DISTANCE
 from nni_topo.recovery.likeness import NO_SCALE, Answers
 from nni_topo.recovery.outputs import Outputs

@@ -13,7 +13,8 @@ from torch import nn
 
 from nni_topo.network.runtime.memory import give_back_memory
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import dense_of, dense_report_of
+from nni_topo.network.speedup.dense import dense_of
+from nni_topo.network.speedup.dense_report import dense_report_of
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, BudgetOutcome, BudgetPlanner
 from nni_topo.pruners.hooks import Masks

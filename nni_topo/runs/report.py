@@ -15,7 +15,7 @@ from nni_topo.network.runtime.reports import (
     markdown_table,
     told_of_changes,
 )
-from nni_topo.network.speedup.dense import DenseReport, sizes_in_markdown
+from nni_topo.network.speedup.dense_report import DenseReport, sizes_in_markdown
 from nni_topo.network.speedup.dependency import OUTPUT, by_reason
 from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.recovery.distilling import Verdict

@@ -28,7 +28,8 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import detached_copy
-from nni_topo.network.speedup.dense import dense_report_of, to_dense
+from nni_topo.network.speedup.dense import to_dense
+from nni_topo.network.speedup.dense_report import dense_report_of
 from nni_topo.pruners.budget import BudgetOutcome, budget_outcome
 from nni_topo.recovery.likeness import Answers, are_classes
 from nni_topo.recovery.outputs import Outputs

@@ -15,7 +15,7 @@ from nni_topo.network.channels import reasons
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.layers.kinds import RECURRENT, is_transposed_linear
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import DenseReport
+from nni_topo.network.speedup.dense_report import DenseReport
 from nni_topo.network.speedup.dependency import (
     DependencyGroups,
     dependency_groups,

@@ -19,7 +19,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost.latency import LatencyTable, LayerLatency
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import DenseReport
+from nni_topo.network.speedup.dense_report import DenseReport
 from nni_topo.pruners.budget import Budget
 from nni_topo.recovery.lesson import Judgement
 from nni_topo.runs import depth as depth_module

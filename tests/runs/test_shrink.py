@@ -21,7 +21,7 @@ from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.io import exporting
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import DenseReport, LayerChannels
+from nni_topo.network.speedup.dense_report import DenseReport, LayerChannels
 from nni_topo.pruners.budget import BudgetOutcome, network_cost
 from nni_topo.recovery import Reconstruct
 from nni_topo.runs.measurements import Stage

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nni_topo.network.channels.flow import ChannelFlow, only_norm_after
 from nni_topo.network.layers.derived import has_own_forward, inner_of, is_followed, kind_of
-from nni_topo.network.layers.kinds import CONVOLUTIONS, WEIGHTED, by_channel, is_depthwise, is_plain_norm
+from nni_topo.network.layers.kinds import CONVOLUTIONS, WEIGHTED, by_channel, is_depthwise
 from nni_topo.network.layers.norms import channel_dim, is_over_channels
 from nni_topo.network.layers.slicing import keep
 from nni_topo.network.runtime.copies import left_alone
@@ -93,35 +93,6 @@ def dropped(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call
     return names
 
 
-def is_bordered(model: nn.Module, flow: ChannelFlow, name: str) -> bool:
-    """Tell whether a layer's bias can add its response to constants exactly, except next to padded borders."""
-    module, norm = model.get_submodule(name), only_norm_after(model, flow, name)
-    return can_absorb(module, norm) and _pads_with_zeros(module)
-
-
-def norms_of_constants(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> list[str]:
-    """Name the batch norms whose output for pruned channels isn't zero.
-
-    In training they use the statistics of the batch, which gives other constants.
-    """
-    found, leaving = set[str](), list[Any]()
-
-    def look(name: str, pruned: Tensor, _: Any, output: Tensor) -> None:
-        if bool(output.transpose(0, 1)[pruned.to(output.device)].any()):
-            found.add(name)
-
-    for name, module in model.named_modules():
-        pruned = torch.from_numpy(~is_kept[flow.entering_group_ids(name)])
-        if is_plain_norm(module) and bool(pruned.any()):
-            leaving.append((module, partial(look, name, pruned)))
-        if name in flow.layers and isinstance(module, WEIGHTED):
-            kept = torch.from_numpy(np.asarray(is_kept[flow.group_ids_of(name)]))
-            leaving.append((module, partial(_zeroed, module, kept)))
-    with torch.no_grad(), watched(leaving=leaving):
-        run_few(model, random_like(call, torch.Generator().manual_seed(0)))
-    return [name for name, _ in model.named_modules() if name in found]
-
-
 @torch.no_grad()
 def absorb(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, constants: dict[str, Tensor]) -> None:
     """Fold constants into the biases of the layers that read them.
@@ -153,14 +124,6 @@ def can_absorb(module: nn.Module, norm: nn.Module | None) -> bool:
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or not reads_plainly(module) or is_depthwise(module):
         return False
     return isinstance(module.bias, Tensor) or norm is not None
-
-
-def _pads_with_zeros(module: Any) -> bool:
-    """Tell whether a layer pads what it reads with zeros, where the constant would go on."""
-    if has_own_forward(module):
-        inner = inner_of(module)
-        return inner is not None and any(inner.settings.get("_reversed_padding_repeated_twice", ()))
-    return any(getattr(module, "_reversed_padding_repeated_twice", ())) and module.padding_mode == "zeros"
 
 
 def reads_plainly(module: nn.Module) -> bool:

@@ -39,7 +39,7 @@ from nni_topo.network.runtime.switches import as_written, random_state_kept, see
 from nni_topo.network.runtime.weights import RandomWeights, put_parameters, to_precision
 from nni_topo.network.speedup.leaving_out import leave_out_of
 from nni_topo.network.speedup.reconcile import grow, keep_read
-from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
+from nni_topo.network.speedup.replace import Cutter, kept_slices
 from nni_topo.network.speedup.sizes import differing
 
 if TYPE_CHECKING:
@@ -239,12 +239,12 @@ class _DryRun:
         vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
         # Cutting replaces the tensors that it makes smaller, so both networks may share the others.
         self.small: nn.Module = detached_copy(modules, light=True, shared=modules.buffers())
-        speedup, self._uncut = DenseSpeedup(self.small, flow, is_kept), dict[int, Reason]()
+        cutter, self._uncut = Cutter(self.small, flow, is_kept), dict[int, Reason]()
         try:
-            speedup.speedup_model()
+            cutter.cut()
         except SpeedupError as error:
-            self._uncut = dict.fromkeys(self._removed_at(speedup.at), reasons.cutting_failed(speedup.at, error))
-        self._order = speedup.order
+            self._uncut = dict.fromkeys(self._removed_at(cutter.at), reasons.cutting_failed(cutter.at, error))
+        self._order = cutter.order
 
     def run(self, args: tuple[Any, ...]) -> dict[int, Reason]:
         """Return the unprunable channels, by group id, and why."""

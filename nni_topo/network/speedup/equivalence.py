@@ -7,8 +7,7 @@ here everything that works on single channels is pruned with the channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -56,9 +55,6 @@ from nni_topo.rules import FLAG
 from nni_topo.sharing import find_ties, tie_again, untie
 
 _ROUGH = 1e-5  # from this tolerance on a tenth of it is above rounding in single precision
-# Between these the largest value of a layer of the probe stays as it is: far from where gates round to zero.
-_LEAST, _LARGEST = 0.01, 100.0
-_Place = tuple[str | None, str]
 
 
 def apply_masks(model: torch.nn.Module, masks: FullMasks, *, light: bool = False) -> torch.nn.Module:
@@ -97,82 +93,52 @@ def check_equal(
     pair, variations = (reference, dense), variations_of(drawn)
     # shifted both ways, as weights that were trained may tell these apart
     variations += tuple((factor, -shift) for factor, shift in variations if shift)
-    is_rough = rtol >= _ROUGH and _is_single(reference)
-    batch = together(drawn, variations) if variations else None
-    # All at once, in double precision only where that is needed. Whatever is wrong is looked for below.
-    tries = [] if batch is None else [(batch, True)]
-    if batch is not None and is_rough:
-        tries.insert(0, (batch, False))
-    for given, double in tries:
-        agreed = _agreed(pair, given, rtol if double else rtol / 10, 1 + len(variations), double=double)
-        if agreed is not None:
-            return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
-    _check_one(pair, drawn, kept, rtol, advise, is_rough=is_rough)
+    # Usually one run shows it for all inputs at once, in single precision where that is exact enough. Where it doesn't,
+    # each input is looked at.
+    is_single = all(each.dtype not in (torch.float16, torch.bfloat16) for each in reference.parameters())
+    batch = together(drawn, variations) if variations else first_samples(drawn)
+    agreed = None
+    if batch is not None and rtol >= _ROUGH and is_single:
+        agreed = _agreed(pair, batch, rtol / 10, 1 + len(variations))
+    elif batch is not None:
+        agreed = _agreed(pair, call_in_precision(batch, torch.float64), rtol, 1 + len(variations), double=True)
+    if agreed is not None:
+        return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
+    _check_one(pair, drawn, kept, rtol, advise)
     agreed_variations = list[Variation]()
     for variation in variations:
         other = varied(drawn, variation)
         # A model needn't take all that is a number, nor make numbers of it.
-        if _agreed((reference, reference), other, rtol, 1, double=True):
-            _check_one(pair, other, kept, rtol, advise, is_rough=is_rough, variation=variation)
+        if _gives_numbers(reference, other):
+            _check_one(pair, other, kept, rtol, advise, variation)
             agreed_variations.append(variation)
     return _told(drawn, agreed_variations)
 
 
-@dataclass(frozen=True)
-class TrainingRun:
-    """One run of a dense model in training mode.
+def failure_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Call) -> str:
+    """Run copies of a dense model, and of the original if that fails, in training mode; return the dense one's error.
 
-    Parameters
-    ----------
-    failure : str, default=""
-        The error that it raises where the original runs; empty if it raises nothing, or both do.
-    kept : mapping of str to (tensor, tensor), default={}
-        Tensors that modules hold in plain attributes, and that the run replaces: as before it, and after.
-    """
-
-    failure: str = ""
-    kept: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-
-def run_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Call) -> TrainingRun:
-    """Run copies of a dense model, and of the original if that fails, in training mode.
-
-    A width that is used in training mode only isn't cut where nothing shows what it belongs to: that of weights which
-    follow another layer's, of a layer in a plain list, or of noise that the forward draws.
+    It is empty if the dense model runs, or if neither does. A width that is used in training mode only isn't cut where
+    nothing shows what it belongs to: that of weights which follow another layer's, of a layer in a plain list, or of
+    noise that the forward draws.
     """
     # Where processes share a job, layers may wait in training mode for those of the other processes.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return TrainingRun()
-    copied = detached_copy(dense)  # with weights of its own, into which a forward may write in training mode
-    before = _plain_tensors(copied)
-    failure = _raised_in_training(copied, call)
-    if failure:
-        return TrainingRun("" if _raised_in_training(detached_copy(original), call) else failure)
-    after = _plain_tensors(copied)
-    changed = {name: (each, after[name]) for name, each in before.items() if after.get(name, each) is not each}
-    return TrainingRun(kept=changed)
+        return ""
 
-
-def _raised_in_training(model: torch.nn.Module, call: Call) -> str:
-    """Run a copy in training mode, which may change it; return the error that it raises, if any."""
-    args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
-    with random_state_kept(), torch.no_grad():
+    def failure(model: torch.nn.Module) -> str:
+        copied = training(detached_copy(model))  # of weights of its own, into which a forward may write
+        args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
         try:
-            training(model)(*args, **kwargs)
+            with random_state_kept(), torch.no_grad():
+                copied(*args, **kwargs)
         except Exception as error:  # a user's forward may raise anything
             # Whether there is enough memory says nothing about the model.
             return "" if out_of_memory(error) else raised(error)
-    return ""
+        return ""
 
-
-def _plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors in modules' attributes that are neither parameters nor buffers, by name."""
-    return {
-        f"{name}.{key}".lstrip("."): value
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, torch.Tensor)
-    }
+    found = failure(dense)
+    return "" if not found or failure(original) else found
 
 
 def _told(compared: Call, variations: list[Variation]) -> str:
@@ -188,16 +154,12 @@ def _named(variation: Variation) -> str:
 
 
 def _agreed(
-    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, rtol: float, blocks: int, *, double: bool
+    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, rtol: float, blocks: int, *, double: bool = False
 ) -> set[int] | None:
     """Return the inputs of one batch on which two models agree; None unless that is all that give finite numbers."""
     try:
-        entering = call_in_precision(call, torch.float64) if double else call
-        expected, actual, _ = _run(pair, entering, {}, rtol, double=double)
-    except Exception as error:  # not every model takes a smaller image, another scale or as many samples
-        # Where there is no memory for several inputs, or for double precision, there may be for less.
-        if out_of_memory(error) and blocks == 1 and not double:
-            raise
+        expected, actual = (_outputs(model, call, double=double) for model in pair)
+    except Exception:  # not every model takes another scale or as many samples; or memory is short
         return None
     if [each.shape for each in expected] != [each.shape for each in actual]:
         return None
@@ -214,86 +176,90 @@ def _agreed(
     return finite if 0 in finite else None
 
 
+def _gives_numbers(model: torch.nn.Module, call: Call) -> bool:
+    """Tell whether a model runs on a call in double precision and returns finite numbers."""
+    try:
+        outputs = _outputs(model, call_in_precision(call, torch.float64), double=True)
+    except Exception:  # a user's forward may raise anything
+        return False
+    return all(bool(each.isfinite().all()) for each in outputs)
+
+
 def _check_one(
     pair: tuple[torch.nn.Module, torch.nn.Module],
     drawn: Call,
     kept: KeptIndices,
     rtol: float,
     advise: Callable[[str | None], str] | None,
-    *,
-    is_rough: bool,
     variation: Variation | None = None,
 ) -> None:
     """Raise a SpeedupError unless two models agree on one input."""
-    few = first_samples(drawn)
-    # A rough comparison needs no double precision.
-    tries = [(few, False), (drawn, False)] if is_rough else []
-    for given, double in (*tries, (few, True)):
-        if _agreed(pair, given, rtol if double else rtol / 10, 1, double=double):
-            return
-    try:
-        # In double precision two models that are equal differ by 1e-12 and less however deep they are.
-        expected, actual, place = _run(pair, call_in_precision(drawn, torch.float64), kept, rtol, double=True)
-    except Exception:  # a user's forward may raise anything, such as for a type that it doesn't take
+    # In double precision two models that are equal differ by 1e-12 and less however deep they are.
+    for double in (True, False):
+        entering = call_in_precision(drawn, torch.float64) if double else drawn
+        records: list[dict[str, torch.Tensor]] = [{}, {}]
         try:
-            expected, actual, place = _run(pair, drawn, kept, rtol, double=False)
-        except Exception as error:
+            expected, actual = (
+                _outputs(model, entering, kept, record, double=double)
+                for model, record in zip(pair, records, strict=True)
+            )
+            break
+        except Exception as error:  # a user's forward may raise anything, such as for a type that it doesn't take
+            if double:
+                continue
             if out_of_memory(error) or isinstance(error, NniTopoError):
                 raise
             raise SpeedupError(
                 "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
                 f"fit the pruned channels, got {raised(error)}"
             ) from error
+    name, where = _first_difference(records[0], records[1], kept, rtol)
     shapes = " and ".join(str(tuple(each.shape)) for each in tensors_of(drawn))
-    place = place[0], f"{place[1]}, inputs of shape {shapes}{'' if variation is None else f' {_named(variation)}'}"
-    _compare(expected, actual, place, rtol, advise)
+    where += f", inputs of shape {shapes}{'' if variation is None else f' {_named(variation)}'}"
+    output_shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
+    if output_shapes[0] != output_shapes[1]:
+        raise SpeedupError(
+            f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
+            f"got {output_shapes[1]} instead of {output_shapes[0]} ({where})"
+        )
+    worst = max((difference(*each) for each in zip(expected, actual, strict=True)), default=0.0)
+    if not worst <= rtol:
+        raise SpeedupError(
+            f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "
+            f"got a difference of {worst:.3g} ({where})" + (f"; {advise(name)}" if advise else "")
+        )
 
 
-def _is_single(model: torch.nn.Module) -> bool:
-    """Tell whether a model computes in single or double precision."""
-    return all(parameter.dtype not in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+def _outputs(
+    model: torch.nn.Module,
+    call: Call,
+    looked_at: Iterable[str] = (),
+    record: dict[str, torch.Tensor] | None = None,
+    *,
+    double: bool = False,
+) -> list[torch.Tensor]:
+    """Run a copy of a model; ``record`` gets the outputs of the first calls of the modules that are looked at."""
+    runner = evaluating(in_double(model) if double else detached_copy(model, light=True))
 
+    def look(name: str, _: Any, output: Any) -> None:
+        if record is not None and isinstance(output, torch.Tensor) and name not in record:
+            record[name] = output.clone()
 
-def _run(
-    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, kept: KeptIndices, rtol: float, *, double: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor], _Place]:
-    """Run copies of both models; also name the first module whose outputs differ."""
-    records: list[dict[str, torch.Tensor]] = [{}, {}]
-    outputs = []
-    with torch.no_grad():
-        for model, record in zip(pair, records, strict=True):
-            runner = evaluating(in_double(model) if double else detached_copy(model, light=True))
-            looks = _looks(runner, kept, record)
-            # Both draw the same numbers where a forward draws any.
-            # What a forward does in place to its inputs mustn't reach the other model.
-            args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
-            with random_state_kept(), watched(leaving=looks):
-                outputs.append(returned_tensors(runner(*args, **kwargs)))
-            del runner, looks  # before the copy of the other model is made
-    return outputs[0], outputs[1], _first_difference(records[0], records[1], kept, rtol)
-
-
-def _looks(
-    model: torch.nn.Module, names: Iterable[str], record: dict[str, torch.Tensor]
-) -> list[tuple[torch.nn.Module, Callable[[Any, Any], None]]]:
-    """List modules with what records their outputs; scripted modules take no hooks and are left out."""
     looks = list[tuple[torch.nn.Module, Callable[[Any, Any], None]]]()
-    for name in names:
-        module = model.get_submodule(name)
-        if not isinstance(module, torch.jit.ScriptModule):
-            looks.append((module, partial(_record, name, record)))
-    return looks
-
-
-def _record(name: str, record: dict[str, torch.Tensor], entered: Any, output: Any) -> None:
-    """Record the output of a module's first call."""
-    if isinstance(output, torch.Tensor) and name not in record:
-        record[name] = output.clone()
+    for name in looked_at:
+        module = runner.get_submodule(name)
+        if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+            looks.append((module, partial(look, name)))
+    # What a forward does in place to its inputs mustn't reach the other model. Both draw the same random numbers.
+    args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
+    with torch.no_grad(), random_state_kept(), watched(leaving=looks):
+        return returned_tensors(runner(*args, **kwargs))
 
 
 def _first_difference(
     expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: KeptIndices, rtol: float
-) -> _Place:
+) -> tuple[str | None, str]:
+    """Return the first module whose outputs differ, None if none does, and in words from where on they do."""
     for name, full in expected.items():
         small = actual.get(name)
         for d, indices in enumerate(kept[name][1:], start=1):
@@ -305,28 +271,6 @@ def _first_difference(
         if difference(full, small) > rtol:
             return name, f"from {name} on"
     return None, "after the last layer"
-
-
-def _compare(
-    expected: list[torch.Tensor],
-    actual: list[torch.Tensor],
-    place: _Place,
-    rtol: float,
-    advise: Callable[[str | None], str] | None,
-) -> None:
-    name, where = place
-    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
-    if shapes[0] != shapes[1]:
-        raise SpeedupError(
-            f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
-            f"got {shapes[1]} instead of {shapes[0]} ({where})"
-        )
-    worst = max((difference(*each) for each in zip(expected, actual, strict=True)), default=0.0)
-    if not worst <= rtol:
-        raise SpeedupError(
-            f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "
-            f"got a difference of {worst:.3g} ({where})" + (f"; {advise(name)}" if advise else "")
-        )
 
 
 @public(model=MODEL, example_inputs=INPUTS, masks=MASKS, reconcile=FLAG)

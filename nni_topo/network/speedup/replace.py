@@ -1,4 +1,4 @@
-"""Cut a model: NNI's replacers take out the pruned channels, and heads get narrower where masks ask for it."""
+"""Cut a model: take out the pruned channels, and make heads narrower where masks ask for it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx
-from nni.compression.speedup.container import NodeInfo
-from nni.compression.speedup.replacer import Replacer
 from torch import nn
 
 from nni_topo.network.attention.heads import Attention, find_attention, resize, set_size
@@ -33,96 +31,32 @@ from nni_topo.network.speedup.reconcile import Dimensions, FullMasks, KeptIndice
 _logger = logging.getLogger(__name__)
 
 
-class DenseSpeedup:
-    """Make a model dense in place, given how channels flow through it and which of them stay, by group id.
+class Cutter:
+    """Cut a model in place, given how channels flow through it and which of them stay, by group id."""
 
-    It runs NNI's replacers as NNI's ``ModelSpeedup`` does, and they get it in that one's place: it has the model as
-    ``bound_model``, its graph as ``graph_module`` and the nodes of that in ``node_infos``. No node is run on random
-    values, for the channels of each module that stay are known: `kept` returns them.
-    """
-
-    def __init__(
-        self, model: torch.nn.Module, flow: ChannelFlow, is_kept: np.ndarray, replacers: Iterable[Replacer] = ()
-    ) -> None:
-        self.graph_module, self.bound_model = flow.traced, model
-        self.flow, self.is_kept = flow, is_kept
-        self.node_infos = {node: NodeInfo(node) for node in flow.traced.graph.nodes}
+    def __init__(self, model: torch.nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> None:
+        self.model, self.flow, self.is_kept = model, flow, is_kept
         self.order = DenseOrder(flow, is_kept) if flow.reorders else None
-        self.replacers = [*replacers, _Cutter()]
         self.at = ""  # the module that is being cut
+        called = [str(node.target) for node in flow.traced.graph.nodes if node.op == "call_module"]
+        self._names = list(dict.fromkeys([*called, *flow.heads, *flow.shared]))
 
-    def speedup_model(self) -> torch.nn.Module:
-        """Run the replacers, those that were given first; the last cuts the modules."""
-        with torch.no_grad():
-            for replacer in self.replacers:
-                replacer.replace_modules(self)
-        return self.bound_model
-
-    def indices(self, ids: np.ndarray) -> torch.Tensor:
-        """List the places, ascending, at which channels stay."""
-        return torch.from_numpy(np.flatnonzero(self.is_kept[self.flow.group_ids(ids)]))
-
-    def channel_ids(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """List the ids of the channels that enter and leave a module."""
-        entering = self.flow.entering_channel_ids(name)
-        is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.layers
-        return entering, self.flow.channel_ids_of(name) if is_layer else entering
-
-    def cut_unused(self, ties: Iterable[Iterable[str]]) -> None:
-        """Cut modules that the forward doesn't use as those of their kind that had the same tensor: by its names."""
-        names = {str(node.target) for node in self.node_infos if node.op == "call_module"} | self.flow.layers.keys()
-        done = set[str]()
-        for places in ties:
-            owners = list(dict.fromkeys(place.rpartition(".")[0] for place in places))
-            used = [owner for owner in owners if owner in names]
-            for owner in owners:
-                module = self.bound_model.get_submodule(owner)
-                alike = [each for each in used if type(self.bound_model.get_submodule(each)) is type(module)]
-                if owner in names or owner in done or not alike:
-                    continue
-                done.add(owner)
-                ins, outs = (each.to(device_of(module)) for each in self.kept(alike[0]))
-                with torch.no_grad():
-                    cut(owner, module, ins, outs)
-
-    def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """List the places of the kept channels that enter and leave a module, in the dense model's order."""
-        entering, leaving = self.channel_ids(name)
-        ins, outs = self.indices(entering), self.indices(leaving)
-        if self.order is None or not len(entering):
-            return ins, outs
-        module = self.bound_model.get_submodule(name)
-        arriving = torch.from_numpy(self.order.places(name))
-        groups = getattr(module, "groups", getattr(module, "num_groups", 1))
-        of_group = arriving // max(len(entering) // groups, 1)
-        if is_depthwise(module):
-            step = self.flow.layers[name].channels // len(entering)
-            outs = (arriving[:, None] * step + torch.arange(step)).flatten()
-        elif bool((of_group[1:] < of_group[:-1]).any()):
-            return ins, outs
-        return arriving, outs if name in self.flow.layers else arriving
-
-
-class _Cutter(Replacer):
-    """Cut modules and parameters in place."""
-
-    def replace_modules(self, speedup: DenseSpeedup) -> None:
-        flow, model = speedup.flow, speedup.bound_model
-        names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"]
-        names += [*flow.heads, *flow.shared]
-        for name in dict.fromkeys(names):
-            module, (ins, outs) = model.get_submodule(name), speedup.kept(name)
-            entering, leaving = speedup.channel_ids(name)
-            speedup.at = name
-            if len(ins) < len(entering) or len(outs) < len(leaving):
-                device = next((each.device for each in module.parameters()), torch.device("cpu"))
-                if name not in flow.channel_wise:  # which has the same weight for any number of channels
-                    cut(name, module, ins.to(device), outs.to(device))
-        speedup.at = ""
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Cut the modules that the forward calls, free parameters, and what heads hold."""
+        flow, model = self.flow, self.model
+        for name in self._names:
+            module, (ins, outs) = model.get_submodule(name), self.kept(name)
+            entering, leaving = self._channel_ids(name)
+            self.at = name
+            # A channel-wise convolution has the same weight for any number of channels.
+            if (len(ins) < len(entering) or len(outs) < len(leaving)) and name not in flow.channel_wise:
+                cut(name, module, ins.to(device_of(module)), outs.to(device_of(module)))
+        self.at = ""
         for name, free in flow.free_parameters.items():
-            kept = speedup.indices(flow.free_parameter_ids(name))
-            if speedup.order is not None and name in speedup.order.free_parameters:
-                kept = torch.from_numpy(speedup.order.free_parameters[name])
+            kept = self._indices(flow.free_parameter_ids(name))
+            if self.order is not None and name in self.order.free_parameters:
+                kept = torch.from_numpy(self.order.free_parameters[name])
             if len(kept) < free.channels:
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)
@@ -132,9 +66,53 @@ class _Cutter(Replacer):
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
             layer = next(iter(found.channels))
-            heads = speedup.indices(flow.unit_channel_ids(layer))
+            heads = self._indices(flow.unit_channel_ids(layer))
             _cut_by_head(model.get_submodule(attention), found, heads)
-            resize(model.get_submodule(attention), found, len(heads), len(speedup.kept(layer)[0]))
+            resize(model.get_submodule(attention), found, len(heads), len(self.kept(layer)[0]))
+
+    def _indices(self, ids: np.ndarray) -> torch.Tensor:
+        """List the places, ascending, at which channels stay."""
+        return torch.from_numpy(np.flatnonzero(self.is_kept[self.flow.group_ids(ids)]))
+
+    def _channel_ids(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """List the ids of the channels that enter and leave a module."""
+        entering = self.flow.entering_channel_ids(name)
+        is_layer = output_channels(self.model.get_submodule(name)) is not None and name in self.flow.layers
+        return entering, self.flow.channel_ids_of(name) if is_layer else entering
+
+    def cut_unused(self, ties: Iterable[Iterable[str]]) -> None:
+        """Cut modules that the forward doesn't use as those of their kind that had the same tensor: by its names."""
+        names = {*self._names, *self.flow.layers}
+        done = set[str]()
+        for places in ties:
+            owners = list(dict.fromkeys(place.rpartition(".")[0] for place in places))
+            used = [owner for owner in owners if owner in names]
+            for owner in owners:
+                module = self.model.get_submodule(owner)
+                alike = [each for each in used if type(self.model.get_submodule(each)) is type(module)]
+                if owner in names or owner in done or not alike:
+                    continue
+                done.add(owner)
+                ins, outs = (each.to(device_of(module)) for each in self.kept(alike[0]))
+                with torch.no_grad():
+                    cut(owner, module, ins, outs)
+
+    def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """List the places of the kept channels that enter and leave a module, in the dense model's order."""
+        entering, leaving = self._channel_ids(name)
+        ins, outs = self._indices(entering), self._indices(leaving)
+        if self.order is None or not len(entering):
+            return ins, outs
+        module = self.model.get_submodule(name)
+        arriving = torch.from_numpy(self.order.places(name))
+        groups = getattr(module, "groups", getattr(module, "num_groups", 1))
+        of_group = arriving // max(len(entering) // groups, 1)
+        if is_depthwise(module):
+            step = self.flow.layers[name].channels // len(entering)
+            outs = (arriving[:, None] * step + torch.arange(step)).flatten()
+        elif bool((of_group[1:] < of_group[:-1]).any()):
+            return ins, outs
+        return arriving, outs if name in self.flow.layers else arriving
 
 
 def _set_weight_size(module: Any, dim: int, size: int) -> None:

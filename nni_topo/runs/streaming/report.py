@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nni_topo.network.runtime.reports import ModelReport, as_code, as_sentence, markdown_table
-from nni_topo.network.speedup.dense import sizes_in_markdown
+from nni_topo.network.speedup.dense_report import sizes_in_markdown
 from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.recovery.likeness import Estimate, Likeness
 

@@ -136,21 +136,3 @@ def test_what_no_layer_can_keep_is_named(shape, last):
     (note,) = to_dense(net, images, masks, constants="keep").report.notes
     assert note == "what pruned channels contribute is no constant that can be kept, and is dropped: last"
     assert to_dense(net, images, masks).report.notes == ()
-
-
-def test_a_border_beyond_which_constants_go_on_is_named():
-    net, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 3, padding=1)])
-    masks = {"first": filter_mask(net.first, GONE)}
-    report = to_dense(net, images, masks, constants="keep").report
-    assert "kept constants go on beyond the border that these layers pad with zeros: behind.0" in report.notes
-    assert repr(report).endswith(report.notes[-1])
-
-
-@torch.no_grad()
-def test_norms_whose_constants_differ_in_training_are_named():
-    net, images = made(nn.Sequential(nn.Sigmoid(), nn.BatchNorm2d(8)), [nn.Conv2d(8, 6, 1)])
-    masks = {"first": filter_mask(net.first, GONE)}
-    (note,) = to_dense(net, images, masks, constants="keep").report.notes
-    assert note.startswith("constants after batch norms are those of evaluation mode")
-    assert note.endswith(": between.1")
-    assert to_dense(net, images, masks).report.notes == ()

@@ -5,7 +5,6 @@ import types
 
 import pytest
 import torch
-from nni.compression.speedup.replacer import Replacer
 from speedup_nets import (
     Concatenated,
     Grouped,
@@ -343,37 +342,6 @@ def test_what_no_run_has_read_is_told_if_it_has_the_width_of_a_layer_that_lost_c
     dense = to_dense(model, (rows, labels), masks)
     assert dense.report.notes == ()
     assert (dense.table.shape, dense.other.shape) == ((5, 6), (5, 7))
-
-
-class Looking(Replacer):
-    """Notes what is known of modules before they are cut, and changes one."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def replace_modules(self, speedup):
-        for name, module in speedup.bound_model.named_children():
-            if hasattr(module, "weight"):
-                ins, outs = speedup.kept(name)
-                self.seen[name] = ins.tolist(), outs.tolist(), len(module.weight)
-        speedup.bound_model[2] = nn.LeakyReLU(0.5)
-
-
-def test_replacers_of_ones_own_run_before_modules_are_cut_and_know_what_stays():
-    model, looking = chain().eval(), Looking()
-    masks = {"0": filter_mask(model[0], [1, 4, 5]), "3": filter_mask(model[3], [0, 4])}
-    dense = to_dense(model, images(), masks, check=False, customized_replacers=[looking])
-    first, second = [0, 2, 3, 6, 7], [1, 2, 3, 5]
-    assert looking.seen == {
-        "0": ([0, 1, 2], first, 8),
-        "1": (first, first, 8),
-        "3": (first, second, 6),
-        "4": (second, second, 6),
-        "8": (second, [0, 1, 2, 3], 4),
-    }
-    assert isinstance(dense[2], nn.LeakyReLU)
-    assert isinstance(model[2], nn.ReLU)
-    assert (dense[0].out_channels, dense[8].in_features) == (5, 4)
 
 
 def test_unused_modules_are_as_wide_as_the_used_ones_of_their_kind_whose_weight_they_share():

@@ -14,7 +14,7 @@ from speedup_nets import Chunked, Residual, chain, filter_mask, l1_masks, masks_
 from torch import nn
 
 import nni_topo
-from nni_topo.network.speedup.dense import DenseReport, LayerChannels
+from nni_topo.network.speedup.dense_report import DenseReport, LayerChannels
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -341,34 +341,3 @@ def test_weights_that_follow_others_in_training_keep_no_channels(kind, pruned, w
     groups = nni_topo.dependency_groups(kind(), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert [entry["op_names"] for entry in groups] == [[name] for name in pruned]
     assert groups.skipped == whole
-
-
-class Remembering(Exit):
-    """Features are averaged with those of the last call, and their scale is kept as well."""
-
-    def __init__(self):
-        super().__init__()
-        self.last = self.scale = None
-
-    def forward(self, x):
-        x = torch.relu(self.a(x))
-        if self.last is not None and len(self.last) == len(x):
-            x = (x + self.last) / 2
-        self.last, self.scale = x.detach(), x.detach().abs().max()
-        return self.head(self.b(x).mean((2, 3)))
-
-
-@pytest.mark.parametrize("samples", [None, 1])
-def test_what_a_model_keeps_of_its_last_call_is_named(samples, caplog):
-    model = Remembering().eval()
-    if samples:
-        model(IMAGES[:samples])
-    before = model.last
-    notes = dense_of(model).report.notes
-    assert model.last is before
-    if samples is None:
-        assert notes == ()
-        return
-    (note,) = notes
-    assert "which are as wide as before: last. Set them as in a new model" in note
-    assert note in caplog.text

@@ -1,0 +1,251 @@
+"""The report of a dense network: the channels of every layer before and after, and why some were kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from nni_topo.network.channels import reasons
+from nni_topo.network.channels.reasons import Reasons
+from nni_topo.network.layers.kinds import PER_CHANNEL, follows_channels, kept_channels, output_channels
+from nni_topo.network.runtime.reports import (
+    ModelReport,
+    as_code,
+    as_sentence,
+    give_report,
+    markdown_table,
+    told_of_changes,
+)
+from nni_topo.network.speedup.dependency import why_not_followed
+from nni_topo.network.speedup.reconcile import FullMasks
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChannels:
+    """The channels of one layer.
+
+    Parameters
+    ----------
+    name : str
+        Its name in the model.
+    before : int
+        Channels of the model that was pruned.
+    asked : int
+        Channels that the layer's own mask keeps; all of them without a mask.
+    after : int
+        Channels of the dense model.
+    reason : str, default=""
+        Why channels stay that the mask removes; empty if none does.
+    """
+
+    name: str
+    before: int
+    asked: int
+    after: int
+    reason: str = ""
+
+    @property
+    def kept(self) -> int:
+        """How many channels stay although they are masked."""
+        return max(self.after - self.asked, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseReport(ModelReport):
+    """The channels of every layer, before and after.
+
+    Parameters
+    ----------
+    rows : tuple of LayerChannels
+        Convolutions, linear layers and embeddings, and masked norms, in the order of the model.
+    checked : str, default=""
+        On what inputs the dense model was found to compute what the masked one does; empty if that wasn't compared.
+    stale : mapping of str to int, default={}
+        Attributes, by name, and the number that they keep: the tensor whose channels they count, by the table of
+        `register_width_attribute`, has another number of channels or wasn't computed, and a layer of that width lost
+        some.
+    notes : tuple of str, default=()
+        What else to know of it: where it would train another way than the masked model or can't be trained, lacks a
+        part of that, or holds tensors that no run has read.
+    params_before, params : int or None, default=None
+        Parameters of the model that was pruned, and of the dense model; None: not counted.
+    changed_since : tuple of str, default=()
+        What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``.
+
+    Examples
+    --------
+    >>> DenseReport((LayerChannels("conv1", 8, 4, 4), LayerChannels("conv2", 8, 4, 8, "shared with conv3")))
+    layer  channels  asked  after  kept although masked
+    conv1         8      4      4
+    conv2         8      4      8  4: shared with conv3
+    """
+
+    rows: tuple[LayerChannels, ...]
+    checked: str = ""
+    stale: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    params_before: int | None = None
+    params: int | None = None
+    changed_since: tuple[str, ...] = ()
+
+    @property
+    def pruned_layers(self) -> tuple[str, ...]:
+        """Names of the layers that lost channels."""
+        return tuple(row.name for row in self.rows if row.after < row.before)
+
+    @property
+    def parameters_left(self) -> int | None:
+        """Parameters of the dense model; None if they weren't counted."""
+        return self.params
+
+    @property
+    def kept(self) -> tuple[LayerChannels, ...]:
+        """The layers that keep channels although they are masked."""
+        return tuple(row for row in self.rows if row.kept)
+
+    def __repr__(self) -> str:
+        width = max([5, *(len(row.name) for row in self.rows)])
+        lines = [f"{'layer':{width}}  channels  asked  after  kept although masked"]
+        for row in self.rows:
+            why = f"  {row.kept}: {row.reason}" if row.kept else ""
+            lines.append(f"{row.name:{width}}  {row.before:8}  {row.asked:5}  {row.after:5}{why}")
+        if self.stale:
+            lines.append("as before: " + ", ".join(f"{name} {number}" for name, number in self.stale.items()))
+        lines += [f"compared on {self.checked}"] if self.checked else []
+        lines += self.notes
+        lines += [told_of_changes(self.changed_since)] if self.changed_since else []
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown: parameters, if they were counted, and the layers that lost channels.
+
+        Blocks whose layers have the same widths share a row. Where more than 24 rows are left, all blocks share one,
+        with the smallest and the largest width of each layer.
+
+        Returns
+        -------
+        str
+            Sections with headings of the second level.
+        """
+        parts = []
+        if self.params_before is not None and self.params is not None:
+            parts += ["## Size", sizes_in_markdown({"parameters": (self.params_before, self.params)})]
+        parts += self.widths_in_markdown()
+        if self.checked:
+            parts.append(f"On {self.checked} it computes what the unpruned network computes with masks.")
+        if self.changed_since:
+            parts.append(as_sentence(told_of_changes(self.changed_since)))
+        return "\n\n".join(parts)
+
+    def widths_in_markdown(self) -> list[str]:
+        """Return the section on widths, in paragraphs, with the notes."""
+        pruned = [row for row in self.rows if row.after < row.before]
+        others = len(self.rows) - len(pruned)
+        if not pruned:
+            # A network may have lost blocks all the same, which the notes tell.
+            told = "All its layers have all their channels."
+        elif others == 1:
+            told = "Channels of each layer. One other layer keeps all its channels."
+        else:
+            told = "Channels of each layer." + (f" {others} other layers keep all their channels." if others else "")
+        parts = ["## Widths", *([_widths_table(pruned)] if pruned else []), told]
+        if self.notes:
+            parts.append("\n".join(f"- {as_sentence(note)}" for note in self.notes))
+        return parts
+
+
+def sizes_in_markdown(sizes: Mapping[str, tuple[int, int]]) -> str:
+    """Return a Markdown table of what a network costs, by name: before, after, and the share that is left."""
+    rows = []
+    for name, (before, after) in sizes.items():
+        rows.append([name, f"{before:,}", f"{after:,}", f"{100 * after / before:.1f} %" if before else ""])
+    return markdown_table(["", "before", "after", "kept"], rows)
+
+
+_MOST_ROWS = 24  # of a table of widths, before all blocks share a row
+_BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")  # the number of a block in a layer's name, "3" in "layers.3.fc"
+
+
+def _widths_table(rows: Iterable[LayerChannels]) -> str:
+    """Return a Markdown table of layers' channels, in which layers of the same kind in several blocks share a row."""
+    by_width: dict[tuple[Any, ...], list[LayerChannels]] = {}
+    by_kind: dict[tuple[Any, ...], list[LayerChannels]] = {}
+    for row in rows:
+        kind = _BLOCK.sub("*", row.name, count=1)
+        by_width.setdefault((kind, row.before, row.after), []).append(row)
+        by_kind.setdefault((kind, row.before), []).append(row)
+    lines = []
+    for (kind, before, *_), group in (by_width if len(by_width) <= _MOST_ROWS else by_kind).items():
+        name, blocks = group[0].name, ""
+        if len(group) > 1:
+            numbers = [found.group() for row in group if (found := _BLOCK.search(row.name))]
+            name, blocks = kind, _ranges([int(number) for number in numbers])
+        widths = sorted({row.after for row in group})
+        after = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+        lines.append([as_code(name), blocks, f"{before}", after])
+    return markdown_table(["layer", "blocks", "before", "after"], lines, text_columns=2)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers as ranges, e.g. ``"0-4, 6"``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def dense_report(
+    model: torch.nn.Module,
+    dense: torch.nn.Module,
+    masks: FullMasks,
+    why: Mapping[str, Reasons],
+    stale: Mapping[str, int],
+) -> DenseReport:
+    """Compare a model with its dense one: a row for each layer that makes channels, and for each masked module."""
+    rows = []
+    for name, module in model.named_modules():
+        if output_channels(module) is None and name not in masks:
+            continue
+        targets, small = masks.get(name, {}), dense.get_submodule(name)
+        kept = kept_channels(module, targets)
+        if output_channels(module) is not None:
+            before, after = output_channels(module), output_channels(small)
+        elif isinstance(module, PER_CHANNEL) and isinstance(module.weight, torch.Tensor):
+            before, after = module.weight.numel(), small.weight.numel()
+            kept = targets["weight"].ne(0) if "weight" in targets else None
+        else:
+            # No layer that the package knows: what NNI masks are rows of its first parameter.
+            target, mask = next(iter(targets.items()))
+            before, after = (len(torch.atleast_1d(each.get_parameter(target))) for each in (module, small))
+            kept = mask.reshape(before, -1).any(1)
+        asked = before if kept is None else int(kept.sum())
+        found: Reasons = ()
+        if after > asked:
+            own = reasons.norm_follows() if follows_channels(module) else why_not_followed(model, name)
+            found = why.get(name, ()) or (own,)
+        rows.append(LayerChannels(name, before, asked, after, reasons.told(found)))
+    params_before, params = (sum(each.numel() for each in net.parameters()) for net in (model, dense))
+    return DenseReport(tuple(rows), stale=stale, params_before=params_before, params=params)
+
+
+# Also of models that have got another report since, or have an attribute `report` of their own.
+_REPORTS: WeakKeyDictionary[torch.nn.Module, DenseReport] = WeakKeyDictionary()
+
+
+def remember_report(dense: torch.nn.Module, report: DenseReport) -> None:
+    """Give a dense model its report."""
+    _REPORTS[dense] = report
+    give_report(dense, report)
+
+
+def dense_report_of(dense: torch.nn.Module) -> DenseReport:
+    """Return the report of a model that :func:`to_dense` returned."""
+    return _REPORTS[dense]
