@@ -18,7 +18,7 @@ SITE ?= .venv-docs
 SITE_TOOLS := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29,<2' 'ruff>=0.6' \
   "pymdown-extensions<12; python_version < '3.11'"
 # for `make upstream`: NNI is a checkout of NNI's repository, FASHION_MNIST a folder with the four idx files, UPSTREAM any
-# further options of benchmarks/upstream/run.py
+# further options of tools/upstream/run.py
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 UPSTREAM ?=
 # for `make test` and `make test-all`: further options of pytest
@@ -30,7 +30,7 @@ SHARE ?=
 # for `make test-with`: what is installed with the package, and what after it, whatever setup.cfg says of it
 WITH ?=
 AFTER ?=
-# for `make zoo`: options of `benchmarks/golden.py compare`
+# for `make zoo`: options of `tools/golden.py compare`
 ZOO ?=
 # for `make test-nightly`: options of tools/nightly.py, such as "--minutes 60" or --report
 NIGHTLY ?=
@@ -41,7 +41,7 @@ PROCESSORS ?=
 FUZZ ?=
 FAULTS ?=
 RELIABILITY ?=
-# for `make mutants`: options of benchmarks/mutants/run.py, such as --minutes 30
+# for `make mutants`: options of tools/mutants/run.py, such as --minutes 30
 MUTANTS ?=
 
 # for `make cuda`: a Python that has the packages, so that nothing is installed, e.g. PY=python3; without one, VENV's
@@ -101,12 +101,12 @@ test-nightly: $(READY) trained-packages
 tables: $(READY)
 	$(BIN)/python benchmarks/tables.py
 
-# groups and dense networks of every network of benchmarks/zoo.txt, against what they were
+# groups and dense networks of every network of benchmarks/zoo/zoo.txt, against what they were
 zoo: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[nightly]'
 	mkdir -p runs && rm -f runs/zoo.jsonl
-	YOLO_CONFIG_DIR=runs PYTHONPATH=. $(BIN)/python benchmarks/golden.py record --out runs/zoo.jsonl
-	PYTHONPATH=. $(BIN)/python benchmarks/golden.py compare benchmarks/golden/zoo.jsonl.gz runs/zoo.jsonl $(ZOO)
+	YOLO_CONFIG_DIR=runs $(BIN)/python -m tools.golden record --out runs/zoo.jsonl
+	$(BIN)/python -m tools.golden compare tools/golden/zoo.jsonl.gz runs/zoo.jsonl $(ZOO)
 
 # networks that were trained elsewhere, and scikit-image for its photos: neither needs what they name. More photos are in
 # Debian's opencv-doc and mate-backgrounds
@@ -142,13 +142,13 @@ test-lowest:
 	$(LOWEST)/bin/python -m pytest $(SPREAD)
 
 # Only where packages are missing is anything installed: a machine with a GPU often has no internet. CUDA: options of
-# benchmarks/bench_cuda.py, such as --limit 100
+# benchmarks/speed/bench_cuda.py, such as --limit 100
 cuda:
 	@PYTHONPATH=. $(PY) -c "import nni_topo, pytest" 2>/dev/null || \
 	  { test '$(PY)' = '$(BIN)/python' && $(MAKE) $(READY); } || \
 	  { echo "make cuda PY=PYTHON: PYTHON must have nni_topo's packages and pytest, got '$(PY)'"; exit 2; }
 	PYTHONPATH=. $(PY) -m pytest -m cuda tests
-	PYTHONPATH=.:benchmarks $(PY) benchmarks/bench_cuda.py --out cuda.json $(CUDA)
+	$(PY) -m benchmarks.speed.bench_cuda --out cuda.json $(CUDA)
 
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -171,11 +171,11 @@ pictures: docs
 
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	nice $(BIN)/python benchmarks/mutants/run.py $(MUTANTS)
+	nice $(BIN)/python tools/mutants/run.py $(MUTANTS)
 
 upstream: checkout $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[upstream]'
-	$(BIN)/python benchmarks/upstream/run.py --nni '$(NNI)' --fashion-mnist '$(FASHION_MNIST)' --out upstream.json $(UPSTREAM)
+	$(BIN)/python tools/upstream/run.py --nni '$(NNI)' --fashion-mnist '$(FASHION_MNIST)' --out upstream.json $(UPSTREAM)
 
 checkout:
 	@test -d '$(NNI)/test/algo/compression' || \

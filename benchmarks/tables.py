@@ -111,20 +111,20 @@ def _clustering() -> Iterator[Callable[[str], str]]:
     def records(*names: str) -> list[Record]:
         return [record for name in names for record in read_records(RECORDS / f"{name}.jsonl")]
 
-    rules = module_of("subcluster_rules.py")
+    rules = module_of("clustering/subcluster_rules.py")
     yield lambda page: with_tables(
-        page, "benchmarks/subcluster_rules.py", "\n".join(rules.tables(records("subcluster_rules")))
+        page, "benchmarks/clustering/subcluster_rules.py", "\n".join(rules.tables(records("subcluster_rules")))
     )
-    parts, bounds = module_of("subcluster_report.py"), module_of("bounds_report.py")
+    parts, bounds = module_of("clustering/subcluster_report.py"), module_of("clustering/bounds_report.py")
     yield lambda page: parts.with_part_tables(page, records("subcluster_networks", "subcluster_parts"))
     yield lambda page: bounds.with_bounds(page, records("bounds"))
 
 
 def _export() -> Iterator[Callable[[str], str]]:
-    module = module_of("bench_runtimes.py")
+    module = module_of("export/bench_runtimes.py")
     yield lambda page: with_tables(page, module.SOURCE, module.tables(RECORDS / "runtimes"))
-    yield _of_jsonl("bench_int8.py", "int8.jsonl", "tables")
-    yield _of_jsonl("bench_multiples.py", "multiples.jsonl")
+    yield _of_jsonl("export/bench_int8.py", "int8.jsonl", "tables")
+    yield _of_jsonl("export/bench_multiples.py", "multiples.jsonl")
 
 
 def _fresh_networks() -> Iterator[Callable[[str], str]]:
@@ -133,13 +133,13 @@ def _fresh_networks() -> Iterator[Callable[[str], str]]:
 
 
 def _gpu() -> Iterator[Callable[[str], str]]:
-    module = module_of("bench_cuda.py")
+    module = module_of("speed/bench_cuda.py")
     documents = json.loads((RECORDS / "cuda.json").read_text(encoding="utf-8"))
     yield lambda page: with_tables(page, module.SOURCE, module.page_tables(documents))
 
 
 def _named_pruners() -> Iterator[Callable[[str], str]]:
-    module = module_of("bench_named.py")
+    module = module_of("selection/bench_named.py")
     yield lambda page: with_tables(page, module.SOURCE, module.tables())
 
 
@@ -157,13 +157,13 @@ def _trained() -> Iterator[Callable[[str], str]]:
 _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
     "budgets": lambda: iter(
         [
-            _of_jsonl("bench_depth.py", "depth.jsonl"),
-            _of_jsonl("bench_eight.py", "eight.jsonl"),
-            _of_jsonl("bench_tolerance.py", "tolerance.jsonl", title="search"),
-            _of_jsonl("bench_tolerance.py", "tolerance.jsonl", "table_of_families", "frontier"),
-            _of_jsonl("bench_tolerance.py", "tolerance_by_network.jsonl", "table_by_network", "five kinds"),
+            _of_jsonl("budgets/bench_depth.py", "depth.jsonl"),
+            _of_jsonl("budgets/bench_eight.py", "eight.jsonl"),
+            _of_jsonl("budgets/bench_tolerance.py", "tolerance.jsonl", title="search"),
+            _of_jsonl("budgets/bench_tolerance.py", "tolerance.jsonl", "table_of_families", "frontier"),
+            _of_jsonl("budgets/bench_tolerance.py", "tolerance_by_network.jsonl", "table_by_network", "five kinds"),
             _of_jsonl("trained/tolerance.py", "tolerance_trained.jsonl"),
-            _of_jsonl("bench_equal_time.py", "equal_time.jsonl"),
+            _of_jsonl("budgets/bench_equal_time.py", "equal_time.jsonl"),
         ]
     ),
     "clustering": _clustering,
@@ -173,32 +173,32 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
     "named_pruners": _named_pruners,
     "norms": lambda: iter(
         [
-            _of_jsonl("under_masks.py", "norms_left.jsonl", "table_of_norms", "norms"),
-            _of_jsonl("under_masks.py", "under_masks.jsonl"),
+            _of_jsonl("norms/under_masks.py", "norms_left.jsonl", "table_of_norms", "norms"),
+            _of_jsonl("norms/under_masks.py", "under_masks.jsonl"),
             _of_jsonl("trained/width.py", "trained/width.jsonl"),
-            _of_jsonl("over_channels.py", "over_channels.jsonl"),
-            _of_jsonl("gpt_width.py", "gpt_width.jsonl"),
-            _of_jsonl("zoo_exports.py", "zoo_exports.jsonl"),
-            _of_jsonl("zoo_exports.py", "zoo_exports_before.jsonl", title="before"),
+            _of_jsonl("norms/over_channels.py", "over_channels.jsonl"),
+            _of_jsonl("norms/gpt_width.py", "gpt_width.jsonl"),
+            _of_jsonl("export/zoo_exports.py", "zoo_exports.jsonl"),
+            _of_jsonl("export/zoo_exports.py", "zoo_exports_before.jsonl", title="before"),
         ]
     ),
-    "recovery": lambda: iter([_of_jsonl("bench_course.py", "course.jsonl")]),
+    "recovery": lambda: iter([_of_jsonl("recovery/bench_course.py", "course.jsonl")]),
     "speed": lambda: iter(
         [
-            _of_jsonl("bench_time.py", "time.jsonl"),
-            _of_jsonl("bench_pipeline.py", "steps.jsonl"),
-            _of_jsonl("bench_seconds.py", "seconds.jsonl"),
-            _of_jsonl("bench_tones.py", "tones.jsonl"),
-            _of_jsonl("bench_precision.py", "precision.jsonl"),
+            _of_jsonl("speed/bench_time.py", "time.jsonl"),
+            _of_jsonl("speed/bench_pipeline.py", "steps.jsonl"),
+            _of_jsonl("speed/bench_seconds.py", "seconds.jsonl"),
+            _of_jsonl("speed/bench_tones.py", "tones.jsonl"),
+            _of_jsonl("speed/bench_precision.py", "precision.jsonl"),
         ]
     ),
     "topology": _topology,
     "trained": _trained,
     "transformers": lambda: iter(
         [
-            _of_jsonl("bench_equal_blocks.py", "equal_blocks.jsonl"),
-            _of_jsonl("bench_streaming.py", "streaming.jsonl"),
-            _of_jsonl("bench_block.py", "block.jsonl"),
+            _of_jsonl("transformers/bench_equal_blocks.py", "equal_blocks.jsonl"),
+            _of_jsonl("transformers/bench_streaming.py", "streaming.jsonl"),
+            _of_jsonl("transformers/bench_block.py", "block.jsonl"),
         ]
     ),
 }

@@ -111,10 +111,10 @@ def distilling(out: Path) -> Any:
 
 
 def zoo_of_networks(out: Path) -> Any:
-    """Ask for half of all channels of some networks, as ``benchmarks/zoo.py`` does."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    """Ask for half of all channels of some networks, as ``benchmarks/zoo/zoo.py`` does."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     names = [f"own/{name}" for name in ("unet", "conv1d", "squeeze_excite", "gru", "shared", "own_attention")]
-    importlib.import_module("zoo").main(["--out", str(out / "zoo.jsonl"), "--only", *names])
+    importlib.import_module("benchmarks.zoo.zoo").main(["--out", str(out / "zoo.jsonl"), "--only", *names])
     return read_records(out / "zoo.jsonl")
 
 

@@ -31,7 +31,7 @@ def test_kept_channels_that_know_all_are_solved_for_the_output(monkeypatch):
         model.first.bias[4:] = -2 * model.first.bias[:4]
     mask = (torch.arange(8) < 4).double()[:, None].expand(8, 6)
     masks, batches = {"first": {"weight": mask}}, torch.randn(256, 6, dtype=torch.float64).split(64)
-    with imported(BENCHMARKS, "ahead"):
+    with imported(BENCHMARKS / "recovery", "ahead"):
         found = compensation(model, masks, batches, method="ahead", ridge=1e-2)
     closed = compensate(model, masks, batches, ridge=1e-2)  # the ridge leaves an error
     inputs = torch.cat(batches)

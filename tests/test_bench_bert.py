@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+import importlib
 
 import pytest
 
 pytest.importorskip("transformers")
 
-_FILE = Path(__file__).parents[1] / "benchmarks" / "bench_bert.py"
-
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_bert", _FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmarks.transformers.bench_bert")
 
 
 def test_products_and_times_of_a_tiny_bert_are_shares_of_the_whole_ones(bench):

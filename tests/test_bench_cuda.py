@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-_FILE = Path(__file__).parents[1] / "benchmarks" / "bench_cuda.py"
-
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    # one benchmark imports another, which lies beside it
-    monkeypatch.syspath_prepend(_FILE.parent)
-    spec = importlib.util.spec_from_file_location("bench_cuda", _FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench() -> ModuleType:
+    return importlib.import_module("benchmarks.speed.bench_cuda")
 
 
 def run(bench: ModuleType, out: Path, *options: str) -> dict:

@@ -12,7 +12,7 @@ from nni_topo.studies.cells import cell_facts
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    with imported(BENCHMARKS, "bench_named") as module:
+    with imported(BENCHMARKS / "selection", "bench_named") as module:
         monkeypatch.setattr(module, "RECORDS", tmp_path / "kept")
         (tmp_path / "kept").mkdir()
         yield module

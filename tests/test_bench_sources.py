@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-_FOLDER = str(Path(__file__).parents[1] / "benchmarks")
-
-
-def module(name):
-    sys.path.insert(0, _FOLDER)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(_FOLDER)
-
 
 @pytest.fixture(scope="module")
 def quantised():
-    return module("bench_quantised")
+    return importlib.import_module("benchmarks.clustering.bench_quantised")
 
 
 @pytest.fixture(scope="module")
 def topology():
-    return module("bench_network_topology")
+    return importlib.import_module("benchmarks.trees.bench_network_topology")
 
 
 def test_weights_are_rounded_to_multiples_of_the_rows_step(quantised):

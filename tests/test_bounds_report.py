@@ -8,7 +8,7 @@ from bench_modules import BENCHMARKS, imported
 
 @pytest.fixture
 def report():
-    with imported(BENCHMARKS, "bounds_report") as module:
+    with imported(BENCHMARKS / "clustering", "bounds_report") as module:
         yield module
 
 

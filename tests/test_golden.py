@@ -1,21 +1,17 @@
-"""What the package makes of some networks is what ``benchmarks/golden/zoo.jsonl.gz`` holds of them."""
+"""What the package makes of some networks is what ``tools/golden/zoo.jsonl.gz`` holds of them."""
 
 from __future__ import annotations
 
 import copy
 import importlib.metadata
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[1] / "benchmarks"))
-import golden
+from tools import golden
 
-sys.path.remove(str(_BENCHMARKS))
-
-REFERENCE = golden.read_records(_BENCHMARKS / "golden" / "zoo.jsonl.gz")
+REFERENCE = golden.read_records(Path(golden.__file__).parent / "golden" / "zoo.jsonl.gz")
 
 
 QUICK_FAMILIES = ("own", "transformers")

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("mutmut")
 pytest.importorskip("coverage")
-SCRIPTS = Path(__file__).parents[1] / "benchmarks/mutants"
+SCRIPTS = Path(__file__).parents[1] / "tools/mutants"
 
 CODE = '''"""Words."""
 import warnings

@@ -22,7 +22,7 @@ OLD = 100
 
 @pytest.fixture(scope="module")
 def upstream():
-    spec = importlib.util.spec_from_file_location("upstream_run", PROJECT / "benchmarks" / "upstream" / "run.py")
+    spec = importlib.util.spec_from_file_location("upstream_run", PROJECT / "tools" / "upstream" / "run.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,8 @@ import torch
 import torchvision
 
 import nni_topo
+from benchmarks.export import bench_int8, runtimes
 from nni_topo import zoo
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-runtimes = importlib.import_module("runtimes")
 
 
 def resnet20():
@@ -89,7 +85,7 @@ def test_the_snippets_of_the_page_run_after_its_first_one(snippet, tmp_path, mon
 
 
 def test_the_loss_by_int8_is_paired_with_the_float_file_of_the_same_runtime():
-    bench = importlib.import_module("bench_int8")
+    bench = bench_int8
 
     def file(right, ms):
         return {"size": 1000, **{each.name: {"right": right, "ms_1": ms, "ms_64": ms} for each in bench.WITH_ONNX}}

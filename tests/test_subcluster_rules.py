@@ -18,7 +18,7 @@ _PROJECT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def rules():
-    with imported(BENCHMARKS, "subcluster_rules") as module:
+    with imported(BENCHMARKS / "clustering", "subcluster_rules") as module:
         yield module
 
 
@@ -51,7 +51,7 @@ def test_what_the_page_on_the_sources_says_the_nodes_leave(rules):
         if net == "lenet5":
             layers.remove("classifier.fc1")
         found[net] = f"{100 * rules.removed_by_source(net, model, layers):.1f} %"
-    with imported(BENCHMARKS, "subcluster_report") as report:
+    with imported(BENCHMARKS / "clustering", "subcluster_report") as report:
         assert {net: f"{share} %" for net, share in report.TEXT_NODES_REMOVE.items()} == found
     assert found["lenet300"] in page
     assert found["lenet5"] in page

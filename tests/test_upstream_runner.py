@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks/upstream/run.py"
+SCRIPT = Path(__file__).parents[1] / "tools/upstream/run.py"
 IDX = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",

@@ -23,9 +23,9 @@ import torch
 import torchvision
 from torch import nn
 
-from networks import zoo_nets, zoo_transformers
+from benchmarks.networks import zoo_nets, zoo_transformers
 
-LIST = Path(__file__).parents[1] / "zoo.txt"
+LIST = Path(__file__).parents[1] / "zoo" / "zoo.txt"
 CONVOLUTIONS = [f"{kind}{d}d" for kind in ("Conv", "ConvTranspose") for d in (1, 2, 3)]
 # An op_types entry selects classes derived from these too.
 ASKED = [{"op_types": [*CONVOLUTIONS, "Linear", "LSTM", "GRU", "RNN"], "sparse_ratio": 0.5}]

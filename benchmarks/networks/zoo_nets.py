@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from networks.zoo_by_value import Detector, Experts, InParts, Untraceable, block
+from benchmarks.networks.zoo_by_value import Detector, Experts, InParts, Untraceable, block
 
 
 class UNet(nn.Module):

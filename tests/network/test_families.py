@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torchvision
@@ -13,13 +10,9 @@ from speedup_nets import Concatenated, Grouped, Residual, chain, filter_mask, l1
 from torch import nn
 
 import nni_topo
+from benchmarks.networks import zoo_nets
+from benchmarks.zoo import zoo as bench
 from nni_topo.errors import ConfigError
-
-sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
-import zoo as bench
-from networks import zoo_nets
-
-sys.path.remove(str(_BENCHMARKS))
 
 # Of the channels of all layers but the output's, the share that goes, and the layers that stay whole.
 OWN = {

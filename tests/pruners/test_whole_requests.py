@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
-from pathlib import Path
 
 import nni
 import pytest
@@ -13,14 +11,10 @@ from nni.compression import TorchEvaluator
 from torch import nn
 
 import nni_topo
+from benchmarks.networks import zoo_nets
 from nni_topo.errors import ConfigError, LayerError
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.testing import toy_knobs
-
-sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
-from networks import zoo_nets
-
-sys.path.remove(str(_BENCHMARKS))
 
 ASKED = [{"op_types": ["Conv2d", "Linear", "LSTM"], "sparse_ratio": 0.5}]
 # It scores batch norms, not the layers before them.

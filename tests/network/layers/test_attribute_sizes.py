@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from speedup_nets import masks_of
 from torch import nn
 
 import nni_topo
+from benchmarks.networks import zoo_nets
 from nni_topo.errors import SpeedupError
-
-sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[3] / "benchmarks"))
-from networks import zoo_nets
-
-sys.path.remove(str(_BENCHMARKS))
 
 ASKED = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 
