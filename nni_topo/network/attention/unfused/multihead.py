@@ -1,4 +1,4 @@
-"""Unfused attention: PyTorch's, torchvision's and CLIP's, computed layer by layer, for any width and number of heads.
+"""Unfused attention: PyTorch's and torchvision's, computed layer by layer, for any width and number of heads.
 
 The original classes compute with the weights of layers that they never call, or take the input width for the width of
 all heads together. Here the layers are called, so that hooks and wrappers see them; only ``in_proj_weight`` of
@@ -19,19 +19,12 @@ from torch.nn import functional
 
 from nni_topo.network.runtime.modules import put_attribute
 
-# The modules with the unfused classes, by original class. They are imported late, since torchvision takes long to load;
-# where a model has such a module, torchvision or Transformers is installed.
-_UNFUSED = {
-    ("torchvision.models.swin_transformer", "ShiftedWindowAttention"): "nni_topo.network.attention.unfused.swin",
-    ("torchvision.models.swin_transformer", "ShiftedWindowAttentionV2"): "nni_topo.network.attention.unfused.swin",
-    (
-        "torchvision.models.video.swin_transformer",
-        "ShiftedWindowAttention3d",
-    ): "nni_topo.network.attention.unfused.swin",
-    ("torchvision.models.maxvit", "RelativePositionalMultiHeadAttention"): "nni_topo.network.attention.unfused.swin",
-    ("transformers.models.clip.modeling_clip", "CLIPAttention"): "nni_topo.network.attention.unfused.clip",
-    ("transformers.models.siglip.modeling_siglip", "SiglipAttention"): "nni_topo.network.attention.unfused.clip",
-    ("transformers.models.siglip2.modeling_siglip2", "Siglip2Attention"): "nni_topo.network.attention.unfused.clip",
+_SWIN = "nni_topo.network.attention.unfused.swin"  # imported late, since torchvision takes long to load
+_OF_TORCHVISION = {
+    ("torchvision.models.swin_transformer", "ShiftedWindowAttention"),
+    ("torchvision.models.swin_transformer", "ShiftedWindowAttentionV2"),
+    ("torchvision.models.video.swin_transformer", "ShiftedWindowAttention3d"),
+    ("torchvision.models.maxvit", "RelativePositionalMultiHeadAttention"),
 }
 
 
@@ -102,10 +95,11 @@ def unfused_class(module: nn.Module) -> type[nn.Module] | None:
     kind = type(module)
     if kind in (nn.MultiheadAttention, PrunedMultiheadAttention):
         return PrunedMultiheadAttention
-    if kind.__module__ in _UNFUSED.values():
+    if kind.__module__ == _SWIN:
         return kind
-    place = _UNFUSED.get((kind.__module__, kind.__qualname__))
-    found: type[nn.Module] | None = import_module(place).UNFUSED.get(kind) if place else None
+    if (kind.__module__, kind.__qualname__) not in _OF_TORCHVISION:
+        return None
+    found: type[nn.Module] = import_module(_SWIN).UNFUSED[kind]
     return found
 
 
