@@ -60,7 +60,6 @@ from nni_topo.network.graph.nodes import (
     is_of_forward,
     makes_mask,
     place,
-    plain_name,
     tensor_shape,
 )
 from nni_topo.network.graph.traced_int import TracedInt, attribute_channels, fold_numbers
@@ -90,8 +89,6 @@ from nni_topo.network.runtime.memory import out_of_memory
 
 _logger = logging.getLogger(__name__)
 
-_VIEWS = ("view", "reshape", "flatten", "unflatten")
-_VIEW_MODULES = (nn.Flatten, nn.Unflatten)
 WEIGHT = ".weight"  # how the names of layers' weights end
 
 
@@ -553,8 +550,9 @@ class ChannelFlow(Propagation):
     def mixes_places(self) -> bool:
         """Whether a view or reshape joins channels with places, so that their couplings may depend on the size."""
         for node in self.traced.graph.nodes:
-            is_module = node.op == "call_module" and isinstance(self.fetch_attr(str(node.target)), _VIEW_MODULES)
-            if (is_module or plain_name(node) in _VIEWS) and node.all_input_nodes:
+            is_module = node.op == "call_module"
+            rule = module_rule(self.fetch_attr(str(node.target))) if is_module else rule_of(node)
+            if rule is not None and rule.joins and node.all_input_nodes:
                 entering, leaving = self.ids.get(node.all_input_nodes[0].name), self.ids[node.name]
                 # Along a dimension in which ids don't differ they have one entry.
                 if not isinstance(entering, Tensor) or not isinstance(leaving, Tensor):

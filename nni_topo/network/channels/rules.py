@@ -304,6 +304,7 @@ class OperatorRule:
 
     apply: Callable[[Operation], Any]  # returns the channel ids of the output
     moves: bool = False  # the output's entries are entries of its inputs, so that it can be run on ids
+    joins: bool = False  # it may join dimensions, or take one apart
     by_index: bool = False  # a tensor may say which entries; with ids in its place it would pick wrong ones
     meets: bool = False  # it combines several tensors place by place
     picks: bool = False  # it picks some places of a dimension
@@ -369,10 +370,11 @@ def has_property(node: Node, what: str) -> bool:
 
 @rule(
     "column_stack", "dstack", "hstack", "vstack", "row_stack", "reshape_as", "swapaxes", "t", "moveaxis", "repeat",
-    "repeat_interleave", "tile", "flip", "roll", "detach", "getattr", "flatten", "permute", "transpose", "movedim",
-    "squeeze", "unsqueeze", "expand", "expand_as", "contiguous", "clone", "pixel_shuffle", "pixel_unshuffle",
-    nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, moves=True,
+    "repeat_interleave", "tile", "flip", "roll", "detach", "getattr", "permute", "transpose", "movedim", "squeeze",
+    "unsqueeze", "expand", "expand_as", "contiguous", "clone", "pixel_shuffle", "pixel_unshuffle", nn.PixelShuffle,
+    nn.PixelUnshuffle, moves=True,
 )  # fmt: skip
+@rule("flatten", nn.Flatten, nn.Unflatten, moves=True, joins=True)
 def _moves(op: Operation) -> Any:
     return op.moved()
 
@@ -471,20 +473,20 @@ def _held_by_view(given: FixedPlaces) -> list[slice]:
     return []
 
 
-@rule("view", moves=True, held=_held_by_view, why_held=reasons.fixed_sizes)
+@rule("view", moves=True, joins=True, held=_held_by_view, why_held=reasons.fixed_sizes)
 def _viewed(op: Operation) -> Any:
     # Tensors of ids are expanded, and an expanded tensor has no view.
     moved = op.run_on_ids((op.args[0].contiguous(), *op.args[1:]))
     return op.all_kept() if moved is None else _taken_apart(op, moved, _sizes_of(op.node))
 
 
-@rule("reshape", moves=True, held=_held_by_view, why_held=reasons.fixed_sizes)
+@rule("reshape", moves=True, joins=True, held=_held_by_view, why_held=reasons.fixed_sizes)
 def _reshaped(op: Operation) -> Any:
     moved = op.run_on_ids()
     return op.all_kept() if moved is None else _taken_apart(op, moved, _sizes_of(op.node))
 
 
-@rule("unflatten", moves=True)
+@rule("unflatten", moves=True, joins=True)
 def _unflattened(op: Operation) -> Any:
     moved = op.run_on_ids()
     if moved is None:

@@ -66,7 +66,8 @@ class DependencyGroups(list[dict[str, Any]]):
         The entries.
     skipped : mapping of str to str
         By layer that the user's config_list selects and this one doesn't, why it keeps all channels; in network order.
-        Then, by layer of which some channels have to stay and that this list selects for the others, how many and why.
+        Then layers that this list selects: those of which some channels have to stay, how many and why, and those that
+        ``to_dense`` keeps whole because layers that share their channels aren't selected.
     named : iterable of str
         The layers that ``op_names`` names. A pruner of the package that can't prune one raises; other layers that it
         can't prune keep all channels, with a warning.
@@ -190,7 +191,7 @@ def dependency_groups(
     isn't fixed where it holds a number of channels that the forward only uses to split, slice or view them.
 
     The channels of a selected layer that is coupled with one that isn't selected can't be removed: ``to_dense`` keeps
-    them, as NNI does. This is no error; a warning names both.
+    them, as NNI does. This is no error; a warning names both, and ``skipped`` has the layer.
     A depth-wise convolution that isn't selected couples nothing: it follows the layer before it. One that
     follows several layers at once, after a concatenation, follows them channel by channel, as does one that makes
     several channels of each and is coupled with another layer; its entry is left out, since NNI can't state such a
@@ -267,13 +268,15 @@ def groups_of(
     # Output projections that lose columns keep all rows.
     ties = partial_couplings(flow, choice.by_row - _followers(flow))
     in_part = {name: why for name, why in choice.in_part.items() if name not in selection.named}
+    held = held_by_unselected(flow, DependencyGroups(entries).layers())
+    alone = {name: (reasons.unselected(others),) for name, others in held.items() if name not in selection.named}
     return DependencyGroups(
         entries,
-        skipped=reasons.as_text(choice.left_out) | _told_in_part(flow, in_part),
+        skipped=reasons.as_text(choice.left_out) | _told_in_part(flow, in_part) | reasons.as_text(alone),
         named=selection.named & selection.layers,
         ties=ties,
         shares=shares(flow, asked_of(flow, entries, ties)),
-        reasons=choice.left_out | in_part,
+        reasons=choice.left_out | in_part | alone,
     )
 
 

@@ -98,6 +98,9 @@ def test_a_partner_that_is_not_selected_is_named(caplog):
         result = dependency_groups(Residual(), IMAGES, config)
     assert names(result) == ["stem", "depthwise"]
     assert "got stem, depthwise without point" in caplog.text
+    why = "shared with point, which isn't among the layers to prune"
+    assert result.skipped == {"stem": why, "depthwise": why}
+    assert {reason.kind for reason in result.reasons["stem"]} == {"unselected"}
 
 
 def test_neither_the_model_nor_the_config_list_is_changed():
