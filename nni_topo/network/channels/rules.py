@@ -18,7 +18,6 @@ are left (`layers/norms.py`). The rule decides by what the operation does, not b
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import operator as operator_module
@@ -33,7 +32,7 @@ from torch.fx.node import map_arg
 from torch.overrides import get_testing_overrides, handle_torch_function, has_torch_function, resolve_name
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import ConfigError, raised, shown
+from nni_topo.errors import ConfigError, hint_of, raised, shown
 from nni_topo.network.attention.unfused.own_width import FIRST, LAST
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
@@ -80,11 +79,12 @@ class Operation:
         The module that it calls; None if it calls a function or method.
     channels : ChannelIds
         All channel ids of the model, which can be coupled or kept.
+    values : dict of torch.fx.Node to Any
+        What the nodes before it give: channel ids, or plain values.
     """
 
     def __init__(self, node: Node, values: dict[Node, Any], channels: ChannelIds, modules: Modules) -> None:
-        self.node, self.channels = node, channels
-        self._values = values
+        self.node, self.channels, self.values = node, channels, values
         self.args: tuple[Any, ...]
         self.kwargs: dict[str, Any]
         self.args, self.kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
@@ -105,28 +105,17 @@ class Operation:
             return getattr(args[0], str(self.node.target))(*args[1:], **kwargs)
         return self.node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def with_picks(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments, with constant index tensors themselves: they pick from ids as they pick from values."""
-        values = dict(self._values)
-        for node in self.node.all_input_nodes[1:]:
-            if node.name in self.channels.picks:
-                values[node] = self.channels.picks[node.name]
-        args, kwargs = map_arg((self.node.args, self.node.kwargs), values.__getitem__)
-        return args, kwargs
-
     def couple(self, one: Tensor, other: Tensor) -> None:
         """Couple channels, entry by entry: they are pruned together. The two tensors of ids are broadcast."""
         self.channels.couple(one, other)
 
     def keep(self, ids: Tensor, reason: reasons.Reason | None = None) -> None:
-        """Keep channels."""
-        self.channels.pin(np.unique(compressed(ids)), reason or self._why_kept())
-
-    def _why_kept(self) -> reasons.Reason:
-        """Return why channels are kept where the rule of the operation says no more."""
-        if self.rule is None:
-            return reasons.no_rule(self.node)
-        return reasons.rule_keeps(self.node) if self.rule.is_registered else reasons.call_not_covered(self.node)
+        """Keep channels; without a reason, because the rule of the operation doesn't cover the call."""
+        if reason is None and self.rule is not None and self.rule.is_registered:
+            reason = reasons.rule_keeps(self.node)
+        elif reason is None:
+            reason = reasons.no_rule(self.node) if self.rule is None else reasons.call_not_covered(self.node)
+        self.channels.pin(np.unique(compressed(ids)), reason)
 
     # The methods below return the ids of the output.
 
@@ -391,22 +380,13 @@ def _shuffled(op: Operation) -> Any:
     return op.moved()
 
 
-@rule("cat", "concat", "concatenate", moves=True)
-def _concatenated(op: Operation) -> Any:
-    return _joined(op, op.ids, op.argument(1, "dim", default=0))
-
-
-@rule("stack", moves=True)
-def _stacked(op: Operation) -> Any:
-    dim = op.argument(1, "dim", default=0)
-    return _joined(op, [each.unsqueeze(dim) for each in op.ids], dim)
-
-
-def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
+@rule("cat", "concat", "concatenate", "stack", moves=True)
+def _joined(op: Operation) -> Any:
     """Follow a concatenation. Along another dimension than the channels', it couples its parts."""
-    moved = op.run_on_ids()
+    moved, dim = op.run_on_ids(), op.argument(1, "dim", default=0)
     if moved is None:
         return op.all_kept()
+    parts = [each.unsqueeze(dim) for each in op.ids] if operation_name(op.node) == "stack" else op.ids
     slices = []
     for part in parts:
         if part.shape[dim]:  # a part may have no channels left
@@ -473,16 +453,11 @@ def _held_by_view(given: FixedPlaces) -> list[slice]:
     return []
 
 
-@rule("view", moves=True, joins=True, held=_held_by_view, why_held=reasons.fixed_sizes)
+@rule("view", "reshape", moves=True, joins=True, held=_held_by_view, why_held=reasons.fixed_sizes)
 def _viewed(op: Operation) -> Any:
     # Tensors of ids are expanded, and an expanded tensor has no view.
-    moved = op.run_on_ids((op.args[0].contiguous(), *op.args[1:]))
-    return op.all_kept() if moved is None else _taken_apart(op, moved, _sizes_of(op.node))
-
-
-@rule("reshape", moves=True, joins=True, held=_held_by_view, why_held=reasons.fixed_sizes)
-def _reshaped(op: Operation) -> Any:
-    moved = op.run_on_ids()
+    is_method = op.node.op == "call_method"
+    moved = op.run_on_ids((op.args[0].contiguous(), *op.args[1:]) if is_method else None)
     return op.all_kept() if moved is None else _taken_apart(op, moved, _sizes_of(op.node))
 
 
@@ -562,24 +537,6 @@ def _note_taken_width(op: Operation, size: Any, moved: Tensor) -> None:
 
 
 # Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
-
-
-def _held_by_unbind(given: FixedPlaces) -> list[slice]:
-    return [slice(None)] if given.is_along(1) else []
-
-
-@rule("unbind", moves=True, held=_held_by_unbind)
-def _unbound(op: Operation) -> Any:
-    return op.moved()
-
-
-def _held_by_tensor_split(given: FixedPlaces) -> list[slice]:
-    return [slice(None)] if given.is_along(2) else []
-
-
-@rule("tensor_split", moves=True, held=_held_by_tensor_split)
-def _split_evenly(op: Operation) -> Any:
-    return op.moved()
 
 
 def _held_by_split(given: FixedPlaces) -> list[slice]:
@@ -717,18 +674,16 @@ def _held_by_narrow(given: FixedPlaces) -> list[slice]:
     return _boundary(start, given.size) if given.is_fixed(start) else []
 
 
-@rule("narrow", moves=True, picks=True, held=_held_by_narrow)
-def _narrowed(op: Operation) -> Any:
-    return op.moved()
-
-
 def _held_by_select(given: FixedPlaces) -> list[slice]:
     at = given.argument(2, "index")
     return _place_held(given.node, at) if given.is_along(1) and given.is_fixed(at) else []
 
 
+@rule("unbind", moves=True, held=lambda given: [slice(None)] if given.is_along(1) else [])
+@rule("tensor_split", moves=True, held=lambda given: [slice(None)] if given.is_along(2) else [])
+@rule("narrow", moves=True, picks=True, held=_held_by_narrow)
 @rule("select", moves=True, picks=True, picks_one=True, held=_held_by_select)
-def _selected(op: Operation) -> Any:
+def _pieces_taken(op: Operation) -> Any:
     return op.moved()
 
 
@@ -770,21 +725,14 @@ def reads_shape_only(node: Node) -> bool:
     """Tell whether only the shape, device or type of a picked channel is read."""
     for user in node.users:
         of_sizes = plain_name(user) == "getattr" and user.args[1] in ("shape", "device", "dtype")
-        if not (of_sizes or has_property(user, "reads_sizes") or _embeds_features(user, node)):
+        # An embedding looks up integers: of features only their sizes can matter to it. Learned positions of BART are
+        # of a derived class that counts the places.
+        owner, dtype = user.graph.owning_module, getattr(node.meta.get("tensor_meta"), "dtype", None)
+        is_embedding = owner is not None and user.op == "call_module" and dtype is not None and dtype.is_floating_point
+        is_embedding = is_embedding and isinstance(owner.get_submodule(str(user.target)), nn.Embedding)
+        if not (of_sizes or has_property(user, "reads_sizes") or is_embedding):
             return False
     return True
-
-
-def _embeds_features(user: Node, node: Node) -> bool:
-    """Tell whether a node calls an embedding with floating-point features: only their sizes can matter to it.
-
-    An embedding looks up integers. Learned positions of BART are of a derived class that counts the places.
-    """
-    owner = user.graph.owning_module
-    if user.op != "call_module" or owner is None or not isinstance(owner.get_submodule(str(user.target)), nn.Embedding):
-        return False
-    dtype = getattr(node.meta.get("tensor_meta"), "dtype", None)
-    return dtype is not None and dtype.is_floating_point
 
 
 def _held_by_tensor(index: Any, picks: dict[str, Tensor]) -> list[slice]:
@@ -899,7 +847,10 @@ def _index_is_known(op: Operation) -> bool:
 
 def _picked(op: Operation) -> Any:
     """Pick the same entries of the ids as of the values."""
-    args, kwargs = op.with_picks()
+    # Constant index tensors stand for themselves, not for their ids.
+    values = {node: op.channels.picks.get(node.name, ids) for node, ids in op.values.items()}
+    values[op.node.all_input_nodes[0]] = op.values[op.node.all_input_nodes[0]]
+    args, kwargs = map_arg((op.node.args, op.node.kwargs), values.__getitem__)
     try:
         return op.run(args, kwargs)
     except FAILURES:
@@ -1080,11 +1031,6 @@ def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
 # Operators that work along dimensions.
 
 
-def _softmax_default(rank: int) -> int:
-    """Return the dimension along which PyTorch's softmax works if none is given."""
-    return 0 if rank in (1, 3) else 1
-
-
 # Zeros make no difference to their results.
 @rule("sum", "nansum", "any", "count_nonzero", dims=Dims(1, None, adds=True, reduces=True))
 @rule("norm", "linalg_vector_norm", "linalg_norm", dims=Dims(2, None, adds=True, reduces=True))
@@ -1098,7 +1044,15 @@ def _softmax_default(rank: int) -> int:
 )  # fmt: skip
 @rule("mode", dims=Dims(1, -1, reduces=True))
 @rule("sort", "argsort", "cumprod", "cummax", "cummin", "logcumsumexp", dims=Dims(1, -1))
-@rule("softmax", "log_softmax", "softmin", nn.Softmax, nn.LogSoftmax, nn.Softmin, dims=Dims(1, _softmax_default))
+@rule(
+    "softmax",
+    "log_softmax",
+    "softmin",
+    nn.Softmax,
+    nn.LogSoftmax,
+    nn.Softmin,
+    dims=Dims(1, lambda rank: 0 if rank in (1, 3) else 1),
+)
 @rule("scatter", "scatter_add", "scatter_reduce", "index_fill", "index_reduce", dims=Dims(1, None))
 @rule("quantile", "nanquantile", dims=Dims(2, None, reduces=True))
 @rule("kthvalue", dims=Dims(2, -1, reduces=True))
@@ -1741,7 +1695,14 @@ def _check_operator(operator: Callable[..., Any] | str, rule: str | Callable[[Op
             f"registered by register_module), got the class {operator.__name__} (register_operator)"
         )
     if isinstance(operator, str):
-        _check_name(operator)
+        known = {each.__name__.strip("_") for each in get_testing_overrides() if hasattr(each, "__name__")}
+        for space in (torch, Tensor, torch.nn.functional, operator_module):
+            known.update(each.strip("_") for each in dir(space))
+        if operator.strip("_") not in known:
+            raise ConfigError(
+                "operator must be a function, or the name of a function or method of PyTorch's, "
+                f"got {operator!r} (register_operator); {hint_of(operator, known)}"
+            )
     if not -_MOST_DIMS <= dim < _MOST_DIMS:
         raise ConfigError(
             f"dim must be an integer from {-_MOST_DIMS} to {_MOST_DIMS - 1}, got {dim} (register_operator)"
@@ -1751,27 +1712,17 @@ def _check_operator(operator: Callable[..., Any] | str, rule: str | Callable[[Op
         raise ConfigError(
             f"dim must be given with the rule 'follow' or 'couple' only, got {dim} with {kind} (register_operator)"
         )
-    if callable(rule) and not _takes_one(rule):
-        raise ConfigError(
-            "a rule that is a function must take one argument, the call of the operator, "
-            f"got {shown(rule)} (register_operator)"
-        )
+    parameters = _parameters(rule) if callable(rule) else None
+    if parameters is not None:
+        try:
+            inspect.Signature(list(parameters.values())).bind(None)
+        except TypeError as error:
+            raise ConfigError(
+                "a rule that is a function must take one argument, the call of the operator, "
+                f"got {shown(rule)} (register_operator)"
+            ) from error
     if callable(operator) and _parameters(operator) == {}:
         raise ConfigError(f"operator must take a tensor, got {shown(operator)} without arguments (register_operator)")
-
-
-def _check_name(name: str) -> None:
-    """Refuse a name under which PyTorch has no function or method: no forward could call it."""
-    known = {each.__name__.strip("_") for each in get_testing_overrides() if hasattr(each, "__name__")}
-    for space in (torch, Tensor, torch.nn.functional, operator_module):
-        known.update(each.strip("_") for each in dir(space))
-    if name.strip("_") not in known:
-        near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ConfigError(
-            "operator must be a function, or the name of a function or method of PyTorch's, "
-            f"got {name!r} (register_operator){hint}"
-        )
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
@@ -1780,18 +1731,6 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return None
-
-
-def _takes_one(function: Callable[..., Any]) -> bool:
-    """Tell whether a function can be called with one positional argument; True if its parameters aren't known."""
-    parameters = _parameters(function)
-    if parameters is None:
-        return True
-    try:
-        inspect.Signature(list(parameters.values())).bind(None)
-    except TypeError:
-        return False
-    return True
 
 
 def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:

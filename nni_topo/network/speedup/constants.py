@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.network.channels.flow import ChannelFlow, only_norm_after
-from nni_topo.network.layers.derived import has_own_forward, inner_of, is_followed, kind_of
+from nni_topo.network.layers.derived import inner_of, is_followed, kind_of
 from nni_topo.network.layers.kinds import CONVOLUTIONS, WEIGHTED, by_channel, is_depthwise
 from nni_topo.network.layers.norms import channel_dim, is_over_channels
 from nni_topo.network.layers.slicing import keep
@@ -76,21 +76,22 @@ def readers(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call
     return with_values
 
 
-def constants_read(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> dict[str, Tensor]:
-    """Measure pruned channels' constant values, by the layer that reads them: (input channels,), zero elsewhere."""
-    found = {name: reader.constants() for name, reader in readers(model, flow, is_kept, call).items()}
-    return {name: values for name, values in found.items() if bool(values.any())}
+def constants_read(
+    model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Measure pruned channels' constant values, by the layer that reads them: (input channels,), zero elsewhere.
 
-
-def dropped(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> list[str]:
-    """Name the layers that lose a part of the contribution of pruned channels, where constants are kept."""
-    names = list[str]()
+    Also name the layers to which a part of the contribution of pruned channels is lost.
+    """
+    found, lacking = dict[str, Tensor](), list[str]()
     for name, reader in readers(model, flow, is_kept, call).items():
-        is_lost = torch.stack(reader.ends).ne(0).flatten(0, 1).any(0) & (reader.constants()[reader.pruned] == 0)
-        absorbs = can_absorb(reader.module, only_norm_after(model, flow, name))
-        if bool(is_lost.any()) or not absorbs:
-            names.append(name)
-    return names
+        values = reader.constants()
+        is_lost = torch.stack(reader.ends).ne(0).flatten(0, 1).any(0) & (values[reader.pruned] == 0)
+        if bool(is_lost.any()) or not can_absorb(reader.module, only_norm_after(model, flow, name)):
+            lacking.append(name)
+        if bool(values.any()):
+            found[name] = values
+    return found, lacking
 
 
 @torch.no_grad()
@@ -121,17 +122,12 @@ def absorb(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, constants: 
 
 def can_absorb(module: nn.Module, norm: nn.Module | None) -> bool:
     """Tell whether the bias of a layer, or the batch norm after it, can add the layer's response to constants."""
-    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or not reads_plainly(module) or is_depthwise(module):
+    if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_depthwise(module):
         return False
-    return isinstance(module.bias, Tensor) or norm is not None
-
-
-def reads_plainly(module: nn.Module) -> bool:
-    """Tell whether a layer applies its own weight to what enters, and adds its own bias."""
-    if not has_own_forward(module):
-        return type(module) is kind_of(module)
+    # It must apply its own weight to what enters, and add its own bias.
     inner = inner_of(module)
-    return inner is not None and inner.is_own
+    is_plain = type(module) is kind_of(module) or (inner is not None and inner.is_own)
+    return is_plain and (isinstance(module.bias, Tensor) or norm is not None)
 
 
 def _pruned_and_kept(flow: ChannelFlow, is_kept: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:

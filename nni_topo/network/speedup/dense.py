@@ -30,7 +30,7 @@ from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
 from nni_topo.network.speedup.analysis import Analysis, Facts
-from nni_topo.network.speedup.constants import TOLERANCE, absorb, constants_read, dropped, fit_norms
+from nni_topo.network.speedup.constants import TOLERANCE, absorb, constants_read, fit_norms
 from nni_topo.network.speedup.dense_report import DenseReport, dense_report, remember_report
 from nni_topo.network.speedup.dependency import DependencyGroups
 from nni_topo.network.speedup.equivalence import apply_masks, check_equal, failure_in_training
@@ -226,10 +226,9 @@ def _absorb_constants(
     masked = detached_copy(original, light=True)
     normalize_left(masked, flow, is_kept)
     with left_alone(masked):
-        kept = constants_read(masked, flow, is_kept, analysis.call)
-        lacking = dropped(masked, flow, is_kept, analysis.call)
+        kept, lacking = constants_read(masked, flow, is_kept, analysis.call)
         if kept and analysis.second is not None:
-            others = constants_read(masked, flow, is_kept, analysis.second.call)
+            others, _ = constants_read(masked, flow, is_kept, analysis.second.call)
             for name, values in kept.items():
                 is_same = (values - others.get(name, 0 * values)).abs() <= TOLERANCE * values.abs()
                 if not bool(is_same.all()):

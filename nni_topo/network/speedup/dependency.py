@@ -253,7 +253,8 @@ def groups_of(
     selection = _Selection(tuple(selected_entries), given.named, _parts(given.by_head, flow))
     # By their first call, and after these the modules that are never called.
     order = list(dict.fromkeys([*flow.layers, *(name for name, _ in model.named_modules(remove_duplicate=False))]))
-    groups = layer_groups(flow)
+    # Layers that share any channel, in network order; a layer without shared channels is a group of its own.
+    groups = coupled_names({name: set(flow.group_ids_of(name).tolist()) - {FIXED} for name in flow.layers})
     # Named layers stay selected in any case: a pruner that can't prune one says so.
     unpruned = unprunable_layers(analysis, [name for name in order if name in selection.by_type])
     projections = _projections_by_column(flow, groups, selection, unpruned)
@@ -495,11 +496,6 @@ def _is_used(flow: ChannelFlow, model: torch.nn.Module, name: str) -> bool:
     return False
 
 
-def layer_groups(flow: ChannelFlow) -> list[list[str]]:
-    """Group layers that share any channel, in network order; a layer without shared channels is a group of its own."""
-    return coupled_names({name: set(flow.group_ids_of(name).tolist()) - {FIXED} for name in flow.layers})
-
-
 def held_by_unselected(flow: ChannelFlow, groups: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
     """Return, by selected layer that can lose no channel, the layers that would have to be selected with it.
 
@@ -632,25 +628,26 @@ def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
     """Return why a layer keeps its channels although no coupling is known."""
     if not name:
         return reasons.model_output()  # the layer is the whole model
-    if is_recurrent(model.get_submodule(name)):
+    module = model.get_submodule(name)
+    if is_recurrent(module):
         return reasons.packed_rows()
-    if isinstance(model.get_submodule(name), RECURRENT):
+    if isinstance(module, RECURRENT):
         return reasons.recurrent_state()
-    if weight_is_computed(model.get_submodule(name)):
-        is_known = is_parametrized(model.get_submodule(name)) or bool(model.get_submodule(name)._forward_pre_hooks)
-        return reasons.computed_weight(can_convert=is_known)
-    if has_complex_weights(model.get_submodule(name)):
+    if weight_is_computed(module):
+        return reasons.computed_weight(can_convert=is_parametrized(module) or bool(module._forward_pre_hooks))
+    if has_complex_weights(module):
         return reasons.complex_weight()
-    if is_transposed_linear(model.get_submodule(name)):
+    if is_transposed_linear(module):
         return reasons.transposed_weight()
-    if not has_channels(model.get_submodule(name)):
-        return reasons.unknown_class(name, type(model.get_submodule(name)))
-    parts = name.split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        owner = model.get_submodule(".".join(parts[:length]))
-        is_container = isinstance(owner, (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict))
-        if is_over_channels(owner):
-            return reasons.inside_gate(".".join(parts[:length]), type(owner).__name__)
-        if type(owner).__module__.startswith("torch.nn.modules.") and not is_container:
-            return reasons.inside_module(".".join(parts[:length]), type(owner).__name__)
+    if not has_channels(module):
+        return reasons.unknown_class(name, type(module))
+    owner = name.rpartition(".")[0]
+    while owner:
+        holder = model.get_submodule(owner)
+        is_container = isinstance(holder, (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict))
+        if is_over_channels(holder):
+            return reasons.inside_gate(owner, type(holder).__name__)
+        if type(holder).__module__.startswith("torch.nn.modules.") and not is_container:
+            return reasons.inside_module(owner, type(holder).__name__)
+        owner = owner.rpartition(".")[0]
     return reasons.not_followed()

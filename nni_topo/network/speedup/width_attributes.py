@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from nni_topo.network.layers.integer_attributes import Place, number_at, put_sizes, read_in_forward
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import called, watched
-from nni_topo.network.runtime.inputs import Call, run_few, shrunk
+from nni_topo.network.runtime.inputs import Call, run_few
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.rules import Rule, checked, is_class
 
@@ -54,8 +54,7 @@ class Described:
     at: int | None = None
 
 
-Claim = tuple[Place, Described]
-"""An attribute, and the tensor whose channels it counts."""
+Claim = tuple[Place, Described]  # an attribute, and the tensor whose channels it counts
 Shape = tuple[int, ...]
 
 _TABLE: dict[tuple[type[nn.Module] | str, str], Described] = {
@@ -72,7 +71,12 @@ _TABLE: dict[tuple[type[nn.Module] | str, str], Described] = {
 """By class, or by its full name, and attribute: the tensor, of a module that is named from this one on."""
 
 
-@checked(kind=Rule("a class of modules or its full name", lambda kind: isinstance(kind, str) or _is_module(kind)))
+@checked(
+    kind=Rule(
+        "a class of modules or its full name",
+        lambda kind: isinstance(kind, str) or (is_class(kind) and issubclass(kind, nn.Module)),
+    )
+)
 def register_width_attribute(
     kind: type[nn.Module] | str, attribute: str, module: str = "", part: Literal["input", "output"] = "output"
 ) -> None:
@@ -131,29 +135,15 @@ def register_width_attribute(
     _TABLE[kind, attribute] = Described(module, part)
 
 
-def _is_module(kind: Any) -> bool:
-    return is_class(kind) and issubclass(kind, nn.Module)
-
-
-def registered(name: str, module: nn.Module) -> Iterator[Claim]:
-    """Read what the table says of a module; a class derived from another has its entries, and may have its own."""
-    for kind in reversed(type(module).__mro__):
-        for (owner, attribute), described in _TABLE.items():
-            if owner in (kind, f"{kind.__module__}.{kind.__qualname__}"):
-                inner = f"{name}.{described.module}".strip(".")
-                yield (name, attribute, ()), Described(inner, described.part)
-
-
-def timm_features(name: str, module: nn.Module) -> Iterator[Claim]:
-    """Read ``feature_info`` of timm's networks, and of the wrappers that return features alone (``features_only``)."""
+def _claims(name: str, module: nn.Module) -> Iterator[Claim]:
+    """List what attributes of a module count; of two claims on one attribute the later one holds."""
+    # ``feature_info`` of timm's networks, and of the wrappers that return features alone (``features_only``).
     held: Any = getattr(module, "feature_info", None)
     wraps = hasattr(held, "info") and hasattr(held, "out_indices")
     key, entries = ("feature_info.info", held.info) if wraps else ("feature_info", held)
-    if not isinstance(entries, (list, tuple)):
-        return
-    outputs: dict[int, int] = {}  # by entry, its place among the outputs
-    if wraps:
-        outputs = {index % len(entries): at for at, index in enumerate(held.out_indices)}
+    entries = entries if isinstance(entries, (list, tuple)) else ()
+    # By entry, its place among the outputs.
+    outputs = {index % len(entries): at for at, index in enumerate(held.out_indices)} if wraps and entries else {}
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("module"), str):
             continue
@@ -163,26 +153,25 @@ def timm_features(name: str, module: nn.Module) -> Iterator[Claim]:
         else:
             part: ModuleTensor = "input" if entry.get("hook_type") == "forward_pre" else "output"
             yield place, Described(f"{name}.{entry['module']}".lstrip("."), part)
-
-
-def timm_widths(name: str, module: nn.Module) -> Iterator[Claim]:
-    """Read the widths by which timm's networks, and their heads, make a new classifier."""
+    # The widths by which timm's networks, and their heads, make a new classifier.
     if hasattr(module, "forward_features"):
-        for key in ("num_features", "embed_dim"):
-            yield (name, key, ()), Described(name, "features")
+        for width in ("num_features", "embed_dim"):
+            yield (name, width, ()), Described(name, "features")
     if _takes_pre_logits(getattr(module, "forward_head", None)):
         yield (name, "head_hidden_size", ()), Described(name, "pre_logits")
     elif _takes_pre_logits(module.forward):
-        for key in ("num_features", "hidden_size"):
-            yield (name, key, ()), Described(name, "pre_logits")
-
-
-READERS = (timm_features, timm_widths, registered)
-"""Functions of a module's name and the module that list what attributes count; of two claims the later one counts."""
+        for width in ("num_features", "hidden_size"):
+            yield (name, width, ()), Described(name, "pre_logits")
+    # A class that is derived from another has its rows of the table, and may have its own.
+    for kind in reversed(type(module).__mro__):
+        for (owner, attribute), described in _TABLE.items():
+            if owner in (kind, f"{kind.__module__}.{kind.__qualname__}"):
+                inner = f"{name}.{described.module}".strip(".")
+                yield (name, attribute, ()), Described(inner, described.part)
 
 
 def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, int]:
-    """Write the dense network's numbers into the attributes that the readers know, and return those that may be stale.
+    """Write the dense network's numbers into the attributes of the table, and return those that may be stale.
 
     These are attributes, by name, whose tensor doesn't have the number of channels that they say, or can't be measured,
     while a parameter of their module had this size and is smaller now. Attributes that the forward of their module
@@ -194,46 +183,27 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
             continue
         kind: Any = type(module)
         read = read_in_forward(kind)
-        for reader in READERS:
-            for place, described in reader(name, module):
-                before, key = number_at(original, place), place[1]
-                is_held = key.partition(".")[0] in vars(module) and key not in read  # no property
-                # An attribute that has another number already was counted anew with the layers.
-                if before is not None and is_held and number_at(dense, place) == before:
-                    claims[place] = before, described
+        for place, described in _claims(name, module):
+            before, key = number_at(original, place), place[1]
+            is_held = key.partition(".")[0] in vars(module) and key not in read  # no property
+            # An attribute that has another number already was counted anew with the layers.
+            if before is not None and is_held and number_at(dense, place) == before:
+                claims[place] = before, described
     if not claims:
         return {}
-    kept: dict[Place, int | None] = {}
-    try:
-        kept = _counted(original, dense, claims, shrunk(call))  # small images show most numbers of channels
-    except Exception as error:  # a user's model may take no other size
-        if out_of_memory(error):
-            raise
-    if not kept or None in kept.values():
-        kept = _counted(original, dense, claims, call)
+    wanted = {described for _, described in claims.values()}
+    whole, narrow = _shapes(original, wanted, call), _shapes(dense, wanted, call)
     sizes: dict[Place, int] = {}
     stale: dict[str, int] = {}
-    for place, (before, _) in claims.items():
-        found = kept[place]
+    for place, (before, described) in claims.items():
         name, key, path = place
+        found = _channels_kept(before, whole.get(described, []), narrow.get(described, []))
         if found is not None:
             sizes[place] = found
         elif before in _sizes_lost(original.get_submodule(name), dense.get_submodule(name)):
             stale[f"{name}.{key}".lstrip(".") + "".join(f"[{each!r}]" for each in path)] = before
     put_sizes(dense, sizes)
     return stale
-
-
-def _counted(
-    original: nn.Module, dense: nn.Module, claims: dict[Place, tuple[int, Described]], call: Call
-) -> dict[Place, int | None]:
-    """Return how many of their channels the tensors of the claims still have; None where that isn't certain."""
-    wanted = {described for _, described in claims.values()}
-    whole, narrow = _shapes(original, wanted, call), _shapes(dense, wanted, call)
-    return {
-        place: channels_kept(before, whole.get(described, []), narrow.get(described, []))
-        for place, (before, described) in claims.items()
-    }
 
 
 def _sizes_lost(module: nn.Module, narrower: nn.Module) -> set[int]:
@@ -247,7 +217,7 @@ def _sizes_lost(module: nn.Module, narrower: nn.Module) -> set[int]:
     return lost
 
 
-def channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int | None:
+def _channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int | None:
     """Return how many of so many channels tensors still have, given their shapes; None where that isn't certain.
 
     A dimension may have the same size by chance, as that of places. The channels are those that became fewer.
