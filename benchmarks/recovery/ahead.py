@@ -26,8 +26,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def look_ahead(
 ) -> tuple[LayerReport, ...]:
     """Solve the layers of `tasks`, which are done, block by block for places so many layers after them."""
     by_node = {task.layer.node: task for task in tasks if isinstance(task, ReconstructTask)}
-    found = segments(replay.nodes, replay.touched_nodes, by_node, ahead, _TOGETHER)
+    found = _with_places_ahead(replay, by_node, ahead)
     reports = []
     for segment in bar("look ahead", progress, found):
         window = Window(segment, networks.pruned, by_node)
@@ -134,6 +134,20 @@ def look_ahead(
         window.put((networks.pruned, networks.result), unknowns)
         reports.append(report)
     return tuple(reports)
+
+
+def _with_places_ahead(replay: Replay, layers: Collection[Node], ahead: int) -> list[Segment]:
+    """Return the blocks, each with the end of the first block that leaves so many layers in between, or the output."""
+    ends = [each.last for each in segments(replay.nodes, replay.touched_nodes, layers, 1)]
+    found = []
+    for segment in segments(replay.nodes, replay.touched_nodes, layers, _TOGETHER):
+        place = replay.nodes[-1]
+        for end in ends:
+            if end >= segment.last and sum(segment.last < replay.order[layer] <= end for layer in layers) >= ahead:
+                place = replay.nodes[end]
+                break
+        found.append(replace(segment, place=place))
+    return found
 
 
 def _solved(segment: Segment, window: Window, data: _Data, images: int, seed: int) -> tuple[Vector, LayerReport]:

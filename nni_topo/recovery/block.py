@@ -34,7 +34,7 @@ from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, computing_in
 from nni_topo.network.runtime.progress import bar
-from nni_topo.recovery.course import RATES, Course, RateTrial, try_rates
+from nni_topo.recovery.course import RATES, Course, Training, try_rates
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import Tools
@@ -64,16 +64,13 @@ class Block(Reconstruct):
     steps: int = 200
     # Learning rate of AdamW at its highest, above 0. None: a range test finds it, for each block anew.
     lr: float | None = None
-    # Number of layers after pruned channels, at least 0, between a block and the place whose unpruned values are the
-    # target; the network's output where there are fewer. 0: the block's own end.
-    layers: int = 0
     # Samples a step, at least 1.
     batch_size: int = 32
     # "bfloat16" computes the gradients under autocast: faster for transformers where the processor has bfloat16.
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        counts = {"refine": whole(0), "steps": whole(1), "layers": whole(0), "batch_size": whole(1)}
+        counts = {"refine": whole(0), "steps": whole(1), "batch_size": whole(1)}
         check_fields(self, "block", lr=number(0.0, closed="neither") | NONE, precision=PRECISION, **counts)
 
     def after(self, tasks: Sequence[Task], networks: Networks, tools: Tools) -> tuple[LayerReport, ...]:
@@ -85,7 +82,7 @@ class Block(Reconstruct):
         for node, names in learners.items():
             if any(networks.pruned.get_parameter(name).dim() > 1 for name in names):  # not a norm's alone
                 layers.append(node)
-        found = segments(replay.nodes, replay.touched_nodes, layers, self.layers, _TOGETHER)[::_TOGETHER]
+        found = segments(replay.nodes, replay.touched_nodes, layers, _TOGETHER)[::_TOGETHER]
         if not found:
             return ()
         if not bool(tools.held_out.any()):
@@ -250,7 +247,7 @@ def _in_single(value: Any) -> Any:
 
 
 class _Learning:
-    """The training of one block: a `Teacher` for `Course` and the range test."""
+    """The training of one block."""
 
     def __init__(
         self, knobs: Block, networks: Networks, segment: Segment, names: list[str], values: _Values, seed: int
@@ -302,11 +299,6 @@ class _Learning:
         return sum(shares) / len(shares)
 
     @property
-    def precision(self) -> Precision:
-        """The precision of the steps."""
-        return self._knobs.precision
-
-    @property
     def layers(self) -> str:
         """Names of the trained layers."""
         return ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self._names))
@@ -322,22 +314,6 @@ class _Learning:
             raise DataError(f"activations must be finite, got NaN or infinity ({self.layers})")
         first = self.judge(student, looked_at)
         start = {name: student.body.get_parameter(name).detach().clone() for name in self._names}
-        rate, steps = self._knobs.lr, self._knobs.steps
-        tried: tuple[RateTrial, ...] = ()
-        if rate is None:
-            tried = try_rates(
-                self,
-                self.student,
-                self.batches,
-                lambda net: self.judge(net, looked_at),
-                first,
-                1.0,  # the loss of constant outputs, because errors are divided by the variance
-                steps,
-                is_normed=False,
-                rates=rates,
-                progress=False,
-            )
-            rate = next((each.lr for each in tried if each.is_taken), math.nan)
         least, best = first, dict[str, Any]()  # the state with the smallest held-out loss so far
 
         def look(net: nn.Module) -> float:
@@ -347,12 +323,25 @@ class _Learning:
                 least, best = loss, copy.deepcopy(net.state_dict())
             return loss
 
+        training = Training(
+            student=self.student,
+            batches=self.batches,
+            objective=self.objective,
+            total=self._knobs.steps,
+            look=look,
+            first=first,
+            constant=1.0,  # because errors are divided by the variance
+            precision=self._knobs.precision,
+        )
+        rate = self._knobs.lr
+        if rate is None:
+            tried = try_rates(training, lambda net: self.judge(net, looked_at), rates, progress=False)
+            rate = next((each.lr for each in tried if each.is_taken), math.nan)
         after, held, is_kept = before, held_before, False
         if not math.isnan(rate):
-            course = Course(student, is_normed=False, rate=rate, warmup=_WARMUP)
-            course.run(self, self.batches(), steps, False, first=first, look=look)
-            if best:
-                student.load_state_dict(best)
+            course = Course(training, rate, warmup=_WARMUP)
+            course.run(progress=False)
+            student.load_state_dict(best or course.student.state_dict())
             after, held = self.judge(student, reported), self.judge(student, self._held)
             is_kept = held < held_before
         if is_kept:

@@ -12,9 +12,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,18 +80,6 @@ _LEAST_TRIED = 10  # steps
 _LEAST_KNOWN, _LEAST_LEFT = 3, 20  # under a time limit: least steps for each rate, and least steps after the test
 _SHARE_OF_TIME = 0.03  # of the remaining time, for each rate
 
-
-class Teacher(Protocol):
-    """Computes the loss of a network, and says in which precision steps are computed."""
-
-    @property
-    def precision(self) -> Precision:
-        """The precision of the steps."""
-
-    def objective(self, student: nn.Module, call: Any, wanted: list[Tensor]) -> Tensor:
-        """Return the mean loss on a batch with the targets `wanted`."""
-
-
 Batches = Iterator[tuple[Any, list[Tensor]]]
 """Inputs and targets of each step."""
 
@@ -156,6 +144,23 @@ class Clock:
         self._began = time.perf_counter() - spent
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a network learns, and how it is judged on the way."""
+
+    student: Callable[[], nn.Module]  # makes a copy of the network to train
+    batches: Callable[[], Batches]  # those of a course, from the beginning
+    objective: Callable[[nn.Module, Any, list[Tensor]], Tensor]  # the mean loss on a batch with these targets
+    total: int  # steps of a course of full length
+    look: Callable[[nn.Module], float]  # the held-out loss of a network
+    first: float = math.inf  # that loss before any step
+    constant: float = math.inf  # and of a network with constant outputs
+    precision: Precision = "float32"  # of the steps
+    is_normed: bool = False  # whether batch norms take their statistics from the batches
+    clock: Clock = field(default_factory=Clock)
+    processes: Processes | None = None  # those that share the images; None: this process has all
+
+
 class Course:
     """Gradient steps of a student, resumed from a file if it exists.
 
@@ -165,30 +170,25 @@ class Course:
 
     def __init__(
         self,
-        student: nn.Module,
-        *,
-        is_normed: bool,
+        training: Training,
         rate: float,
+        *,
         warmup: float = 0.0,
         falls_from: float = 1.0 - _FALL,
         kind: dict[str, Any] | None = None,
-        clock: Clock | None = None,
         path: str | Path | None = None,
         every: float = 30.0,
         rates: Sequence[RateTrial] = (),
-        processes: Processes | None = None,
     ) -> None:
-        self.student, self.rate = student, rate
+        self.training, self.student, self.clock = training, training.student(), training.clock
+        self.rate, self.is_normed = rate, training.is_normed
         self.rates = tuple(rates)  # the range test by which the rate was found
-        self._processes = processes  # those that share the images; None: this process has all
-        self.is_normed = is_normed  # whether batch norms take their statistics from the batches
         self.kind, self.path = kind or {}, None if path is None else Path(path)
         self._every = every  # seconds between two writes of the file
-        learned = [p for p in student.parameters() if p.requires_grad]
+        learned = [p for p in self.student.parameters() if p.requires_grad]
         # With many small parameters the fused optimizer takes a third of the time.
         is_fused = all(p.device.type in _FUSED and p.is_floating_point() for p in learned)
         self.optimizer = torch.optim.AdamW(learned, weight_decay=0.0, fused=is_fused or None)
-        self.clock = clock or Clock()
         self._warmup, self._falls_from, self._end = warmup, falls_from, 1.0  # shares of the course
         self.done = 0  # steps
         self.curve: list[Look] = []  # the held-out loss along the course
@@ -210,29 +210,20 @@ class Course:
                 self.curve = [Look(**each) for each in state["curve"]]
                 self.clock.go_on_from(state["spent"])
 
-    def run(
-        self,
-        lesson: Teacher,
-        batches: Batches,
-        total: int,
-        progress: bool | None = None,
-        *,
-        first: float = math.inf,
-        look: Callable[[nn.Module], float] | None = None,
-        again: Callable[[], Batches] | None = None,
-    ) -> None:
+    def run(self, progress: bool | None = None, *, looks: bool = True, keeps_best: bool = False) -> None:
         """Take the remaining steps, or as many as the time limit and the held-out loss allow.
 
-        ``total`` is the number of steps of a full course. ``look`` returns a network's held-out loss, which was
-        ``first`` before the first step; without it the course isn't ended early. ``again`` returns the batches from the
-        beginning; with it the best state is kept, and a course ends after a fifth if the loss hasn't fallen.
+        Without ``looks`` the held-out loss isn't measured, and doesn't end the course. With ``keeps_best`` the best
+        state is kept, and the course ends after a fifth if the loss hasn't fallen.
         """
-        rest = itertools.islice(batches, self.done, None)
+        training, total, first = self.training, self.training.total, self.training.first
+        rest = itertools.islice(training.batches(), self.done, None)
         began = kept = time.perf_counter()
         before = self.done
         with learning(self.student, batch_norms(self.student) if self.is_normed else []):
             shown = bar("distill", progress, range(self.done, total), total=total, done=self.done)
             for step in shown:
+                share = step / total  # used share of the steps, or of the time if that is larger
                 if self.clock.seconds is not None:
                     # Looks included. The first step is taken if there is any time, because it may take longer.
                     seconds_of_a_step = (time.perf_counter() - began) / max(self.done - before, 1)
@@ -242,83 +233,76 @@ class Course:
                     if self.done > before:
                         # The bar then doesn't show more remaining time than the limit leaves.
                         shown.total = min(total, self.done + 1 + int(self.clock.left / seconds_of_a_step))
-                share = step / total  # used share of the steps, or of the time if that is larger
-                if self.clock.seconds is not None:
                     taken = self.clock.spent - self._began
                     share = max(share, taken / max(taken + self.clock.left, 1e-9))
-                if look is not None and int(share * LOOKS) > int(self._looked * LOOKS) and self.done:
-                    self._look(look(self.student), share, first, total)
+                if looks and int(share * LOOKS) > int(self._looked * LOOKS) and self.done:
+                    self._look(training.look(self.student), share)
                     is_fifth = self._looked < _NO_GAIN_AT <= share and self.done >= _LEAST_STEPS
                     self._looked = share
-                    if again is not None:
+                    if keeps_best:
                         latest = [each.loss for each in self.curve[-2:]]
                         if len(latest) == 2 and max(latest) < min(first, self._least):
                             self._least, self.best_step = max(latest), self.done
                             self.best = copy.deepcopy(self.student.state_dict())
-                        if is_fifth and not self.is_given_up:
-                            self._end_without_gain(lesson, again(), look, first)
+                        if is_fifth and not self.is_given_up and min(each.loss for each in self.curve) >= first:
+                            self._try_to_end()
                 if self.is_given_up or share >= self._end:
                     break
                 # The first step has the rate of the second one, because its own would be zero.
                 rising = max(share, 1.0 / total) / self._warmup if share < self._warmup else 1.0
                 falling = (self._end - share) / (self._end - self._falls_from) if share > self._falls_from else 1.0
-                self._step(lesson, next(rest), self.rate * max(0.0, min(rising, falling, 1.0)))
+                self.step(next(rest), self.rate * max(0.0, min(rising, falling, 1.0)))
                 self.done += 1
                 if time.perf_counter() - kept >= self._every:
                     self._keep()
                     kept = time.perf_counter()
         is_looked_at = bool(self.curve) and self.curve[-1].step == self.done
-        if look is not None and self.done and not is_looked_at:
-            self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], look(self.student)))
+        if looks and self.done and not is_looked_at:
+            self._note(training.look(self.student))
         if not self.is_given_up:
             self._keep()
 
-    def _step(self, lesson: Teacher, batch: tuple[Any, list[Tensor]], rate: float) -> None:
-        """Take one step."""
+    def step(self, batch: tuple[Any, list[Tensor]], rate: float) -> None:
+        """Take one step, within `learning`."""
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
-        loss = lesson.objective(self.student, *batch)
-        backward_in(lesson.precision, device_of(self.student), loss)
-        if self._processes is not None:  # each has the gradients of its own images
+        loss = self.training.objective(self.student, *batch)
+        backward_in(self.training.precision, device_of(self.student), loss)
+        if self.training.processes is not None:  # each has the gradients of its own images
             learned = self.optimizer.param_groups[0]["params"]
             for parameter in learned:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            self._processes.add([parameter.grad for parameter in learned], "the gradients of a step")
+            self.training.processes.add([parameter.grad for parameter in learned], "the gradients of a step")
         self.optimizer.step()
 
-    def _end_without_gain(
-        self, lesson: Teacher, batches: Batches, look: Callable[[nn.Module], float], first: float
-    ) -> None:
-        """End the course if no look found a smaller loss than the first, and a falling rate doesn't help either.
+    def _try_to_end(self) -> None:
+        """Let the rate fall to zero in half as many steps as were taken; if that doesn't help, the course ends there.
 
-        The rate falls to zero in half as many steps as were taken. If that helps, the course continues from the state
-        before.
+        Otherwise it continues from the state before.
         """
-        if min(each.loss for each in self.curve) < first:
-            return
         steps, rate = self.done // 2, self.optimizer.param_groups[0]["lr"]
         before = copy.deepcopy((self.student.state_dict(), self.optimizer.state_dict()))
-        for step, batch in enumerate(itertools.islice(batches, steps)):
-            self._step(lesson, batch, rate * (1.0 - step / steps))
-        loss = look(self.student)
-        if loss < _NO_GAIN * first:
+        for step, batch in enumerate(itertools.islice(self.training.batches(), steps)):
+            self.step(batch, rate * (1.0 - step / steps))
+        loss = self.training.look(self.student)
+        if loss < _NO_GAIN * self.training.first:
             self.student.load_state_dict(before[0])
             self.optimizer.load_state_dict(before[1])
             return
         self.done += steps
-        self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
+        self._note(loss)
         self.is_given_up = self.gains_nothing = True
 
-    def _look(self, loss: float, share: float, first: float, total: int) -> None:
+    def _look(self, loss: float, share: float) -> None:
         """Record the held-out loss; if it is too large end the course, if it stagnates let the rate fall."""
-        self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
+        self._note(loss)
         passed = [times for at, times in _LINES if self._looked < at <= share]
         least = min(each.loss for each in self.curve[-2:])
         # Few steps prove little, unless the time limit allows no more of them.
-        is_slow = share > self.done / total
+        is_slow = share > self.done / self.training.total
         is_known = self.done >= (_LEAST_STEPS_IN_TIME if is_slow else _LEAST_STEPS)
-        if not math.isfinite(loss) or (passed and is_known and not least <= passed[-1] * first):
+        if not math.isfinite(loss) or (passed and is_known and not least <= passed[-1] * self.training.first):
             self.is_given_up = True
             return
         # Compare the last looks at the full rate with those before. Looks while the rate rises don't count: the loss is
@@ -328,6 +312,9 @@ class Course:
         stands_still = len(losses) >= 2 * _WINDOW and lately > (1.0 - _PROGRESS) * before
         if stands_still and share < self._falls_from:
             self._falls_from, self._end = share, share / (1.0 - _FALL)
+
+    def _note(self, loss: float) -> None:
+        self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
 
     def _keep(self) -> None:
         if self.path is None:
@@ -350,81 +337,51 @@ def tried_steps(total: int) -> int:
     return max(_LEAST_TRIED, round(_SHARE * total))
 
 
-def timed_step(
-    lesson: Teacher,
-    student: Callable[[], nn.Module],
-    batches: Callable[[], Batches],
-    *,
-    is_normed: bool,
-    processes: Processes | None = None,
-) -> float:
-    """Return the seconds of a step on the first batch; arguments as for `try_rates`.
-
-    A first step isn't timed: it also loads libraries, selects kernels and runs the unpruned network. Short steps are
-    timed three times, and the fastest counts.
-    """
-    taken: list[float] = []
-    # Processes must take the same number of steps, so their own times don't decide.
-    while len(taken) < 2 or (len(taken) < 4 and sum(taken) < 1.0 and processes is None):
-        course = Course(student(), is_normed=is_normed, rate=min(RATES), processes=processes)
-        began = time.perf_counter()
-        course.run(lesson, batches(), 1, progress=False)
-        wait_for(course.student)
-        taken.append(time.perf_counter() - began)
-    return min(taken[1:])
+def seconds_of_a_step(training: Training) -> float:
+    """Return the seconds of a step on the first batch, by a network that is then thrown away."""
+    course, batch = Course(training, min(RATES)), next(training.batches())
+    with learning(course.student, batch_norms(course.student) if training.is_normed else []):
+        return timed(lambda: course.step(batch, course.rate), course.student)
 
 
-def wait_for(student: nn.Module) -> None:
-    """Wait until the student's device has finished its work."""
-    next(student.parameters()).flatten()[:1].cpu()
+def timed(work: Callable[[], object], student: nn.Module) -> float:
+    """Return the seconds of the second of two runs; the first one also loads libraries and selects kernels."""
+    work()
+    began = time.perf_counter()
+    work()
+    next(student.parameters()).flatten()[:1].cpu()  # waits until the device has finished
+    return time.perf_counter() - began
 
 
 def try_rates(
-    lesson: Teacher,
-    student: Callable[[], nn.Module],
-    batches: Callable[[], Batches],
+    training: Training,
     judge: Callable[[nn.Module], float],
-    first: float,
-    constant: float,
-    total: int,
-    *,
-    is_normed: bool,
     rates: Sequence[float] = RATES,
-    clock: Clock | None = None,
-    seconds_of_a_step: float = 0.0,
+    a_step: float = 0.0,
     progress: bool | None = None,
-    processes: Processes | None = None,
 ) -> tuple[RateTrial, ...]:
     """Try learning rates from the highest on until one is accepted; return the results.
 
-    ``student`` returns a copy of the network to train, ``batches`` the batches of a course from the beginning, and
-    ``judge`` the held-out loss of a network, which it may change. That loss is ``first`` before any step, and
-    ``constant`` for a network with constant outputs. A whole course has ``total`` steps.
-
-    No rate is accepted if all break the network. Under a time limit each rate takes 3 % of the remaining time, but at
-    least three steps, by ``seconds_of_a_step``. No further rate is tried if the time left is less than twenty steps.
+    ``judge`` returns the held-out loss of a network that has learned. No rate is accepted if all break the network.
+    Under a time limit each rate takes 3 % of the remaining time, but at least three steps, of ``a_step`` seconds each.
+    No further rate is tried if the time left is less than twenty steps.
     """
-    clock = clock or Clock()
+    clock, first = training.clock, training.first
     if clock.left <= 0.0:
         return ()
-    steps = tried_steps(total)
-
-    def tried(rate: float) -> nn.Module:
-        course = Course(student(), is_normed=is_normed, rate=rate, warmup=_RISE, falls_from=_RISE, processes=processes)
-        course.run(lesson, batches(), steps, progress=False)
-        wait_for(course.student)
-        return course.student
-
+    steps = tried_steps(training.total)
     least_left = -math.inf  # seconds that are left for the course
     if clock.seconds is not None:
-        least_left = _LEAST_LEFT * seconds_of_a_step
-        steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / seconds_of_a_step)))
-    most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(constant - first))
+        least_left = _LEAST_LEFT * a_step
+        steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / a_step)))
+    most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(training.constant - first))
     found: list[RateTrial] = []
     for rate in bar("learning rate", progress, rates):
         if clock.left < least_left:
             break
-        loss = judge(tried(rate))
+        course = Course(replace(training, total=steps, clock=Clock()), rate, warmup=_RISE, falls_from=_RISE)
+        course.run(progress=False, looks=False)
+        loss = judge(course.student)
         found.append(RateTrial(rate, steps, loss, loss <= most))
         if found[-1].is_taken:
             break

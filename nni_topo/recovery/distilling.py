@@ -16,9 +16,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -46,17 +45,17 @@ from nni_topo.recovery.course import (
     LOOKS,
     MOST_LOST,
     RATES,
-    Batches,
     Clock,
     Course,
     Look,
     RateTrial,
+    Training,
     learning,
+    seconds_of_a_step,
     state_of,
-    timed_step,
+    timed,
     tried_steps,
     try_rates,
-    wait_for,
 )
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
@@ -111,29 +110,26 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """Whether learned weights are kept, and the held-out figures that say so; ``repr`` is a few sentences.
+    """Whether learned weights are kept, and the held-out figures that say so; see `Distillation`."""
 
-    They are kept if the loss falls and the distance is at most twice what it was before.
-    """
-
-    objective: str  # what the loss is: "kl" or "squares"
+    objective: str
     is_kept: bool
     loss_before: float
     loss_after: float
-    distance_before: float  # mean squared distance of the outputs over their variance
+    distance_before: float
     distance_after: float
-    agreement_before: float  # share of largest logits that are the same, in [0, 1]; NaN for "squares"
+    agreement_before: float
     agreement_after: float
-    lr: float = math.nan  # learning rate at its highest; NaN if each that was tried breaks the network
-    steps: int = 0  # gradient steps at that rate
-    most_steps: int = 0  # of a course of full length
-    rates: tuple[RateTrial, ...] = ()  # the range test, the highest rate first; empty if a rate was given
-    curve: tuple[Look, ...] = ()  # the held-out loss along the steps
-    held_out: int = 0  # samples that decided
-    solved_on: int = 0  # of these, samples on which weights of the network had been solved before
-    is_out_of_time: bool = False  # whether `seconds` ended it, or the range test
-    weights_of: int = 0  # the step whose weights are kept; 0 if they are discarded
-    gains_nothing: bool = False  # whether it ended after a fifth, because the loss got no smaller
+    lr: float = math.nan
+    steps: int = 0
+    most_steps: int = 0
+    rates: tuple[RateTrial, ...] = ()
+    curve: tuple[Look, ...] = ()
+    held_out: int = 0
+    solved_on: int = 0
+    is_out_of_time: bool = False
+    weights_of: int = 0
+    gains_nothing: bool = False
 
     def __repr__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out samples the loss "
@@ -193,46 +189,46 @@ class Verdict:
 class Distillation(Verdict):
     """A distilled model and how it came about; its ``repr`` is that of its verdict.
 
+    Losses, agreements and distances are those of the held-out images in evaluation mode, of the model that was given
+    and of what was learned.
+
     Attributes
     ----------
     model : torch.nn.Module
         As :func:`distill` returns it.
-    objective : {"kl", "squares"}
+    objective : {"kl", "squares", "cosine"}
         What was made small.
-    loss_before, loss_after : float
-        On the images held out, in evaluation mode: of the model that was given, and of what was learned.
-    agreement_before, agreement_after : float
-        Share of them, in [0, 1], whose largest logit is the unpruned network's; NaN for ``"squares"``.
     is_kept : bool
-        Whether ``model`` has the learned weights: their loss there is smaller, and their distance at most twice that of
-        the model that was given.
-    images : int
-        All images, those held out included.
+        Whether ``model`` has the learned weights: their loss is smaller, and their distance at most twice that of the
+        model that was given.
+    loss_before, loss_after : float
+        The loss.
+    distance_before, distance_after : float
+        Mean squared distance of the outputs from the unpruned network's, over the variance of these.
+    agreement_before, agreement_after : float
+        Share of images, in [0, 1], whose largest logit is the unpruned network's; NaN unless outputs are logits.
+    images, held_out : int
+        All images, and those of them that are held out.
+    solved_on : int
+        Number of the held-out images on which weights of ``dense`` had been solved before, where it looks better than
+        it is.
     lr : float
         Learning rate at its highest; NaN if each that was tried breaks the network, so that no step was taken.
-    steps : int
-        Gradient steps at that rate.
+    steps, most_steps : int
+        Gradient steps at that rate, and steps of a course of full length.
     seconds : float
         Wall time.
-    distance_before, distance_after : float
-        Mean squared distance of their outputs from the unpruned network's, over the variance of these.
-    most_steps : int
-        Steps that a course of full length would have had.
     rates : tuple of RateTrial
-        The range test: what the held-out loss was after a few steps at each rate. Empty where ``lr`` was given.
+        The range test, the highest rate first: the held-out loss after a few steps at each. Empty if ``lr`` was given.
     curve : tuple of Look
         Step, learning rate and held-out loss along the course.
-    held_out : int
-        Number of held-out images.
-    solved_on : int
-        Number of those on which weights of ``dense`` had been solved before, where it looks better than it is.
     is_out_of_time : bool
         Whether ``seconds`` ended the steps, or the range test before a rate could be taken.
     weights_of : int
         The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
     gains_nothing : bool
-        Whether the steps ended after a fifth of them and half as many in which the rate fell to zero: the loss on the
-        held-out images was at no look smaller than before the first step, and at the last one still larger by half.
+        Whether the steps ended after a fifth of them and half as many in which the rate fell to zero, because the loss
+        got no smaller.
     outputs : ComparedOutputs or None
         By name, the outputs of the model that were compared and those that weren't.
     """
@@ -309,7 +305,7 @@ def distillation(
         raise ConfigError("images and held_out must be shared by the same processes, got one that isn't (held_out)")
     shares = SharedImages(processes, [each.samples for each in given])
     counts = shares.sources
-    student = _student(dense, pool)
+    student = student_of(dense, pool)
     lesson = Lesson(
         original,
         student,
@@ -323,10 +319,12 @@ def distillation(
     )
     is_blended = blend and is_blendable(pool)
     if processes is not None:
-        check_knobs_together({"seconds": seconds, "augment": augment, "state": state, "blocks": blocks})
-        _check_together(dense, lesson.kind, is_blended=is_blended)
+        knobs = {"seconds": seconds, "augment": augment, "state": state, "blocks": blocks}
+        check_knobs_together(knobs, _what_needs_all(dense, lesson.kind, is_blended=is_blended))
     if lesson.named.left_out:
         _logger.warning("%s", lesson.named)
+
+    # Which images judge, and from which the network learns.
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
     if held_out is not None:
         drawn = torch.randperm(counts[1], generator=torch.Generator().manual_seed(seed))
@@ -352,7 +350,7 @@ def distillation(
             raise DataError(f"each process must have images to learn from, got {images_by_process} by process (images)")
     most_steps = steps or course_length(len(learned), batch_size)
     is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
-    _check_gradients(lesson, student, own[:2], seed)
+    _check_gradients(lesson, student, own[:2])
     if augment is not None:
         check_augment(original, pool, augment, seed)
 
@@ -365,75 +363,68 @@ def distillation(
     clock.judged_at_end = len(looked_at) + len(held)
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
         clock.judged_at_end += len(held) + len(learned)
-    first = before.loss if len(looked_at) == len(held) else judge(student, looked_at).loss
+    training = Training(
+        student=lambda: student_of(dense, pool),
+        batches=lambda: lesson.batches(
+            learned, batch_size, seed, augment, is_blended, lambda needed: needed <= clock.left / 10
+        ),
+        objective=lesson.objective,
+        total=most_steps,
+        look=lambda net: judge(net, looked_at).loss,
+        first=before.loss if len(looked_at) == len(held) else judge(student, looked_at).loss,
+        constant=lesson.loss_of_a_constant(looked_at),
+        precision=precision,
+        is_normed=is_normed,
+        clock=clock,
+        processes=processes,
+    )
 
-    def courses_batches() -> Batches:
-        return lesson.batches(learned, batch_size, seed, augment, is_blended, lambda needed: needed <= clock.left / 10)
+    def after_few_steps(net: nn.Module) -> float:
+        """Return the held-out loss. After few steps the running statistics of batch norms are still the old ones."""
+        if training.is_normed:
+            try:
+                net = recalibrate_batch_norm(net, lesson.plain(net, learned[:_BATCH_NORM_IMAGES]))
+            except DataError:  # the steps have left weights that aren't finite
+                return math.inf
+        return judge(net, looked_at).loss
 
-    def loss_of(net: nn.Module, is_normed: bool) -> float:
-        # After a few steps the running statistics are still the old ones.
-        few = lesson.plain(net, learned[:_BATCH_NORM_IMAGES])
-        try:
-            measured = recalibrate_batch_norm(net, few) if is_normed else net
-        except DataError:  # the steps have left weights that aren't finite
-            return math.inf
-        return judge(measured, looked_at).loss
-
-    def trials(rates: Sequence[float], is_normed: bool) -> tuple[RateTrial, ...]:
-        return try_rates(
-            lesson,
-            lambda: _student(dense, pool),
-            courses_batches,
-            lambda net: loss_of(net, is_normed),
-            first,
-            lesson.loss_of_a_constant(looked_at),
-            most_steps,
-            is_normed=is_normed,
-            rates=rates,
-            clock=clock,
-            seconds_of_a_step=seconds_of_a_step,
-            progress=progress,
-            processes=processes,
-        )
-
-    rates: tuple[RateTrial, ...] = ()
-    is_out_of_time = False
-    rate = math.nan if lr is None else lr
     goes_on = state is not None and path_of(state, "state").exists()
     if is_normed and not goes_on and before.loss > 0.0 and clock.left > 0.0:
         # Networks that were trained with fixed statistics, or on other images, break by the statistics of the batches.
-        is_normed = loss_of(_student(dense, pool), is_normed) <= MOST_LOST * first
-    seconds_of_a_step = 0.0
+        is_kept = after_few_steps(training.student()) <= MOST_LOST * training.first
+        training = replace(training, is_normed=is_kept)
+    a_step = 0.0
     if not goes_on and before.loss > 0.0 and clock.left > 0.0:
-        seconds_of_a_step = timed_step(
-            lesson, lambda: _student(dense, pool), courses_batches, is_normed=is_normed, processes=processes
-        )
+        a_step = seconds_of_a_step(training)
         count = len(RATES) if lr is None else 0  # rates that are tried at most
         tried = count * tried_steps(most_steps)
         looks = (LOOKS + count) * len(looked_at) + clock.judged_at_end
         views = VIEWS if is_blended or augment is not None else 1
         answered = min(most_steps * batch_size, views * len(learned))
-        needed = (most_steps + tried) * seconds_of_a_step
+        needed = (most_steps + tried) * a_step
         needed += clock.seconds_of_judging(looks) + lesson.seconds_of_answers(answered)
         text = f"distillation takes at most about {duration(needed)}: {most_steps} steps of "
-        text += f"{duration(seconds_of_a_step)} each" + (f", {tried} to find the learning rate" if tried else "")
+        text += f"{duration(a_step)} each" + (f", {tried} to find the learning rate" if tried else "")
         text += "; seconds= limits it" if seconds is None else f"; seconds= ends it after {duration(seconds)}"
         is_long = seconds is None and needed > LONG
         _logger.log(logging.WARNING if is_long else logging.INFO, "%s", text)
+
+    rates: tuple[RateTrial, ...] = ()
+    rate, is_out_of_time = math.nan if lr is None else lr, False
     if goes_on:
         rate = 0.0  # the file has its own
     elif before.loss == 0.0:
         rate = math.nan  # nothing is left to learn
     elif lr is None:
-        rates = trials(RATES, is_normed)
-        if is_normed and rates and not rates[-1].is_taken:
-            is_normed = False
-            rates = trials(RATES, is_normed) or rates
+        rates = try_rates(training, after_few_steps, RATES, a_step, progress)
+        if training.is_normed and rates and not rates[-1].is_taken:
+            training = replace(training, is_normed=False)
+            rates = try_rates(training, after_few_steps, RATES, a_step, progress) or rates
         rate = next((each.lr for each in rates if each.is_taken), math.nan)
         is_out_of_time = math.isnan(rate) and bool(rates) and rates[-1].lr > min(RATES)
-    elif is_normed:
-        found = trials([lr], is_normed)
-        is_normed = not found or found[0].is_taken
+    elif training.is_normed:
+        found = try_rates(training, after_few_steps, [lr], a_step, progress)
+        training = replace(training, is_normed=not found or found[0].is_taken)
 
     kind = {
         "steps": most_steps,
@@ -455,27 +446,8 @@ def distillation(
     after, is_kept, taken, curve = before, False, 0, tuple[Look, ...]()
     weights_of, gains_nothing = 0, False
     if not math.isnan(rate):
-        course = Course(
-            _student(dense, pool),
-            is_normed=is_normed,
-            rate=rate,
-            kind=kind,
-            clock=clock,
-            warmup=warmup,
-            path=state,
-            every=state_seconds,
-            rates=rates,
-            processes=processes,
-        )
-        course.run(
-            lesson,
-            courses_batches(),
-            most_steps,
-            progress,
-            first=first,
-            look=lambda net: judge(net, looked_at).loss,
-            again=courses_batches,
-        )
+        course = Course(training, rate, warmup=warmup, kind=kind, path=state, every=state_seconds, rates=rates)
+        course.run(progress, keeps_best=True)
         is_out_of_time = course.is_out_of_time or clock.left <= 0.0
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
         gains_nothing = course.gains_nothing
@@ -570,9 +542,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``"cosine"`` and networks with batch norms.
     held_out : iterable or nni.compression.utils.Evaluator, optional
         Batches like those of ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
-        :class:`nni_topo.Calibration` with groups, from which nothing is learned then: the samples that
-        :func:`nni_topo.compensate` leaves out. On which samples ``dense`` was solved is known in this process; they
-        don't judge if there are others, and if there are none, a warning says so.
+        :class:`nni_topo.Calibration` with groups: the samples that :func:`nni_topo.compensate` leaves out. Samples on
+        which ``dense`` was solved in this process don't judge if there are others; if not, a warning says so.
     objective : {"auto", "kl", "squares", "cosine"}, default="auto"
         ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis.
         Steps make it small together with ``"squares"``, which holds the scores of unlikely classes where they are. For
@@ -586,13 +557,12 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     temperature : float, default=2.0
         Logits are divided by it, above 0; for ``"kl"``.
     steps : int, optional
-        Gradient steps at most, at least 1; by default the larger number of 600 and of ten passes over the images. They
-        end earlier where the loss on the held-out images makes no more progress.
+        Gradient steps at most, at least 1; by default the larger number of 600 and of ten passes over the images.
     seconds : float, optional
-        Budget of wall time, above 0, for the whole call: comparing both networks before the first step, the range test,
-        the steps and the judging. No step begins that wouldn't end in time; the comparison alone takes what it takes.
-        With a budget that binds, the result depends on the machine's speed. Without one a message before the first step
-        says how long the call takes at most, a warning where that is more than ten minutes.
+        Limit of wall time, above 0, for the whole call. No step begins that wouldn't end in time; comparing both
+        networks before the first step takes what it takes. With a limit that binds, the result depends on the machine's
+        speed. Without one a message before the first step says how long the call takes at most, a warning where that is
+        more than ten minutes.
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
@@ -600,16 +570,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         6e-5 are tried in this order, with 3 % of the steps each, at least ten, in which the rate rises and falls to
         zero. The first one is taken after which the loss on the held-out images is at most twice what it was, and
         has grown by at most a quarter of what it differed from the loss of a network that always gives the same answer.
-        If there is none, the
-        result is a copy of ``dense``.
+        If there is none, the result is a copy of ``dense``.
     warmup : float, default=0.1
-        Share of the steps, in [0, 1), in which the rate rises from zero to ``lr``. It falls in a line to zero in the
-        last two fifths of the steps, or from where the loss on the held-out images makes no more progress. It is looked
-        at 25 times, on 256 of them at most: the mean of four looks has to be 2 % below that of the four before. The
-        steps are given up where the loss is twenty times the first one after a tenth of them, ten times after a fifth,
-        or five times at half.
-        They also end after a fifth where no look has found a smaller loss than the first, and where it is still one and
-        a half times the first after the rate has fallen to zero in half as many steps.
+        Share of the steps, in [0, 1), in which the rate rises from zero to ``lr``.
     outputs : callable, optional
         What counts of a model's output, where that is only a part or a function of it, e.g. a pooled embedding. It gets
         what the model returned, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or
@@ -630,8 +593,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``"bfloat16"`` computes both networks under :class:`torch.autocast` in gradient steps. Parameters, losses and
         what judges stay in the precision of ``dense``, at least single; autocast leaves double precision, and
         ``original`` in half precision, as they are. On a CPU it is for linear layers: convolutions and attention stay
-        in single precision. Steps of transformers take less time on processors with bfloat16 instructions, and no less
-        on others.
+        in single precision. It saves time on processors with bfloat16 instructions, for transformers.
     state : str or Path, optional
         File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
         the same result on one machine; of a finished one no step is left. It is tied to the values of both networks and
@@ -675,6 +637,13 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
     Notes
     -----
+    The rate falls in a line to zero in the last two fifths of the steps, or from where the loss on the held-out images
+    makes no more progress: it is looked at 25 times, on 256 of them at most, and the mean of four looks has to be 2 %
+    below that of the four before. The steps are given up where the loss is twenty times the first one after a tenth of
+    them, ten times after a fifth, or five times at half. They also end after a fifth where no look has found a smaller
+    loss than the first, and where it is still one and a half times the first after the rate has fallen to zero in half
+    as many steps.
+
     With at least 256 images to learn from, batch norms take their statistics from the batches. In the end they keep
     these, or get those of all images as they are, whichever gives the smaller loss on the held-out images. Dropout is
     off. Weight decay is 0. Half precision learns in single precision. The loss of ``"kl"`` is multiplied by the squared
@@ -706,35 +675,30 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     return distillation(*args, **knobs).model
 
 
-_TOGETHER = "processes that share images must distil"
 _ALONE = ("seconds", "augment", "state", "blocks")
 
 
-def check_knobs_together(knobs: Mapping[str, Any]) -> None:
-    """Raise ConfigError for knobs of :func:`distill` by which processes that share images would come apart."""
-    found = [name for name in _ALONE if knobs.get(name)]
+def check_knobs_together(knobs: Mapping[str, Any], others: Iterable[str] = ()) -> None:
+    """Raise ConfigError for knobs of :func:`distill`, and others, by which processes that share images come apart."""
+    found = [*(name for name in _ALONE if knobs.get(name)), *others]
     if found:
-        raise ConfigError(f"{_TOGETHER} without {', '.join(_ALONE)}, got {listed(found)} (process_group)")
+        raise ConfigError(
+            f"processes that share images must distil by 'kl' or 'squares' without {', '.join(_ALONE)}, blended images "
+            f"and batch norms, got {listed(found)}: pass blend=False, or leave distillation out, in shrink "
+            "distill={'blend': False} or distill=False (process_group)"
+        )
 
 
-def _check_together(model: nn.Module, objective: str, *, is_blended: bool) -> None:
-    """Raise ConfigError for what needs more than the images that one process has."""
-    if objective == "cosine":
-        raise ConfigError(
-            f"{_TOGETHER} by 'kl' or 'squares', got 'cosine', which compares all samples of a batch and is the default "
-            "for vectors of length one (objective)"
-        )
-    if is_blended:
-        raise ConfigError(
-            f"{_TOGETHER} images as they are, got blend=True, which mixes those of all processes: pass blend=False, in "
-            "shrink distill={'blend': False} (blend)"
-        )
-    norms = batch_norms(model)
-    if norms:
-        raise ConfigError(
-            f"{_TOGETHER} networks without batch norms, whose statistics are those of a whole batch, got "
-            f"{type(norms[0]).__name__}: leave distillation out, in shrink distill=False (process_group)"
-        )
+def _what_needs_all(model: nn.Module, objective: str, *, is_blended: bool) -> list[str]:
+    """Return what needs more than the images that one process has."""
+    found = []
+    if objective == "cosine":  # compares all samples of a batch
+        found.append("objective 'cosine', the default for vectors of length one")
+    if is_blended:  # mixes the images of all
+        found.append("blend=True")
+    if norms := batch_norms(model):  # have the statistics of a whole batch
+        found.append(type(norms[0]).__name__)
+    return found
 
 
 def is_solved_on(model: nn.Module, images: Calibration) -> Tensor:
@@ -762,25 +726,13 @@ def samples_to_judge_on(model: nn.Module, images: Calibration) -> Tensor:
     return torch.isin(groups, others[every - 1 :: every])
 
 
-def _student(dense: nn.Module, pool: Call) -> nn.Module:
-    """Return a copy that can learn: what requires gradients, or everything where nothing does."""
-    if not any(parameter.is_floating_point() for parameter in dense.parameters()):
-        raise ConfigError("a model must have floating parameters, got none (dense)")
-    student = student_of(dense, pool)
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        # A network that is frozen as a whole is one that is only used, not one of which nothing may change.
-        for parameter in student.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-    return student
-
-
-def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int) -> None:
+def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
     """Raise an error unless gradients can be taken of what a network gives for a few images.
 
     It is a GradientError, or a ConfigError where they can be taken in single precision only.
     """
     precision, lesson.precision = lesson.precision, "float32"
-    call, wanted = next(lesson.batches(few, len(few), seed, None, False))
+    call, wanted = next(lesson.batches(few, len(few), 0, None, False))
     with learning(student, []):
         loss = lesson.objective(student, call, wanted)
         if not loss.requires_grad:
@@ -797,16 +749,15 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int)
             raise GradientError(
                 f"a network that is distilled must compute gradients, got: {first_line} (dense)"
             ) from error
-    lesson.precision = precision
-    if precision != "float32":
-        try:
-            lesson.answer(call, precision)
-            with learning(student, []):
+        lesson.precision = precision
+        if precision != "float32":
+            try:
+                lesson.answer(call, precision)
                 backward_in(precision, device_of(student), lesson.objective(student, call, wanted))
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-            if out_of_memory(error):
-                raise
-            raise not_under_autocast(precision, error, "distill") from error
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+                if out_of_memory(error):
+                    raise
+                raise not_under_autocast(precision, error, "distill") from error
     student.zero_grad(set_to_none=True)
 
 
@@ -831,21 +782,17 @@ def check_can_learn(
     """
     check_precision(precision, device_of(model), "distill")
     check_any_count(model, call, "model")
-    student = _student(model, call)
+    student = student_of(model, call)
     lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks, precision=precision)
     if is_shared:
-        _check_together(model, lesson.kind, is_blended=blend and is_blendable(call))
-    _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))), 0)
+        check_knobs_together({}, _what_needs_all(model, lesson.kind, is_blended=blend and is_blendable(call)))
+    _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))))
     # Of few samples: the model may need more memory for a whole batch than the smaller one will.
     few = torch.arange(at_once(min(_TIMED, batch_size(call))))
     inputs, wanted = next(lesson.batches(few, len(few), 0, None, False))
-    seconds = 0.0
+    device = device_of(student)
     with learning(student, []):
-        for _ in range(2):  # the first run takes longer: libraries are loaded and programs chosen
-            began = time.perf_counter()
-            backward_in(precision, device_of(student), lesson.objective(student, inputs, wanted))
-            wait_for(student)
-            seconds = time.perf_counter() - began
+        seconds = timed(lambda: backward_in(precision, device, lesson.objective(student, inputs, wanted)), student)
     return seconds / len(few)
 
 

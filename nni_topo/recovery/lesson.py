@@ -269,11 +269,17 @@ class Lesson:
             with blocks_seen(self._unpruned, names) as theirs:
                 wanted = self.answer(call, self.precision)
         elif not len(wanted[0]):  # this process has none of these images, but the others wait for it
-            self._mean_of(self._taught([], []), [])
+            self._mean_of([], [])
             return torch.stack([each.sum() for each in student.parameters() if each.requires_grad]).sum() * 0.0
         with blocks_seen(student, names) as mine:
             found, wanted = self._compared(student, call, wanted, self.precision)
-        loss = self._mean_of(self._taught(found, wanted), found)
+        distances = mean_distances(found, wanted, self._learned_scales)
+        losses = self._losses(found, wanted, distances)
+        if self.kind == "kl":
+            # The divergence hardly depends on the scores of unlikely classes, and not at all on a constant added to all
+            # scores. Without the distance these would drift.
+            losses = [loss + self._weight_of_distance * each for loss, each in zip(losses, distances, strict=True)]
+        loss = self._mean_of(losses, found)
         if not names:
             return loss
         real = real_positions_of(student, call)
@@ -294,7 +300,10 @@ class Lesson:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return a model's outputs and the wanted ones, both without padding."""
         real = real_positions_of(student, call)
-        return unpadded(self._run(student, call, precision), real), unpadded(wanted, real)
+        args, kwargs = cast_floats(call, self._place[1])
+        with computing_in(precision, self._place[0]):
+            found = student(*args, **kwargs)
+        return unpadded(self._outputs_of(found, (args, kwargs)), real), unpadded(wanted, real)
 
     def _losses(self, found: list[Tensor], wanted: list[Tensor], distances: list[Tensor]) -> list[Tensor]:
         """Return the mean loss of each output, given the distances."""
@@ -315,20 +324,6 @@ class Lesson:
             # A masked class has probability 0 and contributes nothing.
             loss = loss.masked_fill(theirs == -math.inf, 0.0)
             losses.append(t * t * loss.sum(-1).mean())
-        return losses
-
-    def _taught(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
-        """Return the mean loss of each output that steps minimise: for class scores the divergence plus the distance.
-
-        The divergence hardly depends on the scores of unlikely classes, and not at all on a constant added to all
-        scores. Without the distance these would drift.
-        """
-        if not found or not len(found[0]):
-            return []
-        distances = mean_distances(found, wanted, self._learned_scales)
-        losses = self._losses(found, wanted, distances)
-        if self.kind == "kl":
-            losses = [loss + self._weight_of_distance * each for loss, each in zip(losses, distances, strict=True)]
         return losses
 
     def _mean_of(self, losses: list[Tensor], found: list[Tensor]) -> Tensor:
@@ -429,13 +424,6 @@ class Lesson:
             answer = map_tensors(lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
         return read_outputs(answer, call, batch_size(call), self._outputs, self._places)[0]
 
-    def _run(self, student: nn.Module, call: Call, precision: Precision = "float32") -> list[Tensor]:
-        device, own = self._place
-        args, kwargs = cast_floats(call, own)
-        with computing_in(precision, device):
-            found = student(*args, **kwargs)
-        return self._outputs_of(found, (args, kwargs))
-
 
 class _LazyOutputs:
     """The unpruned network's outputs for some images, computed when they are first needed.
@@ -462,10 +450,10 @@ class _LazyOutputs:
         for part in _together(unknown) if len(unknown) else ():
             found = self._asked_about(call, part, precision)
             if not self._values:
-                needed = sum(len(self._is_known) * each[:1].nbytes for each in found)  # for all images
+                count = len(self._is_known)
+                needed = sum(count * each[:1].nbytes for each in found)  # for all images
                 self._is_kept = needed <= _KEPT_SHARE * free_memory_of(found[0].device)
-                count = len(self._is_known) if self._is_kept else 0
-                self._values = [each.new_empty(count, *each.shape[1:]) for each in found]
+                self._values = [each.new_empty(count if self._is_kept else 0, *each.shape[1:]) for each in found]
                 if not self._is_kept:
                     break
             for kept, each in zip(self._values, found, strict=True):
@@ -485,7 +473,13 @@ class _LazyOutputs:
 
 
 def student_of(dense: nn.Module, pool: Call) -> nn.Module:
-    """Return a copy of a network in evaluation mode, in single precision at least, to run on some images."""
+    """Return a copy of a network that can learn: in evaluation mode, in single precision at least.
+
+    What requires gradients learns, or everything where nothing does: a network that is frozen as a whole is one that
+    is only used, not one of which nothing may change.
+    """
+    if not any(parameter.is_floating_point() for parameter in dense.parameters()):
+        raise ConfigError("a model must have floating parameters, got none (dense)")
     student: nn.Module = evaluating(detached_copy(dense))
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
         student.float()
@@ -494,7 +488,11 @@ def student_of(dense: nn.Module, pool: Call) -> nn.Module:
             module.sparse = False  # AdamW takes no sparse gradients
     few = taken(pool, torch.arange(min(2, batch_size(pool))))
     args, kwargs = on_device(cast_floats(few, _place_of(student)[1]), device_of(student))
-    return lay_out(student, args, kwargs)
+    student = lay_out(student, args, kwargs)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        for parameter in student.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    return student
 
 
 def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -603,40 +601,37 @@ def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) 
 
 
 def _augmented(call: Call, augment: Augment, seed: int) -> Call:
-    """Return another view of a call's inputs; the global generators don't change."""
+    """Return another view of a call's inputs, from a seed of its own; ConfigError unless it can replace them."""
+    views = []
     with random_state_kept():
         seed_torch(seed)
-        views = [_view(taken(call, part), augment) for part in _together(torch.arange(batch_size(call)))]
+        for index in _together(torch.arange(batch_size(call))):
+            part = taken(call, index)
+            given = as_in_batch(part)
+            seen = augment(given)
+            # A model may take one mapping as its argument; then the returned mapping is that argument, too.
+            is_argument = not part[1] and isinstance(given, Mapping) and isinstance(seen, Mapping)
+            view = arguments_of((seen,) if is_argument else seen) if tensors_of(seen) else ((), {})
+            is_alike = len(view[0]) == len(part[0]) and view[1].keys() == part[1].keys()
+            if not is_alike or len(tensors_of(view)) != len(tensors_of(part)):
+                raise ConfigError(
+                    "augment must return the same structure as its input (tensor, tuple or dict), "
+                    f"got {in_words(seen)} for {in_words(given)} (augment)"
+                )
+            sizes = [[each.dim() > 0 and len(each) == len(index) for each in tensors_of(one)] for one in (part, view)]
+            if sum(sizes[1]) < sum(sizes[0]):
+                raise ConfigError(
+                    f"augment must return as many samples as it gets, {len(index)}, got {in_words(seen)} (augment)"
+                )
+            if _not_finite(view) > _not_finite(part):  # additive masks hold infinities
+                raise ConfigError(f"augment must return finite values, got {in_words(seen)} with others (augment)")
+            views.append(view)
     shapes = {str([tuple(each.shape[1:]) for each in tensors_of(view)]) for view in views}
     if len(shapes) > 1:
         raise ConfigError(f"augment must return inputs of one shape, got {' and '.join(sorted(shapes))} (augment)")
     return joined(views)
 
 
-def _view(part: Call, augment: Augment) -> Call:
-    """Return the output of ``augment`` for some images; ConfigError unless it can replace them."""
-    (args, kwargs), given = part, as_in_batch(part)
-    before, count = tensors_of(part), batch_size(part)
-    unfinished = _not_finite(before)  # additive masks hold infinities
-    seen = augment(given)
-    # A model may take one mapping as its argument; then the returned mapping is that argument, too.
-    is_argument = not kwargs and isinstance(given, Mapping) and isinstance(seen, Mapping)
-    view = arguments_of((seen,) if is_argument else seen) if tensors_of(seen) else ((), {})
-    after = tensors_of(view)
-    if len(after) != len(before) or len(view[0]) != len(args) or view[1].keys() != kwargs.keys():
-        raise ConfigError(
-            "augment must return the same structure as its input (tensor, tuple or dict), "
-            f"got {in_words(seen)} for {in_words(given)} (augment)"
-        )
-    samples, found = (sum(bool(each.dim()) and len(each) == count for each in some) for some in (before, after))
-    if found < samples:
-        raise ConfigError(f"augment must return as many samples as it gets, {count}, got {in_words(seen)} (augment)")
-    wrong = _not_finite(after)
-    if wrong > unfinished:
-        raise ConfigError(f"augment must return finite values, got {wrong} that aren't, for {count} samples (augment)")
-    return view
-
-
-def _not_finite(tensors: list[Tensor]) -> int:
+def _not_finite(call: Call) -> int:
     """Return how many values are infinite or NaN."""
-    return sum(int((~each.isfinite()).sum()) for each in tensors if each.is_floating_point())
+    return sum(int((~each.isfinite()).sum()) for each in tensors_of(call) if each.is_floating_point())

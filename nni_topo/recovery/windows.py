@@ -19,7 +19,7 @@ _LEAST_LAYERS = 2  # in a block
 
 @dataclass(frozen=True)
 class Segment:
-    """Some layers, and a place after them; nodes before `first` don't belong to it."""
+    """Some layers, and a place at their end or after it; nodes before `first` don't belong to it."""
 
     first: int  # rank of the first node that is run
     last: int  # rank of the last node of the blocks with these layers; it isn't after the place
@@ -27,14 +27,11 @@ class Segment:
     layers: tuple[Node, ...]  # where the graph calls them
 
 
-def segments(
-    nodes: Sequence[Node], touched: Collection[Node], layers: Iterable[Node], ahead: int, together: int
-) -> list[Segment]:
-    """Return, from each block on, that block and its next ones, ``together`` in all, with a place after them.
+def segments(nodes: Sequence[Node], touched: Collection[Node], layers: Iterable[Node], together: int) -> list[Segment]:
+    """Return, from each block on, that block and its next ones, ``together`` in all, with the end of the last as place.
 
     Everything flows through the ends of blocks alone, and each block but the last holds at least two layers.
-    ``touched``: nodes that depend on what is pruned. The place is the end of the first block that leaves ``ahead``
-    layers in between, or the network's output.
+    ``touched``: nodes that depend on what is pruned.
     """
     ranks = {node: rank for rank, node in enumerate(nodes)}
     ordered = sorted(layers, key=ranks.__getitem__)
@@ -54,14 +51,12 @@ def segments(
         border = max((end for end in ends if end < rank), default=-1)
         if not borders or sum(borders[-1] < other <= border for other in at) >= _LEAST_LAYERS:
             borders.append(border)
-    last = len(nodes) - 1  # the output
-    borders.append(last)
+    borders.append(len(nodes) - 1)  # the output
     found = []
     for index, begin in enumerate(borders[:-1]):
         end = borders[min(index + together, len(borders) - 1)]
         mine = tuple(layer for layer, rank in zip(ordered, at, strict=True) if begin < rank <= end)
-        far = (each for each in borders if each >= end and sum(end < rank <= each for rank in at) >= ahead)
-        found.append(Segment(begin + 1, end, nodes[next(far, last)], mine))
+        found.append(Segment(begin + 1, end, nodes[end], mine))
     return found
 
 

@@ -86,13 +86,6 @@ def test_removed_channels_stay_and_dense_equals_masked(gated, values):
         torch.testing.assert_close(dense(values[0]), masked_model(found, values[0], MASKS)(values[0]))
 
 
-def test_nothing_changes_where_nothing_is_pruned(gated, values):
-    masks = {"first": {"weight": torch.ones(16, 6)}}
-    found = compensation(gated, masks, values, method="block")
-    torch.testing.assert_close(found.model.state_dict(), gated.state_dict(), rtol=0, atol=0)
-    assert not found.report.layers
-
-
 @pytest.mark.slow
 def test_the_seed_repeats_and_the_generator_modes_and_flags_stay(gated, values):
     gated.train()
@@ -109,15 +102,6 @@ def test_the_seed_repeats_and_the_generator_modes_and_flags_stay(gated, values):
     # Other memory, other sums, but the same samples at each step.
     torch.testing.assert_close(states[3], states[0], rtol=1e-3, atol=1e-4)
     assert not torch.equal(states[2]["first.weight"], states[0]["first.weight"])
-
-
-def test_a_loader_that_shuffles_is_read_once(gated, values):
-    data = torch.utils.data.TensorDataset(torch.cat(values))
-    loader = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
-    order = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
-    found = compensate(gated, MASKS, loader, method="block")
-    expected = compensate(gated, MASKS, list(order), method="block")
-    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 class Padded(nn.Module):
@@ -162,7 +146,8 @@ def test_groups_are_held_out_as_a_whole(gated, values, monkeypatch):
     """Five copies of each sample: of a group, either all or none are learned from."""
     seen = []
 
-    def run(self, lesson, batches, total, *args, **knobs):
+    def run(self, *args, **knobs):
+        batches = self.training.batches()
         seen.append(torch.cat([part.entering[0] for part, _ in (next(batches) for _ in range(12))]))
 
     monkeypatch.setattr(Course, "run", run)
@@ -191,7 +176,7 @@ class Untraced(nn.Module):
 def test_what_has_no_gradients_stays_as_the_closed_form_leaves_it(values, caplog):
     torch.manual_seed(0)
     model, masks = Untraced().eval(), {"first": {"weight": MASK}}
-    found = compensate(model, masks, values, method=Block(layers=9))
+    found = compensate(model, masks, values, method="block")
     closed = compensate(model, masks, values)
     assert torch.equal(found.first.weight, closed.first.weight)
     assert torch.equal(found.second.weight, closed.second.weight)
@@ -253,7 +238,6 @@ def test_few_samples_leave_none_to_hold_out(gated, values, caplog):
     ("knobs", "message"),
     [
         ({"steps": 0}, r"steps must be an integer of at least 1, got 0 \(block\)"),
-        ({"layers": -1}, r"layers must be an integer of at least 0, got -1 \(block\)"),
         ({"batch_size": 1.5}, r"batch_size must be an integer of at least 1, got 1.5 \(block\)"),
         ({"lr": 0.0}, r"lr must be .*above 0.*, got 0.0 \(block\)"),
         ({"lr": "fast"}, r"lr must be .*, got 'fast' \(block\)"),
@@ -387,29 +371,8 @@ def test_a_rate_that_breaks_a_block_is_not_tried_on_the_next(values, monkeypatch
 def test_blocks_after_one_that_can_not_learn_do(values, monkeypatch, caplog, precision):
     monkeypatch.setattr("nni_topo.recovery.block._TOGETHER", 1)
     model = Deep(3, has_end=True).eval()
-    steps = learned(
-        compensation(model, halved(model), values[:2], method=Block(steps=1, lr=1e-3, layers=2, precision=precision))
-    )
+    steps = learned(compensation(model, halved(model), values[:2], method=Block(steps=1, lr=1e-3, precision=precision)))
     assert [step.layer for step in steps] == ["layers.2, layers.3", "layers.4, layers.5"]
     (message,) = (each for each in caplog.messages if "can't learn" in each)
     assert message.startswith("layers.0, layers.1 can't learn")
     assert message.endswith(" (precision='bfloat16')") is (precision == "bfloat16")
-
-
-def test_transposed_convolutions_learn():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(2, 8, 1), nn.Tanh(), nn.ConvTranspose1d(8, 3, 2, stride=2)).eval()
-    mask = (torch.arange(8) < 4).float()
-    masks = {"0": {"weight": mask[:, None, None].expand(8, 2, 1), "bias": mask}}
-    images = list(torch.randn(40, 2, 5, generator=torch.Generator().manual_seed(0)).split(20))
-    data = nni_topo.Calibration(images, hold_out=False)
-    found = compensation(model, masks, data, method=Block(steps=60))
-    (report,) = learned(found)
-    assert report.is_kept
-    is_learned = torch.arange(40) % 5 != 4
-    with torch.no_grad():
-        wanted = model(torch.cat(images))
-        off = masked_model(found.model, images[0][:2], masks)(torch.cat(images)) - wanted
-    expected = off[is_learned].square().mean() / wanted.var(correction=0)
-    assert report.error_after == pytest.approx(float(expected), rel=1e-4)
-    assert report.error_after < report.error_before

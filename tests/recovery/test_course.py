@@ -2,30 +2,32 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from distill_nets import inputs, pair
 from shared_data_nets import in_threads
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nni_topo.errors import ConfigError
-from nni_topo.recovery.course import Clock, Course, Look, RateTrial, learning
+from nni_topo.recovery.course import RATES, Clock, Course, RateTrial, Training, learning, try_rates
 from nni_topo.recovery.lesson import Lesson
 
 
-class Seen(Lesson):
-    """Notes the learning rate of each step."""
-
-    def __init__(self, *args, **knobs):
-        super().__init__(*args, **knobs)
-        self.rates = []
-
-    precision = "float32"
-
-    def objective(self, student, call, wanted):
-        self.rates.append(self.course.optimizer.param_groups[0]["lr"])
-        return super().objective(student, call, wanted)
+def training(student=None, **knobs):
+    """Return what a small network learns from 64 images, in batches of 16."""
+    dense, original = pair()
+    lesson = Lesson(original, dense, ((inputs(64),), {}), "kl", 2.0)
+    given = {
+        "student": lambda: copy.deepcopy(student or dense),
+        "batches": lambda: lesson.batches(torch.arange(64), 16, 0, None, False),
+        "objective": lesson.objective,
+        "total": 50,
+        "look": lambda _: 0.5,
+    }
+    return Training(**given | knobs)
 
 
 def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, warmup=0.0, ends_early=False, states=None):
@@ -33,22 +35,24 @@ def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, warmup=
 
     ``states`` gets the weights at each look.
     """
-    dense, original = pair()
-    lesson = Seen(original, dense, ((inputs(64),), {}), "kl", 2.0)
-    lesson.course = Course(dense, is_normed=False, rate=rate, clock=clock, warmup=warmup)
     left = None if losses is None else list(losses)
-
-    def batches():
-        return lesson.batches(torch.arange(64), 16, 0, None, False)
+    rates = []
 
     def look(net):
         if states is not None:
             states.append(copy.deepcopy(net.state_dict()))
         return left.pop(0) if len(left) > 1 else left[0]
 
-    knobs = {"look": None if left is None else look, "again": batches if ends_early else None}
-    lesson.course.run(lesson, batches(), total, False, first=first, **knobs)
-    return lesson.course, lesson.rates
+    usual = training()
+
+    def objective(*given):
+        rates.append(made.optimizer.param_groups[0]["lr"])
+        return usual.objective(*given)
+
+    own = replace(usual, objective=objective, total=total, look=look, first=first, clock=clock or Clock())
+    made = Course(own, rate, warmup=warmup)
+    made.run(progress=False, looks=left is not None, keeps_best=ends_early)
+    return made, rates
 
 
 def test_the_rate_rises_stays_and_falls():
@@ -168,36 +172,26 @@ def test_channels_of_zeros_stay_zero_while_others_learn(has_bias):
 
 
 def test_a_course_goes_on_from_all_that_its_file_says(tmp_path):
-    dense, original = pair()
-    lesson = Lesson(original, dense, ((inputs(64),), {}), "kl", 2.0)
     path, trials = tmp_path / "state.pt", (RateTrial(0.1, 10, 9.0, False), RateTrial(0.01, 10, 0.5, True))
-    known = {"rate": 0.01, "kind": {"seed": 3}, "path": path}
+    known = {"kind": {"seed": 3}, "path": path}
     clock = Clock(1000.0)
     clock.go_on_from(100.0)
-    one = Course(dense, is_normed=True, clock=clock, warmup=0.1, falls_from=0.3, rates=trials, **known)
+    one = Course(training(clock=clock, is_normed=True), 0.01, warmup=0.1, falls_from=0.3, rates=trials, **known)
     assert not path.exists()
-    one._end = 0.5
-
-    def batches():
-        return lesson.batches(torch.arange(64), 64, 0, None, False)
-
-    one.run(lesson, batches(), 50, False, look=lambda _: 0.5, again=batches)
-    other = Course(pair()[0], is_normed=False, clock=(later := Clock(1000.0)), **{**known, "rate": 0.5})
+    one.run(progress=False, keeps_best=True)
+    later = Clock(1000.0)
+    other = Course(training(clock=later), 0.5, **known)
     assert (other.done, other.rate, other.is_normed, other.rates) == (one.done, 0.01, True, trials)
-    assert (other.curve, other._looked, other._began) == (one.curve, one._looked, one._began)
-    assert (other._falls_from, other._end) == (0.3, 0.5)
-    assert (other.best_step, other._least) == (one.best_step, one._least) == (4, 0.5)
+    assert (other.curve, other.best_step) == (one.curve, one.best_step)
+    assert one.best_step == 4
     torch.testing.assert_close(other.best, one.best, rtol=0, atol=0)
     assert len(one.curve) > 5
-    assert one.done == 25  # the fall ends at half of the course
     assert 100.0 <= later.spent < 200.0
-    assert 99.0 < one._began < 150.0
-    torch.testing.assert_close(other.student.state_dict(), dense.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(other.student.state_dict(), one.student.state_dict(), rtol=0, atol=0)
     assert other.optimizer.state_dict()["state"].keys() == one.optimizer.state_dict()["state"].keys()
-    with pytest.raises(ConfigError, match="must go on with seed 3, got 4"):
-        Course(pair()[0], is_normed=False, **{**known, "kind": {"seed": 4}})
-    with pytest.raises(ConfigError, match="must go on with other None, got 4"):
-        Course(pair()[0], is_normed=False, **{**known, "kind": {"other": 4}})
+    for kind, words in (({"seed": 4}, "seed 3, got 4"), ({"other": 4}, "other None, got 4")):
+        with pytest.raises(ConfigError, match=f"must go on with {words}"):
+            Course(training(), 0.01, kind=kind, path=path)
 
 
 def test_time_left_is_what_neither_the_past_nor_the_last_judgements_take(watch):
@@ -218,43 +212,27 @@ def test_time_left_is_what_neither_the_past_nor_the_last_judgements_take(watch):
     assert (clock.spent, clock.left) == (60.0, 35.0)
 
 
-class Timed(Seen):
-    """Notes the learning rate of each step, which takes some seconds, and what the course's file says before it."""
-
-    seconds = 0.5
-
-    def objective(self, student, call, wanted):
-        self.watch.now += self.seconds
-        path = self.course.path
-        is_there = path is not None and path.exists()
-        self.kept.append(torch.load(path, weights_only=True)["done"] if is_there else 0)
-        return super().objective(student, call, wanted)
-
-
-def timed(watch, **knobs):
-    dense, original = pair()
-    lesson = Timed(original, dense, ((inputs(64),), {}), "kl", 2.0)
-    lesson.course, lesson.watch, lesson.kept = Course(dense, is_normed=False, rate=0.01, **knobs), watch, []
-    return lesson, lesson.batches(torch.arange(64), 64, 0, None, False)
-
-
 def test_a_file_gets_the_state_every_half_minute(watch, tmp_path):
-    lesson, batches = timed(watch, path=tmp_path / "state.pt")
-    lesson.seconds = 10.0
-    lesson.course.run(lesson, batches, 8, False)
-    assert lesson.kept == [0, 0, 0, 3, 3, 3, 6, 6]
+    path, kept, usual = tmp_path / "state.pt", [], training(total=8)
+
+    def objective(*given):
+        watch.now += 10.0
+        kept.append(torch.load(path, weights_only=True)["done"] if path.exists() else 0)
+        return usual.objective(*given)
+
+    Course(replace(usual, objective=objective), 0.01, path=path).run(progress=False, looks=False)
+    assert kept == [0, 0, 0, 3, 3, 3, 6, 6]
 
 
 def test_gradients_of_all_processes_are_added_up():
     """One weight has no part in the outputs."""
 
     def work(processes):
-        dense, original = pair()
+        dense, _ = pair()
         dense.unused = nn.Parameter(torch.ones(2))
-        lesson = Lesson(original, dense, ((inputs(8),), {}), "kl", 2.0)
-        steps = Course(dense, is_normed=False, rate=0.1, processes=processes)
-        steps.run(lesson, lesson.batches(torch.arange(8), 8, 0, None, False), 1, False)
-        return dense.head.bias.grad, dense.unused.grad
+        steps = Course(training(dense, total=1, processes=processes), 0.1)
+        steps.run(progress=False, looks=False)
+        return steps.student.head.bias.grad, steps.student.unused.grad
 
     alone, none = work(None)
     assert none is None
@@ -290,29 +268,69 @@ def test_channels_of_zeros_are_held_in_all_modules_until_the_end():
     assert [norm.bias.grad.tolist() for norm in norms] == [[8.0] * 4] * 3
 
 
+def tried(judge, total=300, rates=RATES, **knobs):
+    """Return what the range test finds for a network whose loss is 1 before any step, and 100 if it is constant."""
+    return try_rates(training(total=total, **{"first": 1.0, "constant": 100.0} | knobs), judge, rates, 0.5, False)
+
+
+@pytest.mark.parametrize(("losses", "expected"), [([0.5], 6e-3), ([4.0, 2.0], 2e-3), ([4.0, float("nan"), 1.9], 6e-4)])
+def test_the_highest_rate_is_taken_that_breaks_nothing(losses, expected):
+    left = list(losses)
+    found = tried(lambda _: left.pop(0))
+    assert [each.loss for each in found] == pytest.approx(losses, nan_ok=True)
+    assert [each.is_taken for each in found] == [False] * (len(losses) - 1) + [True]
+    assert found[-1].lr == expected
+
+
 @pytest.mark.parametrize(
-    ("looked", "share", "done", "total", "losses", "is_given_up"),
+    ("constant", "expected"), [(100.0, 6e-3), (4.7, 6e-3), (4.0, 2e-3), (1.5, 6e-4), (1.0, 2e-4), (0.5, 6e-4)]
+)
+def test_a_rate_must_not_lead_to_a_network_that_always_gives_the_same_answer(constant, expected):
+    """After a loss of 1, with losses of 1.9, 1.7, 1.1 and 0.9: it may grow by a quarter of what is between them."""
+    left = [1.9, 1.7, 1.1, 0.9]
+    assert tried(lambda _: left.pop(0), constant=constant)[-1].lr == expected
+
+
+@pytest.mark.parametrize(("total", "steps"), [(1000, 30), (10, 10)])
+def test_none_is_taken_where_all_break_the_network_and_each_costs_few_steps(total, steps):
+    found = tried(lambda _: 2.1, total)
+    assert [(each.lr, each.steps, each.is_taken) for each in found] == [(rate, steps, False) for rate in RATES]
+
+
+def test_each_rate_begins_with_the_same_network():
+    """Steps of almost no length leave it as it is, whatever was tried before."""
+    seen = []
+    tried(lambda net: seen.append(net.first.weight.detach().clone()) or 9.0, rates=(1.0, 1e-12))
+    assert not torch.allclose(seen[0], seen[1], atol=0.1)
+    assert torch.allclose(seen[1], pair()[0].first.weight, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "trials", "steps"),
     [
-        (0.05, 0.1, 60, 600, [20.1], True),
-        (0.05, 0.1, 60, 600, [20.0], False),
-        (0.1, 0.15, 90, 600, [99.0], False),  # no line is passed
-        (0.05, 0.2, 120, 600, [10.1], True),  # of two lines the later one counts
-        (0.2, 0.5, 300, 600, [5.1], True),
-        (0.2, 0.5, 300, 600, [5.0, 9.0], False),  # one of two looks is below
-        (0.2, 0.5, 300, 600, [4.0, 9.0, 9.0], True),
-        (0.05, 0.1, 49, 490, [99.0], False),
-        (0.05, 0.1, 50, 500, [99.0], True),
-        (0.05, 0.1, 4, 500, [99.0], False),  # time allows few steps
-        (0.05, 0.1, 5, 500, [99.0], True),
-        (0.1, 0.15, 90, 600, [math.nan], True),
-        (0.1, 0.15, 90, 600, [math.inf], True),
+        (2000.0, 5, 12),
+        (100.0, 5, 6),  # 3 % of 100 seconds
+        (13.0, 3, 3),  # 13, 11.5 and 10 seconds are left: twenty more steps take 10
+        (0.5, 0, 0),
     ],
 )
-def test_lines_that_a_loss_may_not_be_above(looked, share, done, total, losses, is_given_up):
-    first = 0.5
-    steps = Course(pair()[0], is_normed=False, rate=0.5)
-    steps.done, steps._looked = done, looked
-    steps.curve = [Look(1, 0.1, first * loss) for loss in losses[:-1]]
-    steps._look(first * losses[-1], share, first, total)
-    assert steps.is_given_up is is_given_up
-    assert (steps.curve[-1].step, len(steps.curve)) == (done, len(losses))
+def test_time_allows_few_steps_and_few_rates(watch, seconds, trials, steps):
+    """A step takes half a second."""
+    usual = training()
+
+    def objective(*given):
+        watch.now += 0.5
+        return usual.objective(*given)
+
+    found = tried(lambda _: 9.0, 400, clock=Clock(seconds), objective=objective)
+    assert [each.steps for each in found] == [steps] * trials
+
+
+def test_the_rate_rises_in_three_tenths_of_the_steps_and_falls_in_the_others():
+    seen = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    try:
+        tried(lambda _: 0.5, 10, rates=(0.21,))
+    finally:
+        hook.remove()
+    assert seen == pytest.approx([0.07, 0.07, 0.14, 0.21, 0.18, 0.15, 0.12, 0.09, 0.06, 0.03])

@@ -12,7 +12,6 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
-from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
 from nni_topo.recovery.course import RATES
 from nni_topo.sharing import named_tensors
@@ -54,26 +53,14 @@ def test_loss_is_the_divergence_of_softened_probabilities_on_images_held_out():
     assert found.seconds > 0.0
 
 
-@pytest.mark.parametrize(("scale", "steps", "lr"), [(6.0, 1, 1e-6), (0.2, 60, 1e-3), (1.0, 3, 10.0)])
-def test_less_loss_is_better_whatever_the_agreement(scale, steps, lr):
-    dense, original = pair()
-    student = copy.deepcopy(original if scale != 1.0 else dense)
-    student.load_state_dict({name: scale * value for name, value in student.state_dict().items()})
-    found = distillation(student, original, batches(64), steps=steps, lr=lr)
-    is_near = found.distance_after <= 2.0 * found.distance_before
-    assert found.is_kept == (found.loss_after < found.loss_before and is_near)
-
-
 @pytest.mark.parametrize(
     ("form", "objective", "expected"),
     [
-        ("logits", "auto", "kl"),
         ("named", "auto", "kl"),
-        pytest.param("logits", "squares", "squares", marks=pytest.mark.slow),
         ("tokens", "auto", "squares"),
-        pytest.param("tokens", "kl", "kl", marks=pytest.mark.slow),
+        ("tokens", "kl", "kl"),
         ("tuple", "auto", "squares"),
-        pytest.param("dict", "auto", "squares", marks=pytest.mark.slow),
+        ("dict", "auto", "squares"),
     ],
 )
 @pytest.mark.quick_every(2)
@@ -96,15 +83,6 @@ def test_squares_are_shares_of_each_outputs_variance():
         ]
     found = distillation(dense, original, batches(), steps=1)
     assert found.loss_before == pytest.approx(float(sum(shares) / 2), rel=1e-4)
-
-
-def test_inputs_may_be_mappings_and_labels_are_not_looked_at():
-    dense, original = pair()
-    plain = distill(dense, original, batches(), steps=5)
-    labelled = distill(dense, original, [(part, "no label") for part in batches()], steps=5)
-    named = distill(dense, original, [{"inputs": part} for part in batches()], steps=5)
-    assert torch.equal(plain.head.weight, labelled.head.weight)
-    assert torch.equal(plain.head.weight, named.head.weight)
 
 
 def test_nothing_that_is_given_changes_and_modes_stay():
@@ -269,28 +247,11 @@ def test_norms_keep_their_statistics_where_those_of_batches_break_the_network():
         assert torch.equal(each.model.norm.running_mean, dense.norm.running_mean)
 
 
-def test_few_held_out_images_are_named():
-    dense, original = pair()
-    assert "8 held-out samples are few to decide by" in str(distillation(dense, original, batches(64), steps=5).verdict)
-    enough = str(distillation(dense, original, batches(224), steps=5).verdict)
-    assert "few to decide by" not in enough
-    assert "until the time was over" not in enough
-
-
 def test_no_rate_is_tried_where_time_allows_no_steps():
     dense, original = pair()
     found = distillation(dense, original, batches(), seconds=1e-3)
     assert (found.steps, found.rates, found.is_kept) == (0, (), False)
     assert "No step was taken: seconds= allows too few" in str(found.verdict)
-
-
-def test_a_state_is_of_the_images_that_it_began_with(tmp_path):
-    dense, original = pair()
-    knobs = {"steps": 20, "lr": 1e-3, "state": tmp_path / "state.pt"}
-    distillation(dense, original, batches(), **knobs)
-    distillation(dense, original, batches(), **knobs)
-    with pytest.raises(ConfigError, match="must go on with the same images in the same order, hash"):
-        distillation(dense, original, batches()[::-1], **knobs)
 
 
 class Choosy(Narrow):
@@ -329,15 +290,6 @@ def stopping_after(batches_seen):
     return view
 
 
-def other_values(net, name):
-    """Return a network of the same shapes in which one tensor has another value."""
-    other = copy.deepcopy(net)
-    with torch.no_grad():
-        dict(named_tensors(other))[name].flatten()[0] += 0.5
-    return other
-
-
-@pytest.mark.parametrize("is_finished", [False, True])
 @pytest.mark.parametrize(
     ("role", "name", "words"),
     [
@@ -345,48 +297,21 @@ def other_values(net, name):
         ("dense", "head.bias", "the same network to distil"),
     ],
 )
-@pytest.mark.quick_every(2)
-def test_a_state_is_of_the_networks_that_it_began_with(tmp_path, role, name, words, is_finished):
+def test_a_state_is_of_the_networks_that_it_began_with(tmp_path, role, name, words):
     dense, original = pair(norm=True)
     nets = {"dense": dense, "original": original}
     state = tmp_path / "state.pt"
     knobs = {"steps": 20, "lr": 1e-3, "state": state, "state_seconds": 0.0, "images": batches()}
-    if is_finished:
-        distillation(**nets, **knobs)
-    else:
-        with pytest.raises(StopError):
-            distillation(**nets, **knobs, augment=stopping_after(8))
-    before = state.read_bytes()
-    nets[role] = other_values(nets[role], name)
-    with pytest.raises(ConfigError, match=rf"must go on with {words}.*state.pt"):
-        distillation(**nets, **knobs)
-    assert state.read_bytes() == before
-    if is_finished:
-        nets |= {"dense": dense, "original": original}
-        assert distillation(**nets, **knobs).steps == 20
-
-
-def test_a_stopped_distillation_goes_on_to_the_same_network(tmp_path):
-    """The forward counts its calls in a buffer: what it had counted before is no other network."""
-
-    class Counting(Narrow):
-        def __init__(self, *given):
-            super().__init__(*given)
-            self.register_buffer("calls", torch.zeros(1))
-
-        def forward(self, given):
-            self.calls += 1
-            return super().forward(given)
-
-    dense, original = Counting(4).eval(), Counting(16).eval()
-    knobs = {"steps": 30, "lr": 1e-3, "state_seconds": 0.0}
-    wanted = distill(dense, original, batches(), augment=stopping_after(10**6), **knobs)
-    knobs["state"] = tmp_path / "state.pt"
     with pytest.raises(StopError):
-        distill(dense, original, batches(), augment=stopping_after(8), **knobs)
-    assert 0 < torch.load(knobs["state"], weights_only=True)["done"] < 30
-    found = distill(dense, original, batches(), augment=stopping_after(10**6), **knobs)
-    torch.testing.assert_close(dict(found.named_parameters()), dict(wanted.named_parameters()), rtol=0, atol=0)
+        distillation(**nets, **knobs, augment=stopping_after(8))
+    before = state.read_bytes()
+    other = copy.deepcopy(nets[role])
+    with torch.no_grad():
+        dict(named_tensors(other))[name].flatten()[0] += 0.5
+    with pytest.raises(ConfigError, match=rf"must go on with {words}.*state.pt"):
+        distillation(**nets | {role: other}, **knobs)
+    assert state.read_bytes() == before
+    assert distillation(**nets, **knobs).steps == 20
 
 
 def test_a_state_of_another_version_is_refused(tmp_path):
@@ -412,16 +337,6 @@ def test_the_curve_is_the_held_out_loss_along_the_steps():
     assert "It took 100 of at most 100 steps" in str(found.verdict)
 
 
-@pytest.mark.slow
-def test_steps_end_where_the_held_out_loss_makes_no_more_progress():
-    """The small network can't come nearer than it is after some hundred steps."""
-    dense, original = pair()
-    near = distill(dense, original, batches(), steps=1000, lr=0.01, blend=False)
-    again = distillation(near, original, batches(), steps=1000, lr=1e-4, blend=False)
-    assert again.steps < 700
-    assert again.loss_after <= again.loss_before * 1.01
-
-
 def test_masked_channels_and_single_weights_stay_zero(lively):
     model, images = lively(toy_model()).eval(), toy_images(64)
     masks = {
@@ -436,15 +351,6 @@ def test_masked_channels_and_single_weights_stay_zero(lively):
         learned = found.model.get_parameter(name)
         assert torch.equal(learned[value == 0], value[value == 0])
         assert not torch.equal(learned, value)
-
-
-def test_zeros_of_a_dense_model_stay_too():
-    dense, original = pair()
-    with torch.no_grad():
-        dense.first.weight[:, ::2] = 0
-    found = distill(dense, original, batches(), steps=20)
-    assert not found.first.weight[:, ::2].any()
-    assert not torch.equal(found.first.weight[:, 1::2], dense.first.weight[:, 1::2])
 
 
 def test_half_precision_learns_in_single_and_stays_half():
@@ -577,19 +483,10 @@ def test_views_of_another_size_are_taken_where_the_network_runs_on_them_and_all_
     [
         ({"objective": "labels"}, "objective must be a known name, got 'labels'"),
         ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
-        ({"temperature": None}, "temperature must be above 0 and finite, got None"),
-        ({"seconds": math.inf}, "seconds must be above 0 and finite or None, got inf"),
-        ({"lr": -1}, "lr must be above 0 and finite or None, got -1"),
-        ({"steps": 0}, "steps must be an integer of at least 1 or None, got 0"),
-        ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, got 1.5"),
-        ({"state_seconds": -1.0}, "state_seconds must be at least 0 and finite, got -1.0"),
-        ({"seed": -1}, "seed must be an integer of at least 0 .*, got -1"),
-        ({"blend": 1}, "blend must be True or False, got 1"),
         ({"precision": "half"}, r"precision must be a known name, got 'half'; known: bfloat16, float32 \(distill\)"),
         ({"augment": 5}, r"augment must be a function or None, got 5 \(distill\)"),
         ({"outputs": 5}, r"outputs must be a function .*, got 5 \(distill\)"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0 \(distill\)"),
-        ({"blocks": -1.0}, r"blocks must be at least 0 and finite, got -1.0 \(distill\)"),
     ],
 )
 def test_bad_knobs_are_refused(knobs, message):
@@ -664,26 +561,18 @@ def test_a_course_has_ten_passes_or_six_hundred_steps(count, size, steps):
     ("other", "words"),
     [
         ({"steps": 3}, "steps 2, got 3"),
-        ({"seconds": 900.0}, "seconds None, got 900.0"),
-        ({"batch_size": 32}, "batch_size 64, got 32"),
-        ({"lr": 2e-3}, "lr 0.001, got 0.002"),
         ({"blend": False}, "blend True, got False"),
-        ({"warmup": 0.2}, "warmup 0.1, got 0.2"),
-        ({"precision": "bfloat16"}, "precision float32, got bfloat16"),
-        ({"temperature": 3.0}, "temperature 2.0, got 3.0"),
         ({"objective": "squares"}, "objective kl, got squares"),
-        ({"seed": 1}, "seed 0, got 1"),
-        ({"count": 64}, "images 96, got 64"),
+        ({"images": batches(64)}, "images 96, got 64"),
+        ({"images": batches()[::-1]}, "the same images in the same order, hash"),
     ],
 )
-@pytest.mark.quick_every(3)
-def test_a_state_is_of_the_knobs_that_it_began_with(tmp_path, other, words):
+def test_a_state_is_of_the_knobs_and_images_that_it_began_with(tmp_path, other, words):
     dense, original = pair()
-    knobs = {"steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
-    distill(dense, original, batches(), **knobs)
-    images = batches(other.pop("count", 96))
+    knobs = {"images": batches(), "steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
+    distill(dense, original, **knobs)
     with pytest.raises(ConfigError, match=f"distillation must go on with {words}"):
-        distill(dense, original, images, **{**knobs, **other})
+        distill(dense, original, **{**knobs, **other})
 
 
 class Single(Narrow):
@@ -704,12 +593,6 @@ def test_a_network_that_does_not_run_in_bfloat16_is_refused_before_there_is_a_sm
         nni_topo.shrink(model, batches(), {"flops": 0.5}, **knobs)
 
 
-@pytest.mark.parametrize("knob", ["images", "held_out"])
-def test_data_without_batches_are_named(knob):
-    with pytest.raises(DataError, match=rf"^{knob} must hold at least one batch, got none"):
-        distillation(*pair(), **{"images": batches(), knob: []})
-
-
 def test_while_learning_goes_on_256_of_the_held_out_images_are_looked_at():
     dense, original = pair()
     judges = inputs(300, seed=1)
@@ -723,11 +606,6 @@ def test_while_learning_goes_on_256_of_the_held_out_images_are_looked_at():
     broken = distillation(dense, original, batches(), held_out=[judges], steps=100, lr=3.0, seed=2)
     assert broken.loss_before > 100.0 * divergence(dense, original, judges[drawn[:256]])
     assert broken.steps == 52
-
-
-def test_the_rate_rises_in_the_share_of_the_steps_that_is_asked_for():
-    found = distillation(*pair(), batches(), steps=25, lr=0.01, warmup=0.4)
-    assert [round(look.lr, 6) for look in found.curve[:4]] == [0.001, 0.001, 0.002, 0.003]
 
 
 def test_the_range_test_and_the_course_are_shown(capsys):
@@ -754,16 +632,9 @@ def watch(watch, monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize(("seconds", "steps", "is_out_of_time"), [(8.5, 5, False), (8.0, 5, True), (7.9, 4, True)])
-def test_time_is_over_where_none_is_left(watch, seconds, steps, is_out_of_time):
-    """One pass shows that gradients can be taken, two time a step, and five are steps."""
-    found = distillation(Taking(4).eval(), pair()[1], batches(), seconds=seconds, lr=1e-3, steps=5)
-    assert (found.steps, found.is_out_of_time) == (steps, is_out_of_time)
-
-
 @pytest.mark.parametrize("is_normed", [False, True])
 @pytest.mark.parametrize("lr", [None, 1e-3])
-@pytest.mark.parametrize("seconds", [8.0, 33.0, 60.0, 150.0])
+@pytest.mark.parametrize("seconds", [8.0, 60.0])
 def test_seconds_hold_for_the_whole_call(watch, seconds, lr, is_normed):
     """A look at the 40 held-out samples takes two seconds, and new statistics of norms another fourteen."""
     dense, original = Taking(4, norm=is_normed).eval(), pair(norm=is_normed)[1]
@@ -807,47 +678,21 @@ def test_time_that_allows_no_lower_rate_is_named(watch, seconds, trials):
     assert found.seconds == 1 + 2 + 3 * trials
 
 
-class Twin(Processes):
-    """The first of two processes that have the same and say the same."""
-
-    def __init__(self):
-        self.rank, self.size = 0, 2
-        self.places = []
-
-    def gather(self, value, place):
-        return [value, value]
-
-    def add(self, tensors, place):
-        self.places.append(place)
-        for each in tensors:
-            each.mul_(2)
-
-    def agree(self, tensors, place):
-        self.places.append(place)
-
-
-def shared(images, groups=None):
-    data = nni_topo.Calibration(list(images), groups=groups)
-    data.processes = Twin()
-    return data
-
-
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        *(
-            ({name: value, "blend": False}, rf"without seconds, augment, state, blocks, got {name} \(process_group\)")
-            for name, value in (("seconds", 5.0), ("augment", torch.sin), ("state", "state.pt"))
-        ),
-        ({}, "images as they are, got blend=True"),
-        ({"blend": False, "objective": "cosine"}, "by 'kl' or 'squares', got 'cosine'"),
+        ({"seconds": 5.0}, "got seconds, blend=True"),
+        ({"blend": False, "augment": torch.sin, "state": "state.pt"}, "got augment, state"),
+        ({"blend": False, "objective": "cosine"}, "by 'kl' or 'squares' .* got objective 'cosine'"),
         ({"blend": False, "held_out": [inputs(8)]}, "must be shared by the same processes"),
     ],
 )
-def test_what_processes_that_share_images_can_not_do_is_refused(tmp_path, monkeypatch, knobs, message):
+def test_what_processes_that_share_images_can_not_do_is_refused(tmp_path, monkeypatch, one_process, knobs, message):
     monkeypatch.chdir(tmp_path)
+    data = nni_topo.Calibration(batches())
+    data.processes = one_process
     with pytest.raises(ConfigError, match=message):
-        distillation(*pair(), shared(batches()), steps=2, **knobs)
+        distillation(*pair(), data, steps=2, **knobs)
 
 
 def test_of_groups_every_eighth_judges():
@@ -856,49 +701,6 @@ def test_of_groups_every_eighth_judges():
     found = distillation(dense, original, data, steps=1, lr=1e-3)
     assert found.held_out == 6
     assert found.loss_before == pytest.approx(divergence(dense, original, inputs(48)[data.held_out(8)]), rel=1e-4)
-
-
-def with_blocks():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), nn.Linear(6, 4)).eval()
-
-
-def test_a_state_is_of_the_share_of_blocks_that_it_began_with(tmp_path):
-    dense, original = with_blocks(), with_blocks()
-    with torch.no_grad():
-        dense[0][0].weight += 0.2
-    with pytest.raises(ConfigError, match=r"got blocks \(process_group\)"):
-        distillation(dense, original, shared(batches()), steps=2, blocks=0.5, blend=False)
-    knobs = {"steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
-    distillation(dense, original, batches(), blocks=0.5, **knobs)
-    with pytest.raises(ConfigError, match=r"distillation must go on with blocks 0\.5, got 0\.25"):
-        distillation(dense, original, batches(), blocks=0.25, **knobs)
-
-
-@pytest.mark.parametrize("lr", [None, 1e-3])
-@pytest.mark.parametrize("groups", [None, [index // 3 for index in range(48)]])
-def test_processes_judge_by_their_images_and_take_all_steps_together(groups, lr):
-    """Each has 48 images, and those that are held out of 96; of groups every eighth is held out."""
-    dense, original = pair()
-    data = shared(batches(48), groups)
-    found = distillation(dense, original, data, blend=False, steps=4, lr=lr)
-    held = torch.cat(2 * [data.held_out(8)]).nonzero().flatten()
-    assert (found.images, found.held_out) == (96, len(held))
-    own = inputs(48)[held[held < 48]]
-    assert 0 < len(own) < 48
-    assert found.loss_before == pytest.approx(divergence(dense, original, own), rel=1e-4)
-    assert found.loss_after == pytest.approx(divergence(found.model, original, own), rel=1e-4)
-    steps = 2 + sum(each.steps for each in found.rates) + 4  # the first two show how long a step takes
-    assert data.processes.places.count("the gradients of a step") == steps
-    assert data.processes.places.count("the learned weights") == 1
-
-
-def test_statistics_of_processes_are_those_of_all_their_batches():
-    model = pair(norm=True)[0]
-    alone, together = (recalibrate_batch_norm(model, data).norm for data in (batches(), shared(batches())))
-    assert (int(alone.num_batches_tracked), int(together.num_batches_tracked)) == (3, 6)
-    torch.testing.assert_close(together.running_mean, alone.running_mean)
-    torch.testing.assert_close(together.running_var, alone.running_var)
 
 
 def solved(data, seed=0):
@@ -932,18 +734,6 @@ def test_what_was_solved_on_does_not_judge():
     done, loss = judged_on(original, dense, [more])
     assert (done.held_out, done.solved_on) == (18, 0)
     assert loss == pytest.approx(divergence(dense, original, fresh[3::4]), rel=1e-3)
-
-
-def test_where_everything_was_solved_on_a_warning_says_so(caplog):
-    images = inputs(64)
-    original, dense = solved(nni_topo.Calibration([images], hold_out=False))
-    with caplog.at_level(logging.WARNING):
-        done, loss = judged_on(original, dense, [images])
-    assert done.solved_on == done.held_out == 8
-    assert loss == pytest.approx(divergence(dense, original, images[7::8]), rel=1e-3)
-    assert "weights were solved on 8 of the 8 held-out samples" in caplog.text
-    given = distillation(dense, original, [images], held_out=[torch.cat([images[:4], inputs(4, seed=9)])], steps=1)
-    assert (given.solved_on, given.held_out) == (4, 8)
 
 
 def test_a_distilled_network_knows_what_it_learned_from():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from threading import Thread
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ def test_augmented_views_are_answered_by_the_original():
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e3])
 @pytest.mark.quick_every(2)
-def test_the_rate_suits_the_size_of_the_weights(scale, tmp_path):
+def test_the_rate_suits_the_size_of_the_weights(scale):
     """Where inputs are thirty times as large, weights are small, and a high rate takes them far away."""
     _, original = pair()
     dense = copy.deepcopy(original)
@@ -46,16 +45,12 @@ def test_the_rate_suits_the_size_of_the_weights(scale, tmp_path):
             net.first.weight /= scale
     images = [scale * part for part in batches(256)]
     known = {"steps": 80, "held_out": images[:2]}
-    found = distillation(dense, original, images, state=tmp_path / "state.pt", **known)
+    found = distillation(dense, original, images, **known)
     assert found.is_kept
     assert found.lr == {1.0: 6e-3, 30.0: 2e-3, 1e3: 6e-5}[scale]
     assert [each.is_taken for each in found.rates] == [False] * (len(found.rates) - 1) + [True]
-    # A rate that was found is as good as the same rate given, and is found again in the file.
+    # A rate that was found is as good as the same rate given, and time for all steps changes nothing.
     assert distillation(dense, original, images, lr=found.lr, **known).loss_after == found.loss_after
-    again = distillation(dense, original, images, state=tmp_path / "state.pt", **known)
-    assert (again.lr, again.rates, again.curve) == (found.lr, found.rates, found.curve)
-    assert again.loss_after == found.loss_after
-    # With time for all of them, it's the same.
     assert distillation(dense, original, images, seconds=1000, **known).lr == found.lr
 
 
@@ -78,11 +73,9 @@ def test_half_of_the_images_are_blended_with_others_in_all_passes_but_the_first(
     assert float(view[:, 0].unique().diff().max()) < 0.1
 
 
-@pytest.mark.parametrize("kind", ["kl", "squares"])
-@pytest.mark.quick_every(2)
-def test_answers_that_do_not_fit_into_memory_are_asked_for_again(kind, monkeypatch):
+def test_answers_that_do_not_fit_into_memory_are_asked_for_again(monkeypatch):
     dense, original = pair()
-    knobs = {"objective": kind, "steps": 30, "lr": 6e-3}
+    knobs = {"steps": 30, "lr": 6e-3}
     asked = []
     original.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
     kept = distillation(dense, original, batches(), **knobs)
@@ -120,10 +113,9 @@ def test_what_is_not_one_tensor_of_images_is_not_blended(kind):
     assert not torch.equal(with_.net.head.weight, dense.net.head.weight)
 
 
-@pytest.mark.parametrize("kind", ["kl", "squares"])
-def test_nothing_is_learned_from_images_held_out(kind):
+def test_nothing_is_learned_from_images_held_out():
     dense, original = pair()
-    knobs = {"objective": kind, "steps": 40, "lr": 6e-3}
+    knobs = {"steps": 40, "lr": 6e-3}
     nets = [distill(dense, original, batches(), held_out=[scale * inputs(40, seed=1)], **knobs) for scale in (1, 9)]
     assert torch.equal(nets[0].head.weight, nets[1].head.weight)
     assert not torch.equal(nets[0].head.weight, dense.head.weight)
@@ -156,19 +148,6 @@ def test_scores_that_probabilities_do_not_show_stay_where_they_are():
     found = distillation(dense, original, batches(), steps=200)
     assert found.is_kept
     assert found.distance_after < 0.1 * found.distance_before
-
-
-def test_scores_far_apart_are_learned():
-    """One class has a probability of 0 on all images, in single precision."""
-    dense, original = pair()
-    with torch.no_grad():
-        for net in (dense, original):
-            net.head.weight *= 100.0
-            net.head.bias[0] -= 1e5
-    assert math.isfinite(Lesson(original, dense, ((inputs(64),), {}), "kl", 2.0).loss_of_a_constant(torch.arange(64)))
-    found = distillation(dense, original, batches(), steps=200)
-    assert found.is_kept
-    assert found.loss_after < found.loss_before
 
 
 def test_budget_of_seconds_ends_it():
@@ -324,18 +303,6 @@ def test_the_unpruned_network_stays_in_its_mode_while_others_learn_from_it():
         hook.remove()
     assert modes
     assert all(modes)
-    # Other threads' answers are those of evaluation mode, too.
-    expected = distillation(dense, original, batches(256), steps=30, lr=2e-3).loss_after
-    found = []
-    threads = [
-        Thread(target=lambda: found.append(distillation(dense, original, batches(256), steps=30, lr=2e-3).loss_after))
-        for _ in range(3)
-    ]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert found == [expected] * 3
     assert all(torch.equal(value, state[key]) for key, value in original.state_dict().items())
 
 
@@ -453,18 +420,3 @@ def test_what_processes_share_is_judged_and_learned_as_by_one_that_has_all(form,
     torch.testing.assert_close(found[0][1] + found[1][1], losses, rtol=1e-11, atol=0.0)
     summed = [one + other for one, other in zip(found[0][2], found[1][2], strict=True)]
     torch.testing.assert_close(summed, gradients, rtol=1e-9, atol=1e-12)
-
-
-def test_states_of_other_places_than_the_mask_has_are_rows_of_their_own():
-    original, student = (Deep(seed).double().eval() for seed in (0, 1))
-    states = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(2)).double()
-    call = (), {"states": states, "attention_mask": torch.ones(6, 5, dtype=torch.int64)}
-    found = Lesson(original, student, call, "squares", 2.0, blocks=0.5)
-    (theirs, wanted), (mine, scores) = (states_of(net, states) for net in (original, student))
-    by_sample = float((scores - wanted).square().mean() / wanted.var(0, correction=0).mean())
-    off = []
-    for one, other in zip(mine, theirs, strict=True):
-        one, other = one.flatten(0, 1), other.flatten(0, 1)
-        off.append(float((one - other).square().mean() / (other - other.mean(0)).square().mean()))
-    loss = float(found.objective(student, call, []).detach())
-    assert loss == pytest.approx(by_sample + 0.5 * sum(off) / 2)

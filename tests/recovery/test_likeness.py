@@ -13,14 +13,10 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.likeness import (
     Answers,
     Estimate,
-    _agreements,
-    _Answer,
     _mean,
-    _scales,
     _share,
     are_classes,
 )
-from nni_topo.recovery.outputs import ComparedOutputs
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -98,27 +94,6 @@ def test_padding_and_lengths_that_differ_do_not_count():
     assert math.isnan(likeness.agreement.value)
 
 
-class Patches(nn.Module):
-    """Features of patches in rows and columns, without a mask."""
-
-    def __init__(self, shift: float = 0.0) -> None:
-        super().__init__()
-        self.shift = shift
-
-    def forward(self, images):
-        return images.permute(0, 2, 3, 1) + self.shift
-
-
-def test_positions_in_rows_and_columns_count_one_by_one_where_sizes_differ():
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(5, 4, size, 3, generator=generator) for size in (2, 6)]
-    rows = torch.cat([batch.permute(0, 2, 3, 1).reshape(-1, 4).double() for batch in batches])
-    scale = float((rows - rows.mean(0)).square().sum()) / 10
-    (likeness,) = Answers(Patches(), Calibration(batches)).likenesses(Patches(0.5))
-    # Each of 6 or 18 positions is off by 0.5 in 4 features.
-    assert likeness.distance.value == pytest.approx((6 + 18) / 2 * 4 * 0.5**2 / scale, rel=1e-5)
-
-
 class Logits(Tokens):
     """As many class scores at each position as there are positions, and the same mask."""
 
@@ -143,27 +118,6 @@ class Noisy(Logits):
     def forward(self, input_ids, attention_mask=None):
         found = super().forward(input_ids)["logits"]
         return {"logits": found + torch.randn(found.shape, generator=torch.Generator().manual_seed(1))}
-
-
-class Similar(nn.Module):
-    """One number for each pair."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.map, self.scale = nn.Linear(5, 4), scale
-
-    def forward(self, images):
-        return self.scale * (self.map(images) * self.map(-images)).sum(1)
-
-
-def test_outputs_of_one_number_a_sample_are_compared():
-    images = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
-    (likeness,) = Answers(Similar(), Calibration([images])).likenesses(Similar(1.5))
-    with torch.no_grad():
-        wanted = Similar()(images).double()
-    assert likeness.distance.value == pytest.approx(float(0.25 * wanted.square().mean() / wanted.var(correction=0)))
-    assert math.isnan(likeness.agreement.value)
 
 
 class Boxes(nn.Module):
@@ -412,65 +366,3 @@ def test_a_smaller_network_that_goes_another_way_is_told_of_and_not_the_images()
     answers = Answers(Deciding(8), images)
     with pytest.raises(SpeedupError, match="a smaller network must run on every batch on which the model runs"):
         answers.likenesses(Deciding(6))
-
-
-def answer(outputs, real=None, are_logits=True):
-    return _Answer([outputs], are_logits, real, len(outputs), ComparedOutputs((), ()))
-
-
-def classes(*chosen):
-    """Return scores of four classes of which those that are given are the largest, position by position."""
-    return torch.eye(4)[torch.tensor(chosen)]
-
-
-def test_agreement_is_by_sample_of_the_positions_that_are_real():
-    theirs, mine = classes([0, 1, 2], [3, 3, 3]), classes([0, 2, 2], [3, 0, 0])
-    real = torch.tensor([[True, True, False], [True, False, False]])
-    assert _agreements(answer(mine), answer(theirs)) == pytest.approx([2 / 3, 1 / 3])
-    assert _agreements(answer(mine), answer(theirs, real)) == [0.5, 1.0]
-    nothing = torch.zeros(2, 3, dtype=torch.bool)
-    assert _agreements(answer(mine), answer(theirs, nothing)) == [0.0, 0.0]
-    one, other = classes(0, 1), classes(0, 2)
-    assert _agreements(answer(one), answer(other)) == [1.0, 0.0]
-    assert _agreements(answer(one), answer(other, real)) == [1.0, 0.0]
-    deep = classes([[0, 1], [2, 3]], [[0, 0], [0, 0]])
-    assert _agreements(answer(deep), answer(deep.roll(1, 2))) == [0.0, 1.0]
-    for found in (answer(other, are_logits=False), answer(classes(0, 1, 2))):
-        assert all(math.isnan(each) for each in _agreements(answer(one), found))
-    assert all(math.isnan(each) for each in _agreements(answer(one), answer(other, are_logits=False)))
-
-
-def test_scales_are_squared_distances_of_samples_from_their_mean():
-    plain = torch.tensor([[0.0, 2.0], [4.0, 2.0]])
-    assert _scales([answer(plain[:1]), answer(plain[1:])], None) == [4.0]
-    # Two samples with three positions in common, of which (0, 2) and (4, 2) are real: three of them are alike.
-    rows = torch.stack([plain, torch.full((2, 2), 99.0)])
-    real = torch.tensor([[True, True], [False, False]])
-    assert _scales([answer(rows, real)], None) == [8.0 / 2]
-    # Scores of classes by sample beside a mask of the same shape are no positions.
-    mask = torch.tensor([[True, False], [False, True]])
-    assert _scales([answer(plain, mask)], None) == [4.0]
-    # Where batches differ in the number of features, each number is an observation: 0, 2 and 4 around 2.
-    assert _scales([answer(torch.tensor([[0.0, 2.0]])), answer(torch.tensor([[4.0]]))], None) == [4.0]
-    # Where they differ in the number of positions, each position is.
-    ragged = [answer(torch.tensor([[[0.0, 90.0], [2.0, 90.0]]])), answer(torch.tensor([[[4.0, 90.0]]]))]
-    assert _scales(ragged, None) == [4.0]  # the second feature never varies
-    deep = [answer(torch.tensor([[[[0.0], [2.0]]]])), answer(torch.tensor([[[[4.0]]]]))]
-    assert _scales(deep, None) == [4.0]
-    # A mask of batches of one length makes each position an observation, too: of (0, 4) and (0, 4), not of 0 and 4.
-    even = torch.tensor([[[0.0], [4.0]], [[0.0], [4.0]]])
-    assert _scales([answer(even)], None) == [0.0]
-    assert _scales([answer(even, torch.ones(2, 2, dtype=torch.bool))], None) == [8.0]
-    assert _scales([answer(torch.full((3, 2), 0.1))], None) == [0.0]
-
-
-def test_distances_are_means_over_outputs_and_sums_over_real_positions():
-    images = torch.tensor([[[0.0], [2.0]], [[4.0], [2.0]]])
-    found = Answers(nn.Identity(), Calibration([images]))
-    real = torch.tensor([[True, False], [True, True]])
-    theirs, mine = answer(images, real), answer(images + torch.tensor([1.0, 3.0])[:, None])
-    (scale,) = found._scales
-    assert scale == 4.0
-    assert found._distances(mine, theirs) == pytest.approx([1 / 4, (1 + 9) / 4])
-    assert found._distances(mine, answer(images)) == pytest.approx([(1 + 9) / 4] * 2)
-    assert all(math.isnan(each) for each in found._distances(answer(images[:, :1]), theirs))
