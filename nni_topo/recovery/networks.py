@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -18,7 +17,7 @@ from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve_masks
 from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects
-from nni_topo.sharing import find_ties, named_tensors, untie
+from nni_topo.sharing import find_ties, untie
 
 
 @dataclass(frozen=True)
@@ -46,24 +45,9 @@ def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
     resolved = resolve_masks(base, analysis.flow, checked)
     full = resolved.masks
     unpruned = without_side_effects(analysis.graph(base)[0], light=True)
-    pruned = detached_copy(unpruned, light=True)
-    # The pruned graph takes the tensors of the masked model. Parameters become the graph's own, another one in each
-    # place; constants that only the graph has stay.
+    # A layer that is solved mustn't change another place that holds the same tensor.
+    pruned = without_side_effects(analysis.trace.assembled(apply_masks(base, full)), light=True)
     untie(pruned, find_ties(pruned))
-    values, taken = named_tensors(apply_masks(base, full)), set[int]()
-    for name, old in named_tensors(pruned).items():
-        owner, _, target = name.rpartition(".")
-        if not isinstance(old, nn.Parameter):
-            if name in values:
-                with torch.no_grad():
-                    old.copy_(values[name])
-            continue
-        value = values.get(name, old)
-        # A copy where the tensor is the unpruned network's, or is in another place too.
-        is_free = value is not old and id(value) not in taken
-        taken.add(id(value))
-        new = nn.Parameter(value.detach().to(old.dtype, copy=not is_free), requires_grad=old.requires_grad)
-        setattr(pruned.get_submodule(owner), target, new)
     leave_out(pruned, analysis.flow, resolved.is_kept)
     return Networks(unpruned, pruned, detached_copy(model), analysis.flow, resolved.is_kept, full, checked, folded)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,16 +41,6 @@ def test_blocks_that_add_a_constant_go_into_the_layer_before_them():
     assert len(small.blocks) == 3
     assert lost(model, small) < 1e-6
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("names", [["blocks.3"], ["blocks.1", "blocks.3"], ["blocks.4"]])
-@pytest.mark.quick_every(2)
-def test_other_blocks_are_made_up_for_in_part(names):
-    model = make()
-    plain = copy.deepcopy(model)
-    for name in sorted(names, reverse=True):
-        del plain.blocks[int(name[-1])]
-    assert lost(model, remove_blocks(model, names, images(200).split(50))) < 0.8 * lost(model, plain)
 
 
 def test_at_the_beginning_nothing_makes_up_for_a_block(caplog):
@@ -207,15 +196,6 @@ def test_padding_does_not_count():
     assert not torch.equal(found[0], model.blocks[0].layer.weight)
 
 
-def test_the_ridge_that_is_given_holds_weights_back():
-    model = streams()
-    held, free = (remove_blocks(model, ["front.1"], [rows()], ridge=ridge).front[0].layer for ridge in (1e9, "auto"))
-    before = model.front[0].layer
-    torch.testing.assert_close(held.weight, before.weight, atol=1e-6, rtol=0)
-    first, second = before.weight, model.front[1].layer.weight
-    torch.testing.assert_close(free.weight, first + second + second @ first, atol=1e-4, rtol=0)
-
-
 def test_a_gap_that_nothing_can_fill_leaves_the_others(caplog):
     model = streams()
     small = remove_blocks(model, ["front.0", "front.3", "back.0"], [rows()])
@@ -316,15 +296,6 @@ def test_behind_a_relu_what_it_lets_through_is_solved_for(is_whole):
     lacking = [3.0, 2.0, -1.0, -3.0, 0.0] if is_whole else [2.0, 3.0, -2.0, 0.0, 0.0]
     torch.testing.assert_close(found.weights[0, 0], torch.tensor(lacking, dtype=torch.float64))
     assert not found.shift.any()
-
-
-@pytest.mark.parametrize(("names", "kinds"), [(["front.1", "front.4"], "acdfg"), (["front.0", "back.1"], "bcdefg")])
-def test_a_config_tells_the_blocks_that_stay(names, kinds):
-    model = streams()
-    model.config = SimpleNamespace(num_hidden_layers=7, is_encoder_decoder=False, layer_types=list("abcdefg"))
-    config = remove_blocks(model, names, [rows()]).config
-    assert (config.num_hidden_layers, "".join(config.layer_types)) == (len(kinds), kinds)
-    assert model.config.num_hidden_layers == 7
 
 
 @pytest.mark.parametrize("sizes", [[10], [3, 3, 4], [7, 3]])

@@ -16,7 +16,6 @@ from nni_topo import Calibration, zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.recovery import Reconstruct, compensate, compensating, compensation
 from nni_topo.recovery.registry import list_recoveries
-from nni_topo.recovery.report import CompensationReport, LayerReport
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.testing import toy_images, toy_model
 
@@ -207,19 +206,6 @@ def test_lost_layers_are_named(caplog):
     assert compensation(model, more, [torch.randn(400, 40)]).report.lost == ()
 
 
-@pytest.mark.parametrize(("method", "unknowns"), [("scalar", 3), ("head", 3), ("mean", 0), ("reconstruct", 27)])
-def test_methods_that_fit_one_number_a_channel_need_few_samples(method, unknowns):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(16, 3)).eval()
-    masks = {"0": {"weight": (torch.arange(6) < 3).float()[:, None, None, None].expand(6, 2, 3, 3)}}
-    report = compensation(model, masks, [torch.randn(5, 2, 6, 6)], method=method).report
-    layer = next(each for each in report.layers if each.layer == "2")
-    assert (layer.samples, layer.unknowns) == (20, unknowns)
-    # Nobody is told to do what was done.
-    assert f"method={method!r}" not in " ".join(report.warnings)
-    assert layer.is_underdetermined is (method == "reconstruct")
-
-
 def test_batch_norms_are_recalibrated_on_request():
     model, images = toy_model(), toy_images(64)
     masks = pruned(model, images, exclude=["head"])
@@ -338,48 +324,6 @@ def test_positions_that_are_padding_do_not_count():
     assert [layer.samples for layer in found[0].report.layers] == [int((~gone).sum()), 12]
     assert not torch.equal(found[0].model.body.linear2.weight, model.body.linear2.weight)
     torch.testing.assert_close(*(each.model.body.linear2.weight for each in found), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("features", "is_told"), [(4, False), (40, True)])
-def test_few_images_are_told_only_where_the_outputs_suffer(features, is_told):
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(features, 40, bias=False), nn.Linear(40, 3)).eval()
-    masks = {"0": {"weight": (torch.arange(40) < 30).float()[:, None].expand(40, features)}}
-    report = compensation(model, masks, [torch.randn(24, features, generator=generator)]).report
-    (layer,) = report.layers
-    assert layer.is_underdetermined
-    assert layer.is_far is is_told
-    assert any("pass more inputs" in each for each in report.warnings) is is_told
-
-
-def layer_of(samples=200, unknowns=100, held_out=0.5, **knobs):
-    return LayerReport("conv", "add", unknowns, samples, 0.1, 1.0, 0.5, held_out, 0.0, **knobs)
-
-
-@pytest.mark.parametrize(
-    ("layer", "note", "is_lost", "is_far"),
-    [
-        (layer_of(samples=100), "", False, True),
-        (layer_of(samples=99), "fewer samples than unknowns", False, True),
-        (layer_of(held_out=0.91), "output almost lost", True, True),
-        (layer_of(held_out=0.049), "", False, False),
-        (layer_of(held_out=math.nan), "", False, True),
-        (
-            layer_of(samples=9, held_out=1.0, is_kept=False),
-            "learned weights discarded, output almost lost, fewer samples than unknowns",
-            True,
-            True,
-        ),
-    ],
-)
-def test_a_layer_has_a_note_of_what_makes_it_doubtful(layer, note, is_lost, is_far):
-    report = CompensationReport((layer,), {"head": "it is shared"}, 8, 0.5)
-    table = report.to_frame()
-    assert table["note"].tolist() == [note, "not reconstructed: it is shared"]
-    assert table["layer"].tolist() == ["conv", "head"]
-    assert (layer.is_lost, layer.is_far, report.lost) == (is_lost, is_far, ("conv",) * is_lost)
-    assert "nan" not in repr(report).lower()
 
 
 def narrowed(*layers):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from distill_nets import Narrow, batches, inputs, pair
+from distill_nets import batches, inputs, pair
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -42,14 +42,6 @@ def test_vectors_of_length_one_are_compared_by_their_cosines():
     assert found.agreement_after != found.agreement_after  # NaN: there are no classes
 
 
-def test_lengths_do_not_count_for_cosines():
-    _, original = pair()
-    longer = nn.Sequential(original, Times(3.0))
-    lesson = Lesson(original, longer, ((inputs(32),), {}), "cosine", 2.0)
-    assert lesson.judge(longer, torch.arange(32)).loss == pytest.approx(0.0, abs=1e-6)
-    assert lesson.judge(longer, torch.arange(32)).distance > 1.0
-
-
 def test_outputs_get_what_the_model_returned_and_the_batch():
     """Only the first two of four numbers count, of a tuple, and the batch is a mapping with more than the inputs."""
     dense, original = pair("tuple")
@@ -68,28 +60,6 @@ def test_outputs_get_what_the_model_returned_and_the_batch():
     assert off[1][:2].sum() < 0.3 * off[0][:2].sum()
     # What isn't read is not learned.
     assert off[1][2:].sum() > 0.5 * off[0][2:].sum()
-
-
-def test_outputs_that_are_not_unit_vectors_keep_their_objective():
-    dense, original = pair()
-    found = distillation(dense, original, batches(), outputs=lambda output, _: output, steps=2)
-    assert found.objective == "kl"
-
-
-def test_the_shrink_report_looks_at_what_is_read_alone():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 6))
-    images = [torch.randn(256, 8, generator=torch.Generator().manual_seed(1))]
-    small = nni_topo.shrink(model, images, {"flops": 0.5}, outputs=unit, distill={"steps": 60, "lr": 0.003})
-    assert small.report.distillation.objective == "cosine"
-    assert [stage.agreement != stage.agreement for stage in small.report.stages] == [True] * 4
-    held = images[0][7::8]
-    with torch.no_grad():
-        mine, theirs = normalize(small(held), dim=1), normalize(model(held), dim=1)
-        variance = theirs.var(0, correction=0).sum()
-    assert small.report.stages[-1].distance == pytest.approx(
-        float((mine - theirs).square().sum(1).mean() / variance), rel=1e-3
-    )
 
 
 class Unit(nn.Module):
@@ -128,15 +98,6 @@ def test_a_model_that_gives_vectors_of_length_one_needs_no_outputs():
 )
 def test_embeddings_are_told_by_their_length(rows, kind):
     assert read_outputs(rows, ((inputs(16),), {}), 16, None)[1] == kind
-
-
-class Times(nn.Module):
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, inputs):
-        return self.factor * inputs
 
 
 class Block(nn.Module):
@@ -219,10 +180,6 @@ def test_bad_knobs_are_refused(knobs, message):
     dense, original = pair()
     with pytest.raises(ConfigError, match=message):
         distill(dense, original, batches(), **knobs)
-
-
-def test_narrow_net_has_no_blocks():
-    assert shared_blocks(Narrow(4), Narrow(4), ((inputs(1),), {}), (torch.device("cpu"), torch.float32)) == []
 
 
 class Several(nn.Module):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from every_sample import compensation
 from torch import nn
-from torch.fx import symbolic_trace
 
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import plan
@@ -186,39 +185,3 @@ def test_masks_by_channel_remove_rows_and_columns_of_a_group(module, gone, is_by
     for index in gone:
         mask[index] = 0
     assert plan._goes_by_channel(module, mask) is is_by_channel
-
-
-def node_of(model, name):
-    graph = symbolic_trace(model)
-    return graph, next(node for node in graph.graph.nodes if node.name == name)
-
-
-class Two(nn.Module):
-    """Two values of one input, joined by a function."""
-
-    def __init__(self, join):
-        super().__init__()
-        self.first, self.second, self.join = nn.Linear(3, 3), nn.Linear(3, 3), join
-
-    def forward(self, values):
-        return self.join(self.first(values), self.second(values))
-
-
-@pytest.mark.parametrize(
-    ("join", "name", "is_sum"),
-    [
-        (lambda one, other: one + other, "add", True),
-        (lambda one, other: one.add(other), "add", True),
-        (torch.add, "add", True),
-        (lambda one, other: torch.add(one, other, alpha=2), "add", False),
-        (lambda one, other: one.add(other, alpha=2), "add", False),
-        (lambda one, other: one + one, "add", False),
-        (lambda one, other: one + 1.0, "add", False),
-        (lambda one, other: one - other, "sub", False),
-        (lambda one, other: one.mul(other), "mul", False),
-        (lambda one, other: one, "first", False),
-        (lambda one, other: torch.cat([one, other]), "cat", False),
-    ],
-)
-def test_sums_are_of_two_different_values_and_nothing_else(join, name, is_sum):
-    assert plan._is_sum(node_of(Two(join), name)[1]) is is_sum

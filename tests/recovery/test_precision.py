@@ -117,15 +117,6 @@ def test_networks_in_other_precisions_learn_in_bfloat16(dtype, blocks):
     assert {each.dtype for each in found.model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("form", ["logits", "tuple", "dict"])
-@pytest.mark.quick_every(2)
-def test_any_outputs_are_met_in_bfloat16(form):
-    dense, original = pair(form)
-    found = nni_topo.distillation(dense, original, batches(256), steps=40, precision="bfloat16")
-    assert found.is_kept
-    assert found.loss_after < found.loss_before
-
-
 def test_a_function_of_the_outputs_gets_all_digits():
     dense, original = pair("dict")
     kinds = set()
@@ -159,33 +150,6 @@ def test_shrink_and_blocks_take_it(digits, digits_net):
         hook.remove()
     assert zoo.evaluate(small, digits.test) > 0.5
     assert zoo.evaluate(solved, digits.test) > 0.5
-
-
-class Writes(nn.Linear):
-    """Writes into a tensor in single precision."""
-
-    def forward(self, states):
-        found = torch.zeros(len(states), self.out_features)
-        found[states[:, 0] < 9.0] = super().forward(states)
-        return found
-
-
-def test_a_model_that_does_not_learn_under_autocast_is_told():
-    torch.manual_seed(0)
-    original, images = Writes(8, 4).eval(), [torch.randn(64, 8)]
-    dense = shifted(original)
-    with pytest.raises(ConfigError, match="precision must be 'float32' for a model that doesn't learn under "):
-        nni_topo.distill(dense, original, images, precision="bfloat16")
-    assert nni_topo.distillation(dense, original, images, steps=10, lr=2e-3).is_kept
-
-
-def test_a_state_goes_on_in_its_own_precision(tmp_path):
-    dense, original = pair()
-    for first, second in (("float32", "bfloat16"), ("bfloat16", "float32")):
-        state = tmp_path / first
-        nni_topo.distill(dense, original, batches(), steps=5, lr=1e-3, precision=first, state=state)
-        with pytest.raises(ConfigError, match=f"must go on with precision {first}, got {second}"):
-            nni_topo.distill(dense, original, batches(), steps=5, lr=1e-3, precision=second, state=state)
 
 
 def test_other_precisions_and_devices_without_autocast_are_refused():

@@ -11,7 +11,6 @@ import torch
 import nni_topo
 from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.recovery import (
-    Pair,
     Reconstruct,
     RecoveryInfo,
     RecoveryMethod,
@@ -48,29 +47,6 @@ LONG = ("block", "layer", "mean")
 @pytest.mark.quick_every(3)
 def test_every_method_keeps_its_promises(method, check):
     check(method)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "block")) for name in list_recoveries()]
-)
-@pytest.mark.quick_every(3)
-def test_a_name_stands_for_its_class_with_the_defaults(name, residual_net, images, halves):
-    masks, info = halves(residual_net, "conv1"), recovery_info(name)
-    assert info.summary
-    by_name = compensate(residual_net, masks, images[:1], method=name)
-    by_class = compensate(residual_net, masks, images[:1], method=info.load()())
-    torch.testing.assert_close(by_name.state_dict(), by_class.state_dict(), rtol=0, atol=0)
-
-
-def test_settings_belong_to_their_method():
-    assert recovery_info("reconstruct").knobs() == ("refine",)
-    assert recovery_info("block").knobs() == ("refine", "steps", "lr", "layers", "batch_size", "precision")
-    assert recovery_info("pair").knobs() == ("pairs", "as_printed")
-    assert recovery_info("channel").knobs() == ()
-    with pytest.raises(ConfigError, match=r"refine must be an integer of at least 0, got -1 \(reconstruct\)"):
-        Reconstruct(refine=-1)
-    with pytest.raises(ConfigError, match=r"pairs must be .* got 3 \(pair\)"):
-        Pair(3)
 
 
 def test_a_method_of_a_user_is_taken_as_it_is_by_its_name_and_by_its_path(residual_net, images, halves, monkeypatch):

@@ -84,22 +84,6 @@ def test_a_process_draws_what_one_with_all_data_would_draw_for_its_batches(monke
     assert torch.equal(held_out.reshape(26, rows)[:, 0], torch.arange(26) % 5 == 4)
 
 
-def test_positions_are_drawn_from_the_seed_and_the_number_of_images_before(monkeypatch):
-    """One of nine positions of each entry, of the inputs of a layer on all of them."""
-    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 4)
-    monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
-    model, batches = linears(), batches_of(9, 3)
-    sampler, (task,) = sampling(model, batches, (0, 2, 3))
-    first = 0
-    for ((inputs, _, wanted), _), batch in zip(sampler._sampled(task, 0), batches, strict=True):
-        generator = torch.Generator().manual_seed(3 + first)
-        places = (9 * torch.rand(len(batch), 1, generator=generator, dtype=torch.float64)).floor().long()
-        rows = batch[torch.arange(len(batch)), places[:, 0]]
-        torch.testing.assert_close(inputs[0], model[0](rows)[:, [0, 2, 3]])
-        torch.testing.assert_close(wanted[0], model(rows))
-        first += len(batch)
-
-
 @pytest.mark.parametrize("where", [0, 4])
 def test_values_that_are_not_finite_are_told_whether_they_are_held_out_or_not(where):
     batches = batches_of(3, sizes=(5,))
@@ -167,11 +151,3 @@ def test_a_position_is_drawn_from_each_of_equal_ranges(count, wanted, lows):
     jitter = torch.rand(50, wanted, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for index, (low, high) in enumerate(itertools.pairwise(lows)):
         assert torch.equal(found[:, index], (low + jitter[:, index] * (high - low)).floor().long())
-
-
-def test_a_layer_holds_out_what_its_samples_became_or_every_fifth_place():
-    sampler = Sampler(None, (2, 4), 0, torch.tensor([False, True, False, False, True, False]))
-    assert sampler._marks(0, 2, 2).tolist() == [False, True]
-    assert sampler._marks(2, 4, 4).tolist() == [False, False, True, False]
-    assert sampler._marks(0, 2, 4).tolist() == [False, False, True, True]  # two windows of each sample
-    assert sampler._marks(2, 4, 7).nonzero().flatten().tolist() == [2]  # not a number for each sample
