@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from nni.compression.utils import Evaluator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError, listed
@@ -20,7 +20,7 @@ from nni_topo.network.runtime.arguments import BATCHES, MASKS, MODEL, check_mode
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import check_samples_first, structure_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, batch_size, calls
+from nni_topo.network.runtime.inputs import batch_size, calls
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
@@ -31,7 +31,7 @@ from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import MasksLike
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.networks import Networks, build_networks, plan_of
-from nni_topo.recovery.plan import ATTENTION
+from nni_topo.recovery.plan import ATTENTION, Plan
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import RECOVERIES, RecoveryMethod, Tools
 from nni_topo.recovery.replay import Replay
@@ -109,16 +109,10 @@ def compensation(
             f"{method!r}, which learns beyond them (method)"
         )
     everything, calibration = calibration, samples_to_solve_on(model, calibration)
-    sizes, call = survey(model, calibration)
-    networks = build_networks(Analysis(model, call), masks)
-    replay = Replay(model, networks.unpruned, networks.pruned, calibration, cache_bytes or 0)
-    marks = held_out_samples(calibration, sizes)
-    sampler = Sampler(replay, sizes, seed, marks, processes)
-    plan = plan_of(networks, replay.touched_nodes)
+    networks, plan, sampler = _begin(model, calibration, masks, seed, cache_bytes or 0)
     tasks = chosen.tasks(plan, networks)
     if cache_bytes is None:
-        replay.cache_bytes = sampler.memory_beside(tasks)
-    del replay  # the sampler has it until it begins again
+        sampler.replay.cache_bytes = sampler.memory_beside(tasks)
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress, plan.left_alone)
 
     def begin_again() -> Replay:
@@ -126,8 +120,16 @@ def compensation(
         sampler.replay = Replay(model, networks.unpruned, networks.pruned, calibration, kept_values)
         return sampler.replay
 
-    block_bytes = _BLOCK_BYTES if cache_bytes is None else cache_bytes
-    layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, block_bytes, progress, begin_again))
+    tools = Tools(
+        images=sum(sampler.sizes),
+        sizes=sampler.sizes,
+        held_out=sampler.held_out,
+        seed=seed,
+        cache_bytes=_BLOCK_BYTES if cache_bytes is None else cache_bytes,
+        progress=progress,
+        new_replay=begin_again,
+    )
+    layers += chosen.after(tasks, networks, tools)
     if recalibrate or chosen.recalibrates:
         # On the masked form of the result; removed channels keep their statistics.
         masked = apply_masks(networks.result, networks.masks)
@@ -286,16 +288,34 @@ def compensate_up_to(
     """Return the pruned network, traced, with the layers in front of `layer` reconstructed; errors of `compensate`."""
     check_model(model)
     calibration = batches_of(calibration, model, shared=True)
-    sizes, call = survey(model, calibration)
-    networks = build_networks(Analysis(model, call, facts), masks)
-    replay = Replay(model, networks.unpruned, networks.pruned, calibration, 2**30)
-    plan = plan_of(networks, replay.touched_nodes)
-    end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)
-    plan.equations = [equation for equation in plan.equations if replay.order[equation.place] < end]
-    tasks = Reconstruct(refine=0).tasks(plan, networks)
-    sampler = Sampler(replay, sizes, seed, held_out_samples(calibration, sizes), calibration.processes)
-    _run(tasks, sampler, networks, None, False, {})
+    networks, plan, sampler = _begin(model, calibration, masks, seed, 2**30, facts)
+    order = sampler.replay.order
+    end = next(rank for node, rank in order.items() if node.op == "call_module" and node.target == layer)
+    plan.equations = [equation for equation in plan.equations if order[equation.place] < end]
+    _run(Reconstruct(refine=0).tasks(plan, networks), sampler, networks, None, False, {})
     return networks.pruned
+
+
+def _begin(
+    model: nn.Module,
+    calibration: Calibration,
+    masks: MasksLike,
+    seed: int,
+    cache_bytes: int,
+    facts: Facts | None = None,
+) -> tuple[Networks, Plan, Sampler]:
+    """Return the networks, what can be solved, and what runs them; every fifth sample is held out, or fifth group."""
+    sizes = tuple(batch_size(call) for call in calls(model, calibration))
+    call = structure_call(model, calibration)
+    check_samples_first(model, calibration)
+    networks = build_networks(Analysis(model, call, facts), masks)
+    replay = Replay(model, networks.unpruned, networks.pruned, calibration, cache_bytes)
+    if sum(sizes) == calibration.samples:
+        held_out = calibration.held_out(HELD_OUT_ENTRIES)
+    else:  # lists of images, as detectors take
+        held_out = torch.arange(sum(sizes)) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
+    sampler = Sampler(replay, sizes, seed, held_out, calibration.processes)
+    return networks, plan_of(networks, replay.touched_nodes), sampler
 
 
 def _run(
@@ -347,18 +367,3 @@ def _run(
         )
         del learned, held  # sums of products take much memory, and the next task has its own
     return tuple(layers)
-
-
-def survey(model: nn.Module, calibration: Calibration) -> tuple[tuple[int, ...], Call]:
-    """Count the images of each call that batches stand for, and return a call to follow the structure with."""
-    sizes = [batch_size(call) for call in calls(model, calibration)]
-    call = structure_call(model, calibration)
-    check_samples_first(model, calibration)
-    return tuple(sizes), call
-
-
-def held_out_samples(calibration: Calibration, sizes: Sequence[int]) -> Tensor:
-    """Return which samples are held out, bool (samples,): every fifth one, or every fifth group of a Calibration."""
-    if sum(sizes) == calibration.samples:
-        return calibration.held_out(HELD_OUT_ENTRIES)
-    return torch.arange(sum(sizes)) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1  # lists of images, as detectors take

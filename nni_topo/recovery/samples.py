@@ -232,7 +232,7 @@ class Sampler:
     def __init__(
         self,
         replay: Replay,
-        sizes: Sequence[int],
+        sizes: tuple[int, ...],
         seed: int,
         held_out: Tensor,
         processes: Processes | None = None,
