@@ -89,11 +89,6 @@ def chirp(
     ndarray of float64, of the given shape
         Values in [-1, 1]. A single pixel gives 1.
 
-    Raises
-    ------
-    ConfigError
-        If a name is unknown, or a size isn't an integer from 1.
-
     Notes
     -----
     With the coordinate ``s`` in pixels, from 0 to ``S``, and the sweep from ``f0`` to ``f1``, the value is
@@ -132,11 +127,6 @@ class Chirp:
     channels : {"together", "separate"}, default="together"
         Whether it enters all input channels at once, as in the text, where kernels that cancel over the channels have
         no energy, or one after the other, whose energies add up.
-
-    Raises
-    ------
-    ConfigError
-        If a name is unknown.
 
     Examples
     --------

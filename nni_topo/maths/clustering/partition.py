@@ -20,7 +20,7 @@ from scipy.spatial.distance import pdist, squareform
 from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import leveled
 from nni_topo.maths.topology.checks import as_points
-from nni_topo.rules import ANYTHING, checked, one_of, whole
+from nni_topo.rules import checked, one_of, whole
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
@@ -54,7 +54,7 @@ def check_used(algorithm: str, place: str, **given: int | str) -> None:
 
 
 @checked(
-    count=ANYTHING,  # looked at with the points
+    count=whole(1),
     algorithm=one_of(ALGORITHMS),
     n_init=whole(1),
     min_samples=whole(1),
@@ -100,13 +100,6 @@ def partition(
         ``count``: where fewer points are distinct, where a mixture's component gets none, and for DBSCAN. Its reach is
         the smallest at which no more than ``count`` clusters are left; points of noise are clusters of their own.
 
-    Raises
-    ------
-    ConfigError
-        If ``count`` isn't in [1, n], or a knob is out of its range.
-    DataError
-        If there is no point, or one isn't finite.
-
     Notes
     -----
     Cost: k-means grows as ``n * count * d``, the others need all ``n^2`` distances.
@@ -117,7 +110,6 @@ def partition(
     [0, 1, 0, 1]
     """
     points = as_points(points)
-    whole(1).check("the number of clusters", count, "partition")
     if count > len(points):
         raise ConfigError(f"the number of clusters must be in [1, {len(points)}], the number of points, got {count!r}")
     check_used(algorithm, "partition", n_init=n_init, min_samples=min_samples, graph=graph)
@@ -168,40 +160,13 @@ def renumbered(labels: IntArray) -> IntArray:
 
 
 def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArray:
-    """Return the weights of a graph on points, from their distances.
+    """Return the weights (n, n) of a graph on at least two points, from their distances as pdist orders them.
 
-    Parameters
-    ----------
-    distances : ndarray of float64, shape (n * (n - 1) / 2,)
-        Distances of the pairs, as :func:`scipy.spatial.distance.pdist` orders them; n at least 2.
-    graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
-        Pairs no farther apart than the smallest radius at which the graph is connected, the longest edge of the minimum
-        spanning tree; pairs of which one point is among the k nearest of the other, ``k = 1 + ceil(ln(n))``; both with
-        weight 1. Or all pairs, with weight ``exp(-d^2 / (2 m))``, m the median of the squared distances.
-
-    Returns
-    -------
-    ndarray of float64, shape (n, n)
-        Symmetric, with zeros on the diagonal.
-
-    Notes
-    -----
-    The thesis [1]_ (4.2.2) joins each point with those in a ball of radius epsilon, or with its k nearest, and gives
-    neither number; the ones here are those that [2]_ (8.2) recommends. Of points equally far away either all or none
-    are among the k nearest, so that k can be exceeded.
-
-    References
-    ----------
-    .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-       Technology, 2019, section 4.2.2.
-    .. [2] U. von Luxburg, "A tutorial on spectral clustering", Statistics and Computing 17, 2007.
-
-    Examples
-    --------
-    >>> similarity_graph(pdist([[0.0], [1.0], [3.0]]))
-    array([[0., 1., 0.],
-           [1., 0., 1.],
-           [0., 1., 0.]])
+    ``"epsilon"`` joins, with weight 1, pairs no farther apart than the smallest radius at which the graph is connected.
+    ``"knn"`` joins pairs of which one point is among the ``1 + ceil(ln(n))`` nearest of the other; of points equally far
+    away either all or none are. ``"gaussian"`` gives all pairs the weight ``exp(-d^2 / (2 m))``, m the median of the
+    squared distances. The thesis (4.2.2) joins as the first two do, and gives neither number; these are the ones that
+    U. von Luxburg, "A tutorial on spectral clustering", Statistics and Computing 17, 2007, recommends (8.2).
     """
     if graph == "gaussian":
         squared = np.square(distances)

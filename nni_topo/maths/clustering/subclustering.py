@@ -57,11 +57,6 @@ class Growth:
         once at most.
     n_init : int, default=3
         Starts of k-means, at least 1.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of its range.
     """
 
     statistic: Literal["dispersion", "trace", "max", "mean"] = "dispersion"
@@ -180,13 +175,7 @@ class SplitTree:
 
 @checked(share=_SHARE, nodes=whole(1))
 def initial_clusters(share: float, nodes: int) -> int:
-    """Return the number of initial clusters, the share of the nodes rounded up, at least 1.
-
-    Raises
-    ------
-    ConfigError
-        If ``share`` isn't in (0, 1]: there would be none, or more clusters than nodes.
-    """
+    """Return the number of initial clusters, the share of the nodes rounded up, at least 1."""
     return min(nodes, max(1, math.ceil(round(share * nodes, 9))))
 
 
@@ -212,13 +201,6 @@ def hoh_threshold(
     float
         Of each cluster the first bin edge below which a share ``energy`` of its values lies; of these the upper edge of
         the fullest bin, the lowest of several.
-
-    Raises
-    ------
-    ConfigError
-        If ``energy`` isn't in (0, 1), or ``bins`` is neither ``"scott"`` nor an integer of at least 1.
-    DataError
-        If there is no cluster, an empty one, or a value that isn't finite.
 
     Notes
     -----
@@ -296,13 +278,6 @@ def grow(
     Returns
     -------
     SplitTree
-
-    Raises
-    ------
-    ConfigError
-        If there are to be more initial clusters than nodes.
-    DataError
-        If a point or a covariance isn't finite.
 
     Notes
     -----

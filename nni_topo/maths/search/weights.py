@@ -64,11 +64,6 @@ class WeightSearch:
         How much they take: weights within this share of the layer's range of magnitudes above the weakest remaining
         one; this share of the remaining weights, at least one. In [0, 1].
 
-    Raises
-    ------
-    ConfigError
-        If a number is out of its range.
-
     Examples
     --------
     >>> WeightSearch(damage_rate=(0.1, 0.5)).damage_range

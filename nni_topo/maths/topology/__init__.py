@@ -1,4 +1,8 @@
-"""Topology of point clouds and of layers as pure functions on arrays: diagrams, distances, spanning trees, covers."""
+"""Topology of point clouds and of layers as pure functions on arrays: diagrams, distances, spanning trees, covers.
+
+Arrays that aren't finite, or not of the documented shape, raise a DataError; other arguments out of their range, a
+ConfigError.
+"""
 
 from nni_topo.maths.topology.clouds import pairwise_distances, with_origin
 from nni_topo.maths.topology.comparison import bottleneck_distance, wasserstein_distance
@@ -14,7 +18,6 @@ from nni_topo.maths.topology.layer_trees import (
     plane_trees,
     spanning_forest,
 )
-from nni_topo.maths.topology.matching import h0_bottleneck, h0_wasserstein
 from nni_topo.maths.topology.relevance import relevance_distances
 from nni_topo.maths.topology.spanning import distinct_points, h0_deaths
 
@@ -29,9 +32,7 @@ __all__ = [
     "distinct_points",
     "farthest_point_order",
     "farthest_points",
-    "h0_bottleneck",
     "h0_deaths",
-    "h0_wasserstein",
     "hausdorff_to_subset",
     "linear_graph",
     "maximum_spanning_tree",

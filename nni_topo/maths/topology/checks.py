@@ -109,19 +109,6 @@ def as_subsets(subsets: ArrayLike, size: int, base: int | None = None) -> BoolAr
     return np.ascontiguousarray(masks)
 
 
-def as_deaths(deaths: ArrayLike, what: str) -> FloatArray:
-    """Return death times as float64, 1-D or 2-D, finite, >= 0, descending along the last axis."""
-    times = _as_floats(deaths, what)
-    if times.ndim not in (1, 2):
-        raise DataError(f"{what} must have shape (k,) or (p, k), got {times.shape}")
-    _require_finite(times, what)
-    if times.size and times.min() < 0:
-        raise DataError(f"{what} must be >= 0, got {times.min()}")
-    if (np.diff(times, axis=-1) > 0).any():
-        raise DataError(f"{what} must be sorted descending")
-    return times
-
-
 def as_diagram(diagram: ArrayLike, what: str) -> FloatArray:
     """Return a persistence diagram as float64 (n, 2): finite births, deaths >= births, inf allowed."""
     bars = _as_floats(diagram, what)

@@ -16,10 +16,7 @@ _LARGEST_EXPONENT = 1022
 
 @checked()
 def with_origin(points: ArrayLike) -> FloatArray:
-    """Append the zero vector to a point cloud, as its base point.
-
-    A pruned neuron becomes the zero vector, so a neuron near the origin costs nothing to prune: with the
-    origin in the cloud, distances say so.
+    """Append the zero vector, which a pruned neuron becomes, to a point cloud, as its base point.
 
     Parameters
     ----------
@@ -30,11 +27,6 @@ def with_origin(points: ArrayLike) -> FloatArray:
     -------
     ndarray of float64, shape (n + 1, features)
         The points in their order, then the origin: its index is n.
-
-    Raises
-    ------
-    DataError
-        If the points aren't a finite, non-empty matrix.
 
     Examples
     --------
@@ -60,19 +52,11 @@ def pairwise_distances(points: ArrayLike) -> FloatArray:
     ndarray of float64, shape (n, n)
         Symmetric, exactly 0 on the diagonal and between identical rows.
 
-    Raises
-    ------
-    DataError
-        If the points aren't a finite, non-empty matrix.
-
     Notes
     -----
-    The squares come from a Gram matrix of the centred cloud, one matrix product. Where two points are so
-    near each other that the subtraction cancels, the entry is computed again from the differences of the
-    given coordinates. An entry d is within 1e-9 d of the exact distance, as long as d is above 1e-150
-    times the largest coordinate. Of points with one coordinate it is the rounded difference.
-
-    Time is O(n^2 features); memory the result, a copy of the points and a few MB.
+    The squares come from a Gram matrix of the centred cloud, in O(n^2 features). Where two points are so near each
+    other that the subtraction cancels, the entry is computed again from the differences of the coordinates. An entry d
+    is within 1e-9 d of the exact distance, as long as d is above 1e-150 times the largest coordinate.
 
     Examples
     --------

@@ -31,18 +31,11 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact") ->
         The distance in the unit of the diagrams, >= 0. Infinite bars are matched with each other by birth;
         ``inf`` if their numbers differ.
 
-    Raises
-    ------
-    DataError
-        If a diagram is malformed.
-    ConfigError
-        If the engine is unknown.
-
     Notes
     -----
-    Diagrams with all births at 0 take the closed form of `h0_bottleneck`. For others, the distance is the
-    least threshold within which every bar that is too long to be dropped finds a partner; the thresholds to
-    try are finitely many, and each is decided by two bipartite matchings [1]_.
+    Diagrams with all births at 0 have a closed form. For others, the distance is the least threshold within which every
+    bar that is too long to be dropped finds a partner; the thresholds to try are finitely many, and each is decided by
+    two bipartite matchings [1]_.
 
     GUDHI's own function, a GPL v3 part of GUDHI, is called only by ``engine="gudhi"``. Through release 3.13
     it gives up some matchings too early and returns too large a distance, for about 1 in 100 subsets of small
@@ -67,7 +60,7 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact") ->
 
         finite = float(gudhi.bottleneck_distance(first, second))
     elif not (first[:, 0].any() or second[:, 0].any()):
-        finite = float(closed_bottleneck(_deaths(first)[None], _deaths(second))[0])
+        finite = float(closed_bottleneck(-np.sort(-first[None, :, 1]), -np.sort(-second[:, 1]))[0])
     else:
         finite = _bottleneck(first, second)
     return max(finite, float(births.max(initial=0.0)))
@@ -93,17 +86,9 @@ def wasserstein_distance(a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engi
         The q-th root of the least sum of q-th powers, in the unit of the diagrams, >= 0. Infinite bars are
         matched with each other by birth; ``inf`` if their numbers differ.
 
-    Raises
-    ------
-    DataError
-        If a diagram is malformed.
-    ConfigError
-        If the order isn't in [1, inf), or the engine is unknown.
-
     Notes
     -----
-    Diagrams with all births at 0 take the closed form of `h0_wasserstein`; others an exact assignment,
-    in O((n + m)^3) at worst.
+    Diagrams with all births at 0 have a closed form; others take an exact assignment, in O((n + m)^3) at worst.
 
     Examples
     --------
@@ -121,7 +106,7 @@ def wasserstein_distance(a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engi
         else:
             finite = float(reference(first, second, order=order, internal_p=np.inf))
     elif not (first[:, 0].any() or second[:, 0].any()):
-        finite = float(closed_wasserstein(_deaths(first)[None], _deaths(second), order)[0])
+        finite = float(closed_wasserstein(-np.sort(-first[None, :, 1]), -np.sort(-second[:, 1]), order)[0])
     else:
         finite = _assignment(first, second, order)
     return float(np.linalg.norm(np.append(births, finite), ord=order))
@@ -138,13 +123,13 @@ def _split(a: ArrayLike, b: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArr
     return finite[0], finite[1], np.abs(births[0] - births[1]) if same else None
 
 
-def _deaths(bars: FloatArray) -> FloatArray:
-    return np.sort(bars[:, 1])[::-1]
-
-
 def _bottleneck(first: FloatArray, second: FloatArray) -> float:
     halves = [0.5 * (bars[:, 1] - bars[:, 0]) for bars in (first, second)]
-    least = max(_surplus(halves[0], len(second)), _surplus(halves[1], len(first)))
+    # A diagram with more bars drops some: at least the longest one beyond as many as the other diagram has.
+    least = 0.0
+    for own, partners in ((halves[0], len(second)), (halves[1], len(first))):
+        if partners < len(own):
+            least = max(least, float(np.sort(own)[::-1][partners]))
     # Thresholds at which each side finds partners suit both at once (Mendelsohn and Dulmage).
     for bars, others, lengths in ((first, second, halves[0]), (second, first, halves[1])):
         undecided = lengths > least
@@ -172,11 +157,6 @@ def _least_threshold(gaps: FloatArray, halves: FloatArray, bound: float) -> floa
     rows = gaps[halves > low]
     between = np.append(np.unique(rows[(rows > low) & (rows < high)]), high)
     return float(between[bisect.bisect_left(between, True, hi=len(between) - 1, key=enough)])
-
-
-def _surplus(halves: FloatArray, partners: int) -> float:
-    """Bound the distance by the longest bar that stays without a partner, since partners are limited."""
-    return float(np.sort(halves)[::-1][partners]) if partners < len(halves) else 0.0
 
 
 def _assignment(first: FloatArray, second: FloatArray, order: float) -> float:

@@ -43,11 +43,6 @@ def hausdorff_to_subset(distances: ArrayLike, subsets: ArrayLike, base: int | No
     ndarray of float64, shape (p,)
         The largest distance from any point to the nearest kept one, in the unit of the distances.
 
-    Raises
-    ------
-    DataError
-        If the distances aren't a distance matrix, a subset is empty or the base isn't a point.
-
     Notes
     -----
     Cost O(n k) for each subset of k points.
@@ -95,11 +90,6 @@ def farthest_point_order(distances: ArrayLike, start: int = 0) -> tuple[IntArray
         ``radii[i]`` is the Hausdorff distance between the cloud and ``order[: i + 1]``: never increasing,
         0 at the end.
 
-    Raises
-    ------
-    DataError
-        If the distances aren't a distance matrix or the start isn't a point.
-
     Notes
     -----
     For every k, the first k points have a radius of at most twice the least possible one that holds the
@@ -137,13 +127,6 @@ def farthest_points(points: ArrayLike, count: int) -> IntArray:
     ndarray of int, shape (count,)
         Indices in the order of choice, so that the first k are the choice of k points. Of points that are equally far,
         to 1e-6 of their distance, the one with the lowest index.
-
-    Raises
-    ------
-    ConfigError
-        If the count isn't in [1, n].
-    DataError
-        If the points aren't a matrix of finite numbers.
 
     See Also
     --------

@@ -50,13 +50,6 @@ def rips_diagram(
         Births and deaths in the unit of the distances, longest bar first. In degree 0 there are n bars, one
         of them with death ``inf``; ``engine="gudhi"`` leaves out those of length 0.
 
-    Raises
-    ------
-    DataError
-        If not exactly one of points and distances is given, or if they are malformed.
-    ConfigError
-        If the dimension is negative, or the engine is unknown.
-
     See Also
     --------
     bottleneck_distance, wasserstein_distance

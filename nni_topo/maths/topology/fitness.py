@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike
 from nni_topo.maths.topology.checks import (
     DEGREE,
     ENGINE,
-    ORDER,
     BoolArray,
     FloatArray,
     as_distances,
@@ -30,10 +29,7 @@ Combination = Literal["max", "sum"]
 
 
 class SubsetFitness:
-    """Score many subsets of one point cloud, smaller is better.
-
-    Everything that depends on the cloud alone is computed once, whole populations are scored together, and
-    no subset is scored twice.
+    """Score many subsets of one point cloud, smaller is better; no subset is scored twice.
 
     Parameters
     ----------
@@ -42,6 +38,7 @@ class SubsetFitness:
     criterion : {"bottleneck", "wasserstein", "hausdorff", "cover"}, default "hausdorff"
         ``"bottleneck"`` and ``"wasserstein"`` compare the persistence diagrams of the subset and of the
         cloud; the largest distance (see ``combine``), respectively the sum of distances, over the homology dimensions.
+        The Wasserstein distance is of order 2.
         ``"hausdorff"`` is the largest and ``"cover"`` the mean distance from a point of the cloud to the
         nearest point of the subset.
     homology_dimensions : sequence of int, default (0,)
@@ -52,22 +49,8 @@ class SubsetFitness:
         ``"gudhi"`` builds a simplex tree per subset and calls GUDHI's distances: the slow reference. Both
         give the same fitness to 1e-9 of the cloud's diameter, save for GUDHI's rare errors that
         `bottleneck_distance` names. The covering criteria have one engine.
-    order : float, default 2
-        Order of the Wasserstein distance, in [1, inf).
     combine : {"max", "sum"}, default "max"
         Whether the bottleneck distances of the homology dimensions are compared or added.
-
-    Attributes
-    ----------
-    evaluations : int
-        How many distinct subsets were scored so far.
-
-    Raises
-    ------
-    DataError
-        If an array is malformed.
-    ConfigError
-        If the criterion, the engine or the combination is unknown, a dimension is < 0, or the order isn't in [1, inf).
 
     Notes
     -----
@@ -87,7 +70,6 @@ class SubsetFitness:
         criterion=one_of(CRITERIA),
         homology_dimensions=all_of(DEGREE, Sequence, least=1),
         engine=ENGINE,
-        order=ORDER,
     )
     def __init__(
         self,
@@ -97,11 +79,10 @@ class SubsetFitness:
         homology_dimensions: Sequence[int] = (0,),
         base: int | None = None,
         engine: str = "exact",
-        order: float = 2.0,
         combine: Combination = "max",
     ) -> None:
         self._largest = criterion == "bottleneck" and combine == "max"
-        self.criterion, self.engine, self.order = criterion, engine, order
+        self.criterion, self.engine = criterion, engine
         self.homology_dimensions = tuple(map(int, homology_dimensions))
         self._distances = as_distances(distances)
         self.base = base if base is None else as_index(base, len(self._distances), "base")
@@ -127,11 +108,6 @@ class SubsetFitness:
         -------
         ndarray of float64, shape (p,)
             The fitness of each subset, in the unit of the distances, >= 0.
-
-        Raises
-        ------
-        DataError
-            If the population is malformed or a subset is empty.
         """
         subsets = as_subsets(population, len(self._distances), self.base)
         # Packed bits, an eighth of the mask; the base is in it, so masks that differ there alone are one subset.
@@ -172,7 +148,7 @@ class SubsetFitness:
             if self.criterion == "bottleneck":
                 losses[same] = closed_bottleneck(deaths, whole)
             else:
-                losses[same] = closed_wasserstein(deaths, whole, self.order)
+                losses[same] = closed_wasserstein(deaths, whole, 2.0)
         return losses
 
     def _by_diagram(self, subsets: BoolArray, degrees: Sequence[int]) -> list[FloatArray]:
@@ -193,4 +169,4 @@ class SubsetFitness:
     def _loss(self, degree: int, bars: FloatArray) -> float:
         if self.criterion == "bottleneck":
             return bottleneck_distance(bars, self._whole[degree], engine=self.engine)
-        return wasserstein_distance(bars, self._whole[degree], self.order, engine=self.engine)
+        return wasserstein_distance(bars, self._whole[degree], engine=self.engine)

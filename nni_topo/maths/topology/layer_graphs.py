@@ -146,11 +146,6 @@ def convolution_graph(
     groups : int, default=1
         As in the layer; divides ``out``.
 
-    Raises
-    ------
-    DataError
-        If a number is below 1, the dimensions don't go together, or the kernel doesn't fit the padded input.
-
     Examples
     --------
     >>> graph = convolution_graph((1, 1, 3, 3), (30, 30))

@@ -42,18 +42,9 @@ def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
         True on the out + in - 1 weights of the tree. Zero weights count as edges of length 0, and among
         equal |w| the first in row-major order is taken.
 
-    Raises
-    ------
-    DataError
-        If the weights aren't a finite, non-empty matrix.
-
     See Also
     --------
     nni_topo.topology.channel_tree : for convolutions.
-
-    Notes
-    -----
-    Kruskal's algorithm as in :func:`~nni_topo.topology.spanning_forest`; memory of about two copies of the weight.
 
     Examples
     --------
@@ -61,10 +52,7 @@ def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
     array([[ True,  True],
            [ True, False]])
     """
-    matrix = as_points(weight, "weight")
-    mask = np.zeros(matrix.size, dtype=np.bool_)
-    mask[spanning_forest(matrix, linear_graph(*matrix.shape)).elements] = True
-    return mask.reshape(matrix.shape)
+    return network_tree([as_points(weight, "weight")])[0]
 
 
 @checked()
@@ -84,11 +72,6 @@ def network_tree(weights: Sequence[ArrayLike]) -> list[BoolArray]:
     list of ndarray of bool, shapes of the weights
         True on ``n_0 + n_1 + ... - 1`` weights in all. Among equal |w| the first in the network's order, then in
         row-major order, is taken.
-
-    Raises
-    ------
-    DataError
-        If a layer isn't a finite, non-empty matrix, or doesn't take as many inputs as the one before has outputs.
 
     Notes
     -----
@@ -138,11 +121,6 @@ def channel_tree(weight: ArrayLike, *, groups: int = 1) -> BoolArray:
         True on ``out / groups + in / groups - 1`` weights per group. With these weights alone every channel
         stays connected.
 
-    Raises
-    ------
-    DataError
-        If the weights are empty or not finite, or ``groups`` doesn't divide ``out``.
-
     Examples
     --------
     >>> int(channel_tree(np.random.default_rng(0).normal(size=(8, 4, 3, 3))).sum())
@@ -178,11 +156,6 @@ def plane_trees(weight: ArrayLike, graph: LayerGraph) -> BoolArray:
     -------
     ndarray of bool, shape of the weight
         True where at least one edge of the weight is in its kernel's tree.
-
-    Raises
-    ------
-    DataError
-        If the weights don't fit the graph or aren't finite.
 
     Notes
     -----
@@ -243,11 +216,6 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
     -------
     Forest
         ``graph.forest_edges`` edges.
-
-    Raises
-    ------
-    DataError
-        If the weights don't fit the graph or aren't finite.
 
     Notes
     -----

@@ -1,58 +1,23 @@
-"""Bottleneck and Wasserstein distances between persistence diagrams.
+"""Bottleneck and Wasserstein distances between diagrams of H0, from their finite death times, sorted descending.
 
-Diagrams of H0 have all births at 0, which makes both distances one-dimensional problems on sorted lists of
-death times; they are solved exactly without a general matching.
+All births are 0, which makes both distances one-dimensional problems on sorted lists. They are solved exactly without a
+general matching, over all p rows of ``first`` (p, r) against ``second`` (m,) at once.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from nni_topo.errors import DataError
-from nni_topo.maths.topology.checks import ORDER, FloatArray, as_deaths
-from nni_topo.rules import checked
-
-
-@checked()
-def h0_bottleneck(deaths_a: ArrayLike, deaths_b: ArrayLike) -> FloatArray | float:
-    """Compute the bottleneck distance of H0 diagrams from their finite death times.
-
-    Parameters
-    ----------
-    deaths_a : array_like, shape (r,) or (p, r)
-        Death times of one diagram or of p diagrams, sorted descending.
-    deaths_b : array_like, shape (m,)
-        Death times of the diagram to compare with, sorted descending; m may differ from r.
-
-    Returns
-    -------
-    float or ndarray of float64, shape (p,)
-        Distances in the unit of the death times.
-
-    Raises
-    ------
-    DataError
-        If death times are negative, not finite or not sorted descending.
-
-    Notes
-    -----
-    With d and e the sorted lists, the distance is the minimum over k of
-    ``max(max_{i <= k} |d_i - e_i|, d_{k+1} / 2, e_{k+1} / 2)``: within a threshold t exactly the bars longer
-    than 2 t need a partner, the longest bars are the best partners, and matching in sorted order is optimal.
-    Cost O(p (r + m)).
-
-    Examples
-    --------
-    >>> h0_bottleneck([3.0, 1.0], [3.5])
-    0.5
-    """
-    first, second = np.atleast_2d(as_deaths(deaths_a, "deaths_a")), _one_list(deaths_b)
-    return _like(deaths_a, closed_bottleneck(first, second))
+from nni_topo.maths.topology.checks import FloatArray
 
 
 def closed_bottleneck(first: FloatArray, second: FloatArray) -> FloatArray:
-    """Do the work of `h0_bottleneck` on checked lists of shape (p, r) and (m,)."""
+    """Return the bottleneck distances (p,), in O(p (r + m)).
+
+    With d and e the sorted lists, the distance is the minimum over k of
+    ``max(max_{i <= k} |d_i - e_i|, d_{k+1} / 2, e_{k+1} / 2)``: within a threshold t exactly the bars longer than 2 t
+    need a partner, the longest bars are the best partners, and matching in sorted order is optimal.
+    """
     shared = min(first.shape[1], len(second))
     longest = max(first.shape[1], len(second)) + 1
     # Bars past the end have length 0: matching with them is never better than dropping the other.
@@ -67,50 +32,14 @@ def closed_bottleneck(first: FloatArray, second: FloatArray) -> FloatArray:
     return costs
 
 
-@checked(order=ORDER)
-def h0_wasserstein(deaths_a: ArrayLike, deaths_b: ArrayLike, order: float = 2.0) -> FloatArray | float:
-    """Compute the Wasserstein distance of H0 diagrams from their finite death times.
-
-    Parameters
-    ----------
-    deaths_a : array_like, shape (r,) or (p, r)
-        Death times of one diagram or of p diagrams, sorted descending.
-    deaths_b : array_like, shape (m,)
-        Death times of the diagram to compare with, sorted descending; m may differ from r.
-    order : float, default 2
-        Exponent q in [1, inf); the ground metric is the maximum norm, so a bar of length d lies d / 2
-        from the diagonal.
-
-    Returns
-    -------
-    float or ndarray of float64, shape (p,)
-        Distances in the unit of the death times.
-
-    Raises
-    ------
-    DataError
-        If death times are negative, not finite or not sorted descending.
-    ConfigError
-        If the order isn't in [1, inf).
-
-    Notes
-    -----
-    The cost |d - e|^q is convex, so whichever bars are matched, matching them in sorted order is optimal.
-    Which bars those are isn't a matter of length alone: of the bars (100, 1) and (1), the matching leaves
-    the longest to the diagonal. What remains is the cheapest alignment of two sorted lists, where a bar
-    is matched or dropped at (d / 2)^q; the recurrence for it is exact and costs O(p r m).
-
-    Examples
-    --------
-    >>> h0_wasserstein([4.0, 1.0], [1.0], order=1)
-    2.0
-    """
-    first, second = np.atleast_2d(as_deaths(deaths_a, "deaths_a")), _one_list(deaths_b)
-    return _like(deaths_a, closed_wasserstein(first, second, order))
-
-
 def closed_wasserstein(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
-    """Do the work of `h0_wasserstein` on checked lists of shape (p, r) and (m,), over all p rows at once."""
+    """Return the Wasserstein distances (p,), the ground metric being the maximum norm, in O(p r m).
+
+    The cost |d - e|^order is convex, so whichever bars are matched, matching them in sorted order is optimal. Which bars
+    those are isn't a matter of length alone: of the bars (100, 1) and (1), the matching leaves the longest to the
+    diagonal. What remains is the cheapest alignment of two sorted lists, where a bar is matched or dropped at
+    (d / 2)^order; the recurrence for it is exact.
+    """
     largest = max(first.max(initial=0.0), second.max(initial=0.0))
     if largest == 0.0:
         return np.zeros(len(first))
@@ -144,14 +73,3 @@ def closed_wasserstein(first: FloatArray, second: FloatArray, order: float) -> F
         np.minimum(new[low : high + 1], matched, out=new[low : high + 1])
         older, old = old, new
     return np.asarray(largest * old[rows] ** (1.0 / order))
-
-
-def _one_list(deaths: ArrayLike) -> FloatArray:
-    times = as_deaths(deaths, "deaths_b")
-    if times.ndim != 1:
-        raise DataError(f"deaths_b must be one list of death times, got shape {times.shape}")
-    return times
-
-
-def _like(given: ArrayLike, distances: FloatArray) -> FloatArray | float:
-    return float(distances[0]) if np.ndim(given) == 1 else distances

@@ -39,11 +39,6 @@ def overlap_bound(m: int, n: int, density: float = 1.0) -> float:
     float
         In (0, 1]; 1 if one side has a single node.
 
-    Raises
-    ------
-    ConfigError
-        If a size is below 1 or the density is out of its range.
-
     Notes
     -----
     With ``p`` the density and ``k = min(m, n)``::
@@ -86,11 +81,6 @@ def network_overlap_bound(widths: Sequence[int]) -> float:
     -------
     float
         In (0, 1].
-
-    Raises
-    ------
-    ConfigError
-        If there are fewer than two widths, or one is below 1.
 
     Notes
     -----
@@ -140,11 +130,6 @@ def network_tree_overlap(weights: Sequence[ArrayLike]) -> float:
         Of the ``nodes - 1`` largest |w| of all layers, the share that is in the tree, in (0, 1]. Of equal weights the
         first in the network's order counts as larger.
 
-    Raises
-    ------
-    DataError
-        As :func:`nni_topo.topology.network_tree` does.
-
     Examples
     --------
     >>> network_tree_overlap([[[3.0], [1.0]], [[2.0, 4.0]]])
@@ -173,11 +158,6 @@ def tree_overlap(weight: ArrayLike) -> float:
         Of the ``out + in - 1`` largest |w|, the share that is in the tree, in (0, 1]. Of equal weights the first
         in row-major order counts as larger.
 
-    Raises
-    ------
-    DataError
-        If the weights aren't a finite, non-empty matrix.
-
     Examples
     --------
     >>> tree_overlap([[4.0, 3.0, 0.1], [2.0, 1.0, 0.2]])
@@ -203,11 +183,6 @@ def random_overlap_log10(m: int, n: int, share: float, *, at_least: bool = False
     -------
     float
         The logarithm to base 10 of the probability; ``-inf`` if it can't be.
-
-    Raises
-    ------
-    ConfigError
-        If a number is out of its range.
 
     Notes
     -----

@@ -36,12 +36,6 @@ def relevance_distances(weights: Sequence[ArrayLike]) -> FloatArray:
         In [0, 1], symmetric, with a zero diagonal; inputs first, then layer by layer. No metric in general, which
         :func:`nni_topo.topology.rips_diagram` doesn't need. There a bar that ends at 1 is one that no path ends.
 
-    Raises
-    ------
-    DataError
-        If a layer isn't a finite, non-empty matrix, is all zero, or doesn't take as many inputs as the one before has
-        outputs.
-
     Notes
     -----
     The definition is this project's: the sources propose persistence beyond degree 0 without saying of what. Memory is

@@ -33,11 +33,6 @@ def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None) -> FloatAr
     ndarray of float64, shape (n - 1,) or (p, k - 1)
         Death times in the unit of the distances, sorted descending; all are entries of `distances`.
 
-    Raises
-    ------
-    DataError
-        If the distances aren't a distance matrix, or the subsets are empty or of different sizes.
-
     Notes
     -----
     Prim's algorithm over all subsets at once: k steps of O(p n) each. Memory beyond the arguments and the
@@ -84,11 +79,6 @@ def distinct_points(points: ArrayLike) -> int:
     int
         From 2 to n - 1 if there are at least three points that aren't all equal. Two different points are two, equal
         ones one.
-
-    Raises
-    ------
-    DataError
-        If the points aren't finite or there are none.
 
     See Also
     --------

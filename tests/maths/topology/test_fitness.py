@@ -122,7 +122,6 @@ def test_fitness_travels_to_other_processes():
         ({"homology_dimensions": (0, -1)}, ConfigError, "each value an integer of at least 0"),
         ({"homology_dimensions": ()}, ConfigError, "homology_dimensions must be a sequence of at least 1"),
         ({"base": 2}, DataError, r"base must be a point's index in \[0, 2\), got 2"),
-        ({"order": 0.0}, ConfigError, "order must be at least 1"),
         ({"distances": [[0.0, np.inf], [np.inf, 0.0]]}, DataError, "finite, got inf"),
     ],
 )
