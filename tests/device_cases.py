@@ -78,7 +78,7 @@ def states(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     return found
 
 
-def prune(name: str, device: torch.device, config: Any = HALF, steps: Any = (), **knobs: Any) -> tuple[nn.Module, Any]:
+def prune(name: str, device: torch.device, config: Any = HALF, **knobs: Any) -> tuple[nn.Module, Any]:
     """Prune the toy network by name; return it unwrapped, and its masks, which have to lie where it lies."""
     model = toy_model().to(device)
     info = pruner_info(name)
@@ -86,7 +86,7 @@ def prune(name: str, device: torch.device, config: Any = HALF, steps: Any = (), 
     if given.get("evaluator") == "toy":
         given["evaluator"] = toy_evaluator(model)
     pruner = create_pruner(name, model, config, **given)
-    _, masks = pruner.compress(*steps)
+    _, masks = pruner.compress()
     pruner.unwrap_model()
     held = [mask for targets in masks.values() for mask in targets.values() if mask is not None]
     assert {mask.device for mask in held} == {device}

@@ -78,6 +78,11 @@ my_evaluator = lambda net: recipe_evaluator(net, data, zoo.Recipe(epochs=1, batc
 from nni_topo.runs.evaluators import recipe_evaluator
 weight = torch.randn(100, 784)
 evaluator = recipe_evaluator(model, data, zoo.Recipe(epochs=1, batch_size=32))
+
+def train():
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    torch.nn.functional.cross_entropy(model(images), targets[:16]).backward()
+    optimizer.step()
 """,
     "transformers": None,
 }

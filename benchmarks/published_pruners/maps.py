@@ -16,8 +16,8 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention.heads import find_heads
 from nni_topo.network.layers.kinds import feature_dimension
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.fits import first_call
-from nni_topo.network.runtime.hooks import batches_of, inputs_seen, watched
+from nni_topo.network.runtime.fits import first_call, run
+from nni_topo.network.runtime.hooks import pruner_batches, watched
 from nni_topo.network.runtime.inputs import bind_arguments, calls
 from nni_topo.pruners.clouds.features import TracedNetwork, tapped_network
 from nni_topo.pruners.clouds.moments import check_finite, check_reached
@@ -80,13 +80,13 @@ class MapCollector(DataCollector):
 
     Parameters
     ----------
-    calibration : Calibration or None
-        Batches of inputs. None: the inputs that the pruner's evaluator evaluates the model on.
+    calibration : Calibration
+        Batches of inputs.
     measure : callable
         Makes the measure of a layer, by its name.
     """
 
-    def __init__(self, calibration: Calibration | None, measure: Callable[[str], Measure]) -> None:
+    def __init__(self, calibration: Calibration, measure: Callable[[str], Measure]) -> None:
         self.calibration = calibration
         self.measure = measure
 
@@ -104,8 +104,6 @@ class MapCollector(DataCollector):
     def measured(self, context: PruningContext) -> dict[str, Any]:
         """Run the network over the calibration data; return what was measured at each layer."""
         batches = self.calibration
-        if batches is None:
-            batches = Calibration(inputs_seen(context.model, lambda: context.run(None)))
         layers = [module for unit in context.units for module, _ in unit.members]
         measures = {layer: self.measure(layer) for layer in layers}
         seen: set[str] = set()
@@ -130,7 +128,7 @@ class MapCollector(DataCollector):
                 runner.run(*bind_arguments(context.model, call).values())
         if hooks:
             with watched(leaving=hooks):
-                context.run(batches)
+                run(context.model, batches)
         for layer in layers:
             check_reached(int(layer in seen), layer)
         return measures
@@ -150,13 +148,12 @@ class ScoreMetric(MetricCalculator):
 
 def calibration_of_pruner(
     calibration: Iterable[Any] | Evaluator | None, model: nn.Module, evaluator: Evaluator | None, name: str
-) -> Calibration | None:
-    """Return a pruner's calibration data, None if its evaluator serves; ConfigError if it has neither."""
-    if calibration is not None:
-        return batches_of(calibration, model)
-    if evaluator is None:
+) -> Calibration:
+    """Return a pruner's calibration data, or what its evaluator evaluates on; ConfigError if it has neither."""
+    found = pruner_batches(evaluator if calibration is None else calibration, model)
+    if found is None:
         raise ConfigError(f"{name} needs calibration data or an evaluator, got neither (calibration)")
-    return None
+    return found
 
 
 class _Runner(Interpreter):

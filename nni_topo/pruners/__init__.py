@@ -1,6 +1,6 @@
 """NNI pruners, each under its registry name, and the parts that they are made of: collectors, metrics, allocators."""
 
-from nni_topo.pruners.allocators import ConfigAllocator, NNIAllocator, keep_highest
+from nni_topo.pruners.allocators import ConfigAllocator, keep_highest
 from nni_topo.pruners.clouds import CLOUDS, make_collector
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
@@ -36,7 +36,6 @@ __all__ = [
     "Masks",
     "MetricCalculator",
     "Metrics",
-    "NNIAllocator",
     "Planner",
     "PruningContext",
     "PruningUnit",

@@ -10,7 +10,6 @@ from nni.compression.base.target_space import TargetType
 from nni.compression.pruning.tools.sparse_gen import (
     _expand_masks,
     _generate_align_sparsity,
-    generate_sparsity,
     target_spaces_filter,
 )
 from numpy.typing import NDArray
@@ -20,14 +19,6 @@ from nni_topo.pruners.agreement import Agreement, warn_of_more
 from nni_topo.pruners.hooks import KeptSet, Masks, Metrics, PruningContext, SparsityAllocator, unit_scores
 from nni_topo.pruners.planner import FloatArray
 from nni_topo.pruners.units import PruningUnit
-
-
-class NNIAllocator(SparsityAllocator):
-    """NNI's own ``generate_sparsity``, unchanged: the reference to compare with."""
-
-    def allocate(self, metrics: Metrics, context: PruningContext) -> Masks:
-        """Return what NNI's function returns for these metrics."""
-        return dict(generate_sparsity(metrics, context.target_spaces))
 
 
 class ConfigAllocator(SparsityAllocator):

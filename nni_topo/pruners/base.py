@@ -23,7 +23,6 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, LayerError
 from nni_topo.network.layers.derived import plain_layer
-from nni_topo.network.layers.kinds import kept_channels
 from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.inputs import in_smaller_batches
 from nni_topo.network.runtime.progress import quiet
@@ -43,7 +42,6 @@ from nni_topo.pruners.hooks import (
 )
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active, pruning_units
-from nni_topo.recovery.mixing import Pairs
 from nni_topo.rules import NONE, Rule, instance
 
 _logger = logging.getLogger(__name__)
@@ -57,9 +55,9 @@ class StructuredPruner(Pruner):
     model : torch.nn.Module
         Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
     config_list : list of dict
-        NNI's config_list; keys of NNI 2 are rewritten, see :func:`~nni_topo.pruners.checks.modern_config`.
+        NNI's config_list, see docs/config_list.md.
     evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning, and by collectors that have no calibration data.
+        Needed for scheduled pruning; the inputs on which it evaluates serve where there is no ``calibration``.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
     collector : DataCollector
@@ -70,6 +68,25 @@ class StructuredPruner(Pruner):
         Makes the masks. None: :class:`~nni_topo.hooks.ConfigAllocator`.
     planner : Planner or None, default=None
         How many blocks are kept where there is no budget. None: :class:`~nni_topo.hooks.Planner`, by the config_list.
+
+    Other Parameters
+    ----------------
+    calibration : iterable, Evaluator or None
+        Of the package's pruners that look at data: batches of inputs, or of ``(inputs, targets)`` whose targets are
+        ignored. A list or DataLoader, not a generator. None: the evaluator's.
+    budget : Budget, mapping or None
+        Of all that are told how much to prune: :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g.
+        ``{"flops": 0.25}``.
+    example_inputs : Any
+        Inputs of the model, for a ``budget``. None: the first ``calibration`` batch, else the evaluator's
+        ``dummy_input`` or the first batch on which it evaluates.
+    round_to : int or None
+        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
+    seed : int
+        Same seed, same masks.
+    progress : bool or None
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after five
+        seconds.
 
     Attributes
     ----------
@@ -90,8 +107,7 @@ class StructuredPruner(Pruner):
     Notes
     -----
     A constructor of a subclass that is decorated by :func:`~nni_topo.pruners.checks.pruner_arguments` keeps its knobs
-    as attributes. Of these a ``budget`` takes the place of the planner, with ``example_inputs`` or ``calibration`` to
-    count the cost by, and ``round_to`` holds for both.
+    as attributes; this class uses ``budget``, ``calibration``, ``example_inputs``, ``round_to`` and ``progress``.
 
     ``unwrap_model()`` restores the unmasked weights as *new* Parameters: an optimizer made before doesn't know them.
     ``interval_steps``, ``total_times`` and ``first_step_gen`` mean what they mean for NNI's own pruners;
@@ -340,15 +356,6 @@ class StructuredPruner(Pruner):
                 f"{max_steps} and {max_epochs} (compress)"
             )
         self.update_masks(self.generate_masks())
-
-    def pairs_of(self, masks: Masks) -> Pairs | None:
-        """Return the calculator's pairs as far as the masks remove the one channel and keep the other."""
-        pairs: dict[str, dict[int, int]] = {}
-        for layer, chosen in (self.calculator.pairs or {}).items():
-            kept = kept_channels(self._module_wrappers[layer].module, masks[layer])
-            if kept is not None:
-                pairs[layer] = {pruned: twin for pruned, twin in chosen.items() if kept[twin] and not kept[pruned]}
-        return pairs or None
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
         _NormPruner._register_trigger(self, evaluator)

@@ -7,8 +7,7 @@ a cloud and a criterion can be combined freely. A planner says how many blocks a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,14 +20,10 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.channels.shuffle import Share
-from nni_topo.network.runtime.copies import evaluation_mode
-from nni_topo.network.runtime.fits import run
-from nni_topo.network.runtime.hooks import padding_known
 from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import ChannelCoupling, PruningUnit, TargetSpaces, block_shape, pruning_units
-from nni_topo.recovery.mixing import Pairs
 
 Data = dict[str, dict[str, Tensor]]
 """``{module name: {target name: tensor}}``, one row per block: ``(blocks, features)``."""
@@ -89,34 +84,15 @@ class PruningContext:
         return pruning_units(self.target_spaces, self.ties, {} if self.planner.round_to else self.shares)
 
     def rows(self, losses: Losses) -> dict[str, int]:
-        """Return how many blocks each part of each unit keeps.
+        """Return, by unit name, how many blocks in [1, rows] each part of each unit keeps.
 
-        Parameters
-        ----------
-        losses : callable
-            Maps a unit to what its blocks are worth, float64 ``(blocks,)`` in any order; called only where layers are
-            compared or have a threshold.
-
-        Returns
-        -------
-        dict of str to int
-            Unit name to a count in [1, rows].
-
-        Raises
-        ------
-        ConfigError
-            As :meth:`Planner.rows <nni_topo.hooks.Planner.rows>` does.
+        ``losses`` maps a unit to what its blocks are worth, float64 ``(blocks,)`` in any order; it is called only where
+        layers are compared or have a threshold.
         """
         return self.planner.rows(self.units, losses, self.model)
 
     def keep(self, kept: Mapping[str, NDArray[np.bool_]]) -> KeptSet:
-        """Return the kept set of the kept blocks of each unit, by its name: boolean ``(blocks,)``.
-
-        Raises
-        ------
-        DataError
-            If a unit's parts wouldn't keep as many blocks each, or none.
-        """
+        """Return the kept set of each unit's kept blocks, boolean ``(blocks,)``: in every part as many, at least 1."""
         for unit in self.units:
             counts = kept[unit.name].reshape(unit.parts, unit.rows).sum(1)
             if not 0 < counts.min() == counts.max():
@@ -147,38 +123,18 @@ class PruningContext:
         found = {unit.name: points(unit) for unit in self.units}
         return self.collected(lambda unit, *member: found[unit.name][:, : None if member == unit.members[0] else 0])
 
-    @contextmanager
-    def bound(self) -> Iterator[Evaluator]:
-        """Bind the evaluator to the wrapped model for a while; one that trains it is bound to it already.
-
-        Raises
-        ------
-        ConfigError
-            If the pruner has no evaluator.
-        """
+    def evaluate(self) -> Any:
+        """Return what the evaluator says of the wrapped model; one that trains it is bound to it already."""
         if self.evaluator is None:
             raise ConfigError("a pruner without calibration data needs an evaluator, got neither (calibration)")
         bind = getattr(self.evaluator, "model", None) is None
         if bind:
             self.evaluator.bind_model(self.model, dict(self.parameter_names))
         try:
-            yield self.evaluator
+            return self.evaluator.evaluate()
         finally:
             if bind:
                 self.evaluator.unbind_model()
-
-    def evaluate(self) -> Any:
-        """Return what the evaluator says of the wrapped model; raises what :meth:`bound` does."""
-        with self.bound() as evaluator:
-            return evaluator.evaluate()
-
-    def run(self, calibration: Iterable[Any] | None) -> None:
-        """Run the wrapped model, in evaluation mode, over calibration batches; None: over its evaluator's."""
-        if calibration is not None:
-            run(self.model, calibration)
-            return
-        with evaluation_mode(self.model), torch.no_grad(), padding_known(self.model):
-            self.evaluate()
 
     def check_memory(self, matrices: float, cure: str, width: float = 0.0) -> None:
         """Raise DataError unless `matrices` float64 values per pair of blocks and `width` per block fit in memory."""
@@ -211,15 +167,7 @@ class DataCollector(ABC):
 
 
 class MetricCalculator(ABC):
-    """Turns collected data into one score per block, larger = keep, or into the set of kept blocks.
-
-    Attributes
-    ----------
-    pairs : dict of str to dict of int to int, or None
-        By layer, of the latest call, the kept channel that stands in for each pruned one. None: compensation finds it.
-    """
-
-    pairs: Pairs | None = None
+    """Turns collected data into one score per block, larger = keep, or into the set of kept blocks."""
 
     @abstractmethod
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
@@ -239,25 +187,7 @@ class SparsityAllocator(ABC):
 
 
 def unit_scores(unit: PruningUnit, metrics: Metrics) -> Tensor:
-    """Average the members' metrics, as NNI does for a dependency group.
-
-    Parameters
-    ----------
-    unit : PruningUnit
-        The unit.
-    metrics : dict
-        Metrics of at least the unit's members.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape ``(blocks,)``, float64, on the CPU.
-
-    Raises
-    ------
-    DataError
-        If a metric is NaN or infinite: ranking such scores would keep an arbitrary set.
-    """
+    """Average the members' metrics, as NNI does for a dependency group: ``(blocks,)``, float64, on the CPU."""
     rows = []
     for module_name, target_name in unit.members:
         metric = metrics[module_name][target_name].detach()

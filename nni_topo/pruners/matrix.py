@@ -68,30 +68,17 @@ class MatrixPruner(StructuredPruner):
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Model to prune.
+    model, evaluator, existed_wrappers, budget, round_to
+        As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
         NNI's config_list. A ratio of 0.8 in every layer leaves a fifth of the rows *and* of the columns of an inner
         matrix, so about a twenty-fifth of its weights.
-    evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; tells the inputs where there are no ``example_inputs``.
-    existed_wrappers : dict or None, default=None
-        Used by ``from_compressor``.
     norm : {1, 2}, default=2
         Order of the norm.
     example_inputs : Any, default=None
         Inputs of the model, which tell who reads a channel, and for a ``budget``. None: the evaluator's
         ``dummy_input`` or the first batch on which it evaluates; without an evaluator rows count alone, as for NNI's
         norm pruners.
-    budget : Budget, mapping or None, default=None
-        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
-    round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
-
-    Raises
-    ------
-    ConfigError, DataError
-        If a knob or the request is bad, before the model is wrapped.
 
     Notes
     -----

@@ -72,13 +72,7 @@ class Planner:
         )
 
     def rows(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
-        """Return how many blocks, from 1, each part of each unit keeps.
-
-        Raises
-        ------
-        ConfigError
-            If the units of a global group disagree in ``sparse_ratio``.
-        """
+        """Return how many blocks, from 1, each part of each unit keeps."""
 
         def row_losses(unit: PruningUnit) -> FloatArray:
             # Descending. A row takes one block of every part, of which the costliest counts.

@@ -37,28 +37,8 @@ class RandomPruner(StructuredPruner):
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Model to prune.
-    config_list : list of dict
-        NNI's config_list.
-    evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; tells the inputs where a ``budget`` has no ``example_inputs``.
-    existed_wrappers : dict or None, default=None
-        Used by ``from_compressor``.
-    seed : int, default=0
-        Same seed, same masks.
-    budget : Budget, mapping or None, default=None
-        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
-    example_inputs : Any, default=None
-        Inputs of the model, for a ``budget``; None: the evaluator's ``dummy_input``, or the first batch on which it
-        evaluates.
-    round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
-
-    Raises
-    ------
-    ConfigError, DataError
-        If the request is bad, before the model is wrapped.
+    model, config_list, evaluator, existed_wrappers, seed, budget, example_inputs, round_to
+        As for :class:`~nni_topo.StructuredPruner`.
 
     Examples
     --------
@@ -83,10 +63,5 @@ class RandomPruner(StructuredPruner):
         round_to: int | None = None,
     ) -> None:
         super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            collector=WeightCollector(),
-            calculator=RandomMetric(seed),
+            model, config_list, evaluator, existed_wrappers, collector=WeightCollector(), calculator=RandomMetric(seed)
         )

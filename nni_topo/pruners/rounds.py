@@ -64,12 +64,6 @@ def prune_in_rounds(
     -------
     list of Round
 
-    Raises
-    ------
-    ConfigError
-        If the steps aren't rising numbers in (0, 1], the pruner has no target with a ``sparse_ratio``, or the state to
-        return to doesn't fit the model.
-
     Notes
     -----
     Masked weights are set to 0 after every round, so that a pruner that ranks magnitudes doesn't take them back;

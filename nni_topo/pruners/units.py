@@ -144,13 +144,7 @@ def holds_columns(space: PruningTargetSpace) -> bool:
 
 
 def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
-    """List the output channels of each of a target's blocks, ``(blocks, channels)``.
-
-    Raises
-    ------
-    ConfigError
-        If blocks aren't whole output channels, as many each; ``what`` begins the message.
-    """
+    """List the output channels of each of a target's blocks, ``(blocks, channels)``."""
     module, blocks = space._wrapper.module, math.prod(block_shape(space))
     channels = output_channels(module) or 0
     place = f"{space._wrapper.name}.{space._target_name}"
@@ -200,12 +194,6 @@ def pruning_units(
     -------
     list of PruningUnit
         In the order in which their first member stands in ``target_spaces``.
-
-    Raises
-    ------
-    ConfigError
-        If the members of a group disagree in their rule, in their number of blocks or in their global group, or
-        if ``internal_metric_block`` doesn't divide the number of blocks.
     """
     groups: dict[Any, list[tuple[str, str, PruningTargetSpace]]] = {}
     for module_name, spaces in target_spaces.items():

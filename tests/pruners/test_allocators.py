@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from nni.compression.pruning.tools.sparse_gen import generate_sparsity
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.hooks import ConfigAllocator, NNIAllocator, Planner
+from nni_topo.hooks import ConfigAllocator, Planner
 from nni_topo.pruners.random import RandomPruner
 
 
@@ -192,7 +193,7 @@ def test_where_nni_is_right_both_allocators_agree(seed, config):
     for unit in context.units:
         losses = torch.stack([metrics[module][target].flatten() for module, target in unit.members]).sum(0)
         assume(bool((losses.sort()[0].diff() > 1e-5).all()))  # nearly equal ones are equal to ours and not to NNI's
-    ours, theirs = ConfigAllocator().allocate(metrics, context), NNIAllocator().allocate(metrics, context)
+    ours, theirs = ConfigAllocator().allocate(metrics, context), generate_sparsity(metrics, context.target_spaces)
     assert {m: set(t) for m, t in ours.items()} == {m: set(t) for m, t in theirs.items()}
     for module, targets in ours.items():
         for target, mask in targets.items():
@@ -213,7 +214,7 @@ def test_global_ranking_of_equal_grains_agrees_with_nni_unless_a_layer_dies(seed
         for unit in context.units
         for m, t in unit.members
     }
-    ours, theirs = ConfigAllocator().allocate(metrics, context), NNIAllocator().allocate(metrics, context)
+    ours, theirs = ConfigAllocator().allocate(metrics, context), generate_sparsity(metrics, context.target_spaces)
     if all(bool(theirs[module]["weight"].any()) for module in theirs):
         for module in ours:
             assert torch.equal(ours[module]["weight"].double(), theirs[module]["weight"].double())

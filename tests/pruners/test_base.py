@@ -80,19 +80,6 @@ def test_from_compressor_passes_the_knobs_on():
     assert second.fused_compressors == [second, first]
 
 
-def test_only_survivors_that_stay_of_channels_that_go_are_paired():
-    pruner = RandomPruner(toy_model(), [{"op_names": ["hidden", "stem"], "sparse_ratio": 0.5}])
-    # For each channel that goes the one that stays.
-    pruner.calculator.pairs = {"hidden": {2: 0, 3: 2, 4: 0, 5: 3}, "stem": {1: 0}}
-    _, masks = pruner.compress()
-    for targets in masks.values():
-        targets["weight"].fill_(1.0)
-    masks["hidden"]["weight"][[2, 3]] = 0.0
-    # Of the others 2 doesn't stay, 4 doesn't go, and 5 and 3 have changed places.
-    assert pruner.pairs_of(masks) == {"hidden": {2: 0}, "stem": {}}
-    assert RandomPruner(toy_model(), HALF).pairs_of(masks) is None
-
-
 def test_masks_move_to_the_layers_device(device):
     pruner = RandomPruner(toy_model().to(device), HALF)
     model, masks = pruner.compress()

@@ -193,7 +193,7 @@ def test_transposed_convolutions_lose_output_channels(groups):
     pruner = ClusterPruner(model, config, calibration=[images], survivor="weight")
     _, masks = pruner.compress()
     pruner.unwrap_model()
-    model = nni_topo.compensate(model, masks, [images], method=nni_topo.recovery.Pair(pruner.pairs_of(masks)))
+    model = nni_topo.compensate(model, masks, [images], method=nni_topo.recovery.Pair(pruner.pairs))
     kept = masks["1"]["bias"] > 0
     assert kept.sum() == (4 if groups == 1 else 2)
     pairs = pruner.pairs["1"]

@@ -9,12 +9,13 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks import ActivationCollector, WeightCollector
 from nni_topo.pruners.clouds import preprocess_points
 from nni_topo.pruners.random import RandomPruner
+from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 from nni_topo.topology import pairwise_distances
 
 
-def context_of(model, config_list, evaluator=None):
-    return RandomPruner(model, config_list, evaluator).context
+def context_of(model, config_list):
+    return RandomPruner(model, config_list).context
 
 
 CONVS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -94,12 +95,13 @@ def test_collecting_leaves_modes_hooks_and_statistics_alone():
 def test_an_evaluator_serves_instead_of_calibration():
     model = toy_model()
     evaluator = toy_evaluator(model)
-    context = context_of(model, CONVS, evaluator)
-    from_evaluator = ActivationCollector().collect(context)["inner"]["weight"]
-    from_images = ActivationCollector([toy_images()]).collect(context)["inner"]["weight"]
-    np.testing.assert_allclose(
-        pairwise_distances(from_evaluator.numpy()), pairwise_distances(from_images.numpy()), atol=1e-7
-    )
+    knobs = {"cloud": "activation"}
+    masks = {}
+    for name, given in (("evaluator", {"evaluator": evaluator}), ("images", {"calibration": [toy_images()]})):
+        pruner = TopologicalPruner(model, CONVS, **knobs, **given)
+        _, masks[name] = pruner.compress()
+        pruner.unwrap_model()
+    assert torch.equal(masks["evaluator"]["inner"]["weight"], masks["images"]["inner"]["weight"])
     assert evaluator.model is None
 
 

@@ -238,7 +238,7 @@ def test_compensation_takes_the_survivors():
     _, masks = pruner.compress()
     pruner.unwrap_model()
     assert masks["0"]["bias"].sum() <= 30
-    updated = nni_topo.compensate(model, masks, [data], method=nni_topo.recovery.Pair(pruner.pairs_of(masks)))
+    updated = nni_topo.compensate(model, masks, [data], method=nni_topo.recovery.Pair(pruner.pairs))
     torch.testing.assert_close(masked_model(updated, data, masks)(data), wanted, atol=1e-4, rtol=1e-4)
 
 

@@ -6,14 +6,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from nni.compression.pruning import AGPPruner, LevelPruner
+from nni.compression.pruning import LevelPruner
 from torch import nn
 
 from nni_topo.analysis import connectivity
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths import topology
+from nni_topo.pruners.rounds import prune_in_rounds
 from nni_topo.pruners.topological_magnitude.pruner import TopologicalMagnitudePruner
-from nni_topo.testing import toy_evaluator, toy_images, toy_model
+from nni_topo.testing import toy_images, toy_model
 
 LAYERS = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.7}]
 
@@ -186,51 +187,36 @@ def test_biases_follow_their_rows_as_with_nni_and_none_is_lost_for_the_tree_reac
     assert kept[LevelPruner] < kept[TopologicalMagnitudePruner] == 100
 
 
-def test_rounds_take_equal_shares_and_never_bring_a_weight_back():
-    model = toy_model()
-    found: list[dict[str, torch.Tensor]] = []
-    knobs = {"rounds": 3, "on_round": lambda _: found.append(pruner.get_masks())}
-    pruner = TopologicalMagnitudePruner(model, LAYERS, toy_evaluator(model), **knobs)
-    _, masks = pruner.compress(max_epochs=1)
-    assert [record.kept["inner.weight"] for record in pruner.history] == pytest.approx(
-        [0.3 ** (1 / 3), 0.3 ** (2 / 3), 0.3], abs=2 / 576
+def test_rounds_take_equal_shares_rewind_and_never_bring_a_weight_back():
+    model, start = toy_model(), copy.deepcopy(toy_model(seed=5).state_dict())
+    pruner = TopologicalMagnitudePruner(model, LAYERS)
+    found, starts = [], []
+
+    def train():
+        starts.append({name: value.detach().clone() for name, value in model.named_parameters()})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        nn.functional.cross_entropy(model(toy_images(8)), torch.arange(8) % 4).backward()
+        optimizer.step()
+
+    steps = [1 / 3, 2 / 3, 1.0]
+    history = prune_in_rounds(pruner, steps, train, rewind=start, on_round=lambda _: found.append(pruner.get_masks()))
+    masks = pruner.get_masks()
+    assert [record.kept["inner.weight"] for record in history] == pytest.approx(
+        [0.3**step for step in steps], abs=2 / 576
     )
     for name in masks:
         kept = [masks_then[name]["weight"].bool() for masks_then in found]
         assert all(bool((later <= earlier).all()) for earlier, later in pairwise(kept))
-        weight = model.get_submodule(name)._nni_wrapper.weight
-        assert bool((weight[~kept[-1]] == 0).all())
+        for before, stays in zip(starts, kept, strict=True):
+            weight = before[f"{name}._nni_wrapper.weight"]
+            assert torch.equal(weight, start[f"{name}.weight"] * stays)
     assert connectivity(toy_model(), toy_images(1), masks).channels == 1.0
-
-
-@pytest.mark.parametrize("early", [False, True])
-def test_rewound_weights_start_each_round_where_they_were(early):
-    model = toy_model()
-    state = copy.deepcopy(toy_model(seed=5).state_dict() if early else model.state_dict())
-    starts: list[dict[str, torch.Tensor]] = []
-    evaluator = toy_evaluator(model)
-    training = evaluator.training_func
-
-    def noting(net, *arguments):
-        starts.append({name: value.detach().clone() for name, value in net.named_parameters()})
-        training(net, *arguments)
-
-    evaluator.training_func = noting
-    pruner = TopologicalMagnitudePruner(model, LAYERS, evaluator, rounds=2, rewind=state if early else "initial")
-    _, masks = pruner.compress(max_epochs=1)
-    assert len(starts) == 2
-    for start in starts:
-        assert torch.equal(start["norm.weight"], state["norm.weight"])
-    kept = masks["inner"]["weight"].bool()
-    assert torch.equal(starts[1]["inner._nni_wrapper.weight"][kept], state["inner.weight"][kept])
-    assert bool((starts[1]["inner._nni_wrapper.weight"][~kept] == 0).all())
 
 
 @pytest.mark.parametrize(
     ("config", "knobs", "message"),
     [
         (LAYERS, {"conv_graph": "toeplitz"}, "needs example_inputs"),
-        (LAYERS, {"rewind": {"head.bias": torch.ones(2)}}, r"\(2,\), the model's is shape \(4,\)"),
         ([{**LAYERS[0], "granularity": "out_channel"}], {}, "granularity must be left out, got out_channel"),
         ([{**LAYERS[0], "dependency_group_id": 1}], {}, "dependency_group_id must be left out, got 1"),
         ([{"op_names": ["head"]}], {}, r"sparse_ratio or a sparse_threshold, got neither \(config_list\[0\]\)"),
@@ -252,14 +238,6 @@ def test_bad_weights_are_refused():
         empty = nn.Sequential(nn.Linear(0, 3))
     with pytest.raises(DataError, match=r"must have weights, got none \(0\)"):
         TopologicalMagnitudePruner(empty, [{"op_names": ["0"], "sparse_ratio": 0.5}])
-
-
-def test_rounds_need_an_evaluator_and_a_length():
-    with pytest.raises(ConfigError, match="got no evaluator"):
-        TopologicalMagnitudePruner(toy_model(), LAYERS, rounds=2).compress(max_epochs=1)
-    model = toy_model()
-    with pytest.raises(ConfigError, match="got an evaluator, None and None \\(compress"):
-        TopologicalMagnitudePruner(model, LAYERS, toy_evaluator(model), rounds=2).compress()
 
 
 def test_a_minimum_of_one_layer_is_no_minimum_of_its_group():
@@ -285,11 +263,3 @@ def test_a_maximum_that_leaves_too_much_to_others_is_refused_before_wrapping():
     assert not hasattr(model[0], "_nni_wrapper")
     masks = masks_of(model, config, on_subcritical="clip")
     assert (int(masks["0"]["weight"].sum()), int(masks["2"]["weight"].sum())) == (2304, 24)
-
-
-@pytest.mark.parametrize("knob", [{"rounds": 3}, {"rewind": "initial"}, {"on_round": print}])
-def test_knobs_of_the_own_loop_are_refused_under_a_schedule(knob):
-    model = toy_model()
-    pruner = TopologicalMagnitudePruner(model, LAYERS, toy_evaluator(model), **knob)
-    with pytest.raises(ConfigError, match="rounds, rewind and on_round belong to this pruner's own loop"):
-        AGPPruner(pruner, interval_steps=1, total_times=2).compress(max_steps=4, max_epochs=None)

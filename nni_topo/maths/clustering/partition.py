@@ -162,11 +162,12 @@ def renumbered(labels: IntArray) -> IntArray:
 def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArray:
     """Return the weights (n, n) of a graph on at least two points, from their distances as pdist orders them.
 
-    ``"epsilon"`` joins, with weight 1, pairs no farther apart than the smallest radius at which the graph is connected.
-    ``"knn"`` joins pairs of which one point is among the ``1 + ceil(ln(n))`` nearest of the other; of points equally far
-    away either all or none are. ``"gaussian"`` gives all pairs the weight ``exp(-d^2 / (2 m))``, m the median of the
-    squared distances. The thesis (4.2.2) joins as the first two do, and gives neither number; these are the ones that
-    U. von Luxburg, "A tutorial on spectral clustering", Statistics and Computing 17, 2007, recommends (8.2).
+    ``"epsilon"`` joins, with weight 1, pairs no farther apart than the smallest radius at which the graph is
+    connected. ``"knn"`` joins pairs of which one point is among the ``1 + ceil(ln(n))`` nearest of the other; of points
+    equally far away either all or none are. ``"gaussian"`` gives all pairs the weight ``exp(-d^2 / (2 m))``, m the
+    median of the squared distances. The thesis (4.2.2) joins as the first two do, and gives neither number; these are
+    the ones that U. von Luxburg, "A tutorial on spectral clustering", Statistics and Computing 17, 2007, recommends
+    (8.2).
     """
     if graph == "gaussian":
         squared = np.square(distances)

@@ -35,8 +35,8 @@ def closed_bottleneck(first: FloatArray, second: FloatArray) -> FloatArray:
 def closed_wasserstein(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
     """Return the Wasserstein distances (p,), the ground metric being the maximum norm, in O(p r m).
 
-    The cost |d - e|^order is convex, so whichever bars are matched, matching them in sorted order is optimal. Which bars
-    those are isn't a matter of length alone: of the bars (100, 1) and (1), the matching leaves the longest to the
+    The cost |d - e|^order is convex, so whichever bars are matched, matching them in sorted order is optimal. Which
+    bars those are isn't a matter of length alone: of the bars (100, 1) and (1), the matching leaves the longest to the
     diagonal. What remains is the cheapest alignment of two sorted lists, where a bar is matched or dropped at
     (d / 2)^order; the recurrence for it is exact.
     """

@@ -64,11 +64,6 @@ class PointCloud:
     origin : bool, default=True
         Whether the origin, to which a pruned filter falls, belongs to the cloud.
 
-    Raises
-    ------
-    ConfigError
-        If a name is unknown.
-
     Examples
     --------
     >>> PointCloud("weight", preprocess="unit").origin
@@ -89,7 +84,6 @@ def make_collector(
     *,
     calibration: Iterable[Any] | None = None,
     example_inputs: Any = None,
-    evaluator: Any = None,
 ) -> DataCollector:
     """Return the collector of a cloud's points; they are preprocessed where subsets of them are chosen.
 
@@ -101,19 +95,10 @@ def make_collector(
         Batches; the gradient cloud needs ``(inputs, targets)``.
     example_inputs : Any, default=None
         Inputs of the model, for the folded and the coupled cloud.
-    evaluator : nni.compression.utils.Evaluator or None, default=None
-        Serves the activation and the gradient cloud instead of calibration data.
 
     Returns
     -------
     DataCollector
-
-    Raises
-    ------
-    ConfigError
-        If the name is unknown, or what the cloud needs isn't given.
-    DataError
-        If the gradient cloud's calibration data has no targets.
     """
     cloud = cloud if isinstance(cloud, PointCloud) else PointCloud(cloud)
     if isinstance(cloud.kind, DataCollector):
@@ -130,6 +115,7 @@ def make_collector(
                 "(example_inputs)"
             )
         return TRACED[kind](example_inputs)
-    if calibration is None and (kind == "functional" or evaluator is None):
-        raise ConfigError(f"cloud {kind!r} needs calibration data or an evaluator, got neither (calibration)")
+    if calibration is None:
+        needed = "of (inputs, targets), got none" if kind == "gradient" else "or an evaluator, got neither"
+        raise ConfigError(f"cloud {kind!r} needs calibration data {needed} (calibration)")
     return _MEASURED[kind](calibration)

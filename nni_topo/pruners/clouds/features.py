@@ -19,10 +19,9 @@ from nni_topo.network.attention.heads import find_heads
 from nni_topo.network.channels.flow import ChannelFlow, followers, passes
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.layers.kinds import WEIGHTED, by_channel
-from nni_topo.network.runtime.calibration import Calibration, calibration_of
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import first_call
-from nni_topo.network.runtime.hooks import inputs_seen
 from nni_topo.network.runtime.inputs import Call, batch_size, bind_arguments, calls, fitting, real_positions
 from nni_topo.pruners.clouds.moments import ChannelMoments, check_finite, check_reached, embedding
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -63,9 +62,8 @@ class FeatureCollector(DataCollector):
 
     Parameters
     ----------
-    calibration : iterable or None, default=None
-        Batches of inputs, or of ``(inputs, ...)``; a list or DataLoader rather than a generator. At least two samples.
-        None: the inputs that the pruner's evaluator evaluates the model on.
+    calibration : iterable
+        Batches of inputs, or of ``(inputs, ...)``; a list or DataLoader, not a generator. At least two samples.
     pool : {"none", "mean"} or int, default="none"
         Feature maps as they are, averaged to one value, or to so many in each direction.
 
@@ -80,20 +78,14 @@ class FeatureCollector(DataCollector):
     """
 
     @checked(pool=POOL)
-    def __init__(self, calibration: Iterable[Any] | None = None, *, pool: Pool = "none") -> None:
-        self.calibration = calibration_of(calibration)
+    def __init__(self, calibration: Iterable[Any], *, pool: Pool = "none") -> None:
+        self.calibration = Calibration.of(calibration)
         self.pool = pool
         self._network: TracedNetwork | None = None
 
     @property
     def network(self) -> TracedNetwork:
-        """The network as traced by the latest collection.
-
-        Raises
-        ------
-        ConfigError
-            If nothing was collected yet.
-        """
+        """The network as traced by the latest collection."""
         if self._network is None:
             raise ConfigError("features must be collected before the network is asked for (FeatureCollector)")
         return self._network
@@ -111,20 +103,8 @@ class FeatureCollector(DataCollector):
                 )
 
     def collect(self, context: PruningContext) -> Data:
-        """Return float64 clouds ``(blocks, 1 + d)`` on the CPU, ``d`` at most the number of blocks or of samples.
-
-        Raises
-        ------
-        ConfigError
-            If there is neither calibration data nor an evaluator, or a target isn't pruned by output channel.
-        DataError
-            If there are fewer than two samples, or activations are NaN or infinite.
-        SpeedupError
-            If the model can't be traced.
-        """
+        """Return float64 clouds ``(blocks, 1 + d)`` on the CPU, ``d`` at most the number of blocks or of samples."""
         batches = self.calibration
-        if batches is None:
-            batches = Calibration(inputs_seen(context.model, lambda: context.run(None)))
         layers = [module for unit in context.units for module, _ in unit.members]
         self._network = tapped_network(context.model, first_call(context.model, batches), layers)
         rows = {name: _Rows(name) for name in self._network.taps}
@@ -208,15 +188,7 @@ def _pooled(maps: Tensor, pool: Pool) -> Tensor:
 
 
 def tapped_network(model: nn.Module, call: Call, layers: Iterable[str]) -> TracedNetwork:
-    """Trace a copy of a network, with a tap for each of some layers.
-
-    Raises
-    ------
-    ConfigError
-        If the model itself calls one of the layers nowhere, as where attention does it.
-    SpeedupError
-        If the model can't be traced.
-    """
+    """Trace a copy of a network, with a tap for each of some layers."""
     recording = trace(evaluating(detached_copy(model)), call)
     graph = recording.graph_module
     flow = ChannelFlow(graph, recording.args)

@@ -59,29 +59,11 @@ class FunctionalCollector(DataCollector):
         self.calibration = Calibration.of(calibration, shared=True)
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Check that every layer is read.
-
-        Raises
-        ------
-        ConfigError
-            If no layer reads all of a layer's channels alike.
-        SpeedupError, DataError
-            As in :meth:`collect`.
-        """
+        """Check that every layer is read."""
         check_read(model, modules, structure_call(model, self.calibration))
 
     def collect(self, context: PruningContext) -> Data:
-        """Return float64 clouds ``(blocks, blocks)``, and ``(blocks, 0)`` for a group's other members.
-
-        Raises
-        ------
-        ConfigError
-            If a unit isn't pruned by output channel, or no layer reads it.
-        SpeedupError
-            If the model can't be traced.
-        DataError
-            If no batch came, or activations are NaN or infinite.
-        """
+        """Return float64 clouds ``(blocks, blocks)``, and ``(blocks, 0)`` for a group's other members."""
         # The first batch has been tried out.
         call = structure_of(context.model, next(calls(context.model, self.calibration)))
         flow = Analysis(context.model, call, context.facts).flow

@@ -45,17 +45,7 @@ class CoupledWeightCollector(DataCollector):
         check_read(model, modules, call_arguments(self.example_inputs, model))
 
     def collect(self, context: PruningContext) -> Data:
-        """Return float64 clouds ``(blocks, features)`` on the CPU.
-
-        Raises
-        ------
-        ConfigError
-            If a unit isn't pruned by output channel, or no layer reads it.
-        SpeedupError
-            If the model can't be traced.
-        DataError
-            If a weight is NaN or infinite.
-        """
+        """Return float64 clouds ``(blocks, features)`` on the CPU."""
         weights = WeightCollector().collect(context)
         flow = context.analysis(self.example_inputs).flow
         norms = norm_scales(context, flow)
@@ -108,17 +98,7 @@ class FoldedWeightCollector(DataCollector):
         self.example_inputs = example_inputs
 
     def collect(self, context: PruningContext) -> Data:
-        """Return float64 clouds ``(blocks, features + 1)`` on the CPU.
-
-        Raises
-        ------
-        ConfigError
-            If a target isn't pruned by output channel.
-        SpeedupError
-            If the model can't be traced.
-        DataError
-            If a weight, a bias or a batch norm's statistics are NaN or infinite.
-        """
+        """Return float64 clouds ``(blocks, features + 1)`` on the CPU."""
         weights = WeightCollector().collect(context)
         norms = norms_after(context.model, context.analysis(self.example_inputs).flow)
 

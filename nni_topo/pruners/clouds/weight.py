@@ -12,7 +12,8 @@ from torch import Tensor
 from nni_topo.context import leaving_out
 from nni_topo.errors import DataError
 from nni_topo.network.layers.kinds import by_channel
-from nni_topo.network.runtime.calibration import calibration_of
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import run
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.memory import check_memory
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
@@ -34,13 +35,7 @@ class WeightCollector(DataCollector):
     """
 
     def collect(self, context: PruningContext) -> Data:
-        """Return float64 clouds ``(blocks, features)`` on the CPU.
-
-        Raises
-        ------
-        DataError
-            If a weight is NaN or infinite, or the cloud doesn't fit into memory.
-        """
+        """Return float64 clouds ``(blocks, features)`` on the CPU."""
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
             space = context.target_spaces[module][target]
@@ -66,9 +61,8 @@ class ActivationCollector(DataCollector):
 
     Parameters
     ----------
-    calibration : iterable or None
-        Batches of inputs, or of ``(inputs, ...)`` of which the first is used. Iterated once per collection, so pass a
-        list or a DataLoader rather than a generator. None: the pruner's evaluator runs its evaluation instead.
+    calibration : iterable
+        Batches of inputs, or of ``(inputs, ...)`` of which the first is used. A list or DataLoader, not a generator.
 
     Notes
     -----
@@ -77,19 +71,11 @@ class ActivationCollector(DataCollector):
     """
 
     @checked()
-    def __init__(self, calibration: Iterable[Any] | None = None) -> None:
-        self.calibration = calibration_of(calibration)
+    def __init__(self, calibration: Iterable[Any]) -> None:
+        self.calibration = Calibration.of(calibration)
 
     def collect(self, context: PruningContext) -> Data:
-        """Return float64 clouds ``(blocks, blocks)`` on the CPU.
-
-        Raises
-        ------
-        ConfigError
-            If there is neither calibration data nor an evaluator, or a target isn't pruned by output channel.
-        DataError
-            If no batch came, or activations are NaN or infinite.
-        """
+        """Return float64 clouds ``(blocks, blocks)`` on the CPU."""
         moments = {module: ChannelMoments(module) for unit in context.units for module, _ in unit.members}
         layers = {name: context.model.get_submodule(name) for name in moments}
 
@@ -97,7 +83,7 @@ class ActivationCollector(DataCollector):
             moments[name].add(by_channel(layers[name], outputs))
 
         with watched(leaving=[(layer, partial(see, name)) for name, layer in layers.items()]):
-            context.run(self.calibration)
+            run(context.model, self.calibration)
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
             outputs = output_blocks(context.target_spaces[module][target], "activation clouds")

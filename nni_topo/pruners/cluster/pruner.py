@@ -30,18 +30,12 @@ class ClusterPruner(StructuredPruner):
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+    model, evaluator, existed_wrappers, calibration, budget, example_inputs, round_to, seed
+        As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
         NNI's config_list. The ratio says how many clusters there are; the members of a ``dependency_group_id`` are
         clustered together, features side by side. ``sparse_threshold`` and ``global_group_id`` compare layers by the
         distances at which Ward's agglomeration merges clusters, in units of the layer's mean.
-    evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; its evaluation data serve where there is no ``calibration``.
-    existed_wrappers : dict or None, default=None
-        Used by ``from_compressor``.
-    calibration : iterable or None, default=None
-        Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
     algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
         See :func:`nni_topo.maths.clustering.partition`. Points of noise of DBSCAN are kept.
     survivor : str or sequence of str, default="auto"
@@ -57,15 +51,6 @@ class ClusterPruner(StructuredPruner):
         DBSCAN's number of points that make a core, at least 1.
     graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
         The graph of spectral clustering, see :func:`nni_topo.maths.clustering.partition`.
-    budget : Budget, mapping or None, default=None
-        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
-    example_inputs : Any, default=None
-        Inputs of the model, for a ``budget``; None: the first ``calibration`` batch, else the evaluator's
-        ``dummy_input`` or the first batch on which it evaluates.
-    round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
-    seed : int, default=0
-        Same seed, same masks.
 
     Raises
     ------
@@ -124,8 +109,8 @@ class ClusterPruner(StructuredPruner):
         seed: int = 0,
     ) -> None:
         check_used(algorithm, type(self).__name__, n_init=n_init, min_samples=min_samples, graph=graph)
-        self.calibration = pruner_batches(calibration, model)
-        collector = feature_collector(self.calibration, evaluator, pool, config_list)
+        collector = feature_collector(calibration, evaluator, model, pool)
+        self.calibration = collector.calibration
         self._metric = ClusterMetric(
             collector=collector,
             survivor=rules_of(survivor),
@@ -135,14 +120,7 @@ class ClusterPruner(StructuredPruner):
             graph=graph,
             seed=seed,
         )
-        super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            collector=collector,
-            calculator=self._metric,
-        )
+        super().__init__(model, config_list, evaluator, existed_wrappers, collector=collector, calculator=self._metric)
 
     @property
     def pairs(self) -> dict[str, dict[int, int]]:
@@ -155,11 +133,12 @@ class ClusterPruner(StructuredPruner):
 
 
 def feature_collector(
-    calibration: Iterable[Any] | None, evaluator: Evaluator | None, pool: Pool, config_list: list[dict[str, Any]]
+    calibration: Iterable[Any] | None, evaluator: Evaluator | None, model: nn.Module, pool: Pool
 ) -> FeatureCollector:
-    """Return a collector; raise ConfigError if something is to be pruned and there are no data to look at."""
-    if calibration is None and evaluator is None and config_list:
+    """Return the collector of a pruner that clusters features."""
+    batches = pruner_batches(evaluator if calibration is None else calibration, model)
+    if batches is None:
         raise ConfigError(
             "a pruner that clusters features needs calibration data or an evaluator, got neither (calibration)"
         )
-    return FeatureCollector(calibration, pool=pool)
+    return FeatureCollector(batches, pool=pool)

@@ -16,7 +16,8 @@ from nni_topo.errors import ConfigError, DataError, LayerError
 from nni_topo.maths import signals
 from nni_topo.network.layers.derived import call_of, inner_of, is_followed
 from nni_topo.network.layers.kinds import WEIGHTED, by_channel
-from nni_topo.network.runtime.calibration import calibration_of
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import run
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.pruners.clouds.moments import check_reached
 from nni_topo.pruners.clouds.traced import norm_scales
@@ -115,13 +116,13 @@ class ChirpEnergyCollector(EnergyCollector):
 
 @dataclass(eq=False)
 class DataEnergyCollector(EnergyCollector):
-    """Energy of each filter's responses to calibration data, or to an evaluator's; the chirp approximates it."""
+    """Energy of each filter's responses to calibration data; the chirp approximates it."""
 
-    calibration: Iterable[Any] | None = field(default=None, kw_only=True)
+    calibration: Iterable[Any] = field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.calibration = calibration_of(self.calibration)
+        self.calibration = Calibration.of(self.calibration)
 
     def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
         """Return the mean energy of each channel's output, and the number of positions per image."""
@@ -130,7 +131,7 @@ class DataEnergyCollector(EnergyCollector):
         layers = [context.model.get_submodule(name) for name in names]
         sums = dict(zip(names, map(_Energy, layers, biases), strict=True))
         with watched(leaving=[(total.module, total.add) for total in sums.values()]):
-            context.run(self.calibration)
+            run(context.model, self.calibration)
         for name, total in sums.items():
             check_reached(total.samples, name, "response")
         return {name: ((total.energy / total.samples).cpu(), total.positions) for name, total in sums.items()}

@@ -69,36 +69,27 @@ class EnergyFilterPruner(StructuredPruner):
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+    model, evaluator, existed_wrappers, budget, round_to
+        As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
         NNI's config_list. ``sparse_threshold``, in (0, 1), is the share of the layer's energy that may be
         pruned: a filter is kept if its own energy and that of all weaker ones is *more* than this share (a tie, within
         1e-9, is pruned).
         ``sparse_ratio`` takes the weakest filters. In a dependency group the energies add up before they are sorted;
         under a ``global_group_id`` all layers get one threshold, the one that meets the ratio.
-    evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; serves ``signal="data"`` where there is no ``calibration``.
-    existed_wrappers : dict or None, default=None
-        Used by ``from_compressor``.
     example_inputs : Any, default=None
-        Inputs of the model, which tell every layer's input size; the chirp needs them. None: the first ``calibration``
-        batch, else the evaluator's ``dummy_input`` or the first batch on which it evaluates.
+        As for the base class; they also tell every layer's input size, which the chirp needs.
     signal : {"chirp", "data"}, Chirp or mapping, default="chirp"
-        Whose responses are measured: those to a :class:`~nni_topo.Chirp`, given or by its fields: direction, sweep and
-        taper, and whether it enters all input channels at once; or ``"data"``, the calibration images.
+        Whose responses are measured: those to a :class:`~nni_topo.Chirp`, given or by its fields: direction and sweep,
+        and whether it enters all input channels at once; or ``"data"``, the calibration images.
     calibration : iterable or None, default=None
-        Batches of inputs, or of ``(inputs, targets)``, for ``signal="data"``; labels aren't used.
-    budget : Budget, mapping or None, default=None
-        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
+        As for the base class, for ``signal="data"``.
     normalization : {"none", "area", "layer"}, default="area"
         How the members of a dependency group weigh: by the sum of their energies, per position, or the same each.
     batch_norm : bool, default=False
         Whether responses are scaled as the batch norm after the layer does; needs ``example_inputs``.
     bias : bool, default=True
         Whether the layer's bias is part of the response.
-    round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
 
     Raises
     ------
@@ -155,14 +146,14 @@ class EnergyFilterPruner(StructuredPruner):
         bias: bool = True,
         round_to: int | None = None,
     ) -> None:
-        self.calibration = pruner_batches(calibration, model)
+        self.calibration = pruner_batches(evaluator if calibration is None and signal == "data" else calibration, model)
         inputs = example_inputs
         if batch_norm or signal != "data":
             inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
         shared: dict[str, Any] = {"normalization": normalization, "batch_norm": batch_norm, "bias": bias}
         collector: EnergyCollector
         if signal == "data":
-            if self.calibration is None and evaluator is None:
+            if self.calibration is None:
                 raise ConfigError("signal 'data' needs calibration data or an evaluator, got neither (calibration)")
             collector = DataEnergyCollector(inputs, calibration=self.calibration, **shared)
         else:

@@ -109,32 +109,27 @@ class PopulationAccuracy:
     def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
         """Return the accuracies, shape ``(individuals,)``, in [0, 1]."""
         if not self.is_batched:
-            return np.array([self._hits_alone(genes) for genes in population]) / self.samples
+            weights = [layer.weight for layer in self._layers]
+            return MaskedScores(weights, [layer.bias for layer in self._layers], self._accuracy)(population)
         from joblib import Parallel, delayed
 
-        weights = sum(int(layer.weight.numel()) for layer in self._layers)
+        genes = sum(int(layer.weight.numel()) for layer in self._layers)
         # float32, roughly: three of the largest activation at a time, and the masks beside the masked weights.
-        each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * weights)
+        each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * genes)
         size = max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
         # A population may be made as it is drawn: no chunk is drawn before a thread is free, which bounds memory.
-        jobs = (delayed(self._hits)(chunk) for chunk in _chunks(population, at_once(size)))
+        source, count = iter(population), at_once(size)
+        jobs = (delayed(self._hits)(chunk) for chunk in iter(lambda: list(islice(source, count)), []))
         hits = Parallel(n_jobs=self._n_jobs, prefer="threads", pre_dispatch="1*n_jobs")(jobs)
         return np.concatenate(hits) / self.samples
 
-    @torch.no_grad()
-    def _hits_alone(self, genes: BoolArray) -> int:
-        """Count the hits of one individual, by the whole network."""
-        parameters: dict[str, Tensor] = {}
-        masks = split_genes(genes, [layer.weight for layer in self._layers])
-        for name, layer, mask in zip(self._names, self._layers, masks, strict=True):
-            masked = _parameters(layer, layer.weight * mask)
-            parameters |= {f"{name}.{key}": value for key, value in masked.items()}
+    def _accuracy(self) -> float:
+        """Return the accuracy of the model as it is."""
         hits = 0
         for index, (inputs, labels) in enumerate(self._batches):
-            with fitting(index, "validation"):
-                outputs = functional_call(self._model, parameters, (inputs,))
-                hits += int((_logits(outputs, labels).argmax(1) == labels).sum())
-        return hits
+            with torch.no_grad(), fitting(index, "validation"):
+                hits += int((_logits(self._model(inputs), labels).argmax(1) == labels).sum())
+        return hits / self.samples
 
     @torch.no_grad()
     def _cut(self) -> None:
@@ -213,18 +208,19 @@ class _Tail:
     def _masked(self, node: Node, entering: Tensor, weight: Tensor) -> Tensor:
         """Return what a layer puts out with a masked weight."""
         layer: Any = self._run.fetch_attr(str(node.target))
-        parameters = _parameters(layer, weight)
+        # An output that lost all of its weights loses its bias, as by NNI's masks.
+        bias = {} if layer.bias is None else {"bias": layer.bias * weight.flatten(1).any(1)}
         if isinstance(layer, nn.Linear) and not has_own_forward(layer) and node.all_input_nodes[0] in self._known:
             # With the weight on the left, vmap multiplies the weights of all individuals at once; linear() would
             # multiply those of each individual by itself.
             product: Tensor = (weight @ entering.flatten(0, -2).mT).mT.contiguous().unflatten(0, entering.shape[:-1])
-            return product + parameters.get("bias", 0.0)
+            return product + bias.get("bias", 0.0)
         # functional_call() puts the parameters into the layer while it runs: threads mustn't share its dictionary.
         own = copy.copy(layer)
         own._parameters = dict(layer._parameters)
         if getattr(own.forward, "__self__", own) is layer:  # as NNI's wrapper leaves it: bound to the layer itself
             own.forward = MethodType(own.forward.__func__, own)
-        outputs: Tensor = functional_call(own, parameters, (entering,))
+        outputs: Tensor = functional_call(own, {"weight": weight, **bias}, (entering,))
         return outputs
 
     def _is_masked(self, node: Node) -> bool:
@@ -233,12 +229,6 @@ class _Tail:
     def _compute(self, node: Node, values: Mapping[Node, Any]) -> Any:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda other: values[other])
         return getattr(self._run, node.op)(node.target, args, kwargs)
-
-
-def _parameters(layer: Any, weight: Tensor) -> dict[str, Tensor]:
-    """Return a layer's parameters with a masked weight; an output that lost all loses its bias, as by NNI's masks."""
-    bias = {} if layer.bias is None else {"bias": layer.bias * weight.flatten(1).any(1)}
-    return {"weight": weight, **bias}
 
 
 def _pairs(batch: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -255,9 +245,3 @@ def _logits(outputs: Any, labels: Tensor | None) -> Tensor:
     if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[1]:
         raise DataError(f"labels must be below the {outputs.shape[1]} outputs, got {int(labels.max())} (validation)")
     return outputs
-
-
-def _chunks(population: Iterable[BoolArray], size: int) -> Iterator[list[BoolArray]]:
-    source = iter(population)
-    while chunk := list(islice(source, size)):
-        yield chunk

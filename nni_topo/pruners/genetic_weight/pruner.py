@@ -51,8 +51,8 @@ class GeneticWeightPruner(StructuredPruner):
         ``sparse_ratio`` where one is given.
     evaluator : nni.compression.utils.Evaluator or None, default=None
         Its evaluation is the accuracy where there is neither ``validation`` nor ``evaluate``.
-    existed_wrappers : dict or None, default=None
-        Used by ``from_compressor``.
+    existed_wrappers, seed, progress
+        As for :class:`~nni_topo.StructuredPruner`.
     validation : iterable or None, default=None
         Batches ``(inputs, labels)`` on which accuracy is measured. What enters the first target is computed once, and
         individuals run together. Don't give the test set: the search fits what it is given.
@@ -70,11 +70,6 @@ class GeneticWeightPruner(StructuredPruner):
         Memory for the individuals that run together, roughly.
     n_jobs : int, default=1
         Threads that evaluate, at least 1; the result doesn't depend on it.
-    seed : int, default=0
-        Same seed, same masks.
-    progress : bool or None, default=None
-        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
-        five seconds.
 
     Raises
     ------

@@ -16,7 +16,6 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.subclustering import ENERGY, Growth, SplitTree
-from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.features import POOL, Pool
@@ -33,20 +32,14 @@ class SubclusterPruner(StructuredPruner):
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+    model, evaluator, existed_wrappers, calibration, round_to, seed
+        As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
         NNI's config_list. It says where; no ratio is needed. ``max_sparse_ratio``, and ``sparse_ratio`` where it's
         given, is the largest share that may be pruned: clusters are split further until enough neurons are kept.
         ``min_sparse_ratio`` ends the splitting early. ``sparse_threshold`` takes the place of the HoH threshold, in the
         unit of the features' covariances. The members of a ``dependency_group_id`` are clustered together; the ratio of
         a ``global_group_id`` caps what the group loses.
-    evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; its evaluation data serve where there is no ``calibration``.
-    existed_wrappers : dict or None, default=None
-        Used by ``from_compressor``.
-    calibration : iterable or None, default=None
-        Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
     energy : float or mapping of str to float, default=0.5
         The text's p, in (0, 1): the share of the covariances within a cluster that lies below its threshold. More
         energy, fewer splits, fewer neurons; the bins of ``growth`` say how much it changes. A mapping gives it by
@@ -58,10 +51,6 @@ class SubclusterPruner(StructuredPruner):
         As for :class:`~nni_topo.ClusterPruner`.
     pool : {"none", "mean"} or int, default="none"
         Feature maps as they are, averaged to one value, or to so many in each direction.
-    round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
-    seed : int, default=0
-        Same seed, same masks.
 
     Raises
     ------
@@ -124,8 +113,8 @@ class SubclusterPruner(StructuredPruner):
         self.growth = as_settings(Growth, growth, "growth")
         _check_names(model, energy, "energy")
         _check_names(model, self.growth.initial_ratio, "initial_ratio")
-        self.calibration = pruner_batches(calibration, model)
-        collector = feature_collector(self.calibration, evaluator, pool, config_list)
+        collector = feature_collector(calibration, evaluator, model, pool)
+        self.calibration = collector.calibration
         self._metric = SubclusterMetric(
             collector=collector,
             survivor=rules_of(survivor),
@@ -133,14 +122,7 @@ class SubclusterPruner(StructuredPruner):
             energy=partial(of_layer, energy, default=_ENERGY),
             seed=seed,
         )
-        super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            collector=collector,
-            calculator=self._metric,
-        )
+        super().__init__(model, config_list, evaluator, existed_wrappers, collector=collector, calculator=self._metric)
         self._activate_targets(cap=1.0)
 
     @property

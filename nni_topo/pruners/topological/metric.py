@@ -44,11 +44,6 @@ class GeneticSearch(EvolutionSettings):
     engine : {"exact", "gudhi"}, default="exact"
         Closed forms on a cached distance matrix, or a simplex tree per individual: the slow reference.
 
-    Raises
-    ------
-    ConfigError
-        If a value is out of its range.
-
     Examples
     --------
     >>> GeneticSearch(generations=5).population_size

@@ -40,23 +40,18 @@ class TopologicalPruner(StructuredPruner):
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+    model, evaluator, existed_wrappers, budget, round_to, seed, progress
+        As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
         NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are one joint
         cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks are pruned as long as half the longest
         H0 death time that the cloud loses stays below it, in units of the layer's mean death time; one block is kept.
-    evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; its evaluation serves the clouds that need data where there is no ``calibration``.
-    existed_wrappers : dict or None, default=None
-        Used by ``from_compressor``.
     cloud : str, PointCloud, mapping or DataCollector, default="auto"
         :class:`~nni_topo.PointCloud`, its fields, or its kind alone: ``"weight"``, ``"folded"``, ``"coupled"``,
         ``"activation"``, ``"functional"`` or ``"gradient"``. ``"auto"`` is ``"functional"`` if ``calibration`` is
         given, else ``"weight"``, with a warning if there is an evaluator whose data could serve.
     calibration : iterable, Evaluator or None, default=None
-        Batches of inputs, or of ``(inputs, targets)``, which the gradient cloud needs and all others ignore the targets
-        of. A list or DataLoader, not a generator.
+        As for the base class; the gradient cloud needs batches of ``(inputs, targets)``.
     criterion : {"auto", "hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"}, default="auto"
         What is minimised: the largest or the mean distance from a pruned to the nearest kept point, or the distance
         between the persistence diagrams of the kept and the whole cloud; of several degrees ``"bottleneck"`` takes the
@@ -67,26 +62,11 @@ class TopologicalPruner(StructuredPruner):
         The greedy solution, farthest points first, or a genetic algorithm with the settings of a
         :class:`~nni_topo.GeneticSearch`. ``"auto"`` is ``"greedy"`` for covers, where the search gained nothing
         measurable, and ``"genetic"`` for distances of diagrams.
-    budget : Budget, mapping or None, default=None
-        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     example_inputs : Any, default=None
-        Inputs of the model, which a ``budget`` and the folded and coupled clouds need; None: the first
-        ``calibration`` batch, else the evaluator's ``dummy_input`` or the first batch on which it evaluates.
-    round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
-    seed : int, default=0
-        Same seed, same masks.
-    progress : bool or None, default=None
-        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
-        five seconds.
+        As for the base class; also for the folded and coupled clouds.
     n_jobs : int or None, default=1
         Layers searched at a time, as joblib's ``n_jobs``; ``joblib.parallel_config`` picks another backend, such as
         Dask's. The result doesn't depend on it.
-
-    Raises
-    ------
-    ConfigError, DataError
-        If a knob or the request is bad, before the model is wrapped.
 
     See Also
     --------
@@ -142,13 +122,13 @@ class TopologicalPruner(StructuredPruner):
         progress: bool | None = None,
         n_jobs: int | None = 1,
     ) -> None:
-        self.calibration = pruner_batches(calibration, model)
         self.homology_dimensions = tuple(homology_dimensions)
         named = PointCloud(cloud) if isinstance(cloud, (str, DataCollector)) else cloud
         points = as_settings(PointCloud, named, "cloud")
         inputs = example_inputs
-        if points.kind == "functional" and self.calibration is None:
-            self.calibration = pruner_batches(evaluator, model)
+        if calibration is None and points.kind in ("activation", "functional"):
+            calibration = evaluator
+        self.calibration = pruner_batches(calibration, model)
         if points.kind == "auto" and self.calibration is None and evaluator is not None:
             _logger.warning(
                 "channels are selected by the cloud of the weights alone, because there are no calibration data: "
@@ -178,7 +158,7 @@ class TopologicalPruner(StructuredPruner):
             config_list,
             evaluator,
             existed_wrappers,
-            collector=make_collector(points, calibration=self.calibration, example_inputs=inputs, evaluator=evaluator),
+            collector=make_collector(points, calibration=self.calibration, example_inputs=inputs),
             calculator=self._metric,
         )
 
@@ -214,8 +194,10 @@ class TopologicalPruner(StructuredPruner):
 
         Parameters
         ----------
-        model, config_list, evaluator, existed_wrappers
+        model, config_list, evaluator, existed_wrappers, budget, example_inputs, round_to, seed, progress, n_jobs
             As for the class.
+        calibration : iterable or None, default=None
+            The first batch serves a ``budget`` without ``example_inputs``.
         combine : {"max", "sum"}, default="sum"
             Whether the degrees' distances are added, or the larger one counts: at a fixed ratio that is H0's, the same
             for nearly all subsets, so that the search can't tell them apart (a warning says so).
@@ -225,19 +207,6 @@ class TopologicalPruner(StructuredPruner):
             Of the weights, see :class:`~nni_topo.PointCloud`.
         search : GeneticSearch, mapping or None, default=None
             None: ``GeneticSearch(greedy_start=False)``; a mapping keeps that start unless it says otherwise.
-        calibration : iterable or None, default=None
-            The first batch serves a ``budget`` without ``example_inputs``.
-        budget, example_inputs, round_to, seed, progress, n_jobs
-            As for the class.
-
-        Returns
-        -------
-        TopologicalPruner
-
-        Raises
-        ------
-        ConfigError, DataError
-            If a knob or the request is bad, before the model is wrapped.
         """
         random_start = {"greedy_start": False, **(search if isinstance(search, Mapping) else {})}
         return cls(

@@ -8,13 +8,12 @@ Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, sect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
-from torch import Tensor, nn
+from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph
@@ -24,15 +23,8 @@ from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_single_weights, of_single_weights, pruner_arguments
-from nni_topo.pruners.rounds import Round, even_steps, matched_state, prune_in_rounds
-from nni_topo.pruners.topological_magnitude.trees import (
-    MagnitudeCollector,
-    OnSubcritical,
-    TreeGraph,
-    TreeMetric,
-)
+from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector, OnSubcritical, TreeGraph, TreeMetric
 from nni_topo.pruners.units import in_network_order, is_active
-from nni_topo.rules import NONE, instance, one_of, whole
 
 
 class TopologicalMagnitudePruner(StructuredPruner):
@@ -46,9 +38,9 @@ class TopologicalMagnitudePruner(StructuredPruner):
         NNI's config_list, at its default granularity, here single weights. A ``sparse_ratio`` is local, or over all
         layers of one ``global_group_id``. A ``sparse_threshold`` keeps the tree and every |w| at least that large.
     evaluator : nni.compression.utils.Evaluator or None, default=None
-        Trains between rounds; also for NNI's scheduled pruners.
-    existed_wrappers : dict or None, default=None
-        Used by ``from_compressor``.
+        For NNI's scheduled pruners.
+    existed_wrappers
+        As for :class:`~nni_topo.StructuredPruner`.
     on_subcritical : {"raise", "clip"}, default="raise"
         A ratio that leaves a layer less than its tree is refused, or the layer keeps its tree.
     conv_graph : {"channel", "toeplitz", "toeplitz_full"}, default="channel"
@@ -58,19 +50,6 @@ class TopologicalMagnitudePruner(StructuredPruner):
     example_inputs : Tensor, tuple, list, mapping of str to Any or None, default=None
         The model's inputs, which the Toeplitz graphs need. None: the evaluator's ``dummy_input``, or the first batch on
         which it evaluates.
-    rounds : int, default=1
-        Number of rounds of ``compress(max_steps, max_epochs)``, at least 1, by each of which every layer loses the same
-        share of what it has left.
-    rewind : None, "initial" or mapping of str to Tensor, default=None
-        State to which kept weights return before each round's training: none, the model's as it was given, or a
-        state dict of an earlier step.
-    on_round : callable or None, default=None
-        Called with a :class:`~nni_topo.pruners.rounds.Round` after each round.
-
-    Attributes
-    ----------
-    history : list of Round
-        What each round left.
 
     Raises
     ------
@@ -78,12 +57,13 @@ class TopologicalMagnitudePruner(StructuredPruner):
         If the request is bad, before the model is wrapped: also a layer of another type, a dependency group, a
         granularity, or a ratio beyond the critical one.
 
+    See Also
+    --------
+    nni_topo.pruners.rounds.prune_in_rounds : the iterations of T-IMP, with rewinding and training in between.
+
     Notes
     -----
-    ``compress()`` makes masks once. ``compress(max_steps, max_epochs)`` prunes and trains ``rounds`` times, each
-    training of that length; NNI's ``LinearPruner`` and ``AGPPruner`` have rounds of their own, and refuse a pruner
-    that has ``rounds``, ``rewind`` or ``on_round``. A weight that was masked once stays so while there are others.
-    Ties: the first in row-major order is kept.
+    A weight that was masked once stays so while there are others. Ties: the first in row-major order is kept.
 
     A bias stays where a weight of its row does, as with NNI's ``LevelPruner``. The tree reaches every row, so that all
     biases stay; by magnitude alone, from ratios of about 0.9 on, some rows of small layers lose all their weights, and
@@ -98,10 +78,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
     (20, 5.26)
     """
 
-    @pruner_arguments(
-        rounds=whole(1),
-        rewind=one_of(("initial",)) | instance(Mapping) | NONE,
-    )
+    @pruner_arguments()
     def __init__(
         self,
         model: nn.Module,
@@ -112,9 +89,6 @@ class TopologicalMagnitudePruner(StructuredPruner):
         on_subcritical: OnSubcritical = "raise",
         conv_graph: TreeGraph = "channel",
         example_inputs: Any = None,
-        rounds: int = 1,
-        rewind: Literal["initial"] | Mapping[str, Tensor] | None = None,
-        on_round: Callable[[Round], None] | None = None,
     ) -> None:
         graphs = dict[str, LayerGraph]()
         if conv_graph != "channel":
@@ -128,8 +102,6 @@ class TopologicalMagnitudePruner(StructuredPruner):
             for name, module in model.named_modules():
                 if isinstance(module, CONVOLUTIONS) and name in planes:
                     graphs[name] = graph_of_convolution(module, planes[name][0])
-        self._rewind_state = _rewind_state(model, rewind)
-        self.history: list[Round] = []
         self._metric = TreeMetric(conv_graph=conv_graph, graphs=graphs, on_subcritical=on_subcritical)
         super().__init__(
             model,
@@ -172,40 +144,3 @@ class TopologicalMagnitudePruner(StructuredPruner):
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
         return None
-
-    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
-        if self.rounds != 1 or self.rewind is not None or self.on_round is not None:
-            raise ConfigError(
-                "rounds, rewind and on_round belong to this pruner's own loop, compress(max_steps, max_epochs), got a "
-                "schedule (TopologicalMagnitudePruner)"
-            )
-        super()._fuse_preprocess(evaluator)
-
-    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
-        if max_steps is None and max_epochs is None and self.rounds == 1:
-            self.update_masks(self.generate_masks())
-            return
-        if self.evaluator is None or (max_steps is None and max_epochs is None):
-            raise ConfigError(
-                f"{self.rounds} rounds of training need an evaluator and max_steps or max_epochs, got "
-                f"{'no' if self.evaluator is None else 'an'} evaluator, {max_steps} and {max_epochs} (compress)"
-            )
-
-        def train() -> None:
-            with self.context.bound() as evaluator:
-                evaluator.train(max_steps, max_epochs)
-
-        self.history = prune_in_rounds(
-            self, even_steps(self.rounds), train, rewind=self._rewind_state, on_round=self.on_round
-        )
-
-
-def _rewind_state(
-    model: nn.Module, rewind: Literal["initial"] | Mapping[str, Tensor] | None
-) -> dict[str, Tensor] | None:
-    if rewind is None:
-        return None
-    if not isinstance(rewind, Mapping):
-        rewind = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    matched_state(model, rewind)
-    return {name: value.detach().clone() for name, value in rewind.items()}

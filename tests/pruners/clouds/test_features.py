@@ -11,17 +11,18 @@ from scipy.spatial.distance import pdist
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.clouds.moments import embedding
-from nni_topo.pruners.hooks import PruningContext
+from nni_topo.pruners.cluster import ClusterPruner
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.testing import toy_images, toy_model
 
 
-def collected(model, images, names, evaluator=None, **knobs):
+def collected(model, images, names, **knobs):
     """Points of the named layers, and the collector."""
     config = [{"op_names": list(names), "sparse_ratio": 0.5}]
-    pruner = RandomPruner(model, config, evaluator)
+    pruner = RandomPruner(model, config)
     collector = FeatureCollector(images, **knobs)
     data = collector.collect(pruner.context)
     pruner.unwrap_model()
@@ -102,9 +103,9 @@ def test_bad_requests_are_refused():
         with pytest.raises(ConfigError, match=f"pool must be {words}"):
             FeatureCollector([bad], pool=pool)
     with pytest.raises(ConfigError, match="neither"):
-        FeatureCollector().collect(PruningContext(toy_model(), {}))
+        ClusterPruner(toy_model(), [{"op_names": ["hidden"], "sparse_ratio": 0.5}])
     with pytest.raises(ConfigError, match="collected before"):
-        FeatureCollector().network  # noqa: B018
+        FeatureCollector([toy_images(4)]).network  # noqa: B018
 
 
 @pytest.mark.parametrize("change", [lambda y: y.mul_(100.0), lambda y: y.clamp_(min=2.0)])
@@ -142,5 +143,5 @@ def test_all_arguments_that_an_evaluator_gives_are_used():
             lambda *_: torch.zeros(()),
             evaluating_func=call,
         )
-        points, _ = collected(model, None, ["fc"], evaluator)
+        points, _ = collected(model, batches_of(evaluator, model), ["fc"])
         np.testing.assert_allclose(points["fc"], expected["fc"], atol=1e-6)

@@ -12,7 +12,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks import GradientCollector
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.topological.pruner import TopologicalPruner
-from nni_topo.testing import toy_evaluator, toy_images, toy_model
+from nni_topo.testing import toy_images, toy_model
 from nni_topo.topology import pairwise_distances
 
 HIDDEN = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
@@ -24,8 +24,8 @@ def labelled(count=12, size=5):
     return list(zip(images.split(size), labels.split(size), strict=True))
 
 
-def collected(model, config, calibration=None, evaluator=None, **knobs):
-    pruner = RandomPruner(model, config, evaluator)
+def collected(model, config, calibration, **knobs):
+    pruner = RandomPruner(model, config)
     try:
         return GradientCollector(calibration, **knobs).collect(pruner.context)
     finally:
@@ -106,28 +106,6 @@ def test_a_loss_of_ones_own_gathers_no_gradients():
     assert not torch.allclose(weighted @ weighted.T, plain @ plain.T)
 
 
-def test_an_evaluator_serves_instead_and_leaves_weights_and_optimizer_alone():
-    model = toy_model()
-    before = copy.deepcopy(model.state_dict())
-    evaluator = toy_evaluator(model, batch_size=8)
-    cloud = collected(model, HIDDEN, evaluator=evaluator, steps=4)["hidden"]["weight"]
-    assert evaluator.model is None
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    # The evaluator trains in training mode, so batch by batch with the batch's own statistics.
-    images, labels = toy_images(), torch.arange(32) % 4
-    frozen, grams = toy_model().double().train(), torch.zeros(16, 16, dtype=torch.float64)
-    for rows in range(0, 32, 8):
-        batch = images[rows : rows + 8].double()
-        features = torch.relu(frozen.norm(frozen.stem(batch)))
-        features = torch.relu(frozen.inner(features) + features)
-        hidden = torch.relu(frozen.hidden(features.mean((2, 3)))).detach().requires_grad_()
-        loss = cross_entropy(frozen.head(hidden), labels[rows : rows + 8], reduction="sum")
-        effects = (hidden * torch.autograd.grad(loss, hidden)[0]).detach().T
-        grams += effects @ effects.T / 32
-    torch.testing.assert_close(cloud @ cloud.T, grams, atol=1e-8, rtol=1e-4)
-
-
 def test_a_neuron_that_no_loss_depends_on_goes_first():
     model = toy_model()
     with torch.no_grad():
@@ -182,21 +160,10 @@ def test_bad_batches_are_refused_and_leave_nothing(batch, words):
     ("knobs", "error", "words"),
     [
         ({"loss": "mse"}, ConfigError, "loss must be a function, got .mse."),
-        ({"steps": 0}, ConfigError, "steps must be an integer of at least 1, got 0"),
         ({"loss": lambda outputs, targets: outputs}, ConfigError, r"scalar tensor, got \(5, 4\)"),
         ({"loss": lambda outputs, targets: targets.float().mean()}, DataError, "got a constant"),
-        ({"calibration": None}, ConfigError, "or an evaluator, got neither"),
     ],
 )
 def test_bad_knobs_are_refused(knobs, error, words):
     with pytest.raises(error, match=words):
         collected(toy_model(), HIDDEN, **{"calibration": labelled(), **knobs})
-
-
-def test_an_evaluator_in_training_is_refused():
-    model = toy_model()
-    evaluator = toy_evaluator(model)
-    pruner = RandomPruner(model, HIDDEN, evaluator)
-    evaluator.bind_model(model, pruner.context.parameter_names)
-    with pytest.raises(ConfigError, match="while the evaluator trains"):
-        GradientCollector().collect(pruner.context)

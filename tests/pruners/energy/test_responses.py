@@ -17,17 +17,17 @@ from nni_topo.pruners.energy.collectors import ChirpEnergyCollector, DataEnergyC
 from nni_topo.pruners.energy.pruner import CumulativeEnergyMetric, cumulative_shares
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.testing import toy_evaluator, toy_images, toy_model
+from nni_topo.testing import toy_images, toy_model
 
 CONVS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 
 
-def context_of(model, config_list=CONVS, evaluator=None):
-    return RandomPruner(model, config_list, evaluator).context
+def context_of(model, config_list=CONVS):
+    return RandomPruner(model, config_list).context
 
 
-def collected(collector, model, config_list=CONVS, evaluator=None):
-    data = collector.collect(context_of(model, config_list, evaluator))
+def collected(collector, model, config_list=CONVS):
+    data = collector.collect(context_of(model, config_list))
     return {name: targets["weight"][:, 0] for name, targets in data.items()}
 
 
@@ -202,14 +202,6 @@ def test_data_energies_are_mean_squares_of_outputs():
     bare = collected(DataEnergyCollector(calibration=[images], bias=False), copy.deepcopy(model))
     without = (outputs - model.stem.bias.detach().double()[:, None, None]).pow(2).mean((0, 2, 3))
     torch.testing.assert_close(bare["stem"], without, rtol=1e-5, atol=1e-7)
-
-
-def test_data_energies_may_come_from_the_evaluator():
-    model = toy_model()
-    evaluator = toy_evaluator(model)
-    outputs = copy.deepcopy(model).stem(toy_images()).detach().double()
-    found = collected(DataEnergyCollector(), model, CONVS, evaluator)
-    torch.testing.assert_close(found["stem"], outputs.pow(2).mean((0, 2, 3)))
 
 
 def test_masked_weights_have_no_energy():
