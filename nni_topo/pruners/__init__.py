@@ -1,7 +1,7 @@
 """NNI pruners, each under its registry name, and the parts that they are made of: collectors, metrics, allocators."""
 
 from nni_topo.pruners.allocators import ConfigAllocator, keep_highest
-from nni_topo.pruners.clouds import CLOUDS, make_collector
+from nni_topo.pruners.clouds import CLOUDS
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.clouds.gradient import GradientCollector
@@ -43,7 +43,6 @@ __all__ = [
     "TargetSpaces",
     "WeightCollector",
     "keep_highest",
-    "make_collector",
     "pruning_units",
     "unit_scores",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.clouds.gradient import GradientCollector
 from nni_topo.pruners.clouds.traced import CoupledWeightCollector, FoldedWeightCollector
 from nni_topo.pruners.clouds.weight import ActivationCollector, WeightCollector
 from nni_topo.pruners.hooks import DataCollector
-from nni_topo.rules import check_fields, checked, instance, one_of
+from nni_topo.rules import check_fields, instance, one_of
 
 TRACED: dict[str, Callable[..., DataCollector]] = {
     "coupled": CoupledWeightCollector,
     "folded": FoldedWeightCollector,
 }
-_MEASURED: dict[str, Callable[..., DataCollector]] = {
+MEASURED: dict[str, Callable[..., DataCollector]] = {
     "activation": ActivationCollector,
     "functional": FunctionalCollector,
     "gradient": GradientCollector,
 }
-CLOUDS = ("auto", "weight", *TRACED, *_MEASURED)
+CLOUDS = ("auto", "weight", *TRACED, *MEASURED)
 """Names of clouds."""
 
 Preprocess = Literal["none", "center", "standardize", "unit"]
@@ -77,45 +78,23 @@ class PointCloud:
     def __post_init__(self) -> None:
         check_fields(self, "cloud", kind=one_of(CLOUDS) | instance(DataCollector))
 
-
-@checked()
-def make_collector(
-    cloud: str | PointCloud | DataCollector,
-    *,
-    calibration: Iterable[Any] | None = None,
-    example_inputs: Any = None,
-) -> DataCollector:
-    """Return the collector of a cloud's points; they are preprocessed where subsets of them are chosen.
-
-    Parameters
-    ----------
-    cloud : PointCloud, str or DataCollector
-        The cloud, or its kind alone. A collector is returned as it is.
-    calibration : iterable or None, default=None
-        Batches; the gradient cloud needs ``(inputs, targets)``.
-    example_inputs : Any, default=None
-        Inputs of the model, for the folded and the coupled cloud.
-
-    Returns
-    -------
-    DataCollector
-    """
-    cloud = cloud if isinstance(cloud, PointCloud) else PointCloud(cloud)
-    if isinstance(cloud.kind, DataCollector):
-        return cloud.kind
-    kind = cloud.kind
-    if kind == "auto":
-        kind = "weight" if calibration is None else "functional"
-    if kind == "weight":
-        return WeightCollector()
-    if kind in TRACED:
-        if example_inputs is None:
-            raise ConfigError(
-                f"cloud {kind!r} needs example_inputs or an evaluator that has a dummy_input or evaluates, got neither "
-                "(example_inputs)"
-            )
-        return TRACED[kind](example_inputs)
-    if calibration is None:
-        needed = "of (inputs, targets), got none" if kind == "gradient" else "or an evaluator, got neither"
-        raise ConfigError(f"cloud {kind!r} needs calibration data {needed} (calibration)")
-    return _MEASURED[kind](calibration)
+    def collector(self, calibration: Calibration | None, example_inputs: Any) -> DataCollector:
+        """Return what collects the points; they are preprocessed where subsets of them are chosen."""
+        if isinstance(self.kind, DataCollector):
+            return self.kind
+        kind = self.kind
+        if kind == "auto":
+            kind = "weight" if calibration is None else "functional"
+        if kind == "weight":
+            return WeightCollector()
+        if kind in TRACED:
+            if example_inputs is None:
+                raise ConfigError(
+                    f"cloud {kind!r} needs example_inputs or an evaluator that has a dummy_input or evaluates, got "
+                    "neither (example_inputs)"
+                )
+            return TRACED[kind](example_inputs)
+        if calibration is None:
+            needed = "of (inputs, targets), got none" if kind == "gradient" else "or an evaluator, got neither"
+            raise ConfigError(f"cloud {kind!r} needs calibration data {needed} (calibration)")
+        return MEASURED[kind](calibration)

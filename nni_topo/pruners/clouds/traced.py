@@ -18,7 +18,15 @@ from nni_topo.pruners.units import PruningUnit, output_blocks
 from nni_topo.rules import checked
 
 
-class CoupledWeightCollector(DataCollector):
+class _TracedCollector(DataCollector):
+    """A collector that traces the model with example inputs."""
+
+    @checked()
+    def __init__(self, example_inputs: Any) -> None:
+        self.example_inputs = example_inputs
+
+
+class CoupledWeightCollector(_TracedCollector):
     """The weight cloud with each filter scaled by what follows it; needs no data, only the shape of an input.
 
     A filter's coordinates are its weights, times the scale that its batch norm gives them
@@ -35,10 +43,6 @@ class CoupledWeightCollector(DataCollector):
     --------
     FunctionalCollector : the same idea with activations instead of weights; needs calibration data.
     """
-
-    @checked()
-    def __init__(self, example_inputs: Any) -> None:
-        self.example_inputs = example_inputs
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check that every layer is read, as :meth:`collect` needs it."""
@@ -71,7 +75,7 @@ def norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]
     return {layer: scale.abs().cpu() for layer, scale in scales if scale is not None}
 
 
-class FoldedWeightCollector(DataCollector):
+class FoldedWeightCollector(_TracedCollector):
     """The weight cloud of the network without batch norms; needs no data, only the shape of an input.
 
     A filter's coordinates are its weights times the scale of the batch norm directly after it, and one more: the bias
@@ -92,10 +96,6 @@ class FoldedWeightCollector(DataCollector):
     -----
     A norm without running statistics can't be folded and is left out.
     """
-
-    @checked()
-    def __init__(self, example_inputs: Any) -> None:
-        self.example_inputs = example_inputs
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, features + 1)`` on the CPU."""

@@ -209,7 +209,9 @@ class _Tail:
         """Return what a layer puts out with a masked weight."""
         layer: Any = self._run.fetch_attr(str(node.target))
         # An output that lost all of its weights loses its bias, as by NNI's masks.
-        bias = {} if layer.bias is None else {"bias": layer.bias * weight.flatten(1).any(1)}
+        bias: dict[str, Tensor] = {}
+        if layer.bias is not None:
+            bias["bias"] = layer.bias * weight.flatten(1).any(1)
         if isinstance(layer, nn.Linear) and not has_own_forward(layer) and node.all_input_nodes[0] in self._known:
             # With the weight on the left, vmap multiplies the weights of all individuals at once; linear() would
             # multiply those of each individual by itself.

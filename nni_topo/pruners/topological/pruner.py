@@ -24,7 +24,7 @@ from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.clouds import CLOUDS, TRACED, PointCloud, Preprocess, make_collector
+from nni_topo.pruners.clouds import CLOUDS, TRACED, PointCloud, Preprocess
 from nni_topo.pruners.hooks import DataCollector
 from nni_topo.pruners.topological.metric import CRITERIA, GeneticSearch, TopologicalMetric
 from nni_topo.rules import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
@@ -158,7 +158,7 @@ class TopologicalPruner(StructuredPruner):
             config_list,
             evaluator,
             existed_wrappers,
-            collector=make_collector(points, calibration=self.calibration, example_inputs=inputs),
+            collector=points.collector(self.calibration, inputs),
             calculator=self._metric,
         )
 
