@@ -257,6 +257,7 @@ class Inner:
 
     kind: type[nn.Module]  # PyTorch's layer that calls the same function
     groups: int
+    reads_input: bool  # the call reads what enters the layer as it is; else that is padded, say
     is_bare: bool  # it gives what the call gives; else it goes on with that
     is_own: bool  # weight and bias are the parameters themselves; else they are computed, from no input
     settings: dict[str, Any]  # stride, padding and dilation of the call, which a layer of PyTorch's would need
@@ -349,13 +350,14 @@ def _tried(module: Any, x: Tensor) -> Inner | None:
             return None
     is_own = call.weight is module.weight and call.bias is getattr(module, "bias", None)
     bias = None if call.bias is None else call.bias.detach()
-    return Inner(kind, call.groups, is_bare, is_own, call.settings, call.weight.detach(), bias)
+    reads_input = call.entering is x
+    return Inner(kind, call.groups, reads_input, is_bare, is_own, call.settings, call.weight.detach(), bias)
 
 
 def _alike(one: Inner, other: Inner) -> bool:
     """Tell whether two inputs show the same behaviour, with the same weight."""
-    plain = [(each.is_bare, each.is_own, each.settings, each.bias is None) for each in (one, other)]
-    if plain[0] != plain[1]:
+    facts = [(each.reads_input, each.is_bare, each.is_own, each.settings, each.bias is None) for each in (one, other)]
+    if facts[0] != facts[1]:
         return False
     same_bias = one.bias is None or other.bias is None or torch.equal(one.bias, other.bias)
     return torch.equal(one.weight, other.weight) and same_bias
@@ -402,12 +404,6 @@ def with_heads(graph_module: GraphModule) -> GraphModule:
 _HEADS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _head_class(kind: type[nn.Module]) -> type[nn.Module]:
-    if kind not in _HEADS:
-        _HEADS[kind] = type(kind.__name__, (_UpToCall, kind), {"__module__": kind.__module__})
-    return _HEADS[kind]
-
-
 def is_head(module: nn.Module) -> bool:
     """Tell whether a module is a layer up to its call alone."""
     return isinstance(module, _UpToCall)
@@ -417,7 +413,10 @@ def head(module: nn.Module) -> nn.Module:
     """Return a layer up to its call, with the same parameters and children; the graph holds the rest."""
     if is_head(module):
         return module
-    made = nn.Module.__new__(_head_class(type(module)))
+    kind = type(module)
+    if kind not in _HEADS:
+        _HEADS[kind] = type(kind.__name__, (_UpToCall, kind), {"__module__": kind.__module__})
+    made = nn.Module.__new__(_HEADS[kind])
     made.__dict__ = dict(vars(module))
     return made
 
@@ -494,7 +493,7 @@ def fold(module: Any) -> bool:
 @torch.no_grad()
 @as_written()
 def _computed(module: Any) -> tuple[Inner, type[nn.Module], dict[str, Any]] | None:
-    """Return a layer's outputs on trial inputs, and PyTorch's class and settings that give the same."""
+    """Return the weight that a layer computes, and PyTorch's class and settings that give the same with it."""
     if isinstance(module, PaddedAlike) or not has_own_forward(module):
         return None
     # Of a wrapped layer NNI holds the parameters, and of a parametrized one they are computed before.
@@ -503,27 +502,19 @@ def _computed(module: Any) -> tuple[Inner, type[nn.Module], dict[str, Any]] | No
     inner = inner_of(module)
     if inner is None or inner.is_own or not inner.is_bare or (inner.bias is None) != (module.bias is None):
         return None
-    plain: Any = inner.kind
-    pairs = _outputs_on(module, trial_inputs(module))
-    for kind in (plain, PaddedAlike) if plain is nn.Conv2d else (plain,):
-        settings = inner.settings | ({} if plain is nn.Linear else {"padding_mode": "zeros"})
-        if all(_gives(kind, {**vars(module), **settings}, inner, x, wanted) for x, wanted in pairs):
-            return inner, kind, settings
-    return None
-
-
-def _outputs_on(module: nn.Module, inputs: list[Tensor]) -> list[tuple[Tensor, Any]]:
-    """Return these inputs with what a layer gives for them, in evaluation mode."""
+    settings = inner.settings if inner.kind is nn.Linear else inner.settings | {"padding_mode": "zeros"}
+    if inner.reads_input:
+        return inner, inner.kind, settings
+    if inner.kind is not nn.Conv2d:
+        return None
+    made: Any = nn.Module.__new__(PaddedAlike)
+    made.__dict__ = {**vars(module), **settings, "_buffers": {}}
+    made._parameters = {"weight": inner.weight, "bias": inner.bias}
     tried = evaluating(detached_copy(module, light=True))
-    return [(x, forward_of(tried, x)) for x in inputs]
-
-
-def _gives(kind: type[Any], own: dict[str, Any], inner: Inner, x: Tensor, wanted: Tensor) -> bool:
-    """Tell whether a class with these attributes and this weight gives a layer's outputs."""
-    made: Any = nn.Module.__new__(kind)
-    made.__dict__ = {**own, "_parameters": {"weight": inner.weight, "bias": inner.bias}, "_buffers": {}}
-    given = made.forward(x)
-    return agree([wanted], [given], SAME_LAYER[inner.weight.dtype])
+    for x in trial_inputs(module):
+        if not agree([forward_of(tried, x)], [made.forward(x)], SAME_LAYER[inner.weight.dtype]):
+            return None
+    return inner, PaddedAlike, settings
 
 
 @torch.no_grad()
@@ -549,9 +540,10 @@ def plain_layer(module: Any) -> nn.Module | None:
     shapes = [(2 + more, channels, *size) for more, size in enumerate(sizes)]
     if weight.dim() == 2:
         shapes = [(2, channels), (3, channels), (2, 3, channels)]
-    inputs = [_waves(shape, weight) for shape in shapes]
-    inner = _inner_on(module, inputs)
-    if inner is None or not inner.is_bare or inner.kind not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    inner = _inner_on(module, [_waves(shape, weight) for shape in shapes])
+    if inner is None or not (inner.is_bare and inner.reads_input):
+        return None
+    if inner.kind not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return None
     held = {*module._parameters, *module._buffers, *module._modules}
     if inner.is_own and held - {"weight", "bias"}:  # which modules around it may read
@@ -561,12 +553,7 @@ def plain_layer(module: Any) -> nn.Module | None:
     if kind is not nn.Linear:
         own = {name: value for name, value in inner.settings.items() if not name.startswith("_")}
         settings |= {"kernel_size": tuple(weight.shape[2:]), "groups": inner.groups, **own}
-    made = kind(channels, len(weight), **settings)
-    try:
-        if not all(_gives(kind, vars(made), inner, x, wanted) for x, wanted in _outputs_on(module, inputs)):
-            return None
-    except RuntimeError:  # it may compute in another precision than its input has
-        return None
+    made: Any = kind(channels, len(weight), **settings)
     made.weight = weight if inner.is_own else nn.Parameter(inner.weight.clone(), weight.requires_grad)
     if inner.bias is not None:
         own_bias = module._parameters.get("bias")
@@ -580,8 +567,14 @@ def adopt(model: nn.Module) -> None:
     """Make modules of a model that `plain_layer` knows PyTorch's layers, in place; the model itself keeps its class."""
     for name, module in list(model.named_modules()):
         plain = plain_layer(module) if name else None
-        if plain is not None:
-            _become(module, plain)
+        if plain is None:
+            continue
+        for table in (module._parameters, module._buffers, module._modules):
+            table.clear()
+        vars(module).update({key: value for key, value in vars(plain).items() if key not in vars(nn.Module())})
+        for key, parameter in plain._parameters.items():
+            module.register_parameter(key, parameter)
+        module.__class__ = type(plain)
 
 
 def with_known_layers(model: nn.Module) -> nn.Module:
@@ -608,12 +601,3 @@ def give_back_classes(model: nn.Module, changed: nn.Module) -> None:
         if plain_layer(layer) is None:
             layer.__class__ = type(plain)
             vars(layer).update(added)
-
-
-def _become(module: Any, plain: nn.Module) -> None:
-    for table in (module._parameters, module._buffers, module._modules):
-        table.clear()
-    vars(module).update({name: value for name, value in vars(plain).items() if name not in vars(nn.Module())})
-    for name, parameter in plain._parameters.items():
-        module.register_parameter(name, parameter)
-    module.__class__ = type(plain)

@@ -23,7 +23,7 @@ Place = tuple[str, str, tuple[int | str, ...]]
 _MANY = 1000  # numbers that an attribute may hold
 _DEEP = 4  # lists and dicts within one another
 # PyTorch's own, and the line numbers of torch.fx's modules.
-_TABLES = frozenset(vars(nn.Module())) | {"_lineno_map", "_prologue_start"}
+_TABLES = {*vars(nn.Module()), "_lineno_map", "_prologue_start"}
 
 
 def numbers_in(value: Any) -> dict[tuple[int | str, ...], int] | None:

@@ -155,6 +155,14 @@ def _take_weight(layer: Any, other: Any) -> None:
     layer.train(other.training)
 
 
+# How what computes a weight before each call is taken off, such that the weight that it computed stays.
+_REMOVERS: dict[type[Any], tuple[str, Callable[[Any, str], Any]]] = {
+    WeightNorm: ("name", remove_weight_norm),
+    SpectralNorm: ("name", remove_spectral_norm),
+    BasePruningMethod: ("_tensor_name", remove_pruning),
+}
+
+
 def with_plain_weights(model: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of a model whose weights are parameters, with the values that they have in evaluation mode.
 
@@ -163,7 +171,19 @@ def with_plain_weights(model: torch.nn.Module) -> torch.nn.Module:
     copied: torch.nn.Module = detached_copy(model)
     with evaluation_mode(copied):
         for module in copied.modules():
-            _make_weights_plain(module)
+            if is_parametrized(module):
+                # PyTorch's own function would take the weight off the class, which copies share.
+                held: Any = module.parametrizations
+                computed = {name: getattr(module, name).detach().clone() for name in held}
+                trained = {name: any(each.requires_grad for each in held[name].parameters()) for name in held}
+                del module.parametrizations
+                module.__class__ = type(module).__bases__[0]
+                for name, value in computed.items():
+                    module.register_parameter(name, torch.nn.Parameter(value, trained[name]))
+            for hook in list(module._forward_pre_hooks.values()):
+                for kind, (attribute, remove) in _REMOVERS.items():
+                    if isinstance(hook, kind):
+                        remove(module, getattr(hook, attribute))
         adopt(copied)
     return copied
 
@@ -176,30 +196,6 @@ def without_plain_weights(model: torch.nn.Module) -> list[str]:
         if is_parametrized(module) or has_hook or (name and plain_layer(module) is not None):
             names.append(name)
     return names
-
-
-# How what computes a weight before each call is taken off, such that the weight that it computed stays.
-_REMOVERS: dict[type[Any], tuple[str, Callable[[Any, str], Any]]] = {
-    WeightNorm: ("name", remove_weight_norm),
-    SpectralNorm: ("name", remove_spectral_norm),
-    BasePruningMethod: ("_tensor_name", remove_pruning),
-}
-
-
-def _make_weights_plain(module: Any) -> None:
-    """Replace what a layer computes its weights from by the computed weights."""
-    if is_parametrized(module):
-        # PyTorch's own function would take the weight off the class, which copies share.
-        computed = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
-        trained = {name: any(p.requires_grad for p in module.parametrizations[name].parameters()) for name in computed}
-        del module.parametrizations
-        module.__class__ = type(module).__bases__[0]
-        for name, value in computed.items():
-            module.register_parameter(name, torch.nn.Parameter(value, trained[name]))
-    for hook in list(module._forward_pre_hooks.values()):
-        for kind, (attribute, remove) in _REMOVERS.items():
-            if isinstance(hook, kind):
-                remove(module, getattr(hook, attribute))
 
 
 def is_scripted(module: Any) -> bool:

@@ -63,12 +63,12 @@ def inputs_laid_out(model: nn.Module) -> Iterator[None]:
 
 
 def _fragile(model: nn.Module) -> list[nn.Conv2d]:
-    return [module for module in model.modules() if isinstance(module, nn.Conv2d) and _is_fragile(module)]
-
-
-def _is_fragile(layer: nn.Module) -> bool:
-    if not isinstance(layer, nn.Conv2d):
-        return False
-    # By which stride another class convolves its attributes needn't say.
-    skips = max(layer.stride) > 1 or has_own_forward(layer)
-    return max(layer.kernel_size) == 1 and skips and layer.in_channels // layer.groups < _FEW
+    found = list[nn.Conv2d]()
+    for layer in model.modules():
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        # By which stride another class convolves its attributes needn't say.
+        skips = max(layer.stride) > 1 or has_own_forward(layer)
+        if max(layer.kernel_size) == 1 and skips and layer.in_channels // layer.groups < _FEW:
+            found.append(layer)
+    return found
