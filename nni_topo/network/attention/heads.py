@@ -193,7 +193,8 @@ def _attention(name: str, module: Any) -> Attention | None:
         is_known = is_fused_attention(module) or type(module) is PrunedMultiheadAttention
         if not is_known or module.bias_k is not None or module.add_zero_attn:
             return None
-        return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj", module.embed_dim)
+        rows = np.arange(3 * module.num_heads * module.head_dim).reshape(3, module.num_heads, -1)
+        return _with_rows(name, [name] * 3, list(rows), f"{prefix}out_proj", module.embed_dim, {})
     if not module._modules or _adds_residual(module):
         return None
     parts = {key: part for key, part in module.named_children() if next(part.parameters(), None) is not None}
@@ -219,29 +220,69 @@ def _attention(name: str, module: Any) -> Attention | None:
         are_shared = all(other.numel() == size and (other.dim() == 1 or other.shape[0] == 1) for other in others)
         if not are_shared and not _is_pooled(module):
             return None
-        projection = None if out is None else prefix + out
         if len(layers) > 1:
-            apart = _apart(prefix, names, layers, size, projection, by_head)
-            is_relative = names[0] == "query_proj" and getattr(module, "relative_attention", False)
-            return replace(apart, also=("rel_embeddings",)) if apart and is_relative else apart
-        if names[0] == "qkv_proj":
-            shared = getattr(module, "num_key_value_heads", count)
-            return _sharing(prefix, names[0], layers[0], (count, shared, size), projection)
-        if layers[0].out_features == (count + 2) * size:
-            return _sharing(prefix, names[0], layers[0], (count, 1, size), projection, by_head)
-        if not any(key in vars(module) for key in COUNTS) and any(key in vars(module) for key in _SIZES):
-            count = layers[0].out_features // (3 * size)  # the config may be the whole model's, with another number
-        if layers[0].out_features != 3 * count * size:
-            return None
-        found = _together(name, prefix + names[0], count, size, projection, entering_channels(layers[0]), by_head)
-        # GPT-BigCode's rows are ordered by head too, where each head has keys and values of its own.
-        if names[0] in _HEAD_BY_HEAD or getattr(module, "multi_query", None) is False:
-            rows = np.arange(3 * count * size).reshape(count, -1)
-            found = replace(
-                found, channels={prefix + names[0]: rows}, context=(prefix + names[0], rows[:, -size:].ravel())
-            )
-        return replace(found, shifted=_is_pooled(module))
+            if any(layer.out_features % size for layer in layers):
+                return None
+            parts_of_heads = [np.arange(layer.out_features).reshape(-1, size) for layer in layers]
+        else:
+            whole = layers[0].out_features
+            shared = count  # how many keys and values there are
+            if names[0] == "qkv_proj":
+                shared, by_head = getattr(module, "num_key_value_heads", count), {}
+            elif whole == (count + 2) * size:
+                shared = 1
+            elif not any(key in vars(module) for key in COUNTS) and any(key in vars(module) for key in _SIZES):
+                # The config may be the whole model's, with another number.
+                count = shared = whole // (3 * size)
+            if not shared or count % shared or whole != (count + 2 * shared) * size:
+                return None
+            # GPT-BigCode's rows are ordered by head too, where each head has keys and values of its own.
+            is_ordered_by_head = names[0] in _HEAD_BY_HEAD or getattr(module, "multi_query", None) is False
+            if is_ordered_by_head and shared == count:
+                parts_of_heads = list(np.arange(whole).reshape(count, 3, size).swapaxes(0, 1))
+            else:
+                parts_of_heads = np.split(np.arange(whole).reshape(-1, size), (count, count + shared))
+            names = names * 3
+        found = _with_rows(
+            name,
+            [prefix + each for each in names],
+            parts_of_heads,
+            None if out is None else prefix + out,
+            entering_channels(layers[0]),
+            by_head,
+        )
+        if found is not None and names[0] == "query_proj" and getattr(module, "relative_attention", False):
+            return replace(found, also=("rel_embeddings",))
+        return replace(found, shifted=True) if found is not None and _is_pooled(module) else found
     return None
+
+
+def _with_rows(
+    name: str, layers: list[str], rows: list[IntArray], out: str | None, width: int, by_head: dict[str, int]
+) -> Attention | None:
+    """Describe attention by the layers of queries, keys and values and their channels, each (heads, channels).
+
+    Several heads may share keys and values, or all may.
+    """
+    queries, keys, values = rows
+    heads, size = len(values), values.shape[1]
+    if len(keys) != heads or not heads or len(queries) % heads:
+        return None
+    times = len(queries) // heads
+    if heads == 1 < times:
+        shared: dict[str, list[IntArray]] = {}
+        for layer, own in zip(layers[1:], (keys, values), strict=True):
+            shared.setdefault(layer, []).append(own)
+        context = layers[2], np.tile(values.ravel(), times)
+        return Attention(name, times, size, {layers[0]: queries}, context, out, width, by_head, shared=shared)
+    # Parameters by head don't say which of the heads that share keys an entry belongs to.
+    if by_head and times > 1:
+        return None
+    channels: dict[str, IntArray] = {}
+    for layer, own in zip(layers, (queries.reshape(heads, -1), keys, values), strict=True):
+        channels[layer] = np.concatenate([channels[layer], own], axis=1) if layer in channels else own
+    context = layers[2], values.repeat(times, axis=0).ravel()
+    return Attention(name, heads, times * size, channels, context, out, width, by_head)
 
 
 def _adds_residual(module: nn.Module) -> bool:
@@ -279,80 +320,6 @@ def _by_head(module: nn.Module, heads: int) -> dict[str, int]:
     """List the parameters of a module that have an entry for each head, with the dimension of these."""
     own = dict(module.named_parameters())
     return {name: dim for name, dim in _BY_HEAD.items() if name in own and own[name].shape[dim] == heads}
-
-
-def _apart(
-    prefix: str, names: list[str], layers: list[Any], size: int, out: str | None, by_head: dict[str, int]
-) -> Attention | None:
-    widths = [layer.out_features // size for layer in layers]
-    heads = widths[2]
-    if widths[1] != heads or not heads or widths[0] % heads or any(each.out_features % size for each in layers):
-        return None
-    if heads == 1 < widths[0]:
-        rows = [np.arange(layer.out_features) for layer in layers]
-        return _multi_query(prefix, [prefix + name for name in names], rows, entering_channels(layers[0]), out, by_head)
-    # Parameters by head don't say which of the heads that share keys an entry belongs to.
-    if by_head and widths[0] != heads:
-        return None
-    channels = {}
-    for name, layer in zip(names, layers, strict=True):
-        channels[prefix + name] = np.arange(layer.out_features).reshape(heads, -1)
-    values = channels[prefix + names[2]].repeat(widths[0] // heads, axis=0).ravel()
-    context = (prefix + names[2], values)
-    width = entering_channels(layers[0])
-    return Attention(prefix[:-1], heads, widths[0] // heads * size, channels, context, out, width, by_head)
-
-
-def _together(
-    name: str, layer: str, heads: int, size: int, out: str | None, width: int, by_head: dict[str, int] | None = None
-) -> Attention:
-    # Queries of all heads, then keys, then values.
-    places = np.arange(3 * heads * size).reshape(3, heads, size)
-    channels = places.transpose(1, 0, 2).reshape(heads, -1)
-    return Attention(name, heads, size, {layer: channels}, (layer, places[2].ravel()), out, width, by_head or {})
-
-
-def _multi_query(
-    prefix: str, layers: list[str], rows: list[IntArray], width: int, out: str | None, by_head: dict[str, int]
-) -> Attention:
-    """Describe heads that share one key and one value: the layers of queries, keys and values, and their channels."""
-    queries, keys, values = rows
-    heads = len(queries) // len(keys)
-    shared: dict[str, list[IntArray]] = {}
-    for layer, own in zip(layers[1:], (keys, values), strict=True):
-        shared.setdefault(layer, []).append(own[None])
-    return Attention(
-        prefix[:-1],
-        heads,
-        len(keys),
-        {layers[0]: queries.reshape(heads, len(keys))},
-        (layers[2], np.tile(values, heads)),
-        out,
-        width,
-        by_head,
-        shared=shared,
-    )
-
-
-def _sharing(
-    prefix: str,
-    name: str,
-    layer: nn.Linear,
-    sizes: tuple[int, int, int],
-    out: str | None,
-    by_head: dict[str, int] | None = None,
-) -> Attention | None:
-    """Describe one layer for all queries, then all keys, then all values; several heads may share keys and values."""
-    heads, shared, size = sizes
-    if heads % shared or layer.out_features != (heads + 2 * shared) * size:
-        return None
-    rows = np.split(np.arange(layer.out_features), (heads * size, (heads + shared) * size))
-    if shared == 1 < heads:
-        return _multi_query(prefix, [prefix + name] * 3, rows, entering_channels(layer), out, by_head or {})
-    parts = [each.reshape(shared, -1) for each in rows]
-    context = (prefix + name, parts[2].repeat(heads // shared, axis=0).ravel())
-    channels = {prefix + name: np.concatenate(parts, axis=1)}
-    return Attention(prefix[:-1], shared, heads // shared * size, channels, context, out, entering_channels(layer))
 
 
 def is_mixed(node: Node, attention: Attention) -> bool:
