@@ -311,7 +311,7 @@ def _waves(shape: Size, like: Tensor) -> Tensor:
 def _tried(module: Any, x: Tensor) -> Inner | None:
     calls: list[InnerCall] = []
     results: list[tuple[Tensor, Tensor]] = []
-    early = set[str]()
+    early, given = set[str](), x.clone()
 
     def meet(call: InnerCall) -> Tensor:
         calls.append(call)
@@ -350,7 +350,7 @@ def _tried(module: Any, x: Tensor) -> Inner | None:
             return None
     is_own = call.weight is module.weight and call.bias is getattr(module, "bias", None)
     bias = None if call.bias is None else call.bias.detach()
-    reads_input = call.entering is x
+    reads_input = torch.equal(call.entering, given)
     return Inner(kind, call.groups, reads_input, is_bare, is_own, call.settings, call.weight.detach(), bias)
 
 
