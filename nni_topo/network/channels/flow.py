@@ -127,13 +127,11 @@ class Propagation(torch.fx.Interpreter):
 
     def channel_ids_of(self, name: str) -> np.ndarray:
         """List the ids of a layer's output channels: int, shape (channels,)."""
-        layer = self.layers[name]
-        return np.arange(layer.first, layer.first + layer.channels)
+        return self.layers[name].ids
 
     def free_parameter_ids(self, name: str) -> np.ndarray:
         """List the ids of a free parameter's channels: int, shape (channels,)."""
-        parameter = self.free_parameters[name]
-        return np.arange(parameter.first, parameter.first + parameter.channels)
+        return self.free_parameters[name].ids
 
     def uncoupled(self) -> dict[str, FreeParameter]:
         """Return the free parameters whose entries aren't coupled with channels that can be removed, by name.
@@ -151,7 +149,7 @@ class Propagation(torch.fx.Interpreter):
         made[FIXED] = False
         found = {}
         for name, each in several.items():
-            coupled = np.unique(group_ids[each.first : each.first + each.channels])
+            coupled = np.unique(group_ids[each.ids])
             # A single one means that all of its places are coupled with one another: channels are in another dimension.
             if made[coupled].sum() < 2:
                 found[name] = each
@@ -210,7 +208,7 @@ class Propagation(torch.fx.Interpreter):
             dim = self._given.dims.get(name, dims[-1])
             count = value.shape[dim]
             self.free_parameters[name] = FreeParameter(self._given.new(count), count, dim, dims)
-        return self.free_parameters[name].ids(tuple(value.shape))
+        return self.free_parameters[name].ids_of_places(tuple(value.shape))
 
     def _module(self, node: torch.fx.Node, ids: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
@@ -361,7 +359,7 @@ class Propagation(torch.fx.Interpreter):
         # A layer that is called again puts out the same channels: one set of weights makes them.
         if name not in self.layers:
             self.layers[name] = Layer(name, self._given.new(count), count, is_depthwise(module))
-        leaving = np.arange(count) + self.layers[name].first
+        leaving = self.layers[name].ids
         if not isinstance(module, torch.nn.Embedding):
             entering = self._given.per_channel(ids, dim)
             self._tie_calls(name, entering)
@@ -737,8 +735,7 @@ def norms_after(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
         if layer is None:
             continue
         # After a concatenation ids of several layers enter, which only look alike at the beginning.
-        expected = np.arange(flow.layers[layer].channels) + entering[0]
-        if np.array_equal(entering, expected):
+        if np.array_equal(entering, flow.layers[layer].ids):
             found[layer] = name
     return found
 

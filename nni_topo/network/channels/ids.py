@@ -33,6 +33,11 @@ class Layer:
     channels: int
     depthwise: bool  # each output channel depends on one input channel alone, with which it stays or goes
 
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids of its output channels: int, (channels,)."""
+        return np.arange(self.first, self.first + self.channels)
+
 
 @dataclasses.dataclass
 class FreeParameter:
@@ -43,10 +48,15 @@ class FreeParameter:
     dim: int  # the dimension of its channels
     dims: list[int]  # all that may hold channels, the likeliest last
 
-    def ids(self, shape: tuple[int, ...]) -> torch.Tensor:
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids of its channels: int, (channels,)."""
+        return np.arange(self.first, self.first + self.channels)
+
+    def ids_of_places(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the ids of its places: int64, of its shape."""
         view = [-1 if d == self.dim else 1 for d in range(len(shape))]
-        return torch.arange(self.first, self.first + self.channels).view(view).expand(shape)
+        return torch.from_numpy(self.ids).view(view).expand(shape)
 
 
 @dataclasses.dataclass
@@ -127,7 +137,7 @@ class ChannelIds:
         """Give ids to the entries of a constant tensor along one of the dimensions whose size an attribute holds."""
         dim = self.dims.get(name, dims[-1])
         self.one_valued[name] = made = FreeParameter(self.new(shape[dim]), shape[dim], dim, dims)
-        return made.ids(shape)
+        return made.ids_of_places(shape)
 
     def pin(self, ids: np.ndarray, reason: Reason) -> None:
         """Keep channels, and all that are coupled with them."""

@@ -1465,7 +1465,7 @@ def _is_own(ids: Tensor, channels: ChannelIds) -> bool:
     held = np.unique(compressed(ids))
     held = held[held != FIXED]
     parameters = channels.free_parameters.values()
-    own = [np.isin(held, np.arange(each.first, each.first + each.channels)) for each in parameters]
+    own = [np.isin(held, each.ids) for each in parameters]
     return bool(held.size and own and np.any(own, axis=0).all())
 
 

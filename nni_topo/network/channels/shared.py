@@ -95,15 +95,10 @@ def _whole(owner: str, ids: ChannelIds, entering: Mapping[str, np.ndarray]) -> _
     """Return the ids of what leaves a layer and of what enters it; of a norm, of what enters it."""
     found: _Dimensions = []
     if owner in ids.layers:
-        found.append(_leaving(owner, ids))
+        found.append(ids.layers[owner].ids)
     if len(entering.get(owner, ())):
         found.append(entering[owner])
     return found
-
-
-def _leaving(owner: str, ids: ChannelIds) -> np.ndarray:
-    layer = ids.layers[owner]
-    return np.arange(layer.first, layer.first + layer.channels)
 
 
 def _dimensions(name: str, module: Any, ids: ChannelIds, entering: Mapping[str, np.ndarray]) -> _Dimensions:
@@ -111,10 +106,10 @@ def _dimensions(name: str, module: Any, ids: ChannelIds, entering: Mapping[str, 
     owner, _, own = name.rpartition(".")
     if name in ids.free_parameters:
         free = ids.free_parameters[name]
-        return [None] * free.dim + [np.arange(free.first, free.first + free.channels)]
+        return [None] * free.dim + [free.ids]
     if owner not in ids.layers:
         return [entering[owner]] if isinstance(module, PER_CHANNEL) and owner in entering else []
-    leaving, reads = _leaving(owner, ids), entering.get(owner)
+    leaving, reads = ids.layers[owner].ids, entering.get(owner)
     if is_recurrent(module):
         return []
     if own in row_names(module):

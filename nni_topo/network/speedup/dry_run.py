@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import OrderedDict, defaultdict
+from contextlib import nullcontext
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -354,27 +356,22 @@ class _DryRun:
 
         ``values``: the outputs of the nodes before it, if not those in this network.
         """
-        if RANDOM not in node.meta:
-            return self._computed(node, module, which, values)
-        with random_state_kept():  # both draw the same numbers
-            seed_torch(0)
-            return self._computed(node, module, which, values)
-
-    def _computed(self, node: Node, module: nn.Module, which: int, values: dict[Node, Any] | None) -> Any:
         if node.op == "get_attr":
-            value: Any = module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            return value
+            return attrgetter(str(node.target))(module)
         entering = values or {parent: self._values[parent][which] for parent in node.all_input_nodes}
         given: Any = map_arg((node.args, node.kwargs), entering.__getitem__)
         args, kwargs = resized(given, self._sizes) if which else given
-        if node.op == "call_module":
-            name = str(node.target)
-            layer = module.get_submodule(name)
-            return (layer if which else self._without_removed(name, layer))(*args, **kwargs)
-        method = getattr(args[0], str(node.target)) if node.op == "call_method" else None
-        value = node.target(*args, **kwargs) if method is None else method(*args[1:], **kwargs)  # type: ignore[operator]
+        with random_state_kept() if RANDOM in node.meta else nullcontext():
+            if RANDOM in node.meta:
+                seed_torch(0)  # both draw the same numbers
+            if node.op == "call_module":
+                name = str(node.target)
+                layer = module.get_submodule(name)
+                return (layer if which else self._without_removed(name, layer))(*args, **kwargs)
+            if node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
         # Memory that isn't written to yet holds anything, and not the same in both networks.
         return value.zero_() if has_property(node, "is_unset") else value
 
