@@ -266,7 +266,6 @@ class BudgetPlanner(Planner):
             return solve_error(worth, bounds, cost, share, Agreement(units).together)
 
         if self.budget.kind == "latency" and self.budget.latency_table is None:
-            self._multiples = preferred_steps(units, _LEAST_STEPS_IN_TIME) if self.prefers_multiples else None
             analysis = Analysis.on(model, self.example_inputs, self.facts)
             time = network_time(analysis, self.example_inputs, share, self.budget.runtime)
 
@@ -274,7 +273,14 @@ class BudgetPlanner(Planner):
                 return time([kept(removed) for removed in solutions])
 
             if self._aim is None:
+                self._multiples = preferred_steps(units, _LEAST_STEPS_IN_TIME) if self.prefers_multiples else None
                 removed, self.left, self._aim = solve_timed(solve, cost, timed, share)
+                # Where layers that keep such multiples aren't fast enough, smaller multiples are tried.
+                while self._multiples and max(self._multiples.values()) > 1:
+                    if budget_outcome(self.budget.kind, share, self.left, "").is_met:
+                        break
+                    self._multiples = {name: max(1, step // 2) for name, step in self._multiples.items()}
+                    removed, self.left, self._aim = solve_timed(solve, cost, timed, share)
             else:
                 removed = solve(self._aim)
                 (self.left,) = timed([removed])

@@ -167,6 +167,21 @@ def test_channels_are_kept_in_multiples():
     assert any(ratios.values())
 
 
+def test_smaller_multiples_are_taken_where_preferred_ones_miss_a_budget_of_time(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 10)).eval()
+    images = torch.zeros(2, 1, 8, 8)
+
+    def as_wide(*_):  # the time is the share of channels, on every machine
+        return lambda choices: [float(kept["0"].mean()) if "0" in kept else 1.0 for kept in choices]
+
+    monkeypatch.setattr("nni_topo.pruners.budget.network_time", as_wide)
+    analysis = Analysis.on(model, images)
+    for share, left in ((0.5, 16), (0.25, 8), (0.19, 4)):
+        ratios, outcome = planned_ratios(analysis, Budget(latency=share), prefers_multiples=True)
+        assert round(32 * (1.0 - ratios["0"])) == left
+        assert outcome.left == left / 32
+
+
 def test_a_budget_below_half_of_what_the_fewest_channels_leave_is_refused(caplog):
     net, images = linears(4, 2)  # one of four channels leaves a quarter
     with pytest.raises(ConfigError, match=r"got 0.1 where .* leave 0.25 \(target\)"):
