@@ -182,7 +182,12 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
             _of_jsonl("export/zoo_exports.py", "zoo_exports_before.jsonl", title="before"),
         ]
     ),
-    "recovery": lambda: iter([_of_jsonl("recovery/bench_course.py", "course.jsonl")]),
+    "recovery": lambda: iter(
+        [
+            _of_jsonl("recovery/bench_course.py", "course.jsonl"),
+            _of_jsonl("recovery/bench_without_data.py", "without_data.jsonl"),
+        ]
+    ),
     "speed": lambda: iter(
         [
             _of_jsonl("speed/bench_time.py", "time.jsonl"),
