@@ -175,7 +175,6 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.zoo.count_macs": lambda: {"model": net(), "example_inputs": IMAGES},
     "nni_topo.zoo.count_params": lambda: {"model": net()},
     "nni_topo.zoo.create_model": lambda: {"name": "small_cnn", "num_classes": 3, "in_channels": 1, "image_size": 8},
-    "nni_topo.zoo.data_info": lambda: {"name": "digits"},
     "nni_topo.zoo.default_recipe": lambda: {"model_name": "small_cnn", "data_name": "digits"},
     "nni_topo.zoo.evaluate": lambda: {"model": net(), "dataset": DATA},
     "nni_topo.zoo.evaluate_loss": lambda: {"model": net(), "dataset": DATA},
@@ -184,7 +183,6 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.zoo.list_models": dict,
     "nni_topo.zoo.load_data": lambda: {"name": "digits", "limit": 10},
     "nni_topo.zoo.loss_and_accuracy": lambda: {"model": net(), "dataset": DATA},
-    "nni_topo.zoo.model_info": lambda: {"name": "small_cnn"},
     "nni_topo.zoo.train": lambda: {"model": net(), "data": BUNDLE, "recipe": zoo.Recipe(epochs=1), "seed": 0},
     "nni_topo.zoo.Recipe": lambda: {"epochs": 1},
 }
@@ -346,7 +344,7 @@ PARTS = {
     "nni_topo": "Calibration",
     "nni_topo.recovery": "Compensation CompensationReport Distillation LayerReport",
     "nni_topo.speedup": "DenseReport Explanation Exported LatencyTable LayerChannels LayerLatency ModeCost Operation",
-    "nni_topo.zoo": "DataBundle DataInfo EpochLog ModelInfo TrainingLog",
+    "nni_topo.zoo": "DataBundle EpochLog TrainingLog",
 }
 SAME = {"nni_topo.compensate", "nni_topo.distill"}  # hand on what they get to compensation and distillation
 ON_DISK = {"nni_topo.export", "nni_topo.load", "nni_topo.save", "nni_topo.save_pretrained"}

@@ -95,9 +95,7 @@ MISTYPED = {
     "format": (lambda _: nni_topo.export(small(), "never.pt2", ROWS, format="onxn"), "export"),
     "mode": (lambda _: nni_topo.speedup.profile({"one": small()}, ROWS, modes=("eagr",)), "profile"),
     "model": (lambda _: zoo.create_model("resnet2", num_classes=2, in_channels=1, image_size=8), "zoo.create_model"),
-    "model_info": (lambda _: zoo.model_info("torchvision/resnet19"), "zoo.model_info"),
     "data": (lambda _: zoo.load_data("digit"), "zoo.load_data"),
-    "data_info": (lambda _: zoo.data_info("digit"), "zoo.data_info"),
     "engine": (lambda _: nni_topo.topology.rips_diagram(ROWS.numpy(), engine="exat"), "rips_diagram"),
     "sweep": (lambda _: nni_topo.signals.chirp((4,), sweep="nyqist"), "chirp"),
     "layer of sensitivity": (

@@ -46,6 +46,7 @@ from nni_topo.runs.widths import as_entries, reasons_of_unpruned_layers
 from nni_topo.zoo.evaluation import bits
 from nni_topo.zoo.external import pretrained_preprocessing
 from nni_topo.zoo.labelled import ImageFiles, subset
+from nni_topo.zoo.models import model_info
 
 LATENCY_BATCH = 64
 _GRADIENT_STEPS = 32
@@ -333,7 +334,7 @@ def layer_widths(model: nn.Module) -> dict[str, int]:
 
 def load_model_data(model: ModelChoice, data: DataChoice) -> zoo.DataBundle:
     """Load a data set, padded to the size that a model needs."""
-    pad_to = zoo.model_info(model.name).pad_to
+    pad_to = model_info(model.name).pad_to
     bundle = zoo.load_data(
         data.name,
         data.data_dir,

@@ -2,18 +2,16 @@
 
 from nni_topo.network.cost.measure import count_macs, count_params, latencies, latency_ms
 from nni_topo.zoo.checkpoints import load_checkpoint, save_checkpoint
-from nni_topo.zoo.data import DataBundle, DataInfo, data_info, list_data, load_data
+from nni_topo.zoo.data import DataBundle, list_data, load_data
 from nni_topo.zoo.evaluation import check_model, evaluate, evaluate_loss, loss_and_accuracy
-from nni_topo.zoo.models import ModelInfo, create_model, default_recipe, list_models, model_info
+from nni_topo.zoo.models import create_model, default_recipe, list_models
 from nni_topo.zoo.recipes import Augmentation, Recipe
 from nni_topo.zoo.training import EpochLog, TrainingLog, augmented, train
 
 __all__ = [
     "Augmentation",
     "DataBundle",
-    "DataInfo",
     "EpochLog",
-    "ModelInfo",
     "Recipe",
     "TrainingLog",
     "augmented",
@@ -21,7 +19,6 @@ __all__ = [
     "count_macs",
     "count_params",
     "create_model",
-    "data_info",
     "default_recipe",
     "evaluate",
     "evaluate_loss",
@@ -32,7 +29,6 @@ __all__ = [
     "load_checkpoint",
     "load_data",
     "loss_and_accuracy",
-    "model_info",
     "save_checkpoint",
     "train",
 ]

@@ -7,10 +7,10 @@ downloaded unless asked for. A new data set is a row of the table here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,32 +39,8 @@ if TYPE_CHECKING:
     from nni_topo.zoo.image_folder import ListedFolder
 
 
-@dataclass(frozen=True)
-class DataInfo:
-    """What is known about a data set before it is read.
-
-    Attributes
-    ----------
-    name : str
-        Name that :func:`load_data` takes.
-    description : str
-        One line about the images.
-    read : callable
-        Returns :class:`~nni_topo.zoo.sources.RawData`, or a folder's list of files, from those of ``folder`` (where
-        the files lie), ``download``, ``image_size``, ``pad_to``, ``preprocessing`` and ``workers`` that it accepts.
-    adapt : callable
-        Makes the recipe for these images from a net's own.
-    """
-
-    name: str
-    description: str
-    read: Callable[..., RawData | ListedFolder] = field(repr=False)
-    adapt: Callable[[Recipe], Recipe] = field(default=lambda recipe: recipe, repr=False)
-
-    @property
-    def needs_folder(self) -> bool:
-        """Whether ``data_dir`` has to be given."""
-        return bool(accepted(self.read, {"folder": None}))
+def _same(recipe: Recipe) -> Recipe:
+    return recipe
 
 
 def _few_images(recipe: Recipe) -> Recipe:
@@ -87,22 +63,26 @@ def _list_image_folder(
     return list_image_folder(folder, image_size, pad_to, preprocessing, workers)
 
 
+class DataInfo(NamedTuple):
+    """What reads a data set, and how a model's recipe changes for it."""
+
+    # Takes those of `folder` (where the files lie), `download`, `image_size`, `pad_to`, `preprocessing` and `workers`
+    # that it needs.
+    read: Callable[..., RawData | ListedFolder]
+    adapt: Callable[[Recipe], Recipe] = _same
+
+
 _MOST_ROWS = 1000  # of text to watch: each has as many labels as places
 _DIGITS = tuple("0123456789")
 _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _DATA = {
-    info.name: info
-    for info in (
-        DataInfo("digits", "8x8, embedded in scikit-learn", read_digits, _few_images),
-        DataInfo("mnist", "28x28, idx files", partial(read_idx_folder, kind="MNIST", class_names=_DIGITS)),
-        DataInfo(
-            "fashion-mnist", "28x28, idx files", partial(read_idx_folder, kind="FashionMNIST", class_names=_CLOTHES)
-        ),
-        DataInfo("cifar10", "32x32 in colour", partial(read_cifar, kind="CIFAR10"), _photographs),
-        DataInfo("cifar100", "32x32 in colour", partial(read_cifar, kind="CIFAR100"), _photographs),
-        DataInfo("image-folder", "photos by class, scaled to image_size", _list_image_folder, _photographs),
-        DataInfo("python-stdlib", "rows of 128 bytes of Python's own sources", read_stdlib),
-    )
+    "digits": DataInfo(read_digits, _few_images),
+    "mnist": DataInfo(partial(read_idx_folder, kind="MNIST", class_names=_DIGITS)),
+    "fashion-mnist": DataInfo(partial(read_idx_folder, kind="FashionMNIST", class_names=_CLOTHES)),
+    "cifar10": DataInfo(partial(read_cifar, kind="CIFAR10"), _photographs),
+    "cifar100": DataInfo(partial(read_cifar, kind="CIFAR100"), _photographs),
+    "image-folder": DataInfo(_list_image_folder, _photographs),
+    "python-stdlib": DataInfo(read_stdlib),
 }
 
 
@@ -166,29 +146,15 @@ def list_data() -> list[str]:
     return list(_DATA)
 
 
-@checked()
-def data_info(name: str) -> DataInfo:
-    """Return the record of a data set; for an ``.npz`` file or a folder, one with its path and kind.
-
-    Raises
-    ------
-    ConfigError
-        If the name is unknown.
-    DataError
-        If it is a path of nothing that exists, or of a file that is no ``.npz``.
-    """
-    return _data_info(name, "zoo.data_info")
-
-
-def _data_info(name: str, place: str) -> DataInfo:
-    """Return the record of a data set; ``place``: the function that was given the name."""
+def data_info(name: str, place: str) -> DataInfo:
+    """Return the record of a listed name or a path; ``place``: the function that was given it."""
     if name in _DATA:
         return _DATA[name]
     path = Path(name)
     if path.suffix == ".npz":
-        return DataInfo(name, ".npz file", partial(read_npz, path))
+        return DataInfo(partial(read_npz, path))
     if path.is_dir():
-        return DataInfo(name, "folder of images", partial(_list_image_folder, path))
+        return DataInfo(partial(_list_image_folder, path))
     if path.exists() or path.suffix or {"/", "\\"} & set(name):
         raise DataError(f"data must be a listed name, or an .npz file or a folder that exists, got none ({name})")
     raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"], place)
@@ -273,8 +239,8 @@ def load_data(
     >>> data.train.tensors[0].shape, len(data.test), data.num_classes
     (torch.Size([100, 1, 8, 8]), 355, 10)
     """
-    info = _data_info(name, "zoo.load_data")
-    if info.needs_folder:
+    info = data_info(name, "zoo.load_data")
+    if accepted(info.read, {"folder": None}):
         if data_dir is None:
             raise ConfigError(f"data_dir must be given for data that is read from files, got None ({name})")
         if not download and not Path(data_dir).is_dir():

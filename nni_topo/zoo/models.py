@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -40,14 +40,8 @@ class ModelInfo:
 
     Attributes
     ----------
-    name : str
-        Name that :func:`create_model` takes.
-    description : str
-        One line about the net.
     build : callable
         Makes the net from those of ``num_classes``, ``in_channels``, ``image_size`` and ``width`` that it accepts.
-    image_size : int
-        Side in pixels of the images it was designed for.
     epochs : int
         Passes over the training images, see :func:`default_recipe`.
     lr : float
@@ -56,74 +50,36 @@ class ModelInfo:
         Side to which smaller images should be padded before they are fed to the net; None where any will do.
     min_image_size : int
         Smallest side in pixels that leaves at least one position after the last pooling.
-    paper : str
-        Where the net comes from, a link; empty for nets of this package and of the user.
     optimizer : {"sgd", "adamw"}
         What it is trained with.
     """
 
-    name: str
-    description: str
-    build: Callable[..., nn.Module] = field(repr=False)
-    image_size: int
+    build: Callable[..., nn.Module]
     epochs: int = 10
     lr: float = 0.05
     pad_to: int | None = None
     min_image_size: int = 1
-    paper: str = ""
     optimizer: Optimizer = "sgd"
 
-    @property
-    def scalable(self) -> bool:
-        """Whether ``width`` may differ from 1."""
-        return bool(accepted(self.build, {"width": 1.0}))
-
-
-_LENET = "https://doi.org/10.1109/5.726791"
-_VGG = "https://arxiv.org/abs/1409.1556"
-_RESNET = "https://arxiv.org/abs/1512.03385"
-_SYNFLOW = "https://arxiv.org/abs/2006.05467"
-_VIT = "https://arxiv.org/abs/2010.11929"
-_BERT = "https://arxiv.org/abs/1810.04805"
-_HEADS = "5 blocks of 6 heads and 192 neurons on patches"
-_NORMED = "convolutions with batch norm"
 
 _MODELS = {
-    info.name: info
-    for info in (
-        ModelInfo("lenet300", "MLP with hidden layers of 300 and 100 neurons", lenet300, 28, 8, paper=_LENET),
-        ModelInfo("lenet5", "conv 6, 16, hidden 120, 84", lenet5, 32, 8, pad_to=32, min_image_size=16, paper=_LENET),
-        ModelInfo("lenet5_like", "conv 32, 64, hidden 1024", lenet5_like, 28, 5, min_image_size=4, paper=_LENET),
-        ModelInfo("mnist_fcn", "MLP with five hidden layers of 100 neurons", mnist_fcn, 28, 8, paper=_SYNFLOW),
-        ModelInfo("mnist_cnn", "conv 32, 32, one linear layer, no pooling", mnist_cnn, 28, 5, paper=_SYNFLOW),
-        ModelInfo("small_cnn", "conv 16, 32, 64, hidden 64, batch norm", small_cnn, 8, lr=0.1, min_image_size=4),
-        ModelInfo("cnn12", "4 convolutions, 3 hidden layers", cnn12, 32, pad_to=32, min_image_size=16),
-        ModelInfo(
-            "vgg11", f"8 {_NORMED}, two hidden layers of 1024", vgg11, 64, pad_to=32, min_image_size=32, paper=_VGG
-        ),
-        ModelInfo("vgg11_unpooled", f"8 {_NORMED}, all at full resolution", vgg11_unpooled, 32, paper=_VGG),
-        ModelInfo(
-            "vgg16", f"13 {_NORMED}, one linear layer", vgg16, 32, lr=0.1, pad_to=32, min_image_size=32, paper=_VGG
-        ),
-        ModelInfo(
-            "vgg16_modified",
-            f"13 {_NORMED}, hidden 512",
-            vgg16_modified,
-            32,
-            lr=0.1,
-            pad_to=32,
-            min_image_size=32,
-            paper="https://doi.org/10.1109/ACPR.2015.7486599",
-        ),
-        ModelInfo("resnet18", "18 layers, 3x3 stem, 1x1 convolution shortcuts", resnet18, 64, paper=_RESNET),
-        ModelInfo("resnet20", "20 layers, 1x1 convolution shortcuts", resnet20, 32, 3, lr=0.2, paper=_RESNET),
-        ModelInfo("resnet56", "56 layers, 1x1 convolution shortcuts", resnet56, 32, 5, lr=0.2, paper=_RESNET),
-        ModelInfo("vit_small", f"{_HEADS}, norms first", vit_small, 28, 8, 2e-3, 28, 4, _VIT, optimizer="adamw"),
-        ModelInfo("bert_small", f"{_HEADS}, norms last", bert_small, 28, 8, 2e-3, 28, 4, _BERT, optimizer="adamw"),
-        ModelInfo(
-            "gpt_small", "4 blocks of 12 heads over 6 and 256 gated neurons", gpt_small, 128, 2, 2e-3, optimizer="adamw"
-        ),
-    )
+    "lenet300": ModelInfo(lenet300, epochs=8),
+    "lenet5": ModelInfo(lenet5, epochs=8, pad_to=32, min_image_size=16),
+    "lenet5_like": ModelInfo(lenet5_like, epochs=5, min_image_size=4),
+    "mnist_fcn": ModelInfo(mnist_fcn, epochs=8),
+    "mnist_cnn": ModelInfo(mnist_cnn, epochs=5),
+    "small_cnn": ModelInfo(small_cnn, lr=0.1, min_image_size=4),
+    "cnn12": ModelInfo(cnn12, pad_to=32, min_image_size=16),
+    "vgg11": ModelInfo(vgg11, pad_to=32, min_image_size=32),
+    "vgg11_unpooled": ModelInfo(vgg11_unpooled),
+    "vgg16": ModelInfo(vgg16, lr=0.1, pad_to=32, min_image_size=32),
+    "vgg16_modified": ModelInfo(vgg16_modified, lr=0.1, pad_to=32, min_image_size=32),
+    "resnet18": ModelInfo(resnet18),
+    "resnet20": ModelInfo(resnet20, epochs=3, lr=0.2),
+    "resnet56": ModelInfo(resnet56, epochs=5, lr=0.2),
+    "vit_small": ModelInfo(vit_small, epochs=8, lr=2e-3, pad_to=28, min_image_size=4, optimizer="adamw"),
+    "bert_small": ModelInfo(bert_small, epochs=8, lr=2e-3, pad_to=28, min_image_size=4, optimizer="adamw"),
+    "gpt_small": ModelInfo(gpt_small, epochs=2, lr=2e-3, optimizer="adamw"),
 }
 
 
@@ -149,39 +105,18 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(names, pattern))
 
 
-@checked()
-def model_info(name: str) -> ModelInfo:
-    """Return the record of a model; for models from outside, one with the little that is known.
-
-    Parameters
-    ----------
-    name : str
-        Built-in name, ``torchvision/NAME``, ``timm/NAME`` or ``package.module:factory``.
-
-    Returns
-    -------
-    ModelInfo
-
-    Raises
-    ------
-    ConfigError
-        If the name is none of these, or there is no such factory.
-    """
-    return _model_info(name, "zoo.model_info")
-
-
-def _model_info(name: str, place: str) -> ModelInfo:
+def model_info(name: str, place: str = "model") -> ModelInfo:
     """Return the record of a model; ``place``: the function that was given the name."""
     if name in _MODELS:
         return _MODELS[name]
     if name.startswith(TORCHVISION):
         if name not in torchvision_names():
             raise unknown_name("model", name, torchvision_names(), place)
-        return ModelInfo(name, "torchvision classification model, untrained", partial(build_torchvision, name), 224)
+        return ModelInfo(partial(build_torchvision, name))
     if name.startswith(TIMM):
-        return ModelInfo(name, "timm classification model, untrained", partial(build_timm, name), 224)
+        return ModelInfo(partial(build_timm, name))
     if ":" in name:
-        return ModelInfo(name, "model factory", import_factory(name), 32)
+        return ModelInfo(import_factory(name))
     known = [*_MODELS, "torchvision/NAME", "timm/NAME", "package.module:factory"]
     raise unknown_name("model", name, known, place)
 
@@ -231,13 +166,13 @@ def create_model(
     >>> sum(parameter.numel() for parameter in model.parameters())
     266610
     """
-    info = _model_info(name, "zoo.create_model")
+    info = model_info(name, "zoo.create_model")
     if image_size < info.min_image_size:
         raise ConfigError(
             f"image_size must be at least {info.min_image_size}, got {image_size} ({name}); "
             "load_data(pad_to=...) pads small images"
         )
-    if width != 1.0 and not info.scalable:
+    if width != 1.0 and not accepted(info.build, {"width": width}):
         raise ConfigError(f"width must be 1.0 for a model that takes no width, got {width} ({name})")
     arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size, "width": width}
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -274,4 +209,4 @@ def default_recipe(model_name: str, data_name: str) -> Recipe:
     model = _MODELS.get(model_name, ModelInfo)
     decay = Recipe.weight_decay if model.optimizer == "sgd" else 0.05
     recipe = Recipe(model.epochs, lr=model.lr, weight_decay=decay, optimizer=model.optimizer)
-    return data_info(data_name).adapt(recipe)
+    return data_info(data_name, "zoo.default_recipe").adapt(recipe)

@@ -2,6 +2,12 @@
 
 All are plain chains of named layers, without batch sizes or image sizes in ``forward``, so that ``torch.fx``
 traces them. ReLUs are not in place: hooks see a layer's output as the layer left it.
+
+References
+----------
+.. [1] Y. LeCun et al., "Gradient-based learning applied to document recognition", https://doi.org/10.1109/5.726791
+.. [2] H. Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow",
+   https://arxiv.org/abs/2006.05467
 """
 
 from __future__ import annotations
@@ -41,12 +47,12 @@ class Mlp(nn.Sequential):
 
 
 def lenet300(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build LeNet-300-100: two hidden layers of 300 and 100 neurons."""
+    """Build LeNet-300-100 [1]_: two hidden layers of 300 and 100 neurons."""
     return Mlp(in_channels * image_size**2, 300, 100, num_classes)
 
 
 def mnist_fcn(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build the fully connected net of the pruning literature: five hidden layers of 100 neurons."""
+    """Build the fully connected net of the pruning literature [2]_: five hidden layers of 100 neurons."""
     return Mlp(in_channels * image_size**2, 100, 100, 100, 100, 100, num_classes)
 
 
@@ -58,7 +64,7 @@ def mnist_cnn(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
 
 
 def lenet5(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build LeNet-5: two unpadded 5x5 convolutions of 6 and 16 filters, average pooling, 120 and 84 hidden neurons."""
+    """Build LeNet-5 [1]_: unpadded 5x5 convolutions of 6 and 16 filters, average pooling, 120 and 84 hidden neurons."""
     side = ((image_size - 4) // 2 - 4) // 2
     features = _lenet(in_channels, (6, 16), nn.AvgPool2d, padding=0)
     return ConvNet(features, _classifier(16 * side**2, 120, 84, num_classes))

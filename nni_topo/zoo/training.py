@@ -10,15 +10,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from nni_topo.disk import DELETE, check_output_file, path_of, read_state, reading, write_tensors
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.runtime.arguments import COMPUTING, DEVICE, TENSOR
@@ -31,8 +28,6 @@ from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import by_label, check_model, evaluate
 from nni_topo.zoo.labelled import batches, held_on
 from nni_topo.zoo.recipes import Augmentation, Recipe
-
-_FORMAT = "nni-topo training 3"
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,6 @@ def train(
     device: str | torch.device | None = None,
     progress: bool | None = None,
     callback: Callable[[EpochLog], None] | None = None,
-    state: str | Path | None = None,
     until: float | None = None,
 ) -> TrainingLog:
     """Train a classifier in place.
@@ -135,9 +129,6 @@ def train(
     callback : callable or None, default=None
         Called with the :class:`EpochLog` after every epoch, the model being in evaluation mode. An exception
         it raises ends the training.
-    state : str, Path or None, default=None
-        File that gets the training's state after every epoch, before ``callback``. If it is there, the training goes
-        on from it, to the same result on one machine; epochs that it holds aren't called back again.
     until : float or None, default=None
         Validation accuracy in (0, 1] that ends the training, after the first epoch that reaches it. The learning rate
         follows the recipe with all its epochs. None: all epochs.
@@ -149,114 +140,62 @@ def train(
     Raises
     ------
     DataError
-        If the model doesn't fit the data, or ``state`` isn't a state of the model.
+        If the model doesn't fit the data.
     ConfigError
-        If the loss stops being finite, ``state`` belongs to a training with another recipe or seed, or ``until`` is
-        given without validation images.
+        If the loss stops being finite, or ``until`` is given without validation images.
     """
     if until is not None and not len(data.validation):
         raise ConfigError(f"until must have validation images to look at, got {until} without any (train)")
     device = device_of(model) if device is None else torch.device(device)
     check_model(model.to(device), data)
-    path = None if state is None else path_of(state, "state")
-    if path is not None:
-        check_output_file(path)
-    with torch_random_kept():
+    images = held_on(data.train, device)
+    black = data.black.to(device)
+    steps = math.ceil(len(images) / recipe.batch_size)  # of an epoch
+    kind, knobs = recipe.optimizing()
+    optimizer = kind([parameter for parameter in model.parameters() if parameter.requires_grad], **knobs)
+    generator = torch.Generator().manual_seed(seed)
+    logs: list[EpochLog] = []
+    with (
+        torch_random_kept(),
+        _channels_last(model, data.train[0][0][None].to(device)),
+        bar("training", progress, total=recipe.epochs) as shown,
+    ):
         seed_torch(seed)
-        with (
-            _channels_last(model, data.train[0][0][None].to(device)),
-            bar("training", progress, total=recipe.epochs) as shown,
-        ):
-            trainer = _Trainer(model, data, recipe, seed, device)
-            logs = [] if path is None else trainer.resume(path)
-            shown.update(len(logs))
-            for epoch in range(len(logs) + 1, recipe.epochs + 1):
-                reached = logs[-1].validation_accuracy if logs else None
-                if until is not None and reached is not None and reached >= until:
-                    break
-                log = trainer.run_epoch(epoch)
-                logs.append(log)
-                shown.set_postfix_str(f"loss {log.loss:.3f}, accuracy {100 * log.accuracy:.1f} %", refresh=False)
-                shown.update()
-                if path is not None:
-                    trainer.keep(path, logs)
-                if callback is not None:
-                    callback(log)
+        for epoch in range(1, recipe.epochs + 1):
+            start = time.perf_counter()
+            model.train()
+            totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss and hits
+            chosen = torch.randperm(len(images), generator=generator).tensor_split(steps)
+            for step, (inputs, labels) in enumerate(batches(images, chosen, device)):
+                optimizer.param_groups[0]["lr"] = recipe.rate(((epoch - 1) * steps + step) / (recipe.epochs * steps))
+                count = len(inputs)
+                if inputs.dim() == 4:  # and not rows of text
+                    inputs = augmented(inputs, recipe.augmentation, black, generator)
+                    inputs = inputs.contiguous(memory_format=torch.channels_last)
+                with computing_in(recipe.precision, device):
+                    logits = model(inputs).float()
+                logits, labels = by_label(logits, labels)
+                loss = cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                backward_in(recipe.precision, device, loss)
+                optimizer.step()
+                totals += count * torch.stack([loss.detach(), (logits.argmax(1) == labels).double().mean()])
+            mean_loss, hits = (totals / len(images)).tolist()
+            if not math.isfinite(mean_loss):
+                raise ConfigError(f"lr must keep the loss finite, got {mean_loss} at lr={recipe.lr} (epoch {epoch})")
+            training_seconds = time.perf_counter() - start
+            model.eval()
+            accuracy = evaluate(model, data.validation, device=device) if len(data.validation) else None
+            rate = optimizer.param_groups[0]["lr"]
+            log = EpochLog(epoch, mean_loss, hits, accuracy, rate, time.perf_counter() - start, training_seconds)
+            logs.append(log)
+            shown.set_postfix_str(f"loss {mean_loss:.3f}, accuracy {100 * hits:.1f} %", refresh=False)
+            shown.update()
+            if callback is not None:
+                callback(log)
+            if until is not None and accuracy is not None and accuracy >= until:
+                break
     return TrainingLog(tuple(logs), recipe, seed)
-
-
-class _Trainer:
-    """The state that lasts from one epoch to the next."""
-
-    def __init__(self, model: nn.Module, data: DataBundle, recipe: Recipe, seed: int, device: torch.device) -> None:
-        self.model, self.data, self.recipe, self.device = model, data, recipe, device
-        self.kind: dict[str, Any] = {"recipe": asdict(recipe), "seed": seed, "images": len(data.train)}
-        self.images = held_on(data.train, device)
-        self.black = data.black
-        self.generator = torch.Generator().manual_seed(seed)
-        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        kind, knobs = recipe.optimizing()
-        self.optimizer = kind(learning, **knobs)
-        self.batches = math.ceil(len(data.train) / recipe.batch_size)
-
-    def resume(self, path: Path) -> list[EpochLog]:
-        """Go on from a file of :meth:`keep`, if there is one; return the logs of the epochs done."""
-        if not path.exists():
-            return []
-        with reading(path, "a state", "of this training", DELETE):
-            state = read_state(path, _FORMAT, self.kind, "training")
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.generator.set_state(state["generators"][0].byte())
-            torch.set_rng_state(state["generators"][1].byte())
-            return [EpochLog(**log) for log in state["logs"]]
-
-    def keep(self, path: Path, logs: list[EpochLog]) -> None:
-        """Write the state between epochs, atomically."""
-        state = {
-            "format": _FORMAT,
-            "kind": self.kind,
-            "logs": [asdict(log) for log in logs],
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generators": [self.generator.get_state(), torch.get_rng_state()],
-        }
-        write_tensors(path, state)
-
-    def run_epoch(self, epoch: int) -> EpochLog:
-        """Go once through the training images, then look at the validation images."""
-        start = time.perf_counter()
-        self.model.train()
-        order = torch.randperm(len(self.images), generator=self.generator)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        chosen = order.tensor_split(self.batches)
-        for step, (images, labels) in enumerate(batches(self.images, chosen, self.device)):
-            done = ((epoch - 1) * self.batches + step) / (self.recipe.epochs * self.batches)
-            totals += self._step(images, labels, self.recipe.rate(done))
-        loss, hits = (totals / len(order)).tolist()
-        if not math.isfinite(loss):
-            raise ConfigError(f"lr must keep the loss finite, got {loss} at lr={self.recipe.lr} (epoch {epoch})")
-        training_seconds = time.perf_counter() - start
-        self.model.eval()
-        watched = len(self.data.validation)
-        accuracy = evaluate(self.model, self.data.validation, device=self.device) if watched else None
-        rate = self.optimizer.param_groups[0]["lr"]
-        return EpochLog(epoch, loss, hits, accuracy, rate, time.perf_counter() - start, training_seconds)
-
-    def _step(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
-        """Take one step on images; their summed loss and the number of hits, shape (2,)."""
-        self.optimizer.param_groups[0]["lr"] = rate
-        if images.dim() == 4:  # and not rows of text
-            images = augmented(images, self.recipe.augmentation, self.black.to(self.device), self.generator)
-            images = images.contiguous(memory_format=torch.channels_last)
-        with computing_in(self.recipe.precision, self.device):
-            logits = self.model(images).float()
-        logits, labels = by_label(logits, labels)
-        loss = cross_entropy(logits, labels)
-        self.optimizer.zero_grad()
-        backward_in(self.recipe.precision, self.device, loss)
-        self.optimizer.step()
-        return torch.stack([loss.detach(), (logits.argmax(1) == labels).double().mean()]) * len(images)
 
 
 @checked(images=TENSOR, black=TENSOR)

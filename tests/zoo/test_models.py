@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nni_topo.errors import ConfigError
-from nni_topo.zoo import count_params, create_model, list_models, model_info
+from nni_topo.zoo import count_params, create_model, list_models
+from nni_topo.zoo.models import model_info
 
 BUILT_IN = [
     "bert_small",
@@ -192,19 +193,6 @@ def test_without_a_seed_the_global_generator_decides() -> None:
         weights.append(build("lenet5").features.conv1.weight)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-
-
-def test_records_say_what_to_pad() -> None:
-    assert [model_info(name).pad_to for name in ("vgg16", "lenet5", "cnn12", "vgg16_modified")] == [32] * 4
-    assert model_info("lenet300").pad_to is None
-
-
-def test_every_record_is_complete() -> None:
-    for name in BUILT_IN:
-        info = model_info(name)
-        assert info.name == name
-        assert info.description
-        assert info.image_size >= info.min_image_size
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/alexnet"])
