@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nni_topo.studies.tables import interval, markdown_report
+from nni_topo.studies.tables import as_markdown, interval, tables_of
 
 PROJECT = Path(__file__).parent.parent
 RECORDS = PROJECT / "benchmarks" / "records" / "upstream.json"
@@ -62,7 +62,7 @@ def test_the_tables_of_convergence_are_those_of_their_records(records, heading, 
     lines = (PROJECT / "benchmarks" / "records" / f"{records}.jsonl").read_text().splitlines()
     text = (PROJECT / "benchmarks" / "results" / "cnn_by_budget.md").read_text(encoding="utf-8")
     section = text.split(f"## {heading}")[1].split("\n## ")[0]
-    table = markdown_report([json.loads(line) for line in lines])
+    table = as_markdown(tables_of([json.loads(line) for line in lines]))
     found = [line for line in table.splitlines() if line.startswith("|")]
     assert len(found) == 2 * rows + 5  # two tables, the unpruned network in the first, and the heads
     assert found == [line for line in section.splitlines() if line.startswith("|")]

@@ -35,7 +35,7 @@ from nni_topo.studies.plan import SCRATCH, ComparisonPlan, load_plan
 from nni_topo.studies.records import compared_records
 from nni_topo.studies.report import prune_costs, write_report
 from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, finite, plain, save_figures
-from nni_topo.studies.tables import NumberTable, markdown_report, print_report, print_widths
+from nni_topo.studies.tables import NumberTable, as_markdown, tables_of
 from nni_topo.zoo import list_data, list_models
 
 
@@ -147,7 +147,8 @@ def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, isolate: boo
     records, failures = compare(plan, out, isolate=isolate, on_cell=announce)
     if records:
         picture = save_figures(out, comparison_figures(records))[0]
-        print_report(records, console)
+        for part in tables_of(records):
+            console.print(part)
         console.print(
             f"records: {out / 'results.json'} · picture: {picture} · report: {out / 'report.html'}", markup=False
         )
@@ -177,14 +178,11 @@ class Report(Verb):
         if self.out is not None and records:
             write_figure(self.out, comparison_figures(records)["accuracy"], dpi=150)
             console.print(f"picture: {self.out}", markup=False)
-        if self.json:
-            print(json.dumps(records, indent=1))
-        elif self.markdown:
-            print(markdown_report(records))
+        parts = list(tables_of(records, widths=self.widths))
+        if self.markdown and not self.json:
+            print(as_markdown(parts))
         else:
-            print_report(records, console)
-        if self.widths:
-            print_widths(records, console)
+            self.put_out(console, records, parts)
         return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,7 +89,6 @@ def run_cell(cell: Cell, out: Path) -> Record:
         with _counted(cpu, "retrain"):
             record |= _fine_tuned(start, dense, recipe, cell.seed, until)
         record |= _measured(start, dense, "retrained")
-    record["peak_memory_bytes"] = _peak_memory()
     record["seconds"] = time.perf_counter() - began
     return {**record, **provenance()}
 
@@ -222,13 +220,3 @@ def _fine_tuned(start: Start, dense: nn.Module, recipe: Recipe, seed: int, until
         record["validation_before"] = start.validation_accuracy
         record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
     return record
-
-
-def _peak_memory() -> int | None:
-    """Return the largest resident memory of this process so far, in bytes; None where the system can't tell."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

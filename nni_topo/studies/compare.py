@@ -22,7 +22,7 @@ from nni_topo.studies.isolation import run_missing
 from nni_topo.studies.plan import SCRATCH, ComparisonPlan
 from nni_topo.studies.records import COMPARED, read_records
 from nni_topo.studies.report import write_report
-from nni_topo.studies.tables import markdown_report
+from nni_topo.studies.tables import as_markdown, tables_of
 
 if TYPE_CHECKING:
     import pandas
@@ -50,7 +50,7 @@ class Comparison(NamedTuple):
 
     def __repr__(self) -> str:
         failed = [f"failed: {each.cell.pruner.row}, seed {each.cell.seed}" for each in self.failures]
-        return "\n".join([markdown_report(self.records), *failed])
+        return "\n".join([as_markdown(tables_of(self.records)), *failed])
 
 
 def compare(

@@ -22,7 +22,6 @@ from nni_topo.studies.tables import (
     convergence_of,
     foot_of,
     grouped,
-    has_convergence,
     in_short,
     title_of,
     widths_of,
@@ -108,8 +107,9 @@ def _parts(folder: Path) -> Iterator[Part]:
             yield _picture(name, stream.getvalue())
         for group, rows in groups.items():
             yield Part(f"all figures: {title_of(group, rows)}", *cells_of(rows), foot=foot_of(rows))
-            if has_convergence(rows):
-                yield Part(f"convergence: {title_of(group, rows)}", *convergence_of(rows))
+            convergence = convergence_of(rows)
+            if convergence is not None:
+                yield Part(f"convergence: {title_of(group, rows)}", *convergence)
         for group, rows in groups.items():
             if all("widths" in record for runs in rows.values() for record in runs.values()):
                 yield Part(f"widths: {title_of(group, rows)}", *widths_of(rows), folded=True)

@@ -198,80 +198,54 @@ def _is_baseline(runs: dict[int, Record]) -> bool:
 
 @dataclass
 class NumberTable:
-    """A table whose numbers are never cut in a terminal: columns that don't fit are in another table below.
+    """A table whose numbers are never cut in a terminal: columns that don't fit are in another table below."""
 
-    Attributes
-    ----------
-    title : str or None
-        Stands above the first part.
-    head : sequence of str
-        Names of the columns, broken between words.
-    rows, totals : sequence of sequence of str
-        Lines, and lines that are set apart below them.
-    text_columns : int
-        How many columns hold text; every part begins with them. A text is broken where it is too long, a number never.
-    unpruned_first : bool
-        Whether the first line is set apart.
-    """
-
-    title: str | None
-    head: Sequence[str]
+    title: str | None  # stands above the first part
+    head: Sequence[str]  # names of the columns, broken between words
     rows: Sequence[Sequence[str]]
-    totals: Sequence[Sequence[str]] = ()
-    text_columns: int = 1
-    unpruned_first: bool = False
+    totals: Sequence[Sequence[str]] = ()  # lines that are set apart below the others
+    text_columns: int = 1  # this many columns hold text, which may be broken, and begin every part
+    unpruned_first: bool = False  # whether the first line is set apart
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield as many tables as the width asks for."""
-        for index, columns in enumerate(self._parts(options.max_width)):
-            unbroken = 1 + sum(max(self._width(column), len(self.head[column])) + _BORDER for column in columns)
-            title = self.title if index == 0 else None
-            yield self._part(columns, title, breaks_heads=unbroken > options.max_width)
+        """Yield as many tables as the width asks for, with heads on one line or broken to the width of their column."""
+        widths = [
+            max(1, *map(len, name.split()), *(len(row[index]) for row in (*self.rows, *self.totals)))
+            for index, name in enumerate(self.head)
+        ]
+        texts = list(range(self.text_columns))
+        parts: list[list[int]] = []
+        room = 0
+        for index in range(self.text_columns, len(self.head)):
+            needed = widths[index] + _BORDER
+            if not parts or needed > room:
+                parts.append(list(texts))
+                room = options.max_width - sum(widths[each] + _BORDER for each in texts) - 1
+            parts[-1].append(index)
+            room -= needed
+        for number, columns in enumerate(parts or [texts]):
+            unbroken = 1 + sum(max(widths[index], len(self.head[index])) + _BORDER for index in columns)
+            table = Table(title=self.title if number == 0 else None, title_justify="left")
+            for index in columns:
+                name = self.head[index]
+                if index < self.text_columns:
+                    table.add_column(name, no_wrap=index == 0)
+                else:
+                    if unbroken > options.max_width:
+                        name = "\n".join(textwrap.wrap(name, widths[index]))
+                    table.add_column(name, justify="right", no_wrap=True)
+            for row in self.rows:
+                table.add_row(*(Text(row[index]) for index in columns))
+            if self.unpruned_first:
+                table.rows[0].end_section = True
+            table.add_section()
+            for row in self.totals:
+                table.add_row(*(Text(row[index]) for index in columns))
+            yield table
 
     def to_markdown(self) -> str:
         """Return the table in Markdown, without its title."""
         return markdown_table(self.head, [*self.rows, *self.totals], text_columns=self.text_columns)
-
-    def _parts(self, width: int) -> list[list[int]]:
-        """Deal the number columns out to tables that are no wider than the terminal, one column at least in each."""
-        texts = list(range(self.text_columns))
-        left = width - sum(self._width(index) + _BORDER for index in texts) - 1
-        parts: list[list[int]] = []
-        room = 0
-        for index in range(self.text_columns, len(self.head)):
-            needed = self._width(index) + _BORDER
-            if not parts or needed > room:
-                parts.append(list(texts))
-                room = left
-            parts[-1].append(index)
-            room -= needed
-        return parts or [texts]
-
-    def _width(self, column: int) -> int:
-        """Return the width of a column: of its longest number, or of the longest word in its head."""
-        cells = [len(row[column]) for row in (*self.rows, *self.totals)]
-        return max(*map(len, self.head[column].split()), 1, *cells)
-
-    def _part(self, columns: Sequence[int], title: str | None, *, breaks_heads: bool) -> Table:
-        """Return the table of some columns, with heads on one line or broken to the width of their column."""
-        table = Table(title=title, title_justify="left")
-        for index in columns:
-            is_text = index < self.text_columns
-            name = self.head[index]
-            if is_text:
-                table.add_column(name, no_wrap=index == 0)
-            else:
-                if breaks_heads:
-                    name = "\n".join(textwrap.wrap(name, self._width(index)))
-                table.add_column(name, justify="right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*(Text(row[index]) for index in columns))
-        if self.unpruned_first:
-            table.rows[0].end_section = True
-        table.add_section()
-        for row in self.totals:
-            table.add_row(*(Text(row[index]) for index in columns))
-        return table
 
 
 def table_of(
@@ -317,27 +291,22 @@ def with_tables(page: str, source: str, tables: str) -> str:
     return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
 
 
-def tables_of(records: Iterable[Record]) -> Iterator[NumberTable | str]:
-    """Yield one table of records per model, data set and target, its foot, and a table of convergence after it."""
-    for group, rows in grouped(records).items():
+def tables_of(records: Iterable[Record], *, widths: bool = False) -> Iterator[NumberTable | str]:
+    """Yield one table of records per model, data set and target, its foot, and a table of convergence after it.
+
+    With ``widths``, tables of the mean number of output channels of every layer follow.
+    """
+    groups = grouped(records)
+    for group, rows in groups.items():
         columns, lines = cells_of(rows)
         yield NumberTable(title_of(group, rows), columns, lines, unpruned_first=True)
         if foot := foot_of(rows):
             yield foot
-        if has_convergence(rows):
-            yield NumberTable(f"convergence: {title_of(group, rows)}", *convergence_of(rows))
-
-
-def print_report(records: Iterable[Record], console: Console) -> None:
-    """Print what :func:`tables_of` yields."""
-    for part in tables_of(records):
-        console.print(part)
-
-
-def print_widths(records: Iterable[Record], console: Console) -> None:
-    """Print the mean number of output channels of every layer, one table per model, data set and target."""
-    for group, rows in grouped(records).items():
-        console.print(NumberTable(f"widths: {title_of(group, rows)}", *widths_of(rows)))
+        convergence = convergence_of(rows)
+        if convergence is not None:
+            yield NumberTable(f"convergence: {title_of(group, rows)}", *convergence)
+    for group, rows in groups.items() if widths else ():
+        yield NumberTable(f"widths: {title_of(group, rows)}", *widths_of(rows))
 
 
 def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
@@ -364,11 +333,6 @@ def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[
             line.append(reasons.get(layer, ""))
         lines.append(line)
     return head, lines
-
-
-def markdown_report(records: Iterable[Record]) -> str:
-    """Return what :func:`tables_of` yields in Markdown."""
-    return as_markdown(tables_of(records))
 
 
 def as_markdown(parts: Iterable[NumberTable | str]) -> str:
@@ -430,22 +394,24 @@ def foot_of(rows: dict[str, dict[int, Record]]) -> str:
     )
 
 
-def has_convergence(rows: dict[str, dict[int, Record]]) -> bool:
-    """Return whether networks were fine-tuned long enough for a table of convergence: more than two epochs."""
-    return any(_is_long(record) for runs in rows.values() for record in runs.values())
-
-
-def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]] | None:
     """Return the head and the lines of a table: fine-tuning until shares of the unpruned accuracy are back.
 
     Accuracy is measured on the validation images. Epochs and seconds of training are the median [lowest, highest] over
     seeds; ``> 40`` is more than the 40 epochs that were run. An epoch of networks of equal widths takes the same time,
     the median of all their epochs: differences come from the machine's other load. The last column is the mean
     difference in epochs to the largest share that any run reaches, paired by seed, with its 95 % interval, from the
-    baseline with the fewest; a run that doesn't get there counts as all of its epochs.
+    baseline with the fewest; a run that doesn't get there counts as all of its epochs. None if no network was
+    fine-tuned for more than two epochs.
     """
-    long = {row: {seed: record for seed, record in runs.items() if _is_long(record)} for row, runs in rows.items()}
-    long = {row: runs for row, runs in long.items() if runs}
+    long: dict[str, dict[int, Record]] = {}
+    for row, runs in rows.items():
+        for seed, record in runs.items():
+            # A fine-tuning that may stop early is long, however soon it stopped.
+            if "until" in record or len(record.get("curve", ())) > _SHORT + 1:
+                long.setdefault(row, {})[seed] = record
+    if not long:
+        return None
     records = [record for runs in long.values() for record in runs.values()]
     # Runs that stop at 99 % say nothing of 100 %.
     last = min(record.get("until", 1.0) for record in records)
@@ -494,11 +460,6 @@ def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[
             line.append(paired_difference(ours, theirs, "epochs").show(sign=True))
         lines.append(line)
     return head, lines
-
-
-def _is_long(record: Record) -> bool:
-    """Return whether fine-tuning was long; one that may stop early is, however soon it stopped."""
-    return "until" in record or len(record.get("curve", ())) > _SHORT + 1
 
 
 def _widths(record: Record) -> str:

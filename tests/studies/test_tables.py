@@ -10,6 +10,7 @@ from scipy import stats
 
 from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.tables import (
+    as_markdown,
     best_baseline,
     cells_of,
     epochs_taken,
@@ -17,11 +18,9 @@ from nni_topo.studies.tables import (
     grouped,
     in_short,
     interval,
-    markdown_report,
     paired_difference,
-    print_report,
-    print_widths,
     show_accuracies,
+    tables_of,
 )
 
 
@@ -53,6 +52,18 @@ RECORDS = [
     *(record("ours", seed, value, "topological") for seed, value in enumerate([0.92, 0.93, 0.96])),
     *(record("random", seed, 0.85) for seed in range(3)),
 ]
+
+
+def markdown(records):
+    return as_markdown(tables_of(records))
+
+
+def printed(records, width, **knobs):
+    """What a terminal of a width shows."""
+    console = Console(file=io.StringIO(), width=width)
+    for part in tables_of(records, **knobs):
+        console.print(part)
+    return console.file.getvalue()
 
 
 def test_interval_is_students():
@@ -95,7 +106,7 @@ def test_the_best_baseline_is_chosen_on_the_validation_images_if_all_records_hol
     validated = [run | {"validation_retrained": 1.0 - run["accuracy_retrained"]} for run in tested]
     (rows,) = grouped(validated).values()
     assert best_baseline(rows, "accuracy_retrained") == "fpgm"
-    assert foot_of(rows) in markdown_report(validated)
+    assert foot_of(rows) in markdown(validated)
     assert "validation images" in foot_of(rows)
     # one baseline without it can't be compared on the validation images
     (rows,) = grouped([tested[0], *validated[1:]]).values()
@@ -146,7 +157,7 @@ STOPPED = [
 
 
 def convergence_rows(records):
-    text = markdown_report(records)
+    text = markdown(records)
     lines = text[text.index("**convergence: ") :].splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     return {row[0]: dict(zip(table[0][1:], row[1:], strict=True)) for row in table[1:]}
@@ -160,7 +171,7 @@ def test_epochs_until_the_accuracy_is_back_are_counted_from_the_pruned_network()
     assert [rows[row]["epochs to 100 %"] for row in ("l1", "ours", "kept")] == ["2 [2, 3]", "> 3 [3, > 3]", "0"]
     assert rows["ours"]["epochs to 99 %"] == "3 [3, > 3]"
     assert not any("seconds" in head for head in rows["l1"])
-    assert "convergence" not in markdown_report(RECORDS)
+    assert "convergence" not in markdown(RECORDS)
 
 
 def test_convergence_counts_epochs_and_seconds_up_to_the_share_that_ended_fine_tuning():
@@ -200,9 +211,7 @@ def test_a_share_that_no_run_reaches_is_not_compared():
 
 
 def test_the_terminal_shows_convergence_in_a_table_of_its_own():
-    stream = io.StringIO()
-    print_report(STOPPED, Console(file=stream, width=160))
-    assert stream.getvalue().count("convergence: net on digits, ratio 0.5 (3 seeds)") == 1
+    assert printed(STOPPED, 160).count("convergence: net on digits, ratio 0.5 (3 seeds)") == 1
 
 
 def test_the_picture_of_convergence_has_a_line_and_a_band_per_row_and_one_legend(drawn, tmp_path):
@@ -244,9 +253,7 @@ def test_differences_are_paired_by_seed_whatever_the_order_and_the_gaps():
 
 
 def test_the_table_names_every_row_and_the_best_baseline():
-    stream = io.StringIO()
-    print_report(RECORDS, Console(file=stream, width=160))
-    text = stream.getvalue()
+    text = printed(RECORDS, 160)
     assert "net on digits, ratio 0.5 (3 seeds)" in text
     (ours,) = [line for line in text.splitlines() if "ours" in line]
     assert "+1.7 ± 1.4" in ours
@@ -255,7 +262,7 @@ def test_the_table_names_every_row_and_the_best_baseline():
 
 
 def test_the_markdown_table_has_the_same_cells():
-    lines = markdown_report(RECORDS).splitlines()
+    lines = markdown(RECORDS).splitlines()
     assert lines[0] == "**net on digits, ratio 0.5 (3 seeds)**"
     assert lines[4].startswith("| unpruned | 4.00 | 8.0 | 99.0")
     (ours,) = [line for line in lines if line.startswith("| ours")]
@@ -265,9 +272,8 @@ def test_the_markdown_table_has_the_same_cells():
 
 def test_widths_are_means_over_seeds():
     runs = [{**record("l1", seed, 0.9), "widths": {"conv1": 4 + seed, "head": 10}} for seed in range(2)]
-    stream = io.StringIO()
-    print_widths(runs, Console(file=stream, width=100))
-    assert [line.split()[1::2] for line in stream.getvalue().splitlines() if "conv1" in line] == [["conv1", "4.5"]]
+    shown = printed(runs, 100, widths=True)
+    assert [line.split()[1::2] for line in shown.splitlines() if "conv1" in line] == [["conv1", "4.5"]]
 
 
 def test_the_picture_shows_every_rows_mean_before_and_after():
@@ -299,7 +305,7 @@ def test_equal_networks_have_one_latency():
     wide, narrow = {"conv1": 8}, {"conv1": 4}
     times = {"l1": (wide, 1.0), "fpgm": (wide, 9.0), "random": (wide, 2.0), "ours": (narrow, 0.5)}
     runs = [{**record(name, 0, 0.9), "widths": own, "latency_ms": ms} for name, (own, ms) in times.items()]
-    rows = [line.split(" | ") for line in markdown_report(runs).splitlines() if line.startswith("| ")]
+    rows = [line.split(" | ") for line in markdown(runs).splitlines() if line.startswith("| ")]
     place = rows[0].index("latency ms")
     shown = {row[0].removeprefix("| "): row[place] for row in rows[1:]}
     assert shown == {"unpruned": "2.00", "l1": "2.00", "fpgm": "2.00", "random": "2.00", "ours": "0.50"}
@@ -310,9 +316,7 @@ def test_no_number_and_no_head_is_cut_in_a_narrow_terminal(width):
     records = [{**entry, "accuracy_compensated": 0.9 + entry["seed"] / 100} for entry in RECORDS]
     rows = next(iter(grouped(records).values()))
     head, lines = cells_of(rows)
-    stream = io.StringIO()
-    print_report(records, Console(file=stream, width=width))
-    text = stream.getvalue()
+    text = printed(records, width)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     assert text.count("net on digits") == 1
