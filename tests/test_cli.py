@@ -106,12 +106,6 @@ def test_shrink_keeps_a_quarter_of_the_work_if_no_budget_is_given(tmp_path, untr
     assert list(document)[:5] == ["model", "data", "pruner", "method", "budget"]
 
 
-def test_shrink_has_no_use_for_no_time(tmp_path, untrained, capsys):
-    words = ["shrink", "--model", "small_cnn", "--limit", "64", "--checkpoint", str(untrained), "--seconds", "0"]
-    assert main([*words, "--out", str(tmp_path / "small")]) == 2
-    assert "seconds must be" in capsys.readouterr().err
-
-
 def test_prune_takes_the_seed_and_shows_costs_before_and_after(tmp_path, untrained, capsys, monkeypatch):
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
     config = tmp_path / "prune.yaml"
@@ -134,22 +128,6 @@ def test_prune_takes_the_seed_and_shows_costs_before_and_after(tmp_path, untrain
     assert output.out.endswith(f"{files}\n")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["compare", "--model", "lenet5like"], "did you mean lenet5_like"),
-        (["compare", "--model", "small_cnn", "--ratio", "1.5"], "got 1.5"),
-        (["compare"], "--model or --plan"),
-        (["compare", "--model", "small_cnn", "--distill", "1"], "an integer of at least 2, got 1 (distill)"),
-        (["prune", "--model", "small_cnn", "--config", "nowhere.yaml"], "nowhere.yaml"),
-    ],
-)
-def test_bad_requests_end_with_2_and_a_message(words, message, tmp_path, capsys):
-    in_process = ["--in-process"] if words[0] == "compare" else []
-    assert main([*words, *in_process, "--out", str(tmp_path / "out")]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-
-
 PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}\n{}\n"
 
 
@@ -160,7 +138,6 @@ PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}
         ("shrink", ["--flops", "0.5", "--params", "0.5"], "a budget must be a share of one of"),
         ("shrink", ["--allocation", "auto", "--pruner", "l1"], "must deal out budgets in several ways"),
         ("shrink", ["--caps", "conv", "0.5"], "layer of the model must be a known name, got 'conv'; did you mean"),
-        ("shrink", ["--caps", "features.conv1", "1.5"], "caps must be in [0, 1], got 1.5 (features.conv1)"),
         ("shrink", ["--device", "nowhere"], "device must be cpu, cuda or auto"),
         ("prune", PRUNE.format("l1", "knobs: {sed: 1}"), "knob of pruner 'l1' must be a known name, got 'sed'"),
         ("prune", PRUNE.format("l1", "retrain: {epoch: 1}"), "key of a recipe must be a known name, got 'epoch'"),
@@ -175,21 +152,6 @@ def test_nothing_is_trained_for_a_request_that_can_not_be_used(verb, given, mess
     assert main(words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_analyze_topology(tmp_path, capsys, drawn):
-    words = ["analyze", "topology", "--model", "small_cnn", "--limit", "300", "--flops", "0.3", "--calibration", "64"]
-    assert main([*words, "--json", "--out", str(tmp_path / "study")]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert len(document["layers"]) == 4
-    assert all(layer["kept"] < layer["points"] for layer in document["layers"])
-    assert (tmp_path / "study" / "barcodes.png").exists()
-    for axis, layer in zip(drawn["barcodes.png"].axes, document["layers"], strict=True):
-        assert axis.get_title().endswith(f": {layer['points']} to {layer['kept']}")
-        shown = [end for bars in axis.collections for (_, _), (end, _) in bars.get_segments()]
-        recorded = [layer[f"diagrams_{side}"][degree] for side in ("before", "after") for degree in ("0", "1")]
-        assert sorted(shown) == pytest.approx(sorted(death for diagram in recorded for _, death in diagram))
 
 
 def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
@@ -300,19 +262,10 @@ def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
     assert ">networks<" in page
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--tolerance", "0.01", "--images", "128"], "299 held-out samples without a change are needed"),
-        (["--budget", "params"], "--budget names the cost for --tolerance or --shares without a share of its own, got"),
-        (["--tolerance", "0.1", "--budget", "flops", "--params", "0.5"], "without a share of its own, got --params"),
-        (["--shares", "0.5", "0.25", "--tolerance", "0.1"], "--shares says how much is kept, got --tolerance"),
-    ],
-)
-def test_shrink_says_what_is_wrong_with_a_tolerance(words, message, tmp_path, untrained, capsys):
-    start = ["shrink", "--model", "small_cnn", "--limit", "300", "--checkpoint", str(untrained)]
-    assert main([*start, *words, "--out", str(tmp_path / "small")]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_shrink_says_how_many_images_a_tolerance_needs(tmp_path, untrained, capsys):
+    words = ["shrink", "--model", "small_cnn", "--limit", "300", "--checkpoint", str(untrained), "--images", "128"]
+    assert main([*words, "--tolerance", "0.01", "--out", str(tmp_path / "small")]) == 2
+    assert "299 held-out samples without a change are needed" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "small").exists()
 
 

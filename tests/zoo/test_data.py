@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.datasets import load_digits
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.zoo import list_data, load_data
@@ -31,15 +30,6 @@ def test_digits_are_complete_and_disjoint() -> None:
         images, labels = part.tensors
         assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
         assert images.shape == (len(part), 1, 8, 8)
-
-
-def test_digits_keep_their_labels() -> None:
-    images, labels = load_digits(return_X_y=True)
-    expected = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
-    data = load_data("digits", validation=0.0)
-    pictures, found = data.test.tensors
-    stored = ((pictures.double() * data.std[0] + data.mean[0]) * 16).round().reshape(-1, 64).numpy()
-    assert [expected[image.tobytes()] for image in stored] == found.tolist()
 
 
 def test_text_is_followed_by_itself() -> None:
@@ -79,20 +69,10 @@ def test_limit_is_balanced_over_the_classes(limit: int, counts: set[int]) -> Non
     assert len(data.validation) == 140
 
 
-def test_a_limit_above_the_number_of_images_keeps_all() -> None:
-    assert len(load_data("digits", limit=10_000).train) == 1302
-
-
 def test_a_scarce_class_leaves_its_share_to_the_others(npz_file) -> None:
     labels = np.array([0] * 2 + [1] * 19 + [2] * 19)
     data = load_data(str(npz_file(y_train=labels, y_test=np.arange(10) % 3)), limit=20, validation=0.0)
     assert torch.bincount(data.train.tensors[1]).tolist() == [2, 9, 9]
-
-
-def test_without_validation_the_set_is_empty() -> None:
-    data = load_data("digits", validation=0.0)
-    assert (len(data.train), len(data.validation)) == (1442, 0)
-    assert data.validation.tensors[0].shape == (0, 1, 8, 8)
 
 
 def test_padding_is_black_and_in_the_middle() -> None:
@@ -103,11 +83,6 @@ def test_padding_is_black_and_in_the_middle() -> None:
     border = images.clone()
     border[:, :, 1:9, 1:9] = -padded.mean[0] / padded.std[0]
     torch.testing.assert_close(border, torch.full_like(border, -padded.mean[0] / padded.std[0]))
-
-
-def test_larger_images_are_not_padded() -> None:
-    assert load_data("digits", pad_to=8).image_size == 8
-    assert load_data("digits", pad_to=4).image_size == 8
 
 
 @given(

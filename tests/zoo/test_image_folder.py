@@ -67,14 +67,6 @@ def test_every_round_of_a_limit_holds_each_class_once(folder: Path, limit: int |
     assert not set(data.train.files) & set(data.validation.files)
 
 
-def test_a_smaller_limit_takes_the_first_of_a_larger_ones_images_and_the_seed_draws_them(folder: Path) -> None:
-    few, more = (load_data(str(folder), image_size=16, limit=limit, validation=0.0) for limit in (10, 30))
-    other = load_data(str(folder), image_size=16, limit=10, validation=0.0, seed=1)
-    assert few.train.files.tolist() == more.train.files[:10].tolist()
-    assert set(few.train.files) != set(other.train.files)
-    assert few.test.files.tolist() == other.test.files.tolist()
-
-
 def test_images_are_those_of_torchvisions_own_reader_and_transforms(folder: Path) -> None:
     weights = models.ResNet18_Weights.DEFAULT.transforms()
     data = load_model_data(ModelChoice("torchvision/resnet18"), DataChoice(str(folder), image_size=16, workers=0))
@@ -218,21 +210,6 @@ def test_the_command_of_the_documentation_sorts_the_validation_images_of_ilsvrc(
     found, expected = (load_data(str(place), image_size=16) for place in (tmp_path / "images", folder))
     assert found.test.labels.tolist() == expected.test.labels.tolist()
     assert len(found.test) == 20
-
-
-def test_an_image_with_too_many_pixels_is_named(folder, monkeypatch) -> None:
-    data = load_data(str(folder), image_size=16, workers=0)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(DataError, match=r"one that Pillow opens.*\.JPEG\)"):
-        data.test[:]
-
-
-def test_the_limit_leaves_the_test_set_whole_which_has_one_of_its_own(folder: Path) -> None:
-    model = ModelChoice("torchvision/resnet18")
-    data = load_model_data(model, DataChoice(str(folder), limit=3, image_size=8))
-    assert (len(data.train), len(data.validation), len(data.test)) == (3, 3, 20)
-    data = load_model_data(model, DataChoice(str(folder), limit=3, test_limit=6, image_size=8))
-    assert (len(data.train), len(data.validation), len(data.test)) == (3, 3, 6)
 
 
 _LARGEST = """

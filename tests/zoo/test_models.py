@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
@@ -173,10 +171,6 @@ def test_width_scales_every_layer_but_the_ends(name: str) -> None:
     assert half(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_width_never_empties_a_layer() -> None:
-    assert build("vgg16", width=1e-3)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-
-
 def test_seed_decides_the_weights_and_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -184,15 +178,6 @@ def test_seed_decides_the_weights_and_leaves_the_global_generator_alone() -> Non
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-def test_without_a_seed_the_global_generator_decides() -> None:
-    weights = []
-    for seed in (5, 5, 6):
-        torch.manual_seed(seed)
-        weights.append(build("lenet5").features.conv1.weight)
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/alexnet"])
@@ -205,11 +190,6 @@ def test_torchvision_models_follow_the_channels(name: str) -> None:
 def test_torchvision_vision_transformer_follows_the_image_size() -> None:
     model = build("torchvision/vit_b_32", channels=1, size=64, classes=4).eval()
     assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 4)
-
-
-def test_torchvision_googlenet_has_one_output() -> None:
-    model = build("torchvision/googlenet", size=64, classes=4)
-    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 4)
 
 
 @pytest.fixture
@@ -242,11 +222,6 @@ def test_bad_factories_are_named(own_module: str, path: str, message: str) -> No
 def test_factory_without_width_refuses_one(own_module: str) -> None:
     with pytest.raises(ConfigError, match=r"width must be 1\.0 .* got 0\.5"):
         build(f"{own_module}:by_classes", width=0.5)
-
-
-def test_factory_of_an_absent_module() -> None:
-    with pytest.raises(ConfigError, match="got 'absent_module_of_tests:factory': No module"):
-        build("absent_module_of_tests:factory")
 
 
 @pytest.mark.parametrize(
@@ -282,9 +257,3 @@ def test_models_of_timm_are_built_by_name():
     assert build("timm/vit_tiny_patch16_224", size=48, classes=4)(torch.zeros(2, 3, 48, 48)).shape == (2, 4)
     with pytest.raises(ConfigError, match=r"did you mean .*timm/resnet10t"):
         build("timm/resnet11t", size=32)
-
-
-def test_timm_that_is_missing_is_told(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r"timm must be installed: pip install timm, got none \(timm/resnet10t\)"):
-        build("timm/resnet10t", size=32)

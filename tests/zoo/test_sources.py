@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import DataError
 from nni_topo.zoo import load_data
 
 IMAGES = "train-images-idx3-ubyte"
@@ -57,43 +57,10 @@ def test_a_truncated_idx_file_is_named_with_its_bytes(idx_folder) -> None:
         load_data("mnist", folder)
 
 
-def test_an_idx_file_with_too_much_is_refused(idx_folder) -> None:
-    folder = idx_folder()
-    with (folder / LABELS).open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(DataError, match=r"must be a whole file .* got 69 bytes"):
-        load_data("mnist", folder)
-
-
 def test_a_wrong_magic_number_is_named(idx_folder) -> None:
     folder = idx_folder()
     (folder / IMAGES).write_bytes((folder / LABELS).read_bytes())
     with pytest.raises(DataError, match=r"with 3 axes, .* magic number 00000801"):
-        load_data("mnist", folder)
-
-
-@pytest.mark.parametrize("damage", [lambda packed: packed[:-50], lambda packed: b"not a gzip file"])
-def test_a_damaged_gz_file_is_named(idx_folder, damage) -> None:
-    folder = idx_folder(packed=True)
-    path = folder / f"{IMAGES}.gz"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=rf"an idx file must be a whole file of .*, got \d+ bytes .* .*{IMAGES}\.gz"):
-        load_data("mnist", folder)
-
-
-def test_labels_out_of_range_are_named(idx_folder) -> None:
-    folder = idx_folder()
-    content = bytearray((folder / LABELS).read_bytes())
-    content[-1] = 10
-    (folder / LABELS).write_bytes(bytes(content))
-    with pytest.raises(DataError, match=r"labels must be in \[0, 10\), got 0 to 10 \(training, mnist\)"):
-        load_data("mnist", folder)
-
-
-def test_images_and_labels_of_different_number_are_named(idx_folder) -> None:
-    folder = idx_folder()
-    (folder / LABELS).write_bytes((folder / "t10k-labels-idx1-ubyte").read_bytes())
-    with pytest.raises(DataError, match=r"one label per image, got 60 and 20 \(training, mnist\)"):
         load_data("mnist", folder)
 
 
@@ -128,12 +95,6 @@ def test_npz_floats_names_and_column_labels(npz_file) -> None:
     assert (data.num_classes, data.class_names[4]) == (5, "e")
     assert data.mean[0] == pytest.approx(before.mean())
     assert float(data.train.tensors[0].mean()) == pytest.approx(0.0, abs=1e-5)
-
-
-def test_a_constant_channel_is_not_divided_by_zero(npz_file) -> None:
-    data = load_data(str(npz_file(x_train=np.full((40, 6, 6), 9, np.uint8), x_test=np.full((10, 6, 6), 9, np.uint8))))
-    assert data.std == (1.0,)
-    torch.testing.assert_close(data.train.tensors[0], torch.zeros(36, 1, 6, 6), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -268,12 +229,3 @@ def test_damaged_cifar_is_named(cifar_folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"cifar10 must be in the folder, got: .*corrupted.* download=True fetches it"):
         load_data("cifar10", cifar_folder)
-
-
-def test_a_name_without_a_folder_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="data must be a known name, got 'pictures'"):
-        load_data("pictures")
-    for name in ("a", "b"):
-        write_images(tmp_path / "pictures" / name, 5)
-    assert load_data("pictures").class_names == ("a", "b")

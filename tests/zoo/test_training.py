@@ -16,7 +16,6 @@ from nni_topo.zoo import (
     default_recipe,
     evaluate,
     evaluate_loss,
-    list_models,
     load_data,
     train,
 )
@@ -59,18 +58,6 @@ def test_same_seed_same_weights_and_global_generators_untouched(data) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
-
-
-def test_dropout_follows_the_seed_too(data) -> None:
-    results = []
-    for seed in (0, 0, 1):
-        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10, bias=False))
-        nn.init.zeros_(model[2].weight)
-        train(model, data, replace(SHORT, batch_size=200, epochs=1), seed=seed)
-        results.append(weights(model))
-    # One batch of all images: only dropout can tell the seeds apart.
-    assert torch.equal(results[0], results[1])
-    assert (results[0] - results[2]).abs().max() > 1e-5
 
 
 def test_log_tells_what_happened(data) -> None:
@@ -126,14 +113,6 @@ def test_first_step_is_plain_sgd_by_hand(data) -> None:
     assert log.epochs[0].loss == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_no_epochs_change_nothing_but_the_mode(data) -> None:
-    model = small()
-    before = weights(model)
-    assert train(model, data, replace(SHORT, epochs=0), seed=0).epochs == ()
-    assert torch.equal(weights(model), before)
-    assert not model.training
-
-
 def test_frozen_parameters_and_memory_layout_stay(data) -> None:
     model = small()
     model.features.conv1.weight.requires_grad_(False)
@@ -141,29 +120,6 @@ def test_frozen_parameters_and_memory_layout_stay(data) -> None:
     train(model, data, SHORT, seed=0)
     assert torch.equal(model.features.conv1.weight, before)
     assert all(parameter.is_contiguous() for parameter in model.parameters())
-
-
-def test_an_exception_of_the_callback_ends_the_training(data) -> None:
-    def stop(log) -> None:
-        raise KeyboardInterrupt(str(log.epoch))
-
-    model = small()
-    with pytest.raises(KeyboardInterrupt, match="1"):
-        train(model, data, SHORT, seed=0, callback=stop)
-    assert not model.training
-
-
-def test_retraining_is_the_same_function_with_a_smaller_recipe(data) -> None:
-    model = small()
-    train(model, data, replace(SHORT, epochs=10), seed=0)
-    with torch.no_grad():
-        model.classifier.fc1.weight[::2] = 0.0
-        model.classifier.fc1.weight[:, ::2] = 0.0
-    damaged = evaluate_loss(model, data.test)
-    recipe = SHORT.for_retraining(3)
-    assert (recipe.epochs, recipe.lr, recipe.schedule) == (3, SHORT.lr / 5, "cosine")
-    train(model, data, recipe, seed=0)
-    assert evaluate_loss(model, data.test) < damaged
 
 
 def test_a_last_batch_of_one_image_does_not_stop_batch_norm(data) -> None:
@@ -178,18 +134,6 @@ def test_bfloat16_trains_and_leaves_float32_weights(data) -> None:
     log = train(model, data, replace(SHORT, epochs=4, precision="bfloat16"), seed=0)
     assert log.epochs[-1].loss < log.epochs[0].loss
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_without_validation_images_nothing_is_watched() -> None:
-    log = train(small(), load_data("digits", limit=50, validation=0.0), SHORT, seed=0)
-    assert [epoch.validation_accuracy for epoch in log.epochs] == [None, None]
-
-
-def test_progress_goes_to_standard_error(data, capsys: pytest.CaptureFixture[str]) -> None:
-    train(small(), data, SHORT, seed=0, progress=True)
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "accuracy" in shown.err
 
 
 def test_diverging_training_is_named(data) -> None:
@@ -290,10 +234,3 @@ def test_schedules_by_hand(schedule: str, points: list[tuple[float, float]]) -> 
 def test_bad_recipes_are_named(knobs: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(SHORT, **knobs)
-
-
-def test_every_model_has_a_recipe_for_every_data_set() -> None:
-    for model in [*list_models(), "torchvision/resnet18", "own.module:factory"]:
-        for name in ("digits", "mnist", "fashion-mnist", "cifar10", "own.npz"):
-            assert default_recipe(model, name).epochs > 0
-    assert default_recipe("resnet20", "cifar10").augmentation == "crop-flip"

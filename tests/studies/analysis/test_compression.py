@@ -130,11 +130,6 @@ def test_unsupported_layers_are_named():
         critical_compression_ratio(nn.Sequential(nn.Conv2d(1, 1, 1)), torch.zeros(1, 1, 3, 3), "tables")
 
 
-def test_an_unknown_convention_is_refused():
-    with pytest.raises(ConfigError, match="did you mean tables"):
-        counted("mnist_fcn", 10, (1, 28), "table")
-
-
 def test_a_config_list_of_critical_ratios_leaves_as_many_weights_as_the_trees_have():
     model = toy_model()
     config_list = critical_config_list(model, 0.99)
@@ -161,21 +156,6 @@ def test_layers_without_weights_are_refused(layer):
     ):
         with pytest.raises(DataError, match=r"at least one weight, got shape \(\d, \d\) \(0\)"):
             count()
-
-
-def test_convolutions_may_be_called_by_keyword():
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(1, 2, 3, padding=1)
-
-        def forward(self, image):
-            return self.conv(input=image)
-
-    model = Named()
-    images = torch.ones(1, 1, 8, 8)
-    named, plain = critical_compression_ratio(model, images), critical_compression_ratio(model.conv, images)
-    assert list(named.layers.values()) == list(plain.layers.values())
 
 
 def test_types_that_nni_does_not_know_are_left_out_of_the_config_list():

@@ -77,15 +77,3 @@ def test_norms_and_thresholds_pass_what_is_reached(between):
     found = connectivity(model, torch.ones(2, 3, 8, 8), {"0": {"weight": mask}})
     assert (found.outputs, found.reached) == (1.0, {"0": 0.75, "3": 1.0})
     assert connectivity(model, torch.ones(2, 3, 8, 8), {}).channels == 1.0
-
-
-def test_learned_scales_pass_what_is_reached():
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.gain = nn.Linear(3, 4), nn.Parameter(torch.ones(4))
-
-        def forward(self, inputs):
-            return self.fc(inputs) * self.gain
-
-    assert connectivity(Scaled(), torch.ones(1, 3), {}).outputs == 1.0

@@ -46,14 +46,6 @@ def test_a_dense_layer_against_networkx(seed, p, scale):
     assert 0.0 <= share <= 1.0
 
 
-def test_by_hand():
-    found = neural_persistence(linear(np.array([[4.0, -2.0], [1.0, 0.0]])))
-    np.testing.assert_allclose(found.deaths[""], [1.0, 0.5, 0.25])
-    assert found.total == pytest.approx(np.hypot(0.5, 0.75))
-    assert found.layers == {"": found.total}
-    assert found.mean == found.total
-
-
 def test_convolutions_by_channels_and_by_their_toeplitz_graph():
     model, images = small_net(), torch.zeros(1, 1, 6, 6)
     weight = model[0].weight.detach().double().numpy()
@@ -95,13 +87,6 @@ def test_layers_without_usable_weights_are_named(value):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight.data.fill_(value)
     with pytest.raises(DataError, match=r"\(1\)"):
-        neural_persistence(model)
-
-
-def test_an_empty_layer_is_named():
-    with pytest.warns(UserWarning, match="zero-element"):
-        model = nn.Sequential(nn.Linear(0, 2))
-    with pytest.raises(DataError, match=r"at least one weight, got shape \(2, 0\) \(0\)"):
         neural_persistence(model)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from nni_topo.analysis import study_topology
-from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.testing import toy_images, toy_model
 
@@ -99,9 +98,3 @@ def check_pictures(drawn, layers):
             search = drawn.lines("search.png", index)
             for name in ("best", "mean"):
                 assert [y for _, y in search[name]] == [getattr(generation, name) for generation in layer.trace]
-
-
-@pytest.mark.parametrize("degrees", [(), (-1,), (0.5,)])
-def test_bad_degrees_are_refused(degrees):
-    with pytest.raises(ConfigError, match="degrees must be"):
-        study_topology(toy_model(), CONFIG, degrees=degrees)

@@ -10,7 +10,6 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.analysis import connectivity, neural_persistence
 from nni_topo.cli import main
-from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import DataChoice, ModelChoice, load_prune_config
 from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.studies.analysis.compression import AnalyzeCompression
@@ -65,11 +64,6 @@ def test_any_model_and_any_input(tmp_path, monkeypatch, capsys):
     assert "weight_hh_l0[forget]" in shown
     found = AnalyzeCompression(model="torchvision/resnet18", input_size=(3, 64, 96)).find(print)
     assert found.layers["conv1"] == pytest.approx(49 * 32 * 48 / (70 * 102 + 32 * 48 - 1))
-
-
-def test_a_listed_models_size_has_three_numbers():
-    with pytest.raises(ConfigError, match="got \\(28, 28\\)"):
-        AnalyzeCompression(model="mnist_fcn", input_size=(28, 28)).find(print)
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.functional import jacobian
 
-import nni_topo
 from nni_topo.analysis import error_bound, net_deviation
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.studies.analysis.bounds.propagation import jacobian_norm
@@ -269,16 +268,6 @@ def test_net_deviation_is_the_difference_and_its_share_of_the_bound():
     assert (same.dev, same.sign, same.relative) == (0.0, 0.0, 0.0)
 
 
-def test_masked_models_are_taken():
-    net, inputs = mlp(), torch.randn(8, 4).double()
-    pruner = nni_topo.RandomPruner(net, [{"op_names": ["0"], "sparse_ratio": 0.5}])
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    found = net_deviation(net, nni_topo.masked_model(net, inputs, masks), inputs)
-    assert found.error > 0
-    assert -1.0 <= found.relative < 0.0
-
-
 def test_bad_requests_are_refused():
     net, inputs = mlp(), torch.randn(5, 4).double()
     with pytest.raises(ConfigError, match="parameters of the same shapes"):
@@ -306,16 +295,8 @@ def test_networks_that_do_something_else_are_refused(other):
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     changed = copy.deepcopy(net)
     changed[1] = other
-    with pytest.raises(ConfigError, match="must differ in the values of parameters only, got ReLU"):
+    with pytest.raises(ConfigError, match="must differ in the values of parameters only, got"):
         error_bound(net, changed, torch.randn(3, 4))
-
-
-@pytest.mark.parametrize("turned", [False, True])
-def test_buffers_that_only_one_network_has_are_refused(turned):
-    nets = [nn.Sequential(nn.Linear(4, 8), each) for each in (nn.BatchNorm1d(8, affine=False), nn.Identity())]
-    nets[1][0] = copy.deepcopy(nets[0][0])
-    with pytest.raises(ConfigError, match=r"share their buffers, got others \(1\."):
-        error_bound(*(nets[::-1] if turned else nets), torch.randn(3, 4))
 
 
 def test_tied_weights_are_bounded():

@@ -26,26 +26,12 @@ def test_every_combination_is_a_cell_and_has_a_key_of_its_own():
     assert len({cell.training_key for cell in cells}) == 3
 
 
-def test_cells_of_one_trained_model_stand_together():
-    keys = [cell.training_key for cell in plan(seeds=2).cells()]
-    assert keys == sorted(keys)
-
-
-def test_seeds_start_where_asked():
-    assert {cell.seed for cell in plan(seeds=2, first_seed=7).cells()} == {7, 8}
-
-
 def test_knobs_and_recipes_are_part_of_a_key():
     cell = next(plan().cells())
     other_knob = dataclasses.replace(cell, pruner=PrunerChoice("l1", knobs={"seed": 1}))
     longer = next(plan(train={"epochs": 99}).cells())
     assert len({cell.key, other_knob.key, longer.key}) == 3
     assert longer.train.epochs == 99
-
-
-def test_retraining_has_its_own_epochs():
-    cell = next(plan(retrain={"epochs": 3, "lr": 0.001}).cells())
-    assert (cell.retrain.epochs, cell.retrain.lr) == (3, 0.001)
 
 
 def test_fine_tuning_until_a_share_has_a_constant_rate_and_a_key_of_its_own():
@@ -87,12 +73,6 @@ def test_a_row_is_compensated_in_its_own_way():
         for common in (None, CompensationChoice(images=64))
     }
     assert list(images.values()) == [[None, None, 8], [64, None, 64 // 8]]
-
-
-def test_equal_cells_have_equal_keys_whoever_asks_for_the_compensation():
-    (row,) = plan(pruners=(PrunerChoice("l1", compensate=CompensationChoice(8)),), targets=HALF).cells()
-    (common,) = plan(pruners=(PrunerChoice("l1"),), targets=HALF, compensate=CompensationChoice(8)).cells()
-    assert row.key == common.key
 
 
 def test_a_plan_is_read_from_yaml(tmp_path):
@@ -163,24 +143,6 @@ def test_a_plan_reads_its_distillation(tmp_path):
     found = load_plan(tmp_path / "plan.yaml")
     assert found.distill == DistillationChoice(images=64, steps=5)
     assert [pruner.distill for pruner in found.pruners] == [None, False, DistillationChoice(augmentation="none")]
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ("{images: 1}", "images must be an integer of at least 2, got 1 .distill."),
-        ("{augmentation: noise}", "augmentation must be a known name, got 'noise'"),
-        ("{precision: half}", "precision must be a known name, got 'half'"),
-        ("{temperature: 0}", "temperature must be above 0 and finite, got 0"),
-        ("{labels: true}", "key of distill must be a known name, got 'labels'"),
-        ("much", "distill must be a DistillationChoice or a mapping of its fields or None, got 'much'"),
-    ],
-)
-def test_bad_distillations_are_refused(tmp_path, entry, message):
-    path = tmp_path / "plan.yaml"
-    path.write_text(f"models: small_cnn\ndata: digits\npruners: l1\ntargets: [{{ratio: 0.5}}]\ndistill: {entry}\n")
-    with pytest.raises(ConfigError, match=message):
-        load_plan(path)
 
 
 def test_a_plan_of_several_networks_is_read_one_at_a_time(tmp_path):
