@@ -21,10 +21,10 @@ from nni_topo.studies.analysis.energy.dropout import study_dropout, with_dropout
 from nni_topo.studies.analysis.energy.replacement import study_replacement
 from nni_topo.studies.analysis.energy.selection import study_selection
 from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
-from nni_topo.studies.analysis.evolution import EvolutionTrial, plot_evolution
+from nni_topo.studies.analysis.evolution import EvolutionStudy, EvolutionTrial
 from nni_topo.studies.analysis.persistence import NeuralPersistence, PersistenceTracker, neural_persistence
 from nni_topo.studies.analysis.retraining import RetrainingBound, retraining_bound
-from nni_topo.studies.analysis.sensitivity import Sensitivity, SensitivityCurve, plot_sensitivity, sensitivity
+from nni_topo.studies.analysis.sensitivity import Sensitivity, SensitivityCurve, sensitivity
 from nni_topo.studies.analysis.splits import draw_splits
 from nni_topo.studies.analysis.topology import LayerTopology, TopologyStudy, study_topology
 
@@ -33,6 +33,7 @@ __all__ = [
     "CriticalCompression",
     "EnergyStudy",
     "ErrorBound",
+    "EvolutionStudy",
     "EvolutionTrial",
     "LayerCount",
     "LayerEnergy",
@@ -58,8 +59,6 @@ __all__ = [
     "network_tree_overlap",
     "neural_persistence",
     "overlap_bound",
-    "plot_evolution",
-    "plot_sensitivity",
     "random_overlap_log10",
     "retraining_bound",
     "sensitivity",

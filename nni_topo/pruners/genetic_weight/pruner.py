@@ -79,7 +79,7 @@ class GeneticWeightPruner(StructuredPruner):
 
     See Also
     --------
-    nni_topo.analysis.plot_evolution : the search in pictures.
+    nni_topo.analysis.EvolutionStudy : the search in pictures.
 
     Notes
     -----

@@ -24,7 +24,7 @@ from torch import Tensor
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.weights import WeightSearch
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
-from nni_topo.rules import NONE, checked, number
+from nni_topo.rules import NONE, number
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.pictures import finish, panels, single
@@ -84,48 +84,43 @@ class EvolutionTrial:
         return self.history[self.history.individual == last.individual[last[by].idxmax()]]
 
 
-@checked()
-def plot_evolution(trials: Mapping[str, EvolutionTrial]) -> dict[str, list[Axes]]:
-    """Draw searches in the figures of the thesis.
-
-    Parameters
-    ----------
-    trials : mapping of str to EvolutionTrial
-        At least one, by label, e.g. the damage rate.
-
-    Returns
-    -------
-    dict of str to list of matplotlib.axes.Axes
-        The panels of each figure, by its name: ``distributions`` of fitness per generation, ``fitness`` over the
-        generations with the lines of the fittest and the most accurate, ``progress`` of accuracy and compression,
-        ``heatmap`` of the kept weights, ``weights`` at the start of the first trial with their kurtosis,
-        ``histograms`` of weights before and after, ``solutions`` in the plane of compression and accuracy;
-        ``lineages_fitness``, ``lineages_compression`` and ``lineages_accuracy`` of every individual.
-
-    Raises
-    ------
-    ConfigError
-        If there is no trial.
-    """
-    if not trials:
-        raise ConfigError("pictures need at least one trial, got none (plot_evolution)")
-    return {name: figure.axes for name, figure in _figures(trials).items()}
-
-
 @dataclass(frozen=True)
 class EvolutionStudy(Findings):
-    """Searches by label."""
+    """Searches by label, e.g. the damage rate; at least one."""
 
     stem = "evolution"
-    trials: dict[str, EvolutionTrial]
+    trials: Mapping[str, EvolutionTrial]
 
     def to_dict(self) -> dict[str, Any]:
         """Return each search's history, start accuracy, coefficients of the fitness and kept share."""
         return {label: trial.to_dict() for label, trial in self.trials.items()}
 
     def figures(self) -> dict[str, Figure]:
-        """Return the pictures of :func:`plot_evolution`."""
-        return _figures(self.trials)
+        """Return the figures of the thesis, with a panel for each search.
+
+        ``distributions`` of fitness per generation, ``fitness`` over the generations with the lines of the fittest and
+        the most accurate, ``progress`` of accuracy and compression, ``heatmap`` of the kept weights, ``weights`` at the
+        start of the first search with their kurtosis, ``histograms`` of weights before and after, ``solutions`` in the
+        plane of compression and accuracy; ``lineages_fitness``, ``lineages_compression`` and ``lineages_accuracy`` of
+        every individual.
+        """
+        trials = self.trials
+        first = next(iter(trials.values()))
+        measured = [
+            (label, (trial, column)) for label, trial in trials.items() for column in ("accuracy", "compression")
+        ]
+        figures = {
+            "distributions": panels(trials.items(), _distributions),
+            "fitness": panels(trials.items(), lambda axis, trial: _course(axis, (trial, "fitness"))),
+            "progress": panels(measured, _course, columns=2),
+            "heatmap": _heatmap(trials),
+            "weights": panels([(_shape(first.weights), first)], _initial, size=(5.0, 3.6)),
+            "histograms": panels(trials.items(), _histograms),
+            "solutions": _solutions(trials),
+        }
+        for column in ("fitness", "compression", "accuracy"):
+            figures[f"lineages_{column}"] = panels(trials.items(), partial(_lineages, column=column))
+        return figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,23 +172,6 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
         ]
         head = ("search", "generation", "of", "lowest", "mean", "highest")
         yield NumberTable(f"evolution of {self.model}", head, rows, text_columns=3)
-
-
-def _figures(trials: Mapping[str, EvolutionTrial]) -> dict[str, Figure]:
-    first = next(iter(trials.values()))
-    measured = [(label, (trial, column)) for label, trial in trials.items() for column in ("accuracy", "compression")]
-    figures = {
-        "distributions": panels(trials.items(), _distributions),
-        "fitness": panels(trials.items(), lambda axis, trial: _course(axis, (trial, "fitness"))),
-        "progress": panels(measured, _course, columns=2),
-        "heatmap": _heatmap(trials),
-        "weights": panels([(_shape(first.weights), first)], _initial, size=(5.0, 3.6)),
-        "histograms": panels(trials.items(), _histograms),
-        "solutions": _solutions(trials),
-    }
-    for column in ("fitness", "compression", "accuracy"):
-        figures[f"lineages_{column}"] = panels(trials.items(), partial(_lineages, column=column))
-    return figures
 
 
 def _distributions(axis: Axes, trial: EvolutionTrial) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from joblib import Parallel, delayed
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import nn
@@ -27,7 +26,7 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, create_pruner, pruner_info
-from nni_topo.rules import NONE, all_of, check_jobs, check_knobs, check_result, checked, instance, number
+from nni_topo.rules import NONE, all_of, check_jobs, check_knobs, check_result, instance, number
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.studies.pictures import finish, single
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
@@ -102,8 +101,16 @@ class Sensitivity(Findings):
     suggested_accuracy: float = math.nan
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``sensitivity``, see :func:`plot_sensitivity`."""
-        return {"sensitivity": cast(Figure, plot_sensitivity(self).figure)}
+        """Return ``sensitivity``: a curve per layer, with the unpruned score and the budget."""
+        figure, axis = single(7.0, 4.5)
+        for index, curve in enumerate(self.curves):
+            points = sorted({0.0: self.baseline, **curve.accuracy}.items())
+            style = ("-", "--", ":")[index // 10 % 3]
+            axis.plot(*zip(*points, strict=True), f".{style}", color=f"C{index % 10}", label="+".join(curve.layers))
+        axis.axhline(self.baseline - self.budget, color="0.5", linewidth=0.8, label="budget")
+        what, columns = f"sensitivity, {self.pruner}", 1 + len(self.curves) // 14
+        finish(axis, "sparse_ratio of these layers alone", "score", columns=columns, title=what)
+        return {"sensitivity": figure}
 
     def texts(self) -> dict[str, str]:
         """Return ``suggested.yaml``, for ``nni-topo prune``."""
@@ -256,20 +263,6 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
         yield NumberTable(f"sensitivity of {self.model}, {self.pruner}, validation accuracy in %", head, rows)
         before, after = 100 * found.baseline, 100 * found.suggested_accuracy
         yield f"unpruned {before:.1f} %, all suggested ratios at once {after:.1f} %, without fine-tuning"
-
-
-@checked()
-def plot_sensitivity(found: Sensitivity) -> Axes:
-    """Draw a curve per layer, with the unpruned score and the budget; nothing is shown or written."""
-    _, axis = single(7.0, 4.5)
-    for index, curve in enumerate(found.curves):
-        points = sorted({0.0: found.baseline, **curve.accuracy}.items())
-        style = ("-", "--", ":")[index // 10 % 3]
-        axis.plot(*zip(*points, strict=True), f".{style}", color=f"C{index % 10}", label="+".join(curve.layers))
-    axis.axhline(found.baseline - found.budget, color="0.5", linewidth=0.8, label="budget")
-    what, columns = f"sensitivity, {found.pruner}", 1 + len(found.curves) // 14
-    finish(axis, "sparse_ratio of these layers alone", "score", columns=columns, title=what)
-    return axis
 
 
 class _Trial:

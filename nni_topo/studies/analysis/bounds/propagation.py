@@ -13,7 +13,6 @@ References
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -250,13 +249,12 @@ def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
     if differing:
         raise ConfigError(f"original and pruned must share their buffers, got others ({', '.join(differing[:3])})")
     # a traced network's text has its modules with their settings, then its code
-    printed = (str(each).splitlines() for each in (graph, other))
-    for steps in itertools.zip_longest(*printed, fillvalue="nothing"):
-        if steps[0] != steps[1]:
-            one, same = (step.partition("): ")[2] or step for step in steps)
-            raise ConfigError(
-                f"original and pruned must differ in the values of parameters only, got {one} and {same} (model)"
-            )
+    steps, others = str(graph).splitlines(), str(other).splitlines()
+    if steps != others:
+        step = next((step for step, same in zip(steps, others, strict=False) if step != same), steps[-1])
+        raise ConfigError(
+            f"original and pruned must differ in the values of parameters only, got another step for {step} (model)"
+        )
     return {name: theirs[name].detach() - mine[name].detach() for name in mine}
 
 
