@@ -18,7 +18,6 @@ VERBS = {
     "shrink": "Make one trained model smaller from unlabelled images: select channels, reconstruct weights, distil.",
     "profile": "Measure one model before and after pruning, in turns: time, throughput, memory, MACs, parameters.",
     "doctor": "Check versions, NNI, torch and torchvision, data, GPU, NNI's port and extras; say what to do.",
-    "completion": 'Print a script that completes verbs and flags: eval "$(nni-topo completion bash)".',
 }
 
 

@@ -269,20 +269,6 @@ def test_shrink_says_how_many_images_a_tolerance_needs(tmp_path, untrained, caps
     assert not (tmp_path / "small").exists()
 
 
-@pytest.mark.slow
-def test_shrink_lets_images_choose_the_widths(tmp_path, capsys):
-    words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--seconds", "0.2", "--flops", "0.3"]
-    assert main([*words, "--allocation", "auto", "--out", str(tmp_path / "small")]) == 0
-    document = json.loads((tmp_path / "small" / "shrink.json").read_text())
-    assert document["budget"] == {"flops": 0.3, "allocation": "auto"}
-    tried = {row["allocation"]: row for row in document["widths tried"]}
-    assert tried.keys() == {"uniform", "topological", "error"}
-    (chosen,) = (name for name, row in tried.items() if row["is_chosen"])
-    assert tried[chosen]["loss"] == min(row["loss"] for row in tried.values())
-    assert ">widths tried<" in (tmp_path / "small" / "report.html").read_text()
-    assert f"widths {chosen}: held out loss" in capsys.readouterr().out
-
-
 def test_a_profile_shows_the_figures_of_its_document_in_their_units(capsys):
     words = ["profile", "--model", "small_cnn", "--in-channels", "1", "--image-size", "8", "--runs", "1"]
     assert main([*words, "--json"]) == 0

@@ -1,4 +1,4 @@
-"""What a newcomer meets first: doctor, completion, and messages that say what comes next."""
+"""What a newcomer meets first: doctor, and messages that say what comes next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nni_topo.cli import VERBS, main
+from nni_topo.cli import main
 
 
 def findings(capsys, *words, status=0):
@@ -133,21 +133,3 @@ def test_without_the_manager_of_experiments_networks_are_pruned_and_doctor_says_
     (manager,) = [each for each in json.loads(done.stdout) if each["what"] == "NNI's manager"]
     assert manager["state"] == "missing"
     assert "pip install" in manager["remedy"]
-
-
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        (["pru"], {"prune"}),
-        (["analyze", "topo"], {"topology"}),
-        (["compare", "--model", "vgg16", "--retrain-e"], {"--retrain-epochs"}),
-        ([""], set(VERBS)),
-    ],
-)
-def test_bash_completes_verbs_and_flags(typed, offered, capsys):
-    assert main(["completion", "bash"]) == 0
-    words = " ".join(f"'{word}'" for word in ["nni-topo", *typed])
-    ask = f"COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _nni_topo; echo ${{COMPREPLY[@]}}"
-    done = subprocess.run(["bash", "-c", capsys.readouterr().out + ask], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == offered
-    assert not done.stderr

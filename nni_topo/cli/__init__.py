@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 import nni_topo
-from nni_topo.cli import completion, doctor, experiment, profile, verbs
+from nni_topo.cli import doctor, experiment, profile, verbs
 from nni_topo.errors import NniTopoError
 from nni_topo.studies.study import Verb
 from nni_topo_command import chosen
@@ -54,7 +54,6 @@ VERBS: Choices = {
     "shrink": verbs.Shrink,
     "profile": profile.Profile,
     "doctor": doctor.Doctor,
-    "completion": completion.Completion,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -51,9 +50,8 @@ class Run(Verb):
             )
         check_free_disk(self.out)
         config = None if self.config is None else load_experiment(self.config)
-        if threading.current_thread() is threading.main_thread():
-            # on SIGTERM the manager must be stopped too
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # on SIGTERM the manager must be stopped too
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         experiment = start_experiment(config, self.port, resume=self.resume, everywhere=self.listen_everywhere)
         reach = "all interfaces, without a password" if self.listen_everywhere else "this machine only"
         console.print(f"experiment {experiment.id} at http://localhost:{self.port} ({reach})", highlight=False)

@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from nni.experiment import Experiment
@@ -103,12 +102,6 @@ def test_status_of_an_ended_experiment_says_what_was_cut_short_what_went_wrong_a
     document = json.loads(capsys.readouterr().out)
     assert document["errors"] == ["the disk is full", "so is the other"]
     assert [trial["status"] for trial in document["trials"]] == ["SUCCEEDED", "SUCCEEDED", "FAILED", "STOPPED"]
-
-
-def test_a_trial_about_to_be_taken_up_again_is_waiting(manager, capsys):
-    manager.job(RUNNING)["status"] = "ADD_RESUMED"
-    show(manager, "status", "--json")
-    assert json.loads(capsys.readouterr().out)["trials"][3]["status"] == "WAITING"
 
 
 @pytest.mark.parametrize(("mode", "best"), [("maximize", 1), ("minimize", 0)])
@@ -226,15 +219,6 @@ def test_a_run_as_json_is_one_document_and_a_tuner_may_minimise(running, capsys)
     assert output.err.splitlines()[1:4] == LINES
 
 
-def test_a_run_in_which_no_trial_fails_ends_with_0(running):
-    running.end()
-    running.manager.job(FAILED)["status"] = "SUCCEEDED"
-    said = io.StringIO()
-    assert running.run(Console(file=said, width=40)) == 0
-    assert "trials failed" not in said.getvalue()
-    assert LINES[0] in said.getvalue().splitlines()  # of a trial there is one line, however narrow the terminal
-
-
 def test_a_terminal_shows_how_many_trials_have_ended(running, manager):
     running.at_pauses = [running.end]
     manager.replies["stderr"] = "ValueError: a ratio of 7 in [red]"
@@ -301,14 +285,6 @@ def test_a_run_that_is_told_to_end_stops_its_manager(running, manager, capsys):
         signal.signal(signal.SIGTERM, before)
     assert "experiment run: interrupted; " in capsys.readouterr().err
     assert running.experiments[0][0].port is None
-
-
-def test_a_run_in_a_thread_leaves_signals_alone(running):
-    running.end()
-    before = signal.getsignal(signal.SIGTERM)
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(running.run, Console(file=io.StringIO())).result() == 1
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_experiment_that_breaks_down_says_why(running, manager, capsys):

@@ -78,18 +78,7 @@ class RetrainingBound:
         return self.epochs
 
     def fitted_gamma(self, epochs: float) -> float:
-        """Return the constant for which (3.1) gives an observed number of epochs.
-
-        Parameters
-        ----------
-        epochs : float
-            At least 0.
-
-        Returns
-        -------
-        float
-            Infinite where the bound is 0 for every constant.
-        """
+        """Return the constant for which (3.1) gives so many epochs; infinite if the bound is 0 for every constant."""
         return epochs * self.gamma / self.epochs if self.epochs > 0 else math.inf
 
 

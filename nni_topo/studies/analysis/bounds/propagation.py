@@ -105,24 +105,11 @@ class ErrorBound:
         return pd.DataFrame([asdict(layer) for layer in self.layers])
 
     def budgets(self, total: float | None = None) -> pd.DataFrame:
-        """Split an allowed error over the layers, equation (3.10).
+        """Split an allowed error ``total``, at least 0, over the layers, equation (3.10); None: the sum of (3.9).
 
-        Parameters
-        ----------
-        total : float or None, default=None
-            Allowed ``||delta Y||`` over the batch, at least 0. None: the sum of (3.9).
-
-        Returns
-        -------
-        pandas.DataFrame
-            By ``layer``: ``share`` of the sum of (3.9), equal shares if nothing changed; ``epsilon``, the error the
-            layer may add; ``largest_change``, the ``||delta W||`` that (3.9) allows for it; ``change``, its
-            ``||delta W||``.
-
-        Raises
-        ------
-        ConfigError
-            If ``total`` is negative or not finite.
+        The columns are ``layer``; ``share`` of the sum of (3.9), equal shares if nothing changed; ``epsilon``, the
+        error that the layer may add; ``largest_change``, the ``||delta W||`` that (3.9) allows for it; ``change``, its
+        ``||delta W||``.
         """
         total = self.first_order if total is None else total
         if not is_finite(total) or total < 0.0:

@@ -182,13 +182,7 @@ class EnergyStudy(Findings):
         return {"suggested.yaml": self.file} if self.file else {}
 
     def lost(self, layer: LayerEnergy, threshold: float) -> float:
-        """Return the accuracy lost by pruning a layer alone, a fraction to nine decimals; negative if it rose.
-
-        Raises
-        ------
-        ConfigError
-            If the study had nothing to evaluate with.
-        """
+        """Return the accuracy lost by pruning a layer alone, a fraction to nine decimals; negative if it rose."""
         if self.baseline is None:
             raise ConfigError("losses need an evaluation, got none (study_energy)")
         # Without rounding, five images of 500 would be more than 1 %.
@@ -209,20 +203,8 @@ class EnergyStudy(Findings):
     def suggestion(self, max_drop: float = 0.01) -> dict[str, float]:
         """Return, by layer, the highest threshold up to which pruning it alone loses at most ``max_drop``.
 
-        Parameters
-        ----------
-        max_drop : float, default=0.01
-            Accuracy that a layer may cost, a fraction, at least 0.
-
-        Returns
-        -------
-        dict of str to float
-            Module names in the network's order; layers that lose no filter are left out.
-
-        Raises
-        ------
-        ConfigError
-            If ``max_drop`` is negative, or nothing was evaluated.
+        ``max_drop`` is an accuracy as a fraction, at least 0. Layers that lose no filter are left out. ConfigError if
+        nothing was evaluated.
         """
         number(0.0).check("max_drop", max_drop, "suggestion")
         found = {}
