@@ -177,7 +177,6 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.zoo.create_model": lambda: {"name": "small_cnn", "num_classes": 3, "in_channels": 1, "image_size": 8},
     "nni_topo.zoo.default_recipe": lambda: {"model_name": "small_cnn", "data_name": "digits"},
     "nni_topo.zoo.evaluate": lambda: {"model": net(), "dataset": DATA},
-    "nni_topo.zoo.evaluate_loss": lambda: {"model": net(), "dataset": DATA},
     "nni_topo.zoo.latencies": lambda: {"models": {"one": net()}, "example_inputs": IMAGES, "runs": 1},
     "nni_topo.zoo.latency_ms": lambda: {"model": net(), "example_inputs": IMAGES, "runs": 1},
     "nni_topo.zoo.list_models": dict,
@@ -362,7 +361,7 @@ def test_every_public_function_is_walked():
 
 HEAVY = {"distillation", "compensation", "shrink", "frontier", "dependency_groups", "to_dense"}
 HEAVY |= {"zoo.latency_ms", "zoo.train", "synthetic_images", "choose_images", "speedup.profile"}
-HEAVY |= {"speedup.measure_latency", "zoo.latencies", "zoo.evaluate", "zoo.evaluate_loss", "zoo.loss_and_accuracy"}
+HEAVY |= {"speedup.measure_latency", "zoo.latencies", "zoo.evaluate", "zoo.loss_and_accuracy"}
 
 
 def is_heavy(name: str) -> bool:

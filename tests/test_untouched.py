@@ -174,7 +174,6 @@ CALLS = {
     "count_params": lambda m, _, __: zoo.count_params(m),
     "check_model": lambda m, _, __: zoo.check_model(m, bundle()),
     "evaluate": lambda m, _, __: zoo.evaluate(m, bundle().test),
-    "evaluate_loss": lambda m, _, __: zoo.evaluate_loss(m, bundle().test),
     "loss_and_accuracy": lambda m, _, __: zoo.loss_and_accuracy(m, bundle().test, device="cpu"),
     "latencies": lambda m, other, _: zoo.latencies({"one": m, "two": other}, IMAGES[:2], runs=1),
     "latency_ms": lambda m, _, __: zoo.latency_ms(m, IMAGES[:2], runs=1),

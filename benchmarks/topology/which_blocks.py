@@ -108,14 +108,14 @@ def run(kind: str, seed: int, data: zoo.DataBundle, out: Path, path: Path) -> No
     train(model, kind, seed, data, out)
     images = data.train.tensors[0]
     parts = {"validation": TensorDataset(*data.validation[:VALIDATED]), "test": TensorDataset(*data.test[:TESTED])}
-    unpruned = {name: zoo.evaluate_loss(model, part) for name, part in parts.items()}
+    unpruned = {name: zoo.loss_and_accuracy(model, part)[0] for name, part in parts.items()}
     found = stream_scores(model, missing, images[:WATCHED])
     judges = images[WATCHED : WATCHED + JUDGED]
     for name in missing:
         found[name][WITHOUT] = loss_without(model, name, judges)
         short = nni_topo.remove_blocks(model, [name], [images[:WATCHED]])
         record: Record = {"key": [kind, seed, name], "unpruned": unpruned, "scores": found[name]}
-        record |= {part_name: zoo.evaluate_loss(short, part) for part_name, part in parts.items()}
+        record |= {part_name: zoo.loss_and_accuracy(short, part)[0] for part_name, part in parts.items()}
         append_record(path, record)
         print(*record["key"], f"{record['test']:.3f}", flush=True)
 

@@ -157,38 +157,30 @@ class Export(_Shown):
 
 def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord], bool]:
     """Follow an experiment to its end or to Ctrl-C, then stop it; return its trials, and whether it was interrupted."""
+    told: set[str] = set()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=console)
+    task = bar.add_task("trials", total=experiment.config.max_trial_number)
+
+    def tell(status: str, trials: Sequence[TrialRecord]) -> None:
+        finished = [trial for trial in trials if trial.is_finished]
+        for trial in finished:
+            if trial.id not in told:
+                told.add(trial.id)
+                result = trial.error or "no error message" if trial.score is None else f"{trial.score:.4f}"
+                line = f"trial {trial.number} ({trial.id}) {trial.status.lower()}: {result}"
+                console.print(f"{line} · {in_words(trial.parameters)}", markup=False, highlight=False, soft_wrap=True)
+        bar.update(task, completed=len(finished), description=status.lower().replace("_", " "))
+
     try:
-        return _followed(experiment, console), False
+        with bar if console.is_terminal else nullcontext():
+            return follow(experiment, tell), False
     except KeyboardInterrupt:
         console.print("interrupted: stopping the manager and its trials")
         trials = read_trials(experiment)
     finally:
         experiment.stop()
     return stopped(trials), True
-
-
-def _followed(experiment: Experiment, console: Console) -> list[TrialRecord]:
-    """Follow an experiment and print every trial that ends."""
-    told: set[str] = set()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console)
-    task = bar.add_task("trials", total=experiment.config.max_trial_number)
-    with bar if console.is_terminal else nullcontext():
-
-        def tell(status: str, trials: Sequence[TrialRecord]) -> None:
-            finished = [trial for trial in trials if trial.is_finished]
-            for trial in finished:
-                if trial.id not in told:
-                    told.add(trial.id)
-                    console.print(_line(trial), markup=False, highlight=False, soft_wrap=True)
-            bar.update(task, completed=len(finished), description=status.lower().replace("_", " "))
-
-        return follow(experiment, tell)
-
-
-def _line(trial: TrialRecord) -> str:
-    result = trial.error or "no error message" if trial.score is None else f"{trial.score:.4f}"
-    return f"trial {trial.number} ({trial.id}) {trial.status.lower()}: {result} · {in_words(trial.parameters)}"
 
 
 def _in_lines(best: TrialRecord, metrics: dict[str, Any]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import nni_topo
-from nni_topo.network.cost.measure import ModeCost, profile
+from nni_topo.network.cost.measure import profile
 from nni_topo.rules import whole
 from nni_topo.runs.run import resolve_device
 from nni_topo.studies.study import ModelVerb, Names
@@ -54,12 +54,11 @@ class Profile(ModelVerb):
         rows = profile(nets, images.to(place), modes=self.modes, runs=self.runs, threads=self.threads, seed=self.seed)
         head = ("mode", "network", "ms", "samples/s", "peak MB", "MACs (M)", "parameters (k)")
         title = f"{self.model}, batch of {self.batch_size}, {place}"
-        table = NumberTable(title, head, list(map(_row, rows)), text_columns=2)
+        shown = []
+        for row in rows:
+            measured = f"{row.latency_ms:.2f}", f"{row.throughput:.0f}", f"{row.peak_bytes / 1e6:.1f}"
+            shown.append((row.mode, row.network, *measured, f"{row.macs / 1e6:.1f}", f"{row.params / 1e3:.1f}"))
+        table = NumberTable(title, head, shown, text_columns=2)
         failed = dict.fromkeys(f"{row.mode}: {row.failed}" for row in rows if row.failed)
         self.put_out(console, [asdict(row) for row in rows], [table, *failed])
         return 0
-
-
-def _row(row: ModeCost) -> tuple[str, ...]:
-    measured = f"{row.latency_ms:.2f}", f"{row.throughput:.0f}", f"{row.peak_bytes / 1e6:.1f}"
-    return row.mode, row.network, *measured, f"{row.macs / 1e6:.1f}", f"{row.params / 1e3:.1f}"

@@ -15,7 +15,6 @@ from torch import nn
 
 from nni_topo.disk import only_process, read_json, write_json
 from nni_topo.network.runtime.switches import one_call, seed_torch, torch_random_kept
-from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.choices import Cell
@@ -36,7 +35,6 @@ from nni_topo.runs.run import (
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.studies.baselines import baseline_masks, is_baseline
 from nni_topo.studies.plan import SCRATCH
-from nni_topo.zoo import Recipe
 
 _RECALIBRATION_IMAGES = 1024
 
@@ -68,7 +66,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
     with _counted(cpu, "speedup"):
         dense, _ = made_dense(start, pruned.masks)
     # accuracies in [0, 1] on the test images, seconds, bytes; latencies are median milliseconds of a batch
-    record = {
+    record: Record = {
         **cell_facts(cell),
         "sparse_ratios": ratios,
         **costs(start, dense),
@@ -79,16 +77,55 @@ def run_cell(cell: Cell, out: Path) -> Record:
         **latencies(start, dense),
         "cpu_seconds": cpu,
     }
+    name = cell.pruner.name
     if cell.target.kind != "ratio":
-        record |= budget_facts(start, dense, cell.target, record, why_missed(cell, pruned))
-    if cell.pruner.name == SCRATCH:
+        # All pruners of a target share its widths.
+        why = WHOLE_CHANNELS
+        if pruned.planned is not None:
+            why = pruned.planned.why or "the dense network keeps other channels than were counted"
+        elif name != SCRATCH and not is_baseline(name) and not pruner_info(name).structured:
+            why = "the pruner removes single weights and no channels"
+        record |= budget_facts(start, dense, cell.target, record, why)
+
+    def measure(net: nn.Module, step: str) -> None:
+        record.update(start.figures(net, step))
+        if len(start.data.validation) and not start.data.is_text:
+            # Tables choose the best baseline by it, so that the test images choose nothing.
+            record[f"validation_{step}"] = start.validated(net)
+
+    if name == SCRATCH:
         dense, recipe, until = with_new_weights(dense, cell.seed), cell.train, None
     else:
-        dense, recipe, until = _recovered(cell, start, pruned.masks, dense, record), cell.retrain, cell.until
+        recipe, until = cell.retrain, cell.until
+        measure(dense, "oneshot")
+        measure(recalibrate_batch_norm(dense, start.images(_RECALIBRATION_IMAGES)), "recalibrated")
+        if cell.compensate is not None:
+            with _counted(cpu, "compensate"):
+                dense, report = made_dense(start, pruned.masks, cell.compensate)
+            measure(dense, "compensated")
+            record["compensate_seconds"] = None if report is None else report.seconds
+        if cell.distill is not None:
+            with _counted(cpu, "distill"):
+                found = distilled(start, dense, cell.distill)
+            dense = found.model
+            measure(dense, "distilled")
+            record["distill_seconds"] = found.seconds
     if recipe.epochs:
         with _counted(cpu, "retrain"):
-            record |= _fine_tuned(start, dense, recipe, cell.seed, until)
-        record |= _measured(start, dense, "retrained")
+            curve = [start.validated(dense)] if len(start.data.validation) else []
+            goal = None
+            if until is not None:
+                record["until"] = until
+                goal = until * start.validation_accuracy
+                if curve[0] >= goal:  # a network that is as good before the first epoch gets none
+                    recipe = replace(recipe, epochs=0)
+            log = retrain(dense, start.data, recipe, seed=cell.seed, until=goal)
+            record["retrain_seconds"] = log.seconds
+            record["epoch_seconds"] = [epoch.training_seconds for epoch in log.epochs]
+            if curve:
+                record["validation_before"] = start.validation_accuracy
+                record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
+        measure(dense, "retrained")
     record["seconds"] = time.perf_counter() - began
     return {**record, **provenance()}
 
@@ -150,16 +187,6 @@ def pruned_cell(cell: Cell, start: Start, ratios: dict[str, float]) -> Pipeline:
     return prune_to_ratios(start, choice, cell.target, ratios)
 
 
-def why_missed(cell: Cell, pruned: Pipeline) -> str:
-    """Return why a network may miss its cell's budget; all pruners of a target share its widths."""
-    name = cell.pruner.name
-    if pruned.planned is not None:
-        return pruned.planned.why or "the dense network keeps other channels than were counted"
-    if name != SCRATCH and not is_baseline(name) and not pruner_info(name).structured:
-        return "the pruner removes single weights and no channels"
-    return WHOLE_CHANNELS
-
-
 def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
     """Return a copy of a model with newly drawn weights."""
     fresh = copy.deepcopy(model)
@@ -170,53 +197,3 @@ def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
             if reset is not None:
                 reset()
     return fresh
-
-
-def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record: Record) -> nn.Module:
-    """Measure a pruned network with no recovery, after batch-norm re-calibration and after the cell's recovery."""
-    record |= _measured(start, dense, "oneshot")
-    images = start.images(_RECALIBRATION_IMAGES)
-    record |= _measured(start, recalibrate_batch_norm(dense, images), "recalibrated")
-    if cell.compensate is not None:
-        with _counted(record["cpu_seconds"], "compensate"):
-            dense, report = made_dense(start, masks, cell.compensate)
-        record |= _measured(start, dense, "compensated")
-        record["compensate_seconds"] = None if report is None else report.seconds
-    if cell.distill is not None:
-        with _counted(record["cpu_seconds"], "distill"):
-            found = distilled(start, dense, cell.distill)
-        dense = found.model
-        record |= _measured(start, dense, "distilled")
-        record["distill_seconds"] = found.seconds
-    return dense
-
-
-def _measured(start: Start, net: nn.Module, step: str) -> Record:
-    """Return what a record says of a network: on the test images, and the accuracy on the validation images."""
-    record: Record = start.figures(net, step)
-    if len(start.data.validation) and not start.data.is_text:
-        # Tables choose the best baseline by it, so that the test images choose nothing.
-        record[f"validation_{step}"] = start.validated(net)
-    return record
-
-
-def _fine_tuned(start: Start, dense: nn.Module, recipe: Recipe, seed: int, until: float | None) -> Record:
-    """Fine-tune a dense network in place and return its learning curve on the validation images.
-
-    ``until`` is a share of the unpruned network's accuracy. A network that has it before the first epoch gets none.
-    """
-    record: Record = {}
-    curve = [start.validated(dense)] if len(start.data.validation) else []
-    goal = None
-    if until is not None:
-        record["until"] = until
-        goal = until * start.validation_accuracy
-        if curve[0] >= goal:
-            recipe = replace(recipe, epochs=0)
-    log = retrain(dense, start.data, recipe, seed=seed, until=goal)
-    record["retrain_seconds"] = log.seconds
-    record["epoch_seconds"] = [epoch.training_seconds for epoch in log.epochs]
-    if curve:
-        record["validation_before"] = start.validation_accuracy
-        record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
-    return record

@@ -3,7 +3,7 @@
 from nni_topo.network.cost.measure import count_macs, count_params, latencies, latency_ms
 from nni_topo.zoo.checkpoints import load_checkpoint, save_checkpoint
 from nni_topo.zoo.data import DataBundle, list_data, load_data
-from nni_topo.zoo.evaluation import check_model, evaluate, evaluate_loss, loss_and_accuracy
+from nni_topo.zoo.evaluation import check_model, evaluate, loss_and_accuracy
 from nni_topo.zoo.models import create_model, default_recipe, list_models
 from nni_topo.zoo.recipes import Augmentation, Recipe
 from nni_topo.zoo.training import EpochLog, TrainingLog, augmented, train
@@ -21,7 +21,6 @@ __all__ = [
     "create_model",
     "default_recipe",
     "evaluate",
-    "evaluate_loss",
     "latencies",
     "latency_ms",
     "list_data",

@@ -89,19 +89,11 @@ def evaluate(
     return loss_and_accuracy(model, dataset, device=device, batch_size=batch_size)[1]
 
 
-@checked(**_EVALUATION)
-def evaluate_loss(
-    model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None, batch_size: int = 512
-) -> float:
-    """Return the mean cross entropy in nats; parameters and errors as for :func:`evaluate`."""
-    return loss_and_accuracy(model, dataset, device=device, batch_size=batch_size)[0]
-
-
 @public(Running(restarts=True), **_EVALUATION)
 def loss_and_accuracy(
     model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> tuple[float, float]:
-    """Return what :func:`evaluate_loss` and :func:`evaluate` do, in one pass; parameters and errors as there."""
+    """Return the mean cross entropy in nats, and the accuracy; parameters and errors as for :func:`evaluate`."""
     if len(dataset) == 0:
         raise DataError("a data set must hold at least one image to be evaluated on, got 0 (dataset)")
     device = device_of(model) if device is None else device

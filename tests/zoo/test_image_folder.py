@@ -161,7 +161,7 @@ def test_training_evaluation_and_nnis_evaluators_give_what_they_do_on_the_same_i
         found.append(
             [
                 *(epoch.loss for epoch in log.epochs),
-                zoo.evaluate_loss(net, data.test),
+                zoo.loss_and_accuracy(net, data.test)[0],
                 start.accuracy,
                 start.validation_accuracy,
                 start.images(9, 4)[0].numpy(force=True).tobytes(),

@@ -15,8 +15,8 @@ from nni_topo.zoo import (
     create_model,
     default_recipe,
     evaluate,
-    evaluate_loss,
     load_data,
+    loss_and_accuracy,
     train,
 )
 from nni_topo.zoo.training import shifted
@@ -152,7 +152,7 @@ def test_evaluation_by_hand() -> None:
     # Log-sum-exp of the three logits less the label's logit.
     rows = [(2, 0, 0, 2), (0, 1, 0, 1), (3, 1, 0, 1), (-1, -1, 0, 0)]
     losses = [math.log(sum(math.exp(logit) for logit in row[:3])) - row[3] for row in rows]
-    assert evaluate_loss(model, dataset, batch_size=3) == pytest.approx(sum(losses) / 4, rel=1e-6)
+    assert loss_and_accuracy(model, dataset, batch_size=3)[0] == pytest.approx(sum(losses) / 4, rel=1e-6)
 
 
 def test_evaluation_restores_the_modes_and_ignores_the_batch_size(data) -> None:

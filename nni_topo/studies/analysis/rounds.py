@@ -16,7 +16,6 @@ import numpy as np
 from joblib import effective_n_jobs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from nni.compression.base.compressor import Pruner
 from rich.console import RenderableType
 from torch import nn
 
@@ -30,7 +29,7 @@ from nni_topo.pruners.rounds import Round, prune_in_rounds
 from nni_topo.rules import check_jobs, instance, whole
 from nni_topo.runs.choices import Cell, PrunerChoice, Target, changed_recipe
 from nni_topo.runs.provenance import Record, provenance
-from nni_topo.runs.run import Start, build_model, pruner_knobs
+from nni_topo.runs.run import build_model, pruner_knobs
 from nni_topo.studies.analysis.compression import critical_config_list
 from nni_topo.studies.analysis.connectivity import connectivity
 from nni_topo.studies.analysis.deviation import share_kept
@@ -184,7 +183,34 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
         "persistence": neural_persistence(net, normalized=True).layers,
         "persistence_untrained": neural_persistence(build_model(cell.model, data, cell.seed), normalized=True).layers,
     }
-    record["rounds"] = _rounds(study, start)
+    initial, last = build_model(cell.model, data, cell.seed).to(start.device), study.sparsities[-1]
+    config = critical_config_list(net, last) if study.capped else [{"op_types": _TYPES, "sparse_ratio": last}]
+    knobs = {**pruner_knobs(cell.pruner.name, net, start, cell.pruner.calibration), **cell.pruner.knobs}
+    pruner = create_pruner(cell.pruner.name, net, config, **knobs)
+    recipe = cell.train if study.rewind else cell.retrain
+    rounds: list[Record] = []
+
+    def train() -> None:
+        zoo.train(net, data, recipe, seed=cell.seed, device=start.device)
+
+    def note(done: Round) -> None:
+        masks: Masks = pruner.get_masks()
+        # the network itself is wrapped by NNI
+        found = connectivity(initial, start.example, masks)
+        rounds.append(
+            {
+                "accuracy": start.tested(net),
+                "kept": share_kept(masks),
+                "outputs_reached": found.outputs,
+                "channels_connected": found.channels,
+                "channels_reached": min(found.reached.values()),
+                "target": study.sparsities[done.index - 1],
+            }
+        )
+
+    rewind = initial.state_dict() if study.rewind else None
+    prune_in_rounds(pruner, steps_to(study.sparsities), train, rewind=rewind, on_round=note)
+    record["rounds"] = rounds
     record["seconds"] = time.perf_counter() - began
     return {**record, **provenance()}
 
@@ -206,40 +232,6 @@ def steps_to(sparsities: Sequence[float]) -> list[float]:
     # at a step s the share (1 - last) ** s of the weights is kept
     last = math.log(1.0 - sparsities[-1])
     return [math.log(1.0 - level) / last for level in sparsities[:-1]] + [1.0]
-
-
-def _rounds(study: RoundsCell, start: Start) -> list[Record]:
-    cell, net, last = study.cell, start.net, study.sparsities[-1]
-    initial = build_model(cell.model, start.data, cell.seed).to(start.device)
-    config = critical_config_list(net, last) if study.capped else [{"op_types": _TYPES, "sparse_ratio": last}]
-    knobs = {**pruner_knobs(cell.pruner.name, net, start, cell.pruner.calibration), **cell.pruner.knobs}
-    pruner = create_pruner(cell.pruner.name, net, config, **knobs)
-    recipe = cell.train if study.rewind else cell.retrain
-    rounds: list[Record] = []
-
-    def train() -> None:
-        zoo.train(net, start.data, recipe, seed=cell.seed, device=start.device)
-
-    def note(done: Round) -> None:
-        target = study.sparsities[done.index - 1]
-        rounds.append(_measured(pruner, start, initial) | {"target": target})
-
-    rewind = initial.state_dict() if study.rewind else None
-    prune_in_rounds(pruner, steps_to(study.sparsities), train, rewind=rewind, on_round=note)
-    return rounds
-
-
-def _measured(pruner: Pruner, start: Start, unwrapped: nn.Module) -> Record:
-    """Measure a network that NNI has wrapped; ``unwrapped`` is a network of the same architecture without wrappers."""
-    masks: Masks = pruner.get_masks()
-    found = connectivity(unwrapped, start.example, masks)
-    return {
-        "accuracy": start.tested(start.net),
-        "kept": share_kept(masks),
-        "outputs_reached": found.outputs,
-        "channels_connected": found.channels,
-        "channels_reached": min(found.reached.values()),
-    }
 
 
 def rounds_tables(records: Iterable[Record]) -> Iterator[NumberTable]:

@@ -22,7 +22,6 @@ from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.topological.pruner import TopologicalPruner
-from nni_topo.pruners.units import PruningUnit
 from nni_topo.rules import all_of, whole
 from nni_topo.runs.choices import Target
 from nni_topo.runs.run import pruner_knobs
@@ -177,36 +176,32 @@ def study_topology(
         module_name, target_name = unit.members[0]
         mask = masks[module_name][target_name]
         kept = mask.reshape(unit.blocks, -1)[:, 0].bool().numpy()
-        layers.append(_layer(unit, points, kept, degrees, pruner.trace.get(unit.name, [])))
+        count = int(kept.sum())
+        distances = topology.pairwise_distances(topology.with_origin(points))
+        stays = np.append(kept, True)
+        before, after = (
+            {d: topology.rips_diagram(distances=cloud, dimension=d, keep_infinite=False) for d in degrees}
+            for cloud in (distances, distances[np.ix_(stays, stays)])
+        )
+        deaths = topology.h0_deaths(distances)
+        mean = deaths.mean()
+        deaths = deaths / mean if mean > 0 else deaths
+        layers.append(
+            LayerTopology(
+                name=unit.name,
+                points=unit.blocks,
+                kept=count,
+                share=count / unit.blocks,
+                deaths=deaths,
+                tolerance=float(deaths[count] / 2.0) if count < unit.blocks else 0.0,
+                diagrams_before=before,
+                diagrams_after=after,
+                bottleneck={d: topology.bottleneck_distance(before[d], after[d]) for d in degrees},
+                hausdorff=float(topology.hausdorff_to_subset(distances, stays[None])[0]),
+                trace=pruner.trace.get(unit.name, []),
+            )
+        )
     return TopologyStudy(layers, masks)
-
-
-def _layer(
-    unit: PruningUnit, points: FloatArray, kept: NDArray[np.bool_], degrees: Sequence[int], trace: list[Generation]
-) -> LayerTopology:
-    distances = topology.pairwise_distances(topology.with_origin(points))
-    stays = np.append(kept, True)
-    deaths = topology.h0_deaths(distances)
-    before, after = (
-        {degree: topology.rips_diagram(distances=cloud, dimension=degree, keep_infinite=False) for degree in degrees}
-        for cloud in (distances, distances[np.ix_(stays, stays)])
-    )
-    mean = deaths.mean()
-    deaths = deaths / mean if mean > 0 else deaths
-    count = int(kept.sum())
-    return LayerTopology(
-        name=unit.name,
-        points=unit.blocks,
-        kept=count,
-        share=count / unit.blocks,
-        deaths=deaths,
-        tolerance=float(deaths[count] / 2.0) if count < unit.blocks else 0.0,
-        diagrams_before=before,
-        diagrams_after=after,
-        bottleneck={d: topology.bottleneck_distance(before[d], after[d]) for d in degrees},
-        hausdorff=float(topology.hausdorff_to_subset(distances, stays[None])[0]),
-        trace=trace,
-    )
 
 
 def _death_curves(layers: list[LayerTopology]) -> Figure:

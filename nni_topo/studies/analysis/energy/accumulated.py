@@ -18,7 +18,7 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
-from nni_topo.studies.analysis.energy.study import LITTLE, EnergyStudy, EvaluateQuality, Quality, quality_of
+from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,6 @@ class Step:
     layers: tuple[str, ...]
     removed: int
     quality: Quality
-
-
-def harmless_layers(study: EnergyStudy, threshold: float) -> list[tuple[str, ...]]:
-    """Return, in order, the layers that lose filters at a threshold of the study and, pruned alone, little accuracy."""
-    pruned = [layer for layer in study.layers if layer.removed[threshold]]
-    return [layer.layers for layer in pruned if study.lost(layer, threshold) < LITTLE]
 
 
 @public(model=MODEL, example_inputs=INPUTS)

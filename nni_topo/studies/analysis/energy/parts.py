@@ -19,11 +19,12 @@ from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, retrain
-from nni_topo.studies.analysis.energy.accumulated import Step, accumulate_energy, harmless_layers
+from nni_topo.studies.analysis.energy.accumulated import Step, accumulate_energy
 from nni_topo.studies.analysis.energy.dropout import RATES, study_dropout
 from nni_topo.studies.analysis.energy.replacement import study_replacement
 from nni_topo.studies.analysis.energy.selection import study_selection
 from nni_topo.studies.analysis.energy.study import (
+    LITTLE,
     EnergyStudy,
     EvaluateQuality,
     LayerEnergy,
@@ -113,8 +114,9 @@ def dropout_table(part: Record) -> Titled:
 
 def accumulated_part(subject: Subject) -> Record:
     """Prune, one after the other, the layers that cost less than two points alone at the lowest threshold."""
-    threshold = subject.study.thresholds[0]
-    layers = harmless_layers(subject.study, threshold)
+    study, threshold = subject.study, subject.study.thresholds[0]
+    pruned = [row for row in study.layers if row.removed[threshold]]
+    layers = [row.layers for row in pruned if study.lost(row, threshold) < LITTLE]
     steps = accumulate_energy(
         subject.start.net, layers, subject.start.example, subject.evaluate, threshold=threshold, **subject.knobs
     )

@@ -131,7 +131,17 @@ def study_selection(
             return joint
 
         def loss(population: BoolArray) -> FloatArray:
-            return np.array([_loss_without(model, place, labelled, torch.from_numpy(kept)) for kept in population])
+            """Return the mean loss of each subset, with the output channels of all others set to zero."""
+            means = []
+            for kept in torch.from_numpy(population):
+
+                def silence(_: Tensor, outputs: Tensor, kept: Tensor = kept) -> Tensor:
+                    return outputs * kept.to(outputs).view(-1, *[1] * (outputs.dim() - 2))
+
+                with watched(leaving=[(place, silence)]), torch.no_grad():
+                    losses = [cross_entropy(model(images), labels, reduction="sum") for images, labels in labelled]
+                means.append(float(torch.stack(losses).sum()) / sum(len(labels) for _, labels in labelled))
+            return np.array(means)
 
         sorted_by: dict[str, FloatArray] = {
             "random": np.random.default_rng(seed).random(filters),
@@ -163,17 +173,6 @@ def study_selection(
             energy, taylor = (float(fitness(kept[None])[0]) for fitness in (energy_lost, joint_taylor))
             found[method] = Selection(tuple(np.flatnonzero(kept).tolist()), energy, taylor, quality, seconds)
     return found
-
-
-def _loss_without(model: nn.Module, place: nn.Module, batches: LabelledBatches, kept: Tensor) -> float:
-    """Return the mean loss with the output channels of a module that aren't kept set to zero."""
-
-    def silence(_: Tensor, outputs: Tensor) -> Tensor:
-        return outputs * kept.to(outputs).view(-1, *[1] * (outputs.dim() - 2))
-
-    with watched(leaving=[(place, silence)]), torch.no_grad():
-        losses = [cross_entropy(model(images), labels, reduction="sum") for images, labels in batches]
-    return float(torch.stack(losses).sum()) / sum(len(labels) for _, labels in batches)
 
 
 def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

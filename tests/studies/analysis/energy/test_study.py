@@ -14,7 +14,7 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.studies.analysis.energy.accumulated import accumulate_energy, harmless_layers
+from nni_topo.studies.analysis.energy.accumulated import accumulate_energy
 from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
 from nni_topo.testing import toy_images, toy_model
 
@@ -182,14 +182,6 @@ def test_record_and_pictures(study, tmp_path, drawn):
     assert document.pop("seed") == 3
     assert document == json.loads(json.dumps(study.to_dict()))
     assert document["layers"][0]["removed"] == {str(t): study.layers[0].removed[t] for t in THRESHOLDS}
-
-
-def test_harmless_layers_lose_filters_and_little():
-    study, _ = fabricated([0.01, 0.03], [1, 3])
-    low, high = study.thresholds
-    assert harmless_layers(study, low) == [("conv",)]
-    assert harmless_layers(study, high) == []
-    assert harmless_layers(fabricated([0.0], [0])[0], low) == []
 
 
 def test_accumulated_steps_shrink_the_network_layer_by_layer():
