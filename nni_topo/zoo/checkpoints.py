@@ -70,7 +70,10 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
         aren't the model's.
     """
     path = path_of(path)
-    content = _content(path)
+    with reading(path, "a checkpoint", "of tensors and plain values only"):
+        content: Any = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
+    if not isinstance(content, dict):
+        raise DataError(f"a checkpoint must hold a dict, got {type(content).__name__} ({path})")
     named = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
     state = {key: value for key, value in named.items() if isinstance(value, Tensor)}
     if not state:
@@ -81,21 +84,7 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
     for prefix in ("_orig_mod.", "module.", "_orig_mod.", "module."):
         if all(key.startswith(prefix) for key in state) and not hasattr(model, prefix[:-1]):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    _check_fit(state, model, path)
-    model.load_state_dict(state)
-    meta = content.get("meta", {}) if content.get("format") == _FORMAT else {}
-    return dict(meta)
-
-
-def _content(path: Path) -> dict[str, Any]:
-    with reading(path, "a checkpoint", "of tensors and plain values only"):
-        content = load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
-    if not isinstance(content, dict):
-        raise DataError(f"a checkpoint must hold a dict, got {type(content).__name__} ({path})")
-    return content
-
-
-def _check_fit(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:
+    # Checked before, because load_state_dict has changed the model when it finds what doesn't fit.
     given, wanted = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, model.state_dict()))
     wrong = [
         f"{key}: {given.get(key, 'missing')}, in the model {wanted.get(key, 'missing')}"
@@ -105,3 +94,6 @@ def _check_fit(state: dict[str, Tensor], model: nn.Module, path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise DataError(f"a checkpoint must fit the model, got {'; '.join(wrong[:_SHOWN])}{more} ({path})")
+    model.load_state_dict(state)
+    meta = content.get("meta", {}) if content.get("format") == _FORMAT else {}
+    return dict(meta)

@@ -86,24 +86,20 @@ def list_image_folder(
 
 def _listed(folder: Path) -> tuple[npt.NDArray[np.bytes_], Array, tuple[str, ...]]:
     """Return the paths of images below a folder, class by class, the numbers of their classes, and the classes."""
-    begin = len(os.path.join(folder, ""))
-    files = []
     try:
         # hidden folders aren't classes
         names = [name for name in find_classes(folder)[0] if not name.startswith(".")]
-        # class by class, because a list of all paths takes ten times the memory of the arrays
-        for name in names:
-            images = make_dataset(folder, {name: 0}, extensions=_SUFFIXES)
-            files.append(np.array([os.fsencode(path[begin:]) for path, _ in images]))
+        if not names:
+            raise FileNotFoundError("only hidden folders")
+        images = make_dataset(folder, {name: rank for rank, name in enumerate(names)}, extensions=_SUFFIXES)
     except FileNotFoundError as error:
         raise DataError(
             f"an image folder must hold one folder per class with at least one image, as docs/sources.md shows, got: "
             f"{error} ({folder})"
         ) from error
-    if not names:
-        raise DataError(f"an image folder must hold one folder per class, got none ({folder})")
-    labels = np.repeat(np.arange(len(names)), [len(each) for each in files])
-    return np.concatenate(files), labels, tuple(names)
+    begin = len(os.path.join(folder, ""))
+    files = np.array([os.fsencode(path[begin:]) for path, _ in images])
+    return files, np.array([label for _, label in images]), tuple(names)
 
 
 def read_image(path: str, layout: Layout) -> Tensor:
