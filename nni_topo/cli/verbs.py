@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +213,6 @@ class Shrink(TrainedVerb):
 
     def run(self, console: Console) -> int:
         """Write the dense model and print the accuracy on the test images after each step."""
-        import pandas as pd
-
         with empty_folder(self.out):
             budget = self._budget()
             self._check(budget)
@@ -239,29 +237,26 @@ class Shrink(TrainedVerb):
             output_folder(self.out)
             nni_topo.save(dense, self.out / "dense.safetensors")
             found_within, verdict, depth = report.tolerance, report.distillation, report.depth
-            has_curve = verdict is not None and bool(verdict.curve)
-            tables = {"stages": report.to_frame()}
-            if report.compensation:
-                tables["recovery by layer"] = report.compensation.to_frame()
-            if report.tried:
-                tables["widths tried"] = pd.DataFrame(report.tried)
-            if depth and depth.removed:
-                tables["blocks removed"] = pd.DataFrame(map(asdict, depth.removed))
-            if depth:
-                tables["numbers of blocks tried"] = depth.to_frame()
-            if found_within:
-                tables["networks tried"] = found_within.to_frame()
-            if has_curve:
-                tables["distillation"] = verdict.to_frame()
-            facts = {
+            facts: dict[str, Any] = {
                 "model": self.model,
                 "data": self.data,
                 "pruner": self.pruner,
                 "method": self.method,
                 "budget": budget,
+                "stages": report.to_frame().to_dict("records"),
             }
-            for name, table in tables.items():
-                facts[name] = table.to_dict("records")
+            if report.compensation:
+                facts["recovery by layer"] = report.compensation.to_frame().to_dict("records")
+            if report.tried:
+                facts["widths tried"] = report.tried
+            if depth and depth.removed:
+                facts["blocks removed"] = depth.removed
+            if depth:
+                facts["numbers of blocks tried"] = depth.tried
+            if found_within:
+                facts["networks tried"] = found_within.candidates
+            if verdict is not None and verdict.curve:
+                facts["distillation"] = verdict.curve
             facts["widths"] = report.layers.rows
             if found_within is not None:
                 facts["tolerance"] = found_within
@@ -275,7 +270,7 @@ class Shrink(TrainedVerb):
             facts |= provenance()
             document = finite(plain(facts))
             write_json(self.out / "shrink.json", document, sort=False)
-            if has_curve:
+            if "distillation" in facts:
                 write_figure(self.out / "distillation.png", plot_distillation(verdict), 110)
             files = f"dense model: {self.out / 'dense.safetensors'} (nni_topo.load) · report: {write_report(self.out)}"
             self.put_out(console, document["stages"], [repr(report), files])

@@ -13,7 +13,6 @@ from torch.nn.functional import unfold
 
 from nni_topo import create_pruner, dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.recovery.registry import list_recoveries
 
 KEPT, GONE = [0, 2, 3], [1, 4, 5]
 
@@ -234,20 +233,3 @@ def test_recalibrate_changes_statistics_alone(lively):
     torch.testing.assert_close(found.norm.running_mean[KEPT], outputs.mean((0, 2, 3)))
     torch.testing.assert_close(found.norm.running_var[KEPT], outputs.transpose(0, 1).flatten(1).var(1))
     assert torch.equal(found.norm.running_mean[GONE], model.norm.running_mean[GONE])
-
-
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name == "block")) for name in list_recoveries()]
-)
-@pytest.mark.quick_every(12)
-@pytest.mark.slow
-def test_every_rule_leaves_the_model_and_masks_alone_and_solves_grouped_and_residual_nets(
-    method, residual_net, images, halves
-):
-    masks = halves(residual_net, "conv1", "conv3")
-    before = copy.deepcopy(residual_net.state_dict())
-    found = compensate(residual_net, masks, images, method=method)
-    torch.testing.assert_close(residual_net.state_dict(), before, rtol=0, atol=0)
-    outputs = masked_model(found, images[0], masks)(images[0])
-    assert bool(torch.isfinite(outputs).all())
-    assert torch.equal(compensate(residual_net, masks, images, method=method)(images[0]), found(images[0]))
