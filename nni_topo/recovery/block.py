@@ -1,9 +1,9 @@
-"""Block after block: the parameters of each pruned block learn what the unpruned block puts out.
+"""Block by block: the parameters of each pruned block learn the outputs of the unpruned block by gradients.
 
-A closed form solves one layer, and looks no further than the next sum. Between the layers of a block lie attention,
-norms and activations. Here all weights of a block move together, by gradients of that block alone, until it puts out
-what the unpruned one does [1]_. What enters it comes through the pruned blocks before, which are done, so that it also
-makes up for their errors. The steps are those of `distill`: a range test finds the rate, held-out samples end them.
+A closed form solves one layer, and looks no further than the next sum. Between the layers of a block are attention,
+norms and activations. Here all weights of a block move together, by gradients of that block alone [1]_. Its inputs come
+through the pruned blocks before it, which have learned already, so that it also makes up for their errors. The steps
+are those of `distill`: a range test finds the rate, held-out samples end them.
 
 References
 ----------
@@ -205,9 +205,11 @@ class _Values:
                 )
             self._store.append(part)
             self._sizes.append(size)
-            shapes.append([_entries(each, size) for each in (*given, *wanted)])
+            found = [*given, *wanted]
+            is_by_sample = all(isinstance(each, Tensor) and each.dim() and len(each) == size for each in found)
+            shapes.append([each.shape[1:] for each in found] if is_by_sample else None)
         self.lives = alive(extremes)  # which values differ between samples in the pruned network
-        self._are_mixed = None not in shapes[0] and all(each == shapes[0] for each in shapes)
+        self._are_mixed = shapes[0] is not None and all(each == shapes[0] for each in shapes)
         if self._are_mixed and self._store.nbytes <= tools.cache_bytes:
             self._store, self._sizes = [_joined(list(self))], [sum(self._sizes)]
 
@@ -233,11 +235,6 @@ class _Values:
             own = index[(index >= starts[batch]) & (index < starts[batch + 1])] - starts[batch]
             rows[own] = True
             yield self._store[batch]._replace(rows=rows)
-
-
-def _entries(value: Any, samples: int) -> Any:
-    """Return the shape of a value's entries; None unless it has one for each sample."""
-    return value.shape[1:] if isinstance(value, Tensor) and value.dim() and len(value) == samples else None
 
 
 def _in_single(value: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Whole blocks taken out; what they did, as far as it is linear, goes into the layer before them.
+"""Whole blocks are removed, and the layer before each gap is solved anew to make up for what was linear in them.
 
-A block adds to the stream that the blocks before it made, so that the model runs without it. The last layer that writes
-into the stream before a gap, a linear one or a convolution, is solved anew, such that the stream after the gap is the
-unpruned one: [1]_ does it with a linear map of that layer's output, here all of its weights may change. Where a ReLU or
-a norm follows the sum, as in ResNet and BERT, what enters that is solved for, and the norm of the block before the gap
-takes the values of the norm of the last block in it.
+A block adds to the residual stream, so that the model runs without it. The last layer that writes into the stream
+before a gap, a linear one or a convolution, is solved anew, such that the stream after the gap is the unpruned one:
+[1]_ does it with a linear map of that layer's output, here all of its weights may change. Where a ReLU or a norm
+follows the sum, as in ResNet and BERT, its input is solved for, and the norm of the block before the gap takes the
+parameters of the norm of the last removed block.
 
 References
 ----------
@@ -186,11 +186,6 @@ class Writer:
     norm: Any  # the batch norm between the layer and the sum; None without one
     stream: Stream
 
-    @property
-    def has_intercept(self) -> bool:
-        """Whether a constant can be added to its output."""
-        return self.layer.bias is not None or (self.norm is not None and self.norm.affine)
-
     def add(self, solution: Solution) -> None:
         """Add to the layer's output by new parameters, because other networks may share the old ones."""
         weight = self.layer.weight
@@ -367,8 +362,9 @@ def solutions(
                 each.pool(batches.processes, gap.writer.layer.weight.device, f"what gap {number} lacks")
         if not all(each.is_finite() for each in parts):
             raise DataError("what blocks give must be finite, got NaN or infinity (calibration)")
-        used = None if ridge == "auto" else float(ridge)
-        found.append(fit(*parts, used, intercept=gap.writer.has_intercept).solution)
+        used, writer = None if ridge == "auto" else float(ridge), gap.writer
+        takes_constant = writer.layer.bias is not None or (writer.norm is not None and writer.norm.affine)
+        found.append(fit(*parts, used, intercept=takes_constant).solution)
     return found
 
 

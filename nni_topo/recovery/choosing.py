@@ -1,8 +1,8 @@
-"""A few images that stand for many, by what the network sees in them.
+"""A few images that represent many, by the features that the network computes of them.
 
-What images cost, in weight reconstruction and in distillation, grows with their number, and of two that look alike to
-the network the second one tells little. So the images are points, by their features. Either each stands for a cluster
-of them, or the chosen ones cover the cloud: each is the farthest from those before it [1]_.
+The cost of images, in weight reconstruction and in distillation, grows with their number, and of two that look alike to
+the network the second one adds little. So the images are points, by their features. Either each chosen image represents
+a cluster, or the chosen ones cover the cloud: each is the farthest from those before it [1]_.
 
 References
 ----------

@@ -340,9 +340,7 @@ def distillation(
     was_solved_on = int((is_solved_on(dense, given[-1]) & is_held).sum())
     if not len(learned) or not len(held):
         raise DataError(f"distillation must have at least two samples, one to judge by, got {len(order)} (images)")
-    lesson.judge_on(held)
-    if len(learned) > 1:
-        lesson.learn_from(learned)
+    lesson.split(held, learned)
     own = learned[shares.mine(learned)]
     if processes is not None:
         images_by_process = processes.gather(len(own), "the images to learn from")

@@ -194,18 +194,19 @@ class Lesson:
                 f"blocks must be 0 where no block's output has the same shape in both models, got {blocks} (blocks)"
             )
 
-    def learn_from(self, index: Tensor) -> None:
-        """Compute the scales of the loss of a step from the training images only."""
-        self._learned_scales = self._variances(index)
-        if self.kind == "kl":
-            # The distance of a network with constant outputs is about 1; its divergence depends on the scale of the
-            # scores. With this weight both terms are equal for such a network.
-            self._weight_of_distance = self.loss_of_a_constant(index)
+    def split(self, held: Tensor, learned: Tensor) -> None:
+        """Take scales of distances from the images that judge, as reports do, and those of the steps from the others.
 
-    def judge_on(self, index: Tensor) -> None:
-        """Compute the scales of distances from the held-out images, as reports do, if there are at least two."""
-        if len(index) > 1:
-            self._scales = self._variances(index)
+        A single image has no scale.
+        """
+        if len(held) > 1:
+            self._scales = self._variances(held)
+        if len(learned) > 1:
+            self._learned_scales = self._variances(learned)
+            if self.kind == "kl":
+                # The distance of a network with constant outputs is about 1; its divergence depends on the scale of
+                # the scores. With this weight both terms are equal for such a network.
+                self._weight_of_distance = self.loss_of_a_constant(learned)
 
     def _variances(self, index: Tensor) -> list[float]:
         """Return the variance of each output of the unpruned network over some images, or a sample of many."""

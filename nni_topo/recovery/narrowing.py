@@ -1,13 +1,13 @@
-"""Heads turned so that few of their channels do most: of queries and keys for the logits, of values for what they add.
+"""Narrower heads: the channels of each head are rotated so that the first ones carry most, and the others are masked.
 
-A head's logits are products of queries and keys, and what it adds is its values times columns of the next layer, so
-that nothing changes where one is multiplied by a matrix and the other by its inverse. Of all matrices those are taken
-with which the first channels alone come nearest: with ``S`` and ``C`` the products of two factors' channels over the
-calibration, and ``S = L L'``, ``C = R R'``, the singular vectors of ``L' R`` say which directions these are. [1]_ keeps
-channels as they are and solves for a matrix between those kept, one of the solutions that this is the best of.
+A head's logits are products of queries and keys, and its contribution is the product of its values and columns of the
+output projection. Nothing changes where one factor is multiplied by a matrix and the other by its inverse. Those
+matrices are taken with which the first channels alone come nearest: with ``S`` and ``C`` the products of the two
+factors' channels over the calibration data, and ``S = L L'``, ``C = R R'``, the singular vectors of ``L' R`` give the
+directions. [1]_ keeps channels as they are and solves for a matrix between the kept ones, which can't come nearer.
 
-Under rotary positions queries and keys stay as they are, but for pairs of channels that go from all heads which share
-their frequency: those without which the logits of these heads come nearest.
+Under rotary positions queries and keys aren't rotated. They lose pairs of channels, with the frequency of each, in all
+heads that share it: the pairs without which the logits of these heads change least.
 
 References
 ----------
@@ -29,6 +29,7 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.network.attention.heads import Attention, IntArray
 from nni_topo.network.attention.rotary import by_table, find_frequencies
 from nni_topo.network.attention.unfused.multihead import mixing_called, projected
@@ -45,10 +46,10 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.switches import as_written
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, union
-from nni_topo.recovery.directions import Moments, directions
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 from nni_topo.rules import check_knobs, number
 
+_LEAST = 1e-7  # of the largest singular value
 _ROUNDING = 1e-9  # of channels: a ratio of two whole numbers means the first of them
 
 _logger = logging.getLogger(__name__)
@@ -255,12 +256,13 @@ class _Heads:
         self.kept = step * max(1, count - int(count * ratio + _ROUNDING))
         self.asking = np.arange(self._size) < self.kept
         """Which channels of a head's queries and keys are kept."""
-        self.queries, self.keys, self.context = Moments(), Moments(), Moments()
+        self.queries, self.keys, self.context = (NormalEquations() for _ in range(3))
         self.logits = None if table is None else PairLogits(model.get_buffer(table))
 
-    def see(self, moments: Moments, rows: IntArray, channels: Tensor) -> None:
+    def see(self, seen: NormalEquations, rows: IntArray, channels: Tensor) -> None:
         """Add channels ``(channels, samples)`` of which each head has some rows, (heads, size)."""
-        moments.add(channels[torch.from_numpy(rows).to(channels.device)])
+        own = channels[torch.from_numpy(rows).to(channels.device)].mT
+        seen.add(own, own[..., :0], own[..., :0])
 
     def looks(self) -> tuple[list[Any], list[Any]]:
         """Return what watches the layers within, when they are entered and left."""
@@ -270,16 +272,16 @@ class _Heads:
         def mixed(entering: Tensor) -> None:
             self.see(self.context, places, by_channel(projection, entering))
 
-        def made(layer: nn.Module, moments: Moments, rows: IntArray, _: Tensor, output: Tensor) -> None:
-            self.see(moments, rows, by_channel(layer, output))
+        def made(layer: nn.Module, seen: NormalEquations, rows: IntArray, _: Tensor, output: Tensor) -> None:
+            self.see(seen, rows, by_channel(layer, output))
 
         within = self.attention.name  # ``nn.MultiheadAttention`` is such a layer itself
         asking = [(self._model.get_submodule(layer), rows) for layer, rows in self._parts[:2] if layer != within]
         if self.logits is not None:
             looks = zip(asking, (self.logits.see_queries, self.logits.see_keys), strict=True)
             return [(projection, mixed)], [(layer, partial(look, rows)) for (layer, rows), look in looks]
-        moments = zip(asking, (self.queries, self.keys), strict=False)
-        leaving = [(layer, partial(made, layer, each, rows)) for (layer, rows), each in moments]
+        pairs = zip(asking, (self.queries, self.keys), strict=False)
+        leaving = [(layer, partial(made, layer, each, rows)) for (layer, rows), each in pairs]
         return [(projection, mixed)], leaving
 
     def look_within(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -287,22 +289,23 @@ class _Heads:
         named = bind_arguments(module, (args, kwargs))
         found = projected(module, *(named[key] for key in ("query", "key", "value")))
         rows = np.arange(found[0].shape[-1]).reshape(self.attention.heads, -1)
-        for moments, values in zip((self.queries, self.keys), found, strict=False):
-            self.see(moments, rows, by_channel(module.out_proj, values))
+        for seen, values in zip((self.queries, self.keys), found, strict=False):
+            self.see(seen, rows, by_channel(module.out_proj, values))
 
     def are_seen(self) -> bool:
         """Say whether calibration reached them."""
-        seen = [self.context.products]
-        seen += [self.queries.products, self.keys.products] if self.logits is None else [self.logits.products]
-        if not all(each is None or bool(each.isfinite().all()) for each in seen):
+        products = None if self.logits is None else self.logits.products
+        is_finite = all(each.is_finite() for each in (self.queries, self.keys, self.context))
+        if not is_finite or (products is not None and not bool(products.isfinite().all())):
             raise DataError(f"activations must be finite, got NaN or infinity ({self.attention.name})")
-        return all(each is not None for each in seen)
+        seen = self.queries.samples and self.keys.samples if self.logits is None else products is not None
+        return bool(self.context.samples and seen)
 
     def pool(self, processes: Processes, device: torch.device) -> None:
         """Take in what all processes have seen."""
         place = f"the heads of {self.attention.name}"
-        for moments in (self.queries, self.keys, self.context):
-            moments.pool(processes, device, place)
+        for seen in (self.queries, self.keys, self.context):
+            seen.pool(processes, device, place)
         if self.logits is not None:
             self.logits.products = processes.total(self.logits.products, device, place)
 
@@ -351,8 +354,8 @@ class _Heads:
         return list(dict.fromkeys(p for each in layers for p in each.parameters(recurse=False)))
 
     def _turn_logits(self) -> None:
-        queries = self.queries.second(centred=False).unflatten(0, (-1, self._share)).mean(1)
-        ones, others = directions(queries, self.keys.second(centred=True), self.kept)
+        queries = _second_moments(self.queries, centred=False).unflatten(0, (-1, self._share)).mean(1)
+        ones, others = directions(queries, _second_moments(self.keys, centred=True), self.kept)
         self._multiply(0, ones)
         self._multiply(1, others)
 
@@ -362,7 +365,7 @@ class _Heads:
             projection.weight.detach().double().unflatten(1, (-1, self._size)).movedim(1, 0)
         )  # (heads, outputs, size)
         sums = (mixing.mT @ mixing).unflatten(0, (-1, self._share)).sum(1)
-        seen = self.context.second(centred=True).unflatten(0, (-1, self._share)).mean(1)
+        seen = _second_moments(self.context, centred=True).unflatten(0, (-1, self._share)).mean(1)
         columns, rows = directions(sums, seen, self.kept)
         self._multiply(2, rows)
         projection.weight.copy_((mixing @ columns.repeat_interleave(self._share, 0)).movedim(0, 1).flatten(1))
@@ -393,3 +396,37 @@ def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     args, kwargs = first_call(model, batches)
     with left_alone(model), evaluation_mode(model), torch.no_grad():
         return [each for each in returned_tensors(model(*args, **kwargs)) if each.is_floating_point()]
+
+
+def _second_moments(seen: NormalEquations, *, centred: bool) -> Tensor:
+    """Return the mean products of the channels of each head, (heads, n, n), of differences from the mean if asked."""
+    means, found = seen.sums["x"] / seen.samples, seen.sums["xx"] / seen.samples
+    return found - means.unsqueeze(2) * means.unsqueeze(1) if centred else found
+
+
+def directions(ones: Tensor, others: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Return matrices ``A`` and ``B``, (heads, n, n), with ``A B' = 1``, of which the first columns alone come nearest.
+
+    ``ones`` and ``others`` are the mean products of two factors' channels, ``x`` and ``y``, in each head: of all ``A``
+    and ``B`` so many columns leave the least of the mean square of ``x' y - x' A B' y``.
+    """
+    of_ones, of_others = [], []
+    for one, other in zip(ones, others, strict=True):
+        left, right = _root(one), _root(other)
+        u, values, v = torch.linalg.svd(left.mT @ right)
+        count = min(kept, int((values > _LEAST * values[0]).sum()))
+        scale = values[:count].rsqrt()
+        a, b = (right @ v[:count].mT) * scale, (left @ u[:, :count]) * scale
+        # The other columns do what these lack.
+        u, values, v = torch.linalg.svd(torch.eye(len(left)).to(left) - a @ b.mT)
+        more = values[: len(left) - count].sqrt()
+        of_ones.append(torch.cat([a, u[:, : len(more)] * more], 1))
+        of_others.append(torch.cat([b, v[: len(more)].mT * more], 1))
+    return torch.stack(of_ones), torch.stack(of_others)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Return ``L`` of ``L L'``, a symmetric positive semidefinite matrix (n, n)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = vectors * values.clamp_min(0.0).sqrt()
+    return root

@@ -1,4 +1,4 @@
-"""Contributions of pairs of channels to attention logits under rotary positions."""
+"""Which pairs of channels go from queries and keys under rotary positions: those whose logits are missed least."""
 
 from __future__ import annotations
 

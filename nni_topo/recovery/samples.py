@@ -45,7 +45,11 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
     entries = torch.arange(len(inputs), device=inputs.device)[:, None]
     dims = len(module.kernel_size)
     # (n, channels, *output size, *kernel size): what each output position of a convolution is a sum over.
-    call = _reached(module, inputs, columns.flatten())
+    if is_own:  # its forward takes all channels, and may do anything before it convolves
+        call = call_of(module, inputs)
+        call = replace(call, entering=call.entering[:, columns.flatten()])
+    else:
+        call = call_of(module, inputs[:, columns.flatten()])
     if isinstance(module, TRANSPOSED):
         windows = _transposed_windows(call, call.output_size if is_own else shape[2:])
     else:
@@ -115,15 +119,6 @@ def numbers_drawn(count: int, entries: int, wanted: int, real: Tensor | None) ->
 def pass_over(generator: torch.Generator, numbers: int) -> None:
     """Let a generator go on as if so many numbers had been drawn from it, as other processes do."""
     torch.rand(numbers, generator=generator, dtype=torch.float64)
-
-
-def _reached(module: Any, inputs: Tensor, channels: Tensor) -> InnerCall:
-    """Return the call of PyTorch's function that a convolution makes of some of the channels that enter."""
-    if has_own_forward(module):
-        # Its forward takes all channels, and may do anything before it convolves.
-        call = call_of(module, inputs)
-        return replace(call, entering=call.entering[:, channels])
-    return call_of(module, inputs[:, channels])
 
 
 def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
@@ -311,10 +306,17 @@ class Sampler:
                     f"them ({task.layer.name})"
                 )
             entries, count = task.extent(unpruned)
-            real, wanted = self.replay.unpadded(), self._wanted(task, index, entries)
-            is_held_out = self._marks(first, self.sizes[index], entries)
+            size = self.sizes[index]
+            if entries % size:  # such as the places of a sequence, or what a list of images became
+                is_held_out = (torch.arange(entries) + first) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
+            else:  # a layer may cut each sample into several entries, such as windows
+                own = first - self._first
+                is_held_out = self.held_out[own : own + size].repeat_interleave(entries // size)
+            wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns) * (size / self.images)
             generator = torch.Generator().manual_seed(self.seed + first)
-            positions, stay = draw_unpadded(count, entries, wanted, generator, real)
+            positions, stay = draw_unpadded(
+                count, entries, int(wanted / entries) + 1, generator, self.replay.unpadded()
+            )
             width = positions.shape[1] * task.unknowns * len(task.layer.columns)
             step = max(1, _CHUNK // max(width, 1))  # entries whose patches fit into memory together
             for begin in range(0, entries, step):
@@ -327,21 +329,7 @@ class Sampler:
                     stays = stays.repeat_interleave(len(rows) // len(stays))
                     samples, rows = _at_rows(samples, stays), rows[stays]
                 yield samples, rows
-            first += self.sizes[index]
-
-    def _marks(self, first: int, size: int, entries: int) -> Tensor:
-        """Return which entries of a batch are held out; ``first`` images of all processes come before it."""
-        if entries % size:  # such as the places of a sequence, or what a list of images became
-            return (torch.arange(entries) + first) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
-        # A layer may cut each sample into several entries, such as windows.
-        own = first - self._first
-        return self.held_out[own : own + size].repeat_interleave(entries // size)
-
-    def _wanted(self, task: Task, index: int, entries: int) -> int:
-        """Positions per entry of a batch."""
-        samples = max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
-        share = self.sizes[index] / self.images
-        return int(samples * share / entries) + 1
+            first += size
 
 
 def _at_rows(samples: Samples, rows: Tensor) -> Samples:

@@ -1,8 +1,8 @@
-"""Images made from a trained network alone, where there are none: its batch norms remember what they saw [1]_.
+"""Images made from a trained network alone: they reproduce the running statistics of its batch norms [1]_.
 
-Pixels follow the gradient until the inputs of every batch norm have the mean and the variance that its running
-statistics say, and images of a classifier are taken for one class each. Compensation and distillation take them in the
-place of real ones.
+Pixels follow the gradient until the inputs of every batch norm have the mean and the variance of its running
+statistics, and each image of a classifier belongs to one class. Compensation and distillation use them in place of real
+images.
 
 References
 ----------

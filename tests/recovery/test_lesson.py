@@ -376,7 +376,7 @@ def test_losses_are_means_over_real_positions(is_padded, has_places):
         off.append((one - other).square().mean() / (other - other.mean(0)).square().mean())
     off = float(torch.stack(off).mean())
     assert float(found.objective(student, ((), call), []).detach()) == pytest.approx(float(loss) + 0.5 * off)
-    found.learn_from(index)
+    found.split(index, index)
     expected = float(loss + constant * distance) + 0.5 * off
     assert float(found.objective(student, ((), call), []).detach()) == pytest.approx(expected)
 
@@ -402,7 +402,7 @@ def test_what_processes_share_is_judged_and_learned_as_by_one_that_has_all(form,
         shares = lesson.SharedImages(processes, [len(own)])
         found = Lesson(original, dense, ((own,), {}), kind, 2.0, shares=shares)
         judged = found.judge(dense, torch.arange(0, 40, 3))
-        found.learn_from(torch.arange(5, 40))
+        found.split(torch.arange(5), torch.arange(5, 40))
         figures = [judged.loss, judged.distance, found.loss_of_a_constant(torch.arange(24)), *found._learned_scales]
         figures += [found._weight_of_distance]
         losses = []

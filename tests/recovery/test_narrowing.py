@@ -12,8 +12,7 @@ from torch import nn
 from nni_topo import Calibration, compensate, load, masked_model, narrow_heads, save, to_dense
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention.heads import find_attention
-from nni_topo.recovery.directions import directions
-from nni_topo.recovery.narrowing import narrow_instead
+from nni_topo.recovery.narrowing import directions, narrow_instead
 from nni_topo.zoo.transformers import SelfAttention, _turned, bert_small, vit_small
 
 
