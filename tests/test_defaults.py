@@ -72,7 +72,7 @@ def test_frontier_takes_the_knobs_of_shrink_as_shrink_documents_them() -> None:
     assert list(several)[:2] == list(one)[:2] == ["model", "images"]
     for name in several.keys() - own:
         assert (several[name].default, several[name].annotation) == (one[name].default, one[name].annotation), name
-    assert one.keys() - several.keys() == {"tolerance", "measure"}
+    assert one.keys() - several.keys() == {"tolerance", "measure", "seconds"}
     # What they share is described once: in the other docstring a sentence says where.
     parts = re.split(
         r"\n    (?=\S)", (inspect.getdoc(nni_topo.frontier) or "").split("\nReturns\n")[0].replace("\n", "\n    ")

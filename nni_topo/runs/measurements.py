@@ -98,12 +98,15 @@ class Measurements:
             _logger.warning("%s", text)
             self._warnings.append(text)
         self.stages: list[Stage] = []
+        self.seconds_of_a_network = 0.0
+        """How long the last network took to measure."""
         self._began = time.perf_counter()
 
     @leaves_models_alone
     def add(self, name: str, net: nn.Module) -> None:
         """Measure a network."""
-        seconds = time.perf_counter() - self._began if self.stages else 0.0
+        began = time.perf_counter()
+        seconds = began - self._began if self.stages else 0.0
         found = self.answers.likenesses(net)
         solved, held_out = found[0], found[-1]  # one and the same where none is held out
         accuracy = math.nan if self._evaluate is None else evaluated(self._evaluate, net, name)
@@ -128,6 +131,7 @@ class Measurements:
         )
         self.stages.append(stage)
         self._began = time.perf_counter()
+        self.seconds_of_a_network = self._began - began
 
     def warnings(self, rows: Iterable[LayerChannels]) -> tuple[str, ...]:
         """Return what makes the figures of the last network doubtful, and what to do about it.

@@ -51,7 +51,7 @@ from nni_topo.pruners.budget import (
 )
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery import RecoveryMethod
-from nni_topo.recovery.course import RATES, tried_steps
+from nni_topo.recovery.course import RATES, Clock, tried_steps
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.rules import instance
@@ -89,6 +89,7 @@ class Prepared:
     prefers_multiples: bool = False  # whether layers keep multiples of channels as far as the budget allows
     seconds_of_a_step: float = math.nan  # for a sample, of the unpruned network; NaN where none is distilled
     left_out: list[str] = field(default_factory=list)  # warnings of steps that were left out
+    clock: Clock = field(default_factory=Clock)  # of the whole call, by default without a limit
     # By allocation, the pruner that is asked again for every size: with what it has measured.
     _pruners: dict[str, StructuredPruner] = field(default_factory=dict, init=False)
 
@@ -169,6 +170,7 @@ class Prepared:
             tried = 0 if "lr" in knobs else len(RATES) * tried_steps(steps)
             a_step = min(size, samples) * self.seconds_of_a_step
             seconds = distilled * min((steps + tried) * a_step, knobs.get("seconds", math.inf))
+            seconds = min(seconds, max(self.clock.left - total, 0.0))
             finding = f", {tried} to find the learning rate" if tried else ""
             told.append(
                 f"distilling at most {duration(seconds)} ({steps} steps of at most {duration(a_step)} each{finding})"
@@ -180,7 +182,8 @@ class Prepared:
             return
         text = f"{settings.place} takes about {duration(total)}: {', '.join(told)}"
         text += f"; not counted: {', '.join(others)}" if others else ""
-        if not math.isnan(self.seconds_of_a_step) and "seconds" not in knobs:
+        is_limited = "seconds" in knobs or self.clock.seconds is not None
+        if not math.isnan(self.seconds_of_a_step) and not is_limited:
             text += "; distill={'seconds': ...} limits distillation"
         _logger.log(logging.WARNING if total > LONG else logging.INFO, "%s", text)
 
@@ -311,6 +314,15 @@ class Prepared:
         }
         given = self.settings.distillation_knobs.items()
         chosen = {name: value for name, value in given if value is not None or name not in own}
+        if self.clock.seconds is not None:
+            left = self.clock.left - self.measured.seconds_of_a_network  # the distilled network is measured, too
+            if left <= 0.0:
+                self.leave_out(
+                    f"the network isn't distilled: seconds={self.clock.seconds:g} leaves no time for it, because the "
+                    f"steps before it took {duration(self.clock.spent)}"
+                )
+                return made
+            chosen["seconds"] = min(left, chosen.get("seconds") or math.inf)
         try:
             # The unpruned network teaches, also one that lacks some blocks.
             return replace(made, analysis=self.analysis).distill(images, **knobs | chosen)
@@ -441,10 +453,12 @@ def prepare(
     *,
     parts: tuple[Calibration | None, ...] | None = None,
     is_timed: bool = False,
+    clock: Clock | None = None,
 ) -> Prepared:
     """Find the layers to prune, and the blocks, and measure the unpruned network, for a request that is checked.
 
-    ``is_timed``: whether reports have the times of the unpruned network and of the smaller one.
+    ``is_timed``: whether reports have the times of the unpruned network and of the smaller one. ``clock``: that of the
+    whole call, if its time is limited.
     """
     model, warnings = plain_weights(model)
     data = ImageParts.of(images, model, parts)
@@ -460,7 +474,13 @@ def prepare(
             )
     measured = Measurements(model, data, settings.evaluate, settings.outputs)
     measured.add(UNPRUNED, model)
-    prepared = replace(prepared, measured=measured, is_timed=is_timed, seconds_of_a_step=seconds_of_a_step)
+    prepared = replace(
+        prepared,
+        measured=measured,
+        is_timed=is_timed,
+        seconds_of_a_step=seconds_of_a_step,
+        clock=clock or Clock(),
+    )
     return Depth.on(prepared) if settings.depth else prepared
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, shown
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
@@ -17,6 +17,9 @@ from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.speedup.reconcile import MasksLike
 from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget
 from nni_topo.recovery import RecoveryMethod
+from nni_topo.recovery.course import Clock
+from nni_topo.recovery.distilling import KNOBS as DISTILLATION
+from nni_topo.recovery.distilling import check_knobs_together
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of
 from nni_topo.runs.allocating import allocations_to_try
@@ -37,6 +40,7 @@ KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEAS
     pruner=ANYTHING,
     distill=ANYTHING,
     round_to=ROUND_TO,
+    seconds=DISTILLATION["seconds"],
     **KNOBS,
 )
 def shrink(
@@ -57,6 +61,7 @@ def shrink(
     evaluate: Callable[[nn.Module], float] | None = None,
     round_to: int | Literal["auto"] | None = None,
     time: bool = False,
+    seconds: float | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -72,15 +77,15 @@ def shrink(
         processes can share them (``process_group`` of :class:`nni_topo.Calibration`).
         Every eighth image is held out from all steps, for the report. 1,000 images are enough for small networks.
     budget : Budget, mapping, str or None, default=None
-        The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. With a ``tolerance`` it
-        may be the name of the cost that is made as small as possible, ``"flops"``, ``"params"``, ``"latency"`` or
-        ``"memory"``, with other settings ``{"flops": None, "allocation": "error"}``; None: ``"flops"``. A share beside
-        a ``tolerance`` is the least that is kept: whichever of the two keeps more decides, so that the tolerance always
-        holds, and a warning says where the budget is missed. Time is that of a batch as large as the first one of
-        ``images``: pass batches as large as the network will get, because single samples may gain nothing. With
-        ``"allocation": "auto"`` the budget is distributed in every way that the pruner offers, the weights of each
-        network are reconstructed, and the network with the smallest loss on the held-out images is kept; the loss is
-        that of :func:`nni_topo.distill`. That takes two or three times as long; the report has the figures of all.
+        The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. Time is that of a batch
+        as large as the first one of ``images``: pass batches as large as the network will get, because single samples
+        may gain nothing. With ``"allocation": "auto"`` the budget is distributed in every way that the pruner offers,
+        the weights of each network are reconstructed, and the network with the smallest loss on the held-out images, as
+        :func:`nni_topo.distill` counts it, is kept. That takes two or three times as long.
+        With a ``tolerance`` it may be the name of the cost that is made as small as possible, ``"flops"`` (the
+        default), ``"params"``, ``"latency"`` or ``"memory"``, with other settings
+        ``{"flops": None, "allocation": "error"}``. A share beside a ``tolerance`` is the least that is kept: where the
+        tolerance keeps more, a warning says that the budget is missed.
     tolerance : float, optional
         In (0, 1). Instead of a network of a given cost, find the smallest one whose answers differ from the unpruned
         network's by at most so much, e.g. 0.01 for one changed answer in a hundred; see the notes.
@@ -103,12 +108,11 @@ def shrink(
         ``nni_topo.recovery.Reconstruct(refine=0)``; or a function of (model, masks, images) that returns a model of
         full size; None: the weights are not reconstructed.
     distill : mapping, callable or bool, default=True
-        Whether to distil at the end. The distilled weights are kept only if, on the held-out images, the loss falls and
-        the distance at most doubles; ``report.distillation`` has the figures. A network of whose outputs no gradients
-        can be taken isn't distilled, with a warning. Or knobs of :func:`nni_topo.distill`, e.g.
-        ``{"seconds": 60, "augment": ...}``, where ``seconds`` is the wall time of the whole distillation, but not of
-        the steps before it; or a function of (dense, model, images) that returns a dense model, which is kept in any
-        case.
+        Whether to distil at the end, or knobs of :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``,
+        where ``seconds`` is the wall time of distillation alone. The distilled weights are kept only if, on the
+        held-out images, the loss falls and the distance at most doubles. A network of whose outputs no gradients can be
+        taken isn't distilled, with a warning. Or a function of (dense, model, images) that returns a dense model, which
+        is kept in any case.
     narrow_heads : bool, default=False
         Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
         :func:`nni_topo.narrow_heads` can: by multiples of 8 channels, with ``round_to=1`` by any number. That keeps
@@ -123,8 +127,8 @@ def shrink(
     evaluate : callable, optional
         A function of a network in evaluation mode that returns a number for the report, e.g. its accuracy. It gets
         ``model`` itself and the networks made of it; what it does to them, such as ``half()`` or to train them, is put
-        back when it returns. With a ``tolerance`` it decides (larger is better), unless ``measure`` says otherwise. It
-        then needs data of its own, which no longer tell how good the network is: they chose it.
+        back when it returns. Where the ``tolerance`` is about it, larger is better, and its data no longer tell how
+        good the network is: they chose it.
     round_to : int or "auto", optional
         Pruned layers keep a multiple of this number of channels; ``"auto"`` chooses it for the model's device, 1: any
         number. None: processors compute several channels at once, so on a CPU layers keep a multiple of 16 from 128
@@ -135,6 +139,10 @@ def shrink(
         Whether the report has the times of the unpruned network and of the one that is returned: medians of passes in
         turns over a batch as large as the first one of ``images``, with one thread on a CPU. It takes at most some ten
         seconds, or eight passes where these are slow. With a budget of latency the report always has them.
+    seconds : float, optional
+        Wall time of the whole call but for ``time``, above 0. The steps before distillation take what they take, and
+        distillation what is left; where nothing is left the network isn't distilled, with a warning. Not with a
+        ``tolerance``, nor where this package doesn't distil.
     seed : int, default=0
         Seed of all steps.
     progress : bool or None, default=None
@@ -169,9 +177,9 @@ def shrink(
 
     Notes
     -----
-    Before the work a message says what selecting channels, reconstructing weights and distilling take, and the whole
-    call: by the time of the unpruned network's pass over the images and of one of its gradient steps. It is a warning
-    where that is more than ten minutes. Distillation, which takes most of it, says it again of the smaller network.
+    Before the work a message says what selecting channels, reconstructing weights and distilling take, by the time of
+    the unpruned network's pass over the images and of one of its gradient steps. It is a warning where that is more
+    than ten minutes. Distillation, which takes most of it, says it again of the smaller network.
 
     With a ``tolerance``, three of eight images are calibration data, two judge the candidates of a search (six to nine
     networks after weight reconstruction, the smallest one that is within the tolerance after distillation, and where
@@ -183,9 +191,9 @@ def shrink(
 
     The candidates that are within the tolerance on the judging images are confirmed from the largest to the smallest,
     until one fails, so that the risk that the network which is returned misses the tolerance stays 5 %, however many
-    are looked at. If all fail, a copy of the unpruned network is returned, with a warning. ``report.tolerance`` has the
-    figures of all. The limit is one for images of the same kind: on images that the network was trained on, answers
-    change less often than on others. An ``evaluate`` function gives no limit: what it returns is taken as it is.
+    are looked at. If all fail, a copy of the unpruned network is returned, with a warning. The limit is one for images
+    of the same kind: on images that the network was trained on, answers change less often than on others. An
+    ``evaluate`` function gives no limit: what it returns is taken as it is.
 
     The smaller network of a model of Transformers is one that its config describes, so that ``from_pretrained`` loads
     what :func:`nni_topo.save_pretrained`, its own ``save_pretrained`` or a ``Trainer`` saves: blocks are equally wide,
@@ -218,13 +226,23 @@ def shrink(
     >>> small(torch.randn(2, 16)).shape
     torch.Size([2, 4])
     """
-    arguments = locals()
+    arguments, clock = locals(), Clock(seconds)
     calibration = batches_of(images, model, "images", shared=True)
     share, wanted = budget_settings(budget, tolerance)
     if tolerance is None and measure != "auto":
         raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
     settings = Settings.among(arguments)
     wanted = settings.checked(model, calibration, wanted, tolerance)
+    if seconds is not None:
+        if tolerance is not None:
+            raise ConfigError(
+                f"seconds must be left out with a tolerance, whose search makes as many networks as it needs, got "
+                f"{seconds}; distill={{'seconds': ...}} limits each distillation (shrink)"
+            )
+        if distill is False or callable(distill):
+            raise ConfigError(f"seconds limits nni_topo.distill, got distill={shown(distill)} (shrink)")
+        if calibration.processes is not None:
+            check_knobs_together({"seconds": seconds})
     is_timed = time or wanted.kind == "latency"
     if tolerance is not None:
         structure_call(model, calibration)  # an error that says what to change
@@ -235,7 +253,7 @@ def shrink(
         check_tolerance(tolerance, measure, calibration, parts or (), settings)
         prepared = prepare(model, calibration, settings, wanted, parts=parts, is_timed=is_timed)
         return within_tolerance(prepared, tolerance, measure, share)
-    prepared = prepare(model, calibration, settings, wanted, is_timed=is_timed)
+    prepared = prepare(model, calibration, settings, wanted, is_timed=is_timed, clock=clock)
     prepared.tell_cost(made=len(allocations_to_try(pruner)) if wanted.allocation == AUTO else 1)
     measured = prepared.measured
     if wanted.allocation == AUTO or depth:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import time
 from collections import OrderedDict
 from dataclasses import replace
 from itertools import pairwise
@@ -822,6 +823,46 @@ def test_progress_of_recovery_is_shown_unless_it_is_unwanted(progress, capsys, m
     lines = capsys.readouterr().err.splitlines()
     shown = {line.split(":")[0] for line in lines} & {"compensate", "distill"}
     assert shown == (set() if progress is False else {"compensate", "distill"})
+
+
+def test_where_no_time_is_left_the_network_is_not_distilled_and_a_warning_says_so(caplog):
+    small, plain = shrunk(distill=True, seconds=1e-3), shrunk(distill=False)
+    assert all(map(torch.equal, small.state_dict().values(), plain.state_dict().values()))
+    assert [each.network for each in small.report.stages] == ["unpruned", "pruned", "reconstructed"]
+    (warning,) = [each for each in small.report.warnings if "isn't distilled" in each]
+    assert warning.startswith("the network isn't distilled: seconds=0.001 leaves no time for it")
+    assert warning in caplog.text
+
+
+@pytest.mark.parametrize(("seconds", "of_distillation"), [(4.0, 1000.0), (4.0, None), (1000.0, 1.0)])
+def test_distillation_ends_when_the_time_of_the_call_or_its_own_is_over(seconds, of_distillation):
+    images = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    knobs = {"steps": 10**6, "lr": 1e-3, "seconds": of_distillation}
+    began = time.perf_counter()
+    small = nni_topo.shrink(model, [images], {"flops": 0.3}, compensate=None, distill=knobs, seconds=seconds)
+    assert small.report.distillation.is_out_of_time
+    assert time.perf_counter() - began < 100.0  # as many steps would take a thousand
+
+
+def test_more_time_than_it_takes_changes_nothing():
+    knobs = {"steps": 20, "lr": 1e-3}
+    unlimited, limited = shrunk(distill=knobs), shrunk(distill=knobs, seconds=3600.0)
+    assert all(map(torch.equal, unlimited.state_dict().values(), limited.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"tolerance": 0.2, "distill": True}, "left out with a tolerance"),
+        ({"distill": False}, r"limits nni_topo.distill, got distill=False \(shrink\)"),
+        ({"distill": lambda dense, model, images: dense}, "limits nni_topo.distill"),
+        ({"distill": True, "seconds": 0}, r"seconds must be above 0 and finite or None, got 0 \(shrink\)"),
+    ],
+)
+def test_time_that_cannot_be_limited_is_refused(knobs, words):
+    with pytest.raises(ConfigError, match=words):
+        shrunk(**{"seconds": 60.0, **knobs})
 
 
 @pytest.mark.parametrize("budget", [{"flops": None, "params": None}, {"allocation": "error"}])
