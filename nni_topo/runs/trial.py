@@ -39,7 +39,6 @@ from nni_topo.runs.choices import (
     Target,
     changed_recipe,
 )
-from nni_topo.runs.experiment.pairing import next_parameters
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import (
     WHOLE_CHANNELS,
@@ -62,8 +61,6 @@ from nni_topo.zoo import default_recipe
 METRICS, SETTINGS = "metrics.json", "settings.json"
 DENSE, MASKS, CONFIG_LIST = "dense.safetensors", "masks.pt", "config_list.json"
 _PRUNED, _FACTS, _RETRAINING = "pruned.pt", "pruned.json", "retraining.pt"
-BUDGET_KEY = "TRIAL_BUDGET"
-"""Key that NNI's Hyperband and BOHB add to a trial's parameters."""
 _RATIO, _KNOB = "ratio.", "knob."
 _PLAIN = (str, int, float, bool)
 
@@ -96,7 +93,6 @@ class TrialSettings:
     retrain_epochs: int = 1  # after pruning; 0: none
     retrain_images: int | None = None  # training images used after pruning; None: all
     double_images_after: int | None = None  # trials of an experiment after which retrain_images doubles
-    images_per_budget: int | None = None  # images after pruning per unit of TRIAL_BUDGET
     lr: float | None = None  # learning rate after pruning; None: a fifth of the recipe's
     flops_weight: float = 0.0  # accuracy that the whole net's MACs are worth
     latency_weight: float = 0.0  # accuracy that the whole net's latency is worth
@@ -109,8 +105,7 @@ class TrialSettings:
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("calibration", "compensate", "distill", "retrain_epochs"), whole(0))
         weights = dict.fromkeys(("flops_weight", "latency_weight"), number(0.0))
-        images = ("limit", "retrain_images", "double_images_after", "images_per_budget")
-        limits = dict.fromkeys(images, whole(1) | NONE)
+        limits = dict.fromkeys(("limit", "retrain_images", "double_images_after"), whole(1) | NONE)
         paths = dict.fromkeys(("data_dir", "checkpoint"), PATH | NONE)
         check_fields(self, "trial", **counts, **weights, **limits, **paths)
         for name, value in {"ratio": self.ratio, **{_RATIO + k: v for k, v in self.ratios.items()}}.items():
@@ -181,7 +176,7 @@ class Trial(TrialSettings):
 
 
 def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> TrialSettings:
-    """Return settings with a tuner's parameters (scalars, ``ratio.LAYER``, ``knob.NAME[.FIELD]``, ``TRIAL_BUDGET``)."""
+    """Return settings with a tuner's parameters (scalars, ``ratio.LAYER``, ``knob.NAME[.FIELD]``)."""
     known = scalar_kinds()
     changes: dict[str, Any] = {}
     ratios, knobs = dict(settings.ratios), dict(settings.knobs)
@@ -193,10 +188,6 @@ def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> T
             knobs[knob] = {**knobs.get(knob, {}), field: value} if field else value
         elif name in known:
             changes[name] = _typed(name, value, known[name], optional=getattr(TrialSettings, name) is None)
-        elif name == BUDGET_KEY:
-            if settings.images_per_budget is None:
-                raise ConfigError(f"a tuner's budget needs images_per_budget, got none ({BUDGET_KEY} = {value})")
-            changes["retrain_images"] = max(1, round(settings.images_per_budget * _typed(BUDGET_KEY, value, float)))
         else:
             raise unknown_name("a trial's parameter", str(name), [*known, f"{_RATIO}LAYER", f"{_KNOB}NAME"], "trial")
     return replace(settings, **changes, ratios=ratios, knobs=knobs)
@@ -386,7 +377,7 @@ def _run(options: Trial) -> None:
     elif nni.get_trial_id() == "STANDALONE":
         raise ConfigError("parameters must come from NNI or from --params FILE, got neither (trial)")
     else:
-        parameters = next_parameters()
+        parameters = nni.get_next_parameter()
     settings = with_parameters(options.settings(), parameters)
     settings = settings.for_trial(0 if alone else nni.get_sequence_id())
     metrics = run_trial(settings, out, cache=cache, report=_show if alone else _report)

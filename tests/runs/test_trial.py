@@ -24,7 +24,7 @@ def seen(monkeypatch):
         return METRICS
 
     monkeypatch.setattr(trial, "run_trial", run)
-    monkeypatch.setattr(trial, "next_parameters", lambda: {"ratio": 0.75})
+    monkeypatch.setattr(nni, "get_next_parameter", lambda: {"ratio": 0.75})
     monkeypatch.setattr(nni, "get_trial_id", lambda: "t1")
     monkeypatch.setattr(nni, "get_sequence_id", lambda: 2)
     monkeypatch.setattr(nni, "report_final_result", found["final"].append)

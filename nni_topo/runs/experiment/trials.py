@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +14,6 @@ from nni.experiment import Experiment, rest
 
 from nni_topo.disk import is_held
 from nni_topo.errors import DataError
-from nni_topo.runs.experiment.pairing import pair_by_result
 
 FAILED = ("FAILED", "SYS_CANCELED", "USER_CANCELED")
 STOPPED = "STOPPED"
@@ -65,6 +64,26 @@ def read_trials(experiment: Experiment) -> list[TrialRecord]:
         jobs = rest.get(experiment.port, "/trial-jobs", experiment.url_prefix)
     ran = pair_by_result(jobs)
     return sorted((_record(experiment, job, ran[job["trialJobId"]]) for job in jobs), key=lambda trial: trial.number)
+
+
+def pair_by_result(jobs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return by trial, as the REST API lists them, the parameters that it ran, as far as it can be told.
+
+    NNI's manager gives the next parameters in its queue to whichever trial asks first, while its tables and the tuner
+    assign them to the trial that was submitted first (``nni_node/training_service/v3/compat.js``). `compat.PAIRING`
+    keeps the manager from it.
+    """
+    shown = {job["trialJobId"]: json.loads(job["hyperParameters"][-1]) for job in jobs if job.get("hyperParameters")}
+    numbered = {str(proposal.get("parameter_id")): proposal["parameters"] for proposal in shown.values()}
+    ran = {}
+    for job in jobs:
+        own = shown.get(job["trialJobId"], {"parameters": {}})
+        # a result carries the number of the proposal that ran; without one the trial's own row has to do, and with its
+        # own, too: NNI alone gives numbers out twice when it resumes an experiment
+        number = str(((job.get("finalMetricData") or [{}])[-1]).get("parameterId"))
+        is_own = number == str(own.get("parameter_id"))
+        ran[job["trialJobId"]] = own["parameters"] if is_own else numbered.get(number, own["parameters"])
+    return ran
 
 
 def stopped(trials: Iterable[TrialRecord]) -> list[TrialRecord]:

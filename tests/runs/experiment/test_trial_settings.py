@@ -37,14 +37,6 @@ def test_a_layer_without_a_ratio_gets_the_common_one():
     assert TrialSettings(ratio=0.3, ratios={"conv?": 0.6}).layer_ratio("fc1") == 0.3
 
 
-def test_a_tuners_budget_becomes_images():
-    settings = TrialSettings(images_per_budget=150)
-    assert with_parameters(settings, {"TRIAL_BUDGET": 3}).retrain_images == 450
-    assert with_parameters(TrialSettings(images_per_budget=1), {"TRIAL_BUDGET": 0.25}).retrain_images == 1
-    with pytest.raises(ConfigError, match="needs images_per_budget, got none"):
-        with_parameters(TrialSettings(), {"TRIAL_BUDGET": 3})
-
-
 def test_later_trials_may_retrain_on_more_images():
     growing = TrialSettings(retrain_images=150, double_images_after=10)
     assert [growing.for_trial(number).retrain_images for number in (0, 9, 10, 25)] == [150, 150, 300, 600]
@@ -64,6 +56,7 @@ def test_retraining_takes_a_rate_of_its_own():
     [
         ({"prunner": "l1"}, "did you mean pruner"),
         ({"pruner": "l3"}, "did you mean l"),
+        ({"TRIAL_BUDGET": 3}, "must be a known name, got 'TRIAL_BUDGET'"),
         ({"knob.generations": 3}, "knob of pruner 'l1'"),
         ({"ratio": 1.0}, r"a ratio must be in \[0, 1\), got 1.0 \(ratio\)"),
         ({"ratio.conv1": -0.1}, r"got -0.1 \(ratio.conv1\)"),
@@ -125,7 +118,6 @@ def test_a_cell_has_what_the_settings_say():
         ({"flops_weight": -0.5}, "flops_weight must be at least 0 and finite, got -0.5"),
         ({"limit": 0}, "limit must be an integer of at least 1.*, got 0"),
         ({"double_images_after": 0, "retrain_images": 1}, "double_images_after must be .* at least 1.*, got 0"),
-        ({"images_per_budget": 0}, "images_per_budget must be an integer of at least 1.*, got 0"),
         ({"flops": 2.0}, r"must be in \(0, 1\], got 2.0"),
         ({"ratio": -0.25}, r"a ratio must be in \[0, 1\), got -0.25 \(ratio\)"),
     ],
@@ -133,9 +125,7 @@ def test_a_cell_has_what_the_settings_say():
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         TrialSettings(**changes)
-    edges = TrialSettings(
-        limit=1, retrain_images=1, double_images_after=1, images_per_budget=1, ratio=0.0, flops=1.0, retrain_epochs=0
-    )
+    edges = TrialSettings(limit=1, retrain_images=1, double_images_after=1, ratio=0.0, flops=1.0, retrain_epochs=0)
     assert edges.for_trial(3).retrain_images == 8
     assert edges.for_trial(3).double_images_after is None
 

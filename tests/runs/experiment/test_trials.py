@@ -6,14 +6,23 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from recorded_manager import FAILED, RUNNING, SUCCEEDED, recorded_manager
 
+from nni_topo.disk import is_held, only_process
 from nni_topo.errors import DataError
 from nni_topo.runs.experiment import manager as module
-from nni_topo.runs.experiment import pairing
-from nni_topo.runs.experiment.trials import ManagerError, TrialRecord, answering, best_trial, read_trials
+from nni_topo.runs.experiment.trials import (
+    ManagerError,
+    TrialRecord,
+    answering,
+    best_trial,
+    pair_by_result,
+    read_trials,
+    stopped,
+)
 
 
 def record(status, score=None, number=0):
@@ -127,48 +136,99 @@ def test_a_tuner_maximises_unless_it_is_told_otherwise():
         assert [module.optimize_mode(SimpleNamespace(tuner=tuner)) for tuner in given] == [mode] * len(given)
 
 
-PROPOSAL = {"parameter_id": 3, "parameters": {"x": 0.5}}
+def job(trial: str, number: int | str, ratio: float, ran: int | str | None = None) -> dict[str, Any]:
+    """A trial as the manager's REST API gives it; ``ran`` is the number of the proposal that its result carries."""
+    proposal = {"parameter_id": number, "parameters": {"ratio": ratio}, "parameter_index": 0}
+    row: dict[str, Any] = {"trialJobId": trial, "hyperParameters": [json.dumps(proposal)]}
+    return row if ran is None else {**row, "finalMetricData": [{"parameterId": str(ran), "data": '"0.5"'}]}
 
 
-class Replies:
-    """What a manager answers, one reply after the other; the last one again and again."""
-
-    def __init__(self, *replies):
-        self.replies, self.asked = list(replies), []
-
-    def get(self, url, timeout):
-        self.asked.append((url, timeout))
-        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
-        if isinstance(reply, OSError):
-            raise reply
-        status, text = reply
-        return SimpleNamespace(status_code=status, json=lambda: json.loads(text))
+def test_swapped_rows_are_paired_by_the_number_of_the_result():
+    jobs = [job("a", 0, 0.25, ran=1), job("b", 1, 0.5, ran=0), job("c", 2, 0.75, ran=2), job("d", 3, 0.9)]
+    assert {trial: ran["ratio"] for trial, ran in pair_by_result(jobs).items()} == {
+        "a": 0.5,
+        "b": 0.25,
+        "c": 0.75,
+        "d": 0.9,
+    }
 
 
-@pytest.mark.parametrize(
-    ("replies", "wanted", "asked"),
-    [
-        ([(200, json.dumps({"hyperParameters": [json.dumps({"a": 1}), json.dumps(PROPOSAL)]}))], PROPOSAL, 1),
-        ([(200, "{}"), (200, "<html>"), (200, "[]"), (200, json.dumps({"hyperParameters": []}))], None, 3),
-        ([(404, json.dumps({"hyperParameters": [json.dumps(PROPOSAL)]}))], None, 1),
-        ([(500, "{}"), ConnectionError()], None, 2),
-        ([(200, "{}"), (200, json.dumps({"hyperParameters": [json.dumps(PROPOSAL)]}))], PROPOSAL, 2),
-    ],
-)
-def test_a_trial_asks_the_manager_for_its_parameters_until_they_are_written(replies, wanted, asked, monkeypatch):
-    told = Replies(*replies)
-    clock = iter(range(0, 1000, 5))  # the fourth look is twenty seconds after the beginning
-    monkeypatch.setattr(pairing.requests, "get", told.get)
-    monkeypatch.setattr(pairing.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(pairing.time, "monotonic", lambda: next(clock) + 0.5)
-    assert pairing._kept("ws://here:8080/prefix/env/abc", "t1") == wanted
-    urls = {url for url, _ in told.asked}
-    assert urls == {"ws://here:8080/prefix/api/v1/nni/trial-jobs/t1"}
-    assert {seconds for _, seconds in told.asked} == {20.0}
-    assert len(told.asked) == asked
+def test_numbers_may_be_words_and_unknown_ones_change_nothing():
+    jobs = [job("a", "0_0_x", 0.25, ran="0_1_y"), job("b", "0_1_y", 0.5, ran="0_0_x"), job("c", 7, 0.1, ran=99)]
+    assert [ran["ratio"] for ran in pair_by_result(jobs).values()] == [0.5, 0.25, 0.1]
+    assert pair_by_result([{"trialJobId": "waiting"}]) == {"waiting": {}}
 
 
-def test_a_trial_elsewhere_asks_nobody(monkeypatch):
-    monkeypatch.setattr(pairing.requests, "get", None)
-    for channel in (None, "ws://here:8080/elsewhere", ""):
-        assert pairing._kept(channel, "t1") is None
+def test_of_a_number_given_out_twice_each_trial_keeps_its_own():
+    jobs = [job("a", 1, 0.25, ran=1), job("b", 2, 0.5, ran=2), job("c", 1, 0.75, ran=1)]
+    assert {trial: ran["ratio"] for trial, ran in pair_by_result(jobs).items()} == {"a": 0.25, "b": 0.5, "c": 0.75}
+
+
+def test_trials_of_an_ended_experiment_are_stopped_unless_they_still_work(tmp_path):
+    alive, dead = tmp_path / "alive", tmp_path / "dead"
+    with only_process(dead):
+        pass
+    trials = [
+        TrialRecord("a", 0, "RUNNING", {}, {}, str(alive)),
+        TrialRecord("b", 1, "RUNNING", {}, {}, str(dead)),
+        TrialRecord("c", 2, "WAITING", {}, {}, ""),
+        TrialRecord("d", 3, "SUCCEEDED", {}, {"default": 0.5}, str(dead)),
+    ]
+    with only_process(alive):
+        assert is_held(alive)
+        assert [trial.status for trial in stopped(trials)] == ["RUNNING", "STOPPED", "STOPPED", "SUCCEEDED"]
+    assert not is_held(alive)
+
+
+LATE = """
+import pathlib, time
+import nni
+asked = pathlib.Path("asked")
+while nni.get_sequence_id() == 0 and not asked.exists():
+    time.sleep(0.1)
+x = nni.get_next_parameter()["x"]
+asked.touch()
+nni.report_final_result(x)
+"""
+CONFIG = """
+searchSpace:
+  x: {{_type: choice, _value: [0, 1]}}
+trialCommand: python late.py
+trialCodeDirectory: .
+trialConcurrency: 2
+maxTrialNumber: 2
+tuner: {{name: GridSearch}}
+trainingService: {{platform: local}}
+experimentWorkingDirectory: {home}/nni-experiments
+"""
+
+
+def rows(home: Any, port: int, wait_until: Any) -> list[tuple[int, float]]:
+    """Run two trials, of which the first one asks late, by plain nnictl; return what their rows show."""
+    home.write("late.py", LATE)
+    home.write("config.yml", CONFIG.format(home=home.folder))
+    made = home.run("nnictl", "create", "--config", "config.yml", "--port", str(port))
+    assert made.returncode == 0, made.stdout + made.stderr
+    try:
+
+        def both() -> Any:
+            jobs = home.rest("trial-jobs", port) or []
+            ended = sum(job["status"] in ("SUCCEEDED", "FAILED") for job in jobs)
+            return jobs if ended == 2 or any(job["status"] == "FAILED" for job in jobs) else None
+
+        jobs = sorted(wait_until(both), key=lambda job: job["sequenceId"])
+        seen = home.topo("experiment", "status", "--port", str(port), "--json")
+        trials = json.loads(seen.stdout)["trials"]
+        assert all(trial["parameters"]["x"] == trial["result"]["default"] for trial in trials)
+    finally:
+        home.run("nnictl", "stop", "--port", str(port))
+    return [
+        (json.loads(job["hyperParameters"][0])["parameters"]["x"], float(json.loads(job["finalMetricData"][0]["data"])))
+        for job in jobs
+    ]
+
+
+@pytest.mark.slow
+def test_rows_that_nnictl_swapped_are_told_by_their_results(home, wait_until, monkeypatch):
+    monkeypatch.delenv("NODE_OPTIONS", raising=False)
+    assert rows(home, home.port, wait_until) == [(0, 1.0), (1, 0.0)]
