@@ -181,19 +181,14 @@ def shrink(
     the unpruned network's pass over the images and of one of its gradient steps. It is a warning where that is more
     than ten minutes. Distillation, which takes most of it, says it again of the smaller network.
 
-    With a ``tolerance``, three of eight images are calibration data, two judge the candidates of a search (six to nine
-    networks after weight reconstruction, the smallest one that is within the tolerance after distillation, and where
-    that helps a smaller one), and three, which the search never saw, confirm the result: the upper 95 %
-    limit of the difference there is at most the tolerance. For shares of changed answers the limit is exact (Clopper
-    and Pearson; Hoeffding's for outputs by position), for distances Student's t. Samples of one group
-    (:class:`nni_topo.Calibration`) count as one. 299 images without a change are needed for 0.01, 59 for 0.05; so pass
-    797 and 157 images at least, better twice as many.
-
-    The candidates that are within the tolerance on the judging images are confirmed from the largest to the smallest,
-    until one fails, so that the risk that the network which is returned misses the tolerance stays 5 %, however many
-    are looked at. If all fail, a copy of the unpruned network is returned, with a warning. The limit is one for images
-    of the same kind: on images that the network was trained on, answers change less often than on others. An
-    ``evaluate`` function gives no limit: what it returns is taken as it is.
+    With a ``tolerance``, three of eight images are calibration data, two judge the candidates of a search, and three,
+    which the search never saw, confirm the result: the upper 95 % limit of the difference there is at most the
+    tolerance. For shares of changed answers the limit is exact (Clopper and Pearson; Hoeffding's for outputs by
+    position), for distances Student's t. Samples of one group (:class:`nni_topo.Calibration`) count as one. 299 images
+    without a change are needed for 0.01, 59 for 0.05; so pass 797 and 157 images at least, better twice as many.
+    The candidates are confirmed from the largest to the smallest, until one fails, so that the risk that the network
+    which is returned misses the tolerance stays 5 %, however many are looked at. If all fail, a copy of the unpruned
+    network is returned, with a warning. An ``evaluate`` function gives no limit: what it returns is taken as it is.
 
     The smaller network of a model of Transformers is one that its config describes, so that ``from_pretrained`` loads
     what :func:`nni_topo.save_pretrained`, its own ``save_pretrained`` or a ``Trainer`` saves: blocks are equally wide,
@@ -202,17 +197,12 @@ def shrink(
     reaches. ``"equal_blocks": False`` in the budget asks for free widths, ``narrow_heads=True`` for narrower heads as
     well; ``report.undescribed`` then says what no config can say.
 
-    With ``depth`` blocks are put in an order first: the next one is the block without which the loss, on 128 held-out
-    images, grows least for the cost that it saves, after the layer before it was solved on 256 calibration images to
-    make up for it; the eight most promising ones are looked at again after each removal. Then two or three networks
-    are made: without any block removed, and without blocks for a half and a quarter, three quarters or all of the
-    saving, counted in quotients; channels take the rest of the budget, and weights are reconstructed. The one with
-    the smallest loss on the held-out images is distilled. With a latency budget, blocks go first where layers with as
-    few channels as possible aren't fast enough; the report says what share of the time such layers leave. With a
-    ``tolerance`` each candidate is found in this way. A block stays if a hook meets it, if what it puts out is an
-    output of the model, and, with ``layers``, if one of its layers has a ``max_sparse_ratio``, or isn't named and has
-    channels that only the block uses; parts of blocks stay with ``equal_blocks``, so that Transformers' config
-    describes the network. Where no block can go, a warning says so and the network is that of ``depth=False``.
+    With ``depth`` two or three networks are made, without any block removed and without blocks for parts of the saving;
+    channels take the rest of the budget, and the network with the smallest loss on the held-out images is distilled.
+    The next block to go is the one without which this loss grows least for the cost that it saves, after the layer
+    before it was solved to make up for it. With a latency budget, blocks go first where layers with as few channels as
+    possible aren't fast enough. ``report.depth`` says which blocks stay, and why. Where no block can go, a warning says
+    so and the network is that of ``depth=False``. ``docs/how_small.md`` has more on tolerances and blocks.
 
     Examples
     --------
