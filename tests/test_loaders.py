@@ -247,7 +247,7 @@ def test_every_public_function_that_takes_batches_is_tried():
                 if any(knob.name in BATCHED and "Iterable" in str(knob.annotation) for knob in knobs):
                     known.add(name)
     known -= {"compensation", "distillation"}  # what compensate and distill call
-    known -= {"shrink_pretrained"}  # of a folder; tests/runs/test_streaming.py has its loaders
+    known -= {"shrink_pretrained"}  # of a folder; tests/runs/streaming/test_shrinking.py has its loaders
     assert known <= named, known - named
     assert {"shrink", "distill", "ReconstructionPruner", "retraining_bound"} <= known
 

@@ -29,7 +29,6 @@ from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, is_finite
-from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import Stage
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prepared import Prepared, plain_weights, prepare
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARES = (0.75, 0.5, 0.25, 0.1)
-_DISTILLED = 1.0  # steps of distillation for all networks together, as a multiple of those for a single one
 _LEAST_STEPS = 40
 _logger = logging.getLogger(__name__)
 
@@ -303,7 +301,13 @@ def frontier(
     steps = prepare(model, calibration, settings, template, is_timed=time).for_search()
     measured, data = steps.measured, steps.images
     model, kind = steps.model, template.kind
-    own_steps = _distillation_steps(wanted, data.learned.samples, distill)
+    # Unless their number is given, all networks share the steps of a single one: those that lose more learn more.
+    own_steps: list[int | None] = [None] * len(wanted)
+    given = settings.distillation_knobs
+    if not callable(distill) and distill is not False and given.get("steps") is None and given.get("seconds") is None:
+        total = course_length(data.learned.samples, given.get("batch_size", 64))
+        removed = [1.0 - share for share in wanted]
+        own_steps = [max(_LEAST_STEPS, round(total * each / sum(removed))) for each in removed]
     # Bounds of layers are shares of the unpruned network's channels.
     bounds = {"min_sparse_ratio", "max_sparse_ratio"}
     has_bounds = any(bounds & each.keys() for each in settings.layers or () if isinstance(each, Mapping))
@@ -319,8 +323,10 @@ def frontier(
             other = _made_from_larger(networks[larger.share], larger.left, share, steps, made)
             # One that keeps more of the cost would win for that alone.
             most = made.left + budget_outcome(kind, share, made.left, "").tolerance
-            if other is not None and other.left <= most and _is_no_worse(model, made, other, data, outputs):
-                made, start = other, larger.share
+            if other is not None and other.left <= most and data.judges is not None:
+                losses = [each.loss for each in judged(model, [other.dense, made.dense], data.judges, outputs)]
+                if first_smallest([loss if math.isfinite(loss) else math.inf for loss in losses]) == 0:
+                    made, start = other, larger.share
         outcome = steps.outcome(share, made)
         final = steps.distil(made, steps=count)
         is_distilled = steps.is_distilled(made, final)
@@ -362,17 +368,6 @@ def checked_shares(shares: Any) -> list[float]:
     return [float(share) for share in given]
 
 
-def _distillation_steps(shares: list[float], images: int, distill: Any) -> list[int | None]:
-    """Return how many steps each network is distilled, all hardly more than a single one; None: as it is asked for."""
-    given = distill if isinstance(distill, Mapping) else {}
-    if distill is False or callable(distill) or any(given.get(name) is not None for name in ("steps", "seconds")):
-        return [None] * len(shares)
-    total = _DISTILLED * course_length(images, given.get("batch_size", 64))
-    # Networks that lose more have more to learn.
-    weights = [1.0 - share for share in shares]
-    return [max(_LEAST_STEPS, round(total * weight / sum(weights))) for weight in weights]
-
-
 def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepared, made: Pipeline) -> Pipeline | None:
     """Prune a larger network further, to the same share of the unpruned one's cost; None where that can't be."""
     try:
@@ -389,14 +384,6 @@ def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepa
     planned = other.planned and budget_outcome(own.budget.kind, share, other.planned.left * left, other.planned.why)
     other = replace(other, layers=layers, planned=planned)
     return replace(other, left=steps.share_left(other))
-
-
-def _is_no_worse(model: nn.Module, plain: Pipeline, other: Pipeline, data: ImageParts, outputs: Outputs | None) -> bool:
-    """Say whether a network made from a larger one loses no more on the held-out images."""
-    if data.judges is None:
-        return False
-    found = judged(model, [other.dense, plain.dense], data.judges, outputs)
-    return first_smallest([each.loss if math.isfinite(each.loss) else math.inf for each in found]) == 0
 
 
 def _point(share: float, left: float, stage: Stage, start: float, is_distilled: bool, seconds: float) -> FrontierPoint:

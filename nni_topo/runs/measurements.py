@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nni_topo.errors import ConfigError, listed, raised, shown
+from nni_topo.errors import ConfigError, listed, raised
 from nni_topo.network.cost.measure import count_macs, count_params
 from nni_topo.network.runtime.calibration import HELD_OUT
 from nni_topo.network.runtime.copies import evaluating, evaluation_mode, leaves_models_alone, lent
@@ -23,6 +23,7 @@ from nni_topo.recovery.lesson import MOST_DISTANCE
 from nni_topo.recovery.likeness import NO_SCALE, Answers
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.recovery.report import SMALL
+from nni_topo.rules import check_result
 from nni_topo.runs.images import ImageParts
 
 # A network is said to be worse on held-out images than on calibration images if its distance is so many times as large,
@@ -194,12 +195,7 @@ def evaluated(evaluate: Callable[[nn.Module], float], net: nn.Module, name: str)
     except Exception as error:
         _logger.warning("evaluate failed for the %s network: %s", name, raised(error))
         raise
-    try:
-        if isinstance(given, (str, bytes)):
-            raise TypeError
-        found = float(given)
-    except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"evaluate must return a number, got {shown(given)} (shrink)") from None
+    found = check_result("evaluate", given, "shrink")
     if not math.isfinite(found) and name != UNPRUNED:
         _logger.warning("evaluate returned %s for the %s network", found, name)
     return found

@@ -113,12 +113,6 @@ class Prepared:
         """Whether a config of Transformers has to describe the network."""
         return describes(self.model, self.budget)
 
-    @property
-    def narrows(self) -> bool:
-        """Whether all heads of attention are made narrower where heads would be removed."""
-        can_narrow = self.round_to is None and self.budget.kind != "latency" and not self.budget.equal_blocks
-        return can_narrow and self.settings.narrow_heads
-
     @classmethod
     def of(cls, model: nn.Module, images: ImageParts, settings: Settings, budget: Budget) -> Prepared:
         """Find the layers that can lose channels."""
@@ -272,7 +266,8 @@ class Prepared:
                 selected = replace(selected, planned=outcome)
             del wrapped  # with its copy, which refers to itself
         give_back_memory(self.model)
-        if not self.narrows:
+        can_narrow = self.round_to is None and self.budget.kind != "latency" and not self.budget.equal_blocks
+        if not (can_narrow and self.settings.narrow_heads):
             return selected
         masks, step = selected.masks, _HEADS if self.prefers_multiples else 1
         full, masks = narrow_instead(self.model, self.images.learned, masks, self.analysis.facts, round_to=step)
@@ -280,15 +275,15 @@ class Prepared:
 
     def planned_ratios(self, budget: Budget) -> tuple[dict[str, float], BudgetOutcome]:
         """Return the ratio of each layer to prune under a budget, and the outcome."""
-        entries, prefers_multiples = self.prunable.entries, self.prefers_multiples
-        return planned_ratios(self.counted, budget, entries, self.round_to, prefers_multiples=prefers_multiples)
+        return planned_ratios(
+            self.counted, budget, self.prunable.entries, self.round_to, prefers_multiples=self.prefers_multiples
+        )
 
     def reconstruct(self, selected: Pipeline) -> Pipeline:
         """Reconstruct the weights, if that was asked for, and remove the channels."""
         method, images = self.settings.compensate, self.images.learned
         if isinstance(method, (str, RecoveryMethod)):
-            told: dict[str, Any] = {"seed": self.settings.seed, "progress": self.settings.progress}
-            selected = selected.reconstruct(method, images, **told)
+            selected = selected.reconstruct(method, images, seed=self.settings.seed, progress=self.settings.progress)
         elif method is not None:
             full = _checked_network(method(selected.full, selected.masks, images), "compensate")
             selected = replace(selected, solved=full)

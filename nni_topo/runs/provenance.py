@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +18,31 @@ _PACKAGES = ["nni_topo", "nni", "torch", "torchvision", "gudhi", "pyeasyga", "nu
 
 
 def provenance() -> Record:
-    """Return versions, git revision and hardware of this process."""
+    """Return versions, git revision and hardware of this process.
+
+    The revision is that of the checkout this package runs from, with ``+`` after it if files differ; None outside of
+    one.
+    """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    revision = _revision()
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    revision = None
+    with suppress(OSError, subprocess.CalledProcessError):
+        head = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], stderr=subprocess.DEVNULL, text=True)
+        status = [*git, "status", "--porcelain", "--untracked-files=no", "."]
+        differs = subprocess.check_output(status, stderr=subprocess.DEVNULL, text=True).strip()
+        revision = head.strip() + ("+" if differs else "")
+    processor = platform.processor()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     hardware = {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     return {"versions": versions, "revision": revision, "hardware": hardware}
-
-
-def _revision() -> str | None:
-    """Git revision of the checkout this package runs from, ``+`` after it if files differ; None outside of one."""
-    folder = Path(__file__).resolve().parent
-    try:
-        revision = _git(folder, "rev-parse", "--short=12", "HEAD")
-        return revision + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

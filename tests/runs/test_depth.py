@@ -30,8 +30,6 @@ from nni_topo.runs.depth import (
     Removal,
     RemovedBlock,
     Shortened,
-    _seconds,
-    _table_of,
     cost_saved,
     removable_blocks,
 )
@@ -513,22 +511,6 @@ def depth_steps(layers=None, *, table=None, **cost):
     return Depth.on(Prepared.of(model, data, asked, budget)).depth
 
 
-@pytest.mark.slow
-def test_the_network_without_a_block_loses_channels_of_the_same_layers():
-    steps = depth_steps()  # with equal blocks, which leaves parts of blocks alone
-    assert steps.whole.is_search
-    assert [each.name for each in steps.removable.candidates] == ["blocks.0", "blocks.1", "blocks.2"]
-    choosing(steps.path, "blocks.1")
-    less = steps.prepared(1)
-    assert steps.prepared(1) is less
-    assert less.prunable.is_default
-    assert (len(less.model.blocks), len(steps.whole.model.blocks)) == (2, 3)
-    macs = 5 * 4 + 4 * 3 + 3 * 96
-    assert list(steps.path._saved.values()) == pytest.approx([96 / macs] * 3)
-    assert steps.left(1) == pytest.approx(1.0 - 96 / macs)
-    assert steps.left(0) == 1.0
-
-
 class Blocks(nn.Module):
     """Blocks of two parts in a list, with other ways to run them."""
 
@@ -784,28 +766,3 @@ def test_a_table_of_times_counts_for_what_is_left():
     assert wanted == pytest.approx(0.4, abs=0.05)
     # Less is left without the block than is asked for: all channels stay.
     assert steps.without(1, 0.8).left == steps.left(1)
-
-
-def test_where_blocks_bring_all_of_the_saving_all_channels_stay():
-    steps = depth_steps()
-    assert steps.left(0) == 1.0
-    steps.path.nearest(0.1)
-    one = steps.left(1)
-    for share, is_whole in ((one, True), (one - 0.1, False)):
-        made = steps.without(1, share)
-        widths = {name: module.out_features for name, module in made.dense.named_modules() if name.endswith("one")}
-        assert (set(widths.values()) == {6}) == is_whole
-        assert made.tried == ()
-        assert (made.masks == {}) == is_whole
-        assert made.left == pytest.approx(share, abs=0.06)
-        assert made.without_recovery().dense.head.out_features == 3
-
-
-def test_time_between_layers_is_dealt_out_by_what_the_layers_put_out():
-    one = LayerLatency((1, 4), (1, 8), ((1.0, 2.0), (3.0, 4.0)), activation=8.0)
-    two = LayerLatency((1, 8), (1, 2), ((1.0, 2.0), (5.0, 6.0)), activation=24.0)
-    table = LatencyTable({"0": one, "1.x": two}, rest=16.0)
-    assert _seconds(table, ["0"]) == 4.0 + 4.0
-    assert _seconds(table, table.layers) == 4.0 + 6.0 + 16.0
-    short = Shortened(nn.Identity(), {"a": "1.x", "b": "nowhere"}, (), (), 0.0, 1.0)
-    assert _table_of(table, short) == LatencyTable({"a": two}, rest=12.0)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import json
 import math
 
@@ -14,12 +13,9 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.attention.heads import find_attention
-from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.runs import frontier as module
 from nni_topo.runs import prepared
 from nni_topo.runs.frontier import Frontier, FrontierPoint
-from nni_topo.runs.images import ImageParts
-from nni_topo.runs.pipeline import Pipeline
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
 from nni_topo.zoo.transformers import vit_small
 
@@ -179,7 +175,7 @@ def test_a_smaller_network_starts_from_a_larger_one_where_that_is_no_worse(is_be
         return
     assert found.points[2].start == (0.5 if from_larger <= plain else 1.0)
     # Taken in any case, it has the size and the report of a network made from the unpruned one.
-    monkeypatch.setattr(module, "_is_no_worse", lambda *given: True)
+    monkeypatch.setattr(module, "first_smallest", lambda losses: 0)
     found = made((0.5, 0.25), net, rows, distill=learn)
     assert found.points[2].start == 0.5
     assert found.points[2].left == pytest.approx(0.25, abs=0.01)
@@ -205,7 +201,7 @@ def keep(dense, model, images):
 )
 @pytest.mark.quick_every(2)
 def test_which_networks_are_made_from_larger_ones(hidden, shares, knobs, starts, monkeypatch):
-    monkeypatch.setattr(module, "_is_no_worse", lambda *given: True)
+    monkeypatch.setattr(module, "first_smallest", lambda losses: 0)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, 2)).eval()
     found = made(shares, net, [torch.randn(64, 4)], **{"distill": keep, **knobs})
@@ -369,45 +365,3 @@ def test_a_network_made_by_shrink_can_be_made_smaller_again():
     assert found[0.5].report.layers.rows[0].before == first.stem.out_channels
     second = nni_topo.shrink(first, images(), {"flops": 0.5}, distill=False)
     assert second.report.stages[-1].macs == found.points[1].macs
-
-
-def test_a_network_from_a_larger_one_is_taken_if_its_finite_loss_is_no_larger():
-    net, rows = wide_net()
-    plain, worse, broken = (copy.deepcopy(net) for _ in range(3))
-    with torch.no_grad():
-        worse[4].bias += torch.arange(4.0)
-        broken[4].bias.fill_(math.nan)
-
-    def is_no_worse(plain, other, count=256):
-        data = ImageParts.of(Calibration([rows[0][:count]]), net)
-        networks = (Pipeline(None, dense=each) for each in (plain, other))
-        return module._is_no_worse(net, *networks, data, None)
-
-    assert is_no_worse(worse, plain)
-    assert is_no_worse(plain, copy.deepcopy(plain))
-    assert is_no_worse(broken, worse)
-    assert not is_no_worse(plain, worse)
-    assert not is_no_worse(plain, broken)
-    assert not is_no_worse(worse, plain, 4)  # none of so few images is held out
-
-
-NO_STEPS = [None, None]
-
-
-@pytest.mark.parametrize(
-    ("shares", "images", "distill", "steps"),
-    [
-        # 600 steps for few images, divided as the removed shares are
-        ([0.5, 0.25], 64, True, [240, 360]),
-        ([0.99, 0.5], 64, {}, [40, 588]),  # at least 40
-        # ten passes over 100 batches of 64, and over 200 of 32
-        ([0.5, 0.25], 6400, {"lr": 0.1, "steps": None}, [400, 600]),
-        ([0.5, 0.25], 6400, {"batch_size": 32}, [800, 1200]),
-        ([0.5, 0.25], 64, False, NO_STEPS),
-        ([0.5, 0.25], 64, {"steps": 5}, NO_STEPS),
-        ([0.5, 0.25], 64, {"seconds": 5.0}, NO_STEPS),
-        ([0.5, 0.25], 64, lambda dense, model, images: dense, NO_STEPS),
-    ],
-)
-def test_networks_that_lose_more_learn_in_more_steps_unless_their_number_is_given(shares, images, distill, steps):
-    assert module._distillation_steps(shares, images, distill) == steps

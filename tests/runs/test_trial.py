@@ -1,14 +1,36 @@
-"""The program of a trial: where its parameters come from, and where its results go."""
+"""A trial: its settings, where its parameters come from, what it leaves in its folder, and where its results go."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nni
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import nni_topo
+from nni_topo import zoo
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs import trial
+from nni_topo.runs.choices import (
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    PrunerChoice,
+    Target,
+)
+from nni_topo.runs.run import load_model_data
+from nni_topo.runs.trial import TrialSettings, main, read_parameters, reported, run_trial, with_parameters
 
 METRICS = {"score": 0.25, "accuracy": 0.5, "flops_share": 0.125, "test_accuracy": 1.0}
 
@@ -74,3 +96,339 @@ def test_without_nni_and_without_a_file_there_are_no_parameters(tmp_path, capsys
     assert trial.main(["--out", str(tmp_path / "out")]) == 2
     assert "parameters must come from NNI or from --params FILE, got neither" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_parameters_replace_settings_and_fill_ratios_and_knobs():
+    found = with_parameters(
+        TrialSettings(pruner="topological", seed=3),
+        {
+            "ratio.conv1": 0.25,
+            "ratio.*": 0.75,
+            "knob.n_jobs": 7,
+            "knob.solver.patience": 3,
+            "retrain_epochs": 2.0,
+            "flops": 0.5,
+        },
+    )
+    assert (found.retrain_epochs, found.flops, found.seed) == (2, 0.5, 3)
+    assert type(found.retrain_epochs) is int
+    assert [found.layer_ratio(name) for name in ("conv1", "conv2")] == [0.25, 0.75]
+    assert (found.cell().pruner.knobs, found.cell().seed) == ({"n_jobs": 7, "solver": {"patience": 3}}, 3)
+    assert TrialSettings(**found.to_dict()) == found
+
+
+def test_later_trials_may_retrain_on_more_images():
+    growing = TrialSettings(retrain_images=150, double_images_after=10)
+    assert [growing.for_trial(number).retrain_images for number in (0, 9, 10, 25)] == [150, 150, 300, 600]
+    assert TrialSettings(retrain_images=150).for_trial(25).retrain_images == 150
+    with pytest.raises(ConfigError, match="need retrain_images to begin with"):
+        TrialSettings(double_images_after=10)
+
+
+def test_retraining_takes_a_rate_of_its_own():
+    usual = TrialSettings(retrain_epochs=2).cell().retrain
+    assert (usual.epochs, usual.lr) == (2, pytest.approx(0.01))
+    assert TrialSettings(lr=0.5).cell().retrain.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"prunner": "l1"}, "did you mean pruner"),
+        ({"pruner": "l3"}, "did you mean l"),
+        ({"TRIAL_BUDGET": 3}, "must be a known name, got 'TRIAL_BUDGET'"),
+        ({"knob.generations": 3}, "knob of pruner 'l1'"),
+        ({"ratio": 1.0}, r"a ratio must be in \[0, 1\), got 1.0 \(ratio\)"),
+        ({"ratio.conv1": -0.1}, r"got -0.1 \(ratio.conv1\)"),
+        ({"ratio": "half"}, r"must be of type float, got 'half' \(ratio\)"),
+        ({"seed": 1.5}, r"must be of type int, got 1.5 \(seed\)"),
+        ({"lr": float("nan")}, "must be of type float, got nan"),
+        ({"retrain_images": 0}, "retrain_images must be an integer of at least 1.*, got 0"),
+    ],
+)
+def test_bad_parameters_are_refused(parameters, message):
+    with pytest.raises(ConfigError, match=message):
+        with_parameters(TrialSettings(), parameters)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[1]", "must be a JSON object, got list"), ("{", "a whole file of JSON")]
+)
+def test_files_of_parameters_must_be_json_objects(text, message, tmp_path):
+    path = tmp_path / "params.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_parameters(path)
+    with pytest.raises(DataError, match="must be a file that exists, got none"):
+        read_parameters(tmp_path / "missing.json")
+
+
+def test_a_cell_has_what_the_settings_say():
+    cell = TrialSettings(
+        model="lenet5_like",
+        width=0.5,
+        data="digits",
+        data_dir="there",
+        limit=50,
+        image_size=16,
+        train_epochs=3,
+        pruner="l2",
+        flops=0.25,
+        calibration=8,
+        compensate=16,
+        distill=32,
+        retrain_epochs=4,
+        seed=5,
+        device="cuda",
+    ).cell()
+    assert cell.model == ModelChoice("lenet5_like", 0.5)
+    assert cell.data == DataChoice("digits", "there", 50, image_size=16)
+    assert cell.pruner == PrunerChoice("l2")  # it takes no calibration data
+    searched = TrialSettings(pruner="subcluster", calibration=8).cell()
+    assert searched.pruner == PrunerChoice("subcluster", calibration=8)
+    assert (cell.target, cell.seed, cell.device) == (Target("flops", 0.25), 5, "cuda")
+    assert (cell.train.epochs, cell.retrain.epochs) == (3, 4)
+    assert (cell.compensate, cell.distill) == (CompensationChoice(16), DistillationChoice(32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration": -1}, "calibration must be an integer of at least 0.*, got -1"),
+        ({"flops_weight": -0.5}, "flops_weight must be at least 0 and finite, got -0.5"),
+        ({"limit": 0}, "limit must be an integer of at least 1.*, got 0"),
+        ({"double_images_after": 0, "retrain_images": 1}, "double_images_after must be .* at least 1.*, got 0"),
+        ({"flops": 2.0}, r"must be in \(0, 1\], got 2.0"),
+        ({"ratio": -0.25}, r"a ratio must be in \[0, 1\), got -0.25 \(ratio\)"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrialSettings(**changes)
+    edges = TrialSettings(limit=1, retrain_images=1, double_images_after=1, ratio=0.0, flops=1.0, retrain_epochs=0)
+    assert edges.for_trial(3).retrain_images == 8
+    assert edges.for_trial(3).double_images_after is None
+
+
+def test_parameters_come_on_top_of_those_that_are_there():
+    settings = TrialSettings(
+        pruner="topological", ratios={"conv1": 0.25, "fc": 0.5}, knobs={"solver": {"patience": 3}, "n_jobs": 2}
+    )
+    found = with_parameters(settings, {"ratio.fc": 0.75, "knob.solver.generations": 5, "knob.criterion": "bottleneck"})
+    assert found.ratios == {"conv1": 0.25, "fc": 0.75}
+    assert found.knobs == {"solver": {"patience": 3, "generations": 5}, "n_jobs": 2, "criterion": "bottleneck"}
+    assert settings.ratios == {"conv1": 0.25, "fc": 0.5}
+    assert with_parameters(TrialSettings(flops=0.5, limit=5), {"flops": None}).flops is None
+    assert type(with_parameters(TrialSettings(), {"flops_weight": 1}).flops_weight) is float
+    for parameters in ({"seed": None}, {"seed": [1]}, {"model": True}, {"seed": float("inf")}, {"seed": "1"}):
+        (name,) = parameters
+        with pytest.raises(ConfigError, match=rf"a parameter must be of type \w+, got .* \({name}\)"):
+            with_parameters(TrialSettings(), parameters)
+
+
+def test_the_first_pattern_that_a_layer_matches_counts():
+    settings = TrialSettings(ratio=0.125, ratios={"conv*": 0.25, "conv1": 0.75, "*1": 0.5})
+    assert [settings.layer_ratio(name) for name in ("conv1", "conv2", "fc1", "fc2")] == [0.75, 0.25, 0.5, 0.125]
+
+
+FILES = {"settings.json", "masks.pt", "dense.safetensors", "config_list.json", "metrics.json"}
+SMALL_WORDS = ["--limit", "300", "--train-epochs", "4"]
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()} - {".lock"}
+
+
+def whole_net():
+    return zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8)
+
+
+def test_a_trial_leaves_a_net_that_does_what_its_metrics_say(settings, nets, tmp_path):
+    told = []
+    metrics = run_trial(
+        settings, tmp_path / "trial", cache=nets, report=lambda step, result: told.append((step, result))
+    )
+    assert files(tmp_path / "trial") == FILES
+    assert json.loads((tmp_path / "trial" / "metrics.json").read_text()) == metrics
+    dense = nni_topo.load(tmp_path / "trial" / "dense.safetensors", whole_net)
+    data = load_model_data(ModelChoice("small_cnn"), DataChoice("digits", limit=300))
+    assert zoo.evaluate(dense, data.test) == metrics["test_accuracy"]
+    assert zoo.evaluate(dense, data.validation) == metrics["accuracy"] == metrics["score"]
+    assert [step for step, _ in told] == [0, 1]
+    assert told[0][1]["accuracy"] == metrics["accuracy_pruned"]
+    assert told[1][1] == {"default": metrics["score"], "accuracy": metrics["accuracy"]}
+    assert metrics["flops"] < 0.4 * metrics["flops_before"]
+
+
+def test_the_config_list_leads_nnis_own_pruner_to_the_same_widths(settings, nets, tmp_path):
+    metrics = run_trial(dataclasses.replace(settings, flops=0.3), tmp_path / "trial", cache=nets)
+    assert metrics["flops_share"] == pytest.approx(0.3, abs=0.01)
+    assert metrics["budget"] == {
+        "kind": "flops",
+        "asked": 0.3,
+        "left": pytest.approx(metrics["flops_share"]),
+        "is_met": True,
+        "why": "",
+    }
+    net, images = whole_net(), torch.randn(2, 1, 8, 8)
+    config_list = json.loads((tmp_path / "trial" / "config_list.json").read_text())
+    pruner = nni_topo.create_pruner("l1", net, config_list)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(net, images, masks)
+    widths = {
+        n: m.weight.shape[0] for n, m in dense.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))
+    }
+    assert widths == metrics["widths"]
+
+
+def test_ratios_are_proportions_under_a_budget(settings, nets, tmp_path):
+    ratios = {"features.conv1": 0.0, "features.*": 0.6, "classifier.fc1": 0.9}
+    tried = dataclasses.replace(settings, flops=0.2, ratios=ratios, retrain_epochs=0)
+    metrics = run_trial(tried, tmp_path / "trial", cache=nets)
+    assert metrics["flops_share"] == pytest.approx(0.2, abs=0.01)
+    widths = metrics["widths"]
+    assert widths["features.conv1"] / 16 > widths["features.conv3"] / 64 > widths["classifier.fc1"] / 64
+    wrong = dataclasses.replace(settings, ratios={"features.conv9": 0.5})
+    with pytest.raises(ConfigError, match="did you mean features"):
+        run_trial(wrong, tmp_path / "wrong", cache=nets)
+
+
+def test_the_score_is_accuracy_less_what_size_and_time_cost(settings, nets, tmp_path):
+    weighed = dataclasses.replace(settings, flops_weight=0.2, latency_weight=0.1, retrain_epochs=0, compensate=128)
+    metrics = run_trial(weighed, tmp_path / "trial", cache=nets)
+    price = 0.2 * metrics["flops_share"] + 0.1 * metrics["latency_share"]
+    assert metrics["score"] == pytest.approx(metrics["accuracy"] - price)
+    assert metrics["latency_share"] == pytest.approx(metrics["latency_ms"] / metrics["latency_before_ms"])
+    assert set(reported(metrics)) == {"default", "accuracy", "flops_share", "latency_share"}
+
+
+@pytest.mark.slow
+def test_a_trial_may_distil_behind_compensation(settings, nets, tmp_path):
+    small = dataclasses.replace(settings, limit=1000, ratio=0.85, retrain_epochs=0, compensate=128)
+    plain = run_trial(small, tmp_path / "plain", cache=tmp_path)
+    distilled = run_trial(dataclasses.replace(small, distill=1000), tmp_path / "distilled", cache=tmp_path)
+    assert distilled["accuracy"] > plain["accuracy"]
+    assert distilled["flops_share"] == plain["flops_share"]
+
+
+def test_a_finished_trial_isnt_run_again_and_another_one_is_refused(settings, nets, tmp_path):
+    first = run_trial(settings, tmp_path / "trial", cache=nets)
+    began = time.perf_counter()
+    assert run_trial(settings, tmp_path / "trial", cache=tmp_path / "none") == first
+    assert time.perf_counter() - began < 1.0
+    with pytest.raises(ConfigError, match="must hold one trial, got another one, with other ratio, seed"):
+        run_trial(dataclasses.replace(settings, ratio=0.6, seed=1), tmp_path / "trial", cache=nets)
+
+
+def test_pruners_of_single_weights_are_refused(settings, tmp_path):
+    with pytest.raises(ConfigError, match="must remove whole channels, got 'level'"):
+        run_trial(dataclasses.replace(settings, pruner="level"), tmp_path / "trial")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_ones_own(settings, nets, tmp_path):
+    (checkpoint,) = (nets / "checkpoints").glob("*seed0.pt")
+    given = dataclasses.replace(settings, checkpoint=str(checkpoint))
+    metrics = run_trial(given, tmp_path / "given", cache=tmp_path / "unused")
+    assert not (tmp_path / "unused").exists()
+    assert metrics["accuracy"] == run_trial(settings, tmp_path / "found", cache=nets)["accuracy"]
+
+
+@pytest.mark.slow
+def test_a_killed_trial_goes_on_to_the_same_result(nets, tmp_path, capsys):
+    params = tmp_path / "params.json"
+    params.write_text(json.dumps({"ratio": 0.5, "retrain_epochs": 60}))
+    words = ["--params", str(params), "--cache", str(nets), *SMALL_WORDS]
+    words_of_killed = [*words, "--out", str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "nni_topo.runs.trial", *words_of_killed]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        lines = [json.loads(process.stdout.readline()) for _ in range(4)]
+        process.send_signal(signal.SIGKILL)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert {"retraining.pt", "pruned.pt"} < files(tmp_path / "killed")
+    assert main(words_of_killed) == 0
+    steps = [json.loads(line).get("step") for line in capsys.readouterr().out.splitlines()]
+    assert steps[0] >= 4
+    assert steps[-2:] == [60, None]
+    assert files(tmp_path / "killed") == FILES
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    killed, whole = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("killed", "whole"))
+    assert killed["accuracy"] == whole["accuracy"]
+    kept = [load_file(tmp_path / name / "dense.safetensors") for name in ("killed", "whole")]
+    assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[1])
+
+
+def tiny_disk(command, folder, kilobytes):
+    """Run a command with a file system of a few kilobytes at a folder, in a mount namespace of its own."""
+    mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs {folder} && exec {command}"
+    return subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", mount], capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("unshare") is None or tiny_disk("true", folder, 64).returncode:
+        pytest.skip(
+            "a small file system needs unshare and mount in a namespace of one's own, which this system refuses"
+        )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "message"),
+    [(64, "needs 16 MiB of free disk, got 0.1 MiB"), (17 * 1024, "needs free disk, got none left")],
+    ids=["full before", "full on the way"],
+)
+@pytest.mark.slow
+def test_a_full_disk_is_a_clear_error(kilobytes, message, nets, small_disk, tmp_path):
+    params = tmp_path / "params.json"
+    params.write_text("{}")
+    script = tmp_path / "trial.sh"
+    words = ["--params", str(params), "--cache", str(nets), "--out", str(small_disk / "out"), *SMALL_WORDS]
+    command = f"exec {sys.executable} -m nni_topo.runs.trial {' '.join(words)}\n"
+    if kilobytes > 1024:
+        # the disk fills up once the trial has begun: after its check of the disk, before its first large file
+        waiting = f"for i in $(seq 6000); do [ -e {small_disk}/out/settings.json ] && break; sleep 0.01; done"
+        command = f"({waiting}; head -c 64M /dev/zero > {small_disk}/filler) > /dev/null 2>&1 &\n{command}"
+    script.write_text(command)
+    done = tiny_disk(f"timeout 120 bash {script}", small_disk, kilobytes)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert str(small_disk / "out") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_cant_be_made_is_a_clear_error(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="must be a folder that can be written to"):
+        run_trial(settings, tmp_path / "file" / "trial")
+
+
+def test_damaged_masks_are_to_be_deleted(settings, nets, tmp_path):
+    (tmp_path / "trial").mkdir()
+    (tmp_path / "trial" / "masks.pt").write_bytes(b"half")
+    with pytest.raises(DataError, match=r"a trial's masks must .*; delete it and run again \(.*masks.pt\)"):
+        run_trial(settings, tmp_path / "trial", cache=nets)
+
+
+@pytest.fixture
+def retrainings(monkeypatch):
+    """How many images are retrained on, each time; nothing is learned."""
+    seen = []
+
+    def retrain(net, data, recipe, **knobs):
+        seen.append(len(data.train))
+
+    monkeypatch.setattr(trial, "retrain", retrain)
+    return seen
+
+
+@pytest.mark.parametrize(("images", "seen"), [(None, 300), (50, 50), (900, 300)])
+def test_retraining_takes_no_more_images_than_training_did(images, seen, settings, nets, tmp_path, retrainings):
+    run_trial(dataclasses.replace(settings, retrain_images=images), tmp_path, cache=nets)
+    assert retrainings == [seen]

@@ -520,14 +520,6 @@ def test_weights_of_pickle_are_told(source, tmp_path):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
 
 
-@pytest.mark.slow
-def test_a_home_is_expanded(source, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    nni_topo.shrink_pretrained("~/source", tokens(), "~/small/", {"params": 0.7}, **FAST)
-    assert (tmp_path / "small" / "config.json").exists()
-
-
 def test_batches_with_other_inputs_are_told(source, tmp_path):
     batches = tokens()
     del batches[0]["attention_mask"]
@@ -575,7 +567,7 @@ class Nothing(nni_topo.RecoveryMethod):
 KILLED_ANYWHERE = """
 import os, shutil, signal, sys
 sys.path.insert(0, sys.argv[3])
-from test_streaming import FAST, files_of, tokens
+from test_shrinking import FAST, files_of, tokens
 from pathlib import Path
 import nni_topo
 
