@@ -89,7 +89,7 @@ def _through_prune(name, folder, start, checkpoint):
 
 def _through_a_trial(name, folder, start, checkpoint):
     settings = TrialSettings(model="lenet300", limit=120, pruner=name, calibration=64, seed=SEED)
-    run_trial(TrialSettings(**{**settings.to_dict(), "checkpoint": str(checkpoint), "retrain_epochs": 0}), folder)
+    run_trial(dataclasses.replace(settings, checkpoint=str(checkpoint), retrain_epochs=0), folder)
 
 
 def _through_deviation(name, folder, start, checkpoint):

@@ -120,20 +120,18 @@ class Frontier(dict[float, nn.Module]):
         figure = Figure(figsize=(5.0, 3.6), layout="constrained")
         axis = figure.subplots()
         percent = 100.0 if self.measure == "answers" else 1.0
-        points = [point for point in self.points if math.isfinite(self._loss(point))]
-        left = [100.0 * point.left for point in points]
-        values = [percent * self._loss(point) for point in points]
-        low, high = [], []
-        for value, point in zip(values, points, strict=True):
-            bounds = point.distance_low, point.distance_high
-            if self.measure == "answers":
-                bounds = point.changed_low, point.changed_high
-            low.append(max(value - percent * bounds[0], 0.0))
-            high.append(max(percent * bounds[1] - value, 0.0))
+        loss = "changed" if self.measure == "answers" else "distance"
+        left, values, low, high, bend = [], [], [], [], None
+        for row in self.rows():
+            if math.isfinite(row[loss]):
+                left.append(100.0 * row["left"])
+                values.append(percent * row[loss])
+                low.append(percent * max(row[loss] - row[f"{loss}_low"], 0.0))
+                high.append(percent * max(row[f"{loss}_high"] - row[loss], 0.0))
+                bend = (left[-1:], values[-1:]) if row["is_knee"] else bend
         axis.errorbar(left, values, yerr=[low, high], fmt="o-", capsize=3, label=f"{self.held_out} held-out samples")
-        for place, value, point in zip(left, values, points, strict=True):
-            if point.is_knee:
-                axis.plot([place], [value], "D", color="C3", markersize=8, zorder=3, label="knee")
+        if bend is not None:
+            axis.plot(*bend, "D", color="C3", markersize=8, zorder=3, label="knee")
         lost = "changed answers %" if self.measure == "answers" else "distance / variance"
         axis.set(xlabel=f"{self.kind} kept %", ylabel=lost, xlim=(0, 105))
         axis.set_ylim(bottom=0)
@@ -168,9 +166,6 @@ class Frontier(dict[float, nn.Module]):
         write_json(files[-2], {"cost": self.kind, "measure": self.measure, "knee": self.knee, "networks": rows})
         write_figure(files[-1], self.plot(), 130)
         return files
-
-    def _loss(self, point: FrontierPoint) -> float:
-        return point.changed if self.measure == "answers" else point.distance
 
     def __repr__(self) -> str:
         names = ["share", "left", "macs", "params", "changed", "distance", "accuracy", "start", "is_distilled"]

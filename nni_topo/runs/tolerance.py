@@ -64,25 +64,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that the search tried."""
+    """A network that the search tried, judged on the images that judge candidates or on those that confirm."""
 
     asked: float  # share of the cost that was to be kept
     left: float  # share that is kept
     is_distilled: bool  # otherwise it is the network after weight reconstruction
-    difference: float  # from the unpruned network, on the images that judge candidates
-    limit: float  # upper 95 % limit that the images which confirm would give, if they looked the same; NaN: evaluate
+    difference: float  # from the unpruned network
+    limit: float  # upper 95 % limit on the images that confirm, were the difference the same there; NaN: evaluate
     is_within: bool  # whether the limit, or without one the difference, is at most the tolerance
-
-
-@dataclass(frozen=True)
-class Confirmation:
-    """A look at a network on the images that the search never saw."""
-
-    left: float  # share of the cost that is kept
-    is_distilled: bool
-    difference: float
-    limit: float  # upper 95 % limit; NaN: evaluate
-    is_within: bool
 
 
 @dataclass(frozen=True)
@@ -112,8 +101,8 @@ class ToleranceOutcome:
         How many, all without a change, have the tolerance as their limit; 0 unless ``measure`` is ``"answers"``.
     candidates : tuple of Candidate
         All networks that were tried, in the order of the search.
-    confirmations : tuple of Confirmation
-        The looks at the images that confirm, from the largest network on.
+    confirmations : tuple of Candidate
+        Those that were looked at on the images that confirm, with what these show, from the largest network on.
     is_met : bool
         Whether a smaller network was confirmed. Otherwise a copy of the unpruned network was returned.
     """
@@ -128,7 +117,7 @@ class ToleranceOutcome:
     judges: int
     needed: int
     candidates: tuple[Candidate, ...]
-    confirmations: tuple[Confirmation, ...]
+    confirmations: tuple[Candidate, ...]
     is_met: bool
 
     def to_frame(self) -> pandas.DataFrame:
@@ -196,7 +185,7 @@ class Judge:
         self._evaluate, self.tolerance, self.measure = evaluate, tolerance, measure
         self.counts = [_units(each) for each in parts] or [0, 0]
         self._unpruned = math.nan
-        if measure == "evaluate" and evaluate is not None:
+        if evaluate is not None:
             self._unpruned = evaluated(evaluate, model, UNPRUNED)
 
     def on_search(self, net: nn.Module) -> Judged:
@@ -208,7 +197,7 @@ class Judge:
         return self._judged(net, 2, None)
 
     def _judged(self, net: nn.Module, part: int, count: int | None) -> Judged:
-        if self.measure == "evaluate" and self._evaluate is not None:
+        if self._evaluate is not None:
             fall = self._unpruned - evaluated(self._evaluate, net, "smaller")
             return Judged(fall, math.nan, fall <= self.tolerance, fall <= self.tolerance)
         differences = self._answers.differences(net, part)
@@ -305,8 +294,10 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
     """
     images, measured, settings = prepared.images, prepared.measured, prepared.settings
     kind, steps = prepared.budget.kind, prepared.for_search()
-    parts = [each for each in (images.judges, images.held_out) if each is not None and measure != "evaluate"]
-    judge = Judge(steps.model, measured.answers, parts, tolerance, measure, settings.evaluate)
+    decides, parts = None, [each for each in (images.judges, images.held_out) if each is not None]
+    if measure == "evaluate":
+        decides, parts = settings.evaluate, []
+    judge = Judge(steps.model, measured.answers, parts, tolerance, measure, decides)
     floor = least_share(steps.counted, steps.budget, steps.prunable.entries, steps.round_to)
     if floor * _NEAR >= 1.0:
         raise ConfigError(
@@ -322,8 +313,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
     def noted(share: float, made: Pipeline, final: Pipeline, *, is_distilled: bool) -> TriedNetwork:
         """Judge a network."""
         judged = judge.on_search(final.dense)
-        found = judged.difference, judged.limit, judged.is_within
-        candidates.append(Candidate(share, made.left, is_distilled, *found))
+        candidates.append(Candidate(share, made.left, is_distilled, judged.difference, judged.limit, judged.is_within))
         return TriedNetwork(candidates[-1], made, final, judged.is_safe)
 
     def tried(share: float) -> TriedNetwork:
@@ -365,13 +355,12 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
         passed.sort(key=lambda each: -each.candidate.left)
 
     # On the images that confirm, from the largest to the smallest; a function has no other images.
-    looks: list[Confirmation] = []
+    looks: list[Candidate] = []
     chosen: TriedNetwork | None = None
     for each in passed[-1:] if measure == "evaluate" else passed:
-        judged, candidate = judge.confirm(each.final.dense), each.candidate
-        looks.append(
-            Confirmation(candidate.left, candidate.is_distilled, judged.difference, judged.limit, judged.is_within)
-        )
+        judged = judge.confirm(each.final.dense)
+        found = {"difference": judged.difference, "limit": judged.limit, "is_within": judged.is_within}
+        looks.append(replace(each.candidate, **found))
         if not judged.is_within:
             break
         chosen = each

@@ -150,10 +150,6 @@ class TrialSettings:
         doublings = number // self.double_images_after
         return replace(self, retrain_images=self.retrain_images * 2**doublings, double_images_after=None)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
-        return asdict(self)
-
 
 def scalar_kinds() -> dict[str, type]:
     """Return the types of the fields that are options of the trial program; those that may be None default to it."""
@@ -169,10 +165,6 @@ class Trial(TrialSettings):
     params: Path | None = None  # JSON file with the parameters, instead of NNI's tuner
     out: Path | None = None  # folder for the trial's files; None: the one NNI makes
     cache: Path | None = None  # folder of trained nets; None: the experiment's
-
-    def settings(self) -> TrialSettings:
-        """Return what isn't about places."""
-        return TrialSettings(**{item.name: getattr(self, item.name) for item in fields(TrialSettings)})
 
 
 def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> TrialSettings:
@@ -228,7 +220,7 @@ def run_trial(
     """
     out = Path(out)
     with only_process(out):
-        known, mine = read_json(out / SETTINGS), settings.to_dict()
+        known, mine = read_json(out / SETTINGS), asdict(settings)
         if known is None:
             write_json(out / SETTINGS, mine)
         elif known != mine:
@@ -278,7 +270,7 @@ def run_trial(
             "test_accuracy": start.tested(dense),
             "test_accuracy_before": start.accuracy,
             "seconds": time.perf_counter() - began,
-            "settings": settings.to_dict(),
+            "settings": mine,
             **provenance(),
         }
         serialization.save(dense, out / DENSE)
@@ -354,47 +346,38 @@ def parsed(arguments: Sequence[str] | None = None) -> Trial:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a trial by the words of a command line; return 0, or 2 with the reason on standard error."""
+
+    def show(step: int, result: dict[str, float]) -> None:
+        print(json.dumps({"step": step, **result}), flush=True)
+
+    def tell_nni(step: int, result: dict[str, float]) -> None:
+        nni.trial.overwrite_intermediate_seq(step)  # a trial that goes on after a kill goes on counting
+        nni.report_intermediate_result(result)
+
     try:
         options = parsed(arguments)
-        _run(options)
+        alone = options.params is not None
+        if options.out is None and (alone or "NNI_OUTPUT_DIR" not in os.environ):
+            raise ConfigError("a trial outside of NNI must have --params FILE and --out FOLDER, got no folder (trial)")
+        out = Path(os.environ["NNI_OUTPUT_DIR"]) if options.out is None else options.out
+        cache = options.cache or (None if alone else out.parent.parent / "nets")
+        if options.params is not None:
+            parameters = read_parameters(options.params)
+        elif nni.get_trial_id() == "STANDALONE":
+            raise ConfigError("parameters must come from NNI or from --params FILE, got neither (trial)")
+        else:
+            parameters = nni.get_next_parameter()
+        settings = TrialSettings(**{item.name: getattr(options, item.name) for item in fields(TrialSettings)})
+        settings = with_parameters(settings, parameters).for_trial(0 if alone else nni.get_sequence_id())
+        metrics = run_trial(settings, out, cache=cache, report=show if alone else tell_nni)
     except NniTopoError as error:
         print(f"nni_topo.runs.trial: {error}", file=sys.stderr)
         return 2
-    return 0
-
-
-def _run(options: Trial) -> None:
-    alone = options.params is not None
-    if options.out is not None:
-        out = options.out
-    elif alone or "NNI_OUTPUT_DIR" not in os.environ:
-        raise ConfigError("a trial outside of NNI must have --params FILE and --out FOLDER, got no folder (trial)")
-    else:
-        out = Path(os.environ["NNI_OUTPUT_DIR"])
-    cache = options.cache or (None if alone else out.parent.parent / "nets")
-    if options.params is not None:
-        parameters = read_parameters(options.params)
-    elif nni.get_trial_id() == "STANDALONE":
-        raise ConfigError("parameters must come from NNI or from --params FILE, got neither (trial)")
-    else:
-        parameters = nni.get_next_parameter()
-    settings = with_parameters(options.settings(), parameters)
-    settings = settings.for_trial(0 if alone else nni.get_sequence_id())
-    metrics = run_trial(settings, out, cache=cache, report=_show if alone else _report)
     if alone:
         print(json.dumps(reported(metrics)))
     else:
         nni.report_final_result(reported(metrics))
-
-
-def _show(step: int, result: dict[str, float]) -> None:
-    print(json.dumps({"step": step, **result}), flush=True)
-
-
-def _report(step: int, result: dict[str, float]) -> None:
-    """Report to NNI; a trial that goes on after a kill goes on counting, too."""
-    nni.trial.overwrite_intermediate_seq(step)
-    nni.report_intermediate_result(result)
+    return 0
 
 
 if __name__ == "__main__":

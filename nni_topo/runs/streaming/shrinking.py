@@ -20,7 +20,8 @@ from nni_topo.disk import check_free_disk, disk_errors, only_process, path_of, r
 from nni_topo.errors import ConfigError, DataError, listed, raised, unknown_name
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.attention.heads import find_attention
-from nni_topo.network.cost.measure import count_macs, counting_macs
+from nni_topo.network.cost.cost import cost_of
+from nni_topo.network.cost.measure import count_params, counting_macs
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.checkpoint import tell_depth
 from nni_topo.network.layers.kinds import with_transposed_weights
@@ -454,7 +455,7 @@ class _Run:
         self._settings.check_layers(block)
         images = ImageParts.of(calibration, entered)
         # The share of each block's cost that is kept, so that the whole model keeps its share.
-        cost_before, rest = self._cost_of(entered, images.example), self._cost_of_rest()
+        cost_before, rest = cost_of(self._budget.kind, entered, images.example), self._cost_of_rest()
         total = rest + cost_before * len(skeleton)
         share = (self._budget.share * total - rest) / (total - rest) / (len(kept) / len(skeleton))
         if share <= 0.0:
@@ -502,25 +503,21 @@ class _Run:
         distances = self._advance(name, entered, wanted, dense, batches)
         row = BlockRow(
             block=name,
-            params_before=_parameters(entered),
-            params=_parameters(dense),
+            params_before=count_params(entered),
+            params=count_params(dense),
             distance=distances[-1],
             calibration_distance=distances[0],
             is_distilled=is_distilled,
             seconds=time.perf_counter() - began,
         )
-        costs = {"cost_before": cost_before, "cost": self._cost_of(dense, images.example)}
+        costs = {"cost_before": cost_before, "cost": cost_of(self._budget.kind, dense, images.example)}
         self._journal.note({"block": asdict(row), "widths": widths, "warnings": warnings, **costs})
-
-    def _cost_of(self, net: nn.Module, example: Any) -> int:
-        """Return the multiply-accumulates of one sample, or the parameters."""
-        return _parameters(net) if self._budget.kind == "params" else count_macs(net, example)
 
     def _cost_of_rest(self) -> float:
         """Return the cost outside of the blocks, in multiply-accumulates counted by PyTorch, or in parameters."""
         skeleton = self._skeleton
         if self._budget.kind == "params":
-            return float(_parameters(skeleton.model) - sum(_parameters(block) for block in skeleton.blocks))
+            return float(count_params(skeleton.model) - sum(count_params(block) for block in skeleton.blocks))
         states = states_in(skeleton.entering(self._calls[0], 0))
         with counting_macs(skeleton.model) as counted:
             skeleton.outputs(self._calls[0], states)
@@ -686,7 +683,7 @@ class _Run:
         left = (rest + sum(costs)) / (rest + cost_before * len(skeleton))
         outcome = budget_outcome(self._budget.kind, self._budget.share, left, why)
         warn_if_missed(outcome)
-        before = _parameters(skeleton.model)
+        before = count_params(skeleton.model)
         removed = [skeleton.name_of(index) for index in range(len(skeleton)) if index not in journal.kept]
         after = before - sum(row.params_before - row.params for row in rows) - len(removed) * rows[0].params_before
         last, doubts = rows[-1], []
@@ -752,7 +749,3 @@ def _check_finite(states: Tensor, name: str, batch: int) -> None:
         raise DataError(
             f"what a block of the unpruned model puts out must be finite, got NaN or infinity ({name}, batch {batch})"
         )
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(each.numel() for each in module.parameters())

@@ -61,7 +61,7 @@ class TestEveryFile:
         config = yaml.safe_load(path.read_text())
         for command in commands(config):
             words = shlex.split(command)
-            given = parsed(words[words.index("nni_topo.runs.trial") + 1 :]).settings()
+            given = parsed(words[words.index("nni_topo.runs.trial") + 1 :])
             for parameters in proposals(config["searchSpace"]):
                 assert with_parameters(given, parameters).cell().key
 
