@@ -8,9 +8,7 @@ so that a dense network's attribute can be changed, see `attribute_channels`.
 
 from __future__ import annotations
 
-import linecache
 import operator
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -223,12 +221,11 @@ def _is_behind_the_samples(size: TracedInt) -> bool:
 
 
 def _is_written(number: int) -> bool:
-    """Tell whether a number is a literal in the line of code that asks for it, and no layer's attribute."""
+    """Tell whether a number is a literal in the function that compares with it, and no layer's attribute."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
-    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
-    return re.search(rf"(?<![\w.]){number}(?![\w.])", line) is not None
+    return frame is not None and number in frame.f_code.co_consts
 
 
 def _note_equal(one: TracedInt, other: Any) -> bool:

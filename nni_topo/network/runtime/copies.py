@@ -7,9 +7,9 @@ is run itself; its modes, attributes, buffers and gradients are put back.
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import io
-import logging
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -34,7 +34,6 @@ from nni_topo.network.runtime.memory import free_memory_of, out_of_memory
 from nni_topo.network.runtime.modules import (
     has_compiled,
     is_compiled_function,
-    is_compiled_module,
     is_plain,
     is_transformed,
 )
@@ -43,8 +42,6 @@ from nni_topo.network.runtime.switches import one_call, package_settings, random
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
-
-_logger = logging.getLogger(__name__)
 
 _SHARE = 0.25  # of the free memory that a copy of a model's parameters may take
 # What copy.deepcopy raises for what it can't copy: pointers, queues between processes.
@@ -55,6 +52,8 @@ _SHARED = (ModuleType, io.IOBase, type(threading.Lock()), type(threading.RLock()
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 _CHANGING = (dict, OrderedDict, list, set)
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
+_TABLES = frozenset(vars(nn.Module()))
+_MEMBERS = ("_parameters", "_buffers", "_modules")
 
 
 def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Tensor] = ()) -> Any:
@@ -85,22 +84,32 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         If copy.deepcopy can't copy a model, a copy holds what is the model's, or a module holds a weak reference to
         another.
     """
-    modules = [module for model in models for module in model.modules()]
+    modules = {module: name for model in reversed(models) for name, module in model.named_modules()}
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     own = set[int]()
+    # deepcopy itself takes four times as long: most of what modules hold are empty tables, numbers and other modules.
+    states, held = dict[nn.Module, dict[str, Any]](), list[Any]()
     for module in modules:
-        held = (module, *module.parameters(recurse=False), *module.buffers(recurse=False))
-        own.update(id(each) for each in held if id(each) not in memo)
-        # deepcopy is slow at an OrderedDict, and every module has many empty ones for its hooks.
-        memo.update(
-            (id(value), OrderedDict()) for value in vars(module).values() if type(value) is OrderedDict and not value
-        )
+        tensors = [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
+        own.update(id(each) for each in (module, *tensors) if id(each) not in memo)
+        kind, state = type(module), vars(module)
+        if not hasattr(kind, "__deepcopy__"):
+            make, given, found = module.__reduce_ex__(4)[:3]
+            if make is copyreg.__newobj__ and given == (kind,) and type(found) is dict:  # type: ignore[attr-defined]
+                memo[id(module)], states[module], state = kind.__new__(kind), found, found
+        held += tensors
+        held += [value for key, value in state.items() if key not in _MEMBERS and not _is_plain(key, value)]
     if light:
         for model in models:
             for parameter in model.parameters():
                 memo.setdefault(id(parameter), _same_memory(parameter))
-    functions: list[FunctionType] = []
-    for value in _reached([vars(module) for module in modules]):
+
+    def is_own(value: Any) -> bool:
+        return any(id(each) in own for each in _reached([value]))
+
+    functions: list[tuple[FunctionType, list[str]]] = []
+    cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
+    for value in _reached(held):
         if issubclass(type(value), Tensor):  # a proxy of one says that it is one, too
             if is_transformed(value):  # it has no memory and serves nobody after the transformation
                 memo.setdefault(id(value), value)
@@ -114,29 +123,75 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         elif isinstance(value, _SHARED):
             memo[id(value)] = value
         elif type(value) is FunctionType and not is_compiled_function(value):
-            functions.append(value)
-    fill_functions = _copy_functions(functions, own, memo)
+            # deepcopy hands functions on as they are, and finds a copy here of one that holds what is a model's. A
+            # script or a notebook may put a forward in place that calls the old one by a global name.
+            known = value.__globals__
+            names = [name for name in value.__code__.co_names if isinstance(known.get(name), (nn.Module, MethodType))]
+            names = [name for name in names if is_own(known[name])]
+            if names or is_own(value):
+                closure = tuple(cells.setdefault(id(cell), (cell, CellType()))[1] for cell in value.__closure__ or ())
+                known = {**known} if names else known
+                memo[id(value)] = FunctionType(value.__code__, known, value.__name__, None, closure or None)
+                functions.append((value, names))
+
+    place = ""
     try:
-        copied: list[Any] = copy.deepcopy(list(models), memo)
-        fill_functions()
+        for module, name in reversed(modules.items()):  # those within first
+            place = name
+            if module not in states:
+                _check_own(copy.deepcopy(module, memo), own, light, name)
+                continue
+            state = {}
+            for key, value in states[module].items():
+                place = f"{name}.{key}".lstrip(".")
+                if _is_plain(key, value):
+                    state[key] = value if type(value) in _ATOMS else type(value)()
+                elif key in _MEMBERS:
+                    state[key] = type(value)((inner, copy.deepcopy(each, memo)) for inner, each in value.items())
+                elif key == "forward" and is_compiled_function(value):
+                    state[key] = copy.deepcopy(value._torchdynamo_orig_callable, memo)
+                else:
+                    state[key] = copy.deepcopy(value, memo)
+            new: Any = memo[id(module)]
+            new.__setstate__(state)
     except _NOT_COPIED as error:
         if out_of_memory(error):
             raise
-        raise ConfigError(
-            f"a model must be one that copy.deepcopy copies, got: {error} ({_not_copied(models, memo)})"
-        ) from error
-    for module in modules:
-        forward: Any = vars(module).get("forward")
-        if is_compiled_function(forward) and not is_compiled_module(module):  # which compiles what it holds
-            memo[id(module)].forward = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
-    for name, module in (named for each in copied for named in each.named_modules()):
+        place = place or "model"
+        raise ConfigError(f"a model must be one that copy.deepcopy copies, got: {error} ({place})") from error
+
+    def copied(value: Any) -> Any:
+        return copy.deepcopy(value, memo) if is_own(value) else value
+
+    for function, names in functions:
+        new = memo[id(function)]
+        vars(new).update({name: copied(value) for name, value in vars(function).items()})
+        for name in names:
+            new.__globals__[name] = copied(function.__globals__[name])
+        if function.__defaults__ is not None:
+            new.__defaults__ = tuple(map(copied, function.__defaults__))
+        if function.__kwdefaults__ is not None:
+            new.__kwdefaults__ = {name: copied(value) for name, value in function.__kwdefaults__.items()}
+    for cell, filled in cells.values():
+        with suppress(ValueError):  # a variable that has no value yet
+            filled.cell_contents = copied(cell.cell_contents)
+    return [memo[id(model)] for model in models]
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Tell whether an attribute of a module holds what needs no copy, or one of PyTorch's tables that is empty."""
+    return type(value) in _ATOMS or (key in _TABLES and not value)
+
+
+def _check_own(copied: nn.Module, own: set[int], light: bool, name: str) -> None:
+    """Raise ConfigError if a module that its class has copied holds what is a model's."""
+    for module in copied.modules():
         tensors = [*module.buffers(recurse=False), *(() if light else module.parameters(recurse=False))]
         if id(module) in own or any(id(each) in own and not is_transformed(each) for each in tensors):
             raise ConfigError(
                 "a copy of a model must have modules, buffers and parameters of its own, got one that is the model's, "
                 f"by the __deepcopy__ of a class ({name or type(module).__name__})"
             )
-    return copied
 
 
 def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:
@@ -195,64 +250,6 @@ def _content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # a variable that has no value yet
         return None
-
-
-def _copy_functions(functions: Iterable[FunctionType], own: set[int], memo: dict[int, Any]) -> Callable[[], None]:
-    """Let deepcopy, which hands functions on as they are, find copies of those that hold what is a model's.
-
-    ``own`` has the ids of what is a model's. Returned is what fills the copies once the models are copied: with the
-    copies of what is a model's, and with what else a function holds.
-    """
-
-    def is_own(value: Any) -> bool:
-        return any(id(each) in own for each in _reached([value]))
-
-    def copied(value: Any) -> Any:
-        return copy.deepcopy(value, memo) if is_own(value) else value
-
-    made: list[tuple[FunctionType, list[str]]] = []
-    cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
-    for function in functions:
-        # A script or a notebook may put a forward in place that calls the old one by a global name.
-        known = function.__globals__
-        names = [name for name in function.__code__.co_names if isinstance(known.get(name), (nn.Module, MethodType))]
-        names = [name for name in names if is_own(known[name])]
-        if names or is_own(function):
-            closure = tuple(cells.setdefault(id(cell), (cell, CellType()))[1] for cell in function.__closure__ or ())
-            known = {**known} if names else known
-            memo[id(function)] = FunctionType(function.__code__, known, function.__name__, None, closure or None)
-            made.append((function, names))
-
-    def fill() -> None:
-        for function, names in made:
-            new = memo[id(function)]
-            functools.update_wrapper(new, function, updated=())
-            vars(new).clear()
-            vars(new).update({name: copied(value) for name, value in vars(function).items()})
-            for name in names:
-                new.__globals__[name] = copied(function.__globals__[name])
-            if function.__defaults__ is not None:
-                new.__defaults__ = tuple(map(copied, function.__defaults__))
-            if function.__kwdefaults__ is not None:
-                new.__kwdefaults__ = {name: copied(value) for name, value in function.__kwdefaults__.items()}
-        for cell, filled in cells.values():
-            with suppress(ValueError):  # a variable that has no value yet
-                filled.cell_contents = copied(cell.cell_contents)
-
-    return fill
-
-
-def _not_copied(models: Iterable[nn.Module], memo: dict[int, Any]) -> str:
-    """Name the attribute that copy.deepcopy can't copy."""
-    for model in models:
-        for name, module in model.named_modules():
-            for attribute, value in vars(module).items():
-                if attribute not in ("_modules", "_parameters", "_buffers"):
-                    try:
-                        copy.deepcopy(value, dict(memo))
-                    except _NOT_COPIED:
-                        return f"{name}.{attribute}".lstrip(".")
-    return "model"
 
 
 def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:
@@ -407,7 +404,8 @@ def _noted(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
     def put_back() -> None:
         for module, each, entries in before:
-            if "_nni_wrapper" not in module._modules:  # NNI changes the tables to wrap a module
+            # NNI changes the tables to wrap a module.
+            if (entries or each) and "_nni_wrapper" not in module._modules:
                 each.clear()
                 (each.extend if isinstance(each, list) else each.update)(entries)
 
@@ -430,10 +428,7 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def evaluating(model: Any) -> Any:
-    """Put a model into evaluation mode and return it, also where an ``eval`` or ``train`` of its own returns nothing.
-
-    A ``train`` that keeps batch norms frozen often forgets to return the model.
-    """
+    """Put a model into evaluation mode and return it, also where a ``train`` of its own returns nothing."""
     _switch(model, False)
     return model
 

@@ -16,7 +16,7 @@ from torch import nn
 from nni_topo.errors import DataError, words_of
 
 _SMALL = 2**26  # bytes that needn't be asked for
-_LARGE = 2**20  # parameters of a model that is worth freeing at once
+_LARGE = 2**26  # parameters of a model that is worth freeing at once
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, as malloc.h of glibc numbers them
 _PAGES_OF_THEIR_OWN = 2**20  # bytes of a tensor from which on it gets pages of its own
@@ -71,7 +71,7 @@ def out_of_memory(error: Exception) -> bool:
 def give_back_memory(model: nn.Module) -> None:
     """Free graphs of a traced model, which refer to themselves, and give the heap's free pages back to the system.
 
-    Nothing is done for a small ``model``: it would take longer than all else.
+    Nothing is done for a ``model`` of less than 67 million parameters: Python finds these graphs by itself later.
     """
     if sum(each.numel() for each in model.parameters()) >= _LARGE:
         gc.collect()

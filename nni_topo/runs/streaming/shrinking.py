@@ -485,7 +485,7 @@ class _Run:
                 _logger.warning("%s", warnings[-1])
             else:
                 gap.fill(solutions((wanted, dense), [gap], images.learned, "auto")[0])
-        give_back_memory(entered)
+        give_back_memory(self._skeleton.model)
         is_distilled = False
         if self._settings.distill is not False:
             offered = {
