@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import ConfigError, DataError, GradientError, listed
-from nni_topo.network.io.checkpoint import fingerprint, model_fingerprint
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
@@ -37,6 +36,7 @@ from nni_topo.network.runtime.inputs import Call, at_once, batch_size, calls, te
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
+from nni_topo.network.runtime.processes import digest
 from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
@@ -439,7 +439,7 @@ def distillation(
         "images": sum(counts),
     }
     if state is not None:  # the same images in the same order: which are held out depends on it
-        of_images = " ".join(fingerprint(each)[:_SHOWN] for each in tensors_of(pool))
+        of_images = " ".join(digest([("", each)])[:_SHOWN] for each in tensors_of(pool))
         kind |= {**hashes, "the same images in the same order, hash": of_images}
     after, is_kept, taken, curve = before, False, 0, tuple[Look, ...]()
     weights_of, gains_nothing = 0, False
@@ -803,9 +803,9 @@ def check_state(state: str | Path | None, unpruned: nn.Module, dense: nn.Module 
         return {}
     file = path_of(state, "state")
     check_output_file(file)
-    hashes = {"the same unpruned network, hash": model_fingerprint(unpruned)[:_SHOWN]}
+    hashes = {"the same unpruned network, hash": digest(named_tensors(unpruned).items())[:_SHOWN]}
     if dense is not None:
-        hashes["the same network to distil, hash"] = model_fingerprint(dense)[:_SHOWN]
+        hashes["the same network to distil, hash"] = digest(named_tensors(dense).items())[:_SHOWN]
     if file.exists():
         state_of(file, hashes)
     return hashes

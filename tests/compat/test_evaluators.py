@@ -95,29 +95,9 @@ class Line(pl.LightningModule):
         return nni.trace(torch.optim.SGD)(self.parameters(), lr=0.1)
 
 
-class Checked(Line):
-    """A linear model that lists its steps of training and validation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.order: list[str] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.order.append("training")
-        return super().training_step(batch, batch_idx)
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.order.append("validation")
-
-
 class Data(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(TensorDataset(torch.ones(12, 2)), batch_size=2)
-
-
-class DataOfBoth(Data):
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(TensorDataset(torch.ones(2, 2)), batch_size=2)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +108,6 @@ def test_lightning_trains_for_so_many_steps(limits: dict[str, int], steps: int, 
     train(model, Data, limits, tmp_path)
     assert model.steps == steps
     assert model._trainer is None
-
-
-def test_lightning_validates_nothing_before_it_trains(tmp_path: Path) -> None:
-    model = Checked()
-    train(model, DataOfBoth, {"max_epochs": 1}, tmp_path)
-    assert model.order == ["training"] * 6 + ["validation"]
 
 
 def train(model: Line, data: type[Data], limits: dict[str, int], folder: Path) -> None:

@@ -64,8 +64,8 @@ def assert_pruned_to_four(pruner: Pruner, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", [L1NormPruner, L2NormPruner, FPGMPruner, LevelPruner, nni_topo.RandomPruner])
-@pytest.mark.parametrize(("channels", "groups"), [((6, 8), 1), ((8, 6), 1), ((8, 8), 2), ((4, 12), 2), ((6, 6), 6)])
-@pytest.mark.parametrize("layer", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+@pytest.mark.parametrize(("channels", "groups"), [((6, 8), 1), ((4, 12), 2), ((6, 6), 6)])
+@pytest.mark.parametrize("layer", [nn.ConvTranspose1d, nn.ConvTranspose2d])
 def test_masks_of_the_bias_are_those_of_the_output_channels(
     kind: type[Pruner], channels: tuple[int, int], groups: int, layer: type[nn.ConvTranspose2d]
 ) -> None:
@@ -81,17 +81,6 @@ def test_masks_of_the_bias_are_those_of_the_output_channels(
         assert int(alive.sum()) == channels[1] // 2
     if kind in (L1NormPruner, L2NormPruner) and groups < channels[1]:
         assert not alive.unflatten(0, (groups, -1))[:, 0].any()
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_norms_are_those_of_output_channels(groups: int) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.ConvTranspose2d(4, 8, 3, groups=groups), nn.Conv2d(8, 2, 1))
-    pruner = L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
-    metrics = pruner._calculate_metrics(pruner._collect_data())["0"]["weight"]
-    pruner.unwrap_model()
-    expected = model[0].weight.unflatten(0, (groups, -1)).abs().sum((1, 3, 4)).reshape(8, 1, 1, 1)
-    torch.testing.assert_close(metrics, expected.detach())
 
 
 def test_what_another_layer_aligns_to_a_transposed_convolution_follows_its_outputs() -> None:
@@ -136,7 +125,7 @@ def outputs_with_weights(mask: Tensor, groups: int) -> Tensor:
     return mask.unflatten(0, (groups, -1)).flatten(3).any(3).any(1).flatten()
 
 
-@pytest.mark.parametrize(("groups", "outputs"), [(2, 8), (2, 16), (4, 8), (4, 16)])
+@pytest.mark.parametrize(("groups", "outputs"), [(2, 8), (4, 16), (8, 8)])
 def test_grouped_transposed_convolution(groups: int, outputs: int) -> None:
     torch.manual_seed(0)
     images = torch.rand(2, 8, 8, 8)
@@ -153,20 +142,6 @@ def test_grouped_transposed_convolution(groups: int, outputs: int) -> None:
         dense = nni_topo.to_dense(model, images, masks)
         assert (dense[1].in_channels, dense[1].out_channels) == (4, outputs // 2)
         torch.testing.assert_close(dense(images), masked)
-
-
-def test_depthwise_transposed_convolution() -> None:
-    torch.manual_seed(0)
-    images = torch.rand(2, 8, 8, 8)
-    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)).eval()
-    grouped = nni_topo.dependency_groups(model, images, [{"op_names": ["0", "1"], "sparse_ratio": 0.5}])
-    pruner = ours(grouped, model)
-    _, masks = pruner.compress()
-    masked = model(images)
-    pruner.unwrap_model()
-    dense = nni_topo.to_dense(model, images, masks)
-    assert (dense[1].in_channels, dense[1].out_channels, dense[1].groups) == (4, 4, 4)
-    torch.testing.assert_close(dense(images), masked)
 
 
 class Mapped(nn.Module):

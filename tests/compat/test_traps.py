@@ -5,9 +5,6 @@ What the strict mode does for every pruner of NNI is in `tests/pruners/test_stri
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -45,44 +42,6 @@ def test_maximum_ratio_in_a_global_group() -> None:
     assert filters(ours(config)._generate_sparsity(metrics))["stem"] == 6
     nni_topo.enable_strict()
     assert filters(nnis(config)._generate_sparsity(metrics))["stem"] == 6
-
-
-GLOBAL = """
-import nni_topo, torch
-from nni.compression.pruning import L1NormPruner
-from torch import nn
-from nni_topo import compat
-
-def counts(pruner):
-    masks = pruner.compress()[1]
-    return sorted((name, int(targets["bias"].sum())) for name, targets in masks.items())
-
-def model():
-    torch.manual_seed(0)
-    sizes = (3, 50, 7, 40, 11, 30, 13, 20, 5)
-    return nn.Sequential(*(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])))
-
-config = [{"op_types": ["Linear"], "sparse_ratio": 0.6, "global_group_id": 1}]
-print(counts(L1NormPruner(model(), config)))
-nni_topo.enable_strict(normalization="mean")
-print(counts(L1NormPruner(model(), config)))
-print(counts(nni_topo.RandomPruner(model(), config)))
-"""
-
-
-def run_with_hash_seed(seed: int) -> list[str]:
-    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", GLOBAL], env=environment, capture_output=True, text=True, check=True)
-    return run.stdout.splitlines()
-
-
-@pytest.mark.slow
-def test_global_sparsity_and_the_hash_seed() -> None:
-    nni_only, strict, random = zip(*(run_with_hash_seed(seed) for seed in range(3)), strict=True)
-    assert len(set(nni_only)) > 1  # the result depends on the hash seed
-    assert len(set(strict)) == len(set(random)) == 1
-    assert ", 0)" in "".join(nni_only)  # and kills layers
-    assert ", 0)" not in strict[0] + random[0]
 
 
 def test_global_sparsity_and_the_order_of_layers() -> None:

@@ -18,8 +18,6 @@ from torch import nn
 from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPruner
 from nni_topo.compat import wrapping
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.rounds import prune_in_rounds
-from nni_topo.pruners.testing.toys import toy_evaluator
 from nni_topo.sharing import find_ties
 
 PRUNERS = [L1NormPruner, L2NormPruner, FPGMPruner, LevelPruner, RandomPruner, MatrixPruner]
@@ -90,50 +88,12 @@ def test_wrapped_layers_of_one_weight_are_trained_together(names):
     assert not torch.equal(model.one.weight, TiedConvolutions().one.weight)
 
 
-@pytest.mark.parametrize("kind", [L1NormPruner, RandomPruner])
-@pytest.mark.parametrize("names", SELECTIONS)
-def test_schedules_train_layers_of_one_weight_together(kind, names):
-    model = TiedConvolutions()
-    pruner = LinearPruner(kind(model, request(names), toy_evaluator(model)), 1, 2)
-    _, masks = pruner.compress(3, None)
-    pruner.unwrap_model()
-    assert model.one.weight is model.two.weight
-    before = TiedConvolutions().one.weight
-    kept = torch.stack([targets["weight"].bool() for targets in masks.values()]).any(0)
-    assert bool((model.one.weight != before)[kept].all())
-
-
 def test_masks_of_one_layer_leave_the_other_alone():
     model = TiedConvolutions().eval()
     pruner = L1NormPruner(model, request(["one"]))
     masks = pruner.compress()[1]
     expected = zeroed(TiedConvolutions(), masks)(IMAGES)
     assert torch.allclose(model(IMAGES), expected, atol=1e-6)
-
-
-def test_a_second_pruner_takes_over_layers_of_one_weight():
-    model = TiedConvolutions()
-    first = L1NormPruner(model, request(["one"]))
-    first.compress()
-    second = RandomPruner.from_compressor(first, request(["two"]))
-    second.unwrap_model()
-    assert model.one.weight is model.two.weight
-    second.wrap_model()
-    model(IMAGES)
-    second.unwrap_model()
-    assert model.one.weight is model.two.weight
-
-
-def test_rounds_leave_weights_that_another_layer_needs():
-    model = TiedConvolutions()
-    pruner = L1NormPruner(model, request(["one"]))
-    prune_in_rounds(pruner, [0.5, 1.0], train=lambda: None)
-    pruner.unwrap_model()
-    assert torch.equal(model.two.weight, TiedConvolutions().two.weight)
-    pruner = L1NormPruner(model, request(["one", "two"]))
-    prune_in_rounds(pruner, [0.5, 1.0], train=lambda: None)
-    pruner.unwrap_model()
-    assert int(model.two.weight.flatten(1).eq(0).all(1).sum()) == 3
 
 
 @pytest.mark.parametrize("names", SELECTIONS)
@@ -220,13 +180,6 @@ def test_a_module_with_two_names_is_fused_with_its_norm():
     wrappers, _ = compressor.register_wrappers(model, [entry], "quantization")
     assert sorted(wrappers) == ["first", "norm"]
     assert wrappers["first"].fused_modules[1] is model.norm
-
-
-def test_the_first_name_is_the_one_that_the_model_has_first():
-    model = nn.Module()
-    model.zebra = nn.Conv2d(3, 4, 1)
-    model.apple = model.zebra
-    assert list(LevelPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]).compress()[1]) == ["zebra"]
 
 
 class OwnConvolution(nn.Conv2d):

@@ -287,31 +287,11 @@ def time_shares(
     precision: float = 0.015,
     seconds: float = 10.0,
 ) -> list[tuple[float, float]]:
-    """Compare the times of models with the time of the unpruned network, on one thread.
+    """Return each model's median share of the unpruned network's time, and the half width of its 95 % interval.
 
-    Every round runs each model once, so that whatever slows the machine down slows all of them.
-
-    Parameters
-    ----------
-    models : sequence of nn.Module
-        The models.
-    whole : nn.Module
-        The unpruned network.
-    example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs of all of them.
-    wanted : float, optional
-        The share of time that is looked for. A model that is far from it is measured less exactly: to a fifth of its
-        distance.
-    precision : float, default=0.015
-        Half width of the 95 % interval of a median, as a share of it, at which no more rounds are needed.
-    seconds : float, default=10.0
-        After so many seconds no further round starts, but there are at least eight rounds.
-
-    Returns
-    -------
-    list of (float, float)
-        For each model the median share of the unpruned network's time, and the half width of its 95 % interval as a
-        share of it.
+    The half width is a share of the median. Rounds go on until it is below ``precision``, and end after so many
+    ``seconds``, but there are at least eight. A model that is far from the share ``wanted`` is measured less exactly:
+    to a fifth of its distance. They run on one thread.
     """
     found = [(math.nan, math.inf)] * len(models)
 

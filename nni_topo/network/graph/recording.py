@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import operator
 import sys
-import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -495,8 +494,6 @@ def _list_leaves(value: Any, found: list[Any]) -> None:
 
 
 _RUNNING: ContextVar[_Recorder | None] = ContextVar("running", default=None)  # the recorder of this thread
-_MASKS: dict[tuple[int, str], tuple[int, Any]] = {}  # by namespace and name, how many recorders want it, and the plain
-_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -506,30 +503,19 @@ def _masks_whole(model: nn.Module) -> Iterator[None]:
     A model finds them among the names of its file. What stands there meanwhile asks for the thread's own recorder, so
     that other threads compute what they always do.
     """
-    spaces: dict[int, dict[str, Any]] = {}
-    for module in model.modules():
-        file = sys.modules.get(type(module).__module__)
-        if file is not None:  # a class that was made by executing a string, say, has no module that is imported
-            spaces[id(vars(file))] = vars(file)
-    taken: list[tuple[dict[str, Any], str]] = []
-    with _LOCK:
-        for space in spaces.values():
-            for key, function in list(space.items()):
-                if key.startswith("create_") and key.endswith("_mask") and callable(function):
-                    count, plain = _MASKS.get((id(space), key), (0, function))
-                    _MASKS[id(space), key] = count + 1, plain
-                    space[key] = partial(_call_whole, plain)
-                    taken.append((space, key))
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for name in {type(module).__module__ for module in model.modules()}:
+        # A class that was made by executing a string, say, has no module that is imported.
+        space = vars(sys.modules[name]) if name in sys.modules else {}
+        for key, function in list(space.items()):
+            if key.startswith("create_") and key.endswith("_mask") and callable(function):
+                before.append((space, key, function))
+                space[key] = partial(_call_whole, function)
     try:
         yield
     finally:
-        with _LOCK:
-            for space, key in taken:
-                count, plain = _MASKS.pop((id(space), key))
-                if count > 1:
-                    _MASKS[id(space), key] = count - 1, plain
-                else:
-                    space[key] = plain
+        for space, key, function in before:
+            space[key] = function
 
 
 def _call_whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

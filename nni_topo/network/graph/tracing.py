@@ -64,10 +64,7 @@ class Recording:
 
 @as_written()
 def trace(model: torch.nn.Module, inputs: Call) -> Recording:
-    """Record a model in evaluation mode, which is changed by it, on a call; part by part if need be.
-
-    Two threads may trace two models at once.
-    """
+    """Record a model in evaluation mode, which is changed by it, on a call; part by part if need be."""
     for name, module in model.named_modules():
         if is_scripted(module):
             raise ConfigError(

@@ -142,7 +142,13 @@ class Calibration(Sequence[Any]):
         self._counts: tuple[int, ...] | None = None  # samples of each process; None before they are known
         # By sample, the rank of its group in the order in which the groups appear; with processes of all their samples.
         self._groups: Tensor | None
-        self._set_groups(None if groups is None else _labels_of(groups))
+        labels = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
+        is_sequence = isinstance(labels, Sequence) and not isinstance(labels, (str, bytes))
+        is_named = is_sequence and all(isinstance(each, (int, str)) for each in labels)
+        if groups is not None and not is_named:
+            got = type(groups).__name__
+            raise ConfigError(f"groups must be a sequence of integers or strings, got {got} (groups)")
+        self._set_groups(None if groups is None else list(labels))
         self._source: Iterable[Any] | None = batches
         self._kept: Sequence[Any] = ()
         self._sizes: tuple[int, ...] = ()
@@ -289,18 +295,10 @@ class Calibration(Sequence[Any]):
         return tuple(found)
 
     def in_parts(self, pattern: Sequence[int]) -> tuple[Calibration | None, ...]:
-        """Split the samples, or the groups of samples, into parts.
+        """Split the samples, or the groups of samples, into parts, in their order; None for one without samples.
 
-        Parameters
-        ----------
-        pattern : sequence of int
-            The parts, from 0 on, of the first samples, such as ``(0, 0, 1)``; then it begins again. If batches hold
-            lists of samples, as those of detectors do, it is that of batches.
-
-        Returns
-        -------
-        tuple of Calibration or None
-            The parts in their order; None for one without samples.
+        ``pattern``: the parts, from 0 on, of the first samples, such as ``(0, 0, 1)``; then it begins again. If batches
+        hold lists of samples, as those of detectors do, it is that of batches.
         """
         groups = self.groups
         ranks = torch.arange(self.samples) + self._first if groups is None else groups
@@ -367,15 +365,10 @@ class Calibration(Sequence[Any]):
         return groups % every == every - 1
 
     def chosen(self, samples: Tensor) -> Calibration:
-        """Return some samples, in this order, in batches as large as the largest of these.
+        """Return some samples, by their indices, int64 (count,), in this order, in batches as large as the largest.
 
         Where the batches have inputs of other shapes, or hold lists of samples, the samples stay in the batches and in
         the order in which they are.
-
-        Parameters
-        ----------
-        samples : Tensor
-            int64, (count,): indices of samples, each once.
         """
         rows: _Rows = []
         first = 0  # position of the batch's first sample among all samples
@@ -438,7 +431,10 @@ class Calibration(Sequence[Any]):
     def _read(self, source: Iterable[Any]) -> None:
         """Read, check and keep all batches."""
         in_memory = isinstance(source, (list, tuple))  # the caller holds these batches anyway
-        length = _length(source)
+        try:
+            length: int | None = len(source)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):  # a DataLoader raises TypeError if its data set is a stream
+            length = None
         most = self._max_batches
         total, limit = length, most
         if most is None:
@@ -480,15 +476,6 @@ class Calibration(Sequence[Any]):
         self._sizes = tuple(sizes)
 
 
-def _labels_of(groups: Any) -> list[int | str]:
-    """Return what the groups of samples are called; ConfigError for what isn't a sequence of integers or strings."""
-    labels = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
-    is_sequence = isinstance(labels, Sequence) and not isinstance(labels, (str, bytes))
-    if not is_sequence or not all(isinstance(each, (int, str)) for each in labels):
-        raise ConfigError(f"groups must be a sequence of integers or strings, got {type(groups).__name__} (groups)")
-    return list(labels)
-
-
 def _ranks(labels: Iterable[int | str]) -> Tensor:
     """Number groups in the order in which they appear."""
     known: dict[int | str, int] = {}
@@ -501,14 +488,6 @@ def calibration_of(batches: Iterable[Any] | None) -> Calibration | None:
 
 
 _CURE = "say how many batches are read, e.g. nni_topo.Calibration(batches, max_batches=16)"
-
-
-def _length(source: Iterable[Any]) -> int | None:
-    """Return the number of batches of an iterable; None if it has no length."""
-    try:
-        return len(source)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):  # a DataLoader raises TypeError if its data set is a stream
-        return None
 
 
 def _plain(batch: Any) -> Any:

@@ -67,22 +67,12 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     Weights that are computed with gradients, as those of a masked model in training are, become tensors of the copy's
     own. A function that holds a module or a tensor of a model, such as a hook, or the ``forward`` and ``to`` that
     accelerate puts in place of a class's, holds the copy's. What ``torch.compile`` has compiled is as it was written.
-    Locks, files and Python's modules are shared.
+    Locks, files and Python's modules are shared, and the tensors ``shared``.
 
-    Parameters
-    ----------
-    models : sequence of torch.nn.Module
-        The models.
-    light : bool, default=False
-        Whether the copies' parameters use the memory of the models' own, which mustn't be written to then.
-    shared : iterable of Tensor, default=()
-        Tensors that the copies hold themselves.
+    ``light``: the copies' parameters use the memory of the models' own, which mustn't be written to then.
 
-    Raises
-    ------
-    ConfigError
-        If copy.deepcopy can't copy a model, a copy holds what is the model's, or a module holds a weak reference to
-        another.
+    ConfigError if copy.deepcopy can't copy a model, a copy holds what is the model's, or a module holds a weak
+    reference to another.
     """
     modules = {module: name for model in reversed(models) for name, module in model.named_modules()}
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
@@ -317,8 +307,13 @@ def _replaced(given: Any, copies: Mapping[int, nn.Module]) -> Any:
 
 @contextmanager
 def _copies(models: list[nn.Module]) -> Iterator[dict[int, nn.Module]]:
-    """Copy models for a block."""
-    copies = copied_together(models, light=not _have_room(models))
+    """Copy models for a block; the copies have weights of their own where these take a quarter of the free memory."""
+    needed: dict[torch.device, int] = {}
+    for each in {id(each): each for model in models for each in model.parameters()}.values():
+        if not is_lazy(each) and not each.is_meta:
+            needed[each.device] = needed.get(each.device, 0) + each.nbytes
+    have_room = all(count <= _SHARE * free_memory_of(device) for device, count in needed.items())
+    copies = copied_together(models, light=not have_room)
     for copied in copies:
         for parameter in copied.parameters():
             parameter.grad = None  # so that no gradient is added to the user's
@@ -329,15 +324,6 @@ def _copies(models: list[nn.Module]) -> Iterator[dict[int, nn.Module]]:
 def _compiler_off(models: Iterable[nn.Module]) -> AbstractContextManager[object]:
     """Let what is compiled in models run as it is written."""
     return torch.compiler.set_stance("force_eager") if any(map(has_compiled, models)) else nullcontext()
-
-
-def _have_room(models: Iterable[nn.Module]) -> bool:
-    """Tell whether copies of models' parameters take at most a quarter of the free memory of their devices."""
-    needed: dict[torch.device, int] = {}
-    for each in {id(each): each for model in models for each in model.parameters()}.values():
-        if not is_lazy(each) and not each.is_meta:
-            needed[each.device] = needed.get(each.device, 0) + each.nbytes
-    return all(count <= _SHARE * free_memory_of(device) for device, count in needed.items())
 
 
 @contextmanager

@@ -91,10 +91,7 @@ class _Enough(BaseException):
 def batches_of(
     calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: str = "calibration", *, shared: bool = False
 ) -> Calibration:
-    """Return batches as calibration data; of an evaluator, the batches that it evaluates the model on.
-
-    ``shared``: whether they may be shared by several processes.
-    """
+    """Return batches as calibration data, which processes may share if ``shared``; of an evaluator, those it runs."""
     if not isinstance(calibration, Evaluator):
         return Calibration.of(calibration, knob, shared=shared).with_arguments(required_arguments(model))
     if getattr(calibration, "model", None) is not None:
@@ -106,19 +103,11 @@ def batches_of(
 def example_inputs_of(
     example_inputs: Any, model: nn.Module, *, calibration: Iterable[Any] | None = None, evaluator: Evaluator | None
 ) -> Any:
-    """Return the inputs with which a pruner looks at its model; None if nothing tells them.
+    """Return the inputs with which a pruner looks at its model, which isn't wrapped yet; None if nothing tells them.
 
-    Parameters
-    ----------
-    example_inputs : Any
-        The pruner's own argument; returned unless it is None.
-    model : torch.nn.Module
-        The model, which isn't wrapped yet. It isn't changed.
-    calibration : iterable or None, default=None
-        The pruner's calibration data, whose first batch comes next.
-    evaluator : nni.compression.utils.Evaluator or None
-        The pruner's evaluator: its ``dummy_input`` comes next, at last the first batch on which it evaluates the
-        model. The evaluation ends there. One that is in use isn't run.
+    They are the pruner's own argument, else the first batch of its calibration data, else its evaluator's
+    ``dummy_input``, else the first batch on which the evaluator evaluates a copy of the model. The evaluation ends
+    there. An evaluator that is in use isn't run.
     """
     if example_inputs is not None:
         return example_inputs

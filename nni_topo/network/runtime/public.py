@@ -35,15 +35,8 @@ def public(how: Running = _USUAL, /, **rules: Rule) -> Callable[[Callable[_Given
     """Decorate a public function that takes models or calibration data.
 
     Within it no warning of the package is given twice, and no progress is shown if its ``progress`` is False. Its
-    arguments are checked, see `checked`; processes that share calibration data give the same ones, see `in_step`.
-    Models among them are copied, see `leaves_models_alone`.
-
-    Parameters
-    ----------
-    how : Running
-        What isn't the same for all.
-    rules : Rule
-        What arguments must be, by name; the others by their annotations.
+    arguments are checked by the rules of these names, the others by their annotations, see `checked`; processes that
+    share calibration data give the same ones, see `in_step`. Models among them are copied, see `leaves_models_alone`.
     """
 
     def decorate(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:

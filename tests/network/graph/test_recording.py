@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from nni_topo import RandomPruner, create_pruner, dependency_groups, masked_model, to_dense
 from nni_topo.errors import LayerError, SpeedupError
 from nni_topo.network.channels.rules import FIXED
-from nni_topo.network.graph import recording
 from nni_topo.network.graph.recording import LayerResults, record
 from nni_topo.network.speedup.analysis import Analysis
 
@@ -390,16 +389,6 @@ def test_functions_that_make_masks_are_one_node_each_while_a_model_is_recorded()
     torch.testing.assert_close(graph(x), model(x))
     assert (create_half_mask, create_outer_mask) == plain
     assert create_no_mask == "no function"
-
-
-def test_of_two_recordings_at_once_the_last_one_puts_the_functions_back():
-    plain, model = create_half_mask, Writing()
-    with recording._masks_whole(model):
-        with recording._masks_whole(model):
-            assert create_half_mask is not plain
-        assert create_half_mask is not plain
-        assert create_half_mask(states=torch.ones(2), kind=1).tolist() == [1.0, 1.0]  # of no recorder's thread
-    assert create_half_mask is plain
 
 
 class Configured(nn.Linear):

@@ -205,7 +205,7 @@ def test_a_model_that_shares_what_the_dense_model_does_not_is_refused(path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_every_type_has_a_fingerprint(path, dtype):
+def test_tensors_of_every_type_come_back(path, dtype):
     dense = nn.Linear(3, 2).to(dtype)
     dense.register_buffer("empty", torch.zeros(0, dtype=torch.bool))
     dense.register_buffer("turned", torch.arange(6, dtype=torch.int16).view(2, 3).t())
@@ -263,26 +263,12 @@ def test_a_file_that_is_cut_short_or_missing_is_refused(path):
         save(small(), path.parent / "no" / "folder" / path.name)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda recipe, _: recipe.update(format_version=99), "format version 3, got 99 from nni_topo"),
-        (lambda recipe, _: recipe.update(hidden=1), "hold what was saved"),
-        (lambda recipe, _: recipe.update(blocks={"": [0]}), "hold what was saved"),
-        (lambda recipe, _: recipe["layers"].update({"0": "Linear"}), "hold what was saved"),
-        (lambda recipe, _: recipe.pop("digest"), "hold what was saved"),
-        (lambda _, tensors: tensors.update(more=torch.ones(1)), "hold what was saved"),
-        (lambda _, tensors: tensors["0.weight"][0, 0, 0, 0].add_(1e-3), "hold what was saved"),
-    ],
-)
-def test_a_file_that_was_changed_is_refused(path, change, message):
+def test_a_file_of_another_format_version_is_refused(path):
     save(small(), path)
     with safe_open(path, "pt") as file:
-        recipe = json.loads(file.metadata()["nni_topo"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    change(recipe, tensors)
-    save_file(tensors, path, {"nni_topo": json.dumps(recipe)})
-    with pytest.raises(DataError, match=rf"{message}.*dense\.safetensors"):
+        recipe = json.loads(file.metadata()["nni_topo"]) | {"format_version": 99}
+    save_file(load_file(path), path, {"nni_topo": json.dumps(recipe)})
+    with pytest.raises(DataError, match=r"format version 3, got 99 from nni_topo.*dense\.safetensors"):
         load(path, make)
 
 
