@@ -42,6 +42,7 @@ from nni_topo.rules import all_of, checked, whole
 
 _WARMUP_ROUNDS = 5  # untimed rounds before the timed ones
 _LEAST_ROUNDS = 8  # of a comparison of times
+_PRECISION = 0.015  # half width of the 95 % interval of a median, as a share of it, at which no more rounds are needed
 _PAIRED_ROUNDS = 30  # of the times in a report, where these don't take too long
 # Blocks that `memory_kept` allocates: the bytes of each, which glibc takes from the heap, and their number.
 _BLOCK, _BLOCKS = 120 * 2**10, 8192
@@ -284,14 +285,13 @@ def time_shares(
     example_inputs: Any,
     wanted: float | None = None,
     *,
-    precision: float = 0.015,
     seconds: float = 10.0,
 ) -> list[tuple[float, float]]:
     """Return each model's median share of the unpruned network's time, and the half width of its 95 % interval.
 
-    The half width is a share of the median. Rounds go on until it is below ``precision``, and end after so many
-    ``seconds``, but there are at least eight. A model that is far from the share ``wanted`` is measured less exactly:
-    to a fifth of its distance. They run on one thread.
+    The half width is a share of the median. Rounds go on until it is at most 1.5 %, and end after so many ``seconds``,
+    but there are at least eight. A model that is far from the share ``wanted`` is measured less exactly: to a fifth of
+    its distance. They run on one thread.
     """
     found = [(math.nan, math.inf)] * len(models)
 
@@ -312,7 +312,7 @@ def time_shares(
             return True
         for median, half_width in found:
             distance = 0.0 if wanted is None else abs(median - wanted) / median
-            if half_width > max(precision, distance / 5.0):
+            if half_width > max(_PRECISION, distance / 5.0):
                 return False
         return True
 

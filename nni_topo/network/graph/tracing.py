@@ -26,6 +26,7 @@ from nni_topo.network.runtime.comparison import difference, same_program
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import (
+    MODEL_ERRORS,
     Call,
     batch_size,
     bind_arguments,
@@ -307,6 +308,6 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
     with left_alone(model), watched(checks, notes), evaluation_mode(model), mixing_called(model), torch.no_grad():
         try:
             model(*call[0], **call[1])
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        except MODEL_ERRORS as error:
             raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
     return sizes

@@ -74,19 +74,20 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     ConfigError if copy.deepcopy can't copy a model, a copy holds what is the model's, or a module holds a weak
     reference to another.
     """
-    modules = {module: name for model in reversed(models) for name, module in model.named_modules()}
+    modules = {module: name for model in models for name, module in model.named_modules()}
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     own = set[int]()
-    # deepcopy itself takes four times as long: most of what modules hold are empty tables, numbers and other modules.
+    # deepcopy itself takes twice as long: most of what modules hold are empty tables, numbers and other modules.
     states, held = dict[nn.Module, dict[str, Any]](), list[Any]()
     for module in modules:
         tensors = [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
         own.update(id(each) for each in (module, *tensors) if id(each) not in memo)
         kind, state = type(module), vars(module)
         if not hasattr(kind, "__deepcopy__"):
-            make, given, found = module.__reduce_ex__(4)[:3]
-            if make is copyreg.__newobj__ and given == (kind,) and type(found) is dict:  # type: ignore[attr-defined]
-                memo[id(module)], states[module], state = kind.__new__(kind), found, found
+            with suppress(*_NOT_COPIED):  # deepcopy raises it again
+                make, given, found = module.__reduce_ex__(4)[:3]
+                if make is copyreg.__newobj__ and given == (kind,) and type(found) is dict:  # type: ignore[attr-defined]
+                    memo[id(module)], states[module], state = kind.__new__(kind), found, found
         held += tensors
         held += [value for key, value in state.items() if key not in _MEMBERS and not _is_plain(key, value)]
     if light:
@@ -349,10 +350,15 @@ def _state_kept(models: Sequence[nn.Module]) -> Iterator[None]:
     """
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     modes = [(module, module.training) for module in modules]
-    tensors = [each for model in models for each in (*model.parameters(), *model.buffers()) if each.is_leaf]
+    leaves, buffers = dict[int, Tensor](), list[Tensor]()
+    for module in modules:
+        own = [each for each in module._buffers.values() if each is not None]
+        parameters = [each for each in module._parameters.values() if each is not None]
+        leaves.update((id(each), each) for each in (*parameters, *own) if each.is_leaf)
+        if not isinstance(module, ModuleWrapper):  # the masks of NNI's wrappers are buffers, and change
+            buffers += own
+    tensors = list(leaves.values())
     memories = [(each, each.detach()) for each in tensors if _is_usual(each)]
-    # The masks of NNI's wrappers are buffers, and change.
-    buffers = [each for module in modules if not isinstance(module, ModuleWrapper) for each in module.buffers(False)]
     values = [(each, each.detach().clone()) for each in buffers if _is_usual(each)]
     gradients = [(each, each.grad, each.requires_grad) for each in tensors]
     put_attributes_back = _noted(modules)

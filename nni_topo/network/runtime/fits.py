@@ -13,6 +13,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import Entering, padding_known, watched
 from nni_topo.network.runtime.inputs import (
+    MODEL_ERRORS,
     Call,
     arguments_of,
     batch_size,
@@ -80,17 +81,13 @@ def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Cal
         # The model may need exactly this number of samples, or more than two.
         check_fits(model, call, name)
         return call
-    if batch_size(call) > 2 and _is_partly_run(model, reached) and check_fits(model, call, name) > reached:
+    ran_by_list: dict[str, set[bool]] = {}
+    for each in _listed_modules(model):
+        ran_by_list.setdefault(each.rpartition(".")[0], set()).add(each in reached)
+    is_partly_run = any(len(ran) > 1 for ran in ran_by_list.values())
+    if batch_size(call) > 2 and is_partly_run and check_fits(model, call, name) > reached:
         return call
     return few
-
-
-def _is_partly_run(model: nn.Module, ran: set[str]) -> bool:
-    """Say whether some modules of a list are among those that ran, and others aren't."""
-    by_list: dict[str, set[bool]] = {}
-    for name in _listed_modules(model):
-        by_list.setdefault(name.rpartition(".")[0], set()).add(name in ran)
-    return any(len(each) > 1 for each in by_list.values())
 
 
 def _listed_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -127,7 +124,7 @@ def failure_on(model: nn.Module, call: Call) -> Exception | None:
     try:
         with left_alone(model), evaluation_mode(model), torch.no_grad():
             model(*args, **kwargs)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+    except MODEL_ERRORS as error:
         if out_of_memory(error):
             raise
         return error
@@ -189,7 +186,7 @@ def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
         try:
             with left_alone(model), evaluation_mode(model), torch.no_grad(), watched(entering=entering):
                 model(*args, **kwargs)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        except MODEL_ERRORS as error:
             if out_of_memory(error):
                 raise
             return  # it needs a number of samples, which other checks say

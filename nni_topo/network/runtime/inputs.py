@@ -33,6 +33,9 @@ VARIATIONS: tuple[Variation, ...] = ((0.01, 0.0), (100.0, 0.0), (1.0, 3.0))
 _SIDE = 64  # pixels a side of the images on which models are tried, if they take images of this size
 _logger = logging.getLogger(__name__)
 
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What a model raises that doesn't run on its inputs."""
+
 PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_mask": False}
 """Arguments that mask padding by position, with whether the positions that aren't zero count (or are padding)."""
 
@@ -104,14 +107,15 @@ def required_arguments(model: torch.nn.Module) -> int:
     return sum(each.kind in _BY_POSITION and each.default is each.empty for each in _parameters_of(model) or ())
 
 
-def on_device(tree: Any, device: torch.device) -> Any:
-    """Move the tensors of nested containers to a device, without their gradients."""
-    return map_tensors(lambda tensor: _moved(tensor, device), tree)
+def on_device(tree: Any, device: torch.device, *, copy: bool = False) -> Any:
+    """Move or copy the tensors of nested containers to a device, without their gradients."""
 
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.is_meta and device.type != "meta":
+            raise DataError("inputs of a model must be tensors with values, got one on the meta device (inputs)")
+        return tensor.detach().to(device, copy=copy)
 
-def copied(tree: Any, device: torch.device) -> Any:
-    """Copy the tensors of nested containers to a device, without their gradients."""
-    return map_tensors(lambda tensor: _moved(tensor, device, copy=True), tree)
+    return map_tensors(moved, tree)
 
 
 def copied_for(model: nn.Module, call: Call) -> Call:
@@ -119,18 +123,12 @@ def copied_for(model: nn.Module, call: Call) -> Call:
 
     PyTorch's layers take no other type. A model whose parameters have several types says itself what it casts.
     """
-    call = copied(call, device_of(model))
+    call = on_device(call, device_of(model), copy=True)
     types = {each.dtype for each in model.parameters() if each.is_floating_point()}
     return cast_floats(call, types.pop()) if len(types) == 1 and types <= _COMPUTED else call
 
 
 _COMPUTED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # types that layers compute with
-
-
-def _moved(tensor: Tensor, device: torch.device, *, copy: bool = False) -> Tensor:
-    if tensor.is_meta and device.type != "meta":
-        raise DataError("inputs of a model must be tensors with values, got one on the meta device (inputs)")
-    return tensor.detach().to(device, copy=copy)
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
@@ -279,26 +277,15 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
     return list(getattr(value, "__dict__", {}).items())
 
 
-TILT = 0.1
-"""The imaginary part of a positive number where numbers are complex, per real part.
-
-With an imaginary part of zero it would be lost that a forward reads imaginary parts; with one as large as the real part
-two factors already would have a product without a real part.
-"""
-
-
-def random_like(call: Call, generator: torch.Generator, *, positive: bool = False) -> Call:
-    """Return a call with random numbers: standard normal, or if ``positive`` uniform in [0.5, 1.5]."""
+def random_like(call: Call, generator: torch.Generator) -> Call:
+    """Return a call with standard normal random numbers."""
 
     def draw(tensor: Tensor) -> Tensor:
         # Integers and booleans may be indices or masks, where a random value may be out of range.
         if tensor.is_complex():
-            real, imaginary = map(draw, (tensor.real, tensor.imag))
-            return torch.complex(real, imaginary * TILT if positive else imaginary)
+            return torch.complex(draw(tensor.real), draw(tensor.imag))
         if not tensor.is_floating_point():
             return tensor.clone()
-        if positive:
-            return (torch.rand(tensor.shape, generator=generator) + 0.5).to(tensor)
         return torch.randn(tensor.shape, generator=generator).to(tensor)
 
     drawn: Call = map_tensors(draw, call)
@@ -355,9 +342,9 @@ def together(call: Call, variations: tuple[Variation, ...]) -> Call | None:
     return batch
 
 
-def first_samples(call: Call, count: int = 2) -> Call:
-    """Return a call with its first samples; the call itself if it has no more."""
-    return taken(call, torch.arange(count)) if batch_size(call) > count else call
+def first_samples(call: Call) -> Call:
+    """Return a call with its first two samples; the call itself if it has no more."""
+    return taken(call, torch.arange(2)) if batch_size(call) > 2 else call
 
 
 def run_few(model: nn.Module, call: Call) -> Any:
@@ -557,7 +544,7 @@ def fitting(batch: int, knob: str = "calibration", call: Call | None = None) -> 
         yield
     except NniTopoError:
         raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+    except MODEL_ERRORS as error:
         if out_of_memory(error):
             raise
         given = "" if call is None else f" on {described(call)}"
@@ -565,10 +552,7 @@ def fitting(batch: int, knob: str = "calibration", call: Call | None = None) -> 
 
 
 def first_of_samples(call: Any) -> Tensor:
-    """Return the tensor that says how many samples a call has: the first that has dimensions; else the first of all.
-
-    A call may hold single numbers beside its samples, such as ``return_loss`` of Transformers. This is the only rule.
-    """
+    """Return the tensor that says how many samples a call has: the first that has dimensions; else the first of all."""
     tensors = tensors_of(call)
     return next((each for each in tensors if each.dim()), tensors[0])
 

@@ -18,7 +18,7 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import structure_call, structure_of
 from nni_topo.network.runtime.hooks import watched
-from nni_topo.network.runtime.inputs import Call, arguments_of, batch_size, copied, inputs_of, parts
+from nni_topo.network.runtime.inputs import Call, arguments_of, batch_size, inputs_of, on_device, parts
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of
@@ -102,7 +102,7 @@ class GradientCollector(DataCollector):
         with ExitStack() as hooks:
             labelled = (part for batch in _labelled(self.calibration) for part in parts(batch))
             for index, (inputs, targets) in enumerate(labelled):
-                call, targets = copied((arguments_of(inputs, model), targets), device)
+                call, targets = on_device((arguments_of(inputs, model), targets), device, copy=True)
                 if index == 0:
                     flow = Analysis(context.model, structure_of(context.model, call), context.facts).flow
                     for unit in copied_context.units:
