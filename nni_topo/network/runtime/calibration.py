@@ -482,11 +482,6 @@ def _ranks(labels: Iterable[int | str]) -> Tensor:
     return torch.tensor([known.setdefault(each, len(known)) for each in labels], dtype=torch.int64)
 
 
-def calibration_of(batches: Iterable[Any] | None) -> Calibration | None:
-    """Return batches as calibration data; None if there are none."""
-    return None if batches is None else Calibration.of(batches)
-
-
 _CURE = "say how many batches are read, e.g. nni_topo.Calibration(batches, max_batches=16)"
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime.calibration import Calibration, calibration_of
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.processes import Processes
 
 CONFIG = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
@@ -214,8 +214,6 @@ def test_batches_that_are_none_yet_may_say_so():
     assert repr(data) == "Calibration(not read yet)"
     assert (data.samples, data.samples_of_all) == (7, 7)
     assert repr(data) == "Calibration(2 batches, 7 samples)"
-    assert calibration_of(None) is None
-    assert calibration_of(data) is data
     loader = DataLoader(TensorDataset(torch.zeros(3, 6)), batch_size=4, drop_last=True)
     for empty in (loader, []):
         with pytest.raises(DataError, match=r"must hold at least one batch, got none"):
