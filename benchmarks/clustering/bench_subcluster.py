@@ -354,7 +354,7 @@ def grown_layers(bench: Bench, name: str, seed: int) -> dict[str, GrownLayer]:
     pruner = nni_topo.SubclusterPruner(
         copy.deepcopy(model), config, calibration=images, energy=net.energy, growth=growth, seed=seed
     )
-    metric = pruner._metric
+    metric = pruner.calculator
     found: dict[str, GrownLayer] = {}
 
     def note(clouds: Any, context: Any) -> Any:

@@ -25,8 +25,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from nni_topo import zoo
-from nni_topo.pruners.topological_magnitude.pruner import TopologicalMagnitudePruner
-from nni_topo.pruners.topological_magnitude.trees import TreeGraph
+from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner, TreeGraph
 from nni_topo.topology import convolution_graph, maximum_spanning_tree, spanning_forest
 
 SIZES = (256, 512, 1024, 2048, 4096)

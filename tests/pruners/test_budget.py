@@ -14,7 +14,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.pruners.budget import budget_outcome
 from nni_topo.pruners.solving import solve_error, solve_uniform
-from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.pruners.topological import TopologicalPruner
 from nni_topo.runs.widths import inner_layers
 
 IMAGES = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))

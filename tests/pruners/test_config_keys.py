@@ -11,8 +11,7 @@ from config_keys import CASES, OWN, kept, outcome, plain, table, written
 
 import nni_topo
 from nni_topo.pruners.selection import Cloud
-from nni_topo.pruners.topological.metric import _chosen
-from nni_topo.pruners.topological.pruner import GeneticSearch
+from nni_topo.pruners.topological import GeneticSearch, _chosen
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks import ActivationCollector, WeightCollector
 from nni_topo.pruners.clouds import preprocess_points
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.pruners.topological import TopologicalPruner
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 from nni_topo.topology import pairwise_distances
 

@@ -11,7 +11,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.budget import Budget, network_time
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_uniform
-from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.pruners.topological import TopologicalPruner
 from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
 from nni_topo.testing import toy_images, toy_model
 

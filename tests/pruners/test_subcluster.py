@@ -11,7 +11,7 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.subclustering import Growth
-from nni_topo.pruners.subcluster.pruner import SubclusterPruner
+from nni_topo.pruners.subcluster import SubclusterPruner
 from nni_topo.speedup import masked_model
 from nni_topo.testing import toy_images, toy_model
 

@@ -16,7 +16,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.hooks import WeightCollector
 from nni_topo.maths import topology
 from nni_topo.pruners.selection import Cloud
-from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.pruners.topological import TopologicalPruner
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]

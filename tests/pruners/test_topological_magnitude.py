@@ -13,7 +13,7 @@ from nni_topo.analysis import connectivity
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths import topology
 from nni_topo.pruners.rounds import prune_in_rounds
-from nni_topo.pruners.topological_magnitude.pruner import TopologicalMagnitudePruner
+from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner
 from nni_topo.testing import toy_images, toy_model
 
 LAYERS = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.7}]

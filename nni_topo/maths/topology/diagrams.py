@@ -38,9 +38,8 @@ def rips_diagram(
     dimension : int, default 0
         Homology degree, >= 0: 0 for components, 1 for loops, 2 for voids.
     engine : {"exact", "gudhi"}, default "exact"
-        ``"exact"`` takes degree 0 from the minimum spanning tree, and the rest from GUDHI's RipsPersistence,
-        which is fast since GUDHI 3.11; ``"gudhi"`` builds GUDHI's simplex tree, the reference. Both are exact,
-        with coefficients in Z/2.
+        ``"exact"`` takes degree 0 from the minimum spanning tree, and the rest from GUDHI's RipsPersistence;
+        ``"gudhi"`` builds GUDHI's simplex tree, the reference. Both are exact, with coefficients in Z/2.
     keep_infinite : bool, default True
         False leaves out the infinite bar that degree 0 has.
 
@@ -49,14 +48,6 @@ def rips_diagram(
     ndarray of float64, shape (bars, 2)
         Births and deaths in the unit of the distances, longest bar first. In degree 0 there are n bars, one
         of them with death ``inf``; ``engine="gudhi"`` leaves out those of length 0.
-
-    See Also
-    --------
-    bottleneck_distance, wasserstein_distance
-
-    References
-    ----------
-    The GUDHI project, GUDHI User and Reference Manual, https://gudhi.inria.fr.
 
     Examples
     --------

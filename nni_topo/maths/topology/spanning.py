@@ -18,8 +18,8 @@ _CHUNK_ELEMENTS = 1 << 16
 def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None) -> FloatArray:
     """Compute the finite death times of H0 of a cloud, or of many subsets of it.
 
-    In the Vietoris-Rips filtration every point is born at 0, and components die along the edges of the
-    minimum spanning tree; one component lives forever.
+    In the Vietoris-Rips filtration every point is born at 0, and components die along the edges of the minimum spanning
+    tree; one component lives forever (H. Edelsbrunner and J. Harer, Computational Topology, 2010, chapter VII).
 
     Parameters
     ----------
@@ -32,15 +32,6 @@ def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None) -> FloatAr
     -------
     ndarray of float64, shape (n - 1,) or (p, k - 1)
         Death times in the unit of the distances, sorted descending; all are entries of `distances`.
-
-    Notes
-    -----
-    Prim's algorithm over all subsets at once: k steps of O(p n) each. Memory beyond the arguments and the
-    result is bounded by a few MB. Boruvka's algorithm would take log k steps, but of O(p k^2) each.
-
-    References
-    ----------
-    H. Edelsbrunner and J. Harer, Computational Topology, AMS, 2010, chapter VII.
 
     Examples
     --------
@@ -111,7 +102,7 @@ def distinct_points(points: ArrayLike) -> int:
 
 
 def subset_deaths(distances: FloatArray, subsets: BoolArray) -> FloatArray:
-    """Do the work of `h0_deaths` on arguments that were checked before."""
+    """Do the work of `h0_deaths` on checked arguments: Prim's algorithm over all subsets at once, O(p n) a step."""
     if len(subsets) == 0:
         return np.empty((0, 0))
     size = int(np.count_nonzero(subsets[0]))

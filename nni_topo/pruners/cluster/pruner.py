@@ -83,6 +83,8 @@ class ClusterPruner(StructuredPruner):
     4
     """
 
+    calculator: ClusterMetric
+
     @pruner_arguments(
         survivor=SURVIVOR,
         pool=POOL,
@@ -111,16 +113,22 @@ class ClusterPruner(StructuredPruner):
         check_used(algorithm, type(self).__name__, n_init=n_init, min_samples=min_samples, graph=graph)
         collector = feature_collector(calibration, evaluator, model, pool)
         self.calibration = collector.calibration
-        self._metric = ClusterMetric(
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
             collector=collector,
-            survivor=rules_of(survivor),
-            algorithm=algorithm,
-            n_init=n_init,
-            min_samples=min_samples,
-            graph=graph,
-            seed=seed,
+            calculator=ClusterMetric(
+                collector=collector,
+                survivor=rules_of(survivor),
+                algorithm=algorithm,
+                n_init=n_init,
+                min_samples=min_samples,
+                graph=graph,
+                seed=seed,
+            ),
         )
-        super().__init__(model, config_list, evaluator, existed_wrappers, collector=collector, calculator=self._metric)
 
     @property
     def pairs(self) -> dict[str, dict[int, int]]:
@@ -129,7 +137,7 @@ class ClusterPruner(StructuredPruner):
         For ``nni_topo.compensate(model, masks, calibration, method=nni_topo.recovery.Pair(pruner.pairs))``, the
         correlation-based update.
         """
-        return self._metric.pairs
+        return self.calculator.pairs
 
 
 def feature_collector(

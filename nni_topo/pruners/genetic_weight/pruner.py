@@ -9,28 +9,140 @@ University of Manitoba, 2018, section 4.1, Algorithm 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import ConfigError
-from nni_topo.maths.search.weights import HistoryRow, WeightGeneticAlgorithm, WeightSearch
+from nni_topo.maths.search.weights import (
+    BoolArray,
+    FloatArray,
+    GeneLayer,
+    HistoryRow,
+    WeightGeneticAlgorithm,
+    WeightSearch,
+)
 from nni_topo.network.runtime.arguments import BATCHES
 from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copies import evaluation_mode
+from nni_topo.network.runtime.memory import check_memory
+from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_single_weights, of_single_weights, pruner_arguments
-from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration
-from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
+from nni_topo.pruners.genetic_weight.population import MaskedScores, PopulationAccuracy
+from nni_topo.pruners.genetic_weight.state import load_state, save_state
+from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
+from nni_topo.pruners.topological_magnitude import MagnitudeCollector
 from nni_topo.pruners.units import in_network_order, is_active
-from nni_topo.rules import NONE, as_settings, settings, whole
+from nni_topo.rules import NONE, as_settings, check_answer, check_result, settings, whole
+
+_logger = logging.getLogger(__name__)
+
+OnGeneration = Callable[[WeightGeneticAlgorithm], bool | None]
+Accuracies = Callable[[Iterator[BoolArray]], FloatArray]
+
+
+@dataclass(kw_only=True, eq=False)
+class GeneticMetric(MetricCalculator):
+    """Keeps the weights that the fittest individual of a search uses; knobs of the pruner."""
+
+    settings: WeightSearch
+    validation: list[Any] | None
+    evaluate: Callable[[nn.Module], float] | None
+    seed: int
+    state: str | Path | None
+    on_generation: OnGeneration | None
+    max_bytes: int
+    n_jobs: int
+    progress: bool | None
+    evolution: WeightGeneticAlgorithm | None = field(default=None, init=False)
+    start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
+
+    def calculate(self, data: Data, context: PruningContext) -> KeptSet:
+        """Search, from the file of an earlier search on where there is one."""
+        names = [unit.members[0][0] for unit in context.units]
+        weights = [context.target_spaces[name]["weight"].target for name in names]
+        flat = [weight.detach().cpu().float().flatten() for weight in weights]
+        self.start_weights = torch.cat(flat).numpy()
+        layers = []
+        for name, unit in zip(names, context.units, strict=True):
+            most = min(1.0 if unit.sparse_ratio is None else unit.sparse_ratio, unit.max_sparse_ratio)
+            layers.append(GeneLayer(data[name]["weight"].numpy().ravel().astype(np.float32), most))
+        # Magnitudes and a child that is bred, parents and children in bits, and those that run together.
+        needed = (20 + self.settings.population_size / 4) * len(self.start_weights) + self.max_bytes
+        cure = "fewer layers (op_names), a smaller population_size (search) or max_bytes take less"
+        check_memory(needed, f"a population on {len(self.start_weights)} weights", cure, "+".join(names))
+        search = WeightGeneticAlgorithm(
+            layers, self._accuracies(context, names, weights), self.settings, seed=self.seed
+        )
+        if self.state is not None and Path(self.state).exists():
+            load_state(search, self.state)
+        self.evolution, is_judged = search, False
+        done = search.generation + 1
+        with bar("searching weights", self.progress, total=self.settings.generations + 1, done=done) as shown:
+
+            def after(current: WeightGeneticAlgorithm) -> bool:
+                nonlocal is_judged
+                shown.update()
+                is_judged = is_judged or self._tell_if_constant(current)
+                if self.state is not None:
+                    save_state(current, self.state)
+                if self.on_generation is None:
+                    return False
+                return check_answer("on_generation", self.on_generation(current), "genetic_weight")
+
+            search.run(after)
+        genes = search.genes(search.best())
+        kept = np.split(genes, np.cumsum([unit.blocks for unit in context.units])[:-1])
+        return context.keep({unit.name: own for unit, own in zip(context.units, kept, strict=True)})
+
+    def _tell_if_constant(self, search: WeightGeneticAlgorithm) -> bool:
+        """Warn where all individuals of a generation are equally accurate; say whether any of them lost a weight."""
+        rows = [row for row in search.history if row.generation == search.generation]
+        if all(row.compression == 0.0 for row in rows):
+            return False  # with a damage_rate of 0 there is nothing to compare yet
+        if len({row.accuracy for row in rows}) == 1:
+            _logger.warning(
+                "the accuracy must differ between individuals for the search to look at it, got %g for all %d of "
+                "generation %d (genetic_weight)",
+                rows[0].accuracy,
+                len(rows),
+                search.generation,
+            )
+        return True
+
+    def _accuracies(self, context: PruningContext, names: list[str], weights: list[Tensor]) -> Accuracies:
+        if self.validation is not None:
+            return PopulationAccuracy(
+                context.model, names, self.validation, max_bytes=self.max_bytes, n_jobs=self.n_jobs
+            )
+
+        def score() -> float:
+            # In evaluation mode: or each individual's batch norms would have seen those before it.
+            with evaluation_mode(context.model):
+                if self.evaluate is not None:
+                    return check_result("evaluate", self.evaluate(context.model), "genetic_weight")
+                with torch.no_grad():
+                    metric = context.evaluate()
+                if isinstance(metric, tuple):
+                    metric = metric[0]
+                return check_result("an evaluator's evaluating function", metric, "evaluator")
+
+        spaces = [context.target_spaces[name] for name in names]
+        biases = [each["bias"].target if "bias" in each else None for each in spaces]
+        return MaskedScores(weights, biases, score)
+
 
 if TYPE_CHECKING:
     import pandas
@@ -99,6 +211,7 @@ class GeneticWeightPruner(StructuredPruner):
     """
 
     needs_rule = False
+    calculator: GeneticMetric
 
     @pruner_arguments(
         validation=BATCHES | NONE,
@@ -129,50 +242,43 @@ class GeneticWeightPruner(StructuredPruner):
         self.validation = None if validation is None else list(Calibration(validation, name="validation"))
         if state is not None:
             check_output_file(path_of(state, "state"), makes_folder=True)
-        self._metric = GeneticMetric(
-            settings=self.search,
-            validation=self.validation,
-            evaluate=evaluate,
-            seed=seed,
-            state=state,
-            on_generation=on_generation,
-            max_bytes=max_bytes,
-            n_jobs=n_jobs,
-            progress=progress,
-        )
         super().__init__(
             model,
             of_single_weights(config_list),
             evaluator,
             existed_wrappers,
             collector=MagnitudeCollector(),
-            calculator=self._metric,
+            calculator=GeneticMetric(
+                settings=self.search,
+                validation=self.validation,
+                evaluate=evaluate,
+                seed=seed,
+                state=state,
+                on_generation=on_generation,
+                max_bytes=max_bytes,
+                n_jobs=n_jobs,
+                progress=progress,
+            ),
         )
 
     @property
     def evolution(self) -> WeightGeneticAlgorithm:
-        """The latest search: its individuals, settings and history.
-
-        Raises
-        ------
-        ConfigError
-            If there was none yet.
-        """
-        if self._metric.evolution is None:
+        """The latest search: its individuals, settings and history; ConfigError if there was none yet."""
+        if self.calculator.evolution is None:
             raise ConfigError("a search must have run, got none: call compress() first (GeneticWeightPruner)")
-        return self._metric.evolution
+        return self.calculator.evolution
 
     @property
     def start_weights(self) -> NDArray[np.float32]:
         """The targets' weights as the latest search found them, in a row: shape ``(genes,)``."""
-        return self._metric.start_weights
+        return self.calculator.start_weights
 
     @property
     def history(self) -> pandas.DataFrame:
         """A row per generation and individual: fitness, accuracy, compression, generation of birth, last partner."""
         import pandas
 
-        evolution = self._metric.evolution
+        evolution = self.calculator.evolution
         return pandas.DataFrame([] if evolution is None else evolution.history, columns=HistoryRow._fields)
 
     def wrap_model(self) -> None:

@@ -21,7 +21,7 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.hooks import Masks
-from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.pruners.topological import TopologicalPruner
 from nni_topo.rules import all_of, whole
 from nni_topo.runs.choices import Target
 from nni_topo.runs.run import pruner_knobs

@@ -7,7 +7,7 @@ from torch import nn
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.clouds.traced import CoupledWeightCollector
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.pruners.topological import TopologicalPruner
 from nni_topo.speedup import dependency_groups
 from nni_topo.testing import toy_images, toy_model
 

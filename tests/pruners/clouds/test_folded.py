@@ -8,7 +8,7 @@ from nni_topo import dependency_groups
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks import FoldedWeightCollector
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.pruners.topological import TopologicalPruner
 from nni_topo.testing import toy_images, toy_model
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks import GradientCollector
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.pruners.topological.pruner import TopologicalPruner
+from nni_topo.pruners.topological import TopologicalPruner
 from nni_topo.testing import toy_images, toy_model
 from nni_topo.topology import pairwise_distances
 

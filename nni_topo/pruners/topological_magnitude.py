@@ -8,23 +8,119 @@ Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, sect
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.topology.layer_graphs import LayerGraph
+from nni_topo.maths.topology.layer_trees import channel_tree, plane_trees, spanning_forest
 from nni_topo.network.layers.derived import graph_of_convolution
 from nni_topo.network.layers.kinds import CONVOLUTIONS
 from nni_topo.network.runtime.hooks import example_inputs_of
+from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.pruners.allocators import keep_highest
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_single_weights, of_single_weights, pruner_arguments
-from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector, OnSubcritical, TreeGraph, TreeMetric
-from nni_topo.pruners.units import in_network_order, is_active
+from nni_topo.pruners.hooks import Data, DataCollector, KeptSet, MetricCalculator, PruningContext
+from nni_topo.pruners.units import PruningUnit, in_network_order, is_active
+
+BoolArray = NDArray[np.bool_]
+OnSubcritical = Literal["raise", "clip"]
+TreeGraph = Literal["channel", "toeplitz", "toeplitz_full"]
+_LEAST = 1e-300
+_COPIES = 4  # of the magnitudes of all layers, in float64, while trees are computed
+
+
+class MagnitudeCollector(DataCollector):
+    """|w| of every weight; what a former mask took counts as 0, and as less than a 0 that was kept."""
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return float64 columns ``(weights, 1)`` on the CPU."""
+        weights = sum(unit.blocks for unit in context.units)
+        check_memory(8 * _COPIES * weights, f"magnitudes of {weights} weights", "name fewer layers", "op_names")
+
+        def points(_: PruningUnit, module: str, target: str) -> Tensor:
+            space = context.target_spaces[module][target]
+            size: Tensor = space.target.detach().to("cpu", torch.float64).abs().clamp(min=_LEAST)
+            return (size if space.mask is None else size * space.mask.to("cpu", torch.float64)).reshape(-1, 1)
+
+        return context.collected(points)
+
+
+@dataclass(kw_only=True, eq=False)
+class TreeMetric(MetricCalculator):
+    """Keeps the largest weights, as many as planned, but never less than a layer's tree: else raises, or clips."""
+
+    conv_graph: TreeGraph
+    graphs: Mapping[str, LayerGraph]
+    on_subcritical: OnSubcritical
+
+    def calculate(self, data: Data, context: PruningContext) -> KeptSet:
+        """Keep trees, and of the other weights the largest."""
+        trees = self.trees(data, context)
+        # Weights that must be kept get the highest score.
+        worth = {
+            unit.name: np.where(trees[unit.name], np.inf, data[module][target].numpy().reshape(-1))
+            for unit in context.units
+            for module, target in unit.members
+        }
+        rows = context.rows(lambda unit: worth[unit.name])
+        sizes = {name: int(tree.sum()) for name, tree in trees.items()}
+        if self.on_subcritical == "raise":
+            _check_critical(context.units, rows, sizes)
+        return context.keep(
+            {u.name: keep_highest(u, worth[u.name], max(rows[u.name], sizes[u.name])) for u in context.units}
+        )
+
+    def trees(self, data: Data, context: PruningContext) -> dict[str, BoolArray]:
+        """Return the weights of each unit's tree, ``(weights,)``."""
+        found = {}
+        for unit in context.units:
+            ((module, target),) = unit.members
+            space = context.target_spaces[module][target]
+            layer, sizes = space._wrapper.module, data[module][target].reshape(space.target.shape).numpy()
+            if not np.isfinite(sizes).all():
+                raise DataError(f"weights must be finite, got NaN or infinite values ({module})")
+            if isinstance(layer, nn.Linear) or self.conv_graph == "channel":
+                mask = channel_tree(sizes, groups=getattr(layer, "groups", 1))
+            elif self.conv_graph == "toeplitz":
+                mask = plane_trees(sizes, self.graphs[module])
+            else:
+                mask = np.zeros(sizes.size, dtype=np.bool_)
+                mask[spanning_forest(sizes, self.graphs[module]).elements] = True
+            found[unit.name] = mask.reshape(-1)
+        return found
+
+
+def _check_critical(units: list[PruningUnit], rows: dict[str, int], sizes: dict[str, int]) -> None:
+    """Refuse ratios that leave a layer, or the layers of a global group, less than the spanning trees' sizes."""
+    groups: dict[object, list[PruningUnit]] = defaultdict(list)
+    for unit in units:
+        if unit.sparse_ratio is not None:
+            groups[unit.name if unit.global_group_id is None else (unit.global_group_id,)].append(unit)
+    for group in groups.values():
+        # A layer whose own minimum takes of its tree is to blame alone, else all that share a ratio are.
+        alone = [unit for unit in group if unit.kept_rows(0) < sizes[unit.name]]
+        if alone or any(rows[unit.name] < sizes[unit.name] for unit in group):
+            blamed = alone[:1] or group
+            kept, total = sum(rows[unit.name] for unit in blamed), sum(unit.blocks for unit in blamed)
+            tree = sum(max(sizes[unit.name], unit.blocks - unit.removable_rows[1]) for unit in blamed)
+            raise ConfigError(
+                f"sparse_ratio must leave a layer its spanning tree of {tree} of {total} weights, so be at most "
+                f"{1 - tree / total:.6g} (compression {total / tree:.5f}), got {kept} left; on_subcritical='clip' "
+                f"keeps the tree ({'+'.join(unit.name for unit in blamed)})"
+            )
 
 
 class TopologicalMagnitudePruner(StructuredPruner):
@@ -78,6 +174,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
     (20, 5.26)
     """
 
+    calculator: TreeMetric
+
     @pruner_arguments()
     def __init__(
         self,
@@ -102,20 +200,19 @@ class TopologicalMagnitudePruner(StructuredPruner):
             for name, module in model.named_modules():
                 if isinstance(module, CONVOLUTIONS) and name in planes:
                     graphs[name] = graph_of_convolution(module, planes[name][0])
-        self._metric = TreeMetric(conv_graph=conv_graph, graphs=graphs, on_subcritical=on_subcritical)
         super().__init__(
             model,
             of_single_weights(config_list),
             evaluator,
             existed_wrappers,
             collector=MagnitudeCollector(),
-            calculator=self._metric,
+            calculator=TreeMetric(conv_graph=conv_graph, graphs=graphs, on_subcritical=on_subcritical),
         )
 
     def critical_ratios(self) -> dict[str, float]:
         """Return how far each layer's weights can be pruned now: all of them over those of its tree, by module name."""
         context = self.context
-        trees = self._metric.trees(self.collector.collect(context), context)
+        trees = self.calculator.trees(self.collector.collect(context), context)
         return {unit.members[0][0]: unit.blocks / int(trees[unit.name].sum()) for unit in context.units}
 
     def wrap_model(self) -> None:
@@ -126,7 +223,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
                 if not is_active(space):
                     continue
                 check_single_weights(name, target, space, "a spanning tree needs the weight")
-                reached = self.conv_graph == "channel" or name in self._metric.graphs
+                reached = self.conv_graph == "channel" or name in self.calculator.graphs
                 if not reached and not isinstance(space._wrapper.module, nn.Linear):
                     raise ConfigError(
                         f"conv_graph {self.conv_graph!r} needs example_inputs that run every layer, got one that isn't "
@@ -139,7 +236,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
                 f"({', '.join(self._target_spaces)})"
             )
         # A ratio that is too high is refused here, while the model isn't wrapped.
-        self._metric.calculate(self.collector.collect(context), context)
+        self.calculator.calculate(self.collector.collect(context), context)
         super().wrap_model()
 
     def _set_default_sparse_granularity(self, target_space: PruningTargetSpace) -> list[int] | str | None:
