@@ -25,7 +25,7 @@ THOROUGH = (*("maths", "recovery", "pruners", "studies", "network/runtime/test_c
 QUICK = (
     *("maths/topology/test_spanning.py", "maths/topology/test_covering.py"),
     *("maths/topology/test_clouds.py", "maths/clustering", "maths/test_ties.py", "maths/test_near_ties.py"),
-    *("maths/search/test_subsets.py", "pruners/cluster/test_survivors.py", "pruners/test_reconstruction.py"),
+    *("maths/search/test_subsets.py", "pruners/test_survivors.py", "pruners/test_reconstruction.py"),
     "maths/least_squares/test_greedy.py",
 )
 # Prescott has the narrowest sums of all: more tests failed under it than under any other.

@@ -22,9 +22,16 @@ from nni_topo.maths.clustering.subclustering import ENERGY, Growth, SplitTree, g
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.features import POOL, Pool
-from nni_topo.pruners.cluster.metric import Clusters, FeatureCloud, SurvivorMetric, merging_losses
-from nni_topo.pruners.cluster.pruner import feature_collector
-from nni_topo.pruners.cluster.survivors import SURVIVOR, Survivor, is_convolution, rules_of
+from nni_topo.pruners.cluster import (
+    SURVIVOR,
+    Clusters,
+    FeatureCloud,
+    Survivor,
+    SurvivorMetric,
+    feature_collector,
+    is_convolution,
+    merging_losses,
+)
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.rules import NONE, all_of, as_settings, settings
@@ -217,7 +224,7 @@ class SubclusterPruner(StructuredPruner):
             collector=collector,
             calculator=SubclusterMetric(
                 collector=collector,
-                survivor=rules_of(survivor),
+                survivor=survivor,
                 growth=self.growth,
                 energy=energy,
                 seed=seed,

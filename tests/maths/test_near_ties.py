@@ -14,8 +14,8 @@ from nni_topo.maths.least_squares.greedy import Products, forward_selection
 from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.pruners.allocators import keep_highest
-from nni_topo.pruners.cluster.survivors import best_of
-from nni_topo.pruners.energy.pruner import cumulative_shares
+from nni_topo.pruners.cluster import best_of
+from nni_topo.pruners.energy import cumulative_shares
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.solving import solve_tolerance
 from nni_topo.pruners.units import PruningUnit

@@ -12,7 +12,7 @@ import nni_topo
 from nni_topo.clustering import ALGORITHMS, GRAPHS
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.clustering import partition
-from nni_topo.pruners.cluster.pruner import ClusterPruner
+from nni_topo.pruners.cluster import ClusterPruner
 from nni_topo.testing import toy_evaluator, toy_model
 
 HIDDEN = {"op_names": ["0"]}

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
 from nni_topo.hooks import ActivationCollector
+from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
-from nni_topo.pruners.energy.collectors import DataEnergyCollector
+from nni_topo.pruners.energy import DataEnergyCollector
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.recovery import distillation
@@ -40,8 +41,8 @@ REAL = [{"input_ids": IDS[MASK == 1][:, None]}]
 
 
 def products(collector):
-    def found(batches, evaluator=None):
-        pruner = RandomPruner(Words(), [{"op_names": ["fc1"], "sparse_ratio": 0.5}], evaluator)
+    def found(batches):
+        pruner = RandomPruner(Words(), [{"op_names": ["fc1"], "sparse_ratio": 0.5}])
         points = collector(batches).collect(pruner.context)["fc1"]["weight"]
         return points @ points.T
 
@@ -84,7 +85,7 @@ def test_nor_does_padding_that_an_evaluator_evaluates_on():
     sgd = nni.trace(torch.optim.SGD)(Words().parameters(), lr=0.1)
     evaluator = TorchEvaluator(lambda *_: None, sgd, None, evaluating_func=evaluate)
     found = products(ActivationCollector)
-    torch.testing.assert_close(found(None, evaluator), found(REAL))
+    torch.testing.assert_close(found(batches_of(evaluator, Words())), found(REAL))
 
 
 @pytest.mark.parametrize("objective", ["kl", "squares"])

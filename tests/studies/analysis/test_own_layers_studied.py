@@ -9,7 +9,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.layers.derived import head
-from nni_topo.pruners.energy.responses import chirp_response_energy
+from nni_topo.pruners.energy import chirp_response_energy
 from nni_topo.studies.analysis.bounds.propagation import error_bound
 from nni_topo.studies.analysis.connectivity import connectivity
 from nni_topo.studies.analysis.magnitude import with_sparse_linears

@@ -17,7 +17,7 @@ from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dependency import dependency_groups
-from nni_topo.pruners.energy.pruner import EnergyFilterPruner
+from nni_topo.pruners.energy import EnergyFilterPruner
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 

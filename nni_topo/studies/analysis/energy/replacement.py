@@ -20,8 +20,7 @@ from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.pruners.energy.pruner import EnergyFilterPruner
-from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
+from nni_topo.pruners.energy import EnergyFilterPruner, chirp_response_energy, input_sizes
 from nni_topo.rules import all_of, check_fields, number, one_of, whole
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 

@@ -16,7 +16,7 @@ from nni_topo import zoo
 from nni_topo.errors import unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.network.speedup.dense import to_dense
-from nni_topo.pruners.energy.collectors import Normalization
+from nni_topo.pruners.energy import Normalization
 from nni_topo.pruners.hooks import Masks
 from nni_topo.rules import number, one_of, whole
 from nni_topo.runs.provenance import Record

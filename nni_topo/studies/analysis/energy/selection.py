@@ -36,7 +36,7 @@ from nni_topo.network.runtime.inputs import fitting
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.pruners.energy.pruner import EnergyFilterPruner
+from nni_topo.pruners.energy import EnergyFilterPruner
 from nni_topo.rules import all_of, one_of
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 

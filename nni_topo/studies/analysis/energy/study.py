@@ -24,7 +24,7 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.pruners.energy.pruner import EnergyFilterPruner
+from nni_topo.pruners.energy import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, unit_scores
 from nni_topo.rules import instance, number
 from nni_topo.runs.provenance import Record

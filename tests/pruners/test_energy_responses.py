@@ -13,9 +13,15 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths import signals
-from nni_topo.pruners.energy.collectors import ChirpEnergyCollector, DataEnergyCollector, masked_parameters
-from nni_topo.pruners.energy.pruner import CumulativeEnergyMetric, cumulative_shares
-from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
+from nni_topo.pruners.energy import (
+    ChirpEnergyCollector,
+    CumulativeEnergyMetric,
+    DataEnergyCollector,
+    chirp_response_energy,
+    cumulative_shares,
+    input_sizes,
+    masked_parameters,
+)
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.testing import toy_images, toy_model
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.clouds.features import FeatureCollector
-from nni_topo.pruners.cluster.survivors import best_of, survivor_scores
+from nni_topo.pruners.cluster import best_of, survivor_scores
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.testing import toy_images, toy_model
 

@@ -1,0 +1,416 @@
+"""Clustered pruning: one neuron or filter of each cluster of features is kept.
+
+Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+Technology, 2019, chapter 4, algorithm 1; on which neuron of a cluster is kept, sections 4.3.1 and 5.3.5.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from torch import nn
+
+from nni_topo.context import leaving_out
+from nni_topo.errors import ConfigError, DataError, LayerError
+from nni_topo.maths.clustering import partition
+from nni_topo.maths.clustering.partition import Algorithm, FloatArray, IntArray, NeighbourGraph, check_used
+from nni_topo.maths.ties import FLOOR, RELATIVE, descending, first_largest, leveled
+from nni_topo.network.channels.ids import Layer
+from nni_topo.network.layers.kinds import by_output, through_norms
+from nni_topo.network.runtime.hooks import pruner_batches
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.budget import Budget
+from nni_topo.pruners.checks import pruner_arguments
+from nni_topo.pruners.clouds.features import POOL, FeatureCollector, Pool, TracedNetwork
+from nni_topo.pruners.clouds.functional import read_strength, readers_of
+from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
+from nni_topo.pruners.planner import Planner
+from nni_topo.pruners.units import PruningUnit, output_blocks
+from nni_topo.rules import all_of, one_of, whole
+
+_CONSTANT = 1e-12
+_MATRICES = {"kmeans": 0.5, "spectral": 7.0, "dbscan": 6.0}  # float64 numbers that are held for each pair of neurons
+# Features were summed in single precision: near ties of distances are measured by the points' size, not by their own.
+_MEASURED = RELATIVE / FLOOR
+
+RULES = ("random", "center", "weight", "bias", "bias_norm")
+AUTO = ("auto",)
+
+Survivor = str | Sequence[str]
+
+
+SURVIVOR = one_of((*AUTO, *RULES)) | all_of(one_of(RULES), Sequence, least=1)
+
+
+def survivor_scores(
+    rules: tuple[str, ...],
+    unit: PruningUnit,
+    context: PruningContext,
+    network: TracedNetwork,
+    closeness: FloatArray,
+    generator: np.random.Generator,
+) -> FloatArray:
+    """Score the neurons of a unit, ``(blocks,)`` float64, by a rule or the mean rank of several; highest = kept."""
+    if rules == AUTO:
+        has_bias = is_convolution(unit, context) and offsets(unit, context, network) is not None
+        rules = ("bias_norm",) if has_bias else ("weight",)
+    scores = []
+    for rule in rules:
+        if rule == "random":
+            scores.append(generator.random(unit.blocks))
+        elif rule == "center":
+            scores.append(closeness)
+        elif rule == "weight":
+            scores.append(_connections(unit, context, network))
+        else:
+            biases = offsets(unit, context, network)
+            if biases is None:
+                raise ConfigError(f"survivor {rule!r} needs a bias or a batch norm, got neither ({unit.name})")
+            scores.append(biases if rule == "bias" else np.abs(biases))
+    # Rules have units of their own (distances, sums of weights, biases): several are comparable by ranks alone.
+    return scores[0] if len(scores) == 1 else np.mean([rankdata(leveled(each)) for each in scores], axis=0)
+
+
+def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:
+    """Say whether a unit's first layer is a convolution."""
+    return isinstance(context.model.get_submodule(unit.members[0][0]), nn.modules.conv._ConvNd)
+
+
+def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray | None:
+    """Return a unit's constants ``(blocks,)``, of biases and batch norms, summed over members; None: it has none."""
+    found: list[FloatArray] = []
+    modules = dict(context.model.named_modules())
+    for name in dict.fromkeys(module_name for module_name, _ in unit.members):
+        norms = [modules[norm] for norm in network.taps[name].norms]
+        bias = getattr(modules[name], "bias", None)
+        if bias is not None or norms:
+            constant = torch.zeros(network.flow.layers[name].channels) if bias is None else bias
+            # What counts is what arrives at the activation: the bias as the batch norms on the way change it.
+            found.append(through_norms(norms, constant)[1].cpu().numpy().reshape(unit.blocks, -1).sum(1))
+    return np.sum(found, axis=0) if found else None
+
+
+def best_of(labels: IntArray, scores: FloatArray) -> IntArray:
+    """Return the kept node for each node, ``(n,)``: the one with its cluster's highest score; -1 for nodes in none."""
+    best = np.full(len(labels), -1, dtype=np.intp)
+    for label in np.unique(labels[labels >= 0]):
+        members = np.flatnonzero(labels == label)
+        best[members] = members[first_largest(scores[members])]
+    return best
+
+
+def _connections(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray:
+    """Sum the absolute weights into and out of each neuron, equation (4.12)."""
+    total = np.zeros(unit.blocks)
+    for module_name, target_name in unit.members:
+        space = context.target_spaces[module_name][target_name]
+        weight = by_output(space.target, space._wrapper.module).detach().double().cpu().numpy()
+        total += np.abs(weight).reshape(unit.blocks, -1).sum(1)
+    with suppress(LayerError):  # no layer reads the channels: they are the model's output, say
+        for reader in readers_of(unit, network.flow, context):
+            total += read_strength(reader.module, reader.places, 1.0).sum(1).numpy()
+    return total
+
+
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class FeatureCloud:
+    """One part of a unit: its neurons' features ``(rows, d)``, those of all members side by side."""
+
+    points: FloatArray
+    deviations: FloatArray
+    names: IntArray
+
+    @cached_property
+    def covariance(self) -> FloatArray:
+        """Covariances between the neurons, shape (rows, rows)."""
+        covariance: FloatArray = self.deviations @ self.deviations.T
+        return covariance
+
+    @property
+    def alive(self) -> BoolArray:
+        """Which neurons ever put out anything but zero, shape (rows,)."""
+        alive: BoolArray = (self.points != 0).any(1)
+        return alive
+
+    def living(self) -> FeatureCloud:
+        """Return the cloud without its dead neurons."""
+        kept = self.alive
+        return self if kept.all() else FeatureCloud(self.points[kept], self.deviations[kept], self.names[kept])
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Each neuron's cluster, ``(blocks,)``, -1 for dead ones, none in two parts; the rows that each part keeps."""
+
+    labels: IntArray
+    rows: int
+
+
+@dataclass(kw_only=True, eq=False)
+class SurvivorMetric(MetricCalculator):
+    """Keeps one neuron of each cluster, by the ``survivor`` rules."""
+
+    collector: FeatureCollector
+    survivor: Survivor
+    seed: int
+    # By layer, of the latest call: the survivor of each pruned neuron. Dead neurons need none.
+    pairs: dict[str, dict[int, int]] = field(default_factory=dict, init=False)
+
+    @abstractmethod
+    def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
+        """Return the clusters of every unit, given the clouds of its parts."""
+
+    def calculate(self, data: Data, context: PruningContext) -> KeptSet:
+        """Cluster every unit and choose the neurons to keep."""
+        layers = self.collector.network.flow.layers
+        clouds = {unit.name: _clouds(unit, data, layers) for unit in context.units}
+        found = self.cluster(clouds, context)
+        generator = np.random.default_rng(self.seed)
+        rules = (self.survivor,) if isinstance(self.survivor, str) else tuple(self.survivor)
+        self.pairs = {}
+        kept = {}
+        for unit in context.units:
+            points = np.concatenate([cloud.points for cloud in clouds[unit.name]])
+            closeness = _closeness(points, found[unit.name].labels)
+            scores = survivor_scores(rules, unit, context, self.collector.network, closeness, generator)
+            kept[unit.name] = self._kept(unit, points, found[unit.name], scores, context)
+        return context.keep(kept)
+
+    def _kept(
+        self, unit: PruningUnit, points: FloatArray, clusters: Clusters, scores: FloatArray, context: PruningContext
+    ) -> BoolArray:
+        """Choose the kept neurons of a unit and remember which neurons each stands for."""
+        labels = clusters.labels
+        best = best_of(labels, scores)
+        distances = np.where(labels < 0, -1.0, np.linalg.norm(points - points[best], axis=1))
+        kept = np.zeros(unit.blocks, dtype=bool)
+        kept[best[best >= 0]] = True
+        for part in np.arange(unit.blocks).reshape(unit.parts, unit.rows):
+            others = part[~kept[part]]
+            # Where a cap or another part asks for more neurons than there are clusters, those farthest from the
+            # survivor of their cluster are kept too; dead ones last.
+            lacking = clusters.rows - (len(part) - len(others))
+            kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
+        pruned = np.flatnonzero(~kept & (best >= 0))
+        lead, target = unit.members[0]
+        outputs = output_blocks(context.target_spaces[lead][target], "clusters")
+        both = zip(outputs[pruned].ravel().tolist(), outputs[best[pruned]].ravel().tolist(), strict=True)
+        self.pairs[lead] = dict(both)
+        return kept
+
+
+@dataclass(kw_only=True, eq=False)
+class ClusterMetric(SurvivorMetric):
+    """As many clusters as the config_list leaves neurons, by :func:`~nni_topo.maths.clustering.partition`."""
+
+    algorithm: str
+    n_init: int
+    min_samples: int
+    graph: str
+
+    def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
+        """Return the clusters of every unit."""
+        cure = f"{leaving_out()}, or take algorithm='kmeans'"
+        context.check_memory(_MATRICES.get(self.algorithm, 2.0), cure)
+        rows = context.rows(lambda unit: merging_losses(clouds[unit.name]))
+        return {u.name: self._clusters(u, clouds[u.name], rows[u.name], context.planner) for u in context.units}
+
+    def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], rows: int, planner: Planner) -> Clusters:
+        alive = max(int(cloud.alive.sum()) for cloud in parts)
+        # If any are pruned all dead neurons are, even more than the ratio asks for; the maximum ratio holds.
+        if rows < unit.rows:
+            rows = planner.rounded(unit, max(1, min(rows, alive), unit.rows - unit.removable_rows[1]))
+        labels = np.full(unit.blocks, -1, dtype=np.intp)
+        for cloud in (part.living() for part in parts):
+            if len(cloud.names):
+                found = partition(
+                    cloud.points,
+                    min(rows, len(cloud.names)),
+                    self.algorithm,
+                    seed=self.seed,
+                    n_init=self.n_init,
+                    min_samples=self.min_samples,
+                    graph=self.graph,
+                )
+                labels[cloud.names] = found + labels.max() + 1
+        return Clusters(labels, rows)
+
+
+def _clouds(unit: PruningUnit, data: Data, layers: Mapping[str, Layer]) -> list[FeatureCloud]:
+    """Join the members' features, of a neuron those of all its channels, and cut them into the unit's parts."""
+    members = [data[m][t].unflatten(1, (layers[m].channels // unit.blocks, -1)).numpy() for m, t in unit.members]
+    points, deviations = (
+        np.concatenate([each.reshape(unit.blocks, -1) for each in some], axis=1) / np.sqrt(len(members))
+        for some in (members, [each[..., 1:] for each in members])
+    )
+    scale = np.square(points).sum()
+    if scale > 0 and np.square(deviations).sum() <= _CONSTANT * scale:
+        raise DataError(f"features must vary over the calibration samples, got constants for all neurons ({unit.name})")
+    names = np.arange(unit.blocks, dtype=np.intp).reshape(unit.parts, unit.rows)
+    return [FeatureCloud(points[rows], deviations[rows], rows) for rows in names]
+
+
+def _closeness(points: FloatArray, labels: IntArray) -> FloatArray:
+    """Return the negative distance of each neuron to its cluster's mean, ``(blocks,)``; 0 for those in none."""
+    closeness = np.zeros(len(points))
+    scale = _MEASURED * float(np.linalg.norm(points, axis=1).max(initial=0.0))
+    for label in np.unique(labels[labels >= 0]):
+        members = labels == label
+        distances = np.linalg.norm(points[members] - points[members].mean(0), axis=1)
+        # Of a pair both are as far from the mean, which rounding mustn't deny.
+        closeness[members] = leveled(-distances, scale)
+    return closeness
+
+
+def merging_losses(parts: list[FeatureCloud]) -> FloatArray:
+    """Return what each cluster more is worth, in units of the mean, shape (blocks,)."""
+    from scipy.cluster.hierarchy import linkage
+
+    heights = np.zeros((len(parts), len(parts[0].points)))
+    for part, cloud in enumerate(parts if heights.shape[1] > 1 else ()):
+        # The j-th cluster is worth the distance at which Ward's agglomeration would merge it into fewer.
+        merges = linkage(cloud.points, "ward")[::-1, 2]
+        heights[part] = np.concatenate([merges[:1], merges])
+    mean = heights.mean()
+    return (heights / mean if mean > 0 else heights).reshape(-1)
+
+
+class ClusterPruner(StructuredPruner):
+    """Cluster the neurons of each layer by what they put out, and keep one of each cluster.
+
+    Parameters
+    ----------
+    model, evaluator, existed_wrappers, calibration, budget, example_inputs, round_to, seed
+        As for :class:`~nni_topo.StructuredPruner`.
+    config_list : list of dict
+        NNI's config_list. The ratio says how many clusters there are; the members of a ``dependency_group_id`` are
+        clustered together, features side by side. ``sparse_threshold`` and ``global_group_id`` compare layers by the
+        distances at which Ward's agglomeration merges clusters, in units of the layer's mean.
+    algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
+        See :func:`nni_topo.maths.clustering.partition`. Points of noise of DBSCAN are kept.
+    survivor : str or sequence of str, default="auto"
+        Which neuron of a cluster is kept: ``"random"``; ``"center"``, the nearest to its mean; ``"weight"``, the
+        largest sum of absolute weights on both sides (4.12); ``"bias"``, the largest bias (4.13); ``"bias_norm"``, the
+        largest absolute bias. Of several the ranks are averaged. A batch norm after the layer is part of the bias.
+        ``"auto"``: ``"bias_norm"`` for convolutions with a bias or a batch norm, else ``"weight"``.
+    pool : {"none", "mean"} or int, default="none"
+        Feature maps as they are, averaged to one value, or to so many in each direction.
+    n_init : int, default=3
+        Starts of k-means and mixtures, at least 1.
+    min_samples : int, default=3
+        DBSCAN's number of points that make a core, at least 1.
+    graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
+        The graph of spectral clustering, see :func:`nni_topo.maths.clustering.partition`.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If a knob or the request is bad, before the model is wrapped. If there are fewer than two samples, or all
+        features of a layer are constant, when masks are made.
+
+    See Also
+    --------
+    SubclusterPruner : Finds the number of clusters itself.
+
+    Notes
+    -----
+    Neurons that are zero on all samples are all pruned, if anything is pruned, unless the layer would be empty.
+
+    References
+    ----------
+    .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+       Technology, 2019, chapter 4.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> config_list = [{"op_names": ["0"], "sparse_ratio": 0.75}]
+    >>> pruner = ClusterPruner(model, config_list, calibration=[torch.randn(64, 4)], algorithm="ward")
+    >>> _, masks = pruner.compress()
+    >>> int(masks["0"]["bias"].sum())
+    4
+    """
+
+    calculator: ClusterMetric
+
+    @pruner_arguments(
+        survivor=SURVIVOR,
+        pool=POOL,
+        n_init=whole(1),
+        min_samples=whole(1),
+    )
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        calibration: Iterable[Any] | None = None,
+        algorithm: Algorithm = "kmeans",
+        survivor: Survivor = "auto",
+        pool: Pool = "none",
+        n_init: int = 3,
+        min_samples: int = 3,
+        graph: NeighbourGraph = "epsilon",
+        budget: Budget | Mapping[str, Any] | None = None,
+        example_inputs: Any = None,
+        round_to: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_used(algorithm, type(self).__name__, n_init=n_init, min_samples=min_samples, graph=graph)
+        collector = feature_collector(calibration, evaluator, model, pool)
+        self.calibration = collector.calibration
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            collector=collector,
+            calculator=ClusterMetric(
+                collector=collector,
+                survivor=survivor,
+                algorithm=algorithm,
+                n_init=n_init,
+                min_samples=min_samples,
+                graph=graph,
+                seed=seed,
+            ),
+        )
+
+    @property
+    def pairs(self) -> dict[str, dict[int, int]]:
+        """By layer, for each pruned neuron, the kept one that stands in for it in the latest masks.
+
+        For ``nni_topo.compensate(model, masks, calibration, method=nni_topo.recovery.Pair(pruner.pairs))``, the
+        correlation-based update.
+        """
+        return self.calculator.pairs
+
+
+def feature_collector(
+    calibration: Iterable[Any] | None, evaluator: Evaluator | None, model: nn.Module, pool: Pool
+) -> FeatureCollector:
+    """Return the collector of a pruner that clusters features."""
+    batches = pruner_batches(evaluator if calibration is None else calibration, model)
+    if batches is None:
+        raise ConfigError(
+            "a pruner that clusters features needs calibration data or an evaluator, got neither (calibration)"
+        )
+    return FeatureCollector(batches, pool=pool)

@@ -1,0 +1,389 @@
+"""Energy-based pruning: filters with the least response to a chirp are pruned, up to a share of the energy.
+
+Every layer gets a linear chirp of its own input size; the energies of its filters' responses, in ascending order, are
+summed up, and the filters within the threshold are pruned. Neither data nor gradients are needed.
+
+References
+----------
+.. [1] Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
+   University of Manitoba, 2018, section 4.2, Algorithm 3.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, DataError, LayerError
+from nni_topo.maths import signals
+from nni_topo.maths.ties import descending
+from nni_topo.network.layers.derived import call_of, inner_of, is_followed
+from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, WEIGHTED, by_channel
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import run
+from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches, watched
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.budget import Budget
+from nni_topo.pruners.checks import pruner_arguments
+from nni_topo.pruners.clouds.moments import check_reached
+from nni_topo.pruners.clouds.traced import norm_scales
+from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
+from nni_topo.pruners.planner import Planner
+from nni_topo.pruners.units import PruningUnit, holds_columns, output_blocks
+from nni_topo.rules import Rule, as_settings, check_fields, number, one_of, settings
+
+
+def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[int, ...]]:
+    """Return by name the spatial sizes that enter convolutions; ConfigError if unknown or, padded, below the kernel."""
+    if example_inputs is None:
+        raise ConfigError(
+            "a layer's input size must be known, from example_inputs or an evaluator that has a dummy_input or "
+            f"evaluates, got neither ({names[0]})"
+        )
+    planes = Analysis.on(model, example_inputs).planes
+    for name in names:
+        if name not in planes:
+            raise ConfigError(f"the input size of a layer must be known, got example_inputs that miss it ({name})")
+    return {name: planes[name][0] for name in names}
+
+
+def chirp_response_energy(
+    module: nn.Module, weight: Tensor, bias: Tensor | None, planes: Tensor, *, separate: bool = False, most: int = 2**24
+) -> tuple[Tensor, int]:
+    """Return each filter's mean squared response, float64 ``(out,)``, to planes ``(n, ...)``, and the positions.
+
+    Each plane enters all input channels at once, or, ``separate``, one after the other: then their energies add up.
+    Filters are taken in turns of at most so many values, 128 MiB of float64.
+    """
+    # Each filter's kernels for the input channels that it reads: ``(out, in / groups, *kernel)``.
+    every = weight.double()
+    if isinstance(module, TRANSPOSED):
+        # ``(in, out / groups, ...)``: outputs follow group by group.
+        every = every.unflatten(0, (int(module.groups), -1)).transpose(1, 2).flatten(0, 1)
+    # With x in every input channel, sum_c(w_c * x) is sum_c(w_c) * x: one channel's cost, whatever the layer's width.
+    kernels = (every.flatten(0, 1) if separate else every.sum(1))[:, None]
+    constant = every.new_zeros(len(every)) if bias is None else bias.double()
+    offset = kernels.new_zeros(len(kernels)) if separate else constant
+    energies = []
+    for plane in planes:
+        entering = plane.to(kernels.device)[None, None]
+        positions = _respond(module, kernels[:1], entering)[0, 0].numel()  # as many for each plane
+        turn = max(1, most // max(positions, plane.numel()))
+        in_turns = []
+        for part, shift in zip(kernels.split(turn), offset.split(turn), strict=True):
+            in_turns.append((_respond(module, part, entering)[0].flatten(1) + shift[:, None]).pow(2).mean(1))
+        energy = torch.cat(in_turns)
+        energies.append(energy.reshape(len(every), -1).sum(1) + constant.pow(2) if separate else energy)
+    return torch.stack(energies).mean(0), positions
+
+
+def _respond(module: nn.Module, kernels: Tensor, planes: Tensor) -> Tensor:
+    """Convolve one plane, shape ``(1, 1, ...)``, with kernels ``(n, 1, ...)`` as a layer does."""
+    # PyTorch wants (in, out, ...) of a transposed kernel, and there is one input channel.
+    weight = kernels.transpose(0, 1) if isinstance(module, TRANSPOSED) else kernels
+    if inner_of(module) is not None:
+        # What its class does before it convolves is done to all channels alike.
+        call = call_of(module, planes.expand(-1, int(module.in_channels), *planes.shape[2:]))  # type: ignore[arg-type]
+        entering = call.entering[:, :1]
+        return replace(call, given={**call.given, "input": entering, "weight": weight, "bias": None, "groups": 1}).run()
+    # A layer of PyTorch's own class and with its own forward: NNI puts another in its place while a layer is wrapped.
+    kind: Any = next(kind for kind in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(module, kind))
+    layer = kind.__new__(kind)
+    vars(layer).update(vars(module), weight=weight, bias=None, groups=1)
+    response: Tensor = kind.forward(layer, planes)
+    return response
+
+
+Normalization = Literal["none", "area", "layer"]
+
+
+@dataclass(eq=False)
+class EnergyCollector(DataCollector):
+    """What the two collectors of energies share: one number per filter, its scale, and what is refused."""
+
+    example_inputs: Any = None
+    normalization: Normalization = field(default="area", kw_only=True)
+    batch_norm: bool = field(default=False, kw_only=True)
+    bias: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.batch_norm and self.example_inputs is None:
+            raise ConfigError("batch_norm=True needs example_inputs, got none (example_inputs)")
+
+    @abstractmethod
+    def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
+        """Return, by module, the energy of each output channel per position, and the number of positions."""
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Raise ConfigError for layers to prune that have no energy."""
+        for name, module in modules.items():
+            if not isinstance(module, WEIGHTED):
+                raise LayerError(f"energies are defined for convolutions, got {type(module).__name__} ({name})", [name])
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError without."""
+        self.check(context.model, {m: context.model.get_submodule(m) for u in context.units for m, _ in u.members})
+        found = self.energies(context)
+        scales = norm_scales(context, context.analysis(self.example_inputs).flow) if self.batch_norm else {}
+
+        def points(unit: PruningUnit, module: str, target: str) -> Tensor:
+            if holds_columns(space := context.target_spaces[module][target]):
+                return torch.zeros(unit.blocks, 1, dtype=torch.float64)
+            energy, positions = found[module]
+            energy = energy * scales.get(module, torch.ones(())) ** 2
+            if self.normalization == "none":
+                energy = energy * positions
+            elif self.normalization == "layer" and energy.sum() > 0:
+                energy = energy / energy.sum()
+            energy = energy[output_blocks(space, "energies")].sum(1)
+            if not bool(torch.isfinite(energy).all()):
+                raise DataError(f"energies must be finite, got NaN or infinity ({module}.{target})")
+            return energy[:, None]
+
+        return context.collected(points)
+
+
+@dataclass(eq=False)
+class ChirpEnergyCollector(EnergyCollector):
+    """Energy of each filter's response to a chirp of the layer's own input size; needs no data."""
+
+    signal: signals.Chirp | Mapping[str, Any] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.chirp = as_settings(signals.Chirp, self.signal, "signal")
+        self._sizes: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
+
+    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        """Check the layers and find their input sizes; ConfigError too if a size is unknown or below the kernel."""
+        super().check(model, modules)
+        wanted = [n for n, module in modules.items() if not isinstance(module, nn.Linear) and module not in self._sizes]
+        if wanted:
+            found = input_sizes(model, wanted, self.example_inputs)
+            self._sizes.update({modules[name]: size for name, size in found.items()})
+
+    def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
+        """Return the mean energy of each filter's response per position, and the number of positions."""
+        found = {}
+        for unit in context.units:
+            for name, _ in unit.members:
+                weight, bias = masked_parameters(context, name)
+                if not self.bias:
+                    bias = None
+                module = context.model.get_submodule(name)
+                if isinstance(module, nn.Linear):
+                    # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
+                    found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2)), 1
+                    continue
+                planes = torch.from_numpy(self.chirp.planes(self._sizes[module]))
+                separate = self.chirp.channels == "separate"
+                found[name] = chirp_response_energy(module, weight, bias, planes, separate=separate)
+        return found
+
+
+@dataclass(eq=False)
+class DataEnergyCollector(EnergyCollector):
+    """Energy of each filter's responses to calibration data; the chirp approximates it."""
+
+    calibration: Iterable[Any] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.calibration = Calibration.of(self.calibration)
+
+    def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
+        """Return the mean energy of each channel's output, and the number of positions per image."""
+        names = [name for unit in context.units for name, _ in unit.members]
+        biases = [None if self.bias else masked_parameters(context, name)[1] for name in names]
+        layers = [context.model.get_submodule(name) for name in names]
+        sums = dict(zip(names, map(_Energy, layers, biases), strict=True))
+        with watched(leaving=[(total.module, total.add) for total in sums.values()]):
+            run(context.model, self.calibration)
+        for name, total in sums.items():
+            check_reached(total.samples, name, "response")
+        return {name: ((total.energy / total.samples).cpu(), total.positions) for name, total in sums.items()}
+
+
+class _Energy:
+    """Energy of each channel of a layer, less its bias if one is given, summed over samples and positions."""
+
+    def __init__(self, module: nn.Module, bias: Tensor | None) -> None:
+        self.module, self.bias = module, bias
+        self._goes_on = is_followed(module)
+        self.energy: Any = 0.0
+        self.samples = 0
+        self.positions = 0
+
+    def add(self, entering: Tensor, outputs: Tensor) -> None:
+        if self._goes_on:  # its class computes more with the filters' responses
+            outputs = call_of(self.module, entering).run()
+        rows = by_channel(self.module, outputs).double()
+        if self.bias is not None:
+            rows = rows - self.bias.to(rows.device)[:, None]
+        self.energy = self.energy + rows.pow(2).sum(1)
+        self.samples += rows.shape[1]
+        self.positions = 1 if isinstance(self.module, nn.Linear) else math.prod(outputs.shape[2:])
+
+
+def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
+    """Return a layer's weight and bias (None: it has none), on the CPU, with what is masked already at zero."""
+    weight = cast(Tensor, _masked(context, name, "weight"))
+    return weight, _masked(context, name, "bias")
+
+
+def _masked(context: PruningContext, name: str, target: str) -> Tensor | None:
+    space = context.target_spaces[name].get(target)
+    module = context.model.get_submodule(name)
+    value = getattr(module, target) if space is None else space.target
+    inner = inner_of(module)
+    if inner is not None and not inner.is_own:
+        value = getattr(inner, target)  # as its forward computes it
+    if value is None:
+        return None
+    found: Tensor = value.detach().cpu()
+    mask = None if space is None else space.mask
+    return found if mask is None else found * mask.to(found)
+
+
+class CumulativeEnergyMetric(MetricCalculator):
+    """A filter's score is its cumulative share of the energy: its own energy and the energy of all weaker filters."""
+
+    def calculate(self, data: Data, context: PruningContext) -> Metrics:
+        """Return shares in (0, 1], equal for all members of a dependency group, whose energies add up."""
+        energies = {u.name: torch.stack([data[m][t][:, 0] for m, t in u.members]).sum(0) for u in context.units}
+        return context.spread({name: cumulative_shares(each) for name, each in energies.items()})
+
+
+def cumulative_shares(energies: Tensor) -> Tensor:
+    """Return, float64 ``(n,)`` in (0, 1], each filter's energy with that of all weaker ones over the layer's."""
+    energies = energies.to(torch.float64)
+    if not bool(energies.any()):
+        # A layer that lets nothing through has no shares: all of its filters count the same.
+        energies = torch.ones_like(energies)
+    # [1], Algorithm 3, lines 7 to 9. Of energies equal to 1e-6 of them the higher index counts as the weaker.
+    ascending = torch.from_numpy(descending(energies.cpu().numpy())).to(energies.device).flip(0)
+    sums = energies[ascending].cumsum(0)
+    shares = torch.empty_like(energies)
+    shares[ascending] = sums / sums[-1]
+    return shares
+
+
+TOLERANCE = 1e-9
+"""Cumulative shares within this of the threshold count as equal to it; their filters are pruned."""
+
+
+class EnergyFilterPruner(StructuredPruner):
+    """Prune the filters whose responses to a chirp hold the least energy.
+
+    Parameters
+    ----------
+    model, evaluator, existed_wrappers, budget, round_to
+        As for :class:`~nni_topo.StructuredPruner`.
+    config_list : list of dict
+        NNI's config_list. ``sparse_threshold``, in (0, 1), is the share of the layer's energy that may be
+        pruned: a filter is kept if its own energy and that of all weaker ones is *more* than this share (a tie, within
+        1e-9, is pruned).
+        ``sparse_ratio`` takes the weakest filters. In a dependency group the energies add up before they are sorted;
+        under a ``global_group_id`` all layers get one threshold, the one that meets the ratio.
+    example_inputs : Any, default=None
+        As for the base class; they also tell every layer's input size, which the chirp needs.
+    signal : {"chirp", "data"}, Chirp or mapping, default="chirp"
+        Whose responses are measured: those to a :class:`~nni_topo.Chirp`, given or by its fields: direction and sweep,
+        and whether it enters all input channels at once; or ``"data"``, the calibration images.
+    calibration : iterable or None, default=None
+        As for the base class, for ``signal="data"``.
+    normalization : {"none", "area", "layer"}, default="area"
+        How the members of a dependency group weigh: by the sum of their energies, per position, or the same each.
+    batch_norm : bool, default=False
+        Whether responses are scaled as the batch norm after the layer does; needs ``example_inputs``.
+    bias : bool, default=True
+        Whether the layer's bias is part of the response.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If a knob or the request is bad, before the model is wrapped: a threshold outside (0, 1), an input size
+        that is unknown or smaller than the kernel, weights that aren't real floating-point numbers.
+
+    See Also
+    --------
+    nni_topo.signals.chirp_2d : the chirp.
+    nni_topo.analysis.study_energy : filters, loss and accuracy per layer and threshold.
+
+    Notes
+    -----
+    A chirp can't enter a linear layer: its neurons have the expected energy of their outputs for uncorrelated inputs of
+    energy 1 each. ``signal="data"`` measures them like convolutions.
+
+    A layer is never emptied. In scheduled pruning energies are measured again each time, on the weights as they are
+    then; filters that are masked already have none and stay masked.
+
+    Cost: one forward pass of the example inputs, then one convolved plane per filter.
+
+    References
+    ----------
+    .. [1] Janjic, MSc thesis, University of Manitoba, 2018, section 4.2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> config_list = [{"op_names": ["0"], "sparse_ratio": 0.5}]
+    >>> pruner = EnergyFilterPruner(model, config_list, example_inputs=torch.ones(1, 3, 16, 16))
+    >>> _, masks = pruner.compress()
+    >>> int(masks["0"]["bias"].sum())
+    4
+    """
+
+    setting_rules: ClassVar[Mapping[str, Rule]] = {"sparse_threshold": number(0, 1, "neither")}
+
+    @pruner_arguments(signal=one_of(("chirp", "data")) | settings(signals.Chirp))
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict[str, Any]],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict[str, ModuleWrapper] | None = None,
+        *,
+        example_inputs: Any = None,
+        signal: signals.Chirp | Mapping[str, Any] | Literal["chirp", "data"] = "chirp",
+        calibration: Iterable[Any] | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
+        normalization: Normalization = "area",
+        batch_norm: bool = False,
+        bias: bool = True,
+        round_to: int | None = None,
+    ) -> None:
+        self.calibration = pruner_batches(evaluator if calibration is None and signal == "data" else calibration, model)
+        inputs = example_inputs
+        if batch_norm or signal != "data":
+            inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
+        shared: dict[str, Any] = {"normalization": normalization, "batch_norm": batch_norm, "bias": bias}
+        collector: EnergyCollector
+        if signal == "data":
+            if self.calibration is None:
+                raise ConfigError("signal 'data' needs calibration data or an evaluator, got neither (calibration)")
+            collector = DataEnergyCollector(inputs, calibration=self.calibration, **shared)
+        else:
+            chirp = None if isinstance(signal, str) else signal
+            collector = ChirpEnergyCollector(inputs, signal=chirp, **shared)
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            collector=collector,
+            calculator=CumulativeEnergyMetric(),
+            planner=Planner(strict=True, tolerance=TOLERANCE, round_to=round_to),
+        )
