@@ -121,6 +121,12 @@ class StructuredPruner(Pruner):
     setting_rules: ClassVar[Mapping[str, Rule]] = {}
     allocations: ClassVar[tuple[str, ...]] = ("uniform",)
     _target_spaces: TargetSpaces
+    # Knobs of a subclass that has them.
+    budget: Any = None
+    calibration: Any = None
+    example_inputs: Any = None
+    round_to: int | None = None
+    progress: bool | None = None
 
     @pruner_arguments(
         collector=instance(DataCollector),
@@ -140,14 +146,14 @@ class StructuredPruner(Pruner):
         allocator: SparsityAllocator | None = None,
         planner: Planner | None = None,
     ) -> None:
-        self.planner = Planner(round_to=getattr(self, "round_to", None)) if planner is None else planner
-        has_budget = getattr(self, "budget", None) is not None
+        self.planner = Planner(round_to=self.round_to) if planner is None else planner
+        has_budget = self.budget is not None
         if has_budget:
             self.planner = planned(
                 self.budget,
                 model,
-                getattr(self, "example_inputs", None),
-                calibration=getattr(self, "calibration", None),
+                self.example_inputs,
+                calibration=self.calibration,
                 evaluator=evaluator,
                 round_to=self.planner.round_to,
                 allocations=self.allocations,
@@ -222,14 +228,14 @@ class StructuredPruner(Pruner):
     @property
     def _in_step(self) -> AbstractContextManager[None]:
         """A block that all processes which share the pruner's calibration data run."""
-        processes = getattr(getattr(self, "calibration", None), "processes", None)
+        processes = getattr(self.calibration, "processes", None)
         return nullcontext() if processes is None else processes.in_step(type(self).__name__)
 
     @in_smaller_batches
     def generate_masks(self) -> Masks:
         """Return the masks of NNI's three stages, which the hooks do; where a GPU's memory is too small, batch less."""
         self._begin_facts()
-        with quiet(getattr(self, "progress", None)):
+        with quiet(self.progress):
             return super().generate_masks()  # type: ignore[no-any-return]
 
     @in_smaller_batches
@@ -263,7 +269,7 @@ class StructuredPruner(Pruner):
         planner.change(budget)
         self._keep_measurements()
         self._begin_facts()
-        with self._in_step, left_alone(self.bound_model), quiet(getattr(self, "progress", None)):
+        with self._in_step, left_alone(self.bound_model), quiet(self.progress):
             if self._collected is None:
                 self._collected = self._collect_data()
             found = self._generate_sparsity(self._calculate_metrics(self._collected))

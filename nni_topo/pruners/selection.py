@@ -85,10 +85,6 @@ class Cloud:
         """The origin's place."""
         return self.size if len(self.points) > self.size else None
 
-    def with_base(self, population: BoolArray) -> BoolArray:
-        """Keep the origin in every subset, ``(individuals, size)`` to ``(individuals, points)``."""
-        return np.pad(population, ((0, 0), (0, len(self.points) - self.size)), constant_values=True)
-
     def losses(self) -> FloatArray:
         """Half the H0 death times, descending, in units of their mean, shape (size,).
 

@@ -156,7 +156,8 @@ def _chosen(
     )
 
     def score(population: BoolArray) -> FloatArray:
-        return fitness(cloud.with_base(population))
+        # The fitness keeps the origin in every subset.
+        return fitness(np.pad(population, ((0, 0), (0, len(cloud.points) - cloud.size))))
 
     run = SubsetGeneticAlgorithm(
         cloud.size,
