@@ -72,11 +72,10 @@ class StructuredPruner(Pruner):
     Other Parameters
     ----------------
     calibration : iterable, Evaluator or None
-        Of the package's pruners that look at data: batches of inputs, or of ``(inputs, targets)`` whose targets are
-        ignored. A list or DataLoader, not a generator. None: the evaluator's.
+        Batches of inputs, or of ``(inputs, targets)`` whose targets are ignored. A list or DataLoader, not a generator.
+        None: the inputs on which the evaluator evaluates.
     budget : Budget, mapping or None
-        Of all that are told how much to prune: :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g.
-        ``{"flops": 0.25}``.
+        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     example_inputs : Any
         Inputs of the model, for a ``budget``. None: the first ``calibration`` batch, else the evaluator's
         ``dummy_input`` or the first batch on which it evaluates.
@@ -180,7 +179,7 @@ class StructuredPruner(Pruner):
         self._target_spaces = in_network_order(model, self._target_spaces)
         if has_budget:
             self._activate_targets()
-        # What can't be told before: shapes against granularities, and groups whose members don't fit.
+        # Raises for granularities that don't fit shapes, and for groups whose members don't fit each other.
         pruning_units(self._target_spaces, self._ties)
 
     def __repr__(self) -> str:

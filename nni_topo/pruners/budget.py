@@ -410,8 +410,8 @@ def bounds_under(
 ) -> list[tuple[int, int]]:
     """Return the fewest and the most rows that units may lose so that a share of the cost remains.
 
-    ``left`` is that of :func:`share_left`. A share that can't be met has the bounds of the least one that can, so that
-    asking for what is left then gives the same network.
+    ``left`` is what :func:`share_left` returns. A share that can't be met has the bounds of the least share that can be
+    met, so that asking for that share gives the same network.
     """
 
     def bounds(fewest: float) -> list[tuple[int, int]]:

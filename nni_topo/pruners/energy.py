@@ -266,7 +266,7 @@ class CumulativeEnergyMetric(MetricCalculator):
 
 
 def cumulative_shares(energies: Tensor) -> Tensor:
-    """Return, float64 ``(n,)`` in (0, 1], each filter's energy with that of all weaker ones over the layer's."""
+    """Return each filter's cumulative share of the layer's energy, float64 ``(n,)`` in (0, 1]."""
     energies = energies.to(torch.float64)
     if not bool(energies.any()):
         # A layer that lets nothing through has no shares: all of its filters count the same.
@@ -291,11 +291,10 @@ class EnergyFilterPruner(StructuredPruner):
     model, evaluator, existed_wrappers, budget, round_to
         As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
-        NNI's config_list. ``sparse_threshold``, in (0, 1), is the share of the layer's energy that may be
-        pruned: a filter is kept if its own energy and that of all weaker ones is *more* than this share (a tie, within
-        1e-9, is pruned).
-        ``sparse_ratio`` takes the weakest filters. In a dependency group the energies add up before they are sorted;
-        under a ``global_group_id`` all layers get one threshold, the one that meets the ratio.
+        NNI's config_list. ``sparse_threshold``, in (0, 1), is the share of the layer's energy that may be pruned: a
+        filter is kept if its own energy and the energy of all weaker ones are *more* than this share (a tie, within
+        1e-9, is pruned). ``sparse_ratio`` takes the weakest filters. In a dependency group the energies add up before
+        they are sorted; under a ``global_group_id`` all layers get one threshold, which meets the ratio.
     example_inputs : Any, default=None
         As for the base class; they also tell every layer's input size, which the chirp needs.
     signal : {"chirp", "data"}, Chirp or mapping, default="chirp"

@@ -102,7 +102,7 @@ def pruner_info(name: str) -> PrunerInfo:
     Raises
     ------
     ConfigError
-        If the name is no text, isn't registered (with the nearest names that are), or isn't that of a class of pruners.
+        If the name isn't a string, isn't registered (the error has the nearest names), or doesn't name a pruner.
     """
     return PRUNERS.info(name, "pruner_info")
 

@@ -141,7 +141,7 @@ def _chosen(
     homology_dimensions: tuple[int, ...],
     search: GeneticSearch | None,
 ) -> tuple[BoolArray, list[Generation], bool]:
-    """Return the kept blocks of a cloud, boolean ``(size,)``, the search's progress, and whether it told none apart."""
+    """Return a cloud's kept blocks, boolean ``(size,)``, the search's progress, and whether all were equally fit."""
     cover = cloud.cover(keep)
     if search is None or keep == cloud.size:
         return cover, [], False
@@ -331,7 +331,7 @@ class TopologicalPruner(StructuredPruner):
     ) -> TopologicalPruner:
         """Return a pruner with our reconstruction of a thesis from its abstract and lists; no more of it is public.
 
-        The cloud is that of the weights, without the origin; the criterion is the bottleneck distance of the diagrams
+        The cloud is made of the weights, without the origin; the criterion is the bottleneck distance of the diagrams
         in H0 and H1, added, minimised by a genetic algorithm that starts from random individuals.
 
         Parameters
