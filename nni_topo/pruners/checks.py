@@ -82,6 +82,8 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
 
 
 _RATIOS = ("sparsity", "sparsity_per_layer", "total_sparsity")
+_RENAMED = dict.fromkeys(_RATIOS, "sparse_ratio")
+_RENAMED |= {"max_sparsity_per_layer": "max_sparse_ratio", "op_partial_names": "op_names_re"}
 
 
 def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
@@ -96,9 +98,17 @@ def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
             if key in entry:
                 told = f"{key!r} is a key of NNI 2, write {LEGACY_KEYS[key]} ({place})"
                 warnings.warn(told, FutureWarning, stacklevel=3)
-        if "op_partial_names" in entry:
-            _refuse_both(entry, "op_partial_names", "op_names_re", place)
-            entry["op_names_re"] = [f".*{re.escape(name)}.*" for name in entry.pop("op_partial_names")]
+        if "total_sparsity" in entry:
+            entry.setdefault("global_group_id", f"total_sparsity_{index}")
+        for old, new in _RENAMED.items():
+            if old in entry:
+                if new in entry:
+                    raise ConfigError(
+                        f"a config_list entry must hold one key for one thing, got {old!r} and {new!r} ({place})"
+                    )
+                value = entry.pop(old)
+                is_partial = old == "op_partial_names"
+                entry[new] = [f".*{re.escape(name)}.*" for name in value] if is_partial else value
         if entry.pop("exclude", False):
             # As in NNI 2: what the entry matches is left out of the entries before it, not of those after it.
             names = list(select_modules_by_config(model, entry)[0])
@@ -106,15 +116,6 @@ def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
                 if isinstance(other, dict):
                     other["exclude_op_names"] = sorted({*other.get("exclude_op_names", []), *names})
             continue
-        given = [key for key in _RATIOS if key in entry]
-        for key in given:
-            _refuse_both(entry, key, next((other for other in given if other != key), "sparse_ratio"), place)
-            entry["sparse_ratio"] = entry.pop(key)
-        if given == ["total_sparsity"]:
-            entry.setdefault("global_group_id", f"total_sparsity_{index}")
-        if "max_sparsity_per_layer" in entry:
-            _refuse_both(entry, "max_sparsity_per_layer", "max_sparse_ratio", place)
-            entry["max_sparse_ratio"] = entry.pop("max_sparsity_per_layer")
         modern.append(entry)
     return config_list.with_entries(modern) if isinstance(config_list, DependencyGroups) else modern
 
@@ -125,11 +126,6 @@ def of_single_weights(config_list: list[dict[str, Any]]) -> list[dict[str, Any]]
         return config_list
     together = ("dependency_group_id", "internal_metric_block", "granularity")
     return config_list.with_entries({k: v for k, v in e.items() if k not in together} for e in config_list)
-
-
-def _refuse_both(entry: dict[str, Any], old: str, new: str, place: str) -> None:
-    if new in entry:
-        raise ConfigError(f"a config_list entry must hold one key for one thing, got {old!r} and {new!r} ({place})")
 
 
 _logger = logging.getLogger(__name__)
