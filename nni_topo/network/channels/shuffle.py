@@ -39,8 +39,6 @@ class DenseOrder(torch.fx.Interpreter):
         self.flow, self.is_kept = flow, is_kept
         self.ids: dict[str, Any] = {}  # by node, as in the flow, but of the dense model's shapes
         self.entering: dict[str, np.ndarray] = {}  # by module
-        # By name, the places of free parameters that stay, in the order of the channels that they are tied to.
-        self.free_parameters: dict[str, np.ndarray] = {}
         self.failed = set[str]()  # the nodes that can't be run on the ids of kept channels
         self.reordered = set[str]()  # the nodes that give channels in another order than the unpruned model
         with torch.no_grad():
@@ -69,13 +67,8 @@ class DenseOrder(torch.fx.Interpreter):
         groups_arrived, groups_expected = self.flow.group_ids(arrived.numpy()), self.flow.group_ids(expected.numpy())
         # After a concatenation along another dimension, as of a class token with places, each part has ids of its own.
         fits = all(one in (1, other) for one, other in zip(expected.shape, arrived.shape, strict=True))
-        if fits and np.array_equal(groups_arrived, np.broadcast_to(groups_expected, arrived.shape)):
-            return ascending
-        id_of_group = dict(zip(groups_expected.ravel().tolist(), expected.flatten().tolist(), strict=True))
-        if len(id_of_group) < expected.numel() or not id_of_group.keys() >= set(groups_arrived.ravel().tolist()):
-            return found
-        renamed = [id_of_group[group_id] for group_id in groups_arrived.ravel().tolist()]
-        return torch.tensor(renamed).view(arrived.shape).expand(found.shape)
+        same = fits and np.array_equal(groups_arrived, np.broadcast_to(groups_expected, arrived.shape))
+        return ascending if same else found
 
     def _ascending(self, node: Node) -> Any:
         """Take the ids of pruned channels out of a node's outputs, and leave the others in their order."""
@@ -110,34 +103,7 @@ class DenseOrder(torch.fx.Interpreter):
         if rule is not None and rule.moves and not (rule.by_index and tensors_of((args[1:], kwargs))):
             args = (args[0].contiguous(), *args[1:]) if isinstance(args[0], Tensor) else args
             return self._tried(node, args, kwargs, ascending)
-        self._reorder_free_parameters(node)
         return _in_order_of(entering, ascending)
-
-    def _reorder_free_parameters(self, node: Node) -> None:
-        """Put the free parameters that a node reads into the order of the channels that they are tied to there."""
-        parameters, others = list[Node](), list[Any]()
-        for parent in node.all_input_nodes:
-            if parent.op == "get_attr" and str(parent.target) in self.flow.free_parameters:
-                parameters.append(parent)
-            else:
-                others.append(self.env[parent])
-        tensors = tensors_of(others)
-        if not tensors:
-            return
-        groups_met = self.flow.group_ids(compressed(tensors[0]).flatten().numpy()).tolist()
-        for parent in parameters:
-            name = str(parent.target)
-            ids = self.flow.free_parameter_ids(name)
-            group_ids = self.flow.group_ids(ids)
-            place = {group_id: at for at, group_id in enumerate(group_ids.tolist())}
-            found = np.array([place.get(group_id, -1) for group_id in groups_met], dtype=np.int64)
-            kept = np.flatnonzero(self.is_kept[group_ids])
-            if len(parent.users) == 1 and np.array_equal(np.sort(found), kept) and not np.array_equal(found, kept):
-                view = [1] * self.ids[parent.name].dim()
-                view[self.flow.free_parameters[name].dim] = -1
-                self.free_parameters[name] = found
-                self.ids[parent.name] = torch.from_numpy(ids[found]).view(view)
-                self.reordered.add(parent.name)
 
     def _through(self, node: Node, ids: Tensor, ascending: Any) -> Any:
         """Return the ids of a module's output, given those that enter it."""

@@ -90,14 +90,6 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
         full, entering = _randomized(analysis)
         args = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
-        for node in flow.traced.graph.nodes:
-            if node.name in flow.regrouped:
-                # Where no number of each of a shuffled layer's channels fits the groups, it keeps all.
-                read = flow.entering_group_ids(str(node.target))
-                for name, layer in flow.layers.items():
-                    group_ids = flow.group_ids_of(name)
-                    if not layer.depthwise and name not in halves and np.isin(group_ids, read).any():
-                        held.update(dict.fromkeys(group_ids.tolist(), reasons.result_depends(node)))
         few, by_shape, clean = first_samples((args, {})), dict[str, Call](), set[bool]()
         for call in (*(shrunk(few, side) for side in _SIDES), few, (args, {})):
             by_shape.setdefault(str([each.shape for each in tensors_of(call)]), call)

@@ -19,7 +19,7 @@ from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, Blocks
 from nni_topo.network.channels.reasons import Reason, Reasons
-from nni_topo.network.channels.shuffle import regrouped, shares, stays_in_place
+from nni_topo.network.channels.shuffle import regrouped, stays_in_place
 from nni_topo.network.layers.kinds import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
 from nni_topo.network.runtime.arguments import MASKS
 from nni_topo.network.runtime.modules import device_of
@@ -240,32 +240,8 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
         if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
             # No smaller number of each fits.
             kept[np.concatenate(uneven)] = True
-        if before == int(kept.sum()) and not in_place and len(moved := regrouped(flow, kept)):
-            _fit_groups(flow, kept, scores, moved)
-            if before == int(kept.sum()):
-                kept[moved] = True
-
-
-def _fit_groups(flow: ChannelFlow, kept: np.ndarray, scores: Scores, moved: np.ndarray) -> None:
-    """Restore channels until each group of a convolution gets the channels of a layer that a shuffle sends to it.
-
-    ``moved``: the channels, by group id, that it sends elsewhere.
-    """
-    for name, layer in flow.layers.items():
-        group_ids = flow.group_ids_of(name)
-        if layer.depthwise or not np.isin(group_ids, moved).any():
-            continue
-        asked, is_fitting = int(kept[group_ids].sum()), False
-        while not is_fitting:
-            share = shares(flow, {name: asked}).get(name) if asked < layer.channels else None
-            if share is None:
-                kept[group_ids] = True
-                break
-            runs = [group_ids[np.asarray(share.segments) == place] for place in range(len(share.counts))]
-            is_fitting = all(int(kept[run].sum()) <= count for run, count in zip(runs, share.counts, strict=True))
-            for run, count in zip(runs, share.counts, strict=True) if is_fitting else ():
-                _bring_back(run, kept, scores, count)
-            asked = sum(share.counts) + 1
+        if before == int(kept.sum()) and not in_place:
+            kept[regrouped(flow, kept)] = True
 
 
 def _even_out(blocks: Blocks, sides: list[list[np.ndarray]], is_kept: np.ndarray, scores: Scores) -> None:

@@ -55,8 +55,6 @@ class Cutter:
         self.at = ""
         for name, free in flow.free_parameters.items():
             kept = self._indices(flow.free_parameter_ids(name))
-            if self.order is not None and name in self.order.free_parameters:
-                kept = torch.from_numpy(self.order.free_parameters[name])
             if len(kept) < free.channels:
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)
