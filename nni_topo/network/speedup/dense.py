@@ -35,7 +35,7 @@ from nni_topo.network.speedup.dense_report import DenseReport, dense_report, rem
 from nni_topo.network.speedup.dependency import DependencyGroups
 from nni_topo.network.speedup.equivalence import apply_masks, check_equal, failure_in_training
 from nni_topo.network.speedup.explain import way_forward
-from nni_topo.network.speedup.leaving_out import leave_out, normalize_left
+from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import MasksLike, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import Cutter, kept_outputs, narrowed
 from nni_topo.network.speedup.training_only import unused_tensors
@@ -224,7 +224,7 @@ def _absorb_constants(
     flow = analysis.flow
     # As in NNI's masked model, in which batch norms turn the zeros that arrive into other values.
     masked = detached_copy(original, light=True)
-    normalize_left(masked, flow, is_kept)
+    leave_out(masked, flow, is_kept, of_norms_alone=True)
     with left_alone(masked):
         kept, lacking = constants_read(masked, flow, is_kept, analysis.call)
         if kept and analysis.second is not None:

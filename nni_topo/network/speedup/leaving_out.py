@@ -21,7 +21,7 @@ from nni_topo.network.layers.over_kept import run_over_kept
 from nni_topo.network.layers.slicing import keep
 
 
-def leave_out(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> None:
+def leave_out(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, *, of_norms_alone: bool = False) -> None:
     """Take removed channels out of what modules read, in place.
 
     Parameters
@@ -32,10 +32,15 @@ def leave_out(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> None:
         How channels go through it.
     is_kept : ndarray of bool
         Which channels stay, by group id.
+    of_norms_alone : bool, default=False
+        Only norms over channels, and gates, leave them out.
     """
     for name, module in model.named_modules():
         kept = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
-        leave_out_of(module, kept, flow, name)
+        if not of_norms_alone:
+            leave_out_of(module, kept, flow, name)
+        elif is_over_channels(module) and not bool(kept.all()):
+            run_over_kept(module, kept.nonzero().flatten())
 
 
 def leave_out_of(module: nn.Module, kept: Tensor, flow: ChannelFlow, name: str) -> None:
@@ -53,14 +58,6 @@ def leave_out_of(module: nn.Module, kept: Tensor, flow: ChannelFlow, name: str) 
         module.register_forward_pre_hook(_ReadZeros(kept, dim), with_kwargs=True)
     if is_over_channels(module) or name in flow.channel_wise:
         run_over_kept(module, kept.nonzero().flatten())
-
-
-def normalize_left(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> None:
-    """Let norms over channels leave removed channels out, in place."""
-    for name, module in model.named_modules():
-        kept = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
-        if not bool(kept.all()) and is_over_channels(module):
-            run_over_kept(module, kept.nonzero().flatten())
 
 
 class _ReadZeros:
