@@ -1367,8 +1367,53 @@ def _einstein_sum(op: Operation) -> Any:
     if read is None or op.shape is None or len(read[1]) != len(op.shape):
         return op.all_kept()
     operands, output = read
-    entering_ids = _without_mixing(op, _by_head(op, operands, output), operands)
-    operands, entering_ids = _without_shares(op, entering_ids, operands, output)
+    entering_ids = list(op.ids)
+
+    def letters_of_channels(at: int) -> set[str]:
+        return {letter for d, letter in enumerate(operands[at]) if varies(entering_ids[at], d)}
+
+    def keep_operand(at: int) -> None:
+        op.keep(entering_ids[at])
+        entering_ids[at] = staying(tuple(entering_ids[at].shape))
+
+    # Channels in two dimensions, one in the output and one summed over, are those of heads: each head's are coupled.
+    summed = set[str]()
+    for at, letters in enumerate(operands):
+        inner = letters_of_channels(at) - set(output)
+        if inner and inner < letters_of_channels(at):
+            first = entering_ids[at]
+            for letter in inner:
+                first = first.narrow(letters.index(letter), 0, 1)
+            op.couple(first, entering_ids[at])
+            entering_ids[at] = first.expand(entering_ids[at].shape)
+            summed |= inner
+    # What holds channels only where heads are summed over stays, such as relative positions that all heads share.
+    for at in range(len(operands)):
+        if letters_of_channels(at) & summed:
+            keep_operand(at)
+    # So does a tensor of the model's own that mixes places: no dimension has the letter of another operand's channels.
+    is_own, of_channels = [_is_own(ids, op.channels) for ids in entering_ids], set[str]()
+    for at in range(len(operands)):
+        of_channels |= set() if is_own[at] else letters_of_channels(at)
+    for at, letters in enumerate(operands):
+        if is_own[at] and of_channels and not of_channels & set(letters):
+            keep_operand(at)
+    # An operand with one channel a head, beside one that holds the head's channels, as attention's shares beside the
+    # values in "bhij,bhjd->bhid", is coupled with these, and left out: the head goes as a whole.
+    left = list[int]()
+    for at, letters in enumerate(operands):
+        mine = letters_of_channels(at)
+        wider = [other for other in range(len(operands)) if mine < letters_of_channels(other) <= set(output)]
+        if len(mine) != 1 or not wider:
+            left.append(at)
+            continue
+        (letter,) = mine
+        shares = compressed(entering_ids[at]).movedim(letters.index(letter), 0).flatten(1)
+        for other in wider:
+            channels = compressed(entering_ids[other]).movedim(operands[other].index(letter), 0).flatten(1)
+            op.couple(channels[:, :1], channels)
+            op.couple(shares[:, 0], channels[:, 0])
+    operands, entering_ids = [operands[at] for at in left], [entering_ids[at] for at in left]
     # By the letters of the dimensions that hold channels, the ids of operands, with dimensions in the order of letters.
     coupled: dict[str, list[Tensor]] = {}
     holding: list[str] = []
@@ -1408,58 +1453,6 @@ def _einstein_sum(op: Operation) -> Any:
     return found
 
 
-def _without_mixing(op: Operation, entering: list[Tensor], operands: list[str]) -> list[Tensor]:
-    """Return the ids of the operands of an Einstein sum, without those of the model's own tensors that mix places.
-
-    Such a tensor has no dimension with the letter of another operand's channels; it stays whole.
-    """
-    is_own = [_is_own(ids, op.channels) for ids in entering]
-    of_channels = {
-        letter
-        for letters, ids, own in zip(operands, entering, is_own, strict=True)
-        for d, letter in enumerate(letters)
-        if not own and varies(ids, d)
-    }
-    found = list(entering)
-    for at, (letters, ids) in enumerate(zip(operands, entering, strict=True)):
-        if is_own[at] and of_channels and not of_channels & set(letters):
-            op.keep(ids)
-            found[at] = staying(tuple(ids.shape))
-    return found
-
-
-def _without_shares(
-    op: Operation, entering: list[Tensor], operands: list[str], output: str
-) -> tuple[list[str], list[Tensor]]:
-    """Leave out operands of an Einstein sum that hold one channel a head, beside one that holds the head's channels.
-
-    So attention's shares do beside the values in ``"bhij,bhjd->bhid"``. They are coupled: the head goes as a whole.
-    """
-    held = [
-        {letter for d, letter in enumerate(letters) if varies(ids, d)}
-        for letters, ids in zip(operands, entering, strict=True)
-    ]
-    stays = list(range(len(operands)))
-    for at, own in enumerate(held):
-        wider = [other for other, letters in enumerate(held) if own < letters <= set(output)]
-        if len(own) != 1 or not wider:
-            continue
-        (letter,) = own
-        shares = _by_letter(entering[at], operands[at], letter)
-        for other in wider:
-            channels = _by_letter(entering[other], operands[other], letter)
-            op.couple(channels[:, :1], channels)
-            op.couple(shares[:, 0], channels[:, 0])
-        stays.remove(at)
-    return [operands[at] for at in stays], [entering[at] for at in stays]
-
-
-def _by_letter(ids: Tensor, letters: str, letter: str) -> Tensor:
-    """Return the ids of an operand by the places of one of its letters, (places, ids of each)."""
-    found: Tensor = compressed(ids).movedim(letters.index(letter), 0).flatten(1)
-    return found
-
-
 def _is_own(ids: Tensor, channels: ChannelIds) -> bool:
     """Say whether all channels of a tensor are those of tensors of the model's own, which no layer makes."""
     held = np.unique(compressed(ids))
@@ -1467,31 +1460,6 @@ def _is_own(ids: Tensor, channels: ChannelIds) -> bool:
     parameters = channels.free_parameters.values()
     own = [np.isin(held, each.ids) for each in parameters]
     return bool(held.size and own and np.any(own, axis=0).all())
-
-
-def _by_head(op: Operation, operands: list[str], output: str) -> list[Tensor]:
-    """Return the ids of the operands of an Einstein sum with one id a head, where the sum is one of each head.
-
-    Of an operand that holds channels in two dimensions, one in the output and one summed over, those of a head are
-    coupled. An operand that holds channels only where heads are summed over, such as relative positions that all heads
-    share, keeps them.
-    """
-    found, summed = list(op.ids), set[str]()
-    for at, (letters, ids) in enumerate(zip(operands, op.ids, strict=True)):
-        held = [d for d in range(len(letters)) if varies(ids, d)]
-        inner = [d for d in held if letters[d] not in output]
-        if inner and len(inner) < len(held):
-            first = ids
-            for d in inner:
-                first = first.narrow(d, 0, 1)
-            op.couple(first, ids)
-            found[at] = first.expand(ids.shape)
-            summed.update(letters[d] for d in inner)
-    for at, (letters, ids) in enumerate(zip(operands, found, strict=True)):
-        if any(varies(ids, d) and letter in summed for d, letter in enumerate(letters)):
-            op.keep(ids)
-            found[at] = staying(tuple(ids.shape))
-    return found
 
 
 def einsum_letters(equation: Any, shapes: list[tuple[int, ...]]) -> tuple[list[str], str] | None:
