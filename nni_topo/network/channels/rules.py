@@ -728,8 +728,9 @@ def reads_shape_only(node: Node) -> bool:
         # An embedding looks up integers: of features only their sizes can matter to it. Learned positions of BART are
         # of a derived class that counts the places.
         owner, dtype = user.graph.owning_module, getattr(node.meta.get("tensor_meta"), "dtype", None)
-        is_embedding = owner is not None and user.op == "call_module" and dtype is not None and dtype.is_floating_point
-        is_embedding = is_embedding and isinstance(owner.get_submodule(str(user.target)), nn.Embedding)
+        is_embedding = False
+        if owner is not None and user.op == "call_module" and dtype is not None and dtype.is_floating_point:
+            is_embedding = isinstance(owner.get_submodule(str(user.target)), nn.Embedding)
         if not (of_sizes or has_property(user, "reads_sizes") or is_embedding):
             return False
     return True
@@ -1403,14 +1404,14 @@ def _einstein_sum(op: Operation) -> Any:
     left = list[int]()
     for at, letters in enumerate(operands):
         mine = letters_of_channels(at)
-        wider = [other for other in range(len(operands)) if mine < letters_of_channels(other) <= set(output)]
+        wider = [wide for wide in range(len(operands)) if mine < letters_of_channels(wide) <= set(output)]
         if len(mine) != 1 or not wider:
             left.append(at)
             continue
         (letter,) = mine
         shares = compressed(entering_ids[at]).movedim(letters.index(letter), 0).flatten(1)
-        for other in wider:
-            channels = compressed(entering_ids[other]).movedim(operands[other].index(letter), 0).flatten(1)
+        for wide in wider:
+            channels = compressed(entering_ids[wide]).movedim(operands[wide].index(letter), 0).flatten(1)
             op.couple(channels[:, :1], channels)
             op.couple(shares[:, 0], channels[:, 0])
     operands, entering_ids = [operands[at] for at in left], [entering_ids[at] for at in left]

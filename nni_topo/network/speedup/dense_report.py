@@ -215,11 +215,12 @@ def dense_report(
         if output_channels(module) is None and name not in masks:
             continue
         targets, small = masks.get(name, {}), dense.get_submodule(name)
-        kept = kept_channels(module, targets)
-        if output_channels(module) is not None:
-            before, after = output_channels(module), output_channels(small)
+        channels = output_channels(module)
+        if channels is not None:
+            before, after = channels, output_channels(small) or 0
+            kept = kept_channels(module, targets)
         elif isinstance(module, PER_CHANNEL) and isinstance(module.weight, torch.Tensor):
-            before, after = module.weight.numel(), small.weight.numel()
+            before, after = (each.get_parameter("weight").numel() for each in (module, small))
             kept = targets["weight"].ne(0) if "weight" in targets else None
         else:
             # No layer that the package knows: what NNI masks are rows of its first parameter.
