@@ -258,26 +258,55 @@ def groups_of(
     # Named layers stay selected in any case: a pruner that can't prune one says so.
     unpruned = unprunable_layers(analysis, [name for name in order if name in selection.by_type])
     projections = _projections_by_column(flow, groups, selection, unpruned)
-    choice = _choose(model, flow, order, selection, unpruned, projections)
-    for name, why in choice.left_out.items() if strict else ():
+    left_out = {name: why for name, why in unpruned.items() if name not in projections}
+    # An output projection that loses columns keeps its rows, and with these the channels that it shares.
+    rows = dict[int, str]()
+    for name in projections:
+        rows |= dict.fromkeys(flow.group_ids_of(name).tolist(), name)
+    rows.pop(FIXED, None)
+    for name in order:
+        # What can't lose any in the first place has a reason of its own.
+        if name in selection.by_type and name in flow.layers and name not in {*projections, *left_out}:
+            for group_id in flow.group_ids_of(name).tolist():
+                if group_id in rows:
+                    left_out[name] = (reasons.head_by_head(rows[group_id]),)
+                    break
+    for name in order:
+        if name in selection.by_head and name not in flow.heads and name not in projections:
+            left_out[name] = flow.why_pinned(name) if name in flow.shared else _why_headless(model, name)
+    by_row = selection.layers - left_out.keys() - projections.keys()
+    in_part = dict[str, Reasons]()  # why some channels stay, of layers that lose others
+    for name in flow.layers:
+        if name in by_row and FIXED in flow.group_ids_of(name):
+            in_part[name] = flow.why_pinned(name)
+    for name, why in left_out.items() if strict else ():
         if why != (reasons.model_output(),):
             told = reasons.told(why)
             raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {told}")
     if warns:
-        _warn(flow, groups, choice)
-    entries = _write_entries(flow, order, selection, choice)
+        _warn(flow, groups, by_row, left_out, in_part)
+    group_settings, followers = _settings(flow, projections, by_row | projections.keys()), _followers(flow)
+    entries = []
+    for names, settings in selection.entries:
+        # A user's blocks, NNI's 64 by 64, say, make no group: which heads are kept shows when there are masks.
+        has_blocks = isinstance(settings.get("granularity"), list)
+        for name in order:
+            if name in names and name not in left_out and name not in followers:
+                is_alone = has_blocks and (name in flow.heads or name in projections)
+                group = {} if is_alone else group_settings.get(name, {})
+                entries.append({"op_names": [name], **copy.deepcopy(settings), **group})
     # Output projections that lose columns keep all rows.
-    ties = partial_couplings(flow, choice.by_row - _followers(flow))
-    in_part = {name: why for name, why in choice.in_part.items() if name not in selection.named}
+    ties = partial_couplings(flow, by_row - followers)
+    in_part = {name: why for name, why in in_part.items() if name not in selection.named}
     held = held_by_unselected(flow, DependencyGroups(entries).layers())
     alone = {name: (reasons.unselected(others),) for name, others in held.items() if name not in selection.named}
     return DependencyGroups(
         entries,
-        skipped=reasons.as_text(choice.left_out) | _told_in_part(flow, in_part) | reasons.as_text(alone),
+        skipped=reasons.as_text(left_out) | _told_in_part(flow, in_part) | reasons.as_text(alone),
         named=selection.named & selection.layers,
         ties=ties,
         shares=shares(flow, asked_of(flow, entries, ties)),
-        reasons=choice.left_out | in_part | alone,
+        reasons=left_out | in_part | alone,
     )
 
 
@@ -298,16 +327,6 @@ class _Selection:
     def by_type(self) -> frozenset[str]:
         """Those of them that no entry names."""
         return self.layers - self.named
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """How each selected layer is pruned, if it is."""
-
-    by_row: frozenset[str]  # those that lose rows of their weights: channels, or heads
-    projections: dict[str, Attention]  # those that lose columns: output projections, with the heads that they read
-    left_out: dict[str, Reasons]  # those that can't lose any, and why
-    in_part: dict[str, Reasons]  # why some channels stay, of those ``by_row``
 
 
 def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selection:
@@ -369,58 +388,6 @@ def _projections_by_column(
         if inside <= prunable - by_head and not any(FIXED in flow.group_ids_of(name) for name in inside):
             by_row |= inside
     return {name: attention for name, attention in found.items() if name not in by_row}
-
-
-def _choose(
-    model: torch.nn.Module,
-    flow: ChannelFlow,
-    order: Sequence[str],
-    selection: _Selection,
-    unpruned: Mapping[str, Reasons],
-    projections: dict[str, Attention],
-) -> _Choice:
-    """Return which selected layers lose rows, and which none, given those that can't or that lose columns."""
-    left_out = {name: why for name, why in unpruned.items() if name not in projections}
-    # An output projection that loses columns keeps its rows, and with these the channels that it shares.
-    rows = dict[int, str]()
-    for name in projections:
-        rows |= dict.fromkeys(flow.group_ids_of(name).tolist(), name)
-    rows.pop(FIXED, None)
-    for name in order:
-        # What can't lose any in the first place has a reason of its own.
-        if name in selection.by_type and name in flow.layers and name not in {*projections, *left_out}:
-            for group_id in flow.group_ids_of(name).tolist():
-                if group_id in rows:
-                    left_out[name] = (reasons.head_by_head(rows[group_id]),)
-                    break
-    for name in order:
-        if name in selection.by_head and name not in flow.heads and name not in projections:
-            left_out[name] = flow.why_pinned(name) if name in flow.shared else _why_headless(model, name)
-    by_row = selection.layers - left_out.keys() - projections.keys()
-    in_part = dict[str, Reasons]()
-    for name in flow.layers:
-        if name in by_row and FIXED in flow.group_ids_of(name):
-            in_part[name] = flow.why_pinned(name)
-    return _Choice(by_row, projections, left_out, in_part)
-
-
-def _write_entries(
-    flow: ChannelFlow, order: Sequence[str], selection: _Selection, choice: _Choice
-) -> list[dict[str, Any]]:
-    """Write an entry for each layer that loses channels: its own settings, and those of its group."""
-    group_settings = _settings(flow, choice.projections, choice.by_row | choice.projections.keys())
-    left_out = choice.left_out.keys() | _followers(flow)
-    entries = []
-    for names, settings in selection.entries:
-        # A user's blocks, NNI's 64 by 64, say, make no group: which heads are kept shows when there are masks.
-        has_blocks = isinstance(settings.get("granularity"), list)
-        for name in order:
-            if name not in names or name in left_out:
-                continue
-            is_alone = has_blocks and (name in flow.heads or name in choice.projections)
-            group = {} if is_alone else group_settings.get(name, {})
-            entries.append({"op_names": [name], **copy.deepcopy(settings), **group})
-    return entries
 
 
 def _why_headless(model: torch.nn.Module, name: str) -> Reasons:
@@ -594,12 +561,18 @@ def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
+def _warn(
+    flow: ChannelFlow,
+    groups: list[list[str]],
+    by_row: frozenset[str],
+    left_out: Mapping[str, Reasons],
+    in_part: Mapping[str, Reasons],
+) -> None:
     """Warn of the layers left out, of those that keep some channels, and of those that give the output."""
     if flow.missed:
         _logger.warning("%s", flow.missed)
-    if set(choice.left_out.values()) - {(reasons.model_output(),)}:
-        layers_by_reason = by_reason(reasons.as_text(choice.left_out))
+    if set(left_out.values()) - {(reasons.model_output(),)}:
+        layers_by_reason = by_reason(reasons.as_text(left_out))
         told = "; ".join(f"{listed(names)}: {why}" for why, names in layers_by_reason.items())
         _logger.warning(
             "layers that can't lose channels stay whole and are left out (.skipped has all; nni_topo.explain says what "
@@ -607,19 +580,19 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
             told,
         )
     for names in groups:
-        inside = [name for name in names if name in choice.by_row]
-        outside = [name for name in names if name not in choice.by_row and not flow.layers[name].depthwise]
+        inside = [name for name in names if name in by_row]
+        outside = [name for name in names if name not in by_row and not flow.layers[name].depthwise]
         if inside and outside:
             _logger.warning(
                 "layers that share channels must be selected together, got %s without %s: "
                 "the channels they share stay",
                 listed(inside), listed(outside),
             )  # fmt: skip
-    if choice.in_part:
-        layers_by_reason = by_reason(_told_in_part(flow, choice.in_part))
+    if in_part:
+        layers_by_reason = by_reason(_told_in_part(flow, in_part))
         told = "; ".join(f"{listed(names)}: {why}" for why, names in layers_by_reason.items())
         _logger.warning("some channels of these layers can't be removed: %s", told)
-    heads = [name for name in flow.layers if name in choice.by_row and flow.reaches_output(name)]
+    heads = [name for name in flow.layers if name in by_row and flow.reaches_output(name)]
     if heads:
         _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
 

@@ -20,12 +20,6 @@ from torch.nn import functional
 from nni_topo.network.runtime.modules import put_attribute
 
 _SWIN = "nni_topo.network.attention.unfused.swin"  # imported late, since torchvision takes long to load
-_OF_TORCHVISION = {
-    ("torchvision.models.swin_transformer", "ShiftedWindowAttention"),
-    ("torchvision.models.swin_transformer", "ShiftedWindowAttentionV2"),
-    ("torchvision.models.video.swin_transformer", "ShiftedWindowAttention3d"),
-    ("torchvision.models.maxvit", "RelativePositionalMultiHeadAttention"),
-}
 
 
 def multihead(
@@ -97,9 +91,9 @@ def unfused_class(module: nn.Module) -> type[nn.Module] | None:
         return PrunedMultiheadAttention
     if kind.__module__ == _SWIN:
         return kind
-    if (kind.__module__, kind.__qualname__) not in _OF_TORCHVISION:
+    if not kind.__module__.startswith("torchvision.models."):
         return None
-    found: type[nn.Module] = import_module(_SWIN).UNFUSED[kind]
+    found: type[nn.Module] | None = import_module(_SWIN).UNFUSED.get(kind)
     return found
 
 
