@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch.fx import Node
 
 from nni_topo.context import leaving_out
-from nni_topo.errors import listed, raised
+from nni_topo.errors import listed
 from nni_topo.network.graph.nodes import described, line_of, place
 
 
@@ -156,7 +156,7 @@ class Sentence:
     """Makes the reasons of one kind that have one sentence."""
 
     kind: str
-    text: str  # with ``{layer}`` for the name of a layer or module, and ``{of}`` for its class
+    text: str  # with ``{layer}`` for the name of a layer or module, and ``{of}`` for its class or what else is told
 
     def __call__(self, where: Node | str = "", of: str = "") -> Reason:
         """Return a reason; ``where``: the operation, which is named after the sentence, or the layer or module."""
@@ -232,6 +232,15 @@ not_run = Sentence("not_run", "the forward doesn't use the layer")
 not_asked = Sentence("not_asked", "not asked for")
 untraced_output = Sentence("untraced_output", "its output enters code that could not be traced")
 never_settled = Sentence("dry_run_failed", "channels depend on one another in a way that no rule describes")
+depends_on_size = Sentence("depends_on_size", "which channels are coupled depends on the size of the input")
+rounding = Sentence("rounding", "round_to={of}")
+
+# What an error says: of a module that can't be cut, of a model that can't be traced, and of one that fails on random
+# numbers.
+
+cutting_failed = Sentence("uncut_module", "{of}")
+untraced_model = Sentence("untraced_model", "{of}")
+dry_run_failed = Sentence("dry_run_failed", "the dry run fails on random numbers: {of}")
 
 
 # Reasons whose sentences need more.
@@ -246,36 +255,16 @@ def nonzero_values(reader: Node, source: Node) -> Reason:
     return Reason("nonzero_values", place(source), "", text, line_of(source) or line_of(reader))
 
 
-def depends_on_size() -> Reason:
-    """Return the reason for channels that are coupled with others at another input size."""
-    return Reason("depends_on_size", text="which channels are coupled depends on the size of the input")
-
-
 def fixed_sizes(node: Node, error: Exception | None = None) -> Reason:
     """Return the reason for channels without which an operation fails, or gives another shape."""
     failure = "" if error is None else f": {type(error).__name__}"
     return Sentence("fixed_sizes", f"the sizes of an operation don't fit fewer channels{failure}")(node)
 
 
-def cutting_failed(layer: str, error: Exception) -> Reason:
-    """Return the reason for channels of a module that raises an error when it is cut."""
-    return Reason("uncut_module", layer, layer, str(error))
-
-
 def needs_all_channels(node: Node, layer: str) -> Reason:
     """Return the reason for tensors that enter attention and that its own linear layers don't read."""
     text = f"attention ({layer}) needs all channels that enter"
     return Reason("needs_all_channels", layer, layer, text, line_of(node))
-
-
-def dry_run_failed(error: Exception) -> Reason:
-    """Return the reason for all channels of a network that fails on random weights and inputs."""
-    return Reason("dry_run_failed", text=f"the dry run fails on random numbers: {raised(error)}")
-
-
-def untraced_model(error: Exception) -> Reason:
-    """Return the reason for all layers of a model that can't be traced."""
-    return Reason("untraced_model", text=str(error))
 
 
 def computed_weight(*, can_convert: bool) -> Reason:
@@ -330,11 +319,6 @@ def head_size(attention: Iterable[str]) -> Reason:
     names = ", ".join(attention)
     sentence = "head size unchanged: the attention uses the head size in a way that can't be adapted"
     return Reason("head_size", names, names, f"{sentence} ({names})")
-
-
-def rounding(round_to: int) -> Reason:
-    """Return the reason for channels that make a width a multiple of ``round_to``."""
-    return Reason("rounding", text=f"round_to={round_to}")
 
 
 # Why a dense model can't equal the masked one, with what can be done about it.

@@ -242,7 +242,7 @@ def groups_of(
         if strict or given.layers & given.named:
             raise
         selected = [name for name, _ in model.named_modules() if name in given.layers]
-        untraced = {name: (reasons.untraced_model(error),) for name in selected}
+        untraced = {name: (reasons.untraced_model(of=str(error)),) for name in selected}
         _logger.warning("all layers stay whole and are left out: %s", error)
         return DependencyGroups([], reasons.as_text(untraced), reasons=untraced)
     # Where heads are asked for, the layers of attention take the place of modules that hold them.

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import SpeedupError
+from nni_topo.errors import SpeedupError, raised
 from nni_topo.network.attention.heads import attend
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
@@ -73,7 +73,7 @@ def find_unprunable(analysis: Analysis) -> dict[int, Reason]:
             held = _found_with(analysis, seed)
         except _FailedRunError as failed:
             # With others it may not: where a router gives no token to an expert, the expert isn't called.
-            held = _all_held(flow, reasons.dry_run_failed(failed.error))
+            held = _all_held(flow, reasons.dry_run_failed(of=raised(failed.error)))
             continue
         # Where the last round still found channels, nothing is sure.
         return _all_held(flow, reasons.never_settled()) if held is None else held
@@ -237,7 +237,7 @@ class _DryRun:
         try:
             cutter.cut()
         except SpeedupError as error:
-            self._uncut = dict.fromkeys(self._removed_at(cutter.at), reasons.cutting_failed(cutter.at, error))
+            self._uncut = dict.fromkeys(self._removed_at(cutter.at), reasons.cutting_failed(cutter.at, of=str(error)))
         self._order = cutter.order
 
     def run(self, args: tuple[Any, ...]) -> dict[int, Reason]:

@@ -174,7 +174,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
         analysis = Analysis.on(model, example_inputs)
         flow = analysis.flow
     except SpeedupError as error:
-        return Explanation(layer, channels, channels, reasons=(reasons.untraced_model(error),))
+        return Explanation(layer, channels, channels, reasons=(reasons.untraced_model(of=str(error)),))
     why = unprunable_layers(analysis, [layer]).get(layer, ())
     if layer not in flow.layers:
         return Explanation(layer, channels, channels, reasons=why)

@@ -313,7 +313,7 @@ def _why_kept(
         return (reasons.blocks_equal(flow.block_places(name)),)
     if alone:
         return (single[alone[0]],)
-    return (reasons.rounding(round_to),) if round_to is not None and rounded.any() else ()
+    return (reasons.rounding(of=str(round_to)),) if round_to is not None and rounded.any() else ()
 
 
 def _new_masks(
