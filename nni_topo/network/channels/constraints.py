@@ -96,7 +96,7 @@ def _with_equal_blocks(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, i
     """Give layers whose channels are shuffled together the same blocks, so that they lose equally many channels."""
     shuffled_together = list[set[str]]()
     for blocks in flow.blocks:
-        group_ids = flow.group_ids(np.concatenate([block for side in blocks.sides for block in side]))
+        group_ids = flow.group_ids(blocks.ids)
         together = set[str]()
         for name, layer in flow.layers.items():
             # Depth-wise convolutions follow the layer before them.

@@ -450,7 +450,7 @@ class ChannelFlow(Propagation):
         self._leaving = np.setdiff1d(self._before[arriving], FIXED)
         remaining = []
         for blocks in self.blocks:
-            rows = [self._before[row] for side in blocks.sides for row in side]
+            rows = [self._before[row] for row in blocks.all]
             are_heads = all(len(row) > 1 and bool((row == row[0]).all()) for row in rows)
             # Heads, all of whose channels are tied, go as a whole where an attribute counts them.
             if not (blocks.counted and are_heads):
@@ -568,7 +568,7 @@ class ChannelFlow(Propagation):
     def regrouped(self) -> dict[str, int]:
         """Return the grouped convolutions' calls that read shuffled channels: the number of groups, by node."""
         found = dict[str, int]()
-        moves = [block for blocks in self.blocks if blocks.moves for side in blocks.sides for block in side]
+        moves = [blocks.ids for blocks in self.blocks if blocks.moves]
         if not (self.reorders and moves):
             return found
         moved = self.group_ids(np.concatenate(moves))
@@ -635,8 +635,7 @@ class ChannelFlow(Propagation):
         group_ids = np.setdiff1d(self.group_ids_of(name), FIXED)
         found = dict[str, None]()
         for blocks in self.blocks:
-            ids = np.concatenate([block for side in blocks.sides for block in side])
-            if np.isin(group_ids, self.group_ids(ids)).any():
+            if np.isin(group_ids, self.group_ids(blocks.ids)).any():
                 found[blocks.place] = None
         return tuple(found)
 

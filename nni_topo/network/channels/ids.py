@@ -7,6 +7,7 @@ entry which channel it belongs to.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -70,6 +71,16 @@ class Blocks:
     is_filled: bool = False  # a shorter block is filled up with `FIXED`: it loses as many, and keeps some of its own
     place: str = ""  # what needs them so: an operation, a module or an attribute
     counted: bool = False  # an attribute holds how many blocks there are: fewer, where each goes as a whole
+
+    @property
+    def all(self) -> list[np.ndarray]:
+        """The blocks of all sides."""
+        return list(itertools.chain.from_iterable(self.sides))
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids of all channels in them: int, (channels,)."""
+        return np.concatenate(self.all)
 
 
 @dataclasses.dataclass

@@ -61,8 +61,10 @@ def _pairs(one: _Dimensions, other: _Dimensions) -> list[tuple[np.ndarray, np.nd
         if first is not None and second is not None and len(first) == len(second):
             found.append((first, second))
             continue
-        found += [(each, np.full_like(each, FIXED)) for each in (first,) if each is not None]
-        found += [(np.full_like(each, FIXED), each) for each in (second,) if each is not None]
+        if first is not None:
+            found.append((first, np.full_like(first, FIXED)))
+        if second is not None:
+            found.append((np.full_like(second, FIXED), second))
     return found
 
 

@@ -254,9 +254,7 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
     """Say which channels of layers may stay, given how many of each should; only of layers that are shuffled."""
     if not flow.shuffles:
         return {}
-    moved = np.array([FIXED])
-    for blocks in _moving(flow):
-        moved = np.concatenate([moved, *(flow.group_ids(block) for block in blocks)])
+    moved = np.concatenate([[FIXED], *(flow.group_ids(blocks.ids) for blocks in flow.blocks if blocks.moves)])
     counts = dict[str, int]()
     for name in wanted:
         group_ids = flow.group_ids_of(name)
@@ -275,7 +273,8 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
 def _shares(flow: ChannelFlow, counts: dict[str, int]) -> Shares:
     """Search the counts of layers that shuffles connect together, from those asked for upwards."""
     routes, found = _routes(flow, flow.ids), Shares()
-    moved = [set(flow.group_ids(np.concatenate(blocks)).tolist()) for blocks in _moving(flow)]
+    # What each chunk takes apart, and each view into rows.
+    moved = [set(flow.group_ids(blocks.ids).tolist()) for blocks in flow.blocks if blocks.moves]
     moves_of = dict[str, set[int]]()  # by layer, the chunks and views that take its channels apart
     for name in counts:
         group_ids = flow.group_ids_of(name).tolist()
@@ -346,11 +345,6 @@ def asked_of(flow: ChannelFlow, entries: Iterable[Mapping[str, Any]], ties: Coll
         if name in asked and is_plain and name not in ties and "global_group_id" not in entry:
             asked[name] = max(asked[name] - int(asked[name] * ratio), 1)
     return asked
-
-
-def _moving(flow: ChannelFlow) -> list[list[np.ndarray]]:
-    """List the blocks of ids that each chunk takes apart, and each view into rows."""
-    return [list(itertools.chain.from_iterable(blocks.sides)) for blocks in flow.blocks if blocks.moves]
 
 
 def _routes(flow: ChannelFlow, ids: Mapping[str, Any]) -> Routes:

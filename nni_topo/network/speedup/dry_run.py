@@ -7,7 +7,6 @@ all, and that its result for the kept channels doesn't depend on the pruned ones
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import OrderedDict, defaultdict
 from contextlib import nullcontext
 from operator import attrgetter
@@ -178,7 +177,7 @@ def _draw(
     """
     is_kept: np.ndarray = drawing.random(flow.size) < 0.5
     for blocks in flow.blocks if in_parts else ():
-        for block in itertools.chain.from_iterable(blocks.sides):
+        for block in blocks.all:
             group_ids = flow.group_ids(block)
             is_kept[group_ids] = False
             is_kept[drawing.permutation(group_ids)[: (len(group_ids) + 1) // 2]] = True

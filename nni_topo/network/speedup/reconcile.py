@@ -228,15 +228,12 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
         before = int(kept.sum())
         for blocks in flow.blocks:
             if not (in_place and blocks.moves):
-                _even_out(blocks, [[flow.group_ids(block) for block in side] for side in blocks.sides], kept, scores)
+                _even_out(flow, blocks, kept, scores)
         for group_ids in layers:
             wanted = -(-int(kept[group_ids].sum()) // round_to) * round_to
             _bring_back(group_ids, kept, scores, min(wanted, len(group_ids)))
         in_place = in_place and (before == int(kept.sum()) or stays_in_place(flow, kept))
-        uneven = list[np.ndarray]()
-        for blocks in flow.blocks:
-            if blocks.is_uneven:
-                uneven += [flow.group_ids(block) for side in blocks.sides for block in side]
+        uneven = [flow.group_ids(blocks.ids) for blocks in flow.blocks if blocks.is_uneven]
         if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
             # No smaller number of each fits.
             kept[np.concatenate(uneven)] = True
@@ -244,10 +241,10 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
             kept[regrouped(flow, kept)] = True
 
 
-def _even_out(blocks: Blocks, sides: list[list[np.ndarray]], is_kept: np.ndarray, scores: Scores) -> None:
+def _even_out(flow: ChannelFlow, blocks: Blocks, is_kept: np.ndarray, scores: Scores) -> None:
     """Restore channels until all blocks that aren't removed as a whole keep equally many."""
     # A block goes only if it goes on all sides; where any side keeps a channel of it, all are filled up.
-    remains = []
+    sides, remains = [list(map(flow.group_ids, side)) for side in blocks.sides], []
     for block_on_sides in zip(*sides, strict=True):
         has_channels = any(is_kept[block].any() for block in block_on_sides)
         remains.append(has_channels or not blocks.may_vanish)
