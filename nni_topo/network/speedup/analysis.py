@@ -245,7 +245,12 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     graph = copy.deepcopy(graph_module.graph)
     held = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     # What the forward makes by itself the tracer keeps in the copy; all else is the model's, whatever it holds now.
-    constants = {name: attrgetter(name)(graph_module) for name in held if not _has(original, name)}
+    constants = dict[str, Any]()
+    for name in held:
+        try:
+            attrgetter(name)(original)
+        except AttributeError:
+            constants[name] = attrgetter(name)(graph_module)
     put_parameters(graph_module, lambda _, parameter: parameter.to("meta"))
     graph_module.to("meta")
     assembled = partial(_assembled, graph, constants)
@@ -258,14 +263,6 @@ def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> Gra
     parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
     assembled: GraphModule = evaluating(with_heads(on_modules(parts, graph, type(model).__name__)))
     return assembled
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        attrgetter(name)(model)
-    except AttributeError:
-        return False
-    return True
 
 
 def _described(call: Call) -> list[Any]:

@@ -83,9 +83,12 @@ def read_in_training(model: nn.Module, unused: list[str], call: Call) -> tuple[R
             owners = name.split(".")[:-1]
             for length in range(len(owners) + 1):
                 # Only the modules that contain the parameter: dropout and batch norms beside it would compute something
-                # else in training mode, and don't decide where data goes.
+                # else in training mode, and don't decide where data goes, and neither do layers of PyTorch's.
                 owner = trained.get_submodule(".".join(owners[:length]))
-                owner.training = owner.training or not _only_computes_otherwise(owner)
+                is_layer = type(owner).__module__.startswith("torch.nn.modules.") and not isinstance(
+                    owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+                )
+                owner.training = owner.training or not is_layer
         recording = trace(trained, call)
         graph = recording.graph_module.graph
         if is_in_parts(graph):
@@ -127,13 +130,6 @@ def read_in_training(model: nn.Module, unused: list[str], call: Call) -> tuple[R
         elif why := flow.why_pinned(layer):
             read[layer] = groups == FIXED, why[0]
     return read, ""
-
-
-def _only_computes_otherwise(module: nn.Module) -> bool:
-    """Tell whether training mode changes what a module computes, but not which modules run: a layer of PyTorch's."""
-    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
-        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    )
 
 
 def _not_run(model: nn.Module, call: Call, parameters: list[str]) -> list[str]:
