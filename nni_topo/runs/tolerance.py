@@ -359,8 +359,9 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
     chosen: TriedNetwork | None = None
     for each in passed[-1:] if measure == "evaluate" else passed:
         judged = judge.confirm(each.final.dense)
-        found = {"difference": judged.difference, "limit": judged.limit, "is_within": judged.is_within}
-        looks.append(replace(each.candidate, **found))
+        looks.append(
+            replace(each.candidate, difference=judged.difference, limit=judged.limit, is_within=judged.is_within)
+        )
         if not judged.is_within:
             break
         chosen = each

@@ -1,7 +1,7 @@
 """``python -m nni_topo.runs.trial``: one trial of an NNI experiment, or one of its own with ``--params FILE``.
 
-A trial prunes, makes dense, compensates, retrains and measures; killed anywhere, the same call goes on. Under NNI the
-parameters come from the tuner, the results go to it, and the files lie in the trial's folder.
+A trial prunes, makes dense, compensates, retrains and measures; if it was killed, the same call runs it again. Under
+NNI the parameters come from the tuner, the results go to it, and the files lie in the trial's folder.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from typing import Any, get_args, get_type_hints
 
 import nni
 import tyro
-from torch import nn
 
-from nni_topo.disk import DELETE, only_process, read_json, read_tensors, reading, write_json, write_tensors
+from nni_topo.disk import only_process, read_json, reading, write_json, write_tensors
 from nni_topo.errors import ConfigError, DataError, NniTopoError, unknown_name
 from nni_topo.network.io import checkpoint as serialization
 from nni_topo.network.speedup.dependency import groups_of
-from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import check_pruner_knobs, pruner_info
 from nni_topo.rules import NONE, PATH, check_fields, number, whole
 from nni_topo.runs.choices import (
@@ -42,7 +40,6 @@ from nni_topo.runs.choices import (
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import (
     WHOLE_CHANNELS,
-    Start,
     budget_facts,
     costs,
     distilled,
@@ -60,7 +57,6 @@ from nni_topo.zoo import default_recipe
 
 METRICS, SETTINGS = "metrics.json", "settings.json"
 DENSE, MASKS, CONFIG_LIST = "dense.safetensors", "masks.pt", "config_list.json"
-_PRUNED, _FACTS, _RETRAINING = "pruned.pt", "pruned.json", "retraining.pt"
 _RATIO, _KNOB = "ratio.", "knob."
 _PLAIN = (str, int, float, bool)
 
@@ -208,7 +204,7 @@ def _typed(name: str, value: Any, kind: type, *, optional: bool = False) -> Any:
 def run_trial(
     settings: TrialSettings, out: str | Path, *, cache: str | Path | None = None, report: ReportMetrics | None = None
 ) -> Record:
-    """Run a trial, or what is left of it, in a folder; return what ``metrics.json`` holds, accuracies in [0, 1].
+    """Run a trial in a folder, unless it is finished; return what ``metrics.json`` holds, accuracies in [0, 1].
 
     The folder gets ``settings.json`` at once, ``masks.pt``, and at the end ``dense.safetensors`` (see
     :func:`nni_topo.load`), ``config_list.json`` (the ratios that were realised) and ``metrics.json``; ``cache`` holds
@@ -243,29 +239,49 @@ def run_trial(
                 seed=cell.seed,
                 device=settings.device,
             )
-        dense, facts = _pruned(settings, cell, start, _masks(settings, cell, start, out), out)
+        names = inner_layers_of(start.analysis)
+        for pattern in settings.ratios:
+            if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+                raise unknown_name("the layer of a ratio", pattern, names, "ratios")
+        if settings.flops is not None and not settings.ratios:
+            ratios = layer_ratios(start.net, start.example, cell.target)
+        else:
+            proposed = {name: settings.layer_ratio(name) for name in names}
+            ratios = proposed_ratios(start.net, start.example, proposed, settings.flops)
+        masks = on_cpu(prune_to_ratios(start, cell.pruner, cell.target, ratios).masks)
+        write_tensors(out / MASKS, masks)
+
+        dense, _ = made_dense(start, masks, cell.compensate)
+        if cell.distill is not None:
+            dense = distilled(start, dense, cell.distill).model
+        accuracy = start.validated(dense)
+        facts: Record = {"accuracy_pruned": accuracy, **costs(start, dense)}
+        facts["flops_share"] = facts["flops"] / facts["flops_before"]
+        facts["price"] = settings.flops_weight * facts["flops_share"]
+        if settings.latency_weight:
+            facts |= latencies(start, dense)
+            facts["latency_share"] = facts["latency_ms"] / facts["latency_before_ms"]
+            facts["price"] += settings.latency_weight * facts["latency_share"]
+        if cell.target.kind != "ratio":
+            facts |= budget_facts(start, dense, cell.target, facts, WHOLE_CHANNELS)
 
         def tell(step: int, accuracy: float) -> None:
             if report is not None:
-                report(step, _result(accuracy, facts))
+                report(step, {"default": accuracy - facts["price"], "accuracy": accuracy})
 
-        state = out / _RETRAINING
-        if not state.exists():
-            tell(0, facts["accuracy_pruned"])
-        accuracy = facts["accuracy_pruned"]
+        tell(0, accuracy)
         if cell.retrain.epochs:
             data = start.data
             if settings.retrain_images is not None:
                 images = settings.retrain_images
                 limit = images if cell.data.limit is None else min(images, cell.data.limit)
                 data = load_model_data(cell.model, replace(cell.data, limit=limit))
-            knobs: dict[str, Any] = {"state": state}
-            knobs["callback"] = lambda log: tell(log.epoch, log.validation_accuracy or 0.0)
+            knobs = {"callback": lambda log: tell(log.epoch, log.validation_accuracy or 0.0)}
             retrain(dense, data, cell.retrain, seed=cell.seed, **knobs)
             accuracy = start.validated(dense)
         done = {
             **facts,
-            "score": _result(accuracy, facts)["default"],
+            "score": accuracy - facts["price"],
             "accuracy": accuracy,
             "test_accuracy": start.tested(dense),
             "test_accuracy_before": start.accuracy,
@@ -276,61 +292,13 @@ def run_trial(
         serialization.save(dense, out / DENSE)
         # A config_list that leads any structured pruner to the same widths.
         before, after = layer_widths(start.net), layer_widths(dense)
-        ratios: dict[str, float] = {}
-        for name in inner_layers_of(start.analysis):
+        realised: dict[str, float] = {}
+        for name in names:
             count = before[name] - after[name]
-            ratios[name] = (count + 0.5) / before[name] if count else 0.0
-        write_json(out / CONFIG_LIST, groups_of(start.analysis, as_entries(ratios)))
+            realised[name] = (count + 0.5) / before[name] if count else 0.0
+        write_json(out / CONFIG_LIST, groups_of(start.analysis, as_entries(realised)))
         write_json(out / METRICS, done)
-        for name in (_PRUNED, _FACTS, _RETRAINING):
-            (out / name).unlink(missing_ok=True)
         return done
-
-
-def _masks(settings: TrialSettings, cell: Cell, start: Start, out: Path) -> Masks:
-    """Return the masks, on the CPU: those in the folder, or the pruner's."""
-    path = out / MASKS
-    if path.exists():
-        with reading(path, "a trial's masks", cure=DELETE):
-            return read_tensors(path)  # type: ignore[no-any-return]
-    names = inner_layers_of(start.analysis)
-    for pattern in settings.ratios:
-        if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
-            raise unknown_name("the layer of a ratio", pattern, names, "ratios")
-    if settings.flops is not None and not settings.ratios:
-        ratios = layer_ratios(start.net, start.example, cell.target)
-    else:
-        proposed = {name: settings.layer_ratio(name) for name in names}
-        ratios = proposed_ratios(start.net, start.example, proposed, settings.flops)
-    masks = on_cpu(prune_to_ratios(start, cell.pruner, cell.target, ratios).masks)
-    write_tensors(path, masks)
-    return masks
-
-
-def _pruned(settings: TrialSettings, cell: Cell, start: Start, masks: Masks, out: Path) -> tuple[nn.Module, Record]:
-    """Return the dense net, compensated and distilled if asked for, and what retraining doesn't change."""
-    known = read_json(out / _FACTS)
-    if known is not None:
-        return serialization.load(out / _PRUNED, start.net), known
-    dense, _ = made_dense(start, masks, cell.compensate)
-    if cell.distill is not None:
-        dense = distilled(start, dense, cell.distill).model
-    facts: Record = {"accuracy_pruned": start.validated(dense), **costs(start, dense)}
-    facts["flops_share"] = facts["flops"] / facts["flops_before"]
-    facts["price"] = settings.flops_weight * facts["flops_share"]
-    if settings.latency_weight:
-        facts |= latencies(start, dense)
-        facts["latency_share"] = facts["latency_ms"] / facts["latency_before_ms"]
-        facts["price"] += settings.latency_weight * facts["latency_share"]
-    if cell.target.kind != "ratio":
-        facts |= budget_facts(start, dense, cell.target, facts, WHOLE_CHANNELS)
-    serialization.save(dense, out / _PRUNED)
-    write_json(out / _FACTS, facts)
-    return dense, facts
-
-
-def _result(accuracy: float, facts: Record) -> dict[str, float]:
-    return {"default": accuracy - facts["price"], "accuracy": accuracy}
 
 
 def reported(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -351,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"step": step, **result}), flush=True)
 
     def tell_nni(step: int, result: dict[str, float]) -> None:
-        nni.trial.overwrite_intermediate_seq(step)  # a trial that goes on after a kill goes on counting
+        nni.trial.overwrite_intermediate_seq(step)  # of a trial that is run again NNI knows some
         nni.report_intermediate_result(result)
 
     try:

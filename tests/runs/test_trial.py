@@ -335,9 +335,9 @@ def test_a_checkpoint_of_ones_own(settings, nets, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_trial_goes_on_to_the_same_result(nets, tmp_path, capsys):
+def test_a_killed_trial_is_run_again_to_the_same_result(nets, tmp_path, capsys):
     params = tmp_path / "params.json"
-    params.write_text(json.dumps({"ratio": 0.5, "retrain_epochs": 60}))
+    params.write_text(json.dumps({"ratio": 0.5, "retrain_epochs": 20}))
     words = ["--params", str(params), "--cache", str(nets), *SMALL_WORDS]
     words_of_killed = [*words, "--out", str(tmp_path / "killed")]
     command = [sys.executable, "-m", "nni_topo.runs.trial", *words_of_killed]
@@ -346,11 +346,9 @@ def test_a_killed_trial_goes_on_to_the_same_result(nets, tmp_path, capsys):
         lines = [json.loads(process.stdout.readline()) for _ in range(4)]
         process.send_signal(signal.SIGKILL)
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert {"retraining.pt", "pruned.pt"} < files(tmp_path / "killed")
     assert main(words_of_killed) == 0
     steps = [json.loads(line).get("step") for line in capsys.readouterr().out.splitlines()]
-    assert steps[0] >= 4
-    assert steps[-2:] == [60, None]
+    assert steps == [*range(21), None]
     assert files(tmp_path / "killed") == FILES
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     killed, whole = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("killed", "whole"))
@@ -406,13 +404,6 @@ def test_a_folder_that_cant_be_made_is_a_clear_error(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="must be a folder that can be written to"):
         run_trial(settings, tmp_path / "file" / "trial")
-
-
-def test_damaged_masks_are_to_be_deleted(settings, nets, tmp_path):
-    (tmp_path / "trial").mkdir()
-    (tmp_path / "trial" / "masks.pt").write_bytes(b"half")
-    with pytest.raises(DataError, match=r"a trial's masks must .*; delete it and run again \(.*masks.pt\)"):
-        run_trial(settings, tmp_path / "trial", cache=nets)
 
 
 @pytest.fixture

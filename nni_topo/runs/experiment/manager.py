@@ -50,7 +50,7 @@ def start_experiment(
     """Start NNI's manager, which starts the trials; it ends with this process, or with ``stop()``.
 
     ``port`` is that of its web page and REST API; services on other machines need the next one, too. ``resume`` names
-    an experiment that was stopped or killed: it goes on, unfinished trials in their folders. With ``everywhere`` the
+    an experiment that was stopped or killed: it goes on, and runs unfinished trials again. With ``everywhere`` the
     manager listens on all interfaces, as NNI's does, which trials on other machines need. ConfigError if there is
     nothing to resume, DataError if the folder has no room, ManagerError if a port is in use or the manager doesn't
     start.
