@@ -119,37 +119,33 @@ class Block(Reconstruct):
 
 def _learners(networks: Networks, touched: Collection[Node]) -> dict[Node, list[str]]:
     """Return the parameters to train by the node that uses them: those of layers and norms that are used once."""
-    graph = networks.unpruned.graph
-    result = dict(networks.result.named_parameters())
+    nodes = networks.unpruned.graph.nodes
+    called = [str(node.target) for node in nodes if node.op == "call_module"]
+    used = [str(node.target) for node in nodes if node.op in ("call_module", "get_attr")]
     tied = {name for names in find_ties(networks.result) for name in names}
-    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    used = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    result = dict(networks.result.named_parameters())
+    owners: dict[str, str] = {}  # by parameter that may learn, its layer
+    for owner, module in networks.pruned.named_modules():
+        if isinstance(module, (*WEIGHTED, *PER_CHANNEL)):
+            for key, parameter in module.named_parameters(owner, recurse=False):
+                # In the result, a computed weight has other names.
+                if key in result and result[key].shape == parameter.shape and key not in tied:
+                    owners[key] = owner
     found: dict[Node, list[str]] = {}
-    for node in graph.nodes:
+    for node in nodes:
         if node not in touched:
             continue
         # In a graph, attention is an argument of a function, inside of which all its layers but the last one run.
         targets = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
         if node.op == "call_module":
             targets.append(str(node.target))
-        names: list[str] = []
+        names = []
         for target in targets:
-            try:
-                owner = networks.pruned.get_submodule(target)
-            except AttributeError:  # the name of a tensor
-                continue
-            if used.count(target) > 1:
-                continue
-            for own, module in owner.named_modules():
-                name = f"{target}.{own}".rstrip(".")
-                is_elsewhere = name in called and name != str(node.target)
-                if not isinstance(module, (*WEIGHTED, *PER_CHANNEL)) or is_elsewhere:
-                    continue
-                for key, parameter in module.named_parameters(recurse=False):
-                    full = f"{name}.{key}"
-                    # In the result, a computed weight has other names.
-                    if full in result and result[full].shape == parameter.shape and full not in tied:
-                        names.append(full)
+            for key, owner in owners.items():
+                is_inside = f"{owner}.".startswith(f"{target}.")
+                is_elsewhere = owner in called and owner != str(node.target)
+                if is_inside and not is_elsewhere and used.count(target) == 1:
+                    names.append(key)
         if names:
             found[node] = names
     return found

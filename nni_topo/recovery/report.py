@@ -126,11 +126,6 @@ class CompensationReport:
             )
         return tuple(found)
 
-    @property
-    def lost(self) -> tuple[str, ...]:
-        """Names of the layers whose output is almost lost: those with a held-out error above 0.9."""
-        return tuple(dict.fromkeys(layer.layer for layer in self.layers if layer.is_lost))
-
     def to_frame(self) -> pandas.DataFrame:
         """Return a table: a row for each equation, then a row for each layer that couldn't be reconstructed."""
         import pandas

@@ -191,11 +191,6 @@ class Task(ABC):
         return self.unknowns
 
     @property
-    def outputs(self) -> int:
-        """Outputs of each group."""
-        return int(self.layer.rows.shape[1])
-
-    @property
     def label(self) -> str:
         """Where the error is measured, in words."""
         return self.place.name

@@ -51,7 +51,7 @@ def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
     assert shipped < 0.6
     assert repaired > max(0.85, shipped + 0.3)
     assert zoo.evaluate(masked_model(found.model, images[:2], masks), digits.test) == repaired
-    assert not found.report.lost
+    assert "almost lost" not in " ".join(found.report.warnings)
 
 
 @pytest.mark.parametrize(
@@ -199,11 +199,10 @@ def test_lost_layers_are_named(caplog):
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 3)).eval()
     masks = {"0": {"weight": (torch.arange(40) < 1).float()[:, None]}}
     with caplog.at_level(logging.WARNING):
-        found = compensation(model, masks, [torch.randn(400, 40)])
-    assert found.report.lost == ("1",)
+        compensation(model, masks, [torch.randn(400, 40)])
     assert "almost lost: '1'" in caplog.text
     more = {"0": {"weight": (torch.arange(40) < 36).float()[:, None]}}
-    assert compensation(model, more, [torch.randn(400, 40)]).report.lost == ()
+    assert compensation(model, more, [torch.randn(400, 40)]).report.warnings == ()
 
 
 def test_batch_norms_are_recalibrated_on_request():
