@@ -310,7 +310,7 @@ def test_neither_errors_nor_refusals_change_the_model(two: Any) -> None:
         ("blocks", "ConfigError", "must be equal in all processes, got different ones: names (remove_blocks)"),
         ("groups", "ConfigError", "groups must be given in all processes or in none, got [False, True]"),
         ("too few to judge", "DataError", "samples to solve on and samples to judge by, got [1, 0] by process"),
-        ("distill", "ConfigError", "got blend=True: pass blend=False"),
+        ("distill", "ConfigError", "got blend=True, BatchNorm2d: pass blend=False"),
         ("distill batch norms", "ConfigError", "batch norms, got BatchNorm2d"),
         ("time", "ConfigError", "a budget of latency must have a latency_table"),
         ("frontier", "ConfigError", "images must be in one process here, got batches that 2 processes share"),
