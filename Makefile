@@ -131,6 +131,10 @@ trained-table: trained-packages
 	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only l1 --recoveries 'distill in bfloat16' --steps 100000 --seconds 834
 	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only l1 --recoveries 'compensate, distill in bfloat16' --steps 1635
 	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only 'reconstruction, whole heads' 'three of six layers' --recoveries none compensate
+	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only 'reconstruction, whole heads' --recoveries 'compensate, distill in bfloat16' --steps 100000 --seconds 780
+	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only 'three of six layers' --recoveries 'distill in bfloat16' --steps 100000 --seconds 834
+	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only shrink --recoveries 'compensate, distill in bfloat16' --seconds 840
+	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --only 'shrink, more sentences' --recoveries 'compensate, distill in bfloat16' --seconds 780
 	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained --sizes
 	$(TRAINED) benchmarks/trained/report.py benchmarks/records/trained --into benchmarks/results/trained.md
 	$(TRAINED) benchmarks/trained/report.py benchmarks/records/trained --times docs/figures/minilm.png

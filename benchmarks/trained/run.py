@@ -9,8 +9,9 @@ of its cost, a selection criterion and a recovery; each is a line of ``NETWORK.j
 where it was stopped. ``--only`` and ``--recoveries`` run some rows and columns; the rows of EXTRA run only if they are
 named. ``--sizes`` times MiniLM's dense networks, and sees which of them ``from_pretrained`` loads. ``--images 8 32 128
 512`` measures instead what weight reconstruction gains from so many crops (sentences), ``--allocations uniform error
-auto blocks`` what `shrink` reaches on EfficientNet-Lite0 where it chooses the widths of the layers. ``report.py``
-beside this file makes the tables.
+auto blocks`` what `shrink` reaches on EfficientNet-Lite0 where it chooses the widths of the layers. ``--only shrink``
+is one call of `shrink` on MiniLM, as ``docs/embedding_model.md`` has it. ``report.py`` beside this file makes the
+tables.
 
 Weights are recovered from calibration photos (sentences), distilled weights are kept or discarded by validation photos,
 and all figures are of test photos, which nothing else looks at. Seconds are those of the processor, on one thread.
@@ -48,8 +49,11 @@ from nni_topo.studies.records import append_record, read_records
 CRITERIA = ("random", "l1", "l2", "fpgm", "torch-pruning", "reconstruction")
 OURS = "reconstruction"
 WHOLE_HEADS, LAYERS = "reconstruction, whole heads", "three of six layers"
-EXTRA = (WHOLE_HEADS, LAYERS)
-"""Further rows of MiniLM: least squares as the others prune, and the best three layers that stay, all others whole."""
+SHRINK, SHRINK_MORE = "shrink", "shrink, more sentences"
+EXTRA = (WHOLE_HEADS, LAYERS, SHRINK, SHRINK_MORE)
+"""Further rows of MiniLM: least squares as the others prune, the best three layers that stay, and one call of `shrink`,
+which prunes neurons alone, because a config of BERT says how many of these there are; with more sentences distillation
+learns from all, as it does in the other rows."""
 UNPRUNED = "unpruned"
 SOLVED = {"channel": "channel", "compensate": "reconstruct", "block": "block"}
 """Recoveries by the method of `compensate` that they are; distillation may follow."""
@@ -205,6 +209,7 @@ class Encoder(Subject):
     name = "minilm"
     shares = (0.5,)
     learned = 16_000
+    one_call = 4096  # sentences of one call of `shrink`, whose selection of channels reads them all
     judges = 300
     blocks = 0.2  # the share of the blocks' hidden states in what distillation compares
 
@@ -280,6 +285,7 @@ class Encoder(Subject):
         """Yield milliseconds of a batch, CPU time in turns with the unpruned encoder, and whether the folder loads."""
         shapes = {name: self.choose(name, share) for name in ("l1", OURS)}
         shapes[LAYERS] = self.without_layers(range(3)), {}  # any three take as long
+        shapes[SHRINK] = self.shrunk(share, None)[0], {}
         nets = {name: nni_topo.to_dense(net, self.example, m) if m else net for name, (net, m) in shapes.items()}
         times: dict[str, list[float]] = {UNPRUNED: [], **{name: [] for name in nets}}
         with torch.no_grad():
@@ -308,6 +314,35 @@ class Encoder(Subject):
             again = pretrained.minilm(Path(folder))
         found, wanted = (measures.embeddings(each, self._test[:2]) for each in (again, net))
         return torch.allclose(found, wanted, atol=1e-5)
+
+    def shrunk(self, share: float, seconds: float | None, has_more: bool = False) -> tuple[Any, Any]:
+        """Make a network by one call of `shrink`, and return it with how distillation ended.
+
+        Seconds are those of the whole call; where distillation has more sentences, its own. None: for the size alone.
+        """
+        verdicts: list[Any] = []
+
+        def embedding(output: Any, batch: dict[str, Tensor]) -> Tensor:
+            return pretrained.embedding(output, batch["attention_mask"])
+
+        def learned_from_all(dense: nn.Module, model: nn.Module, _: Any) -> nn.Module:
+            many = self._batches("calibration")
+            found = nni_topo.distillation(dense, model, many, outputs=embedding, seconds=seconds, **knobs)
+            verdicts.append(found.verdict)
+            return found.model
+
+        knobs: dict[str, Any] = {"blocks": self.blocks, "lr": 8e-4, "warmup": 0.1, "steps": 100_000}
+        knobs["precision"] = "bfloat16"
+        few = self.data if has_more else self._batches("calibration", 64 if seconds is None else self.one_call)
+        small: Any = nni_topo.shrink(
+            self.model,
+            few,
+            {"flops": share},
+            outputs=embedding,
+            distill=seconds is not None and (learned_from_all if has_more else knobs),
+            seconds=None if has_more else seconds,
+        )
+        return small, verdicts[0] if verdicts else small.report.distillation
 
     def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
         """Distil pooled embeddings and the blocks' hidden states; other sentences decide."""
@@ -368,6 +403,8 @@ def wanted(criterion: str, options: argparse.Namespace) -> list[str]:
     names = [name for name in RECOVERIES if name in options.recoveries]
     if options.network == Encoder.name:  # it has no batch norms
         names = [name for name in names if name != "batch norms"]
+    if criterion in (SHRINK, SHRINK_MORE):
+        return [name for name in names if name == f"compensate, distill{ROUNDED}"]
     if criterion == LAYERS:  # no channels are gone whose contribution could be reconstructed
         names = [name for name in names if name in ("none", "distill", f"distill{ROUNDED}")]
     if options.all or criterion in LONG_ROWS:
@@ -382,6 +419,10 @@ def cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ..
         for criterion in options.only:
             names = [name for name in wanted(criterion, options) if (subject.name, share, criterion, name) not in done]
             if not names:
+                continue
+            if criterion in (SHRINK, SHRINK_MORE):
+                assert isinstance(subject, Encoder)
+                yield shrink_cell(subject, share, criterion, names[0], options.seconds, cost)
                 continue
             (net, masks), chosen_in = timed(lambda row=criterion, part=share: subject.choose(row, part))  # type: ignore[misc]
             row = Row(subject, share, net, masks)
@@ -399,6 +440,28 @@ def cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ..
                     **notes,
                 }
                 state.unlink(missing_ok=True)
+
+
+def shrink_cell(subject: Encoder, share: float, criterion: str, name: str, seconds: float, cost: Any) -> dict[str, Any]:
+    """Measure one call of `shrink`; seconds of wall time are for all of it, with more sentences for distillation."""
+    has_more = criterion == SHRINK_MORE
+    (dense, verdict), taken = timed(lambda: subject.shrunk(share, seconds, has_more))
+    left = NetworkCost.on(dense, subject.example)({})
+    judges = subject._batches("validation")
+    validation = measures.like_encoder(measures.embeddings(dense, judges), measures.embeddings(subject.model, judges))
+    return {
+        "key": (subject.name, share, criterion, name),
+        "figures": {key: asdict(figure) for key, figure in subject.figures(dense).items()},
+        "validation": {key: asdict(figure) for key, figure in validation.items()},
+        "seconds": taken,
+        "macs": left.macs / cost.macs,
+        "params": left.params / cost.params,
+        "neurons": dense.config.intermediate_size,
+        "sentences": subject.count if has_more else subject.one_call,
+        "steps": verdict.steps,
+        "lr": verdict.lr,
+        "is_kept": verdict.is_kept,
+    }
 
 
 def image_cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
