@@ -42,7 +42,6 @@ from nni_topo.network.runtime.inputs import (
 )
 from nni_topo.network.runtime.precision import in_full_precision
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.reports import report_of
 from nni_topo.network.runtime.switches import as_written
 from nni_topo.rules import ANYTHING, all_of, whole
 
@@ -55,8 +54,6 @@ _MULTIPLES = (1, 8, 16, 32)  # a network may take only sizes that are multiples 
 _DIMS = all_of(whole(0), Sequence)
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
 _MOST_OF_A_REASON = 300  # characters of PyTorch's errors that are handed on
-_FAST = 4  # onnxruntime's fast convolutions have a multiple of so many channels
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def export(
     Notes
     -----
     ONNX needs ``pip install 'nni_topo[export]'``. onnxruntime can be slow where the channels of a convolution
-    aren't a multiple of 4: prune with ``round_to=8``; a warning says where a pruned network has others.
+    aren't a multiple of 4: prune with ``round_to=8``.
 
     INT8 is onnxruntime's static quantisation: signed weights with a scale per channel, unsigned activations. Weights
     use 7 of the 8 bits by default, because x86 processors without VNNI add two products in 16 bits: products of 8-bit
@@ -237,25 +234,7 @@ def export(
                 symbolic = not set(dynamic_dims) - {0}
                 _quantize(part, session, _in_batches(calls(net, learned), batch), weight_bits, symbolic)
                 distance = _distance(net, _session(part), _in_batches(calls(net, held_out or learned), batch))
-            elif (report := report_of(model)) is not None:
-                _warn_of_slow_convolutions(net, report.pruned_layers)
     return Exported(path, path.stat().st_size, error, distance)
-
-
-def _warn_of_slow_convolutions(net: nn.Module, pruned: tuple[str, ...]) -> None:
-    """Warn of the pruned convolutions for which onnxruntime has no fast kernels."""
-    modules = dict(net.named_modules())
-    found = [modules.get(name) for name in pruned]
-    convolutions = [module for module in found if isinstance(module, nn.Conv2d)]
-    slow = [module for module in convolutions if module.out_channels % _FAST]
-    if slow:
-        _logger.warning(
-            "onnxruntime can be slow where the channels of a convolution aren't a multiple of %d, as in %d of the %d "
-            "that were pruned; round_to=8 avoids that (see docs/runtimes.md)",
-            _FAST,
-            len(slow),
-            len(convolutions),
-        )
 
 
 def _import(name: str) -> Any:

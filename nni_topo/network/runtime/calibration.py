@@ -142,7 +142,7 @@ class Calibration(Sequence[Any]):
         self._counts: tuple[int, ...] | None = None  # samples of each process; None before they are known
         # By sample, the rank of its group in the order in which the groups appear; with processes of all their samples.
         self._groups: Tensor | None
-        labels = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
+        labels: Any = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
         is_sequence = isinstance(labels, Sequence) and not isinstance(labels, (str, bytes))
         is_named = is_sequence and all(isinstance(each, (int, str)) for each in labels)
         if groups is not None and not is_named:

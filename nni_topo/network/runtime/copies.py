@@ -82,7 +82,8 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     for module in modules:
         tensors = [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
         own.update(id(each) for each in (module, *tensors) if id(each) not in memo)
-        kind, state = type(module), vars(module)
+        kind: Any = type(module)
+        state = vars(module)
         if not hasattr(kind, "__deepcopy__"):
             with suppress(*_NOT_COPIED):  # deepcopy raises it again
                 make, given, found = module.__reduce_ex__(4)[:3]
@@ -409,7 +410,7 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Put models into evaluation mode, and every module of theirs back into its own mode afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     are_training = [model for model in models if model.training]
-    for model in models:
+    for model in models if any(was_training for _, was_training in modes) else ():
         _switch(model, False)
     try:
         yield

@@ -24,11 +24,6 @@ class ModelReport(ABC):
 
     @property
     @abstractmethod
-    def pruned_layers(self) -> tuple[str, ...]:
-        """Names of the layers that lost channels."""
-
-    @property
-    @abstractmethod
     def parameters_left(self) -> int | None:
         """Parameters of the model that the report is of; None if they weren't counted."""
 

@@ -48,7 +48,6 @@ class Report(ModelReport):
     """Says one sentence."""
 
     changed_since = ()
-    pruned_layers = ()
     parameters_left = None
 
     def to_markdown(self) -> str:

@@ -57,32 +57,6 @@ def test_onnx_answers_as_the_network_does_at_any_batch_size(dense, tmp_path):
             np.testing.assert_allclose(found, dense(IMAGES[:count]).numpy(), atol=1e-4)
 
 
-@pytest.mark.slow
-def test_a_pruned_network_that_onnxruntime_would_run_slowly_is_told(tmp_path, caplog):
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 3, 3)
-    model = nn.Sequential(*layers).eval()  # three channels are its output
-    images = torch.randn(16, 3, 8, 8)
-
-    def told(net, ending="onnx"):
-        caplog.clear()
-        nni_topo.export(net.eval(), tmp_path / f"file.{ending}", images[:2])
-        return [record.getMessage() for record in caplog.records if "onnxruntime can be slow" in record.getMessage()]
-
-    def shrunk(**knobs):
-        return nni_topo.shrink(model, [images], {"flops": 0.55}, compensate=None, distill=False, **knobs)
-
-    free, rounded = shrunk(round_to=1), shrunk(round_to=8)
-    slow = sum(free[place].out_channels % 4 != 0 for place in (0, 2))
-    assert slow
-    (message,) = told(free)
-    assert f"a multiple of 4, as in {slow} of the 2 that were pruned; round_to=8 avoids that" in message
-    assert not told(free, "pt2")
-    assert rounded[0].out_channels + rounded[2].out_channels < 48
-    assert not told(rounded)
-    assert not told(nn.Sequential(nn.Conv2d(3, 5, 3)))  # nobody has pruned it
-
-
 def test_a_program_of_torch_answers_the_same(dense, tmp_path):
     done = nni_topo.export(dense, tmp_path / "small.pt2", IMAGES[:2], format="torch.export")
     loaded = torch.export.load(done.path).module()
