@@ -157,12 +157,8 @@ def check_read(
     """Raise ConfigError for layers some of whose channels no layer of these kinds reads, with all such names."""
     flow = Analysis(model, call).flow
     by_name = dict(model.named_modules())
-    unread = [
-        name
-        for name in modules
-        # Names of modules that make no channels are passed over.
-        if name in set(flow.layers) - set(flow.output_projections()) and not _reading(name, flow, by_name, kinds)
-    ]
+    makes_channels = set(flow.layers) - set(flow.output_projections())
+    unread = [name for name in modules if name in makes_channels and not _reading(name, flow, by_name, kinds)]
     giving_output = [name for name in unread if flow.reaches_output(name)]
     if giving_output:
         raise LayerError(

@@ -109,7 +109,7 @@ def test_progress_counts_all_generations_once_also_where_a_stopped_search_goes_o
 
 
 def test_the_file_of_the_example_is_one():
-    path = Path(__file__).parents[2] / "configs" / "search_genetic_weight.yaml"
+    path = Path(__file__).parents[3] / "configs" / "search_genetic_weight.yaml"
     config = load_prune_config(path)
     check_pruner_knobs(config.pruner, config.knobs, "configuration")
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
