@@ -36,10 +36,10 @@ from nni_topo.pruners.units import KeptBlocks
 from nni_topo.rules import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
 
 _logger = logging.getLogger(__name__)
-
+_DIMENSIONS = all_of(whole(0), Sequence, least=1)
+_SOLVER = one_of(("auto", "greedy", "genetic"))
+_JOBS = Rule("an integer other than 0, as joblib takes it", lambda jobs: whole(-1024).holds(jobs) and jobs != 0) | NONE
 _COPIES = 3  # of a cloud, while its distances are computed
-CRITERIA = ("hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein")
-"""Distances between a kept and a whole cloud; ``"bottleneck_sum"`` adds those of several degrees."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +145,12 @@ def _chosen(
     cover = cloud.cover(keep)
     if search is None or keep == cloud.size:
         return cover, [], False
-    criterion, _, summed = criterion.partition("_")
     fitness = topology.SubsetFitness(
         cloud.distances,
         criterion,
         homology_dimensions=homology_dimensions,
         base=cloud.base,
         engine=search.engine,
-        combine="sum" if summed else "max",
     )
 
     def score(population: BoolArray) -> FloatArray:
@@ -169,12 +167,6 @@ def _chosen(
     )
     run.run()
     return run.best_individual()[1], run.trace, run.is_flat
-
-
-_logger = logging.getLogger(__name__)
-_DIMENSIONS = all_of(whole(0), Sequence, least=1)
-_SOLVER = one_of(("auto", "greedy", "genetic"))
-_JOBS = Rule("an integer other than 0, as joblib takes it", lambda jobs: whole(-1024).holds(jobs) and jobs != 0) | NONE
 
 
 class TopologicalPruner(StructuredPruner):
@@ -241,7 +233,7 @@ class TopologicalPruner(StructuredPruner):
 
     @pruner_arguments(
         cloud=one_of(CLOUDS) | settings(PointCloud) | instance(DataCollector),
-        criterion=one_of(("auto", *CRITERIA)),
+        criterion=one_of(("auto", *topology.CRITERIA)),
         homology_dimensions=_DIMENSIONS,
         solver=_SOLVER | settings(GeneticSearch),
         n_jobs=_JOBS,

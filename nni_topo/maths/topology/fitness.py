@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,8 +23,8 @@ from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserste
 from nni_topo.maths.topology.spanning import subset_deaths
 from nni_topo.rules import all_of, checked, one_of
 
-CRITERIA = ("bottleneck", "wasserstein", "hausdorff", "cover")
-Combination = Literal["max", "sum"]
+CRITERIA = ("hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein")
+"""Distances between a subset and the whole cloud."""
 
 
 class SubsetFitness:
@@ -35,12 +34,11 @@ class SubsetFitness:
     ----------
     distances : array_like, shape (n, n)
         Distances of the cloud, as from `pairwise_distances`.
-    criterion : {"bottleneck", "wasserstein", "hausdorff", "cover"}, default "hausdorff"
-        ``"bottleneck"`` and ``"wasserstein"`` compare the persistence diagrams of the subset and of the
-        cloud; the largest distance (see ``combine``), respectively the sum of distances, over the homology dimensions.
-        The Wasserstein distance is of order 2.
-        ``"hausdorff"`` is the largest and ``"cover"`` the mean distance from a point of the cloud to the
-        nearest point of the subset.
+    criterion : {"hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"}, default "hausdorff"
+        ``"hausdorff"`` is the largest and ``"cover"`` the mean distance from a point of the cloud to the nearest point
+        of the subset. The others compare the persistence diagrams of the subset and of the cloud: of several homology
+        dimensions ``"bottleneck"`` takes the largest distance, ``"bottleneck_sum"`` and ``"wasserstein"``, of order 2,
+        add them.
     homology_dimensions : sequence of int, default (0,)
         Degrees of the diagrams, each >= 0. The covering criteria don't use them.
     base : int, optional
@@ -49,8 +47,6 @@ class SubsetFitness:
         ``"gudhi"`` builds a simplex tree per subset and calls GUDHI's distances: the slow reference. Both
         give the same fitness to 1e-9 of the cloud's diameter, save for GUDHI's rare errors that
         `bottleneck_distance` names. The covering criteria have one engine.
-    combine : {"max", "sum"}, default "max"
-        Whether the bottleneck distances of the homology dimensions are compared or added.
 
     Notes
     -----
@@ -79,9 +75,7 @@ class SubsetFitness:
         homology_dimensions: Sequence[int] = (0,),
         base: int | None = None,
         engine: str = "exact",
-        combine: Combination = "max",
     ) -> None:
-        self._largest = criterion == "bottleneck" and combine == "max"
         self.criterion, self.engine = criterion, engine
         self.homology_dimensions = tuple(map(int, homology_dimensions))
         self._distances = as_distances(distances)
@@ -135,7 +129,7 @@ class SubsetFitness:
         # Of H0 and H1 the larger bottleneck distance mostly is H0's, which hardly differs between subsets of one size;
         # the sum of the Wasserstein distances keeps every degree in sight.
         losses = np.stack(parts)
-        return np.asarray(losses.max(axis=0) if self._largest else losses.sum(axis=0))
+        return np.asarray(losses.max(axis=0) if self.criterion == "bottleneck" else losses.sum(axis=0))
 
     def _by_deaths(self, subsets: BoolArray) -> FloatArray:
         """Score degree 0 by the closed forms, all subsets of a size together."""
@@ -145,10 +139,10 @@ class SubsetFitness:
         for size in np.unique(sizes):
             same = sizes == size
             deaths = subset_deaths(self._distances, subsets[same])
-            if self.criterion == "bottleneck":
-                losses[same] = closed_bottleneck(deaths, whole)
-            else:
+            if self.criterion == "wasserstein":
                 losses[same] = closed_wasserstein(deaths, whole, 2.0)
+            else:
+                losses[same] = closed_bottleneck(deaths, whole)
         return losses
 
     def _by_diagram(self, subsets: BoolArray, degrees: Sequence[int]) -> list[FloatArray]:
@@ -167,6 +161,5 @@ class SubsetFitness:
         return list(losses)
 
     def _loss(self, degree: int, bars: FloatArray) -> float:
-        if self.criterion == "bottleneck":
-            return bottleneck_distance(bars, self._whole[degree], engine=self.engine)
-        return wasserstein_distance(bars, self._whole[degree], engine=self.engine)
+        distance = wasserstein_distance if self.criterion == "wasserstein" else bottleneck_distance
+        return distance(bars, self._whole[degree], engine=self.engine)
