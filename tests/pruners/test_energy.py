@@ -61,16 +61,6 @@ def test_threshold_is_algorithm_3(threshold):
     assert torch.equal(found, algorithm_3(model, threshold, images))
 
 
-def test_the_images_of_an_evaluator_serve_as_data():
-    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-    found = []
-    for way in ("evaluator", "calibration"):
-        model = toy_model()
-        given = {"evaluator": toy_evaluator(model)} if way == "evaluator" else {"calibration": [toy_images()]}
-        found.append(nni_topo.EnergyFilterPruner(model, config, signal="data", **given).compress()[1])
-    assert all(torch.equal(found[0][name]["weight"], found[1][name]["weight"]) for name in ("stem", "inner"))
-
-
 @pytest.mark.parametrize(("threshold", "count"), [(0.1, 9), (0.2, 8), (0.5, 5), (0.05, 10)])
 def test_ten_equal_energies(threshold, count):
     mask = kept(layer_with([1.0] * 10), {"sparse_threshold": threshold})

@@ -77,8 +77,14 @@ def test_an_evaluator_tells_the_example_inputs(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "knobs"),
-    [(nni_topo.ReconstructionPruner, {}), (nni_topo.TopologicalPruner, {"cloud": "functional"})],
-    ids=["reconstruction", "functional"],
+    [
+        (nni_topo.ReconstructionPruner, {}),
+        (nni_topo.TopologicalPruner, {"cloud": "functional"}),
+        (nni_topo.TopologicalPruner, {"cloud": "activation"}),
+        (nni_topo.EnergyFilterPruner, {"signal": "data"}),
+        (nni_topo.ClusterPruner, {}),
+    ],
+    ids=["reconstruction", "functional", "activation", "energy", "cluster"],
 )
 def test_evaluation_data_serve_as_calibration(kind: type, knobs: dict[str, Any]) -> None:
     """What an evaluation calls the model with, all of it, gives the masks of the same batches as calibration."""

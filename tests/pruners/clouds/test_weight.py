@@ -9,8 +9,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks import ActivationCollector, WeightCollector
 from nni_topo.pruners.clouds import preprocess_points
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.pruners.topological import TopologicalPruner
-from nni_topo.testing import toy_evaluator, toy_images, toy_model
+from nni_topo.testing import toy_images, toy_model
 from nni_topo.topology import pairwise_distances
 
 
@@ -90,19 +89,6 @@ def test_collecting_leaves_modes_hooks_and_statistics_alone():
     assert model.norm.training
     assert torch.equal(model.norm.running_mean, before)
     assert not model.stem._forward_hooks
-
-
-def test_an_evaluator_serves_instead_of_calibration():
-    model = toy_model()
-    evaluator = toy_evaluator(model)
-    knobs = {"cloud": "activation"}
-    masks = {}
-    for name, given in (("evaluator", {"evaluator": evaluator}), ("images", {"calibration": [toy_images()]})):
-        pruner = TopologicalPruner(model, CONVS, **knobs, **given)
-        _, masks[name] = pruner.compress()
-        pruner.unwrap_model()
-    assert torch.equal(masks["evaluator"]["inner"]["weight"], masks["images"]["inner"]["weight"])
-    assert evaluator.model is None
 
 
 class Skipping(nn.Sequential):
