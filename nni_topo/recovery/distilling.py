@@ -17,9 +17,9 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from nni.compression.utils import Evaluator
@@ -76,9 +76,6 @@ from nni_topo.recovery.outputs import ComparedOutputs, Outputs
 from nni_topo.recovery.report import signed_like
 from nni_topo.rules import ANYTHING, FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
 from nni_topo.sharing import named_tensors
-
-if TYPE_CHECKING:
-    import pandas
 
 _STEPS, _PASSES = 600, 10
 _SHOWN = 16  # digits of a hash that a state's file and errors have
@@ -172,12 +169,6 @@ class Verdict:
             text += f". The network's weights were solved on {self.solved_on} of the {self.held_out} held-out samples, "
             text += "where it looks better than it is, and what is learned looks worse: give others, held_out="
         return text
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return the curve as a table: a row for each look, with the step, the learning rate and the held-out loss."""
-        import pandas
-
-        return pandas.DataFrame([asdict(look) for look in self.curve], columns=["step", "lr", "loss"])
 
     @property
     def has_anything_to_learn(self) -> bool:

@@ -224,7 +224,6 @@ def test_nothing_is_learned_where_nothing_is_left_to_learn(caplog):
     _, original = pair()
     found = distillation(copy.deepcopy(original), original, batches(), lr=0.01)
     assert (found.steps, found.is_kept, found.rates, found.is_out_of_time) == (0, False, (), False)
-    assert list(found.to_frame().columns) == ["step", "lr", "loss"]
     assert "No step was taken: there is nothing to learn" in str(found.verdict)
     assert not caplog.records
 
@@ -331,9 +330,6 @@ def test_the_curve_is_the_held_out_loss_along_the_steps():
     assert found.curve[-1].loss == found.loss_after
     assert found.curve[0].lr == 1e-3
     assert found.curve[-1].lr < 1e-4
-    frame = found.to_frame()
-    assert list(frame.columns) == ["step", "lr", "loss"]
-    assert list(frame.loss) == [each.loss for each in found.curve]
     assert "It took 100 of at most 100 steps" in str(found.verdict)
 
 
