@@ -232,43 +232,28 @@ def gap_after(result: nn.Module, block: nn.Module, model: nn.Module, wanted: nn.
     writer = find_writer(result, block, call)
     if writer is None:
         return None
-    stream = Stream(wanted, _Calls(model, wanted, call).end)
+    stream = Stream(wanted, _calls_in(model, wanted, call)[2])
     # A norm can get the parameters of the other block's norm; a ReLU has none.
     return Gap(writer, stream, is_whole=False) if type(stream.end) is type(writer.stream.end) else None
 
 
-class _Calls:
-    """The calls of the modules in a block, with their outputs."""
+def _calls_in(
+    model: nn.Module, block: nn.Module, call: Call
+) -> tuple[list[tuple[nn.Module, Any, Any]], Tensor, nn.Module | None]:
+    """Return the calls of the modules in a block with their outputs, its output, and the ReLU or norm that gives it."""
+    made: list[tuple[nn.Module, Any, Any]] = []  # holds the tensors, so that no address is reused
+    outputs: list[Any] = []
 
-    def __init__(self, model: nn.Module, block: nn.Module, call: Call) -> None:
-        self.calls: list[tuple[nn.Module, Any, Any]] = []  # holds the tensors, so that no address is reused
+    def look(module: nn.Module) -> Any:
+        return lambda entering, output: made.append((module, entering, output))
 
-        def look(module: nn.Module) -> Any:
-            return lambda entering, output: self.calls.append((module, entering, output))
-
-        inner = [module for module in block.modules() if module is not block]
-        outputs: list[Any] = []
-        looks = [(module, look(module)) for module in inner]
-        run_watched(model, call, leaving=[*looks, (block, lambda _, output: outputs.append(output))])
-        self.output = tensors_of(outputs[-1])[0]
-        self.end: nn.Module | None = None
-        for module, _, output in self.calls:
-            if isinstance(module, _ENDS) and _is_same(output, self.output):
-                self.end = module
-
-    def layers(self) -> list[Any]:
-        """Return the linear layers and convolutions that are called once, in falling order of their unknowns."""
-        called: list[Any] = [module for module, _, _ in self.calls if type(module) in (*CONVOLUTIONS, nn.Linear)]
-        found = [layer for layer in reversed(called) if called.count(layer) == 1]
-        return sorted(found, key=lambda layer: -layer.weight[0].numel())
-
-    def norm_of(self, layer: nn.Module) -> Any:
-        """Return the batch norm after a layer, or None."""
-        (output,) = (output for module, _, output in self.calls if module is layer)
-        for module, entering, _ in self.calls:
-            if isinstance(module, NORMS) and module.running_var is not None and _is_same(entering, output):
-                return module
-        return None
+    looks = [(module, look(module)) for module in block.modules() if module is not block]
+    run_watched(model, call, leaving=[*looks, (block, lambda _, output: outputs.append(output))])
+    given, end = tensors_of(outputs[-1])[0], None
+    for module, _, output in made:
+        if isinstance(module, _ENDS) and _is_same(output, given):
+            end = module
+    return made, given, end
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -286,19 +271,24 @@ def run_watched(model: nn.Module, call: Call, entering: Iterable[Any] = (), leav
 
 def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None:
     """Return a layer of a block whose whole output is added to the block's output, or None."""
-    seen = _Calls(model, block, call)
-    stream = Stream(block, seen.end)
-    for layer in seen.layers():
+    made, given, end = _calls_in(model, block, call)
+    stream = Stream(block, end)
+    called: list[Any] = [module for module, _, _ in made if type(module) in (*CONVOLUTIONS, nn.Linear)]
+    once = [layer for layer in reversed(called) if called.count(layer) == 1]
+    for layer in sorted(once, key=lambda layer: -layer.weight[0].numel()):  # those with most unknowns first
         if getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
             continue
-        writer = Writer(layer, seen.norm_of(layer), stream)
+        (own,) = (output for module, _, output in made if module is layer)
+        norms: list[Any] = [each for each, entering, _ in made if isinstance(each, NORMS) and _is_same(entering, own)]
+        norm = next((each for each in norms if each.running_var is not None), None)
+        writer = Writer(layer, norm, stream)
         width = len(layer.weight)
-        added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(seen.output)
+        added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(given)
         if not isinstance(layer, nn.Linear):
             added = added.view(-1, *[1] * len(layer.kernel_size))
-        if seen.output.dim() < added.dim() or seen.output.shape[1 if added.dim() > 1 else -1] != width:
+        if given.dim() < added.dim() or given.shape[1 if added.dim() > 1 else -1] != width:
             continue
-        changed = layer if writer.norm is None else writer.norm
+        changed = layer if norm is None else norm
         streams: list[Tensor] = []
         for more in ([], [(changed, lambda _, output, added=added: output + added)]):
             before, after = stream.watch(streams.append)
