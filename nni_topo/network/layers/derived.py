@@ -190,24 +190,12 @@ def forward_of(module: nn.Module, *args: Any) -> Any:
 
 def call_of(module: Any, entering: Tensor) -> InnerCall:
     """Return the call of PyTorch's function that a layer makes on some inputs; TypeError if it makes none."""
-    if has_own_forward(module):
-        try:
-            with Within(_stop):
-                forward_of(module, entering)
-        except _Reached as reached:
-            return reached.call
-        raise TypeError(f"a layer must call a convolution or a product, got {type(module).__name__}")
-    if isinstance(module, nn.Linear):
-        return _call(functional.linear, (entering, module.weight, module.bias), {})
-    function = next(each for each, (kind, _) in _FUNCTIONS.items() if isinstance(module, kind))
-    padding = module.padding
-    if module.padding_mode != "zeros":
-        entering = functional.pad(entering, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        padding = 0
-    settings = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
-    if _FUNCTIONS[function][1] is _SPREAD:
-        settings["output_padding"] = module.output_padding
-    return _call(function, (entering, module.weight, module.bias), settings)
+    try:
+        with Within(_stop):
+            forward_of(module, entering)
+    except _Reached as reached:
+        return reached.call
+    raise TypeError(f"a layer must call a convolution or a product, got {type(module).__name__}")
 
 
 class _Reached(BaseException):
@@ -473,48 +461,41 @@ class PaddedAlike(nn.Conv2d):
         return super().forward(functional.pad(x, ends))
 
 
-def fold(module: Any) -> bool:
-    """Replace a layer that computes its weight by a plain one with that weight, in place; False for other layers."""
-    found = _computed(module)
-    if found is not None:
-        inner, kind, settings = found
-        for table in (module._parameters, module._buffers):
-            for name in table.keys() - {"weight", "bias"}:
-                del table[name]
-        module._modules.clear()
-        put_attribute(module, "weight", nn.Parameter(inner.weight.clone(), requires_grad=module.weight.requires_grad))
-        if inner.bias is not None:
-            put_attribute(module, "bias", nn.Parameter(inner.bias.clone(), requires_grad=module.bias.requires_grad))
-        vars(module).update(settings)
-        put_attribute(module, "__class__", kind)
-    return found is not None
-
-
 @torch.no_grad()
 @as_written()
-def _computed(module: Any) -> tuple[Inner, type[nn.Module], dict[str, Any]] | None:
-    """Return the weight that a layer computes, and PyTorch's class and settings that give the same with it."""
+def fold(module: Any) -> bool:
+    """Replace a layer that computes its weight by a plain one with that weight, in place; False for other layers."""
     if isinstance(module, PaddedAlike) or not has_own_forward(module):
-        return None
+        return False
     # Of a wrapped layer NNI holds the parameters, and of a parametrized one they are computed before.
     if not isinstance(module._parameters.get("weight"), Tensor) or "_nni_wrapper" in module._modules:
-        return None
+        return False
     inner = inner_of(module)
     if inner is None or inner.is_own or not inner.is_bare or (inner.bias is None) != (module.bias is None):
-        return None
-    settings = inner.settings if inner.kind is nn.Linear else inner.settings | {"padding_mode": "zeros"}
-    if inner.reads_input:
-        return inner, inner.kind, settings
-    if inner.kind is not nn.Conv2d:
-        return None
-    made: Any = nn.Module.__new__(PaddedAlike)
-    made.__dict__ = {**vars(module), **settings, "_buffers": {}}
-    made._parameters = {"weight": inner.weight, "bias": inner.bias}
-    tried = evaluating(detached_copy(module, light=True))
-    for x in trial_inputs(module):
-        if not agree([forward_of(tried, x)], [made.forward(x)], SAME_LAYER[inner.weight.dtype]):
-            return None
-    return inner, PaddedAlike, settings
+        return False
+    kind: Any = inner.kind
+    settings = inner.settings if kind is nn.Linear else inner.settings | {"padding_mode": "zeros"}
+    if not inner.reads_input:
+        kind = PaddedAlike
+        if inner.kind is not nn.Conv2d:
+            return False
+        made: Any = nn.Module.__new__(kind)
+        made.__dict__ = {**vars(module), **settings, "_buffers": {}}
+        made._parameters = {"weight": inner.weight, "bias": inner.bias}
+        tried = evaluating(detached_copy(module, light=True))
+        for x in trial_inputs(module):
+            if not agree([forward_of(tried, x)], [made.forward(x)], SAME_LAYER[inner.weight.dtype]):
+                return False
+    for table in (module._parameters, module._buffers):
+        for name in table.keys() - {"weight", "bias"}:
+            del table[name]
+    module._modules.clear()
+    put_attribute(module, "weight", nn.Parameter(inner.weight.clone(), requires_grad=module.weight.requires_grad))
+    if inner.bias is not None:
+        put_attribute(module, "bias", nn.Parameter(inner.bias.clone(), requires_grad=module.bias.requires_grad))
+    vars(module).update(settings)
+    put_attribute(module, "__class__", kind)
+    return True
 
 
 @torch.no_grad()
