@@ -93,17 +93,17 @@ def check_equal(
     pair, variations = (reference, dense), variations_of(drawn)
     # shifted both ways, as weights that were trained may tell these apart
     variations += tuple((factor, -shift) for factor, shift in variations if shift)
-    # Usually one run shows it for all inputs at once, in single precision where that is exact enough. Where it doesn't,
+    # Usually one run shows it for all inputs at once, in double precision only where that is needed. Where it doesn't,
     # each input is looked at.
-    is_single = all(each.dtype not in (torch.float16, torch.bfloat16) for each in reference.parameters())
     batch = together(drawn, variations) if variations else first_samples(drawn)
-    agreed = None
-    if batch is not None and rtol >= _ROUGH and is_single:
-        agreed = _agreed(pair, batch, rtol / 10, 1 + len(variations))
-    elif batch is not None:
-        agreed = _agreed(pair, call_in_precision(batch, torch.float64), rtol, 1 + len(variations), double=True)
-    if agreed is not None:
-        return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
+    is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in reference.parameters())
+    for double in (True,) if is_half or rtol < _ROUGH else (False, True):
+        agreed = None
+        if batch is not None:
+            entering = call_in_precision(batch, torch.float64) if double else batch
+            agreed = _agreed(pair, entering, rtol if double else rtol / 10, 1 + len(variations), double=double)
+        if agreed is not None:
+            return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
     _check_one(pair, drawn, kept, rtol, advise)
     agreed_variations = list[Variation]()
     for variation in variations:
@@ -154,7 +154,7 @@ def _named(variation: Variation) -> str:
 
 
 def _agreed(
-    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, rtol: float, blocks: int, *, double: bool = False
+    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, rtol: float, blocks: int, *, double: bool
 ) -> set[int] | None:
     """Return the inputs of one batch on which two models agree; None unless that is all that give finite numbers."""
     try:

@@ -81,7 +81,7 @@ class Means(nn.Module):
 
 
 @pytest.mark.parametrize("side", [None, 200])
-def test_large_images_are_compared_by_a_corner_and_whole_where_a_model_takes_no_other(side):
+def test_models_are_compared_at_the_size_of_the_example(side):
     call = ((torch.zeros(3, 2, 200, 200),), {})
     check_equal(Means(side), Means(side), call, {}, 0.0)
     with pytest.raises(SpeedupError, match=r"got a difference of 0\.01 "):
