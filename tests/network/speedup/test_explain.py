@@ -294,20 +294,6 @@ def test_no_advice_holds_a_knob_that_only_some_callers_have():
         assert not [way for way in reasons.advice(every) if "exclude_op_names" in way or "{" in way]
 
 
-def test_every_kind_of_reason_that_keeps_a_layer_has_advice_or_is_one_of_the_masks():
-    of_masks = {
-        "blocks_equal",
-        "head_size",
-        "last_read",
-        "norm_follows",
-        "not_asked",
-        "rounding",
-        "shared",
-    }
-    advised = {kind for kind in REASON_KINDS if reasons.advice((reasons.Reason(kind),))}
-    assert REASON_KINDS - advised <= of_masks | {"coupled_with_itself"}
-
-
 class _LastStep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
