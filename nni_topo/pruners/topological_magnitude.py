@@ -229,13 +229,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
                         f"conv_graph {self.conv_graph!r} needs example_inputs that run every layer, got one that isn't "
                         f"run ({name})"
                     )
-        context = self.context
-        if self._target_spaces and not context.units:
-            raise ConfigError(
-                "config_list must give the weight of at least one layer a ratio or a threshold, got none "
-                f"({', '.join(self._target_spaces)})"
-            )
         # A ratio that is too high is refused here, while the model isn't wrapped.
+        context = self.context
         self.calculator.calculate(self.collector.collect(context), context)
         super().wrap_model()
 
