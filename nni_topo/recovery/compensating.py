@@ -179,11 +179,11 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         it reproduces its unpruned output, or the sum it goes into. ``"block"`` (:class:`~nni_topo.recovery.Block`):
         after that, let all weights of two neighbouring blocks learn what the unpruned ones put out, by gradients [7]_.
         ``"channel"`` (:class:`~nni_topo.recovery.Channel`): predict the removed channels from the kept ones [4]_.
-        ``"pair"`` (:class:`~nni_topo.recovery.Pair`): one kept channel and a constant stand in for each.
+        ``"pair"`` (:class:`~nni_topo.recovery.Pair`): one kept channel and a constant replace each of them.
         ``"recalibrate"``: statistics of batch norms and nothing else. Rules of other papers, for comparison:
         ``"sequential"`` (the layer's own output [1]_), ``"layer"`` (the same, from the unpruned inputs [2]_),
         ``"scalar"`` (one factor for each kept channel), ``"head"`` (the same, with one factor for all channels of a
-        head [3]_), ``"mean"`` (its mean stands in for a removed channel [5]_), ``"merge"`` (the channel with the most
+        head [3]_), ``"mean"`` (its mean replaces a removed channel [5]_), ``"merge"`` (the channel with the most
         similar weights does [6]_; images serve for the report alone).
     ridge : float or "auto", default="auto"
         Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
@@ -228,7 +228,7 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     Activations are those of evaluation mode, whatever the model's mode.
 
     Layers are solved in network order, each on the activations of the network as compensated so far. Where a
-    layer's output goes into an addition, alone or over batch norms, the sum is what is met. Batch norms keep their
+    layer's output is added to another, directly or after batch norms, the target is the sum. Batch norms keep their
     place and statistics; where a layer has no bias, the running mean of the batch norm after it takes the constant.
 
     Layers that are called more than once, transposed convolutions that are called for an output size, and layers that

@@ -178,7 +178,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Distillation(Verdict):
-    """A distilled model and how it came about; its ``repr`` is that of its verdict.
+    """A distilled model with the figures of its distillation; its ``repr`` is a few sentences.
 
     Losses, agreements and distances are those of the held-out images in evaluation mode, of the model that was given
     and of what was learned.

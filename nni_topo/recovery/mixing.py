@@ -48,7 +48,7 @@ _PAIRS = Rule(
 
 
 class ChannelTask(Task):
-    """Mix the kept channels such that they stand in for all channels that a layer read."""
+    """Mix the kept channels such that they replace all channels that a layer read."""
 
     # `group_ids` (inputs,) has for each input channel or feature the id of the channel that it comes from. Features of
     # one channel, after a flattening, count as its samples.
@@ -217,7 +217,7 @@ class Channel(RecoveryMethod):
 
 @dataclass(frozen=True)
 class Pair(RecoveryMethod):
-    """Let one kept channel and a constant stand in for each removed one."""
+    """Let one kept channel and a constant replace each removed channel."""
 
     pairs: Pairs | None = None  # {layer: {removed channel: kept channel}}; else the one with the largest |correlation|
     as_printed: bool = False  # the constant of equation (5.9) as printed, from the removed neuron's own bias

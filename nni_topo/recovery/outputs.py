@@ -35,9 +35,9 @@ Places = tuple[int, ...] | None
 """Which floating tensors of an output have an entry for each sample, in order; None: those of that length."""
 
 READ = 16
-"""Samples by which the outputs of a network are told apart."""
+"""Samples on which the outputs of a network are distinguished."""
 _UNIT = 1e-3  # by how much the length of an embedding may differ from one
-_FEWEST_TAGGED = 8  # samples by which tags are told from logits
+_FEWEST_TAGGED = 8  # samples on which tags are distinguished from logits
 
 
 def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> Places:
@@ -93,7 +93,7 @@ def as_in_batch(call: Call) -> Any:
 def outputs_of(
     found: Any, count: int, what: str = "a model's output", places: Places = None
 ) -> tuple[list[Tensor], str]:
-    """Return the outputs to be met, of so many entries, and whether they may be logits (``kl``) or not (``squares``).
+    """Return the outputs with so many entries, and whether they may be logits (``kl``) or not (``squares``).
 
     Tags have the shape of logits: see `are_tags`.
     """
@@ -125,7 +125,7 @@ def are_tags(outputs: Iterable[Tensor]) -> bool:
     """Say whether rows of numbers are probabilities that don't exclude each other, such as sigmoids of several tags.
 
     ``outputs``: those of several batches, each (samples, numbers), or of other shapes, which are no tags. A few logits
-    may lie in [0, 1] by chance, and outputs of zeros say nothing: as many samples as there are should be looked at.
+    may be in [0, 1] by chance, and zeros decide nothing, so all samples should be given.
     """
     samples, is_between, is_apart = 0, False, False
     for rows in outputs:

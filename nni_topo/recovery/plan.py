@@ -207,10 +207,10 @@ def _is_affine(graph_module: GraphModule, node: Node) -> bool:
 
 
 def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equation]:
-    """Return a layer's equation for its own output, and the one for the last sum it goes into alone."""
+    """Return a layer's equation for its own output, and for the last value on the way that no other layer changes."""
     node, norms = layer.node, []
     near: Equation | None = None
-    # Up to where the value has several readers: what all of them see is what should be met.
+    # Up to where the value has several readers: the target is the value that all of them read.
     for user in followers(node):
         if _is_affine(graph_module, user):
             norms.append(str(user.target))

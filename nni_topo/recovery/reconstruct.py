@@ -1,12 +1,12 @@
 """Layer-wise reconstruction: a layer after pruned channels is solved again, so that it reproduces the unpruned one.
 
 The weights are those that predict, from the activations of the pruned and so far compensated network, what the unpruned
-network has at the layer's output, or at the sum that the output goes into: there the layer also makes up for
+network has at the layer's output, or at the sum to which the output is added: there the layer also makes up for
 what the other summands lost. They are found by ridge least squares around the weights that the layer had, so that what
 the samples don't determine stays as it was.
 
-Where a ReLU follows, the solution may be refined: what both networks have below zero there counts as met, and where
-only the pruned one is above zero, zero is wanted. Each such step can only lower the error after the ReLU [3]_.
+Where a ReLU follows, the solution may be refined: values below zero in both networks count as equal, and where only the
+pruned network is above zero, the target is zero. Each such step can only lower the error after the ReLU [3]_.
 
 References
 ----------

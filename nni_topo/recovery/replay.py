@@ -93,7 +93,7 @@ class Replay:
                 self._reached[index] = _Reached(front, *saved, nbytes=nbytes)
 
     def unpadded(self) -> Tensor | None:
-        """Tell which positions of the batch that `run` is at aren't padding, ``(entries, places)``; None: no mask."""
+        """Return which positions of the current batch of `run` aren't padding, ``(entries, places)``; None: no mask."""
         return self._real[self._at]
 
     def _starts(self) -> Iterator[_Reached]:

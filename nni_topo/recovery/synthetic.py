@@ -60,7 +60,7 @@ def synthetic_images(
     steps : int, default=150
         Gradient steps, at least 1.
     batch_size : int, default=128
-        Images whose statistics are met together, at least 2.
+        Images that reproduce the statistics together, at least 2.
     seed : int, default=0
         Of the noise in the beginning.
     progress : bool or None, default=None

@@ -68,12 +68,12 @@ def entering(segment: Segment, nodes: Sequence[Node]) -> list[Node]:
 
 
 def floats(value: Any) -> list[Tensor]:
-    """List the floating tensors of what a network has at a place."""
+    """List the floating tensors of a value."""
     return [each for each in tensors_of(value) if each.is_floating_point()]
 
 
 def alive(reached: Iterable[list[Tensor]]) -> list[Tensor | None]:
-    """Tell which values at a place differ between images in the pruned network; None where batches differ in shape."""
+    """Return which values at a place differ between images in the pruned network; None where shapes differ."""
     found: list[tuple[Tensor, Tensor] | None] = []
     for index, batch in enumerate(reached):
         bounds = [(each.amin(0), each.amax(0)) for each in batch]
