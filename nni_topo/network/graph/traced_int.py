@@ -225,7 +225,8 @@ def _is_written(number: int) -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
-    return frame is not None and number in frame.f_code.co_consts
+    constants = () if frame is None else frame.f_code.co_consts
+    return any(number in each if type(each) is tuple else number == each for each in constants)
 
 
 def _note_equal(one: TracedInt, other: Any) -> bool:

@@ -137,7 +137,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
             for key, value in states[module].items():
                 place = f"{name}.{key}".lstrip(".")
                 if _is_plain(key, value):
-                    state[key] = value if type(value) in _ATOMS else type(value)()
+                    state[key] = type(value)() if type(value) in _CHANGING else value
                 elif key in _MEMBERS:
                     state[key] = type(value)((inner, copy.deepcopy(each, memo)) for inner, each in value.items())
                 elif key == "forward" and is_compiled_function(value):
@@ -172,7 +172,8 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
 
 def _is_plain(key: str, value: Any) -> bool:
     """Tell whether an attribute of a module holds what needs no copy, or one of PyTorch's tables that is empty."""
-    return type(value) in _ATOMS or (key in _TABLES and not value)
+    is_shape = type(value) is tuple and all(type(each) in _ATOMS for each in value)
+    return type(value) in _ATOMS or is_shape or (key in _TABLES and not value)
 
 
 def _check_own(copied: nn.Module, own: set[int], light: bool, name: str) -> None:
