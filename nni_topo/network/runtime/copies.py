@@ -137,7 +137,8 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
             for key, value in states[module].items():
                 place = f"{name}.{key}".lstrip(".")
                 if _is_plain(key, value):
-                    state[key] = type(value)() if type(value) in _CHANGING else value
+                    # The handle of a hook, which a module may hold, refers to its tables.
+                    state[key] = memo.setdefault(id(value), type(value)()) if type(value) in _CHANGING else value
                 elif key in _MEMBERS:
                     state[key] = type(value)((inner, copy.deepcopy(each, memo)) for inner, each in value.items())
                 elif key == "forward" and is_compiled_function(value):
