@@ -19,7 +19,7 @@ from nni_topo.runs.choices import DataChoice, ModelChoice, PruneConfig, PrunerCh
 from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.runs.run import STILL, Start, prune, trained
 from nni_topo.runs.trial import TrialSettings, run_trial
-from nni_topo.studies.analysis.deviation import study_masks
+from nni_topo.studies.analysis.pruned import study_masks
 from nni_topo.studies.compare import compare
 from nni_topo.studies.plan import ComparisonPlan
 

@@ -15,7 +15,6 @@ from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.cli import main
-from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import weights_left
 from nni_topo.rules import instance
@@ -151,38 +150,6 @@ def test_a_process_per_cell_gives_the_same_figures_however_many_run_at_a_time(n_
     assert began[:n_jobs] == [*range(n_jobs)]  # each trains its network
     ratios = [json.loads((tmp_path / name / "ratios.json").read_text()) for name in ("alone", "together")]
     assert ratios[0] == ratios[1]
-
-
-MEETING = """
-import os, pathlib, time
-from torch import nn
-
-def meet(name, other, num_classes):
-    here = pathlib.Path(__file__).parent
-    (here / name).touch()
-    until = time.monotonic() + 60
-    while not (here / other).exists():
-        assert time.monotonic() < until, "alone"
-        time.sleep(0.05)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))
-
-def one(num_classes):
-    return meet("one", "two", num_classes)
-
-def two(num_classes):
-    os._exit(meet("two", "one", num_classes) is None)
-"""
-
-
-@pytest.mark.slow
-def test_cells_run_beside_each_other_and_a_crash_of_one_is_its_own(tmp_path, monkeypatch):
-    (tmp_path / "meeting_nets_for_tests.py").write_text(MEETING)
-    monkeypatch.syspath_prepend(tmp_path)
-    models = tuple(ModelChoice(f"meeting_nets_for_tests:{name}") for name in ("two", "one"))
-    both = dataclasses.replace(plan("l1"), models=models, n_jobs=2)
-    records, failures = compare(both, tmp_path / "out")
-    assert [record["model"] for record in records] == ["meeting_nets_for_tests:one"]
-    assert [failure.reason for failure in failures] == ["ended with exit code 0"]
 
 
 def test_a_file_says_how_many_cells_run_at_a_time_and_the_command_before_it(tmp_path, capsys):
@@ -348,36 +315,3 @@ def test_lines_that_are_no_records_are_named(tmp_path, line, got):
     path.write_text('{"key": "a"}\n' + line + '\n{"key": "c"}\n')
     with pytest.raises(DataError, match=rf"a JSON record of a run.* {got} .*results\.jsonl:2\)"):
         read_records(path, {"key": instance(str)})
-
-
-HOLD = """
-import os, pathlib, time
-from nni_topo.disk import only_process
-child = os.fork()
-if not child:
-    try:
-        with only_process(pathlib.Path({folder!r}), wait=False):
-            pathlib.Path({inside!r}).touch()
-            time.sleep(600)
-    finally:
-        os._exit(1)
-print(child)
-"""
-
-
-@pytest.mark.slow
-def test_a_folder_takes_one_run_at_a_time_and_is_free_after_a_kill(tmp_path, bare_python):
-    folder, inside = tmp_path / "new" / "out", tmp_path / "inside"
-    other = int(bare_python(HOLD.format(folder=str(folder), inside=str(inside))))
-    try:
-        deadline = time.monotonic() + 60
-        while not inside.exists():
-            assert time.monotonic() < deadline, "it never held the folder"
-            time.sleep(0.01)
-        with pytest.raises(DataError, match="one run at a time"), only_process(folder, wait=False):
-            pass
-    finally:
-        os.kill(other, signal.SIGKILL)
-        bare_python(f"import os; os.waitpid({other}, 0)")
-    with only_process(folder, wait=False):
-        pass

@@ -25,7 +25,7 @@ from nni_topo.runs.evaluators import recipe_evaluator
 from nni_topo.runs.run import Start, load_model_data
 from nni_topo.zoo import load_data
 from nni_topo.zoo.external import pretrained_preprocessing
-from nni_topo.zoo.labelled import ImageFiles, Preprocessing
+from nni_topo.zoo.labelled import Preprocessing
 
 
 @pytest.fixture(scope="module")
@@ -169,15 +169,6 @@ def test_training_evaluation_and_nnis_evaluators_give_what_they_do_on_the_same_i
             ]
         )
     assert found[0] == found[1]
-
-
-def test_labelled_images_for_pruners_are_bounded_and_tests_stay_in_files(folder: Path) -> None:
-    model = ModelChoice("torchvision/resnet18")
-    data = load_model_data(model, DataChoice(str(folder), image_size=8, test_limit=6))
-    assert isinstance(data.test, ImageFiles)
-    assert sorted(data.test.labels[:4].tolist()) == [0, 1, 2, 3]
-    batches = Start(nn.Conv2d(3, 3, 1), data, zoo.Recipe(1)).validation()
-    assert sum(len(labels) for _, labels in batches) == len(data.validation)
 
 
 def flattened(root: Path, folder: Path, name: str) -> dict[str, str]:

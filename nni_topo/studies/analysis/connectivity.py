@@ -24,7 +24,7 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start
-from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks
+from nni_topo.studies.analysis.pruned import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks
 from nni_topo.studies.study import Names, Tell
 from nni_topo.studies.tables import table_of
 

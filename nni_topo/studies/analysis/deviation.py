@@ -6,34 +6,23 @@ Technology, 2019, equations 3.12 and 3.13.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Literal
 
-import pandas as pd
-import torch
-from joblib import Parallel, delayed
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.pruners.hooks import Masks
-from nni_topo.pruners.registry import PRUNERS, pruner_info
-from nni_topo.rules import check_jobs, checked, whole
-from nni_topo.runs.choices import PrunerChoice, Target
+from nni_topo.rules import checked, whole
 from nni_topo.runs.provenance import Record
-from nni_topo.runs.run import Start, prune
-from nni_topo.runs.widths import inner_layers
+from nni_topo.runs.run import Start
 from nni_topo.studies.analysis.bounds.propagation import ErrorBound, error_bound
-from nni_topo.studies.pictures import finish, panels
-from nni_topo.studies.study import Findings, Found, Names, Tell, TrainedStudy
+from nni_topo.studies.analysis.pruned import PointsStudy, PrunersStudy, curves, share_kept, study_masks
+from nni_topo.studies.study import Tell
 from nni_topo.studies.tables import table_of
 
 Form = Literal["first_order", "directional", "lipschitz"]
@@ -113,22 +102,7 @@ def deviation_of(found: ErrorBound, form: Form = "first_order") -> NetDeviation:
     return NetDeviation(dev, sign, relative, found.error, bound)
 
 
-# used like a pruner's name: masks of random single weights
-CONNECTIONS = "connections"
 _ITERATIONS = 50
-
-
-@dataclass(frozen=True)
-class PointsStudy(Findings):
-    """A record per pruned network, and the unpruned network's test accuracy in [0, 1]."""
-
-    points: list[Record]
-    accuracy: float
-
-    def means(self) -> pd.DataFrame:
-        """Return means over seeds by ``pruner`` and ``ratio``, in the order of the points."""
-        frame = pd.DataFrame(self.points).drop(columns="seed")
-        return frame.groupby(["pruner", "ratio"], sort=False, as_index=False).mean()
 
 
 @dataclass(frozen=True)
@@ -150,52 +124,6 @@ class DeviationStudy(PointsStudy):
         accuracy = curves(means.assign(accuracy=100 * means["accuracy"]), {"test accuracy %": "accuracy"})
         accuracy.axes[0].axhline(100 * self.accuracy, color="black", linewidth=0.6, linestyle="--")
         return {"deviation": curves(means, columns), "accuracy": accuracy}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrunersStudy(TrainedStudy[Found]):
-    """A study of one trained network under several pruners, ratios and seeds."""
-
-    pruners: Names = (CONNECTIONS, "level", "random", "cluster", "subcluster")  # connections: random single weights
-    ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of every layer, in [0, 1)
-    seeds: int = 1  # runs of each pruner, at least 1
-    calibration: int = 512  # training images for pruners that need calibration data, at least 1
-    n_jobs: int = 1  # networks pruned and measured at a time, at least 1; -1: one per core
-
-    def check(self) -> None:
-        """Check the arguments; ConfigError if one is out of its range."""
-        if not self.pruners or not self.ratios:
-            raise ConfigError(f"a study needs at least one pruner and one ratio, got none ({self.place})")
-        for name in self.pruners:
-            if name != CONNECTIONS:
-                PRUNERS.info(name, "pruners")
-        for ratio in self.ratios:
-            Target("ratio", ratio)
-        for knob in ("seeds", "calibration"):
-            whole(1).check(knob, getattr(self, knob), self.place)
-        check_jobs(self.n_jobs, self.place)
-
-    def points(self, start: Start, tell: Tell) -> list[Record]:
-        """Return the point of every run, ``n_jobs`` measured at a time."""
-        known = replace(start, known_accuracy=start.accuracy)  # measured once, not in every run
-        runs = list(self.runs())
-        tasks = (delayed(self.point)(replace(known, seed=seed), name, ratio) for name, ratio, seed in runs)
-        found = []
-        for (name, ratio, seed), point in zip(runs, Parallel(self.n_jobs, return_as="generator")(tasks), strict=True):
-            tell(f"{name} at {ratio:g}, seed {seed}")
-            found.append(point)
-        return found
-
-    def runs(self) -> Iterator[tuple[str, float, int]]:
-        """Yield pruner, ratio and seed of every run; a pruner without ``seed`` runs once, its runs being equal."""
-        for name in self.pruners:
-            repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
-            for ratio, seed in itertools.product(self.ratios, range(self.seed, self.seed + repeats)):
-                yield name, ratio, seed
-
-    def point(self, start: Start, name: str, ratio: float) -> Record:
-        """Prune the network with the seed of ``start`` and return what was measured."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,45 +169,3 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
         }
         title = f"Net Deviation of {self.model}, {found.images} images"
         yield table_of(title, found.means().to_dict("records"), columns)
-
-
-def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Masks:
-    """Return masks at a ratio in [0, 1) of every layer but the output, by a registered pruner or ``"connections"``."""
-    layers = inner_layers(start.net, start.example)
-    if name == CONNECTIONS:
-        generator = torch.Generator().manual_seed(start.seed)
-        masks: Masks = {}
-        for layer in layers:
-            weight: Any = start.net.get_submodule(layer).weight
-            mask = torch.ones(weight.numel())
-            mask[torch.randperm(len(mask), generator=generator)[: int(ratio * len(mask))]] = 0.0
-            masks[layer] = {"weight": mask.reshape(weight.shape).to(weight.device)}
-        return masks
-    info = pruner_info(name)
-    # sub-clustering finds the number of neurons itself and starts from the share 1 - ratio
-    finds_number = name == "subcluster"
-    knobs = {"growth": {"initial_ratio": max(1.0 - ratio, 1e-9)}} if finds_number else {}
-    entry = {"op_names": layers} if finds_number else {"op_names": layers, "sparse_ratio": ratio}
-    config_list = dependency_groups(start.net, start.example, [entry]) if info.structured else [entry]
-    choice = PrunerChoice(name, knobs=knobs, calibration=calibration if "calibration" in info.knobs() else 0)
-    return prune(start, choice, config_list).masks
-
-
-def share_kept(masks: Masks) -> float:
-    """Return the share of the masked layers' weights that is kept, in [0, 1]."""
-    weights = [targets["weight"] for targets in masks.values() if targets.get("weight") is not None]
-    if not weights:
-        raise DataError("a pruner must mask weights to be studied, got no mask (masks)")
-    return sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights)
-
-
-def curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
-    """Draw columns, by their labels, against the share of removed weights, a line per pruner."""
-
-    def draw(axis: Axes, column: str) -> None:
-        for name, rows in means.groupby("pruner", sort=False):
-            ordered = rows.sort_values("pruned")
-            axis.plot(100 * ordered["pruned"], ordered[column], "o-", markersize=3, label=str(name))
-        finish(axis, "weights removed %")
-
-    return panels(columns.items(), draw, size=(5.0, 3.8))

@@ -32,7 +32,7 @@ from nni_topo.pruners.registry import pruner_info
 from nni_topo.rules import number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, build_model, made_dense, retrain
-from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, study_masks
+from nni_topo.studies.analysis.pruned import CONNECTIONS, PointsStudy, PrunersStudy, study_masks
 from nni_topo.studies.pictures import finish, panels
 from nni_topo.studies.study import Names, Tell
 from nni_topo.studies.tables import table_of

@@ -32,9 +32,9 @@ from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import build_model, pruner_knobs
 from nni_topo.studies.analysis.compression import critical_config_list
 from nni_topo.studies.analysis.connectivity import connectivity
-from nni_topo.studies.analysis.deviation import share_kept
 from nni_topo.studies.analysis.layers import weight_layers
 from nni_topo.studies.analysis.persistence import neural_persistence
+from nni_topo.studies.analysis.pruned import share_kept
 from nni_topo.studies.cells import start_of
 from nni_topo.studies.isolation import run_missing
 from nni_topo.studies.pictures import finish, panels

@@ -174,18 +174,6 @@ def test_the_lipschitz_bound_counts_operands_as_often_as_they_are_read(read):
     assert 0.0 < found.error <= found.lipschitz * (1 + 1e-6)
 
 
-def test_the_lipschitz_bound_holds_for_enlarging_poolings():
-    image = torch.zeros(1, 1, 8, 8)
-    image[..., 3, 4] = 4.0
-    for pool in (nn.MaxPool2d(5, 1, 2), nn.AdaptiveAvgPool2d(21)):
-        net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), pool, nn.Flatten())
-        changed = copy.deepcopy(net)
-        net[0].weight.data.fill_(1.0)
-        changed[0].weight.data.fill_(0.5)
-        found = error_bound(net, changed, image)
-        assert 0.0 < found.error <= found.lipschitz * (1 + 1e-6)
-
-
 class Shift(nn.Module):
     def __init__(self):
         super().__init__()
