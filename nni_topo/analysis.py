@@ -22,7 +22,7 @@ from nni_topo.studies.analysis.energy.replacement import study_replacement
 from nni_topo.studies.analysis.energy.selection import study_selection
 from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
 from nni_topo.studies.analysis.evolution import EvolutionStudy, EvolutionTrial
-from nni_topo.studies.analysis.persistence import NeuralPersistence, PersistenceTracker, neural_persistence
+from nni_topo.studies.analysis.persistence import NeuralPersistence, neural_persistence
 from nni_topo.studies.analysis.retraining import RetrainingBound, retraining_bound
 from nni_topo.studies.analysis.sensitivity import Sensitivity, SensitivityCurve, sensitivity
 from nni_topo.studies.analysis.splits import draw_splits
@@ -41,7 +41,6 @@ __all__ = [
     "LayerTopology",
     "NetDeviation",
     "NeuralPersistence",
-    "PersistenceTracker",
     "Quality",
     "RetrainingBound",
     "Sensitivity",

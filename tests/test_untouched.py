@@ -185,7 +185,6 @@ CALLS = {
     "error_bound": lambda m, other, _: analysis.error_bound(m, other, IMAGES, iterations=2),
     "net_deviation": lambda m, other, _: analysis.net_deviation(m, other, IMAGES, iterations=2),
     "neural_persistence": lambda m, _, __: analysis.neural_persistence(m, IMAGES[:2], conv_graph="toeplitz"),
-    "PersistenceTracker": lambda m, _, __: analysis.PersistenceTracker(m)(1),
     "retraining_bound": lambda m, other, _: analysis.retraining_bound(
         m, changed(1.01), changed(0.5), nn.functional.cross_entropy, [(IMAGES, LABELS)], 1.0
     ),
@@ -228,7 +227,7 @@ def public():
     for place in (nni_topo, network, recovery, zoo, analysis):
         for name in place.__all__:
             thing = getattr(place, name)
-            is_record = isinstance(thing, type) and thing is not analysis.PersistenceTracker
+            is_record = isinstance(thing, type)
             if callable(thing) and not is_record and takes_a_model(thing):
                 found[name] = thing
     return found

@@ -39,10 +39,6 @@ if TYPE_CHECKING:
     from nni_topo.zoo.image_folder import ListedFolder
 
 
-def _same(recipe: Recipe) -> Recipe:
-    return recipe
-
-
 def _few_images(recipe: Recipe) -> Recipe:
     return replace(recipe, epochs=25, batch_size=32, lr=recipe.lr / 2.0)
 
@@ -69,7 +65,7 @@ class DataInfo(NamedTuple):
     # Takes those of `folder` (where the files lie), `download`, `image_size`, `pad_to`, `preprocessing` and `workers`
     # that it needs.
     read: Callable[..., RawData | ListedFolder]
-    adapt: Callable[[Recipe], Recipe] = _same
+    adapt: Callable[[Recipe], Recipe] = lambda recipe: recipe
 
 
 _MOST_ROWS = 1000  # of text to watch: each has as many labels as places

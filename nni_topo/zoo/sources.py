@@ -6,7 +6,6 @@ import gzip
 import sysconfig
 import zlib
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,11 @@ class RawData:
 
 def read_digits() -> RawData:
     """Return scikit-learn's 1,797 digits of 8x8; the same 20 % of every class are always the test set."""
-    return split_off_test(*_all_digits(), tuple("0123456789"), _DIGITS_SPLIT_SEED)
-
-
-@cache
-def _all_digits() -> tuple[Array, Array]:
-    """Return images and labels, 0.5 MB; scikit-learn reads them from a text each time."""
     from sklearn.datasets import load_digits  # slow to import
 
     images, labels = load_digits(return_X_y=True)
-    return (images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8), labels.astype(np.int64)
+    pixels = (images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
+    return split_off_test(pixels, labels.astype(np.int64), tuple("0123456789"), _DIGITS_SPLIT_SEED)
 
 
 def read_idx_folder(folder: Path, download: bool, *, kind: str, class_names: tuple[str, ...]) -> RawData:

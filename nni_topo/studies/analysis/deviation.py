@@ -1,8 +1,4 @@
-"""Net Deviation: the difference of a pruned network's error and the bound of that error.
-
-Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-Technology, 2019, equations 3.12 and 3.13.
-"""
+"""Net Deviation: the difference of a pruned network's error and the bound of that error."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.rules import NONE, checked, number
+from nni_topo.rules import NONE, number
 from nni_topo.runs.run import build_model, load_model_data, resolve_device
 from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
 from nni_topo.studies.pictures import finish
@@ -163,51 +163,6 @@ def neural_persistence(
     return NeuralPersistence(values, deaths, normalized, skipped)
 
 
-class PersistenceTracker:
-    """Record a model's neural persistence while it trains.
-
-    A tracker is a callback: call it after each epoch, with any arguments, e.g. as ``callback`` of
-    :func:`nni_topo.zoo.train`, or as ``on_train_epoch_end`` of Lightning's ``LambdaCallback``.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model that trains.
-    example_inputs : Any, default=None
-        See :func:`neural_persistence`.
-    **options
-        Further arguments of :func:`neural_persistence`.
-
-    Attributes
-    ----------
-    history : list of NeuralPersistence
-        One entry per call, after an entry of the model as it was at first.
-
-    Examples
-    --------
-    >>> tracker = PersistenceTracker(nn.Linear(3, 2), normalized=True)
-    >>> tracker()
-    >>> len(tracker.history), len(tracker.totals)
-    (2, 2)
-    """
-
-    @checked(model=MODEL)
-    def __init__(self, model: nn.Module, example_inputs: Any = None, **options: Any) -> None:
-        self.model = model
-        self.example_inputs = example_inputs
-        self.options = options
-        self.history = [neural_persistence(model, example_inputs, **options)]
-
-    def __call__(self, *_: Any) -> None:
-        """Record the model's persistence as it is now."""
-        self.history.append(neural_persistence(self.model, self.example_inputs, **self.options))
-
-    @property
-    def totals(self) -> list[float]:
-        """The model's total, per record."""
-        return [record.total for record in self.history]
-
-
 @dataclass(frozen=True)
 class PersistenceStudy(Findings):
     """Neural persistence before training and after each epoch, or of one trained model."""
@@ -255,12 +210,17 @@ class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
         net = build_model(self.model_choice, bundle, self.seed).to(place)
         if self.checkpoint is not None:
             zoo.load_checkpoint(self.checkpoint, net)
-        options = {name: getattr(self, name) for name in ("p", "normalized", "conv_graph", "scale")}
-        tracker = PersistenceTracker(net, bundle.test[:1][0].to(place), **options)
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("p", "normalized", "conv_graph", "scale")}
+        example = bundle.test[:1][0].to(place)
+        history = [neural_persistence(net, example, **options)]
         if self.checkpoint is None:
             recipe = zoo.default_recipe(self.model, self.data)
-            zoo.train(net, bundle, recipe, seed=self.seed, device=place, callback=tracker)
-        return PersistenceStudy(tracker.history)
+
+            def note(_: zoo.EpochLog) -> None:
+                history.append(neural_persistence(net, example, **options))
+
+            zoo.train(net, bundle, recipe, seed=self.seed, device=place, callback=note)
+        return PersistenceStudy(history)
 
     def show(self, found: PersistenceStudy) -> Iterator[RenderableType]:
         """Yield a row per layer: its persistence at the beginning and at the end, and its tree's edges."""

@@ -1,8 +1,4 @@
-"""Epochs of fine-tuning ("retraining" in the text) that restore a pruned network, and their lower bound: theorem 1.
-
-Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-Technology, 2019, section 3.2 and appendix A.
-"""
+"""Epochs of fine-tuning ("retraining" in the text) that restore a pruned network, and their lower bound: theorem 1."""
 
 from __future__ import annotations
 
@@ -140,7 +136,7 @@ def retraining_bound(
     References
     ----------
     .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-       Technology, 2019, theorem 1.
+       Technology, 2019, section 3.2, theorem 1 and appendix A.
     """
     data: list[tuple[Any, Any]] = []
     for index, batch in enumerate(Calibration.of(batches, "batches")):

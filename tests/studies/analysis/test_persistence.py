@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-
 import networkx as nx
 import numpy as np
 import pytest
@@ -11,8 +9,7 @@ from hypothesis import strategies as st
 from nni.compression.pruning import LevelPruner
 from torch import nn
 
-from nni_topo import zoo
-from nni_topo.analysis import PersistenceTracker, neural_persistence
+from nni_topo.analysis import neural_persistence
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths import topology
 
@@ -102,48 +99,6 @@ def test_layers_without_usable_weights_are_named(value):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         neural_persistence(nn.Linear(2, 2), **options)
-
-
-def test_the_tracker_is_a_training_callback_and_leaves_the_training_alone():
-    data = zoo.load_data("digits", limit=200)
-
-    def trained(tracked: bool) -> tuple[nn.Module, PersistenceTracker]:
-        model = zoo.create_model("lenet300", num_classes=10, in_channels=1, image_size=8, seed=0)
-        tracker = PersistenceTracker(model, normalized=True)
-        recipe = zoo.Recipe(epochs=2)
-        zoo.train(model, data, recipe, seed=0, callback=tracker if tracked else None)
-        return model, tracker
-
-    model, tracker = trained(tracked=True)
-    assert len(tracker.totals) == 3
-    assert tracker.totals[-1] == neural_persistence(model, normalized=True).total
-    assert len(set(tracker.totals)) == 3
-    alone, _ = trained(tracked=False)
-    state = copy.deepcopy(alone.state_dict())
-    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-
-
-def test_the_tracker_goes_into_lightnings_trainer():
-    pl = pytest.importorskip("pytorch_lightning")
-
-    class Net(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Linear(4, 2)
-
-        def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
-            return self.net(batch).square().mean()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    model = Net()
-    tracker = PersistenceTracker(model)
-    loader = torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=4)
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    recording = pl.callbacks.LambdaCallback(on_train_epoch_end=tracker)
-    pl.Trainer(max_epochs=2, callbacks=[recording], **options).fit(model, loader)
-    assert len(tracker.history) == 3
 
 
 def test_large_orders_do_not_underflow():
