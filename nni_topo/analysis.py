@@ -15,9 +15,9 @@ from nni_topo.studies.analysis.compression import (
     critical_config_list,
 )
 from nni_topo.studies.analysis.connectivity import Connectivity, connectivity
-from nni_topo.studies.analysis.deviation import NetDeviation, deviation_of, net_deviation
+from nni_topo.studies.analysis.deviation import NetDeviation, net_deviation
 from nni_topo.studies.analysis.energy.accumulated import accumulate_energy
-from nni_topo.studies.analysis.energy.dropout import study_dropout, with_dropout
+from nni_topo.studies.analysis.energy.dropout import study_dropout
 from nni_topo.studies.analysis.energy.replacement import study_replacement
 from nni_topo.studies.analysis.energy.selection import study_selection
 from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
@@ -50,7 +50,6 @@ __all__ = [
     "connectivity",
     "critical_compression_ratio",
     "critical_config_list",
-    "deviation_of",
     "draw_splits",
     "error_bound",
     "net_deviation",
@@ -67,5 +66,4 @@ __all__ = [
     "study_selection",
     "study_topology",
     "tree_overlap",
-    "with_dropout",
 ]

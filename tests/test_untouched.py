@@ -198,7 +198,6 @@ CALLS = {
         m, "first", IMAGES[:2], [(IMAGES, LABELS)], quality, keep=4, methods=("random", "taylor")
     ),
     "study_topology": lambda m, _, __: analysis.study_topology(m, CONFIG),
-    "with_dropout": lambda m, _, __: analysis.with_dropout(m, 0.5),
 }
 KINDS = {"narrow_heads": Attending, "remove_blocks": Blocks}
 CHANGING = {
@@ -301,7 +300,7 @@ def test_a_train_that_returns_nothing_is_called_all_the_same(name, tmp_path):
 
 
 MADE = ["as_torch_layers", "compensate", "load", "masked_model", "narrow_heads", "recalibrate_batch_norm"]
-MADE += ["remove_blocks", "shrink", "to_dense", "with_dropout"]
+MADE += ["remove_blocks", "shrink", "to_dense"]
 
 
 @pytest.mark.parametrize("name", MADE)

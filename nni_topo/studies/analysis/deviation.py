@@ -85,11 +85,10 @@ def net_deviation(
     .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
        Technology, 2019, equations 3.12 and 3.13.
     """
-    return deviation_of(error_bound(original, pruned, inputs, iterations=iterations), form)
+    return _of_bound(error_bound(original, pruned, inputs, iterations=iterations), form)
 
 
-@checked()
-def deviation_of(found: ErrorBound, form: Form = "first_order") -> NetDeviation:
+def _of_bound(found: ErrorBound, form: Form) -> NetDeviation:
     """Return the Net Deviation of an error whose bounds are known."""
     bound = float(getattr(found, form))
     dev = found.error - bound
@@ -144,7 +143,7 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
         changed = masked_model(start.net, batch[:2], masks)
         bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
         run = {"pruner": name, "ratio": ratio, "seed": start.seed, "pruned": 1.0 - share_kept(masks)}
-        measured = {**asdict(deviation_of(bound)), "lipschitz": bound.lipschitz}
+        measured = {**asdict(_of_bound(bound, "first_order")), "lipschitz": bound.lipschitz}
         return {**run, **measured, "accuracy": start.tested(changed)}
 
     def _batch(self, start: Start) -> Tensor:

@@ -317,8 +317,7 @@ def with_sparse_linears(model: nn.Module) -> nn.Module:
     model = detached_copy(model)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, SparseLinear(module))
+            model.set_submodule(name, SparseLinear(module))
     return model
 
 

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.arguments import MODEL
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.public import public
 from nni_topo.rules import all_of, number
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
-_RATE = number(0, 1, "left")
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -36,43 +34,18 @@ class ActiveDropout(nn.Module):
         return values * kept / (1.0 - self.rate)
 
 
-@public(model=MODEL, rate=_RATE)
-def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
-    """Return a copy of a model whose dropout layers are active at test time, all at one rate.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A model with ``torch.nn.Dropout`` in its classifier; it isn't changed.
-    rate : float
-        In [0, 1).
-    seed : int, default=0
-        Of the dropped values.
-
-    Returns
-    -------
-    torch.nn.Module
-        The copy.
-
-    Raises
-    ------
-    ConfigError
-        If the rate is out of its range, or the model has no dropout.
-    """
-    return _put_dropout(detached_copy(model), rate, seed)
-
-
-def _put_dropout(model: nn.Module, rate: float, seed: int) -> nn.Module:
+def with_dropout(model: nn.Module, rate: float, seed: int) -> nn.Module:
+    """Return a copy whose dropout layers are active at test time, all at one rate; ConfigError if it has none."""
+    model = copy.deepcopy(model)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
     if not names:
         raise ConfigError(f"a model must have a torch.nn.Dropout, got none ({type(model).__name__})")
     for index, name in enumerate(names):
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, ActiveDropout(rate, seed + index))
+        model.set_submodule(name, ActiveDropout(rate, seed + index))
     return model
 
 
-@public(rates=all_of(_RATE, Sequence))
+@public(rates=all_of(number(0, 1, "left"), Sequence))
 def study_dropout(
     models: Mapping[str, Callable[[], nn.Module]],
     evaluate: EvaluateQuality,
@@ -105,7 +78,7 @@ def study_dropout(
         first_name, first = next(iter(model.named_children()), ("", model))
         if first_name and not any(isinstance(module, nn.Dropout) for module in first.modules()):
             setattr(model, first_name, _Cached(first))
-        found[name] = {rate: quality_of(evaluate, _put_dropout(copy.deepcopy(model), rate, seed)) for rate in rates}
+        found[name] = {rate: quality_of(evaluate, with_dropout(model, rate, seed)) for rate in rates}
     return found
 
 

@@ -73,7 +73,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
         start = self.start(self.images)
         net, example, knobs = start.net, start.example, self._knobs()
         if "dropout" in self.parts:
-            with_dropout(net, 0.0)  # raises at once if the model has no dropout
+            with_dropout(net, 0.0, 0)  # raises at once if the model has no dropout
         layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
         given = knobs | ({"calibration": start.images(self.calibration)} if self.calibration else {})
         evaluate = partial(quality_on, images=subset(start.data.validation, slice(self.images)))

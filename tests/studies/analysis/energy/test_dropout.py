@@ -29,7 +29,7 @@ def test_it_drops_in_evaluation_mode_by_its_seed_and_leaves_the_model_alone():
     model, inputs = net(), torch.randn(5, 8)
     before = copy.deepcopy(model)
     state = torch.get_rng_state()
-    first, again, other = (with_dropout(model, 0.5, seed=seed)(inputs) for seed in (0, 0, 1))
+    first, again, other = (with_dropout(model, 0.5, seed)(inputs) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
@@ -68,7 +68,7 @@ def test_the_part_before_the_dropout_runs_once_and_changes_nothing():
 
     found = study_dropout({"net": lambda: model}, evaluate, rates=(0.0, 0.3, 0.6))["net"]
     assert calls == [2500, 1500]
-    assert {rate: evaluate(with_dropout(model, rate)) for rate in (0.0, 0.3, 0.6)} == found
+    assert {rate: evaluate(with_dropout(model, rate, 0)) for rate in (0.0, 0.3, 0.6)} == found
     # Each value is kept with probability 1 - p and divided by it, so its variance is p / (1 - p) times its square.
     with torch.no_grad():
         hidden = model[0](inputs)
@@ -81,9 +81,9 @@ def test_the_part_before_the_dropout_runs_once_and_changes_nothing():
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
 def test_bad_rates_are_refused(rate):
     with pytest.raises(ConfigError, match=f"in \\[0, 1\\), got {rate}"):
-        with_dropout(net(), rate)
+        study_dropout({"net": net}, lambda model: Quality(0.0, 0.0), rates=[rate])
 
 
 def test_a_model_without_dropout_is_refused():
     with pytest.raises(ConfigError, match=r"must have a torch\.nn\.Dropout, got none"):
-        with_dropout(nn.Sequential(nn.Linear(2, 2)), 0.1)
+        with_dropout(nn.Sequential(nn.Linear(2, 2)), 0.1, 0)
