@@ -14,11 +14,12 @@ from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.inputs import at_once, fitting
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.public import Running, public
-from nni_topo.rules import NONE, checked, whole
+from nni_topo.rules import NONE, checked
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.labelled import LabelledImages, batches, labels_of
 
-_EVALUATION = {"model": COMPUTING, "device": DEVICE | NONE, "batch_size": whole(1)}
+_EVALUATION = {"model": COMPUTING, "device": DEVICE | NONE}
+_BATCH = 512
 
 
 @public(model=COMPUTING)
@@ -60,9 +61,7 @@ def bits(loss: float) -> float:
 
 
 @checked(**_EVALUATION)
-def evaluate(
-    model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None, batch_size: int = 512
-) -> float:
+def evaluate(model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None) -> float:
     """Return the accuracy of a classifier.
 
     Parameters
@@ -73,8 +72,6 @@ def evaluate(
         Images ``[n, in_channels, h, w]`` and labels ``[n]``, at least one.
     device : str, torch.device or None, default=None
         Where to compute. None: where the model lies.
-    batch_size : int, default=512
-        At least 1; the result doesn't depend on it.
 
     Returns
     -------
@@ -86,12 +83,12 @@ def evaluate(
     DataError
         If the data set is empty or has a label that the model has no output for.
     """
-    return loss_and_accuracy(model, dataset, device=device, batch_size=batch_size)[1]
+    return loss_and_accuracy(model, dataset, device=device)[1]
 
 
 @public(Running(restarts=True), **_EVALUATION)
 def loss_and_accuracy(
-    model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None, batch_size: int = 512
+    model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None
 ) -> tuple[float, float]:
     """Return the mean cross entropy in nats, and the accuracy; parameters and errors as for :func:`evaluate`."""
     if len(dataset) == 0:
@@ -100,7 +97,7 @@ def loss_and_accuracy(
     model.to(device)
     totals = torch.zeros(2, dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad(), fitting(0, "dataset"):
-        rows = torch.arange(len(dataset)).split(at_once(min(batch_size, len(dataset))))
+        rows = torch.arange(len(dataset)).split(at_once(min(_BATCH, len(dataset))))
         for images, labels in batches(dataset, rows, torch.device(device)):
             logits, labels = by_label(model(images).float(), labels)
             if int(labels.max()) >= logits.shape[1]:
