@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +60,17 @@ def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
         # NNI's wrapper is a child of the module that it wraps, which is listed itself
         if name.rpartition(".")[2] == "_nni_wrapper":
             continue
-        if isinstance(module, _SUPPORTED):
-            layers.extend(_weights(name, module))
+        gates = next((names for kind, names in _RECURRENT.items() if isinstance(module, kind)), None)
+        if gates is not None:
+            for parameter, _ in module.named_parameters(recurse=False):
+                if parameter.startswith("weight"):
+                    names = ("projection",) if parameter.startswith("weight_hr") else gates
+                    matrices = np.split(_values(name, module, parameter), len(names))
+                    for gate, matrix in zip(names, matrices, strict=True):
+                        layers.append(WeightLayer(f"{name}.{parameter}[{gate}]", "recurrent", matrix, module))
+        elif isinstance(module, _SUPPORTED):
+            values = _values(name, module, "weight")
+            layers.append(WeightLayer(name, "dense" if isinstance(module, nn.Linear) else "conv", values, module))
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             skipped[name] = type(module).__name__
     if not layers:
@@ -72,21 +80,6 @@ def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
             f"a model must have a layer of type {known}, got other weights of type: {found} ({type(model).__name__})"
         )
     return layers, skipped
-
-
-def _weights(name: str, module: nn.Module) -> Iterator[WeightLayer]:
-    if not isinstance(module, tuple(_RECURRENT)):
-        kind = "dense" if isinstance(module, nn.Linear) else "conv"
-        yield WeightLayer(name, kind, _values(name, module, "weight"), module)
-        return
-    gates = next(names for cls, names in _RECURRENT.items() if isinstance(module, cls))
-    for parameter, _ in module.named_parameters(recurse=False):
-        if not parameter.startswith("weight"):
-            continue
-        values = _values(name, module, parameter)
-        names = ("projection",) if parameter.startswith("weight_hr") else gates
-        for gate, matrix in zip(names, np.split(values, len(names)), strict=True):
-            yield WeightLayer(f"{name}.{parameter}[{gate}]", "recurrent", matrix, module)
 
 
 def _values(name: str, module: nn.Module, parameter: str) -> NDArray[np.float64]:

@@ -103,7 +103,10 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         for seed in range(self.seed, self.seed + self.seeds):
             start = replace(self, seed=seed).start(self.images)
             for (pruner, part), way, ratio in itertools.product(_COLORS, ways, ratios):
-                layers = _layers(start, pruner, part)
+                layers = [name for name, module in start.net.named_modules() if isinstance(module, _KINDS[part])]
+                if pruner_info(pruner).structured:
+                    inner = inner_layers(start.net, start.example)
+                    layers = [name for name in layers if name in inner]
                 if not layers:
                     continue
                 row = {"pruner": pruner, "part": part, "way": way, "ratio": ratio, "seed": seed}
@@ -176,12 +179,6 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         for name, (median, half) in zip(nets, timed, strict=True):
             shares[name] = {"median": median, "half": half}
         return {"params": params, "bytes": stored_bytes(stored), "time_shares": shares}
-
-
-def _layers(start: Start, pruner: str, part: str) -> list[str]:
-    found = [name for name, module in start.net.named_modules() if isinstance(module, _KINDS[part])]
-    inner = inner_layers(start.net, start.example) if pruner_info(pruner).structured else found
-    return [name for name in found if name in inner]
 
 
 def magnitude_figure(document: Record) -> Figure:

@@ -26,7 +26,7 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.rules import NONE, number
 from nni_topo.runs.run import build_model, load_model_data, resolve_device
-from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
+from nni_topo.studies.analysis.layers import weight_layers
 from nni_topo.studies.pictures import finish
 from nni_topo.studies.study import Findings, Tell, TrainedStudy
 from nni_topo.studies.tables import table_of
@@ -133,7 +133,16 @@ def neural_persistence(
         raise ConfigError("conv_graph 'toeplitz' needs example_inputs, got None (neural_persistence)")
     layers, skipped = weight_layers(model)
     sizes = Analysis.on(model, example_inputs).planes if conv_graph == "toeplitz" else {}
-    largest = {layer.name: _largest(layer) for layer in layers}
+    largest: dict[str, float] = {}
+    for layer in layers:
+        bad = int((~np.isfinite(layer.weight)).sum())
+        if bad:
+            raise DataError(f"weights must be finite, got {bad} NaN or infinite values ({layer.name})")
+        largest[layer.name] = float(np.abs(layer.weight).max())
+        if largest[layer.name] == 0.0:
+            raise DataError(
+                f"a layer must have a weight other than 0 to be scaled, got {layer.weight.size} ({layer.name})"
+            )
     values: dict[str, float] = {}
     deaths: dict[str, NDArray[np.float64]] = {}
     for layer in layers:
@@ -234,13 +243,3 @@ class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
         yield table_of(f"neural persistence of {self.model}", rows, columns, [total])
         if last.skipped:
             yield "skipped: " + ", ".join(f"{name} ({why})" for name, why in last.skipped.items())
-
-
-def _largest(layer: WeightLayer) -> float:
-    bad = int((~np.isfinite(layer.weight)).sum())
-    if bad:
-        raise DataError(f"weights must be finite, got {bad} NaN or infinite values ({layer.name})")
-    top = float(np.abs(layer.weight).max())
-    if top == 0.0:
-        raise DataError(f"a layer must have a weight other than 0 to be scaled, got {layer.weight.size} ({layer.name})")
-    return top

@@ -111,20 +111,10 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
     def find(self, tell: Tell) -> RoundsStudy:
         """Run the cells that have no record in ``results.jsonl`` yet."""
         whole(1).check("seeds", self.seeds, self.place)
-
-        def announce(cell: RoundsCell, number: int, count: int) -> None:
-            tell(f"[{number}/{count}] seed {cell.cell.seed}: {cell.method}")
-
-        return RoundsStudy(run_rounds(list(self._cells()), self.out, n_jobs=self.n_jobs, announce=announce))
-
-    def show(self, found: RoundsStudy) -> Iterator[RenderableType]:
-        """Yield the results of the rounds, and each linear layer's overlap with its bound."""
-        return rounds_tables(found.records)
-
-    def _cells(self) -> Iterator[RoundsCell]:
         steps_to(self.sparsities)
         changes = {} if self.train_epochs is None else {"epochs": self.train_epochs}
         recipe = changed_recipe(zoo.default_recipe(self.model, self.data), changes)
+        cells = []
         for seed, method in itertools.product(range(self.seed, self.seed + self.seeds), self.methods):
             name = method.removesuffix(" capped")
             if name not in METHODS or method == "T-IMP capped":
@@ -139,7 +129,16 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
                 retrain=recipe.for_retraining(self.retrain_epochs),
                 device=self.device,
             )
-            yield RoundsCell(cell, self.sparsities, self.rewind, capped=method != name)
+            cells.append(RoundsCell(cell, self.sparsities, self.rewind, capped=method != name))
+
+        def announce(cell: RoundsCell, number: int, count: int) -> None:
+            tell(f"[{number}/{count}] seed {cell.cell.seed}: {cell.method}")
+
+        return RoundsStudy(run_rounds(cells, self.out, n_jobs=self.n_jobs, announce=announce))
+
+    def show(self, found: RoundsStudy) -> Iterator[RenderableType]:
+        """Yield the results of the rounds, and each linear layer's overlap with its bound."""
+        return rounds_tables(found.records)
 
 
 def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1, announce: Any = None) -> list[Record]:

@@ -71,7 +71,10 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
     def find(self, tell: Tell) -> EnergyStudy:
         """Study a trained model, then the parts that were asked for."""
         start = self.start(self.images)
-        net, example, knobs = start.net, start.example, self._knobs()
+        net, example = start.net, start.example
+        # the pruner's arguments, as in YAML
+        signal: Any = "data" if self.calibration else {"sweep": self.sweep, "direction": self.direction}
+        knobs = {"signal": signal, "normalization": self.normalization, "batch_norm": self.batch_norm}
         if "dropout" in self.parts:
             with_dropout(net, 0.0, 0)  # raises at once if the model has no dropout
         layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
@@ -104,11 +107,6 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
     def show(self, found: EnergyStudy) -> Iterator[RenderableType]:
         """Yield the tables of the study and of its parts."""
         return show_energy(found.to_dict())
-
-    def _knobs(self) -> dict[str, Any]:
-        """Return the pruner's arguments, as in YAML."""
-        signal: Any = "data" if self.calibration else {"sweep": self.sweep, "direction": self.direction}
-        return {"signal": signal, "normalization": self.normalization, "batch_norm": self.batch_norm}
 
     def _suggestion(self, record: Record, knobs: dict[str, Any]) -> str:
         """Return a file for ``nni-topo prune``, with the command."""
