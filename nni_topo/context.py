@@ -30,6 +30,7 @@ class Context:
     is_as_written: bool = False  # whether networks compute what they say (`as_written`)
     in_step: str = ""  # the public function that all processes run
     limit: BatchLimit | None = None  # None: where memory is short, nothing starts again
+    facts: Any = None  # what is known of the model that is passed on (`Facts`)
     # A tensor that says which positions of the model's current call aren't padding: bool, (samples, places). None: all.
     real: Any = None
 

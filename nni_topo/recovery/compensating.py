@@ -14,6 +14,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nni_topo.context import context
 from nni_topo.errors import ConfigError, listed
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.runtime.arguments import BATCHES, MASKS, MODEL, check_model
@@ -109,7 +110,7 @@ def compensation(
             f"{method!r}, which learns beyond them (method)"
         )
     everything, calibration = calibration, samples_to_solve_on(model, calibration)
-    networks, plan, sampler = _begin(model, calibration, masks, seed, cache_bytes or 0)
+    networks, plan, sampler = _begin(model, calibration, masks, seed, cache_bytes or 0, context().facts)
     tasks = chosen.tasks(plan, networks)
     if cache_bytes is None:
         sampler.replay.cache_bytes = sampler.memory_beside(tasks)

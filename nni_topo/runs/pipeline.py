@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from nni_topo.context import in_context
 from nni_topo.network.runtime.memory import give_back_memory
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of
@@ -69,7 +70,8 @@ class Pipeline:
 
     def reconstruct(self, method: str | RecoveryMethod, images: Any, **knobs: Any) -> Pipeline:
         """Reconstruct the weights of the network of full size; the arguments are those of `nni_topo.compensate`."""
-        done = compensation(self.full, self.masks, images, method=method, **knobs)
+        with in_context(facts=self.analysis.facts):  # of the same structure
+            done = compensation(self.full, self.masks, images, method=method, **knobs)
         give_back_memory(self.model)  # networks that were traced refer to themselves
         return replace(self, solved=done.model, compensation=done.report)
 

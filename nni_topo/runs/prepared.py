@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from nni_topo.context import in_context
 from nni_topo.errors import ConfigError, GradientError, listed
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.cost.cost import cost_of
@@ -251,7 +252,8 @@ class Prepared:
             }
             taken = {name: offered[name] for name in pruner_knobs if name in offered}
             knobs = taken | dict(self.settings.knobs)
-            wrapped = create_pruner(pruner, detached_copy(self.model), config_list, **knobs)
+            with in_context(facts=self.analysis.facts):
+                wrapped = create_pruner(pruner, detached_copy(self.model), config_list, **knobs)
             takes_budgets = isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner)
             if takes_budgets and wrapped.planner.round_to is None:
                 wrapped.planner.prefers_multiples = self.prefers_multiples

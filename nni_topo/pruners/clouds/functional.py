@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.context import leaving_out
+from nni_topo.context import context, leaving_out
 from nni_topo.errors import LayerError, listed
 from nni_topo.network.attention.unfused.multihead import mixing_called
 from nni_topo.network.channels.flow import ChannelFlow
@@ -155,7 +155,7 @@ def check_read(
     model: nn.Module, modules: Iterable[str], call: Call, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
 ) -> None:
     """Raise ConfigError for layers some of whose channels no layer of these kinds reads, with all such names."""
-    flow = Analysis(model, call).flow
+    flow = Analysis(model, call, context().facts).flow
     by_name = dict(model.named_modules())
     makes_channels = set(flow.layers) - set(flow.output_projections())
     unread = [name for name in modules if name in makes_channels and not _reading(name, flow, by_name, kinds)]
