@@ -112,6 +112,13 @@ def first_output(found: Any) -> Tensor:
     return found if isinstance(found, Tensor) else found[0]
 
 
+def error_on(batch: Any, net: nn.Module, model: nn.Module) -> float:
+    """Return the mean squared error of a network's outputs on a batch, over the variance of the model's."""
+    with torch.no_grad():
+        wanted = first_output(called(model, batch))
+        return float((first_output(called(net, batch)) - wanted).square().mean() / wanted.var())
+
+
 def timed(
     device: torch.device, work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
 ) -> tuple[float, Any]:
@@ -172,17 +179,15 @@ def measure(name: str, device: torch.device, *, distil: bool = True) -> dict[str
         distilling, distilled = timed(device, lambda: nni_topo.distillation(solved, model, batches), clock)
     pruning = torch_pruning_seconds(model, batches[0][:2] if isinstance(batches[0], Tensor) else None, device)
     nets = [masked, solved] + ([] if distilled is None else [distilled.model])
-    with torch.no_grad():
-        wanted = first_output(called(model, batches[0]))
-        errors = [
-            float((first_output(called(net, batches[0])) - wanted).square().mean() / wanted.var()) for net in nets
-        ]
+    errors = [error_on(batches[0], net, model) for net in nets]
+    fresh = make(inputs)[1][0]
     measured: dict[str, float | None] = {
         "pass s": seconds,
         "select, passes": selecting / seconds,
         "reconstruct, passes": solving / seconds,
         "error, no recovery": errors[0],
         "error, weight reconstruction": errors[1],
+        "error, weight reconstruction, fresh inputs": error_on(fresh, solved, model),
         "Torch-Pruning, passes": None if pruning is None else pruning / seconds,
     }
     if distilled is not None:
@@ -209,12 +214,14 @@ def table(records: list[dict[str, Any]]) -> str:
         "error: no recovery",
         "reconstructed",
         "distilled",
+        "reconstructed, fresh inputs",
     ]
     rows = []
     for name in NETWORKS:
         for each in records:
             if each["network"] == name:
                 pruning, is_distilled = each["Torch-Pruning, passes"], "steps" in each
+                fresh = each.get("error, weight reconstruction, fresh inputs")
                 rows.append(
                     [
                         name,
@@ -227,6 +234,7 @@ def table(records: list[dict[str, Any]]) -> str:
                         f"{each['error, no recovery']:.3g}",
                         f"{each['error, weight reconstruction']:.3g}",
                         f"{each['error, distilled']:.3g}" if is_distilled else "not run",
+                        "not measured" if fresh is None else f"{fresh:.3g}",
                     ]
                 )
     return markdown_table(head, rows)
