@@ -132,9 +132,9 @@ def shrink(
     round_to : int or "auto", optional
         Pruned layers keep a multiple of this number of channels; ``"auto"`` chooses it for the model's device, 1: any
         number. None: processors compute several channels at once, so on a CPU layers keep a multiple of 16 from 128
-        channels on, of 8 from 64, of 4 from 32 and of 2 from 16, or a smaller multiple where the budget couldn't be met
-        otherwise. For a latency budget the multiples are 16 from 32 channels on, 8 from 16, 4 from 8 and 2 from 4. On a
-        GPU as ``"auto"``.
+        channels on, of 8 from 64, of 4 from 32 and of 2 from 16; for a latency budget of 16 from 32 channels on, 8 from
+        16, 4 from 8 and 2 from 4. Where the budget couldn't be met otherwise, of a smaller number. On a GPU as
+        ``"auto"``.
     time : bool, default=False
         Whether the report has the times of the unpruned network and of the one that is returned: medians of passes in
         turns over a batch as large as the first one of ``images``, with one thread on a CPU. It takes at most some ten
