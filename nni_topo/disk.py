@@ -267,24 +267,3 @@ def read_tensors(path: Path) -> Any:
         raise DataError(
             "it holds objects of classes, as torch.save(model) writes them, which torch.load reads"
         ) from None
-
-
-def read_state(path: Path, form: str, kind: dict[str, Any], run: str) -> dict[str, Any]:
-    """Read the state of an interrupted run; ``kind`` identifies the run, ``run`` names it in errors.
-
-    ConfigError if the state is that of a run with another ``kind``, DataError if the file isn't such a state.
-    """
-    with reading(path, "a state", f"of this {run}", DELETE):
-        state: dict[str, Any] = read_tensors(path)
-        if state["format"] != form:
-            raise DataError(
-                f"a state must be of the format {form!r}, got {state['format']!r}, as other versions of nni_topo write "
-                f"it; {DELETE} ({path})"
-            )
-        for key, value in kind.items():
-            found = state["kind"].get(key)
-            if found != value:
-                raise ConfigError(
-                    f"{run} must go on with {key} {found}, got {value}; another file, or none, begins anew ({path})"
-                )
-    return state

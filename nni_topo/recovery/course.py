@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.disk import DELETE, read_state, reading, write_tensors
+from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import by_output, zeros_held
 from nni_topo.network.layers.memory_format import inputs_laid_out
 from nni_topo.network.runtime.modules import device_of
@@ -389,8 +390,25 @@ def try_rates(
 
 
 def state_of(path: Path, kind: dict[str, Any]) -> dict[str, Any]:
-    """Read a course's file; errors as for :func:`~nni_topo.disk.read_state`."""
-    return read_state(path, _FORMAT, kind, "distillation")
+    """Read a course's file; ``kind`` identifies the distillation.
+
+    ConfigError if the state is that of another one, DataError if the file isn't such a state.
+    """
+    with reading(path, "a state", "of this distillation", DELETE):
+        state: dict[str, Any] = read_tensors(path)
+        if state["format"] != _FORMAT:
+            raise DataError(
+                f"a state must be of the format {_FORMAT!r}, got {state['format']!r}, as other versions of nni_topo "
+                f"write it; {DELETE} ({path})"
+            )
+        for key, value in kind.items():
+            found = state["kind"].get(key)
+            if found != value:
+                raise ConfigError(
+                    f"distillation must go on with {key} {found}, got {value}; another file, or none, begins anew "
+                    f"({path})"
+                )
+    return state
 
 
 @contextmanager
