@@ -94,24 +94,12 @@ class DepthTried:
 
 @dataclass(frozen=True)
 class DepthOutcome:
-    """Which blocks were removed for a budget; ``str`` has a line for each fact.
+    """Which blocks were removed for a budget; ``str`` has a line for each fact."""
 
-    Attributes
-    ----------
-    removed : tuple of RemovedBlock
-        The blocks, and parts of blocks, in the order in which they were removed.
-    tried : tuple of DepthTried
-        The networks among which the held-out images chose.
-    kept : dict of str to str
-        By block that would be removable, the reason why it stays whatever it costs.
-    overhead : float
-        With a latency budget the share of the unpruned network's time that stays if each layer has as few channels as
-        possible; NaN for other costs.
-    """
-
-    removed: tuple[RemovedBlock, ...]
-    tried: tuple[DepthTried, ...]
-    kept: dict[str, str]
+    removed: tuple[RemovedBlock, ...]  # blocks, and parts of blocks, in the order in which they were removed
+    tried: tuple[DepthTried, ...]  # networks among which the held-out images chose
+    kept: dict[str, str]  # by block that would be removable, the reason why it stays whatever it costs
+    # With a latency budget the share of the time that stays with as few channels of each layer as possible; else NaN.
     overhead: float = math.nan
 
     def to_frame(self) -> pandas.DataFrame:
@@ -152,15 +140,6 @@ class Removable:
     kept: dict[str, str]  # why others stay
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A call of a module: what entered and left it."""
-
-    entering: Any
-    output: Any
-    first: Tensor  # a copy of the first tensor of the output, which what follows may change in place
-
-
 def removable_blocks(
     model: nn.Module, images: Calibration, keep: Callable[[str], str] = lambda _: "", *, whole_blocks: bool = False
 ) -> Removable:
@@ -180,14 +159,15 @@ def removable_blocks(
     ]
     names = dict.fromkeys(name for name, _ in listed)
     names |= dict.fromkeys(f"{name}.{key}" for name, child in listed for key, _ in child.named_children())
-    seen: dict[str, list[_Seen]] = {name: [] for name in names}
+    # Of each call what entered, the output, and a copy of its first tensor, which what follows may change in place.
+    seen: dict[str, list[tuple[Any, Any, Tensor]]] = {name: [] for name in names}
     entered: dict[str, Any] = {}
 
     def note(name: str) -> Any:
         def look(_: Any, output: Any) -> None:
             tensors = tensors_of(output)
             if tensors:
-                seen[name].append(_Seen(entered[name], output, tensors[0].clone()))
+                seen[name].append((entered[name], output, tensors[0].clone()))
 
         return look
 
@@ -205,10 +185,10 @@ def removable_blocks(
 
     blocks: list[str] = []
     for name, module in listed:
-        if not _layers_in(module) or len(seen[name]) != 1 or not isinstance(seen[name][0].entering, Tensor):
+        if not _layers_in(module) or len(seen[name]) != 1 or not isinstance(seen[name][0][0], Tensor):
             continue
-        entering = seen[name][0].entering
-        keeps_shape = entering.is_floating_point() and entering.shape == seen[name][0].first.shape
+        ((entering, _, first),) = seen[name]
+        keeps_shape = entering.is_floating_point() and entering.shape == first.shape
         if keeps_shape and _depends(model, module, call, entering):
             blocks.append(name)
     blocks = [name for name in blocks if not any(other.startswith(f"{name}.") for other in blocks)]
@@ -219,15 +199,14 @@ def removable_blocks(
         wanted = [Removal(name, name, 0)]
         if not whole_blocks:
             # It has parts if its output is its input plus what at least two parts put out.
-            (block,) = seen[name]
-            total = block.entering
+            ((total, _, reached),) = seen[name]
             for key, child in modules[name].named_children():
                 part = f"{name}.{key}"
-                if len(seen[part]) == 1 and seen[part][0].first.shape == block.first.shape and _layers_in(child):
-                    output = seen[part][0].output
+                if len(seen[part]) == 1 and seen[part][0][2].shape == reached.shape and _layers_in(child):
+                    ((_, output, first),) = seen[part]
                     wanted.append(Removal(part, name, len(output) if isinstance(output, tuple) else 0))
-                    total = total + seen[part][0].first
-            if len(wanted) > 2 and agree([block.first], [total], SAME_CHANNELS):
+                    total = total + first
+            if len(wanted) > 2 and agree([reached], [total], SAME_CHANNELS):
                 parts[name] = tuple(each.name for each in wanted[1:])
             else:
                 del wanted[1:]
@@ -242,7 +221,7 @@ def removable_blocks(
             for each in module.modules():
                 own_hooks = each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks
                 has_hooks |= any(own_hooks)
-            mine = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(seen[candidate.name][0].output)}
+            mine = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(seen[candidate.name][0][1])}
             if has_hooks:
                 why = "a hook meets it"
             elif mine & memory:

@@ -17,32 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockRow:
-    """What was done to one block.
+    """What was done to one block."""
 
-    Attributes
-    ----------
-    block : str
-        Name of the block in the unpruned model.
-    params_before, params : int
-        Number of its parameters.
-    distance : float
-        Mean squared distance of the states after the pruned blocks up to this one from those after the unpruned
-        blocks, over the variance of these, on held-out samples.
-    calibration_distance : float
-        The same on the calibration data.
-    is_distilled : bool
-        Whether the weights that distillation found were kept.
-    seconds : float
-        Wall time of the block.
-    """
-
-    block: str
+    block: str  # its name in the unpruned model
     params_before: int
     params: int
+    # Mean squared distance of the states after the pruned blocks up to this one from those after the unpruned blocks,
+    # over the variance of these, on held-out samples.
     distance: float
-    calibration_distance: float
-    is_distilled: bool
-    seconds: float
+    calibration_distance: float  # the same on the calibration data
+    is_distilled: bool  # whether the weights that distillation found were kept
+    seconds: float  # wall time
 
 
 @dataclass(frozen=True, repr=False)
