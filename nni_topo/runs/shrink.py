@@ -217,22 +217,21 @@ def shrink(
     torch.Size([2, 4])
     """
     arguments, clock = locals(), Clock(seconds)
+    if seconds is not None and tolerance is not None:
+        raise ConfigError(
+            f"seconds must be left out with a tolerance, whose search makes as many networks as it needs, got "
+            f"{seconds}; distill={{'seconds': ...}} limits each distillation (shrink)"
+        )
+    if seconds is not None and (distill is False or callable(distill)):
+        raise ConfigError(f"seconds limits nni_topo.distill, got distill={shown(distill)} (shrink)")
     calibration = batches_of(images, model, "images", shared=True)
     share, wanted = budget_settings(budget, tolerance)
     if tolerance is None and measure != "auto":
         raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
     settings = Settings.among(arguments)
     wanted = settings.checked(model, calibration, wanted, tolerance)
-    if seconds is not None:
-        if tolerance is not None:
-            raise ConfigError(
-                f"seconds must be left out with a tolerance, whose search makes as many networks as it needs, got "
-                f"{seconds}; distill={{'seconds': ...}} limits each distillation (shrink)"
-            )
-        if distill is False or callable(distill):
-            raise ConfigError(f"seconds limits nni_topo.distill, got distill={shown(distill)} (shrink)")
-        if calibration.processes is not None:
-            check_knobs_together({"seconds": seconds})
+    if seconds is not None and calibration.processes is not None:
+        check_knobs_together({"seconds": seconds})
     is_timed = time or wanted.kind == "latency"
     if tolerance is not None:
         structure_call(model, calibration)  # an error that says what to change
