@@ -143,21 +143,18 @@ class Prepared:
         # A run back takes twice as long as a run forward.
         a_pass = 3.0 * self.measured.seconds_of_a_sample * samples
         solving = _PASSES * a_pass + _SECONDS_OF_A_PRODUCT * _products(self.model, self.analysis.call, samples)
-        told, others, total = list[str](), list[str](), 0.0
+        stages: dict[str, float] = {}  # seconds of each; NaN where they aren't known
         if self.depth is not None:
             made *= 3  # each with several numbers of blocks
-            others.append("ordering blocks")
-        if settings.pruner == "reconstruction":
-            seconds = solving if self.is_search else made * solving  # a search has its sums once
-            told.append(f"selecting channels about {duration(seconds)}")
-            total += seconds
-        else:
-            others.append("selecting channels")
-        if settings.recovery_name == "reconstruct":
-            told.append(f"reconstructing weights about {duration(made * solving)}")
-            total += made * solving
-        elif settings.compensate is not None:
-            others.append("reconstructing weights")
+            stages["ordering blocks"] = math.nan
+        selecting = solving if self.is_search else made * solving  # a search has its sums once
+        stages["selecting channels"] = selecting if settings.pruner == "reconstruction" else math.nan
+        if settings.compensate is not None:
+            known = settings.recovery_name == "reconstruct"
+            stages["reconstructing weights"] = made * solving if known else math.nan
+        told = [f"{name} about {duration(seconds)}" for name, seconds in stages.items() if not math.isnan(seconds)]
+        others = [name for name, seconds in stages.items() if math.isnan(seconds)]
+        total = sum(seconds for seconds in stages.values() if not math.isnan(seconds))
         knobs = {name: value for name, value in settings.distillation_knobs.items() if value is not None}
         if not math.isnan(self.seconds_of_a_step):
             size = knobs.get("batch_size", 64)

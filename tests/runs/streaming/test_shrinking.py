@@ -490,28 +490,6 @@ def test_weights_keep_the_precision_of_the_files(source, tmp_path):
     assert {value.dtype for value in weights_of(tmp_path / "small").values()} == {torch.float32}
 
 
-@pytest.mark.slow
-def test_older_names_and_a_base_model_are_read(tmp_path):
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
-    kind = transformers.GPT2LMHeadModel
-    folder = saved(kind, transformers.GPT2Config(**sizes), tmp_path / "gpt2")
-    rename(folder, lambda name: name.removeprefix("transformer."))
-    nni_topo.shrink_pretrained(folder, tokens(), tmp_path / "one", {"params": 0.85}, layers=["mlp.c_fc"], **FAST)
-    assert not kind.from_pretrained(tmp_path / "one", output_loading_info=True)[1]["missing_keys"]
-    kind = transformers.BertForMaskedLM
-    folder = saved(kind, bert_config(), tmp_path / "bert")
-    rename(folder, lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("Norm.bias", "Norm.beta"))
-    layers = ["intermediate.dense"]
-    nni_topo.shrink_pretrained(folder, tokens(), tmp_path / "other", {"params": 0.85}, layers=layers, **FAST)
-    found = kind.from_pretrained(tmp_path / "other", output_loading_info=True)[1]
-    assert not found["missing_keys"]
-
-
-def rename(folder, new):
-    tensors = load_file(folder / "model.safetensors")
-    save_file({new(name): value for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-
-
 def test_weights_of_pickle_are_told(source, tmp_path):
     for path in source.glob("model*"):
         path.unlink()
@@ -536,22 +514,6 @@ def test_lists_of_unequal_blocks_are_told(tmp_path):
         ConfigError, match=r"the same tensors.*got T5Block and another T5Block as encoder.block.0 and encoder.block.1"
     ):
         nni_topo.shrink_pretrained(tmp_path / "t5", tokens(), tmp_path / "small", {"params": 0.8}, **FAST)
-
-
-@pytest.mark.slow
-def test_other_names_of_the_width_of_an_mlp(tmp_path):
-    sizes = {"vocab_size": VOCABULARY, "dim": 16, "hidden_dim": 24, "n_heads": 4, "n_layers": 2}
-    config = transformers.DistilBertConfig(**sizes, max_position_embeddings=32)
-    saved(transformers.DistilBertForMaskedLM, config, tmp_path / "distil")
-    knobs = {"layers": ["ffn.lin1"], **FAST}
-    nni_topo.shrink_pretrained(tmp_path / "distil", tokens(), tmp_path / "one", {"params": 0.85}, **knobs)
-    assert transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "one").config.hidden_dim < 24
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.FalconConfig(**sizes, ffn_hidden_size=32, alibi=True, multi_query=False)
-    saved(transformers.FalconForCausalLM, config, tmp_path / "falcon")
-    knobs = {"layers": ["mlp.dense_h_to_4h"], **FAST}
-    nni_topo.shrink_pretrained(tmp_path / "falcon", tokens(), tmp_path / "two", {"params": 0.85}, **knobs)
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two").config.ffn_hidden_size < 32
 
 
 class Nothing(nni_topo.RecoveryMethod):
