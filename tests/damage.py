@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import gzip
 import json
 import logging
@@ -16,14 +15,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo.errors import NniTopoError
@@ -32,7 +29,7 @@ from nni_topo.runs.choices import load_prune_config
 from nni_topo.runs.trial import read_parameters
 from nni_topo.studies.plan import load_plan
 from nni_topo.studies.records import COMPARED, read_records
-from nni_topo.zoo import DataBundle, Recipe, load_checkpoint, load_data, save_checkpoint, train
+from nni_topo.zoo import load_checkpoint, load_data, save_checkpoint
 
 Reader = Callable[[Path], Any]
 
@@ -60,28 +57,13 @@ def of_checkpoint(path: Path) -> Any:
     return values(model), meta
 
 
-def bundle() -> DataBundle:
-    """Return eight images for the network."""
-    part = TensorDataset(torch.arange(128.0).reshape(8, 1, 4, 4) / 128.0, torch.arange(8) % 2)
-    return DataBundle(
-        part,
-        part,
-        part,
-        in_channels=1,
-        image_size=4,
-        num_classes=2,
-        mean=(0.0,),
-        std=(1.0,),
-        name="",
-        class_names=("a", "b"),
-    )
-
-
 def of_state(path: Path) -> Any:
-    """Go on with a training of two epochs of which one is behind."""
-    model = net()
-    logs = train(model, bundle(), Recipe(epochs=2, batch_size=4), seed=0, state=path).epochs
-    return values(model), [replace(log, seconds=0.0, training_seconds=0.0) for log in logs]
+    """Go on with a distillation whose file has all of its steps."""
+    images = [torch.arange(256.0).reshape(16, 1, 4, 4) / 256.0]
+    teacher = net()
+    with torch.no_grad():
+        next(teacher.parameters()).mul_(2.0)
+    return values(nni_topo.distill(net(), teacher, images, steps=2, lr=0.1, seed=0, state=path))
 
 
 def of_npz(path: Path) -> Any:
@@ -102,9 +84,8 @@ def files(folder: Path) -> Iterator[tuple[str, Path, Reader, bool]]:
     yield "dense model", folder / "dense.safetensors", lambda path: values(nni_topo.load(path, net)), True
     torch.save(net().state_dict(), folder / "old.pt", _use_new_zipfile_serialization=False)
     yield "checkpoint of old", folder / "old.pt", of_checkpoint, False
-    with contextlib.suppress(KeyboardInterrupt):
-        train(net(), bundle(), Recipe(epochs=2, batch_size=4), seed=0, state=folder / "state.pt", callback=interrupted)
-    yield "training state", folder / "state.pt", of_state, True
+    of_state(folder / "state.pt")
+    yield "state of a distillation", folder / "state.pt", of_state, True
     images, labels = np.arange(8 * 16, dtype=np.uint8).reshape(8, 4, 4), np.arange(8) % 2
     sets = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
     np.savez(folder / "set.npz", **sets)
@@ -134,11 +115,6 @@ def files(folder: Path) -> Iterator[tuple[str, Path, Reader, bool]]:
     yield "latency table", folder / "latency.json", LatencyTable.load, False
     (folder / "parameters.json").write_text(json.dumps({"lr": 0.1, "ratio.conv1": 0.5}))
     yield "parameters", folder / "parameters.json", read_parameters, False
-
-
-def interrupted(log: Any) -> None:
-    """End a training after its first epoch."""
-    raise KeyboardInterrupt
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:

@@ -92,14 +92,6 @@ def genetic(out: Path) -> Any:
     return [digest(masks["0"]["weight"]), pruner.history.to_dict("list")]
 
 
-def training(out: Path) -> Any:
-    """Train a network."""
-    bundle = zoo.load_data("digits", limit=400)
-    net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
-    zoo.train(net, bundle, zoo.Recipe(epochs=12, batch_size=32), seed=0, state=out / "state.pt")
-    return [digest(value) for value in net.state_dict().values()]
-
-
 def distilling(out: Path) -> Any:
     """Let a network learn from another one."""
     teacher, student = (
@@ -144,7 +136,7 @@ def study(name: str) -> Callable[[Path], Any]:
     return job
 
 
-ALONE = (comparison, recovery, rounds, trial, genetic, training, distilling, zoo_of_networks)
+ALONE = (comparison, recovery, rounds, trial, genetic, distilling, zoo_of_networks)
 JOBS: dict[str, Callable[[Path], Any]] = {job.__name__: job for job in (*ALONE, *map(study, STUDIES))}
 
 

@@ -10,10 +10,11 @@ A pruned model of Transformers can also be saved as a folder that loads without 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def save(dense: nn.Module, path: _PathLike) -> None:
         "blocks": kept_blocks(dense),
         "parts": removed_parts(dense),
     }
+    recipe["digest"] = _digest(recipe, values)
     with whole_file(place) as part:
         write_safetensors(part, values, {_RECIPE: json.dumps(recipe)})
 
@@ -146,7 +148,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     Raises
     ------
     DataError
-        If the file is missing or cut short, or isn't one that `save` writes.
+        If the file is missing, damaged or changed, or isn't one that `save` writes.
     ConfigError
         If ``model`` is neither a module nor a function that makes one, or the file doesn't fit it: other modules, other
         types, larger sizes, modules with two names that were two modules in the dense model, or parameters or buffers
@@ -248,17 +250,31 @@ def _layer_attributes(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
             yield from ((name, key, value) for key, value in vars(module).items() if not key.startswith("_"))
 
 
+def _digest(recipe: Mapping[str, Any], values: Mapping[str, Tensor]) -> str:
+    """Digest all that a file holds, for safetensors has no checksum."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+    for name in sorted(values):
+        value = values[name].detach().cpu()
+        value = (value if value.layout == torch.strided else value.to_dense()).contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the recipe and the tensors of a file."""
+    """Read the recipe and the tensors of a file, and check that nothing was changed since `save`."""
     what, written = "a dense model's file", "written by nni_topo.save"
-    with reading(file, what, written), safe_open(str(file), "pt") as opened:
-        recipe: dict[str, Any] = json.loads((opened.metadata() or {}).get(_RECIPE, "{}"))
-        if recipe.get("format") != _FORMAT:
-            raise DataError(f"{what} must be {written}, got other safetensors ({file})")
-        if recipe.get("format_version") != _FORMAT_VERSION:
-            found = f"{recipe.get('format_version')!r} from nni_topo {recipe.get('package_version')}"
-            raise DataError(f"{what} must have format version {_FORMAT_VERSION}, got {found} ({file})")
-        values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    with reading(file, what, written):
+        with safe_open(str(file), "pt") as opened:
+            recipe: dict[str, Any] = json.loads((opened.metadata() or {}).get(_RECIPE, "{}"))
+            if recipe.get("format") != _FORMAT:
+                raise DataError(f"{what} must be {written}, got other safetensors ({file})")
+            if recipe.get("format_version") != _FORMAT_VERSION:
+                found = f"{recipe.get('format_version')!r} from nni_topo {recipe.get('package_version')}"
+                raise DataError(f"{what} must have format version {_FORMAT_VERSION}, got {found} ({file})")
+            values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        if recipe.pop("digest", None) != _digest(recipe, values):
+            raise DataError(f"{what} must hold what was saved, got something else ({file})")
     return recipe, values
 
 

@@ -263,12 +263,22 @@ def test_a_file_that_is_cut_short_or_missing_is_refused(path):
         save(small(), path.parent / "no" / "folder" / path.name)
 
 
-def test_a_file_of_another_format_version_is_refused(path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda recipe, _: recipe.update(format_version=99), "format version 3, got 99 from nni_topo"),
+        (lambda recipe, _: recipe.update(blocks={"": [0]}), "hold what was saved"),
+        (lambda _, tensors: tensors["0.weight"][0, 0, 0, 0].add_(1e-3), "hold what was saved"),
+    ],
+)
+def test_a_file_that_was_changed_is_refused(path, change, message):
     save(small(), path)
     with safe_open(path, "pt") as file:
-        recipe = json.loads(file.metadata()["nni_topo"]) | {"format_version": 99}
-    save_file(load_file(path), path, {"nni_topo": json.dumps(recipe)})
-    with pytest.raises(DataError, match=r"format version 3, got 99 from nni_topo.*dense\.safetensors"):
+        recipe = json.loads(file.metadata()["nni_topo"])
+    tensors = load_file(path)
+    change(recipe, tensors)
+    save_file(tensors, path, {"nni_topo": json.dumps(recipe)})
+    with pytest.raises(DataError, match=rf"{message}.*dense\.safetensors"):
         load(path, make)
 
 
