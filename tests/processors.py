@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-THOROUGH = (*("maths", "recovery", "pruners", "studies", "network/runtime/test_calibration.py", "test_vgg16.py"),)
+THOROUGH = (*("maths", "recovery", "pruners", "studies", "network/runtime/test_calibration.py", "zoo/test_vgg.py"),)
 # Where kernels differed before, and where choices are made.
 QUICK = (
     *("maths/topology/test_spanning.py", "maths/topology/test_covering.py"),
     *("maths/topology/test_clouds.py", "maths/clustering", "maths/test_ties.py", "maths/test_near_ties.py"),
-    *("maths/search/test_subsets.py", "pruners/test_survivors.py", "pruners/test_reconstruction.py"),
+    *("maths/search/test_subsets.py", "pruners/test_cluster.py", "pruners/test_reconstruction.py"),
     "maths/least_squares/test_greedy.py",
 )
 # Prescott has the narrowest sums of all: more tests failed under it than under any other.

@@ -32,7 +32,7 @@ MUTATED = ("maths", "pruners", "network", "recovery", "runs", "cli", "compat")
 """Packages whose tests are tried on changed code."""
 OF_ALL = "tests/test_defaults.py"
 """Tests of all packages, of what docstrings say of the defaults."""
-COMMANDS = "tests/test_cli.py tests/test_commands.py tests/test_data_commands.py tests/test_first_minutes.py"
+COMMANDS = "tests/test_cli.py tests/test_commands.py tests/test_data_commands.py tests/cli/test_doctor.py"
 """Tests of the commands that aren't in the folder of their package."""
 
 

@@ -14,7 +14,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.context import context
+from nni_topo.context import context, in_context
 from nni_topo.errors import ConfigError, listed
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.runtime.arguments import BATCHES, MASKS, MODEL, check_model
@@ -130,7 +130,8 @@ def compensation(
         progress=progress,
         new_replay=begin_again,
     )
-    layers += chosen.after(tasks, networks, tools)
+    with in_context(facts=None):  # a method of one's own may call this function for another model
+        layers += chosen.after(tasks, networks, tools)
     if recalibrate or chosen.recalibrates:
         # On the masked form of the result; removed channels keep their statistics.
         masked = apply_masks(networks.result, networks.masks)

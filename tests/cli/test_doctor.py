@@ -49,7 +49,7 @@ def test_doctor_knows_what_is_here_and_what_a_port_is_used_for(capsys, tmp_path)
 
 def test_doctor_looks_at_extras_that_pip_knows(capsys):
     setup = configparser.ConfigParser()
-    setup.read(Path(__file__).parent.parent / "setup.cfg")
+    setup.read(Path(__file__).parents[2] / "setup.cfg")
     named = {name.removeprefix("extra: ") for name in findings(capsys) if name.startswith("extra: ")}
     assert named == set(setup["options.extras_require"]) - {"runtimes", "upstream", "test", "dev", "nightly"}
 
