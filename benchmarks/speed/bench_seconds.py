@@ -84,6 +84,7 @@ def minilm(inputs: int) -> tuple[nn.Module, list[Any]]:
 NETWORKS: dict[str, tuple[Callable[[int], tuple[nn.Module, list[Any]]], int, list[dict[str, Any]]]] = {
     "pitch": (pitch, 1024, [{"op_types": ["Conv1d"], "sparse_ratio": 0.5}]),
     "resnet18": (resnet18, 128, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]),
+    "resnet18, 1,024 images": (resnet18, 1024, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]),
     "bert": (bert, 256, [{"op_types": ["Linear"], "sparse_ratio": 0.5}]),
     "resnet50": (resnet50, 256, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]),
     "minilm": (minilm, 1024, [{"op_types": ["Linear"], "sparse_ratio": 0.5}]),
