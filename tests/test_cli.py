@@ -86,7 +86,19 @@ def bars_of(text):
 def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_path, untrained, capsys, monkeypatch):
     # progress that nobody asked for appears at once
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
-    words = ["shrink", "--model", "small_cnn", "--limit", "300", "--images", "64", "--seconds", "0.2", "--flops", "0.5"]
+    words = [
+        "shrink",
+        "--model",
+        "small_cnn",
+        "--limit",
+        "300",
+        "--images",
+        "64",
+        "--distill-seconds",
+        "0.2",
+        "--flops",
+        "0.5",
+    ]
     words += ["--checkpoint", str(untrained), "--method", "mean", "--out"]
     assert main([*words, str(tmp_path / "small"), "--json"]) == 0
     assert not bars_of(capsys.readouterr().err)
@@ -99,7 +111,7 @@ def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_
 
 def test_shrink_keeps_a_quarter_of_the_work_if_no_budget_is_given(tmp_path, untrained):
     words = ["shrink", "--model", "small_cnn", "--limit", "64", "--images", "32", "--pruner", "l1"]
-    words += ["--checkpoint", str(untrained), "--out", str(tmp_path / "small"), "--seconds"]
+    words += ["--checkpoint", str(untrained), "--out", str(tmp_path / "small"), "--distill-seconds"]
     assert main([*words, "0.1"]) == 0
     document = json.loads((tmp_path / "small" / "shrink.json").read_text())
     assert document["budget"] == {"flops": 0.25}
@@ -163,7 +175,7 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
         "200",
         "--images",
         "64",
-        "--seconds",
+        "--distill-seconds",
         "60",
         "--params",
         "0.3",
@@ -198,7 +210,7 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
 @pytest.mark.slow
 def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "500", "--images", "400", "--checkpoint", str(untrained)]
-    words += ["--tolerance", "0.05", "--seconds", "0.2", "--out"]
+    words += ["--tolerance", "0.05", "--distill-seconds", "0.2", "--out"]
     assert main([*words, str(tmp_path / "flags"), "--json"]) == 0
     document = json.loads((tmp_path / "flags" / "shrink.json").read_text())
     found = document["tolerance"]
@@ -210,7 +222,7 @@ def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, u
     page = (tmp_path / "flags" / "report.html").read_text()
     assert ">networks tried<" in page
     words = ["--model", "small_cnn", "--limit", "500", "--images", "400", "--checkpoint", str(untrained)]
-    words += ["--tolerance", "0.1", "--seconds", "0.2", "--budget", "params", "--allocation", "error"]
+    words += ["--tolerance", "0.1", "--distill-seconds", "0.2", "--budget", "params", "--allocation", "error"]
     words += ["--caps", "features.conv1", "0.5", "features.conv2", "0.5"]
     assert main(["shrink", *words, "--out", str(tmp_path / "error")]) == 0
     document = json.loads((tmp_path / "error" / "shrink.json").read_text())
@@ -231,7 +243,10 @@ def test_shrink_removes_blocks(tmp_path, capsys):
     torch.save(net.state_dict(), checkpoint)
     words = ["--model", "vit_small", "--limit", "200", "--images", "64", "--checkpoint", str(checkpoint)]
     assert (
-        main(["shrink", *words, "--seconds", "0.2", "--flops", "0.6", "--depth", "--out", str(tmp_path / "flag")]) == 0
+        main(
+            ["shrink", *words, "--distill-seconds", "0.2", "--flops", "0.6", "--depth", "--out", str(tmp_path / "flag")]
+        )
+        == 0
     )
     document = json.loads((tmp_path / "flag" / "shrink.json").read_text())
     assert [row["is_chosen"] for row in document["numbers of blocks tried"]].count(True) == 1
@@ -248,7 +263,17 @@ def test_shrink_removes_blocks(tmp_path, capsys):
 @pytest.mark.slow
 def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--checkpoint", str(untrained)]
-    words += ["--seconds", "0.2", "--shares", "0.6", "0.3", "--budget", "params", "--out", str(tmp_path / "sizes")]
+    words += [
+        "--distill-seconds",
+        "0.2",
+        "--shares",
+        "0.6",
+        "0.3",
+        "--budget",
+        "params",
+        "--out",
+        str(tmp_path / "sizes"),
+    ]
     assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["cost"], [row["share"] for row in document["networks"]]) == ("params", [1.0, 0.6, 0.3])

@@ -73,7 +73,7 @@ def shrunk(kind: type[nn.Module], data: Any, rank: int) -> Made:
 
 def with_narrower_heads(data: Any) -> Made:
     """Narrow heads and the MLP; rounding can turn the heads' channels further, which the outputs don't show."""
-    small = nni_topo.shrink(nets.made(nets.Transformer), data, {"params": 0.6}, distill=False)
+    small = nni_topo.shrink(nets.made(nets.Transformer), data, {"params": 0.6}, distill=False, narrow_heads=True)
     assert small.body.self_attn.head_dim < 4
     stages = [tuple(getattr(stage, name) for name in STAGE) for stage in small.report.stages]
     with torch.no_grad():

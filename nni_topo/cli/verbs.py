@@ -209,7 +209,7 @@ class Shrink(TrainedVerb):
     floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, e.g. features.conv1 0.1
     images: int = 1024  # unlabelled training images, at least 2
     test_limit: int | None = None  # test images used, the set's first ones, at least 1; None: all, whatever --limit is
-    seconds: float | None = None  # time for distillation, above 0; None: until the held-out loss makes no progress
+    distill_seconds: float | None = None  # its time, above 0; None: until the held-out loss makes no progress
 
     def run(self, console: Console) -> int:
         """Write the dense model and print the accuracy on the test images after each step."""
@@ -282,7 +282,7 @@ class Shrink(TrainedVerb):
         one_of(("outputs", "distance")).check("measure", self.measure, place)
         RECOVERIES.info(self.method, place, "method")
         (whole(1) | NONE).check("round_to", self.round_to, place)
-        DistillationChoice(self.images, seconds=self.seconds)
+        DistillationChoice(self.images, seconds=self.distill_seconds)
         for flag, shares in (("caps", self.caps), ("floors", self.floors)):
             for name, share in shares.items():
                 number(0, 1, "both" if flag == "caps" else "left").check(flag, share, name)
@@ -303,7 +303,7 @@ class Shrink(TrainedVerb):
             "pruner": self.pruner,
             "compensate": self.method,
             "layers": self._entries(start),
-            "distill": distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
+            "distill": distillation_knobs(start, DistillationChoice(self.images, seconds=self.distill_seconds)),
             "depth": self.depth,
             "round_to": self.round_to,
             "evaluate": start.tested,

@@ -59,7 +59,7 @@ class HeadScaling(Scaling):
 
 
 class ColumnScaling(Scaling):
-    """Blocks along one dimension, their values in one column, as those of rows are: a group's must be of one shape."""
+    """Scale blocks of columns. Scores are (blocks, 1), as those of rows, because NNI adds up the scores of a group."""
 
     def shrink(
         self, target: Tensor, reduce_func: Callable[[Tensor], Tensor] | None = None, keepdim: bool = False

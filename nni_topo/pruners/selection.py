@@ -57,7 +57,7 @@ class SelectionMetric(MetricCalculator):
         return lambda unit: np.concatenate([cloud.losses() for cloud in clouds[unit.name]])
 
     def _clouds(self, unit: PruningUnit, data: Data) -> list[Cloud]:
-        """Join the members' clouds and cut them into the unit's parts."""
+        """Concatenate the point clouds of all layers of a unit, then split them into its parts."""
         members = [preprocess_points(data[module][target], self.preprocess).numpy() for module, target in unit.members]
         joined = np.concatenate(members, axis=1) if len(members) > 1 else members[0]
         parts = joined.reshape(unit.parts, unit.rows, -1)

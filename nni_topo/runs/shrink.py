@@ -9,7 +9,7 @@ from typing import Any, Literal
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, shown
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
@@ -223,7 +223,10 @@ def shrink(
             f"{seconds}; distill={{'seconds': ...}} limits each distillation (shrink)"
         )
     if seconds is not None and (distill is False or callable(distill)):
-        raise ConfigError(f"seconds limits nni_topo.distill, got distill={shown(distill)} (shrink)")
+        raise ConfigError(
+            "seconds must be left out where nni_topo.distill doesn't run, because it shortens nothing else, got "
+            f"distill={'a function' if callable(distill) else False} (shrink)"
+        )
     calibration = batches_of(images, model, "images", shared=True)
     share, wanted = budget_settings(budget, tolerance)
     if tolerance is None and measure != "auto":

@@ -242,7 +242,7 @@ def tiny(tmp_path_factory):
         net[1].weight.data *= 4.0  # the first unit is zero on most images, which a search doesn't see
         torch.save(net.state_dict(), folder / "net.pth")
         words = ["--model", "tiny_for_verbs:net", "--checkpoint", str(folder / "net.pth"), "--limit", "40"]
-        yield [*words, "--images", "36", "--test-limit", "20", "--seconds", "1e-9"]
+        yield [*words, "--images", "36", "--test-limit", "20", "--distill-seconds", "1e-9"]
 
 
 def shrunk(words, out, capsys, monkeypatch):

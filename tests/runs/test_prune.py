@@ -207,7 +207,7 @@ TWO = """
 import sys
 from nni_topo.cli import main
 sys.exit(main(["shrink", "--model", "small_cnn", "--data", "digits", "--limit", "200",
-               "--images", "64", "--seconds", "1", "--out", sys.argv[1]]))
+               "--images", "64", "--distill-seconds", "1", "--out", sys.argv[1]]))
 """
 
 

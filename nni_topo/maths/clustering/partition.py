@@ -133,7 +133,7 @@ def partition(
             found = _spectral_labels(points, count, seed, n_init, graph)
         elif algorithm == "dbscan":
             found = _density_labels(points, count, min_samples)
-        elif (points == points[0]).all():  # rounding gives them a variance, or none to divide by
+        elif (points == points[0]).all():  # their variance is zero but for rounding, and is divided by below
             found = np.zeros(len(points), dtype=np.intp)
         else:
             scaled = points / np.sqrt(points.var(0).sum() / points.shape[1])

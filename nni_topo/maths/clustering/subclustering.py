@@ -90,7 +90,7 @@ class Growth:
         return float(values.max() if self.statistic == "max" else values.mean())
 
     def threshold(self, covariance: FloatArray, clusters: Sequence[IntArray], energy: float) -> float:
-        """Return the HoH threshold of initial clusters."""
+        """Return the threshold of initial clusters, the histogram of histograms (HoH)."""
         if self.statistic in ("dispersion", "trace"):
             # a single node doesn't scatter about itself: it says nothing of how tight a cluster should be
             clusters = [members for members in clusters if len(members) > 1] or clusters

@@ -159,7 +159,7 @@ class ChannelIds:
         self._columns.append((columns, reason))
 
     def tie(self, ones: np.ndarray | int, others: np.ndarray | int, *, as_width: bool = False) -> None:
-        """Couple channels with others, one by one; those that are coupled with ``FIXED`` stay.
+        """Couple channels with others, one by one; channels coupled with ``FIXED`` can't be pruned.
 
         ``as_width``: for no other reason than that a view gives them the width of the others.
         """

@@ -221,7 +221,7 @@ def _is_behind_the_samples(size: TracedInt) -> bool:
 
 
 def _is_written(number: int) -> bool:
-    """Tell whether a number is a literal in the function that compares with it, and no layer's attribute."""
+    """Tell whether a number is written in the code of the function that compares with it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back

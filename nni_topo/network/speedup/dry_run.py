@@ -465,7 +465,7 @@ class _DryRun:
         return np.concatenate(found)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: Reason) -> None:
-        """Keep the channels to blame: pruned ones with values, else those of the heads, else all that enter.
+        """Keep the channels that caused a difference: pruned ones that aren't zero, else the heads', else all inputs'.
 
         Where no pruned channel enters, those that a layer itself makes are to blame; of another node, the nearest
         before it, for sizes that were taken of these may be wrong.

@@ -204,7 +204,7 @@ def _reading(
 
 
 def _places(channels: IntArray, entering: IntArray) -> IntArray:
-    """Return the input positions of each channel, ``(channels, places)``, -1 where it has fewer than others."""
+    """Return the input positions of each channel, ``(channels, places)``; channels with fewer end in -1."""
     order = np.argsort(entering, kind="stable")
     first, end = (np.searchsorted(entering[order], channels, side) for side in ("left", "right"))
     # All channels that stay, and constants, share one number.

@@ -57,7 +57,7 @@ def _products(self: Any, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _parted(x: Tensor, windows: list[int]) -> Tensor:
-    """Take places apart into windows: (batch, windows, places, channels)."""
+    """Split a feature map into windows: (batch, windows, positions in a window, channels)."""
     pairs = [each for size, window in zip(x.shape[1:-1], windows, strict=True) for each in (size // window, window)]
     across = range(1, 2 * len(windows), 2)
     parts = x.reshape(x.shape[0], *pairs, x.shape[-1]).permute(
