@@ -86,19 +86,8 @@ def bars_of(text):
 def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_path, untrained, capsys, monkeypatch):
     # progress that nobody asked for appears at once
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
-    words = [
-        "shrink",
-        "--model",
-        "small_cnn",
-        "--limit",
-        "300",
-        "--images",
-        "64",
-        "--distill-seconds",
-        "0.2",
-        "--flops",
-        "0.5",
-    ]
+    words = ["shrink", "--model", "small_cnn", "--limit", "300", "--images", "64", "--flops", "0.5"]
+    words += ["--distill-seconds", "0.2"]
     words += ["--checkpoint", str(untrained), "--method", "mean", "--out"]
     assert main([*words, str(tmp_path / "small"), "--json"]) == 0
     assert not bars_of(capsys.readouterr().err)
@@ -242,12 +231,8 @@ def test_shrink_removes_blocks(tmp_path, capsys):
             torch.nn.init.zeros_(layer.bias)
     torch.save(net.state_dict(), checkpoint)
     words = ["--model", "vit_small", "--limit", "200", "--images", "64", "--checkpoint", str(checkpoint)]
-    assert (
-        main(
-            ["shrink", *words, "--distill-seconds", "0.2", "--flops", "0.6", "--depth", "--out", str(tmp_path / "flag")]
-        )
-        == 0
-    )
+    words += ["--distill-seconds", "0.2", "--flops", "0.6", "--depth"]
+    assert main(["shrink", *words, "--out", str(tmp_path / "flag")]) == 0
     document = json.loads((tmp_path / "flag" / "shrink.json").read_text())
     assert [row["is_chosen"] for row in document["numbers of blocks tried"]].count(True) == 1
     assert "is removed: " in document["blocks"]
@@ -263,17 +248,8 @@ def test_shrink_removes_blocks(tmp_path, capsys):
 @pytest.mark.slow
 def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--checkpoint", str(untrained)]
-    words += [
-        "--distill-seconds",
-        "0.2",
-        "--shares",
-        "0.6",
-        "0.3",
-        "--budget",
-        "params",
-        "--out",
-        str(tmp_path / "sizes"),
-    ]
+    words += ["--distill-seconds", "0.2", "--shares", "0.6", "0.3", "--budget", "params"]
+    words += ["--out", str(tmp_path / "sizes")]
     assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["cost"], [row["share"] for row in document["networks"]]) == ("params", [1.0, 0.6, 0.3])

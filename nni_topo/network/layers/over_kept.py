@@ -32,10 +32,8 @@ class OverKept(nn.Module):
         kept, dim = self.kept.to(x.device), self.kept_dim
         if self.whole is not nn.Conv1d:
             cut("", small, kept, kept)
-            for (
-                name,
-                parameter,
-            ) in self._parameters.items():  # views of the module's own parameters, so that these get the gradients
+            # views of the module's own parameters, so that these get the gradients
+            for name, parameter in self._parameters.items():
                 if parameter is not None:
                     small._parameters[name] = numbers_of(parameter, kept)
         found: Tensor = small.forward(x.index_select(dim, kept))
