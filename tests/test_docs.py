@@ -46,7 +46,6 @@ YOURS = {
     "experiments": """
 from dask.distributed import LocalCluster
 scheduler = LocalCluster(n_workers=1, processes=False, dashboard_address=None)
-pruner = nni_topo.TopologicalPruner(model, config_list)
 """,
     "export": None,
     "faq": """

@@ -239,6 +239,11 @@ class Prepared:
             pruner_knobs, outcome = pruner_info(pruner).knobs(), None
             if "budget" not in pruner_knobs:
                 ratios, outcome = self.planned_ratios(budget)
+                # Layers that lose input channels with the heads before them: named alone, they'd lose output channels.
+                for entry in groups:
+                    if isinstance(entry.get("granularity"), list) and entry["granularity"][0] == -1:
+                        for name in entry["op_names"]:
+                            ratios.pop(name, None)
                 config_list = groups_of(self.counted, as_entries(ratios))
             offered = {
                 "seed": self.settings.seed,
