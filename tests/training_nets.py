@@ -118,3 +118,5 @@ def train_shared(rank: int, how: str, saved: Path, folder: Path) -> None:
         torch.save(weights, folder / f"{how}.pt")
     dist.barrier()  # a process that still waits for messages aborts if the other one is gone
     dist.destroy_process_group()
+    # A device mesh keeps the group's threads; one that frees a tensor while the interpreter ends aborts the process.
+    os._exit(0)
