@@ -7,7 +7,6 @@ is run itself; its modes, attributes, buffers and gradients are put back.
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 import io
 import threading
@@ -52,8 +51,6 @@ _SHARED = (ModuleType, io.IOBase, type(threading.Lock()), type(threading.RLock()
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 _CHANGING = (dict, OrderedDict, list, set)
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
-_TABLES = frozenset(vars(nn.Module()))
-_MEMBERS = ("_parameters", "_buffers", "_modules")
 
 
 def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Tensor] = ()) -> Any:
@@ -77,20 +74,9 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     modules = {module: name for model in models for name, module in model.named_modules()}
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     own = set[int]()
-    # deepcopy itself takes twice as long: most of what modules hold are empty tables, numbers and other modules.
-    states, held = dict[nn.Module, dict[str, Any]](), list[Any]()
     for module in modules:
         tensors = [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
         own.update(id(each) for each in (module, *tensors) if id(each) not in memo)
-        kind: Any = type(module)
-        state = vars(module)
-        if not hasattr(kind, "__deepcopy__"):
-            with suppress(*_NOT_COPIED):  # deepcopy raises it again
-                make, given, found = module.__reduce_ex__(4)[:3]
-                if make is copyreg.__newobj__ and given == (kind,) and type(found) is dict:  # type: ignore[attr-defined]
-                    memo[id(module)], states[module], state = kind.__new__(kind), found, found
-        held += tensors
-        held += [value for key, value in state.items() if key not in _MEMBERS and not _is_plain(key, value)]
     if light:
         for model in models:
             for parameter in model.parameters():
@@ -101,7 +87,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
 
     functions: list[tuple[FunctionType, list[str]]] = []
     cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
-    for value in _reached(held):
+    for value in _reached(map(vars, modules)):
         if issubclass(type(value), Tensor):  # a proxy of one says that it is one, too
             if is_transformed(value):  # it has no memory and serves nobody after the transformation
                 memo.setdefault(id(value), value)
@@ -126,32 +112,20 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
                 memo[id(value)] = FunctionType(value.__code__, known, value.__name__, None, closure or None)
                 functions.append((value, names))
 
-    place = ""
-    try:
-        for module, name in reversed(modules.items()):  # those within first
-            place = name
-            if module not in states:
-                _check_own(copy.deepcopy(module, memo), own, light, name)
-                continue
-            state = {}
-            for key, value in states[module].items():
-                place = f"{name}.{key}".lstrip(".")
-                if _is_plain(key, value):
-                    # The handle of a hook, which a module may hold, refers to its tables.
-                    state[key] = memo.setdefault(id(value), type(value)()) if type(value) in _CHANGING else value
-                elif key in _MEMBERS:
-                    state[key] = type(value)((inner, copy.deepcopy(each, memo)) for inner, each in value.items())
-                elif key == "forward" and is_compiled_function(value):
-                    state[key] = copy.deepcopy(value._torchdynamo_orig_callable, memo)
-                else:
-                    state[key] = copy.deepcopy(value, memo)
-            new: Any = memo[id(module)]
-            new.__setstate__(state)
-    except _NOT_COPIED as error:
-        if out_of_memory(error):
-            raise
-        place = place or "model"
-        raise ConfigError(f"a model must be one that copy.deepcopy copies, got: {error} ({place})") from error
+    for module, name in reversed(modules.items()):  # those within first, so that an error names the right one
+        try:
+            copy.deepcopy(module, memo)
+        except _NOT_COPIED as error:
+            if out_of_memory(error):
+                raise
+            place = name or type(module).__name__
+            raise ConfigError(f"a model must be one that copy.deepcopy copies, got: {error} ({place})") from error
+    copies = [memo[id(model)] for model in models]
+    for each in copies:
+        _check_own(each, own, light)
+    for module in modules:
+        if is_compiled_function(forward := vars(module).get("forward")):
+            vars(memo[id(module)])["forward"] = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
 
     def copied(value: Any) -> Any:
         return copy.deepcopy(value, memo) if is_own(value) else value
@@ -168,18 +142,12 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     for cell, filled in cells.values():
         with suppress(ValueError):  # a variable that has no value yet
             filled.cell_contents = copied(cell.cell_contents)
-    return [memo[id(model)] for model in models]
+    return copies
 
 
-def _is_plain(key: str, value: Any) -> bool:
-    """Tell whether an attribute of a module holds what needs no copy, or one of PyTorch's tables that is empty."""
-    is_shape = type(value) is tuple and all(type(each) in _ATOMS for each in value)
-    return type(value) in _ATOMS or is_shape or (key in _TABLES and not value)
-
-
-def _check_own(copied: nn.Module, own: set[int], light: bool, name: str) -> None:
-    """Raise ConfigError if a module that its class has copied holds what is a model's."""
-    for module in copied.modules():
+def _check_own(copied: nn.Module, own: set[int], light: bool) -> None:
+    """Raise ConfigError if a copy holds what is a model's, as the ``__deepcopy__`` of a class may make it."""
+    for name, module in copied.named_modules():
         tensors = [*module.buffers(recurse=False), *(() if light else module.parameters(recurse=False))]
         if id(module) in own or any(id(each) in own and not is_transformed(each) for each in tensors):
             raise ConfigError(
