@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import sysconfig
 import traceback
-import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -106,18 +105,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-# Whose lines say nothing of a user's code: they call it, or are called by it.
-_CALLING = frozenset({"nni_topo", "nni", "torch"})
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _LONGEST = 200  # characters of an error's words, or of a line, in a message
+# Whose lines say nothing of a user's code: they call it, or are called by it.
+_NOT_USERS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<eval_with_key>", "<frozen ", "<string>")
 
 
 def raised(error: BaseException) -> str:
     """Say which error something of a user's has raised, and at which line: many are assertions without any words.
 
-    The line is the innermost one of files that aren't installed; without such, the innermost one of an installed
-    package that is neither PyTorch, NNI nor this one. Of a message of several lines the first one is shown, or all if
-    it announces the others, or the last one if they are a traceback, as DataLoader's workers and TorchScript give it.
+    The line is the innermost one of files that aren't installed. Of a message of several lines the first one is shown,
+    or all if it announces the others, or the last one if they are a traceback, as DataLoader's workers and TorchScript
+    give it.
     """
     lines = [" ".join(line.split()) for line in words_of(error).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines):
@@ -127,13 +125,11 @@ def raised(error: BaseException) -> str:
     kind = type(error).__name__
     told = _cut(" ".join(lines).removeprefix(f"{kind}: ").rstrip(".,:; "))
     told = f"{kind}{told and ': '}{told}"
-    frames = [each for each in reversed([*traceback.walk_tb(error.__traceback__)]) if _is_telling(each[0])]
-    innermost = [each for each in frames if not _is_installed(each[0].f_code.co_filename)] or frames
-    if not innermost:
-        return told
-    (at,) = traceback.StackSummary.extract(innermost[:1])
-    place = f"at `{_cut(at.line)}` in" if at.line else f"in {at.name},"
-    return f"{told}, {place} {at.filename}:{at.lineno}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        is_installed = not {"site-packages", "dist-packages"}.isdisjoint(Path(frame.filename).parts)
+        if not is_installed and not frame.filename.startswith(_NOT_USERS):
+            return f"{told}, at `{_cut(frame.line or frame.name)}` in {frame.filename}:{frame.lineno}"
+    return told
 
 
 def words_of(error: BaseException) -> str:
@@ -147,22 +143,6 @@ def words_of(error: BaseException) -> str:
 
 def _cut(words: str) -> str:
     return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 3]}..."
-
-
-def _is_installed(file: str) -> bool:
-    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
-
-
-def _is_telling(frame: types.FrameType) -> bool:
-    """Tell whether a frame is one of the code that raised an error, not of what calls it or is called by it."""
-    file = frame.f_code.co_filename
-    is_standard = file.startswith(_STANDARD_LIBRARY) and not _is_installed(file)
-    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-    # What PyTorch and data classes write by themselves has no file.
-    is_generated = file.startswith(("<eval_with_key>", "<frozen ")) or (
-        file == "<string>" and frame.f_code.co_name.startswith("__")
-    )
-    return not (is_standard or is_generated or package in _CALLING)
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

@@ -213,9 +213,3 @@ def test_the_line_is_told_and_not_what_a_library_calls_in_it():
     assert told.endswith(", at `np.concatenate(`")
     assert place.startswith(f"{__file__}:")
     assert int(place.rpartition(":")[2]) - joins.__code__.co_firstlineno in range(4)
-
-
-def test_a_line_that_cannot_be_read_is_told_by_its_function():
-    names = {}
-    exec("def fails(): raise ValueError('no.')", names)
-    assert errors.raised(error_of(names["fails"])) == "ValueError: no, in fails, <string>:1"
