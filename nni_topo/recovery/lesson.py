@@ -26,7 +26,6 @@ from nni_topo.network.runtime.inputs import (
     calls,
     cast_floats,
     lists_of_samples,
-    map_tensors,
     on_device,
     real_positions_of,
     taken,
@@ -422,7 +421,7 @@ class Lesson:
         """Return the compared outputs; bfloat16 is cast first, for the losses and for the user's function."""
         own = self._place[1]
         if any(each.dtype == torch.bfloat16 for each in tensors_of(answer)):
-            answer = map_tensors(lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
+            answer = tree_map_only(Tensor, lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
         return read_outputs(answer, call, batch_size(call), self._outputs, self._places)[0]
 
 

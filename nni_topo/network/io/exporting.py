@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError
@@ -34,7 +34,6 @@ from nni_topo.network.runtime.inputs import (
     Call,
     batch_size,
     calls,
-    map_tensors,
     returned_by_name,
     returned_tensors,
     taken,
@@ -325,7 +324,7 @@ def _resized(call: Call, dims: Sequence[int], multiple: int | None) -> Call:
                 tensor = tensor.index_select(dim, torch.arange(other) % size)
         return tensor
 
-    resized: Call = map_tensors(resize, call)
+    resized: Call = tree_map_only(Tensor, resize, call)
     return resized
 
 

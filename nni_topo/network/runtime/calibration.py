@@ -285,7 +285,7 @@ class Calibration(Sequence[Any]):
         found: list[bytes] = []
         for batch, size in zip(self, self.sizes, strict=True):
             inputs = inputs_of(batch, name=self.name)
-            columns = lists_of_samples(_values(inputs))
+            columns = lists_of_samples(inputs)
             columns = columns or [each for each in tensors_of(inputs) if each.dim() and len(each) == size]
             for sample in zip(range(size), *columns, strict=True):
                 digest = hashlib.blake2b(digest_size=8)
@@ -309,7 +309,7 @@ class Calibration(Sequence[Any]):
 
         The first so many parts: what is marked by a higher number is left out.
         """
-        can_be_cut = all(_can_be_cut(inputs_of(batch)) for batch in self)
+        can_be_cut = not any(lists_of_samples(inputs_of(batch)) for batch in self)
         if self.processes is not None and not can_be_cut:
             raise ConfigError(
                 f"batches that processes share must be tensors of samples, got lists of samples ({self.name})"
@@ -453,7 +453,7 @@ class Calibration(Sequence[Any]):
             batch = _plain(batch)
             check_inputs(batch, index, self.name)
             inputs = inputs_of(batch, index, self.name)
-            lists = lists_of_samples(_values(inputs))  # of images, say
+            lists = lists_of_samples(inputs)  # of images, say
             sizes.append(len(lists[0]) if lists else batch_size(inputs))
             if in_memory:
                 batches.append(batch)
@@ -498,14 +498,9 @@ def _plain(batch: Any) -> Any:
     return batch
 
 
-def _can_be_cut(inputs: Any) -> bool:
-    """Say whether the samples are the first dimension of tensors; detectors take lists of images instead."""
-    return not lists_of_samples(_values(inputs))
-
-
 def _joined(inputs: list[Any]) -> Any:
     """Return one batch's inputs made of several; None where their shapes don't fit together."""
-    if not all(map(_can_be_cut, inputs)):
+    if any(map(lists_of_samples, inputs)):
         return None
     flat = [tree_flatten(_plain(each)) for each in inputs]
     shapes = set()
@@ -519,15 +514,6 @@ def _joined(inputs: list[Any]) -> Any:
         has_samples = isinstance(column[0], Tensor) and column[0].dim() > 0
         columns.append(torch.cat(column) if has_samples else column[0])
     return tree_unflatten(columns, flat[0][1])
-
-
-def _values(inputs: Any) -> Iterable[Any]:
-    """Return the arguments that a batch's inputs hold; none if the inputs are a single tensor."""
-    if isinstance(inputs, Mapping):
-        return inputs.values()
-    if isinstance(inputs, (tuple, list)):
-        return inputs
-    return ()
 
 
 class BatchStore(Sequence[Any]):

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from nni_topo.context import BatchLimit, context, in_context
 from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError, raised, shown
@@ -115,7 +115,7 @@ def on_device(tree: Any, device: torch.device, *, copy: bool = False) -> Any:
             raise DataError("inputs of a model must be tensors with values, got one on the meta device (inputs)")
         return tensor.detach().to(device, copy=copy)
 
-    return map_tensors(moved, tree)
+    return tree_map_only(Tensor, moved, tree)
 
 
 def copied_for(model: nn.Module, call: Call) -> Call:
@@ -185,39 +185,15 @@ def real_positions(named: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})  # which hold no tensor
-
-
-def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Return nested containers with a change of their tensors: what `tree_map_only` does, sooner for plain ones."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    kind = type(tree)
-    if kind is tuple or kind is list:
-        return kind([map_tensors(change, each) for each in tree])
-    if kind is dict:
-        return {key: map_tensors(change, each) for key, each in tree.items()}
-    return tree if kind in _PLAIN else tree_map_only(Tensor, change, tree)
-
-
 def tensors_of(tree: Any) -> list[torch.Tensor]:
     """List the tensors of nested tuples, lists, dicts and data classes in a fixed order."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    kind = type(tree)
-    if kind in _PLAIN:
-        return []
-    # PyTorch's trees take several times as long for these, and most trees consist of them.
-    if kind is tuple or kind is list or kind is dict:
-        return [tensor for each in (tree.values() if kind is dict else tree) for tensor in tensors_of(each)]
     found: list[torch.Tensor] = []
-    for leaf in tree_flatten(tree)[0]:
-        if isinstance(leaf, torch.Tensor):
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
             found.append(leaf)
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             # To PyTorch's trees a data class is one leaf.
-            for field in fields(leaf):
-                found += tensors_of(getattr(leaf, field.name, None))
+            found += tensors_of([getattr(leaf, field.name, None) for field in fields(leaf)])
     return found
 
 
@@ -245,7 +221,7 @@ def _look_for_tensors(value: Any, name: str, found: list[tuple[str, torch.Tensor
     if isinstance(value, Tensor):
         found.append((name or "output", value))
         return
-    if type(value) in _PLAIN or isinstance(value, _NO_OUTPUTS) or id(value) in seen:
+    if value is None or isinstance(value, _NO_OUTPUTS) or id(value) in seen:
         return
     if any(_is_cache(kind) for kind in type(value).__mro__):
         return
@@ -263,7 +239,10 @@ def _is_cache(kind: type) -> bool:
 
 # A number may know the tensor whose size it is.
 _NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
-_NO_OUTPUTS = (*_NUMBERS, range, str, bytes, nn.Module, type, ModuleType, FunctionType, MethodType, np.ndarray)
+_NO_OUTPUTS = (
+    *(*_NUMBERS, range, str, bytes, torch.dtype, torch.device),
+    *(nn.Module, type, ModuleType, FunctionType, MethodType, np.ndarray),
+)
 
 
 def _parts(value: Any) -> list[tuple[Any, Any]]:
@@ -288,7 +267,7 @@ def random_like(call: Call, generator: torch.Generator) -> Call:
             return tensor.clone()
         return torch.randn(tensor.shape, generator=generator).to(tensor)
 
-    drawn: Call = map_tensors(draw, call)
+    drawn: Call = tree_map_only(Tensor, draw, call)
     return drawn
 
 
@@ -301,7 +280,7 @@ def shrunk(call: Call, side: int = _SIDE) -> Call:
         # Tensors of many channels are taken for features, whose size another input may have to match.
         return images[:2, :, :side, :side] if images.shape[1] < _SIDE else images
 
-    small: Call = map_tensors(crop, call)
+    small: Call = tree_map_only(Tensor, crop, call)
     return small
 
 
@@ -312,7 +291,7 @@ def varied(call: Call, variation: Variation) -> Call:
     def vary(tensor: Tensor) -> Tensor:
         return (tensor + shift) * factor if tensor.is_floating_point() else tensor
 
-    new: Call = map_tensors(vary, call)
+    new: Call = tree_map_only(Tensor, vary, call)
     return new
 
 
@@ -332,7 +311,7 @@ def together(call: Call, variations: tuple[Variation, ...]) -> Call | None:
             return None
     sample = taken(call, torch.arange(1))
     first_leaves, spec = tree_flatten(sample)
-    leaves_by_call = [first_leaves, *(tree_flatten(varied(sample, variation))[0] for variation in variations)]
+    leaves_by_call = [first_leaves, *(tree_leaves(varied(sample, variation)) for variation in variations)]
     joined = []
     for same_leaf in zip(*leaves_by_call, strict=True):
         first = same_leaf[0]
@@ -360,13 +339,13 @@ def run_few(model: nn.Module, call: Call) -> Any:
 
 def call_in_precision(call: Call, dtype: torch.dtype) -> Call:
     """Return a call with its floats and complex numbers in single or double precision."""
-    cast: Call = map_tensors(lambda each: cast_tensor(each, dtype), call)
+    cast: Call = tree_map_only(Tensor, lambda each: cast_tensor(each, dtype), call)
     return cast
 
 
 def cast_floats(call: Call, dtype: torch.dtype) -> Call:
     """Return a call with its floats cast to another floating type."""
-    cast: Call = map_tensors(lambda each: each.to(dtype) if each.is_floating_point() else each, call)
+    cast: Call = tree_map_only(Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, call)
     return cast
 
 
@@ -445,7 +424,7 @@ def taken(call: Any, index: Tensor) -> Any:
         has_samples = tensor.dim() > 0 and len(tensor) == count
         return tensor[index.to(tensor.device)] if has_samples else tensor
 
-    return map_tensors(take, call)
+    return tree_map_only(Tensor, take, call)
 
 
 def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
@@ -458,7 +437,7 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
             raise DataError(f"a batch must hold an input, got an empty one ({name}, batch {index})")
         batch = batch[0]
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
-    for leaf in () if isinstance(inputs, Tensor) else tree_flatten(inputs)[0]:
+    for leaf in () if isinstance(inputs, Tensor) else tree_leaves(inputs):
         # Tensors in other containers would stay whole where single samples are taken.
         if (is_dataclass(leaf) and not isinstance(leaf, type)) or any(map(_is_cache, type(leaf).__mro__)):
             raise ConfigError(
@@ -562,12 +541,14 @@ def batch_size(call: Any) -> int:
     return next((len(each) for each in tensors_of(call) if each.dim()), 1)
 
 
-def lists_of_samples(values: Iterable[Any]) -> list[Any]:
-    """Return those of a call's arguments that hold a tensor for each sample, as detectors take a list of images.
+def lists_of_samples(inputs: Any) -> list[Any]:
+    """Return those of a batch's arguments that hold a tensor for each sample, as detectors take a list of images.
 
     Beside a tensor of samples, tuples hold states or levels of all samples, and so do lists of tensors as long as it.
     """
-    values = list(values)
+    values = list(
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
+    )
     found = [value for value in values if isinstance(value, (tuple, list)) and tensors_of(value)]
     count = next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), None)
     if count is None:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
-from nni_topo.network.runtime.inputs import Call, first_samples, map_tensors, tensors_of
+from nni_topo.network.runtime.inputs import Call, first_samples, tensors_of
 from nni_topo.network.runtime.switches import random_state_kept
 
 _SMALL = 64  # places, which any input may have
@@ -70,12 +71,12 @@ def _resized(call: Call, size: int, other: int) -> Call:
                 tensor = tensor.index_select(d, torch.arange(other, device=tensor.device) % size)
         return tensor
 
-    resized: Call = map_tensors(resize, call)
+    resized: Call = tree_map_only(Tensor, resize, call)
     return resized
 
 
 def _runs(model: nn.Module, call: Call) -> bool:
-    args, kwargs = map_tensors(Tensor.clone, call)
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, call)
     try:
         with torch.no_grad(), random_state_kept():
             model(*args, **kwargs)
