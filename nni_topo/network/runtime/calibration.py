@@ -49,13 +49,12 @@ class Calibration(Sequence[Any]):
         Batches of inputs, prepared as in training. A batch is a tensor or an array; or a mapping of the model's keyword
         arguments; or a tuple or list whose first entry is the input (a tensor, such a mapping, or a tuple of positional
         arguments) and whose other entries, such as labels, aren't looked at. So a model of two inputs takes
-        ``((images, vectors),)`` or
-        ``{"images": images, "vectors": vectors}``; ``(images, vectors)`` are images with their labels, unless
-        ``forward`` requires two arguments: then they are its inputs, and a third entry is the labels. Entries
-        of a mapping that the model has no argument for are left out. Where ``forward`` has one required parameter,
-        takes no ``**kwargs``, and has no parameter called like a key of the mapping, the mapping is its argument.
-        Floats are cast to the type of the model's parameters. Bytes, channels last, or a single image without a batch
-        dimension are an error.
+        ``((images, vectors),)`` or ``{"images": images, "vectors": vectors}``; ``(images, vectors)`` are images with
+        their labels, unless ``forward`` requires two arguments: then they are its inputs, and a third entry is the
+        labels. Entries of a mapping that the model has no argument for are left out. Where ``forward`` has one required
+        parameter, takes no ``**kwargs``, and has no parameter called like a key of the mapping, the mapping is its
+        argument. Floats are cast to the type of the model's parameters. Bytes, channels last, or a single image without
+        a batch dimension are an error.
     memory_bytes : int, default=2 * 2**30
         Memory for batches, in bytes, at least 0, of which at most half of the free memory is used. Further batches are
         written to files in the folder for temporary files. The batches of a list or tuple aren't copied.
@@ -267,7 +266,7 @@ class Calibration(Sequence[Any]):
             lists of samples, as those of detectors do, every eighth batch. With groups every eighth group, and one
             where there are at least two.
         """
-        learned, held_out = self._cut(self.held_out(HELD_OUT).long(), [0] * (HELD_OUT - 1) + [1], 2)
+        learned, held_out = self._cut(self._every(HELD_OUT), 2)
         return self._subset([]) if learned is None else learned, held_out
 
     @property
@@ -276,7 +275,7 @@ class Calibration(Sequence[Any]):
         if not self._holds_out:
             return self
         # Of the samples that are left out no process needs any.
-        (learned,) = self._cut(self.held_out(HELD_OUT).long(), [0] * (HELD_OUT - 1) + [1], 1)
+        (learned,) = self._cut(self._every(HELD_OUT), 1)
         return self._subset([]) if learned is None else learned
 
     @cached_property
@@ -300,20 +299,34 @@ class Calibration(Sequence[Any]):
         ``pattern``: the parts, from 0 on, of the first samples, such as ``(0, 0, 1)``; then it begins again. If batches
         hold lists of samples, as those of detectors do, it is that of batches.
         """
+        return self._cut(pattern, max(pattern) + 1)
+
+    def held_out(self, every: int) -> Tensor:
+        """Return which samples are held out: every so many, by whole groups where these are known; bool (samples,)."""
+        return self._marks(self._every(every)) == 1
+
+    def _every(self, every: int) -> list[int]:
+        """Return the pattern of which the last of so many samples, or groups of samples, is part 1."""
+        if self.groups is not None:
+            # Of fewer groups than that the last one is held out, as long as another one remains.
+            every = min(every, max(2, self._group_count))
+        return [0] * (every - 1) + [1]
+
+    def _marks(self, pattern: Sequence[int]) -> Tensor:
+        """Return by sample the part that a pattern says, int64 (samples,)."""
         groups = self.groups
         ranks = torch.arange(self.samples) + self._first if groups is None else groups
-        return self._cut(torch.tensor(pattern)[ranks % len(pattern)], pattern, max(pattern) + 1)
+        return torch.tensor(pattern)[ranks % len(pattern)]
 
-    def _cut(self, marks: Tensor, pattern: Sequence[int], count: int) -> tuple[Calibration | None, ...]:
-        """Return parts by the marks of the samples, (samples,); of batches that can't be cut, by a pattern of these.
-
-        The first so many parts: what is marked by a higher number is left out.
-        """
+    def _cut(self, pattern: Sequence[int], count: int) -> tuple[Calibration | None, ...]:
+        """Return the first so many parts of a pattern, which is one of batches if these hold lists of samples."""
         can_be_cut = not any(lists_of_samples(inputs_of(batch)) for batch in self)
-        if self.processes is not None and not can_be_cut:
+        if not can_be_cut and (self.processes is not None or self._labels is not None):
             raise ConfigError(
-                f"batches that processes share must be tensors of samples, got lists of samples ({self.name})"
+                "batches that processes share, or whose samples have groups, must be tensors of samples, got lists of "
+                f"samples ({self.name})"
             )
+        marks = self._marks(pattern)
         parts: list[_Rows] = [[] for _ in range(count)]
         first = 0  # position of the batch's first sample among all samples
         for index, size in enumerate(self.sizes):
@@ -355,15 +368,6 @@ class Calibration(Sequence[Any]):
                 f"groups must have one entry for each of {samples} samples, got {len(self._labels)} (groups)"
             )
 
-    def held_out(self, every: int) -> Tensor:
-        """Return which samples are held out: every so many, by whole groups where these are known; bool (samples,)."""
-        groups = self.groups
-        if groups is None:
-            return (torch.arange(self.samples) + self._first) % every == every - 1
-        # Of fewer groups than that the last one is held out, as long as another one remains.
-        every = min(every, max(2, self._group_count))
-        return groups % every == every - 1
-
     def chosen(self, samples: Tensor) -> Calibration:
         """Return some samples, by their indices, int64 (count,), in this order, in batches as large as the largest.
 
@@ -402,11 +406,8 @@ class Calibration(Sequence[Any]):
         subset.instead = self.instead
         subset._holds_out = self._holds_out
         if self._groups is not None:
-            starts = [sum(self._sizes[:index]) for index in range(len(self._sizes))]
-            chosen_groups = []
-            for index, chosen in rows:
-                own = self._groups[starts[index] : starts[index] + self._sizes[index]]
-                chosen_groups.append(own if chosen is None else own[chosen])
+            groups_by_batch = self._groups.split(self._sizes)
+            chosen_groups = [groups_by_batch[index][slice(None) if own is None else own] for index, own in rows]
             subset._set_groups(torch.cat(chosen_groups).tolist())
         subset.processes = self.processes
         subset._source = None
