@@ -105,22 +105,11 @@ class Data(pl.LightningDataModule):
 )
 def test_lightning_trains_for_so_many_steps(limits: dict[str, int], steps: int, tmp_path: Path) -> None:
     model = Line()
-    train(model, Data, limits, tmp_path)
-    assert model.steps == steps
-    assert model._trainer is None
-
-
-def train(model: Line, data: type[Data], limits: dict[str, int], folder: Path) -> None:
-    trainer = nni.trace(pl.Trainer)(
-        max_epochs=2,
-        accelerator="cpu",
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=False,
-    )
-    driver = evaluator.LightningEvaluator(trainer, nni.trace(data)())
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False)
+    trainer = nni.trace(pl.Trainer)(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    driver = evaluator.LightningEvaluator(trainer, nni.trace(Data)())
     driver._init_optimizer_helpers(model)
     driver.bind_model(model)
     driver.train(**limits)
+    assert model.steps == steps
+    assert model._trainer is None

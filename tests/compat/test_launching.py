@@ -22,12 +22,7 @@ def tries() -> Any:
     return inspect.signature(launcher._check_rest_server).parameters["retry"].default
 
 
-def test_the_manager_is_asked_sixty_times() -> None:
-    assert tries() == 60
-    assert launching.wait_for_manager() is False
-
-
-@pytest.mark.parametrize(("retry", "expected"), [(3, 60), (59, 60), (60, 60), (90, 90)])
+@pytest.mark.parametrize(("retry", "expected"), [(3, 60), (90, 90)])
 def test_the_number_of_tries_is_raised_and_nothing_else(
     retry: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

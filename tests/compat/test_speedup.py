@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
-from nni.compression.speedup import ModelSpeedup, container, utils
+from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from nni_topo.speedup import to_dense
 
@@ -102,22 +101,6 @@ def test_given_masks_stay_as_they_are(make: type[nn.Module]) -> None:
     to_dense(model, INPUTS, masks)
 
 
-def test_sizes_are_leaves_in_speedup_only() -> None:
-    size = torch.Size((2, 3))
-    seen: list[object] = []
-    utils.tree_map_zip(lambda value, other: seen.append((value, other)), [size, 1], [None, 2])
-    assert seen == [(size, None), (1, 2)]
-    assert tree_map is not utils.tree_map
-
-
-def test_randomized_output_goes_by_both_names() -> None:
-    node = next(iter(torch.fx.symbolic_trace(nn.ReLU()).graph.nodes))
-    info = container.NodeInfo(node)
-    info.output_randomize = INPUTS
-    del info._output_randomize
-    assert not hasattr(info, "output_randomize")
-
-
 def test_each_of_several_outputs_is_gone_back_from() -> None:
     whole = object.__new__(ModelSpeedup)
     whole.batch_size = 2
@@ -133,16 +116,6 @@ def test_each_of_several_outputs_is_gone_back_from() -> None:
     for output, mask in ((one, None), (5, torch.ones(1))):
         with pytest.raises(AssertionError):
             whole.indirect_backward(output, mask)
-
-
-def test_arguments_of_a_speedup_may_be_named() -> None:
-    model = Sized().train()
-    model.conv2.eval()
-    made = ModelSpeedup(model=model, dummy_input=INPUTS, masks_or_file={"conv1": {"weight": None}})
-    assert [module.training for module in model.children()] == [True, False, True]
-    assert made.masks == {"conv1": {"weight": None}}
-    with pytest.raises(TypeError, match="model"):
-        ModelSpeedup(dummy_input=INPUTS)
 
 
 @pytest.mark.parametrize("training", [False, True])
