@@ -72,7 +72,6 @@ from nni_topo.recovery import (  # noqa: E402
 )
 from nni_topo.recovery.registry import RECOVERIES  # noqa: E402
 
-importlib.import_module(f"{__name__}.studies.recovery_rules")  # it registers the rules of other papers
 for _table in (PRUNERS, RECOVERIES):
     _table.register_entry_points()
 expose_in_nni()

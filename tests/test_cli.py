@@ -88,11 +88,11 @@ def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
     words = ["shrink", "--model", "small_cnn", "--limit", "300", "--images", "64", "--flops", "0.5"]
     words += ["--distill-seconds", "0.2"]
-    words += ["--checkpoint", str(untrained), "--method", "mean", "--out"]
+    words += ["--checkpoint", str(untrained), "--method", "channel", "--out"]
     assert main([*words, str(tmp_path / "small"), "--json"]) == 0
     assert not bars_of(capsys.readouterr().err)
     document = json.loads((tmp_path / "small" / "shrink.json").read_text())
-    asked = {"model": "small_cnn", "data": "digits", "pruner": "reconstruction", "method": "mean"}
+    asked = {"model": "small_cnn", "data": "digits", "pruner": "reconstruction", "method": "channel"}
     assert {**document, **asked, "budget": {"flops": 0.5}} == document
     assert main([*words, str(tmp_path / "shown")]) == 0
     assert bars_of(capsys.readouterr().err) == {"compensate", "learning rate"}

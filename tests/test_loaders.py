@@ -147,7 +147,7 @@ WORK |= {
     f"compensate, {method}": lambda batches, method=method: weights_of(
         nni_topo.compensate(net(), masks(), batches, method=method, cache_bytes=1000)
     )
-    for method in ("reconstruct", "scalar", "recalibrate")
+    for method in ("reconstruct", "recalibrate")
 }
 
 

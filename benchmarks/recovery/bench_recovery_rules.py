@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.recovery import ahead  # noqa: F401  (it registers the method of this name)
+from benchmarks.recovery import ahead, recovery_rules  # noqa: F401  (they register methods by name)
 from nni_topo import compensate, synthetic_images, to_dense
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice
 from nni_topo.runs.run import Start, distilled, made_dense, retrain

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import recovery_rules  # noqa: F401  (it registers "merge")
 import torch
 
 import nni_topo

@@ -179,14 +179,10 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         ``nni_topo.recovery.Reconstruct(refine=0)``.
         ``"reconstruct"`` (:class:`~nni_topo.recovery.Reconstruct`): solve each layer after removed channels again, so
         it reproduces its unpruned output, or the sum it goes into. ``"block"`` (:class:`~nni_topo.recovery.Block`):
-        after that, let all weights of two neighbouring blocks learn what the unpruned ones put out, by gradients [7]_.
-        ``"channel"`` (:class:`~nni_topo.recovery.Channel`): predict the removed channels from the kept ones [4]_.
+        after that, let all weights of two neighbouring blocks learn what the unpruned ones put out, by gradients [2]_.
+        ``"channel"`` (:class:`~nni_topo.recovery.Channel`): predict the removed channels from the kept ones [1]_.
         ``"pair"`` (:class:`~nni_topo.recovery.Pair`): one kept channel and a constant replace each of them.
-        ``"recalibrate"``: statistics of batch norms and nothing else. Rules of other papers, for comparison:
-        ``"sequential"`` (the layer's own output [1]_), ``"layer"`` (the same, from the unpruned inputs [2]_),
-        ``"scalar"`` (one factor for each kept channel), ``"head"`` (the same, with one factor for all channels of a
-        head [3]_), ``"mean"`` (its mean replaces a removed channel [5]_), ``"merge"`` (the channel with the most
-        similar weights does [6]_; images serve for the report alone).
+        ``"recalibrate"``: statistics of batch norms and nothing else.
     ridge : float or "auto", default="auto"
         Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
         a tenth of the mean variance.
@@ -251,15 +247,9 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
 
     References
     ----------
-    .. [1] He et al., "Channel pruning for accelerating very deep neural networks", https://arxiv.org/abs/1707.06168
-    .. [2] AIMET, channel pruning, https://github.com/quic/aimet
-    .. [3] Kwon et al., "A fast post-training pruning framework for transformers", https://arxiv.org/abs/2204.09656
-    .. [4] Tang et al., "GRAIL: post-hoc compensation by linear reconstruction for compressed networks",
+    .. [1] Tang et al., "GRAIL: post-hoc compensation by linear reconstruction for compressed networks",
        https://arxiv.org/abs/2602.23795
-    .. [5] An et al., "Fluctuation-based adaptive structured pruning for large language models",
-       https://arxiv.org/abs/2312.11983
-    .. [6] Kim et al., "Neuron merging: compensating for pruned neurons", https://arxiv.org/abs/2010.13160
-    .. [7] Wagner et al., "A free lunch in LLM compression: revisiting retraining after pruning",
+    .. [2] Wagner et al., "A free lunch in LLM compression: revisiting retraining after pruning",
        https://arxiv.org/abs/2510.14444
 
     Examples

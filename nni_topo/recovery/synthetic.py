@@ -81,10 +81,6 @@ def synthetic_images(
     SpeedupError
         If the model is still wrapped.
 
-    See Also
-    --------
-    nni_topo.compensate : With ``method="merge"`` it takes weights alone, images serve for its report.
-
     Notes
     -----
     Images begin as noise whose spectrum falls with the frequency, as that of photographs does. Without batch norms only

@@ -86,8 +86,8 @@ def test_buffers_that_no_state_dict_holds(method, persistent):
     dense = to_dense(repaired, inputs[:2], masks)
     shipped = distance(model, masked_model(model, inputs[:2], masks), inputs)
     assert dense.second.in_features == 6
-    # Without batch norms there is nothing to recalibrate; rules that scale or merge gain little on random weights.
-    least = 0.9 if method in ("reconstruct", "channel", "sequential", "layer") else 1.0 + 1e-6
+    # Without batch norms there is nothing to recalibrate, and a pair gains little on random weights.
+    least = 0.9 if method in ("reconstruct", "channel") else 1.0 + 1e-6
     assert distance(model, dense, inputs) < least * shipped
 
 

@@ -36,7 +36,7 @@ class FirstLayers(RecoveryMethod):
 
 
 # those that learn, and those whose equations are parts of another one's: of layers one by one, and of single factors
-LONG = ("block", "layer", "mean")
+LONG = ("block",)
 
 
 @pytest.mark.parametrize("check", RECOVERY_CHECKS, ids=lambda check: check.__name__)

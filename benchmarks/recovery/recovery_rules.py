@@ -1,4 +1,11 @@
-"""The recovery rules of other papers as methods of ``compensate``, to compare this package's methods with.
+"""The recovery rules of other papers, the baselines of ``bench_recovery_rules.py``, as methods of ``compensate``.
+
+They aren't part of the package because `Reconstruct` leaves a smaller error (``archive/recovery_methods.md``).
+Importing this module registers their names::
+
+    from benchmarks.recovery import recovery_rules
+
+    nni_topo.compensate(model, masks, batches, method="sequential")
 
 ``"merge"`` changes how a layer reads removed channels, as ``"channel"`` does, which is GRAIL's rule [6]_; ``"mean"``,
 ``"scalar"``, ``"head"``, ``"layer"`` and ``"sequential"`` solve for a layer's weights, as ``"reconstruct"`` does. The
@@ -30,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nni_topo import RecoveryInfo, RecoveryMethod, register_recovery
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit, fit_by
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.channels.flow import norms_after
@@ -39,7 +47,6 @@ from nni_topo.recovery.mixing import PairTask, readers_of_removed
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_group_ids
 from nni_topo.recovery.reconstruct import ReconstructTask
-from nni_topo.recovery.registry import RECOVERIES, RecoveryInfo, RecoveryMethod
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows
 
@@ -278,19 +285,12 @@ def _summed_by_number(equations: NormalEquations, kernel: Tensor, numbers: Tenso
     return NormalEquations.of(equations.samples, added)
 
 
-RECOVERIES.register(
-    RecoveryInfo(
-        "sequential",
-        f"{__name__}:Sequential",
-        "solves for each layer's output from its inputs in the network recovered so far",
-    ),
-    RecoveryInfo(
-        "layer", f"{__name__}:LayerAlone", "solves for each layer's output from its inputs in the unpruned network"
-    ),
-    RecoveryInfo("mean", f"{__name__}:Mean", "adds the mean contribution of removed channels to the constant"),
-    RecoveryInfo("scalar", f"{__name__}:Scalar", "solves for one factor for each kept channel"),
-    RecoveryInfo("head", f"{__name__}:Head", "solves for one factor for each kept head"),
-    RecoveryInfo(
-        "merge", f"{__name__}:Merge", "replaces each removed channel by the one of the most similar kept filter"
-    ),
-)
+for _name, _kind, _summary in (
+    ("sequential", Sequential, "solves for each layer's output from its inputs in the network recovered so far"),
+    ("layer", LayerAlone, "solves for each layer's output from its inputs in the unpruned network"),
+    ("mean", Mean, "adds the mean contribution of removed channels to the constant"),
+    ("scalar", Scalar, "solves for one factor for each kept channel"),
+    ("head", Head, "solves for one factor for each kept head"),
+    ("merge", Merge, "replaces each removed channel by the one of the most similar kept filter"),
+):
+    register_recovery(RecoveryInfo(_name, f"{__name__}:{_kind.__name__}", _summary))

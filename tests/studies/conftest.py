@@ -1,1 +1,0 @@
-from twin_nets import *  # noqa: F403
