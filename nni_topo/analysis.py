@@ -16,11 +16,16 @@ from nni_topo.studies.analysis.compression import (
 )
 from nni_topo.studies.analysis.connectivity import Connectivity, connectivity
 from nni_topo.studies.analysis.deviation import NetDeviation, net_deviation
-from nni_topo.studies.analysis.energy.accumulated import accumulate_energy
 from nni_topo.studies.analysis.energy.dropout import study_dropout
 from nni_topo.studies.analysis.energy.replacement import study_replacement
 from nni_topo.studies.analysis.energy.selection import study_selection
-from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
+from nni_topo.studies.analysis.energy.study import (
+    EnergyStudy,
+    LayerEnergy,
+    Quality,
+    accumulate_energy,
+    study_energy,
+)
 from nni_topo.studies.analysis.evolution import EvolutionStudy, EvolutionTrial
 from nni_topo.studies.analysis.persistence import NeuralPersistence, neural_persistence
 from nni_topo.studies.analysis.retraining import RetrainingBound, retraining_bound

@@ -25,7 +25,6 @@ from torch.nn.functional import cross_entropy
 from nni_topo import analysis
 from nni_topo.maths.search.subsets import EvolutionSettings
 from nni_topo.speedup import measure_latency
-from nni_topo.studies.analysis.energy.replacement import FilterEvolution
 from nni_topo.studies.analysis.energy.study import Quality
 from nni_topo.testing import toy_model
 
@@ -95,7 +94,6 @@ def found_replacement(place: torch.device) -> Any:
         IMAGES[:1].to(place),
         dataset_quality(place),
         threshold=0.4,
-        evolution=FilterEvolution(4, 2),
     )
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import analysis, network, recovery, zoo
 from nni_topo.errors import ExportError
+from nni_topo.maths.search.subsets import EvolutionSettings
 from nni_topo.testing import require_unchanged, snapshot
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -191,11 +192,9 @@ CALLS = {
     "sensitivity": lambda m, _, __: analysis.sensitivity(m, IMAGES[:2], accuracy, (0.5,), layers=["first"]),
     "study_dropout": lambda m, _, __: analysis.study_dropout({"one": lambda: m}, quality, rates=(0.5,)),
     "study_energy": lambda m, _, __: analysis.study_energy(m, ["first"], IMAGES[:2], quality, thresholds=(0.1,)),
-    "study_replacement": lambda m, _, __: analysis.study_replacement(
-        m, "first", IMAGES[:2], quality, kinds=("kept", "removed")
-    ),
+    "study_replacement": lambda m, _, __: analysis.study_replacement(m, "first", IMAGES[:2], quality),
     "study_selection": lambda m, _, __: analysis.study_selection(
-        m, "first", IMAGES[:2], [(IMAGES, LABELS)], quality, keep=4, methods=("random", "taylor")
+        m, "first", IMAGES[:2], [(IMAGES, LABELS)], quality, keep=4, evolution=EvolutionSettings(4, 2)
     ),
     "study_topology": lambda m, _, __: analysis.study_topology(m, CONFIG),
 }

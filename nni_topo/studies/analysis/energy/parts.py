@@ -19,7 +19,6 @@ from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, retrain
-from nni_topo.studies.analysis.energy.accumulated import Step, accumulate_energy
 from nni_topo.studies.analysis.energy.dropout import RATES, study_dropout
 from nni_topo.studies.analysis.energy.replacement import study_replacement
 from nni_topo.studies.analysis.energy.selection import study_selection
@@ -28,9 +27,12 @@ from nni_topo.studies.analysis.energy.study import (
     EnergyStudy,
     EvaluateQuality,
     LayerEnergy,
+    Step,
+    accumulate_energy,
     layer_plot,
     masks_of,
     quality_on,
+    short_name,
 )
 from nni_topo.studies.study import plain
 from nni_topo.studies.tables import NumberTable, table_of
@@ -125,7 +127,7 @@ def accumulated_part(subject: Subject) -> Record:
 
 def accumulated_table(part: Record) -> Titled:
     """Return a row per layer pruned."""
-    rows = [{**step, "name": layer_name(step)} for step in part["steps"]]
+    rows = [{**step, "name": short_name(step["layers"])} for step in part["steps"]]
     title = f"accumulated at {100 * part['threshold']:g} % of the energy, without fine-tuning"
     return title, table_of(None, rows, {"after layer": "{name}", "removed": "{removed}", **QUALITY})
 
@@ -166,7 +168,7 @@ def iterative_table(part: Record) -> Titled:
     for without, step in zip(part["none"], part["between"], strict=True):
         accuracies = [f"{100 * each['quality']['accuracy']:.1f}" for each in (without, step)]
         loss = f"{step['quality']['loss']:.3f}"
-        rows.append([layer_name(without), str(without["removed"]), accuracies[0], str(step["removed"])])
+        rows.append([short_name(without["layers"]), str(without["removed"]), accuracies[0], str(step["removed"])])
         rows[-1] += [accuracies[1], loss]
     head = ["after layer", "removed", "accuracy %", "an epoch after each: removed", "accuracy %", "loss"]
     after = [f"the first, then {epochs} epochs", "", f"{100 * part['after']['accuracy']:.1f}", "", "", ""]
@@ -231,12 +233,6 @@ def selection_table(part: Record) -> Titled:
     rows = [{"name": name, **made} for name, made in part["methods"].items()]
     title = f"half of the {part['filters']} filters of {part['layer']}, selected by"
     return title, table_of(None, rows, {**columns, "seconds": "{seconds:.2f}"})
-
-
-def layer_name(layer: Record) -> str:
-    """Return the first name of a record's layers, and how many more there are."""
-    names = layer["layers"]
-    return f"{names[0]} +{len(names) - 1}" if len(names) > 1 else str(names[0])
 
 
 PARTS: dict[str, tuple[Callable[[Subject], Record], Callable[[Record], Titled]]] = {

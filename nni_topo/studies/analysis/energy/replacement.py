@@ -5,7 +5,7 @@ Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,11 @@ from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy import EnergyFilterPruner, chirp_response_energy, input_sizes
-from nni_topo.rules import all_of, check_fields, number, one_of, whole
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 KINDS = ("kept", "removed", "random", "copied", "evolved")
-_TOURNAMENT = 3
+_TOURNAMENT, _POPULATION, _GENERATIONS = 3, 12, 8
+_MUTATION = 0.2  # standard deviation, as a share of that of the layer's weights
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,7 @@ class Replacement:
     similarity: float  # mean absolute cosine between a filter and its replacement, in [0, 1]
 
 
-@dataclass(frozen=True)
-class FilterEvolution:
-    """Settings of the evolution; ``mutation``: standard deviation as a share of the layer's weights'."""
-
-    population_size: int = 12
-    generations: int = 8
-    mutation: float = 0.2
-
-    def __post_init__(self) -> None:
-        check_fields(self, population_size=whole(2), generations=whole(1), mutation=number(0))
-
-
-@public(model=MODEL, example_inputs=INPUTS, kinds=all_of(one_of(KINDS), Sequence))
+@public(model=MODEL, example_inputs=INPUTS)
 def study_replacement(
     model: nn.Module,
     layer: str,
@@ -58,10 +46,8 @@ def study_replacement(
     evaluate: EvaluateQuality,
     *,
     threshold: float = 0.1,
-    kinds: Sequence[str] = KINDS,
     fitness: EvaluateQuality | None = None,
     repair: Callable[[nn.Module], nn.Module] | None = None,
-    evolution: FilterEvolution | None = None,
     seed: int = 0,
     **knobs: Any,
 ) -> dict[str, Replacement]:
@@ -79,16 +65,11 @@ def study_replacement(
         Maps a model to its :class:`~nni_topo.analysis.Quality`.
     threshold : float, default=0.1
         Energy share of the replaced filters, in (0, 1).
-    kinds : sequence of str, default=("kept", "removed", "random", "copied", "evolved")
-        Unchanged; set to zero, batch norm included; drawn from a normal distribution with the standard deviation of
-        the layer's weights; copied from random other filters of the layer, with their biases; evolved from random ones.
     fitness : callable or None, default=None
         Evolution minimises its loss; usually ``evaluate`` on a subset of other images. None: ``evaluate``.
     repair : callable or None, default=None
         Applied to every network before a second evaluation, such as a re-calibration of batch norms, whose statistics
         don't fit new filters. Evolution doesn't use it.
-    evolution : FilterEvolution or None, default=None
-        Settings of the evolution.
     seed : int, default=0
         Of all random draws.
     **knobs
@@ -97,12 +78,14 @@ def study_replacement(
     Returns
     -------
     dict of str to Replacement
-        By kind.
+        By kind: ``"kept"``, unchanged; ``"removed"``, set to zero, batch norm included; ``"random"``, drawn from a
+        normal distribution with the standard deviation of the layer's weights; ``"copied"`` from random other filters
+        of the layer, with their biases; ``"evolved"`` from random ones.
 
     Raises
     ------
     ConfigError
-        If a kind is unknown, the layer isn't a convolution without groups, or no filter lies below the threshold.
+        If the layer isn't a convolution without groups, or no filter lies below the threshold.
     """
     entry = {"op_names": [layer], "sparse_threshold": threshold}
     pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
@@ -132,7 +115,7 @@ def study_replacement(
         return quality_of(fitness or evaluate, replaced_by(filters)).loss
 
     found = {}
-    for kind in kinds:
+    for kind in KINDS:
         changed: nn.Module
         if kind == "kept":
             changed = detached_copy(model)
@@ -145,7 +128,7 @@ def study_replacement(
             donors = others[torch.randint(len(others), (int(weak.sum()),), generator=generator)]
             changed = replaced_by(weight[donors], donors)
         else:
-            changed = replaced_by(_evolved(drawn, loss_of, evolution or FilterEvolution(), generator))
+            changed = replaced_by(_evolved(drawn, loss_of, generator))
         repaired = None
         if repair is not None:
             after_repair = repair(changed)
@@ -161,29 +144,24 @@ def study_replacement(
     return found
 
 
-def _evolved(
-    drawn: Callable[[], Tensor],
-    loss_of: Callable[[Tensor], float],
-    settings: FilterEvolution,
-    generator: torch.Generator,
-) -> Tensor:
+def _evolved(drawn: Callable[[], Tensor], loss_of: Callable[[Tensor], float], generator: torch.Generator) -> Tensor:
     """Return the fittest filters found by tournaments, uniform crossover and normal mutation."""
 
     def winner() -> int:
         drawn_ones = torch.randint(len(losses), (_TOURNAMENT,), generator=generator).tolist()
         return int(drawn_ones[first_smallest([losses[individual] for individual in drawn_ones])])
 
-    population = [drawn() for _ in range(settings.population_size)]
+    population = [drawn() for _ in range(_POPULATION)]
     losses = [loss_of(filters) for filters in population]
-    for _ in range(settings.generations - 1):
+    for _ in range(_GENERATIONS - 1):
         best = first_smallest(losses)
         children = [population[best]]
-        while len(children) < settings.population_size:
+        while len(children) < _POPULATION:
             mother, father = population[winner()], population[winner()]
             from_mother = torch.rand(len(mother), generator=generator) < 0.5
             from_mother = from_mother.to(mother.device).view(-1, *[1] * (mother.dim() - 1))
             child = torch.where(from_mother, mother, father)
-            children.append(child + settings.mutation * drawn())
+            children.append(child + _MUTATION * drawn())
         population = children
         losses = [losses[best], *(loss_of(filters) for filters in population[1:])]
     return population[first_smallest(losses)]

@@ -22,13 +22,14 @@ from nni_topo.rules import number, one_of, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.dropout import with_dropout
-from nni_topo.studies.analysis.energy.parts import PARTS, Subject, layer_name
+from nni_topo.studies.analysis.energy.parts import PARTS, Subject
 from nni_topo.studies.analysis.energy.study import (
     THRESHOLDS,
     EnergyStudy,
     check_thresholds,
     masks_of,
     quality_on,
+    short_name,
     study_energy,
 )
 from nni_topo.studies.study import Names, Tell, TrainedStudy, plain
@@ -149,8 +150,8 @@ def show_energy(record: Record) -> Iterator[NumberTable | str]:
         alone = [layer["alone"][t] for t in thresholds]
         counts = zip((layer["removed"][t] for t in thresholds), alone, strict=True)
         cells = [f"{removed}: {100 * quality['accuracy']:.1f}" for removed, quality in counts]
-        rows.append([layer_name(layer), str(layer["filters"]), *cells])
-        losses.append([layer_name(layer), *(f"{quality['loss']:.3f}" for quality in alone)])
+        rows.append([short_name(layer["layers"]), str(layer["filters"]), *cells])
+        losses.append([short_name(layer["layers"]), *(f"{quality['loss']:.3f}" for quality in alone)])
     cells = [f"{row['removed']}: {100 * row['quality']['accuracy']:.1f}" for row in together]
     totals = [
         ["all at once", str(sum(layer["filters"] for layer in layers)), *cells],
@@ -163,7 +164,7 @@ def show_energy(record: Record) -> Iterator[NumberTable | str]:
     all_losses = ["all at once", *(f"{row['quality']['loss']:.3f}" for row in together)]
     yield NumberTable(None, ["layer", *heads], losses, [all_losses])
     for verdict in ("saturated", "redundant"):
-        names = [layer_name(layer) for layer in layers if layer["verdict"] == verdict]
+        names = [short_name(layer["layers"]) for layer in layers if layer["verdict"] == verdict]
         yield f"{verdict}: {', '.join(names) or 'none'}"
     if "suggested" in record:
         suggested = record["suggested"]

@@ -37,7 +37,6 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy import EnergyFilterPruner
-from nni_topo.rules import all_of, one_of
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class Selection:
     seconds: float  # that the selection took
 
 
-@public(model=MODEL, example_inputs=INPUTS, batches=BATCHES, methods=all_of(one_of(METHODS), Sequence))
+@public(model=MODEL, example_inputs=INPUTS, batches=BATCHES)
 def study_selection(
     model: nn.Module,
     layer: str,
@@ -66,7 +65,6 @@ def study_selection(
     evaluate: EvaluateQuality,
     *,
     keep: int,
-    methods: Sequence[str] = METHODS,
     evolution: EvolutionSettings | None = None,
     seed: int = 0,
     **knobs: Any,
@@ -87,10 +85,6 @@ def study_selection(
         Maps a model to its :class:`~nni_topo.analysis.Quality`.
     keep : int
         Number of kept filters, in [1, filters - 1].
-    methods : sequence of str, default=METHODS
-        ``"random"``; ``"energy"`` and ``"taylor"`` sort the filters, each by its own energy or mean absolute
-        first-order effect; the genetic ones search for a subset: least energy lost, least first-order effect of all
-        removed filters together, least loss.
     evolution : EvolutionSettings or None, default=None
         Settings of the search. None: the defaults.
     seed : int, default=0
@@ -101,12 +95,14 @@ def study_selection(
     Returns
     -------
     dict of str to Selection
-        By method.
+        By method. ``"random"``; ``"energy"`` and ``"taylor"`` sort the filters, each by its own energy or mean absolute
+        first-order effect; the genetic ones search for a subset: least energy lost, least first-order effect of all
+        removed filters together, least loss.
 
     Raises
     ------
     ConfigError
-        If a method is unknown or ``keep`` is out of its range.
+        If ``keep`` is out of its range.
     """
     with evaluation_mode(model):
         labelled: Any = Calibration.of(batches, "batches")
@@ -151,7 +147,7 @@ def study_selection(
         searched = {"energy, genetic": energy_lost, "taylor, genetic": joint_taylor, "loss, genetic": loss}
         module: Any = model.get_submodule(layer)
         found = {}
-        for method in methods:
+        for method in METHODS:
             began = time.perf_counter()
             kept: BoolArray = np.zeros(filters, dtype=np.bool_)
             if method in sorted_by:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.layers.kinds import kept_channels
+from nni_topo.network.layers.kinds import kept_channels, output_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import dense_of
+from nni_topo.network.speedup.dense import dense_of, to_dense
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy import EnergyFilterPruner
@@ -42,18 +42,10 @@ _ALONE = "this layer alone pruned"
 
 @dataclass(frozen=True)
 class Quality:
-    """How good a classifier is.
+    """How good a classifier is."""
 
-    Attributes
-    ----------
-    loss : float
-        Mean cross entropy in nats.
-    accuracy : float
-        In [0, 1].
-    """
-
-    loss: float
-    accuracy: float
+    loss: float  # mean cross entropy in nats
+    accuracy: float  # in [0, 1]
 
 
 EvaluateQuality = Callable[[nn.Module], Quality]
@@ -68,32 +60,18 @@ def quality_of(evaluate: EvaluateQuality, model: nn.Module) -> Quality:
 
 @dataclass(frozen=True)
 class LayerEnergy:
-    """One layer, or the layers of one dependency group, at every threshold.
+    """One layer, or the layers of one dependency group, at every threshold."""
 
-    Attributes
-    ----------
-    layers : tuple of str
-        Module names.
-    filters : int
-        Their number of filters.
-    shares : tuple of float
-        Cumulative energy shares, ascending, the last one 1.
-    removed : dict of float to int
-        Number of removed filters, by threshold.
-    alone : dict of float to Quality
-        The network with this layer alone pruned, by threshold; empty if nothing was evaluated.
-    """
-
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # module names
     filters: int
-    shares: tuple[float, ...]
-    removed: dict[float, int]
-    alone: dict[float, Quality]
+    shares: tuple[float, ...]  # cumulative energy shares, ascending, the last one 1
+    removed: dict[float, int]  # number of removed filters, by threshold
+    alone: dict[float, Quality]  # the network with this layer alone pruned, by threshold; empty without evaluation
 
     @property
     def name(self) -> str:
         """The first layer's name, and how many more there are."""
-        return f"{self.layers[0]} +{len(self.layers) - 1}" if len(self.layers) > 1 else self.layers[0]
+        return short_name(self.layers)
 
     def compression(self, threshold: float) -> float:
         """Return the share of the filters that are removed, in [0, 1)."""
@@ -102,47 +80,26 @@ class LayerEnergy:
 
 @dataclass(frozen=True)
 class WholeNetwork:
-    """The dense network with all layers pruned: number of removed filters, share of the MACs kept, in (0, 1]."""
+    """The dense network with all layers pruned."""
 
-    removed: int
-    macs: float
-    # None if nothing was evaluated
-    quality: Quality | None
+    removed: int  # filters
+    macs: float  # share of the MACs kept, in (0, 1]
+    quality: Quality | None  # None if nothing was evaluated
 
 
 @dataclass(frozen=True)
 class EnergyStudy(Findings):
-    """The effect of energy-based pruning on a network.
-
-    Attributes
-    ----------
-    thresholds : tuple of float
-        Ascending.
-    baseline : Quality or None
-        The unpruned network.
-    layers : list of LayerEnergy
-        In the network's order.
-    together : dict of float to WholeNetwork
-        All layers at once, by threshold.
-    masks : dict of float to Masks
-        Of all layers, by threshold.
-    more : dict of str to Any
-        What the command adds: the network's name, the suggestion measured on test images, and the records of parts.
-    pictures : dict of str to matplotlib.figure.Figure
-        Those of its parts, by name.
-    file : str
-        Text of ``suggested.yaml``; empty: none.
-    """
+    """The effect of energy-based pruning on a network."""
 
     stem, unwritten = "energy", ("masks", "more", "pictures", "file")
-    thresholds: tuple[float, ...]
-    baseline: Quality | None
-    layers: list[LayerEnergy]
-    together: dict[float, WholeNetwork]
-    masks: dict[float, Masks]
-    more: Record = field(default_factory=dict)
-    pictures: dict[str, Figure] = field(default_factory=dict)
-    file: str = ""
+    thresholds: tuple[float, ...]  # ascending
+    baseline: Quality | None  # of the unpruned network
+    layers: list[LayerEnergy]  # in the network's order
+    together: dict[float, WholeNetwork]  # all layers at once, by threshold
+    masks: dict[float, Masks]  # of all layers, by threshold
+    more: Record = field(default_factory=dict)  # of the command: the suggestion on test images, the parts' records
+    pictures: dict[str, Figure] = field(default_factory=dict)  # of the parts
+    file: str = ""  # text of suggested.yaml; empty: none
 
     def to_dict(self) -> Record:
         """Return the study's numbers, with a verdict on each layer, and those of its parts."""
@@ -312,9 +269,77 @@ def study_energy(
     return EnergyStudy(thresholds, baseline, rows, networks, masks)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step: the layers pruned in it, the number of filters removed, and the network's quality after it."""
+
+    layers: tuple[str, ...]
+    removed: int
+    quality: Quality
+
+
+@public(model=MODEL, example_inputs=INPUTS)
+def accumulate_energy(
+    model: nn.Module,
+    layers: Sequence[tuple[str, ...]],
+    example_inputs: Any,
+    evaluate: EvaluateQuality,
+    *,
+    threshold: float = 0.01,
+    retrain: Callable[[nn.Module], object] | None = None,
+    **knobs: Any,
+) -> list[Step]:
+    """Prune one layer after the other by energy and measure the network after each.
+
+    Source: Janjic, section 6.1 and the chapter on future work.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained model; it isn't changed.
+    layers : sequence of tuple of str
+        Layers in the order of pruning; the layers of one tuple are pruned together.
+    example_inputs : Any
+        Inputs of the model.
+    evaluate : callable
+        Maps a model to its :class:`~nni_topo.analysis.Quality`.
+    threshold : float, default=0.01
+        Energy share, in (0, 1).
+    retrain : callable or None, default=None
+        Trains the dense network in place after each layer, before it is measured and its next layer pruned. None:
+        nothing is trained.
+    **knobs
+        Of :class:`~nni_topo.EnergyFilterPruner`.
+
+    Returns
+    -------
+    list of Step
+        One per tuple.
+    """
+    steps, dense = [], model
+    for names in layers:
+        config_list = dependency_groups(
+            dense, example_inputs, [{"op_names": list(names), "sparse_threshold": threshold}]
+        )
+        pruner = EnergyFilterPruner(detached_copy(dense), config_list, example_inputs=example_inputs, **knobs)
+        _, masks = pruner.compress()
+        before = output_channels(dense.get_submodule(names[0])) or 0
+        dense = to_dense(dense, example_inputs, masks)
+        if retrain is not None:
+            retrain(dense)
+        after = output_channels(dense.get_submodule(names[0])) or 0
+        steps.append(Step(names, before - after, quality_of(evaluate, dense)))
+    return steps
+
+
 def quality_on(net: nn.Module, images: LabelledImages) -> Quality:
     """Return a network's quality on images with labels."""
     return Quality(*zoo.loss_and_accuracy(net, images, device=next(net.parameters()).device))
+
+
+def short_name(layers: Sequence[str]) -> str:
+    """Return the first name, and how many more there are."""
+    return f"{layers[0]} +{len(layers) - 1}" if len(layers) > 1 else layers[0]
 
 
 def masks_of(layers: Sequence[str], masks: Masks) -> Masks:

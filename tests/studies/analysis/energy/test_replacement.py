@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import EvolutionSettings
-from nni_topo.studies.analysis.energy.replacement import KINDS, FilterEvolution, study_replacement
+from nni_topo.studies.analysis.energy.replacement import KINDS, study_replacement
 from nni_topo.studies.analysis.energy.selection import METHODS, study_selection, taylor_terms
 from nni_topo.studies.analysis.energy.study import Quality
 
@@ -48,9 +48,7 @@ def replaced():
         return quality(model)
 
     model = net()
-    found = study_replacement(
-        model, "0", IMAGES[:1], evaluate, threshold=0.4, fitness=quality, evolution=FilterEvolution(6, 4), seed=5
-    )
+    found = study_replacement(model, "0", IMAGES[:1], evaluate, threshold=0.4, fitness=quality, seed=5)
     return model, found, dict(zip(KINDS, seen, strict=True))
 
 
@@ -76,22 +74,16 @@ def test_copied_filters_are_others_and_random_ones_are_new(replaced):
     assert found["random"].similarity < 0.9
 
 
-def test_evolution_finds_no_worse_than_it_began_with():
-    losses = [
-        study_replacement(
-            net(), "0", IMAGES[:1], quality, threshold=0.4, kinds=["evolved"], evolution=FilterEvolution(6, count)
-        )["evolved"].quality.loss
-        for count in (1, 3, 6)
-    ]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0]
+def test_evolution_finds_better_filters_than_those_that_are_kept(replaced):
+    _, found, _ = replaced
+    assert found["evolved"].quality.loss < min(found[kind].quality.loss for kind in KINDS if kind != "evolved")
 
 
 def test_repair_is_evaluated_besides():
     def blank(model):
         return nn.Sequential(*model[:-1], nn.Linear(16, 3, bias=False).requires_grad_(False).apply(_zero))
 
-    found = study_replacement(net(), "0", IMAGES[:1], quality, threshold=0.4, kinds=["random"], repair=blank)
+    found = study_replacement(net(), "0", IMAGES[:1], quality, threshold=0.4, repair=blank)
     assert found["random"].repaired.loss == pytest.approx(np.log(3))
     assert found["random"].quality.loss != pytest.approx(np.log(3))
 
@@ -102,12 +94,8 @@ def _zero(module):
 
 
 def test_replacement_refuses_what_it_cannot_do():
-    with pytest.raises(ConfigError, match="got \\['copy'\\]"):
-        study_replacement(net(), "0", IMAGES[:1], quality, kinds=["copy"])
     with pytest.raises(ConfigError, match="got 0 \\(0\\)"):
         study_replacement(net(), "0", IMAGES[:1], quality, threshold=1e-9)
-    with pytest.raises(ConfigError, match="population_size must be an integer of at least 2, got 1"):
-        FilterEvolution(population_size=1)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -161,14 +149,12 @@ def test_selection_refuses_what_it_cannot_do():
     arguments = net(), "0", IMAGES[:1], [(IMAGES, LABELS)], quality
     with pytest.raises(ConfigError, match="in \\[1, 7\\], got 8"):
         study_selection(*arguments, keep=8)
-    with pytest.raises(ConfigError, match=r"got \["):
-        study_selection(*arguments, keep=2, methods=["tailor"])
 
 
 def test_selection_leaves_model_and_mode_alone():
     model = net().train()
     before = copy.deepcopy(model.state_dict())
-    study_selection(model, "0", IMAGES[:1], [(IMAGES, LABELS)], quality, keep=4, methods=["taylor"])
+    study_selection(model, "0", IMAGES[:1], [(IMAGES, LABELS)], quality, keep=4, evolution=EvolutionSettings(4, 2))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert model.training
     assert not model[1]._forward_hooks

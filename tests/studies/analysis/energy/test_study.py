@@ -14,8 +14,7 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.studies.analysis.energy.accumulated import accumulate_energy
-from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, study_energy
+from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, accumulate_energy, study_energy
 from nni_topo.testing import toy_images, toy_model
 
 THRESHOLDS = (0.05, 0.1, 0.3, 0.6)
