@@ -7,50 +7,26 @@ from nni_topo.maths.topology.overlap import (
     random_overlap_log10,
     tree_overlap,
 )
-from nni_topo.studies.analysis.bounds.propagation import ErrorBound, LayerErrorBound, error_bound
-from nni_topo.studies.analysis.compression import (
-    CriticalCompression,
-    LayerCount,
-    critical_compression_ratio,
-    critical_config_list,
-)
-from nni_topo.studies.analysis.connectivity import Connectivity, connectivity
+from nni_topo.studies.analysis.bounds.propagation import error_bound
+from nni_topo.studies.analysis.compression import critical_compression_ratio, critical_config_list
+from nni_topo.studies.analysis.connectivity import connectivity
 from nni_topo.studies.analysis.deviation import NetDeviation, net_deviation
 from nni_topo.studies.analysis.energy.dropout import study_dropout
 from nni_topo.studies.analysis.energy.replacement import study_replacement
 from nni_topo.studies.analysis.energy.selection import study_selection
-from nni_topo.studies.analysis.energy.study import (
-    EnergyStudy,
-    LayerEnergy,
-    Quality,
-    accumulate_energy,
-    study_energy,
-)
+from nni_topo.studies.analysis.energy.study import Quality, accumulate_energy, study_energy
 from nni_topo.studies.analysis.evolution import EvolutionStudy, EvolutionTrial
-from nni_topo.studies.analysis.persistence import NeuralPersistence, neural_persistence
-from nni_topo.studies.analysis.retraining import RetrainingBound, retraining_bound
-from nni_topo.studies.analysis.sensitivity import Sensitivity, SensitivityCurve, sensitivity
+from nni_topo.studies.analysis.persistence import neural_persistence
+from nni_topo.studies.analysis.retraining import retraining_bound
+from nni_topo.studies.analysis.sensitivity import sensitivity
 from nni_topo.studies.analysis.splits import draw_splits
-from nni_topo.studies.analysis.topology import LayerTopology, TopologyStudy, study_topology
+from nni_topo.studies.analysis.topology import study_topology
 
 __all__ = [
-    "Connectivity",
-    "CriticalCompression",
-    "EnergyStudy",
-    "ErrorBound",
     "EvolutionStudy",
     "EvolutionTrial",
-    "LayerCount",
-    "LayerEnergy",
-    "LayerErrorBound",
-    "LayerTopology",
     "NetDeviation",
-    "NeuralPersistence",
     "Quality",
-    "RetrainingBound",
-    "Sensitivity",
-    "SensitivityCurve",
-    "TopologyStudy",
     "accumulate_energy",
     "connectivity",
     "critical_compression_ratio",

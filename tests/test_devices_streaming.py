@@ -111,22 +111,6 @@ def test_solved_and_learned_weights_are_near(device, steps, source, tmp_path):
 
 
 @pytest.mark.slow
-def test_removed_blocks_are_made_up_for_on_the_device(device, tmp_path):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 3}, num_attention_heads=4)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
-    reports = []
-    for place in ("cpu", device):
-        knobs = SOLVED | {"device": place, "remove_blocks": 1, "distill": {"steps": 2}}
-        target = tmp_path / str(place).replace(":", "")
-        reports.append(nni_topo.shrink_pretrained(tmp_path / "source", tokens(), target, {"params": 0.7}, **knobs))
-    assert reports[0].removed == reports[1].removed
-    assert len(reports[0].removed) == 1
-    distances = [[row.distance for row in report.blocks] for report in reports]
-    assert distances[1] == pytest.approx(distances[0], rel=0.05)
-
-
-@pytest.mark.slow
 def test_a_stopped_run_goes_on_on_another_device(device, source, tmp_path, monkeypatch):
     class StopError(Exception):
         pass

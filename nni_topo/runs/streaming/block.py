@@ -14,9 +14,9 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.inputs import Call, batch_size, bind_arguments, on_device, real_positions, taken
 from nni_topo.runs.streaming.skeleton import Skeleton, states_in, states_of
 
-UNPRUNED, PADDING_MASK, WANTED = "unpruned_states", "attention_mask", "wanted_states"
+UNPRUNED, PADDING_MASK = "unpruned_states", "attention_mask"
 """Inputs of a block's network besides `STATES`, the states after the pruned blocks: the states after the unpruned
-blocks; the padding mask; and, if blocks after it are removed, the states that it should reach."""
+blocks, and the padding mask."""
 _EXTRA = "extra{}"
 _MOST_EXTRAS = 6  # that `BlockNet.forward` takes
 
@@ -36,7 +36,6 @@ class BlockNet(nn.Module):
         hidden_states: Tensor,
         unpruned_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        wanted_states: Tensor | None = None,
         extra0: Tensor | None = None,
         extra1: Tensor | None = None,
         extra2: Tensor | None = None,
@@ -49,25 +48,6 @@ class BlockNet(nn.Module):
         states = unpruned_states if self.reads_unpruned else hidden_states
         args, kwargs = self.frame.arguments(states, (extra0, extra1, extra2, extra3, extra4, extra5))
         return states_of(self.block(*args, **kwargs))
-
-
-class WantedStates(nn.Module):
-    """Returns the states that a block should reach, in place of the blocks that compute them.
-
-    Its inputs are copied to ``device`` and cast to ``dtype``, as a model's inputs are to those of its parameters.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.place = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
-        self.states = nn.Identity()
-
-    def forward(
-        self, hidden_states: Tensor, wanted_states: Tensor, attention_mask: Tensor | None = None, **others: Tensor
-    ) -> Tensor:
-        """Return the wanted states, (samples, places, width)."""
-        states: Tensor = self.states(wanted_states)
-        return states
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,16 @@ _PART = ".part"  # suffix of files that aren't complete
 class Journal:
     """The state of a run in its output folder.
 
-    ``settings`` identify the run. If processes share the calibration data, the first one reads and writes the common
-    files; each has the states of its own samples.
+    ``settings`` identify the run, which prunes so many ``blocks``. If processes share the calibration data, the first
+    one reads and writes the common files; each has the states of its own samples.
 
     ConfigError if the folder holds other files, or a run with other settings that has finished a block.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], processes: Processes | None = None) -> None:
-        self.folder, self._processes = folder, processes
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], blocks: int, processes: Processes | None = None
+    ) -> None:
+        self.folder, self._blocks, self._processes = folder, blocks, processes
         self.is_first = processes is None or processes.rank == 0
         # Digests, because the settings hold paths, and the report is published with the model. Addresses of objects are
         # removed, because they differ between processes.
@@ -63,7 +65,6 @@ class Journal:
                 f"a run that was stopped or is finished must be called with the same settings, got others: "
                 f"{', '.join(names)}{hint}; delete the folder to begin anew ({folder})"
             )
-        self.kept: list[int] = content.get("kept", [])  # numbers of the kept blocks in the source
         self.rows: list[dict[str, Any]] = content.get("rows", [])  # one record for each finished block
         self.report: dict[str, Any] | None = content.get("report")  # of a finished run
         self._states = folder / _FOLDER
@@ -79,7 +80,6 @@ class Journal:
             for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
                 path.unlink()
         if not self.rows:
-            self.kept = []
             self._write()  # first, so that a run that is killed early can be started again
 
     def write_weights(self, number: int, tensors: Mapping[str, Tensor]) -> None:
@@ -88,7 +88,7 @@ class Journal:
         It is valid once `note` has recorded it.
         """
         if self.is_first:
-            file = f"model-{number + 1:05d}-of-{len(self.kept) + 1:05d}.safetensors"
+            file = f"model-{number + 1:05d}-of-{self._blocks + 1:05d}.safetensors"
             _write_tensors(self.folder / file, tensors)
 
     def note(self, row: Mapping[str, Any] | None = None) -> None:
@@ -106,7 +106,7 @@ class Journal:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _write(self) -> None:
-        write_json(self.folder / JOURNAL, {"settings": self._settings, "kept": self.kept, "rows": self.rows})
+        write_json(self.folder / JOURNAL, {"settings": self._settings, "rows": self.rows})
 
     def begin_states(self, blocks: int) -> None:
         """Begin to write the states after so many blocks; they are valid once `note` has recorded the block."""

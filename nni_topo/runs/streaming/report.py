@@ -56,8 +56,6 @@ class StreamingReport(ModelReport):
         Name of the pruner.
     recovery : str
         Name of the recovery method; empty where no weights were reconstructed.
-    removed : tuple of str, default=()
-        Names of the blocks that were removed, in the unpruned model.
     warnings : tuple of str
         What makes the figures doubtful.
     changed_since : tuple of str, default=()
@@ -74,7 +72,6 @@ class StreamingReport(ModelReport):
     held_out: int
     pruner: str
     recovery: str
-    removed: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     changed_since: tuple[str, ...] = ()
 
@@ -107,8 +104,6 @@ class StreamingReport(ModelReport):
 
     def __repr__(self) -> str:
         lines = [self.to_frame().to_string(index=False, float_format=lambda value: f"{value:.4g}")]
-        if self.removed:
-            lines.append(f"removed: {', '.join(self.removed)}")
         lines.append(self._outputs())
         lines.append(f"parameters: {self.params_before:,} before, {self.params:,} after")
         lines.append(str(self.budget))
@@ -119,7 +114,6 @@ class StreamingReport(ModelReport):
         """Return the report as Markdown, for the model's card."""
         steps = [
             f"pruner: {as_code(self.pruner)}, block by block, the same widths in all blocks",
-            *([f"removed: {', '.join(map(as_code, self.removed))}"] if self.removed else []),
             f"weight reconstruction: {as_code(self.recovery) if self.recovery else 'none'}",
             f"blocks that were distilled: {sum(row.is_distilled for row in self.blocks)} of {len(self.blocks)}",
             f"calibration data: {self.samples} samples, without labels",
@@ -152,7 +146,6 @@ def as_report(content: dict[str, Any]) -> StreamingReport:
             "widths": {name: (before, after) for name, (before, after) in content["widths"].items()},
             "budget": BudgetOutcome(**content["budget"]),
             "likeness": Likeness(**{name: Estimate(**each) for name, each in content["likeness"].items()}),
-            "removed": tuple(content["removed"]),
             "warnings": tuple(content["warnings"]),
             "changed_since": tuple(content["changed_since"]),
         }

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from os import PathLike
@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.disk import check_free_disk, disk_errors, only_process, path_of, read_json, write_text
-from nni_topo.errors import ConfigError, DataError, listed, raised, unknown_name
-from nni_topo.maths.ties import first_smallest
+from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.measure import count_params, counting_macs
 from nni_topo.network.io.card import CARD, may_write_card, model_card
-from nni_topo.network.io.checkpoint import tell_depth
 from nni_topo.network.layers.kinds import with_transposed_weights
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
@@ -43,14 +41,13 @@ from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
 from nni_topo.pruners.budget import Budget, as_budget, budget_outcome, warn_if_missed
 from nni_topo.recovery import RecoveryMethod, distillation
-from nni_topo.recovery.blocks import gap_after, solutions
 from nni_topo.recovery.likeness import NO_SCALE, Answers
 from nni_topo.rules import ANYTHING, FLAG, NONE, SEED, all_of, instance, whole
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.prepared import Prepared
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.settings import PREFERRED, Settings
-from nni_topo.runs.streaming.block import PADDING_MASK, UNPRUNED, WANTED, BlockNet, WantedStates, entering
+from nni_topo.runs.streaming.block import PADDING_MASK, UNPRUNED, BlockNet, entering
 from nni_topo.runs.streaming.journal import JOURNAL, Journal
 from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_report
 from nni_topo.runs.streaming.skeleton import (
@@ -83,7 +80,6 @@ _logger = logging.getLogger(__name__)
     pruner=instance(str),
     knobs=instance(Mapping) | NONE,
     layers=all_of(instance(str), Collection, 1) | NONE,
-    remove_blocks=whole(0) | all_of(instance(str), Collection, 1),
     compensate=instance(str, RecoveryMethod) | NONE,
     distill=instance(bool, Mapping),
     round_to=whole(1) | NONE,  # not "auto": the widths don't depend on the device
@@ -101,7 +97,6 @@ def shrink_pretrained(
     pruner: str = "reconstruction",
     knobs: Mapping[str, Any] | None = None,
     layers: Collection[str] | None = None,
-    remove_blocks: int | Collection[str] = 0,
     compensate: str | RecoveryMethod | None = "reconstruct",
     distill: Mapping[str, Any] | bool = True,
     round_to: int | None = None,
@@ -138,11 +133,6 @@ def shrink_pretrained(
     layers : collection of str, optional
         Names of the layers to prune within a block, such as ``["mlp.gate_proj", "mlp.up_proj"]``. By default all that
         can lose channels.
-    remove_blocks : int or collection of str, default=0
-        How many whole blocks are removed, or their names, such as ``["model.layers.5"]``. Of a number those go that
-        change the states least, by the mean cosine of the states before and after a block [1]_. The block before a gap
-        makes up for it. The first block stays. Blocks that are removed count for the budget; the others lose what is
-        still needed.
     compensate : str, RecoveryMethod or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`; None: the weights are not reconstructed.
     distill : mapping or bool, default=True
@@ -194,17 +184,12 @@ def shrink_pretrained(
     the unpruned model, so that it makes up for errors of the blocks before it.
 
     Memory: the embeddings and the head, about twelve times one block, 8 bytes for each pair of input channels of its
-    widest layer, the states of all samples three times in single precision (four times where blocks are removed), and
-    with distillation what 64 samples need for gradients. States lie in files of ``folder``, in the precision of the
+    widest layer, the states of all samples three times in single precision, and with distillation what 64 samples need
+    for gradients. States lie in files of ``folder``, in the precision of the
     model. With another ``device`` than the CPU all of this is the device's memory. The machine's memory then holds the
     states and attention masks of all samples, and one block while it is read or written.
 
     Other files of ``source``, such as those of the tokenizer, are copied.
-
-    References
-    ----------
-    .. [1] X. Men et al., "ShortGPT: layers in large language models are more redundant than you expect",
-       https://arxiv.org/abs/2403.03853
     """
     began = time.perf_counter()
     place, target = path_of(source, "source").expanduser(), path_of(folder, "folder").expanduser()
@@ -238,17 +223,6 @@ def shrink_pretrained(
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     where = torch.device("cpu") if device is None else resolve_device(device)
     skeleton = Skeleton(place, where)
-    names = [skeleton.name_of(index) for index in range(len(skeleton))]
-    removed = remove_blocks if isinstance(remove_blocks, int) else sorted(set(remove_blocks))
-    if isinstance(removed, int):
-        if removed >= len(names):
-            raise ConfigError(f"the first of {len(names)} blocks must stay, got {removed} to remove (remove_blocks)")
-    else:
-        for name in removed:
-            if name not in names:
-                raise unknown_name("a block", name, names, "remove_blocks")
-        if names[0] in removed:
-            raise ConfigError(f"the first block must stay, got its name, {names[0]} (remove_blocks)")
     settings.check_shared(calibration, wanted)
     settings.check_two_samples(calibration)
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
@@ -268,7 +242,6 @@ def shrink_pretrained(
         "batches": samples if processes is None else processes.gather(samples, "the inputs"),
         "pruner": [pruner, sorted(settings.knobs.items())],
         "layers": settings.layers,
-        "remove_blocks": removed,
         "compensate": [compensate, sorted(vars(compensate).items())]
         if isinstance(compensate, RecoveryMethod)
         else compensate,
@@ -279,17 +252,17 @@ def shrink_pretrained(
     found = read_json(target / JOURNAL) if is_first else None
     is_finished = isinstance(found, dict) and "report" in found  # then nothing is written
     with only_process(target, wait=False) if is_first and not is_finished else nullcontext():
-        journal = Journal(target, identity, processes)
+        journal = Journal(target, identity, len(skeleton), processes)
         if journal.report is not None:
             journal.delete_states()  # of a run that was killed at its end
             return as_report(journal.report)
         run = _Run(skeleton, calibration, given, journal, wanted, settings)
         journal.begin()
-        run.begin(removed)
+        run.begin()
         shows = progress if is_first else False
         done = len(journal.rows)
-        for number in bar("shrink_pretrained", shows, range(done, len(journal.kept)), done=done):
-            run.prune(number)
+        for index in bar("shrink_pretrained", shows, range(done, len(skeleton)), done=done):
+            run.prune(index)
             give_back_memory(skeleton.model)  # that of the block
         report = run.report()
         if is_first:
@@ -321,15 +294,12 @@ class _Run:
         # Whether a sample of any process has padding.
         self._is_padded = any(gathered(calibration.processes, is_padded, "the padding"))
 
-    def begin(self, removed: int | Sequence[str]) -> None:
-        """Learn what blocks return. A new run writes the states before the first block, and the other weights.
-
-        ``removed``: the number of blocks to remove, or their names.
-        """
+    def begin(self) -> None:
+        """Learn what blocks return. A new run writes the states before the first block, and the other weights."""
         skeleton, journal = self._skeleton, self._journal
         with fitting(0, "batches"):
             if not journal.rows:
-                self._check_room(is_shorter=bool(removed))
+                self._check_room()
             skeleton.learn_output(self._calls[0])
         if journal.rows:
             return
@@ -345,7 +315,6 @@ class _Run:
                     f"of a masked autoencoder (batches, {type(skeleton.model).__name__})"
                 )
             journal.add_states(0, number, {STATES: states, UNPRUNED: states.clone()})
-        journal.kept = self._blocks_that_stay(removed)
         # Of tensors that are shared, the first one is enough.
         rest: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in skeleton.rest().items():
@@ -353,7 +322,7 @@ class _Run:
         journal.write_weights(0, dict(rest.values()))
         journal.note()
 
-    def _check_room(self, *, is_shorter: bool) -> None:
+    def _check_room(self) -> None:
         """Raise DataError unless memory is enough to prune a block, and the disk for the model and the states."""
         skeleton = self._skeleton
         widest = 0
@@ -362,7 +331,7 @@ class _Run:
             if isinstance(weight, Tensor) and weight.dim() > 1:
                 widest = max(widest, weight.shape[0], weight[0].numel())
         states = states_in(skeleton.entering(self._calls[0], 0))
-        of_states = (4 if is_shorter else 3) * 4 * states[0].numel() * self._samples.samples
+        of_states = 3 * 4 * states[0].numel() * self._samples.samples
         block = sum(each.nbytes for each in skeleton.blocks[0].parameters())
         needed = _COPIES * block + 8 * widest**2 + of_states + _CACHE
         if self._settings.distill is not False:
@@ -373,61 +342,16 @@ class _Run:
         weights = sum(path.stat().st_size for path in skeleton.files)
         check_free_disk(self._journal.folder, weights + 2 * 2 * states[0].nbytes * self._samples.samples)
 
-    def _blocks_that_stay(self, removed: int | Sequence[str]) -> list[int]:
-        """Return the numbers of the blocks that aren't removed."""
-        count = len(self._skeleton)
-        if not isinstance(removed, int):
-            return [index for index in range(count) if self._skeleton.name_of(index) not in removed]
-        if not removed:
-            return list(range(count))
-        scores: list[float] = []
-        states = self._journal.states(len(self._calls))
-        for index in range(count):
-            sums = torch.zeros(2, dtype=torch.float64, device="cpu")  # of cosines, and the number of places
-            for state, call, after in self._unpruned_through(index, states):
-                before = state[UNPRUNED].to(after)
-                # Cosines in single precision: half precision has three digits.
-                found = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-                real = real_positions_of(self._skeleton.model, call)
-                if real is not None and real.shape == found.shape:
-                    found = found[real.to(found.device)]
-                sums[0] += float(found.double().sum())
-                sums[1] += found.numel()
-                state[UNPRUNED] = after.to(state[UNPRUNED])
-            if self._samples.processes is not None:
-                self._samples.processes.add([sums], f"the states before and after {self._skeleton.name_of(index)}")
-            cosine, places = sums.tolist()
-            scores.append(1.0 - cosine / places)
-        going: set[int] = set()
-        for _ in range(removed):
-            others = [index for index in range(1, count) if index not in going]
-            going.add(others[first_smallest([scores[index] for index in others])])
-        return [index for index in range(count) if index not in going]
-
-    def _unpruned_through(
-        self, index: int, states: Sequence[dict[str, Tensor]]
-    ) -> Iterator[tuple[dict[str, Tensor], Call, Tensor]]:
-        """Yield for each batch its states, its call, and the output of an unpruned block for the unpruned states."""
-        skeleton = self._skeleton
-        frame, others = entering(skeleton, self._calls, index, adds_padding=self._is_padded)
-        net: BlockNet = evaluating(BlockNet(skeleton.block(index), skeleton.config, frame, reads_unpruned=True))
-        for number, (state, extras, call) in enumerate(zip(states, others, self._calls, strict=True)):
-            with torch.no_grad():
-                after = net(**on_device({**state, **extras}, skeleton.device))
-            _check_finite(after, skeleton.name_of(index), number)
-            yield state, call, after
-
     def _data(self, batches: list[dict[str, Any]]) -> Calibration:
         """Return states as calibration data, with the groups and processes of the model's inputs."""
         found = Calibration(batches, name="batches", groups=self._samples.groups)
         found.processes = self._samples.processes
         return found
 
-    def prune(self, number: int) -> None:
-        """Prune one kept block, and write its weights and the states after it and the removed blocks that follow."""
+    def prune(self, index: int) -> None:
+        """Prune one block, and write its weights and the states after it."""
         began = time.perf_counter()
-        skeleton, kept = self._skeleton, self._journal.kept
-        index = kept[number]
+        skeleton = self._skeleton
         name = skeleton.name_of(index)
         frame, others = entering(skeleton, self._calls, index, adds_padding=self._is_padded)
         states = self._journal.states(len(self._calls))
@@ -435,29 +359,24 @@ class _Run:
         block, config = skeleton.block(index), copy.deepcopy(skeleton.config)
         unpruned: BlockNet = evaluating(BlockNet(block, config, frame, reads_unpruned=True))
         entered: BlockNet = evaluating(BlockNet(block, config, frame))
-        wanted: BlockNet | WantedStates = unpruned  # returns the states that the pruned block should reach
-        removed = range(index + 1, kept[number + 1] if number + 1 < len(kept) else len(skeleton))
-        if removed:
-            wanted = WantedStates(skeleton.device, next(block.parameters()).dtype)
-            after = [{STATES: batch[STATES], UNPRUNED: batch[UNPRUNED]} for batch in batches]
-            for each in (index, *removed):
-                for state, _, reached in self._unpruned_through(each, after):
-                    state[UNPRUNED] = reached.to(state[UNPRUNED])
-            for batch, state in zip(batches, after, strict=True):
-                batch[WANTED] = state[UNPRUNED]
         calibration = self._data(batches)
         if index:
             calibration.instead = {STATES: UNPRUNED}
-        for place, call in enumerate(calls(unpruned, calibration)):
+        for number, call in enumerate(calls(unpruned, calibration)):
             with torch.no_grad():
-                _check_finite(unpruned(*call[0], **call[1]), name, place)
+                after = unpruned(*call[0], **call[1])
+            if not bool(torch.isfinite(after).all()):
+                raise DataError(
+                    f"what a block of the unpruned model puts out must be finite, got NaN or infinity ({name}, batch "
+                    f"{number})"
+                )
 
         self._settings.check_layers(block)
         images = ImageParts.of(calibration, entered)
         # The share of each block's cost that is kept, so that the whole model keeps its share.
         cost_before, rest = cost_of(self._budget.kind, entered, images.example), self._cost_of_rest()
         total = rest + cost_before * len(skeleton)
-        share = (self._budget.share * total - rest) / (total - rest) / (len(kept) / len(skeleton))
+        share = (self._budget.share * total - rest) / (total - rest)
         if share <= 0.0:
             raise ConfigError(
                 f"a budget must leave something for the blocks, got {self._budget.share:g} of the {self._budget.kind} "
@@ -472,19 +391,6 @@ class _Run:
         layers = sorted(made.layers.rows, key=lambda row: row.name)
         widths = {row.name.removeprefix("block."): [row.before, row.after] for row in layers}
         del made
-        warnings: list[str] = []
-        if isinstance(wanted, WantedStates):
-            # The last layer of the block adds to the states what the removed blocks after it added.
-            (call, *_) = calls(wanted, Calibration(batches[:1]))
-            gap = gap_after(dense, dense.block, wanted, wanted.states, call)
-            if gap is None:
-                warnings.append(
-                    f"no weights of {name} are solved to make up for the blocks removed after it: none of its layers "
-                    "is added to the states without a norm before the sum, as in Gemma 3, or after it, as in BERT"
-                )
-                _logger.warning("%s", warnings[-1])
-            else:
-                gap.fill(solutions((wanted, dense), [gap], images.learned, "auto")[0])
         give_back_memory(self._skeleton.model)
         is_distilled = False
         if self._settings.distill is not False:
@@ -495,12 +401,12 @@ class _Run:
                 "progress": False,
             }
             knobs = offered | dict(self._settings.distillation_knobs)
-            done = distillation(dense, wanted, images.learned, **knobs)
+            done = distillation(dense, unpruned, images.learned, **knobs)
             dense, is_distilled = done.model, done.is_kept
 
         if self._journal.is_first:
-            self._write(number, unpruned, dense)
-        distances = self._advance(name, entered, wanted, dense, batches)
+            self._write(index, unpruned, dense)
+        distances = self._advance(name, entered, unpruned, dense, batches)
         row = BlockRow(
             block=name,
             params_before=count_params(entered),
@@ -511,7 +417,7 @@ class _Run:
             seconds=time.perf_counter() - began,
         )
         costs = {"cost_before": cost_before, "cost": cost_of(self._budget.kind, dense, images.example)}
-        self._journal.note({"block": asdict(row), "widths": widths, "warnings": warnings, **costs})
+        self._journal.note({"block": asdict(row), "widths": widths, **costs})
 
     def _cost_of_rest(self) -> float:
         """Return the cost outside of the blocks, in multiply-accumulates counted by PyTorch, or in parameters."""
@@ -523,11 +429,11 @@ class _Run:
             skeleton.outputs(self._calls[0], states)
         return counted.all / len(states)
 
-    def _write(self, number: int, unpruned: BlockNet, dense: Any) -> None:
+    def _write(self, index: int, unpruned: BlockNet, dense: Any) -> None:
         """Write the weights of a pruned block; with those of the first block also the config."""
         skeleton, journal = self._skeleton, self._journal
         tensors = with_transposed_weights(detached_copy(dense.block)).state_dict()
-        if number == 0:
+        if index == 0:
             config = self._described(unpruned, dense, tensors)
             config.architectures = [type(skeleton.model).__name__]
             with disk_errors(journal.folder / CONFIG):
@@ -535,29 +441,23 @@ class _Run:
         if self._described_skeleton is None:
             config = type(skeleton.model).config_class.from_pretrained(journal.folder)
             self._described_skeleton = skeleton.described(config)
-        self._check_computes(number, self._described_skeleton, dense, tensors)
+        self._check_computes(index, self._described_skeleton, dense, tensors)
         types = {name: tensor.dtype for name, tensor in unpruned.block.state_dict().items()}  # those of the files
-        place = skeleton.name_of(number)
+        place = skeleton.name_of(index)
         values = {f"{place}.{name}": tensor.to(types[name]) for name, tensor in tensors.items()}
-        journal.write_weights(number + 1, values)
+        journal.write_weights(index + 1, values)
 
     def _described(self, unpruned: BlockNet, dense: Any, tensors: Mapping[str, Tensor]) -> Any:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
-        config, kept, skeleton = copy.deepcopy(dense.config), self._journal.kept, self._skeleton
+        config, skeleton = copy.deepcopy(dense.config), self._skeleton
         kind = type(skeleton.model)
-        tell_depth(config, len(skeleton), kept)
-        if len(kept) < len(skeleton) and getattr(config, "num_hidden_layers", None) != len(kept):
-            raise ConfigError(
-                "a config must have the number of blocks as num_hidden_layers, where blocks are removed, got none; use "
-                f"nni_topo.shrink and nni_topo.save in memory ({type(config).__name__})"
-            )
         # Transformers 4 needs the removed heads of BERT and similar models in the config.
         heads = copy.deepcopy(config)
         before, after = find_attention(unpruned.block), find_attention(dense.block)
         removed = {each.heads - after[name].heads for name, each in before.items()}
         if len(removed) == 1:
             count = removed.pop()
-            heads.pruned_heads = {index: list(range(count)) for index in range(len(kept))}
+            heads.pruned_heads = {index: list(range(count)) for index in range(len(skeleton))}
         wanted = {name: tuple(value.shape) for name, value in tensors.items()}
         first = f"{skeleton.name_of(0)}."
         different = ""
@@ -579,12 +479,11 @@ class _Run:
             f"from_pretrained must be able to build the model by its config, got {different}; {_CURE} ({kind.__name__})"
         )
 
-    def _check_computes(self, number: int, described: Skeleton, dense: Any, tensors: Mapping[str, Tensor]) -> None:
+    def _check_computes(self, index: int, described: Skeleton, dense: Any, tensors: Mapping[str, Tensor]) -> None:
         """Raise ConfigError unless a block built from the written config has the outputs of the pruned block.
 
         Shapes don't show values that a class computes from its config, such as a scale from the number of heads.
         """
-        index = self._journal.kept[number]
         states = self._journal.states(1)[0]
         few = torch.arange(min(_COMPARED, len(states[STATES])))
         call, entered = taken(self._calls[0], few), states[STATES][few].to(self._skeleton.device)
@@ -594,10 +493,10 @@ class _Run:
         rule = "the block that from_pretrained builds by the config must put out what the pruned block does"
         outputs = []
         try:
-            for skeleton, place_of_block in ((self._skeleton, index), (described, number)):
+            for skeleton in (self._skeleton, described):
                 is_own = skeleton is self._skeleton
-                block = detached_copy(dense.block) if is_own else described.filled(number, tensors)
-                args, kwargs = cast_floats(with_states(skeleton.entering(call, place_of_block), entered), wide)
+                block = detached_copy(dense.block) if is_own else described.filled(index, tensors)
+                args, kwargs = cast_floats(with_states(skeleton.entering(call, index), entered), wide)
                 with evaluation_mode(block), torch.no_grad():
                     outputs.append(states_of(block.to(wide)(*args, **kwargs)).double())
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -614,7 +513,7 @@ class _Run:
         self,
         name: str,
         entered: BlockNet,
-        wanted_net: BlockNet | WantedStates,
+        unpruned: BlockNet,
         dense: nn.Module,
         batches: Sequence[Mapping[str, Any]],
     ) -> tuple[float, float]:
@@ -632,7 +531,7 @@ class _Run:
         for place, batch in enumerate(batches):
             (call,) = calls(entered, Calibration([batch]))
             with evaluation_mode(dense), torch.no_grad():
-                wanted = wanted_net(*call[0], **call[1])
+                wanted = unpruned(*call[0], **call[1])
                 reached = states_of(dense(*call[0], **call[1]))
             kind = batch[STATES].dtype
             states = {STATES: reached.to(kind), UNPRUNED: wanted.to(kind)}
@@ -678,14 +577,11 @@ class _Run:
         # All unpruned blocks have the same cost.
         rest, costs = self._cost_of_rest(), [row["cost"] for row in journal.rows]
         cost_before = journal.rows[0]["cost_before"]
-        # If the kept blocks lost nothing, the removed ones have saved enough.
-        why = "blocks are equally wide" if min(costs) < cost_before else "the removed blocks save more"
         left = (rest + sum(costs)) / (rest + cost_before * len(skeleton))
-        outcome = budget_outcome(self._budget.kind, self._budget.share, left, why)
+        outcome = budget_outcome(self._budget.kind, self._budget.share, left, "blocks are equally wide")
         warn_if_missed(outcome)
         before = count_params(skeleton.model)
-        removed = [skeleton.name_of(index) for index in range(len(skeleton)) if index not in journal.kept]
-        after = before - sum(row.params_before - row.params for row in rows) - len(removed) * rows[0].params_before
+        after = before - sum(row.params_before - row.params for row in rows)
         last, doubts = rows[-1], []
         if math.isinf(likeness.distance.value):
             doubts.append(NO_SCALE)
@@ -710,8 +606,7 @@ class _Run:
             held_out=0 if held_out is None else held_out.samples_of_all,
             pruner=self._settings.pruner_name,
             recovery=self._settings.recovery_name,
-            removed=tuple(removed),
-            warnings=(*doubts, *(each for row in journal.rows for each in row["warnings"])),
+            warnings=tuple(doubts),
         )
 
     def finish(self, report: StreamingReport, *, card: bool) -> None:
@@ -741,11 +636,3 @@ class _Tail(nn.Module):
         """Return the model's output."""
         states = hidden_states if self._reads == STATES else unpruned_states
         return self._skeleton.outputs(((), inputs), states)
-
-
-def _check_finite(states: Tensor, name: str, batch: int) -> None:
-    """Raise DataError if the output of an unpruned block isn't finite."""
-    if not bool(torch.isfinite(states).all()):
-        raise DataError(
-            f"what a block of the unpruned model puts out must be finite, got NaN or infinity ({name}, batch {batch})"
-        )

@@ -32,27 +32,13 @@ Convention = Literal["theorem", "tables"]
 
 @dataclass(frozen=True)
 class LayerCount:
-    """The numbers that give a layer's critical ratio.
+    """The numbers that give a layer's critical ratio."""
 
-    Attributes
-    ----------
-    kind : {"dense", "recurrent", "conv"}
-        The kind of layer.
-    edges : int
-        Edges of its graph; for a convolution, between one input plane and one output plane.
-    tree_edges : int
-        Number of nodes of that graph minus one.
-    weights : int
-        Number of its weights.
-    channel_tree : int
-        Number of weights that keep all its channels connected, see :func:`nni_topo.topology.channel_tree`.
-    """
-
-    kind: str
-    edges: int
-    tree_edges: int
+    kind: str  # dense, recurrent or conv
+    edges: int  # of its graph; for a convolution, between one input plane and one output plane
+    tree_edges: int  # number of nodes of that graph minus one
     weights: int
-    channel_tree: int
+    channel_tree: int  # weights that keep all its channels connected, see `nni_topo.topology.channel_tree`
 
     @property
     def ratio(self) -> float:
@@ -71,22 +57,12 @@ class LayerCount:
 
 @dataclass(frozen=True)
 class CriticalCompression(Findings):
-    """Critical compression ratios of a model.
-
-    Attributes
-    ----------
-    convention : {"theorem", "tables"}
-        How edges of convolutions were counted.
-    counts : dict of str to LayerCount
-        By layer, in the model's order.
-    skipped : dict of str to str
-        Modules with weights that aren't counted, and why: their type, or ``"1x1"`` by the tables' convention.
-    """
+    """Critical compression ratios of a model."""
 
     stem = "compression"
-    convention: Convention
-    counts: dict[str, LayerCount]
-    skipped: dict[str, str]
+    convention: Convention  # how edges of convolutions were counted
+    counts: dict[str, LayerCount]  # by layer, in the model's order
+    skipped: dict[str, str]  # modules with weights that aren't counted, and why: their type, or "1x1"
 
     @property
     def layers(self) -> dict[str, float]:

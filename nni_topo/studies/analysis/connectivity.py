@@ -34,21 +34,11 @@ _LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 @dataclass(frozen=True)
 class Connectivity:
-    """The parts of a model that kept weights still connect.
+    """The parts of a model that kept weights still connect."""
 
-    Attributes
-    ----------
-    outputs : float
-        Share of the model's outputs that a path of kept weights reaches from its inputs, in [0, 1].
-    reached : dict of str to float
-        By layer, the share of its output channels that such a path reaches.
-    connected : dict of str to float
-        By masked layer, the share of its input and output channels that keep at least one weight.
-    """
-
-    outputs: float
-    reached: dict[str, float]
-    connected: dict[str, float]
+    outputs: float  # share of the model's outputs that a path of kept weights reaches from its inputs, in [0, 1]
+    reached: dict[str, float]  # by layer, the share of its output channels that such a path reaches
+    connected: dict[str, float]  # by masked layer, the share of its channels that keep at least one weight
 
     @property
     def channels(self) -> float:

@@ -26,24 +26,13 @@ Form = Literal["first_order", "directional", "lipschitz"]
 
 @dataclass(frozen=True)
 class NetDeviation:
-    """The Net Deviation of a pruned network.
+    """The Net Deviation of a pruned network; its norms are Euclidean, over the batch."""
 
-    Attributes
-    ----------
-    dev : float
-        ``||delta Y|| - bound``, equation (3.12).
-    sign : float
-        ``dev / ||dev||``, equation (3.13) as printed: for a number, only its sign, -1, 0 or 1.
-    relative : float
-        ``dev / bound``, at least -1: a *normalised* difference of error and bound, as the text describes (3.13). -1: no
-        error; 0: the error equals the bound; above 0: the error exceeds the bound, which holds to first order only.
-        Infinite for an error with bound 0; 0 if both are 0.
-    error, bound : float
-        Euclidean norms over the batch.
-    """
-
-    dev: float
-    sign: float
+    dev: float  # ||delta Y|| - bound, equation (3.12)
+    sign: float  # dev / ||dev||, equation (3.13) as printed: for a number, only its sign, -1, 0 or 1
+    # dev / bound, a *normalised* difference of error and bound, as the text describes (3.13). -1: no error; 0: the
+    # error equals the bound; above 0: the error exceeds the bound, which holds to first order only. Infinite for an
+    # error with bound 0; 0 if both are 0.
     relative: float
     error: float
     bound: float

@@ -36,28 +36,14 @@ _ROWS = 400
 
 @dataclass(frozen=True)
 class EvolutionTrial:
-    """One genetic search.
+    """One genetic search."""
 
-    Attributes
-    ----------
-    history : pandas.DataFrame
-        As :attr:`nni_topo.GeneticWeightPruner.history`.
-    weights : numpy.ndarray
-        Weights at the start, ``(genes,)``.
-    kept : numpy.ndarray
-        Boolean ``(genes,)``: the weights that the fittest individual keeps.
-    start_accuracy : float
-        Accuracy of the unpruned network, in [0, 1].
-    alpha, beta : float
-        Coefficients of accuracy and compression in the fitness.
-    """
-
-    history: pd.DataFrame
-    weights: NDArray[np.float32]
-    kept: NDArray[np.bool_]
-    start_accuracy: float
-    alpha: float
-    beta: float
+    history: pd.DataFrame  # as `nni_topo.GeneticWeightPruner.history`
+    weights: NDArray[np.float32]  # at the start, (genes,)
+    kept: NDArray[np.bool_]  # (genes,): the weights that the fittest individual keeps
+    start_accuracy: float  # of the unpruned network, in [0, 1]
+    alpha: float  # coefficient of accuracy in the fitness
+    beta: float  # coefficient of compression
 
     @classmethod
     def of(cls, pruner: GeneticWeightPruner) -> EvolutionTrial:

@@ -37,24 +37,12 @@ Scale = Literal["layer", "model"]
 
 @dataclass(frozen=True, eq=False)
 class NeuralPersistence:
-    """Neural persistence of a model.
+    """Neural persistence of a model."""
 
-    Attributes
-    ----------
-    layers : dict of str to float
-        By layer, in the model's order.
-    deaths : dict of str to ndarray of float64
-        By layer the death values w' in [0, 1], descending: the diagram has a point ``(1, w')`` for each.
-    normalized : bool
-        Whether the layers' values are divided by their upper bounds.
-    skipped : dict of str to str
-        Modules with weights that aren't supported, with their type, or with why they are skipped.
-    """
-
-    layers: dict[str, float]
-    deaths: dict[str, NDArray[np.float64]]
-    normalized: bool
-    skipped: dict[str, str]
+    layers: dict[str, float]  # by layer, in the model's order
+    deaths: dict[str, NDArray[np.float64]]  # values w' in [0, 1], descending: the diagram has a point (1, w') for each
+    normalized: bool  # whether the layers' values are divided by their upper bounds
+    skipped: dict[str, str]  # modules with weights that aren't supported, with their type, or with why
 
     @property
     def total(self) -> float:

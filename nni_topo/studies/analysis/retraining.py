@@ -39,36 +39,21 @@ _POSITIVE = number(0.0, closed="neither")
 
 @dataclass(frozen=True)
 class RetrainingBound:
-    """Theorem 1 for one pruned network.
+    """Theorem 1 for one pruned network."""
 
-    Attributes
-    ----------
-    epochs : float
-        Lower bound of the epochs of fine-tuning, equation (3.1) as printed.
-    derived_epochs : float
-        The same with the ratio of gradients inverted, which is what (A.2) to (A.5) give: with equality there, epochs
-        are proportional to ``||gradient||^2 / mu``. In the node form it is ``gamma`` times the ratio of the two
-        differences in loss, after pruning and before training, times the epochs of training.
-    mu_initial, mu_sparse : float
-        Constants of (3.2) and (3.3), or (3.4) and (3.5), with equality.
-    gradient_initial, gradient_sparse : float
-        Squared norms of the gradients, all layers together (3.6).
-    loss_initial, loss_trained, loss_sparse : float
-        Mean losses.
-    gamma : float
-        The text's free constant, as given.
-    """
-
-    epochs: float
+    epochs: float  # lower bound of the epochs of fine-tuning, equation (3.1) as printed
+    # The same with the ratio of gradients inverted, which is what (A.2) to (A.5) give: with equality there, epochs are
+    # proportional to ||gradient||^2 / mu. In the node form it is gamma times the ratio of the two differences in loss,
+    # after pruning and before training, times the epochs of training.
     derived_epochs: float
-    mu_initial: float
+    mu_initial: float  # constants of (3.2) and (3.3), or (3.4) and (3.5), with equality
     mu_sparse: float
-    gradient_initial: float
+    gradient_initial: float  # squared norms of the gradients, all layers together (3.6)
     gradient_sparse: float
-    loss_initial: float
+    loss_initial: float  # mean losses
     loss_trained: float
     loss_sparse: float
-    gamma: float
+    gamma: float  # the text's free constant, as given
 
     def __float__(self) -> float:
         return self.epochs

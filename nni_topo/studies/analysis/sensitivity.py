@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -26,7 +26,7 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, create_pruner, pruner_info
-from nni_topo.rules import NONE, all_of, check_jobs, check_knobs, check_result, instance, number
+from nni_topo.rules import all_of, check_jobs, check_result, instance, number
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.studies.pictures import finish, single
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
@@ -36,11 +36,6 @@ from nni_topo.zoo.labelled import subset
 _CALIBRATION = 512
 _ROUNDING = 1e-12  # of differences of accuracies
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_KNOBS = {
-    "ratios": all_of(number(0, 1, "neither"), Sequence, least=1),
-    "budget": number(0.0),
-    "stop_drop": number(0.0) | NONE,
-}
 Evaluate = Callable[[nn.Module], float]
 Progress = Callable[[str, float, float], None]
 Knobs = Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]
@@ -48,18 +43,10 @@ Knobs = Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class SensitivityCurve:
-    """One layer, or layers that lose the same channels.
+    """One layer, or layers that lose the same channels."""
 
-    Attributes
-    ----------
-    layers : tuple of str
-        Their names.
-    accuracy : dict of float to float
-        Score of the network with only these layers pruned, by ratio; without ratios after an early stop.
-    """
-
-    layers: tuple[str, ...]
-    accuracy: dict[float, float]
+    layers: tuple[str, ...]  # their names
+    accuracy: dict[float, float]  # score of the network with only these layers pruned, by ratio
 
     def highest_ratio(self, least: float) -> float:
         """Return the highest measured ratio up to which no score is below ``least``; 0 if there is none."""
@@ -73,32 +60,16 @@ class SensitivityCurve:
 
 @dataclass(frozen=True)
 class Sensitivity(Findings):
-    """The result of :func:`sensitivity`.
-
-    Attributes
-    ----------
-    pruner, knobs : str, dict
-        The pruner's registered name and its knobs.
-    baseline : float
-        Score of the unpruned network.
-    curves : list of SensitivityCurve
-        In network order.
-    budget : float
-        Score that the suggestion may cost.
-    suggested : list of dict
-        A config_list with one ratio for each curve that the budget allows to prune.
-    suggested_accuracy : float
-        Measured score of the network pruned by ``suggested``, all layers at once, without fine-tuning.
-    """
+    """The result of :func:`sensitivity`."""
 
     stem, unwritten = "sensitivity", ("knobs",)
-    pruner: str
-    knobs: dict[str, Any]
-    baseline: float
-    curves: list[SensitivityCurve]
-    budget: float
-    suggested: list[dict[str, Any]] = field(default_factory=list)
-    suggested_accuracy: float = math.nan
+    pruner: str  # registered name
+    knobs: dict[str, Any]  # the pruner's
+    baseline: float  # score of the unpruned network
+    curves: list[SensitivityCurve]  # in network order
+    budget: float  # score that the suggestion may cost
+    suggested: list[dict[str, Any]]  # a config_list with one ratio for each curve that the budget allows to prune
+    suggested_accuracy: float  # score of the network pruned by it, all layers at once, without fine-tuning
 
     def figures(self) -> dict[str, Figure]:
         """Return ``sensitivity``: a curve per layer, with the unpruned score and the budget."""
@@ -136,7 +107,6 @@ def sensitivity(
     layers: Sequence[str] | None = None,
     knobs: Knobs | None = None,
     budget: float = 0.01,
-    stop_drop: float | None = None,
     on_progress: Progress | None = None,
     n_jobs: int = 1,
 ) -> Sensitivity:
@@ -162,8 +132,6 @@ def sensitivity(
         arguments made for one model, such as NNI's evaluators. ``example_inputs`` is added where the pruner takes it.
     budget : float, default=0.01
         Score that the suggestion may cost, all layers pruned at once, at least 0.
-    stop_drop : float or None, default=None
-        A curve ends once its score is more than this below the baseline. None: it never ends early.
     on_progress : callable or None, default=None
         Called with the layers' names (joined by ``+``), the ratio and the score of each measurement, curve by curve.
     n_jobs : int, default=1
@@ -189,11 +157,10 @@ def sensitivity(
     the bisection, and one per further step and per curve.
     """
     ratios = sorted(set(map(float, ratios)))
-    _check_knobs(ratios, budget, stop_drop, n_jobs)
+    _check_knobs(ratios, budget, n_jobs)
     trial = _Trial(model, example_inputs, evaluate, pruner, {} if knobs is None else knobs)
     baseline = trial.score(model)
-    least = -math.inf if stop_drop is None else baseline - stop_drop
-    tasks = (delayed(trial.curve)(names, ratios, least) for names in trial.groups(layers))
+    tasks = (delayed(trial.curve)(names, ratios) for names in trial.groups(layers))
     curves: list[SensitivityCurve] = []
     # Whatever backend the caller has chosen: calls in threads would wait for this one.
     for curve in Parallel(n_jobs=n_jobs, backend="loky", return_as="generator")(tasks):
@@ -206,10 +173,10 @@ def sensitivity(
     return Sensitivity(pruner, trial.knobs, baseline, curves, budget, suggested, joint)
 
 
-def _check_knobs(ratios: Sequence[float], budget: float, stop_drop: float | None, n_jobs: int) -> None:
+def _check_knobs(ratios: Sequence[float], budget: float, n_jobs: int) -> None:
     """Raise ConfigError unless curves can be measured."""
-    given = {"ratios": ratios, "budget": budget, "stop_drop": stop_drop}
-    check_knobs("sensitivity", given, _KNOBS)
+    all_of(number(0, 1, "neither"), Sequence, least=1).check("ratios", ratios, "sensitivity")
+    number(0.0).check("budget", budget, "sensitivity")
     check_jobs(n_jobs, "sensitivity")
 
 
@@ -221,7 +188,6 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
     ratios: tuple[float, ...] = RATIOS  # of each layer, in (0, 1)
     layers: Names = ()  # names of layers; none: all layers that can be pruned
     budget: float = 0.01  # accuracy that the suggestion may cost, at least 0
-    stop_drop: float | None = None  # a curve ends once it is this far below the baseline; None: never early
     calibration: int | None = None  # training images for the pruner; None: 512 where it needs them
     images: int | None = None  # validation images used; None: all
     n_jobs: int = 1  # curves measured at a time, at least 1; -1: one per core
@@ -229,7 +195,7 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
     def check(self) -> None:
         """Check the fields; ConfigError if one is out of its range."""
         PRUNERS.info(self.pruner, self.place)
-        _check_knobs(self.ratios, self.budget, self.stop_drop, self.n_jobs)
+        _check_knobs(self.ratios, self.budget, self.n_jobs)
 
     def find(self, tell: Tell) -> Sensitivity:
         """Prune copies of a trained model and measure them on validation images."""
@@ -246,19 +212,18 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
             layers=self.layers or None,
             knobs=lambda copied: pruner_knobs(self.pruner, copied, start, calibration),
             budget=self.budget,
-            stop_drop=self.stop_drop,
             on_progress=lambda layers, ratio, accuracy: tell(f"{layers} at {ratio:g}: {100 * accuracy:.1f} %"),
             n_jobs=self.n_jobs,
         )
 
     def show(self, found: Sensitivity) -> Iterator[RenderableType]:
         """Yield a row per curve, and the suggestion."""
-        ratios = sorted({ratio for curve in found.curves for ratio in curve.accuracy})
+        ratios = list(found.curves[0].accuracy)
         chosen = {tuple(entry["op_names"]): f"{entry['sparse_ratio']:g}" for entry in found.suggested}
         head = ("layers", *(f"{ratio:g}" for ratio in ratios), "suggested")
         rows = []
         for curve in found.curves:
-            shown = [f"{100 * curve.accuracy[ratio]:.1f}" if ratio in curve.accuracy else "" for ratio in ratios]
+            shown = [f"{100 * accuracy:.1f}" for accuracy in curve.accuracy.values()]
             rows.append([" + ".join(curve.layers), *shown, chosen.get(curve.layers, "0")])
         yield NumberTable(f"sensitivity of {self.model}, {self.pruner}, validation accuracy in %", head, rows)
         before, after = 100 * found.baseline, 100 * found.suggested_accuracy
@@ -298,14 +263,9 @@ class _Trial:
             groups.setdefault(config.get("dependency_group_id", name), []).append(name)
         return [tuple(names) for names in groups.values()]
 
-    def curve(self, names: tuple[str, ...], ratios: Sequence[float], least: float) -> SensitivityCurve:
-        """Return the scores of copies with some layers pruned, in the ratios' order, until one is below ``least``."""
-        accuracy: dict[float, float] = {}
-        for ratio in ratios:
-            accuracy[ratio] = self.pruned({names: ratio})
-            if accuracy[ratio] < least:
-                break
-        return SensitivityCurve(names, accuracy)
+    def curve(self, names: tuple[str, ...], ratios: Sequence[float]) -> SensitivityCurve:
+        """Return the scores of copies with some layers pruned."""
+        return SensitivityCurve(names, {ratio: self.pruned({names: ratio}) for ratio in ratios})
 
     def pruned(self, ratios: Mapping[tuple[str, ...], float]) -> float:
         """Return the score of a copy with these layers pruned."""

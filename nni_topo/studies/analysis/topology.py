@@ -38,43 +38,21 @@ _DEGREE_COLORS = ("C0", "C1", "C2", "C3")
 
 @dataclass(frozen=True)
 class LayerTopology:
-    """Topology of one unit (a layer, or a dependency group as one joint cloud) before and after pruning.
+    """Topology of one unit (a layer, or a dependency group as one joint cloud) before and after pruning."""
 
-    Attributes
-    ----------
-    name : str
-        The unit's targets.
-    points, kept : int
-        Blocks before and after.
-    share : float
-        Share of the blocks that are kept, in (0, 1].
-    deaths : ndarray of float64, shape (points,)
-        H0 death times of the cloud with the origin, descending, in units of their mean.
-    tolerance : float
-        Half the longest death time of the removed blocks, in units of the mean; a ``sparse_threshold`` just above it
-        keeps the same number of blocks. 0 if no block is removed. A topological allocation gives all layers nearly the
-        same tolerance.
-    diagrams_before, diagrams_after : dict of int to ndarray, shape (bars, 2)
-        Finite bars, births and deaths, by degree.
-    bottleneck : dict of int to float
-        Distance of the two diagrams by degree, without infinite bars.
-    hausdorff : float
-        Largest distance of a point to the nearest kept one; the origin counts as kept.
-    trace : list of Generation
-        The genetic algorithm's progress; empty for the greedy solver.
-    """
-
-    name: str
-    points: int
-    kept: int
-    share: float
-    deaths: FloatArray
+    name: str  # the unit's targets
+    points: int  # blocks before
+    kept: int  # blocks after
+    share: float  # of the blocks that are kept, in (0, 1]
+    deaths: FloatArray  # (points,): H0 death times of the cloud with the origin, descending, in units of their mean
+    # Half the longest death time of the removed blocks, in units of the mean; a `sparse_threshold` just above it keeps
+    # as many blocks. 0 if no block is removed. A topological allocation gives all layers nearly the same tolerance.
     tolerance: float
-    diagrams_before: dict[int, FloatArray]
+    diagrams_before: dict[int, FloatArray]  # by degree finite bars, births and deaths: (bars, 2)
     diagrams_after: dict[int, FloatArray]
-    bottleneck: dict[int, float]
-    hausdorff: float
-    trace: list[Generation]
+    bottleneck: dict[int, float]  # distance of the two diagrams by degree, without infinite bars
+    hausdorff: float  # largest distance of a point to the nearest kept one; the origin counts as kept
+    trace: list[Generation]  # the genetic algorithm's progress; empty for the greedy solver
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ def names_in(folder):
 
 def begun(folder):
     """A journal in which the first of two blocks is finished."""
-    journal = Journal(folder, SETTINGS)
+    journal = Journal(folder, SETTINGS, 2)
     journal.begin()
     journal.begin_states(0)
     journal.add_states(0, 0, {"a": torch.zeros(1)})
-    journal.kept = [0, 2]
     journal.write_weights(0, {"rest": torch.ones(3)})
     journal.note()
     journal.begin_states(1)
@@ -43,13 +42,13 @@ def test_a_finished_folder_holds_the_report_and_no_settings_of_this_machine(tmp_
         "model-00002-of-00003.safetensors",
         "shrink_pretrained.json",
     ]
-    assert Journal(tmp_path, SETTINGS).report == {"params": 7}
+    assert Journal(tmp_path, SETTINGS, 2).report == {"params": 7}
     content = json.loads((tmp_path / "shrink_pretrained.json").read_text())
     assert content.keys() == {"settings", "report"}
     assert content["settings"].keys() == SETTINGS.keys()
     assert "abc" not in content["settings"].values()
     with pytest.raises(ConfigError, match="must be called with the same settings, got others: seed"):
-        Journal(tmp_path, SETTINGS | {"seed": 1})
+        Journal(tmp_path, SETTINGS | {"seed": 1}, 2)
 
 
 def test_damaged_files_of_a_run_are_told(tmp_path):
@@ -59,7 +58,7 @@ def test_damaged_files_of_a_run_are_told(tmp_path):
         journal.states(1)
     (tmp_path / "shrink_pretrained.json").write_text("[]")
     with pytest.raises(ConfigError, match="got others: batches, budget, knobs, seed"):
-        Journal(tmp_path, SETTINGS)
+        Journal(tmp_path, SETTINGS, 2)
 
 
 def test_a_full_disk_is_told_and_leaves_no_file(tmp_path, monkeypatch):
@@ -69,7 +68,7 @@ def test_a_full_disk_is_told_and_leaves_no_file(tmp_path, monkeypatch):
 
         monkeypatch.setattr("nni_topo.disk.save_file", save)
 
-    journal = Journal(tmp_path, SETTINGS)
+    journal = Journal(tmp_path, SETTINGS, 2)
     fails("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(DataError, match="free disk"):
         journal.write_weights(0, {"a": torch.ones(2)})
@@ -81,7 +80,7 @@ def test_a_full_disk_is_told_and_leaves_no_file(tmp_path, monkeypatch):
 
 def test_weights_are_written_as_they_are_wherever_they_come_from(tmp_path):
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3).half())
-    Journal(tmp_path, SETTINGS).write_weights(0, {"a": weight.T})
-    found = load_file(tmp_path / "model-00001-of-00001.safetensors")["a"]
+    Journal(tmp_path, SETTINGS, 2).write_weights(0, {"a": weight.T})
+    found = load_file(tmp_path / "model-00001-of-00003.safetensors")["a"]
     assert found.dtype == torch.float16
     assert torch.equal(found, weight.detach().T)

@@ -31,8 +31,6 @@ CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "padded": (True, {}),
     "distilled": (False, LEARNED),
     "padded, distilled": (True, LEARNED),
-    "a block removed": (True, {"remove_blocks": 1}),
-    "a named block removed, distilled": (False, {"remove_blocks": ["model.layers.1"], **LEARNED}),
 }
 
 

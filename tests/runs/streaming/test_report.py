@@ -43,13 +43,13 @@ def test_the_card_tells_how_the_model_was_pruned():
     for step in ("pruner: `l1`", "weight reconstruction: `reconstruct`", "blocks that were distilled: 1 of 2"):
         assert f"- {step}" in text
     assert "| `mlp.up` | 8 | 4 |" in text
-    more = replace(REPORT, removed=("a", "b"), recovery="", warnings=("few samples", "long")).to_markdown()
+    more = replace(REPORT, recovery="", warnings=("few samples", "long")).to_markdown()
     assert more.endswith("## Warnings\n\n- Few samples.\n- Long.")
-    assert "- removed: `a`, `b`\n- weight reconstruction: none\n" in more
+    assert "- weight reconstruction: none\n" in more
 
 
 def test_a_file_holds_all_of_a_report():
-    full = replace(REPORT, removed=("model.layers.1",), warnings=("few samples",), changed_since=("distilled",))
+    full = replace(REPORT, warnings=("few samples",), changed_since=("distilled",))
     for report in (REPORT, full):
         again = as_report(json.loads(json.dumps(asdict(report))))
         assert again == report

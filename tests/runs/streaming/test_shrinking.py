@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 import nni_topo
 from nni_topo.disk import MIN_FREE_BYTES, only_process
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.io.checkpoint import keep_blocks
 from nni_topo.runs.streaming import shrinking
 
 transformers = pytest.importorskip("transformers")
@@ -570,151 +569,12 @@ def test_a_run_that_is_killed_anywhere_comes_to_the_same(source, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def deep(tmp_path, **changes):
-    """Write a LLaMA of six blocks, of which the third and the fifth add nearly nothing."""
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(llama_config(num_hidden_layers=6, **changes))
-    with torch.no_grad():
-        for number in (2, 4):
-            block = model.model.layers[number]
-            block.self_attn.o_proj.weight *= 0.01
-            block.mlp.down_proj.weight *= 0.01
-    model.save_pretrained(tmp_path / "deep", max_shard_size="8KB")
-    return tmp_path / "deep"
-
-
-@pytest.mark.slow
-def test_blocks_that_change_the_states_least_are_removed(tmp_path):
-    source, target = deep(tmp_path), tmp_path / "small"
-    before = files_of(source)
-    batches = tokens(padded=True)
-    report = nni_topo.shrink_pretrained(source, batches, target, {"params": 1.0}, remove_blocks=2, **FAST)
-    assert files_of(source) == before
-    assert report.removed == ("model.layers.2", "model.layers.4")
-    assert [row.block for row in report.blocks] == [f"model.layers.{number}" for number in (0, 1, 3, 5)]
-    model = transformers.AutoModelForCausalLM.from_pretrained(target)
-    assert (model.config.num_hidden_layers, len(model.model.layers)) == (4, 4)
-    assert report.params == sum(each.numel() for each in model.parameters())
-    assert report.budget.left == pytest.approx(report.params / report.params_before)
-    assert report.pruned_layers == ()
-    assert logits(target, batches[1]) == pytest.approx(logits(source, batches[1]), abs=0.05)
-    assert "removed: `model.layers.2`, `model.layers.4`" in (target / "README.md").read_text()
-    assert nni_topo.shrink_pretrained(source, batches, target, {"params": 1.0}, remove_blocks=2, **FAST) == report
-
-
-def test_the_block_before_a_gap_makes_up_for_it(tmp_path, caplog):
-    source = tmp_path / "source"
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(llama_config(num_hidden_layers=4)).save_pretrained(source)
-    batches, named = tokens(8, 16), ["model.layers.1", "model.layers.2"]
-    report = nni_topo.shrink_pretrained(
-        source, batches, tmp_path / "small", {"params": 1.0}, remove_blocks=named, **FAST
-    )
-    assert report.removed == tuple(named)
-    # The same in memory.
-    model = transformers.LlamaForCausalLM.from_pretrained(source)
-    learned = nni_topo.Calibration(batches).split()[0]
-    in_memory = nni_topo.remove_blocks(model, named, learned)
-    with torch.no_grad():
-        wanted = in_memory(**batches[0]).logits
-    assert torch.allclose(logits(tmp_path / "small", batches[0]), wanted, atol=1e-3)
-    keep_blocks(model, "model.layers", [0, *range(3, len(model.model.layers))])
-    with torch.no_grad():
-        far = model(**batches[0]).logits
-    unpruned = logits(source, batches[0])
-    assert float((wanted - unpruned).norm()) < 0.9 * float((far - unpruned).norm())
-
-
-@pytest.mark.slow
-def test_removed_blocks_count_for_the_budget(tmp_path):
-    source = tmp_path / "source"
-    saved(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=3), source)
-    sizes = {}
-    for count in (0, 1):
-        target = tmp_path / f"without-{count}"
-        report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.6}, remove_blocks=count, **FAST)
-        assert report.budget.left == pytest.approx(0.6, abs=0.06)
-        assert report.params == sum(each.numel() for each in weights_of(target).values())
-        sizes[count] = report.blocks[0].params
-    assert sizes[1] > 1.2 * sizes[0]
-
-
-@pytest.mark.slow
-def test_a_stopped_run_that_removes_blocks_goes_on(tmp_path, monkeypatch):
-    source, batches = deep(tmp_path, num_key_value_heads=4), tokens(padded=True)
-    knobs = {"remove_blocks": 2, "progress": False, "distill": {"steps": 5}}
-    whole = nni_topo.shrink_pretrained(source, batches, tmp_path / "whole", {"params": 0.6}, **knobs)
-    with monkeypatch.context() as patch:
-        patch.setattr(shrinking._Run, "prune", stopping(shrinking._Run.prune))
-        with pytest.raises(StopError):
-            nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.6}, **knobs)
-    again = nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.6}, **knobs)
-    assert again.removed == whole.removed
-    assert files_of(tmp_path / "small") == files_of(tmp_path / "whole")
-
-
 def test_a_state_is_no_file_for_all_blocks(source, tmp_path):
     with pytest.raises(ConfigError, match=r"state must be left out .*one for each block.*\(shrink_pretrained\)"):
         nni_topo.shrink_pretrained(
             source, tokens(), tmp_path / "small", {"params": 0.7}, distill={"state": tmp_path / "state.pt"}
         )
     assert not list(tmp_path.glob("small/*"))
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        (True, r"must be an integer of at least 0 or a collection .*, got True \(shrink_pretrained\)"),
-        ("model.layers.1", "each value a str, got 'model.layers.1'"),
-        (2, "the first of 2 blocks must stay, got 2 to remove"),
-        (["model.layers.0"], "the first block must stay, got its name, model.layers.0"),
-        (["model.layers.7"], "model.layers.7"),
-    ],
-)
-def test_blocks_that_can_not_be_removed_are_told(source, tmp_path, given, words):
-    with pytest.raises(ConfigError, match=words):
-        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, remove_blocks=given, **FAST)
-    assert not list(tmp_path.glob("small/*.safetensors"))
-
-
-@pytest.mark.parametrize(
-    "name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "bert", "gemma3"))]
-)
-@pytest.mark.slow
-def test_families_lose_blocks(name, tmp_path):
-    torch.manual_seed(0)
-    common = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4}
-    gated = {**common, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4}
-    kind, config = {
-        "qwen3": lambda: ("Qwen3ForCausalLM", transformers.Qwen3Config(**gated)),
-        "gpt2": lambda: (
-            "GPT2LMHeadModel",
-            transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=4, n_head=4),
-        ),
-        "bert": lambda: ("BertForMaskedLM", transformers.BertConfig(**common, intermediate_size=24)),
-        "gemma3": lambda: ("Gemma3ForCausalLM", transformers.Gemma3TextConfig(**gated, sliding_window=4)),
-    }[name]()
-    model = getattr(transformers, kind)(config).eval()
-    model.save_pretrained(tmp_path / "source")
-    batches = tokens(padded=True)
-    layers = {"gpt2": ["mlp.c_fc"], "bert": ["intermediate.dense"]}.get(name)
-    report = nni_topo.shrink_pretrained(
-        tmp_path / "source",
-        batches,
-        tmp_path / "small",
-        {"params": 0.7},
-        layers=layers,
-        remove_blocks=1,
-        distill={"steps": 5},
-        progress=False,
-    )
-    small = getattr(transformers, kind).from_pretrained(tmp_path / "small").eval()
-    assert small.config.num_hidden_layers == 3
-    assert report.params == sum(each.numel() for each in small.parameters())
-    with torch.no_grad():
-        assert bool(torch.isfinite(small(**batches[1]).logits).all())
-    told = [each for each in report.warnings if "to make up for the blocks removed after it" in each]
-    assert len(told) == (name in ("bert", "gemma3"))  # a norm follows the last layer of its blocks
 
 
 def test_samples_that_are_all_the_same_are_told(source, tmp_path):
@@ -754,8 +614,8 @@ def test_a_budget_of_work_counts_the_head_and_all_blocks(source, tmp_path):
 def test_one_sample_in_one_batch_is_enough_without_distillation(tmp_path, capsys):
     source = saved(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=3), tmp_path / "source")
     target = tmp_path / "small"
-    report = nni_topo.shrink_pretrained(source, tokens(1, 1), target, {"flops": 0.6}, remove_blocks=1, **FAST)
-    assert (report.samples, report.held_out, len(report.blocks)) == (1, 0, 2)
+    report = nni_topo.shrink_pretrained(source, tokens(1, 1), target, {"flops": 0.6}, **FAST)
+    assert (report.samples, report.held_out, len(report.blocks)) == (1, 0, 3)
     assert (report.pruner, report.recovery) == ("l1", "")
     assert all(row.distance == row.calibration_distance for row in report.blocks)
     assert not any(row.is_distilled for row in report.blocks)
@@ -834,7 +694,6 @@ def test_every_other_argument_of_a_finished_run_is_told(source, tmp_path):
     for change, words in (
         ({"knobs": {"sequential": True}}, "pruner"),
         ({"layers": None}, "layers"),
-        ({"remove_blocks": 1}, "remove_blocks"),
         ({"compensate": None}, "compensate"),
         ({"compensate": Nothing(2)}, "compensate"),
         ({"distill": {"steps": 2}}, "distill"),
@@ -853,17 +712,6 @@ def test_groups_of_samples_are_held_out_as_a_whole(source, tmp_path):
     data = nni_topo.Calibration([batch], groups=[0, 0, 0, 0, 1, 1])
     report = nni_topo.shrink_pretrained(source, data, tmp_path / "small", {"params": 0.7}, **FAST)
     assert (report.samples, report.held_out) == (4, 2)
-
-
-def test_blocks_of_a_model_in_half_precision_are_removed(tmp_path):
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(llama_config(num_hidden_layers=3)).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "source")
-    knobs = FAST | {"remove_blocks": ["model.layers.1"], "distill": {"steps": 2}}
-    report = nni_topo.shrink_pretrained(tmp_path / "source", tokens(), tmp_path / "small", {"params": 1.0}, **knobs)
-    assert report.removed == ("model.layers.1",)
-    assert {value.dtype for value in weights_of(tmp_path / "small").values()} == {torch.bfloat16}
-    assert logits(tmp_path / "small", tokens()[0]).isfinite().all()
 
 
 def test_layers_keep_a_multiple_of_round_to(source, tmp_path):

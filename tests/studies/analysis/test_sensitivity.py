@@ -73,7 +73,6 @@ def test_the_curves_are_the_same_however_many_are_measured_at_a_time(found):
             IMAGES[:2],
             lambda net, wanted=wanted, images=IMAGES: float((net(images) - wanted).norm() < 0.3 * wanted.norm()),
             (0.25, 0.5, 0.75),
-            stop_drop=0.5,
             n_jobs=n_jobs,
         )
         for n_jobs in (1, 2)
@@ -111,14 +110,9 @@ def test_what_all_layers_at_once_leave_of_the_budget_goes_to_one():
     assert study.suggested_accuracy == pytest.approx(1.0 - 0.016)
 
 
-def test_single_weights_have_a_curve_per_layer_and_stop_early():
-    model = toy_model().eval()
-    study = sensitivity(model, IMAGES[:2], nearness, (0.5, 0.9, 0.99), "level", stop_drop=0.05)
+def test_single_weights_have_a_curve_per_layer():
+    study = sensitivity(toy_model().eval(), IMAGES[:2], nearness, (0.5,), "level")
     assert [curve.layers for curve in study.curves] == [("stem",), ("inner",), ("hidden",), ("head",)]
-    for curve in study.curves:
-        *before, _ = curve.accuracy.values()
-        assert all(accuracy >= 0.95 for accuracy in before)
-    assert any(len(curve.accuracy) < 3 for curve in study.curves)
 
 
 def test_highest_ratio_stops_at_the_first_dip():

@@ -41,49 +41,23 @@ class LayerErrorBound:
     """The error due to one segment of the network: a layer, or a block that a branch bypasses.
 
     All norms are Euclidean, over the whole batch.
-
-    Attributes
-    ----------
-    name : str
-        Its layers, joined by ``+``.
-    change : float
-        ``||delta W||``, biases and batch norms of the segment included.
-    weight_jacobian : float
-        ``||dY(l) / dW(l-1)||``, the largest singular value.
-    downstream : float
-        Product of the ``||dY(i) / dY(i-1)||`` of all later segments.
-    first_order : float
-        The segment's term of (3.9): the product of the three.
-    directional : float
-        ``downstream * ||dY(l) / dW(l-1) delta W||``, the term before norms are separated (B.5): at most
-        ``first_order``.
-    lipschitz : float
-        The segment's term of the Lipschitz bound.
     """
 
-    name: str
-    change: float
-    weight_jacobian: float
-    downstream: float
-    first_order: float
-    directional: float
-    lipschitz: float
+    name: str  # its layers, joined by "+"
+    change: float  # ||delta W||, biases and batch norms of the segment included
+    weight_jacobian: float  # ||dY(l) / dW(l-1)||, the largest singular value
+    downstream: float  # product of the ||dY(i) / dY(i-1)|| of all later segments
+    first_order: float  # the segment's term of (3.9): the product of the three
+    directional: float  # downstream * ||dY(l) / dW(l-1) delta W||, before norms are separated (B.5)
+    lipschitz: float  # the segment's term of the Lipschitz bound
 
 
 @dataclass(frozen=True)
 class ErrorBound:
-    """The error of a pruned network's output, and its bounds.
+    """The error of a pruned network's output, and its bounds."""
 
-    Attributes
-    ----------
-    layers : tuple of LayerErrorBound
-        In network order.
-    error : float
-        ``||delta Y||`` over the batch.
-    """
-
-    layers: tuple[LayerErrorBound, ...]
-    error: float
+    layers: tuple[LayerErrorBound, ...]  # in network order
+    error: float  # ||delta Y|| over the batch
 
     @property
     def first_order(self) -> float:
