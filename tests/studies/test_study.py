@@ -45,7 +45,7 @@ def test_a_comparison_is_still_a_pair_and_a_table():
 
 def test_a_study_is_the_table_of_its_rows():
     curves = [SensitivityCurve(("a", "b"), {0.25: 0.9, 0.5: 0.8}), SensitivityCurve(("c",), {0.25: 0.7})]
-    found = Sensitivity("l1", {}, 0.95, curves, 0.1)
+    found = Sensitivity("l1", {}, 0.95, curves, 0.1, [], 0.95)
     frame = found.to_frame()
     assert list(frame["layers"]) == [["a", "b"], ["c"]]
     assert list(frame["accuracy.0.25"]) == [0.9, 0.7]
