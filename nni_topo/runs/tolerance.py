@@ -304,7 +304,6 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
             f"a network must have channels to remove, got one whose fewest channels keep {floor:.4g} of its {kind} "
             "(shrink)"
         )
-    steps.tell_cost(_CANDIDATES + _MORE, distilled=2)
     lowest = max(_SMALLEST, floor, asked or 0.0)
     low, high = lowest, 1.0
     candidates: list[Candidate] = []
