@@ -137,7 +137,7 @@ PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}
     [
         ("shrink", ["--pruner", "level"], "pruner must be one that removes whole channels, got 'level'"),
         ("shrink", ["--flops", "0.5", "--params", "0.5"], "a budget must be a share of one of"),
-        ("shrink", ["--allocation", "auto", "--pruner", "l1"], "must deal out budgets in several ways"),
+        ("shrink", ["--allocation", "auto", "--pruner", "l1"], "must distribute budgets in several ways"),
         ("shrink", ["--caps", "conv", "0.5"], "layer of the model must be a known name, got 'conv'; did you mean"),
         ("shrink", ["--device", "nowhere"], "device must be cpu, cuda or auto"),
         ("prune", PRUNE.format("l1", "knobs: {sed: 1}"), "knob of pruner 'l1' must be a known name, got 'sed'"),

@@ -150,13 +150,9 @@ def test_steps_that_were_not_run_are_not_told() -> None:
     texts = [{"input_ids": torch.randint(5, 31, (4, 6), generator=torch.Generator().manual_seed(3))}]
     knobs: dict[str, Any] = {"layers": [NEURONS["Llama"]], "compensate": None, "distill": False}
 
-    def first_half(model, config_list, images):
-        entries = [{**entry, "sparse_ratio": 0.5} for entry in config_list]
-        return nni_topo.create_pruner("l1", model, entries).compress()[1]
-
-    small: Any = nni_topo.shrink(model, texts, {"params": 0.8}, pruner=first_half, **knobs)
+    small: Any = nni_topo.shrink(model, texts, {"params": 0.8, "equal_blocks": False}, pruner="subcluster", **knobs)
     text = small.report.to_markdown()
-    assert "pruner: `first_half`" in text
+    assert "pruner: `subcluster`" in text
     assert "weight reconstruction: none" in text
     assert "distillation: none" in text
     assert "allocation" not in text

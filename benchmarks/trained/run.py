@@ -320,16 +320,9 @@ class Encoder(Subject):
 
         Seconds are those of the whole call; where distillation has more sentences, its own. None: for the size alone.
         """
-        verdicts: list[Any] = []
 
         def embedding(output: Any, batch: dict[str, Tensor]) -> Tensor:
             return pretrained.embedding(output, batch["attention_mask"])
-
-        def learned_from_all(dense: nn.Module, model: nn.Module, _: Any) -> nn.Module:
-            many = self._batches("calibration")
-            found = nni_topo.distillation(dense, model, many, outputs=embedding, seconds=seconds, **knobs)
-            verdicts.append(found.verdict)
-            return found.model
 
         knobs: dict[str, Any] = {"blocks": self.blocks, "lr": 8e-4, "warmup": 0.1, "steps": 100_000}
         knobs["precision"] = "bfloat16"
@@ -339,10 +332,14 @@ class Encoder(Subject):
             few,
             {"flops": share},
             outputs=embedding,
-            distill=seconds is not None and (learned_from_all if has_more else knobs),
+            distill=False if seconds is None or has_more else knobs,
             seconds=None if has_more else seconds,
         )
-        return small, verdicts[0] if verdicts else small.report.distillation
+        if seconds is None or not has_more:
+            return small, small.report.distillation
+        many = self._batches("calibration")
+        found = nni_topo.distillation(small, self.model, many, outputs=embedding, seconds=seconds, **knobs)
+        return found.model, found.verdict
 
     def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
         """Distil pooled embeddings and the blocks' hidden states; other sentences decide."""

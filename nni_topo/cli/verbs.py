@@ -24,8 +24,8 @@ from nni_topo.runs.frontier import checked_shares, frontier
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import empty_folder, prune_checkpoint
 from nni_topo.runs.run import Start, distillation_knobs
-from nni_topo.runs.settings import Settings
-from nni_topo.runs.shrink import KNOBS, budget_settings, shrink, without_share
+from nni_topo.runs.settings import Settings, cost_without_share
+from nni_topo.runs.shrink import KNOBS, asked_budget, shrink
 from nni_topo.runs.widths import sorted_layers
 from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.compare import compare
@@ -288,10 +288,10 @@ class Shrink(TrainedVerb):
                 number(0, 1, "both" if flag == "caps" else "left").check(flag, share, name)
         if self.shares:
             checked_shares(self.shares)
-            cost: Any = without_share(budget or "flops", place)
+            cost = cost_without_share(budget or "flops", place, "--shares")
         else:
             check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
-            cost = budget_settings(budget, self.tolerance)[1]
+            cost = asked_budget(budget, self.tolerance)
         settings = Settings(pruner=self.pruner, compensate=self.method, place=place)
         settings.check_budget(cost)
         if self.shares or self.tolerance is not None or self.depth:
@@ -326,21 +326,18 @@ class Shrink(TrainedVerb):
         return 0
 
     def _budget(self) -> str | dict[str, Any] | None:
-        """Return the shares to keep; a name or None where a tolerance says how much."""
+        """Return the shares to keep; where a tolerance or shares say how much, a name or None."""
         shares: dict[str, Any] = {kind: getattr(self, kind) for kind in BUDGETS if getattr(self, kind) is not None}
-        if self.budget is not None and (shares or (self.tolerance is None and not self.shares)):
-            other = f"--{next(iter(shares))}" if shares else "neither"
-            raise ConfigError(
-                f"--budget names the cost for --tolerance or --shares without a share of its own, got {other} "
-                "(nni-topo shrink)"
-            )
-        if self.shares and (shares or self.tolerance is not None):
-            other = f"--{next(iter(shares))}" if shares else "--tolerance"
-            raise ConfigError(f"--shares says how much is kept, got {other} beside it (nni-topo shrink)")
+        flags = [*(["--shares"] if self.shares else []), *(["--tolerance"] if self.tolerance is not None else [])]
+        if self.budget is not None and not flags:
+            raise ConfigError("--budget names the cost for --tolerance or --shares, got neither (nni-topo shrink)")
+        others = [*flags[1:], *(f"--{kind}" for kind in shares)]
+        if flags and others:
+            raise ConfigError(f"{flags[0]} says how much is kept, got {others[0]} beside it (nni-topo shrink)")
         how: dict[str, Any] = {} if self.allocation is None else {"allocation": self.allocation}
         how |= {"equal_blocks": True} if self.equal_blocks else {}
         how |= {"runtime": self.runtime} if self.runtime != "pytorch" else {}
-        if not shares and (self.tolerance is not None or self.shares):
+        if flags:
             # What is kept follows from the tolerance, or the shares.
             return {self.budget or "flops": None, **how} if how else self.budget
         return {**(shares or {"flops": 0.25}), **how}

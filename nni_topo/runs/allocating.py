@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +32,14 @@ class Tried:
         return f"widths {self.allocation}: held out loss {self.loss:.4g}{agreed}" + " (chosen)" * self.is_chosen
 
 
-def allocations_to_try(pruner: str | Callable[..., Any]) -> tuple[str, ...]:
+def allocations_to_try(pruner: str) -> tuple[str, ...]:
     """Return how a pruner can distribute a budget; ConfigError if there is nothing to choose from."""
-    found = () if callable(pruner) else pruner_info(pruner).allocations()
+    found = pruner_info(pruner).allocations()
     if len(found) < 2:
         able = ", ".join(sorted(name for name, info in PRUNERS.table.items() if len(info.allocations()) > 1))
-        named = "a function" if callable(pruner) else repr(pruner)
         raise ConfigError(
-            f"a pruner must deal out budgets in several ways ({able}) for allocation={AUTO!r}, got {named} (budget)"
+            f"a pruner must distribute budgets in several ways ({able}) for allocation={AUTO!r}, got {pruner!r} "
+            "(budget)"
         )
     return found
 

@@ -32,8 +32,7 @@ from nni_topo.rules import ANYTHING, is_finite
 from nni_topo.runs.measurements import Stage
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prepared import Prepared, plain_weights, prepare
-from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings
-from nni_topo.runs.shrink import without_share
+from nni_topo.runs.settings import LEAVE_OUT, Settings, cost_without_share
 
 if TYPE_CHECKING:
     import pandas
@@ -190,8 +189,6 @@ class Frontier(dict[float, nn.Module]):
     images=BATCHES,
     shares=ANYTHING,
     budget=ANYTHING,
-    pruner=ANYTHING,
-    distill=ANYTHING,
     round_to=ROUND_TO,
 )
 def frontier(
@@ -203,8 +200,8 @@ def frontier(
     pruner: str = "reconstruction",
     knobs: Mapping[str, Any] | None = None,
     layers: Iterable[str | Mapping[str, Any]] | None = None,
-    compensate: str | RecoveryMethod | Compensate | None = "reconstruct",
-    distill: Mapping[str, Any] | Distill | bool = True,
+    compensate: str | RecoveryMethod | None = "reconstruct",
+    distill: Mapping[str, Any] | bool = True,
     narrow_heads: bool = False,
     depth: bool = False,
     outputs: Outputs | None = None,
@@ -228,12 +225,12 @@ def frontier(
         The cost that the shares are of, by name or with other settings, as for :func:`nni_topo.shrink` with a
         ``tolerance``.
     pruner : str, default="reconstruction"
-        As for :func:`nni_topo.shrink`, by name: a structured pruner that accepts a budget, or one of NNI's.
+        As for :func:`nni_topo.shrink`: a structured pruner that accepts a budget, or one of NNI's.
     knobs, layers, compensate, narrow_heads, outputs, evaluate, round_to, time, seed, progress
         As for :func:`nni_topo.shrink`.
     depth : bool, default=False
         As for :func:`nni_topo.shrink`; the order of the blocks is found once. No network then starts from a larger one.
-    distill : mapping, callable or bool, default=True
+    distill : mapping or bool, default=True
         As for :func:`nni_topo.shrink`. Unless ``steps`` or ``seconds`` of each network are given, all networks share
         the steps that a single one takes, the smaller ones more of them.
 
@@ -282,12 +279,7 @@ def frontier(
     arguments = locals()
     calibration = batches_of(images, model, "images")
     wanted = checked_shares(shares)
-    template = without_share(budget, "frontier")
-    if template is None:
-        raise ConfigError(
-            f"budget must name a cost, e.g. 'flops' or {{'flops': None}}, got {shown(budget)}: shares says how much is "
-            "kept (frontier)"
-        )
+    template = cost_without_share(budget, "frontier", "shares")
     settings = Settings.among(arguments, "frontier")
     settings.check_has_size("shares need")
     if len(wanted) > 1:
@@ -299,7 +291,7 @@ def frontier(
     # Unless their number is given, all networks share the steps of a single one: those that lose more learn more.
     own_steps: list[int | None] = [None] * len(wanted)
     given = settings.distillation_knobs
-    if not callable(distill) and distill is not False and given.get("steps") is None and given.get("seconds") is None:
+    if distill is not False and given.get("steps") is None and given.get("seconds") is None:
         total = course_length(data.learned.samples, given.get("batch_size", 64))
         removed = [1.0 - share for share in wanted]
         own_steps = [max(_LEAST_STEPS, round(total * each / sum(removed))) for each in removed]
@@ -324,13 +316,11 @@ def frontier(
                     made, start = other, larger.share
         outcome = steps.outcome(share, made)
         final = steps.distil(made, steps=count)
-        is_distilled = steps.is_distilled(made, final)
-        measured.add("distilled" if is_distilled else "reconstructed", final.dense)
+        measured.add("reconstructed" if final is made else "distilled", final.dense)
         stages = (measured.stages[0], measured.stages[-1])
         steps.report(final.dense, final, stages=stages, outcome=outcome)
         networks[share] = final.dense
-        # Without a verdict a function of the caller's distils, whose network is kept in any case.
-        is_learned = is_distilled if final.verdict is None else final.verdict.is_kept
+        is_learned = final.verdict is not None and final.verdict.is_kept
         points.append(_point(share, made.left, stages[1], start, is_learned, perf_counter() - began))
     if kind == "latency" and template.latency_table is None:
         args, kwargs = first_call(model, data.all)

@@ -19,7 +19,6 @@ from nni_topo.network.runtime.copies import evaluating, evaluation_mode, leaves_
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.inputs import bind_arguments, returned_by_name, tensors_of
 from nni_topo.network.speedup.dense_report import LayerChannels
-from nni_topo.recovery.lesson import MOST_DISTANCE
 from nni_topo.recovery.likeness import NO_SCALE, Answers
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.recovery.report import SMALL
@@ -137,15 +136,6 @@ class Measurements:
         ``rows``: the layers of that network, of which those with one channel left are named.
         """
         last, samples, found = self.stages[-1], self._data.learned.samples_of_all, list[str]()
-        before = self.stages[-2].distance if len(self.stages) > 1 else math.nan
-        if last.network == "distilled" and MOST_DISTANCE * before < last.distance < math.inf:
-            # Distillation can take a network away from the unpruned one where a function of the caller's distils, or
-            # where other images than the held-out ones judged.
-            found.append(
-                f"the distilled network is kept, but its distance from the unpruned network is {last.distance:.3g}, "
-                f"{before:.3g} before distillation; these samples didn't decide whether to keep it. "
-                "shrink(..., distill=False) returns the network before distillation"
-            )
         is_far = last.distance_low > last.calibration_distance and last.distance > _GAP * last.calibration_distance
         agrees_less = (
             last.agreement_high < last.calibration_agreement

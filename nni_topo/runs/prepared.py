@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -37,7 +36,7 @@ from nni_topo.network.runtime.progress import duration
 from nni_topo.network.runtime.reports import give_report
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
-from nni_topo.network.speedup.reconcile import check_masks, widths_multiple
+from nni_topo.network.speedup.reconcile import widths_multiple
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import (
     AUTO,
@@ -50,10 +49,8 @@ from nni_topo.pruners.budget import (
     warn_if_missed,
 )
 from nni_topo.pruners.registry import create_pruner, pruner_info
-from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.course import Clock
 from nni_topo.recovery.narrowing import narrow_instead
-from nni_topo.rules import instance
 from nni_topo.runs.allocating import allocations_to_try, check_held_out, compared
 from nni_topo.runs.depth import Depth
 from nni_topo.runs.images import ImageParts, of_first
@@ -172,17 +169,10 @@ class Prepared:
     def select(self, budget: Budget) -> Pipeline:
         """Select the channels to keep under a budget, by the pruner on a copy of the model."""
         pruner = self.settings.pruner
-        masks: Any
-        # A copy: a function of the caller's may change what it is given.
         groups = copy.deepcopy(self.prunable.groups)
         config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups
         if budget.allocation in self._pruners:
             selected = self.start.select(self._pruners[budget.allocation], budget)
-        elif callable(pruner):
-            given: Any = pruner(detached_copy(self.model), config_list, self.images.learned)
-            instance(Mapping).check("masks", given, "pruner")
-            check_masks(self.model, given)
-            selected = replace(self.start, masks=given)
         else:
             pruner_knobs, outcome = pruner_info(pruner).knobs(), None
             if "budget" not in pruner_knobs:
@@ -221,8 +211,10 @@ class Prepared:
         can_narrow = self.round_to is None and self.budget.kind != "latency" and not self.budget.equal_blocks
         if not (can_narrow and self.settings.narrow_heads):
             return selected
-        masks, step = selected.masks, _HEADS if self.prefers_multiples else 1
-        full, masks = narrow_instead(self.model, self.images.learned, masks, self.analysis.facts, round_to=step)
+        step = _HEADS if self.prefers_multiples else 1
+        full, masks = narrow_instead(
+            self.model, self.images.learned, selected.masks, self.analysis.facts, round_to=step
+        )
         return replace(selected, masks=masks, narrower=None if full is self.model else full)
 
     def planned_ratios(self, budget: Budget) -> tuple[dict[str, float], BudgetOutcome]:
@@ -234,11 +226,8 @@ class Prepared:
     def reconstruct(self, selected: Pipeline) -> Pipeline:
         """Reconstruct the weights, if that was asked for, and remove the channels."""
         method, images = self.settings.compensate, self.images.learned
-        if isinstance(method, (str, RecoveryMethod)):
+        if method is not None:
             selected = selected.reconstruct(method, images, seed=self.settings.seed, progress=self.settings.progress)
-        elif method is not None:
-            full = _checked_network(method(selected.full, selected.masks, images), "compensate")
-            selected = replace(selected, solved=full)
         return selected.remove()
 
     def distil(self, made: Pipeline, **own: Any) -> Pipeline:
@@ -250,8 +239,6 @@ class Prepared:
         distill, images = self.settings.distill, self.images.learned
         if distill is False:
             return made
-        if callable(distill):
-            return replace(made, dense=_checked_network(distill(made.dense, self.model, images), "distill"))
         knobs: dict[str, Any] = {
             "held_out": self.images.judges,
             "outputs": self.settings.outputs,
@@ -278,10 +265,6 @@ class Prepared:
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
             self.leave_out(f"the network isn't distilled: {error}")
             return made
-
-    def is_distilled(self, made: Pipeline, distilled: Pipeline) -> bool:
-        """Whether distillation ran, by this package or by a function of the caller's."""
-        return callable(self.settings.distill) or distilled.dense is not made.dense
 
     def outcome(self, share: float, made: Pipeline) -> BudgetOutcome:
         """Return whether a network meets a budget, and warn where it isn't near to it."""
@@ -378,7 +361,7 @@ class Prepared:
             warnings=(*warnings, *(compensation.warnings if compensation else ()), *dict.fromkeys(self.left_out)),
             whole=self.prunable.unpruned,
             outputs=measured.answers.named,
-            pruner=settings.pruner_name,
+            pruner=settings.pruner,
             allocation=allocation,
             equal_blocks=bool(self.budget.equal_blocks),
             recovery=settings.recovery_name,
@@ -428,13 +411,6 @@ def prepare(
         clock=clock or Clock(),
     )
     return Depth.on(prepared) if settings.depth else prepared
-
-
-def _checked_network(made: Any, name: str) -> nn.Module:
-    """Return what a function of the caller's returned, if it is a network."""
-    if not isinstance(made, nn.Module):
-        raise ConfigError(f"{name} must return a torch.nn.Module, got {type(made).__name__} (shrink)")
-    return made
 
 
 def plain_weights(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

@@ -75,14 +75,14 @@ class ShrinkReport(ModelReport):
         By name, the outputs of the model that distances, agreements and distillation compare (``outputs.compared``) and
         those that they don't (``outputs.left_out``); none are named where ``outputs=`` said what counts.
     pruner : str
-        Name of the pruner, or of the function that selected the channels.
+        Name of the pruner.
     allocation : str
         How the budget was distributed, ``"uniform"``, ``"topological"`` or ``"error"``; empty where the pruner chose
         how many channels it keeps.
     equal_blocks : bool
         Whether all blocks were to keep the same widths.
     recovery : str
-        Name of the recovery method, or of its class or function; empty where no weights were reconstructed.
+        Name of the recovery method, or of its class; empty where no weights were reconstructed.
     undescribed : str
         Of a model of Transformers, what its config can't say of the network; empty where ``from_pretrained`` loads it.
     changed_since : tuple of str
@@ -166,8 +166,7 @@ class ShrinkReport(ModelReport):
             weights = "kept" if self.distillation.is_kept else "discarded"
             steps.append(f"distillation: {self.distillation.steps} steps, whose weights are {weights}")
         else:
-            is_distilled = self.stages[-1].network == "distilled"
-            steps.append(f"distillation: {'by a function of the caller' if is_distilled else 'none'}")
+            steps.append("distillation: none")
         steps.append(f"calibration data: {self.images} samples, without labels")
         parts += ["## How it was pruned", "\n".join(f"- {each}" for each in steps)]
         rows = self._rows()
@@ -241,7 +240,6 @@ class ShrinkReport(ModelReport):
             lines.append(str(self.outputs))
         if self.tolerance is not None:
             lines.append(str(self.tolerance))
-            lines.append(self.tolerance.told_candidates())
         if self.budget is not None:
             lines.append(str(self.budget))
         if self.time is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -16,8 +16,7 @@ from nni_topo.network.layers.kinds import has_channels, without_plain_weights
 from nni_topo.network.runtime.arguments import BY_HEAD, check_entry, check_model
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.inputs import calls
-from nni_topo.network.speedup.reconcile import MasksLike
-from nni_topo.pruners.budget import AUTO, Budget, check_shared_budget
+from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget, check_shared_budget
 from nni_topo.pruners.checks import check_no_ratios
 from nni_topo.pruners.registry import check_pruner_knobs, pruner_info
 from nni_topo.recovery import RecoveryMethod, distillation
@@ -26,7 +25,7 @@ from nni_topo.recovery.distilling import check_can_learn, check_knobs_together, 
 from nni_topo.recovery.lesson import check_augment, check_one_shape
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.recovery.registry import RECOVERIES
-from nni_topo.rules import NONE, check_knobs, instance, is_class, taking
+from nni_topo.rules import NONE, check_knobs, instance, one_of, taking
 from nni_topo.runs.allocating import allocations_to_try
 
 LEAVE_OUT = "leave {} out of the layers to prune (layers)"
@@ -43,8 +42,6 @@ PREFERRED: Literal["preferred"] = "preferred"
 _OFFERED = ("seed", "calibration", "example_inputs", "budget", "round_to")  # what a call gives a pruner
 Layers = Sequence[str | Mapping[str, Any]]
 """Names of layers, and entries of a config_list without ratios."""
-Compensate = Callable[[nn.Module, MasksLike, Iterable[Any]], nn.Module]
-Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,11 @@ class Settings:
     ConfigError for what can't be used whatever the model is.
     """
 
-    pruner: str | Callable[..., MasksLike] = "reconstruction"
+    pruner: str = "reconstruction"
     knobs: Mapping[str, Any] = field(default_factory=dict)
     layers: Layers | None = None
-    compensate: str | RecoveryMethod | Compensate | None = "reconstruct"
-    distill: Mapping[str, Any] | Distill | bool = True
+    compensate: str | RecoveryMethod | None = "reconstruct"
+    distill: Mapping[str, Any] | bool = True
     narrow_heads: bool = False
     depth: bool = False
     outputs: Outputs | None = None
@@ -80,72 +77,44 @@ class Settings:
         instance(Mapping).check("knobs", self.knobs, self.place)
         (taking("network") | NONE).check("evaluate", self.evaluate, self.place)
         (taking("output", "inputs") | NONE).check("outputs", self.outputs, self.place)
-        pruner = self.pruner
-        if isinstance(pruner, type):
+        check_pruner_knobs(self.pruner, self.knobs, self.place)
+        info = pruner_info(self.pruner)
+        if not info.structured:
+            raise ConfigError(f"pruner must be one that removes whole channels, got {self.pruner!r} ({self.place})")
+        if "budget" in self.knobs:  # an argument of the call itself
+            got = shown(self.knobs["budget"])
+            raise ConfigError(f"budget must be left out of knobs, got {got} ({self.place})")
+        given = {*_OFFERED, *(knob for knob, value in self.knobs.items() if value is not None)}
+        missing = [need for need in info.needs if given.isdisjoint(need.split(" or "))]
+        if missing:
             raise ConfigError(
-                f"pruner must be a pruner's name, or a function, got the class {pruner.__name__} ({self.place})"
-            )
-        if callable(pruner):
-            taking("model", "config_list", "images").check("pruner", pruner, self.place)
-        else:
-            check_pruner_knobs(pruner, self.knobs, self.place)
-            info = pruner_info(pruner)
-            if not info.structured:
-                raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} ({self.place})")
-            if "budget" in self.knobs:  # an argument of the call itself
-                got = shown(self.knobs["budget"])
-                raise ConfigError(f"budget must be left out of knobs, got {got} ({self.place})")
-            given = {*_OFFERED, *(knob for knob, value in self.knobs.items() if value is not None)}
-            missing = [need for need in info.needs if given.isdisjoint(need.split(" or "))]
-            if missing:
-                raise ConfigError(
-                    f"pruner must be one that needs no {', '.join(missing)}, got {pruner!r}: create_pruner takes one "
-                    f"({self.place})"
-                )
-            check_no_ratios([each if isinstance(each, Mapping) else {} for each in self.layers or ()], "layers")
-        if self.depth:
-            self.check_has_size("depth=True needs")
-
-        method: Any = self.compensate
-        if is_class(method) and issubclass(method, RecoveryMethod):
-            raise ConfigError(
-                f"compensate must be a method's name, an object of it or a function, got the class {method.__name__} "
+                f"pruner must be one that needs no {', '.join(missing)}, got {self.pruner!r}: create_pruner takes one "
                 f"({self.place})"
             )
-        if method is not None and not isinstance(method, RecoveryMethod):
-            if callable(method):
-                taking("model", "masks", "images").check("compensate", method, self.place)
-            else:
-                RECOVERIES.info(method, self.place, "compensate")
-
+        check_no_ratios([each if isinstance(each, Mapping) else {} for each in self.layers or ()], "layers")
+        if self.depth:
+            self.check_has_size("depth=True needs")
+        if isinstance(self.compensate, str):
+            RECOVERIES.info(self.compensate, self.place, "compensate")
         if isinstance(self.distill, Mapping):
             allowed = tuple(inspect.signature(distillation).parameters)[3:]
             for knob in self.distill:
                 if knob not in allowed:
                     raise unknown_name("knob of distill", str(knob), allowed, self.place)
             check_knobs("distill", self.distill, DISTILLATION_KNOBS)
-        elif callable(self.distill):
-            taking("dense", "model", "images").check("distill", self.distill, self.place)
-        elif not isinstance(self.distill, bool):
-            raise ConfigError(f"distill must be True, False, knobs or a function, got {self.distill!r} ({self.place})")
 
     @property
     def chooses_how_many(self) -> bool:
         """Whether the pruner takes neither a budget nor, as NNI's do, exactly the ratios that it is given."""
-        if callable(self.pruner):
-            return True
         info = pruner_info(self.pruner)
         return not (info.origin == "nni" or "budget" in info.knobs())
 
     @property
-    def pruner_name(self) -> str:
-        """Name of the pruner, or of the function that selects the channels."""
-        return _name_of(self.pruner)
-
-    @property
     def recovery_name(self) -> str:
-        """Name of the recovery method, or of its class or function; empty where no weights are reconstructed."""
-        return "" if self.compensate is None else _name_of(self.compensate)
+        """Name of the recovery method, or of its class; empty where no weights are reconstructed."""
+        if self.compensate is None or isinstance(self.compensate, str):
+            return self.compensate or ""
+        return type(self.compensate).__name__
 
     @property
     def distillation_knobs(self) -> Mapping[str, Any]:
@@ -155,10 +124,9 @@ class Settings:
     def check_has_size(self, what: str) -> None:
         """Refuse a pruner that can't be asked for a size; ``what`` begins the sentence."""
         if self.chooses_how_many:
-            named = "a function" if callable(self.pruner) else repr(self.pruner)
             raise ConfigError(
-                f"{what} a pruner that can be asked for a size, got {named}, which chooses how many channels it keeps "
-                "(pruner)"
+                f"{what} a pruner that can be asked for a size, got {self.pruner!r}, which chooses how many channels "
+                "it keeps (pruner)"
             )
 
     def check_one_distilled(self, several: str) -> None:
@@ -182,7 +150,7 @@ class Settings:
         if budget.allocation == AUTO:
             allocations_to_try(self.pruner)
         elif not self.chooses_how_many:
-            known = pruner_info(str(self.pruner)).allocations() or ("uniform",)
+            known = pruner_info(self.pruner).allocations() or ("uniform",)
             if budget.allocation not in known:
                 raise ConfigError(
                     f"the allocation of pruner {self.pruner!r} must be {' or '.join(map(repr, known))}, got "
@@ -215,19 +183,12 @@ class Settings:
         if images.processes is None:
             return
         check_shared_budget(budget)
-        alone = {
-            "distill": callable(self.distill),
-            "tolerance": tolerance is not None,
-            "depth": self.depth,
-            "allocation": budget.allocation == AUTO,
-            "pruner": callable(self.pruner),
-            "compensate": callable(self.compensate) and not isinstance(self.compensate, RecoveryMethod),
-        }
+        alone = {"tolerance": tolerance is not None, "depth": self.depth, "allocation": budget.allocation == AUTO}
         found = [name for name, is_given in alone.items() if is_given]
         if found:
             raise ConfigError(
                 "images that processes share can be used to select channels, to reconstruct weights and to distil, "
-                f"with methods by name, got {listed(found)} (process_group of {images.name})"
+                f"got {listed(found)} (process_group of {images.name})"
             )
         check_knobs_together(self.distillation_knobs)
 
@@ -241,7 +202,7 @@ class Settings:
 
     def check_distillation(self, model: nn.Module, images: Calibration) -> None:
         """Raise, before anything is pruned, the errors of :func:`nni_topo.distill` that images and outputs show."""
-        if self.distill is False or callable(self.distill):
+        if self.distill is False:
             return
         self.check_two_samples(images)
         if not any(parameter.is_floating_point() for parameter in model.parameters()):
@@ -273,7 +234,7 @@ class Settings:
             why = f"which has other layers than the plain ones that are pruned ({listed(names)})"
         if why:
             why = f"a model that its config doesn't describe, {why}"
-        elif not callable(self.pruner) and self.chooses_how_many:
+        elif self.chooses_how_many:
             why = "a pruner that chooses how many channels it keeps"
         elif budget.allocation != "uniform":
             why = f"the allocation {budget.allocation!r}, by which blocks keep different widths"
@@ -285,10 +246,24 @@ class Settings:
         return replace(budget, equal_blocks=True)
 
 
+def cost_without_share(budget: Any, place: str, decides: str) -> Budget:
+    """Return the budget of a cost that is only named, as ``"flops"`` or ``{"flops": None, ...}``.
+
+    ``decides`` is what says how much is kept, such as a tolerance.
+    """
+    if isinstance(budget, str):
+        one_of(BUDGETS).check("budget", budget, place)
+    given = {budget: None} if isinstance(budget, str) else budget
+    if isinstance(given, Mapping):
+        costs = [name for name in BUDGETS if name in given]
+        if len(costs) == 1 and given[costs[0]] is None:
+            return as_budget({**given, costs[0]: 1.0})
+    raise ConfigError(
+        f"budget must name a cost, e.g. 'flops' or {{'flops': None}}, got {shown(budget)}: {decides} says how much is "
+        f"kept ({place})"
+    )
+
+
 def describes(model: nn.Module, budget: Budget) -> bool:
     """Say whether a config of Transformers has to describe the smaller network under a checked budget."""
     return bool(budget.equal_blocks) and is_pretrained(model)
-
-
-def _name_of(choice: Any) -> str:
-    return choice if isinstance(choice, str) else str(getattr(choice, "__name__", type(choice).__name__))

@@ -14,8 +14,7 @@ from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
-from nni_topo.network.speedup.reconcile import MasksLike
-from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget
+from nni_topo.pruners.budget import AUTO, Budget, as_budget
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.course import Clock
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION
@@ -23,21 +22,18 @@ from nni_topo.recovery.distilling import check_knobs_together
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of
 from nni_topo.runs.prepared import prepare
-from nni_topo.runs.settings import LEAVE_OUT, Compensate, Distill, Settings
+from nni_topo.runs.settings import LEAVE_OUT, Settings, cost_without_share
 from nni_topo.runs.tolerance import MEASURES, PARTS, check_tolerance, resolved_measure, within_tolerance
 
 KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEASURES)}
 """Rules of the knobs that say how far the network's answers may differ."""
 
 
-# Arguments that are names, knobs or functions are checked by `check_choices`.
 @public(
     Running(leaves_out=LEAVE_OUT),
     model=MODEL,
     images=BATCHES,
     budget=ANYTHING,
-    pruner=ANYTHING,
-    distill=ANYTHING,
     round_to=ROUND_TO,
     seconds=DISTILLATION["seconds"],
     **KNOBS,
@@ -49,11 +45,11 @@ def shrink(
     *,
     tolerance: float | None = None,
     measure: str = "auto",
-    pruner: str | Callable[..., MasksLike] = "reconstruction",
+    pruner: str = "reconstruction",
     knobs: Mapping[str, Any] | None = None,
     layers: Iterable[str | Mapping[str, Any]] | None = None,
-    compensate: str | RecoveryMethod | Compensate | None = "reconstruct",
-    distill: Mapping[str, Any] | Distill | bool = True,
+    compensate: str | RecoveryMethod | None = "reconstruct",
+    distill: Mapping[str, Any] | bool = True,
     narrow_heads: bool = False,
     depth: bool = False,
     outputs: Outputs | None = None,
@@ -81,10 +77,8 @@ def shrink(
         may gain nothing. With ``"allocation": "auto"`` the budget is distributed in every way that the pruner offers,
         the weights of each network are reconstructed, and the network with the smallest loss on the held-out images, as
         :func:`nni_topo.distill` counts it, is kept. That takes two or three times as long.
-        With a ``tolerance`` it may be the name of the cost that is made as small as possible, ``"flops"`` (the
-        default), ``"params"``, ``"latency"`` or ``"memory"``, with other settings
-        ``{"flops": None, "allocation": "error"}``. A share beside a ``tolerance`` is the least that is kept: where the
-        tolerance keeps more, a warning says that the budget is missed.
+        With a ``tolerance`` it is the name of the cost that is made as small as possible, ``"flops"`` (the default),
+        ``"params"``, ``"latency"`` or ``"memory"``, with other settings ``{"flops": None, "allocation": "error"}``.
     tolerance : float, optional
         In (0, 1). Instead of a network of a given cost, find the smallest one whose answers differ from the unpruned
         network's by at most so much, e.g. 0.01 for one changed answer in a hundred; see the notes.
@@ -93,25 +87,22 @@ def shrink(
         output, changes; where outputs aren't scores of classes, the distance. ``"distance"``: the mean squared distance
         of the outputs, over their variance. ``"evaluate"``: the fall of the number that ``evaluate`` returns, so 0.01
         is one point of an accuracy. ``"auto"``: ``"evaluate"`` where that is given, else ``"outputs"``.
-    pruner : str or callable, default="reconstruction"
-        Name of a structured pruner, NNI's own too. Or a function of (a copy of the model, a
-        config_list with dependency groups and without ratios, the calibration images) that returns masks.
+    pruner : str, default="reconstruction"
+        Name of a structured pruner, NNI's own too, or ``"package.module:Class"``.
     knobs : mapping, optional
         The named pruner's own arguments.
     layers : iterable of str or mapping, optional
         Names of the layers to prune, or entries of a config_list without ratios. Their ``max_sparse_ratio`` and
         ``min_sparse_ratio`` are the largest and smallest share of channels that a layer loses. By default all
         convolutions, linear and recurrent layers except those that give the output.
-    compensate : str, RecoveryMethod, callable or None, default="reconstruct"
+    compensate : str, RecoveryMethod or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`, by name or as an object with settings of its own such as
-        ``nni_topo.recovery.Reconstruct(refine=0)``; or a function of (model, masks, images) that returns a model of
-        full size; None: the weights are not reconstructed.
-    distill : mapping, callable or bool, default=True
+        ``nni_topo.recovery.Reconstruct(refine=0)``; None: the weights are not reconstructed.
+    distill : mapping or bool, default=True
         Whether to distil at the end, or knobs of :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``,
         where ``seconds`` is the wall time of distillation alone. The distilled weights are kept only if, on the
         held-out images, the loss falls and the distance at most doubles. A network of whose outputs no gradients can be
-        taken isn't distilled, with a warning. Or a function of (dense, model, images) that returns a dense model, which
-        is kept in any case.
+        taken isn't distilled, with a warning.
     narrow_heads : bool, default=False
         Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
         :func:`nni_topo.narrow_heads` can: by multiples of 8 channels, with ``round_to=1`` by any number. That keeps
@@ -141,7 +132,7 @@ def shrink(
     seconds : float, optional
         Wall time of the whole call but for ``time``, above 0. The steps before distillation take what they take, and
         distillation what is left; where nothing is left the network isn't distilled, with a warning. Not with a
-        ``tolerance``, nor where this package doesn't distil.
+        ``tolerance``, nor with ``distill=False``.
     seed : int, default=0
         Seed of all steps.
     progress : bool or None, default=None
@@ -220,13 +211,10 @@ def shrink(
             f"seconds must be left out with a tolerance, whose search makes as many networks as it needs, got "
             f"{seconds}; distill={{'seconds': ...}} limits each distillation (shrink)"
         )
-    if seconds is not None and (distill is False or callable(distill)):
-        raise ConfigError(
-            "seconds must be left out where nni_topo.distill doesn't run, because it shortens nothing else, got "
-            f"distill={'a function' if callable(distill) else False} (shrink)"
-        )
+    if seconds is not None and distill is False:
+        raise ConfigError("seconds must be left out with distill=False, because it shortens nothing else (shrink)")
     calibration = batches_of(images, model, "images", shared=True)
-    share, wanted = budget_settings(budget, tolerance)
+    wanted = asked_budget(budget, tolerance)
     if tolerance is None and measure != "auto":
         raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
     settings = Settings.among(arguments)
@@ -242,7 +230,7 @@ def shrink(
         parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
         check_tolerance(tolerance, measure, calibration, parts or (), settings)
         prepared = prepare(model, calibration, settings, wanted, parts=parts, is_timed=is_timed)
-        return within_tolerance(prepared, tolerance, measure, share)
+        return within_tolerance(prepared, tolerance, measure)
     prepared = prepare(model, calibration, settings, wanted, is_timed=is_timed, clock=clock)
     measured = prepared.measured
     if wanted.allocation == AUTO or depth:
@@ -258,36 +246,20 @@ def shrink(
     if compensate is not None:
         measured.add("reconstructed", made.dense)
     final = prepared.distil(made)
-    if prepared.is_distilled(made, final):
+    if final is not made:
         measured.add("distilled", final.dense)
     prepared.report(final.dense, final, measured.warnings(made.layers.rows), outcome=outcome)
     network: nn.Module = final.dense
     return network
 
 
-def budget_settings(
-    budget: Budget | Mapping[str, Any] | str | None, tolerance: float | None
-) -> tuple[float | None, Budget]:
-    """Return the share that is asked for, if any, and the budget; without a share it says only which cost counts."""
-    if tolerance is None and (budget is None or isinstance(budget, str)):
+def asked_budget(budget: Budget | Mapping[str, Any] | str | None, tolerance: float | None) -> Budget:
+    """Return the budget; with a tolerance it says only which cost counts."""
+    if tolerance is not None:
+        return cost_without_share("flops" if budget is None else budget, "shrink", "a tolerance")
+    if budget is None or isinstance(budget, str):
         got = "neither" if budget is None else repr(budget)
         raise ConfigError(
             f"shrink needs a budget with a share, e.g. {{'flops': 0.25}}, or a tolerance, got {got} (budget)"
         )
-    named = None if tolerance is None else without_share("flops" if budget is None else budget, "shrink")
-    if named is not None:
-        return None, named
-    found = as_budget(budget)
-    return found.share, found
-
-
-def without_share(budget: Budget | Mapping[str, Any] | str, place: str) -> Budget | None:
-    """Return the budget of a cost that is only named, as ``"flops"`` or ``{"flops": None, ...}``; None for others."""
-    if isinstance(budget, str):
-        one_of(BUDGETS).check("budget", budget, place)
-    given: Any = {budget: None} if isinstance(budget, str) else budget
-    if isinstance(given, Mapping):
-        costs = [name for name in BUDGETS if name in given]
-        if len(costs) == 1 and given[costs[0]] is None:
-            return as_budget({**given, costs[0]: 1.0})
-    return None
+    return as_budget(budget)

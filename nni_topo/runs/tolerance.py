@@ -27,10 +27,8 @@ from torch import nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dense_report import dense_report_of
-from nni_topo.pruners.budget import BudgetOutcome, budget_outcome
 from nni_topo.recovery.likeness import Answers, are_classes
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.runs.measurements import UNPRUNED, evaluated
@@ -97,8 +95,6 @@ class ToleranceOutcome:
         Number of images that confirm, or of groups of images where these are known.
     judges : int
         Number of images, or groups, that judged the candidates.
-    needed : int
-        How many, all without a change, have the tolerance as their limit; 0 unless ``measure`` is ``"answers"``.
     candidates : tuple of Candidate
         All networks that were tried, in the order of the search.
     confirmations : tuple of Candidate
@@ -115,7 +111,6 @@ class ToleranceOutcome:
     limit: float
     held_out: int
     judges: int
-    needed: int
     candidates: tuple[Candidate, ...]
     confirmations: tuple[Candidate, ...]
     is_met: bool
@@ -137,24 +132,6 @@ class ToleranceOutcome:
             found += " that the search didn't use"
         text = f"the tolerance of {self.tolerance:g} is met: {found}; {self.left:.4g} of the {self.kind} are kept"
         return f"{text} ({tried})"
-
-    def told_candidates(self) -> str:
-        """Return the candidates as a table of text, with a line that says what it shows."""
-        names = {
-            "asked": f"{self.kind} asked for",
-            "left": f"{self.kind} left",
-            "is_distilled": "distilled",
-            "is_within": "within the tolerance",
-        }
-        if self.measure == "evaluate":
-            heading = f"the candidates, judged by evaluate, with the shares of the {self.kind}:"
-        else:
-            heading = (
-                f"the candidates, judged on {self.judges} samples, with the shares of the {self.kind}; limit is the "
-                f"upper 95 % limit of the difference if the {self.held_out} held-out samples gave the same difference:"
-            )
-        frame = self.to_frame().rename(columns=names).dropna(axis="columns", how="all")
-        return f"{heading}\n{frame.to_string(index=False, float_format=lambda value: f'{value:.4g}')}"
 
 
 @dataclass(frozen=True)
@@ -277,20 +254,13 @@ def check_tolerance(
             f"{needed} held-out {unit} without a change are needed for a tolerance of {tolerance:g}, got {got} of "
             f"{total} {unit}: pass at least {_total_for(needed, 2)} {unit}{least} (tolerance)"
         )
-    changes = 0
-    while limit_of_share((changes + 1) / got, got) <= tolerance:
-        changes += 1
-    text = f"{got} held-out {unit} confirm the tolerance of {tolerance:g}: at most {changes} answers may change"
-    text += "" if changes else f"; twice as many {unit} can confirm smaller networks"
-    _logger.log(logging.INFO if changes else logging.WARNING, "%s", text)
 
 
-def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: float | None) -> nn.Module:
+def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.Module:
     """Search the smallest network within a tolerance, distil and confirm it, and return it with its report.
 
-    The budget says which cost is made small, and its allocation; its share is not looked at. ``asked`` is the share
-    below which no network is looked for; None: the smallest one. If no network is confirmed, a copy of the unpruned one
-    is returned.
+    The budget says which cost is made small, and how it is distributed. If no network is confirmed, a copy of the
+    unpruned one is returned.
     """
     images, measured, settings = prepared.images, prepared.measured, prepared.settings
     kind, steps = prepared.budget.kind, prepared.for_search()
@@ -304,54 +274,45 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
             f"a network must have channels to remove, got one whose fewest channels keep {floor:.4g} of its {kind} "
             "(shrink)"
         )
-    lowest = max(_SMALLEST, floor, asked or 0.0)
-    low, high = lowest, 1.0
+    lowest = max(_SMALLEST, floor)
     candidates: list[Candidate] = []
     passed: list[TriedNetwork] = []
 
-    def noted(share: float, made: Pipeline, final: Pipeline, *, is_distilled: bool) -> TriedNetwork:
-        """Judge a network."""
-        judged = judge.on_search(final.dense)
-        candidates.append(Candidate(share, made.left, is_distilled, judged.difference, judged.limit, judged.is_within))
-        return TriedNetwork(candidates[-1], made, final, judged.is_safe)
-
-    def tried(share: float) -> TriedNetwork:
-        """Make a network without distillation, and judge it."""
-        made = steps.make(share)
-        return noted(share, made, made, is_distilled=False)
-
-    def distilled(plain: TriedNetwork) -> TriedNetwork:
-        """Distil a network, and judge it again."""
-        # A copy: a function of the caller's may distil in place.
-        final = steps.distil(replace(plain.made, dense=detached_copy(plain.made.dense)))
-        return noted(plain.candidate.asked, plain.made, final, is_distilled=True)
+    def tried(share: float, plain: Pipeline | None = None) -> TriedNetwork:
+        """Make a network without distillation, or distil the one that was made, and judge it."""
+        made = steps.make(share) if plain is None else plain
+        final = made if plain is None else steps.distil(made)
+        found = judge.on_search(final.dense)
+        is_distilled = plain is not None
+        candidates.append(Candidate(share, made.left, is_distilled, found.difference, found.limit, found.is_within))
+        return TriedNetwork(candidates[-1], made, final, found.is_safe)
 
     # Costs are compared by quotients: half of a network's cost counts as much as half of a small one's.
-    first = tried(lowest) if asked is not None and asked >= floor and lowest < 1.0 else None
-    if first is not None and first.candidate.is_within:
-        passed.append(first)
-    else:
-        while len(candidates) < _CANDIDATES and high / low >= _NEAR:
-            middle = math.sqrt(low * high)
-            found = tried(middle)
-            if found.candidate.is_within:
-                passed.append(found)
-                high = middle
-            else:
-                low = middle
+    low, high = lowest, 1.0
+    while len(candidates) < _CANDIDATES and high / low >= _NEAR:
+        middle = math.sqrt(low * high)
+        found = tried(middle)
+        if found.candidate.is_within:
+            passed.append(found)
+            high = middle
+        else:
+            low = middle
     if passed and measure != "evaluate":
         # The smallest may have passed by chance: larger networks, too, stand ready to be confirmed.
         _add_larger(passed, tried)
     passed.sort(key=lambda each: -each.candidate.left)
-    if passed and settings.distill is not False and (found := distilled(passed[-1])).candidate.is_within:
-        passed[-1] = found
-        verdict, share = found.final.verdict, max(found.candidate.asked * _STEP, lowest)
-        # Where learned weights are discarded, the network is no better than what the search has found.
-        if (verdict is None or verdict.is_kept) and found.candidate.asked / share >= _NEAR:
-            smaller = distilled(tried(share))
-            if smaller.candidate.is_within:
-                passed.append(smaller)
-        passed.sort(key=lambda each: -each.candidate.left)
+    if passed and settings.distill is not False:
+        smallest = passed[-1].candidate.asked
+        found = tried(smallest, passed[-1].made)
+        if found.candidate.is_within:
+            passed[-1] = found
+            verdict, share = found.final.verdict, max(smallest * _STEP, lowest)
+            # Where learned weights are discarded, the network is no better than what the search has found.
+            if (verdict is None or verdict.is_kept) and smallest / share >= _NEAR:
+                smaller = tried(share, tried(share).made)
+                if smaller.candidate.is_within:
+                    passed.append(smaller)
+            passed.sort(key=lambda each: -each.candidate.left)
 
     # On the images that confirm, from the largest to the smallest; a function has no other images.
     looks: list[Candidate] = []
@@ -377,17 +338,24 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
         limit=confirmed[-1].limit if confirmed else math.nan,
         held_out=judge.counts[1],
         judges=judge.counts[0],
-        needed=observations_needed(tolerance) if measure == "answers" else 0,
         candidates=tuple(candidates),
         confirmations=tuple(looks),
         is_met=chosen is not None,
     )
-    warnings = _warnings(outcome)
-    reached: BudgetOutcome | None = None
-    if asked is not None:
-        reached = budget_outcome(kind, asked, left, "a smaller network isn't within the tolerance")
-        if not reached.is_met:
-            warnings.append(str(reached))
+    warnings: list[str] = []
+    if looks and not looks[-1].is_within:
+        missed = looks[-1]
+        text = (
+            f"the candidate with {missed.left:.4g} of the {kind} wasn't confirmed: {_WORDS[measure]} "
+            f"{missed.difference:.3g}, at most {missed.limit:.3g} with 95 % confidence, on {outcome.held_out} held-out "
+            "samples"
+        )
+        text += ". The next larger candidate is returned" if outcome.is_met else ""
+        warnings.append(f"{text}. More samples let smaller networks be confirmed")
+    if not outcome.is_met:
+        warnings.append(
+            f"{outcome}; a copy of the unpruned network is returned. Pass more samples, or a larger tolerance"
+        )
     for text in warnings:
         _logger.warning("%s", text)
     if chosen is None:
@@ -401,7 +369,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str, asked: 
         if chosen.candidate.is_distilled:
             measured.add("distilled", network)
     told = measured.warnings(layers.rows) + tuple(warnings)
-    prepared.report(network, taken, told, layers=layers, outcome=reached, tolerance=outcome)
+    prepared.report(network, taken, told, layers=layers, outcome=None, tolerance=outcome)
     return network
 
 
@@ -431,25 +399,6 @@ def _add_larger(passed: list[TriedNetwork], tried: Callable[[float], TriedNetwor
             passed.append(found)
         if share == max(shares):
             largest = found
-
-
-def _warnings(outcome: ToleranceOutcome) -> list[str]:
-    """Return what a user should know of a search that ended early."""
-    found = []
-    missed = [look for look in outcome.confirmations if not look.is_within]
-    if missed:
-        look = missed[0]
-        text = (
-            f"the candidate with {look.left:.4g} of the {outcome.kind} wasn't confirmed: {_WORDS[outcome.measure]} "
-            f"{look.difference:.3g}, at most {look.limit:.3g} with 95 % confidence, on {outcome.held_out} held-out "
-            "samples"
-        )
-        if outcome.is_met:
-            text += ". The next larger candidate is returned"
-        found.append(f"{text}. More samples let smaller networks be confirmed")
-    if not outcome.is_met:
-        found.append(f"{outcome}; a copy of the unpruned network is returned. Pass more samples, or a larger tolerance")
-    return found
 
 
 def _units(part: Calibration) -> int:

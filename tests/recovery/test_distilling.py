@@ -270,7 +270,7 @@ def test_models_that_run_on_some_numbers_of_samples_only_are_refused():
             distill(*given, batches())
     # every eighth sample is held out, so that 28 of 32 are to be learned from
     with pytest.raises(ConfigError, match=r"it got 28 and raised ValueError.*\(model\)"):
-        nni_topo.shrink(choosy, batches(), {"flops": 0.5}, pruner=lambda *_: pytest.fail("it pruned"))
+        nni_topo.shrink(choosy, batches(), {"flops": 0.5}, evaluate=lambda net: pytest.fail("it ran"))
 
 
 class StopError(Exception):
@@ -584,7 +584,7 @@ def test_a_network_that_does_not_run_in_bfloat16_is_refused_before_there_is_a_sm
     model = Single(16).eval()
     with pytest.raises(ConfigError, match="not under autocast"):
         distillation(Single(4).eval(), model, batches(), steps=2, precision="bfloat16")
-    knobs = {"pruner": lambda *_: pytest.fail("it pruned"), "distill": {"precision": "bfloat16"}}
+    knobs = {"evaluate": lambda net: pytest.fail("it ran"), "distill": {"precision": "bfloat16"}}
     with pytest.raises(ConfigError, match="not under autocast"):
         nni_topo.shrink(model, batches(), {"flops": 0.5}, **knobs)
 

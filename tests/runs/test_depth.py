@@ -260,8 +260,8 @@ def test_bad_requests_are_refused():
     model, data = resnet(), list(images())
     with pytest.raises(ConfigError, match=r"depth must be True or False, got 1 \(shrink\)"):
         nni_topo.shrink(model, data, {"flops": 0.5}, depth=1)
-    with pytest.raises(ConfigError, match=r"depth=True needs a pruner that can be asked for a size, got a function"):
-        nni_topo.shrink(model, data, {"flops": 0.5}, depth=True, pruner=lambda *_: {})
+    with pytest.raises(ConfigError, match=r"depth=True needs a pruner that can be asked for a size, got 'subcluster'"):
+        nni_topo.shrink(model, data, {"flops": 0.5}, depth=True, pruner="subcluster")
     with pytest.raises(DataError, match=r"depth=True needs at least 8 samples, of which one judges, got 4"):
         nni_topo.shrink(model, [data[0][:4]], {"flops": 0.5}, depth=True)
 

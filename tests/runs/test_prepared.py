@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from dataclasses import replace
@@ -74,40 +73,8 @@ def test_layers_that_no_list_of_layers_has_are_refused_with_the_reason(name, why
         layers_to_prune(Analysis.on(Twice(), torch.rand(2, 4)), [name])
 
 
-def test_a_function_of_the_callers_may_change_the_config_list_it_is_given():
-    seen = []
-
-    def choose(model, config_list, images):
-        seen.append(copy.deepcopy(config_list))
-        for entry in config_list:
-            entry["op_names"].clear()
-        config_list.clear()
-        return {}
-
-    chosen = steps(pruner=choose)
-    for _ in range(2):
-        assert chosen.select(FLOPS).masks == {}
-    assert seen[0] == seen[1]
-    assert [entry["op_names"] for entry in seen[0]] == [["stem"], ["inner"], ["hidden"]]
-
-
-@pytest.mark.parametrize("compensate", [None, "reconstruct"])
-def test_masks_of_a_function_are_rounded_to_a_multiple(compensate):
-    def choose(model, config_list, images):
-        mask = torch.ones_like(model.hidden.weight)
-        mask[:5] = 0.0
-        return {"hidden": {"weight": mask}}
-
-    chosen = steps(pruner=choose, round_to=4, compensate=compensate)
-    pruned = chosen.select(FLOPS)
-    assert pruned.planned is None
-    made = chosen.reconstruct(pruned)
-    assert made.dense.hidden.out_features == 12  # of 16, and 11 aren't a multiple of 4
-    assert made.without_recovery().dense.hidden.out_features == 12
-
-
 def test_distillation_needs_two_samples_of_one_shape():
-    never = {"distill": {"steps": 2}, "pruner": lambda *_: pytest.fail("it pruned")}
+    never = {"distill": {"steps": 2}, "evaluate": lambda net: pytest.fail("it ran")}
     with pytest.raises(DataError, match="at least two samples, one to judge by, got 1"):
         shrink(toy_model().eval(), images(1), {"flops": 0.5}, **never)
     data = Calibration([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)])
@@ -126,23 +93,6 @@ def measured(*stages, **knobs):
     for name, figures in stages:
         found.stages.append(replace(found.stages[0], network=name, **EVEN | figures))
     return found
-
-
-@pytest.mark.parametrize(
-    ("distances", "is_told"),
-    [
-        ({"pruned": 0.5, "reconstructed": 0.1, "distilled": 0.21}, True),
-        ({"pruned": 0.05, "reconstructed": 0.1, "distilled": 0.2}, False),  # twice as far isn't more than twice
-        ({"pruned": 0.1, "reconstructed": 0.3, "distilled": 0.5}, False),
-        ({"pruned": 0.1, "distilled": 0.3}, True),
-    ],
-)
-def test_distillation_that_leads_away_is_told_by_the_last_two_networks(distances, is_told, caplog):
-    stages = [(name, {"distance": far, "distance_high": 9.0}) for name, far in distances.items()]
-    found = measured(*stages).warnings(())
-    told = [text for text in found if "the distilled network is kept" in text]
-    assert len(told) == is_told
-    assert set(told) <= {record.getMessage() for record in caplog.records}
 
 
 FAR = {"distance": 0.3, "distance_low": 0.2, "distance_high": 0.4}
@@ -287,13 +237,8 @@ def test_heads_get_narrower_where_that_is_asked_for(narrow_heads, equal_blocks, 
     net = vit_small(4, 1, 8).eval()
     data = ImageParts.of(Calibration([torch.randn(16, 1, 8, 8)]), net)
 
-    def first_head(model, config_list, images):
-        rows = torch.arange(len(model.blocks[0].attention.q_proj.weight))
-        mask = (rows >= 16)[:, None].expand_as(model.blocks[0].attention.q_proj.weight).float()
-        return {f"blocks.0.attention.{name}_proj": {"weight": mask.clone()} for name in "qkv"}
-
     budget = Budget(flops=0.5, equal_blocks=equal_blocks)
-    pruned = steps(net, budget, data, pruner=first_head, narrow_heads=narrow_heads, round_to=1).select(budget)
+    pruned = steps(net, budget, data, narrow_heads=narrow_heads, round_to=1).select(budget)
     assert (pruned.narrower is not None) == is_narrower
 
 
@@ -348,12 +293,9 @@ def test_what_processes_that_share_images_can_not_do_is_refused(shared):
     check(shared)
     check(shared, compensate=Reconstruct(), distill={"steps": 2})
     refused = {
-        "distill": {"distill": lambda dense, model, images: dense},
         "tolerance": {"tolerance": 0.5},
         "depth": {"depth": True},
         "allocation": {"budget": Budget(flops=0.5, allocation="auto")},
-        "pruner": {"pruner": lambda model, config_list, images: {}},
-        "compensate": {"compensate": lambda model, masks, images: model},
     }
     for name, given in refused.items():
         with pytest.raises(ConfigError, match=rf"got {name} \(process_group of"):

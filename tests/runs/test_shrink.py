@@ -85,7 +85,7 @@ def test_outputs_that_nothing_learns_from_are_refused_before_anything_is_pruned(
             torch.rand(64, 6).split(16),
             {"flops": 0.5},
             distill=distill,
-            pruner=lambda *_: pytest.fail("ran"),
+            evaluate=lambda net: pytest.fail("ran"),
         )
 
 
@@ -397,31 +397,6 @@ def test_a_pruner_that_finds_the_number_itself_tells_what_it_leaves(caplog):
     assert f"{left / whole:.4g} of the unpruned network's cost is kept" in caplog.text
 
 
-def test_every_step_can_be_replaced():
-    seen = []
-
-    def choose(model, config_list, images):
-        seen.append(("choose", sorted(entry["op_names"][0] for entry in config_list), len(images)))
-        mask = torch.ones_like(model.hidden.weight)
-        mask[::2] = 0
-        return {"hidden": {"weight": mask}}
-
-    def compensate(model, masks, images):
-        seen.append(("compensate", list(masks), len(images)))
-        return copy.deepcopy(model)
-
-    def distil(dense, model, images):
-        seen.append(("distil", dense.hidden.out_features, model.hidden.out_features))
-        return copy.deepcopy(dense)
-
-    small = shrunk(pruner=choose, compensate=compensate, distill=distil)
-    assert seen[0] == ("choose", ["hidden", "inner", "stem"], 2)
-    assert seen[1:] == [("compensate", ["hidden"], 2), ("distil", 8, 16)]
-    assert isinstance(small.report, ShrinkReport)
-    bare = shrunk(compensate=None)
-    assert [stage.network for stage in bare.report.stages] == ["unpruned", "pruned"]
-
-
 def test_a_recovery_method_with_settings_of_its_own():
     by_name, once = shrunk(), shrunk(compensate=Reconstruct(refine=0))
     places = [layer.place for layer in by_name.report.compensation.layers]
@@ -488,32 +463,18 @@ def test_distilled_weights_that_take_the_outputs_away_are_discarded_and_the_repo
     assert better.stages[-1].distance < stages["reconstructed"].distance
 
 
-def test_what_a_function_of_the_callers_makes_worse_is_kept_and_told():
-    def distil(dense, model, images):
-        other = copy.deepcopy(dense)
-        with torch.no_grad():
-            other.head.bias += 10.0
-        return other
-
-    report = shrunk(distill=distil).report
-    assert report.distillation is None
-    assert report.stages[-1].distance > 2.0 * report.stages[-2].distance
-    assert "the distilled network is kept, but its distance from the unpruned network is" in report.warnings[0]
-
-
 @pytest.mark.parametrize(
     ("knobs", "error", "message"),
     [
         ({"budget": {"flops": 1.5}}, ConfigError, "flops must be in"),
         ({"budget": {"size": 0.5}}, ConfigError, "key of budget must be a known name"),
         ({"pruner": "magic"}, ConfigError, "pruner must be a known name, got 'magic'"),
-        ({"pruner": None}, ConfigError, "a pruner's name must be text, got None"),
         ({"pruner": "level"}, ConfigError, "pruner must be one that removes whole channels, got 'level'"),
-        ({"budget": {"flops": 0.5, "allocation": "auto"}, "pruner": lambda *_: {}}, ConfigError, "auto"),
         ({"knobs": {"magic": 1}}, ConfigError, "knob of pruner 'reconstruction' must be a known name"),
         ({"compensate": "magic"}, ConfigError, "compensate must be a known name"),
-        ({"compensate": Reconstruct}, ConfigError, "compensate must be .*, got the class Reconstruct"),
-        ({"distill": "much"}, ConfigError, "distill must be True, False, knobs or a function, got 'much'"),
+        ({"pruner": lambda *_: {}}, ConfigError, "pruner must be a str, got"),
+        ({"compensate": Reconstruct}, ConfigError, "compensate must be a str or a RecoveryMethod or None, got"),
+        ({"distill": lambda *_: {}}, ConfigError, "distill must be .*, got"),
         ({"distill": {"images": []}}, ConfigError, "knob of distill must be a known name, got 'images'"),
         ({"layers": ["nowhere"]}, ConfigError, "nowhere"),
         (
@@ -616,7 +577,7 @@ def test_whole_heads_go_by_default_and_where_time_counts_or_multiples_are_asked_
 def test_layers_that_the_model_does_not_have_are_told_before_anything_runs(layers, message):
     with pytest.raises(ConfigError, match=message):
         nni_topo.shrink(
-            toy_model(), [toy_images(16)], {"flops": 0.5}, layers=layers, pruner=lambda *_: pytest.fail("ran")
+            toy_model(), [toy_images(16)], {"flops": 0.5}, layers=layers, evaluate=lambda net: pytest.fail("ran")
         )
 
 
@@ -690,7 +651,7 @@ def test_the_report_names_layers_that_would_have_to_be_named_too(knobs):
 
 def test_an_augment_function_is_tried_before_anything_is_pruned():
     with pytest.raises(ConfigError, match=r"augment must return inputs that fit the model, got .*\(augment\)"):
-        shrunk(distill={"augment": torch.Tensor.double}, pruner=lambda *_: pytest.fail("ran"))
+        shrunk(distill={"augment": torch.Tensor.double}, evaluate=lambda net: pytest.fail("ran"))
 
 
 @pytest.mark.parametrize(
@@ -740,7 +701,7 @@ UNPRUNED = Stage("unpruned", 4000, 200, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 
 PRUNED = Stage("pruned", 1000, 60, 0.5, 0.25, 0.75, 0.625, 0.5, 0.75, 0.4, 0.7, math.nan, 1.0)
 LAST = Stage("distilled", 1000, 50, 0.125, 0.1, 0.2, 0.75, 0.625, 0.875, 0.1, 0.8, 0.5, 2.0)
 FIGURES_LEFT = ShrinkReport((UNPRUNED, PRUNED, LAST), LAYERS_LEFT, images=100, held_out=20)
-WITHIN = ToleranceOutcome(0.1, "answers", "flops", 0.25, 0.05, 0.08, 20, 12, 29, (), (), True)
+WITHIN = ToleranceOutcome(0.1, "answers", "flops", 0.25, 0.05, 0.08, 20, 12, (), (), True)
 
 
 def sections(report):
@@ -777,25 +738,12 @@ def test_budget_and_tolerance_are_told_where_there_was_one():
     assert text.endswith(f"| 25.0 % |\n\nT{str(reached)[1:]}.\n\nT{str(WITHIN)[1:]}.")
 
 
-def every_second(model, config_list, images):
-    """Remove every second channel of a layer."""
-    mask = torch.ones_like(model.hidden.weight)
-    mask[::2] = 0
-    return {"hidden": {"weight": mask}}
-
-
-def as_it_is(model, masks, images):
-    """Reconstruct nothing."""
-    return copy.deepcopy(model)
-
-
 @pytest.mark.parametrize(
     ("knobs", "names"),
     [
         ({"pruner": "l1"}, ("l1", "uniform", "reconstruct")),
         ({"budget": {"flops": 0.5, "allocation": "error"}, "compensate": None}, ("reconstruction", "error", "")),
-        ({"pruner": every_second, "compensate": Reconstruct(refine=0)}, ("every_second", "", "Reconstruct")),
-        ({"pruner": "l1", "compensate": as_it_is}, ("l1", "uniform", "as_it_is")),
+        ({"pruner": "subcluster", "compensate": Reconstruct(refine=0)}, ("subcluster", "", "Reconstruct")),
     ],
 )
 @pytest.mark.quick_every(2)
@@ -852,8 +800,7 @@ def test_more_time_than_it_takes_changes_nothing():
     ("knobs", "words"),
     [
         ({"tolerance": 0.2, "distill": True}, "left out with a tolerance"),
-        ({"distill": False}, r"nni_topo.distill doesn.t run, .*, got distill=False \(shrink\)"),
-        ({"distill": lambda dense, model, images: dense}, "nni_topo.distill doesn.t run"),
+        ({"distill": False}, r"left out with distill=False.* \(shrink\)"),
         ({"distill": True, "seconds": 0}, r"seconds must be above 0 and finite or None, got 0 \(shrink\)"),
     ],
 )
@@ -893,10 +840,10 @@ def test_a_state_of_an_earlier_epoch_is_refused_before_anything_is_pruned(tmp_pa
     with torch.no_grad():
         model.out.weight *= 1.01
     with pytest.raises(ConfigError, match=r"must go on with the same unpruned network, hash .*another file.*state.pt"):
-        nni_topo.shrink(model, images, pruner=lambda *_: pytest.fail("it pruned"), **knobs)
+        nni_topo.shrink(model, images, evaluate=lambda net: pytest.fail("it ran"), **knobs)
     with pytest.raises(DataError, match="must lie in a folder that exists"):
         nni_topo.shrink(
-            model, images, {"flops": 0.5}, distill={"state": "none/state"}, pruner=lambda *_: pytest.fail("it pruned")
+            model, images, {"flops": 0.5}, distill={"state": "none/state"}, evaluate=lambda net: pytest.fail("it ran")
         )
 
 

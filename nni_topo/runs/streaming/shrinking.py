@@ -604,7 +604,7 @@ class _Run:
             likeness=likeness,
             samples=learned.samples_of_all,
             held_out=0 if held_out is None else held_out.samples_of_all,
-            pruner=self._settings.pruner_name,
+            pruner=self._settings.pruner,
             recovery=self._settings.recovery_name,
             warnings=tuple(doubts),
         )

@@ -496,7 +496,7 @@ def test_what_tokenizers_give_is_split_copied_and_measured_as_dicts_are():
 def test_lengths_that_differ_are_told_before_anything_is_solved():
     batches = [{"input_ids": torch.randint(20, (16, length))} for length in (5, 7)]
     with pytest.raises(DataError, match=r"must have one shape.*\(5,\), \(7,\).*padding='max_length'.*distill=False"):
-        nni_topo.shrink(Embedded(), batches, {"params": 0.7}, compensate=lambda *_: pytest.fail("solved"))
+        nni_topo.shrink(Embedded(), batches, {"params": 0.7}, evaluate=lambda net: pytest.fail("ran"))
     report = nni_topo.shrink(Embedded().eval(), batches, {"params": 0.7}, pruner="l1", distill=False).report
     assert 0.0 < report.stages[-1].distance < 1.0
 

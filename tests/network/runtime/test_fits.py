@@ -130,7 +130,7 @@ def test_time_steps_are_not_taken_for_samples(layer: nn.Module) -> None:
 )
 def test_batches_that_are_none_say_how_to_make_some_before_anything_runs(batches, message):
     with pytest.raises((ConfigError, DataError), match=message):
-        nni_topo.shrink(classifier(), batches, {"flops": 0.5}, pruner=lambda *_: pytest.fail("pruned"))
+        nni_topo.shrink(classifier(), batches, {"flops": 0.5}, evaluate=lambda net: pytest.fail("ran"))
 
 
 @pytest.mark.parametrize(
