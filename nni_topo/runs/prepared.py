@@ -212,6 +212,7 @@ class Prepared:
         if not (can_narrow and self.settings.narrow_heads):
             return selected
         step = _HEADS if self.prefers_multiples else 1
+        masks: Any
         full, masks = narrow_instead(
             self.model, self.images.learned, selected.masks, self.analysis.facts, round_to=step
         )
