@@ -12,7 +12,6 @@ import nni_topo
 from nni_topo import errors, zoo
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.rules import number, whole
-from nni_topo.runs.choices import CompensationChoice, Target, load_prune_config
 from nni_topo.runs.trial import TrialSettings
 from nni_topo.studies.plan import load_plan
 
@@ -67,20 +66,11 @@ def plan(tmp_path, text):
 # What is mistyped, and the place that the error must name.
 MISTYPED = {
     "pruner of shrink": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5}, pruner="L11"), "shrink"),
-    "knob of shrink": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5}, knobs={"refin": 1}), "shrink"),
     "layer of shrink": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5}, layers=["00"]), "shrink"),
-    "method of shrink": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5}, compensate="pears"), "shrink"),
     "knob of distill": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5}, distill={"step": 1}), "shrink"),
     "cost": (lambda _: nni_topo.shrink(small(), [ROWS], {"flop": 0.5}), "budget"),
-    "allocation": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5, "allocation": "eror"}), "budget"),
-    "pruner of frontier": (lambda _: nni_topo.frontier(small(), [ROWS], shares=(0.5,), pruner="l11"), "frontier"),
     "objective": (lambda _: nni_topo.distill(small(), small(), [ROWS], objective="kll"), "distill"),
-    "method": (lambda _: nni_topo.compensate(small(), {}, [ROWS], method="pears"), "compensate"),
-    "pruner of create_pruner": (lambda _: nni_topo.create_pruner("l11", small(), HALF), "create_pruner"),
     "knob of create_pruner": (lambda _: nni_topo.create_pruner("l1", small(), HALF, mod="a"), "create_pruner"),
-    "pruner_info": (lambda _: nni_topo.pruner_info("l11"), "pruner_info"),
-    "recovery_info": (lambda _: nni_topo.recovery_info("pears"), "recovery_info"),
-    "layer of explain": (lambda _: nni_topo.explain(small(), ROWS, "00"), "explain"),
     "layer of a config_list": (
         lambda _: nni_topo.dependency_groups(small(), ROWS, [*HALF, {"op_names": ["00"], "sparse_ratio": 0.5}]),
         "config_list[1]",
@@ -90,27 +80,12 @@ MISTYPED = {
         "config_list[0]",
     ),
     "module of a mask": (lambda _: nni_topo.to_dense(small(), ROWS, {"00": {"weight": torch.ones(4, 4)}}), "masks"),
-    "block": (lambda _: nni_topo.remove_blocks(small(), ["00"], [ROWS]), "names"),
-    "attention": (lambda _: nni_topo.narrow_heads(small(), [ROWS], {"00": 0.5}), "sparse_ratio"),
     "format": (lambda _: nni_topo.export(small(), "never.pt2", ROWS, format="onxn"), "export"),
-    "mode": (lambda _: nni_topo.speedup.profile({"one": small()}, ROWS, modes=("eagr",)), "profile"),
     "model": (lambda _: zoo.create_model("resnet2", num_classes=2, in_channels=1, image_size=8), "zoo.create_model"),
-    "data": (lambda _: zoo.load_data("digit"), "zoo.load_data"),
     "engine": (lambda _: nni_topo.topology.rips_diagram(ROWS.numpy(), engine="exat"), "rips_diagram"),
-    "sweep": (lambda _: nni_topo.signals.chirp((4,), sweep="nyqist"), "chirp"),
-    "layer of sensitivity": (
-        lambda _: nni_topo.analysis.sensitivity(small(), ROWS, lambda model: 0.5, layers=["00"]),
-        "layers",
-    ),
-    "kind of target": (lambda _: Target("flop", 0.5), "target"),
-    "method of a plan": (lambda _: CompensationChoice(method="pears"), "compensate"),
     "knob of a trial": (lambda _: TrialSettings(pruner="l1", knobs={"mod": "a"}), "trial"),
     "key of a plan": (
         lambda folder: load_plan(plan(folder, "models: [small_cnn]\ndata: [digits]\npruner: [l1]\n")),
-        "plan.yaml",
-    ),
-    "pruner of a configuration": (
-        lambda folder: load_prune_config(plan(folder, "pruner: l11\nconfig_list: [{sparse_ratio: 0.5}]\n")),
         "plan.yaml",
     ),
 }

@@ -157,10 +157,7 @@ def _check_own(copied: nn.Module, own: set[int], light: bool) -> None:
 
 
 def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:
-    """Return a copy of a model that NNI has wrapped, without wrappers and masks; of any other model, a copy.
-
-    Of what `nni_topo.masked_model` returned it is a copy whose modules are what they were, with the masked weights.
-    """
+    """Return a copy of a model without NNI's wrappers and masks, and without what `nni_topo.masked_model` changed."""
     copied: nn.Module = detached_copy(model, light=light)
     for module in list(copied.modules()):
         wrapper = getattr(module, "_nni_wrapper", None)
@@ -217,15 +214,9 @@ def _content(cell: CellType) -> Any:
 def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:
     """Let a public function work on copies of all models among its arguments, in lists and mappings too.
 
-    A copy has parameters of its own where these take at most a quarter of the free memory. Else it uses the memory of
-    the model's.
-
     Models are copied once, at the outermost call. What isn't copied is put back (`left_alone`): a model that NNI has
-    wrapped, one that PyTorch spreads over processes, and a compiled one if ``as_compiled`` is True, because a copy
-    isn't compiled.
-
-    Where memory is short the function raises a DataError, unless `in_smaller_batches` around it starts again with
-    fewer samples.
+    wrapped, one that PyTorch spreads over processes, and a compiled one if ``as_compiled``, because a copy isn't
+    compiled. Where memory is short the function raises a DataError, unless `in_smaller_batches` starts it again.
     """
 
     @functools.wraps(function)
@@ -302,10 +293,8 @@ def _compiler_off(models: Iterable[nn.Module]) -> AbstractContextManager[object]
 def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     """Put back, whatever happens in the block, models as `_state_kept` does, and the states of all global generators.
 
-    What isn't a module has nothing to put back.
-
-    Parts that ``torch.compile`` has compiled run as they are written, for compiled ones call no hooks and show no
-    operations, unless ``as_compiled`` is True. A caller's ``torch.autocast`` is off likewise.
+    Unless ``as_compiled``, compiled parts run as they are written, because they call no hooks and show no operations,
+    and a caller's ``torch.autocast`` is off.
     """
     modules = [model for model in models if isinstance(model, nn.Module)]
     compiler = _compiler_off([] if as_compiled else modules)
@@ -315,10 +304,7 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _state_kept(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back modes, attributes, gradients, tensors' memory and values of buffers; gradients are None within.
-
-    What a pruner does to wrap a model stays.
-    """
+    """Put back modes, attributes, gradients, tensors' memory and values of buffers; a pruner's wrappers stay."""
     modules = list(dict.fromkeys(module for model in models for module in model.modules()))
     modes = [(module, module.training) for module in modules]
     leaves, buffers = dict[int, Tensor](), list[Tensor]()
@@ -403,10 +389,7 @@ def training(model: Any) -> Any:
 
 
 def forget_evaluated(model: nn.Module) -> None:
-    """Let modules forget what they compute once for evaluation mode, such as LeViT's biases by position.
-
-    They forget it in training mode. Afterwards every module is in its own mode again.
-    """
+    """Let modules forget, in training mode, what they compute once for evaluation, such as LeViT's biases."""
     modes = [(module, module.training) for module in model.modules()]
     _switch(model, True)
     _switch(model, False)
@@ -424,8 +407,7 @@ def put_modes_of(given: nn.Module, dense: nn.Module) -> None:
 def _switch(model: nn.Module, mode: bool) -> None:
     """Put a model into a mode by its own ``train`` or ``eval``, which may freeze batch norms or fill a cache.
 
-    Where such a method changes weights, as where adapters are merged for evaluation, or raises an error, what it has
-    done is put back, and the modes alone are set.
+    What such a method does is put back if it changes weights, as where adapters are merged, or raises an error.
     """
     if all(module.training == mode for module in model.modules()):
         return
@@ -451,10 +433,8 @@ def _switch(model: nn.Module, mode: bool) -> None:
 
 
 def _sets_modes_alone(module: nn.Module) -> bool:
-    """Tell whether a module has the ``train`` and ``eval`` of `torch.nn.Module`, or those of Transformers' models.
-
-    The latter hand on to the former, unless the model is asked to use other kernels.
-    """
+    """Tell whether a module has the ``train`` and ``eval`` of `torch.nn.Module`, or those of Transformers' models."""
+    # The latter hand on to the former, unless the model is asked to use other kernels.
     for method in (type(module).train, type(module).eval):
         # a decorated one may bear the name of another module
         home = getattr(method, "__globals__", {}).get("__name__")

@@ -69,10 +69,7 @@ def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
 
 
 def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Call:
-    """Return a call's first two samples if the model runs on them, else the call; DataError if it runs on neither.
-
-    The call is also returned if more layers run on it, as experts do to which a router gives other samples.
-    """
+    """Return a call's first two samples, or the call where the model needs more of it, or more layers run on it."""
     # Tracing takes time and memory for each sample.
     few: Call = taken(call, torch.arange(min(2, batch_size(call))))
     try:
@@ -132,10 +129,7 @@ def failure_on(model: nn.Module, call: Call) -> Exception | None:
 
 
 def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> set[str]:
-    """Run a model on a call in evaluation mode; DataError if that fails, or if a layer takes it for a single sample.
-
-    Returned are the names of the modules in lists that ran.
-    """
+    """Run a model on a call and name the modules in lists that ran; DataError if a layer takes it for one sample."""
     unbatched, ran = list[str](), set[str]()
     shape = first_of_samples(call).shape
 

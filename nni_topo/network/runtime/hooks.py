@@ -127,10 +127,7 @@ def example_inputs_of(
 
 @contextmanager
 def _bound_copy(evaluator: Evaluator, model: nn.Module, knob: str) -> Iterator[tuple[Evaluator, nn.Module]]:
-    """Bind a copy of an evaluator to a copy of a model: a pruner can still initialize and bind the evaluator itself.
-
-    What the evaluator raises, for NNI's evaluators assert much, becomes a ConfigError.
-    """
+    """Bind a copy of an evaluator to a copy of a model; what it raises, as NNI's assertions, becomes a ConfigError."""
     copied, evaluated = copy.copy(evaluator), detached_copy(model)
     try:
         if not copied._initialization_complete:
@@ -160,14 +157,9 @@ def pruner_batches(
 
 
 def counted_places(shape: tuple[int, ...]) -> Tensor | None:
-    """Return which positions aren't padding: bool, of this shape (samples, places).
-
-    None if all count, or if the positions are known for another shape only.
-    """
+    """Return which positions of this shape (samples, places) aren't padding; None if all count, or nobody knows."""
     real: Tensor | None = context().real
-    if real is None or real.shape != shape:
-        return None
-    return real
+    return None if real is None or real.shape != shape else real
 
 
 def _pre_hook(look: Entering) -> Callable[..., Any]:

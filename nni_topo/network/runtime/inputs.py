@@ -41,11 +41,7 @@ PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_m
 
 
 def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
-    """Split inputs, batch first, into positional and keyword arguments of a model.
-
-    This is the one rule of how inputs become arguments. A mapping holds keyword arguments, unless it is itself the
-    single argument of the model, see :func:`is_argument`; without a model it always holds keyword arguments.
-    """
+    """Split inputs, batch first, into positional and keyword arguments; a mapping may be a model's one argument."""
     if isinstance(example_inputs, Mapping) and model is not None and is_argument(example_inputs, model):
         call: Call = ((dict(example_inputs),), {})
     elif isinstance(example_inputs, Mapping):
@@ -66,11 +62,7 @@ _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_
 
 
 def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
-    """Say whether a mapping can only be meant as the single argument of a model, as in ``forward(self, batch)``.
-
-    So it is where the model's forward has one required parameter, which is positional, takes no arbitrary keyword
-    arguments, and has no parameter that is called like a key of the mapping.
-    """
+    """Say whether a mapping can only be meant as the single argument of a model, as in ``forward(self, batch)``."""
     parameters = _parameters_of(model)
     if parameters is None or any(each.kind is each.VAR_KEYWORD for each in parameters):
         return False
@@ -81,10 +73,7 @@ def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
 
 
 def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter] | None:
-    """List the parameters of a model's forward; None where it isn't written in Python.
-
-    Of a compiled model, or one that is spread over devices, those of the model within.
-    """
+    """List the parameters of the forward of a model, or of that within it; None where it isn't written in Python."""
     try:
         return list(inspect.signature(model_within(model).forward).parameters.values())
     except (AttributeError, TypeError, ValueError):
@@ -119,10 +108,7 @@ def on_device(tree: Any, device: torch.device, *, copy: bool = False) -> Any:
 
 
 def copied_for(model: nn.Module, call: Call) -> Call:
-    """Copy a call to a model's device, and cast its floats to the type of the model's parameters where they have one.
-
-    PyTorch's layers take no other type. A model whose parameters have several types says itself what it casts.
-    """
+    """Copy a call to a model's device, and cast its floats to the type of the model's parameters if they have one."""
     call = on_device(call, device_of(model), copy=True)
     types = {each.dtype for each in model.parameters() if each.is_floating_point()}
     return cast_floats(call, types.pop()) if len(types) == 1 and types <= _COMPUTED else call
@@ -132,10 +118,7 @@ _COMPUTED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # typ
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
-    """Return a call's arguments by name, in the order of ``model.forward``, without defaults.
-
-    What a ``**kwargs`` of the model takes is there under its own names. ConfigError if they don't fit.
-    """
+    """Return a call's arguments by name, those of ``**kwargs`` too, without defaults; ConfigError if they don't fit."""
     try:
         signature = inspect.signature(model.forward)
         bound = signature.bind(*call[0], **call[1])
@@ -149,10 +132,7 @@ def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
 
 
 def call_by_name(model: torch.nn.Module, named: Mapping[str, Any]) -> Call:
-    """Return the call that has arguments by name as `bind_arguments` returns them.
-
-    What a forward takes by position alone (``x, /`` or ``*inputs``), and what comes before it, is passed by position.
-    """
+    """Return the call of `bind_arguments`' names: by position is what must be (``x, /``, ``*inputs``), or precedes."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     alone = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
     places = [place for place, each in enumerate(parameters, 1) if each.kind in alone and each.name in named]
@@ -203,12 +183,9 @@ def returned_tensors(output: Any) -> list[torch.Tensor]:
 
 
 def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
-    """List the tensors of what a model returns with the keys, places and attributes that lead to them.
+    """List the tensors of what a model returns, in containers or attributes, with the keys that lead to them.
 
-    A container may be of a class of the user's own, and a forward may return an object that holds its tensors in
-    attributes. A cache of Transformers is none of the outputs: it goes back into the model.
-
-    SpeedupError for an iterator, of which it can't be told what it will give.
+    A cache of Transformers is no output: it goes back into the model. SpeedupError for an iterator.
     """
     found: list[tuple[str, torch.Tensor]] = []
     _look_for_tensors(output, "", found, set())
@@ -217,7 +194,6 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
 
 def _look_for_tensors(value: Any, name: str, found: list[tuple[str, torch.Tensor]], seen: set[int]) -> None:
     """Add the tensors of a value with this name, but for those in objects with a ``seen`` id."""
-    # No function within another one: one that calls itself keeps what it has found until Python looks for cycles.
     if isinstance(value, Tensor):
         found.append((name or "output", value))
         return
@@ -301,10 +277,7 @@ def variations_of(call: Call) -> tuple[Variation, ...]:
 
 
 def together(call: Call, variations: tuple[Variation, ...]) -> Call | None:
-    """Return one batch of the first sample of a call and its variations.
-
-    None if the first dimension of a tensor of floats doesn't count samples.
-    """
+    """Return a batch of a call's first sample and its variations; None if floats aren't samples first."""
     size = batch_size(call)
     for tensor in tensors_of(call):
         if tensor.is_floating_point() and (tensor.dim() == 0 or len(tensor) != size):
@@ -350,10 +323,9 @@ def cast_floats(call: Call, dtype: torch.dtype) -> Call:
 
 
 def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Decorate a function that runs a model: when memory is short it starts again, with half as many samples at a time.
+    """Decorate a function that asks `at_once` or `parts` how many samples may run together: half when memory is short.
 
-    The function asks `at_once` or `parts` how many samples it may run together. DataError if one sample is too many.
-    Beside other processes, which couldn't know of a second start, the error stays as it is.
+    DataError if one sample is too many. Beside other processes the error stays: they couldn't know of a second start.
     """
     place = work.__qualname__
 
@@ -366,7 +338,6 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
                 with in_context(limit=limit):
                     return work(*args, **kwargs)
             except (RuntimeError, MemoryError) as error:  # Python's own has no text
-                # Beside other processes a second start would be out of step with them.
                 if not out_of_memory(error) or is_in_step():
                     raise
                 reason = str(error).partition("\n")[0] or type(error).__name__
@@ -380,11 +351,7 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
 
 
 def let_go(error: BaseException | None) -> None:
-    """Let go of what the functions that an error has left still hold in their variables.
-
-    An error that is kept, or is being handled while something else is tried, keeps them alive: of an unfinished
-    recording, every tensor that the model made.
-    """
+    """Let go of the variables of functions that an error has left, such as the tensors of an unfinished recording."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -428,10 +395,7 @@ def taken(call: Any, index: Tensor) -> Any:
 
 
 def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
-    """Return the inputs of a batch: a tensor, a dict of keyword arguments or a tuple of positional ones.
-
-    :class:`nni_topo.Calibration` says what a batch may be; only this function decides it.
-    """
+    """Return the inputs of a batch: a tensor, a dict of keyword arguments or a tuple of positional ones."""
     if isinstance(batch, (tuple, list)):
         if not batch:
             raise DataError(f"a batch must hold an input, got an empty one ({name}, batch {index})")
@@ -465,10 +429,7 @@ def check_inputs(batch: Any, index: int, name: str) -> None:
 
 
 def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
-    """Yield a call of the model for each calibration batch, copied to the model's device; DataError if it doesn't fit.
-
-    A model may change its inputs in place; since they are copies, the batches stay as they are.
-    """
+    """Yield a call of the model for each batch, as copies, since a model may change its inputs in place."""
     name = name_of(calibration)
     count = 0
     for count, batch in enumerate(calibration, start=1):
@@ -515,10 +476,7 @@ def described(given: Any) -> str:
 
 @contextmanager
 def fitting(batch: int, knob: str = "calibration", call: Call | None = None) -> Iterator[None]:
-    """Turn an error of a model within the block into a DataError.
-
-    ``batch``: the batch of ``knob``, counted from 0; ``call``: what the model gets.
-    """
+    """Turn an error of a model within the block, on a batch of ``knob`` (from 0) and a call, into a DataError."""
     try:
         yield
     except NniTopoError:

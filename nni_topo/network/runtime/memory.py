@@ -43,10 +43,7 @@ def free_memory() -> int:
 
 
 def check_memory(needed: float, what: str, cure: str, place: str, free: int | None = None) -> None:
-    """Raise DataError, with the knob that makes it less, where so many bytes aren't free for what comes next.
-
-    ``free``: the free bytes of a device; None: those of the machine.
-    """
+    """Raise DataError with a cure where so many bytes aren't free, of the machine unless ``free`` says how many are."""
     if needed <= _SMALL:
         return
     free = free_memory() if free is None else free
@@ -56,10 +53,7 @@ def check_memory(needed: float, what: str, cure: str, place: str, free: int | No
 
 
 def free_memory_of(device: torch.device) -> int:
-    """Return the bytes that this process can still take on a device; those of the machine where it has none of its own.
-
-    What PyTorch keeps of a GPU for its next tensors counts as taken.
-    """
+    """Return the bytes that this process can take on a device; what PyTorch keeps of a GPU counts as taken."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
@@ -69,10 +63,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def give_back_memory(model: nn.Module) -> None:
-    """Free graphs of a traced model, which refer to themselves, and give the heap's free pages back to the system.
-
-    Nothing is done for a ``model`` of less than 67 million parameters: Python finds these graphs by itself later.
-    """
+    """Free graphs of a traced large model, which refer to themselves, and the heap's free pages."""
     if sum(each.numel() for each in model.parameters()) >= _LARGE:
         gc.collect()
         trim_heap()
@@ -87,15 +78,10 @@ def trim_heap() -> None:
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Let the C library give the memory of a tensor of 1 MiB or more back to the system as soon as it is freed.
+    """Let glibc give the memory of a tensor of 1 MiB or more back to the system as soon as it is freed.
 
-    By itself glibc keeps the memory of freed tensors below 32 MiB for the next ones. What is allocated in between cuts
-    it into pieces, which nobody can use for a larger tensor, so that a process grows with the number of tensors that
-    come and go. Pages of their own cost time: each is filled with zeros first.
-
-    What was freed before is given back first: it would be used for large tensors, too. Nothing is done where the C
-    library isn't glibc, or where the user has set a threshold in the environment.
-    Afterwards glibc keeps the memory of tensors below 32 MiB, as it does in a process that has freed a larger one.
+    By itself it keeps that of tensors below 32 MiB, in pieces that no larger tensor fits into: the process grows.
+    Nothing is done where the user has set a threshold in the environment.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in tunables

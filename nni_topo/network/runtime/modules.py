@@ -22,10 +22,7 @@ def is_plain(model: Any) -> bool:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Tell whether a tensor belongs to a transformation under way, as ``torch.vmap`` and ``torch.func.grad`` make them.
-
-    Such a tensor stands for all samples of another tensor, say, and can't be used after the transformation.
-    """
+    """Tell whether a tensor belongs to a ``torch.vmap`` or ``torch.func.grad`` under way, and is unusable afterwards."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 

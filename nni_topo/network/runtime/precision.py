@@ -90,12 +90,11 @@ def not_under_autocast(precision: Precision, error: Exception, place: str) -> Co
 
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Let PyTorch's operations compute in a precision; parameters, and their gradients, keep their own.
+    """Let PyTorch's operations compute in a precision; take the gradients of what they give by `backward_in`.
 
-    On a CPU bfloat16 is for linear layers. Attention itself stays in single precision: the gradient of the fused
-    operation takes six times as long in bfloat16 where sequences have 32 places. So do convolutions, of which
-    processors compute some wrong: on those with AMX, for example, a ``Conv1d`` of 8 channels with kernels of 64 gives
-    numbers that have nothing to do with it. Take the gradients of what is computed by `backward_in`.
+    On a CPU bfloat16 is for linear layers. Attention stays in single precision: the gradient of the fused operation
+    takes six times as long in bfloat16 where sequences have 32 places. So do convolutions: processors with AMX compute
+    some wrong, such as a ``Conv1d`` of 8 channels with kernels of 64.
     """
     if not torch.amp.is_autocast_available(device.type):  # there is none to turn off, either
         yield
@@ -108,10 +107,7 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 def backward_in(precision: Precision, device: torch.device, loss: Tensor) -> None:
-    """Take the gradients of a loss of what a model gave in `computing_in`.
-
-    A checkpoint runs the forward again for them: under autocast by itself, with the same exceptions through ours.
-    """
+    """Take the gradients of a loss in `computing_in`; a checkpoint runs the forward again, with the same exceptions."""
     if precision == "float32" or device.type != "cpu":
         loss.backward()
         return
@@ -123,10 +119,9 @@ def backward_in(precision: Precision, device: torch.device, loss: Tensor) -> Non
 
 
 def is_within_autocast() -> bool:
-    """Tell whether the caller is within ``torch.autocast``, enabled or not.
+    """Tell whether the caller is within ``torch.autocast``, enabled or not: blocks within it must not keep casts.
 
-    There PyTorch keeps the casts of weights until the outermost block ends: weights that learn would compute as they
-    were at the first step. So blocks within it must not keep casts.
+    PyTorch keeps them until the outermost block ends: weights that learn would compute as they were at the first step.
     """
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
@@ -148,10 +143,7 @@ class _SomeInSingle(TorchFunctionMode):
 
 
 def _in_single(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function that computes in single precision, without autocast, and returns half precision if it gets any.
-
-    It gets some after a linear layer, or from a layer in half precision.
-    """
+    """Return a function that computes in single precision, and returns half precision if it gets any."""
 
     def single(value: Any) -> Any:
         return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
@@ -167,10 +159,7 @@ def _in_single(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _with_attention(function: Any) -> Any:
-    """Return a function of ``torch.nn.functional`` with our attention in place of the one that it calls by name.
-
-    While a mode handles a function of Python's, it doesn't see what that calls.
-    """
+    """Return a function of ``torch.nn.functional`` that calls our attention: a mode doesn't see what it calls."""
     names = {**vars(functional), "scaled_dot_product_attention": _attention}
     copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
     copied.__kwdefaults__ = function.__kwdefaults__

@@ -29,10 +29,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class Processes:
-    """A group of processes, in one of them.
-
-    ``place`` names the current step in errors. Methods raise ProcessError if another process has ended.
-    """
+    """A group of processes, in one of them; ``place`` names the step in errors, ProcessError if another has ended."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -65,10 +62,7 @@ class Processes:
         return found
 
     def agree(self, tensors: Sequence[Tensor], place: str) -> None:
-        """Replace tensors by those of the first process, which have the same shapes.
-
-        Results from equal sums can differ in the last digits if the processors differ.
-        """
+        """Replace tensors by those of the first process: other processors round in another way."""
         first = dist.get_global_rank(self.group, 0)
         for tensor in tensors:
             self._collect(lambda buffer: dist.broadcast(buffer, src=first, group=self.group), tensor, place)

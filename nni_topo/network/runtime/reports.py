@@ -47,10 +47,7 @@ def report_of(model: nn.Module) -> ModelReport | None:
 
 
 def hand_on_report(model: nn.Module, changed: nn.Module, how: str) -> None:
-    """Give a changed copy of a model the model's report, if it has one, with a note of ``how`` it was changed.
-
-    The figures of the report are those before: without the note a reader would take them for the copy's.
-    """
+    """Give a changed copy of a model the model's report, if it has one, with a note of ``how`` it was changed."""
     report: Any = report_of(model)
     if report is not None:
         give_report(changed, dataclasses.replace(report, changed_since=(*report.changed_since, how)))

@@ -25,20 +25,16 @@ _turn = threading.RLock()
 
 @contextmanager
 def one_call() -> Iterator[None]:
-    """Mark a call of a public function, which is over when the outermost block is; also a decorator.
-
-    Calls of several threads run one after another.
-    """
+    """Mark a call of a public function; those of several threads run one after another."""
     with _turn, in_context(is_running=True):
         yield
 
 
 @contextmanager
 def package_settings(as_compiled: bool) -> Iterator[None]:
-    """Compute outside of a caller's ``torch.inference_mode``, ``torch.autocast`` and default device.
+    """Compute outside of a caller's ``torch.inference_mode``, and unless ``as_compiled`` of autocast and device, too.
 
-    What is made in inference mode takes no gradients, for good. Sums of products that autocast rounds to three digits
-    say little of a network. ``as_compiled``: a model that is timed keeps autocast and default device.
+    What is made in inference mode takes no gradients, for good. Autocast rounds products to three digits.
     """
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     gradients = torch.set_grad_enabled(torch.is_grad_enabled())  # an interruption may come as ``no_grad`` begins
@@ -89,10 +85,8 @@ def _package_of(frame: FrameType) -> str:
 def as_written() -> Iterator[None]:
     """Within the block, networks compute attention step by step and products in full precision.
 
-    Networks that are compared have to differ by what they compute alone. The fast paths of attention and transformer
-    layers turn padded batches into nested tensors, on which hooks and masks can't work. A GPU rounds the factors of
-    convolutions to three digits where nobody forbids it, and those of matrices where
-    ``torch.set_float32_matmul_precision`` allows it; which digits are lost depends on the layers' widths.
+    Networks that are compared have to differ by what they compute alone. The fast paths of attention turn padded
+    batches into nested tensors, on which hooks and masks can't work.
     """
     if context().is_as_written:
         yield
@@ -125,11 +119,7 @@ def torch_random_kept() -> AbstractContextManager[None]:
 
 
 def seed_torch(seed: int) -> None:
-    """Seed PyTorch's global generators within `random_state_kept`.
-
-    ``torch.manual_seed`` also notes the seed for devices that aren't in use: CUDA, started later, would begin with this
-    one and not with the user's.
-    """
+    """Seed PyTorch's global generators within `random_state_kept`, but not a GPU's that is started later."""
     torch.default_generator.manual_seed(seed)
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or (accelerator.type == "cuda" and not torch.cuda.is_initialized()):

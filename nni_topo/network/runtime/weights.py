@@ -13,10 +13,7 @@ from nni_topo.network.runtime.modules import cast_tensor, put_attribute
 
 
 class RandomWeights:
-    """Random numbers for the weights of a network, of which layers of one scale may look at the same, none written to.
-
-    To draw as many as a network has, and to find memory for them, takes longer than to run it.
-    """
+    """Random numbers for a network's weights, which layers share: to draw them all takes longer than to run it."""
 
     _DRAWN = 262_147  # a prime, so that no two rows of a layer hold the same numbers
     _APART = 4096  # layers begin at different places
@@ -56,10 +53,7 @@ def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def in_double(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that computes in double precision, a large weight at a time: each as it is read.
-
-    It holds the weights of linear layers, convolutions and embeddings as the model does: they mustn't be written to.
-    """
+    """Return a copy that computes in double precision; large weights, the model's own, are cast as they are read."""
     copied: nn.Module = detached_copy(model, light=True)
     as_read: list[tuple[nn.Module, nn.Parameter]] = []
     for module in copied.modules():

@@ -265,19 +265,13 @@ def test_a_wrapped_model_is_named() -> None:
         check_model(model)
 
 
-OLD = {
-    "sparsity": (0.5, "sparse_ratio"),
-    "sparsity_per_layer": (0.5, "sparse_ratio"),
-    "total_sparsity": (0.5, "sparse_ratio with global_group_id"),
-    "max_sparsity_per_layer": (0.5, "max_sparse_ratio"),
-    "op_partial_names": (["a"], "op_names_re"),
-    "exclude": (True, "exclude_op_names"),
-}
-
-
 def test_the_keys_of_nni_2_are_known_and_others_are_not() -> None:
-    assert {key: name for key, (_, name) in OLD.items()} == arguments.LEGACY_KEYS
-    for key, (value, _) in OLD.items():
+    old: dict[str, Any] = dict.fromkeys(
+        ("sparsity", "sparsity_per_layer", "total_sparsity", "max_sparsity_per_layer"), 0.5
+    )
+    old: dict[str, Any] = {**dict.fromkeys(ratios, 0.5), "op_partial_names": ["a"], "exclude": True}
+    assert old.keys() == arguments.LEGACY_KEYS.keys()
+    for key, value in old.items():
         check_entry({key: value, "op_types": ["Conv2d"]}, "here")
     for key, near in (("sparse_ration", "sparse_ratio"), ("sparsityy", None), ("op_type", "op_types"), (3, None)):
         with pytest.raises(ConfigError, match=r"key of a config_list entry.*\(here\)$") as caught:

@@ -61,19 +61,6 @@ def test_batches_may_come_in_any_container(row, model, batches):
     assert kept(row, model, DataLoader(TensorDataset(torch.cat(batches)), batch_size=40)) == expected
 
 
-@pytest.mark.parametrize("row", KNOBS)
-def test_what_is_no_iterable_of_batches_is_refused_before_the_model_is_wrapped(row, model):
-    with pytest.raises(ConfigError, match=r"iterable of batches.*one Tensor of shape \(40, 6\)"):
-        kept(row, model, torch.randn(40, 6))
-    assert not hasattr(model.hidden, "_nni_wrapper")
-
-
-@pytest.mark.parametrize("row", ["topological", "reconstruction"])
-def test_batches_that_do_not_fit_are_named(row, model):
-    with pytest.raises(DataError, match=r"calibration must fit the model, got RuntimeError.*\(batch 0\)"):
-        kept(row, model, [torch.randn(40, 7)])
-
-
 class Counting:
     """Counts how often it is iterated; every pass gives other batches."""
 
@@ -282,14 +269,6 @@ def test_distillation_judges_by_groups_that_were_not_seen(model):
     assert known.loss_before == pytest.approx(0.0, abs=1e-9)
 
 
-def test_memory_is_given_in_bytes_that_64_bits_count():
-    images = [torch.zeros(2, 3)]
-    assert Calibration(images, memory_bytes=2**63 - 1).samples == Calibration(images, memory_bytes=0).samples == 2
-    for wrong in (-1, 2**63, 0.5):
-        with pytest.raises(ConfigError, match=r"memory_bytes must be an integer of at least 0 and below 2\^63"):
-            Calibration(images, memory_bytes=wrong)
-
-
 def test_what_memory_has_no_room_for_lies_in_files_that_go(batches, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     given = [({"inputs": batch}, (None, "text", torch.tensor([index]))) for index, batch in enumerate(batches)]
@@ -448,13 +427,6 @@ def test_a_model_that_changes_its_input_sees_the_same_one_each_time(batches):
     torch.testing.assert_close(small.net.state_dict(), moved.state_dict())
 
 
-def test_inputs_may_require_gradients(batches, model):
-    given = [batch.clone().requires_grad_() for batch in batches]
-    one, other = (nni_topo.shrink(model, each, {"params": 0.5}, distill={"steps": 3}) for each in (given, batches))
-    torch.testing.assert_close(one.state_dict(), other.state_dict())
-    assert all(batch.grad is None for batch in given)
-
-
 class Embedded(nn.Module):
     """A classifier of tokens that gives a loss where labels come along, as those of Transformers do."""
 
@@ -499,22 +471,6 @@ def test_lengths_that_differ_are_told_before_anything_is_solved():
         nni_topo.shrink(Embedded(), batches, {"params": 0.7}, evaluate=lambda net: pytest.fail("ran"))
     report = nni_topo.shrink(Embedded().eval(), batches, {"params": 0.7}, pruner="l1", distill=False).report
     assert 0.0 < report.stages[-1].distance < 1.0
-
-
-def test_an_evaluator_serves_pruners_as_calibration(model, batches):
-    import nni
-    from nni.compression.utils import TorchEvaluator
-
-    def evaluate(net):
-        for batch in batches:
-            net(batch)
-        return 0.0
-
-    def evaluator():
-        optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.1)
-        return TorchEvaluator(lambda *_: None, optimizer, lambda *_: 0.0, evaluating_func=evaluate)
-
-    assert kept("reconstruction", model, evaluator()) == kept("reconstruction", model, batches)
 
 
 class OfTwo(Processes):

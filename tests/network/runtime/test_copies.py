@@ -21,33 +21,6 @@ from nni_topo.network.runtime.copies import detached_copy, left_alone
 CONFIG = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
 
 
-class Model(nn.Module):
-    """A gate, whose removed channels are constants, and a norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm, self.second = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
-        self.third, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
-
-    def forward(self, x):
-        x = torch.sigmoid(self.second(self.norm(self.first(x)).relu()))
-        return self.head(self.third(x).relu().mean((2, 3)))
-
-
-def test_the_model_keeps_its_weights_and_shares_none_with_the_dense_one():
-    model = Model().train()
-    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
-    groups = dependency_groups(model, torch.randn(1, 3, 20, 20), CONFIG)
-    masks = masks_of(RandomPruner(model, groups, seed=0))
-    before |= {name: (tensor, before[name][1]) for name, tensor in model.state_dict(keep_vars=True).items()}
-    dense = to_dense(model, torch.randn(1, 3, 20, 20), masks)
-    after = model.state_dict(keep_vars=True)
-    assert all(after[name] is tensor and torch.equal(tensor, value) for name, (tensor, value) in before.items())
-    places = {tensor.untyped_storage().data_ptr() for tensor in after.values()}
-    assert not places & {tensor.untyped_storage().data_ptr() for tensor in dense.state_dict().values()}
-    assert all(parameter.requires_grad for parameter in dense.parameters())
-
-
 class Unlike(nn.Module):
     """Attributes that are more than what they hold: shared, or looking at one another."""
 
@@ -216,15 +189,6 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_module():
     model[1].held = (each for each in range(3))
     with pytest.raises(ConfigError, match=r"copy\.deepcopy copies, got: .*generator.*\(1\)$"):
         dependency_groups(model, torch.randn(1, 3, 6, 6), CONFIG)
-
-
-def test_a_copy_has_a_generator_of_its_own_in_the_same_state():
-    model = nn.Module()
-    model.held = torch.Generator().manual_seed(5)
-    torch.rand(3, generator=model.held)
-    copied = detached_copy(model)
-    drawn = torch.rand(4, generator=copied.held)
-    assert torch.equal(torch.rand(4, generator=model.held), drawn)
 
 
 def test_attributes_are_put_back_in_their_order_and_new_ones_go():

@@ -56,39 +56,22 @@ def test_what_the_model_can_not_run_on_is_told(batch, message):
 
 
 @pytest.mark.parametrize(
-    ("layer", "sample"),
+    ("layer", "sample", "named"),
     [
-        (nn.Conv2d(3, 4, 3), (3, 8, 8)),
-        (nn.ConvTranspose1d(3, 4, 3), (3, 9)),
-        (nn.Linear(3, 4), (3,)),
-        (nn.GRU(3, 4, batch_first=True), (5, 3)),
+        (nn.Conv2d(3, 4, 3), (3, 8, 8), "Conv2d '0'"),
+        (nn.ConvTranspose1d(3, 4, 3), (3, 9), "ConvTranspose1d '0'"),
+        (nn.Linear(3, 4), (3,), "Linear '0'"),
+        (nn.GRU(3, 4, batch_first=True), (5, 3), "GRU '0'"),
+        (nn.TransformerEncoderLayer(4, 2, batch_first=True), (5, 4), "MultiheadAttention '0.self_attn'"),
     ],
-    ids=["2d", "transposed 1d", "linear", "recurrent"],
+    ids=["2d", "transposed 1d", "linear", "recurrent", "attention"],
 )
-def test_a_layer_that_takes_the_batch_for_one_sample_is_named(layer, sample):
+def test_a_layer_that_takes_the_batch_for_one_sample_is_named(layer, sample, named):
     # Without the check, channels, or points in time, would be taken for samples.
     model = nn.Sequential(layer)
-    with pytest.raises(DataError, match=rf"first dimension.*which {type(layer).__name__} '0' takes for a single"):
+    with pytest.raises(DataError, match=rf"first dimension.*which {named} takes for a single"):
         structure_call(model, [torch.rand(sample)])
     structure_call(model, [torch.rand(2, *sample)])
-
-
-class Attending(nn.Module):
-    """Lets places of a sample attend to one another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.attention(x, x, x)[0]
-        return found
-
-
-def test_attention_that_takes_the_batch_for_one_sample_is_named() -> None:
-    with pytest.raises(DataError, match=r"of shape \(5, 4\), which MultiheadAttention 'attention' takes for a single"):
-        structure_call(Attending(), [torch.rand(5, 4)])
-    structure_call(Attending(), [torch.rand(2, 5, 4)])
 
 
 class Reading(nn.Module):

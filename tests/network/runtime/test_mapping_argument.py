@@ -8,7 +8,6 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.cost.measure import count_macs, latencies
 from nni_topo.network.runtime.inputs import arguments_of, real_positions_of
 
 
@@ -55,20 +54,6 @@ def test_shrink_does_with_the_mapping_what_it_does_with_its_entries_by_name():
     assert small(batches()[0]).shape == (32, 4)
     assert seen
     assert all(keys == {"x", "v"} for keys in seen)
-
-
-@pytest.mark.parametrize("kind", ["torch.export", "onnx"])
-@pytest.mark.quick_every(2)
-def test_export_and_measurements_take_the_mapping(kind, tmp_path):
-    if kind == "onnx":
-        pytest.importorskip("onnxscript")
-        pytest.importorskip("onnxruntime")
-    model, images = ByMapping().eval(), batches()
-    exported = nni_topo.export(model, tmp_path / "net.file", images[0], format=kind)
-    assert exported.path.exists()
-    assert exported.error < 1e-4
-    assert count_macs(model, images[0]) == count_macs(ByName().eval(), images[0])
-    assert latencies({"one": model}, images[0], runs=2)["one"] > 0.0
 
 
 class Arbitrary(ByName):

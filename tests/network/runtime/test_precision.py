@@ -176,16 +176,6 @@ def test_groups_on_a_gpu_are_those_on_the_cpu(name, precision):
     assert [entry["op_names"] for entry in found] == [entry["op_names"] for entry in wanted]
 
 
-@pytest.mark.parametrize("setting", ["high", "all tf32"])
-@in_own_process
-def test_a_network_is_exported_whatever_is_set(setting, tmp_path):
-    SETTINGS[setting]()
-    before = settings(), BACKENDS.mkldnn.enabled
-    exported = nni_topo.export(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), tmp_path / "net.pt2", EXAMPLE)
-    assert exported.path.exists()
-    assert (settings(), BACKENDS.mkldnn.enabled) == before
-
-
 CONVOLUTIONS = [
     (nn.Conv1d(8, 8, 64, padding=32), (4, 8, 64)),  # processors with AMX compute it wrong in bfloat16
     (nn.Conv2d(3, 16, 3, stride=3, bias=False), (4, 3, 32, 32)),
