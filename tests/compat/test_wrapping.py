@@ -88,14 +88,6 @@ def test_nnis_speedup_of_layers_of_one_weight(names):
     assert [model.get_submodule(name).out_channels for name in names] == [4] * len(names)
 
 
-def test_nnis_speedup_beside_layers_of_one_weight():
-    model = TiedConvolutions()
-    mask = filter_mask(model.stem, [1, 4])
-    mask["bias"] = mask["weight"][:, 0, 0, 0].clone()
-    ModelSpeedup(model, IMAGES, {"stem": mask}).speedup_model()
-    assert model.one.bias is model.two.bias
-
-
 def test_nnis_speedup_of_a_layer_with_two_names():
     model = TwoNames().eval()
     masks = {name: filter_mask(model.get_submodule(name), [1, 4]) for name in ("stem", "first")}
@@ -133,13 +125,6 @@ def test_the_name_that_is_given_stands():
     model = TwoNames()
     first = LevelPruner(model, request(["second"]))
     assert sorted(LevelPruner.from_compressor(first, request(["first"]))._module_wrappers) == ["second"]
-
-
-def test_regular_expressions_and_exclusions_see_both_names():
-    config = {"op_names_re": ["second.*", "stem"], "sparse_ratio": 0.5}
-    assert sorted(L1NormPruner(TwoNames(), [config]).compress()[1]) == ["second", "stem"]
-    config = {"op_types": ["Conv2d"], "exclude_op_names": ["first", "tail"], "sparse_ratio": 0.5}
-    assert sorted(L1NormPruner(TwoNames(), [config]).compress()[1]) == ["second", "stem"]
 
 
 class OwnConvolution(nn.Conv2d):

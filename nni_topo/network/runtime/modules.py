@@ -22,7 +22,7 @@ def is_plain(model: Any) -> bool:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Tell whether a tensor belongs to a ``torch.vmap`` or ``torch.func.grad`` under way, and is unusable afterwards."""
+    """Tell whether a tensor is that of a ``torch.vmap`` or ``torch.func.grad`` under way, unusable afterwards."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 

@@ -28,22 +28,18 @@ class ModelReport(ABC):
         """Parameters of the model that the report is of; None if they weren't counted."""
 
 
-_BESIDE = "_nni_topo_report"  # the attribute of a model that has a ``report`` of its own
-
-
 def give_report(model: nn.Module, report: ModelReport) -> bool:
     """Let a model have a report, in place of an earlier one; False where ``report`` is an attribute of the model's."""
-    if not isinstance(getattr(model, "report", report), ModelReport):
-        vars(model)[_BESIDE] = report
-        return False
-    put_attribute(model, "report", report)
-    return True
+    has_room = isinstance(getattr(model, "report", report), ModelReport)
+    if has_room:
+        put_attribute(model, "report", report)
+    return has_room
 
 
 def report_of(model: nn.Module) -> ModelReport | None:
-    """Return the latest report that the package gave a model; None for a model that it didn't return."""
+    """Return the latest report that the package gave a model; None if it gave it none."""
     report = getattr(model, "report", None)
-    return report if isinstance(report, ModelReport) else vars(model).get(_BESIDE)
+    return report if isinstance(report, ModelReport) else None
 
 
 def hand_on_report(model: nn.Module, changed: nn.Module, how: str) -> None:
@@ -70,9 +66,8 @@ def tell_solved_on(model: nn.Module, digests: Iterable[bytes]) -> None:
 
 def drop_report(model: nn.Module) -> None:
     """Remove the report of another model from a copy of it."""
-    if isinstance(getattr(model, "report", None), ModelReport):
+    if report_of(model) is not None:
         vars(model).pop("report", None)
-    vars(model).pop(_BESIDE, None)
 
 
 def told_of_changes(changed_since: Sequence[str]) -> str:

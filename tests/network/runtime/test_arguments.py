@@ -266,9 +266,7 @@ def test_a_wrapped_model_is_named() -> None:
 
 
 def test_the_keys_of_nni_2_are_known_and_others_are_not() -> None:
-    old: dict[str, Any] = dict.fromkeys(
-        ("sparsity", "sparsity_per_layer", "total_sparsity", "max_sparsity_per_layer"), 0.5
-    )
+    ratios = ("sparsity", "sparsity_per_layer", "total_sparsity", "max_sparsity_per_layer")
     old: dict[str, Any] = {**dict.fromkeys(ratios, 0.5), "op_partial_names": ["a"], "exclude": True}
     assert old.keys() == arguments.LEGACY_KEYS.keys()
     for key, value in old.items():
