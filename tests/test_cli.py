@@ -245,24 +245,6 @@ def test_shrink_removes_blocks(tmp_path, capsys):
     assert zoo.count_macs(loaded, torch.zeros(1, 1, 28, 28)) < 0.65 * zoo.count_macs(net, torch.zeros(1, 1, 28, 28))
 
 
-@pytest.mark.slow
-def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
-    words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--checkpoint", str(untrained)]
-    words += ["--distill-seconds", "0.2", "--shares", "0.6", "0.3", "--budget", "params"]
-    words += ["--out", str(tmp_path / "sizes")]
-    assert main([*words, "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert (document["cost"], [row["share"] for row in document["networks"]]) == ("params", [1.0, 0.6, 0.3])
-    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=1)
-    for row in document["networks"][1:]:
-        assert (
-            zoo.count_params(nni_topo.load(tmp_path / "sizes" / f"{row['share']}.safetensors", model)) == row["params"]
-        )
-    page = (tmp_path / "sizes" / "report.html").read_text()
-    assert '<img alt="frontier"' in page
-    assert ">networks<" in page
-
-
 def test_shrink_says_how_many_images_a_tolerance_needs(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "300", "--checkpoint", str(untrained), "--images", "128"]
     assert main([*words, "--tolerance", "0.01", "--out", str(tmp_path / "small")]) == 2

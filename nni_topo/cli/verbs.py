@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 import nni_topo
-from nni_topo.disk import check_output_file, output_folder, read_json, write_figure, write_json
+from nni_topo.disk import check_output_file, output_folder, write_figure, write_json
 from nni_topo.errors import ConfigError
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.budget import BUDGETS
@@ -20,11 +20,10 @@ from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.rules import NONE, check_knobs, number, one_of, whole
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
-from nni_topo.runs.frontier import checked_shares, frontier
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import empty_folder, prune_checkpoint
-from nni_topo.runs.run import Start, distillation_knobs
-from nni_topo.runs.settings import Settings, cost_without_share
+from nni_topo.runs.run import distillation_knobs
+from nni_topo.runs.settings import Settings
 from nni_topo.runs.shrink import KNOBS, asked_budget, shrink
 from nni_topo.runs.widths import sorted_layers
 from nni_topo.studies.baselines import is_baseline
@@ -197,8 +196,7 @@ class Shrink(TrainedVerb):
     latency: float | None = None  # share of a batch's time to keep, in (0, 1]
     memory: float | None = None  # share of the bytes of parameters and activations to keep, in (0, 1]
     tolerance: float | None = None  # share of answers that may change, in (0, 1): as small as that allows
-    budget: str | None = None  # with --tolerance or --shares, the cost that counts: flops, params, latency or memory
-    shares: tuple[float, ...] = ()  # networks of several sizes: shares in (0, 1) of the cost of --budget, descending
+    budget: str | None = None  # with --tolerance, the cost that counts: flops, params, latency or memory
     measure: str = "outputs"  # what --tolerance is about: outputs (changed answers; else distance) or distance
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
     equal_blocks: bool = False  # keep the same widths in all blocks, so that a config of Transformers describes them
@@ -222,8 +220,14 @@ class Shrink(TrainedVerb):
                 # called before the network is trained
                 accept=lambda untrained: asked.check_layers(untrained.net),
             )
-            if self.shares:
-                return self._several(start, console)
+            entries = None  # all layers that can lose channels, without bounds
+            if self.caps or self.floors:
+                layers = sorted_layers(Analysis.on(start.net, start.example))[0]
+                bounds = {"max_sparse_ratio": self.caps, "min_sparse_ratio": self.floors}
+                entries = [
+                    {"op_names": [name], **{key: shares[name] for key, shares in bounds.items() if name in shares}}
+                    for name in dict.fromkeys([*layers, *self.caps, *self.floors])
+                ]
             dense = shrink(
                 start.net,
                 start.images(self.images),
@@ -231,12 +235,20 @@ class Shrink(TrainedVerb):
                 tolerance=self.tolerance,
                 measure="auto" if self.tolerance is None else self.measure,
                 time=True,
-                **self._steps(start),
+                pruner=self.pruner,
+                compensate=self.method,
+                layers=entries,
+                distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.distill_seconds)),
+                depth=self.depth,
+                round_to=self.round_to,
+                evaluate=start.tested,
+                seed=self.seed,
+                progress=False if self.json else None,
             )
             report: Any = dense.report
             output_folder(self.out)
             nni_topo.save(dense, self.out / "dense.safetensors")
-            found_within, verdict, depth = report.tolerance, report.distillation, report.depth
+            found_within, verdict, depth, time = report.tolerance, report.distillation, report.depth, report.time
             facts: dict[str, Any] = {
                 "model": self.model,
                 "data": self.data,
@@ -245,30 +257,22 @@ class Shrink(TrainedVerb):
                 "budget": budget,
                 "stages": report.to_frame().to_dict("records"),
             }
-            if report.compensation:
-                facts["recovery by layer"] = report.compensation.to_frame().to_dict("records")
-            if report.tried:
-                facts["widths tried"] = report.tried
-            if depth and depth.removed:
-                facts["blocks removed"] = depth.removed
-            if depth:
-                facts["numbers of blocks tried"] = depth.tried
-            if found_within:
-                facts["networks tried"] = found_within.candidates
-            if verdict is not None and verdict.curve:
-                facts["distillation"] = verdict.curve
-            facts["widths"] = report.layers.rows
-            if found_within is not None:
-                facts["tolerance"] = found_within
-                facts["result of the search"] = str(found_within)
-            if depth:
-                facts["blocks"] = str(depth)
-            if verdict is not None:
-                facts["result of distillation"] = str(verdict)
-            time = report.time
+            found = {
+                "recovery by layer": report.compensation and report.compensation.to_frame().to_dict("records"),
+                "widths tried": report.tried,
+                "blocks removed": depth and depth.removed,
+                "numbers of blocks tried": depth and depth.tried,
+                "networks tried": found_within and found_within.candidates,
+                "distillation": verdict and verdict.curve,
+                "widths": report.layers.rows,
+                "tolerance": found_within,
+                "result of the search": found_within and str(found_within),
+                "blocks": depth and str(depth),
+                "result of distillation": verdict and str(verdict),
+            }
+            facts |= {name: value for name, value in found.items() if value}
             facts |= {"latency_before_ms": time.unpruned_ms[0], "latency_ms": time.ms[0], "latency_batch": time.samples}
-            facts |= provenance()
-            document = finite(plain(facts))
+            document = finite(plain(facts | provenance()))
             write_json(self.out / "shrink.json", document, sort=False)
             if "distillation" in facts:
                 write_figure(self.out / "distillation.png", plot_distillation(verdict), 110)
@@ -286,72 +290,26 @@ class Shrink(TrainedVerb):
         for flag, shares in (("caps", self.caps), ("floors", self.floors)):
             for name, share in shares.items():
                 number(0, 1, "both" if flag == "caps" else "left").check(flag, share, name)
-        if self.shares:
-            checked_shares(self.shares)
-            cost = cost_without_share(budget or "flops", place, "--shares")
-        else:
-            check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
-            cost = asked_budget(budget, self.tolerance)
+        check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
         settings = Settings(pruner=self.pruner, compensate=self.method, place=place)
-        settings.check_budget(cost)
-        if self.shares or self.tolerance is not None or self.depth:
-            settings.check_has_size("--shares, --tolerance and --depth need")
-
-    def _steps(self, start: Start) -> dict[str, Any]:
-        """Return the arguments that `shrink` and `frontier` share."""
-        return {
-            "pruner": self.pruner,
-            "compensate": self.method,
-            "layers": self._entries(start),
-            "distill": distillation_knobs(start, DistillationChoice(self.images, seconds=self.distill_seconds)),
-            "depth": self.depth,
-            "round_to": self.round_to,
-            "evaluate": start.tested,
-            "seed": self.seed,
-            "progress": False if self.json else None,
-        }
-
-    def _several(self, start: Start, console: Console) -> int:
-        """Write networks of several sizes, their table and picture."""
-        found = frontier(
-            start.net,
-            start.images(self.images),
-            self.shares,
-            budget=self._budget() or "flops",
-            **self._steps(start),
-        )
-        files = found.save(self.out)
-        written = f"written: {', '.join(map(str, files))} · report: {write_report(self.out)}"
-        self.put_out(console, read_json(self.out / "frontier.json"), [repr(found), written])
-        return 0
+        settings.check_budget(asked_budget(budget, self.tolerance))
+        if self.tolerance is not None or self.depth:
+            settings.check_has_size("--tolerance and --depth need")
 
     def _budget(self) -> str | dict[str, Any] | None:
-        """Return the shares to keep; where a tolerance or shares say how much, a name or None."""
+        """Return the shares to keep; where a tolerance says how much, a name or None."""
         shares: dict[str, Any] = {kind: getattr(self, kind) for kind in BUDGETS if getattr(self, kind) is not None}
-        flags = [*(["--shares"] if self.shares else []), *(["--tolerance"] if self.tolerance is not None else [])]
-        if self.budget is not None and not flags:
-            raise ConfigError("--budget names the cost for --tolerance or --shares, got neither (nni-topo shrink)")
-        others = [*flags[1:], *(f"--{kind}" for kind in shares)]
-        if flags and others:
-            raise ConfigError(f"{flags[0]} says how much is kept, got {others[0]} beside it (nni-topo shrink)")
+        if self.tolerance is None and self.budget is not None:
+            raise ConfigError("--budget names the cost for --tolerance, got none (nni-topo shrink)")
+        if self.tolerance is not None and shares:
+            other = f"--{next(iter(shares))}"
+            raise ConfigError(f"--tolerance says how much is kept, got {other} beside it (nni-topo shrink)")
         how: dict[str, Any] = {} if self.allocation is None else {"allocation": self.allocation}
         how |= {"equal_blocks": True} if self.equal_blocks else {}
         how |= {"runtime": self.runtime} if self.runtime != "pytorch" else {}
-        if flags:
-            # What is kept follows from the tolerance, or the shares.
+        if self.tolerance is not None:
             return {self.budget or "flops": None, **how} if how else self.budget
         return {**(shares or {"flops": 0.25}), **how}
-
-    def _entries(self, start: Start) -> list[dict[str, Any]] | None:
-        """Return the layers with their bounds; None: all that can lose channels, without bounds."""
-        if not self.caps and not self.floors:
-            return None
-        layers = sorted_layers(Analysis.on(start.net, start.example))[0]
-        bounds = {"max_sparse_ratio": self.caps, "min_sparse_ratio": self.floors}
-        return [
-            {"op_names": [name], **{key: shares[name] for key, shares in bounds.items() if name in shares}}
-            for name in dict.fromkeys([*layers, *self.caps, *self.floors])
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,6 @@ def steps():
 SHRINK = "shrink --model small_cnn"
 MISTAKES = [
     (f"{SHRINK} --flops 1.5", "flops must be in (0, 1], got 1.5"),
-    (f"{SHRINK} --shares 0.5 1", "in (0, 1), at least one, got 1.0 (shares[1])"),
     (f"{SHRINK} --tolerance nan", "tolerance must be in (0, 1) or None, got nan"),
     (f"{SHRINK} --round-to 0", "round_to must be an integer of at least 1 or None, got 0"),
     (f"{SHRINK} --runtime onnxruntime", "a runtime needs a budget of 'latency' without a latency_table, got 'flops'"),
@@ -135,10 +134,9 @@ MISTAKES = [
     (f"{SHRINK} --method solve", "method must be a known name, got 'solve'"),
     (f"{SHRINK} --depth yes", "Unrecognized options: yes"),
     (f"{SHRINK} --floors features.conv1 1.0", "floors must be in [0, 1), got 1.0 (features.conv1)"),
-    (f"{SHRINK} --budget flops", "--budget names the cost for --tolerance or --shares, got neither"),
+    (f"{SHRINK} --budget flops", "--budget names the cost for --tolerance, got none"),
     (f"{SHRINK} --tolerance 0.5 --params 0.5", "--tolerance says how much is kept, got --params beside it"),
-    (f"{SHRINK} --shares 0.5 --params 0.5", "--shares says how much is kept, got --params beside it"),
-    (f"{SHRINK} --tolerance 0.5 --pruner subcluster", "--shares, --tolerance and --depth need a pruner"),
+    (f"{SHRINK} --tolerance 0.5 --pruner subcluster", "--tolerance and --depth need a pruner"),
     (f"{SHRINK} --pruner taylor", "needs no evaluator, training_steps, got 'taylor'"),
     ("shrink", "--model"),
     ("compare", "--model or --plan"),
@@ -209,7 +207,6 @@ def shrinking(**flags):
         ({"latency": 0.5, "allocation": "error"}, {"latency": 0.5, "allocation": "error"}),
         ({"tolerance": 0.1}, None),
         ({"tolerance": 0.1, "budget": "memory", "equal_blocks": True}, {"memory": None, "equal_blocks": True}),
-        ({"shares": (0.5,), "budget": "params"}, "params"),
     ],
 )
 def test_the_budget_of_shrink_is_what_the_flags_say(flags, budget):
@@ -251,7 +248,7 @@ def shrunk(words, out, capsys, monkeypatch):
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
     assert main(["shrink", *words, "--out", str(out)]) == 0
     output = capsys.readouterr()
-    bars = {line.partition(":")[0] for line in output.err.splitlines() if " passed" in line}
+    bars = {line.partition(":")[0] for line in output.err.splitlines() if line.endswith("it/s]")}
     return json.loads((out / "shrink.json").read_text(), parse_constant=pytest.fail), output.out, bars
 
 
