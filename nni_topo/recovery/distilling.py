@@ -32,7 +32,7 @@ from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import check_samples_first, first_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, batch_size, calls, tensors_of
+from nni_topo.network.runtime.inputs import Call, at_once, batch_size, calls, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
@@ -53,6 +53,7 @@ from nni_topo.recovery.course import (
     learning,
     seconds_of_a_step,
     state_of,
+    timed,
     tried_steps,
     try_rates,
 )
@@ -80,6 +81,7 @@ _STEPS, _PASSES = 600, 10
 _SHOWN = 16  # digits of a hash that a state's file and errors have
 _BATCH_NORM_IMAGES = 256
 _FEW = 25  # held-out images below which a result that is kept was often worse on other images
+_TIMED = 16  # samples of the step that is timed before there is a smaller model
 _LOOKED_AT = 256  # held-out images at most that are looked at while learning goes on; all of them judge the result
 
 _POSITIVE = number(0.0, closed="neither")
@@ -760,11 +762,12 @@ def check_can_learn(
     blend: bool = True,
     precision: Precision = "float32",
     is_shared: bool = False,
-) -> None:
+) -> float:
     """Raise the errors of `distillation` that a model's outputs for a batch show, before there is a smaller model.
 
     ConfigError for outputs that can't be compared, or where processes share the images (``is_shared``) and one can't
-    learn from its own alone; GradientError for outputs without gradients.
+    learn from its own alone; GradientError for outputs without gradients. Returned are the seconds that a sample takes
+    in a gradient step.
     """
     check_precision(precision, device_of(model), "distill")
     check_any_count(model, call, "model")
@@ -773,6 +776,13 @@ def check_can_learn(
     if is_shared:
         check_knobs_together({}, _what_needs_all(model, lesson.kind, is_blended=blend and is_blendable(call)))
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))))
+    # Of few samples: the model may need more memory for a whole batch than the smaller one will.
+    few = torch.arange(at_once(min(_TIMED, batch_size(call))))
+    inputs, wanted = next(lesson.batches(few, len(few), 0, None, False))
+    device = device_of(student)
+    with learning(student, []):
+        seconds = timed(lambda: backward_in(precision, device, lesson.objective(student, inputs, wanted)), student)
+    return seconds / len(few)
 
 
 def check_state(state: str | Path | None, unpruned: nn.Module, dense: nn.Module | None = None) -> dict[str, str]:

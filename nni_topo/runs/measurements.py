@@ -71,7 +71,10 @@ class Measurements:
         for part in (data.judges, data.held_out):
             if part is not None and part is not parts[-1]:
                 parts.append(part)
+        began = time.perf_counter()
         self.answers = Answers(model, *parts, outputs=outputs)
+        self.seconds_of_a_sample = (time.perf_counter() - began) / sum(each.samples for each in parts)
+        """How long the unpruned network runs for a sample."""
         if self.answers.named.left_out:
             _logger.warning("%s", self.answers.named)
         self._data, self._evaluate = data, evaluate

@@ -10,14 +10,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from nni_topo.context import in_context
 from nni_topo.errors import ConfigError, GradientError, listed
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.latency import measure_latency
-from nni_topo.network.cost.measure import time_shares, timed_pair
+from nni_topo.network.cost.measure import counted_run, time_shares, timed_pair
 from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.io.exporting import as_run_by
 from nni_topo.network.layers.kinds import (
@@ -28,11 +28,12 @@ from nni_topo.network.layers.kinds import (
     without_plain_weights,
 )
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.copies import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import first_call
+from nni_topo.network.runtime.inputs import Call
 from nni_topo.network.runtime.memory import give_back_memory
 from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.runtime.progress import duration
+from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.reports import give_report
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
@@ -49,7 +50,8 @@ from nni_topo.pruners.budget import (
     warn_if_missed,
 )
 from nni_topo.pruners.registry import create_pruner, pruner_info
-from nni_topo.recovery.course import Clock
+from nni_topo.recovery.course import RATES, Clock, tried_steps
+from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.runs.allocating import allocations_to_try, check_held_out, compared
 from nni_topo.runs.depth import Depth
@@ -61,7 +63,11 @@ from nni_topo.runs.report import ShrinkReport
 from nni_topo.runs.settings import FREE_WIDTHS, PREFERRED, Settings, describes
 from nni_topo.runs.widths import as_entries, planned_ratios
 
+# What selecting channels by reconstruction takes, and reconstructing weights as well: passes forward and back over the
+# calibration data, and seconds for each product of `_products`. Measured on one core.
+_PASSES, _SECONDS_OF_A_PRODUCT = 2.0, 3e-11
 _HEADS = 8  # of how many channels narrower heads keep a multiple, where multiples are preferred
+_POSITIONS = 16  # positions of large feature maps that are drawn for each column, about
 _logger = logging.getLogger(__name__)
 
 
@@ -79,6 +85,7 @@ class Prepared:
     depth: Depth | None = None  # where blocks compete with channels
     measured: Any = None  # Measurements, where the networks get reports
     prefers_multiples: bool = False  # whether layers keep multiples of channels as far as the budget allows
+    seconds_of_a_step: float = math.nan  # for a sample, of the unpruned network; NaN where none is distilled
     left_out: list[str] = field(default_factory=list)  # warnings of steps that were left out
     clock: Clock = field(default_factory=Clock)  # of the whole call, by default without a limit
     # By allocation, the pruner that is asked again for every size: with what it has measured.
@@ -123,6 +130,49 @@ class Prepared:
         """Warn of a step that is left out."""
         self.left_out.append(text)
         _logger.warning("%s", text)
+
+    def tell_cost(self, made: int = 1, distilled: int = 1) -> None:
+        """Say what each stage will take, before it is spent: as a warning where it is more than ten minutes.
+
+        ``made`` networks are made, and ``distilled`` of them distilled; times are by those of the unpruned network.
+        """
+        settings, samples = self.settings, self.images.learned.samples
+        # A run back takes twice as long as a run forward.
+        a_pass = 3.0 * self.measured.seconds_of_a_sample * samples
+        solving = _PASSES * a_pass + _SECONDS_OF_A_PRODUCT * _products(self.model, self.analysis.call, samples)
+        stages: dict[str, float] = {}  # seconds of each; NaN where they aren't known
+        if self.depth is not None:
+            made *= 3  # each with several numbers of blocks
+            stages["ordering blocks"] = math.nan
+        selecting = solving if self.is_search else made * solving  # a search has its sums once
+        stages["selecting channels"] = selecting if settings.pruner == "reconstruction" else math.nan
+        if settings.compensate is not None:
+            known = settings.recovery_name == "reconstruct"
+            stages["reconstructing weights"] = made * solving if known else math.nan
+        told = [f"{name} about {duration(seconds)}" for name, seconds in stages.items() if not math.isnan(seconds)]
+        others = [name for name, seconds in stages.items() if math.isnan(seconds)]
+        total = sum(seconds for seconds in stages.values() if not math.isnan(seconds))
+        knobs = {name: value for name, value in settings.distillation_knobs.items() if value is not None}
+        if not math.isnan(self.seconds_of_a_step):
+            size = knobs.get("batch_size", 64)
+            steps = knobs.get("steps") or course_length(samples, size)
+            tried = 0 if "lr" in knobs else len(RATES) * tried_steps(steps)
+            a_step = min(size, samples) * self.seconds_of_a_step
+            seconds = distilled * min((steps + tried) * a_step, knobs.get("seconds", math.inf))
+            seconds = min(seconds, max(self.clock.left - total, 0.0))
+            finding = f", {tried} to find the learning rate" if tried else ""
+            told.append(
+                f"distilling at most {duration(seconds)} ({steps} steps of at most {duration(a_step)} each{finding})"
+            )
+            total += seconds
+        if not told:
+            return
+        text = f"{settings.place} takes about {duration(total)}: {', '.join(told)}"
+        text += f"; not counted: {', '.join(others)}" if others else ""
+        is_limited = "seconds" in knobs or self.clock.seconds is not None
+        if not math.isnan(self.seconds_of_a_step) and not is_limited:
+            text += "; distill={'seconds': ...} limits distillation"
+        _logger.log(logging.WARNING if total > LONG else logging.INFO, "%s", text)
 
     def for_search(self) -> Prepared:
         """Return the same for networks of several sizes: one pruner makes all, one table counts a budget of time."""
@@ -393,7 +443,7 @@ def prepare(
     """
     model, warnings = plain_weights(model)
     data = ImageParts.of(images, model, parts)
-    settings.check_distillation(model, data.all)
+    seconds_of_a_step = settings.check_distillation(model, data.all)
     prepared = Prepared.of(model, data, settings, budget)
     prepared.left_out.extend(warnings)
     if prepared.is_described and not settings.depth and budget.kind != "latency":
@@ -409,9 +459,27 @@ def prepare(
         prepared,
         measured=measured,
         is_timed=is_timed,
+        seconds_of_a_step=seconds_of_a_step,
         clock=clock or Clock(),
     )
     return Depth.on(prepared) if settings.depth else prepared
+
+
+@leaves_models_alone
+def _products(model: nn.Module, call: Call, samples: int) -> float:
+    """Return the products, about, of forming and solving the normal equations of all layers once."""
+    weights = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
+    }
+    _, counted, macs = counted_run(model, call, weights)
+    found = 0.0
+    for name, weight in weights.items():
+        columns = weight[0].numel()
+        positions = samples * macs.within.get(name, 0) / counted / weight.numel()
+        found += columns**2 * (columns + min(positions, _POSITIONS * columns))
+    return found
 
 
 def plain_weights(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

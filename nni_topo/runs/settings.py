@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -200,13 +201,16 @@ class Settings:
                 f"leave distillation out: {self.place}(..., distill=False) ({images.name})"
             )
 
-    def check_distillation(self, model: nn.Module, images: Calibration) -> None:
-        """Raise, before anything is pruned, the errors of :func:`nni_topo.distill` that images and outputs show."""
+    def check_distillation(self, model: nn.Module, images: Calibration) -> float:
+        """Raise, before anything is pruned, the errors of :func:`nni_topo.distill` that images and outputs show.
+
+        Returned are the seconds that a sample takes in a gradient step of the model; NaN where it isn't distilled.
+        """
         if self.distill is False:
-            return
+            return math.nan
         self.check_two_samples(images)
         if not any(parameter.is_floating_point() for parameter in model.parameters()):
-            return  # it has no layer to prune, which `layers_to_prune` says
+            return math.nan  # it has no layer to prune, which `layers_to_prune` says
         check_one_shape(calls(model, images))
         knobs = self.distillation_knobs
         check_state(knobs.get("state"), model)
@@ -216,10 +220,11 @@ class Settings:
         names = ("objective", "temperature", "outputs", "blocks", "blend", "precision")
         chosen = {"outputs": self.outputs} | {name: knobs[name] for name in names if name in knobs}
         try:
-            check_can_learn(model, first, is_shared=images.processes is not None, **chosen)
+            return check_can_learn(model, first, is_shared=images.processes is not None, **chosen)
         except GradientError as error:
             if self.distill is not True:  # whoever gives knobs wants it; without them a warning says so at the end
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
+            return math.nan
 
     def as_described(self, model: nn.Module, budget: Budget) -> Budget:
         """Return the budget, with equal blocks if a config of Transformers has to describe the smaller network.

@@ -21,6 +21,7 @@ from nni_topo.recovery.distilling import KNOBS as DISTILLATION
 from nni_topo.recovery.distilling import check_knobs_together
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of
+from nni_topo.runs.allocating import allocations_to_try
 from nni_topo.runs.prepared import prepare
 from nni_topo.runs.settings import LEAVE_OUT, Settings, cost_without_share
 from nni_topo.runs.tolerance import MEASURES, PARTS, check_tolerance, resolved_measure, within_tolerance
@@ -167,8 +168,9 @@ def shrink(
 
     Notes
     -----
-    Distillation, which takes most of the time, says before its first step what it takes at most: by a warning where
-    that is more than ten minutes.
+    Before the work a message says what selecting channels, reconstructing weights and distilling take, by the time of
+    the unpruned network's pass over the images and of one of its gradient steps. It is a warning where that is more
+    than ten minutes. Distillation, which takes most of it, says it again of the smaller network.
 
     With a ``tolerance``, three of eight images are calibration data, two judge the candidates of a search, and three,
     which the search never saw, confirm the result: the upper 95 % limit of the difference there is at most the
@@ -232,6 +234,7 @@ def shrink(
         prepared = prepare(model, calibration, settings, wanted, parts=parts, is_timed=is_timed)
         return within_tolerance(prepared, tolerance, measure)
     prepared = prepare(model, calibration, settings, wanted, is_timed=is_timed, clock=clock)
+    prepared.tell_cost(made=len(allocations_to_try(pruner)) if wanted.allocation == AUTO else 1)
     measured = prepared.measured
     if wanted.allocation == AUTO or depth:
         made = prepared.make(prepared.budget.share)

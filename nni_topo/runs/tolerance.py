@@ -274,6 +274,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
             f"a network must have channels to remove, got one whose fewest channels keep {floor:.4g} of its {kind} "
             "(shrink)"
         )
+    steps.tell_cost(_CANDIDATES + _MORE, distilled=2)
     lowest = max(_SMALLEST, floor)
     candidates: list[Candidate] = []
     passed: list[TriedNetwork] = []

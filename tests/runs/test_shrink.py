@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 from collections import OrderedDict
 from dataclasses import replace
@@ -25,7 +26,9 @@ from nni_topo.network.speedup.dense_report import DenseReport, LayerChannels
 from nni_topo.pruners.budget import BudgetOutcome, network_cost
 from nni_topo.recovery import Reconstruct
 from nni_topo.runs.measurements import Stage
+from nni_topo.runs.prepared import prepare
 from nni_topo.runs.report import ShrinkReport
+from nni_topo.runs.settings import Settings
 from nni_topo.runs.tolerance import ToleranceOutcome
 from nni_topo.sharing import find_ties
 from nni_topo.testing import toy_images, toy_model
@@ -814,6 +817,38 @@ def test_time_that_cannot_be_limited_is_refused(knobs, words):
 def test_a_budget_of_no_or_several_costs_is_refused(budget, tolerance):
     with pytest.raises(ConfigError, match="budget"):
         shrunk(budget, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        (
+            {},
+            "selecting channels about TIME, reconstructing weights about TIME, distilling at most TIME (600 steps of "
+            "at most TIME each, 90 to find the learning rate); distill={'seconds': ...} limits distillation",
+        ),
+        (
+            {"pruner": "l1", "distill": {"steps": 2, "lr": 1e-3, "seconds": 60}},
+            "reconstructing weights about TIME, distilling at most TIME (2 steps of at most TIME each); not counted: "
+            "selecting channels",
+        ),
+        ({"distill": False}, "selecting channels about TIME, reconstructing weights about TIME"),
+        ({"distill": False, "tolerance": 0.2}, "selecting channels about TIME, reconstructing weights about TIME"),
+    ],
+)
+def test_what_each_stage_takes_is_told_before_the_work(knobs, words, caplog):
+    caplog.set_level("INFO", "nni_topo")
+    nni_topo.shrink(toy_model(), [toy_images(64)], "flops" if "tolerance" in knobs else {"flops": 0.5}, **knobs)
+    told = [re.sub(r"[0-9.e-]+ s\b", "TIME", each.getMessage()) for each in caplog.records]
+    assert [each for each in told if each.startswith("shrink ")] == [f"shrink takes about TIME: {words}"]
+    assert "WARNING" not in [each.levelname for each in caplog.records if "takes about" in each.getMessage()]
+
+
+def test_more_than_ten_minutes_are_a_warning_beforehand(caplog):
+    prepared = prepare(toy_model(), nni_topo.Calibration([toy_images(64)]), Settings(), nni_topo.Budget(flops=0.5))
+    replace(prepared, seconds_of_a_step=0.1).tell_cost()
+    assert [each.levelname for each in caplog.records] == ["WARNING"]
+    assert "distilling at most 64 minutes (600 steps of at most 5.6 s each" in caplog.text
 
 
 class CountingNet(nn.Module):
