@@ -187,7 +187,7 @@ class Propagation(torch.fx.Interpreter):
                     # The columns of an embedding have the ids of its channels, as a head that reads its weight needs.
                     return torch.from_numpy(self.channel_ids_of(owner)).expand(value.shape)
                 return tree_map(fixed, value)
-            is_free = is_held(n) and can_follow(str(n.target), value)
+            is_free = is_held(n) and can_follow(value)
             return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
@@ -334,7 +334,7 @@ class Propagation(torch.fx.Interpreter):
             if each.dim() == 4 and each.shape[1] == heads and varies(each, 1):
                 self._given.tie(first, self._given.per_channel(each, 1))
             elif each.dim() == 3 and each.shape[0] % heads == 0 and varies(each, 0):
-                # ALiBi's, of all heads of a sample, then of the next one's.
+                # Of all heads of a sample, then of the next one's.
                 self._given.tie(first, self._given.per_channel(each.unflatten(0, (-1, heads)), 1))
             elif not any(torch.equal(each, state) for state in states_of_all):
                 needed.append(each)

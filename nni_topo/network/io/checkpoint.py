@@ -32,7 +32,6 @@ from nni_topo.network.attention.unfused.own_width import own_width_of, take_own_
 from nni_topo.network.cost.measure import count_params
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
-from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.integer_attributes import Place, numbers_in, numbers_of, put_sizes
 from nni_topo.network.layers.kinds import is_transposed_linear, with_linear_layers, with_transposed_weights
@@ -452,10 +451,6 @@ def _structure(model: nn.Module) -> dict[str, Any]:
         if numbers_in(value) is not None and key != "normalized_shape":
             sizes[f"{name}.{key}"] = value
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-    for name in list(shapes):
-        owner, _, key = name.rpartition(".")
-        if key == HEADS_TAKEN and takes_all_heads(model.get_submodule(owner)):
-            del shapes[name]  # the original class computes the same table
     return heads | sizes | shapes
 
 

@@ -18,7 +18,6 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nni_topo.errors import unknown_name
-from nni_topo.network.layers.by_head import HEADS_TAKEN, take_heads_of_tables
 from nni_topo.network.layers.derived import adopt, inner_of, plain_layer
 from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.arguments import MODEL, STRUCTURE
@@ -102,19 +101,14 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
         masks of ``torch.nn.utils.prune`` compute are plain ones with the values that they have in evaluation mode.
 
         A ``Conv1D`` is a linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this
-        package, would take its inputs for outputs. A module that computes a table of biases by head, as ALiBi's of MPT,
-        BLOOM and Falcon, is of a class derived from its own, with a buffer that lists the heads to take of the table:
-        all.
+        package, would take its inputs for outputs.
 
     Examples
     --------
     >>> as_torch_layers(torch.nn.ReLU())
     ReLU()
     """
-    copied = with_linear_layers(with_plain_weights(model))
-    for module in copied.modules():
-        take_heads_of_tables(module)
-    return copied
+    return with_linear_layers(with_plain_weights(model))
 
 
 _CLASS = "class_with_transposed_weight"
@@ -423,11 +417,9 @@ def by_channel(module: nn.Module, values: Tensor) -> Tensor:
     return rows.flatten(1) if real is None else rows[:, real.to(rows.device)]
 
 
-def can_follow(name: str, value: Any) -> bool:
-    """Tell whether a parameter or buffer of this name, which the model uses by itself, can lose channels."""
-    if not isinstance(value, Tensor) or value.numel() < 2:
-        return False
-    return value.is_floating_point() or name.rpartition(".")[2] == HEADS_TAKEN
+def can_follow(value: Any) -> bool:
+    """Tell whether a parameter or buffer that the model uses by itself can lose channels."""
+    return isinstance(value, Tensor) and value.numel() > 1 and value.is_floating_point()
 
 
 def norm_scale(norm: nn.Module) -> Tensor | None:

@@ -19,16 +19,18 @@ from the others, so in the rewritten forward -1 stands in its place, and the sam
 from __future__ import annotations
 
 import ast
-from functools import partial
+import importlib
+import inspect
+import linecache
+import textwrap
 from typing import Any
 
 from torch import nn
 
-from nni_topo.network.layers.rewriting import look_up, rewritten
 from nni_topo.network.runtime.modules import put_attribute
 
 LAST, FIRST = -1, 1  # the dimension that holds the channels, in texts and in images
-_ALONG = " along "  # between the name of a rewritten class and the dimension, if it isn't the last
+_OF, _ALONG = " of ", " along "  # before a class's module, and before the dimension, in a rewritten class's name
 _CLASSES: dict[tuple[type[nn.Module], int], type[nn.Module] | None] = {}
 
 
@@ -37,14 +39,58 @@ def own_width_class(kind: type[nn.Module], dim: int = LAST) -> type[nn.Module] |
 
     ``dim``: the dimension of the input that holds its channels.
     """
-    key = kind, dim
-    if key not in _CLASSES:
-        rewriter, variant = _Rewriter(dim), "" if dim == LAST else f"{_ALONG}{dim}"
-        found: Any = rewritten(kind, rewriter.rewrite, f"Pruned{kind.__name__}", __name__, variant=variant)
+    if (kind, dim) not in _CLASSES:
+        _CLASSES[kind, dim] = _rewritten(kind, dim)
+    return _CLASSES[kind, dim]
+
+
+def _rewritten(kind: type[nn.Module], dim: int) -> type[nn.Module] | None:
+    forward: Any = kind.__dict__.get("forward")
+    function = inspect.unwrap(forward) if forward is not None else None
+    # A function with free variables, as one that calls ``super()``, can't be compiled anew.
+    if not inspect.isfunction(function) or function.__code__.co_freevars:
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):  # code that isn't in a file
+        return None
+    definition, rewriter = tree.body[0], _Rewriter(dim)
+    if not isinstance(definition, ast.FunctionDef) or not rewriter.rewrite(definition):
+        return None
+    if forward is function:
+        definition.decorator_list = []  # they returned the function itself, and may need to know its class
+    # In a class of that name, for decorators may look at the function's qualified name, as those of Transformers do.
+    inside: Any = ast.parse(f"class {kind.__name__}: pass")
+    inside.body[0].body = [definition]
+    source = ast.unparse(ast.fix_missing_locations(inside))
+    variant = "" if dim == LAST else f"{_ALONG}{dim}"
+    file = f"<nni_topo: {kind.__module__}.{kind.__qualname__}.forward{variant}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
+    made: dict[str, Any] = {}
+    exec(compile(source, file, "exec"), function.__globals__, made)
+    members = {
+        "__module__": __name__,
+        "__qualname__": f"{kind.__qualname__}{_OF}{kind.__module__.replace('.', '/')}{variant}",
+        "__doc__": kind.__doc__,
+        "forward": made[kind.__name__].__dict__["forward"],
+        "nni_topo_own_width": dim,
+        "nni_topo_reads_width": rewriter.reads_width,
+    }
+    return type(f"Pruned{kind.__name__}", (kind,), members)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Look up a rewritten class by its qualified name, as pickle does."""
+    plain, _, dim = name.partition(_ALONG)
+    qualified, _, module = plain.partition(_OF)
+    if module:
+        kind: Any = importlib.import_module(module.replace("/", "."))
+        for part in qualified.split("."):
+            kind = getattr(kind, part)
+        found = own_width_class(kind, int(dim) if dim else LAST)
         if found is not None:
-            found.nni_topo_own_width, found.nni_topo_reads_width = dim, rewriter.reads_width
-        _CLASSES[key] = found
-    return _CLASSES[key]
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def take_own_width(module: nn.Module, dim: int = LAST, *, wholly: bool = False) -> bool:
@@ -70,12 +116,6 @@ def own_width_of(module: nn.Module) -> int | None:
     """Return the dimension whose size the forward of a rewritten module doesn't take; None for any other module."""
     dim: int | None = getattr(type(module), "nni_topo_own_width", None)
     return dim
-
-
-def __getattr__(name: str) -> type[nn.Module]:
-    """Look up a rewritten class by its qualified name, as pickle does."""
-    plain, _, dim = name.partition(_ALONG)
-    return look_up(plain, __name__, partial(own_width_class, dim=int(dim) if dim else LAST))
 
 
 def _assigned(target: ast.expr, value: ast.expr, dim: int) -> list[tuple[str, ast.expr | None]]:
