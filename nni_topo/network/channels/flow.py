@@ -420,10 +420,8 @@ class ChannelFlow(Propagation):
         graph_module: torch.fx.GraphModule,
         args: tuple[Any, ...],
         read_in_training: Mapping[str, tuple[np.ndarray, reasons.Reason]] | None = None,
-        missed: str = "",
     ) -> None:
         super().__init__(graph_module)
-        self.missed = missed  # a note on modules that only training mode may reach, and that aren't followed
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))
             dims = self._dims_before_last(args)

@@ -131,6 +131,7 @@ _ADVICE: dict[str, str] = {
     "no_heads": 'ask for channels: leave out "granularity": "head"',
     "complex_weight": "hold the complex weights as real ones, their real and imaginary parts in layers of their own",
     "computed_weight": "make the weight a plain parameter; nni_topo.as_torch_layers(model) does so where it can",
+    "own_class": "prune nni_topo.as_torch_layers(model) instead of the model",
     "transposed_weight": "prune nni_topo.as_torch_layers(model) instead of the model",
     "inside_module": (
         "write the module as one that calls its layers; heads of nn.MultiheadAttention can be pruned as it is"
@@ -226,6 +227,7 @@ complex_weight = Sentence("complex_weight", "its weights are complex numbers, wh
 transposed_weight = Sentence(
     "transposed_weight", "its weight is transposed: nni_topo.as_torch_layers(model) makes it a linear layer"
 )
+own_class = Sentence("own_class", "its class isn't PyTorch's: nni_topo.as_torch_layers(model) makes it PyTorch's layer")
 not_followed = Sentence("not_followed", "the layer isn't called by itself, or its channels couldn't be followed")
 norm_follows = Sentence("norm_follows", "a norm keeps the channels of the layer before it, whose mask decides")
 not_run = Sentence("not_run", "the forward doesn't use the layer")
@@ -321,23 +323,11 @@ def head_size(attention: Iterable[str]) -> Reason:
     return Reason("head_size", names, names, f"{sentence} ({names})")
 
 
-# Why a dense model can't equal the masked one, with what can be done about it.
-
-_UNCHECKED = "check=False returns the dense model all the same; its outputs differ and it has to be fine-tuned"
-
-
-def unchecked() -> str:
-    """Return what to do where the cause of a difference isn't known."""
-    return _UNCHECKED
-
-
-def removed_all_the_same(layers: Iterable[str], why: Reasons) -> str:
-    """Return why the outputs differ where masks remove channels that can't be removed."""
-    names = ", ".join(layers)
-    return f"masks remove channels of {names} that have to stay: {told(why)}; {leaving_out(names)}; {_UNCHECKED}"
-
-
-def unequal(layers: Iterable[str]) -> str:
-    """Return why the outputs differ where no reason is known: something reads removed channels of pruned layers."""
-    before = ", ".join(layers) or "the layers before it"
-    return f"an operation reads removed channels of {before}: {leaving_out(before)}; {_UNCHECKED}"
+def unequal(kept: Mapping[str, Reasons]) -> str:
+    """Return why a dense model may differ from the masked one, given why layers have to keep removed channels."""
+    found = "an operation reads removed channels of the layers before it"
+    if kept:
+        names = ", ".join(kept)
+        why = told(reason for reasons in kept.values() for reason in reasons)
+        found = f"masks remove channels of {names} that have to stay: {why}; {leaving_out(names)}"
+    return f"{found}; check=False returns the dense model all the same; its outputs differ and it has to be fine-tuned"

@@ -15,7 +15,6 @@ from nni_topo.errors import ConfigError, listed
 from nni_topo.network.attention.config import tell_config
 from nni_topo.network.attention.unfused.own_width import take_own_width
 from nni_topo.network.channels.flow import ChannelFlow
-from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.integer_attributes import put_sizes
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
 from nni_topo.network.runtime.copies import (
@@ -180,7 +179,6 @@ def dense_of(
     facts: Facts | None = None,
 ) -> torch.nn.Module:
     """Return what :func:`to_dense` does; ``facts``: what is known of the model, or of one with other weights."""
-    given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     with random_state_kept(), torch.inference_mode(False):
@@ -190,7 +188,7 @@ def dense_of(
         original = evaluating(unwrapped_copy(model, light=True))
         resolved = resolve(original, flow, full, round_to)
         reference = apply_masks(original, resolved.masks, light=True)
-        notes = [flow.missed] if flow.missed else []
+        notes = list[str]()
         if constants == "keep":
             notes += _absorb_constants(analysis, original, reference, resolved.is_kept)
         dense = _cut(analysis, original, reference, resolved)
@@ -206,11 +204,10 @@ def dense_of(
         notes += _notes_on_shared(original, dense)
         left = _notes_on_old_widths(flow, original, dense, report, failure)
         report = dataclasses.replace(report, checked=checked, notes=(*notes, *left))
-        _warn(report, resolved, [*left, *([flow.missed] if flow.missed else [])])
+        _warn(report, resolved, left)
         remember_report(dense, report)
         # Last, for all before compares it with the model's evaluated copy.
         put_modes_of(model, dense)
-    give_back_classes(given, dense)
     return dense
 
 

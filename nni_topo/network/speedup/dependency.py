@@ -25,7 +25,7 @@ from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason, Reasons
 from nni_topo.network.channels.shuffle import Share, asked_of, shares
 from nni_topo.network.graph.submodules import is_in_parts
-from nni_topo.network.layers.derived import with_known_layers
+from nni_topo.network.layers.derived import plain_layer
 from nni_topo.network.layers.kinds import (
     RECURRENT,
     check_names,
@@ -233,7 +233,6 @@ def groups_of(
 ) -> DependencyGroups:
     """Return what :func:`dependency_groups` does; without ``warns`` no warning names layers that were left out."""
     check_names(analysis.model, config_list)
-    analysis = analysis.of(with_known_layers(analysis.model))
     model = analysis.model
     given = _select(model, config_list)
     try:
@@ -283,8 +282,6 @@ def groups_of(
         if why != (reasons.model_output(),):
             told = reasons.told(why)
             raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {told}")
-    if warns:
-        _warn(flow, groups, by_row, left_out, in_part)
     group_settings, followers = _settings(flow, projections, by_row | projections.keys()), _followers(flow)
     entries = []
     for names, settings in selection.entries:
@@ -297,16 +294,32 @@ def groups_of(
                 entries.append({"op_names": [name], **copy.deepcopy(settings), **group})
     # Output projections that lose columns keep all rows.
     ties = partial_couplings(flow, by_row - followers)
-    in_part = {name: why for name, why in in_part.items() if name not in selection.named}
+    skipped = reasons.as_text(left_out)
+    for name, why in in_part.items():
+        group_ids = flow.group_ids_of(name)
+        skipped[name] = reasons.in_part(int((group_ids == FIXED).sum()), len(group_ids), why)
     held = held_by_unselected(flow, DependencyGroups(entries).layers())
-    alone = {name: (reasons.unselected(others),) for name, others in held.items() if name not in selection.named}
+    alone = {name: (reasons.unselected(others),) for name, others in held.items()}
+    skipped |= reasons.as_text(alone)
+    told = by_reason({name: why for name, why in skipped.items() if why != OUTPUT})
+    if warns and told:
+        _logger.warning(
+            "these layers keep channels (.skipped has all; nni_topo.explain says what to change): %s",
+            "; ".join(f"{listed(names)}: {why}" for why, names in told.items()),
+        )
+    heads = [name for name in flow.layers if name in by_row and flow.reaches_output(name)]
+    if warns and heads:
+        _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
+    # A pruner that can't prune a named layer says so.
+    listed_layers = [name for name in skipped if name in left_out or name not in selection.named]
+    found = left_out | in_part | alone
     return DependencyGroups(
         entries,
-        skipped=reasons.as_text(left_out) | _told_in_part(flow, in_part) | reasons.as_text(alone),
+        skipped={name: skipped[name] for name in listed_layers},
         named=selection.named & selection.layers,
         ties=ties,
         shares=shares(flow, asked_of(flow, entries, ties)),
-        reasons=left_out | in_part | alone,
+        reasons={name: found[name] for name in listed_layers},
     )
 
 
@@ -544,57 +557,12 @@ def _followers(flow: ChannelFlow) -> set[str]:
     return followers
 
 
-def _told_in_part(flow: ChannelFlow, pinned: Mapping[str, Reasons]) -> dict[str, str]:
-    """Return sentences on layers of which some channels have to stay: how many, and why."""
-    told = {}
-    for name, why in pinned.items():
-        group_ids = flow.group_ids_of(name)
-        told[name] = reasons.in_part(int((group_ids == FIXED).sum()), len(group_ids), why)
-    return told
-
-
 def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
     """Collect layers by the reason why they keep all channels."""
     found: dict[str, list[str]] = {}
     for name, why in skipped.items():
         found.setdefault(why, []).append(name or "the model itself")
     return found
-
-
-def _warn(
-    flow: ChannelFlow,
-    groups: list[list[str]],
-    by_row: frozenset[str],
-    left_out: Mapping[str, Reasons],
-    in_part: Mapping[str, Reasons],
-) -> None:
-    """Warn of the layers left out, of those that keep some channels, and of those that give the output."""
-    if flow.missed:
-        _logger.warning("%s", flow.missed)
-    if set(left_out.values()) - {(reasons.model_output(),)}:
-        layers_by_reason = by_reason(reasons.as_text(left_out))
-        told = "; ".join(f"{listed(names)}: {why}" for why, names in layers_by_reason.items())
-        _logger.warning(
-            "layers that can't lose channels stay whole and are left out (.skipped has all; nni_topo.explain says what "
-            "to change): %s",
-            told,
-        )
-    for names in groups:
-        inside = [name for name in names if name in by_row]
-        outside = [name for name in names if name not in by_row and not flow.layers[name].depthwise]
-        if inside and outside:
-            _logger.warning(
-                "layers that share channels must be selected together, got %s without %s: "
-                "the channels they share stay",
-                listed(inside), listed(outside),
-            )  # fmt: skip
-    if in_part:
-        layers_by_reason = by_reason(_told_in_part(flow, in_part))
-        told = "; ".join(f"{listed(names)}: {why}" for why, names in layers_by_reason.items())
-        _logger.warning("some channels of these layers can't be removed: %s", told)
-    heads = [name for name in flow.layers if name in by_row and flow.reaches_output(name)]
-    if heads:
-        _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
 
 
 def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
@@ -612,6 +580,8 @@ def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
         return reasons.complex_weight()
     if is_transposed_linear(module):
         return reasons.transposed_weight()
+    if plain_layer(module) is not None:
+        return reasons.own_class()
     if not has_channels(module):
         return reasons.unknown_class(name, type(module))
     owner = name.rpartition(".")[0]

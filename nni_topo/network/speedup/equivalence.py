@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.context import leaving_out
 from nni_topo.errors import NniTopoError, SpeedupError, raised
-from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.slicing import keep
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, check_model
 from nni_topo.network.runtime.comparison import difference
@@ -82,7 +81,7 @@ def check_equal(
     kept: KeptIndices,
     rtol: float,
     *,
-    advise: Callable[[str | None], str] | None = None,
+    advise: Callable[[], str] | None = None,
 ) -> str:
     """Raise a SpeedupError unless two models agree, to ``rtol`` of the largest output, on random inputs.
 
@@ -190,7 +189,7 @@ def _check_one(
     drawn: Call,
     kept: KeptIndices,
     rtol: float,
-    advise: Callable[[str | None], str] | None,
+    advise: Callable[[], str] | None,
     variation: Variation | None = None,
 ) -> None:
     """Raise a SpeedupError unless two models agree on one input."""
@@ -213,7 +212,7 @@ def _check_one(
                 "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
                 f"fit the pruned channels, got {raised(error)}"
             ) from error
-    name, where = _first_difference(records[0], records[1], kept, rtol)
+    where = _first_difference(records[0], records[1], kept, rtol)
     shapes = " and ".join(str(tuple(each.shape)) for each in tensors_of(drawn))
     where += f", inputs of shape {shapes}{'' if variation is None else f' {_named(variation)}'}"
     output_shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
@@ -226,7 +225,7 @@ def _check_one(
     if not worst <= rtol:
         raise SpeedupError(
             f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "
-            f"got a difference of {worst:.3g} ({where})" + (f"; {advise(name)}" if advise else "")
+            f"got a difference of {worst:.3g} ({where})" + (f"; {advise()}" if advise else "")
         )
 
 
@@ -258,8 +257,8 @@ def _outputs(
 
 def _first_difference(
     expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: KeptIndices, rtol: float
-) -> tuple[str | None, str]:
-    """Return the first module whose outputs differ, None if none does, and in words from where on they do."""
+) -> str:
+    """Return in words from which module on the outputs differ."""
     for name, full in expected.items():
         small = actual.get(name)
         for d, indices in enumerate(kept[name][1:], start=1):
@@ -267,10 +266,10 @@ def _first_difference(
             if small is not None and small.dim() == full.dim() and len(indices) == small.shape[d] < full.shape[d]:
                 full = full.index_select(d, indices.to(full.device))
         if small is None or small.shape != full.shape:
-            return name, f"from {name} on, whose output has another shape than expected"
+            return f"from {name} on, whose output has another shape than expected"
         if difference(full, small) > rtol:
-            return name, f"from {name} on"
-    return None, "after the last layer"
+            return f"from {name} on"
+    return "after the last layer"
 
 
 @public(model=MODEL, example_inputs=INPUTS, masks=MASKS, reconcile=FLAG)
@@ -317,7 +316,6 @@ def masked_model(
     sigmoid does, is read.
     """
     check_model(model)
-    given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     flow = Analysis(model, call).flow
@@ -329,5 +327,4 @@ def masked_model(
         full = mask_what_follows(model, flow, full, is_kept)
     masked = apply_masks(model, full)
     leave_out(masked, flow, is_kept)
-    give_back_classes(given, masked)
     return masked

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 
 from nni_topo.context import in_context
-from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, unknown_name
+from nni_topo.errors import ConfigError, SpeedupError, unknown_name
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.constraints import blocks_of, partial_couplings
-from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reasons
 from nni_topo.network.graph.nodes import described, line_of
-from nni_topo.network.layers.derived import with_known_layers
+from nni_topo.network.layers.derived import plain_layer
 from nni_topo.network.layers.kinds import RECURRENT, feature_dimension, is_transposed_linear, output_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, check_unwrapped
 from nni_topo.network.runtime.public import public
@@ -155,7 +153,6 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     what to change: use an operation that treats every channel by itself, or write ...
     """
     check_unwrapped(model)
-    model = with_known_layers(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = [name for name, module in modules.items() if _channels(module) is not None]
     if layer not in modules:
@@ -209,42 +206,18 @@ def _channels(module: nn.Module) -> int | None:
     if is_transposed_linear(module):
         weight: Any = module.weight
         return int(weight.shape[1])
-    return output_channels(module)
+    return output_channels(plain_layer(module) or module)
 
 
-def way_forward(analysis: Analysis, kept: KeptIndices, place: str | None) -> str:
-    """Return why outputs differ after ``place`` (None: after the last module), and what can be done about it."""
-    try:
-        flow = analysis.flow
-    except NniTopoError:
-        return reasons.unchecked()
-    pruned = {name for name in flow.layers if name in kept and _removed(flow, name, kept).any()}
-    held, why = analysis.unprunable, dict[str, Reasons]()
-    for name in flow.layers:
-        if name in pruned:
-            removed = flow.group_ids_of(name)[_removed(flow, name, kept).numpy()].tolist()
-            found = dict.fromkeys(held[group_id] for group_id in removed if group_id in held)
-            # Of values that aren't zero the place where they arrive says more.
-            why[name] = tuple(each for each in found if each.kind != "nonzero_values")
-    why = {name: told for name, told in why.items() if told}
-    if why:
-        return reasons.removed_all_the_same(why, tuple(itertools.chain.from_iterable(why.values())))
-    # The pruned layers from which the place can be reached without another layer between.
-    nodes = [node for node in flow.graph.nodes if node.target == (place or "output")]
-    reached, seen = set[str](), set(nodes)
-    while nodes:
-        for parent in nodes.pop().all_input_nodes:
-            if str(parent.target) in flow.layers:
-                reached.add(str(parent.target))
-            elif parent not in seen:
-                seen.add(parent)
-                nodes.append(parent)
-    before = [name for name in flow.layers if name in reached & pruned]
-    return reasons.unequal(before)
-
-
-def _removed(flow: ChannelFlow, name: str, kept: KeptIndices) -> Tensor:
-    """Tell which output channels of a layer are removed: bool, shape (channels,)."""
-    removed = torch.ones(flow.layers[name].channels, dtype=torch.bool)
-    removed[kept[name][feature_dimension(flow.fetch_attr(name))].cpu()] = False
-    return removed
+def way_forward(analysis: Analysis, kept: KeptIndices) -> str:
+    """Return why a dense model may differ from the masked one, and what can be done about it."""
+    flow, held, why = analysis.flow, analysis.unprunable, dict[str, Reasons]()
+    for name, layer in flow.layers.items():
+        if name in kept:
+            removed = np.ones(layer.channels, dtype=np.bool_)
+            removed[kept[name][feature_dimension(flow.fetch_attr(name))].cpu().numpy()] = False
+            removed_ids = flow.group_ids_of(name)[removed].tolist()
+            found = dict.fromkeys(held[group_id] for group_id in removed_ids if group_id in held)
+            if found:
+                why[name] = tuple(found)
+    return reasons.unequal(why)

@@ -6,15 +6,10 @@ modules that hold these parameters in training mode, to see which layers' channe
 
 from __future__ import annotations
 
-import inspect
 import logging
-from contextlib import ExitStack
-from functools import partial
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from torch.fx import Graph, Node
 
@@ -26,11 +21,9 @@ from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.graph.nodes import RANDOM
 from nni_topo.network.graph.submodules import is_in_parts
 from nni_topo.network.graph.tracing import trace
-from nni_topo.network.runtime.copies import detached_copy, evaluating
-from nni_topo.network.runtime.hooks import called
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.inputs import Call, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.switches import random_state_kept
 
 _logger = logging.getLogger(__name__)
 
@@ -54,27 +47,11 @@ def unused_tensors(model: nn.Module, graph: Graph) -> list[str]:
     return [name for name, each in (*model.named_parameters(), *held) if id(each) not in used]
 
 
-Read = dict[str, tuple[np.ndarray, Reason]]
+def read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[str, tuple[np.ndarray, Reason]]:
+    """Find the channels of layers that modules read that run in training mode only; none where it can't be traced.
 
-
-def read_in_training(model: nn.Module, unused: list[str], call: Call) -> tuple[Read, str]:
-    """Find the channels of layers that modules read that run in training mode only.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The model, in evaluation mode. It isn't changed.
-    unused : list of str
-        The parameters that its graph of evaluation mode doesn't use.
-    call : Call
-        Arguments of the model.
-
-    Returns
-    -------
-    read : dict of str to (np.ndarray, Reason)
-        By layer: which of its channels have to stay for what training mode runs, bool, shape (channels,); and why.
-    missed : str
-        Which modules couldn't be followed, as a note for the user; empty if all could.
+    ``model``: in evaluation mode. ``unused``: the parameters that its graph of evaluation mode doesn't use. Returns by
+    layer which of its channels have to stay for what training mode runs, bool, (channels,), and why.
     """
     try:
         # The copy has weights of its own, because a forward may write into them in training mode.
@@ -94,20 +71,13 @@ def read_in_training(model: nn.Module, unused: list[str], call: Call) -> tuple[R
         if is_in_parts(graph):
             raise SpeedupError("a model must be traced as a whole to follow training mode, got one traced in parts")
         for node in graph.nodes:
-            _set_to_evaluation(node)
-        recording.graph_module.recompile()
+            node.meta.pop(RANDOM, None)  # dropout, in training mode; what is random in evaluation mode stays anyway
         flow = ChannelFlow(recording.graph_module, recording.args)
     except Exception as error:  # a user's forward may raise anything
         if out_of_memory(error):
             raise
         _logger.debug("%s can't be followed in training mode", type(model).__name__, exc_info=True)
-        not_run = _not_run(model, call, unused)
-        if not not_run:
-            return {}, ""
-        return {}, (
-            "these modules run in training mode only, which couldn't be traced, so channels that they read may be "
-            f"missing: {', '.join(not_run)}"
-        )
+        return {}
     readers, met = dict[int, str](), _met_by_inputs(graph)  # by group of channels, the module that reads them
     for node in graph.nodes:
         name = str(node.target)
@@ -121,7 +91,7 @@ def read_in_training(model: nn.Module, unused: list[str], call: Call) -> tuple[R
                     for group in np.unique(flow.group_ids(ids.numpy().ravel())).tolist():
                         readers.setdefault(group, name)
     readers.pop(FIXED, None)
-    read: Read = {}
+    read = dict[str, tuple[np.ndarray, Reason]]()
     for layer in flow.layers:
         groups = flow.group_ids_of(layer)
         found = [readers[group] for group in groups.tolist() if group in readers]
@@ -129,23 +99,7 @@ def read_in_training(model: nn.Module, unused: list[str], call: Call) -> tuple[R
             read[layer] = np.isin(groups, list(readers)), reasons.training_reader(found[0])
         elif why := flow.why_pinned(layer):
             read[layer] = groups == FIXED, why[0]
-    return read, ""
-
-
-def _not_run(model: nn.Module, call: Call, parameters: list[str]) -> list[str]:
-    """List the modules that hold these parameters and don't run in evaluation mode."""
-    ran = set[str]()
-    copied = evaluating(detached_copy(model, light=True))
-    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
-
-    def note(owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ran.add(owner)
-
-    with ExitStack() as stack, torch.no_grad(), random_state_kept():
-        for owner in owners:
-            stack.enter_context(called(copied.get_submodule(owner), partial(note, owner)))
-        copied(*call[0], **call[1])
-    return [owner for owner in owners if owner not in ran]
+    return read
 
 
 def _met_by_inputs(graph: Graph) -> set[Node]:
@@ -159,18 +113,3 @@ def _met_by_inputs(graph: Graph) -> set[Node]:
         if not met.isdisjoint(node.users):
             met.add(node)
     return met
-
-
-def _set_to_evaluation(node: Node) -> None:
-    """Set the argument ``training`` of a function to False, as dropout modules beside it are in evaluation mode."""
-    if node.op != "call_function":
-        return
-    try:
-        signature = inspect.signature(node.target)  # type: ignore[arg-type]
-        given = signature.bind(*node.args, **node.kwargs)
-    except (TypeError, ValueError):  # some functions of PyTorch's have no signature
-        return
-    if given.arguments.get("training") is True:
-        given.arguments["training"] = False
-        node.args, node.kwargs = given.args, given.kwargs
-        node.meta.pop(RANDOM, None)

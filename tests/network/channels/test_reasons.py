@@ -30,8 +30,3 @@ def test_advice_belongs_to_kinds_and_comes_in_their_order():
         "give the convolution's input a batch dimension",
         "delete the layer from the model if nothing uses it",
     )
-
-
-def test_outputs_differ_for_a_reason_that_says_where():
-    assert reasons.unequal(["a"]).startswith("an operation reads removed channels of a: ")
-    assert reasons.unequal([]).startswith("an operation reads removed channels of the layers before it: ")

@@ -62,7 +62,8 @@ def test_values_of_removed_channels_that_an_operation_reads_name_every_way_on():
     net = Net(Function(normalized)).eval()
     with pytest.raises(SpeedupError, match="got a difference") as caught:
         to_dense(net, images(), {"first": filter_mask(net.first, GONE)})
-    assert "an operation reads removed channels of first" in str(caught.value)
+    assert "masks remove channels of first that have to stay: removed channels arrive as values" in str(caught.value)
+    assert "(made by sigmoid in between, read by normalize in between)" in str(caught.value)
     assert "exclude first from the config_list (exclude_op_names)" in str(caught.value)
     assert "check=False returns the dense model all the same" in str(caught.value)
 
@@ -87,7 +88,6 @@ def test_masks_that_remove_what_has_to_stay_are_told_why_it_has_to():
     told = "masks remove channels of q, k that have to stay: the forward computes with how many of them there are"
     assert told in str(caught.value)
     assert "exclude q, k from the config_list" in str(caught.value)
-    assert "aren't zero" not in str(caught.value)
     assert "or checks it (size in q)" in str(explain(model, x, "q"))
 
 
@@ -101,38 +101,6 @@ def test_channels_before_what_mixes_them_stay_and_the_report_says_why(kind):
     for scale in (1.0, 100.0):
         with torch.no_grad():
             torch.testing.assert_close(dense(scale * images()), net(scale * images()))
-
-
-def test_every_layer_that_arrives_there_is_named():
-    class Sum(Net):
-        def __init__(self) -> None:
-            super().__init__(Function(normalized))
-            self.beside = nn.Conv2d(3, 8, 3)
-            self.norm = nn.BatchNorm2d(8)
-
-        def forward(self, images: Tensor) -> Tensor:
-            met = self.norm(self.first(images)) + self.beside(images)
-            return self.head(self.second(self.between(met)).relu().mean((2, 3)))
-
-    net = Sum().eval()
-    masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "beside")}
-    with pytest.raises(SpeedupError, match="an operation reads removed channels of first, beside"):
-        to_dense(net, images(), masks)
-
-
-def test_a_constant_that_arrives_at_the_output_is_no_layers_to_take():
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.first = nn.Linear(4, 8)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            return self.first(inputs).sigmoid().sum(1, keepdim=True)
-
-    net = Gated()
-    with pytest.raises(SpeedupError, match=r"after the last layer.*exclude first from the config_list"):
-        to_dense(net, torch.rand(3, 4), {"first": filter_mask(net.first, GONE)})
 
 
 class Branches(nn.Module):

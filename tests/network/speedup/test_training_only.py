@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -82,15 +81,6 @@ class Attending(Exit):
         return scores
 
 
-class Compared(Exit):
-    """In training it needs labels, which nobody gives while it is looked at."""
-
-    def forward(self, x, labels=None):
-        x = torch.relu(self.a(x))
-        early = functional.cross_entropy(self.exit(x.mean((2, 3))), labels) if self.training else 0
-        return self.head(self.b(x).mean((2, 3))) + early
-
-
 class Needless(Exit):
     """A layer that no mode reaches."""
 
@@ -136,18 +126,6 @@ def test_layers_that_training_alone_reads_stay_whole_and_the_dense_network_train
     if kind is not Deep:  # of its dropout other numbers are drawn
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_modules_are_named_that_training_may_reach_where_it_cannot_be_followed(caplog):
-    model = Compared().eval()
-    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["a"], ["b"]]
-    assert "these modules run in training mode only" in caplog.text
-    caplog.clear()
-    dense = nni_topo.to_dense(model, IMAGES, half(model, "a"))
-    (note,) = dense.report.notes
-    assert note.endswith(": exit")
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [note]
 
 
 def test_nothing_is_said_of_a_layer_that_no_mode_reaches(caplog):
