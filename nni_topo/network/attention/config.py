@@ -30,8 +30,6 @@ HEADS = "the number of heads"
 """What stands for the settings that count heads."""
 
 _HEAD_SIZES = ("head_dim", "d_kv")
-# Widths of MLPs in the config of a model that can't be built by it.
-_MLP_WIDTHS = ("intermediate_size", "d_ff", "ffn_dim", "ffn_hidden_size", "hidden_dim", "n_inner")
 _known: dict[tuple[type, str], Widths] = {}  # every dense network of a model asks again
 
 
@@ -179,8 +177,7 @@ def _put_heads(config: Any, model: nn.Module, before: dict[str, Attention], shar
             size = key
             break
     sizes = {each.head_size for each in before.values()}
-    is_config = callable(getattr(config, "to_dict", None))  # of Transformers, no dict of the user's
-    if size is None and is_config and share != 1.0 and len(sizes) == 1:
+    if size is None and share != 1.0 and len(sizes) == 1:
         # Some constructors ask for a head's size that the config needn't have, and else divide the width by the heads.
         kinds: list[Any] = [type(model.get_submodule(name)) for name in before]
         if all("head_dim" in inspect.unwrap(kind.__init__).__code__.co_consts for kind in kinds):
@@ -202,37 +199,21 @@ def tell_config(model: Any, original: nn.Module, call: Call) -> None:
 
     ``call``: inputs, on which a model whose forward reads the width in its config is known by its outputs.
     """
-    config: Any = getattr(model, "config", None)
+    if not is_pretrained(original):
+        return
+    config: Any = model.config
     found, before = find_attention(model), find_attention(original)
     # Heads of queries: of two sets that share keys and values, one may be left, whose heads then all share them.
     shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
     if len(shares) == 1:
         _put_heads(config, model, {name: before[name] for name in found}, shares.pop())
-    if is_pretrained(original):
-        unpruned: Any = original.config
-        for setting, layers in widths_by_setting(original).items():
-            value = _settings(unpruned)[setting]
-            left = {value * (output_channels(model.get_submodule(name)) or 0) / width for name, width in layers.items()}
-            if len(left) == 1 and (one := left.pop()).is_integer():
-                _put(config, setting, int(one))
-        _tell_width(model, original, found, before, call)
-        return
-    for key in _MLP_WIDTHS:
-        wide = getattr(config, key, None)
-        if key == "n_inner" and hasattr(config, key) and wide is None:
-            wide = 4 * config.hidden_size
-        if not isinstance(wide, int):
-            continue
-        widths: set[int] = set()  # what became of the layers of that width
-        # Where one layer makes gates and values, only the layer that reads them has that width.
-        for size_of in ("out_features", "in_features"):
-            if widths:
-                break
-            for name, module in original.named_modules():
-                if getattr(module, size_of, None) == wide:
-                    widths.add(getattr(model.get_submodule(name), size_of))
-        if len(widths) == 1:
-            setattr(config, key, widths.pop())
+    unpruned: Any = original.config
+    for setting, layers in widths_by_setting(original).items():
+        value = _settings(unpruned)[setting]
+        left = {value * (output_channels(model.get_submodule(name)) or 0) / width for name, width in layers.items()}
+        if len(left) == 1 and (one := left.pop()).is_integer():
+            _put(config, setting, int(one))
+    _tell_width(model, original, found, before, call)
 
 
 def _tell_width(
