@@ -50,34 +50,27 @@ _SINGLE = (torch.float64, torch.float32)
 _SIDES = (33, 64)  # pixels of small images; strides halve 33 to 17, 9, 5, 3 and 2
 _ROUNDS = 24  # each finds about half of the unprunable channels that weren't found yet
 
-
 _DRAWS = 5  # of random weights and inputs, as long as the network fails on them
-
-
-class _FailedRunError(Exception):
-    """A network fails on random weights and inputs."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 @as_written()
 def find_unprunable(analysis: Analysis) -> dict[int, Reason]:
     """Return the channels that a dry run finds unprunable: the reason, by group id."""
     flow = analysis.flow
-    held: dict[int, Reason] | None = None
     for seed in range(_DRAWS):
         try:
             held = _found_with(analysis, seed)
-        except _FailedRunError as failed:
+        except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
+            if out_of_memory(error):
+                raise
             # With others it may not: where a router gives no token to an expert, the expert isn't called.
-            held = _all_held(flow, reasons.dry_run_failed(of=raised(failed.error)))
+            reason = reasons.dry_run_failed(of=raised(error))
             continue
-        # Where the last round still found channels, nothing is sure.
-        return _all_held(flow, reasons.never_settled()) if held is None else held
-    assert held is not None  # of the last draw that failed
-    return held
+        if held is not None:
+            return held
+        reason = reasons.never_settled()  # where the last round still found channels, nothing is sure
+        break
+    return dict.fromkeys(np.concatenate([flow.group_ids_of(name) for name in flow.layers]).tolist(), reason)
 
 
 def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
@@ -99,23 +92,12 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
             # In turn: every block loses a part, as pruners choose; some blocks are pruned as a whole, as masks may.
             in_parts = bool(flow.blocks) and turn % 2 == 0
             is_kept = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
-            dry_run = _DryRun(flow, is_kept, full)
-            try:
-                found = _found_on(calls, dry_run)
-            except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
-                if out_of_memory(error):
-                    raise
-                raise _FailedRunError(error) from error
+            found = _found_on(calls, _DryRun(flow, is_kept, full))
             held.update(found)
             clean = set() if found else clean | {in_parts}
             if clean == {bool(flow.blocks), False}:
                 return held
     return None
-
-
-def _all_held(flow: ChannelFlow, reason: Reason) -> dict[int, Reason]:
-    group_ids = np.concatenate([flow.group_ids_of(name) for name in flow.layers])
-    return dict.fromkeys(group_ids.tolist(), reason)
 
 
 def _found_on(calls: list[Call], dry_run: _DryRun) -> dict[int, Reason]:

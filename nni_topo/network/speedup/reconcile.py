@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from nni_topo.context import leaving_out
-from nni_topo.errors import ConfigError, SpeedupError, listed, unknown_name
+from nni_topo.errors import ConfigError, SpeedupError, unknown_name
 from nni_topo.maths.ties import descending
 from nni_topo.network.attention.rotary import by_table, find_frequencies, pairs_of
 from nni_topo.network.channels import reasons
@@ -109,7 +110,7 @@ class Resolved:
     kept: dict[str, str]  # how many and why, by layer that keeps any but for ``round_to``
 
 
-_REASONS = 3  # that a warning names
+_NAMED = 3  # layers in a warning
 
 
 def resolve_masks(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None) -> Resolved:
@@ -120,25 +121,11 @@ def resolve_masks(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, r
 
 
 def warn_of_kept(kept: Mapping[str, str]) -> None:
-    """Warn once of all layers that keep masked channels: how many and why, by layer.
-
-    It names a few layers; the report of the dense model has them all.
-    """
-    if not kept:
-        return
-    by_reason: dict[str, list[str]] = {}
-    for name, text in kept.items():
-        count, _, why = text.partition(" (")
-        by_reason.setdefault(why, []).append(f"{name} {count}")
-    told = [f"{listed(names)} ({why}" for why, names in by_reason.items()]
-    if len(told) > _REASONS:
-        others = sum(len(names) for names in list(by_reason.values())[_REASONS:])
-        told = [*told[:_REASONS], f"{others} more layers for other reasons"]
-    is_short = sum(map(len, by_reason.values())) <= len(told)
-    _logger.warning(
-        "masks must agree where layers share channels; channels kept although masked: %s%s",
-        "; ".join(told), "" if is_short else "; dense.report lists all layers",
-    )  # fmt: skip
+    """Warn once of all layers that keep masked channels: how many and why, by layer; of the first few by name."""
+    if kept:
+        told = "; ".join(f"{name} {text}" for name, text in itertools.islice(kept.items(), _NAMED))
+        more = f"; and {len(kept) - _NAMED} more layers, see dense.report" if len(kept) > _NAMED else ""
+        _logger.warning("masks must agree where layers share channels; channels kept although masked: %s%s", told, more)
 
 
 def widths_multiple(round_to: int | str | None, device: torch.device) -> int | None:
