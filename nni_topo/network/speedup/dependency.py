@@ -301,11 +301,11 @@ def groups_of(
     held = held_by_unselected(flow, DependencyGroups(entries).layers())
     alone = {name: (reasons.unselected(others),) for name, others in held.items()}
     skipped |= reasons.as_text(alone)
-    told = by_reason({name: why for name, why in skipped.items() if why != OUTPUT})
-    if warns and told:
+    by_why = by_reason({name: why for name, why in skipped.items() if why != OUTPUT})
+    if warns and by_why:
         _logger.warning(
             "these layers keep channels (.skipped has all; nni_topo.explain says what to change): %s",
-            "; ".join(f"{listed(names)}: {why}" for why, names in told.items()),
+            "; ".join(f"{listed(names)}: {why}" for why, names in by_why.items()),
         )
     heads = [name for name in flow.layers if name in by_row and flow.reaches_output(name)]
     if warns and heads:
