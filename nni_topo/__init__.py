@@ -50,7 +50,6 @@ from nni_topo.pruners.registry import (  # noqa: E402
     pruner_info,
     register_pruner,
 )
-from nni_topo.pruners.strict import disable_strict, enable_strict  # noqa: E402
 from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
 from nni_topo.pruners.topological import GeneticSearch, TopologicalPruner  # noqa: E402
 from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
@@ -130,10 +129,8 @@ __all__ = [
     "compensation",
     "create_pruner",
     "dependency_groups",
-    "disable_strict",
     "distill",
     "distillation",
-    "enable_strict",
     "errors",
     "explain",
     "export",

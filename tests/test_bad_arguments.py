@@ -126,7 +126,6 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.explain": lambda: {"model": net(), "example_inputs": IMAGES, "layer": "first"},
     "nni_topo.distill": lambda: {"dense": pruned(), "original": net(), "images": [IMAGES], "steps": 1, "lr": 0.1},
     "nni_topo.distillation": lambda: {"dense": pruned(), "original": net(), "images": [IMAGES], "steps": 1, "lr": 0.1},
-    "nni_topo.enable_strict": dict,
     "nni_topo.list_pruners": dict,
     "nni_topo.masked_model": lambda: {"model": net(), "example_inputs": IMAGES, "masks": masks()},
     "nni_topo.narrow_heads": lambda: {"model": net(), "calibration": [IMAGES], "sparse_ratio": 0.5},
@@ -317,8 +316,6 @@ def wrong(name: str, parameter: str, label: str) -> str:
         return "" if str(error) else "says nothing"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    finally:
-        nni_topo.disable_strict()
     return "" if fits(value, hints(function)[parameter]) else "takes it"
 
 

@@ -290,7 +290,10 @@ class StructuredPruner(Pruner):
         masks : dict
             ``{module name: {target name: mask}}``.
         """
-        super().update_masks(known_masks(self, masks))
+        unknown = sorted(masks.keys() - self._module_wrappers.keys())
+        if unknown:
+            _logger.warning("masks of modules that aren't pruned here are left out: %s", ", ".join(unknown))
+        super().update_masks({name: targets for name, targets in masks.items() if name not in unknown})
 
     def _fitting(self, model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Check the layers; leave out those that the collector refuses, if dependency groups chose them by kind."""
@@ -367,14 +370,6 @@ class StructuredPruner(Pruner):
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         """Leave the evaluator as it is: NNI reverts its patches."""
-
-
-def known_masks(pruner: Pruner, masks: Masks) -> Masks:
-    """Return the masks of a pruner's own modules, and warn of others."""
-    unknown = sorted(masks.keys() - pruner._module_wrappers.keys())
-    if unknown:
-        _logger.warning("masks of modules that aren't pruned here are left out: %s", ", ".join(unknown))
-    return {name: targets for name, targets in masks.items() if name not in unknown}
 
 
 _PLAIN = (str, bool, int, float, tuple, type(None))

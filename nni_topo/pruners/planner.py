@@ -12,7 +12,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +35,6 @@ class Planner:
 
     Parameters
     ----------
-    normalization : {"none", "mean"}, default="none"
-        Scale of the losses when layers are ranked together under a ``global_group_id``: as they are, or divided by
-        the layer's mean absolute loss, for metrics whose scale differs between layers.
     strict : bool, default=False
         Keep what is ``> sparse_threshold`` instead of NNI's ``>=``.
     tolerance : float, default=0.0
@@ -58,7 +54,6 @@ class Planner:
     maximum ratio hold.
     """
 
-    normalization: Literal["none", "mean"] = "none"
     strict: bool = False
     tolerance: float = 0.0
     round_to: int | None = None
@@ -136,10 +131,7 @@ class Planner:
         budget -= sum(low * each for low, each in zip(fewest, cost, strict=True))
         ascending = []
         for unit, low, high in zip(group, fewest, most, strict=True):
-            worth = losses(unit)
-            mean = float(np.abs(worth).mean()) if self.normalization == "mean" else 1.0
-            comparable = worth / mean if mean > 0 else worth
-            ascending.append(comparable[::-1][low:high])
+            ascending.append(losses(unit)[::-1][low:high])
         owners = np.repeat(np.arange(len(group)), [len(each) for each in ascending])
         joined = np.concatenate(ascending)
         # Rounding mustn't decide between layers either; of equal losses those of the earlier layer are pruned first.

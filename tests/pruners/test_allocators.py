@@ -128,16 +128,6 @@ def test_global_ranking_of_dependency_groups():
     assert sum(kept(masks, "2")) == 8 - 2  # 64 elements, budget 32, the group gave 24
 
 
-def test_normalization_makes_layers_of_different_scale_comparable():
-    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "global_group_id": 1}]
-    context = context_of(config, nn.Linear(4, 4), nn.Linear(4, 4))
-    scores = metrics_of(context, [0.1, 0.2, 0.3, 0.4], [10, 20, 30, 40])
-    raw = ConfigAllocator().allocate(scores, context)
-    scaled = ConfigAllocator().allocate(scores, replace(context, planner=Planner(normalization="mean")))
-    assert (sum(kept(raw, "0")), sum(kept(raw, "1"))) == (1, 3)
-    assert (sum(kept(scaled, "0")), sum(kept(scaled, "1"))) == (2, 2)
-
-
 def test_global_group_with_two_ratios_is_refused():
     config = [
         {"op_names": ["0"], "sparse_ratio": 0.5, "global_group_id": 7},
