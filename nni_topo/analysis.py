@@ -4,7 +4,6 @@ from nni_topo.maths.topology.overlap import (
     network_overlap_bound,
     network_tree_overlap,
     overlap_bound,
-    random_overlap_log10,
     tree_overlap,
 )
 from nni_topo.studies.analysis.bounds.propagation import error_bound
@@ -38,7 +37,6 @@ __all__ = [
     "network_tree_overlap",
     "neural_persistence",
     "overlap_bound",
-    "random_overlap_log10",
     "retraining_bound",
     "sensitivity",
     "study_dropout",

@@ -168,7 +168,7 @@ KNOBS: dict[str, Any] = {
     "graph": st.sampled_from(["epsilon", "knn", "gaussian"]),
     "energy": st.sampled_from([0.1, 0.9, {"hidden": 0.5}]),
     "growth": st.sampled_from([{"statistic": name} for name in ("dispersion", "trace", "max", "mean")]),
-    "cloud": st.sampled_from(["auto", "weight", "folded", "coupled", "activation", "functional", "gradient"]),
+    "cloud": st.sampled_from(["auto", "weight", "coupled", "activation", "functional"]),
     "criterion": st.sampled_from(["auto", "hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"]),
     "homology_dimensions": st.sampled_from([(0,), (0, 1), (1,)]),
     "solver": st.sampled_from(["greedy", {"generations": 2, "population_size": 4}]),
@@ -177,9 +177,7 @@ KNOBS: dict[str, Any] = {
     "preprocess": st.sampled_from(["none", "center", "standardize", "unit"]),
     "sequential": st.booleans(),
     "norm": st.sampled_from([1, 2]),
-    "signal": st.sampled_from(["chirp", "data", {"direction": "diagonal"}, {"channels": "separate"}]),
-    "normalization": st.sampled_from(["none", "area", "layer"]),
-    "batch_norm": st.booleans(),
+    "signal": st.sampled_from(["chirp", "data", {"direction": "diagonal"}]),
     "bias": st.booleans(),
     "on_subcritical": st.sampled_from(["raise", "clip"]),
     "conv_graph": st.sampled_from(["channel", "tensor", "unrolled"]),
@@ -202,9 +200,9 @@ def requests(draw: Any) -> tuple[Net, str, list[Any], dict[str, Any]]:
     chosen = draw(st.lists(st.sampled_from(known), max_size=2, unique=True))
     chosen += [knob for knob, owners in ALWAYS.items() if name in owners and knob not in chosen]
     knobs = {knob: draw(KNOBS[knob]) for knob in chosen}
-    if knobs.get("cloud") in ("functional", "gradient", "activation"):
+    if knobs.get("cloud") in ("functional", "activation"):
         knobs["calibration"] = [LABELLED]
-    if {"cloud", "budget", "conv_graph", "batch_norm"} & knobs.keys():
+    if {"cloud", "budget", "conv_graph"} & knobs.keys():
         knobs["example_inputs"] = IMAGES[:2]
     if name in ALWAYS["search"]:
         knobs["search"] = {"generations": 2, "population_size": 4}

@@ -66,11 +66,9 @@ def test_every_pruner(device, name):
 
 
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
-    "folded": ("topological", {"cloud": "folded", "example_inputs": IMAGES[:2]}),
     "coupled": ("topological", {"cloud": "coupled", "example_inputs": IMAGES[:2]}),
     "activation": ("topological", {"cloud": "activation", "calibration": BATCHES}),
     "functional": ("topological", {"cloud": "functional", "calibration": BATCHES}),
-    "gradient": ("topological", {"cloud": "gradient", "calibration": LABELLED}),
     "reconstruction": ("reconstruction", {"calibration": BATCHES}),
     "cover": ("topological", {"criterion": "cover"}),
     "bottleneck": (

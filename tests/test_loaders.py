@@ -136,7 +136,6 @@ WORK = {
     "study_selection": selected,
     "GeneticWeightPruner": searched,
     "TopologicalPruner": chosen("topological"),
-    "TopologicalPruner, gradient": chosen("topological", cloud="gradient"),
     "ReconstructionPruner": chosen("reconstruction"),
     "ReconstructionPruner, sequential": chosen("reconstruction", sequential=True),
     "ReconstructionPruner, budget": chosen("reconstruction", budget={"flops": 0.5, "allocation": "error"}),

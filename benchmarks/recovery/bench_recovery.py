@@ -38,7 +38,7 @@ from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval
 
-CLOUDS = ("weight", "folded", "coupled", "activation", "functional", "gradient")
+CLOUDS = ("weight", "coupled", "activation", "functional")
 CRITERIA = ("hausdorff", "cover", "bottleneck", "wasserstein")
 SOLVERS = ("greedy", "genetic")
 METHODS = ("pair", "channel", "reconstruct")
@@ -121,16 +121,13 @@ class _Net:
 
 def _ablation(net: _Net, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     calibration = net.start.images(1024)
-    images, labels = (tensor[:1024] for tensor in net.data.train.tensors)
     for label, name, knobs in _rows():
         key = (net.seed, net.flops, label)
         if key in done:
             continue
         given = dict(knobs)
         if name in ("topological", "reconstruction"):
-            labelled = list(zip(images.split(128), labels.split(128), strict=True))
-            given |= {"calibration": labelled if knobs.get("cloud") == "gradient" else calibration}
-            given |= {"example_inputs": net.example}
+            given |= {"calibration": calibration, "example_inputs": net.example}
         began = time.perf_counter()
         masks = net.masks(name, **given)
         record = {"key": key, "row": label, "seconds": time.perf_counter() - began, "before": net.accuracy}

@@ -58,10 +58,8 @@ CHIRPS: dict[str, dict[str, Any]] = {
     "chirp": {},
     "chirp, radial": {"signal": {"direction": "radial"}},
     "chirp, one diagonal (thesis)": {"signal": {"direction": "diagonal"}},
-    "chirp, one channel at a time": {"signal": {"channels": "separate"}},
     "chirp, to 1 cycle per pixel": {"signal": {"sweep": "thesis"}},
     "chirp, without bias": {"bias": False},
-    "chirp, batch norm in": {"batch_norm": True},
 }
 
 
@@ -188,13 +186,11 @@ def correlation(label: str, options: argparse.Namespace) -> dict[str, Any]:
     for order in (1, 2):
         weights = {name: model.get_submodule(name).weight.detach().flatten(1) for name in layers}
         scores[f"L{order} norm"] = {name: weight.norm(p=order, dim=1).tolist() for name, weight in weights.items()}
-    rows: dict[str, Any] = {}
-    for target, knobs in {"as it is": {}, "batch norm in": {"batch_norm": True}}.items():
-        measured = _energies(model, layers, example, signal="data", calibration=images, **knobs)
-        rows[target] = {
-            row: {name: float(spearmanr(found[name], measured[name]).statistic) for name in layers}
-            for row, found in scores.items()
-        }
+    measured = _energies(model, layers, example, signal="data", calibration=images)
+    rows = {
+        row: {name: float(spearmanr(found[name], measured[name]).statistic) for name in layers}
+        for row, found in scores.items()
+    }
     return {"rows": rows}
 
 
@@ -252,11 +248,10 @@ def _print_cost(record: dict[str, Any]) -> None:
 
 
 def _print_correlation(record: dict[str, Any]) -> None:
-    print("| score | mean | lowest | highest | with batch norm in: mean |\n|---|---:|---:|---:|---:|")
-    for row, by_layer in record["rows"]["as it is"].items():
+    print("| score | mean | lowest | highest |\n|---|---:|---:|---:|")
+    for row, by_layer in record["rows"].items():
         values = list(by_layer.values())
-        scaled = statistics.mean(record["rows"]["batch norm in"][row].values())
-        print(f"| {row} | {statistics.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} | {scaled:.2f} |")
+        print(f"| {row} | {statistics.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
 
 
 def _print_directions(record: dict[str, Any]) -> None:
@@ -307,7 +302,6 @@ def _all_masks(model: nn.Module, config: Any, example: Any, images: Any) -> Iter
     choices += [(row, "energy", {"example_inputs": example, **knobs}) for row, knobs in CHIRPS.items()]
     data = {"signal": "data", "calibration": list(images)}
     choices += [("energy on data", "energy", data)]
-    choices += [("energy on data, batch norm in", "energy", {**data, "batch_norm": True, "example_inputs": example})]
     for row, name, knobs in choices:
         pruner = create_pruner(name, model, config, **knobs)
         _, masks = pruner.compress()

@@ -34,7 +34,7 @@ from nni_topo.studies.tables import best_baseline, grouped, interval, markdown_t
 CALIBRATION = 512
 TARGETS = (0.5, 0.25, 0.1, 0.03)
 BASELINES = ("random", "l1", "l2", "fpgm", "torch-pruning")
-CLOUDS = ("weight", "folded", "coupled", "activation", "functional", "gradient")
+CLOUDS = ("weight", "coupled", "activation", "functional")
 SEARCHES = (
     ("weight", "hausdorff"),
     ("weight", "cover"),
@@ -118,7 +118,7 @@ def _rows() -> Iterator[PrunerChoice]:
 
 
 def _topological(label: str, **knobs: Any) -> PrunerChoice:
-    needs_images = knobs.get("cloud") not in ("weight", "folded", "coupled")
+    needs_images = knobs.get("cloud") not in ("weight", "coupled")
     return PrunerChoice("topological", label, knobs, CALIBRATION if needs_images else 0)
 
 
@@ -144,7 +144,7 @@ def _measure(cell: Cell, setting: Setting, out: Path) -> Record:
     began = time.perf_counter()
     start = start_of(cell, out)
     data = start.data
-    masks, prune_seconds, _ = pruned_cell(_with_labels(cell, data), start, shared_ratios(cell, start, out))
+    masks, prune_seconds, _ = pruned_cell(cell, start, shared_ratios(cell, start, out))
     dense, _ = made_dense(start, masks)
     test = TensorDataset(*data.test[: setting.test_images])
     record = {
@@ -162,16 +162,6 @@ def _measure(cell: Cell, setting: Setting, out: Path) -> Record:
     record["accuracy_retrained"] = zoo.evaluate(dense, test)
     record["seconds"] = time.perf_counter() - began
     return {**record, **provenance()}
-
-
-def _with_labels(cell: Cell, data: zoo.DataBundle) -> Cell:
-    """Give the gradient cloud, which needs labels, labelled batches."""
-    knobs = dict(cell.pruner.knobs)
-    if knobs.get("cloud") != "gradient":
-        return cell
-    images, labels = (tensor[:CALIBRATION].split(128) for tensor in data.train.tensors)
-    knobs["calibration"] = list(zip(images, labels, strict=True))
-    return replace(cell, pruner=replace(cell.pruner, knobs=knobs, calibration=0))
 
 
 def _print(records: list[Record]) -> None:

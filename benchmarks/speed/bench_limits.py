@@ -38,7 +38,6 @@ def knobs(images: Tensor) -> dict[str, tuple[str, dict[str, Any]]]:
         "topological": ("topological", {}),
         "topological, searched": ("topological", {"solver": {"generations": 2, "population_size": 10}}),
         "topological, functional": ("topological", {"calibration": batches}),
-        "topological, gradients": ("topological", {"cloud": "gradient", "calibration": labelled}),
         "reconstruction": ("reconstruction", {"calibration": batches}),
         **{f"cluster, {each}": ("cluster", {"calibration": batches, "algorithm": each}) for each in ("kmeans", "ward")},
         "cluster, spectral": ("cluster", {"calibration": batches, "algorithm": "spectral"}),

@@ -34,7 +34,7 @@ from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, load_model_data
 from nni_topo.studies.analysis.layers import weight_layers
 from nni_topo.studies.tables import interval, markdown_table
-from nni_topo.topology import network_tree, relevance_distances, rips_diagram
+from nni_topo.topology import network_tree, rips_diagram
 
 NETS = ("lenet300", "mnist_fcn")
 IMAGES = 5_000
@@ -145,6 +145,31 @@ def measured(model: nn.Module, data: zoo.DataBundle, epoch: int, seed: int) -> d
         found |= {f"{name}{key}": value for key, value in loops(chosen).items()}
     found["seconds"] = time.process_time() - began
     return found
+
+
+def relevance_distances(weights: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the distances between all neurons of a chain of linear layers ``(out, in)``: inputs first, then by layer.
+
+    Neurons of different layers are as far apart as 1 less the largest product of ``|w| / max |w|``, each layer divided
+    by its own maximum, along a path between them; neurons of one layer have distance 1.
+    """
+    scaled = [(np.abs(weight) / np.abs(weight).max()).T for weight in weights]
+    firsts = np.cumsum([0, *(layer.shape[0] for layer in scaled), scaled[-1].shape[1]])
+    spans = [slice(start, end) for start, end in pairwise(firsts)]
+    distances = np.ones((firsts[-1], firsts[-1]))
+    for start in range(len(scaled)):
+        relevance = scaled[start]
+        for end in range(start + 1, len(spans)):
+            if end > start + 1:
+                # The largest product over the neurons between.
+                strongest = np.zeros((len(relevance), scaled[end - 1].shape[1]))
+                for before, after in zip(relevance.T, scaled[end - 1], strict=True):
+                    np.maximum(strongest, np.outer(before, after), out=strongest)
+                relevance = strongest
+            distances[spans[start], spans[end]] = 1.0 - relevance
+            distances[spans[end], spans[start]] = 1.0 - relevance.T
+    np.fill_diagonal(distances, 0.0)
+    return distances
 
 
 def loops(weights: Sequence[np.ndarray]) -> dict[str, float]:

@@ -114,7 +114,7 @@ def chirp(
 
 @dataclass(frozen=True)
 class Chirp:
-    """What is sent through a layer to measure its filters.
+    """What is sent through a layer, into all of its input channels at once, to measure its filters.
 
     Attributes
     ----------
@@ -124,9 +124,6 @@ class Chirp:
         the other are silent.
     sweep : {"nyquist", "thesis"}, default="nyquist"
         Whether it ends at 1/2 or at 1 cycle per pixel; see :func:`chirp`.
-    channels : {"together", "separate"}, default="together"
-        Whether it enters all input channels at once, as in the text, where kernels that cancel over the channels have
-        no energy, or one after the other, whose energies add up.
 
     Examples
     --------
@@ -136,7 +133,6 @@ class Chirp:
 
     direction: Literal["mean", "radial", "diagonal"] = "mean"
     sweep: Sweep = "nyquist"
-    channels: Literal["together", "separate"] = "together"
 
     def __post_init__(self) -> None:
         check_fields(self)

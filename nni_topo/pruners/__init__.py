@@ -2,10 +2,9 @@
 
 from nni_topo.pruners.allocators import ConfigAllocator, keep_highest
 from nni_topo.pruners.clouds import CLOUDS
+from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
-from nni_topo.pruners.clouds.gradient import GradientCollector
-from nni_topo.pruners.clouds.traced import CoupledWeightCollector, FoldedWeightCollector
 from nni_topo.pruners.clouds.weight import ActivationCollector, WeightCollector
 from nni_topo.pruners.hooks import (
     Data,
@@ -29,9 +28,7 @@ __all__ = [
     "Data",
     "DataCollector",
     "FeatureCollector",
-    "FoldedWeightCollector",
     "FunctionalCollector",
-    "GradientCollector",
     "KeptSet",
     "Masks",
     "MetricCalculator",

@@ -11,7 +11,6 @@ References
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,6 @@ from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.moments import check_reached
-from nni_topo.pruners.clouds.traced import norm_scales
 from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit, holds_columns, output_blocks
@@ -58,11 +56,10 @@ def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> 
 
 
 def chirp_response_energy(
-    module: nn.Module, weight: Tensor, bias: Tensor | None, planes: Tensor, *, separate: bool = False, most: int = 2**24
-) -> tuple[Tensor, int]:
-    """Return each filter's mean squared response, float64 ``(out,)``, to planes ``(n, ...)``, and the positions.
+    module: nn.Module, weight: Tensor, bias: Tensor | None, planes: Tensor, *, most: int = 2**24
+) -> Tensor:
+    """Return each filter's mean squared response, float64 ``(out,)``, to planes ``(n, ...)`` in all input channels.
 
-    Each plane enters all input channels at once, or, ``separate``, one after the other: then their energies add up.
     Filters are taken in turns of at most so many values, 128 MiB of float64.
     """
     # Each filter's kernels for the input channels that it reads: ``(out, in / groups, *kernel)``.
@@ -71,20 +68,18 @@ def chirp_response_energy(
         # ``(in, out / groups, ...)``: outputs follow group by group.
         every = every.unflatten(0, (int(module.groups), -1)).transpose(1, 2).flatten(0, 1)
     # With x in every input channel, sum_c(w_c * x) is sum_c(w_c) * x: one channel's cost, whatever the layer's width.
-    kernels = (every.flatten(0, 1) if separate else every.sum(1))[:, None]
-    constant = every.new_zeros(len(every)) if bias is None else bias.double()
-    offset = kernels.new_zeros(len(kernels)) if separate else constant
+    kernels = every.sum(1)[:, None]
+    offset = every.new_zeros(len(every)) if bias is None else bias.double()
     energies = []
     for plane in planes:
         entering = plane.to(kernels.device)[None, None]
-        positions = _respond(module, kernels[:1], entering)[0, 0].numel()  # as many for each plane
+        positions = _respond(module, kernels[:1], entering)[0, 0].numel()
         turn = max(1, most // max(positions, plane.numel()))
         in_turns = []
         for part, shift in zip(kernels.split(turn), offset.split(turn), strict=True):
             in_turns.append((_respond(module, part, entering)[0].flatten(1) + shift[:, None]).pow(2).mean(1))
-        energy = torch.cat(in_turns)
-        energies.append(energy.reshape(len(every), -1).sum(1) + constant.pow(2) if separate else energy)
-    return torch.stack(energies).mean(0), positions
+        energies.append(torch.cat(in_turns))
+    return torch.stack(energies).mean(0)
 
 
 def _respond(module: nn.Module, kernels: Tensor, planes: Tensor) -> Tensor:
@@ -104,26 +99,18 @@ def _respond(module: nn.Module, kernels: Tensor, planes: Tensor) -> Tensor:
     return response
 
 
-Normalization = Literal["none", "area", "layer"]
-
-
 @dataclass(eq=False)
 class EnergyCollector(DataCollector):
-    """What the two collectors of energies share: one number per filter, its scale, and what is refused."""
+    """What the two collectors of energies share: one number per filter, and what is refused."""
 
-    example_inputs: Any = None
-    normalization: Normalization = field(default="area", kw_only=True)
-    batch_norm: bool = field(default=False, kw_only=True)
     bias: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.batch_norm and self.example_inputs is None:
-            raise ConfigError("batch_norm=True needs example_inputs, got none (example_inputs)")
 
     @abstractmethod
-    def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
-        """Return, by module, the energy of each output channel per position, and the number of positions."""
+    def energies(self, context: PruningContext) -> dict[str, Tensor]:
+        """Return, by module, the energy of each output channel per position."""
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Raise ConfigError for layers to prune that have no energy."""
@@ -135,18 +122,11 @@ class EnergyCollector(DataCollector):
         """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError without."""
         self.check(context.model, {m: context.model.get_submodule(m) for u in context.units for m, _ in u.members})
         found = self.energies(context)
-        scales = norm_scales(context, context.analysis(self.example_inputs).flow) if self.batch_norm else {}
 
         def points(unit: PruningUnit, module: str, target: str) -> Tensor:
             if holds_columns(space := context.target_spaces[module][target]):
                 return torch.zeros(unit.blocks, 1, dtype=torch.float64)
-            energy, positions = found[module]
-            energy = energy * scales.get(module, torch.ones(())) ** 2
-            if self.normalization == "none":
-                energy = energy * positions
-            elif self.normalization == "layer" and energy.sum() > 0:
-                energy = energy / energy.sum()
-            energy = energy[output_blocks(space, "energies")].sum(1)
+            energy = found[module][output_blocks(space, "energies")].sum(1)
             if not bool(torch.isfinite(energy).all()):
                 raise DataError(f"energies must be finite, got NaN or infinity ({module}.{target})")
             return energy[:, None]
@@ -158,6 +138,7 @@ class EnergyCollector(DataCollector):
 class ChirpEnergyCollector(EnergyCollector):
     """Energy of each filter's response to a chirp of the layer's own input size; needs no data."""
 
+    example_inputs: Any = None
     signal: signals.Chirp | Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -173,8 +154,8 @@ class ChirpEnergyCollector(EnergyCollector):
             found = input_sizes(model, wanted, self.example_inputs)
             self._sizes.update({modules[name]: size for name, size in found.items()})
 
-    def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
-        """Return the mean energy of each filter's response per position, and the number of positions."""
+    def energies(self, context: PruningContext) -> dict[str, Tensor]:
+        """Return the mean energy of each filter's response per position."""
         found = {}
         for unit in context.units:
             for name, _ in unit.members:
@@ -184,11 +165,10 @@ class ChirpEnergyCollector(EnergyCollector):
                 module = context.model.get_submodule(name)
                 if isinstance(module, nn.Linear):
                     # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
-                    found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2)), 1
+                    found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2))
                     continue
                 planes = torch.from_numpy(self.chirp.planes(self._sizes[module]))
-                separate = self.chirp.channels == "separate"
-                found[name] = chirp_response_energy(module, weight, bias, planes, separate=separate)
+                found[name] = chirp_response_energy(module, weight, bias, planes)
         return found
 
 
@@ -202,8 +182,8 @@ class DataEnergyCollector(EnergyCollector):
         super().__post_init__()
         self.calibration = Calibration.of(self.calibration)
 
-    def energies(self, context: PruningContext) -> dict[str, tuple[Tensor, int]]:
-        """Return the mean energy of each channel's output, and the number of positions per image."""
+    def energies(self, context: PruningContext) -> dict[str, Tensor]:
+        """Return the mean energy of each channel's output."""
         names = [name for unit in context.units for name, _ in unit.members]
         biases = [None if self.bias else masked_parameters(context, name)[1] for name in names]
         layers = [context.model.get_submodule(name) for name in names]
@@ -212,7 +192,7 @@ class DataEnergyCollector(EnergyCollector):
             run(context.model, self.calibration)
         for name, total in sums.items():
             check_reached(total.samples, name, "response")
-        return {name: ((total.energy / total.samples).cpu(), total.positions) for name, total in sums.items()}
+        return {name: (total.energy / total.samples).cpu() for name, total in sums.items()}
 
 
 class _Energy:
@@ -223,7 +203,6 @@ class _Energy:
         self._goes_on = is_followed(module)
         self.energy: Any = 0.0
         self.samples = 0
-        self.positions = 0
 
     def add(self, entering: Tensor, outputs: Tensor) -> None:
         if self._goes_on:  # its class computes more with the filters' responses
@@ -233,7 +212,6 @@ class _Energy:
             rows = rows - self.bias.to(rows.device)[:, None]
         self.energy = self.energy + rows.pow(2).sum(1)
         self.samples += rows.shape[1]
-        self.positions = 1 if isinstance(self.module, nn.Linear) else math.prod(outputs.shape[2:])
 
 
 def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
@@ -298,14 +276,10 @@ class EnergyFilterPruner(StructuredPruner):
     example_inputs : Any, default=None
         As for the base class; they also tell every layer's input size, which the chirp needs.
     signal : {"chirp", "data"}, Chirp or mapping, default="chirp"
-        Whose responses are measured: those to a :class:`~nni_topo.Chirp`, given or by its fields: direction and sweep,
-        and whether it enters all input channels at once; or ``"data"``, the calibration images.
+        Whose responses are measured: those to a :class:`~nni_topo.Chirp`, given or by its fields, direction and sweep;
+        or ``"data"``, the calibration images.
     calibration : iterable or None, default=None
         As for the base class, for ``signal="data"``.
-    normalization : {"none", "area", "layer"}, default="area"
-        How the members of a dependency group weigh: by the sum of their energies, per position, or the same each.
-    batch_norm : bool, default=False
-        Whether responses are scaled as the batch norm after the layer does; needs ``example_inputs``.
     bias : bool, default=True
         Whether the layer's bias is part of the response.
 
@@ -325,8 +299,10 @@ class EnergyFilterPruner(StructuredPruner):
     A chirp can't enter a linear layer: its neurons have the expected energy of their outputs for uncorrelated inputs of
     energy 1 each. ``signal="data"`` measures them like convolutions.
 
-    A layer is never emptied. In scheduled pruning energies are measured again each time, on the weights as they are
-    then; filters that are masked already have none and stay masked.
+    A layer is never emptied. The members of a dependency group weigh by their energy per position.
+
+    In scheduled pruning energies are measured again each time, on the weights as they are then; filters that are masked
+    already have none and stay masked.
 
     Cost: one forward pass of the example inputs, then one convolved plane per filter.
 
@@ -359,24 +335,19 @@ class EnergyFilterPruner(StructuredPruner):
         signal: signals.Chirp | Mapping[str, Any] | Literal["chirp", "data"] = "chirp",
         calibration: Iterable[Any] | None = None,
         budget: Budget | Mapping[str, Any] | None = None,
-        normalization: Normalization = "area",
-        batch_norm: bool = False,
         bias: bool = True,
         round_to: int | None = None,
     ) -> None:
         self.calibration = pruner_batches(evaluator if calibration is None and signal == "data" else calibration, model)
-        inputs = example_inputs
-        if batch_norm or signal != "data":
-            inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
-        shared: dict[str, Any] = {"normalization": normalization, "batch_norm": batch_norm, "bias": bias}
         collector: EnergyCollector
         if signal == "data":
             if self.calibration is None:
                 raise ConfigError("signal 'data' needs calibration data or an evaluator, got neither (calibration)")
-            collector = DataEnergyCollector(inputs, calibration=self.calibration, **shared)
+            collector = DataEnergyCollector(calibration=self.calibration, bias=bias)
         else:
+            inputs = example_inputs_of(example_inputs, model, calibration=self.calibration, evaluator=evaluator)
             chirp = None if isinstance(signal, str) else signal
-            collector = ChirpEnergyCollector(inputs, signal=chirp, **shared)
+            collector = ChirpEnergyCollector(inputs, signal=chirp, bias=bias)
         super().__init__(
             model,
             config_list,

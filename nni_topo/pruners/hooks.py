@@ -117,12 +117,6 @@ class PruningContext:
                 data.setdefault(module, {})[target] = points(unit, module, target)
         return data
 
-    def collected_jointly(self, points: Callable[[PruningUnit], Tensor]) -> Data:
-        """Return each unit's points as those of its first member; the others get none."""
-        # The members put out the same channels, so that a cloud for each member would count several times.
-        found = {unit.name: points(unit) for unit in self.units}
-        return self.collected(lambda unit, *member: found[unit.name][:, : None if member == unit.members[0] else 0])
-
     def evaluate(self) -> Any:
         """Return what the evaluator says of the wrapped model; one that trains it is bound to it already."""
         if self.evaluator is None:

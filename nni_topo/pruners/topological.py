@@ -29,7 +29,7 @@ from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.clouds import CLOUDS, TRACED, PointCloud, Preprocess
+from nni_topo.pruners.clouds import CLOUDS, PointCloud, Preprocess
 from nni_topo.pruners.hooks import Data, DataCollector, KeptSet, PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, SelectionMetric
 from nni_topo.pruners.units import KeptBlocks
@@ -174,18 +174,16 @@ class TopologicalPruner(StructuredPruner):
 
     Parameters
     ----------
-    model, evaluator, existed_wrappers, budget, round_to, seed, progress
+    model, evaluator, existed_wrappers, calibration, budget, round_to, seed, progress
         As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
         NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are one joint
         cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks are pruned as long as half the longest
         H0 death time that the cloud loses stays below it, in units of the layer's mean death time; one block is kept.
     cloud : str, PointCloud, mapping or DataCollector, default="auto"
-        :class:`~nni_topo.PointCloud`, its fields, or its kind alone: ``"weight"``, ``"folded"``, ``"coupled"``,
-        ``"activation"``, ``"functional"`` or ``"gradient"``. ``"auto"`` is ``"functional"`` if ``calibration`` is
-        given, else ``"weight"``, with a warning if there is an evaluator whose data could serve.
-    calibration : iterable, Evaluator or None, default=None
-        As for the base class; the gradient cloud needs batches of ``(inputs, targets)``.
+        :class:`~nni_topo.PointCloud`, its fields, or its kind alone: ``"weight"``, ``"coupled"``,
+        ``"activation"`` or ``"functional"``. ``"auto"`` is ``"functional"`` if ``calibration`` is given, else
+        ``"weight"``, with a warning if there is an evaluator whose data could serve.
     criterion : {"auto", "hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"}, default="auto"
         What is minimised: the largest or the mean distance from a pruned to the nearest kept point, or the distance
         between the persistence diagrams of the kept and the whole cloud; of several degrees ``"bottleneck"`` takes the
@@ -197,7 +195,7 @@ class TopologicalPruner(StructuredPruner):
         :class:`~nni_topo.GeneticSearch`. ``"auto"`` is ``"greedy"`` for covers, where the search gained nothing
         measurable, and ``"genetic"`` for distances of diagrams.
     example_inputs : Any, default=None
-        As for the base class; also for the folded and coupled clouds.
+        As for the base class; also for the coupled cloud.
     n_jobs : int or None, default=1
         Layers searched at a time, as joblib's ``n_jobs``; ``joblib.parallel_config`` picks another backend, such as
         Dask's. The result doesn't depend on it.
@@ -269,7 +267,7 @@ class TopologicalPruner(StructuredPruner):
                 "channels are selected by the cloud of the weights alone, because there are no calibration data: "
                 "calibration=evaluator takes what the evaluator evaluates on; cloud='weight' asks for the weights"
             )
-        if points.kind in TRACED:
+        if points.kind == "coupled":
             inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
         criterion = "hausdorff" if criterion == "auto" else criterion
         if not isinstance(solver, str):

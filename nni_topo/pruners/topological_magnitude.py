@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.topology.layer_graphs import LayerGraph
-from nni_topo.maths.topology.layer_trees import channel_tree, plane_trees, spanning_forest
+from nni_topo.maths.topology.layer_trees import channel_tree, plane_trees
 from nni_topo.network.layers.derived import graph_of_convolution
 from nni_topo.network.layers.kinds import CONVOLUTIONS
 from nni_topo.network.runtime.hooks import example_inputs_of
@@ -37,7 +37,7 @@ from nni_topo.pruners.units import PruningUnit, in_network_order, is_active
 
 BoolArray = NDArray[np.bool_]
 OnSubcritical = Literal["raise", "clip"]
-TreeGraph = Literal["channel", "toeplitz", "toeplitz_full"]
+TreeGraph = Literal["channel", "toeplitz"]
 _LEAST = 1e-300
 _COPIES = 4  # of the magnitudes of all layers, in float64, while trees are computed
 
@@ -94,11 +94,8 @@ class TreeMetric(MetricCalculator):
                 raise DataError(f"weights must be finite, got NaN or infinite values ({module})")
             if isinstance(layer, nn.Linear) or self.conv_graph == "channel":
                 mask = channel_tree(sizes, groups=getattr(layer, "groups", 1))
-            elif self.conv_graph == "toeplitz":
-                mask = plane_trees(sizes, self.graphs[module])
             else:
-                mask = np.zeros(sizes.size, dtype=np.bool_)
-                mask[spanning_forest(sizes, self.graphs[module]).elements] = True
+                mask = plane_trees(sizes, self.graphs[module])
             found[unit.name] = mask.reshape(-1)
         return found
 
@@ -139,12 +136,12 @@ class TopologicalMagnitudePruner(StructuredPruner):
         As for :class:`~nni_topo.StructuredPruner`.
     on_subcritical : {"raise", "clip"}, default="raise"
         A ratio that leaves a layer less than its tree is refused, or the layer keeps its tree.
-    conv_graph : {"channel", "toeplitz", "toeplitz_full"}, default="channel"
+    conv_graph : {"channel", "toeplitz"}, default="channel"
         Graph of a convolution. ``"channel"``: input and output channels, joined by the largest |w| of their kernel; a
         tree is one weight per edge. ``"toeplitz"``: the paper's, every kernel by itself from input plane to output
-        plane; its trees take most weights of each kernel. ``"toeplitz_full"``: all channels and positions at once.
+        plane; its trees take most weights of each kernel.
     example_inputs : Tensor, tuple, list, mapping of str to Any or None, default=None
-        The model's inputs, which the Toeplitz graphs need. None: the evaluator's ``dummy_input``, or the first batch on
+        The model's inputs, which the Toeplitz graph needs. None: the evaluator's ``dummy_input``, or the first batch on
         which it evaluates.
 
     Raises

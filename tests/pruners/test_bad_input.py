@@ -138,7 +138,7 @@ BAD_KNOBS = {
     "graph": ("knm", 5, None),
     "energy": (1.0, "half", {"hidden": 2.0}, None),
     "growth": (3, {"bins": 0}, {"recursive": "no"}, {"initial_ratio": "few"}),
-    "cloud": ("gradients", 3, ["weight"], {"origin": 1}),
+    "cloud": ("functionals", 3, ["weight"], {"origin": 1}),
     "criterion": ("hausdorf", 3, ["cover"]),
     "homology_dimensions": ((), 3, (-1,), ("0",)),
     "solver": (
@@ -153,8 +153,6 @@ BAD_KNOBS = {
     "sequential": ("no", 1),
     "norm": (3, True, "2"),
     "signal": ("noise", 1, {"sweep": []}),
-    "normalization": ("mean", 1, []),
-    "batch_norm": ("no",),
     "bias": (1,),
     "on_subcritical": ("warn", 1),
     "conv_graph": ("matrix", []),

@@ -72,13 +72,10 @@ def test_the_knob_that_is_named_works(way):
     assert dense.first.out_channels == 2
 
 
-@pytest.mark.parametrize("collector", ["coupled", "gradient"])
-def test_other_clouds_of_what_is_read_decide_as_early(collector):
-    knobs = {"example_inputs": IMAGES[:1]} if collector == "coupled" else {}
-    labelled = [(IMAGES, torch.zeros(6, dtype=torch.int64))]
+def test_the_coupled_cloud_decides_as_early():
     net = Net("slice")
     with pytest.raises(ConfigError, match=r"\(wide\)"):
-        nni_topo.TopologicalPruner(net, layers("wide"), cloud=collector, calibration=labelled, **knobs)
+        nni_topo.TopologicalPruner(net, layers("wide"), cloud="coupled", example_inputs=IMAGES[:1])
     assert not any(name.endswith("_nni_wrapper") for name, _ in net.named_modules())
 
 

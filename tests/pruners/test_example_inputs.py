@@ -22,9 +22,7 @@ WEIGHTS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.1}]
 HALF = {"budget": {"flops": 0.5}}
 PRUNERS: dict[str, tuple[type, list[dict[str, Any]], dict[str, Any]]] = {
     "energy": (nni_topo.EnergyFilterPruner, CONFIG, {}),
-    "energy, batch norm": (nni_topo.EnergyFilterPruner, CONFIG, {"signal": "data", "batch_norm": True}),
     "matrix": (nni_topo.MatrixPruner, CONFIG, {}),
-    "folded": (nni_topo.TopologicalPruner, CONFIG, {"cloud": "folded"}),
     "coupled": (nni_topo.TopologicalPruner, CONFIG, {"cloud": "coupled"}),
     "budget": (nni_topo.TopologicalPruner, [{"op_names": ["hidden"]}], HALF),
     "random": (nni_topo.RandomPruner, [{"op_names": ["hidden"]}], HALF),
@@ -61,9 +59,7 @@ def masks_of(name: str, evaluator: Any = None, **knobs: Any) -> dict[str, dict[s
 @pytest.mark.quick_every(4)
 def test_an_evaluator_tells_the_example_inputs(name: str) -> None:
     images = toy_images()
-    calibration = {} if "data" not in PRUNERS[name][2].values() else {"calibration": [images]}
-    if name == "cluster":
-        calibration = {"calibration": [images]}
+    calibration = {"calibration": [images]} if name == "cluster" else {}
     expected = masks_of(name, example_inputs=images, **calibration)
     by_dummy = masks_of(name, lambda model: evaluator_of(model, dummy_input=images), **calibration)
     by_evaluation = masks_of(name, toy_evaluator, **calibration)

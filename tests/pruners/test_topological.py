@@ -242,8 +242,7 @@ def test_degenerate_layers(points, make):
     [
         ({"solver": {"engine": "ripser"}}, "engine must be a known name"),
         ({"solver": {"generation": 5}}, "key of solver must be a known name, got 'generation'"),
-        ({"cloud": "gradient"}, r"needs calibration data of \(inputs, targets\), got none"),
-        ({"cloud": "folded"}, "'folded' needs example_inputs"),
+        ({"cloud": "coupled"}, "'coupled' needs example_inputs"),
         ({"cloud": {"preprocess": "scale"}}, "preprocess must be a known name"),
         ({"solver": {"population_size": 1}}, "population_size"),
     ],

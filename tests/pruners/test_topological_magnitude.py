@@ -113,24 +113,19 @@ def test_the_highest_ratio_that_is_allowed_keeps_the_tree_alone():
     np.testing.assert_array_equal(masks["inner"]["weight"].bool().numpy(), channel_trees(model)["inner"])
 
 
-@pytest.mark.parametrize("conv_graph", ["toeplitz", "toeplitz_full"])
-@pytest.mark.quick_every(2)
-def test_toeplitz_graphs(conv_graph):
+def test_toeplitz_graph():
     model = toy_model()
     graph = topology.convolution_graph((8, 8, 3, 3), (10, 10))
     weight = model.inner.weight.detach().numpy()
-    forest = np.unique(topology.spanning_forest(weight, graph).elements)
     wanted = topology.plane_trees(weight, graph)
-    if conv_graph == "toeplitz_full":
-        wanted = np.isin(np.arange(weight.size), forest).reshape(weight.shape)
-    knobs = {"conv_graph": conv_graph, "example_inputs": toy_images(1)}
+    knobs = {"conv_graph": "toeplitz", "example_inputs": toy_images(1)}
     config = [{"op_names": ["inner"], "sparse_ratio": 0.99}]
     masks = masks_of(model, config, on_subcritical="clip", **knobs)
     np.testing.assert_array_equal(masks["inner"]["weight"].bool().numpy(), wanted)
     with pytest.raises(ConfigError, match=f"spanning tree of {wanted.sum()} of 576 weights"):
         TopologicalMagnitudePruner(model, config, **knobs)
     channel = channel_trees(model)["inner"].sum()
-    assert channel < len(forest) < topology.plane_trees(weight, graph).sum()
+    assert channel < topology.plane_trees(weight, graph).sum()
 
 
 def test_a_toeplitz_graph_needs_a_layer_that_runs():

@@ -18,7 +18,6 @@ from nni_topo.maths.topology.layer_trees import (
     plane_trees,
     spanning_forest,
 )
-from nni_topo.maths.topology.relevance import relevance_distances
 from nni_topo.maths.topology.spanning import distinct_points, h0_deaths
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "network_tree",
     "pairwise_distances",
     "plane_trees",
-    "relevance_distances",
     "rips_diagram",
     "spanning_forest",
     "wasserstein_distance",

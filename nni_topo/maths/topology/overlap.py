@@ -1,22 +1,20 @@
-"""How much of a layer's spanning tree magnitude pruning keeps: bounds, measurements and chance.
+"""How much of a layer's spanning tree magnitude pruning keeps: bounds and measurements.
 
 Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, theorem 3.3, corollary 3.4 and appendix C.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import hypergeom
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.checks import as_chain, as_points
 from nni_topo.maths.topology.layer_trees import network_tree
-from nni_topo.rules import checked, number, whole
+from nni_topo.rules import checked, whole
 
 
 @checked(m=whole(1), n=whole(1))
@@ -164,37 +162,3 @@ def tree_overlap(weight: ArrayLike) -> float:
     0.75
     """
     return network_tree_overlap([as_points(weight, "weight")])
-
-
-@checked(m=whole(1), n=whole(1), share=number(0, 1))
-def random_overlap_log10(m: int, n: int, share: float, *, at_least: bool = False) -> float:
-    """Return how likely two random sets of weights overlap, as a decimal logarithm.
-
-    Parameters
-    ----------
-    m, n : int
-        Inputs and outputs of the layer, at least 1. Both sets hold ``m + n - 1`` of the ``m * n`` weights.
-    share : float
-        Overlap as a share of a set, in [0, 1]; rounded to the nearest whole number of weights.
-    at_least : bool, default=False
-        Whether a larger overlap counts too.
-
-    Returns
-    -------
-    float
-        The logarithm to base 10 of the probability; ``-inf`` if it can't be.
-
-    Notes
-    -----
-    The overlap is hypergeometric. In logarithms, since the probabilities are soon smaller than any float.
-
-    Examples
-    --------
-    >>> round(10 ** random_overlap_log10(2, 2, 1.0), 6)  # the same 3 of 4
-    0.25
-    """
-    alpha = m + n - 1
-    count = round(share * alpha)
-    overlap = hypergeom(m * n, alpha, alpha)
-    value = overlap.logsf(count - 1) if at_least else overlap.logpmf(count)
-    return float(value) / math.log(10.0)

@@ -146,7 +146,7 @@ class _Rows:
         """Return means and deviations, shape ``(blocks, 1 + d)``, float64."""
         if self._moments.samples:
             # The deviations are points that have the covariances.
-            deviations = embedding(self._moments.gram(center=True))
+            deviations = embedding(self._moments.gram())
             return torch.cat([self._moments.mean(), deviations], 1)
         check_reached(len(self._few), self._moments.name)
         features = torch.cat(self._few, 1).double().cpu()

@@ -57,14 +57,12 @@ class ChannelMoments:
         mean: Tensor = (self._total / self.samples).cpu()
         return mean
 
-    def gram(self, *, center: bool, what: str = "activation") -> Tensor:
-        """Return inner products per sample, ``(n, n)`` on the CPU; DataError if none was added or one is not finite."""
-        check_reached(self.samples, self.name, what)
-        gram: Tensor = (self._products / self.samples).cpu()
-        if center:
-            # Covariances are the mean product less the product of means.
-            gram = gram - self.mean() @ self.mean().T
-        check_finite(gram, self.name, what)
+    def gram(self) -> Tensor:
+        """Return covariances, ``(n, n)`` on the CPU; DataError if no sample was added or one is not finite."""
+        check_reached(self.samples, self.name)
+        # The mean product less the product of means.
+        gram: Tensor = (self._products / self.samples).cpu() - self.mean() @ self.mean().T
+        check_finite(gram, self.name)
         return gram
 
 
@@ -74,10 +72,10 @@ def check_reached(samples: int, name: str, what: str = "activation") -> None:
         raise DataError(f"calibration must reach every pruned layer, got no {what} ({name})")
 
 
-def check_finite(values: Tensor, name: str, what: str = "activation") -> None:
+def check_finite(values: Tensor, name: str) -> None:
     """Raise DataError if a value is NaN or infinite."""
     if not bool(torch.isfinite(values).all()):
-        raise DataError(f"{what}s must be finite, got NaN or infinity ({name})")
+        raise DataError(f"activations must be finite, got NaN or infinity ({name})")
 
 
 def points_of_gram(gram: Tensor) -> Tensor:

@@ -87,6 +87,6 @@ class ActivationCollector(DataCollector):
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
             outputs = output_blocks(context.target_spaces[module][target], "activation clouds")
-            return points_of_gram(moments[module].gram(center=True))[outputs].flatten(1)
+            return points_of_gram(moments[module].gram())[outputs].flatten(1)
 
         return context.collected(points)

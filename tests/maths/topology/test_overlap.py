@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 from itertools import pairwise, permutations
 
@@ -11,7 +10,6 @@ from nni_topo.analysis import (
     network_overlap_bound,
     network_tree_overlap,
     overlap_bound,
-    random_overlap_log10,
     tree_overlap,
 )
 from nni_topo.errors import ConfigError, DataError
@@ -93,38 +91,6 @@ def test_overlap_by_hand():
     assert tree_overlap(np.ones((1, 7))) == 1.0
     with pytest.raises(DataError, match="finite"):
         tree_overlap([[np.nan]])
-
-
-def exact(m: int, n: int, count: int, *, at_least: bool) -> Fraction:
-    alpha = m + n - 1
-    top = alpha if at_least else count
-    ways = sum(math.comb(alpha, k) * math.comb(m * n - alpha, alpha - k) for k in range(count, top + 1))
-    return Fraction(ways, math.comb(m * n, alpha))
-
-
-@pytest.mark.parametrize(("m", "n"), [(100, 100), (30, 7), (4, 4), (100, 10), (7, 1), (1, 5), (1, 1)])
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.4, 1.0])
-@pytest.mark.parametrize("at_least", [False, True])
-def test_chance_by_counting(m, n, share, at_least):
-    count = round(share * (m + n - 1))
-    ways = exact(m, n, count, at_least=at_least)
-    found = random_overlap_log10(m, n, share, at_least=at_least)
-    if ways == 0:
-        assert found == -math.inf
-    else:
-        logarithm = math.log10(ways.numerator) - math.log10(ways.denominator)
-        assert found == pytest.approx(logarithm, rel=1e-7, abs=1e-9)
-
-
-def test_chances_too_small_for_a_float_stay_finite():
-    found = random_overlap_log10(784, 100, 0.4, at_least=True)
-    assert -2000 < found < -308
-
-
-@pytest.mark.parametrize("arguments", [(0, 3, 0.5), (3, 0, 0.5), (3, 3, 1.5), (3, 3, -0.1), (3, 3, math.nan)])
-def test_impossible_chances_are_refused(arguments):
-    with pytest.raises(ConfigError, match="must be"):
-        random_overlap_log10(*arguments)
 
 
 def edges_of(widths):

@@ -136,7 +136,7 @@ def study_replacement(
             repaired = quality_of(evaluate, after_repair)
         replaced: Any = changed.get_submodule(layer)
         bias = None if replaced.bias is None else replaced.bias.detach().double()
-        energy, _ = chirp_response_energy(replaced, weight_used(replaced).detach().double(), bias, plane)
+        energy = chirp_response_energy(replaced, weight_used(replaced).detach().double(), bias, plane)
         share = float(energy[weak].sum() / energy.sum())
         old, new = (each.weight.detach()[weak].flatten(1).double() for each in (module, replaced))
         similarity = float(torch.cosine_similarity(old, new, dim=1).abs().mean())

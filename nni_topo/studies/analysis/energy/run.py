@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from rich.console import RenderableType
@@ -16,9 +16,8 @@ from nni_topo import zoo
 from nni_topo.errors import unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.network.speedup.dense import to_dense
-from nni_topo.pruners.energy import Normalization
 from nni_topo.pruners.hooks import Masks
-from nni_topo.rules import number, one_of, whole
+from nni_topo.rules import number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.dropout import with_dropout
@@ -54,8 +53,6 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
     calibration: int = 0  # training images whose responses are measured instead of the chirp's; 0: the chirp
     sweep: str = _CHIRP.sweep  # of the chirp: nyquist or thesis
     direction: str = _CHIRP.direction  # of the chirp: mean, radial or diagonal
-    normalization: str = "area"  # of coupled layers: none, area or layer
-    batch_norm: bool = False  # scale responses as batch norms do
 
     def check(self) -> None:
         """Check the fields; ConfigError if one is out of its range."""
@@ -66,7 +63,6 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
         whole(0).check("calibration", self.calibration, self.place)
         chirp: dict[str, Any] = {"sweep": self.sweep, "direction": self.direction}
         replace(_CHIRP, **chirp)  # which checks its fields
-        one_of(get_args(Normalization)).check("normalization", self.normalization, self.place)
         number(0.0).check("max_drop", self.max_drop, self.place)
 
     def find(self, tell: Tell) -> EnergyStudy:
@@ -75,7 +71,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
         net, example = start.net, start.example
         # the pruner's arguments, as in YAML
         signal: Any = "data" if self.calibration else {"sweep": self.sweep, "direction": self.direction}
-        knobs = {"signal": signal, "normalization": self.normalization, "batch_norm": self.batch_norm}
+        knobs = {"signal": signal}
         if "dropout" in self.parts:
             with_dropout(net, 0.0, 0)  # raises at once if the model has no dropout
         layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]

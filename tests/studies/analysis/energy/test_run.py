@@ -153,7 +153,6 @@ def test_energies_on_data_are_suggested_with_their_calibration(words, tmp_path, 
         (["--parts", "dropuot"], "did you mean dropout"),
         (["--parts", "replacement", "--layer", "9", "--images", "20"], "got none (9)"),
         (["--sweep", "niquist"], "did you mean nyquist"),
-        (["--normalization", "layers"], "did you mean layer"),
         (["--images", "0"], "test_limit must be at least 1"),
     ],
 )
