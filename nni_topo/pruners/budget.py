@@ -221,7 +221,6 @@ class BudgetPlanner(Planner):
         self.facts: Facts | None = None  # what is known of the model already
         # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
         self.latency_table = cast("LatencyTable | None", budget.latency_table)
-        self.left = math.nan  # the share of the widths found, as it is counted or timed
         self.outcome: BudgetOutcome | None = None  # None until the widths are found
         self._cost: Callable[[Kept], float] | None = None
         self._warns = warns  # where the budget is missed
@@ -241,57 +240,69 @@ class BudgetPlanner(Planner):
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many rows each unit keeps under the budget."""
-        if self.budget.equal_blocks:
+        budget, share = self.budget, self.budget.share
+        is_timed = budget.kind == "latency" and budget.latency_table is None
+        if budget.equal_blocks:
             self._accepted = accepted_heads(model)
-        if self.budget.kind == "latency" and self.latency_table is None:
+        if budget.kind == "latency" and self.latency_table is None:
             self.latency_table = measure_latency(model, self.example_inputs)
         layers = {name for unit in units for name in unit.layers}
         if self.latency_table is not None and (missing := layers - self.latency_table.layers.keys()):
             raise DataError(f"a latency table must hold every pruned layer, got none of that name ({min(missing)})")
+        analysis = Analysis.on(model, self.example_inputs, self.facts)
         if self._cost is None:
-            analysis = Analysis.on(model, self.example_inputs, self.facts)
-            self._cost = network_cost(self.budget.kind, analysis, self.latency_table)
+            self._cost = network_cost(budget.kind, analysis, self.latency_table)
         cost = share_left(units, self._cost, self.rounded)
-        kept = kept_if(units, self.rounded)
-        share = self.budget.share
 
         def solve(share: float) -> list[int]:
-            bounds = bounds_under(self.budget, share, units, cost)
-            if self.budget.allocation == "uniform":
+            bounds = bounds_under(budget, share, units, cost)
+            if budget.allocation == "uniform":
                 rows, steps = [unit.rows for unit in units], [self.step(unit) for unit in units]
-                return solve_uniform(rows, cost, share, bounds, alike=bool(self.budget.equal_blocks), steps=steps)
+                return solve_uniform(rows, cost, share, bounds, alike=bool(budget.equal_blocks), steps=steps)
             worth = [losses(unit) for unit in units]
-            if self.budget.allocation == "topological":
+            if budget.allocation == "topological":
                 return solve_tolerance(worth, bounds, cost, share)
             return solve_error(worth, bounds, cost, share, Agreement(units).together)
 
-        if self.budget.kind == "latency" and self.budget.latency_table is None:
-            analysis = Analysis.on(model, self.example_inputs, self.facts)
-            time = network_time(analysis, self.example_inputs, share, self.budget.runtime)
+        if is_timed:
+            kept = kept_if(units, self.rounded)
+            time = network_time(analysis, self.example_inputs, share, budget.runtime)
 
             def timed(solutions: Sequence[Sequence[int]]) -> list[float]:
                 return time([kept(removed) for removed in solutions])
 
             if self._aim is None:
                 self._multiples = preferred_steps(units, _LEAST_STEPS_IN_TIME) if self.prefers_multiples else None
-                removed, self.left, self._aim = solve_timed(solve, cost, timed, share)
+                removed, left, self._aim = solve_timed(solve, cost, timed, share)
                 # Where layers that keep such multiples aren't fast enough, smaller multiples are tried.
                 while self._multiples and max(self._multiples.values()) > 1:
-                    if budget_outcome(self.budget.kind, share, self.left, "").is_met:
+                    if budget_outcome(budget.kind, share, left, "").is_met:
                         break
                     self._multiples = {name: max(1, step // 2) for name, step in self._multiples.items()}
-                    removed, self.left, self._aim = solve_timed(solve, cost, timed, share)
+                    removed, left, self._aim = solve_timed(solve, cost, timed, share)
             else:
                 removed = solve(self._aim)
-                (self.left,) = timed([removed])
+                (left,) = timed([removed])
         else:
             self._multiples = None
             removed = solve(share)
             if self.prefers_multiples:
                 removed = self._in_multiples(units, removed, lambda: solve(share), cost)
-            self.left = cost(removed)
-        why = self._why_missed(removed, bounds_under(self.budget, share, units, cost))
-        self.outcome = budget_outcome(self.budget.kind, share, self.left, why)
+            left = cost(removed)
+
+        is_over, bounds = left > share, bounds_under(budget, share, units, cost)
+        if all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True)):
+            why = "all layers to prune are at their min_sparse_ratio"
+            if is_over:
+                why = (
+                    "all layers to prune are at their max_sparse_ratio, or keep the fewest channels that a budget "
+                    f"leaves them; a budget of {left:.4g} can be met"
+                )
+        elif is_timed:
+            why = "no widths that were timed come nearer; larger batches, or shrink(..., depth=True), may"
+        else:
+            why = f"layers keep multiples of {self.round_to}" if self.round_to else NO_NEARER
+        self.outcome = budget_outcome(budget.kind, share, left, why)
         if self._warns:
             warn_if_missed(self.outcome)
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
@@ -354,20 +365,6 @@ class BudgetPlanner(Planner):
             if all(rounded in each for each in accepted):
                 return rounded
         return unit.rows
-
-    def _why_missed(self, removed: Sequence[int], bounds: Sequence[tuple[int, int]]) -> str:
-        """Return the reason why the cost isn't nearer to the budget."""
-        is_over = self.left > self.budget.share
-        if all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True)):
-            if not is_over:
-                return "all layers to prune are at their min_sparse_ratio"
-            return (
-                "all layers to prune are at their max_sparse_ratio, or keep the fewest channels that a budget leaves "
-                f"them; a budget of {self.left:.4g} can be met"
-            )
-        if self.budget.kind == "latency" and self.budget.latency_table is None:
-            return "no widths that were timed come nearer; larger batches, or shrink(..., depth=True), may"
-        return f"layers keep multiples of {self.round_to}" if self.round_to else NO_NEARER
 
 
 def preferred_steps(units: Sequence[PruningUnit], least: int) -> dict[str, int]:

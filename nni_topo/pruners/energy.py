@@ -14,8 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, cast
-from weakref import WeakKeyDictionary
+from typing import Any, ClassVar, Literal
 
 import torch
 from nni.compression.base.wrapper import ModuleWrapper
@@ -30,7 +29,7 @@ from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, WEIGHTED, by
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import run
 from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches, watched
-from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
@@ -41,14 +40,16 @@ from nni_topo.pruners.units import PruningUnit, holds_columns, output_blocks
 from nni_topo.rules import Rule, as_settings, check_fields, number, one_of, settings
 
 
-def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[int, ...]]:
+def input_sizes(
+    model: nn.Module, names: Sequence[str], example_inputs: Any, facts: Facts | None = None
+) -> dict[str, tuple[int, ...]]:
     """Return by name the spatial sizes that enter convolutions; ConfigError if unknown or, padded, below the kernel."""
-    if example_inputs is None:
+    if names and example_inputs is None:
         raise ConfigError(
             "a layer's input size must be known, from example_inputs or an evaluator that has a dummy_input or "
             f"evaluates, got neither ({names[0]})"
         )
-    planes = Analysis.on(model, example_inputs).planes
+    planes = Analysis.on(model, example_inputs, facts).planes if names else {}
     for name in names:
         if name not in planes:
             raise ConfigError(f"the input size of a layer must be known, got example_inputs that miss it ({name})")
@@ -109,8 +110,8 @@ class EnergyCollector(DataCollector):
         check_fields(self)
 
     @abstractmethod
-    def energies(self, context: PruningContext) -> dict[str, Tensor]:
-        """Return, by module, the energy of each output channel per position."""
+    def energies(self, context: PruningContext, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """Return, by layer, the energy of each output channel per position."""
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Raise ConfigError for layers to prune that have no energy."""
@@ -120,8 +121,8 @@ class EnergyCollector(DataCollector):
 
     def collect(self, context: PruningContext) -> Data:
         """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError without."""
-        self.check(context.model, {m: context.model.get_submodule(m) for u in context.units for m, _ in u.members})
-        found = self.energies(context)
+        layers = {name: context.model.get_submodule(name) for unit in context.units for name, _ in unit.members}
+        found = self.energies(context, layers)
 
         def points(unit: PruningUnit, module: str, target: str) -> Tensor:
             if holds_columns(space := context.target_spaces[module][target]):
@@ -144,32 +145,30 @@ class ChirpEnergyCollector(EnergyCollector):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.chirp = as_settings(signals.Chirp, self.signal, "signal")
-        self._sizes: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Check the layers and find their input sizes; ConfigError too if a size is unknown or below the kernel."""
+        """Check the layers; ConfigError too if an input size is unknown or below the kernel."""
         super().check(model, modules)
-        wanted = [n for n, module in modules.items() if not isinstance(module, nn.Linear) and module not in self._sizes]
-        if wanted:
-            found = input_sizes(model, wanted, self.example_inputs)
-            self._sizes.update({modules[name]: size for name, size in found.items()})
+        input_sizes(model, _convolutions(modules), self.example_inputs)
 
-    def energies(self, context: PruningContext) -> dict[str, Tensor]:
+    def energies(self, context: PruningContext, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
         """Return the mean energy of each filter's response per position."""
-        found = {}
-        for unit in context.units:
-            for name, _ in unit.members:
-                weight, bias = masked_parameters(context, name)
-                if not self.bias:
-                    bias = None
-                module = context.model.get_submodule(name)
-                if isinstance(module, nn.Linear):
-                    # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
-                    found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2))
-                    continue
-                planes = torch.from_numpy(self.chirp.planes(self._sizes[module]))
+        found, sizes = {}, input_sizes(context.model, _convolutions(layers), self.example_inputs, context.facts)
+        for name, module in layers.items():
+            weight, bias = masked_parameters(context, name)
+            if not self.bias:
+                bias = None
+            if isinstance(module, nn.Linear):
+                # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
+                found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2))
+            else:
+                planes = torch.from_numpy(self.chirp.planes(sizes[name]))
                 found[name] = chirp_response_energy(module, weight, bias, planes)
         return found
+
+
+def _convolutions(layers: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
 
 
 @dataclass(eq=False)
@@ -182,12 +181,11 @@ class DataEnergyCollector(EnergyCollector):
         super().__post_init__()
         self.calibration = Calibration.of(self.calibration)
 
-    def energies(self, context: PruningContext) -> dict[str, Tensor]:
+    def energies(self, context: PruningContext, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
         """Return the mean energy of each channel's output."""
-        names = [name for unit in context.units for name, _ in unit.members]
-        biases = [None if self.bias else masked_parameters(context, name)[1] for name in names]
-        layers = [context.model.get_submodule(name) for name in names]
-        sums = dict(zip(names, map(_Energy, layers, biases), strict=True))
+        sums = {}
+        for name, layer in layers.items():
+            sums[name] = _Energy(layer, None if self.bias else masked_parameters(context, name)[1])
         with watched(leaving=[(total.module, total.add) for total in sums.values()]):
             run(context.model, self.calibration)
         for name, total in sums.items():
@@ -216,22 +214,17 @@ class _Energy:
 
 def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
     """Return a layer's weight and bias (None: it has none), on the CPU, with what is masked already at zero."""
-    weight = cast(Tensor, _masked(context, name, "weight"))
-    return weight, _masked(context, name, "bias")
-
-
-def _masked(context: PruningContext, name: str, target: str) -> Tensor | None:
-    space = context.target_spaces[name].get(target)
-    module = context.model.get_submodule(name)
-    value = getattr(module, target) if space is None else space.target
+    module, found = context.model.get_submodule(name), list[Any]()
     inner = inner_of(module)
-    if inner is not None and not inner.is_own:
-        value = getattr(inner, target)  # as its forward computes it
-    if value is None:
-        return None
-    found: Tensor = value.detach().cpu()
-    mask = None if space is None else space.mask
-    return found if mask is None else found * mask.to(found)
+    for target in ("weight", "bias"):
+        space = context.target_spaces[name].get(target)
+        value = getattr(module, target) if space is None else space.target
+        if inner is not None and not inner.is_own:
+            value = getattr(inner, target)  # as its forward computes it
+        value = None if value is None else value.detach().cpu()
+        is_masked = value is not None and space is not None and space.mask is not None
+        found.append(value * space.mask.to(value) if is_masked else value)
+    return found[0], found[1]
 
 
 class CumulativeEnergyMetric(MetricCalculator):

@@ -113,7 +113,7 @@ def test_a_second_choice_is_held_against_what_was_asked_for(caplog):
     for _ in range(2):
         caplog.clear()
         pruner.compress()
-        kept = f"{pruner.planner.left:.4g} of the unpruned network's cost is kept"
+        kept = f"{pruner.planner.outcome.left:.4g} of the unpruned network's cost is kept"
         assert f"the latency budget of 0.05 is missed: {kept}, " in caplog.text
         assert "more than asked, because all layers to prune are at their max_sparse_ratio" in caplog.text
 

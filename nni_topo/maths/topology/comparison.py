@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
@@ -33,9 +31,8 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact") ->
 
     Notes
     -----
-    Diagrams with all births at 0 have a closed form. For others, the distance is the least threshold within which every
-    bar that is too long to be dropped finds a partner; the thresholds to try are finitely many, and each is decided by
-    two bipartite matchings [1]_.
+    Diagrams with all births at 0 have a closed form. For others the exact distance is Hera's [1]_, which is under the
+    BSD licence and a part of GUDHI.
 
     GUDHI's own function, a GPL v3 part of GUDHI, is called only by ``engine="gudhi"``. Through release 3.13
     it gives up some matchings too early and returns too large a distance, for about 1 in 100 subsets of small
@@ -43,9 +40,8 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact") ->
 
     References
     ----------
-    .. [1] N. S. Mendelsohn and A. L. Dulmage, Some generalizations of the problem of distinct
-       representatives, Canadian Journal of Mathematics 10, 1958: if one matching covers the long bars of
-       one diagram and another those of the other, some matching covers both.
+    .. [1] M. Kerber, D. Morozov and A. Nigmetov, Geometry helps to compare persistence diagrams, ACM Journal of
+       Experimental Algorithmics 22, 2017.
 
     Examples
     --------
@@ -62,7 +58,9 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact") ->
     elif not (first[:, 0].any() or second[:, 0].any()):
         finite = float(closed_bottleneck(-np.sort(-first[None, :, 1]), -np.sort(-second[:, 1]))[0])
     else:
-        finite = _bottleneck(first, second)
+        from gudhi import hera
+
+        finite = float(hera.bottleneck_distance(first, second, delta=0.0))
     return max(finite, float(births.max(initial=0.0)))
 
 
@@ -121,42 +119,6 @@ def _split(a: ArrayLike, b: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArr
         births.append(np.sort(bars[endless, 0]))
     same = len(births[0]) == len(births[1])
     return finite[0], finite[1], np.abs(births[0] - births[1]) if same else None
-
-
-def _bottleneck(first: FloatArray, second: FloatArray) -> float:
-    halves = [0.5 * (bars[:, 1] - bars[:, 0]) for bars in (first, second)]
-    # A diagram with more bars drops some: at least the longest one beyond as many as the other diagram has.
-    least = 0.0
-    for own, partners in ((halves[0], len(second)), (halves[1], len(first))):
-        if partners < len(own):
-            least = max(least, float(np.sort(own)[::-1][partners]))
-    # Thresholds at which each side finds partners suit both at once (Mendelsohn and Dulmage).
-    for bars, others, lengths in ((first, second, halves[0]), (second, first, halves[1])):
-        undecided = lengths > least
-        gaps = cdist(bars[undecided], others, "chebyshev")
-        nearest = np.minimum(lengths[undecided], gaps.min(axis=1, initial=np.inf)).max(initial=0.0)
-        least = _least_threshold(gaps, lengths[undecided], max(least, float(nearest)))
-    return least
-
-
-def _least_threshold(gaps: FloatArray, halves: FloatArray, bound: float) -> float:
-    """Return the least threshold from a bound on at which all bars of one side are covered."""
-
-    def enough(threshold: float) -> bool:
-        """Say whether all bars too long to be dropped find distinct partners within the threshold."""
-        far = gaps[halves > threshold] > threshold
-        if len(far) > far.shape[1] or far.all(axis=1).any():
-            return False
-        return not far[linear_sum_assignment(far)].any()
-
-    if enough(bound):
-        return bound
-    longer = np.unique(halves[halves > bound])
-    index = bisect.bisect_left(longer, True, key=enough)
-    low, high = (longer[index - 1] if index else bound), longer[index]
-    rows = gaps[halves > low]
-    between = np.append(np.unique(rows[(rows > low) & (rows < high)]), high)
-    return float(between[bisect.bisect_left(between, True, hi=len(between) - 1, key=enough)])
 
 
 def _assignment(first: FloatArray, second: FloatArray, order: float) -> float:
