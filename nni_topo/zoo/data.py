@@ -1,16 +1,13 @@
 """Data sets by name, normalised, with a validation split apart from the test set.
 
 ``load_data("digits")`` needs nothing; the others read ``data_dir``, a folder or an ``.npz`` file. Nothing is
-downloaded unless asked for. A new data set is a row of the table here.
+downloaded unless asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +16,7 @@ from torch.utils.data import TensorDataset
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.rules import NONE, checked, number, whole
-from nni_topo.zoo.external import accepted
 from nni_topo.zoo.labelled import LabelledImages, Preprocessing, labels_of, subset
-from nni_topo.zoo.recipes import Recipe
 from nni_topo.zoo.sources import (
     Array,
     RawData,
@@ -35,51 +30,12 @@ from nni_topo.zoo.sources import (
     stratified_fraction,
 )
 
-if TYPE_CHECKING:
-    from nni_topo.zoo.image_folder import ListedFolder
-
-
-def _few_images(recipe: Recipe) -> Recipe:
-    return replace(recipe, epochs=25, batch_size=32, lr=recipe.lr / 2.0)
-
-
-def _photographs(recipe: Recipe) -> Recipe:
-    return replace(recipe, epochs=4 * recipe.epochs, augmentation="crop-flip")
-
-
-def _list_image_folder(
-    folder: Path,
-    image_size: int | None,
-    pad_to: int | None,
-    preprocessing: Preprocessing | None,
-    workers: int | None,
-) -> ListedFolder:
-    from nni_topo.zoo.image_folder import list_image_folder  # torchvision is slow to import
-
-    return list_image_folder(folder, image_size, pad_to, preprocessing, workers)
-
-
-class DataInfo(NamedTuple):
-    """What reads a data set, and how a model's recipe changes for it."""
-
-    # Takes those of `folder` (where the files lie), `download`, `image_size`, `pad_to`, `preprocessing` and `workers`
-    # that it needs.
-    read: Callable[..., RawData | ListedFolder]
-    adapt: Callable[[Recipe], Recipe] = lambda recipe: recipe
-
-
 _MOST_ROWS = 1000  # of text to watch: each has as many labels as places
-_DIGITS = tuple("0123456789")
 _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-_DATA = {
-    "digits": DataInfo(read_digits, _few_images),
-    "mnist": DataInfo(partial(read_idx_folder, kind="MNIST", class_names=_DIGITS)),
-    "fashion-mnist": DataInfo(partial(read_idx_folder, kind="FashionMNIST", class_names=_CLOTHES)),
-    "cifar10": DataInfo(partial(read_cifar, kind="CIFAR10"), _photographs),
-    "cifar100": DataInfo(partial(read_cifar, kind="CIFAR100"), _photographs),
-    "image-folder": DataInfo(_list_image_folder, _photographs),
-    "python-stdlib": DataInfo(read_stdlib),
-}
+_IDX = {"mnist": ("MNIST", tuple("0123456789")), "fashion-mnist": ("FashionMNIST", _CLOTHES)}
+_CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+_FOLDER = "image-folder"
+_DATA = ("digits", *_IDX, *_CIFAR, _FOLDER, "python-stdlib")
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,18 +98,19 @@ def list_data() -> list[str]:
     return list(_DATA)
 
 
-def data_info(name: str, place: str) -> DataInfo:
-    """Return the record of a listed name or a path; ``place``: the function that was given it."""
-    if name in _DATA:
-        return _DATA[name]
+def check_data_name(name: str, place: str) -> None:
+    """Raise for what is no listed name nor a path; ``place``: the function that was given it."""
     path = Path(name)
-    if path.suffix == ".npz":
-        return DataInfo(partial(read_npz, path))
-    if path.is_dir():
-        return DataInfo(partial(_list_image_folder, path))
+    if name in _DATA or path.suffix == ".npz" or path.is_dir():
+        return
     if path.exists() or path.suffix or {"/", "\\"} & set(name):
         raise DataError(f"data must be a listed name, or an .npz file or a folder that exists, got none ({name})")
     raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"], place)
+
+
+def holds_photographs(name: str) -> bool:
+    """Say whether data, by a listed name or a path, are photographs."""
+    return name in (*_CIFAR, _FOLDER) or (name not in _DATA and Path(name).is_dir())
 
 
 @checked(
@@ -235,21 +192,38 @@ def load_data(
     >>> data.train.tensors[0].shape, len(data.test), data.num_classes
     (torch.Size([100, 1, 8, 8]), 355, 10)
     """
-    info = data_info(name, "zoo.load_data")
-    if accepted(info.read, {"folder": None}):
+    check_data_name(name, "zoo.load_data")
+    folder = Path(name if data_dir is None else data_dir)
+    if name in (*_IDX, *_CIFAR, _FOLDER):
         if data_dir is None:
             raise ConfigError(f"data_dir must be given for data that is read from files, got None ({name})")
-        if not download and not Path(data_dir).is_dir():
+        if not download and not folder.is_dir():
             raise DataError(f"data_dir must be a folder that exists, got none ({data_dir})")
-    folder = None if data_dir is None else Path(data_dir)
-    knobs: dict[str, Any] = {"folder": folder, "download": download, "image_size": image_size, "pad_to": pad_to}
-    knobs |= {"preprocessing": preprocessing, "workers": workers}
-    raw = info.read(**accepted(info.read, knobs))
     generator = np.random.default_rng(seed)
-    if not isinstance(raw, RawData):
-        return _files(raw, name, limit, validation, generator)
-    if raw.train_images.ndim == 2:
-        return _text(raw, name, limit, validation, generator)
+    if name in _IDX:
+        raw = read_idx_folder(folder, download, *_IDX[name])
+    elif name in _CIFAR:
+        raw = read_cifar(folder, download, _CIFAR[name])
+    elif name == "digits":
+        raw = read_digits()
+    elif name == "python-stdlib":
+        return _text(read_stdlib(), name, limit, validation, generator)
+    elif Path(name).suffix == ".npz":
+        raw = read_npz(Path(name))
+    else:
+        from nni_topo.zoo.image_folder import list_image_folder  # torchvision is slow to import
+
+        folder = folder if name == _FOLDER else Path(name)
+        train_files, test_files, names = list_image_folder(folder, image_size, pad_to, preprocessing, workers)
+        labels = train_files.labels.numpy(force=True)
+        held_out = stratified_fraction(labels, validation, generator)
+        sets = []
+        for rows in (np.flatnonzero(~held_out), np.flatnonzero(held_out)):
+            # In rounds over the classes; the limit is applied to the list of files.
+            order = rows[in_rounds(labels[rows], generator)][:limit]
+            sets.append(subset(train_files, torch.from_numpy(order)))
+        mean, std, padded = train_files.layout.mean, train_files.layout.std, train_files.layout.padded
+        return DataBundle(*sets, test_files, len(mean), padded, len(names), mean, std, name, names)
     _check_raw(raw, name)
     held_out = stratified_fraction(raw.train_labels, validation, generator)
     kept = np.flatnonzero(~held_out)
@@ -258,7 +232,7 @@ def load_data(
         labels = raw.train_labels[kept]
         order = np.lexsort((labels, class_rank(labels, generator)))
         kept = kept[np.sort(order[:limit])]
-    mean, std = _statistics(raw.train_images)
+    mean_of, std_of = _statistics(raw.train_images)
 
     def dataset(images: Array, labels: Array) -> TensorDataset:
         """Return images, scaled, padded and normalised, float32, with their labels."""
@@ -267,7 +241,7 @@ def load_data(
         missing = max(0, (pad_to or 0) - pixels.shape[-1])
         before, after = missing // 2, missing - missing // 2
         pixels = torch.nn.functional.pad(pixels, (before, after, before, after))
-        shift, factor = (value.to(torch.float32).view(1, -1, 1, 1) for value in (mean, std))
+        shift, factor = (value.to(torch.float32).view(1, -1, 1, 1) for value in (mean_of, std_of))
         return TensorDataset(pixels.sub_(shift).div_(factor), torch.from_numpy(labels))
 
     train = dataset(raw.train_images[kept], raw.train_labels[kept])
@@ -278,35 +252,10 @@ def load_data(
         in_channels=train.tensors[0].shape[1],
         image_size=train.tensors[0].shape[2],
         num_classes=len(raw.class_names),
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
+        mean=tuple(mean_of.tolist()),
+        std=tuple(std_of.tolist()),
         name=name,
         class_names=raw.class_names,
-    )
-
-
-def _files(
-    listed: ListedFolder, name: str, limit: int | None, validation: float, generator: np.random.Generator
-) -> DataBundle:
-    """Return a folder's images, in rounds over the classes; the limit is applied to the list of files."""
-    labels = listed.train.labels.numpy(force=True)
-    held_out = stratified_fraction(labels, validation, generator)
-    sets = []
-    for rows in (np.flatnonzero(~held_out), np.flatnonzero(held_out)):
-        order = rows[in_rounds(labels[rows], generator)][:limit]
-        sets.append(subset(listed.train, torch.from_numpy(order)))
-    layout = listed.train.layout
-    return DataBundle(
-        train=sets[0],
-        validation=sets[1],
-        test=listed.test,
-        in_channels=len(layout.mean),
-        image_size=layout.padded,
-        num_classes=len(listed.class_names),
-        mean=layout.mean,
-        std=layout.std,
-        name=name,
-        class_names=listed.class_names,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +24,14 @@ _SPLIT_SEED = 1797
 _GREY = ("1", "L", "I;16")
 
 
-@dataclass(frozen=True)
-class ListedFolder:
-    """The files of a training and a test set, of which none has been read."""
-
-    train: ImageFiles
-    test: ImageFiles
-    class_names: tuple[str, ...]
-
-
 def list_image_folder(
     folder: Path,
-    image_size: int | None = None,
-    pad_to: int | None = None,
-    preprocessing: Preprocessing | None = None,
-    workers: int | None = None,
-) -> ListedFolder:
-    """List a folder of images, one folder per class; DataError if they can't be one data set."""
+    image_size: int | None,
+    pad_to: int | None,
+    preprocessing: Preprocessing | None,
+    workers: int | None,
+) -> tuple[ImageFiles, ImageFiles, tuple[str, ...]]:
+    """List the training and test images of a folder, and its classes; DataError if they can't be one data set."""
     # With a `train` folder inside, `test` (or `val`) beside it is the test set and must have no class that `train`
     # lacks. Otherwise the folders are the classes, and 20 % of every class are set apart for the test, always the same
     # ones. The first file of every training class says what all are: grey if all of these are, else RGB; without
@@ -77,11 +67,9 @@ def list_image_folder(
     layout = Layout(is_grey, side, image_size is not None, padded, preprocessing or Preprocessing())
     # In rounds, so that the first images of a test set, however few, are of many classes.
     order = in_rounds(test_labels, np.random.default_rng(_SPLIT_SEED))
-    return ListedFolder(
-        ImageFiles(str(root), train_files, torch.from_numpy(train_labels), layout, workers),
-        ImageFiles(str(place), test_files[order], torch.from_numpy(test_labels[order]), layout, workers),
-        names,
-    )
+    train = ImageFiles(str(root), train_files, torch.from_numpy(train_labels), layout, workers)
+    test = ImageFiles(str(place), test_files[order], torch.from_numpy(test_labels[order]), layout, workers)
+    return train, test, names
 
 
 def _listed(folder: Path) -> tuple[npt.NDArray[np.bytes_], Array, tuple[str, ...]]:

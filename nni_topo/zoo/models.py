@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.rules import checked, number, whole
-from nni_topo.zoo.data import data_info
+from nni_topo.zoo.data import check_data_name, holds_photographs
 from nni_topo.zoo.external import (
     TIMM,
     TORCHVISION,
@@ -209,4 +209,9 @@ def default_recipe(model_name: str, data_name: str) -> Recipe:
     model = _MODELS.get(model_name, ModelInfo)
     decay = Recipe.weight_decay if model.optimizer == "sgd" else 0.05
     recipe = Recipe(model.epochs, lr=model.lr, weight_decay=decay, optimizer=model.optimizer)
-    return data_info(data_name, "zoo.default_recipe").adapt(recipe)
+    check_data_name(data_name, "zoo.default_recipe")
+    if data_name == "digits":
+        return replace(recipe, epochs=25, batch_size=32, lr=recipe.lr / 2.0)
+    if holds_photographs(data_name):
+        return replace(recipe, epochs=4 * recipe.epochs, augmentation="crop-flip")
+    return recipe

@@ -43,7 +43,7 @@ def read_digits() -> RawData:
     return split_off_test(pixels, labels.astype(np.int64), tuple("0123456789"), _DIGITS_SPLIT_SEED)
 
 
-def read_idx_folder(folder: Path, download: bool, *, kind: str, class_names: tuple[str, ...]) -> RawData:
+def read_idx_folder(folder: Path, download: bool, kind: str, class_names: tuple[str, ...]) -> RawData:
     """Read the four idx files of torchvision's data set ``kind``; DataError if one is missing or damaged."""
     if download:
         from torchvision import datasets  # slow to import
@@ -74,7 +74,7 @@ def _read_idx(folder: Path, stem: str, axes: int) -> Array:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
-def read_cifar(folder: Path, download: bool, *, kind: str) -> RawData:
+def read_cifar(folder: Path, download: bool, kind: str) -> RawData:
     """Read torchvision's ``CIFAR10`` or ``CIFAR100``, with its MD5 sums; DataError if missing or damaged."""
     from torchvision import datasets  # slow to import
 
