@@ -42,7 +42,7 @@ class CloudMetric(SelectionMetric):
         kept = {}
         for unit in context.units:
             chosen = []
-            for cloud in clouds[unit.name]:
+            for cloud in clouds(unit.name):
                 mask = np.zeros(cloud.size, dtype=np.bool_)
                 mask[self.rule(cloud.points, rows[unit.name], self.seed)] = True
                 chosen.append(mask)

@@ -26,7 +26,6 @@ FloatArray: TypeAlias = NDArray[np.float64]
 Sweep = Literal["nyquist", "thesis"]
 Direction = Literal["radial", "diagonal"]
 
-_ENDS: dict[str, float] = {"nyquist": 0.5, "thesis": 1.0}
 _SIZES = all_of(whole(1), Sequence, least=1)
 _SHAPE = Rule("one to three sizes, integers from 1", lambda shape: _SIZES.holds(shape) and len(shape) <= 3)
 
@@ -99,7 +98,8 @@ def chirp(
     >>> chirp((5,), direction="diagonal").round(3)
     array([ 1.   ,  0.078, -0.951,  0.924, -0.809])
     """
-    start, end = sweep_range(shape, sweep)
+    end = 0.5 if sweep == "nyquist" else 1.0  # cycles per pixel
+    start = min(1.0 / math.hypot(*shape), end)
     if direction == "diagonal":
         axes = np.meshgrid(*(np.arange(size, dtype=np.float64) for size in shape), indexing="ij")
         position = np.tensordot(shape, axes, axes=1) / math.hypot(*shape)
@@ -154,9 +154,3 @@ class Chirp:
             plane = np.broadcast_to(line.reshape(varying), sizes)
             found += [plane, np.flip(plane, axis)]
         return np.stack(found)
-
-
-def sweep_range(shape: Sequence[int], sweep: Sweep = "nyquist") -> tuple[float, float]:
-    """Return the first and the last frequency of a chirp, in cycles per pixel."""
-    end = _ENDS[sweep]
-    return min(1.0 / math.hypot(*shape), end), end

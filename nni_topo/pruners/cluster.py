@@ -289,7 +289,22 @@ def merging_losses(parts: list[FeatureCloud]) -> FloatArray:
     return (heights / mean if mean > 0 else heights).reshape(-1)
 
 
-class ClusterPruner(StructuredPruner):
+class FeaturePruner(StructuredPruner):
+    """What pruners that cluster features share."""
+
+    calculator: SurvivorMetric
+
+    @property
+    def pairs(self) -> dict[str, dict[int, int]]:
+        """By layer, for each pruned neuron, the kept one that stands in for it in the latest masks.
+
+        For ``nni_topo.compensate(model, masks, calibration, method=nni_topo.recovery.Pair(pruner.pairs))``, the
+        correlation-based update.
+        """
+        return self.calculator.pairs
+
+
+class ClusterPruner(FeaturePruner):
     """Cluster the neurons of each layer by what they put out, and keep one of each cluster.
 
     Parameters
@@ -347,8 +362,6 @@ class ClusterPruner(StructuredPruner):
     4
     """
 
-    calculator: ClusterMetric
-
     @pruner_arguments(
         survivor=SURVIVOR,
         pool=POOL,
@@ -393,15 +406,6 @@ class ClusterPruner(StructuredPruner):
                 seed=seed,
             ),
         )
-
-    @property
-    def pairs(self) -> dict[str, dict[int, int]]:
-        """By layer, for each pruned neuron, the kept one that stands in for it in the latest masks.
-
-        For ``nni_topo.compensate(model, masks, calibration, method=nni_topo.recovery.Pair(pruner.pairs))``, the
-        correlation-based update.
-        """
-        return self.calculator.pairs
 
 
 def feature_collector(

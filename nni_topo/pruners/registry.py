@@ -190,18 +190,9 @@ def expose_in_nni() -> None:
         if is_class(part) and issubclass(part, (DataCollector, MetricCalculator, SparsityAllocator)):
             setattr(nni.compression.pruning.tools, name, part)
     show_heads_to_nni()
-    logging.getLogger(f"{_NNI}.scheduled_pruner").addFilter(_Tested({cls.__name__ for cls in own}))
-
-
-class _Tested(logging.Filter):
-    """Leaves out that a scheduler wasn't tested with one of these classes."""
-
-    def __init__(self, names: set[str]) -> None:
-        super().__init__()
-        self.messages = {f"Compatibility not tested with pruner type {name}." for name in names}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.getMessage() not in self.messages
+    untested = {f"Compatibility not tested with pruner type {cls.__name__}." for cls in own}
+    logger = logging.getLogger(f"{_NNI}.scheduled_pruner")
+    logger.addFilter(lambda record: record.getMessage() not in untested)
 
 
 _OWN = "nni_topo.pruners"

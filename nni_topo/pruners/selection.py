@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TypeVar
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -18,20 +17,8 @@ from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningConte
 from nni_topo.pruners.planner import Losses
 from nni_topo.pruners.units import KeptBlocks, PruningUnit
 
-Clouds = dict[str, list["Cloud"]]
-Value = TypeVar("Value")
-
-
-class WhenAsked(dict[str, Value]):
-    """Values by name, each made when it is first looked at."""
-
-    def __init__(self, make: Callable[[str], Value]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, name: str) -> Value:
-        self[name] = self._make(name)
-        return self[name]
+Clouds = Callable[[str], list["Cloud"]]
+"""The clouds of a unit's parts, by the unit's name; made when they are first asked for, then kept."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -48,13 +35,17 @@ class SelectionMetric(MetricCalculator):
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Plan how many blocks each unit keeps, then choose which."""
         units = {unit.name: unit for unit in context.units}
-        clouds = WhenAsked(lambda name: self._clouds(units[name], data))
+
+        @cache
+        def clouds(name: str) -> list[Cloud]:
+            return self._clouds(units[name], data)
+
         return context.keep(self.choose(context, clouds, context.rows(self.losses(context, clouds))))
 
     def losses(self, context: PruningContext, clouds: Clouds) -> Losses:
         """Return the function that makes the blocks of all units comparable: by default by their death times."""
         del context
-        return lambda unit: np.concatenate([cloud.losses() for cloud in clouds[unit.name]])
+        return lambda unit: np.concatenate([cloud.losses() for cloud in clouds(unit.name)])
 
     def _clouds(self, unit: PruningUnit, data: Data) -> list[Cloud]:
         """Concatenate the point clouds of all layers of a unit, then split them into its parts."""

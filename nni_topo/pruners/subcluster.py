@@ -19,13 +19,13 @@ from nni_topo.context import leaving_out
 from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.partition import IntArray
 from nni_topo.maths.clustering.subclustering import ENERGY, Growth, SplitTree, grow, initial_clusters
-from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.features import POOL, Pool
 from nni_topo.pruners.cluster import (
     SURVIVOR,
     Clusters,
     FeatureCloud,
+    FeaturePruner,
     Survivor,
     SurvivorMetric,
     feature_collector,
@@ -127,7 +127,7 @@ def _count(labels: IntArray) -> int:
     return len(np.unique(labels[labels >= 0]))
 
 
-class SubclusterPruner(StructuredPruner):
+class SubclusterPruner(FeaturePruner):
     """Find the number of neurons each layer needs by splitting clusters of features, and keep one of each cluster.
 
     Parameters
@@ -236,15 +236,6 @@ class SubclusterPruner(StructuredPruner):
     def trees(self) -> dict[str, SplitTree]:
         """How the clusters of each layer or group grew, of the latest masks; see ``nni_topo.analysis.draw_splits``."""
         return self.calculator.trees
-
-    @property
-    def pairs(self) -> dict[str, dict[int, int]]:
-        """By layer, for each pruned neuron, the kept one that stands in for it in the latest masks.
-
-        For ``nni_topo.compensate(model, masks, calibration, method=nni_topo.recovery.Pair(pruner.pairs))``, the
-        correlation-based update.
-        """
-        return self.calculator.pairs
 
 
 def _check_names(model: nn.Module, knob: Any, name: str) -> None:

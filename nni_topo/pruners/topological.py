@@ -107,7 +107,7 @@ class TopologicalMetric(SelectionMetric):
         chosen_by = self.criterion, self.homology_dimensions, self.search
         # A cloud is handed on, not held: its distances go with it.
         work = (
-            delayed(_chosen)(clouds[unit.name].pop(0), rows[unit.name], [self.seed, index, part], *chosen_by)
+            delayed(_chosen)(clouds(unit.name).pop(0), rows[unit.name], [self.seed, index, part], *chosen_by)
             for index, unit, part in tasks
         )
         # One by one, for the bar, where the backend can: Ray's can't.

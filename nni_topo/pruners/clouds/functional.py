@@ -67,7 +67,7 @@ class FunctionalCollector(DataCollector):
         # The first batch has been tried out.
         call = structure_of(context.model, next(calls(context.model, self.calibration)))
         flow = Analysis(context.model, call, context.facts).flow
-        readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
+        readers = {unit.name: self.readers(unit, flow, context) for unit in context.units}
         moments = {name: [ChannelMoments(name) for _ in found] for name, found in readers.items()}
         each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
         looks = [(reader.module, partial(reader.record, moment)) for reader, moment in each]
@@ -85,6 +85,10 @@ class FunctionalCollector(DataCollector):
             joint[unit.name] = points_of_gram(torch.stack(grams).sum(0))
         # The members put out the same channels, so that a cloud for each member would count several times.
         return context.collected(lambda unit, *member: joint[unit.name][:, : None if member == unit.members[0] else 0])
+
+    def readers(self, unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[ChannelReader]:
+        """Return the layers that read a unit, with how strongly they read each channel."""
+        return readers_of(unit, flow, context)
 
 
 @dataclass(frozen=True)

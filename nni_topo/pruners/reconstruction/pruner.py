@@ -10,9 +10,9 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from nni_topo.pruners.reconstruction.problems import (
     ReconstructionProblems,
     SequentialProblems,
 )
-from nni_topo.pruners.selection import Clouds, SelectionMetric, WhenAsked
+from nni_topo.pruners.selection import Clouds, SelectionMetric
 from nni_topo.pruners.units import KeptBlocks
 
 
@@ -90,8 +90,19 @@ class ReadCollector(FunctionalCollector):
 
     def collect(self, context: PruningContext) -> Data:
         """Return the clouds; they are computed only where layers are compared: by thresholds, groups and budgets."""
-        collected = cache(partial(super().collect, context))
-        return WhenAsked(lambda name: collected()[name])
+        return _WhenAsked(partial(super().collect, context))
+
+
+class _WhenAsked(Data):
+    """The clouds of all layers, computed when one of them is first asked for."""
+
+    def __init__(self, collect: Callable[[], Data]) -> None:
+        super().__init__()
+        self._collect = collect
+
+    def __missing__(self, name: str) -> dict[str, torch.Tensor]:
+        self.update(self._collect())
+        return self[name]
 
 
 class ReconstructionPruner(StructuredPruner):
@@ -102,36 +113,22 @@ class ReconstructionPruner(StructuredPruner):
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+    model, evaluator, existed_wrappers, example_inputs, round_to, progress
+        As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
         NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are chosen as one.
         ``sparse_threshold`` and ``global_group_id`` compare half the H0 death times of the layers' functional clouds,
         in units of the layer's mean, as in :class:`~nni_topo.TopologicalPruner`.
-    evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; its evaluation data serve where there is no ``calibration``.
-    existed_wrappers : dict or None, default=None
-        Used by ``from_compressor``.
     calibration : iterable or None, default=None
-        Batches of inputs, or of ``(inputs, targets)`` whose targets are ignored. A list or DataLoader, not a generator.
-        With a ``process_group`` (:class:`nni_topo.Calibration`) all processes have to make the pruner, and choose by
-        the batches of all.
+        As for the base class. With a ``process_group`` (:class:`nni_topo.Calibration`) all processes have to make the
+        pruner, and choose by the batches of all.
     sequential : bool, default=False
         Look at each layer in the network as pruned so far, the layers before it reconstructed, instead of at all
         layers in the network as it is.
     budget : Budget, mapping or None, default=None
-        :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``, or ``{"flops":
-        0.25, "allocation": "error"}`` for widths by the error that channels leave.
-    example_inputs : Any, default=None
-        Inputs of the model, for a ``budget``; None: the first ``calibration`` batch, else the evaluator's
-        ``dummy_input`` or the first batch on which it evaluates.
-    round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
+        As for the base class; ``{"flops": 0.25, "allocation": "error"}`` for widths by the error that channels leave.
     seed : int, default=0
         Of the positions at which large feature maps are sampled. Same seed, same masks.
-    progress : bool or None, default=None
-        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
-        five seconds.
 
     Raises
     ------
