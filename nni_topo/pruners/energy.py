@@ -222,8 +222,8 @@ def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tenso
         if inner is not None and not inner.is_own:
             value = getattr(inner, target)  # as its forward computes it
         value = None if value is None else value.detach().cpu()
-        is_masked = value is not None and space is not None and space.mask is not None
-        found.append(value * space.mask.to(value) if is_masked else value)
+        mask = None if space is None else space.mask
+        found.append(value if value is None or mask is None else value * mask.to(value))
     return found[0], found[1]
 
 

@@ -217,13 +217,14 @@ def load_data(
         train_files, test_files, names = list_image_folder(folder, image_size, pad_to, preprocessing, workers)
         labels = train_files.labels.numpy(force=True)
         held_out = stratified_fraction(labels, validation, generator)
-        sets = []
-        for rows in (np.flatnonzero(~held_out), np.flatnonzero(held_out)):
-            # In rounds over the classes; the limit is applied to the list of files.
-            order = rows[in_rounds(labels[rows], generator)][:limit]
-            sets.append(subset(train_files, torch.from_numpy(order)))
+
+        def drawn(rows: Array) -> LabelledImages:
+            """Return images in rounds over the classes; the limit is applied to the list of files."""
+            return subset(train_files, torch.from_numpy(rows[in_rounds(labels[rows], generator)][:limit]))
+
+        train, watched = drawn(np.flatnonzero(~held_out)), drawn(np.flatnonzero(held_out))
         mean, std, padded = train_files.layout.mean, train_files.layout.std, train_files.layout.padded
-        return DataBundle(*sets, test_files, len(mean), padded, len(names), mean, std, name, names)
+        return DataBundle(train, watched, test_files, len(mean), padded, len(names), mean, std, name, names)
     _check_raw(raw, name)
     held_out = stratified_fraction(raw.train_labels, validation, generator)
     kept = np.flatnonzero(~held_out)
@@ -244,13 +245,13 @@ def load_data(
         shift, factor = (value.to(torch.float32).view(1, -1, 1, 1) for value in (mean_of, std_of))
         return TensorDataset(pixels.sub_(shift).div_(factor), torch.from_numpy(labels))
 
-    train = dataset(raw.train_images[kept], raw.train_labels[kept])
+    learned = dataset(raw.train_images[kept], raw.train_labels[kept])
     return DataBundle(
-        train=train,
+        train=learned,
         validation=dataset(raw.train_images[held_out], raw.train_labels[held_out]),
         test=dataset(raw.test_images, raw.test_labels),
-        in_channels=train.tensors[0].shape[1],
-        image_size=train.tensors[0].shape[2],
+        in_channels=learned.tensors[0].shape[1],
+        image_size=learned.tensors[0].shape[2],
         num_classes=len(raw.class_names),
         mean=tuple(mean_of.tolist()),
         std=tuple(std_of.tolist()),
