@@ -51,7 +51,7 @@ def products(collector):
 
 def energies(batches):
     context = RandomPruner(Words(), [{"op_names": ["fc1"], "sparse_ratio": 0.5}]).context
-    return DataEnergyCollector(calibration=batches).energies(context)["fc1"][0]
+    return DataEnergyCollector(calibration=batches).collect(context)["fc1"]["weight"]
 
 
 def sums(batches):
