@@ -138,7 +138,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.recovery_info": lambda: {"name": "reconstruct"},
     "nni_topo.list_recoveries": lambda: {"pattern": "r*"},
     "nni_topo.register_recovery": lambda: {"info": nni_topo.recovery_info("reconstruct")},
-    "nni_topo.recovery.Block": lambda: {"steps": 10, "lr": 1e-3, "layers": 2, "batch_size": 8},
+    "nni_topo.recovery.Block": lambda: {"steps": 10, "lr": 1e-3, "batch_size": 8},
     "nni_topo.recovery.Pair": lambda: {"pairs": {"first": {0: 1}}, "as_printed": False},
     "nni_topo.recovery.Reconstruct": lambda: {"refine": 1},
     "nni_topo.register_pruner": lambda: {"info": nni_topo.pruner_info("random")},
