@@ -4,11 +4,12 @@
 
 trains a net of the zoo for each seed (``bert_small``, and ``gpt_small``, which needs no folder, alike), keeps half, a
 third and a sixth of the heads of every layer with half, a quarter and an eighth of the MLP's neurons, chosen by each
-criterion (of "narrower heads" all heads, with at most so many of their channels), and recovers each by each method from
-the same unlabelled rows; 256 more judge what is distilled. ``--retrained`` fine-tunes for an epoch with labels after no
-recovery and after distillation, or after one of the two. A line per figure goes to ``transformers.jsonl``, nets to
-files beside it; the same command goes on where it was stopped. Of 2,000 test images the accuracy in percent, of 256
-rows of text bits per byte; differences are paired by net. Dense nets are timed in turns with the unpruned one.
+criterion (of "narrower heads", which ``gpt_small`` can't have, all heads, with at most so many of their channels), and
+recovers each by each method from the same unlabelled rows; 256 more judge what is distilled. ``--retrained`` fine-tunes
+for an epoch with labels after no recovery and after distillation, or after one of the two. A line per figure goes to
+``transformers.jsonl``, nets to files beside it; the same command goes on where it was stopped. Of 2,000 test images the
+accuracy in percent, of 256 rows of text bits per byte; differences are paired by net. Dense nets are timed in turns
+with the unpruned one.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ CHOICES = {
     "narrower heads": "l1",  # of the neurons
 }
 _NARROWER = "narrower heads"  # at most as many channels in all, of every head as many
-_UNSHARED = ("Torch-Pruning",)  # nets without shared keys and values
+_NOT_GPT = ("Torch-Pruning", _NARROWER)  # because it shares keys and values, and has rotary positions
 _TIMED = ("norm", _NARROWER)
 METHODS = {
     "mean into bias": "mean",
@@ -88,7 +89,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.choices = options.choices or [
-        choice for choice in CHOICES if not (choice in _UNSHARED and options.model == "gpt_small")
+        choice for choice in CHOICES if not (choice in _NOT_GPT and options.model == "gpt_small")
     ]
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -189,6 +190,8 @@ class _Recovered:
         size = next(part.head_dim for part in self._start.net.modules() if isinstance(part, SelfAttention))
         kept = max(1, int(size * self._heads))
         turned, within = narrow_heads(self._start.net, self._rows.split(128), (size - kept) / size)
+        if not within:
+            raise SystemExit(f"heads under rotary positions keep their size: leave out {_NARROWER!r} (--choices)")
         return turned, {**masks, **within}
 
     def _baseline_masks(self, net: nn.Module) -> Any:

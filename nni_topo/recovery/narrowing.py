@@ -6,9 +6,6 @@ matrices are taken with which the first channels alone come nearest: with ``S`` 
 factors' channels over the calibration data, and ``S = L L'``, ``C = R R'``, the singular vectors of ``L' R`` give the
 directions. [1]_ keeps channels as they are and solves for a matrix between the kept ones, which can't come nearer.
 
-Under rotary positions queries and keys aren't rotated. They lose pairs of channels, with the frequency of each, in all
-heads that share it: the pairs without which the logits of these heads change least.
-
 References
 ----------
 .. [1] "CORP: closed-form one-shot representation-preserving structured pruning", for vision transformers: ridge
@@ -18,7 +15,7 @@ References
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -31,7 +28,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.network.attention.heads import Attention, IntArray
-from nni_topo.network.attention.rotary import by_table, find_frequencies
+from nni_topo.network.attention.rotary import find_frequencies
 from nni_topo.network.attention.unfused.multihead import mixing_called, projected
 from nni_topo.network.layers.kinds import by_channel, row_names, weight_name, weight_of
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
@@ -46,7 +43,6 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.switches import as_written
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, union
-from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 from nni_topo.rules import check_knobs, number
 
 _LEAST = 1e-7  # of the largest singular value
@@ -71,8 +67,8 @@ def narrow_heads(
     calibration : iterable or nni.compression.utils.Evaluator
         Batches of inputs, as for :func:`nni_topo.compensate`; what a mask says is padding doesn't count.
     sparse_ratio : float or mapping of str to float
-        The share of each head's channels to prune, in (0, 1), of queries, keys and values alike; at least one stays,
-        under rotary positions at least a pair. Of all attention modules, or by name of those whose heads get narrower.
+        The share of each head's channels to prune, in (0, 1), of queries, keys and values alike; at least one stays.
+        Of all attention modules, or by name of those whose heads get narrower.
 
     Returns
     -------
@@ -94,10 +90,10 @@ def narrow_heads(
 
     Notes
     -----
-    The head size is unchanged, with one warning, where attention uses it in a way that can't be adapted (norms, rotary
-    positions of other kinds than Transformers' decoders have), where not all that share rotary frequencies lose as many
-    channels, and where something else than one linear layer reads the heads. Heads that share keys and values are
-    turned alike, for the sum of their errors.
+    The head size is unchanged, with one warning, where queries and keys have rotary positions or meet positions in
+    another way, where attention uses the head size in a way that can't be adapted, such as norms, and where something
+    else than one linear layer reads the heads. Heads that share keys and values are turned alike, for the sum of their
+    errors.
 
     Logits matter up to what is added to all of a query's alike, and values up to a constant, which `compensate` puts
     into the bias of the next layer.
@@ -134,21 +130,19 @@ def narrow_heads(
     readers: dict[str, list[str]] = {}
     for layer, read in flow.output_projections().items():
         readers.setdefault(read.name, []).append(layer)
-    tables = find_frequencies(model, known)
+    rotary = find_frequencies(model, known)
+    turned: nn.Module = detached_copy(model)
     whole: dict[str, str] = {}
-    for name in asked:
-        if name in tables and tables[name] is None:
-            whole[name] = "rotary positions of an unknown kind"
+    heads: list[_Heads] = []
+    for name, ratio in asked.items():
+        if name in rotary:
+            whole[name] = "its queries and keys have rotary positions"
         elif known[name].also:
             whole[name] = "its queries and keys meet positions too"
         elif len(readers.get(name, [])) != 1:
             whole[name] = "its heads must be read by exactly one linear layer"
-    turned: nn.Module = detached_copy(model)
-    heads = [
-        _Heads(turned, known[name], readers[name][0], asked[name], tables.get(name))
-        for name in asked
-        if name not in whole
-    ]
+        else:
+            heads.append(_Heads(turned, known[name], readers[name][0], ratio))
     # One pass over the batches sums up what the heads do.
     entering, leaving = [], []
     for each in heads:
@@ -159,38 +153,28 @@ def narrow_heads(
         stack.enter_context(mixing_called(turned))
         stack.enter_context(watched(entering, leaving))
         for each in heads:
-            module = turned.get_submodule(each.attention.name)
+            module = turned.get_submodule(each.name)
             if isinstance(module, nn.MultiheadAttention):
                 stack.enter_context(called(module, partial(each.look_within, module)))
         run(turned, batches)
     for each in heads:
-        if batches.processes is not None:
-            each.pool(batches.processes, device_of(turned))
-        if not each.are_seen():
-            raise DataError(f"calibration must reach every attention module, got none ({each.attention.name})")
+        each.finish(batches.processes, device_of(turned))
     wanted = _outputs(turned, batches)
-
-    def is_same() -> bool:
-        found = agree(wanted, _outputs(turned, batches), SAME_CHANNELS)
-        return all(gathered(batches.processes, found, "the outputs with turned heads"))
-
-    for each in heads:
-        if not each.turned(is_same, batches.processes):
-            whole[each.attention.name] = "this attention uses the head size in a way that can't be adapted"
-    for names in by_table(tables).values():
-        users = [each for each in heads if each.attention.name in names and each.attention.name not in whole]
-        if len(users) == len(names) and len({each.kept for each in users}) == 1:
-            shares = [each.logits.shares() for each in users if each.logits is not None]
-            stays = pairs_that_stay(np.sum(shares, axis=0), users[0].kept // 2)
-            for each in users:
-                each.asking = np.tile(stays, 2)
-        else:
-            others = "others that share its rotary frequencies keep another number of channels"
-            whole |= {each.attention.name: others for each in users}
     masks: FullMasks = {}
     for each in heads:
-        if each.attention.name not in whole:
+        before = [(parameter, parameter.detach().clone()) for parameter in each.parameters()]
+        with torch.no_grad():
+            each.turn()
+            if batches.processes is not None:
+                batches.processes.agree(each.parameters(), f"the turned heads of {each.name}")
+        is_same = agree(wanted, _outputs(turned, batches), SAME_CHANNELS)
+        if all(gathered(batches.processes, is_same, "the outputs with turned heads")):
             each.mask(masks)
+            continue
+        with torch.no_grad():
+            for parameter, values in before:
+                parameter.copy_(values)
+        whole[each.name] = "this attention uses the head size in a way that can't be adapted"
     if whole:
         told = "; ".join(f"{name} ({why})" for name, why in whole.items())
         _logger.warning("head size unchanged: %s", told)
@@ -214,7 +198,6 @@ def narrow_instead(
     flow, full = Analysis(model, structure_call(model, batches), facts).flow, check_masks(model, masks)
     is_kept = union(model, flow, full)
     ratios, rest = {}, 0.0
-    # Rotary heads lose whole pairs, the same number in all heads: removing heads comes nearer to the cost.
     rotary = find_frequencies(model, flow.attention)
     known = dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent)
     for name in (each for each in known if each not in rotary):
@@ -246,18 +229,18 @@ def narrow_instead(
 class _Heads:
     """The heads of one attention module: what they are seen to do, and how they are turned."""
 
-    def __init__(self, model: nn.Module, attention: Attention, reader: str, ratio: float, table: str | None) -> None:
-        self.attention = attention
-        self._model, self._projection = model, reader  # the layer that mixes them
+    def __init__(self, model: nn.Module, attention: Attention, reader: str, ratio: float) -> None:
+        self.name = attention.name
+        self._attention = attention
+        self._model = model
+        self._projection: Any = model.get_submodule(reader)  # the layer that mixes them
+        self._reader = reader
         self._size = attention.head_size
+        # The layers that make queries, keys and values, each with the channels of each of its heads: (heads, size).
+        self._parts = [(layer, rows.reshape(-1, self._size)) for layer, rows in attention.parts]
         self._share = attention.query_heads // len(attention.parts[1][1])  # heads that have keys and values in common
-        step = 1 if table is None else 2
-        count = self._size // step
-        self.kept = step * max(1, count - int(count * ratio + _ROUNDING))
-        self.asking = np.arange(self._size) < self.kept
-        """Which channels of a head's queries and keys are kept."""
-        self.queries, self.keys, self.context = (NormalEquations() for _ in range(3))
-        self.logits = None if table is None else PairLogits(model.get_buffer(table))
+        self._kept = max(1, self._size - int(self._size * ratio + _ROUNDING))
+        self._queries, self._keys, self._context = (NormalEquations() for _ in range(3))
 
     def see(self, seen: NormalEquations, rows: IntArray, channels: Tensor) -> None:
         """Add channels ``(channels, samples)`` of which each head has some rows, (heads, size)."""
@@ -266,119 +249,69 @@ class _Heads:
 
     def looks(self) -> tuple[list[Any], list[Any]]:
         """Return what watches the layers within, when they are entered and left."""
-        projection = self._model.get_submodule(self._projection)
-        places = np.arange(len(self.attention.context[1])).reshape(-1, self._size)
+        places = np.arange(len(self._attention.context[1])).reshape(-1, self._size)
 
         def mixed(entering: Tensor) -> None:
-            self.see(self.context, places, by_channel(projection, entering))
+            self.see(self._context, places, by_channel(self._projection, entering))
 
         def made(layer: nn.Module, seen: NormalEquations, rows: IntArray, _: Tensor, output: Tensor) -> None:
             self.see(seen, rows, by_channel(layer, output))
 
-        within = self.attention.name  # ``nn.MultiheadAttention`` is such a layer itself
-        asking = [(self._model.get_submodule(layer), rows) for layer, rows in self._parts[:2] if layer != within]
-        if self.logits is not None:
-            looks = zip(asking, (self.logits.see_queries, self.logits.see_keys), strict=True)
-            return [(projection, mixed)], [(layer, partial(look, rows)) for (layer, rows), look in looks]
-        pairs = zip(asking, (self.queries, self.keys), strict=False)
-        leaving = [(layer, partial(made, layer, each, rows)) for (layer, rows), each in pairs]
-        return [(projection, mixed)], leaving
+        leaving = []
+        asking = [part for part in self._parts[:2] if part[0] != self.name]  # ``nn.MultiheadAttention`` is one itself
+        for (name, rows), seen in zip(asking, (self._queries, self._keys), strict=False):
+            layer = self._model.get_submodule(name)
+            leaving.append((layer, partial(made, layer, seen, rows)))
+        return [(self._projection, mixed)], leaving
 
     def look_within(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See what ``nn.MultiheadAttention`` makes of its arguments."""
         named = bind_arguments(module, (args, kwargs))
         found = projected(module, *(named[key] for key in ("query", "key", "value")))
-        rows = np.arange(found[0].shape[-1]).reshape(self.attention.heads, -1)
-        for seen, values in zip((self.queries, self.keys), found, strict=False):
+        rows = np.arange(found[0].shape[-1]).reshape(self._attention.heads, -1)
+        for seen, values in zip((self._queries, self._keys), found, strict=False):
             self.see(seen, rows, by_channel(module.out_proj, values))
 
-    def are_seen(self) -> bool:
-        """Say whether calibration reached them."""
-        products = None if self.logits is None else self.logits.products
-        is_finite = all(each.is_finite() for each in (self.queries, self.keys, self.context))
-        if not is_finite or (products is not None and not bool(products.isfinite().all())):
-            raise DataError(f"activations must be finite, got NaN or infinity ({self.attention.name})")
-        seen = self.queries.samples and self.keys.samples if self.logits is None else products is not None
-        return bool(self.context.samples and seen)
+    def finish(self, processes: Processes | None, device: torch.device) -> None:
+        """Take in what all processes have seen; DataError where it can't be used."""
+        for seen in (self._queries, self._keys, self._context):
+            if processes is not None:
+                seen.pool(processes, device, f"the heads of {self.name}")
+            if not seen.is_finite():
+                raise DataError(f"activations must be finite, got NaN or infinity ({self.name})")
+            if not seen.samples:
+                raise DataError(f"calibration must reach every attention module, got none ({self.name})")
 
-    def pool(self, processes: Processes, device: torch.device) -> None:
-        """Take in what all processes have seen."""
-        place = f"the heads of {self.attention.name}"
-        for seen in (self.queries, self.keys, self.context):
-            seen.pool(processes, device, place)
-        if self.logits is not None:
-            self.logits.products = processes.total(self.logits.products, device, place)
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what turning the heads changes."""
+        layers = [*(self._model.get_submodule(layer) for layer in self._attention.layers), self._projection]
+        return list(dict.fromkeys(p for each in layers for p in each.parameters(recurse=False)))
 
-    def turned(self, is_same: Callable[[], bool], processes: Processes | None = None) -> bool:
-        """Put first the directions of each head with which logits and values come nearest.
-
-        Where the model would compute something else, it stays as it was, and False is returned. Under rotary positions
-        values alone are turned; a trial turn of pairs of queries and keys confirms which channels are pairs.
-        """
-        before = [(each, each.detach().clone()) for each in self._parameters()]
-        # Each step, and whether what it does stays if the model computes the same.
-        first = (self._turn_logits, True) if self.logits is None else (self._spin, False)
-        for step, stays in (first, (self._turn_values, True)):
-            with torch.no_grad():
-                step()
-                if processes is not None:
-                    processes.agree(self._parameters(), f"the turned heads of {self.attention.name}")
-            are_same = is_same()
-            with torch.no_grad():
-                for parameter, values in [] if are_same and stays else before:
-                    parameter.copy_(values)
-            if not are_same:
-                return False
-        return True
+    def turn(self) -> None:
+        """Put first the directions of each head with which logits and values come nearest."""
+        queries = _second_moments(self._queries, centred=False).unflatten(0, (-1, self._share)).mean(1)
+        ones, others = directions(queries, _second_moments(self._keys, centred=True), self._kept)
+        self._multiply(0, ones)
+        self._multiply(1, others)
+        weight = self._projection.weight
+        mixing = weight.detach().double().unflatten(1, (-1, self._size)).movedim(1, 0)  # (heads, outputs, size)
+        sums = (mixing.mT @ mixing).unflatten(0, (-1, self._share)).sum(1)
+        seen = _second_moments(self._context, centred=True).unflatten(0, (-1, self._share)).mean(1)
+        columns, rows = directions(sums, seen, self._kept)
+        self._multiply(2, rows)
+        weight.copy_((mixing @ columns.repeat_interleave(self._share, 0)).movedim(0, 1).flatten(1))
 
     def mask(self, masks: FullMasks) -> None:
-        """Mask the pruned channels of each head."""
-        values = np.arange(self._size) < self.kept
-        for (layer, rows), stays in zip(self._parts, (self.asking, self.asking, values), strict=True):
+        """Mask the last channels of each head."""
+        for layer, rows in self._parts:
             module = self._model.get_submodule(layer)
             for target in (weight_name(module), row_names(module)[-1]):
                 if isinstance(parameter := getattr(module, target, None), Tensor):
                     mask = masks.setdefault(layer, {}).setdefault(target, torch.ones_like(parameter).detach())
-                    mask[torch.from_numpy(rows[:, ~stays].ravel()).to(mask.device)] = 0
-        projection: Any = self._model.get_submodule(self._projection)
-        mask = masks.setdefault(self._projection, {}).setdefault("weight", torch.ones_like(projection.weight).detach())
-        mask.unflatten(1, (-1, self._size))[:, :, self.kept :] = 0
-
-    @property
-    def _parts(self) -> list[tuple[str, IntArray]]:
-        """The layers that make queries, keys and values, each with the channels of each of its heads: (heads, size)."""
-        return [(layer, rows.reshape(-1, self._size)) for layer, rows in self.attention.parts]
-
-    def _parameters(self) -> list[nn.Parameter]:
-        layers = [self._model.get_submodule(layer) for layer in (*self.attention.layers, self._projection)]
-        return list(dict.fromkeys(p for each in layers for p in each.parameters(recurse=False)))
-
-    def _turn_logits(self) -> None:
-        queries = _second_moments(self.queries, centred=False).unflatten(0, (-1, self._share)).mean(1)
-        ones, others = directions(queries, _second_moments(self.keys, centred=True), self.kept)
-        self._multiply(0, ones)
-        self._multiply(1, others)
-
-    def _turn_values(self) -> None:
-        projection: Any = self._model.get_submodule(self._projection)
-        mixing = (
-            projection.weight.detach().double().unflatten(1, (-1, self._size)).movedim(1, 0)
-        )  # (heads, outputs, size)
-        sums = (mixing.mT @ mixing).unflatten(0, (-1, self._share)).sum(1)
-        seen = _second_moments(self.context, centred=True).unflatten(0, (-1, self._share)).mean(1)
-        columns, rows = directions(sums, seen, self.kept)
-        self._multiply(2, rows)
-        projection.weight.copy_((mixing @ columns.repeat_interleave(self._share, 0)).movedim(0, 1).flatten(1))
-
-    def _spin(self) -> None:
-        """Turn each pair of queries and keys by an angle of its own."""
-        half = self._size // 2
-        angles = torch.arange(1.0, half + 1.0, dtype=torch.double)
-        cos, sin = angles.cos().diag(), angles.sin().diag()
-        turn = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
-        for part in (0, 1):
-            heads = len(self._parts[part][1])
-            self._multiply(part, turn.expand(heads, -1, -1).to(self._parameters()[0].device))
+                    mask[torch.from_numpy(rows[:, self._kept :].ravel()).to(mask.device)] = 0
+        whole = torch.ones_like(self._projection.weight).detach()
+        mask = masks.setdefault(self._reader, {}).setdefault("weight", whole)
+        mask.unflatten(1, (-1, self._size))[:, :, self._kept :] = 0
 
     def _multiply(self, part: int, maps: Tensor) -> None:
         """Put in the place of a part's channels (heads, n) their products with the columns of maps (heads, n, n)."""

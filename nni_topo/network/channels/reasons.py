@@ -99,9 +99,13 @@ _ADVICE: dict[str, str] = {
         "and values"
     ),
     "one_head": "give the attention its scale as a number, or more heads than one",
-    "only_head": "make the head narrower with nni_topo.narrow_heads, or give the attention more heads than one",
+    "only_head": (
+        "make the head narrower with nni_topo.narrow_heads, but for rotary positions, or give the attention more heads "
+        "than one"
+    ),
     "shared_by_heads": (
-        "prune heads, which lose their queries; nni_topo.narrow_heads makes the keys and values of all heads narrower"
+        "prune heads, which lose their queries; nni_topo.narrow_heads makes the keys and values of all heads narrower, "
+        "but for rotary positions"
     ),
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
     "result_depends": (
