@@ -5,7 +5,7 @@
     python benchmarks/recovery/bench_recovery.py choice --data-dir DIR --out runs/recovery --flops 0.1 --seeds 5
     python benchmarks/recovery/bench_recovery.py cost --out runs/recovery
 
-``choice`` compares which of 5,000 images are taken: random ones (three draws), and by both methods of `choose_images`.
+``choice`` compares which of 5,000 images are taken: random ones (three draws), and those of `choose_images`.
 ``ablation``, ``images`` and ``choice`` take LeNet-5-like nets trained on 20,000 images of Fashion-MNIST for five epochs
 (trained first where ``--out`` has no checkpoints of them) and write a line per figure to ``ablation.jsonl``,
 ``images.jsonl`` and ``choice.jsonl``; the same command goes on where it was stopped. ``cost`` measures seconds and peak
@@ -45,7 +45,7 @@ METHODS = ("pair", "channel", "reconstruct")
 COUNTS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 POOL = 5_000
 FEW = (16, 32, 64, 128)
-CHOICES = ("random, draw 0", "random, draw 1", "random, draw 2", "kmeans", "cover")
+CHOICES = ("random, draw 0", "random, draw 1", "random, draw 2", "kmeans")
 NETS = {"vgg16": (3, 32, 1024), "torchvision/resnet50": (3, 224, 256)}
 
 
@@ -190,8 +190,7 @@ def _chosen(model: nn.Module, pool: Tensor, row: str, count: int, seed: int) -> 
     if row.startswith("random"):
         generator = torch.Generator().manual_seed(100 * seed + int(row[-1]))
         return [pool[torch.randperm(len(pool), generator=generator)[:count]]]
-    method: Any = row
-    return nni_topo.choose_images(pool.split(256), model, count, method=method, seed=seed)
+    return nni_topo.choose_images(pool.split(256), model, count, seed=seed)
 
 
 def _print(records: Iterable[dict[str, Any]], part: str) -> None:

@@ -27,15 +27,9 @@ class Classifier(nn.Module):
         return self.last(self.first(x))
 
 
-POINTS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [10.0, 0.0], [10.0, 1.0], [0.0, 7.0], [4.0, 2.0]])
-# By hand: the mean is (25 / 6, 10 / 6), nearest to (4, 2). From there the squared distances are 20, 13, 40, 37, 41, 0:
-# (0, 7). Then (10, 0), with 40 from (4, 2): (0, 0), 20 from (4, 2), is the next, and (1, 0), 1 from (0, 0), ties with
-# (10, 1), 1 from (10, 0): the first in the pool.
-ORDER = [5, 4, 2, 0, 1, 3]
-
-
-def cover(*args, **knobs):
-    return choose_images(*args, **{"method": "cover", **knobs})
+# Two clusters of three, at (1.4 / 3, 0) and (10, 1.4 / 3): the fifth and the last are next to the means.
+POINTS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [10.0, 0.0], [10.0, 1.0], [0.4, 0.0], [10.0, 0.4]])
+NEAREST = [4, 5]
 
 
 def chosen(found):
@@ -43,41 +37,34 @@ def chosen(found):
     return torch.cat([batch[0] for batch in found])
 
 
-@pytest.mark.parametrize("count", range(1, 7))
-def test_each_image_is_the_farthest_from_those_before_it(count):
-    found = cover([POINTS[:4], POINTS[4:]], Classifier(), count)
-    torch.testing.assert_close(chosen(found), POINTS[ORDER[:count]], rtol=0, atol=0)
-    assert found.samples == count
+def check(found, wanted=POINTS[NEAREST]):
+    torch.testing.assert_close(chosen(found), wanted, rtol=0, atol=0)
+
+
+def test_each_cluster_is_stood_for_by_the_image_nearest_to_its_mean():
+    check(choose_images([POINTS[:4], POINTS[4:]], Classifier(), 2))
+    # Around 0 the mean is 1 / 3, nearest to 0; around 10 it is 10.2, nearest to 10; 20 is alone.
+    rows = torch.tensor([[10.0], [10.6], [0.0], [1.0], [0.0], [20.0], [10.0]])
+    found = choose_images([rows[:4], rows[4:]], nn.Identity(), 3)
+    assert chosen(found).flatten().tolist() == [10.0, 0.0, 20.0]
+    assert found.sizes == (3,)
 
 
 def test_batches_are_as_large_as_those_of_the_pool():
-    assert cover(POINTS.split(2), Classifier(), 5).sizes == (2, 2, 1)
+    found = choose_images(POINTS.split(2), Classifier(), 5)
+    assert (found.sizes, found.samples) == ((2, 2, 1), 5)
 
 
-def test_a_shuffling_loader_of_images_with_labels_gives_the_same_images():
+def test_a_shuffling_loader_of_images_with_labels_is_read_once():
     loader = DataLoader(TensorDataset(POINTS, torch.arange(6)), batch_size=4, shuffle=True)
-    found = cover(loader, Classifier(), 4)
-    torch.testing.assert_close(chosen(found), POINTS[ORDER[:4]], rtol=0, atol=0)
-
-
-def test_the_size_of_the_numbers_doesnt_matter():
-    for factor in (1e-3, 100.0, 1e6):
-        found = cover([factor * POINTS], Classifier(), 6)
-        torch.testing.assert_close(chosen(found), factor * POINTS[ORDER], rtol=0, atol=0)
+    found = chosen(choose_images(loader, Classifier(), 2))
+    assert sorted(found.tolist()) == sorted(POINTS[NEAREST].tolist())
 
 
 def test_without_a_last_linear_layer_the_outputs_count_and_positions_are_averaged():
     images = torch.zeros(6, 2, 2, 2)
     images[:, :, 0, 0] = 4 * POINTS  # of four positions: the mean is the point
-    torch.testing.assert_close(chosen(cover([images], nn.Identity(), 6)), images[ORDER], rtol=0, atol=0)
-
-
-def test_each_cluster_is_stood_for_by_the_image_nearest_to_its_mean():
-    # Three clusters: around 0 the mean is 1 / 3, nearest to 0; around 10 it is 10.2, nearest to 10; 20 is alone.
-    rows = torch.tensor([[10.0], [10.6], [0.0], [1.0], [0.0], [20.0], [10.0]])
-    found = choose_images([rows[:4], rows[4:]], nn.Identity(), 3)
-    assert chosen(found).flatten().tolist() == [10.0, 0.0, 20.0]
-    assert found.sizes == (3,)
+    check(choose_images([images], nn.Identity(), 2), images[NEAREST])
 
 
 def test_equal_images_are_filled_up_with_the_first_of_the_pool():
@@ -99,34 +86,32 @@ class Embedder(nn.Module):
         return {"last_hidden_state": states}
 
 
-def test_padding_isnt_averaged_and_mappings_stay_mappings():
-    states = torch.zeros(6, 3, 2)
-    states[:, 0], states[:, 1] = POINTS, POINTS
-    states[:, 2] = torch.tensor([[50.0, -9.0]]) * torch.arange(6.0)[:, None]  # padding, which is garbage
+def test_padding_isnt_averaged_and_mappings_stay_mappings(device):
+    states = torch.stack([POINTS, POINTS, torch.tensor([[50.0, -9.0]]) * torch.arange(6.0)[:, None]], 1)
     mask = torch.tensor([[1, 1, 0]]).expand(6, 3)
-    found = cover([{"states": states, "attention_mask": mask}], Embedder(), 3)
-    ((batch,),) = list(found)
-    torch.testing.assert_close(batch["states"], states[ORDER[:3]], rtol=0, atol=0)
-    assert batch["attention_mask"].shape == (3, 3)
+    ((batch,),) = list(choose_images([{"states": states, "attention_mask": mask}], Embedder().to(device), 2))
+    torch.testing.assert_close(batch["states"].cpu(), states[NEAREST], rtol=0, atol=0)
+    assert batch["attention_mask"].shape == (2, 3)
 
 
 def test_features_can_be_told():
-    found = cover([POINTS], Classifier(), 2, outputs=lambda _, images: images[:, :1])
-    # First coordinates 0, 1, 10, 10, 0, 4: their mean is 25 / 6, next to 4, and 10 is 6 away.
-    torch.testing.assert_close(chosen(found), POINTS[[5, 2]], rtol=0, atol=0)
+    # Of the second coordinates 1 is alone, and 0.08 is the mean of the others.
+    found = choose_images([POINTS], Classifier(), 2, outputs=lambda _, images: images[:, 1:])
+    assert chosen(found).tolist() == [[0.0, 0.0], [10.0, 1.0]]
 
 
 def test_groups_go_along():
     pool = Calibration([POINTS[:4], POINTS[4:]], groups=["a", "b", "c", "c", "a", "b"])
-    found = cover(pool, Classifier(), 4)
-    # 5, 4, 2, 0 are of b, a, c, a, and groups are numbered in the order in which they appear.
-    assert found.groups.tolist() == [0, 1, 2, 1]
+    found = choose_images(pool, Classifier(), 6)
+    order = [POINTS.tolist().index(each) for each in chosen(found).tolist()]
+    kinds = ["abccab"[place] for place in order]
+    assert found.groups.tolist() == [list(dict.fromkeys(kinds)).index(kind) for kind in kinds]
 
 
 def test_batches_of_other_shapes_keep_their_order():
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     images = [torch.rand(3, 2, 4, 4), torch.rand(3, 2, 5, 5)]
-    found = cover(images, model, 6)
+    found = choose_images(images, model, 6)
     assert [tuple(batch.shape) for batch in found] == [(3, 2, 4, 4), (3, 2, 5, 5)]
 
 
@@ -135,7 +120,7 @@ def test_the_model_stays_and_a_network_is_shrunk_with_the_images():
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)).train()
     before = copy.deepcopy(model.state_dict())
     pool = list(torch.randn(96, 1, 6, 6).split(32))
-    few = cover(pool, model, 40)
+    few = choose_images(pool, model, 40)
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -145,23 +130,15 @@ def test_the_model_stays_and_a_network_is_shrunk_with_the_images():
 
 def test_bad_arguments_are_refused():
     with pytest.raises(DataError, match="at least as many images as are to be chosen, 7, got 6"):
-        cover([POINTS], Classifier(), 7)
+        choose_images([POINTS], Classifier(), 7)
     with pytest.raises(ConfigError, match="count must be an integer of at least 1, got 0"):
-        cover([POINTS], Classifier(), 0)
-    with pytest.raises(ConfigError, match="method must be a known name, got 'random'"):
-        choose_images([POINTS], Classifier(), 2, method="random")
+        choose_images([POINTS], Classifier(), 0)
     with pytest.raises(ConfigError, match=r"outputs must be a function of \(output, inputs\) or None, got 'pooled'"):
-        cover([POINTS], Classifier(), 2, outputs="pooled")
+        choose_images([POINTS], Classifier(), 2, outputs="pooled")
     with pytest.raises(DataError, match="features must be as many for each image, got"):
-        cover([torch.rand(3, 4), torch.rand(3, 5)], nn.Identity(), 2)
+        choose_images([torch.rand(3, 4), torch.rand(3, 5)], nn.Identity(), 2)
     with pytest.raises(DataError, match="features must be finite"):
-        cover([POINTS], Classifier(), 2, outputs=lambda _, images: images / 0.0)
-
-
-def test_the_image_nearest_to_the_mean_is_neither_the_first_nor_the_smallest():
-    """The means are 0.3 and 10.5."""
-    rows = torch.tensor([[0.0], [0.5], [0.4], [10.9], [10.0], [10.6]])
-    assert chosen(choose_images([rows], nn.Identity(), 2)).flatten().tolist() == pytest.approx([0.4, 10.6])
+        choose_images([POINTS], Classifier(), 2, outputs=lambda _, images: images / 0.0)
 
 
 class Reading(nn.Module):
@@ -179,36 +156,10 @@ class Reading(nn.Module):
 @pytest.mark.parametrize(
     ("read", "order"),
     [
-        (lambda made: made[:, 0], [5, 2, 0]),  # of 0, 1, 10, 10, 0 and 4 the mean is 25 / 6
-        (lambda made: (made[:, 1:], made[:, :1]), ORDER[:3]),
-        (lambda made: {"logits": made, "other": made[:, :1]}, ORDER[:3]),
+        (lambda made: made[:, 1], [0, 3]),
+        (lambda made: (made[:, 1:], made[:, :1]), NEAREST),
+        (lambda made: {"logits": made, "other": made[:, :1]}, NEAREST),
     ],
 )
 def test_outputs_count_together_where_the_linear_layer_is_not_the_last(read, order):
-    found = cover([POINTS], Reading(read), 3)
-    torch.testing.assert_close(chosen(found), POINTS[order], rtol=0, atol=0)
-
-
-def test_the_same_images_are_chosen_on_another_device(device):
-    states = torch.stack([POINTS, POINTS, torch.full_like(POINTS, 50.0)], 1)
-    mask = torch.tensor([[1, 1, 0]]).expand(6, 3)
-    ((batch,),) = list(cover([{"states": states, "attention_mask": mask}], Embedder().to(device), 3))
-    torch.testing.assert_close(batch["states"].cpu(), states[ORDER[:3]], rtol=0, atol=0)
-    found = cover([POINTS.to(device)], Classifier().to(device), 3)
-    torch.testing.assert_close(chosen(found).cpu(), POINTS[ORDER[:3]], rtol=0, atol=0)
-
-
-class Last(nn.Module):
-    """Reads sequences, whose first dimension is time, and gives the last step."""
-
-    def __init__(self):
-        super().__init__()
-        self.cell = nn.GRU(3, 4)
-
-    def forward(self, x):
-        return self.cell(x)[0][-1]
-
-
-def test_time_steps_are_not_chosen_as_samples():
-    with pytest.raises(DataError, match=r"GRU 'cell' takes for time"):
-        choose_images([torch.rand(6, 16, 3)], Last(), 2)
+    check(choose_images([POINTS], Reading(read), 2), POINTS[order])
