@@ -133,7 +133,7 @@ def test_schedules(device, scheduler):
     "knobs",
     [
         {"method": "reconstruct"},
-        {"method": nni_topo.recovery.Reconstruct(refine=0), "ridge": 1e-3, "recalibrate": True, "cache_bytes": 1},
+        {"method": nni_topo.recovery.Reconstruct(refine=0), "ridge": 1e-3, "cache_bytes": 1},
         *({"method": method} for method in list_recoveries() if method != "reconstruct"),
         {"method": nni_topo.recovery.Pair({"hidden": {0: 1}}, as_printed=True)},
     ],

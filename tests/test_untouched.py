@@ -145,7 +145,7 @@ def with_file(function, folder, model):
 CALLS = {
     "as_torch_layers": lambda m, _, __: nni_topo.as_torch_layers(m),
     "compensate": lambda m, _, __: nni_topo.compensate(m, MASKS, BATCHES),
-    "compensation": lambda m, _, __: recovery.compensation(m, MASKS, BATCHES, recalibrate=True),
+    "compensation": lambda m, _, __: recovery.compensation(m, MASKS, BATCHES, method="recalibrate"),
     "choose_images": lambda m, _, __: nni_topo.choose_images(BATCHES, m, 3),
     "dependency_groups": lambda m, _, __: nni_topo.dependency_groups(m, IMAGES[:2], CONFIG),
     "distill": lambda m, other, _: nni_topo.distill(m, other, BATCHES, steps=2, batch_size=4),

@@ -84,7 +84,6 @@ def compensation(
     *,
     method: str | RecoveryMethod = "reconstruct",
     ridge: float | Literal["auto"] = "auto",
-    recalibrate: bool = False,
     seed: int = 0,
     cache_bytes: int | None = None,
     progress: bool | None = None,
@@ -130,7 +129,7 @@ def compensation(
     )
     with in_context(facts=None):  # a method of one's own may call this function for another model
         layers += chosen.after(tasks, networks, tools)
-    if recalibrate or chosen.recalibrates:
+    if chosen.recalibrates:
         # On the masked form of the result; removed channels keep their statistics.
         masked = apply_masks(networks.result, networks.masks)
         leave_out(masked, networks.flow, networks.is_kept)
@@ -184,8 +183,6 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
         a tenth of the mean variance.
         ``"auto"``: for each layer the one of 1e-8 ... 1, or no change at all, that is best on held-out samples.
-    recalibrate : bool, default=False
-        Also measure the statistics of batch norms anew, at the end.
     seed : int, default=0
         For the positions that large feature maps are sampled at, and the order of samples that blocks learn from.
     cache_bytes : int or None, default=None

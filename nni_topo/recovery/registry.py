@@ -44,7 +44,7 @@ class RecoveryMethod:
     """A way to change the kept weights of a pruned network; the fields of a subclass are its settings."""
 
     recalibrates: ClassVar[bool] = False
-    """Whether the statistics of batch norms are measured anew at the end, whatever is asked for."""
+    """Whether the statistics of batch norms are measured anew at the end."""
 
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
         """Return what is solved, in the order in which it is solved: a :class:`Task` for a layer, or several."""
