@@ -178,7 +178,6 @@ class Cnn(Subject):
             held_out=judges.batches(),
             # On the validation photos 3e-4 and 1e-3 made the loss larger.
             **{"lr": 1e-4} | limits,
-            warmup=0.1,
             blocks=50.0,
             blend=False,
             state=state,
@@ -324,7 +323,7 @@ class Encoder(Subject):
         def embedding(output: Any, batch: dict[str, Tensor]) -> Tensor:
             return pretrained.embedding(output, batch["attention_mask"])
 
-        knobs: dict[str, Any] = {"blocks": self.blocks, "lr": 8e-4, "warmup": 0.1, "steps": 100_000}
+        knobs: dict[str, Any] = {"blocks": self.blocks, "lr": 8e-4, "steps": 100_000}
         knobs["precision"] = "bfloat16"
         few = self.data if has_more else self._batches("calibration", 64 if seconds is None else self.one_call)
         small: Any = nni_topo.shrink(
@@ -351,7 +350,6 @@ class Encoder(Subject):
             outputs=lambda output, batch: pretrained.embedding(output, batch["attention_mask"]),
             blocks=self.blocks,
             **{"lr": 8e-4} | limits,
-            warmup=0.1,
             state=state,
         )
 

@@ -13,7 +13,6 @@ References
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import math
@@ -31,8 +30,6 @@ from nni_topo.network.layers.kinds import PER_CHANNEL, WEIGHTED
 from nni_topo.network.runtime.calibration import BatchStore, nbytes_of
 from nni_topo.network.runtime.inputs import at_once
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.runtime.precision import PRECISION, Precision, computing_in
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.course import RATES, Course, Training, try_rates
 from nni_topo.recovery.networks import Networks
@@ -49,7 +46,6 @@ _LOOKED_AT = 64  # most held-out samples for the loss during training; the resul
 _REPORTED = 256  # most training samples for the errors in the report
 _AT_ONCE = 256  # batch size without gradients
 _TOGETHER = 4  # neighbouring stretches that are trained together: of a transformer, two attention layers and two MLPs
-_WARMUP = 0.1  # share of the steps, as `distill` has it by default
 _LEAST_VARIANCE = 1e-12
 
 _logger = logging.getLogger(__name__)
@@ -66,12 +62,10 @@ class Block(Reconstruct):
     lr: float | None = None
     # Samples a step, at least 1.
     batch_size: int = 32
-    # "bfloat16" computes the gradients under autocast: faster for transformers where the processor has bfloat16.
-    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         counts = {"refine": whole(0), "steps": whole(1), "batch_size": whole(1)}
-        check_fields(self, "block", lr=number(0.0, closed="neither") | NONE, precision=PRECISION, **counts)
+        check_fields(self, "block", lr=number(0.0, closed="neither") | NONE, **counts)
 
     def after(self, tasks: Sequence[Task], networks: Networks, tools: Tools) -> tuple[LayerReport, ...]:
         """Train the blocks one after the other."""
@@ -107,8 +101,6 @@ class Block(Reconstruct):
                 if out_of_memory(error):
                     raise
                 first_line = str(error).splitlines()[0]
-                if self.precision != "float32":
-                    first_line += f" (precision={self.precision!r})"
                 _logger.warning("%s can't learn and stay as the closed form leaves them: %s", block.layers, first_line)
                 continue
             reports.append(report)
@@ -277,7 +269,7 @@ class _Learning:
 
     def objective(self, student: nn.Module, call: Any, wanted: list[Tensor]) -> Tensor:
         """Return the mean squared distance from the targets over their variance."""
-        off = self._lacking(student, call, wanted, self._knobs.precision)
+        off = self._lacking(student, call, wanted)
         return torch.stack([each.square().mean() / scale for each, scale in zip(off, self._scales, strict=True)]).mean()
 
     def judge(self, student: nn.Module, index: Tensor) -> float:
@@ -305,36 +297,26 @@ class _Learning:
         before, held_before = self.judge(student, reported), self.judge(student, self._held)
         if not math.isfinite(before + held_before):
             raise DataError(f"activations must be finite, got NaN or infinity ({self.layers})")
-        first = self.judge(student, looked_at)
         start = {name: student.body.get_parameter(name).detach().clone() for name in self._names}
-        least, best = first, dict[str, Any]()  # the state with the smallest held-out loss so far
-
-        def look(net: nn.Module) -> float:
-            nonlocal least, best
-            loss = self.judge(net, looked_at)
-            if loss < least:
-                least, best = loss, copy.deepcopy(net.state_dict())
-            return loss
-
         training = Training(
             student=self.student,
             batches=self.batches,
             objective=self.objective,
             total=self._knobs.steps,
-            look=look,
-            first=first,
+            look=lambda net: self.judge(net, looked_at),
+            first=self.judge(student, looked_at),
             constant=1.0,  # because errors are divided by the variance
-            precision=self._knobs.precision,
         )
         rate = self._knobs.lr
         if rate is None:
-            tried = try_rates(training, lambda net: self.judge(net, looked_at), rates, progress=False)
+            tried = try_rates(training, training.look, rates, progress=False)
             rate = next((each.lr for each in tried if each.is_taken), math.nan)
         after, held, is_kept = before, held_before, False
         if not math.isnan(rate):
-            course = Course(training, rate, warmup=_WARMUP)
+            course = Course(training, rate, best_of=1)
             course.run(progress=False)
-            student.load_state_dict(best or course.student.state_dict())
+            is_best_at_end = not course.best or course.curve[-1].loss < course.least
+            student.load_state_dict(course.student.state_dict() if is_best_at_end else course.best)
             after, held = self.judge(student, reported), self.judge(student, self._held)
             is_kept = held < held_before
         if is_kept:
@@ -359,12 +341,9 @@ class _Learning:
             is_kept=is_kept,
         )
 
-    def _lacking(
-        self, student: nn.Module, part: _Part, wanted: list[Tensor], precision: Precision = "float32"
-    ) -> list[Tensor]:
+    def _lacking(self, student: nn.Module, part: _Part, wanted: list[Tensor]) -> list[Tensor]:
         """Return the differences between a student's outputs and the targets, without padding."""
-        with computing_in(precision, device_of(student)):
-            found = floats(student(*part.entering))
+        found = floats(student(*part.entering))
         return self._counted([mine - meant for mine, meant in zip(found, wanted, strict=True)], part)
 
     def _counted(self, values: list[Tensor], part: _Part) -> list[Tensor]:

@@ -30,38 +30,21 @@ from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.batchnorm import batch_norms
 
-_FORMAT = "nni-topo distillation 7"
+_FORMAT = "nni-topo distillation 8"
+_WRITTEN_EVERY = 30.0  # seconds between two writes of a course's file
 _MOMENTUM = 0.1  # of batch norms that have none of their own
-_KEPT = ("done", "rate", "is_normed", "best", "best_step", "_began", "_looked", "_least", "_falls_from", "_end")
+_KEPT = ("done", "rate", "is_normed", "best", "best_step", "least", "_began", "_looked", "_falls_from", "_end")
 """Attributes of a course that its file has as they are."""
 
-_FALL = 0.4  # last share of a course, in which the rate falls to zero
+_RISE, _FALL = 0.1, 0.4  # first and last share of a course, in which the rate rises and falls
 _WINDOW = 4  # looks; the mean of the last ones is compared with that of the ones before: single losses are noisy
 _PROGRESS = 0.02  # least relative fall of that mean that counts as progress
-
-LOOKS = 25
-"""Number of times that a course of full length measures the held-out loss."""
-
-MOST_LOST = 20.0
-"""A network is broken if its held-out loss is this multiple of the first one."""
-
-_LINES = ((0.1, MOST_LOST), (0.2, 10.0), (0.5, 5.0))
-"""Shares of a course and multiples: it ends if two looks in turn after a share find this multiple of the first loss.
-
-At a high rate the loss first rises and later falls with the rate: three times the first loss at half of the course can
-become less than half of it. Above these multiples the network is broken.
-"""
-
 _FUSED = ("cpu", "cuda")  # devices that have a fused AdamW
 
-_LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course may be given up
-
-_NO_GAIN_AT, _NO_GAIN = 0.2, 1.5
-"""If no held-out loss is smaller than the first after this share of a course, the rate falls to zero on trial. The
-course ends if the loss is then at least this multiple of the first.
-
-At a high rate the loss can stay larger for long and still be smaller at the end.
-"""
+_LOOKS = 25  # number of times that a course of full length measures the held-out loss
+MOST_LOST = 20.0
+"""A network is broken if its held-out loss is this multiple of the first one."""
+_LEAST_SHARE, _LEAST_STEPS = 0.1, 50  # before a course may be given up: at a high rate the loss first rises
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 """Learning rates of AdamW that are tried, the highest first."""
@@ -75,7 +58,7 @@ smallest loss: it takes the highest rate that doesn't break the network.
 """
 
 # Of the short course for each rate:
-_RISE = 0.3  # share of its steps in which the rate rises; it falls in the others
+_SHORT_RISE = 0.3  # share of its steps in which the rate rises; it falls in the others
 _SHARE = 0.03  # of a whole course's steps
 _LEAST_TRIED = 10  # steps
 _LEAST_KNOWN, _LEAST_LEFT = 3, 20  # under a time limit: least steps for each rate, and least steps after the test
@@ -124,9 +107,10 @@ class Clock:
         yield
         self._seconds_a_sample = min(self._seconds_a_sample, (time.perf_counter() - began) / samples)
 
-    def seconds_of_judging(self, samples: int) -> float:
-        """Return the seconds for judging so many samples; 0 if nothing has been judged yet."""
-        return self._seconds_a_sample * samples if math.isfinite(self._seconds_a_sample) else 0.0
+    @property
+    def seconds_at_end(self) -> float:
+        """Seconds for judging after the last step; 0 if nothing has been judged yet."""
+        return self._seconds_a_sample * self.judged_at_end if math.isfinite(self._seconds_a_sample) else 0.0
 
     @property
     def spent(self) -> float:
@@ -136,9 +120,7 @@ class Clock:
     @property
     def left(self) -> float:
         """Remaining seconds for steps; infinite without a limit."""
-        if self.seconds is None:
-            return math.inf
-        return self.seconds - self.seconds_of_judging(self.judged_at_end) - self.spent
+        return math.inf if self.seconds is None else self.seconds - self.seconds_at_end - self.spent
 
     def go_on_from(self, spent: float) -> None:
         """Add the seconds of an interrupted run."""
@@ -165,8 +147,11 @@ class Training:
 class Course:
     """Gradient steps of a student, resumed from a file if it exists.
 
-    The rate rises, stays constant, and falls linearly to zero in the last two fifths of the course. If the held-out
-    loss makes no more progress, the fall begins at once and takes two thirds of the steps before it.
+    The rate rises in the first tenth of the course, stays constant, and falls linearly to zero in the last two fifths.
+    If the held-out loss makes no more progress, the fall begins at once and takes two thirds of the steps before it. A
+    ``short`` course, as the range test has it, rises in three tenths and falls in the others.
+
+    ``best`` is the state at the best look, or at the best two in turn (``best_of``), whose larger loss is ``least``.
     """
 
     def __init__(
@@ -174,35 +159,35 @@ class Course:
         training: Training,
         rate: float,
         *,
-        warmup: float = 0.0,
-        falls_from: float = 1.0 - _FALL,
+        short: bool = False,
+        best_of: int = 2,
         kind: dict[str, Any] | None = None,
-        path: str | Path | None = None,
-        every: float = 30.0,
+        path: Path | None = None,
         rates: Sequence[RateTrial] = (),
     ) -> None:
         self.training, self.student, self.clock = training, training.student(), training.clock
         self.rate, self.is_normed = rate, training.is_normed
         self.rates = tuple(rates)  # the range test by which the rate was found
-        self.kind, self.path = kind or {}, None if path is None else Path(path)
-        self._every = every  # seconds between two writes of the file
+        self._kind, self._path = kind or {}, path
         learned = [p for p in self.student.parameters() if p.requires_grad]
         # With many small parameters the fused optimizer takes a third of the time.
         is_fused = all(p.device.type in _FUSED and p.is_floating_point() for p in learned)
         self.optimizer = torch.optim.AdamW(learned, weight_decay=0.0, fused=is_fused or None)
-        self._warmup, self._falls_from, self._end = warmup, falls_from, 1.0  # shares of the course
+        # Shares of the course.
+        self._rises_until, self._falls_from = (_SHORT_RISE, _SHORT_RISE) if short else (_RISE, 1.0 - _FALL)
+        self._end = 1.0
+        self._looked = 0.0  # at the last look
         self.done = 0  # steps
         self.curve: list[Look] = []  # the held-out loss along the course
-        self.is_given_up = False  # whether it ended because the held-out loss grew or didn't fall
-        self.gains_nothing = False  # whether it ended because the held-out loss didn't fall
+        self.is_given_up = False  # whether it ended because the held-out loss grew
         self.is_out_of_time = False  # whether it ended because of the time limit
-        self._looked = 0.0  # share of the course at the last look
-        self.best: dict[str, Tensor] = {}  # the student's state at the best two looks in turn, if better than the first
-        self.best_step, self._least = 0, math.inf  # its step, and the larger loss of these two looks
+        self._best_of = best_of
+        self.best: dict[str, Tensor] = {}  # empty if no loss was smaller than the first
+        self.best_step, self.least = 0, training.first
         self._began = self.clock.spent
-        if self.path is not None and self.path.exists():
-            with reading(self.path, "a state", "of this distillation", DELETE):
-                state = state_of(self.path, self.kind)
+        if path is not None and path.exists():
+            with reading(path, "a state", "of this distillation", DELETE):
+                state = state_of(path, self._kind)
                 self.student.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 for name in _KEPT:
@@ -211,19 +196,16 @@ class Course:
                 self.curve = [Look(**each) for each in state["curve"]]
                 self.clock.go_on_from(state["spent"])
 
-    def run(self, progress: bool | None = None, *, looks: bool = True, keeps_best: bool = False) -> None:
+    def run(self, progress: bool | None = None, *, looks: bool = True) -> None:
         """Take the remaining steps, or as many as the time limit and the held-out loss allow.
 
-        Without ``looks`` the held-out loss isn't measured, and doesn't end the course. With ``keeps_best`` the best
-        state is kept, and the course ends after a fifth if the loss hasn't fallen.
+        Without ``looks`` the held-out loss isn't measured, and doesn't end the course.
         """
-        training, total, first = self.training, self.training.total, self.training.first
+        training, total, before = self.training, self.training.total, self.done
         rest = itertools.islice(training.batches(), self.done, None)
-        began = kept = time.perf_counter()
-        before = self.done
+        began = written = time.perf_counter()
         with learning(self.student, batch_norms(self.student) if self.is_normed else []):
-            shown = bar("distill", progress, range(self.done, total), total=total, done=self.done)
-            for step in shown:
+            for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
                 share = step / total  # used share of the steps, or of the time if that is larger
                 if self.clock.seconds is not None:
                     # Looks included. The first step is taken if there is any time, because it may take longer.
@@ -231,37 +213,42 @@ class Course:
                     if self.clock.left <= 0.0 or self.clock.left < seconds_of_a_step:
                         self.is_out_of_time = True
                         break
-                    if self.done > before:
-                        # The bar then doesn't show more remaining time than the limit leaves.
-                        shown.total = min(total, self.done + 1 + int(self.clock.left / seconds_of_a_step))
                     taken = self.clock.spent - self._began
                     share = max(share, taken / max(taken + self.clock.left, 1e-9))
-                if looks and int(share * LOOKS) > int(self._looked * LOOKS) and self.done:
-                    self._look(training.look(self.student), share)
-                    is_fifth = self._looked < _NO_GAIN_AT <= share and self.done >= _LEAST_STEPS
+                if looks and self.done and int(share * _LOOKS) > int(self._looked * _LOOKS):
                     self._looked = share
-                    if keeps_best:
-                        latest = [each.loss for each in self.curve[-2:]]
-                        if len(latest) == 2 and max(latest) < min(first, self._least):
-                            self._least, self.best_step = max(latest), self.done
-                            self.best = copy.deepcopy(self.student.state_dict())
-                        if is_fifth and not self.is_given_up and min(each.loss for each in self.curve) >= first:
-                            self._try_to_end()
-                if self.is_given_up or share >= self._end:
+                    self._look()
+                    losses = [each.loss for each in self.curve]
+                    is_known = share >= _LEAST_SHARE and self.done >= _LEAST_STEPS
+                    is_lost = is_known and not min(losses[-2:]) <= MOST_LOST * training.first
+                    if is_lost or not math.isfinite(losses[-1]):
+                        self.is_given_up = True
+                        break
+                    worst = max(losses[-self._best_of :])
+                    if len(losses) >= self._best_of and worst < self.least:
+                        self.least, self.best_step = worst, self.done
+                        self.best = copy.deepcopy(self.student.state_dict())
+                    # Compare the last looks at the full rate with those before. Looks while the rate rises don't count:
+                    # the loss is often smaller then than soon after.
+                    full = [each.loss for each in self.curve if each.lr == self.rate]
+                    lately, earlier = sum(full[-_WINDOW:]), sum(full[-2 * _WINDOW : -_WINDOW])
+                    stands_still = len(full) >= 2 * _WINDOW and lately > (1.0 - _PROGRESS) * earlier
+                    if stands_still and share < self._falls_from:
+                        self._falls_from, self._end = share, share / (1.0 - _FALL)
+                if share >= self._end:
                     break
                 # The first step has the rate of the second one, because its own would be zero.
-                rising = max(share, 1.0 / total) / self._warmup if share < self._warmup else 1.0
+                rising = max(share, 1.0 / total) / self._rises_until if share < self._rises_until else 1.0
                 falling = (self._end - share) / (self._end - self._falls_from) if share > self._falls_from else 1.0
                 self.step(next(rest), self.rate * max(0.0, min(rising, falling, 1.0)))
                 self.done += 1
-                if time.perf_counter() - kept >= self._every:
-                    self._keep()
-                    kept = time.perf_counter()
-        is_looked_at = bool(self.curve) and self.curve[-1].step == self.done
-        if looks and self.done and not is_looked_at:
-            self._note(training.look(self.student))
+                if time.perf_counter() - written >= _WRITTEN_EVERY:
+                    self._write()
+                    written = time.perf_counter()
+        if looks and self.done and not (self.curve and self.curve[-1].step == self.done):
+            self._look()
         if not self.is_given_up:
-            self._keep()
+            self._write()
 
     def step(self, batch: tuple[Any, list[Tensor]], rate: float) -> None:
         """Take one step, within `learning`."""
@@ -277,52 +264,16 @@ class Course:
             self.training.processes.add([parameter.grad for parameter in learned], "the gradients of a step")
         self.optimizer.step()
 
-    def _try_to_end(self) -> None:
-        """Let the rate fall to zero in half as many steps as were taken; if that doesn't help, the course ends there.
-
-        Otherwise it continues from the state before.
-        """
-        steps, rate = self.done // 2, self.optimizer.param_groups[0]["lr"]
-        before = copy.deepcopy((self.student.state_dict(), self.optimizer.state_dict()))
-        for step, batch in enumerate(itertools.islice(self.training.batches(), steps)):
-            self.step(batch, rate * (1.0 - step / steps))
+    def _look(self) -> None:
         loss = self.training.look(self.student)
-        if loss < _NO_GAIN * self.training.first:
-            self.student.load_state_dict(before[0])
-            self.optimizer.load_state_dict(before[1])
-            return
-        self.done += steps
-        self._note(loss)
-        self.is_given_up = self.gains_nothing = True
-
-    def _look(self, loss: float, share: float) -> None:
-        """Record the held-out loss; if it is too large end the course, if it stagnates let the rate fall."""
-        self._note(loss)
-        passed = [times for at, times in _LINES if self._looked < at <= share]
-        least = min(each.loss for each in self.curve[-2:])
-        # Few steps prove little, unless the time limit allows no more of them.
-        is_slow = share > self.done / self.training.total
-        is_known = self.done >= (_LEAST_STEPS_IN_TIME if is_slow else _LEAST_STEPS)
-        if not math.isfinite(loss) or (passed and is_known and not least <= passed[-1] * self.training.first):
-            self.is_given_up = True
-            return
-        # Compare the last looks at the full rate with those before. Looks while the rate rises don't count: the loss is
-        # often smaller then than soon after.
-        losses = [each.loss for each in self.curve if each.lr == self.rate]
-        lately, before = sum(losses[-_WINDOW:]), sum(losses[-2 * _WINDOW : -_WINDOW])
-        stands_still = len(losses) >= 2 * _WINDOW and lately > (1.0 - _PROGRESS) * before
-        if stands_still and share < self._falls_from:
-            self._falls_from, self._end = share, share / (1.0 - _FALL)
-
-    def _note(self, loss: float) -> None:
         self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
 
-    def _keep(self) -> None:
-        if self.path is None:
+    def _write(self) -> None:
+        if self._path is None:
             return
         parts = {
             "format": _FORMAT,
-            "kind": self.kind,
+            "kind": self._kind,
             **{name: getattr(self, name) for name in _KEPT},
             "spent": self.clock.spent,
             "rates": [asdict(each) for each in self.rates],
@@ -330,19 +281,12 @@ class Course:
             "model": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        write_tensors(self.path, parts)
+        write_tensors(self._path, parts)
 
 
 def tried_steps(total: int) -> int:
     """Return the steps of the range test at each rate, for a course of ``total`` steps."""
     return max(_LEAST_TRIED, round(_SHARE * total))
-
-
-def seconds_of_a_step(training: Training) -> float:
-    """Return the seconds of a step on the first batch, by a network that is then thrown away."""
-    course, batch = Course(training, min(RATES)), next(training.batches())
-    with learning(course.student, batch_norms(course.student) if training.is_normed else []):
-        return timed(lambda: course.step(batch, course.rate), course.student)
 
 
 def timed(work: Callable[[], object], student: nn.Module) -> float:
@@ -358,14 +302,13 @@ def try_rates(
     training: Training,
     judge: Callable[[nn.Module], float],
     rates: Sequence[float] = RATES,
-    a_step: float = 0.0,
     progress: bool | None = None,
 ) -> tuple[RateTrial, ...]:
     """Try learning rates from the highest on until one is accepted; return the results.
 
     ``judge`` returns the held-out loss of a network that has learned. No rate is accepted if all break the network.
-    Under a time limit each rate takes 3 % of the remaining time, but at least three steps, of ``a_step`` seconds each.
-    No further rate is tried if the time left is less than twenty steps.
+    Under a time limit a step is timed, and each rate takes 3 % of the remaining time, but at least three steps. No
+    further rate is tried if the time left is less than twenty steps.
     """
     clock, first = training.clock, training.first
     if clock.left <= 0.0:
@@ -373,6 +316,9 @@ def try_rates(
     steps = tried_steps(training.total)
     least_left = -math.inf  # seconds that are left for the course
     if clock.seconds is not None:
+        trial, batch = Course(training, min(rates)), next(training.batches())
+        with learning(trial.student, batch_norms(trial.student) if training.is_normed else []):
+            a_step = timed(lambda: trial.step(batch, trial.rate), trial.student)
         least_left = _LEAST_LEFT * a_step
         steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / a_step)))
     most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(training.constant - first))
@@ -380,7 +326,7 @@ def try_rates(
     for rate in bar("learning rate", progress, rates):
         if clock.left < least_left:
             break
-        course = Course(replace(training, total=steps, clock=Clock()), rate, warmup=_RISE, falls_from=_RISE)
+        course = Course(replace(training, total=steps, clock=Clock()), rate, short=True)
         course.run(progress=False, looks=False)
         loss = judge(course.student)
         found.append(RateTrial(rate, steps, loss, loss <= most))

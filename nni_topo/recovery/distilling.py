@@ -37,12 +37,10 @@ from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
 from nni_topo.network.runtime.processes import digest
-from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
 from nni_topo.recovery.course import (
-    LOOKS,
     MOST_LOST,
     RATES,
     Clock,
@@ -51,15 +49,12 @@ from nni_topo.recovery.course import (
     RateTrial,
     Training,
     learning,
-    seconds_of_a_step,
     state_of,
     timed,
-    tried_steps,
     try_rates,
 )
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
-    VIEWS,
     Augment,
     Judgement,
     Lesson,
@@ -92,12 +87,10 @@ KNOBS = {
     "seconds": _POSITIVE | NONE,
     "batch_size": whole(1),
     "lr": _POSITIVE | NONE,
-    "warmup": number(0.0, 1.0, "left"),
     "blocks": number(0.0),
     "outputs": taking("output", "inputs") | NONE,
     "blend": FLAG,
     "precision": PRECISION,
-    "state_seconds": number(0.0),
     "augment": FUNCTION | NONE,
     "seed": SEED,
 }
@@ -126,7 +119,6 @@ class Verdict:
     solved_on: int = 0
     is_out_of_time: bool = False
     weights_of: int = 0
-    gains_nothing: bool = False
 
     def __repr__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out samples the loss "
@@ -140,30 +132,24 @@ class Verdict:
             text += f". The loss falls, but the distance grows to more than {MOST_DISTANCE:g} times its value"
         if self.objective == "kl" and self.distance_after > self.distance_before:
             text += "; if the outputs aren't class scores, set distill's objective='squares', which is the distance"
-        text += ". "
         # How many steps were taken, and at which rate.
         if not self.has_anything_to_learn:
-            text += "No step was taken: there is nothing to learn"
+            text += ". No step was taken: there is nothing to learn"
         elif math.isnan(self.lr) and not self.rates:
-            text += "No step was taken: seconds= allows too few"
+            text += ". No step was taken: seconds= allows too few"
         elif math.isnan(self.lr):
             tried = ", ".join(f"{each.lr:g}" for each in self.rates)
-            text += f"No step was taken: a few at each of the learning rates {tried} make the loss too large"
+            text += f". No step was taken: a few at each of the learning rates {tried} make the loss too large"
             text += ", and seconds= allows no lower one" if self.is_out_of_time else ""
         else:
-            text += f"It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
+            text += f". It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
             text += ", until the time was over" if self.is_out_of_time else ""
-            if self.gains_nothing:
-                text += (
-                    "; it ended there, because no look found a smaller loss, nor nearly so where the rate fell to zero"
-                )
-            if self.is_kept and 0 < self.weights_of < self.steps:
-                text += (
-                    f"; the weights are those after {self.weights_of} steps: at the end they are no better than none"
-                )
+            if self.is_kept and self.weights_of < self.steps:
+                text += f"; the weights are those after {self.weights_of} steps"
+                text += ": at the end they are no better than none"
             too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
             text += f"; too high: {', '.join(too_high)}" if too_high else ""
-        if 0 < self.held_out < _FEW and self.has_anything_to_learn:
+        if self.held_out < _FEW and self.has_anything_to_learn:
             text += f". {self.held_out} held-out samples are few to decide by: give more of them, or held_out="
         if self.solved_on:
             text += f". The network's weights were solved on {self.solved_on} of the {self.held_out} held-out samples, "
@@ -217,9 +203,6 @@ class Distillation(Verdict):
         Whether ``seconds`` ended the steps, or the range test before a rate could be taken.
     weights_of : int
         The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
-    gains_nothing : bool
-        Whether the steps ended after a fifth of them and half as many in which the rate fell to zero, because the loss
-        got no smaller.
     outputs : ComparedOutputs or None
         By name, the outputs of the model that were compared and those that weren't.
     """
@@ -265,14 +248,12 @@ def distillation(
     seconds: float | None = None,
     batch_size: int = 64,
     lr: float | None = None,
-    warmup: float = 0.1,
     outputs: Outputs | None = None,
     blocks: float = 0.0,
     augment: Augment | None = None,
     blend: bool = True,
     precision: Precision = "float32",
     state: str | Path | None = None,
-    state_seconds: float = 30.0,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Distillation:
@@ -281,7 +262,8 @@ def distillation(
     for model in (original, dense):
         check_model(model)
         check_precision(precision, device_of(model), "distill")
-    hashes = check_state(state, original, dense)  # before the models run, because a forward may write to buffers
+    path = None if state is None else path_of(state, "state")
+    hashes = check_state(path, original, dense)  # before the models run, because a forward may write to buffers
     both = {"images": images, "held_out": held_out}
     given = [batches_of(each, original, knob, shared=True) for knob, each in both.items() if each is not None]
     for each in given:
@@ -337,8 +319,6 @@ def distillation(
         images_by_process = processes.gather(len(own), "the images to learn from")
         if not all(images_by_process):
             raise DataError(f"each process must have images to learn from, got {images_by_process} by process (images)")
-    most_steps = steps or course_length(len(learned), batch_size)
-    is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
     _check_gradients(lesson, student, own[:2])
     if augment is not None:
         check_augment(original, pool, augment, seed)
@@ -347,6 +327,8 @@ def distillation(
         with clock.judging(len(index)):
             return lesson.judge(net, index)
 
+    most_steps = steps or course_length(len(learned), batch_size)
+    is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
     before = judge(student, held)
     looked_at = held[:_LOOKED_AT]
     clock.judged_at_end = len(looked_at) + len(held)
@@ -354,9 +336,7 @@ def distillation(
         clock.judged_at_end += len(held) + len(learned)
     training = Training(
         student=lambda: student_of(dense, pool),
-        batches=lambda: lesson.batches(
-            learned, batch_size, seed, augment, is_blended, lambda needed: needed <= clock.left / 10
-        ),
+        batches=lambda: lesson.batches(learned, batch_size, seed, augment, is_blended),
         objective=lesson.objective,
         total=most_steps,
         look=lambda net: judge(net, looked_at).loss,
@@ -377,101 +357,76 @@ def distillation(
                 return math.inf
         return judge(net, looked_at).loss
 
-    goes_on = state is not None and path_of(state, "state").exists()
-    if is_normed and not goes_on and before.loss > 0.0 and clock.left > 0.0:
-        # Networks that were trained with fixed statistics, or on other images, break by the statistics of the batches.
-        is_kept = after_few_steps(training.student()) <= MOST_LOST * training.first
-        training = replace(training, is_normed=is_kept)
-    a_step = 0.0
-    if not goes_on and before.loss > 0.0 and clock.left > 0.0:
-        a_step = seconds_of_a_step(training)
-        count = len(RATES) if lr is None else 0  # rates that are tried at most
-        tried = count * tried_steps(most_steps)
-        looks = (LOOKS + count) * len(looked_at) + clock.judged_at_end
-        views = VIEWS if is_blended or augment is not None else 1
-        answered = min(most_steps * batch_size, views * len(learned))
-        needed = (most_steps + tried) * a_step
-        needed += clock.seconds_of_judging(looks) + lesson.seconds_of_answers(answered)
-        text = f"distillation takes at most about {duration(needed)}: {most_steps} steps of "
-        text += f"{duration(a_step)} each" + (f", {tried} to find the learning rate" if tried else "")
-        text += "; seconds= limits it" if seconds is None else f"; seconds= ends it after {duration(seconds)}"
-        is_long = seconds is None and needed > LONG
-        _logger.log(logging.WARNING if is_long else logging.INFO, "%s", text)
-
     rates: tuple[RateTrial, ...] = ()
     rate, is_out_of_time = math.nan if lr is None else lr, False
-    if goes_on:
+    if path is not None and path.exists():
         rate = 0.0  # the file has its own
     elif before.loss == 0.0:
         rate = math.nan  # nothing is left to learn
-    elif lr is None:
-        rates = try_rates(training, after_few_steps, RATES, a_step, progress)
-        if training.is_normed and rates and not rates[-1].is_taken:
-            training = replace(training, is_normed=False)
-            rates = try_rates(training, after_few_steps, RATES, a_step, progress) or rates
-        rate = next((each.lr for each in rates if each.is_taken), math.nan)
-        is_out_of_time = math.isnan(rate) and bool(rates) and rates[-1].lr > min(RATES)
-    elif training.is_normed:
-        found = try_rates(training, after_few_steps, [lr], a_step, progress)
-        training = replace(training, is_normed=not found or found[0].is_taken)
+    else:
+        if is_normed and clock.left > 0.0:
+            # Networks trained with fixed statistics, or on other images, break by the statistics of the batches.
+            is_kept = after_few_steps(training.student()) <= MOST_LOST * training.first
+            training = replace(training, is_normed=is_kept)
+        if lr is None:
+            rates = try_rates(training, after_few_steps, RATES, progress)
+            if training.is_normed and rates and not rates[-1].is_taken:
+                training = replace(training, is_normed=False)
+                rates = try_rates(training, after_few_steps, RATES, progress) or rates
+            rate = next((each.lr for each in rates if each.is_taken), math.nan)
+            is_out_of_time = math.isnan(rate) and bool(rates) and rates[-1].lr > min(RATES)
+        elif training.is_normed:
+            found = try_rates(training, after_few_steps, [lr], progress)
+            training = replace(training, is_normed=not found or found[0].is_taken)
 
-    kind = {
-        "steps": most_steps,
-        "seconds": seconds,
-        "batch_size": batch_size,
-        "lr": lr,
-        "blend": blend,
-        "warmup": warmup,
-        "blocks": blocks,
-        "precision": precision,
-        "temperature": temperature,
-        "objective": lesson.kind,
-        "seed": seed,
-        "images": sum(counts),
-    }
-    if state is not None:  # the same images in the same order: which are held out depends on it
-        of_images = " ".join(digest([("", each)])[:_SHOWN] for each in tensors_of(pool))
-        kind |= {**hashes, "the same images in the same order, hash": of_images}
-    after, is_kept, taken, curve = before, False, 0, tuple[Look, ...]()
-    weights_of, gains_nothing = 0, False
+    def judged(net: nn.Module, is_normed: bool) -> tuple[nn.Module, Judgement]:
+        """Return what was learned, with the better statistics of batch norms, and how it is judged."""
+        if processes is not None:  # on processors of other kinds the same steps end in other last digits
+            processes.agree(list(named_tensors(net).values()), "the learned weights")
+        found = lesson.judge(net, held)
+        if is_normed and math.isfinite(found.loss):
+            # Views and blends differ from the images that will come. Statistics of the images as they are may be better
+            # or worse than the statistics of the steps: the held-out images decide.
+            measured = recalibrate_batch_norm(net, lesson.plain(net, learned))
+            judged_again = lesson.judge(measured, held)
+            if judged_again.loss < found.loss:
+                return measured, judged_again
+        return net, found
+
+    after, taken, weights_of, curve = before, 0, 0, tuple[Look, ...]()
     if not math.isnan(rate):
-        course = Course(training, rate, warmup=warmup, kind=kind, path=state, every=state_seconds, rates=rates)
-        course.run(progress, keeps_best=True)
+        kind = {
+            "steps": most_steps,
+            "seconds": seconds,
+            "batch_size": batch_size,
+            "lr": lr,
+            "blend": blend,
+            "blocks": blocks,
+            "precision": precision,
+            "temperature": temperature,
+            "objective": lesson.kind,
+            "seed": seed,
+            "images": sum(counts),
+        }
+        if path is not None:  # the same images in the same order: which are held out depends on it
+            of_images = " ".join(digest([("", each)])[:_SHOWN] for each in tensors_of(pool))
+            kind |= {**hashes, "the same images in the same order, hash": of_images}
+        course = Course(training, rate, kind=kind, path=path, rates=rates)
+        course.run(progress)
         is_out_of_time = course.is_out_of_time or clock.left <= 0.0
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
-        gains_nothing = course.gains_nothing
-        if course.is_given_up and not gains_nothing:
-            _logger.info(
-                "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown",
-                rate,
-                taken,
-                most_steps,
-            )
-
-        def judged(learned_student: nn.Module) -> tuple[nn.Module, Judgement]:
-            """Return what was learned, with the better statistics of batch norms, and how it is judged."""
-            if processes is not None:  # on processors of other kinds the same steps end in other last digits
-                processes.agree(list(named_tensors(learned_student).values()), "the learned weights")
-            found = lesson.judge(learned_student, held)
-            if course.is_normed and math.isfinite(found.loss):
-                # Views and blends differ from the images that will come. Statistics of the images as they are may be
-                # better or worse than the statistics of the steps: the held-out images decide.
-                measured = recalibrate_batch_norm(learned_student, lesson.plain(learned_student, learned))
-                judged_again = lesson.judge(measured, held)
-                if judged_again.loss < found.loss:
-                    return measured, judged_again
-            return learned_student, found
-
+        if course.is_given_up:
+            told = "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown"
+            _logger.info(told, rate, taken, most_steps)
         if taken:
-            student, after = judged(course.student)
+            student, after = judged(course.student, course.is_normed)
             weights_of = taken
-            is_time = seconds is None or seconds - clock.spent > clock.seconds_of_judging(clock.judged_at_end)
-            if not is_better(after, before) and course.best and is_time:
+            if not is_better(after, before) and course.best and (seconds is None or clock.left > 0.0):
                 course.student.load_state_dict(course.best)
-                earlier, then = judged(course.student)
+                earlier, then = judged(course.student, course.is_normed)
                 if is_better(then, before):
                     student, after, weights_of = earlier, then, course.best_step
-        is_kept = is_better(after, before)
+    is_kept = is_better(after, before)
     result = detached_copy(dense)
     if is_kept:
         learned_values = named_tensors(student)
@@ -479,6 +434,9 @@ def distillation(
             for name, tensor in named_tensors(result).items():
                 tensor.copy_(learned_values[name])
         hand_on_report(dense, result, "distilled (nni_topo.distill)")
+        if processes is None:
+            is_learned = torch.ones(counts[0], dtype=torch.bool) if held_out is not None else ~is_held
+            tell_solved_on(result, itertools.compress(given[0].digests, is_learned.tolist()))
     done = Distillation(
         model=result,
         objective=lesson.kind,
@@ -500,12 +458,8 @@ def distillation(
         solved_on=was_solved_on,
         is_out_of_time=is_out_of_time,
         weights_of=weights_of if is_kept else 0,
-        gains_nothing=gains_nothing,
         outputs=lesson.named,
     )
-    if is_kept and processes is None:
-        is_learned = torch.ones(counts[0], dtype=torch.bool) if held_out is not None else ~is_held
-        tell_solved_on(result, itertools.compress(given[0].digests, is_learned.tolist()))
     if (not is_kept or was_solved_on) and done.verdict.has_anything_to_learn:
         _logger.warning("%s", done.verdict)
     return done
@@ -550,8 +504,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     seconds : float, optional
         Limit of wall time, above 0, for the whole call. No step begins that wouldn't end in time; comparing both
         networks before the first step takes what it takes. With a limit that binds, the result depends on the machine's
-        speed. Without one a message before the first step says how long the call takes at most, a warning where that is
-        more than ten minutes.
+        speed.
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
@@ -560,8 +513,6 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         zero. The first one is taken after which the loss on the held-out images is at most twice what it was, and
         has grown by at most a quarter of what it differed from the loss of a network that always gives the same answer.
         If there is none, the result is a copy of ``dense``.
-    warmup : float, default=0.1
-        Share of the steps, in [0, 1), in which the rate rises from zero to ``lr``.
     outputs : callable, optional
         What counts of a model's output, where that is only a part or a function of it, e.g. a pooled embedding. It gets
         what the model returned, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or
@@ -584,11 +535,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``original`` in half precision, as they are. On a CPU it is for linear layers: convolutions and attention stay
         in single precision. It saves time on processors with bfloat16 instructions, for transformers.
     state : str or Path, optional
-        File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
+        File that gets the state every half minute and at the end. If it is there, learning goes on from it, to
         the same result on one machine; of a finished one no step is left. It is tied to the values of both networks and
         the images, and to the knobs.
-    state_seconds : float, default=30
-        Seconds of learning from one state to the next, at least 0, which means after every step.
     seed : int, default=0
         For the order of the images; and of PyTorch's generators for ``augment``.
     progress : bool or None, default=None
@@ -626,12 +575,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
     Notes
     -----
-    The rate falls in a line to zero in the last two fifths of the steps, or from where the loss on the held-out images
-    makes no more progress: it is looked at 25 times, on 256 of them at most, and the mean of four looks has to be 2 %
-    below that of the four before. The steps are given up where the loss is twenty times the first one after a tenth of
-    them, ten times after a fifth, or five times at half. They also end after a fifth where no look has found a smaller
-    loss than the first, and where it is still one and a half times the first after the rate has fallen to zero in half
-    as many steps.
+    The rate rises in the first tenth of the steps. It falls in a line to zero in the last two fifths, or from where the
+    loss on the held-out images makes no more progress: it is looked at 25 times, on 256 images at most, and the mean of
+    four looks has to be 2 % below that of the four before. The steps are given up where, after a tenth of them, two
+    looks in turn find twenty times the first loss.
 
     With at least 256 images to learn from, batch norms take their statistics from the batches. In the end they keep
     these, or get those of all images as they are, whichever gives the smaller loss on the held-out images. Dropout is

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -233,7 +232,7 @@ class Lesson:
                 distances = mean_distances(found, wanted, self._scales)
                 rows = zip(self._losses(found, wanted, distances), distances, found, wanted, strict=True)
                 for row, (loss, distance, mine, theirs) in zip(sums, rows, strict=True):
-                    count = self._entries(mine)
+                    count = mine[..., 0].numel()  # samples, or positions of all samples
                     agreed = float((mine.argmax(-1) == theirs.argmax(-1)).sum())
                     found_here = [count * float(loss), count * float(distance), count, agreed]
                     row += torch.tensor(found_here, dtype=torch.float64, device="cpu")
@@ -331,14 +330,10 @@ class Lesson:
         if self._shares.processes is not None:
             own = torch.zeros(self._count, dtype=torch.float64, device="cpu")
             for place, each in enumerate(found):
-                own[place] = self._entries(each)
+                own[place] = each[..., 0].numel()
             of_all = self._shares.add(own, "the entries of a batch")
             losses = [each * share for each, share in zip(losses, (own / of_all).tolist(), strict=False)]
         return torch.stack(losses).mean() if losses else torch.zeros((), device=self._place[0], dtype=self._place[1])
-
-    def _entries(self, found: Tensor) -> int:
-        """Return the number of samples, or of positions of all samples, of an output."""
-        return found[..., 0].numel()
 
     def _mean(self, rows: Tensor) -> Tensor:
         """Return the mean (...) of rows (n, ...), over all processes that share the images."""
@@ -348,20 +343,10 @@ class Lesson:
         count = self._shares.add(torch.tensor(float(len(rows)), device=rows.device), "a mean answer")
         return (total / count).to(rows)
 
-    def batches(
-        self,
-        index: Tensor,
-        size: int,
-        seed: int,
-        augment: Augment | None,
-        blend: bool,
-        allows: Callable[[float], bool] = lambda seconds: True,
-    ) -> Batches:
+    def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None, blend: bool) -> Batches:
         """Yield batches of some of the images, epoch after epoch, with the unpruned network's outputs for them.
 
-        With a loss of the blocks no outputs are yielded: the unpruned network runs on each batch. A new view of the
-        images costs a pass of the unpruned network. It is made only if `allows` returns True for the seconds that this
-        takes; otherwise an earlier view is used again.
+        With a loss of the blocks no outputs are yielded: the unpruned network runs on each batch.
         """
         generator = torch.Generator().manual_seed(seed)
         own, is_mine = self._shares.own(index), self._shares.mine(index)
@@ -369,8 +354,6 @@ class Lesson:
         plain, views = taken(self._pool, own), self._views
         for turn in itertools.count():
             view = 0 if augment is None and not blend else turn % VIEWS
-            if view and view not in views and not allows(self._answers.seconds_of_one * len(own)):
-                view = [0, *views][turn % (1 + len(views))]
             # Views are drawn anew from their seeds, so that only one is in memory.
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
             call = _blended(call, seed + view) if blend and view else call
@@ -385,10 +368,6 @@ class Lesson:
                 else:
                     wanted = self._answers(self._pool, own[mine], self.precision)
                 yield taken(call, mine), wanted
-
-    def seconds_of_answers(self, samples: int) -> float:
-        """Return the seconds that the unpruned network needs for so many samples."""
-        return self._answers.seconds_of_one * samples
 
     def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
         """Return batches of some of the images as they are, for the student."""
@@ -436,19 +415,12 @@ class _LazyOutputs:
         self._is_known = torch.zeros(count, dtype=torch.bool, device="cpu")
         self._values: list[Tensor] = []
         self._is_kept = True
-        self._seconds, self._asked = 0.0, 0
-
-    @property
-    def seconds_of_one(self) -> float:
-        """Seconds for one image, as measured so far."""
-        return self._seconds / max(self._asked, 1)
 
     def __call__(self, call: Call, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
         """Return the outputs for some images of a call; unknown ones are computed in the given precision."""
-        began = time.perf_counter()
         unknown = index[~self._is_known[index]].unique() if self._is_kept else index[:0]
         for part in _together(unknown) if len(unknown) else ():
-            found = self._asked_about(call, part, precision)
+            found = self._ask(taken(call, part), precision)
             if not self._values:
                 count = len(self._is_known)
                 needed = sum(count * each[:1].nbytes for each in found)  # for all images
@@ -460,16 +432,9 @@ class _LazyOutputs:
                 kept[part.to(kept.device)] = each
             self._is_known[part] = True
         if self._is_kept or not len(index):
-            answers = [each[index.to(each.device)] for each in self._values]
-        else:
-            parts = [self._asked_about(call, part, precision) for part in _together(index)]
-            answers = [torch.cat(each) for each in zip(*parts, strict=True)]
-        self._seconds += time.perf_counter() - began
-        return answers
-
-    def _asked_about(self, call: Call, index: Tensor, precision: Precision) -> list[Tensor]:
-        self._asked += len(index)
-        return self._ask(taken(call, index), precision)
+            return [each[index.to(each.device)] for each in self._values]
+        parts = [self._ask(taken(call, part), precision) for part in _together(index)]
+        return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
 def student_of(dense: nn.Module, pool: Call) -> nn.Module:

@@ -367,12 +367,10 @@ def test_a_rate_that_breaks_a_block_is_not_tried_on_the_next(values, monkeypatch
     assert [step.lr for step in steps] == [rate] * 2
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_blocks_after_one_that_can_not_learn_do(values, monkeypatch, caplog, precision):
+def test_blocks_after_one_that_can_not_learn_do(values, monkeypatch, caplog):
     monkeypatch.setattr("nni_topo.recovery.block._TOGETHER", 1)
     model = Deep(3, has_end=True).eval()
-    steps = learned(compensation(model, halved(model), values[:2], method=Block(steps=1, lr=1e-3, precision=precision)))
+    steps = learned(compensation(model, halved(model), values[:2], method=Block(steps=1, lr=1e-3)))
     assert [step.layer for step in steps] == ["layers.2, layers.3", "layers.4, layers.5"]
     (message,) = (each for each in caplog.messages if "can't learn" in each)
     assert message.startswith("layers.0, layers.1 can't learn")
-    assert message.endswith(" (precision='bfloat16')") is (precision == "bfloat16")

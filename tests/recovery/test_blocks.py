@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -41,15 +40,6 @@ def test_blocks_that_add_a_constant_go_into_the_layer_before_them():
     assert len(small.blocks) == 3
     assert lost(model, small) < 1e-6
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_at_the_beginning_nothing_makes_up_for_a_block(caplog):
-    model = make()
-    with caplog.at_level(logging.WARNING):
-        small = remove_blocks(model, ["blocks.0"], [images()])
-    assert "nothing makes up" in caplog.text
-    assert len(small.blocks) == 4
-    assert torch.equal(small.blocks[1].mlp.fc2.weight, model.blocks[2].mlp.fc2.weight)
 
 
 def test_a_norm_after_the_sum_becomes_that_of_the_removed_block():

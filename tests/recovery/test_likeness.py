@@ -198,14 +198,6 @@ def test_the_report_has_held_out_figures_and_says_where_they_are_far_from_those_
     assert many.stages[-1].distance_low < many.stages[-1].calibration_distance < many.stages[-1].distance_high
 
 
-def test_images_that_are_too_few_to_hold_any_out_are_told():
-    report = nni_topo.shrink(toy_model().eval(), [toy_images(7)], {"flops": 0.5}, distill=False).report
-    assert (report.images, report.held_out) == (7, 0)
-    assert "none of 7 samples could be held out" in report.warnings[0]
-    last = report.stages[-1]
-    assert last.distance == last.calibration_distance
-
-
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [

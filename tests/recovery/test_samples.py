@@ -215,15 +215,3 @@ def test_rows_of_a_transposed_convolution_called_for_a_size_are_those_of_this_si
     weight = by_output(layer.weight.detach(), layer).flatten(1)
     y = output_rows(layer, outputs, torch.arange(6)[None], positions)
     torch.testing.assert_close(x @ weight.T + layer.bias.detach(), y)
-
-
-@pytest.mark.parametrize(("count", "wanted"), [(9, 1), (9, 4), (9, 8), (1000, 7), (5, 5), (5, 50)])
-def test_positions_are_distinct_inside_and_spread(count, wanted):
-    positions = draw_positions(count, 40, wanted, torch.Generator().manual_seed(0))
-    assert positions.shape == (40, min(count, wanted))
-    assert int(positions.min()) >= 0
-    assert int(positions.max()) < count
-    if positions.shape[1] > 1:
-        assert bool((positions.diff(dim=1) > 0).all())
-    if count < 10:
-        assert set(positions.flatten().tolist()) == set(range(count))
