@@ -11,8 +11,7 @@ import torch
 from bench_modules import BENCHMARKS, imported
 from torch import nn
 
-from nni_topo.errors import ConfigError
-from nni_topo.testing import STRUCTURED_CHECKS, toy_images, toy_model
+from nni_topo.testing import STRUCTURED_CHECKS, toy_images
 
 with imported(BENCHMARKS, "published_pruners.filter_betti") as filter_betti:
     FilterBettiPruner, betti_numbers = filter_betti.FilterBettiPruner, filter_betti.betti_numbers
@@ -20,11 +19,6 @@ with imported(BENCHMARKS, "published_pruners.obce") as obce:
     ObcePruner, merge_distance = obce.ObcePruner, obce.merge_distance
 with imported(BENCHMARKS, "published_pruners.topology_hole") as topology_hole:
     TopologyHolePruner, count_holes = topology_hole.TopologyHolePruner, topology_hole.count_holes
-
-PRUNERS = {
-    "TopologyHole": TopologyHolePruner,
-    "OBCE": ObcePruner,
-}
 
 
 def drawn(*rows: str) -> np.ndarray:
@@ -36,7 +30,6 @@ def drawn(*rows: str) -> np.ndarray:
     ("rows", "holes"),
     [
         (("....", "....", "...."), 0),
-        (("####", "####", "####"), 0),
         (("###", "#.#", "###"), 1),
         # active places touch by their corners: the hole is closed
         ((".#.", "#.#", ".#."), 1),
@@ -46,7 +39,6 @@ def drawn(*rows: str) -> np.ndarray:
         (("#.#", "#.#", "###"), 0),
         # a hole in an island in a hole
         (("#####", "#...#", "#.#.#", "#...#", "#####"), 1),
-        (("#######", "#.....#", "#.###.#", "#.#.#.#", "#.###.#", "#.....#", "#######"), 2),
         (("#####", "#.#.#", "#####"), 2),
     ],
 )
@@ -66,17 +58,6 @@ def test_holes_are_the_first_betti_number_of_gudhis_cubical_complex():
             complex_.compute_persistence()
             loops = complex_.persistence_intervals_in_dimension(1)
             assert sum(birth <= 0.5 < death for birth, death in loops) == holes
-
-
-def test_betti_numbers_of_a_square_and_a_far_point_are_those_by_hand():
-    # sides of 1 and diagonals of 1.41; the fifth point is far from all
-    points = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [9.0, 0.0]])
-    assert betti_numbers(points, 0.9) == (5, 0)
-    assert betti_numbers(points, 1.1) == (2, 1)
-    assert betti_numbers(points, 1.5) == (2, 0)
-    assert betti_numbers(points, 20.0) == (1, 0)
-    assert betti_numbers(np.zeros((4, 3)), 0.0) == (1, 0)
-    assert betti_numbers(np.array([[0.0], [1.0], [3.0]]), 1.0) == (2, 0)
 
 
 def test_betti_numbers_are_gudhis():
@@ -143,13 +124,6 @@ def test_topology_hole_averages_over_images_and_reads_maps_after_the_batch_norm(
     assert kept_filters(TopologyHolePruner(model.eval(), CONFIG, calibration=batches)) == [1, 2, 3]
 
 
-def test_topology_hole_ranks_layers_without_maps_by_the_l1_norm():
-    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
-    with torch.no_grad():
-        model[0].weight[:] = torch.tensor([[1.0, 1.0], [0.1, -0.1], [-3.0, 0.0], [0.0, 0.5]])
-    assert kept_filters(TopologyHolePruner(model, CONFIG, calibration=[torch.randn(4, 2)])) == [0, 2, 3]
-
-
 def test_betti_numbers_remove_the_filter_that_tears_the_data_apart():
     # Two groups of images far apart. The second filter is silent on all but one, which is a point and a far point;
     # the first spreads all images evenly: at half their mean distance they fall into single points.
@@ -170,12 +144,7 @@ def test_obce_removes_the_neuron_whose_outputs_merge_first():
 
 
 @pytest.mark.parametrize("check", STRUCTURED_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", ["TopologyHole", "OBCE"])
+@pytest.mark.parametrize("kind", [TopologyHolePruner, ObcePruner])
 @pytest.mark.quick_every(12)
-def test_they_keep_what_every_pruner_promises(name, check):
-    check(functools.partial(PRUNERS[name], calibration=[toy_images()]))
-
-
-def test_without_data_they_are_refused():
-    with pytest.raises(ConfigError, match="needs calibration data or an evaluator"):
-        ObcePruner(toy_model(), [{"op_names": ["stem"], "sparse_ratio": 0.5}])
+def test_they_keep_what_every_pruner_promises(kind, check):
+    check(functools.partial(kind, calibration=[toy_images()]))

@@ -1,0 +1,319 @@
+"""What scripts of the benchmarks compute themselves, by hand: selections, recoveries, splits and tables."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import re
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from bench_modules import BENCHMARKS, imported
+from every_sample import compensate, compensation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from nni_topo import masked_model, zoo
+from nni_topo.clustering import Growth, grow
+from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
+from nni_topo.pruners.reconstruction.pruner import ReconstructionPruner
+from nni_topo.pruners.registry import pruner_info
+from nni_topo.recovery.registry import RECOVERIES
+from nni_topo.studies.plan import load_plan
+from nni_topo.testing import toy_images
+
+PROJECT = Path(__file__).parents[1]
+MANY = 1000
+
+
+@functools.cache
+def bench(folder: str, name: str) -> ModuleType:
+    """A module of a folder of ``benchmarks/``."""
+    with imported(BENCHMARKS / folder, name) as module:
+        return module
+
+
+# The recovery method "ahead", which registers itself
+
+
+class Saturated(nn.Module):
+    """A layer whose outputs are read over a sigmoid."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 3)
+
+    def forward(self, values):
+        return self.third(torch.sigmoid(self.second(self.first(values))))
+
+
+def test_kept_channels_that_know_all_are_solved_for_the_output(monkeypatch):
+    monkeypatch.setattr(RECOVERIES, "table", dict(RECOVERIES.table))
+    torch.manual_seed(0)
+    model = Saturated().double().eval()
+    with torch.no_grad():
+        model.first.weight[4:] = -2 * model.first.weight[:4]
+        model.first.bias[4:] = -2 * model.first.bias[:4]
+    mask = (torch.arange(8) < 4).double()[:, None].expand(8, 6)
+    masks, batches = {"first": {"weight": mask}}, torch.randn(256, 6, dtype=torch.float64).split(64)
+    with imported(BENCHMARKS / "recovery", "ahead"):
+        found = compensation(model, masks, batches, method="ahead", ridge=1e-2)
+    closed = compensate(model, masks, batches, ridge=1e-2)  # the ridge leaves an error
+    inputs = torch.cat(batches)
+    with torch.no_grad():
+        left, before = (
+            float((masked_model(net, inputs, masks)(inputs) - model(inputs)).square().mean())
+            for net in (found.model, closed)
+        )
+    assert left < 0.05 * before
+    assert found.report.layers[-1].error_after < 1e-6
+
+
+# Exchanges behind forward selection
+
+
+def readers(seed, channels, kinds):
+    """Sums or samples of columns that are alike, and targets: selection takes some that it would give back."""
+    found = []
+    for place, (kind, block, outputs) in enumerate(kinds):
+        rng, samples = np.random.default_rng(seed + place), 9 if kind is SampleMatrix else 60
+        columns = rng.normal(size=(samples, channels * block)) @ rng.normal(size=(channels * block,) * 2)
+        targets = columns @ rng.normal(size=(channels * block, outputs)) + rng.normal(size=(samples, outputs))
+        targets /= np.linalg.norm(targets)
+        ridge = 1e-4 * np.square(columns).sum(0)
+        if kind is SampleMatrix:
+            found.append(SampleMatrix(np.ascontiguousarray(columns.T), targets, ridge, block))
+        else:
+            found.append(Products(columns.T @ columns + np.diag(ridge), columns.T @ targets, block))
+    return found
+
+
+def left(layers, chosen):
+    """Squared errors of the ridge solutions from some channels, less what no channel changes, by lstsq."""
+    total = 0.0
+    for layer in layers:
+        own = np.concatenate([np.arange(layer.block) + channel * layer.block for channel in chosen])
+        solution = np.linalg.lstsq(layer.gram[np.ix_(own, own)], layer.cross[own], rcond=None)[0]
+        total -= float((solution * layer.cross[own]).sum())
+    return total
+
+
+def swapped(chosen, channels, parts=1):
+    """All sets that one exchange leads to."""
+    size = channels // parts
+    others = sorted(set(range(channels)) - set(chosen))
+    return [
+        [new if each == old else each for each in chosen]
+        for new, old in itertools.product(others, chosen)
+        if new // size == old // size
+    ]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    kinds=st.lists(
+        st.tuples(st.sampled_from([Products, SampleMatrix]), st.integers(1, 3), st.integers(1, 12)),
+        min_size=1,
+        max_size=3,
+    ),
+    parts=st.sampled_from([1, 2]),
+)
+def test_each_exchange_is_the_best_of_all_pairs(seed, kinds, parts):
+    exchange = bench("", "exchange").exchange
+    layers = readers(seed, 8, kinds)
+    chosen = forward_selection(layers, 4, parts)[0].tolist()
+    for _ in range(6):
+        before = left(layers, chosen)
+        best = min(left(layers, each) for each in swapped(chosen, 8, parts))
+        after, taken = exchange(layers, chosen, 1, parts)
+        if not len(taken):
+            assert before - best <= 2e-5 * abs(before)
+            np.testing.assert_array_equal(after, chosen)
+            return
+        assert left(layers, after) == pytest.approx(best, abs=2e-6 * abs(before))
+        assert before - left(layers, after) == pytest.approx(taken[0], rel=1e-4, abs=1e-7 * abs(before))
+        chosen = after.tolist()
+
+
+def wide():
+    """Many channels that are alike, so that forward selection takes some that it would give back."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU()),
+        *(nn.Conv2d(24, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
+    ).eval()
+
+
+def test_the_pruner_exchanges_as_often_as_it_is_told():
+    exchanging = bench("", "exchange").ExchangePruner
+
+    def masks(kind, **knobs):
+        pruner = kind(wide(), [{"op_names": ["0", "3"], "sparse_ratio": 0.75}], calibration=[toy_images(32)], **knobs)
+        found = pruner.compress()[1]
+        return [found[name]["bias"] for name in ("0", "3")]
+
+    plain, none = masks(ReconstructionPruner), masks(exchanging, swaps=0)
+    one, many = (masks(exchanging, swaps=count) for count in (1, MANY))
+    assert all(map(torch.equal, plain, none))
+    assert {int((mine != theirs).sum()) for mine, theirs in zip(plain, one, strict=True)} <= {0, 2}
+    assert [int(each.sum()) for each in many] == [6, 4]
+    assert not all(map(torch.equal, plain, many))
+
+
+# Rounding, loops of a network, sub-clustering
+
+
+def test_weights_are_rounded_to_multiples_of_the_rows_step():
+    rounded = importlib.import_module("benchmarks.clustering.bench_quantised").rounded_rows
+    # three bits: steps of a third of the row's largest weight
+    weight = torch.tensor([[3.0, -1.4, 1.6, 0.4], [0.0, 0.0, 0.0, 0.0], [-0.6, 0.2, 0.31, -0.09]])
+    wanted = torch.tensor([[3.0, -1.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0], [-0.6, 0.2, 0.4, 0.0]])
+    torch.testing.assert_close(rounded(weight, 3), wanted)
+    # two bits: -1, 0 and 1 times the largest
+    assert rounded(torch.tensor([[[[2.0, -1.5], [0.9, 0.0]]]]), 2).tolist() == [[[[2.0, -2.0], [0.0, 0.0]]]]
+
+
+def test_loops_and_largest_weights_of_a_network_by_hand():
+    topology = importlib.import_module("benchmarks.trees.bench_network_topology")
+    # born with the weight 0.8, filled when the output reads the second hidden neuron with 0.5
+    filled = [np.array([[1.0, 0.9], [0.9, 0.8]]), np.array([[1.0, 0.5]])]
+    assert topology.loops(filled) == {"filled": 1.0, "sum": pytest.approx(0.3), "open": 0.0}
+    # alone, the layer's loop is never filled
+    assert topology.loops(filled[:1]) == {"filled": 0.0, "sum": 0.0, "open": 1.0}
+    masks = topology.largest_weights([np.array([[1.0, -5.0], [3.0, 0.0]]), np.array([[4.0, -3.0]])], 3)
+    assert [mask.tolist() for mask in masks] == [[[False, True], [True, False]], [[True, False]]]
+
+
+@pytest.mark.parametrize("reading", ["scott", "10"])
+def test_a_cut_tree_is_what_grows_to_the_threshold(reading):
+    rules = bench("clustering", "subcluster_rules")
+    generator = np.random.default_rng(0)
+    points = np.maximum(generator.normal(size=(50, 4)) @ generator.normal(size=(4, 60)), 0.0)
+    covariance = np.cov(points, bias=True)
+    layer = rules.GrownLayer(points, covariance, 12, 0.3, 0)
+    tree = grow(points, covariance, 12, Growth(bins=rules.READINGS[reading].bins), energy=0.3, seed=0)
+    assert layer.kept(rules.READINGS[reading]) == (len(tree.leaves), tree.depth)
+
+
+def test_what_the_page_on_the_sources_says_the_nodes_leave():
+    rules = bench("clustering", "subcluster_rules")
+    page = (PROJECT / "docs" / "sources.md").read_text(encoding="utf-8")
+    sizes = {
+        "lenet300": (1, 28),
+        "lenet5": (1, 32),
+        "lenet5_like": (1, 28),
+        "cnn12": (3, 32),
+        "vgg16_modified": (3, 32),
+    }
+    found = {}
+    for net, (channels, size) in sizes.items():
+        model = zoo.create_model(net, num_classes=10, in_channels=channels, image_size=size)
+        layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)][:-1]
+        if net == "lenet5":
+            layers.remove("classifier.fc1")
+        found[net] = f"{100 * rules.removed_by_source(net, model, layers):.1f} %"
+    report = bench("clustering", "subcluster_report")
+    assert {net: f"{share} %" for net, share in report.TEXT_NODES_REMOVE.items()} == found
+    assert found["lenet300"] in page
+    assert found["lenet5"] in page
+    for net, name in (("lenet5_like", "LeNet-5-like"), ("cnn12", "12-layer CNN"), ("vgg16_modified", "VGG-16 to the")):
+        (row,) = (line for line in page.splitlines() if re.search(rf"\| {name}.*removed", line))
+        assert f"{found[net]} removed" in row, net
+
+
+# The BERT tutorial
+
+
+@pytest.mark.slow
+def test_a_tiny_bert_loses_heads_and_neurons_and_weights_are_reconstructed():
+    pytest.importorskip("transformers")
+    bert = importlib.import_module("benchmarks.transformers.bench_bert")
+    model = bert.random_bert(vocab_size=31, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2)
+    tokens = bert.random_tokens(64, 8, most=31)
+    found = bert.measure(model, [{key: part[at : at + 32] for key, part in tokens.items()} for at in (0, 32)])
+    # Of each layer half of four matrices of 32 x 32, three of them with a bias, and three quarters of the MLP's.
+    gone = 2 * (2 * 32 * 32 + 3 * 16 + 36 * (2 * 32 + 1))
+    first, then = found["heads and neurons"], found["width"]
+    assert found["parameters"] - first["weight reconstruction, parameters"] == gone
+    assert first["weight reconstruction, lost"] < 0.5 * first["no recovery, lost"]
+    assert first["weight reconstruction, lost"] < then["weight reconstruction, lost"] < then["no recovery, lost"]
+    macs = [each["macs"] for each in bert.times(model, tokens["input_ids"]).values()]
+    assert 1 > macs[0] > macs[1] > macs[2] > 0
+
+
+# The comparison on networks that chose no default
+
+
+def record(pruner, seed, tested, validated):
+    step = {"accuracy_compensated": tested, "validation_compensated": validated}
+    costs = {"flops": 1.0, "flops_before": 2.0, "params": 1.0, "params_before": 2.0, "accuracy_before": 0.9}
+    cell = {"model": "ResNet-20", "data": "", "pruner": pruner, "seed": seed, "target": "10 % of the MACs left"}
+    return {**costs, **step, **cell, "pruner_name": pruner.split(",")[0]}
+
+
+def test_the_split_is_even_and_takes_no_image_that_a_default_was_chosen_on():
+    labels = np.repeat(np.arange(10), 6000)
+    train, test = bench("fresh_networks", "split").split(labels)
+    assert not set(train) & set(test)
+    assert np.bincount(labels[test]).tolist() == [500] * 10
+    assert np.bincount(labels[train]).tolist() == [2_500] * 10
+
+
+def test_holm_is_that_of_its_definition():
+    # sorted 0.001, 0.012, 0.04, 0.04, 0.2 times 5, 4, 3, 2, 1, and never below the one before
+    found = bench("fresh_networks", "report").holm([0.001, 0.2, 0.012, 0.04, 0.04])
+    assert found == pytest.approx([0.005, 0.2, 0.048, 0.12, 0.12])
+
+
+def test_the_best_baseline_is_the_best_on_validation_images():
+    tested = {"l1": (0.9,) * 3, "fpgm": (0.7,) * 3, "reconstruction": (0.72, 0.74, 0.79)}
+    rows = {
+        name: {seed: record(name, seed, value, 0.5 if name == "l1" else 0.6) for seed, value in enumerate(values)}
+        for name, values in tested.items()
+    }
+    found = bench("fresh_networks", "report").compared(rows, "reconstruction", "accuracy_compensated")
+    assert (found.baseline, found.networks) == ("fpgm", 3)
+    assert (found.ours, found.theirs) == pytest.approx((75.0, 70.0))
+    assert found.p == pytest.approx(stats.ttest_rel(tested["reconstruction"], tested["fpgm"]).pvalue)
+
+
+def test_cells_that_were_not_run_count_and_outcomes_follow_the_corrected_p():
+    tables = bench("fresh_networks", "report").tables
+    records = []
+    for seed in range(5):
+        records.append(record("l1", seed, 0.7, 0.7))
+        records.append(record("reconstruction", seed, 0.75 + 0.001 * seed, 0.7))
+        records.append(record("topological, functional", seed, 0.65 + 0.001 * seed, 0.7))
+    primary = tables(records).split("### Differences")[0]
+    assert primary.count("not run") == 8
+    assert "| ResNet-20 | reconstruction | l1 | win | 5 | 75.2 | 70.0 | +5.2 ± 0.2 |" in primary
+    assert "| ResNet-20 | topological, functional | l1 | loss | 5 | 65.2 | 70.0 | -4.8 ± 0.2 |" in primary
+    # before all networks have run the page says neither an outcome nor a figure
+    some = tables([each for each in records if each["seed"] < 4])
+    assert "| ResNet-20 | reconstruction |  | open: 4 of 5 networks |  |  |  |  |  |  |" in some
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "fresh_networks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_plans_follow_the_protocol(path):
+    report, plan = bench("fresh_networks", "report"), load_plan(path)
+    assert path.stem in report.NETWORKS
+    assert (plan.seeds, plan.first_seed) == (5, 100)
+    assert [target.value for target in plan.targets] == [0.5, 0.25, 0.1, 0.03]
+    rows = (*report.CRITERIA, *report.PUBLISHED)
+    images = {pruner.calibration for pruner in plan.pruners if pruner.row in rows}
+    assert images == {plan.compensate.images} == {plan.distill.images}
+    named = {pruner.row: pruner.name for pruner in plan.pruners if ":" in pruner.name}
+    assert set(named) <= set(report.PUBLISHED)
+    for name in named.values():
+        with imported(BENCHMARKS, name.partition(":")[0]):
+            assert pruner_info(name).knobs()[0] == "calibration"
