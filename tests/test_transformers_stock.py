@@ -121,51 +121,6 @@ def test_a_budget_leaves_blocks_equally_wide(name: str, pruner: str, tmp_path: P
     check_stock(dense, tmp_path)
 
 
-class Checked(transformers.LlamaConfig):
-    """Checks what Transformers 5 checks, in version 4 too."""
-
-    def validate(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"{self.num_attention_heads} heads for a width of {self.hidden_size}")
-
-
-@pytest.mark.slow
-def test_a_budget_keeps_a_number_of_heads_that_the_config_accepts() -> None:
-    torch.manual_seed(0)
-    sizes = {**SIZES, "num_hidden_layers": 3, "num_attention_heads": 8, "hidden_size": 32, "head_dim": 4}
-    model = transformers.LlamaForCausalLM(Checked(**sizes)).eval()
-    texts = [torch.randint(5, 31, (16, 6), generator=torch.Generator().manual_seed(3)) for _ in range(2)]
-    layers = [{"op_names_re": [r".*\.self_attn"], "granularity": "head"}]
-    kept = {}
-    for share in (0.95, 0.8, 0.75):
-        budget = {"params": share, "equal_blocks": True}
-        dense: Any = nni_topo.shrink(model, texts, budget, pruner="l1", layers=layers, distill=False)
-        kept[share] = dense.config.num_attention_heads
-        assert {block.self_attn.q_proj.out_features for block in dense.model.layers} == {4 * kept[share]}
-        dense.config.validate()
-    # Of 8 heads 4, 2 and 1 are accepted beside all: with a few removed all stay.
-    assert kept[0.95] == 8
-    assert kept[0.75] < 8
-    assert set(kept.values()) <= {8, 4, 2, 1}
-
-
-@pytest.mark.slow
-def test_layers_that_share_the_channels_of_an_embedding_are_left_out_and_reconstructed(caplog):
-    """They keep all channels, so that nothing of theirs is masked; what narrower heads put out is solved anew."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=30, max_position_embeddings=8, **sizes)
-    model = transformers.BertForSequenceClassification(config).eval()
-    small = nni_topo.shrink(
-        model, torch.randint(0, 30, (128, 8)).split(32), {"flops": 0.6, "equal_blocks": False}, distill=False
-    )
-    assert any("embeddings" in why for why in small.report.whole.values())
-    assert small.report.compensation is not None
-    assert "masked weight by weight" not in small.report.compensation.left_alone.values()
-    assert "bert.encoder.layer.1.attention.output.dense" in [row.layer for row in small.report.compensation.layers]
-    assert "must agree" not in caplog.text
-
-
 def test_gpt2_as_it_is_stays_whole_and_splits_as_before():
     """Its layers of a class of Transformers' own keep all channels, so the size that the forward splits by stays."""
     model = transformers.GPT2Model(

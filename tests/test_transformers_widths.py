@@ -10,6 +10,7 @@ from transformers_nets import (
     MODELS,
     SIZES,
     TOKENS,
+    generated,
     inputs_of,
     logits,
     transformers,
@@ -55,9 +56,7 @@ def test_the_residual_width_of_decoders_goes_with_their_own_norms(name, tied, tm
     torch.testing.assert_close(logits(dense, inputs), logits(reference, inputs), rtol=1e-5, atol=1e-5)
     assert (dense.model.embed_tokens.embedding_dim, dense.lm_head.in_features) == (12, 12)
     assert (dense.lm_head.weight is dense.model.embed_tokens.weight) == tied
-    start = inputs["input_ids"][:1]
-    texts = [dense.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
-    assert torch.equal(*texts)
+    generated(dense, inputs)
     save(dense, tmp_path / "dense.safetensors")
     assert torch.equal(logits(load(tmp_path / "dense.safetensors", model), inputs), logits(dense, inputs))
     assert [type(each) for each in dense.modules()] == [type(each) for each in model.modules()]

@@ -7,31 +7,19 @@ import copy
 import pytest
 import torch
 
-from nni_topo import (
-    as_torch_layers,
-    create_pruner,
-    dependency_groups,
-)
+from nni_topo import as_torch_layers, create_pruner, dependency_groups
 
 transformers = pytest.importorskip("transformers")
 
 
 SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
 IMAGES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8}
-
-
 RELATIVE = {
     "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 4,
     "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0, "max_position_embeddings": 16,
 }  # fmt: skip
 """DeBERTa's third version: positions are read by the layers of queries and keys."""
-
-
 DISTIL = {"vocab_size": 31, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 4}
-
-
 TOKENS = {f"{kind}_token_id": at for at, kind in enumerate(("pad", "bos", "eos", "cls", "sep"))}
 
 
@@ -104,3 +92,11 @@ def pruned(model, inputs, ratio=0.5):
 def logits(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits
+
+
+def generated(model, inputs):
+    """Five more tokens of the first sample, which have to be the same with and without a cache of keys and values."""
+    start = inputs["input_ids"][:1]
+    texts = [model.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
+    return texts[0]
