@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import nni_topo
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import DataError
 from nni_topo.runs.streaming import shrinking
 
 transformers = pytest.importorskip("transformers")
@@ -92,7 +92,7 @@ def test_the_same_channels_are_kept(device, name, tmp_path):
     assert reports[1].likeness.distance.value == pytest.approx(reports[0].likeness.distance.value, rel=1e-3)
 
 
-@pytest.mark.parametrize("steps", [0, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [0, 40])
 @pytest.mark.slow
 def test_solved_and_learned_weights_are_near(device, steps, source, tmp_path):
     reports = []
@@ -132,20 +132,6 @@ def test_a_stopped_run_goes_on_on_another_device(device, source, tmp_path, monke
         report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **SOLVED, device=then)
         assert len(report.blocks) == 2
         check_close(tmp_path / "whole", target)
-
-
-@pytest.mark.parametrize(
-    ("device", "words"),
-    [
-        ("tpu", r"device must be cpu, cuda or auto, .* got 'tpu'"),
-        (torch.device("cuda:99"), r"device must be cpu, cuda or auto, .* got 'cuda:99'"),
-        (0, r"device must be a str or a device or None, got 0"),
-    ],
-)
-def test_a_device_that_is_not_there_is_told(source, tmp_path, device, words):
-    with pytest.raises(ConfigError, match=words):
-        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **SELECTED, device=device)
-    assert not (tmp_path / "small").exists()
 
 
 @pytest.mark.cuda
