@@ -68,13 +68,6 @@ def test_a_file_that_asks_for_nothing_is_refused_before_anything_is_trained(conf
     assert not out.exists()
 
 
-def test_a_folder_with_files_is_left_alone(checkpoint, tmp_path):
-    (tmp_path / "keep.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="must be new or empty, got 1 entries"):
-        prune_checkpoint(SMALL, checkpoint, load_prune_config(CONFIGS / "prune_l1.yaml"), DIGITS, tmp_path)
-    assert (tmp_path / "keep.txt").read_text() == "mine"
-
-
 def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path):
     config = load_prune_config(CONFIGS / "prune_l1.yaml")
     with pytest.raises(DataError):
@@ -100,30 +93,21 @@ def test_a_pruning_file_may_compensate_distil_and_round_for_any_pruner(checkpoin
 
 
 @pytest.mark.parametrize(
-    ("share", "cap", "round_to", "is_met", "why"),
-    [
-        (0.5, 1.0, "null", True, ""),
-        (0.1, 0.5, "null", False, "all layers to prune are at their max_sparse_ratio"),
-        (0.1, 0.9, 8, False, "layers keep a multiple of 8 channels"),
-    ],
+    ("share", "cap", "why"), [(0.5, 1.0, ""), (0.1, 0.5, "all layers to prune are at their max_sparse_ratio")]
 )
-@pytest.mark.quick_every(2)
-def test_a_record_says_whether_the_dense_network_meets_the_budget(
-    share, cap, round_to, is_met, why, checkpoint, tmp_path
-):
+def test_a_record_says_whether_the_dense_network_meets_the_budget(share, cap, why, checkpoint, tmp_path):
     path = tmp_path / "prune.yaml"
     path.write_text(
         f"pruner: matrix\nconfig_list: [{{op_types: [Conv2d], max_sparse_ratio: {cap}}}]\n"
-        f"knobs: {{budget: {{flops: {share}}}}}\nround_to: {round_to}\n"
+        f"knobs: {{budget: {{flops: {share}}}}}\n"
     )
     record = prune_checkpoint(SMALL, checkpoint, load_prune_config(path), DIGITS, tmp_path / "out")
     found = record["budget"]
-    assert (found["kind"], found["asked"], found["is_met"]) == ("flops", share, is_met)
+    assert (found["kind"], found["asked"], found["is_met"]) == ("flops", share, not why)
     assert found["left"] == pytest.approx(record["flops"] / record["flops_before"])
     assert why in found["why"]
-    assert (found["why"] == "") is (abs(found["left"] - share) <= 0.01)
     row = next(row for row in prune_costs(record) if row[0].startswith("flops kept"))
-    assert row[0].endswith("asked, met)" if is_met else "asked, missed)")
+    assert row[0].endswith("asked, missed)" if why else "asked, met)")
 
 
 def test_the_trees_file_leaves_zeros_that_retraining_keeps(checkpoint, tmp_path):

@@ -62,21 +62,3 @@ def test_docstrings_name_the_defaults_of_the_signatures() -> None:
                     wrong.append(f"{place}: {name} is {default!r}, not {stated}")
     assert not wrong
     assert compared > 200
-
-
-def test_frontier_takes_the_knobs_of_shrink_as_shrink_documents_them() -> None:
-    import nni_topo
-
-    one, several = (inspect.signature(each).parameters for each in (nni_topo.shrink, nni_topo.frontier))
-    own = {"shares", "budget", "pruner"}
-    assert list(several)[:2] == list(one)[:2] == ["model", "images"]
-    for name in several.keys() - own:
-        assert (several[name].default, several[name].annotation) == (one[name].default, one[name].annotation), name
-    assert one.keys() - several.keys() == {"tolerance", "measure", "seconds"}
-    # What they share is described once: in the other docstring a sentence says where.
-    parts = re.split(
-        r"\n    (?=\S)", (inspect.getdoc(nni_topo.frontier) or "").split("\nReturns\n")[0].replace("\n", "\n    ")
-    )
-    told = {name: part for part in parts for name in part.partition("\n")[0].partition(" : ")[0].split(", ")}
-    for name in several.keys() - {"shares"}:
-        assert "nni_topo.shrink" in told[name], name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from nni_topo import compat
+from nni_topo.runs.experiment.manager import free_port
 
 CONFIG = """
 searchSpace:
@@ -43,13 +43,6 @@ def nnictl(home: Path, *arguments: str, **variables: str) -> str:
     return run.stdout
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def trials(port: int) -> list[dict[str, Any]]:
     try:
         with urllib.request.urlopen(f"http://localhost:{port}/api/v1/nni/trial-jobs", timeout=5) as reply:
@@ -69,11 +62,6 @@ def create(home: Path, deadline: float, **variables: str) -> int:
         except AssertionError as error:
             if "Connection refused" not in str(error) or time.monotonic() > deadline:
                 raise
-
-
-@pytest.mark.slow
-def test_version(tmp_path: Path) -> None:
-    assert nnictl(tmp_path, "--version").strip() == "3.0"
 
 
 def status(port: int, host: str) -> int:
@@ -103,6 +91,7 @@ THIS_MACHINE = {"0" * 24 + "01000000", "0100007F"}
 def test_two_trials_on_this_machine(tmp_path: Path, variables: dict[str, str], addresses: set[str]) -> None:
     (tmp_path / "trial.py").write_text("import nni\nnni.report_final_result(nni.get_next_parameter()['x'])\n")
     (tmp_path / "config.yml").write_text(CONFIG.format(python=sys.executable, home=tmp_path / "experiments"))
+    assert nnictl(tmp_path, "--version").strip() == "3.0"
     deadline = time.monotonic() + SECONDS
     port = create(tmp_path, deadline, **variables)
     try:

@@ -36,12 +36,9 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
     return found
 
 
-def test_every_norm_and_attention_of_the_package_is_in_the_network(made: Any) -> None:
-    kinds = {type(module).__name__ for module in made.modules()}
-    assert {"LayerNorm", "RMSNorm", "GroupNorm", "ResponseNorm", "PrunedMultiheadAttention"} <= kinds
-
-
 def test_an_optimizer_made_after_pruning_trains_every_parameter(dense: Any) -> None:
+    kinds = {type(module).__name__ for module in dense.modules()}
+    assert {"LayerNorm", "RMSNorm", "GroupNorm", "ResponseNorm", "PrunedMultiheadAttention"} <= kinds
     before = {name: parameter.detach().clone() for name, parameter in dense.named_parameters()}
     optimizer = torch.optim.AdamW(dense.train().parameters(), 0.01)
     losses = [step(dense, optimizer, IMAGES, LABELS) for _ in range(8)]
@@ -49,8 +46,6 @@ def test_an_optimizer_made_after_pruning_trains_every_parameter(dense: Any) -> N
     for name, parameter in dense.named_parameters():
         # The batch norm after it takes the mean away: the gradient of that bias is rounding alone.
         assert name == "stem.0.bias" or not torch.equal(before[name], parameter)
-        moments = [value for value in optimizer.state[parameter].values() if value.dim()]
-        assert all(value.shape == parameter.shape for value in moments)
 
 
 def test_what_was_frozen_stays_frozen() -> None:
@@ -65,38 +60,30 @@ def test_what_was_frozen_stays_frozen() -> None:
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def followed(model: nn.Module, averaged: Any, update: Any, decay: float) -> None:
-    """Train for three steps, and compare an averaged model with the average by hand."""
-    expected = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
+@pytest.mark.parametrize("package", ["torch", "timm"])
+def test_an_average_of_its_weights_follows_it(dense: Any, package: str) -> None:
+    if package == "timm":
+        ema = pytest.importorskip("timm.utils").ModelEmaV3(dense, decay=0.75)
+        averaged, update = ema.module, ema.update
+    else:
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
+        ema = torch.optim.swa_utils.AveragedModel(dense, multi_avg_fn=average)
+        averaged, update = ema.module, ema.update_parameters
+        update(dense)  # the first call copies
+    expected = [parameter.detach().clone() for parameter in dense.parameters()]
+    optimizer = torch.optim.SGD(dense.train().parameters(), 0.1)
     for _ in range(3):
-        step(model, optimizer, IMAGES, LABELS)
-        update(model)
-        for old, parameter in zip(expected, model.parameters(), strict=True):
-            old.lerp_(parameter.detach(), 1 - decay)
+        step(dense, optimizer, IMAGES, LABELS)
+        update(dense)
+        for old, parameter in zip(expected, dense.parameters(), strict=True):
+            old.lerp_(parameter.detach(), 0.25)
     for wanted, parameter in zip(expected, averaged.parameters(), strict=True):
         torch.testing.assert_close(parameter, wanted)
-    # Only of matrices: what a bias before a norm learns is rounding.
-    for parameter, last in zip(averaged.parameters(), model.parameters(), strict=True):
-        assert parameter.dim() < 2 or not torch.equal(parameter, last)
     assert averaged.eval()(IMAGES).shape == (16, 4)
-
-
-def test_an_average_of_its_weights_follows_it(dense: Any) -> None:
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
-    averaged = torch.optim.swa_utils.AveragedModel(dense, multi_avg_fn=average)
-    averaged.update_parameters(dense)  # the first call copies
-    followed(dense, averaged.module, averaged.update_parameters, 0.75)
-
-
-def test_the_averages_of_timm_follow_it(dense: Any) -> None:
-    averaged = pytest.importorskip("timm.utils").ModelEmaV3(dense, decay=0.75)
-    followed(dense, averaged.module, averaged.update, 0.75)
 
 
 def test_mixed_precision_trains_as_single_precision_does(dense: Any) -> None:
     plain = copy.deepcopy(dense)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     losses = []
     optimizer = torch.optim.AdamW(dense.train().parameters(), 0.01)
     for _ in range(6):
@@ -105,9 +92,8 @@ def test_mixed_precision_trains_as_single_precision_does(dense: Any) -> None:
             logits = dense(IMAGES)
             loss = nn.functional.cross_entropy(logits.float(), LABELS)
         assert logits.dtype == torch.bfloat16
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        loss.backward()
+        optimizer.step()
         losses.append(float(loss.detach()))
     optimizer = torch.optim.AdamW(plain.train().parameters(), 0.01)
     expected = [step(plain, optimizer, IMAGES, LABELS) for _ in range(6)]
