@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import nni_topo
+from tools import transcript
 
 PROJECT = Path(__file__).parent.parent
 
@@ -47,9 +48,6 @@ def test_a_small_yolo_is_validated_exported_and_trained_by_ultralytics(yolo, tmp
     onnxruntime = pytest.importorskip("onnxruntime")
     draw(tmp_path)
     text = (PROJECT / "docs" / "ultralytics.md").read_text(encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("transcript", PROJECT / "tools" / "transcript.py")
-    transcript = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(transcript)
     names = {"__name__": "page"}
     said = [
         (transcript.tidy(transcript.python(code, names)), wanted)
