@@ -10,7 +10,7 @@ import json
 import statistics
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -372,8 +372,20 @@ def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[s
         for seed, record in runs.items():
             latencies = {name: statistics.median(measured[key]) for name, key in keys(seed, record).items()}
             timed[row][seed] = record | latencies
-    lines = [_unpruned(next(iter(timed.values()))), *(_cells(timed, row) for row in timed)]
-    used = [name for name in lines[-1] if any(line.get(name) for line in lines)]
+    lines = [{"method": "unpruned"}]
+    for name, (_, before, scale, digits, spread) in _MEASURED.items():
+        lines[0][name] = _shown(next(iter(timed.values())), before, scale, digits, spread=spread)
+    for row, runs in timed.items():
+        line = {"method": row}
+        # single weights were pruned if a share of the weights is zero
+        has_zeros = any(run.get("weights_left", run["params"]) < 0.999 * run["params"] for run in runs.values())
+        for name, (entry, _, scale, digits, spread) in _MEASURED.items():
+            if name.startswith("vs"):
+                line[name] = _versus(timed, row, entry)
+            elif has_zeros or entry != "weights_left":
+                line[name] = _shown(runs, entry, scale, digits, spread=spread)
+        lines.append(line)
+    used = [name for name in ("method", *_MEASURED) if any(line.get(name) for line in lines)]
     return used, [[line.get(name, "") for name in used] for line in lines]
 
 
@@ -478,62 +490,40 @@ def _median_of(values: Iterable[tuple[float, bool]]) -> str:
     return middle if names[0] == names[-1] else f"{middle} [{names[0]}, {names[-1]}]"
 
 
-def _unpruned(runs: dict[int, Record]) -> dict[str, str]:
-    """Return the cells of the unpruned network by column, from the runs of one row."""
-    cell = _column(runs)
-    return {
-        "method": "unpruned",
-        "MACs (M)": cell("flops_before", 1e-6, 2, spread=False),
-        "parameters (k)": cell("params_before", 1e-3, spread=False),
-        "before %": cell("accuracy_before"),
-        "before bits": cell("bits_before", 1, 3),
-        "latency ms": cell("latency_before_ms", 1, 2),
-    }
+_PERCENT, _BITS, _VERSUS = (100.0, 1, True), (1.0, 3, True), ("", 100.0, 1, True)
+_MEASURED = {
+    "MACs (M)": ("flops", "flops_before", 1e-6, 2, False),
+    "parameters (k)": ("params", "params_before", 1e-3, 1, False),
+    "nonzero (k)": ("weights_left", "", 1e-3, 1, False),
+    "before %": ("accuracy_before", "accuracy_before", *_PERCENT),
+    "before bits": ("bits_before", "bits_before", *_BITS),
+    "no recovery %": ("accuracy_oneshot", "", *_PERCENT),
+    "no recovery bits": ("bits_oneshot", "", *_BITS),
+    "BN recal. %": ("accuracy_recalibrated", "", *_PERCENT),
+    "weight reconstruction %": ("accuracy_compensated", "", *_PERCENT),
+    "weight reconstruction bits": ("bits_compensated", "", *_BITS),
+    "vs best baseline, weight reconstruction": ("accuracy_compensated", *_VERSUS),
+    "distilled %": ("accuracy_distilled", "", *_PERCENT),
+    "distilled bits": ("bits_distilled", "", *_BITS),
+    "vs best baseline, distilled": ("accuracy_distilled", *_VERSUS),
+    "fine-tuned %": ("accuracy_retrained", "", *_PERCENT),
+    "fine-tuned bits": ("bits_retrained", "", *_BITS),
+    "vs best baseline": ("accuracy_retrained", *_VERSUS),
+    "latency ms": ("latency_ms", "latency_before_ms", 1.0, 2, True),
+    "prune s": ("prune_seconds", "", 1.0, 2, False),
+}
+"""By column: a record's entry, that of the unpruned network, a factor, digits, and whether the interval is shown."""
 
 
-def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
-    """Return the cells of a row by column."""
-    runs = rows[row]
-    cell = _column(runs)
-    # single weights were pruned if a share of the weights is zero
-    has_zeros = any(run.get("weights_left", run["params"]) < 0.999 * run["params"] for run in runs.values())
-    return {
-        "method": row,
-        "MACs (M)": cell("flops", 1e-6, 2, spread=False),
-        "parameters (k)": cell("params", 1e-3, spread=False),
-        "nonzero (k)": cell("weights_left", 1e-3, spread=False) if has_zeros else "",
-        "before %": cell("accuracy_before"),
-        "before bits": cell("bits_before", 1, 3),
-        "no recovery %": cell("accuracy_oneshot"),
-        "no recovery bits": cell("bits_oneshot", 1, 3),
-        "BN recal. %": cell("accuracy_recalibrated"),
-        "weight reconstruction %": cell("accuracy_compensated"),
-        "weight reconstruction bits": cell("bits_compensated", 1, 3),
-        "vs best baseline, weight reconstruction": _versus(rows, row, "accuracy_compensated"),
-        "distilled %": cell("accuracy_distilled"),
-        "distilled bits": cell("bits_distilled", 1, 3),
-        "vs best baseline, distilled": _versus(rows, row, "accuracy_distilled"),
-        "fine-tuned %": cell("accuracy_retrained"),
-        "fine-tuned bits": cell("bits_retrained", 1, 3),
-        "vs best baseline": _versus(rows, row, "accuracy_retrained"),
-        "latency ms": cell("latency_ms", 1, 2),
-        "prune s": cell("prune_seconds", 1, 2, spread=False),
-    }
-
-
-def _column(runs: dict[int, Record]) -> Callable[..., str]:
-    """Return a function that shows a column's mean and interval over a row's seeds; an empty text without values."""
-
-    def show(name: str, scale: float = 100, digits: int = 1, *, spread: bool = True) -> str:
-        values = [record[name] for record in runs.values() if name in record]
-        if not values:
-            return ""
-        if name.startswith("accuracy"):
-            return show_accuracies(values)
-        found = interval(values)
-        return found.show(scale, digits) if spread else f"{scale * found.mean:.{digits}f}"
-
-    return show
+def _shown(runs: dict[int, Record], name: str, scale: float, digits: int, *, spread: bool) -> str:
+    """Return the mean and the interval of an entry over a row's seeds; an empty text without values."""
+    values = [record[name] for record in runs.values() if name in record]
+    if not values:
+        return ""
+    if name.startswith("accuracy"):
+        return show_accuracies(values)
+    found = interval(values)
+    return found.show(scale, digits) if spread else f"{scale * found.mean:.{digits}f}"
 
 
 def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
