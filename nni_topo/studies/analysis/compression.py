@@ -22,7 +22,7 @@ from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.rules import checked, number
-from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
+from nni_topo.studies.analysis.layers import weight_layers
 from nni_topo.studies.study import Findings, ModelVerb, Study, Tell
 from nni_topo.studies.tables import table_of
 from nni_topo.zoo import create_model, list_models
@@ -176,11 +176,13 @@ def critical_compression_ratio(
     counts: dict[str, LayerCount] = {}
     for layer in layers:
         if layer.kind != "conv":
-            counts[layer.name] = _count(layer, layer.weight.size, sum(layer.weight.shape) - 1)
+            edges, tree = layer.weight.size, sum(layer.weight.shape) - 1
         elif layer.name not in sizes:
             skipped[layer.name] = "never run"
+            continue
         elif convention == "tables" and math.prod(layer.weight.shape[2:]) == 1:
             skipped[layer.name] = "1x1"
+            continue
         else:
             # between one input plane and one output plane
             entering, leaving = sizes[layer.name]
@@ -191,7 +193,8 @@ def critical_compression_ratio(
                 padded = padded_size(layer.module, entering)
                 positions = math.prod(max(1, size - width + 1) for size, width in zip(padded, kernel, strict=True))
             inputs = math.prod(padded_size(layer.module, entering))
-            counts[layer.name] = _count(layer, math.prod(kernel) * positions, inputs + positions - 1)
+            edges, tree = math.prod(kernel) * positions, inputs + positions - 1
+        counts[layer.name] = LayerCount(layer.kind, edges, tree, layer.weight.size, layer.channel_tree)
     if not counts:
         found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
         raise ConfigError(f"a model must have a layer that can be counted, got only {found} ({convention})")
@@ -242,10 +245,6 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
         }
         for layer in layers
     ]
-
-
-def _count(layer: WeightLayer, edges: int, tree_edges: int) -> LayerCount:
-    return LayerCount(layer.kind, edges, tree_edges, layer.weight.size, layer.channel_tree)
 
 
 def _pooled(counts: Iterable[LayerCount]) -> float:

@@ -65,9 +65,52 @@ class MagnitudeStudy(Findings):
     baselines: list[Record]
     sensitivities: list[Record]
 
+    def series(self) -> dict[str, dict[tuple[str, ...], PerSeed]]:
+        """Return by quantity and by name the values of all seeds, by rising ratio."""
+        found: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        for row in sorted(self.rows, key=lambda row: row["ratio"]):
+            pruner, ratio = row["pruner"], row["ratio"]
+            found["accuracy"][pruner, row["part"], WORDS[row["way"]]][ratio].append(row["accuracy"])
+            if "params" in row:
+                found["params"][pruner,][ratio].append(row["params"])
+            for name, size in row.get("bytes", {}).items():
+                found["bytes"][pruner, name][ratio].append(size)
+            for name, share in row.get("time_shares", {}).items():
+                found["time"][pruner, name][ratio].append(share["median"])
+        for study in self.sensitivities:
+            for curve in study["curves"]:
+                for ratio, accuracy in curve["accuracy"].items():
+                    found["alone"]["+".join(curve["layers"]),][float(ratio)].append(accuracy)
+        return found  # type: ignore[no-any-return]
+
     def figures(self) -> dict[str, Figure]:
         """Return ``magnitude``: accuracy, each layer's sensitivity, parameters, bytes and time against the ratio."""
-        return {"magnitude": magnitude_figure(self.to_dict())}
+        figure = Figure(figsize=(15.0, 8.0), layout="constrained")
+        (accuracy, alone, params), (disk, time, spare) = figure.subplots(2, 3)
+        spare.remove()
+        series, baselines = self.series(), self.baselines
+        for key, found in series["accuracy"].items():
+            _line(accuracy, found, _STYLES[key[2]], _COLORS[key[0], key[1]], ", ".join(key))
+        for index, (key, found) in enumerate(series["alone"].items()):
+            _line(alone, found, ".-", f"C{index % 10}", *key)
+        for key, found in series["params"].items():
+            _line(params, found, ".-", _COLORS[key[0], "all"], *key)
+        styles = dict(zip(baselines[0]["bytes"], ("-", "--", ":", "-.", ".-"), strict=True))
+        for key, found in series["bytes"].items():
+            _line(disk, found, styles[key[1]], _COLORS[key[0], "all"], ", ".join(key))
+        for key, found in series["time"].items():
+            style = {"zeros": "--", _AGAIN: ":"}.get(key[1], "-")
+            _line(time, found, style, _COLORS[key[0], "all"], ", ".join(key))
+        for axis, label, unpruned in (
+            (accuracy, "accuracy", [base["accuracy"] for base in baselines]),
+            (alone, "accuracy, one layer pruned", [base["accuracy"] for base in baselines]),
+            (params, "nonzero parameters", [base["params"] for base in baselines]),
+            (disk, "bytes on disk", [base["bytes"]["dense"] for base in baselines]),
+            (time, _SHARE, 1.0),
+        ):
+            axis.axhline(float(np.mean(unpruned)), color="0.5", linewidth=0.8)
+            finish(axis, "ratio", label, yscale="log" if axis in (params, disk) else "linear")
+        return {"magnitude": figure}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +172,40 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         return MagnitudeStudy(rows, baselines, sensitivities)
 
     def show(self, found: MagnitudeStudy) -> Iterator[RenderableType]:
-        """Yield the tables."""
-        return magnitude_tables(found.to_dict())
+        """Yield accuracies by way and by layer, then parameters, bytes and times by ratio."""
+        series, baselines = found.series(), found.baselines
+        ratios = sorted({row["ratio"] for row in found.rows})
+        heads = [f"{ratio:g}" for ratio in ratios]
+
+        def cells(values: PerSeed, scale: float, digits: int = 1) -> list[str]:
+            return [show_range(values[ratio], scale, digits) if ratio in values else "" for ratio in ratios]
+
+        costs = []
+        for (pruner,), values in series["params"].items():
+            unpruned = show_range([base["params"] for base in baselines], 1e-3)
+            costs.append([pruner, "parameters (k)", unpruned, *cells(values, 1e-3)])
+        for (pruner, name), values in series["bytes"].items():
+            unpruned = show_range([base["bytes"][name] for base in baselines], 1e-3)
+            costs.append([pruner, f"{name} (kB)", unpruned, *cells(values, 1e-3)])
+        for (pruner, name), values in series["time"].items():
+            timed = "copy of the unpruned network" if name == _AGAIN else name
+            costs.append([pruner, f"{timed}: {_SHARE}", "1", *cells(values, 1, 2)])
+        accuracy = show_range([base["accuracy"] for base in baselines], 100)
+        first, milliseconds = baselines[0], show_range([base["latency_ms"] for base in baselines])
+        yield f"Unpruned: {accuracy} %, {milliseconds} ms for {first['batch']} images. Seeds: {len(baselines)}."
+        accuracies = [[*key, *cells(values, 100)] for key, values in series["accuracy"].items()]
+        yield NumberTable(None, ["pruner", "layers", "way", *heads], accuracies, text_columns=3)
+        alone = [[*key, *cells(values, 100)] for key, values in series["alone"].items()]
+        yield NumberTable(None, ["layer alone", *heads], alone)
+        yield NumberTable(None, ["pruner", "what", "0", *heads], costs, text_columns=2)
+        shares = [share for row in found.rows for share in row.get("time_shares", {}).items()]
+        noise = show_range([share["median"] for name, share in shares if name == _AGAIN], 1, 3)
+        halves = [100 * share["half"] for _, share in shares]
+        yield (
+            f"Noise of the times: a copy of the unpruned network takes {noise} of its time. Each is the median of many "
+            f"rounds, whose 95 % interval is on average {float(np.mean(halves)):.1f} % of it to either side, at most "
+            f"{max(halves):.1f} %."
+        )
 
     def _timed_images(self, start: Start) -> Tensor:
         return start.data.test[: self.batch][0].to(start.device)
@@ -159,15 +234,11 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         _, masks = made.compress()
         made.unwrap_model()
         masked = masked_model(pruned, start.example, masks)
-        costs = self._costs(start, pruner, masked, masks) if with_costs else {}
-        return {"accuracy": start.tested(masked), **costs}
-
-    def _costs(self, start: Start, pruner: str, masked: nn.Module, masks: Any) -> Record:
-        """Return nonzero parameters, bytes, and times as shares of the unpruned network's.
-
-        A copy of the unpruned network is timed like the others: how far its share is from 1 is noise.
-        """
-        nets = {"unpruned": detached_copy(start.net), "zeros": masked}
+        accuracy = start.tested(masked)
+        if not with_costs:
+            return {"accuracy": accuracy}
+        # A copy of the unpruned network is timed like the others: how far its share is from 1 is noise.
+        nets = {_AGAIN: detached_copy(start.net), "zeros": masked}
         if pruner == "matrix":
             stored = nets["dense"] = made_dense(start, masks)[0]
             params = zoo.count_params(stored)
@@ -178,92 +249,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         shares = {}
         for name, (median, half) in zip(nets, timed, strict=True):
             shares[name] = {"median": median, "half": half}
-        return {"params": params, "bytes": stored_bytes(stored), "time_shares": shares}
-
-
-def magnitude_figure(document: Record) -> Figure:
-    """Draw accuracy, each layer's sensitivity, parameters, bytes and time against the ratio."""
-    figure = Figure(figsize=(15.0, 8.0), layout="constrained")
-    (accuracy, alone, params), (disk, time, spare) = figure.subplots(2, 3)
-    spare.remove()
-    series, baselines = _series(document), document["baselines"]
-    for key, found in series["accuracy"].items():
-        _line(accuracy, found, _STYLES[key[2]], _COLORS[key[0], key[1]], ", ".join(key))
-    for index, (key, found) in enumerate(series["alone"].items()):
-        _line(alone, found, ".-", f"C{index % 10}", *key)
-    for key, found in series["params"].items():
-        _line(params, found, ".-", _COLORS[key[0], "all"], *key)
-    styles = dict(zip(baselines[0]["bytes"], ("-", "--", ":", "-.", ".-"), strict=True))
-    for key, found in series["bytes"].items():
-        _line(disk, found, styles[key[1]], _COLORS[key[0], "all"], ", ".join(key))
-    for key, found in series["time"].items():
-        style = {"zeros": "--", _AGAIN: ":"}.get(key[1], "-")
-        _line(time, found, style, _COLORS[key[0], "all"], ", ".join(key))
-    for axis, label, unpruned in (
-        (accuracy, "accuracy", [base["accuracy"] for base in baselines]),
-        (alone, "accuracy, one layer pruned", [base["accuracy"] for base in baselines]),
-        (params, "nonzero parameters", [base["params"] for base in baselines]),
-        (disk, "bytes on disk", [base["bytes"]["dense"] for base in baselines]),
-        (time, _SHARE, 1.0),
-    ):
-        axis.axhline(float(np.mean(unpruned)), color="0.5", linewidth=0.8)
-        finish(axis, "ratio", label, yscale="log" if axis in (params, disk) else "linear")
-    return figure
-
-
-def magnitude_tables(document: Record) -> Iterator[NumberTable | str]:
-    """Yield the study's tables: accuracies by way and by layer, then parameters, bytes and times by ratio."""
-    series, baselines = _series(document), document["baselines"]
-    ratios = sorted({row["ratio"] for row in document["rows"]})
-    heads = [f"{ratio:g}" for ratio in ratios]
-
-    def cells(found: PerSeed, scale: float, digits: int = 1) -> list[str]:
-        return [show_range(found[ratio], scale, digits) if ratio in found else "" for ratio in ratios]
-
-    costs = []
-    for (pruner,), found in series["params"].items():
-        unpruned = show_range([base["params"] for base in baselines], 1e-3)
-        costs.append([pruner, "parameters (k)", unpruned, *cells(found, 1e-3)])
-    for (pruner, name), found in series["bytes"].items():
-        unpruned = show_range([base["bytes"][name] for base in baselines], 1e-3)
-        costs.append([pruner, f"{name} (kB)", unpruned, *cells(found, 1e-3)])
-    for (pruner, name), found in series["time"].items():
-        timed = "copy of the unpruned network" if name == _AGAIN else name
-        costs.append([pruner, f"{timed}: {_SHARE}", "1", *cells(found, 1, 2)])
-    accuracy = show_range([base["accuracy"] for base in baselines], 100)
-    first, milliseconds = baselines[0], show_range([base["latency_ms"] for base in baselines])
-    yield f"Unpruned: {accuracy} %, {milliseconds} ms for {first['batch']} images. Seeds: {len(baselines)}."
-    accuracies = [[*key, *cells(found, 100)] for key, found in series["accuracy"].items()]
-    yield NumberTable(None, ["pruner", "layers", "way", *heads], accuracies, text_columns=3)
-    alone = [[*key, *cells(found, 100)] for key, found in series["alone"].items()]
-    yield NumberTable(None, ["layer alone", *heads], alone)
-    yield NumberTable(None, ["pruner", "what", "0", *heads], costs, text_columns=2)
-    shares = [share for row in document["rows"] for share in row.get("time_shares", {}).items()]
-    noise, halves = [share["median"] for name, share in shares if name == _AGAIN], [each["half"] for _, each in shares]
-    yield (
-        f"Noise of the times: a copy of the unpruned network takes {show_range(noise, 1, 3)} of its time. "
-        f"Each is the median of many rounds, whose 95 % interval is on average {100 * float(np.mean(halves)):.1f} % of "
-        f"it to either side, at most {100 * max(halves):.1f} %."
-    )
-
-
-def _series(document: Record) -> dict[str, dict[tuple[str, ...], PerSeed]]:
-    """Return by quantity and by name the values of all seeds, by rising ratio."""
-    found: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in sorted(document["rows"], key=lambda row: row["ratio"]):
-        pruner, ratio = row["pruner"], row["ratio"]
-        found["accuracy"][pruner, row["part"], WORDS[row["way"]]][ratio].append(row["accuracy"])
-        if "params" in row:
-            found["params"][pruner,][ratio].append(row["params"])
-        for name, size in row.get("bytes", {}).items():
-            found["bytes"][pruner, name][ratio].append(size)
-        for name, share in row.get("time_shares", {}).items():
-            found["time"][pruner, name][ratio].append(share["median"])
-    for study in document["sensitivities"]:
-        for curve in study["curves"]:
-            for ratio, accuracy in curve["accuracy"].items():
-                found["alone"]["+".join(curve["layers"]),][float(ratio)].append(accuracy)
-    return found  # type: ignore[no-any-return]
+        return {"accuracy": accuracy, "params": params, "bytes": stored_bytes(stored), "time_shares": shares}
 
 
 def _line(axis: Axes, found: PerSeed, style: str, color: str, label: str) -> None:

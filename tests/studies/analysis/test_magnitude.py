@@ -9,7 +9,7 @@ from torch import nn
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import load_prune_config
-from nni_topo.studies.analysis.magnitude import AnalyzeMagnitude, magnitude_tables, stored_bytes, with_sparse_linears
+from nni_topo.studies.analysis.magnitude import AnalyzeMagnitude, MagnitudeStudy, stored_bytes, with_sparse_linears
 from nni_topo.studies.tables import as_markdown
 
 SMALL = ["--model", "lenet300", "--limit", "200", "--images", "100"]
@@ -124,8 +124,8 @@ def test_tables_have_means_with_the_lowest_and_the_highest_of_the_seeds():
         )
         curves = [{"layers": ["a", "b"], "accuracy": {"0.5": accuracy - 0.1}}]
         sensitivities.append({"seed": seed, "curves": curves})
-    document = {"rows": rows, "baselines": baselines, "sensitivities": sensitivities}
-    text = as_markdown(magnitude_tables(document))
+    study = MagnitudeStudy(rows, baselines, sensitivities)
+    text = as_markdown(AnalyzeMagnitude(model="lenet300", out=None).show(study))
     assert "Unpruned: 80.0 %, 2.0 ms for 256 images. Seeds: 3." in text
     assert "| level | all | direct | 66.7 [50.0, 90.0] |" in text
     assert "| a+b | 56.7 [40.0, 80.0] |" in text

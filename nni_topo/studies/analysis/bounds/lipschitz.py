@@ -199,27 +199,23 @@ def pooling_of(module: nn.Module | None, node: Node) -> nn.Module | None:
 
 def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int]) -> float:
     """Return a pooling's Lipschitz constant in the Euclidean norm, from the images' sides before and after it."""
-    sides = [
-        _windows(pool, axis, before, after) for axis, (before, after) in enumerate(zip(entering, leaving, strict=True))
-    ]
+    sides = []  # along each side the weight of each position in each window, (leaving, entering)
+    for axis, (before, after) in enumerate(zip(entering, leaving, strict=True)):
+        ones = torch.eye(before, dtype=torch.float64).unsqueeze(1)  # an image for each position, with a one there alone
+        if isinstance(pool, pooling._AdaptiveAvgPoolNd):
+            pooled = functional.adaptive_avg_pool1d(ones, after)
+        else:
+            names = ("kernel_size", "stride", "padding", "dilation")
+            knobs = {name: getattr(pool, name) for name in names if getattr(pool, name, None) is not None}
+            knobs = {name: value if isinstance(value, int) else value[axis] for name, value in knobs.items()}
+            knobs["ceil_mode"] = pool.ceil_mode
+            if hasattr(pool, "count_include_pad"):
+                pooled = functional.avg_pool1d(ones, **knobs, count_include_pad=pool.count_include_pad)
+            else:  # 1 for each position in a window
+                pooled = functional.max_pool1d(ones, **knobs)
+        sides.append(pooled.squeeze(1).T)
     if isinstance(pool, _AVERAGES):
         # An average is the Kronecker product of the averages along the sides; their norms multiply.
         return math.prod(float(torch.linalg.matrix_norm(side, 2)) for side in sides)
     # No output changes by more than the entries in its window; an entry counts once per window that contains it.
     return math.sqrt(math.prod(float(side.sum(0).max()) for side in sides))
-
-
-def _windows(pool: Any, axis: int, entering: int, leaving: int) -> Tensor:
-    """Return the weight of each position of one side in each window, shape (leaving, entering), float64."""
-    ones = torch.eye(entering, dtype=torch.float64).unsqueeze(1)  # an image for each position, with a one there alone
-    if isinstance(pool, pooling._AdaptiveAvgPoolNd):
-        return functional.adaptive_avg_pool1d(ones, leaving).squeeze(1).T
-    names = ("kernel_size", "stride", "padding", "dilation")
-    knobs = {name: getattr(pool, name) for name in names if getattr(pool, name, None) is not None}
-    knobs = {name: value if isinstance(value, int) else value[axis] for name, value in knobs.items()}
-    knobs["ceil_mode"] = pool.ceil_mode
-    if hasattr(pool, "count_include_pad"):
-        pooled = functional.avg_pool1d(ones, **knobs, count_include_pad=pool.count_include_pad)
-    else:  # 1 for each position in a window
-        pooled = functional.max_pool1d(ones, **knobs)
-    return pooled.squeeze(1).T
