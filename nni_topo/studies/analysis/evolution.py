@@ -92,20 +92,34 @@ class EvolutionStudy(Findings):
         """
         trials = self.trials
         first = next(iter(trials.values()))
+        size = np.abs(first.weights)
+        small = (size <= size.min() + 0.1 * np.ptp(size)).mean()
+        shape = f"kurtosis {kurtosis(first.weights, fisher=False):.2f}"
+        shape += f", {100 * small:.1f} % in the lowest tenth of the magnitudes"
         measured = [
             (label, (trial, column)) for label, trial in trials.items() for column in ("accuracy", "compression")
         ]
+
+        def initial(axis: Axes, trial: EvolutionTrial) -> None:
+            axis.hist(trial.weights, 81)
+            finish(axis, "weight", "count")
+
+        def lineages(axis: Axes, trial: EvolutionTrial, column: str) -> None:
+            values = trial.history.pivot(index="generation", columns="individual", values=column)
+            axis.plot(values.index, values.to_numpy(), linewidth=0.6)
+            finish(axis, "generation", column)
+
         figures = {
             "distributions": panels(trials.items(), _distributions),
             "fitness": panels(trials.items(), lambda axis, trial: _course(axis, (trial, "fitness"))),
             "progress": panels(measured, _course, columns=2),
             "heatmap": _heatmap(trials),
-            "weights": panels([(_shape(first.weights), first)], _initial, size=(5.0, 3.6)),
+            "weights": panels([(shape, first)], initial, size=(5.0, 3.6)),
             "histograms": panels(trials.items(), _histograms),
             "solutions": _solutions(trials),
         }
         for column in ("fitness", "compression", "accuracy"):
-            figures[f"lineages_{column}"] = panels(trials.items(), partial(_lineages, column=column))
+            figures[f"lineages_{column}"] = panels(trials.items(), partial(lineages, column=column))
         return figures
 
 
@@ -195,25 +209,6 @@ def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
     axis.set(ylabel="weights of the layer, in order")
     figure.colorbar(picture, label="mean |w| kept")
     return figure
-
-
-def _lineages(axis: Axes, trial: EvolutionTrial, column: str) -> None:
-    """Draw a line per individual; a line of descent keeps its number."""
-    values = trial.history.pivot(index="generation", columns="individual", values=column)
-    axis.plot(values.index, values.to_numpy(), linewidth=0.6)
-    finish(axis, "generation", column)
-
-
-def _shape(weights: NDArray[np.float32]) -> str:
-    """Return the weights' kurtosis and the share of weights near zero as a text."""
-    size = np.abs(weights)
-    small = (size <= size.min() + 0.1 * np.ptp(size)).mean()
-    return f"kurtosis {kurtosis(weights, fisher=False):.2f}, {100 * small:.1f} % in the lowest tenth of the magnitudes"
-
-
-def _initial(axis: Axes, trial: EvolutionTrial) -> None:
-    axis.hist(trial.weights, 81)
-    finish(axis, "weight", "count")
 
 
 def _histograms(axis: Axes, trial: EvolutionTrial) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,8 +87,42 @@ class RoundsStudy(Findings):
     records: list[Record]
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``rounds`` and ``overlap``."""
-        return {"rounds": rounds_figure(self.records), "overlap": overlap_figure(self.records)}
+        """Return ``rounds``, accuracy and connectivity by target, and ``overlap``, with its bound."""
+        models = _by_model(self.records)
+        figure = Figure(figsize=(4.2 * len(models), 6.4), layout="constrained")
+        axes = figure.subplots(2, len(models), squeeze=False, sharex="col")
+        for (upper, lower), (model, methods) in zip(axes.T, models.items(), strict=True):
+            for method, runs in methods.items():
+                color: Any = _COLORS.get(method.partition(",")[0])
+                targets = [1.0 / (1.0 - level) for level in runs[0]["sparsities"]]
+                for axis, key, label, style in (
+                    (upper, "accuracy", method, "-"),
+                    (lower, "channels_connected", f"{method}: channels connected", "-"),
+                    (lower, "outputs_reached", f"{method}: outputs reached", ":"),
+                ):
+                    values = 100 * np.array([[entry[key] for entry in run["rounds"]] for run in runs])
+                    axis.plot(targets, values.mean(0), style, marker=".", label=label, color=color)
+                    if len(runs) > 1:
+                        axis.fill_between(targets, values.min(0), values.max(0), alpha=0.15, linewidth=0, color=color)
+            critical = [
+                min(entry["kept"] for entry in runs[0]["rounds"]) for m, runs in methods.items() if "T-IMP" in m
+            ]
+            for axis in (upper, lower):
+                for kept in critical:
+                    axis.axvline(1.0 / kept, color="black", linewidth=0.7, linestyle="--")
+            finish(upper, "", "accuracy %", title=f"{model}\ndashed: critical compression", xscale="log")
+            finish(lower, "target compression (weights / weights kept)", "%")
+
+        def draw(axis: Axes, layers: dict[str, tuple[Interval, float]]) -> None:
+            places = np.arange(len(layers))
+            means = [100 * measured.mean for measured, _ in layers.values()]
+            halves = [100 * np.nan_to_num(measured.half) for measured, _ in layers.values()]
+            axis.bar(places - 0.2, means, 0.4, yerr=halves, label="measured, trained")
+            axis.bar(places + 0.2, [100 * bound for _, bound in layers.values()], 0.4, label="lower bound")
+            finish(axis, ylabel="tree among the largest weights, %")
+            axis.set_xticks(places, [name.rpartition(".")[2] for name in layers], fontsize="small")
+
+        return {"rounds": figure, "overlap": panels(_overlaps(self.records).items(), draw, size=(3.6, 3.6))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,40 +311,6 @@ def rounds_tables(records: Iterable[Record]) -> Iterator[NumberTable]:
     yield NumberTable(None, ["net", "layer", "overlap measured %", "bound %"], overlaps, text_columns=2)
 
 
-def rounds_figure(records: Iterable[Record]) -> Figure:
-    """Draw accuracy and connectivity over the target sparsity, a column per model."""
-    models = _by_model(records)
-    figure = Figure(figsize=(4.2 * len(models), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(models), squeeze=False, sharex="col")
-    for (upper, lower), (model, methods) in zip(axes.T, models.items(), strict=True):
-        for method, runs in methods.items():
-            _draw(upper, runs, "accuracy", method, "-")
-            _draw(lower, runs, "channels_connected", f"{method}: channels connected", "-")
-            _draw(lower, runs, "outputs_reached", f"{method}: outputs reached", ":")
-        critical = [min(entry["kept"] for entry in runs[0]["rounds"]) for m, runs in methods.items() if "T-IMP" in m]
-        for axis in (upper, lower):
-            for kept in critical:
-                axis.axvline(1.0 / kept, color="black", linewidth=0.7, linestyle="--")
-        finish(upper, "", "accuracy %", title=f"{model}\ndashed: critical compression", xscale="log")
-        finish(lower, "target compression (weights / weights kept)", "%")
-    return figure
-
-
-def overlap_figure(records: Iterable[Record]) -> Figure:
-    """Draw the overlap of each trained linear layer beside its bound, a panel per model."""
-
-    def draw(axis: Axes, layers: dict[str, tuple[Interval, float]]) -> None:
-        places = np.arange(len(layers))
-        means = [100 * measured.mean for measured, _ in layers.values()]
-        halves = [100 * np.nan_to_num(measured.half) for measured, _ in layers.values()]
-        axis.bar(places - 0.2, means, 0.4, yerr=halves, label="measured, trained")
-        axis.bar(places + 0.2, [100 * bound for _, bound in layers.values()], 0.4, label="lower bound")
-        finish(axis, ylabel="tree among the largest weights, %")
-        axis.set_xticks(places, [name.rpartition(".")[2] for name in layers], fontsize="small")
-
-    return panels(_overlaps(records).items(), draw, size=(3.6, 3.6))
-
-
 def _by_model(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
     models: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -329,12 +328,3 @@ def _overlaps(records: Iterable[Record]) -> dict[str, dict[str, tuple[Interval, 
             for name, first in runs[0]["overlap"].items()
         }
     return found
-
-
-def _draw(axis: Axes, runs: list[Record], key: str, label: str, style: str) -> None:
-    targets = [1.0 / (1.0 - level) for level in runs[0]["sparsities"]]
-    values = 100 * np.array([[entry[key] for entry in run["rounds"]] for run in runs])
-    options: dict[str, Any] = {"color": _COLORS.get(re.split("[:,]", label)[0])}
-    axis.plot(targets, values.mean(0), style, marker=".", label=label, **options)
-    if len(runs) > 1:
-        axis.fill_between(targets, values.min(0), values.max(0), alpha=0.15, linewidth=0, **options)
