@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,7 +16,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import PRUNERS, pruner_info
-from nni_topo.rules import check_jobs, whole
+from nni_topo.rules import whole
 from nni_topo.runs.choices import PrunerChoice, Target
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, prune
@@ -50,7 +49,6 @@ class PrunersStudy(TrainedStudy[Found]):
     ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of every layer, in [0, 1)
     seeds: int = 1  # runs of each pruner, at least 1
     calibration: int = 512  # training images for pruners that need calibration data, at least 1
-    n_jobs: int = 1  # networks pruned and measured at a time, at least 1; -1: one per core
 
     def check(self) -> None:
         """Check the arguments; ConfigError if one is out of its range."""
@@ -63,17 +61,14 @@ class PrunersStudy(TrainedStudy[Found]):
             Target("ratio", ratio)
         for knob in ("seeds", "calibration"):
             whole(1).check(knob, getattr(self, knob), self.place)
-        check_jobs(self.n_jobs, self.place)
 
     def points(self, start: Start, tell: Tell) -> list[Record]:
-        """Return the point of every run, ``n_jobs`` measured at a time."""
+        """Return the point of every run."""
         known = replace(start, known_accuracy=start.accuracy)  # measured once, not in every run
-        runs = list(self.runs())
-        tasks = (delayed(self.point)(replace(known, seed=seed), name, ratio) for name, ratio, seed in runs)
         found = []
-        for (name, ratio, seed), point in zip(runs, Parallel(self.n_jobs, return_as="generator")(tasks), strict=True):
+        for name, ratio, seed in self.runs():
+            found.append(self.point(replace(known, seed=seed), name, ratio))
             tell(f"{name} at {ratio:g}, seed {seed}")
-            found.append(point)
         return found
 
     def runs(self) -> Iterator[tuple[str, float, int]]:

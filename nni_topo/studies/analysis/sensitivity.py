@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import nn
@@ -26,7 +25,7 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, create_pruner, pruner_info
-from nni_topo.rules import all_of, check_jobs, check_result, instance, number
+from nni_topo.rules import all_of, check_result, instance, number
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.studies.pictures import finish, single
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
@@ -108,7 +107,6 @@ def sensitivity(
     knobs: Knobs | None = None,
     budget: float = 0.01,
     on_progress: Progress | None = None,
-    n_jobs: int = 1,
 ) -> Sensitivity:
     """Prune one layer or dependency group at a time and measure; suggest a ratio for each.
 
@@ -134,8 +132,6 @@ def sensitivity(
         Score that the suggestion may cost, all layers pruned at once, at least 0.
     on_progress : callable or None, default=None
         Called with the layers' names (joined by ``+``), the ratio and the score of each measurement, curve by curve.
-    n_jobs : int, default=1
-        Curves measured at a time, as joblib's ``n_jobs``, in processes of their own; all arguments are pickled.
 
     Returns
     -------
@@ -157,27 +153,26 @@ def sensitivity(
     the bisection, and one per further step and per curve.
     """
     ratios = sorted(set(map(float, ratios)))
-    _check_knobs(ratios, budget, n_jobs)
+    _check_knobs(ratios, budget)
     trial = _Trial(model, example_inputs, evaluate, pruner, {} if knobs is None else knobs)
     baseline = trial.score(model)
-    tasks = (delayed(trial.curve)(names, ratios) for names in trial.groups(layers))
-    curves: list[SensitivityCurve] = []
-    # Whatever backend the caller has chosen: calls in threads would wait for this one.
-    for curve in Parallel(n_jobs=n_jobs, backend="loky", return_as="generator")(tasks):
-        curves.append(curve)
-        if on_progress is not None:
-            for ratio, accuracy in curve.accuracy.items():
-                on_progress("+".join(curve.layers), ratio, accuracy)
+    curves = []
+    for names in trial.groups(layers):
+        accuracy: dict[float, float] = {}
+        for ratio in ratios:
+            accuracy[ratio] = trial.pruned({names: ratio})
+            if on_progress is not None:
+                on_progress("+".join(names), ratio, accuracy[ratio])
+        curves.append(SensitivityCurve(names, accuracy))
     chosen, joint = _suggestion(trial, curves, baseline, budget)
     suggested = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in chosen.items()]
     return Sensitivity(pruner, trial.knobs, baseline, curves, budget, suggested, joint)
 
 
-def _check_knobs(ratios: Sequence[float], budget: float, n_jobs: int) -> None:
+def _check_knobs(ratios: Sequence[float], budget: float) -> None:
     """Raise ConfigError unless curves can be measured."""
     all_of(number(0, 1, "neither"), Sequence, least=1).check("ratios", ratios, "sensitivity")
     number(0.0).check("budget", budget, "sensitivity")
-    check_jobs(n_jobs, "sensitivity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +185,11 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
     budget: float = 0.01  # accuracy that the suggestion may cost, at least 0
     calibration: int | None = None  # training images for the pruner; None: 512 where it needs them
     images: int | None = None  # validation images used; None: all
-    n_jobs: int = 1  # curves measured at a time, at least 1; -1: one per core
 
     def check(self) -> None:
         """Check the fields; ConfigError if one is out of its range."""
         PRUNERS.info(self.pruner, self.place)
-        _check_knobs(self.ratios, self.budget, self.n_jobs)
+        _check_knobs(self.ratios, self.budget)
 
     def find(self, tell: Tell) -> Sensitivity:
         """Prune copies of a trained model and measure them on validation images."""
@@ -213,7 +207,6 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
             knobs=lambda copied: pruner_knobs(self.pruner, copied, start, calibration),
             budget=self.budget,
             on_progress=lambda layers, ratio, accuracy: tell(f"{layers} at {ratio:g}: {100 * accuracy:.1f} %"),
-            n_jobs=self.n_jobs,
         )
 
     def show(self, found: Sensitivity) -> Iterator[RenderableType]:
@@ -262,10 +255,6 @@ class _Trial:
             (name,) = config["op_names"]
             groups.setdefault(config.get("dependency_group_id", name), []).append(name)
         return [tuple(names) for names in groups.values()]
-
-    def curve(self, names: tuple[str, ...], ratios: Sequence[float]) -> SensitivityCurve:
-        """Return the scores of copies with some layers pruned."""
-        return SensitivityCurve(names, {ratio: self.pruned({names: ratio}) for ratio in ratios})
 
     def pruned(self, ratios: Mapping[tuple[str, ...], float]) -> float:
         """Return the score of a copy with these layers pruned."""

@@ -67,24 +67,6 @@ def test_deviation_command(checkpoint, tmp_path, capsys, drawn):
         assert list(drawn.lines(picture, panel)) == pruners.split(",")
 
 
-@pytest.mark.parametrize(
-    ("study", "more"),
-    [
-        ("deviation", ("--images", "8")),
-        ("connectivity", ()),
-        ("retraining", ("--epochs", "1")),
-    ],
-)
-@pytest.mark.slow
-def test_networks_measured_beside_each_other_give_the_same_points(study, more, checkpoint, tmp_path):
-    words = ("--pruners", "connections,random", "--ratios", "0.5", "--calibration", "100", "--seeds", "2", *more)
-    for jobs in ("1", "2"):
-        assert command(study, checkpoint, tmp_path / jobs, *words, "--n-jobs", jobs) == 0
-    alone, beside = ((tmp_path / jobs / f"{study}.json").read_text() for jobs in ("1", "2"))
-    assert alone == beside
-    assert len(json.loads(alone)["points"]) == 4
-
-
 @pytest.mark.slow
 def test_retraining_command(checkpoint, tmp_path, capsys, drawn):
     arguments = ("--ratios", "0.3", "0.8", "--epochs", "2", "--images", "200", "--tolerance", "0.05", "--gamma", "0.5")

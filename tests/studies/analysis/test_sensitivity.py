@@ -64,23 +64,6 @@ def test_files(found, tmp_path, drawn):
     assert yaml.safe_load(config.read_text()) == {"pruner": "l1", "knobs": {}, "config_list": study.suggested}
 
 
-@pytest.mark.slow
-def test_the_curves_are_the_same_however_many_are_measured_at_a_time(found):
-    wanted = toy_model().eval()(IMAGES).detach()
-    shares = [
-        sensitivity(
-            toy_model().eval(),
-            IMAGES[:2],
-            lambda net, wanted=wanted, images=IMAGES: float((net(images) - wanted).norm() < 0.3 * wanted.norm()),
-            (0.25, 0.5, 0.75),
-            n_jobs=n_jobs,
-        )
-        for n_jobs in (1, 2)
-    ]
-    assert shares[0] == shares[1]
-    assert {accuracy for curve in shares[0].curves for accuracy in curve.accuracy.values()} == {0.0, 1.0}
-
-
 def test_a_layer_that_does_not_matter_is_given_its_highest_ratio():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
