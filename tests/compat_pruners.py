@@ -14,9 +14,6 @@ from nni_topo.testing import toy_model
 STEM = [{"op_names": ["stem"], "sparse_ratio": 0.5}]
 
 
-TIED = {"op_names": ["stem", "inner"], "dependency_group_id": "residual"}
-
-
 def kept(pruner: Pruner) -> dict[str, int]:
     """Filters that stay, by layer."""
     _, masks = pruner.compress()

@@ -63,14 +63,15 @@ def test_missing_nni_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(caught.value).__name__ == "CompatibilityError"
 
 
-def test_report_names_every_patch_once(compat_report: compat.CompatReport) -> None:
-    assert compat.enable() is compat_report
-    names = [*compat_report.applied, *compat_report.unneeded, *compat_report.failed]
+def test_report_names_every_patch_once() -> None:
+    report = compat.enable()
+    assert compat.enable() is report
+    names = [*report.applied, *report.unneeded, *report.failed]
     assert len({*names}) == len(names) == len(compat.patches()) + 1
-    assert set(compat_report.applied) == ALWAYS_BROKEN | BYTECODE
-    assert compat_report.torch == torch.__version__
-    assert compat_report.python == platform.python_version()
-    assert "restore_tensor_methods" in str(compat_report)
+    assert set(report.applied) == ALWAYS_BROKEN | BYTECODE
+    assert report.torch == torch.__version__
+    assert report.python == platform.python_version()
+    assert "restore_tensor_methods" in str(report)
 
 
 def test_unknown_version_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
