@@ -21,7 +21,6 @@ def import_trainers_late() -> bool:
 
     Place: ``nni/compression/utils/evaluator.py`` and ``nni/common/version.py``. Cause: they import the libraries
     wherever these are installed, so that each new process takes seconds longer to start (any PyTorch and Python).
-    Returns True if one of them is imported late; False if none is installed, or NNI has imported what is.
     """
 
     def import_lightning() -> None:
@@ -83,7 +82,7 @@ def set_lightning_steps() -> bool:
 
     Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator.train``. Cause: it assigns
     ``trainer.fit_loop.max_steps``, which PyTorch Lightning 2.x only lets read; the limit lives on the loop over an
-    epoch (any PyTorch and Python). Returns True if ``train`` was replaced, False if Lightning isn't installed.
+    epoch (any PyTorch and Python).
     """
     if not evaluator.LIGHTNING_INSTALLED:
         return False
@@ -109,10 +108,9 @@ def set_lightning_steps() -> bool:
 def evaluate_within_training() -> bool:
     """Let ``LightningEvaluator`` evaluate a model while it trains.
 
-    Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator.evaluate``. Cause: it leaves the model without
-    a trainer, so that a pruner that evaluates between two steps ends the training with "not attached to a `Trainer`",
-    and it shows a second progress bar, which Rich's console refuses (any PyTorch and Python). Returns True if the
-    method was replaced, False if Lightning isn't installed.
+    Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator.evaluate``. Cause: it leaves the model without a
+    trainer, so that a pruner that evaluates between two steps ends the training with "not attached to a `Trainer`", and
+    it shows a second progress bar, which Rich's console refuses (any PyTorch and Python).
     """
     if not evaluator.LIGHTNING_INSTALLED:
         return False
@@ -142,8 +140,7 @@ def patch_trainer_steps() -> bool:
     Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_optimizer_step``. Cause: it takes
     ``trainer.deepspeed`` for the optimizer wherever the attribute exists, but it is None without DeepSpeed (seen with
     transformers 4.57), a messageless AssertionError. It also keeps one set of tasks for all pruners: of a schedule and
-    its pruner the first set was lost and the second ran twice. Returns True if NNI's method was replaced, False if
-    transformers isn't installed.
+    its pruner the first set was lost and the second ran twice.
     """
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False
@@ -182,7 +179,7 @@ def make_default_optimizer() -> bool:
     Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator._init_optimizer_helpers``. Cause: it puts a
     function of the arguments alone in the place of the static ``Trainer.get_optimizer_cls_and_kwargs``, where Trainers
     call a method and pass the model, too (seen with transformers 4.57): a TypeError, after which every Trainer of the
-    process raised it. Returns True if the method was wrapped, False if transformers isn't installed.
+    process raised it.
     """
     cls = evaluator.TransformersEvaluator
     if not evaluator.TRANSFORMERS_INSTALLED:
@@ -217,8 +214,7 @@ def pass_loss_arguments() -> bool:
     """Pass a Trainer's further arguments on to ``compute_loss`` when a pruner adds to the loss.
 
     Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_loss``. Cause: the method it puts in
-    place knows no ``num_items_in_batch``, which Trainers pass (seen with transformers 4.57). Returns True if NNI's
-    method was replaced, False if transformers isn't installed.
+    place knows no ``num_items_in_batch``, which Trainers pass (seen with transformers 4.57).
     """
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False

@@ -25,8 +25,7 @@ def keep_pytree_nodes() -> bool:
     Place: ``nni/compression/speedup/utils.py``, which registers ``immutable_list`` and ``immutable_dict`` of
     ``torch.fx`` at import. Cause: PyTorch registers both itself (2.1 and newer, so all of 2.11 to 2.15, on every
     Python). NNI's registration prints four warnings and drops PyTorch's serialised names and key paths, which
-    ``torch.export`` needs. Returns True if a registration was held back; False if there was none, or NNI was imported
-    before.
+    ``torch.export`` needs.
     """
     already_imported = _REGISTERING_MODULE in sys.modules
     held_back: list[type] = []

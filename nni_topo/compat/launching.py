@@ -14,8 +14,7 @@ def wait_for_manager() -> bool:
 
     Place: ``nni/experiment/launcher.py``, ``_check_rest_server``. Cause: it asks the manager's web server four times
     within three seconds and then gives the experiment up, which a busy machine may not keep (any PyTorch and Python).
-    ``nnictl`` doesn't import this package and stays impatient. Returns True if the number of tries was raised, False if
-    NNI is patient already.
+    ``nnictl`` doesn't import this package and stays impatient.
     """
     check = launcher._check_rest_server
     tries = inspect.signature(check).parameters["retry"].default

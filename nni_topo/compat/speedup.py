@@ -16,8 +16,7 @@ def keep_size_whole() -> bool:
 
     Place: ``nni/compression/speedup/utils.py``, ``tree_map_zip``. Cause: NNI takes a ``torch.Size`` for a leaf. PyTorch
     opens it as a container of integers (2.11 to 2.15, every Python) and rebuilds it as a plain tuple, so that
-    ``x.size().numel()`` fails and sizes no longer pair with their masks. Returns True if NNI's functions were replaced,
-    False if a size comes back as it is.
+    ``x.size().numel()`` fails and sizes no longer pair with their masks.
     """
     size = torch.Size((2, 3))
     if utils.tree_map_zip(lambda value: value, size) is size:
@@ -32,8 +31,7 @@ def restore_randomized_output() -> bool:
 
     Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: a bug of NNI's
     on every version: it deletes ``_output_randomize``, but the attribute of ``NodeInfo`` is ``output_randomize``, so a
-    ``len``, ``dim`` or ``is None`` that is the last user of a value raised an AttributeError. Returns True if
-    ``NodeInfo`` got the second name, False if it's not used or known.
+    ``len``, ``dim`` or ``is None`` that is the last user of a value raised an AttributeError.
     """
     names = mask_updater.NoMaskUpdater.direct_update_process.__code__.co_names
     if "_output_randomize" not in names or hasattr(container.NodeInfo, "_output_randomize"):
@@ -49,7 +47,7 @@ def untie_layers() -> bool:
     on random values that are written into each layer in turn, so a layer had the masks of the last one that shares its
     weight, on every version: wrong channels went, without an error. And a module that is replaced was replaced under
     the first of its names. The layers of a model in evaluation mode ended in training mode, because their graph has a
-    mode of its own. Returns True: NNI has no such rule.
+    mode of its own.
     """
     original = model_speedup.ModelSpeedup.speedup_model
 
@@ -85,10 +83,9 @@ def _put_modes(model: torch.nn.Module, modes: dict[str, bool]) -> None:
 def keep_given_masks() -> bool:
     """Leave the masks that a speedup is given, and the modes of its model, as they are.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: a bug of NNI's
-    on every version: it works on the caller's masks, and fills in, reconciles and overwrites them; a second speedup
-    with them, of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now. Returns
-    True: NNI makes no copy.
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: a bug of NNI's on every
+    version: it works on the caller's masks, and fills in, reconciles and overwrites them; a second speedup with them,
+    of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now.
     """
     init = model_speedup.ModelSpeedup.__init__
 
@@ -112,7 +109,7 @@ def keep_graph_for_all_outputs() -> bool:
 
     Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: a bug of NNI's, on
     every version: it goes back from each output of a node by itself, and the first time frees the graph, so that the
-    second ended in a RuntimeError. Returns True: NNI keeps no graph.
+    second ended in a RuntimeError.
     """
 
     def indirect_backward(self: Any, output: Any, output_mask: Any) -> None:

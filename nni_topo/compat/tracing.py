@@ -29,7 +29,7 @@ def restore_tensor_methods() -> bool:
 
     The methods get the place that NNI would have given them; the static builtins, which no traced model calls, are
     dropped. A method that ``torch.Tensor`` overrides in Python (``split``, ``norm``) is listed by that override, as NNI
-    does. Returns True if the table was changed, False if every method has its place.
+    does.
     """
     table = concrete_tracer.ConcreteTracer.default_autowrap_leaf_function
     misplaced = [
@@ -48,8 +48,7 @@ def accept_purity_argument() -> bool:
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``node_is_impure_wrapper(node)``. Cause: it stands in
     for ``torch.fx.Node.is_impure``, which takes ``impure_random`` as well (2.11 to 2.15, every Python), so that dead
     code elimination, and with it every trace, ended in a TypeError. The argument is ignored: NNI's rule, under which a
-    random operation without users is dead, stays as it is. Returns True if the function was replaced, False if it takes
-    what PyTorch passes.
+    random operation without users is dead, stays as it is.
     """
     is_impure = concrete_tracer.node_is_impure_wrapper
     passed = len(inspect.signature(concrete_tracer._orig_node_is_impure).parameters)
@@ -71,7 +70,7 @@ def postpone_annotations() -> bool:
     compiles a traced function again while ``list``, ``dict`` and ``tuple`` are stand-ins that take no subscript, and
     without the ``from __future__ import annotations`` of the function's module; so an annotation in the style of Python
     3.9 and newer ended the trace in a TypeError (every Python and PyTorch). The second compilation leaves annotations
-    alone; nothing reads them there. Returns True if NNI's ``compile`` was replaced, False if it's not the builtin one.
+    alone; nothing reads them there.
     """
     if "compile" in vars(operator_patcher):
         return False
@@ -84,8 +83,7 @@ def name_class_of_super() -> bool:
 
     Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: a bug of NNI's
     on every version: it writes ``super()`` as ``super(self.__class__, self)``, so that a method inherited by a subclass
-    calls itself until the trace ends in a RecursionError. Returns True if the rewriting was replaced, False if it names
-    the class already.
+    calls itself until the trace ends in a RecursionError.
     """
     _, tree = operator_patcher.TransformerOp().visit_start(ast.parse("super()"))
     if "self.__class__" not in ast.unparse(tree):
@@ -112,7 +110,7 @@ def run_leaves_with_classes() -> bool:
     is traced, ``list``, ``bool``, ``type`` and others are objects that look like the classes. PyTorch's own functions,
     which get no traced values, found them too, and evaluate ``torch.jit.annotate(list[int], [])`` in every max pooling
     without a stride and ``type(a) is not bool`` in every unpooling (2.11 to 2.15, every Python): a TypeError or an
-    AssertionError. Returns True if NNI's method was replaced, False if it is or if the tracer keeps no stand-ins.
+    AssertionError.
     """
     tracer = concrete_tracer.ConcreteTracer
     run = tracer.run_target
@@ -143,7 +141,7 @@ def keep_apply_of_functions() -> bool:
     deletes the method, which an old PyTorch inherited from C. Since PyTorch 2.0 it is Python's own, so that after the
     first trace of a process no function with a gradient of its own ran under ``torch.func`` and ``vmap``, and none took
     keyword arguments or defaults with ``setup_context``; on PyTorch before 2.14 no decoder of Transformers ran without
-    a mask. Returns True if NNI's method was replaced, False if it deletes nothing.
+    a mask.
     """
     tracer, function = concrete_tracer.ConcreteTracer, torch.autograd.Function
     trace = tracer.trace
@@ -169,8 +167,7 @@ def write_stand_ins_as_types() -> bool:
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_iterable_class`` and
     ``_create_wrapped_leaf_class``. Cause: while a model is traced, ``list``, ``dict``, ``tuple``, ``int`` and others
     are objects that take no subscript and no ``|``, so that a forward in the style of Python 3.9 and newer
-    (``isinstance(size, int | None)``) ended in a TypeError (every Python and PyTorch). Returns True if NNI's makers of
-    stand-ins were replaced, False if a stand-in takes a subscript.
+    (``isinstance(size, int | None)``) ended in a TypeError (every Python and PyTorch).
     """
     if hasattr(type(concrete_tracer._create_wrapped_leaf_iterable_class(None, list)), "__getitem__"):
         return False
@@ -184,8 +181,7 @@ def compare_stand_ins_as_types() -> bool:
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: a bug of NNI's
     on every version: ``type`` gives the class, while the name ``tuple`` means the class's stand-in, so that ``is`` was
-    never true and ``is not`` always. Models that check a type so (DistilBERT) raised their own errors. Returns True if
-    NNI's maker of wrappers was replaced, False if its ``is`` knows stand-ins.
+    never true and ``is not`` always. Models that check a type so (DistilBERT) raised their own errors.
     """
     make, known = concrete_tracer._create_wrapped_leaf_func, {(stand_in := object()): list}
     if make(SimpleNamespace(temp_disable_call=False, clz_wrapper_map=known), operator.is_, None)(list, stand_in):
@@ -213,8 +209,7 @@ def call_functions_of_python() -> bool:
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: a bug of NNI's
     on every version: ``torch.norm`` and others of ``torch.functional`` are replaced by a wrapper of the builtin of that
     name. It calls the function of ``torch.functional`` from the model's code, but the builtin, which takes other
-    arguments, from PyTorch's: ``normalize``, ``mse_loss`` and others ended in a TypeError. Returns True if NNI's maker
-    of wrappers was replaced, False if its wrappers call the right function.
+    arguments, from PyTorch's: ``normalize``, ``mse_loss`` and others ended in a TypeError.
     """
     make = concrete_tracer._create_wrapped_leaf_func
     if make(SimpleNamespace(temp_disable_call=True), lambda: False, lambda: True)():
@@ -289,8 +284,7 @@ def index_code_units() -> bool:
     Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.__iter__``, ``__len__``, ``__bool__``
     and ``keys``. Cause: they take an instruction's index to be its offset in code units. Since Python 3.11 inline
     caches take units that ``dis`` doesn't list, so a wrong instruction, or none, was found (any PyTorch). Python 3.13
-    tests for truth before the jump, in ``TO_BOOL`` or in the comparison. Returns True if NNI's view of ``dis`` was
-    replaced, False if it lists one entry per code unit.
+    tests for truth before the jump, in ``TO_BOOL`` or in the comparison.
     """
     sample = restore_branch_opcodes.__code__
     if len(list(concrete_proxy.dis.get_instructions(sample))) == len(sample.co_code) // 2:
@@ -304,7 +298,7 @@ def restore_branch_opcodes() -> bool:
 
     Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.jump_opcodes``. Cause: a list of five
     names. Python 3.11 has ``POP_JUMP_FORWARD_IF_TRUE``, ``POP_JUMP_BACKWARD_IF_FALSE`` and so on instead (any PyTorch);
-    3.10 and 3.12 to 3.13 use listed names. Returns True if opcodes were added, False if all were known.
+    3.10 and 3.12 to 3.13 use listed names.
     """
     known = concrete_proxy.ConcreteProxy.jump_opcodes
     missing = []

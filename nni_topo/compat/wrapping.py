@@ -39,8 +39,7 @@ def keep_shared_parameters() -> bool:
 
     Place: ``nni/compression/base/wrapper.py``, ``TargetSpace._register_target`` and ``ModuleWrapper.unwrap``. Cause:
     each layer gets a copy, on every version. So ``unwrap_model`` returned a model without its ties, and an optimizer
-    that knows a shared parameter by one name left the other layers out. Returns True if the two methods were replaced,
-    False if NNI's ``unwrap`` makes no new parameters.
+    that knows a shared parameter by one name left the other layers out.
     """
     if "register_parameter" not in ModuleWrapper.unwrap.__code__.co_names:
         return False
@@ -99,8 +98,7 @@ def wrap_modules_once() -> bool:
     """Take a module with two names for one layer, under the first of its names that the config_list selects.
 
     Place: ``nni/compression/base/compressor.py``, ``register_wrappers``. Cause: it goes by names, and ``op_types``
-    selects all of them, so that the second wrapper met the first: a bare AssertionError, on every version. Returns
-    True: NNI has no such rule.
+    selects all of them, so that the second wrapper met the first: a bare AssertionError, on every version.
     """
     register = compressor.register_wrappers
 
@@ -127,7 +125,7 @@ def leave_no_forward() -> bool:
     """Leave an unwrapped module without an attribute ``forward`` of its own, if it had none.
 
     Place: ``nni/compression/base/wrapper.py``, ``ModuleWrapper.unwrap``. Cause: it puts the class's method back as an
-    attribute of the module, on every version. Returns True: NNI has no such rule.
+    attribute of the module, on every version.
     """
     unwrap = ModuleWrapper.unwrap
 
@@ -145,7 +143,7 @@ def unwrap_models_once() -> bool:
     """Let ``unwrap_model`` do nothing for a model that isn't wrapped.
 
     Place: ``nni/compression/base/compressor.py``, ``Compressor.unwrap_model``. Cause: it warns that it can't, and goes
-    on to an AttributeError, on every version. Returns True: NNI has no such rule.
+    on to an AttributeError, on every version.
     """
     unwrap_model = Compressor.unwrap_model
 
@@ -163,7 +161,7 @@ def call_layers_of_attention() -> bool:
 
     Place: ``nni/compression/base/compressor.py``, ``Compressor.wrap_model`` and ``unwrap_model``. Cause: PyTorch's
     ``nn.MultiheadAttention`` and torchvision's attention in windows never call these layers, so that masks on them do
-    nothing, on every version. Returns True: NNI has no such rule.
+    nothing, on every version.
     """
     wrap_model, unwrap_model = Compressor.wrap_model, Compressor.unwrap_model
 
@@ -198,7 +196,7 @@ def ask_for_targets() -> bool:
 
     Place: ``nni/compression/base/setting.py``, ``PruningSetting.get``. Cause: settings go by the name of a class, on
     every version. Recurrent layers of one class have more parameters the more levels they have, and NNI answers to a
-    parameter that a module lacks with a bare AssertionError. Returns True: NNI has no such rule.
+    parameter that a module lacks with a bare AssertionError.
     """
     get = PruningSetting.get
 
@@ -221,8 +219,7 @@ def ask_for_blocks() -> bool:
     """Let `scaling` say what the blocks of a pruner's targets are.
 
     Place: ``nni/compression/base/compressor.py``, ``Pruner._register_scalers``. Cause: blocks are neighbouring rows
-    there, on every version, and a head's aren't where one weight holds queries, keys and values. Returns True: NNI has
-    no such rule.
+    there, on every version, and a head's aren't where one weight holds queries, keys and values.
     """
     register = Pruner._register_scalers
 
@@ -241,7 +238,7 @@ def undo_failed_constructors() -> bool:
 
     Place: ``nni/compression/base/compressor.py``, ``Compressor.__init__``, and those of all subclasses. Cause: an error
     after the first wrapper left a wrapped model and no pruner to unwrap it, on every version; from then on every pruner
-    refused the model. Returns True: NNI has no such rule.
+    refused the model.
     """
     for kind in _with_subclasses(Compressor):
         _guard_constructor(kind)
