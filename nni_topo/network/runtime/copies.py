@@ -33,6 +33,7 @@ from nni_topo.network.runtime.memory import free_memory_of, out_of_memory
 from nni_topo.network.runtime.modules import (
     has_compiled,
     is_compiled_function,
+    is_compiled_module,
     is_plain,
     is_transformed,
 )
@@ -124,7 +125,8 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     for each in copies:
         _check_own(each, own, light)
     for module in modules:
-        if is_compiled_function(forward := vars(module).get("forward")):
+        # What torch.compile made of a module makes its own forward.
+        if not is_compiled_module(module) and is_compiled_function(forward := vars(module).get("forward")):
             vars(memo[id(module)])["forward"] = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
 
     def copied(value: Any) -> Any:
