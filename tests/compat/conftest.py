@@ -1,0 +1,3 @@
+"""NNI is patched before these tests import it."""
+
+import nni_topo  # noqa: F401
