@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.context import context, in_context
 from nni_topo.errors import ConfigError, listed
+from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.runtime.arguments import BATCHES, MASKS, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import check_samples_first, structure_call
@@ -99,6 +100,7 @@ def compensation(
     check_ridge(ridge)
     chosen = method if isinstance(method, RecoveryMethod) else RECOVERIES.info(method, "compensate", "method").make()
     check_model(model)
+    given, model = model, with_known_layers(model)
     calibration = batches_of(calibration, model, shared=True)
     processes = calibration.processes
     if processes is not None and type(chosen).after is not RecoveryMethod.after:
@@ -148,7 +150,8 @@ def compensation(
         _logger.warning("layers after removed channels that couldn't be reconstructed: %s", named)
     for text in report.warnings:
         _logger.warning("%s", text)
-    hand_on_report(model, networks.result, "weights reconstructed (nni_topo.compensate)")
+    give_back_classes(given, networks.result)
+    hand_on_report(given, networks.result, "weights reconstructed (nni_topo.compensate)")
     if processes is None:
         tell_solved_on(networks.result, calibration.digests)
     return Compensation(networks.result, report)

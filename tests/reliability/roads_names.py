@@ -157,7 +157,7 @@ def prune(build: Callable[[], nn.Module], inputs: list[tuple[Any, ...]], cut: se
     ``cut``: layers that have to lose channels.
     """
     torch.manual_seed(0)
-    model = nni_topo.as_torch_layers(build().eval())
+    model = build().eval()
     example = inputs[0]
     config = [{"op_types": ["Linear", "Conv2d"], "sparse_ratio": 0.5, "exclude_op_names": ["head"]}]
     selected = {name for name, each in model.named_modules() if type(each).__name__ in config[0]["op_types"]} - {"head"}

@@ -135,7 +135,6 @@ _ADVICE: dict[str, str] = {
     "no_heads": 'ask for channels: leave out "granularity": "head"',
     "complex_weight": "hold the complex weights as real ones, their real and imaginary parts in layers of their own",
     "computed_weight": "make the weight a plain parameter; nni_topo.as_torch_layers(model) does so where it can",
-    "own_class": "prune nni_topo.as_torch_layers(model) instead of the model",
     "transposed_weight": "prune nni_topo.as_torch_layers(model) instead of the model",
     "inside_module": (
         "write the module as one that calls its layers; heads of nn.MultiheadAttention can be pruned as it is"
@@ -231,7 +230,6 @@ complex_weight = Sentence("complex_weight", "its weights are complex numbers, wh
 transposed_weight = Sentence(
     "transposed_weight", "its weight is transposed: nni_topo.as_torch_layers(model) makes it a linear layer"
 )
-own_class = Sentence("own_class", "its class isn't PyTorch's: nni_topo.as_torch_layers(model) makes it PyTorch's layer")
 not_followed = Sentence("not_followed", "the layer isn't called by itself, or its channels couldn't be followed")
 norm_follows = Sentence("norm_follows", "a norm keeps the channels of the layer before it, whose mask decides")
 not_run = Sentence("not_run", "the forward doesn't use the layer")

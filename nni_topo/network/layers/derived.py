@@ -542,3 +542,43 @@ def plain_layer(module: Any) -> nn.Module | None:
         made.bias = own_bias if inner.is_own else nn.Parameter(inner.bias.clone(), needs_grad)
     found: nn.Module = made
     return found
+
+
+def adopt(model: nn.Module) -> None:
+    """Make modules of a model that `plain_layer` knows PyTorch's layers, in place; the model itself keeps its class."""
+    for name, module in list(model.named_modules()):
+        plain = plain_layer(module) if name else None
+        if plain is None:
+            continue
+        for table in (module._parameters, module._buffers, module._modules):
+            table.clear()
+        vars(module).update({key: value for key, value in vars(plain).items() if key not in vars(nn.Module())})
+        for key, parameter in plain._parameters.items():
+            module.register_parameter(key, parameter)
+        module.__class__ = type(plain)
+
+
+def with_known_layers(model: nn.Module) -> nn.Module:
+    """Return a model, or if `plain_layer` knows modules of it a light copy in which these are PyTorch's layers."""
+    if all(not name or plain_layer(module) is None for name, module in model.named_modules()):
+        return model
+    copied: nn.Module = detached_copy(model, light=True)
+    adopt(copied)
+    return copied
+
+
+def give_back_classes(model: nn.Module, changed: nn.Module) -> None:
+    """Make layers of a network that was made of `with_known_layers` of a model modules of the model's classes again.
+
+    Those that compute their weight, or need its size, stay PyTorch's.
+    """
+    for name, module in model.named_modules():
+        plain = plain_layer(module) if name else None
+        if plain is None or plain.weight is not module.weight:
+            continue
+        layer = changed.get_submodule(name)
+        added = {key: vars(layer).pop(key) for key in vars(plain).keys() - vars(module).keys()}
+        layer.__class__ = type(module)
+        if plain_layer(layer) is None:
+            layer.__class__ = type(plain)
+            vars(layer).update(added)

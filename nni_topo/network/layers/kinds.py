@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nni_topo.errors import unknown_name
-from nni_topo.network.layers.derived import inner_of, plain_layer
+from nni_topo.network.layers.derived import adopt, inner_of, plain_layer
 from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.arguments import MODEL, STRUCTURE
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
@@ -178,16 +178,7 @@ def with_plain_weights(model: torch.nn.Module) -> torch.nn.Module:
                 for kind, (attribute, remove) in _REMOVERS.items():
                     if isinstance(hook, kind):
                         remove(module, getattr(hook, attribute))
-        for name, module in list(copied.named_modules()):
-            plain = plain_layer(module) if name else None
-            if plain is None:
-                continue
-            for table in (module._parameters, module._buffers, module._modules):
-                table.clear()
-            vars(module).update({key: value for key, value in vars(plain).items() if key not in vars(nn.Module())})
-            for key, parameter in plain._parameters.items():
-                module.register_parameter(key, parameter)
-            module.__class__ = type(plain)
+        adopt(copied)
     return copied
 
 

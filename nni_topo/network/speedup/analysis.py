@@ -21,7 +21,7 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.graph.nodes import ShapeNoting, on_modules
 from nni_topo.network.graph.tracing import arguments, layer_sizes, trace
-from nni_topo.network.layers.derived import LayerSizes, Size, spatial, with_heads
+from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.copies import evaluating, unwrapped_copy
@@ -105,6 +105,10 @@ class Analysis:
     def on(cls, model: nn.Module, example_inputs: Any, facts: Facts | None = None) -> Analysis:
         """Take a model with example inputs, whatever container they come in."""
         return cls(model, call_arguments(example_inputs, model), facts)
+
+    def of(self, model: nn.Module) -> Analysis:
+        """Return the analysis of a copy of the model that has other weights."""
+        return Analysis(model, self.call, self.facts)
 
     @property
     def flow(self) -> ChannelFlow:
@@ -217,6 +221,7 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
         model: nn.Module = evaluating(unwrapped_copy(original, light=True))
         for name, dim in own_widths.items():
             take_own_width(model.get_submodule(name), dim)
+        adopt(model)
         for module in model.modules():
             channel_dim(module)  # which runs it: not while the model is recorded
         return model

@@ -15,6 +15,7 @@ from nni_topo.errors import ConfigError, listed
 from nni_topo.network.attention.config import tell_config
 from nni_topo.network.attention.unfused.own_width import take_own_width
 from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.integer_attributes import put_sizes
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
 from nni_topo.network.runtime.copies import (
@@ -179,6 +180,7 @@ def dense_of(
     facts: Facts | None = None,
 ) -> torch.nn.Module:
     """Return what :func:`to_dense` does; ``facts``: what is known of the model, or of one with other weights."""
+    given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     with random_state_kept(), torch.inference_mode(False):
@@ -208,6 +210,7 @@ def dense_of(
         remember_report(dense, report)
         # Last, for all before compares it with the model's evaluated copy.
         put_modes_of(model, dense)
+    give_back_classes(given, dense)
     return dense
 
 

@@ -25,7 +25,7 @@ from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason, Reasons
 from nni_topo.network.channels.shuffle import Share, asked_of, shares
 from nni_topo.network.graph.submodules import is_in_parts
-from nni_topo.network.layers.derived import plain_layer
+from nni_topo.network.layers.derived import with_known_layers
 from nni_topo.network.layers.kinds import (
     RECURRENT,
     check_names,
@@ -233,6 +233,7 @@ def groups_of(
 ) -> DependencyGroups:
     """Return what :func:`dependency_groups` does; without ``warns`` no warning names layers that were left out."""
     check_names(analysis.model, config_list)
+    analysis = analysis.of(with_known_layers(analysis.model))
     model = analysis.model
     given = _select(model, config_list)
     try:
@@ -580,8 +581,6 @@ def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
         return reasons.complex_weight()
     if is_transposed_linear(module):
         return reasons.transposed_weight()
-    if plain_layer(module) is not None:
-        return reasons.own_class()
     if not has_channels(module):
         return reasons.unknown_class(name, type(module))
     owner = name.rpartition(".")[0]

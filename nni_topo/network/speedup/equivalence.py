@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.context import leaving_out
 from nni_topo.errors import NniTopoError, SpeedupError, raised
+from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.slicing import keep
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, check_model
 from nni_topo.network.runtime.comparison import difference
@@ -316,6 +317,7 @@ def masked_model(
     sigmoid does, is read.
     """
     check_model(model)
+    given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     flow = Analysis(model, call).flow
@@ -327,4 +329,5 @@ def masked_model(
         full = mask_what_follows(model, flow, full, is_kept)
     masked = apply_masks(model, full)
     leave_out(masked, flow, is_kept)
+    give_back_classes(given, masked)
     return masked

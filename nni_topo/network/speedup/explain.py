@@ -16,7 +16,7 @@ from nni_topo.network.channels.constraints import blocks_of, partial_couplings
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reasons
 from nni_topo.network.graph.nodes import described, line_of
-from nni_topo.network.layers.derived import plain_layer
+from nni_topo.network.layers.derived import with_known_layers
 from nni_topo.network.layers.kinds import RECURRENT, feature_dimension, is_transposed_linear, output_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, check_unwrapped
 from nni_topo.network.runtime.public import public
@@ -153,6 +153,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     what to change: use an operation that treats every channel by itself, or write ...
     """
     check_unwrapped(model)
+    model = with_known_layers(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = [name for name, module in modules.items() if _channels(module) is not None]
     if layer not in modules:
@@ -206,7 +207,7 @@ def _channels(module: nn.Module) -> int | None:
     if is_transposed_linear(module):
         weight: Any = module.weight
         return int(weight.shape[1])
-    return output_channels(plain_layer(module) or module)
+    return output_channels(module)
 
 
 def way_forward(analysis: Analysis, kept: KeptIndices) -> str:

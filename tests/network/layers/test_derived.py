@@ -329,6 +329,11 @@ class OwnLinear(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
+class Sized(OwnLinear):
+    def forward(self, x):
+        return super().forward(x.reshape(*x.shape[:-1], self.width))
+
+
 class Scaled(OwnLinear):
     def forward(self, x):
         return nn.functional.linear(x, 0.5 * self.weight, 3 * self.bias)
@@ -356,6 +361,22 @@ class Gated(OwnLinear):
         return super().forward(x) * x.mean()
 
 
+@pytest.mark.parametrize("kind", [OwnLinear, Sized, Scaled])
+def test_a_layer_that_is_not_derived_from_pytorchs_loses_channels_and_keeps_its_class(kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(kind(4, 6), nn.ReLU(), kind(6, 5), nn.ReLU(), nn.Linear(5, 2)).eval(), torch.randn(3, 4)
+    mask = torch.ones(6, 4)
+    mask[[1, 3]] = 0
+    expected = torch.nn.functional.relu(model[0](x)) * mask[:, 0]
+    dense = nni_topo.to_dense(model, x, {"0": {"weight": mask}})
+    torch.testing.assert_close(dense(x), model[1:](expected))
+    assert [tuple(dense[at].weight.shape) for at in (0, 2)] == [(4, 4), (5, 4)]
+    assert type(dense[2]) is (OwnLinear if kind is OwnLinear else nn.Linear)  # others read a size, or other weights
+    assert "in_features" not in vars(model[0])
+    assert ("out_features" in vars(dense[2])) == (kind is not OwnLinear)
+    assert nni_topo.explain(model, x, "0").channels == 6
+
+
 def test_own_layers_are_those_of_pytorch_where_they_compute_the_same():
     torch.manual_seed(0)
     model = nn.Sequential(OwnLinear(4, 4), OwnLinear(4, 4), Router(4, 4), Gated(4, 4), Scaled(4, 4)).eval()
@@ -370,9 +391,13 @@ def test_own_layers_are_those_of_pytorch_where_they_compute_the_same():
     assert (type(conv), conv.stride, conv.padding, conv.dilation, conv.groups) == (nn.Conv2d, (2, 1), (1, 0), (2, 1), 2)
 
 
-def test_a_layer_of_a_class_of_its_own_names_the_function_that_makes_it_pytorchs():
-    model = nn.Sequential(OwnLinear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
-    found = nni_topo.explain(model, torch.randn(3, 4), "0")
-    assert (found.channels, found.kept, found.reasons[0].kind) == (6, 6, "own_class")
-    plain = nni_topo.as_torch_layers(model)
-    assert nni_topo.explain(plain, torch.randn(3, 4), "0").kept == 0
+def test_a_network_with_own_layers_is_compensated(device):
+    torch.manual_seed(0)
+    model = nn.Sequential(OwnLinear(4, 8), OwnLinear(8, 3)).eval().to(device)
+    data = [torch.randn(64, 4, device=device)]
+    masks = {"0": {"weight": torch.ones(8, 4, device=device)}}
+    masks["0"]["weight"][6:] = 0
+    solved = nni_topo.compensate(model, masks, data)
+    # Four inputs span all that six rows have to reproduce.
+    torch.testing.assert_close(nni_topo.to_dense(solved, data[0], masks)(data[0]), model(data[0]), rtol=1e-3, atol=1e-3)
+    assert type(solved[0]) is OwnLinear
