@@ -162,12 +162,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.to_dense": lambda: {"model": net(), "example_inputs": IMAGES, "masks": masks()},
     "nni_topo.zeros_held": lambda: {"model": net()},
     "nni_topo.recovery.pair_coefficients": lambda: {"removed": POINTS[:, 0], "survivor": POINTS[:, 1]},
-    "nni_topo.speedup.measure_latency": lambda: {
-        "model": net(),
-        "example_inputs": IMAGES,
-        "shares": (1.0,),
-        "repeats": 1,
-    },
+    "nni_topo.speedup.measure_latency": lambda: {"model": net(), "example_inputs": IMAGES},
     "nni_topo.speedup.profile": lambda: {"models": {"one": net()}, "example_inputs": IMAGES, "runs": 1},
     "nni_topo.zoo.augmented": lambda: {"images": IMAGES, "augmentation": "crop-flip", "black": torch.zeros(3, 1, 1)},
     "nni_topo.zoo.check_model": lambda: {"model": net(), "data": BUNDLE},
@@ -177,7 +172,6 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.zoo.default_recipe": lambda: {"model_name": "small_cnn", "data_name": "digits"},
     "nni_topo.zoo.evaluate": lambda: {"model": net(), "dataset": DATA},
     "nni_topo.zoo.latencies": lambda: {"models": {"one": net()}, "example_inputs": IMAGES, "runs": 1},
-    "nni_topo.zoo.latency_ms": lambda: {"model": net(), "example_inputs": IMAGES, "runs": 1},
     "nni_topo.zoo.list_models": dict,
     "nni_topo.zoo.load_data": lambda: {"name": "digits", "limit": 10},
     "nni_topo.zoo.loss_and_accuracy": lambda: {"model": net(), "dataset": DATA},
@@ -339,7 +333,7 @@ FUNCTIONS = public_functions()  # before a test puts another in the place of one
 PARTS = {
     "nni_topo": "Calibration",
     "nni_topo.recovery": "Compensation CompensationReport Distillation LayerReport",
-    "nni_topo.speedup": "DenseReport Explanation Exported LatencyTable LayerChannels LayerLatency ModeCost Operation",
+    "nni_topo.speedup": "DenseReport Explanation Exported LatencyTable LayerChannels LayerLatency Profiled Operation",
     "nni_topo.zoo": "DataBundle EpochLog TrainingLog",
 }
 SAME = {"nni_topo.compensate", "nni_topo.distill"}  # hand on what they get to compensation and distillation
@@ -357,7 +351,7 @@ def test_every_public_function_is_walked():
 
 
 HEAVY = {"distillation", "compensation", "shrink", "frontier", "dependency_groups", "to_dense"}
-HEAVY |= {"zoo.latency_ms", "zoo.train", "synthetic_images", "choose_images", "speedup.profile"}
+HEAVY |= {"zoo.train", "synthetic_images", "choose_images", "speedup.profile"}
 HEAVY |= {"speedup.measure_latency", "zoo.latencies", "zoo.evaluate", "zoo.loss_and_accuracy"}
 
 

@@ -13,7 +13,7 @@ import nni_topo
 from nni_topo.network.cost.measure import profile
 from nni_topo.rules import whole
 from nni_topo.runs.run import resolve_device
-from nni_topo.studies.study import ModelVerb, Names
+from nni_topo.studies.study import ModelVerb
 from nni_topo.studies.tables import NumberTable
 from nni_topo.zoo import create_model
 
@@ -25,7 +25,6 @@ class Profile(ModelVerb):
     dense: Path | None = None  # file of nni_topo.save; None: the model pruned at random
     ratio: float = 0.5  # without a file: share of the channels to prune at random, in [0, 1)
     round_to: int | Literal["auto"] | None = None  # kept channels are a multiple of it; auto: the device's
-    modes: Names = ("plain",)  # any of plain, channels_last, bf16, compile
     batch_size: int = 1  # samples in a batch, at least 1
     image_size: int = 32  # height and width in pixels
     in_channels: int = 3  # channels of the images
@@ -51,14 +50,12 @@ class Profile(ModelVerb):
             dense = nni_topo.to_dense(model, images, masks, round_to=self.round_to)
         place = resolve_device(self.device)
         nets = {"unpruned": model.to(place), "dense": dense.to(place)}
-        rows = profile(nets, images.to(place), modes=self.modes, runs=self.runs, threads=self.threads, seed=self.seed)
-        head = ("mode", "network", "ms", "samples/s", "peak MB", "MACs (M)", "parameters (k)")
+        rows = profile(nets, images.to(place), runs=self.runs, threads=self.threads, seed=self.seed)
+        head = ("network", "ms", "samples/s", "peak MB", "MACs (M)", "parameters (k)")
         title = f"{self.model}, batch of {self.batch_size}, {place}"
         shown = []
         for row in rows:
             measured = f"{row.latency_ms:.2f}", f"{row.throughput:.0f}", f"{row.peak_bytes / 1e6:.1f}"
-            shown.append((row.mode, row.network, *measured, f"{row.macs / 1e6:.1f}", f"{row.params / 1e3:.1f}"))
-        table = NumberTable(title, head, shown, text_columns=2)
-        failed = dict.fromkeys(f"{row.mode}: {row.failed}" for row in rows if row.failed)
-        self.put_out(console, [asdict(row) for row in rows], [table, *failed])
+            shown.append((row.network, *measured, f"{row.macs / 1e6:.1f}", f"{row.params / 1e3:.1f}"))
+        self.put_out(console, [asdict(row) for row in rows], [NumberTable(title, head, shown, text_columns=1)])
         return 0

@@ -2,7 +2,7 @@
 
 from nni_topo.network.channels.rules import Operation, register_operator
 from nni_topo.network.cost.latency import LatencyTable, LayerLatency, measure_latency
-from nni_topo.network.cost.measure import ModeCost, profile
+from nni_topo.network.cost.measure import Profiled, profile
 from nni_topo.network.io.checkpoint import load, save, save_pretrained
 from nni_topo.network.io.exporting import Exported, export
 from nni_topo.network.layers.kinds import as_torch_layers, register_module, zeros_held
@@ -21,8 +21,8 @@ __all__ = [
     "LatencyTable",
     "LayerChannels",
     "LayerLatency",
-    "ModeCost",
     "Operation",
+    "Profiled",
     "as_torch_layers",
     "dependency_groups",
     "explain",

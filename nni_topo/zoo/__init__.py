@@ -1,6 +1,6 @@
 """Models and data by name, training, checkpoints and measurements: what comparisons are made with."""
 
-from nni_topo.network.cost.measure import count_macs, count_params, latencies, latency_ms
+from nni_topo.network.cost.measure import count_macs, count_params, latencies
 from nni_topo.zoo.checkpoints import load_checkpoint, save_checkpoint
 from nni_topo.zoo.data import DataBundle, list_data, load_data
 from nni_topo.zoo.evaluation import check_model, evaluate, loss_and_accuracy
@@ -22,7 +22,6 @@ __all__ = [
     "default_recipe",
     "evaluate",
     "latencies",
-    "latency_ms",
     "list_data",
     "list_models",
     "load_checkpoint",

@@ -261,7 +261,7 @@ def test_the_network_that_is_timed_has_the_widths_asked_for(images):
 
 def test_a_measured_table_serves_again():
     model = toy_model()
-    table = measure_latency(model, toy_images(2), repeats=1)
+    table = measure_latency(model, toy_images(2))
     assert kept({"latency": 0.5}, table)[0] == kept({"latency": 0.5}, table, model=model)[0]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -68,7 +67,6 @@ class Blocks:
     may_vanish: bool  # a block may lose all of its channels, on all sides at once
     moves: bool = False  # it only decides where channels go, as after a chunk: see `shuffles`
     is_uneven: bool = False  # of shuffled layers, whose pieces can't be of one size each
-    is_filled: bool = False  # a shorter block is filled up with `FIXED`: it loses as many, and keeps some of its own
     place: str = ""  # what needs them so: an operation, a module or an attribute
     counted: bool = False  # an attribute holds how many blocks there are: fewer, where each goes as a whole
 
@@ -124,7 +122,6 @@ class ChannelIds:
         self.widths: list[TakenWidth] = []
         self.by_node: dict[str, Any] = {}  # what each node puts out: int64, of length 1 where nothing differs
         self.picks: dict[str, torch.Tensor] = {}  # by node, the places that a constant of the forward's picks
-        self._firsts: list[int] = []  # of the ids that were given out together, ascending
         self._pairs = [np.zeros((0, 2), dtype=np.int64)]
         self._tied_at: list[torch.fx.Node] = []  # the operation of each of these arrays but the first
         self._as_widths = set[int]()  # which of these arrays tie channels to others as their width is taken
@@ -134,15 +131,8 @@ class ChannelIds:
 
     def new(self, count: int) -> int:
         """Give out a number of new ids, and return the first."""
-        self._firsts.append(self.count)
         self.count += count
         return self.count - count
-
-    def given_with(self, channel: int) -> int:
-        """Return how many ids were given out together with this one: the channels of its layer."""
-        at = bisect_right(self._firsts, channel) - 1
-        end = self._firsts[at + 1] if at + 1 < len(self._firsts) else self.count
-        return end - self._firsts[at]
 
     def filled(self, name: str, dims: list[int], shape: tuple[int, ...]) -> torch.Tensor:
         """Give ids to the entries of a constant tensor along one of the dimensions whose size an attribute holds."""

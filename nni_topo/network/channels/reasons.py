@@ -98,7 +98,7 @@ _ADVICE: dict[str, str] = {
         "see why the heads of the other tensor stay (nni_topo.explain of its layer), or give each head its own keys "
         "and values"
     ),
-    "one_head": "give the attention its scale as a number, or more heads than one",
+    "one_head": "give the attention more heads than one",
     "only_head": (
         "make the head narrower with nni_topo.narrow_heads, but for rotary positions, or give the attention more heads "
         "than one"

@@ -165,11 +165,7 @@ class Operation:
         return self.carried(self.ids if ids is None else ids, carry)
 
     def met(self, ids: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Couple operands that are combined place by place; one that is broadcast along the channels isn't coupled.
-
-        If that one is a single channel of several, as a gate that a slice takes, it stays: of none nothing could be
-        broadcast.
-        """
+        """Couple operands that are combined place by place; one that is broadcast along the channels isn't coupled."""
         full = [each.view((1,) * (len(shape) - each.dim()) + tuple(each.shape)) for each in ids]
         # The dimension of the channels isn't known, but it is one along which ids differ.
         varying = set[int]()
@@ -192,10 +188,6 @@ class Operation:
         for each in full:
             # Of two that are each broadcast along the channels of the other, the output has the first one's.
             is_coupled = any(each is other for other in coupled)
-            if not is_coupled and not _varying(each) and each.numel():
-                channel = int(compressed(each))
-                if channel != FIXED and self.channels.given_with(channel) > 1:
-                    self.keep(each, reasons.fixed_channels(self.node))
             if not is_coupled and any(varies(each, d) and not varies(found, d) for d in varying):
                 self.keep(each)
         return found.expand(shape)
@@ -427,6 +419,20 @@ def _padded(op: Operation) -> Any:
     return padded.expand(op.shape)
 
 
+@rule(
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "fold", "gru", "lstm", "pack_padded_sequence",
+    "pad_packed_sequence", "rnn_relu", "rnn_tanh", nn.Fold,
+)  # fmt: skip
+def _kept(op: Operation) -> Any:
+    return op.all_kept()
+
+
+@rule("grid_sample", "unfold", nn.Unfold)
+def _windows(op: Operation) -> Any:
+    """Follow what reads each channel of images at the same places; that makes no rows of channels and places."""
+    return _followed(op, 1, is_coupled=False)
+
+
 @rule("view_as_complex")
 def _as_complex(op: Operation) -> Any:
     """Couple real and imaginary parts, two in the last dimension, which become one number."""
@@ -544,8 +550,7 @@ def _held_by_split(given: FixedPlaces) -> list[slice]:
         return []
     sizes = given.argument(1, "split_size_or_sections", "split_size", "split_sizes")
     if given.is_fixed(sizes):
-        # All pieces but the last keep their size, and their number stays the same.
-        return [slice((given.size - 1) // max(int(sizes), 1) * int(sizes) + 1)]
+        return [slice(None)]
     if not isinstance(sizes, Sequence):
         return []
     metas: Any = given.node.meta.get("tensor_meta")
@@ -600,15 +605,7 @@ def _chunked(op: Operation) -> Any:
     asked = op.argument(1, "chunks")
     short = pieces[0].shape[dim] - pieces[-1].shape[dim]
     if (short or asked != len(pieces)) and varies(ids, dim):
-        if asked != len(pieces) or channels.reorders or _varying(ids) != [dim % ids.dim()]:
-            op.keep(ids, reasons.fixed_channels(op.node))  # the dense model would make other pieces
-            return pieces
-        # The last piece is shorter than the others. If each loses as many as the others, chunk makes such pieces again.
-        rows = [channels.per_channel(piece, dim % ids.dim()) for piece in pieces]
-        rows[-1] = np.concatenate([rows[-1], np.full(short, FIXED)])
-        channels.chunks = True
-        where = described(op.node)
-        channels.blocks.append(Blocks([rows], may_vanish=False, moves=True, is_filled=True, place=where))
+        op.keep(ids, reasons.fixed_channels(op.node))  # the dense model would make other pieces
         return pieces
     # In the dense model chunk makes equal pieces too, so all pieces have to lose equally many channels.
     if pieces[0].dim() > 1 and not short:
@@ -645,7 +642,11 @@ def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.nd
     if not channels.reorders:
         return [pieces]
     # After a shuffle the first channels of every layer come first: each layer has to lose equally many in each piece.
-    owners = [_owners(piece, channels) for piece in pieces]
+    made: list[Layer | FreeParameter] = [
+        *channels.layers.values(), *channels.free_parameters.values(), *channels.one_valued.values()
+    ]  # fmt: skip
+    firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
+    owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
     sides: list[list[np.ndarray]] = []
     for layer in np.unique(np.concatenate(owners)):
         side = []
@@ -655,34 +656,18 @@ def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.nd
     return sides
 
 
-def _owners(ids: np.ndarray, channels: ChannelIds) -> np.ndarray:
-    """Say of each channel what makes it: a number for each layer, free parameter or tensor of one value."""
-    made: list[Layer | FreeParameter] = [
-        *channels.layers.values(), *channels.free_parameters.values(), *channels.one_valued.values()
-    ]  # fmt: skip
-    firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
-    return np.searchsorted(firsts, ids, side="right")
-
-
 def _held_by_narrow(given: FixedPlaces) -> list[slice]:
-    if not given.is_along(1):
-        return []
-    start, length = given.argument(2, "start"), given.argument(3, "length")
-    if given.is_fixed(start) and given.is_fixed(length):
-        # All channels up to the end of the range are needed, also if it ends at the last channel.
-        return [slice(start + length)] if start >= 0 else [slice(None)]
-    return _boundary(start, given.size) if given.is_fixed(start) else []
-
-
-def _held_by_select(given: FixedPlaces) -> list[slice]:
-    at = given.argument(2, "index")
-    return _place_held(given.node, at) if given.is_along(1) and given.is_fixed(at) else []
+    numbers = given.argument(2, "start"), given.argument(3, "length")
+    return [slice(None)] if given.is_along(1) and any(map(given.is_fixed, numbers)) else []
 
 
 @rule("unbind", moves=True, held=lambda given: [slice(None)] if given.is_along(1) else [])
 @rule("tensor_split", moves=True, held=lambda given: [slice(None)] if given.is_along(2) else [])
 @rule("narrow", moves=True, picks=True, held=_held_by_narrow)
-@rule("select", moves=True, picks=True, picks_one=True, held=_held_by_select)
+@rule(
+    "select", moves=True, picks=True, picks_one=True,
+    held=lambda given: [slice(None)] if given.is_along(1) and given.is_fixed(given.argument(2, "index")) else [],
+)  # fmt: skip
 def _pieces_taken(op: Operation) -> Any:
     return op.moved()
 
@@ -706,19 +691,12 @@ def _held_by_index(given: FixedPlaces) -> list[slice]:
             if given.is_fixed(end):
                 held += _boundary(end, size)
         return held
-    if isinstance(found, Node) and found.name in given.picks:
-        return _held_by_tensor(found, given.picks)
-    if isinstance(found, (list, tuple)):
-        places = np.array(found, dtype=object).ravel().tolist()
-        if not all(isinstance(each, int) and not isinstance(each, bool) for each in places):
-            return [slice(None)]
-        return [_up_to(each) for each in places]
-    return _place_held(given.node, found) if given.is_fixed(found) else []
-
-
-def _place_held(node: Node, at: int) -> list[slice]:
-    """Return the places to keep for a picked one: none for the first or last, if only its shape or type is read."""
-    return [] if at in (0, -1) and reads_shape_only(node) else [_up_to(at)]
+    if isinstance(found, (list, tuple)) or (isinstance(found, Node) and found.name in given.picks):
+        return [slice(None)]
+    # None for the first or last place, if only its shape or type is read.
+    if not given.is_fixed(found) or (found in (0, -1) and reads_shape_only(given.node)):
+        return []
+    return [slice(found + 1) if found >= 0 else slice(found, None)]
 
 
 def reads_shape_only(node: Node) -> bool:
@@ -734,16 +712,6 @@ def reads_shape_only(node: Node) -> bool:
         if not (of_sizes or has_property(user, "reads_sizes") or is_embedding):
             return False
     return True
-
-
-def _held_by_tensor(index: Any, picks: dict[str, Tensor]) -> list[slice]:
-    """Return the places to keep for those that a constant tensor picks. A computed index keeps all by its rule."""
-    values = picks.get(index.name) if isinstance(index, Node) else None
-    if values is None or not values.numel():
-        return []
-    if values.dtype == torch.bool:
-        return [slice(None)]
-    return [_up_to(int(end)) for end in (values.min(), values.max())]
 
 
 def _dimensions(part: Any) -> int:
@@ -766,54 +734,41 @@ def _boundary(end: int, size: int) -> list[slice]:
     return [slice(end)] if end > 0 else [slice(end, None)]
 
 
-def _up_to(at: int) -> slice:
-    """Return a place and those before it, or those after it if it is counted from the end."""
-    return slice(at + 1) if at >= 0 else slice(at, None)
-
-
 @rule("getitem", moves=True, by_index=True, picks=True, picks_one=True, held=_held_by_index)
 def _indexed(op: Operation) -> Any:
     if _index_is_known(op):
         return _picked(op)
     if not tensors_of(given_shapes(op.node)):
         return op.run_on_ids()
-    picked = picked_along_others(op.node, op.ids, op.shape)
-    if picked is None:
-        picked = _picked_elsewhere(op)
-    return op.by_place(known=False) if picked is None else picked
-
-
-def _picked_elsewhere(op: Operation) -> Tensor | None:
-    """Return the ids after tensors of numbers that pick places in dimensions without channels; None for other indices.
-
-    A table of biases by position, (heads, offsets), is read so.
-    """
+    # A computed index or mask. Along dimensions without channels ids don't differ: any place stands for those it picks.
     states, index = op.ids[0], op.node.args[1]
     parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
     if any(_varying(each) for each in op.ids[1:]):
-        return None
+        return op.by_place(known=False)
     missing = states.dim() - sum(map(_dimensions, parts))
-    first = 0
-    for at, part in enumerate(parts):
-        shape = tensor_shape(part) if isinstance(part, Node) else None
-        if shape is not None:
-            meta: Any = part.meta["tensor_meta"]
-            if meta.dtype in (torch.bool, torch.uint8) or varies(states, first):
-                return None
-            # Ids don't differ along this dimension, so any place stands for those that are picked.
-            parts[at] = torch.zeros(shape, dtype=torch.int64)
-        elif not (part is None or part is Ellipsis or isinstance(part, (int, slice))):
-            return None
-        first += missing if part is Ellipsis else _dimensions(part)
+    places, first = list[Any](), 0
+    for part in parts:
+        count = missing if part is Ellipsis else _dimensions(part)
+        meta: Any = part.meta.get("tensor_meta") if isinstance(part, Node) else None
+        if meta is not None:
+            if meta.dtype == torch.uint8 or any(varies(states, d) for d in range(first, first + count)):
+                return op.by_place(known=False)
+            rank = 1 if meta.dtype == torch.bool else len(meta.shape)
+            places += [torch.zeros([1] * rank, dtype=torch.int64)] * count
+        elif part is None or part is Ellipsis or isinstance(part, (int, slice)):
+            places.append(part)
+        else:
+            return op.by_place(known=False)
+        first += count
     try:
-        found = states[tuple(parts)]
+        return states[tuple(places)].expand(op.shape or ())
     except FAILURES:
-        return None
-    return found if tuple(found.shape) == op.shape else None
+        return op.by_place(known=False)
 
 
 def _held_by_index_select(given: FixedPlaces) -> list[slice]:
-    return _held_by_tensor(given.argument(2, "index", "indices"), given.picks) if given.is_along(1) else []
+    index = given.argument(2, "index", "indices")
+    return [slice(None)] if given.is_along(1) and isinstance(index, Node) and index.name in given.picks else []
 
 
 @rule("index_select", moves=True, by_index=True, held=_held_by_index_select)
@@ -858,36 +813,6 @@ def _picked(op: Operation) -> Any:
         return op.all_kept(op.ids[:1])
 
 
-def picked_along_others(node: Node, ids: list[Tensor], shape: tuple[int, ...] | None) -> Tensor | None:
-    """Return the ids after a computed index or mask that leaves the last dimension, which holds the channels, as it is.
-
-    ``ids``: those of the tensor, then those of indices and masks. None if the index doesn't leave it, or if the
-    channels aren't in the last dimension.
-    """
-    states, *indices = ids
-    last = states.dim() - 1
-    if not shape or not indices or not _leaves_last(node.args[1], states.dim()):
-        return None
-    if any(_varying(each) for each in indices):
-        return None
-    if any(varies(states, d) or not states.shape[d] for d in range(last)):
-        return None
-    return states[(slice(0, 1),) * last].reshape(-1).expand(shape)
-
-
-def _leaves_last(index: Any, dims: int) -> bool:
-    """Tell whether an index of a tensor with ``dims`` dimensions takes all of the last one."""
-    parts = [part for part in (index if isinstance(index, (tuple, list)) else (index,)) if part is not None]
-    if any(part is Ellipsis for part in parts):
-        return parts[-1] is Ellipsis or parts[-1] == slice(None)
-    taken = 0
-    for part in parts:
-        meta = part.meta.get("tensor_meta") if isinstance(part, Node) else None
-        # A mask takes as many dimensions as it has.
-        taken += len(meta.shape) if meta is not None and meta.dtype == torch.bool else 1
-    return taken < dims or (taken == dims and parts[-1] == slice(None))
-
-
 @rule("put", "setitem", writes=True)
 def _written(op: Operation) -> Any:
     # After this the tensor holds channels of two tensors. Where each place of the channels is written to, as in a loop
@@ -906,9 +831,11 @@ def _written(op: Operation) -> Any:
 
 def _is_written_by_row(op: Operation, target: Tensor, value: Tensor) -> bool:
     """Tell whether tensors say which rows of a tensor get others, with all channels in the last dimension of both."""
-    if not _leaves_last(op.node.args[1], target.dim()) or target.shape[-1] != value.shape[-1]:
+    index: Any = op.node.args[1]
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if sum(map(_dimensions, parts)) == target.dim() and parts[-1] != slice(None):
         return False
-    if any(_varying(each) for each in op.ids[1:-1]) or not value.numel():
+    if any(_varying(each) for each in op.ids[1:-1]) or not value.numel() or target.shape[-1] != value.shape[-1]:
         return False
     return all(set(_varying(each)) <= {each.dim() - 1} for each in (target, value))
 
@@ -1070,16 +997,16 @@ def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
 @rule("fft_fftshift", "fft_ifftshift", dims=Dims(1, None))
 # Windows slide along the last dimensions.
 @rule(
-    "adaptive_max_pool1d", "adaptive_avg_pool1d", "lp_pool1d", nn.MaxPool1d, nn.AvgPool1d, nn.LPPool1d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d, dims=Dims(None, -1),
+    "max_pool1d", "avg_pool1d", "adaptive_max_pool1d", "adaptive_avg_pool1d", "lp_pool1d", nn.MaxPool1d, nn.AvgPool1d,
+    nn.LPPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d, dims=Dims(None, -1),
 )  # fmt: skip
 @rule(
-    "adaptive_max_pool2d", "adaptive_avg_pool2d", "lp_pool2d", "fractional_max_pool2d", nn.MaxPool2d, nn.AvgPool2d,
-    nn.LPPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.FractionalMaxPool2d, dims=Dims(None, (-2, -1)),
+    "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d", "lp_pool2d", nn.MaxPool2d, nn.AvgPool2d,
+    nn.LPPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, dims=Dims(None, (-2, -1)),
 )  # fmt: skip
 @rule(
-    "adaptive_max_pool3d", "adaptive_avg_pool3d", "lp_pool3d", "fractional_max_pool3d", nn.MaxPool3d, nn.AvgPool3d,
-    nn.LPPool3d, nn.AdaptiveMaxPool3d, nn.AdaptiveAvgPool3d, nn.FractionalMaxPool3d, dims=Dims(None, (-3, -2, -1)),
+    "max_pool3d", "avg_pool3d", "adaptive_max_pool3d", "adaptive_avg_pool3d", "lp_pool3d", nn.MaxPool3d, nn.AvgPool3d,
+    nn.LPPool3d, nn.AdaptiveMaxPool3d, nn.AdaptiveAvgPool3d, dims=Dims(None, (-3, -2, -1)),
 )  # fmt: skip
 def _works_along(op: Operation) -> Any:
     """Follow an operator for which the dimensions along which it works are all that a rule needs."""
@@ -1103,33 +1030,6 @@ def _works_along(op: Operation) -> Any:
         order = op.argument(1, "p", "ord")
         adds = order is None or order in ("fro", "nuc") or (isinstance(order, (int, float)) and order >= 0)
     return op.along(dims, adds=adds, reduces=where.reduces)
-
-
-@rule("max_pool1d", "avg_pool1d", dims=Dims(None, (-1,)))
-@rule("max_pool2d", "avg_pool2d", dims=Dims(None, (-2, -1)))
-@rule("max_pool3d", "avg_pool3d", dims=Dims(None, (-3, -2, -1)))
-def _pooled(op: Operation) -> Any:
-    """Follow pooling: along a dimension with windows of one place, as where a text is pooled, channels stay."""
-    ids, moving = op.ids[0], list[int]()
-    count = int(operation_name(op.node)[-2])
-    sizes = [op.argument(1, "kernel_size"), op.argument(2, "stride")]
-    sizes[1] = sizes[1] or sizes[0]
-    by_dim = [list(each) * (count // len(each)) if isinstance(each, Sequence) else [each] * count for each in sizes]
-    for place, window in enumerate(zip(*by_dim, strict=True)):
-        if window != (1, 1):  # PyTorch pads no window of one place
-            moving.append(ids.dim() - count + place)
-    if len(op.ids) > 1 or any(varies(ids, d) for d in moving):
-        return _works_along(op)
-    return op.carried(op.ids, _carry_elsewhere)
-
-
-def _carry_elsewhere(ids: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """Expand ids to a shape of as many dimensions, in which those that hold channels are as long; None for others."""
-    if ids.dim() != len(shape) or any(ids.shape[d] != shape[d] for d in _varying(ids)):
-        return None
-    for d in range(ids.dim()):
-        ids = ids if varies(ids, d) else ids.narrow(d, 0, 1)
-    return ids.expand(shape)
 
 
 @rule("index_add", "index_copy", dims=Dims(1, None))
@@ -1234,33 +1134,6 @@ def _own_linear(op: Operation) -> Any:
     return staying(op.shape)
 
 
-@rule("pack_padded_sequence", "pad_packed_sequence")
-def _packed(op: Operation) -> Any:
-    """Follow rows of several lengths, packed or padded: the channels are in the last dimension of both."""
-    rows, found = op.ids[0], given_shapes(op.node)
-    is_padded = operation_name(op.node) == "pad_packed_sequence"
-    padding = op.argument(3, "padding_value", default=0) if is_padded else 0
-    if padding != 0 or any(varies(rows, d) for d in range(rows.dim() - 1)):
-        return op.all_kept()
-    return rows.flatten(0, -2)[0].expand(found[0].shape), *found[1:]
-
-
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
-def _recurrent_on_packed(op: Operation) -> Any:
-    """Follow a recurrent layer that reads packed rows: it takes fewer channels in, and keeps its units."""
-    rows, weights = op.ids[0], op.argument(3, "params")
-    if not isinstance(weights, list) or varies(rows, 0):
-        return op.all_kept()  # not packed, as no module of PyTorch's is recorded
-    names = [str(node.target) for node in op.node.args[3]]  # type: ignore[union-attr]
-    lowest = [weight for name, weight in zip(names, weights, strict=True) if "weight_ih_l0" in name]
-    for each in op.ids[1:]:
-        if not any(each is weight for weight in lowest):
-            op.keep(each)
-    for weight in lowest:
-        op.couple(rows[0], weight[0])
-    return given_shapes(op.node)
-
-
 @rule("conv1d", "conv2d", "conv3d")
 def _own_convolution(op: Operation) -> Any:
     """Follow a convolution of each channel by itself with a weight of the model's own, (channels, 1, ...)."""
@@ -1315,23 +1188,8 @@ def _attention(op: Operation) -> Any:
     """Follow attention of PyTorch's: heads are removed as a whole, with their queries, keys and values."""
     query, key, value = (op.argument(at, name) for at, name in enumerate(("query", "key", "value")))
     mask = op.argument(3, "attn_mask")
-    if not (isinstance(mask, Tensor) and _varying(mask)) and all(
-        _varying(each) in ([], [each.dim() - 1]) for each in (query, key, value)
-    ):
-        # All channels together: those of the values come out, those of queries and keys are summed over.
-        first_query, first_key, first_value = (each.flatten(0, -2)[0] for each in (query, key, value))
-        if op.kwargs.get("scale") is not None:
-            op.couple(first_query, first_key)
-            return first_value.expand(op.shape or ())
-        # With fewer channels it would scale by another number.
-        for each in (query, key):
-            op.keep(each, reasons.one_head(op.node))
-        keys, values = (each[each != FIXED].numpy() for each in (first_key, first_value))
-        if np.isin(_owners(values, op.channels), _owners(keys, op.channels)).any():
-            # What one layer makes is taken apart into keys and values of one size.
-            op.keep(value, reasons.one_head(op.node))
-            return staying(op.shape or ())
-        return first_value.expand(op.shape or ())
+    if all(_varying(each) in ([], [each.dim() - 1]) for each in (query, key, value)):
+        return op.all_kept(reason=reasons.one_head(op.node))  # with fewer channels it would scale by another number
     heads = []
     if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
         # A bias by head loses heads with the queries, if something can make it smaller.
@@ -1490,66 +1348,10 @@ def einsum_letters(equation: Any, shapes: list[tuple[int, ...]]) -> tuple[list[s
     return operands, output.replace("...", longest)
 
 
-# Windows.
-
-
-@rule("unfold", nn.Unfold)
-def _unfolded(op: Operation) -> Any:
-    """Follow unfold: each channel becomes one row for each place of a window.
-
-    (samples, channels, height, width) -> (samples, channels * places, windows).
-    """
-    ids = op.ids[0]
-    if op.node.op == "call_method" or op.node.target is Tensor.unfold:
-        # The method makes windows along one dimension, whose places are a new last dimension.
-        along = op.argument(1, "dimension")
-        return op.all_kept() if not isinstance(along, int) or varies(ids, along % ids.dim()) else op.moved()
-    at = ids.dim() - 3
-    if op.shape is None or any(varies(ids, d) for d in range(ids.dim()) if d != at):
-        return op.all_kept()
-    row = ids.select(-1, 0).select(-1, 0).reshape(-1, ids.shape[at])[0]
-    return row.repeat_interleave(op.shape[-2] // len(row)).unsqueeze(-1).expand(op.shape)
-
-
-@rule("fold", nn.Fold)
-def _folded(op: Operation) -> Any:
-    """Follow fold, the inverse of unfold: it adds up windows to images. The rows of one channel are coupled."""
-    ids = op.ids[0]
-    at = ids.dim() - 2
-    if op.shape is None or any(varies(ids, d) for d in range(ids.dim()) if d != at):
-        return op.all_kept()
-    rows = ids.select(-1, 0).reshape(-1, ids.shape[at])[0]
-    of_channels = rows.view(op.shape[-3], -1)
-    op.couple(of_channels[:, :1], of_channels)
-    return of_channels[:, 0].view(-1, 1, 1).expand(op.shape)
-
-
-@rule("grid_sample")
-def _sampled(op: Operation) -> Any:
-    """Follow sampling at places of a grid: each channel of the images, (samples, channels, ...), is read alike.
-
-    The grid, (samples, ..., 2), stays. Where the first dimension of both holds heads, as in deformable attention, these
-    are removed as a whole, with the places at which they read.
-    """
-    images, grid = op.ids[0], op.ids[1] if len(op.ids) > 1 else None
-    if grid is None or op.shape is None or any(varies(images, d) for d in range(2, images.dim())):
-        return op.all_kept()
-    firsts = images.flatten(2)[:, :, :1]
-    if not varies(grid, 0):
-        op.keep(grid)
-        return firsts.view(*firsts.shape[:2], *[1] * (len(op.shape) - 2)).expand(op.shape)
-    if not varies(images, 0):
-        return op.all_kept()  # all heads read the same images
-    heads = firsts.flatten(1)[:, :1]
-    op.couple(heads, firsts.flatten(1))
-    op.couple(heads, grid.flatten(1))
-    return heads.view(-1, *[1] * (len(op.shape) - 1)).expand(op.shape)
-
-
 # Operators that users register.
 
 _USER_RULES = ("follow", "couple", "keep")
-_MOST_DIMS = 8  # dimensions of a tensor in a network; a wrong dim is found where it is written, not when a model runs
+_DIM = Rule("an integer from -8 to 7", lambda value: type(value) is int and -8 <= value < 8)
 _WRAPPED: set[Any] = set()  # functions that were registered, and what forwards call instead
 
 
@@ -1559,6 +1361,7 @@ _WRAPPED: set[Any] = set()  # functions that were registered, and what forwards 
         f"one of {', '.join(map(repr, _USER_RULES))} or a function",
         lambda value: callable(value) or (isinstance(value, str) and value in _USER_RULES),
     ),
+    dim=_DIM,
 )
 def register_operator(
     operator: Callable[..., Any] | str,
@@ -1594,10 +1397,10 @@ def register_operator(
     Raises
     ------
     ConfigError
-        If the operator has a rule already, is a class, takes no argument that a rule could be about, or is a name that
-        PyTorch doesn't have; if ``dim`` is out of range, or is given with a rule that doesn't use it; if a rule that is
-        a function doesn't take one argument. Later, when a model is traced: if that function raises, or returns
-        anything but channel ids of the output's shape.
+        If the operator has a rule already, is a class, or is a name that PyTorch doesn't have; if ``dim`` is out of
+        range, or is given with a rule that doesn't use it; if a rule that is a function doesn't take one argument.
+        Later, when a model is traced: if that function raises, or returns anything but channel ids of the output's
+        shape.
 
     See Also
     --------
@@ -1672,34 +1475,21 @@ def _check_operator(operator: Callable[..., Any] | str, rule: str | Callable[[Op
                 "operator must be a function, or the name of a function or method of PyTorch's, "
                 f"got {operator!r} (register_operator); {hint_of(operator, known)}"
             )
-    if not -_MOST_DIMS <= dim < _MOST_DIMS:
-        raise ConfigError(
-            f"dim must be an integer from {-_MOST_DIMS} to {_MOST_DIMS - 1}, got {dim} (register_operator)"
-        )
     if dim != 1 and (rule == "keep" or callable(rule)):
         kind = "a function" if callable(rule) else "'keep'"
         raise ConfigError(
             f"dim must be given with the rule 'follow' or 'couple' only, got {dim} with {kind} (register_operator)"
         )
-    parameters = _parameters(rule) if callable(rule) else None
-    if parameters is not None:
+    if callable(rule):
         try:
-            inspect.Signature(list(parameters.values())).bind(None)
+            inspect.signature(rule).bind(None)
         except TypeError as error:
             raise ConfigError(
                 "a rule that is a function must take one argument, the call of the operator, "
                 f"got {shown(rule)} (register_operator)"
             ) from error
-    if callable(operator) and _parameters(operator) == {}:
-        raise ConfigError(f"operator must take a tensor, got {shown(operator)} without arguments (register_operator)")
-
-
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """Return the parameters of a function by name; None if they aren't known, as those of many of PyTorch's."""
-    try:
-        return dict(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return None
+        except ValueError:  # a function whose parameters aren't known
+            pass
 
 
 def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
@@ -1743,7 +1533,7 @@ def _followed(op: Operation, dim: int, *, is_coupled: bool) -> Any:
     for ids in op.ids:
         is_followed = ids is first or (is_coupled and has_dim(ids) and ids.shape[dim] == count)
         if not is_followed:
-            op.keep(ids, reasons.rule_keeps(op.node))
+            op.keep(ids)
             continue
         if any(varies(ids, d) for d in range(ids.dim()) if d != dim % ids.dim()):
             return op.all_kept(reason=reasons.rule_misfits(op.node))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ from nni_topo.disk import path_of, read_json, reading, write_json
 from nni_topo.errors import DataError
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.measure import count_params, median_of, memory_kept, now, thread_count, timed
-from nni_topo.network.layers.derived import Size, has_own_forward, head, is_followed
+from nni_topo.network.layers.derived import has_own_forward, head, is_followed
 from nni_topo.network.layers.kinds import (
     RECURRENT,
     WEIGHTED,
     is_depthwise,
-    output_channels,
     weight_of,
     with_plain_weights,
 )
@@ -34,10 +33,10 @@ from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, batch_size, first_of_samples
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.rules import all_of, number, whole
+from nni_topo.rules import whole
 
-FloatArray = NDArray[np.float64]
-_SHARES = (0.25, 0.5, 0.75, 1.0)
+_SHARES = (0.25, 0.5, 0.75)  # of a layer's full width
+_RUNS = 5  # timed runs of a layer; one more before them warms up
 _WHOLE = (nn.MultiheadAttention, *RECURRENT)  # timed at full width alone
 
 
@@ -165,22 +164,9 @@ class LatencyTable:
             return cls(layers, **content)
 
 
-@public(
-    model=MODEL,
-    example_inputs=INPUTS,
-    shares=all_of(number(0, 1, "right"), Sequence, 1),
-    repeats=whole(1),
-    threads=whole(1),
-)
-def measure_latency(
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    shares: Sequence[float] = _SHARES,
-    repeats: int = 5,
-    threads: int = 1,
-) -> LatencyTable:
-    """Time each layer of a network at a few widths.
+@public(model=MODEL, example_inputs=INPUTS, threads=whole(1))
+def measure_latency(model: nn.Module, example_inputs: Any, *, threads: int = 1) -> LatencyTable:
+    """Time each layer of a network at a few widths: one channel, a quarter, a half, three quarters and all.
 
     Parameters
     ----------
@@ -188,11 +174,6 @@ def measure_latency(
         The model, wrapped by NNI or not. It isn't changed.
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs of the model, batch first: one tensor, positional or keyword arguments. Their batch size is timed.
-    shares : sequence of float, default=(0.25, 0.5, 0.75, 1.0)
-        Widths at which inputs and outputs are timed, as shares of the layer's full width, in (0, 1]. One channel and
-        the full width are always timed.
-    repeats : int, default=5
-        Timed runs per width, at least 1; their median counts.
     threads : int, default=1
         PyTorch's threads during the timing, at least 1; the former number is restored.
 
@@ -209,9 +190,9 @@ def measure_latency(
     Notes
     -----
     For every width a copy of the layer is cut to it and run by itself, on ones, at the size of the model's own inputs
-    of the layer. Equal layers are timed once. A layer that is called several times counts each call. A wider
-    layer never gets a smaller time than a narrower one: the table holds the running maximum. The time between the
-    layers is the time of a pass of the model minus the time inside its layers.
+    of the layer; the median of five runs counts. Equal layers are timed once. A layer that is called several times
+    counts each call. A wider layer never gets a smaller time than a narrower one: the table holds the running maximum.
+    The time between the layers is the time of a pass of the model minus the time inside its layers.
 
     ``nn.MultiheadAttention`` and recurrent layers are timed at full width alone, and are taken to need time in
     proportion to the channels that enter and leave them. Of the time of attention its output projection, which has
@@ -221,24 +202,27 @@ def measure_latency(
     called = {name: model.get_submodule(name) for name in analysis.sizes}
     modules = {name: module for name, module in called.items() if isinstance(module, WEIGHTED)}
     wholes = {name: module for name, module in called.items() if isinstance(module, _WHOLE)}
-    grids: dict[Any, FloatArray] = {}
+    elements = {}  # by layer, how many values it puts out
+    for name, calls in analysis.sizes.items():
+        elements[name] = float(sum(math.prod(outputs) for _, outputs in calls))
+    grids: dict[Any, _Grid] = {}
     layers: dict[str, LayerLatency] = {}
     with thread_count(threads), torch.no_grad(), evaluation_mode(model), memory_kept(first_of_samples(analysis.call)):
         inner = {id(each) for whole in wholes.values() for each in whole.modules()}
         outer = {name: module for name, module in modules.items() if id(module) not in inner}
-        rest, inside = _pass_times(model, {**outer, **wholes}, analysis.call, repeats)
+        rest, inside = _pass_times(model, {**outer, **wholes}, analysis.call)
         for name, module in modules.items():
-            calls = analysis.sizes[name]
-            entering, leaving = _grid(module, shares)
-            seconds = np.zeros((len(entering), len(leaving)))
-            for inputs, _ in calls:
+            of_calls = []
+            for inputs, _ in analysis.sizes[name]:
                 # A class with a forward of its own may use any of its attributes: no other layer is equal to it.
                 own = name if has_own_forward(module) else ""
-                key = (type(module), module.extra_repr(), own, inputs, entering, leaving)
+                key = type(module), module.extra_repr(), own, inputs
                 if key not in grids:
-                    grids[key] = _timed_grid(module, inputs, entering, leaving, repeats)
-                seconds += grids[key]
-            layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), _elements(calls))
+                    grids[key] = _timed_grid(module, inputs)
+                of_calls.append(grids[key])
+            entering, leaving, _ = of_calls[0]
+            seconds = sum((grid.seconds for grid in of_calls), np.zeros((len(entering), len(leaving))))
+            layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), elements[name])
     widths = NetworkCost(analysis).widths({}) if wholes else {}
     for name, outer_layer in wholes.items():
         if name in widths:
@@ -246,26 +230,15 @@ def measure_latency(
             # measured times may be zero, or less, on a busy machine.
             held = {id(each) for each in outer_layer.modules()}
             of_inner = sum(count_params(each) for each in modules.values() if id(each) in held)
-            seconds_alone = inside[name] * (1.0 - of_inner / count_params(outer_layer))
-            layers[name] = _proportional(seconds_alone, *widths[name], _elements(analysis.sizes[name]))
+            alone = inside[name] * (1.0 - of_inner / count_params(outer_layer))
+            full_input, full_output = widths[name]
+            reads, makes = ((1, full) if full > 1 else (1,) for full in widths[name])
+            times = tuple(tuple(alone * read * made / (full_input * full_output) for made in makes) for read in reads)
+            layers[name] = LayerLatency(reads, makes, times, elements[name])
     return LatencyTable(layers, rest, batch_size=batch_size(analysis.call), threads=threads)
 
 
-def _elements(calls: Sequence[tuple[Size, Size]]) -> float:
-    """Count the values that a layer puts out."""
-    return float(sum(np.prod(outputs) for _, outputs in calls))
-
-
-def _proportional(seconds: float, entering: int, leaving: int, elements: float) -> LayerLatency:
-    """Return times that are proportional to the input and to the output channels, from those at full width."""
-    reads, makes = ((1, count) if count > 1 else (1,) for count in (entering, leaving))
-    grid = tuple(tuple(seconds * read * made / (entering * leaving) for made in makes) for read in reads)
-    return LayerLatency(reads, makes, grid, elements)
-
-
-def _pass_times(
-    model: nn.Module, layers: Mapping[str, nn.Module], call: Call, repeats: int
-) -> tuple[float, dict[str, float]]:
+def _pass_times(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> tuple[float, dict[str, float]]:
     """Return the median seconds that a pass spends outside of layers, and within each. No layer may call another."""
     entered, first = 0.0, first_of_samples(call)
     inside = {name: list[float]() for name in layers}  # the seconds in each pass
@@ -281,7 +254,7 @@ def _pass_times(
     ends = [(layer, partial(leave, name)) for name, layer in layers.items()]
     outside = list[float]()
     with watched(starts, ends):
-        for _ in range(repeats + 1):
+        for _ in range(_RUNS + 1):
             for each in inside.values():
                 each.append(0.0)
             start = now(first)
@@ -290,61 +263,50 @@ def _pass_times(
     return median_of(outside), {name: median_of(each) for name, each in inside.items()}
 
 
-def _timed_grid(
-    module: nn.Module, size: tuple[int, ...], entering: tuple[int, ...], leaving: tuple[int, ...], repeats: int
-) -> FloatArray:
-    """Time copies of a layer that are cut to several widths.
+class _Grid(NamedTuple):
+    """Median seconds of a layer, (len(entering), len(leaving)); a wider layer never takes less."""
 
-    ``size``: the shape of the layer's input. Returns the median seconds, shape ``(len(entering), len(leaving))``,
-    which don't fall along either axis.
-    """
-    plain = with_plain_weights(unwrapped_copy(module))
-    weight = weight_of(plain)
-    dim = len(size) - 1 if isinstance(module, nn.Linear) else 1
+    entering: tuple[int, ...]
+    leaving: tuple[int, ...]
+    seconds: NDArray[np.float64]
+
+
+def _timed_grid(module: Any, size: tuple[int, ...]) -> _Grid:
+    """Time copies of a layer, up to its convolution or product, cut to several widths; ``size``: its input's."""
+    plain: Any = with_plain_weights(unwrapped_copy(module))
+    weight, depthwise = weight_of(plain), is_depthwise(module)
+    if isinstance(module, nn.Linear):
+        dim, groups, full_input, full_output = len(size) - 1, 1, module.in_features, module.out_features
+    else:
+        dim, groups, full_input, full_output = 1, module.groups, module.in_channels, module.out_channels
+    # The input of a depth-wise convolution follows its output.
+    entering = (full_input,) if depthwise else _widths(full_input, groups)
+    leaving = _widths(full_output, full_output // full_input if depthwise else groups)
     seconds = np.empty((len(entering), len(leaving)))
     for i, incoming in enumerate(entering):
         for j, outgoing in enumerate(leaving):
-            layer, width = _cut_to(plain, incoming, outgoing)
-            inputs = torch.ones((*size[:dim], width, *size[dim + 1 :]), device=weight.device, dtype=weight.dtype)
-            seconds[i, j] = median_of([timed(partial(layer, inputs), inputs) for _ in range(repeats + 1)])
-    return np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
+            layer: Any = detached_copy(plain)
+            if is_followed(layer):
+                layer = head(layer)
+            if depthwise:
+                width = outgoing * full_input // full_output
+                inputs, outputs = torch.arange(width), torch.arange(outgoing)
+            else:
+                width = incoming
+                inputs = _first_of_groups(groups, full_input, incoming)
+                outputs = _first_of_groups(groups, full_output, outgoing)
+            cut("", layer, inputs.to(weight.device), outputs.to(weight.device))
+            ones = torch.ones((*size[:dim], width, *size[dim + 1 :]), device=weight.device, dtype=weight.dtype)
+            seconds[i, j] = median_of([timed(partial(layer, ones), ones) for _ in range(_RUNS + 1)])
+    return _Grid(entering, leaving, np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1))
 
 
-def _grid(module: nn.Module, shares: Sequence[float]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the input and output widths at which a layer is timed."""
-    if isinstance(module, nn.Linear):
-        return _widths(module.in_features, 1, shares), _widths(module.out_features, 1, shares)
-    conv: Any = module
-    if is_depthwise(conv):
-        return (conv.in_channels,), _widths(conv.out_channels, conv.out_channels // conv.in_channels, shares)
-    return _widths(conv.in_channels, conv.groups, shares), _widths(conv.out_channels, conv.groups, shares)
-
-
-def _widths(full: int, unit: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Return multiples of ``unit`` near the shares of the full width, with the smallest and the full one, ascending."""
+def _widths(full: int, unit: int) -> tuple[int, ...]:
+    """Return multiples of ``unit`` near shares of the full width, with the smallest and the full one, ascending."""
     widths = {unit, full}
-    for share in shares:
+    for share in _SHARES:
         widths.add(unit * max(1, round(share * full / unit)))
     return tuple(sorted(widths))
-
-
-def _cut_to(module: Any, entering: int, leaving: int) -> tuple[nn.Module, int]:
-    """Return a copy of a layer, up to its convolution or product, that is cut to widths, and the width of its input."""
-    layer: Any = detached_copy(module)
-    if is_followed(layer):
-        layer = head(layer)
-    groups = getattr(module, "groups", 1)
-    full_input = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-    full_output = output_channels(module) or 0
-    if is_depthwise(module):
-        entering = leaving * full_input // full_output
-        inputs, outputs = torch.arange(entering), torch.arange(leaving)
-    else:
-        inputs = _first_of_groups(groups, full_input, entering)
-        outputs = _first_of_groups(groups, full_output, leaving)
-    device = weight_of(module).device
-    cut("", layer, inputs.to(device), outputs.to(device))
-    return layer, entering
 
 
 def _first_of_groups(groups: int, full: int, width: int) -> Tensor:

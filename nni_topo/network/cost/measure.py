@@ -1,4 +1,4 @@
-"""Measure models on this machine: multiply-accumulates, parameters, time, throughput and memory, in several modes."""
+"""Measure models on this machine: multiply-accumulates, parameters, time, throughput and memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.errors import ConfigError
 from nni_topo.network.layers.kinds import RECURRENT, recurrent_products
-from nni_topo.network.runtime.arguments import COMPUTING, INPUTS, NETWORK, SHAPES
-from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
+from nni_topo.network.runtime.arguments import INPUTS, NETWORK, SHAPES
+from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.inputs import (
     Call,
@@ -50,7 +50,6 @@ _BLOCK, _BLOCKS = 120 * 2**10, 8192
 _SCHEDULED = "/proc/thread-self/schedstat"
 
 _NETWORKS = all_of(NETWORK, Mapping, 1)
-MODES = ("plain", "channels_last", "bf16", "compile")
 
 
 @checked(model=NETWORK)
@@ -203,34 +202,6 @@ def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Count
     found.all = now() // 2
 
 
-@checked(model=COMPUTING, example_inputs=INPUTS)
-def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, threads: int = 1) -> float:
-    """Return the median time of one forward pass.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Timed in evaluation mode, without gradients.
-    example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs of the model, on its device, batch first. Their batch size is timed.
-    runs : int, default=30
-        Timed passes, at least 1; a few untimed ones come before them.
-    threads : int, default=1
-        PyTorch's threads during the timing, at least 1; the former number is restored.
-
-    Returns
-    -------
-    float
-        Milliseconds.
-
-    Raises
-    ------
-    ConfigError
-        If a number is out of its range.
-    """
-    return latencies({"model": model}, example_inputs, runs=runs, threads=threads)["model"]
-
-
 @public(Running(as_compiled=True), models=_NETWORKS, example_inputs=INPUTS, runs=whole(1), threads=whole(1))
 def latencies(
     models: Mapping[str, nn.Module],
@@ -251,13 +222,13 @@ def latencies(
     Parameters
     ----------
     models : mapping of str to nn.Module
-        Models by name, which all take the same inputs.
+        Models by name, which all take the same inputs. They are timed in evaluation mode, without gradients.
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs, on the models' device, batch first. Their batch size is timed.
     runs : int, default=30
         Timed rounds, at least 1; a few untimed ones come before them.
     threads : int, default=1
-        As in :func:`latency_ms`.
+        PyTorch's threads during the timing, at least 1; the former number is restored.
     seed : int, default=0
         Seed of the order within the rounds.
 
@@ -489,33 +460,29 @@ def thread_count(count: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class ModeCost:
-    """The cost of one network in one mode.
+class Profiled:
+    """The cost of one network.
 
     Attributes
     ----------
-    network, mode : str
-        The name of the network, and the mode, one of `MODES`.
+    network : str
+        The name of the network.
     macs, params : int
         Multiply-accumulates of one sample, and number of parameters.
     latency_ms : float
-        Median time of one batch in milliseconds; NaN if the network can't run in this mode.
+        Median time of one batch in milliseconds.
     throughput : float
-        Samples a second; NaN if the network can't run in this mode.
+        Samples a second.
     peak_bytes : int
         Bytes of parameters and buffers, and the most that a pass holds besides; inputs don't count.
-    failed : str, default=""
-        Why the network can't run in this mode; empty if it can.
     """
 
     network: str
-    mode: str
     macs: int
     params: int
     latency_ms: float
     throughput: float
     peak_bytes: int
-    failed: str = ""
 
 
 @public(Running(as_compiled=True), models=_NETWORKS, example_inputs=INPUTS, runs=whole(1), threads=whole(1))
@@ -523,21 +490,18 @@ def profile(
     models: Mapping[str, nn.Module],
     example_inputs: Any,
     *,
-    modes: Sequence[str] = ("plain",),
     runs: int = 30,
     threads: int = 1,
     seed: int = 0,
-) -> list[ModeCost]:
-    """Measure several networks in several modes; the networks of a mode are timed in turns.
+) -> list[Profiled]:
+    """Measure several networks, which are timed in turns.
 
     Parameters
     ----------
     models : mapping of str to torch.nn.Module
         Networks by name, on one device. They aren't changed.
-    example_inputs : Tensor or tuple of Tensor
+    example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs of all networks, on their device, batch first. Their batch size is measured.
-    modes : sequence of str, default=("plain",)
-        Any of ``"plain"``, ``"channels_last"``, ``"bf16"`` (weights and inputs) and ``"compile"`` (``torch.compile``).
     runs : int, default=30
     threads : int, default=1
     seed : int, default=0
@@ -545,59 +509,36 @@ def profile(
 
     Returns
     -------
-    list of ModeCost
-        Ordered by mode, then by network. If one network can't run in a mode, no network is measured in it.
+    list of Profiled
+        One for each network, in the order of ``models``.
 
     Raises
     ------
     ConfigError
-        If a mode is unknown or a number is out of its range.
+        If a number is out of its range.
     """
-    unknown = next((mode for mode in modes if mode not in MODES), None)
-    if unknown is not None:
-        raise unknown_name("mode", unknown, MODES, "profile")
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    costs = {name: (count_macs(model, inputs), count_params(model)) for name, model in models.items()}
+    times = latencies(models, example_inputs, runs=runs, threads=threads, seed=seed)
     found = []
-    for mode in modes:
-        networks: dict[str, Any] = {name: _in_mode(detached_copy(model), mode) for name, model in models.items()}
-        entering = tuple(_in_mode(each, mode) for each in inputs)
-        peaks, times, failed = dict.fromkeys(models, 0), dict.fromkeys(models, float("nan")), ""
-        try:
-            peaks = {name: _peak_bytes(model, entering) for name, model in networks.items()}
-            if mode == "compile":
-                networks = {name: torch.compile(model) for name, model in networks.items()}
-            times = latencies(networks, entering, runs=runs, threads=threads, seed=seed)
-        except (RuntimeError, NotImplementedError) as error:  # no compiler, or an operation without bf16
-            failed = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        found += [
-            ModeCost(name, mode, *costs[name], times[name], 1000 * len(inputs[0]) / times[name], peaks[name], failed)
-            for name in models
-        ]
+    for name, model in models.items():
+        call = arguments_of(example_inputs, model)
+        macs, params, peak = count_macs(model, example_inputs), count_params(model), _peak_bytes(model, call)
+        found.append(Profiled(name, macs, params, times[name], 1000 * batch_size(call) / times[name], peak))
     return found
 
 
-def _in_mode(value: Any, mode: str) -> Any:
-    """Convert a network or an input to the number type or memory format of a mode."""
-    if mode == "bf16" and (isinstance(value, nn.Module) or value.is_floating_point()):
-        return value.to(torch.bfloat16)
-    if mode == "channels_last" and (isinstance(value, nn.Module) or value.dim() == 4):
-        return value.to(memory_format=torch.channels_last)
-    return value
-
-
-def _peak_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+def _peak_bytes(model: nn.Module, call: Call) -> int:
     """Return the bytes of a network's parameters and buffers, and the most bytes that a pass holds besides."""
     stored = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
+    (args, kwargs), device = call, first_of_samples(call).device
     with evaluation_mode(model), torch.inference_mode():
-        model(*inputs)  # a first pass allocates memory that is kept, such as workspaces; it isn't counted
-        if inputs[0].is_cuda:
-            torch.cuda.reset_peak_memory_stats(inputs[0].device)
-            before = torch.cuda.memory_allocated(inputs[0].device)
-            model(*inputs)
-            return stored + torch.cuda.max_memory_allocated(inputs[0].device) - before
+        model(*args, **kwargs)  # a first pass allocates memory that is kept, such as workspaces; it isn't counted
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            model(*args, **kwargs)
+            return stored + torch.cuda.max_memory_allocated(device) - before
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watch:
-            model(*inputs)
+            model(*args, **kwargs)
     events = [event for event in watch.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -163,7 +163,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
                     "accuracy": start.accuracy,
                     "params": zoo.count_params(start.net),
                     "bytes": stored_bytes(start.net),
-                    "latency_ms": zoo.latency_ms(start.net, images),
+                    "latency_ms": zoo.latencies({"net": start.net}, images)["net"],
                     "batch": len(images),
                 }
             )

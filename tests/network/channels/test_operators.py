@@ -441,7 +441,6 @@ IMPOSSIBLE = {
     "a dim that no tensor has": ({"dim": 9}, r"dim must be an integer from -8 to 7, got 9"),
     "a dim beside keep": ({"rule": "keep", "dim": 2}, "with the rule 'follow' or 'couple' only, got 2 with 'keep'"),
     "a rule of two arguments": ({"rule": lambda call, ids: ids}, "must take one argument, the call of the operator"),
-    "an operator without arguments": ({"operator": lambda: IMAGES}, "operator must take a tensor"),
     "an unknown name": ({"operator": "cumsun"}, "function or method of PyTorch's, got 'cumsun'.*did you mean .*cumsum"),
 }
 

@@ -9,12 +9,11 @@ import torch
 from speedup_nets import masks_of
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import DataError
 from nni_topo.network.cost import latency
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
-from nni_topo.testing import toy_images, toy_model
 
 
 def plane(entering, leaving, each=1.0):
@@ -91,14 +90,14 @@ class Layers(nn.Module):
 def test_measured_tables_have_a_grid_for_every_layer():
     model = Layers().train()
     before = torch.get_num_threads()
-    table = measure_latency(model, torch.randn(2, 3, 8, 8), shares=(0.5, 1.0), repeats=2)
+    table = measure_latency(model, torch.randn(2, 3, 8, 8))
     grids = {name: (layer.entering, layer.leaving) for name, layer in table.layers.items()}
     assert grids == {
-        "stem": ((1, 2, 3), (1, 4, 8)),
-        "grouped": ((4, 8), (4, 8, 16)),
-        "depthwise": ((16,), (1, 8, 16)),
-        "up": ((1, 8, 16), (1, 4, 8)),
-        "head": ((1, 4, 8), (1, 2, 4)),
+        "stem": ((1, 2, 3), (1, 2, 4, 6, 8)),
+        "grouped": ((4, 8), (4, 8, 12, 16)),
+        "depthwise": ((16,), (1, 4, 8, 12, 16)),
+        "up": ((1, 4, 8, 12, 16), (1, 2, 4, 6, 8)),
+        "head": ((1, 2, 4, 6, 8), (1, 2, 3, 4)),
     }
     assert (table.batch_size, table.threads) == (2, 1)
     assert table.layers["depthwise"].activation == 2 * (2 * 16 * 8 * 8)
@@ -114,7 +113,7 @@ def test_measured_tables_have_a_grid_for_every_layer():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def timed_layers(model, inputs, **knobs):
+def timed_layers(model, inputs, threads=1):
     """List the layers that are run alone for a table: what they print, and the shape of their input."""
     depth, found = [0], []
 
@@ -129,7 +128,7 @@ def timed_layers(model, inputs, **knobs):
     module = nn.modules.module
     handles = module.register_module_forward_pre_hook(enter), module.register_module_forward_hook(leave)
     try:
-        table = measure_latency(model, inputs, **knobs)
+        table = measure_latency(model, inputs, threads=threads)
     finally:
         for handle in handles:
             handle.remove()
@@ -152,21 +151,21 @@ KINDS = {
 def test_layers_of_the_same_kind_are_timed_at_every_width(name):
     layer, shape = KINDS[name]
     inputs = torch.randn(shape).to(layer.weight.dtype)
-    table, found = timed_layers(nn.Sequential(layer), inputs, shares=(0.5, 1.0), repeats=2)
-    unit = getattr(layer, "groups", 1)
-    widths = [(i, o) for i in sorted({unit, 2, 4}) for o in sorted({unit, 4, 8})]
+    table, found = timed_layers(nn.Sequential(layer), inputs)
+    reads, makes = ((2, 4), (2, 4, 6, 8)) if name == "grouped" else ((1, 2, 3, 4), (1, 2, 4, 6, 8))
+    widths = [(i, o) for i in reads for o in makes]
     dim = len(shape) - 1 if isinstance(layer, nn.Linear) else 1
     expected = []
     for entering, leaving in widths:
         printed = repr(layer).replace("(4, 8", f"({entering}, {leaving}", 1)
         printed = printed.replace("in_features=4, out_features=8", f"in_features={entering}, out_features={leaving}")
-        expected += [(printed, (*shape[:dim], entering, *shape[dim + 1 :]), layer.weight.dtype)] * 3  # one warms up
+        expected += [(printed, (*shape[:dim], entering, *shape[dim + 1 :]), layer.weight.dtype)] * 6  # one warms up
     assert found == expected
     assert table.batch_size == shape[0]
 
 
-def test_widths_are_quarters_unless_others_are_asked_for():
-    table = measure_latency(nn.Linear(16, 10), torch.zeros(1, 16), repeats=1)
+def test_widths_are_rounded_quarters():
+    table = measure_latency(nn.Linear(16, 10), torch.zeros(1, 16))
     assert table.layers[""].entering == (1, 4, 8, 12, 16)
     assert table.layers[""].leaving == (1, 2, 5, 8, 10)  # 2.5 and 7.5 are rounded to even numbers
     assert table.layers[""].activation == 10.0
@@ -175,8 +174,8 @@ def test_widths_are_quarters_unless_others_are_asked_for():
 def test_equal_layers_are_timed_once_and_a_layer_of_two_calls_twice():
     one, other, wide = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
     model = nn.Sequential(one, other, one, wide)
-    table, found = timed_layers(model, torch.zeros(2, 4), shares=(1.0,), repeats=1)
-    assert len(found) == 2 * 4 * 2  # with a bias and without, at four pairs of widths, twice each
+    table, found = timed_layers(model, torch.zeros(2, 4))
+    assert len(found) == 2 * 16 * 6  # with a bias and without, at sixteen pairs of widths, six times each
     assert np.array_equal(table.layers["0"].seconds, 2 * np.array(table.layers["1"].seconds))
     assert (table.layers["0"].activation, table.layers["1"].activation) == (16.0, 8.0)
 
@@ -215,16 +214,10 @@ def test_a_table_holds_the_medians_of_layers_and_never_less_for_a_wider_one(cloc
             clock.now += 0.5
             return rows
 
-    model = nn.Sequential(Taking(4, 4), Waiting())
-    table = measure_latency(model, torch.zeros(1, 4), shares=(1.0,), repeats=3)
+    model = nn.Sequential(Taking(2, 2), Waiting())
+    table = measure_latency(model, torch.zeros(1, 2))
     assert table.layers["0"].seconds == ((5.0, 5.0), (5.0, 5.0))
     assert table.rest == 0.5
-
-
-@pytest.mark.parametrize("knobs", [{"repeats": 0}, {"threads": 0}, {"shares": ()}, {"shares": (0.5, 1.01)}])
-def test_bad_knobs_are_refused(knobs):
-    with pytest.raises(ConfigError, match=rf"{next(iter(knobs))} must be .*at least 1.* \(measure_latency\)"):
-        measure_latency(toy_model(), toy_images(2), **knobs)
 
 
 def test_a_layer_is_timed_five_times_at_a_width_on_as_many_threads_as_asked_for():
@@ -261,7 +254,7 @@ class Mixed(nn.Module):
 def test_attention_and_recurrent_layers_are_in_the_table():
     torch.manual_seed(0)
     model, inputs = Mixed().eval(), torch.randn(4, 5, 8)
-    table = measure_latency(model, inputs, repeats=2)
+    table = measure_latency(model, inputs)
     assert table.layers.keys() >= {"entry", "attention", "mlp", "recurrent", "head"}
     widths = NetworkCost.on(model, inputs).widths({})
     for name in ("attention", "recurrent"):
@@ -276,7 +269,7 @@ def test_attention_and_recurrent_layers_are_in_the_table():
 def test_the_output_projection_of_attention_has_its_share_of_the_time(monkeypatch):
     monkeypatch.setattr(latency, "_pass_times", lambda *_: (0.0, {"attention": 4.0, "recurrent": 2.0}))
     model, inputs = Mixed().eval(), torch.randn(4, 5, 8)
-    layers = measure_latency(model, inputs, shares=(1.0,), repeats=1).layers
+    layers = measure_latency(model, inputs).layers
     # 16 times 16 weights and 16 biases each of queries, keys, values and projection
     assert "attention.out_proj" in layers
     shares = {"attention": 0.75, "recurrent": 1.0}
@@ -288,7 +281,7 @@ def test_the_output_projection_of_attention_has_its_share_of_the_time(monkeypatc
 def test_a_budget_of_time_holds_for_attention_and_recurrent_layers(layer):
     torch.manual_seed(0)
     model, inputs = Mixed().eval(), torch.randn(4, 5, 8)
-    measured = measure_latency(model, inputs, repeats=2)
+    measured = measure_latency(model, inputs)
     # Of the measured widths, with times that are stated: what a busy machine takes for layers this small says nothing.
     layers = {
         name: replace(each, seconds=tuple(tuple(float(i * o) for o in each.leaving) for i in each.entering))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import subprocess
@@ -22,7 +21,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.measure import now, profile, time_shares
 from nni_topo.network.speedup.reconcile import widths_multiple
-from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
+from nni_topo.zoo import count_macs, count_params, create_model, latencies
 
 
 # Convolution: output positions * output channels * input channels per group * kernel area.
@@ -102,7 +101,7 @@ def test_measuring_leaves_the_modes_and_batch_norms_alone() -> None:
     model[1].eval()
     inputs = torch.full((3, 4), 5.0)
     count_macs(model, inputs)
-    latency_ms(model, inputs, runs=2)
+    latencies({"net": model}, inputs, runs=2)
     assert [module.training for module in model.modules()] == [True, True, False]
     assert torch.equal(model[0].running_mean, torch.zeros(4))
 
@@ -227,10 +226,11 @@ def test_waiting_for_a_core_is_not_the_models_time_and_waiting_for_else_is() -> 
 
 def test_latency_restores_the_thread_count_even_after_an_error() -> None:
     before = torch.get_num_threads()
-    assert latency_ms(nn.Linear(4, 2), torch.zeros(1, 4), runs=3, threads=before + 1) > 0
+    models = {"net": nn.Linear(4, 2)}
+    assert latencies(models, torch.zeros(1, 4), runs=3, threads=before + 1)["net"] > 0
     assert torch.get_num_threads() == before
     with pytest.raises(DataError, match="example_inputs must fit the model"):
-        latency_ms(nn.Linear(4, 2), torch.zeros(1, 5), runs=1, threads=before + 1)
+        latencies(models, torch.zeros(1, 5), runs=1, threads=before + 1)
     assert torch.get_num_threads() == before
 
 
@@ -243,71 +243,31 @@ def test_latency_restores_the_thread_count_even_after_an_error() -> None:
 )
 def test_bad_numbers_are_named(knobs: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        latency_ms(nn.Linear(4, 2), torch.zeros(1, 4), **knobs)
+        latencies({"net": nn.Linear(4, 2)}, torch.zeros(1, 4), **knobs)
 
 
 def net(width):
     return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 4, 1))
 
 
-def test_a_row_for_every_mode_and_network():
-    images = torch.rand(2, 3, 16, 16)
-    rows = profile({"wide": net(16), "narrow": net(8)}, images, modes=("plain", "channels_last", "bf16"), runs=2)
-    modes = ("plain", "channels_last", "bf16")
-    assert [(row.mode, row.network) for row in rows] == [(mode, name) for mode in modes for name in ("wide", "narrow")]
+def test_a_profile_has_a_row_for_every_network():
+    rows = profile({"wide": net(16), "narrow": net(8)}, torch.rand(2, 3, 16, 16), runs=2)
+    assert [row.network for row in rows] == ["wide", "narrow"]
     for row in rows:
         width = 16 if row.network == "wide" else 8
         assert row.macs == 16 * 16 * (27 * width + 4 * width)
         assert row.params == 28 * width + 4 * width + 4
-        assert row.failed == ""
         assert row.throughput == pytest.approx(2000 / row.latency_ms)
         # The widest tensor and the one made of it are held at once.
-        bytes_each = 2 if row.mode == "bf16" else 4
-        assert row.peak_bytes >= bytes_each * (row.params + 2 * 2 * 16 * 16 * width)
-    assert rows[0].peak_bytes > rows[1].peak_bytes  # bf16 may take more on a CPU that converts it
-
-
-def test_networks_and_inputs_of_a_mode_have_its_number_type_and_its_memory_format():
-    seen = []
-
-    class Noting(nn.Conv2d):
-        def forward(self, images):
-            seen.append([(each.dtype, each.is_contiguous()) for each in (images, self.weight)])
-            return super().forward(images)
-
-    network, found = Noting(3, 4, 3), {}
-    for mode in ("plain", "bf16", "channels_last"):
-        profile({"net": network}, torch.zeros(2, 3, 4, 5), modes=(mode,), runs=1)
-        found[mode] = seen[-1]
-    assert found == {
-        "plain": [(torch.float32, True)] * 2,
-        "bf16": [(torch.bfloat16, True)] * 2,
-        "channels_last": [(torch.float32, False)] * 2,
-    }
-    assert network.weight.is_contiguous()
-
-
-def test_a_network_that_cannot_run_in_a_mode_says_why():
-    class Refusing(nn.Module):
-        def forward(self, x):
-            if x.dtype == torch.bfloat16:
-                raise RuntimeError("no bf16 here")
-            return x
-
-    (row,) = profile({"net": Refusing()}, torch.rand(1, 2), modes=("bf16",), runs=1)
-    assert math.isnan(row.latency_ms)
-    assert row.failed == "RuntimeError: no bf16 here"
-    with pytest.raises(ConfigError, match="mode"):
-        profile({"net": Refusing()}, torch.rand(1, 2), modes=("fast",))
+        assert row.peak_bytes >= 4 * (row.params + 2 * 2 * 16 * 16 * width)
+    assert rows[0].peak_bytes > rows[1].peak_bytes
 
 
 def test_the_verb_measures_before_and_after(capsys):
-    words = ["profile", "--model", "resnet20", "--width", "0.5", "--round-to", "4", "--modes", "plain,bf16", "--runs"]
-    assert main([*words, "1", "--json"]) == 0
+    words = ["profile", "--model", "resnet20", "--width", "0.5", "--round-to", "4", "--runs", "1"]
+    assert main([*words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [(row["mode"], row["network"]) for row in rows] == [
-        ("plain", "unpruned"), ("plain", "dense"), ("bf16", "unpruned"), ("bf16", "dense")
-    ]  # fmt: skip
+    assert [row["network"] for row in rows] == ["unpruned", "dense"]
     assert rows[1]["params"] < 0.5 * rows[0]["params"]
     assert rows[1]["macs"] < 0.5 * rows[0]["macs"]
 

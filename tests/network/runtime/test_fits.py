@@ -123,7 +123,7 @@ def test_batches_that_are_none_say_how_to_make_some_before_anything_runs(batches
         (lambda net, x: nni_topo.shrink(net, [x] * 16, {"flops": 0.5}), "images"),
         (lambda net, x: nni_topo.explain(net, x, "0"), "example_inputs"),
         (zoo.count_macs, "example_inputs"),
-        (zoo.latency_ms, "example_inputs"),
+        (lambda net, x: zoo.latencies({"net": net}, x), "example_inputs"),
     ],
 )
 def test_a_missing_batch_dimension_is_named_by_every_entry_point(entry, place, tmp_path, monkeypatch):
