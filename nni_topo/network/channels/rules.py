@@ -419,18 +419,9 @@ def _padded(op: Operation) -> Any:
     return padded.expand(op.shape)
 
 
-@rule(
-    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "fold", "gru", "lstm", "pack_padded_sequence",
-    "pad_packed_sequence", "rnn_relu", "rnn_tanh", nn.Fold,
-)  # fmt: skip
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "fold", nn.Fold)
 def _kept(op: Operation) -> Any:
     return op.all_kept()
-
-
-@rule("grid_sample", "unfold", nn.Unfold)
-def _windows(op: Operation) -> Any:
-    """Follow what reads each channel of images at the same places; that makes no rows of channels and places."""
-    return _followed(op, 1, is_coupled=False)
 
 
 @rule("view_as_complex")
@@ -1134,6 +1125,33 @@ def _own_linear(op: Operation) -> Any:
     return staying(op.shape)
 
 
+@rule("pack_padded_sequence", "pad_packed_sequence")
+def _packed(op: Operation) -> Any:
+    """Follow rows of several lengths, packed or padded: the channels are in the last dimension of both."""
+    rows, found = op.ids[0], given_shapes(op.node)
+    is_padded = operation_name(op.node) == "pad_packed_sequence"
+    padding = op.argument(3, "padding_value", default=0) if is_padded else 0
+    if padding != 0 or any(varies(rows, d) for d in range(rows.dim() - 1)):
+        return op.all_kept()
+    return rows.flatten(0, -2)[0].expand(found[0].shape), *found[1:]
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent_on_packed(op: Operation) -> Any:
+    """Follow a recurrent layer that reads packed rows: it takes fewer channels in, and keeps its units."""
+    rows, weights = op.ids[0], op.argument(3, "params")
+    if not isinstance(weights, list) or varies(rows, 0):
+        return op.all_kept()  # not packed, as no module of PyTorch's is recorded
+    names = [str(node.target) for node in op.node.args[3]]  # type: ignore[union-attr]
+    lowest = [weight for name, weight in zip(names, weights, strict=True) if "weight_ih_l0" in name]
+    for each in op.ids[1:]:
+        if not any(each is weight for weight in lowest):
+            op.keep(each)
+    for weight in lowest:
+        op.couple(rows[0], weight[0])
+    return given_shapes(op.node)
+
+
 @rule("conv1d", "conv2d", "conv3d")
 def _own_convolution(op: Operation) -> Any:
     """Follow a convolution of each channel by itself with a weight of the model's own, (channels, 1, ...)."""
@@ -1346,6 +1364,49 @@ def einsum_letters(equation: Any, shapes: list[tuple[int, ...]]) -> tuple[list[s
         once = [each for each in sorted(set(inputs) - set(".,")) if inputs.count(each) == 1]
         output = "..." * ("..." in inputs) + "".join(once)
     return operands, output.replace("...", longest)
+
+
+# Windows.
+
+
+@rule("unfold", nn.Unfold)
+def _unfolded(op: Operation) -> Any:
+    """Follow unfold: each channel becomes one row for each place of a window.
+
+    (samples, channels, height, width) -> (samples, channels * places, windows).
+    """
+    ids = op.ids[0]
+    if op.node.op == "call_method" or op.node.target is Tensor.unfold:
+        # The method makes windows along one dimension, whose places are a new last dimension.
+        along = op.argument(1, "dimension")
+        return op.all_kept() if not isinstance(along, int) or varies(ids, along % ids.dim()) else op.moved()
+    at = ids.dim() - 3
+    if op.shape is None or any(varies(ids, d) for d in range(ids.dim()) if d != at):
+        return op.all_kept()
+    row = ids.select(-1, 0).select(-1, 0).reshape(-1, ids.shape[at])[0]
+    return row.repeat_interleave(op.shape[-2] // len(row)).unsqueeze(-1).expand(op.shape)
+
+
+@rule("grid_sample")
+def _sampled(op: Operation) -> Any:
+    """Follow sampling at places of a grid: each channel of the images, (samples, channels, ...), is read alike.
+
+    The grid, (samples, ..., 2), stays. Where the first dimension of both holds heads, as in deformable attention, these
+    are removed as a whole, with the places at which they read.
+    """
+    images, grid = op.ids[0], op.ids[1] if len(op.ids) > 1 else None
+    if grid is None or op.shape is None or any(varies(images, d) for d in range(2, images.dim())):
+        return op.all_kept()
+    firsts = images.flatten(2)[:, :, :1]
+    if not varies(grid, 0):
+        op.keep(grid)
+        return firsts.view(*firsts.shape[:2], *[1] * (len(op.shape) - 2)).expand(op.shape)
+    if not varies(images, 0):
+        return op.all_kept()  # all heads read the same images
+    heads = firsts.flatten(1)[:, :1]
+    op.couple(heads, firsts.flatten(1))
+    op.couple(heads, grid.flatten(1))
+    return heads.view(-1, *[1] * (len(op.shape) - 1)).expand(op.shape)
 
 
 # Operators that users register.

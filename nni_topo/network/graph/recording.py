@@ -135,6 +135,7 @@ def _recorded_twice(
         second = _recorder_of_twice(model, kinds, doubled, results)
         if second is not None:
             _follow_samples(first, second, samples)
+        unclear.note_divided(first.graph)
         forget_places(first.graph, unclear)
     for place, tensor, dim in unclear.compared:
         compared = first.node_of(tensor)

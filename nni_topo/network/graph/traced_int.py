@@ -27,13 +27,15 @@ class UnclearPlaces(set[Place]):
     """Attributes and sizes from which the forward computes something that no graph shows.
 
     ``compared``: place, tensor and dimension where a forward found a place's number equal to the size of a tensor.
-    ``computed``: numbers that were computed of those at places alone.
+    ``computed``: numbers that were computed of those at places alone. ``divided``: pairs of places of whose quotient
+    something is made that no graph shows.
     """
 
     def __init__(self, places: Iterable[Place] = ()) -> None:
         super().__init__(places)
         self.compared: list[tuple[Place, Tensor, int]] = []
         self.computed: list[TracedInt] = []
+        self.divided = set[tuple[Place, ...]]()
 
     def note_unwritten(self) -> None:
         """Note the places of computed numbers that no graph holds, because what they became isn't known."""
@@ -41,6 +43,24 @@ class UnclearPlaces(set[Place]):
             if not each.written:
                 each.note_other_use()
         self.computed.clear()
+
+    def note_divided(self, graph: Graph) -> None:
+        """Note both places of a quotient unless a graph shows what it is for, and neither counts something else.
+
+        Then both get smaller alike or not at all, so that the quotient stays as it is whatever is made of it.
+        """
+        shown = set[tuple[Place, ...]]()
+        for node in graph.nodes:
+            shown.update(
+                tuple(size.places) for size in _attribute_sizes((node.args, node.kwargs)) if size.per is not None
+            )
+        before = -1
+        while before != len(self):
+            before = len(self)
+            for pair in shown | self.divided:
+                if pair not in shown or not self.isdisjoint(pair):
+                    self.update(pair)
+        self.divided.clear()
 
 
 class UnshownSizes(list["TracedInt"]):
@@ -61,6 +81,7 @@ class TracedInt(int):
     # Of a number that an attribute holds, or an equal part of one:
     place: Place | None = None
     parts: int = 1
+    per: TracedInt | None = None  # the number of the parts, if another attribute holds it
     unclear: UnclearPlaces  # places of which something is made that the graph doesn't show
     # Of sizes of tensors: a tensor and a dimension, or a function and the integers that it takes.
     source: tuple[Any, ...] | None = None
@@ -77,23 +98,33 @@ class TracedInt(int):
         return made
 
     @classmethod
-    def of_attribute(cls, value: int, place: Place, parts: int, unclear: UnclearPlaces) -> TracedInt:
-        """Return one of so many equal parts of a number that an attribute holds."""
+    def of_attribute(
+        cls, value: int, place: Place, parts: int, unclear: UnclearPlaces, per: TracedInt | None = None
+    ) -> TracedInt:
+        """Return one of so many equal parts of a number that an attribute holds; ``per``: if another holds how many."""
         made = cls(value)
-        made.place, made.parts, made.unclear = place, parts, unclear
+        made.place, made.parts, made.unclear, made.per = place, parts, unclear, per
         return made
+
+    @property
+    def places(self) -> list[Place]:
+        """The places of what an attribute holds, and of how many parts it has."""
+        own = [] if self.place is None else [self.place]
+        return own if self.per is None else own + self.per.places
 
     def within(self, name: str) -> TracedInt:
         """Return the same number for the model that holds its module under this name."""
         if self.place is None:
             return self
         inner, key, path = self.place
-        place = f"{name}.{inner}".strip("."), key, path
-        return TracedInt.of_attribute(_plain(self), place, self.parts, self.unclear)
+        place, per = (f"{name}.{inner}".strip("."), key, path), None if self.per is None else self.per.within(name)
+        return TracedInt.of_attribute(_plain(self), place, self.parts, self.unclear, per)
 
     def note_other_use(self) -> None:
         """Note that the forward computes something from an attribute's number that the graph doesn't show."""
-        if self.place is not None:
+        if self.per is not None:
+            self.unclear.divided.add(tuple(self.places))
+        elif self.place is not None:
             self.unclear.add(self.place)
         for each in self.factors:
             each.note_other_use()
@@ -121,7 +152,7 @@ class TracedInt(int):
         """Be copied without a tensor: sizes of tensors as plain integers."""
         if self.place is None:
             return int, (_plain(self),)
-        return TracedInt.of_attribute, (_plain(self), self.place, self.parts, self.unclear)
+        return TracedInt.of_attribute, (_plain(self), self.place, self.parts, self.unclear, self.per)
 
 
 def _plain(number: int) -> int:
@@ -142,7 +173,13 @@ def _arithmetic(function: Callable[..., int], *operands: Any) -> Any:
         # An equal part of an attribute's number is known still.
         is_known = type(second) is int or (isinstance(second, TracedInt) and second.source is None)
         if is_known and _plain(second) > 0 and value * _plain(second) == _plain(first):
-            _note_other_uses((second,))
+            # As many parts as another attribute holds: the channels of a head, as of ``self.width // self.heads``.
+            is_counted = isinstance(second, TracedInt) and second.place is not None and second.parts == 1
+            if is_counted and first.parts == 1:
+                made = TracedInt.of_attribute(value, first.place, _plain(second), first.unclear, second)
+                first.unclear.computed.append(made)
+                return made
+            _note_other_uses((second, first.per))
             return TracedInt.of_attribute(value, first.place, first.parts * _plain(second), first.unclear)
     of_attributes, factors = True, list[TracedInt]()
     for each in operands:
@@ -289,7 +326,7 @@ def forget_places(graph: Graph, places: set[Place]) -> None:
     known = set(places)  # a comparison of traced integers may add to the other one
 
     def plain(leaf: Any) -> Any:
-        return _plain(leaf) if isinstance(leaf, TracedInt) and leaf.place in known else leaf
+        return _plain(leaf) if isinstance(leaf, TracedInt) and known & set(leaf.places) else leaf
 
     for node in graph.nodes:
         if _attribute_sizes((node.args, node.kwargs)):
@@ -317,7 +354,7 @@ def attribute_channels(
     out.
     """
     found: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
-    unclear = set[Place | None]()
+    unclear, quotients = set[Place](), dict[tuple[Place, Place], int]()
     for node in graph.nodes:
         for place, dim in node.meta.get(COMPARED, ()):
             row = _ids_in(ids.get(node.name), dim)
@@ -327,22 +364,60 @@ def attribute_channels(
             continue  # what is computed of sizes is checked where it is used, by running that with other sizes
         if plain_name(node) not in _SIZED:
             for parent in node.all_input_nodes:
-                unclear.update(size.place for size in _computed_of(parent))
+                for size in _computed_of(parent):
+                    unclear.update(size.places)
         sizes = _attribute_sizes((node.args, node.kwargs))
         if not sizes:
             continue
         uses = _uses(node, ids, groups)
         # One number of which it can't be told what it counts says nothing of the others.
         understood = {id(size) for size, channels in uses if channels is not None}
-        unclear.update(size.place for size in sizes if id(size) not in understood)
+        for size in sizes:
+            if id(size) not in understood:
+                unclear.update(size.places)
         for size, channels in uses:
-            if channels is not None and size.place is not None and len(channels):
+            if channels is None or size.place is None:
+                continue
+            if size.per is not None and size.per.place is not None and not len(channels):
+                quotients[size.place, size.per.place] = _plain(size)
+            elif len(channels):
                 found[size.place].append((size.parts, channels))
+                if size.per is not None:
+                    unclear.update(size.per.places)
     even = {}
     for place, uses_of_place in found.items():
         widths = {(parts, len(channels)) for parts, channels in uses_of_place}
         if len(widths) == 1 and place not in unclear:
             even[place] = uses_of_place
+    return _with_quotients(even, unclear, quotients, groups)
+
+
+def _with_quotients(
+    even: dict[Place, list[tuple[int, np.ndarray]]],
+    unclear: set[Place],
+    quotients: dict[tuple[Place, Place], int],
+    groups: np.ndarray,
+) -> dict[Place, list[tuple[int, np.ndarray]]]:
+    """Let widths follow the numbers of heads that they are divided by, so that the channels of a head stay as many.
+
+    ``quotients``: by the places of a width and of a number of heads, the channels of a head. Where one of the two
+    counts something else as well, both stay as they are.
+    """
+    before = -1
+    while before != len(even):
+        before = len(even)
+        for (width, heads), size in quotients.items():
+            of_heads = [(parts * size, channels) for parts, channels in even.get(heads, ())]
+            fits = bool(of_heads) and width not in unclear
+            for parts, channels in even.get(width, ()):
+                for times, each in of_heads:
+                    fits &= np.array_equal(np.sort(groups[channels]), np.sort(np.repeat(groups[each], times // parts)))
+            if fits:
+                even.setdefault(width, of_heads)
+                continue
+            unclear |= {width, heads}
+            even.pop(width, None)
+            even.pop(heads, None)
     return even
 
 
@@ -459,6 +534,7 @@ def resized(given: Any, sizes: dict[Place, int]) -> Any:
     def new(leaf: Any) -> Any:
         if not isinstance(leaf, TracedInt) or leaf.place is None:
             return leaf
-        return sizes.get(leaf.place, _plain(leaf) * leaf.parts) // leaf.parts
+        parts = leaf.parts if leaf.per is None or leaf.per.place is None else sizes.get(leaf.per.place, leaf.parts)
+        return sizes.get(leaf.place, _plain(leaf) * leaf.parts) // parts
 
     return map_aggregate(given, new)

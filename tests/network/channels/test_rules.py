@@ -570,10 +570,10 @@ CALLS = {
     "windows": {
         "unfold": (
             lambda n: functional.unfold(n.c.unflatten(2, (2, 3)), 2),
-            "1x1x1: 0; c: 0* rule_misfits; guessed",
+            "1x32x1: c0 c0 c0 c0 c1 c1 c1 c1 c2 c2 c2 c2 c3 c3 c3 c3 c4 c4 c4 c4 c5 c5 c5 c5 c6 c6 c6 c6 c7 c7 c7 c7",
         ),
-        "windows of pixels": (lambda n: n.a.unfold(2, 2, 2), "1x4x1x1: a*; guessed"),
-        "windows of channels": (lambda n: n.a.unfold(1, 2, 2), "1x1x1x1: 0; a: 0* rule_misfits; guessed"),
+        "windows of pixels": (lambda n: n.a.unfold(2, 2, 2), "1x4x1x1: a*"),
+        "windows of channels": (lambda n: n.a.unfold(1, 2, 2), "1x1x1x1: 0; a: 0* call_not_covered"),
         "fold": (lambda n: functional.fold(n.c, (3, 4), 2), "1x1x1x1: 0; c: 0* call_not_covered"),
         "pool of pixels": (lambda n: functional.max_pool1d(n.a, 2), "1x4x1: a*"),
         "pool of channels": (lambda n: functional.avg_pool2d(n.a, (2, 1)), "1x1x1: 0; a: 0* result_depends"),
@@ -587,11 +587,27 @@ CALLS = {
                 n.x[:, None, :, None, 0].expand(3, 5, 2, 1).transpose(2, 3),
                 align_corners=False,
             ),
-            "1x4x1x1: a*; guessed",
+            "1x4x1x1: a*",
         ),
         "sampled at places that a layer makes": (
             lambda n: functional.grid_sample(n.a.unflatten(2, (2, 3)), n.b[:, None, None, :2, 0], align_corners=False),
-            "1x4x1x1: a*; b: 0 0 b2 b3 call_not_covered; guessed",
+            "1x4x1x1: a*; b: 0 0 b2 b3 call_not_covered",
+        ),
+        "sampled rows": (
+            lambda n: functional.grid_sample(rows(n.a)[:, :, None], n.x[:, None, None, :, 0], align_corners=False),
+            "1x1x1x1: 0; a: 0* call_not_covered",
+        ),
+        "sampled by heads": (
+            lambda n: functional.grid_sample(
+                heads(n.c)[0].transpose(1, 2).unflatten(2, (2, 3)), heads(n.c2)[0][:, None], align_corners=False
+            ),
+            "4x1x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "sampled by heads of constants": (
+            lambda n: functional.grid_sample(
+                n.x[:1, :, :4, None].expand(4, 2, 4, 1), heads(n.c2)[0][:, None], align_corners=False
+            ),
+            "1x1x1x1: 0; c2: 0* call_not_covered",
         ),
     },
     "filters of ones own": {
