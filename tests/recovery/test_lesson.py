@@ -274,31 +274,6 @@ def test_a_tensor_that_is_as_long_as_a_batch_by_chance_is_not_an_output(rows, ou
     assert small.report.outputs.compared == (() if outputs else ("output[0]",))
 
 
-def test_the_unpruned_network_stays_in_its_mode_while_others_learn_from_it():
-    torch.manual_seed(0)
-    original = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 4)).train()
-    dense, modes = copy.deepcopy(original), []
-    with torch.no_grad():
-        dense[0].weight += 0.2
-
-    def note(module, args):
-        if modes or torch.is_grad_enabled():  # since the first step
-            modes.append(all(each.training for each in original.modules()))
-
-    state = copy.deepcopy(original.state_dict())
-    hook = nn.modules.module.register_module_forward_pre_hook(note)
-    try:
-        distill(dense, original, batches(256), steps=10, lr=2e-3)
-    finally:
-        hook.remove()
-    assert modes
-    assert all(modes)
-    assert all(torch.equal(value, state[key]) for key, value in original.state_dict().items())
-
-
-ZEROS, ONE = torch.zeros(4, 2), torch.ones(1)
-
-
 class Scoring(nn.Linear):
     """Gives scores for each place."""
 
@@ -349,16 +324,6 @@ def test_losses_are_means_over_real_positions(is_padded, has_places):
     found.split(index, index)
     expected = float(loss + constant * distance)
     assert float(found.objective(student, ((), call), [given]).detach()) == pytest.approx(expected)
-
-
-def test_images_need_memory_for_three_copies(monkeypatch):
-    monkeypatch.setattr("nni_topo.network.runtime.memory._SMALL", 0)
-    parts = [((torch.zeros(10, 25),), {})] * 2  # 2,000 bytes
-    monkeypatch.setattr("nni_topo.network.runtime.memory.free_memory", lambda: 6000)
-    assert lesson.joined(parts)[0][0].shape == (20, 25)
-    monkeypatch.setattr("nni_topo.network.runtime.memory.free_memory", lambda: 5999)
-    with pytest.raises(DataError, match=r"images and a view of them must fit into memory, .* \(images\)"):
-        lesson.joined(parts)
 
 
 @pytest.mark.parametrize(("form", "kind", "first"), [("logits", "kl", 25), ("tuple", "squares", 37)])

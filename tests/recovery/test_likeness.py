@@ -184,20 +184,6 @@ def test_batches_of_unequally_many_lists_of_boxes_are_compared():
     assert likeness.distance.value == pytest.approx(sum(by_batch) / 3, rel=1e-6)
 
 
-def test_the_report_has_held_out_figures_and_says_where_they_are_far_from_those_solved_on():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10)).eval()
-    few = torch.randn(72, 64)
-    report = nni_topo.shrink(model, [few], {"flops": 0.75}, distill=False).report
-    last = report.stages[-1]
-    assert (report.images, report.held_out) == (63, 9)
-    assert last.distance > 2.0 * last.calibration_distance
-    assert "warning: 63 samples are too few" in repr(report)
-    many = nni_topo.shrink(model, [torch.randn(6000, 64)], {"flops": 0.3}, distill=False).report
-    assert many.warnings == ()
-    assert many.stages[-1].distance_low < many.stages[-1].calibration_distance < many.stages[-1].distance_high
-
-
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [

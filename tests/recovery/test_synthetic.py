@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.recovery import synthetic, synthetic_images
 from nni_topo.testing import toy_model
@@ -48,24 +47,6 @@ def test_statistics_are_those_that_batch_norms_remember(net):
     # Each image is one of its class.
     with torch.no_grad():
         assert float((net(made[0]).argmax(1) == torch.arange(128) % 10).float().mean()) > 0.9
-
-
-@pytest.mark.slow
-def test_compensation_without_data_comes_near_to_that_with_data(net, digits):
-    real = list(digits.train.tensors[0][:512].split(128))
-    layers = ["features.conv1", "features.conv2", "classifier.fc1"]
-    config = nni_topo.dependency_groups(net, real[0][:2], [{"op_names": layers, "sparse_ratio": 0.75}])
-    pruner = nni_topo.create_pruner("l1", net, config)
-    masks = pruner.compress()[1]
-    pruner.unwrap_model()
-
-    def accuracy(images):
-        dense = nni_topo.to_dense(nni_topo.compensate(net, masks, images), real[0][:2], masks)
-        return zoo.evaluate(dense, digits.validation)
-
-    pruned = zoo.evaluate(nni_topo.to_dense(net, real[0][:2], masks), digits.validation)
-    made = accuracy(synthetic_images(net, real[0][:2], count=256, steps=60))
-    assert made > pruned + 0.5 * (accuracy(real) - pruned)
 
 
 def test_same_seed_same_images(net):
