@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -280,13 +278,3 @@ def test_coefficients_are_computed_in_double_precision(kind, iterations):
     expected = np.polyfit(ones, others, 1)
     found = pair_coefficients(removed, survivor, iterations=iterations)
     assert found == pytest.approx(tuple(expected), rel=1e-9 if iterations is None else 1e-3)
-
-
-@pytest.mark.parametrize("method", ["channel", "pair", Pair({"0": {4: 1}}, as_printed=True)])
-@pytest.mark.quick_every(2)
-def test_channels_are_mixed_alike_on_another_device(conv_net, halves, images, method, device):
-    masks = halves(conv_net, "0", "2")
-    expected = compensate(conv_net, masks, images, method=method)
-    found = compensate(copy.deepcopy(conv_net).to(device), masks, images, method=method)
-    for name, parameter in expected.named_parameters():
-        torch.testing.assert_close(found.get_parameter(name).cpu(), parameter, rtol=1e-6, atol=1e-6)

@@ -111,13 +111,3 @@ def test_layers_of_one_weight(make, names):
     assert find_ties(found.model) == find_ties(model)
     shipped = distance(model, masked_model(model, IMAGES[:2], masks), IMAGES)
     assert distance(model, to_dense(found.model, IMAGES[:2], masks), IMAGES) <= shipped
-
-
-def test_compensation_leaves_shared_weights():
-    model = TiedConvolutions()
-    masks = {name: filter_mask(model.get_submodule(name), [0, 2, 3]) for name in ("stem", "one", "two")}
-    done = compensation(model, masks, IMAGES.split(8))
-    assert "tail" in {row.layer for row in done.report.layers}
-    assert done.report.left_alone["two"] == "its weight belongs to another module too"
-    assert torch.equal(done.model.one.weight, TiedConvolutions().one.weight)
-    assert done.model.one.weight is done.model.two.weight
