@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.network.attention.heads import Attention, IntArray
-from nni_topo.network.attention.rotary import find_frequencies
+from nni_topo.network.attention.rotary import under_rotary_positions
 from nni_topo.network.attention.unfused.multihead import mixing_called, projected
 from nni_topo.network.layers.kinds import by_channel, row_names, weight_name, weight_of
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
@@ -130,7 +130,7 @@ def narrow_heads(
     readers: dict[str, list[str]] = {}
     for layer, read in flow.output_projections().items():
         readers.setdefault(read.name, []).append(layer)
-    rotary = find_frequencies(model, known)
+    rotary = under_rotary_positions(model, known)
     turned: nn.Module = detached_copy(model)
     whole: dict[str, str] = {}
     heads: list[_Heads] = []
@@ -198,7 +198,7 @@ def narrow_instead(
     flow, full = Analysis(model, structure_call(model, batches), facts).flow, check_masks(model, masks)
     is_kept = union(model, flow, full)
     ratios, rest = {}, 0.0
-    rotary = find_frequencies(model, flow.attention)
+    rotary = under_rotary_positions(model, flow.attention)
     known = dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent)
     for name in (each for each in known if each not in rotary):
         heads = is_kept[flow.group_ids(flow.unit_channel_ids(next(iter(flow.attention[name].channels))))]

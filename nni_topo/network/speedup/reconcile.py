@@ -15,7 +15,7 @@ import torch
 from nni_topo.context import leaving_out
 from nni_topo.errors import ConfigError, SpeedupError, unknown_name
 from nni_topo.maths.ties import descending
-from nni_topo.network.attention.rotary import by_table, find_frequencies, pairs_of
+from nni_topo.network.attention.rotary import under_rotary_positions
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, Blocks
@@ -356,9 +356,15 @@ def mask_what_follows(model: torch.nn.Module, flow: ChannelFlow, masks: FullMask
 def find_narrow(
     model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, is_kept: np.ndarray
 ) -> dict[str, Dimensions]:
-    """Find the attention modules in whose heads masks keep equally many channels, and these channels."""
+    """Find the attention modules in whose heads masks keep equally many channels, and these channels.
+
+    Those under rotary positions aren't among them.
+    """
     found: dict[str, Dimensions] = {}
+    rotary = under_rotary_positions(model, flow.attention)
     for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):
+        if name in rotary:
+            continue
         attention = flow.attention[name]
         layer = next(iter(attention.channels))
         heads = np.flatnonzero(is_kept[flow.group_ids(flow.unit_channel_ids(layer))])
@@ -372,11 +378,6 @@ def find_narrow(
         are_equal = len(counts) == 1 and np.array_equal(queries, keys_of_queries(keys, queries))
         if are_equal and 0 < max(counts) < keys.shape[1]:
             found[name] = [keys, values]
-    for names in by_table(find_frequencies(model, flow.attention)).values():
-        # A pair of channels is pruned with its rotary frequency, in all heads that use the table.
-        kept = [found[name][0] for name in names if name in found]
-        if len(kept) < len(names) or pairs_of(np.concatenate(kept)) is None:
-            found = {name: each for name, each in found.items() if name not in names}
     return found
 
 

@@ -13,7 +13,6 @@ import torch.fx
 from torch import nn
 
 from nni_topo.network.attention.heads import Attention, find_attention, resize, set_size
-from nni_topo.network.attention.rotary import by_table, find_frequencies, keep_frequencies, pairs_of
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.shuffle import DenseOrder
@@ -200,10 +199,6 @@ def _narrowed(dense: nn.Module, flow: ChannelFlow, found: dict[str, Dimensions],
         for name, kept in found.items():
             readers = [layer for layer, read in output_projections.items() if read.name == name]
             _cut_within_heads(small, before[name], kept, readers, divides=divides)
-        for table, names in by_table(find_frequencies(dense, flow.attention)).items():
-            stays = pairs_of(found[names[0]][0]) if names[0] in found else None
-            if stays is not None:
-                keep_frequencies(small, table, stays)
     return small
 
 

@@ -120,7 +120,7 @@ def test_what_reads_the_heads_makes_up_for_those_that_are_removed(name):
 def test_all_heads_get_narrower_with_their_key_and_value(name, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     torch.manual_seed(0)
-    # Heads under rotary positions lose whole pairs of channels, of which those of `make` have one.
+    # Heads under rotary positions, as `make` has them, keep their size.
     model = make(name) if name == "one key fused" else Stream(SelfAttention(12, 3, 1, bias=True, causal=False)).eval()
     inputs, (attention,) = _states(3, 7, 5), find_attention(model).values()
     turned, masks = narrow_heads(model, [_states(20, 7, 5)], 0.4)
