@@ -11,13 +11,13 @@ from __future__ import annotations
 import importlib
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from nni_topo.compat.importing import KNOWN_NNI_VERSIONS, keep_pytree_nodes
-from nni_topo.compat.report import CompatibilityWarning, CompatReport
 from nni_topo.errors import CompatibilityError
 
 __all__ = [
@@ -34,6 +34,43 @@ LOOPBACK = Path(__file__).with_name("loopback.cjs")
 
 PAIRING = Path(__file__).with_name("pairing.cjs")
 """Lets NNI's manager give each trial its own parameters, and a resumed experiment none twice; preloaded likewise."""
+
+
+class CompatibilityWarning(UserWarning):
+    """The installed NNI isn't a known one, or a patch couldn't be put in place."""
+
+
+@dataclass(frozen=True)
+class CompatReport:
+    """The outcome of all patches, by the names of their functions, in the order in which they ran.
+
+    Parameters
+    ----------
+    nni, torch, python : str
+        The versions found.
+    applied : tuple of str
+        Patches that changed something.
+    unneeded : tuple of str
+        Patches that found NNI or PyTorch right.
+    failed : mapping of str to str
+        Patches that couldn't be put in place, with the error.
+    """
+
+    nni: str
+    torch: str
+    python: str
+    applied: tuple[str, ...]
+    unneeded: tuple[str, ...]
+    failed: Mapping[str, str]
+
+    def __str__(self) -> str:
+        parts = [
+            f"NNI {self.nni}, torch {self.torch}, Python {self.python}",
+            f"applied: {', '.join(self.applied) or 'none'}",
+            f"not needed: {', '.join(self.unneeded) or 'none'}",
+        ]
+        return "; ".join([*parts, *(f"failed: {name} ({reason})" for name, reason in self.failed.items())])
+
 
 reports: list[CompatReport] = []
 _IN_PLACE = "_nni_topo_patches"  # the attribute of NNI that names the patches that were applied

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ def watched(
     """Call functions at every call of their layers within the block; a layer may be listed more than once."""
     with ExitStack() as handles:
         for module, look in entering:
-            handles.enter_context(module.register_forward_pre_hook(_pre_hook(look), with_kwargs=True))
+            handles.enter_context(module.register_forward_pre_hook(partial(_enter, look), with_kwargs=True))
         for module, look_after in leaving:
-            handles.enter_context(module.register_forward_hook(_hook(look_after), with_kwargs=True))
+            handles.enter_context(module.register_forward_hook(partial(_leave, look_after), with_kwargs=True))
         yield
 
 
@@ -162,23 +163,17 @@ def counted_places(shape: tuple[int, ...]) -> Tensor | None:
     return None if real is None or real.shape != shape else real
 
 
-def _pre_hook(look: Entering) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        replacement = look(_input_of(args, kwargs))
-        if replacement is None:
-            return None
-        if args:
-            return (replacement, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): replacement}
-
-    return hook
+def _enter(look: Entering, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    replacement = look(_input_of(args, kwargs))
+    if replacement is None:
+        return None
+    if args:
+        return (replacement, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): replacement}
 
 
-def _hook(look: Leaving) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return look(_input_of(args, kwargs), output)
-
-    return hook
+def _leave(look: Leaving, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    return look(_input_of(args, kwargs), output)
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
