@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,6 @@ from nni_topo.runs.prunable import layers_to_prune
 from nni_topo.runs.widths import fewest_channels, inner_layers_of, least_share
 
 if TYPE_CHECKING:
-    import pandas
-
     from nni_topo.runs.prepared import Prepared
 
 _SOLVED, _JUDGED = 256, 128  # calibration and held-out images by which blocks are chosen
@@ -101,12 +99,6 @@ class DepthOutcome:
     kept: dict[str, str]  # by block that would be removable, the reason why it stays whatever it costs
     # With a latency budget the share of the time that stays with as few channels of each layer as possible; else NaN.
     overhead: float = math.nan
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return the networks that were tried as a table, one row each."""
-        import pandas
-
-        return pandas.DataFrame([asdict(each) for each in self.tried])
 
     def __str__(self) -> str:
         lines = [str(each) for each in self.removed] or ["no block is removed"]

@@ -20,7 +20,6 @@ from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.io.checkpoint import save
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
-from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.pruners.budget import budget_outcome
@@ -102,15 +101,11 @@ class Frontier(dict[float, nn.Module]):
         """The share of the network at the knee of the curve: smaller ones lose more than they save; None without."""
         return next((point.share for point in self.points if point.is_knee), None)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the points as mappings, one for each network."""
-        return [asdict(point) for point in self.points]
-
     def to_frame(self) -> pandas.DataFrame:
         """Return the points as a table, one row each."""
         import pandas
 
-        return pandas.DataFrame(self.rows())
+        return pandas.DataFrame([asdict(point) for point in self.points])
 
     def plot(self) -> Figure:
         """Draw what the networks lose against their cost, with 95 % intervals and the knee."""
@@ -121,7 +116,7 @@ class Frontier(dict[float, nn.Module]):
         percent = 100.0 if self.measure == "answers" else 1.0
         loss = "changed" if self.measure == "answers" else "distance"
         left, values, low, high, bend = [], [], [], [], None
-        for row in self.rows():
+        for row in map(asdict, self.points):
             if math.isfinite(row[loss]):
                 left.append(100.0 * row["left"])
                 values.append(percent * row[loss])
@@ -159,7 +154,7 @@ class Frontier(dict[float, nn.Module]):
             save(network, files[-1])
         rows = [
             {name: value if is_finite(value) or isinstance(value, bool) else None for name, value in row.items()}
-            for row in self.rows()
+            for row in map(asdict, self.points)
         ]
         files += [place / "frontier.json", place / "frontier.png"]
         write_json(files[-2], {"cost": self.kind, "measure": self.measure, "knee": self.knee, "networks": rows})
@@ -237,7 +232,7 @@ def frontier(
     Returns
     -------
     Frontier
-        The networks by their share, with ``to_frame()``, ``rows()``, ``plot()`` and ``save(folder)``. Each network has
+        The networks by their share, with ``to_frame()``, ``plot()`` and ``save(folder)``. Each network has
         a ``report``, a :class:`ShrinkReport <nni_topo.runs.report.ShrinkReport>`.
 
     Raises
@@ -318,13 +313,12 @@ def frontier(
         final = steps.distil(made, steps=count)
         measured.add("reconstructed" if final is made else "distilled", final.dense)
         stages = (measured.stages[0], measured.stages[-1])
-        steps.report(final.dense, final, stages=stages, outcome=outcome)
+        steps.report(final.dense, final, stages=stages, budget=outcome)
         networks[share] = final.dense
         is_learned = final.verdict is not None and final.verdict.is_kept
         points.append(_point(share, made.left, stages[1], start, is_learned, perf_counter() - began))
     if kind == "latency" and template.latency_table is None:
-        args, kwargs = first_call(model, data.all)
-        times = time_shares(list(networks.values()), model, kwargs or args, wanted[-1])
+        times = time_shares(list(networks.values()), model, steps.batch, wanted[-1])
         timed = [replace(point, left=left) for point, (left, _) in zip(points[1:], times, strict=True)]
         points = [points[0], *timed]
     measure = "answers" if measured.answers.are_classes else "distance"

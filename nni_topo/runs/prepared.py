@@ -218,20 +218,18 @@ class Prepared:
 
     def select(self, budget: Budget) -> Pipeline:
         """Select the channels to keep under a budget, by the pruner on a copy of the model."""
-        pruner = self.settings.pruner
-        groups = copy.deepcopy(self.prunable.groups)
-        config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups
-        if budget.allocation in self._pruners:
-            selected = self.start.select(self._pruners[budget.allocation], budget)
-        else:
-            pruner_knobs, outcome = pruner_info(pruner).knobs(), None
+        pruner, outcome = self._pruners.get(budget.allocation), None
+        if pruner is None:
+            name, groups = self.settings.pruner, copy.deepcopy(self.prunable.groups)
+            config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups
+            pruner_knobs = pruner_info(name).knobs()
             if "budget" not in pruner_knobs:
                 ratios, outcome = self.planned_ratios(budget)
                 # Layers that lose input channels with the heads before them: named alone, they'd lose output channels.
                 for entry in groups:
                     if isinstance(entry.get("granularity"), list) and entry["granularity"][0] == -1:
-                        for name in entry["op_names"]:
-                            ratios.pop(name, None)
+                        for layer in entry["op_names"]:
+                            ratios.pop(layer, None)
                 config_list = groups_of(self.counted, as_entries(ratios))
             offered = {
                 "seed": self.settings.seed,
@@ -240,23 +238,21 @@ class Prepared:
                 "budget": budget,
                 "round_to": self.round_to,
             }
-            taken = {name: offered[name] for name in pruner_knobs if name in offered}
-            knobs = taken | dict(self.settings.knobs)
+            taken = {knob: offered[knob] for knob in pruner_knobs if knob in offered}
             with in_context(facts=self.analysis.facts):
-                wrapped = create_pruner(pruner, detached_copy(self.model), config_list, **knobs)
-            takes_budgets = isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner)
-            if takes_budgets and wrapped.planner.round_to is None:
-                wrapped.planner.prefers_multiples = self.prefers_multiples
-            if takes_budgets and self.is_search:
-                self._pruners[budget.allocation] = wrapped
-                selected = self.start.select(wrapped, budget)
-            else:
-                if takes_budgets:
-                    wrapped.planner.change(budget)  # which warns of nothing: `outcome` does
-                selected = self.start.select(wrapped)
-            if outcome is not None:
-                selected = replace(selected, planned=outcome)
-            del wrapped  # with its copy, which refers to itself
+                pruner = create_pruner(
+                    name, detached_copy(self.model), config_list, **taken | dict(self.settings.knobs)
+                )
+        planner = pruner.planner if isinstance(pruner, StructuredPruner) else None
+        if isinstance(planner, BudgetPlanner):
+            if planner.round_to is None:
+                planner.prefers_multiples = self.prefers_multiples
+            if self.is_search:
+                self._pruners[budget.allocation] = pruner
+            selected = self.start.select(pruner, budget)
+        else:
+            selected = replace(self.start.select(pruner), planned=outcome)
+        del pruner  # with its copy, which refers to itself
         give_back_memory(self.model)
         can_narrow = self.round_to is None and self.budget.kind != "latency" and not self.budget.equal_blocks
         if not (can_narrow and self.settings.narrow_heads):
@@ -347,12 +343,11 @@ class Prepared:
         if self.budget.kind != "latency":
             return float(cost_of(self.budget.kind, made.dense, self.example) / self._cost)
         table: Any = self.budget.latency_table
-        batch = self._batch(self.images.all)
         if table is None:
-            whole, dense = as_run_by(self.budget.runtime, [self.model, made.dense], batch)
-            ((share, _),) = time_shares([dense], whole, batch, self.budget.share)
+            whole, dense = as_run_by(self.budget.runtime, [self.model, made.dense], self.example)
+            ((share, _),) = time_shares([dense], whole, self.example, self.budget.share)
             return share
-        cost = network_cost("latency", Analysis.on(self.model, batch, self.analysis.facts), table)
+        cost = network_cost("latency", self.counted, table)
         known = {row.name: row for row in made.layers.rows if row.name in table.layers}
         widths = {name: np.arange(row.before) < row.after for name, row in known.items()}
         return float(cost(widths) / cost({}))
@@ -365,10 +360,12 @@ class Prepared:
     @cached_property
     def example(self) -> Any:
         """The inputs by which the cost is counted: for time a batch as large as the first one that was passed."""
-        return self._batch(self.images.all) if self.budget.kind == "latency" else self.images.example
+        return self.batch if self.budget.kind == "latency" else self.images.example
 
-    def _batch(self, images: Calibration) -> Any:
-        args, kwargs = of_first(first_call(self.model, images), self.model, images)
+    @cached_property
+    def batch(self) -> Any:
+        """The first batch that was passed."""
+        args, kwargs = of_first(first_call(self.model, self.images.all), self.model, self.images.all)
         return kwargs or args
 
     @cached_property
@@ -381,32 +378,29 @@ class Prepared:
     def report(
         self,
         network: nn.Module,
-        made: Pipeline | None,
+        made: Pipeline,
         warnings: tuple[str, ...] = (),
-        *,
-        outcome: BudgetOutcome | None,
         **found: Any,
     ) -> None:
-        """Give a network its report; ``found`` are other fields of it. ``made``: None if no network was made."""
+        """Give a network its report; ``found`` are other fields of it."""
         images, settings, measured = self.images, self.settings, self.measured
-        taken = self.start if made is None else made
         allocation = "" if settings.chooses_how_many else str(self.budget.allocation)
         if allocation == AUTO:
-            allocation = next((each.allocation for each in taken.tried if each.is_chosen), "")
-        compensation = taken.compensation
+            allocation = next((each.allocation for each in made.tried if each.is_chosen), "")
+        compensation = made.compensation
         timed = None
         if self.is_timed:
-            batch, runtime = self._batch(images.all), self.budget.runtime
-            before, after = as_run_by(runtime, [self.model, network], batch)
-            timed = replace(timed_pair(before, after, batch), runtime=runtime)
+            runtime = self.budget.runtime
+            before, after = as_run_by(runtime, [self.model, network], self.batch)
+            timed = replace(timed_pair(before, after, self.batch), runtime=runtime)
         if self.is_described:  # it is to be as its config describes it
             with_transposed_weights(network)
         report = ShrinkReport(
-            **{"stages": tuple(measured.stages), "layers": taken.layers, "distillation": taken.verdict, **found},
+            **{"stages": tuple(measured.stages), "layers": made.layers, **found},
+            distillation=made.verdict,
             compensation=compensation,
-            depth=taken.depth,
-            tried=taken.tried,
-            budget=outcome,
+            depth=made.depth,
+            tried=made.tried,
             images=images.learned.samples_of_all,
             held_out=0 if images.held_out is None else images.held_out.samples_of_all,
             warnings=(*warnings, *(compensation.warnings if compensation else ()), *dict.fromkeys(self.left_out)),

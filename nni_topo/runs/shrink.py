@@ -251,7 +251,7 @@ def shrink(
     final = prepared.distil(made)
     if final is not made:
         measured.add("distilled", final.dense)
-    prepared.report(final.dense, final, measured.warnings(made.layers.rows), outcome=outcome)
+    prepared.report(final.dense, final, measured.warnings(made.layers.rows), budget=outcome)
     network: nn.Module = final.dense
     return network
 

@@ -18,7 +18,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,8 +37,6 @@ from nni_topo.runs.settings import Settings
 from nni_topo.runs.widths import least_share
 
 if TYPE_CHECKING:
-    import pandas
-
     from nni_topo.runs.prepared import Prepared
 
 MEASURES = ("auto", "outputs", "distance", "evaluate")
@@ -114,12 +112,6 @@ class ToleranceOutcome:
     candidates: tuple[Candidate, ...]
     confirmations: tuple[Candidate, ...]
     is_met: bool
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return the candidates as a table, one row each."""
-        import pandas
-
-        return pandas.DataFrame([asdict(each) for each in self.candidates])
 
     def __str__(self) -> str:
         distilled = sum(each.is_distilled for each in self.candidates)
@@ -361,7 +353,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
         _logger.warning("%s", text)
     if chosen is None:
         network: nn.Module = to_dense(prepared.model, images.example, {})
-        taken, layers = None, dense_report_of(network)
+        taken, layers = prepared.start, dense_report_of(network)
     else:
         network, taken, layers = chosen.final.dense, chosen.final, chosen.made.layers
         measured.add("pruned", chosen.made.without_recovery().dense)
@@ -370,7 +362,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
         if chosen.candidate.is_distilled:
             measured.add("distilled", network)
     told = measured.warnings(layers.rows) + tuple(warnings)
-    prepared.report(network, taken, told, layers=layers, outcome=None, tolerance=outcome)
+    prepared.report(network, taken, told, layers=layers, tolerance=outcome)
     return network
 
 

@@ -45,7 +45,6 @@ from nni_topo.runs.run import (
     distilled,
     latencies,
     layer_widths,
-    load_model_data,
     made_dense,
     on_cpu,
     prune_to_ratios,
@@ -87,8 +86,6 @@ class TrialSettings:
     compensate: int = 0  # training images without labels for compensation; 0: none
     distill: int = 0  # training images without labels for distillation; 0: none
     retrain_epochs: int = 1  # after pruning; 0: none
-    retrain_images: int | None = None  # training images used after pruning; None: all
-    double_images_after: int | None = None  # trials of an experiment after which retrain_images doubles
     lr: float | None = None  # learning rate after pruning; None: a fifth of the recipe's
     flops_weight: float = 0.0  # accuracy that the whole net's MACs are worth
     latency_weight: float = 0.0  # accuracy that the whole net's latency is worth
@@ -101,14 +98,11 @@ class TrialSettings:
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("calibration", "compensate", "distill", "retrain_epochs"), whole(0))
         weights = dict.fromkeys(("flops_weight", "latency_weight"), number(0.0))
-        limits = dict.fromkeys(("limit", "retrain_images", "double_images_after"), whole(1) | NONE)
         paths = dict.fromkeys(("data_dir", "checkpoint"), PATH | NONE)
-        check_fields(self, "trial", **counts, **weights, **limits, **paths)
+        check_fields(self, "trial", limit=whole(1) | NONE, **counts, **weights, **paths)
         for name, value in {"ratio": self.ratio, **{_RATIO + k: v for k, v in self.ratios.items()}}.items():
             if not 0.0 <= value < 1.0:
                 raise ConfigError(f"a ratio must be in [0, 1), got {value} ({name})")
-        if self.double_images_after is not None and self.retrain_images is None:
-            raise ConfigError("images that double need retrain_images to begin with, got none (double_images_after)")
         if self.flops is not None:
             Target("flops", self.flops)
         check_pruner_knobs(self.pruner, self.knobs, "trial")
@@ -138,13 +132,6 @@ class TrialSettings:
             compensate=CompensationChoice(self.compensate) if self.compensate else None,
             distill=DistillationChoice(self.distill) if self.distill else None,
         )
-
-    def for_trial(self, number: int) -> TrialSettings:
-        """Return the settings of an experiment's trial, numbered from 0: later ones may retrain on more images."""
-        if self.double_images_after is None or self.retrain_images is None:
-            return self
-        doublings = number // self.double_images_after
-        return replace(self, retrain_images=self.retrain_images * 2**doublings, double_images_after=None)
 
 
 def scalar_kinds() -> dict[str, type]:
@@ -271,13 +258,8 @@ def run_trial(
 
         tell(0, accuracy)
         if cell.retrain.epochs:
-            data = start.data
-            if settings.retrain_images is not None:
-                images = settings.retrain_images
-                limit = images if cell.data.limit is None else min(images, cell.data.limit)
-                data = load_model_data(cell.model, replace(cell.data, limit=limit))
             knobs = {"callback": lambda log: tell(log.epoch, log.validation_accuracy or 0.0)}
-            retrain(dense, data, cell.retrain, seed=cell.seed, **knobs)
+            retrain(dense, start.data, cell.retrain, seed=cell.seed, **knobs)
             accuracy = start.validated(dense)
         done = {
             **facts,
@@ -336,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             parameters = nni.get_next_parameter()
         settings = TrialSettings(**{item.name: getattr(options, item.name) for item in fields(TrialSettings)})
-        settings = with_parameters(settings, parameters).for_trial(0 if alone else nni.get_sequence_id())
+        settings = with_parameters(settings, parameters)
         metrics = run_trial(settings, out, cache=cache, report=show if alone else tell_nni)
     except NniTopoError as error:
         print(f"nni_topo.runs.trial: {error}", file=sys.stderr)

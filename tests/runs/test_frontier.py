@@ -6,18 +6,15 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 from toy_times import LAYERS, proportional
 
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.network.attention.heads import find_attention
 from nni_topo.runs import frontier as module
 from nni_topo.runs import prepared
 from nni_topo.runs.frontier import Frontier, FrontierPoint
-from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
-from nni_topo.zoo.transformers import vit_small
+from nni_topo.testing import toy_images, toy_model
 
 SHARES = (0.7, 0.45, 0.25)
 
@@ -67,7 +64,7 @@ def test_the_table_has_a_row_for_each_network_and_the_unpruned_one():
     frame = found.to_frame()
     assert list(frame["share"]) == [1.0, *SHARES]
     assert list(frame["accuracy"]) == [0.5] * 4
-    assert found.rows()[1]["params"] == zoo.count_params(found[0.7])
+    assert frame["params"][1] == zoo.count_params(found[0.7])
     assert found.points[1].left == zoo.count_params(found[0.7]) / zoo.count_params(toy_model())
     assert [line.split()[0] for line in repr(found).splitlines()[1:5]] == ["1", "0.7", "0.45", "0.25"]
 
@@ -228,30 +225,9 @@ def test_a_budget_of_time_is_counted_by_one_table_and_the_networks_are_timed_tog
     assert found.points[1].left != 0.71
 
 
-def test_without_held_out_images_the_figures_are_those_of_the_calibration_data():
-    net, rows = wide_net()
-    found = made((0.5,), net, [rows[0][:4]], compensate=None)
-    report = found[0.5].report
-    assert (found.images, found.held_out, report.images, report.held_out) == (4, 0, 4, 0)
-    assert report.compensation is None
-    assert report.depth is None
-
-
 def test_the_shares_are_three_quarters_to_a_tenth():
     net, rows = wide_net()
     assert list(nni_topo.frontier(net, rows, compensate=None, distill=False)) == [0.75, 0.5, 0.25, 0.1]
-
-
-@pytest.mark.slow
-def test_heads_get_narrower_instead_of_fewer():
-    torch.manual_seed(0)
-    net = vit_small(4, 1, 8).eval()
-    small = made((0.4,), net, [torch.randn(16, 1, 8, 8)], pruner="l1", compensate=None, narrow_heads=True, round_to=1)[
-        0.4
-    ]
-    whole, left = find_attention(net), find_attention(small)
-    assert [each.heads for each in left.values()] == [each.heads for each in whole.values()]
-    assert all(left[name].head_size < each.head_size for name, each in whole.items())
 
 
 def test_layers_may_be_an_iterator_and_all_ways_to_distribute_a_budget_are_told():
@@ -260,13 +236,6 @@ def test_layers_may_be_an_iterator_and_all_ways_to_distribute_a_budget_are_told(
     assert small.report.layers.pruned_layers == ("2",)
     (chosen,) = (each.allocation for each in small.report.tried if each.is_chosen)
     assert small.report.allocation == chosen
-
-
-@pytest.mark.parametrize(("knobs", "is_same"), [({"seed": 0}, True), ({"seed": 1}, False)])
-def test_the_seed_is_0(knobs, is_same):
-    net, rows = wide_net()
-    first, second = (made((0.5,), net, rows, pruner="random", compensate=None, **own)[0.5] for own in ({}, knobs))
-    assert torch.equal(first[0].weight, second[0].weight) is is_same
 
 
 @pytest.mark.slow
@@ -312,42 +281,7 @@ def test_what_can_not_be_used_is_refused(knobs, message):
         made(**knobs)
 
 
-def test_a_network_with_nothing_to_remove_is_refused():
-    with pytest.raises(ConfigError, match="must have a layer whose channels can be removed, got none"):
-        made(model=nn.Sequential(nn.Linear(6, 3)), given=[torch.randn(16, 6)])
-
-
-def test_a_share_that_no_network_reaches_is_told(caplog):
-    found = made((0.5, 0.001))
-    assert found.points[2].left > 0.011
-    assert "the flops budget of 0.001 is missed" in caplog.text
-    assert caplog.text.count("is missed") == 1
-
-
 def test_a_share_that_is_missed_from_a_larger_network_is_told_once(caplog):
-    made((0.5, 0.001), distill=KEPT)
+    found = made((0.5, 0.001), distill=KEPT)
+    assert found.points[2].left > 0.011
     assert caplog.text.count("is missed") == 1
-
-
-@pytest.mark.parametrize("is_training", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_ordinary_use_and_the_model_stays_as_it_was(is_training):
-    model = toy_model().train(is_training)
-    handle = model.norm.register_forward_hook(lambda module, args, output: None)
-    before = snapshot(model)
-    pictures = 100.0 * toy_images(128)
-    loader = DataLoader(TensorDataset(pictures, torch.arange(128)), batch_size=32, shuffle=True)
-    found = made((0.6, 0.3), model, loader, distill={"steps": 5})
-    require_unchanged(before, model)
-    handle.remove()
-    assert all(net.training is is_training for net in found.values())
-    assert found.points[2].macs < found.points[1].macs < found.points[0].macs
-
-
-def test_a_network_made_by_shrink_can_be_made_smaller_again():
-    first = nni_topo.shrink(toy_model().eval(), images(), {"flops": 0.6}, distill=False)
-    report = first.report
-    found = made((0.5,), first)
-    assert first.report is report
-    assert found[0.5].report.layers.rows[0].before == first.stem.out_channels
-    second = nni_topo.shrink(first, images(), {"flops": 0.5}, distill=False)
-    assert second.report.stages[-1].macs == found.points[1].macs

@@ -229,26 +229,22 @@ def test_a_missed_budget_is_told_once_of_the_dense_network(caplog):
 
 
 @pytest.mark.parametrize(
-    ("narrow_heads", "equal_blocks", "is_narrower"), [(True, False, True), (False, False, False), (True, True, False)]
+    ("cost", "given", "is_narrower"),
+    [
+        ({"flops": 0.5}, {"narrow_heads": True, "round_to": 1}, True),
+        ({"flops": 0.5}, {}, False),
+        ({"flops": 0.5}, {"narrow_heads": True, "round_to": 8}, False),
+        ({"flops": 0.5, "equal_blocks": True}, {"narrow_heads": True, "round_to": 1}, False),
+        ({"latency": 0.5}, {"narrow_heads": True}, False),
+    ],
 )
 @pytest.mark.quick_every(4)
-def test_heads_get_narrower_where_that_is_asked_for(narrow_heads, equal_blocks, is_narrower):
+def test_heads_get_narrower_where_that_is_asked_for(cost, given, is_narrower, monkeypatch):
+    monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.1)
     torch.manual_seed(0)
     net = vit_small(4, 1, 8).eval()
-    data = ImageParts.of(Calibration([torch.randn(16, 1, 8, 8)]), net)
-
-    budget = Budget(flops=0.5, equal_blocks=equal_blocks)
-    pruned = steps(net, budget, data, narrow_heads=narrow_heads, round_to=1).select(budget)
-    assert (pruned.narrower is not None) == is_narrower
-
-
-def test_a_search_asks_the_same_pruner_for_every_size():
-    once, search = steps(pruner="random"), steps(pruner="random").for_search()
-    for share in (0.5, 0.75):
-        budget = Budget(flops=share)
-        kept = [each.select(budget) for each in (once, search)]
-        torch.testing.assert_close(kept[0].masks, kept[1].masks, rtol=0, atol=0)
-        assert [each.planned.left for each in kept] == pytest.approx([share] * 2, abs=0.05)
+    data, budget = ImageParts.of(Calibration([torch.randn(16, 1, 8, 8)]), net), Budget(**cost)
+    assert (steps(net, budget, data, **given).select(budget).narrower is not None) == is_narrower
 
 
 def recovered_from(chosen, masks, planned=None, left=1.0):

@@ -125,29 +125,6 @@ def test_coupled_layers_lose_the_same_channels_unless_the_file_says_otherwise(
             assert int(masks[name]["weight"].flatten(1).any(1).sum()) == width
 
 
-@pytest.mark.parametrize(
-    ("knobs", "seed", "epochs"), [({}, 0, 1), ({"seed": 3}, 3, 1), ({"seed": 3, "epochs": 2}, 3, 2)]
-)
-@pytest.mark.quick_every(2)
-def test_fine_tuning_takes_an_epoch_unless_the_file_says_more_and_the_seed_is_0(
-    knobs, seed, epochs, checkpoint, tmp_path, monkeypatch
-):
-    seen = []
-
-    def noting(dense, data, recipe, *, seed, progress):
-        seen.append((seed, recipe.epochs, recipe.lr))
-        retrain(dense, data, recipe, seed=seed, progress=progress)
-
-    retrain = module.retrain
-    monkeypatch.setattr(module, "retrain", noting)
-    own = {name: value for name, value in knobs.items() if name == "seed"}
-    recipe = {"lr": 0.001} | {name: value for name, value in knobs.items() if name == "epochs"}
-    config = PruneConfig("l1", [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], retrain=recipe)
-    record = prune_checkpoint(SMALL, checkpoint, config, DIGITS, tmp_path / "out", progress=False, **own)
-    assert seen == [(seed, epochs, 0.001)]
-    assert record["seed"] == seed
-
-
 def test_the_seed_decides_what_a_random_pruner_removes(checkpoint, tmp_path):
     config = PruneConfig("random", [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     kept = []
@@ -158,12 +135,6 @@ def test_the_seed_decides_what_a_random_pruner_removes(checkpoint, tmp_path):
         kept.append(torch.cat([each["weight"].flatten(1).any(1) for each in masks.values()]))
     assert torch.equal(kept[0], kept[1])
     assert not torch.equal(kept[0], kept[2])
-
-
-def test_a_device_that_is_not_there_is_refused(checkpoint, tmp_path):
-    config = PruneConfig("l1", [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    with pytest.raises(ConfigError, match="got 'nowhere'"):
-        prune_checkpoint(SMALL, checkpoint, config, DIGITS, tmp_path / "out", device="nowhere")
 
 
 @pytest.mark.parametrize("round_to", [None, 8])

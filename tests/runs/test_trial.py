@@ -48,7 +48,6 @@ def seen(monkeypatch):
     monkeypatch.setattr(trial, "run_trial", run)
     monkeypatch.setattr(nni, "get_next_parameter", lambda: {"ratio": 0.75})
     monkeypatch.setattr(nni, "get_trial_id", lambda: "t1")
-    monkeypatch.setattr(nni, "get_sequence_id", lambda: 2)
     monkeypatch.setattr(nni, "report_final_result", found["final"].append)
     monkeypatch.setattr(nni, "report_intermediate_result", found["results"].append)
     monkeypatch.setattr(nni.trial, "overwrite_intermediate_seq", found["steps"].append)
@@ -57,10 +56,9 @@ def seen(monkeypatch):
 
 def test_under_nni_the_tuner_gives_parameters_and_gets_results(seen, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NNI_OUTPUT_DIR", str(tmp_path / "experiment" / "trials" / "t1"))
-    growing = ["--retrain-images", "10", "--double-images-after", "1"]
-    assert trial.main(["--pruner", "l2", *growing]) == 0
+    assert trial.main(["--pruner", "l2"]) == 0
     ((settings, out, cache),) = seen["runs"]
-    assert (settings.pruner, settings.ratio, settings.retrain_images) == ("l2", 0.75, 40)
+    assert (settings.pruner, settings.ratio) == ("l2", 0.75)
     assert (out, cache) == (tmp_path / "experiment" / "trials" / "t1", tmp_path / "experiment" / "nets")
     assert (seen["steps"], seen["results"]) == ([3], [{"default": 0.75}])
     assert seen["final"] == [{"default": 0.25, "accuracy": 0.5, "flops_share": 0.125}]
@@ -72,9 +70,9 @@ def test_under_nni_the_tuner_gives_parameters_and_gets_results(seen, tmp_path, m
 def test_alone_a_file_gives_parameters_and_the_results_are_printed(seen, tmp_path, capsys):
     (tmp_path / "p.json").write_text('{"ratio": 0.125}')
     words = ["--params", str(tmp_path / "p.json"), "--out", str(tmp_path / "out")]
-    assert trial.main([*words, "--retrain-images", "10", "--double-images-after", "1"]) == 0
+    assert trial.main(words) == 0
     ((settings, out, cache),) = seen["runs"]
-    assert (settings.ratio, settings.retrain_images) == (0.125, 10)
+    assert settings.ratio == 0.125
     assert (out, cache) == (tmp_path / "out", None)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [{"step": 3, "default": 0.75}, {"default": 0.25, "accuracy": 0.5, "flops_share": 0.125}]
@@ -116,14 +114,6 @@ def test_parameters_replace_settings_and_fill_ratios_and_knobs():
     assert (found.cell().pruner.knobs, found.cell().seed) == ({"n_jobs": 7, "solver": {"patience": 3}}, 3)
 
 
-def test_later_trials_may_retrain_on_more_images():
-    growing = TrialSettings(retrain_images=150, double_images_after=10)
-    assert [growing.for_trial(number).retrain_images for number in (0, 9, 10, 25)] == [150, 150, 300, 600]
-    assert TrialSettings(retrain_images=150).for_trial(25).retrain_images == 150
-    with pytest.raises(ConfigError, match="need retrain_images to begin with"):
-        TrialSettings(double_images_after=10)
-
-
 def test_retraining_takes_a_rate_of_its_own():
     usual = TrialSettings(retrain_epochs=2).cell().retrain
     assert (usual.epochs, usual.lr) == (2, pytest.approx(0.01))
@@ -142,7 +132,6 @@ def test_retraining_takes_a_rate_of_its_own():
         ({"ratio": "half"}, r"must be of type float, got 'half' \(ratio\)"),
         ({"seed": 1.5}, r"must be of type int, got 1.5 \(seed\)"),
         ({"lr": float("nan")}, "must be of type float, got nan"),
-        ({"retrain_images": 0}, "retrain_images must be an integer of at least 1.*, got 0"),
     ],
 )
 def test_bad_parameters_are_refused(parameters, message):
@@ -196,7 +185,6 @@ def test_a_cell_has_what_the_settings_say():
         ({"calibration": -1}, "calibration must be an integer of at least 0.*, got -1"),
         ({"flops_weight": -0.5}, "flops_weight must be at least 0 and finite, got -0.5"),
         ({"limit": 0}, "limit must be an integer of at least 1.*, got 0"),
-        ({"double_images_after": 0, "retrain_images": 1}, "double_images_after must be .* at least 1.*, got 0"),
         ({"flops": 2.0}, r"must be in \(0, 1\], got 2.0"),
         ({"ratio": -0.25}, r"a ratio must be in \[0, 1\), got -0.25 \(ratio\)"),
     ],
@@ -204,9 +192,6 @@ def test_a_cell_has_what_the_settings_say():
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         TrialSettings(**changes)
-    edges = TrialSettings(limit=1, retrain_images=1, double_images_after=1, ratio=0.0, flops=1.0, retrain_epochs=0)
-    assert edges.for_trial(3).retrain_images == 8
-    assert edges.for_trial(3).double_images_after is None
 
 
 def test_parameters_come_on_top_of_those_that_are_there():
@@ -404,21 +389,3 @@ def test_a_folder_that_cant_be_made_is_a_clear_error(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="must be a folder that can be written to"):
         run_trial(settings, tmp_path / "file" / "trial")
-
-
-@pytest.fixture
-def retrainings(monkeypatch):
-    """How many images are retrained on, each time; nothing is learned."""
-    seen = []
-
-    def retrain(net, data, recipe, **knobs):
-        seen.append(len(data.train))
-
-    monkeypatch.setattr(trial, "retrain", retrain)
-    return seen
-
-
-@pytest.mark.parametrize(("images", "seen"), [(None, 300), (50, 50), (900, 300)])
-def test_retraining_takes_no_more_images_than_training_did(images, seen, settings, nets, tmp_path, retrainings):
-    run_trial(dataclasses.replace(settings, retrain_images=images), tmp_path, cache=nets)
-    assert retrainings == [seen]

@@ -44,7 +44,7 @@ def proposals(space: dict) -> list[dict]:
 
 def test_there_is_a_file_per_use():
     names = {path.stem for path in FILES}
-    assert {"tpe_ratios", "grid", "topological_knobs", "multi_objective", "growing_data"} <= names
+    assert {"tpe_ratios", "grid", "topological_knobs", "multi_objective"} <= names
     assert {"assessor_medianstop", "assessor_curvefitting", "remote", "kubeflow", "frameworkcontroller"} <= names
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[3] / "configs" / "experiments"
-LOCAL = ["assessor_curvefitting", "assessor_medianstop", "grid", "growing_data", "multi_objective", "topological_knobs"]
+LOCAL = ["assessor_curvefitting", "assessor_medianstop", "grid", "multi_objective", "topological_knobs"]
 
 
 @pytest.mark.slow
