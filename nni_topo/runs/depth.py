@@ -23,9 +23,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost.cost import NetworkCost, cost_of
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
-from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.io.checkpoint import keep_blocks, take_out_part, tells_depth
-from nni_topo.network.io.exporting import as_run_by
 from nni_topo.network.layers.kinds import RECURRENT, WEIGHTED, is_transposed_linear
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
@@ -464,15 +462,8 @@ class Depth:
     @classmethod
     def on(cls, whole: Prepared) -> Prepared:
         """Let blocks compete, too; where no block can go, a warning says so."""
-        keeps = _keeps(whole)
-
-        def keep(name: str) -> str:
-            blocks = whole.model.get_submodule(name.rpartition(".")[0])._modules
-            is_told = not whole.is_described or tells_depth(getattr(whole.model, "config", None), len(blocks))
-            return keeps(name) if is_told else "no config of Transformers can say that there are fewer of these blocks"
-
         whole_blocks = bool(whole.budget.equal_blocks)
-        removable = removable_blocks(whole.model, whole.images.all, keep, whole_blocks=whole_blocks)
+        removable = removable_blocks(whole.model, whole.images.all, _keeps(whole), whole_blocks=whole_blocks)
         if not removable.candidates:
             why = "; ".join(f"{name}: {reason}" for name, reason in removable.kept.items())
             why = why or "none lies in a list of at least two, adds to its input and keeps its shape"
@@ -539,19 +530,17 @@ class Depth:
         whole = self.whole
         if not count:
             return whole.make(share)
-        if self.left(count) <= share:
+        left = self.left(count)
+        if left <= share:
             short = self.path.states[count].net
             dense = to_dense(short, whole.images.example, {})
-            made = replace(whole.start, narrower=short, dense=dense, layers=dense_report_of(dense))
-            return replace(made, left=self.left(count) if whole.budget.latency_table else whole.share_left(made))
+            return replace(whole.start, narrower=short, dense=dense, layers=dense_report_of(dense), left=left)
         prepared = self.prepared(count)
-        made = prepared.recover(min(share / self.left(count), 1.0))
-        # A table knows the layers by their names in the network without the blocks.
+        made = prepared.recover(min(share / left, 1.0))
         if whole.budget.latency_table is None:
-            left = whole.share_left(made)
-        else:
-            left = self.left(count) * prepared.share_left(made)
-        return replace(made, left=left)
+            return replace(made, left=whole.share_left(made))
+        # A table knows the layers by their names in the network without the blocks.
+        return replace(made, left=left * prepared.share_left(made))
 
     def prepared(self, count: int) -> Prepared:
         """Return the network without so many blocks; its layers to prune are those of the whole network."""
@@ -583,17 +572,12 @@ class Depth:
         """Return the share of the cost that the network keeps without so many blocks, with all channels."""
         if count not in self._lefts:
             whole, short = self.whole, self.path.states[count]
-            budget, example = whole.budget, whole.example
-            table: Any = budget.latency_table
-            if table is not None:
-                left = _table_of(table, short)(NetworkCost.on(short.net, example).widths({}))
-                self._lefts[count] = float(left / table(NetworkCost.on(whole.model, example).widths({})))
-            elif budget.kind == "latency":
-                unpruned, shorter = as_run_by(budget.runtime, [whole.model, short.net], example)
-                ((self._lefts[count], _),) = time_shares([shorter], unpruned, example, budget.share)
+            table: Any = whole.budget.latency_table
+            if table is None:
+                self._lefts[count] = whole.share_left(replace(whole.start, dense=short.net))
             else:
-                before, after = (cost_of(budget.kind, net, example) for net in (whole.model, short.net))
-                self._lefts[count] = after / before
+                left = _table_of(table, short)(NetworkCost.on(short.net, whole.example).widths({}))
+                self._lefts[count] = float(left / table(NetworkCost.on(whole.model, whole.example).widths({})))
         return self._lefts[count]
 
     @cached_property
@@ -605,9 +589,7 @@ class Depth:
             return least_share(whole.counted, whole.budget, entries, whole.round_to)
         masks = fewest_channels(whole.counted, entries, whole.round_to)
         thin = dense_of(whole.model, whole.images.example, masks, check=False, facts=whole.analysis.facts)
-        unpruned, thin = as_run_by(whole.budget.runtime, [whole.model, thin], whole.example)
-        ((found, _),) = time_shares([thin], unpruned, whole.example, whole.budget.share)
-        return found
+        return whole.share_left(replace(whole.start, dense=thin))
 
     @cached_property
     def path(self) -> DepthPath:
@@ -679,21 +661,24 @@ def _resolved(entries: Sequence[Mapping[str, Any]], model: nn.Module) -> list[tu
 
 
 def _keeps(steps: Prepared) -> Callable[[str], str]:
-    """Return a function that says why a block must stay for the layers that the caller named."""
-    if steps.prunable.is_default:
-        return lambda _: ""
+    """Return a function that says why a block must stay, by a config or for the layers that the caller named."""
+    model, analysis, is_default = steps.model, steps.analysis, steps.prunable.is_default
     named: dict[str, float] = {}
-    for names, settings in _resolved(steps.prunable.entries, steps.model):
+    for names, settings in _resolved(steps.prunable.entries, model):
         for name in names:
             named[name] = min(named.get(name, 1.0), float(settings.get("max_sparse_ratio", 1.0)))
-    analysis = steps.analysis
-    prunable = inner_layers_of(analysis)
     coupled: dict[Any, list[str]] = {}
-    for entry in groups_of(analysis, [{"op_names": prunable, "sparse_ratio": 0.0}]):
+    prunable = [] if is_default else groups_of(analysis, [{"op_names": inner_layers_of(analysis), "sparse_ratio": 0.0}])
+    for entry in prunable:
         key = entry.get("dependency_group_id", entry["op_names"][0])
         coupled.setdefault(key, []).extend(entry["op_names"])
 
     def why(block: str) -> str:
+        siblings = model.get_submodule(block.rpartition(".")[0])._modules
+        if steps.is_described and not tells_depth(getattr(model, "config", None), len(siblings)):
+            return "no config of Transformers can say that there are fewer of these blocks"
+        if is_default:
+            return ""
         mine = [name for name in named if name.startswith(f"{block}.")]
         if not mine:
             return "no layer in it is named (layers)"

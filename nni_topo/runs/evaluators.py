@@ -21,7 +21,7 @@ from nni_topo.zoo.labelled import held_on
 
 def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, *, seed: int = 0) -> TorchEvaluator:
     """Return an NNI evaluator that trains by a recipe, without augmentation, and evaluates on the test images."""
-    batches = batches_of(data, recipe)
+    batches = math.ceil(len(data.train) / recipe.batch_size)
 
     def train(
         model: nn.Module,
@@ -58,8 +58,3 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
     kind, knobs = recipe.optimizing()
     optimizer = nni.trace(kind)(model.parameters(), **knobs)
     return TorchEvaluator(train, optimizer, training_step, evaluating_func=lambda net: zoo.evaluate(net, data.test))
-
-
-def batches_of(data: zoo.DataBundle, recipe: zoo.Recipe) -> int:
-    """Return the batches of an epoch."""
-    return math.ceil(len(data.train) / recipe.batch_size)

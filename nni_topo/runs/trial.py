@@ -45,6 +45,7 @@ from nni_topo.runs.run import (
     distilled,
     latencies,
     layer_widths,
+    load_model_data,
     made_dense,
     on_cpu,
     prune_to_ratios,
@@ -86,6 +87,7 @@ class TrialSettings:
     compensate: int = 0  # training images without labels for compensation; 0: none
     distill: int = 0  # training images without labels for distillation; 0: none
     retrain_epochs: int = 1  # after pruning; 0: none
+    retrain_images: int | None = None  # training images used after pruning; None: all
     lr: float | None = None  # learning rate after pruning; None: a fifth of the recipe's
     flops_weight: float = 0.0  # accuracy that the whole net's MACs are worth
     latency_weight: float = 0.0  # accuracy that the whole net's latency is worth
@@ -98,8 +100,9 @@ class TrialSettings:
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("calibration", "compensate", "distill", "retrain_epochs"), whole(0))
         weights = dict.fromkeys(("flops_weight", "latency_weight"), number(0.0))
+        limits = dict.fromkeys(("limit", "retrain_images"), whole(1) | NONE)
         paths = dict.fromkeys(("data_dir", "checkpoint"), PATH | NONE)
-        check_fields(self, "trial", limit=whole(1) | NONE, **counts, **weights, **paths)
+        check_fields(self, "trial", **counts, **weights, **limits, **paths)
         for name, value in {"ratio": self.ratio, **{_RATIO + k: v for k, v in self.ratios.items()}}.items():
             if not 0.0 <= value < 1.0:
                 raise ConfigError(f"a ratio must be in [0, 1), got {value} ({name})")
@@ -258,8 +261,13 @@ def run_trial(
 
         tell(0, accuracy)
         if cell.retrain.epochs:
+            data = start.data
+            if settings.retrain_images is not None:
+                images = settings.retrain_images
+                limit = images if cell.data.limit is None else min(images, cell.data.limit)
+                data = load_model_data(cell.model, replace(cell.data, limit=limit))
             knobs = {"callback": lambda log: tell(log.epoch, log.validation_accuracy or 0.0)}
-            retrain(dense, start.data, cell.retrain, seed=cell.seed, **knobs)
+            retrain(dense, data, cell.retrain, seed=cell.seed, **knobs)
             accuracy = start.validated(dense)
         done = {
             **facts,

@@ -421,13 +421,6 @@ def test_the_part_before_it_makes_up_for_a_part(make, gone, writers):
     assert path.states[-1].removed == tuple(map(RemovedBlock, gone, ["part"] * len(gone), writers))
 
 
-def test_a_block_saves_its_share_of_the_multiply_accumulates():
-    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), nn.Linear(4, 4))
-    saved = cost_saved(net, torch.zeros(2, 4), "flops")
-    assert saved(Removal("0", "0", 0)) == pytest.approx(16 / 96)
-    assert saved(Removal("1", "1", 0)) == pytest.approx(64 / 96)
-
-
 class Staged(Depth):
     """Networks that are numbers of blocks that are removed, with costs and losses that are written out."""
 
@@ -502,11 +495,10 @@ def test_numbers_of_blocks_are_tried_where_they_may_help(losses, knobs, tried, b
     assert math.isnan(chosen.depth.overhead) == ("overhead" not in knobs)
 
 
-def depth_steps(layers=None, *, table=None, **cost):
+def depth_steps(budget):
     model, rows = stack()
-    budget = Budget(**cost or {"flops": 0.5}, latency_table=table, equal_blocks=layers is None)
     data = ImageParts.of(Calibration([rows]), model)
-    asked = Settings(pruner="l1", layers=layers, compensate=None, distill=False, narrow_heads=False, progress=False)
+    asked = Settings(pruner="l1", compensate=None, distill=False, narrow_heads=False, progress=False)
     return Depth.on(Prepared.of(model, data, asked, budget)).depth
 
 
@@ -749,7 +741,7 @@ def test_blocks_that_go_in_a_row_are_made_up_for_together():
 
 def test_a_table_of_times_counts_for_what_is_left():
     model = stack()[0]
-    steps = depth_steps(table=table_of(model, 0.0), latency=0.4)
+    steps = depth_steps(Budget(latency=0.4, latency_table=table_of(model, 0.0), equal_blocks=True))
     choosing(steps.path, "blocks.2")
     # 14 layers take equally long, of which a block has four.
     assert steps.left(1) == pytest.approx(10 / 14)

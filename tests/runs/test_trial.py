@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +13,6 @@ from pathlib import Path
 import nni
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import nni_topo
 from nni_topo import zoo
@@ -30,7 +27,7 @@ from nni_topo.runs.choices import (
     Target,
 )
 from nni_topo.runs.run import load_model_data
-from nni_topo.runs.trial import TrialSettings, main, read_parameters, reported, run_trial, with_parameters
+from nni_topo.runs.trial import TrialSettings, read_parameters, reported, run_trial, with_parameters
 
 METRICS = {"score": 0.25, "accuracy": 0.5, "flops_share": 0.125, "test_accuracy": 1.0}
 
@@ -287,15 +284,6 @@ def test_the_score_is_accuracy_less_what_size_and_time_cost(settings, nets, tmp_
     assert set(reported(metrics)) == {"default", "accuracy", "flops_share", "latency_share"}
 
 
-@pytest.mark.slow
-def test_a_trial_may_distil_behind_compensation(settings, nets, tmp_path):
-    small = dataclasses.replace(settings, limit=1000, ratio=0.85, retrain_epochs=0, compensate=128)
-    plain = run_trial(small, tmp_path / "plain", cache=tmp_path)
-    distilled = run_trial(dataclasses.replace(small, distill=1000), tmp_path / "distilled", cache=tmp_path)
-    assert distilled["accuracy"] > plain["accuracy"]
-    assert distilled["flops_share"] == plain["flops_share"]
-
-
 def test_a_finished_trial_isnt_run_again_and_another_one_is_refused(settings, nets, tmp_path):
     first = run_trial(settings, tmp_path / "trial", cache=nets)
     began = time.perf_counter()
@@ -317,29 +305,6 @@ def test_a_checkpoint_of_ones_own(settings, nets, tmp_path):
     metrics = run_trial(given, tmp_path / "given", cache=tmp_path / "unused")
     assert not (tmp_path / "unused").exists()
     assert metrics["accuracy"] == run_trial(settings, tmp_path / "found", cache=nets)["accuracy"]
-
-
-@pytest.mark.slow
-def test_a_killed_trial_is_run_again_to_the_same_result(nets, tmp_path, capsys):
-    params = tmp_path / "params.json"
-    params.write_text(json.dumps({"ratio": 0.5, "retrain_epochs": 20}))
-    words = ["--params", str(params), "--cache", str(nets), *SMALL_WORDS]
-    words_of_killed = [*words, "--out", str(tmp_path / "killed")]
-    command = [sys.executable, "-m", "nni_topo.runs.trial", *words_of_killed]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        lines = [json.loads(process.stdout.readline()) for _ in range(4)]
-        process.send_signal(signal.SIGKILL)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert main(words_of_killed) == 0
-    steps = [json.loads(line).get("step") for line in capsys.readouterr().out.splitlines()]
-    assert steps == [*range(21), None]
-    assert files(tmp_path / "killed") == FILES
-    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-    killed, whole = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("killed", "whole"))
-    assert killed["accuracy"] == whole["accuracy"]
-    kept = [load_file(tmp_path / name / "dense.safetensors") for name in ("killed", "whole")]
-    assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[1])
 
 
 def tiny_disk(command, folder, kilobytes):
@@ -389,3 +354,11 @@ def test_a_folder_that_cant_be_made_is_a_clear_error(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="must be a folder that can be written to"):
         run_trial(settings, tmp_path / "file" / "trial")
+
+
+@pytest.mark.parametrize(("images", "seen"), [(None, 300), (50, 50), (900, 300)])
+def test_retraining_takes_no_more_images_than_training_did(images, seen, settings, nets, tmp_path, monkeypatch):
+    counts = []
+    monkeypatch.setattr(trial, "retrain", lambda net, data, recipe, **knobs: counts.append(len(data.train)))
+    run_trial(dataclasses.replace(settings, retrain_images=images), tmp_path, cache=nets)
+    assert counts == [seen]
