@@ -40,7 +40,6 @@ from nni_topo.pruners.checks import matched_modules
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import Outputs
-from nni_topo.runs.allocating import check_held_out
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prunable import layers_to_prune
 from nni_topo.runs.widths import fewest_channels, inner_layers_of, least_share
@@ -469,7 +468,7 @@ class Depth:
             why = why or "none lies in a list of at least two, adds to its input and keeps its shape"
             whole.leave_out(f"depth=True finds no block that can be removed ({why}), so only channels are removed")
             return whole
-        check_held_out(whole.images.all, whole.images.judges, "depth=True")
+        whole.images.judging("depth=True")
         whole = replace(whole, is_search=True)
         return replace(whole, depth=cls(whole, removable))
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nni_topo.errors import ConfigError, raised
-from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.errors import ConfigError, DataError, raised
+from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.fits import check_samples_first, failure_on, structure_call
 from nni_topo.network.runtime.inputs import Call, calls, on_device
 from nni_topo.network.runtime.modules import device_of
@@ -27,6 +27,14 @@ class ImageParts:
     judges: Calibration | None  # decide between networks; None where images are too few
     held_out: Calibration | None  # the report's figures are of these; None where images are too few
     example: Any  # example inputs, of which only the shapes are read
+
+    def judging(self, what: str) -> Calibration:
+        """Return the images that judge, or raise DataError where there are none; ``what`` needs them."""
+        if self.judges is None:
+            raise DataError(
+                f"{what} needs at least {HELD_OUT} samples, of which one judges, got {self.all.samples} (images)"
+            )
+        return self.judges
 
     @classmethod
     def of(

@@ -6,6 +6,7 @@ comparisons, ``nni-topo prune``, and trials of NNI's experiments.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,23 @@ from nni_topo.pruners.hooks import Masks
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.report import CompensationReport
-from nni_topo.runs.allocating import Tried
 
 if TYPE_CHECKING:
     from nni_topo.runs.depth import DepthOutcome
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One way to distribute a budget, and how near the network's outputs are to the unpruned network's."""
+
+    allocation: str  # of nni_topo.Budget
+    loss: float  # on the held-out images, as nni_topo.distill counts it; less is better
+    agreement: float  # share of them whose largest output is the unpruned network's; NaN unless outputs are logits
+    is_chosen: bool
+
+    def __repr__(self) -> str:
+        agreed = "" if math.isnan(self.agreement) else f", agreement {self.agreement:.4g}"
+        return f"widths {self.allocation}: held out loss {self.loss:.4g}{agreed}" + " (chosen)" * self.is_chosen
 
 
 @dataclass(frozen=True)

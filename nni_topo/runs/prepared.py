@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nni_topo.context import in_context
 from nni_topo.errors import ConfigError, GradientError, listed
+from nni_topo.maths.ties import first_smallest
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.latency import measure_latency
@@ -52,15 +53,15 @@ from nni_topo.pruners.budget import (
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery.course import RATES, Clock, tried_steps
 from nni_topo.recovery.distilling import course_length
+from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.narrowing import narrow_instead
-from nni_topo.runs.allocating import allocations_to_try, check_held_out, compared
 from nni_topo.runs.depth import Depth
 from nni_topo.runs.images import ImageParts, of_first
 from nni_topo.runs.measurements import UNPRUNED, Measurements
-from nni_topo.runs.pipeline import Pipeline
+from nni_topo.runs.pipeline import Pipeline, Tried
 from nni_topo.runs.prunable import Prunable, layers_to_prune
 from nni_topo.runs.report import ShrinkReport
-from nni_topo.runs.settings import FREE_WIDTHS, PREFERRED, Settings, describes
+from nni_topo.runs.settings import FREE_WIDTHS, PREFERRED, Settings, allocations_to_try, describes
 from nni_topo.runs.widths import as_entries, planned_ratios
 
 # What selecting channels by reconstruction takes, and reconstructing weights as well: passes forward and back over the
@@ -207,14 +208,16 @@ class Prepared:
         """
         if self.budget.allocation != AUTO:
             return self.reconstruct(self.select(self.of_share(share)))
-        judges = check_held_out(self.images.all, self.images.judges)
-        candidates: dict[str, Pipeline] = {}
-        for name in allocations_to_try(self.settings.pruner):
-            candidates[name] = self.reconstruct(self.select(self.of_share(share, allocation=name)))
-        networks = {name: each.dense for name, each in candidates.items()}
-        tried = compared(self.model, networks, judges, self.settings.outputs)
-        chosen = next(each.allocation for each in tried if each.is_chosen)
-        return replace(candidates[chosen], tried=tried)
+        judges, names = self.images.judging(f"allocation={AUTO!r}"), allocations_to_try(self.settings.pruner)
+        made = [self.reconstruct(self.select(self.of_share(share, allocation=name))) for name in names]
+        found = judged(self.model, [each.dense for each in made], judges, self.settings.outputs)
+        # Of those that lose equally little the first is kept.
+        best = first_smallest([each.loss if math.isfinite(each.loss) else math.inf for each in found])
+        tried = [
+            Tried(name, each.loss, each.agreement, is_chosen=place == best)
+            for place, (name, each) in enumerate(zip(names, found, strict=True))
+        ]
+        return replace(made[best], tried=tuple(tried))
 
     def select(self, budget: Budget) -> Pipeline:
         """Select the channels to keep under a budget, by the pruner on a copy of the model."""

@@ -21,9 +21,9 @@ from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.outputs import ComparedOutputs
 from nni_topo.recovery.report import CompensationReport
-from nni_topo.runs.allocating import Tried
 from nni_topo.runs.depth import DepthOutcome
 from nni_topo.runs.measurements import Stage
+from nni_topo.runs.pipeline import Tried
 from nni_topo.runs.tolerance import ToleranceOutcome
 
 if TYPE_CHECKING:

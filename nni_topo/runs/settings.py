@@ -19,7 +19,7 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.inputs import calls
 from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget, check_shared_budget
 from nni_topo.pruners.checks import check_no_ratios
-from nni_topo.pruners.registry import check_pruner_knobs, pruner_info
+from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, pruner_info
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.distilling import check_can_learn, check_knobs_together, check_state
@@ -27,7 +27,6 @@ from nni_topo.recovery.lesson import check_augment, check_one_shape
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.rules import NONE, check_knobs, instance, one_of, taking
-from nni_topo.runs.allocating import allocations_to_try
 
 LEAVE_OUT = "leave {} out of the layers to prune (layers)"
 """How a layer is left out of what :func:`nni_topo.shrink` prunes."""
@@ -267,6 +266,18 @@ def cost_without_share(budget: Any, place: str, decides: str) -> Budget:
         f"budget must name a cost, e.g. 'flops' or {{'flops': None}}, got {shown(budget)}: {decides} says how much is "
         f"kept ({place})"
     )
+
+
+def allocations_to_try(pruner: str) -> tuple[str, ...]:
+    """Return how a pruner can distribute a budget; ConfigError if there is nothing to choose from."""
+    found = pruner_info(pruner).allocations()
+    if len(found) < 2:
+        able = ", ".join(sorted(name for name, info in PRUNERS.table.items() if len(info.allocations()) > 1))
+        raise ConfigError(
+            f"a pruner must distribute budgets in several ways ({able}) for allocation={AUTO!r}, got {pruner!r} "
+            "(budget)"
+        )
+    return found
 
 
 def describes(model: nn.Module, budget: Budget) -> bool:

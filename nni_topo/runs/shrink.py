@@ -21,9 +21,8 @@ from nni_topo.recovery.distilling import KNOBS as DISTILLATION
 from nni_topo.recovery.distilling import check_knobs_together
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of
-from nni_topo.runs.allocating import allocations_to_try
 from nni_topo.runs.prepared import prepare
-from nni_topo.runs.settings import LEAVE_OUT, Settings, cost_without_share
+from nni_topo.runs.settings import LEAVE_OUT, Settings, allocations_to_try, cost_without_share
 from nni_topo.runs.tolerance import MEASURES, PARTS, check_tolerance, resolved_measure, within_tolerance
 
 KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEASURES)}

@@ -9,8 +9,8 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.recovery.lesson import judged
-from nni_topo.runs.allocating import compared
+from nni_topo.recovery.lesson import Judgement
+from nni_topo.runs import prepared
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.testing import toy_images, toy_model
 
@@ -107,13 +107,10 @@ def test_a_model_without_gradients_and_one_that_gives_no_logits():
     assert "agreement" not in repr(tried[0])
 
 
-def test_of_equal_losses_the_first_is_chosen_and_none_that_is_not_finite():
-    original, wrong = toy_model().eval(), toy_model().eval()
-    with torch.no_grad():
-        wrong.head.bias.fill_(math.inf)
-    found = compared(original, {"uniform": wrong, "topological": original, "error": copy.deepcopy(original)}, IMAGES)
-    assert [each.is_chosen for each in found] == [False, True, False]
-    assert judged(original, [copy.deepcopy(original).half()], IMAGES)[0][1] == pytest.approx(1.0, abs=0.02)
+def test_of_equal_losses_the_first_is_chosen_and_none_that_is_not_finite(monkeypatch):
+    found = [Judgement(loss, 1.0, 0.0) for loss in (math.nan, 0.5, 0.5)]
+    monkeypatch.setattr(prepared, "judged", lambda *given: found)
+    assert [each.is_chosen for each in shrunk(AUTO, compensate=None).report.tried] == [False, True, False]
 
 
 @pytest.mark.parametrize("pruner", ["l1", "matrix", "energy"])
