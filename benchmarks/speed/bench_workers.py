@@ -1,4 +1,4 @@
-"""Seconds of searches that workers share, masks of a population or layers, over threads, processes and a Dask cluster.
+"""Seconds of a search whose layers workers share, over threads, processes and a Dask cluster.
 
 python benchmarks/speed/bench_workers.py --out workers.json
 """
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from joblib import parallel_config
 from rich.console import Console
@@ -23,21 +22,8 @@ from rich.table import Table
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
 
 CONFIG = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-LAYERS = ["features.conv3", "classifier.fc1"]
-
-
-def population_search(individuals: int, workers: int) -> Callable[[], object]:
-    """Return the evaluation of a population of masks of two layers of the small CNN on all digits."""
-    data = zoo.load_data("digits")
-    net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
-    genes = sum(net.get_submodule(name).weight.numel() for name in LAYERS)
-    masks = np.random.default_rng(0).random((individuals, genes)) < 0.5
-    batches = list(zip(*(part.split(512) for part in data.train.tensors), strict=True))
-    scores = PopulationAccuracy(net, LAYERS, batches, n_jobs=workers, max_bytes=2**27)
-    return lambda: scores(masks)
 
 
 def layer_search(individuals: int, workers: int) -> Callable[[], object]:
@@ -47,7 +33,7 @@ def layer_search(individuals: int, workers: int) -> Callable[[], object]:
     return lambda: nni_topo.TopologicalPruner(copy.deepcopy(net), CONFIG, **knobs).compress()
 
 
-SEARCHES = {"population": population_search, "layers": layer_search}
+SEARCHES = {"layers": layer_search}
 
 
 def median_seconds(search: Callable[[], object], backend: str, workers: int, repeats: int) -> float:

@@ -37,7 +37,7 @@ from nni_topo.pruners.clouds.functional import read_strength, readers_of
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit, output_blocks
-from nni_topo.rules import all_of, one_of, whole
+from nni_topo.rules import all_of, one_of
 
 _CONSTANT = 1e-12
 _MATRICES = {"kmeans": 0.5, "spectral": 7.0, "dbscan": 6.0}  # float64 numbers that are held for each pair of neurons
@@ -218,8 +218,6 @@ class ClusterMetric(SurvivorMetric):
     """As many clusters as the config_list leaves neurons, by :func:`~nni_topo.maths.clustering.partition`."""
 
     algorithm: str
-    n_init: int
-    min_samples: int
     graph: str
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
@@ -237,15 +235,8 @@ class ClusterMetric(SurvivorMetric):
         labels = np.full(unit.blocks, -1, dtype=np.intp)
         for cloud in (part.living() for part in parts):
             if len(cloud.names):
-                found = partition(
-                    cloud.points,
-                    min(rows, len(cloud.names)),
-                    self.algorithm,
-                    seed=self.seed,
-                    n_init=self.n_init,
-                    min_samples=self.min_samples,
-                    graph=self.graph,
-                )
+                count = min(rows, len(cloud.names))
+                found = partition(cloud.points, count, self.algorithm, seed=self.seed, graph=self.graph)
                 labels[cloud.names] = found + labels.max() + 1
         return Clusters(labels, rows)
 
@@ -324,11 +315,7 @@ class ClusterPruner(FeaturePruner):
         ``"auto"``: ``"bias_norm"`` for convolutions with a bias or a batch norm, else ``"weight"``.
     pool : {"none", "mean"} or int, default="none"
         Feature maps as they are, averaged to one value, or to so many in each direction.
-    n_init : int, default=3
-        Starts of k-means and mixtures, at least 1.
-    min_samples : int, default=3
-        DBSCAN's number of points that make a core, at least 1.
-    graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
+    graph : {"epsilon", "knn"}, default="epsilon"
         The graph of spectral clustering, see :func:`nni_topo.maths.clustering.partition`.
 
     Raises
@@ -362,12 +349,7 @@ class ClusterPruner(FeaturePruner):
     4
     """
 
-    @pruner_arguments(
-        survivor=SURVIVOR,
-        pool=POOL,
-        n_init=whole(1),
-        min_samples=whole(1),
-    )
+    @pruner_arguments(survivor=SURVIVOR, pool=POOL)
     def __init__(
         self,
         model: nn.Module,
@@ -379,15 +361,13 @@ class ClusterPruner(FeaturePruner):
         algorithm: Algorithm = "kmeans",
         survivor: Survivor = "auto",
         pool: Pool = "none",
-        n_init: int = 3,
-        min_samples: int = 3,
         graph: NeighbourGraph = "epsilon",
         budget: Budget | Mapping[str, Any] | None = None,
         example_inputs: Any = None,
         round_to: int | None = None,
         seed: int = 0,
     ) -> None:
-        check_used(algorithm, type(self).__name__, n_init=n_init, min_samples=min_samples, graph=graph)
+        check_used(algorithm, graph, type(self).__name__)
         collector = feature_collector(calibration, evaluator, model, pool)
         self.calibration = collector.calibration
         super().__init__(
@@ -400,8 +380,6 @@ class ClusterPruner(FeaturePruner):
                 collector=collector,
                 survivor=survivor,
                 algorithm=algorithm,
-                n_init=n_init,
-                min_samples=min_samples,
                 graph=graph,
                 seed=seed,
             ),

@@ -133,8 +133,6 @@ BAD_KNOBS = {
     "algorithm": ("kmean", 3, None),
     "survivor": ("weigth", [], 5, [["weight"]]),
     "pool": ("max", 0, True),
-    "n_init": (0, 2.5),
-    "min_samples": (0, "3"),
     "graph": ("knm", 5, None),
     "energy": (1.0, "half", {"hidden": 2.0}, None),
     "growth": (3, {"bins": 0}, {"recursive": "no"}, {"initial_ratio": "few"}),

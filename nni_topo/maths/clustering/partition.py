@@ -26,38 +26,27 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
 Algorithm = Literal["kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-NeighbourGraph = Literal["epsilon", "knn", "gaussian"]
+NeighbourGraph = Literal["epsilon", "knn"]
 GRAPHS: tuple[str, ...] = get_args(NeighbourGraph)
 
 _LEAST_VARIANCE = 1e-6
 _SAME = 1e-9
 _AXES = 16
+_STARTS = 3  # of k-means and mixtures
+_CORE = 3  # points that a core point of DBSCAN has within reach
 
 
-# By knob, its default and the algorithms that use it.
-_USED: dict[str, tuple[int | str, tuple[str, ...]]] = {
-    "n_init": (3, ("kmeans", "spectral", "gmm", "gmm_full")),
-    "min_samples": (3, ("dbscan",)),
-    "graph": ("epsilon", ("spectral",)),
-}
-
-
-def check_used(algorithm: str, place: str, **given: int | str) -> None:
-    """Raise ConfigError for a knob that isn't at its default although the algorithm doesn't use it."""
-    for knob, value in given.items():
-        default, algorithms = _USED[knob]
-        if value != default and algorithm not in algorithms:
-            users = " or ".join(map(repr, algorithms))
-            raise ConfigError(
-                f"{knob} must be given with algorithm={users} only, got {value!r} with {algorithm!r} ({place})"
-            )
+def check_used(algorithm: str, graph: str, place: str) -> None:
+    """Raise ConfigError for a graph that isn't the default although the algorithm takes none."""
+    if graph != "epsilon" and algorithm != "spectral":
+        raise ConfigError(
+            f"graph must be given with algorithm='spectral' only, got {graph!r} with {algorithm!r} ({place})"
+        )
 
 
 @checked(
     count=whole(1),
     algorithm=one_of(ALGORITHMS),
-    n_init=whole(1),
-    min_samples=whole(1),
     graph=one_of(GRAPHS),
 )
 def partition(
@@ -66,8 +55,6 @@ def partition(
     algorithm: str = "kmeans",
     *,
     seed: int = 0,
-    n_init: int = 3,
-    min_samples: int = 3,
     graph: str = "epsilon",
 ) -> IntArray:
     """Cut a cloud of points into clusters.
@@ -80,18 +67,14 @@ def partition(
         Number of clusters, in [1, n].
     algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
         Lloyd's k-means; spectral clustering on a ``graph``, in which equal points count once and stay together;
-        agglomeration by Ward's criterion; DBSCAN; expectation maximisation of a
-        mixture of spherical Gaussians, which unlike diagonal ones don't depend on how the cloud is turned, or of
-        Gaussians with full covariances on the 16 principal axes that hold the most.
+        agglomeration by Ward's criterion; DBSCAN, whose core points have three points within reach, themselves
+        included; expectation maximisation of a mixture of spherical Gaussians, which unlike diagonal ones don't depend
+        on how the cloud is turned, or of Gaussians with full covariances on the 16 principal axes that hold the most.
     seed : int, default=0
-        For k-means, spectral clustering and mixtures.
-    n_init : int, default=3
-        Starts of k-means and mixtures, of which the best counts; at least 1.
-    min_samples : int, default=3
-        For DBSCAN: points, itself included, that a core point has within reach; at least 1.
-    graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
+        For k-means, spectral clustering and mixtures, of whose three starts the best counts.
+    graph : {"epsilon", "knn"}, default="epsilon"
         For spectral clustering: which points are joined. Those no farther apart than the smallest radius at which the
-        graph is connected; each with its ``1 + ceil(ln(n))`` nearest; or all, with weights that fall with the distance.
+        graph is connected; or each with its ``1 + ceil(ln(n))`` nearest.
 
     Returns
     -------
@@ -112,7 +95,7 @@ def partition(
     points = as_points(points)
     if count > len(points):
         raise ConfigError(f"the number of clusters must be in [1, {len(points)}], the number of points, got {count!r}")
-    check_used(algorithm, "partition", n_init=n_init, min_samples=min_samples, graph=graph)
+    check_used(algorithm, graph, "partition")
     if count == len(points):
         return np.arange(count, dtype=np.intp)
     if count == 1:
@@ -126,13 +109,13 @@ def partition(
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", message="Graph is not fully connected", category=UserWarning)
         if algorithm == "kmeans":
-            found = cluster.KMeans(count, n_init=n_init, random_state=seed).fit(points.astype(np.float32)).labels_
+            found = cluster.KMeans(count, n_init=_STARTS, random_state=seed).fit(points.astype(np.float32)).labels_
         elif algorithm == "ward":
             found = cluster.AgglomerativeClustering(count, linkage="ward").fit(points).labels_
         elif algorithm == "spectral":
-            found = _spectral_labels(points, count, seed, n_init, graph)
+            found = _spectral_labels(points, count, seed, graph)
         elif algorithm == "dbscan":
-            found = _density_labels(points, count, min_samples)
+            found = _density_labels(points, count)
         elif (points == points[0]).all():  # their variance is zero but for rounding, and is divided by below
             found = np.zeros(len(points), dtype=np.intp)
         else:
@@ -142,7 +125,7 @@ def partition(
                 kind, axes = "full", min(_AXES, *points.shape)
                 scaled = decomposition.PCA(axes, svd_solver="full").fit_transform(scaled)
             model = mixture.GaussianMixture(
-                count, covariance_type=kind, n_init=n_init, random_state=seed, reg_covar=_LEAST_VARIANCE
+                count, covariance_type=kind, n_init=_STARTS, random_state=seed, reg_covar=_LEAST_VARIANCE
             )
             found = model.fit_predict(scaled)
     return renumbered(found)
@@ -164,15 +147,9 @@ def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArra
 
     ``"epsilon"`` joins, with weight 1, pairs no farther apart than the smallest radius at which the graph is
     connected. ``"knn"`` joins pairs of which one point is among the ``1 + ceil(ln(n))`` nearest of the other; of points
-    equally far away either all or none are. ``"gaussian"`` gives all pairs the weight ``exp(-d^2 / (2 m))``, m the
-    median of the squared distances. The thesis (4.2.2) joins as the first two do, and gives neither number; these are
-    the ones that U. von Luxburg, "A tutorial on spectral clustering", Statistics and Computing 17, 2007, recommends
-    (8.2).
+    equally far away either all or none are. The thesis (4.2.2) joins so, and gives neither number; these are the ones
+    that U. von Luxburg, "A tutorial on spectral clustering", Statistics and Computing 17, 2007, recommends (8.2).
     """
-    if graph == "gaussian":
-        squared = np.square(distances)
-        weights: FloatArray = squareform(np.exp(-squared / (2.0 * np.median(squared))))
-        return weights
     distances = leveled(distances)
     if graph == "epsilon":
         # single linkage merges along the edges of the minimum spanning tree
@@ -190,7 +167,7 @@ def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArra
     return either
 
 
-def _spectral_labels(points: FloatArray, count: int, seed: int, n_init: int, graph: str) -> IntArray:
+def _spectral_labels(points: FloatArray, count: int, seed: int, graph: str) -> IntArray:
     """Cluster the distinct points: eigenvectors may tell equal ones apart, by nothing but rounding."""
     from sklearn.cluster import SpectralClustering
 
@@ -203,11 +180,11 @@ def _spectral_labels(points: FloatArray, count: int, seed: int, n_init: int, gra
         _, first = np.unique(place, return_index=True)
         distances = pdist(points[first])
     affinities = similarity_graph(distances, graph)
-    model = SpectralClustering(count, affinity="precomputed", random_state=seed, n_init=n_init)
+    model = SpectralClustering(count, affinity="precomputed", random_state=seed, n_init=_STARTS)
     return np.asarray(model.fit(affinities).labels_[place], dtype=np.intp)
 
 
-def _density_labels(points: FloatArray, count: int, min_samples: int) -> IntArray:
+def _density_labels(points: FloatArray, count: int) -> IntArray:
     """Search the smallest reach of DBSCAN that leaves no more than ``count`` clusters; noise is labelled -1."""
     from sklearn.cluster import DBSCAN
 
@@ -215,7 +192,7 @@ def _density_labels(points: FloatArray, count: int, min_samples: int) -> IntArra
     reaches = np.unique(distances)
     # scikit-learn wants a positive reach: half the least distance joins nothing but equal points.
     reaches = np.append(reaches[1] / 2.0, reaches[1:]) if len(reaches) > 1 else np.ones(1)
-    least = min(min_samples, len(points))
+    least = min(_CORE, len(points))
 
     def labels(reach: float) -> IntArray:
         model = DBSCAN(eps=float(reach), min_samples=least, metric="precomputed")

@@ -55,8 +55,6 @@ class Growth:
     recursive : bool, default=True
         Whether what a split leaves is looked at again. False: algorithm 2 as printed, each initial cluster is split
         once at most.
-    n_init : int, default=3
-        Starts of k-means, at least 1.
     """
 
     statistic: Literal["dispersion", "trace", "max", "mean"] = "dispersion"
@@ -65,14 +63,12 @@ class Growth:
     absolute: bool = True
     diagonal: bool = True
     recursive: bool = True
-    n_init: int = 3
 
     def __post_init__(self) -> None:
         check_fields(
             self,
             initial_ratio=_SHARE | all_of(_SHARE, Mapping) | NONE,
             bins=_BINS,
-            n_init=whole(1),
         )
 
     def values(self, covariance: FloatArray, members: IntArray) -> FloatArray:
@@ -291,9 +287,7 @@ def grow(
             f"points and covariances must be of one number, got {points.shape} and {covariance.shape} (grow)"
         )
     most = len(points) if at_most is None else at_most
-    labels = partition(
-        points, min(initial, most) if initial <= len(points) else initial, seed=seed, n_init=growth.n_init
-    )
+    labels = partition(points, min(initial, most) if initial <= len(points) else initial, seed=seed)
     found = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
     if threshold is None:
         threshold = growth.threshold(covariance, found, energy)
@@ -322,7 +316,7 @@ def grow(
         cloud = points[members]
         if len(members) == 1 or np.abs(cloud - cloud[0]).max() <= _SAME * np.abs(cloud).max():
             continue  # all points are alike
-        halves = partition(cloud, 2, seed=seed, n_init=growth.n_init)
+        halves = partition(cloud, 2, seed=seed)
         if halves.any():
             children = len(clusters), len(clusters) + 1
             clusters[largest] = replace(clusters[largest], children=children)

@@ -6,11 +6,9 @@ runs, for as many masks at a time as fit: the population takes the place of a la
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -86,7 +84,6 @@ class PopulationAccuracy:
         batches: Iterable[Any],
         *,
         max_bytes: int = 2**28,
-        n_jobs: int = 1,
     ) -> None:
         self._model = evaluating(unwrapped_copy(model))
         self._names = list(layers)
@@ -97,7 +94,6 @@ class PopulationAccuracy:
         if not self.samples:
             raise DataError("validation must hold at least one labelled image, got none (validation)")
         self._max_bytes = max_bytes
-        self._n_jobs = n_jobs
         self._tails: list[_Tail] = []
         self._cut()
 
@@ -111,16 +107,14 @@ class PopulationAccuracy:
         if not self.is_batched:
             weights = [layer.weight for layer in self._layers]
             return MaskedScores(weights, [layer.bias for layer in self._layers], self._accuracy)(population)
-        from joblib import Parallel, delayed
-
         genes = sum(int(layer.weight.numel()) for layer in self._layers)
         # float32, roughly: three of the largest activation at a time, and the masks beside the masked weights.
         each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * genes)
         size = max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
-        # A population may be made as it is drawn: no chunk is drawn before a thread is free, which bounds memory.
-        source, count = iter(population), at_once(size)
-        jobs = (delayed(self._hits)(chunk) for chunk in iter(lambda: list(islice(source, count)), []))
-        hits = Parallel(n_jobs=self._n_jobs, prefer="threads", pre_dispatch="1*n_jobs")(jobs)
+        # A population may be made as it is drawn: chunk by chunk, which bounds memory.
+        source, count, hits = iter(population), at_once(size), []
+        while chunk := list(islice(source, count)):
+            hits.append(self._hits(chunk))
         return np.concatenate(hits) / self.samples
 
     def _accuracy(self) -> float:
@@ -217,12 +211,7 @@ class _Tail:
             # multiply those of each individual by itself.
             product: Tensor = (weight @ entering.flatten(0, -2).mT).mT.contiguous().unflatten(0, entering.shape[:-1])
             return product + bias.get("bias", 0.0)
-        # functional_call() puts the parameters into the layer while it runs: threads mustn't share its dictionary.
-        own = copy.copy(layer)
-        own._parameters = dict(layer._parameters)
-        if getattr(own.forward, "__self__", own) is layer:  # as NNI's wrapper leaves it: bound to the layer itself
-            own.forward = MethodType(own.forward.__func__, own)
-        outputs: Tensor = functional_call(own, {"weight": weight, **bias}, (entering,))
+        outputs: Tensor = functional_call(layer, {"weight": weight, **bias}, (entering,))
         return outputs
 
     def _is_masked(self, node: Node) -> bool:

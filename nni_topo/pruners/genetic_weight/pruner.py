@@ -64,7 +64,6 @@ class GeneticMetric(MetricCalculator):
     state: str | Path | None
     on_generation: OnGeneration | None
     max_bytes: int
-    n_jobs: int
     progress: bool | None
     evolution: WeightGeneticAlgorithm | None = field(default=None, init=False)
     start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
@@ -124,9 +123,7 @@ class GeneticMetric(MetricCalculator):
 
     def _accuracies(self, context: PruningContext, names: list[str], weights: list[Tensor]) -> Accuracies:
         if self.validation is not None:
-            return PopulationAccuracy(
-                context.model, names, self.validation, max_bytes=self.max_bytes, n_jobs=self.n_jobs
-            )
+            return PopulationAccuracy(context.model, names, self.validation, max_bytes=self.max_bytes)
 
         def score() -> float:
             # In evaluation mode: or each individual's batch norms would have seen those before it.
@@ -180,8 +177,6 @@ class GeneticWeightPruner(StructuredPruner):
         value ends the search.
     max_bytes : int, default=2**28
         Memory for the individuals that run together, roughly.
-    n_jobs : int, default=1
-        Threads that evaluate, at least 1; the result doesn't depend on it.
 
     Raises
     ------
@@ -217,7 +212,6 @@ class GeneticWeightPruner(StructuredPruner):
         validation=BATCHES | NONE,
         search=settings(WeightSearch) | NONE,
         max_bytes=whole(1, 2**63 - 1),
-        n_jobs=whole(1),
     )
     def __init__(
         self,
@@ -232,7 +226,6 @@ class GeneticWeightPruner(StructuredPruner):
         state: str | Path | None = None,
         on_generation: OnGeneration | None = None,
         max_bytes: int = 2**28,
-        n_jobs: int = 1,
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
@@ -256,7 +249,6 @@ class GeneticWeightPruner(StructuredPruner):
                 state=state,
                 on_generation=on_generation,
                 max_bytes=max_bytes,
-                n_jobs=n_jobs,
                 progress=progress,
             ),
         )

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import time
 
 import numpy as np
 import pytest
@@ -66,7 +65,7 @@ class Branches(nn.Module):
 @pytest.mark.parametrize(
     "layers", [["stem"], ["inner"], ["hidden"], ["head"], ["stem", "inner", "hidden"], ["hidden", "head"]]
 )
-@pytest.mark.parametrize("knobs", [{}, {"max_bytes": 1}, {"n_jobs": 2, "max_bytes": 2**16}])
+@pytest.mark.parametrize("knobs", [{}, {"max_bytes": 1}])
 @pytest.mark.quick_every(3)
 def test_a_population_scores_as_its_members_do(layers, knobs):
     model = toy_model(3).eval()
@@ -80,27 +79,6 @@ def test_a_population_scores_as_its_members_do(layers, knobs):
     expected = one_by_one(model, layers, masks, images, labels)
     assert len(set(expected)) > 1
     np.testing.assert_array_equal(scored(masks), expected)
-
-
-def test_threads_do_not_meet_in_a_layer(monkeypatch):
-    model = toy_model(3).eval()
-    model.hidden.bias.data += 1.0
-    images, layers = toy_images(50, seed=2), ["stem", "inner"]
-    batches = [(images, labelled(model, images, 4))]
-    masks = population(sum(model.get_submodule(name).weight.numel() for name in layers), count=8)
-    alone = PopulationAccuracy(model, layers, batches)(masks)
-    assert len(set(alone)) > 2
-    # One individual a chunk, and a layer that takes its time before it looks at its weight: the chunks overlap.
-    crowd = PopulationAccuracy(model, layers, batches, max_bytes=1, n_jobs=4)
-    assert crowd.is_batched
-    forward = nn.Conv2d.forward
-
-    def late(layer, entering):
-        time.sleep(0.02)
-        return forward(layer, entering)
-
-    monkeypatch.setattr(nn.Conv2d, "forward", late)
-    np.testing.assert_array_equal(crowd(masks), alone)
 
 
 @pytest.mark.parametrize("layers", [["grouped"], ["circular"], ["line"], ["tokens"], ["grouped", "circular", "tokens"]])
