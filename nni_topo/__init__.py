@@ -12,6 +12,7 @@ from nni_topo import errors, network, pruners  # noqa: E402
 from nni_topo._version import __version__  # noqa: E402
 from nni_topo.maths import clustering, signals, topology  # noqa: E402
 from nni_topo.maths.clustering.subclustering import Growth  # noqa: E402
+from nni_topo.maths.search.subsets import GeneticSearch  # noqa: E402
 from nni_topo.maths.search.weights import WeightSearch  # noqa: E402
 from nni_topo.maths.signals import Chirp  # noqa: E402
 from nni_topo.network import (  # noqa: E402
@@ -51,7 +52,7 @@ from nni_topo.pruners.registry import (  # noqa: E402
     register_pruner,
 )
 from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
-from nni_topo.pruners.topological import GeneticSearch, TopologicalPruner  # noqa: E402
+from nni_topo.pruners.topological import TopologicalPruner  # noqa: E402
 from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
 from nni_topo.recovery import (  # noqa: E402
     RecoveryInfo,

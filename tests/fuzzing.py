@@ -183,7 +183,6 @@ KNOBS: dict[str, Any] = {
     "evaluate": st.just(lambda model: float(model(IMAGES.to(next(model.parameters()).dtype)).mean())),
     "state": st.none(),
     "on_generation": st.none(),
-    "max_bytes": st.sampled_from([1, 2**20]),
 }
 # What a pruner needs, and what would take long, is given always.
 ALWAYS = {"calibration": ("reconstruction", "cluster", "subcluster"), "validation": ("genetic_weight",)}

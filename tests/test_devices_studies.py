@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo import analysis
-from nni_topo.maths.search.subsets import EvolutionSettings
+from nni_topo.maths.search.subsets import GeneticSearch
 from nni_topo.speedup import measure_latency
 from nni_topo.studies.analysis.energy.study import Quality
 from nni_topo.testing import toy_model
@@ -81,7 +81,7 @@ def found_selection(place: torch.device) -> Any:
         batches,
         dataset_quality(place),
         keep=5,
-        evolution=EvolutionSettings(**GENERATIONS),
+        evolution=GeneticSearch(**GENERATIONS),
     )
     return found
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nni_topo
 from nni_topo.analysis import Quality, retraining_bound, study_selection
-from nni_topo.maths.search.subsets import EvolutionSettings
+from nni_topo.maths.search.subsets import GeneticSearch
 from nni_topo.testing import toy_images, toy_model
 
 BATCHED = ("calibration", "images", "batches", "validation", "int8")
@@ -107,7 +107,7 @@ def bounded(batches):
 
 def selected(batches):
     found = study_selection(
-        net(), "stem", toy_images(2), batches, lambda _: Quality(0.0, 0.0), keep=4, evolution=EvolutionSettings(4, 2)
+        net(), "stem", toy_images(2), batches, lambda _: Quality(0.0, 0.0), keep=4, evolution=GeneticSearch(4, 2)
     )
     return {name: list(map(int, each.kept)) for name, each in found.items()}
 

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import analysis, network, recovery, zoo
 from nni_topo.errors import ExportError
-from nni_topo.maths.search.subsets import EvolutionSettings
+from nni_topo.maths.search.subsets import GeneticSearch
 from nni_topo.testing import require_unchanged, snapshot
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -193,7 +193,7 @@ CALLS = {
     "study_energy": lambda m, _, __: analysis.study_energy(m, ["first"], IMAGES[:2], quality, thresholds=(0.1,)),
     "study_replacement": lambda m, _, __: analysis.study_replacement(m, "first", IMAGES[:2], quality),
     "study_selection": lambda m, _, __: analysis.study_selection(
-        m, "first", IMAGES[:2], [(IMAGES, LABELS)], quality, keep=4, evolution=EvolutionSettings(4, 2)
+        m, "first", IMAGES[:2], [(IMAGES, LABELS)], quality, keep=4, evolution=GeneticSearch(4, 2)
     ),
     "study_topology": lambda m, _, __: analysis.study_topology(m, CONFIG),
 }

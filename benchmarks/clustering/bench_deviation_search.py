@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from benchmarks.clustering.bench_subcluster import Bench
 from nni_topo import zoo
 from nni_topo.analysis import NetDeviation, net_deviation
-from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
+from nni_topo.maths.search.subsets import GeneticSearch, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
 from nni_topo.studies.tables import interval, markdown_table, show_accuracies
 
 NET, LAYER = "lenet300", "fc1"
 IMAGES = 32
 KEPT = 0.5
-SEARCH = EvolutionSettings(population_size=12, generations=8)
+SEARCH = GeneticSearch(population_size=12, generations=8)
 ITERATIONS = 5
 OBJECTIVES: dict[str, Callable[[NetDeviation], float]] = {
     "dev (3.12)": lambda found: found.dev,
@@ -80,7 +80,7 @@ def searched(
     keep: int,
     objective: Callable[[NetDeviation], float],
     seed: int,
-    settings: EvolutionSettings = SEARCH,
+    settings: GeneticSearch = SEARCH,
 ) -> np.ndarray:
     """Return the subset of a layer's neurons with the smallest objective that a genetic search finds."""
 

@@ -33,7 +33,7 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 from benchmarks.speed.naive_search import naive_fitness, naive_search
-from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
+from nni_topo.maths.search.subsets import GeneticSearch, SubsetGeneticAlgorithm
 from nni_topo.topology import SubsetFitness, pairwise_distances, rips_diagram
 
 POPULATION = 50
@@ -122,7 +122,7 @@ def our_search(cloud: np.ndarray, seed: int) -> tuple[float, float]:
     distances = pairwise_distances(cloud)
     middle = time.process_time()
     fitness = SubsetFitness(distances, "bottleneck")
-    settings = EvolutionSettings(population_size=POPULATION, generations=GENERATIONS)
+    settings = GeneticSearch(population_size=POPULATION, generations=GENERATIONS)
     SubsetGeneticAlgorithm(len(cloud), len(cloud) // 2, fitness, settings, seed=seed).run()
     end = time.process_time()
     return end - start, end - middle

@@ -38,21 +38,7 @@ def chirp_2d(
     sweep: Sweep = "nyquist",
     direction: Direction = "radial",
 ) -> FloatArray:
-    """Return a two-dimensional linear chirp; see :func:`chirp`.
-
-    Parameters
-    ----------
-    height, width : int
-        Pixels, at least 1 each.
-    sweep : {"nyquist", "thesis"}, default="nyquist"
-        Range of the frequency.
-    direction : {"radial", "diagonal"}, default="radial"
-        Along what the frequency rises.
-
-    Returns
-    -------
-    ndarray of float64, shape (height, width)
-        Values in [-1, 1].
+    """Return a two-dimensional linear chirp of so many pixels, ``(height, width)``; see :func:`chirp`.
 
     Examples
     --------

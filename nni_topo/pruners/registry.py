@@ -64,29 +64,13 @@ PRUNERS = Registry(PrunerInfo, "nni_topo.pruners")
 
 @checked()
 def register_pruner(info: PrunerInfo) -> None:
-    """Add a pruner to the table, for example a third party's.
-
-    Raises
-    ------
-    ConfigError
-        If the name is taken by another class.
-    """
+    """Add a pruner to the table, for example a third party's; ConfigError if the name is taken by another class."""
     PRUNERS.register(info)
 
 
 @checked()
 def list_pruners(pattern: str = "*") -> list[str]:
-    """Return the names of all registered pruners that match a pattern.
-
-    Parameters
-    ----------
-    pattern : str, default="*"
-        Shell pattern, e.g. ``"l*"``.
-
-    Returns
-    -------
-    list of str
-        Sorted names.
+    """Return the names of all registered pruners that match a shell pattern, sorted.
 
     Examples
     --------
@@ -97,13 +81,7 @@ def list_pruners(pattern: str = "*") -> list[str]:
 
 
 def pruner_info(name: str) -> PrunerInfo:
-    """Return a pruner's record, by its name or, of a third party's class, by ``package.module:Class``.
-
-    Raises
-    ------
-    ConfigError
-        If the name isn't a string, isn't registered (the error has the nearest names), or doesn't name a pruner.
-    """
+    """Return a pruner's record, by its name or, of a third party's class, by ``package.module:Class``."""
     return PRUNERS.info(name, "pruner_info")
 
 

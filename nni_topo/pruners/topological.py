@@ -23,7 +23,7 @@ from torch import nn
 
 from nni_topo.context import leaving_out
 from nni_topo.maths import topology
-from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, Generation, SubsetGeneticAlgorithm
+from nni_topo.maths.search.subsets import BoolArray, FloatArray, Generation, GeneticSearch, SubsetGeneticAlgorithm
 from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.base import StructuredPruner
@@ -40,37 +40,6 @@ _DIMENSIONS = all_of(whole(0), Sequence, least=1)
 _SOLVER = one_of(("auto", "greedy", "genetic"))
 _JOBS = Rule("an integer other than 0, as joblib takes it", lambda jobs: whole(-1024).holds(jobs) and jobs != 0) | NONE
 _COPIES = 3  # of a cloud, while its distances are computed
-
-
-@dataclass(frozen=True)
-class GeneticSearch(EvolutionSettings):
-    """Settings of the genetic algorithm over subsets of a cloud.
-
-    Parameters
-    ----------
-    population_size : int, default=50
-        Individuals per generation, at least 2.
-    generations : int, default=20
-        Most generations, at least 1.
-    crossover_probability, mutation_probability : float, default=0.8 and 0.2
-        In [0, 1].
-    elitism : bool, default=True
-        Whether the best individual is carried over unchanged.
-    patience : int or None, default=None
-        Generations without improvement after which the search ends. None: never.
-    greedy_start : bool, default=True
-        Whether the first generation holds the greedy solution.
-    engine : {"exact", "gudhi"}, default="exact"
-        Closed forms on a cached distance matrix, or a simplex tree per individual: the slow reference.
-
-    Examples
-    --------
-    >>> GeneticSearch(generations=5).population_size
-    50
-    """
-
-    greedy_start: bool = True
-    engine: Literal["exact", "gudhi"] = "exact"
 
 
 @dataclass(kw_only=True, eq=False)

@@ -18,9 +18,7 @@ _SHOWN = 3
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
-    """Write a model's parameters and buffers, with a few words about them.
-
-    The file is written atomically: beside its place, then moved there.
+    """Write a model's parameters and buffers, with a few words about them; the file is whole or missing.
 
     Parameters
     ----------

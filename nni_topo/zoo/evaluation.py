@@ -24,19 +24,7 @@ _BATCH = 512
 
 @public(model=COMPUTING)
 def check_model(model: nn.Module, data: DataBundle) -> None:
-    """Check that a model takes the images of a data set and has one logit per class.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Run on one image, in evaluation mode.
-    data : DataBundle
-
-    Raises
-    ------
-    DataError
-        If the model can't compute on the images, or its number of outputs isn't the number of classes.
-    """
+    """Raise DataError unless a model, run on one image, takes a data set's images and has one logit per class."""
     image, label = data.train[:1]
     shape = tuple(image.shape[1:])
     try:

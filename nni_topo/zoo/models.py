@@ -85,16 +85,9 @@ _MODELS = {
 
 @checked()
 def list_models(pattern: str = "*") -> list[str]:
-    """Return the names of the models that can be built, sorted.
+    """Return the names of the models that can be built and match a shell pattern, sorted.
 
-    Parameters
-    ----------
-    pattern : str, default="*"
-        Shell pattern. torchvision's models are listed where the pattern begins with ``torchvision/``.
-
-    Returns
-    -------
-    list of str
+    torchvision's models are listed where the pattern begins with ``torchvision/``.
 
     Examples
     --------

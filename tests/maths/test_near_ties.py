@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nni_topo import TopologicalPruner
 from nni_topo.maths.clustering.subclustering import Growth, grow, hoh_threshold
 from nni_topo.maths.least_squares.greedy import Products, forward_selection
-from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
+from nni_topo.maths.search.subsets import GeneticSearch, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.pruners.allocators import keep_highest
 from nni_topo.pruners.cluster import best_of
@@ -156,7 +156,7 @@ def test_pairs_by_likeness(seed):
 def test_genetic_searches(seed):
     def search(noise):
         fitness = lambda genes: rounded_otherwise(1.0 + (genes[:, :4].sum(1) // 2), noise.integers(1 << 30))  # noqa: E731
-        search = SubsetGeneticAlgorithm(10, 4, fitness, EvolutionSettings(generations=6, patience=4), seed=seed)
+        search = SubsetGeneticAlgorithm(10, 4, fitness, GeneticSearch(generations=6, patience=4), seed=seed)
         search.run()
         return search
 

@@ -158,7 +158,6 @@ BAD_KNOBS = {
     "evaluate": (2.5,),
     "state": (3,),
     "on_generation": ("x",),
-    "max_bytes": (0, 1e9),
 }
 
 

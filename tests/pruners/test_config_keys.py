@@ -10,8 +10,9 @@ import torch
 from config_keys import CASES, OWN, kept, outcome, plain, table, written
 
 import nni_topo
+from nni_topo.maths.search.subsets import GeneticSearch
 from nni_topo.pruners.selection import Cloud
-from nni_topo.pruners.topological import GeneticSearch, _chosen
+from nni_topo.pruners.topological import _chosen
 
 
 @pytest.mark.slow

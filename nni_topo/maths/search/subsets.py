@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +24,40 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class EvolutionSettings:
-    """Knobs of the genetic algorithm over subsets."""
+class GeneticSearch:
+    """Settings of the genetic algorithm over subsets of a cloud.
 
-    population_size: int = 50  # individuals per generation, at least 2
-    generations: int = 20  # most generations, the first one counted, at least 1
-    crossover_probability: float = 0.8  # chance that two parents are crossed, in [0, 1]
-    mutation_probability: float = 0.2  # chance that a child swaps one kept for one removed block, in [0, 1]
-    elitism: bool = True  # whether the best individual goes on unchanged
-    patience: int | None = None  # generations without a better one after which the search ends; None: never
+    Parameters
+    ----------
+    population_size : int, default=50
+        Individuals per generation, at least 2.
+    generations : int, default=20
+        Most generations, at least 1.
+    crossover_probability, mutation_probability : float, default=0.8 and 0.2
+        In [0, 1].
+    elitism : bool, default=True
+        Whether the best individual is carried over unchanged.
+    patience : int or None, default=None
+        Generations without improvement after which the search ends. None: never.
+    greedy_start : bool, default=True
+        Whether the first generation holds the greedy solution.
+    engine : {"exact", "gudhi"}, default="exact"
+        Closed forms on a cached distance matrix, or a simplex tree per individual: the slow reference.
+
+    Examples
+    --------
+    >>> GeneticSearch(generations=5).population_size
+    50
+    """
+
+    population_size: int = 50
+    generations: int = 20
+    crossover_probability: float = 0.8
+    mutation_probability: float = 0.2
+    elitism: bool = True
+    patience: int | None = None
+    greedy_start: bool = True
+    engine: Literal["exact", "gudhi"] = "exact"
 
     def __post_init__(self) -> None:
         check_fields(
@@ -63,7 +89,7 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         size: int,
         keep: int,
         fitness: Callable[[BoolArray], FloatArray],
-        settings: EvolutionSettings,
+        settings: GeneticSearch,
         *,
         seed: int | list[int],
         initial: BoolArray | None = None,  # (n, size) with `keep` entries set in each row, to start with

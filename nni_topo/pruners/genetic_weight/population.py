@@ -30,6 +30,8 @@ from nni_topo.recovery.replay import without_side_effects
 _logger = logging.getLogger(__name__)
 
 _LARGEST_CHUNK = 256
+TOGETHER = 2**28
+"""Bytes for the individuals that run together, roughly."""
 
 
 class MaskedScores:
@@ -83,7 +85,7 @@ class PopulationAccuracy:
         layers: Sequence[str],
         batches: Iterable[Any],
         *,
-        max_bytes: int = 2**28,
+        max_bytes: int = TOGETHER,
     ) -> None:
         self._model = evaluating(unwrapped_copy(model))
         self._names = list(layers)

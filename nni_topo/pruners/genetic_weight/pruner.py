@@ -40,12 +40,12 @@ from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_single_weights, of_single_weights, pruner_arguments
-from nni_topo.pruners.genetic_weight.population import MaskedScores, PopulationAccuracy
+from nni_topo.pruners.genetic_weight.population import TOGETHER, MaskedScores, PopulationAccuracy
 from nni_topo.pruners.genetic_weight.state import load_state, save_state
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.topological_magnitude import MagnitudeCollector
 from nni_topo.pruners.units import in_network_order, is_active
-from nni_topo.rules import NONE, as_settings, check_answer, check_result, settings, whole
+from nni_topo.rules import NONE, as_settings, check_answer, check_result, settings
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +63,6 @@ class GeneticMetric(MetricCalculator):
     seed: int
     state: str | Path | None
     on_generation: OnGeneration | None
-    max_bytes: int
     progress: bool | None
     evolution: WeightGeneticAlgorithm | None = field(default=None, init=False)
     start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
@@ -79,8 +78,8 @@ class GeneticMetric(MetricCalculator):
             most = min(1.0 if unit.sparse_ratio is None else unit.sparse_ratio, unit.max_sparse_ratio)
             layers.append(GeneLayer(data[name]["weight"].numpy().ravel().astype(np.float32), most))
         # Magnitudes and a child that is bred, parents and children in bits, and those that run together.
-        needed = (20 + self.settings.population_size / 4) * len(self.start_weights) + self.max_bytes
-        cure = "fewer layers (op_names), a smaller population_size (search) or max_bytes take less"
+        needed = (20 + self.settings.population_size / 4) * len(self.start_weights) + TOGETHER
+        cure = "fewer layers (op_names) or a smaller population_size (search) take less"
         check_memory(needed, f"a population on {len(self.start_weights)} weights", cure, "+".join(names))
         search = WeightGeneticAlgorithm(
             layers, self._accuracies(context, names, weights), self.settings, seed=self.seed
@@ -123,7 +122,7 @@ class GeneticMetric(MetricCalculator):
 
     def _accuracies(self, context: PruningContext, names: list[str], weights: list[Tensor]) -> Accuracies:
         if self.validation is not None:
-            return PopulationAccuracy(context.model, names, self.validation, max_bytes=self.max_bytes)
+            return PopulationAccuracy(context.model, names, self.validation)
 
         def score() -> float:
             # In evaluation mode: or each individual's batch norms would have seen those before it.
@@ -175,8 +174,6 @@ class GeneticWeightPruner(StructuredPruner):
     on_generation : callable or None, default=None
         Called with the :class:`~nni_topo.maths.search.weights.WeightGeneticAlgorithm` after each generation; a true
         value ends the search.
-    max_bytes : int, default=2**28
-        Memory for the individuals that run together, roughly.
 
     Raises
     ------
@@ -211,7 +208,6 @@ class GeneticWeightPruner(StructuredPruner):
     @pruner_arguments(
         validation=BATCHES | NONE,
         search=settings(WeightSearch) | NONE,
-        max_bytes=whole(1, 2**63 - 1),
     )
     def __init__(
         self,
@@ -225,7 +221,6 @@ class GeneticWeightPruner(StructuredPruner):
         search: WeightSearch | Mapping[str, Any] | None = None,
         state: str | Path | None = None,
         on_generation: OnGeneration | None = None,
-        max_bytes: int = 2**28,
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
@@ -248,7 +243,6 @@ class GeneticWeightPruner(StructuredPruner):
                 seed=seed,
                 state=state,
                 on_generation=on_generation,
-                max_bytes=max_bytes,
                 progress=progress,
             ),
         )

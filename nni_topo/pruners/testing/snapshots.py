@@ -19,18 +19,10 @@ _LEFT_OUT = ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weig
 
 @checked(model=MODEL)
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Return all that a pruner that doesn't train has to leave as it was, in parts that can be compared.
+    """Return all of a model, not wrapped, that a pruner that doesn't train has to leave as it was, by parts.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A model that isn't wrapped.
-
-    Returns
-    -------
-    dict of str to Any
-        Digests of parameters and buffers, which of them are one, which are trained, their gradients, modes,
-        attributes and hooks of all modules, and the states of Python's, NumPy's and PyTorch's generators.
+    These are digests of parameters and buffers, which of them are one, which are trained, their gradients, modes,
+    attributes and hooks of all modules, and the states of Python's, NumPy's and PyTorch's generators.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = {

@@ -49,14 +49,9 @@ def toy_images(count: int = 32, seed: int = 0) -> Tensor:
 
 @checked(model=MODEL, batch_size=whole(1))
 def toy_evaluator(model: nn.Module, *, batch_size: int = 4) -> TorchEvaluator:
-    """Return an NNI evaluator that trains a toy network on random labels and evaluates on the same images.
+    """Return an NNI evaluator that trains a toy network, not yet wrapped, on random labels of 32 images, and evaluates.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The network, before it is wrapped, on the device where it trains.
-    batch_size : int, default=4
-        Images per step, 32 images in all.
+    It trains where the network lies, on ``batch_size`` images a step, and evaluates on the same images.
     """
     device = next(model.parameters()).device
     images = toy_images().to(device)
@@ -92,17 +87,7 @@ def toy_evaluator(model: nn.Module, *, batch_size: int = 4) -> TorchEvaluator:
 def toy_knobs(knobs: Iterable[str], needs: Iterable[str] = ()) -> dict[str, Any]:
     """Return, for those of a pruner's knobs that depend on the model, values that fit the toy network.
 
-    Parameters
-    ----------
-    knobs : iterable of str
-        Names of knobs, as :meth:`nni_topo.PrunerInfo.knobs` returns them.
-    needs : iterable of str, default=()
-        Those that the pruner can't do without, :attr:`nni_topo.PrunerInfo.needs`. Data are given to no other.
-
-    Returns
-    -------
-    dict of str to Any
-        Knobs that aren't listed here are left to their defaults.
+    ``knobs`` and ``needs`` are those of its :class:`nni_topo.PrunerInfo`; data are given only where they are needed.
     """
     # One cluster to begin with and a threshold above most: the ratio, which is a cap, says what is kept.
     values: dict[str, Any] = {"energy": 0.99, "growth": {"initial_ratio": 0.1}}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
+from nni_topo.maths.search.subsets import GeneticSearch, SubsetGeneticAlgorithm
 
 
 def distance_to(best):
@@ -15,7 +15,7 @@ def distance_to(best):
 
 
 def search(size, keep, fitness, seed=0, **knobs):
-    algorithm = SubsetGeneticAlgorithm(size, keep, fitness, EvolutionSettings(**knobs), seed=seed)
+    algorithm = SubsetGeneticAlgorithm(size, keep, fitness, GeneticSearch(**knobs), seed=seed)
     algorithm.run()
     return algorithm
 
@@ -77,7 +77,7 @@ def test_the_global_generators_are_left_alone():
 def test_initial_individuals_are_used():
     best = np.isin(np.arange(200), np.arange(0, 200, 2))
     algorithm = SubsetGeneticAlgorithm(
-        200, 100, distance_to(best), EvolutionSettings(generations=1), seed=0, initial=best[None]
+        200, 100, distance_to(best), GeneticSearch(generations=1), seed=0, initial=best[None]
     )
     algorithm.run()
     assert algorithm.best_individual()[0] == 0.0
@@ -85,7 +85,7 @@ def test_initial_individuals_are_used():
 
 def test_patience_counts_from_the_first_generation_on():
     best = np.isin(np.arange(30), np.arange(0, 30, 2))
-    settings = EvolutionSettings(generations=50, patience=2)
+    settings = GeneticSearch(generations=50, patience=2)
     algorithm = SubsetGeneticAlgorithm(30, 15, distance_to(best), settings, seed=0, initial=best[None])
     algorithm.run()
     assert len(algorithm.trace) == 3
@@ -117,13 +117,13 @@ def test_without_crossover_and_mutation_nothing_new_appears():
 )
 def test_bad_knobs_are_refused(knobs, words):
     with pytest.raises(ConfigError, match=words):
-        EvolutionSettings(**knobs)
+        GeneticSearch(**knobs)
 
 
 @pytest.mark.parametrize("keep", [0, 5])
 def test_a_subset_of_nothing_or_everything_is_no_search(keep):
     with pytest.raises(ConfigError, match=f"got {keep}"):
-        SubsetGeneticAlgorithm(5, keep, distance_to(np.ones(5, bool)), EvolutionSettings(), seed=0)
+        SubsetGeneticAlgorithm(5, keep, distance_to(np.ones(5, bool)), GeneticSearch(), seed=0)
 
 
 def test_a_first_generation_of_equals_is_told_from_a_run_of_equals():
@@ -132,13 +132,13 @@ def test_a_first_generation_of_equals_is_told_from_a_run_of_equals():
     def one_in_many(population):
         return 1.0 - (population == wanted).all(1)
 
-    flat = SubsetGeneticAlgorithm(12, 6, lambda population: np.ones(len(population)), EvolutionSettings(), seed=0)
+    flat = SubsetGeneticAlgorithm(12, 6, lambda population: np.ones(len(population)), GeneticSearch(), seed=0)
     flat.run()
     assert flat.is_flat
-    found = SubsetGeneticAlgorithm(12, 6, one_in_many, EvolutionSettings(generations=200), seed=0)
+    found = SubsetGeneticAlgorithm(12, 6, one_in_many, GeneticSearch(generations=200), seed=0)
     found.run()
     assert not found.is_flat
-    sloped = SubsetGeneticAlgorithm(12, 6, distance_to(wanted), EvolutionSettings(), seed=0)
+    sloped = SubsetGeneticAlgorithm(12, 6, distance_to(wanted), GeneticSearch(), seed=0)
     sloped.run()
     assert not sloped.is_flat
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.search.subsets import EvolutionSettings
+from nni_topo.maths.search.subsets import GeneticSearch
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.provenance import Record
@@ -41,7 +41,7 @@ from nni_topo.zoo.labelled import subset
 _SUBSET = 256
 _RECALIBRATION_IMAGES = 1024
 _DROPOUT_THRESHOLDS = (0.01, 0.1)
-_SEARCH = EvolutionSettings(population_size=20, generations=10)
+_SEARCH = GeneticSearch(population_size=20, generations=10)
 QUALITY = {"accuracy %": "{quality[accuracy]:.1%}", "loss": "{quality[loss]:.3f}"}
 """Columns of tables of records that hold a quality."""
 Titled = tuple[str, NumberTable]

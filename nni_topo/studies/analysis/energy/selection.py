@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
+from nni_topo.maths.search.subsets import BoolArray, FloatArray, GeneticSearch, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
 from nni_topo.network.channels.flow import norms_after
 from nni_topo.network.layers.kinds import spread
@@ -65,7 +65,7 @@ def study_selection(
     evaluate: EvaluateQuality,
     *,
     keep: int,
-    evolution: EvolutionSettings | None = None,
+    evolution: GeneticSearch | None = None,
     seed: int = 0,
     **knobs: Any,
 ) -> dict[str, Selection]:
@@ -85,7 +85,7 @@ def study_selection(
         Maps a model to its :class:`~nni_topo.analysis.Quality`.
     keep : int
         Number of kept filters, in [1, filters - 1].
-    evolution : EvolutionSettings or None, default=None
+    evolution : GeneticSearch or None, default=None
         Settings of the search. None: the defaults.
     seed : int, default=0
         Of random selection and search.
@@ -153,7 +153,7 @@ def study_selection(
             if method in sorted_by:
                 kept[descending(sorted_by[method])[:keep]] = True
             else:
-                settings = evolution or EvolutionSettings()
+                settings = evolution or GeneticSearch()
                 search = SubsetGeneticAlgorithm(filters, keep, searched[method], settings, seed=seed)
                 search.run()
                 if search.is_flat:

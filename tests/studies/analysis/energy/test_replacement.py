@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.search.subsets import EvolutionSettings
+from nni_topo.maths.search.subsets import GeneticSearch
 from nni_topo.studies.analysis.energy.replacement import KINDS, study_replacement
 from nni_topo.studies.analysis.energy.selection import METHODS, study_selection, taylor_terms
 from nni_topo.studies.analysis.energy.study import Quality
@@ -122,7 +122,7 @@ def test_taylor_terms_are_derivatives_of_the_loss(inplace):
 
 @pytest.fixture(scope="module")
 def selected():
-    settings = EvolutionSettings(population_size=30, generations=15)
+    settings = GeneticSearch(population_size=30, generations=15)
     return study_selection(net(), "0", IMAGES[:1], [(IMAGES, LABELS)], quality, keep=5, evolution=settings, seed=0)
 
 
@@ -154,7 +154,7 @@ def test_selection_refuses_what_it_cannot_do():
 def test_selection_leaves_model_and_mode_alone():
     model = net().train()
     before = copy.deepcopy(model.state_dict())
-    study_selection(model, "0", IMAGES[:1], [(IMAGES, LABELS)], quality, keep=4, evolution=EvolutionSettings(4, 2))
+    study_selection(model, "0", IMAGES[:1], [(IMAGES, LABELS)], quality, keep=4, evolution=GeneticSearch(4, 2))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert model.training
     assert not model[1]._forward_hooks
