@@ -16,7 +16,6 @@ from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import calls, fitting
-from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report
 
@@ -53,8 +52,7 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
     Notes
     -----
     The statistics are the average over the batches, each batch counting the same, over those of all processes that
-    share the calibration data. Only batch norms run in training
-    mode meanwhile; dropout stays off.
+    share the calibration data. Only batch norms run in training mode meanwhile; dropout stays off.
     """
     copied: nn.Module = detached_copy(model)
     batches = batches_of(calibration, model, shared=True)
@@ -71,8 +69,16 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
                 copied(*args, **kwargs)
         for norm in norms:
             measured[norm] = {name: value.clone() for name, value in norm.named_buffers(recurse=False)}
-    if batches.processes is not None:
-        _pool(measured, batches.processes)
+    if batches.processes is not None:  # the average over the batches of all
+        for values in measured.values():
+            counted = values["num_batches_tracked"]
+            counts = counted.double().reshape(1)
+            sums = [values[name].double() * counts for name in ("running_mean", "running_var")]
+            batches.processes.add([counts, *sums], "the statistics of batch norms")
+            if counts:  # else no batch has come to this norm
+                counted.copy_(counts[0])
+                for name, total in zip(("running_mean", "running_var"), sums, strict=True):
+                    values[name].copy_(total / counts)
     # The statistics are all that stays of these passes.
     names = {norm: name for name, norm in copied.named_modules()}
     for norm, values in measured.items():
@@ -82,17 +88,3 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
             getattr(norm, name).copy_(value)
     hand_on_report(model, copied, "batch norms recalibrated (nni_topo.recalibrate_batch_norm)")
     return copied
-
-
-def _pool(measured: dict[_BatchNorm, dict[str, torch.Tensor]], processes: Processes) -> None:
-    """Average statistics over the batches of all processes."""
-    for values in measured.values():
-        batches = values["num_batches_tracked"]
-        counts = batches.double().reshape(1)
-        sums = [values[name].double() * counts for name in ("running_mean", "running_var")]
-        processes.add([counts, *sums], "the statistics of batch norms")
-        if not counts:  # no batch has come to this norm
-            continue
-        batches.copy_(counts[0])
-        for name, total in zip(("running_mean", "running_var"), sums, strict=True):
-            values[name].copy_(total / counts)

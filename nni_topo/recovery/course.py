@@ -205,7 +205,8 @@ class Course:
         rest = itertools.islice(training.batches(), self.done, None)
         began = written = time.perf_counter()
         with learning(self.student, batch_norms(self.student) if self.is_normed else []):
-            for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
+            shown = bar("distill", progress, range(self.done, total), total=total, done=self.done)
+            for step in shown:
                 share = step / total  # used share of the steps, or of the time if that is larger
                 if self.clock.seconds is not None:
                     # Looks included. The first step is taken if there is any time, because it may take longer.
@@ -213,6 +214,8 @@ class Course:
                     if self.clock.left <= 0.0 or self.clock.left < seconds_of_a_step:
                         self.is_out_of_time = True
                         break
+                    if self.done > before:  # the bar shows no more remaining time than the limit leaves
+                        shown.total = min(total, self.done + 1 + int(self.clock.left / seconds_of_a_step))
                     taken = self.clock.spent - self._began
                     share = max(share, taken / max(taken + self.clock.left, 1e-9))
                 if looks and self.done and int(share * _LOOKS) > int(self._looked * _LOOKS):

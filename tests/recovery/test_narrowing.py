@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -66,51 +65,6 @@ def test_turned_heads_compute_the_same_and_lose_the_channels_asked_for(name):
     whole, small = find_attention(net), find_attention(dense)
     sizes = {key: (each.heads, each.head_size) for key, each in small.items()}
     assert sizes == {key: (each.heads, each.head_size // 2) for key, each in whole.items()}
-
-
-@pytest.mark.parametrize("name", [each for each in ONE_OF_THE_ZOO if each.values[0] != "PyTorch's, places first"])
-@pytest.mark.quick_every(2)
-def test_what_is_of_lower_rank_comes_back_exactly(name):
-    """In every head queries and values vary in half as many directions as they have channels, none of which is zero."""
-    net, inputs = make(name), NETS[name][1](60).split(20)
-    for attention in find_attention(net).values():
-        (layer, queries), _, (_, values) = attention.parts
-        for place, rows in ((layer, queries), (list(attention.channels)[-1], values)):
-            module = net.get_submodule(place)
-            kept = attention.head_size // 2
-            mix = torch.randn(attention.heads, attention.head_size, kept) / kept**0.5
-            with torch.no_grad():
-                for parameter in module.parameters(recurse=False):
-                    parameter[rows] = torch.einsum("hnm,hm...->hn...", mix, parameter[rows][:, :kept])
-    turned, masks = narrow_heads(net, inputs, 0.5)
-    dense = to_dense(compensate(turned, masks, inputs, ridge=0.0), inputs[0], masks)
-    others = NETS[name][1](20, seed=1)
-    torch.testing.assert_close(given(dense, others), given(net, others), rtol=1e-3, atol=1e-3)
-
-
-def test_no_choice_of_channels_with_a_matrix_between_them_comes_nearer():
-    """The rule of CORP, for all choices there are: logits by least squares on the products of the channels kept."""
-    torch.manual_seed(0)
-    size, kept = 5, 2
-    queries, keys = (torch.randn(400, size, dtype=torch.double) @ torch.randn(size, size).double() for _ in range(2))
-    one, other = (each.mT @ each / len(each) for each in (queries, keys))
-    a, b = directions(one[None], other[None], kept)
-
-    def error(product):
-        return float(torch.trace((torch.eye(size) - product).mT @ one @ (torch.eye(size) - product) @ other))
-
-    torch.testing.assert_close(a[0] @ b[0].mT, torch.eye(size, dtype=torch.double))
-    ours = error(a[0, :, :kept] @ b[0, :, :kept].mT)
-    choices = []
-    for chosen in map(list, itertools.combinations(range(size), kept)):
-        middle = torch.linalg.solve(one[chosen][:, chosen], one[chosen] @ other[:, chosen])
-        product = torch.zeros(size, size, dtype=torch.double)
-        places = torch.tensor(chosen)
-        product[places[:, None], places] = middle @ torch.linalg.inv(other[chosen][:, chosen])
-        choices.append(error(product))
-    singular = torch.linalg.svdvals(torch.linalg.cholesky(one).mT @ torch.linalg.cholesky(other))
-    assert ours == pytest.approx(float(singular[kept:].square().sum()))
-    assert ours < min(choices)
 
 
 def test_a_head_that_keeps_some_channels_is_read_by_the_layer_that_is_solved():
