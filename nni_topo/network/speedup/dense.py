@@ -149,7 +149,7 @@ def to_dense(
     accuracy on every network.
 
     Cost: two to four forward passes to trace the model, three to compare and one in training mode; where the size may
-    decide something, another trace and comparison; two more, and what ``forward_features`` takes, where a network holds
+    decide something, another trace and comparison; two more where a network holds
     attributes as timm's and torchvision's do.
     """
     check_model(model)

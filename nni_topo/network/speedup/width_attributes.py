@@ -10,7 +10,6 @@ Attributes that a forward reads are followed while it is traced, see `network.gr
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,13 +25,12 @@ from nni_topo.network.layers.integer_attributes import Place, number_at, put_siz
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import Call, run_few
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.rules import Rule, checked, is_class
 
 _logger = logging.getLogger(__name__)
 
 
-ModuleTensor = Literal["input", "output", "features", "pre_logits"]
+ModuleTensor = Literal["input", "output", "features"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Described:
     ----------
     module : str
         The name of a module.
-    part : {"input", "output", "features", "pre_logits"}
-        What enters or leaves the module, what its ``forward_features`` returns, or what enters its classifier.
+    part : {"input", "output", "features"}
+        What enters or leaves the module, or what its ``forward_features`` returns.
     at : int, optional
         Which one of several outputs. By default all outputs have that number of channels.
     """
@@ -157,11 +155,17 @@ def _claims(name: str, module: nn.Module) -> Iterator[Claim]:
     if hasattr(module, "forward_features"):
         for width in ("num_features", "embed_dim"):
             yield (name, width, ()), Described(name, "features")
-    if _takes_pre_logits(getattr(module, "forward_head", None)):
-        yield (name, "head_hidden_size", ()), Described(name, "pre_logits")
-    elif _takes_pre_logits(module.forward):
+        try:
+            classifier: Any = module.get_classifier()
+        except Exception:  # a method of the user's, if there is one
+            classifier = None
+        for inner, each in module.named_modules():
+            if each is (classifier[0] if isinstance(classifier, tuple) else classifier):
+                yield (name, "head_hidden_size", ()), Described(f"{name}.{inner}".lstrip("."), "input")
+    elif "pre_logits" in getattr(getattr(type(module).forward, "__code__", None), "co_varnames", ()):
+        last = "fc" if "fc" in module._modules else "fc2"
         for width in ("num_features", "hidden_size"):
-            yield (name, width, ()), Described(name, "pre_logits")
+            yield (name, width, ()), Described(f"{name}.{last}".lstrip("."), "input")
     # A class that is derived from another has its rows of the table, and may have its own.
     for kind in reversed(type(module).__mro__):
         for (owner, attribute), described in _TABLE.items():
@@ -237,47 +241,32 @@ def _channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int 
 
 
 def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Described, list[Shape]]:
-    """Run a model and return the shapes of the tensors that are there, of each at the first call of its module.
-
-    Of timm's networks also those of the features, and of what enters the classifier of a network or a head.
-    """
+    """Run a model and return the shapes of the tensors that are there, of each at the first call of its module."""
     values: dict[Described, Any] = {}
-    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # of the modules whose methods are called after
     modules = dict(model.named_modules())
 
     def entered(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments.setdefault(name, (args, kwargs))
         values.setdefault(Described(name, "input"), next(iter((*args, *kwargs.values())), None))
 
     def left(name: str, _: Any, output: Any) -> None:
         values.setdefault(Described(name, "output"), output)
 
+    def features(described: Described, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        found = forward(*args, **kwargs)
+        values.setdefault(described, found)
+        return found
+
     names = [name for name in dict.fromkeys(each.module for each in wanted) if name in modules]
-    with left_alone(model), evaluation_mode(model), torch.no_grad():
-        with ExitStack() as looking:
-            for name in names:
-                looking.enter_context(called(modules[name], partial(entered, name)))
-            looking.enter_context(watched(leaving=[(modules[name], partial(left, name)) for name in names]))
-            run_few(model, call)
-        features: dict[str, Any] = {}
+    with left_alone(model), evaluation_mode(model), torch.no_grad(), ExitStack() as looking:
+        for name in names:
+            looking.enter_context(called(modules[name], partial(entered, name)))
+        looking.enter_context(watched(leaving=[(modules[name], partial(left, name)) for name in names]))
         for each in wanted:
-            if each.part not in ("features", "pre_logits") or each.module not in arguments:
-                continue
-            module: Any = modules[each.module]
-            args, kwargs = arguments[each.module]
-            try:
-                if not hasattr(module, "forward_features"):
-                    values[each] = module(*args, **{**kwargs, "pre_logits": True})
-                    continue
-                if each.module not in features:
-                    features[each.module] = module.forward_features(*args, **kwargs)
-                values[each] = features[each.module]
-                if each.part == "pre_logits":
-                    values[each] = module.forward_head(features[each.module], pre_logits=True)
-            except Exception as error:  # a method of the user's, which the model itself needn't call
-                if out_of_memory(error):
-                    raise
-                _logger.debug("%s of %s can't be measured", each.part, each.module, exc_info=True)
+            if each.part == "features":
+                module: Any = modules[each.module]
+                looking.callback(vars(module).pop, "forward_features", None)
+                module.forward_features = partial(features, each, module.forward_features)
+        run_few(model, call)
     found: dict[Described, list[Shape]] = {}
     for each in wanted:
         value = values.get(Described(each.module, each.part) if each.at is not None else each)
@@ -287,11 +276,3 @@ def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Descri
         if tensors:
             found[each] = [tuple(tensor.shape) for tensor in tensors]
     return found
-
-
-def _takes_pre_logits(function: Any) -> bool:
-    """Tell whether a function can be asked for what enters the classifier."""
-    try:
-        return callable(function) and "pre_logits" in inspect.signature(function).parameters
-    except ValueError:  # a method of a scripted module
-        return False

@@ -161,13 +161,6 @@ def test_a_single_head_keeps_what_its_scale_depends_on_and_the_stream_goes(kind:
             assert len(dense.get_submodule(name).weight) == len(module.weight) // 2, name
 
 
-def test_explain_says_what_a_single_head_needs() -> None:
-    model = made(Single("together"))
-    found = nni_topo.explain(model, TEXTS, "attention.both")
-    assert any(reason.kind == "one_head" for reason in found.reasons)
-    assert any("give the attention its scale" in line for line in found.advice)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "knobs", "share"),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from attention_nets import HEADS, NETS, SIZE, WIDTH, _states, head_masks, make, same
 from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer
 
 from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense, zoo
 from nni_topo.network.attention.config import accepted_heads
@@ -42,16 +41,6 @@ def test_heads_that_are_masked_go(name):
     biased = getattr(model.get_submodule(attention.out), "bias", None) is not None
     expected = gone * (rows * (WIDTH + biased) + WIDTH * attention.size)
     assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in dense.parameters()) == expected
-
-
-def test_a_vision_transformer_of_torchvision():
-    torch.manual_seed(0)
-    model, images = VisionTransformer(16, 4, 2, HEADS, WIDTH, 24, num_classes=5).eval(), _states(2, 3, 16, 16)
-    nn.init.normal_(model.heads.head.weight)
-    masks = head_masks(model, [0, 3])
-    dense = to_dense(model, images, masks)
-    assert [each.heads for each in find_attention(dense).values()] == [2, 2]
-    same(dense, masked_model(model, images, masks), images)
 
 
 def test_a_head_of_which_any_block_is_left_stays_and_the_rest_of_it_stays_masked():
@@ -227,30 +216,6 @@ def test_the_residual_width_goes_with_all_that_reads_it_and_norms_count_on(name,
     assert torch.equal(load(tmp_path / "dense.safetensors", model)(inputs), dense(inputs))
 
 
-@pytest.mark.slow
-def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width():
-    model, inputs, _ = _width("vit_small")
-    everything = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}
-    groups = dependency_groups(model, inputs[:2], [everything])
-    assert list(groups.skipped) == ["head"]
-    by_name = {entry["op_names"][0]: entry for entry in groups}
-    assert by_name["blocks.0.attention.o_proj"]["dependency_group_id"] == by_name["patches"]["dependency_group_id"]
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    dense = to_dense(model, inputs[:2], masks)
-    torch.testing.assert_close(dense(inputs), masked_model(model, inputs[:2], masks)(inputs), rtol=1e-5, atol=1e-5)
-    whole, left = (
-        [part.weight.shape for part in net.modules() if isinstance(part, (torch.nn.Conv2d, torch.nn.Linear))]
-        for net in (model, dense)
-    )
-    # Of the convolution and the classifier half of one side goes, of all others half of both.
-    assert [2 * after.numel() for after in left[:1] + left[-1:]] == [
-        before.numel() for before in whole[:1] + whole[-1:]
-    ]
-    assert [4 * after.numel() for after in left[1:-1]] == [before.numel() for before in whole[1:-1]]
-    with_heads = [{"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 0.5}, everything]
-    assert "which loses heads" in dependency_groups(model, inputs[:2], with_heads).skipped["patches"]
-
-
 class Config:
     """Settings of a model whose width has to be divided by its number of heads, which may share keys and values."""
 
@@ -422,21 +387,6 @@ def test_one_key_and_one_value_that_all_heads_share() -> None:
     assert attention.acts_without_rows
 
 
-@pytest.mark.parametrize(
-    ("name", "out"),
-    [("qkv", "proj"), ("c_attn", "c_proj"), ("Wqkv", "Wo"), ("query_key_value", "dense"), ("qkv_proj", "o_proj")],
-)
-def test_one_layer_with_the_queries_of_all_heads_and_one_key_and_value(name: str, out: str) -> None:
-    layers = {name: nn.Linear(10, 10), out: nn.Linear(6, 10)}
-    attention = only(Named(layers, num_heads=3, num_key_value_heads=1, head_dim=2))
-    assert attention.channels[f"inner.{name}"].tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert [rows.tolist() for rows in attention.shared[f"inner.{name}"]] == [[[6, 7]], [[8, 9]]]
-    assert [rows.tolist() for _, rows in attention.parts] == [[[0, 1], [2, 3], [4, 5]], [[6, 7]], [[8, 9]]]
-    assert (attention.context[1].tolist(), attention.outputs[1].tolist()) == ([8, 9] * 3, [0, 1, 2, 3, 4, 5])
-    found = (attention.name, attention.heads, attention.size, attention.width, attention.out, attention.is_fused)
-    assert found == ("inner", 3, 2, 10, f"inner.{out}", True)
-
-
 def test_the_number_of_heads_may_stand_in_a_config() -> None:
     config = SimpleNamespace(num_attention_heads=2)
     attention = only(Named({"qkv": nn.Linear(10, 12)}, config=config))
@@ -492,13 +442,6 @@ def test_parameters_with_an_entry_for_each_head(name: str, dim: int) -> None:
     even = Named(linears(q_proj=8, k_proj=8, v_proj=8), num_heads=4, head_dim=2)
     even.logit_scale = nn.Parameter(torch.zeros(4, 1))
     assert only(even).by_head == {"logit_scale": 0}
-
-
-def test_layers_of_queries_may_read_positions_too() -> None:
-    layers = linears(query_proj=6, key_proj=6, value_proj=6)
-    assert only(Named(layers, num_heads=3, relative_attention=True)).also == ("rel_embeddings",)
-    assert only(Named(layers, num_heads=3, relative_attention=False)).also == ()
-    assert only(Named(linears(query=6, key=6, value=6), num_heads=3, relative_attention=True)).also == ()
 
 
 def test_multihead_attention_of_pytorch() -> None:

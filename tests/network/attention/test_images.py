@@ -12,7 +12,6 @@ from torch.nn import functional
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.attention.unfused.own_width import own_width_of
 
 WIDTH, HEADS, SIZE, KEYS = 16, 4, 4, 2
 IMAGES = torch.rand(2, 3, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -186,17 +185,6 @@ def test_heads_and_the_stream_lose_what_each_is_asked_for_and_the_same_is_comput
     assert type(model.attention) is type(NETS[name]())  # the user's model stays as it is
 
 
-def test_the_classes_that_were_cut_are_derived_from_the_users_and_those_that_fit_are_theirs() -> None:
-    kinds = {}
-    for name in ("joint", "areas", "apart"):
-        dense, _ = pruned(make(NETS[name]()))
-        kinds[name] = type(dense.attention)
-        assert own_width_of(dense.attention) == (None if name == "areas" else 1)
-    assert kinds["areas"] is Areas  # an attribute holds its width
-    assert issubclass(kinds["joint"], Joint)
-    assert kinds["joint"].__name__ == "PrunedJoint"
-
-
 @torch.no_grad()
 def test_where_the_width_of_the_input_is_used_otherwise_the_heads_go_with_the_stream() -> None:
     model = make(Divided())
@@ -237,12 +225,6 @@ def test_what_is_saved_pickled_or_copied_computes_the_same(tmp_path) -> None:
         assert type(again.attention) is type(dense.attention)
 
 
-@pytest.mark.slow
-def test_what_is_exported_computes_the_same(tmp_path) -> None:
-    dense, _ = pruned(make(Joint()))
-    nni_topo.export(dense.float(), tmp_path / "dense.onnx", IMAGES.float())  # compares what the file computes
-
-
 def test_a_model_whose_forward_takes_no_width_is_refused(tmp_path) -> None:
     class Other(type(make(Joint()).attention)):  # type: ignore[misc]
         def forward(self, x):
@@ -254,20 +236,6 @@ def test_a_model_whose_forward_takes_no_width_is_refused(tmp_path) -> None:
     model.attention.__class__ = Other
     with pytest.raises(ConfigError, match=r"whose forward doesn't take the width of its input \(attention, "):
         nni_topo.load(tmp_path / "dense.safetensors", model)
-
-
-@pytest.mark.slow
-def test_a_pruned_network_trains_and_is_pruned_again(tmp_path) -> None:
-    model = make(Joint()).float()
-    images = [torch.rand(4, 3, 6, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
-    small = nni_topo.shrink(model, images, {"flops": 0.7}, distill=False)
-    smaller = nni_topo.shrink(small, images, {"flops": 0.7}, distill=False)
-    for each in (small, smaller):
-        before = each.attention.made[0].weight.detach().clone()
-        each.train()(images[0]).square().mean().backward()
-        torch.optim.SGD(each.parameters(), 0.1).step()
-        assert not torch.equal(each.attention.made[0].weight, before)
-    assert sum(map(torch.numel, smaller.parameters())) < sum(map(torch.numel, small.parameters()))
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from torch import nn
 
 import nni_topo
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.cost.measure import count_macs
 from nni_topo.network.layers.derived import (
     PaddedAlike,
@@ -173,13 +172,6 @@ def test_a_layer_that_makes_pixels_of_channels_loses_blocks_of_them():
     check_same(nni_topo.masked_model(model, images(2, 8), masks), dense)
 
 
-def test_latency_is_of_layers_that_compute_the_same():
-    for name in ("standardized", "activated"):
-        model = make(name)
-        table = measure_latency(model, images())
-        assert table.layers.keys() >= {"stem", "blocks.0.depthwise", "fc", "head"}
-
-
 class Turned(nn.Linear):
     """It multiplies with its weight's transpose, as Falcon's layers do."""
 
@@ -271,15 +263,6 @@ def test_the_call_of_a_layer_has_its_settings_and_the_size_of_what_leaves(name):
     assert call.padded_size == tuple(call.padded.shape[2:][: len(size)])
     torch.testing.assert_close(call.run(), expected, rtol=0, atol=0)
     assert call.weight is layer.weight
-
-
-def test_a_layer_that_multiplies_nothing_makes_no_call():
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * x
-
-    with pytest.raises(TypeError, match="must call a convolution or a product"):
-        call_of(Doubled(3, 3), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(

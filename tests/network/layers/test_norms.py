@@ -14,7 +14,7 @@ from torch.nn import functional
 from whole_nets import ChannelsFirst, ResponseNorm, Root
 
 import nni_topo
-from nni_topo.network.layers.norms import channel_dim, cut_norm, gives_no_channels, is_over_channels
+from nni_topo.network.layers.norms import channel_dim, gives_no_channels, is_over_channels
 from nni_topo.network.layers.slicing import cut
 
 
@@ -150,13 +150,6 @@ def test_a_cut_norm_is_the_same_norm_of_fewer_channels(name: str) -> None:
     assert torch.equal(norm(x.movedim(-1, dim)), small(x.movedim(-1, dim)))
 
 
-def test_a_cut_norm_keeps_which_parameters_are_trained() -> None:
-    norm = nn.LayerNorm(4)
-    norm.weight.requires_grad_(requires_grad=False)
-    cut_norm(norm, torch.tensor([1, 2]))
-    assert (norm.weight.requires_grad, norm.bias.requires_grad) == (False, True)
-
-
 @pytest.mark.parametrize(
     "norm", [nn.LayerNorm, nn.RMSNorm, Root, Written, ChannelsFirst], ids=lambda norm: norm.__name__
 )
@@ -179,27 +172,6 @@ def test_layers_around_norms_lose_channels_and_the_dense_network_is_saved_and_cu
         assert (getattr(again[1], "hidden_size", width), getattr(again[1], "shape", (width,))) == (width, (width,))
         with torch.no_grad():
             assert torch.equal(again(x), small(x))
-
-
-class Named(nn.Module):
-    """A norm that gets its input by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.second, self.head = (
-            nn.Linear(4, 6),
-            nn.LayerNorm(6),
-            nn.Linear(6, 6),
-            nn.Linear(6, 2),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.norm(input=self.first(x))).relu())
-
-
-def test_layers_around_a_norm_that_is_called_by_name_lose_channels() -> None:
-    groups = nni_topo.dependency_groups(Named().eval(), torch.randn(3, 4), [{"op_types": ["Linear"]}])
-    assert groups.skipped.keys() == {"head"}
 
 
 IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -332,15 +304,3 @@ def test_a_number_that_only_equals_the_width_stays() -> None:
     mask = torch.ones(8, 3).index_fill(0, torch.tensor([1, 2, 6]), 0.0)
     dense = nni_topo.to_dense(model, torch.randn(4, 3), {"0": {"weight": mask}})
     assert (dense[1].power, dense[1].weight.numel()) == (8, 5)
-
-
-def test_a_network_with_a_gate_or_a_response_norm_is_saved_and_loaded(tmp_path: Path) -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), Weighed(), nn.Conv2d(8, 4, 1)).double().eval()
-
-    mask = torch.ones(8, 3, 3, 3, dtype=torch.float64).index_fill(0, torch.tensor([1, 6]), 0.0)
-    dense = nni_topo.to_dense(build(), IMAGES, {"0": {"weight": mask}})
-    nni_topo.save(dense, tmp_path / "dense.safetensors")
-    with torch.no_grad():
-        assert torch.equal(nni_topo.load(tmp_path / "dense.safetensors", build)(IMAGES), dense(IMAGES))

@@ -1,9 +1,7 @@
 """An Analysis: what is found about a model is found once, and handed on only where it holds."""
 
-import gc
 import logging
 import pickle
-import weakref
 
 import pytest
 import torch
@@ -149,31 +147,6 @@ def test_another_call_sees_all_that_changed_since(change, monkeypatch):
     assert dense.one.out_channels == 2
 
 
-class Noting(nn.Module):
-    """Followed part by part, and noting sizes at its first run, as detectors' pooling does."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = two_layers()
-        self.head = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 3))
-
-    def forward(self, x):
-        places = self.backbone(x).flatten(2).transpose(1, 2).flatten(0, 1)
-        if not hasattr(self, "seen"):
-            self.seen = tuple(places.shape)
-        return self.head(torch.stack([place * float(place.sum()) for place in places]))  # which no graph could hold
-
-
-def test_a_model_that_notes_something_at_its_first_run_is_followed_part_by_part():
-    model = Noting().eval()
-    config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
-    assert "seen" not in vars(model)
-    pruner = RandomPruner(model, config, seed=0)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    assert to_dense(model, IMAGES, masks).head[0].out_features == 3  # of 5
-
-
 class Telling(nn.Module):
     """Reads a value to say something, as Transformers' models do of padding without a mask."""
 
@@ -209,16 +182,3 @@ def test_facts_fit_calls_of_the_same_shapes_and_settings(given, other, is_known)
     model = two_layers()
     facts = Analysis(model, (given, {})).facts
     assert (Analysis(model, (other, {}), facts).facts is facts) is is_known
-
-
-def test_facts_hold_no_model():
-    model = two_layers()
-    facts = Analysis.on(model, IMAGES).facts
-    analysis = Analysis.on(model, IMAGES, facts)
-    assert analysis.flow.layers
-    assert analysis.sizes
-    assert analysis.unprunable == {}
-    held = weakref.ref(model)
-    del model, analysis
-    gc.collect()
-    assert held() is None

@@ -95,20 +95,6 @@ def test_the_report_survives_pickle_copies_and_saving(tmp_path):
     assert rows(again)["0"] == (5, 4, 4)
 
 
-class WithReport(nn.Sequential):
-    def report(self):
-        return "of its own"
-
-
-def test_a_model_with_a_report_of_its_own_keeps_it():
-    model = WithReport(*chain())
-    assert to_dense(model, IMAGES, {"0": filter_mask(model[0], [1])}).report() == "of its own"
-    model = chain()
-    model.report = nn.Linear(4, 4)
-    model.append(nn.Flatten())
-    assert isinstance(to_dense(model, IMAGES, {"0": filter_mask(model[0], [1])}).report, nn.Linear)
-
-
 def encoder_layer(**knobs):
     torch.manual_seed(0)
     return nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0, **knobs)
@@ -200,18 +186,6 @@ def test_padded_batches_shrink(nested):
     assert [dense.get_submodule(name).out_features for name in names] == [6, 6]
     assert torch.backends.mha.get_fastpath_enabled()
     same_output(dense, masked_model(model, ids, masks), ids)
-
-
-def test_all_linear_layers_of_a_transformer_say_which_stay(caplog):
-    model = Classifier(encoder_layer()).eval()
-    masks = masks_of(L1NormPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5, "exclude_op_names": ["head"]}]))
-    dense, messages = warned(caplog, model, SEQUENCES, masks)
-    assert rows(dense)["body.linear1"] == (12, 6, 6)
-    assert {row.name for row in dense.report.kept} == {"embed", "body.linear2"}
-    assert all("body.self_attn" in row.reason for row in dense.report.kept)
-    assert len(messages) == 1
-    assert "embed 4 of 8" in messages[0]
-    assert "body.linear2 4 of 8" in messages[0]
 
 
 def test_layers_within_a_module_that_is_called_as_a_whole_say_so(caplog):

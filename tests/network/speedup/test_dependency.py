@@ -19,7 +19,7 @@ from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.runtime.inputs import arguments_of
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dependency import DependencyGroups, unprunable_layers, why_not_followed
+from nni_topo.network.speedup.dependency import DependencyGroups, unprunable_layers
 from nni_topo.speedup import dependency_groups
 from nni_topo.zoo.transformers import vit_small
 
@@ -354,35 +354,6 @@ def test_layers_that_keep_their_channels_say_why_in_the_order_asked_for():
         "picked": ["result_depends"],
     }
     assert list(found) == ["last", "beside", "unused", "alias", "first", "picked"]
-
-
-class Holding(nn.Module):
-    """Layers within modules of several kinds."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(4, 2, 6)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
-        self.units, self.cell = nn.GRU(4, 3), nn.LSTMCell(4, 3)
-        self.spectral = nn.utils.spectral_norm(nn.Linear(4, 4))
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "where"),
-    [
-        ("layer.self_attn.out_proj", "inside_module", "layer.self_attn"),
-        ("blocks.0.0", "not_followed", None),
-        ("units", "packed_rows", None),
-        ("cell", "recurrent_state", None),
-        ("spectral", "computed_weight", None),
-    ],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_a_layer_that_no_other_knows_of_says_where_it_is(name, kind, where):
-    reason = why_not_followed(Holding(), name)
-    assert reason.kind == kind
-    if where is not None:
-        assert f"it is part of {where} (" in str(reason)
 
 
 class Pairs(nn.Module):

@@ -189,32 +189,6 @@ def test_a_shared_norm_is_silenced_only_where_every_call_gets_zeros():
     assert changed(model, masked_model(model, IMAGES, masks))["norm.bias"] == [1]
 
 
-class GatedBlock(nn.Module):
-    """A block whose gate multiplies its values, as in MambaOut: each block squares what no norm holds."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.enter, self.leave = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x):
-        values, gate = self.enter(self.norm(x)).chunk(2, -1)
-        return x + self.leave(values * nn.functional.gelu(gate))
-
-
-def test_channels_that_arrive_as_zeros_are_found_behind_many_gates():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), *(GatedBlock(8) for _ in range(9)), nn.LayerNorm(8), nn.Linear(8, 3)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.5 if "norm" not in name else 1.0))
-    rows = torch.randn(4, 7, 5)
-    asked = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
-    groups = dependency_groups(model, rows, asked)
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    assert to_dense(model, rows, masks)[0].out_features == 4
-
-
 @pytest.mark.parametrize("norm", [nn.ReLU(), nn.LayerNorm(6)], ids=["layers alone", "norm"])
 @torch.no_grad()
 def test_a_masked_model_is_trained_written_and_made_dense(norm, tmp_path):

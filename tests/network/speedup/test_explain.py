@@ -12,9 +12,7 @@ from speedup_nets import filter_mask
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nni_topo.context import in_context
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.network.channels import reasons
 from nni_topo.speedup import dependency_groups, explain, to_dense
 
 GONE = [1, 2, 4, 5]
@@ -237,46 +235,6 @@ def test_the_operation_that_gives_removed_channels_values_is_named_with_the_one_
     assert reason.line.startswith(f"{__file__}:")
 
 
-def test_a_module_that_no_rule_follows_is_named_by_its_class():
-    padded = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConstantPad3d((0, 0, 0, 0, 1, 1), 1.0), nn.Conv2d(10, 4, 3))
-    (reason,) = explain(padded, images(), "0").reasons
-    assert (reason.place, str(reason)) == ("1", "no rule says where channels go (1: ConstantPad3d)")
-
-
-def test_the_advice_for_an_operation_with_a_rule_is_to_change_the_model():
-    torch.manual_seed(0)
-    windows = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), Function(lambda rows: rows.mT), nn.Fold((3, 7), (2, 4)))
-    found = explain(nn.Sequential(windows, nn.Conv2d(8, 4, 1)), images(), "0.0")
-    assert str(found.reasons[0]) == "this operation is called in a way in which channels can't be followed (0.3: Fold)"
-    assert "register_operator" not in str(found)
-    assert "write this step with" in str(found)
-    assert any("torch.cat" in way for way in found.advice)
-
-
-REASON_KINDS = {each.kind for each in vars(reasons).values() if isinstance(each, reasons.Sentence)}
-
-
-def test_no_advice_holds_a_knob_that_only_some_callers_have():
-    every = tuple(reasons.Reason(kind) for kind in REASON_KINDS)
-    with in_context(leaves_out="leave {} out"):
-        assert not [way for way in reasons.advice(every) if "exclude_op_names" in way or "{" in way]
-
-
-class _LastStep(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.reader, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.reader(x)[0][:, -1])
-
-
-def test_units_of_a_recurrent_layer_are_no_channels_one_by_one():
-    said = repr(explain(_LastStep(), torch.rand(2, 3, 4), "reader")).splitlines()
-    assert said[0] == "reader: its 24 channels can be pruned but for those of one head or unit"
-    assert said[1] == "channels are pruned by whole heads or units of reader"
-
-
 class _Routed(nn.Module):
     """Two experts, to which a router gives places by its values."""
 
@@ -322,24 +280,3 @@ def test_a_second_name_of_a_layer_is_told_as_one():
     found = explain(Twice(), torch.rand(2, 4), "outer")
     assert [str(reason) for reason in found.reasons] == ["it is inner.0 under another name, and loses what that loses"]
     assert explain(Twice(), torch.rand(2, 4), "inner.0").kept == 0
-
-
-class _Returned(nn.Module):
-    """Attention that adds to a stream, which the model returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.attention = nn.Linear(5, 8), nn.MultiheadAttention(8, 4, batch_first=True)
-        self.leave = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        x = x + self.attention(x, x, x)[0]
-        return x + self.leave(x)
-
-
-def test_a_stream_that_is_the_output_is_told_as_such_also_where_heads_go():
-    asked = [{"op_types": ["Linear", "MultiheadAttention", "NonDynamicallyQuantizableLinear"], "sparse_ratio": 0.5}]
-    groups = dependency_groups(_Returned(), torch.rand(2, 3, 5), asked)
-    assert [entry["op_names"] for entry in groups] == [["attention"], ["attention.out_proj"]]
-    assert groups.skipped == dict.fromkeys(("enter", "leave"), "it gives the model's output")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from speedup_nets import filter_mask, l1_masks, parameters, same_output
+from speedup_nets import filter_mask, same_output
 from torch import nn
 
-from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.speedup import masked_model, to_dense
 
 
 class Words(nn.Module):
@@ -139,59 +139,3 @@ def test_channels_over_zero_branches_shrink(kind):
     dense = to_dense(model, inputs, masks)
     assert dense.stem.out_channels == dense.outer.out_channels == dense.head.in_features == 8
     same_output(dense, masked_model(model, inputs, masks), *inputs)
-
-
-class Joined(nn.Module):
-    """A constant that is joined to pruned channels, and one that nothing else depends on but a comparison."""
-
-    def __init__(self, value):
-        super().__init__()
-        torch.manual_seed(0)
-        self.value = value
-        self.first = nn.Linear(5, 8)
-        self.second = nn.Linear(10, 4)
-
-    def forward(self, x):
-        ones = torch.full((x.shape[0], 2), self.value)
-        return self.second(torch.cat([torch.relu(self.first(x)), ones], dim=1))
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_joined_constants_stay(value):
-    model, inputs = Joined(value).eval(), (torch.rand(2, 5, generator=torch.Generator().manual_seed(0)),)
-    masks = {"first": filter_mask(model.first, [0, 3])}
-    dense = to_dense(model, inputs, masks)
-    assert dense.second.in_features == 8
-    same_output(dense, masked_model(model, inputs, masks), *inputs)
-
-
-def tiny_bert():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=10, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
-        max_position_embeddings=16, num_labels=3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.BertForSequenceClassification(config).eval()
-
-
-@pytest.mark.parametrize("given", ["ids", "padding"])
-@pytest.mark.quick_every(2)
-def test_bert_with_segments_zero_or_left_out(given):
-    model = tiny_bert()
-    ids = torch.randint(1, 30, (2, 8), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids}
-    if given != "ids":
-        inputs["attention_mask"] = torch.ones_like(ids)
-        inputs["token_type_ids"] = torch.zeros_like(ids)
-    if given == "padding":
-        inputs["input_ids"], inputs["attention_mask"] = (
-            ids * (torch.arange(8) < 5),
-            (torch.arange(8) < 5).long().repeat(2, 1),
-        )
-    config = {"op_names_re": [r".*intermediate\.dense"], "sparse_ratio": 0.5}
-    masks = l1_masks(model, dependency_groups(model, inputs, [config]))
-    dense = to_dense(model, inputs, masks)
-    layer = dense.bert.encoder.layer[0]
-    assert layer.intermediate.dense.out_features == layer.output.dense.in_features == 6
-    assert parameters(dense) == parameters(model) - 6 * (10 + 1 + 10)
