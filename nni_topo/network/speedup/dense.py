@@ -140,17 +140,14 @@ def to_dense(
     softplus); `compensate` puts what that contributed on average into the bias.
 
     With ``constants="keep"``, a layer that pads with zeros treats a constant as if it went on beyond the border: values
-    next to the border differ from those of NNI's wrapped model, all others are equal. A parameter that the model adds
-    (``x + self.w``) is kept like a norm's shift. A constant is dropped where a transposed convolution reads it, where
-    the layer that reads it has neither bias nor batch norm, and where it differs by position, as a table of positions
-    does; ``report.notes`` names these layers. Constants after a batch norm are those of evaluation mode, in which the
-    norm's statistics are fixed: when trained further, the dense and the masked model diverge. After
-    `compensate`, which solves for removed channels that aren't there, ``"zero"`` is right. Neither setting loses less
-    accuracy on every network.
+    next to the border differ from those of NNI's wrapped model. A constant is dropped where a transposed convolution
+    reads it, where the layer that reads it has neither bias nor batch norm, and where it differs by position;
+    ``report.notes`` names these layers. The constants are those of evaluation mode. After `compensate`, which solves
+    for removed channels that aren't there, ``"zero"`` is right. Neither setting loses less accuracy on every network.
 
     Cost: two to four forward passes to trace the model, three to compare and one in training mode; where the size may
-    decide something, another trace and comparison; two more where a network holds
-    attributes as timm's and torchvision's do.
+    decide something, another trace and comparison; two more where a network holds attributes as timm's and
+    torchvision's do.
     """
     check_model(model)
     if constants not in ("zero", "keep"):

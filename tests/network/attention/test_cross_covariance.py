@@ -1,4 +1,4 @@
-"""Attention that weighs channels by channels of its head, class tokens, and attention of a single head."""
+"""Attention that weighs channels by channels of its head, and attention of a single head."""
 
 from __future__ import annotations
 
@@ -41,39 +41,18 @@ class Crossing(nn.Module):
         return self.proj(found.permute(0, 3, 1, 2).reshape(samples, places, width))
 
 
-class Reading(nn.Module):
-    """A token reads the places, with layers that no name tells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = HEADS
-        self.ask, self.match, self.give, self.mixed = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], self.count, -1).transpose(1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.heads(self.ask(x[:, :1])), self.heads(self.match(x)), self.heads(self.give(x))
-        return self.mixed(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class Around(nn.Module):
-    """A stream of channels with a class token, to which attention and a feed-forward part add something."""
+    """A stream of channels to which attention and a feed-forward part add something."""
 
-    def __init__(self, attention: nn.Module, width: int = WIDTH, *, with_token: bool = False) -> None:
+    def __init__(self, attention: nn.Module, width: int = WIDTH) -> None:
         super().__init__()
         self.enter, self.norm, self.attention = nn.Linear(5, width), nn.LayerNorm(width), attention
         self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.leave = nn.Linear(width, 3)
-        self.token = nn.Parameter(torch.randn(1, 1, width)) if with_token else None
-        self.reading = Reading() if with_token else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
         x = x + self.attention(self.norm(x))
-        if self.reading is not None:
-            x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), 1)
-            x = torch.cat((x[:, :1] + self.reading(x), x[:, 1:]), 1)
         x = x + self.narrow(functional.gelu(self.wide(x)))
         return self.leave(x[:, 0])
 
@@ -89,8 +68,8 @@ def pruned(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, str]]:
     return dense, masked, {name: why for name, why in groups.skipped.items() if name != "leave"}
 
 
-def made(attention: nn.Module, **knobs: bool) -> nn.Module:
-    return Around(attention, attention.proj.out_features, **knobs).double().eval()
+def made(attention: nn.Module) -> nn.Module:
+    return Around(attention, attention.proj.out_features).double().eval()
 
 
 @pytest.mark.parametrize("width", [WIDTH, HEADS**2])  # with as many heads as channels in each, too
@@ -106,19 +85,6 @@ def test_heads_that_weigh_channels_go_as_a_whole_and_the_stream_by_itself(kind: 
     assert (attention.qkv.in_features, attention.qkv.out_features) == (width // 2, 3 * width // 2)
     assert (attention.proj.in_features, attention.proj.out_features) == (width // 2, width // 2)
     assert dense.wide.out_features == width
-
-
-def test_a_class_token_keeps_its_place_beside_heads_that_a_view_counts() -> None:
-    torch.manual_seed(0)
-    model = made(Crossing("of the width"), with_token=True)
-    dense, _, skipped = pruned(model)
-    assert skipped == {}
-    assert (dense.token.shape[-1], dense.enter.out_features, dense.reading.count) == (
-        WIDTH // 2,
-        WIDTH // 2,
-        HEADS // 2,
-    )
-    assert dense.reading.give.out_features == WIDTH // 2
 
 
 class Single(nn.Module):

@@ -15,7 +15,6 @@ from speedup_nets import (
     chain,
     filter_mask,
     l1_masks,
-    lively,
     masks_of,
     parameters,
     prune_half,
@@ -27,7 +26,6 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.speedup import masked_model, to_dense
-from nni_topo.zoo import create_model
 
 
 def images(channels=3, size=8, batch=2):
@@ -67,25 +65,6 @@ def test_dense_equals_masked(net):
 
 
 # lenet5 keeps its linear layers, of which only the first reads fewer inputs: 36.0 k of 62.0 k parameters stay
-
-
-@pytest.mark.parametrize(
-    ("name", "share"),
-    [
-        ("resnet18", 0.27),
-        pytest.param("mobilenet_v2", 0.36, marks=pytest.mark.slow),
-        pytest.param("densenet121", 0.30, marks=pytest.mark.slow),
-        pytest.param("resnet50", 0.28, marks=pytest.mark.slow),
-        pytest.param("efficientnet_b0", 0.34, marks=pytest.mark.slow),
-        pytest.param("googlenet", 0.65, marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.slow
-def test_torchvision_models(name, share):
-    model = lively(create_model(f"torchvision/{name}", num_classes=10, in_channels=3, image_size=64, seed=0))
-    masks, dense = prune_half(model, images(3, 64, batch=1))
-    same_output(dense, masked_model(model, images(3, 64), masks), images(3, 64))
-    assert parameters(dense) < share * parameters(model)
 
 
 def test_nnis_masked_model_differs_where_a_batch_norm_follows_and_masked_model_does_not():

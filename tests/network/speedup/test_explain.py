@@ -265,18 +265,3 @@ def test_a_router_picks_places_by_its_values():
     assert skipped.keys() == {"router", "head"}
     (reason,) = explain(_Routed(1).eval(), words, "router").reasons
     assert str(reason) == "the result of an operation depends on removed channels (topk)"
-
-
-def test_a_second_name_of_a_layer_is_told_as_one():
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-            self.outer = self.inner[0]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x)
-
-    found = explain(Twice(), torch.rand(2, 4), "outer")
-    assert [str(reason) for reason in found.reasons] == ["it is inner.0 under another name, and loses what that loses"]
-    assert explain(Twice(), torch.rand(2, 4), "inner.0").kept == 0

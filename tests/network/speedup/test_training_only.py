@@ -81,13 +81,6 @@ class Attending(Exit):
         return scores
 
 
-class Needless(Exit):
-    """A layer that no mode reaches."""
-
-    def forward(self, x):
-        return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)))
-
-
 def half(model, *names):
     """Masks that keep every second channel."""
     masks = {}
@@ -126,13 +119,6 @@ def test_layers_that_training_alone_reads_stay_whole_and_the_dense_network_train
     if kind is not Deep:  # of its dropout other numbers are drawn
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_nothing_is_said_of_a_layer_that_no_mode_reaches(caplog):
-    model = Needless().eval()
-    dense = nni_topo.to_dense(model, IMAGES, half(model, "a"))
-    assert dense.report.notes == ()
-    assert not caplog.records
 
 
 @pytest.mark.slow
