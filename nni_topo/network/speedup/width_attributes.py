@@ -155,8 +155,9 @@ def _claims(name: str, module: nn.Module) -> Iterator[Claim]:
     if hasattr(module, "forward_features"):
         for width in ("num_features", "embed_dim"):
             yield (name, width, ()), Described(name, "features")
+        holder: Any = module
         try:
-            classifier: Any = module.get_classifier()
+            classifier = holder.get_classifier()
         except Exception:  # a method of the user's, if there is one
             classifier = None
         for inner, each in module.named_modules():
