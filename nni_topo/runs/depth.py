@@ -42,7 +42,7 @@ from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prunable import layers_to_prune
-from nni_topo.runs.widths import fewest_channels, inner_layers_of, least_share
+from nni_topo.runs.widths import fewest_channels, inner_layers_of
 
 if TYPE_CHECKING:
     from nni_topo.runs.prepared import Prepared
@@ -583,10 +583,10 @@ class Depth:
     def overhead(self) -> float:
         """The share of the time that stays if each layer has as few channels as possible."""
         whole = self.whole
-        entries = whole.prunable.entries
+        kept = fewest_channels(whole.counted, whole.prunable.entries, whole.round_to)
         if whole.budget.latency_table is not None:
-            return least_share(whole.counted, whole.budget, entries, whole.round_to)
-        masks = fewest_channels(whole.counted, entries, whole.round_to)
+            return whole.planned_left(kept)
+        masks = NetworkCost(whole.counted).masks(kept)
         thin = dense_of(whole.model, whole.images.example, masks, check=False, facts=whole.analysis.facts)
         return whole.share_left(replace(whole.start, dense=thin))
 

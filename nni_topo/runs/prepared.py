@@ -16,7 +16,7 @@ from nni_topo.context import in_context
 from nni_topo.errors import ConfigError, GradientError, listed
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.attention.config import is_pretrained
-from nni_topo.network.cost.cost import cost_of
+from nni_topo.network.cost.cost import Kept, cost_of
 from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.cost.measure import counted_run, time_shares, timed_pair
 from nni_topo.network.io.checkpoint import why_undescribed
@@ -350,10 +350,15 @@ class Prepared:
             whole, dense = as_run_by(self.budget.runtime, [self.model, made.dense], self.example)
             ((share, _),) = time_shares([dense], whole, self.example, self.budget.share)
             return share
-        cost = network_cost("latency", self.counted, table)
         known = {row.name: row for row in made.layers.rows if row.name in table.layers}
         widths = {name: np.arange(row.before) < row.after for name, row in known.items()}
-        return float(cost(widths) / cost({}))
+        return self.planned_left(widths)
+
+    def planned_left(self, kept: Kept) -> float:
+        """Return the share of the cost that a choice of channels leaves; that of time by the table."""
+        table: Any = self.budget.latency_table
+        cost = network_cost(self.budget.kind, self.counted, table)
+        return float(cost(kept) / cost({}))
 
     @cached_property
     def _cost(self) -> int:

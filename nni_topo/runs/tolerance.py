@@ -34,7 +34,7 @@ from nni_topo.recovery.outputs import Outputs
 from nni_topo.runs.measurements import UNPRUNED, evaluated
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.settings import Settings
-from nni_topo.runs.widths import least_share
+from nni_topo.runs.widths import fewest_channels
 
 if TYPE_CHECKING:
     from nni_topo.runs.prepared import Prepared
@@ -260,7 +260,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
     if measure == "evaluate":
         decides, parts = settings.evaluate, []
     judge = Judge(steps.model, measured.answers, parts, tolerance, measure, decides)
-    floor = least_share(steps.counted, steps.budget, steps.prunable.entries, steps.round_to)
+    floor = steps.planned_left(fewest_channels(steps.counted, steps.prunable.entries, steps.round_to))
     if floor * _NEAR >= 1.0:
         raise ConfigError(
             f"a network must have channels to remove, got one whose fewest channels keep {floor:.4g} of its {kind} "

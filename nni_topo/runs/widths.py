@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels import reasons
-from nni_topo.network.cost.cost import NetworkCost
+from nni_topo.network.cost.cost import Kept
 from nni_topo.network.layers.kinds import RECURRENT, is_transposed_linear
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense_report import DenseReport
@@ -82,24 +82,10 @@ def layer_ratios(model: nn.Module, example_inputs: Any, target: Target) -> dict[
     return ratios
 
 
-def least_share(
-    analysis: Analysis, budget: Budget, entries: Sequence[Mapping[str, Any]], round_to: int | None = None
-) -> float:
-    """Return the share of a cost that the fewest channels of each layer leave, within the bounds of the entries."""
+def fewest_channels(analysis: Analysis, entries: Sequence[Mapping[str, Any]], round_to: int | None = None) -> Kept:
+    """Return which channels stay if each layer keeps as few as the bounds of the entries allow: the first ones."""
     units = _units(analysis, _grouped(analysis, entries))
-    rounded = Planner(round_to=round_to).rounded
-    table: Any = budget.latency_table  # a file is read when the budget is made
-    left = share_left(units, network_cost(budget.kind, analysis, table), rounded)
-    return left([unit.removable_rows[1] for unit in units])
-
-
-def fewest_channels(
-    analysis: Analysis, entries: Sequence[Mapping[str, Any]], round_to: int | None = None
-) -> dict[str, dict[str, Tensor]]:
-    """Return masks that leave each layer as few channels as the bounds of the entries allow."""
-    units = _units(analysis, _grouped(analysis, entries))
-    kept = kept_if(units, Planner(round_to=round_to).rounded)([unit.removable_rows[1] for unit in units])
-    return NetworkCost(analysis).masks(kept)
+    return kept_if(units, Planner(round_to=round_to).rounded)([unit.removable_rows[1] for unit in units])
 
 
 def proposed_ratios(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -172,26 +168,3 @@ def test_an_output_folder_is_new_or_empty_and_takes_one_run_at_a_time(tmp_path):
     with module.empty_folder(tmp_path / "empty"):
         pass
     assert not list((tmp_path / "empty").iterdir())
-
-
-TWO = """
-import sys
-from nni_topo.cli import main
-sys.exit(main(["shrink", "--model", "small_cnn", "--data", "digits", "--limit", "200",
-               "--images", "64", "--distill-seconds", "1", "--out", sys.argv[1]]))
-"""
-
-
-@pytest.mark.slow
-def test_of_two_runs_into_one_folder_one_is_refused_at_once(tmp_path):
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", TWO, str(tmp_path / "out")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    said = {process.wait(): process.stdout.read() for process in started}
-    assert sorted(said) == [0, 2], said
-    assert re.search(r"one\s+run\s+at\s+a\s+time|new\s+or\s+empty", said[2])
-    assert "dense model" in said[0]

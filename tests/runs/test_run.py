@@ -235,17 +235,6 @@ def test_retraining_takes_a_seed_and_keeps_zeros():
     assert not torch.equal(found[0], start.net.features.conv2.weight)
 
 
-def test_a_network_has_the_width_and_the_seed_that_are_asked_for():
-    data = zoo.load_data("digits", limit=10)
-    net, again, other = (execute.build_model(ModelChoice("small_cnn"), data, seed) for seed in (3, 3, 4))
-    assert torch.equal(net.features.conv1.weight, again.features.conv1.weight)
-    assert not torch.equal(net.features.conv1.weight, other.features.conv1.weight)
-    one, half = (execute.build_model(ModelChoice("resnet20", width), data, 3) for width in (1.0, 0.5))
-    assert [2 * width for width in execute.layer_widths(half).values()][:-1] == [*execute.layer_widths(one).values()][
-        :-1
-    ]
-
-
 def test_a_checkpoint_comes_before_the_folder_and_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "train", None)
     own = small_start().net
