@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,18 +37,6 @@ from nni_topo.studies.baselines import baseline_masks, is_baseline
 from nni_topo.studies.plan import SCRATCH
 
 _RECALIBRATION_IMAGES = 1024
-
-
-class Trained(Protocol):
-    """A job that starts from a trained network, which the output folder holds under its key."""
-
-    @property
-    def key(self) -> str:
-        """Key of the job's record; jobs with equal settings have equal keys."""
-
-    @property
-    def training_key(self) -> str:
-        """Key of the trained network; jobs with the same key share it."""
 
 
 @one_call()
@@ -140,13 +128,13 @@ def _counted(cpu: dict[str, float], step: str) -> Iterator[None]:
 
 def start_of(cell: Cell, out: Path) -> Start:
     """Return a cell's trained network; all cells of a model, data set, recipe and seed share it."""
-    folder = checkpoint(cell, out).parent
+    folder = checkpoint(cell.training_key, out).parent
     return trained(cell.model, cell.data, recipe=cell.train, folder=folder, seed=cell.seed, device=cell.device)
 
 
-def checkpoint(cell: Trained, out: Path) -> Path:
-    """Return the file of a cell's trained network."""
-    return out / "checkpoints" / f"{cell.training_key}.pt"
+def checkpoint(training_key: str, out: Path) -> Path:
+    """Return the file of a trained network."""
+    return out / "checkpoints" / f"{training_key}.pt"
 
 
 def cell_facts(cell: Cell) -> Record:
@@ -167,7 +155,7 @@ def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
     path = out / "ratios.json"
     # The ratios depend on the architecture only: all seeds and pruners share them.
     key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
-    with only_process(checkpoint(cell, out).parent):  # the comparison already locks the folder itself
+    with only_process(checkpoint(cell.training_key, out).parent):  # the comparison already locks the folder itself
         known = read_json(path) or {}
         if key not in known:
             example = start.timed if cell.target.kind == "latency" else start.example

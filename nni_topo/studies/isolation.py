@@ -11,19 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 
 from nni_topo.errors import NniTopoError
 from nni_topo.runs.provenance import Record
-from nni_topo.studies.cells import Trained, checkpoint
+from nni_topo.studies.cells import checkpoint
 from nni_topo.studies.records import append_record
 
 # Never a plain fork: the child would inherit locks of PyTorch's threads. The fork server imports the pipeline once.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _POLL_SECONDS = 1.0  # how often to check whether a network that other jobs wait for is trained
-Job = TypeVar("Job", bound=Trained)
+Job = Any  # with a `key` of its record and a `training_key` of its network: equal settings, equal keys
 
 
 def run_missing(
@@ -99,7 +99,7 @@ def _next(waiting: Mapping[int, Job], running: list[Job], out: Path) -> int | No
     """Return the number of the first waiting job whose network is trained, or isn't being trained by a running job."""
     training = {job.training_key for job in running}
     for number, job in waiting.items():
-        if job.training_key not in training or checkpoint(job, out).exists():
+        if job.training_key not in training or checkpoint(job.training_key, out).exists():
             return number
     return None
 

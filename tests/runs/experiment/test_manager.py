@@ -23,7 +23,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.experiment import manager
 from nni_topo.runs.experiment.manager import free_port, load_experiment, start_experiment
 from nni_topo.runs.experiment.results import export_trial
-from nni_topo.runs.experiment.trials import ManagerError, TrialRecord, best_trial
+from nni_topo.runs.experiment.trials import ManagerError, TrialRecord
 
 CONFIG = """
 searchSpace:
@@ -248,13 +248,6 @@ def test_a_port_in_use_is_a_clear_error(home, capsys, monkeypatch):
         start_experiment(load_experiment(config), 70000)
 
 
-def test_a_free_port_and_the_next_one_are_free():
-    found = free_port()
-    with socket.socket() as one, socket.socket() as next_one:
-        one.bind(("127.0.0.1", found))
-        next_one.bind(("127.0.0.1", found + 1))
-
-
 REMOTE = """
 trainingService:
   platform: remote
@@ -315,21 +308,9 @@ def test_requests_that_make_no_sense_are_clear_errors(home, capsys, monkeypatch)
         assert message in " ".join(capsys.readouterr().err.split())
 
 
-def record(status: str, score: float | None, folder: str = "") -> TrialRecord:
-    return TrialRecord("abc", 0, status, {"pruner": "l1"}, {} if score is None else {"default": score}, folder)
-
-
-def test_the_best_trial_is_one_that_succeeded():
-    trials = [record("EARLY_STOPPED", 0.9), record("SUCCEEDED", 0.5), record("SUCCEEDED", 0.7), record("FAILED", None)]
-    assert best_trial(trials).score == 0.7
-    assert best_trial(trials, mode="minimize").score == 0.5
-    with pytest.raises(DataError, match="must have a trial that succeeded, got FAILED"):
-        best_trial(trials[3:])
-
-
 @pytest.mark.slow
 def test_a_trial_without_files_here_is_run_again(nets, tmp_path):
-    away = record("SUCCEEDED", 0.7, "/on/another/machine")
+    away = TrialRecord("abc", 0, "SUCCEEDED", {"pruner": "l1"}, {"default": 0.7}, "/on/another/machine")
     with pytest.raises(DataError, match="must be on this machine, or run again here"):
         export_trial(away, tmp_path / "none")
     command = f"python -m nni_topo.runs.trial --limit 300 --train-epochs 4 --cache {nets}"
