@@ -146,7 +146,7 @@ def _layers_of_heads(model: Any) -> list[str]:
         allowed = accepted.get(next(iter(attention.channels)), range(1, attention.heads))
         shares.add(max((count for count in allowed if count < attention.heads), default=0) / attention.heads)
     changed = copy.deepcopy(model.config)
-    if len(shares) != 1 or not all(shares) or not _put_heads(changed, model, found, share := shares.pop()):
+    if len(shares) != 1 or not all(shares) or not put_heads(changed, model, found, share := shares.pop()):
         return []
     (shapes, modules), (others, _) = _tried(model, model.config), _tried(model, changed)
     if others.keys() != shapes.keys():
@@ -165,7 +165,7 @@ def _layers_of_heads(model: Any) -> list[str]:
     return sorted(of_heads) if fewer == of_heads else []
 
 
-def _put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share: float) -> bool:
+def put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share: float) -> bool:
     """Let a config have a share of the heads, each as large as before; say whether it can say how large they are.
 
     ``before``: the attention of the unpruned network, whose names are those of ``model``.
@@ -206,14 +206,18 @@ def tell_config(model: Any, original: nn.Module, call: Call) -> None:
     # Heads of queries: of two sets that share keys and values, one may be left, whose heads then all share them.
     shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
     if len(shares) == 1:
-        _put_heads(config, model, {name: before[name] for name in found}, shares.pop())
-    unpruned: Any = original.config
-    for setting, layers in widths_by_setting(original).items():
-        value = _settings(unpruned)[setting]
-        left = {value * (output_channels(model.get_submodule(name)) or 0) / width for name, width in layers.items()}
-        if len(left) == 1 and (one := left.pop()).is_integer():
-            _put(config, setting, int(one))
+        put_heads(config, model, {name: before[name] for name in found}, shares.pop())
+    put_widths(config, original, {name: output_channels(module) or 0 for name, module in model.named_modules()})
     _tell_width(model, original, found, before, call)
+
+
+def put_widths(config: Any, original: Any, left: dict[str, int]) -> None:
+    """Put the widths that all layers of a setting have into a config; ``left``: output channels of some layers."""
+    for setting, layers in widths_by_setting(original).items():
+        value = _settings(original.config)[setting]
+        found = {value * left[name] / width for name, width in layers.items() if name in left}
+        if len(found) == 1 and (one := found.pop()).is_integer():
+            _put(config, setting, int(one))
 
 
 def _tell_width(

@@ -24,10 +24,9 @@ _MOST_EXTRAS = 6  # that `BlockNet.forward` takes
 class BlockNet(nn.Module):
     """A block whose inputs are the arguments that differ between batches; it holds the others."""
 
-    def __init__(self, block: nn.Module, config: Any, frame: Frame, *, reads_unpruned: bool = False) -> None:
+    def __init__(self, block: nn.Module, frame: Frame, *, reads_unpruned: bool = False) -> None:
         super().__init__()
         self.block = block
-        self.config = config  # the model's, which gets the pruned widths
         self.frame = frame  # the block's other arguments
         self.reads_unpruned = reads_unpruned  # whether it takes the states after the unpruned blocks
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from nni_topo.disk import check_free_disk, disk_errors, only_process, path_of, read_json, write_text
 from nni_topo.errors import ConfigError, DataError, listed, raised
+from nni_topo.network.attention.config import put_heads, put_widths
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.measure import count_params, counting_macs
 from nni_topo.network.io.card import CARD, may_write_card, model_card
-from nni_topo.network.layers.kinds import with_transposed_weights
+from nni_topo.network.layers.kinds import output_channels, with_transposed_weights
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
 from nni_topo.network.runtime.inputs import (
@@ -356,9 +357,9 @@ class _Run:
         frame, others = entering(skeleton, self._calls, index, adds_padding=self._is_padded)
         states = self._journal.states(len(self._calls))
         batches = [{**own, **other} for own, other in zip(states, others, strict=True)]
-        block, config = skeleton.block(index), copy.deepcopy(skeleton.config)
-        unpruned: BlockNet = evaluating(BlockNet(block, config, frame, reads_unpruned=True))
-        entered: BlockNet = evaluating(BlockNet(block, config, frame))
+        block = skeleton.block(index)
+        unpruned: BlockNet = evaluating(BlockNet(block, frame, reads_unpruned=True))
+        entered: BlockNet = evaluating(BlockNet(block, frame))
         calibration = self._data(batches)
         if index:
             calibration.instead = {STATES: UNPRUNED}
@@ -449,17 +450,21 @@ class _Run:
 
     def _described(self, unpruned: BlockNet, dense: Any, tensors: Mapping[str, Tensor]) -> Any:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
-        config, skeleton = copy.deepcopy(dense.config), self._skeleton
-        kind = type(skeleton.model)
+        skeleton = self._skeleton
+        config, kind, first = copy.deepcopy(skeleton.config), type(skeleton.model), skeleton.name_of(0)
+        before, after = find_attention(unpruned.block), find_attention(dense.block)
+        shares = {each.query_heads / before[name].query_heads for name, each in after.items()}
+        if len(shares) == 1:
+            put_heads(config, dense.block, {name: before[name] for name in after}, shares.pop())
+        modules = dense.block.named_modules()
+        put_widths(config, skeleton.model, {f"{first}.{name}": output_channels(each) or 0 for name, each in modules})
         # Transformers 4 needs the removed heads of BERT and similar models in the config.
         heads = copy.deepcopy(config)
-        before, after = find_attention(unpruned.block), find_attention(dense.block)
         removed = {each.heads - after[name].heads for name, each in before.items()}
         if len(removed) == 1:
             count = removed.pop()
             heads.pruned_heads = {index: list(range(count)) for index in range(len(skeleton))}
         wanted = {name: tuple(value.shape) for name, value in tensors.items()}
-        first = f"{skeleton.name_of(0)}."
         different = ""
         for candidate in (config, heads):
             try:
@@ -470,7 +475,7 @@ class _Run:
             except Exception as error:  # constructors raise any error for sizes that they refuse
                 different = different or " ".join(str(error).split())
                 continue
-            shapes = {name.removeprefix(first): tuple(value.shape) for name, value in built.items() if first in name}
+            shapes = {name.removeprefix(f"{first}."): tuple(value.shape) for name, value in built.items()}
             wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape]
             if not wrong:
                 return candidate

@@ -144,7 +144,7 @@ def test_a_block_reads_pruned_or_unpruned_states():
     mask = given[0][1]["attention_mask"][..., None]
     for reads_unpruned, wanted in ((None, states), (False, states), (True, other)):
         knobs = {} if reads_unpruned is None else {"reads_unpruned": reads_unpruned}
-        net = BlockNet(Block(), None, frame, **knobs)
+        net = BlockNet(Block(), frame, **knobs)
         reached = net(hidden_states=states, unpruned_states=other, **batches[0])
         assert torch.equal(reached, wanted * mask)
 
