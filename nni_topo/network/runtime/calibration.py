@@ -238,6 +238,10 @@ class Calibration(Sequence[Any]):
     @property
     def _known_counts(self) -> tuple[int, ...]:
         """The number of samples of each process; exchanged once, so all processes have to ask."""
+        if self._labels is not None and len(self._labels) != self.samples:
+            raise DataError(
+                f"groups must have one entry for each of {self.samples} samples, got {len(self._labels)} (groups)"
+            )
         if self.processes is None:
             return (self.samples,)
         if self._counts is None:
@@ -247,7 +251,6 @@ class Calibration(Sequence[Any]):
             if len(set(with_groups)) > 1:
                 raise ConfigError(f"groups must be given in all processes or in none, got {with_groups} (groups)")
             if self._labels is not None:
-                self._check_groups()
                 # A group may have samples in several processes.
                 everywhere = _ranks([label for _, labels in found for label in labels])
                 self._groups = everywhere[self._first : self._first + self.samples]
@@ -340,7 +343,7 @@ class Calibration(Sequence[Any]):
                 parts[part].append((index, None))
             first += size
         if self.processes is not None:
-            counts = [sum(_chosen_of(self.sizes, row) for row in rows) for rows in parts]
+            counts = [sum(len(chosen) for _, chosen in rows if chosen is not None) for rows in parts]
             # All processes get to know, and raise alike.
             for part_everywhere in zip(*self.processes.gather(counts, f"the parts of {self.name}"), strict=True):
                 if any(part_everywhere) and not all(part_everywhere):
@@ -357,16 +360,8 @@ class Calibration(Sequence[Any]):
     @property
     def groups(self) -> Tensor | None:
         """By sample the number of its group, int64 (samples,); None if each sample is a group of its own."""
-        self._check_groups()
         _ = self._known_counts  # numbers are those of all processes
         return self._groups
-
-    def _check_groups(self) -> None:
-        samples = self.samples
-        if self._labels is not None and len(self._labels) != samples:
-            raise DataError(
-                f"groups must have one entry for each of {samples} samples, got {len(self._labels)} (groups)"
-            )
 
     def chosen(self, samples: Tensor) -> Calibration:
         """Return some samples, by their indices, int64 (count,), in this order, in batches as large as the largest.
@@ -418,7 +413,7 @@ class Calibration(Sequence[Any]):
             return batches[index] if chosen is None else taken(batches[index], chosen)
 
         subset._kept = _Views(len(rows), some)
-        subset._sizes = tuple(_chosen_of(self._sizes, row) for row in rows)
+        subset._sizes = tuple(self._sizes[index] if chosen is None else len(chosen) for index, chosen in rows)
         return subset
 
     @property
@@ -569,12 +564,6 @@ def nbytes_of(tree: Any) -> int:
 
 _Rows = list[tuple[int, Tensor | None]]
 """Indices of batches, each with the indices of the selected samples; None selects all samples."""
-
-
-def _chosen_of(sizes: Sequence[int], row: tuple[int, Tensor | None]) -> int:
-    """Return how many samples of a batch are chosen."""
-    index, chosen = row
-    return sizes[index] if chosen is None else len(chosen)
 
 
 class _Views(Sequence[Any]):
