@@ -67,7 +67,7 @@ class Calibration(Sequence[Any]):
     groups : sequence of int or str, optional
         For each sample what it was taken from, such as the photo of a crop or the speaker of a recording, in the order
         of the samples. Samples of one group aren't independent, so a group is held out as a whole. By default each
-        sample is a group of its own.
+        sample is a group of its own. Batches that hold lists of samples, as those of detectors do, can't have groups.
     hold_out : bool, default=True
         Whether :func:`nni_topo.compensate` and :func:`nni_topo.remove_blocks` leave out every eighth sample, or every
         eighth group, on which :func:`nni_topo.distill` then judges. Of what :meth:`split` returns they use all.

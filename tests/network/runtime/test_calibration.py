@@ -237,6 +237,9 @@ def test_groups_that_are_none_are_refused(batches):
             Calibration(batches, groups=groups)
     with pytest.raises(DataError, match="groups must have one entry for each of 120 samples, got 119"):
         Calibration(batches, groups=[0] * 119).split()
+    lists = [([[image, image]],) for image in torch.zeros(9, 3, 4, 4)]
+    with pytest.raises(ConfigError, match="whose samples have groups, must be tensors of samples, got lists"):
+        Calibration(lists, groups=[0] * 18).split()
 
 
 def test_the_ridge_is_chosen_on_groups_that_were_not_seen(model):
