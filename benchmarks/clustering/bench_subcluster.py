@@ -26,6 +26,7 @@ from nni_topo import zoo
 from nni_topo.analysis import draw_splits
 from nni_topo.maths.clustering import GRAPHS
 from nni_topo.maths.clustering.subclustering import STATISTICS, Growth, initial_clusters
+from nni_topo.pruners.subcluster import of_layer
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, layer_widths, load_model_data
 from nni_topo.runs.widths import inner_layers
@@ -362,7 +363,7 @@ def grown_layers(bench: Bench, name: str, seed: int) -> dict[str, GrownLayer]:
             ((lead, _),), (part,) = unit.members, clouds[unit.name]
             cloud = part.living()
             initial = min(len(cloud.names), initial_clusters(net.initial[lead], unit.rows))
-            found[lead] = GrownLayer(cloud.points, cloud.covariance, initial, metric.energy(unit), seed)
+            found[lead] = GrownLayer(cloud.points, cloud.covariance, initial, of_layer(metric.energy, unit, 0.5), seed)
         return clusters(clouds, context)
 
     clusters, metric.cluster = metric.cluster, note
