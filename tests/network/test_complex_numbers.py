@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import nni_topo
-from nni_topo.errors import SpeedupError
 from nni_topo.network.runtime.inputs import call_in_precision
-from nni_topo.network.runtime.weights import in_double, to_precision
-from nni_topo.network.speedup.equivalence import check_equal
+from nni_topo.network.runtime.weights import to_precision
 from nni_topo.speedup import masked_model
 
 COMPLEX = torch.complex64
@@ -133,23 +130,3 @@ def test_networks_with_complex_weights_are_shrunk(kind):
 def test_what_to_change_about_complex_weights_is_said():
     model, inputs = network("linear")
     assert "real and imaginary parts in layers of their own" in str(nni_topo.explain(model, inputs, "first"))
-
-
-def test_a_dense_model_with_other_complex_weights_is_not_equal():
-    model, inputs = network("free")
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        other.inner[0, 0] += 0.5j
-    check_equal(model, copy.deepcopy(model), ((inputs,), {}), {}, 1e-6)
-    with pytest.raises(SpeedupError, match="must compute what the masked one does"):
-        check_equal(model, other, ((inputs,), {}), {}, 1e-6)
-
-
-def test_double_precision_is_that_of_complex_numbers_too(caplog):
-    model, inputs = network("free")
-    with caplog.at_level(logging.WARNING):
-        double = in_double(model)
-        assert double.inner.dtype == torch.complex128
-        assert double(inputs.double()).dtype == torch.float64
-    assert model.inner.dtype == COMPLEX
-    assert to_precision(double, torch.float32).inner.dtype == COMPLEX

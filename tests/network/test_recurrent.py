@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
@@ -53,7 +52,7 @@ SHAPES = [{}, {"num_layers": 2, "bidirectional": True}, {"num_layers": 2, "bias"
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(4)
 def test_units_go_with_all_of_their_gates(kind, pruner, knobs):
     model, rows = Net(kind, **knobs).eval(), torch.randn(5, 7, 4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -75,9 +74,8 @@ def test_units_go_with_all_of_their_gates(kind, pruner, knobs):
     assert [dense.body.input_size, dense.body.hidden_size] == [3, 5]
     assert dense.head.in_features == (10 if knobs.get("bidirectional") else 5)
     made = kind(3, 5, **knobs)
-    assert {name: each.shape for name, each in dense.body.named_parameters()} == {
-        name: each.shape for name, each in made.named_parameters()
-    }
+    shapes = [{name: each.shape for name, each in body.named_parameters()} for body in (dense.body, made)]
+    assert shapes[0] == shapes[1]
     # The wrapped model has no norm whose shift would survive, so it computes the same.
     assert torch.allclose(dense(rows), wrapped, atol=1e-6)
     with torch.no_grad():
@@ -87,9 +85,8 @@ def test_units_go_with_all_of_their_gates(kind, pruner, knobs):
     assert torch.allclose(dense(rows), model(rows), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_units_are_scored_by_all_gates_and_both_weights(kind):
-    model, rows = Net(kind, batch_first=True).eval(), torch.randn(5, 7, 4)
+def test_units_are_scored_by_all_gates_and_both_weights():
+    model, rows = Net(nn.GRU, batch_first=True).eval(), torch.randn(5, 7, 4)
     with torch.no_grad():
         for name in ("weight_ih_l0", "weight_hh_l0"):
             getattr(model.body, name).fill_(1.0)
@@ -140,9 +137,8 @@ def test_cost_file_and_layers_behind_know_of_fewer_units(tmp_path):
     assert torch.equal(nni_topo.load(tmp_path / "dense.pt", model)(rows), dense(rows))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_masked_layer_trains_and_its_units_stay_silent(kind):
-    model, rows = Net(kind, batch_first=True), torch.randn(5, 7, 4)
+def test_a_masked_layer_trains_and_its_units_stay_silent():
+    model, rows = Net(nn.LSTM, batch_first=True), torch.randn(5, 7, 4)
     pruner = L1NormPruner(model, nni_topo.dependency_groups(model, rows, ASKED))
     _, masks = pruner.compress()
     before, optimizer = model(rows).detach(), torch.optim.SGD(model.parameters(), lr=1.0)
@@ -158,23 +154,6 @@ def test_a_recurrent_layer_with_a_projection_cant_be_named():
     model = Net(nn.LSTM, proj_size=5)
     with pytest.raises(ConfigError, match=r"without a projection.*\(body\)"):
         nni_topo.RandomPruner(model, [{"op_names": ["body"], "sparse_ratio": 0.5}])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.quick_every(3)
-def test_costs_of_levels_and_directions_are_those_of_the_dense_layer(kind, shape):
-    model, rows = Net(kind, batch_first=True, **shape).eval(), torch.randn(2, 7, 4)
-    units = np.arange(10) < 4
-    masks = {"body": {name: torch.from_numpy(np.resize(units, len(each))).float().view(-1, *[1] * (each.dim() - 1))
-                      for name, each in model.body.named_parameters()}}  # fmt: skip
-    dense = nni_topo.to_dense(model, rows, masks)
-    found = NetworkCost.on(model, rows)({"body": units})
-    assert dense.body.hidden_size == 4
-    assert found.params == sum(parameter.numel() for parameter in dense.parameters())
-    # One product for each weight of the dense layer, at each of 7 rows; 4 x 6 and the head's as well.
-    products = sum(each.numel() for name, each in dense.body.named_parameters() if name.startswith("weight"))
-    assert found.macs == 7 * (24 + products + 3 * dense.head.in_features)
 
 
 class Packed(nn.Module):
@@ -202,7 +181,7 @@ class Packed(nn.Module):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("how", ["state", "rows"])
-@pytest.mark.quick_every(5)
+@pytest.mark.quick_every(9)
 def test_layers_around_packed_rows_lose_channels_and_the_recurrent_layer_keeps_its_units(kind, shape, how):
     torch.manual_seed(0)
     model = Packed(kind, how, **shape).eval()
