@@ -28,11 +28,18 @@ CALIBRATED = "topological, calibration"
 COLUMNS = [OWN[0], CALIBRATED, *OWN[1:]]
 SEEDS = (0, 1)
 BOTH = {"op_names": ["first", "second"]}
-HALF = {**BOTH, "sparse_ratio": 0.5}
-QUARTER = {**BOTH, "sparse_ratio": 0.25}
-BLOCK_OF_TWO = {"granularity": [2, -1, -1, -1]}
 WEIGHT = ["weight"]
 Entries = list[dict[str, Any]]
+
+
+def both(ratio: float = 0.5, **keys: Any) -> Entries:
+    """Return a config_list of one entry, for both convolutions."""
+    return [{**BOTH, "sparse_ratio": ratio, **keys}]
+
+
+def convolutions(**keys: Any) -> Entries:
+    """Return a config_list of one entry, for layers by their type."""
+    return [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, **keys}]
 
 
 def one_limited(ratio: float, key: str, limit: float) -> Entries:
@@ -41,109 +48,63 @@ def one_limited(ratio: float, key: str, limit: float) -> Entries:
     return [{"op_names": ["first"], **group, key: limit}, {"op_names": ["second"], **group}]
 
 
-# The key as the page names it, config_lists that use it, and what is compared with NNI's pruner: the number of kept
-# elements of every target, their total (where layers are ranked together), which layers get masks, or nothing where
-# scores have another unit.
-CASES: dict[str, tuple[list[Entries], str]] = {
-    "`op_names`": ([[HALF]], "layers"),
-    "`op_types`": ([[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]], "layers"),
-    "`op_types` beside `op_names`": (
-        [[{"op_types": ["Conv2d"], "op_names": ["first", "third"], "sparse_ratio": 0.5}]],
-        "layers",
-    ),
-    "`op_names_re`": ([[{"op_names_re": ["fi.*", "sec"], "sparse_ratio": 0.5}]], "layers"),
-    "`exclude_op_names`": (
-        [[{"op_types": ["Conv2d"], "exclude_op_names": ["second"], "sparse_ratio": 0.5}]],
-        "layers",
-    ),
-    "`exclude_op_types`": (
-        [[{"op_names": ["first", "third"], "exclude_op_types": ["Linear"], "sparse_ratio": 0.5}]],
-        "layers",
-    ),
-    "`exclude_op_names_re`": (
-        [[{"op_types": ["Conv2d"], "exclude_op_names_re": ["sec.*"], "sparse_ratio": 0.5}]],
-        "layers",
-    ),
-    "`sparse_ratio`": ([[{**BOTH, "sparse_ratio": ratio}] for ratio in (0.25, 0.4, 0.5, 0.75)], "targets"),
-    "`sparse_threshold`": ([[{**BOTH, "sparse_threshold": 0.4}]], "nothing"),
-    "`sparse_ratio` beside `sparse_threshold`": ([[{**HALF, "sparse_threshold": 0.4}]], "targets"),
-    "`min_sparse_ratio` above the ratio": (
-        [[{**QUARTER, "min_sparse_ratio": limit}] for limit in (0.5, 0.75)],
-        "targets",
-    ),
-    "`min_sparse_ratio` beside `sparse_threshold`": (
-        [[{**BOTH, "sparse_threshold": 1e-9, "min_sparse_ratio": limit}] for limit in (0.5, 0.75)],
-        "targets",
-    ),
-    "`min_sparse_ratio` of all in a `global_group_id`": (
-        [[{**QUARTER, "min_sparse_ratio": 0.5, "global_group_id": "all"}]],
-        "targets",
-    ),
-    "`min_sparse_ratio` of one in a `global_group_id`": ([one_limited(0.25, "min_sparse_ratio", 0.75)], "targets"),
-    "`min_sparse_ratio` in a `dependency_group_id`": (
-        [[{**QUARTER, "min_sparse_ratio": 0.5, "dependency_group_id": "pair"}]],
-        "targets",
-    ),
-    "`max_sparse_ratio` below the ratio": ([[{**HALF, "max_sparse_ratio": limit}] for limit in (0.25, 0.4)], "targets"),
-    "`max_sparse_ratio` beside `sparse_threshold`": (
-        [[{**BOTH, "sparse_threshold": 0.999, "min_sparse_ratio": 0.25, "max_sparse_ratio": 0.25}]],
-        "targets",
-    ),
-    "`max_sparse_ratio` of all in a `global_group_id`": (
-        [[{**HALF, "max_sparse_ratio": 0.25, "global_group_id": "all"}]],
-        "targets",
-    ),
-    "`max_sparse_ratio` of one in a `global_group_id`": ([one_limited(0.5, "max_sparse_ratio", 0.25)], "targets"),
-    "`max_sparse_ratio` in a `dependency_group_id`": (
-        [[{**HALF, "max_sparse_ratio": 0.25, "dependency_group_id": "pair"}]],
-        "targets",
-    ),
-    "`global_group_id`": ([[{**HALF, "global_group_id": "all"}]], "total"),
-    "`dependency_group_id`": ([[{**HALF, "dependency_group_id": "pair"}]], "targets"),
-    "`internal_metric_block`": (
-        [[{**QUARTER, "dependency_group_id": "pair", "internal_metric_block": 4}]],
-        "targets",
-    ),
-    '`granularity` `"out_channel"`': ([[{**HALF, "granularity": "out_channel"}]], "targets"),
-    "blocks of output channels, `[2, -1, -1, -1]`": (
-        [[{**HALF, "target_settings": {"weight": BLOCK_OF_TWO}}]],
-        "targets",
-    ),
-    '`granularity` `"in_channel"`': ([[{**HALF, "granularity": "in_channel", "target_names": WEIGHT}]], "targets"),
-    "single kernels, `[1, 1, -1, -1]`": (
-        [[{**HALF, "granularity": [1, 1, -1, -1], "target_names": WEIGHT}]],
-        "targets",
-    ),
-    "single weights, `[1, 1]`": (
-        [[{"op_names": ["third"], "sparse_ratio": 0.5, "granularity": [1, 1], "target_names": WEIGHT}]],
-        "targets",
-    ),
-    '`granularity` `"per_channel"`': ([[{**HALF, "granularity": "per_channel"}]], "targets"),
-    '`target_names` `["weight"]`': ([[{**HALF, "target_names": WEIGHT}]], "targets"),
-    '`target_names` `["bias"]`': ([[{**HALF, "target_names": ["bias"]}]], "targets"),
-    '`target_names` with `"_input_0"`': ([[{**HALF, "target_names": ["weight", "_input_0"]}]], "targets"),
-    "a bias with a ratio of its own": (
-        [
-            [
-                {
-                    "op_names": ["first"],
-                    "target_settings": {"weight": {"sparse_ratio": 0.5}, "bias": {"sparse_ratio": 0.25}},
-                }
-            ]
-        ],
-        "targets",
-    ),
-    "a bias with a threshold of its own": (
-        [
-            [
-                {
-                    "op_names": ["first"],
-                    "target_settings": {"weight": {"sparse_ratio": 0.5}, "bias": {"sparse_threshold": 0.1}},
-                }
-            ]
-        ],
-        "nothing",
-    ),
+def with_bias(**bias: float) -> Entries:
+    """Return a config_list of a layer whose bias has a setting of its own."""
+    return [{"op_names": ["first"], "target_settings": {"weight": {"sparse_ratio": 0.5}, "bias": bias}}]
+
+
+# The key as the page names it, and config_lists that use it.
+CASES: dict[str, list[Entries]] = {
+    "`op_names`": [both()],
+    "`op_types`": [convolutions()],
+    "`op_types` beside `op_names`": [convolutions(op_names=["first", "third"])],
+    "`op_names_re`": [[{"op_names_re": ["fi.*", "sec"], "sparse_ratio": 0.5}]],
+    "`exclude_op_names`": [convolutions(exclude_op_names=["second"])],
+    "`exclude_op_types`": [[{"op_names": ["first", "third"], "exclude_op_types": ["Linear"], "sparse_ratio": 0.5}]],
+    "`exclude_op_names_re`": [convolutions(exclude_op_names_re=["sec.*"])],
+    "`sparse_ratio`": [both(ratio) for ratio in (0.25, 0.4, 0.5, 0.75)],
+    "`sparse_threshold`": [[{**BOTH, "sparse_threshold": 0.4}]],
+    "`sparse_ratio` beside `sparse_threshold`": [both(sparse_threshold=0.4)],
+    "`min_sparse_ratio` above the ratio": [both(0.25, min_sparse_ratio=limit) for limit in (0.5, 0.75)],
+    "`min_sparse_ratio` beside `sparse_threshold`": [
+        [{**BOTH, "sparse_threshold": 1e-9, "min_sparse_ratio": limit}] for limit in (0.5, 0.75)
+    ],
+    "`min_sparse_ratio` of all in a `global_group_id`": [both(0.25, min_sparse_ratio=0.5, global_group_id="all")],
+    "`min_sparse_ratio` of one in a `global_group_id`": [one_limited(0.25, "min_sparse_ratio", 0.75)],
+    "`min_sparse_ratio` in a `dependency_group_id`": [both(0.25, min_sparse_ratio=0.5, dependency_group_id="pair")],
+    "`max_sparse_ratio` below the ratio": [both(max_sparse_ratio=limit) for limit in (0.25, 0.4)],
+    "`max_sparse_ratio` beside `sparse_threshold`": [
+        [{**BOTH, "sparse_threshold": 0.999, "min_sparse_ratio": 0.25, "max_sparse_ratio": 0.25}]
+    ],
+    "`max_sparse_ratio` of all in a `global_group_id`": [both(max_sparse_ratio=0.25, global_group_id="all")],
+    "`max_sparse_ratio` of one in a `global_group_id`": [one_limited(0.5, "max_sparse_ratio", 0.25)],
+    "`max_sparse_ratio` in a `dependency_group_id`": [both(max_sparse_ratio=0.25, dependency_group_id="pair")],
+    "`global_group_id`": [both(global_group_id="all")],
+    "`dependency_group_id`": [both(dependency_group_id="pair")],
+    "`internal_metric_block`": [both(0.25, dependency_group_id="pair", internal_metric_block=4)],
+    '`granularity` `"out_channel"`': [both(granularity="out_channel")],
+    "blocks of output channels, `[2, -1, -1, -1]`": [
+        both(target_settings={"weight": {"granularity": [2, -1, -1, -1]}})
+    ],
+    '`granularity` `"in_channel"`': [both(granularity="in_channel", target_names=WEIGHT)],
+    "single kernels, `[1, 1, -1, -1]`": [both(granularity=[1, 1, -1, -1], target_names=WEIGHT)],
+    "single weights, `[1, 1]`": [
+        [{"op_names": ["third"], "sparse_ratio": 0.5, "granularity": [1, 1], "target_names": WEIGHT}]
+    ],
+    '`granularity` `"per_channel"`': [both(granularity="per_channel")],
+    '`target_names` `["weight"]`': [both(target_names=WEIGHT)],
+    '`target_names` `["bias"]`': [both(target_names=["bias"])],
+    '`target_names` with `"_input_0"`': [both(target_names=["weight", "_input_0"])],
+    "a bias with a ratio of its own": [with_bias(sparse_ratio=0.25)],
+    "a bias with a threshold of its own": [with_bias(sparse_threshold=0.1)],
+}
+# What is compared with NNI's pruner: the number of kept elements of every target, but for these keys which layers get
+# masks, the total (where layers are ranked together), or nothing where scores have another unit.
+COMPARED = {
+    **{case: "layers" for case in CASES if case.startswith(("`op_", "`exclude_op_"))},
+    "`global_group_id`": "total",
+    "`sparse_threshold`": "nothing",
+    "a bias with a threshold of its own": "nothing",
 }
 
 
@@ -221,7 +182,7 @@ def kept(column: str, config_list: Entries, seed: int = 0) -> dict[str, int]:
 def expected(reference: str, case: str, index: int, seed: int) -> dict[str, int] | None:
     """Return what NNI's pruner keeps; None where it doesn't take the key."""
     try:
-        return kept(reference, CASES[case][0][index], seed)
+        return kept(reference, CASES[case][index], seed)
     except Exception:  # whatever NNI raises
         return None
 
@@ -236,7 +197,7 @@ def outcome(column: str, case: str) -> tuple[str, str]:
 
     It is ``"yes"`` if all config_lists of the key on all networks end as with NNI's pruner.
     """
-    config_lists, compared = CASES[case]
+    config_lists, compared = CASES[case], COMPARED.get(case, "targets")
     reference = "l1" if PRUNERS.info(column.split(",")[0], "keys").structured else "level"
     agrees = compared != "nothing"
     for seed in SEEDS:

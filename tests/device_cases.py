@@ -15,36 +15,16 @@ from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
 
 HALF = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
-
-
 FREE = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"]}]
-
-
 LINEAR = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
-
-
 IMAGES = toy_images(12, seed=1)
-
-
 LABELS = torch.arange(12) % 4
-
-
 # Calibration data lie on the CPU, where a loader leaves them.
 BATCHES = list(IMAGES.split(6))
-
-
 LABELLED = [(IMAGES[:6], LABELS[:6]), (IMAGES[6:], LABELS[6:])]
-
-
 GENERATIONS = {"population_size": 6, "generations": 2}
-
-
 SEARCH = {"solver": GENERATIONS}
-
-
 Case = Callable[[torch.device], Any]
-
-
 CPU = torch.device("cpu")
 
 

@@ -62,96 +62,76 @@ def changed(place: torch.device) -> nn.Module:
     return model.to(place)
 
 
-def found_bound(place: torch.device) -> Any:
-    return analysis.error_bound(chain(place), changed(place), IMAGES[:3].to(place), iterations=2)
+def labelled(place: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(images.to(place), labels.to(place)) for images, labels in LABELLED]
 
 
-def found_retraining(place: torch.device) -> Any:
-    nets = (toy_model(1).to(place), toy_model(2).to(place), perturbed(place))
-    batches = [(images.to(place), labels.to(place)) for images, labels in LABELLED]
-    return analysis.retraining_bound(*nets, cross_entropy, batches, 3)
+def example(place: torch.device) -> torch.Tensor:
+    return IMAGES[:1].to(place)
 
 
-def found_selection(place: torch.device) -> Any:
-    batches = [(images.to(place), labels.to(place)) for images, labels in LABELLED]
-    found = analysis.study_selection(
-        toy_model().to(place).eval(),
-        "stem",
-        IMAGES[:1].to(place),
-        batches,
-        dataset_quality(place),
-        keep=5,
-        evolution=GeneticSearch(**GENERATIONS),
-    )
-    return found
+def toy(place: torch.device, seed: int = 0) -> nn.Module:
+    return toy_model(seed).to(place).eval()
 
 
-def found_replacement(place: torch.device) -> Any:
-    model = toy_model().to(place).eval()
-    return analysis.study_replacement(
-        model,
-        "stem",
-        IMAGES[:1].to(place),
-        dataset_quality(place),
-        threshold=0.4,
+def connectivity(place: torch.device) -> Any:
+    model = chain(place)
+    masks = {name: {"weight": (model[int(name)].weight > 0).float()} for name in ("4", "7")}
+    return analysis.connectivity(model, example(place), masks)
+
+
+def selection(place: torch.device) -> Any:
+    knobs = {"keep": 5, "evolution": GeneticSearch(**GENERATIONS)}
+    return analysis.study_selection(
+        toy(place), "stem", example(place), labelled(place), dataset_quality(place), **knobs
     )
 
 
-def found_accumulated(place: torch.device) -> Any:
-    model = toy_model().to(place).eval()
-    return analysis.accumulate_energy(model, [("stem", "inner")], IMAGES[:1].to(place), dataset_quality(place))
+def sensitivity(place: torch.device) -> Any:
+    judge = dataset_quality(place)
+    knobs = {"ratios": (0.5,), "layers": ["hidden"]}
+    found = analysis.sensitivity(toy(place), example(place), lambda net: judge(net).accuracy, **knobs)
+    return found.baseline, found.curves
 
 
-def found_topology(place: torch.device) -> Any:
-    found = analysis.study_topology(toy_model().to(place), HALF, **SEARCH)
+def topology(place: torch.device) -> Any:
+    found = analysis.study_topology(toy(place), HALF, **SEARCH)
     # Masks are on the CPU, as the pruner's data are, until they are put into a model.
     return [(layer.kept, layer.deaths, layer.bottleneck, layer.hausdorff) for layer in found.layers], found.masks
 
 
-def found_connectivity(place: torch.device) -> Any:
-    model = chain(place)
-    masks = {"4": {"weight": (model[4].weight > 0).float()}, "7": {"weight": (model[7].weight > 0).float()}}
-    return analysis.connectivity(model, IMAGES[:1].to(place), masks)
+def persistence(place: torch.device) -> Any:
+    unrolled = analysis.neural_persistence(toy(place), example(place), conv_graph="toeplitz")
+    return analysis.neural_persistence(toy(place)).layers, unrolled.layers
 
 
-def found_sensitivity(place: torch.device) -> Any:
-    judge = dataset_quality(place)
-    found = analysis.sensitivity(
-        toy_model().to(place), IMAGES[:1].to(place), lambda net: judge(net).accuracy, ratios=(0.5,), layers=["hidden"]
-    )
-    return found.baseline, found.curves
+STUDIES: dict[str, Case] = {
+    "accumulated": lambda place: analysis.accumulate_energy(
+        toy(place), [("stem", "inner")], example(place), dataset_quality(place)
+    ),
+    "bound": lambda place: analysis.error_bound(chain(place), changed(place), IMAGES[:3].to(place), iterations=2),
+    "connectivity": connectivity,
+    "dropout": lambda place: analysis.study_dropout(
+        {"net": lambda: chain(place)}, dataset_quality(place), rates=(0.0, 0.5)
+    )["net"][0.5],
+    "persistence": persistence,
+    "replacement": lambda place: analysis.study_replacement(
+        toy(place), "stem", example(place), dataset_quality(place), threshold=0.4
+    ),
+    "retraining": lambda place: analysis.retraining_bound(
+        toy(place, 1), toy(place, 2), perturbed(place), cross_entropy, labelled(place), 3
+    ),
+    "selection": selection,
+    "sensitivity": sensitivity,
+    "topology": topology,
+    "compression": lambda place: analysis.critical_compression_ratio(toy(place), example(place)).layers,
+}
 
 
-def found_dropout(place: torch.device) -> Any:
-    found = analysis.study_dropout({"net": lambda: chain(place)}, dataset_quality(place), rates=(0.0, 0.5))
-    return found["net"][0.5]
-
-
-def found_persistence(place: torch.device) -> Any:
-    model = toy_model().to(place)
-    unrolled = analysis.neural_persistence(model, IMAGES[:1].to(place), conv_graph="toeplitz")
-    return analysis.neural_persistence(model).layers, unrolled.layers
-
-
-STUDIES: list[Case] = [
-    found_accumulated,
-    found_bound,
-    found_connectivity,
-    found_dropout,
-    found_persistence,
-    found_replacement,
-    found_retraining,
-    found_selection,
-    found_sensitivity,
-    found_topology,
-    lambda place: analysis.critical_compression_ratio(toy_model().to(place), IMAGES[:1].to(place)).layers,
-]
-
-
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: getattr(study, "__name__", "")[6:] or None)
+@pytest.mark.parametrize("study", STUDIES)
 @pytest.mark.quick_every(3)
 def test_studies(device, study):
-    agree(study, device)
+    agree(STUDIES[study], device)
 
 
 def test_layers_are_timed_where_they_lie(device):

@@ -22,7 +22,7 @@ def test_the_page_says_what_every_pruner_makes_of_every_key() -> None:
 
 def test_the_table_can_tell_pruners_apart() -> None:
     """NNI's own pruner differs from key to key, or an equal count would say nothing."""
-    counts = {case: kept("l1", CASES[case][0][0]) for case in ("`sparse_ratio`", "a bias with a ratio of its own")}
+    counts = {case: kept("l1", CASES[case][0]) for case in ("`sparse_ratio`", "a bias with a ratio of its own")}
     assert counts["a bias with a ratio of its own"] == {"first.weight": 8 * 27, "first.bias": 12}
     assert counts["`sparse_ratio`"]["first.bias"] == 12
     assert len(OWN) == 10

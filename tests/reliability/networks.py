@@ -9,7 +9,6 @@ import torch
 from reliability.cases import Case, images
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.nn.utils.parametrizations import weight_norm
 
 
 def unit(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -26,7 +25,6 @@ class Pooled(nn.Module):
         self.features, self.head = features, nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
         return self.head(self.features(x).mean((2, 3)))
 
 
@@ -45,7 +43,6 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what the block makes to what enters it."""
         identity = x
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
@@ -63,7 +60,6 @@ class Squeeze(nn.Module):
         self.fc1, self.fc2 = nn.Conv2d(width, width // less, 1), nn.Conv2d(width // less, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gate each channel by the means of all."""
         scale = F.adaptive_avg_pool2d(x, 1)
         return x * torch.sigmoid(self.fc2(F.silu(self.fc1(scale))))
 
@@ -77,7 +73,6 @@ class SqueezeByLinear(nn.Module):
         self.fc = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU(), nn.Linear(width // 2, width), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gate each channel by the means of all."""
         b, c, _, _ = x.size()
         y = self.fc(self.pool(x).view(b, c)).view(b, c, 1, 1)
         return x * y.expand_as(x)
@@ -99,7 +94,6 @@ class UNet(nn.Module):
         return torch.cat([skip, x], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to two masks."""
         first = self.down1(x)
         second = self.down2(F.max_pool2d(first, 2))
         x = self.middle(F.max_pool2d(second, 2))
@@ -128,7 +122,6 @@ class ShuffleBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Split, work on a half, join, shuffle."""
         x1, x2 = x.chunk(2, dim=1)
         return channel_shuffle(torch.cat((x1, self.branch(x2)), dim=1), 2)
 
@@ -147,7 +140,6 @@ class Inverted(nn.Module):
         self.use_res_connect = inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what enters where widths are equal."""
         return x + self.conv(x) if self.use_res_connect else self.conv(x)
 
 
@@ -155,7 +147,6 @@ class LayerNorm2d(nn.LayerNorm):
     """Layer norm over channels of an image."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise each place."""
         x = x.permute(0, 2, 3, 1)
         x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
@@ -172,7 +163,6 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what the block makes."""
         out = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         out = self.gamma * self.pwconv2(F.gelu(self.pwconv1(out)))
         return x + out.permute(0, 3, 1, 2)
@@ -188,7 +178,6 @@ class MixerBlock(nn.Module):
         self.channels = nn.Sequential(nn.Linear(width, 16), nn.GELU(), nn.Linear(16, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(n, places, width)`` to the same shape."""
         x = x + self.places(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         return x + self.channels(self.norm2(x))
 
@@ -203,7 +192,6 @@ class Mixer(nn.Module):
         self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
         rows = self.patch(x).flatten(2).transpose(1, 2)
         return self.head(self.norm(self.blocks(rows)).mean(1))
 
@@ -218,7 +206,6 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(n, places, width)`` to the same shape."""
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
@@ -240,7 +227,6 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
         x = self.patch(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], dim=1) + self.pos
         for index in range(2):
@@ -260,7 +246,6 @@ class Encoder(nn.Module):
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
         return self.head(self.encoder(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
 
 
@@ -273,7 +258,6 @@ class SequenceClassifier(nn.Module):
         self.fc, self.head = nn.Linear(10, 12), nn.Linear(12, 5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens to scores."""
         _, (hidden, _) = self.lstm(self.embed(tokens))
         return self.head(F.relu(self.fc(hidden[-1])))
 
@@ -289,7 +273,6 @@ class Wave(nn.Module):
         self.head = nn.Conv1d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(n, 3, t)`` to ``(n, 4, t)``."""
         x = self.stem(x)
         skips = 0
         for gate, out in zip(self.gates, self.outs, strict=True):
@@ -308,7 +291,6 @@ class TwoInputs(nn.Module):
         self.fc, self.mix, self.head = nn.Linear(4, 6), nn.Linear(12, 8), nn.Linear(8, 5)
 
     def forward(self, image: Tensor, vector: Tensor) -> Tensor:
-        """Map both to scores."""
         seen = F.relu(self.conv2(F.relu(self.conv1(image)))).mean((2, 3))
         return self.head(F.relu(self.mix(torch.cat((seen, F.relu(self.fc(vector))), -1))))
 
@@ -329,7 +311,6 @@ class Heads(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> Any:
-        """Map images to two maps."""
         x = self.body(x)
         classes, boxes = self.classes(x), self.boxes(x).exp()
         if self.kind == "dict":
@@ -347,62 +328,11 @@ class SharedHead(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return a map of each level."""
         low = self.low(x)
         return [
             self.last(F.relu(norm(self.tower(level))))
             for norm, level in zip(self.norms, (low, self.high(low)), strict=True)
         ]
-
-
-class SameConv(nn.Conv2d):
-    """Pads in its own forward, by the size of the input (TensorFlow's way)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve, as large as TensorFlow would."""
-        h, w = x.shape[-2:]
-        (kh, kw), (sh, sw) = self.weight.shape[-2:], self.stride
-        ph = max((-(-h // sh) - 1) * sh + kh - h, 0)
-        pw = max((-(-w // sw) - 1) * sw + kw - w, 0)
-        x = F.pad(x, (pw // 2, pw - pw // 2, ph // 2, ph - ph // 2))
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-class StaticConv(nn.Conv2d):
-    """Pads by a child, as the EfficientNet package does."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.static_padding = nn.ZeroPad2d(self.kernel_size[0] // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pad, and convolve without a border."""
-        x = self.static_padding(x)
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-class StandardizedConv(nn.Conv2d):
-    """Standardises its weight in each call (BiT, NFNet)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve with filters of mean zero and variance one."""
-        weight = self.weight
-        mean = weight.mean((1, 2, 3), keepdim=True)
-        weight = (weight - mean) / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class NormedConv(nn.Conv2d):
-    """Has norm and activation as attributes (Detectron2)."""
-
-    def __init__(self, *args: Any, norm: nn.Module, activation: Callable[[Tensor], Tensor], **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.norm, self.activation = norm, activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve, normalise, activate."""
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return self.activation(self.norm(x))
 
 
 class Pyramid(nn.Module):
@@ -416,7 +346,6 @@ class Pyramid(nn.Module):
         self.head = nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Return a map of each level."""
         c2 = self.c2(x)
         c3 = self.c3(c2)
         c4 = self.c4(c3)
@@ -436,7 +365,6 @@ class Cbam(nn.Module):
         self.spatial = nn.Conv2d(2, 1, 7, padding=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gate channels and places."""
         gate = self.mlp(F.adaptive_avg_pool2d(x, 1)) + self.mlp(F.adaptive_max_pool2d(x, 1))
         x = x * torch.sigmoid(gate)
         largest, _ = torch.max(x, dim=1, keepdim=True)
@@ -453,11 +381,9 @@ class Siamese(nn.Module):
         self.fc = nn.Linear(6, 4)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Map images to features."""
         return self.fc(self.body(x).mean((2, 3)))
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
-        """Return distances."""
         return F.pairwise_distance(self.embed(x1), self.embed(x2))
 
 
@@ -473,7 +399,6 @@ class Autoencoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to images."""
         code = self.code(torch.flatten(self.encoder(x), 1))
         return self.decoder(F.relu(self.back(code)).view(-1, 12, 2, 2))
 
@@ -487,7 +412,6 @@ class Variational(nn.Module):
         self.decode = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 6))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what was decoded, and the code's distribution."""
         rows = self.body(x).mean((2, 3))
         mu, log = self.mu(rows), self.log(rows)
         z = mu + torch.randn_like(mu) * torch.exp(0.5 * log) if self.training else mu
@@ -504,7 +428,6 @@ class SelectiveKernel(nn.Module):
         self.last, self.head = unit(8, 6), nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to scores."""
         x = self.stem(x)
         found = torch.stack([self.k3(x), self.k5(x)], dim=1)
         z = F.relu(self.fc(found.sum(1).mean((2, 3))))
@@ -521,7 +444,6 @@ class PointNet(nn.Module):
         self.fc1, self.bn, self.head = nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(n, 3, points)`` to scores."""
         x = torch.max(self.mlp(x), 2)[0]
         return self.head(F.relu(self.bn(self.fc1(x))))
 
@@ -534,7 +456,6 @@ class Graph(nn.Module):
         self.fc1, self.fc2, self.head = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
 
     def forward(self, rows: Tensor, adjacency: Tensor) -> Tensor:
-        """Mix rows of neighbours."""
         adjacency = adjacency / adjacency.sum(-1, keepdim=True).clamp(min=1e-6)
         rows = F.relu(adjacency @ self.fc1(rows))
         return self.head(F.relu(torch.bmm(adjacency, self.fc2(rows))))
@@ -552,7 +473,6 @@ class Ghost(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Concatenate and cut."""
         x1 = self.primary(x)
         return torch.cat([x1, self.cheap(x1)], dim=1)[:, : self.oup, :, :]
 
@@ -567,7 +487,6 @@ class Csp(nn.Module):
         self.m = nn.ModuleList(nn.Sequential(unit(self.c, self.c), unit(self.c, self.c)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Concatenate what each block makes."""
         y = list(self.cv1(x).split((self.c, self.c), 1))
         y.extend(m(y[-1]) for m in self.m)
         return self.cv2(torch.cat(y, 1))
@@ -586,7 +505,6 @@ class SuperResolution(nn.Module):
         self.tail, self.shuffle = nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return images of twice the size."""
         y = self.head(x)
         y = y + 0.1 * self.body2(F.relu(self.body1(y)))
         return self.shuffle(self.tail(y)) + F.interpolate(x, scale_factor=2, mode="nearest")
@@ -605,7 +523,6 @@ class Film(nn.Module):
         self.style, self.head = nn.Linear(4, 16), nn.Linear(6, 5)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """Map both to scores."""
         gamma, beta = self.style(style).chunk(2, 1)
         x = self.norm(self.conv1(x)) * (1 + gamma[..., None, None]) + beta[..., None, None]
         return self.head(F.relu(self.conv2(F.relu(x))).mean((2, 3)))
@@ -619,7 +536,6 @@ class KeywordNet(nn.Module):
         self.conv1, self.conv2, self.head = unit(3, 8), unit(8, 6), nn.Linear(6, 5)
 
     def forward(self, *, pixel_values: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
-        """Map images, some of their places masked, to scores."""
         x = self.conv1(pixel_values)
         if mask is not None:
             x = x * mask.unsqueeze(1)
@@ -654,36 +570,6 @@ def volumes() -> nn.Module:
         nn.Flatten(),
         nn.Linear(8, 5),
     )
-
-
-def frozen() -> nn.Module:
-    """A network of which the first half isn't trained."""
-    net = Pooled(nn.Sequential(unit(3, 8), unit(8, 8), unit(8, 6)), 6)
-    net.features[0].requires_grad_(False)
-    return net
-
-
-def last_format() -> nn.Module:
-    """A network in channels_last."""
-    return Pooled(nn.Sequential(unit(3, 8), BasicBlock(8, 8), unit(8, 6)), 6).to(memory_format=torch.channels_last)
-
-
-def tied() -> nn.Module:
-    """A network in which two layers share a weight."""
-    net = Pooled(nn.Sequential(unit(3, 8), unit(8, 8), unit(8, 8)), 8)
-    net.features[2][0].weight = net.features[1][0].weight
-    return net
-
-
-def normed() -> nn.Module:
-    """A network with weight norm all over."""
-    return Pooled(nn.Sequential(weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), weight_norm(nn.Conv2d(8, 6, 3))), 6)
-
-
-def strided(kind: type[nn.Conv2d]) -> nn.Module:
-    """A stack of a class of convolutions, one of stride 2."""
-    layers = [kind(3, 8, 3), nn.ReLU(), kind(8, 8, 3, stride=2), nn.ReLU(), kind(8, 6, 5), nn.ReLU()]
-    return Pooled(nn.Sequential(*layers), 6)
 
 
 def rows(batch: int, size: int) -> Tensor:
@@ -747,15 +633,6 @@ NETWORKS: list[Case] = [
     _net("two heads, a dict", lambda: Heads("dict")),
     _net("two heads, a named tuple", lambda: Heads("named")),
     _net("a head shared by levels", SharedHead),
-    _net("convolutions that pad themselves", lambda: strided(SameConv)),
-    _net("convolutions with a padding child", lambda: strided(StaticConv)),
-    _net("convolutions that standardise weights", lambda: strided(StandardizedConv), sizes=(15, 18)),
-    _pooled(
-        "convolutions with norm and activation",
-        6,
-        lambda: NormedConv(3, 8, 3, norm=nn.BatchNorm2d(8), activation=F.relu, bias=False),
-        lambda: NormedConv(8, 6, 3, norm=nn.BatchNorm2d(6), activation=F.relu, bias=False),
-    ),
     _net("feature pyramid", Pyramid),
     _pooled("CBAM", 8, lambda: unit(3, 8), lambda: Cbam(8), lambda: unit(8, 8)),
     _net("siamese", Siamese, lambda n, size: (torch.randn(n, 3, size, size), torch.randn(n, 3, size, size))),
@@ -765,8 +642,4 @@ NETWORKS: list[Case] = [
     _pooled("GhostNet", 8, lambda: unit(3, 8), lambda: Ghost(8, 9), lambda: Ghost(9, 8)),
     _pooled("YOLO's blocks", 8, lambda: unit(3, 8), lambda: Csp(8, 8), lambda: Csp(8, 8)),
     _net("super-resolution", SuperResolution),
-    _net("half of it frozen", frozen),
-    _net("channels last", last_format),
-    _net("layers that share a weight", tied),
-    _net("weight norm everywhere", normed),
 ]

@@ -42,6 +42,11 @@ def operator(
     return Case(name, make, images, sizes, whole, noisy)
 
 
+def without_b(name: str, forward: Forward, **options: Any) -> Case:
+    """Make a case without ``b``, in which ``last`` is a linear layer of eight inputs unless it is given."""
+    return operator(name, forward, **{"last": lambda: nn.Linear(8, 5), "b": nn.Identity, **options})
+
+
 def between(name: str, work: Callable[[], nn.Module], **options: Any) -> Case:
     """Make a case of a module between ``a`` and ``b``."""
     return operator(name, lambda self, x: self.b(self.work(self.a(x))), work=work, **options)
@@ -51,7 +56,6 @@ class Shifted(nn.Module):
     """A parametrization: weights that are computed from others."""
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Take the mean of each filter off."""
         return weight - weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
@@ -63,7 +67,6 @@ class RmsNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(width, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``(n, c, h, w)`` over channels."""
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6) * self.scale
 
 
@@ -204,10 +207,6 @@ def _applied(name: str, work: Callable[[torch.Tensor], torch.Tensor], **options:
     return operator(name, lambda self, x: self.b(work(self.a(x))), **options)
 
 
-def _reader() -> nn.Linear:
-    return nn.Linear(8, 5)
-
-
 ELEMENTWISE = [
     _applied("relu", F.relu),
     _applied("silu", F.silu),
@@ -279,21 +278,17 @@ NORMS = [
     between("instance norm with statistics", lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
     between("local response norm", lambda: nn.LocalResponseNorm(3)),
     between("local response norm of all", lambda: nn.LocalResponseNorm(17, alpha=0.1)),
-    operator(
+    without_b(
         "layer norm over channels",
         lambda self, x: self.last(self.norm(_rows(self, x))).mean(1),
         norm=lambda: nn.LayerNorm(8),
-        last=_reader,
-        b=nn.Identity,
     ),
     operator("layer norm over all", lambda self, x: self.b(F.layer_norm(self.a(x), self.a(x).shape[1:]))),
     between("rms norm as papers write it", lambda: RmsNorm(8)),
-    operator(
+    without_b(
         "rms norm",
         lambda self, x: self.last(self.norm(_rows(self, x))).mean(1),
         norm=lambda: nn.RMSNorm(8),
-        last=_reader,
-        b=nn.Identity,
     ),
     operator(
         "functional batch norm",
@@ -328,38 +323,32 @@ REDUCTIONS = [
 ]
 
 RESHAPES = [
-    operator(
+    without_b(
         "flatten",
         lambda self, x: self.last(torch.flatten(self.pool(self.a(x)), 1)),
         pool=lambda: nn.AdaptiveAvgPool2d(2),
         last=lambda: nn.Linear(32, 5),
-        b=nn.Identity,
     ),
-    operator(
+    without_b(
         "view by a size",
         lambda self, x: self.last(F.adaptive_avg_pool2d(self.a(x), 2).view(x.size(0), -1)),
         last=lambda: nn.Linear(32, 5),
-        b=nn.Identity,
     ),
-    operator(
+    without_b(
         "flatten with places first",
         lambda self, x: self.last(F.adaptive_avg_pool2d(self.a(x), 2).permute(0, 2, 3, 1).reshape(x.shape[0], -1)),
         last=lambda: nn.Linear(32, 5),
-        b=nn.Identity,
     ),
-    operator(
-        "permuted to the last", lambda self, x: self.last(self.a(x).permute(0, 2, 3, 1)), last=_reader, b=nn.Identity
-    ),
+    without_b("permuted to the last", lambda self, x: self.last(self.a(x).permute(0, 2, 3, 1))),
     between("pixel shuffle", lambda: nn.PixelShuffle(2), b=lambda: conv(2, 6)),
     between("pixel unshuffle", lambda: nn.PixelUnshuffle(2), b=lambda: conv(32, 6), sizes=(8, 12, 16)),
     between("channel shuffle of a module", lambda: nn.ChannelShuffle(2)),
     operator("channel shuffle by hand", _shuffle),
     operator("unfold and fold", _fold),
-    operator(
+    without_b(
         "unfold to columns",
         lambda self, x: self.last(F.unfold(self.a(x), 2, stride=2).transpose(1, 2)).mean(1),
         last=lambda: nn.Linear(32, 5),
-        b=nn.Identity,
     ),
     _applied("repeated", lambda z: z.repeat(1, 2, 1, 1), b=lambda: conv(16, 6)),
     _applied("each channel twice", lambda z: z.repeat_interleave(2, dim=1), b=lambda: conv(16, 6)),
@@ -478,52 +467,45 @@ RESIZING = [
 ]
 
 PRODUCTS = [
-    operator(
+    without_b(
         "matmul with weights",
         lambda self, x: self.last(_rows(self, x) @ self.w),
         w=lambda: nn.Parameter(torch.randn(8, 8)),
-        last=_reader,
-        b=nn.Identity,
     ),
-    operator(
+    without_b(
         "einsum with weights",
         lambda self, x: torch.einsum("nchw,oc->nohw", self.a(x), self.w),
+        last=nn.Identity,
         w=lambda: nn.Parameter(torch.randn(6, 8)),
-        b=nn.Identity,
     ),
-    operator(
+    without_b(
         "linear by a function",
         lambda self, x: F.linear(_rows(self, x), self.w, self.v),
+        last=nn.Identity,
         w=lambda: nn.Parameter(torch.randn(6, 8)),
         v=lambda: nn.Parameter(torch.randn(6)),
-        b=nn.Identity,
     ),
-    operator(
+    without_b(
         "attention by hand",
         _attended,
         q=lambda: nn.Linear(8, 6),
         k=lambda: nn.Linear(8, 6),
         v=lambda: nn.Linear(8, 10),
         last=lambda: nn.Linear(10, 5),
-        b=nn.Identity,
         whole=("last",),
     ),
-    operator(
+    without_b(
         "attention with heads",
         _heads,
         q=lambda: nn.Linear(8, 8),
         k=lambda: nn.Linear(8, 8),
         v=lambda: nn.Linear(8, 8),
-        last=_reader,
-        b=nn.Identity,
         whole=("last",),
     ),
-    operator(
+    without_b(
         "multi-head attention",
         lambda self, x: self.last(self.mix(*[_rows(self, x)] * 3, need_weights=False)[0]).mean(1),
         mix=lambda: nn.MultiheadAttention(8, 2, batch_first=True),
-        last=_reader,
-        b=nn.Identity,
     ),
     operator(
         "attention of channels",
@@ -536,36 +518,32 @@ PRODUCTS = [
 ]
 
 RECURRENT = [
-    operator(
+    without_b(
         "lstm",
         lambda self, x: self.last(self.mix(_rows(self, x))[0][:, -1]),
         mix=lambda: nn.LSTM(8, 6, batch_first=True),
         last=lambda: nn.Linear(6, 5),
-        b=nn.Identity,
         whole=("last",),
     ),
-    operator(
+    without_b(
         "gru of two levels",
         lambda self, x: self.last(self.mix(_rows(self, x))[0].mean(1)),
         mix=lambda: nn.GRU(8, 6, 2, batch_first=True, bidirectional=True),
         last=lambda: nn.Linear(12, 5),
-        b=nn.Identity,
         whole=("last",),
     ),
-    operator(
+    without_b(
         "rnn by its state",
         lambda self, x: self.last(self.mix(_rows(self, x).transpose(0, 1))[1][0]),
         mix=lambda: nn.RNN(8, 6),
         last=lambda: nn.Linear(6, 5),
-        b=nn.Identity,
         whole=("last",),
     ),
-    operator(
+    without_b(
         "a cell in a loop",
         _looped,
         cell=lambda: nn.GRUCell(8, 6),
         last=lambda: nn.Linear(6, 5),
-        b=nn.Identity,
         sizes=(4, 3),
         whole=("last",),
     ),
@@ -612,12 +590,10 @@ LAYERS = [
         lambda self, x: self.b(self.a(x) + self.table(x.mean((1, 2, 3)).gt(0).long())[..., None, None]),
         table=lambda: nn.Embedding(2, 8),
     ),
-    operator(
+    without_b(
         "position embeddings",
         lambda self, x: self.last(_rows(self, x) + self.table).mean(1),
         table=lambda: nn.Parameter(torch.randn(1, 64, 8)),
-        last=_reader,
-        b=nn.Identity,
         sizes=(8,),
     ),
     operator("a layer twice", lambda self, x: self.b(self.c(self.c(self.a(x)).relu())), c=lambda: conv(8, 8)),

@@ -113,58 +113,41 @@ def require_widths(small: nn.Module, least: float) -> None:
             raise WrongError(f"{row.name} keeps {row.after} of {row.before} channels")
 
 
-def out_of_reach(
+def check(
     make: Callable[[], nn.Module],
     pruner: str,
     allocation: str,
     share: float,
     least: float,
     layers: list[str] | None = None,
+    *,
+    is_met: bool = True,
 ) -> None:
-    """Ask for too little; then for the budget that is said to be within reach."""
-    budget: dict[str, float | str] = {"flops": share, "allocation": allocation}
-    small, left = smaller(make, pruner, budget, layers)
-    told = re.search(r"a budget of (\S+) can be met", str(small.report.budget))
-    if small.report.budget.is_met or told is None:
-        raise UnsaidError(f"{left:.4g} is left of the MACs instead of {share:g}: {small.report.budget}")
-    require_widths(small, least)
-    can_be_met = float(told[1])
-    again, left = smaller(make, pruner, {**budget, "flops": can_be_met}, layers)
-    if not again.report.budget.is_met or abs(left - can_be_met) > min(0.01, 0.1 * can_be_met):
-        raise WrongError(f"a budget of {can_be_met:g} can be met, it was said, but {left:.4g} is left")
-    if allocation == "uniform":
-        require_widths(again, least)
-
-
-def within_reach(
-    make: Callable[[], nn.Module],
-    pruner: str,
-    allocation: str,
-    share: float,
-    least: float,
-    layers: list[str] | None = None,
-) -> None:
-    """Ask for what can be met."""
+    """Ask for a share of the multiply-accumulates; if it is out of reach, then for the one that can be met."""
     small, left = smaller(make, pruner, {"flops": share, "allocation": allocation}, layers)
-    if not small.report.budget.is_met or abs(left - share) > min(0.01, 0.1 * share):
-        raise WrongError(f"{left:.4g} is left of the MACs instead of {share:g}: {small.report.budget}")
+    if is_met:
+        if not small.report.budget.is_met or abs(left - share) > min(0.01, 0.1 * share):
+            raise WrongError(f"{left:.4g} is left of the MACs instead of {share:g}: {small.report.budget}")
+    else:
+        require_widths(small, least)
+        told = re.search(r"a budget of (\S+) can be met", str(small.report.budget))
+        if small.report.budget.is_met or told is None:
+            raise UnsaidError(f"{left:.4g} is left of the MACs instead of {share:g}: {small.report.budget}")
+        check(make, pruner, allocation, float(told[1]), least, layers)
     if allocation == "uniform":
         require_widths(small, least)
 
 
 FIRST = ["0", "3", "6"]  # of VGG: 128, 64 and 64 channels
 EIGHTH = 1 / 8
-WITHIN: list[tuple[str, Callable[[], nn.Module], str, str, float, float, list[str] | None]] = [
-    ("VGG, three layers", vgg, "l1", "uniform", 0.75, EIGHTH, FIRST),
-    ("ResNet-8", resnet, "l1", "uniform", 0.05, EIGHTH, None),
-    ("ResNet-8 by error", resnet, "reconstruction", "error", 0.1, 0.0, None),
-]
-OUT: list[tuple[str, Callable[[], nn.Module], str, str, float, float, list[str] | None]] = [
-    ("VGG, three layers", vgg, "l1", "uniform", 0.4, EIGHTH, FIRST),
-    ("VGG, three layers, by error", vgg, "reconstruction", "error", 0.4, EIGHTH, FIRST),
-    ("ResNet-8", resnet, "random", "uniform", 0.005, 0.0, None),
-]
 ROADS = [
-    *(Road("budgets", f"{name}: within reach", partial(within_reach, *rest)) for name, *rest in WITHIN),
-    *(Road("budgets", f"{name}: out of reach", partial(out_of_reach, *rest)) for name, *rest in OUT),
+    Road("budgets", f"{name}: {'within' if is_met else 'out of'} reach", partial(check, *rest, is_met=is_met))
+    for is_met, name, *rest in (
+        (True, "VGG, three layers", vgg, "l1", "uniform", 0.75, EIGHTH, FIRST),
+        (True, "ResNet-8", resnet, "l1", "uniform", 0.05, EIGHTH),
+        (True, "ResNet-8 by error", resnet, "reconstruction", "error", 0.1, 0.0),
+        (False, "VGG, three layers", vgg, "l1", "uniform", 0.4, EIGHTH, FIRST),
+        (False, "VGG, three layers, by error", vgg, "reconstruction", "error", 0.4, EIGHTH, FIRST),
+        (False, "ResNet-8", resnet, "random", "uniform", 0.005, 0.0),
+    )
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from reliability.cases import Case, call
+from reliability.networks import LayerNorm2d
 from reliability.oracle import WrongError, kept_of, masked_by_hand
 from reliability.roads import Road
 from reliability.serving import pruned
@@ -57,34 +58,15 @@ def style_network() -> nn.Module:
     )
 
 
-class LayerNorm2d(nn.LayerNorm):
-    """Timm's layer norm over the channels of images."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class RMSNorm2d(nn.Module):
-    """An RMS norm over the channels of images, as DC-AE's."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
-
-
 class ConvNeXt(nn.Module):
     """ConvNeXt's blocks with convolutions alone: depth-wise, a norm over channels, two of 1x1."""
 
-    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.stem, self.stem_norm = nn.Conv2d(3, 16, 4, 4), norm(16)
-        self.along, self.norm = nn.Conv2d(16, 16, 7, padding=3, groups=16), norm(16)
+        self.stem, self.stem_norm = nn.Conv2d(3, 16, 4, 4), LayerNorm2d(16)
+        self.along, self.norm = nn.Conv2d(16, 16, 7, padding=3, groups=16), LayerNorm2d(16)
         self.wide, self.narrow = nn.Conv2d(16, 64, 1), nn.Conv2d(64, 16, 1)
-        self.last_norm, self.head = norm(16), nn.Conv2d(16, 4, 1)
+        self.last_norm, self.head = LayerNorm2d(16), nn.Conv2d(16, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem_norm(self.stem(x))
@@ -133,8 +115,7 @@ class ConvNeXtV2(nn.Module):
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "a residual network with groups": lambda: ResidualBlocks(4),
     "style transfer with instance norms": style_network,
-    "ConvNeXt with layer norms": lambda: ConvNeXt(LayerNorm2d),
-    "ConvNeXt with RMS norms": lambda: ConvNeXt(RMSNorm2d),
+    "ConvNeXt": ConvNeXt,
     "ConvNeXt v2": ConvNeXtV2,
 }
 

@@ -33,14 +33,6 @@ class LeNet(nn.Module):
         return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))  # type: ignore[no-any-return]
 
 
-def small_cnn() -> nn.Module:
-    """Return convolutions with batch norms, as VGG has them."""
-    layers: list[nn.Module] = []
-    for entering, leaving in ((3, 16), (16, 24), (24, 24)):
-        layers += [nn.Conv2d(entering, leaving, 3, padding=1), nn.BatchNorm2d(leaving), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5))
-
-
 class Bert(nn.Module):
     """BERT of Transformers, small, with a head that classifies; the logits alone."""
 
@@ -105,7 +97,6 @@ def check(network: Callable[[], nn.Module], layers: list[str], make: Callable[[]
 
 ROADS = [
     Road("judges", "LeNet", lambda: check(LeNet, ["conv1", "conv2", "fc1"], lambda: torch.randn(SAMPLES, 1, 16, 16))),
-    Road("judges", "batch norms", lambda: check(small_cnn, ["0", "3"], lambda: torch.randn(SAMPLES, 3, 12, 12))),
     Road(
         "judges",
         "BERT",

@@ -31,13 +31,6 @@ class OwnLinear(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
 
-class SizedLinear(OwnLinear):
-    """Reads a size that it was made with, as the ``Conv1D`` of GPT does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x.view(*x.shape[:-1], self.in_channels), self.weight, self.bias)
-
-
 class EqualizedLinear(OwnLinear):
     """Scales weight and bias at run time, as progressive GANs and StyleGAN do."""
 
@@ -196,11 +189,9 @@ def _road(name: str, build: Callable[[], nn.Module], inputs: list[tuple[Any, ...
 
 ROADS = [
     _road("linear", lambda: Perceptron(OwnLinear), ROWS, "a", "b"),
-    _road("linear-with-a-size", lambda: Perceptron(SizedLinear), ROWS, "a", "b"),
     _road("equalized-learning-rate", lambda: Perceptron(EqualizedLinear), ROWS, "a", "b"),
     _road("low-rank-update", lambda: Perceptron(LowRankLinear), ROWS, "a", "b"),
     _road("linear-with-activation", lambda: Perceptron(ActivatedLinear), ROWS),
-    _road("convolution", lambda: Convolutions(OwnConv2d), IMAGES, "a", "b"),
     _road("weight-standardization", lambda: Convolutions(StandardizedConv2d), IMAGES, "a", "b"),
     _road("reflected-border", lambda: Convolutions(ReflectedConv2d), IMAGES),
 ]

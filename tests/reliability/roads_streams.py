@@ -57,31 +57,6 @@ class ConvLSTM(nn.Module):
         return self.head(hidden), (hidden, cell)
 
 
-class Decoder(nn.Module):
-    """A decoder of Transformers that hears embeddings and the keys and values before them, as it exports them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from transformers import LlamaConfig, LlamaModel
-
-        torch.manual_seed(0)
-        knobs = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-        self.body = LlamaModel(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=40, **knobs))
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        from transformers import DynamicCache
-
-        # The last four places alone, so that the state keeps its size.
-        cache = DynamicCache()
-        cache.update(past[0], past[1], 0)
-        places, seen = torch.full((1, 1), 4), torch.zeros(1, 1, 1, 5)
-        told = {"position_ids": places, "attention_mask": seen, "use_cache": True}
-        found = self.body(inputs_embeds=x, past_key_values=cache, **told).last_hidden_state
-        keys, values = cache.layers[0].keys, cache.layers[0].values
-        return self.head(found[:, -1]), (keys[:, :, -4:], values[:, :, -4:])
-
-
 def stream(net: nn.Module, frames: Tensor, state: Any) -> tuple[Tensor, list[Any]]:
     """Run a network over frames (samples, steps, ...); return its answers and the states before each step."""
     answers, states = [], []
@@ -168,8 +143,5 @@ ROADS = [
         "streams",
         "ConvLSTM",
         lambda: check_stream(ConvLSTM, (2, 6, 6), lambda count: (torch.zeros(count, 4, 6, 6),) * 2),
-    ),
-    Road(
-        "streams", "decoder", lambda: check_stream(Decoder, (1, 16), lambda count: (torch.zeros(count, 2, 4, 8),) * 2)
     ),
 ]

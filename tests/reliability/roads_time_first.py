@@ -127,12 +127,7 @@ ROADS = [
     Road(
         "time_first",
         "word_language_model",
-        lambda: refused_then_turned(WordModel, "LSTM 'rnn'", lambda: tokens(50, 10)),
-    ),
-    Road(
-        "time_first",
-        "as many steps as samples",
-        lambda: refused_then_turned(WordModel, "LSTM 'rnn'", lambda: tokens(50, BATCH)),
+        lambda: refused_then_turned(WordModel, "LSTM 'rnn'", lambda: tokens(50, BATCH)),  # as many steps as samples
     ),
     Road(
         "time_first",

@@ -139,16 +139,11 @@ def unchanged(model: nn.Module, what: str) -> Iterator[None]:
             raise ChangedError(f"{what}: {changes(before, after)}")
 
 
-def example(case: Case) -> Any:
-    """Draw the example inputs."""
-    return case.example()
-
-
 def groups(case: Case, model: nn.Module) -> Any:
     """Ask for groups of all layers but those that nobody selects."""
     config = [{"op_types": types_of(model), "sparse_ratio": 0.5, "exclude_op_names": list(case.whole)}]
     with unchanged(model, "dependency_groups"):
-        found = nni_topo.dependency_groups(model, example(case), config)
+        found = nni_topo.dependency_groups(model, case.example(), config)
     chosen = {name for entry in found for name in entry["op_names"]}
     for name, module in model.named_modules():
         is_left_out = type(module).__name__ in LAYERS and name not in {*case.whole, *chosen}
@@ -195,14 +190,14 @@ def by_hand(case: Case, model: nn.Module, seed: int = 3) -> dict[str, dict[str, 
 def outputs_of(case: Case, model: nn.Module) -> set[str]:
     """Name the layers whose channels are the output's, as the package sees it."""
     config = [{"op_types": types_of(model), "sparse_ratio": 0.5}]
-    skipped = nni_topo.dependency_groups(model, example(case), config).skipped
+    skipped = nni_topo.dependency_groups(model, case.example(), config).skipped
     return {name for name, reason in skipped.items() if "gives the model's output" in reason}
 
 
 def made_dense(case: Case, model: nn.Module, masks: Any, **options: Any) -> nn.Module:
     """Make a network dense and compare it with masks by hand, and with the package's masked model."""
     with unchanged(model, "to_dense"):
-        dense = nni_topo.to_dense(model, example(case), masks, **options)
+        dense = nni_topo.to_dense(model, case.example(), masks, **options)
     check(case, model, masks, dense)
     return dense
 
@@ -215,7 +210,7 @@ def check(case: Case, model: nn.Module, masks: Any, dense: nn.Module) -> None:
     compare(case, "dense", oracle.model, dense)
     # The package's own masked model is told the same channels.
     with unchanged(model, "masked_model"):
-        reference = nni_topo.masked_model(model, example(case), oracle.masks)
+        reference = nni_topo.masked_model(model, case.example(), oracle.masks)
     compare(case, "masked_model", oracle.model, reference)
     if oracle.may_train and not case.noisy:
         expected = stepped(case, oracle.model)
@@ -295,7 +290,7 @@ def rounded(case: Case, model: nn.Module) -> None:
 def kept_constants(case: Case, model: nn.Module) -> None:
     masks = pruned(case, model, "random", seed=2)
     with unchanged(model, "to_dense"):
-        dense = nni_topo.to_dense(model, example(case), masks, constants="keep")
+        dense = nni_topo.to_dense(model, case.example(), masks, constants="keep")
     require_same_shapes(case, model, dense)
 
 
@@ -337,7 +332,7 @@ def shrunk(case: Case, model: nn.Module) -> None:
 
 def filed(case: Case, model: nn.Module) -> None:
     masks = by_hand(case, model)
-    dense = nni_topo.to_dense(model, example(case), masks)
+    dense = nni_topo.to_dense(model, case.example(), masks)
     with tempfile.TemporaryDirectory() as folder, unchanged(model, "load"), unchanged(dense, "save"):
         path = Path(folder) / "dense.safetensors"
         nni_topo.save(dense, path)
@@ -353,7 +348,7 @@ def filed(case: Case, model: nn.Module) -> None:
 def measured(case: Case, model: nn.Module) -> None:
     batches = [wrapped(case.example(4, seed=seed)) for seed in range(2)]
     works: list[tuple[str, Callable[[], Any]]] = [
-        ("count_macs", lambda: nni_topo.zoo.count_macs(model, example(case))),
+        ("count_macs", lambda: nni_topo.zoo.count_macs(model, case.example())),
         ("as_torch_layers", lambda: nni_topo.as_torch_layers(model)),
         ("recalibrate_batch_norm", lambda: nni_topo.recalibrate_batch_norm(model, batches)),
     ]
