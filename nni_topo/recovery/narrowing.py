@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations
-from nni_topo.network.attention.heads import Attention, IntArray
-from nni_topo.network.attention.rotary import under_rotary_positions
+from nni_topo.network.attention.heads import Attention, IntArray, under_rotary_positions
 from nni_topo.network.attention.unfused.multihead import mixing_called, projected
 from nni_topo.network.layers.kinds import by_channel, row_names, weight_name, weight_of
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model

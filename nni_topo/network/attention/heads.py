@@ -8,6 +8,7 @@ is a unit of a recurrent layer, which is pruned with its rows in all gates. Wher
 References
 ----------
 .. [1] N. Shazeer, "Fast transformer decoding: one write-head is all you need", https://arxiv.org/abs/1911.02150
+.. [2] J. Su et al., "RoFormer: enhanced transformer with rotary position embedding", https://arxiv.org/abs/2104.09864
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import copy
 import inspect
 import math
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -178,6 +180,17 @@ def find_heads(model: nn.Module) -> dict[str, Attention]:
             outputs, width = (name, rows[:, 0]), layer.input_size
             found[name] = Attention(name, len(rows), 1, {name: rows}, outputs, None, width, recurrent=True)
     return found
+
+
+def under_rotary_positions(model: nn.Module, names: Collection[str]) -> set[str]:
+    """Return which of a model's attention modules have rotary positions [2]_: they hold ``inv_freq``, or all share it.
+
+    Their heads keep their size, for fewer heads are better and faster than narrower ones.
+    """
+    tables = [name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "inv_freq"]
+    owners = {name for name in names if any(table.startswith(f"{name}.") for table in tables)}
+    shared = [table for table in tables if not any(table.startswith(f"{name}.") for name in names)]
+    return set(names) if shared else owners
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -46,7 +46,6 @@ from nni_topo.network.speedup.sizes import differing
 if TYPE_CHECKING:
     from nni_topo.network.speedup.analysis import Analysis
 
-_SINGLE = (torch.float64, torch.float32)
 _SIDES = (33, 64)  # pixels of small images; strides halve 33 to 17, 9, 5, 3 and 2
 _ROUNDS = 24  # each finds about half of the unprunable channels that weren't found yet
 
@@ -184,24 +183,6 @@ def _draw(
     keep_read(flow, is_kept, lambda: worth)
     grow(flow, is_kept, lambda: worth, 1, set())
     return is_kept
-
-
-def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
-    """Select places along a dimension."""
-    if d < max(value.dim() - 1, 2):
-        return value.index_select(d, places)
-    # Of the last of more than two dimensions PyTorch takes entries one by one.
-    taken: Tensor = value.flatten(0, -2).index_select(1, places).unflatten(0, value.shape[:-1])
-    return taken
-
-
-def _is_zero(value: Tensor, pruned: Tensor) -> bool:
-    """Tell whether the pruned entries of a tensor are zero; only for tensors of one dimension, where that is quick."""
-    dims = [d for d in range(pruned.dim()) if pruned.shape[d] > 1]
-    if len(dims) != 1 or pruned.shape[dims[0]] != value.shape[dims[0]] or value.dtype not in _SINGLE:
-        return False
-    low, high = _taken(value, dims[0], pruned.flatten().nonzero().flatten().to(value.device)).aminmax()
-    return float(low) == 0 == float(high)
 
 
 class _DryRun:
@@ -393,7 +374,7 @@ class _DryRun:
             if isinstance(leaf, Tensor) and isinstance(ids, Tensor):
                 for d, kept in enumerate(kept_slices(ids, tuple(leaf.shape), self.flow, self.is_kept)):
                     if len(kept) < leaf.shape[d]:
-                        leaf = _taken(leaf, d, kept.to(leaf.device))
+                        leaf = leaf.index_select(d, kept.to(leaf.device))
             cut.append(leaf)
         return tree_unflatten(cut, spec)
 
@@ -438,7 +419,7 @@ class _DryRun:
             if not (isinstance(value, Tensor) and isinstance(ids, Tensor) and value.dim() == ids.dim()):
                 continue
             pruned = ~self._stays(ids)
-            if bool(pruned.any()) and value.numel() and not _is_zero(value, pruned):
+            if bool(pruned.any()) and value.numel():
                 alike = [d for d, size in enumerate(ids.shape) if size == 1]
                 nonzero = value != 0
                 alive = pruned & (nonzero.amax(alike, keepdim=True) if alike else nonzero).cpu()

@@ -15,7 +15,7 @@ import torch
 from nni_topo.context import leaving_out
 from nni_topo.errors import ConfigError, SpeedupError, unknown_name
 from nni_topo.maths.ties import descending
-from nni_topo.network.attention.rotary import under_rotary_positions
+from nni_topo.network.attention.heads import under_rotary_positions
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, Blocks
