@@ -65,7 +65,7 @@ ALLOCATED = {
     "blocks, distill": "uniform, `depth=True`, then `distill`",
 }
 DRAWN = {
-    SHRINK_MORE: ("tab:red", "one call of shrink, neurons"),
+    SHRINK_MORE: ("tab:red", "shrink, then distill: neurons"),
     WHOLE_HEADS: ("tab:orange", "least squares, whole heads"),
     OURS: ("tab:green", "least squares, narrower heads"),
     "l1": ("tab:gray", "L1, whole heads"),
@@ -73,7 +73,7 @@ DRAWN = {
 }
 ONE_CALL = {
     SHRINK: "one call of `shrink` on 4,096 sentences",
-    SHRINK_MORE: "one call of `shrink`, which distils on all",
+    SHRINK_MORE: "`shrink` on 1,024 sentences, then `distill` on all",
 }
 STEPS = {
     "none": ("x", "no recovery"),

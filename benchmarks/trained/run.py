@@ -10,7 +10,7 @@ where it was stopped. ``--only`` and ``--recoveries`` run some rows and columns;
 named. ``--sizes`` times MiniLM's dense networks, and sees which of them ``from_pretrained`` loads. ``--images 8 32 128
 512`` measures instead what weight reconstruction gains from so many crops (sentences), ``--allocations uniform error
 auto blocks`` what `shrink` reaches on EfficientNet-Lite0 where it chooses the widths of the layers. ``--only shrink``
-is one call of `shrink` on MiniLM, as ``docs/embedding_model.md`` has it. ``report.py`` beside this file makes the
+is `shrink` on MiniLM, then `distill`, as ``docs/embedding_model.md`` has it. ``report.py`` beside this file makes the
 tables.
 
 Weights are recovered from calibration photos (sentences), distilled weights are kept or discarded by validation photos,
@@ -51,7 +51,7 @@ OURS = "reconstruction"
 WHOLE_HEADS, LAYERS = "reconstruction, whole heads", "three of six layers"
 SHRINK, SHRINK_MORE = "shrink", "shrink, more sentences"
 EXTRA = (WHOLE_HEADS, LAYERS, SHRINK, SHRINK_MORE)
-"""Further rows of MiniLM: least squares as the others prune, the best three layers that stay, and one call of `shrink`,
+"""Further rows of MiniLM: least squares as the others prune, the best three layers that stay, and `shrink`,
 which prunes neurons alone, because a config of BERT says how many of these there are; with more sentences distillation
 learns from all, as it does in the other rows."""
 UNPRUNED = "unpruned"
@@ -315,7 +315,7 @@ class Encoder(Subject):
         return torch.allclose(found, wanted, atol=1e-5)
 
     def shrunk(self, share: float, seconds: float | None, has_more: bool = False) -> tuple[Any, Any]:
-        """Make a network by one call of `shrink`, and return it with how distillation ended.
+        """Make a network by `shrink`, and return it with how distillation ended.
 
         Seconds are those of the whole call; where distillation has more sentences, its own. None: for the size alone.
         """
