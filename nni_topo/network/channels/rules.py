@@ -138,10 +138,10 @@ class Operation:
         except FAILURES:
             return None
 
-    def moved(self, args: tuple[Any, ...] | None = None, ids: list[Tensor] | None = None) -> Any:
-        """Run an operator that moves entries on the ids themselves; if it fails, keep all channels (of ``ids``)."""
+    def moved(self, args: tuple[Any, ...] | None = None) -> Any:
+        """Run an operator that moves entries on the ids themselves; if it fails, keep all channels."""
         moved = self.run_on_ids(args)
-        return self.all_kept(ids) if moved is None else moved
+        return self.all_kept() if moved is None else moved
 
     def carried(
         self,
@@ -961,7 +961,6 @@ def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
     "mean", "amin", "amax", "nanmean", "std", "var", "std_mean", "var_mean", "prod", "all", "aminmax", "median",
     "nanmedian", "logsumexp", "argmax", "argmin", dims=Dims(1, None, reduces=True),
 )  # fmt: skip
-@rule("mode", dims=Dims(1, -1, reduces=True))
 @rule("sort", "argsort", "cumprod", "cummax", "cummin", "logcumsumexp", dims=Dims(1, -1))
 @rule(
     "softmax",
@@ -973,13 +972,7 @@ def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
     dims=Dims(1, lambda rank: 0 if rank in (1, 3) else 1),
 )
 @rule("scatter", "scatter_add", "scatter_reduce", "index_fill", "index_reduce", dims=Dims(1, None))
-@rule("quantile", "nanquantile", dims=Dims(2, None, reduces=True))
-@rule("kthvalue", dims=Dims(2, -1, reduces=True))
-@rule("topk", "diff", "linalg_cross", dims=Dims(2, -1))
-@rule("unique_consecutive", dims=Dims(None, -1))
-@rule("gumbel_softmax", dims=Dims(4, -1))
-@rule("unique", dims=Dims(4, None))
-@rule("msort", dims=Dims(None, 0))
+@rule("topk", dims=Dims(2, -1))
 @rule("local_response_norm", nn.LocalResponseNorm, nn.CrossMapLRN2d, dims=Dims(None, 1))
 @rule(nn.Softmax2d, dims=Dims(None, -3))
 @rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft", dims=Dims(2, -1))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import FIXED, ChannelIds
@@ -46,61 +46,47 @@ def couple_shared_weights(
             if name in nodes or owner in ids.layers or owner in entering:
                 used.append(name)
         for one, other in pairwise(used):
-            ids.node = _node_of(other, nodes, traced)
-            for first, second in _pairs(*_ids_of_places(traced, one, other, ids, entering)):
-                first_stays, second_stays = np.isin(before[first], staying), np.isin(before[second], staying)
-                ids.tie(first[~first_stays & ~second_stays], second[~first_stays & ~second_stays])
-                ids.pin(np.unique(first[second_stays & ~first_stays]), reasons.shared_weight(one, other))
-                ids.pin(np.unique(second[first_stays & ~second_stays]), reasons.shared_weight(other, one))
-
-
-def _pairs(one: _Dimensions, other: _Dimensions) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the ids that meet in each dimension; against a dimension that can't be cut, all channels have to stay."""
-    found = []
-    for first, second in zip_longest(one, other):
-        if first is not None and second is not None and len(first) == len(second):
-            found.append((first, second))
-            continue
-        if first is not None:
-            found.append((first, np.full_like(first, FIXED)))
-        if second is not None:
-            found.append((np.full_like(second, FIXED), second))
-    return found
-
-
-def _node_of(name: str, nodes: Mapping[str, Node], traced: GraphModule) -> Node:
-    """Return the node that reads a tensor, or calls the module that holds it, if only as a part of another module."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        if ".".join(parts[:length]) in nodes:
-            return nodes[".".join(parts[:length])]
-    first: Node = next(iter(traced.graph.nodes))
-    return first
+            reader = other  # a module may be called as a part of another one
+            while reader and reader not in nodes:
+                reader = reader.rpartition(".")[0]
+            ids.node = nodes[reader] if reader else next(iter(traced.graph.nodes))
+            for first, second in zip_longest(*_ids_of_places(traced, one, other, ids, entering)):
+                if first is not None and second is not None and len(first) == len(second):
+                    first_stays, second_stays = np.isin(before[first], staying), np.isin(before[second], staying)
+                    is_free = ~first_stays & ~second_stays
+                    ids.tie(first[is_free], second[is_free])
+                    ids.pin(np.unique(first[second_stays & ~first_stays]), reasons.shared_weight(one, other))
+                    ids.pin(np.unique(second[first_stays & ~second_stays]), reasons.shared_weight(other, one))
+                    continue
+                # Against a dimension that can't be cut all channels have to stay.
+                if first is not None:
+                    ids.pin(first[~np.isin(before[first], staying)], reasons.shared_weight(one, other))
+                if second is not None:
+                    ids.pin(second[~np.isin(before[second], staying)], reasons.shared_weight(other, one))
 
 
 def _ids_of_places(
     traced: GraphModule, one: str, other: str, ids: ChannelIds, entering: Mapping[str, np.ndarray]
 ) -> list[_Dimensions]:
     """Return the ids along the dimensions of a tensor at two of its places, so that they can be compared one by one."""
-    modules = [traced.get_submodule(name.rpartition(".")[0]) for name in (one, other)]
-    owns = [name.rpartition(".")[2] for name in (one, other)]
-    alike = type(modules[0]) is type(modules[1]) and owns[0] == owns[1]
-    alike = alike and getattr(modules[0], "groups", 1) == getattr(modules[1], "groups", 1)
+    (owner_of_one, _, own), (owner_of_other, _, own_of_other) = one.rpartition("."), other.rpartition(".")
+    modules = traced.get_submodule(owner_of_one), traced.get_submodule(owner_of_other)
     is_free = one in ids.free_parameters or other in ids.free_parameters
-    if alike and not is_free and owns[0] not in ("bias", "in_proj_bias"):
-        # Modules of one kind are cut alike, whatever their groups, gates and heads are.
-        return [_whole(name.rpartition(".")[0], ids, entering) for name in (one, other)]
+    if (
+        type(modules[0]) is type(modules[1])
+        and own == own_of_other
+        and own not in ("bias", "in_proj_bias")
+        and not is_free
+        and getattr(modules[0], "groups", 1) == getattr(modules[1], "groups", 1)
+    ):
+        # Modules of one kind are cut alike, whatever their groups, gates and heads are: by what leaves them, and by
+        # what enters them; norms by what enters.
+        found = list[_Dimensions]()
+        for owner in (owner_of_one, owner_of_other):
+            whole: _Dimensions = [ids.layers[owner].ids] if owner in ids.layers else []
+            found.append([*whole, entering[owner]] if len(entering.get(owner, ())) else whole)
+        return found
     return [_dimensions(name, module, ids, entering) for name, module in zip((one, other), modules, strict=True)]
-
-
-def _whole(owner: str, ids: ChannelIds, entering: Mapping[str, np.ndarray]) -> _Dimensions:
-    """Return the ids of what leaves a layer and of what enters it; of a norm, of what enters it."""
-    found: _Dimensions = []
-    if owner in ids.layers:
-        found.append(ids.layers[owner].ids)
-    if len(entering.get(owner, ())):
-        found.append(entering[owner])
-    return found
 
 
 def _dimensions(name: str, module: Any, ids: ChannelIds, entering: Mapping[str, np.ndarray]) -> _Dimensions:

@@ -23,16 +23,13 @@ PLAIN = "nni_topo_plain"  # in a node's meta: whether it is a tensor that is an 
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
 
-_BETWEEN = frozenset({"nni_topo.network.channels.rules"})  # around a function that somebody has registered
-
-
 def forward_line() -> str:
     """Say which file and line of a model's own forward is running: "models/resnet.py:102"; empty if none is."""
     frame: FrameType | None = sys._getframe(1)
     has_left = False  # the functions of this package that were called last, which record what runs
     while frame is not None:
         package = str(frame.f_globals.get("__name__", ""))
-        if package in _BETWEEN:
+        if package == "nni_topo.network.channels.rules":  # around a function that somebody has registered
             frame = frame.f_back
             continue
         is_own = package.startswith("nni_topo.network.")

@@ -11,7 +11,6 @@ import logging
 import operator
 import sys
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -46,7 +45,6 @@ from nni_topo.network.graph.nodes import (
 from nni_topo.network.graph.traced_int import TracedInt, UnshownSizes, attributes_traced, forget_places
 from nni_topo.network.layers.derived import HEAD, is_followed, is_inner, with_heads
 from nni_topo.network.layers.kinds import is_one
-from nni_topo.network.runtime.comparison import difference
 from nni_topo.network.runtime.copies import forget_evaluated
 from nni_topo.network.runtime.fits import LISTS
 from nni_topo.network.runtime.inputs import (
@@ -83,12 +81,8 @@ class Recorded:
     compared: tuple[tuple[int, int], ...]  # sizes that the forward compared with numbers, and these
 
 
-def record(model: nn.Module, named: dict[str, Any], results: LayerResults | None = None) -> Recorded:
-    """Record a model's call. The model is put into evaluation mode, and may be changed.
-
-    ``results``: takes what the layers of the first run give.
-    """
-    results = LayerResults(model) if results is None else results
+def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
+    """Record a model's call. The model is put into evaluation mode, and may be changed."""
     held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in held if config is not None}.values()
     for config in configs:
@@ -97,42 +91,39 @@ def record(model: nn.Module, named: dict[str, Any], results: LayerResults | None
     told = {id(config): getattr(config, "_attn_implementation", None) for config in configs}
     others = [config for config in configs if told[id(config)] not in (None, "eager")]
     if not others:
-        return _recorded(model, named, results)
+        return _recorded(model, named)
     # So masks are always made, not only where this batch needs one; not all models can be told that any more.
     for config in others:
         config._attn_implementation = "eager"
     try:
-        return _recorded(model, named, results)
+        return _recorded(model, named)
     except Exception as error:  # a model fails in as many ways as it is written
         let_go(error)
         for config in others:
             config._attn_implementation = told[id(config)]
-    return _recorded(model, named, results)
+    return _recorded(model, named)
 
 
-def _recorded(model: nn.Module, named: dict[str, Any], results: LayerResults) -> Recorded:
+def _recorded(model: nn.Module, named: dict[str, Any]) -> Recorded:
     # Before it runs, for a run may put others in their places.
     attributes = _tensor_attributes(model)
     try:
-        return _recorded_twice(model, named, attributes, results)
+        return _recorded_twice(model, named, attributes)
     except SpeedupError as error:
         let_go(error)
         # What a model has kept from its last run (a detector's anchors, by size) belongs to other inputs now.
-        return _recorded_twice(model, named, attributes, results)
+        return _recorded_twice(model, named, attributes)
 
 
-def _recorded_twice(
-    model: nn.Module, named: dict[str, Any], attributes: dict[str, Tensor], results: LayerResults
-) -> Recorded:
+def _recorded_twice(model: nn.Module, named: dict[str, Any], attributes: dict[str, Tensor]) -> Recorded:
     samples = batch_size(named)
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
     kinds = _ModuleKinds(model)
     with attributes_traced(model) as unclear:
         forget_evaluated(model)
-        with results.taken():
-            first = _Recorder(model, kinds, named)
+        first = _Recorder(model, kinds, named)
         unclear.note_unwritten()
-        second = _recorder_of_twice(model, kinds, doubled, results)
+        second = _recorder_of_twice(model, kinds, doubled)
         if second is not None:
             _follow_samples(first, second, samples)
         unclear.note_divided(first.graph)
@@ -167,9 +158,7 @@ def _recorded_twice(
     return Recorded(graph_module, first.outputs, reads_values, first.compared)
 
 
-def _recorder_of_twice(
-    model: nn.Module, kinds: _ModuleKinds, doubled: dict[str, Any], results: LayerResults
-) -> _Recorder | None:
+def _recorder_of_twice(model: nn.Module, kinds: _ModuleKinds, doubled: dict[str, Any]) -> _Recorder | None:
     """Record a model on twice the samples; None if it fails on them, for lack of memory or as their number is fixed.
 
     The graph of the first run then holds for that number of samples alone. Lists of samples (a detector's images) are
@@ -177,8 +166,7 @@ def _recorder_of_twice(
     """
     try:
         forget_evaluated(model)
-        with results.given():
-            return _Recorder(model, kinds, doubled)
+        return _Recorder(model, kinds, doubled)
     except SpeedupError:
         raise
     except Exception as error:  # a model fails in as many ways as it is written
@@ -643,82 +631,3 @@ def _counted(graph: Graph, one: Any, other: Any, size: Node, samples: int) -> An
     if other != 2 * one or one % samples:
         raise SpeedupError(f"a number in a model must be a multiple of the number of samples, got {one} and {other}")
     return size if one == samples else graph.call_function(operator.mul, (size, one // samples))
-
-
-_SAME = 1e-5  # of the largest value; sums in another order, as attention may compute them, are far below
-_SPARE_BYTES = 1 << 28
-
-
-class LayerResults(TorchFunctionMode):
-    """Inputs and outputs of the convolutions and linear products of a run, as many as fit into memory.
-
-    A later run that calls them on the same inputs, or on these twice, as with twice the samples, gets the same outputs.
-    Everything else is computed, so that a difference shows at the next layer's input or in the run's output.
-    """
-
-    def __init__(self, model: nn.Module, spare_bytes: int = _SPARE_BYTES) -> None:
-        super().__init__()
-        self._weights = {id(parameter) for parameter in model.parameters()}
-        # As much memory as the weights take, and for small networks some more.
-        self._bytes = spare_bytes + sum(parameter.nbytes for parameter in model.parameters())
-        self._spare = 0
-        self._taking = False
-        self._seen: dict[Any, list[tuple[Tensor, int, Tensor, Any]]] = defaultdict(list)  # by function and weight
-        self._places: dict[Any, int] = {}  # the next call to come
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Note the outputs of layers within the block, and forget earlier ones."""
-        self._seen.clear()
-        self._spare, self._taking = self._bytes, True
-        with self:
-            yield
-
-    @contextmanager
-    def given(self) -> Iterator[None]:
-        """Return the noted outputs within the block, in the same order."""
-        self._places, self._taking = {}, False
-        with self:
-            yield
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call a function, or return its noted output."""
-        kwargs = kwargs or {}
-        if not is_inner(func) or len(args) < 2 or id(args[1]) not in self._weights:
-            return func(*args, **kwargs)
-        entering = args[0]
-        key = func, id(args[1])
-        settings = [id(each) if isinstance(each, Tensor) else each for each in (*args[2:], *kwargs.values())]
-        if not self._taking:
-            place = self._places.get(key, 0)
-            self._places[key] = place + 1
-            known = self._seen.get(key, [])
-            found = self._known(known[place], entering, settings) if place < len(known) else None
-            return func(*args, **kwargs) if found is None else found
-        out = func(*args, **kwargs)
-        is_plain = isinstance(entering, Tensor) and not entering.is_inference() and not is_transformed(entering)
-        if not is_plain or self._spare < 0:
-            self._spare = -1  # no more calls: without this one the next would be taken for it
-            return out
-        self._spare -= entering.nbytes + out.nbytes
-        if self._spare >= 0:
-            # A copy: the model may write into the output, as in-place activations do.
-            self._seen[key].append((entering, entering._version, out.clone(), settings))
-        return out
-
-    def _known(self, call: tuple[Tensor, int, Tensor, Any], entering: Any, settings: Any) -> Tensor | None:
-        before, version, given, known_settings = call
-        if not isinstance(entering, Tensor) or is_transformed(entering):
-            return None
-        if before._version != version or settings != known_settings:
-            return None
-        if before.shape == entering.shape:
-            return given.clone() if difference(before, entering) <= _SAME else None
-        if before.dim() < 2 or entering.shape != (2 * len(before), *before.shape[1:]):
-            return None
-        for half in entering.chunk(2):
-            if not difference(before, half) <= _SAME:
-                return None
-        return torch.cat([given, given])

@@ -242,9 +242,6 @@ def _pairs(written: Any, given: Any) -> Iterator[tuple[Node, Tensor]]:
     """Yield the nodes of what a graph puts out, each with the tensor it stands for."""
     if isinstance(written, Node) and isinstance(given, Tensor):
         yield written, given
-    elif isinstance(written, Mapping) and isinstance(given, Mapping):
-        for key in written:
-            yield from _pairs(written[key], given.get(key))
     elif isinstance(written, (tuple, list)):
         # What is recorded gives its tensors one after the other, whatever they lie in.
         for one, other in zip(written, given if isinstance(given, (tuple, list)) else tensors_of(given), strict=False):

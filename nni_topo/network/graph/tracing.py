@@ -18,7 +18,7 @@ from nni_topo.errors import ConfigError, SpeedupError, raised
 from nni_topo.network.attention.heads import Attention, Given, find_attention, open_attention
 from nni_topo.network.attention.unfused.multihead import is_unfused, mixing_called
 from nni_topo.network.graph.nodes import RANDOM, ShapeNoting
-from nni_topo.network.graph.recording import LayerResults, made_tensors_dropped, record
+from nni_topo.network.graph.recording import made_tensors_dropped, record
 from nni_topo.network.graph.submodules import by_parts, is_in_parts, part_arguments
 from nni_topo.network.layers.derived import LayerSizes, call_of, check_covers_kernel, has_own_forward, inner_of
 from nni_topo.network.layers.kinds import CONVOLUTIONS, RECURRENT, WEIGHTED, is_scripted
@@ -129,19 +129,18 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
 
 def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: torch.nn.Module, call: Call) -> Recording:
     """Record a model on some arguments, and check what the graph computes on all samples of a call."""
-    results, attention = LayerResults(model), _AttentionCalls(find_attention(model))
+    attention = _AttentionCalls(find_attention(model))
     try:
         with torch.no_grad(), random_state_kept():
             with torch_random_kept(), attention.noted(model):
-                recorded = record(model, shown, results)
+                recorded = record(model, shown)
             graph_module, expected = recorded.graph_module, recorded.outputs
             if shown is not named:
-                with torch_random_kept(), made_tensors_dropped(model), results.taken():
+                with torch_random_kept(), made_tensors_dropped(model):
                     expected = model(*call[0], **call[1])
             open_attention(graph_module, attention.given)
             args = _placed(graph_module.graph, named)
-            # The graph draws what the model drew, and layers that get what they got there aren't computed again.
-            with made_tensors_dropped(model), results.given():
+            with made_tensors_dropped(model):  # the graph draws what the model drew
                 actual = _RandomNoting(graph_module).run(*args)
             _check_same(expected, actual, model)
         return Recording(graph_module, args, recorded.reads_values, recorded.compared)

@@ -127,7 +127,8 @@ def export(
     Raises
     ------
     ConfigError
-        If the format is unknown, or differs from the path's ending; if INT8 is asked for in another format than ONNX;
+        If the format is unknown, or differs from the path's ending; if INT8 is asked for in another format than ONNX,
+        or for a fixed batch size;
         if ``weight_bits`` is neither 7 nor 8, or given without ``int8``; if the inputs lack one of the
         ``dynamic_dims``; or if a package is missing.
     DataError
@@ -168,6 +169,8 @@ def export(
         raise ConfigError(f"the format of an INT8 file must be 'onnx', got {format!r} (int8)")
     if weight_bits != 7 and int8 is None:
         raise ConfigError(f"weights must be INT8 to use {weight_bits} bits, got no calibration data for that (int8)")
+    if int8 is not None and 0 not in dynamic_dims:
+        raise ConfigError(f"an INT8 file must take any batch, 0 be among the dynamic_dims, got {dynamic_dims} (int8)")
     images = None if int8 is None else batches_of(int8, model, "int8")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -227,12 +230,11 @@ def export(
                 session = _session(part)
             error = _check(net, calls_to_check, lambda one: _run(session, one))
             if images is not None:
-                batch = None if 0 in dynamic_dims else batch_size(call)
                 learned, held_out = images.split()
                 # onnxruntime's symbolic shapes follow no free height and width.
                 symbolic = not set(dynamic_dims) - {0}
-                _quantize(part, session, _in_batches(calls(net, learned), batch), weight_bits, symbolic)
-                distance = _distance(net, _session(part), _in_batches(calls(net, held_out or learned), batch))
+                _quantize(part, session, calls(net, learned), weight_bits, symbolic)
+                distance = _distance(net, _session(part), calls(net, held_out or learned))
     return Exported(path, path.stat().st_size, error, distance)
 
 
@@ -280,14 +282,6 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def _in_batches(calls: Iterable[Call], batch: int | None) -> Iterator[Call]:
-    """Yield calls in batches of so many samples, the last one with some repeated. None: as they are."""
-    for call in calls:
-        size = batch_size(call)
-        for part in torch.arange(size).split(batch or size):
-            yield call if batch is None else taken(call, part[torch.arange(batch) % len(part)])
 
 
 def _other_sizes(net: nn.Module, call: Call, dims: Sequence[int]) -> Call:
@@ -353,25 +347,16 @@ def _name_outputs(graph: Any, names: list[str]) -> None:
     In ONNX a name is given once: what an input or a weight is called gets an underscore as the name of an output, and
     values in between make way.
     """
-    if len(names) != len(graph.outputs):
+    outputs = list(graph.outputs)
+    if len(names) != len(outputs):
         return
+    between = [each for node in graph for each in node.outputs if not any(each is output for output in outputs)]
     taken = {each.name for each in graph.inputs} | set(graph.initializers)
-    for output, name in zip(graph.outputs, names, strict=True):
-        output.name = _free(name, taken)
-        taken.add(output.name)
-    between = [each for node in graph for each in node.outputs if not any(each is output for output in graph.outputs)]
-    meeting = [each for each in between if each.name in taken]
-    taken |= {each.name for each in between}
-    for each in meeting:
-        each.name = _free(each.name, taken)
-        taken.add(each.name)
-
-
-def _free(name: str, taken: set[str]) -> str:
-    """Return a name with as many underscores at its end as it takes to be none of others."""
-    while name in taken:
-        name += "_"
-    return name
+    for value, name in zip([*outputs, *between], [*names, *(each.name for each in between)], strict=True):
+        while name in taken:
+            name += "_"
+        value.name = name
+        taken.add(name)
 
 
 def _program(net: nn.Module, call: Call, dims: Sequence[int]) -> Any:

@@ -671,11 +671,6 @@ CALLS = {
         "sort of pixels": (lambda n: rows(n.a).sort(1)[0], "1x1x4: a*"),
         "softmax": (lambda n: n.a.softmax(1), "1x4x1: 0*; a: 0* result_depends"),
         "index_fill of a pixel": (lambda n: n.a.index_fill(2, torch.tensor([0]), 1.0), "1x4x1: a*"),
-        "cross product": (
-            lambda n: torch.linalg.cross(n.a.unflatten(2, (2, 3)), n.b.unflatten(2, (2, 3))),
-            "1x4x1x1: a*; b: a*",
-        ),
-        "unique pixels": (lambda n: torch.unique(n.a, True, False, False, 2), "1x4x1: a*"),
         "fft2 of rows": (lambda n: torch.fft.fft2(n.a).real, "1x4x1: 0*; a: 0* result_depends"),
         "two, rows": (lambda n: functional.adaptive_avg_pool2d(n.a, (4, 6)), "1x4x1: 0*; a: 0* result_depends"),
         "three, planes": (

@@ -118,8 +118,7 @@ def all_calls() -> dict[str, Call]:
     tables: dict[str, dict[str, Call]] = {}
     for name in (
         "sum", "nansum", "any", "count_nonzero", "mean", "amin", "amax", "nanmean", "std", "var", "std_mean",
-        "var_mean", "all", "median", "nanmedian", "argmax", "argmin", "mode", "sort", "argsort", "aminmax", "max",
-        "min",
+        "var_mean", "all", "median", "nanmedian", "argmax", "argmin", "sort", "argsort", "aminmax", "max", "min",
     ):  # fmt: skip
         operator = getattr(torch, name)
         tables[f"{name} of all"] = without_a_dimension(operator)
@@ -164,15 +163,8 @@ def all_calls() -> dict[str, Call]:
         }
     tables["normalize"] = with_dimensions(functional.normalize, 2, 2.0)
     tables["normalize of all"] = without_a_dimension(functional.normalize)
-    tables["quantile"] = with_dimensions(torch.quantile, 2, 0.3)
-    tables["quantile of all"] = without_a_dimension(torch.quantile, 0.3)
-    tables["nanquantile"] = with_dimensions(torch.nanquantile, 2, 0.3)
-    tables["kthvalue"] = with_dimensions(torch.kthvalue, 2, 2)
-    tables["kthvalue of all"] = without_a_dimension(torch.kthvalue, 1)
     tables["topk"] = with_dimensions(torch.topk, 2, 2)
     tables["topk of all"] = without_a_dimension(torch.topk, 2)
-    tables["diff"] = with_dimensions(torch.diff, 2, 1)
-    tables["diff of all"] = without_a_dimension(torch.diff)
     tables["group_norm"] = {
         f"channels in {place}, {groups} groups": lambda z, place=place, groups=groups: functional.group_norm(
             z.movedim(1, place), groups
@@ -187,7 +179,6 @@ def all_calls() -> dict[str, Call]:
             (1, (HEIGHT, WIDTH)), (1, (WIDTH,)), (2, (WIDTH,)), (0, (2, HEIGHT, WIDTH)), (0, (HEIGHT, WIDTH)),
         )
     }  # fmt: skip
-    tables["msort"] = without_a_dimension(torch.msort)
     tables["local_response_norm"] = without_a_dimension(functional.local_response_norm, 3)
     for name in ("fft", "ifft"):
         tables[name] = with_dimensions(lambda *a, name=name, **k: getattr(torch.fft, name)(*a, **k).real, 2, None)
@@ -269,11 +260,9 @@ def modules() -> dict[str, dict[str, Call]]:
 
 
 # What loses no channels though it could: its result has another size, in which no rule looks for the channels.
-KEPT_ANYWAY = {
-    "topk of all: channels in 2", "diff: dim=0", "diff: -4 at 2", "diff of all: channels in 2",
-}  # fmt: skip
+KEPT_ANYWAY = {"topk of all: channels in 2"}
 RESIZED = (
-    "topk", "topk of all", "diff", "diff of all", "lp_pool1d", "lp_pool2d", "lp_pool3d", "LPPool1d",
+    "topk", "topk of all", "lp_pool1d", "lp_pool2d", "lp_pool3d", "LPPool1d",
     "LPPool2d", "LPPool3d",
 )  # fmt: skip
 CALLS = all_calls()

@@ -10,14 +10,11 @@ import pytest
 import torch
 from speedup_nets import masks_of
 from torch import nn
-from torch.fx import GraphModule, Interpreter, symbolic_trace
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from nni_topo import RandomPruner, create_pruner, dependency_groups, masked_model, to_dense
 from nni_topo.errors import LayerError, SpeedupError
 from nni_topo.network.channels.rules import FIXED
-from nni_topo.network.graph.recording import LayerResults, record
+from nni_topo.network.graph.recording import record
 from nni_topo.network.speedup.analysis import Analysis
 
 
@@ -459,101 +456,6 @@ def test_rows_picked_from_none_are_followed():
 
     groups = dependency_groups(Picking().eval(), torch.randn(2, 3, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     assert groups.skipped.keys() == {"first", "last"}
-
-
-IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-
-
-class Shifted(nn.Module):
-    """Layers with an operation of its own between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
-        self.act, self.head = nn.ReLU(inplace=True), nn.Linear(64, 32)
-
-    def forward(self, x):
-        return self.head(self.two(self.act(self.one(x)) + 1.0).flatten(1))
-
-
-class Computed(TorchFunctionMode):
-    """Notes the layers whose functions are computed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self._layers = {id(layer.weight): name for name, layer in model.named_modules() if hasattr(layer, "weight")}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (functional.conv2d, functional.linear):
-            self.names.append(self._layers[id(args[1])])
-        return func(*args, **(kwargs or {}))
-
-
-def compared(model: nn.Module, graph: GraphModule, **knobs: int) -> tuple[torch.Tensor, list[str]]:
-    """Return what a graph puts out behind its model, and the layers that were computed for it."""
-    results, computed = LayerResults(model, **knobs), Computed(model)
-    with torch.no_grad():
-        with results.taken():
-            model(IMAGES)
-        with computed, results.given():
-            output = Interpreter(graph).run(IMAGES)
-    return output, computed.names
-
-
-def test_a_layer_whose_input_was_written_into_is_computed():
-    class Writing(nn.Sequential):
-        def forward(self, x):
-            x = x * 1.0
-            return self[0](x) + x.mul_(2.0).sum()
-
-    model = Writing(nn.Conv2d(3, 4, 3)).eval()
-    output, computed = compared(model, symbolic_trace(model))
-    torch.testing.assert_close(output, model(IMAGES), rtol=0, atol=0)
-    assert computed == ["0"]
-
-
-def test_what_differs_is_computed():
-    model = Shifted().eval()
-    graph = symbolic_trace(model)
-    (added,) = (node for node in graph.graph.nodes if node.op == "call_function" and 1.0 in node.args)
-    added.args = (added.args[0], 1.001)
-    graph.recompile()
-    output, computed = compared(model, graph)
-    assert computed == ["two", "head"]
-    torch.testing.assert_close(output, Interpreter(graph).run(IMAGES), rtol=0, atol=0)
-    assert not torch.allclose(output, model(IMAGES), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"stride": 2}, {"bias": None}, {"x": torch.ones(2, 4, 3, 3)}],
-)
-def test_a_layer_that_is_called_in_another_way_is_computed(change):
-    layer, x = nn.Conv2d(4, 3, 1), torch.randn(2, 4, 3, 3)
-    given, results = {"x": x, "bias": layer.bias, "stride": 1}, LayerResults(layer)
-
-    def run(x, bias, stride):
-        return functional.conv2d(x, layer.weight, bias, stride=stride)
-
-    with torch.no_grad():
-        with results.taken():
-            run(**given)
-        with results.given():
-            found = run(**{**given, **change})
-        torch.testing.assert_close(found, run(**{**given, **change}))
-
-
-def test_results_take_no_more_memory_than_the_model_and_what_may_be_spared():
-    # 12 weights and 3 biases, and 144 + 72 pixels in and out of the first layer, 72 + 144 of the second, of 4 bytes
-    model = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 1)).eval()
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    first, both = 4 * (216 + 72), 4 * (216 + 72 + 72 + 144)
-    for memory, expected in ((both, []), (both - 1, ["1"]), (first - 1, ["0", "1"])):
-        output, computed = compared(model, symbolic_trace(model), spare_bytes=memory - weights)
-        torch.testing.assert_close(output, model(IMAGES), rtol=0, atol=0)
-        assert computed == expected
 
 
 class FixedBatch(nn.Module):
