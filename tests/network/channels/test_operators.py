@@ -67,13 +67,6 @@ NETS = {
         ),
         {"a": 4, "c": 4},
     ),
-    "unfold and fold": (
-        lambda: Between(
-            lambda self, x: functional.fold(functional.unfold(self.a(x), 3, padding=1), (6, 6), 3, padding=1),
-            nn.Conv2d(8, 4, 3),
-        ),
-        {"a": 4},
-    ),
     "einsum with a parameter": (
         lambda: Between(
             lambda self, x: torch.einsum("bchw,oc->bohw", self.a(x), self.w), nn.Conv2d(6, 4, 1), weight=(6, 8)
