@@ -45,6 +45,10 @@ _LOOKS = 25  # number of times that a course of full length measures the held-ou
 MOST_LOST = 20.0
 """A network is broken if its held-out loss is this multiple of the first one."""
 _LEAST_SHARE, _LEAST_STEPS = 0.1, 50  # before a course may be given up: at a high rate the loss first rises
+_NO_GAIN_AT, _NO_GAIN = 0.2, 1.5
+"""If no held-out loss is smaller than the first after this share of a course, the rate falls to zero on trial. The
+course ends if the loss is then at least this multiple of the first.
+"""
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 """Learning rates of AdamW that are tried, the highest first."""
@@ -152,6 +156,7 @@ class Course:
     ``short`` course, as the range test has it, rises in three tenths and falls in the others.
 
     ``best`` is the state at the best look, or at the best two in turn (``best_of``), whose larger loss is ``least``.
+    With ``ends_without_gain`` the course ends after a fifth if the loss hasn't fallen.
     """
 
     def __init__(
@@ -161,6 +166,7 @@ class Course:
         *,
         short: bool = False,
         best_of: int = 2,
+        ends_without_gain: bool = False,
         kind: dict[str, Any] | None = None,
         path: Path | None = None,
         rates: Sequence[RateTrial] = (),
@@ -179,9 +185,10 @@ class Course:
         self._looked = 0.0  # at the last look
         self.done = 0  # steps
         self.curve: list[Look] = []  # the held-out loss along the course
-        self.is_given_up = False  # whether it ended because the held-out loss grew
+        self.is_given_up = False  # whether it ended because the held-out loss grew or didn't fall
+        self.gains_nothing = False  # whether it ended because the held-out loss didn't fall
         self.is_out_of_time = False  # whether it ended because of the time limit
-        self._best_of = best_of
+        self._best_of, self._ends_without_gain = best_of, ends_without_gain
         self.best: dict[str, Tensor] = {}  # empty if no loss was smaller than the first
         self.best_step, self.least = 0, training.first
         self._began = self.clock.spent
@@ -219,6 +226,7 @@ class Course:
                     taken = self.clock.spent - self._began
                     share = max(share, taken / max(taken + self.clock.left, 1e-9))
                 if looks and self.done and int(share * _LOOKS) > int(self._looked * _LOOKS):
+                    is_fifth = self._looked < _NO_GAIN_AT <= share and self.done >= _LEAST_STEPS
                     self._looked = share
                     self._look()
                     losses = [each.loss for each in self.curve]
@@ -231,6 +239,10 @@ class Course:
                     if len(losses) >= self._best_of and worst < self.least:
                         self.least, self.best_step = worst, self.done
                         self.best = copy.deepcopy(self.student.state_dict())
+                    if self._ends_without_gain and is_fifth and min(losses) >= training.first:
+                        self._try_to_end()
+                        if self.is_given_up:
+                            break
                     # Compare the last looks at the full rate with those before. Looks while the rate rises don't count:
                     # the loss is often smaller then than soon after.
                     full = [each.loss for each in self.curve if each.lr == self.rate]
@@ -267,6 +279,24 @@ class Course:
             self.training.processes.add([parameter.grad for parameter in learned], "the gradients of a step")
         self.optimizer.step()
 
+    def _try_to_end(self) -> None:
+        """Let the rate fall to zero in half as many steps as were taken; if that doesn't help, the course ends there.
+
+        Otherwise it continues from the state before.
+        """
+        steps, rate = self.done // 2, self.optimizer.param_groups[0]["lr"]
+        before = copy.deepcopy((self.student.state_dict(), self.optimizer.state_dict()))
+        for step, batch in enumerate(itertools.islice(self.training.batches(), steps)):
+            self.step(batch, rate * (1.0 - step / steps))
+        loss = self.training.look(self.student)
+        if loss < _NO_GAIN * self.training.first:
+            self.student.load_state_dict(before[0])
+            self.optimizer.load_state_dict(before[1])
+            return
+        self.done += steps
+        self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
+        self.is_given_up = self.gains_nothing = True
+
     def _look(self) -> None:
         loss = self.training.look(self.student)
         self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
@@ -292,6 +322,13 @@ def tried_steps(total: int) -> int:
     return max(_LEAST_TRIED, round(_SHARE * total))
 
 
+def seconds_of_a_step(training: Training) -> float:
+    """Return the seconds of a step on the first batch, by a network that is then thrown away."""
+    course, batch = Course(training, min(RATES)), next(training.batches())
+    with learning(course.student, batch_norms(course.student) if training.is_normed else []):
+        return timed(lambda: course.step(batch, course.rate), course.student)
+
+
 def timed(work: Callable[[], object], student: nn.Module) -> float:
     """Return the seconds of the second of two runs; the first one also loads libraries and selects kernels."""
     work()
@@ -305,13 +342,14 @@ def try_rates(
     training: Training,
     judge: Callable[[nn.Module], float],
     rates: Sequence[float] = RATES,
+    a_step: float = 0.0,
     progress: bool | None = None,
 ) -> tuple[RateTrial, ...]:
     """Try learning rates from the highest on until one is accepted; return the results.
 
     ``judge`` returns the held-out loss of a network that has learned. No rate is accepted if all break the network.
-    Under a time limit a step is timed, and each rate takes 3 % of the remaining time, but at least three steps. No
-    further rate is tried if the time left is less than twenty steps.
+    Under a time limit each rate takes 3 % of the remaining time, but at least three steps, of ``a_step`` seconds each.
+    No further rate is tried if the time left is less than twenty steps.
     """
     clock, first = training.clock, training.first
     if clock.left <= 0.0:
@@ -319,9 +357,6 @@ def try_rates(
     steps = tried_steps(training.total)
     least_left = -math.inf  # seconds that are left for the course
     if clock.seconds is not None:
-        trial, batch = Course(training, min(rates)), next(training.batches())
-        with learning(trial.student, batch_norms(trial.student) if training.is_normed else []):
-            a_step = timed(lambda: trial.step(batch, trial.rate), trial.student)
         least_left = _LEAST_LEFT * a_step
         steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / a_step)))
     most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(training.constant - first))

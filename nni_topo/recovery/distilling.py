@@ -37,6 +37,7 @@ from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
 from nni_topo.network.runtime.processes import digest
+from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
@@ -49,8 +50,10 @@ from nni_topo.recovery.course import (
     RateTrial,
     Training,
     learning,
+    seconds_of_a_step,
     state_of,
     timed,
+    tried_steps,
     try_rates,
 )
 from nni_topo.recovery.lesson import (
@@ -119,6 +122,7 @@ class Verdict:
     solved_on: int = 0
     is_out_of_time: bool = False
     weights_of: int = 0
+    gains_nothing: bool = False
 
     def __repr__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out samples the loss "
@@ -144,6 +148,7 @@ class Verdict:
         else:
             text += f". It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
             text += ", until the time was over" if self.is_out_of_time else ""
+            text += ", where it ended because the loss hadn't become smaller" if self.gains_nothing else ""
             if self.is_kept and self.weights_of < self.steps:
                 text += f"; the weights are those after {self.weights_of} steps"
                 text += ": at the end they are no better than none"
@@ -203,6 +208,9 @@ class Distillation(Verdict):
         Whether ``seconds`` ended the steps, or the range test before a rate could be taken.
     weights_of : int
         The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
+    gains_nothing : bool
+        Whether the steps ended after a fifth of them and half as many in which the rate fell to zero, because the loss
+        got no smaller.
     outputs : ComparedOutputs or None
         By name, the outputs of the model that were compared and those that weren't.
     """
@@ -368,15 +376,26 @@ def distillation(
             # Networks trained with fixed statistics, or on other images, break by the statistics of the batches.
             is_kept = after_few_steps(training.student()) <= MOST_LOST * training.first
             training = replace(training, is_normed=is_kept)
+        a_step = 0.0
+        if clock.left > 0.0:
+            a_step = seconds_of_a_step(training)
+            tried = len(RATES) * tried_steps(most_steps) if lr is None else 0
+            needed = (most_steps + tried) * a_step
+            text = (
+                f"the steps of distillation take at most about {duration(needed)}: {most_steps} of {duration(a_step)} "
+            )
+            text += f"each{f', {tried} more to find the learning rate' if tried else ''}; "
+            text += "seconds= limits it" if seconds is None else f"seconds= ends it after {duration(seconds)}"
+            _logger.log(logging.WARNING if seconds is None and needed > LONG else logging.INFO, "%s", text)
         if lr is None:
-            rates = try_rates(training, after_few_steps, RATES, progress)
+            rates = try_rates(training, after_few_steps, RATES, a_step, progress)
             if training.is_normed and rates and not rates[-1].is_taken:
                 training = replace(training, is_normed=False)
-                rates = try_rates(training, after_few_steps, RATES, progress) or rates
+                rates = try_rates(training, after_few_steps, RATES, a_step, progress) or rates
             rate = next((each.lr for each in rates if each.is_taken), math.nan)
             is_out_of_time = math.isnan(rate) and bool(rates) and rates[-1].lr > min(RATES)
         elif training.is_normed:
-            found = try_rates(training, after_few_steps, [lr], progress)
+            found = try_rates(training, after_few_steps, [lr], a_step, progress)
             training = replace(training, is_normed=not found or found[0].is_taken)
 
     def judged(net: nn.Module, is_normed: bool) -> tuple[nn.Module, Judgement]:
@@ -393,7 +412,7 @@ def distillation(
                 return measured, judged_again
         return net, found
 
-    after, taken, weights_of, curve = before, 0, 0, tuple[Look, ...]()
+    after, taken, weights_of, gains_nothing, curve = before, 0, 0, False, tuple[Look, ...]()
     if not math.isnan(rate):
         kind = {
             "steps": most_steps,
@@ -411,11 +430,12 @@ def distillation(
         if path is not None:  # the same images in the same order: which are held out depends on it
             of_images = " ".join(digest([("", each)])[:_SHOWN] for each in tensors_of(pool))
             kind |= {**hashes, "the same images in the same order, hash": of_images}
-        course = Course(training, rate, kind=kind, path=path, rates=rates)
+        course = Course(training, rate, ends_without_gain=True, kind=kind, path=path, rates=rates)
         course.run(progress)
         is_out_of_time = course.is_out_of_time or clock.left <= 0.0
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
-        if course.is_given_up:
+        gains_nothing = course.gains_nothing
+        if course.is_given_up and not gains_nothing:
             told = "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown"
             _logger.info(told, rate, taken, most_steps)
         if taken:
@@ -458,6 +478,7 @@ def distillation(
         solved_on=was_solved_on,
         is_out_of_time=is_out_of_time,
         weights_of=weights_of if is_kept else 0,
+        gains_nothing=gains_nothing,
         outputs=lesson.named,
     )
     if (not is_kept or was_solved_on) and done.verdict.has_anything_to_learn:
@@ -578,7 +599,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     The rate rises in the first tenth of the steps. It falls in a line to zero in the last two fifths, or from where the
     loss on the held-out images makes no more progress: it is looked at 25 times, on 256 images at most, and the mean of
     four looks has to be 2 % below that of the four before. The steps are given up where, after a tenth of them, two
-    looks in turn find twenty times the first loss.
+    looks in turn find twenty times the first loss. They also end after a fifth where no look has found a smaller loss
+    than the first, and where it is still one and a half times the first after the rate has fallen to zero in half as
+    many steps.
 
     With at least 256 images to learn from, batch norms take their statistics from the batches. In the end they keep
     these, or get those of all images as they are, whichever gives the smaller loss on the held-out images. Dropout is

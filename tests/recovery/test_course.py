@@ -30,7 +30,7 @@ def training(student=None, **knobs):
     return Training(**given | knobs)
 
 
-def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, best_of=2, states=None):
+def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, best_of=2, ends_early=False, states=None):
     """Run a course whose looks find the given losses, the last one again and again; return it and the rates.
 
     ``states`` gets the weights at each look.
@@ -50,7 +50,7 @@ def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, best_of
         return usual.objective(*given)
 
     own = replace(usual, objective=objective, total=total, look=look, first=first, clock=clock or Clock())
-    made = Course(own, rate, best_of=best_of)
+    made = Course(own, rate, best_of=best_of, ends_without_gain=ends_early)
     made.run(progress=False, looks=left is not None)
     return made, rates
 
@@ -100,6 +100,31 @@ def test_a_course_is_given_up_where_the_loss_grows(losses, steps):
 def test_a_single_large_loss_does_not_end_a_course():
     done, _ = course(600, [0.9, 0.8, 30.0, 0.7, 0.6], first=1.0)
     assert not done.is_given_up
+
+
+def test_a_course_ends_where_its_first_fifth_gains_nothing_at_any_rate():
+    done, rates = course(600, [1.2, 1.3, 1.1, 1.2, 1.0, 1.5], first=1.0, ends_early=True)
+    assert (done.is_given_up, done.gains_nothing, done.done) == (True, True, 180)
+    assert rates[120:] == pytest.approx([0.01 * left / 60 for left in range(60, 0, -1)])
+    assert done.curve[-1].step == 180
+
+
+@pytest.mark.parametrize(
+    ("losses", "total"),
+    [
+        ([1.2, 1.2, 1.2, 1.2, 1.2, 1.4, 0.8], 600),  # the sixth loss is found where the rate has fallen
+        ([1.2, 0.9, 1.2, 1.2, 1.2, 0.8], 600),  # a look has gained
+        ([1.2], 240),  # of 48 steps little is known
+    ],
+)
+def test_a_course_that_gains_early_or_where_the_rate_falls_goes_on_as_it_was(losses, total):
+    done, rates = course(total, losses, first=1.0, ends_early=True)
+    falls = [1.4] if len(losses) == 7 else []
+    plain, others = course(total, [each for each in losses if each not in falls] if falls else losses, first=1.0)
+    assert (done.gains_nothing, done.done) == (False, plain.done)
+    assert len(rates) == len(others) + 60 * len(falls)
+    torch.testing.assert_close(done.student.state_dict(), plain.student.state_dict(), rtol=0, atol=0)
+    assert done.curve == plain.curve
 
 
 def test_the_state_is_kept_where_two_looks_in_turn_were_best():
@@ -214,7 +239,7 @@ def test_gradients_of_all_processes_are_added_up():
 
 def tried(judge, total=300, rates=RATES, **knobs):
     """Return what the range test finds for a network whose loss is 1 before any step, and 100 if it is constant."""
-    return try_rates(training(total=total, **{"first": 1.0, "constant": 100.0} | knobs), judge, rates, False)
+    return try_rates(training(total=total, **{"first": 1.0, "constant": 100.0} | knobs), judge, rates, 0.5, False)
 
 
 @pytest.mark.parametrize(("losses", "expected"), [([0.5], 6e-3), ([4.0, 2.0], 2e-3), ([4.0, float("nan"), 1.9], 6e-4)])
@@ -253,13 +278,13 @@ def test_each_rate_begins_with_the_same_network():
     ("seconds", "trials", "steps"),
     [
         (2000.0, 5, 12),
-        (101.0, 5, 6),  # 3 % of 100 seconds
-        (14.0, 3, 3),  # 13, 11.5 and 10 seconds are left: twenty more steps take 10
+        (100.0, 5, 6),  # 3 % of 100 seconds
+        (13.0, 3, 3),  # 13, 11.5 and 10 seconds are left: twenty more steps take 10
         (0.5, 0, 0),
     ],
 )
 def test_time_allows_few_steps_and_few_rates(watch, seconds, trials, steps):
-    """A step takes half a second; two are timed before."""
+    """A step takes half a second."""
     usual = training()
 
     def objective(*given):

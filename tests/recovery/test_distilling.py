@@ -193,6 +193,12 @@ def test_weights_from_before_are_kept_where_those_at_the_end_are_worse():
     assert "; the weights are those after 60 steps: at the end they are no better than none" in str(found)
 
 
+def test_a_distillation_that_gains_nothing_ends_after_a_fifth_and_says_so(caplog):
+    found = distillation(*drifting(0, 0.004), batches(), steps=600, lr=1e-4, blend=False)
+    assert (found.gains_nothing, found.is_kept, found.steps, found.weights_of) == (True, False, 180, 0)
+    assert "It took 180 of at most 600 steps at a learning rate of up to 0.0001, where it ended because" in caplog.text
+
+
 def test_nothing_is_learned_where_nothing_is_left_to_learn(caplog):
     _, original = pair()
     found = distillation(copy.deepcopy(original), original, batches(), lr=0.01)
@@ -582,6 +588,27 @@ def test_seconds_hold_for_the_whole_call(watch, seconds, lr, is_normed):
     dense.seconds = 0.05
     found = distillation(dense, original, batches(320), seconds=seconds, lr=lr)
     assert found.seconds < seconds + 1.0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "level", "words"),
+    [
+        (
+            {"steps": 20},
+            "INFO",
+            "at most about 70 s: 20 of 1 s each, 50 more to find the learning rate; seconds= limits",
+        ),
+        ({"steps": 20, "lr": 1e-3}, "INFO", "at most about 20 s: 20 of 1 s each; seconds= limits it"),
+        ({"lr": 1e-3}, "WARNING", "at most about 10 minutes: 601 of 1 s each; seconds= limits it"),
+        ({"lr": 1e-3, "seconds": 9.0}, "INFO", "10 minutes: 601 of 1 s each; seconds= ends it after 9 s"),
+    ],
+)
+def test_the_time_is_told_before_it_is_spent(watch, caplog, knobs, level, words):
+    caplog.set_level("INFO", "nni_topo")
+    distillation(Taking(4).eval(), pair()[1], batches(), **{"steps": 601, **knobs})
+    told = [each for each in caplog.records if "distillation take" in each.getMessage()]
+    assert [each.levelname for each in told] == [level]
+    assert words in told[0].getMessage()
 
 
 @pytest.mark.parametrize(("seconds", "trials"), [(31.0, 3), (60.0, 5)])
