@@ -143,6 +143,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
 
     Examples
     --------
+    >>> import torch
     >>> from torch.nn import Conv2d, Sequential, Softmax
     >>> model = Sequential(Conv2d(1, 8, 3), Softmax(dim=1), Conv2d(8, 4, 3), Conv2d(4, 2, 1))
     >>> print(explain(model, torch.ones(1, 1, 8, 8), "2"))
