@@ -226,7 +226,7 @@ class StructuredPruner(Pruner):
 
     @property
     def _in_step(self) -> AbstractContextManager[None]:
-        """A block that all processes which share the pruner's calibration data run."""
+        """A context that all processes that share the calibration data enter together."""
         processes = getattr(self.calibration, "processes", None)
         return nullcontext() if processes is None else processes.in_step(type(self).__name__)
 

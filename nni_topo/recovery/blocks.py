@@ -116,7 +116,9 @@ def remove_blocks(
     for name in names:
         before, after = shapes.get(name, (None, None))
         if before is None or before != after:
-            raise ConfigError(f"a block must put out what enters it, changed, got shapes {before} and {after} ({name})")
+            raise ConfigError(
+                f"a block to remove must have an output of its input's shape, got {before} and {after} ({name})"
+            )
     result: nn.Module = detached_copy(model)
     removed: set[tuple[str, int]] = set()
     for parent, first, last in gaps:

@@ -163,8 +163,8 @@ class PairTask(ChannelTask):
         if self.layer.intercept is None:
             # Nobody takes a constant: the lines go through the origin.
             means = (torch.zeros_like(means[0]), torch.zeros_like(means[1]))
-        # By sums over samples, which cancel where means are large beside deviations: in float64 a mean of 1e6
-        # deviations still leaves four digits.
+        # Differences of sums lose digits where means are much larger than deviations: in float64 four digits are left
+        # at a mean of 1e6 deviations.
         shared = sums["xy"] / count - means[0].unsqueeze(2) * means[1].unsqueeze(1)
         spread = sums["xx"].diagonal(dim1=1, dim2=2) / count - means[0].square()
         # A channel that doesn't vary beyond rounding predicts nothing: slope and likeness become 0.

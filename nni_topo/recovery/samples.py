@@ -44,7 +44,7 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
         return _chosen(call_of(module, inputs).entering if is_own else inputs, positions, columns)
     entries = torch.arange(len(inputs), device=inputs.device)[:, None]
     dims = len(module.kernel_size)
-    # (n, channels, *output size, *kernel size): what each output position of a convolution is a sum over.
+    # (n, channels, *output size, *kernel size): the values that a convolution adds up for each output position.
     if is_own:  # its forward takes all channels, and may do anything before it convolves
         call = call_of(module, inputs)
         call = replace(call, entering=call.entering[:, columns.flatten()])

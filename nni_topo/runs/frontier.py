@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 class FrontierPoint:
     """One of the networks, and what it costs and loses. Intervals are of 95 %, over the held-out images."""
 
-    share: float  # of the cost, that was asked for; 1.0 is the unpruned network
+    share: float  # requested share of the cost; 1.0 is the unpruned network
     left: float  # share of the cost that is kept
     macs: int  # multiply-accumulates of one sample
     params: int

@@ -39,7 +39,8 @@ FREE_WIDTHS = (
 
 PREFERRED: Literal["preferred"] = "preferred"
 """The value of ``round_to`` by which layers keep multiples of channels as far as the budget allows."""
-_OFFERED = ("seed", "calibration", "example_inputs", "budget", "round_to")  # what a call gives a pruner
+# Arguments of a pruner that the call sets:
+_OFFERED = ("seed", "calibration", "example_inputs", "budget", "round_to")
 Layers = Sequence[str | Mapping[str, Any]]
 """Names of layers, and entries of a config_list without ratios."""
 

@@ -250,9 +250,9 @@ class _Recorder(TorchFunctionMode):
         self._nodes: dict[int, Node] = {}
         self._alive: list[Any] = []  # keeps tensors, so that no other gets the id of a freed one
         self._stack: list[str] = []  # the modules that run and are followed, the innermost last
-        self._inside = 0  # within what is one node
+        self._inside = 0  # how many modules that are one node run
         self._ran = set[str]()  # modules
-        self._chosen = self._picked = False  # whether a value has been an index, and how much there is was up to values
+        self._chosen = self._picked = False  # whether a value was an index, and a size one of values
         self._deciding = set[str]()  # modules whose forward has read a value, as an `if` does
         self._before: tuple[str, Any, Any] | None = None  # a followed layer that hasn't called its function yet
         for name, value in named.items():
@@ -538,7 +538,7 @@ def put(tensor: Tensor, place: Any, value: Any) -> Tensor:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Tell whether a module is one node: one of PyTorch's own, attention, or a layer or norm of another's making."""
+    """Tell whether a module is one node: PyTorch's modules, attention, and layers and norms of other classes."""
     # What computes the weight of a parametrized layer is part of the layer.
     added = {"_nni_wrapper", "parametrizations"} if is_parametrized(module) else {"_nni_wrapper"}
     inner = [name for name, _ in module.named_children() if name not in added]
@@ -629,5 +629,5 @@ def _counted(graph: Graph, one: Any, other: Any, size: Node, samples: int) -> An
     if type(one) is not int or one == other:
         return one
     if other != 2 * one or one % samples:
-        raise SpeedupError(f"a number in a model must be a multiple of the number of samples, got {one} and {other}")
+        raise SpeedupError(f"a number in a model must be fixed or a multiple of the samples, got {one} and {other}")
     return size if one == samples else graph.call_function(operator.mul, (size, one // samples))

@@ -111,7 +111,7 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
     """Record a model on the first few samples of a call where these show all of it, else on the call."""
     named = bind_arguments(model, call)
     samples = batch_size(named)
-    if samples > 2 * _FEW:  # what a recorder keeps alive grows with their number
+    if samples > 2 * _FEW:  # a recorder's memory grows with the number of samples
         few: dict[str, Any] = tree_map_only(
             torch.Tensor, lambda each: each[:_FEW] if each.dim() and len(each) == samples else each, named
         )

@@ -59,7 +59,7 @@ _UNPRUNED = Rule(
 
 
 def save(dense: nn.Module, path: _PathLike) -> None:
-    """Save a dense model without pickled code, non-persistent buffers too.
+    """Save a dense model, with its non-persistent buffers and without pickled code.
 
     Parameters
     ----------

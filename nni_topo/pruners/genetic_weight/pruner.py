@@ -125,7 +125,7 @@ class GeneticMetric(MetricCalculator):
             return PopulationAccuracy(context.model, names, self.validation)
 
         def score() -> float:
-            # In evaluation mode: or each individual's batch norms would have seen those before it.
+            # In training mode the batch norms' statistics would depend on the individuals evaluated before.
             with evaluation_mode(context.model):
                 if self.evaluate is not None:
                     return check_result("evaluate", self.evaluate(context.model), "genetic_weight")
