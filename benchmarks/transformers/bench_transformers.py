@@ -1,6 +1,6 @@
 """Heads and neurons of transformers: what each criterion keeps, and what each method recovers without a label.
 
-    python benchmarks/transformers/bench_transformers.py vit_small --data-dir DIR --out runs/transformers
+    python -m benchmarks.transformers.bench_transformers vit_small --data-dir DIR --out runs/transformers
 
 trains a net of the zoo for each seed (``bert_small``, and ``gpt_small``, which needs no folder, alike), keeps half, a
 third and a sixth of the heads of every layer with half, a quarter and an eighth of the MLP's neurons, chosen by each
@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from benchmarks.recovery import recovery_rules  # noqa: F401  (it registers methods by name)
 from nni_topo import compensate, create_pruner, dependency_groups, distill, narrow_heads, to_dense, zoo
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.runs.run import Start, pruner_knobs

@@ -36,7 +36,7 @@ from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.integer_attributes import Place, numbers_in, numbers_of, put_sizes
 from nni_topo.network.layers.kinds import is_transposed_linear, with_linear_layers, with_transposed_weights
 from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwrapped
-from nni_topo.network.runtime.copies import detached_copy
+from nni_topo.network.runtime.copies import detached_copy, forget_evaluated
 from nni_topo.network.runtime.inputs import model_within, tensors_of
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import drop_report, report_of
@@ -217,6 +217,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
         for name in names:
             shared.setdefault(stored_as.get(name, name), []).append(name)
         tie_again(built, shared.values())
+    forget_evaluated(built)
     return built
 
 

@@ -124,7 +124,9 @@ def warn_of_kept(kept: Mapping[str, str]) -> None:
     """Warn once of all layers that keep masked channels: how many and why, by layer; of the first few by name."""
     if kept:
         told = "; ".join(f"{name} {text}" for name, text in itertools.islice(kept.items(), _NAMED))
-        more = f"; and {len(kept) - _NAMED} more layers, see dense.report" if len(kept) > _NAMED else ""
+        more = (
+            f"; and {len(kept) - _NAMED} more layers, which the report of to_dense lists" if len(kept) > _NAMED else ""
+        )
         _logger.warning("masks must agree where layers share channels; channels kept although masked: %s%s", told, more)
 
 
