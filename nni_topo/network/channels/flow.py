@@ -669,6 +669,10 @@ class ChannelFlow(Propagation):
             picks = picks and not all(has_property(user, "meets") or has_property(user, "moves") for user in node.users)
             if picks and isinstance(ids, torch.Tensor) and ids.numel():
                 found.append((np.unique(self.group_ids(ids.numpy())), place(node)))
+        for blocks in self.blocks:
+            for block in blocks.sides[0] if blocks.is_filled else ():
+                own = block[block != FIXED]
+                found.append((np.unique(self.group_ids(own)), blocks.place))
         return found
 
     def units(self, name: str) -> np.ndarray:

@@ -67,6 +67,7 @@ class Blocks:
     may_vanish: bool  # a block may lose all of its channels, on all sides at once
     moves: bool = False  # it only decides where channels go, as after a chunk: see `shuffles`
     is_uneven: bool = False  # of shuffled layers, whose pieces can't be of one size each
+    is_filled: bool = False  # a shorter block is filled up with `FIXED`: it loses as many, and keeps some of its own
     place: str = ""  # what needs them so: an operation, a module or an attribute
     counted: bool = False  # an attribute holds how many blocks there are: fewer, where each goes as a whole
 

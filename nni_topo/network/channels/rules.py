@@ -596,7 +596,16 @@ def _chunked(op: Operation) -> Any:
     asked = op.argument(1, "chunks")
     short = pieces[0].shape[dim] - pieces[-1].shape[dim]
     if (short or asked != len(pieces)) and varies(ids, dim):
-        op.keep(ids, reasons.fixed_channels(op.node))  # the dense model would make other pieces
+        if asked != len(pieces) or channels.reorders or _varying(ids) != [dim % ids.dim()]:
+            op.keep(ids, reasons.fixed_channels(op.node))  # the dense model would make other pieces
+            return pieces
+        # The last piece is shorter, as EdgeNeXt's may be. If each loses as many as the others, chunk makes such pieces
+        # again.
+        rows = [channels.per_channel(piece, dim % ids.dim()) for piece in pieces]
+        rows[-1] = np.concatenate([rows[-1], np.full(short, FIXED)])
+        channels.chunks = True
+        where = described(op.node)
+        channels.blocks.append(Blocks([rows], may_vanish=False, moves=True, is_filled=True, place=where))
         return pieces
     # In the dense model chunk makes equal pieces too, so all pieces have to lose equally many channels.
     if pieces[0].dim() > 1 and not short:

@@ -217,7 +217,8 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
         for name in names:
             shared.setdefault(stored_as.get(name, name), []).append(name)
         tie_again(built, shared.values())
-    forget_evaluated(built)
+    if not built.training:
+        forget_evaluated(built)
     return built
 
 

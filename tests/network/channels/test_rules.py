@@ -288,6 +288,10 @@ CALLS = {
             lambda n: n.c.chunk(2, 1),
             "1x4x1: c0 c1 c2 c3; 1x4x1: c4 c5 c6 c7; equal moves: c0 c1 c2 c3 | c4 c5 c6 c7",
         ),
+        "three chunks": (
+            lambda n: n.c.chunk(3, 1),
+            "1x3x1: c0 c1 c2; 1x3x1: c3 c4 c5; 1x2x1: c6 c7; equal moves: c0 c1 c2 | c3 c4 c5 | c6 c7 0",
+        ),
         "five chunks": (lambda n: n.c.chunk(5, 1), "1x2x1: 0*; 1x2x1: 0*; 1x2x1: 0*; 1x2x1: 0*; c: 0* fixed_channels"),
         "chunks of samples": (lambda n: n.a.chunk(2), "1x4x1: a*; 1x4x1: a*"),
         "chunks of a sum": (
