@@ -591,7 +591,7 @@ def test_numbers_and_constants_of_each_sample_follow_the_number_of_samples(compu
 @pytest.mark.parametrize(
     ("compute", "words"),
     [
-        (lambda x: x + (counted(x) + 1), "multiple of the number of samples, got 4 and 7"),
+        (lambda x: x + (counted(x) + 1), "multiple of the samples, got 4 and 7"),
         (lambda x: x[torch.arange(counted(x)) % 4], "constant of a model must not depend on the number"),
         (lambda x: x.relu() if counted(x) > 3 else x.tanh(), "the same whatever the number of samples, got two graphs"),
     ],
