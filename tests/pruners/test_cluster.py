@@ -151,6 +151,16 @@ def test_a_layer_that_is_all_dead_keeps_one():
     assert kept(ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 0.5}], calibration=[data])).sum() == 1
 
 
+def test_of_every_cluster_the_neuron_nearest_to_its_mean_survives():
+    model = nn.Sequential(nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[0].weight[:, 0] = torch.tensor([1.0, 1.1, 1.5, 5.0, 5.1, 5.6])  # means 1.2 and 5.23
+        model[0].bias.zero_()
+    data = torch.linspace(0.1, 1, 32)[:, None]
+    pruner = ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 0.67}], calibration=[data], survivor="center")
+    assert kept(pruner).tolist() == [False, True, False, False, True, False]
+
+
 def test_a_threshold_on_merging_distances():
     model, data = families()
     with torch.no_grad():
