@@ -525,7 +525,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     seconds : float, optional
         Limit of wall time, above 0, for the whole call. No step begins that wouldn't end in time; comparing both
         networks before the first step takes what it takes. With a limit that binds, the result depends on the machine's
-        speed.
+        speed. Before the first step a message says how long the steps take at most: a warning if that is more than
+        ten minutes and there is no limit.
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional

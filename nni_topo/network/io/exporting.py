@@ -170,7 +170,9 @@ def export(
     if weight_bits != 7 and int8 is None:
         raise ConfigError(f"weights must be INT8 to use {weight_bits} bits, got no calibration data for that (int8)")
     if int8 is not None and 0 not in dynamic_dims:
-        raise ConfigError(f"an INT8 file must take any batch, 0 be among the dynamic_dims, got {dynamic_dims} (int8)")
+        raise ConfigError(
+            f"dynamic_dims must hold 0 for INT8, whose file takes any batch size, got {dynamic_dims} (int8)"
+        )
     images = None if int8 is None else batches_of(int8, model, "int8")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):

@@ -186,7 +186,7 @@ def test_int8_is_smaller_near_and_made_of_integers(tmp_path, bits, most):
     [
         ({"int8": [torch.zeros(4, 4)], "weight_bits": 4}, r"weight_bits must be 7 or 8, got 4 \(export\)"),
         ({"weight_bits": 8}, r"must be INT8 to use 8 bits, got no calibration data for that \(int8\)"),
-        ({"int8": [torch.zeros(4, 4)], "dynamic_dims": ()}, r"an INT8 file must take any batch, .*got \(\) \(int8\)"),
+        ({"int8": [torch.zeros(4, 4)], "dynamic_dims": ()}, r"dynamic_dims must hold 0 for INT8, .*got \(\) \(int8\)"),
     ],
 )
 def test_bits_of_weights_that_cannot_be_are_refused(tmp_path, knobs, words):
