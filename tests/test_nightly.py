@@ -1,9 +1,8 @@
-"""The runner of all checks, on checks of a moment; and that every list of checks names commands that exist."""
+"""Every list of checks names commands that exist, and further cases of quick tests may be asked for."""
 
 from __future__ import annotations
 
 import configparser
-import json
 import re
 import subprocess
 import sys
@@ -17,56 +16,6 @@ from tools import nightly
 PROJECT = Path(__file__).parent.parent
 SETUP = configparser.ConfigParser()
 SETUP.read(PROJECT / "setup.cfg")
-
-
-@pytest.fixture
-def runner(tmp_path):
-    """Return a function that makes the runner of some checks."""
-    return lambda *checks: nightly.Nightly(checks, tmp_path / "out", tmp_path / "records/checks.json", "a", 7)
-
-
-def outcome(*lines):
-    """Return a command that writes such lines of outcomes, as the tests do."""
-    return " && ".join(f"echo '{json.dumps(line)}' >> $NNI_TOPO_OUTCOMES" for line in lines)
-
-
-def test_a_stopped_run_goes_on_and_what_failed_runs_again(runner, tmp_path):
-    first = nightly.Check("first", f"echo ran >> {tmp_path}/first")
-    second = nightly.Check("second", f"echo ran >> {tmp_path}/second; test -f {tmp_path}/mended")
-    assert not runner(first, second).run(None, until=0)  # no time
-    assert runner(first, second).run(["first"], until=float("inf"))
-    assert runner(first, second).verdict() == (1, ["second: has not run yet; run it again to go on"])
-    for _ in range(2):
-        assert runner(first, second).run(None, until=float("inf"))
-    status, said = runner(first, second).verdict()
-    assert status == 1
-    assert re.fullmatch(r"second: failed, exit status 1, .*out/second\.log", said[0])
-    (tmp_path / "mended").touch()
-    runner(first, second).run(None, until=float("inf"))
-    assert runner(first, second).verdict() == (0, [])
-    assert (tmp_path / "first").read_text().count("ran") == 1
-    assert (tmp_path / "second").read_text().count("ran") == 3
-
-
-@pytest.mark.parametrize("has_gpu", [False, True])
-def test_a_test_that_every_check_skips_is_an_error(runner, has_gpu):
-    skipped = [
-        ["tests/test_a.py::test_gpu", "skipped", 0, "no CUDA device"],
-        ["tests/test_a.py::test_other", "skipped", 0, "no Chromium"],
-        ["tests/test_a.py::test_both", "skipped", 0, "Transformers 4"],
-        ["tests/test_file.py", "skipped", 0, "no mutmut"],
-        ["tests/test_second.py", "skipped", 0, "no timm"],
-    ]
-    ran = [["tests/test_a.py::test_both", "passed", 0, ""], ["tests/test_second.py::test", "failed", 0, ""]]
-    one, two = nightly.Check("one", outcome(*skipped)), nightly.Check("two", outcome(*ran))
-    gpu = nightly.Check("GPU", "true", hardware=str(has_gpu).lower(), covers="no CUDA device")
-    run = runner(one, two, gpu)
-    run.run(None, until=float("inf"))
-    status, said = run.verdict()
-    assert status == 1
-    wanted = [("test_a.py::test_other", "no Chromium"), ("test_file.py", "no mutmut")]
-    wanted = [("test_a.py::test_gpu", "no CUDA device")] * has_gpu + wanted
-    assert said == [f"tests/{test} was skipped in every check: {why}" for test, why in wanted]
 
 
 FURTHER = """

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nni_topo
-from benchmarks.export import bench_int8, runtimes
+from benchmarks.export import runtimes
 from nni_topo import zoo
 
 NETWORKS = {"resnet20": (1, 28), "torchvision/mobilenet_v2": (3, 64), "vit_small": (1, 28)}
@@ -66,20 +66,3 @@ def test_the_snippets_of_the_page_run_after_its_first_one(snippet, tmp_path, mon
     exec(FIRST, names)
     exec(snippet, names)
     assert list(tmp_path.glob("small.*"))
-
-
-def test_the_loss_by_int8_is_paired_with_the_float_file_of_the_same_runtime():
-    bench = bench_int8
-
-    def file(right, ms):
-        return {"size": 1000, **{each.name: {"right": right, "ms_1": ms, "ms_64": ms} for each in bench.WITH_ONNX}}
-
-    record = {"key": [bench.RESNET, 0], "macs": 0.25}
-    for name in (bench.UNPRUNED, bench.PRUNED):
-        record[name] = file([0.9], [4.0, 6.0])
-        record[bench.label_of(name, 7)] = file([0.8], [2.0, 3.0])
-    again = {**record, "key": [bench.RESNET, 1]}
-    lines = [line for line in bench.tables([record, again]).splitlines() if "pruned, INT8, 7 bits" in line]
-    assert len(lines) == 4
-    for line in lines:
-        assert "| 80.0 ± 0.0 | +10.0 ± 0.0 | 2.50 | 2.00 ± 0.00 | 2.50 | 2.00 ± 0.00 |" in line
