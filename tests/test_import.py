@@ -59,6 +59,6 @@ import torch
 import nni_topo
 model, images = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 2, 3)), torch.rand(4, 1, 8, 8)
 small = nni_topo.shrink(model, [images, images], {"flops": 0.5}, distill=False)
-print(small.report.parameters_left, "torch._dynamo" in sys.modules, "sympy" in sys.modules)
+print(sum(each.numel() for each in small.parameters()), "torch._dynamo" in sys.modules, "sympy" in sys.modules)
 """
     assert bare_python(program) == "58 False False\n"

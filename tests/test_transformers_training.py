@@ -74,6 +74,8 @@ def test_adapters_of_peft_are_trained_merged_and_loaded(name: str, tmp_path: Pat
     blocks = {layer for layer, module in dense.named_modules() if isinstance(module, torch.nn.Linear) and "." in layer}
     targets = sorted({layer.rpartition(".")[2] for layer in blocks})
     adapted = peft.get_peft_model(copy.deepcopy(dense), peft.LoraConfig(r=2, target_modules=targets))
+    with pytest.raises(ConfigError, match=r"adapters merged, got PeftModel"):
+        nni_topo.save_pretrained(adapted, tmp_path / "refused")
     assert torch.equal(logits(adapted.eval(), inputs), wanted)  # adapters begin at zero
     losses = trained(adapted.train(), inputs, 4)
     assert losses[-1] < losses[0]

@@ -359,7 +359,7 @@ def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepa
     # Its report counts the larger network's sizes as those before: a reader wants the unpruned network's.
     before = {row.name: row.before for row in made.layers.rows}
     rows = tuple(replace(row, before=before.get(row.name, row.before)) for row in other.layers.rows)
-    layers = replace(other.layers, rows=rows, params_before=made.layers.params_before)
+    layers = replace(other.layers, rows=rows)
     planned = other.planned and budget_outcome(own.budget.kind, share, other.planned.left * left, other.planned.why)
     other = replace(other, layers=layers, planned=planned)
     return replace(other, left=steps.share_left(other))

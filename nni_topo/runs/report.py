@@ -1,4 +1,4 @@
-"""How a network was made smaller: a table with notes, and Markdown for its card."""
+"""How a network was made smaller: a table with notes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from nni_topo.errors import listed
 from nni_topo.network.cost.measure import TimedPair
-from nni_topo.network.runtime.reports import (
-    ModelReport,
-    as_code,
-    as_sentence,
-    markdown_table,
-    told_of_changes,
-)
-from nni_topo.network.speedup.dense_report import DenseReport, sizes_in_markdown
+from nni_topo.network.runtime.reports import ModelReport, told_of_changes
+from nni_topo.network.speedup.dense_report import DenseReport
 from nni_topo.network.speedup.dependency import OUTPUT, by_reason
 from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.recovery.distilling import Verdict
@@ -127,77 +121,9 @@ class ShrinkReport(ModelReport):
         """Names of the layers that lost channels."""
         return self.layers.pruned_layers
 
-    @property
-    def parameters_left(self) -> int:
-        """Parameters of the network that was returned."""
-        return self.stages[-1].params
-
-    def to_markdown(self) -> str:
-        """Return the report as Markdown, for the card of a network that is published.
-
-        It has the sizes before and after, the steps, what the report's table says of distances and agreements, the
-        layers that lost channels, and the warnings.
-
-        Returns
-        -------
-        str
-            Sections with headings of the second level.
-        """
-        first, last = self.stages[0], self.stages[-1]
-        sizes = {"parameters": (first.params, last.params), "MACs of one sample": (first.macs, last.macs)}
-        parts = ["## Size", sizes_in_markdown(sizes)]
-        if self.budget is not None:
-            parts.append(as_sentence(str(self.budget)))
-        if self.tolerance is not None:
-            parts.append(as_sentence(str(self.tolerance)))
-        if self.time is not None:
-            parts.append(as_sentence(str(self.time)))
-        steps = []
-        if self.pruner:
-            steps.append(f"pruner: {as_code(self.pruner)}")
-        if self.allocation:
-            alike = ", the same widths in all blocks" if self.equal_blocks else ""
-            steps.append(f"allocation of the budget: {as_code(self.allocation)}{alike}")
-        if self.depth is not None:
-            # The notes on the layers name them.
-            steps.append(f"blocks removed: {len(self.depth.removed)}")
-        steps.append(f"weight reconstruction: {as_code(self.recovery) if self.recovery else 'none'}")
-        if self.distillation is not None:
-            weights = "kept" if self.distillation.is_kept else "discarded"
-            steps.append(f"distillation: {self.distillation.steps} steps, whose weights are {weights}")
-        else:
-            steps.append("distillation: none")
-        steps.append(f"calibration data: {self.images} samples, without labels")
-        parts += ["## How it was pruned", "\n".join(f"- {each}" for each in steps)]
-        rows = self._rows()
-        columns = [
-            name for name in ("network", "distance", "agreement", "accuracy") if any(_shown(row[name]) for row in rows)
-        ]
-        table = markdown_table(columns, [[_shown(row[name]) for name in columns] for row in rows])
-        told = [as_sentence(self._measured_on("agreement" in columns))]
-        told.append("Distance: mean squared distance of the outputs from the unpruned network's, over their variance.")
-        if "agreement" in columns:
-            told.append("Agreement: share of the largest outputs that are the same.")
-        if "accuracy" in columns:
-            told.append("Accuracy: what the evaluation function of the call returned.")
-        if self.outputs is not None and self.outputs.left_out:
-            told.append(f"Outputs that are compared: {', '.join(map(as_code, self.outputs.compared))}.")
-        parts += ["## How much changes", table, " ".join(told)]
-        parts += self.layers.widths_in_markdown()
-        if self.changed_since:
-            parts.append(as_sentence(told_of_changes(self.changed_since)))
-        if self.warnings:
-            parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
-        return "\n\n".join(parts)
-
     def _measured_on(self, has_agreement: bool) -> str:
         """Return a sentence that says what the figures are measured on."""
         measured = "distance and agreement are" if has_agreement else "distance is"
-        if not self.held_out:
-            return (
-                f"{measured} measured on the {self.images} calibration samples, on which networks look better than "
-                "they are"
-            )
         others = f"the {self.images} other samples are the calibration data"
         if self.tolerance is not None and self.tolerance.measure != "evaluate":
             others = f"{self.images} other samples are the calibration data, the rest judged the candidates"
@@ -269,13 +195,6 @@ class ShrinkReport(ModelReport):
         if self.changed_since:
             lines.append(told_of_changes(self.changed_since))
         return "\n".join(lines)
-
-
-def _shown(figure: str | float | None) -> str:
-    """Return a cell of a table as text; empty for None and NaN."""
-    if isinstance(figure, float):
-        return "" if math.isnan(figure) else f"{figure:.4g}"
-    return "" if figure is None else figure
 
 
 def _with_interval(value: float, low: float, high: float) -> str | None:

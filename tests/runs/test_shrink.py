@@ -22,14 +22,11 @@ from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.io import exporting
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense_report import DenseReport, LayerChannels
-from nni_topo.pruners.budget import BudgetOutcome, network_cost
+from nni_topo.pruners.budget import network_cost
 from nni_topo.recovery import Reconstruct
-from nni_topo.runs.measurements import Stage
 from nni_topo.runs.prepared import prepare
 from nni_topo.runs.report import ShrinkReport
 from nni_topo.runs.settings import Settings
-from nni_topo.runs.tolerance import ToleranceOutcome
 from nni_topo.sharing import find_ties
 from nni_topo.testing import toy_images, toy_model
 
@@ -255,7 +252,6 @@ def test_the_report_has_times_if_they_are_asked_for_or_the_budget_is_one_of_time
     assert report.time.samples == 32
     told = "a batch of 32 samples takes"
     assert told in repr(report)
-    assert told.capitalize() in report.to_markdown()
     cells = [line.split() for line in repr(report).splitlines()[:4]]
     assert cells[0][3] == "ms"
     assert float(cells[1][3]) == pytest.approx(before[0], rel=1e-3)  # of the unpruned network
@@ -593,48 +589,6 @@ def test_a_frozen_network_learns_and_stays_frozen():
 def test_a_model_without_a_layer_to_prune_is_told_so(model, words):
     with pytest.raises(ConfigError, match=rf"whose channels can be removed, got none: {words}"):
         nni_topo.shrink(model, [torch.rand(16, 4)], {"flops": 0.5})
-
-
-LAYERS_LEFT = DenseReport((LayerChannels("stem", 16, 8, 8), LayerChannels("head", 3, 3, 3)))
-UNPRUNED = Stage("unpruned", 4000, 200, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, math.nan, 0.0)
-PRUNED = Stage("pruned", 1000, 60, 0.5, 0.25, 0.75, 0.625, 0.5, 0.75, 0.4, 0.7, math.nan, 1.0)
-LAST = Stage("distilled", 1000, 50, 0.125, 0.1, 0.2, 0.75, 0.625, 0.875, 0.1, 0.8, 0.5, 2.0)
-FIGURES_LEFT = ShrinkReport((UNPRUNED, PRUNED, LAST), LAYERS_LEFT, images=100, held_out=20)
-WITHIN = ToleranceOutcome(0.1, "answers", "flops", 0.25, 0.05, 0.08, 20, 12, (), (), True)
-
-
-def sections(report):
-    """The parts of a report's Markdown by heading."""
-    parts = [part.split("\n\n", 1) for part in report.to_markdown().split("## ")[1:]]
-    return {heading: text.strip() for heading, text in parts}
-
-
-def test_a_report_as_markdown_has_the_sizes_the_steps_the_figures_and_the_warnings():
-    found = sections(replace(FIGURES_LEFT, warnings=("few images", "long")))
-    assert list(found) == ["Size", "How it was pruned", "How much changes", "Widths", "Warnings"]
-    assert found["Size"].splitlines()[2:] == [
-        "| parameters | 200 | 50 | 25.0 % |",
-        "| MACs of one sample | 4,000 | 1,000 | 25.0 % |",
-    ]
-    assert found["How much changes"].splitlines()[:5] == [
-        "| network | distance | agreement | accuracy |",
-        "|---|---:|---:|---:|",
-        "| unpruned | 0 | 1 |  |",
-        "| pruned | 0.5 (0.25-0.75) | 0.625 (0.5-0.75) |  |",
-        "| distilled | 0.125 (0.1-0.2) | 0.75 (0.625-0.875) | 0.5 |",
-    ]
-    for figure in ("Distance", "Agreement", "Accuracy"):
-        assert f" {figure}: " in found["How much changes"]
-    assert found["Warnings"] == "- Few images.\n- Long."
-    assert FIGURES_LEFT.parameters_left == 50
-    assert FIGURES_LEFT.pruned_layers == ("stem",)
-
-
-def test_budget_and_tolerance_are_told_where_there_was_one():
-    assert sections(FIGURES_LEFT)["Size"].endswith("| 25.0 % |")
-    reached = BudgetOutcome("flops", 0.25, 0.25, True)
-    text = sections(replace(FIGURES_LEFT, budget=reached, tolerance=WITHIN))["Size"]
-    assert text.endswith(f"| 25.0 % |\n\nT{str(reached)[1:]}.\n\nT{str(WITHIN)[1:]}.")
 
 
 @pytest.mark.parametrize(

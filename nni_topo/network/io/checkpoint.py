@@ -29,8 +29,6 @@ from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.attention.config import built_by_config, is_pretrained
 from nni_topo.network.attention.heads import find_attention, resize, set_size
 from nni_topo.network.attention.unfused.own_width import own_width_of, take_own_width
-from nni_topo.network.cost.measure import count_params
-from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.integer_attributes import Place, numbers_in, numbers_of, put_sizes
@@ -39,7 +37,7 @@ from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwra
 from nni_topo.network.runtime.copies import detached_copy, forget_evaluated
 from nni_topo.network.runtime.inputs import model_within, tensors_of
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.reports import drop_report, report_of
+from nni_topo.network.runtime.reports import drop_report
 from nni_topo.rules import ANYTHING, Rule, check_knobs, checked, taking
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
@@ -328,7 +326,7 @@ def _check_fit(recipe: dict[str, Any], values: dict[str, Tensor], model: nn.Modu
 
 
 @public(folder=ANYTHING)
-def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = True) -> None:
+def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     """Save a pruned model of Transformers as a folder that its ``from_pretrained`` loads without this package.
 
     Parameters
@@ -337,11 +335,6 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
         A model made by `nni_topo.to_dense`. It isn't changed.
     folder : str or path-like
         The folder for ``config.json`` and ``model.safetensors``; made where there is none.
-    card : bool, default=True
-        Whether to write a model card for the Hugging Face hub, ``README.md``, from the model's report: what was pruned
-        by what, the sizes before and after, and how much its answers change. An existing file is replaced only if it is
-        such a card and nobody has changed it. A model without a report, as :func:`nni_topo.load` returns it, gets none,
-        nor does one whose size has changed since.
 
     Raises
     ------
@@ -349,7 +342,7 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
         If the model isn't one of Transformers, its adapters merged, or its config can't say how wide its layers are: it
         has one number for all blocks, so all must be equally wide, but for heads, which Transformers 4 can prune block
         by block in BERT and its like (``config.pruned_heads``), and Transformers 5 takes only some numbers of heads.
-        `save` and `load` take every model. If ``card`` isn't a bool.
+        `save` and `load` take every model.
     SpeedupError
         If the model is still wrapped by NNI.
 
@@ -375,11 +368,6 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
     place = output_folder(place)
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
         dense.save_pretrained(beside)
-        report = report_of(dense)
-        # If the model was changed since, as by `remove_blocks`, its report is outdated.
-        is_told = report is not None and report.parameters_left in (None, count_params(dense))
-        if card and report is not None and is_told and may_write_card(place / CARD):
-            (Path(beside) / CARD).write_text(model_card(dense, report), encoding="utf-8")
         for file in sorted(Path(beside).iterdir()):
             with whole_file(place / file.name) as part:
                 file.replace(part)

@@ -1,9 +1,8 @@
-"""What the package writes down of the models that it returns, and the Markdown in which cards show it."""
+"""What the package reports of the models that it returns."""
 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,20 +11,11 @@ from torch import nn
 from nni_topo.network.runtime.modules import put_attribute
 
 
-class ModelReport(ABC):
+class ModelReport:
     """What the package reports about a model that it returns, in the model's attribute ``report``."""
 
     changed_since: tuple[str, ...]
     """What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``."""
-
-    @abstractmethod
-    def to_markdown(self) -> str:
-        """Return the report as Markdown, for the model's card."""
-
-    @property
-    @abstractmethod
-    def parameters_left(self) -> int | None:
-        """Parameters of the model that the report is of; None if they weren't counted."""
 
 
 def give_report(model: nn.Module, report: ModelReport) -> bool:
@@ -79,13 +69,3 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_c
     """Return a table in Markdown: the first ``text_columns`` columns hold text, the others numbers."""
     rule = "|" + "---|" * text_columns + "---:|" * (len(head) - text_columns)
     return "\n".join((f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)))
-
-
-def as_code(name: str) -> str:
-    """Return a name as code, which may stand in a table: a bar doesn't end its cell."""
-    return f"`{name}`".replace("|", r"\|")
-
-
-def as_sentence(text: str) -> str:
-    """Return a text with a capital letter and a full stop."""
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"

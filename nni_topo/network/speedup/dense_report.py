@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,14 +11,7 @@ import torch
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.reasons import Reasons
 from nni_topo.network.layers.kinds import PER_CHANNEL, follows_channels, kept_channels, output_channels
-from nni_topo.network.runtime.reports import (
-    ModelReport,
-    as_code,
-    as_sentence,
-    give_report,
-    markdown_table,
-    told_of_changes,
-)
+from nni_topo.network.runtime.reports import ModelReport, give_report, told_of_changes
 from nni_topo.network.speedup.dependency import why_not_followed
 from nni_topo.network.speedup.reconcile import FullMasks
 
@@ -72,8 +63,6 @@ class DenseReport(ModelReport):
     notes : tuple of str, default=()
         What else to know of it: where it would train another way than the masked model or can't be trained, lacks a
         part of that, or holds tensors that no run has read.
-    params_before, params : int or None, default=None
-        Parameters of the model that was pruned, and of the dense model; None: not counted.
     changed_since : tuple of str, default=()
         What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``.
 
@@ -89,19 +78,12 @@ class DenseReport(ModelReport):
     checked: str = ""
     stale: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    params_before: int | None = None
-    params: int | None = None
     changed_since: tuple[str, ...] = ()
 
     @property
     def pruned_layers(self) -> tuple[str, ...]:
         """Names of the layers that lost channels."""
         return tuple(row.name for row in self.rows if row.after < row.before)
-
-    @property
-    def parameters_left(self) -> int | None:
-        """Parameters of the dense model; None if they weren't counted."""
-        return self.params
 
     @property
     def kept(self) -> tuple[LayerChannels, ...]:
@@ -120,86 +102,6 @@ class DenseReport(ModelReport):
         lines += self.notes
         lines += [told_of_changes(self.changed_since)] if self.changed_since else []
         return "\n".join(lines)
-
-    def to_markdown(self) -> str:
-        """Return the report as Markdown: parameters, if they were counted, and the layers that lost channels.
-
-        Blocks whose layers have the same widths share a row. Where more than 24 rows are left, all blocks share one,
-        with the smallest and the largest width of each layer.
-
-        Returns
-        -------
-        str
-            Sections with headings of the second level.
-        """
-        parts = []
-        if self.params_before is not None and self.params is not None:
-            parts += ["## Size", sizes_in_markdown({"parameters": (self.params_before, self.params)})]
-        parts += self.widths_in_markdown()
-        if self.checked:
-            parts.append(f"On {self.checked} it computes what the unpruned network computes with masks.")
-        if self.changed_since:
-            parts.append(as_sentence(told_of_changes(self.changed_since)))
-        return "\n\n".join(parts)
-
-    def widths_in_markdown(self) -> list[str]:
-        """Return the section on widths, in paragraphs, with the notes."""
-        pruned = [row for row in self.rows if row.after < row.before]
-        others = len(self.rows) - len(pruned)
-        if not pruned:
-            # A network may have lost blocks all the same, which the notes tell.
-            told = "All its layers have all their channels."
-        elif others == 1:
-            told = "Channels of each layer. One other layer keeps all its channels."
-        else:
-            told = "Channels of each layer." + (f" {others} other layers keep all their channels." if others else "")
-        parts = ["## Widths", *([_widths_table(pruned)] if pruned else []), told]
-        if self.notes:
-            parts.append("\n".join(f"- {as_sentence(note)}" for note in self.notes))
-        return parts
-
-
-def sizes_in_markdown(sizes: Mapping[str, tuple[int, int]]) -> str:
-    """Return a Markdown table of what a network costs, by name: before, after, and the share that is left."""
-    rows = []
-    for name, (before, after) in sizes.items():
-        rows.append([name, f"{before:,}", f"{after:,}", f"{100 * after / before:.1f} %" if before else ""])
-    return markdown_table(["", "before", "after", "kept"], rows)
-
-
-_MOST_ROWS = 24  # of a table of widths, before all blocks share a row
-_BLOCK = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")  # the number of a block in a layer's name, "3" in "layers.3.fc"
-
-
-def _widths_table(rows: Iterable[LayerChannels]) -> str:
-    """Return a Markdown table of layers' channels, in which layers of the same kind in several blocks share a row."""
-    by_width: dict[tuple[Any, ...], list[LayerChannels]] = {}
-    by_kind: dict[tuple[Any, ...], list[LayerChannels]] = {}
-    for row in rows:
-        kind = _BLOCK.sub("*", row.name, count=1)
-        by_width.setdefault((kind, row.before, row.after), []).append(row)
-        by_kind.setdefault((kind, row.before), []).append(row)
-    lines = []
-    for (kind, before, *_), group in (by_width if len(by_width) <= _MOST_ROWS else by_kind).items():
-        name, blocks = group[0].name, ""
-        if len(group) > 1:
-            numbers = [found.group() for row in group if (found := _BLOCK.search(row.name))]
-            name, blocks = kind, _ranges([int(number) for number in numbers])
-        widths = sorted({row.after for row in group})
-        after = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
-        lines.append([as_code(name), blocks, f"{before}", after])
-    return markdown_table(["layer", "blocks", "before", "after"], lines, text_columns=2)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Write ascending numbers as ranges, e.g. ``"0-4, 6"``."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def dense_report(
@@ -233,8 +135,7 @@ def dense_report(
             own = reasons.norm_follows() if follows_channels(module) else why_not_followed(model, name)
             found = why.get(name, ()) or (own,)
         rows.append(LayerChannels(name, before, asked, after, reasons.told(found)))
-    params_before, params = (sum(each.numel() for each in net.parameters()) for net in (model, dense))
-    return DenseReport(tuple(rows), stale=stale, params_before=params_before, params=params)
+    return DenseReport(tuple(rows), stale=stale)
 
 
 # Also of models that have got another report since, or have an attribute `report` of their own.

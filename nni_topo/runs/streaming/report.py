@@ -6,8 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from nni_topo.network.runtime.reports import ModelReport, as_code, as_sentence, markdown_table
-from nni_topo.network.speedup.dense_report import sizes_in_markdown
+from nni_topo.network.runtime.reports import ModelReport
 from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.recovery.likeness import Estimate, Likeness
 
@@ -88,11 +87,6 @@ class StreamingReport(ModelReport):
         blocks = self.blocks[0].block.rpartition(".")[0]
         return tuple(f"{blocks}.{number}.{name}" for number in range(len(self.blocks)) for name in names)
 
-    @property
-    def parameters_left(self) -> int:
-        """Parameters of the pruned model."""
-        return self.params
-
     def _outputs(self) -> str:
         """Say how much the model's outputs change."""
         distance, agreement = self.likeness.distance, self.likeness.agreement
@@ -109,32 +103,6 @@ class StreamingReport(ModelReport):
         lines.append(str(self.budget))
         lines += [f"warning: {each}" for each in self.warnings]
         return "\n".join(lines)
-
-    def to_markdown(self) -> str:
-        """Return the report as Markdown, for the model's card."""
-        steps = [
-            f"pruner: {as_code(self.pruner)}, block by block, the same widths in all blocks",
-            f"weight reconstruction: {as_code(self.recovery) if self.recovery else 'none'}",
-            f"blocks that were distilled: {sum(row.is_distilled for row in self.blocks)} of {len(self.blocks)}",
-            f"calibration data: {self.samples} samples, without labels",
-        ]
-        rows = [[as_code(name), str(before), str(after)] for name, (before, after) in self.widths.items()]
-        parts = [
-            "## Size",
-            sizes_in_markdown({"parameters": (self.params_before, self.params)}),
-            as_sentence(str(self.budget)),
-            "## How it was pruned",
-            "\n".join(f"- {each}" for each in steps),
-            "## How much changes",
-            as_sentence(self._outputs()),
-            "Distance: mean squared distance of the outputs from the unpruned model's, over their variance. Agreement: "
-            "share of the largest outputs that are the same.",
-            "## Widths of each block",
-            markdown_table(["layer", "before", "after"], rows),
-        ]
-        if self.warnings:
-            parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
-        return "\n\n".join(parts)
 
 
 def as_report(content: dict[str, Any]) -> StreamingReport:

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.disk import check_free_disk, disk_errors, only_process, path_of, read_json, write_text
+from nni_topo.disk import check_free_disk, disk_errors, only_process, path_of, read_json
 from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.attention.config import put_heads, put_widths
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.measure import count_params, counting_macs
-from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.layers.kinds import output_channels, with_transposed_weights
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
@@ -43,7 +42,7 @@ from nni_topo.network.runtime.public import public
 from nni_topo.pruners.budget import Budget, as_budget, budget_outcome, warn_if_missed
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.likeness import NO_SCALE, Answers
-from nni_topo.rules import ANYTHING, FLAG, NONE, SEED, all_of, instance, whole
+from nni_topo.rules import ANYTHING, NONE, SEED, all_of, instance, whole
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.prepared import Prepared
 from nni_topo.runs.run import resolve_device
@@ -84,7 +83,6 @@ _logger = logging.getLogger(__name__)
     compensate=instance(str, RecoveryMethod) | NONE,
     distill=instance(bool, Mapping),
     round_to=whole(1) | NONE,  # not "auto": the widths don't depend on the device
-    card=FLAG,
     seed=SEED,
     device=instance(str, torch.device) | NONE,
 )
@@ -101,7 +99,6 @@ def shrink_pretrained(
     compensate: str | RecoveryMethod | None = "reconstruct",
     distill: Mapping[str, Any] | bool = True,
     round_to: int | None = None,
-    card: bool = True,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -123,7 +120,7 @@ def shrink_pretrained(
         The folder for the pruned model, new or empty. ``from_pretrained`` of Transformers loads it without this
         package. If the run is stopped, the same call goes on after the last finished block; where it is finished, the
         same call returns its report, which the folder holds as ``shrink_pretrained.json``. Other arguments than
-        ``device``, ``card`` and ``progress`` must be the same.
+        ``device`` and ``progress`` must be the same.
     budget : Budget or mapping
         The share of the whole model's ``flops`` or ``params`` to keep, e.g. ``{"params": 0.5}``. Embeddings and head
         stay as they are, so the blocks lose more. All blocks keep the same widths.
@@ -142,8 +139,6 @@ def shrink_pretrained(
         samples falls.
     round_to : int, optional
         Pruned layers keep a multiple of this number of channels.
-    card : bool, default=True
-        Whether to write a model card, ``README.md``, as :func:`nni_topo.save_pretrained` does.
     seed : int, default=0
         Seed of all steps.
     device : str, torch.device or None, default=None
@@ -267,7 +262,7 @@ def shrink_pretrained(
             give_back_memory(skeleton.model)  # that of the block
         report = run.report()
         if is_first:
-            run.finish(report, card=card)
+            run.finish()
         journal.finish(asdict(report))
     _logger.info("%d blocks were pruned in %.0f s", len(report.blocks), time.perf_counter() - began)
     return report
@@ -614,19 +609,15 @@ class _Run:
             warnings=tuple(doubts),
         )
 
-    def finish(self, report: StreamingReport, *, card: bool) -> None:
-        """Write the index of the weights and the card, and copy the other files of the source."""
+    def finish(self) -> None:
+        """Write the index of the weights, and copy the other files of the source."""
         folder = self._journal.folder
         self._journal.write_index()
         for path in sorted(self._skeleton.folder.iterdir()):
-            is_own = path.name.endswith(_WEIGHTS) or path.name in (SINGLE, INDEX, CONFIG, CARD, JOURNAL)
+            is_own = path.name.endswith(_WEIGHTS) or path.name in (SINGLE, INDEX, CONFIG, "README.md", JOURNAL)
             if path.is_file() and not is_own and not path.name.startswith("."):
                 with disk_errors(folder):
                     shutil.copyfile(path, folder / path.name)
-        if card and may_write_card(folder / CARD):
-            model = copy.copy(self._skeleton.model)
-            model.config = type(model).config_class.from_pretrained(folder)
-            write_text(folder / CARD, model_card(model, report))
 
 
 class _Tail(nn.Module):

@@ -204,38 +204,6 @@ def test_layers_within_a_module_that_is_called_as_a_whole_say_so(caplog):
     assert "body.self_attn.out_proj 2 of 8" in messages[0]
 
 
-def test_layers_of_several_blocks_share_a_row_of_the_table_of_widths():
-    pruned = [LayerChannels(f"blocks.{at}.fc", 8, 4, 4 if at != 3 else 6) for at in (0, 1, 2, 3, 5)]
-    others = [LayerChannels("head", 8, 8, 8), LayerChannels("stem", 16, 4, 4)]
-    told = DenseReport((*pruned, *others), params_before=2000, params=500).to_markdown()
-    assert [line for line in told.splitlines() if line.startswith("| `")] == [
-        "| `blocks.*.fc` | 0-2, 5 | 8 | 4 |", "| `blocks.3.fc` |  | 8 | 6 |", "| `stem` |  | 16 | 4 |",
-    ]  # fmt: skip
-    assert "| parameters | 2,000 | 500 | 25.0 % |" in told
-    assert "Channels of each layer. One other layer keeps all its channels." in told
-
-
-def test_the_table_of_widths_joins_blocks_where_it_would_be_long():
-    def told(count):
-        pruned = [LayerChannels(f"blocks.{at}.fc", 64, 4, at + 1) for at in range(count)]
-        return [line for line in DenseReport(tuple(pruned)).to_markdown().splitlines() if line.startswith("| `")]
-
-    assert len(told(24)) == 24
-    assert told(24)[3] == "| `blocks.3.fc` |  | 64 | 4 |"
-    assert told(25) == ["| `blocks.*.fc` | 0-24 | 64 | 1 to 25 |"]
-
-
-def test_markdown_tells_sizes_widths_notes_and_the_comparison():
-    rows = (LayerChannels("a", 8, 2, 2), LayerChannels("b", 4, 4, 4), LayerChannels("c", 4, 4, 4))
-    whole = DenseReport(rows, "random inputs", params_before=50, params=5, notes=("one", "two")).to_markdown()
-    lines = whole.splitlines()
-    for told in ("| parameters | 50 | 5 | 10.0 % |", "| `a` |  | 8 | 2 |", "- One.", "- Two."):
-        assert told in lines
-    assert "2 other layers keep all" in whole
-    assert lines[-1].startswith("On random inputs ")
-    assert "All its layers have all their channels" in DenseReport(rows[1:]).to_markdown()
-
-
 class Linear(nn.Module):
     """NNI takes it for PyTorch's, by its name."""
 

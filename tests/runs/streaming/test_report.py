@@ -32,20 +32,7 @@ def test_layers_have_the_names_that_they_have_in_the_pruned_model():
         "model.layers.0.mlp.up", "model.layers.0.mlp.gate", "model.layers.1.mlp.up", "model.layers.1.mlp.gate",
     )  # fmt: skip
     assert replace(REPORT, blocks=ROWS[:1]).pruned_layers == ("model.layers.0.mlp.up", "model.layers.0.mlp.gate")
-    assert REPORT.parameters_left == 3200
     assert list(REPORT.to_frame().block) == ["model.layers.0", "model.layers.2"]
-
-
-def test_the_card_tells_how_the_model_was_pruned():
-    text = REPORT.to_markdown()
-    heads = ["Size", "How it was pruned", "How much changes", "Widths of each block"]
-    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == heads
-    for step in ("pruner: `l1`", "weight reconstruction: `reconstruct`", "blocks that were distilled: 1 of 2"):
-        assert f"- {step}" in text
-    assert "| `mlp.up` | 8 | 4 |" in text
-    more = replace(REPORT, recovery="", warnings=("few samples", "long")).to_markdown()
-    assert more.endswith("## Warnings\n\n- Few samples.\n- Long.")
-    assert "- weight reconstruction: none\n" in more
 
 
 def test_a_file_holds_all_of_a_report():

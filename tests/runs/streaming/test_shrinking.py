@@ -457,7 +457,7 @@ def test_a_finished_folder_returns_its_report(source, tmp_path, monkeypatch):
     # Nothing is written, so that a full disk is enough.
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
-        again = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs, card=False)
+        again = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
     assert again == report
     assert repr(again) == repr(report)
     assert files_of(target) == before
@@ -671,7 +671,7 @@ def test_other_files_of_the_source_are_copied(source, tmp_path):
         (source / name).write_text(name)
     (source / "onnx").mkdir()
     target = tmp_path / "small"
-    nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, card=False, **FAST)
+    nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
     weights = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     own = ["config.json", "generation_config.json", *weights, "model.safetensors.index.json", "shrink_pretrained.json"]
     assert sorted(path.name for path in target.iterdir()) == sorted([*own, "tokenizer.json", "vocab.txt"])
