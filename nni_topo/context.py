@@ -9,14 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 
-@dataclass
-class BatchLimit:
-    """How many samples may run together (None: all), and the most that have."""
-
-    most: int | None
-    seen: int = 0
-
-
 @dataclass(frozen=True)
 class Context:
     """What is known of the outermost public function, and of those between it and here; without one, the defaults."""
@@ -29,7 +21,6 @@ class Context:
     is_running: bool = False  # whether a public function runs: the models within are copies, or put back by it
     is_as_written: bool = False  # whether networks compute what they say (`as_written`)
     in_step: str = ""  # the public function that all processes run
-    limit: BatchLimit | None = None  # None: where memory is short, nothing starts again
     facts: Any = None  # what is known of the model that is passed on (`Facts`)
     # A tensor that says which positions of the model's current call aren't padding: bool, (samples, places). None: all.
     real: Any = None

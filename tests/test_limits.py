@@ -1,4 +1,4 @@
-"""Jobs that are larger than what there is: memory estimated beforehand, and batches that a device doesn't hold."""
+"""Jobs that are larger than what there is: memory estimated beforehand, and a device that is full."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import far_device
 import psutil
 import pytest
 import torch
-from every_sample import compensate
 from PIL import Image
 from torch import nn
-from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
@@ -110,81 +108,17 @@ def test_what_is_free_is_what_the_process_may_still_take():
     assert free_memory() > 2**28
 
 
-IMAGES, LABELS = toy_images(16, seed=1), torch.arange(16) % 4
-HALF = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
-
-
-def masks(name, place, **knobs):
-    model = toy_model().to(place)
-    pruner = nni_topo.create_pruner(name, model, HALF, **knobs)
-    _, found = pruner.compress()
-    return [mask.cpu() for targets in found.values() for mask in targets.values()]
-
-
-def state(model):
-    return [value.cpu() for value in model.state_dict().values()]
-
-
-def solved(place, images):
-    mask = torch.ones(16, 8, device=place)
-    mask[[0, 3, 7]] = 0.0
-    return state(compensate(toy_model().to(place).eval(), {"hidden": {"weight": mask}}, images))
-
-
-def distilled(place, images):
-    nets = (toy_model(seed).to(place).eval() for seed in (0, 1))
-    return state(nni_topo.distill(*nets, images, steps=3, lr=1e-3, batch_size=4))
-
-
-# by how many bytes an operation may put out: 16 images of the toy network's first layer take 32768
-ON_A_DEVICE = {
-    "functional": (lambda place, images: masks("topological", place, calibration=images), 9000),
-    "reconstruction": (lambda place, images: masks("reconstruction", place, calibration=images), 160_000),
-    "compensation": (solved, 20_000),
-    "batch norms": (lambda place, images: state(nni_topo.recalibrate_batch_norm(toy_model().to(place), images)), 9000),
-    "distillation": (distilled, 20_000),
-    "evaluation": (
-        lambda place, images: [
-            torch.tensor(zoo.loss_and_accuracy(toy_model().to(place), TensorDataset(IMAGES, LABELS))[0])
-        ],
-        9000,
-    ),
-}
-
-
-@pytest.mark.parametrize("job", ON_A_DEVICE)
 @pytest.mark.parametrize("device", ["far"], indirect=True)
-@pytest.mark.quick_every(3)
-def test_a_batch_that_is_too_large_for_a_device_is_run_in_parts(job, device, caplog):
-    work, most = ON_A_DEVICE[job]
-    whole = work(device, [IMAGES])
-    assert not any("out of memory" in message for message in caplog.messages)
-    caplog.clear()
-    with far_device.memory(most):
-        found = work(device, [IMAGES])
-    assert "out of memory: starting again with 8 samples at a time" in caplog.messages[0]
-    if job == "batch norms":  # which count each batch alike
-        whole = work(device, [*IMAGES.split(4)])
-    for one, other in zip(whole, found, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("device", ["far"], indirect=True)
-def test_a_device_that_holds_no_sample_is_said_in_words_and_the_model_is_as_it_was(device):
-    model = toy_model().to(device)
-    before = snapshot(model)
-    with (
-        far_device.memory(2500),
-        pytest.raises(DataError, match=r"memory for one sample at a time, got: far out of memory"),
-    ):
-        nni_topo.create_pruner("topological", model, HALF, cloud="activation", calibration=[IMAGES]).compress()
-    require_unchanged(before, model)
-
-
-@pytest.mark.parametrize("device", ["far"], indirect=True)
-def test_memory_that_is_short_in_the_first_passes_is_said_in_words(device):
-    model, images = toy_model().to(device), IMAGES.to(device)
-    before = snapshot(model)
-    with far_device.memory(1000), pytest.raises(DataError, match=r"memory for .*, got: far out of memory.*shrink"):
-        nni_topo.shrink(model, [images], {"params": 0.5}, progress=False)
-    require_unchanged(before, model)
+def test_a_device_whose_memory_is_full_raises_pytorchs_error_and_the_model_is_as_it_was(device):
+    images, net = toy_images(16, seed=1).to(device), toy_model().to(device)
+    before = snapshot(net)
+    entries = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "sparse_ratio": 0.5}]
+    jobs = [
+        lambda: nni_topo.shrink(net, [images], {"params": 0.5}, progress=False),
+        lambda: nni_topo.recalibrate_batch_norm(net, [images]),
+        lambda: nni_topo.create_pruner("topological", net, entries, calibration=[images]).compress(),
+    ]
+    for work in jobs:
+        with far_device.memory(1000), pytest.raises(torch.OutOfMemoryError, match=r"^far out of memory"):
+            work()
+        require_unchanged(before, net)

@@ -24,7 +24,6 @@ from torch import nn
 from nni_topo.errors import ConfigError, LayerError
 from nni_topo.network.layers.derived import plain_layer
 from nni_topo.network.runtime.copies import left_alone
-from nni_topo.network.runtime.inputs import in_smaller_batches
 from nni_topo.network.runtime.progress import quiet
 from nni_topo.network.speedup.analysis import Facts
 from nni_topo.network.speedup.dependency import DependencyGroups
@@ -230,14 +229,12 @@ class StructuredPruner(Pruner):
         processes = getattr(self.calibration, "processes", None)
         return nullcontext() if processes is None else processes.in_step(type(self).__name__)
 
-    @in_smaller_batches
     def generate_masks(self) -> Masks:
-        """Return the masks of NNI's three stages, which the hooks do; where a GPU's memory is too small, batch less."""
+        """Return the masks of NNI's three stages, which the hooks do."""
         self._begin_facts()
         with quiet(self.progress):
             return super().generate_masks()  # type: ignore[no-any-return]
 
-    @in_smaller_batches
     def masks_for(self, budget: Budget) -> Masks:
         """Return the masks for a budget, without putting them into the model.
 

@@ -28,7 +28,6 @@ from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.layers.kinds import CONVOLUTIONS, check_names, is_recurrent
 from nni_topo.network.runtime.arguments import BATCHES, CONFIG_LIST, INPUTS, LEGACY_KEYS, MODEL, check_entry
 from nni_topo.network.runtime.copies import left_alone
-from nni_topo.network.runtime.inputs import in_smaller_batches
 from nni_topo.network.runtime.progress import quiet_if_asked
 from nni_topo.network.speedup.dependency import DependencyGroups, by_reason
 from nni_topo.rules import ANYTHING, NONE, Rule, all_of, check_knobs, checked, instance, whole
@@ -65,7 +64,6 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
         parameters = inspect.signature(function).parameters
         rules = {name: rule for name, rule in {**REQUEST, **KNOBS, **own}.items() if name in parameters}
         knobs = {name: each.default for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
-        guarded = in_smaller_batches(function)
 
         @quiet_if_asked
         @checked(**rules)
@@ -74,7 +72,7 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
             if function.__name__ == "__init__":
                 vars(args[0]).update({**knobs, **{name: kwargs[name] for name in knobs if name in kwargs}})
             with left_alone(args[1] if len(args) > 1 else kwargs.get("model")):
-                return guarded(*args, **kwargs)
+                return function(*args, **kwargs)
 
         return run
 

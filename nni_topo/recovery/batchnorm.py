@@ -16,7 +16,7 @@ from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import calls, fitting
-from nni_topo.network.runtime.public import Running, public
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report
 
 
@@ -25,7 +25,7 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
-@public(Running(restarts=True), model=MODEL, calibration=BATCHES)
+@public(model=MODEL, calibration=BATCHES)
 def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evaluator) -> nn.Module:
     """Return a copy of a model whose batch norms have the statistics of its own activations.
 

@@ -28,7 +28,6 @@ from torch.fx import Node
 from nni_topo.errors import DataError
 from nni_topo.network.layers.kinds import PER_CHANNEL, WEIGHTED
 from nni_topo.network.runtime.calibration import BatchStore, nbytes_of
-from nni_topo.network.runtime.inputs import at_once
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.course import RATES, Course, Training, try_rates
@@ -209,7 +208,7 @@ class _Values:
         """Yield samples by index in batches of ``size``; if samples aren't mixed, in the given batches."""
         starts = torch.tensor([0, *self._sizes]).cumsum(0)
         if self._are_mixed:
-            for chosen in index.tensor_split(-(-len(index) // at_once(size))):
+            for chosen in index.tensor_split(-(-len(index) // size)):
                 found = []
                 for batch, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
                     own = chosen[(chosen >= first) & (chosen < end)] - first

@@ -23,7 +23,7 @@ from nni_topo.network.runtime.fits import check_samples_first, structure_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import batch_size, calls
 from nni_topo.network.runtime.progress import bar
-from nni_topo.network.runtime.public import Running, public
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.dependency import by_reason
@@ -71,7 +71,6 @@ class Compensation:
 
 
 @public(
-    Running(restarts=True),
     model=MODEL,
     masks=MASKS,
     calibration=BATCHES,

@@ -32,13 +32,13 @@ from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import check_samples_first, first_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, at_once, batch_size, calls, tensors_of
+from nni_topo.network.runtime.inputs import Call, batch_size, calls, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
 from nni_topo.network.runtime.processes import digest
 from nni_topo.network.runtime.progress import LONG, duration
-from nni_topo.network.runtime.public import Running, public
+from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
 from nni_topo.recovery.course import (
@@ -236,7 +236,6 @@ def course_length(images: int, batch_size: int) -> int:
 
 
 @public(
-    Running(restarts=True),
     dense=MODEL,
     original=MODEL,
     images=BATCHES,
@@ -748,7 +747,7 @@ def check_can_learn(
         check_knobs_together({}, _what_needs_all(model, lesson.kind, is_blended=blend and is_blendable(call)))
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))))
     # Of few samples: the model may need more memory for a whole batch than the smaller one will.
-    few = torch.arange(at_once(min(_TIMED, batch_size(call))))
+    few = torch.arange(min(_TIMED, batch_size(call)))
     inputs, wanted = next(lesson.batches(few, len(few), 0, None, False))
     device = device_of(student)
     with learning(student, []):

@@ -19,7 +19,6 @@ from nni_topo.network.runtime.fits import failure_on
 from nni_topo.network.runtime.inputs import (
     Call,
     arguments_of,
-    at_once,
     batch_size,
     bind_arguments,
     calls,
@@ -155,7 +154,7 @@ class Lesson:
         self._place = _place_of(student)
         self._answers = _LazyOutputs(self.answer, batch_size(pool))
         self._views: dict[int, _LazyOutputs] = {}  # shared by all courses, which learn from the same images
-        device, count = device_of(self._unpruned), at_once(min(READ, batch_size(pool)))
+        device, count = device_of(self._unpruned), min(READ, batch_size(pool))
         call = on_device(taken(pool, torch.arange(count)), device)
         with evaluation_mode(self._unpruned), torch.no_grad():
             self._places: Places = places_by_sample(self._unpruned, call, outputs)
@@ -359,7 +358,7 @@ class Lesson:
             call = _blended(call, seed + view) if blend and view else call
             if view and view not in views:
                 views[view] = _LazyOutputs(self.answer, len(own))
-            for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // at_once(size))):
+            for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // size)):
                 mine = place[chosen[is_mine[chosen]]]
                 if self._block_names:
                     wanted = list[Tensor]()
@@ -534,7 +533,7 @@ def _blended(call: Call, seed: int) -> Call:
 
 def _together(index: Tensor) -> tuple[Tensor, ...]:
     """Split image numbers into batches."""
-    found: tuple[Tensor, ...] = index.split(at_once(min(_AT_ONCE, max(1, len(index)))))
+    found: tuple[Tensor, ...] = index.split(min(_AT_ONCE, max(1, len(index))))
     return found
 
 

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from nni_topo.errors import DataError
 from nni_topo.network.runtime.arguments import COMPUTING, DEVICE
 from nni_topo.network.runtime.copies import evaluation_mode
-from nni_topo.network.runtime.inputs import at_once, fitting
+from nni_topo.network.runtime.inputs import fitting
 from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.runtime.public import Running, public
+from nni_topo.network.runtime.public import public
 from nni_topo.rules import NONE, checked
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.labelled import LabelledImages, batches, labels_of
@@ -74,7 +74,7 @@ def evaluate(model: nn.Module, dataset: LabelledImages, *, device: str | torch.d
     return loss_and_accuracy(model, dataset, device=device)[1]
 
 
-@public(Running(restarts=True), **_EVALUATION)
+@public(**_EVALUATION)
 def loss_and_accuracy(
     model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None
 ) -> tuple[float, float]:
@@ -85,7 +85,7 @@ def loss_and_accuracy(
     model.to(device)
     totals = torch.zeros(2, dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad(), fitting(0, "dataset"):
-        rows = torch.arange(len(dataset)).split(at_once(min(_BATCH, len(dataset))))
+        rows = torch.arange(len(dataset)).split(min(_BATCH, len(dataset)))
         for images, labels in batches(dataset, rows, torch.device(device)):
             logits, labels = by_label(model(images).float(), labels)
             if int(labels.max()) >= logits.shape[1]:

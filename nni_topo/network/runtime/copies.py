@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nni_topo.context import context
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime.inputs import starts_again
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.memory import free_memory_of, out_of_memory
 from nni_topo.network.runtime.modules import (
     has_compiled,
@@ -37,7 +36,6 @@ from nni_topo.network.runtime.modules import (
     is_plain,
     is_transformed,
 )
-from nni_topo.network.runtime.processes import is_in_step
 from nni_topo.network.runtime.switches import one_call, package_settings, random_state_kept
 
 _Given = ParamSpec("_Given")
@@ -218,7 +216,7 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
 
     Models are copied once, at the outermost call. What isn't copied is put back (`left_alone`): a model that NNI has
     wrapped, one that PyTorch spreads over processes, and a compiled one if ``as_compiled``, because a copy isn't
-    compiled. Where memory is short the function raises a DataError, unless `in_smaller_batches` starts it again.
+    compiled.
     """
 
     @functools.wraps(function)
@@ -232,20 +230,10 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
                     copied.append(each)
         ids = {id(each) for each in copied}
         others = [each for each in models if id(each) not in ids]
-        try:
-            with left_alone(*others, as_compiled=as_compiled), _copies(copied) as copies:
-                own: Any = [_replaced(given, copies) for given in args]
-                named: Any = {name: _replaced(given, copies) for name, given in kwargs.items()}
-                return function(*own, **named)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or starts_again() or is_in_step():
-                raise
-            reason = str(error).partition("\n")[0] or type(error).__name__
-        # Outside of the except clause, because the error keeps the tensors of the failed call in memory.
-        raise DataError(
-            f"a device must have memory for a batch of the inputs, got: {reason} ({function.__qualname__}); give fewer "
-            "samples in each"
-        )
+        with left_alone(*others, as_compiled=as_compiled), _copies(copied) as copies:
+            own: Any = [_replaced(given, copies) for given in args]
+            named: Any = {name: _replaced(given, copies) for name, given in kwargs.items()}
+            return function(*own, **named)
 
     return run
 

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from nni_topo.context import BatchLimit, context, in_context
 from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError, raised, shown
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import cast_tensor, device_of
-from nni_topo.network.runtime.processes import is_in_step
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
-_Given = ParamSpec("_Given")
-_Made = TypeVar("_Made")
 Variation = tuple[float, float]
 """A factor and a shift of inputs: the shift is added first, then the factor multiplies."""
 VARIATIONS: tuple[Variation, ...] = ((0.01, 0.0), (100.0, 0.0), (1.0, 3.0))
 _SIDE = 64  # pixels a side of the images on which models are tried, if they take images of this size
-_logger = logging.getLogger(__name__)
 
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 """What a model raises that doesn't run on its inputs."""
@@ -322,65 +315,11 @@ def cast_floats(call: Call, dtype: torch.dtype) -> Call:
     return cast
 
 
-def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Decorate a function that asks `at_once` or `parts` how many samples may run together: half when memory is short.
-
-    DataError if one sample is too many. Beside other processes the error stays: they couldn't know of a second start.
-    """
-    place = work.__qualname__
-
-    @functools.wraps(work)
-    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        outer = context().limit
-        limit = BatchLimit(None if outer is None else outer.most)
-        while True:
-            try:
-                with in_context(limit=limit):
-                    return work(*args, **kwargs)
-            except (RuntimeError, MemoryError) as error:  # Python's own has no text
-                if not out_of_memory(error) or is_in_step():
-                    raise
-                reason = str(error).partition("\n")[0] or type(error).__name__
-            # Outside of the except clause, because the error keeps the tensors of the failed call in memory.
-            if limit.seen < 2:
-                raise DataError(f"a device must have memory for one sample at a time, got: {reason} ({place})")
-            limit = BatchLimit(limit.seen // 2)
-            _logger.warning("out of memory: starting again with %d samples at a time (%s)", limit.most, place)
-
-    return run
-
-
 def let_go(error: BaseException | None) -> None:
     """Let go of the variables of functions that an error has left, such as the tensors of an unfinished recording."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-def starts_again() -> bool:
-    """Tell whether a function decorated by `in_smaller_batches` runs, which starts again where memory is short."""
-    return context().limit is not None
-
-
-def at_once(samples: int) -> int:
-    """Return how many of so many samples may run together within a function decorated by `in_smaller_batches`."""
-    limit = context().limit
-    if limit is None:
-        return samples
-    allowed = samples if limit.most is None else min(samples, limit.most)
-    limit.seen = max(limit.seen, allowed)
-    return allowed
-
-
-def parts(call: Any) -> Iterator[Any]:
-    """Cut a call, or a batch with its targets, into nearly equal parts, each of samples that may run together."""
-    size = batch_size(call)
-    most = at_once(size)
-    if most == size:
-        yield call
-        return
-    for part in torch.arange(size).tensor_split(-(-size // most)):
-        yield taken(call, part)
 
 
 def taken(call: Any, index: Tensor) -> Any:
@@ -434,8 +373,7 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
     count = 0
     for count, batch in enumerate(calibration, start=1):
         call = _bound(model, arguments_of(inputs_of(batch, count - 1, name), model), count - 1, name)
-        for part in parts(call):
-            yield copied_for(model, part)
+        yield copied_for(model, call)
     if count == 0:
         raise DataError(f"{name} must hold at least one batch, got none (was a generator used twice?)")
 

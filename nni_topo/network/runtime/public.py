@@ -10,7 +10,6 @@ from typing import Any, ParamSpec, TypeVar
 
 from nni_topo.context import context, in_context
 from nni_topo.network.runtime.copies import leaves_models_alone
-from nni_topo.network.runtime.inputs import in_smaller_batches
 from nni_topo.network.runtime.processes import in_step
 from nni_topo.rules import Rule, checked
 
@@ -24,7 +23,6 @@ class Running:
 
     # Of a function without a config_list, how layers are left out of its request; ``{}`` stands for the layers.
     leaves_out: str = ""
-    restarts: bool = False  # whether it starts again with fewer samples at a time where memory is short
     as_compiled: bool = False  # whether compiled models run as such; then they aren't copied
 
 
@@ -40,8 +38,7 @@ def public(how: Running = _USUAL, /, **rules: Rule) -> Callable[[Callable[_Given
     """
 
     def decorate(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-        work = in_smaller_batches(function) if how.restarts else function
-        work = in_step(checked(**rules)(leaves_models_alone(work, as_compiled=how.as_compiled)))
+        work = in_step(checked(**rules)(leaves_models_alone(function, as_compiled=how.as_compiled)))
 
         @functools.wraps(function)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:

@@ -7,7 +7,7 @@ runs, for as many masks at a time as fit: the population takes the place of a la
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -24,7 +24,7 @@ from nni_topo.network.graph.tracing import trace
 from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
 from nni_topo.network.runtime.copies import evaluating, unwrapped_copy
-from nni_topo.network.runtime.inputs import arguments_of, at_once, fitting, parts
+from nni_topo.network.runtime.inputs import arguments_of, fitting
 from nni_topo.recovery.replay import without_side_effects
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class PopulationAccuracy:
         self._names = list(layers)
         self._layers: list[Any] = [self._model.get_submodule(name) for name in layers]
         device = next(self._model.parameters()).device
-        self._batches = [pair for batch in batches for pair in _pairs(batch, device)]
+        self._batches = [_pair(batch, device) for batch in batches]
         self.samples = sum(len(labels) for _, labels in self._batches)
         if not self.samples:
             raise DataError("validation must hold at least one labelled image, got none (validation)")
@@ -114,8 +114,8 @@ class PopulationAccuracy:
         each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * genes)
         size = max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
         # A population may be made as it is drawn: chunk by chunk, which bounds memory.
-        source, count, hits = iter(population), at_once(size), []
-        while chunk := list(islice(source, count)):
+        source, hits = iter(population), []
+        while chunk := list(islice(source, size)):
             hits.append(self._hits(chunk))
         return np.concatenate(hits) / self.samples
 
@@ -224,11 +224,11 @@ class _Tail:
         return getattr(self._run, node.op)(node.target, args, kwargs)
 
 
-def _pairs(batch: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _pair(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or len(batch[0]) != len(batch[1]):
         raise DataError(f"validation must hold pairs (inputs, labels) of one length, got {type(batch).__name__}")
-    for inputs, labels in parts(batch):
-        yield inputs.to(device), labels.to(device)
+    inputs, labels = batch
+    return inputs.to(device), labels.to(device)
 
 
 def _logits(outputs: Any, labels: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Inputs that become arguments of a model, and work that starts again with fewer samples where memory is short."""
+"""Inputs that become arguments of a model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.runtime.fits import structure_of
 from nni_topo.network.runtime.inputs import (
     arguments_of,
-    at_once,
     batch_size,
     calls,
     fitting,
-    in_smaller_batches,
     inputs_of,
     let_go,
     lists_of_samples,
@@ -29,30 +27,6 @@ from nni_topo.network.runtime.inputs import (
     returned_tensors,
     run_few,
 )
-
-
-@pytest.mark.parametrize(("fits", "tried"), [(1, [8, 4, 2, 1]), (8, [8])])
-def test_work_starts_again_with_half_as_many_samples_down_to_one(fits, tried):
-    seen = []
-
-    @in_smaller_batches
-    def work():
-        seen.append(at_once(8))
-        if seen[-1] > fits:
-            raise torch.OutOfMemoryError("out of memory")
-        return "done"
-
-    assert work() == "done"
-    assert seen == tried
-
-
-def test_memory_for_less_than_one_sample_is_an_error():
-    @in_smaller_batches
-    def work():
-        raise torch.OutOfMemoryError(f"{at_once(1)} is too many")
-
-    with pytest.raises(DataError, match="must have memory for one sample at a time, got: 1 is too many"):
-        work()
 
 
 def test_an_error_says_that_memory_is_short_by_its_class_or_its_words():
@@ -263,20 +237,6 @@ def test_a_data_class_as_input_is_refused(place):
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1))
     with pytest.raises(ConfigError, match=r"got a Pair \(images, batch 0\)"):
         nni_topo.shrink(model, [batch], {"flops": 0.5}, distill=False)
-
-
-@pytest.mark.parametrize("most", [8, 6, 3, 1])
-def test_calls_are_cut_into_parts_of_samples_that_may_run_together(most):
-    tried = []
-
-    @in_smaller_batches
-    def work():
-        tried.append([len(call[0][0]) for call in calls(TwoArguments(), [((torch.ones(7, 2), torch.ones(7)), 3)])])
-        if max(tried[-1]) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return tried[-1]
-
-    assert work() == {8: [7], 6: [3, 2, 2], 3: [3, 2, 2], 1: [1] * 7}[most]
 
 
 class Plain:
