@@ -35,7 +35,7 @@ from nni_topo.network.runtime.inputs import (
     taken,
     tensors_of,
 )
-from nni_topo.network.runtime.memory import out_of_memory, trim_heap
+from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.switches import as_written
 from nni_topo.rules import all_of, checked, whole
@@ -429,11 +429,8 @@ def memory_kept(tensor: Tensor) -> Iterator[None]:
     # Arrays of NumPy's lie on the same heap as tensors do, and take two thirds of the time.
     *room, last = (np.empty(_BLOCK, dtype=np.uint8) for _ in range(_BLOCKS))
     del room
-    try:
-        yield
-    finally:
-        del last
-        trim_heap()
+    yield
+    del last
 
 
 def _seconds_waiting() -> float:

@@ -1,13 +1,9 @@
-"""Memory that is free, missing, or not yet given back to the system."""
+"""Memory that is free or missing."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,11 +13,6 @@ from nni_topo.errors import DataError, words_of
 
 _SMALL = 2**26  # bytes that needn't be asked for
 _LARGE = 2**26  # parameters of a model that is worth freeing at once
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, as malloc.h of glibc numbers them
-_PAGES_OF_THEIR_OWN = 2**20  # bytes of a tensor from which on it gets pages of its own
-# glibc raises its threshold to the size of what is freed, up to this. A process that has freed a large tensor is there.
-_HIGHEST_THRESHOLD = 2**25
 
 
 def free_memory() -> int:
@@ -63,44 +54,6 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def give_back_memory(model: nn.Module) -> None:
-    """Free graphs of a traced large model, which refer to themselves, and the heap's free pages."""
+    """Free the graphs of a traced large model, which refer to themselves."""
     if sum(each.numel() for each in model.parameters()) >= _LARGE:
         gc.collect()
-        trim_heap()
-
-
-def trim_heap() -> None:
-    """Give the heap's free pages back to the system where the C library keeps them, as glibc does."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextmanager
-def freed_at_once() -> Iterator[None]:
-    """Let glibc give the memory of a tensor of 1 MiB or more back to the system as soon as it is freed.
-
-    By itself it keeps that of tensors below 32 MiB, in pieces that no larger tensor fits into: the process grows.
-    Nothing is done where the user has set a threshold in the environment.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in tunables
-    if is_set or not _set_threshold(_PAGES_OF_THEIR_OWN):
-        yield
-        return
-    trim_heap()
-    try:
-        yield
-    finally:
-        _set_threshold(_HIGHEST_THRESHOLD)
-
-
-def _set_threshold(nbytes: int) -> bool:
-    """Let glibc take pages of their own for what has so many bytes or more; return whether the C library can."""
-    if sys.platform != "linux":
-        return False
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # other C libraries
-        return False
-    return bool(set_option(_MMAP_THRESHOLD, nbytes)) and bool(set_option(_TRIM_THRESHOLD, 2 * nbytes))

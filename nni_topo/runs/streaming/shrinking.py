@@ -35,7 +35,7 @@ from nni_topo.network.runtime.inputs import (
     real_positions_of,
     taken,
 )
-from nni_topo.network.runtime.memory import check_memory, free_memory_of, freed_at_once, give_back_memory, out_of_memory
+from nni_topo.network.runtime.memory import check_memory, free_memory_of, out_of_memory
 from nni_topo.network.runtime.processes import gathered
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
@@ -48,6 +48,7 @@ from nni_topo.runs.prepared import Prepared
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.settings import PREFERRED, Settings
 from nni_topo.runs.streaming.block import PADDING_MASK, UNPRUNED, BlockNet, entering
+from nni_topo.runs.streaming.heap import freed_at_once, give_back
 from nni_topo.runs.streaming.journal import JOURNAL, Journal
 from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_report
 from nni_topo.runs.streaming.skeleton import (
@@ -259,7 +260,7 @@ def shrink_pretrained(
         done = len(journal.rows)
         for index in bar("shrink_pretrained", shows, range(done, len(skeleton)), done=done):
             run.prune(index)
-            give_back_memory(skeleton.model)  # that of the block
+            give_back()  # that of the block
         report = run.report()
         if is_first:
             run.finish()
@@ -387,7 +388,7 @@ class _Run:
         layers = sorted(made.layers.rows, key=lambda row: row.name)
         widths = {row.name.removeprefix("block."): [row.before, row.after] for row in layers}
         del made
-        give_back_memory(self._skeleton.model)
+        give_back()
         is_distilled = False
         if self._settings.distill is not False:
             offered = {

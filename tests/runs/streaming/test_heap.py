@@ -19,7 +19,7 @@ import ctypes
 
 import torch
 
-from nni_topo.network.runtime.memory import freed_at_once
+from nni_topo.runs.streaming.heap import freed_at_once
 
 MIB = 2**20
 

@@ -1,0 +1,53 @@
+"""Memory that glibc gives back to the system while a model is pruned block by block."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, as malloc.h of glibc numbers them
+_OWN_PAGES = 2**20  # bytes of a tensor from which on it gets pages of its own
+# glibc raises its threshold to the size of what is freed, up to this. A process that has freed a large tensor is there.
+_HIGHEST_THRESHOLD = 2**25
+
+
+def give_back() -> None:
+    """Free the graphs of traced blocks, which refer to themselves, and the heap's free pages."""
+    gc.collect()
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Let glibc give the memory of a tensor of 1 MiB or more back to the system as soon as it is freed.
+
+    By itself it keeps that of tensors below 32 MiB, in pieces that no larger tensor fits into: the process grows.
+    Nothing is done where the user has set a threshold in the environment.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in tunables
+    if is_set or not _has_glibc():
+        yield
+        return
+    _set_threshold(_OWN_PAGES)
+    give_back()
+    try:
+        yield
+    finally:
+        _set_threshold(_HIGHEST_THRESHOLD)
+
+
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
+def _set_threshold(nbytes: int) -> None:
+    """Let glibc take pages of their own for what has so many bytes or more."""
+    set_option = ctypes.CDLL(None).mallopt
+    set_option(_MMAP_THRESHOLD, nbytes)
+    set_option(_TRIM_THRESHOLD, 2 * nbytes)
