@@ -57,15 +57,6 @@ def of_checkpoint(path: Path) -> Any:
     return values(model), meta
 
 
-def of_state(path: Path) -> Any:
-    """Go on with a distillation whose file has all of its steps."""
-    images = [torch.arange(256.0).reshape(16, 1, 4, 4) / 256.0]
-    teacher = net()
-    with torch.no_grad():
-        next(teacher.parameters()).mul_(2.0)
-    return values(nni_topo.distill(net(), teacher, images, steps=2, lr=0.1, seed=0, state=path))
-
-
 def of_npz(path: Path) -> Any:
     """Read a data set."""
     return [part.tolist() for part in load_data(str(path), validation=0.5).train.tensors]
@@ -84,8 +75,6 @@ def files(folder: Path) -> Iterator[tuple[str, Path, Reader, bool]]:
     yield "dense model", folder / "dense.safetensors", lambda path: values(nni_topo.load(path, net)), True
     torch.save(net().state_dict(), folder / "old.pt", _use_new_zipfile_serialization=False)
     yield "checkpoint of old", folder / "old.pt", of_checkpoint, False
-    of_state(folder / "state.pt")
-    yield "state of a distillation", folder / "state.pt", of_state, True
     images, labels = np.arange(8 * 16, dtype=np.uint8).reshape(8, 4, 4), np.arange(8) % 2
     sets = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
     np.savez(folder / "set.npz", **sets)

@@ -92,16 +92,6 @@ def genetic(out: Path) -> Any:
     return [digest(masks["0"]["weight"]), pruner.history.to_dict("list")]
 
 
-def distilling(out: Path) -> Any:
-    """Let a network learn from another one."""
-    teacher, student = (
-        zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=seed).eval() for seed in (0, 1)
-    )
-    images = [torch.randn(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))]
-    made = nni_topo.distill(student, teacher, images, steps=150, seed=0, state=out / "state.pt")
-    return [digest(value) for value in made.state_dict().values()]
-
-
 def zoo_of_networks(out: Path) -> Any:
     """Ask for half of all channels of some networks, as ``benchmarks/zoo/zoo.py`` does."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -136,7 +126,7 @@ def study(name: str) -> Callable[[Path], Any]:
     return job
 
 
-ALONE = (comparison, recovery, rounds, trial, genetic, distilling, zoo_of_networks)
+ALONE = (comparison, recovery, rounds, trial, genetic, zoo_of_networks)
 JOBS: dict[str, Callable[[Path], Any]] = {job.__name__: job for job in (*ALONE, *map(study, STUDIES))}
 
 

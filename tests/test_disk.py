@@ -39,7 +39,6 @@ WRITERS = {
     "figure": figure,
     "record": lambda path: append_record(path, {"key": "a"}),
     "text": lambda path: disk.write_text(path, "words"),
-    "state": lambda path: nni_topo.distill(net(), net(), [torch.ones(4, 3)], state=path, steps=1),
 }
 NAMES = {"figure": "out.png", "export": "out.pt2"}
 
@@ -90,16 +89,16 @@ def test_a_link_stays_and_its_file_is_written(name, is_there, tmp_path):
     folder.mkdir()
     path, target = (place / NAMES.get(name, "out.pt") for place in (tmp_path, folder))
     path.symlink_to(target)
-    if is_there and name != "state":  # which is gone on from
+    if is_there:
         target.touch(0o640)
     WRITERS[name](path)
     assert path.is_symlink()
     assert target.stat().st_size
-    assert not is_there or name == "state" or stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert not is_there or stat.S_IMODE(target.stat().st_mode) == 0o640
     assert sorted(each.name for each in folder.iterdir()) == [target.name]
 
 
-@pytest.mark.parametrize("name", ["save", "checkpoint", "latency table", "export", "state", "load"])
+@pytest.mark.parametrize("name", ["save", "checkpoint", "latency table", "export", "load"])
 def test_what_names_no_place_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"a path must (be text or a path-like object|name a place), got .* \(\w+\)"):
@@ -107,7 +106,7 @@ def test_what_names_no_place_is_refused(name, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["save", "latency table", "figure", "state", "text"])
+@pytest.mark.parametrize("name", ["save", "latency table", "figure", "text"])
 def test_a_folder_that_is_missing_or_none_is_named(name, tmp_path):
     (tmp_path / "file").touch()
     for folder in ("missing", "file"):

@@ -14,7 +14,7 @@ import pytest
     ("jobs", "kills"),
     [
         pytest.param("genetic", 3, marks=pytest.mark.slow),
-        pytest.param("distilling comparison recovery rounds trial", 5, marks=pytest.mark.slow),
+        pytest.param("comparison recovery rounds trial", 5, marks=pytest.mark.slow),
     ],
 )
 def test_killed_jobs_end_as_if_nothing_had_been(jobs, kills):

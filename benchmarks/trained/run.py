@@ -99,7 +99,7 @@ class Subject(ABC):
         """Return a network that computes what the unpruned one does, and masks of it."""
 
     @abstractmethod
-    def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
+    def distilled(self, dense: nn.Module, limits: dict[str, Any]) -> nni_topo.recovery.Distillation:
         """Distil a dense network; limits are steps (of 64 images or sentences), seconds, and at times the rate."""
 
     @abstractmethod
@@ -167,7 +167,7 @@ class Cnn(Subject):
         within = ("_expand_conv", "_depthwise_conv")
         return [{"op_names": [n for n in names if n.rpartition(".")[0] in widened and n.endswith(within)]}]
 
-    def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
+    def distilled(self, dense: nn.Module, limits: dict[str, Any]) -> nni_topo.recovery.Distillation:
         """Distil on crops of the calibration photos; crops of the validation photos decide."""
         learned = photos.random_crops("calibration", self.distilled_crops, seed=2)
         judges = photos.random_crops("validation", 320, seed=2)
@@ -180,7 +180,6 @@ class Cnn(Subject):
             **{"lr": 1e-4} | limits,
             blocks=50.0,
             blend=False,
-            state=state,
         )
 
     def kept_by_photo(self, net: nn.Module) -> list[float]:
@@ -340,7 +339,7 @@ class Encoder(Subject):
         found = nni_topo.distillation(small, self.model, many, outputs=embedding, seconds=seconds, **knobs)
         return found.model, found.verdict
 
-    def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
+    def distilled(self, dense: nn.Module, limits: dict[str, Any]) -> nni_topo.recovery.Distillation:
         """Distil pooled embeddings and the blocks' hidden states; other sentences decide."""
         return nni_topo.distillation(
             dense,
@@ -350,7 +349,6 @@ class Encoder(Subject):
             outputs=lambda output, batch: pretrained.embedding(output, batch["attention_mask"]),
             blocks=self.blocks,
             **{"lr": 8e-4} | limits,
-            state=state,
         )
 
     def figures(self, net: nn.Module) -> dict[str, measures.Figure]:
@@ -422,8 +420,7 @@ def cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ..
             (net, masks), chosen_in = timed(lambda row=criterion, part=share: subject.choose(row, part))  # type: ignore[misc]
             row = Row(subject, share, net, masks)
             for name in names:
-                state = options.out / f"{subject.name}-{share:g}-{criterion}-{name.replace(', ', '-')}.state"
-                dense, seconds, notes = row.recovered(name, {"steps": options.steps, "seconds": options.seconds}, state)
+                dense, seconds, notes = row.recovered(name, {"steps": options.steps, "seconds": options.seconds})
                 left = NetworkCost.on(dense, subject.example)({})
                 yield {
                     "key": (subject.name, share, criterion, name),
@@ -434,7 +431,6 @@ def cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ..
                     "params": left.params / cost.params,
                     **notes,
                 }
-                state.unlink(missing_ok=True)
 
 
 def shrink_cell(subject: Encoder, share: float, criterion: str, name: str, seconds: float, cost: Any) -> dict[str, Any]:
@@ -498,10 +494,8 @@ def allocation_cells(
             if has_blocks:
                 notes["removed"] = [each.name for each in dense.report.depth.removed]
             if name == DISTILLED_BLOCKS:
-                state = options.out / f"{subject.name}-{share}-blocks.state"
                 limits = {"steps": options.steps, "seconds": options.seconds}
-                dense, spent, distilled = learned(subject, dense, limits, state)
-                state.unlink(missing_ok=True)
+                dense, spent, distilled = learned(subject, dense, limits)
                 seconds, notes = seconds + spent, notes | distilled
             left = NetworkCost.on(dense, subject.example)({})
             yield {
@@ -523,7 +517,7 @@ class Row:
         self.subject, self.share, self.net, self.masks = subject, share, net, masks
         self._solved: dict[str, tuple[nn.Module, float]] = {}
 
-    def recovered(self, name: str, limits: dict[str, Any], state: Path) -> tuple[nn.Module, float, Mapping[str, Any]]:
+    def recovered(self, name: str, limits: dict[str, Any]) -> tuple[nn.Module, float, Mapping[str, Any]]:
         """Return the dense network after a recovery, its seconds, and notes for the record."""
         subject = self.subject
         if name.endswith(ROUNDED):
@@ -544,7 +538,7 @@ class Row:
         if name == "batch norms":
             calibrated, seconds = timed(lambda: nni_topo.recalibrate_batch_norm(dense, subject.data))
             return calibrated, seconds, {}
-        found, seconds, notes = learned(subject, dense, limits, state)
+        found, seconds, notes = learned(subject, dense, limits)
         return found, spent + seconds, notes
 
     def solved(self, method: str) -> tuple[nn.Module, float]:
@@ -559,11 +553,9 @@ class Row:
         return self._solved[method]
 
 
-def learned(
-    subject: Subject, dense: nn.Module, limits: dict[str, Any], state: Path
-) -> tuple[nn.Module, float, dict[str, Any]]:
+def learned(subject: Subject, dense: nn.Module, limits: dict[str, Any]) -> tuple[nn.Module, float, dict[str, Any]]:
     """Return the distilled network, its seconds, and notes for the record."""
-    found, seconds = timed(lambda: subject.distilled(dense, limits, state))
+    found, seconds = timed(lambda: subject.distilled(dense, limits))
     return found.model, seconds, {"steps": found.steps, "lr": found.lr, "is_kept": found.is_kept}
 
 

@@ -112,9 +112,7 @@ def main() -> None:
             kept = share if name == ALL else subject.share_as_fast_as(wide)
             row = Row(subject, share, subject.model, subject.masks(name, kept))
             for recovery in RECOVERIES:
-                dense, seconds, _ = row.recovered(
-                    recovery, {"steps": 250, "seconds": None}, options.out / "width.state"
-                )
+                dense, seconds, _ = row.recovered(recovery, {"steps": 250, "seconds": None})
                 unpruned, mine = subject.milliseconds(subject.model, dense)
                 left = NetworkCost.on(dense, subject.example)({})
                 record = {
@@ -127,7 +125,6 @@ def main() -> None:
                     "milliseconds": [unpruned, mine],
                 }
                 append_record(path, record | {"data": subject.facts, **provenance()})
-                (options.out / "width.state").unlink(missing_ok=True)
                 print(record["key"], {key: each["value"] for key, each in record["figures"].items()}, flush=True)
     print(table(read_records(path)))
 

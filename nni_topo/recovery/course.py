@@ -1,7 +1,7 @@
 """The training loop of `distill` and of the recovery method ``"block"``: a course of gradient steps.
 
-It has a learning-rate schedule, rules that end it early, and a file from which it can be resumed. A range test runs
-short courses and chooses the learning rate by the loss on held-out images.
+It has a learning-rate schedule and rules that end it early. A range test runs short courses and chooses the learning
+rate by the loss on held-out images.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
-from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import by_output, zeros_held
 from nni_topo.network.layers.memory_format import inputs_laid_out
 from nni_topo.network.runtime.modules import device_of
@@ -30,12 +27,7 @@ from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.batchnorm import batch_norms
 
-_FORMAT = "nni-topo distillation 8"
-_WRITTEN_EVERY = 30.0  # seconds between two writes of a course's file
 _MOMENTUM = 0.1  # of batch norms that have none of their own
-_KEPT = ("done", "rate", "is_normed", "best", "best_step", "least", "_began", "_looked", "_falls_from", "_end")
-"""Attributes of a course that its file has as they are."""
-
 _RISE, _FALL = 0.1, 0.4  # first and last share of a course, in which the rate rises and falls
 _WINDOW = 4  # looks; the mean of the last ones is compared with that of the ones before: single losses are noisy
 _PROGRESS = 0.02  # least relative fall of that mean that counts as progress
@@ -92,7 +84,7 @@ class RateTrial:
 
 
 class Clock:
-    """Wall time of a distillation, with the time of interrupted runs, and its limit."""
+    """Wall time of a distillation and its limit."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self.seconds = seconds  # the limit; None: none
@@ -126,10 +118,6 @@ class Clock:
         """Remaining seconds for steps; infinite without a limit."""
         return math.inf if self.seconds is None else self.seconds - self.seconds_at_end - self.spent
 
-    def go_on_from(self, spent: float) -> None:
-        """Add the seconds of an interrupted run."""
-        self._began = time.perf_counter() - spent
-
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -149,7 +137,7 @@ class Training:
 
 
 class Course:
-    """Gradient steps of a student, resumed from a file if it exists.
+    """Gradient steps of a student.
 
     The rate rises in the first tenth of the course, stays constant, and falls linearly to zero in the last two fifths.
     If the held-out loss makes no more progress, the fall begins at once and takes two thirds of the steps before it. A
@@ -167,14 +155,9 @@ class Course:
         short: bool = False,
         best_of: int = 2,
         ends_without_gain: bool = False,
-        kind: dict[str, Any] | None = None,
-        path: Path | None = None,
-        rates: Sequence[RateTrial] = (),
     ) -> None:
         self.training, self.student, self.clock = training, training.student(), training.clock
         self.rate, self.is_normed = rate, training.is_normed
-        self.rates = tuple(rates)  # the range test by which the rate was found
-        self._kind, self._path = kind or {}, path
         learned = [p for p in self.student.parameters() if p.requires_grad]
         # With many small parameters the fused optimizer takes a third of the time.
         is_fused = all(p.device.type in _FUSED and p.is_floating_point() for p in learned)
@@ -192,16 +175,6 @@ class Course:
         self.best: dict[str, Tensor] = {}  # empty if no loss was smaller than the first
         self.best_step, self.least = 0, training.first
         self._began = self.clock.spent
-        if path is not None and path.exists():
-            with reading(path, "a state", "of this distillation", DELETE):
-                state = state_of(path, self._kind)
-                self.student.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                for name in _KEPT:
-                    setattr(self, name, state[name])
-                self.rates = tuple(RateTrial(**each) for each in state["rates"])
-                self.curve = [Look(**each) for each in state["curve"]]
-                self.clock.go_on_from(state["spent"])
 
     def run(self, progress: bool | None = None, *, looks: bool = True) -> None:
         """Take the remaining steps, or as many as the time limit and the held-out loss allow.
@@ -210,7 +183,7 @@ class Course:
         """
         training, total, before = self.training, self.training.total, self.done
         rest = itertools.islice(training.batches(), self.done, None)
-        began = written = time.perf_counter()
+        began = time.perf_counter()
         with learning(self.student, batch_norms(self.student) if self.is_normed else []):
             shown = bar("distill", progress, range(self.done, total), total=total, done=self.done)
             for step in shown:
@@ -257,13 +230,8 @@ class Course:
                 falling = (self._end - share) / (self._end - self._falls_from) if share > self._falls_from else 1.0
                 self.step(next(rest), self.rate * max(0.0, min(rising, falling, 1.0)))
                 self.done += 1
-                if time.perf_counter() - written >= _WRITTEN_EVERY:
-                    self._write()
-                    written = time.perf_counter()
         if looks and self.done and not (self.curve and self.curve[-1].step == self.done):
             self._look()
-        if not self.is_given_up:
-            self._write()
 
     def step(self, batch: tuple[Any, list[Tensor]], rate: float) -> None:
         """Take one step, within `learning`."""
@@ -300,21 +268,6 @@ class Course:
     def _look(self) -> None:
         loss = self.training.look(self.student)
         self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
-
-    def _write(self) -> None:
-        if self._path is None:
-            return
-        parts = {
-            "format": _FORMAT,
-            "kind": self._kind,
-            **{name: getattr(self, name) for name in _KEPT},
-            "spent": self.clock.spent,
-            "rates": [asdict(each) for each in self.rates],
-            "curve": [asdict(each) for each in self.curve],
-            "model": self.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        write_tensors(self._path, parts)
 
 
 def tried_steps(total: int) -> int:
@@ -371,28 +324,6 @@ def try_rates(
         if found[-1].is_taken:
             break
     return tuple(found)
-
-
-def state_of(path: Path, kind: dict[str, Any]) -> dict[str, Any]:
-    """Read a course's file; ``kind`` identifies the distillation.
-
-    ConfigError if the state is that of another one, DataError if the file isn't such a state.
-    """
-    with reading(path, "a state", "of this distillation", DELETE):
-        state: dict[str, Any] = read_tensors(path)
-        if state["format"] != _FORMAT:
-            raise DataError(
-                f"a state must be of the format {_FORMAT!r}, got {state['format']!r}, as other versions of nni_topo "
-                f"write it; {DELETE} ({path})"
-            )
-        for key, value in kind.items():
-            found = state["kind"].get(key)
-            if found != value:
-                raise ConfigError(
-                    f"distillation must go on with {key} {found}, got {value}; another file, or none, begins anew "
-                    f"({path})"
-                )
-    return state
 
 
 @contextmanager

@@ -18,25 +18,22 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import ConfigError, DataError, GradientError, listed
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import check_samples_first, first_call
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, batch_size, calls, tensors_of
+from nni_topo.network.runtime.inputs import Call, batch_size, calls
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
-from nni_topo.network.runtime.processes import digest
 from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
@@ -51,7 +48,6 @@ from nni_topo.recovery.course import (
     Training,
     learning,
     seconds_of_a_step,
-    state_of,
     timed,
     tried_steps,
     try_rates,
@@ -72,11 +68,10 @@ from nni_topo.recovery.lesson import (
 )
 from nni_topo.recovery.outputs import ComparedOutputs, Outputs
 from nni_topo.recovery.report import signed_like
-from nni_topo.rules import ANYTHING, FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
+from nni_topo.rules import FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
 from nni_topo.sharing import named_tensors
 
 _STEPS, _PASSES = 600, 10
-_SHOWN = 16  # digits of a hash that a state's file and errors have
 _BATCH_NORM_IMAGES = 256
 _FEW = 25  # held-out images below which a result that is kept was often worse on other images
 _TIMED = 16  # samples of the step that is timed before there is a smaller model
@@ -240,7 +235,6 @@ def course_length(images: int, batch_size: int) -> int:
     original=MODEL,
     images=BATCHES,
     held_out=BATCHES | NONE,
-    state=ANYTHING,
     **KNOBS,
 )
 def distillation(
@@ -260,7 +254,6 @@ def distillation(
     augment: Augment | None = None,
     blend: bool = True,
     precision: Precision = "float32",
-    state: str | Path | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Distillation:
@@ -269,8 +262,6 @@ def distillation(
     for model in (original, dense):
         check_model(model)
         check_precision(precision, device_of(model), "distill")
-    path = None if state is None else path_of(state, "state")
-    hashes = check_state(path, original, dense)  # before the models run, because a forward may write to buffers
     both = {"images": images, "held_out": held_out}
     given = [batches_of(each, original, knob, shared=True) for knob, each in both.items() if each is not None]
     for each in given:
@@ -299,7 +290,7 @@ def distillation(
     )
     is_blended = blend and is_blendable(pool)
     if processes is not None:
-        knobs = {"seconds": seconds, "augment": augment, "state": state, "blocks": blocks}
+        knobs = {"seconds": seconds, "augment": augment, "blocks": blocks}
         check_knobs_together(knobs, _what_needs_all(dense, lesson.kind, is_blended=is_blended))
     if lesson.named.left_out:
         _logger.warning("%s", lesson.named)
@@ -366,9 +357,7 @@ def distillation(
 
     rates: tuple[RateTrial, ...] = ()
     rate, is_out_of_time = math.nan if lr is None else lr, False
-    if path is not None and path.exists():
-        rate = 0.0  # the file has its own
-    elif before.loss == 0.0:
+    if before.loss == 0.0:
         rate = math.nan  # nothing is left to learn
     else:
         if is_normed and clock.left > 0.0:
@@ -413,26 +402,10 @@ def distillation(
 
     after, taken, weights_of, gains_nothing, curve = before, 0, 0, False, tuple[Look, ...]()
     if not math.isnan(rate):
-        kind = {
-            "steps": most_steps,
-            "seconds": seconds,
-            "batch_size": batch_size,
-            "lr": lr,
-            "blend": blend,
-            "blocks": blocks,
-            "precision": precision,
-            "temperature": temperature,
-            "objective": lesson.kind,
-            "seed": seed,
-            "images": sum(counts),
-        }
-        if path is not None:  # the same images in the same order: which are held out depends on it
-            of_images = " ".join(digest([("", each)])[:_SHOWN] for each in tensors_of(pool))
-            kind |= {**hashes, "the same images in the same order, hash": of_images}
-        course = Course(training, rate, ends_without_gain=True, kind=kind, path=path, rates=rates)
+        course = Course(training, rate, ends_without_gain=True)
         course.run(progress)
         is_out_of_time = course.is_out_of_time or clock.left <= 0.0
-        rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
+        taken, curve = course.done, tuple(course.curve)
         gains_nothing = course.gains_nothing
         if course.is_given_up and not gains_nothing:
             told = "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown"
@@ -501,7 +474,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
         evaluates on. Inputs of all batches have one shape, but for the number of samples. 1,000 are enough for
         small networks. Several processes can share them (``process_group`` of :class:`nni_topo.Calibration`); then
-        ``seconds``, ``augment``, ``state`` and ``blocks`` can't be used, nor ``blend`` where it has an effect,
+        ``seconds``, ``augment`` and ``blocks`` can't be used, nor ``blend`` where it has an effect,
         ``"cosine"`` and networks with batch norms.
     held_out : iterable or nni.compression.utils.Evaluator, optional
         Batches like those of ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
@@ -555,10 +528,6 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         what judges stay in the precision of ``dense``, at least single; autocast leaves double precision, and
         ``original`` in half precision, as they are. On a CPU it is for linear layers: convolutions and attention stay
         in single precision. It saves time on processors with bfloat16 instructions, for transformers.
-    state : str or Path, optional
-        File that gets the state every half minute and at the end. If it is there, learning goes on from it, to
-        the same result on one machine; of a finished one no step is left. It is tied to the values of both networks and
-        the images, and to the knobs.
     seed : int, default=0
         For the order of the images; and of PyTorch's generators for ``augment``.
     progress : bool or None, default=None
@@ -577,13 +546,12 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     ------
     ConfigError
         If a knob can't be used, a model doesn't run on any number of samples, the two models' outputs differ in kind or
-        shape, nothing can be learned, or ``state`` is that of another distillation.
+        shape, or nothing can be learned.
     GradientError
         If no gradients can be taken of the outputs, as where ``forward`` runs under :class:`torch.no_grad`, or writes
         in place into what a gradient needs. It is a ConfigError, too.
     DataError
-        If there are fewer than two images, inputs are NaN or infinite, a batch doesn't fit a model, or ``state`` isn't
-        a state of the model.
+        If there are fewer than two images, inputs are NaN or infinite, or a batch doesn't fit a model.
     SpeedupError
         If a model is still wrapped.
     ProcessError
@@ -634,7 +602,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     return distillation(*args, **knobs).model
 
 
-_ALONE = ("seconds", "augment", "state", "blocks")
+_ALONE = ("seconds", "augment", "blocks")
 
 
 def check_knobs_together(knobs: Mapping[str, Any], others: Iterable[str] = ()) -> None:
@@ -753,20 +721,3 @@ def check_can_learn(
     with learning(student, []):
         seconds = timed(lambda: backward_in(precision, device, lesson.objective(student, inputs, wanted)), student)
     return seconds / len(few)
-
-
-def check_state(state: str | Path | None, unpruned: nn.Module, dense: nn.Module | None = None) -> dict[str, str]:
-    """Return what a state's file says of the networks, by their hashes; without a smaller network, of the unpruned one.
-
-    ConfigError where the file that is there is of other networks, DataError where it is no state or can't be written.
-    """
-    if state is None:
-        return {}
-    file = path_of(state, "state")
-    check_output_file(file)
-    hashes = {"the same unpruned network, hash": digest(named_tensors(unpruned).items())[:_SHOWN]}
-    if dense is not None:
-        hashes["the same network to distil, hash"] = digest(named_tensors(dense).items())[:_SHOWN]
-    if file.exists():
-        state_of(file, hashes)
-    return hashes

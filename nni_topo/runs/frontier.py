@@ -277,8 +277,6 @@ def frontier(
     template = cost_without_share(budget, "frontier", "shares")
     settings = Settings.among(arguments, "frontier")
     settings.check_has_size("shares need")
-    if len(wanted) > 1:
-        settings.check_one_distilled("one of each share")
     template = settings.checked(model, calibration, template)
     steps = prepare(model, calibration, settings, template, is_timed=time).for_search()
     measured, data = steps.measured, steps.images

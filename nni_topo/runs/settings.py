@@ -22,7 +22,7 @@ from nni_topo.pruners.checks import check_no_ratios
 from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, pruner_info
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
-from nni_topo.recovery.distilling import check_can_learn, check_knobs_together, check_state
+from nni_topo.recovery.distilling import check_can_learn, check_knobs_together
 from nni_topo.recovery.lesson import check_augment, check_one_shape
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.recovery.registry import RECOVERIES
@@ -130,14 +130,6 @@ class Settings:
                 "it keeps (pruner)"
             )
 
-    def check_one_distilled(self, several: str) -> None:
-        """Refuse a state's file where a call may distil several networks; ``several`` says which."""
-        if (state := self.distillation_knobs.get("state")) is not None:
-            raise ConfigError(
-                f"state must be left out of the knobs of distill where several networks may be distilled, {several}, "
-                f"for a file holds the state of one, got {state!r} ({self.place})"
-            )
-
     def checked(self, model: nn.Module, images: Calibration, budget: Budget, tolerance: float | None = None) -> Budget:
         """Check a request before any work, and return the budget as :meth:`as_described`."""
         check_model(model)
@@ -213,7 +205,6 @@ class Settings:
             return math.nan  # it has no layer to prune, which `layers_to_prune` says
         check_one_shape(calls(model, images))
         knobs = self.distillation_knobs
-        check_state(knobs.get("state"), model)
         first = next(calls(model, images))
         if knobs.get("augment") is not None:
             check_augment(model, first, knobs["augment"], 0)

@@ -225,7 +225,6 @@ def shrink(
     is_timed = time or wanted.kind == "latency"
     if tolerance is not None:
         structure_call(model, calibration)  # an error that says what to change
-        settings.check_one_distilled("candidates of the tolerance")
         measure = resolved_measure(measure, evaluate, model, calibration, outputs)
         # A function has its own data, so no image must be withheld from the calibration data to confirm.
         parts = None if measure == "evaluate" else calibration.in_parts(PARTS)

@@ -11,8 +11,7 @@ from shared_data_nets import in_threads
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from nni_topo.errors import ConfigError
-from nni_topo.recovery.course import RATES, Clock, Course, RateTrial, Training, learning, try_rates
+from nni_topo.recovery.course import RATES, Clock, Course, Training, learning, try_rates
 from nni_topo.recovery.lesson import Lesson
 
 
@@ -167,29 +166,6 @@ def test_channels_of_zeros_stay_zero_while_others_learn(has_bias):
     assert float(net[0].weight.grad[0].abs().sum()) > 0.0
 
 
-def test_a_course_goes_on_from_all_that_its_file_says(tmp_path):
-    path, trials = tmp_path / "state.pt", (RateTrial(0.1, 10, 9.0, False), RateTrial(0.01, 10, 0.5, True))
-    known = {"kind": {"seed": 3}, "path": path}
-    clock = Clock(1000.0)
-    clock.go_on_from(100.0)
-    one = Course(training(clock=clock, is_normed=True), 0.01, rates=trials, **known)
-    assert not path.exists()
-    one.run(progress=False)
-    later = Clock(1000.0)
-    other = Course(training(clock=later), 0.5, **known)
-    assert (other.done, other.rate, other.is_normed, other.rates) == (one.done, 0.01, True, trials)
-    assert (other.curve, other.best_step) == (one.curve, one.best_step)
-    assert one.best_step == 4
-    torch.testing.assert_close(other.best, one.best, rtol=0, atol=0)
-    assert len(one.curve) > 5
-    assert 100.0 <= later.spent < 200.0
-    torch.testing.assert_close(other.student.state_dict(), one.student.state_dict(), rtol=0, atol=0)
-    assert other.optimizer.state_dict()["state"].keys() == one.optimizer.state_dict()["state"].keys()
-    for kind, words in (({"seed": 4}, "seed 3, got 4"), ({"other": 4}, "other None, got 4")):
-        with pytest.raises(ConfigError, match=f"must go on with {words}"):
-            Course(training(), 0.01, kind=kind, path=path)
-
-
 def test_time_left_is_what_neither_the_past_nor_the_last_judgements_take(watch):
     clock = Clock(100.0)
     watch.now += 10.0
@@ -204,20 +180,6 @@ def test_time_left_is_what_neither_the_past_nor_the_last_judgements_take(watch):
     with clock.judging(8):
         watch.now += 2.0
     assert clock.left == 77.0
-    clock.go_on_from(60.0)
-    assert (clock.spent, clock.left) == (60.0, 35.0)
-
-
-def test_a_file_gets_the_state_every_half_minute(watch, tmp_path):
-    path, kept, usual = tmp_path / "state.pt", [], training(total=8)
-
-    def objective(*given):
-        watch.now += 10.0
-        kept.append(torch.load(path, weights_only=True)["done"] if path.exists() else 0)
-        return usual.objective(*given)
-
-    Course(replace(usual, objective=objective), 0.01, path=path).run(progress=False, looks=False)
-    assert kept == [0, 0, 0, 3, 3, 3, 6, 6]
 
 
 def test_gradients_of_all_processes_are_added_up():

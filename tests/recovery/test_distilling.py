@@ -10,10 +10,9 @@ from distill_nets import Narrow, batches, divergence, inputs, pair
 from torch import nn
 
 import nni_topo
-from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
-from nni_topo.recovery import course, distill, distillation, distilling, recalibrate_batch_norm
+from nni_topo.errors import ConfigError, GradientError, SpeedupError
+from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
 from nni_topo.recovery.course import RATES
-from nni_topo.sharing import named_tensors
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -252,57 +251,6 @@ def test_models_that_run_on_some_numbers_of_samples_only_are_refused():
         nni_topo.shrink(choosy, batches(), {"flops": 0.5}, evaluate=lambda net: pytest.fail("it ran"))
 
 
-class StopError(Exception):
-    pass
-
-
-def stopping_after(batches_seen):
-    """Return an ``augment`` that stops the process, as it were, at a batch."""
-    left = iter(range(batches_seen))
-
-    def view(given):
-        if next(left, None) is None:
-            raise StopError
-        return given.clone()
-
-    return view
-
-
-@pytest.mark.parametrize(
-    ("role", "name", "words"),
-    [
-        ("original", "norm.running_mean", "the same unpruned network"),
-        ("dense", "head.bias", "the same network to distil"),
-    ],
-)
-def test_a_state_is_of_the_networks_that_it_began_with(tmp_path, monkeypatch, role, name, words):
-    monkeypatch.setattr(course, "_WRITTEN_EVERY", 0.0)
-    dense, original = pair(norm=True)
-    nets = {"dense": dense, "original": original}
-    state = tmp_path / "state.pt"
-    knobs = {"steps": 20, "lr": 1e-3, "state": state, "images": batches()}
-    with pytest.raises(StopError):
-        distillation(**nets, **knobs, augment=stopping_after(8))
-    before = state.read_bytes()
-    other = copy.deepcopy(nets[role])
-    with torch.no_grad():
-        dict(named_tensors(other))[name].flatten()[0] += 0.5
-    with pytest.raises(ConfigError, match=rf"must go on with {words}.*state.pt"):
-        distillation(**nets | {role: other}, **knobs)
-    assert state.read_bytes() == before
-    assert distillation(**nets, **knobs).steps == 20
-
-
-def test_a_state_of_another_version_is_refused(tmp_path):
-    dense, original = pair()
-    state = tmp_path / "state.pt"
-    distill(dense, original, batches(), steps=2, lr=1e-3, state=state)
-    content = torch.load(state, weights_only=True)
-    torch.save(content | {"format": "nni-topo distillation 4"}, state)
-    with pytest.raises(DataError, match=r"got 'nni-topo distillation 4', as other versions.*state"):
-        distill(dense, original, batches(), steps=2, lr=1e-3, state=state)
-
-
 def test_the_curve_is_the_held_out_loss_along_the_steps():
     dense, original = pair()
     found = distillation(dense, original, batches(), steps=100, lr=1e-3, blend=False)
@@ -511,24 +459,6 @@ def test_a_course_has_ten_passes_or_six_hundred_steps(count, size, steps):
     assert distilling.course_length(count, size) == steps
 
 
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        ({"steps": 3}, "steps 2, got 3"),
-        ({"blend": False}, "blend True, got False"),
-        ({"objective": "squares"}, "objective kl, got squares"),
-        ({"images": batches(64)}, "images 96, got 64"),
-        ({"images": batches()[::-1]}, "the same images in the same order, hash"),
-    ],
-)
-def test_a_state_is_of_the_knobs_and_images_that_it_began_with(tmp_path, other, words):
-    dense, original = pair()
-    knobs = {"images": batches(), "steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
-    distill(dense, original, **knobs)
-    with pytest.raises(ConfigError, match=f"distillation must go on with {words}"):
-        distill(dense, original, **{**knobs, **other})
-
-
 class Single(Narrow):
     """Doesn't run under autocast."""
 
@@ -629,7 +559,7 @@ def test_time_that_allows_no_lower_rate_is_named(watch, seconds, trials):
     ("knobs", "message"),
     [
         ({"seconds": 5.0}, "got seconds, blend=True"),
-        ({"blend": False, "augment": torch.sin, "state": "state.pt"}, "got augment, state"),
+        ({"blend": False, "augment": torch.sin}, "got augment"),
         ({"blend": False, "objective": "cosine"}, "by 'kl' or 'squares' .* got objective 'cosine'"),
         ({"blend": False, "held_out": [inputs(8)]}, "must be shared by the same processes"),
     ],

@@ -14,7 +14,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.recovery import course, distill, distillation, lesson
+from nni_topo.recovery import distill, distillation, lesson
 from nni_topo.recovery.lesson import Lesson
 
 
@@ -128,39 +128,6 @@ def test_images_held_out_judge():
     assert found.images == 136
     assert found.loss_before == pytest.approx(divergence(dense, original, judges), rel=1e-4)
     assert found.loss_after == pytest.approx(divergence(found.model, original, judges), rel=1e-4)
-
-
-def test_what_was_stopped_goes_on_to_the_same_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "_WRITTEN_EVERY", 0.0)
-    dense, original = pair(norm=True)
-    steps = iter(range(13))
-
-    def noisy(part):
-        return part + 0.1 * torch.randn_like(part)
-
-    def stopping(part):
-        # Two images are looked at first; three views of 525 images, in three parts each, come before the fourth pass.
-        if next(steps) == 12:
-            raise KeyboardInterrupt
-        return noisy(part)
-
-    knobs = {"steps": 60, "seed": 5, "state": tmp_path / "state.pt"}
-    whole = distill(dense, original, batches(600), augment=noisy, steps=60, seed=5)
-    with pytest.raises(KeyboardInterrupt):
-        distill(dense, original, batches(600), augment=stopping, **knobs)
-    kept = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert 0 < kept["done"] < 60
-    found = distillation(dense, original, batches(600), augment=noisy, **knobs)
-    assert found.steps == 60
-    torch.testing.assert_close(found.model.state_dict(), whole.state_dict(), rtol=0, atol=0)
-    # What is done isn't done again, and what is another distillation's is refused.
-    again = distill(dense, original, batches(600), **knobs)
-    torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ConfigError, match="must go on with seed 5, got 6"):
-        distill(dense, original, batches(600), **{**knobs, "seed": 6})
-    (tmp_path / "state.pt").write_bytes(b"no state")
-    with pytest.raises(DataError, match="must be a whole file of this distillation"):
-        distill(dense, original, batches(600), **knobs)
 
 
 @pytest.mark.parametrize(

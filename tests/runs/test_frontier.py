@@ -272,7 +272,6 @@ def test_shares_that_are_none_are_refused_before_anything_runs(shares, message):
         ({"budget": "size"}, "budget must be a known name, got 'size'"),
         ({"budget": None}, "budget must name a cost"),
         ({"pruner": "subcluster"}, "shares need a pruner that can be asked for a size, got 'subcluster'"),
-        ({"distill": {"state": "state.pt"}}, r"state must be left out .*got 'state.pt' \(frontier\)"),
     ],
 )
 def test_what_can_not_be_used_is_refused(knobs, message):

@@ -215,7 +215,6 @@ def shrink_pretrained(
             f"all blocks keep the same widths, by the allocation 'uniform', got {wanted.allocation!r} (budget)"
         )
     settings.check_has_size("shrink_pretrained needs")
-    settings.check_one_distilled("one for each block, which a stopped run needn't start again")
     if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     where = torch.device("cpu") if device is None else resolve_device(device)

@@ -570,14 +570,6 @@ def test_a_run_that_is_killed_anywhere_comes_to_the_same(source, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_state_is_no_file_for_all_blocks(source, tmp_path):
-    with pytest.raises(ConfigError, match=r"state must be left out .*one for each block.*\(shrink_pretrained\)"):
-        nni_topo.shrink_pretrained(
-            source, tokens(), tmp_path / "small", {"params": 0.7}, distill={"state": tmp_path / "state.pt"}
-        )
-    assert not list(tmp_path.glob("small/*"))
-
-
 def test_samples_that_are_all_the_same_are_told(source, tmp_path):
     batches = [{"input_ids": tokens(1)[0]["input_ids"]}] * 2
     report = nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.7}, **FAST)
