@@ -128,7 +128,6 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.distillation": lambda: {"dense": pruned(), "original": net(), "images": [IMAGES], "steps": 1, "lr": 0.1},
     "nni_topo.list_pruners": dict,
     "nni_topo.masked_model": lambda: {"model": net(), "example_inputs": IMAGES, "masks": masks()},
-    "nni_topo.narrow_heads": lambda: {"model": net(), "calibration": [IMAGES], "sparse_ratio": 0.5},
     "nni_topo.pruner_info": lambda: {"name": "random"},
     "nni_topo.recalibrate_batch_norm": lambda: {"model": net(), "calibration": [IMAGES]},
     "nni_topo.register_module": lambda: {"kind": Net, "cut": cut},

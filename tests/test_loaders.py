@@ -142,7 +142,6 @@ WORK = {
     "frontier": lambda batches: weights_of(nni_topo.frontier(net(), batches, (0.7, 0.4), distill=False)[0.4]),
     "distill": lambda batches: weights_of(nni_topo.distill(dense(), net(), batches, steps=3)),
     "recalibrate_batch_norm": lambda batches: weights_of(nni_topo.recalibrate_batch_norm(net(), batches)),
-    "narrow_heads": lambda batches: weights_of(nni_topo.narrow_heads(attending(), batches, 0.5)[0]),
     "remove_blocks": lambda batches: weights_of(nni_topo.remove_blocks(attending(), ["blocks.1"], batches)),
     "export": None,
     "retraining_bound": bounded,

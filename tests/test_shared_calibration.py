@@ -71,15 +71,6 @@ def shrunk(kind: type[nn.Module], data: Any, rank: int) -> Made:
     return Made({}, small.state_dict(), [*stages, counts, *small.report.warnings])
 
 
-def with_narrower_heads(data: Any) -> Made:
-    """Narrow heads and the MLP; rounding can turn the heads' channels further, which the outputs don't show."""
-    small = nni_topo.shrink(nets.made(nets.Transformer), data, {"params": 0.6}, distill=False, narrow_heads=True)
-    assert small.body.self_attn.head_dim < 4
-    stages = [tuple(getattr(stage, name) for name in STAGE) for stage in small.report.stages]
-    with torch.no_grad():
-        return Made({}, {"output": small(**nets.batches(nets.Transformer, (4,))[0])}, stages)
-
-
 def recalibrated(kind: type[nn.Module], data: Any) -> Made:
     return Made({}, nni_topo.recalibrate_batch_norm(nets.made(kind), data).state_dict(), [])
 
@@ -129,7 +120,6 @@ def slow_cases(data: Any, rank: int = 0) -> dict[str, Made]:
         "sequential": pruned(nets.Residual, data(images), sequential=True),
         "widths by error": pruned(nets.Residual, data(images), budget={"params": 0.5, "allocation": "error"}),
         "shrink": shrunk(nets.Residual, data(images), rank),
-        "narrower heads": with_narrower_heads(data(nets.batches(nets.Transformer, SIZES))),
         "distilled, groups": distilled(
             nets.Wide, data(nets.batches(nets.Wide, SIZES), groups=BY_PHOTO), steps=20, lr=1e-3, objective="squares"
         ),

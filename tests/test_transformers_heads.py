@@ -283,3 +283,28 @@ def test_a_model_without_its_pooling_layer_is_saved_as_a_folder(tmp_path):
     loaded = transformers.BertModel.from_pretrained(tmp_path / "folder", add_pooling_layer=False).eval()
     assert loaded.encoder.layer[1].intermediate.dense.out_features == 12
     torch.testing.assert_close(loaded(ids).last_hidden_state, dense(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("DebertaV2ForSequenceClassification", r".*word_embeddings|.*\.output\.dense"),
+        ("DistilBertForSequenceClassification", r".*_embeddings|.*\.(out_lin|lin2)"),
+    ],
+)
+@pytest.mark.quick_every(2)
+def test_the_residual_width_goes(name, asked, tmp_path):
+    model = make(name)
+    inputs = inputs_of(model)
+    groups = dependency_groups(model, inputs, [{"op_names_re": [asked], "sparse_ratio": 0.25}])
+    assert not groups.skipped
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    expected = logits(masked_model(model, inputs, masks), inputs)
+    torch.testing.assert_close(logits(dense, inputs), expected, rtol=1e-5, atol=1e-5)
+    width = {each.normalized_shape for each in dense.modules() if isinstance(each, torch.nn.LayerNorm)}
+    assert width == {(12,)}
+    with pytest.raises(ConfigError, match=r"nni_topo.save and nni_topo.load take it"):
+        save_pretrained(dense, tmp_path / "folder")
+    save(dense, tmp_path / "dense.safetensors")
+    assert torch.equal(logits(load(tmp_path / "dense.safetensors", model), inputs), logits(dense, inputs))

@@ -148,7 +148,6 @@ def test_gpt2_keeps_its_transposed_layers_and_generates() -> None:
 @pytest.mark.parametrize(
     ("name", "budget", "knobs"),
     [
-        pytest.param("BertForSequenceClassification", {"flops": 0.6}, {"narrow_heads": True}, marks=pytest.mark.slow),
         (
             "LlamaForCausalLM",
             {"flops": 0.6, "equal_blocks": False, "allocation": "error"},

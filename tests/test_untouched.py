@@ -154,7 +154,6 @@ CALLS = {
     "export": lambda m, _, folder: nni_topo.export(m, folder / "net.pt2", IMAGES[:2], "torch.export"),
     "load": lambda m, _, folder: with_file(nni_topo.load, folder, m),
     "masked_model": lambda m, _, __: nni_topo.masked_model(m, IMAGES[:2], MASKS),
-    "narrow_heads": lambda m, _, __: nni_topo.narrow_heads(m, BATCHES, 0.5),
     "recalibrate_batch_norm": lambda m, _, __: nni_topo.recalibrate_batch_norm(m, BATCHES),
     "remove_blocks": lambda m, _, __: nni_topo.remove_blocks(m, ["body.1"], BATCHES),
     "save": lambda m, _, folder: nni_topo.save(m, folder / "net.pt"),
@@ -197,7 +196,7 @@ CALLS = {
     ),
     "study_topology": lambda m, _, __: analysis.study_topology(m, CONFIG),
 }
-KINDS = {"narrow_heads": Attending, "remove_blocks": Blocks}
+KINDS = {"remove_blocks": Blocks}
 CHANGING = {
     "train": "it trains the model",
     "load_checkpoint": "it puts a file's values into the model",
@@ -251,7 +250,7 @@ def test_a_model_is_as_it_was(name, tmp_path):
     require_unchanged(others, other)
 
 
-@pytest.mark.parametrize("name", ["shrink", "compensate", "to_dense", "narrow_heads"])
+@pytest.mark.parametrize("name", ["shrink", "compensate", "to_dense"])
 @pytest.mark.quick_every(4)
 def test_a_model_is_as_it_was_after_interruptions(name, tmp_path):
     kind, draw, count, last = KINDS.get(name, Busy), random.Random(name), 0, None
@@ -297,7 +296,7 @@ def test_a_train_that_returns_nothing_is_called_all_the_same(name, tmp_path):
     require_unchanged(before, model)
 
 
-MADE = ["as_torch_layers", "compensate", "load", "masked_model", "narrow_heads", "recalibrate_batch_norm"]
+MADE = ["as_torch_layers", "compensate", "load", "masked_model", "recalibrate_batch_norm"]
 MADE += ["remove_blocks", "shrink", "to_dense"]
 
 

@@ -226,9 +226,7 @@ def changes(name: str, options: dict[str, str]) -> tuple[list[str], list[str]]:
         verbs |= {
             "compensate": lambda: nni_topo.compensate(model, masks, [inputs]),
             "distill": lambda: nni_topo.distill(nni_topo.to_dense(model, inputs, masks), model, [inputs], steps=1),
-            "shrink": lambda: nni_topo.shrink(
-                model, [inputs], {"flops": 0.7}, distill=False, narrow_heads=True, round_to=1
-            ),
+            "shrink": lambda: nni_topo.shrink(model, [inputs], {"flops": 0.7}, distill=False, round_to=1),
             "export": lambda: nni_topo.export(model, Path(folder) / "net.pt2", inputs, "torch.export"),
         }
     with tempfile.TemporaryDirectory() as folder:

@@ -51,9 +51,9 @@ OURS = "reconstruction"
 WHOLE_HEADS, LAYERS = "reconstruction, whole heads", "three of six layers"
 SHRINK, SHRINK_MORE = "shrink", "shrink, more sentences"
 EXTRA = (WHOLE_HEADS, LAYERS, SHRINK, SHRINK_MORE)
-"""Further rows of MiniLM: least squares as the others prune, the best three layers that stay, and `shrink`,
-which prunes neurons alone, because a config of BERT says how many of these there are; with more sentences distillation
-learns from all, as it does in the other rows."""
+"""Further rows of MiniLM: least squares as the others prune (rows of `OURS` are of a version that made heads narrower),
+the best three layers that stay, and `shrink`, which prunes neurons alone, because a config of BERT says how many of
+these there are; with more sentences distillation learns from all, as it does in the other rows."""
 UNPRUNED = "unpruned"
 SOLVED = {"channel": "channel", "compensate": "reconstruct", "block": "block"}
 """Recoveries by the method of `compensate` that they are; distillation may follow."""
@@ -89,6 +89,7 @@ class Subject(ABC):
 
     name: str
     shares: tuple[float, ...]
+    ours = OURS  # the name of the row of least squares
     model: nn.Module
     example: Any  # example inputs
     count: int  # crops or sentences for selection, weight reconstruction and batch norms
@@ -205,6 +206,7 @@ class Encoder(Subject):
     """MiniLM-L6 on sentences of at most 32 tokens, without half of its heads' channels and half of its MLPs'."""
 
     name = "minilm"
+    ours = WHOLE_HEADS
     shares = (0.5,)
     learned = 16_000
     one_call = 4096  # sentences of one call of `shrink`, whose selection of channels reads them all
@@ -243,7 +245,7 @@ class Encoder(Subject):
         }
 
     def choose(self, criterion: str, share: float) -> tuple[nn.Module, Masks]:
-        """Prune heads and neurons; the reconstruction criterion makes all heads narrower instead, for the same cost."""
+        """Prune heads and neurons."""
         heads = {"op_names_re": [r".*\.attention\.self"], "granularity": "head", "sparse_ratio": 1.0 - share}
         neurons = {"op_names_re": [r".*\.intermediate\.dense"], "sparse_ratio": 1.0 - share}
         if criterion == "torch-pruning":
@@ -254,12 +256,8 @@ class Encoder(Subject):
             return self.model, baseline_masks(criterion, Analysis.on(self.model, ids), ratios)[0]
         if criterion == LAYERS:
             return self.without_layers(self.best_layers()), {}
-        if criterion != OURS:
-            groups = nni_topo.dependency_groups(self.model, self.example, [heads, neurons])
-            return self.model, self.masks_of(OURS if criterion == WHOLE_HEADS else criterion, self.model, groups)
-        turned, narrower = nni_topo.narrow_heads(self.model, self.data, 1.0 - share)
-        groups = nni_topo.dependency_groups(turned, self.example, [neurons])
-        return turned, narrower | self.masks_of(criterion, turned, groups)
+        groups = nni_topo.dependency_groups(self.model, self.example, [heads, neurons])
+        return self.model, self.masks_of(OURS if criterion == WHOLE_HEADS else criterion, self.model, groups)
 
     def best_layers(self) -> tuple[int, ...]:
         """Return the three layers that by themselves are nearest to the whole encoder, on the validation sentences."""
@@ -281,7 +279,7 @@ class Encoder(Subject):
 
     def sizes(self, share: float) -> Iterator[dict[str, Any]]:
         """Yield milliseconds of a batch, CPU time in turns with the unpruned encoder, and whether the folder loads."""
-        shapes = {name: self.choose(name, share) for name in ("l1", OURS)}
+        shapes = {name: self.choose(name, share) for name in ("l1", WHOLE_HEADS)}
         shapes[LAYERS] = self.without_layers(range(3)), {}  # any three take as long
         shapes[SHRINK] = self.shrunk(share, None)[0], {}
         nets = {name: nni_topo.to_dense(net, self.example, m) if m else net for name, (net, m) in shapes.items()}
@@ -371,6 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", action="store_true", help="time MiniLM's networks and load their folders instead")
     parser.add_argument("--all", action="store_true", help="the long recoveries for every criterion")
     options = parser.parse_args(arguments)
+    if options.network == Encoder.name:
+        options.only = [Encoder.ours if name == OURS else name for name in options.only]
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.network}.jsonl"
@@ -380,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common = {"network": subject.name, "data": subject.facts, **provenance()}
         if options.sizes and isinstance(subject, Encoder):
             share = subject.shares[0]
-            if (subject.name, share, OURS, "size") not in done:
+            if (subject.name, share, WHOLE_HEADS, "size") not in done:
                 for record in subject.sizes(share):
                     append_record(path, record | common)
             return
@@ -458,10 +458,10 @@ def shrink_cell(subject: Encoder, share: float, criterion: str, name: str, secon
 def image_cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Measure weight reconstruction with few images; they select the channels too."""
     share = (options.shares or subject.shares)[0]
-    key = (subject.name, share, OURS, f"compensate, {subject.count} images")
+    key = (subject.name, share, subject.ours, f"compensate, {subject.count} images")
     if key in done:
         return
-    (net, masks), chosen_in = timed(lambda: subject.choose(OURS, share))
+    (net, masks), chosen_in = timed(lambda: subject.choose(subject.ours, share))
     dense, seconds = Row(subject, share, net, masks).solved("reconstruct")
     yield {
         "key": key,

@@ -4,19 +4,17 @@
 
 trains a net of the zoo for each seed (``bert_small``, and ``gpt_small``, which needs no folder, alike), keeps half, a
 third and a sixth of the heads of every layer with half, a quarter and an eighth of the MLP's neurons, chosen by each
-criterion (of "narrower heads", which ``gpt_small`` can't have, all heads, with at most so many of their channels), and
-recovers each by each method from the same unlabelled rows; 256 more judge what is distilled. ``--retrained`` fine-tunes
-for an epoch with labels after no recovery and after distillation, or after one of the two. A line per figure goes to
-``transformers.jsonl``, nets to files beside it; the same command goes on where it was stopped. Of 2,000 test images the
-accuracy in percent, of 256 rows of text bits per byte; differences are paired by net. Dense nets are timed in turns
-with the unpruned one.
+criterion, and recovers each by each method from the same unlabelled rows; 256 more judge what is distilled.
+``--retrained`` fine-tunes for an epoch with labels after no recovery and after distillation, or after one of the two. A
+line per figure goes to ``transformers.jsonl``, nets to files beside it; the same command goes on where it was stopped.
+Of 2,000 test images the accuracy in percent, of 256 rows of text bits per byte; differences are paired by net. Dense
+nets are timed in turns with the unpruned one.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -30,7 +28,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.recovery import recovery_rules  # noqa: F401  (it registers methods by name)
-from nni_topo import compensate, create_pruner, dependency_groups, distill, narrow_heads, to_dense, zoo
+from nni_topo import compensate, create_pruner, dependency_groups, distill, to_dense, zoo
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.runs.run import Start, pruner_knobs
 from nni_topo.studies.baselines import baseline_masks, is_baseline
@@ -48,11 +46,9 @@ CHOICES = {
     "functional cloud": "topological",
     "reconstruction": "reconstruction",
     "Torch-Pruning": "torch-pruning",
-    "narrower heads": "l1",  # of the neurons
 }
-_NARROWER = "narrower heads"  # at most as many channels in all, of every head as many
-_NOT_GPT = ("Torch-Pruning", _NARROWER)  # because it shares keys and values, and has rotary positions
-_TIMED = ("norm", _NARROWER)
+_NOT_GPT = "Torch-Pruning"  # because it shares keys and values, and has rotary positions
+_TIMED = "norm"
 METHODS = {
     "mean into bias": "mean",
     "scalar per channel": "scalar",
@@ -90,7 +86,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.choices = options.choices or [
-        choice for choice in CHOICES if not (choice in _NOT_GPT and options.model == "gpt_small")
+        choice for choice in CHOICES if not (choice == _NOT_GPT and options.model == "gpt_small")
     ]
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +113,7 @@ def _run(options: argparse.Namespace, start: Start, path: Path) -> None:
                     continue
                 dense, seconds = found.by(rule)
                 worth = _worth(dense, start.data)
-                shares = _times(start, dense) if rule == "as shipped" and choice in _TIMED else {}
+                shares = _times(start, dense) if rule == "as shipped" and choice == _TIMED else {}
                 append_record(path, {"key": key, "whole": whole(), "worth": worth, "seconds": seconds, **shares})
                 print(*key, f"{worth:.4f} of {whole():.4f}, {seconds:.1f} s", flush=True)
 
@@ -158,7 +154,7 @@ class _Recovered:
         knobs = {"steps": self._options.steps, "objective": "kl", "seed": start.seed}
         before, _, last = rule.rpartition(", ")
         dense, seconds = self.by(before) if before else (start.net, 0.0)
-        (net, masks), began = self._masks(), time.process_time()
+        masks, began = self._masks(), time.process_time()
         if last == "distilled":
             # Of rows that compensation had it looks better than it is.
             judging = start.images(_JUDGING, skip=self._options.rows)
@@ -168,32 +164,21 @@ class _Recovered:
             zoo.train(dense, start.data, start.recipe.for_retraining(1), seed=start.seed)
         else:
             method: Any = METHODS.get(rule)
-            net = compensate(net, masks, batches, method=method, seed=start.seed) if method else net
+            net = compensate(start.net, masks, batches, method=method, seed=start.seed) if method else start.net
             dense = to_dense(net, self._rows[:2], masks)
         return dense, seconds + time.process_time() - began
 
     @cache  # noqa: B019
-    def _masks(self) -> tuple[nn.Module, Any]:
-        """Return what is pruned, which computes what the trained net does, and its masks."""
+    def _masks(self) -> Any:
         net, pruner = copy.deepcopy(self._start.net), CHOICES[self._choice]
         if is_baseline(pruner):
-            return self._start.net, self._baseline_masks(net)
-        config = [{"op_names_re": [r".*\.mlp\.(fc1|gate_proj|up_proj)"], "sparse_ratio": 1.0 - self._neurons}]
-        if self._choice != _NARROWER:
-            heads = {"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 1.0 - self._heads}
-            config = [heads, *config]
-        groups = list(dependency_groups(net, self._rows[:2], config))
+            return self._baseline_masks(net)
+        heads = {"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 1.0 - self._heads}
+        neurons = {"op_names_re": [r".*\.mlp\.(fc1|gate_proj|up_proj)"], "sparse_ratio": 1.0 - self._neurons}
+        groups = list(dependency_groups(net, self._rows[:2], [heads, neurons]))
         looks = pruner in ("topological", "reconstruction")
         knobs = pruner_knobs(pruner, net, self._start, _LOOKED_AT if looks else 0)
-        masks = create_pruner(pruner, net, groups, **knobs).compress()[1]
-        if self._choice != _NARROWER:
-            return self._start.net, masks
-        size = next(part.head_dim for part in self._start.net.modules() if isinstance(part, SelfAttention))
-        kept = max(1, int(size * self._heads))
-        turned, within = narrow_heads(self._start.net, self._rows.split(128), (size - kept) / size)
-        if not within:
-            raise SystemExit(f"heads under rotary positions keep their size: leave out {_NARROWER!r} (--choices)")
-        return turned, {**masks, **within}
+        return create_pruner(pruner, net, groups, **knobs).compress()[1]
 
     def _baseline_masks(self, net: nn.Module) -> Any:
         attention = [name for name, part in net.named_modules() if isinstance(part, SelfAttention)]
@@ -238,13 +223,13 @@ def _print(records: list[dict[str, Any]]) -> None:
         seconds = [record["seconds"] for record in records if tuple(record["key"][4:]) == (choice, rule)]
         method = ", ".join(TITLES.get(word, word) for word in rule.split(", "))
         print(f"| {choice} | {method} | {' | '.join((*shown, *apart))} | {sum(seconds) / len(seconds):.0f} |")
-    for choice, heads in itertools.product(_TIMED, shares):
-        timed = [record for record in records if "macs" in record and record["key"][2:5:2] == [heads, choice]]
+    for heads in shares:
+        timed = [record for record in records if "macs" in record and record["key"][2:5:2] == [heads, _TIMED]]
         parts = [
             f"{key} {interval([each[key] for each in timed]).show(digits=3)}" for key in ("macs", "latency") if timed
         ]
         if parts:
-            print(f"{choice}, 1/{round(1 / heads)} of the heads, share of the unpruned net's: {', '.join(parts)}")
+            print(f"{_TIMED}, 1/{round(1 / heads)} of the heads, share of the unpruned net's: {', '.join(parts)}")
 
 
 def _show(values: Iterable[float], scale: float, digits: int, *, sign: bool = False) -> str:

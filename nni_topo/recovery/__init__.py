@@ -7,7 +7,6 @@ from nni_topo.recovery.choosing import choose_images
 from nni_topo.recovery.compensating import Compensation, compensate, compensation
 from nni_topo.recovery.distilling import Distillation, distill, distillation
 from nni_topo.recovery.mixing import Channel, Pair, pair_coefficients
-from nni_topo.recovery.narrowing import narrow_heads
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import (
     Recalibrate,
@@ -38,7 +37,6 @@ __all__ = [
     "distill",
     "distillation",
     "list_recoveries",
-    "narrow_heads",
     "pair_coefficients",
     "recalibrate_batch_norm",
     "recovery_info",

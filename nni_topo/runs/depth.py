@@ -533,7 +533,7 @@ class Depth:
         if left <= share:
             short = self.path.states[count].net
             dense = to_dense(short, whole.images.example, {})
-            return replace(whole.start, narrower=short, dense=dense, layers=dense_report_of(dense), left=left)
+            return replace(whole.start, shorter=short, dense=dense, layers=dense_report_of(dense), left=left)
         prepared = self.prepared(count)
         made = prepared.recover(min(share / left, 1.0))
         if whole.budget.latency_table is None:

@@ -197,7 +197,6 @@ def frontier(
     layers: Iterable[str | Mapping[str, Any]] | None = None,
     compensate: str | RecoveryMethod | None = "reconstruct",
     distill: Mapping[str, Any] | bool = True,
-    narrow_heads: bool = False,
     depth: bool = False,
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -221,7 +220,7 @@ def frontier(
         ``tolerance``.
     pruner : str, default="reconstruction"
         As for :func:`nni_topo.shrink`: a structured pruner that accepts a budget, or one of NNI's.
-    knobs, layers, compensate, narrow_heads, outputs, evaluate, round_to, time, seed, progress
+    knobs, layers, compensate, outputs, evaluate, round_to, time, seed, progress
         As for :func:`nni_topo.shrink`.
     depth : bool, default=False
         As for :func:`nni_topo.shrink`; the order of the blocks is found once. No network then starts from a larger one.

@@ -54,7 +54,7 @@ class Pipeline:
     masks: Masks = field(default_factory=dict)
     planned: BudgetOutcome | None = None  # the outcome of the budget as the pruner counts it; None: it has none
     seconds: float = 0.0  # that selecting channels took
-    narrower: nn.Module | None = None  # of full size, but with narrower heads, for which the masks are
+    shorter: nn.Module | None = None  # of full width without some blocks, for which the masks are
     solved: nn.Module | None = None  # of full size, with reconstructed weights
     compensation: CompensationReport | None = None
     dense: Any = None  # torch.nn.Module without the removed channels
@@ -72,7 +72,7 @@ class Pipeline:
     @property
     def full(self) -> nn.Module:
         """The network of full size for which the masks are."""
-        return self.model if self.narrower is None else self.narrower
+        return self.model if self.shorter is None else self.shorter
 
     def select(self, pruner: Any, budget: Budget | None = None) -> Pipeline:
         """Let a pruner that was made for a copy of the network select channels; under another budget than its own."""

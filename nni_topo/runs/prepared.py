@@ -54,7 +54,6 @@ from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery.course import RATES, Clock, tried_steps
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import judged
-from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.runs.depth import Depth
 from nni_topo.runs.images import ImageParts, of_first
 from nni_topo.runs.measurements import UNPRUNED, Measurements
@@ -67,7 +66,6 @@ from nni_topo.runs.widths import as_entries, planned_ratios
 # What selecting channels by reconstruction takes, and reconstructing weights as well: passes forward and back over the
 # calibration data, and seconds for each product of `_products`. Measured on one core.
 _PASSES, _SECONDS_OF_A_PRODUCT = 2.0, 3e-11
-_HEADS = 8  # of how many channels narrower heads keep a multiple, where multiples are preferred
 _POSITIONS = 16  # positions of large feature maps that are drawn for each column, about
 _logger = logging.getLogger(__name__)
 
@@ -257,15 +255,7 @@ class Prepared:
             selected = replace(self.start.select(pruner), planned=outcome)
         del pruner  # with its copy, which refers to itself
         give_back_memory(self.model)
-        can_narrow = self.round_to is None and self.budget.kind != "latency" and not self.budget.equal_blocks
-        if not (can_narrow and self.settings.narrow_heads):
-            return selected
-        step = _HEADS if self.prefers_multiples else 1
-        masks: Any
-        full, masks = narrow_instead(
-            self.model, self.images.learned, selected.masks, self.analysis.facts, round_to=step
-        )
-        return replace(selected, masks=masks, narrower=None if full is self.model else full)
+        return selected
 
     def planned_ratios(self, budget: Budget) -> tuple[dict[str, float], BudgetOutcome]:
         """Return the ratio of each layer to prune under a budget, and the outcome."""
@@ -335,8 +325,6 @@ class Prepared:
             return planned.why
         if made.layers.kept:
             return "layers keep channels that were to be removed"
-        if made.narrower is not None:
-            return "heads of attention are made narrower, each by as many channels; narrow_heads=False removes heads"
         if planned is not None and planned.is_met:
             return f"the forward computes more than the planned share of {planned.left:.4g} in a smaller network"
         return NO_NEARER

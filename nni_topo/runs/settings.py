@@ -57,7 +57,6 @@ class Settings:
     layers: Layers | None = None
     compensate: str | RecoveryMethod | None = "reconstruct"
     distill: Mapping[str, Any] | bool = True
-    narrow_heads: bool = False
     depth: bool = False
     outputs: Outputs | None = None
     evaluate: Callable[[nn.Module], float] | None = None
@@ -222,8 +221,7 @@ class Settings:
 
         That is the default for a model of Transformers, and with equal blocks. ConfigError for what can't be described.
         """
-        is_asked = budget.equal_blocks or (budget.equal_blocks is None and not self.narrow_heads)
-        if not is_pretrained(model) or not is_asked:
+        if not is_pretrained(model) or budget.equal_blocks is False:
             return budget
         why = why_undescribed(model)
         if names := without_plain_weights(model):

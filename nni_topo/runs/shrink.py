@@ -50,7 +50,6 @@ def shrink(
     layers: Iterable[str | Mapping[str, Any]] | None = None,
     compensate: str | RecoveryMethod | None = "reconstruct",
     distill: Mapping[str, Any] | bool = True,
-    narrow_heads: bool = False,
     depth: bool = False,
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -103,11 +102,6 @@ def shrink(
         where ``seconds`` is the wall time of distillation alone. The distilled weights are kept only if, on the
         held-out images, the loss falls and the distance at most doubles. A network of whose outputs no gradients can be
         taken isn't distilled, with a warning.
-    narrow_heads : bool, default=False
-        Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
-        :func:`nni_topo.narrow_heads` can: by multiples of 8 channels, with ``round_to=1`` by any number. That keeps
-        more of the answers and takes more time. Not done for a latency budget, nor with another ``round_to`` or
-        ``equal_blocks``, nor on a GPU unless ``round_to`` is 1.
     depth : bool, default=False
         Whether blocks compete with channels for the budget: residual blocks, blocks of transformers, and attention or
         the MLP in these; see the notes. That takes two to four times as long.
@@ -184,8 +178,8 @@ def shrink(
     what :func:`nni_topo.save_pretrained`, its own ``save_pretrained`` or a ``Trainer`` saves: blocks are equally wide,
     heads are removed whole or, where the config can't say fewer heads, kept, and poolers, classifiers and the residual
     stream stay as wide as they are. A warning before the work says if this can't meet the budget, and which share it
-    reaches. ``"equal_blocks": False`` in the budget asks for free widths, ``narrow_heads=True`` for narrower heads as
-    well; ``report.undescribed`` then says what no config can say.
+    reaches. ``"equal_blocks": False`` in the budget asks for free widths; ``report.undescribed`` then says what no
+    config can say.
 
     With ``depth`` two or three networks are made, without any block removed and without blocks for parts of the saving;
     channels take the rest of the budget, and the network with the smallest loss on the held-out images is distilled.

@@ -111,5 +111,5 @@ def test_heads_count_by_their_channels():
     pruner.unwrap_model()
     # Five heads of twelve would stay, and forty channels aren't a multiple of 16.
     assert int(masks["attention"]["in_proj_weight"][:96, 0].sum()) == 48
-    small = nni_topo.shrink(model, [batch], {"flops": 0.4}, round_to=16, distill=False, narrow_heads=False)
+    small = nni_topo.shrink(model, [batch], {"flops": 0.4}, round_to=16, distill=False)
     assert small.report.budget.left == pytest.approx(0.4, abs=0.02)

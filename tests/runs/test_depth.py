@@ -498,7 +498,7 @@ def test_numbers_of_blocks_are_tried_where_they_may_help(losses, knobs, tried, b
 def depth_steps(budget):
     model, rows = stack()
     data = ImageParts.of(Calibration([rows]), model)
-    asked = Settings(pruner="l1", compensate=None, distill=False, narrow_heads=False, progress=False)
+    asked = Settings(pruner="l1", compensate=None, distill=False, progress=False)
     return Depth.on(Prepared.of(model, data, asked, budget)).depth
 
 

@@ -25,7 +25,6 @@ from nni_topo.runs.prepared import Prepared
 from nni_topo.runs.prunable import layers_to_prune
 from nni_topo.runs.settings import Settings
 from nni_topo.testing import toy_images, toy_model
-from nni_topo.zoo.transformers import vit_small
 
 FLOPS = Budget(flops=0.5)
 
@@ -226,25 +225,6 @@ def test_a_missed_budget_is_told_once_of_the_dense_network(caplog):
     small = shrink(toy_model().eval(), images(), {"flops": 0.4}, pruner="l1", layers=capped, distill=False)
     told = [each for each in caplog.messages if "the flops budget of 0.4 is missed" in each]
     assert told == [str(small.report.budget)]
-
-
-@pytest.mark.parametrize(
-    ("cost", "given", "is_narrower"),
-    [
-        ({"flops": 0.5}, {"narrow_heads": True, "round_to": 1}, True),
-        ({"flops": 0.5}, {}, False),
-        ({"flops": 0.5}, {"narrow_heads": True, "round_to": 8}, False),
-        ({"flops": 0.5, "equal_blocks": True}, {"narrow_heads": True, "round_to": 1}, False),
-        ({"latency": 0.5}, {"narrow_heads": True}, False),
-    ],
-)
-@pytest.mark.quick_every(4)
-def test_heads_get_narrower_where_that_is_asked_for(cost, given, is_narrower, monkeypatch):
-    monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.1)
-    torch.manual_seed(0)
-    net = vit_small(4, 1, 8).eval()
-    data, budget = ImageParts.of(Calibration([torch.randn(16, 1, 8, 8)]), net), Budget(**cost)
-    assert (steps(net, budget, data, **given).select(budget).narrower is not None) == is_narrower
 
 
 def recovered_from(chosen, masks, planned=None, left=1.0):

@@ -18,7 +18,6 @@ from toy_times import LAYERS, proportional
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
-from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.io import exporting
 from nni_topo.network.speedup.analysis import Analysis
@@ -466,19 +465,6 @@ def test_bad_models_and_images_are_refused():
     nni_topo.create_pruner("l1", wrapped, [{"op_names": ["inner"], "sparse_ratio": 0.5}])
     with pytest.raises(SpeedupError, match="unwrap_model"):
         nni_topo.shrink(wrapped, [toy_images(8)], {"flops": 0.5})
-
-
-def test_narrower_heads_keep_multiples_of_eight_channels_unless_any_number_is_asked_for():
-    torch.manual_seed(0)
-    body = nn.TransformerEncoderLayer(96, 4, 64, batch_first=True)  # heads of 24 channels
-    net, images = nn.Sequential(body, nn.Linear(96, 3)).eval(), torch.randn(20, 5, 96)
-    few = {"pruner": "l1", "compensate": None, "distill": False, "narrow_heads": True}
-    small = nni_topo.shrink(net, [images], {"flops": 0.6}, **few)
-    assert [(each.heads, each.head_size) for each in find_attention(small).values()] == [(4, 16)]
-    small = nni_topo.shrink(net, [images], {"flops": 0.4}, round_to=1, **few)
-    (found,) = find_attention(small).values()
-    assert found.heads == 4
-    assert found.head_size < 24
 
 
 def test_named_layers_that_have_no_channels_to_remove_are_refused_with_those_that_have():

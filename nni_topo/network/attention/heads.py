@@ -8,16 +8,13 @@ is a unit of a recurrent layer, which is pruned with its rows in all gates. Wher
 References
 ----------
 .. [1] N. Shazeer, "Fast transformer decoding: one write-head is all you need", https://arxiv.org/abs/1911.02150
-.. [2] J. Su et al., "RoFormer: enhanced transformer with rotary position embedding", https://arxiv.org/abs/2104.09864
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import math
 import operator
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -78,7 +75,6 @@ _WIDTHS = (
     "all_head_size", "hidden_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim",
     "hidden_size_output",
 )  # fmt: skip
-_SHARED_WIDTHS = ("kv_dim",)  # of the keys of all heads
 # Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
 _BY_HEAD = {
     "relative_position_bias_table": 1, "relative_attention_bias.weight": 1,
@@ -180,17 +176,6 @@ def find_heads(model: nn.Module) -> dict[str, Attention]:
             outputs, width = (name, rows[:, 0]), layer.input_size
             found[name] = Attention(name, len(rows), 1, {name: rows}, outputs, None, width, recurrent=True)
     return found
-
-
-def under_rotary_positions(model: nn.Module, names: Collection[str]) -> set[str]:
-    """Return which of a model's attention modules have rotary positions [2]_: they hold ``inv_freq``, or all share it.
-
-    Their heads keep their size, for fewer heads are better and faster than narrower ones.
-    """
-    tables = [name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "inv_freq"]
-    owners = {name for name in names if any(table.startswith(f"{name}.") for table in tables)}
-    shared = [table for table in tables if not any(table.startswith(f"{name}.") for name in names)]
-    return set(names) if shared else owners
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -434,21 +419,6 @@ def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
             put_attribute(module, key, value // old * kept)
         elif key in _WIDTHS and value == of_heads:
             put_attribute(module, key, of_heads // old * kept)
-
-
-def set_size(module: Any, old: int, size: int, heads: int) -> None:
-    """Set how many channels of each head of a module are kept; its layers are cut already."""
-    _set_unfused(module)
-    if isinstance(module, nn.MultiheadAttention):
-        module.head_dim = size
-        return
-    for key, value in vars(module).items():
-        if key in _SIZES and value == old:
-            put_attribute(module, key, size)
-        elif (key in _WIDTHS and value == heads * old) or (key in _SHARED_WIDTHS and value % old == 0):
-            put_attribute(module, key, value // old * size)
-        elif isinstance(value, float) and math.isclose(value, old**-0.5, rel_tol=1e-6):
-            put_attribute(module, key, size**-0.5)  # the factor of queries times keys
 
 
 def _set_unfused(module: Any) -> None:

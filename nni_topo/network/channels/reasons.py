@@ -99,14 +99,8 @@ _ADVICE: dict[str, str] = {
         "and values"
     ),
     "one_head": "give the attention more heads than one",
-    "only_head": (
-        "make the head narrower with nni_topo.narrow_heads, but for rotary positions, or give the attention more heads "
-        "than one"
-    ),
-    "shared_by_heads": (
-        "prune heads, which lose their queries; nni_topo.narrow_heads makes the keys and values of all heads narrower, "
-        "but for rotary positions"
-    ),
+    "only_head": "give the attention more heads than one",
+    "shared_by_heads": "prune heads, which lose their queries",
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
     "result_depends": (
         "use an operation that treats every channel by itself, or write a mean or maximum over channels as a module of "
@@ -316,13 +310,6 @@ def unselected(names: Iterable[str]) -> Reason:
 def blocks_equal(places: Iterable[str]) -> Reason:
     """Return the reason for channels that make blocks equally large; ``places``: the operations that need them so."""
     return Reason("blocks_equal", text=f"blocks of channels keep equally many, as {', '.join(places)} requires")
-
-
-def head_size(attention: Iterable[str]) -> Reason:
-    """Return the reason for heads that keep their size although masks would make all of them smaller."""
-    names = ", ".join(attention)
-    sentence = "head size unchanged: the attention uses the head size in a way that can't be adapted"
-    return Reason("head_size", names, names, f"{sentence} ({names})")
 
 
 def unequal(kept: Mapping[str, Reasons]) -> str:

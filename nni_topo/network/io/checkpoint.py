@@ -27,7 +27,7 @@ from nni_topo._version import __version__
 from nni_topo.disk import check_free_disk, disk_errors, output_folder, path_of, reading, whole_file, write_safetensors
 from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.attention.config import built_by_config, is_pretrained
-from nni_topo.network.attention.heads import find_attention, resize, set_size
+from nni_topo.network.attention.heads import find_attention, resize
 from nni_topo.network.attention.unfused.own_width import own_width_of, take_own_width
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers.derived import fold
@@ -196,10 +196,11 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
             tensor.data = value.to(tensor.device, copy=True)
     for name, each in attention.items():
         queries, size, width = recipe["attention"].get(name, (each.query_heads, each.head_size, each.width))
-        heads = each.heads * queries // each.query_heads
-        resize(built.get_submodule(name), each, heads, width)
-        if size < each.head_size:
-            set_size(built.get_submodule(name), each.head_size, size, heads)
+        if size != each.head_size:
+            raise ConfigError(
+                f"{_OTHER}, got one whose heads have {each.head_size} channels instead of {size} ({name}, {file})"
+            )
+        resize(built.get_submodule(name), each, each.heads * queries // each.query_heads, width)
     known, smaller = _sizes(built), {}
     for name, key, path_in, number in recipe["sizes"]:
         at = name, key, tuple(path_in)

@@ -37,7 +37,7 @@ from nni_topo.network.speedup.equivalence import apply_masks, check_equal, failu
 from nni_topo.network.speedup.explain import way_forward
 from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import MasksLike, Resolved, check_masks, resolve, warn_of_kept
-from nni_topo.network.speedup.replace import Cutter, kept_outputs, narrowed
+from nni_topo.network.speedup.replace import Cutter, kept_outputs
 from nni_topo.network.speedup.training_only import unused_tensors
 from nni_topo.network.speedup.width_attributes import count_anew
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
@@ -244,20 +244,19 @@ def _cut(
     """Cut a copy of the masked model: layers, heads, attributes that hold sizes. It is in evaluation mode."""
     flow, is_kept = analysis.flow, resolved.is_kept
     # Layers that are cut, or that constants are folded into, get new tensors; others may share the reference's.
-    copied = detached_copy(reference, light=True)
+    dense: torch.nn.Module = detached_copy(reference, light=True)
     # Each layer is cut for itself, so each needs tensors of its own.
-    untie(copied, find_ties(copied))
-    cutter = Cutter(copied, flow, is_kept)
+    untie(dense, find_ties(dense))
+    cutter = Cutter(dense, flow, is_kept)
     cutter.cut()
     ties = find_ties(original)
     cutter.cut_unused(ties)
-    put_sizes(copied, flow.sizes_kept(is_kept))
+    put_sizes(dense, flow.sizes_kept(is_kept))
     for name, dim in flow.own_widths.items():
         # Forwards that reshape a layer's output to the width of their input are rewritten where the layer was cut.
-        before, after = ([each.shape for each in net.get_submodule(name).parameters()] for net in (original, copied))
+        before, after = ([each.shape for each in net.get_submodule(name).parameters()] for net in (original, dense))
         if before != after:
-            take_own_width(copied.get_submodule(name), dim)
-    dense = narrowed(copied, flow, resolved.masks, is_kept, analysis.call)
+            take_own_width(dense.get_submodule(name), dim)
     tie_again(dense, ties)
     tell_config(dense, original, analysis.call)
     forget_evaluated(dense)

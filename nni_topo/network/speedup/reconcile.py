@@ -15,7 +15,6 @@ import torch
 from nni_topo.context import leaving_out
 from nni_topo.errors import ConfigError, SpeedupError, unknown_name
 from nni_topo.maths.ties import descending
-from nni_topo.network.attention.heads import under_rotary_positions
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, Blocks
@@ -92,9 +91,6 @@ def _complete(module: torch.nn.Module, targets: dict[str, torch.Tensor]) -> None
             mask = targets.get(name, torch.ones_like(rows).detach())
             targets[name] = mask * kept.to(mask).view(-1, *[1] * (rows.dim() - 1))
 
-
-Dimensions = list[np.ndarray]
-"""The kept channels within each head of queries and keys, and of values: bool, (heads, channels)."""
 
 Scores = Callable[[], np.ndarray]
 """By group id, the importance of channels; only computed where any come back."""
@@ -175,12 +171,7 @@ def resolve(
         count = int((evened[flow.group_ids_of(name)] & ~given[name]).sum())
         if count:
             told[name] = f"{count} of {len(given[name])} ({reasons.told(why.get(name, ()))})"
-    new = _new_masks(model, flow, masks, given, (shared, kept))
-    # Where all heads keep equally many channels, the masked ones are cut as well.
-    for name in find_narrow(model, flow, new, kept):
-        for layer in flow.attention[name].layers:
-            told.pop(layer, None)
-    return Resolved(new, kept, why, told)
+    return Resolved(_new_masks(model, flow, masks, given, (shared, kept)), kept, why, told)
 
 
 def union(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> np.ndarray:
@@ -353,37 +344,3 @@ def mask_what_follows(model: torch.nn.Module, flow: ChannelFlow, masks: FullMask
             view[free.dim] = -1
             masks.setdefault(module, {})[target] = stays.to(parameter).view(view).expand_as(parameter).clone()
     return masks
-
-
-def find_narrow(
-    model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, is_kept: np.ndarray
-) -> dict[str, Dimensions]:
-    """Find the attention modules in whose heads masks keep equally many channels, and these channels.
-
-    Those under rotary positions aren't among them.
-    """
-    found: dict[str, Dimensions] = {}
-    rotary = under_rotary_positions(model, flow.attention)
-    for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):
-        if name in rotary:
-            continue
-        attention = flow.attention[name]
-        layer = next(iter(attention.channels))
-        heads = np.flatnonzero(is_kept[flow.group_ids(flow.unit_channel_ids(layer))])
-        within = list[np.ndarray]()  # by part of attention, the channels of each kept head that its mask keeps
-        for each, rows in attention.parts:
-            unmasked = kept_channels(flow.fetch_attr(each), masks.get(each, {}))
-            stays = np.ones(flow.layers[each].channels, dtype=bool) if unmasked is None else unmasked.cpu().numpy()
-            within.append(stays[rows if len(rows) < attention.heads else rows[heads]])
-        queries, keys, values = within
-        counts = {*keys.sum(1).tolist(), *values.sum(1).tolist()}
-        are_equal = len(counts) == 1 and np.array_equal(queries, keys_of_queries(keys, queries))
-        if are_equal and 0 < max(counts) < keys.shape[1]:
-            found[name] = [keys, values]
-    return found
-
-
-def keys_of_queries(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Repeat the kept channels of keys for each of the query heads that share them: of the shape of the queries."""
-    times = queries.size // keys.size
-    return np.repeat(keys[:, None], times, axis=1).reshape(queries.shape)

@@ -1,33 +1,23 @@
-"""Cut a model: take out the pruned channels, and make heads narrower where masks ask for it."""
+"""Cut a model: take out the pruned channels."""
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.fx
-from torch import nn
 
-from nni_topo.network.attention.heads import Attention, find_attention, resize, set_size
-from nni_topo.network.channels import reasons
+from nni_topo.network.attention.heads import Attention, resize
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.shuffle import DenseOrder
 from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import HEAD
-from nni_topo.network.layers.kinds import CONVOLUTIONS, is_depthwise, output_channels, row_names, weight_name, weight_of
+from nni_topo.network.layers.kinds import CONVOLUTIONS, is_depthwise, output_channels, weight_name
 from nni_topo.network.layers.slicing import cut, keep
-from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
-from nni_topo.network.runtime.copies import evaluation_mode, left_alone
-from nni_topo.network.runtime.inputs import Call, tensors_of
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.speedup.reconcile import Dimensions, FullMasks, KeptIndices, find_narrow, keys_of_queries
-
-_logger = logging.getLogger(__name__)
+from nni_topo.network.speedup.reconcile import KeptIndices
 
 
 class Cutter:
@@ -166,69 +156,3 @@ def kept_slices(
         rows = stays.movedim(d, -1).reshape(-1, stays.shape[d]).any(0) if stays.shape[d] == size > 0 else None
         found.append(torch.arange(size) if rows is None else rows.nonzero().flatten())
     return found
-
-
-def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, is_kept: np.ndarray, call: Call) -> nn.Module:
-    """Cut the channels that masks prune within heads; ``is_kept``: the channels that stay, by group id.
-
-    Returns the model itself where there is nothing to cut, or where its output would change.
-    """
-    if not (found := find_narrow(dense, flow, masks, is_kept)):
-        return dense
-    # Most attention divides by the root of a head's size, some by a number of its own.
-    for divides in (True, False):
-        small = _narrowed(dense, flow, found, divides=divides)
-        try:
-            with left_alone(dense, small), torch.no_grad(), evaluation_mode(dense, small):
-                expected, actual = (tensors_of(net(*call[0], **call[1])) for net in (dense, small))
-            if agree(expected, actual, SAME_CHANNELS):
-                return small
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            if out_of_memory(error):
-                raise
-            _logger.debug("heads of another size don't run", exc_info=True)
-    _logger.warning("%s", reasons.head_size(found))
-    return dense
-
-
-def _narrowed(dense: nn.Module, flow: ChannelFlow, found: dict[str, Dimensions], *, divides: bool) -> nn.Module:
-    """Copy a model and cut within its heads; ``divides``: attention divides by the root of a head's size."""
-    small, output_projections = copy.deepcopy(dense), flow.output_projections()
-    before = find_attention(small)
-    with torch.no_grad():
-        for name, kept in found.items():
-            readers = [layer for layer, read in output_projections.items() if read.name == name]
-            _cut_within_heads(small, before[name], kept, readers, divides=divides)
-    return small
-
-
-def _cut_within_heads(
-    model: nn.Module, attention: Attention, kept: Dimensions, readers: list[str], *, divides: bool
-) -> None:
-    """Keep some channels of each head, in place."""
-    (keys, values), size = kept, int(kept[0][0].sum())
-    module: Any = model.get_submodule(attention.name)
-    stays: dict[str, list[np.ndarray]] = {}
-    asked = keys_of_queries(keys, attention.parts[0][1])
-    for (layer, rows), dims in zip(attention.parts, (asked, keys, values), strict=True):
-        stays.setdefault(layer, []).append(rows[dims])
-    layer, rows = attention.parts[0]
-    asking = model.get_submodule(layer)
-    # Attention that divides by the root of a head's size divides by less now.
-    for parameter in (weight_of(asking), getattr(asking, row_names(asking)[-1], None)):
-        if parameter is not None and divides:
-            parameter.data[torch.from_numpy(rows.ravel()).to(parameter.device)] *= (size / keys.shape[1]) ** 0.5
-    for layer, parts in stays.items():
-        made: Any = model.get_submodule(layer)
-        ins = torch.arange(weight_of(made).shape[1])
-        outs = torch.from_numpy(np.sort(np.concatenate(parts)))
-        cut(layer, made, ins.to(device_of(made)), outs.to(device_of(made)))
-    for name in readers:
-        reader: Any = model.get_submodule(name)
-        rows = attention.parts[2][1]
-        stays_of_row = np.zeros(int(rows.max()) + 1, dtype=bool)
-        stays_of_row[rows] = values
-        ins = torch.from_numpy(np.flatnonzero(stays_of_row[attention.context[1]]))
-        outs = torch.arange(reader.out_features)
-        cut(name, reader, ins.to(device_of(reader)), outs.to(device_of(reader)))
-    set_size(module, keys.shape[1], size, asked.size // keys.shape[1])

@@ -199,7 +199,6 @@ def shrink_pretrained(
         layers=None if layers is None else list(layers),
         compensate=compensate,
         distill=distill,
-        narrow_heads=False,
         round_to=round_to or PREFERRED,  # the widths don't depend on the device
         seed=seed,
         progress=False,

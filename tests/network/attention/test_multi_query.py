@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -13,10 +12,7 @@ from nni_topo import (
     create_pruner,
     dependency_groups,
     explain,
-    load,
     masked_model,
-    narrow_heads,
-    save,
     to_dense,
 )
 from nni_topo.errors import ConfigError
@@ -79,7 +75,6 @@ def test_what_stays_has_a_reason_and_says_what_can_be_done():
     assert "1.attention.q_proj" not in skipped
     found = explain(model, inputs, "1.attention.k_proj")
     assert (found.kept, [reason.kind for reason in found.reasons]) == (2, ["shared_by_heads"])
-    assert any("narrow_heads" in line for line in found.advice)
     by_head = [{"op_names": ["1.attention.q_proj", "1.attention.k_proj"], "granularity": "head", "sparse_ratio": 0.5}]
     assert dependency_groups(model, inputs, by_head).skipped == {"1.attention.k_proj": told.format("1.attention")}
     model, inputs, _, _, _ = _parts("one key fused")
@@ -99,30 +94,5 @@ def test_an_only_head_is_left_out_with_its_reason():
     assert groups.skipped[layers[0]] == "it makes the only head or unit of attention, which needs at least one"
     found = explain(model, inputs, layers[0])
     assert [reason.kind for reason in found.reasons] == ["only_head"]
-    assert any("narrow_heads" in line for line in found.advice)
     with pytest.raises(ConfigError, match="the only head or unit"):
         dependency_groups(model, inputs, EVERYTHING, strict=True)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_all_heads_get_narrower_with_their_key_and_value(name, tmp_path, caplog):
-    caplog.set_level(logging.WARNING)
-    torch.manual_seed(0)
-    # Heads under rotary positions, as `make` has them, keep their size.
-    model = make(name) if name == "one key fused" else Stream(SelfAttention(12, 3, 1, bias=True, causal=False)).eval()
-    inputs, (attention,) = _states(3, 7, 5), find_attention(model).values()
-    turned, masks = narrow_heads(model, [_states(20, 7, 5)], 0.4)
-    assert not caplog.records
-    same(turned, model, inputs)
-    dense = to_dense(turned, inputs, masks)
-    same(dense, masked_model(turned, inputs, masks), inputs)
-    (left,) = find_attention(dense).values()
-    assert (left.heads, left.head_size) == (attention.heads, attention.head_size - int(0.4 * attention.head_size))
-    save(dense, tmp_path / "narrow.pt")
-    same(load(tmp_path / "narrow.pt", model), dense, inputs)
-    # Some of the narrower heads go as a whole.
-    again = head_masks(dense, [0])
-    fewer = to_dense(dense, inputs, again)
-    same(fewer, masked_model(dense, inputs, again), inputs)
-    save(fewer, tmp_path / "fewer.pt")
-    same(load(tmp_path / "fewer.pt", model), fewer, inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ from nni_topo import (
     dependency_groups,
     load,
     masked_model,
-    narrow_heads,
     save,
     to_dense,
 )
@@ -245,13 +243,3 @@ def test_masks_within_attention_act_while_it_is_wrapped(name):
     pruner.unwrap_model()
     assert [type(part) for part in model.modules()] == [type(part) for part in before.modules()]
     assert torch.equal(model(inputs), before(inputs))
-
-
-def test_heads_of_windows_get_narrower(caplog):
-    model, inputs = _make("swin")
-    with caplog.at_level(logging.WARNING):
-        turned, masks = narrow_heads(model, [_drawn(8, 3, 28, 28)], 0.5)
-    torch.testing.assert_close(turned(inputs), model(inputs))
-    dense = to_dense(turned, inputs, masks)
-    assert {each.head_size for each in find_attention(dense).values()} == {2}
-    torch.testing.assert_close(dense(inputs), masked_model(turned, inputs, masks)(inputs))

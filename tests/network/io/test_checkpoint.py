@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_nets import _states, find_attention
-from attention_nets import make as attention_net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tied_nets import LanguageModel, TiedConvolutions, untied
@@ -470,20 +468,6 @@ def test_a_config_that_does_not_describe_the_list_stays():
     other = numbered(layer_types=["a"])
     keep_blocks(other, "0", [0, 1])
     assert (other.config.num_hidden_layers, other.config.layer_types) == (2, ["a"])
-
-
-def test_heads_of_one_channel_come_back(tmp_path):
-    model, inputs = attention_net("apart"), _states(2, 7, 5)
-    masks = {}
-    for layer in ("q_proj", "k_proj", "v_proj"):
-        mask = torch.zeros(12, 12)
-        mask[1::3] = 1
-        masks[f"1.attention.{layer}"] = {"weight": mask}
-    dense = to_dense(model, inputs, masks)
-    (attention,) = find_attention(dense).values()
-    assert (attention.heads, attention.head_size) == (4, 1)
-    save(dense, tmp_path / "dense.safetensors")
-    assert torch.equal(load(tmp_path / "dense.safetensors", model)(inputs), dense(inputs))
 
 
 class Split(nn.Module):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from speedup_nets import Chunked, Grouped, Residual, chain, filter_mask
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.network.layers.kinds import weight_name, weight_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.reconcile import check_masks, resolve
 from nni_topo.speedup import masked_model, to_dense
-from nni_topo.zoo.transformers import SelfAttention
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -202,7 +203,7 @@ def test_what_would_read_no_channel_gets_the_one_with_the_largest_weights_back(c
     assert f"first 1 of 8 ({row.reason})" in caplog.text
 
 
-def test_a_head_that_comes_back_whole_is_told_and_no_narrower(caplog):
+def test_a_head_that_comes_back_whole_is_told(caplog):
     model = make("one key fused")
     masks = head_masks(model, [])  # all queries, but no key or value
     with caplog.at_level(logging.WARNING, "nni_topo"):
@@ -210,28 +211,6 @@ def test_a_head_that_comes_back_whole_is_told_and_no_narrower(caplog):
     assert find_attention(dense)["attention"].heads == 1
     told = "attention.qkv 3 of 18 (attention.proj needs at least one of the channels that it reads)"
     assert told in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("queries", "keys", "values", "size"),
-    [
-        ([0, 2], [0, 2], [0, 1], 2),
-        ([0, 2], [0, 1], [0, 1], 3),
-        ([0, 2], [0, 2], [0, 1, 2], 3),
-        ([0, 1, 2], [0, 1, 2], [0, 2], 3),
-    ],
-)
-def test_heads_are_narrower_where_keys_and_values_keep_equally_many_channels(queries, keys, values, size):
-    model, inputs = make("apart"), _states(2, 7, 5)
-    masks = {}
-    for name, places in (("q_proj", queries), ("k_proj", keys), ("v_proj", values)):
-        layer = model.get_submodule(f"1.attention.{name}")
-        masks[f"1.attention.{name}"] = filter_mask(layer, [at for at in range(12) if at % 3 not in places])
-    dense = to_dense(model, inputs, masks)
-    (attention,) = find_attention(dense).values()
-    assert (attention.heads, attention.head_size) == (4, size)
-    if size == 2:
-        torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
@@ -291,23 +270,18 @@ def test_what_comes_back_has_the_reason_of_the_step_that_brings_it(make, gone, k
     assert found.kept[name].startswith(told)
 
 
-def test_heads_under_rotary_positions_keep_their_size():
-    torch.manual_seed(0)
-    attention = SelfAttention(12, 3, bias=True, causal=True)  # heads of two pairs: 0 with 2, 1 with 3
-    model, inputs = nn.Sequential(nn.Linear(5, 12), attention, nn.Linear(12, 2)).eval(), _states(2, 7, 5)
-    masks = {}
-    for name, kept in (("q_proj", [1, 3]), ("k_proj", [1, 3]), ("v_proj", [0, 3])):
-        masks[f"1.{name}"] = filter_mask(getattr(attention, name), [at for at in range(12) if at % 4 not in kept])
+@pytest.mark.parametrize("name", ["apart", "fused", "multihead", "one key fused"])
+def test_channels_that_masks_remove_within_heads_stay_with_zero_weights(name, caplog):
+    model, inputs = make(name), _states(2, 7, 5)
+    (before,) = find_attention(model).values()
+    masks: dict[str, Any] = {}
+    for layer, rows in before.parts:  # the first of the three channels of each head
+        module = model.get_submodule(layer)
+        mask = masks.setdefault(layer, {weight_name(module): torch.ones_like(weight_of(module))})
+        mask[weight_name(module)][torch.from_numpy(rows[:, 0])] = 0
     dense = to_dense(model, inputs, masks)
-    assert len(dense[1].q_proj.weight) == 12
+    (after,) = find_attention(dense).values()
+    assert (after.heads, after.head_size) == (before.heads, before.head_size)
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
-
-
-def test_heads_get_narrower_also_where_attention_divides_by_a_number_of_its_own(caplog):
-    model, inputs = make("one key fused"), _states(2, 7, 5)
-    # Queries, the key and the value lose the first of their three channels.
-    masks = {"attention.qkv": filter_mask(model.attention.qkv, range(0, 18, 3))}
-    dense = to_dense(model, inputs, masks)
-    assert find_attention(dense)["attention"].head_size == 2
-    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
-    assert "head size unchanged" not in caplog.text
+    assert {row.name for row in dense.report.kept} == masks.keys()
+    assert before.parts[0][0] in caplog.text
