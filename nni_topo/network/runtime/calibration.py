@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import shutil
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, lists_of_samples, taken, tensors_of
@@ -62,8 +61,6 @@ class Calibration(Sequence[Any]):
         The first so many batches are read, at least 1, and no other one is asked for. By default all are read, but an
         iterable without a length, such as a generator or a loader of a stream, may have no end: after 1,000 batches it
         is an error.
-    name : str, default="calibration"
-        The name of the batches in messages.
     groups : sequence of int or str, optional
         For each sample what it was taken from, such as the photo of a crop or the speaker of a recording, in the order
         of the samples. Samples of one group aren't independent, so a group is held out as a whole. By default each
@@ -117,7 +114,6 @@ class Calibration(Sequence[Any]):
         *,
         memory_bytes: int = _MEMORY,
         max_batches: int | None = None,
-        name: str = "calibration",
         groups: Sequence[int | str] | Tensor | None = None,
         hold_out: bool = True,
         process_group: ProcessGroup | None = None,
@@ -125,41 +121,25 @@ class Calibration(Sequence[Any]):
         whole(0, 2**63 - 1).check("memory_bytes", memory_bytes, "Calibration")
         (whole(1) | NONE).check("max_batches", max_batches, "Calibration")
         FLAG.check("hold_out", hold_out, "Calibration")
-        is_one = isinstance(batches, (Tensor, np.ndarray, str, bytes, Mapping))
-        if is_one or not isinstance(batches, Iterable):
-            got = type(batches).__name__
-            if isinstance(batches, (Tensor, np.ndarray)):
-                got = f"one {got} of shape {tuple(batches.shape)}"
-            raise ConfigError(
-                f"{name} must be an iterable of batches, e.g. a list of tensors or a DataLoader, got {got} ({name})"
-            )
-        self.name = name
-        self._holds_out = hold_out
-        self._memory_bytes, self._max_batches = memory_bytes, max_batches
-        self.processes = processes_of(process_group, name)
-        """The processes that share the data; None if this one has all."""
-        self._counts: tuple[int, ...] | None = None  # samples of each process; None before they are known
-        # By sample, the rank of its group in the order in which the groups appear; with processes of all their samples.
-        self._groups: Tensor | None
+        _check_iterable(batches, "calibration")
         labels: Any = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
         is_sequence = isinstance(labels, Sequence) and not isinstance(labels, (str, bytes))
-        is_named = is_sequence and all(isinstance(each, (int, str)) for each in labels)
-        if groups is not None and not is_named:
+        if groups is not None and not (is_sequence and all(isinstance(each, (int, str)) for each in labels)):
             got = type(groups).__name__
             raise ConfigError(f"groups must be a sequence of integers or strings, got {got} (groups)")
-        self._set_groups(None if groups is None else list(labels))
-        self._source: Iterable[Any] | None = batches
-        self._kept: Sequence[Any] = ()
-        self._sizes: tuple[int, ...] = ()
+        self.name = "calibration"
+        """What the batches are called in messages."""
+        self.processes = processes_of(process_group, self.name)
+        """The processes that share the data; None if this one has all."""
         # By argument of the model, the one that the unpruned network gets in its place: so has a block after pruned
         # ones other inputs than the same block of the unpruned network.
         self.instead: Mapping[str, str] = {}
-
-    def _set_groups(self, labels: list[int | str] | None) -> None:
-        """Number the groups of samples."""
-        self._labels = labels
-        self._groups = None if labels is None else _ranks(labels)
-        self._group_count = 0 if self._groups is None or not len(self._groups) else int(self._groups.max()) + 1
+        self._holds_out = hold_out
+        self._memory_bytes, self._max_batches = memory_bytes, max_batches
+        self._labels: Sequence[int | str] | None = labels  # by sample, of its group
+        self._source: Iterable[Any] | None = batches
+        self._kept: Sequence[Any] = ()
+        self._sizes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, batches: Iterable[Any], name: str = "calibration", *, shared: bool = False) -> Calibration:
@@ -168,7 +148,10 @@ class Calibration(Sequence[Any]):
         ConfigError for data that several processes share, unless the caller can use these: ``shared``.
         """
         if not isinstance(batches, Calibration):
-            return cls(batches, name=name)
+            _check_iterable(batches, name)
+            made = cls(batches)
+            made.name = name
+            return made
         if batches.processes is not None and not shared:
             raise ConfigError(
                 f"{name} must be in one process here, got batches that {batches.processes.size} processes share "
@@ -188,9 +171,9 @@ class Calibration(Sequence[Any]):
 
         if count < 2 or not all(map(lists_them, self)):
             return self
-        found = copy.copy(self)
         batches = self._batches
-        found._kept = _Views(len(batches), lambda at: (tuple(batches[at][:count]), *batches[at][count:]))
+        views = _Views(len(batches), lambda at: (tuple(batches[at][:count]), *batches[at][count:]))
+        found = self._of_read(views, self.sizes, self._labels)
         for index, batch in enumerate(found):
             check_inputs(batch, index, self.name)
         return found
@@ -228,34 +211,39 @@ class Calibration(Sequence[Any]):
     @property
     def samples_of_all(self) -> int:
         """The number of samples of all processes that share the data."""
-        return sum(self._known_counts)
+        return sum(self._numbered[0])
 
     @property
-    def _first(self) -> int:
-        """The place of this process's first sample among those of all processes."""
-        return 0 if self.processes is None else sum(self._known_counts[: self.processes.rank])
+    def groups(self) -> Tensor | None:
+        """By sample the number of its group, int64 (samples,); None if each sample is a group of its own."""
+        return None if self._labels is None else self._numbered[1]
 
-    @property
-    def _known_counts(self) -> tuple[int, ...]:
-        """The number of samples of each process; exchanged once, so all processes have to ask."""
-        if self._labels is not None and len(self._labels) != self.samples:
+    @cached_property
+    def _numbered(self) -> tuple[list[int], Tensor, int]:
+        """By process the number of samples; by sample its number, or its group's, int64 (samples,); how many there are.
+
+        Numbers are those of all processes, which have to ask together.
+        """
+        labels: Any = self._labels
+        if labels is not None and len(labels) != self.samples:
             raise DataError(
-                f"groups must have one entry for each of {self.samples} samples, got {len(self._labels)} (groups)"
+                f"groups must have one entry for each of {self.samples} samples, got {len(labels)} (groups)"
             )
-        if self.processes is None:
-            return (self.samples,)
-        if self._counts is None:
-            found = self.processes.gather((self.samples, self._labels), f"the samples of {self.name}")
-            self._counts = tuple(count for count, _ in found)
-            with_groups = [labels is not None for _, labels in found]
+        counts, first = [self.samples], 0
+        if self.processes is not None:
+            found = self.processes.gather((self.samples, labels), f"the samples of {self.name}")
+            counts = [count for count, _ in found]
+            first = sum(counts[: self.processes.rank])
+            with_groups = [each is not None for _, each in found]
             if len(set(with_groups)) > 1:
                 raise ConfigError(f"groups must be given in all processes or in none, got {with_groups} (groups)")
-            if self._labels is not None:
-                # A group may have samples in several processes.
-                everywhere = _ranks([label for _, labels in found for label in labels])
-                self._groups = everywhere[self._first : self._first + self.samples]
-                self._group_count = int(everywhere.max()) + 1
-        return self._counts
+            if labels is not None:
+                labels = [label for _, each in found for label in each]  # a group may have samples in several
+        if labels is None:
+            labels = range(sum(counts))
+        known: dict[int | str, int] = {}
+        numbers = [known.setdefault(label, len(known)) for label in labels]
+        return counts, torch.tensor(numbers[first : first + self.samples], dtype=torch.int64), len(known)
 
     def split(self) -> tuple[Calibration, Calibration | None]:
         """Split off every eighth sample, or every eighth group of samples.
@@ -269,8 +257,8 @@ class Calibration(Sequence[Any]):
             lists of samples, as those of detectors do, every eighth batch. With groups every eighth group, and one
             where there are at least two.
         """
-        learned, held_out = self._cut(self._every(HELD_OUT), 2)
-        return self._subset([]) if learned is None else learned, held_out
+        learned, held_out = self.in_parts(self._every(HELD_OUT))
+        return learned or self, held_out
 
     @property
     def learned(self) -> Calibration:
@@ -278,8 +266,7 @@ class Calibration(Sequence[Any]):
         if not self._holds_out:
             return self
         # Of the samples that are left out no process needs any.
-        (learned,) = self._cut(self._every(HELD_OUT), 1)
-        return self._subset([]) if learned is None else learned
+        return self._part(self._every(HELD_OUT), 0) or self
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
@@ -296,125 +283,109 @@ class Calibration(Sequence[Any]):
                 found.append(digest.digest())
         return tuple(found)
 
-    def in_parts(self, pattern: Sequence[int]) -> tuple[Calibration | None, ...]:
-        """Split the samples, or the groups of samples, into parts, in their order; None for one without samples.
-
-        ``pattern``: the parts, from 0 on, of the first samples, such as ``(0, 0, 1)``; then it begins again. If batches
-        hold lists of samples, as those of detectors do, it is that of batches.
-        """
-        return self._cut(pattern, max(pattern) + 1)
-
     def held_out(self, every: int) -> Tensor:
         """Return which samples are held out: every so many, by whole groups where these are known; bool (samples,)."""
         return self._marks(self._every(every)) == 1
 
     def _every(self, every: int) -> list[int]:
         """Return the pattern of which the last of so many samples, or groups of samples, is part 1."""
-        if self.groups is not None:
+        if self._labels is not None:
             # Of fewer groups than that the last one is held out, as long as another one remains.
-            every = min(every, max(2, self._group_count))
+            every = min(every, max(2, self._numbered[2]))
         return [0] * (every - 1) + [1]
 
     def _marks(self, pattern: Sequence[int]) -> Tensor:
         """Return by sample the part that a pattern says, int64 (samples,)."""
-        groups = self.groups
-        ranks = torch.arange(self.samples) + self._first if groups is None else groups
-        return torch.tensor(pattern)[ranks % len(pattern)]
+        return torch.tensor(pattern)[self._numbered[1] % len(pattern)]
 
-    def _cut(self, pattern: Sequence[int], count: int) -> tuple[Calibration | None, ...]:
-        """Return the first so many parts of a pattern, which is one of batches if these hold lists of samples."""
+    def in_parts(self, pattern: Sequence[int]) -> tuple[Calibration | None, ...]:
+        """Split the samples, or the groups of samples, into parts, in their order; None for one without samples.
+
+        ``pattern``: the parts, from 0 on, of the first samples, such as ``(0, 0, 1)``; then it begins again. If batches
+        hold lists of samples, as those of detectors do, it is that of batches.
+        """
+        return tuple(self._part(pattern, part) for part in range(max(pattern) + 1))
+
+    def _part(self, pattern: Sequence[int], part: int) -> Calibration | None:
+        """Return one part of those that a pattern says; None if it has no samples."""
         can_be_cut = not any(lists_of_samples(inputs_of(batch)) for batch in self)
         if not can_be_cut and (self.processes is not None or self._labels is not None):
             raise ConfigError(
                 "batches that processes share, or whose samples have groups, must be tensors of samples, got lists of "
                 f"samples ({self.name})"
             )
-        marks = self._marks(pattern)
-        parts: list[_Rows] = [[] for _ in range(count)]
-        first = 0  # position of the batch's first sample among all samples
-        for index, size in enumerate(self.sizes):
-            if can_be_cut:
-                own = marks[first : first + size]
-                for part, rows in enumerate(parts):
-                    chosen = (own == part).nonzero().flatten()
-                    if len(chosen):
-                        rows.append((index, chosen))
-            elif (part := pattern[index % len(pattern)]) < count:
-                parts[part].append((index, None))
-            first += size
+        rows: list[tuple[int, Tensor | None]] = []
+        if can_be_cut:
+            for index, marks in enumerate(self._marks(pattern).split(self.sizes)):
+                chosen = (marks == part).nonzero().flatten()
+                if len(chosen):
+                    rows.append((index, chosen))
+        else:
+            rows = [(index, None) for index in range(len(self)) if pattern[index % len(pattern)] == part]
+        subset = self._subset(rows)
+        subset._holds_out = False
         if self.processes is not None:
-            counts = [sum(len(chosen) for _, chosen in rows if chosen is not None) for rows in parts]
             # All processes get to know, and raise alike.
-            for part_everywhere in zip(*self.processes.gather(counts, f"the parts of {self.name}"), strict=True):
-                if any(part_everywhere) and not all(part_everywhere):
-                    raise DataError(
-                        "each process must have samples to solve on and samples to judge by, got "
-                        f"{list(part_everywhere)} by process of one of these: pass more samples in each ({self.name})"
-                    )
-        found = [self._subset(rows) if rows else None for rows in parts]
-        for each in found:
-            if each is not None:
-                each._holds_out = False
-        return tuple(found)
-
-    @property
-    def groups(self) -> Tensor | None:
-        """By sample the number of its group, int64 (samples,); None if each sample is a group of its own."""
-        _ = self._known_counts  # numbers are those of all processes
-        return self._groups
+            counts = self.processes.gather(subset.samples, f"the parts of {self.name}")
+            if any(counts) and not all(counts):
+                raise DataError(
+                    "each process must have samples to solve on and samples to judge by, got "
+                    f"{counts} by process of one of these: pass more samples in each ({self.name})"
+                )
+        return subset if rows else None
 
     def chosen(self, samples: Tensor) -> Calibration:
-        """Return some samples, by their indices, int64 (count,), in this order, in batches as large as the largest.
+        """Return some samples, by their indices in ascending order, int64 (count,), in batches as large as the largest.
 
-        Where the batches have inputs of other shapes, or hold lists of samples, the samples stay in the batches and in
-        the order in which they are.
+        Where the batches have inputs of other shapes, or hold lists of samples, the samples stay in their batches.
         """
-        rows: _Rows = []
-        first = 0  # position of the batch's first sample among all samples
+        rows: list[tuple[int, Tensor | None]] = []
+        first = 0  # index of the batch's first sample among all samples
         for index, size in enumerate(self.sizes):
             own = samples[(samples >= first) & (samples < first + size)] - first
             if len(own):
-                rows.append((index, own.sort().values))
+                rows.append((index, own))
             first += size
         subset = self._subset(rows)
-        batches = _joined([inputs_of(batch, index, self.name) for index, batch in enumerate(subset)])
-        if batches is None:
+        inputs = [inputs_of(batch, index, self.name) for index, batch in enumerate(subset)]
+        if any(map(lists_of_samples, inputs)):
             return subset
-        # The batches have the samples in the order of their indices.
-        place = samples.argsort().argsort()
-        size = max(self.sizes)
-        groups = None if subset._groups is None else subset._groups[place]
-        chosen = Calibration(
-            [(taken(batches, part),) for part in place.split(size)],
-            memory_bytes=self._memory_bytes,
-            name=self.name,
-            groups=groups,
-        )
-        chosen.processes = self.processes
-        chosen.instead = self.instead
-        chosen._holds_out = self._holds_out
-        return chosen
 
-    def _subset(self, rows: _Rows) -> Calibration:
-        """Return some of the samples as calibration data, without copying them."""
-        subset = Calibration((), name=self.name)
-        subset.instead = self.instead
-        subset._holds_out = self._holds_out
-        if self._groups is not None:
-            groups_by_batch = self._groups.split(self._sizes)
-            chosen_groups = [groups_by_batch[index][slice(None) if own is None else own] for index, own in rows]
-            subset._set_groups(torch.cat(chosen_groups).tolist())
-        subset.processes = self.processes
-        subset._source = None
+        def join(*leaves: Any) -> Any:
+            has_samples = isinstance(leaves[0], Tensor) and leaves[0].dim() > 0
+            return torch.cat(leaves) if has_samples else leaves[0]
+
+        try:
+            joined = tree_map(join, *inputs)
+        except (ValueError, RuntimeError):  # they don't fit together
+            return subset
+        places = torch.arange(len(samples)).split(max(self.sizes))
+        return self._of_read([(taken(joined, place),) for place in places], [*map(len, places)], subset._labels)
+
+    def _subset(self, rows: Sequence[tuple[int, Tensor | None]]) -> Calibration:
+        """Return some samples, by batch and by the indices in it (None: all), without copying them."""
+        labels: list[int] | None = None
+        if (groups := self.groups) is not None:
+            by_batch = groups.split(self._sizes)
+            labels = [
+                label for index, own in rows for label in by_batch[index][slice(None) if own is None else own].tolist()
+            ]
         batches = self._batches
 
-        def some(at: int) -> Any:
-            index, chosen = rows[at]
-            return batches[index] if chosen is None else taken(batches[index], chosen)
+        def make(at: int) -> Any:
+            index, own = rows[at]
+            return batches[index] if own is None else taken(batches[index], own)
 
-        subset._kept = _Views(len(rows), some)
-        subset._sizes = tuple(self._sizes[index] if chosen is None else len(chosen) for index, chosen in rows)
-        return subset
+        sizes = [self._sizes[index] if own is None else len(own) for index, own in rows]
+        return self._of_read(_Views(len(rows), make), sizes, labels)
+
+    def _of_read(self, batches: Sequence[Any], sizes: Sequence[int], labels: Any) -> Calibration:
+        """Return calibration data of batches that were read and checked, with all else that this one has."""
+        found = Calibration((), groups=labels)
+        found.name, found.processes, found.instead = self.name, self.processes, self.instead
+        found._holds_out = self._holds_out
+        found._source, found._kept, found._sizes = None, batches, tuple(sizes)
+        return found
 
     @property
     def _batches(self) -> Sequence[Any]:
@@ -431,14 +402,12 @@ class Calibration(Sequence[Any]):
             length: int | None = len(source)  # type: ignore[arg-type]
         except (TypeError, NotImplementedError):  # a DataLoader raises TypeError if its data set is a stream
             length = None
-        most = self._max_batches
-        total, limit = length, most
-        if most is None:
-            # Of a length that is too small, as a loader of a stream may have, more comes than it says.
-            limit = max(length or 0, _MOST_BATCHES)
-        else:
+        total, most = length, self._max_batches
+        if most is not None:
             source = itertools.islice(source, most)
             total = most if length is None else min(length, most)
+        # Of a length that is too small, as a loader of a stream may have, more comes than it says.
+        limit = max(length or 0, _MOST_BATCHES) if most is None else most
         store = BatchStore(self._memory_bytes)
         batches: list[Any] = []
         sizes: list[int] = []
@@ -472,10 +441,16 @@ class Calibration(Sequence[Any]):
         self._sizes = tuple(sizes)
 
 
-def _ranks(labels: Iterable[int | str]) -> Tensor:
-    """Number groups in the order in which they appear."""
-    known: dict[int | str, int] = {}
-    return torch.tensor([known.setdefault(each, len(known)) for each in labels], dtype=torch.int64)
+def _check_iterable(batches: Any, name: str) -> None:
+    """Raise ConfigError for what can't be batches: a single tensor, array, text or mapping, or no iterable."""
+    is_one = isinstance(batches, (Tensor, np.ndarray, str, bytes, Mapping))
+    if is_one or not isinstance(batches, Iterable):
+        got = type(batches).__name__
+        if isinstance(batches, (Tensor, np.ndarray)):
+            got = f"one {got} of shape {tuple(batches.shape)}"
+        raise ConfigError(
+            f"{name} must be an iterable of batches, e.g. a list of tensors or a DataLoader, got {got} ({name})"
+        )
 
 
 _CURE = "say how many batches are read, e.g. nni_topo.Calibration(batches, max_batches=16)"
@@ -492,24 +467,6 @@ def _plain(batch: Any) -> Any:
         native = batch.astype(batch.dtype.newbyteorder("="), copy=False)
         return torch.from_numpy(np.require(native, requirements=["C", "W"]))
     return batch
-
-
-def _joined(inputs: list[Any]) -> Any:
-    """Return one batch's inputs made of several; None where their shapes don't fit together."""
-    if any(map(lists_of_samples, inputs)):
-        return None
-    flat = [tree_flatten(_plain(each)) for each in inputs]
-    shapes = set()
-    for leaves, spec in flat:
-        found = [each.shape[1:] if isinstance(each, Tensor) and each.dim() else None for each in leaves]
-        shapes.add((str(spec), tuple(found)))
-    if len(shapes) > 1:
-        return None
-    columns = []
-    for column in zip(*(leaves for leaves, _ in flat), strict=True):
-        has_samples = isinstance(column[0], Tensor) and column[0].dim() > 0
-        columns.append(torch.cat(column) if has_samples else column[0])
-    return tree_unflatten(columns, flat[0][1])
 
 
 class BatchStore(Sequence[Any]):
@@ -560,10 +517,6 @@ class BatchStore(Sequence[Any]):
 def nbytes_of(tree: Any) -> int:
     """Return the number of bytes of all tensors in nested containers."""
     return sum(each.nbytes for each in tensors_of(tree))
-
-
-_Rows = list[tuple[int, Tensor | None]]
-"""Indices of batches, each with the indices of the selected samples; None selects all samples."""
 
 
 class _Views(Sequence[Any]):

@@ -98,7 +98,7 @@ def batches_of(
     if getattr(calibration, "model", None) is not None:
         raise ConfigError(f"an evaluator that serves as {knob} must not be in use, got one that has a model ({knob})")
     with _bound_copy(calibration, model, knob) as (evaluator, evaluated):
-        return Calibration(inputs_seen(evaluated, evaluator.evaluate), name=knob)
+        return Calibration.of(inputs_seen(evaluated, evaluator.evaluate), knob)
 
 
 def example_inputs_of(

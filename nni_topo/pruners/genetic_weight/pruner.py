@@ -227,7 +227,7 @@ class GeneticWeightPruner(StructuredPruner):
         self.search = as_settings(WeightSearch, search, "search")
         if validation is None and evaluate is None and evaluator is None:
             raise ConfigError("a genetic search needs validation, evaluate or an evaluator, got none (validation)")
-        self.validation = None if validation is None else list(Calibration(validation, name="validation"))
+        self.validation = None if validation is None else list(Calibration.of(validation, "validation"))
         if state is not None:
             check_output_file(path_of(state, "state"), makes_folder=True)
         super().__init__(

@@ -339,7 +339,8 @@ class _Run:
 
     def _data(self, batches: list[dict[str, Any]]) -> Calibration:
         """Return states as calibration data, with the groups and processes of the model's inputs."""
-        found = Calibration(batches, name="batches", groups=self._samples.groups)
+        found = Calibration(batches, groups=self._samples.groups)
+        found.name = "batches"
         found.processes = self._samples.processes
         return found
 

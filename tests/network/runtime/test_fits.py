@@ -52,7 +52,7 @@ def test_a_model_of_several_types_gets_floats_as_they_are_and_integers_are_never
 )
 def test_what_the_model_can_not_run_on_is_told(batch, message):
     with pytest.raises(DataError, match=message):
-        structure_call(classifier(), Calibration([batch], name="images"))
+        structure_call(classifier(), Calibration.of([batch], "images"))
 
 
 @pytest.mark.parametrize(
