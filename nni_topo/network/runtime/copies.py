@@ -25,6 +25,7 @@ from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nni_topo.context import context
 from nni_topo.errors import ConfigError
@@ -34,7 +35,6 @@ from nni_topo.network.runtime.modules import (
     is_compiled_function,
     is_compiled_module,
     is_plain,
-    is_transformed,
 )
 from nni_topo.network.runtime.switches import one_call, package_settings, random_state_kept
 
@@ -88,9 +88,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
     for value in _reached(map(vars, modules)):
         if issubclass(type(value), Tensor):  # a proxy of one says that it is one, too
-            if is_transformed(value):  # it has no memory and serves nobody after the transformation
-                memo.setdefault(id(value), value)
-            elif not value.is_leaf:  # deepcopy refuses it
+            if not value.is_leaf:  # deepcopy refuses it
                 memo.setdefault(id(value), value.detach().clone())
         elif isinstance(value, weakref.ReferenceType) and isinstance(value(), nn.Module) and id(value()) in own:
             raise ConfigError(
@@ -149,7 +147,7 @@ def _check_own(copied: nn.Module, own: set[int], light: bool) -> None:
     """Raise ConfigError if a copy holds what is a model's, as the ``__deepcopy__`` of a class may make it."""
     for name, module in copied.named_modules():
         tensors = [*module.buffers(recurse=False), *(() if light else module.parameters(recurse=False))]
-        if id(module) in own or any(id(each) in own and not is_transformed(each) for each in tensors):
+        if id(module) in own or any(id(each) in own for each in tensors):
             raise ConfigError(
                 "a copy of a model must have modules, buffers and parameters of its own, got one that is the model's, "
                 f"by the __deepcopy__ of a class ({name or type(module).__name__})"
@@ -221,48 +219,36 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
 
     @functools.wraps(function)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        models = list({id(each): each for given in (*args, *kwargs.values()) for each in _models_in(given)}.values())
+        models = list(dict.fromkeys(each for each in tree_leaves((args, kwargs)) if isinstance(each, nn.Module)))
         copied = list[nn.Module]()
         if not context().is_running:
             for each in models:
                 is_wrapped = any("_nni_wrapper" in module._modules for module in each.modules())
                 if is_plain(each) and not is_wrapped and not (as_compiled and has_compiled(each)):
                     copied.append(each)
-        ids = {id(each) for each in copied}
-        others = [each for each in models if id(each) not in ids]
+        others = [each for each in models if each not in copied]
         with left_alone(*others, as_compiled=as_compiled), _copies(copied) as copies:
-            own: Any = [_replaced(given, copies) for given in args]
-            named: Any = {name: _replaced(given, copies) for name, given in kwargs.items()}
+            if not copied:
+                return function(*args, **kwargs)
+            own: Any = [_with_copies(given, copies) for given in args]
+            named: Any = {name: _with_copies(given, copies) for name, given in kwargs.items()}
             return function(*own, **named)
 
     return run
 
 
-def _models_in(given: Any) -> list[nn.Module]:
-    """List the models that an argument is or holds."""
-    if isinstance(given, nn.Module):
-        return [given]
-    held = given.values() if isinstance(given, Mapping) else given if isinstance(given, (list, tuple)) else ()
-    return [each for each in held if isinstance(each, nn.Module)]
-
-
-def _replaced(given: Any, copies: Mapping[int, nn.Module]) -> Any:
-    """Return an argument with copies in place of the models."""
-    if isinstance(given, nn.Module):
-        return copies.get(id(given), given)
-    if not any(id(each) in copies for each in _models_in(given)):
+def _with_copies(given: Any, copies: Mapping[nn.Module, nn.Module]) -> Any:
+    """Return an argument with copies in place of models; one without models is returned as it is."""
+    if not any(isinstance(leaf, nn.Module) for leaf in tree_leaves(given)):
         return given
-    if isinstance(given, Mapping):
-        return {key: copies.get(id(each), each) for key, each in given.items()}
-    replaced = [copies.get(id(each), each) for each in given]
-    return tuple(replaced) if isinstance(given, tuple) else replaced
+    return tree_map_only(nn.Module, lambda each: copies.get(each, each), given)
 
 
 @contextmanager
-def _copies(models: list[nn.Module]) -> Iterator[dict[int, nn.Module]]:
+def _copies(models: list[nn.Module]) -> Iterator[dict[nn.Module, nn.Module]]:
     """Copy models for a block; the copies have weights of their own where these take a quarter of the free memory."""
     needed: dict[torch.device, int] = {}
-    for each in {id(each): each for model in models for each in model.parameters()}.values():
+    for each in nn.ModuleList(models).parameters():
         if not is_lazy(each) and not each.is_meta:
             needed[each.device] = needed.get(each.device, 0) + each.nbytes
     have_room = all(count <= _SHARE * free_memory_of(device) for device, count in needed.items())
@@ -271,7 +257,7 @@ def _copies(models: list[nn.Module]) -> Iterator[dict[int, nn.Module]]:
         for parameter in copied.parameters():
             parameter.grad = None  # so that no gradient is added to the user's
     with _compiler_off(copies):
-        yield {id(model): copied for model, copied in zip(models, copies, strict=True)}
+        yield dict(zip(models, copies, strict=True))
 
 
 def _compiler_off(models: Iterable[nn.Module]) -> AbstractContextManager[object]:
@@ -281,58 +267,52 @@ def _compiler_off(models: Iterable[nn.Module]) -> AbstractContextManager[object]
 
 @contextmanager
 def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
-    """Put back, whatever happens in the block, models as `_state_kept` does, and the states of all global generators.
+    """Put back, whatever happens in the block, what models hold, and the states of all global generators.
 
-    Unless ``as_compiled``, compiled parts run as they are written, because they call no hooks and show no operations,
-    and a caller's ``torch.autocast`` is off.
+    These are modes, attributes, gradients, tensors' memory and values of buffers; a pruner's wrappers stay. Unless
+    ``as_compiled``, compiled parts run as they are written, because they call no hooks and show no operations, and a
+    caller's ``torch.autocast`` is off.
     """
-    modules = [model for model in models if isinstance(model, nn.Module)]
-    compiler = _compiler_off([] if as_compiled else modules)
-    with one_call(), package_settings(as_compiled), compiler, _state_kept(modules), random_state_kept():
-        yield
-
-
-@contextmanager
-def _state_kept(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back modes, attributes, gradients, tensors' memory and values of buffers; a pruner's wrappers stay."""
-    modules = list(dict.fromkeys(module for model in models for module in model.modules()))
-    modes = [(module, module.training) for module in modules]
-    leaves, buffers = dict[int, Tensor](), list[Tensor]()
-    for module in modules:
-        own = [each for each in module._buffers.values() if each is not None]
-        parameters = [each for each in module._parameters.values() if each is not None]
-        leaves.update((id(each), each) for each in (*parameters, *own) if each.is_leaf)
-        if not isinstance(module, ModuleWrapper):  # the masks of NNI's wrappers are buffers, and change
-            buffers += own
-    tensors = list(leaves.values())
-    memories = [(each, each.detach()) for each in tensors if _is_usual(each)]
-    values = [(each, each.detach().clone()) for each in buffers if _is_usual(each)]
-    gradients = [(each, each.grad, each.requires_grad) for each in tensors]
-    put_attributes_back = _noted(modules)
-    try:
-        for tensor in tensors:
-            tensor.grad = None  # so that none is added to it
-        yield
-    finally:
-        put_attributes_back()
-        _put_modes(modes)
-        for tensor, memory in memories:  # a forward may give a tensor other memory, of another size, by `data`
-            if tensor.dtype is not memory.dtype or not tensor.is_set_to(memory):
-                tensor.data = memory
-        for buffer, value in values:
-            if not torch.equal(buffer, value):
-                with torch.inference_mode(buffer.is_inference()):
-                    buffer.data.copy_(value)
-        for tensor, gradient, needs in gradients:
-            if tensor.requires_grad != needs:
-                tensor.requires_grad_(needs)
-            tensor.grad = gradient
+    given = [model for model in models if isinstance(model, nn.Module)]
+    compiler = _compiler_off([] if as_compiled else given)
+    with one_call(), package_settings(as_compiled), compiler, random_state_kept():
+        modules = list(dict.fromkeys(module for model in given for module in model.modules()))
+        modes = [(module, module.training) for module in modules]
+        tensors, buffers = dict[int, Tensor](), list[Tensor]()
+        for module in modules:
+            own = [each for each in module._buffers.values() if each is not None]
+            parameters = [each for each in module._parameters.values() if each is not None]
+            tensors.update((id(each), each) for each in (*parameters, *own) if each.is_leaf)
+            if not isinstance(module, ModuleWrapper):  # the masks of NNI's wrappers are buffers, and change
+                buffers += own
+        memories = [(each, each.detach()) for each in tensors.values() if _is_usual(each)]
+        values = [(each, each.detach().clone()) for each in buffers if _is_usual(each)]
+        gradients = [(each, each.grad, each.requires_grad) for each in tensors.values()]
+        put_attributes_back = _noted(modules)
+        try:
+            for tensor in tensors.values():
+                tensor.grad = None  # so that none is added to it
+            yield
+        finally:
+            put_attributes_back()
+            _put_modes(modes)
+            for tensor, memory in memories:  # a forward may give a tensor other memory, of another size, by `data`
+                if tensor.dtype is not memory.dtype or not tensor.is_set_to(memory):
+                    tensor.data = memory
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    with torch.inference_mode(buffer.is_inference()):
+                        buffer.data.copy_(value)
+            for tensor, gradient, needs in gradients:
+                if tensor.requires_grad != needs:
+                    tensor.requires_grad_(needs)
+                tensor.grad = gradient
 
 
 def _is_usual(tensor: Tensor) -> bool:
     """Tell whether a tensor has plain memory, which can be compared and put back."""
-    has_memory = not is_lazy(tensor) and not tensor.is_meta and not is_transformed(tensor)
-    return has_memory and type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
+    is_plain_kind = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
+    return is_plain_kind and not is_lazy(tensor) and not tensor.is_meta
 
 
 def _noted(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -403,7 +383,7 @@ def _switch(model: nn.Module, mode: bool) -> None:
         return
     method = model.train if mode else model.eval
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    if all(_sets_modes_alone(each) for each in modules):
+    if all(map(_sets_modes_alone, modules)):
         method()
         return
     weights = _weights(model)
@@ -453,4 +433,4 @@ def _put_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 def lent(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a copy of a network for a user's function, which may train it; the random states are put back."""
     with random_state_kept(), _copies([model]) as copies:
-        yield copies[id(model)]
+        yield copies[model]
