@@ -21,8 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.layers.kinds import by_output, zeros_held
 from nni_topo.network.layers.memory_format import inputs_laid_out
-from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.runtime.precision import Precision, backward_in
+from nni_topo.network.runtime.precision import Precision
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.batchnorm import batch_norms
@@ -238,7 +237,7 @@ class Course:
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
         loss = self.training.objective(self.student, *batch)
-        backward_in(self.training.precision, device_of(self.student), loss)
+        loss.backward()
         if self.training.processes is not None:  # each has the gradients of its own images
             learned = self.optimizer.param_groups[0]["params"]
             for parameter in learned:

@@ -33,7 +33,7 @@ from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import Call, batch_size, calls
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
+from nni_topo.network.runtime.precision import PRECISION, Precision, check_precision, not_under_autocast
 from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
@@ -680,7 +680,7 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
         if precision != "float32":
             try:
                 lesson.answer(call, precision)
-                backward_in(precision, device_of(student), lesson.objective(student, call, wanted))
+                lesson.objective(student, call, wanted).backward()
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
                 if out_of_memory(error):
                     raise
@@ -717,7 +717,6 @@ def check_can_learn(
     # Of few samples: the model may need more memory for a whole batch than the smaller one will.
     few = torch.arange(min(_TIMED, batch_size(call)))
     inputs, wanted = next(lesson.batches(few, len(few), 0, None, False))
-    device = device_of(student)
     with learning(student, []):
-        seconds = timed(lambda: backward_in(precision, device, lesson.objective(student, inputs, wanted)), student)
+        seconds = timed(lambda: lesson.objective(student, inputs, wanted).backward(), student)
     return seconds / len(few)

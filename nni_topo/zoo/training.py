@@ -20,7 +20,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.runtime.arguments import COMPUTING, DEVICE, TENSOR
 from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.runtime.precision import backward_in, computing_in
+from nni_topo.network.runtime.precision import computing_in
 from nni_topo.network.runtime.progress import bar, quiet_if_asked
 from nni_topo.network.runtime.switches import seed_torch, torch_random_kept
 from nni_topo.rules import NONE, checked, number
@@ -177,7 +177,7 @@ def train(
                 logits, labels = by_label(logits, labels)
                 loss = cross_entropy(logits, labels)
                 optimizer.zero_grad()
-                backward_in(recipe.precision, device, loss)
+                loss.backward()
                 optimizer.step()
                 totals += count * torch.stack([loss.detach(), (logits.argmax(1) == labels).double().mean()])
             mean_loss, hits = (totals / len(images)).tolist()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError
 from nni_topo.rules import one_of
@@ -90,7 +91,7 @@ def not_under_autocast(precision: Precision, error: Exception, place: str) -> Co
 
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Let PyTorch's operations compute in a precision; take the gradients of what they give by `backward_in`.
+    """Let PyTorch's operations compute in a precision.
 
     On a CPU bfloat16 is for linear layers. Attention stays in single precision: the gradient of the fused operation
     takes six times as long in bfloat16 where sequences have 32 places. So do convolutions: processors with AMX compute
@@ -99,23 +100,10 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     if not torch.amp.is_autocast_available(device.type):  # there is none to turn off, either
         yield
         return
-    keeps = not is_within_autocast()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=keeps)
-    exceptions = _SomeInSingle() if precision == "bfloat16" and device.type == "cpu" else nullcontext()
-    with autocast, exceptions:
+    is_half = precision == "bfloat16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_half, cache_enabled=not is_within_autocast())
+    with autocast, _SomeInSingle() if is_half and device.type == "cpu" else nullcontext():
         yield
-
-
-def backward_in(precision: Precision, device: torch.device, loss: Tensor) -> None:
-    """Take the gradients of a loss in `computing_in`; a checkpoint runs the forward again, with the same exceptions."""
-    if precision == "float32" or device.type != "cpu":
-        loss.backward()
-        return
-    towards = torch.ones_like(loss)
-    with _SomeInSingle():
-        # A mode handles `Tensor.backward` and `torch.autograd.backward`, and then doesn't see what these call.
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.run_backward((loss,), (towards,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def is_within_autocast() -> bool:
@@ -131,42 +119,32 @@ def is_within_autocast() -> bool:
 class _SomeInSingle(TorchFunctionMode):
     """Compute attention (also ``nn.MultiheadAttention``) and convolutions in single precision."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _IN_SINGLE.get(func, func)(*args, **(kwargs or {}))
 
 
 def _in_single(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function that computes in single precision, and returns half precision if it gets any."""
 
-    def single(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
-
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        given = [each.dtype for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        half = [each for each in given if each in _HALF]
+        half = [each.dtype for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dtype in _HALF]
+        single: Any = tree_map_only(Tensor, lambda each: each.float() if each.dtype in _HALF else each, (args, kwargs))
         with torch.autocast("cpu", enabled=False):
-            found = function(*map(single, args), **{name: single(each) for name, each in kwargs.items()})
+            found = function(*single[0], **single[1])
         return found.to(half[0]) if half else found
 
     return call
 
 
-def _with_attention(function: Any) -> Any:
-    """Return a function of ``torch.nn.functional`` that calls our attention: a mode doesn't see what it calls."""
-    names = {**vars(functional), "scaled_dot_product_attention": _attention}
-    copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
-
-
 _HALF = (torch.bfloat16, torch.float16)
+_attention = _in_single(functional.scaled_dot_product_attention)
+# PyTorch's function with our attention: a mode doesn't see what a function calls that it handles.
+_multi_head = functional.multi_head_attention_forward
+_with_attention = FunctionType(
+    _multi_head.__code__,
+    {**vars(functional), "scaled_dot_product_attention": _attention},
+    argdefs=_multi_head.__defaults__,
+)
 _CONVOLUTIONS: tuple[Any, ...] = (
     functional.conv1d,
     functional.conv2d,
@@ -175,10 +153,9 @@ _CONVOLUTIONS: tuple[Any, ...] = (
     functional.conv_transpose2d,
     functional.conv_transpose3d,
 )
-_attention = _in_single(functional.scaled_dot_product_attention)
 _IN_SINGLE: dict[Any, Any] = {
     functional.scaled_dot_product_attention: _attention,
-    functional.multi_head_attention_forward: _with_attention(functional.multi_head_attention_forward),
+    _multi_head: _with_attention,
     **{each: _in_single(each) for each in _CONVOLUTIONS},
 }
 """What is called in place of functions that compute attention or convolutions."""

@@ -8,11 +8,10 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.precision import backward_in, check_precision, computing_in, in_full_precision
+from nni_topo.network.runtime.precision import check_precision, computing_in, in_full_precision
 
 BACKENDS = torch.backends
 OPERATIONS = {
@@ -186,23 +185,6 @@ def test_convolutions_stay_in_single_precision_on_a_cpu(layer, shape):
     others = [found.detach(), *torch.autograd.grad(found, learning, towards)]
     for other, answer in zip(others, answers, strict=True):
         torch.testing.assert_close(other, answer)  # of the same type, too
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_convolutions_that_a_checkpoint_runs_again_stay_in_single_precision(use_reentrant):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv1d(8, 8, 64, padding=32), nn.ReLU(), nn.Conv1d(8, 8, 64, padding=32))
-    images = torch.randn(4, 8, 64).requires_grad_()
-    learning = [images, *net.parameters()]
-    wanted = net(images)
-    towards = torch.randn(wanted.shape)
-    answers = [wanted.detach(), *torch.autograd.grad(wanted, learning, towards)]
-    with computing_in("bfloat16", torch.device("cpu")):
-        found = checkpoint(net, images, use_reentrant=use_reentrant)
-    backward_in("bfloat16", torch.device("cpu"), (found * towards).sum())
-    others = [found.detach(), *(each.grad for each in learning)]
-    for other, answer in zip(others, answers, strict=True):
-        torch.testing.assert_close(other, answer)
 
 
 @pytest.mark.parametrize("is_half", [False, True])
