@@ -18,22 +18,7 @@ _SHOWN = 3
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
-    """Write a model's parameters and buffers, with a few words about them; the file is whole or missing.
-
-    Parameters
-    ----------
-    path : str or Path
-        Where to write; folders are made, a former file is replaced.
-    model : nn.Module
-        Left as it is.
-    meta : mapping
-        What to remember, e.g. the model's name, seed and accuracy: what JSON can hold.
-
-    Raises
-    ------
-    DataError
-        If ``meta`` holds anything else, which couldn't be read back without running pickled code.
-    """
+    """Write a model's parameters and buffers, and ``meta``, which JSON must be able to hold (else a DataError)."""
     path = path_of(path)
     try:
         kept = json.loads(json.dumps(dict(meta)))
@@ -50,8 +35,8 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
     Parameters
     ----------
     path : str or Path
-        A file of :func:`save_checkpoint`, or one of ``torch.save`` that holds a state dict, bare or under the
-        key ``state_dict`` or ``model``. Its names may begin with ``module.`` or ``_orig_mod.``, as the names of
+        A file of :func:`save_checkpoint`, of safetensors, or one of ``torch.save`` that holds a state dict, bare or
+        under the key ``state_dict`` or ``model``. Names may begin with ``module.`` or ``_orig_mod.``, as those of
         models do that are spread over devices or compiled.
     model : nn.Module
         Gets the weights, on the device it is on; unchanged if an error is raised.

@@ -47,14 +47,9 @@ class DataBundle:
     train, validation, test : TensorDataset or ImageFiles
         A slice of each gives two tensors: float32 images ``[n, in_channels, image_size, image_size]``, normalised per
         channel, and int64 labels ``[n]`` in ``[0, num_classes)``. Of text: int64 rows ``[n, image_size]`` and, as
-        labels, the byte after each position. An image folder stays in its files and is read where it is used;
-        everything else is in memory.
-    in_channels : int
-        Channels of the images.
-    image_size : int
-        Side of the images in pixels, after padding.
-    num_classes : int
-        Number of classes.
+        labels, the byte after each position. An image folder stays in its files; everything else is in memory.
+    in_channels, image_size, num_classes : int
+        Channels of the images, their side in pixels after padding, and the number of classes.
     mean, std : tuple of float
         Per channel, of the stored training images (``uint8`` in units of 255) before padding; of an image folder
         those of ``preprocessing``. Images are normalised by them.
@@ -138,16 +133,14 @@ def load_data(
     Parameters
     ----------
     name : str
-        ``digits`` (8x8, embedded in scikit-learn), ``mnist`` or ``fashion-mnist`` (idx files, plain or
-        gzipped), ``cifar10`` or ``cifar100`` (as torchvision stores them), ``python-stdlib`` (bytes of Python's own
-        sources), the path of an image folder, or the path of an ``.npz`` file with ``x_train, y_train, x_test,
-        y_test``.
+        ``digits`` (8x8, embedded in scikit-learn), ``mnist`` or ``fashion-mnist`` (idx files, plain or gzipped),
+        ``cifar10`` or ``cifar100`` (as torchvision stores them), ``python-stdlib`` (bytes of Python's own sources),
+        the path of an image folder, or that of an ``.npz`` file with ``x_train, y_train, x_test, y_test``.
     data_dir : str, Path or None, default=None
         Folder of the files; needed for MNIST, Fashion-MNIST and CIFAR.
     limit : int or None, default=None
-        Number of training images to keep, at least 1, drawn evenly from the classes after the validation
-        split. None keeps all. Of an image folder the validation set is limited likewise, and files that aren't drawn
-        aren't read. The test set stays whole; ``data.test[:n]`` are its first n images.
+        Number of training images to keep, at least 1, drawn evenly from the classes after the validation split. Of an
+        image folder the validation set is limited likewise. The test set stays whole.
     validation : float, default=0.1
         Fraction of every class of the training images that becomes the validation set, in [0, 1); of text at most
         1,000 rows.
@@ -161,7 +154,7 @@ def load_data(
         Whether torchvision may fetch missing files into ``data_dir``.
     preprocessing : Preprocessing or None, default=None
         Of an image folder: mean, standard deviation, crop and interpolation. None: ImageNet's mean and deviation, the
-        whole middle square, bilinear. Runs give those of the pretrained weights of ``torchvision/`` and ``timm/``.
+        whole middle square, bilinear.
     workers : int or None, default=None
         Processes that read an image folder, at least 0, where 0 is this one. None: one per core, at most 8.
 
@@ -181,10 +174,8 @@ def load_data(
     Mean and standard deviation come from all training images, those of the validation split included, so that
     neither ``limit`` nor ``seed`` changes the inputs of a trained model.
 
-    Image folders are never read as a whole. Loading lists the files and opens the header of the first file of every
-    training class. Their images come in rounds of one image of each class, in a random order drawn from ``seed``, of
-    the test set from a constant: the first n images hold n classes, or every class n / classes times, as long as the
-    class has that many.
+    Images of a folder come in rounds of one image of each class, in a random order drawn from ``seed``, of the test set
+    from a constant. Loading opens the first file of every training class alone.
 
     Examples
     --------
@@ -215,6 +206,7 @@ def load_data(
 
         folder = folder if name == _FOLDER else Path(name)
         train_files, test_files, names = list_image_folder(folder, image_size, pad_to, preprocessing, workers)
+        mean, std = train_files.layout.mean_std
         labels = train_files.labels.numpy(force=True)
         held_out = stratified_fraction(labels, validation, generator)
 
@@ -223,7 +215,7 @@ def load_data(
             return subset(train_files, torch.from_numpy(rows[in_rounds(labels[rows], generator)][:limit]))
 
         train, watched = drawn(np.flatnonzero(~held_out)), drawn(np.flatnonzero(held_out))
-        mean, std, padded = train_files.layout.mean, train_files.layout.std, train_files.layout.padded
+        padded = train_files.layout.padded
         return DataBundle(train, watched, test_files, len(mean), padded, len(names), mean, std, name, names)
     _check_raw(raw, name)
     held_out = stratified_fraction(raw.train_labels, validation, generator)

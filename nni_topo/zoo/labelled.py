@@ -30,22 +30,13 @@ _MOST_PROCESSES = 8
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image file becomes a network's input.
+    """How an image file becomes a network's input."""
 
-    Attributes
-    ----------
-    mean, std : tuple of float, default=(0.485, 0.456, 0.406) and (0.229, 0.224, 0.225)
-        Of red, green and blue, in units of the largest value; ImageNet's. Grey images use their averages.
-    crop : float, default=1.0
-        Side of the square that is cut out of the middle, as a share of the shorter side, in (0, 1].
-    interpolation : {"bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"}, default="bilinear"
-        How pixels are computed where an image is scaled.
-    """
-
+    # Of red, green and blue, in units of the largest value; ImageNet's. Grey images use their averages.
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    crop: float = 1.0
-    interpolation: str = "bilinear"
+    crop: float = 1.0  # side of the square that is cut out of the middle, as a share of the shorter side, in (0, 1]
+    interpolation: str = "bilinear"  # of torchvision.transforms.InterpolationMode
 
 
 @dataclass(frozen=True)
@@ -59,16 +50,10 @@ class Layout:
     preprocessing: Preprocessing
 
     @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean per channel that is subtracted."""
-        mean = self.preprocessing.mean
-        return (sum(mean) / len(mean),) if self.grey else mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Deviation per channel that is divided by."""
-        std = self.preprocessing.std
-        return (sum(std) / len(std),) if self.grey else std
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean that is subtracted and deviation that is divided by, per channel."""
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        return ((sum(mean) / len(mean),), (sum(std) / len(std),)) if self.grey else (mean, std)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,41 +62,27 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
 
     ``dataset[i]`` is one image with its label; ``dataset[i:j]`` reads so many into memory: images
     ``[n, c, h, w]``, float32 and normalised, with labels ``[n]``, as of a ``TensorDataset``.
-
-    Attributes
-    ----------
-    root : str
-        Folder that the files' paths begin from.
-    files : ndarray of bytes, shape (n,)
-        Their paths below it. An array, because a list of strings would be copied into every reading process.
-    labels : Tensor, shape (n,)
-        int64.
-    layout : Layout
-        What the images become.
-    workers : int or None
-        Processes that read, at least 0, where 0 is this one. None: one per core, at most 8, none for a few files.
     """
 
-    root: str
-    files: npt.NDArray[np.bytes_] = field(repr=False)
-    labels: Tensor = field(repr=False)
+    root: str  # folder that the files' paths begin from
+    files: npt.NDArray[np.bytes_] = field(repr=False)  # a list of strings would be copied into every reading process
+    labels: Tensor = field(repr=False)  # (n,), int64
     layout: Layout
-    workers: int | None = None
+    workers: int | None = None  # processes that read; 0: this one; None: one per core, at most 8, none for a few files
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(index, slice):
-            pixels = self.pixels([range(len(self))[index]])
-            return self.normalised(pixels)[0], self.labels[index]
+            return self.normalised(self.pixels([index]))[0], self.labels[index]
         rows = torch.arange(len(self))[index]
-        channels = len(self.layout.mean)
-        needed = 2.0 * 4 * channels * self.layout.padded**2 * len(rows)  # read in batches, then in one tensor
+        channels, side = len(self.layout.mean_std[0]), self.layout.padded
+        needed = 2.0 * 4 * channels * side**2 * len(rows)  # read in batches, then in one tensor
         check_memory(needed, f"{len(rows)} images", "fewer images or a smaller image_size take less", self.root)
-        found = [images for images, _ in batches(self, [rows], torch.device("cpu"))]
-        empty = torch.empty(0, channels, self.layout.padded, self.layout.padded)
-        return (found[0] if found else empty), self.labels[rows]
+        if not len(rows):
+            return torch.empty(0, channels, side, side), self.labels[rows]
+        return next(batches(self, [rows], torch.device("cpu")))
 
     def path(self, index: int) -> str:
         """Return the path of a file."""
@@ -127,7 +98,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         """Return what was read as a network's input, on the device of the pixels."""
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=pixels.device).view(1, -1, 1, 1)
-            for values in (self.layout.mean, self.layout.std)
+            for values in self.layout.mean_std
         )
         return pixels.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
@@ -163,16 +134,19 @@ def batches(dataset: LabelledImages, chosen: Iterable[Tensor], device: torch.dev
             yield images[rows.to(images.device)].to(device), labels[rows.to(labels.device)].to(device)
         return
     chosen = list(chosen)
-    # Processes read a few files at a time, however large the batches are: what waits in their queues has a bound.
-    pieces = (piece.tolist() for rows in chosen for piece in rows.split(_FILES_AT_ONCE))
-    count = sum(len(rows) for rows in chosen)
+    workers = dataset.workers
+    if workers is None:
+        is_small = sum(map(len, chosen)) <= 2 * _FILES_AT_ONCE
+        # Starting processes takes longer than reading a few files, and daemons may start none.
+        in_this_one = is_small or multiprocessing.current_process().daemon
+        workers = 0 if in_this_one else min(_MOST_PROCESSES, int(joblib.cpu_count()))
     loader = DataLoader(
         _Reading(dataset),
         batch_size=None,
-        sampler=pieces,
-        num_workers=_processes(count) if dataset.workers is None else dataset.workers,
-        # without one of its own it draws from the global generator
-        generator=torch.Generator(),
+        # Processes read a few files at a time, however large the batches are: what waits in their queues has a bound.
+        sampler=(piece.tolist() for rows in chosen for piece in rows.split(_FILES_AT_ONCE)),
+        num_workers=workers,
+        generator=torch.Generator(),  # without one of its own it draws from the global generator
     )
     answers = iter(loader)
     try:
@@ -201,10 +175,3 @@ class _Reading(Dataset[Any]):
             return self.images.pixels(rows)
         except DataError as error:
             return error
-
-
-def _processes(count: int) -> int:
-    """Return how many processes read so many files."""
-    if count <= 2 * _FILES_AT_ONCE or multiprocessing.current_process().daemon:
-        return 0  # starting them takes longer, and daemons may start none
-    return min(_MOST_PROCESSES, int(joblib.cpu_count()))

@@ -20,7 +20,7 @@ _WARMUP = 0.3
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stochastic gradient descent with Nesterov momentum, or AdamW, and everything that shapes it.
+    """Stochastic gradient descent with Nesterov momentum, or AdamW, with its schedule and augmentation.
 
     Attributes
     ----------

@@ -1,7 +1,6 @@
 """Training of classifiers, on data in memory or in files.
 
-Batches are indexed straight from tensors; files are read by processes of their own. All randomness (order,
-augmentation, dropout) comes from one seed; the global generators are left as they were.
+All randomness (order, augmentation, dropout) comes from one seed; the global generators are left as they were.
 """
 
 from __future__ import annotations
@@ -32,62 +31,22 @@ from nni_topo.zoo.recipes import Augmentation, Recipe
 
 @dataclass(frozen=True)
 class EpochLog:
-    """One pass over the training images.
+    """One pass over the training images; losses and training accuracies are those while the weights moved."""
 
-    Attributes
-    ----------
-    epoch : int
-        From 1.
-    loss : float
-        Mean training loss over the pass, label smoothing included, while the weights moved.
-    accuracy : float
-        Training accuracy over the pass, in [0, 1], while the weights moved.
-    validation_accuracy : float or None
-        In [0, 1], after the pass; None without a validation set.
-    lr : float
-        Learning rate of the last step.
-    seconds : float
-        Wall time of the pass, validation included.
-    training_seconds : float
-        Wall time of the pass without validation.
-    """
-
-    epoch: int
-    loss: float
-    accuracy: float
-    validation_accuracy: float | None
-    lr: float
-    seconds: float
-    training_seconds: float
+    epoch: int  # from 1
+    loss: float  # mean over the pass
+    accuracy: float  # on the training images, in [0, 1]
+    validation_accuracy: float | None  # in [0, 1], after the pass; None without a validation set
+    lr: float  # of the last step
+    seconds: float  # wall time, validation included
+    training_seconds: float  # without validation
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class TrainingLog:
-    """What a training did; its ``repr`` is a table of the epochs.
-
-    Attributes
-    ----------
-    epochs : tuple of EpochLog
-        One per pass, in order; fewer than the recipe's where ``until`` ended the training.
-    recipe : Recipe
-        What was followed.
-    seed : int
-        What was drawn from.
-    """
+    """What a training did: a record of each pass, fewer than the recipe's where ``until`` ended the training."""
 
     epochs: tuple[EpochLog, ...]
-    recipe: Recipe
-    seed: int
-
-    def __repr__(self) -> str:
-        rows = [f"{'epoch':>5} {'loss':>7} {'accuracy':>8} {'validation':>10} {'lr':>8} {'seconds':>7}"]
-        for each in self.epochs:
-            validation = "" if each.validation_accuracy is None else f"{each.validation_accuracy:.4f}"
-            rows.append(
-                f"{each.epoch:>5} {each.loss:>7.4f} {each.accuracy:>8.4f} {validation:>10} {each.lr:>8.2g} "
-                f"{each.seconds:>7.2f}"
-            )
-        return "\n".join(rows)
 
     @property
     def seconds(self) -> float:
@@ -195,7 +154,7 @@ def train(
                 callback(log)
             if until is not None and accuracy is not None and accuracy >= until:
                 break
-    return TrainingLog(tuple(logs), recipe, seed)
+    return TrainingLog(tuple(logs))
 
 
 @checked(images=TENSOR, black=TENSOR)

@@ -31,19 +31,15 @@ def test_round_trip_brings_weights_buffers_and_meta_back(tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.pt"]
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
-def test_foreign_state_dicts_are_read(tmp_path: Path, wrap) -> None:
-    model, other = small(0), small(1)
-    torch.save(wrap(model.state_dict()), tmp_path / "a.pt")
-    assert load_checkpoint(tmp_path / "a.pt", other) == {}
-    assert same(model, other)
-
-
-def test_a_file_of_safetensors_is_read(tmp_path: Path) -> None:
-    model, other = small(0), small(1)
+def test_state_dicts_of_other_programs_are_read(tmp_path: Path) -> None:
+    model = small(0)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "named.pt")
     save_file(model.state_dict(), tmp_path / "a.safetensors")
-    assert load_checkpoint(tmp_path / "a.safetensors", other) == {}
-    assert same(model, other)
+    for name in ("bare.pt", "named.pt", "a.safetensors"):
+        other = small(1)
+        assert load_checkpoint(tmp_path / name, other) == {}
+        assert same(model, other)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
@@ -72,12 +68,6 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not victim.exists()
 
 
-def test_a_pickled_model_is_refused(tmp_path: Path) -> None:
-    torch.save(small(0), tmp_path / "a.pt")
-    with pytest.raises(DataError, match="must be a whole file of tensors and plain values only"):
-        load_checkpoint(tmp_path / "a.pt", small(0))
-
-
 def test_shapes_that_do_not_fit_are_named_and_the_model_stays(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.pt", small(0, classes=7), {})
     model = small(1)
@@ -97,24 +87,15 @@ def test_missing_and_foreign_names_are_named_but_only_the_first(tmp_path: Path) 
         load_checkpoint(tmp_path / "b.pt", small(0))
 
 
-@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1, 2]])
-def test_files_without_a_state_dict_are_named(tmp_path: Path, content) -> None:
-    torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(DataError, match=r"must hold a (state dict|dict), got"):
-        load_checkpoint(tmp_path / "a.pt", small(0))
-
-
-@pytest.mark.parametrize("kept", [0, 10, 1000])
-def test_truncated_files_are_named(tmp_path: Path, kept: int) -> None:
+def test_damaged_files_and_those_without_a_state_dict_are_named(tmp_path: Path) -> None:
+    for content in ({"epoch": 3}, [1, 2]):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(DataError, match=r"must hold a (state dict|dict), got"):
+            load_checkpoint(tmp_path / "a.pt", small(0))
     save_checkpoint(tmp_path / "a.pt", small(0), {})
-    whole = (tmp_path / "a.pt").read_bytes()
-    (tmp_path / "b.pt").write_bytes(whole[:kept])
+    (tmp_path / "b.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:1000])
     with pytest.raises(DataError, match=r"a checkpoint must .*b\.pt"):
         load_checkpoint(tmp_path / "b.pt", small(0))
-
-
-@pytest.mark.parametrize("value", [{1, 2}, Path("a"), torch.zeros(1)])
-def test_meta_that_could_not_be_read_back_is_refused(tmp_path: Path, value: object) -> None:
     with pytest.raises(DataError, match=r"meta must hold what JSON can hold, got: .* not JSON serializable \(meta\)"):
-        save_checkpoint(tmp_path / "a.pt", small(0), {"nested": [value]})
-    assert not (tmp_path / "a.pt").exists()
+        save_checkpoint(tmp_path / "c.pt", small(0), {"nested": [Path("a")]})
+    assert not (tmp_path / "c.pt").exists()

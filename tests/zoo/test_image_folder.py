@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +53,7 @@ def test_loading_opens_one_header_a_class_and_the_limit_comes_before_any_other_f
     assert len(opened) == 4 + 8
 
 
-@pytest.mark.parametrize("limit", [1, 3, 4, 6, 41, None])
+@pytest.mark.parametrize("limit", [1, 6, None])
 def test_every_round_of_a_limit_holds_each_class_once(folder: Path, limit: int | None) -> None:
     data = load_data(str(folder), image_size=16, limit=limit, validation=0.25)
     for part in (data.train, data.validation, data.test):
@@ -89,11 +87,9 @@ def test_images_are_those_of_torchvisions_own_reader_and_transforms(folder: Path
     assert data.mean == tuple(weights.mean)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.quick_every(2)
-def test_other_processes_read_the_same_images(folder: Path, workers: int) -> None:
+def test_other_processes_read_the_same_images(folder: Path) -> None:
     before = torch.get_rng_state()
-    here, there = (load_data(str(folder), image_size=8, workers=number).train for number in (0, workers))
+    here, there = (load_data(str(folder), image_size=8, workers=number).train for number in (0, 2))
     assert torch.equal(here[:][0], there[:][0])
     assert torch.equal(here[3:70:7][0], there[3:70:7][0])
     assert here[5][1] == here.labels[5]
@@ -102,16 +98,15 @@ def test_other_processes_read_the_same_images(folder: Path, workers: int) -> Non
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_errors_of_reading_processes_are_those_of_this_one(tmp_path: Path, workers: int) -> None:
+def test_errors_of_reading_processes_are_those_of_this_one(tmp_path: Path) -> None:
     root = write_imagenet(tmp_path / "data", classes=1, train=6, val=1)
     path = root / "train" / "n01440764" / "n01440764_3.JPEG"
     path.write_bytes(path.read_bytes()[:300])
-    data = load_data(str(root), image_size=8, validation=0.0, workers=workers)
+    data = load_data(str(root), image_size=8, validation=0.0, workers=2)
     with pytest.raises(DataError, match=r"^an image file must be .*n01440764_3\.JPEG\)$"):
         data.train[:]
     Image.new("L", (40, 32)).save(root / "train" / "n01440764" / "n01440764_0.JPEG")
-    data = load_data(str(root), image_size=8, validation=0.0, workers=workers)
+    data = load_data(str(root), image_size=8, validation=0.0, workers=0)
     assert data.mean == pytest.approx((0.449,), abs=1e-9)
     with pytest.raises(DataError, match=r"^images must all be grey where the first of every class is, got .*RGB"):
         data.test[:]
@@ -201,40 +196,3 @@ def test_the_command_of_the_documentation_sorts_the_validation_images_of_ilsvrc(
     found, expected = (load_data(str(place), image_size=16) for place in (tmp_path / "images", folder))
     assert found.test.labels.tolist() == expected.test.labels.tolist()
     assert len(found.test) == 20
-
-
-_LARGEST = """
-import json, resource, sys
-from nni_topo import zoo
-from torch import nn
-
-def megabytes():
-    own, others = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own / 1024, others / 1024
-
-few = zoo.load_data(sys.argv[1], image_size=64, limit=64, workers=0)
-few.train[:]  # what importing and reading needs at all
-net = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 100))
-zoo.evaluate(net, few.train)
-begun = megabytes()[0]
-data = zoo.load_data(sys.argv[1], image_size=64, workers=2, limit=int(sys.argv[2]))
-zoo.train(net, data, zoo.Recipe(1, batch_size=128), seed=0)
-zoo.evaluate(net, data.test)
-here, there = megabytes()
-print(json.dumps({"images": len(data.train), "begun": begun, "here": here, "there": there}))
-"""
-
-
-@pytest.mark.slow
-def test_twenty_thousand_files_are_trained_on_in_a_bounded_resident_set(tmp_path: Path) -> None:
-    root = write_imagenet(tmp_path / "imagenet", classes=100, train=200, val=10, size=(80, 72))
-    tenth, whole = (
-        json.loads(subprocess.check_output([sys.executable, "-c", _LARGEST, str(root), str(limit)]))
-        for limit in (1_800, 18_000)
-    )
-    assert (tenth["images"], whole["images"]) == (1_800, 18_000)
-    # In memory the images would take 885 MB as float32, a tenth of them 88. The resident sets of two equal runs differ
-    # by up to 50 MB, and a process for reading counts the pages that it shares with the one that started it.
-    assert whole["here"] - whole["begun"] < 300
-    assert whole["here"] - tenth["here"] < 200
-    assert whole["there"] - tenth["there"] < 200

@@ -27,7 +27,6 @@ BUILT_IN = [
     "vit_small",
 ]
 OF_IMAGES = [name for name in BUILT_IN if name != "gpt_small"]
-LARGE = ("cnn12", "resnet18", "vgg11", "vgg11_unpooled", "vgg16", "vgg16_modified")
 OWN_FACTORIES = """
 from torch import nn
 
@@ -107,27 +106,19 @@ def test_parameter_count(name: str, channels: int, size: int, expected: int) -> 
     assert count_params(build(name, channels=channels, size=size)) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "channels", "size"),
-    [
-        # the largest ones on images of one size each time
-        pytest.param(name, *each, marks=pytest.mark.slow if name in LARGE and each != (3, 32) else ())
-        for each in ((1, 28), (3, 32), (3, 64))
-        for name in OF_IMAGES
-    ],
-)
-@pytest.mark.quick_every(6)
-def test_built_in_models_compute_and_trace(name: str, channels: int, size: int) -> None:
-    size = max(size, model_info(name).pad_to or 0)
-    model = build(name, channels=channels, size=size, classes=7, seed=0).eval()
-    images = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_built_in_models_compute_and_trace_from_their_smallest_image_on(name: str) -> None:
+    least = model_info(name).min_image_size
+    model = build(name, channels=1, size=least, classes=7, seed=0).eval()
+    images = torch.randn(3, 1, least, least, generator=torch.Generator().manual_seed(0))
     traced = torch.fx.symbolic_trace(model)
     with torch.no_grad():
         logits = model(images)
         assert logits.shape == (3, 7)
-        assert logits.isfinite().all()
         torch.testing.assert_close(traced(images), logits)
-        torch.testing.assert_close(traced(images[:1]), logits[:1], rtol=1e-4, atol=1e-5)
+    if least > 1:
+        with pytest.raises(ConfigError, match=f"image_size must be at least {least}, got {least - 1}"):
+            build(name, channels=1, size=least - 1)
 
 
 def test_a_decoder_answers_every_place_from_what_stands_before_it() -> None:
@@ -142,20 +133,9 @@ def test_a_decoder_answers_every_place_from_what_stands_before_it() -> None:
         assert not torch.allclose(model(rows.flip(1))[:, -1], logits[:, -1])
 
 
-@pytest.mark.parametrize("name", OF_IMAGES)
-def test_smallest_image_of_the_record_is_the_smallest_that_works(name: str) -> None:
-    least = model_info(name).min_image_size
-    model = build(name, channels=1, size=least).eval()
-    assert model(torch.zeros(2, 1, least, least)).shape == (2, 10)
-    if least > 1:
-        with pytest.raises(ConfigError, match=f"image_size must be at least {least}, got {least - 1}"):
-            build(name, channels=1, size=least - 1)
-
-
 @pytest.mark.parametrize(
     "name", ["vgg11", "vgg11_unpooled", "vgg16", "vgg16_modified", "resnet18", "resnet20", "resnet56"]
 )
-@pytest.mark.quick_every(2)
 def test_width_scales_every_layer_but_the_ends(name: str) -> None:
     full, half = build(name, width=1.0), build(name, width=0.5)
     convolutions = [
@@ -174,16 +154,11 @@ def test_seed_decides_the_weights_and_leaves_the_global_generator_alone() -> Non
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/alexnet"])
-@pytest.mark.quick_every(2)
-def test_torchvision_models_follow_the_channels(name: str) -> None:
-    model = build(name, channels=1, size=64, classes=4).eval()
-    assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 4)
-
-
-def test_torchvision_vision_transformer_follows_the_image_size() -> None:
-    model = build("torchvision/vit_b_32", channels=1, size=64, classes=4).eval()
-    assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 4)
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/vit_b_32"])
+def test_torchvision_models_follow_channels_and_image_size(name: str) -> None:
+    channels = 1 if name == "torchvision/resnet18" else 3
+    model = build(name, channels=channels, size=64, classes=4).eval()
+    assert model(torch.zeros(1, channels, 64, 64)).shape == (1, 4)
 
 
 @pytest.fixture
@@ -200,20 +175,14 @@ def test_factory_gets_the_arguments_it_accepts(own_module: str) -> None:
     assert arguments == {"num_classes": 10, "in_channels": 2, "image_size": 9, "width": 0.5}
 
 
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
+def test_bad_factories_are_named(own_module: str) -> None:
+    for path, message in (
         ("not_a_model", "must return an nn.Module, got int"),
         ("absent", "must be a function that can be imported, got .*:absent"),
         ("constant", "must be callable, got int"),
-    ],
-)
-def test_bad_factories_are_named(own_module: str, path: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build(f"{own_module}:{path}")
-
-
-def test_factory_without_width_refuses_one(own_module: str) -> None:
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(f"{own_module}:{path}")
     with pytest.raises(ConfigError, match=r"width must be 1\.0 .* got 0\.5"):
         build(f"{own_module}:by_classes", width=0.5)
 

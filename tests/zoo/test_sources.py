@@ -16,8 +16,7 @@ IMAGES = "train-images-idx3-ubyte"
 LABELS = "train-labels-idx1-ubyte"
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("place", ["data", "data/raw", "data/FashionMNIST/raw"])
+@pytest.mark.parametrize(("place", "packed"), [("data", True), ("data/raw", False), ("data/FashionMNIST/raw", False)])
 def test_idx_files_are_found_and_read(idx_folder, tmp_path: Path, place: str, packed: bool) -> None:
     folder = idx_folder(place, packed=packed)
     data = load_data("fashion-mnist", tmp_path / "data", validation=0.0)
@@ -32,35 +31,19 @@ def test_idx_files_are_found_and_read(idx_folder, tmp_path: Path, place: str, pa
     assert data.train.tensors[1].tolist() == [index % 10 for index in range(60)]
 
 
-def test_mnist_names_its_digits(idx_folder) -> None:
-    data = load_data("mnist", idx_folder(), pad_to=32, limit=10)
-    assert data.class_names == tuple("0123456789")
-    assert data.train.tensors[0].shape == (10, 1, 32, 32)
-
-
-def test_a_missing_idx_file_is_named(idx_folder) -> None:
-    folder = idx_folder()
-    (folder / LABELS).unlink()
-    with pytest.raises(DataError, match=f"must hold {LABELS} or {LABELS}\\.gz, got none .*data"):
-        load_data("mnist", folder)
-
-
-def test_a_truncated_idx_file_is_named_with_its_bytes(idx_folder) -> None:
+def test_bad_idx_files_are_named(idx_folder) -> None:
     folder = idx_folder()
     content = (folder / IMAGES).read_bytes()
     (folder / IMAGES).write_bytes(content[:-100])
     # whole it has 16 bytes of header and 60 images of 784 bytes
     with pytest.raises(DataError, match=rf"an idx file must be a whole file .* got 46956 bytes .*{IMAGES}"):
         load_data("mnist", folder)
-    (folder / IMAGES).write_bytes(content[:9])
-    with pytest.raises(DataError, match=r"must be a whole file .* got 9 bytes"):
-        load_data("mnist", folder)
-
-
-def test_a_wrong_magic_number_is_named(idx_folder) -> None:
-    folder = idx_folder()
     (folder / IMAGES).write_bytes((folder / LABELS).read_bytes())
     with pytest.raises(DataError, match=r"with 3 axes, .* magic number 00000801"):
+        load_data("mnist", folder)
+    (folder / LABELS).unlink()
+    (folder / IMAGES).write_bytes(content)
+    with pytest.raises(DataError, match=f"must hold {LABELS} or {LABELS}\\.gz, got none .*data"):
         load_data("mnist", folder)
 
 
@@ -105,7 +88,6 @@ def test_npz_floats_names_and_column_labels(npz_file) -> None:
         ({"y_train": np.arange(40) % 4 - 1}, r"labels must be in \[0, 3\), got -1 to 2 \(training"),
         ({"y_train": np.arange(39) % 4}, "one label per image, got 40 and 39"),
         ({"y_train": np.linspace(0, 3, 40)}, r"labels must be integers of shape \(n,\), got float64"),
-        ({"y_train": np.zeros((40, 4), int)}, r"labels must be integers .* of shape \(40, 4\) \(y_train"),
         ({"x_test": np.zeros((10, 5, 5, 3), np.uint8)}, r"share a shape, got \(3, 6, 6\) and \(3, 5, 5\)"),
         ({"x_train": np.zeros((40, 6, 6, 2), np.uint8)}, r"images must be .* got \(40, 6, 6, 2\) \(x_train"),
         ({"x_train": np.zeros((40, 6, 6), np.int32)}, r"images must be uint8 or floats, got int32"),
@@ -115,7 +97,6 @@ def test_npz_floats_names_and_column_labels(npz_file) -> None:
             "images must be squares, got 6x7",
         ),
         ({"x_train": np.array([None] * 40)}, "must be a whole file of plain arrays, got .* bytes"),
-        ({"x_train": np.zeros((0, 6, 6)), "y_train": np.zeros(0, int)}, "one label per image, got 0 and 0"),
     ],
 )
 def test_bad_npz_files_are_named(npz_file, replaced, message: str) -> None:
@@ -123,9 +104,7 @@ def test_bad_npz_files_are_named(npz_file, replaced, message: str) -> None:
         load_data(str(npz_file(**replaced)))
 
 
-def test_missing_and_truncated_npz_files_are_named(npz_file, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"must be a file that exists, got none \(.*absent\.npz\)"):
-        load_data(str(tmp_path / "absent.npz"))
+def test_truncated_npz_files_are_named(npz_file) -> None:
     path = npz_file()
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(DataError, match=r"must be a whole file of plain arrays, got 700 bytes"):
@@ -138,23 +117,6 @@ def write_images(folder: Path, count: int, *, mode: str = "RGB", size: tuple[int
     for index in range(count):
         pixels = np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
-
-
-def test_image_folder_with_train_and_test(tmp_path: Path) -> None:
-    for name in ("cat", "dog", "owl"):
-        write_images(tmp_path / "train" / name, 5)
-    for name in ("cat", "owl"):
-        write_images(tmp_path / "test" / name, 2)
-    data = load_data(str(tmp_path), validation=0.2)
-    assert (data.in_channels, data.image_size, data.class_names) == (3, 6, ("cat", "dog", "owl"))
-    assert (len(data.train), len(data.validation), len(data.test)) == (12, 3, 4)
-    images, labels = data.test[:]
-    assert sorted(labels[:2].tolist()) == sorted(labels[2:].tolist()) == [0, 2]  # round by round
-    owls = images[labels == 2].numpy()
-    first = np.asarray(Image.open(tmp_path / "test" / "owl" / "0.png")).transpose(2, 0, 1) / 255
-    mean, std = (np.array(values).reshape(3, 1, 1) for values in (data.mean, data.std))
-    assert np.abs(owls * std + mean - first).max(axis=(1, 2, 3)).min() < 1e-5
-    assert data.mean == (0.485, 0.456, 0.406)
 
 
 def test_image_folder_of_classes_alone_splits_a_test_off(tmp_path: Path) -> None:
@@ -199,33 +161,25 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
         load_data(str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize("kept", [60, 3])
-def test_truncated_images_are_named(tmp_path: Path, kept: int) -> None:
+def test_truncated_images_are_named(tmp_path: Path) -> None:
     write_images(tmp_path / "train" / "a", 3)
     write_images(tmp_path / "test" / "a", 3)
     path = tmp_path / "train" / "a" / "1.png"
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(DataError, match=rf"an image file must be whole .* in {kept} bytes .*1\.png"):
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"an image file must be whole .* in 60 bytes .*1\.png"):
         load_data(str(tmp_path), validation=0.0).train[:]
 
 
-@pytest.fixture
-def cifar_folder(cifar10) -> Path:
-    return cifar10(8)
-
-
-def test_cifar_is_read_through_torchvision(cifar_folder: Path) -> None:
-    data = load_data("cifar10", cifar_folder, validation=0.0)
+def test_cifar_is_read_through_torchvision(cifar10) -> None:
+    folder = cifar10(8)
+    data = load_data("cifar10", folder, validation=0.0)
     assert (len(data.train), len(data.test)) == (16, 8)
     assert (data.in_channels, data.image_size, data.num_classes) == (3, 32, 10)
-    content = pickle.loads((cifar_folder / "cifar-10-batches-py" / "test_batch").read_bytes())
+    content = pickle.loads((folder / "cifar-10-batches-py" / "test_batch").read_bytes())
     mean, std = (np.array(values).reshape(3, 1, 1) for values in (data.mean, data.std))
     stored = data.test.tensors[0].numpy() * std + mean
     np.testing.assert_allclose(stored, content["data"].reshape(8, 3, 32, 32) / 255, atol=1e-5)
-
-
-def test_damaged_cifar_is_named(cifar_folder: Path) -> None:
-    path = cifar_folder / "cifar-10-batches-py" / "data_batch_2"
+    path = folder / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"cifar10 must be in the folder, got: .*corrupted.* download=True fetches it"):
-        load_data("cifar10", cifar_folder)
+        load_data("cifar10", folder)

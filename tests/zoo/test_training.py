@@ -66,7 +66,6 @@ def test_log_tells_what_happened(data) -> None:
     log = train(model, data, SHORT, seed=4, callback=seen.append)
     assert list(log.epochs) == seen
     assert [epoch.epoch for epoch in seen] == [1, 2]
-    assert (log.recipe, log.seed) == (SHORT, 4)
     assert log.seconds == pytest.approx(sum(epoch.seconds for epoch in seen))
     assert all(0.0 < epoch.training_seconds < epoch.seconds for epoch in seen)
     assert seen[-1].validation_accuracy == evaluate(model, data.validation)
@@ -155,31 +154,15 @@ def test_evaluation_by_hand() -> None:
     assert loss_and_accuracy(model, dataset)[0] == pytest.approx(sum(losses) / 4, rel=1e-6)
 
 
-def test_evaluation_restores_the_modes(data) -> None:
-    model = small().train()
-    model.features.eval()
-    evaluate(model, data.test)
-    assert (model.training, model.features.training, model.classifier.training) == (True, False, True)
-
-
-def test_evaluation_on_nothing_is_named(data) -> None:
-    empty = load_data("digits", limit=20, validation=0.0).validation
+def test_data_that_do_not_fit_the_model_are_named(data) -> None:
     with pytest.raises(DataError, match="at least one image to be evaluated on, got 0"):
-        evaluate(small(), empty)
-
-
-def test_class_counts_that_do_not_match_are_named(data) -> None:
-    for classes in (7, 12):
-        with pytest.raises(DataError, match=rf"must have 10 outputs, one per class, got \({classes},\) \(digits\)"):
-            train(small(classes=classes), data, SHORT, seed=0)
+        evaluate(small(), load_data("digits", limit=20, validation=0.0).validation)
+    with pytest.raises(DataError, match=r"must have 10 outputs, one per class, got \(12,\) \(digits\)"):
+        train(small(classes=12), data, SHORT, seed=0)
     with pytest.raises(DataError, match="labels must be below the model's 7 outputs, got 9"):
         evaluate(small(classes=7), data.test)
-
-
-def test_images_that_the_model_cannot_take_are_named(data) -> None:
-    model = create_model("resnet20", num_classes=10, in_channels=3, image_size=8)
     with pytest.raises(DataError, match=r"must take images of shape \(1, 8, 8\), got: .*\(digits\)"):
-        check_model(model, data)
+        check_model(create_model("resnet20", num_classes=10, in_channels=3, image_size=8), data)
 
 
 def test_shifts_move_every_image_by_itself_and_bring_black_in() -> None:
@@ -220,14 +203,10 @@ def test_schedules_by_hand(schedule: str, points: list[tuple[float, float]]) -> 
     ("knobs", "message"),
     [
         ({"epochs": -1}, "epochs must be an integer of at least 0, got -1"),
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
         ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0"),
-        ({"lr": math.nan}, "lr must be above 0 and finite, got nan"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"schedule": "step"}, "schedule must be a known name, got 'step'"),
-        ({"augmentation": "mixup"}, "augmentation must be a known name, got 'mixup'"),
-        ({"precision": "float16"}, "precision must be a known name, got 'float16'"),
     ],
 )
 def test_bad_recipes_are_named(knobs: dict[str, object], message: str) -> None:
