@@ -88,20 +88,6 @@ def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
         lock.release()
 
 
-def is_held(folder: Path) -> bool:
-    """Return whether a process has locked a folder by :func:`only_process`."""
-    try:
-        place = output_file(folder / LOCK)
-        if place.exists():
-            with FileLock(place, timeout=0):
-                pass
-    except Timeout:
-        return True
-    except (OSError, DataError):
-        pass
-    return False
-
-
 @contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
     """Turn errors of a full or read-only disk into a DataError that names the place."""

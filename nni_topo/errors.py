@@ -85,8 +85,7 @@ def hint_of(name: str, known: Iterable[str]) -> str:
 
 def _nearest(name: str, known: Iterable[str]) -> list[str]:
     """Return the names that are near to an unknown one, the nearest first."""
-    # Capitals are a frequent mistake ("L1"), and names that differ in them alone are near.
-    folded = {each.casefold(): each for each in sorted({each for each in known if each})}
+    folded = {each.casefold(): each for each in sorted(filter(None, known))}  # capitals are a frequent mistake ("L1")
     wanted = name.casefold()
     if wanted in folded:
         return [folded[wanted]]
@@ -101,21 +100,22 @@ def _nearest(name: str, known: Iterable[str]) -> list[str]:
 
 def shown(value: Any) -> str:
     """Return a value as a message shows it, in one line and not too long."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return _cut(" ".join(repr(value).split()), 100)
 
 
-_LONGEST = 200  # characters of an error's words, or of a line, in a message
+def _cut(words: str, most: int = 200) -> str:
+    return words if len(words) <= most else f"{words[: most - 3]}..."
+
+
 # Whose lines say nothing of a user's code: they call it, or are called by it.
 _NOT_USERS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<eval_with_key>", "<frozen ", "<string>")
 
 
 def raised(error: BaseException) -> str:
-    """Say which error something of a user's has raised, and at which line: many are assertions without any words.
+    """Say which error a user's code has raised, and at which line of files that aren't installed.
 
-    The line is the innermost one of files that aren't installed. Of a message of several lines the first one is shown,
-    or all if it announces the others, or the last one if they are a traceback, as DataLoader's workers and TorchScript
-    give it.
+    Of a message of several lines the first one is shown, or all if it announces the others, or the last one if they
+    are a traceback, as DataLoader's workers and TorchScript give it.
     """
     lines = [" ".join(line.split()) for line in words_of(error).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines):
@@ -139,10 +139,6 @@ def words_of(error: BaseException) -> str:
     except Exception:
         return ""
     return "".join(each if each.isprintable() or each.isspace() else " " for each in words)
-
-
-def _cut(words: str) -> str:
-    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 3]}..."
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

@@ -9,7 +9,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import reduce
@@ -57,7 +57,7 @@ class Rule:
             self.names + other.names,
             self.tell or other.tell,
             self.error,
-            look if self.look or other.look else None,
+            look,
         )
 
     def check(self, name: str, value: Any, place: str) -> None:
@@ -142,6 +142,7 @@ ANYTHING = Rule("anything", lambda value: True)
 NONE = Rule("None", lambda value: value is None)
 FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 FUNCTION = Rule("a function", callable)
+JOBS = Rule("at least 1, or -1 for all cores", lambda value: value == -1 or whole(1).holds(value))
 
 
 def taking(*names: str) -> Rule:
@@ -261,21 +262,16 @@ def rule_of(hint: Any, scope: Mapping[str, Any] | None = None) -> Rule:
         except NameError:  # it is imported for type checkers alone
             return ANYTHING
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        return rule_of(inner[0], scope)
     if hint is ArrayLike:
         return ARRAY
     if np.ndarray in (hint, origin) or NDArray in (hint, origin):
         return _ROWS
-    if hasattr(hint, "__value__") and not inner:  # of `type X = ...`, from Python 3.12
-        return rule_of(hint.__value__, scope)
     if hint in _PLAIN:
         return _PLAIN[hint]
     if origin is Literal:
-        named = [value for value in inner if isinstance(value, str)]
-        others = [value for value in inner if not isinstance(value, str)]
-        found = [one_of(named)] if named else []
-        return reduce(or_, [*found, *(_equal(value) for value in others)])
+        names = [value for value in inner if isinstance(value, str)]
+        others = [_equal(value) for value in inner if not isinstance(value, str)]
+        return reduce(or_, [one_of(names), *others] if names else others)
     if origin in (typing.Union, types.UnionType):
         # before NumPy 2.5 ArrayLike is a union, which a wider one swallows; since then a name, which stays whole
         swallowed = set(typing.get_args(ArrayLike))
@@ -287,49 +283,37 @@ def rule_of(hint: Any, scope: Mapping[str, Any] | None = None) -> Rule:
     if origin is type:
         kind = inner[0] if is_class(inner[0]) else object
         return Rule(f"a class of {kind.__name__}", lambda value: is_class(value) and issubclass(value, kind))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return _mapping(rule_of(inner[0], scope), rule_of(inner[1], scope))
-    if isinstance(origin, type) and issubclass(origin, tuple) and inner[-1:] != (...,):
-        return _row([rule_of(each, scope) for each in inner])
     if isinstance(origin, type) and issubclass(origin, Iterable):
-        return _several(rule_of(inner[0], scope), is_sized=issubclass(origin, Collection))
+        rules = [rule_of(each, scope) for each in inner if each is not ...]
+        if issubclass(origin, Mapping):
+            return _mapping(*rules)
+        if issubclass(origin, tuple) and inner[-1:] != (...,):
+            words = f"a tuple of {', '.join(rule.words for rule in rules)}"
+            return Rule(words, lambda value: isinstance(value, (tuple, list)) and _all_hold(rules, value))
+        return _several(rules[0], is_sized=issubclass(origin, Collection))
     if is_class(hint) and hint is not object and not getattr(hint, "_is_protocol", False):
         return instance(hint)
     return ANYTHING
 
 
 def is_class(value: object) -> TypeGuard[type]:
-    """Whether it is a class. ``list[int]`` is none, though Python 3.10 says that it is an instance of ``type``.
-
-    >>> is_class(list), is_class(list[int]), is_class([])
-    (True, False, False)
-    """
+    """Whether it is a class. ``list[int]`` is none, though Python 3.10 says that it is an instance of ``type``."""
     return isinstance(value, type) and not isinstance(value, types.GenericAlias)
 
 
 def _equal(wanted: Any) -> Rule:
-    """Return the rule of one value."""
     return Rule(repr(wanted), lambda value: type(value) is type(wanted) and bool(value == wanted))
 
 
-def _mapping(key: Rule, item: Rule) -> Rule:
-    """Return the rule of a mapping."""
+def _all_hold(rules: Sequence[Rule], values: Sequence[Any]) -> bool:
+    return len(values) == len(rules) and all(rule.holds(each) for rule, each in zip(rules, values, strict=True))
 
+
+def _mapping(key: Rule, item: Rule) -> Rule:
     def holds(value: Any) -> bool:
         return isinstance(value, Mapping) and all(key.holds(k) and item.holds(v) for k, v in value.items())
 
     return Rule("a mapping" if item is ANYTHING else f"a mapping, each value {item.words}", holds)
-
-
-def _row(rules: list[Rule]) -> Rule:
-    """Return the rule of a row of so many values."""
-
-    def holds(value: Any) -> bool:
-        if not isinstance(value, (tuple, list)) or len(value) != len(rules):
-            return False
-        return all(rule.holds(each) for rule, each in zip(rules, value, strict=True))
-
-    return Rule(f"a tuple of {', '.join(rule.words for rule in rules)}", holds)
 
 
 def _several(rule: Rule, *, is_sized: bool) -> Rule:
@@ -352,14 +336,6 @@ def _several(rule: Rule, *, is_sized: bool) -> Rule:
     return Rule(words if rule is ANYTHING else f"{words}, each value {rule.words}", holds)
 
 
-def check_answer(name: str, value: Any, place: str) -> bool:
-    """Return what a function of the user said, yes or no, also None; ConfigError if that can't be told."""
-    try:
-        return bool(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"{name} must return True or False, got {shown(value)} ({place})") from None
-
-
 def check_result(name: str, value: Any, place: str) -> float:
     """Return the number that a function of the user gave back, as a float; ConfigError if it gave another thing."""
     # A tensor of one value and NumPy's numbers are numbers, a text that reads as one isn't.
@@ -367,15 +343,6 @@ def check_result(name: str, value: Any, place: str) -> float:
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):
             return float(value)
     raise ConfigError(f"{name} must return a number, got {shown(value)} ({place})")
-
-
-def check_jobs(n_jobs: Any, place: str) -> None:
-    """Check a number of jobs at a time."""
-    if n_jobs != -1:
-        try:
-            whole(1).check("n_jobs", n_jobs, place)
-        except ConfigError:
-            raise ConfigError(f"n_jobs must be at least 1, or -1 for all cores, got {n_jobs!r} ({place})") from None
 
 
 def is_finite(value: Any) -> bool:
@@ -386,11 +353,6 @@ def is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
-
-
-def is_number(value: Any) -> bool:
-    """Say whether a value is a real number, infinity too, and no truth value and not NaN."""
-    return is_finite(value) or (isinstance(value, Real) and abs(value) == math.inf)
 
 
 def as_settings(kind: type[_Kind], value: _Kind | Mapping[str, Any] | None, name: str) -> _Kind:

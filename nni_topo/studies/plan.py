@@ -10,7 +10,7 @@ from typing import Any
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.pruners.registry import pruner_info
-from nni_topo.rules import ANYTHING, SEED, as_settings, check_fields, check_jobs, number, whole
+from nni_topo.rules import JOBS, SEED, as_settings, check_fields, number, whole
 from nni_topo.runs.choices import (
     TARGETS,
     Cell,
@@ -53,8 +53,7 @@ class ComparisonPlan:
     n_jobs: int = 1  # cells run at a time, each in its own process, at least 1; -1: one per core
 
     def __post_init__(self) -> None:
-        check_fields(self, "plan", seeds=whole(1), first_seed=SEED, n_jobs=ANYTHING)
-        check_jobs(self.n_jobs, "plan")
+        check_fields(self, "plan", seeds=whole(1), first_seed=SEED, n_jobs=JOBS)
         if self.retrain.get("until") is not None:
             number(0, 1, "right").check("until", self.retrain["until"], "retrain")
             if not self.retrain.get("epochs"):

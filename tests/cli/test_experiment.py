@@ -206,19 +206,6 @@ def test_a_run_tells_each_trial_once_and_exports_the_best(running, manager):
     assert (resume, everywhere) == (None, False)
 
 
-def test_a_run_as_json_is_one_document_and_a_tuner_may_minimise(running, capsys):
-    running.end()
-    (running.folder / "config.yml").write_text(CONFIG.replace("MODE", "minimize"))
-    show(running.manager, "run", "config.yml", "--out", "out", "--json", status=1)
-    output = capsys.readouterr()
-    document = json.loads(output.out)
-    assert document["experiment"] == running.manager.id
-    assert document["best"]["id"] == "RVApu"
-    assert document["best"]["metrics"] == {"test_accuracy": 0.375, "of": "RVApu"}
-    assert [trial["status"] for trial in document["trials"]] == ["SUCCEEDED", "SUCCEEDED", "FAILED", "SUCCEEDED"]
-    assert output.err.splitlines()[1:4] == LINES
-
-
 def test_a_terminal_shows_how_many_trials_have_ended(running, manager):
     running.at_pauses = [running.end]
     manager.replies["stderr"] = "ValueError: a ratio of 7 in [red]"
@@ -247,17 +234,6 @@ def test_ctrl_c_exports_what_there_is_and_names_one_way_on(running, manager, cap
     written = json.loads((running.folder / out / "trials.json").read_text())
     assert [trial["status"] for trial in written] == ["SUCCEEDED", "SUCCEEDED", "FAILED", "STOPPED"]
     assert running.experiments[0][0].port is None
-
-
-def test_ctrl_c_before_a_trial_has_succeeded_writes_the_trials(running, manager, capsys):
-    running.at_pauses = [running.interrupt]
-    manager.replies["trial-jobs"] = [manager.job(FAILED), manager.job(RUNNING)]
-    (running.folder / "config.yml").write_text(CONFIG.replace("MODE", "maximize"))
-    show(manager, "run", "config.yml", "--out", "runs[red]", status=130)
-    output = capsys.readouterr()
-    assert "no trial has succeeded yet · all trials: runs[red]" in output.out
-    assert "--resume" in output.err
-    assert len(json.loads((running.folder / "runs[red]" / "trials.json").read_text())) == 2
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nni_topo.errors import DataError
 from nni_topo.maths.clustering.partition import FloatArray, IntArray, partition
 from nni_topo.maths.ties import RELATIVE, first_largest, within
-from nni_topo.rules import NONE, Rule, all_of, check_fields, checked, is_number, number, one_of, whole
+from nni_topo.rules import NONE, Rule, all_of, check_fields, checked, number, one_of, whole
 
 _SAME = 1e-6
 _ROUNDING = 1e-9
@@ -234,7 +234,7 @@ def hoh_threshold(
     return float(borders[int(counts.argmax()) + 1])
 
 
-@checked(threshold=Rule("a number or None", lambda value: value is None or is_number(value)))
+@checked(threshold=number() | NONE | Rule("infinity", lambda value: isinstance(value, float) and value == math.inf))
 def grow(
     points: FloatArray,
     covariance: FloatArray,

@@ -45,7 +45,7 @@ from nni_topo.pruners.genetic_weight.state import load_state, save_state
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.topological_magnitude import MagnitudeCollector
 from nni_topo.pruners.units import in_network_order, is_active
-from nni_topo.rules import NONE, as_settings, check_answer, check_result, settings
+from nni_topo.rules import NONE, as_settings, check_result, settings
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class GeneticMetric(MetricCalculator):
                     save_state(current, self.state)
                 if self.on_generation is None:
                     return False
-                return check_answer("on_generation", self.on_generation(current), "genetic_weight")
+                return bool(self.on_generation(current))
 
             search.run(after)
         genes = search.genes(search.best())

@@ -12,7 +12,6 @@ from typing import Any
 import requests
 from nni.experiment import Experiment, rest
 
-from nni_topo.disk import is_held
 from nni_topo.errors import DataError
 
 FAILED = ("FAILED", "SYS_CANCELED", "USER_CANCELED")
@@ -87,13 +86,8 @@ def pair_by_result(jobs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def stopped(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return the trials of an experiment that has ended: those that were cut short are ``"STOPPED"``."""
-    return [
-        # NNI's database keeps calling them running; one still is whose process has outlived the manager and goes on in
-        # its folder on this machine
-        trial if trial.is_finished or (trial.folder and is_held(Path(trial.folder))) else replace(trial, status=STOPPED)
-        for trial in trials
-    ]
+    """Return the trials of an experiment that has ended; those that NNI still calls running were cut short."""
+    return [trial if trial.is_finished else replace(trial, status=STOPPED) for trial in trials]
 
 
 def best_trial(trials: list[TrialRecord], *, mode: str = "maximize") -> TrialRecord:

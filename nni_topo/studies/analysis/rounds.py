@@ -25,7 +25,7 @@ from nni_topo.maths.topology.overlap import overlap_bound, tree_overlap
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.rounds import Round, prune_in_rounds
-from nni_topo.rules import check_jobs, instance, whole
+from nni_topo.rules import JOBS, instance, whole
 from nni_topo.runs.choices import Cell, PrunerChoice, Target, changed_recipe
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import build_model, pruner_knobs
@@ -180,7 +180,7 @@ def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1,
     With ``n_jobs`` other than 1, ``n_jobs`` cells run at a time (-1: one per core), each in its own process and on one
     thread. Once all have ended, DataError names those without a record; the same call runs them again.
     """
-    check_jobs(n_jobs, "rounds")
+    JOBS.check("n_jobs", n_jobs, "rounds")
     out = Path(out)
     at_a_time = None if n_jobs == 1 else effective_n_jobs(n_jobs)
     with only_process(out, wait=False):

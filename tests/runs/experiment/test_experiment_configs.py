@@ -11,7 +11,7 @@ from nni.experiment.config import ExperimentConfig
 
 from nni_topo.errors import ConfigError
 from nni_topo.runs.experiment.manager import load_experiment
-from nni_topo.runs.trial import main, parsed, scalar_kinds, with_parameters
+from nni_topo.runs.trial import parsed, with_parameters
 
 FOLDER = Path(__file__).parents[3] / "configs" / "experiments"
 FILES = sorted(FOLDER.glob("*.yml"))
@@ -38,12 +38,6 @@ def proposals(space: dict) -> list[dict]:
         assert part["_type"] in ("choice", "uniform", "loguniform")
         first[name], last[name] = part["_value"][0], part["_value"][-1]
     return [first, last]
-
-
-def test_there_is_a_file_per_use():
-    names = {path.stem for path in FILES}
-    assert {"tpe_ratios", "grid", "topological_knobs", "multi_objective"} <= names
-    assert {"assessor_medianstop", "assessor_curvefitting", "remote", "kubeflow", "frameworkcontroller"} <= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -90,11 +84,3 @@ def test_a_remote_file_without_a_key_is_refused(tmp_path):
     (tmp_path / ".ssh" / "id_rsa").unlink()
     with pytest.raises(ConfigError, match="SSH key file"):
         load_experiment(FOLDER / "remote.yml")
-
-
-def test_the_trial_program_says_what_it_takes(capsys):
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(["--help"])
-    words = capsys.readouterr().out
-    for name in scalar_kinds():
-        assert f"--{name.replace('_', '-')}" in words

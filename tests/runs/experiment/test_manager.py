@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import sqlite3
@@ -19,11 +18,10 @@ from recorded_manager import Manager
 import nni_topo
 from nni_topo import zoo
 from nni_topo.cli import main
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.runs.experiment import manager
 from nni_topo.runs.experiment.manager import free_port, load_experiment, start_experiment
-from nni_topo.runs.experiment.results import export_trial
-from nni_topo.runs.experiment.trials import ManagerError, TrialRecord
+from nni_topo.runs.experiment.trials import ManagerError
 
 CONFIG = """
 searchSpace:
@@ -37,26 +35,6 @@ trainingService: {{platform: local}}
 experimentWorkingDirectory: {home}/nni-experiments
 """
 PRUNERS = "  pruner: {_type: choice, _value: [l1, l2, l3, fpgm, random]}"
-LATE = """
-import pathlib, time
-import nni
-asked = pathlib.Path("asked")
-while nni.get_sequence_id() == 0 and not asked.exists():
-    time.sleep(0.1)
-x = nni.get_next_parameter()["x"]
-asked.touch()
-nni.report_final_result(x)
-"""
-QUICK = """
-import time
-import nni
-ratio = nni.get_next_parameter()["ratio"]
-if ratio == 0.75:
-    raise ValueError("a ratio that this network doesn't survive")
-if ratio == 0.875:
-    time.sleep(600)
-nni.report_final_result({"default": ratio / 2, "accuracy": ratio})
-"""
 SECONDS = 240
 ALL_INTERFACES = {"0" * 32, "0" * 8}
 
@@ -117,58 +95,6 @@ def test_five_trials_of_which_one_crashes(home, nets, wait_until):
     exported = home.topo("experiment", "export", again["experiment"], "--trial", trials["fpgm"]["id"], "--out", "fpgm")
     assert exported.returncode == 0, exported.stderr
     assert json.loads((home.folder / "fpgm" / "settings.json").read_text())["pruner"] == "fpgm"
-
-
-def form(value):
-    """Keys, and types of values, however deep."""
-    if isinstance(value, dict):
-        return {name: form(each) for name, each in value.items()}
-    return [form(each) for each in value] if isinstance(value, list) else type(value).__name__
-
-
-@pytest.mark.slow
-def test_a_real_manager_answers_in_the_form_that_was_recorded(home, wait_until):
-    """The tests of the verbs in tests/cli repeat the recorded replies."""
-    home.write("quick.py", QUICK)
-    text = CONFIG.format(
-        space="  ratio: {_type: choice, _value: [0.25, 0.5, 0.75, 0.875]}",
-        nets="",
-        words="",
-        trials=4,
-        home=home.folder,
-    )
-    text = text.replace("trialConcurrency: 2", "trialConcurrency: 1")
-    text = text.replace("tuner: {name: GridSearch}", "tuner: {name: GridSearch, classArgs: {optimize_mode: maximize}}")
-    home.write("config.yml", re.sub("trialCommand: .*", "trialCommand: python quick.py", text))
-    recorded = Manager(home.folder / "trials")
-    words = ["experiment", "run", "config.yml", "--port", str(home.port), "--out", "out"]
-    with home.popen(sys.executable, "-m", "nni_topo", *words) as process:
-        try:
-            expected = ["FAILED", "RUNNING", "SUCCEEDED", "SUCCEEDED"]
-            wait_until(lambda: process.poll() is not None or statuses(home) == expected)
-            found = {name: home.rest(name) for name in ("experiment", "check-status", "trial-jobs")}
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=SECONDS)
-    assert [job["status"] for job in found["trial-jobs"]] == ["SUCCEEDED", "SUCCEEDED", "FAILED", "RUNNING"]
-    for name, reply in found.items():
-        assert form(reply) == form(recorded.replies[name]), name
-    for name in ("hyperParameters", "sequenceId"):
-        assert [job[name] for job in found["trial-jobs"]] == [job[name] for job in recorded.replies["trial-jobs"]]
-    scores = [job["finalMetricData"][0]["data"] for job in found["trial-jobs"][:2]]
-    assert scores == [job["finalMetricData"][0]["data"] for job in recorded.replies["trial-jobs"][:2]]
-
-
-@pytest.mark.slow
-def test_a_trial_that_asks_late_gets_its_own_parameters_and_the_end_of_the_grid_is_the_experiments(home):
-    home.write("late.py", LATE)
-    text = CONFIG.format(space="  x: {_type: choice, _value: [0, 1]}", nets="", words="", trials=9, home=home.folder)
-    home.write("config.yml", re.sub("trialCommand: .*", "trialCommand: python late.py", text))
-    done = home.topo("experiment", "run", "config.yml", "--port", str(home.port), "--out", "out")
-    # these trials leave no files to export
-    assert "its command is that of nni_topo.runs.trial, got 'python late.py'" in " ".join(done.stderr.split())
-    trials = json.loads((home.folder / "out" / "trials.json").read_text())
-    assert [(trial["parameters"]["x"], trial["result"]["default"]) for trial in trials] == [(0, 0), (1, 1)]
 
 
 @pytest.mark.slow
@@ -248,26 +174,6 @@ def test_a_port_in_use_is_a_clear_error(home, capsys, monkeypatch):
         start_experiment(load_experiment(config), 70000)
 
 
-REMOTE = """
-trainingService:
-  platform: remote
-  reuseMode: false
-  machineList: [{host: 127.0.0.1, user: nobody, password: none}]
-"""
-
-
-def test_trials_on_other_machines_need_the_next_port_too(home, monkeypatch):
-    local = configured(home, home.folder, PRUNERS, 5)
-    text = Path(local).read_text().replace("trainingService: {platform: local}\n", "nniManagerIp: 127.0.0.1\n")
-    remote = home.write("remote.yml", text + REMOTE)
-    monkeypatch.chdir(home.folder)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", home.port + 1))
-        taken.listen()
-        with pytest.raises(ManagerError, match=rf"must start, got: Port {home.port + 1} is not idle"):
-            start_experiment(load_experiment(remote), home.port)
-
-
 def test_a_stopped_experiment_is_resumed_with_its_own_configuration(tmp_path, monkeypatch):
     # what NNI leaves of an experiment: a row in its list, and a database in the experiment's folder
     monkeypatch.setattr(Experiments.__init__, "__defaults__", (str(tmp_path),))
@@ -306,18 +212,3 @@ def test_requests_that_make_no_sense_are_clear_errors(home, capsys, monkeypatch)
     ):
         assert main(["experiment", *words]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.slow
-def test_a_trial_without_files_here_is_run_again(nets, tmp_path):
-    away = TrialRecord("abc", 0, "SUCCEEDED", {"pruner": "l1"}, {"default": 0.7}, "/on/another/machine")
-    with pytest.raises(DataError, match="must be on this machine, or run again here"):
-        export_trial(away, tmp_path / "none")
-    command = f"python -m nni_topo.runs.trial --limit 300 --train-epochs 4 --cache {nets}"
-    metrics = export_trial(away, tmp_path / "again", command=command)
-    assert metrics["settings"]["pruner"] == "l1"
-    assert (tmp_path / "again" / "dense.safetensors").exists()
-    with pytest.raises(DataError, match=r"if its command is that of nni_topo.runs.trial, got 'true'"):
-        export_trial(away, tmp_path / "other", command="true")
-    with pytest.raises(DataError, match=r"must run again here, got: .*Unrecognized options: --no-such"):
-        export_trial(away, tmp_path / "bad", command=f"{command} --no-such")

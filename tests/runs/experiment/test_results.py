@@ -59,7 +59,6 @@ def test_a_trial_is_run_again_with_its_parameters_by_this_python(tmp_path, capfd
     ("command", "said"),
     [
         ("echo one >&2; echo two >&2; echo >&2; exit 3", "two"),
-        ("exit 3", "exit code 3"),
         ("printf '╭ title\\n│ what is │\\n│ wrong │\\n│ ─────\\n│ help │\\n╰' >&2; exit 2", "what is wrong"),
     ],
 )

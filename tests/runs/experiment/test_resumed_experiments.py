@@ -92,27 +92,3 @@ def test_each_point_is_tried_once(home, wait_until, tuner):
     assert {trial["status"] for trial in trials} == {"SUCCEEDED"}
     assert all(trial["parameters"]["x"] == trial["result"]["default"] for trial in trials)
     assert sorted(trial["parameters"]["x"] for trial in trials) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
-
-
-@pytest.mark.slow
-def test_an_experiment_whose_manager_goes_on_is_to_be_stopped_first(home):
-    folder = home.folder / "nni-experiments"
-    folder.mkdir()
-    # as a killed run leaves it: the manager's process, here this one, is there
-    entry = {"id": "abc", "status": "RUNNING", "port": home.port, "startTime": 0, "logDir": str(folder)}
-    (folder / ".experiment").write_text(json.dumps({"abc": entry | {"pid": os.getpid()}}))
-    asked = home.topo("experiment", "run", "--resume", "abc", "--out", "out")
-    assert asked.returncode == 2
-    assert "got RUNNING: `nnictl stop abc` ends it" in " ".join(asked.stderr.split())
-
-
-@pytest.mark.slow
-def test_an_experiment_that_was_killed_before_it_began_is_to_be_run_again(home):
-    folder = home.folder / "nni-experiments"
-    folder.mkdir()
-    entry = {"id": "abc", "status": "STOPPED", "port": home.port, "startTime": 0, "logDir": str(folder)}
-    (folder / ".experiment").write_text(json.dumps({"abc": entry}))
-    for words in (["run", "--resume", "abc", "--out", "out"], ["status", "abc"]):
-        asked = home.topo("experiment", *words)
-        assert asked.returncode == 2
-        assert "run its file again (abc)" in " ".join(asked.stderr.split())
