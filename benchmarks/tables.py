@@ -203,7 +203,6 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
         [
             _of_jsonl("transformers/bench_equal_blocks.py", "equal_blocks.jsonl"),
             _of_jsonl("transformers/bench_streaming.py", "streaming.jsonl"),
-            _of_jsonl("transformers/bench_block.py", "block.jsonl"),
         ]
     ),
 }

@@ -57,7 +57,6 @@ from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  #
 from nni_topo.recovery import (  # noqa: E402
     RecoveryInfo,
     RecoveryMethod,
-    choose_images,
     compensate,
     compensation,
     distill,
@@ -122,7 +121,6 @@ __all__ = [
     "__version__",
     "analysis",
     "as_torch_layers",
-    "choose_images",
     "clustering",
     "compat",
     "compensate",

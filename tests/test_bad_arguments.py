@@ -137,7 +137,6 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.recovery_info": lambda: {"name": "reconstruct"},
     "nni_topo.list_recoveries": lambda: {"pattern": "r*"},
     "nni_topo.register_recovery": lambda: {"info": nni_topo.recovery_info("reconstruct")},
-    "nni_topo.recovery.Block": lambda: {"steps": 10, "lr": 1e-3, "batch_size": 8},
     "nni_topo.recovery.Pair": lambda: {"pairs": {"first": {0: 1}}, "as_printed": False},
     "nni_topo.recovery.Reconstruct": lambda: {"refine": 1},
     "nni_topo.register_pruner": lambda: {"info": nni_topo.pruner_info("random")},
@@ -156,7 +155,6 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
         "pruner": "random",
         "distill": False,
     },
-    "nni_topo.choose_images": lambda: {"pool": [IMAGES], "model": net(), "count": 1},
     "nni_topo.synthetic_images": lambda: {"model": net(), "example_inputs": IMAGES, "count": 2, "steps": 1},
     "nni_topo.to_dense": lambda: {"model": net(), "example_inputs": IMAGES, "masks": masks()},
     "nni_topo.zeros_held": lambda: {"model": net()},
@@ -350,7 +348,7 @@ def test_every_public_function_is_walked():
 
 
 HEAVY = {"distillation", "compensation", "shrink", "frontier", "dependency_groups", "to_dense"}
-HEAVY |= {"zoo.train", "synthetic_images", "choose_images", "speedup.profile"}
+HEAVY |= {"zoo.train", "synthetic_images", "speedup.profile"}
 HEAVY |= {"speedup.measure_latency", "zoo.latencies", "zoo.evaluate", "zoo.loss_and_accuracy"}
 
 

@@ -13,18 +13,16 @@ import numpy as np
 import pytest
 import torch
 from bench_modules import BENCHMARKS, imported
-from every_sample import compensate, compensation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from nni_topo import masked_model, zoo
+from nni_topo import zoo
 from nni_topo.clustering import Growth, grow
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
 from nni_topo.pruners.reconstruction.pruner import ReconstructionPruner
 from nni_topo.pruners.registry import pruner_info
-from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.studies.plan import load_plan
 from nni_topo.testing import toy_images
 
@@ -37,42 +35,6 @@ def bench(folder: str, name: str) -> ModuleType:
     """A module of a folder of ``benchmarks/``."""
     with imported(BENCHMARKS / folder, name) as module:
         return module
-
-
-# The recovery method "ahead", which registers itself
-
-
-class Saturated(nn.Module):
-    """A layer whose outputs are read over a sigmoid."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 3)
-
-    def forward(self, values):
-        return self.third(torch.sigmoid(self.second(self.first(values))))
-
-
-def test_kept_channels_that_know_all_are_solved_for_the_output(monkeypatch):
-    monkeypatch.setattr(RECOVERIES, "table", dict(RECOVERIES.table))
-    torch.manual_seed(0)
-    model = Saturated().double().eval()
-    with torch.no_grad():
-        model.first.weight[4:] = -2 * model.first.weight[:4]
-        model.first.bias[4:] = -2 * model.first.bias[:4]
-    mask = (torch.arange(8) < 4).double()[:, None].expand(8, 6)
-    masks, batches = {"first": {"weight": mask}}, torch.randn(256, 6, dtype=torch.float64).split(64)
-    with imported(BENCHMARKS / "recovery", "ahead"):
-        found = compensation(model, masks, batches, method="ahead", ridge=1e-2)
-    closed = compensate(model, masks, batches, ridge=1e-2)  # the ridge leaves an error
-    inputs = torch.cat(batches)
-    with torch.no_grad():
-        left, before = (
-            float((masked_model(net, inputs, masks)(inputs) - model(inputs)).square().mean())
-            for net in (found.model, closed)
-        )
-    assert left < 0.05 * before
-    assert found.report.layers[-1].error_after < 1e-6
 
 
 # Exchanges behind forward selection

@@ -85,11 +85,11 @@ def bars_of(text):
 def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_path, net, capsys, monkeypatch):
     # progress that nobody asked for appears at once
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
-    line = f"shrink {net} --limit 300 --images 64 --flops 0.5 --distill-seconds 0.2 --method channel --out {tmp_path}"
+    line = f"shrink {net} --limit 300 --images 64 --flops 0.5 --distill-seconds 0.2 --method pair --out {tmp_path}"
     assert run(f"{line}/small --json") == 0
     assert not bars_of(capsys.readouterr().err)
     document = json.loads((tmp_path / "small" / "shrink.json").read_text())
-    asked = {"model": "small_cnn", "data": "digits", "pruner": "reconstruction", "method": "channel"}
+    asked = {"model": "small_cnn", "data": "digits", "pruner": "reconstruction", "method": "pair"}
     assert {**document, **asked, "budget": {"flops": 0.5}} == document
     assert run(f"{line}/shown") == 0
     assert bars_of(capsys.readouterr().err) == {"compensate", "learning rate"}

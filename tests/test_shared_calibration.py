@@ -141,8 +141,7 @@ def slow_cases(data: Any, rank: int = 0) -> dict[str, Made]:
             objective="squares",
         ),
     }
-    for method in ("channel", "pair"):
-        found[method] = pruned(nets.Convolutions, data(images), method)
+    found["pair"] = pruned(nets.Convolutions, data(images), "pair")
     return found
 
 

@@ -146,7 +146,6 @@ CALLS = {
     "as_torch_layers": lambda m, _, __: nni_topo.as_torch_layers(m),
     "compensate": lambda m, _, __: nni_topo.compensate(m, MASKS, BATCHES),
     "compensation": lambda m, _, __: recovery.compensation(m, MASKS, BATCHES, method="recalibrate"),
-    "choose_images": lambda m, _, __: nni_topo.choose_images(BATCHES, m, 3),
     "dependency_groups": lambda m, _, __: nni_topo.dependency_groups(m, IMAGES[:2], CONFIG),
     "distill": lambda m, other, _: nni_topo.distill(m, other, BATCHES, steps=2, batch_size=4),
     "distillation": lambda m, other, _: recovery.distillation(m, other, BATCHES, steps=2, objective="squares"),
@@ -360,7 +359,6 @@ def _recovered(how):
 @pytest.mark.parametrize(
     ("mode", "how"),
     [
-        (torch.inference_mode, "block"),
         (torch.inference_mode, "synthetic_images"),
         (torch.no_grad, "reconstruct"),
     ],

@@ -4,7 +4,7 @@
     python -m benchmarks.budgets.bench_equal_time --data-dir DIR --out runs/equal_time \
         --nets vit_small --batch 1 --share 0.6
 
-trains a ViT, a BERT and a GPT as ``bench_block.py`` does, and makes each take half of the time of a batch of 64,
+trains a ViT, a BERT and a GPT as ``trained_nets.py`` does, and makes each take half of the time of a batch of 64,
 measured on one thread, or with the second command the ViT six tenths of the time of a single image: by `shrink` with
 fewer channels, by `shrink` with ``depth=True``, and by removing whole blocks alone, in the order of their held-out
 loss, of two scores that others have proposed, or at random. The layers before a gap make up for a removed block, and
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
-from benchmarks.transformers.bench_block import BATCH, TrainedNet
+from benchmarks.transformers.trained_nets import BATCH, TrainedNet
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
 from nni_topo.network.cost.measure import time_shares

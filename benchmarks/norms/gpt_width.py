@@ -2,7 +2,7 @@
 
     python -m benchmarks.norms.gpt_width --out runs/gpt_width
 
-trains the small GPT of ``bench_block.py`` on the standard library's sources. All widths are cut to three quarters and
+trains the small GPT of ``trained_nets.py`` on the standard library's sources. All widths are cut to three quarters and
 to half (least squares), or heads and neurons alone to the share at which a batch of 64 texts takes as long; weights are
 reconstructed, then distilled for 300 steps. Bits per byte of 512 rows of text are measured after both. A line per
 network goes to ``gpt_width.jsonl``, trained nets to files beside it; the same command goes on where it was stopped.
@@ -21,7 +21,7 @@ from torch import nn
 
 import nni_topo
 from benchmarks.budgets.bench_equal_time import shown
-from benchmarks.transformers.bench_block import TrainedNet
+from benchmarks.transformers.trained_nets import TrainedNet
 from nni_topo import zoo
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.runtime.reports import markdown_table

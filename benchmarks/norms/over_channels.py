@@ -2,7 +2,7 @@
 
     python -m benchmarks.norms.over_channels --data-dir DIR --out runs/over_channels
 
-trains two networks as ``bench_block.py`` does: a ResNet-20 whose blocks have CBAM's gates (means and maxima over
+trains two networks as ``trained_nets.py`` does: a ResNet-20 whose blocks have CBAM's gates (means and maxima over
 channels), and a CNN with local response norms. Each is made to keep a share of its MACs by least squares, and is
 measured after weight reconstruction and after distillation. Until commit e4c4fc05 all channels stayed that such an
 operation reads; ``--as stay`` names the records of that commit's code, so that both are paired by network. A line per
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from benchmarks.budgets.bench_equal_time import shown
-from benchmarks.transformers.bench_block import TrainedNet
+from benchmarks.transformers.trained_nets import TrainedNet
 from nni_topo import zoo
 from nni_topo.network.runtime.reports import markdown_table
 from nni_topo.studies.records import append_record, read_records

@@ -2,7 +2,7 @@
 
     python -m benchmarks.norms.under_masks --data-dir DIR --out runs/under_masks
 
-trains a ViT, a BERT, a ConvNeXt, a ResNet-20 with group norms and a LeNet with sigmoids as ``bench_block.py`` does,
+trains a ViT, a BERT, a ConvNeXt, a ResNet-20 with group norms and a LeNet with sigmoids as ``trained_nets.py`` does,
 masks a quarter or a half of the channels by NNI's ``L1NormPruner`` (of the first four the width that norms read, of the
 LeNet all inner layers), trains three more epochs under the masks, and makes the network dense: as it is, and with
 ``constants="keep"``. A line per network goes to ``under_masks.jsonl``; the same command goes on where it was stopped.
@@ -24,7 +24,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import nni_topo
 from benchmarks.budgets.bench_equal_time import shown
-from benchmarks.transformers.bench_block import TrainedNet
+from benchmarks.transformers.trained_nets import TrainedNet
 from nni_topo import zoo
 from nni_topo.network.runtime.reports import markdown_table
 from nni_topo.studies.records import append_record, read_records

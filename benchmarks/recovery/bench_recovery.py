@@ -1,11 +1,12 @@
 """What carries a recovery without labels: cloud x criterion x solver x compensation, calibration images, seconds.
 
-    python benchmarks/recovery/bench_recovery.py ablation --data-dir DIR --out runs/recovery
-    python benchmarks/recovery/bench_recovery.py images --data-dir DIR --out runs/recovery
-    python benchmarks/recovery/bench_recovery.py choice --data-dir DIR --out runs/recovery --flops 0.1 --seeds 5
-    python benchmarks/recovery/bench_recovery.py cost --out runs/recovery
+    python -m benchmarks.recovery.bench_recovery ablation --data-dir DIR --out runs/recovery
+    python -m benchmarks.recovery.bench_recovery images --data-dir DIR --out runs/recovery
+    python -m benchmarks.recovery.bench_recovery choice --data-dir DIR --out runs/recovery --flops 0.1 --seeds 5
+    python -m benchmarks.recovery.bench_recovery cost --out runs/recovery
 
-``choice`` compares which of 5,000 images are taken: random ones (three draws), and those of `choose_images`.
+``choice`` compares which of 5,000 images are taken: random ones (three draws), and, of as many clusters of the
+images' features as images are asked for, the one nearest to each mean.
 ``ablation``, ``images`` and ``choice`` take LeNet-5-like nets trained on 20,000 images of Fashion-MNIST for five epochs
 (trained first where ``--out`` has no checkpoints of them) and write a line per figure to ``ablation.jsonl``,
 ``images.jsonl`` and ``choice.jsonl``; the same command goes on where it was stopped. ``cost`` measures seconds and peak
@@ -26,11 +27,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import nni_topo
+from benchmarks.recovery import recovery_rules  # noqa: F401  (registers methods by name)
 from nni_topo import zoo
+from nni_topo.maths.clustering import partition
 from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.widths import inner_layers, pruning_config
 from nni_topo.studies.cells import shared_ratios, start_of
@@ -190,7 +194,25 @@ def _chosen(model: nn.Module, pool: Tensor, row: str, count: int, seed: int) -> 
     if row.startswith("random"):
         generator = torch.Generator().manual_seed(100 * seed + int(row[-1]))
         return [pool[torch.randperm(len(pool), generator=generator)[:count]]]
-    return nni_topo.choose_images(pool.split(256), model, count, seed=seed)
+    with torch.no_grad():
+        features = torch.cat([_before_the_head(model, part) for part in pool.split(256)]).double().numpy()
+    labels = partition(features, count, seed=seed)
+    found = []
+    for label in range(count):
+        (members,) = np.nonzero(labels == label)
+        off = np.square(features[members] - features[members].mean(axis=0)).sum(axis=1)
+        found.append(int(members[off.argmin()]))
+    return [pool[found]]
+
+
+def _before_the_head(model: nn.Module, images: Tensor) -> Tensor:
+    """Return what enters the last linear layer, (images, features)."""
+    entered: list[Tensor] = []
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    handle = last.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    model.eval()(images)
+    handle.remove()
+    return entered[0]
 
 
 def _print(records: Iterable[dict[str, Any]], part: str) -> None:

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.recovery import ahead, recovery_rules  # noqa: F401  (they register methods by name)
+from benchmarks.recovery import recovery_rules  # noqa: F401  (registers methods by name)
 from nni_topo import compensate, synthetic_images, to_dense
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice
 from nni_topo.runs.run import Start, distilled, made_dense, retrain
@@ -50,8 +50,8 @@ MASKS = {
     SWAPPED: PrunerChoice("exchange:ExchangePruner", calibration=512),
     "widths by error": PrunerChoice("reconstruction", calibration=512, knobs={"budget": {"allocation": "error"}}),
 }
-RULES = ("recalibrate", "mean", "merge", "scalar", "pair", "channel", "layer", "sequential", "reconstruct", "ahead")
-DISTILLED = ("distilled alone", "reconstruct, distilled", "ahead, distilled")
+RULES = ("recalibrate", "mean", "merge", "scalar", "pair", "channel", "layer", "sequential", "reconstruct")
+DISTILLED = ("distilled alone", "reconstruct, distilled")
 LABELLED = ("one epoch, same labels", "as many steps, same labels", "one epoch, all labels")
 NO_DATA = "reconstruct, no data"
 NEW = "from new weights"

@@ -1,6 +1,6 @@
 """Without any inputs: images that `synthetic_images` makes of the network, beside real ones and L1 by weights alone.
 
-    python benchmarks/recovery/bench_without_data.py --out runs/without_data
+    python -m benchmarks.recovery.bench_without_data --out runs/without_data
 
 trains the small CNN of the zoo, which has batch norms, on the digits, and keeps a share of its MACs: by `shrink` on the
 training images without labels, by `shrink` on as many synthetic images, and by L1, with no recovery and with
@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import recovery_rules  # noqa: F401  (it registers "merge")
 import torch
 
 import nni_topo
+from benchmarks.recovery import recovery_rules  # noqa: F401  (registers "merge")
 from nni_topo import zoo
 from nni_topo.runs.provenance import provenance
 from nni_topo.studies.records import append_record, read_records

@@ -7,7 +7,7 @@ Importing this module registers their names::
 
     nni_topo.compensate(model, masks, batches, method="sequential")
 
-``"merge"`` changes how a layer reads removed channels, as ``"channel"`` does, which is GRAIL's rule [6]_; ``"mean"``,
+``"channel"`` [6]_ and ``"merge"`` change how a layer reads removed channels, as ``"pair"`` does; ``"mean"``,
 ``"scalar"``, ``"head"``, ``"layer"`` and ``"sequential"`` solve for a layer's weights, as ``"reconstruct"`` does. The
 papers' penalties aren't used: the ridge of each layer is chosen on held-out samples, as in our methods.
 
@@ -54,6 +54,19 @@ _LEAST_SIMILARITY, _SHARE_OF_SIMILARITY = 0.1, 0.85  # the paper's t and lambda 
 _TINY = 1e-12
 
 Merged = Mapping[int, tuple[int, float]]
+
+
+class ChannelTask(PairTask):
+    """Predict every channel that a layer read from the kept ones, as GRAIL does [6]_."""
+
+    @property
+    def fitted(self) -> int:
+        """Kept channels of each group."""
+        return self.unknowns
+
+    def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
+        """Solve by ridge least squares around "kept channels as they are"."""
+        return fit(learned, held, ridge, intercept=self.layer.intercept is not None)
 
 
 class MergeTask(PairTask):
@@ -194,6 +207,16 @@ class Head(Scalar):
 
 
 @dataclass(frozen=True)
+class Channel(RecoveryMethod):
+    """Predict the removed channels from the kept ones, for every layer that read them [6]_."""
+
+    def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
+        """Return a task for each layer that reads removed channels."""
+        readers = readers_of_removed(plan, networks)
+        return [ChannelTask(layer, group_ids, networks.pruned) for layer, group_ids in readers]
+
+
+@dataclass(frozen=True)
 class Merge(RecoveryMethod):
     """Replace each removed channel by the kept channel with the most similar weights [5]_."""
 
@@ -291,6 +314,7 @@ for _name, _kind, _summary in (
     ("mean", Mean, "adds the mean contribution of removed channels to the constant"),
     ("scalar", Scalar, "solves for one factor for each kept channel"),
     ("head", Head, "solves for one factor for each kept head"),
+    ("channel", Channel, "predicts each removed channel from all kept ones"),
     ("merge", Merge, "replaces each removed channel by the one of the most similar kept filter"),
 ):
     register_recovery(RecoveryInfo(_name, f"{__name__}:{_kind.__name__}", _summary))

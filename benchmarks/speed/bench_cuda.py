@@ -408,7 +408,7 @@ def selected(bench: Bench, name: str, knobs: dict[str, Any], model: str) -> Row:
 
 
 def reconstruction_rows(bench: Bench) -> list[Row]:
-    methods = ("reconstruct",) if bench.quick else ("reconstruct", "channel", "pair")
+    methods = ("reconstruct",) if bench.quick else ("reconstruct", "pair")
     return [
         row
         for name, method in itertools.product(bench.small, methods)

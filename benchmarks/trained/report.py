@@ -24,7 +24,6 @@ from benchmarks.trained.run import (
     EXTRA,
     LAYERS,
     OURS,
-    RECOVERIES,
     SHRINK,
     SHRINK_MORE,
     UNIFORM,
@@ -184,7 +183,7 @@ def _table(network: str, share: float, found: dict[tuple[str, str], Record], siz
     names = [name for name in COLUMNS if name in first["figures"]]
     rows = [
         (criterion, recovery)
-        for recovery in RECOVERIES
+        for recovery in RECOVERED
         for criterion in (*CRITERIA, *EXTRA)
         if (criterion, recovery) in found
     ]
@@ -262,7 +261,7 @@ def _said(record: Record) -> str:
 
 def picture(records: Sequence[Record], path: Path) -> None:
     """Draw what each criterion and recovery keeps, against the processor's seconds, a panel for each table."""
-    records = [record for record in records if record["key"][3] in RECOVERIES and record["key"][2] in CRITERIA]
+    records = [record for record in records if record["key"][3] in RECOVERED and record["key"][2] in CRITERIA]
     groups = sorted({(record["key"][0], record["key"][1]) for record in records}, key=lambda at: (at[0], -at[1]))
     drawn = Figure(figsize=(4.6 * len(groups), 3.8), layout="constrained")
     for axis, (network, share) in zip(drawn.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
@@ -272,12 +271,12 @@ def picture(records: Sequence[Record], path: Path) -> None:
             points = [record for record in own if record["key"][2] == criterion]
             if not points:
                 continue
-            points.sort(key=lambda record: RECOVERIES.index(record["key"][3]))
-            places = [RECOVERIES.index(record["key"][3]) for record in points]
+            points.sort(key=lambda record: list(RECOVERED).index(record["key"][3]))
+            places = [list(RECOVERED).index(record["key"][3]) for record in points]
             values = [100 * record["figures"][column]["value"] for record in points]
             style = {"color": "tab:red", "linewidth": 2.0} if criterion == OURS else {"alpha": 0.7}
             axis.plot(places, values, marker=_MARKERS[criterion], label=criterion, **style)
-        axis.set_xticks(range(len(RECOVERIES)), RECOVERIES, rotation=30, ha="right", fontsize="x-small")
+        axis.set_xticks(range(len(RECOVERED)), RECOVERED, rotation=30, ha="right", fontsize="x-small")
         axis.set(ylabel=f"{column} %", ylim=(0, 100))
         axis.set_title(TITLES[network].format(share=share), fontsize="x-small")
         axis.grid(alpha=0.3)

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
+from benchmarks.recovery import recovery_rules  # noqa: F401  (registers methods by name)
 from benchmarks.trained import measures, photos, pretrained, sentences
 from nni_topo.errors import NniTopoError
 from nni_topo.network.cost.cost import NetworkCost
@@ -55,7 +56,7 @@ EXTRA = (WHOLE_HEADS, LAYERS, SHRINK, SHRINK_MORE)
 the best three layers that stay, and `shrink`, which prunes neurons alone, because a config of BERT says how many of
 these there are; with more sentences distillation learns from all, as it does in the other rows."""
 UNPRUNED = "unpruned"
-SOLVED = {"channel": "channel", "compensate": "reconstruct", "block": "block"}
+SOLVED = {"channel": "channel", "compensate": "reconstruct"}
 """Recoveries by the method of `compensate` that they are; distillation may follow."""
 NEW_WEIGHTS = "new weights, distill"
 ROUNDED = " in bfloat16"
@@ -65,11 +66,9 @@ RECOVERIES = (
     "batch norms",
     "channel",
     "compensate",
-    "block",
     "distill",
     NEW_WEIGHTS,
     "compensate, distill",
-    "block, distill",
     f"distill{ROUNDED}",
     f"compensate, distill{ROUNDED}",
 )
@@ -78,7 +77,7 @@ ALLOCATIONS = (UNIFORM, "error", "auto", BLOCKS, DISTILLED_BLOCKS)
 """How `shrink` spends its budget; with "blocks" it may remove blocks, and the widths are uniform."""
 USUAL = tuple(name for name in RECOVERIES if not name.endswith(ROUNDED))
 """Recoveries that run unless others are named."""
-LONG = ("channel", "block", *(name for name in RECOVERIES if "distill" in name))
+LONG = ("channel", *(name for name in RECOVERIES if "distill" in name))
 """Recoveries that only the rows of LONG_ROWS have: they take minutes."""
 LONG_ROWS = ("l1", OURS, *EXTRA)
 Masks = Any

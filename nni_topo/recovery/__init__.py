@@ -1,12 +1,10 @@
 """Bringing a pruned network back without labels."""
 
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
-from nni_topo.recovery.block import Block
 from nni_topo.recovery.blocks import remove_blocks
-from nni_topo.recovery.choosing import choose_images
 from nni_topo.recovery.compensating import Compensation, compensate, compensation
 from nni_topo.recovery.distilling import Distillation, distill, distillation
-from nni_topo.recovery.mixing import Channel, Pair, pair_coefficients
+from nni_topo.recovery.mixing import Pair, pair_coefficients
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import (
     Recalibrate,
@@ -20,8 +18,6 @@ from nni_topo.recovery.report import CompensationReport, LayerReport
 from nni_topo.recovery.synthetic import synthetic_images
 
 __all__ = [
-    "Block",
-    "Channel",
     "Compensation",
     "CompensationReport",
     "Distillation",
@@ -31,7 +27,6 @@ __all__ = [
     "Reconstruct",
     "RecoveryInfo",
     "RecoveryMethod",
-    "choose_images",
     "compensate",
     "compensation",
     "distill",

@@ -14,8 +14,8 @@ from nni.compression.utils import Evaluator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.context import context, in_context
-from nni_topo.errors import ConfigError, listed
+from nni_topo.context import context
+from nni_topo.errors import listed
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.runtime.arguments import BATCHES, MASKS, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
@@ -34,7 +34,7 @@ from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.networks import Networks, build_networks, plan_of
 from nni_topo.recovery.plan import ATTENTION, Plan
 from nni_topo.recovery.reconstruct import Reconstruct
-from nni_topo.recovery.registry import RECOVERIES, RecoveryMethod, Tools
+from nni_topo.recovery.registry import RECOVERIES, RecoveryMethod
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
 from nni_topo.recovery.samples import (
@@ -48,7 +48,6 @@ from nni_topo.recovery.samples import (
 from nni_topo.rules import NONE, instance, whole
 
 _logger = logging.getLogger(__name__)
-_BLOCK_BYTES = 2**30  # of a block's values, unless `cache_bytes` says so
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,34 +101,12 @@ def compensation(
     given, model = model, with_known_layers(model)
     calibration = batches_of(calibration, model, shared=True)
     processes = calibration.processes
-    if processes is not None and type(chosen).after is not RecoveryMethod.after:
-        raise ConfigError(
-            "a method must solve by sums over samples where processes share the calibration data, got "
-            f"{method!r}, which learns beyond them (method)"
-        )
     everything, calibration = calibration, samples_to_solve_on(model, calibration)
     networks, plan, sampler = _begin(model, calibration, masks, seed, cache_bytes or 0, context().facts)
     tasks = chosen.tasks(plan, networks)
     if cache_bytes is None:
         sampler.replay.cache_bytes = sampler.memory_beside(tasks)
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress, plan.left_alone)
-
-    def begin_again() -> Replay:
-        kept_values = sampler.replay.cache_bytes
-        sampler.replay = Replay(model, networks.unpruned, networks.pruned, calibration, kept_values)
-        return sampler.replay
-
-    tools = Tools(
-        images=sum(sampler.sizes),
-        sizes=sampler.sizes,
-        held_out=sampler.held_out,
-        seed=seed,
-        cache_bytes=_BLOCK_BYTES if cache_bytes is None else cache_bytes,
-        progress=progress,
-        new_replay=begin_again,
-    )
-    with in_context(facts=None):  # a method of one's own may call this function for another model
-        layers += chosen.after(tasks, networks, tools)
     if chosen.recalibrates:
         # On the masked form of the result; removed channels keep their statistics.
         masked = apply_masks(networks.result, networks.masks)
@@ -176,20 +153,18 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         A name of :func:`nni_topo.list_recoveries`, or a method with settings of its own, such as
         ``nni_topo.recovery.Reconstruct(refine=0)``.
         ``"reconstruct"`` (:class:`~nni_topo.recovery.Reconstruct`): solve each layer after removed channels again, so
-        it reproduces its unpruned output, or the sum it goes into. ``"block"`` (:class:`~nni_topo.recovery.Block`):
-        after that, let all weights of two neighbouring blocks learn what the unpruned ones put out, by gradients [2]_.
-        ``"channel"`` (:class:`~nni_topo.recovery.Channel`): predict the removed channels from the kept ones [1]_.
-        ``"pair"`` (:class:`~nni_topo.recovery.Pair`): one kept channel and a constant replace each of them.
+        it reproduces its unpruned output, or the sum it goes into. ``"pair"`` (:class:`~nni_topo.recovery.Pair`): one
+        kept channel and a constant replace each removed one.
         ``"recalibrate"``: statistics of batch norms and nothing else.
     ridge : float or "auto", default="auto"
         Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
         a tenth of the mean variance.
         ``"auto"``: for each layer the one of 1e-8 ... 1, or no change at all, that is best on held-out samples.
     seed : int, default=0
-        For the positions that large feature maps are sampled at, and the order of samples that blocks learn from.
+        For the positions that large feature maps are sampled at.
     cache_bytes : int or None, default=None
         Memory for intermediate values of both networks, at least 0. With less, more is computed again. None: they take
-        at most a quarter of the memory that is free on the network's device, those of a block that learns 1 GiB.
+        at most a quarter of the memory that is free on the network's device.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -229,24 +204,9 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     are masked weight by weight or whose weights are tied or computed stay as they are; the log and the report name
     them.
 
-    ``"block"`` takes the inputs of a block from the pruned blocks before it, which have learned already. Weights,
-    biases and the factors and constants of norms move, where they aren't removed, shared or used more than once;
-    statistics of batch norms stay, and dropout is off. A range test finds the rate of AdamW. Every fifth sample, or
-    every fifth group of samples, is held out: a block keeps its state with the smallest error on some of these, and
-    what it learned only if their error falls below that of the closed form, else the report says that it was
-    discarded. Half precision learns in single precision. Values of a block that exceed ``cache_bytes`` lie in
-    temporary files. Blocks of which no gradients can be taken stay as ``"reconstruct"`` leaves them, with a warning.
-
     Cost: the sums of products take ``inputs * kernel elements`` squared float64 numbers a layer, twice, whatever
     the number of images, and solving twice as much again; a 3x3 convolution of 2,048 channels 11 GB. What
     ``cache_bytes`` allow comes on top.
-
-    References
-    ----------
-    .. [1] Tang et al., "GRAIL: post-hoc compensation by linear reconstruction for compressed networks",
-       https://arxiv.org/abs/2602.23795
-    .. [2] Wagner et al., "A free lunch in LLM compression: revisiting retraining after pruning",
-       https://arxiv.org/abs/2510.14444
 
     Examples
     --------

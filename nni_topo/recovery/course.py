@@ -1,4 +1,4 @@
-"""The training loop of `distill` and of the recovery method ``"block"``: a course of gradient steps.
+"""The training loop of `distill`: a course of gradient steps.
 
 It has a learning-rate schedule and rules that end it early. A range test runs short courses and chooses the learning
 rate by the loss on held-out images.
@@ -142,7 +142,7 @@ class Course:
     If the held-out loss makes no more progress, the fall begins at once and takes two thirds of the steps before it. A
     ``short`` course, as the range test has it, rises in three tenths and falls in the others.
 
-    ``best`` is the state at the best look, or at the best two in turn (``best_of``), whose larger loss is ``least``.
+    ``best`` is the state at the best two looks in turn, whose larger loss is ``least``.
     With ``ends_without_gain`` the course ends after a fifth if the loss hasn't fallen.
     """
 
@@ -152,7 +152,6 @@ class Course:
         rate: float,
         *,
         short: bool = False,
-        best_of: int = 2,
         ends_without_gain: bool = False,
     ) -> None:
         self.training, self.student, self.clock = training, training.student(), training.clock
@@ -170,7 +169,7 @@ class Course:
         self.is_given_up = False  # whether it ended because the held-out loss grew or didn't fall
         self.gains_nothing = False  # whether it ended because the held-out loss didn't fall
         self.is_out_of_time = False  # whether it ended because of the time limit
-        self._best_of, self._ends_without_gain = best_of, ends_without_gain
+        self._ends_without_gain = ends_without_gain
         self.best: dict[str, Tensor] = {}  # empty if no loss was smaller than the first
         self.best_step, self.least = 0, training.first
         self._began = self.clock.spent
@@ -207,8 +206,8 @@ class Course:
                     if is_lost or not math.isfinite(losses[-1]):
                         self.is_given_up = True
                         break
-                    worst = max(losses[-self._best_of :])
-                    if len(losses) >= self._best_of and worst < self.least:
+                    worst = max(losses[-2:])
+                    if len(losses) > 1 and worst < self.least:
                         self.least, self.best_step = worst, self.done
                         self.best = copy.deepcopy(self.student.state_dict())
                     if self._ends_without_gain and is_fifth and min(losses) >= training.first:

@@ -31,7 +31,6 @@ from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
 from nni_topo.network.runtime.fits import check_samples_first, first_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import Call, batch_size, calls
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, check_precision, not_under_autocast
 from nni_topo.network.runtime.progress import LONG, duration
@@ -670,8 +669,6 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
         try:
             loss.backward()
         except RuntimeError as error:
-            if out_of_memory(error):
-                raise
             first_line = str(error).splitlines()[0]
             raise GradientError(
                 f"a network that is distilled must compute gradients, got: {first_line} (dense)"
@@ -682,8 +679,6 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
                 lesson.answer(call, precision)
                 lesson.objective(student, call, wanted).backward()
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-                if out_of_memory(error):
-                    raise
                 raise not_under_autocast(precision, error, "distill") from error
     student.zero_grad(set_to_none=True)
 

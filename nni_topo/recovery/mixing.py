@@ -1,8 +1,6 @@
-"""Compensation channel by channel: removed channels are replaced by kept ones where a layer reads them.
+"""Where a layer reads removed channels, each is replaced by one kept channel and a constant.
 
-``"channel"`` predicts every channel that a layer read from the kept ones, by least squares over samples and positions,
-and folds the mixing matrix into the layer's weights. ``"pair"`` replaces each removed channel by one kept channel and a
-constant, ``f_u = alpha f_s + beta``: the correlation-based update of [1]_, equations 5.8 to 5.12.
+``f_u = alpha f_s + beta`` is the correlation-based update of [1]_, equations 5.8 to 5.12.
 
 In front of a padded convolution a constant isn't seen at the border, where the padding stays zero; so there the
 constant that goes into the bias is exact only where the kernel lies within the image. What a transposed convolution
@@ -26,7 +24,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, unknown_name
-from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit, fit_by
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit_by
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.layers.kinds import TRANSPOSED, by_output, kept_channels, of_output, weight_of
 from nni_topo.recovery.networks import Networks
@@ -47,23 +45,41 @@ _PAIRS = Rule(
 )
 
 
-class ChannelTask(Task):
-    """Mix the kept channels such that they replace all channels that a layer read."""
+class PairTask(Task):
+    """For each removed channel, let one kept channel replace it: the one in `survivors`, else the most correlated."""
 
     # `group_ids` (inputs,) has for each input channel or feature the id of the channel that it comes from. Features of
     # one channel, after a flattening, count as its samples.
+    # With `biases` the constant for a removed channel u is ``beta * biases[u]``, the same for each output, as (5.9)
+    # prints it, instead of `beta` times the weights that read u.
 
-    def __init__(self, layer: Solvable, group_ids: np.ndarray, pruned: nn.Module) -> None:
+    def __init__(
+        self,
+        layer: Solvable,
+        group_ids: np.ndarray,
+        pruned: nn.Module,
+        survivors: Mapping[int, int] | None = None,
+        biases: Mapping[int, float] | None = None,
+    ) -> None:
         self.layer = layer
         self.place = layer.source
         self.watched = [layer.source]
         self._module: Any = pruned.get_submodule(layer.name)
         self._places, self.kept = _places(layer, group_ids, self._module)
+        # All places of a channel have the same number: its first one tells.
+        self._numbers = torch.from_numpy(group_ids)[self._places[:, :, 0]]
+        self._survivors = survivors or {}
+        self._biases = biases
 
     @property
     def unknowns(self) -> int:
         """Kept channels of each group."""
         return self.kept.shape[1]
+
+    @property
+    def fitted(self) -> int:
+        """For each removed channel, the factor of the kept channel that replaces it."""
+        return 1
 
     def extent(self, unpruned: Values) -> tuple[int, int]:
         """Return entries, and positions of the layer's input."""
@@ -82,8 +98,9 @@ class ChannelTask(Task):
         return inputs, lacking.scatter_add(2, index, -inputs.double()), wanted
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
-        """Solve by ridge least squares around "kept channels as they are"."""
-        return fit(learned, held, ridge, intercept=self.layer.intercept is not None)
+        """Solve for ``alpha`` and ``beta`` of every pair."""
+        # One unknown a channel needs no ridge, and the text has none: the samples held out only judge.
+        return fit_by(self._solution, learned, held)
 
     def apply(self, net: nn.Module, found: Fit) -> None:
         """Fold the mixing matrix into the weights of the layer that reads the channels."""
@@ -107,13 +124,15 @@ class ChannelTask(Task):
                 if self.layer.intercept is not None:
                     # What the removed channels' constants add is seen through their old weights: `old`, not `new`.
                     shift = found.solution.shift[group].to(old.device)
-                    constant = self._constant(old.flatten(2).sum(2) / taps, shift, group)
+                    if self._biases is None:
+                        constant = (old.flatten(2).sum(2) / taps) @ shift
+                    else:
+                        # Not multiplied by the weights that read u: as printed, and why the constant doesn't follow
+                        # from (5.10).
+                        own = [self._biases.get(int(number), 0.0) for number in self._numbers[group]]
+                        constant = (shift * shift.new_tensor(own)).sum().expand(len(rows))
                     add_constant(net, self.layer.intercept, rows, constant)
             module.weight.copy_(of_output(weight, module))
-
-    def _constant(self, weights: Tensor, shift: Tensor, group: int) -> Tensor:
-        """What the channels' constants add to each output; ``weights`` are summed over kernel and places."""
-        return weights @ shift
 
     def _rows(self, values: Tensor, positions: Tensor) -> Tensor:
         """Return channels as ``(groups, samples, channels)``."""
@@ -125,37 +144,6 @@ class ChannelTask(Task):
         """Return values as ``(entries, positions, channels)``."""
         last = values if isinstance(self._module, nn.Linear) else values.movedim(1, -1)
         return last.reshape(len(last), -1, last.shape[-1])
-
-
-class PairTask(ChannelTask):
-    """For each removed channel, let one kept channel replace it: the one in `survivors`, else the most correlated."""
-
-    # With `biases` the constant for a removed channel u is ``beta * biases[u]``, the same for each output, as (5.9)
-    # prints it, instead of `beta` times the weights that read u.
-
-    def __init__(
-        self,
-        layer: Solvable,
-        group_ids: np.ndarray,
-        pruned: nn.Module,
-        survivors: Mapping[int, int] | None = None,
-        biases: Mapping[int, float] | None = None,
-    ) -> None:
-        super().__init__(layer, group_ids, pruned)
-        # All places of a channel have the same number: its first one tells.
-        self._numbers = torch.from_numpy(group_ids)[self._places[:, :, 0]]
-        self._survivors = survivors or {}
-        self._biases = biases
-
-    @property
-    def fitted(self) -> int:
-        """For each removed channel, the factor of the kept channel that replaces it."""
-        return 1
-
-    def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
-        """Solve for ``alpha`` and ``beta`` of every pair."""
-        # One unknown a channel needs no ridge, and the text has none: the samples held out only judge.
-        return fit_by(self._solution, learned, held)
 
     def _solution(self, equations: NormalEquations) -> Solution:
         sums, count = equations.sums, equations.samples
@@ -195,24 +183,6 @@ class PairTask(ChannelTask):
                     )
                 chosen[group, channel] = ranks[survivor]
         return chosen
-
-    def _constant(self, weights: Tensor, shift: Tensor, group: int) -> Tensor:
-        if self._biases is None:
-            return super()._constant(weights, shift, group)
-        # Not multiplied by the weights that read u: as printed, and why the constant doesn't follow from (5.10).
-        biases = [self._biases.get(int(number), 0.0) for number in self._numbers[group]]
-        printed = (shift * torch.tensor(biases, dtype=shift.dtype, device=shift.device)).sum()
-        return printed.expand(len(weights))
-
-
-@dataclass(frozen=True)
-class Channel(RecoveryMethod):
-    """Predict the removed channels from the kept ones, for every layer that read them."""
-
-    def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
-        """Return a task for each layer that reads removed channels."""
-        readers = readers_of_removed(plan, networks)
-        return [ChannelTask(layer, group_ids, networks.pruned) for layer, group_ids in readers]
 
 
 @dataclass(frozen=True)

@@ -11,33 +11,15 @@ something else than the layer's inputs, also `unknowns`, `samples` and `apply`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-from torch import Tensor
 
 from nni_topo.errors import ConfigError
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Plan
-from nni_topo.recovery.replay import Replay
-from nni_topo.recovery.report import LayerReport
 from nni_topo.recovery.samples import Task
 from nni_topo.registry import ClassInfo, Registry
 from nni_topo.rules import checked
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What a method gets that does more than its tasks."""
-
-    images: int  # of the calibration data
-    sizes: tuple[int, ...]  # of its batches, in images
-    held_out: Tensor  # which of the images are held out: bool, (images,)
-    seed: int
-    cache_bytes: int  # memory for intermediate values
-    progress: bool | None  # whether bars are shown
-    new_replay: Callable[[], Replay]  # both networks from the inputs on; cached values are freed
 
 
 class RecoveryMethod:
@@ -49,11 +31,6 @@ class RecoveryMethod:
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
         """Return what is solved, in the order in which it is solved: a :class:`Task` for a layer, or several."""
         raise NotImplementedError
-
-    def after(self, tasks: Sequence[Task], networks: Networks, tools: Tools) -> tuple[LayerReport, ...]:
-        """Go on once all tasks are done; return reports of what was done. By default nothing."""
-        del tasks, networks, tools
-        return ()
 
 
 @dataclass(frozen=True)
@@ -138,8 +115,6 @@ def recovery_info(name: str) -> RecoveryInfo:
 _OWN = "nni_topo.recovery"
 RECOVERIES.register(
     RecoveryInfo("reconstruct", f"{_OWN}.reconstruct:Reconstruct", "solves each layer after removed channels again"),
-    RecoveryInfo("block", f"{_OWN}.block:Block", "then lets each block learn the unpruned block's outputs"),
-    RecoveryInfo("channel", f"{_OWN}.mixing:Channel", "predicts each removed channel from all kept ones"),
     RecoveryInfo("pair", f"{_OWN}.mixing:Pair", "predicts each removed channel from one kept one and a constant"),
     RecoveryInfo("recalibrate", f"{_OWN}.registry:Recalibrate", "measures statistics of batch norms and nothing else"),
 )

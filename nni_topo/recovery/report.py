@@ -35,11 +35,11 @@ class LayerReport:
 
     layer: str
     # The node of the graph at which errors are measured. It is the layer's output or the sum that the output goes into;
-    # for channel mixing the layer's input; for method "block" the values at the block's end. "relu(...)" means that
-    # only what a ReLU lets through counts; errors are upper bounds there.
+    # for "pair" the layer's input. "relu(...)" means that only what a ReLU lets through counts; errors are upper bounds
+    # there.
     place: str
-    unknowns: int  # numbers fitted for each output, the constant not counted; for "block" all of a block
-    samples: int  # that were solved for: images times positions, for "block" also times channels
+    unknowns: int  # numbers fitted for each output, the constant not counted
+    samples: int  # that were solved for: images times positions
     ridge: float  # penalty over each input's variance; infinite if no change was best
     error_before: float  # over the calibration samples
     error_after: float
@@ -47,8 +47,6 @@ class LayerReport:
     # solved from them, too, so that the error on new samples is larger.
     error_held_out: float
     seconds: float  # wall time
-    lr: float = math.nan  # for "block" the learning rate at its highest; NaN if all that were tried break it
-    is_kept: bool = True  # for "block" whether it has the learned weights: the held-out error has fallen
 
     @property
     def is_lost(self) -> bool:
@@ -133,8 +131,6 @@ class CompensationReport:
         rows: list[dict[str, Any]] = []
         for layer in self.layers:
             notes = []
-            if not layer.is_kept:
-                notes.append("learned weights discarded")
             if layer.is_lost:
                 notes.append("output almost lost")
             if layer.is_underdetermined:

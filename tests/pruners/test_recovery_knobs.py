@@ -38,9 +38,9 @@ def config(model, ratio=0.5):
     ("name", "method"),
     [
         # what a rule reads of masks are whole channels, whoever chose them: one rule for each of the pruners
-        pytest.param(name, method, marks=[pytest.mark.slow] * (method == "channel" and name != NAMES[0]))
+        (name, method)
         for name in NAMES
-        for method in ("reconstruct", "channel", "pair")
+        for method in ("reconstruct", "pair")
     ],
 )
 @pytest.mark.quick_every(6)

@@ -231,3 +231,20 @@ def test_merge_counts_all_layers_that_make_a_residual_stream(residual_net, image
     found = compensate(residual_net, masks, images, method="merge")
     masked = masked_model(found, images[0], masks)
     torch.testing.assert_close(masked(images[0]), residual_net(images[0]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_channels_are_predicted_from_all_kept_ones(lively, bias):
+    model, masks, images = built(lively, norm=False, bias=bias)
+    found = compensate(model, masks, images.split(16), method="channel", ridge=0.0)
+    values = entering(model, images)[0].transpose(0, 1).flatten(1).T
+    if bias:
+        values = torch.cat([values, torch.ones_like(values[:, :1])], 1)
+    kept = [*KEPT, 6] if bias else KEPT
+    mixing = torch.linalg.lstsq(values[:, kept], values[:, GONE]).solution
+    weight = model.second.weight.detach()
+    expected = weight[:, KEPT] + torch.einsum("kg,ogij->okij", mixing[:3], weight[:, GONE])
+    torch.testing.assert_close(found.second.weight[:, KEPT].detach(), expected)
+    if bias:
+        shift = weight[:, GONE].sum((2, 3)) @ mixing[3]
+        torch.testing.assert_close(found.second.bias.detach(), model.second.bias.detach() + shift)

@@ -58,14 +58,13 @@ def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
     ("net", "pruner", "method"),
     [
         *(
-            pytest.param(net, L1NormPruner, m, marks=[pytest.mark.slow] * (m == "block" and net is not Concatenated))
+            (net, L1NormPruner, m)
             for net in (LeNet, Concatenated, Grouped)
             for m in list_recoveries()
             if m != "recalibrate"
         ),
         (chain, L2NormPruner, "reconstruct"),
         (Residual, FPGMPruner, "reconstruct"),
-        (Residual, FPGMPruner, "channel"),
         (toy_model, FPGMPruner, "pair"),
     ],
 )
@@ -371,5 +370,3 @@ def test_a_process_that_shares_its_data_solves_by_sums(one_process):
     for work in (compensate, lambda *given: compensating.compensate_up_to(*given, "3")):
         found, alone = (work(model, masks, data) for data in (shared, [images]))
         torch.testing.assert_close(found.state_dict(), alone.state_dict(), rtol=0, atol=0)
-    with pytest.raises(ConfigError, match=r"must solve by sums over samples .*, got 'block', .* \(method\)"):
-        compensate(model, masks, shared, method="block")

@@ -29,7 +29,7 @@ def training(student=None, **knobs):
     return Training(**given | knobs)
 
 
-def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, best_of=2, ends_early=False, states=None):
+def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, ends_early=False, states=None):
     """Run a course whose looks find the given losses, the last one again and again; return it and the rates.
 
     ``states`` gets the weights at each look.
@@ -49,7 +49,7 @@ def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, best_of
         return usual.objective(*given)
 
     own = replace(usual, objective=objective, total=total, look=look, first=first, clock=clock or Clock())
-    made = Course(own, rate, best_of=best_of, ends_without_gain=ends_early)
+    made = Course(own, rate, ends_without_gain=ends_early)
     made.run(progress=False, looks=left is not None)
     return made, rates
 
@@ -132,8 +132,6 @@ def test_the_state_is_kept_where_two_looks_in_turn_were_best():
     done, _ = course(100, losses, first=1.0, states=states)
     assert (done.best_step, done.least) == (24, 0.7)  # looks are after 4, 8, ... steps
     torch.testing.assert_close(done.best, states[5], rtol=0, atol=0)
-    done, _ = course(100, losses, first=1.0, best_of=1)
-    assert (done.best_step, done.least) == (12, 0.2)
     assert course(100, [0.9, 1.0, 0.9, 1.1, 0.8, 1.2], first=1.0)[0].best == {}
 
 

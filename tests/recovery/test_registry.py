@@ -35,15 +35,8 @@ class FirstLayers(RecoveryMethod):
         return [ReconstructTask(each, networks.pruned, networks.result) for each in plan.equations[: self.count]]
 
 
-# those that learn, and those whose equations are parts of another one's: of layers one by one, and of single factors
-LONG = ("block",)
-
-
 @pytest.mark.parametrize("check", RECOVERY_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in list_recoveries()],
-)
+@pytest.mark.parametrize("method", list_recoveries())
 @pytest.mark.quick_every(3)
 def test_every_method_keeps_its_promises(method, check):
     check(method)

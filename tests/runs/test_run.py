@@ -174,7 +174,7 @@ def test_costs_are_those_before_and_after():
     ] == pytest.approx(0.125)
 
 
-@pytest.mark.parametrize(("method", "has_refine"), [("reconstruct", True), ("channel", False)])
+@pytest.mark.parametrize(("method", "has_refine"), [("reconstruct", True), ("pair", False)])
 @pytest.mark.quick_every(2)
 def test_compensation_takes_a_method_with_as_many_rounds_as_are_asked_for(method, has_refine, monkeypatch, capsys):
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)

@@ -73,11 +73,7 @@ def distilled(model, images, **progress):
     nni_topo.distill(toy_model(), model, [images], steps=2, **progress)
 
 
-def chosen(model, images, **progress):
-    nni_topo.choose_images([images], model, 10, **progress)
-
-
-@pytest.mark.parametrize("called", [selected, shrunk, compensated, distilled, chosen])
+@pytest.mark.parametrize("called", [selected, shrunk, compensated, distilled])
 @pytest.mark.parametrize("progress", [None, False])
 @pytest.mark.quick_every(3)
 def test_no_progress_is_shown_where_it_is_not_wanted(called, progress, monkeypatch):
