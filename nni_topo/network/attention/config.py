@@ -16,12 +16,7 @@ import torch
 from torch import nn
 
 from nni_topo.network.attention.heads import COUNTS, SHARED_COUNTS, Attention, find_attention
-from nni_topo.network.layers.kinds import WEIGHTED, is_transposed_linear, output_channels, with_linear_layers
-from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
-from nni_topo.network.runtime.copies import left_alone
-from nni_topo.network.runtime.inputs import Call, run_few, tensors_of
-from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.runtime.switches import random_state_kept
+from nni_topo.network.layers.kinds import WEIGHTED, is_transposed_linear, output_channels
 from nni_topo.sharing import named_tensors
 
 Widths = dict[str, dict[str, int]]
@@ -194,21 +189,20 @@ def put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share
     return True
 
 
-def tell_config(model: Any, original: nn.Module, call: Call) -> None:
+def tell_config(model: Any, original: nn.Module) -> None:
     """Put the pruned widths into the ``config`` of a model of Transformers, where all blocks have the same.
 
-    ``call``: inputs, on which a model whose forward reads the width in its config is known by its outputs.
+    The width of the residual stream isn't among them.
     """
     if not is_pretrained(original):
         return
-    config: Any = model.config
     found, before = find_attention(model), find_attention(original)
     # Heads of queries: of two sets that share keys and values, one may be left, whose heads then all share them.
     shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
     if len(shares) == 1:
-        put_heads(config, model, {name: before[name] for name in found}, shares.pop())
-    put_widths(config, original, {name: output_channels(module) or 0 for name, module in model.named_modules()})
-    _tell_width(model, original, found, before, call)
+        put_heads(model.config, model, {name: before[name] for name in found}, shares.pop())
+    left = {name: output_channels(module) or 0 for name, module in model.named_modules()}
+    put_widths(model.config, original, left)
 
 
 def put_widths(config: Any, original: Any, left: dict[str, int]) -> None:
@@ -220,76 +214,13 @@ def put_widths(config: Any, original: Any, left: dict[str, int]) -> None:
             _put(config, setting, int(one))
 
 
-def _tell_width(
-    model: Any, original: Any, found: dict[str, Attention], before: dict[str, Attention], call: Call
-) -> None:
-    """Put the pruned width of the residual stream into a config, if it builds a model of all the pruned widths by it.
-
-    ``found``, ``before``: the attention of both networks. Where the width over the heads is the size of one, fewer
-    heads belong to it.
-    """
-    config, key = model.config, original.config.attribute_map.get("hidden_size", "hidden_size")
-    wide = getattr(original.config, key, None)
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-    # Norms tell it; norms that hold no numbers, as OLMo's, leave it to matrices, which have other widths as well.
-    by_rank = {1: set[int](), 2: set[int]()}
-    for name, tensor in named_tensors(original).items():
-        if tensor.dim() in by_rank and name in shapes:
-            by_rank[tensor.dim()].update(
-                new for old, new in zip(tensor.shape, shapes[name], strict=True) if old == wide
-            )
-    left = by_rank[1] or by_rank[2]
-    shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
-    for width in sorted(left - {wide}):
-        changed = copy.deepcopy(config)
-        setattr(changed, key, width)
-        if len(shares) == 1 and {each.query_heads * each.head_size for each in found.values()} == {width}:
-            for count in COUNTS:
-                count = original.config.attribute_map.get(count, count)
-                if isinstance(vars(original.config).get(count), int):
-                    setattr(changed, count, round(getattr(original.config, count) * next(iter(shares))))
-        elif len(sizes := {each.head_size for each in found.values()}) == 1:
-            changed.head_dim = sizes.pop()  # which OLMo's config needn't have, and its attention reads
-        try:
-            built = with_linear_layers(built_by_config(model, changed))
-        except Exception:  # a constructor may refuse a number, each in its own words
-            continue
-        if {name: tuple(tensor.shape) for name, tensor in named_tensors(built).items()} != shapes:
-            continue
-        kept = dict(vars(config))
-        with left_alone(model), torch.no_grad(), random_state_kept():
-            wanted = tensors_of(run_few(model, call))
-            vars(config).update(vars(changed))
-            # Gemma multiplies by the root of the width that the config says, others by a number of their constructor's.
-            if not (_computes(model, call, wanted) and _computes(_loaded(model, changed), call, wanted)):
-                vars(config).update(kept)
-
-
-def _loaded(model: Any, config: Any) -> Any:
-    """Return a model of the same weights that is built by a config, as ``from_pretrained`` does; None without one."""
-    try:
-        built = with_linear_layers(type(model)(copy.deepcopy(config)))
-        built.load_state_dict(model.state_dict())
-        return built.to(device_of(model)).to(next(model.parameters()).dtype).eval()
-    except Exception:  # a constructor may refuse a number, each in its own words
-        return None
-
-
-def _computes(model: Any, call: Call, wanted: list[torch.Tensor]) -> bool:
-    """Tell whether a model gives these tensors."""
-    try:
-        return model is not None and agree(wanted, tensors_of(run_few(model, call)), SAME_CHANNELS)
-    except Exception:  # a forward may raise anything
-        return False
-
-
 def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
     """Return the numbers of heads that configs of Transformers accept, by layer that makes queries, keys or values.
 
     Transformers 5 checks its configs, and of most classes the number of heads has to divide the width, also where the
     size of a head is given on its own. Layers whose config accepts every number are left out.
     """
-    found = {}
+    found = dict[str, list[int]]()
     known: dict[tuple[int, int], list[int]] = {}  # blocks share a config
     for name, attention in find_attention(model).items():
         module: Any = model.get_submodule(name)
@@ -300,24 +231,17 @@ def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
         heads = attention.heads
         key = (id(config), heads)
         if key not in known:
-            counts = COUNTS if attention.shared else (*COUNTS, *SHARED_COUNTS)
-            known[key] = [count for count in range(1, heads + 1) if _accepts(config, counts, heads, count)]
+            known[key] = []
+            for kept in range(1, heads + 1):
+                changed = copy.deepcopy(config)
+                for count in COUNTS if attention.shared else (*COUNTS, *SHARED_COUNTS):
+                    if isinstance(getattr(changed, count, None), int):
+                        setattr(changed, count, getattr(changed, count) // heads * kept)
+                try:
+                    changed.validate()
+                except Exception:  # each class has errors of its own
+                    continue
+                known[key].append(kept)
         if len(known[key]) < heads:
             found.update(dict.fromkeys(attention.channels, known[key]))
     return found
-
-
-def _accepts(config: Any, counts: tuple[str, ...], old: int, kept: int) -> bool:
-    """Say whether a config may have so many of its heads; they are counted as sets that are pruned together.
-
-    ``counts``: the settings whose numbers get smaller with them.
-    """
-    changed = copy.deepcopy(config)
-    for key in counts:
-        if isinstance(getattr(changed, key, None), int):
-            setattr(changed, key, getattr(changed, key) // old * kept)
-    try:
-        changed.validate()
-    except Exception:
-        return False  # each class has errors of its own
-    return True

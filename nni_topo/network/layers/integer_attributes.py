@@ -7,10 +7,8 @@ table in `network.speedup.width_attributes` says it of other attributes.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -88,35 +86,13 @@ def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
                 yield model.get_submodule(first), first, f"config.{key}", value
 
 
-def _stored(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
-    """List as `numbers_read` does, including the list ``info`` in timm's objects that describe features.
-
-    The key of such a list has a dot: ``feature_info.info``.
-    """
-    yield from numbers_read(model)
-    for name, module in model.named_modules():
-        for key, value in list(vars(module).items()):
-            inside = getattr(value, "info", None) if hasattr(value, "out_indices") else None
-            if isinstance(inside, list) and numbers_in(inside) is not None:
-                yield module, name, f"{key}.info", inside
-
-
 def numbers_of(model: nn.Module) -> dict[Place, int]:
     """List the numbers that attributes of a model's own modules hold, by place."""
     numbers = dict[Place, int]()
-    for _, name, key, value in _stored(model):
+    for _, name, key, value in numbers_read(model):
         for path, number in (numbers_in(value) or {}).items():
             numbers[name, key, path] = number
     return numbers
-
-
-def number_at(model: nn.Module, place: Place) -> int | None:
-    """Return the number at a place of a model's attributes, None where there is none."""
-    name, key, path = place
-    value: Any = model.get_submodule(name)
-    for part in key.split("."):
-        value = getattr(value, part, None)
-    return (numbers_in(value) or {}).get(path)
 
 
 def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
@@ -133,22 +109,3 @@ def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
                     put_attribute(each, owner, described)
         else:
             put_attribute(module, key, with_numbers(getattr(module, key), {path: size}))
-
-
-@lru_cache(maxsize=1024)
-def read_in_forward(kind: type) -> frozenset[str]:
-    """Name the attributes that a class's forward reads, or methods and properties that it reads."""
-    if kind.__module__.startswith("torch.nn."):
-        return frozenset()
-    names, left = set[str](), ["forward"]
-    while left:
-        found = inspect.getattr_static(kind, left.pop(), None)
-        found = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
-        code = getattr(inspect.unwrap(found) if callable(found) else found, "__code__", None)
-        codes = [code] if code is not None else []
-        for each in codes:
-            new = set(each.co_names) - names
-            names |= new
-            left += sorted(new)
-            codes += [inner for inner in each.co_consts if inspect.iscode(inner)]
-    return frozenset(names)

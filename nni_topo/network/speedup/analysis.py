@@ -4,38 +4,45 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
 from nni_topo.errors import NniTopoError, SpeedupError, raised
 from nni_topo.network.attention.unfused.own_width import has_own_forward, take_own_width
+from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason
-from nni_topo.network.graph.nodes import ShapeNoting, on_modules
+from nni_topo.network.graph.nodes import RANDOM, ShapeNoting, on_modules
+from nni_topo.network.graph.submodules import is_in_parts
 from nni_topo.network.graph.tracing import arguments, layer_sizes, trace
 from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.layers.norms import channel_dim
-from nni_topo.network.runtime.copies import evaluating, unwrapped_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
-from nni_topo.network.runtime.inputs import Call, tensors_of
+from nni_topo.network.runtime.inputs import Call, first_samples, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.switches import as_written, random_state_kept
 from nni_topo.network.runtime.weights import put_parameters
 from nni_topo.network.speedup.dry_run import find_unprunable
-from nni_topo.network.speedup.sizes import Compared, second_call
-from nni_topo.network.speedup.training_only import read_in_training, unused_tensors
 
 _logger = logging.getLogger(__name__)
 _COMPARED = (TreeSpec, tuple, bool, int, float, str)  # of other objects only the same one is equal
+_SMALL = 64  # places, which any input may have
+_MULTIPLES = (8, 16, 32)  # by which networks divide the sides of images
+
+Compared = tuple[tuple[int, int], ...]
+"""Sizes that a forward compared with numbers, and these numbers."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +170,7 @@ class Analysis:
         known = self.facts
         if not known.is_second_known:
             copied: nn.Module = evaluating(unwrapped_copy(self.model, light=True))
-            call = second_call(copied, self.call, self.trace.compared)
+            call = _second_call(copied, self.call, self.trace.compared)
             if call is not None:
                 other = Analysis(self.model, call)
                 try:
@@ -232,7 +239,7 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     read = dict[str, Any]()
     if unused := unused_tensors(model, graph_module.graph):
         # What was traced may hold things of its tracer's.
-        read = read_in_training(copied(), unused, call)
+        read = _read_in_training(copied(), unused, call)
     try:
         flow = ChannelFlow(graph_module, recording.args, read)
     except Exception as error:  # a forward may do with tensors what no rule has seen yet
@@ -270,3 +277,150 @@ def _described(call: Call) -> list[Any]:
     leaves, structure = tree_flatten(call)
     shapes = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return [structure, *shapes]
+
+
+def _second_call(model: nn.Module, call: Call, compared: Compared) -> Call | None:
+    """Return inputs of another size that a model runs on, of two samples if it takes these; None if none is found.
+
+    Dimensions of one size, such as height and width, or the lengths of tokens and their mask, change together. Tried
+    are a size on the other side of a number that the forward compares sizes with, then one place more, then the next
+    multiple of 8, 16 and 32. ``model`` is a copy in evaluation mode.
+    """
+    few = first_samples(call)
+    for start in (few, call) if few is not call else (call,):
+        found = start
+        for size in sorted({size for tensor in tensors_of(start) for size in tensor.shape[1:]}, reverse=True):
+            for other in _other_sizes(size, compared):
+                tried = _resized(found, size, other)
+                args, kwargs = tree_map_only(Tensor, Tensor.clone, tried)
+                try:
+                    with torch.no_grad(), random_state_kept():
+                        model(*args, **kwargs)
+                except Exception:  # a model that doesn't take a size may raise anything; or memory is short
+                    continue
+                found = tried
+                break
+        if found is not start:
+            return found
+    return None
+
+
+def _other_sizes(size: int, compared: Compared) -> Iterator[int]:
+    """Yield sizes to try in place of one, each once."""
+    found = list[int]()
+    for known, number in compared:
+        # What is compared may be the size of a feature map, which grows as the input does.
+        threshold = size * number / known if known > 0 else 0
+        for multiple in (32, 16, 8, 1):
+            below = int(threshold - 1e-9) // multiple * multiple
+            above = (int(threshold) // multiple + 1) * multiple
+            if known >= number and below > 0:
+                found.append(below)
+            # Much larger inputs might not fit into memory.
+            if known <= number and above <= max(3 * size, _SMALL):
+                found.append(above)
+    found += [size + 1, *((size // multiple + 1) * multiple for multiple in _MULTIPLES)]
+    for each in dict.fromkeys(found):
+        if each != size:
+            yield each
+
+
+def _resized(call: Call, size: int, other: int) -> Call:
+    """Change all dimensions of one size but the first; where they grow, the values begin again."""
+
+    def resize(tensor: Tensor) -> Tensor:
+        for d in range(1, tensor.dim()):
+            if tensor.shape[d] == size:
+                tensor = tensor.index_select(d, torch.arange(other, device=tensor.device) % size)
+        return tensor
+
+    resized: Call = tree_map_only(Tensor, resize, call)
+    return resized
+
+
+def unused_tensors(model: nn.Module, graph: Graph) -> list[str]:
+    """List the parameters and floating buffers of a model that no node of its graph uses, by name."""
+    used = set[int]()
+    for node in graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        try:
+            found = attrgetter(str(node.target))(model)
+        except AttributeError:  # a constant that only the tracer knows
+            continue
+        if isinstance(found, nn.Module):
+            used.update(id(tensor) for tensor in (*found.parameters(), *found.buffers()))
+        else:
+            used.add(id(found))
+    # A number, and what counts or masks, has no channels.
+    held = [(name, each) for name, each in model.named_buffers() if each.dim() and each.is_floating_point()]
+    return [name for name, each in (*model.named_parameters(), *held) if id(each) not in used]
+
+
+def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[str, tuple[np.ndarray, Reason]]:
+    """Find the channels of layers that modules read that run in training mode only, such as auxiliary heads.
+
+    The model is traced a second time, with the modules in training mode that hold parameters that its graph of
+    evaluation mode doesn't use, ``unused``. Returns by layer which of its channels have to stay for what training mode
+    runs, bool, (channels,), and why; none where it can't be traced. ``model``: in evaluation mode.
+    """
+    try:
+        # The copy has weights of its own, because a forward may write into them in training mode.
+        trained = detached_copy(model)
+        for name in unused:
+            owners = name.split(".")[:-1]
+            for length in range(len(owners) + 1):
+                # Only the modules that contain the parameter: dropout and batch norms beside it would compute something
+                # else in training mode, and don't decide where data goes, and neither do layers of PyTorch's.
+                owner = trained.get_submodule(".".join(owners[:length]))
+                is_layer = type(owner).__module__.startswith("torch.nn.modules.") and not isinstance(
+                    owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+                )
+                owner.training = owner.training or not is_layer
+        recording = trace(trained, call)
+        graph = recording.graph_module.graph
+        if is_in_parts(graph):
+            raise SpeedupError("a model must be traced as a whole to follow training mode, got one traced in parts")
+        for node in graph.nodes:
+            node.meta.pop(RANDOM, None)  # dropout, in training mode; what is random in evaluation mode stays anyway
+        flow = ChannelFlow(recording.graph_module, recording.args)
+    except Exception as error:  # a user's forward may raise anything
+        if out_of_memory(error):
+            raise
+        _logger.debug("%s can't be followed in training mode", type(model).__name__, exc_info=True)
+        return {}
+    readers, met = dict[int, str](), _met_by_inputs(graph)  # by group of channels, the module that reads them
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op not in ("call_module", "get_attr") or node not in met:
+            continue
+        if not any(each == name or each.startswith(f"{name}.") for each in unused):
+            continue
+        for user in (node,) if node.op == "call_module" else node.users:
+            for tensor in (*user.all_input_nodes, user):  # what is coupled with a module's output stays, too
+                for ids in tensors_of(flow.ids[tensor.name]):
+                    for group in np.unique(flow.group_ids(ids.numpy().ravel())).tolist():
+                        readers.setdefault(group, name)
+    readers.pop(FIXED, None)
+    read = dict[str, tuple[np.ndarray, Reason]]()
+    for layer in flow.layers:
+        groups = flow.group_ids_of(layer)
+        found = [readers[group] for group in groups.tolist() if group in readers]
+        if found:
+            read[layer] = np.isin(groups, list(readers)), reasons.training_reader(found[0])
+        elif why := flow.why_pinned(layer):
+            read[layer] = groups == FIXED, why[0]
+    return read
+
+
+def _met_by_inputs(graph: Graph) -> set[Node]:
+    """Find the nodes of a graph that depend on an input, or whose values meet one or the output later."""
+    entered = set[Node]()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or not entered.isdisjoint(node.all_input_nodes):
+            entered.add(node)
+    met = set(entered)
+    for node in reversed(graph.nodes):
+        if not met.isdisjoint(node.users):
+            met.add(node)
+    return met

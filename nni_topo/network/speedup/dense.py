@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +13,12 @@ import torch
 from nni_topo.errors import ConfigError, listed
 from nni_topo.network.attention.config import tell_config
 from nni_topo.network.attention.unfused.own_width import take_own_width
+from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.reasons import Reasons
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.integer_attributes import put_sizes
+from nni_topo.network.layers.kinds import feature_dimension
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
 from nni_topo.network.runtime.copies import (
     detached_copy,
@@ -29,16 +31,14 @@ from nni_topo.network.runtime.copies import (
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
-from nni_topo.network.speedup.analysis import Analysis, Facts
+from nni_topo.network.speedup.analysis import Analysis, Facts, unused_tensors
 from nni_topo.network.speedup.constants import TOLERANCE, absorb, constants_read, fit_norms
 from nni_topo.network.speedup.dense_report import DenseReport, dense_report, remember_report
 from nni_topo.network.speedup.dependency import DependencyGroups
 from nni_topo.network.speedup.equivalence import apply_masks, check_equal, failure_in_training
-from nni_topo.network.speedup.explain import way_forward
 from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import MasksLike, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import Cutter, kept_outputs
-from nni_topo.network.speedup.training_only import unused_tensors
 from nni_topo.network.speedup.width_attributes import count_anew
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
@@ -200,7 +200,13 @@ def dense_of(
         stale = count_anew(original, dense, call)
         failure = failure_in_training(original, dense, call) if check else ""
         report = dense_report(model, dense, full, resolved.reasons, stale)
-        notes += _notes_on_shared(original, dense)
+        parameters = dict(dense.named_parameters(remove_duplicate=False))
+        parted = list[str]()
+        for names in find_ties(original):
+            if len({id(parameters[name]) for name in names if name in parameters}) > 1:
+                parted += names
+        if parted:
+            notes.append(f"modules that shared these have one each now, as they differ: {', '.join(parted)}")
         left = _notes_on_old_widths(flow, original, dense, report, failure)
         report = dataclasses.replace(report, checked=checked, notes=(*notes, *left))
         _warn(report, resolved, left)
@@ -258,7 +264,7 @@ def _cut(
         if before != after:
             take_own_width(dense.get_submodule(name), dim)
     tie_again(dense, ties)
-    tell_config(dense, original, analysis.call)
+    tell_config(dense, original)
     forget_evaluated(dense)
     # Layers that weren't cut have the original's memory still.
     shapes = {name: each.shape for name, each in original.named_parameters(remove_duplicate=False)}
@@ -273,25 +279,26 @@ def _compare(
 ) -> str:
     """Raise a SpeedupError unless the dense model gives the masked one's outputs; return on what they were compared."""
     kept = kept_outputs(analysis.flow, is_kept)
-    advise = partial(way_forward, analysis, kept)
+
+    def why_unequal() -> str:
+        flow, held, why = analysis.flow, analysis.unprunable, dict[str, Reasons]()
+        for name, layer in flow.layers.items():
+            if name in kept:
+                removed = np.ones(layer.channels, dtype=np.bool_)
+                removed[kept[name][feature_dimension(flow.fetch_attr(name))].cpu().numpy()] = False
+                removed_ids = flow.group_ids_of(name)[removed].tolist()
+                if found := dict.fromkeys(held[group_id] for group_id in removed_ids if group_id in held):
+                    why[name] = tuple(found)
+        return reasons.unequal(why)
+
     with left_alone(dense):
-        checked = check_equal(reference, dense, analysis.call, kept, rtol, advise=advise)
+        checked = check_equal(reference, dense, analysis.call, kept, rtol, advise=why_unequal)
         if not analysis.depends_on_size:
             return checked
         if analysis.second is None:
             return f"{checked}; no other size was found that the model takes, so it is right at this size alone"
-        other = check_equal(reference, dense, analysis.second.call, kept, rtol, advise=advise)
+        other = check_equal(reference, dense, analysis.second.call, kept, rtol, advise=why_unequal)
     return f"{checked}; {other}"
-
-
-def _notes_on_shared(original: torch.nn.Module, dense: torch.nn.Module) -> list[str]:
-    """Return a note on the parameters that modules of a model share and those of its dense model don't."""
-    parameters, parted = dict(dense.named_parameters(remove_duplicate=False)), list[str]()
-    for names in find_ties(original):
-        if len({id(parameters[name]) for name in names if name in parameters}) > 1:
-            parted += names
-    told = "modules that shared these have one each now, as they differ"
-    return [f"{told}: {', '.join(parted)}"] if parted else []
 
 
 def _notes_on_old_widths(

@@ -73,11 +73,10 @@ class DependencyGroups(list[dict[str, Any]]):
         can't prune keep all channels, with a warning.
     ties : mapping of str to tuple of int
         By layer that shares some of its channels with others, or with itself, a number for each channel, (channels,):
-        those with equal numbers can only go together, and those with a negative one stay, which no entry can say. The
-        package's pruners heed it.
+        those with equal numbers can only go together, and those with a negative one stay. The package's pruners heed
+        it; no entry can say it.
     shares : mapping of str to Share
-        By layer whose channels are shuffled and split, how many of which stay at the ratio of its entry, which no entry
-        can say. The package's pruners heed it.
+        By layer whose channels are shuffled and split, how many of which stay at the ratio of its entry; likewise.
     reasons : mapping of str to tuple of Reason
         What ``skipped`` says in words, by layer: the kind of each reason and where it is found.
     """
@@ -165,11 +164,10 @@ def dependency_groups(
     DependencyGroups
         A list with one entry for each layer an entry of ``config_list`` selects: the entries in their order, within
         one the layers in network order. Coupled layers (by a residual addition, say) get a common
-        ``dependency_group_id`` ("group_0", "group_1", ... in network order), which replaces the old one.
-        Layers before or at a grouped convolution or a group norm get ``internal_metric_block``, the
-        number of blocks that have to lose the same number of channels, and a group id that makes NNI's
-        pruners heed it. An ``op_types`` selects classes derived from these too. ``skipped`` holds what was left out,
-        and what can lose a part of its channels only, by name with the reason.
+        ``dependency_group_id`` ("group_0", "group_1", ... in network order), which replaces the old one. Layers before
+        or at a grouped convolution or a group norm get ``internal_metric_block``, the number of blocks that have to
+        lose the same number of channels. An ``op_types`` selects classes derived from these too. ``skipped`` holds
+        what was left out, and what can lose a part of its channels only, by name with the reason.
 
     Raises
     ------
@@ -185,30 +183,26 @@ def dependency_groups(
     -----
     Layers that ``op_names`` names are always in the result. Others are left out, in one warning and in ``skipped``,
     where `to_dense` couldn't remove their channels: those that give the model's output; and those whose channels
-    enter something that needs all of them, or a fixed size in the forward.
-    A model that can't be traced as a whole is followed part by part, and the outputs of a part are kept. A dry run
-    finds unprunable channels by pruning random ones: about two forward passes. A size in an attribute (``self.width``)
-    isn't fixed where it holds a number of channels that the forward only uses to split, slice or view them.
+    enter something that needs all of them, or a fixed size in the forward. A dry run finds these by pruning random
+    channels: about two forward passes. A size in an attribute (``self.width``) isn't fixed where it holds a number of
+    channels that the forward only uses to split, slice or view them. A model that can't be traced as a whole is
+    followed part by part, and the outputs of a part are kept.
 
     The channels of a selected layer that is coupled with one that isn't selected can't be removed: ``to_dense`` keeps
-    them, as NNI does. This is no error; a warning names both, and ``skipped`` has the layer.
-    A depth-wise convolution that isn't selected couples nothing: it follows the layer before it. One that
-    follows several layers at once, after a concatenation, follows them channel by channel, as does one that makes
-    several channels of each and is coupled with another layer; its entry is left out, since NNI can't state such a
-    group.
+    them, as NNI does; a warning names both, and ``skipped`` has the layer. A depth-wise convolution that isn't selected
+    couples nothing: it follows the layer before it. One that follows several layers at once follows them channel by
+    channel; its entry is left out, since NNI can't state such a group.
     Where layers share some of their channels, as through a concatenation or a split before an addition, ``ties`` says
     which. The package's pruners then prune as many channels of each layer as were asked for, as nearly as the coupling
     allows. NNI's pruners choose for each layer by itself, and `to_dense` keeps every channel that one of them keeps.
+    Layers that share a weight are coupled, as one layer that is called twice is.
 
     Layers that compute queries, keys or values of attention lose whole heads: they get a granularity and a group. The
     output projection loses rows where every layer that adds to the residual stream is selected, and where ``op_names``
-    names it; otherwise it loses columns, in the group of the heads. ``"granularity": "head"``,
-    which NNI doesn't know, asks for the heads of these layers alone, also of a module that holds them. An entry with a
-    list for granularity keeps it.
-    Units of a recurrent layer without a projection are pruned as heads are, the same in all levels and directions.
-    Layers that share a weight are coupled, as one layer that is called twice is: the smaller network has one weight for
-    them. Where one of them can't be cut along a dimension of the weight, the others keep their channels, and the reason
-    is told.
+    names it; otherwise it loses columns, in the group of the heads. ``"granularity": "head"``, which NNI doesn't know,
+    asks for the heads of these layers alone, also of a module that holds them. An entry with a list for granularity
+    keeps it. Units of a recurrent layer without a projection are pruned as heads are, the same in all levels and
+    directions.
 
     Examples
     --------
@@ -273,7 +267,16 @@ def groups_of(
                     break
     for name in order:
         if name in selection.by_head and name not in flow.heads and name not in projections:
-            left_out[name] = flow.why_pinned(name) if name in flow.shared else _why_headless(model, name)
+            place = name.rpartition(".")[0]
+            owner = type(model.get_submodule(place)).__name__
+            if name in flow.shared:
+                left_out[name] = flow.why_pinned(name)
+            elif is_transposed_linear(model.get_submodule(name)):
+                left_out[name] = (why_not_followed(model, name),)
+            elif "attention" in owner.lower() and not is_attention(model.get_submodule(place)):
+                left_out[name] = (reasons.unknown_attention(place, owner),)
+            else:
+                left_out[name] = (reasons.no_heads(),)
     by_row = selection.layers - left_out.keys() - projections.keys()
     in_part = dict[str, Reasons]()  # why some channels stay, of layers that lose others
     for name in flow.layers:
@@ -404,17 +407,6 @@ def _projections_by_column(
     return {name: attention for name, attention in found.items() if name not in by_row}
 
 
-def _why_headless(model: torch.nn.Module, name: str) -> Reasons:
-    """Return why a layer has no heads that could be pruned."""
-    module, place = model.get_submodule(name), name.rpartition(".")[0]
-    if is_transposed_linear(module):
-        return (why_not_followed(model, name),)
-    owner = model.get_submodule(place)
-    if "attention" in type(owner).__name__.lower() and not is_attention(owner):
-        return (reasons.unknown_attention(place, type(owner).__name__),)
-    return (reasons.no_heads(),)
-
-
 def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
     """Replace a module that holds attention by the layers of the attention."""
     holders, inner = set[str](), set[str]()
@@ -466,14 +458,10 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
 def _is_used(flow: ChannelFlow, model: torch.nn.Module, name: str) -> bool:
     """Tell whether the forward calls a layer, calls an untraced module around it, or reads its weights."""
     layer = model.get_submodule(name)
-    # One module may have several names.
-    names = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
-    for node in flow.graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            target = str(node.target)
-            for own in names:
-                if target == own or target.startswith(f"{own}.") or own.startswith(f"{target}."):
-                    return True
+    targets = {str(node.target) for node in flow.graph.nodes if node.op in ("call_module", "get_attr")}
+    for own, module in model.named_modules(remove_duplicate=False):  # one module may have several names
+        if module is layer and any(f"{own}.".startswith(f"{each}.") or each.startswith(f"{own}.") for each in targets):
+            return True
     return False
 
 

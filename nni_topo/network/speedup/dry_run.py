@@ -41,7 +41,6 @@ from nni_topo.network.runtime.weights import RandomWeights, put_parameters, to_p
 from nni_topo.network.speedup.leaving_out import leave_out_of
 from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import Cutter, kept_slices
-from nni_topo.network.speedup.sizes import differing
 
 if TYPE_CHECKING:
     from nni_topo.network.speedup.analysis import Analysis
@@ -86,7 +85,7 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
             by_shape.setdefault(str([each.shape for each in tensors_of(call)]), call)
         calls = list(by_shape.values())
         if analysis.depends_on_size and analysis.second is not None:
-            held.update(dict.fromkeys(differing(flow, analysis.second.flow).tolist(), reasons.depends_on_size()))
+            held.update(dict.fromkeys(_differing(flow, analysis.second.flow).tolist(), reasons.depends_on_size()))
         for turn in range(_ROUNDS):
             # In turn: every block loses a part, as pruners choose; some blocks are pruned as a whole, as masks may.
             in_parts = bool(flow.blocks) and turn % 2 == 0
@@ -97,6 +96,32 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
             if clean == {bool(flow.blocks), False}:
                 return held
     return None
+
+
+def _differing(flow: ChannelFlow, other: ChannelFlow) -> np.ndarray:
+    """Return the channels whose coupling isn't the same at a second size: group ids of ``flow``, int, (groups,).
+
+    ``flow``, ``other``: how channels go through the network at both sizes. The coupling of a channel is the same if
+    both the channels that can only be removed with it and the layers that read it are the same.
+    """
+    pairs = [(flow.group_ids_of(name), other.group_ids_of(name)) for name in flow.layers if name in other.layers]
+    for name, parameter in flow.free_parameters.items():
+        if name in other.free_parameters and other.free_parameters[name].channels == parameter.channels:
+            ids = flow.free_parameter_ids(name), other.free_parameter_ids(name)
+            pairs.append((flow.group_ids(ids[0]), other.group_ids(ids[1])))
+    read_elsewhere = [np.zeros(0, dtype=np.int64)]  # group ids of ``other``
+    for name in other.readers:
+        entering = flow.entering_group_ids(name), other.entering_group_ids(name)
+        if len(entering[0]) == len(entering[1]):
+            pairs.append(entering)
+        else:  # above all a layer that doesn't run at the first size
+            read_elsewhere.append(entering[1])
+    met = np.unique(np.concatenate([np.stack(pair, 1) for pair in pairs]), axis=0)
+    ones, others = met.T
+    times_one, times_other = np.bincount(ones), np.bincount(others)
+    differs = (times_one[ones] > 1) | (times_other[others] > 1) | (others == FIXED)
+    differs |= np.isin(others, np.concatenate(read_elsewhere))
+    return np.setdiff1d(ones[differs], FIXED)
 
 
 def _found_on(calls: list[Call], dry_run: _DryRun) -> dict[int, Reason]:

@@ -67,8 +67,8 @@ def apply_masks(model: torch.nn.Module, masks: FullMasks, *, light: bool = False
     untie(reference, ties)
     with torch.no_grad():
         for name, targets in masks.items():
+            module = reference.get_submodule(name)
             for target, mask in targets.items():
-                module = reference.get_submodule(name)
                 keep(module, target, getattr(module, target) * mask)
     tie_again(reference, ties)
     hand_on_report(model, reference, "masked (nni_topo.masked_model)")
@@ -93,26 +93,26 @@ def check_equal(
     pair, variations = (reference, dense), variations_of(drawn)
     # shifted both ways, as weights that were trained may tell these apart
     variations += tuple((factor, -shift) for factor, shift in variations if shift)
-    # Usually one run shows it for all inputs at once, in double precision only where that is needed. Where it doesn't,
-    # each input is looked at.
+    # Usually one run shows it for all inputs at once, in double precision only where that is needed.
     batch = together(drawn, variations) if variations else first_samples(drawn)
     is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in reference.parameters())
     for double in (True,) if is_half or rtol < _ROUGH else (False, True):
-        agreed = None
-        if batch is not None:
-            entering = call_in_precision(batch, torch.float64) if double else batch
-            agreed = _agreed(pair, entering, rtol if double else rtol / 10, 1 + len(variations), double=double)
+        agreed = None if batch is None else _agreed(pair, batch, rtol, 1 + len(variations), double=double)
         if agreed is not None:
             return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
+    # Otherwise each input is looked at.
+    compared = list[Variation]()
     _check_one(pair, drawn, kept, rtol, advise)
-    agreed_variations = list[Variation]()
     for variation in variations:
         other = varied(drawn, variation)
-        # A model needn't take all that is a number, nor make numbers of it.
-        if _gives_numbers(reference, other):
+        try:
+            outputs = _outputs(reference, other, double=True)
+        except Exception:  # a model needn't take all that is a number
+            continue
+        if all(bool(each.isfinite().all()) for each in outputs):
             _check_one(pair, other, kept, rtol, advise, variation)
-            agreed_variations.append(variation)
-    return _told(drawn, agreed_variations)
+            compared.append(variation)
+    return _told(drawn, compared)
 
 
 def failure_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Call) -> str:
@@ -142,7 +142,7 @@ def failure_in_training(original: torch.nn.Module, dense: torch.nn.Module, call:
 
 
 def _told(compared: Call, variations: list[Variation]) -> str:
-    """Return a sentence on the inputs on which two models were compared."""
+    """Return in words on which inputs two models were compared."""
     shapes = " and ".join(str(tuple(each.shape[1:])) for each in tensors_of(compared))
     others = "".join(f", {_named(each)}" for each in variations)
     return f"random inputs of shape {shapes}{others}"
@@ -154,35 +154,26 @@ def _named(variation: Variation) -> str:
 
 
 def _agreed(
-    pair: tuple[torch.nn.Module, torch.nn.Module], call: Call, rtol: float, blocks: int, *, double: bool
+    pair: tuple[torch.nn.Module, torch.nn.Module], batch: Call, rtol: float, blocks: int, *, double: bool
 ) -> set[int] | None:
     """Return the inputs of one batch on which two models agree; None unless that is all that give finite numbers."""
     try:
-        expected, actual = (_outputs(model, call, double=double) for model in pair)
+        expected, actual = (_outputs(model, batch, double=double) for model in pair)
     except Exception:  # not every model takes another scale or as many samples; or memory is short
         return None
     if [each.shape for each in expected] != [each.shape for each in actual]:
         return None
     finite = set(range(blocks))
     for one, other in zip(expected, actual, strict=True):
-        parts = blocks if one.dim() and len(one) % blocks == 0 else 1
         # A loss, say, has no dimension to be cut along.
+        parts = blocks if one.dim() and len(one) % blocks == 0 else 1
         pairs = zip(one.chunk(parts), other.chunk(parts), strict=True) if parts > 1 else [(one, other)]
         for at, (wanted, given) in enumerate(pairs):
             if not bool(wanted.isfinite().all()):
                 finite -= {at} if parts > 1 else finite
-            elif difference(wanted, given) > rtol:
+            elif difference(wanted, given) > (rtol if double else rtol / 10):
                 return None
     return finite if 0 in finite else None
-
-
-def _gives_numbers(model: torch.nn.Module, call: Call) -> bool:
-    """Tell whether a model runs on a call in double precision and returns finite numbers."""
-    try:
-        outputs = _outputs(model, call_in_precision(call, torch.float64), double=True)
-    except Exception:  # a user's forward may raise anything
-        return False
-    return all(bool(each.isfinite().all()) for each in outputs)
 
 
 def _check_one(
@@ -196,12 +187,10 @@ def _check_one(
     """Raise a SpeedupError unless two models agree on one input."""
     # In double precision two models that are equal differ by 1e-12 and less however deep they are.
     for double in (True, False):
-        entering = call_in_precision(drawn, torch.float64) if double else drawn
         records: list[dict[str, torch.Tensor]] = [{}, {}]
         try:
             expected, actual = (
-                _outputs(model, entering, kept, record, double=double)
-                for model, record in zip(pair, records, strict=True)
+                _outputs(model, drawn, kept, record, double=double) for model, record in zip(pair, records, strict=True)
             )
             break
         except Exception as error:  # a user's forward may raise anything, such as for a type that it doesn't take
@@ -251,7 +240,7 @@ def _outputs(
         if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
             looks.append((module, partial(look, name)))
     # What a forward does in place to its inputs mustn't reach the other model. Both draw the same random numbers.
-    args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
+    args, kwargs = tree_map_only(torch.Tensor, torch.clone, call_in_precision(call, torch.float64) if double else call)
     with torch.no_grad(), random_state_kept(), watched(leaving=looks):
         return returned_tensors(runner(*args, **kwargs))
 
@@ -295,11 +284,11 @@ def masked_model(
     Returns
     -------
     torch.nn.Module
-        A copy in which weights and biases are multiplied by their masks; the bias of a channel without weights is zero;
-        and so are the places of a parameter that the model uses by itself, a position embedding say, that meet removed
-        channels. Where a removed channel is read it isn't there: a layer reads a zero in its place, weight and bias of
-        a batch norm are zero for it, and a norm over channels runs over those that are left. Nothing else differs. What
-        layers share, they share in the copy too unless their masks differ.
+        A copy in which weights and biases are multiplied by their masks. A channel is removed if no layer that shares
+        it keeps it: its bias is zero, and so are its places in a parameter that the model uses by itself, a position
+        embedding say. A layer that reads it reads a zero, weight and bias of a batch norm are zero for it, and a norm
+        over channels runs over those that are left. What layers share, they share in the copy too unless their masks
+        differ.
 
     Raises
     ------
@@ -312,9 +301,8 @@ def masked_model(
 
     Notes
     -----
-    A channel is removed if no layer that shares it keeps it. NNI's masked model differs: there a group or layer norm
-    takes its statistics over removed channels too, as zeros, and a constant that an operation makes of a zero, as a
-    sigmoid does, is read.
+    NNI's masked model differs: there a group or layer norm takes its statistics over removed channels too, as zeros,
+    and a constant that an operation makes of a zero, as a sigmoid does, is read.
     """
     check_model(model)
     given, model = model, with_known_layers(model)

@@ -1,4 +1,4 @@
-"""Why a layer keeps its channels, why a dense model can't equal the masked one, and what to change."""
+"""Why a layer keeps its channels, and what to change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from nni_topo.context import in_context
@@ -17,12 +16,11 @@ from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reasons
 from nni_topo.network.graph.nodes import described, line_of
 from nni_topo.network.layers.derived import with_known_layers
-from nni_topo.network.layers.kinds import RECURRENT, feature_dimension, is_transposed_linear, output_channels
+from nni_topo.network.layers.kinds import RECURRENT, is_transposed_linear, output_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, check_unwrapped
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import unprunable_layers
-from nni_topo.network.speedup.reconcile import KeptIndices
 
 # Who asks for an explanation may use either.
 _LEAVE_OUT = "leave {} out of what is pruned (layers of shrink, exclude_op_names of a config_list)"
@@ -155,13 +153,19 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     """
     check_unwrapped(model)
     model = with_known_layers(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    layers = [name for name, module in modules.items() if _channels(module) is not None]
-    if layer not in modules:
-        raise unknown_name("layer", layer, layers, "explain")
-    module = modules[layer]
-    channels = _channels(module)
-    if channels is None:
+    counts = dict[str, int]()  # by layer, the channels that it makes, those of a recurrent layer's state
+    for name, each in model.named_modules(remove_duplicate=False):
+        module: Any = each
+        made = module.hidden_size if isinstance(module, RECURRENT) else output_channels(module)
+        made = module.weight.shape[1] if is_transposed_linear(module) else made
+        if made is not None:
+            counts[name] = int(made)
+    layers = list(counts)
+    if layer not in counts:
+        try:
+            module = model.get_submodule(layer)
+        except AttributeError:
+            raise unknown_name("layer", layer, layers, "explain") from None
         rule = "layer must name a convolution, a linear or recurrent layer or an embedding"
         if layer == "":
             hint = f"; the model's layers are {_first(layers)}" if layers else "; the model has no such layer"
@@ -169,6 +173,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
         inner = [name for name in layers if name.startswith(f"{layer}.")]
         hint = f"; it holds {_first(inner)}" if inner else ""
         raise ConfigError(f"{rule}, got {type(module).__name__} ({layer}){hint}")
+    channels = counts[layer]
     try:
         analysis = Analysis.on(model, example_inputs)
         flow = analysis.flow
@@ -199,27 +204,3 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
         mixes=mixed.name if mixed else "",
         reasons=why or (flow.why_pinned(layer) if kept else ()),
     )
-
-
-def _channels(module: nn.Module) -> int | None:
-    """Count the channels that a module makes, those of a recurrent layer's state; None if it makes none."""
-    if isinstance(module, RECURRENT):
-        return int(module.hidden_size)
-    if is_transposed_linear(module):
-        weight: Any = module.weight
-        return int(weight.shape[1])
-    return output_channels(module)
-
-
-def way_forward(analysis: Analysis, kept: KeptIndices) -> str:
-    """Return why a dense model may differ from the masked one, and what can be done about it."""
-    flow, held, why = analysis.flow, analysis.unprunable, dict[str, Reasons]()
-    for name, layer in flow.layers.items():
-        if name in kept:
-            removed = np.ones(layer.channels, dtype=np.bool_)
-            removed[kept[name][feature_dimension(flow.fetch_attr(name))].cpu().numpy()] = False
-            removed_ids = flow.group_ids_of(name)[removed].tolist()
-            found = dict.fromkeys(held[group_id] for group_id in removed_ids if group_id in held)
-            if found:
-                why[name] = tuple(found)
-    return reasons.unequal(why)

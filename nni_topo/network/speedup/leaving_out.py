@@ -7,6 +7,7 @@ the channels that are left have the values that they have in the dense network.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -16,24 +17,15 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, is_depthwise, is_normalizing, per_channel_names
-from nni_topo.network.layers.norms import is_over_channels
-from nni_topo.network.layers.over_kept import run_over_kept
-from nni_topo.network.layers.slicing import keep
+from nni_topo.network.layers.norms import channel_dim, gives_no_channels, is_over_channels, numbers_of
+from nni_topo.network.layers.slicing import cut, keep
 
 
 def leave_out(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, *, of_norms_alone: bool = False) -> None:
-    """Take removed channels out of what modules read, in place.
+    """Take removed channels out of what modules read, in place; ``is_kept``: which channels stay, by group id.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A network with modules of the names that ``flow`` knows. No other network may share its parameters.
-    flow : ChannelFlow
-        How channels go through it.
-    is_kept : ndarray of bool
-        Which channels stay, by group id.
-    of_norms_alone : bool, default=False
-        Only norms over channels, and gates, leave them out.
+    No other network may share the model's parameters. ``of_norms_alone``: only norms over channels, and gates, leave
+    them out.
     """
     for name, module in model.named_modules():
         kept = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
@@ -82,3 +74,59 @@ class _ReadZeros:
         view = [1] * x.dim()
         view[self.dim] = -1
         return x.masked_fill(~self.kept.to(x.device).view(view), 0)
+
+
+class OverKept(nn.Module):
+    """A norm, or a convolution along channels, of full width that runs over those that stay; the others are zero."""
+
+    whole: type[nn.Module]  # the module's own class
+    kept: Tensor  # int64, (channels that are left,)
+    kept_dim: int  # the dimension of the channels
+    gives_none: bool  # whether no channels leave it
+
+    def __reduce__(self) -> Any:
+        return _made, (self.whole,), dict(vars(self))  # its class has no name by which pickle finds it
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Run on the channels of ``(batch, channels, ...)`` or ``(..., channels)`` that are left: of one argument."""
+        (x,) = (*args, *kwargs.values())
+        small: Any = copy.copy(self)
+        small.__class__ = self.whole
+        del small.whole, small.kept, small.kept_dim, small.gives_none
+        small._parameters = dict(self._parameters)
+        kept, dim = self.kept.to(x.device), self.kept_dim
+        if self.whole is not nn.Conv1d:
+            cut("", small, kept, kept)
+            # views of the module's own parameters, so that these get the gradients
+            for name, parameter in self._parameters.items():
+                if parameter is not None:
+                    small._parameters[name] = numbers_of(parameter, kept)
+        found: Tensor = small.forward(x.index_select(dim, kept))
+        if self.gives_none:
+            return found
+        shape = [*found.shape[:dim], x.shape[dim], *found.shape[dim % x.dim() + 1 :]]
+        return found.new_zeros(shape).index_copy(dim, kept, found)
+
+
+def run_over_kept(module: Any, kept: Tensor) -> None:
+    """Let a module of full width run over some channels alone, in place; ``kept``: their indices, int64."""
+    whole = module.whole if isinstance(module, OverKept) else type(module)
+    if not isinstance(module, OverKept):
+        module.kept_dim = 2 if whole is nn.Conv1d else channel_dim(module)
+        module.gives_none = whole is not nn.Conv1d and gives_no_channels(module)
+    module.__class__ = _over_kept(whole)
+    module.whole, module.kept = whole, kept
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _over_kept(whole: type[nn.Module]) -> type[nn.Module]:
+    if whole not in _CLASSES:
+        _CLASSES[whole] = type(f"{whole.__name__}OverKept", (OverKept, whole), {})
+    return _CLASSES[whole]
+
+
+def _made(whole: type[nn.Module]) -> nn.Module:
+    kind = _over_kept(whole)
+    return kind.__new__(kind)

@@ -10,49 +10,32 @@ Attributes that a forward reads are followed while it is traced, see `network.gr
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nni_topo.network.layers.integer_attributes import Place, number_at, put_sizes, read_in_forward
+from nni_topo.network.layers.integer_attributes import Place, numbers_in, put_sizes
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import Call, run_few
 from nni_topo.rules import Rule, checked, is_class
 
-_logger = logging.getLogger(__name__)
-
-
-ModuleTensor = Literal["input", "output", "features"]
-
 
 @dataclass(frozen=True)
 class Described:
-    """The tensor whose channels an attribute counts.
+    """The tensor whose channels an attribute counts."""
 
-    Parameters
-    ----------
-    module : str
-        The name of a module.
-    part : {"input", "output", "features"}
-        What enters or leaves the module, or what its ``forward_features`` returns.
-    at : int, optional
-        Which one of several outputs. By default all outputs have that number of channels.
-    """
-
-    module: str
-    part: ModuleTensor
-    at: int | None = None
+    module: str  # the name of a module
+    part: Literal["input", "output", "features"]  # what enters or leaves it, or what its ``forward_features`` returns
 
 
-Claim = tuple[Place, Described]  # an attribute, and the tensor whose channels it counts
 Shape = tuple[int, ...]
 
 _TABLE: dict[tuple[type[nn.Module] | str, str], Described] = {
@@ -133,24 +116,15 @@ def register_width_attribute(
     _TABLE[kind, attribute] = Described(module, part)
 
 
-def _claims(name: str, module: nn.Module) -> Iterator[Claim]:
+def _claims(name: str, module: nn.Module) -> Iterator[tuple[Place, Described]]:
     """List what attributes of a module count; of two claims on one attribute the later one holds."""
-    # ``feature_info`` of timm's networks, and of the wrappers that return features alone (``features_only``).
-    held: Any = getattr(module, "feature_info", None)
-    wraps = hasattr(held, "info") and hasattr(held, "out_indices")
-    key, entries = ("feature_info.info", held.info) if wraps else ("feature_info", held)
-    entries = entries if isinstance(entries, (list, tuple)) else ()
-    # By entry, its place among the outputs.
-    outputs = {index % len(entries): at for at, index in enumerate(held.out_indices)} if wraps and entries else {}
-    for index, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("module"), str):
-            continue
-        place = name, key, (index, "num_chs")
-        if index in outputs:
-            yield place, Described(name, "output", outputs[index])
-        else:
-            part: ModuleTensor = "input" if entry.get("hook_type") == "forward_pre" else "output"
-            yield place, Described(f"{name}.{entry['module']}".lstrip("."), part)
+    prefix = f"{name}." if name else ""
+    entries: Any = getattr(module, "feature_info", None)  # of timm's networks
+    for index, entry in enumerate(entries if isinstance(entries, (list, tuple)) else ()):
+        if isinstance(entry, dict) and isinstance(entry.get("module"), str):
+            is_entering = entry.get("hook_type") == "forward_pre"
+            described = Described(f"{prefix}{entry['module']}", "input" if is_entering else "output")
+            yield (name, "feature_info", (index, "num_chs")), described
     # The widths by which timm's networks, and their heads, make a new classifier.
     if hasattr(module, "forward_features"):
         for width in ("num_features", "embed_dim"):
@@ -162,17 +136,15 @@ def _claims(name: str, module: nn.Module) -> Iterator[Claim]:
             classifier = None
         for inner, each in module.named_modules():
             if each is (classifier[0] if isinstance(classifier, tuple) else classifier):
-                yield (name, "head_hidden_size", ()), Described(f"{name}.{inner}".lstrip("."), "input")
+                yield (name, "head_hidden_size", ()), Described(f"{prefix}{inner}", "input")
     elif "pre_logits" in getattr(getattr(type(module).forward, "__code__", None), "co_varnames", ()):
-        last = "fc" if "fc" in module._modules else "fc2"
         for width in ("num_features", "hidden_size"):
-            yield (name, width, ()), Described(f"{name}.{last}".lstrip("."), "input")
+            yield (name, width, ()), Described(f"{prefix}{'fc' if 'fc' in module._modules else 'fc2'}", "input")
     # A class that is derived from another has its rows of the table, and may have its own.
     for kind in reversed(type(module).__mro__):
         for (owner, attribute), described in _TABLE.items():
             if owner in (kind, f"{kind.__module__}.{kind.__qualname__}"):
-                inner = f"{name}.{described.module}".strip(".")
-                yield (name, attribute, ()), Described(inner, described.part)
+                yield (name, attribute, ()), Described(f"{name}.{described.module}".strip("."), described.part)
 
 
 def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, int]:
@@ -186,40 +158,51 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
     for name, module in original.named_modules():
         if type(module).__module__.startswith("torch.nn."):
             continue
-        kind: Any = type(module)
-        read = read_in_forward(kind)
+        read, small = _read_in_forward(type(module)), dense.get_submodule(name)
         for place, described in _claims(name, module):
-            before, key = number_at(original, place), place[1]
-            is_held = key.partition(".")[0] in vars(module) and key not in read  # no property
+            _, key, path = place
+            if key not in vars(module) or key in read:  # a property, or what the forward reads
+                continue
+            before, after = ((numbers_in(vars(each).get(key)) or {}).get(path) for each in (module, small))
             # An attribute that has another number already was counted anew with the layers.
-            if before is not None and is_held and number_at(dense, place) == before:
+            if before is not None and before == after:
                 claims[place] = before, described
     if not claims:
         return {}
     wanted = {described for _, described in claims.values()}
     whole, narrow = _shapes(original, wanted, call), _shapes(dense, wanted, call)
-    sizes: dict[Place, int] = {}
-    stale: dict[str, int] = {}
+    sizes, stale = dict[Place, int](), dict[str, int]()
     for place, (before, described) in claims.items():
         name, key, path = place
         found = _channels_kept(before, whole.get(described, []), narrow.get(described, []))
         if found is not None:
             sizes[place] = found
-        elif before in _sizes_lost(original.get_submodule(name), dense.get_submodule(name)):
-            stale[f"{name}.{key}".lstrip(".") + "".join(f"[{each!r}]" for each in path)] = before
+            continue
+        # A layer that was replaced may have parameters of other names.
+        shapes = {each: parameter.shape for each, parameter in dense.get_submodule(name).named_parameters()}
+        for each, parameter in original.get_submodule(name).named_parameters():
+            pairs = zip(parameter.shape, shapes.get(each, parameter.shape), strict=False)
+            if any(new < old == before for old, new in pairs):
+                stale[f"{name}.{key}".lstrip(".") + "".join(f"[{part!r}]" for part in path)] = before
     put_sizes(dense, sizes)
     return stale
 
 
-def _sizes_lost(module: nn.Module, narrower: nn.Module) -> set[int]:
-    """Return the sizes of a module's parameters along the dimensions that are smaller in the dense network."""
-    shapes = {name: parameter.shape for name, parameter in narrower.named_parameters()}
-    lost = set[int]()
-    for name, parameter in module.named_parameters():
-        # A layer that was replaced may have parameters of other names.
-        after = shapes.get(name, parameter.shape)
-        lost.update(old for old, new in zip(parameter.shape, after, strict=False) if new < old)
-    return lost
+@lru_cache(maxsize=1024)
+def _read_in_forward(kind: type) -> frozenset[str]:
+    """Name the attributes that a class's forward reads, or methods and properties that it reads."""
+    names, left = set[str](), ["forward"]
+    while left:
+        found = inspect.getattr_static(kind, left.pop(), None)
+        found = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+        code = getattr(inspect.unwrap(found) if callable(found) else found, "__code__", None)
+        codes = [code] if code is not None else []
+        for each in codes:
+            new = set(each.co_names) - names
+            names |= new
+            left += sorted(new)
+            codes += [inner for inner in each.co_consts if inspect.iscode(inner)]
+    return frozenset(names)
 
 
 def _channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int | None:
@@ -269,11 +252,8 @@ def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Descri
                 module.forward_features = partial(features, each, module.forward_features)
         run_few(model, call)
     found: dict[Described, list[Shape]] = {}
-    for each in wanted:
-        value = values.get(Described(each.module, each.part) if each.at is not None else each)
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        if each.at is not None:
-            tensors = tensors[each.at : each.at + 1]
+    for each in wanted & values.keys():
+        tensors = [leaf for leaf in tree_leaves(values[each]) if isinstance(leaf, Tensor)]
         if tensors:
             found[each] = [tuple(tensor.shape) for tensor in tensors]
     return found
