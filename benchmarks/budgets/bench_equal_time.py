@@ -100,11 +100,12 @@ def made(
     net, began = trained.net, time.process_time()
     images = Calibration([*trained.batches, *trained.judging])
     if way in ("channels", "both"):
-        budget: dict[str, Any] = {"latency": share}
-        if len(example) != BATCH:
-            budget["latency_table"] = layers  # `shrink` times whole batches
+        # `shrink` times batches as large as the first one.
+        first = trained.batches[0]
+        parts = [part for part in (first[: len(example)], first[len(example) :]) if len(part)]
+        images = Calibration([*parts, *trained.batches[1:], *trained.judging])
         knobs: dict[str, Any] = {"depth": way == "both", "distill": {"steps": STEPS}, "progress": False}
-        small = nni_topo.shrink(net, images, budget, **knobs)
+        small = nni_topo.shrink(net, images, {"latency": share}, **knobs)
         report: Any = small.report
         removed = [each.name for each in report.depth.removed] if report.depth else []
     else:

@@ -23,7 +23,7 @@ from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, 
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import empty_folder, prune_checkpoint
 from nni_topo.runs.run import distillation_knobs
-from nni_topo.runs.settings import Settings
+from nni_topo.runs.settings import TOLERANCE, Settings
 from nni_topo.runs.shrink import KNOBS, asked_budget, shrink
 from nni_topo.runs.widths import sorted_layers
 from nni_topo.studies.baselines import is_baseline
@@ -291,10 +291,11 @@ class Shrink(TrainedVerb):
             for name, share in shares.items():
                 number(0, 1, "both" if flag == "caps" else "left").check(flag, share, name)
         check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
-        settings = Settings(pruner=self.pruner, compensate=self.method, place=place)
-        settings.check_budget(asked_budget(budget, self.tolerance))
-        if self.tolerance is not None or self.depth:
-            settings.check_has_size("--tolerance and --depth need")
+        bounds: list[Any] = [{"op_names": [name]} for name in (*self.caps, *self.floors)]
+        settings = Settings(
+            pruner=self.pruner, compensate=self.method, depth=self.depth, layers=bounds or None, place=place
+        )
+        settings.check_together(asked_budget(budget, self.tolerance), "" if self.tolerance is None else TOLERANCE)
 
     def _budget(self) -> str | dict[str, Any] | None:
         """Return the shares to keep; where a tolerance says how much, a name or None."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,15 +33,13 @@ from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of, to_dense
 from nni_topo.network.speedup.dense_report import dense_report_of
-from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.pruners.budget import budget_outcome
-from nni_topo.pruners.checks import matched_modules
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prunable import layers_to_prune
-from nni_topo.runs.widths import fewest_channels, inner_layers_of
+from nni_topo.runs.widths import fewest_channels
 
 if TYPE_CHECKING:
     from nni_topo.runs.prepared import Prepared
@@ -86,6 +83,11 @@ class DepthTried:
             text = f"{blocks} removed: {100 * self.left:.4g} % of the cost left, {100 * self.kept:.4g} % after channels"
         return f"{text}, held-out loss {self.loss:.4g}" + " (chosen)" * self.is_chosen
 
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Less is better: networks that meet the budget come first, by loss, then the others, by cost."""
+        return not self.is_met, self.loss if self.is_met else self.kept
+
 
 @dataclass(frozen=True)
 class DepthOutcome:
@@ -118,6 +120,15 @@ class Removal:
     def is_part(self) -> bool:
         """Whether the rest of the block stays."""
         return self.name != self.block
+
+    def remove_from(self, net: nn.Module, name: str) -> None:
+        """Remove it, which has a name there, from a network, in place."""
+        if self.is_part:
+            take_out_part(net, name, self.outputs)
+            return
+        parent, _, key = name.rpartition(".")
+        keys = list(net.get_submodule(parent)._modules)
+        keep_blocks(net, parent, [number for number in range(len(keys)) if keys[number] != key])
 
 
 @dataclass(frozen=True)
@@ -152,22 +163,16 @@ def removable_blocks(
     seen: dict[str, list[tuple[Any, Any, Tensor]]] = {name: [] for name in names}
     entered: dict[str, Any] = {}
 
-    def note(name: str) -> Any:
-        def look(_: Any, output: Any) -> None:
-            tensors = tensors_of(output)
-            if tensors:
-                seen[name].append((entered[name], output, tensors[0].clone()))
+    def enter(name: str, entering: Any) -> None:
+        entered[name] = entering.clone() if isinstance(entering, Tensor) else entering
 
-        return look
+    def leave(name: str, output: Any) -> None:
+        tensors = tensors_of(output)
+        if tensors:
+            seen[name].append((entered[name], output, tensors[0].clone()))
 
-    def enter(name: str) -> Any:
-        def look(entering: Any) -> None:
-            entered[name] = entering.clone() if isinstance(entering, Tensor) else entering
-
-        return look
-
-    own = [(modules[name], name) for name in names]
-    before, after = [(module, enter(name)) for module, name in own], [(module, note(name)) for module, name in own]
+    before = [(modules[name], lambda entering, name=name: enter(name, entering)) for name in names]
+    after = [(modules[name], lambda _, output, name=name: leave(name, output)) for name in names]
     outputs = run_watched(model, call, before, after)
     memory = {tensor.untyped_storage().data_ptr() for tensor in _tensors(outputs)}
     shapes = [tensor.shape for tensor in _tensors(outputs)]
@@ -178,13 +183,14 @@ def removable_blocks(
             continue
         ((entering, _, first),) = seen[name]
         keeps_shape = entering.is_floating_point() and entering.shape == first.shape
-        if keeps_shape and _depends(model, module, call, entering):
+        if keeps_shape and _is_residual(model, module, call, entering):
             blocks.append(name)
-    blocks = [name for name in blocks if not any(other.startswith(f"{name}.") for other in blocks)]
     found: list[Removal] = []
     parts: dict[str, tuple[str, ...]] = {}
     kept: dict[str, str] = {}
     for name in blocks:
+        if any(other.startswith(f"{name}.") for other in blocks):
+            continue
         wanted = [Removal(name, name, 0)]
         if not whole_blocks:
             # It has parts if its output is its input plus what at least two parts put out.
@@ -206,31 +212,16 @@ def removable_blocks(
             counts = candidate.is_part and getattr(module, "layer_idx", None) == 0
             if is_only or counts:
                 continue
-            has_hooks = False
+            why = ""
             for each in module.modules():
-                own_hooks = each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks
-                has_hooks |= any(own_hooks)
+                if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks:
+                    why = "a hook meets it"
             mine = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(seen[candidate.name][0][1])}
-            if has_hooks:
-                why = "a hook meets it"
-            elif mine & memory:
+            if not why and mine & memory:
                 why = "what it puts out is an output of the model"
-            else:
-                why = keep(candidate.name)
-            if not why:
-                trial = detached_copy(model, light=True)
-                _remove(trial, candidate, candidate.name)
-                runs_without = False
-                try:
-                    # As users run it: PyTorch's fast paths read attributes of attention that nothing else reads.
-                    with left_alone(trial), evaluation_mode(trial), torch.no_grad():
-                        given = trial(*call[0], **call[1])
-                    runs_without = [tensor.shape for tensor in _tensors(given)] == shapes
-                except Exception as error:  # a forward may do anything with what its blocks give
-                    if out_of_memory(error):
-                        raise
-                if not runs_without:
-                    why = "the model gives other outputs without it, or doesn't run"
+            why = why or keep(candidate.name)
+            if not why and not _runs_without(model, candidate, call, shapes):
+                why = "the model gives other outputs without it, or doesn't run"
             if why:
                 kept[candidate.name] = why
             else:
@@ -238,7 +229,7 @@ def removable_blocks(
     return Removable(tuple(found), parts, kept)
 
 
-def _depends(model: nn.Module, block: nn.Module, call: Call, entering: Tensor) -> bool:
+def _is_residual(model: nn.Module, block: nn.Module, call: Call, entering: Tensor) -> bool:
     """Say whether a block's output depends on its input when all of its layers give zeros."""
     generator = torch.Generator().manual_seed(0)
     found: list[Tensor] = []
@@ -254,6 +245,21 @@ def _depends(model: nn.Module, block: nn.Module, call: Call, entering: Tensor) -
     return len(found) == 2 and not agree(found[:1], found[1:], SAME_CHANNELS)
 
 
+def _runs_without(model: nn.Module, candidate: Removal, call: Call, shapes: list[torch.Size]) -> bool:
+    """Say whether a model gives outputs of these shapes without a block or a part."""
+    trial = detached_copy(model, light=True)
+    candidate.remove_from(trial, candidate.name)
+    try:
+        # As users run it: PyTorch's fast paths read attributes of attention that nothing else reads.
+        with left_alone(trial), evaluation_mode(trial), torch.no_grad():
+            given = trial(*call[0], **call[1])
+    except Exception as error:  # a forward may do anything with what its blocks give
+        if out_of_memory(error):
+            raise
+        return False
+    return [tensor.shape for tensor in _tensors(given)] == shapes
+
+
 def _layers_in(module: nn.Module) -> list[nn.Module]:
     """Return the modules with weights that multiply what enters them."""
     kinds = (*WEIGHTED, *RECURRENT, nn.MultiheadAttention)
@@ -267,23 +273,12 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return returned_tensors(outputs)
 
 
-def _remove(net: nn.Module, candidate: Removal, name: str) -> None:
-    """Remove a block, or a part of one, which has a name in a network, in place."""
-    if candidate.is_part:
-        take_out_part(net, name, candidate.outputs)
-        return
-    parent, _, key = name.rpartition(".")
-    keys = list(net.get_submodule(parent)._modules)
-    keep_blocks(net, parent, [number for number in range(len(keys)) if keys[number] != key])
-
-
 @dataclass(frozen=True)
 class Shortened:
     """A network without some of its blocks."""
 
     net: nn.Module
     names: dict[str, str]  # by name of a module here, its name in the unpruned network
-    gone: tuple[Removal, ...]
     removed: tuple[RemovedBlock, ...]
     loss: float  # on the held-out images
     left: float  # about what share of the cost is kept
@@ -302,14 +297,14 @@ class Shortened:
         twins = dict(zip(self.net.modules(), net.modules(), strict=True))
         before = {twins[self.net.get_submodule(name)]: original for name, original in self.names.items()}
         replaced_by = ""
-        if gap is not None and solution is not None:
+        if gap is not None:
             stream, writer = gap.writer.stream, gap.writer
             own = Stream(twins[stream.block], None if stream.end is None else twins[stream.end])
             norm = None if writer.norm is None else twins[writer.norm]
             twin = replace(writer, layer=twins[writer.layer], norm=norm, stream=own)
             replace(gap, writer=twin).fill(solution)
             replaced_by = before[twin.layer]
-        _remove(net, candidate, self.here[candidate.name])
+        candidate.remove_from(net, self.here[candidate.name])
         names = {name: before[module] for name, module in net.named_modules() if module in before}
         return net, names, replaced_by
 
@@ -326,13 +321,12 @@ class DepthPath:
         removable: Removable,
         saved: Callable[[Removal], float],
     ) -> None:
-        self._model, self._outputs, self._removable = model, outputs, removable
+        self._model, self._outputs, self.removable = model, outputs, removable
         self._images, self._judges = _few(images, _SOLVED), _few(judges, _JUDGED)
         self._saved = {candidate: saved(candidate) for candidate in removable.candidates}
         self._scores: dict[Removal, float] = {}
-        names = {name: name for name, _ in model.named_modules()}
         self._call = structure_call(model, images)
-        self.states = [Shortened(model, names, (), (), 0.0, 1.0)]
+        self.states = [Shortened(model, {name: name for name, _ in model.named_modules()}, (), 0.0, 1.0)]
 
     def nearest(self, share: float) -> int:
         """Return how many blocks to remove so that about a share of the cost is left; all if there are too few."""
@@ -377,7 +371,6 @@ class DepthPath:
             Shortened(
                 net=detached_copy(net),  # with weights of its own
                 names=names,
-                gone=(*state.gone, chosen),
                 removed=(*state.removed, removed),
                 loss=losses[best],
                 left=max(state.left - self._saved_after(state, chosen), 0.0),
@@ -387,14 +380,14 @@ class DepthPath:
 
     def _remaining(self, state: Shortened) -> list[Removal]:
         """Return what can be removed next; of many candidates the most promising ones."""
-        gone = {candidate.name for candidate in state.gone}
+        gone, here = {each.name for each in state.removed}, state.here
         found = []
-        for candidate in self._removable.candidates:
-            parts = [part for part in self._removable.parts.get(candidate.block, ()) if part not in gone]
+        for candidate in self.removable.candidates:
+            parts = [part for part in self.removable.parts.get(candidate.block, ()) if part not in gone]
             is_last_part = candidate.is_part and len(parts) == 1  # the whole block goes instead, its norms too
-            if candidate.name not in state.here or candidate.name in gone or is_last_part:
+            if candidate.name not in here or candidate.name in gone or is_last_part:
                 continue
-            parent = state.here[candidate.block].rpartition(".")[0]
+            parent = here[candidate.block].rpartition(".")[0]
             is_last = not candidate.is_part and len(state.net.get_submodule(parent)._modules) == 1
             if not is_last and self._saved_after(state, candidate) > 0.0:
                 found.append(candidate)
@@ -403,12 +396,16 @@ class DepthPath:
 
     def _saved_after(self, state: Shortened, candidate: Removal) -> float:
         """Return what a removal saves, as a share of the unpruned network's cost; parts that are gone save nothing."""
-        gone = [each for each in state.gone if each.is_part and each.block == candidate.block]
-        return self._saved[candidate] - (0.0 if candidate.is_part else sum(self._saved[each] for each in gone))
+        saved, gone = self._saved[candidate], {each.name for each in state.removed}
+        for each in self.removable.candidates:
+            if not candidate.is_part and each.is_part and each.block == candidate.block and each.name in gone:
+                saved -= self._saved[each]
+        return saved
 
     def _gap(self, state: Shortened, candidate: Removal) -> Gap | None:
         """Return which layer makes up for a block, and by what; None if none does."""
-        parent, _, key = state.here[candidate.block].rpartition(".")
+        here = state.here
+        parent, _, key = here[candidate.block].rpartition(".")
         container = state.net.get_submodule(parent)
         keys = list(container._modules)
         place = keys.index(key)
@@ -417,23 +414,23 @@ class DepthPath:
             order: list[str] = []
             for other in keys[: place + 1]:
                 block = state.names[f"{parent}.{other}" if parent else other]
-                order += [part for part in self._removable.parts.get(block, ()) if part in state.here]
+                order += [part for part in self.removable.parts.get(block, ()) if part in here]
             at = order.index(candidate.name)
             if not at:
                 return None
-            writer = find_writer(state.net, state.net.get_submodule(state.here[order[at - 1]]), self._call)
-            part = Stream(state.net.get_submodule(state.here[candidate.name]), None)
+            writer = find_writer(state.net, state.net.get_submodule(here[order[at - 1]]), self._call)
+            part = Stream(state.net.get_submodule(here[candidate.name]), None)
             return None if writer is None else Gap(writer, part, is_whole=True)
         if not place:
             return None
         # Blocks after it may be gone already: the stream after the last of them is wanted.
-        original_parent, _, original_key = candidate.name.rpartition(".")
-        original = self._model.get_submodule(original_parent)
-        gone = {each.name for each in state.gone}
+        parent, _, key = candidate.name.rpartition(".")
+        original = self._model.get_submodule(parent)
+        gone = {each.name for each in state.removed}
         originals = list(original._modules)
-        last = originals.index(original_key)
+        last = originals.index(key)
         while last + 1 < len(originals):
-            following = f"{original_parent}.{originals[last + 1]}" if original_parent else originals[last + 1]
+            following = f"{parent}.{originals[last + 1]}" if parent else originals[last + 1]
             if following not in gone:
                 break
             last += 1
@@ -450,27 +447,30 @@ def _few(images: Calibration, count: int) -> Calibration:
     return images.chosen(torch.linspace(0, samples - 1, count).round().long().unique())
 
 
+def with_depth(whole: Prepared) -> Prepared:
+    """Let blocks compete, too; where no block can go, a warning says so."""
+    whole_blocks = bool(whole.budget.equal_blocks)
+    removable = removable_blocks(whole.model, whole.images.all, _keeps(whole), whole_blocks=whole_blocks)
+    if not removable.candidates:
+        why = "; ".join(f"{name}: {reason}" for name, reason in removable.kept.items())
+        why = why or "none lies in a list of at least two, adds to its input and keeps its shape"
+        whole.leave_out(f"depth=True finds no block that can be removed ({why}), so only channels are removed")
+        return whole
+    judges, kind = whole.images.judging("depth=True"), whole.budget.kind
+    table = measure_latency(whole.model, whole.example) if kind == "latency" else None
+    saved = cost_saved(whole.model, whole.example, kind, table)
+    path = DepthPath(whole.model, whole.images.learned, judges, whole.settings.outputs, removable, saved)
+    whole = replace(whole, is_search=True)
+    return replace(whole, depth=Depth(whole, path))
+
+
 class Depth:
-    """Blocks that compete with channels for the budget."""
+    """Networks of any share of the cost, by blocks and channels."""
 
-    def __init__(self, whole: Prepared, removable: Removable) -> None:
-        self.whole, self.removable = whole, removable
+    def __init__(self, whole: Prepared, path: DepthPath) -> None:
+        self.whole, self.path = whole, path
         self._prepared: dict[int, Prepared] = {}  # by number of blocks removed, the network without them
-        self._lefts = {0: 1.0}  # likewise, about which share of the cost is kept
-
-    @classmethod
-    def on(cls, whole: Prepared) -> Prepared:
-        """Let blocks compete, too; where no block can go, a warning says so."""
-        whole_blocks = bool(whole.budget.equal_blocks)
-        removable = removable_blocks(whole.model, whole.images.all, _keeps(whole), whole_blocks=whole_blocks)
-        if not removable.candidates:
-            why = "; ".join(f"{name}: {reason}" for name, reason in removable.kept.items())
-            why = why or "none lies in a list of at least two, adds to its input and keeps its shape"
-            whole.leave_out(f"depth=True finds no block that can be removed ({why}), so only channels are removed")
-            return whole
-        whole.images.judging("depth=True")
-        whole = replace(whole, is_search=True)
-        return replace(whole, depth=cls(whole, removable))
+        self._lefts = {0: 1.0}  # likewise, which share of the cost is kept
 
     def make(self, share: float) -> Pipeline:
         """Try some numbers of blocks, let channels take the rest of the budget, and keep the network that loses least.
@@ -499,14 +499,14 @@ class Depth:
             tried[count] = DepthTried(count, self.left(count), made.left, loss, is_met, is_chosen=False)
 
         # Where few channels don't make a network fast enough, blocks go first.
-        overhead = self.overhead if whole.budget.kind == "latency" else math.nan
+        overhead = self.overhead()
         first = path.nearest(share / overhead) if overhead > share else 0
         attempt(first)
         middle = max(first, path.nearest(share**_MIDDLE))
         attempt(middle)
         fewer, more = _BETWEEN
-        others = [_order(each) for count, each in tried.items() if count != middle]
-        is_better = middle in tried and _order(tried[middle]) < min(others, default=(True, math.inf))
+        others = [each.rank for count, each in tried.items() if count != middle]
+        is_better = middle in tried and tried[middle].rank < min(others, default=(True, math.inf))
         last = path.nearest(share ** (more if is_better else fewer))
         if is_better:
             # Blocks may bring all of the saving, if the network without them loses less than what was tried.
@@ -517,11 +517,11 @@ class Depth:
         if not found:
             attempt(0)
         counts = sorted(tried)
-        best = min(counts, key=lambda count: _order(tried[count]))
+        best = min(counts, key=lambda count: tried[count].rank)
         tried[best] = replace(tried[best], is_chosen=True)
         removed, chosen = path.states[best].removed, found[best]
         layers = replace(chosen.layers, notes=(*chosen.layers.notes, *map(str, removed)))
-        depth = DepthOutcome(removed, tuple(tried[count] for count in counts), self.removable.kept, overhead)
+        depth = DepthOutcome(removed, tuple(tried[count] for count in counts), path.removable.kept, overhead)
         return replace(chosen, layers=layers, depth=depth)
 
     def without(self, count: int, share: float) -> Pipeline:
@@ -531,162 +531,86 @@ class Depth:
             return whole.make(share)
         left = self.left(count)
         if left <= share:
-            short = self.path.states[count].net
-            dense = to_dense(short, whole.images.example, {})
-            return replace(whole.start, shorter=short, dense=dense, layers=dense_report_of(dense), left=left)
-        prepared = self.prepared(count)
-        made = prepared.recover(min(share / left, 1.0))
-        if whole.budget.latency_table is None:
-            return replace(made, left=whole.share_left(made))
-        # A table knows the layers by their names in the network without the blocks.
-        return replace(made, left=left * prepared.share_left(made))
+            dense = to_dense(self.path.states[count].net, whole.images.example, {})
+            return replace(whole.start, dense=dense, layers=dense_report_of(dense), left=left)
+        made = self.prepared(count).recover(min(share / left, 1.0))
+        return replace(made, left=whole.share_left(made.dense))
 
     def prepared(self, count: int) -> Prepared:
         """Return the network without so many blocks; its layers to prune are those of the whole network."""
-        whole = self.whole
-        if count in self._prepared:
-            return self._prepared[count]
-        short = self.path.states[count]
-        layers: list[str | Mapping[str, Any]] | None = None
-        if not whole.prunable.is_default:
-            # The entries by the names that the layers have without the blocks.
-            layers = []
-            for names, settings in _resolved(whole.prunable.entries, whole.model):
-                here = [short.here[name] for name in names if name in short.here]
-                if here:
-                    layers.append({**settings, "op_names": here})
-            if not layers:
-                raise ConfigError(
-                    "a network must have a layer whose channels can be removed, got none that is named (layers)"
-                )
-        analysis = Analysis.on(short.net, whole.images.example)
-        prunable = layers_to_prune(analysis, layers, is_described=whole.is_described)
-        table: Any = whole.budget.latency_table
-        budget = whole.budget if table is None else replace(whole.budget, latency_table=_table_of(table, short))
-        start = Pipeline(analysis, whole.round_to)
-        self._prepared[count] = replace(whole, start=start, budget=budget, prunable=prunable)
+        whole, short = self.whole, self.path.states[count]
+        if count not in self._prepared:
+            layers = None
+            if not whole.prunable.is_default:
+                here = short.here
+                layers = [here[name] for name in whole.prunable.entries[0]["op_names"] if name in here]
+                if not layers:
+                    raise ConfigError(
+                        "a network must have a layer whose channels can be removed, got none that is named (layers)"
+                    )
+            analysis = Analysis.on(short.net, whole.images.example)
+            prunable = layers_to_prune(analysis, layers, is_described=whole.is_described)
+            self._prepared[count] = replace(whole, start=Pipeline(analysis, whole.round_to), prunable=prunable)
         return self._prepared[count]
 
     def left(self, count: int) -> float:
         """Return the share of the cost that the network keeps without so many blocks, with all channels."""
         if count not in self._lefts:
-            whole, short = self.whole, self.path.states[count]
-            table: Any = whole.budget.latency_table
-            if table is None:
-                self._lefts[count] = whole.share_left(replace(whole.start, dense=short.net))
-            else:
-                left = _table_of(table, short)(NetworkCost.on(short.net, whole.example).widths({}))
-                self._lefts[count] = float(left / table(NetworkCost.on(whole.model, whole.example).widths({})))
+            self._lefts[count] = self.whole.share_left(self.path.states[count].net)
         return self._lefts[count]
 
-    @cached_property
     def overhead(self) -> float:
-        """The share of the time that stays if each layer has as few channels as possible."""
+        """Return the share of the time that stays if each layer has as few channels as possible; NaN of other costs."""
         whole = self.whole
-        kept = fewest_channels(whole.counted, whole.prunable.entries, whole.round_to)
-        if whole.budget.latency_table is not None:
-            return whole.planned_left(kept)
-        masks = NetworkCost(whole.counted).masks(kept)
+        if whole.budget.kind != "latency":
+            return math.nan
+        masks = NetworkCost(whole.counted).masks(fewest_channels(whole.counted, whole.prunable.entries, whole.round_to))
         thin = dense_of(whole.model, whole.images.example, masks, check=False, facts=whole.analysis.facts)
-        return whole.share_left(replace(whole.start, dense=thin))
-
-    @cached_property
-    def path(self) -> DepthPath:
-        """The network without one, two, three ... of its blocks."""
-        whole = self.whole
-        kind, table = whole.budget.kind, whole.budget.latency_table
-        if kind == "latency" and table is None:
-            table = measure_latency(whole.model, whole.example)
-        own: Any = table  # a file is read when the budget is made
-        saved = cost_saved(whole.model, whole.example, kind, own)
-        judges: Any = whole.images.judges
-        return DepthPath(whole.model, whole.images.learned, judges, whole.settings.outputs, self.removable, saved)
+        return whole.share_left(thin)
 
 
 def cost_saved(
     model: nn.Module, example: Any, kind: str, table: LatencyTable | None = None
 ) -> Callable[[Removal], float]:
     """Return a function that gives the share of a network's cost that removing a block saves; of time by a table."""
-    unpruned = cost_of(kind, model, example) if table is None else 0
-    known: dict[str, float] = {}
+    if table is not None:
+        total = sum(layer.activation for layer in table.layers.values())
+        # Each layer at full width, with its share of the time between layers.
+        seconds = {
+            name: layer.at(layer.entering[-1], layer.leaving[-1])
+            + (table.rest * layer.activation / total if total else 0.0)
+            for name, layer in table.layers.items()
+        }
+
+        def time_saved(candidate: Removal) -> float:
+            names = [name for name, _ in model.get_submodule(candidate.name).named_modules(prefix=candidate.name)]
+            return sum(seconds[name] for name in names if name in seconds) / sum(seconds.values())
+
+        return time_saved
+    unpruned, known = cost_of(kind, model, example), dict[str, float]()
 
     def saved(candidate: Removal) -> float:
-        module = model.get_submodule(candidate.name)
-        if table is not None:
-            layers = [name for name, _ in module.named_modules(prefix=candidate.name) if name in table.layers]
-            return _seconds(table, layers) / _seconds(table, table.layers)
         # Blocks of one kind cost the same, and counting takes a run of the network.
-        same = f"{candidate.block.rpartition('.')[0]} {module!r}"
+        same = f"{candidate.block.rpartition('.')[0]} {model.get_submodule(candidate.name)!r}"
         if same not in known:
             trial = detached_copy(model, light=True)
-            _remove(trial, candidate, candidate.name)
+            candidate.remove_from(trial, candidate.name)
             known[same] = float(1.0 - cost_of(kind, trial, example) / unpruned)
         return known[same]
 
     return saved
 
 
-def _order(tried: DepthTried) -> tuple[bool, float]:
-    """Return by what networks are put in order: those that meet the budget first, by loss, the others by cost."""
-    return not tried.is_met, tried.loss if tried.is_met else tried.kept
-
-
-def _seconds(table: LatencyTable, names: Iterable[str]) -> float:
-    """Return the seconds of some layers of a table at full width, and their share of those between layers."""
-    total = sum(layer.activation for layer in table.layers.values())
-    seconds = 0.0
-    for name in names:
-        layer = table.layers[name]
-        between = table.rest * layer.activation / total if total else 0.0
-        seconds += layer.at(layer.entering[-1], layer.leaving[-1]) + between
-    return seconds
-
-
-def _table_of(table: LatencyTable, short: Shortened) -> LatencyTable:
-    """Return the table of a network without some blocks."""
-    layers = {name: table.layers[original] for name, original in short.names.items() if original in table.layers}
-    total = sum(layer.activation for layer in table.layers.values())
-    share = sum(layer.activation for layer in layers.values()) / total if total else 1.0
-    return replace(table, layers=layers, rest=table.rest * share)
-
-
-def _resolved(entries: Sequence[Mapping[str, Any]], model: nn.Module) -> list[tuple[list[str], dict[str, Any]]]:
-    """Return the layers that each entry of a config_list selects, in network order, and its other keys."""
-    found = []
-    for entry in entries:
-        settings = {key: value for key, value in entry.items() if not key.startswith(("op_", "exclude_op_"))}
-        found.append((list(matched_modules(model, [dict(entry)])), settings))
-    return found
-
-
 def _keeps(steps: Prepared) -> Callable[[str], str]:
     """Return a function that says why a block must stay, by a config or for the layers that the caller named."""
-    model, analysis, is_default = steps.model, steps.analysis, steps.prunable.is_default
-    named: dict[str, float] = {}
-    for names, settings in _resolved(steps.prunable.entries, model):
-        for name in names:
-            named[name] = min(named.get(name, 1.0), float(settings.get("max_sparse_ratio", 1.0)))
-    coupled: dict[Any, list[str]] = {}
-    prunable = [] if is_default else groups_of(analysis, [{"op_names": inner_layers_of(analysis), "sparse_ratio": 0.0}])
-    for entry in prunable:
-        key = entry.get("dependency_group_id", entry["op_names"][0])
-        coupled.setdefault(key, []).extend(entry["op_names"])
+    named = None if steps.prunable.is_default else steps.prunable.entries[0]["op_names"]
 
     def why(block: str) -> str:
-        siblings = model.get_submodule(block.rpartition(".")[0])._modules
-        if steps.is_described and not tells_depth(getattr(model, "config", None), len(siblings)):
+        siblings = steps.model.get_submodule(block.rpartition(".")[0])._modules
+        if steps.is_described and not tells_depth(getattr(steps.model, "config", None), len(siblings)):
             return "no config of Transformers can say that there are fewer of these blocks"
-        if is_default:
-            return ""
-        mine = [name for name in named if name.startswith(f"{block}.")]
-        if not mine:
+        if named is not None and not any(name.startswith(f"{block}.") for name in named):
             return "no layer in it is named (layers)"
-        for names in coupled.values():
-            # What writes into the stream shares its channels with layers outside, which keep them.
-            is_inside = all(name.startswith(f"{block}.") for name in names)
-            if is_inside and not named.keys() & set(names):
-                return f"{names[0]} isn't named (layers)"
-        bounded = [name for name in mine if named[name] < 1.0]
-        return f"{bounded[0]} has a max_sparse_ratio (layers)" if bounded else ""
+        return ""
 
     return why

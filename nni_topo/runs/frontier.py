@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -270,13 +271,19 @@ def frontier(
     >>> found[0.25](torch.randn(2, 16)).shape
     torch.Size([2, 4])
     """
-    arguments = locals()
+    settings = Settings.among(locals(), "frontier")
+    try:
+        wanted = [] if isinstance(shares, (str, Mapping)) else list(shares)
+    except TypeError:  # a number
+        wanted = []
+    in_range = all(is_finite(share) and 0.0 < share < 1.0 for share in wanted)
+    if not wanted or not in_range or not all(one > other for one, other in itertools.pairwise(wanted)):
+        raise ConfigError(
+            f"shares must be descending numbers in (0, 1), at least one, got {shown(shares)} (shares, frontier)"
+        )
+    wanted = [float(share) for share in wanted]
     calibration = batches_of(images, model, "images")
-    wanted = checked_shares(shares)
-    template = cost_without_share(budget, "frontier", "shares")
-    settings = Settings.among(arguments, "frontier")
-    settings.check_has_size("shares need")
-    template = settings.checked(model, calibration, template)
+    template = settings.checked(model, calibration, cost_without_share(budget, "frontier", "shares"), "shares")
     steps = prepare(model, calibration, settings, template, is_timed=time).for_search()
     measured, data = steps.measured, steps.images
     model, kind = steps.model, template.kind
@@ -293,7 +300,7 @@ def frontier(
     can_start_from_larger = kind != "latency" and not depth and not has_bounds
 
     networks: dict[float, nn.Module] = {}
-    points = [_point(1.0, 1.0, measured.stages[0], 1.0, False, 0.0)]
+    points = [_point(1.0, 1.0, measured.stages[0], 1.0, False)]
     for share, count in zip(wanted, own_steps, strict=True):
         began = perf_counter()
         made, start, larger = steps.make(share), 1.0, points[-1]
@@ -308,12 +315,11 @@ def frontier(
                     made, start = other, larger.share
         outcome = steps.outcome(share, made)
         final = steps.distil(made, steps=count)
-        measured.add("reconstructed" if final is made else "distilled", final.dense)
+        measured.add("reconstructed" if final is made else "distilled", final.dense, perf_counter() - began)
         stages = (measured.stages[0], measured.stages[-1])
         steps.report(final.dense, final, stages=stages, budget=outcome)
         networks[share] = final.dense
-        is_learned = final.verdict is not None and final.verdict.is_kept
-        points.append(_point(share, made.left, stages[1], start, is_learned, perf_counter() - began))
+        points.append(_point(share, made.left, stages[1], start, final.verdict is not None and final.verdict.is_kept))
     if kind == "latency" and template.latency_table is None:
         times = time_shares(list(networks.values()), model, steps.batch, wanted[-1])
         timed = [replace(point, left=left) for point, (left, _) in zip(points[1:], times, strict=True)]
@@ -327,23 +333,6 @@ def frontier(
     return Frontier(networks, points, kind, measure, data.learned.samples, held_out)
 
 
-def checked_shares(shares: Any) -> list[float]:
-    """Return the shares, or raise ConfigError."""
-    rule = "shares must be descending numbers in (0, 1), at least one"
-    try:
-        given = [] if isinstance(shares, (str, bytes, Mapping)) else list(shares)
-    except (TypeError, NotImplementedError):  # a number, a tensor of one number, a scripted model
-        given = []
-    if not given:
-        raise ConfigError(f"{rule}, got {shown(shares)} (shares)")
-    for place, share in enumerate(given):
-        if not is_finite(share) or not 0.0 < share < 1.0:
-            raise ConfigError(f"{rule}, got {shown(share)} (shares[{place}])")
-        if place and not share < given[place - 1]:
-            raise ConfigError(f"{rule}, got {share} after {given[place - 1]} (shares[{place}])")
-    return [float(share) for share in given]
-
-
 def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepared, made: Pipeline) -> Pipeline | None:
     """Prune a larger network further, to the same share of the unpruned one's cost; None where that can't be."""
     try:
@@ -353,16 +342,15 @@ def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepa
     except ConfigError as error:  # no more channels can be removed
         _logger.info("the network of share %g isn't made from a larger one: %s", share, error)
         return None
+    left_now = steps.share_left(other.dense)
     # Its report counts the larger network's sizes as those before: a reader wants the unpruned network's.
     before = {row.name: row.before for row in made.layers.rows}
     rows = tuple(replace(row, before=before.get(row.name, row.before)) for row in other.layers.rows)
-    layers = replace(other.layers, rows=rows)
     planned = other.planned and budget_outcome(own.budget.kind, share, other.planned.left * left, other.planned.why)
-    other = replace(other, layers=layers, planned=planned)
-    return replace(other, left=steps.share_left(other))
+    return replace(other, layers=replace(other.layers, rows=rows), planned=planned, left=left_now)
 
 
-def _point(share: float, left: float, stage: Stage, start: float, is_distilled: bool, seconds: float) -> FrontierPoint:
+def _point(share: float, left: float, stage: Stage, start: float, is_distilled: bool) -> FrontierPoint:
     """Return the point of a network after its last step."""
     return FrontierPoint(
         share=share,
@@ -379,5 +367,5 @@ def _point(share: float, left: float, stage: Stage, start: float, is_distilled: 
         start=start,
         is_distilled=is_distilled,
         is_knee=False,
-        seconds=seconds,
+        seconds=stage.seconds,
     )

@@ -47,18 +47,19 @@ class ImageParts:
         args, kwargs = of_first(structure_call(model, calibration), model, calibration)
         check_samples_first(model, calibration)
         if parts is None:
-            learned, held_out = calibration.split()
-            error = None if held_out is None else failure_on(model, next(calls(model, learned)))
-            if error is not None:
-                raise ConfigError(
-                    "a model must run on any number of samples, because every eighth one is held out: of "
-                    f"{calibration.sizes[0]} samples it got {learned.sizes[0]} and raised {raised(error)} (model); "
-                    "samples must be the first dimension of every input, also of the states of recurrent layers. Nodes "
-                    "of a graph are no samples: create_pruner, compensate and to_dense take whole graphs"
-                ) from error
-            return cls(calibration, learned, held_out, held_out, kwargs or args)
-        first, judges, held_out = parts
-        return cls(calibration, calibration if first is None else first, judges, held_out, kwargs or args)
+            known, rest = calibration.split()
+            parts = known, rest, rest
+        learned, judges, held_out = parts
+        assert learned is not None  # the first sample is in it
+        error = None if held_out is None else failure_on(model, next(calls(model, learned)))
+        if error is not None:
+            raise ConfigError(
+                "a model must run on any number of samples, because every eighth one is held out: of "
+                f"{calibration.sizes[0]} samples it got {learned.sizes[0]} and raised {raised(error)} (model); "
+                "samples must be the first dimension of every input, also of the states of recurrent layers. Nodes "
+                "of a graph are no samples: create_pruner, compensate and to_dense take whole graphs"
+            ) from error
+        return cls(calibration, learned, judges, held_out, kwargs or args)
 
 
 def of_first(call: Call, model: nn.Module, images: Calibration) -> Call:

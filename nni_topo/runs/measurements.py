@@ -51,12 +51,11 @@ class Stage:
     calibration_distance: float  # the same on the calibration images, where networks look better than they are
     calibration_agreement: float
     accuracy: float  # what `evaluate` returns; NaN without it
-    # Wall time of the step; for "pruned" of all tries and their recovery, with allocation="auto" or a tolerance.
-    seconds: float
+    seconds: float  # wall time of the step
 
 
 class Measurements:
-    """Measures the network after each step, and the step's time."""
+    """Measures the network after each step."""
 
     @leaves_models_alone
     def __init__(
@@ -75,9 +74,13 @@ class Measurements:
         self.answers = Answers(model, *parts, outputs=outputs)
         self.seconds_of_a_sample = (time.perf_counter() - began) / sum(each.samples for each in parts)
         """How long the unpruned network runs for a sample."""
+        self.seconds_of_a_network = 0.0
+        """How long the last network took to measure."""
+        self._data, self._evaluate = data, evaluate
+        self.stages: list[Stage] = []
+        self._warnings: list[str] = []
         if self.answers.named.left_out:
             _logger.warning("%s", self.answers.named)
-        self._data, self._evaluate = data, evaluate
         # What a model returns, beside its answer, can be what it takes at its next call.
         args, kwargs = first_call(model, data.learned)
         with evaluation_mode(model), torch.no_grad():
@@ -88,25 +91,21 @@ class Measurements:
             shapes = {each.shape for each in tensors_of(value) if each.is_floating_point()}
             if shapes and shapes <= returned:
                 states.append(name)
-        self._warnings: list[str] = []
         if states:
-            text = (
+            self._warn(
                 f"the network is judged one step at a time, each from the calibration data's {listed(states)}: it "
                 "returns tensors of the same shapes, and where these are its next inputs, errors add up; evaluate= can "
                 "run it over streams, as docs/faq.md shows"
             )
-            _logger.warning("%s", text)
-            self._warnings.append(text)
-        self.stages: list[Stage] = []
-        self.seconds_of_a_network = 0.0
-        """How long the last network took to measure."""
-        self._began = time.perf_counter()
+
+    def _warn(self, text: str) -> None:
+        _logger.warning("%s", text)
+        self._warnings.append(text)
 
     @leaves_models_alone
-    def add(self, name: str, net: nn.Module) -> None:
-        """Measure a network."""
+    def add(self, name: str, net: nn.Module, seconds: float = 0.0) -> None:
+        """Measure a network, which took so long to make."""
         began = time.perf_counter()
-        seconds = began - self._began if self.stages else 0.0
         found = self.answers.likenesses(net)
         solved, held_out = found[0], found[-1]  # one and the same where none is held out
         accuracy = math.nan if self._evaluate is None else evaluated(self._evaluate, net, name)
@@ -130,24 +129,23 @@ class Measurements:
             seconds=seconds,
         )
         self.stages.append(stage)
-        self._began = time.perf_counter()
-        self.seconds_of_a_network = self._began - began
+        self.seconds_of_a_network = time.perf_counter() - began
 
     def warnings(self, rows: Iterable[LayerChannels]) -> tuple[str, ...]:
         """Return what makes the figures of the last network doubtful, and what to do about it.
 
         ``rows``: the layers of that network, of which those with one channel left are named.
         """
-        last, samples, found = self.stages[-1], self._data.learned.samples_of_all, list[str]()
+        last, samples = self.stages[-1], self._data.learned.samples_of_all
         is_far = last.distance_low > last.calibration_distance and last.distance > _GAP * last.calibration_distance
         agrees_less = (
             last.agreement_high < last.calibration_agreement
             and last.agreement < last.calibration_agreement - _GAP_OF_AGREEMENT
         )
         if math.isinf(last.distance):
-            found.append(NO_SCALE)
+            self._warn(NO_SCALE)
         elif self._data.held_out is None:
-            found.append(
+            self._warn(
                 f"none of {samples} samples could be held out, so distance and agreement are those of the calibration "
                 f"data, on which a network looks better than it is: pass at least {HELD_OUT}, better some hundred"
             )
@@ -159,19 +157,17 @@ class Measurements:
             )
             if not math.isnan(last.agreement):
                 figures += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
-            found.append(
+            self._warn(
                 f"{samples} samples are too few for this network ({figures}): pass more, as different from each other "
                 "as the inputs it will be used on, or keep a larger share of the cost"
             )
-        for text in found:
-            _logger.warning("%s", text)
         gone = [f"{row.name} (of {row.before})" for row in rows if row.after == 1 and row.before >= _MANY]
         if gone:
-            found.append(
+            self._warnings.append(
                 f"one channel is left of these layers: {listed(gone)}; ask for a larger share of the cost, or give "
                 "them a max_sparse_ratio (layers)"
             )
-        return (*self._warnings, *found)
+        return tuple(self._warnings)
 
 
 def evaluated(evaluate: Callable[[nn.Module], float], net: nn.Module, name: str) -> float:

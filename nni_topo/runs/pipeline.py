@@ -54,7 +54,8 @@ class Pipeline:
     masks: Masks = field(default_factory=dict)
     planned: BudgetOutcome | None = None  # the outcome of the budget as the pruner counts it; None: it has none
     seconds: float = 0.0  # that selecting channels took
-    shorter: nn.Module | None = None  # of full width without some blocks, for which the masks are
+    seconds_of_recovery: float = 0.0  # that reconstructing weights took
+    seconds_of_distillation: float = 0.0
     solved: nn.Module | None = None  # of full size, with reconstructed weights
     compensation: CompensationReport | None = None
     dense: Any = None  # torch.nn.Module without the removed channels
@@ -69,13 +70,8 @@ class Pipeline:
         """The unpruned network."""
         return self.analysis.model
 
-    @property
-    def full(self) -> nn.Module:
-        """The network of full size for which the masks are."""
-        return self.model if self.shorter is None else self.shorter
-
     def select(self, pruner: Any, budget: Budget | None = None) -> Pipeline:
-        """Let a pruner that was made for a copy of the network select channels; under another budget than its own."""
+        """Let a pruner of a copy of the network select channels, by another budget than its own if one is given."""
         if isinstance(pruner, StructuredPruner):
             pruner.facts = self.analysis.facts
         masks = pruner.compress()[1] if budget is None else pruner.masks_for(budget)
@@ -85,13 +81,13 @@ class Pipeline:
     def reconstruct(self, method: str | RecoveryMethod, images: Any, **knobs: Any) -> Pipeline:
         """Reconstruct the weights of the network of full size; the arguments are those of `nni_topo.compensate`."""
         with in_context(facts=self.analysis.facts):  # of the same structure
-            done = compensation(self.full, self.masks, images, method=method, **knobs)
+            done = compensation(self.model, self.masks, images, method=method, **knobs)
         give_back_memory(self.model)  # networks that were traced refer to themselves
         return replace(self, solved=done.model, compensation=done.report)
 
     def remove(self) -> Pipeline:
         """Make the dense network."""
-        full, (args, kwargs) = self.full if self.solved is None else self.solved, self.analysis.call
+        full, (args, kwargs) = self.model if self.solved is None else self.solved, self.analysis.call
         dense = dense_of(full, kwargs or args, self.masks, self.round_to, facts=self.analysis.facts)
         return replace(self, dense=dense, layers=dense_report_of(dense))
 

@@ -7,13 +7,14 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from nni_topo.context import in_context
-from nni_topo.errors import ConfigError, GradientError, listed
+from nni_topo.errors import GradientError, listed
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.cost.cost import Kept, cost_of
@@ -37,6 +38,7 @@ from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.reports import give_report
 from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dense_report import dense_report_of
 from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.network.speedup.reconcile import widths_multiple
 from nni_topo.pruners.base import StructuredPruner
@@ -54,7 +56,7 @@ from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery.course import RATES, Clock, tried_steps
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import judged
-from nni_topo.runs.depth import Depth
+from nni_topo.runs.depth import Depth, with_depth
 from nni_topo.runs.images import ImageParts, of_first
 from nni_topo.runs.measurements import UNPRUNED, Measurements
 from nni_topo.runs.pipeline import Pipeline, Tried
@@ -90,6 +92,21 @@ class Prepared:
     # By allocation, the pruner that is asked again for every size: with what it has measured.
     _pruners: dict[str, StructuredPruner] = field(default_factory=dict, init=False)
 
+    @classmethod
+    def of(cls, model: nn.Module, images: ImageParts, settings: Settings, budget: Budget) -> Prepared:
+        """Find the layers that can lose channels."""
+        analysis = Analysis.on(model, images.example)
+        prunable = layers_to_prune(analysis, settings.layers, is_described=describes(model, budget))
+        give_back_memory(model)  # networks that were traced refer to themselves
+        device, round_to = device_of(model), settings.round_to
+        if round_to is None:
+            # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
+            round_to = "auto" if device.type == "cuda" else PREFERRED
+        is_preferred = round_to == PREFERRED
+        width_unit = None if is_preferred or round_to == 1 else widths_multiple(round_to, device)
+        start = Pipeline(analysis, width_unit)
+        return cls(start, images, settings, budget, prunable, prefers_multiples=is_preferred)
+
     @property
     def model(self) -> nn.Module:
         """The network that is made smaller."""
@@ -110,20 +127,28 @@ class Prepared:
         """Whether a config of Transformers has to describe the network."""
         return describes(self.model, self.budget)
 
-    @classmethod
-    def of(cls, model: nn.Module, images: ImageParts, settings: Settings, budget: Budget) -> Prepared:
-        """Find the layers that can lose channels."""
-        analysis = Analysis.on(model, images.example)
-        prunable = layers_to_prune(analysis, settings.layers, is_described=describes(model, budget))
-        give_back_memory(model)  # networks that were traced refer to themselves
-        device, round_to = device_of(model), settings.round_to
-        if round_to is None:
-            # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
-            round_to = "auto" if device.type == "cuda" else PREFERRED
-        is_preferred = round_to == PREFERRED
-        width_unit = None if is_preferred or round_to == 1 else widths_multiple(round_to, device)
-        start = Pipeline(analysis, width_unit)
-        return cls(start, images, settings, budget, prunable, prefers_multiples=is_preferred)
+    @cached_property
+    def batch(self) -> Any:
+        """The first batch that was passed."""
+        args, kwargs = of_first(first_call(self.model, self.images.all), self.model, self.images.all)
+        return kwargs or args
+
+    @cached_property
+    def example(self) -> Any:
+        """The inputs by which the cost is counted: for time a batch as large as the first one that was passed."""
+        return self.batch if self.budget.kind == "latency" else self.images.example
+
+    @cached_property
+    def counted(self) -> Analysis:
+        """The analysis of the network on these inputs."""
+        if self.budget.kind != "latency":
+            return self.analysis
+        return Analysis.on(self.model, self.example, self.analysis.facts)
+
+    @cached_property
+    def _cost(self) -> int:
+        """Of the network that is made smaller."""
+        return cost_of(self.budget.kind, self.model, self.example)
 
     def leave_out(self, text: str) -> None:
         """Warn of a step that is left out."""
@@ -139,20 +164,23 @@ class Prepared:
         # A run back takes twice as long as a run forward.
         a_pass = 3.0 * self.measured.seconds_of_a_sample * samples
         solving = _PASSES * a_pass + _SECONDS_OF_A_PRODUCT * _products(self.model, self.analysis.call, samples)
-        stages: dict[str, float] = {}  # seconds of each; NaN where they aren't known
+        known: dict[str, float] = {}  # seconds of each stage
+        unknown: list[str] = []
         if self.depth is not None:
             made *= 3  # each with several numbers of blocks
-            stages["ordering blocks"] = math.nan
-        selecting = solving if self.is_search else made * solving  # a search has its sums once
-        stages["selecting channels"] = selecting if settings.pruner == "reconstruction" else math.nan
-        if settings.compensate is not None:
-            known = settings.recovery_name == "reconstruct"
-            stages["reconstructing weights"] = made * solving if known else math.nan
-        told = [f"{name} about {duration(seconds)}" for name, seconds in stages.items() if not math.isnan(seconds)]
-        others = [name for name, seconds in stages.items() if math.isnan(seconds)]
-        total = sum(seconds for seconds in stages.values() if not math.isnan(seconds))
-        knobs = {name: value for name, value in settings.distillation_knobs.items() if value is not None}
+            unknown.append("ordering blocks")
+        if settings.pruner == "reconstruction":
+            known["selecting channels"] = solving if self.is_search else made * solving  # a search has its sums once
+        else:
+            unknown.append("selecting channels")
+        if settings.recovery_name == "reconstruct":
+            known["reconstructing weights"] = made * solving
+        elif settings.compensate is not None:
+            unknown.append("reconstructing weights")
+        told = [f"{name} about {duration(seconds)}" for name, seconds in known.items()]
+        total, hint = sum(known.values()), ""
         if not math.isnan(self.seconds_of_a_step):
+            knobs = {name: value for name, value in settings.distillation_knobs.items() if value is not None}
             size = knobs.get("batch_size", 64)
             steps = knobs.get("steps") or course_length(samples, size)
             tried = 0 if "lr" in knobs else len(RATES) * tried_steps(steps)
@@ -164,27 +192,19 @@ class Prepared:
                 f"distilling at most {duration(seconds)} ({steps} steps of at most {duration(a_step)} each{finding})"
             )
             total += seconds
-        if not told:
-            return
-        text = f"{settings.place} takes about {duration(total)}: {', '.join(told)}"
-        text += f"; not counted: {', '.join(others)}" if others else ""
-        is_limited = "seconds" in knobs or self.clock.seconds is not None
-        if not math.isnan(self.seconds_of_a_step) and not is_limited:
-            text += "; distill={'seconds': ...} limits distillation"
-        _logger.log(logging.WARNING if total > LONG else logging.INFO, "%s", text)
+            if "seconds" not in knobs and self.clock.seconds is None:
+                hint = "; distill={'seconds': ...} limits distillation"
+        if told:
+            text = f"{settings.place} takes about {duration(total)}: {', '.join(told)}"
+            text += f"; not counted: {', '.join(unknown)}" if unknown else ""
+            _logger.log(logging.WARNING if total > LONG else logging.INFO, "%s", text + hint)
 
     def for_search(self) -> Prepared:
         """Return the same for networks of several sizes: one pruner makes all, one table counts a budget of time."""
         budget = self.budget
-        if budget.runtime != "pytorch":
-            raise ConfigError(
-                f"networks of several sizes must be timed in PyTorch, got {budget.runtime!r}: shrink makes one network "
-                "of a given share of the time (runtime, budget)"
-            )
         if budget.kind == "latency" and budget.latency_table is None:
             budget = replace(budget, latency_table=measure_latency(self.model, self.example))
-        own = replace(self, budget=budget, depth=None, is_search=True)
-        return own if self.depth is None else replace(own, depth=Depth(own, self.depth.removable))
+        return replace(self, budget=budget, is_search=True)
 
     def of_share(self, share: float, **changes: Any) -> Budget:
         """Return the budget with another share."""
@@ -196,7 +216,7 @@ class Prepared:
         if self.depth is not None:
             return self.depth.make(share)
         made = self.recover(share)
-        return replace(made, left=self.share_left(made))
+        return replace(made, left=self.share_left(made.dense))
 
     def recover(self, share: float) -> Pipeline:
         """Select, reconstruct and remove, without counting what is left of the cost.
@@ -219,6 +239,7 @@ class Prepared:
 
     def select(self, budget: Budget) -> Pipeline:
         """Select the channels to keep under a budget, by the pruner on a copy of the model."""
+        began = perf_counter()
         pruner, outcome = self._pruners.get(budget.allocation), None
         if pruner is None:
             name, groups = self.settings.pruner, copy.deepcopy(self.prunable.groups)
@@ -255,7 +276,7 @@ class Prepared:
             selected = replace(self.start.select(pruner), planned=outcome)
         del pruner  # with its copy, which refers to itself
         give_back_memory(self.model)
-        return selected
+        return replace(selected, seconds=perf_counter() - began)
 
     def planned_ratios(self, budget: Budget) -> tuple[dict[str, float], BudgetOutcome]:
         """Return the ratio of each layer to prune under a budget, and the outcome."""
@@ -265,10 +286,11 @@ class Prepared:
 
     def reconstruct(self, selected: Pipeline) -> Pipeline:
         """Reconstruct the weights, if that was asked for, and remove the channels."""
-        method, images = self.settings.compensate, self.images.learned
+        began, method = perf_counter(), self.settings.compensate
         if method is not None:
-            selected = selected.reconstruct(method, images, seed=self.settings.seed, progress=self.settings.progress)
-        return selected.remove()
+            knobs = {"seed": self.settings.seed, "progress": self.settings.progress}
+            selected = selected.reconstruct(method, self.images.learned, **knobs)
+        return replace(selected.remove(), seconds_of_recovery=perf_counter() - began)
 
     def distil(self, made: Pipeline, **own: Any) -> Pipeline:
         """Distil a dense network, if asked to.
@@ -276,7 +298,7 @@ class Prepared:
         There is no verdict where :func:`nni_topo.distill` doesn't run, as for a network without gradients. ``own`` are
         knobs of this network alone, which give way to those of the caller.
         """
-        distill, images = self.settings.distill, self.images.learned
+        began, distill, images = perf_counter(), self.settings.distill, self.images.learned
         if distill is False:
             return made
         knobs: dict[str, Any] = {
@@ -299,48 +321,44 @@ class Prepared:
             chosen["seconds"] = min(left, chosen.get("seconds") or math.inf)
         try:
             # The unpruned network teaches, also one that lacks some blocks.
-            return replace(made, analysis=self.analysis).distill(images, **knobs | chosen)
+            found = replace(made, analysis=self.analysis).distill(images, **knobs | chosen)
         except GradientError as error:
             if distill is not True:  # whoever gives knobs wants it
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
             self.leave_out(f"the network isn't distilled: {error}")
             return made
+        return replace(found, seconds_of_distillation=perf_counter() - began)
 
     def outcome(self, share: float, made: Pipeline) -> BudgetOutcome:
         """Return whether a network meets a budget, and warn where it isn't near to it."""
-        outcome = budget_outcome(self.budget.kind, share, made.left, self.why_missed(share, made))
+        planned = made.planned
+        if made.depth is not None:
+            why = "of the networks that were tried it loses least, or misses the budget least"
+        elif self.settings.chooses_how_many:
+            why = "the pruner chooses how many channels it keeps"
+        elif planned is not None and planned.why:
+            why = planned.why
+        elif made.layers.kept:
+            why = "layers keep channels that were to be removed"
+        elif planned is not None and planned.is_met:
+            why = f"the forward computes more than the planned share of {planned.left:.4g} in a smaller network"
+        else:
+            why = NO_NEARER
+        outcome = budget_outcome(self.budget.kind, share, made.left, why)
         warn_if_missed(outcome)
         return outcome
 
-    def why_missed(self, share: float, made: Pipeline) -> str:
-        """Return the reason if the cost of a network isn't near to its budget."""
-        planned = made.planned
-        if made.depth is not None:
-            if made.left < share:
-                return "of the networks that were tried and meet the budget this one loses least"
-            return planned.why if planned is not None and planned.why else "no network that was tried meets it"
-        if self.settings.chooses_how_many:
-            return "the pruner chooses how many channels it keeps"
-        if planned is not None and planned.why:
-            return planned.why
-        if made.layers.kept:
-            return "layers keep channels that were to be removed"
-        if planned is not None and planned.is_met:
-            return f"the forward computes more than the planned share of {planned.left:.4g} in a smaller network"
-        return NO_NEARER
-
-    def share_left(self, made: Pipeline) -> float:
-        """Return the share of the cost that a dense network keeps."""
+    def share_left(self, dense: nn.Module) -> float:
+        """Return the share of the cost that a dense network keeps, before it is reported on."""
         if self.budget.kind != "latency":
-            return float(cost_of(self.budget.kind, made.dense, self.example) / self._cost)
+            return float(cost_of(self.budget.kind, dense, self.example) / self._cost)
         table: Any = self.budget.latency_table
         if table is None:
-            whole, dense = as_run_by(self.budget.runtime, [self.model, made.dense], self.example)
-            ((share, _),) = time_shares([dense], whole, self.example, self.budget.share)
+            whole, own = as_run_by(self.budget.runtime, [self.model, dense], self.example)
+            ((share, _),) = time_shares([own], whole, self.example, self.budget.share)
             return share
-        known = {row.name: row for row in made.layers.rows if row.name in table.layers}
-        widths = {name: np.arange(row.before) < row.after for name, row in known.items()}
-        return self.planned_left(widths)
+        rows = [row for row in dense_report_of(dense).rows if row.name in table.layers]
+        return self.planned_left({row.name: np.arange(row.before) < row.after for row in rows})
 
     def planned_left(self, kept: Kept) -> float:
         """Return the share of the cost that a choice of channels leaves; that of time by the table."""
@@ -348,28 +366,11 @@ class Prepared:
         cost = network_cost(self.budget.kind, self.counted, table)
         return float(cost(kept) / cost({}))
 
-    @cached_property
-    def _cost(self) -> int:
-        """Of the network that is made smaller."""
-        return cost_of(self.budget.kind, self.model, self.example)
-
-    @cached_property
-    def example(self) -> Any:
-        """The inputs by which the cost is counted: for time a batch as large as the first one that was passed."""
-        return self.batch if self.budget.kind == "latency" else self.images.example
-
-    @cached_property
-    def batch(self) -> Any:
-        """The first batch that was passed."""
-        args, kwargs = of_first(first_call(self.model, self.images.all), self.model, self.images.all)
-        return kwargs or args
-
-    @cached_property
-    def counted(self) -> Analysis:
-        """The analysis of the network on these inputs."""
-        if self.budget.kind != "latency":
-            return self.analysis
-        return Analysis.on(self.model, self.example, self.analysis.facts)
+    def measure(self, made: Pipeline) -> None:
+        """Measure a network without weight reconstruction, and with it."""
+        self.measured.add("pruned", made.without_recovery().dense, made.seconds)
+        if self.settings.compensate is not None:
+            self.measured.add("reconstructed", made.dense, made.seconds_of_recovery)
 
     def report(
         self,
@@ -379,11 +380,7 @@ class Prepared:
         **found: Any,
     ) -> None:
         """Give a network its report; ``found`` are other fields of it."""
-        images, settings, measured = self.images, self.settings, self.measured
-        allocation = "" if settings.chooses_how_many else str(self.budget.allocation)
-        if allocation == AUTO:
-            allocation = next((each.allocation for each in made.tried if each.is_chosen), "")
-        compensation = made.compensation
+        images, measured, compensation = self.images, self.measured, made.compensation
         timed = None
         if self.is_timed:
             runtime = self.budget.runtime
@@ -402,10 +399,6 @@ class Prepared:
             warnings=(*warnings, *(compensation.warnings if compensation else ()), *dict.fromkeys(self.left_out)),
             whole=self.prunable.unpruned,
             outputs=measured.answers.named,
-            pruner=settings.pruner,
-            allocation=allocation,
-            equal_blocks=bool(self.budget.equal_blocks),
-            recovery=settings.recovery_name,
             undescribed=why_undescribed(network) if is_pretrained(network) else "",
             grouped=images.all.groups is not None,
             time=timed,
@@ -452,7 +445,7 @@ def prepare(
         seconds_of_a_step=seconds_of_a_step,
         clock=clock or Clock(),
     )
-    return Depth.on(prepared) if settings.depth else prepared
+    return with_depth(prepared) if settings.depth else prepared
 
 
 @leaves_models_alone

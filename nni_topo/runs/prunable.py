@@ -60,51 +60,43 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
     is_default = layers is None
     if not is_described:
         return _without_held(analysis, entries, unpruned, is_default)
-    # Layers of which a config of Transformers can't say that they have fewer channels are left out, or refused if the
-    # caller names them: the layers to which a config gives one width go together.
     model = analysis.model
     settings = described_layers(model)
-    wholes: dict[str, list[str]] = {}
+    # The layers to which a config gives one width go together.
+    together: dict[str, set[str]] = {}
     for name, setting in settings.items():
-        wholes.setdefault(setting, []).append(name)
+        together.setdefault(setting, set()).add(name)
 
-    def is_whole(name: str, names: Collection[str]) -> bool:
-        return name in settings and all(each in names for each in wholes[settings[name]])
+    def described(names: Collection[str]) -> list[str]:
+        return [name for name in names if name in settings and together[settings[name]] <= set(names)]
 
-    while is_default:
-        named = entries[0]["op_names"]
-        kept = [name for name in named if is_whole(name, named)]
-        if not kept:
-            raise ConfigError(
-                f"a model of Transformers must have layers of which its config can say that they have fewer channels, "
-                f"got none in {type(model).__name__}; {FREE_WIDTHS} (shrink)"
-            )
-        unpruned = unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
-        # What is left out may hold channels of others.
-        prunable = _without_held(analysis, [{"op_names": kept}], unpruned, is_default)
-        entries, unpruned = prunable.entries, prunable.unpruned
-        if entries[0]["op_names"] == named:
-            return prunable
+    if is_default:
+        while True:
+            named = entries[0]["op_names"]
+            kept = described(named)
+            if not kept:
+                raise ConfigError(
+                    f"a model of Transformers must have layers of which its config can say that they have fewer "
+                    f"channels, got none in {type(model).__name__}; {FREE_WIDTHS} (shrink)"
+                )
+            unpruned = unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
+            # What is left out may hold channels of others.
+            prunable = _without_held(analysis, [{"op_names": kept}], unpruned, is_default)
+            entries, unpruned = prunable.entries, prunable.unpruned
+            if entries[0]["op_names"] == named:
+                return prunable
     prunable = _without_held(analysis, entries, unpruned, is_default)
-    bounds: dict[str, tuple[float, float]] = {}
+    asked: list[str] = []
     for entry in prunable.groups:
         sizes = entry.get("granularity")
-        if isinstance(sizes, list) and sizes[0] == -1:
-            continue  # it loses the columns that read heads
-        for name in entry["op_names"]:
-            if name not in prunable.unpruned:
-                bounds[name] = entry.get("min_sparse_ratio", 0.0), entry.get("max_sparse_ratio", 1.0)
-    refused = [
-        name
-        for name in bounds
-        if not is_whole(name, bounds) or len({bounds[each] for each in wholes[settings[name]]}) > 1
-    ]
-    if refused:
-        described = [name for name in settings if is_whole(name, settings)]
+        if not (isinstance(sizes, list) and sizes[0] == -1):  # else it loses the columns that read heads
+            asked += [name for name in entry["op_names"] if name not in prunable.unpruned]
+    possible = described(asked)
+    if refused := [name for name in asked if name not in possible]:
         raise ConfigError(
             "layers must be those of which a config can say that they have fewer channels, all to which it gives the "
-            f"same width, with the same bounds, got {listed(refused, 4)} where it can of "
-            f"{listed(described, 4) or 'none'}; {FREE_WIDTHS} (layers)"
+            f"same width, got {listed(refused, 4)} where it can of {listed(settings, 4) or 'none'}; "
+            f"{FREE_WIDTHS} (layers)"
         )
     return prunable
 

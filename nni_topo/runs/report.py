@@ -68,15 +68,6 @@ class ShrinkReport(ModelReport):
     outputs : ComparedOutputs or None
         By name, the outputs of the model that distances, agreements and distillation compare (``outputs.compared``) and
         those that they don't (``outputs.left_out``); none are named where ``outputs=`` said what counts.
-    pruner : str
-        Name of the pruner.
-    allocation : str
-        How the budget was distributed, ``"uniform"``, ``"topological"`` or ``"error"``; empty where the pruner chose
-        how many channels it keeps.
-    equal_blocks : bool
-        Whether all blocks were to keep the same widths.
-    recovery : str
-        Name of the recovery method, or of its class; empty where no weights were reconstructed.
     undescribed : str
         Of a model of Transformers, what its config can't say of the network; empty where ``from_pretrained`` loads it.
     changed_since : tuple of str
@@ -101,10 +92,6 @@ class ShrinkReport(ModelReport):
     tolerance: ToleranceOutcome | None = None
     depth: DepthOutcome | None = None
     outputs: ComparedOutputs | None = None
-    pruner: str = ""
-    allocation: str = ""
-    equal_blocks: bool = False
-    recovery: str = ""
     undescribed: str = ""
     changed_since: tuple[str, ...] = ()
     grouped: bool = False

@@ -39,6 +39,8 @@ FREE_WIDTHS = (
 
 PREFERRED: Literal["preferred"] = "preferred"
 """The value of ``round_to`` by which layers keep multiples of channels as far as the budget allows."""
+TOLERANCE = "a tolerance"
+"""What makes networks of several sizes where :func:`nni_topo.shrink` searches the smallest one."""
 # Arguments of a pruner that the call sets:
 _OFFERED = ("seed", "calibration", "example_inputs", "budget", "round_to")
 Layers = Sequence[str | Mapping[str, Any]]
@@ -61,14 +63,15 @@ class Settings:
     outputs: Outputs | None = None
     evaluate: Callable[[nn.Module], float] | None = None
     round_to: int | Literal["auto", "preferred"] | None = None
+    seconds: float | None = None
     seed: int = 0
     progress: bool | None = None
     place: str = "shrink"  # the function that the user called
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any], place: str = "shrink") -> Settings:
-        """Take the settings from the arguments of a function that has all of them under these names."""
-        given = {each.name: arguments[each.name] for each in fields(cls) if each.name != "place"}
+        """Take the settings from the arguments of a function that has them under these names."""
+        given = {each.name: arguments[each.name] for each in fields(cls) if each.name in arguments}
         given["knobs"] = {} if given["knobs"] is None else given["knobs"]
         given["layers"] = None if given["layers"] is None else list(given["layers"])
         return cls(**given, place=place)
@@ -92,8 +95,6 @@ class Settings:
                 f"({self.place})"
             )
         check_no_ratios([each if isinstance(each, Mapping) else {} for each in self.layers or ()], "layers")
-        if self.depth:
-            self.check_has_size("depth=True needs")
         if isinstance(self.compensate, str):
             RECOVERIES.info(self.compensate, self.place, "compensate")
         if isinstance(self.distill, Mapping):
@@ -121,68 +122,78 @@ class Settings:
         """The knobs of :func:`nni_topo.distill` that were given."""
         return self.distill if isinstance(self.distill, Mapping) else {}
 
-    def check_has_size(self, what: str) -> None:
-        """Refuse a pruner that can't be asked for a size; ``what`` begins the sentence."""
-        if self.chooses_how_many:
-            raise ConfigError(
-                f"{what} a pruner that can be asked for a size, got {self.pruner!r}, which chooses how many channels "
-                "it keeps (pruner)"
-            )
-
-    def checked(self, model: nn.Module, images: Calibration, budget: Budget, tolerance: float | None = None) -> Budget:
-        """Check a request before any work, and return the budget as :meth:`as_described`."""
+    def checked(self, model: nn.Module, images: Calibration, budget: Budget, several: str = "") -> Budget:
+        """Check a request before any work; return the budget as :meth:`as_described`."""
         check_model(model)
         self.check_layers(model)
-        self.check_budget(budget)
-        self.check_shared(images, budget, tolerance)
+        self.check_together(budget, several, images)
         return self.as_described(model, budget)
 
-    def check_budget(self, budget: Budget) -> None:
-        """Refuse a budget that the pruner can't distribute as it says."""
+    def check_together(self, budget: Budget, several: str = "", images: Calibration | None = None) -> None:
+        """Refuse settings that don't go together.
+
+        ``several`` says what makes networks of several sizes, such as a tolerance; empty: one network is made.
+        """
+        allocations = pruner_info(self.pruner).allocations() or ("uniform",)
         if budget.allocation == AUTO:
             allocations_to_try(self.pruner)
-        elif not self.chooses_how_many:
-            known = pruner_info(self.pruner).allocations() or ("uniform",)
-            if budget.allocation not in known:
+            allocations = (AUTO,)
+        is_timed, has_table = budget.kind == "latency", budget.latency_table is not None
+        has_entries = any(isinstance(each, Mapping) for each in self.layers or ())
+        asks_size = several or "depth=True" * self.depth
+        refused = {
+            f"{asks_size} must have a pruner that can be asked for a size, got {self.pruner!r}, which chooses how many "
+            "channels it keeps (pruner)": bool(asks_size) and self.chooses_how_many,
+            f"the allocation of pruner {self.pruner!r} must be {' or '.join(map(repr, allocations))}, got "
+            f"{budget.allocation!r} (budget)": not self.chooses_how_many and budget.allocation not in allocations,
+            f"networks of several sizes must be timed in PyTorch, got {budget.runtime!r}: shrink makes one network of "
+            "a given share of the time (runtime, budget)": bool(several) and budget.runtime != "pytorch",
+            "depth=True times networks of one share of the time, without a latency_table: a budget of latency with "
+            f"depth=True needs a share and no table, got {several or 'a table'} (budget)": (
+                self.depth and is_timed and (bool(several) or has_table)
+            ),
+            "depth=True needs layers by their names, got an entry of a config_list (layers)": (
+                self.depth and has_entries
+            ),
+            f"seconds must be left out with {several}, which makes as many networks as it needs, got {self.seconds}; "
+            "distill={'seconds': ...} limits each distillation": bool(several) and self.seconds is not None,
+            "seconds must be left out with distill=False, because it shortens nothing else": (
+                self.seconds is not None and self.distill is False
+            ),
+        }
+        for sentence, is_refused in refused.items():
+            if is_refused:
+                raise ConfigError(f"{sentence} ({self.place})")
+        if images is not None and images.processes is not None:
+            check_shared_budget(budget)
+            alone = {"tolerance": several == TOLERANCE, "depth": self.depth, "allocation": budget.allocation == AUTO}
+            found = [name for name, is_given in alone.items() if is_given]
+            if found:
                 raise ConfigError(
-                    f"the allocation of pruner {self.pruner!r} must be {' or '.join(map(repr, known))}, got "
-                    f"{budget.allocation!r} (budget)"
+                    "images that processes share can be used to select channels, to reconstruct weights and to distil, "
+                    f"got {listed(found)} (process_group of {images.name})"
                 )
+            check_knobs_together({**self.distillation_knobs, **({"seconds": self.seconds} if self.seconds else {})})
 
     def check_layers(self, model: nn.Module) -> None:
         """Refuse layers that a model doesn't have, with the nearest names that it has."""
         if self.layers is None:
             return
-        known = [name for name, module in model.named_modules() if name and has_channels(module)]
-        modules = {name for name, _ in model.named_modules()}
-        named: list[Any] = []
-        for index, each in enumerate(self.layers):
-            if isinstance(each, Mapping):
-                check_entry(dict(each), f"layers[{index}]", BY_HEAD)
-            own = each.get("op_names", ()) if isinstance(each, Mapping) else [each]
-            named += own if isinstance(own, (list, tuple)) else [own]
-        if not named and not any(isinstance(each, Mapping) for each in self.layers):
+        if not self.layers:
             raise ConfigError(
                 "layers must name at least one layer, got none; None stands for all that can lose channels "
                 f"({self.place})"
             )
-        for name in named:
-            if name not in modules:
-                raise unknown_name("layer of the model", name, known, self.place)
-
-    def check_shared(self, images: Calibration, budget: Budget, tolerance: float | None = None) -> None:
-        """Refuse what can't be done with images that several processes share."""
-        if images.processes is None:
-            return
-        check_shared_budget(budget)
-        alone = {"tolerance": tolerance is not None, "depth": self.depth, "allocation": budget.allocation == AUTO}
-        found = [name for name, is_given in alone.items() if is_given]
-        if found:
-            raise ConfigError(
-                "images that processes share can be used to select channels, to reconstruct weights and to distil, "
-                f"got {listed(found)} (process_group of {images.name})"
-            )
-        check_knobs_together(self.distillation_knobs)
+        known = [name for name, module in model.named_modules() if name and has_channels(module)]
+        modules = {name for name, _ in model.named_modules()}
+        for index, each in enumerate(self.layers):
+            named: Any = each
+            if isinstance(each, Mapping):
+                check_entry(dict(each), f"layers[{index}]", BY_HEAD)
+                named = each.get("op_names", ())
+            for name in named if isinstance(named, (list, tuple)) else [named]:
+                if name not in modules:
+                    raise unknown_name("layer of the model", name, known, self.place)
 
     def check_two_samples(self, images: Calibration) -> None:
         """Refuse a single sample where networks are distilled."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 from nni.compression.utils import Evaluator
@@ -11,19 +10,17 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
-from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.pruners.budget import AUTO, Budget, as_budget
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.course import Clock
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION
-from nni_topo.recovery.distilling import check_knobs_together
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of
 from nni_topo.runs.prepared import prepare
-from nni_topo.runs.settings import LEAVE_OUT, Settings, allocations_to_try, cost_without_share
-from nni_topo.runs.tolerance import MEASURES, PARTS, check_tolerance, resolved_measure, within_tolerance
+from nni_topo.runs.settings import LEAVE_OUT, TOLERANCE, Settings, allocations_to_try, cost_without_share
+from nni_topo.runs.tolerance import MEASURES, checked_tolerance, within_tolerance
 
 KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEASURES)}
 """Rules of the knobs that say how far the network's answers may differ."""
@@ -201,49 +198,26 @@ def shrink(
     torch.Size([2, 4])
     """
     arguments, clock = locals(), Clock(seconds)
-    if seconds is not None and tolerance is not None:
-        raise ConfigError(
-            f"seconds must be left out with a tolerance, whose search makes as many networks as it needs, got "
-            f"{seconds}; distill={{'seconds': ...}} limits each distillation (shrink)"
-        )
-    if seconds is not None and distill is False:
-        raise ConfigError("seconds must be left out with distill=False, because it shortens nothing else (shrink)")
+    settings = Settings.among(arguments)
     calibration = batches_of(images, model, "images", shared=True)
-    wanted = asked_budget(budget, tolerance)
     if tolerance is None and measure != "auto":
         raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
-    settings = Settings.among(arguments)
-    wanted = settings.checked(model, calibration, wanted, tolerance)
-    if seconds is not None and calibration.processes is not None:
-        check_knobs_together({"seconds": seconds})
+    several = "" if tolerance is None else TOLERANCE
+    wanted = settings.checked(model, calibration, asked_budget(budget, tolerance), several)
     is_timed = time or wanted.kind == "latency"
     if tolerance is not None:
-        structure_call(model, calibration)  # an error that says what to change
-        measure = resolved_measure(measure, evaluate, model, calibration, outputs)
-        # A function has its own data, so no image must be withheld from the calibration data to confirm.
-        parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
-        check_tolerance(tolerance, measure, calibration, parts or (), settings)
+        measure, parts = checked_tolerance(tolerance, measure, model, calibration, settings)
         prepared = prepare(model, calibration, settings, wanted, parts=parts, is_timed=is_timed)
         return within_tolerance(prepared, tolerance, measure)
     prepared = prepare(model, calibration, settings, wanted, is_timed=is_timed, clock=clock)
     prepared.tell_cost(made=len(allocations_to_try(pruner)) if wanted.allocation == AUTO else 1)
-    measured = prepared.measured
-    if wanted.allocation == AUTO or depth:
-        made = prepared.make(prepared.budget.share)
-        measured.add("pruned", made.without_recovery().dense)
-    else:
-        selected = prepared.select(prepared.budget)
-        plain = selected.remove()
-        measured.add("pruned", plain.dense)
-        made = plain if compensate is None else prepared.reconstruct(selected)
-        made = replace(made, left=prepared.share_left(made))
-    outcome = prepared.outcome(prepared.budget.share, made)
-    if compensate is not None:
-        measured.add("reconstructed", made.dense)
+    made = prepared.make(wanted.share)
+    outcome = prepared.outcome(wanted.share, made)
+    prepared.measure(made)
     final = prepared.distil(made)
     if final is not made:
-        measured.add("distilled", final.dense)
-    prepared.report(final.dense, final, measured.warnings(made.layers.rows), budget=outcome)
+        prepared.measured.add("distilled", final.dense, final.seconds_of_distillation)
+    prepared.report(final.dense, final, prepared.measured.warnings(made.layers.rows), budget=outcome)
     network: nn.Module = final.dense
     return network
 
@@ -251,7 +225,7 @@ def shrink(
 def asked_budget(budget: Budget | Mapping[str, Any] | str | None, tolerance: float | None) -> Budget:
     """Return the budget; with a tolerance it says only which cost counts."""
     if tolerance is not None:
-        return cost_without_share("flops" if budget is None else budget, "shrink", "a tolerance")
+        return cost_without_share("flops" if budget is None else budget, "shrink", TOLERANCE)
     if budget is None or isinstance(budget, str):
         got = "neither" if budget is None else repr(budget)
         raise ConfigError(

@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -27,10 +27,10 @@ from torch import nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
 from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dense_report import dense_report_of
 from nni_topo.recovery.likeness import Answers, are_classes
-from nni_topo.recovery.outputs import Outputs
 from nni_topo.runs.measurements import UNPRUNED, evaluated
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.settings import Settings
@@ -126,18 +126,11 @@ class ToleranceOutcome:
         return f"{text} ({tried})"
 
 
-@dataclass(frozen=True)
-class Judged:
-    """How far a network is from the unpruned one."""
-
-    difference: float
-    limit: float  # upper 95 % limit; NaN: evaluate
-    is_within: bool
-    is_safe: bool  # whether it would be within the tolerance even if its true difference were the upper limit
-
-
 class Judge:
-    """Says how far networks are from the unpruned one: on the images of the search, and on those that confirm."""
+    """Says how far networks are from the unpruned one: on the images of the search, and on those that confirm.
+
+    ``parts`` are these images; none for a function, which has its own.
+    """
 
     def __init__(
         self,
@@ -148,14 +141,10 @@ class Judge:
         measure: str,
         evaluate: Callable[[nn.Module], float] | None,
     ) -> None:
-        # The images that judge and those that confirm, which the answers have after the calibration data; none for a
-        # function, which has its own.
         self._answers, self._groups = answers, [each.groups for each in parts]
         self._evaluate, self.tolerance, self.measure = evaluate, tolerance, measure
         self.counts = [_units(each) for each in parts] or [0, 0]
-        self._unpruned = math.nan
-        if evaluate is not None:
-            self._unpruned = evaluated(evaluate, model, UNPRUNED)
+        self._unpruned = math.nan if evaluate is None else evaluated(evaluate, model, UNPRUNED)
 
     def on_search(self, net: nn.Module) -> Judged:
         """Compare on the images of the search; the limit is what those that confirm would give if they looked alike."""
@@ -169,6 +158,7 @@ class Judge:
         if self._evaluate is not None:
             fall = self._unpruned - evaluated(self._evaluate, net, "smaller")
             return Judged(fall, math.nan, fall <= self.tolerance, fall <= self.tolerance)
+        # The answers have the calibration data first.
         differences = self._answers.differences(net, part)
         is_broken = ~np.isfinite(differences.distances)
         if self.measure == "answers":
@@ -198,6 +188,16 @@ class Judge:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """How far a network is from the unpruned one."""
+
+    difference: float
+    limit: float  # upper 95 % limit; NaN: evaluate
+    is_within: bool
+    is_safe: bool  # whether it would be within the tolerance even if its true difference were the upper limit
+
+
+@dataclass(frozen=True)
 class TriedNetwork:
     """A candidate and its networks."""
 
@@ -207,38 +207,28 @@ class TriedNetwork:
     is_safe: bool  # whether it is within the tolerance by such a margin that it is sure to be confirmed
 
 
-def resolved_measure(
-    measure: str,
-    evaluate: Callable[[nn.Module], float] | None,
-    model: nn.Module,
-    images: Calibration,
-    outputs: Outputs | None,
-) -> str:
-    """Return what is measured: ``"answers"``, ``"distance"`` or ``"evaluate"``."""
-    if measure == "evaluate" and evaluate is None:
+def checked_tolerance(
+    tolerance: float, measure: str, model: nn.Module, images: Calibration, settings: Settings
+) -> tuple[str, tuple[Calibration, ...] | None]:
+    """Return what is measured (``"answers"``, ``"distance"`` or ``"evaluate"``), and the images in three parts.
+
+    A function has its own data, so no image is withheld from the calibration data. ConfigError where the images can't
+    confirm the tolerance.
+    """
+    structure_call(model, images)  # an error that says what to change
+    if measure == "evaluate" and settings.evaluate is None:
         raise ConfigError("measure='evaluate' needs a function evaluate, got None (shrink)")
-    if measure == "evaluate" or (measure == "auto" and evaluate is not None):
-        return "evaluate"
-    if measure == "distance" or not are_classes(model, images, outputs):
-        return "distance"
-    return "answers"
-
-
-def check_tolerance(
-    tolerance: float, measure: str, images: Calibration, parts: Sequence[Calibration | None], settings: Settings
-) -> None:
-    """Refuse a tolerance that images can't confirm, and a pruner that can't be asked for a size."""
-    settings.check_has_size("a tolerance needs")
-    if measure == "evaluate":
-        return
+    if measure == "evaluate" or (measure == "auto" and settings.evaluate is not None):
+        return "evaluate", None
+    measure = "answers" if measure != "distance" and are_classes(model, images, settings.outputs) else "distance"
+    parts: Any = images.in_parts(PARTS)
     unit = "samples" if images.groups is None else "groups of samples"
-    counts = [0 if part is None else _units(part) for part in parts]
-    total = _units(images)
+    counts, total = [0 if part is None else _units(part) for part in parts], _units(images)
     if measure == "distance":
         if min(counts) < _LEAST:
             enough = _total_for(_LEAST, min(set(PARTS), key=PARTS.count))
             raise ConfigError(f"a tolerance needs at least {enough} {unit}, got {total} (images)")
-        return
+        return measure, parts
     needed, got = observations_needed(tolerance), counts[2]
     if got < needed:
         least = f", or a tolerance of at least {math.ceil(1e4 * limit_of_share(0.0, got)) / 1e4:g}" if got else ""
@@ -246,6 +236,7 @@ def check_tolerance(
             f"{needed} held-out {unit} without a change are needed for a tolerance of {tolerance:g}, got {got} of "
             f"{total} {unit}: pass at least {_total_for(needed, 2)} {unit}{least} (tolerance)"
         )
+    return measure, parts
 
 
 def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.Module:
@@ -312,23 +303,23 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
     chosen: TriedNetwork | None = None
     for each in passed[-1:] if measure == "evaluate" else passed:
         judged = judge.confirm(each.final.dense)
-        looks.append(
-            replace(each.candidate, difference=judged.difference, limit=judged.limit, is_within=judged.is_within)
-        )
-        if not judged.is_within:
+        look = replace(each.candidate, difference=judged.difference, limit=judged.limit, is_within=judged.is_within)
+        looks.append(look)
+        if not look.is_within:
             break
-        chosen = each
-    left = 1.0 if chosen is None else chosen.candidate.left
-    if chosen is not None and kind == "latency":
-        left = prepared.share_left(chosen.made)  # which times it, unless a table was given
-    confirmed = [look for look in looks if look.is_within]
+        chosen, confirmed = each, look
+    left, difference, limit = 1.0, 0.0, math.nan
+    if chosen is not None:
+        left, difference, limit = chosen.candidate.left, confirmed.difference, confirmed.limit
+        if kind == "latency":
+            left = prepared.share_left(chosen.made.dense)  # which times it, unless a table was given
     outcome = ToleranceOutcome(
         tolerance=tolerance,
         measure=measure,
         kind=kind,
         left=left,
-        difference=confirmed[-1].difference if confirmed else 0.0,
-        limit=confirmed[-1].limit if confirmed else math.nan,
+        difference=difference,
+        limit=limit,
         held_out=judge.counts[1],
         judges=judge.counts[0],
         candidates=tuple(candidates),
@@ -356,11 +347,9 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
         taken, layers = prepared.start, dense_report_of(network)
     else:
         network, taken, layers = chosen.final.dense, chosen.final, chosen.made.layers
-        measured.add("pruned", chosen.made.without_recovery().dense)
-        if settings.compensate is not None:
-            measured.add("reconstructed", chosen.made.dense)
+        prepared.measure(chosen.made)
         if chosen.candidate.is_distilled:
-            measured.add("distilled", network)
+            measured.add("distilled", network, taken.seconds_of_distillation)
     told = measured.warnings(layers.rows) + tuple(warnings)
     prepared.report(network, taken, told, layers=layers, tolerance=outcome)
     return network

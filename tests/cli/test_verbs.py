@@ -136,7 +136,7 @@ MISTAKES = [
     (f"{SHRINK} --floors features.conv1 1.0", "floors must be in [0, 1), got 1.0 (features.conv1)"),
     (f"{SHRINK} --budget flops", "--budget names the cost for --tolerance, got none"),
     (f"{SHRINK} --tolerance 0.5 --params 0.5", "--tolerance says how much is kept, got --params beside it"),
-    (f"{SHRINK} --tolerance 0.5 --pruner subcluster", "--tolerance and --depth need a pruner"),
+    (f"{SHRINK} --tolerance 0.5 --pruner subcluster", "a tolerance must have a pruner that can be asked for a size"),
     (f"{SHRINK} --pruner taylor", "needs no evaluator, training_steps, got 'taylor'"),
     ("shrink", "--model"),
     ("compare", "--model or --plan"),

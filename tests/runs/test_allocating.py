@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
@@ -57,17 +56,8 @@ def test_the_widths_that_the_images_held_out_choose_stay():
             torch.testing.assert_close(alone.state_dict(), small.state_dict())
     (chosen,) = (each for each in tried.values() if each.is_chosen)
     assert chosen.loss == min(each.loss for each in tried.values())
-    assert small.report.allocation == chosen.allocation
     assert len({round(each.loss, 6) for each in tried.values()}) > 1
     assert repr(small.report).count("(chosen)") == 1
-
-
-@pytest.mark.slow
-def test_the_same_images_choose_the_same_and_judge_distillation():
-    one, other = (shrunk(AUTO, distill={"steps": 5}, seed=2) for _ in range(2))
-    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
-    assert one.report.tried == other.report.tried
-    assert [stage.network for stage in one.report.stages][-1] == "distilled"
 
 
 def test_no_step_sees_the_images_that_judge(monkeypatch):
@@ -96,15 +86,9 @@ def test_without_compensation_and_with_other_pruners(knobs):
     assert small.report.stages[-1].macs == pytest.approx(0.4 * small.report.stages[0].macs, rel=0.25)
 
 
-@pytest.mark.slow
-def test_a_model_without_gradients_and_one_that_gives_no_logits():
-    frozen = toy_model().eval().requires_grad_(False)
-    assert len(shrunk(AUTO, model=frozen).report.tried) == 3
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU(), nn.Conv2d(12, 2, 1)).eval()
-    tried = shrunk(AUTO, model=model).report.tried
-    assert all(math.isnan(each.agreement) and each.loss > 0.0 for each in tried)
-    assert "agreement" not in repr(tried[0])
+def test_too_few_images_are_refused():
+    with pytest.raises(DataError, match="allocation='auto' needs at least 8 samples, of which one judges, got 5"):
+        shrunk(AUTO, [toy_images(5)])
 
 
 def test_of_equal_losses_the_first_is_chosen_and_none_that_is_not_finite(monkeypatch):
@@ -113,16 +97,11 @@ def test_of_equal_losses_the_first_is_chosen_and_none_that_is_not_finite(monkeyp
     assert [each.is_chosen for each in shrunk(AUTO, compensate=None).report.tried] == [False, True, False]
 
 
-@pytest.mark.parametrize("pruner", ["l1", "matrix", "energy"])
+@pytest.mark.parametrize("pruner", ["l1", "energy"])
 def test_what_has_nothing_to_choose_from_is_refused_before_anything_runs(pruner):
     message = rf"allocation='auto', got '{pruner}' \(budget\)"
     with pytest.raises(ConfigError, match=message):
         shrunk(AUTO, pruner=pruner, evaluate=lambda net: pytest.fail("something ran"))
-
-
-def test_too_few_images_are_refused():
-    with pytest.raises(DataError, match="allocation='auto' needs at least 8 samples, of which one judges, got 5"):
-        shrunk(AUTO, [toy_images(5)])
 
 
 @pytest.mark.parametrize(

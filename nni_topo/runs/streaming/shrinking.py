@@ -213,12 +213,11 @@ def shrink_pretrained(
         raise ConfigError(
             f"all blocks keep the same widths, by the allocation 'uniform', got {wanted.allocation!r} (budget)"
         )
-    settings.check_has_size("shrink_pretrained needs")
+    settings.check_together(wanted, "shrink_pretrained", calibration)
     if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     where = torch.device("cpu") if device is None else resolve_device(device)
     skeleton = Skeleton(place, where)
-    settings.check_shared(calibration, wanted)
     settings.check_two_samples(calibration)
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
     inputs = [[f"{len(args)} without a name", *sorted(kwargs)] for args, kwargs in given]
