@@ -89,12 +89,12 @@ class Calibration(Sequence[Any]):
     Batches are read when they are first used, not when the object is made.
 
     With a ``process_group``, :func:`nni_topo.compensate`, :class:`nni_topo.ReconstructionPruner`,
-    :func:`nni_topo.recalibrate_batch_norm`, :func:`nni_topo.remove_blocks`,
-    :func:`nni_topo.distill`, :func:`nni_topo.shrink` and :func:`nni_topo.shrink_pretrained` have to be called in all
-    processes alike. Each runs its own batches, sums over samples are added up in float64, gradients in their own type,
-    and all decide by these sums: the networks are the same in all processes, and but for rounding those that one
-    process makes of all batches. Other functions refuse such data. If a process is gone, or doesn't
-    answer within the group's timeout, the others raise a :class:`nni_topo.errors.ProcessError`.
+    :func:`nni_topo.recalibrate_batch_norm`, :func:`nni_topo.remove_blocks`, :func:`nni_topo.distill` and
+    :func:`nni_topo.shrink` have to be called in all processes alike. Each runs its own batches, sums over samples are
+    added up in float64, gradients in their own type, and all decide by these sums: the networks are the same in all
+    processes, and but for rounding those that one process makes of all batches. Other functions refuse such data. If a
+    process is gone, or doesn't answer within the group's timeout, the others raise a
+    :class:`nni_topo.errors.ProcessError`.
 
     Examples
     --------

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nni_topo.disk import disk_errors, read_json, reading, whole_file, write_json, write_safetensors
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.processes import Processes
 from nni_topo.runs.streaming.skeleton import INDEX
 
 JOURNAL = "shrink_pretrained.json"
@@ -27,30 +26,22 @@ _PART = ".part"  # suffix of files that aren't complete
 class Journal:
     """The state of a run in its output folder.
 
-    ``settings`` identify the run, which prunes so many ``blocks``. If processes share the calibration data, the first
-    one reads and writes the common files; each has the states of its own samples.
-
-    ConfigError if the folder holds other files, or a run with other settings that has finished a block.
+    ``settings`` identify the run, which prunes so many ``blocks``. ConfigError if the folder holds other files, or a
+    run with other settings that has finished a block.
     """
 
-    def __init__(
-        self, folder: Path, settings: Mapping[str, Any], blocks: int, processes: Processes | None = None
-    ) -> None:
-        self.folder, self._blocks, self._processes = folder, blocks, processes
-        self.is_first = processes is None or processes.rank == 0
+    def __init__(self, folder: Path, settings: Mapping[str, Any], blocks: int) -> None:
+        self.folder, self._blocks = folder, blocks
         # Digests, because the settings hold paths, and the report is published with the model. Addresses of objects are
         # removed, because they differ between processes.
         self._settings = {
             name: hashlib.sha256(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()).hexdigest()
             for name, value in settings.items()
         }
-        content: Any = read_json(folder / JOURNAL, "the journal of a run") if self.is_first else None
-        if processes is not None:
-            content = processes.first(content, "the journal")
+        content: Any = read_json(folder / JOURNAL, "the journal of a run")
         if content is None:
-            own, others = (_FOLDER, ".lock"), list[str]()
-            if self.is_first and folder.is_dir():
-                others = sorted(path.name for path in folder.iterdir() if path.name not in own and path.suffix != _PART)
+            present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+            others = [name for name in present if name not in (_FOLDER, ".lock") and not name.endswith(_PART)]
             if others:
                 raise ConfigError(
                     "the folder for the pruned model must be empty or new, or hold a run that was stopped, got "
@@ -68,13 +59,9 @@ class Journal:
         self.rows: list[dict[str, Any]] = content.get("rows", [])  # one record for each finished block
         self.report: dict[str, Any] | None = content.get("report")  # of a finished run
         self._states = folder / _FOLDER
-        if processes is not None and not self.is_first:
-            self._states /= f"rank-{processes.rank}"
 
     def begin(self) -> None:
         """Delete files of an interrupted run that can't be used."""
-        if not self.is_first:
-            return
         with disk_errors(self.folder):
             patterns = (f"*{_PART}",) if self.rows else (f"*{_PART}", _WEIGHTS, "*config.json")
             for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
@@ -83,25 +70,19 @@ class Journal:
             self._write()  # first, so that a run that is killed early can be started again
 
     def write_weights(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a file of weights, in the first process: number 0 for the rest of the model, then one for each block.
+        """Write a file of weights: number 0 for the rest of the model, then one for each block.
 
         It is valid once `note` has recorded it.
         """
-        if self.is_first:
-            file = f"model-{number + 1:05d}-of-{self._blocks + 1:05d}.safetensors"
-            _write_tensors(self.folder / file, tensors)
+        file = f"model-{number + 1:05d}-of-{self._blocks + 1:05d}.safetensors"
+        _write_tensors(self.folder / file, tensors)
 
     def note(self, row: Mapping[str, Any] | None = None) -> None:
         """Record one more finished block; None: that the run has begun."""
-        if self._processes is not None:  # waits until all have written their states
-            row = self._processes.first(row, f"the states after {len(self.rows)} blocks")
         if row is not None:
             self.rows.append(dict(row))
-        if self.is_first:
-            self._write()
-        if self._processes is not None:  # the earlier states are needed until the record is written
-            self._processes.gather(None, f"the journal of {len(self.rows)} blocks")
-        for path in self._states.glob("states-*"):
+        self._write()
+        for path in self._states.glob("states-*"):  # the earlier ones, which were needed until the record was written
             if path.name != f"states-{len(self.rows)}":
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -141,21 +122,16 @@ class Journal:
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Replace the records by the report and delete the states."""
-        if self.is_first:
-            write_json(self.folder / JOURNAL, {"settings": self._settings, "report": report})
-        if self._processes is not None:
-            self._processes.gather(None, "the report")
+        write_json(self.folder / JOURNAL, {"settings": self._settings, "report": report})
         self.delete_states()
 
     def delete_states(self) -> None:
-        """Delete the states of this process; the first process also deletes the lock of the folder."""
+        """Delete the states and the lock of the folder."""
         shutil.rmtree(self._states, ignore_errors=True)
-        if self.is_first:
-            (self.folder / ".lock").unlink(missing_ok=True)
+        (self.folder / ".lock").unlink(missing_ok=True)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of tensors atomically; DataError if the disk is full."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as part:
         write_safetensors(part, plain, {"format": "pt"})  # Transformers requires this entry

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from nni_topo.network.runtime.reports import ModelReport
 from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.recovery.likeness import Estimate, Likeness
 
@@ -30,7 +29,7 @@ class BlockRow:
 
 
 @dataclass(frozen=True, repr=False)
-class StreamingReport(ModelReport):
+class StreamingReport:
     """How a model was pruned block by block; its ``repr`` is a table with notes.
 
     Attributes
@@ -57,8 +56,6 @@ class StreamingReport(ModelReport):
         Name of the recovery method; empty where no weights were reconstructed.
     warnings : tuple of str
         What makes the figures doubtful.
-    changed_since : tuple of str, default=()
-        What functions of the package have changed since, in order.
     """
 
     blocks: tuple[BlockRow, ...]
@@ -72,20 +69,12 @@ class StreamingReport(ModelReport):
     pruner: str
     recovery: str
     warnings: tuple[str, ...] = ()
-    changed_since: tuple[str, ...] = ()
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the blocks as a table, one row each."""
         import pandas
 
         return pandas.DataFrame([asdict(row) for row in self.blocks])
-
-    @property
-    def pruned_layers(self) -> tuple[str, ...]:
-        """Names in the pruned model of the layers that lost channels, in all blocks."""
-        names = [name for name, (before, after) in self.widths.items() if after < before]
-        blocks = self.blocks[0].block.rpartition(".")[0]
-        return tuple(f"{blocks}.{number}.{name}" for number in range(len(self.blocks)) for name in names)
 
     def _outputs(self) -> str:
         """Say how much the model's outputs change."""
@@ -115,6 +104,5 @@ def as_report(content: dict[str, Any]) -> StreamingReport:
             "budget": BudgetOutcome(**content["budget"]),
             "likeness": Likeness(**{name: Estimate(**each) for name, each in content["likeness"].items()}),
             "warnings": tuple(content["warnings"]),
-            "changed_since": tuple(content["changed_since"]),
         }
     )

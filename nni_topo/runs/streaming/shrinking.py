@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from os import PathLike
 from typing import Any
@@ -36,7 +34,6 @@ from nni_topo.network.runtime.inputs import (
     taken,
 )
 from nni_topo.network.runtime.memory import check_memory, free_memory_of, out_of_memory
-from nni_topo.network.runtime.processes import gathered
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
 from nni_topo.pruners.budget import Budget, as_budget, budget_outcome, warn_if_missed
@@ -73,7 +70,6 @@ _COMPARED = 2  # samples on which the written block is compared with the pruned 
 _ALIKE, _ROUNDED = 1e-2, 1e-5
 _CURE = "prune other layers only (layers), or use nni_topo.shrink and nni_topo.save in memory"
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
-_logger = logging.getLogger(__name__)
 
 
 @public(
@@ -114,9 +110,7 @@ def shrink_pretrained(
     batches : iterable
         Batches of the model's inputs, without labels, as for :func:`nni_topo.shrink`: for a language model dicts of
         ``input_ids`` and ``attention_mask``. All samples have one length; padding doesn't count where the
-        ``attention_mask`` says so. Every eighth sample is held out. Several processes can share them
-        (``process_group`` of :class:`nni_topo.Calibration`): each has the states of its own samples, the first one
-        writes the weights, and all need the same ``folder``.
+        ``attention_mask`` says so. Every eighth sample is held out.
     folder : str or path-like
         The folder for the pruned model, new or empty. ``from_pretrained`` of Transformers loads it without this
         package. If the run is stopped, the same call goes on after the last finished block; where it is finished, the
@@ -165,8 +159,6 @@ def shrink_pretrained(
     DataError
         If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
         differ in length, or the disk or the memory isn't enough. Blocks that are finished stay on the disk.
-    ProcessError
-        If one of the processes that share the batches is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------
@@ -180,19 +172,12 @@ def shrink_pretrained(
     states that the pruned blocks before it put out, and is to reproduce what the unpruned block makes of the states of
     the unpruned model, so that it makes up for errors of the blocks before it.
 
-    Memory: the embeddings and the head, about twelve times one block, 8 bytes for each pair of input channels of its
-    widest layer, the states of all samples three times in single precision, and with distillation what 64 samples need
-    for gradients. States lie in files of ``folder``, in the precision of the
-    model. With another ``device`` than the CPU all of this is the device's memory. The machine's memory then holds the
-    states and attention masks of all samples, and one block while it is read or written.
-
-    Other files of ``source``, such as those of the tokenizer, are copied.
+    Memory: the embeddings and the head, about twelve times one block, and the states of all samples three times in
+    single precision; with another ``device`` than the CPU this is the device's memory. States lie in files of
+    ``folder``. Other files of ``source``, such as those of the tokenizer, are copied.
     """
-    began = time.perf_counter()
     place, target = path_of(source, "source").expanduser(), path_of(folder, "folder").expanduser()
-    calibration = Calibration.of(batches, "batches", shared=True)
-    processes = calibration.processes
-    is_first = processes is None or processes.rank == 0
+    calibration = Calibration.of(batches, "batches")
     settings = Settings(
         pruner=pruner,
         knobs={} if knobs is None else knobs,
@@ -221,19 +206,17 @@ def shrink_pretrained(
     settings.check_two_samples(calibration)
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
     inputs = [[f"{len(args)} without a name", *sorted(kwargs)] for args, kwargs in given]
-    of_all = [each for own in gathered(processes, inputs, "the inputs") for each in own]
-    other = next((each for each in of_all if each != of_all[0]), None)
+    other = next((each for each in inputs if each != inputs[0]), None)
     if other is not None:
         raise DataError(
-            f"all batches must have the same inputs, got {listed(of_all[0])}, and {listed(other)}; give each in all or "
+            f"all batches must have the same inputs, got {listed(inputs[0])}, and {listed(other)}; give each in all or "
             "in none: an attention_mask of ones says that nothing is padding (batches)"
         )
-    samples = calibration.sizes, calibration.digests
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in skeleton.files]
     identity = {
         "source": [str(place.resolve()), files],
         "budget": [wanted.kind, wanted.share],
-        "batches": samples if processes is None else processes.gather(samples, "the inputs"),
+        "batches": (calibration.sizes, calibration.digests),
         "pruner": [pruner, sorted(settings.knobs.items())],
         "layers": settings.layers,
         "compensate": [compensate, sorted(vars(compensate).items())]
@@ -243,26 +226,23 @@ def shrink_pretrained(
         "round_to": round_to,
         "seed": seed,
     }
-    found = read_json(target / JOURNAL) if is_first else None
-    is_finished = isinstance(found, dict) and "report" in found  # then nothing is written
-    with only_process(target, wait=False) if is_first and not is_finished else nullcontext():
-        journal = Journal(target, identity, len(skeleton), processes)
-        if journal.report is not None:
-            journal.delete_states()  # of a run that was killed at its end
-            return as_report(journal.report)
+    found = read_json(target / JOURNAL)
+    if isinstance(found, dict) and "report" in found:  # nothing is written, so a full disk is enough
+        journal = Journal(target, identity, len(skeleton))
+        journal.delete_states()  # of a run that was killed at its end
+        return as_report(found["report"])
+    with only_process(target, wait=False):
+        journal = Journal(target, identity, len(skeleton))
         run = _Run(skeleton, calibration, given, journal, wanted, settings)
         journal.begin()
         run.begin()
-        shows = progress if is_first else False
         done = len(journal.rows)
-        for index in bar("shrink_pretrained", shows, range(done, len(skeleton)), done=done):
+        for index in bar("shrink_pretrained", progress, range(done, len(skeleton)), done=done):
             run.prune(index)
             give_back()  # that of the block
         report = run.report()
-        if is_first:
-            run.finish()
+        run.finish()
         journal.finish(asdict(report))
-    _logger.info("%d blocks were pruned in %.0f s", len(report.blocks), time.perf_counter() - began)
     return report
 
 
@@ -284,9 +264,7 @@ class _Run:
         self._is_held_out = calibration.split()[1] is not None
         self._described_skeleton: Skeleton | None = None  # the model of the written config
         masks = [call[1].get(PADDING_MASK) for call in given]
-        is_padded = any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
-        # Whether a sample of any process has padding.
-        self._is_padded = any(gathered(calibration.processes, is_padded, "the padding"))
+        self._is_padded = any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
 
     def begin(self) -> None:
         """Learn what blocks return. A new run writes the states before the first block, and the other weights."""
@@ -337,10 +315,9 @@ class _Run:
         check_free_disk(self._journal.folder, weights + 2 * 2 * states[0].nbytes * self._samples.samples)
 
     def _data(self, batches: list[dict[str, Any]]) -> Calibration:
-        """Return states as calibration data, with the groups and processes of the model's inputs."""
+        """Return states as calibration data, with the groups of the model's inputs."""
         found = Calibration(batches, groups=self._samples.groups)
         found.name = "batches"
-        found.processes = self._samples.processes
         return found
 
     def prune(self, index: int) -> None:
@@ -399,8 +376,7 @@ class _Run:
             done = distillation(dense, unpruned, images.learned, **knobs)
             dense, is_distilled = done.model, done.is_kept
 
-        if self._journal.is_first:
-            self._write(index, unpruned, dense)
+        self._write(index, unpruned, dense)
         distances = self._advance(name, entered, unpruned, dense, batches)
         row = BlockRow(
             block=name,
@@ -554,8 +530,6 @@ class _Run:
                 part[1] += float(one.square().sum())
                 part[2] += float(one.sum())
                 part[3] += one.numel()
-        if self._samples.processes is not None:
-            self._samples.processes.add([sums], f"the states after {name}")
         shares = []
         for squares, total, value, count in sums.tolist():
             variance = total - value**2 / count if count else 0.0
@@ -601,8 +575,8 @@ class _Run:
             widths={name: (old, new) for name, (old, new) in journal.rows[0]["widths"].items()},
             budget=outcome,
             likeness=likeness,
-            samples=learned.samples_of_all,
-            held_out=0 if held_out is None else held_out.samples_of_all,
+            samples=learned.samples,
+            held_out=0 if held_out is None else held_out.samples,
             pruner=self._settings.pruner,
             recovery=self._settings.recovery_name,
             warnings=tuple(doubts),
