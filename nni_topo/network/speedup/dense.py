@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from nni_topo.errors import ConfigError, listed
+from nni_topo.errors import listed
 from nni_topo.network.attention.config import tell_config
 from nni_topo.network.attention.unfused.own_width import take_own_width
 from nni_topo.network.channels import reasons
@@ -150,8 +150,6 @@ def to_dense(
     torchvision's do.
     """
     check_model(model)
-    if constants not in ("zero", "keep"):
-        raise ConfigError(f'constants must be "zero" or "keep", got {constants!r}')
     return dense_of(
         model,
         example_inputs,

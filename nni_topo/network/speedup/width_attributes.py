@@ -158,7 +158,8 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
     for name, module in original.named_modules():
         if type(module).__module__.startswith("torch.nn."):
             continue
-        read, small = _read_in_forward(type(module)), dense.get_submodule(name)
+        kind: Any = type(module)
+        read, small = _read_in_forward(kind), dense.get_submodule(name)
         for place, described in _claims(name, module):
             _, key, path = place
             if key not in vars(module) or key in read:  # a property, or what the forward reads

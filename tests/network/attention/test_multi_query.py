@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from attention_nets import Stream, _states, head_masks, make, same
+from attention_nets import _states, head_masks, make, same
 
 from nni_topo import (
     create_pruner,
@@ -15,9 +15,7 @@ from nni_topo import (
     masked_model,
     to_dense,
 )
-from nni_topo.errors import ConfigError
 from nni_topo.network.attention.heads import find_attention
-from nni_topo.zoo.transformers import SelfAttention
 
 KINDS = ["one key", "one key fused"]
 EVERYTHING = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
@@ -82,17 +80,3 @@ def test_what_stays_has_a_reason_and_says_what_can_be_done():
     assert skipped["attention.qkv"] == f"6 of 18 channels are kept: {told.format('attention')}"
     found = explain(model, inputs, "attention.qkv")
     assert (found.kept, found.channels, found.heads) == (6, 18, "attention")
-
-
-def test_an_only_head_is_left_out_with_its_reason():
-    torch.manual_seed(0)
-    model = Stream(SelfAttention(12, 1, bias=True, causal=False)).eval()
-    inputs = _states(3, 7, 5)
-    groups = dependency_groups(model, inputs, EVERYTHING)
-    layers = [f"attention.{each}_proj" for each in "qkv"]
-    assert set(layers) <= groups.skipped.keys()
-    assert groups.skipped[layers[0]] == "it makes the only head or unit of attention, which needs at least one"
-    found = explain(model, inputs, layers[0])
-    assert [reason.kind for reason in found.reasons] == ["only_head"]
-    with pytest.raises(ConfigError, match="the only head or unit"):
-        dependency_groups(model, inputs, EVERYTHING, strict=True)

@@ -47,12 +47,6 @@ def grouped_with_bias(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
 
 
-def summed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Both products as Einstein sums."""
-    scores = torch.einsum("bhid,bhjd->bhij", query, interleaved(self, key)) * 0.3
-    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), interleaved(self, value))
-
-
 class Model(nn.Module):
     """One block of attention under names of its own."""
 
@@ -73,16 +67,6 @@ class Model(nn.Module):
         return self.out(self.mixed(mixed.transpose(1, 2).reshape(samples, places, self.heads * self.size)))
 
 
-class Summed(Model):
-    """The number of heads of keys is also how often the outputs are summed up."""
-
-    mix = with_more(interleaved)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        found = super().forward(tokens)
-        return found.repeat(1, self.groups, 1).unflatten(1, (self.groups, -1)).sum(1)
-
-
 def pruned(model: nn.Module) -> tuple[nni_topo.DependencyGroups, nn.Module, nn.Module]:
     groups = nni_topo.dependency_groups(model, TOKENS, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     masks = masks_of(nni_topo.RandomPruner(model, groups, seed=1))
@@ -91,7 +75,7 @@ def pruned(model: nn.Module) -> tuple[nni_topo.DependencyGroups, nn.Module, nn.M
 
 WAYS = {
     **{each.__name__: with_more(each) for each in (interleaved, repeated, expanded)},
-    **{each.__name__: each for each in (grouped, grouped_with_bias, summed)},
+    **{each.__name__: each for each in (grouped, grouped_with_bias)},
 }
 
 
@@ -107,13 +91,3 @@ def test_heads_go_with_the_keys_that_they_share(mix) -> None:
     others = torch.flip(TOKENS, (0, 1))[:3, :5]
     torch.testing.assert_close(dense(others), masked(others))
     assert not torch.allclose(dense(others), model(others), atol=1e-3)
-
-
-def test_heads_stay_where_their_number_counts_something_else_too() -> None:
-    torch.manual_seed(0)
-    model = Summed().eval()
-    groups, dense, masked = pruned(model)
-    assert {"a", "b", "c"} <= groups.skipped.keys()
-    assert (dense.heads, dense.groups) == (4, 2)
-    longer = torch.cat([TOKENS, TOKENS.flip(0)], 1)
-    torch.testing.assert_close(dense(longer), masked(longer))

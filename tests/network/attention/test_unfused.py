@@ -31,9 +31,6 @@ from nni_topo import (
 )
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.attention.unfused.swin import relative, windowed
-from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.layers.kinds import kept_channels
-from nni_topo.zoo import count_macs
 
 
 def _drawn(*shape):
@@ -139,17 +136,10 @@ def test_heads_and_widths_go(name, asked, tmp_path):
     assert left == ([each * 2 // 3 for each in heads] if asked == "heads" else heads)
     widths = [(each.width, find_attention(dense)[key].width) for key, each in find_attention(model).items()]
     assert all(after == (before // 2 if asked == "width" else before) for before, after in widths)
-    kept = {layer: kept_channels(model.get_submodule(layer), targets).numpy() for layer, targets in masks.items()
-            if kept_channels(model.get_submodule(layer), targets) is not None}  # fmt: skip
-    if name != "swin v2":  # in which layers that stay compute the table of positions
-        assert NetworkCost.on(model, inputs)(kept).macs == count_macs(dense, inputs[:1])
     mended = to_dense(compensate(model, masks, [inputs]), inputs, masks)
     save(mended, tmp_path / "small.safetensors")
     loaded = load(tmp_path / "small.safetensors", model)
     assert torch.equal(loaded(inputs), mended(inputs))
-    # Once more: what is small already is a model like any other.
-    again = dependency_groups(dense, inputs, REQUESTS[asked](dense))
-    assert [entry["op_names"] for entry in again] == [entry["op_names"] for entry in groups]
 
 
 @pytest.mark.parametrize("is_second", [False, True])
@@ -171,11 +161,6 @@ def test_heads_of_pooled_attention_go(is_second, tmp_path):
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
     assert [each.heads for each in find_attention(dense).values()] == [1, 2]
     assert [block.mlp[0].out_features for block in dense.blocks] == [32, 32]
-    # Norms within attention shift what heads put out; it goes with these, also where what mixes them has no mask.
-    alone = {name: targets for name, targets in masks.items() if name.endswith("qkv")}
-    small = to_dense(model, inputs, alone)
-    mixed = {name: masks[name] for name in masks if ".project." in name}
-    torch.testing.assert_close(small(inputs), masked_model(model, inputs, alone | mixed)(inputs))
     save(dense, tmp_path / "small.safetensors")
     assert torch.equal(load(tmp_path / "small.safetensors", model)(inputs), dense(inputs))
 
@@ -190,15 +175,6 @@ def test_heads_neurons_and_widths_of_maxvit_go():
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
     assert [each.heads for each in find_attention(dense).values()] == [2, 2, 4, 4]
     assert [each.width for each in find_attention(dense).values()] == [8, 8, 16, 16]
-    # Where one layer of a stage isn't asked for, its width stays, and what mixes heads loses columns alone.
-    asked = [{"op_types": ["Linear"], "sparse_ratio": 1 / 3}]
-    groups = dependency_groups(model, inputs, asked)
-    assert sum("which loses heads" in why for why in groups.skipped.values()) == 4  # the second layers of the MLPs
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    dense = to_dense(model, inputs, masks)
-    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
-    assert [each.heads for each in find_attention(dense).values()] == [2, 2, 4, 4]
-    assert [each.width for each in find_attention(dense).values()] == [12, 12, 24, 24]
 
 
 def test_a_width_that_enters_attention_from_two_sides_goes_on_both():

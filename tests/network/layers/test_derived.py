@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from own_layers import BARE, COMPUTED, KINDS, Shuffled, make
+from own_layers import COMPUTED, KINDS, Shuffled, make
 from speedup_nets import masks_of
 from torch import nn
 
@@ -84,19 +84,6 @@ def test_their_cost_is_what_a_run_takes(name):
     dense = nni_topo.to_dense(model, images(), masks)
     if not any("brings" in row.reason for row in dense.report.kept):
         assert cost(kept).macs == count_macs(dense, images())
-
-
-@pytest.mark.parametrize("name", BARE)
-@pytest.mark.quick_every(2)
-def test_maps_smaller_than_the_kernel_are_no_error_where_the_forward_pads(name):
-    model = make(name)
-    side = {"mirrored": 12, "static": 5}.get(name, 3)
-    groups, masks = pruned(model, images(2, side))
-    assert len(groups) > 5
-    dense = nni_topo.to_dense(model, images(2, side), masks)
-    masked = nni_topo.masked_model(model, images(2, side), masks)
-    with torch.no_grad():
-        torch.testing.assert_close(dense(images(2, side)), masked(images(2, side)))
 
 
 @pytest.mark.parametrize(("name", "padded"), [("alike", 13), ("static", 13), ("mirrored", 14), ("activated", 14)])

@@ -8,20 +8,14 @@ import pytest
 import torch
 from speedup_nets import filter_mask
 from torch import nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 import nni_topo
 from nni_topo.network import register_module
 from nni_topo.network.layers import kinds
-from nni_topo.network.layers.kinds import RULES, norm_scale, through_norms, weights_left
+from nni_topo.network.layers.kinds import RULES, through_norms, weights_left
 
 CONVOLUTIONS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-
-
-class SameConv(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(functional.pad(x, (1, 1, 1, 1)))
 
 
 class DividingConv(nn.Conv2d):
@@ -104,14 +98,6 @@ def test_norms_do_to_constants_what_they_do_to_images(affine):
     torch.testing.assert_close(scale, steeper - expected)
 
 
-def test_norm_without_running_statistics_has_no_scale():
-    norm = drawn(3, track_running_stats=False)
-    assert norm_scale(norm) is None
-    scale, offset = through_norms([norm], torch.arange(3.0))
-    assert scale.tolist() == [1.0, 1.0, 1.0]
-    assert offset.tolist() == [0.0, 1.0, 2.0]
-
-
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
@@ -141,26 +127,6 @@ def test_zeros_stay_and_everything_else_learns(optimizer, knobs):
         assert not (was == now)[was != 0].any()
     assert model[3].bias.ne(0).all()
     assert weights_left(model) == sum(p.numel() for p in model.parameters()) - 9 - 2
-
-
-def test_an_optimizer_of_whole_matrices_moves_no_zero():
-    torch.manual_seed(0)
-    layer = nn.Linear(8, 8, bias=False)
-    with torch.no_grad():
-        layer.weight[torch.rand(8, 8) < 0.5] = 0.0
-    kept = layer.weight != 0
-    steps = torch.optim.Muon(layer.parameters(), lr=0.1)
-
-    def step() -> None:
-        steps.zero_grad()
-        layer(torch.randn(16, 8)).square().sum().backward()
-        steps.step()
-
-    with nni_topo.zeros_held(layer):
-        step()
-    assert torch.equal(layer.weight != 0, kept)
-    step()
-    assert not torch.equal(layer.weight != 0, kept)
 
 
 def test_rows_of_a_transposed_convolution_with_groups_are_its_output_channels():

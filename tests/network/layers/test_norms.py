@@ -115,11 +115,6 @@ def test_a_forward_that_is_put_in_place_counts() -> None:
     assert channel_dim(norm) is None
 
 
-def test_norms_are_found_on_another_device(far: torch.device) -> None:
-    for norm, dim in ((Root(), -1), (ChannelsFirst(4), 1), (ResponseNorm(4), -1)):
-        assert channel_dim(norm.to(far)) == dim
-
-
 MAKERS = {
     "layer": nn.LayerNorm,
     "no parameters": partial(nn.LayerNorm, elementwise_affine=False),
@@ -257,50 +252,3 @@ def test_a_response_norm_over_neighbours_has_those_that_are_left() -> None:
         left = model[1](model[0](IMAGES)[:, kept])
         wanted = nn.functional.conv2d(left, model[2].weight[:, kept], model[2].bias)
         torch.testing.assert_close(dense(IMAGES), wanted, rtol=1e-9, atol=1e-12)
-
-
-class Largest(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (x >= x.topk(5, 1).values[:, -1:])
-
-
-class Zeroed(nn.Module):
-    """Its layer does nothing yet, and could tell channels apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(6, 6, 1)
-        for parameter in self.layer.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.layer(x).sigmoid() - x.mean(1, keepdim=True)
-
-
-class Powers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.power = nn.Parameter(torch.rand(8)), 8
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight / (x.abs().pow(self.power).mean(-1, keepdim=True) + 1e-6) ** (1 / self.power)
-
-
-class OfFirst(nn.Module):
-    """A gate by channels with fixed numbers, of which a narrow input has none but these."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :8].mean(1, keepdim=True).sigmoid()
-
-
-def test_what_needs_its_number_of_channels_is_no_gate() -> None:
-    assert channel_dim(OfFirst()) is None
-    assert channel_dim(Largest()) is None
-    assert channel_dim(Zeroed()) is None
-
-
-def test_a_number_that_only_equals_the_width_stays() -> None:
-    model = nn.Sequential(nn.Linear(3, 8), Powers(), nn.Linear(8, 2)).eval()
-    mask = torch.ones(8, 3).index_fill(0, torch.tensor([1, 2, 6]), 0.0)
-    dense = nni_topo.to_dense(model, torch.randn(4, 3), {"0": {"weight": mask}})
-    assert (dense[1].power, dense[1].weight.numel()) == (8, 5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -105,19 +104,3 @@ def test_a_parameter_keeps_its_kind_and_whether_it_is_trained() -> None:
     assert layer.weight is not shared
     assert layer.weight.data_ptr() != shared.data_ptr()
     assert (layer.weight.requires_grad, layer.bias.requires_grad) == (False, True)
-
-
-@pytest.mark.parametrize("name", ["convolution", "transposed groups"])
-@torch.no_grad()
-def test_a_layer_on_another_device_is_cut_there(name: str, far: torch.device) -> None:
-    _, ins, outs, _, _ = LAYERS[name]
-    layer = {
-        "convolution": nn.Conv2d(5, 6, 3),
-        "transposed groups": nn.ConvTranspose1d(6, 4, 3, groups=2),
-    }[name]
-    away = copy.deepcopy(layer).to(far)
-    for each in (layer, away):
-        cut(name, each, *(torch.tensor(kept).to(each.weight.device) for kept in (ins, outs)))
-    for one, other in zip(layer.parameters(), away.parameters(), strict=True):
-        assert other.device == far
-        assert torch.equal(other.cpu(), one)

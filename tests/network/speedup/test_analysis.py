@@ -7,14 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import Budget, RandomPruner, dependency_groups, masked_model, shrink, to_dense
+from nni_topo import Budget, RandomPruner, dependency_groups, shrink, to_dense
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import count_params
 from nni_topo.network.graph import tracing
-from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.testing.toys import toy_images, toy_model
-
-IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -29,10 +26,6 @@ def traces(monkeypatch):
 
     monkeypatch.setattr(tracing, "record", counted)
     return done
-
-
-def two_layers(width=4):
-    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 2, 3, groups=2)).eval()
 
 
 def masks_of(model, groups):
@@ -60,27 +53,6 @@ def test_groups_that_are_passed_on_save_the_trace(traces):
     assert len(traces) == 3 * found - 2 * done
     with pytest.raises(ConfigError, match=r"groups must be those .* for this model, got .* stem.weight.* \(groups\)"):
         to_dense(given, images, {}, groups=groups)
-
-
-def test_groups_of_a_forward_that_reads_values_of_inputs_save_the_trace(traces):
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.last = nn.Linear(8, 32), nn.Linear(32, 2)
-
-        def forward(self, x, mask):
-            hidden = self.one(x).relu()
-            return self.last(hidden if bool(mask.all()) else hidden * mask)
-
-    model, inputs = Masked().eval(), {"x": torch.randn(4, 8), "mask": torch.ones(4, 1, dtype=torch.bool)}
-    groups = dependency_groups(model, inputs, [{"op_names": ["one"], "sparse_ratio": 0.5}])
-    masks, done = masks_of(model, groups), len(traces)
-    dense = to_dense(model, inputs, masks, groups=groups)
-    assert len(traces) == done
-    torch.testing.assert_close(dense(**inputs), masked_model(model, inputs, masks)(**inputs))
-    inputs["mask"][1] = False
-    to_dense(model, inputs, masks, groups=groups)
-    assert len(traces) > done
 
 
 class Gated(nn.Module):
@@ -111,42 +83,6 @@ def test_a_pruner_sees_the_weights_that_were_trained_since_its_groups_were_made(
     assert after / before == pytest.approx(pruner.planner.outcome.left, abs=1e-9)
 
 
-class Depending(nn.Module):
-    """Uses its second layer, or not, by what no walk over the model's attributes shows."""
-
-    uses_other = True
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.other, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
-        told = {"other": True}
-        self.asks = lambda: told["other"]
-
-    def forward(self, x):
-        if type(self).uses_other and self.asks():
-            return self.last(torch.relu(self.one(x) + self.other(x)))
-        return self.last(torch.relu(self.one(x)))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: setattr(type(model), "uses_other", False),
-        lambda model: model.asks.__closure__[0].cell_contents.update(other=False),
-    ],
-    ids=["class", "closure"],
-)
-def test_another_call_sees_all_that_changed_since(change, monkeypatch):
-    monkeypatch.setattr(Depending, "uses_other", True)
-    model, asked = Depending().eval(), [{"op_names": ["one", "other"], "sparse_ratio": 0.5}]
-    assert all("dependency_group_id" in entry for entry in dependency_groups(model, IMAGES, asked))
-    masks = {"one": {"weight": (torch.arange(4) < 2).float()[:, None, None, None]}}
-    change(model)
-    assert not any("dependency_group_id" in entry for entry in dependency_groups(model, IMAGES, asked))
-    dense = to_dense(model, IMAGES, masks)
-    assert dense.one.out_channels == 2
-
-
 class Telling(nn.Module):
     """Reads a value to say something, as Transformers' models do of padding without a mask."""
 
@@ -165,20 +101,3 @@ def test_shrink_traces_a_network_once(make, pruner, traces):
     images = toy_images(32) if make is toy_model else torch.rand(32, 4)
     shrink(make().eval(), [images], {"flops": 0.5}, pruner=pruner, distill=False)
     assert len(traces) == 1
-
-
-@pytest.mark.parametrize(
-    ("given", "other", "is_known"),
-    [
-        ((IMAGES,), (IMAGES.double(),), False),
-        ((IMAGES, True), (IMAGES, True), True),
-        ((IMAGES, True), (IMAGES, False), False),
-        (({"a": IMAGES},), ({"b": IMAGES},), False),
-        (([IMAGES, IMAGES],), ([IMAGES],), False),
-        ((IMAGES, object()), (IMAGES, object()), False),
-    ],
-)
-def test_facts_fit_calls_of_the_same_shapes_and_settings(given, other, is_known):
-    model = two_layers()
-    facts = Analysis(model, (given, {})).facts
-    assert (Analysis(model, (other, {}), facts).facts is facts) is is_known

@@ -11,8 +11,7 @@ from speedup_nets import Doubling, Net, Rows, filter_mask, lively
 from tied_nets import TiedReaders
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError
-from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.speedup import dependency_groups, to_dense
 
 GONE = [1, 2, 4, 5]  # equally many of both groups
 ASKED = [{"op_names": ["first"], "sparse_ratio": 0.5}]
@@ -96,12 +95,6 @@ def test_shared_layers_keep_each_its_own():
     assert gap(dense(rows), net(rows)) < 1e-9
 
 
-def test_another_word_is_refused():
-    net, images = made(nn.ReLU(), [nn.Conv2d(8, 6, 1)])
-    with pytest.raises(ConfigError, match="constants must be a known name, got 'fold'; known: keep, zero"):
-        to_dense(net, images, {"first": filter_mask(net.first, GONE)}, constants="fold")
-
-
 class Shifted(nn.Module):
     """A layer, a parameter of the model's own and another layer."""
 
@@ -112,19 +105,6 @@ class Shifted(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.last(self.first(images).flatten(2).transpose(1, 2) + self.shift)
-
-
-@torch.no_grad()
-def test_a_parameter_that_is_added_is_kept_where_constants_are():
-    net, images = Shifted((1, 1, 8), nn.Linear(8, 5)).double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    masks = {"first": filter_mask(net.first, GONE)}
-    masked = copy.deepcopy(net)
-    masked.first.weight[GONE], masked.first.bias[GONE] = 0, 0
-    kept = to_dense(net, images, masks, constants="keep")
-    assert kept.first.out_channels == 8 - len(GONE)
-    assert gap(kept(images), masked(images)) < 1e-9
-    assert kept.report.notes == ()
-    assert gap(to_dense(net, images, masks)(images), masked_model(net, images, masks)(images)) < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import types
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from speedup_nets import (
     chain,
     filter_mask,
     l1_masks,
-    masks_of,
     parameters,
     prune_half,
     same_output,
@@ -23,7 +21,6 @@ from speedup_nets import (
 from tied_nets import LanguageModel
 from torch import nn
 
-import nni_topo
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.speedup import masked_model, to_dense
 
@@ -103,12 +100,6 @@ def test_low_precision_stays_and_loses_nothing(dtype):
     assert torch.equal(dense[0].weight, model[0].weight[2:])
 
 
-def test_the_dense_model_trains():
-    _, dense = prune_half(chain(), images())
-    dense(images()).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in dense.parameters())
-
-
 def test_single_masked_weights_stay_zero():
     model = LeNet()
     mask = (torch.rand(model.conv1.weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5).float()
@@ -129,44 +120,11 @@ def test_arguments_by_name_options_left_out_and_one_output_a_sample():
     assert torch.allclose(shifted(inputs)["y"], dense(inputs)["y"])
 
 
-def test_input_channels_that_nothing_reads_stay_inputs():
-    model = chain()
-    mask = torch.ones_like(model[0].weight)
-    mask[:, 1] = 0
-    dense = to_dense(model, images(), {"0": {"weight": mask}})
-    assert dense[0].weight.shape == model[0].weight.shape
-
-
-def test_a_layer_of_tiny_weights_is_not_taken_for_constant():
-    model = chain()
-    with torch.no_grad():
-        model[0].weight.mul_(1e-9)
-    dense = to_dense(model, images(), {"0": filter_mask(model[0], [1])})
-    assert dense[0].out_channels == 7
-
-
 def test_a_pruned_head_is_named():
     model = LeNet()
     masks = l1_masks(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     with pytest.raises(SpeedupError, match=r"output must not change: exclude .* \(fc2\)"):
         to_dense(model, images(1, 28), masks)
-
-
-def test_a_head_behind_an_operation_without_a_rule_stays_whole(caplog):
-    class Lost(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 6)
-
-        def forward(self, x):
-            return torch.histc(self.head(self.first(x)), 5)
-
-    model = Lost()
-    masks = {"first": filter_mask(model.first, [1, 2]), "head": filter_mask(model.head, [0])}
-    dense = to_dense(model, torch.rand(2, 4), masks)
-    assert (dense.first.out_features, dense.head.weight.shape) == (6, (6, 6))
-    assert "head 1 of 6 (no rule says where channels go (histc))" in caplog.text
 
 
 def test_a_fixed_size_in_the_forward_is_reported():
@@ -211,13 +169,6 @@ def test_inputs_must_fit_the_model():
         to_dense(LeNet(), {"image": images(1, 28)}, {})
     with pytest.raises(ConfigError, match="example_inputs must be a tensor"):
         to_dense(LeNet(), "image", {})
-
-
-def test_no_masks_give_an_equal_copy():
-    model = chain()
-    dense = to_dense(model, images(), {})
-    assert dense is not model
-    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -289,80 +240,6 @@ def test_what_no_run_has_read_is_told_if_it_has_the_width_of_a_layer_that_lost_c
     assert (dense.table.shape, dense.other.shape) == ((5, 6), (5, 7))
 
 
-def test_unused_modules_are_as_wide_as_the_used_ones_of_their_kind_whose_weight_they_share():
-    model, tokens = LanguageModel().eval(), torch.randint(11, (2, 5))
-    model.rotation = nn.Identity()
-    model.unread, model.spare, model.free = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False), nn.Linear(8, 11)
-    model.unread.weight = model.spare.weight = model.e.weight
-    columns = torch.ones_like(model.e.weight)
-    columns[:, [2, 6]] = 0
-    dense = to_dense(model, tokens, {"e": {"weight": columns}, "down": filter_mask(model.down, [2, 6])})
-    assert all(each.weight is dense.e.weight for each in (dense.o, dense.unread, dense.spare))
-    assert (dense.unread.embedding_dim, dense.spare.in_features, dense.free.in_features) == (6, 6, 8)
-    assert (dense.unread.num_embeddings, dense.spare.out_features) == (11, 11)
-    assert torch.equal(dense.e.weight, model.e.weight[:, [0, 1, 3, 4, 5, 7]])
-
-
-class Answer:
-    def __init__(self, logits, states):
-        self.logits, self.states, self.again = logits, states, self
-
-
-class Answering(nn.Module):
-    """A network whose outputs lie in the attributes of an object."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.first, self.head, self.kind = nn.Linear(6, 16), nn.Linear(16, 10), kind
-        self.states = nn.Linear(16, 5)
-
-    def forward(self, x):
-        x = torch.relu(self.first(x))
-        return self.kind(logits=self.head(x), states=[self.states(x)])
-
-
-def test_layers_whose_outputs_an_object_holds_keep_their_channels():
-    model, rows = Answering(Answer).eval(), torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
-    groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"]}])
-    assert [entry["op_names"] for entry in groups] == [["first"]]
-    assert groups.skipped == dict.fromkeys(("head", "states"), "it gives the model's output")
-    small = nni_topo.shrink(model, [rows], {"flops": 0.5}, distill={"steps": 2, "lr": 1e-3}, progress=False)
-    assert (small.first.out_features, small.head.out_features, small.states.out_features) == (8, 10, 5)
-    assert 0.0 < small.report.stages[-1].distance < 1.0
-
-
-def _asks_the_layer(self, x):
-    assert x.shape[1] == self.body.out_features
-
-
-def _asks_for_another(self, x):
-    assert x.shape[1] != 3
-    assert x.shape[1] % 2 == 0
-
-
-class Checking(nn.Module):
-    """A network whose forward checks a width."""
-
-    def __init__(self, check):
-        super().__init__()
-        self.body, self.more, self.head = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 5)
-        self.check = types.MethodType(check, self)
-
-    def forward(self, x):
-        x = self.body(x).relu()
-        self.check(x)
-        return self.head(self.more(x).relu())
-
-
-@pytest.mark.parametrize("check", [_asks_the_layer, _asks_for_another])
-def test_a_layer_whose_width_the_forward_compares_with_its_own_loses_channels(check):
-    model, rows = Checking(check).eval(), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert groups.skipped.keys() == {"head"}
-    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=0))
-    assert to_dense(model, rows, masks).body.out_features == 8
-
-
 def test_layers_that_are_not_cut_have_memory_of_their_own(monkeypatch):
     monkeypatch.setattr("nni_topo.network.runtime.copies._SHARE", 0.0)  # as for a model too large to be copied
     model = nn.Sequential(
@@ -379,39 +256,15 @@ def test_layers_that_are_not_cut_have_memory_of_their_own(monkeypatch):
         assert torch.equal(value, before[name])
 
 
-class Threshold(nn.Module):
-    """Zeros become ones where a learned threshold is negative."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
-        self.threshold = nn.Parameter(torch.tensor(-0.5))
-
-    def forward(self, images):
-        return self.last((self.first(images) > self.threshold).float())
-
-
-class PlainNorm(nn.Module):
-    """Zeros become other numbers once the batch norm, which has no parameters, has statistics."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, affine=False)
-        self.last = nn.Conv2d(8, 4, 1)
-
-    def forward(self, images):
-        return self.last(torch.relu(self.norm(self.first(images))))
-
-
-@pytest.mark.parametrize("kind", [Threshold, PlainNorm])
-def test_what_zeros_become_is_seen_in_the_model_as_it_is_now(kind):
-    model = kind()
-    request = [{"op_names": ["first"], "sparse_ratio": 0.5}]
-    groups = nni_topo.dependency_groups(model, images(), request)
-    for _ in range(3):
-        model(images() + 1)  # batch norms learn their statistics
-    model.eval()
-    masks = {"first": filter_mask(model.first, [0, 3, 4])}
-    dense = to_dense(model, images(), masks, groups=groups)
-    assert dense.first.out_channels == 5
-    assert torch.allclose(dense(images()), masked_model(model, images(), masks)(images()), atol=1e-6)
+def test_unused_modules_are_as_wide_as_the_used_ones_of_their_kind_whose_weight_they_share():
+    model, tokens = LanguageModel().eval(), torch.randint(11, (2, 5))
+    model.rotation = nn.Identity()
+    model.unread, model.spare, model.free = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False), nn.Linear(8, 11)
+    model.unread.weight = model.spare.weight = model.e.weight
+    columns = torch.ones_like(model.e.weight)
+    columns[:, [2, 6]] = 0
+    dense = to_dense(model, tokens, {"e": {"weight": columns}, "down": filter_mask(model.down, [2, 6])})
+    assert all(each.weight is dense.e.weight for each in (dense.o, dense.unread, dense.spare))
+    assert (dense.unread.embedding_dim, dense.spare.in_features, dense.free.in_features) == (6, 6, 8)
+    assert (dense.unread.num_embeddings, dense.spare.out_features) == (11, 11)
+    assert torch.equal(dense.e.weight, model.e.weight[:, [0, 1, 3, 4, 5, 7]])

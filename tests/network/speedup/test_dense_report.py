@@ -65,16 +65,6 @@ def test_chunks_and_rounding_say_so(caplog):
     assert dense.report.kept == (LayerChannels("0", 8, 5, 8, "round_to=4"),)
 
 
-def test_a_norms_own_mask_removes_nothing_and_says_so(caplog):
-    model = chain()
-    mask = torch.ones(8)
-    mask[2] = 0
-    dense, messages = warned(caplog, model, IMAGES, {"1": {"weight": mask, "bias": mask}})
-    (row,) = dense.report.kept
-    assert (row.name, row.before, row.asked, row.after) == ("1", 8, 7, 8)
-    assert "1 1 of 8" in messages[0]
-
-
 def test_the_report_survives_pickle_copies_and_saving(tmp_path):
     model = chain()
     masks = {"0": filter_mask(model[0], [1, 4, 5])}
@@ -112,17 +102,6 @@ class Classifier(nn.Module):
         return self.head(self.body(self.embed(x)).mean(1))
 
 
-class Translator(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.body = nn.Transformer(8, 2, 1, 2, 12, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, src, tgt):
-        return self.head(self.body(src, tgt, tgt_mask=torch.ones(6, 6).tril().log()))
-
-
 SEQUENCES = torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
 BODIES = {
     "layer": encoder_layer,
@@ -147,61 +126,6 @@ def test_the_inner_layer_of_a_transformer_shrinks(name, caplog):
     # with and without gradients, that is on the plain path and on the fast one
     same_output(dense, masked_model(model, inputs, masks), inputs)
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
-
-
-def test_decoders_and_whole_transformers_shrink():
-    model = Translator().eval()
-    inputs = tuple(torch.rand(2, n, 8, generator=torch.Generator().manual_seed(n)) for n in (5, 6))
-    config = {"op_names_re": [".*linear1"], "op_types": ["Linear"], "sparse_ratio": 0.5}
-    masks = l1_masks(model, dependency_groups(model, inputs, [config]))
-    dense = to_dense(model, inputs, masks)
-    assert sorted(masks) == [
-        f"body.{part}.linear1" for part in ("decoder.layers.0", "decoder.layers.1", "encoder.layers.0")
-    ]
-    assert {row.after for row in dense.report.rows if row.name in masks} == {6}
-    same_output(dense, masked_model(model, inputs, masks), *inputs)
-
-
-class Padded(nn.Module):
-    """Padding that the fast path cuts out of the batch, at positions that are read later."""
-
-    def __init__(self, nested):
-        super().__init__()
-        torch.manual_seed(1)
-        self.embed = nn.Embedding(20, 8, padding_idx=0)
-        self.body = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=nested)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, ids):
-        return self.head(self.body(self.embed(ids), src_key_padding_mask=ids.eq(0)))
-
-
-@pytest.mark.parametrize("nested", [True, False])
-def test_padded_batches_shrink(nested):
-    model, ids = Padded(nested).eval(), torch.randint(1, 20, (3, 7), generator=torch.Generator().manual_seed(0))
-    ids[1, 4:] = 0
-    names = [f"body.layers.{i}.linear1" for i in range(2)]
-    masks = {name: filter_mask(model.get_submodule(name), range(0, 12, 2)) for name in names}
-    dense = to_dense(model, ids, masks)
-    assert [dense.get_submodule(name).out_features for name in names] == [6, 6]
-    assert torch.backends.mha.get_fastpath_enabled()
-    same_output(dense, masked_model(model, ids, masks), ids)
-
-
-def test_layers_within_a_module_that_is_called_as_a_whole_say_so(caplog):
-    model = Classifier(encoder_layer()).eval()
-    model.body.self_attn.add_zero_attn = True  # what heads that are left would still attend to
-    target = model.body.self_attn.out_proj
-    dense, messages = warned(caplog, model, SEQUENCES, {"body.self_attn.out_proj": filter_mask(target, [0, 1])})
-    (row,) = dense.report.kept
-    assert row == LayerChannels(
-        "body.self_attn.out_proj",
-        8,
-        6,
-        8,
-        "it is part of body.self_attn (MultiheadAttention), which runs as one operation",
-    )
-    assert "body.self_attn.out_proj 2 of 8" in messages[0]
 
 
 class Linear(nn.Module):

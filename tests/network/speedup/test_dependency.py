@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import pathlib
 import random
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -74,24 +72,6 @@ def test_blocks_are_stated_for_a_grouped_convolution_and_the_layer_before():
     assert "internal_metric_block" not in named[0]
 
 
-@pytest.mark.parametrize(("groups", "blocks"), [((2, 3), 6), ((4, 2), 4), ((2, 2), 2)])
-def test_a_layer_read_by_two_grouped_convolutions_has_blocks_that_suit_both(groups, blocks):
-    class Fork(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Conv2d(3, 12, 1)
-            self.one, self.two = (nn.Conv2d(12, 12, 1, groups=count) for count in groups)
-
-        def forward(self, x):
-            x = self.first(x)
-            return torch.cat([self.one(x), self.two(x)], 1)
-
-    config = [{"op_names": ["first", "one", "two"], "sparse_ratio": 0.5}]
-    result = {entry["op_names"][0]: entry for entry in dependency_groups(Fork(), IMAGES, config)}
-    assert result["first"]["internal_metric_block"] == blocks
-    assert [result[name]["internal_metric_block"] for name in ("one", "two")] == list(groups)
-
-
 def test_a_partner_that_is_not_selected_is_named(caplog):
     config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_names": ["point", "tail"]}]
     with caplog.at_level(logging.WARNING, "nni_topo"):
@@ -124,17 +104,6 @@ def test_an_entry_that_selects_nothing_is_refused_and_an_empty_list_is_not():
     with pytest.raises(ConfigError, match=r"of op_types 'LSTM': known: .*\(config_list\[0\]\)"):
         dependency_groups(chain(), IMAGES, [{"op_types": ["LSTM"], "sparse_ratio": 0.5}])
     assert dependency_groups(chain(), IMAGES, []) == []
-
-
-@pytest.mark.slow
-def test_the_order_does_not_depend_on_the_hash_seed(bare_python):
-    script = (
-        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r});"
-        "import torch, speedup_nets as nets;"
-        "from nni_topo.speedup import dependency_groups as groups;"
-        "print(groups(nets.Residual(), torch.rand(1, 3, 8, 8), [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]))"
-    )
-    assert bare_python(script).strip() == str(dependency_groups(Residual(), IMAGES, CONVOLUTIONS))
 
 
 def test_output_projections_lose_rows_with_all_that_share_their_channels_and_heads_without():
@@ -215,17 +184,6 @@ def test_where_every_layer_must_lose_channels_another_one_is_an_error(knobs):
         assert dependency_groups(model, images, BY_TYPE, strict=True).skipped.keys() == {"last", "one"}
 
 
-def test_an_excluded_name_that_is_no_layers_is_told_with_the_nearest(caplog):
-    model = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 4, 3), body=nn.Conv2d(4, 4, 3), tail=nn.Conv2d(4, 2, 3)))
-    config = {"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_names": ["Stem", "tail"]}
-    groups = dependency_groups(model, torch.rand(2, 3, 9, 9), [config])
-    assert [entry["op_names"] for entry in groups] == [["stem"], ["body"]]
-    told = [each.getMessage() for each in caplog.records if "excluded" in each.getMessage()]
-    assert told == [
-        "nothing is excluded: an excluded layer must be a known name, got 'Stem'; did you mean stem? (config_list[0])"
-    ]
-
-
 class Untraceable(nn.Module):
     """Computes with NumPy and a random number, which no tracer follows."""
 
@@ -276,11 +234,6 @@ def test_layers_are_left_out_with_their_group(out, left):
     assert GROUPED.without(out).named == {"a"}
 
 
-def test_ties_are_tuples_by_name():
-    with pytest.raises(ConfigError, match="a mapping of layers' names to tuples"):
-        DependencyGroups([], ties={"a": [0, 1]})
-
-
 class TwoStreams(nn.Module):
     """Two streams with attention and another layer each, that meet in the end."""
 
@@ -312,15 +265,6 @@ def test_a_layer_that_shares_rows_with_an_output_projection_of_heads_stays_for_i
     assert [entry["op_names"][0] for entry in groups] == [
         "attention.0.qkv", "attention.0.proj", "attention.1.qkv", "attention.1.proj",
     ]  # fmt: skip
-
-
-def test_heads_may_be_asked_for_beside_other_layers_in_one_entry():
-    model, states = TwoStreams().eval(), torch.randn(2, 7, 5)
-    config = [{"op_names": ["attention.0", "attention.1.qkv"], "granularity": "head", "sparse_ratio": 0.5}]
-    groups = dependency_groups(model, states, config)
-    assert {entry["op_names"][0]: entry["granularity"] for entry in groups} == {
-        "attention.0.qkv": [3, -1], "attention.0.proj": [-1, 3], "attention.1.qkv": [3, -1],
-    }  # fmt: skip
 
 
 class Kinds(nn.Module):

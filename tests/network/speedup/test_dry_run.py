@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo.errors import SpeedupError
-from nni_topo.network.layers.kinds import register_module
 from nni_topo.network.speedup import dry_run as dry_runs
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import unprunable_layers
@@ -137,33 +135,6 @@ def test_a_channel_that_is_picked_counts_where_its_values_do_and_rows_that_a_mas
     torch.testing.assert_close(dense(ids), reference(ids))
 
 
-class Scale(nn.Module):
-    """Factors of channels, which refuse to be cut."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.factors = nn.Parameter(torch.ones(width))
-
-    def forward(self, images):
-        return images * self.factors.view(-1, 1, 1)
-
-
-def refuse(module, kept):
-    raise SpeedupError("its factors can't be cut")
-
-
-def test_a_module_that_refuses_to_be_cut_keeps_the_channels_that_enter_it():
-    register_module(Scale, refuse)
-    scaled = nn.Sequential(nn.Conv2d(3, 8, 1), Scale(8), nn.Conv2d(8, 6, 1))
-    model = nn.Sequential(scaled, nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
-    images = torch.randn(2, 3, 5, 5)
-    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert groups.skipped["0.0"] == "its factors can't be cut"
-    assert [entry["op_names"] for entry in groups] == [["0.2"]]
-    (reason,) = nni_topo.explain(model, images, "0.0").reasons
-    assert (reason.kind, reason.layer) == ("uncut_module", "0.1")
-
-
 class LowRank(nn.Linear):
     """A linear layer that adds a product of two parameters of its own widths, as LoRA by inheritance does."""
 
@@ -214,26 +185,6 @@ def test_channels_before_a_wrong_size_are_to_blame_and_not_those_of_the_whole_ne
     assert found.keys() == set(gone.tolist())
 
 
-class Counting(nn.Module):
-    """Views what it reads by a number that it computes of how many channels another layer has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.other = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 8)
-        self.last, self.also = nn.Linear(6, 2), nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        other = self.other(x)
-        y = self.second(self.first(x)).view(len(x), other.shape[1] // 4 * 3, -1)
-        return self.last(y.flatten(1)) + self.also(other)
-
-
-def test_layers_whose_channels_a_size_is_computed_of_are_to_blame_for_it_and_none_before_what_is_viewed():
-    groups = nni_topo.dependency_groups(Counting().eval(), ROWS, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["first"]]
-    assert groups.skipped.keys() == {"second", "other", "last", "also"}
-
-
 class Divided(nn.Module):
     """Divides by the root, say, of a size of what it computes."""
 
@@ -263,11 +214,3 @@ def test_a_number_that_is_made_of_how_many_channels_there_are_holds_them(dim, ro
     skipped = unprunable_layers(Analysis.on(Divided(dim, root).eval(), images), ["first"])
     assert [each.kind for each in skipped.get("first", ())] == (["number_made"] if dim == 1 else [])
     assert len(nni_topo.dependency_groups(Divided(dim, root).eval(), images, asked)) == 1
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(8, 8)])
-def test_a_norm_makes_zeros_of_removed_channels_whatever_its_shift(norm):
-    """What reads them could supply no constant: it has several groups and pads with zeros."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 4, 3, padding=1, groups=2)).eval()
-    assert unprunable_layers(Analysis.on(model, torch.randn(2, 3, 5, 5)), ["0"]) == {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import random
 
 import pytest
 import torch
@@ -168,21 +167,6 @@ def test_layers_of_attention_are_explained_by_its_heads():
     assert "columns of its weight are pruned with the heads of 1.self_attn" in str(out)
 
 
-class Untraceable(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.only = nn.Linear(4, 4)
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return torch.from_numpy((features @ self.only.weight.detach()).numpy() * random.random()) * self.scale
-
-
-def test_a_layer_of_a_model_that_is_not_traced_is_explained_by_the_error():
-    found = explain(Untraceable(), FEATURES, "only")
-    assert (found.kept, [each.kind for each in found.reasons]) == (4, ["untraced_model"])
-
-
 def test_what_is_no_layer_is_refused_by_name():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
     with pytest.raises(ConfigError, match=r"layer must be a known name, got '0\.00'; did you mean 0\.0"):
@@ -202,28 +186,6 @@ def test_the_empty_name_is_refused_with_the_layers_that_there_are():
         explain(model, FEATURES, "")
     with pytest.raises(ConfigError, match=rf"{words}; the model has no such layer$"):
         explain(nn.Sequential(nn.ReLU()), FEATURES, "")
-
-
-class Residual(nn.Module):
-    """Two convolutions, each with a group norm, that an addition couples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8)
-        self.second, self.norm_after = nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8)
-        self.last = nn.Conv2d(8, 2, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        states = self.norm(self.first(images)).relu()
-        return self.last(states + self.norm_after(self.second(states)))
-
-
-def test_layers_before_group_norms_name_the_norms_and_the_operation_that_couples_them():
-    found = explain(Residual(), images(), "second")
-    source, first = inspect.getsourcelines(Residual.forward)
-    assert found.couplings == (f"add at {__file__}:{first + len(source) - 1}",)
-    assert found.block_places == ("norm: GroupNorm", "norm_after: GroupNorm")
-    assert "4 blocks of channels lose equally many each, for norm: GroupNorm, norm_after: GroupNorm" in str(found)
 
 
 def test_the_operation_that_gives_removed_channels_values_is_named_with_the_one_that_reads_them():

@@ -134,30 +134,6 @@ def test_a_depth_wise_convolution_makes_nothing_of_removed_channels_that_is_read
     torch.testing.assert_close(dense(images), net(images), rtol=1e-9, atol=1e-12)
 
 
-class Decoder(nn.Module):
-    """A recurrent layer whose first state is as wide as what it reads, as between encoders and decoders."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state, self.first = nn.Linear(4, 8), nn.Linear(4, 8)
-        self.reader, self.head = nn.GRU(8, 8, batch_first=True), nn.Linear(8, 2)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        state = self.state(rows[:, 0]).tanh()[None]
-        return self.head(self.reader(self.first(rows).sigmoid(), state)[0])
-
-
-@torch.no_grad()
-def test_the_first_state_of_a_recurrent_layer_is_read_as_it_is():
-    torch.manual_seed(0)
-    net, rows = Decoder().double().eval(), torch.randn(2, 5, 4, dtype=torch.float64)
-    assert dependency_groups(net, rows, BY_TYPE).skipped.keys() == {"head", "state"}  # the reader isn't selected
-    dense = to_dense(net, rows, {"first": filter_mask(net.first, GONE)})
-    assert (dense.reader.input_size, dense.reader.hidden_size) == (4, 8)
-    net.reader.weight_ih_l0[:, GONE] = 0
-    torch.testing.assert_close(dense(rows), net(rows), rtol=1e-9, atol=1e-12)
-
-
 @torch.no_grad()
 def test_each_of_two_layers_that_share_weights_reads_its_own_channels():
     torch.manual_seed(0)
@@ -267,14 +243,3 @@ def test_a_convolution_along_channels_runs_over_those_that_are_left() -> None:
     wanted[..., kept] = before * rows[..., :-2] + at * rows[..., 1:-1] + after * rows[..., 2:] + conv.bias
     run_over_kept(conv, torch.tensor(kept))
     torch.testing.assert_close(conv(x), wanted)
-
-
-@pytest.mark.parametrize(
-    "norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6)], ids=lambda norm: type(norm).__name__
-)
-def test_a_norm_over_kept_channels_gets_gradients(norm: nn.Module) -> None:
-    run_over_kept(norm, torch.tensor([0, 2, 3, 5]))
-    norm(torch.randn(3, 6)).square().sum().backward()
-    assert norm.weight.grad is not None
-    assert norm.weight.grad[[1, 4]].tolist() == [0.0, 0.0]
-    assert bool((norm.weight.grad[[0, 2, 3, 5]] != 0).all())

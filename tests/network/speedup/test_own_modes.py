@@ -101,11 +101,3 @@ def test_what_the_mode_decides_is_that_of_the_model(is_training, tmp_path):
     loaded = nni_topo.load(tmp_path / "small.pt", model)
     assert (loaded.training, loaded.scale) == (small.training, small.scale)
     assert torch.equal(loaded.eval()(ROWS), small.eval()(ROWS))
-
-
-def test_a_layer_frozen_by_hand_stays_so_in_a_model_with_a_train_of_its_own():
-    model = made(Scaled, True)
-    model[1].eval()
-    dense = pruned(model)
-    assert [module.training for module in dense] == [True, False, True, True]
-    assert (dense.training, dense.scale) == (True, 1.0)

@@ -161,15 +161,6 @@ def test_masks_of_blocks_are_expanded_and_take_the_bias_along():
     assert block.shape == (8, 1, 1, 1)
 
 
-def test_one_module_with_two_names_has_one_mask():
-    shared = nn.Linear(4, 4)
-    model = nn.Sequential(shared, nn.ReLU(), shared)
-    one, other = filter_mask(shared, [0]), filter_mask(shared, [1])
-    assert list(check_masks(model, {"2": one})) == ["0"]
-    with pytest.raises(ConfigError, match=r"two names must have one mask.*\(2\)"):
-        check_masks(model, {"0": one, "2": other})
-
-
 def resolved(model, masks, inputs=IMAGES, **knobs):
     flow = Analysis.on(model.eval(), inputs).flow
     return resolve(model, flow, check_masks(model, masks), **knobs)
@@ -224,15 +215,6 @@ def test_masks_get_the_type_and_the_shape_of_their_parameter(dtype):
     if dtype != torch.bool:
         with pytest.raises(ConfigError, match="must hold zeros and ones"):
             check_masks(model, {"0": {"weight": 2 * mask}})
-
-
-def test_a_bias_may_be_masked_by_itself_and_modules_without_a_mask_are_left_out():
-    model = chain()
-    masks = check_masks(model, {"0": {"bias": torch.zeros(8)}, "3": {"weight": None}, "8": {}})
-    assert {name: list(targets) for name, targets in masks.items()} == {"0": ["bias"]}
-    assert not masks["0"]["bias"].any()
-    both = check_masks(model, {"0": {**filter_mask(model[0], [1]), "bias": torch.tensor([0.0] + [1] * 7)}})
-    assert both["0"]["bias"].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
 
 
 class Skipped(nn.Module):

@@ -82,19 +82,6 @@ def test_removed_channels_whose_values_depend_on_the_size_are_read_at_none(pool,
             torch.testing.assert_close(dense(other), model(other), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("pool", "is_dropped"), [(torch.sum, True), (torch.mean, False)], ids=["sum", "mean"])
-def test_kept_constants_that_depend_on_the_size_are_dropped_and_named(pool, is_dropped):
-    class Pool(nn.Module):
-        def forward(self, x):
-            return pool(x, (2, 3))
-
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Pool(), nn.Linear(8, 3)).eval()
-    nn.init.uniform_(model[1].bias, 1, 2)
-    dense = nni_topo.to_dense(model, torch.randn(2, 3, 8, 8), _half_masked(model, "0"), constants="keep")
-    assert any("dropped: 3" in note for note in dense.report.notes) is is_dropped
-    assert torch.equal(dense[3].bias, model[3].bias) is is_dropped
-
-
 def test_channels_that_are_coupled_with_others_at_another_size_stay():
     groups = _groups(Mixed(), torch.randn(2, 3, 2, 2))
     assert not groups

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -246,62 +244,7 @@ def test_a_dense_model_that_fails_in_training_is_warned_of(kind, caplog):
     assert note in caplog.text
 
 
-def test_weights_that_follow_others_in_training_are_as_before():
-    torch.manual_seed(0)
-    model = Momentum()
-    with torch.no_grad():
-        model.target[0].weight.fill_(1.0)
-    pruned = {"online.2": {"weight": (torch.arange(6) < 3).float().view(6, 1, 1, 1)}}
-    dense = nni_topo.to_dense(model, IMAGES, pruned)
-    assert bool((model.target[0].weight == 1.0).all())
-    assert bool((dense.target[0].weight == 1.0).all())
-
-
 @pytest.mark.parametrize("model", [Exit(), Refusing()], ids=["runs", "the model fails as well"])
 def test_nothing_is_said_of_training_where_the_model_fails_as_well_or_nothing_does(model, caplog):
     assert not any("trained further" in note for note in dense_of(model).report.notes)
     assert "trained further" not in caplog.text
-
-
-def test_a_job_of_several_processes_does_not_run_in_training_mode():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        assert dense_of(Noisy()).report.notes == ()
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-class Momentum(nn.Module):
-    """A second network follows the first one's weights in training, and gives the goals."""
-
-    def __init__(self):
-        super().__init__()
-        self.online = nn.Sequential(convolution(3, 8), nn.ReLU(), convolution(8, 6), nn.Flatten(), nn.Linear(384, 4))
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-
-    def forward(self, x):
-        found = self.online(x)
-        if not self.training:
-            return found
-        with torch.no_grad():
-            for own, other in zip(self.target.parameters(), self.online.parameters(), strict=True):
-                own.mul_(0.99).add_(other, alpha=0.01)
-            goals = self.target(x)
-        return found, goals
-
-
-@pytest.mark.parametrize(
-    ("kind", "pruned", "whole"),
-    [
-        (Following, ["a", "b"], {"average": "the forward doesn't use the layer"}),
-        (
-            Momentum,
-            ["online.0", "online.2"],
-            {f"target.{i}": "the forward doesn't use the layer" for i in (0, 2)},
-        ),
-    ],
-)
-def test_weights_that_follow_others_in_training_keep_no_channels(kind, pruned, whole):
-    groups = nni_topo.dependency_groups(kind(), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [[name] for name in pruned]
-    assert groups.skipped == whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 
 import pytest
@@ -102,76 +101,3 @@ def test_heads_and_the_width_of_what_enters_are_removed(kind, tmp_path):
     torch.optim.SGD(dense.parameters(), 0.1).step()
     assert not torch.equal(dense.own.q_proj.weight, before)
     assert type(net.own) is type(net.other) is kind  # the user's model stays as it is
-
-
-class Fixed(Attending):
-    """Attention whose heads can't become fewer: a number is written into its forward."""
-
-    def forward(self, states, positions):
-        queries = self.by_head(self.q_proj(states))
-        shares = (queries @ self.by_head(self.k_proj(states)).transpose(2, 3)).softmax(-1)
-        context = (shares @ self.by_head(self.v_proj(states))).transpose(1, 2)
-        return self.out_proj(context.reshape(len(states), -1, 16))
-
-
-class Around(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.enter, self.inner, self.leave = nn.Linear(WIDTH, WIDTH), Fixed(), nn.Linear(WIDTH, 3)
-
-    def forward(self, words):
-        states = self.enter(words)
-        return self.leave(states + self.inner(states, None))
-
-
-def test_heads_that_a_number_fixes_are_kept_and_the_width_isnt():
-    torch.manual_seed(0)
-    net = Around().eval()
-    groups = nni_topo.dependency_groups(net, WORDS, ASKED)
-    heads = {"inner.q_proj", "inner.k_proj", "inner.v_proj"}
-    assert groups.skipped.keys() == {"leave", *heads}
-    assert all("sizes of an operation don't fit fewer channels" in groups.skipped[name] for name in heads)
-    masks = nni_topo.create_pruner("l1", copy.deepcopy(net), groups).compress()[1]
-    dense, masked = (make(net, WORDS, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
-    assert (dense.enter.out_features, dense.inner.num_heads) == (WIDTH // 2, HEADS)
-    torch.testing.assert_close(dense(WORDS), masked(WORDS), rtol=1e-5, atol=1e-6)
-
-
-class OneHead(nn.Module):
-    """As PVT v2's first stage: a head of a fixed size reads the stream, and a reduced one, whose width it gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_heads, self.head_dim = 1, WIDTH
-        self.query, self.key, self.value, self.reduce = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.proj = nn.Linear(WIDTH, WIDTH)
-
-    def by_head(self, states):
-        return states.view(*states.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
-
-    def forward(self, states):
-        batch, count, width = states.shape
-        queries = self.by_head(self.query(states))
-        states = self.reduce(states).transpose(1, 2).reshape(batch, width, -1).transpose(1, 2)
-        keys, values = self.by_head(self.key(states)), self.by_head(self.value(states))
-        shares = (queries @ keys.transpose(2, 3) / math.sqrt(self.head_dim)).softmax(-1)
-        return self.proj((shares @ values).transpose(1, 2).reshape(batch, count, width))
-
-
-def test_a_single_head_of_fixed_size_keeps_its_channels_and_the_stream_goes(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), OneHead(), nn.Linear(WIDTH, 3)).eval()
-    groups = nni_topo.dependency_groups(model, WORDS, ASKED)
-    own = {f"1.{name}" for name in ("query", "key", "value")}
-    assert groups.skipped.keys() == own | {"2"}
-    assert {groups.skipped[name] for name in own} == {"the sizes of an operation don't fit fewer channels (view in 1)"}
-    masks = nni_topo.RandomPruner(copy.deepcopy(model), groups, seed=0).compress()[1]
-    dense = nni_topo.to_dense(model, WORDS, masks)
-    assert (dense[1].query.in_features, dense[1].query.out_features) == (WIDTH // 2, WIDTH)
-    # What is reduced gets the width of the stream, and is as wide.
-    assert (dense[1].reduce.out_features, dense[1].proj.out_features) == (WIDTH // 2, WIDTH // 2)
-    with torch.no_grad():
-        masked = nni_topo.masked_model(model, WORDS, masks)
-        torch.testing.assert_close(dense(WORDS), masked(WORDS), rtol=1e-5, atol=1e-6)
-    nni_topo.save(dense, tmp_path / "dense.pt")
-    assert torch.equal(nni_topo.load(tmp_path / "dense.pt", model)(WORDS), dense(WORDS))
