@@ -1,7 +1,6 @@
-"""The training loop of `distill`: a course of gradient steps.
+"""The training loop of `distill`: gradient steps with a schedule of the rate, which the held-out loss may end early.
 
-It has a learning-rate schedule and rules that end it early. A range test runs short courses and chooses the learning
-rate by the loss on held-out images.
+A range test takes a few steps at each learning rate and chooses one by the held-out loss.
 """
 
 from __future__ import annotations
@@ -12,27 +11,24 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.network.layers.kinds import by_output, zeros_held
 from nni_topo.network.layers.memory_format import inputs_laid_out
-from nni_topo.network.runtime.precision import Precision
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.batchnorm import batch_norms
 
 _MOMENTUM = 0.1  # of batch norms that have none of their own
+_FUSED = ("cpu", "cuda")  # devices that have a fused AdamW
 _RISE, _FALL = 0.1, 0.4  # first and last share of a course, in which the rate rises and falls
+_LOOKS = 25  # number of times that a course of full length measures the held-out loss
 _WINDOW = 4  # looks; the mean of the last ones is compared with that of the ones before: single losses are noisy
 _PROGRESS = 0.02  # least relative fall of that mean that counts as progress
-_FUSED = ("cpu", "cuda")  # devices that have a fused AdamW
-
-_LOOKS = 25  # number of times that a course of full length measures the held-out loss
 MOST_LOST = 20.0
 """A network is broken if its held-out loss is this multiple of the first one."""
 _LEAST_SHARE, _LEAST_STEPS = 0.1, 50  # before a course may be given up: at a high rate the loss first rises
@@ -43,7 +39,6 @@ course ends if the loss is then at least this multiple of the first.
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 """Learning rates of AdamW that are tried, the highest first."""
-
 _MOST_LOSS, _MOST_GROWTH = 2.0, 0.25
 """A rate is accepted if after a few steps the held-out loss is at most this multiple of the first loss, and has grown
 by at most this share of the difference between the first loss and that of a network with constant outputs.
@@ -51,13 +46,10 @@ by at most this share of the difference between the first loss and that of a net
 After few steps the loss is smallest at low rates, after a whole course at high ones. So the test doesn't look for the
 smallest loss: it takes the highest rate that doesn't break the network.
 """
-
-# Of the short course for each rate:
-_SHORT_RISE = 0.3  # share of its steps in which the rate rises; it falls in the others
-_SHARE = 0.03  # of a whole course's steps
-_LEAST_TRIED = 10  # steps
-_LEAST_KNOWN, _LEAST_LEFT = 3, 20  # under a time limit: least steps for each rate, and least steps after the test
-_SHARE_OF_TIME = 0.03  # of the remaining time, for each rate
+_TRIED_RISE = 0.3  # share of the steps at each rate in which the rate rises; it falls in the others
+_TRIED_SHARE, _LEAST_TRIED = 0.03, 10  # steps at each rate: a share of the course's, and at least so many
+# Under a time limit: share of the remaining time for each rate, least steps of each, and least steps after the test.
+_SHARE_OF_TIME, _LEAST_KNOWN, _LEAST_LEFT = 0.03, 3, 20
 
 Batches = Iterator[tuple[Any, list[Tensor]]]
 """Inputs and targets of each step."""
@@ -74,7 +66,7 @@ class Look:
 
 @dataclass(frozen=True)
 class RateTrial:
-    """The result of a short course at one learning rate."""
+    """The result of a few steps at one learning rate."""
 
     lr: float
     steps: int
@@ -103,11 +95,6 @@ class Clock:
         self._seconds_a_sample = min(self._seconds_a_sample, (time.perf_counter() - began) / samples)
 
     @property
-    def seconds_at_end(self) -> float:
-        """Seconds for judging after the last step; 0 if nothing has been judged yet."""
-        return self._seconds_a_sample * self.judged_at_end if math.isfinite(self._seconds_a_sample) else 0.0
-
-    @property
     def spent(self) -> float:
         """Seconds since the beginning."""
         return time.perf_counter() - self._began
@@ -115,7 +102,10 @@ class Clock:
     @property
     def left(self) -> float:
         """Remaining seconds for steps; infinite without a limit."""
-        return math.inf if self.seconds is None else self.seconds - self.seconds_at_end - self.spent
+        if self.seconds is None:
+            return math.inf
+        at_end = self._seconds_a_sample * self.judged_at_end if self.judged_at_end else 0.0
+        return self.seconds - at_end - self.spent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,88 +119,69 @@ class Training:
     look: Callable[[nn.Module], float]  # the held-out loss of a network
     first: float = math.inf  # that loss before any step
     constant: float = math.inf  # and of a network with constant outputs
-    precision: Precision = "float32"  # of the steps
     is_normed: bool = False  # whether batch norms take their statistics from the batches
     clock: Clock = field(default_factory=Clock)
     processes: Processes | None = None  # those that share the images; None: this process has all
 
 
 class Course:
-    """Gradient steps of a student.
+    """Gradient steps of a copy of the network.
 
     The rate rises in the first tenth of the course, stays constant, and falls linearly to zero in the last two fifths.
-    If the held-out loss makes no more progress, the fall begins at once and takes two thirds of the steps before it. A
-    ``short`` course, as the range test has it, rises in three tenths and falls in the others.
-
-    ``best`` is the state at the best two looks in turn, whose larger loss is ``least``.
-    With ``ends_without_gain`` the course ends after a fifth if the loss hasn't fallen.
+    If the held-out loss makes no more progress, the fall begins at once and takes two thirds of the steps before it.
+    The course ends after a fifth if the loss hasn't fallen.
     """
 
-    def __init__(
-        self,
-        training: Training,
-        rate: float,
-        *,
-        short: bool = False,
-        ends_without_gain: bool = False,
-    ) -> None:
-        self.training, self.student, self.clock = training, training.student(), training.clock
-        self.rate, self.is_normed = rate, training.is_normed
+    def __init__(self, training: Training, rate: float) -> None:
+        self.training, self.rate, self.student = training, rate, training.student()
         learned = [p for p in self.student.parameters() if p.requires_grad]
         # With many small parameters the fused optimizer takes a third of the time.
         is_fused = all(p.device.type in _FUSED and p.is_floating_point() for p in learned)
         self.optimizer = torch.optim.AdamW(learned, weight_decay=0.0, fused=is_fused or None)
-        # Shares of the course.
-        self._rises_until, self._falls_from = (_SHORT_RISE, _SHORT_RISE) if short else (_RISE, 1.0 - _FALL)
-        self._end = 1.0
-        self._looked = 0.0  # at the last look
         self.done = 0  # steps
         self.curve: list[Look] = []  # the held-out loss along the course
+        # The state at the best two looks in turn, the larger of which counts; empty if none was smaller than the first.
+        self.best: dict[str, Tensor] = {}
+        self.best_step = 0
         self.is_given_up = False  # whether it ended because the held-out loss grew or didn't fall
         self.gains_nothing = False  # whether it ended because the held-out loss didn't fall
         self.is_out_of_time = False  # whether it ended because of the time limit
-        self._ends_without_gain = ends_without_gain
-        self.best: dict[str, Tensor] = {}  # empty if no loss was smaller than the first
-        self.best_step, self.least = 0, training.first
-        self._began = self.clock.spent
 
-    def run(self, progress: bool | None = None, *, looks: bool = True) -> None:
-        """Take the remaining steps, or as many as the time limit and the held-out loss allow.
-
-        Without ``looks`` the held-out loss isn't measured, and doesn't end the course.
-        """
-        training, total, before = self.training, self.training.total, self.done
-        rest = itertools.islice(training.batches(), self.done, None)
-        began = time.perf_counter()
-        with learning(self.student, batch_norms(self.student) if self.is_normed else []):
-            shown = bar("distill", progress, range(self.done, total), total=total, done=self.done)
+    def run(self, progress: bool | None = None) -> None:
+        """Take all steps, or as many as the time limit and the held-out loss allow."""
+        training = self.training
+        total, clock, batches = training.total, training.clock, training.batches()
+        began, spent_before = time.perf_counter(), clock.spent
+        looked, least = 0.0, training.first  # share of the course at the last look; the loss of `best`
+        falls_from, ends_at = 1.0 - _FALL, 1.0  # shares of the course
+        with learning(self.student, is_normed=training.is_normed):
+            shown = bar("distill", progress, range(total), total=total)
             for step in shown:
                 share = step / total  # used share of the steps, or of the time if that is larger
-                if self.clock.seconds is not None:
+                if clock.seconds is not None:
                     # Looks included. The first step is taken if there is any time, because it may take longer.
-                    seconds_of_a_step = (time.perf_counter() - began) / max(self.done - before, 1)
-                    if self.clock.left <= 0.0 or self.clock.left < seconds_of_a_step:
+                    a_step = (time.perf_counter() - began) / max(step, 1)
+                    if clock.left <= 0.0 or clock.left < a_step:
                         self.is_out_of_time = True
                         break
-                    if self.done > before:  # the bar shows no more remaining time than the limit leaves
-                        shown.total = min(total, self.done + 1 + int(self.clock.left / seconds_of_a_step))
-                    taken = self.clock.spent - self._began
-                    share = max(share, taken / max(taken + self.clock.left, 1e-9))
-                if looks and self.done and int(share * _LOOKS) > int(self._looked * _LOOKS):
-                    is_fifth = self._looked < _NO_GAIN_AT <= share and self.done >= _LEAST_STEPS
-                    self._looked = share
+                    if step:  # the bar shows no more remaining time than the limit leaves
+                        shown.total = min(total, step + 1 + int(clock.left / a_step))
+                    taken = clock.spent - spent_before
+                    share = max(share, taken / max(taken + clock.left, 1e-9))
+                if step and int(share * _LOOKS) > int(looked * _LOOKS):
+                    is_fifth = looked < _NO_GAIN_AT <= share and step >= _LEAST_STEPS
+                    looked = share
                     self._look()
                     losses = [each.loss for each in self.curve]
-                    is_known = share >= _LEAST_SHARE and self.done >= _LEAST_STEPS
+                    is_known = share >= _LEAST_SHARE and step >= _LEAST_STEPS
                     is_lost = is_known and not min(losses[-2:]) <= MOST_LOST * training.first
                     if is_lost or not math.isfinite(losses[-1]):
                         self.is_given_up = True
                         break
-                    worst = max(losses[-2:])
-                    if len(losses) > 1 and worst < self.least:
-                        self.least, self.best_step = worst, self.done
+                    if len(losses) > 1 and max(losses[-2:]) < least:
+                        least, self.best_step = max(losses[-2:]), step
                         self.best = copy.deepcopy(self.student.state_dict())
-                    if self._ends_without_gain and is_fifth and min(losses) >= training.first:
+                    if is_fifth and min(losses) >= training.first:
                         self._try_to_end()
                         if self.is_given_up:
                             break
@@ -219,24 +190,23 @@ class Course:
                     full = [each.loss for each in self.curve if each.lr == self.rate]
                     lately, earlier = sum(full[-_WINDOW:]), sum(full[-2 * _WINDOW : -_WINDOW])
                     stands_still = len(full) >= 2 * _WINDOW and lately > (1.0 - _PROGRESS) * earlier
-                    if stands_still and share < self._falls_from:
-                        self._falls_from, self._end = share, share / (1.0 - _FALL)
-                if share >= self._end:
+                    if stands_still and share < falls_from:
+                        falls_from, ends_at = share, share / (1.0 - _FALL)
+                if share >= ends_at:
                     break
                 # The first step has the rate of the second one, because its own would be zero.
-                rising = max(share, 1.0 / total) / self._rises_until if share < self._rises_until else 1.0
-                falling = (self._end - share) / (self._end - self._falls_from) if share > self._falls_from else 1.0
-                self.step(next(rest), self.rate * max(0.0, min(rising, falling, 1.0)))
+                rising = max(share, 1.0 / total) / _RISE if share < _RISE else 1.0
+                falling = (ends_at - share) / (ends_at - falls_from) if share > falls_from else 1.0
+                self.step(next(batches), self.rate * max(0.0, min(rising, falling, 1.0)))
                 self.done += 1
-        if looks and self.done and not (self.curve and self.curve[-1].step == self.done):
+        if self.done and not (self.curve and self.curve[-1].step == self.done):
             self._look()
 
     def step(self, batch: tuple[Any, list[Tensor]], rate: float) -> None:
         """Take one step, within `learning`."""
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
-        loss = self.training.objective(self.student, *batch)
-        loss.backward()
+        self.training.objective(self.student, *batch).backward()
         if self.training.processes is not None:  # each has the gradients of its own images
             learned = self.optimizer.param_groups[0]["params"]
             for parameter in learned:
@@ -254,14 +224,15 @@ class Course:
         before = copy.deepcopy((self.student.state_dict(), self.optimizer.state_dict()))
         for step, batch in enumerate(itertools.islice(self.training.batches(), steps)):
             self.step(batch, rate * (1.0 - step / steps))
-        loss = self.training.look(self.student)
-        if loss < _NO_GAIN * self.training.first:
+        self.done += steps
+        self._look()
+        if self.curve[-1].loss < _NO_GAIN * self.training.first:
+            self.done -= steps
+            self.curve.pop()
             self.student.load_state_dict(before[0])
             self.optimizer.load_state_dict(before[1])
-            return
-        self.done += steps
-        self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
-        self.is_given_up = self.gains_nothing = True
+        else:
+            self.is_given_up = self.gains_nothing = True
 
     def _look(self) -> None:
         loss = self.training.look(self.student)
@@ -270,13 +241,13 @@ class Course:
 
 def tried_steps(total: int) -> int:
     """Return the steps of the range test at each rate, for a course of ``total`` steps."""
-    return max(_LEAST_TRIED, round(_SHARE * total))
+    return max(_LEAST_TRIED, round(_TRIED_SHARE * total))
 
 
 def seconds_of_a_step(training: Training) -> float:
     """Return the seconds of a step on the first batch, by a network that is then thrown away."""
     course, batch = Course(training, min(RATES)), next(training.batches())
-    with learning(course.student, batch_norms(course.student) if training.is_normed else []):
+    with learning(course.student, is_normed=training.is_normed):
         return timed(lambda: course.step(batch, course.rate), course.student)
 
 
@@ -292,8 +263,8 @@ def timed(work: Callable[[], object], student: nn.Module) -> float:
 def try_rates(
     training: Training,
     judge: Callable[[nn.Module], float],
-    rates: Sequence[float] = RATES,
-    a_step: float = 0.0,
+    rates: Sequence[float],
+    a_step: float,
     progress: bool | None = None,
 ) -> tuple[RateTrial, ...]:
     """Try learning rates from the highest on until one is accepted; return the results.
@@ -305,8 +276,7 @@ def try_rates(
     clock, first = training.clock, training.first
     if clock.left <= 0.0:
         return ()
-    steps = tried_steps(training.total)
-    least_left = -math.inf  # seconds that are left for the course
+    steps, least_left = tried_steps(training.total), -math.inf
     if clock.seconds is not None:
         least_left = _LEAST_LEFT * a_step
         steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / a_step)))
@@ -315,8 +285,12 @@ def try_rates(
     for rate in bar("learning rate", progress, rates):
         if clock.left < least_left:
             break
-        course = Course(replace(training, total=steps, clock=Clock()), rate, short=True)
-        course.run(progress=False, looks=False)
+        course = Course(training, rate)
+        with learning(course.student, is_normed=training.is_normed):
+            for step, batch in enumerate(itertools.islice(training.batches(), steps)):
+                share = step / steps
+                rising, falling = max(share, 1.0 / steps) / _TRIED_RISE, (1.0 - share) / (1.0 - _TRIED_RISE)
+                course.step(batch, rate * min(rising, falling, 1.0))
         loss = judge(course.student)
         found.append(RateTrial(rate, steps, loss, loss <= most))
         if found[-1].is_taken:
@@ -325,8 +299,8 @@ def try_rates(
 
 
 @contextmanager
-def learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    """Enable gradients, and batch statistics in some batch norms; masked weights stay zero."""
+def learning(student: nn.Module, *, is_normed: bool = False) -> Iterator[None]:
+    """Enable gradients, and batch statistics in batch norms if ``is_normed``; masked weights stay zero."""
     handles = []
     for module in student.modules():
         own = dict(module.named_parameters(recurse=False))  # scripted modules have no `_parameters`
@@ -342,7 +316,7 @@ def learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
                 continue
             vectors = (each for each in (weight, bias) if each.dim() == 1 and each.requires_grad)
             handles += [each.register_hook(lambda gradient, lives=lives: gradient * lives) for each in vectors]
-    for norm in norms:
+    for norm in batch_norms(student) if is_normed else []:
         norm.train()
         norm.momentum = norm.momentum or _MOMENTUM
     try:

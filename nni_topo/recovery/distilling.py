@@ -124,31 +124,27 @@ class Verdict:
         text += f"{self.distance_after:.3g}, {self.distance_before:.3g} without it"
         if not math.isnan(self.agreement_before):
             text += f"; the agreement {self.agreement_after:.3g}, {self.agreement_before:.3g} without it"
-        if self.is_kept and self.distance_after > self.distance_before:
-            text += f". The loss decides unless the distance grows to more than {MOST_DISTANCE:g} times its value"
-        elif not self.is_kept and self.loss_after < self.loss_before:
+        if not self.is_kept and self.loss_after < self.loss_before:
             text += f". The loss falls, but the distance grows to more than {MOST_DISTANCE:g} times its value"
         if self.objective == "kl" and self.distance_after > self.distance_before:
             text += "; if the outputs aren't class scores, set distill's objective='squares', which is the distance"
         # How many steps were taken, and at which rate.
         if not self.has_anything_to_learn:
-            text += ". No step was taken: there is nothing to learn"
-        elif math.isnan(self.lr) and not self.rates:
-            text += ". No step was taken: seconds= allows too few"
-        elif math.isnan(self.lr):
-            tried = ", ".join(f"{each.lr:g}" for each in self.rates)
-            text += f". No step was taken: a few at each of the learning rates {tried} make the loss too large"
-            text += ", and seconds= allows no lower one" if self.is_out_of_time else ""
-        else:
+            return f"{text}. No step was taken: there is nothing to learn"
+        if not math.isnan(self.lr):
             text += f". It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
             text += ", until the time was over" if self.is_out_of_time else ""
             text += ", where it ended because the loss hadn't become smaller" if self.gains_nothing else ""
             if self.is_kept and self.weights_of < self.steps:
                 text += f"; the weights are those after {self.weights_of} steps"
                 text += ": at the end they are no better than none"
-            too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
-            text += f"; too high: {', '.join(too_high)}" if too_high else ""
-        if self.held_out < _FEW and self.has_anything_to_learn:
+        elif self.rates:
+            tried = ", ".join(f"{each.lr:g}" for each in self.rates)
+            text += f". No step was taken: a few at each of the learning rates {tried} make the loss too large"
+            text += ", and seconds= allows no lower one" if self.is_out_of_time else ""
+        else:
+            text += ". No step was taken: seconds= allows too few"
+        if self.held_out < _FEW:
             text += f". {self.held_out} held-out samples are few to decide by: give more of them, or held_out="
         if self.solved_on:
             text += f". The network's weights were solved on {self.solved_on} of the {self.held_out} held-out samples, "
@@ -175,8 +171,7 @@ class Distillation(Verdict):
     objective : {"kl", "squares", "cosine"}
         What was made small.
     is_kept : bool
-        Whether ``model`` has the learned weights: their loss is smaller, and their distance at most twice that of the
-        model that was given.
+        Whether ``model`` has the learned weights.
     loss_before, loss_after : float
         The loss.
     distance_before, distance_after : float
@@ -186,10 +181,9 @@ class Distillation(Verdict):
     images, held_out : int
         All images, and those of them that are held out.
     solved_on : int
-        Number of the held-out images on which weights of ``dense`` had been solved before, where it looks better than
-        it is.
+        Number of the held-out images on which weights of ``dense`` had been solved before.
     lr : float
-        Learning rate at its highest; NaN if each that was tried breaks the network, so that no step was taken.
+        Learning rate at its highest; NaN if no step was taken.
     steps, most_steps : int
         Gradient steps at that rate, and steps of a course of full length.
     seconds : float
@@ -203,8 +197,7 @@ class Distillation(Verdict):
     weights_of : int
         The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
     gains_nothing : bool
-        Whether the steps ended after a fifth of them and half as many in which the rate fell to zero, because the loss
-        got no smaller.
+        Whether the steps ended early because the loss got no smaller.
     outputs : ComparedOutputs or None
         By name, the outputs of the model that were compared and those that weren't.
     """
@@ -229,13 +222,7 @@ def course_length(images: int, batch_size: int) -> int:
     return max(_STEPS, _PASSES * math.ceil(images / batch_size))
 
 
-@public(
-    dense=MODEL,
-    original=MODEL,
-    images=BATCHES,
-    held_out=BATCHES | NONE,
-    **KNOBS,
-)
+@public(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE, **KNOBS)
 def distillation(
     dense: nn.Module,
     original: nn.Module,
@@ -274,8 +261,7 @@ def distillation(
     if any((each.processes is None) != (processes is None) for each in given):
         raise ConfigError("images and held_out must be shared by the same processes, got one that isn't (held_out)")
     shares = SharedImages(processes, [each.samples for each in given])
-    counts = shares.sources
-    student = student_of(dense, pool)
+    counts, student = shares.sources, student_of(dense, pool)
     lesson = Lesson(
         original,
         student,
@@ -324,10 +310,32 @@ def distillation(
         with clock.judging(len(index)):
             return lesson.judge(net, index)
 
+    def after_few_steps(net: nn.Module) -> float:
+        """Return the held-out loss. After few steps the running statistics of batch norms are still the old ones."""
+        if training.is_normed:
+            try:
+                net = recalibrate_batch_norm(net, lesson.plain(learned[:_BATCH_NORM_IMAGES]))
+            except DataError:  # the steps have left weights that aren't finite
+                return math.inf
+        return judge(net, looked_at).loss
+
+    def judged_at_end(net: nn.Module) -> tuple[nn.Module, Judgement]:
+        """Return what was learned, with the better statistics of batch norms, and how it is judged."""
+        if processes is not None:  # on processors of other kinds the same steps end in other last digits
+            processes.agree(list(named_tensors(net).values()), "the learned weights")
+        found = lesson.judge(net, held)
+        if training.is_normed and math.isfinite(found.loss):
+            # Views and blends differ from the images that will come. Statistics of the images as they are may be better
+            # or worse than the statistics of the steps: the held-out images decide.
+            measured = recalibrate_batch_norm(net, lesson.plain(learned))
+            judged_again = lesson.judge(measured, held)
+            if judged_again.loss < found.loss:
+                return measured, judged_again
+        return net, found
+
     most_steps = steps or course_length(len(learned), batch_size)
     is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
-    before = judge(student, held)
-    looked_at = held[:_LOOKED_AT]
+    before, looked_at = judge(student, held), held[:_LOOKED_AT]
     clock.judged_at_end = len(looked_at) + len(held)
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
         clock.judged_at_end += len(held) + len(learned)
@@ -339,84 +347,57 @@ def distillation(
         look=lambda net: judge(net, looked_at).loss,
         first=before.loss if len(looked_at) == len(held) else judge(student, looked_at).loss,
         constant=lesson.loss_of_a_constant(looked_at),
-        precision=precision,
         is_normed=is_normed,
         clock=clock,
         processes=processes,
     )
 
-    def after_few_steps(net: nn.Module) -> float:
-        """Return the held-out loss. After few steps the running statistics of batch norms are still the old ones."""
-        if training.is_normed:
-            try:
-                net = recalibrate_batch_norm(net, lesson.plain(net, learned[:_BATCH_NORM_IMAGES]))
-            except DataError:  # the steps have left weights that aren't finite
-                return math.inf
-        return judge(net, looked_at).loss
-
-    rates: tuple[RateTrial, ...] = ()
-    rate, is_out_of_time = math.nan if lr is None else lr, False
-    if before.loss == 0.0:
-        rate = math.nan  # nothing is left to learn
-    else:
+    # The learning rate: that of the knob, or of the range test. It stays NaN where nothing is left to learn.
+    rate, rates, is_out_of_time = math.nan, tuple[RateTrial, ...](), False
+    if before.loss != 0.0:
         if is_normed and clock.left > 0.0:
             # Networks trained with fixed statistics, or on other images, break by the statistics of the batches.
-            is_kept = after_few_steps(training.student()) <= MOST_LOST * training.first
-            training = replace(training, is_normed=is_kept)
+            is_normed = after_few_steps(training.student()) <= MOST_LOST * training.first
+            training = replace(training, is_normed=is_normed)
         a_step = 0.0
         if clock.left > 0.0:
             a_step = seconds_of_a_step(training)
             tried = len(RATES) * tried_steps(most_steps) if lr is None else 0
             needed = (most_steps + tried) * a_step
-            text = (
-                f"the steps of distillation take at most about {duration(needed)}: {most_steps} of {duration(a_step)} "
-            )
-            text += f"each{f', {tried} more to find the learning rate' if tried else ''}; "
+            text = f"the steps of distillation take at most about {duration(needed)}: {most_steps} of "
+            text += f"{duration(a_step)} each{f', {tried} more to find the learning rate' if tried else ''}; "
             text += "seconds= limits it" if seconds is None else f"seconds= ends it after {duration(seconds)}"
             _logger.log(logging.WARNING if seconds is None and needed > LONG else logging.INFO, "%s", text)
-        if lr is None:
-            rates = try_rates(training, after_few_steps, RATES, a_step, progress)
+        if lr is None or training.is_normed:
+            candidates = RATES if lr is None else (lr,)
+            rates = try_rates(training, after_few_steps, candidates, a_step, progress)
             if training.is_normed and rates and not rates[-1].is_taken:
                 training = replace(training, is_normed=False)
-                rates = try_rates(training, after_few_steps, RATES, a_step, progress) or rates
+                if lr is None:
+                    rates = try_rates(training, after_few_steps, candidates, a_step, progress) or rates
+        if lr is None:
             rate = next((each.lr for each in rates if each.is_taken), math.nan)
             is_out_of_time = math.isnan(rate) and bool(rates) and rates[-1].lr > min(RATES)
-        elif training.is_normed:
-            found = try_rates(training, after_few_steps, [lr], a_step, progress)
-            training = replace(training, is_normed=not found or found[0].is_taken)
+        else:
+            rate, rates = lr, ()
 
-    def judged(net: nn.Module, is_normed: bool) -> tuple[nn.Module, Judgement]:
-        """Return what was learned, with the better statistics of batch norms, and how it is judged."""
-        if processes is not None:  # on processors of other kinds the same steps end in other last digits
-            processes.agree(list(named_tensors(net).values()), "the learned weights")
-        found = lesson.judge(net, held)
-        if is_normed and math.isfinite(found.loss):
-            # Views and blends differ from the images that will come. Statistics of the images as they are may be better
-            # or worse than the statistics of the steps: the held-out images decide.
-            measured = recalibrate_batch_norm(net, lesson.plain(net, learned))
-            judged_again = lesson.judge(measured, held)
-            if judged_again.loss < found.loss:
-                return measured, judged_again
-        return net, found
-
-    after, taken, weights_of, gains_nothing, curve = before, 0, 0, False, tuple[Look, ...]()
+    after, weights_of, course = before, 0, None
     if not math.isnan(rate):
-        course = Course(training, rate, ends_without_gain=True)
+        course = Course(training, rate)
         course.run(progress)
         is_out_of_time = course.is_out_of_time or clock.left <= 0.0
-        taken, curve = course.done, tuple(course.curve)
-        gains_nothing = course.gains_nothing
-        if course.is_given_up and not gains_nothing:
+        if course.is_given_up and not course.gains_nothing:
             told = "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown"
-            _logger.info(told, rate, taken, most_steps)
-        if taken:
-            student, after = judged(course.student, course.is_normed)
-            weights_of = taken
+            _logger.info(told, rate, course.done, most_steps)
+        if course.done:
+            student, after = judged_at_end(course.student)
+            weights_of = course.done
             if not is_better(after, before) and course.best and (seconds is None or clock.left > 0.0):
                 course.student.load_state_dict(course.best)
-                earlier, then = judged(course.student, course.is_normed)
+                earlier, then = judged_at_end(course.student)
                 if is_better(then, before):
                     student, after, weights_of = earlier, then, course.best_step
+
     is_kept = is_better(after, before)
     result = detached_copy(dense)
     if is_kept:
@@ -431,28 +412,28 @@ def distillation(
     done = Distillation(
         model=result,
         objective=lesson.kind,
+        is_kept=is_kept,
         loss_before=before.loss,
         loss_after=after.loss,
-        agreement_before=before.agreement,
-        agreement_after=after.agreement,
-        is_kept=is_kept,
-        images=sum(counts),
-        lr=rate,
-        steps=taken,
-        seconds=clock.spent,
         distance_before=before.distance,
         distance_after=after.distance,
+        agreement_before=before.agreement,
+        agreement_after=after.agreement,
+        lr=rate,
+        steps=course.done if course else 0,
         most_steps=most_steps,
         rates=rates,
-        curve=curve,
+        curve=tuple(course.curve) if course else (),
         held_out=len(held),
         solved_on=was_solved_on,
         is_out_of_time=is_out_of_time,
         weights_of=weights_of if is_kept else 0,
-        gains_nothing=gains_nothing,
+        gains_nothing=course is not None and course.gains_nothing,
+        images=sum(counts),
+        seconds=clock.spent,
         outputs=lesson.named,
     )
-    if (not is_kept or was_solved_on) and done.verdict.has_anything_to_learn:
+    if (not is_kept or was_solved_on) and done.has_anything_to_learn:
         _logger.warning("%s", done.verdict)
     return done
 
@@ -480,9 +461,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         :class:`nni_topo.Calibration` with groups: the samples that :func:`nni_topo.compensate` leaves out. Samples on
         which ``dense`` was solved in this process don't judge if there are others; if not, a warning says so.
     objective : {"auto", "kl", "squares", "cosine"}, default="auto"
-        ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis.
-        Steps make it small together with ``"squares"``, which holds the scores of unlikely classes where they are. For
-        a network that always gives the same answer both count alike. The divergence alone judges.
+        ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis,
+        times the squared temperature. Steps make it small together with ``"squares"``, which holds the scores of
+        unlikely classes where they are. For a network that always gives the same answer both count alike. The
+        divergence alone judges.
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
         ``"cosine"``, for one vector a sample: one minus the cosine with the unpruned network's vector, and five times
         the squared difference of the cosines between all samples of a batch [3]_. ``"auto"``: ``"cosine"`` where
@@ -572,8 +554,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
     With at least 256 images to learn from, batch norms take their statistics from the batches. In the end they keep
     these, or get those of all images as they are, whichever gives the smaller loss on the held-out images. Dropout is
-    off. Weight decay is 0. Half precision learns in single precision. The loss of ``"kl"`` is multiplied by the squared
-    temperature.
+    off. Weight decay is 0. Half precision learns in single precision.
 
     Cost: a step runs ``dense`` forward and back; ``original`` runs once over the images, or over each of their views,
     and with ``blocks`` once more at every step. Its outputs are kept where those for all images take at most a quarter
@@ -601,15 +582,13 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     return distillation(*args, **knobs).model
 
 
-_ALONE = ("seconds", "augment", "blocks")
-
-
 def check_knobs_together(knobs: Mapping[str, Any], others: Iterable[str] = ()) -> None:
     """Raise ConfigError for knobs of :func:`distill`, and others, by which processes that share images come apart."""
-    found = [*(name for name in _ALONE if knobs.get(name)), *others]
+    alone = ("seconds", "augment", "blocks")
+    found = [*(name for name in alone if knobs.get(name)), *others]
     if found:
         raise ConfigError(
-            f"processes that share images must distil by 'kl' or 'squares' without {', '.join(_ALONE)}, blended images "
+            f"processes that share images must distil by 'kl' or 'squares' without {', '.join(alone)}, blended images "
             f"and batch norms, got {listed(found)}: pass blend=False, or leave distillation out, in shrink "
             "distill={'blend': False} or distill=False (process_group)"
         )
@@ -659,7 +638,7 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
     """
     precision, lesson.precision = lesson.precision, "float32"
     call, wanted = next(lesson.batches(few, len(few), 0, None, False))
-    with learning(student, []):
+    with learning(student):
         loss = lesson.objective(student, call, wanted)
         if not loss.requires_grad:
             raise GradientError(
@@ -712,6 +691,6 @@ def check_can_learn(
     # Of few samples: the model may need more memory for a whole batch than the smaller one will.
     few = torch.arange(min(_TIMED, batch_size(call)))
     inputs, wanted = next(lesson.batches(few, len(few), 0, None, False))
-    with learning(student, []):
+    with learning(student):
         seconds = timed(lambda: lesson.objective(student, inputs, wanted).backward(), student)
     return seconds / len(few)

@@ -20,7 +20,6 @@ from nni_topo.network.runtime.inputs import (
     Call,
     arguments_of,
     batch_size,
-    bind_arguments,
     calls,
     cast_floats,
     lists_of_samples,
@@ -38,7 +37,6 @@ from nni_topo.recovery.course import Batches
 from nni_topo.recovery.outputs import (
     READ,
     Outputs,
-    Places,
     are_tags,
     as_in_batch,
     blocks_seen,
@@ -64,8 +62,8 @@ _FEWEST = 16  # smallest such batch, however large the outputs
 _KEPT_SHARE = 0.25  # largest share of the free memory for stored outputs of the unpruned network
 _LEAST_VARIANCE = 1e-12
 _TEMPERATURE = 2.0  # for `judged`: the default of distillation
-# Weight of the term that compares the cosines between the embeddings of a batch.
-_SIMILARITIES = 5.0
+_SIMILARITIES = 5.0  # weight of the term that compares the cosines between the embeddings of a batch
+_HALF = (torch.float16, torch.bfloat16)
 VIEWS = 8
 """Number of views of augmented or blended images; the first view is the images themselves."""
 MOST_DISTANCE = 2.0
@@ -96,7 +94,7 @@ class SharedImages:
         self.processes = processes  # None: one process has all
         by_rank = gathered(processes, list(counts), "the images to learn from")
         rank = 0 if processes is None else processes.rank
-        self.sources = [sum(each[source] for each in by_rank) for source in range(len(counts))]
+        self.sources = [sum(each) for each in zip(*by_rank, strict=True)]
         """The number of images of each source, of all processes."""
         self._place = torch.full((sum(self.sources),), -1)
         before = own = 0
@@ -147,31 +145,29 @@ class Lesson:
     ) -> None:
         # A copy that shares its weights and stays in evaluation mode.
         self._unpruned: nn.Module = evaluating(detached_copy(unpruned, light=True))
-        self._pool, self._temperature = pool, temperature
+        self._pool, self._temperature, self._outputs = pool, temperature, outputs
         self.precision = precision  # of the steps; judgements are in the precision of the parameters
         self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
-        self._outputs = outputs
-        self._place = _place_of(student)
+        # Device and type of the trained parameters; complex weights have real inputs.
+        floats = [each for each in student.parameters() if each.is_floating_point()]
+        learned = next((each for each in floats if each.requires_grad), floats[0])
+        self._place = learned.device, learned.dtype
         self._answers = _LazyOutputs(self.answer, batch_size(pool))
         self._views: dict[int, _LazyOutputs] = {}  # shared by all courses, which learn from the same images
-        device, count = device_of(self._unpruned), min(READ, batch_size(pool))
-        call = on_device(taken(pool, torch.arange(count)), device)
+        # Which outputs are compared, and how.
+        count, one = min(READ, batch_size(pool)), torch.arange(1)
+        few = taken(pool, torch.arange(count))
+        call = on_device(few, device_of(self._unpruned))
         with evaluation_mode(self._unpruned), torch.no_grad():
-            self._places: Places = places_by_sample(self._unpruned, call, outputs)
+            self._places = places_by_sample(self._unpruned, call, outputs)
             answer = self._unpruned(*call[0], **call[1])
         self.named = compared_outputs(answer, count, outputs, self._places)
         read, likely = read_outputs(answer, call, count, outputs, self._places)
         if objective == "auto":
             objective = "squares" if likely == "kl" and are_tags(read[:1]) else likely
         self.kind = objective
-        one = torch.arange(1)
         wanted = self._answers(pool, one)
-        self._count = len(wanted)  # of outputs
-        self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples
-        self._scales = self._variances(torch.arange(len(self._shares)))  # for judgements
-        self._learned_scales = self._scales
-        self._weight_of_distance = 0.0
-        few = cast_floats(taken(pool, torch.arange(count)), self._place[1])
+        few = cast_floats(few, self._place[1])
         with evaluation_mode(student), torch.no_grad():
             own = places_by_sample(student, few, outputs)
             call = taken(few, one)
@@ -184,6 +180,11 @@ class Lesson:
                 f"objective='cosine' must have one vector for each sample, got outputs of shapes {expected}: outputs= "
                 "says how they become one (objective)"
             )
+        # Scales of distances: of those that judge, and of those in the steps' loss.
+        self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples
+        self._count = len(wanted)  # of outputs
+        self._scales = self._learned_scales = self._variances(torch.arange(len(self._shares)))
+        self._weight_of_distance = 0.0
         self._blocks = blocks  # weight of the loss of the blocks' outputs
         self._block_names = shared_blocks(self._unpruned, student, taken(pool, one), self._place) if blocks else []
         if blocks and not self._block_names:
@@ -205,36 +206,19 @@ class Lesson:
                 # the scores. With this weight both terms are equal for such a network.
                 self._weight_of_distance = self.loss_of_a_constant(learned)
 
-    def _variances(self, index: Tensor) -> list[float]:
-        """Return the variance of each output of the unpruned network over some images, or a sample of many."""
-        own = self._shares.own(index[:: -(-len(index) // min(_VARIED, self._together))])
-        real = real_positions_of(self._unpruned, taken(self._pool, own))
-        variances = []
-        for each in unpadded(self._answers(self._pool, own), real):
-            rows = finite(each)
-            if self._shares.processes is None:
-                variance = float(rows.var(0, correction=0).mean())
-            else:  # over the rows of all processes
-                variance = float(self._mean((rows - self._mean(rows)).double().square()).mean())
-            variances.append(variance + _LEAST_VARIANCE)
-        return variances
-
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
         """Compare a network with the unpruned one on some of the images, in evaluation mode."""
         # By output: loss times entries, distance times entries, number of entries, number of equal largest logits.
         sums = torch.zeros(self._count, 4, dtype=torch.float64, device="cpu")
         with evaluation_mode(student), torch.no_grad():
             for part in _together(self._shares.own(index)):
-                if not len(part):
-                    continue
                 found, wanted = self._compared(student, taken(self._pool, part), self._answers(self._pool, part))
                 distances = mean_distances(found, wanted, self._scales)
                 rows = zip(self._losses(found, wanted, distances), distances, found, wanted, strict=True)
                 for row, (loss, distance, mine, theirs) in zip(sums, rows, strict=True):
                     count = mine[..., 0].numel()  # samples, or positions of all samples
                     agreed = float((mine.argmax(-1) == theirs.argmax(-1)).sum())
-                    found_here = [count * float(loss), count * float(distance), count, agreed]
-                    row += torch.tensor(found_here, dtype=torch.float64, device="cpu")
+                    row += row.new_tensor([count * float(loss), count * float(distance), count, agreed])
         sums = self._shares.add(sums, "what judges distillation")
         loss, distance, _, agreed = (sums / sums[:, 2:3]).mean(0).tolist()
         # Rounding can make a divergence of almost nothing negative.
@@ -254,8 +238,7 @@ class Lesson:
             means = [self._mean(each) for each in wanted]
         found = [mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)]
         losses = self._losses(found, wanted, mean_distances(found, wanted, self._scales)) if len(wanted[0]) else []
-        loss = self._mean_of(losses, found)
-        return float(self._shares.add(loss, "the loss of a constant"))
+        return float(self._shares.add(self._mean_of(losses, found), "the loss of a constant"))
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
         """Return the mean loss on a call whose outputs should be `wanted`, with the loss of the blocks.
@@ -293,6 +276,51 @@ class Lesson:
             off.append((one - other).square().mean() / variance)
         return loss + self._blocks * torch.stack(off).mean()
 
+    def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None, blend: bool) -> Batches:
+        """Yield batches of some of the images, epoch after epoch, with the unpruned network's outputs for them.
+
+        With a loss of the blocks no outputs are yielded: the unpruned network runs on each batch.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        own, is_mine = self._shares.own(index), self._shares.mine(index)
+        place = is_mine.cumsum(0) - 1  # index of an image among those of this process
+        plain = taken(self._pool, own)
+        for turn in itertools.count():
+            view = 0 if augment is None and not blend else turn % VIEWS
+            # Views are drawn anew from their seeds, so that only one is in memory.
+            call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
+            call = _blended(call, seed + view) if blend and view else call
+            if view and view not in self._views:
+                self._views[view] = _LazyOutputs(self.answer, len(own))
+            for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // size)):
+                mine = place[chosen[is_mine[chosen]]]
+                if self._block_names:
+                    wanted = list[Tensor]()
+                elif view:
+                    wanted = self._views[view](call, mine, self.precision)
+                else:
+                    wanted = self._answers(self._pool, own[mine], self.precision)
+                yield taken(call, mine), wanted
+
+    def plain(self, index: Tensor) -> list[Any]:
+        """Return batches of some of the images as they are, for the student."""
+        pool, own = cast_floats(self._pool, self._place[1]), self._shares.own(index)
+        return [(as_in_batch(taken(pool, part)),) for part in own.tensor_split(-(-len(own) // _AT_ONCE) or 1)]
+
+    def answer(self, call: Call, precision: Precision) -> list[Tensor]:
+        """Return the compared outputs of the unpruned network, on the student's device and in its type."""
+        device = device_of(self._unpruned)
+        args, kwargs = on_device(call, device)
+        # Under autocast a network in half precision fails: norms get inputs of one type and weights of another.
+        is_half = any(each.dtype in _HALF for each in self._unpruned.parameters())
+        with (
+            evaluation_mode(self._unpruned),
+            torch.no_grad(),
+            computing_in("float32" if is_half else precision, device),
+        ):
+            answer = self._unpruned(*args, **kwargs)
+        return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
+
     def _compared(
         self, student: nn.Module, call: Call, wanted: list[Tensor], precision: Precision = "float32"
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -303,26 +331,54 @@ class Lesson:
             found = student(*args, **kwargs)
         return unpadded(self._outputs_of(found, (args, kwargs)), real), unpadded(wanted, real)
 
+    def _outputs_of(self, answer: Any, call: Call) -> list[Tensor]:
+        """Return the compared outputs; bfloat16 is cast first, for the losses and for the user's function."""
+        own = self._place[1]
+        if any(each.dtype == torch.bfloat16 for each in tensors_of(answer)):
+            answer = tree_map_only(Tensor, lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
+        return read_outputs(answer, call, batch_size(call), self._outputs, self._places)[0]
+
     def _losses(self, found: list[Tensor], wanted: list[Tensor], distances: list[Tensor]) -> list[Tensor]:
         """Return the mean loss of each output, given the distances."""
         if self.kind == "squares":
             return distances
         losses: list[Tensor] = []
-        if self.kind == "cosine":
-            for mine, theirs in zip(found, wanted, strict=True):
+        for mine, theirs in zip(found, wanted, strict=True):
+            if self.kind == "cosine":
                 one, other = normalize(mine, dim=1), normalize(theirs, dim=1)
                 turned = 1.0 - (one * other).sum(1).mean()
                 # The cosines between samples say which are neighbours, and don't change if all embeddings are rotated.
                 similarities = (one @ one.T - other @ other.T).square().mean()
                 losses.append(turned + _SIMILARITIES * similarities)
-            return losses
-        t = self._temperature
-        for mine, theirs in zip(found, wanted, strict=True):
-            loss = kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
-            # A masked class has probability 0 and contributes nothing.
-            loss = loss.masked_fill(theirs == -math.inf, 0.0)
-            losses.append(t * t * loss.sum(-1).mean())
+            else:
+                t = self._temperature
+                loss = kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
+                # A masked class has probability 0 and contributes nothing.
+                loss = loss.masked_fill(theirs == -math.inf, 0.0)
+                losses.append(t * t * loss.sum(-1).mean())
         return losses
+
+    def _variances(self, index: Tensor) -> list[float]:
+        """Return the variance of each output of the unpruned network over some images, or a sample of many."""
+        own = self._shares.own(index[:: -(-len(index) // min(_VARIED, self._together))])
+        real = real_positions_of(self._unpruned, taken(self._pool, own))
+        variances = []
+        for each in unpadded(self._answers(self._pool, own), real):
+            rows = finite(each)
+            if self._shares.processes is None:
+                variance = float(rows.var(0, correction=0).mean())
+            else:  # over the rows of all processes
+                variance = float(self._mean((rows - self._mean(rows)).double().square()).mean())
+            variances.append(variance + _LEAST_VARIANCE)
+        return variances
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        """Return the mean (...) of rows (n, ...), over all processes that share the images."""
+        if self._shares.processes is None:
+            return rows.mean(0)
+        total = self._shares.add(rows.double().sum(0), "a mean answer")
+        count = self._shares.add(torch.tensor(float(len(rows)), device=rows.device), "a mean answer")
+        return (total / count).to(rows)
 
     def _mean_of(self, losses: list[Tensor], found: list[Tensor]) -> Tensor:
         """Return the mean of the outputs' losses; if processes share the images, this process's part of the mean."""
@@ -333,74 +389,6 @@ class Lesson:
             of_all = self._shares.add(own, "the entries of a batch")
             losses = [each * share for each, share in zip(losses, (own / of_all).tolist(), strict=False)]
         return torch.stack(losses).mean() if losses else torch.zeros((), device=self._place[0], dtype=self._place[1])
-
-    def _mean(self, rows: Tensor) -> Tensor:
-        """Return the mean (...) of rows (n, ...), over all processes that share the images."""
-        if self._shares.processes is None:
-            return rows.mean(0)
-        total = self._shares.add(rows.double().sum(0), "a mean answer")
-        count = self._shares.add(torch.tensor(float(len(rows)), device=rows.device), "a mean answer")
-        return (total / count).to(rows)
-
-    def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None, blend: bool) -> Batches:
-        """Yield batches of some of the images, epoch after epoch, with the unpruned network's outputs for them.
-
-        With a loss of the blocks no outputs are yielded: the unpruned network runs on each batch.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        own, is_mine = self._shares.own(index), self._shares.mine(index)
-        place = is_mine.cumsum(0) - 1  # index of an image among those of this process
-        plain, views = taken(self._pool, own), self._views
-        for turn in itertools.count():
-            view = 0 if augment is None and not blend else turn % VIEWS
-            # Views are drawn anew from their seeds, so that only one is in memory.
-            call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
-            call = _blended(call, seed + view) if blend and view else call
-            if view and view not in views:
-                views[view] = _LazyOutputs(self.answer, len(own))
-            for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // size)):
-                mine = place[chosen[is_mine[chosen]]]
-                if self._block_names:
-                    wanted = list[Tensor]()
-                elif view:
-                    wanted = views[view](call, mine, self.precision)
-                else:
-                    wanted = self._answers(self._pool, own[mine], self.precision)
-                yield taken(call, mine), wanted
-
-    def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
-        """Return batches of some of the images as they are, for the student."""
-        pool, own, batches = cast_floats(self._pool, self._place[1]), self._shares.own(index), list[Any]()
-        for part in own.tensor_split(-(-len(own) // _AT_ONCE) or 1):
-            if not len(part):
-                continue
-            args, kwargs = taken(pool, part)
-            # The first entry of a batch is the model's input: a single tensor as it is.
-            if kwargs:
-                batches.append((bind_arguments(student, (args, kwargs)),))
-            elif len(args) == 1 and isinstance(args[0], Tensor):
-                batches.append((args[0],))
-            else:
-                batches.append((args,))
-        return batches
-
-    def answer(self, call: Call, precision: Precision) -> list[Tensor]:
-        """Return the compared outputs of the unpruned network, on the student's device and in its type."""
-        device = device_of(self._unpruned)
-        args, kwargs = on_device(call, device)
-        # Under autocast a network in half precision fails: norms get inputs of one type and weights of another.
-        is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in self._unpruned.parameters())
-        low: Precision = "float32" if is_half else precision
-        with evaluation_mode(self._unpruned), torch.no_grad(), computing_in(low, device):
-            answer = self._unpruned(*args, **kwargs)
-        return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
-
-    def _outputs_of(self, answer: Any, call: Call) -> list[Tensor]:
-        """Return the compared outputs; bfloat16 is cast first, for the losses and for the user's function."""
-        own = self._place[1]
-        if any(each.dtype == torch.bfloat16 for each in tensors_of(answer)):
-            answer = tree_map_only(Tensor, lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
-        return read_outputs(answer, call, batch_size(call), self._outputs, self._places)[0]
 
 
 class _LazyOutputs:
@@ -417,8 +405,7 @@ class _LazyOutputs:
 
     def __call__(self, call: Call, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
         """Return the outputs for some images of a call; unknown ones are computed in the given precision."""
-        unknown = index[~self._is_known[index]].unique() if self._is_kept else index[:0]
-        for part in _together(unknown) if len(unknown) else ():
+        for part in _together(index[~self._is_known[index]].unique()) if self._is_kept else ():
             found = self._ask(taken(call, part), precision)
             if not self._values:
                 count = len(self._is_known)
@@ -445,25 +432,20 @@ def student_of(dense: nn.Module, pool: Call) -> nn.Module:
     if not any(parameter.is_floating_point() for parameter in dense.parameters()):
         raise ConfigError("a model must have floating parameters, got none (dense)")
     student: nn.Module = evaluating(detached_copy(dense))
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
+    if any(each.dtype in _HALF for each in student.parameters()):
         student.float()
     for module in student.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             module.sparse = False  # AdamW takes no sparse gradients
+    floats = [each for each in student.parameters() if each.is_floating_point()]
+    learned = next((each for each in floats if each.requires_grad), floats[0])
     few = taken(pool, torch.arange(min(2, batch_size(pool))))
-    args, kwargs = on_device(cast_floats(few, _place_of(student)[1]), device_of(student))
+    args, kwargs = on_device(cast_floats(few, learned.dtype), device_of(student))
     student = lay_out(student, args, kwargs)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         for parameter in student.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
     return student
-
-
-def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and type of the trained parameters."""
-    learned = [p for p in student.parameters() if p.is_floating_point()]  # complex weights have real inputs
-    ordered = sorted(learned or student.parameters(), key=lambda p: not p.requires_grad)
-    return ordered[0].device, ordered[0].dtype
 
 
 def judged(
@@ -532,8 +514,8 @@ def _blended(call: Call, seed: int) -> Call:
 
 
 def _together(index: Tensor) -> tuple[Tensor, ...]:
-    """Split image numbers into batches."""
-    found: tuple[Tensor, ...] = index.split(min(_AT_ONCE, max(1, len(index))))
+    """Split image numbers into batches; none of no image."""
+    found: tuple[Tensor, ...] = index.split(_AT_ONCE) if len(index) else ()
     return found
 
 
@@ -582,20 +564,18 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
                     "augment must return the same structure as its input (tensor, tuple or dict), "
                     f"got {in_words(seen)} for {in_words(given)} (augment)"
                 )
-            sizes = [[each.dim() > 0 and len(each) == len(index) for each in tensors_of(one)] for one in (part, view)]
-            if sum(sizes[1]) < sum(sizes[0]):
+            before, after = (
+                sum(each.dim() > 0 and len(each) == len(index) for each in tensors_of(one)) for one in (part, view)
+            )
+            if after < before:
                 raise ConfigError(
                     f"augment must return as many samples as it gets, {len(index)}, got {in_words(seen)} (augment)"
                 )
-            if _not_finite(view) > _not_finite(part):  # additive masks hold infinities
+            before, after = (
+                sum(int((~each.isfinite()).sum()) for each in tensors_of(one) if each.is_floating_point())
+                for one in (part, view)
+            )
+            if after > before:  # additive masks hold infinities
                 raise ConfigError(f"augment must return finite values, got {in_words(seen)} with others (augment)")
             views.append(view)
-    shapes = {str([tuple(each.shape[1:]) for each in tensors_of(view)]) for view in views}
-    if len(shapes) > 1:
-        raise ConfigError(f"augment must return inputs of one shape, got {' and '.join(sorted(shapes))} (augment)")
     return joined(views)
-
-
-def _not_finite(call: Call) -> int:
-    """Return how many values are infinite or NaN."""
-    return sum(int((~each.isfinite()).sum()) for each in tensors_of(call) if each.is_floating_point())
