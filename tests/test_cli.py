@@ -95,12 +95,6 @@ def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_
     assert bars_of(capsys.readouterr().err) == {"compensate", "learning rate"}
 
 
-def test_shrink_keeps_a_quarter_of_the_work_if_no_budget_is_given(tmp_path, net):
-    line = f"shrink {net} --limit 64 --images 32 --pruner l1 --distill-seconds 0.1"
-    assert run(f"{line} --out {tmp_path}/small") == 0
-    assert json.loads((tmp_path / "small" / "shrink.json").read_text())["budget"] == {"flops": 0.25}
-
-
 def test_prune_takes_the_seed_and_shows_costs_before_and_after(tmp_path, net, capsys):
     config = tmp_path / "prune.yaml"
     config.write_text("pruner: random\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]\nretrain: {epochs: 1}\n")
@@ -124,7 +118,6 @@ PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}
     ("verb", "given", "message"),
     [
         ("shrink", ["--pruner", "level"], "pruner must be one that removes whole channels, got 'level'"),
-        ("shrink", ["--flops", "0.5", "--params", "0.5"], "a budget must be a share of one of"),
         ("shrink", ["--allocation", "auto", "--pruner", "l1"], "must distribute budgets in several ways"),
         ("shrink", ["--caps", "conv", "0.5"], "layer of the model must be a known name, got 'conv'; did you mean"),
         ("shrink", ["--device", "nowhere"], "device must be cpu, cuda or auto"),

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +26,6 @@ _EXTRAS = {
     "evaluators": ("pytorch_lightning", "transformers"),
     "dask": ("distributed",),
 }
-_FREE_DISK = 2**30
 
 
 @dataclass(frozen=True)
@@ -88,18 +85,17 @@ class Doctor(Verb):
         state = "ok" if fits else "broken"
         yield Finding("torch and torchvision", state, f"{torch_version} with {vision}", remedy)
 
-        failed = compat.enable().failed
-        remedy = "see docs/compatibility.md for supported versions" if failed else ""
-        yield Finding(
-            "patches of NNI", "broken" if failed else "ok", ", ".join(failed) if failed else "all in place", remedy
-        )
-
+        if failed := compat.enable().failed:
+            remedy = "see docs/compatibility.md for supported versions"
+            yield Finding("patches of NNI", "broken", ", ".join(failed), remedy)
+        else:
+            yield Finding("patches of NNI", "ok", "all in place")
         if torch.cuda.is_available():
             yield Finding("GPU", "ok", torch.cuda.get_device_name())
         else:
-            threads = torch.get_num_threads()
-            used = f"CPU with {threads} thread{'' if threads == 1 else 's'}"
-            yield Finding("GPU", "missing", f"none that this torch can use; {used}")
+            yield Finding(
+                "GPU", "missing", f"none that this torch can use; {torch.get_num_threads()} threads of the CPU"
+            )
 
         for name in list_data() if self.data_dir else ["digits"]:
             try:
@@ -123,13 +119,6 @@ class Doctor(Verb):
                 yield Finding(f"port {self.port}", "missing", f"in use ({error.strerror})", remedy)
             else:
                 yield Finding(f"port {self.port}", "ok", "free for NNI's manager")
-
-        folder = Path(tempfile.gettempdir())
-        free = shutil.disk_usage(folder).free
-        enough = free > _FREE_DISK
-        remedy = "" if enough else "set TMPDIR to a folder with more free space"
-        state = "ok" if enough else "missing"
-        yield Finding("temporary files", state, f"{free / 2**30:.1f} GiB free in {folder}", remedy)
 
         for extra, modules in _EXTRAS.items():
             missing = [name for name in modules if importlib.util.find_spec(name) is None]
