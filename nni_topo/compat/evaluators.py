@@ -20,7 +20,7 @@ def import_trainers_late() -> bool:
     """Import Lightning and Transformers when an evaluator for them is made.
 
     Place: ``nni/compression/utils/evaluator.py`` and ``nni/common/version.py``. Cause: they import the libraries
-    wherever these are installed, so that each new process takes seconds longer to start (any PyTorch and Python).
+    wherever these are installed, so that each new process takes seconds longer to start.
     """
 
     def import_lightning() -> None:
@@ -81,8 +81,7 @@ def set_lightning_steps() -> bool:
     """Let ``LightningEvaluator`` limit the number of training steps.
 
     Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator.train``. Cause: it assigns
-    ``trainer.fit_loop.max_steps``, which PyTorch Lightning 2.x only lets read; the limit lives on the loop over an
-    epoch (any PyTorch and Python).
+    ``trainer.fit_loop.max_steps``, which PyTorch Lightning 2.x only lets read.
     """
     if not evaluator.LIGHTNING_INSTALLED:
         return False
@@ -109,8 +108,8 @@ def evaluate_within_training() -> bool:
     """Let ``LightningEvaluator`` evaluate a model while it trains.
 
     Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator.evaluate``. Cause: it leaves the model without a
-    trainer, so that a pruner that evaluates between two steps ends the training with "not attached to a `Trainer`", and
-    it shows a second progress bar, which Rich's console refuses (any PyTorch and Python).
+    trainer, so that a pruner that evaluates between two steps ends the training, and it shows a second progress bar,
+    which Rich's console refuses.
     """
     if not evaluator.LIGHTNING_INSTALLED:
         return False
@@ -138,9 +137,9 @@ def patch_trainer_steps() -> bool:
     """Run a pruner's tasks at the optimizer steps of a transformers Trainer, those of every pruner once.
 
     Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_optimizer_step``. Cause: it takes
-    ``trainer.deepspeed`` for the optimizer wherever the attribute exists, but it is None without DeepSpeed (seen with
-    transformers 4.57), a messageless AssertionError. It also keeps one set of tasks for all pruners: of a schedule and
-    its pruner the first set was lost and the second ran twice.
+    ``trainer.deepspeed`` for the optimizer wherever the attribute exists, also where it is None (transformers 4.57): a
+    bare AssertionError. It also keeps one set of tasks for all pruners: of a schedule and its pruner the first set was
+    lost and the second ran twice.
     """
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False
@@ -177,9 +176,8 @@ def make_default_optimizer() -> bool:
     """Let ``TransformersEvaluator`` take a Trainer without ``optimizers=``, whose optimizer Transformers makes.
 
     Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator._init_optimizer_helpers``. Cause: it puts a
-    function of the arguments alone in the place of the static ``Trainer.get_optimizer_cls_and_kwargs``, where Trainers
-    call a method and pass the model, too (seen with transformers 4.57): a TypeError, after which every Trainer of the
-    process raised it.
+    function of the arguments alone in the place of ``Trainer.get_optimizer_cls_and_kwargs``, which Trainers call with
+    the model, too (transformers 4.57): a TypeError, after which every Trainer of the process raised it.
     """
     cls = evaluator.TransformersEvaluator
     if not evaluator.TRANSFORMERS_INSTALLED:
@@ -214,7 +212,7 @@ def pass_loss_arguments() -> bool:
     """Pass a Trainer's further arguments on to ``compute_loss`` when a pruner adds to the loss.
 
     Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_loss``. Cause: the method it puts in
-    place knows no ``num_items_in_batch``, which Trainers pass (seen with transformers 4.57).
+    place knows no ``num_items_in_batch``, which Trainers pass (transformers 4.57).
     """
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False

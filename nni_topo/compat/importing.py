@@ -23,9 +23,8 @@ def keep_pytree_nodes() -> bool:
     """Import NNI's compression without letting it replace PyTorch's own pytree nodes.
 
     Place: ``nni/compression/speedup/utils.py``, which registers ``immutable_list`` and ``immutable_dict`` of
-    ``torch.fx`` at import. Cause: PyTorch registers both itself (2.1 and newer, so all of 2.11 to 2.15, on every
-    Python). NNI's registration prints four warnings and drops PyTorch's serialised names and key paths, which
-    ``torch.export`` needs.
+    ``torch.fx`` at import. Cause: PyTorch registers both itself. NNI's registration prints four warnings and drops
+    serialised names and key paths, which ``torch.export`` needs.
     """
     already_imported = _REGISTERING_MODULE in sys.modules
     held_back: list[type] = []

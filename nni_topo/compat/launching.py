@@ -12,9 +12,8 @@ _SECONDS = 60
 def wait_for_manager() -> bool:
     """Give NNI's manager a minute to answer.
 
-    Place: ``nni/experiment/launcher.py``, ``_check_rest_server``. Cause: it asks the manager's web server four times
-    within three seconds and then gives the experiment up, which a busy machine may not keep (any PyTorch and Python).
-    ``nnictl`` doesn't import this package and stays impatient.
+    Place: ``nni/experiment/launcher.py``, ``_check_rest_server``. Cause: it asks the manager four times within three
+    seconds and then gives the experiment up. ``nnictl`` doesn't import this package and stays impatient.
     """
     check = launcher._check_rest_server
     tries = inspect.signature(check).parameters["retry"].default

@@ -14,9 +14,8 @@ from nni_topo.sharing import find_aliases, find_ties, share_modules, tie_again, 
 def keep_size_whole() -> bool:
     """Treat ``torch.Size`` as one value when masks are mapped over a node's arguments.
 
-    Place: ``nni/compression/speedup/utils.py``, ``tree_map_zip``. Cause: NNI takes a ``torch.Size`` for a leaf. PyTorch
-    opens it as a container of integers (2.11 to 2.15, every Python) and rebuilds it as a plain tuple, so that
-    ``x.size().numel()`` fails and sizes no longer pair with their masks.
+    Place: ``nni/compression/speedup/utils.py``, ``tree_map_zip``. Cause: PyTorch opens a ``torch.Size`` as a container
+    of integers and rebuilds it as a tuple, so that ``x.size().numel()`` failed and sizes didn't pair with their masks.
     """
     size = torch.Size((2, 3))
     if utils.tree_map_zip(lambda value: value, size) is size:
@@ -29,9 +28,9 @@ def keep_size_whole() -> bool:
 def restore_randomized_output() -> bool:
     """Let a node without masks free the random values of its inputs.
 
-    Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: a bug of NNI's
-    on every version: it deletes ``_output_randomize``, but the attribute of ``NodeInfo`` is ``output_randomize``, so a
-    ``len``, ``dim`` or ``is None`` that is the last user of a value raised an AttributeError.
+    Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: it deletes
+    ``_output_randomize``, but the attribute of ``NodeInfo`` is ``output_randomize``: an AttributeError where a ``len``,
+    ``dim`` or ``is None`` is the last user of a value.
     """
     names = mask_updater.NoMaskUpdater.direct_update_process.__code__.co_names
     if "_output_randomize" not in names or hasattr(container.NodeInfo, "_output_randomize"):
@@ -43,11 +42,10 @@ def restore_randomized_output() -> bool:
 def untie_layers() -> bool:
     """Let layers that share a tensor have one each while they are cut, and modules keep their names and modes after.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.speedup_model``. Cause: the masks are followed
-    on random values that are written into each layer in turn, so a layer had the masks of the last one that shares its
-    weight, on every version: wrong channels went, without an error. And a module that is replaced was replaced under
-    the first of its names. The layers of a model in evaluation mode ended in training mode, because their graph has a
-    mode of its own.
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.speedup_model``. Cause: masks are followed on
+    random values that are written into each layer in turn, so a layer had the masks of the last one that shares its
+    weight: wrong channels went, without an error. A module was replaced under the first of its names alone, and layers
+    of a model in evaluation mode ended in training mode.
     """
     original = model_speedup.ModelSpeedup.speedup_model
 
@@ -83,9 +81,8 @@ def _put_modes(model: torch.nn.Module, modes: dict[str, bool]) -> None:
 def keep_given_masks() -> bool:
     """Leave the masks that a speedup is given, and the modes of its model, as they are.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: a bug of NNI's on every
-    version: it works on the caller's masks, and fills in, reconciles and overwrites them; a second speedup with them,
-    of a copy of the model say, went wrong. A speedup has its own copy, ``speedup.masks``, now.
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: it works on the caller's
+    masks, so that a second speedup with them went wrong. A speedup has its own copy, ``speedup.masks``, now.
     """
     init = model_speedup.ModelSpeedup.__init__
 
@@ -107,9 +104,8 @@ def keep_given_masks() -> bool:
 def keep_graph_for_all_outputs() -> bool:
     """Let a module give several tensors: a recurrent layer, attention.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: a bug of NNI's, on
-    every version: it goes back from each output of a node by itself, and the first time frees the graph, so that the
-    second ended in a RuntimeError.
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: it goes back from
+    each output by itself, and the first time frees the graph: a RuntimeError at the second.
     """
 
     def indirect_backward(self: Any, output: Any, output_mask: Any) -> None:

@@ -22,14 +22,10 @@ from torch.fx.node import Node
 def restore_tensor_methods() -> bool:
     """Let the tracer find the methods of ``torch.Tensor`` again.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.trace``. Cause: it knows the methods
-    by qualified names that start with ``_TensorBase``; the class is called ``TensorBase`` now (2.11 to 2.15, every
-    Python). So no method was put in its place on ``torch.Tensor``, and the static builtins (``_make_subclass``) reached
-    a branch that reads their ``__module__``, which is None: every trace ended in an AttributeError.
-
-    The methods get the place that NNI would have given them; the static builtins, which no traced model calls, are
-    dropped. A method that ``torch.Tensor`` overrides in Python (``split``, ``norm``) is listed by that override, as NNI
-    does.
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.trace``. Cause: it knows methods by
+    qualified names that start with ``_TensorBase``; the class is ``TensorBase`` now, so that every trace ended in an
+    AttributeError at a static builtin. Methods get the place that NNI would have given them, one that ``torch.Tensor``
+    overrides in Python is listed by that override, as NNI does; static builtins are dropped.
     """
     table = concrete_tracer.ConcreteTracer.default_autowrap_leaf_function
     misplaced = [
@@ -46,9 +42,8 @@ def accept_purity_argument() -> bool:
     """Let NNI's test of a node's purity take the argument that PyTorch passes.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``node_is_impure_wrapper(node)``. Cause: it stands in
-    for ``torch.fx.Node.is_impure``, which takes ``impure_random`` as well (2.11 to 2.15, every Python), so that dead
-    code elimination, and with it every trace, ended in a TypeError. The argument is ignored: NNI's rule, under which a
-    random operation without users is dead, stays as it is.
+    for ``torch.fx.Node.is_impure``, which takes ``impure_random`` as well, so that every trace ended in a TypeError.
+    NNI's rule, under which a random operation without users is dead, stays as it is.
     """
     is_impure = concrete_tracer.node_is_impure_wrapper
     passed = len(inspect.signature(concrete_tracer._orig_node_is_impure).parameters)
@@ -67,10 +62,8 @@ def postpone_annotations() -> bool:
     """Let functions with annotations such as ``list[Tensor]`` be traced.
 
     Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``OperatorPatcher.patch_inner_helper``. Cause: it
-    compiles a traced function again while ``list``, ``dict`` and ``tuple`` are stand-ins that take no subscript, and
-    without the ``from __future__ import annotations`` of the function's module; so an annotation in the style of Python
-    3.9 and newer ended the trace in a TypeError (every Python and PyTorch). The second compilation leaves annotations
-    alone; nothing reads them there.
+    compiles a traced function again while ``list`` and ``dict`` are stand-ins that take no subscript: a TypeError. The
+    second compilation leaves annotations alone; nothing reads them there.
     """
     if "compile" in vars(operator_patcher):
         return False
@@ -81,9 +74,8 @@ def postpone_annotations() -> bool:
 def name_class_of_super() -> bool:
     """Let ``super()`` in a traced method mean the class that defines the method.
 
-    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: a bug of NNI's
-    on every version: it writes ``super()`` as ``super(self.__class__, self)``, so that a method inherited by a subclass
-    calls itself until the trace ends in a RecursionError.
+    Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: it writes
+    ``super(self.__class__, self)``, so that a method inherited by a subclass calls itself: a RecursionError.
     """
     _, tree = operator_patcher.TransformerOp().visit_start(ast.parse("super()"))
     if "self.__class__" not in ast.unparse(tree):
@@ -107,10 +99,8 @@ def run_leaves_with_classes() -> bool:
     """Let functions and modules that aren't traced into find Python's classes, and no stand-ins.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.run_target``. Cause: while a model
-    is traced, ``list``, ``bool``, ``type`` and others are objects that look like the classes. PyTorch's own functions,
-    which get no traced values, found them too, and evaluate ``torch.jit.annotate(list[int], [])`` in every max pooling
-    without a stride and ``type(a) is not bool`` in every unpooling (2.11 to 2.15, every Python): a TypeError or an
-    AssertionError.
+    is traced, ``list``, ``bool``, ``type`` and others are objects that look like the classes. PyTorch's own functions
+    found them too, as in every max pooling without a stride and every unpooling: a TypeError or an AssertionError.
     """
     tracer = concrete_tracer.ConcreteTracer
     run = tracer.run_target
@@ -138,10 +128,9 @@ def keep_apply_of_functions() -> bool:
     """Leave ``torch.autograd.Function.apply`` where it was, once a trace is over.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, the end of ``ConcreteTracer.trace``. Cause: it
-    deletes the method, which an old PyTorch inherited from C. Since PyTorch 2.0 it is Python's own, so that after the
-    first trace of a process no function with a gradient of its own ran under ``torch.func`` and ``vmap``, and none took
-    keyword arguments or defaults with ``setup_context``; on PyTorch before 2.14 no decoder of Transformers ran without
-    a mask.
+    deletes the method, which an old PyTorch inherited from C. It is Python's own now, so that after the first trace no
+    function with a gradient of its own ran under ``torch.func``; before PyTorch 2.14 no decoder of Transformers ran
+    without a mask.
     """
     tracer, function = concrete_tracer.ConcreteTracer, torch.autograd.Function
     trace = tracer.trace
@@ -165,9 +154,8 @@ def write_stand_ins_as_types() -> bool:
     """Let the stand-ins of builtin classes be written as types: ``list[int]``, ``int | None``.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_iterable_class`` and
-    ``_create_wrapped_leaf_class``. Cause: while a model is traced, ``list``, ``dict``, ``tuple``, ``int`` and others
-    are objects that take no subscript and no ``|``, so that a forward in the style of Python 3.9 and newer
-    (``isinstance(size, int | None)``) ended in a TypeError (every Python and PyTorch).
+    ``_create_wrapped_leaf_class``. Cause: the stand-ins take no subscript and no ``|``, so that a forward with
+    ``isinstance(size, int | None)`` ended in a TypeError.
     """
     if hasattr(type(concrete_tracer._create_wrapped_leaf_iterable_class(None, list)), "__getitem__"):
         return False
@@ -179,9 +167,9 @@ def write_stand_ins_as_types() -> bool:
 def compare_stand_ins_as_types() -> bool:
     """Let ``type(value) is tuple`` be true of a tuple.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: a bug of NNI's
-    on every version: ``type`` gives the class, while the name ``tuple`` means the class's stand-in, so that ``is`` was
-    never true and ``is not`` always. Models that check a type so (DistilBERT) raised their own errors.
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: ``type`` gives
+    the class, while the name ``tuple`` means the class's stand-in. Models that check a type so (DistilBERT) raised
+    their own errors.
     """
     make, known = concrete_tracer._create_wrapped_leaf_func, {(stand_in := object()): list}
     if make(SimpleNamespace(temp_disable_call=False, clz_wrapper_map=known), operator.is_, None)(list, stand_in):
@@ -206,10 +194,9 @@ def compare_stand_ins_as_types() -> bool:
 def call_functions_of_python() -> bool:
     """Let functions that PyTorch calls within a traced function be those that it means.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: a bug of NNI's
-    on every version: ``torch.norm`` and others of ``torch.functional`` are replaced by a wrapper of the builtin of that
-    name. It calls the function of ``torch.functional`` from the model's code, but the builtin, which takes other
-    arguments, from PyTorch's: ``normalize``, ``mse_loss`` and others ended in a TypeError.
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: ``torch.norm``
+    and others of ``torch.functional`` are replaced by a wrapper, which calls the builtin of that name from PyTorch's
+    code: it takes other arguments, so that ``normalize``, ``mse_loss`` and others ended in a TypeError.
     """
     make = concrete_tracer._create_wrapped_leaf_func
     if make(SimpleNamespace(temp_disable_call=True), lambda: False, lambda: True)():
@@ -283,8 +270,7 @@ def index_code_units() -> bool:
 
     Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.__iter__``, ``__len__``, ``__bool__``
     and ``keys``. Cause: they take an instruction's index to be its offset in code units. Since Python 3.11 inline
-    caches take units that ``dis`` doesn't list, so a wrong instruction, or none, was found (any PyTorch). Python 3.13
-    tests for truth before the jump, in ``TO_BOOL`` or in the comparison.
+    caches take units that ``dis`` doesn't list; 3.13 tests for truth before the jump.
     """
     sample = restore_branch_opcodes.__code__
     if len(list(concrete_proxy.dis.get_instructions(sample))) == len(sample.co_code) // 2:
@@ -297,8 +283,7 @@ def restore_branch_opcodes() -> bool:
     """Let the traced values know all instructions that branch on a truth value.
 
     Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.jump_opcodes``. Cause: a list of five
-    names. Python 3.11 has ``POP_JUMP_FORWARD_IF_TRUE``, ``POP_JUMP_BACKWARD_IF_FALSE`` and so on instead (any PyTorch);
-    3.10 and 3.12 to 3.13 use listed names.
+    names; Python 3.11 has others.
     """
     known = concrete_proxy.ConcreteProxy.jump_opcodes
     missing = []

@@ -38,8 +38,8 @@ def keep_shared_parameters() -> bool:
     """Let layers that share a parameter share it while they are wrapped and after.
 
     Place: ``nni/compression/base/wrapper.py``, ``TargetSpace._register_target`` and ``ModuleWrapper.unwrap``. Cause:
-    each layer gets a copy, on every version. So ``unwrap_model`` returned a model without its ties, and an optimizer
-    that knows a shared parameter by one name left the other layers out.
+    each layer gets a copy, so that ``unwrap_model`` returned a model without its ties, and an optimizer that knows a
+    shared parameter by one name left the other layers out.
     """
     if "register_parameter" not in ModuleWrapper.unwrap.__code__.co_names:
         return False
@@ -97,8 +97,8 @@ class ListedModules:
 def wrap_modules_once() -> bool:
     """Take a module with two names for one layer, under the first of its names that the config_list selects.
 
-    Place: ``nni/compression/base/compressor.py``, ``register_wrappers``. Cause: it goes by names, and ``op_types``
-    selects all of them, so that the second wrapper met the first: a bare AssertionError, on every version.
+    Place: ``nni/compression/base/compressor.py``, ``register_wrappers``. Cause: ``op_types`` selects all names, so that
+    the second wrapper met the first: a bare AssertionError.
     """
     register = compressor.register_wrappers
 
@@ -125,7 +125,7 @@ def leave_no_forward() -> bool:
     """Leave an unwrapped module without an attribute ``forward`` of its own, if it had none.
 
     Place: ``nni/compression/base/wrapper.py``, ``ModuleWrapper.unwrap``. Cause: it puts the class's method back as an
-    attribute of the module, on every version.
+    attribute of the module.
     """
     unwrap = ModuleWrapper.unwrap
 
@@ -143,7 +143,7 @@ def unwrap_models_once() -> bool:
     """Let ``unwrap_model`` do nothing for a model that isn't wrapped.
 
     Place: ``nni/compression/base/compressor.py``, ``Compressor.unwrap_model``. Cause: it warns that it can't, and goes
-    on to an AttributeError, on every version.
+    on to an AttributeError.
     """
     unwrap_model = Compressor.unwrap_model
 
@@ -161,7 +161,7 @@ def call_layers_of_attention() -> bool:
 
     Place: ``nni/compression/base/compressor.py``, ``Compressor.wrap_model`` and ``unwrap_model``. Cause: PyTorch's
     ``nn.MultiheadAttention`` and torchvision's attention in windows never call these layers, so that masks on them do
-    nothing, on every version.
+    nothing.
     """
     wrap_model, unwrap_model = Compressor.wrap_model, Compressor.unwrap_model
 
@@ -194,9 +194,9 @@ def call_layers_of_attention() -> bool:
 def ask_for_targets() -> bool:
     """Let `target_settings` say which parameters of a module are pruned.
 
-    Place: ``nni/compression/base/setting.py``, ``PruningSetting.get``. Cause: settings go by the name of a class, on
-    every version. Recurrent layers of one class have more parameters the more levels they have, and NNI answers to a
-    parameter that a module lacks with a bare AssertionError.
+    Place: ``nni/compression/base/setting.py``, ``PruningSetting.get``. Cause: settings go by the name of a class, but
+    recurrent layers have more parameters the more levels they have, and a parameter that a module lacks is a bare
+    AssertionError.
     """
     get = PruningSetting.get
 
@@ -219,7 +219,7 @@ def ask_for_blocks() -> bool:
     """Let `scaling` say what the blocks of a pruner's targets are.
 
     Place: ``nni/compression/base/compressor.py``, ``Pruner._register_scalers``. Cause: blocks are neighbouring rows
-    there, on every version, and a head's aren't where one weight holds queries, keys and values.
+    there, and a head's aren't where one weight holds queries, keys and values.
     """
     register = Pruner._register_scalers
 
@@ -237,8 +237,7 @@ def undo_failed_constructors() -> bool:
     """Leave the model as it was where a pruner's constructor raises.
 
     Place: ``nni/compression/base/compressor.py``, ``Compressor.__init__``, and those of all subclasses. Cause: an error
-    after the first wrapper left a wrapped model and no pruner to unwrap it, on every version; from then on every pruner
-    refused the model.
+    after the first wrapper left a wrapped model and no pruner to unwrap it, which every pruner refused.
     """
     for kind in _with_subclasses(Compressor):
         _guard_constructor(kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from nni_topo.compat import evaluators
-
-PATCHES = (
-    "set_lightning_steps",
-    "evaluate_within_training",
-    "make_default_optimizer",
-    "patch_trainer_steps",
-    "pass_loss_arguments",
-)
 
 
 @pytest.fixture
@@ -64,19 +55,6 @@ def test_a_library_that_cannot_be_imported_is_told(library: str, monkeypatch: py
     cls: Any = evaluator.LightningEvaluator if library == "pytorch_lightning" else evaluator.TransformersEvaluator
     with pytest.raises(AssertionError, match=f"^{library} is not installed"):
         cls(None, None)
-
-
-ALONE = f"""
-import nni_topo
-names = {set(PATCHES)}
-report = nni_topo.compat.enable()
-print(names <= set(report.unneeded), report.failed)
-"""
-
-
-@pytest.mark.slow
-def test_patches_are_not_needed_without_the_packages(bare_python: Callable[[str], str]) -> None:
-    assert bare_python(ALONE).split() == ["True", "{}"]
 
 
 class Line(pl.LightningModule):

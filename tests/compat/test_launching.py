@@ -59,10 +59,8 @@ UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket"}
     ("headers", "status"),
     [
         ({}, 200),
-        ({"Host": "127.0.0.1:80"}, 200),
         ({"Host": "[::1]"}, 200),
         ({"Host": "rebound.example"}, 403),
-        ({"Host": "localhost.rebound.example"}, 403),
         ({"Host": "rebound.example", "Expect": "100-continue"}, 403),
         ({"Origin": "http://localhost:9000"}, 200),
         ({"Origin": "https://other.example"}, 403),

@@ -80,14 +80,11 @@ class Added(nn.Module):
         return self.conv3((self.conv1(x) + self.conv2(x)).relu())
 
 
-@pytest.mark.parametrize("make", [Added, Sized, Pooled])
-@pytest.mark.quick_every(2)
-def test_given_masks_stay_as_they_are(make: type[nn.Module]) -> None:
+def test_given_masks_stay_as_they_are() -> None:
     torch.manual_seed(0)
-    model = make().eval()
+    model = Added().eval()
     masks = masks_of(model)
-    if make is Added:
-        masks["conv2"] = {target: mask.flip(0) for target, mask in masks["conv1"].items()}
+    masks["conv2"] = {target: mask.flip(0) for target, mask in masks["conv1"].items()}
     before = copy.deepcopy(masks)
     first = ModelSpeedup(copy.deepcopy(model), INPUTS, masks).speedup_model()
     second = ModelSpeedup(copy.deepcopy(model), INPUTS, masks_or_file=masks).speedup_model()
