@@ -1,11 +1,6 @@
 """Studies of a model; none of them changes it. The verbs of ``nni-topo analyze`` are theirs."""
 
-from nni_topo.maths.topology.overlap import (
-    network_overlap_bound,
-    network_tree_overlap,
-    overlap_bound,
-    tree_overlap,
-)
+from nni_topo.maths.topology.overlap import overlap_bound, tree_overlap
 from nni_topo.studies.analysis.bounds.propagation import error_bound
 from nni_topo.studies.analysis.compression import critical_compression_ratio, critical_config_list
 from nni_topo.studies.analysis.connectivity import connectivity
@@ -33,8 +28,6 @@ __all__ = [
     "draw_splits",
     "error_bound",
     "net_deviation",
-    "network_overlap_bound",
-    "network_tree_overlap",
     "neural_persistence",
     "overlap_bound",
     "retraining_bound",

@@ -162,11 +162,10 @@ KNOBS: dict[str, Any] = {
     ),
     "algorithm": st.sampled_from(["kmeans", "spectral", "ward", "dbscan", "gmm"]),
     "survivor": st.sampled_from(["auto", "weight", "bias", "center", "random", ["weight", "bias_norm"]]),
-    "pool": st.sampled_from(["none", "mean", 2]),
     "graph": st.sampled_from(["epsilon", "knn"]),
     "energy": st.sampled_from([0.1, 0.9, {"hidden": 0.5}]),
     "growth": st.sampled_from([{"statistic": name} for name in ("dispersion", "trace", "max", "mean")]),
-    "cloud": st.sampled_from(["auto", "weight", "coupled", "activation", "functional"]),
+    "cloud": st.sampled_from(["auto", "weight", "functional"]),
     "criterion": st.sampled_from(["auto", "hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"]),
     "homology_dimensions": st.sampled_from([(0,), (0, 1), (1,)]),
     "solver": st.sampled_from(["greedy", {"generations": 2, "population_size": 4}]),
@@ -176,13 +175,10 @@ KNOBS: dict[str, Any] = {
     "sequential": st.booleans(),
     "norm": st.sampled_from([1, 2]),
     "signal": st.sampled_from(["chirp", "data", {"direction": "diagonal"}]),
-    "bias": st.booleans(),
     "on_subcritical": st.sampled_from(["raise", "clip"]),
     "conv_graph": st.sampled_from(["channel", "tensor", "unrolled"]),
     "validation": st.just([LABELLED]),
     "evaluate": st.just(lambda model: float(model(IMAGES.to(next(model.parameters()).dtype)).mean())),
-    "state": st.none(),
-    "on_generation": st.none(),
 }
 # What a pruner needs, and what would take long, is given always.
 ALWAYS = {"calibration": ("reconstruction", "cluster", "subcluster"), "validation": ("genetic_weight",)}
@@ -197,7 +193,7 @@ def requests(draw: Any) -> tuple[Net, str, list[Any], dict[str, Any]]:
     chosen = draw(st.lists(st.sampled_from(known), max_size=2, unique=True))
     chosen += [knob for knob, owners in ALWAYS.items() if name in owners and knob not in chosen]
     knobs = {knob: draw(KNOBS[knob]) for knob in chosen}
-    if knobs.get("cloud") in ("functional", "activation"):
+    if knobs.get("cloud") == "functional":
         knobs["calibration"] = [LABELLED]
     if {"cloud", "budget", "conv_graph"} & knobs.keys():
         knobs["example_inputs"] = IMAGES[:2]

@@ -28,7 +28,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 import nni_topo
 from nni_topo import zoo
@@ -80,16 +79,6 @@ def trial(out: Path) -> Any:
     return run_trial(TrialSettings(limit=200, train_epochs=2, retrain_epochs=4, ratio=0.5), out)
 
 
-def genetic(out: Path) -> Any:
-    """Search single weights by the genetic algorithm."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, images = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 3)), torch.randn(512, 20)
-    batches = [(images, model(images).argmax(1))]
-    knobs = {"search": {"population_size": 10, "generations": 60}, "state": out / "state.npz"}
-    pruner = nni_topo.create_pruner("genetic_weight", model, [{"op_names": ["0"]}], validation=batches, **knobs)
-    _, masks = pruner.compress()
-    return [digest(masks["0"]["weight"]), pruner.history.to_dict("list")]
 
 
 def zoo_of_networks(out: Path) -> Any:
@@ -126,7 +115,7 @@ def study(name: str) -> Callable[[Path], Any]:
     return job
 
 
-ALONE = (comparison, recovery, rounds, trial, genetic, zoo_of_networks)
+ALONE = (comparison, recovery, rounds, trial, zoo_of_networks)
 JOBS: dict[str, Callable[[Path], Any]] = {job.__name__: job for job in (*ALONE, *map(study, STUDIES))}
 
 

@@ -65,8 +65,6 @@ def test_every_pruner(device, name):
 
 
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
-    "coupled": ("topological", {"cloud": "coupled", "example_inputs": IMAGES[:2]}),
-    "activation": ("topological", {"cloud": "activation", "calibration": BATCHES}),
     "functional": ("topological", {"cloud": "functional", "calibration": BATCHES}),
     "reconstruction": ("reconstruction", {"calibration": BATCHES}),
     "cover": ("topological", {"criterion": "cover"}),
@@ -82,7 +80,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "spectral": ("cluster", {"algorithm": "spectral"}),
     "survivor center": ("cluster", {"survivor": "center"}),
-    "subcluster mean": ("subcluster", {"growth": {"statistic": "mean"}, "pool": 2}),
+    "subcluster mean": ("subcluster", {"growth": {"statistic": "mean"}}),
     "energy of data": ("energy", {"signal": "data", "calibration": BATCHES}),
     "level, global": ("level", {"config": [{"op_types": ["Linear"], "sparse_ratio": 0.5, "global_group_id": 1}]}),
 }

@@ -13,7 +13,6 @@ import pytest
 @pytest.mark.parametrize(
     ("jobs", "kills"),
     [
-        pytest.param("genetic", 3, marks=pytest.mark.slow),
         pytest.param("comparison recovery rounds trial", 5, marks=pytest.mark.slow),
     ],
 )

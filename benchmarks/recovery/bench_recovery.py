@@ -42,7 +42,7 @@ from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval
 
-CLOUDS = ("weight", "coupled", "activation", "functional")
+CLOUDS = ("weight", "functional")
 CRITERIA = ("hausdorff", "cover", "bottleneck", "wasserstein")
 SOLVERS = ("greedy", "genetic")
 METHODS = ("pair", "channel", "reconstruct")

@@ -14,25 +14,29 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import spearmanr
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.networks.energy_nets import NETS, trained
 from nni_topo import (
     EnergyFilterPruner,
+    StructuredPruner,
     create_pruner,
     dependency_groups,
     masked_model,
     recalibrate_batch_norm,
     zoo,
 )
+from nni_topo.pruners.energy import TOLERANCE, CumulativeEnergyMetric
+from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
+from nni_topo.pruners.planner import Planner
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.run import AnalyzeEnergy, show_energy
@@ -59,7 +63,6 @@ CHIRPS: dict[str, dict[str, Any]] = {
     "chirp, radial": {"signal": {"direction": "radial"}},
     "chirp, one diagonal (thesis)": {"signal": {"direction": "diagonal"}},
     "chirp, to 1 cycle per pixel": {"signal": {"sweep": "thesis"}},
-    "chirp, without bias": {"bias": False},
 }
 
 
@@ -186,7 +189,7 @@ def correlation(label: str, options: argparse.Namespace) -> dict[str, Any]:
     for order in (1, 2):
         weights = {name: model.get_submodule(name).weight.detach().flatten(1) for name in layers}
         scores[f"L{order} norm"] = {name: weight.norm(p=order, dim=1).tolist() for name, weight in weights.items()}
-    measured = _energies(model, layers, example, signal="data", calibration=images)
+    measured = {name: energy.tolist() for name, energy in data_energies(model, layers, images).items()}
     rows = {
         row: {name: float(spearmanr(found[name], measured[name]).statistic) for name in layers}
         for row, found in scores.items()
@@ -300,13 +303,60 @@ def _all_masks(model: nn.Module, config: Any, example: Any, images: Any) -> Iter
     choices = [("random", "random", {"seed": seed}) for seed in range(RANDOM_SEEDS)]
     choices += [(name, name, {}) for name in ("l1", "l2", "fpgm")]
     choices += [(row, "energy", {"example_inputs": example, **knobs}) for row, knobs in CHIRPS.items()]
-    data = {"signal": "data", "calibration": list(images)}
-    choices += [("energy on data", "energy", data)]
     for row, name, knobs in choices:
-        pruner = create_pruner(name, model, config, **knobs)
-        _, masks = pruner.compress()
-        pruner.unwrap_model()
-        yield row, masks
+        yield row, _masks(create_pruner(name, model, config, **knobs))
+    yield "energy on data", _masks(energy_on_data(model, config, list(images)))
+
+
+def _masks(pruner: Any) -> Any:
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks
+
+
+def data_energies(model: nn.Module, layers: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the mean energy of each channel's output on images, float64 ``(out,)``, by layer."""
+    sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
+    samples = dict.fromkeys(layers, 0)
+
+    def add(name: str, outputs: Tensor) -> None:
+        rows = outputs.detach().transpose(0, 1).flatten(1).double()
+        sums[name] = sums[name] + rows.pow(2).sum(1)
+        samples[name] += rows.shape[1]
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: add(name, out)) for name in layers
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: sums[name] / samples[name] for name in layers}
+
+
+class DataEnergyCollector(DataCollector):
+    """Energy of each filter's responses to images."""
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self.batches = batches
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return energies ``(blocks, 1)``."""
+        layers = dict.fromkeys(name for unit in context.units for name, _ in unit.members)
+        energies = data_energies(context.model, list(layers), self.batches)
+        return context.collected(lambda unit, module, target: energies[module][:, None])
+
+
+def energy_on_data(model: nn.Module, config: Any, batches: Sequence[Tensor]) -> StructuredPruner:
+    """Return a pruner by the energy of responses to images."""
+    return StructuredPruner(
+        model,
+        config,
+        collector=DataEnergyCollector(batches),
+        calculator=CumulativeEnergyMetric(),
+        planner=Planner(strict=True, tolerance=TOLERANCE),
+    )
 
 
 def _energies(model: nn.Module, layers: list[str], example: Any, **knobs: Any) -> dict[str, list[float]]:

@@ -34,13 +34,12 @@ from nni_topo.studies.tables import best_baseline, grouped, interval, markdown_t
 CALIBRATION = 512
 TARGETS = (0.5, 0.25, 0.1, 0.03)
 BASELINES = ("random", "l1", "l2", "fpgm", "torch-pruning")
-CLOUDS = ("weight", "coupled", "activation", "functional")
+CLOUDS = ("weight", "functional")
 SEARCHES = (
     ("weight", "hausdorff"),
     ("weight", "cover"),
     ("functional", "hausdorff"),
     ("functional", "cover"),
-    ("activation", "wasserstein"),
     ("functional", "bottleneck"),
     ("functional", "wasserstein"),
 )
@@ -118,7 +117,7 @@ def _rows() -> Iterator[PrunerChoice]:
 
 
 def _topological(label: str, **knobs: Any) -> PrunerChoice:
-    needs_images = knobs.get("cloud") not in ("weight", "coupled")
+    needs_images = knobs.get("cloud") != "weight"
     return PrunerChoice("topological", label, knobs, CALIBRATION if needs_images else 0)
 
 

@@ -151,8 +151,10 @@ def herding_images(points: Points, count: int, seed: int) -> Indices:
 
 
 def covering_images(points: Points, count: int, seed: int) -> Indices:
-    """Return images that cover the cloud: each is the farthest from those before it."""
-    return nni_topo.topology.farthest_points(points, count)
+    """Return images that cover the cloud: the one nearest to the mean, then always the farthest from those before."""
+    distances = nni_topo.topology.pairwise_distances(points)
+    first = int(np.square(points - points.mean(0)).sum(1).argmin())
+    return nni_topo.topology.farthest_point_order(distances, first)[0][:count]
 
 
 def dense_covering_images(points: Points, count: int, seed: int) -> Indices:
@@ -164,7 +166,7 @@ def dense_covering_images(points: Points, count: int, seed: int) -> Indices:
     distances = torch.cdist(torch.from_numpy(points), torch.from_numpy(points)).fill_diagonal_(torch.inf)
     merged = distances.amin(1).numpy()
     stay = np.sort(merged.argsort(kind="stable")[: round((1.0 - ISOLATED) * len(points))])
-    return stay[nni_topo.topology.farthest_points(points[stay], count)]
+    return stay[covering_images(points[stay], count, seed)]
 
 
 COVER, DENSE_COVER = "cover", "cover without isolated images"

@@ -20,21 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from network_trees import network_overlap_bound, network_tree, network_tree_overlap
 from torch import Tensor, nn
 
 from nni_topo import zoo
-from nni_topo.analysis import (
-    connectivity,
-    network_overlap_bound,
-    network_tree_overlap,
-    neural_persistence,
-    overlap_bound,
-)
+from nni_topo.analysis import connectivity, neural_persistence, overlap_bound
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, load_model_data
 from nni_topo.studies.analysis.layers import weight_layers
 from nni_topo.studies.tables import interval, markdown_table
-from nni_topo.topology import network_tree, rips_diagram
+from nni_topo.topology import rips_diagram
 
 NETS = ("lenet300", "mnist_fcn")
 IMAGES = 5_000

@@ -2,10 +2,9 @@
 
 from nni_topo.pruners.allocators import ConfigAllocator, keep_highest
 from nni_topo.pruners.clouds import CLOUDS
-from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
-from nni_topo.pruners.clouds.weight import ActivationCollector, WeightCollector
+from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import (
     Data,
     DataCollector,
@@ -22,9 +21,7 @@ from nni_topo.pruners.units import PruningUnit, TargetSpaces, pruning_units
 
 __all__ = [
     "CLOUDS",
-    "ActivationCollector",
     "ConfigAllocator",
-    "CoupledWeightCollector",
     "Data",
     "DataCollector",
     "FeatureCollector",

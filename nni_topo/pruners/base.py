@@ -8,11 +8,9 @@ so the pruner also works inside NNI's scheduled pruners; the calculator asks the
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import is_dataclass
 from typing import Any, ClassVar, Literal
 
 from nni.compression.base.compressor import Pruner
@@ -48,6 +46,9 @@ _logger = logging.getLogger(__name__)
 
 class StructuredPruner(Pruner):
     """Prune whole filters and neurons by a collector, a metric and an allocator.
+
+    A subclass whose constructor is decorated by :func:`~nni_topo.pruners.checks.pruner_arguments` has its knobs as
+    attributes; this class uses those of the other parameters.
 
     Parameters
     ----------
@@ -94,8 +95,6 @@ class StructuredPruner(Pruner):
         What values of the config_list must be beyond what NNI asks for, by key.
     allocations : tuple of str
         How a budget may be dealt out, of :class:`~nni_topo.Budget`'s names.
-    facts : Facts or None
-        What a caller that made the model knows of it, so that the pruner doesn't trace it again.
 
     Raises
     ------
@@ -104,9 +103,6 @@ class StructuredPruner(Pruner):
 
     Notes
     -----
-    A constructor of a subclass that is decorated by :func:`~nni_topo.pruners.checks.pruner_arguments` keeps its knobs
-    as attributes; this class uses ``budget``, ``calibration``, ``example_inputs``, ``round_to`` and ``progress``.
-
     ``unwrap_model()`` restores the unmasked weights as *new* Parameters: an optimizer made before doesn't know them.
     ``interval_steps``, ``total_times`` and ``first_step_gen`` mean what they mean for NNI's own pruners;
     ``LinearPruner`` and ``AGPPruner`` set them.
@@ -166,10 +162,11 @@ class StructuredPruner(Pruner):
         self.calculator = calculator
         config_list = self._fitting(model, config_list)
         self._collected: Data | None = None  # of the first call of `masks_for`
-        self._ties = config_list.ties if isinstance(config_list, DependencyGroups) else {}
-        self._shares = config_list.shares if isinstance(config_list, DependencyGroups) else {}
-        self.facts: Facts | None = None
-        self._facts = Facts()  # what was found about the model since it was asked for masks
+        coupled = config_list if isinstance(config_list, DependencyGroups) else None
+        self._ties = {} if coupled is None else coupled.ties
+        self._shares = {} if coupled is None else coupled.shares
+        self.facts: Facts | None = None  # what a caller that made the model knows of it
+        self._facts = Facts()  # what was found since masks were asked for
         self.allocator = ConfigAllocator() if allocator is None else allocator
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
@@ -180,19 +177,6 @@ class StructuredPruner(Pruner):
             self._activate_targets()
         # Raises for granularities that don't fit shapes, and for groups whose members don't fit each other.
         pruning_units(self._target_spaces, self._ties)
-
-    def __repr__(self) -> str:
-        """Name the pruner and the knobs that differ from their defaults; of data the type alone."""
-        given = []
-        for knob in inspect.signature(type(self).__init__).parameters.values():
-            if knob.kind is not knob.KEYWORD_ONLY:
-                continue
-            value = getattr(self, knob.name, knob.default)
-            is_plain = isinstance(value, _PLAIN)
-            if value is not knob.default and not (is_plain and value == knob.default):
-                shown = repr(value) if is_plain or is_dataclass(value) else f"<{type(value).__name__}>"
-                given.append(f"{knob.name}={shown}")
-        return f"{type(self).__name__}({', '.join(given)})"
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
         """Make the masks and put them into the wrapped model.
@@ -277,21 +261,6 @@ class StructuredPruner(Pruner):
                     targets[target] = mask.expand_as(whole).clone()
         return found
 
-    def update_masks(self, masks: Masks) -> None:
-        """Put masks into the wrapped model; those of modules that this pruner doesn't know are left out.
-
-        NNI's own pruners promise the same and raise a KeyError.
-
-        Parameters
-        ----------
-        masks : dict
-            ``{module name: {target name: mask}}``.
-        """
-        unknown = sorted(masks.keys() - self._module_wrappers.keys())
-        if unknown:
-            _logger.warning("masks of modules that aren't pruned here are left out: %s", ", ".join(unknown))
-        super().update_masks({name: targets for name, targets in masks.items() if name not in unknown})
-
     def _fitting(self, model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Check the layers; leave out those that the collector refuses, if dependency groups chose them by kind."""
         try:
@@ -367,6 +336,3 @@ class StructuredPruner(Pruner):
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         """Leave the evaluator as it is: NNI reverts its patches."""
-
-
-_PLAIN = (str, bool, int, float, tuple, type(None))

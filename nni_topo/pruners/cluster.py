@@ -32,7 +32,7 @@ from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.clouds.features import POOL, FeatureCollector, Pool, TracedNetwork
+from nni_topo.pruners.clouds.features import FeatureCollector, TracedNetwork
 from nni_topo.pruners.clouds.functional import read_strength, readers_of
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.planner import Planner
@@ -313,8 +313,6 @@ class ClusterPruner(FeaturePruner):
         largest sum of absolute weights on both sides (4.12); ``"bias"``, the largest bias (4.13); ``"bias_norm"``, the
         largest absolute bias. Of several the ranks are averaged. A batch norm after the layer is part of the bias.
         ``"auto"``: ``"bias_norm"`` for convolutions with a bias or a batch norm, else ``"weight"``.
-    pool : {"none", "mean"} or int, default="none"
-        Feature maps as they are, averaged to one value, or to so many in each direction.
     graph : {"epsilon", "knn"}, default="epsilon"
         The graph of spectral clustering, see :func:`nni_topo.maths.clustering.partition`.
 
@@ -349,7 +347,7 @@ class ClusterPruner(FeaturePruner):
     4
     """
 
-    @pruner_arguments(survivor=SURVIVOR, pool=POOL)
+    @pruner_arguments(survivor=SURVIVOR)
     def __init__(
         self,
         model: nn.Module,
@@ -360,7 +358,6 @@ class ClusterPruner(FeaturePruner):
         calibration: Iterable[Any] | None = None,
         algorithm: Algorithm = "kmeans",
         survivor: Survivor = "auto",
-        pool: Pool = "none",
         graph: NeighbourGraph = "epsilon",
         budget: Budget | Mapping[str, Any] | None = None,
         example_inputs: Any = None,
@@ -368,7 +365,7 @@ class ClusterPruner(FeaturePruner):
         seed: int = 0,
     ) -> None:
         check_used(algorithm, graph, type(self).__name__)
-        collector = feature_collector(calibration, evaluator, model, pool)
+        collector = feature_collector(calibration, evaluator, model)
         self.calibration = collector.calibration
         super().__init__(
             model,
@@ -387,7 +384,7 @@ class ClusterPruner(FeaturePruner):
 
 
 def feature_collector(
-    calibration: Iterable[Any] | None, evaluator: Evaluator | None, model: nn.Module, pool: Pool
+    calibration: Iterable[Any] | None, evaluator: Evaluator | None, model: nn.Module
 ) -> FeatureCollector:
     """Return the collector of a pruner that clusters features."""
     batches = pruner_batches(evaluator if calibration is None else calibration, model)
@@ -395,4 +392,4 @@ def feature_collector(
         raise ConfigError(
             "a pruner that clusters features needs calibration data or an evaluator, got neither (calibration)"
         )
-    return FeatureCollector(batches, pool=pool)
+    return FeatureCollector(batches)

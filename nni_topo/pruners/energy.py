@@ -11,10 +11,9 @@ References
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from nni.compression.base.wrapper import ModuleWrapper
@@ -24,20 +23,17 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, LayerError
 from nni_topo.maths import signals
 from nni_topo.maths.ties import descending
-from nni_topo.network.layers.derived import call_of, inner_of, is_followed
-from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, WEIGHTED, by_channel
-from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.fits import run
-from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches, watched
+from nni_topo.network.layers.derived import call_of, inner_of
+from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, WEIGHTED
+from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.clouds.moments import check_reached
 from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit, holds_columns, output_blocks
-from nni_topo.rules import Rule, as_settings, check_fields, number, one_of, settings
+from nni_topo.rules import NONE, Rule, as_settings, number, settings
 
 
 def input_sizes(
@@ -101,33 +97,37 @@ def _respond(module: nn.Module, kernels: Tensor, planes: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class EnergyCollector(DataCollector):
-    """What the two collectors of energies share: one number per filter, and what is refused."""
+class ChirpEnergyCollector(DataCollector):
+    """Energy of each filter's response to a chirp of the layer's own input size; needs no data."""
 
-    bias: bool = field(default=True, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @abstractmethod
-    def energies(self, context: PruningContext, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """Return, by layer, the energy of each output channel per position."""
+    example_inputs: Any
+    chirp: signals.Chirp = signals.Chirp()  # noqa: RUF009 - it is frozen
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Raise ConfigError for layers to prune that have no energy."""
+        """Raise ConfigError for layers without an energy, or whose input size is unknown or below the kernel."""
         for name, module in modules.items():
             if not isinstance(module, WEIGHTED):
                 raise LayerError(f"energies are defined for convolutions, got {type(module).__name__} ({name})", [name])
+        input_sizes(model, _convolutions(modules), self.example_inputs)
 
     def collect(self, context: PruningContext) -> Data:
         """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError without."""
         layers = {name: context.model.get_submodule(name) for unit in context.units for name, _ in unit.members}
-        found = self.energies(context, layers)
+        sizes = input_sizes(context.model, _convolutions(layers), self.example_inputs, context.facts)
+        energies = {}
+        for name, module in layers.items():
+            weight, bias = masked_parameters(context, name)
+            if isinstance(module, nn.Linear):
+                # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
+                energies[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2))
+            else:
+                planes = torch.from_numpy(self.chirp.planes(sizes[name]))
+                energies[name] = chirp_response_energy(module, weight, bias, planes)
 
         def points(unit: PruningUnit, module: str, target: str) -> Tensor:
             if holds_columns(space := context.target_spaces[module][target]):
                 return torch.zeros(unit.blocks, 1, dtype=torch.float64)
-            energy = found[module][output_blocks(space, "energies")].sum(1)
+            energy = energies[module][output_blocks(space, "energies")].sum(1)
             if not bool(torch.isfinite(energy).all()):
                 raise DataError(f"energies must be finite, got NaN or infinity ({module}.{target})")
             return energy[:, None]
@@ -135,81 +135,8 @@ class EnergyCollector(DataCollector):
         return context.collected(points)
 
 
-@dataclass(eq=False)
-class ChirpEnergyCollector(EnergyCollector):
-    """Energy of each filter's response to a chirp of the layer's own input size; needs no data."""
-
-    example_inputs: Any = None
-    signal: signals.Chirp | Mapping[str, Any] | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.chirp = as_settings(signals.Chirp, self.signal, "signal")
-
-    def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Check the layers; ConfigError too if an input size is unknown or below the kernel."""
-        super().check(model, modules)
-        input_sizes(model, _convolutions(modules), self.example_inputs)
-
-    def energies(self, context: PruningContext, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """Return the mean energy of each filter's response per position."""
-        found, sizes = {}, input_sizes(context.model, _convolutions(layers), self.example_inputs, context.facts)
-        for name, module in layers.items():
-            weight, bias = masked_parameters(context, name)
-            if not self.bias:
-                bias = None
-            if isinstance(module, nn.Linear):
-                # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
-                found[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2))
-            else:
-                planes = torch.from_numpy(self.chirp.planes(sizes[name]))
-                found[name] = chirp_response_energy(module, weight, bias, planes)
-        return found
-
-
 def _convolutions(layers: Mapping[str, nn.Module]) -> list[str]:
     return [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
-
-
-@dataclass(eq=False)
-class DataEnergyCollector(EnergyCollector):
-    """Energy of each filter's responses to calibration data; the chirp approximates it."""
-
-    calibration: Iterable[Any] = field(kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.calibration = Calibration.of(self.calibration)
-
-    def energies(self, context: PruningContext, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """Return the mean energy of each channel's output."""
-        sums = {}
-        for name, layer in layers.items():
-            sums[name] = _Energy(layer, None if self.bias else masked_parameters(context, name)[1])
-        with watched(leaving=[(total.module, total.add) for total in sums.values()]):
-            run(context.model, self.calibration)
-        for name, total in sums.items():
-            check_reached(total.samples, name, "response")
-        return {name: (total.energy / total.samples).cpu() for name, total in sums.items()}
-
-
-class _Energy:
-    """Energy of each channel of a layer, less its bias if one is given, summed over samples and positions."""
-
-    def __init__(self, module: nn.Module, bias: Tensor | None) -> None:
-        self.module, self.bias = module, bias
-        self._goes_on = is_followed(module)
-        self.energy: Any = 0.0
-        self.samples = 0
-
-    def add(self, entering: Tensor, outputs: Tensor) -> None:
-        if self._goes_on:  # its class computes more with the filters' responses
-            outputs = call_of(self.module, entering).run()
-        rows = by_channel(self.module, outputs).double()
-        if self.bias is not None:
-            rows = rows - self.bias.to(rows.device)[:, None]
-        self.energy = self.energy + rows.pow(2).sum(1)
-        self.samples += rows.shape[1]
 
 
 def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
@@ -268,13 +195,8 @@ class EnergyFilterPruner(StructuredPruner):
         they are sorted; under a ``global_group_id`` all layers get one threshold, which meets the ratio.
     example_inputs : Any, default=None
         As for the base class; they also tell every layer's input size, which the chirp needs.
-    signal : {"chirp", "data"}, Chirp or mapping, default="chirp"
-        Whose responses are measured: those to a :class:`~nni_topo.Chirp`, given or by its fields, direction and sweep;
-        or ``"data"``, the calibration images.
-    calibration : iterable or None, default=None
-        As for the base class, for ``signal="data"``.
-    bias : bool, default=True
-        Whether the layer's bias is part of the response.
+    signal : Chirp, mapping or None, default=None
+        The :class:`~nni_topo.Chirp` to which responses are measured, or its fields. None: ``Chirp()``.
 
     Raises
     ------
@@ -290,7 +212,7 @@ class EnergyFilterPruner(StructuredPruner):
     Notes
     -----
     A chirp can't enter a linear layer: its neurons have the expected energy of their outputs for uncorrelated inputs of
-    energy 1 each. ``signal="data"`` measures them like convolutions.
+    energy 1 each.
 
     A layer is never emptied. The members of a dependency group weigh by their energy per position.
 
@@ -316,7 +238,7 @@ class EnergyFilterPruner(StructuredPruner):
 
     setting_rules: ClassVar[Mapping[str, Rule]] = {"sparse_threshold": number(0, 1, "neither")}
 
-    @pruner_arguments(signal=one_of(("chirp", "data")) | settings(signals.Chirp))
+    @pruner_arguments(signal=settings(signals.Chirp) | NONE)
     def __init__(
         self,
         model: nn.Module,
@@ -325,28 +247,17 @@ class EnergyFilterPruner(StructuredPruner):
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
         example_inputs: Any = None,
-        signal: signals.Chirp | Mapping[str, Any] | Literal["chirp", "data"] = "chirp",
-        calibration: Iterable[Any] | None = None,
+        signal: signals.Chirp | Mapping[str, Any] | None = None,
         budget: Budget | Mapping[str, Any] | None = None,
-        bias: bool = True,
         round_to: int | None = None,
     ) -> None:
-        self.calibration = pruner_batches(evaluator if calibration is None and signal == "data" else calibration, model)
-        collector: EnergyCollector
-        if signal == "data":
-            if self.calibration is None:
-                raise ConfigError("signal 'data' needs calibration data or an evaluator, got neither (calibration)")
-            collector = DataEnergyCollector(calibration=self.calibration, bias=bias)
-        else:
-            inputs = example_inputs_of(example_inputs, model, calibration=self.calibration, evaluator=evaluator)
-            chirp = None if isinstance(signal, str) else signal
-            collector = ChirpEnergyCollector(inputs, signal=chirp, bias=bias)
+        inputs = example_inputs_of(example_inputs, model, evaluator=evaluator)
         super().__init__(
             model,
             config_list,
             evaluator,
             existed_wrappers,
-            collector=collector,
+            collector=ChirpEnergyCollector(inputs, as_settings(signals.Chirp, signal, "signal")),
             calculator=CumulativeEnergyMetric(),
             planner=Planner(strict=True, tolerance=TOLERANCE, round_to=round_to),
         )

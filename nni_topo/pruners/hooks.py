@@ -43,36 +43,18 @@ class KeptSet(Metrics):
 
 @dataclass(frozen=True)
 class PruningContext:
-    """What a hook may look at while masks are made.
+    """What a hook may look at while masks are made."""
 
-    Attributes
-    ----------
-    model : torch.nn.Module
-        The wrapped model.
-    target_spaces : dict
-        NNI's target spaces with the ratios in force (a scheduled pruner changes them from step to step).
-    evaluator : nni.compression.utils.Evaluator or None
-        The pruner's evaluator.
-    parameter_names : dict of str to str
-        Parameter names before and after wrapping, which the evaluator needs to rebuild its optimizers.
-    planner : Planner
-        Says how many blocks are kept.
-    ties : mapping of str to sequence of int
-        For layers that share some channels with others, the group id of each channel: equal ids are pruned together.
-    shares : mapping of str to Share
-        For layers whose channels are shuffled, how many channels of each segment are kept at a plain ratio.
-    facts : Facts or None
-        What was found about the model already.
-    """
-
-    model: nn.Module
-    target_spaces: TargetSpaces
-    evaluator: Evaluator | None = None
-    parameter_names: Mapping[str, str] = field(default_factory=dict)
-    planner: Planner = field(default_factory=Planner)
+    model: nn.Module  # the wrapped one
+    target_spaces: TargetSpaces  # NNI's, with the ratios in force: a scheduled pruner changes them from step to step
+    evaluator: Evaluator | None = None  # the pruner's
+    parameter_names: Mapping[str, str] = field(default_factory=dict)  # before and after wrapping, for the evaluator
+    planner: Planner = field(default_factory=Planner)  # says how many blocks are kept
+    # For layers that share some channels with others, the group id of each channel: equal ids are pruned together.
     ties: ChannelCoupling = field(default_factory=dict)
+    # For layers whose channels are shuffled, how many channels of each segment are kept at a plain ratio.
     shares: Mapping[str, Share] = field(default_factory=dict)
-    facts: Facts | None = None
+    facts: Facts | None = None  # what was found about the model already
 
     def analysis(self, example_inputs: Any) -> Analysis:
         """Return how channels go through the model on some inputs."""
@@ -145,15 +127,7 @@ class DataCollector(ABC):
     """Collects, per target, one row of numbers per block."""
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:  # noqa: B027 - most take any layer
-        """Refuse, before anything is wrapped or takes long, layers that can't be looked at.
-
-        Parameters
-        ----------
-        model : torch.nn.Module
-            The model to prune.
-        modules : dict of str to torch.nn.Module
-            The layers of it that the config_list names.
-        """
+        """Refuse, before anything is wrapped or takes long, those of the layers to prune that can't be looked at."""
 
     @abstractmethod
     def collect(self, context: PruningContext) -> Data:

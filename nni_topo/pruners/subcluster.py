@@ -20,7 +20,6 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.clustering.partition import IntArray
 from nni_topo.maths.clustering.subclustering import ENERGY, Growth, SplitTree, grow, initial_clusters
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.clouds.features import POOL, Pool
 from nni_topo.pruners.cluster import (
     SURVIVOR,
     Clusters,
@@ -149,8 +148,6 @@ class SubclusterPruner(FeaturePruner):
         ``Growth()``.
     survivor : str or sequence of str, default="auto"
         As for :class:`~nni_topo.ClusterPruner`.
-    pool : {"none", "mean"} or int, default="none"
-        Feature maps as they are, averaged to one value, or to so many in each direction.
 
     Raises
     ------
@@ -194,7 +191,6 @@ class SubclusterPruner(FeaturePruner):
         energy=ENERGY | all_of(ENERGY, Mapping),
         growth=settings(Growth) | NONE,
         survivor=SURVIVOR,
-        pool=POOL,
     )
     def __init__(
         self,
@@ -207,14 +203,13 @@ class SubclusterPruner(FeaturePruner):
         energy: float | Mapping[str, float] = 0.5,
         growth: Growth | Mapping[str, Any] | None = None,
         survivor: Survivor = "auto",
-        pool: Pool = "none",
         round_to: int | None = None,
         seed: int = 0,
     ) -> None:
         self.growth = as_settings(Growth, growth, "growth")
         _check_names(model, energy, "energy")
         _check_names(model, self.growth.initial_ratio, "initial_ratio")
-        collector = feature_collector(calibration, evaluator, model, pool)
+        collector = feature_collector(calibration, evaluator, model)
         self.calibration = collector.calibration
         super().__init__(
             model,

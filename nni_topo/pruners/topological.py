@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import nn
 from nni_topo.context import leaving_out
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, FloatArray, Generation, GeneticSearch, SubsetGeneticAlgorithm
-from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
+from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
@@ -73,11 +74,10 @@ class TopologicalMetric(SelectionMetric):
 
         self.trace = {}
         tasks = [(index, unit, part) for index, unit in enumerate(context.units) for part in range(unit.parts)]
-        chosen_by = self.criterion, self.homology_dimensions, self.search
+        choose = delayed(partial(_chosen, self.criterion, self.homology_dimensions, self.search))
         # A cloud is handed on, not held: its distances go with it.
         work = (
-            delayed(_chosen)(clouds(unit.name).pop(0), rows[unit.name], [self.seed, index, part], *chosen_by)
-            for index, unit, part in tasks
+            choose(clouds(unit.name).pop(0), rows[unit.name], [self.seed, index, part]) for index, unit, part in tasks
         )
         # One by one, for the bar, where the backend can: Ray's can't.
         one_by_one = get_active_backend()[0].supports_return_generator
@@ -103,37 +103,27 @@ class TopologicalMetric(SelectionMetric):
 
 
 def _chosen(
-    cloud: Cloud,
-    keep: int,
-    seed: list[int],
     criterion: str,
     homology_dimensions: tuple[int, ...],
     search: GeneticSearch | None,
+    cloud: Cloud,
+    keep: int,
+    seed: list[int],
 ) -> tuple[BoolArray, list[Generation], bool]:
     """Return a cloud's kept blocks, boolean ``(size,)``, the search's progress, and whether all were equally fit."""
     cover = cloud.cover(keep)
     if search is None or keep == cloud.size:
         return cover, [], False
     fitness = topology.SubsetFitness(
-        cloud.distances,
-        criterion,
-        homology_dimensions=homology_dimensions,
-        base=cloud.base,
-        engine=search.engine,
+        cloud.distances, criterion, homology_dimensions=homology_dimensions, base=cloud.base
     )
 
     def score(population: BoolArray) -> FloatArray:
         # The fitness keeps the origin in every subset.
         return fitness(np.pad(population, ((0, 0), (0, len(cloud.points) - cloud.size))))
 
-    run = SubsetGeneticAlgorithm(
-        cloud.size,
-        keep,
-        score,
-        search,
-        seed=seed,
-        initial=cover[None] if search.greedy_start else None,
-    )
+    initial = cover[None] if search.greedy_start else None
+    run = SubsetGeneticAlgorithm(cloud.size, keep, score, search, seed=seed, initial=initial)
     run.run()
     return run.best_individual()[1], run.trace, run.is_flat
 
@@ -143,16 +133,16 @@ class TopologicalPruner(StructuredPruner):
 
     Parameters
     ----------
-    model, evaluator, existed_wrappers, calibration, budget, round_to, seed, progress
+    model, evaluator, existed_wrappers, calibration, budget, example_inputs, round_to, seed, progress
         As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
         NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are one joint
         cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks are pruned as long as half the longest
         H0 death time that the cloud loses stays below it, in units of the layer's mean death time; one block is kept.
     cloud : str, PointCloud, mapping or DataCollector, default="auto"
-        :class:`~nni_topo.PointCloud`, its fields, or its kind alone: ``"weight"``, ``"coupled"``,
-        ``"activation"`` or ``"functional"``. ``"auto"`` is ``"functional"`` if ``calibration`` is given, else
-        ``"weight"``, with a warning if there is an evaluator whose data could serve.
+        :class:`~nni_topo.PointCloud`, its fields, or its kind alone: ``"weight"`` or ``"functional"``. ``"auto"`` is
+        ``"functional"`` if ``calibration`` is given, else ``"weight"``, with a warning if there is an evaluator whose
+        data could serve.
     criterion : {"auto", "hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"}, default="auto"
         What is minimised: the largest or the mean distance from a pruned to the nearest kept point, or the distance
         between the persistence diagrams of the kept and the whole cloud; of several degrees ``"bottleneck"`` takes the
@@ -163,8 +153,6 @@ class TopologicalPruner(StructuredPruner):
         The greedy solution, farthest points first, or a genetic algorithm with the settings of a
         :class:`~nni_topo.GeneticSearch`. ``"auto"`` is ``"greedy"`` for covers, where the search gained nothing
         measurable, and ``"genetic"`` for distances of diagrams.
-    example_inputs : Any, default=None
-        As for the base class; also for the coupled cloud.
     n_jobs : int or None, default=1
         Layers searched at a time, as joblib's ``n_jobs``; ``joblib.parallel_config`` picks another backend, such as
         Dask's. The result doesn't depend on it.
@@ -227,8 +215,7 @@ class TopologicalPruner(StructuredPruner):
         self.homology_dimensions = tuple(homology_dimensions)
         named = PointCloud(cloud) if isinstance(cloud, (str, DataCollector)) else cloud
         points = as_settings(PointCloud, named, "cloud")
-        inputs = example_inputs
-        if calibration is None and points.kind in ("activation", "functional"):
+        if calibration is None and points.kind == "functional":
             calibration = evaluator
         self.calibration = pruner_batches(calibration, model)
         if points.kind == "auto" and self.calibration is None and evaluator is not None:
@@ -236,8 +223,6 @@ class TopologicalPruner(StructuredPruner):
                 "channels are selected by the cloud of the weights alone, because there are no calibration data: "
                 "calibration=evaluator takes what the evaluator evaluates on; cloud='weight' asks for the weights"
             )
-        if points.kind == "coupled":
-            inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
         criterion = "hausdorff" if criterion == "auto" else criterion
         if not isinstance(solver, str):
             search = as_settings(GeneticSearch, solver, "solver")
@@ -250,7 +235,7 @@ class TopologicalPruner(StructuredPruner):
             config_list,
             evaluator,
             existed_wrappers,
-            collector=points.collector(self.calibration, inputs),
+            collector=points.collector(self.calibration),
             calculator=TopologicalMetric(
                 criterion=criterion,
                 homology_dimensions=self.homology_dimensions,

@@ -33,49 +33,25 @@ ChannelCoupling = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class PruningUnit:
-    """Targets that keep and lose the same blocks.
+    """Targets that keep and lose the same blocks."""
 
-    Attributes
-    ----------
-    name : str
-        The targets, joined by ``+``, e.g. ``"layer1.conv2.weight+layer1.conv1.weight"``.
-    members : tuple of (str, str)
-        Module and target name of each target: those that lose rows, then those that lose columns, else in the order of
-        the config_list.
-    blocks : int
-        Number of scores a member has, at least 1.
-    parts : int
-        Number of equal segments of blocks that lose the same count each, at least 1.
-    elements : int
-        Number of tensor elements pruned with one block, over all members.
-    sparse_ratio, sparse_threshold : float or None
-        The rule that applies; exactly one is given.
-    min_sparse_ratio, max_sparse_ratio : float
-        Bounds of the share of blocks that may be pruned, in [0, 1].
-    global_group_id : int, str or None
-        Units of one id are ranked together.
-    channels : int, default=1
-        Number of a layer's output channels that a block stands for, as a head of attention does.
-    ties : tuple of int
-        Group id of each block, ``(blocks,)``, where blocks are coupled with those of other units or of this one:
-        blocks with equal ids are kept or pruned together. Empty where none are.
-    segments, shares : tuple of int
-        Where a network shuffles channels: the segment of each block, ``(blocks,)``, and how many of each are kept.
-        Empty elsewhere, and where the rule is no ratio that these are for.
-    """
-
-    name: str
+    name: str  # the targets, joined by "+", e.g. "layer1.conv2.weight+layer1.conv1.weight"
+    # Module and target name of each: those that lose rows, then those that lose columns, else as in the config_list.
     members: tuple[tuple[str, str], ...]
-    blocks: int
-    parts: int
-    elements: int
-    sparse_ratio: float | None
+    blocks: int  # scores that a member has, at least 1
+    parts: int  # equal segments of blocks that lose the same count each, at least 1
+    elements: int  # tensor elements pruned with one block, over all members
+    sparse_ratio: float | None  # this or the threshold is given
     sparse_threshold: float | None
-    min_sparse_ratio: float
+    min_sparse_ratio: float  # bounds of the share of blocks that may be pruned, in [0, 1]
     max_sparse_ratio: float
-    global_group_id: int | str | None = None
-    channels: int = 1
+    global_group_id: int | str | None = None  # units of one id are ranked together
+    channels: int = 1  # output channels that a block stands for, as a head of attention does
+    # Group id of each block, (blocks,), where some are coupled: those of equal ids, of this unit or others, are kept or
+    # pruned together. Empty where none are.
     ties: tuple[int, ...] = ()
+    # Where a network shuffles channels, and the rule is the ratio that these are for: the segment of each block,
+    # (blocks,), and how many of each are kept.
     segments: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
 
@@ -178,22 +154,10 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
 def pruning_units(
     target_spaces: TargetSpaces, ties: ChannelCoupling | None = None, shares: Mapping[str, Share] | None = None
 ) -> list[PruningUnit]:
-    """Group the active targets of a pruner into units.
+    """Group the active targets of a pruner into units, in the order of their first members.
 
-    Parameters
-    ----------
-    target_spaces : dict
-        NNI's target spaces. Groups with at least one active member are units as a whole.
-    ties : mapping of str to sequence of int, optional
-        By layer that shares some of its channels, a number for each, as of
-        :class:`~nni_topo.DependencyGroups`. Units that aren't pruned by output channel pass it over.
-    shares : mapping of str to Share, optional
-        By layer whose channels are shuffled, how many of which stay, as of the same.
-
-    Returns
-    -------
-    list of PruningUnit
-        In the order in which their first member stands in ``target_spaces``.
+    Groups with at least one active member are units as a whole. ``ties`` and ``shares`` are those of
+    :class:`~nni_topo.DependencyGroups`; units that aren't pruned by output channel pass them over.
     """
     groups: dict[Any, list[tuple[str, str, PruningTargetSpace]]] = {}
     for module_name, spaces in target_spaces.items():

@@ -156,7 +156,7 @@ def test_pairs_by_likeness(seed):
 def test_genetic_searches(seed):
     def search(noise):
         fitness = lambda genes: rounded_otherwise(1.0 + (genes[:, :4].sum(1) // 2), noise.integers(1 << 30))  # noqa: E731
-        search = SubsetGeneticAlgorithm(10, 4, fitness, GeneticSearch(generations=6, patience=4), seed=seed)
+        search = SubsetGeneticAlgorithm(10, 4, fitness, GeneticSearch(generations=6), seed=seed)
         search.run()
         return search
 

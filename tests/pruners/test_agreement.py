@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,20 +113,6 @@ def test_any_choice_agrees_and_keeps_no_less(case, seed):
         for number, stays in zip(each.ties, found[0][each.name].tolist(), strict=True):
             by_number.setdefault(number, set()).add(stays)
     assert all(len(stays) == 1 for stays in by_number.values())
-
-
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(1, 4))
-def test_half_of_everything_is_met_exactly_where_each_unit_lies_within_the_next(lengths, copies):
-    ends = np.cumsum(lengths) * 2
-    units = [unit(str(place), range(end), members=copies) for place, end in enumerate(ends)]
-    found = agreed(units, [end // 2 for end in ends])
-    assert [len(found[each.name]) * 2 for each in units] == ends.tolist()
-
-
-@pytest.mark.parametrize("shift", [0, 5])
-def test_numbers_name_ties_and_nothing_else(shift):
-    units = [unit("wide", np.array([7, 3, 9, 1]) + shift), unit("narrow", np.array([9, 1]) + shift)]
-    assert agreed(units, [2, 1]) == agreed([unit("wide", range(4)), unit("narrow", [2, 3])], [2, 1])
 
 
 class Joined(nn.Module):

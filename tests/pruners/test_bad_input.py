@@ -11,9 +11,9 @@ from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
 import nni_topo
-from nni_topo.errors import ConfigError, DataError, NniTopoError
+from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.pruners.registry import list_pruners, pruner_info
-from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
+from nni_topo.testing import toy_evaluator, toy_knobs, toy_model
 
 HALF = [{"op_names": ["stem", "hidden"], "sparse_ratio": 0.5}]
 OWN = [name for name in list_pruners() if pruner_info(name).origin == "nni_topo"]
@@ -44,54 +44,27 @@ def refused(name, model, config_list, words, **knobs):
     assert config_list == config
 
 
-@pytest.mark.parametrize("name", ["random", "topological_magnitude"])
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"op_names_re": ["("]}, r"op_names_re must be .*a regular expression, got \['\('\] \(config_list\[0\]\)"),
-        ({"exclude_op_names_re": ["["]}, "exclude_op_names_re must be .*a regular expression"),
         ({"op_names": "stem"}, "op_names must be a list, each value a str, got 'stem'"),
-        ({"op_names": [["stem"]]}, "op_names must be a list, each value a str"),
-        ({"op_names": ("stem",)}, "op_names must be a list"),
-        ({"op_types": [{}]}, "op_types must be a list, each value a str"),
-        ({"exclude_op_names": None}, "exclude_op_names must be a list"),
-        (
-            {"target_names": ["bias"]},
-            r"with it or have a rule of its own, got bias without stem.weight \(stem.bias\)",
-        ),
+        ({"target_names": ["bias"]}, r"a rule of its own, got bias without stem.weight \(stem.bias\)"),
         ({"target_names": ["weigth"]}, "target of stem .*did you mean weight"),
-        (
-            {"target_settings": {"stride": {"apply_method": "mul"}}},
-            "a target must be a tensor of its layer, got a tuple",
-        ),
-        ({"target_settings": {"weight": 0.5}}, "target_settings must be a dict, each value a dict"),
-        (
-            {"target_settings": {"weight": {"sparse_ratio": 2.0}}},
-            r"in \[0, 1\), got 2.0 \(config_list\[0\].target_settings.weight",
-        ),
-        ({"granularity": [5, 5]}, "granularity must divide the target's shape|left out"),
-        ({"granularity": [0]}, "granularity must be .*a list of steps"),
+        ({"target_settings": {"stride": {"apply_method": "mul"}}}, "must be a tensor of its layer, got a tuple"),
+        ({"target_settings": {"weight": {"sparse_ratio": 2.0}}}, r"got 2.0 \(config_list\[0\].target_settings.weight"),
+        ({"granularity": [5, 5]}, "granularity must divide the target's shape"),
         ({"granularity": "per_channel"}, "granularity of parameters must be another one, got 'per_channel'"),
-        (
-            {"granularity": "out"},
-            "granularity must be a known name, got 'out'; did you mean out_channel?",
-        ),
-        ({"granularity": [[1], "middle"]}, "granularity must be"),
-        ({"granularity": [[1], "front", 1, 1]}, "granularity must be"),
+        ({"granularity": "out"}, "granularity must be a known name, got 'out'; did you mean out_channel?"),
         ({"sparse_ratio": float("nan")}, r"sparse_ratio must be in \[0, 1\), got nan"),
-        ({"sparse_ratio": "half"}, "sparse_ratio must be .*got 'half'"),
-        ({"sparse_ratio": True}, "sparse_ratio must be .*got True"),
-        ({"min_sparse_ratio": 0.6, "max_sparse_ratio": 0.4}, "min_sparse_ratio must|left out"),
-        ({"max_sparse_ratio": "all"}, "max_sparse_ratio must be"),
+        ({"min_sparse_ratio": 0.6, "max_sparse_ratio": 0.4}, "min_sparse_ratio must"),
         ({"internal_metric_block": 0}, "internal_metric_block must be an integer of at least 1"),
-        ({"internal_metric_block": 10**30}, "internal_metric_block must be an integer"),
         ({"dependency_group_id": ["a"]}, "dependency_group_id must be a str or an int"),
-        ({"global_group_id": {}}, "global_group_id must be a str or an int"),
         ({"apply_method": "divide"}, "apply_method must be a known name"),
     ],
 )
-def test_a_config_list_is_checked_key_by_key(name, changes, words):
-    refused(name, toy_model(), [{"op_names": ["stem"], "sparse_ratio": 0.5, **changes}], words)
+def test_a_config_list_is_checked_key_by_key(changes, words):
+    refused("random", toy_model(), [{"op_names": ["stem"], "sparse_ratio": 0.5, **changes}], words)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -121,43 +94,33 @@ def test_a_batch_norm_is_pruned_or_refused_by_name(name):
         refused(name, model, config, r"BatchNorm2d.*norm|\(norm.weight\)")
 
 
-NAN = float("nan")
 BAD_KNOBS = {
-    "seed": (-1, 2**32, 1.5, "0", True, None),
-    "round_to": (0, 10**30, 2.5, "8"),
+    "seed": (-1, 1.5, True),
+    "round_to": (0, 2.5),
     "progress": ("yes", 1),
     "n_jobs": (0, 1.5, "all"),
     "example_inputs": ("image", 3, []),
-    "calibration": ("abc", 5, b"abc"),
-    "budget": (0.5, {"flops": 2.0}, {"flops": "half"}, {"flop": 0.5}, {"flops": 0.5, "allocation": 3}),
-    "algorithm": ("kmean", 3, None),
-    "survivor": ("weigth", [], 5, [["weight"]]),
-    "pool": ("max", 0, True),
-    "graph": ("knm", 5, None),
+    "calibration": ("abc", 5),
+    "budget": (0.5, {"flops": 2.0}, {"flop": 0.5}),
+    "algorithm": ("kmean", None),
+    "survivor": ("weigth", []),
+    "graph": ("knm", None),
     "energy": (1.0, "half", {"hidden": 2.0}, None),
     "growth": (3, {"bins": 0}, {"recursive": "no"}, {"initial_ratio": "few"}),
     "cloud": ("functionals", 3, ["weight"], {"origin": 1}),
     "criterion": ("hausdorf", 3, ["cover"]),
     "homology_dimensions": ((), 3, (-1,), ("0",)),
-    "solver": (
-        3,
-        {"mutation_probability": "often"},
-        {"crossover_probability": float("nan")},
-        {"elitism": float("nan")},
-    ),
-    "search": (7, {"weakest_rate": "much"}, {"alpha": float("inf")}, {"generations": 10**30}, {"greedy_start": 1}),
+    "solver": (3, {"mutation_probability": "often"}),
+    "search": (7, {"weakest_rate": "much"}, {"greedy_start": 1}),
     "combine": ("mean", 1),
     "preprocess": ("scale", 1),
     "sequential": ("no", 1),
     "norm": (3, True, "2"),
-    "signal": ("noise", 1, {"sweep": []}),
-    "bias": (1,),
+    "signal": ("noise", {"sweep": []}),
     "on_subcritical": ("warn", 1),
     "conv_graph": ("matrix", []),
     "validation": (3,),
     "evaluate": (2.5,),
-    "state": (3,),
-    "on_generation": ("x",),
 }
 
 
@@ -243,11 +206,3 @@ def test_an_evaluator_is_one_of_nni():
         nni_topo.RandomPruner(toy_model(), HALF, 3)
     model = toy_model()
     nni_topo.RandomPruner(model, HALF, toy_evaluator(model))
-
-
-def test_weights_of_another_kind_are_refused():
-    model = toy_model()
-    model.stem.weight = nn.Parameter(model.stem.weight.to(torch.complex64))
-    with pytest.raises(DataError, match=r"real floating-point tensors, got torch.complex64 \(stem.weight\)"):
-        nni_topo.RandomPruner(model, HALF)
-    assert toy_images(1).isfinite().all()

@@ -6,7 +6,6 @@ from nni.compression.pruning import AGPPruner, LinearPruner
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.registry import create_pruner
@@ -51,19 +50,6 @@ def test_bad_config_lists_are_refused_by_name(convnet, config, words):
         check_request(convnet, config)
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda model, config: create_pruner("l1", model, config),
-        lambda model, config: RandomPruner(model, config),
-        lambda model, config: dependency_groups(model, toy_images(2), config),
-    ],
-)
-def test_a_misspelt_key_is_named_wherever_a_config_list_is_handed_in(use):
-    with pytest.raises(ConfigError, match=r"got 'sparsty'; did you mean sparse_ratio, .*\(config_list\[0\]\)"):
-        use(toy_model(), [{"op_types": ["Conv2d"], "sparsty": 0.5}])
-
-
 GROUP = {"dependency_group_id": "a"}
 
 
@@ -83,16 +69,6 @@ GROUP = {"dependency_group_id": "a"}
 @pytest.mark.filterwarnings("ignore:'sparsity' is a key of NNI 2:FutureWarning")
 def test_a_rule_may_stand_in_an_old_key_a_target_or_another_member_of_the_group(convnet, config):
     check_request(convnet, config)
-
-
-@pytest.mark.parametrize("name", ["topological", "random", "l1", "l2", "fpgm", "level", "energy", "matrix"])
-@pytest.mark.parametrize("config", [[], [{"op_names": ["stem"]}]], ids=["empty", "without a rule"])
-def test_a_request_that_asks_for_nothing_is_refused_before_wrapping(name, config):
-    model = toy_model()
-    knobs = {"example_inputs": toy_images(1)} if name == "energy" else {}
-    with pytest.raises(ConfigError, match="config_list"):
-        create_pruner(name, model, config, **knobs)
-    assert not any(name.endswith("_nni_wrapper") for name, _ in model.named_modules())
 
 
 def test_pruners_that_find_the_number_need_no_rule_but_an_entry():

@@ -58,25 +58,7 @@ def test_layers_with_channels_that_nothing_reads_are_refused_before_wrapping_wit
     words = refused(Net("slice"), layers("first", "wide"), name)
     assert words.endswith("(wide)")
     assert "exclude_op_names" in words
-    assert "cloud='activation'" in words
-
-
-@pytest.mark.parametrize("way", ["chunk", "slice", "pixel_shuffle"])
-def test_the_knob_that_is_named_works(way):
-    net = Net(way)
-    pruner = nni_topo.TopologicalPruner(net, layers("first", "wide"), calibration=[IMAGES], cloud="activation")
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    assert float(masks["wide"]["bias"].mean()) == 0.5
-    dense = nni_topo.to_dense(net, IMAGES[:2], {"first": masks["first"]})
-    assert dense.first.out_channels == 2
-
-
-def test_the_coupled_cloud_decides_as_early():
-    net = Net("slice")
-    with pytest.raises(ConfigError, match=r"\(wide\)"):
-        nni_topo.TopologicalPruner(net, layers("wide"), cloud="coupled", example_inputs=IMAGES[:1])
-    assert not any(name.endswith("_nni_wrapper") for name, _ in net.named_modules())
+    assert "cloud='weight'" in words
 
 
 def vision_transformer() -> nn.Module:
@@ -105,15 +87,6 @@ def test_the_stream_of_a_vision_transformer_is_read_by_attention_too():
     assert farther[torch.arange(32) != 3].all()
 
 
-def test_the_decision_looks_at_two_images_however_large_the_batch():
-    net, sizes = vision_transformer(), []
-    net.conv_proj.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    batches = [torch.rand(16, 3, 32, 32)]
-    names = [f"encoder.layers.encoder_layer_{index}.mlp.0" for index in range(2)]
-    nni_topo.TopologicalPruner(net, layers(*names), calibration=batches)
-    assert set(sizes) <= {2, 4}  # a network is recorded on two images, and on twice as many
-
-
 def test_shrink_leaves_layers_whole_that_nobody_named_and_refuses_those_named():
     class Half(Net):
         """Has another layer that may go instead."""
@@ -134,11 +107,3 @@ def test_shrink_leaves_layers_whole_that_nobody_named_and_refuses_those_named():
     assert small.more.out_channels < net.more.out_channels
     with pytest.raises(ConfigError, match=r"\(wide\)"):
         nni_topo.shrink(net, [IMAGES], {"params": 0.6}, layers=["first", "wide", "more"], distill=False)
-
-
-def test_shrink_and_distill_call_their_images_by_name():
-    net = Net("chunk").eval()
-    with pytest.raises(ConfigError, match=r"images must be an iterable of batches, .* \(images\)"):
-        nni_topo.shrink(net, IMAGES, {"params": 0.6})
-    with pytest.raises(ConfigError, match=r"held_out must be an iterable of batches, .* \(held_out\)"):
-        nni_topo.distill(net, net, [IMAGES], held_out=IMAGES)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from nni_topo.maths.clustering import partition
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.cluster import ClusterPruner, best_of, survivor_scores
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.testing import toy_evaluator, toy_images, toy_model
+from nni_topo.testing import toy_images, toy_model
 
 HIDDEN = {"op_names": ["0"]}
 
@@ -46,14 +45,6 @@ def test_one_of_each_family_stays(algorithm):
     config = [{**HIDDEN, "sparse_ratio": 2 / 3}]
     found = kept(ClusterPruner(model, config, calibration=[data], algorithm=algorithm))
     assert sorted(np.flatnonzero(found) % 4) == [0, 1, 2, 3]
-
-
-def test_a_graph_that_the_algorithm_does_not_use_is_refused_before_the_model_is_wrapped():
-    model, data = families()
-    config = [{**HIDDEN, "sparse_ratio": 0.5}]
-    with pytest.raises(ConfigError, match="graph must be given with algorithm='spectral' only, got 'knn' with"):
-        ClusterPruner(model, config, calibration=[data], graph="knn")
-    assert not hasattr(model[0], "_nni_wrapper")
 
 
 def test_every_graph_of_spectral_clustering_reaches_the_clusters():
@@ -103,32 +94,6 @@ def test_pairs_name_a_survivor_of_the_same_family():
     stays = kept(pruner)
     assert sorted(pruner.pairs["0"]) == np.flatnonzero(~stays).tolist()
     assert all(stays[survivor] and survivor % 4 == gone % 4 for gone, survivor in pruner.pairs["0"].items())
-
-
-def test_the_correlation_update_brings_the_output_back():
-    model, data = families()
-    with torch.no_grad():
-        model[0].bias.zero_()
-    config = [{**HIDDEN, "sparse_ratio": 2 / 3}]
-    pruner = ClusterPruner(copy.deepcopy(model), config, calibration=[data], survivor="center")
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    updated = nni_topo.compensate(model, masks, [data], method=nni_topo.recovery.Pair(pruner.pairs))
-    errors = [
-        ((nni_topo.masked_model(net, data, masks)(data) - model(data)).norm() / model(data).norm()).item()
-        for net in (model, updated)
-    ]
-    assert errors[0] > 0.2
-    assert errors[1] < 0.01
-
-
-def test_dead_neurons_all_go():
-    model, data = families()
-    with torch.no_grad():
-        model[0].bias[[0, 5, 7]] = -1e3
-    found = kept(ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 0.5}], calibration=[data]))
-    assert not found[[0, 5, 7]].any()
-    assert found.sum() == 6
 
 
 def test_dead_neurons_go_beyond_the_ratio_and_stop_at_the_maximum():
@@ -242,56 +207,6 @@ def test_the_nearest_to_the_centre_of_a_pair_is_no_matter_of_rounding():
     assert found[1:] == found[:1] * 3
 
 
-def test_pairs_whose_channel_stays_for_another_layer_are_left_out():
-    class Residual(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.f = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
-
-        def forward(self, inputs):
-            hidden = self.a(inputs).relu()
-            return self.f((hidden + self.b(hidden)).relu().mean((2, 3)))
-
-    torch.manual_seed(0)
-    images = torch.randn(16, 1, 6, 6)
-    model = Residual()
-    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-    pruner = ClusterPruner(model, config, calibration=[images], survivor="random")
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    nni_topo.compensate(Residual(), masks, [images], method=nni_topo.recovery.Pair(pruner.pairs))
-    with pytest.raises(ConfigError, match=r"pairs must be a mapping of layers to mappings.*got \{'a': 4\}"):
-        nni_topo.compensate(model, masks, [images], method=nni_topo.recovery.Pair({"a": 4}))
-
-
-def test_pruners_can_be_pickled():
-    model, data = families()
-    pruner = ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 0.5}], calibration=[data], survivor="weight")
-    _, masks = pruner.compress()
-    again = pickle.loads(pickle.dumps(pruner))
-    assert again.pairs == pruner.pairs
-    assert torch.equal(again.compress()[1]["0"]["weight"], masks["0"]["weight"])
-
-
-def test_batches_may_be_arrays_and_one_array_is_no_list_of_them():
-    _, data = families()
-    config = [{**HIDDEN, "sparse_ratio": 0.5}]
-    with pytest.raises(ConfigError, match=r"got one ndarray of shape \(64, 5\)"):
-        ClusterPruner(families()[0], config, calibration=data.numpy()).compress()
-    of_arrays, of_tensors = (
-        ClusterPruner(families()[0], config, calibration=[batch]).compress()[1] for batch in (data.numpy(), data)
-    )
-    assert torch.equal(of_arrays["0"]["weight"], of_tensors["0"]["weight"])
-
-
-def test_the_registry_asks_for_data_or_an_evaluator():
-    config = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
-    with pytest.raises(ConfigError, match="pruner 'cluster' needs calibration or evaluator, got none"):
-        nni_topo.create_pruner("cluster", toy_model(), config)
-    model = toy_model()
-    assert kept(nni_topo.create_pruner("cluster", model, config, toy_evaluator(model)), "hidden").sum() == 8
-
-
 def scored(rules, model=None, names=("hidden",), closeness=None, seed=0, group=None):
     model = toy_model() if model is None else model
     config = [{"op_names": list(names), "sparse_ratio": 0.5}]
@@ -337,11 +252,6 @@ def test_a_batch_norm_is_part_of_the_bias():
         constant = model.norm(model.stem(torch.zeros(1, 3, 8, 8)))[0, :, 0, 0]
     # A constant is the difference of numbers up to 2, and may be far smaller than what they are rounded by.
     np.testing.assert_allclose(scored(("bias",), model, ("stem",)), constant.numpy(), rtol=0, atol=1e-6)
-
-
-def test_random_follows_the_seed():
-    np.testing.assert_array_equal(scored(("random",), seed=1), scored(("random",), seed=1))
-    assert not np.array_equal(scored(("random",), seed=1), scored(("random",), seed=2))
 
 
 def test_several_rules_average_ranks():

@@ -19,7 +19,6 @@ from nni_topo.maths import signals
 from nni_topo.pruners.energy import (
     ChirpEnergyCollector,
     CumulativeEnergyMetric,
-    DataEnergyCollector,
     chirp_response_energy,
     cumulative_shares,
     input_sizes,
@@ -120,11 +119,10 @@ def test_one_filter_always_stays():
     assert kept(layer_with([0.0, 0.0, 0.0]), {"sparse_threshold": 0.9}).sum() == 1
 
 
-def test_bias_counts_unless_told_otherwise():
+def test_bias_counts():
     model = layer_with([1.0, 4.0])
     model[0].bias = nn.Parameter(torch.tensor([5.0, 0.0], dtype=torch.float64))
     assert kept(model, {"sparse_ratio": 0.5}).tolist() == [True, False]
-    assert kept(model, {"sparse_ratio": 0.5}, bias=False).tolist() == [False, True]
 
 
 def test_a_global_group_is_one_threshold_over_the_layers():
@@ -189,14 +187,6 @@ def test_schedules_measure_again_and_never_bring_a_filter_back(scheduler):
     assert masks["stem"]["bias"].sum() == 2
 
 
-def test_data_collector_keeps_what_answers_the_data():
-    model = layer_with([1.0, 4.0])
-    model[0].bias = nn.Parameter(torch.tensor([0.0, -2.0], dtype=torch.float64))  # silent where the image is 1
-    assert kept(model, {"sparse_ratio": 0.5}).tolist() == [False, True]
-    calibration = [torch.ones(4, 1, 8, 8, dtype=torch.float64)]
-    assert kept(model, {"sparse_ratio": 0.5}, signal="data", calibration=calibration).tolist() == [True, False]
-
-
 CONV = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
 
 
@@ -208,7 +198,6 @@ CONV = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
         (nn.Conv2d(1, 4, (9, 5), padding=(0, 2)), CONV, {}, ConfigError, "kernel 9x5, got 8x12 \\(0\\)"),
         (nn.Conv2d(1, 4, 3), CONV, {"example_inputs": None}, ConfigError, "must be known.*\\(0\\)"),
         (nn.Conv2d(1, 4, 3, dtype=torch.complex64), CONV, {}, DataError, "got torch.complex64 \\(0.weight\\)"),
-        (nn.Conv2d(1, 4, 3), CONV, {"signal": "data"}, ConfigError, "calibration data or an evaluator"),
     ],
 )
 def test_bad_requests_are_refused_before_wrapping(layer, entry, knobs, error, words):
@@ -313,30 +302,9 @@ def test_input_sizes_are_those_of_the_layers():
 def test_collector_measures_each_layer_at_its_own_size():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3))
     originals = copy.deepcopy(model)
-    found = collected(ChirpEnergyCollector(torch.ones(1, 3, 16, 18), signal=signals.Chirp("radial")), model)
+    found = collected(ChirpEnergyCollector(torch.ones(1, 3, 16, 18), signals.Chirp("radial")), model)
     torch.testing.assert_close(found["0"], direct_energy(originals[0], torch.from_numpy(signals.chirp_2d(16, 18))))
     torch.testing.assert_close(found["2"], direct_energy(originals[2], torch.from_numpy(signals.chirp_2d(7, 8))))
-
-
-def test_a_collector_may_be_used_on_another_model():
-    collector = ChirpEnergyCollector(torch.ones(1, 3, 9, 9), signal={"direction": "radial"})
-    for stride in (1, 2):
-        model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=stride, padding=1), nn.Conv2d(4, 4, 3))
-        original = copy.deepcopy(model[1])
-        plane = torch.from_numpy(signals.chirp_2d(-(-9 // stride), -(-9 // stride)))
-        torch.testing.assert_close(collected(collector, model)["1"], direct_energy(original, plane))
-
-
-def test_knobs_change_what_they_say():
-    images = toy_images(1)
-
-    def energies(**knobs):
-        return collected(ChirpEnergyCollector(images, **knobs), toy_model())["stem"]
-
-    default = energies()
-    signals_of = ({"sweep": "thesis"}, {"direction": "diagonal"}, {"direction": "radial"})
-    for knobs in (*({"signal": each} for each in signals_of), {"bias": False}):
-        assert not torch.allclose(energies(**knobs), default, rtol=1e-3), knobs
 
 
 def test_unit_energy_of_a_linear_layer_is_the_expected_one():
@@ -346,17 +314,6 @@ def test_unit_energy_of_a_linear_layer_is_the_expected_one():
     energy = collected(ChirpEnergyCollector(None), model, config)["0"]
     inputs = torch.randn(200_000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(energy, original(inputs).pow(2).mean(0).detach(), rtol=0.02, atol=0.0)
-
-
-def test_data_energies_are_mean_squares_of_outputs():
-    model = toy_model()
-    images = toy_images(12)
-    outputs = copy.deepcopy(model).stem(images).detach().double()
-    found = collected(DataEnergyCollector(calibration=[images[:5], (images[5:], None)]), copy.deepcopy(model))
-    torch.testing.assert_close(found["stem"], outputs.pow(2).mean((0, 2, 3)))
-    bare = collected(DataEnergyCollector(calibration=[images], bias=False), copy.deepcopy(model))
-    without = (outputs - model.stem.bias.detach().double()[:, None, None]).pow(2).mean((0, 2, 3))
-    torch.testing.assert_close(bare["stem"], without, rtol=1e-5, atol=1e-7)
 
 
 def test_masked_weights_have_no_energy():
@@ -399,14 +356,6 @@ def test_a_layer_that_is_not_reached_is_named():
     images = torch.ones(2, 1, 6, 6)
     with pytest.raises(ConfigError, match="miss it \\(idle\\)"):
         ChirpEnergyCollector(images).collect(context_of(Idle()))
-    with pytest.raises(DataError, match="no response \\(idle\\)"):
-        DataEnergyCollector(calibration=[images]).collect(context_of(Idle()))
-
-
-def test_finer_blocks_than_channels_are_refused():
-    config = [{**CONVS[0], "granularity": [1, 1]}]
-    with pytest.raises(ConfigError, match="by output channel, got a Conv2d of 8 channels in 216 blocks"):
-        ChirpEnergyCollector(toy_images(1)).collect(context_of(toy_model(), config))
 
 
 def test_an_energy_that_overflows_is_refused():

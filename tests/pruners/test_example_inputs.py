@@ -23,7 +23,6 @@ HALF = {"budget": {"flops": 0.5}}
 PRUNERS: dict[str, tuple[type, list[dict[str, Any]], dict[str, Any]]] = {
     "energy": (nni_topo.EnergyFilterPruner, CONFIG, {}),
     "matrix": (nni_topo.MatrixPruner, CONFIG, {}),
-    "coupled": (nni_topo.TopologicalPruner, CONFIG, {"cloud": "coupled"}),
     "budget": (nni_topo.TopologicalPruner, [{"op_names": ["hidden"]}], HALF),
     "random": (nni_topo.RandomPruner, [{"op_names": ["hidden"]}], HALF),
     "matrix budget": (nni_topo.MatrixPruner, [{"op_names": ["hidden"]}], HALF),
@@ -76,11 +75,9 @@ def test_an_evaluator_tells_the_example_inputs(name: str) -> None:
     [
         (nni_topo.ReconstructionPruner, {}),
         (nni_topo.TopologicalPruner, {"cloud": "functional"}),
-        (nni_topo.TopologicalPruner, {"cloud": "activation"}),
-        (nni_topo.EnergyFilterPruner, {"signal": "data"}),
         (nni_topo.ClusterPruner, {}),
     ],
-    ids=["reconstruction", "functional", "activation", "energy", "cluster"],
+    ids=["reconstruction", "functional", "cluster"],
 )
 def test_evaluation_data_serve_as_calibration(kind: type, knobs: dict[str, Any]) -> None:
     """What an evaluation calls the model with, all of it, gives the masks of the same batches as calibration."""

@@ -11,11 +11,9 @@ from nni.compression.utils import TorchEvaluator
 from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
-from nni_topo.hooks import ActivationCollector
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
-from nni_topo.pruners.energy import DataEnergyCollector
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.recovery import distillation
@@ -49,11 +47,6 @@ def products(collector):
     return found
 
 
-def energies(batches):
-    context = RandomPruner(Words(), [{"op_names": ["fc1"], "sparse_ratio": 0.5}]).context
-    return DataEnergyCollector(calibration=batches).collect(context)["fc1"]["weight"]
-
-
 def sums(batches):
     context = RandomPruner(Words(), [{"op_names": ["fc1"], "sparse_ratio": 0.5}]).context
     ((_, problem),) = ReconstructionProblems(batches).each(context, {})
@@ -62,9 +55,7 @@ def sums(batches):
 
 LOOKS = {
     "functional": products(FunctionalCollector),
-    "activation": products(ActivationCollector),
     "features": products(FeatureCollector),
-    "energy": energies,
     "reconstruction": sums,
 }
 
@@ -84,7 +75,7 @@ def test_nor_does_padding_that_an_evaluator_evaluates_on():
 
     sgd = nni.trace(torch.optim.SGD)(Words().parameters(), lr=0.1)
     evaluator = TorchEvaluator(lambda *_: None, sgd, None, evaluating_func=evaluate)
-    found = products(ActivationCollector)
+    found = products(FunctionalCollector)
     torch.testing.assert_close(found(batches_of(evaluator, Words())), found(REAL))
 
 

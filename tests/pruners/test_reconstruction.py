@@ -189,16 +189,6 @@ def test_masks_stay_as_they_were(build, names, rule, knobs, expected):
     assert " ".join("".join(str(int(bit)) for bit in masks[name]["bias"]) for name in names.split()) == expected
 
 
-def test_groups_of_a_grouped_convolution_lose_the_same_number():
-    torch.manual_seed(4)
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 4, 1)).eval()
-    grouped = dependency_groups(model, IMAGES[:2], config("0", "1"))
-    pruner = ReconstructionPruner(model, grouped, calibration=BATCHES)
-    _, masks = pruner.compress()
-    kept = masks["0"]["bias"].reshape(2, 4).sum(1)
-    assert kept.tolist() == [2, 2]
-
-
 def test_activations_that_are_not_finite_are_named():
     model = chain()
     with torch.no_grad():
@@ -255,13 +245,3 @@ def test_both_convolutions_of_a_block_whose_halves_go_two_ways_are_cut(kind):
     dense = to_dense(model, images, masks)
     assert (dense.one.out_channels, dense.inner.out_channels) == (8, 4)
     assert not dense.report.kept
-
-
-def test_layers_before_may_be_transposed_convolutions():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(6, 8, 2, stride=2), nn.ReLU()
-    model = nn.Sequential(*layers, nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
-    pruner = ReconstructionPruner(model, config("0", "2", "4"), calibration=BATCHES, sequential=True)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    assert to_dense(model, IMAGES[:2], masks)[2].out_channels == 4

@@ -11,7 +11,7 @@ from nni.compression.pruning import LinearPruner
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import PRUNERS, PrunerInfo, check_pruner_knobs
-from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
+from nni_topo.testing import toy_evaluator, toy_model
 
 HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
 
@@ -100,34 +100,6 @@ def test_a_third_party_joins_the_table(monkeypatch):
     check_pruner_knobs("mine", ["seed"], "here")
     with pytest.raises(ConfigError, match="must be free, got 'mine'"):
         nni_topo.register_pruner(PrunerInfo("mine", "other:Pruner", ""))
-
-
-OWN = [name for name in nni_topo.list_pruners() if nni_topo.pruner_info(name).origin == "nni_topo"]
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_knobs_can_be_read_back(name):
-    info = nni_topo.pruner_info(name)
-    pruner = toy_pruner(name)
-    if isinstance(info.load(), type):
-        assert [knob for knob in info.knobs() if not hasattr(pruner, knob)] == []
-
-
-def test_knobs_at_their_defaults_are_left_out_and_data_are_named_by_type():
-    search = nni_topo.GeneticSearch(generations=3)
-    pruner = nni_topo.TopologicalPruner(toy_model(), HALF, calibration=[toy_images()], solver=search, seed=4)
-    assert pruner.seed == 4
-    assert repr(pruner) == f"TopologicalPruner(calibration=<Calibration>, solver={search!r}, seed=4)"
-    assert repr(nni_topo.RandomPruner(toy_model(), HALF)) == "RandomPruner()"
-
-
-def toy_pruner(name):
-    info = nni_topo.pruner_info(name)
-    knobs = toy_knobs(info.knobs(), info.needs)
-    if name == "genetic_weight":
-        knobs["validation"] = [(toy_images(), torch.arange(len(toy_images())) % 4)]
-    rule = HALF if info.structured else [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
-    return nni_topo.create_pruner(name, toy_model(), rule, **knobs)
 
 
 THIRD = """

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat_pruners import STEM, kept, nnis, ours
+from compat_pruners import kept, nnis, ours
 from nni.compression.pruning.tools import generate_sparsity
 from torch import Tensor
 
@@ -31,17 +31,6 @@ def test_maximum_ratio_in_a_global_group() -> None:
     metrics = {name: score for name, score in global_metrics().items() if name != "inner"}
     assert filters(generate_sparsity(metrics, nnis(config)._target_spaces))["stem"] < 6
     assert filters(ours(config)._generate_sparsity(metrics))["stem"] == 6
-
-
-def test_update_masks_with_an_unknown_module(caplog: pytest.LogCaptureFixture) -> None:
-    masks = {"nowhere": {"weight": torch.ones(8, 3, 3, 3)}, "stem": {"weight": torch.zeros(8, 3, 3, 3)}}
-    with pytest.raises(KeyError, match="nowhere"):
-        nnis(STEM).update_masks(masks)
-    caplog.clear()
-    pruner = ours(STEM)
-    pruner.update_masks(masks)
-    assert not pruner.get_masks()["stem"]["weight"].any()
-    assert "masks of modules that aren't pruned here are left out: nowhere" in caplog.text
 
 
 LEGACY = [

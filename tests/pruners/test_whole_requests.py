@@ -119,18 +119,6 @@ def test_of_two_images_that_are_the_same_one_goes(name, knobs):
         assert pruner.pairs["wide"] == {one + i: other + i for i in range(4)}
 
 
-def test_energy_of_an_image_is_that_of_its_channels():
-    model, inputs = zoo_nets.make("pixel_shuffle")
-    with torch.no_grad():
-        model.wide.bias.zero_()
-        model.wide.weight[:] = model.wide.weight[:1].clone()
-        # The first of an image is the loudest of all, the image as a whole the most silent.
-        model.wide.weight.view(6, 4, -1)[0] *= torch.tensor([1.5, 0.0, 0.0, 0.0])[:, None]
-    groups = nni_topo.dependency_groups(model, inputs, [{"op_names": ["wide"], "sparse_ratio": 0.2}])
-    _, masks = nni_topo.EnergyFilterPruner(model, groups, example_inputs=inputs).compress()
-    assert masks["wide"]["bias"].view(6, 4).sum(1).tolist() == [0, 4, 4, 4, 4, 4]
-
-
 class Sliced(nn.Module):
     """A layer of which some channels are read by nothing, so that no cloud of what is read can look at it."""
 

@@ -100,7 +100,7 @@ def test_parameters_replace_settings_and_fill_ratios_and_knobs():
             "ratio.conv1": 0.25,
             "ratio.*": 0.75,
             "knob.n_jobs": 7,
-            "knob.solver.patience": 3,
+            "knob.solver.population_size": 3,
             "retrain_epochs": 2.0,
             "flops": 0.5,
         },
@@ -108,7 +108,7 @@ def test_parameters_replace_settings_and_fill_ratios_and_knobs():
     assert (found.retrain_epochs, found.flops, found.seed) == (2, 0.5, 3)
     assert type(found.retrain_epochs) is int
     assert [found.layer_ratio(name) for name in ("conv1", "conv2")] == [0.25, 0.75]
-    assert (found.cell().pruner.knobs, found.cell().seed) == ({"n_jobs": 7, "solver": {"patience": 3}}, 3)
+    assert (found.cell().pruner.knobs, found.cell().seed) == ({"n_jobs": 7, "solver": {"population_size": 3}}, 3)
 
 
 def test_retraining_takes_a_rate_of_its_own():
@@ -193,11 +193,11 @@ def test_settings_out_of_range_are_refused(changes, message):
 
 def test_parameters_come_on_top_of_those_that_are_there():
     settings = TrialSettings(
-        pruner="topological", ratios={"conv1": 0.25, "fc": 0.5}, knobs={"solver": {"patience": 3}, "n_jobs": 2}
+        pruner="topological", ratios={"conv1": 0.25, "fc": 0.5}, knobs={"solver": {"population_size": 3}, "n_jobs": 2}
     )
     found = with_parameters(settings, {"ratio.fc": 0.75, "knob.solver.generations": 5, "knob.criterion": "bottleneck"})
     assert found.ratios == {"conv1": 0.25, "fc": 0.75}
-    assert found.knobs == {"solver": {"patience": 3, "generations": 5}, "n_jobs": 2, "criterion": "bottleneck"}
+    assert found.knobs == {"solver": {"population_size": 3, "generations": 5}, "n_jobs": 2, "criterion": "bottleneck"}
     assert settings.ratios == {"conv1": 0.25, "fc": 0.5}
     assert with_parameters(TrialSettings(flops=0.5, limit=5), {"flops": None}).flops is None
     assert type(with_parameters(TrialSettings(), {"flops_weight": 1}).flops_weight) is float

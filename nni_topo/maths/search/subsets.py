@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from pyeasyga.pyeasyga import Chromosome, GeneticAlgorithm
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import Levels
-from nni_topo.rules import NONE, check_fields, number, whole
+from nni_topo.rules import check_fields, number, whole
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -32,17 +31,13 @@ class GeneticSearch:
     population_size : int, default=50
         Individuals per generation, at least 2.
     generations : int, default=20
-        Most generations, at least 1.
+        Generations, at least 1.
     crossover_probability, mutation_probability : float, default=0.8 and 0.2
         In [0, 1].
     elitism : bool, default=True
         Whether the best individual is carried over unchanged.
-    patience : int or None, default=None
-        Generations without improvement after which the search ends. None: never.
     greedy_start : bool, default=True
         Whether the first generation holds the greedy solution.
-    engine : {"exact", "gudhi"}, default="exact"
-        Closed forms on a cached distance matrix, or a simplex tree per individual: the slow reference.
 
     Examples
     --------
@@ -55,9 +50,7 @@ class GeneticSearch:
     crossover_probability: float = 0.8
     mutation_probability: float = 0.2
     elitism: bool = True
-    patience: int | None = None
     greedy_start: bool = True
-    engine: Literal["exact", "gudhi"] = "exact"
 
     def __post_init__(self) -> None:
         check_fields(
@@ -66,7 +59,6 @@ class GeneticSearch:
             generations=whole(1),
             crossover_probability=number(0, 1),
             mutation_probability=number(0, 1),
-            patience=whole(1) | NONE,
         )
 
 
@@ -106,7 +98,6 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
             maximise_fitness=False,
         )
         self.keep = keep
-        self.patience = settings.patience
         self.fitness_function = fitness
         self.tournament_size = max(2, self.population_size // 10)
         self.trace: list[Generation] = []  # best and mean fitness per generation
@@ -168,18 +159,6 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         if self.elitism:
             population[0] = self.current_generation[0]
         self.current_generation = population
-
-    def run(self) -> None:
-        """Evolve until the generations are used up or patience ends."""
-        self.create_first_generation()
-        best, stale = self.current_generation[0].fitness, 0
-        for _ in range(1, self.generations):
-            self.create_next_generation()
-            now = self.current_generation[0].fitness
-            stale = 0 if now < best else stale + 1
-            best = min(best, now)
-            if self.patience is not None and stale >= self.patience:
-                break
 
 
 def _newborn(genes: BoolArray) -> Chromosome:

@@ -194,15 +194,18 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         self.start_accuracy = 0.0  # of the undamaged individual
         self.children: list[Individual] = []
 
-    def run(self, on_generation: Callable[[WeightGeneticAlgorithm], bool | None] | None = None) -> None:
-        """Evolve up to the last generation, from the current one on; a true value of the callback ends it."""
+    def evolve(self) -> Iterator[int]:
+        """Evolve up to the last generation; yield the number of each, from 0, once it is evaluated."""
+        self.create_first_generation()
+        yield self.generation
         while self.generation < self.generations:
-            if self.generation < 0:
-                self.create_first_generation()
-            else:
-                self.create_next_generation()
-            if on_generation is not None and on_generation(self):
-                return
+            self.create_next_generation()
+            yield self.generation
+
+    def run(self) -> None:
+        """Evolve up to the last generation."""
+        for _ in self.evolve():
+            pass
 
     def create_initial_population(self) -> None:
         """Make generation 0: all weights, then individuals that lost some at random."""

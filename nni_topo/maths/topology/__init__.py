@@ -6,7 +6,7 @@ ConfigError.
 
 from nni_topo.maths.topology.clouds import pairwise_distances, with_origin
 from nni_topo.maths.topology.comparison import bottleneck_distance, wasserstein_distance
-from nni_topo.maths.topology.covering import farthest_point_order, farthest_points, hausdorff_to_subset
+from nni_topo.maths.topology.covering import farthest_point_order, hausdorff_to_subset
 from nni_topo.maths.topology.diagrams import rips_diagram
 from nni_topo.maths.topology.fitness import CRITERIA, SubsetFitness
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph, linear_graph
@@ -14,7 +14,6 @@ from nni_topo.maths.topology.layer_trees import (
     Forest,
     channel_tree,
     maximum_spanning_tree,
-    network_tree,
     plane_trees,
     spanning_forest,
 )
@@ -30,12 +29,10 @@ __all__ = [
     "convolution_graph",
     "distinct_points",
     "farthest_point_order",
-    "farthest_points",
     "h0_deaths",
     "hausdorff_to_subset",
     "linear_graph",
     "maximum_spanning_tree",
-    "network_tree",
     "pairwise_distances",
     "plane_trees",
     "rips_diagram",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -40,20 +38,6 @@ def _require_finite(values: FloatArray, what: str) -> None:
 def as_points(points: ArrayLike, what: str = "points") -> FloatArray:
     """Return a point cloud, or any matrix, as float64 of shape (n, features), finite and not empty."""
     return as_tensor(points, what, 2, "be a matrix with at least one row and column")
-
-
-def as_chain(weights: Sequence[ArrayLike]) -> list[FloatArray]:
-    """Return the weights (out, in) of layers that follow one another as float64, finite and not empty."""
-    matrices = [as_points(weight, f"weights[{index}]") for index, weight in enumerate(weights)]
-    if not matrices:
-        raise DataError("weights must hold at least one layer, got none")
-    for index, (first, second) in enumerate(pairwise(matrices), start=1):
-        if second.shape[1] != first.shape[0]:
-            raise DataError(
-                f"a layer must take as many inputs as the one before has outputs, got {second.shape[1]} after "
-                f"{first.shape[0]} (weights[{index}])"
-            )
-    return matrices
 
 
 def as_tensor(

@@ -64,8 +64,8 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact") ->
     return max(finite, float(births.max(initial=0.0)))
 
 
-@checked(order=ORDER, engine=ENGINE)
-def wasserstein_distance(a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engine: str = "exact") -> float:
+@checked(order=ORDER)
+def wasserstein_distance(a: ArrayLike, b: ArrayLike, order: float = 2.0) -> float:
     """Compute the Wasserstein distance between two persistence diagrams.
 
     Parameters
@@ -74,9 +74,6 @@ def wasserstein_distance(a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engi
         Births and deaths; births finite, deaths >= births or ``inf``. Empty diagrams are allowed.
     order : float, default 2
         Exponent q in [1, inf); the ground metric is the maximum norm.
-    engine : {"exact", "gudhi"}, default "exact"
-        ``"gudhi"`` leaves the finite bars to GUDHI where the package POT is installed, which that needs, and
-        to the general assignment elsewhere, as a reference for the closed form.
 
     Returns
     -------
@@ -96,14 +93,7 @@ def wasserstein_distance(a: ArrayLike, b: ArrayLike, order: float = 2.0, *, engi
     first, second, births = _split(a, b)
     if births is None:
         return float("inf")
-    if engine == "gudhi":
-        try:
-            from gudhi.wasserstein import wasserstein_distance as reference
-        except ImportError:
-            finite = _assignment(first, second, order)
-        else:
-            finite = float(reference(first, second, order=order, internal_p=np.inf))
-    elif not (first[:, 0].any() or second[:, 0].any()):
+    if not (first[:, 0].any() or second[:, 0].any()):
         finite = float(closed_wasserstein(-np.sort(-first[None, :, 1]), -np.sort(-second[:, 1]), order)[0])
     else:
         finite = _assignment(first, second, order)

@@ -13,23 +13,19 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import ConfigError
-from nni_topo.maths.ties import first_largest, first_smallest
+from nni_topo.maths.ties import first_largest
 from nni_topo.maths.topology.checks import (
     BoolArray,
     FloatArray,
     IntArray,
     as_distances,
     as_index,
-    as_points,
     as_subsets,
 )
-from nni_topo.rules import checked, whole
+from nni_topo.rules import checked
 
 
 @checked()
@@ -99,67 +95,14 @@ def farthest_point_order(distances: ArrayLike, start: int = 0) -> tuple[IntArray
     (array([0, 2, 1]), array([5., 1., 0.]))
     """
     matrix = as_distances(distances)
-    first = as_index(start, len(matrix), "start")
-    return _farthest(matrix.__getitem__, len(matrix), len(matrix), first, float(matrix.max()))
-
-
-@checked()
-def farthest_points(points: ArrayLike, count: int) -> IntArray:
-    """Choose points that cover a cloud: the one nearest to the mean, then always the farthest from those before it.
-
-    Parameters
-    ----------
-    points : array_like, shape (n, d)
-        Finite coordinates.
-    count : int
-        How many points, in [1, n].
-
-    Returns
-    -------
-    ndarray of int, shape (count,)
-        Indices in the order of choice, so that the first k are the choice of k points. Of points that are equally far,
-        to 1e-6 of their distance, the one with the lowest index.
-
-    See Also
-    --------
-    farthest_point_order : the same from distances, with the radii.
-
-    Notes
-    -----
-    O(count n d) time, and O(n d) memory: no matrix of distances is made.
-
-    Examples
-    --------
-    >>> farthest_points([[0.0], [1.0], [5.0], [6.0]], 3)
-    array([1, 3, 0])
-    """
-    cloud = as_points(points)
-    whole(1).check("count", count, "farthest_points")
-    if count > len(cloud):
-        raise ConfigError(f"count must be in [1, {len(cloud)}], the number of points, got {count} (farthest_points)")
-
-    def distances_to(index: int) -> FloatArray:
-        found: FloatArray = np.sqrt(np.square(cloud - cloud[index]).sum(axis=1))
-        return found
-
-    from_mean = np.square(cloud - cloud.mean(axis=0)).sum(axis=1)
-    first = first_smallest(from_mean, float(from_mean.max()))
-    # No two points are farther apart than twice the distance of the farthest one from any of them.
-    order, _ = _farthest(distances_to, len(cloud), count, first, 2.0 * float(distances_to(first).max()))
-    return order
-
-
-def _farthest(
-    distances_to: Callable[[int], FloatArray], points: int, count: int, first: int, largest: float
-) -> tuple[IntArray, FloatArray]:
-    """Return so many points, always the farthest from those before it, and the radii that are left; each (count,)."""
+    count, largest = len(matrix), float(matrix.max())
     order, radii = np.empty(count, dtype=np.intp), np.empty(count)
-    nearest = np.full(points, np.inf)
-    newest = first
+    nearest = np.full(count, np.inf)
+    newest = as_index(start, count, "start")
     # Chosen points stand at -inf, so that duplicates of theirs still come before them.
     for step in range(count):
         order[step] = newest
-        np.minimum(nearest, distances_to(newest), out=nearest)
+        np.minimum(nearest, matrix[newest], out=nearest)
         nearest[newest] = -np.inf
         # After the last point all stand at -inf.
         radii[step] = max(nearest.max(), 0.0)

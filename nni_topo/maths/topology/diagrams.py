@@ -70,7 +70,7 @@ def rips_diagram(
     return bars if keep_infinite else bars[np.isfinite(bars[:, 1])]
 
 
-def diagrams_of(distances: FloatArray, degrees: Sequence[int], engine: str) -> list[FloatArray]:
+def diagrams_of(distances: FloatArray, degrees: Sequence[int], engine: str = "exact") -> list[FloatArray]:
     """Do the work of `rips_diagram` on checked arguments: bars (bars, 2) per degree."""
     found: dict[int, FloatArray] = {}
     if engine == "gudhi":

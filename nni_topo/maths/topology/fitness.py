@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from nni_topo.maths.topology.checks import (
     DEGREE,
-    ENGINE,
     BoolArray,
     FloatArray,
     as_distances,
@@ -43,10 +42,6 @@ class SubsetFitness:
         Degrees of the diagrams, each >= 0. The covering criteria don't use them.
     base : int, optional
         Index of a point that every subset keeps, whatever its mask says: the origin of `with_origin`.
-    engine : {"exact", "gudhi"}, default "exact"
-        ``"gudhi"`` builds a simplex tree per subset and calls GUDHI's distances: the slow reference. Both
-        give the same fitness to 1e-9 of the cloud's diameter, save for GUDHI's rare errors that
-        `bottleneck_distance` names. The covering criteria have one engine.
 
     Notes
     -----
@@ -62,11 +57,7 @@ class SubsetFitness:
     array([1., 4.])
     """
 
-    @checked(
-        criterion=one_of(CRITERIA),
-        homology_dimensions=all_of(DEGREE, Sequence, least=1),
-        engine=ENGINE,
-    )
+    @checked(criterion=one_of(CRITERIA), homology_dimensions=all_of(DEGREE, Sequence, least=1))
     def __init__(
         self,
         distances: ArrayLike,
@@ -74,21 +65,15 @@ class SubsetFitness:
         *,
         homology_dimensions: Sequence[int] = (0,),
         base: int | None = None,
-        engine: str = "exact",
     ) -> None:
-        self.criterion, self.engine = criterion, engine
+        self.criterion = criterion
         self.homology_dimensions = tuple(map(int, homology_dimensions))
         self._distances = as_distances(distances)
         self.base = base if base is None else as_index(base, len(self._distances), "base")
         self._cache: dict[bytes, float] = {}
         if not self._covers:
-            diagrams = diagrams_of(self._distances, self.homology_dimensions, self.engine)
+            diagrams = diagrams_of(self._distances, self.homology_dimensions)
             self._whole = dict(zip(self.homology_dimensions, diagrams, strict=True))
-
-    @property
-    def evaluations(self) -> int:
-        """How many distinct subsets were scored so far."""
-        return len(self._cache)
 
     def __call__(self, population: ArrayLike) -> FloatArray:
         """Score a population.
@@ -121,11 +106,9 @@ class SubsetFitness:
         if self._covers:
             largest, mean = covers(self._distances, subsets)
             return largest if self.criterion == "hausdorff" else mean
-        if self.engine == "gudhi":
-            parts = self._by_diagram(subsets, self.homology_dimensions)
-        else:
-            parts = self._by_diagram(subsets, [degree for degree in self.homology_dimensions if degree > 0])
-            parts += [self._by_deaths(subsets)] if 0 in self.homology_dimensions else []
+        parts = self._by_diagram(subsets, [degree for degree in self.homology_dimensions if degree > 0])
+        if 0 in self.homology_dimensions:
+            parts.append(self._by_deaths(subsets))
         # Of H0 and H1 the larger bottleneck distance mostly is H0's, which hardly differs between subsets of one size;
         # the sum of the Wasserstein distances keeps every degree in sight.
         losses = np.stack(parts)
@@ -149,17 +132,9 @@ class SubsetFitness:
         """Score degrees one subset after the other, by the diagrams of the distance submatrix."""
         if not degrees:
             return []
+        distance = wasserstein_distance if self.criterion == "wasserstein" else bottleneck_distance
         losses = np.empty((len(degrees), len(subsets)))
         matrices = (self._distances[np.ix_(subset, subset)] for subset in subsets)
-        found: Iterable[list[FloatArray]]
-        if self.engine == "gudhi":
-            found = (diagrams_of(matrix, degrees, self.engine) for matrix in matrices)
-        else:
-            found = ripser_bars(matrices, degrees)
-        for column, bars in enumerate(found):
-            losses[:, column] = [self._loss(degree, part) for degree, part in zip(degrees, bars, strict=True)]
+        for column, found in enumerate(ripser_bars(matrices, degrees)):
+            losses[:, column] = [distance(bars, self._whole[d]) for d, bars in zip(degrees, found, strict=True)]
         return list(losses)
-
-    def _loss(self, degree: int, bars: FloatArray) -> float:
-        distance = wasserstein_distance if self.criterion == "wasserstein" else bottleneck_distance
-        return distance(bars, self._whole[degree], engine=self.engine)

@@ -6,7 +6,7 @@ taken in row-major order, so that every tree is unique.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_chain, as_points, as_tensor
+from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_points, as_tensor
 from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph, plane_components
 from nni_topo.rules import checked
 
@@ -52,54 +52,7 @@ def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
     array([[ True,  True],
            [ True, False]])
     """
-    return network_tree([as_points(weight, "weight")])[0]
-
-
-@checked()
-def network_tree(weights: Sequence[ArrayLike]) -> list[BoolArray]:
-    """Mark the weights of a chain of linear layers that form the maximum spanning tree of the whole network.
-
-    The network is one graph: its nodes are the inputs, the neurons of every layer and the outputs, its edges the |w| of
-    all layers.
-
-    Parameters
-    ----------
-    weights : sequence of array_like, shapes (n_1, n_0), (n_2, n_1), ...
-        Finite weights in the network's order, at least one layer.
-
-    Returns
-    -------
-    list of ndarray of bool, shapes of the weights
-        True on ``n_0 + n_1 + ... - 1`` weights in all. Among equal |w| the first in the network's order, then in
-        row-major order, is taken.
-
-    Notes
-    -----
-    Every node keeps a weight, but a hidden neuron may keep incoming or outgoing ones only: other than the trees of
-    the single layers, this tree doesn't join every neuron to both sides. Memory grows with all weights.
-
-    Examples
-    --------
-    >>> network_tree([[[3.0], [1.0]], [[2.0, 4.0]]])  # the loop loses its smallest weight
-    [array([[ True],
-           [False]]), array([[ True,  True]])]
-    """
-    matrices = as_chain(weights)
-    lengths = np.concatenate([np.abs(matrix).ravel() for matrix in matrices])
-    widths = np.array([matrix.shape[1] for matrix in matrices])
-    inputs = np.cumsum([0, *widths])  # the first input of each layer, and at last the first output
-    firsts = np.cumsum([0, *(matrix.size for matrix in matrices)])  # the first weight of each layer
-
-    def ends(batch: IntArray) -> tuple[IntArray, IntArray]:
-        layer = np.searchsorted(firsts, batch, side="right") - 1
-        rows, columns = np.divmod(batch - firsts[layer], widths[layer])
-        return inputs[layer] + columns, inputs[layer + 1] + rows
-
-    nodes = int(inputs[-1]) + len(matrices[-1])
-    elements, _, _ = _forest(lengths, ends, nodes, nodes - 1)
-    mask = np.zeros(len(lengths), dtype=np.bool_)
-    mask[elements] = True
-    return [part.reshape(each.shape) for part, each in zip(np.split(mask, firsts[1:-1]), matrices, strict=True)]
+    return channel_tree(as_points(weight, "weight"))
 
 
 @checked()
@@ -224,35 +177,19 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
     of the weight and of a few million edges.
     """
     flat = np.abs(_fitting(weight, graph)).ravel()
-
-    def ends(batch: IntArray) -> tuple[IntArray, IntArray]:
-        sources, targets = graph.ends(batch)
-        return sources.ravel(), targets.ravel() + graph.inputs
-
-    nodes = graph.inputs + graph.outputs
-    elements, sources, targets = _forest(flat, ends, nodes, graph.forest_edges, graph.plane_outputs)
-    return Forest(elements, sources, targets - graph.inputs, flat[elements])
-
-
-def _forest(
-    flat: FloatArray, ends: Callable[[IntArray], tuple[IntArray, IntArray]], nodes: int, missing: int, each: int = 1
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Return the elements, sources and targets of a forest of so many edges, strongest first, each (missing,).
-
-    ``ends`` returns the ends of the ``each`` edges of each element, ``(elements * each,)``.
-    """
+    nodes, missing, each = graph.inputs + graph.outputs, graph.forest_edges, graph.plane_outputs
     labels = np.arange(nodes)
     taken: list[tuple[IntArray, IntArray, IntArray]] = []
     sample = np.sort(flat[:: max(1, len(flat) // _SAMPLE)])
     for batch in _falling(flat, max(1, _FIRST_PER_NODE * nodes // each), max(1, _MOST_EDGES // each), sample):
-        sources, targets = ends(batch)
-        chosen, labels = _joined(labels, sources, targets)
+        sources, targets = (ends.ravel() for ends in graph.ends(batch))
+        chosen, labels = _joined(labels, sources, targets + graph.inputs)
         taken.append((batch[chosen // each], sources[chosen], targets[chosen]))
         missing -= len(chosen)
         if missing == 0:
             break
     elements, sources, targets = (np.concatenate(parts) for parts in zip(*taken, strict=True))
-    return elements, sources, targets
+    return Forest(elements, sources, targets, flat[elements])
 
 
 def _falling(flat: FloatArray, count: int, most: int, sample: FloatArray) -> Iterator[IntArray]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nni_topo.errors import DataError
 from nni_topo.maths.ties import FLOOR, first_largest
-from nni_topo.maths.topology.checks import BoolArray, FloatArray, as_distances, as_points, as_subsets
+from nni_topo.maths.topology.checks import BoolArray, FloatArray, as_distances, as_points
 from nni_topo.maths.topology.clouds import pairwise_distances
 from nni_topo.rules import checked
 
@@ -15,8 +14,8 @@ _CHUNK_ELEMENTS = 1 << 16
 
 
 @checked()
-def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None) -> FloatArray:
-    """Compute the finite death times of H0 of a cloud, or of many subsets of it.
+def h0_deaths(distances: ArrayLike) -> FloatArray:
+    """Compute the finite death times of H0 of a cloud.
 
     In the Vietoris-Rips filtration every point is born at 0, and components die along the edges of the minimum spanning
     tree; one component lives forever (H. Edelsbrunner and J. Harer, Computational Topology, 2010, chapter VII).
@@ -25,12 +24,10 @@ def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None) -> FloatAr
     ----------
     distances : array_like, shape (n, n)
         Finite symmetric distances, 0 on the diagonal.
-    subsets : array_like of bool, shape (p, n), optional
-        The points of each subset, the same number k >= 1 in each; default the whole cloud.
 
     Returns
     -------
-    ndarray of float64, shape (n - 1,) or (p, k - 1)
+    ndarray of float64, shape (n - 1,)
         Death times in the unit of the distances, sorted descending; all are entries of `distances`.
 
     Examples
@@ -38,19 +35,9 @@ def h0_deaths(distances: ArrayLike, subsets: ArrayLike | None = None) -> FloatAr
     >>> distances = abs(np.subtract.outer([0.0, 1.0, 5.0], [0.0, 1.0, 5.0]))
     >>> h0_deaths(distances)
     array([4., 1.])
-    >>> h0_deaths(distances, [[True, False, True], [True, True, False]])
-    array([[5.],
-           [1.]])
     """
     matrix = as_distances(distances)
-    if subsets is None:
-        whole = np.ones((1, len(matrix)), dtype=np.bool_)
-        return subset_deaths(matrix, whole).ravel()
-    masks = as_subsets(subsets, len(matrix))
-    sizes = masks.sum(axis=1)
-    if sizes.size and sizes.min() != sizes.max():
-        raise DataError(f"subsets must have the same size, got sizes from {sizes.min()} to {sizes.max()}")
-    return subset_deaths(matrix, masks)
+    return subset_deaths(matrix, np.ones((1, len(matrix)), dtype=np.bool_)).ravel()
 
 
 @checked()
@@ -91,7 +78,7 @@ def distinct_points(points: ArrayLike) -> int:
     cloud = as_points(points)
     if len(cloud) == 1:
         return 1
-    deaths = subset_deaths(pairwise_distances(cloud), np.ones((1, len(cloud)), dtype=np.bool_)).ravel()
+    deaths = h0_deaths(pairwise_distances(cloud))
     longest = float(deaths[0])
     if longest == 0.0:
         return 1
@@ -102,7 +89,10 @@ def distinct_points(points: ArrayLike) -> int:
 
 
 def subset_deaths(distances: FloatArray, subsets: BoolArray) -> FloatArray:
-    """Do the work of `h0_deaths` on checked arguments: Prim's algorithm over all subsets at once, O(p n) a step."""
+    """Return the death times (p, k - 1), descending, of subsets (p, n) of k points each.
+
+    Prim's algorithm runs over all subsets at once, O(p n) a step.
+    """
     if len(subsets) == 0:
         return np.empty((0, 0))
     size = int(np.count_nonzero(subsets[0]))

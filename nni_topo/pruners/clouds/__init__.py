@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.pruners.clouds.coupled import CoupledWeightCollector
 from nni_topo.pruners.clouds.functional import FunctionalCollector
-from nni_topo.pruners.clouds.weight import ActivationCollector, WeightCollector
+from nni_topo.pruners.clouds.weight import WeightCollector
 from nni_topo.pruners.hooks import DataCollector
 from nni_topo.rules import check_fields, instance, one_of
 
-CLOUDS = ("auto", "weight", "coupled", "activation", "functional")
+CLOUDS = ("auto", "weight", "functional")
 """Names of clouds."""
 Preprocess = Literal["none", "center", "standardize", "unit"]
 
@@ -41,11 +40,9 @@ class PointCloud:
 
     Parameters
     ----------
-    kind : {"auto", "weight", "coupled", "activation", "functional"} or DataCollector
-        The filters' weights; the same scaled by the batch norm and by the weights that read them (which needs
-        ``example_inputs``); the filters' outputs over the calibration data; or what these outputs do in the layers that
-        read them. Default ``"auto"``: ``"functional"`` if there are calibration data, else ``"weight"``. A collector
-        makes its own points.
+    kind : {"auto", "weight", "functional"} or DataCollector, default="auto"
+        The filters' weights; or what their outputs over the calibration data do in the layers that read them.
+        ``"auto"``: ``"functional"`` if there are calibration data, else ``"weight"``. A collector makes its own points.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
         Each member's cloud as it is; its mean point moved to the origin; also each feature scaled to unit variance;
         each point scaled to unit length (zero points stay). Constant features are left at zero by ``"standardize"``.
@@ -65,19 +62,12 @@ class PointCloud:
     def __post_init__(self) -> None:
         check_fields(self, "cloud", kind=one_of(CLOUDS) | instance(DataCollector))
 
-    def collector(self, calibration: Calibration | None, example_inputs: Any) -> DataCollector:
+    def collector(self, calibration: Calibration | None) -> DataCollector:
         """Return what collects the points; they are preprocessed where subsets of them are chosen."""
         if isinstance(self.kind, DataCollector):
             return self.kind
         if self.kind == "weight" or (self.kind == "auto" and calibration is None):
             return WeightCollector()
-        if self.kind == "coupled":
-            if example_inputs is None:
-                raise ConfigError(
-                    "cloud 'coupled' needs example_inputs or an evaluator that has a dummy_input or evaluates, got "
-                    "neither (example_inputs)"
-                )
-            return CoupledWeightCollector(example_inputs)
         if calibration is None:
             raise ConfigError(f"cloud {self.kind!r} needs calibration data or an evaluator, got neither (calibration)")
-        return (ActivationCollector if self.kind == "activation" else FunctionalCollector)(calibration)
+        return FunctionalCollector(calibration)

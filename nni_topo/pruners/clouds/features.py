@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.context import in_context
@@ -26,12 +25,8 @@ from nni_topo.network.runtime.inputs import Call, batch_size, bind_arguments, ca
 from nni_topo.pruners.clouds.moments import ChannelMoments, check_finite, check_reached, embedding
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
-from nni_topo.rules import checked, one_of, whole
+from nni_topo.rules import checked
 
-Pool = Literal["none", "mean"] | int
-POOL = one_of(("none", "mean")) | whole(1)
-
-_POOLS: list[Any] = [functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d]
 _ACTIVATIONS = {"relu", "relu6", "leakyrelu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh"}
 _ACTIVATIONS |= {"sigmoid", "hardsigmoid", "hardswish", "hardtanh", "softplus", "softsign", "logsigmoid"}
 
@@ -64,8 +59,6 @@ class FeatureCollector(DataCollector):
     ----------
     calibration : iterable
         Batches of inputs, or of ``(inputs, ...)``; a list or DataLoader, not a generator. At least two samples.
-    pool : {"none", "mean"} or int, default="none"
-        Feature maps as they are, averaged to one value, or to so many in each direction.
 
     Notes
     -----
@@ -77,18 +70,12 @@ class FeatureCollector(DataCollector):
     by batch.
     """
 
-    @checked(pool=POOL)
-    def __init__(self, calibration: Iterable[Any], *, pool: Pool = "none") -> None:
-        self.calibration = Calibration.of(calibration)
-        self.pool = pool
-        self._network: TracedNetwork | None = None
+    network: TracedNetwork
+    """The network as the latest collection traced it."""
 
-    @property
-    def network(self) -> TracedNetwork:
-        """The network as traced by the latest collection."""
-        if self._network is None:
-            raise ConfigError("features must be collected before the network is asked for (FeatureCollector)")
-        return self._network
+    @checked()
+    def __init__(self, calibration: Iterable[Any]) -> None:
+        self.calibration = Calibration.of(calibration)
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Raise ConfigError for layers that are no linear layers or convolutions, or that attention calls."""
@@ -106,9 +93,9 @@ class FeatureCollector(DataCollector):
         """Return float64 clouds ``(blocks, 1 + d)`` on the CPU, ``d`` at most the number of blocks or of samples."""
         batches = self.calibration
         layers = [module for unit in context.units for module, _ in unit.members]
-        self._network = tapped_network(context.model, first_call(context.model, batches), layers)
-        rows = {name: _Rows(name) for name in self._network.taps}
-        runner = _Recorder(self._network, rows, self.pool)
+        self.network = tapped_network(context.model, first_call(context.model, batches), layers)
+        rows = {name: _Rows(name) for name in self.network.taps}
+        runner = _Recorder(self.network, rows)
         samples = 0
         with torch.no_grad():
             for number, call in enumerate(calls(context.model, batches)):
@@ -158,10 +145,9 @@ class _Rows:
 class _Recorder(Interpreter):
     """Runs a traced network and adds what its taps put out."""
 
-    def __init__(self, network: TracedNetwork, rows: dict[str, _Rows], pool: Pool) -> None:
+    def __init__(self, network: TracedNetwork, rows: dict[str, _Rows]) -> None:
         super().__init__(network.graph)
         self._rows = rows
-        self._pool = pool
         self._taps: dict[Node, list[Tap]] = {}
         for tap in network.taps.values():
             for node in tap.nodes:
@@ -171,20 +157,8 @@ class _Recorder(Interpreter):
         """Run a node as usual and look at what it puts out."""
         value = super().run_node(n)
         for tap in self._taps.get(n, ()):
-            layer = self.module.get_submodule(tap.layer)
-            maps = value if isinstance(layer, nn.Linear) else _pooled(value, self._pool)
-            self._rows[tap.layer].add(by_channel(layer, maps))
+            self._rows[tap.layer].add(by_channel(self.module.get_submodule(tap.layer), value))
         return value
-
-
-def _pooled(maps: Tensor, pool: Pool) -> Tensor:
-    sides = maps.dim() - 2
-    if pool == "none" or not 1 <= sides <= len(_POOLS):
-        return maps
-    size = 1 if pool == "mean" else int(pool)
-    # To pool to more places than a map has would repeat its values.
-    pooled: Tensor = _POOLS[sides - 1](maps, [min(size, side) for side in maps.shape[2:]])
-    return pooled
 
 
 def tapped_network(model: nn.Module, call: Call, layers: Iterable[str]) -> TracedNetwork:

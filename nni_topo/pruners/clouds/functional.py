@@ -176,7 +176,7 @@ def unread_error(names: list[str]) -> LayerError:
     return LayerError(
         "the channels of a pruned layer are scored by the linear layers and convolutions that read all of them, got "
         f"none, as where only a recurrent layer does: {leaving_out('the pruned layer')}, or take a pruner that looks "
-        f"at the layer's own weights or outputs, such as TopologicalPruner(cloud='activation') ({', '.join(names)})",
+        f"at the layer's own weights, such as TopologicalPruner(cloud='weight') ({', '.join(names)})",
         names,
     )
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from nni.compression.utils import Evaluator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.weights import (
     BoolArray,
@@ -41,7 +39,6 @@ from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_single_weights, of_single_weights, pruner_arguments
 from nni_topo.pruners.genetic_weight.population import TOGETHER, MaskedScores, PopulationAccuracy
-from nni_topo.pruners.genetic_weight.state import load_state, save_state
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.topological_magnitude import MagnitudeCollector
 from nni_topo.pruners.units import in_network_order, is_active
@@ -49,7 +46,6 @@ from nni_topo.rules import NONE, as_settings, check_result, settings
 
 _logger = logging.getLogger(__name__)
 
-OnGeneration = Callable[[WeightGeneticAlgorithm], bool | None]
 Accuracies = Callable[[Iterator[BoolArray]], FloatArray]
 
 
@@ -61,14 +57,12 @@ class GeneticMetric(MetricCalculator):
     validation: list[Any] | None
     evaluate: Callable[[nn.Module], float] | None
     seed: int
-    state: str | Path | None
-    on_generation: OnGeneration | None
     progress: bool | None
     evolution: WeightGeneticAlgorithm | None = field(default=None, init=False)
     start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
-        """Search, from the file of an earlier search on where there is one."""
+        """Search."""
         names = [unit.members[0][0] for unit in context.units]
         weights = [context.target_spaces[name]["weight"].target for name in names]
         flat = [weight.detach().cpu().float().flatten() for weight in weights]
@@ -84,23 +78,11 @@ class GeneticMetric(MetricCalculator):
         search = WeightGeneticAlgorithm(
             layers, self._accuracies(context, names, weights), self.settings, seed=self.seed
         )
-        if self.state is not None and Path(self.state).exists():
-            load_state(search, self.state)
         self.evolution, is_judged = search, False
-        done = search.generation + 1
-        with bar("searching weights", self.progress, total=self.settings.generations + 1, done=done) as shown:
-
-            def after(current: WeightGeneticAlgorithm) -> bool:
-                nonlocal is_judged
+        with bar("searching weights", self.progress, total=self.settings.generations + 1) as shown:
+            for _ in search.evolve():
                 shown.update()
-                is_judged = is_judged or self._tell_if_constant(current)
-                if self.state is not None:
-                    save_state(current, self.state)
-                if self.on_generation is None:
-                    return False
-                return bool(self.on_generation(current))
-
-            search.run(after)
+                is_judged = is_judged or self._tell_if_constant(search)
         genes = search.genes(search.best())
         kept = np.split(genes, np.cumsum([unit.blocks for unit in context.units])[:-1])
         return context.keep({unit.name: own for unit, own in zip(context.units, kept, strict=True)})
@@ -169,11 +151,6 @@ class GeneticWeightPruner(StructuredPruner):
     search : WeightSearch, mapping or None, default=None
         :class:`~nni_topo.WeightSearch`, or a mapping of its fields, such as ``population_size`` and
         ``generations``. None: ``WeightSearch()``.
-    state : str, Path or None, default=None
-        File that each generation is written to. If it exists, the search resumes from it.
-    on_generation : callable or None, default=None
-        Called with the :class:`~nni_topo.maths.search.weights.WeightGeneticAlgorithm` after each generation; a true
-        value ends the search.
 
     Raises
     ------
@@ -219,8 +196,6 @@ class GeneticWeightPruner(StructuredPruner):
         validation: Iterable[Any] | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         search: WeightSearch | Mapping[str, Any] | None = None,
-        state: str | Path | None = None,
-        on_generation: OnGeneration | None = None,
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
@@ -228,8 +203,6 @@ class GeneticWeightPruner(StructuredPruner):
         if validation is None and evaluate is None and evaluator is None:
             raise ConfigError("a genetic search needs validation, evaluate or an evaluator, got none (validation)")
         self.validation = None if validation is None else list(Calibration.of(validation, "validation"))
-        if state is not None:
-            check_output_file(path_of(state, "state"), makes_folder=True)
         super().__init__(
             model,
             of_single_weights(config_list),
@@ -241,8 +214,6 @@ class GeneticWeightPruner(StructuredPruner):
                 validation=self.validation,
                 evaluate=evaluate,
                 seed=seed,
-                state=state,
-                on_generation=on_generation,
                 progress=progress,
             ),
         )

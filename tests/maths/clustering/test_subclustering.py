@@ -65,21 +65,6 @@ def test_a_range_of_so_many_widths_takes_so_many_bins_whatever_rounding_says():
         assert hoh_threshold([values], 0.01) == pytest.approx(0.5)
 
 
-@given(st.integers(0, 100), st.lists(st.floats(0.05, 0.95), min_size=2, max_size=5))
-def test_threshold_of_one_cluster_rises_with_the_energy(seed, energies):
-    values = np.random.default_rng(seed).exponential(size=50)
-    found = [hoh_threshold([values], energy) for energy in sorted(energies)]
-    assert found == sorted(found)
-
-
-@given(st.integers(0, 100), st.floats(0.01, 100.0))
-def test_threshold_scales_with_the_covariances(seed, factor):
-    generator = np.random.default_rng(seed)
-    values = [generator.exponential(size=20) for _ in range(3)]
-    scaled = hoh_threshold([factor * v for v in values], 0.5, bins=7)
-    assert scaled == pytest.approx(factor * hoh_threshold(values, 0.5, bins=7))
-
-
 def test_growth_by_hand():
     # Two nodes that are alike and quiet, two that are loud and opposite: only the loud pair is split.
     points = np.array([[0.1, -0.1, 0.0], [0.1, -0.1, 0.05], [9.0, 8.0, 0.0], [9.0, 8.0, 3.0]])
@@ -176,31 +161,6 @@ def test_more_energy_keeps_fewer_nodes_in_total(statistic, bins, factor):
     assert kept[0] > factor * kept[-1]
 
 
-@pytest.mark.slow
-def test_more_bins_keep_more_nodes_in_total():
-    layers = [layer(nodes=60, seed=seed) for seed in range(8)]
-    kept = [
-        sum(len(grow(*each, 6, Growth(bins=bins), energy=0.2).leaves) for each in layers) for bins in (3, 5, 10, 30)
-    ]
-    assert kept == sorted(kept)
-    assert kept[-1] > 2 * kept[0]
-
-
-def groups(labels):
-    return {frozenset(np.flatnonzero(labels == label)) for label in labels}
-
-
-@pytest.mark.slow
-@given(st.integers(0, 50), st.integers(-6, 6), st.sampled_from(STATISTICS))
-def test_clusters_of_scaled_nodes_are_the_same(seed, power, statistic):
-    # by powers of two, which no sum rounds: k-means computes in single precision
-    points, covariance = layer(nodes=20, seed=seed)
-    factor = 2.0**power
-    growth = Growth(statistic)
-    scaled = grow(factor * points, factor**2 * covariance, 4, growth, seed=seed)
-    assert groups(scaled.labels(20)) == groups(grow(points, covariance, 4, growth, seed=seed).labels(20))
-
-
 def test_caps_hold_and_take_the_loudest_first():
     points, covariance = layer()
     free = grow(points, covariance, 3, Growth(), threshold=np.inf)
@@ -259,12 +219,6 @@ def test_initial_numbers():
     assert initial_clusters(1.0, 10) == 10
 
 
-@pytest.mark.parametrize("energy", [0.0, 1.0, -0.5, 1.5, float("nan")])
-def test_energy_outside_its_range_is_refused(energy):
-    with pytest.raises(ConfigError, match=r"energy must be in \(0, 1\), got"):
-        hoh_threshold([np.ones(3)], energy)
-
-
 def test_bad_requests_are_refused():
     with pytest.raises(ConfigError, match="statistic must be a known name, got 'median'"):
         Growth(statistic="median")
@@ -277,22 +231,3 @@ def test_bad_requests_are_refused():
     points, covariance = layer(nodes=5)
     with pytest.raises(ConfigError, match=r"must be in \[1, 5\]"):
         grow(points, covariance, 6, Growth())
-
-
-def test_single_precision_and_whole_numbers_have_the_threshold_of_double_precision():
-    values = np.random.default_rng(0).integers(0, 1000, 60)
-    expected = hoh_threshold([values[:30].astype(np.float64), values[30:].astype(np.float64)], 0.6)
-    for dtype in (np.float32, np.int16):
-        assert hoh_threshold([values[:30].astype(dtype), values[30:].astype(dtype)], 0.6) == expected
-
-
-def test_the_threshold_of_a_growth_has_its_bins():
-    points = np.random.default_rng(0).normal(size=(20, 50))
-    covariance, clusters = np.cov(points), np.array_split(np.arange(20), 4)
-    found = {}
-    for bins in (2, 50, "scott"):
-        growth = Growth(bins=bins)
-        values = [growth.values(covariance, members) for members in clusters]
-        found[bins] = growth.threshold(covariance, clusters, 0.5)
-        assert found[bins] == hoh_threshold(values, 0.5, bins=bins)
-    assert len(set(found.values())) == 3

@@ -42,19 +42,6 @@ def test_each_choice_is_the_best_next_one(seed, channels, block, outputs):
         assert errors[taken] <= min(errors.values()) * (1 + 1e-6) + 1e-9
 
 
-def test_a_prefix_is_the_choice_for_fewer():
-    inputs, targets = draw(0, 50, 8, 2, 4)
-    gram, cross = inputs.T @ inputs, inputs.T @ targets
-    whole = chosen(gram, cross, 8, block=2)
-    np.testing.assert_array_equal(chosen(gram, cross, 3, block=2), whole[:3])
-
-
-def test_channels_that_make_the_target_are_found():
-    inputs, _ = draw(1, 200, 10, 1, 1)
-    targets = inputs[:, [2, 5, 7]] @ np.array([[3.0, 1.0], [2.0, -2.0], [1.0, 1.0]])
-    assert set(chosen(inputs.T @ inputs, inputs.T @ targets, 3).tolist()) == {2, 5, 7}
-
-
 def test_a_copy_of_a_chosen_channel_comes_last():
     inputs, _ = draw(2, 100, 5, 1, 1)
     inputs[:, 3] = 2.0 * inputs[:, 1]
@@ -137,41 +124,12 @@ def test_a_device_chooses_as_the_cpu_does(device, kind, parts, block, outputs, m
     np.testing.assert_array_equal(found[telling], order[telling])
 
 
-@pytest.mark.parametrize("block", [1, 2])
-@pytest.mark.parametrize("kind", [Products, SampleMatrix])
-def test_silent_channels_are_chosen_last_on_a_device_too(device, kind, block, monkeypatch):
-    monkeypatch.setattr(greedy, "_MANY", 1)
-    inputs, targets = draw(3, 60, 4, block, 2)
-    inputs[:, :block] = 0.0
-    ridge = np.zeros(4 * block)
-    layer = (
-        SampleMatrix(inputs.T.copy(), targets, ridge, block, device)
-        if kind is SampleMatrix
-        else Products(inputs.T @ inputs, inputs.T @ targets, block, device)
-    )
-    order, taken = forward_selection([layer], 4)
-    assert order[-1] == 0
-    assert taken[-1] == 0.0
-    assert np.isfinite(taken).all()
-
-
 def test_few_numbers_stay_on_the_cpu(device, monkeypatch):
     inputs, targets = draw(3, 60, 12, 1, 3)
     layer = Products(inputs.T @ inputs, inputs.T @ targets, 1, device)
     assert greedy._device([layer]).type == "cpu"
     monkeypatch.setattr(greedy, "_MANY", layer.gram.size)
     assert greedy._device([layer]) == device
-
-
-@pytest.mark.parametrize("dtype", [np.int64, np.float32])
-def test_whole_numbers_and_single_precision_choose_as_double_precision_does(dtype):
-    rng = np.random.default_rng(3)
-    inputs, targets = rng.integers(-9, 10, (40, 12)), rng.integers(-9, 10, (40, 3))
-    gram, cross = inputs.T @ inputs, inputs.T @ targets
-    layers = [Products(gram.astype(kind), cross.astype(kind), 2) for kind in (dtype, np.float64)]
-    (found, taken), (expected, expected_taken) = (forward_selection([layer], 6) for layer in layers)
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(taken, expected_taken)
 
 
 def test_what_is_chosen_from_is_left_as_it_was():

@@ -83,34 +83,12 @@ def test_initial_individuals_are_used():
     assert algorithm.best_individual()[0] == 0.0
 
 
-def test_patience_counts_from_the_first_generation_on():
-    best = np.isin(np.arange(30), np.arange(0, 30, 2))
-    settings = GeneticSearch(generations=50, patience=2)
-    algorithm = SubsetGeneticAlgorithm(30, 15, distance_to(best), settings, seed=0, initial=best[None])
-    algorithm.run()
-    assert len(algorithm.trace) == 3
-
-
-def test_without_crossover_and_mutation_nothing_new_appears():
-    weights = np.random.default_rng(0).random(30)
-    algorithm = search(
-        30,
-        15,
-        lambda genes: genes @ weights,
-        crossover_probability=0.0,
-        mutation_probability=0.0,
-        generations=10,
-    )
-    assert len({generation.best for generation in algorithm.trace}) == 1
-
-
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
         ({"population_size": 1}, "population_size must be an integer of at least 2, got 1"),
         ({"generations": 0}, "generations must be an integer of at least 1, got 0"),
         ({"generations": 2.5}, "generations must be an integer of at least 1, got 2.5"),
-        ({"patience": 0}, "patience"),
         ({"crossover_probability": 1.5}, r"crossover_probability must be in \[0, 1\], got 1.5"),
         ({"mutation_probability": float("nan")}, "mutation_probability"),
     ],

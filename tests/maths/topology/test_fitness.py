@@ -1,47 +1,61 @@
-import pickle
-
 import numpy as np
 import pytest
 from topology_clouds import make_cloud, make_subsets
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.topology import CRITERIA, SubsetFitness, h0_deaths, pairwise_distances, with_origin
+from nni_topo.topology import (
+    CRITERIA,
+    SubsetFitness,
+    bottleneck_distance,
+    h0_deaths,
+    pairwise_distances,
+    rips_diagram,
+    wasserstein_distance,
+    with_origin,
+)
 
 
-@pytest.mark.parametrize("block", range(20))
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.quick_every(8)
-def test_engines_agree_on_200_clouds(block, criterion):
+def lost_by_gudhi(distances, subset, criterion, degrees):
+    """What a subset loses, by GUDHI's simplex trees and distances of diagrams."""
+    losses = []
+    for degree in degrees:
+        small, whole = (
+            rips_diagram(distances=each, dimension=degree, engine="gudhi")
+            for each in (distances[np.ix_(subset, subset)], distances)
+        )
+        if criterion == "wasserstein":
+            losses.append(wasserstein_distance(small, whole))
+        else:
+            losses.append(bottleneck_distance(small, whole, engine="gudhi"))
+    return max(losses) if criterion == "bottleneck" else sum(losses)
+
+
+@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("criterion", ["bottleneck", "bottleneck_sum", "wasserstein"])
+@pytest.mark.quick_every(6)
+def test_the_fitness_is_gudhis_on_100_clouds(block, criterion):
     for seed in range(10 * block, 10 * block + 10):
         cloud = make_cloud(seed)
         base = len(cloud) if seed % 3 == 0 else None
         distances = pairwise_distances(cloud if base is None else with_origin(cloud))
         subsets = make_subsets(seed, 3, len(distances))
-        knobs = {"homology_dimensions": ((0,), (1,), (0, 1))[seed % 3], "base": base}
-        exact = SubsetFitness(distances, criterion, **knobs)(subsets)
-        gudhi = SubsetFitness(distances, criterion, engine="gudhi", **knobs)(subsets)
-        np.testing.assert_allclose(exact, gudhi, rtol=1e-9, atol=1e-9 * max(1.0, distances.max()), err_msg=str(seed))
+        degrees = ((0,), (1,), (0, 1))[seed % 3]
+        found = SubsetFitness(distances, criterion, homology_dimensions=degrees, base=base)(subsets)
+        if base is not None:
+            subsets[:, base] = True
+        expected = [lost_by_gudhi(distances, subset, criterion, degrees) for subset in subsets]
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * max(1.0, distances.max()), err_msg=str(seed))
 
 
-@pytest.mark.parametrize("engine", ["exact", "gudhi"])
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_one_and_two_points(engine, criterion):
+def test_one_and_two_points(criterion):
     def fitness(points, subsets):
-        knobs = {"homology_dimensions": (0, 1), "engine": engine}
-        return SubsetFitness(pairwise_distances(points), criterion, **knobs)(subsets)
+        return SubsetFitness(pairwise_distances(points), criterion, homology_dimensions=(0, 1))(subsets)
 
     np.testing.assert_array_equal(fitness([[5.0]], [[True]]), [0.0])
     lost = 2.0 if criterion == "hausdorff" else 1.0
     values = fitness([[1.0], [3.0]], [[True, False], [False, True], [True, True]])
     np.testing.assert_allclose(values, [lost, lost, 0.0], atol=1e-15)
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_keeping_all_points_loses_nothing(criterion):
-    for seed in range(10):
-        distances = pairwise_distances(make_cloud(seed))
-        fitness = SubsetFitness(distances, criterion, homology_dimensions=(0, 1))
-        np.testing.assert_allclose(fitness(np.ones((1, len(distances)), dtype=bool)), 0.0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -62,33 +76,16 @@ def test_degrees_combine_by_maximum_and_by_sum():
         both = SubsetFitness(distances, criterion, homology_dimensions=(0, 1))(subsets)
         assert (parts[1] > 0).any()
         np.testing.assert_allclose(both, combined(*parts), rtol=1e-12)
-        slow = SubsetFitness(distances, criterion, homology_dimensions=(0, 1), engine="gudhi")(subsets)
-        np.testing.assert_allclose(slow, both, atol=1e-8)
 
 
-def test_subsets_are_scored_once():
+def test_subsets_that_come_again_have_the_fitness_they_had():
     distances = pairwise_distances(np.random.default_rng(0).normal(size=(30, 3)))
     fitness = SubsetFitness(distances, "wasserstein")
     subsets = make_subsets(0, 8, 30, 10)
     first = fitness(np.vstack([subsets, subsets[:3]]))
-    assert fitness.evaluations == 8
     np.testing.assert_array_equal(first[8:], first[:3])
-    more = make_subsets(1, 2, 30, 12)
-    again = fitness(np.vstack([subsets[::-1], more]))
-    assert fitness.evaluations == 10
-    np.testing.assert_array_equal(again[:8], first[:8][::-1])
-    np.testing.assert_allclose(again, SubsetFitness(distances, "wasserstein")(np.vstack([subsets[::-1], more])))
-
-
-def test_points_on_a_line_enclose_no_loops():
-    line = np.array([0.0, 3.0, 1.0, 7.0, 4.5])
-    distances = abs(np.subtract.outer(line, line))
-    subsets = [[True, True, False, True, False], [False, True, True, True, True]]
-    both = SubsetFitness(distances, "bottleneck_sum", homology_dimensions=(0, 1))
-    alone = SubsetFitness(distances, "bottleneck")
-    assert both(subsets).tolist() == alone(subsets).tolist()
-    loops = SubsetFitness(distances, "wasserstein", homology_dimensions=(1,))
-    assert loops(subsets).tolist() == [0.0, 0.0]
+    again = np.vstack([subsets[::-1], make_subsets(1, 2, 30, 12)])
+    np.testing.assert_allclose(fitness(again), SubsetFitness(distances, "wasserstein")(again))
 
 
 def test_the_base_point_counts_as_kept():
@@ -99,24 +96,13 @@ def test_the_base_point_counts_as_kept():
     for criterion in CRITERIA:
         fitness = SubsetFitness(distances, criterion, base=9)
         np.testing.assert_array_equal(fitness(subsets), SubsetFitness(distances, criterion)(with_base))
-        fitness(with_base)
-        assert fitness.evaluations == 5
     assert SubsetFitness(distances, base=9)(np.zeros((1, 10), dtype=bool)).shape == (1,)
-
-
-def test_fitness_travels_to_other_processes():
-    distances = pairwise_distances(np.random.default_rng(0).normal(size=(12, 3)))
-    subsets = make_subsets(0, 4, 12, 5)
-    for criterion in CRITERIA:
-        fitness = SubsetFitness(distances, criterion, homology_dimensions=(0, 1))
-        np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitness))(subsets), fitness(subsets))
 
 
 @pytest.mark.parametrize(
     ("knobs", "error", "message"),
     [
         ({"criterion": "hausdorf"}, ConfigError, "criterion must be a known name, got 'hausdorf'"),
-        ({"engine": "ripser"}, ConfigError, "engine must be a known name"),
         ({"homology_dimensions": (0, -1)}, ConfigError, "each value an integer of at least 0"),
         ({"homology_dimensions": ()}, ConfigError, "homology_dimensions must be a sequence of at least 1"),
         ({"base": 2}, DataError, r"base must be a point's index in \[0, 2\), got 2"),

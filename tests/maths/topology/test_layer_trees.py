@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from itertools import pairwise
-
 import networkx as nx
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from nni_topo.topology import (
     convolution_graph,
     linear_graph,
     maximum_spanning_tree,
-    network_tree,
     plane_trees,
     spanning_forest,
 )
@@ -190,43 +187,3 @@ def test_all_zero_and_all_equal_layers_have_the_tree_of_the_first_row_and_column
         expected = np.zeros((3, 4), dtype=bool)
         expected[0], expected[:, 0] = True, True
         np.testing.assert_array_equal(mask, expected)
-
-
-@pytest.mark.slow
-def test_a_layer_of_16_million_weights_is_done_in_seconds():
-    import time
-
-    weight = np.random.default_rng(0).normal(size=(4096, 4096))
-    began = time.process_time()
-    assert maximum_spanning_tree(weight).sum() == 2 * 4096 - 1
-    assert time.process_time() - began < 20.0
-
-
-@given(st.integers(0, 10_000), st.lists(st.integers(1, 6), min_size=2, max_size=5))
-@settings(max_examples=50, deadline=None)
-def test_the_networks_tree_against_networkx(seed, widths):
-    rng = np.random.default_rng(seed)
-    weights = [rng.normal(size=(m, n)) for n, m in pairwise(widths)]
-    graph = nx.Graph()
-    for layer, weight in enumerate(weights):
-        for (row, column), value in np.ndenumerate(weight):
-            graph.add_edge((layer, column), (layer + 1, row), weight=abs(value), place=(layer, row, column))
-    wanted = {data["place"] for *_, data in nx.maximum_spanning_tree(graph).edges(data=True)}
-    found = {(layer, *map(int, place)) for layer, m in enumerate(network_tree(weights)) for place in np.argwhere(m)}
-    assert found == wanted
-    assert len(found) == sum(widths) - 1
-
-
-def test_the_networks_tree_of_one_layer_is_the_layers_and_takes_equal_weights_in_order():
-    weight = np.random.default_rng(0).normal(size=(5, 7))
-    np.testing.assert_array_equal(network_tree([weight])[0], maximum_spanning_tree(weight))
-    first, second = network_tree([np.ones((2, 2)), np.zeros((1, 2))])
-    assert first.tolist() == [[True, True], [True, False]]
-    assert second.tolist() == [[True, False]]
-
-
-def test_layers_of_a_network_must_fit():
-    with pytest.raises(DataError, match=r"got 3 after 2 \(weights\[1\]\)"):
-        network_tree([np.ones((2, 4)), np.ones((1, 3))])
-    with pytest.raises(DataError, match="at least one layer, got none"):
-        network_tree([])
