@@ -29,7 +29,6 @@ from typing import Any
 import psutil
 import torch
 
-import nni_topo
 from nni_topo import zoo
 from nni_topo.cli import main as command
 from nni_topo.runs import choices as plans
@@ -77,8 +76,6 @@ def rounds(out: Path) -> Any:
 def trial(out: Path) -> Any:
     """Run a trial of an experiment."""
     return run_trial(TrialSettings(limit=200, train_epochs=2, retrain_epochs=4, ratio=0.5), out)
-
-
 
 
 def zoo_of_networks(out: Path) -> Any:

@@ -81,7 +81,6 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "spectral": ("cluster", {"algorithm": "spectral"}),
     "survivor center": ("cluster", {"survivor": "center"}),
     "subcluster mean": ("subcluster", {"growth": {"statistic": "mean"}}),
-    "energy of data": ("energy", {"signal": "data", "calibration": BATCHES}),
     "level, global": ("level", {"config": [{"op_types": ["Linear"], "sparse_ratio": 0.5, "global_group_id": 1}]}),
 }
 """Clouds, criteria and other ways of the pruners."""

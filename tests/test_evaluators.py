@@ -87,10 +87,10 @@ def test_torch_evaluator_drives_nnis_pruners() -> None:
     movement(torch_setup, ["hidden"])
 
 
-def test_evaluator_feeds_the_activation_cloud() -> None:
+def test_evaluator_feeds_the_functional_cloud() -> None:
     model, evaluator = torch_setup()
     config = [{"op_names": ["stem"], **SPARSE}]
-    pruner = nni_topo.TopologicalPruner(model, config, evaluator, cloud="activation")
+    pruner = nni_topo.TopologicalPruner(model, config, evaluator, cloud="functional")
     _, masks = pruner.compress()
     pruner.unwrap_model()
     assert kept(masks, "stem") == 4
@@ -195,7 +195,7 @@ def test_lightning_drives_our_pruners() -> None:
 ON_DATA: dict[str, Callable[..., Pruner]] = {
     "cluster": nni_topo.ClusterPruner,
     "reconstruction": nni_topo.ReconstructionPruner,
-    "activation": partial(nni_topo.TopologicalPruner, cloud="activation"),
+    "functional": partial(nni_topo.TopologicalPruner, cloud="functional"),
 }
 
 

@@ -151,7 +151,6 @@ WORK = {
     "ReconstructionPruner": chosen("reconstruction"),
     "ReconstructionPruner, sequential": chosen("reconstruction", sequential=True),
     "ReconstructionPruner, budget": chosen("reconstruction", budget={"flops": 0.5, "allocation": "error"}),
-    "EnergyFilterPruner": chosen("energy", signal="data", example_inputs=toy_images(2)),
     "ClusterPruner": chosen("cluster"),
     "SubclusterPruner": chosen("subcluster", energy=0.5),
 }

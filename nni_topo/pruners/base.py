@@ -1,7 +1,7 @@
 """The base class of the package's structured pruners: NNI's Pruner with three hooks.
 
-A pruner of this kind is a data collector, a metric calculator and a sparsity allocator. NNI's three stages call them,
-so the pruner also works inside NNI's scheduled pruners; the calculator asks the planner how many blocks to keep::
+NNI's three stages call them, so the pruner also works inside NNI's scheduled pruners; the calculator asks the planner
+how many blocks to keep::
 
     config_list -> NNI wraps the model -> DataCollector -> MetricCalculator -> SparsityAllocator -> masks
 """
@@ -107,8 +107,8 @@ class StructuredPruner(Pruner):
     ``interval_steps``, ``total_times`` and ``first_step_gen`` mean what they mean for NNI's own pruners;
     ``LinearPruner`` and ``AGPPruner`` set them.
 
-    At the default granularity a transposed convolution loses output channels, and its bias with them, as every other
-    layer does. With this package imported NNI's own pruners do the same; by themselves they prune its input channels.
+    At the default granularity a transposed convolution loses output channels, as every other layer does. With this
+    package imported NNI's own pruners do the same; by themselves they prune its input channels.
     """
 
     needs_rule: bool = True
@@ -153,9 +153,7 @@ class StructuredPruner(Pruner):
                 allocations=self.allocations,
             )
         self.needs_rule = self.needs_rule and not has_budget
-        config_list = check_request(
-            model, config_list, existed_wrappers, self.setting_rules, needs_rule=self.needs_rule
-        )
+        check_request(model, config_list, existed_wrappers, self.setting_rules, needs_rule=self.needs_rule)
         if has_budget:
             check_no_ratios(config_list)
         self.collector = collector
@@ -195,8 +193,8 @@ class StructuredPruner(Pruner):
 
         Notes
         -----
-        Where it raises, whatever it is, the model is left as ``unwrap_model()`` leaves it. Without training, modes,
-        buffers and the global generators are as before, whatever an evaluator does.
+        Where it raises, the model is left as ``unwrap_model()`` leaves it. Without training, modes, buffers and the
+        global generators are as before, whatever an evaluator does.
         """
         trains = max_steps is not None or max_epochs is not None
         try:
@@ -220,26 +218,10 @@ class StructuredPruner(Pruner):
             return super().generate_masks()  # type: ignore[no-any-return]
 
     def masks_for(self, budget: Budget) -> Masks:
-        """Return the masks for a budget, without putting them into the model.
+        """Return the masks for another budget of the pruner's kind and allocation, without putting them into the model.
 
-        It may be called again for other shares of the same kind of cost. Each time channels are selected anew, by what
-        was collected and measured at the first call.
-
-        Parameters
-        ----------
-        budget : Budget
-            Of the kind and the allocation of the pruner's own one.
-
-        Returns
-        -------
-        dict
-            ``{module name: {target name: mask}}``. ``planner.outcome`` says whether the budget is met; unlike in
-            ``compress``, nothing is logged where it isn't.
-
-        Raises
-        ------
-        ConfigError
-            If the pruner has no budget, or one of another kind.
+        Each time channels are selected anew, by what was collected and measured at the first call. ``planner.outcome``
+        says whether the budget is met; nothing is logged where it isn't. ConfigError for a budget of another kind.
         """
         planner = self.planner
         if not isinstance(planner, BudgetPlanner):

@@ -72,14 +72,13 @@ class Budget:
         parameters with the input and output of the layer where both are largest, for one sample.
     allocation : {"uniform", "topological", "error", "auto"}, default="uniform"
         How the budget is distributed. ``"uniform"``: the same share of every layer. ``"topological"``: one tolerance
-        on death times over the network (TopologicalPruner and ReconstructionPruner). ``"error"``: the channels with the
-        least reconstruction error, in all layers that read them, per cost saved (ReconstructionPruner). ``"auto"``:
-        the one of these whose network is nearest to the unpruned one on held-out images (:func:`nni_topo.shrink` only).
+        on death times over the network. ``"error"``: the channels with the least reconstruction error, in all layers
+        that read them, per cost saved. ``"auto"``: the one of these whose network is nearest to the unpruned one on
+        held-out images (:func:`nni_topo.shrink` only).
     equal_blocks : bool, optional
         Let layers of the same width keep the same number of channels, and attention of the same number of heads the
-        same number of heads, in all blocks. A config of Transformers can describe such a network
-        (:func:`nni_topo.save_pretrained`), and blocks compiled one by one share their code. The cost comes less near to
-        the budget. For ``"uniform"`` alone. None: as False, but :func:`nni_topo.shrink` takes True for a model of
+        same number of heads, so that a config of Transformers can describe the network. The cost comes less near to the
+        budget. For ``"uniform"`` alone. None: as False, but :func:`nni_topo.shrink` takes True for a model of
         Transformers, and leaves the layers whole of which a config can say no other width.
     latency_table : LatencyTable, str, Path or None, default=None
         Seconds per layer and width, or a JSON file of them, for ``latency``; then only the table counts. None: measured
@@ -89,21 +88,13 @@ class Budget:
         What runs the dense networks whose times correct the table: for ``"onnxruntime"`` each is exported to ONNX
         (:func:`nni_topo.export`) and runs on one thread of the CPU. For ``latency`` without a table alone.
 
-    Raises
-    ------
-    ConfigError, DataError
-        If not exactly one cost is given, or a value can't be used.
-    ExportError
-        While widths are found, if onnxruntime can't run the network.
-
     Notes
     -----
-    The config_list only says which layers are pruned. Its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, and the
-    other layers lose more or less instead. A layer without a ``max_sparse_ratio`` keeps at least an eighth of its
-    channels, or half of the share that each pruned layer keeps where all of them together keep the budget's share of
-    their own cost, if that is less; of sixteen or more channels it keeps at least two. Where so few channels don't meet
-    the budget, all layers keep them, and the outcome says which budget can be met; where they do, ``"topological"`` and
-    ``"error"`` may leave a layer fewer. Widths are integers, so the nearest possible cost is taken. A budget is met
+    ``min_sparse_ratio`` and ``max_sparse_ratio`` of the config_list hold. A layer without a ``max_sparse_ratio`` keeps
+    at least an eighth of its channels, or half of the share that each pruned layer keeps where all of them together
+    keep the budget's share of their own cost, if that is less; of sixteen or more channels it keeps at least two. Where
+    so few channels don't meet the budget, the outcome says which budget can be met; where they do, ``"topological"``
+    and ``"error"`` may leave a layer fewer. Widths are integers, so the nearest possible cost is taken. A budget is met
     by a network that costs at most 0.01 of the unpruned one more (of a budget below 0.1, a tenth of the budget; for
     ``latency`` at least 5 % of the budget). If no network takes so little time, the widest that is about as fast as any
     is kept, possibly the unpruned one. A warning gives the reason where a budget is missed, and where the network costs
@@ -198,11 +189,9 @@ class BudgetOutcome:
 class BudgetPlanner(Planner):
     """Keep as many blocks as a budget allows.
 
-    With ``prefers_multiples`` layers keep multiples of 16 channels, those of fewer than 128 channels multiples of an
-    eighth of their channels: of 8 from 64 channels on, of 4 from 32. Where the budget isn't met within its tolerance
-    by these, nor with a multiple more or less in one layer, the layer in which a multiple changes the cost most keeps
-    multiples of half as many channels, and so on down to any number. Under a budget of time that is measured these are
-    multiples of half of a layer's channels, at most 16. Heads are counted whole.
+    With ``prefers_multiples`` layers keep multiples of 16 channels, narrow ones of an eighth of their channels, or as
+    large ones as meet the budget. Under a budget of time that is measured these are multiples of half of a layer's
+    channels, at most 16. Heads are counted whole.
     """
 
     def __init__(
@@ -405,10 +394,9 @@ def share_left(
 def bounds_under(
     budget: Budget, share: float, units: Sequence[PruningUnit], left: Callable[[Sequence[int]], float]
 ) -> list[tuple[int, int]]:
-    """Return the fewest and the most rows that units may lose so that a share of the cost remains.
+    """Return the fewest and the most rows that units may lose so that a share of the cost, as ``left`` says, remains.
 
-    ``left`` is what :func:`share_left` returns. A share that can't be met has the bounds of the least share that can be
-    met, so that asking for that share gives the same network.
+    A share that can't be met has the bounds of the least share that can be met.
     """
 
     def bounds(fewest: float) -> list[tuple[int, int]]:
@@ -428,10 +416,7 @@ def bounds_under(
     fixed = left_at(0.0)
 
     def is_enough(fewest: float) -> bool:
-        """Say whether the pruned layers, at twice these rows each, keep at least the budget's share of their own cost.
-
-        Of a budget that can't be met the least share that can be met counts.
-        """
+        """Say whether the pruned layers, at twice these rows each, keep at least the budget's share of their cost."""
         return left_at(2.0 * fewest) - fixed >= (1.0 - fixed) * max(share, left_at(fewest))
 
     low, high = 0.0, _FEWEST
@@ -474,10 +459,7 @@ def network_cost(kind: str, analysis: Analysis, table: LatencyTable | None = Non
 def network_time(
     analysis: Analysis, example_inputs: Any, wanted: float, runtime: Runtime = "pytorch"
 ) -> Callable[[Sequence[Kept]], list[float]]:
-    """Return a function that times dense networks for choices of kept channels, as shares of the unpruned one's time.
-
-    A single network that is far from the share ``wanted`` is timed roughly.
-    """
+    """Return a function that times dense networks, as shares of the unpruned time; far from ``wanted`` roughly."""
     unpruned, cost = unwrapped_copy(analysis.model), NetworkCost(analysis)
     (whole,) = as_run_by(runtime, [unpruned], example_inputs)
 

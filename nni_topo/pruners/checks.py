@@ -9,9 +9,7 @@ import functools
 import inspect
 import logging
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from nni_topo.compat.wrapping import ListedModules, derived_types
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.network.layers.kinds import CONVOLUTIONS, check_names, is_recurrent
-from nni_topo.network.runtime.arguments import BATCHES, CONFIG_LIST, INPUTS, LEGACY_KEYS, MODEL, check_entry
+from nni_topo.network.runtime.arguments import BATCHES, CONFIG_LIST, INPUTS, MODEL, check_entry
 from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.progress import quiet_if_asked
 from nni_topo.network.speedup.dependency import DependencyGroups, by_reason
@@ -79,45 +77,6 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
     return decorate
 
 
-_RATIOS = ("sparsity", "sparsity_per_layer", "total_sparsity")
-_RENAMED = dict.fromkeys(_RATIOS, "sparse_ratio")
-_RENAMED |= {"max_sparsity_per_layer": "max_sparse_ratio", "op_partial_names": "op_names_re"}
-
-
-def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
-    """Return a copy of a config_list in NNI 3's words; warn of NNI 2's keys, refuse two keys for one thing."""
-    modern: list[Any] = []
-    for index, entry in enumerate(deepcopy(list(config_list))):
-        if not isinstance(entry, dict) or not LEGACY_KEYS.keys() & entry.keys():
-            modern.append(entry)
-            continue
-        place = f"config_list[{index}]"
-        for key in LEGACY_KEYS:
-            if key in entry:
-                told = f"{key!r} is a key of NNI 2, write {LEGACY_KEYS[key]} ({place})"
-                warnings.warn(told, FutureWarning, stacklevel=3)
-        if "total_sparsity" in entry:
-            entry.setdefault("global_group_id", f"total_sparsity_{index}")
-        for old, new in _RENAMED.items():
-            if old in entry:
-                if new in entry:
-                    raise ConfigError(
-                        f"a config_list entry must hold one key for one thing, got {old!r} and {new!r} ({place})"
-                    )
-                value = entry.pop(old)
-                is_partial = old == "op_partial_names"
-                entry[new] = [f".*{re.escape(name)}.*" for name in value] if is_partial else value
-        if entry.pop("exclude", False):
-            # As in NNI 2: what the entry matches is left out of the entries before it, not of those after it.
-            names = list(select_modules_by_config(model, entry)[0])
-            for other in modern:
-                if isinstance(other, dict):
-                    other["exclude_op_names"] = sorted({*other.get("exclude_op_names", []), *names})
-            continue
-        modern.append(entry)
-    return config_list.with_entries(modern) if isinstance(config_list, DependencyGroups) else modern
-
-
 def of_single_weights(config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Drop the coupling of channels from dependency groups: weights are pruned one by one."""
     if not isinstance(config_list, DependencyGroups):
@@ -138,8 +97,8 @@ def check_request(
     rules: Mapping[str, Rule] = {},
     *,
     needs_rule: bool = True,
-) -> list[dict[str, Any]]:
-    """Return a checked config_list in NNI 3's words, or raise ConfigError or DataError; the model isn't changed."""
+) -> None:
+    """Raise ConfigError or DataError for a request that can't be; the model isn't changed."""
     check_knobs("pruner", {"model": model, "config_list": config_list}, REQUEST)
     # With inherited wrappers the config_list may be empty, as in NNI's LinearPruner.
     if not config_list and existed_wrappers is None:
@@ -161,8 +120,8 @@ def check_request(
     matched: dict[str, nn.Module] = {}
     first: dict[tuple[str, str], str] = {}
     followed: dict[tuple[str, str], tuple[str, str]] = {}
-    modern, listed = modern_config(model, config_list), ListedModules(model)
-    for index, config in enumerate(modern):
+    listed = ListedModules(model)
+    for index, config in enumerate(config_list):
         place = f"config_list[{index}]"
         try:
             default_config_schema("pruning").validate(config)
@@ -189,9 +148,9 @@ def check_request(
         matched.update(modules)
     if needs_rule:
         # An entry without a ratio or threshold would prune nothing, or make NNI fail without a message.
-        ruled = [config for config in modern if any(key in s for s in _settings(config) for key in _RULES)]
+        ruled = [config for config in config_list if any(key in s for s in _settings(config) for key in _RULES)]
         groups = {group for config in ruled for group in _groups(config)}
-        for index, config in enumerate(modern):
+        for index, config in enumerate(config_list):
             if config not in ruled and not groups & _groups(config):
                 raise ConfigError(
                     "a config_list entry must have a sparse_ratio or a sparse_threshold, got neither "
@@ -210,7 +169,6 @@ def check_request(
             f"config_list must match at least one module, got none; layer types in this model: {', '.join(types)} "
             "(config_list)"
         )
-    return modern
 
 
 def matched_modules(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, nn.Module]:
@@ -260,7 +218,7 @@ def _followed(name: str, module: nn.Module, target: str, config: dict[str, Any])
 def check_no_ratios(config_list: Sequence[Mapping[str, Any]], place: str = "config_list") -> None:
     """Raise a ConfigError where an entry says how much to prune, which a budget does."""
     for index, config in enumerate(config_list):
-        for key in ("sparse_ratio", "sparse_threshold", "global_group_id", *_RATIOS):
+        for key in (*_RULES, "global_group_id"):
             if any(setting.get(key) is not None for setting in _settings(config)):
                 raise ConfigError(f"a budget replaces {key}, got both ({place}[{index}])")
 

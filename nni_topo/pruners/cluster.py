@@ -318,22 +318,12 @@ class ClusterPruner(FeaturePruner):
 
     Raises
     ------
-    ConfigError, DataError
-        If a knob or the request is bad, before the model is wrapped. If there are fewer than two samples, or all
-        features of a layer are constant, when masks are made.
-
-    See Also
-    --------
-    SubclusterPruner : Finds the number of clusters itself.
+    DataError
+        When masks are made, if there are fewer than two samples, or all features of a layer are constant.
 
     Notes
     -----
     Neurons that are zero on all samples are all pruned, if anything is pruned, unless the layer would be empty.
-
-    References
-    ----------
-    .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-       Technology, 2019, chapter 4.
 
     Examples
     --------
@@ -367,20 +357,8 @@ class ClusterPruner(FeaturePruner):
         check_used(algorithm, graph, type(self).__name__)
         collector = feature_collector(calibration, evaluator, model)
         self.calibration = collector.calibration
-        super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            collector=collector,
-            calculator=ClusterMetric(
-                collector=collector,
-                survivor=survivor,
-                algorithm=algorithm,
-                graph=graph,
-                seed=seed,
-            ),
-        )
+        metric = ClusterMetric(collector=collector, survivor=survivor, algorithm=algorithm, graph=graph, seed=seed)
+        super().__init__(model, config_list, evaluator, existed_wrappers, collector=collector, calculator=metric)
 
 
 def feature_collector(

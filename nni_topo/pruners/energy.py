@@ -198,12 +198,6 @@ class EnergyFilterPruner(StructuredPruner):
     signal : Chirp, mapping or None, default=None
         The :class:`~nni_topo.Chirp` to which responses are measured, or its fields. None: ``Chirp()``.
 
-    Raises
-    ------
-    ConfigError, DataError
-        If a knob or the request is bad, before the model is wrapped: a threshold outside (0, 1), an input size
-        that is unknown or smaller than the kernel, weights that aren't real floating-point numbers.
-
     See Also
     --------
     nni_topo.signals.chirp_2d : the chirp.
@@ -214,16 +208,10 @@ class EnergyFilterPruner(StructuredPruner):
     A chirp can't enter a linear layer: its neurons have the expected energy of their outputs for uncorrelated inputs of
     energy 1 each.
 
-    A layer is never emptied. The members of a dependency group weigh by their energy per position.
+    The members of a dependency group weigh by their energy per position.
 
     In scheduled pruning energies are measured again each time, on the weights as they are then; filters that are masked
     already have none and stay masked.
-
-    Cost: one forward pass of the example inputs, then one convolved plane per filter.
-
-    References
-    ----------
-    .. [1] Janjic, MSc thesis, University of Manitoba, 2018, section 4.2.
 
     Examples
     --------
@@ -252,12 +240,8 @@ class EnergyFilterPruner(StructuredPruner):
         round_to: int | None = None,
     ) -> None:
         inputs = example_inputs_of(example_inputs, model, evaluator=evaluator)
+        collector = ChirpEnergyCollector(inputs, as_settings(signals.Chirp, signal, "signal"))
+        metric, planner = CumulativeEnergyMetric(), Planner(strict=True, tolerance=TOLERANCE, round_to=round_to)
         super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            collector=ChirpEnergyCollector(inputs, as_settings(signals.Chirp, signal, "signal")),
-            calculator=CumulativeEnergyMetric(),
-            planner=Planner(strict=True, tolerance=TOLERANCE, round_to=round_to),
+            model, config_list, evaluator, existed_wrappers, collector=collector, calculator=metric, planner=planner
         )

@@ -115,11 +115,5 @@ class MatrixPruner(StructuredPruner):
         round_to: int | None = None,
     ) -> None:
         inputs = example_inputs_of(example_inputs, model, evaluator=evaluator)
-        super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            collector=RowColumnCollector(norm, inputs),
-            calculator=JointNorm(norm),
-        )
+        collector, metric = RowColumnCollector(norm, inputs), JointNorm(norm)
+        super().__init__(model, config_list, evaluator, existed_wrappers, collector=collector, calculator=metric)

@@ -28,7 +28,7 @@ _NNI_ARGUMENTS = ("model", "config_list", "evaluator", "existed_wrappers")
 class PrunerInfo(ClassInfo[Pruner]):
     """A pruner in the table.
 
-    Attributes
+    Parameters
     ----------
     name : str
         Name to create it by.
@@ -37,9 +37,9 @@ class PrunerInfo(ClassInfo[Pruner]):
         arguments; imported when needed.
     summary : str
         What it keeps, in one line.
-    structured : bool
+    structured : bool, default=True
         Whether it removes whole filters and neurons at the default granularity.
-    needs : tuple of str
+    needs : tuple of str, default=()
         Knobs without which it can't work, e.g. ``"calibration or evaluator"``.
     """
 
@@ -143,7 +143,7 @@ def create_pruner(
     missing = [need for need in info.needs if all(given.get(knob) is None for knob in need.split(" or "))]
     if missing:
         raise ConfigError(f"pruner {name!r} needs {', '.join(missing)}, got none (create_pruner)")
-    config_list = check_request(model, config_list, needs_rule=needs_rule(name, knobs))
+    check_request(model, config_list, needs_rule=needs_rule(name, knobs))
     if not info.structured:
         config_list = of_single_weights(config_list)
     if evaluator is not None:
@@ -154,10 +154,8 @@ def create_pruner(
 def expose_in_nni() -> None:
     """Make the package's classes attributes of NNI's modules, which have no registry, where its users look for them.
 
-    Pruners become attributes of ``nni.compression.pruning``; collectors, metrics and allocators of
-    ``nni.compression.pruning.tools``, beside NNI's functions for these steps. NNI's schedulers warn of pruners that
-    they weren't tested with; for these pruners, which are tested with them, the warning is left out. All pruners, NNI's
-    too, can then prune heads of attention, and prune transposed convolutions by output channels.
+    NNI's schedulers warn of pruners that they weren't tested with: not of these. All pruners, NNI's too, can then prune
+    heads of attention, and prune transposed convolutions by output channels.
     """
     own = [cls for info in PRUNERS.table.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
     for cls in own:

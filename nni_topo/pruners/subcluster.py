@@ -149,26 +149,12 @@ class SubclusterPruner(FeaturePruner):
     survivor : str or sequence of str, default="auto"
         As for :class:`~nni_topo.ClusterPruner`.
 
-    Raises
-    ------
-    ConfigError, DataError
-        If a knob or the request is bad, before the model is wrapped. If there are fewer than two samples, or all
-        features of a layer are constant, when masks are made.
-
     Notes
     -----
     Neurons that are zero on all samples are all pruned, up to that share, unless the layer would be empty.
 
-    Neurons that are near copies of each other stay in one cluster, however large their values, and one of them is
-    pruned. With ``Growth(statistic="max")`` every neuron whose variance is above the threshold ends up alone.
-
     Every call looks at the network as it is masked by then: neurons that were pruned before are dead, and the threshold
     is computed from the remaining ones. So a second ``compress()``, or a schedule, may prune more than one call does.
-
-    References
-    ----------
-    .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
-       Technology, 2019, chapter 5.
 
     Examples
     --------
@@ -211,20 +197,8 @@ class SubclusterPruner(FeaturePruner):
         _check_names(model, self.growth.initial_ratio, "initial_ratio")
         collector = feature_collector(calibration, evaluator, model)
         self.calibration = collector.calibration
-        super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            collector=collector,
-            calculator=SubclusterMetric(
-                collector=collector,
-                survivor=survivor,
-                growth=self.growth,
-                energy=energy,
-                seed=seed,
-            ),
-        )
+        metric = SubclusterMetric(collector=collector, survivor=survivor, growth=self.growth, energy=energy, seed=seed)
+        super().__init__(model, config_list, evaluator, existed_wrappers, collector=collector, calculator=metric)
         self._activate_targets(cap=1.0)
 
     @property

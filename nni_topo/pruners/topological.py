@@ -1,8 +1,8 @@
 """Topological pruning: keep the filters that keep the shape of a layer's point cloud.
 
-A layer is a cloud with one point per filter or neuron, plus the origin, to which a pruned one falls. How *many* points
-a cloud can spare is read off its H0 death times; *which* points are kept is a search over subsets of that size, by a
-genetic algorithm or greedily, that minimises a distance between the kept and the whole cloud.
+A layer is a cloud with one point per filter or neuron, plus the origin, to which a pruned one falls. Its H0 death
+times say how *many* points it can spare; *which* are kept is a search over subsets of that size, by a genetic algorithm
+or greedily, that minimises a distance between the kept and the whole cloud.
 
 Source: Perera, "Topological Pruner: a neural network pruner using topological data analysis", MSc thesis, University of
 Moratuwa, 2022. Only its abstract and lists are public: criteria, clouds and allocations are this project's, and
@@ -157,11 +157,6 @@ class TopologicalPruner(StructuredPruner):
         Layers searched at a time, as joblib's ``n_jobs``; ``joblib.parallel_config`` picks another backend, such as
         Dask's. The result doesn't depend on it.
 
-    See Also
-    --------
-    nni_topo.ReconstructionPruner : selects by least squares in the next layers.
-    nni_topo.to_dense : makes the masked model smaller.
-
     Notes
     -----
     With ``k`` points kept, the H0 bottleneck distance is at least half the ``(k+1)``-th death time and for almost all
@@ -230,30 +225,21 @@ class TopologicalPruner(StructuredPruner):
             search = None
         else:
             search = GeneticSearch()
-        super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            collector=points.collector(self.calibration),
-            calculator=TopologicalMetric(
-                criterion=criterion,
-                homology_dimensions=self.homology_dimensions,
-                search=search,
-                preprocess=points.preprocess,
-                origin=points.origin,
-                seed=seed,
-                progress=progress,
-                n_jobs=n_jobs,
-            ),
+        metric = TopologicalMetric(
+            criterion=criterion,
+            homology_dimensions=self.homology_dimensions,
+            search=search,
+            preprocess=points.preprocess,
+            origin=points.origin,
+            seed=seed,
+            progress=progress,
+            n_jobs=n_jobs,
         )
+        collector = points.collector(self.calibration)
+        super().__init__(model, config_list, evaluator, existed_wrappers, collector=collector, calculator=metric)
 
     @classmethod
-    @pruner_arguments(
-        homology_dimensions=_DIMENSIONS,
-        search=settings(GeneticSearch) | NONE,
-        n_jobs=_JOBS,
-    )
+    @pruner_arguments(homology_dimensions=_DIMENSIONS, search=settings(GeneticSearch) | NONE, n_jobs=_JOBS)
     def perera2022(
         cls,
         model: nn.Module,

@@ -125,30 +125,19 @@ class TopologicalMagnitudePruner(StructuredPruner):
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Model to prune; linear layers and convolutions of one to three dimensions.
+    model, evaluator, existed_wrappers
+        As for :class:`~nni_topo.StructuredPruner`; linear layers and convolutions are pruned.
     config_list : list of dict
         NNI's config_list, at its default granularity, here single weights. A ``sparse_ratio`` is local, or over all
         layers of one ``global_group_id``. A ``sparse_threshold`` keeps the tree and every |w| at least that large.
-    evaluator : nni.compression.utils.Evaluator or None, default=None
-        For NNI's scheduled pruners.
-    existed_wrappers
-        As for :class:`~nni_topo.StructuredPruner`.
     on_subcritical : {"raise", "clip"}, default="raise"
         A ratio that leaves a layer less than its tree is refused, or the layer keeps its tree.
     conv_graph : {"channel", "toeplitz"}, default="channel"
         Graph of a convolution. ``"channel"``: input and output channels, joined by the largest |w| of their kernel; a
         tree is one weight per edge. ``"toeplitz"``: the paper's, every kernel by itself from input plane to output
         plane; its trees take most weights of each kernel.
-    example_inputs : Tensor, tuple, list, mapping of str to Any or None, default=None
-        The model's inputs, which the Toeplitz graph needs. None: the evaluator's ``dummy_input``, or the first batch on
-        which it evaluates.
-
-    Raises
-    ------
-    ConfigError, DataError
-        If the request is bad, before the model is wrapped: also a layer of another type, a dependency group, a
-        granularity, or a ratio beyond the critical one.
+    example_inputs : Any, default=None
+        As for the base class, for the Toeplitz graph.
 
     See Also
     --------
@@ -158,9 +147,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
     -----
     A weight that was masked once stays so while there are others. Ties: the first in row-major order is kept.
 
-    A bias stays where a weight of its row does, as with NNI's ``LevelPruner``. The tree reaches every row, so that all
-    biases stay; by magnitude alone, from ratios of about 0.9 on, some rows of small layers lose all their weights, and
-    their biases with them.
+    A bias stays where a weight of its row does, as with NNI's ``LevelPruner``: the tree reaches every row, so that all
+    biases stay.
 
     Examples
     --------
@@ -197,14 +185,9 @@ class TopologicalMagnitudePruner(StructuredPruner):
             for name, module in model.named_modules():
                 if isinstance(module, CONVOLUTIONS) and name in planes:
                     graphs[name] = graph_of_convolution(module, planes[name][0])
-        super().__init__(
-            model,
-            of_single_weights(config_list),
-            evaluator,
-            existed_wrappers,
-            collector=MagnitudeCollector(),
-            calculator=TreeMetric(conv_graph=conv_graph, graphs=graphs, on_subcritical=on_subcritical),
-        )
+        metric = TreeMetric(conv_graph=conv_graph, graphs=graphs, on_subcritical=on_subcritical)
+        entries = of_single_weights(config_list)
+        super().__init__(model, entries, evaluator, existed_wrappers, collector=MagnitudeCollector(), calculator=metric)
 
     def critical_ratios(self) -> dict[str, float]:
         """Return how far each layer's weights can be pruned now: all of them over those of its tree, by module name."""

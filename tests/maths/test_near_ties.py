@@ -107,6 +107,18 @@ def test_scores_at_a_threshold(strict, seed):
         assert rows == {"layer": max(passing, 1)}
 
 
+@pytest.mark.parametrize(("strict", "kept"), [(False, 3), (True, 1)])
+def test_a_threshold_on_single_weights_is_met_as_it_is(strict, kept):
+    # 0.5, 0.5 and what is above; one hair below 0.5 counts as 0.5 only where a loss is a sum of several elements.
+    losses = np.array([0.1, 0.5, 0.5, 0.5 - 1e-12, 0.7])
+    found = {}
+    for elements in (1, 4):
+        each = unit(5, elements=elements, sparse_threshold=0.5)
+        rows = Planner(strict=strict).rows([each], lambda _: losses, torch.nn.Module())
+        found[elements] = rows["layer"]
+    assert found == {1: kept, 4: kept if strict else 4}
+
+
 @given(seeds)
 @few
 def test_layers_under_one_budget(seed):

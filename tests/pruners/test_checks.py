@@ -56,7 +56,6 @@ GROUP = {"dependency_group_id": "a"}
 @pytest.mark.parametrize(
     "config",
     [
-        [{"op_types": ["Linear"], "sparsity": 0.5}],
         [{"op_types": ["Linear"], "sparse_ratio": 0.0}],
         [{"op_types": ["Linear"], "target_settings": {"weight": {"sparse_threshold": 0.5}}}],
         [{"op_names": ["0"], "sparse_ratio": 0.5, **GROUP}, {"op_names": ["2"], **GROUP}],
@@ -66,8 +65,7 @@ GROUP = {"dependency_group_id": "a"}
         ],
     ],
 )
-@pytest.mark.filterwarnings("ignore:'sparsity' is a key of NNI 2:FutureWarning")
-def test_a_rule_may_stand_in_an_old_key_a_target_or_another_member_of_the_group(convnet, config):
+def test_a_rule_may_stand_in_a_target_or_another_member_of_the_group(convnet, config):
     check_request(convnet, config)
 
 

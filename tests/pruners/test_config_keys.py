@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from config_keys import CASES, OWN, kept, outcome, plain, table, written
 
 import nni_topo
-from nni_topo.maths.search.subsets import GeneticSearch
-from nni_topo.pruners.selection import Cloud
-from nni_topo.pruners.topological import _chosen
 
 
 @pytest.mark.slow
@@ -37,18 +33,6 @@ def test_a_bias_with_a_threshold_loses_what_its_weight_loses_too() -> None:
     kept_rows = masks["first"]["weight"].expand_as(plain().first.weight).flatten(1).any(1)
     assert kept_rows.sum() == 8
     assert torch.equal(masks["first"]["bias"].bool(), kept_rows & (plain().first.bias.abs() >= 0.1))
-
-
-@pytest.mark.parametrize("criterion", ["bottleneck", "bottleneck_sum", "wasserstein"])
-def test_single_weights_are_chosen_without_loops(criterion: str) -> None:
-    """Points on a line have no loops: with and without degree 1 the same weights are kept."""
-    points = np.random.default_rng(0).normal(size=(12, 1))
-    search = GeneticSearch(population_size=6, generations=3)
-    chosen = [_chosen(Cloud(points, 12), 6, [0], criterion, degrees, search)[0] for degrees in ((0, 1), (0,))]
-    flat = Cloud(np.hstack([points, np.zeros((12, 1))]), 12)
-    in_plane = _chosen(flat, 6, [0], criterion, (0, 1), search)[0]
-    assert (chosen[0] == chosen[1]).all()
-    assert (chosen[0] == in_plane).all()
 
 
 def test_a_ratio_that_is_a_limit_is_no_yes() -> None:

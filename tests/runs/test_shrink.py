@@ -437,9 +437,9 @@ def test_distilled_weights_that_take_the_outputs_away_are_discarded_and_the_repo
         ({"layers": ["nowhere"]}, ConfigError, "nowhere"),
         ({"layers": []}, ConfigError, r"layers must name at least one layer, got none.*\(shrink\)"),
         (
-            {"layers": ["stem", {"op_names": ["hidden"], "sparsity": 0.5}]},
+            {"layers": ["stem", {"op_names": ["hidden"], "sparse_ratio": 0.5}]},
             ConfigError,
-            r"a budget replaces sparsity, got both \(layers\[1\]\)",
+            r"a budget replaces sparse_ratio, got both \(layers\[1\]\)",
         ),
     ],
 )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.ties import first_largest
 
 FloatArray = NDArray[np.float64]
@@ -60,13 +58,6 @@ def forward_selection(
     taken : ndarray, shape (keep,)
         What each channel took off the squared error.
 
-    Raises
-    ------
-    ConfigError
-        If ``keep`` or ``parts`` is out of range, or a block doesn't divide the columns.
-    DataError
-        If shapes don't fit or values aren't finite.
-
     Notes
     -----
     With N columns the cost is about ``N * keep * block * (keep * block + min(outputs, N))`` products.
@@ -77,11 +68,12 @@ def forward_selection(
     >>> forward_selection([Products(columns @ columns, columns @ [[1.0], [2.0], [3.0]], 1)], 2)[0].tolist()
     [2, 1]
     """
-    channels = channels_read(layers, keep)
-    if parts < 1 or channels % parts or keep % parts:
-        raise ConfigError(f"parts must divide {channels} channels and {keep} kept ones, got {parts} (parts)")
+    channels = layers[0].channels
     device = _device(layers)
-    with _on_one_thread():
+    # A step's products are tall and a block wide: threads would only wait for each other, above all beside other work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         readers = [
             _InProducts(one, keep, device) if isinstance(one, Products) else _InSamples(one, device) for one in layers
         ]
@@ -103,6 +95,8 @@ def forward_selection(
             if not is_met and step < keep - 1:  # after the last choice no gains are needed
                 for reader in readers:
                     reader.choose(int(order[step]))
+    finally:
+        torch.set_num_threads(threads)
     return order, taken
 
 
@@ -115,18 +109,6 @@ def _device(layers: Sequence[Products | SampleMatrix]) -> torch.device:
     return CPU
 
 
-@contextmanager
-def _on_one_thread() -> Iterator[None]:
-    """Keep PyTorch on one thread for a while."""
-    # A step's products are tall and a block wide: threads would only wait for each other, above all beside other work.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class Products:
     """What a layer reads and has to put out: ``X.T @ X`` (n * block, n * block), ``X.T @ Y`` (n * block, outputs)."""
@@ -135,6 +117,11 @@ class Products:
     cross: FloatArray
     block: int
     device: torch.device = CPU  # the network's
+
+    @property
+    def channels(self) -> int:
+        """How many channels are read."""
+        return len(self.gram) // self.block
 
 
 @dataclass(frozen=True)
@@ -146,6 +133,11 @@ class SampleMatrix:
     ridge: FloatArray
     block: int
     device: torch.device = CPU
+
+    @property
+    def channels(self) -> int:
+        """How many channels are read."""
+        return len(self.columns) // self.block
 
     @property
     def gram(self) -> FloatArray:
@@ -283,23 +275,3 @@ def _compressed(cross: Tensor) -> Tensor:
     # Gains look at targets only through inner products of rows, and updates mix rows: a rotation of the targets changes
     # neither.
     return cross.clone() if cross.shape[1] <= cross.shape[0] else torch.linalg.qr(cross.mT, mode="r").R.mT.contiguous()
-
-
-def channels_read(layers: Sequence[Products | SampleMatrix], keep: int) -> int:
-    """Return the number of channels that some layers read, of which so many are to be kept; raise what is wrong."""
-    for layer in layers:
-        held = [layer.gram, layer.cross] if isinstance(layer, Products) else [layer.columns, layer.targets]
-        size = len(held[0])
-        if isinstance(layer, Products) and (held[0].shape != (size, size) or held[1].ndim != 2 or len(held[1]) != size):
-            raise DataError(f"gram must be square and cross have as many rows, got {held[0].shape} and {held[1].shape}")
-        if not all(np.isfinite(values).all() for values in held):
-            raise DataError("gram and cross must be finite, got NaN or infinity")
-        if layer.block < 1 or size % layer.block:
-            raise ConfigError(f"block must divide the number of columns, got {layer.block} for {size} columns (block)")
-    channels = {(len(one.gram if isinstance(one, Products) else one.columns)) // one.block for one in layers}
-    if len(channels) > 1:
-        raise DataError(f"all layers must read the same channels, got {sorted(channels)} of them (gram, block)")
-    (count,) = channels
-    if not 1 <= keep <= count:
-        raise ConfigError(f"keep must be in [1, {count}], got {keep} (keep)")
-    return count

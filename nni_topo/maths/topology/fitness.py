@@ -71,7 +71,8 @@ class SubsetFitness:
         self._distances = as_distances(distances)
         self.base = base if base is None else as_index(base, len(self._distances), "base")
         self._cache: dict[bytes, float] = {}
-        if not self._covers:
+        self._is_cover = criterion in ("hausdorff", "cover")
+        if not self._is_cover:
             diagrams = diagrams_of(self._distances, self.homology_dimensions)
             self._whole = dict(zip(self.homology_dimensions, diagrams, strict=True))
 
@@ -98,43 +99,32 @@ class SubsetFitness:
             self._cache.update(zip(unknown, self._score(fresh).tolist(), strict=True))
         return np.array([self._cache[key] for key in keys])
 
-    @property
-    def _covers(self) -> bool:
-        return self.criterion in ("hausdorff", "cover")
-
     def _score(self, subsets: BoolArray) -> FloatArray:
-        if self._covers:
+        if self._is_cover:
             largest, mean = covers(self._distances, subsets)
             return largest if self.criterion == "hausdorff" else mean
-        parts = self._by_diagram(subsets, [degree for degree in self.homology_dimensions if degree > 0])
+        losses = list[FloatArray]()
+        higher = [degree for degree in self.homology_dimensions if degree > 0]
+        if higher:
+            # One subset after the other, by the diagrams of its distance submatrix.
+            distance = wasserstein_distance if self.criterion == "wasserstein" else bottleneck_distance
+            matrices = (self._distances[np.ix_(subset, subset)] for subset in subsets)
+            by_degree = np.empty((len(higher), len(subsets)))
+            for column, bars in enumerate(ripser_bars(matrices, higher)):
+                by_degree[:, column] = [distance(each, self._whole[d]) for d, each in zip(higher, bars, strict=True)]
+            losses += list(by_degree)
         if 0 in self.homology_dimensions:
-            parts.append(self._by_deaths(subsets))
+            # By the closed forms, all subsets of a size together. Without the infinite bar, which comes first: every
+            # subset has one born at 0, too.
+            whole = self._whole[0][1:, 1]
+            sizes, by_deaths = subsets.sum(axis=1), np.empty(len(subsets))
+            for size in np.unique(sizes):
+                deaths = subset_deaths(self._distances, subsets[sizes == size])
+                is_squared = self.criterion == "wasserstein"
+                by_deaths[sizes == size] = (
+                    closed_wasserstein(deaths, whole, 2.0) if is_squared else closed_bottleneck(deaths, whole)
+                )
+            losses.append(by_deaths)
         # Of H0 and H1 the larger bottleneck distance mostly is H0's, which hardly differs between subsets of one size;
         # the sum of the Wasserstein distances keeps every degree in sight.
-        losses = np.stack(parts)
-        return np.asarray(losses.max(axis=0) if self.criterion == "bottleneck" else losses.sum(axis=0))
-
-    def _by_deaths(self, subsets: BoolArray) -> FloatArray:
-        """Score degree 0 by the closed forms, all subsets of a size together."""
-        # Without the infinite bar, which comes first: every subset has one born at 0, too.
-        whole = self._whole[0][1:, 1]
-        sizes, losses = subsets.sum(axis=1), np.empty(len(subsets))
-        for size in np.unique(sizes):
-            same = sizes == size
-            deaths = subset_deaths(self._distances, subsets[same])
-            if self.criterion == "wasserstein":
-                losses[same] = closed_wasserstein(deaths, whole, 2.0)
-            else:
-                losses[same] = closed_bottleneck(deaths, whole)
-        return losses
-
-    def _by_diagram(self, subsets: BoolArray, degrees: Sequence[int]) -> list[FloatArray]:
-        """Score degrees one subset after the other, by the diagrams of the distance submatrix."""
-        if not degrees:
-            return []
-        distance = wasserstein_distance if self.criterion == "wasserstein" else bottleneck_distance
-        losses = np.empty((len(degrees), len(subsets)))
-        matrices = (self._distances[np.ix_(subset, subset)] for subset in subsets)
-        for column, found in enumerate(ripser_bars(matrices, degrees)):
-            losses[:, column] = [distance(bars, self._whole[d]) for d, bars in zip(degrees, found, strict=True)]
-        return list(losses)
+        return np.asarray(np.max(losses, axis=0) if self.criterion == "bottleneck" else np.sum(losses, axis=0))

@@ -93,30 +93,26 @@ def subset_deaths(distances: FloatArray, subsets: BoolArray) -> FloatArray:
 
     Prim's algorithm runs over all subsets at once, O(p n) a step.
     """
-    if len(subsets) == 0:
-        return np.empty((0, 0))
     size = int(np.count_nonzero(subsets[0]))
     rows = max(1, _CHUNK_ELEMENTS // len(distances))
-    chunks = [subsets[i : i + rows] for i in range(0, len(subsets), rows)]
-    deaths = np.concatenate([_prim(distances, chunk, size) for chunk in chunks])
-    deaths.sort(axis=1)
-    return np.ascontiguousarray(deaths[:, ::-1])
-
-
-def _prim(distances: FloatArray, subsets: BoolArray, size: int) -> FloatArray:
-    """Grow the trees of p subsets together, one edge a step, on whole rows of the distance matrix."""
-    # Gathering each subset's submatrix first would cost more than the columns it saves.
-    closed = np.where(subsets, 0.0, np.inf)
-    to_tree = np.full(subsets.shape, np.inf)
-    row = np.empty(subsets.shape)
-    deaths = np.empty((size - 1, len(subsets)))
-    starts = subsets.shape[1] * np.arange(len(subsets))
-    newest = subsets.argmax(axis=1)
-    for edge in range(size - 1):
-        closed.ravel()[starts + newest] = np.inf
-        np.take(distances, newest, axis=0, out=row, mode="clip")
-        np.minimum(to_tree, row, out=to_tree)
-        np.maximum(to_tree, closed, out=to_tree)
-        newest = to_tree.argmin(axis=1)
-        deaths[edge] = to_tree.ravel()[starts + newest]
-    return np.ascontiguousarray(deaths.T)
+    chunks = []
+    for start in range(0, len(subsets), rows):
+        chunk = subsets[start : start + rows]
+        # On whole rows of the distance matrix: gathering each subset's submatrix first would cost more than it saves.
+        closed = np.where(chunk, 0.0, np.inf)
+        to_tree = np.full(chunk.shape, np.inf)
+        row = np.empty(chunk.shape)
+        deaths = np.empty((size - 1, len(chunk)))
+        starts = chunk.shape[1] * np.arange(len(chunk))
+        newest = chunk.argmax(axis=1)
+        for edge in range(size - 1):
+            closed.ravel()[starts + newest] = np.inf
+            np.take(distances, newest, axis=0, out=row, mode="clip")
+            np.minimum(to_tree, row, out=to_tree)
+            np.maximum(to_tree, closed, out=to_tree)
+            newest = to_tree.argmin(axis=1)
+            deaths[edge] = to_tree.ravel()[starts + newest]
+        chunks.append(np.ascontiguousarray(deaths.T))
+    found = np.concatenate(chunks)
+    found.sort(axis=1)
+    return np.ascontiguousarray(found[:, ::-1])

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from nni_topo.errors import ConfigError, DataError, SpeedupError, shown, unknown_name
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.runtime.modules import is_plain
-from nni_topo.rules import FLAG, NONE, Rule, all_of, check_knobs, instance, number, one_of, whole
+from nni_topo.rules import NONE, Rule, all_of, check_knobs, instance, number, one_of, whole
 
 
 def unusable(tensor: Tensor, *, needs_values: bool = True) -> str:
@@ -147,7 +147,9 @@ def check_entry(entry: Any, place: str, rules: Mapping[str, Rule] = {}) -> None:
 def _check_keys(setting: Mapping[Any, Any], known: Sequence[str], place: str) -> None:
     """Raise a ConfigError, with the nearest key there is, for one that NNI doesn't know: its own error names none."""
     for key in setting:
-        if key not in known and key not in LEGACY_KEYS:
+        if key in LEGACY_KEYS:
+            raise ConfigError(f"{key!r} is a key of NNI 2: write {LEGACY_KEYS[key]} ({place})")
+        if key not in known:
             raise unknown_name("key of a config_list entry", str(key), known, place)
 
 
@@ -203,11 +205,9 @@ _ENTRY = _SETTING | {
     "op_names": _NAMES,
     "op_types": _NAMES,
     "op_names_re": all_of(Rule("a regular expression", _is_pattern), list),
-    "op_partial_names": _NAMES,
     "exclude_op_names": _NAMES,
     "exclude_op_types": _NAMES,
     "exclude_op_names_re": all_of(Rule("a regular expression", _is_pattern), list),
-    "exclude": FLAG,
     "target_names": _NAMES,
     "target_settings": all_of(instance(dict), dict),
 }
@@ -216,8 +216,8 @@ LEGACY_KEYS = {
     "sparsity_per_layer": "sparse_ratio",
     "total_sparsity": "sparse_ratio with global_group_id",
     "max_sparsity_per_layer": "max_sparse_ratio",
-    "op_partial_names": "op_names_re",
-    "exclude": "exclude_op_names",
+    "op_partial_names": "op_names_re, with '.*' around the names",
+    "exclude": "exclude_op_names into the other entries",
 }
 """Each key of NNI 2 and what NNI 3 calls it."""
 ROUND_TO = whole(1) | one_of(("auto",)) | NONE

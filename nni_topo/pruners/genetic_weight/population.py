@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.fx import Interpreter, Node
@@ -80,43 +79,44 @@ class PopulationAccuracy:
     """Accuracies of masked networks on batches ``(inputs, labels)``; genes are the weights of the layers in a row."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[str],
-        batches: Iterable[Any],
-        *,
-        max_bytes: int = TOGETHER,
+        self, model: nn.Module, layers: Sequence[str], batches: Iterable[Any], *, max_bytes: int = TOGETHER
     ) -> None:
         self._model = evaluating(unwrapped_copy(model))
         self._names = list(layers)
         self._layers: list[Any] = [self._model.get_submodule(name) for name in layers]
         device = next(self._model.parameters()).device
-        self._batches = [_pair(batch, device) for batch in batches]
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or len(batch[0]) != len(batch[1]):
+                got = type(batch).__name__
+                raise DataError(f"validation must hold pairs (inputs, labels) of one length, got {got}")
+            inputs, labels = batch
+            self._batches.append((inputs.to(device), labels.to(device)))
         self.samples = sum(len(labels) for _, labels in self._batches)
         if not self.samples:
             raise DataError("validation must hold at least one labelled image, got none (validation)")
         self._max_bytes = max_bytes
-        self._tails: list[_Tail] = []
-        self._cut()
-
-    @property
-    def is_batched(self) -> bool:
-        """Whether the population is evaluated in chunks."""
-        return bool(self._tails)
+        self._tails = self._cut()  # none: masks are run one by one
 
     def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
         """Return the accuracies, shape ``(individuals,)``, in [0, 1]."""
-        if not self.is_batched:
-            weights = [layer.weight for layer in self._layers]
-            return MaskedScores(weights, [layer.bias for layer in self._layers], self._accuracy)(population)
-        genes = sum(int(layer.weight.numel()) for layer in self._layers)
+        whole = [layer.weight for layer in self._layers]
+        if not self._tails:
+            return MaskedScores(whole, [layer.bias for layer in self._layers], self._accuracy)(population)
         # float32, roughly: three of the largest activation at a time, and the masks beside the masked weights.
+        genes = sum(int(weight.numel()) for weight in whole)
         each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * genes)
-        size = max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
         # A population may be made as it is drawn: chunk by chunk, which bounds memory.
+        size = max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
         source, hits = iter(population), []
         while chunk := list(islice(source, size)):
-            hits.append(self._hits(chunk))
+            masks_by_layer = zip(*(split_genes(genes, whole) for genes in chunk), strict=True)
+            total = torch.zeros(len(chunk), dtype=torch.int64, device=whole[0].device)
+            with torch.no_grad():
+                weights = [torch.stack(masks) * weight for weight, masks in zip(whole, masks_by_layer, strict=True)]
+                for tail in self._tails:
+                    total += (tail.logits(weights).argmax(2) == tail.labels).sum(1)
+            hits.append(total.cpu().numpy())
         return np.concatenate(hits) / self.samples
 
     def _accuracy(self) -> float:
@@ -128,7 +128,7 @@ class PopulationAccuracy:
         return hits / self.samples
 
     @torch.no_grad()
-    def _cut(self) -> None:
+    def _cut(self) -> list[_Tail]:
         """Cut the graph at the masked layers, unless that doesn't give what the model computes."""
         inputs, labels = self._batches[0]
         with fitting(0, "validation"):
@@ -139,22 +139,12 @@ class PopulationAccuracy:
             found = tails[0].logits([layer.weight[None] for layer in self._layers])[0]
             # A graph holds the branches that the traced batch took; and joint products are rounded differently.
             if agree([expected], [found], SAME_CHANNELS):
-                self._tails = tails
+                return tails
         # Whatever a model's own code raises when run in pieces: one by one, the masks work for every network.
         except (SpeedupError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
             _logger.debug("the graph of %s can't be cut", type(self._model).__name__, exc_info=True)
-        if not self._tails:
-            _logger.warning("the graph can't be cut at %s: masks are run one by one", ", ".join(self._names))
-
-    @torch.no_grad()
-    def _hits(self, chunk: list[BoolArray]) -> NDArray[np.int64]:
-        whole = [layer.weight for layer in self._layers]
-        parts = zip(*(split_genes(genes, whole) for genes in chunk), strict=True)
-        weights = [torch.stack(masks) * weight for weight, masks in zip(whole, parts, strict=True)]
-        total = torch.zeros(len(chunk), dtype=torch.int64, device=weights[0].device)
-        for tail in self._tails:
-            total += (tail.logits(weights).argmax(2) == tail.labels).sum(1)
-        return total.cpu().numpy()
+        _logger.warning("the graph can't be cut at %s: masks are run one by one", ", ".join(self._names))
+        return []
 
 
 class _Tail:
@@ -222,13 +212,6 @@ class _Tail:
     def _compute(self, node: Node, values: Mapping[Node, Any]) -> Any:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda other: values[other])
         return getattr(self._run, node.op)(node.target, args, kwargs)
-
-
-def _pair(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or len(batch[0]) != len(batch[1]):
-        raise DataError(f"validation must hold pairs (inputs, labels) of one length, got {type(batch).__name__}")
-    inputs, labels = batch
-    return inputs.to(device), labels.to(device)
 
 
 def _logits(outputs: Any, labels: Tensor | None) -> Tensor:

@@ -152,12 +152,6 @@ class GeneticWeightPruner(StructuredPruner):
         :class:`~nni_topo.WeightSearch`, or a mapping of its fields, such as ``population_size`` and
         ``generations``. None: ``WeightSearch()``.
 
-    Raises
-    ------
-    ConfigError, DataError
-        If a knob or the request is bad, before the model is wrapped: a layer that doesn't exist, something else than a
-        weight, a group, empty validation data.
-
     See Also
     --------
     nni_topo.analysis.EvolutionStudy : the search in pictures.
@@ -182,10 +176,7 @@ class GeneticWeightPruner(StructuredPruner):
     needs_rule = False
     calculator: GeneticMetric
 
-    @pruner_arguments(
-        validation=BATCHES | NONE,
-        search=settings(WeightSearch) | NONE,
-    )
+    @pruner_arguments(validation=BATCHES | NONE, search=settings(WeightSearch) | NONE)
     def __init__(
         self,
         model: nn.Module,
@@ -203,20 +194,11 @@ class GeneticWeightPruner(StructuredPruner):
         if validation is None and evaluate is None and evaluator is None:
             raise ConfigError("a genetic search needs validation, evaluate or an evaluator, got none (validation)")
         self.validation = None if validation is None else list(Calibration.of(validation, "validation"))
-        super().__init__(
-            model,
-            of_single_weights(config_list),
-            evaluator,
-            existed_wrappers,
-            collector=MagnitudeCollector(),
-            calculator=GeneticMetric(
-                settings=self.search,
-                validation=self.validation,
-                evaluate=evaluate,
-                seed=seed,
-                progress=progress,
-            ),
+        metric = GeneticMetric(
+            settings=self.search, validation=self.validation, evaluate=evaluate, seed=seed, progress=progress
         )
+        entries = of_single_weights(config_list)
+        super().__init__(model, entries, evaluator, existed_wrappers, collector=MagnitudeCollector(), calculator=metric)
 
     @property
     def evolution(self) -> WeightGeneticAlgorithm:

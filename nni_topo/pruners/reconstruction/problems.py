@@ -3,13 +3,6 @@
 What a layer puts out is linear in what enters it. So for each layer that reads a unit, the Gram matrix of the entering
 values says, for every set of kept channels at once, how much of the layer's output is lost even if its weights are
 solved anew, which is what :func:`nni_topo.compensate` does afterwards.
-
-References
-----------
-.. [1] Y. He, X. Zhang and J. Sun, "Channel pruning for accelerating very deep neural networks",
-   https://arxiv.org/abs/1707.06168
-.. [2] J.-H. Luo, J. Wu and W. Lin, "ThiNet: a filter level pruning method for deep neural network compression",
-   https://arxiv.org/abs/1707.06342
 """
 
 from __future__ import annotations
@@ -67,8 +60,7 @@ class ReconstructionProblem:
 
     def worth(self, parts: int = 1) -> FloatArray:
         """Return what each channel takes off the error, summed over the layers, when all are chosen in turn."""
-        first = self.layers[0]
-        channels = len(first.columns if isinstance(first, SampleMatrix) else first.gram) // first.block
+        channels = self.layers[0].channels
         order, taken = forward_selection(self.layers, channels, parts)
         worth = np.zeros(channels)
         worth[order] = taken.clip(min=0.0)

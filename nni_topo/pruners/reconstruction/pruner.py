@@ -132,20 +132,12 @@ class ReconstructionPruner(StructuredPruner):
 
     Raises
     ------
-    ConfigError, DataError
-        If a knob or the request is bad, or no layer reads one that is to be pruned, before the model is wrapped.
     ProcessError
         If one of the processes that share the calibration data is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------
     nni_topo.compensate : reconstructs the weights of the next layers, for which these channels are chosen.
-    nni_topo.to_dense : makes the masked model smaller.
-
-    References
-    ----------
-    .. [1] He, Zhang, Sun, "Channel pruning for accelerating very deep neural networks", ICCV 2017.
-    .. [2] Luo, Wu, Lin, "ThiNet", ICCV 2017.
 
     Examples
     --------
@@ -192,13 +184,9 @@ class ReconstructionPruner(StructuredPruner):
         is_by_error = budget is not None and as_budget(budget).allocation == "error"
         by_error = ReconstructionProblems(calibration, seed=seed) if is_by_error else None
         self._all_problems = [self._problems] if by_error is None else [self._problems, by_error]
+        metric = ReconstructionMetric(problems=self._problems, by_error=by_error, progress=progress)
         super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            collector=ReadCollector(calibration),
-            calculator=ReconstructionMetric(problems=self._problems, by_error=by_error, progress=progress),
+            model, config_list, evaluator, existed_wrappers, collector=ReadCollector(calibration), calculator=metric
         )
 
     def _keep_measurements(self) -> None:

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares import greedy
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
 
@@ -140,19 +139,3 @@ def test_what_is_chosen_from_is_left_as_it_was():
     forward_selection(layers, 3)
     for values, old in zip((*products, *few), before, strict=True):
         np.testing.assert_array_equal(values, old)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"keep": 0}, ConfigError, r"keep must be in \[1, 4\], got 0"),
-        ({"keep": 5}, ConfigError, r"keep must be in \[1, 4\], got 5"),
-        ({"block": 3}, ConfigError, "block must divide the number of columns, got 3 for 4"),
-        ({"cross": np.ones((3, 1))}, DataError, "cross have as many rows"),
-        ({"gram": np.full((4, 4), np.nan)}, DataError, "must be finite"),
-    ],
-)
-def test_bad_input_is_refused(change, error, message):
-    arguments = {"gram": np.eye(4), "cross": np.ones((4, 1)), "keep": 2, "block": 1} | change
-    with pytest.raises(error, match=message):
-        chosen(arguments["gram"], arguments["cross"], arguments["keep"], arguments["block"])

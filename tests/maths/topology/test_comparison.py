@@ -115,7 +115,7 @@ def test_the_bottleneck_is_the_larger_one_of_finite_and_infinite_bars(engine, st
 DISTANCES = (bottleneck_distance, partial(bottleneck_distance, engine="gudhi"), wasserstein_distance)
 
 
-@pytest.mark.parametrize(("distance", "expected"), zip(DISTANCES, (0.5, 0.5, 0.75), strict=True))
+@pytest.mark.parametrize(("distance", "expected"), list(zip(DISTANCES, (0.5, 0.5, 0.75), strict=True)))
 def test_infinite_bars_match_among_themselves(distance, expected):
     a = [[0.0, np.inf], [1.0, np.inf], [0.0, 1.0]]
     b = [[1.5, np.inf], [0.25, np.inf]]

@@ -45,11 +45,9 @@ KEYS: dict[str, tuple[list[Any], list[Any]]] = {
     "op_names": ([[], ["a", "b"]], ["a", ("a",), [1], None]),
     "op_types": ([[], ["Conv2d"]], ["Conv2d", [nn.Conv2d], None]),
     "op_names_re": ([[], ["a.*", "(b)"]], ["a.*", ["("], [3], None]),
-    "op_partial_names": ([["a"]], ["a", [1], None]),
     "exclude_op_names": ([["a"]], ["a", [1], None]),
     "exclude_op_types": ([["Conv2d"]], ["Conv2d", [1], None]),
     "exclude_op_names_re": ([["a.*"]], ["a.*", ["["], [3], None]),
-    "exclude": ([True, False], [1, 0, None, "yes"]),
     "target_names": ([["weight"]], ["weight", [1], None]),
     "target_settings": ([{}, {"weight": {}}, {"bias": {"sparse_ratio": 0.5}}], [[], {"weight": 1}, None]),
 }  # fmt: skip
@@ -265,12 +263,10 @@ def test_a_wrapped_model_is_named() -> None:
         check_model(model)
 
 
-def test_the_keys_of_nni_2_are_known_and_others_are_not() -> None:
-    ratios = ("sparsity", "sparsity_per_layer", "total_sparsity", "max_sparsity_per_layer")
-    old: dict[str, Any] = {**dict.fromkeys(ratios, 0.5), "op_partial_names": ["a"], "exclude": True}
-    assert old.keys() == arguments.LEGACY_KEYS.keys()
-    for key, value in old.items():
-        check_entry({key: value, "op_types": ["Conv2d"]}, "here")
+def test_unknown_keys_are_told_with_the_nearest_and_those_of_nni_2_with_the_new_ones() -> None:
+    for key, new in (("sparsity", "sparse_ratio"), ("exclude", "exclude_op_names")):
+        with pytest.raises(ConfigError, match=rf"'{key}' is a key of NNI 2: write {new}.*\(here\)$"):
+            check_entry({key: 0.5, "op_types": ["Conv2d"]}, "here")
     for key, near in (("sparse_ration", "sparse_ratio"), ("sparsityy", None), ("op_type", "op_types"), (3, None)):
         with pytest.raises(ConfigError, match=r"key of a config_list entry.*\(here\)$") as caught:
             check_entry({key: 0.5}, "here")

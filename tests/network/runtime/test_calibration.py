@@ -19,9 +19,8 @@ from nni_topo.network.runtime.processes import Processes
 
 CONFIG = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
 KNOBS = {
-    "topological": {"cloud": "activation"},
+    "topological": {},
     "reconstruction": {},
-    "energy": {"signal": "data", "example_inputs": torch.randn(2, 6)},
 }
 
 

@@ -67,14 +67,14 @@ class Branches(nn.Module):
 )
 @pytest.mark.parametrize("knobs", [{}, {"max_bytes": 1}])
 @pytest.mark.quick_every(3)
-def test_a_population_scores_as_its_members_do(layers, knobs):
+def test_a_population_scores_as_its_members_do(layers, knobs, caplog):
     model = toy_model(3).eval()
     model.hidden.bias.data += 1.0
     images = toy_images(50, seed=2)
     labels = labelled(model, images, 4)
     masks = population(sum(model.get_submodule(name).weight.numel() for name in layers))
     scored = PopulationAccuracy(model, layers, zip(images.split(17), labels.split(17), strict=True), **knobs)
-    assert scored.is_batched
+    assert caplog.text == ""
     assert scored.samples == 50
     expected = one_by_one(model, layers, masks, images, labels)
     assert len(set(expected)) > 1
@@ -82,14 +82,14 @@ def test_a_population_scores_as_its_members_do(layers, knobs):
 
 
 @pytest.mark.parametrize("layers", [["grouped"], ["circular"], ["line"], ["tokens"], ["grouped", "circular", "tokens"]])
-def test_every_kind_of_layer(layers):
+def test_every_kind_of_layer(layers, caplog):
     torch.manual_seed(0)
     model = Branches().eval()
     images = torch.randn(40, 4, 8, 8)
     labels = labelled(model, images, 3)
     masks = population(sum(model.get_submodule(name).weight.numel() for name in layers))
     scored = PopulationAccuracy(model, layers, [(images, labels)])
-    assert scored.is_batched
+    assert caplog.text == ""
     np.testing.assert_array_equal(scored(masks), one_by_one(model, layers, masks, images, labels))
 
 
@@ -113,13 +113,13 @@ class Called(nn.Module):
         return nn.functional.linear(images, self.layer.weight, self.layer.bias)
 
 
-def test_a_graph_that_cannot_be_cut_is_run_mask_by_mask():
+def test_a_graph_that_cannot_be_cut_is_run_mask_by_mask(caplog):
     torch.manual_seed(0)
     model = Called()
     images = torch.randn(30, 4)
     labels = labelled(model, images, 3)
     scored = PopulationAccuracy(model, ["layer"], [(images, labels)])
-    assert not scored.is_batched
+    assert "masks are run one by one" in caplog.text
     masks = population(12)
     np.testing.assert_array_equal(scored(masks), one_by_one(model, ["layer"], masks, images, labels))
 

@@ -17,7 +17,7 @@ from nni_topo.errors import unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.pruners.hooks import Masks
-from nni_topo.rules import number, whole
+from nni_topo.rules import number
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.dropout import with_dropout
@@ -50,7 +50,6 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
     max_drop: float = 0.01  # accuracy that each suggested threshold may cost alone, at least 0
     parts: Names = ()  # further: dropout, accumulated, iterative, replacement, selection
     layer: str | None = None  # layer of replacement and selection; None: the one that costs most accuracy
-    calibration: int = 0  # training images whose responses are measured instead of the chirp's; 0: the chirp
     sweep: str = _CHIRP.sweep  # of the chirp: nyquist or thesis
     direction: str = _CHIRP.direction  # of the chirp: mean, radial or diagonal
 
@@ -60,7 +59,6 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
             if part not in PARTS:
                 raise unknown_name("part of an energy study", part, PARTS, "parts")
         check_thresholds(self.thresholds)
-        whole(0).check("calibration", self.calibration, self.place)
         chirp: dict[str, Any] = {"sweep": self.sweep, "direction": self.direction}
         replace(_CHIRP, **chirp)  # which checks its fields
         number(0.0).check("max_drop", self.max_drop, self.place)
@@ -70,14 +68,12 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
         start = self.start(self.images)
         net, example = start.net, start.example
         # the pruner's arguments, as in YAML
-        signal: Any = "data" if self.calibration else {"sweep": self.sweep, "direction": self.direction}
-        knobs = {"signal": signal}
+        knobs = {"signal": {"sweep": self.sweep, "direction": self.direction}}
         if "dropout" in self.parts:
             with_dropout(net, 0.0, 0)  # raises at once if the model has no dropout
         layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
-        given = knobs | ({"calibration": start.images(self.calibration)} if self.calibration else {})
         evaluate = partial(quality_on, images=subset(start.data.validation, slice(self.images)))
-        study = study_energy(net, layers, example, evaluate, thresholds=self.thresholds, **given)
+        study = study_energy(net, layers, example, evaluate, thresholds=self.thresholds, **knobs)
         study.more.update({"model": self.model_choice.label, "data": self.data, "seed": self.seed})
         thresholds = study.suggestion(self.max_drop)
         if thresholds:
@@ -95,7 +91,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
                 }
             )
             study = replace(study, file=self._suggestion(study.more, knobs))
-        subject = Subject(start, study, evaluate, given, self.layer)
+        subject = Subject(start, study, evaluate, knobs, self.layer)
         for part in self.parts:
             tell(f"{part} ...")
             study.more[part] = PARTS[part][0](subject)
@@ -113,7 +109,6 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
             for threshold in sorted(set(thresholds.values()))
         ]
         content: dict[str, Any] = {"pruner": "energy", "config_list": entries, "knobs": knobs}
-        content |= {"calibration": self.calibration} if self.calibration else {}
         # the command prunes the same network
         values: dict[str, Any] = {
             "model": self.model,

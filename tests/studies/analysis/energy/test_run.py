@@ -137,15 +137,6 @@ def test_parts_are_printed_and_recorded(words, tmp_path, capsys, drawn):
     assert rates["0.9"]["loss"] > rates["0.0"]["loss"]
 
 
-def test_energies_on_data_are_suggested_with_their_calibration(words, tmp_path, capsys):
-    study = ["analyze", "energy", *words, "--images", "100", "--calibration", "64", "--max-drop", "0.5"]
-    assert main([*study, "--out", str(tmp_path), "--json"]) == 0
-    json.loads(capsys.readouterr().out)
-    config = yaml.safe_load((tmp_path / "suggested.yaml").read_text())
-    assert config["calibration"] == 64
-    assert config["knobs"]["signal"] == "data"
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
