@@ -61,4 +61,4 @@ def test_docstrings_name_the_defaults_of_the_signatures() -> None:
                 if default != expected or isinstance(default, bool) != isinstance(expected, bool):
                     wrong.append(f"{place}: {name} is {default!r}, not {stated}")
     assert not wrong
-    assert compared > 200
+    assert compared > 100

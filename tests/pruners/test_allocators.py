@@ -39,17 +39,6 @@ def test_ratio_truncates_like_nni():
     assert kept(masks, "1") == [False, True, True, False, True]
 
 
-def test_bias_follows_its_weight():
-    context = context_of([{"op_types": ["Linear"], "sparse_ratio": 0.5}], nn.Linear(3, 4))
-    masks = ConfigAllocator().allocate(metrics_of(context, [4, 1, 3, 2]), context)
-    assert masks["0"]["bias"].tolist() == [1, 0, 1, 0]
-
-
-def test_a_layer_without_bias_gets_no_bias_mask():
-    context = context_of([{"op_types": ["Linear"], "sparse_ratio": 0.5}], nn.Linear(3, 4, bias=False))
-    assert list(ConfigAllocator().allocate(metrics_of(context, [4, 1, 3, 2]), context)["0"]) == ["weight"]
-
-
 def test_of_equal_scores_the_lower_index_stays():
     context = context_of([{"op_types": ["Linear"], "sparse_ratio": 0.5}], nn.Linear(3, 4))
     masks = ConfigAllocator().allocate(metrics_of(context, [1, 1, 1, 1]), context)
@@ -188,23 +177,3 @@ def test_where_nni_is_right_both_allocators_agree(seed, config):
     for module, targets in ours.items():
         for target, mask in targets.items():
             assert torch.equal(mask.double(), theirs[module][target].double()), (module, target)
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), ratio=st.floats(0.05, 0.8))
-def test_global_ranking_of_equal_grains_agrees_with_nni_unless_a_layer_dies(seed, ratio):
-    context = context_of(
-        [{"op_types": ["Linear"], "sparse_ratio": ratio, "global_group_id": 1}],
-        nn.Linear(6, 9),
-        nn.Linear(6, 12),
-    )
-    generator = torch.Generator().manual_seed(seed)
-    metrics = {
-        m: {t: torch.rand(context.metric_shape(m, t), generator=generator, dtype=torch.float64)}
-        for unit in context.units
-        for m, t in unit.members
-    }
-    ours, theirs = ConfigAllocator().allocate(metrics, context), generate_sparsity(metrics, context.target_spaces)
-    if all(bool(theirs[module]["weight"].any()) for module in theirs):
-        for module in ours:
-            assert torch.equal(ours[module]["weight"].double(), theirs[module]["weight"].double())

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import nni_topo
 from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.pruners.registry import list_pruners, pruner_info
-from nni_topo.testing import toy_evaluator, toy_knobs, toy_model
+from nni_topo.testing import toy_knobs, toy_model
 
 HALF = [{"op_names": ["stem", "hidden"], "sparse_ratio": 0.5}]
 OWN = [name for name in list_pruners() if pruner_info(name).origin == "nni_topo"]
@@ -199,10 +199,3 @@ def test_a_model_may_be_unwrapped_twice(name):
     before = list(model.parameters())
     pruner.unwrap_model()
     assert all(ours is theirs for ours, theirs in zip(before, model.parameters(), strict=True))
-
-
-def test_an_evaluator_is_one_of_nni():
-    with pytest.raises(ConfigError, match="evaluator must be an Evaluator or None, got 3"):
-        nni_topo.RandomPruner(toy_model(), HALF, 3)
-    model = toy_model()
-    nni_topo.RandomPruner(model, HALF, toy_evaluator(model))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nni.compression.pruning import AGPPruner, LinearPruner
 from torch import nn
 
 import nni_topo
@@ -21,11 +19,10 @@ from nni_topo.pruners.energy import (
     CumulativeEnergyMetric,
     chirp_response_energy,
     cumulative_shares,
-    input_sizes,
     masked_parameters,
 )
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.testing import toy_evaluator, toy_images, toy_model
+from nni_topo.testing import toy_images, toy_model
 
 IMAGES = torch.ones(1, 1, 8, 8)
 
@@ -94,15 +91,6 @@ def test_more_goes_at_a_higher_threshold_and_never_more_energy_than_it(energies,
         assert not (tighter & ~looser).any()
 
 
-@given(energies=st.lists(st.integers(1, 1000), min_size=4, max_size=10, unique=True), scale=st.floats(0.01, 100.0))
-@settings(max_examples=20, deadline=None)
-def test_scale_and_order_do_not_matter(energies, scale):
-    config = {"sparse_threshold": 0.3}
-    first = kept(layer_with(energies), config)
-    assert torch.equal(kept(layer_with([scale * energy for energy in energies]), config), first)
-    assert torch.equal(kept(layer_with(energies[::-1]), config).flip(0), first)
-
-
 def test_ratio_takes_the_weakest():
     assert kept(layer_with([5, 1, 4, 2, 3]), {"sparse_ratio": 0.4}).tolist() == [True, False, True, False, True]
     assert kept(layer_with([5, 1, 4, 2, 3]), {"sparse_ratio": 0.39}).tolist() == [True, False, True, True, True]
@@ -139,52 +127,6 @@ def test_a_global_group_is_one_threshold_over_the_layers():
     pruned = torch.cat([shares[name][~masks[name]] for name in masks])
     stays = torch.cat([shares[name][masks[name]] for name in masks])
     assert pruned.max() <= stays.min()
-
-
-def test_a_grouped_convolution_loses_as_many_filters_of_each_group():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2))
-    images = torch.ones(1, 4, 9, 9)
-    config = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_threshold": 0.4}])
-    pruner = nni_topo.EnergyFilterPruner(model, config, example_inputs=images)
-    _, masks = pruner.compress()
-    halves = masks["0"]["weight"].flatten(1)[:, 0].reshape(2, 4).sum(1)
-    assert halves[0] == halves[1] > 0
-
-
-@pytest.mark.parametrize("layer", [nn.Conv1d(3, 6, 3), nn.Conv3d(3, 6, 3), nn.ConvTranspose2d(3, 6, 3)])
-def test_other_dimensions_and_transposed_convolutions(layer):
-    images = torch.ones(1, 3, *[7] * len(layer.kernel_size))
-    model = nn.Sequential(layer)
-    config = [{"op_names": ["0"], "sparse_ratio": 0.5}]
-    pruner = nni_topo.EnergyFilterPruner(model, config, example_inputs=images)
-    _, masks = pruner.compress()
-    dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
-    assert masks["0"]["weight"].movedim(dim, 0).flatten(1).any(1).sum() == 3
-    assert masks["0"]["bias"].sum() == 3
-
-
-@pytest.mark.parametrize("scheduler", [LinearPruner, AGPPruner])
-def test_schedules_measure_again_and_never_bring_a_filter_back(scheduler):
-    model = toy_model()
-    evaluator = toy_evaluator(model)
-    config = [{"op_names": ["stem"], "sparse_ratio": 0.75}]
-    sub = nni_topo.EnergyFilterPruner(model, config, evaluator, example_inputs=toy_images(1))
-    rounds, measured = [], sub._calculate_metrics
-
-    def remember(data):
-        rounds.append(data["stem"]["weight"][:, 0].clone())
-        return measured(data)
-
-    sub._calculate_metrics = remember
-    scheduled = scheduler(sub, interval_steps=4, total_times=3)
-    _, masks = scheduled.compress(max_steps=16, max_epochs=None)
-    scheduled.unwrap_model()
-    assert len(rounds) >= 3
-    for before, after in itertools.pairwise(rounds):
-        assert ((after > 0) <= (before > 0)).all()
-        assert not torch.equal(before[after > 0], after[after > 0])
-    assert masks["stem"]["bias"].sum() == 2
 
 
 CONV = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
@@ -272,18 +214,6 @@ def test_mirrored_and_turned_kernels_have_the_same_energies(direction, seed, siz
     assert same == ([True] * 3 if direction != "diagonal" else [False, False, True])
 
 
-def test_energies_are_those_of_the_spectrum():
-    """Parseval: with circular padding, a response's energy is that of the product of the spectra."""
-    torch.manual_seed(0)
-    module = nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular", bias=False)
-    plane = signals.chirp_2d(16, 16)
-    energy = chirp_response_energy(module, module.weight.detach().double(), None, torch.from_numpy(plane)[None])
-    kernels = module.weight.detach().double().sum(1).numpy()
-    products = np.fft.fft2(plane) * np.conj(np.fft.fft2(kernels, s=(16, 16)))
-    expected = [float(np.square(np.abs(product)).sum()) / 256 / 256 for product in products]
-    np.testing.assert_allclose(energy.numpy(), expected, rtol=1e-10)
-
-
 def test_memory_is_bounded_by_taking_filters_in_turns():
     module, size = LAYERS["2d"]
     plane = torch.from_numpy(signals.chirp(size))
@@ -291,12 +221,6 @@ def test_memory_is_bounded_by_taking_filters_in_turns():
     weight, bias, most = module.weight.double(), module.bias.double(), 2 * plane.numel()
     parts = chirp_response_energy(module, weight, bias, plane[None], most=most)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0.0)
-
-
-def test_input_sizes_are_those_of_the_layers():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.Flatten(2), nn.Conv1d(4, 2, 5))
-    assert input_sizes(model, ["0", "2", "4"], torch.ones(1, 3, 16, 18)) == {"0": (16, 18), "2": (7, 8), "4": (30,)}
-    assert model.training
 
 
 def test_collector_measures_each_layer_at_its_own_size():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -105,21 +102,3 @@ def test_parts_that_would_differ_or_be_emptied_are_refused(chosen, got):
     context = RandomPruner(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), config).context
     with pytest.raises(DataError, match=rf"as many blocks, at least 1, got {got} \(0\.weight\)"):
         context.keep({"0.weight": np.array(chosen, dtype=bool)})
-
-
-@pytest.mark.parametrize("make", [searched, last_ones])
-def test_saved_masks_and_pruners_hold_the_choice(make):
-    pruner = make(TOGETHER)
-    _, masks = pruner.compress()
-    file = io.BytesIO()
-    torch.save(masks, file)
-    file.seek(0)
-    same(torch.load(file, weights_only=False), masks)
-    again = pickle.loads(pickle.dumps(pruner))
-    same(again.get_masks(), masks)
-    same(again.generate_masks(), pruner.generate_masks())
-    follower = type(pruner).from_compressor(pruner, [], **({} if make is searched else PARTS))
-    same(follower.get_masks(), masks)
-
-
-PARTS = {"collector": WeightCollector(), "calculator": LastOnes(1.0)}

@@ -5,7 +5,6 @@ import logging.handlers
 
 import nni.compression.pruning
 import pytest
-import torch
 from nni.compression.pruning import LinearPruner
 
 import nni_topo
@@ -21,14 +20,6 @@ def test_own_pruners_and_nnis_stand_in_one_table():
     assert nni_topo.list_pruners("topo*") == ["topological", "topological_magnitude"]
     assert nni_topo.pruner_info("l1").origin == "nni"
     assert nni_topo.pruner_info("topological").origin == "nni_topo"
-
-
-@pytest.mark.parametrize("name", ["l1", "l2", "fpgm", "random", "topological"])
-def test_created_by_name_a_pruner_prunes(name):
-    pruner = nni_topo.create_pruner(name, toy_model(), HALF)
-    assert type(pruner) is nni_topo.pruner_info(name).load()
-    _, masks = pruner.compress()
-    assert int(masks["hidden"]["bias"].sum()) == 8
 
 
 def test_a_class_method_is_a_row_of_its_own():
@@ -132,13 +123,3 @@ def test_a_third_party_is_known_by_its_path_and_by_its_entry_point(tmp_path, mon
     for name, words in (("third:Fourth", "be imported"), ("none_such:A", "be imported"), ("third:number", "class of")):
         with pytest.raises(ConfigError, match=words):
             nni_topo.create_pruner(name, toy_model(), config)
-
-
-def test_a_value_that_a_knob_may_not_have_is_refused_before_the_batches_are_read():
-    def batches():
-        raise AssertionError("read")
-        yield
-
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
-    with pytest.raises(ConfigError, match=r"sequential must be .*, got -1 \(shrink\)"):
-        nni_topo.shrink(model, batches(), {"flops": 0.5}, pruner="reconstruction", knobs={"sequential": -1})

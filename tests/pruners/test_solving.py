@@ -12,7 +12,6 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.budget import network_time
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_uniform
 from nni_topo.pruners.topological import TopologicalPruner
-from nni_topo.speedup import LatencyTable, LayerLatency
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -70,15 +69,6 @@ def test_the_share_of_the_table_is_met(share, allocation):
     assert kept({"latency": share}, table, allocation)[0] == counts
 
 
-def test_time_alone_says_where_the_budget_is_met():
-    # Only the hidden layer takes time, and only by its outputs: half of the time is half of them.
-    layer = LayerLatency((8,), (1, 16), ((1.0, 16.0),), activation=16.0)
-    free = LayerLatency((1,), (1,), ((0.0,),), activation=0.0)
-    table = LatencyTable({"stem": free, "inner": free, "hidden": layer})
-    counts, _ = kept({"latency": 0.5}, table)
-    assert counts["hidden"] == 8
-
-
 @pytest.mark.parametrize("allocation", ["uniform", "topological"])
 @pytest.mark.quick_every(2)
 def test_no_layer_is_emptied_and_bounds_hold(allocation):
@@ -86,12 +76,6 @@ def test_no_layer_is_emptied_and_bounds_hold(allocation):
     assert min(kept({"latency": 1e-9}, table, allocation)[0].values()) == 1
     assert kept({"latency": 1e-9}, table, allocation, max_sparse_ratio=0.5)[0] == {"stem": 4, "inner": 4, "hidden": 8}
     assert kept({"latency": 1.0}, table, allocation)[0] == {"stem": 8, "inner": 8, "hidden": 16}
-
-
-def test_a_table_may_be_a_file(tmp_path):
-    table = proportional({"stem": 1.0, "inner": 2.0, "hidden": 1.0})
-    table.save(tmp_path / "table.json")
-    assert kept({"latency": 0.4}, tmp_path / "table.json")[0] == kept({"latency": 0.4}, table)[0]
 
 
 @pytest.mark.slow

@@ -77,16 +77,6 @@ def test_blocks_are_worth_half_the_death_times_in_units_of_their_mean():
     assert alone.mean() == pytest.approx(0.5)
 
 
-def test_the_search_never_ends_above_its_greedy_start():
-    torch.manual_seed(0)
-    weight = torch.randn(40, 6)
-    cloud = topology.with_origin(weight.double().numpy())
-    fitness = topology.SubsetFitness(topology.pairwise_distances(cloud), "hausdorff", base=40)
-    masks = {s: pruned(weight.tolist(), 0.5, solver=s) for s in ("greedy", "genetic")}
-    loss = {s: float(fitness(np.array([[*mask, True]]))[0]) for s, mask in masks.items()}
-    assert loss["genetic"] <= loss["greedy"]
-
-
 def loss_by_gudhi(cloud, mask, criterion):
     """What a subset loses, from SciPy's distances and GUDHI's diagrams and distances alone."""
     if criterion in ("hausdorff", "cover"):

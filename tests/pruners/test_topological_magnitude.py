@@ -10,7 +10,7 @@ from nni.compression.pruning import LevelPruner
 from torch import nn
 
 from nni_topo.analysis import connectivity
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.maths import topology
 from nni_topo.pruners.rounds import prune_in_rounds
 from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner
@@ -136,19 +136,6 @@ def test_no_channel_is_ever_cut_off_where_magnitude_pruning_cuts_many():
     assert connectivity(model, images, theirs).channels < 0.8
 
 
-def test_biases_follow_their_rows_as_with_nni_and_none_is_lost_for_the_tree_reaches_all():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
-    config_list = [{"op_names": ["0", "2"], "sparse_ratio": 0.95}]
-    kept = {}
-    for kind in (LevelPruner, TopologicalMagnitudePruner):
-        masks = kind(copy.deepcopy(model), config_list).compress()[1]
-        for name in ("0", "2"):
-            assert torch.equal(masks[name]["bias"], masks[name]["weight"].amax(1))
-        kept[kind] = int(masks["0"]["bias"].sum())
-    assert kept[LevelPruner] < kept[TopologicalMagnitudePruner] == 100
-
-
 def test_rounds_take_equal_shares_rewind_and_never_bring_a_weight_back():
     model, start = toy_model(), copy.deepcopy(toy_model(seed=5).state_dict())
     pruner = TopologicalMagnitudePruner(model, LAYERS)
@@ -189,30 +176,6 @@ def test_bad_requests_are_refused_before_wrapping(config, knobs, message):
     with pytest.raises(ConfigError, match=message):
         TopologicalMagnitudePruner(model, config, **knobs)
     assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
-
-
-def test_bad_weights_are_refused():
-    model = toy_model()
-    model.inner.weight.data[0, 0, 0, 0] = float("nan")
-    with pytest.raises(DataError, match=r"inner\.weight"):
-        TopologicalMagnitudePruner(model, LAYERS)
-    with pytest.warns(UserWarning, match="zero-element"):
-        empty = nn.Sequential(nn.Linear(0, 3))
-    with pytest.raises(DataError, match=r"must have weights, got none \(0\)"):
-        TopologicalMagnitudePruner(empty, [{"op_names": ["0"], "sparse_ratio": 0.5}])
-
-
-def test_a_minimum_of_one_layer_is_no_minimum_of_its_group():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(128, 20), nn.ReLU(), nn.Linear(20, 5))
-    group = {"sparse_ratio": 0.5, "global_group_id": "all"}
-    config = [{"op_names": ["0"], "min_sparse_ratio": 0.94, **group}, {"op_names": ["2"], **group}]
-    masks = masks_of(model, config)
-    assert int(masks["0"]["weight"].sum()) == 154
-    assert bool(masks["2"]["weight"].all())
-    config[0]["min_sparse_ratio"] = 0.95
-    with pytest.raises(ConfigError, match=r"spanning tree of 147 of 2560 weights.*got 128 left.*\(0.weight\)"):
-        TopologicalMagnitudePruner(model, config)
 
 
 def test_a_maximum_that_leaves_too_much_to_others_is_refused_before_wrapping():

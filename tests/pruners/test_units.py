@@ -45,22 +45,6 @@ def test_what_makes_the_channels_comes_before_what_reads_them_whatever_is_define
     assert unit.members == (("makes", "weight"), ("reads", "weight"))
 
 
-def test_a_module_called_group_is_no_group():
-    model = nn.ModuleDict({"group": nn.Linear(4, 8), "other": nn.Linear(4, 8)})
-    config = [
-        {"op_names": ["group"], "sparse_ratio": 0.5},
-        {"op_names": ["other"], "sparse_ratio": 0.25, "dependency_group_id": "weight"},
-    ]
-    assert [unit.members for unit in units_of(model, config)] == [(("group", "weight"),), (("other", "weight"),)]
-
-
-def test_a_target_without_rule_is_no_unit(convnet):
-    class NumberFinder(RandomPruner):
-        needs_rule = False
-
-    assert pruning_units(NumberFinder(convnet, [{"op_types": ["Conv2d"]}]).context.target_spaces) == []
-
-
 def test_blocks_follow_granularity():
     config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "granularity": [2, 4]}]
     (unit,) = units_of(nn.Sequential(nn.Linear(8, 6)), config)

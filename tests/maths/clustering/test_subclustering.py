@@ -56,15 +56,6 @@ def test_scotts_bins_are_numpys(seed, count, energy):
     assert hoh_threshold([values], energy) == pytest.approx(wanted)
 
 
-def test_a_range_of_so_many_widths_takes_so_many_bins_whatever_rounding_says():
-    # 0, 1 and nine values on either side of 0.5, so far from it that two bins are exactly of Scott's width.
-    deviation = 0.5 / (24.0 * np.sqrt(np.pi) / 20) ** (1.0 / 3.0)
-    away = np.sqrt((20.0 * deviation**2 - 2.0 * 0.5**2) / 18.0)
-    for hair in (1.0 - 1e-13, 1.0, 1.0 + 1e-13):
-        values = np.array([0.0, 1.0, *[0.5 - away * hair] * 9, *[0.5 + away * hair] * 9])
-        assert hoh_threshold([values], 0.01) == pytest.approx(0.5)
-
-
 def test_growth_by_hand():
     # Two nodes that are alike and quiet, two that are loud and opposite: only the loud pair is split.
     points = np.array([[0.1, -0.1, 0.0], [0.1, -0.1, 0.05], [9.0, 8.0, 0.0], [9.0, 8.0, 3.0]])
@@ -145,20 +136,6 @@ def test_leaves_partition_the_nodes_and_children_their_parent(seed, initial):
         if cluster.children:
             halves = [node for n in cluster.children for node in tree.clusters[n].members]
             assert sorted(halves) == list(cluster.members)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("bins", "factor"), [("scott", 1.25), (10, 1.5)])
-@pytest.mark.parametrize("statistic", ["dispersion", "trace"])
-def test_more_energy_keeps_fewer_nodes_in_total(statistic, bins, factor):
-    # in a single layer the fullest bin of a few clusters can jump down
-    layers = [layer(nodes=60, seed=seed) for seed in range(8)]
-    kept = [
-        sum(len(grow(*each, 6, Growth(statistic, bins=bins), energy=p).leaves) for each in layers)
-        for p in (0.1, 0.5, 0.8, 0.95)
-    ]
-    assert kept == sorted(kept, reverse=True)
-    assert kept[0] > factor * kept[-1]
 
 
 def test_caps_hold_and_take_the_loudest_first():

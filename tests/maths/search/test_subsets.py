@@ -62,18 +62,6 @@ def test_same_seed_same_search():
     assert first.trace != other.trace
 
 
-def test_the_global_generators_are_left_alone():
-    import random
-
-    random.seed(5)
-    np.random.seed(5)
-    expected = (random.random(), np.random.random())
-    random.seed(5)
-    np.random.seed(5)
-    search(10, 3, lambda genes: genes[:, 0].astype(float))
-    assert (random.random(), np.random.random()) == expected
-
-
 def test_initial_individuals_are_used():
     best = np.isin(np.arange(200), np.arange(0, 200, 2))
     algorithm = SubsetGeneticAlgorithm(

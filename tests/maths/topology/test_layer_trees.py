@@ -3,8 +3,6 @@ from __future__ import annotations
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import minimum_spanning_tree
 
@@ -71,17 +69,6 @@ def test_a_forest_has_networkxs_lengths_and_no_cycle(name, kind, monkeypatch):
         assert nx.is_forest(built)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-def test_ties_are_taken_in_row_major_order_whatever_the_batches(name, monkeypatch):
-    graph = GRAPHS[name]
-    weight = weights_of(graph, "ties", seed=3)
-    whole = spanning_forest(weight, graph)
-    monkeypatch.setattr(layer_trees, "_MOST_EDGES", 30)
-    parts = spanning_forest(weight, graph)
-    for field in ("elements", "sources", "targets"):
-        np.testing.assert_array_equal(getattr(whole, field), getattr(parts, field))
-
-
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (1, 9), (9, 1), (3, 200)])
 def test_dense_trees_equal_scipy(shape):
     weight = np.random.default_rng(1).normal(size=shape)
@@ -107,17 +94,6 @@ def test_a_forest_of_many_weights_is_that_of_all_of_them_sorted(pruned, scale, m
     np.testing.assert_array_equal(np.flatnonzero(whole), np.sort(forest.elements))
     assert len(forest.elements) == sum(weight.shape) - 1
     assert (np.diff(forest.lengths) <= 0).all()
-
-
-@given(st.integers(0, 10_000), st.floats(1e-3, 1e3))
-@settings(max_examples=50, deadline=None)
-def test_the_tree_follows_permutations_and_ignores_scale_and_sign(seed, scale):
-    rng = np.random.default_rng(seed)
-    weight = rng.normal(size=rng.integers(1, 12, size=2))
-    rows, columns = (rng.permutation(size) for size in weight.shape)
-    signs = rng.choice([-1.0, 1.0], size=weight.shape)
-    moved = maximum_spanning_tree(scale * (weight * signs)[np.ix_(rows, columns)])
-    np.testing.assert_array_equal(moved, maximum_spanning_tree(weight)[np.ix_(rows, columns)])
 
 
 def test_a_channel_tree_keeps_the_largest_weight_of_each_tree_kernel():

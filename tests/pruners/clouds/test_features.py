@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import nni
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nni.compression.utils import TorchEvaluator
 from scipy.spatial.distance import pdist
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.clouds.moments import embedding
 from nni_topo.pruners.cluster import ClusterPruner
@@ -109,26 +106,3 @@ def test_operations_in_place_behind_a_layer_leave_its_features(change):
     model, images = Changes(), torch.randn(10, 4)
     points, _ = collected(model, [images], ["a"])
     check_geometry(points["a"], model.a(images).detach().numpy().T)
-
-
-def test_all_arguments_that_an_evaluator_gives_are_used():
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
-
-        def forward(self, x, y=None, flag=True):
-            return self.out(self.fc(x + y if flag else x).relu())
-
-    torch.manual_seed(0)
-    model, x, y = Two(), torch.randn(12, 4), torch.randn(12, 4)
-    expected, _ = collected(model, [{"x": x, "y": y}], ["fc"])
-    for call in (lambda net: net(x, y), lambda net: net(flag=True, x=x, y=y), lambda net: net(x, y=y)):
-        evaluator = TorchEvaluator(
-            lambda *_, **__: None,
-            nni.trace(torch.optim.SGD)(model.parameters(), lr=0.1),
-            lambda *_: torch.zeros(()),
-            evaluating_func=call,
-        )
-        points, _ = collected(model, batches_of(evaluator, model), ["fc"])
-        np.testing.assert_allclose(points["fc"], expected["fc"], atol=1e-6)

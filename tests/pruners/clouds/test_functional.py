@@ -121,25 +121,6 @@ def test_a_depthwise_convolution_passes_on_and_is_no_reader():
     assert_same_cloud(found, centred((features * strength[:, None])[:, None], features.shape[1]))
 
 
-def test_a_table_of_words_reads_no_channels():
-    torch.manual_seed(5)
-
-    class Words(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table, self.body, self.head = nn.Embedding(9, 6), nn.Linear(6, 5), nn.Linear(5, 2)
-
-        def forward(self, words):
-            return self.head(self.body(self.table(words)))
-
-    model, words = Words(), torch.arange(9)[None]
-    found, _ = cloud_of(model, config("body"), [words], "body")
-    with torch.no_grad():
-        features = model.body(model.table(words))[0].T.double()
-    strength = model.head.weight.detach().double().norm(dim=0)
-    assert_same_cloud(found, centred((features * strength[:, None])[:, None], 9))
-
-
 def test_the_output_layer_has_no_reader():
     with pytest.raises(ConfigError, match=r"got none.*exclude.*\(head.weight\)"):
         cloud_of(toy_model(), config("head"), [toy_images(4)], "head")

@@ -68,7 +68,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
         start = self.start(self.images)
         net, example = start.net, start.example
         # the pruner's arguments, as in YAML
-        knobs = {"signal": {"sweep": self.sweep, "direction": self.direction}}
+        knobs: dict[str, Any] = {"signal": {"sweep": self.sweep, "direction": self.direction}}
         if "dropout" in self.parts:
             with_dropout(net, 0.0, 0)  # raises at once if the model has no dropout
         layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
