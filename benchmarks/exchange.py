@@ -34,7 +34,6 @@ from nni_topo.maths.least_squares.greedy import (
     IntArray,
     Products,
     SampleMatrix,
-    channels_read,
 )
 from nni_topo.maths.ties import RELATIVE, descending
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblem
@@ -85,7 +84,7 @@ def exchange(
     more than the best exchange found.
     """
     whole(0).check("most", most, "exchange")
-    channels = channels_read(layers, len(chosen))
+    channels = layers[0].channels
     order = np.array(chosen, dtype=np.int64)
     if not len(np.unique(order)) == len(order) or not 0 <= order.min() <= order.max() < channels:
         raise ConfigError(f"chosen must be different channels in [0, {channels - 1}], got {order.tolist()} (exchange)")
