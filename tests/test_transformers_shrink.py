@@ -201,13 +201,6 @@ def test_labels_in_the_batches_change_nothing() -> None:
     assert torch.equal(logits(small, inputs_of(name)), logits(shrunk(name, {"params": 0.9}), inputs_of(name)))
 
 
-@pytest.mark.slow
-def test_blocks_that_no_config_counts_stay() -> None:
-    small = shrunk("T5ForConditionalGeneration", {"params": 0.7}, depth=True)
-    assert small.report.depth is None or not small.report.depth.removed
-    assert small.report.undescribed == ""
-
-
 def test_a_width_is_told_though_others_are_equal_to_it(tmp_path: Path) -> None:
     """As wide as the residual stream."""
     wide = 32

@@ -70,10 +70,9 @@ def shrink(
     budget : Budget, mapping, str or None, default=None
         The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. Time is that of a batch
         as large as the first one of ``images``: pass batches as large as the network will get, because single samples
-        may gain nothing. With ``"allocation": "auto"`` the budget is distributed in every way that the pruner offers,
-        the weights of each network are reconstructed, and the network with the smallest loss on the held-out images, as
-        :func:`nni_topo.distill` counts it, is kept. That takes two or three times as long.
-        With a ``tolerance`` it is the name of the cost that is made as small as possible, ``"flops"`` (the default),
+        may gain nothing. With ``"allocation": "auto"`` a network is made in every way that the pruner can distribute
+        the budget, and the one with the smallest loss on the held-out images is kept; that takes two or three times as
+        long. With a ``tolerance`` it is the name of the cost that is made small: ``"flops"`` (the default),
         ``"params"``, ``"latency"`` or ``"memory"``, with other settings ``{"flops": None, "allocation": "error"}``.
     tolerance : float, optional
         In (0, 1). Instead of a network of a given cost, find the smallest one whose answers differ from the unpruned
@@ -101,7 +100,8 @@ def shrink(
         taken isn't distilled, with a warning.
     depth : bool, default=False
         Whether blocks compete with channels for the budget: residual blocks, blocks of transformers, and attention or
-        the MLP in these; see the notes. That takes two to four times as long.
+        the MLP in these; see the notes. That takes two to four times as long. ``layers`` then are names, and a budget
+        of latency has a share and no table.
     outputs : callable, optional
         What counts of the model's output, as for :func:`nni_topo.distill`: the report, the allocation and distillation
         look at nothing else.
@@ -139,11 +139,9 @@ def shrink(
     Raises
     ------
     ConfigError
-        If the budget, a name or a knob is invalid, or the allocation is ``"auto"`` and the pruner has only one. If the
-        images are too few to confirm the ``tolerance`` even if no answer changes, or there are no channels to remove,
-        also because the ``layers`` share all of theirs with layers that aren't among them.
-        If ``depth`` is True and the pruner chooses how many channels it keeps. If the config of a model of Transformers
-        can't describe the smaller network, as with ``layers`` that have no width of their own in it.
+        If the budget, a name or a knob is invalid, or arguments don't go together. If the images are too few to confirm
+        the ``tolerance``, or there are no channels to remove. If the config of a model of Transformers can't describe
+        the smaller network, as with ``layers`` that have no width of their own in it.
     DataError
         If the images can't be used, or are fewer than eight for ``"auto"`` or ``depth``.
     SpeedupError
@@ -158,32 +156,22 @@ def shrink(
 
     Notes
     -----
-    Before the work a message says what selecting channels, reconstructing weights and distilling take, by the time of
-    the unpruned network's pass over the images and of one of its gradient steps. It is a warning where that is more
-    than ten minutes. Distillation, which takes most of it, says it again of the smaller network.
+    Before the work a message says what it takes, as a warning where that is more than ten minutes.
 
     With a ``tolerance``, three of eight images are calibration data, two judge the candidates of a search, and three,
     which the search never saw, confirm the result: the upper 95 % limit of the difference there is at most the
-    tolerance. For shares of changed answers the limit is exact (Clopper and Pearson; Hoeffding's for outputs by
-    position), for distances Student's t. Samples of one group (:class:`nni_topo.Calibration`) count as one. 299 images
-    without a change are needed for 0.01, 59 for 0.05; so pass 797 and 157 images at least, better twice as many.
-    The candidates are confirmed from the largest to the smallest, until one fails, so that the risk that the network
-    which is returned misses the tolerance stays 5 %, however many are looked at. If all fail, a copy of the unpruned
-    network is returned, with a warning. An ``evaluate`` function gives no limit: what it returns is taken as it is.
+    tolerance. 299 images without a change are needed for 0.01, 59 for 0.05; so pass 797 and 157 images at least, better
+    twice as many. If no candidate is confirmed, a copy of the unpruned network is returned, with a warning.
 
     The smaller network of a model of Transformers is one that its config describes, so that ``from_pretrained`` loads
-    what :func:`nni_topo.save_pretrained`, its own ``save_pretrained`` or a ``Trainer`` saves: blocks are equally wide,
-    heads are removed whole or, where the config can't say fewer heads, kept, and poolers, classifiers and the residual
-    stream stay as wide as they are. A warning before the work says if this can't meet the budget, and which share it
-    reaches. ``"equal_blocks": False`` in the budget asks for free widths; ``report.undescribed`` then says what no
-    config can say.
+    it once it is saved: blocks are equally wide, heads are removed whole or, where the config can't say fewer heads,
+    kept, and poolers, classifiers and the residual stream stay as wide as they are. A warning before the work says if
+    this can't meet the budget. ``"equal_blocks": False`` in the budget asks for free widths; ``report.undescribed``
+    then says what no config can say.
 
     With ``depth`` two or three networks are made, without any block removed and without blocks for parts of the saving;
     channels take the rest of the budget, and the network with the smallest loss on the held-out images is distilled.
-    The next block to go is the one without which this loss grows least for the cost that it saves, after the layer
-    before it was solved to make up for it. With a latency budget, blocks go first where layers with as few channels as
-    possible aren't fast enough. ``report.depth`` says which blocks stay, and why. Where no block can go, a warning says
-    so and the network is that of ``depth=False``. ``docs/how_small.md`` has more on tolerances and blocks.
+    ``docs/how_small.md`` has more on tolerances and blocks.
 
     Examples
     --------

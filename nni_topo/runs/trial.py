@@ -7,7 +7,6 @@ NNI the parameters come from the tuner, the results go to it, and the files lie 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import nni
 import tyro
@@ -44,7 +43,6 @@ from nni_topo.runs.run import (
     costs,
     distilled,
     latencies,
-    layer_widths,
     load_model_data,
     made_dense,
     on_cpu,
@@ -58,7 +56,6 @@ from nni_topo.zoo import default_recipe
 METRICS, SETTINGS = "metrics.json", "settings.json"
 DENSE, MASKS, CONFIG_LIST = "dense.safetensors", "masks.pt", "config_list.json"
 _RATIO, _KNOB = "ratio.", "knob."
-_PLAIN = (str, int, float, bool)
 
 ReportMetrics = Callable[[int, dict[str, float]], None]
 
@@ -102,10 +99,9 @@ class TrialSettings:
         weights = dict.fromkeys(("flops_weight", "latency_weight"), number(0.0))
         limits = dict.fromkeys(("limit", "retrain_images"), whole(1) | NONE)
         paths = dict.fromkeys(("data_dir", "checkpoint"), PATH | NONE)
-        check_fields(self, "trial", **counts, **weights, **limits, **paths)
         for name, value in {"ratio": self.ratio, **{_RATIO + k: v for k, v in self.ratios.items()}}.items():
-            if not 0.0 <= value < 1.0:
-                raise ConfigError(f"a ratio must be in [0, 1), got {value} ({name})")
+            number(0.0, 1.0, "left").check("a ratio", value, name)
+        check_fields(self, "trial", **counts, **weights, **limits, **paths)
         if self.flops is not None:
             Target("flops", self.flops)
         check_pruner_knobs(self.pruner, self.knobs, "trial")
@@ -137,13 +133,6 @@ class TrialSettings:
         )
 
 
-def scalar_kinds() -> dict[str, type]:
-    """Return the types of the fields that are options of the trial program; those that may be None default to it."""
-    hints = get_type_hints(TrialSettings, include_extras=True)
-    kinds = {name: (*get_args(hint), hint)[0] for name, hint in hints.items()}
-    return {name: kind for name, kind in kinds.items() if kind in _PLAIN}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Trial(TrialSettings):
     """Prune, make dense, compensate, retrain and report to NNI."""
@@ -155,19 +144,24 @@ class Trial(TrialSettings):
 
 def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> TrialSettings:
     """Return settings with a tuner's parameters (scalars, ``ratio.LAYER``, ``knob.NAME[.FIELD]``)."""
-    known = scalar_kinds()
+    kinds = {item.name: str(item.type) for item in fields(TrialSettings) if item.name not in ("ratios", "knobs")}
     changes: dict[str, Any] = {}
     ratios, knobs = dict(settings.ratios), dict(settings.knobs)
     for name, value in parameters.items():
         if name.startswith(_RATIO):
-            ratios[name.removeprefix(_RATIO)] = _typed(name, value, float)
+            ratios[name.removeprefix(_RATIO)] = value
         elif name.startswith(_KNOB):
-            knob, _, field = name.removeprefix(_KNOB).partition(".")
-            knobs[knob] = {**knobs.get(knob, {}), field: value} if field else value
-        elif name in known:
-            changes[name] = _typed(name, value, known[name], optional=getattr(TrialSettings, name) is None)
+            knob, _, part = name.removeprefix(_KNOB).partition(".")
+            knobs[knob] = {**knobs.get(knob, {}), part: value} if part else value
+        elif name not in kinds:
+            raise unknown_name("a trial's parameter", str(name), [*kinds, f"{_RATIO}LAYER", f"{_KNOB}NAME"], "trial")
+        # Tuners give whole numbers as floats, and the other way round.
+        elif kinds[name].startswith("int") and isinstance(value, float) and value.is_integer():
+            changes[name] = int(value)
+        elif kinds[name].startswith("float") and isinstance(value, int) and not isinstance(value, bool):
+            changes[name] = float(value)
         else:
-            raise unknown_name("a trial's parameter", str(name), [*known, f"{_RATIO}LAYER", f"{_KNOB}NAME"], "trial")
+            changes[name] = value
     return replace(settings, **changes, ratios=ratios, knobs=knobs)
 
 
@@ -181,28 +175,14 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _typed(name: str, value: Any, kind: type, *, optional: bool = False) -> Any:
-    """Return a parameter as its field's type; tuners give whole numbers as floats."""
-    if value is None and optional:
-        return None
-    wrong = not isinstance(value, _PLAIN) or isinstance(value, bool) or (kind is str) != isinstance(value, str)
-    if wrong or (kind is not str and not math.isfinite(value)) or (kind is int and value != int(value)):
-        raise ConfigError(f"a parameter must be of type {kind.__name__}, got {value!r} ({name})")
-    return kind(value)
-
-
 def run_trial(
     settings: TrialSettings, out: str | Path, *, cache: str | Path | None = None, report: ReportMetrics | None = None
 ) -> Record:
     """Run a trial in a folder, unless it is finished; return what ``metrics.json`` holds, accuracies in [0, 1].
 
-    The folder gets ``settings.json`` at once, ``masks.pt``, and at the end ``dense.safetensors`` (see
-    :func:`nni_topo.load`), ``config_list.json`` (the ratios that were realised) and ``metrics.json``; ``cache`` holds
-    the trained nets that trials share. ``report`` is called with 0 and the result after pruning, then with every
-    epoch's number and result: ``default``, the score, and ``accuracy``, both on validation images, so that a search
-    doesn't learn the test images.
-    ConfigError if the settings can't be used or the folder holds another trial; DataError if data can't be read or the
-    disk is full; SpeedupError if the masks can't be made dense.
+    ``cache`` holds the trained nets that trials share. ``report`` is called with 0 and the result after pruning, then
+    with every epoch's number and result: ``default``, the score, and ``accuracy``, both on validation images, so that a
+    search doesn't learn the test images.
     """
     out = Path(out)
     with only_process(out):
@@ -252,7 +232,7 @@ def run_trial(
             facts |= latencies(start, dense)
             facts["latency_share"] = facts["latency_ms"] / facts["latency_before_ms"]
             facts["price"] += settings.latency_weight * facts["latency_share"]
-        if cell.target.kind != "ratio":
+        if settings.flops is not None:
             facts |= budget_facts(start, dense, cell.target, facts, WHOLE_CHANNELS)
 
         def tell(step: int, accuracy: float) -> None:
@@ -281,11 +261,10 @@ def run_trial(
         }
         serialization.save(dense, out / DENSE)
         # A config_list that leads any structured pruner to the same widths.
-        before, after = layer_widths(start.net), layer_widths(dense)
         realised: dict[str, float] = {}
         for name in names:
-            count = before[name] - after[name]
-            realised[name] = (count + 0.5) / before[name] if count else 0.0
+            before, after = facts["widths_before"][name], facts["widths"][name]
+            realised[name] = (before - after + 0.5) / before if after < before else 0.0
         write_json(out / CONFIG_LIST, groups_of(start.analysis, as_entries(realised)))
         write_json(out / METRICS, done)
         return done

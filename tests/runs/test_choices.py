@@ -53,7 +53,6 @@ CELL = Cell(
     train=Recipe(epochs=1),
     retrain=Recipe(epochs=2),
 )
-DISTILLED = replace(CELL, distill=DistillationChoice(32))
 
 
 @pytest.mark.parametrize(
@@ -90,11 +89,6 @@ def test_other_settings_have_other_keys(changes):
     assert (other.training_key == CELL.training_key) == (not {"model", "data", "seed"} & changes.keys())
 
 
-def test_knobs_that_are_no_lists_have_the_key_of_their_values():
-    one, other = (replace(CELL, pruner=PrunerChoice("l1", knobs={"sizes": sizes})) for sizes in (range(3), [0, 1, 2]))
-    assert one.key == other.key != CELL.key
-
-
 def digest(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -110,13 +104,9 @@ def test_keys_of_records_from_before_there_was_a_choice_are_found():
     }
     assert CELL.key == digest(settings)
     distill = {name: value for name, value in asdict(DistillationChoice(32)).items() if name != "precision"}
-    assert DISTILLED.key == digest({**settings, "distill": distill})
-    exact = replace(DISTILLED, distill=DistillationChoice(32, precision="bfloat16"))
-    assert exact.key == digest({**settings, "distill": {**distill, "precision": "bfloat16"}})
+    assert replace(CELL, distill=DistillationChoice(32)).key == digest({**settings, "distill": distill})
     trained = digest([settings["model"], settings["data"], settings["train"]])
     assert CELL.training_key == f"small_cnn-digits-{trained}-seed0"
-    other = replace(CELL, model=ModelChoice("a/b:c", 0.5))
-    assert other.training_key.startswith("a_b_c_x0.5-digits-")
 
 
 def test_a_file_says_how_a_network_is_pruned(tmp_path):

@@ -6,13 +6,11 @@ import copy
 import logging
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from block_nets import small_resnet
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
@@ -305,33 +303,6 @@ def test_norms_after_the_sums_become_those_of_the_last_block_that_went():
     assert lost(model, state.net) < lost(model, plain)
 
 
-def test_shared_blocks_stay_and_layers_with_computed_weights_make_up_for_nothing():
-    torch.manual_seed(0)
-
-    class Residual(nn.Module):
-        """Adds what two layers make of its input."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(8, 8), weight_norm(nn.Linear(8, 8))
-
-        def forward(self, x):
-            """Map (samples, 8)."""
-            return x + self.two(torch.relu(self.one(x)))
-
-    shared = Residual()
-    model = nn.Sequential(nn.Linear(8, 8), shared, Residual(), shared, Residual(), nn.Linear(8, 3)).eval()
-    learned, judges = Calibration([torch.randn(64, 8)]).split()
-    found = removable_blocks(model, learned)
-    assert names_of(found) == ["2", "4"]
-    before = snapshot(model)
-    path = DepthPath(model, learned, judges, None, found, lambda _: 0.25)
-    assert path.nearest(0.01) == 2
-    require_unchanged(before, model)
-    assert [each.replaced_by for each in path.states[2].removed] == ["", ""]
-    assert torch.equal(path.states[2].net[1].one.weight, shared.one.weight)
-
-
 @pytest.mark.slow
 def test_a_tolerance_and_a_frontier_take_depth():
     model = resnet(SILENT)
@@ -527,31 +498,6 @@ class InPlace(TwoParts):
         return x
 
 
-class Normed(TwoParts):
-    """Norms, which have no layers, before the parts, and a constant that isn't used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.between = nn.LayerNorm(4), nn.ReLU()
-
-    def forward(self, x):
-        """Map (samples, 4)."""
-        x = x + self.first(self.before(x))
-        return x + self.second(self.between(x))
-
-
-class OnePart(nn.Module):
-    """A block that holds one module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = Part()
-
-    def forward(self, x):
-        """Map (samples, 4)."""
-        return x + self.body(x)
-
-
 class Wide(nn.Module):
     """A block whose first layer is wider than its input, and is run before the second."""
 
@@ -573,8 +519,6 @@ PARTS = [name for block in WHOLE for name in (block, f"{block}.first", f"{block}
     [
         (TwoParts, PARTS),
         (InPlace, PARTS),
-        (Normed, PARTS),
-        (OnePart, WHOLE),
         (Wide, WHOLE),
     ],
 )
@@ -588,24 +532,6 @@ def test_parts_are_what_is_added_up_in_a_block(block, names):
     assert found.candidates[0] == Removal("blocks.0", "blocks.0", 0)
     assert found.parts == ({name: (f"{name}.first", f"{name}.second") for name in WHOLE} if names is PARTS else {})
     assert names_of(found_in(model, whole_blocks=True)) == WHOLE
-
-
-class Narrowing(nn.Module):
-    """Adds to some of its inputs, and gives only these."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-
-    def forward(self, x):
-        """Map (samples, 4) to (samples, 3)."""
-        return x[:, :3] + self.layer(x)
-
-
-def test_a_block_that_changes_the_shape_is_no_candidate():
-    model = nn.Sequential(nn.Linear(5, 4), Wide(), Wide(), Narrowing(), nn.Linear(3, 3))
-    found = found_in(model)
-    assert (names_of(found), found.kept) == (["1", "2"], {})
 
 
 class Telling(Blocks):
@@ -631,19 +557,6 @@ class Indexed(Blocks):
         return self.head(x)
 
 
-class Attended(nn.Module):
-    """A block of which a part returns a tuple."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.mlp = nn.MultiheadAttention(4, 2, batch_first=True), Part()
-
-    def forward(self, x):
-        """Map (samples, places, 4)."""
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        return x + self.mlp(x)
-
-
 def test_what_a_model_does_with_its_blocks_decides_whether_they_can_go():
     found = found_in(Telling())  # its cache is shorter without a block, as it may be
     assert (names_of(found), found.kept) == (PARTS, {})
@@ -658,10 +571,6 @@ def test_what_a_model_does_with_its_blocks_decides_whether_they_can_go():
         block.first.layer_idx = number
     # By what the first attention keeps a decoder counts the tokens.
     assert names_of(found_in(numbered)) == [name for name in PARTS if name != "blocks.0.first"]
-    attended = found_in(Blocks(block=Attended), torch.randn(8, 3, 5))
-    assert {each.name.rpartition(".")[2]: each.outputs for each in attended.candidates if each.is_part} == {
-        "attention": 2, "mlp": 0
-    }  # fmt: skip
 
 
 def short_path(rows=64, costs=lambda _: 0.25, make=Blocks, whole=True, judges=None):
@@ -696,18 +605,6 @@ def choosing(path, *names):
     for _ in names:
         assert path._extend()
     return path.states[-1]
-
-
-def test_the_config_of_a_model_says_how_many_blocks_are_left():
-    def make():
-        model = Blocks()
-        model.config = SimpleNamespace(num_hidden_layers=3, is_encoder_decoder=False, layer_types=["a", "b", "c"])
-        return model
-
-    path = short_path(make=make)
-    state = choosing(path, "blocks.1")
-    assert (state.net.config.num_hidden_layers, state.net.config.layer_types) == (2, ["a", "c"])
-    assert (path._model.config.num_hidden_layers, path._model.config.layer_types) == (3, ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("name", ["blocks.2.first", "blocks.1"])

@@ -160,7 +160,6 @@ def test_a_smaller_network_starts_from_a_larger_one_where_that_is_no_worse(monke
 @pytest.mark.parametrize(
     ("shares", "knobs", "starts"),
     [
-        ((0.75, 0.5, 0.25), {}, [0.75, 0.5]),
         ((0.75, 0.5), {"layers": [{"op_names": ["0"], "max_sparse_ratio": 0.9}]}, [1.0]),
         ((0.75, 0.5), {"distill": {"steps": 2, "lr": 1e3}}, [1.0]),  # the learned weights are discarded
     ],
@@ -246,9 +245,3 @@ def test_shares_that_are_none_are_refused_before_anything_runs(shares):
 def test_what_can_not_be_used_is_refused(knobs, message):
     with pytest.raises(ConfigError, match=message):
         made(**knobs)
-
-
-def test_a_share_that_is_missed_from_a_larger_network_is_told_once(caplog):
-    found = made((0.5, 0.001), distill=KEPT)
-    assert found.points[2].left > 0.011
-    assert caplog.text.count("is missed") == 1

@@ -83,19 +83,6 @@ def test_a_pruner_with_calibration_is_given_training_images(pruner_seen):
     assert min(float(batch.min()) for batch in given) == 0.0
 
 
-@pytest.mark.parametrize("train", [{"lr": 0.5}, {"lr": 0.5, "weight_decay": 0.1}])
-def test_weights_stay_while_taylor_measures_gradients(pruner_seen, train):
-    cell = cell_of(PrunerChoice("taylor", knobs={"training_steps": 3}), train=train)
-    assert cell.train.lr == 0.5
-    model, masks = pruned(cell)
-    pruner_seen["pruner"].unwrap_model()
-    assert pruner_seen["victim"] is not model
-    for name, weight in pruner_seen["victim"].named_parameters():
-        assert torch.equal(model.get_parameter(name), pruner_seen["before"][name])
-        torch.testing.assert_close(weight.detach(), pruner_seen["before"][name], rtol=0.0, atol=1e-12)
-    assert {float(targets["weight"].mean()) for targets in masks.values()} == {0.5}
-
-
 def small_start():
     data = zoo.load_data("digits", limit=50)
     net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).eval()
@@ -131,16 +118,6 @@ def test_images_are_augmented_as_the_plan_says_or_not_at_all():
     assert knobs == plain
     assert found.shape == images.shape
     assert not torch.equal(found, images)
-
-
-def test_single_weights_are_pruned_layer_by_layer(pruner_seen):
-    start = small_start()
-    found = execute.prune_to_ratios(
-        start, PrunerChoice("level"), Target("ratio", 0.5), {"features.conv2": 0.5, "classifier.fc1": 0.25}
-    )
-    assert found.planned is None
-    left = {name: float(each["weight"].mean()) for name, each in found.masks.items()}
-    assert left == pytest.approx({"features.conv2": 0.5, "classifier.fc1": 0.75}, abs=1e-3)
 
 
 def halved(start):
@@ -218,21 +195,6 @@ def test_data_are_as_large_as_the_model_needs_and_as_the_choice_says():
     for limit in (0, -1):
         with pytest.raises(ConfigError, match=rf"test_limit must be at least 1, got {limit} \(data\)"):
             execute.load_model_data(padded, DataChoice("digits", limit=20, test_limit=limit))
-
-
-def test_retraining_takes_a_seed_and_keeps_zeros():
-    start = small_start()
-    with torch.no_grad():
-        start.net.features.conv1.weight[0, 0, 0, :2] = 0.0
-    found = []
-    for seed in (1, 1, 2):
-        net = copy.deepcopy(start.net)
-        execute.retrain(net, start.data, start.recipe, seed=seed, progress=False)
-        assert net.features.conv1.weight[0, 0, 0, :2].tolist() == [0.0, 0.0]
-        found.append(net.features.conv2.weight)
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
-    assert not torch.equal(found[0], start.net.features.conv2.weight)
 
 
 def test_a_checkpoint_comes_before_the_folder_and_before_training(tmp_path, monkeypatch):

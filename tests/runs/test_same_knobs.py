@@ -117,19 +117,6 @@ def test_an_evaluator_measures_and_leaves_the_weights(checkpoint):
     assert all(torch.equal(before[name], value) for name, value in start.net.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["genetic_weight", "taylor", "level", "topological_magnitude"])
-@pytest.mark.quick_every(2)
-def test_pruners_that_need_data_work_from_compare_without_knobs(name, tmp_path):
-    knobs = {"search": {"generations": 1, "population_size": 4}} if name == "genetic_weight" else {}
-    choice = PrunerChoice(name, knobs=knobs)
-    plan = ComparisonPlan(
-        (MODEL,), (DATA,), (choice,), (Target("ratio", 0.5),), train={"epochs": 1}, retrain={"epochs": 0}
-    )
-    (record,), failures = compare(plan, tmp_path, isolate=False)
-    assert not failures
-    assert 0 < record["weights_left"] < record["params_before"]
-
-
 def test_of_text_records_hold_bits_a_byte_too():
     data = zoo.load_data("python-stdlib", limit=4, validation=0.0)
     data = dataclasses.replace(data, test=TensorDataset(*(part[:3] for part in data.test.tensors)))

@@ -121,14 +121,6 @@ def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(digits_n
     assert [line.split()[0] for line in repr(small.report).splitlines()[1:5]] == list(stages)
 
 
-def test_same_seed_same_network_and_the_file_can_be_read(tmp_path):
-    one, other = (shrunk(distill={"steps": 5}, seed=3) for _ in range(2))
-    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
-    nni_topo.save(one, tmp_path / "small.pt")
-    again = nni_topo.load(tmp_path / "small.pt", toy_model()).eval()
-    assert torch.equal(again(toy_images(4)), one(toy_images(4)))
-
-
 def test_a_network_is_made_smaller_again_and_the_reports_are_those_of_the_last_step():
     images = list(toy_images(64).split(32))
     first = shrunk({"flops": 0.7})
@@ -172,11 +164,9 @@ def test_layers_that_are_nearly_gone_are_told_and_what_keeps_the_cost():
     assert "hidden (of 32)" in told
 
 
-@pytest.mark.parametrize(("width", "knobs"), [(24, {}), (48, {"bidirectional": True, "num_layers": 2})])
-@pytest.mark.quick_every(2)
-def test_recurrent_layers_lose_units_for_a_budget_without_being_named(width, knobs):
+def test_recurrent_layers_lose_units_for_a_budget_without_being_named():
     torch.manual_seed(0)
-    model, rows = Tagger(width, **knobs), torch.randn(64, 6, 8)
+    model, rows = Tagger(48, bidirectional=True, num_layers=2), torch.randn(64, 6, 8)
     small = nni_topo.shrink(model, [rows], {"flops": 0.5}, distill={"steps": 5})
     assert small.states.hidden_size < 24
     assert small.report.whole.keys() == {"out"}
@@ -204,11 +194,7 @@ def test_a_network_without_gradients_is_made_smaller_without_distillation(caplog
         nni_topo.shrink(model, images, {"flops": 0.5}, distill={"steps": 5})
 
 
-@pytest.mark.parametrize(
-    "pruner",
-    ["l1", "topological", "energy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fpgm", "random"))],
-)
-@pytest.mark.quick_every(2)
+@pytest.mark.parametrize("pruner", ["l1", "topological", "energy"])
 def test_any_structured_pruner_meets_the_budget_and_the_output_layer_stays(pruner):
     small = shrunk(pruner=pruner)
     stages = small.report.stages
@@ -227,9 +213,7 @@ def test_other_budgets_layers_and_widths_of_eight():
     assert wide.stem.out_channels % 4 == wide.hidden.out_features % 4 == 0
 
 
-@pytest.mark.parametrize("pruner", ["reconstruction", "l1", "random"])
-@pytest.mark.parametrize("kind", ["flops", "params"])
-@pytest.mark.quick_every(3)
+@pytest.mark.parametrize(("pruner", "kind"), [("reconstruction", "flops"), ("l1", "params")])
 def test_budgets_are_met_beside_caps_and_floors(pruner, kind):
     whole = toy_model()
     tied = {"op_names": ["stem", "inner"], "max_sparse_ratio": 0.25}
@@ -293,19 +277,6 @@ def test_a_budget_of_time_counts_batches_as_large_as_the_first_one(monkeypatch):
     assert set(sizes) == {16}  # also where some of them are held out
 
 
-def test_a_runtime_is_for_one_network_of_a_share_of_the_time():
-    rule = r"a runtime needs a budget of 'latency' without a latency_table, got '{}' \(runtime, budget\)"
-    with pytest.raises(ConfigError, match=rule.format("flops")):
-        shrunk({"flops": 0.5, "runtime": "onnxruntime"})
-    table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
-    with pytest.raises(ConfigError, match=rule.format("latency_table")):
-        shrunk({"latency": 0.5, "runtime": "onnxruntime", "latency_table": table})
-    with pytest.raises(ConfigError, match="runtime must be a known name, got 'onnx'"):
-        shrunk({"latency": 0.5, "runtime": "onnx"})
-    with pytest.raises(ConfigError, match=r"several sizes must be timed in PyTorch, got 'onnxruntime'"):
-        shrunk({"latency": None, "runtime": "onnxruntime"}, tolerance=0.4)
-
-
 def test_a_budget_of_time_serves_pruners_of_nni_too():
     table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
     small = shrunk({"latency": 0.6, "latency_table": table}, pruner="l1")
@@ -335,10 +306,9 @@ def convolutions(*widths):
     return nn.Sequential(*layers, *pooling).eval(), [torch.randn(4, 1, 6, 6)]
 
 
-@pytest.mark.parametrize("pruner", ["matrix", "l1"])
-def test_widths_are_multiples_that_processors_like_where_they_meet_the_budget(pruner):
+def test_widths_are_multiples_that_processors_like_where_they_meet_the_budget():
     net, images = convolutions(8, 32, 64, 128, 256)
-    few = {"pruner": pruner, "compensate": None, "distill": False}
+    few = {"pruner": "l1", "compensate": None, "distill": False}
     small = nni_topo.shrink(net, images, {"flops": 0.5}, **few)
     assert small.report.budget.left == pytest.approx(0.5, abs=0.01)
     for row, multiple in zip(small.report.layers.rows, (1, 4, 8, 16, 16), strict=False):
@@ -448,9 +418,7 @@ def test_what_can_not_be_used_is_refused(knobs, error, message):
         shrunk(**knobs)
 
 
-@pytest.mark.parametrize("pruner", ["l1", "random", "reconstruction"])
-@pytest.mark.parametrize("kind", ["flops", "params", "memory"])
-@pytest.mark.quick_every(3)
+@pytest.mark.parametrize(("pruner", "kind"), [("reconstruction", "flops"), ("l1", "memory")])
 def test_a_budget_out_of_reach_leaves_the_fewest_channels_whatever_prunes(pruner, kind):
     small = shrunk(pruner=pruner, budget={kind: 1e-4}, distill=False)
     assert not small.report.budget.is_met
@@ -489,7 +457,6 @@ class WithStubbornLayers(nn.Module):
         return self.head(self.sized(x).reshape(len(x), 8, -1).mean(2))
 
 
-@pytest.mark.parametrize("pruner", ["reconstruction", "l1"])
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
@@ -499,11 +466,10 @@ class WithStubbornLayers(nn.Module):
         (["idle", "head"], "doesn't use the layer; head: it gives the model's output"),
     ],
 )
-@pytest.mark.quick_every(3)
-def test_named_layers_that_keep_all_channels_are_refused_with_the_reason(layers, reason, pruner):
+def test_named_layers_that_keep_all_channels_are_refused_with_the_reason(layers, reason):
     model = WithStubbornLayers().eval()
     with pytest.raises(ConfigError, match=rf"{reason}.*can be named: free \(layers\)"):
-        nni_topo.shrink(model, [torch.randn(32, 3, 8, 8)], {"flops": 0.5}, layers=layers, pruner=pruner)
+        nni_topo.shrink(model, [torch.randn(32, 3, 8, 8)], {"flops": 0.5}, layers=layers)
 
 
 def test_a_type_may_select_layers_that_keep_all_channels_beside_others():
@@ -522,15 +488,13 @@ def test_named_layers_that_share_all_channels_with_others_are_refused_before_any
         nni_topo.frontier(toy_model().eval(), [toy_images(64)], [0.5], layers=[{"op_names": ["inner"]}])
 
 
-@pytest.mark.parametrize("knobs", [{}, {"pruner": "l1"}])
-@pytest.mark.quick_every(2)
-def test_the_report_names_layers_that_would_have_to_be_named_too(knobs):
+def test_the_report_names_layers_that_would_have_to_be_named_too():
     shared = "shared with inner, which isn't among the layers to prune"
-    report = shrunk({"params": 0.5}, layers=["stem", "hidden"], **knobs).report
+    report = shrunk({"params": 0.5}, layers=["stem", "hidden"]).report
     assert report.whole == {"stem": shared}
     assert f"stem keeps all channels: {shared}" in repr(report)
     assert not report.budget.is_met
-    met = shrunk({"params": 0.9}, layers=["stem", "hidden"], **knobs).report
+    met = shrunk({"params": 0.9}, layers=["stem", "hidden"]).report
     assert met.budget.is_near
     assert met.budget.why == ""
 
@@ -540,11 +504,8 @@ def test_an_augment_function_is_tried_before_anything_is_pruned():
         shrunk(distill={"augment": torch.Tensor.double}, evaluate=lambda net: pytest.fail("ran"))
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [pytest.param({"op_types": ["MultiheadAttention"]}, marks=pytest.mark.slow), {"op_names": ["layers.0.self_attn"]}],
-)
-def test_heads_are_pruned_by_an_entry_of_their_own(entry):
+def test_heads_are_pruned_by_an_entry_of_their_own():
+    entry = {"op_names": ["layers.0.self_attn"]}
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -554,14 +515,6 @@ def test_heads_are_pruned_by_an_entry_of_their_own(entry):
     assert sum(each.numel() for each in small.parameters()) < sum(each.numel() for each in model.parameters())
     with pytest.raises(ConfigError, match=r"granularity must be a known name, got 'heads'"):
         nni_topo.shrink(model, states, {"params": 0.9}, layers=[{**entry, "granularity": "heads"}])
-
-
-def test_a_frozen_network_learns_and_stays_frozen():
-    model = toy_model().eval().requires_grad_(False)
-    small = nni_topo.shrink(model, toy_images(64).split(32), {"flops": 0.5}, distill={"steps": 2})
-    assert small.report.stages[-1].network == "distilled"
-    assert small.report.distillation.steps > 0
-    assert not any(parameter.requires_grad for parameter in small.parameters())
 
 
 @pytest.mark.parametrize(
@@ -585,7 +538,6 @@ def test_the_seed_is_0(knobs, is_same):
 
 
 @pytest.mark.parametrize("progress", [None, False])
-@pytest.mark.quick_every(2)
 def test_progress_of_recovery_is_shown_unless_it_is_unwanted(progress, capsys, monkeypatch):
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
     shrunk(distill={"steps": 2, "lr": 1e-3}, progress=progress)
@@ -614,12 +566,6 @@ def test_distillation_ends_when_the_time_of_the_call_or_its_own_is_over(seconds,
     assert time.perf_counter() - began < 100.0  # as many steps would take a thousand
 
 
-def test_more_time_than_it_takes_changes_nothing():
-    knobs = {"steps": 20, "lr": 1e-3}
-    unlimited, limited = shrunk(distill=knobs), shrunk(distill=knobs, seconds=3600.0)
-    assert all(map(torch.equal, unlimited.state_dict().values(), limited.state_dict().values()))
-
-
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
@@ -631,13 +577,6 @@ def test_more_time_than_it_takes_changes_nothing():
 def test_time_that_cannot_be_limited_is_refused(knobs, words):
     with pytest.raises(ConfigError, match=words):
         shrunk(**{"seconds": 60.0, **knobs})
-
-
-@pytest.mark.parametrize("budget", [{"flops": None, "params": None}, {"allocation": "error"}])
-@pytest.mark.parametrize("tolerance", [None, 0.1])
-def test_a_budget_of_no_or_several_costs_is_refused(budget, tolerance):
-    with pytest.raises(ConfigError, match="budget"):
-        shrunk(budget, tolerance=tolerance)
 
 
 @pytest.mark.parametrize(

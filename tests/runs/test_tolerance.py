@@ -308,15 +308,6 @@ def test_a_function_of_the_users_decides_by_the_fall_of_what_it_returns():
         shrunk(evaluate=lambda net: "much")
 
 
-def test_a_number_that_evaluate_cannot_find_for_smaller_networks_is_told(caplog):
-    model = Copies().eval()
-    small = shrunk(model, evaluate=lambda net: 1.0 if net.hidden.out_features == WIDTH else math.nan)
-    assert not small.report.tolerance.is_met
-    assert small.hidden.out_features == WIDTH
-    assert len(small.report.tolerance.candidates) > 1
-    assert caplog.messages.count("evaluate returned nan for the smaller network") == 1  # once is enough
-
-
 @pytest.mark.parametrize("budget", ["params", "memory", "latency", {"flops": None, "allocation": "auto"}])
 @pytest.mark.quick_every(4)
 def test_the_cost_that_is_made_small_has_a_name(budget):
@@ -428,14 +419,3 @@ def test_a_candidate_is_the_network_that_shrink_makes_of_its_share():
     same = nni_topo.shrink(Copies().eval(), [filler], {"flops": asked.asked}, distill=False)
     assert same.report.images == 300
     torch.testing.assert_close(same.state_dict(), found.state_dict(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_result_can_be_saved_also_where_nothing_was_removed(tmp_path):
-    images = rows()
-    images[~torch.isin(torch.arange(800) % 8, torch.tensor([2, 4, 7])), 0] = 0.0
-    for model, given in ((Copies().eval(), rows()), (Rare().eval(), images)):
-        small = shrunk(model, [given])
-        nni_topo.save(small, tmp_path / "small.pt")
-        again = nni_topo.load(tmp_path / "small.pt", type(model)().eval())
-        assert torch.equal(again(given), small(given))

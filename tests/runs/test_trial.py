@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -111,12 +108,6 @@ def test_parameters_replace_settings_and_fill_ratios_and_knobs():
     assert (found.cell().pruner.knobs, found.cell().seed) == ({"n_jobs": 7, "solver": {"population_size": 3}}, 3)
 
 
-def test_retraining_takes_a_rate_of_its_own():
-    usual = TrialSettings(retrain_epochs=2).cell().retrain
-    assert (usual.epochs, usual.lr) == (2, pytest.approx(0.01))
-    assert TrialSettings(lr=0.5).cell().retrain.lr == 0.5
-
-
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
@@ -125,10 +116,12 @@ def test_retraining_takes_a_rate_of_its_own():
         ({"TRIAL_BUDGET": 3}, "must be a known name, got 'TRIAL_BUDGET'"),
         ({"knob.generations": 3}, "knob of pruner 'l1'"),
         ({"ratio": 1.0}, r"a ratio must be in \[0, 1\), got 1.0 \(ratio\)"),
-        ({"ratio.conv1": -0.1}, r"got -0.1 \(ratio.conv1\)"),
-        ({"ratio": "half"}, r"must be of type float, got 'half' \(ratio\)"),
-        ({"seed": 1.5}, r"must be of type int, got 1.5 \(seed\)"),
-        ({"lr": float("nan")}, "must be of type float, got nan"),
+        ({"ratio.conv1": "half"}, r"a ratio must be .*, got 'half' \(ratio.conv1\)"),
+        ({"seed": 1.5}, r"seed must be an integer .* got 1.5 \(trial\)"),
+        ({"model": True}, "model must be a str, got True"),
+        ({"lr": float("nan")}, "lr must be a finite number or None, got nan"),
+        ({"flops_weight": -0.5}, "flops_weight must be at least 0 and finite, got -0.5"),
+        ({"flops": 2.0}, r"must be in \(0, 1\], got 2.0"),
     ],
 )
 def test_bad_parameters_are_refused(parameters, message):
@@ -149,46 +142,16 @@ def test_files_of_parameters_must_be_json_objects(text, message, tmp_path):
 
 
 def test_a_cell_has_what_the_settings_say():
-    cell = TrialSettings(
-        model="lenet5_like",
-        width=0.5,
-        data="digits",
-        data_dir="there",
-        limit=50,
-        image_size=16,
-        train_epochs=3,
-        pruner="l2",
-        flops=0.25,
-        calibration=8,
-        compensate=16,
-        distill=32,
-        retrain_epochs=4,
-        seed=5,
-        device="cuda",
-    ).cell()
-    assert cell.model == ModelChoice("lenet5_like", 0.5)
-    assert cell.data == DataChoice("digits", "there", 50, image_size=16)
-    assert cell.pruner == PrunerChoice("l2")  # it takes no calibration data
-    searched = TrialSettings(pruner="subcluster", calibration=8).cell()
-    assert searched.pruner == PrunerChoice("subcluster", calibration=8)
-    assert (cell.target, cell.seed, cell.device) == (Target("flops", 0.25), 5, "cuda")
-    assert (cell.train.epochs, cell.retrain.epochs) == (3, 4)
+    given = {"width": 0.5, "limit": 50, "train_epochs": 3, "pruner": "l2", "flops": 0.25, "calibration": 8}
+    cell = TrialSettings(**given, compensate=16, distill=32, retrain_epochs=4, lr=0.5).cell()
+    assert (cell.model, cell.data) == (ModelChoice("small_cnn", 0.5), DataChoice("digits", limit=50))
+    assert (cell.pruner, cell.target) == (PrunerChoice("l2"), Target("flops", 0.25))  # it takes no calibration data
+    assert TrialSettings(pruner="subcluster", calibration=8).cell().pruner.calibration == 8
+    assert (cell.train.epochs, cell.retrain.epochs, cell.retrain.lr) == (3, 4, 0.5)
+    assert TrialSettings().cell().retrain.lr == pytest.approx(0.01)
     assert (cell.compensate, cell.distill) == (CompensationChoice(16), DistillationChoice(32))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"calibration": -1}, "calibration must be an integer of at least 0.*, got -1"),
-        ({"flops_weight": -0.5}, "flops_weight must be at least 0 and finite, got -0.5"),
-        ({"limit": 0}, "limit must be an integer of at least 1.*, got 0"),
-        ({"flops": 2.0}, r"must be in \(0, 1\], got 2.0"),
-        ({"ratio": -0.25}, r"a ratio must be in \[0, 1\), got -0.25 \(ratio\)"),
-    ],
-)
-def test_settings_out_of_range_are_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        TrialSettings(**changes)
+    settings = TrialSettings(ratio=0.125, ratios={"conv*": 0.25, "conv1": 0.75, "*1": 0.5})
+    assert [settings.layer_ratio(name) for name in ("conv1", "conv2", "fc1", "fc2")] == [0.75, 0.25, 0.5, 0.125]
 
 
 def test_parameters_come_on_top_of_those_that_are_there():
@@ -201,15 +164,6 @@ def test_parameters_come_on_top_of_those_that_are_there():
     assert settings.ratios == {"conv1": 0.25, "fc": 0.5}
     assert with_parameters(TrialSettings(flops=0.5, limit=5), {"flops": None}).flops is None
     assert type(with_parameters(TrialSettings(), {"flops_weight": 1}).flops_weight) is float
-    for parameters in ({"seed": None}, {"seed": [1]}, {"model": True}, {"seed": float("inf")}, {"seed": "1"}):
-        (name,) = parameters
-        with pytest.raises(ConfigError, match=rf"a parameter must be of type \w+, got .* \({name}\)"):
-            with_parameters(TrialSettings(), parameters)
-
-
-def test_the_first_pattern_that_a_layer_matches_counts():
-    settings = TrialSettings(ratio=0.125, ratios={"conv*": 0.25, "conv1": 0.75, "*1": 0.5})
-    assert [settings.layer_ratio(name) for name in ("conv1", "conv2", "fc1", "fc2")] == [0.75, 0.25, 0.5, 0.125]
 
 
 FILES = {"settings.json", "masks.pt", "dense.safetensors", "config_list.json", "metrics.json"}
@@ -305,49 +259,6 @@ def test_a_checkpoint_of_ones_own(settings, nets, tmp_path):
     metrics = run_trial(given, tmp_path / "given", cache=tmp_path / "unused")
     assert not (tmp_path / "unused").exists()
     assert metrics["accuracy"] == run_trial(settings, tmp_path / "found", cache=nets)["accuracy"]
-
-
-def tiny_disk(command, folder, kilobytes):
-    """Run a command with a file system of a few kilobytes at a folder, in a mount namespace of its own."""
-    mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs {folder} && exec {command}"
-    return subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", mount], capture_output=True, text=True
-    )
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if shutil.which("unshare") is None or tiny_disk("true", folder, 64).returncode:
-        pytest.skip(
-            "a small file system needs unshare and mount in a namespace of one's own, which this system refuses"
-        )
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("kilobytes", "message"),
-    [(64, "needs 16 MiB of free disk, got 0.1 MiB"), (17 * 1024, "needs free disk, got none left")],
-    ids=["full before", "full on the way"],
-)
-@pytest.mark.slow
-def test_a_full_disk_is_a_clear_error(kilobytes, message, nets, small_disk, tmp_path):
-    params = tmp_path / "params.json"
-    params.write_text("{}")
-    script = tmp_path / "trial.sh"
-    words = ["--params", str(params), "--cache", str(nets), "--out", str(small_disk / "out"), *SMALL_WORDS]
-    command = f"exec {sys.executable} -m nni_topo.runs.trial {' '.join(words)}\n"
-    if kilobytes > 1024:
-        # the disk fills up once the trial has begun: after its check of the disk, before its first large file
-        waiting = f"for i in $(seq 6000); do [ -e {small_disk}/out/settings.json ] && break; sleep 0.01; done"
-        command = f"({waiting}; head -c 64M /dev/zero > {small_disk}/filler) > /dev/null 2>&1 &\n{command}"
-    script.write_text(command)
-    done = tiny_disk(f"timeout 120 bash {script}", small_disk, kilobytes)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert str(small_disk / "out") in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_folder_that_cant_be_made_is_a_clear_error(settings, tmp_path):

@@ -46,15 +46,7 @@ def test_everything_but_the_output_layer_is_pruned():
     assert layer_ratios(net, IMAGES, Target("ratio", 0.3)) == dict.fromkeys(layers[:-1], 0.3)
 
 
-@pytest.mark.parametrize(
-    ("make", "share"),
-    [
-        pytest.param(make, share, marks=[pytest.mark.slow] * (make is resnet and share in (0.25, 0.5)))
-        for make in (small_cnn, resnet)
-        for share in (0.75, 0.5, 0.25, 0.1)
-    ],
-)
-@pytest.mark.quick_every(6)
+@pytest.mark.parametrize(("make", "share"), [(small_cnn, 0.75), (small_cnn, 0.25), (resnet, 0.1)])
 def test_a_budget_is_met_within_a_percent_of_the_whole(make, share):
     net = make()
     ratios = layer_ratios(net, IMAGES, Target("flops", share))
@@ -62,15 +54,7 @@ def test_a_budget_is_met_within_a_percent_of_the_whole(make, share):
     assert left == pytest.approx(share, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("make", "share"),
-    [
-        pytest.param(make, share, marks=[pytest.mark.slow] * (make is resnet and share != 0.05))
-        for make in (small_cnn, resnet)
-        for share in (0.5, 0.2, 0.05)
-    ],
-)
-@pytest.mark.quick_every(4)
+@pytest.mark.parametrize(("make", "share"), [(small_cnn, 0.5), (resnet, 0.05)])
 def test_proposals_meet_a_budget(make, share):
     net = make()
     names = inner_layers(net, IMAGES)
