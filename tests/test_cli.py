@@ -119,7 +119,6 @@ PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}
     [
         ("shrink", ["--pruner", "level"], "pruner must be one that removes whole channels, got 'level'"),
         ("shrink", ["--allocation", "auto", "--pruner", "l1"], "must distribute budgets in several ways"),
-        ("shrink", ["--caps", "conv", "0.5"], "layer of the model must be a known name, got 'conv'; did you mean"),
         ("shrink", ["--device", "nowhere"], "device must be cpu, cuda or auto"),
         ("prune", PRUNE.format("l1", "knobs: {sed: 1}"), "knob of pruner 'l1' must be a known name, got 'sed'"),
         ("prune", PRUNE.format("l1", "retrain: {epoch: 1}"), "key of a recipe must be a known name, got 'epoch'"),
@@ -138,7 +137,6 @@ def test_nothing_is_trained_for_a_request_that_can_not_be_used(verb, given, mess
 
 def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     line = f"shrink --model small_cnn --limit 200 --images 64 --distill-seconds 60 --params 0.3 --out {tmp_path}/small"
-    line += " --caps features.conv1 0.25 features.conv2 0.5 --floors classifier.fc1 0.6"
     assert run(f"{line} --json") == 0
     stages = json.loads(capsys.readouterr().out)
     assert [stage["network"] for stage in stages] == ["unpruned", "pruned", "reconstructed", "distilled"]
@@ -146,9 +144,6 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert stages[-1]["accuracy"] > stages[1]["accuracy"]
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=1)
     dense = nni_topo.load(tmp_path / "small" / "dense.safetensors", model)
-    assert dense.features.conv1.out_channels >= 12
-    assert dense.features.conv2.out_channels >= 16
-    assert dense.classifier.fc1.out_features <= 26
     assert zoo.evaluate(dense, zoo.load_data("digits").test) == stages[-1]["accuracy"]
     page = (tmp_path / "small" / "report.html").read_text()
     assert all(f">{word}<" in page for word in ("reconstructed", "recovery by layer", "error held out", "latency_ms"))
@@ -171,13 +166,11 @@ def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, n
     assert document["networks tried"] == found["candidates"]
     assert json.loads(capsys.readouterr().out) == document["stages"]
     assert ">networks tried<" in (tmp_path / "flags" / "report.html").read_text()
-    line += " 0.1 --budget params --allocation error --caps features.conv1 0.5 features.conv2 0.5"
+    line += " 0.1 --budget params --allocation error"
     assert run(f"{line} --out {tmp_path}/error") == 0
     document = json.loads((tmp_path / "error" / "shrink.json").read_text())
     assert (document["tolerance"]["tolerance"], document["tolerance"]["kind"]) == (0.1, "params")
     assert document["budget"] == {"params": None, "allocation": "error"}
-    rows = {row["name"]: row for row in document["widths"]}
-    assert all(rows[name]["after"] >= rows[name]["before"] // 2 for name in ("features.conv1", "features.conv2"))
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,17 @@ from rich.console import Console
 import nni_topo
 from nni_topo.disk import check_output_file, output_folder, write_figure, write_json
 from nni_topo.errors import ConfigError
-from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.recovery.registry import RECOVERIES
-from nni_topo.rules import NONE, check_knobs, number, one_of, whole
+from nni_topo.rules import NONE, check_knobs, one_of, whole
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import empty_folder, prune_checkpoint
 from nni_topo.runs.run import distillation_knobs
 from nni_topo.runs.settings import TOLERANCE, Settings
 from nni_topo.runs.shrink import KNOBS, asked_budget, shrink
-from nni_topo.runs.widths import sorted_layers
 from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.compare import compare
 from nni_topo.studies.demo import DEMO
@@ -203,8 +201,6 @@ class Shrink(TrainedVerb):
     runtime: str = "pytorch"  # where --latency is timed: pytorch or onnxruntime
     round_to: int | None = None  # layers keep a multiple of so many channels, 1: any number; None: as the budget allows
     depth: bool = False  # let blocks compete with channels for the budget
-    caps: dict[str, float] = field(default_factory=dict)  # largest share a layer may lose, e.g. features.conv1 0.5
-    floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, e.g. features.conv1 0.1
     images: int = 1024  # unlabelled training images, at least 2
     test_limit: int | None = None  # test images used, the set's first ones, at least 1; None: all, whatever --limit is
     distill_seconds: float | None = None  # its time, above 0; None: until the held-out loss makes no progress
@@ -214,20 +210,7 @@ class Shrink(TrainedVerb):
         with empty_folder(self.out):
             budget = self._budget()
             self._check(budget)
-            asked = Settings(layers=[*self.caps, *self.floors] or None, place="nni-topo shrink")
-            start = self.start(
-                self.test_limit,
-                # called before the network is trained
-                accept=lambda untrained: asked.check_layers(untrained.net),
-            )
-            entries = None  # all layers that can lose channels, without bounds
-            if self.caps or self.floors:
-                layers = sorted_layers(Analysis.on(start.net, start.example))[0]
-                bounds = {"max_sparse_ratio": self.caps, "min_sparse_ratio": self.floors}
-                entries = [
-                    {"op_names": [name], **{key: shares[name] for key, shares in bounds.items() if name in shares}}
-                    for name in dict.fromkeys([*layers, *self.caps, *self.floors])
-                ]
+            start = self.start(self.test_limit)
             dense = shrink(
                 start.net,
                 start.images(self.images),
@@ -237,7 +220,6 @@ class Shrink(TrainedVerb):
                 time=True,
                 pruner=self.pruner,
                 compensate=self.method,
-                layers=entries,
                 distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.distill_seconds)),
                 depth=self.depth,
                 round_to=self.round_to,
@@ -287,14 +269,8 @@ class Shrink(TrainedVerb):
         RECOVERIES.info(self.method, place, "method")
         (whole(1) | NONE).check("round_to", self.round_to, place)
         DistillationChoice(self.images, seconds=self.distill_seconds)
-        for flag, shares in (("caps", self.caps), ("floors", self.floors)):
-            for name, share in shares.items():
-                number(0, 1, "both" if flag == "caps" else "left").check(flag, share, name)
         check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
-        bounds: list[Any] = [{"op_names": [name]} for name in (*self.caps, *self.floors)]
-        settings = Settings(
-            pruner=self.pruner, compensate=self.method, depth=self.depth, layers=bounds or None, place=place
-        )
+        settings = Settings(pruner=self.pruner, compensate=self.method, depth=self.depth, place=place)
         settings.check_together(asked_budget(budget, self.tolerance), "" if self.tolerance is None else TOLERANCE)
 
     def _budget(self) -> str | dict[str, Any] | None:

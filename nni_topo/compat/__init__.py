@@ -2,8 +2,9 @@
 
 This package is the only home of patches to NNI. Each patch is one function that names the place and the cause, which
 holds for all supported versions unless it says otherwise; it does nothing where NNI or PyTorch is already right, and
-returns whether it changed anything. No patch that `enable` applies changes the result of a computation that worked before; of layers that share a weight NNI made other
-layers, and of transposed convolutions it masked the inputs with the bias of the outputs, which counts as broken.
+returns whether it changed anything. No patch that `enable` applies changes the result of a computation that worked
+before; of layers that share a weight NNI made other layers, and of transposed convolutions it masked the inputs with
+the bias of the outputs, which counts as broken.
 """
 
 from __future__ import annotations

@@ -97,15 +97,14 @@ class TrainedVerb(DataVerb):
 
     checkpoint: Path | None = None  # state dict of the trained model; None: train it first
 
-    def start(self, test_images: int | None = None, accept: Callable[[Start], None] | None = None) -> Start:
-        """Return the trained network with its data; ``accept`` looks at the untrained one before it is trained."""
+    def start(self, test_images: int | None = None) -> Start:
+        """Return the trained network with its data."""
         return trained(
             self.model_choice,
             self.data_choice(test_images),
             checkpoint=self.checkpoint,
             seed=self.seed,
             device=self.device,
-            accept=accept,
         )
 
 

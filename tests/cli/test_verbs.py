@@ -127,7 +127,6 @@ MISTAKES = [
     (f"{SHRINK} --runtime onnxruntime", "a runtime needs a budget of 'latency' without a latency_table, got 'flops'"),
     (f"{SHRINK} --images 1", "images must be an integer of at least 2, got 1"),
     (f"{SHRINK} --method solve", "method must be a known name, got 'solve'"),
-    (f"{SHRINK} --floors features.conv1 1.0", "floors must be in [0, 1), got 1.0 (features.conv1)"),
     (f"{SHRINK} --budget flops", "--budget names the cost for --tolerance, got none"),
     (f"{SHRINK} --tolerance 0.5 --params 0.5", "--tolerance says how much is kept, got --params beside it"),
     (f"{SHRINK} --tolerance 0.5 --pruner subcluster", "a tolerance must have a pruner that can be asked for a size"),
