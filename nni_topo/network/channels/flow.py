@@ -11,7 +11,7 @@ ties its output channel to its input channel.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -43,7 +43,6 @@ from nni_topo.network.channels.rules import (
     FAILURES,
     FixedPlaces,
     Operation,
-    OperatorRule,
     has_property,
     made,
     module_rule,
@@ -236,7 +235,7 @@ class Propagation(torch.fx.Interpreter):
             return self._layer(name, module, ids[0], shape or ())
         known = module_rule(module)
         if known is not None and known.moves:
-            return known.apply(self._operation(node))
+            return self._applied(node, known.apply)
         if isinstance(module, torch.nn.PReLU) and module.num_parameters == 1:
             return self._operation(node).passed(ids)  # one slope serves all channels, and any number of them
         if isinstance(module, torch.nn.GroupNorm) and module.num_groups < module.num_channels:
@@ -262,7 +261,7 @@ class Propagation(torch.fx.Interpreter):
             if gives_no_channels(module):
                 return given_shapes(node)
         elif known is not None:
-            return known.apply(self._operation(node))
+            return self._applied(node, known.apply)
         if isinstance(module, tuple(RULES)) or not (any(True for _ in module.parameters()) or is_normalizing(module)):
             self.guessed.add(node.name)
         return self._operation(node).passed(ids)
@@ -382,26 +381,24 @@ class Propagation(torch.fx.Interpreter):
     def _function(self, n: torch.fx.Node, ids: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         if n.target is attend:
             return self._attend(n, ids, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
-        op = self._operation(n)
-        if not ids:
-            return op.run_on_ids() if shape is None else made(n, shape, self._given)
+        if not ids and shape is not None:
+            return made(n, shape, self._given)
         rule = rule_of(n)
-        if rule is not None and (rule.moves or rule.writes):
-            return self._ruled(op, rule)
-        if not tensors_of(given_shapes(n)):
-            return op.run_on_ids()
-        return op.by_place(known=False) if rule is None else self._ruled(op, rule)
+        if not ids or not (tensors_of(given_shapes(n)) or (rule is not None and (rule.moves or rule.writes))):
+            return self._applied(n, Operation.moved)  # it gives a size, say
+        return self._operation(n).by_place(known=False) if rule is None else self._applied(n, rule.apply)
 
-    def _ruled(self, op: Operation, rule: OperatorRule) -> Any:
+    def _applied(self, node: torch.fx.Node, apply: Callable[[Operation], Any]) -> Any:
         """Apply a rule; where it fails, keep all channels that enter."""
+        op = self._operation(node)
         try:
-            return rule.apply(op)
+            return apply(op)
         except FAILURES as error:
             if isinstance(error, NniTopoError) or out_of_memory(error):
                 raise  # of a rule that a user has registered, say
             # A call that the rule wasn't written for, as of empty tensors, concerns what enters it, not all of a model.
-            _logger.debug("the rule fails at %s", described(op.node), exc_info=True)
-            return op.all_kept(reason=reasons.call_not_covered(op.node))
+            _logger.debug("the rule fails at %s", described(node), exc_info=True)
+            return op.all_kept(reason=reasons.call_not_covered(node))
 
 
 def _is_channel_wise(module: torch.nn.Module, ids: torch.Tensor, shape: tuple[int, ...]) -> bool:

@@ -111,11 +111,10 @@ class Operation:
 
     def keep(self, ids: Tensor, reason: reasons.Reason | None = None) -> None:
         """Keep channels; without a reason, because the rule of the operation doesn't cover the call."""
-        if reason is None and self.rule is not None and self.rule.is_registered:
-            reason = reasons.rule_keeps(self.node)
-        elif reason is None:
-            reason = reasons.no_rule(self.node) if self.rule is None else reasons.call_not_covered(self.node)
-        self.channels.pin(np.unique(compressed(ids)), reason)
+        default = reasons.no_rule
+        if self.rule is not None:
+            default = reasons.rule_keeps if self.rule.is_registered else reasons.call_not_covered
+        self.channels.pin(np.unique(compressed(ids)), reason or default(self.node))
 
     # The methods below return the ids of the output.
 
@@ -128,20 +127,13 @@ class Operation:
                 self.keep(each, reason)
         return found
 
-    def run_on_ids(self, args: tuple[Any, ...] | None = None) -> Any:
-        """Run an operator that moves entries, or gives a size, on the ids themselves.
+    def moved(self) -> Any:
+        """Run an operator that moves entries, or gives a size, on the ids themselves."""
+        return self.run(self.args, self.kwargs)
 
-        ``args``: arguments to use in place of its own. None if it fails.
-        """
-        try:
-            return self.run(self.args if args is None else args, self.kwargs)
-        except FAILURES:
-            return None
-
-    def moved(self, args: tuple[Any, ...] | None = None) -> Any:
-        """Run an operator that moves entries on the ids themselves; if it fails, keep all channels."""
-        moved = self.run_on_ids(args)
-        return self.all_kept() if moved is None else moved
+    def viewed(self) -> Any:
+        """Run a method that views a tensor on the ids; these are expanded, and an expanded tensor has no view."""
+        return self.run((self.args[0].contiguous(), *self.args[1:]), self.kwargs)
 
     def carried(
         self,
@@ -375,9 +367,7 @@ def _shuffled(op: Operation) -> Any:
 @rule("cat", "concat", "concatenate", "stack", moves=True)
 def _joined(op: Operation) -> Any:
     """Follow a concatenation. Along another dimension than the channels', it couples its parts."""
-    moved, dim = op.run_on_ids(), op.argument(1, "dim", default=0)
-    if moved is None:
-        return op.all_kept()
+    moved, dim = op.moved(), op.argument(1, "dim", default=0)
     parts = [each.unsqueeze(dim) for each in op.ids] if operation_name(op.node) == "stack" else op.ids
     slices = []
     for part in parts:
@@ -436,9 +426,7 @@ def _as_real(op: Operation) -> Any:
     return op.ids[0].unsqueeze(-1).expand(op.shape or ())
 
 
-@rule("view_as", moves=True)
-def _viewed_as(op: Operation) -> Any:
-    return op.moved((op.args[0].contiguous(), *op.args[1:]))
+rule("view_as", moves=True)(Operation.viewed)
 
 
 def _held_by_view(given: FixedPlaces) -> list[slice]:
@@ -452,17 +440,13 @@ def _held_by_view(given: FixedPlaces) -> list[slice]:
 
 @rule("view", "reshape", moves=True, joins=True, held=_held_by_view, why_held=reasons.fixed_sizes)
 def _viewed(op: Operation) -> Any:
-    # Tensors of ids are expanded, and an expanded tensor has no view.
-    is_method = op.node.op == "call_method"
-    moved = op.run_on_ids((op.args[0].contiguous(), *op.args[1:]) if is_method else None)
-    return op.all_kept() if moved is None else _taken_apart(op, moved, _sizes_of(op.node))
+    moved = op.viewed() if op.node.op == "call_method" else op.moved()
+    return _taken_apart(op, moved, _sizes_of(op.node))
 
 
 @rule("unflatten", moves=True, joins=True)
 def _unflattened(op: Operation) -> Any:
-    moved = op.run_on_ids()
-    if moved is None:
-        return op.all_kept()
+    moved = op.moved()
     given: Any = op.node.kwargs.get("sizes", op.node.args[-1])
     # Sizes given as a slice of a shape are one node; they change with the tensor's.
     parts = given if isinstance(given, (tuple, list)) else [given] * moved.dim()
@@ -557,9 +541,7 @@ def _held_by_split(given: FixedPlaces) -> list[slice]:
 
 @rule("split", "split_with_sizes", moves=True, held=_held_by_split)
 def _split(op: Operation) -> Any:
-    pieces = op.run_on_ids()
-    if pieces is None:
-        return op.all_kept()
+    pieces = op.moved()
     sizes: Any = op.node.kwargs.get("split_size", op.node.kwargs.get("split_sizes"))
     sizes = op.node.args[1] if sizes is None and len(op.node.args) > 1 else sizes
     if op.ids and varies(op.ids[0], op.argument(2, "dim", default=0)):
@@ -589,9 +571,7 @@ def _count_alike(op: Operation, counted: Tensor, other: Tensor, *, as_width: boo
 
 @rule("chunk", moves=True)
 def _chunked(op: Operation) -> Any:
-    pieces = op.run_on_ids()
-    if pieces is None:
-        return op.all_kept()
+    pieces = op.moved()
     channels, ids, dim = op.channels, op.ids[0], op.argument(2, "dim", default=0)
     asked = op.argument(1, "chunks")
     short = pieces[0].shape[dim] - pieces[-1].shape[dim]
@@ -739,7 +719,7 @@ def _indexed(op: Operation) -> Any:
     if _index_is_known(op):
         return _picked(op)
     if not tensors_of(given_shapes(op.node)):
-        return op.run_on_ids()
+        return op.moved()
     # A computed index or mask. Along dimensions without channels ids don't differ: any place stands for those it picks.
     states, index = op.ids[0], op.node.args[1]
     parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
@@ -913,9 +893,7 @@ def _typed(op: Operation) -> Any:
 # Operators that make tensors, or read their sizes.
 
 
-@rule("size", "dim", reads_sizes=True)
-def _size(op: Operation) -> Any:
-    return op.run_on_ids()
+rule("size", "dim", reads_sizes=True)(Operation.moved)
 
 
 @rule("zeros", "ones", "full", one_value=True)
