@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
-from nni_topo.network.graph.submodules import is_in_parts
-from nni_topo.network.graph.tracing import arguments
+from nni_topo.network.graph.tracing import arguments, is_in_parts
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.inputs import Call, bind_arguments, calls, fitting, real_positions_of, tensors_of

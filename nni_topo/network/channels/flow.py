@@ -55,7 +55,6 @@ from nni_topo.network.graph.nodes import (
     RANDOM,
     UNUSED,
     described,
-    is_held,
     is_of_forward,
     makes_mask,
     place,
@@ -186,7 +185,7 @@ class Propagation(torch.fx.Interpreter):
                     # The columns of an embedding have the ids of its channels, as a head that reads its weight needs.
                     return torch.from_numpy(self.channel_ids_of(owner)).expand(value.shape)
                 return tree_map(fixed, value)
-            is_free = is_held(n) and can_follow(value)
+            is_free = not is_of_forward(n) and can_follow(value)
             return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)

@@ -19,7 +19,6 @@ UNUSED = "nni_topo_unused"  # in a node's meta: whether something is made of its
 COMPARED = "nni_topo_compared"  # in a node's meta: attributes that the forward finds equal to sizes of its value
 UNSHOWN = "nni_topo_unshown"  # in a node's meta: whether of its number another is made that stays as it is
 AS_NUMBERS = "nni_topo_as_numbers"  # in a node's meta: whether its entries leave the graph, as a list or an array
-PLAIN = "nni_topo_plain"  # in a node's meta: whether it is a tensor that is an attribute, neither parameter nor buffer
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
 
@@ -49,12 +48,7 @@ def line_of(node: torch.fx.Node) -> str:
 
 def is_of_forward(node: torch.fx.Node) -> bool:
     """Tell whether a node is a constant that the forward creates at each call."""
-    return node.op == "get_attr" and str(node.target).startswith(("_tensor_constant", RECORDED))
-
-
-def is_held(node: torch.fx.Node) -> bool:
-    """Tell whether a node is a parameter or buffer of the model, which is saved with it."""
-    return node.op == "get_attr" and not is_of_forward(node) and PLAIN not in node.meta
+    return node.op == "get_attr" and str(node.target).startswith(RECORDED)
 
 
 def place(node: torch.fx.Node) -> str:
@@ -98,6 +92,20 @@ def plain_name(node: torch.fx.Node) -> str:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     # Underscores before (``__add__``) and after (``add_``) a name say how it is called, not what it does to channels.
     return "getitem" if node.target is operator.getitem else name.strip("_")
+
+
+def leaves_of(given: Any) -> list[Any]:
+    """List the leaves of nested containers, among them the ends and steps of slices."""
+    if isinstance(given, dict):
+        given = list(given.values())
+    elif isinstance(given, slice):
+        given = [given.start, given.stop, given.step]
+    if not isinstance(given, (tuple, list)):
+        return [given]
+    found = []
+    for each in given:
+        found += leaves_of(each)
+    return found
 
 
 class ShapeNoting(Interpreter):

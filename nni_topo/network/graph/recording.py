@@ -34,11 +34,11 @@ from nni_topo.network.graph.nodes import (
     AS_NUMBERS,
     COMPARED,
     LINE,
-    PLAIN,
     RECORDED,
     UNSHOWN,
     UNUSED,
     forward_line,
+    leaves_of,
     on_modules,
     plain_name,
 )
@@ -90,40 +90,31 @@ def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
             config.use_cache = False
     told = {id(config): getattr(config, "_attn_implementation", None) for config in configs}
     others = [config for config in configs if told[id(config)] not in (None, "eager")]
-    if not others:
-        return _recorded(model, named)
-    # So masks are always made, not only where this batch needs one; not all models can be told that any more.
+    # So masks are always made, not only where this batch needs one.
     for config in others:
         config._attn_implementation = "eager"
     try:
         return _recorded(model, named)
     except Exception as error:  # a model fails in as many ways as it is written
         let_go(error)
-        for config in others:
-            config._attn_implementation = told[id(config)]
+    # Not all models can be told that any more. And what a model has kept from its last run (a detector's anchors, by
+    # size) belongs to other inputs now.
+    for config in others:
+        config._attn_implementation = told[id(config)]
     return _recorded(model, named)
 
 
 def _recorded(model: nn.Module, named: dict[str, Any]) -> Recorded:
-    # Before it runs, for a run may put others in their places.
-    attributes = _tensor_attributes(model)
-    try:
-        return _recorded_twice(model, named, attributes)
-    except SpeedupError as error:
-        let_go(error)
-        # What a model has kept from its last run (a detector's anchors, by size) belongs to other inputs now.
-        return _recorded_twice(model, named, attributes)
-
-
-def _recorded_twice(model: nn.Module, named: dict[str, Any], attributes: dict[str, Tensor]) -> Recorded:
     samples = batch_size(named)
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
-    kinds = _ModuleKinds(model)
+    # Found before the model runs, since some modules are tried out on other values.
+    followed = {id(module) for module in model.modules() if is_followed(module)}
+    leaves = {id(module) for module in model.modules() if _is_leaf(module)}
     with attributes_traced(model) as unclear:
         forget_evaluated(model)
-        first = _Recorder(model, kinds, named)
+        first = _Recorder(model, followed, leaves, named)
         unclear.note_unwritten()
-        second = _recorder_of_twice(model, kinds, doubled)
+        second = _recorder_of_twice(model, followed, leaves, doubled)
         if second is not None:
             _follow_samples(first, second, samples)
         unclear.note_divided(first.graph)
@@ -148,7 +139,6 @@ def _recorded_twice(model: nn.Module, named: dict[str, Any], attributes: dict[st
             for parent in node.all_input_nodes:
                 parent.meta[UNUSED] = True
         first.graph.erase_node(node)
-    _name_attributes(first, attributes, _tensor_attributes(model))
     used = {str(node.target) for node in first.graph.nodes if node.op == "get_attr"}
     for name, tensor in first.constants.items():
         if name in used:
@@ -158,7 +148,9 @@ def _recorded_twice(model: nn.Module, named: dict[str, Any], attributes: dict[st
     return Recorded(graph_module, first.outputs, reads_values, first.compared)
 
 
-def _recorder_of_twice(model: nn.Module, kinds: _ModuleKinds, doubled: dict[str, Any]) -> _Recorder | None:
+def _recorder_of_twice(
+    model: nn.Module, followed: set[int], leaves: set[int], doubled: dict[str, Any]
+) -> _Recorder | None:
     """Record a model on twice the samples; None if it fails on them, for lack of memory or as their number is fixed.
 
     The graph of the first run then holds for that number of samples alone. Lists of samples (a detector's images) are
@@ -166,7 +158,7 @@ def _recorder_of_twice(model: nn.Module, kinds: _ModuleKinds, doubled: dict[str,
     """
     try:
         forget_evaluated(model)
-        return _Recorder(model, kinds, doubled)
+        return _Recorder(model, followed, leaves, doubled)
     except SpeedupError:
         raise
     except Exception as error:  # a model fails in as many ways as it is written
@@ -199,53 +191,19 @@ def made_tensors_dropped(model: nn.Module) -> Iterator[None]:
                     table[name] = None
 
 
-def _tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
-    """List the tensors that modules hold as plain attributes, by full name."""
-    found = {}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor):
-                found[f"{name}.{key}".lstrip(".")] = value
-    return found
-
-
-def _name_attributes(recorder: _Recorder, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """Read constants that are modules' attributes from there, unless the model replaced them while it ran."""
-    names = {id(tensor): name for name, tensor in before.items() if after.get(name) is tensor}
-    for node in recorder.graph.nodes:
-        held = recorder.held.get(str(node.target)) if node.op == "get_attr" else None
-        if held is not None and id(held) in names and recorder.constants[str(node.target)].shape == held.shape:
-            del recorder.constants[str(node.target)]
-            node.target = names[id(held)]
-            node.meta[PLAIN] = True
-
-
-class _ModuleKinds:
-    """The modules of a model by how a recorder treats them, by identity."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.followed = set[int]()  # one node up to the function they call
-        self.leaves = set[int]()  # one node; tried out before the model runs, on other values
-        for module in model.modules():
-            if is_followed(module):
-                self.followed.add(id(module))
-            if _is_leaf(module):
-                self.leaves.add(id(module))
-
-
 class _Recorder(TorchFunctionMode):
     """Records one run of a model."""
 
-    def __init__(self, model: nn.Module, kinds: _ModuleKinds, named: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, followed: set[int], leaves: set[int], named: dict[str, Any]) -> None:
         super().__init__()
         self.graph = Graph()
         self.constants: dict[str, Tensor] = {}
-        self.held: dict[str, Tensor] = {}  # of which constants are copies
         self.reads_values = False
         self.read = set[Node]()  # whose values decided something
         self.numbers = set[Node]()  # sizes of tensors, and what is computed of these
         self._unshown = UnshownSizes()
-        self._kinds = kinds
+        self._followed = followed  # modules that are one node up to the function that they call, by identity
+        self._leaves = leaves  # modules that are one node
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._nodes: dict[int, Node] = {}
         self._alive: list[Any] = []  # keeps tensors, so that no other gets the id of a freed one
@@ -293,9 +251,7 @@ class _Recorder(TorchFunctionMode):
             self._write("call_module", name, given, named, out)
             self._nodes[id(out)].meta[HEAD] = True
             return out
-        leaves: list[Any] = []
-        _list_leaves(args, leaves)
-        _list_leaves(kwargs, leaves)
+        leaves = leaves_of((args, kwargs))
         if self._inside or not any(self._is_followed(each) for each in leaves):
             # No node shows what is made here of an attribute's number.
             for each in leaves:
@@ -322,9 +278,7 @@ class _Recorder(TorchFunctionMode):
         is_written = name == "__setitem__" or name.startswith("__i") or name.endswith("_") != name.endswith("__")
         if self._inside or not is_written or not args or not isinstance(args[0], Tensor) or self._is_followed(args[0]):
             return
-        leaves: list[Any] = []
-        _list_leaves(args[1:], leaves)
-        if any(self._is_followed(each) for each in leaves):
+        if any(self._is_followed(each) for each in leaves_of(args[1:])):
             self._node(args[0])
 
     def _check_choice(self, model: nn.Module) -> None:
@@ -377,10 +331,10 @@ class _Recorder(TorchFunctionMode):
         self._stack.append(name)
         self._ran.add(name)
         if isinstance(module, nn.RNNBase) and isinstance(next(iter((*args, *kwargs.values())), None), PackedSequence):
-            self._kinds.leaves.discard(id(module))  # a graph has no packed sequences: its tensors are followed instead
-        if id(module) in self._kinds.followed:
+            self._leaves.discard(id(module))  # a graph has no packed sequences: its tensors are followed instead
+        if id(module) in self._followed:
             self._before = name, args, kwargs
-        self._inside += id(module) in self._kinds.leaves or self._before is not None
+        self._inside += id(module) in self._leaves or self._before is not None
 
     def _leave_module(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
@@ -388,7 +342,7 @@ class _Recorder(TorchFunctionMode):
         if not self._stack or self._stack[-1] != name:
             return  # within a leaf
         self._inside, self._before = 0, None
-        if id(module) in self._kinds.leaves:
+        if id(module) in self._leaves:
             self._write("call_module", name, args, kwargs, out)
         self._stack.pop()
 
@@ -458,27 +412,12 @@ class _Recorder(TorchFunctionMode):
                     raise SpeedupError("what runs under torch.vmap or torch.func can't be recorded")
                 name = f"{RECORDED}_{len(self.constants)}"
                 self.constants[name] = tensor.detach().clone()
-                self.held[name] = tensor
             self._keep(tensor, self.graph.create_node("get_attr", name))
         return self._nodes[id(tensor)]
 
     def _keep(self, tensor: Tensor, node: Node) -> None:
         self._alive.append(tensor)
         self._nodes[id(tensor)] = node
-
-
-def _list_leaves(value: Any, found: list[Any]) -> None:
-    """List the leaves of nested containers, of slices too."""
-    if isinstance(value, (tuple, list)):
-        for each in value:
-            _list_leaves(each, found)
-    elif isinstance(value, dict):
-        for each in value.values():
-            _list_leaves(each, found)
-    elif isinstance(value, slice):
-        found += (value.start, value.stop, value.step)
-    else:
-        found.append(value)
 
 
 _RUNNING: ContextVar[_Recorder | None] = ContextVar("running", default=None)  # the recorder of this thread

@@ -12,6 +12,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from nni_topo.network.graph.nodes import COMPARED, plain_name, tensor_shape
+from nni_topo.network.graph.nodes import COMPARED, leaves_of, plain_name, tensor_shape
 from nni_topo.network.layers.integer_attributes import Place, numbers_in, numbers_read, with_numbers
 
 
@@ -160,62 +161,59 @@ def _plain(number: int) -> int:
     return int.__add__(number, 0)
 
 
-def _arithmetic(function: Callable[..., int], *operands: Any) -> Any:
-    """Compute with integers, of which at least one is traced."""
-    if not all(isinstance(each, int) for each in operands):
-        for each in operands:
-            if isinstance(each, TracedInt):
-                each.note_number()
+def _note_other_uses(operands: Iterable[Any]) -> None:
+    for each in operands:
+        if isinstance(each, TracedInt):
+            each.note_other_use()
+
+
+def _arithmetic(function: Callable[..., int], first: Any, second: Any) -> Any:
+    """Compute with two numbers, of which at least one is traced."""
+    traced = [each for each in (first, second) if isinstance(each, TracedInt)]
+    if not (isinstance(first, int) and isinstance(second, int)):
+        for each in traced:
+            each.note_number()
         return NotImplemented
-    first, second = operands
     value = function(_plain(first), _plain(second))
     if function is operator.floordiv and isinstance(first, TracedInt) and first.place is not None:
         # An equal part of an attribute's number is known still.
         is_known = type(second) is int or (isinstance(second, TracedInt) and second.source is None)
         if is_known and _plain(second) > 0 and value * _plain(second) == _plain(first):
             # As many parts as another attribute holds: the channels of a head, as of ``self.width // self.heads``.
-            is_counted = isinstance(second, TracedInt) and second.place is not None and second.parts == 1
-            if is_counted and first.parts == 1:
+            if isinstance(second, TracedInt) and second.place is not None and first.parts == second.parts == 1:
                 made = TracedInt.of_attribute(value, first.place, _plain(second), first.unclear, second)
                 first.unclear.computed.append(made)
                 return made
             _note_other_uses((second, first.per))
             return TracedInt.of_attribute(value, first.place, first.parts * _plain(second), first.unclear)
-    of_attributes, factors = True, list[TracedInt]()
-    for each in operands:
-        if isinstance(each, TracedInt):
-            factors += each.factors or (each,)
-            of_attributes &= each.place is not None or bool(each.factors)
-    if of_attributes:
+    # The graph computes it again, from the sizes of tensors and what attributes hold then.
+    made = TracedInt(value)
+    made.source = function, (first, second)
+    if all(each.place is not None or each.factors for each in traced):
         # Heads times the channels of each, as the width of what they put out together, or three times that width.
-        made = TracedInt(value)
-        made.source, made.factors = (function, operands), tuple(factors)
-        factors[0].unclear.computed.append(made)
-        return made
-    if any(isinstance(each, TracedInt) and each.source is not None for each in operands):
-        # The graph computes it again, from the sizes of tensors and what attributes hold then.
-        made = TracedInt(value)
-        made.source = function, operands
-        for each in operands:
-            if isinstance(each, TracedInt) and each.unshown is not None:
-                made.unshown = each.unshown
-        return made
-    _note_other_uses(operands)
-    return value
+        for each in traced:
+            made.factors += each.factors or (each,)
+        made.factors[0].unclear.computed.append(made)
+    for each in traced:
+        if each.unshown is not None:
+            made.unshown = each.unshown
+    return made
 
 
-def _note_other_uses(operands: Any) -> None:
+def _noted(name: str, *operands: Any) -> Any:
+    """Compute what no graph shows: a branch, say, that a number decides upon; another number may give another."""
+    value = getattr(int, name)(*operands)
+    is_equality = name == ("__eq__" if value is True else "__ne__")
+    if not (is_equality and _note_equal(*operands)):
+        _note_other_uses(operands)
     for each in operands:
-        if isinstance(each, TracedInt):
-            each.note_other_use()
-
-
-def _is_behind_the_samples(size: TracedInt) -> bool:
-    """Tell whether a size is the size of a tensor's dimension after the first, or computed from such a size."""
-    first, given = size.source or (None, ())
-    if isinstance(first, Tensor):
-        return bool(given % max(first.dim(), 1))
-    return any(isinstance(each, TracedInt) and _is_behind_the_samples(each) for each in given)
+        if not isinstance(each, TracedInt):
+            continue
+        if name in _TO_FLOATS:
+            each.note_number()
+        if name in _ORDERS and each is operands[0] and each.unshown is not None and _is_behind_the_samples(each):
+            each.unshown.compared += [(_plain(each), _plain(other)) for other in operands[1:] if isinstance(other, int)]
+    return value
 
 
 def _note_equal(one: TracedInt, other: Any) -> bool:
@@ -231,45 +229,24 @@ def _note_equal(one: TracedInt, other: Any) -> bool:
     return False
 
 
-def _traced_operation(function: Callable[..., int], *, is_reflected: bool) -> Callable[..., Any]:
-    if is_reflected:
-        return lambda self, other: _arithmetic(function, other, self)
-    return lambda self, other: _arithmetic(function, self, other)
-
-
-def _noted_operation(name: str) -> Callable[..., Any]:
-    plain = getattr(int, name)
-
-    def operate(self: TracedInt, *operands: Any) -> Any:
-        value = plain(self, *operands)
-        if value is not (name == "__eq__") or name not in ("__eq__", "__ne__") or not _note_equal(self, operands[0]):
-            _note_other_uses((self, *operands))
-        if name.strip("_") in _ORDERS and self.unshown is not None and _is_behind_the_samples(self):
-            self.unshown.compared += [(_plain(self), _plain(each)) for each in operands if isinstance(each, int)]
-        if name.strip("_") in _TO_FLOATS:
-            for each in (self, *operands):
-                if isinstance(each, TracedInt):
-                    each.note_number()
-        return value
-
-    return operate
-
-
-_ORDERS = ("lt", "le", "gt", "ge")
-_TO_FLOATS = ("truediv", "rtruediv", "pow", "rpow")
+def _is_behind_the_samples(size: TracedInt) -> bool:
+    """Tell whether a size is the size of a tensor's dimension after the first, or computed from such a size."""
+    first, given = size.source or (None, ())
+    if isinstance(first, Tensor):
+        return bool(given % max(first.dim(), 1))
+    return any(isinstance(each, TracedInt) and _is_behind_the_samples(each) for each in given)
 
 
 ON_NUMBERS = (operator.mul, operator.add, operator.sub, operator.floordiv)
+_ORDERS = ("__lt__", "__le__", "__gt__", "__ge__")
+_TO_FLOATS = ("__truediv__", "__rtruediv__", "__pow__", "__rpow__")
+_NOTED = (*_ORDERS, *_TO_FLOATS, "__eq__", "__ne__", "__neg__", "__mod__", "__rmod__", "__divmod__", "__rdivmod__")
 for _function in ON_NUMBERS:
     _name = _function.__name__
-    setattr(TracedInt, f"__{_name}__", _traced_operation(_function, is_reflected=False))
-    setattr(TracedInt, f"__r{_name}__", _traced_operation(_function, is_reflected=True))
-# A branch, say, that a number decides upon: with another number the model might do another thing than its graph.
-for _name in ("truediv", "mod", "divmod", "pow"):
-    setattr(TracedInt, f"__{_name}__", _noted_operation(f"__{_name}__"))
-    setattr(TracedInt, f"__r{_name}__", _noted_operation(f"__r{_name}__"))
-for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
-    setattr(TracedInt, f"__{_name}__", _noted_operation(f"__{_name}__"))
+    setattr(TracedInt, f"__{_name}__", partialmethod(lambda one, other, of: _arithmetic(of, one, other), of=_function))
+    setattr(TracedInt, f"__r{_name}__", partialmethod(lambda one, other, of: _arithmetic(of, other, one), of=_function))
+for _name in _NOTED:
+    setattr(TracedInt, _name, lambda *operands, of=_name: _noted(of, *operands))
 
 
 @contextmanager
@@ -335,14 +312,7 @@ def forget_places(graph: Graph, places: set[Place]) -> None:
 
 def _attribute_sizes(given: Any) -> list[TracedInt]:
     """List the numbers in a node's arguments that attributes hold."""
-    found: list[TracedInt] = []
-
-    def look(leaf: Any) -> None:
-        if isinstance(leaf, TracedInt):
-            found.append(leaf)
-
-    map_aggregate(given, look)
-    return found
+    return [each for each in leaves_of(given) if isinstance(each, TracedInt)]
 
 
 def attribute_channels(
@@ -369,7 +339,7 @@ def attribute_channels(
         sizes = _attribute_sizes((node.args, node.kwargs))
         if not sizes:
             continue
-        uses = _uses(node, ids, groups)
+        uses = list(_uses(node, ids, groups))
         # One number of which it can't be told what it counts says nothing of the others.
         understood = {id(size) for size, channels in uses if channels is not None}
         for size in sizes:
@@ -431,73 +401,56 @@ _SIZED = (
 
 def _computed_of(node: Node) -> list[TracedInt]:
     """List the numbers that attributes hold of which a node computes one; none if it computes no number of these."""
-    found = list[TracedInt]()
-    if is_computed_of_attributes(node):
-        for each in node.args:
-            if isinstance(each, Node):
-                found += _computed_of(each)
-            elif isinstance(each, TracedInt):
-                found.append(each)
+    if not is_computed_of_attributes(node):
+        return []
+    found = _attribute_sizes(node.args)
+    for each in node.all_input_nodes:
+        found += _computed_of(each)
     return found
 
 
-def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> list[tuple[TracedInt, np.ndarray | None]]:
-    """List the numbers in a node's arguments with the channels that each counts, None where it can't be told."""
-    name, args = plain_name(node), node.args
-    none = np.zeros(0, dtype=np.int64)
-    if name in ("view", "reshape", "expand"):
-        sizes: Any = args[1] if len(args) > 1 and isinstance(args[1], (tuple, list)) else args[1:]
-        leaving = ids[node.name]
-        uses = list[tuple[TracedInt, np.ndarray | None]]()
-        for d, size in enumerate(sizes):
-            if _is_traced(size):
-                row = _counted(leaving, d, size, groups)
+def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple[TracedInt, np.ndarray | None]]:
+    """Yield the numbers in a node's arguments with the channels that each counts, None where it can't be told."""
+    name, args, leaving = plain_name(node), node.args, ids.get(node.name)
+    nothing = np.zeros(0, dtype=np.int64)
+    if name in _REPEATING:  # how often, not what: a number of heads for each one of the keys, say
+        for size in _attribute_sizes((args, node.kwargs)):
+            yield size, nothing
+    elif name in ("view", "reshape", "expand", *_MAKING):
+        is_made = name in _MAKING
+        sizes: Any = args if is_made and not name.startswith("new_") else args[1:]
+        for d, size in enumerate(sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes):
+            if isinstance(size, TracedInt):
+                row = _ids_in(leaving, d) if is_made else _counted(leaving, d, size, groups)
                 # What `expand` repeats has one place there, and no channels.
                 is_repeated = name == "expand" and isinstance(leaving, Tensor) and leaving.shape[d] == 1
-                uses.append((size, none if row is None and is_repeated else row))
-        return uses
-    if name in ("conv1d", "conv2d", "conv3d"):
+                yield size, nothing if row is None and (is_made or is_repeated) else row
+    elif name in ("conv1d", "conv2d", "conv3d"):
         by_channel: Any = node.kwargs.get("groups", args[6] if len(args) > 6 else None)
-        return [(by_channel, _ids_in(ids[node.name], 1))] if _is_traced(by_channel) else []
-    if name in _REPEATING:  # how often, not what: a number of heads for each one of the keys, say
-        return [(size, none) for size in _attribute_sizes((node.args, node.kwargs))]
-    if name in _MAKING:
-        sizes = args[name.startswith("new_") :]
-        sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
-        made, uses = ids[node.name], []
-        for d, size in enumerate(sizes):
-            if _is_traced(size):
-                row = _ids_in(made, d)
-                uses.append((size, none if row is None else row))
-        return uses
-    entering = ids.get(args[0].name) if args and isinstance(args[0], Node) else None
-    if name in ("split", "split_with_sizes") and len(args) > 1:
-        sizes = args[1]
-        parent: Any = args[0]
+        if isinstance(by_channel, TracedInt):
+            yield by_channel, _ids_in(leaving, 1)
+    elif name in ("split", "split_with_sizes", "getitem") and len(args) > 1 and isinstance(args[0], Node):
+        entering, shape, sizes = ids.get(args[0].name), tensor_shape(args[0]), args[1]
+        if name == "getitem":
+            cuts = sizes if isinstance(sizes, tuple) and all(isinstance(each, slice) for each in sizes) else ()
+            for d, cut in enumerate(cuts):
+                for end in (cut.start, cut.stop):
+                    if isinstance(end, TracedInt):
+                        row = _ids_in(entering, d)
+                        yield end, None if row is None else row[:end]
+            return
         dim: Any = node.kwargs.get("dim", args[2] if len(args) > 2 else 0)
-        row, shape = _ids_in(entering, dim), tensor_shape(parent)
-        if row is not None and shape is not None and len(row) != shape[dim]:
-            row = None  # channels that all stay have one id together
-        if row is not None and _is_traced(sizes):
-            return [(sizes, part) for part in np.split(row, range(_plain(sizes), len(row), _plain(sizes)))]
-        if row is None or isinstance(sizes, (int, Node)) or any(isinstance(size, Node) for size in sizes):
-            return []
-        ends = np.cumsum(sizes).tolist()
-        return [(size, row[end - size : end]) for size, end in zip(sizes, ends, strict=True) if _is_traced(size)]
-    cuts: Any = args[1] if name == "getitem" else None
-    if isinstance(cuts, tuple) and all(isinstance(each, slice) for each in cuts):
-        found: list[tuple[TracedInt, np.ndarray | None]] = []
-        for d, each in enumerate(cuts):
-            for end in (each.start, each.stop):
-                if _is_traced(end):
-                    row = _ids_in(entering, d)
-                    found.append((end, None if row is None else row[:end]))
-        return found
-    return []
-
-
-def _is_traced(size: Any) -> bool:
-    return isinstance(size, TracedInt)
+        row = _ids_in(entering, dim)
+        # Channels that all stay have one id together.
+        if row is None or (shape is not None and len(row) != shape[dim]):
+            return
+        if isinstance(sizes, TracedInt):
+            for part in np.split(row, range(_plain(sizes), len(row), _plain(sizes))):
+                yield sizes, part
+        elif isinstance(sizes, (tuple, list)) and not any(isinstance(size, Node) for size in sizes):
+            for size, end in zip(sizes, np.cumsum(sizes).tolist(), strict=True):
+                if isinstance(size, TracedInt):
+                    yield size, row[end - size : end]
 
 
 def _counted(ids: Any, dim: int, size: int, groups: np.ndarray) -> np.ndarray | None:

@@ -1,26 +1,43 @@
-"""The graph of a model, found by running it (`trace`), and the sizes at which its layers run (`layer_sizes`)."""
+"""The graph of a model, found by running it (`trace`), and the sizes at which its layers run (`layer_sizes`).
+
+Where a model can't be recorded as a whole, the graphs of its largest submodules that can be are joined. Where the
+output of one submodule is the input of another, and nothing else computes with it, the graph connects the two. The code
+between them (boxes chosen by value, loops over images) isn't traced: a submodule's output that enters it has to keep
+its shape, as the output of a model has.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, SpeedupError, raised
 from nni_topo.network.attention.heads import Attention, Given, find_attention, open_attention
 from nni_topo.network.attention.unfused.multihead import is_unfused, mixing_called
-from nni_topo.network.graph.nodes import RANDOM, ShapeNoting
+from nni_topo.network.graph.nodes import RANDOM, ShapeNoting, on_modules
 from nni_topo.network.graph.recording import made_tensors_dropped, record
-from nni_topo.network.graph.submodules import by_parts, is_in_parts, part_arguments
-from nni_topo.network.layers.derived import LayerSizes, call_of, check_covers_kernel, has_own_forward, inner_of
+from nni_topo.network.graph.traced_int import TracedInt
+from nni_topo.network.layers.derived import (
+    LayerSizes,
+    call_of,
+    check_covers_kernel,
+    has_own_forward,
+    inner_of,
+    with_heads,
+)
 from nni_topo.network.layers.kinds import CONVOLUTIONS, RECURRENT, WEIGHTED, is_scripted
 from nni_topo.network.runtime.comparison import difference, same_program
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
@@ -36,6 +53,7 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.modules import is_transformed
 from nni_topo.network.runtime.switches import (
     as_written,
     drawn_since,
@@ -47,13 +65,16 @@ from nni_topo.network.runtime.switches import (
 _logger = logging.getLogger(__name__)
 
 _FEW = 2  # samples on which a model is recorded; one alone is what some forwards squeeze away
+_PART = "nni_topo_part"  # in a placeholder's meta: a module's name, which call, which argument, which of its tensors
+_Place = tuple[str, int]  # a module's name, and which of its calls
+_Part = tuple[Graph, tuple[Any, ...], bool]  # with its placeholders' values, and whether it reads values
 
 
 @dataclass(frozen=True)
 class Recording:
     """The graph of a model, on its own leaf modules, and what recording it showed."""
 
-    graph_module: torch.fx.GraphModule
+    graph_module: GraphModule
     """with shapes in ``node.meta["tensor_meta"]``"""
     args: tuple[Any, ...]
     """the values of its placeholders"""
@@ -64,7 +85,7 @@ class Recording:
 
 
 @as_written()
-def trace(model: torch.nn.Module, inputs: Call) -> Recording:
+def trace(model: nn.Module, inputs: Call) -> Recording:
     """Record a model in evaluation mode, which is changed by it, on a call; part by part if need be."""
     for name, module in model.named_modules():
         if is_scripted(module):
@@ -79,19 +100,19 @@ def trace(model: torch.nn.Module, inputs: Call) -> Recording:
         _check_runs(model, inputs)
         try:
             with torch.no_grad(), random_state_kept():
-                graph_module, args, reads_values = by_parts(model, inputs, _trace_whole)
-                ShapeNoting(graph_module).run(*args)
+                recording = _by_parts(model, inputs)
+                ShapeNoting(recording.graph_module).run(*recording.args)
         except Exception as inner:  # parts fail in as many ways as a model is written
             if out_of_memory(inner):
                 raise
             raise error from None
-        if not args:
+        if not recording.args:
             raise
         _logger.info("%s is followed part by part: %s", type(model).__name__, error)
-        return Recording(graph_module, args, reads_values)
+        return recording
 
 
-def _check_runs(model: torch.nn.Module, call: Call) -> None:
+def _check_runs(model: nn.Module, call: Call) -> None:
     """Raise if the model itself can't be run on a call."""
     # A recorder that fails may leave its own things in what it runs.
     copied = detached_copy(model, light=True)
@@ -107,7 +128,7 @@ def _check_runs(model: torch.nn.Module, call: Call) -> None:
         ) from error
 
 
-def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
+def _trace_whole(model: nn.Module, call: Call) -> Recording:
     """Record a model on the first few samples of a call where these show all of it, else on the call."""
     named = bind_arguments(model, call)
     samples = batch_size(named)
@@ -127,18 +148,17 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
     return _trace_on(named, named, model, call)
 
 
-def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: torch.nn.Module, call: Call) -> Recording:
+def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: nn.Module, call: Call) -> Recording:
     """Record a model on some arguments, and check what the graph computes on all samples of a call."""
-    attention = _AttentionCalls(find_attention(model))
     try:
         with torch.no_grad(), random_state_kept():
-            with torch_random_kept(), attention.noted(model):
+            with torch_random_kept(), _attention_noted(model) as given:
                 recorded = record(model, shown)
             graph_module, expected = recorded.graph_module, recorded.outputs
             if shown is not named:
                 with torch_random_kept(), made_tensors_dropped(model):
                     expected = model(*call[0], **call[1])
-            open_attention(graph_module, attention.given)
+            open_attention(graph_module, given)
             args = _placed(graph_module.graph, named)
             with made_tensors_dropped(model):  # the graph draws what the model drew
                 actual = _RandomNoting(graph_module).run(*args)
@@ -156,7 +176,7 @@ def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: torch.nn.Modu
 class _RandomNoting(ShapeNoting):
     """Note the shapes of what a graph's nodes give, and which draw random numbers."""
 
-    def run_node(self, n: torch.fx.Node) -> Any:
+    def run_node(self, n: Node) -> Any:
         """Run a node, and note whether it draws random numbers."""
         states = random_states()
         found = super().run_node(n)
@@ -165,64 +185,69 @@ class _RandomNoting(ShapeNoting):
         return found
 
 
-def arguments(graph: torch.fx.Graph, model: torch.nn.Module, call: Call) -> tuple[Any, ...]:
+def arguments(graph: Graph, model: nn.Module, call: Call) -> tuple[Any, ...]:
     """List the values of a graph's placeholders, given a call of its model."""
-    if is_in_parts(graph):
-        # A copy, for a model may note something at its first run, as detectors' pooling does.
-        return part_arguments(graph, detached_copy(model, light=True), call)
-    return _placed(graph, bind_arguments(model, call))
+    if not is_in_parts(graph):
+        return _placed(graph, bind_arguments(model, call))
+    places = [node.meta[_PART] for node in graph.nodes if node.op == "placeholder"]
+    # A copy, for a model may note something at its first run, as detectors' pooling does.
+    copied = detached_copy(model, light=True)
+    seen = _seen(copied, call, {name for name, *_ in places})
+    found = []
+    for name, number, at, index in places:
+        value = bind_arguments(copied.get_submodule(name), seen[name][number]).get(at)
+        found.append(value if index is None else tensors_of(value)[index])
+    return tuple(found)
 
 
-def _placed(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
+def is_in_parts(graph: Graph) -> bool:
+    """Tell whether a graph was put together of parts."""
+    return any(_PART in node.meta for node in graph.nodes)
+
+
+def _placed(graph: Graph, named: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(named.get(str(node.target)) for node in graph.nodes if node.op == "placeholder")
 
 
-@dataclass
-class _AttentionCalls:
-    """What enters and leaves attention while a model runs."""
+@contextmanager
+def _attention_noted(model: nn.Module) -> Iterator[dict[str, Given]]:
+    """Note, for attention that runs within the block, what it gives and which of its arguments its layers read."""
+    given = dict[str, Given]()
+    calls = dict[str, Call]()
+    entered = dict[str, Any]()  # what enters a layer first in the latest call of attention
 
-    found: dict[str, Attention]
-    given: dict[str, Given] = field(default_factory=dict)
-    _calls: dict[str, Call] = field(default_factory=dict)
-    _entered: dict[str, Any] = field(default_factory=dict)  # what enters a layer first in the latest call of attention
-
-    @contextmanager
-    def noted(self, model: torch.nn.Module) -> Iterator[None]:
-        """Note it within the block."""
-        entering, leaving = [], []
-        with ExitStack() as stack:
-            for name, attention in self.found.items():
-                part = model.get_submodule(name)
-                stack.enter_context(called(part, partial(self._note_call, attention)))
-                leaving.append((part, partial(self._note, part, attention)))
-                layers = attention.layers
-                entering += [(model.get_submodule(layer), partial(self._note_entering, layer)) for layer in layers]
-            stack.enter_context(watched(entering, leaving))
-            yield
-
-    def _note_entering(self, layer: str, value: Any) -> None:
-        self._entered.setdefault(layer, value)
-
-    def _note_call(self, attention: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls[attention.name] = args, kwargs
+    def note_call(attention: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[attention.name] = args, kwargs
         for layer in attention.layers:
-            self._entered.pop(layer, None)
+            entered.pop(layer, None)
 
-    def _note(self, module: torch.nn.Module, attention: Attention, _: Any, output: Any) -> None:
-        """Note whether attention gives several values, and which of its arguments linear layers read as they are."""
-        args, kwargs = self._calls[attention.name]
+    def note_entering(layer: str, value: Any) -> None:
+        entered.setdefault(layer, value)
+
+    def note(module: nn.Module, attention: Attention, _: Any, output: Any) -> None:
+        args, kwargs = calls[attention.name]
         places, reads = dict[Any, Any](enumerate(args)) | kwargs, dict[str, list[int | str]]()
         for layer in attention.layers:
-            if isinstance(module, torch.nn.MultiheadAttention):
+            if isinstance(module, nn.MultiheadAttention):
                 reads[layer] = [at if at < len(args) else name for at, name in enumerate(("query", "key", "value"))]
             elif is_unfused(module):
                 reads[layer] = [*places][:1]
             else:
-                reads[layer] = _read_of(self._entered.get(layer), places)
+                reads[layer] = _read_of(entered.get(layer), places)
                 if reads[layer] and layer != attention.context[0]:
                     reads[layer] += [name for name in attention.also if places.get(name) is not None]
-        is_same = self.given.get(attention.name, (False, reads))[1] == reads
-        self.given[attention.name] = isinstance(output, tuple), reads if is_same and all(reads.values()) else {}
+        is_same = given.get(attention.name, (False, reads))[1] == reads
+        given[attention.name] = isinstance(output, tuple), reads if is_same and all(reads.values()) else {}
+
+    entering, leaving = [], []
+    with ExitStack() as stack:
+        for name, attention in find_attention(model).items():
+            part = model.get_submodule(name)
+            stack.enter_context(called(part, partial(note_call, attention)))
+            leaving.append((part, partial(note, part, attention)))
+            entering += [(model.get_submodule(layer), partial(note_entering, layer)) for layer in attention.layers]
+        stack.enter_context(watched(entering, leaving))
+        yield given
 
 
 def _read_of(entered: Any, places: dict[Any, Any]) -> list[int | str]:
@@ -255,7 +280,7 @@ def _orders(value: Tensor) -> list[Tensor]:
     return [value, value.transpose(0, 1)] if value.dim() > 2 else [value]
 
 
-def _check_same(expected: Any, actual: Any, model: torch.nn.Module) -> None:
+def _check_same(expected: Any, actual: Any, model: nn.Module) -> None:
     """Raise unless the graph computes the model's outputs on the example inputs."""
     pairs = returned_tensors(expected), returned_tensors(actual)
     most = same_program((*pairs[0], *model.parameters()))
@@ -310,3 +335,184 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
         except MODEL_ERRORS as error:
             raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
     return sizes
+
+
+# Part by part.
+
+_ASKED = {"shape", "size", "dim", "ndim", "dtype", "device", "is_cuda", "requires_grad", "is_floating_point"}
+
+
+def _by_parts(model: nn.Module, call: Call) -> Recording:
+    """Record the largest parts of a model that can be, once for each of their calls, in the order of these."""
+    untouched = detached_copy(model, light=True)  # a recorder that fails may leave its own things in what it runs
+    parts = {(name, number): part for name, number, part in _parts_of(model, "", _seen(model, call))}
+    run, joined = _Run(untouched, call, {name for name, _ in parts}), _Joined()
+    for place in run.order:
+        graph, args, _ = parts[place]
+        joined.add(place, graph, args, run)
+    return Recording(*joined.finished(model), any(reads_values for *_, reads_values in parts.values()))
+
+
+class _Run(TorchFunctionMode):
+    """One run of a model: what enters and leaves its parts, and the tensors that go from one to another unchanged."""
+
+    def __init__(self, model: nn.Module, call: Call, names: set[str]) -> None:
+        super().__init__()
+        self.order: list[_Place] = []
+        self.entering: dict[_Place, dict[str, Any]] = {}
+        self.leaving: dict[_Place, Any] = {}
+        self._open: list[_Place] = []
+        self._used: dict[int, Tensor] = {}  # by identity, which no tensor leaves to another as long as it is held
+        with ExitStack() as stack, evaluation_mode(model), torch.no_grad(), random_state_kept():
+            for name in names:
+                part = model.get_submodule(name)
+                stack.enter_context(called(part, partial(self._enter, name, part)))
+                stack.enter_context(watched(leaving=[(part, self._leave)]))
+            with self:
+                self._use(model(*call[0], **call[1]))
+        given = {id(each) for each in tensors_of(list(self.leaving.values()))}
+        got = {id(each) for each in tensors_of(list(self.entering.values()))}
+        self.handed_on = (given & got) - self._used.keys()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Note what the model computes with outside its parts, of which it may ask sizes and the like."""
+        name = getattr(func, "__name__", "")
+        if not self._open and (func.__self__.__name__ if name == "__get__" else name) not in _ASKED:
+            self._use((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def _use(self, tree: Any) -> None:
+        self._used |= {id(each): each for each in tensors_of(tree)}
+
+    def _enter(self, name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        place = name, sum(each == name for each, _ in self.order)
+        self.entering[place] = bind_arguments(part, (args, kwargs))
+        self.order.append(place)
+        self._open.append(place)
+
+    def _leave(self, _: Any, output: Any) -> None:
+        self.leaving[self._open.pop()] = output
+
+
+class _Joined:
+    """The graphs of parts, one after the other."""
+
+    def __init__(self) -> None:
+        self._graph = Graph()
+        self._args: list[Any] = []
+        self._outputs: list[Any] = []
+        self._given: dict[int, Node] = {}  # by the identity of a tensor that only goes from part to part
+
+    def add(self, place: _Place, part: Graph, args: tuple[Any, ...], run: _Run) -> None:
+        """Add the graph of a part's call; where an argument isn't given, what the tracer took in its place."""
+        known, taken = dict[Node, Any](), iter(args)
+        for node in part.nodes:
+            if node.op == "placeholder":
+                at, value = str(node.target), next(taken)
+                known[node] = self._entered(node.name, (*place, at), run.entering[place].get(at, value))
+            elif node.op == "output":
+                for each, tensor in _pairs(node.args[0], run.leaving[place]):
+                    if id(tensor) in run.handed_on and isinstance(known[each], Node):
+                        self._given[id(tensor)], known[each] = known[each], None
+                self._outputs.append(map_arg(node.args[0], known.__getitem__))
+            else:
+                known[node] = self._copied(node, place[0], known)
+
+    def finished(self, model: nn.Module) -> tuple[GraphModule, tuple[Any, ...]]:
+        """Return the whole graph, and its placeholders' values."""
+        self._graph.output(tuple(self._outputs))
+        return with_heads(on_modules(model, self._graph, type(model).__name__)), tuple(self._args)
+
+    def _entered(self, label: str, place: tuple[str, int, str], value: Any) -> Any:
+        """Return the node of what enters a part; for a container, the node of each tensor in it."""
+        numbers = itertools.count()
+
+        def node_of(tensor: Tensor, index: int | None) -> Node:
+            return self._given.get(id(tensor)) or self._placeholder(label, (*place, index), tensor)
+
+        if isinstance(value, Tensor):
+            return node_of(value, None)
+        if isinstance(value, (tuple, list, Mapping)) and tensors_of(value):
+            return tree_map_only(Tensor, lambda tensor: node_of(tensor, next(numbers)), value)
+        return self._placeholder(label, (*place, None), value)
+
+    def _placeholder(self, label: str, place: tuple[Any, ...], value: Any) -> Node:
+        node = self._graph.placeholder(f"{label}_{len(self._args)}")
+        node.meta[_PART] = place
+        self._args.append(value)
+        return node
+
+    def _copied(self, node: Node, name: str, known: dict[Node, Any]) -> Any:
+        """Copy a node; what is in a container is looked up at once."""
+        if node.target is operator.getitem and not isinstance(known[node.all_input_nodes[0]], Node):
+            container, key = node.args
+            return known[container][key]  # type: ignore[index]
+        copied = self._graph.node_copy(node, known.__getitem__)
+        # a part's graph names modules, and attributes that hold sizes, as the part does
+        copied.args, copied.kwargs = map_aggregate(
+            (copied.args, copied.kwargs), lambda leaf: leaf.within(name) if isinstance(leaf, TracedInt) else leaf
+        )
+        stack = [f"{name}.{each}".strip(".") for each in ("", *(node.meta.get("nn_module_stack") or {}))]
+        copied.meta["nn_module_stack"] = {each: (each, nn.Module) for each in stack if each}
+        if node.op in ("call_module", "get_attr"):
+            copied.target = f"{name}.{node.target}".rstrip(".")
+        return copied
+
+
+def _seen(model: nn.Module, call: Call, names: Iterable[str] | None = None) -> dict[str, list[Call]]:
+    """Record what modules are called on: these, or all."""
+    seen: dict[str, list[Call]] = {}
+    with ExitStack() as stack, evaluation_mode(model), torch.no_grad(), random_state_kept():
+        modules = dict(model.named_modules())
+        for name in modules if names is None else names:
+            calls = seen.setdefault(name, [])
+            stack.enter_context(called(modules[name], lambda *each, calls=calls: calls.append(each)))
+        model(*call[0], **call[1])
+    return seen
+
+
+def _parts_of(module: nn.Module, prefix: str, seen: dict[str, list[Call]]) -> Iterator[tuple[str, int, _Part]]:
+    """Yield the parts of a module: name, number of the call, graph with arguments."""
+    for own, child in module.named_children():
+        if next(child.parameters(), None) is None:
+            continue
+        name, found = prefix + own, list[tuple[str, int, _Part]]()
+        if any(map(is_transformed, tensors_of(seen.get(name, [])))):
+            # Under torch.vmap a module is called on one sample in place of all, a tensor that is gone after the call.
+            yield from _parts_of(child, f"{name}.", seen)
+            continue
+        is_leaf = next(child.children(), None) is None
+        try:
+            for number, call in enumerate(seen.get(name, [])):
+                found.append((name, number, _leaf(child, call) if is_leaf else _part(child, call)))
+        except Exception as error:  # a tracer fails in as many ways as a model is written
+            if out_of_memory(error):
+                raise
+            found = []
+        yield from found or _parts_of(child, f"{name}.", seen)
+
+
+def _part(module: nn.Module, call: Call) -> _Part:
+    recording = _trace_whole(module, call)
+    return recording.graph_module.graph, recording.args, recording.reads_values
+
+
+def _leaf(module: nn.Module, call: Call) -> _Part:
+    """Make the graph of one call of one module."""
+    graph, named = Graph(), bind_arguments(module, call)
+    given: dict[str, Any] = {name: graph.placeholder(name) for name in named}
+    args = tuple(given.pop(name) for name in list(named)[: len(call[0])])
+    graph.output(graph.call_module("", args, given))
+    return graph, tuple(named.values()), False
+
+
+def _pairs(written: Any, given: Any) -> Iterator[tuple[Node, Tensor]]:
+    """Yield the nodes of what a graph puts out, each with the tensor it stands for."""
+    if isinstance(written, Node) and isinstance(given, Tensor):
+        yield written, given
+    elif isinstance(written, (tuple, list)):
+        # What is recorded gives its tensors one after the other, whatever they lie in.
+        for one, other in zip(written, given if isinstance(given, (tuple, list)) else tensors_of(given), strict=False):
+            yield from _pairs(one, other)

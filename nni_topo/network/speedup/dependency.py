@@ -24,7 +24,7 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason, Reasons
 from nni_topo.network.channels.shuffle import Share, asked_of, shares
-from nni_topo.network.graph.submodules import is_in_parts
+from nni_topo.network.graph.tracing import is_in_parts
 from nni_topo.network.layers.derived import with_known_layers
 from nni_topo.network.layers.kinds import (
     RECURRENT,
