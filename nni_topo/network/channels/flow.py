@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import cached_property
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,6 @@ from nni_topo.network.channels.rules import (
     reads_shape_only,
     rule_of,
 )
-from nni_topo.network.channels.shared import couple_shared_weights
 from nni_topo.network.graph.nodes import (
     AS_NUMBERS,
     RANDOM,
@@ -77,6 +76,7 @@ from nni_topo.network.layers.kinds import (
     is_depthwise,
     is_normalizing,
     is_plain_norm,
+    is_recurrent,
     output_channels,
     row_names,
     weight_name,
@@ -84,10 +84,10 @@ from nni_topo.network.layers.kinds import (
 from nni_topo.network.layers.norms import channel_dim, gives_no_channels
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.sharing import find_ties
 
 _logger = logging.getLogger(__name__)
-
-WEIGHT = ".weight"  # how the names of layers' weights end
+_WEIGHT = ".weight"  # how the names of layers' weights end
 
 
 class Propagation(torch.fx.Interpreter):
@@ -95,7 +95,7 @@ class Propagation(torch.fx.Interpreter):
 
     # Channels that enter what can't be followed stay. So every id says all there is to say about a channel, and the
     # network can be cut by ids alone.
-    def __init__(self, graph_module: torch.fx.GraphModule, dims: Mapping[str, int] | None = None) -> None:
+    def __init__(self, graph_module: GraphModule, dims: Mapping[str, int] | None = None) -> None:
         super().__init__(graph_module)
         self.traced = graph_module
         self.extra_traceback = False  # an error of ours says what it has to
@@ -127,10 +127,6 @@ class Propagation(torch.fx.Interpreter):
         """List the ids of a layer's output channels: int, shape (channels,)."""
         return self.layers[name].ids
 
-    def free_parameter_ids(self, name: str) -> np.ndarray:
-        """List the ids of a free parameter's channels: int, shape (channels,)."""
-        return self.free_parameters[name].ids
-
     def uncoupled(self) -> dict[str, FreeParameter]:
         """Return the free parameters whose entries aren't coupled with channels that can be removed, by name.
 
@@ -153,7 +149,7 @@ class Propagation(torch.fx.Interpreter):
                 found[name] = each
         return found
 
-    def run_node(self, n: torch.fx.Node) -> Any:
+    def run_node(self, n: Node) -> Any:
         """Compute the channel ids of a node's outputs from those of its arguments."""
         is_random = any(RANDOM in parent.meta for parent in n.all_input_nodes)
         self._given.reason = reasons.joins_random(n) if is_random else reasons.joins_constant(n)
@@ -170,7 +166,7 @@ class Propagation(torch.fx.Interpreter):
         self.ids[n.name] = compressed(found) if isinstance(found, Tensor) else tree_map(compressed, found)
         return found
 
-    def _ids_of(self, n: torch.fx.Node) -> Any:
+    def _ids_of(self, n: Node) -> Any:
         if n.op in ("placeholder", "output"):
             return super().run_node(n)
         if n.op == "get_attr":
@@ -181,7 +177,7 @@ class Propagation(torch.fx.Interpreter):
             module = self.fetch_attr(owner) if owner in self._called else None
             if module is not None and (not is_head(module) or own in (weight_name(module), *row_names(module))):
                 # It is cut along with the channels of the module, which the graph calls.
-                if owner in self.layers and isinstance(module, torch.nn.Embedding) and own == "weight":
+                if owner in self.layers and isinstance(module, nn.Embedding) and own == "weight":
                     # The columns of an embedding have the ids of its channels, as a head that reads its weight needs.
                     return torch.from_numpy(self.channel_ids_of(owner)).expand(value.shape)
                 return tree_map(fixed, value)
@@ -194,24 +190,24 @@ class Propagation(torch.fx.Interpreter):
             return self._module(n, ids or [staying(())], shape)
         return self._function(n, ids, shape)
 
-    def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def _parameter(self, name: str, value: Tensor) -> Tensor:
         """Give ids to the dimension of a free parameter that holds channels, by default the last one longer than 1.
 
         Of a layer's weight it is the first, for its rows are the layer's outputs: Mamba's forward reads such weights.
         """
         if name not in self.free_parameters:
             dims = [d for d in range(value.dim()) if value.shape[d] > 1]
-            if name.endswith(WEIGHT):
+            if name.endswith(_WEIGHT):
                 dims.reverse()
             dim = self._given.dims.get(name, dims[-1])
             count = value.shape[dim]
             self.free_parameters[name] = FreeParameter(self._given.new(count), count, dim, dims)
         return self.free_parameters[name].ids_of_places(tuple(value.shape))
 
-    def _module(self, node: torch.fx.Node, ids: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
+    def _module(self, node: Node, ids: list[Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
-        module: torch.nn.Module = self.fetch_attr(name)
-        if isinstance(module, torch.nn.RNNBase):
+        module: nn.Module = self.fetch_attr(name)
+        if isinstance(module, nn.RNNBase):
             return self._recur(node, ids, name, type(module).__name__)
         if name in self.attention:
             return self._attend(node, ids, self.attention[name])
@@ -235,9 +231,9 @@ class Propagation(torch.fx.Interpreter):
         known = module_rule(module)
         if known is not None and known.moves:
             return self._applied(node, known.apply)
-        if isinstance(module, torch.nn.PReLU) and module.num_parameters == 1:
+        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
             return self._operation(node).passed(ids)  # one slope serves all channels, and any number of them
-        if isinstance(module, torch.nn.GroupNorm) and module.num_groups < module.num_channels:
+        if isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
             # A norm's groups are of one size, and have to be after pruning too.
             side = np.split(self._given.per_channel(ids[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True, place=described(node)))
@@ -265,14 +261,12 @@ class Propagation(torch.fx.Interpreter):
             self.guessed.add(node.name)
         return self._operation(node).passed(ids)
 
-    def _operation(self, node: torch.fx.Node) -> Operation:
+    def _operation(self, node: Node) -> Operation:
         """Return a node in the form that rules take."""
         values = {parent: self.env[parent] for parent in node.all_input_nodes}
         return Operation(node, values, self._given, self.fetch_attr)
 
-    def _channel_wise(
-        self, node: torch.fx.Node, name: str, module: Any, ids: torch.Tensor, shape: tuple[int, ...]
-    ) -> Any:
+    def _channel_wise(self, node: Node, name: str, module: Any, ids: Tensor, shape: tuple[int, ...]) -> Any:
         """Let a channel-wise convolution run over the channels that are left, in their order."""
         self.channel_wise.add(name)
         if not _is_channel_wise(module, ids, shape) or ids.shape[2] != len(self._entering.get(name, ids[0, 0])):
@@ -280,7 +274,7 @@ class Propagation(torch.fx.Interpreter):
         self._tie_calls(name, self._given.per_channel(ids, 2))
         return ids[:, :1].expand(shape)
 
-    def _recur(self, node: torch.fx.Node, ids: list[torch.Tensor], name: str, kind: str) -> Any:
+    def _recur(self, node: Node, ids: list[Tensor], name: str, kind: str) -> Any:
         """Let a recurrent layer take fewer channels in, and tie the gates of each unit, and the states that it gets."""
         self._tie_calls(name, self._given.per_channel(ids[0], ids[0].dim() - 1))
         found = given_shapes(node)
@@ -291,11 +285,11 @@ class Propagation(torch.fx.Interpreter):
         for state in ids[1:]:
             self._given.tie(self._given.per_channel(state, state.dim() - 1), units)
 
-        def held(leaf: torch.Tensor) -> torch.Tensor:
+        def held(leaf: Tensor) -> Tensor:
             # A level's output holds its units once for each direction; a state holds them once.
             return torch.from_numpy(np.tile(units, leaf.shape[-1] // len(units))).expand(leaf.shape)
 
-        return tree_map_only(torch.Tensor, held, found)
+        return tree_map_only(Tensor, held, found)
 
     def _head_ids(self, attention: Attention) -> np.ndarray:
         """Give ids to the layers that make heads, and couple those of a head; return the ids of the heads' output."""
@@ -317,7 +311,7 @@ class Propagation(torch.fx.Interpreter):
         context: np.ndarray = order + self.layers[layer].first
         return context
 
-    def _attend(self, node: torch.fx.Node, ids: list[torch.Tensor], attention: Attention) -> Any:
+    def _attend(self, node: Node, ids: list[Tensor], attention: Attention) -> Any:
         """Couple the layers that make each head. What other layers within the attention read keeps all channels."""
         read = states_read(node, *self.fetch_args_kwargs_from_env(node))
         for name, states in read.items():
@@ -345,20 +339,20 @@ class Propagation(torch.fx.Interpreter):
             is_by_head = each.dim() == 4 and each.shape[1] == heads  # the weights of attention
             outputs.append(torch.from_numpy(first).view(-1, 1, 1).expand(each.shape) if is_by_head else each)
         leaves = iter(outputs)
-        return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
+        return tree_map_only(Tensor, lambda _: next(leaves), found)
 
-    def _all_kept(self, node: torch.fx.Node, ids: list[torch.Tensor], reason: reasons.Reason) -> Any:
+    def _all_kept(self, node: Node, ids: list[Tensor], reason: reasons.Reason) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
         return self._operation(node).all_kept(ids, reason)
 
-    def _layer(self, name: str, module: Any, ids: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        dim = len(shape) - 1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) else 1
+    def _layer(self, name: str, module: Any, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+        dim = len(shape) - 1 if isinstance(module, (nn.Linear, nn.Embedding)) else 1
         count = output_channels(module) or 0
         # A layer that is called again puts out the same channels: one set of weights makes them.
         if name not in self.layers:
             self.layers[name] = Layer(name, self._given.new(count), count, is_depthwise(module))
         leaving = self.layers[name].ids
-        if not isinstance(module, torch.nn.Embedding):
+        if not isinstance(module, nn.Embedding):
             entering = self._given.per_channel(ids, dim)
             self._tie_calls(name, entering)
             groups = getattr(module, "groups", 1)
@@ -377,7 +371,7 @@ class Propagation(torch.fx.Interpreter):
         """Couple what enters a module in its calls: one set of weights reads all of them."""
         self._given.tie(self._entering.setdefault(name, entering), entering)
 
-    def _function(self, n: torch.fx.Node, ids: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
+    def _function(self, n: Node, ids: list[Tensor], shape: tuple[int, ...] | None) -> Any:
         if n.target is attend:
             return self._attend(n, ids, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
         if not ids and shape is not None:
@@ -387,7 +381,7 @@ class Propagation(torch.fx.Interpreter):
             return self._applied(n, Operation.moved)  # it gives a size, say
         return self._operation(n).by_place(known=False) if rule is None else self._applied(n, rule.apply)
 
-    def _applied(self, node: torch.fx.Node, apply: Callable[[Operation], Any]) -> Any:
+    def _applied(self, node: Node, apply: Callable[[Operation], Any]) -> Any:
         """Apply a rule; where it fails, keep all channels that enter."""
         op = self._operation(node)
         try:
@@ -400,11 +394,11 @@ class Propagation(torch.fx.Interpreter):
             return op.all_kept(reason=reasons.call_not_covered(node))
 
 
-def _is_channel_wise(module: torch.nn.Module, ids: torch.Tensor, shape: tuple[int, ...]) -> bool:
+def _is_channel_wise(module: nn.Module, ids: Tensor, shape: tuple[int, ...]) -> bool:
     """Tell whether a layer is a channel-wise convolution: it slides along the channels and gives as many."""
-    if not isinstance(module, torch.nn.Conv1d) or ids.dim() != 3 or ids.shape[::2] != shape[::2]:
+    if not isinstance(module, nn.Conv1d) or ids.dim() != 3 or ids.shape[::2] != shape[::2]:
         return False
-    is_plain = type(module) is torch.nn.Conv1d and module.padding_mode == "zeros" and module.groups == 1
+    is_plain = type(module) is nn.Conv1d and module.padding_mode == "zeros" and module.groups == 1
     return is_plain and module.stride == (1,) and varies(ids, 2) and not varies(ids, 1)
 
 
@@ -413,7 +407,7 @@ class ChannelFlow(Propagation):
 
     def __init__(
         self,
-        graph_module: torch.fx.GraphModule,
+        graph_module: GraphModule,
         args: tuple[Any, ...],
         read_in_training: Mapping[str, tuple[np.ndarray, reasons.Reason]] | None = None,
     ) -> None:
@@ -433,13 +427,14 @@ class ChannelFlow(Propagation):
             if AS_NUMBERS in node.meta:
                 for ids in tensors_of(self.ids[node.name]):
                     self._given.pin(np.unique(ids.numpy()), reasons.read_as_numbers(node))
-        couple_shared_weights(graph_module, self._given, self._entering, arriving)
+        self._couple_shared_weights(arriving)
         for name, (is_read, reason) in (read_in_training or {}).items():
             if name in self.layers:
                 self._given.pin(self.channel_ids_of(name)[is_read], reason)
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
         fold_numbers(graph_module.graph, attribute_sizes.keys())
         self._keep_fixed_places(attribute_sizes.keys())
+        self._keep_shuffled_into_groups()
         self._before, self._group_ids, self._reasons = self._given.settled()
         self._leaving = np.setdiff1d(self._before[arriving], FIXED)
         remaining = []
@@ -480,7 +475,7 @@ class ChannelFlow(Propagation):
                 before.run(*tree_map(fixed, args))
             left: dict[str, list[int]] = {}
             for name, each in before.uncoupled().items():
-                if name.endswith(WEIGHT) is are_weights:
+                if name.endswith(_WEIGHT) is are_weights:
                     left[name] = each.dims[:-1]
             while left := {name: dims for name, dims in left.items() if dims}:
                 tried = {name: dims.pop() for name, dims in left.items()}
@@ -490,6 +485,89 @@ class ChannelFlow(Propagation):
                     found[name] = tried[name]
                     del left[name]
         return found
+
+    def _couple_shared_weights(self, arriving: np.ndarray) -> None:
+        """Tie the channels of modules that share a tensor, so that one smaller tensor serves all of them.
+
+        Two layers of one weight lose the same output channels and read the same input channels, as one layer that is
+        called twice does. What goes together follows from the weight's dimensions: the columns of an embedding with the
+        channels that the head of the same weight reads, the filters of a convolution with the input of the transposed
+        convolution that mirrors it. Where one of the modules can't be cut along a dimension, the others keep their
+        channels. ``arriving``: ids at the model's output, which stay for that reason.
+        """
+        ties = find_ties(self.traced)
+        if not ties:
+            return
+        before = self._given.settled()[0]  # the groups of channels, as if no weight were shared
+        staying = np.unique([FIXED, *before[arriving]])
+        nodes = {str(node.target): node for node in self.traced.graph.nodes if node.op in ("call_module", "get_attr")}
+        for names in ties:
+            used = []
+            for name in names:
+                owner = name.rpartition(".")[0]
+                if name in nodes or owner in self.layers or owner in self._entering:
+                    used.append(name)
+            for one, other in pairwise(used):
+                reader = other  # a module may be called as a part of another one
+                while reader and reader not in nodes:
+                    reader = reader.rpartition(".")[0]
+                self._given.node = nodes[reader] if reader else next(iter(self.traced.graph.nodes))
+                for first, second in zip_longest(*self._ids_in_shared(one, other)):
+                    if first is not None and second is not None and len(first) == len(second):
+                        first_stays, second_stays = (np.isin(before[each], staying) for each in (first, second))
+                        is_free = ~first_stays & ~second_stays
+                        self._given.tie(first[is_free], second[is_free])
+                        self._given.pin(
+                            np.unique(first[second_stays & ~first_stays]), reasons.shared_weight(one, other)
+                        )
+                        self._given.pin(
+                            np.unique(second[first_stays & ~second_stays]), reasons.shared_weight(other, one)
+                        )
+                        continue
+                    # Against a dimension that can't be cut all channels have to stay.
+                    if first is not None:
+                        self._given.pin(first[~np.isin(before[first], staying)], reasons.shared_weight(one, other))
+                    if second is not None:
+                        self._given.pin(second[~np.isin(before[second], staying)], reasons.shared_weight(other, one))
+
+    def _ids_in_shared(self, one: str, other: str) -> list[list[np.ndarray | None]]:
+        """Return the ids along the first dimensions of a tensor at two of its places; None where it can't be cut."""
+        owners, own = (one.rpartition(".")[0], other.rpartition(".")[0]), one.rpartition(".")[2]
+        modules = [self.traced.get_submodule(owner) for owner in owners]
+        if (
+            type(modules[0]) is type(modules[1])
+            and own == other.rpartition(".")[2]
+            and own not in ("bias", "in_proj_bias")
+            and not self.free_parameters.keys() & {one, other}
+            and getattr(modules[0], "groups", 1) == getattr(modules[1], "groups", 1)
+        ):
+            # Modules of one kind are cut alike, whatever their groups, gates and heads are: by what leaves them, and by
+            # what enters them; norms by what enters.
+            found = list[list[np.ndarray | None]]()
+            for owner in owners:
+                leaving = [self.layers[owner].ids] if owner in self.layers else []
+                found.append([*leaving, *([self._entering[owner]] if len(self._entering.get(owner, ())) else [])])
+            return found
+        return [self._ids_in_parameter(name, module) for name, module in zip((one, other), modules, strict=True)]
+
+    def _ids_in_parameter(self, name: str, module: Any) -> list[np.ndarray | None]:
+        """Return the ids along the first dimensions of a module's tensor, as far as it can be cut along them."""
+        owner, _, own = name.rpartition(".")
+        if name in self.free_parameters:
+            free = self.free_parameters[name]
+            return [None] * free.dim + [free.ids]
+        if owner not in self.layers:
+            return [self._entering[owner]] if isinstance(module, PER_CHANNEL) and owner in self._entering else []
+        leaving, reads = self.layers[owner].ids, self._entering.get(owner)
+        if is_recurrent(module):
+            return []
+        if own in row_names(module):
+            return [leaving]
+        if isinstance(module, nn.Embedding):
+            return [None, leaving]
+        if getattr(module, "groups", 1) > 1:
+            return [leaving] if is_depthwise(module) and not isinstance(module, TRANSPOSED) else []
+        return [reads, leaving] if isinstance(module, TRANSPOSED) else [leaving, reads]
 
     def _keep_fixed_places(self, following: Collection[Place]) -> None:
         """Keep channels that a forward picks or counts by fixed numbers, as ``z[:, 1:4]`` or ``z.split(3, 1)``.
@@ -505,10 +583,10 @@ class ChannelFlow(Propagation):
 
         for node in self.traced.graph.nodes:
             rule, parent = rule_of(node), node.args[0] if node.args else node.kwargs.get("input")
-            if rule is None or rule.held is None or not isinstance(parent, torch.fx.Node):
+            if rule is None or rule.held is None or not isinstance(parent, Node):
                 continue
             entering, shape = self.ids.get(parent.name), tensor_shape(parent)
-            if not isinstance(entering, torch.Tensor) or shape is None:
+            if not isinstance(entering, Tensor) or shape is None:
                 continue
             for dim, size in enumerate(shape):
                 # Where channels are spread over several dimensions (heads), a place in one dimension is no channel.
@@ -519,6 +597,21 @@ class ChannelFlow(Propagation):
                     held[part] = True
                 if held.any():
                     self._given.pin(entering.flatten().numpy()[held], rule.why_held(node))
+
+    def _keep_shuffled_into_groups(self) -> None:
+        """Keep shuffled channels that a grouped convolution reads: the dense model would put them into other groups."""
+        moves = [blocks.ids for blocks in self.blocks if blocks.moves]
+        if not (self.reorders and moves):
+            return
+        group_ids = self._given.settled()[0]
+        moved = group_ids[np.concatenate(moves)]
+        for node in self.traced.graph.nodes:
+            name = str(node.target)
+            module: Any = self.fetch_attr(name) if node.op == "call_module" and name in self.layers else None
+            if getattr(module, "groups", 1) > 1 and not is_depthwise(module):
+                entering = group_ids[self._entering[name]]
+                if (np.diff(entering[np.isin(entering, moved)]) < 0).any():
+                    self._given.pin(np.unique(entering), reasons.call_not_covered(node))
 
     def group_ids(self, ids: np.ndarray) -> np.ndarray:
         """Look up group ids, int, shape (n,): tied channels have the same, those that stay ``FIXED``."""
@@ -555,25 +648,8 @@ class ChannelFlow(Propagation):
 
     @property
     def shuffles(self) -> bool:
-        """Whether the network shuffles channels, then splits them equally or reads them by a grouped convolution."""
-        return (self.reorders and self.chunks) or bool(self.regrouped)
-
-    @cached_property
-    def regrouped(self) -> dict[str, int]:
-        """Return the grouped convolutions' calls that read shuffled channels: the number of groups, by node."""
-        found = dict[str, int]()
-        moves = [blocks.ids for blocks in self.blocks if blocks.moves]
-        if not (self.reorders and moves):
-            return found
-        moved = self.group_ids(np.concatenate(moves))
-        for node in self.traced.graph.nodes:
-            name = str(node.target)
-            module: Any = self.fetch_attr(name) if node.op == "call_module" and name in self.layers else None
-            if getattr(module, "groups", 1) > 1 and not is_depthwise(module):
-                entering = self.entering_group_ids(name)
-                if (np.diff(entering[np.isin(entering, moved)]) < 0).any():
-                    found[node.name] = module.groups
-        return found
+        """Whether the network shuffles channels, then splits them equally."""
+        return self.reorders and self.chunks
 
     @property
     def size(self) -> int:
@@ -663,7 +739,7 @@ class ChannelFlow(Propagation):
             picks = has_property(node, "picks") and not reads_shape_only(node)
             # What moves, or meets others, may have no channels.
             picks = picks and not all(has_property(user, "meets") or has_property(user, "moves") for user in node.users)
-            if picks and isinstance(ids, torch.Tensor) and ids.numel():
+            if picks and isinstance(ids, Tensor) and ids.numel():
                 found.append((np.unique(self.group_ids(ids.numpy())), place(node)))
         for blocks in self.blocks:
             for block in blocks.sides[0] if blocks.is_filled else ():
@@ -688,7 +764,7 @@ class ChannelFlow(Propagation):
         starts = np.flatnonzero(np.diff(group_ids, prepend=-1))
         size = len(group_ids) // len(starts)
         # NNI can't state blocks of a transposed convolution's channels.
-        if size == 1 or FIXED in group_ids or isinstance(self.fetch_attr(name), (*TRANSPOSED, torch.nn.Embedding)):
+        if size == 1 or FIXED in group_ids or isinstance(self.fetch_attr(name), (*TRANSPOSED, nn.Embedding)):
             return 1
         is_even = len(np.unique(group_ids[starts])) == len(starts) and np.array_equal(
             starts, np.arange(len(starts)) * size

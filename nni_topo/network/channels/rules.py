@@ -592,16 +592,10 @@ def _chunked(op: Operation) -> Any:
         held = [d for d in range(1, pieces[0].dim()) if any(varies(piece, d) for piece in pieces)]
         rows = [channels.per_channel(piece, held[0] if len(held) == 1 else 1) for piece in pieces]
         sides, channels.chunks = _by_layer(rows, channels), True
-        uneven = channels.reorders and any(len({len(block) for block in side}) > 1 for side in sides)
-        channels.blocks.append(
-            Blocks(
-                [rows] if uneven else sides,
-                may_vanish=False,
-                moves=True,
-                is_uneven=uneven,
-                place=described(op.node),
-            )
-        )
+        # Of shuffled layers one piece may have more channels than another.
+        uneven = any(len({len(block) for block in side}) > 1 for side in sides)
+        found = [rows] if uneven else sides
+        channels.blocks.append(Blocks(found, may_vanish=False, moves=True, is_uneven=uneven, place=described(op.node)))
     return pieces
 
 

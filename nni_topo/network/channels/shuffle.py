@@ -8,11 +8,9 @@ the dense model sends as many to each piece.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -25,7 +23,6 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, carry, compressed, given_shapes, varies
 from nni_topo.network.channels.rules import module_rule, rule_of
 from nni_topo.network.graph.traced_int import resized
-from nni_topo.network.layers.kinds import is_depthwise
 from nni_topo.network.runtime.inputs import tensors_of
 
 
@@ -197,7 +194,6 @@ Parts = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 """By layer, the segment of each channel, and how many channels of each segment stay."""
 Routes = Mapping[int, tuple[tuple[str, int], ...]]
 """By group id, the pieces that a channel goes to: node of the split, place among its outputs."""
-_KNOWN: WeakKeyDictionary[ChannelFlow, dict[tuple[tuple[str, int], ...], Shares]] = WeakKeyDictionary()
 _MORE = 16  # channels that a layer keeps at most beyond those asked for
 
 
@@ -216,38 +212,15 @@ def stays_in_place(flow: ChannelFlow, is_kept: np.ndarray, names: Collection[str
             if looked_at[flow.group_ids(ids.numpy())].any():
                 return False
     for name in order.entering:
-        module: Any = flow.fetch_attr(name)
-        groups = getattr(module, "groups", 1)
-        if not looked_at[flow.entering_group_ids(name)].any():
-            continue
-        entering = flow.entering_channel_ids(name)
-        kept = np.flatnonzero(is_kept[flow.entering_group_ids(name)])
-        if not np.array_equal(np.sort(order.entering[name]), np.sort(entering[kept])):
-            return False
-        group_of = order.places(name) // max(len(entering) // groups, 1)
-        if groups > 1 and not is_depthwise(module) and bool((np.diff(group_of) < 0).any()):
+        group_ids = flow.entering_group_ids(name)
+        kept = flow.entering_channel_ids(name)[is_kept[group_ids]]
+        if looked_at[group_ids].any() and not np.array_equal(np.sort(order.entering[name]), np.sort(kept)):
             return False
     dense_pieces = {(node, piece): group_ids for node, piece, group_ids in _pieces(flow, order.ids)}
     for node, piece, full in _pieces(flow, flow.ids):
-        if node in flow.regrouped or not looked_at[full].any():
-            continue
-        if not np.array_equal(full[is_kept[full]], dense_pieces.get((node, piece), full[:0])):
+        if looked_at[full].any() and not np.array_equal(full[is_kept[full]], dense_pieces.get((node, piece), full[:0])):
             return False
     return True
-
-
-def regrouped(flow: ChannelFlow, is_kept: np.ndarray) -> np.ndarray:
-    """List the channels that enter grouped convolutions which would get kept ones in other groups: by group id."""
-    if not flow.regrouped:
-        return np.zeros(0, dtype=np.int64)
-    order, found = DenseOrder(flow, is_kept), [np.zeros(0, dtype=np.int64)]
-    for node in flow.traced.graph.nodes:
-        if node.name in flow.regrouped:
-            entering = flow.entering_group_ids(str(node.target))
-            group_of = order.places(str(node.target)) // (len(entering) // flow.regrouped[node.name])
-            if (np.diff(group_of) < 0).any():
-                found.append(entering)
-    return np.unique(np.concatenate(found))
 
 
 def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
@@ -263,15 +236,7 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
             continue
         if np.isin(group_ids, moved).any():
             counts[name] = wanted[name]
-    known = _KNOWN.setdefault(flow, {})
-    key = tuple(counts.items())
-    if key not in known:
-        known[key] = _shares(flow, counts)
-    return known[key]
-
-
-def _shares(flow: ChannelFlow, counts: dict[str, int]) -> Shares:
-    """Search the counts of layers that shuffles connect together, from those asked for upwards."""
+    # The counts of layers that shuffles connect are searched together, from those asked for upwards.
     routes, found = _routes(flow, flow.ids), Shares()
     # What each chunk takes apart, and each view into rows.
     moved = [set(flow.group_ids(blocks.ids).tolist()) for blocks in flow.blocks if blocks.moves]
@@ -305,12 +270,6 @@ def _shared_out(flow: ChannelFlow, routes: Routes, counts: Mapping[str, int], na
         group_ids = flow.group_ids_of(name).tolist()
         segments = [routes[group_id] for group_id in group_ids]
         wanted_routes = [dense_routes[group_id] for group_id in group_ids[: counts[name]]]
-        if flow.regrouped:
-            # Which group of a convolution a shuffle sends a channel to depends on all channels before it. It sends any
-            # to the right one where as many stay of each run of neighbours that go the same way.
-            segments, wanted_routes = _numbered(segments), _numbered(wanted_routes)
-            if wanted_routes and set(wanted_routes) != set(segments):
-                return {}
         sizes, wanted = Counter(segments), Counter(wanted_routes)
         if any(count > sizes[segment] for segment, count in wanted.items()):
             return {}
@@ -318,12 +277,6 @@ def _shared_out(flow: ChannelFlow, routes: Routes, counts: Mapping[str, int], na
         found[name] = tuple(rank[segment] for segment in segments), tuple(wanted[segment] for segment in rank)
         is_kept[group_ids] = chosen_of(*found[name], np.arange(len(group_ids))[::-1])
     return found if stays_in_place(flow, is_kept, names) else {}
-
-
-def _numbered(routes: Sequence[Any]) -> list[Any]:
-    """Tell runs of equal neighbours apart by their number."""
-    runs = itertools.groupby(routes)
-    return [(number, route) for number, (route, run) in enumerate(runs) for _ in run]
 
 
 def chosen_of(segments: Sequence[int], counts: Sequence[int], order: np.ndarray) -> np.ndarray:
@@ -357,19 +310,10 @@ def _routes(flow: ChannelFlow, ids: Mapping[str, Any]) -> Routes:
 
 
 def _pieces(flow: ChannelFlow, ids: Mapping[str, Any]) -> list[tuple[str, int, np.ndarray]]:
-    """List the pieces that splits make, by node and place, with the group ids in them, ascending.
-
-    Where a convolution of several groups reads shuffled channels, its groups are pieces too.
-    """
-    found, groups = [], flow.regrouped
+    """List the pieces that splits make, by node and place, with the group ids in them, ascending."""
+    found = []
     for node in flow.traced.graph.nodes:
-        pieces: list[Tensor] = []
         if isinstance(ids[node.name], (tuple, list)):
-            pieces = tensors_of(ids[node.name])
-        elif node.name in groups:
-            entering = ids[node.all_input_nodes[0].name]
-            pieces = list(entering.tensor_split(groups[node.name], 1)) if entering.shape[1] > 1 else []
-        for place, piece in enumerate(pieces):
-            group_ids = flow.group_ids(compressed(piece).numpy().ravel())
-            found.append((node.name, place, np.unique(group_ids)))
+            for place, piece in enumerate(tensors_of(ids[node.name])):
+                found.append((node.name, place, np.unique(flow.group_ids(compressed(piece).numpy()))))
     return found

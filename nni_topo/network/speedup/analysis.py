@@ -23,8 +23,7 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.graph.nodes import RANDOM, ShapeNoting, on_modules
-from nni_topo.network.graph.submodules import is_in_parts
-from nni_topo.network.graph.tracing import arguments, layer_sizes, trace
+from nni_topo.network.graph.tracing import arguments, is_in_parts, layer_sizes, trace
 from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.layers.norms import channel_dim

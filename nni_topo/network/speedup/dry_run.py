@@ -106,9 +106,9 @@ def _differing(flow: ChannelFlow, other: ChannelFlow) -> np.ndarray:
     """
     pairs = [(flow.group_ids_of(name), other.group_ids_of(name)) for name in flow.layers if name in other.layers]
     for name, parameter in flow.free_parameters.items():
-        if name in other.free_parameters and other.free_parameters[name].channels == parameter.channels:
-            ids = flow.free_parameter_ids(name), other.free_parameter_ids(name)
-            pairs.append((flow.group_ids(ids[0]), other.group_ids(ids[1])))
+        same = other.free_parameters.get(name)
+        if same is not None and same.channels == parameter.channels:
+            pairs.append((flow.group_ids(parameter.ids), other.group_ids(same.ids)))
     read_elsewhere = [np.zeros(0, dtype=np.int64)]  # group ids of ``other``
     for name in other.readers:
         entering = flow.entering_group_ids(name), other.entering_group_ids(name)

@@ -19,7 +19,7 @@ from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, Blocks
 from nni_topo.network.channels.reasons import Reason, Reasons
-from nni_topo.network.channels.shuffle import regrouped, stays_in_place
+from nni_topo.network.channels.shuffle import stays_in_place
 from nni_topo.network.layers.kinds import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
 from nni_topo.network.runtime.arguments import MASKS
 from nni_topo.network.runtime.modules import device_of
@@ -217,8 +217,6 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
         if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
             # No smaller number of each fits.
             kept[np.concatenate(uneven)] = True
-        if before == int(kept.sum()) and not in_place:
-            kept[regrouped(flow, kept)] = True
 
 
 def _even_out(flow: ChannelFlow, blocks: Blocks, is_kept: np.ndarray, scores: Scores) -> None:
@@ -336,7 +334,7 @@ def mask_what_follows(model: torch.nn.Module, flow: ChannelFlow, masks: FullMask
             targets = masks.setdefault(name, {})
             targets["weight"] = targets.get("weight", torch.ones_like(weight)) * stays.to(weight)
     for name, free in flow.free_parameters.items():
-        stays = torch.from_numpy(kept[flow.group_ids(flow.free_parameter_ids(name))])
+        stays = torch.from_numpy(kept[flow.group_ids(free.ids)])
         if not bool(stays.all()):
             module, _, target = name.rpartition(".")
             parameter: torch.Tensor = getattr(model.get_submodule(module), target)

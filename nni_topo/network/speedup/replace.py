@@ -43,7 +43,7 @@ class Cutter:
                 cut(name, module, ins.to(device_of(module)), outs.to(device_of(module)))
         self.at = ""
         for name, free in flow.free_parameters.items():
-            kept = self._indices(flow.free_parameter_ids(name))
+            kept = self._indices(free.ids)
             if len(kept) < free.channels:
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)

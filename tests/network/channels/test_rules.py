@@ -770,7 +770,7 @@ def followed(functions):
         for place, channel in enumerate(flow.channel_ids_of(layer).tolist()):
             names[channel] = f"{layer.rpartition('.')[2]}{place}"
     for name in flow.free_parameters:
-        for place, channel in enumerate(flow.free_parameter_ids(name).tolist()):
+        for place, channel in enumerate(flow.free_parameters[name].ids.tolist()):
             names[channel] = f"{name.rpartition('.')[2]}.{place}"
 
     def told(ids):
@@ -796,7 +796,7 @@ def followed(functions):
                 parts.append(" ".join([f"{layer.rpartition('.')[2]}:", told(own), *kinds]))
         for parameter, free in flow.free_parameters.items():
             if parameter.startswith(f"{owner}."):
-                ids = flow.free_parameter_ids(parameter)
+                ids = free.ids
                 parts.append(f"{parameter.rpartition('.')[2]} in {free.dim}: {told(ids)}")
         for blocks in flow.blocks:
             if blocks.place.endswith(f" in {owner}"):
