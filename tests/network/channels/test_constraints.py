@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import copy
 import itertools
-import pickle
 
 import pytest
 import torch
@@ -13,8 +11,6 @@ from torch import nn
 import nni_topo
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.runs.choices import Target
-from nni_topo.runs.widths import layer_ratios, pruning_config
 from nni_topo.speedup import dependency_groups, to_dense
 
 IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -80,13 +76,6 @@ def test_a_layer_that_is_left_out_ties_nothing():
     assert dependency_groups(make("SplitResidual"), IMAGES, config).ties == {}
 
 
-def test_ties_stay_where_entries_change_and_in_copies():
-    groups = dependency_groups(make("Widening"), IMAGES, HALF)
-    others = groups.with_entries({**entry, "sparse_ratio": 0.25} for entry in groups)
-    for each in (others, groups.without(["head"]), copy.deepcopy(groups), pickle.loads(pickle.dumps(groups))):
-        assert each.ties == groups.ties
-
-
 def test_channels_with_the_highest_mean_score_over_all_layers_stay():
     model = make("SplitResidual")
     masks = masks_of(nni_topo.MatrixPruner(model, dependency_groups(model, IMAGES, HALF), norm=1))
@@ -115,36 +104,6 @@ def test_a_budget_counts_what_will_be_left(name, budget):
     ((kind, asked),) = budget.items()
     assert pruner.planner.outcome.left == pytest.approx(shares[kind], rel=1e-12)
     assert shares[kind] == pytest.approx(asked, abs=0.03)
-
-
-@pytest.mark.parametrize("name", ["Widening", "DualPath"])
-@pytest.mark.quick_every(2)
-def test_a_budget_by_error_is_met_where_channels_can_only_go_together(name, caplog):
-    model = make(name)
-    config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"]}])
-    pruner = nni_topo.ReconstructionPruner(
-        model, config, calibration=[IMAGES], budget={"flops": 0.4, "allocation": "error"}
-    )
-    dense = to_dense(model, IMAGES, masks_of(pruner))
-    whole, left = (NetworkCost.on(net, IMAGES)({}).macs for net in (model, dense))
-    assert left / whole == pytest.approx(0.4, abs=0.03)
-    assert pruner.planner.outcome.left == pytest.approx(left / whole, rel=1e-12)
-
-
-def test_the_widths_of_a_comparison_meet_its_budget():
-    model = make("SplitResidual")
-    ratios = layer_ratios(model, IMAGES, Target("flops", 0.4))
-    pruner = nni_topo.RandomPruner(model, pruning_config(model, IMAGES, ratios))
-    dense = to_dense(model, IMAGES, masks_of(pruner))
-    whole, left = (NetworkCost.on(net, IMAGES)({}).macs for net in (model, dense))
-    assert left / whole == pytest.approx(0.4, abs=0.03)
-
-
-def test_widths_are_multiples_where_ties_allow_it():
-    model = make("SplitResidual")
-    pruner = nni_topo.RandomPruner(model, dependency_groups(model, IMAGES, HALF), round_to=4)
-    dense = to_dense(model, IMAGES, masks_of(pruner))
-    assert all(each.out_channels % 4 == 0 for each in convolutions(dense).values())
 
 
 class GroupedSplit(nn.Module):

@@ -22,7 +22,6 @@ from tied_nets import (
 )
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils import parametrizations
 
 from nni_topo import RandomPruner
 from nni_topo.network.channels.ids import FIXED
@@ -59,19 +58,6 @@ def test_layers_of_one_weight_lose_the_same_channels_and_stay_tied(tmp_path):
     assert dense.one.weight is dense.two.weight
     assert dense.one.bias is dense.two.bias
     assert dense.report.notes == ()
-
-
-@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
-def test_layers_of_one_weight_keep_channels_that_only_some_of_them_lose(names):
-    model = TiedConvolutions().eval()
-    masks = {name: filter_mask(model.get_submodule(name), [1, 4]) for name in names}
-    dense = to_dense(model, IMAGES, masks)
-    assert torch.equal(dense(IMAGES), model(IMAGES))
-    assert find_ties(dense) == find_ties(model)
-    rows = {row.name: row for row in dense.report.rows}
-    assert all(
-        rows[name].asked == 4 and rows[name].after == 6 and "shared by stem" in rows[name].reason for name in names
-    )
 
 
 def test_layers_of_one_weight_that_lose_other_filters_lose_the_common_ones():
@@ -149,13 +135,6 @@ def check_norms(make, masks, tmp_path):
     return dense
 
 
-def test_batch_norms_of_one_weight_keep_what_one_of_the_layers_before_them_keeps(tmp_path):
-    masks = {"one": filter_mask(TiedNorms().one, [0, 5]), "two": filter_mask(TiedNorms().two, [0, 3])}
-    dense = to_dense(TiedNorms().eval(), IMAGES, masks)
-    assert (dense.norm1.num_features, dense.norm2.num_features) == (5, 5)
-    assert find_ties(dense) == find_ties(TiedNorms())
-
-
 def test_embedding_and_head_cut_together_stay_tied(tmp_path):
     model = LanguageModel()
     model.rotation = nn.Identity()
@@ -209,18 +188,6 @@ def test_a_module_under_two_names(tmp_path):
     assert dense.first[0].out_features == 8
 
 
-@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal])
-def test_parametrized_layers_beside_pruned_ones(wrap):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), wrap(nn.Linear(6, 3))).eval()
-    inputs = torch.rand(2, 4)
-    masks = {"0": filter_mask(model[0], [1])}
-    dense = to_dense(model, inputs, masks)
-    expected = masked_model(model, inputs, masks)(inputs)
-    assert torch.allclose(dense(inputs), expected, atol=1e-5)
-    assert dense[3].parametrizations.weight is not model[3].parametrizations.weight
-
-
 class SharedBetween(nn.Module):
     """One module after two convolutions, of equal widths or not."""
 
@@ -255,28 +222,6 @@ def test_a_module_that_holds_no_number_for_each_channel_couples_no_layers(betwee
 def test_a_norm_that_holds_numbers_couples_the_layers_that_share_it(norm):
     groups = dependency_groups(SharedBetween(norm, 8).eval(), IMAGES, UNSHARED)
     assert [entry.get("dependency_group_id") for entry in groups] == ["group_0", "group_0"]
-
-
-def test_factors_of_the_models_own_after_such_a_norm_let_its_channels_go():
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.stem, self.norm, self.tail = (
-                nn.Linear(5, 8),
-                nn.LayerNorm(8, elementwise_affine=False),
-                nn.Linear(8, 4),
-            )
-            self.scale, self.shift = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
-
-        def forward(self, rows):
-            return self.tail(torch.relu(self.norm(self.stem(rows)) * self.scale + self.shift))
-
-    model, rows = Scaled().eval(), torch.randn(64, 5)
-    groups = dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["stem"]]
-    dense = to_dense(model, rows, {"stem": filter_mask(model.stem, [0, 3])})
-    assert dense.stem.out_features == len(dense.scale) == 6
 
 
 def test_a_module_that_is_called_on_other_numbers_of_channels_keeps_them_all():

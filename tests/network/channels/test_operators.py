@@ -35,16 +35,6 @@ def rows(images):
     return images.flatten(2).transpose(1, 2)
 
 
-def single_head(self, x):
-    scores = torch.einsum("bqc,bkc->bqk", rows(self.a(x)), rows(self.c(x))).softmax(-1)
-    return torch.einsum("bqk,bkc->bqc", scores, rows(x))
-
-
-def mixed(self, x):
-    scores = rows(x) @ rows(x).transpose(1, 2)
-    return torch.einsum("b q k, b k c -> b c q", scores, rows(self.a(x)))
-
-
 def pairs(words):
     return words.unflatten(-1, (-1, 2)).contiguous()
 
@@ -61,27 +51,13 @@ def written(self, x):
 
 # By name: the network, and how many channels its layers have left at half.
 NETS = {
-    "glu of two layers": (
-        lambda: Between(
-            lambda self, x: functional.glu(torch.cat([self.a(x), self.c(x)], 1), 1).relu(), nn.Conv2d(8, 4, 1)
-        ),
-        {"a": 4, "c": 4},
-    ),
     "einsum with a parameter": (
         lambda: Between(
             lambda self, x: torch.einsum("bchw,oc->bohw", self.a(x), self.w), nn.Conv2d(6, 4, 1), weight=(6, 8)
         ),
         {"a": 4},
     ),
-    "complex pairs": (
-        lambda: Between(
-            lambda self, x: torch.view_as_real(torch.view_as_complex(pairs(rows(self.a(x))))).flatten(-2),
-            nn.Linear(8, 4),
-        ),
-        {"a": 4},
-    ),
     "written word by word": (lambda: Between(written, nn.Linear(8, 4)), {"a": 4, "c": 4}),
-    "scores of attention": (lambda: Between(single_head, nn.Linear(3, 4)), {"a": 4, "c": 4}),
     "einsum that sums parts over graphs of their own": (
         lambda: Between(
             lambda self, x: torch.einsum("bkchv,kvw->bchw", self.a(x).view(len(x), 3, -1, 6, 6), self.w),
@@ -235,57 +211,6 @@ def test_heads_that_are_concatenated_with_others_are_removed_by_themselves(is_co
     torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
     dense.train()(words).square().mean().backward()
     assert all(parameter.grad is not None for parameter in dense.parameters())
-
-
-class Biased(nn.Module):
-    """Attention with a bias by head and offset, which it looks up once for evaluation mode, as LeViT does."""
-
-    def __init__(self, heads, size, places):
-        super().__init__()
-        self.heads, self.size, self.width = heads, size, heads * size
-        self.mixed, self.out = nn.Linear(6, 3 * heads * size), nn.Linear(heads * size, 6)
-        self.biases = nn.Parameter(torch.randn(heads, places, generator=torch.Generator().manual_seed(1)))
-        offsets = (torch.arange(places)[:, None] - torch.arange(places)).abs()
-        self.register_buffer("offsets", offsets, persistent=False)
-        self.known = {}
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode:
-            self.known = {}
-        return self
-
-    def table(self):
-        if self.training:
-            return self.biases[:, self.offsets]
-        if "table" not in self.known:
-            self.known["table"] = self.biases[:, self.offsets]
-        return self.known["table"]
-
-    def forward(self, words):
-        mixed = self.mixed(words).view(*words.shape[:2], self.heads, -1)
-        queries, keys, values = (each.transpose(1, 2) for each in mixed.split([self.size] * 3, dim=3))
-        shares = (queries @ keys.transpose(2, 3) + self.table()).softmax(-1)
-        return self.out((shares @ values).transpose(1, 2).reshape(*words.shape[:2], self.width))
-
-
-# Of as many places as a head has channels, products of matrices have the shape of the scores.
-@pytest.mark.parametrize("places", [5, 4])
-def test_a_table_that_is_looked_up_once_loses_heads(places):
-    torch.manual_seed(0)
-    net, words = nn.Sequential(Biased(4, 4, places), nn.Linear(6, 2)).eval(), torch.randn(2, places, 6)
-    net(words)  # from here on it knows its table
-    groups = nni_topo.dependency_groups(net, words, [{"op_names": ["0.mixed"], "sparse_ratio": 0.5}])
-    assert groups.skipped == {}
-    masks = masks_of(nni_topo.create_pruner("l1", net, groups))
-    dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
-    assert (dense[0].heads, dense[0].width, tuple(dense[0].biases.shape)) == (2, 8, (2, places))
-    torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
-    before = dense[0].biases.detach().clone()
-    dense.train()(words).square().mean().backward()
-    torch.optim.SGD(dense.parameters(), 0.1).step()
-    assert not torch.equal(before, dense[0].biases)
-    torch.testing.assert_close(dense.eval()(words), dense.train()(words))  # the table of the step before is forgotten
 
 
 class Opaque(torch.autograd.Function):

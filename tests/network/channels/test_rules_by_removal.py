@@ -7,6 +7,7 @@ it has to. Here the rules stand alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ class Calls(nn.Module):
     def __init__(self, calls: list[Call]):
         super().__init__()
         self.calls = calls
-        self.called = nn.ModuleList([call for call in calls if isinstance(call, nn.Module)])
         self.layers = nn.ModuleList([nn.Conv2d(3, CHANNELS, 1) for _ in calls])
 
     def forward(self, x):
@@ -193,7 +193,7 @@ def all_calls() -> dict[str, Call]:
         }
     tables["fftshift"] = with_dimensions(torch.fft.fftshift, 1)
     tables["fftshift of all"] = without_a_dimension(torch.fft.fftshift)
-    tables |= pools() | modules()
+    tables |= pools()
     return {f"{name}: {how}": call for name, calls in tables.items() for how, call in calls.items()}
 
 
@@ -204,67 +204,30 @@ def spread(z: Tensor, dims: int) -> Tensor:
     return z if dims == 2 else z.unsqueeze(-1).expand(-1, -1, -1, -1, 3)
 
 
-class Moved(nn.Module):
-    """A module on images with so many dimensions, and with the channels in one of them."""
-
-    def __init__(self, module: nn.Module, dims: int, place: int):
-        super().__init__()
-        self.module, self.dims, self.place = module, dims, place
-        self.spread = spread  # what calls a function that it holds isn't tried as a gate over channels
-
-    def forward(self, z):
-        return self.module(self.spread(z, self.dims).movedim(1, self.place))
+def pooled(operator: Callable[..., Any], given: tuple[Any, ...], dims: int, place: int, z: Tensor) -> Any:
+    """Pool images with so many dimensions, and with the channels in one of them."""
+    return operator(spread(z, dims).movedim(1, place), *given)
 
 
 def pools() -> dict[str, dict[str, Call]]:
-    """List functions and modules that slide windows along the last one, two or three dimensions."""
+    """List functions that slide windows along the last one, two or three dimensions."""
     tables: dict[str, dict[str, Call]] = {}
     for dims in (1, 2, 3):
         for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool"):
             name = f"{kind}{dims}d"
-            operator = getattr(functional, name)
-            module = getattr(nn, f"{kind.title().replace('_', '').replace('Lp', 'LP')}{dims}d")
-            tables[name], tables[module.__name__] = {}, {}
+            operator, tables[name] = getattr(functional, name), {}
             for place in range(1, dims + 2):
                 # All but `lp_pool` keep the size.
                 given: tuple[Any, ...] = (2.0, 3, 1) if kind == "lp_pool" else (3, 1, 1)
                 if kind.startswith("adaptive"):
                     given = (tuple(spread(next(drawn()), dims).movedim(1, place).shape[-dims:]),)
-                how = f"channels in {place}"
-                tables[name][how] = lambda z, operator=operator, given=given, dims=dims, place=place: operator(
-                    spread(z, dims).movedim(1, place), *given
-                )
-                tables[module.__name__][how] = Moved(module(*given), dims, place)
-    return tables
-
-
-def modules() -> dict[str, dict[str, Call]]:
-    """List modules that work along channels, or along other dimensions."""
-    tables: dict[str, dict[str, Call]] = {}
-    for kind in (nn.Softmax, nn.LogSoftmax, nn.Softmin):
-        for dim in (None, 1, 2, -1, -3):
-            tables[f"{kind.__name__}({dim})"] = {
-                f"{dims + 2} dimensions, channels in {place}": Moved(kind(dim), dims, place)
-                for dims in (1, 2, 3)
-                for place in (0, 1, 2)
-                if dim != -3 or dims > 1
-            }
-    # Response norms over the channels themselves are cut: tests/network/layers/test_norms.py.
-    for module, places in (
-        (nn.Softmax2d(), (1, 2, 3)),
-        (nn.LocalResponseNorm(3), (2, 3)),
-        (nn.CrossMapLRN2d(3), (2, 3)),
-    ):
-        tables[type(module).__name__] = {f"channels in {place}": Moved(module, 2, place) for place in places}
+                tables[name][f"channels in {place}"] = partial(pooled, operator, given, dims, place)
     return tables
 
 
 # What loses no channels though it could: its result has another size, in which no rule looks for the channels.
 KEPT_ANYWAY = {"topk of all: channels in 2"}
-RESIZED = (
-    "topk", "topk of all", "lp_pool1d", "lp_pool2d", "lp_pool3d", "LPPool1d",
-    "LPPool2d", "LPPool3d",
-)  # fmt: skip
+RESIZED = ("topk", "topk of all", "lp_pool1d", "lp_pool2d", "lp_pool3d")
 CALLS = all_calls()
 
 

@@ -8,7 +8,6 @@ from functools import wraps
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 import nni_topo
@@ -35,39 +34,6 @@ class Between(nn.Module):
         return self.last(self.between(self.first(x)))
 
 
-class Transposed(nn.Module):
-    """A module along the last dimension, to which the channels are moved."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, z):
-        return self.inner(z.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (CHANNELS, CHANNELS))
-
-
-# By name, what needs all channels.
-WHOLE = {
-    "amax": lambda z: gate(z, z.amax(1, keepdim=True)),
-    "softmax": lambda z: z * z.softmax(1),
-    "std of all": lambda z: gate(z, z.std(True)),
-    "gather": lambda z: z.gather(1, z.argmax(1, keepdim=True)).expand(-1, CHANNELS, -1, -1) + z,
-    "local_response_norm": lambda z: functional.local_response_norm(z, 3),
-    "max_pool along channels": lambda z: (
-        functional.max_pool1d(z.flatten(2).transpose(1, 2), 3, 1, 1).transpose(1, 2).unflatten(2, (CHANNELS, CHANNELS))
-    ),
-    "MaxPool1d along channels": Transposed(nn.MaxPool1d(3, 1, 1)),
-}
-# What doesn't, though it goes along channels or names one of their functions.
-FREE = {
-    "lengths of pixels": lambda z: gate(z, torch.linalg.norm(z.flatten(2), dim=2)[:, :, None, None]),
-    "normalize": lambda z: functional.normalize(z),
-    "cumsum": lambda z: z * z.cumsum(1),
-    "fft of pixels": lambda z: torch.fft.fft2(z).real,
-    "pools": nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1)),
-}
-
-
 def net(between) -> Between:
     torch.manual_seed(0)
     module = between if isinstance(between, nn.Module) else None
@@ -81,49 +47,6 @@ def masks(model: Between) -> dict:
     kept[GONE] = 0
     weight = kept.view(-1, 1, 1, 1).expand_as(model.first.weight).clone()
     return {"first": {"weight": weight, "bias": kept}}
-
-
-def inputs():
-    """Yield images of several scales, and some that were shifted."""
-    for scale in (0.01, 1.0, 100.0):
-        for shift in (0.0, -3.0, 3.0):
-            yield (IMAGES + shift) * scale
-
-
-@torch.no_grad()
-def largest_gap(one: nn.Module, other: nn.Module) -> float:
-    """Measure how far two networks are apart, of what each input's largest output is."""
-    one, other = (model.double() for model in (one, other))
-    gaps = []
-    for images in inputs():
-        wanted, given = (model(images.double()) for model in (one, other))
-        gaps.append(float((wanted - given).abs().max() / wanted.abs().max()))
-    return max(gaps)
-
-
-@pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.quick_every(3)
-def test_what_a_removed_channel_can_change_keeps_all_of_them(name):
-    model = net(WHOLE[name])
-    dense = nni_topo.to_dense(model, IMAGES, masks(model))
-    assert dense.first.out_channels == CHANNELS
-    assert dense.report.kept[0].reason
-    assert largest_gap(model, dense) < 1e-9
-
-
-@pytest.mark.parametrize("name", FREE)
-@pytest.mark.quick_every(3)
-def test_what_it_cant_loses_them_at_every_scale(name):
-    model = net(FREE[name])
-    dense = nni_topo.to_dense(model, IMAGES, masks(model))
-    assert dense.first.out_channels == CHANNELS - len(GONE)
-    assert largest_gap(nni_topo.masked_model(model, IMAGES, masks(model)), dense) < 1e-6
-
-
-@pytest.mark.parametrize("name", ["amax", "softmax", "local_response_norm"])
-def test_a_layer_that_must_stay_is_left_out_with_the_operation_that_needs_it(name):
-    groups = nni_topo.dependency_groups(net(WHOLE[name]), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert groups.skipped["first"] == f"the result of an operation depends on removed channels ({name})"
 
 
 def test_channels_that_are_added_up_must_be_zeros_where_they_are_removed():
@@ -157,26 +80,6 @@ def test_a_function_without_a_rule_must_not_read_other_channels():
     model = net(lambda z: smoothed(z))
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert groups.skipped["first"] == "the result of an operation depends on removed channels (smoothed)"
-
-
-class Branches(nn.Module):
-    """Two branches weighed by a softmax over both, as selective kernels are: channel by channel."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Conv2d(3, CHANNELS, 1)
-        self.last = nn.Conv2d(CHANNELS, 4, 1)
-
-    def forward(self, x):
-        both = torch.stack([self.one(x), self.two(x)], 1)
-        return self.last((both * both.mean((3, 4), keepdim=True).softmax(1)).sum(1))
-
-
-def test_a_softmax_over_branches_lets_their_channels_go_together():
-    torch.manual_seed(0)
-    model = Branches().eval()
-    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert {name for entry in groups for name in entry["op_names"]} == {"one", "two"}
 
 
 def neighbours(images):
@@ -241,23 +144,3 @@ def test_an_input_on_which_the_model_gives_no_numbers_is_left_out():
     given = nni_topo.to_dense(model, IMAGES, masks(model)).report.checked
     assert "times 0.01" in given
     assert "times 100" not in given
-
-
-class Choosing(nn.Module):
-    """A model that refuses inputs beyond a bound, as one that looks something up does."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Conv2d(3, CHANNELS, 3), nn.Conv2d(CHANNELS, 2, 1)
-        self.table = nn.Embedding(60, CHANNELS)
-
-    def forward(self, x):
-        places = (x.amax((1, 2, 3)) * 4 + 20).long()
-        return self.last(self.first(x)) + self.table(places)[:, :2, None, None]
-
-
-def test_an_input_that_the_model_refuses_is_left_out():
-    torch.manual_seed(0)
-    model = Choosing().eval()
-    given = nni_topo.to_dense(model, IMAGES, {"first": masks(net(nn.ReLU()))["first"]}).report.checked
-    assert given == "random inputs of shape (3, 8, 8), times 0.01, shifted by 3, shifted by -3"

@@ -113,67 +113,6 @@ def test_a_number_that_a_forward_checks_gets_smaller() -> None:
     torch.testing.assert_close(dense(images), silenced(model, masks)(images))
 
 
-class Reduced(nn.Module):
-    """Views what a convolution makes by the number of channels that enter it; gives what nothing reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.enter, self.reduce = nn.Linear(5, 8), nn.Conv2d(8, 8, 2, stride=2)
-        self.norm, self.leave = nn.LayerNorm(8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        samples, _, channels = x.shape
-        self.norm(x)
-        small = self.reduce(x.transpose(1, 2).reshape(samples, channels, 4, 4))
-        return self.leave(small.reshape(samples, channels, -1).transpose(1, 2))
-
-
-def test_channels_viewed_by_another_number_are_coupled_and_what_nothing_reads_is_cut_too() -> None:
-    model, x = Reduced().eval(), torch.randn(2, 16, 5)
-    groups = nni_topo.dependency_groups(model, x, ASKED)
-    assert [entry["op_names"] for entry in groups] == [["enter"], ["reduce"]]
-    assert len({entry["dependency_group_id"] for entry in groups}) == 1
-    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    dense = nni_topo.to_dense(model, x, masks)
-    assert (dense.enter.out_features, dense.reduce.out_channels, dense.norm.normalized_shape) == (4, 4, (4,))
-    torch.testing.assert_close(dense(x), silenced(model, masks)(x))
-
-
-class Written(nn.Module):
-    """Some places get other values, as those of Longformer that attend to all; ``kind`` says which product is empty."""
-
-    def __init__(self, kind: str = "") -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.kind = kind
-        self.enter, self.other = nn.Linear(5, 8), nn.Linear(5, 8)
-        self.inner, self.leave = nn.Linear(8, 6), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        states = self.enter(x)
-        if self.kind == "product":
-            none = states[:0] @ states[:0].transpose(1, 2)
-            states = states + none.sum()
-        else:
-            rows = (x[..., 0] > 0).nonzero(as_tuple=True)
-            states[rows] = self.other(x)[rows]
-        return self.leave(self.inner(states).relu())
-
-
-def test_places_that_tensors_pick_may_get_the_channels_of_another_layer() -> None:
-    model, x = Written().eval(), torch.randn(3, 4, 5)
-    groups = nni_topo.dependency_groups(model, x, ASKED)
-    assert groups.skipped.keys() == {"leave"}
-    ids = {entry["op_names"][0]: entry.get("dependency_group_id") for entry in groups}
-    assert ids["enter"] == ids["other"] is not None
-    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
-    dense = nni_topo.to_dense(model, x, masks)
-    assert (dense.enter.out_features, dense.inner.in_features) == (4, 4)
-    torch.testing.assert_close(dense(x), silenced(model, masks)(x))
-
-
 class Rotated(nn.Module):
     """As OLMo 2: norms of all queries and keys, then positions that turn the channels of each head by a buffer."""
 

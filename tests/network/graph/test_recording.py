@@ -13,9 +13,7 @@ from torch import nn
 
 from nni_topo import RandomPruner, create_pruner, dependency_groups, masked_model, to_dense
 from nni_topo.errors import LayerError, SpeedupError
-from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph.recording import record
-from nni_topo.network.speedup.analysis import Analysis
 
 
 class Wild(nn.Module):
@@ -37,17 +35,6 @@ class Wild(nn.Module):
         return {"out": self.last(hidden.reshape(samples, -1, 6) * steps) * scale, "shape": (samples, places)}
 
 
-class Writing(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x):
-        y = self.layer(x)
-        y[:, 0] = 0.0
-        return y
-
-
 def test_a_recorded_model_takes_other_numbers_of_samples():
     torch.manual_seed(0)
     model = Wild().eval()
@@ -58,45 +45,6 @@ def test_a_recorded_model_takes_other_numbers_of_samples():
     for samples in (1, 2, 7):
         inputs = torch.randn(samples, 5, 4)
         torch.testing.assert_close(graph(inputs)[0], model(inputs, 0.5)["out"])
-
-
-def test_rows_that_are_numbered_follow_the_number_of_samples():
-    class Last(nn.Module):
-        """Takes of each sample the place behind which there is padding, as classifiers on decoders do."""
-
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 2)
-
-        def forward(self, x, lengths):
-            return self.layer(x)[torch.arange(len(x)), lengths - 1]
-
-    model = Last().eval()
-    graph = record(model, {"x": torch.randn(3, 5, 4), "lengths": torch.tensor([5, 2, 3])}).graph_module
-    for samples in (1, 2, 7):
-        x, lengths = torch.randn(samples, 5, 4), 1 + torch.arange(samples) % 5
-        torch.testing.assert_close(graph(x, lengths), model(x, lengths))
-
-
-class Routed(nn.Module):
-    """Gives each row to the expert that a router chooses."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
-        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
-        with torch.no_grad():
-            self.stem.weight.copy_(torch.eye(4))
-            self.stem.bias.zero_()
-
-    def forward(self, x):
-        x = self.stem(x)
-        chosen = x.argmax(1)
-        out = torch.zeros(len(x), x.shape[1], dtype=x.dtype, device=x.device)
-        for expert in chosen.unique():
-            (rows,) = torch.where(chosen == expert)
-            out.index_add_(0, rows, self.experts[expert](x[rows]))
-        return self.head(out)
 
 
 def test_what_a_model_keeps_from_its_last_run_does_not_count():
@@ -119,16 +67,6 @@ def test_what_a_model_keeps_from_its_last_run_does_not_count():
     for samples in (2, 5):
         inputs = torch.randn(samples, 3, 4)
         torch.testing.assert_close(graph(inputs), model(inputs))
-
-
-def test_of_modules_chosen_by_value_all_have_to_run():
-    model = Routed().eval()
-    record(model, {"x": torch.eye(4)})
-    with pytest.raises(SpeedupError, match=r"all must run, got some that don't \(experts\)"):
-        record(model, {"x": torch.eye(4)[:3]})
-    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
-    skipped = dependency_groups(model, torch.eye(4)[:3], config).skipped
-    assert {"stem", *(f"experts.{each}" for each in range(4))} <= skipped.keys()
 
 
 class Mixture(nn.Module):
@@ -209,45 +147,6 @@ def test_sizes_that_a_model_asks_for_are_those_of_fewer_channels():
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
 
 
-class Folding(nn.Module):
-    """Folds images into patches and back, by sizes that it computes of those that it asks for, as MobileViT does."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
-
-    def forward(self, x):
-        x = self.first(x).relu() if float(x.abs().sum()) > 0 else x
-        samples, channels, height, width = x.shape
-        x = x.reshape(samples * channels * (height // 2), 2, width // 2, 2).transpose(1, 2)
-        x = x.reshape(samples, channels, -1, 4).transpose(1, 3).reshape(4 * samples, -1, 1 + channels - 1).tanh()
-        x = x.reshape(samples, 4, -1, (2 * channels) // 2).transpose(1, 3)
-        x = x.reshape(channels * samples * (height - height // 2), width // 2, 2, 2).transpose(1, 2)
-        rest = 20 // height * height + (9 - height)
-        return self.last(x.reshape(samples, 0 + channels, height, -1)) * rest
-
-
-def test_sizes_that_are_computed_of_others_follow_them():
-    model, inputs = Folding().eval(), torch.randn(3, 3, 4, 6)
-    graph = record(copy.deepcopy(model), {"x": inputs}).graph_module
-    for shape in ((1, 3, 4, 6), (4, 3, 8, 2)):
-        x = torch.randn(*shape)
-        torch.testing.assert_close(graph(x), model(x))
-    groups = dependency_groups(model, inputs, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["first"]]
-
-
-def test_what_is_written_into_a_part_of_a_tensor_is_in_the_graph():
-    model = Writing().eval()
-    graph = record(model, {"x": torch.randn(3, 4)}).graph_module
-    for samples in (1, 5):
-        x = torch.randn(samples, 4)
-        torch.testing.assert_close(graph(x), model(x))
-    flow = Analysis.on(nn.Sequential(nn.Linear(2, 4), Writing(), nn.Linear(4, 3)), torch.randn(3, 2)).flow
-    assert (flow.group_ids_of("1.layer") == FIXED).all()
-    assert not (flow.group_ids_of("0") == FIXED).any()
-
-
 class Computing(nn.Module):
     """Does something of its own with what a layer gives, as it is or as integers from 0 to 3."""
 
@@ -314,12 +213,6 @@ def test_a_mask_that_is_written_into_begins_anew_in_each_run(change):
 )
 def test_how_much_an_operation_gives_may_be_up_to_values(compute, is_read):
     assert record(Computing(compute).eval(), {"x": torch.ones(3, 4)}).reads_values == is_read
-
-
-def test_a_layer_may_have_the_name_of_an_operation_that_picks_by_value():
-    model = nn.Sequential()
-    model.add_module("unique", nn.Linear(4, 3))
-    assert not record(model.eval(), {"input": torch.ones(2, 4)}).reads_values
 
 
 class Choosing(nn.Module):
@@ -415,12 +308,6 @@ def test_attention_is_eager_where_a_model_takes_that_and_its_own_where_not():
         assert model.seen == seen
 
 
-def test_values_that_only_more_samples_let_a_model_read_count_too():
-    model = Computing(lambda x: x if len(x) < 4 or x.tolist() else x + 1).eval()
-    assert record(model, {"x": torch.ones(2, 4)}).reads_values
-    assert not record(Computing(lambda x: x if len(x) < 9 else x + 1).eval(), {"x": torch.ones(2, 4)}).reads_values
-
-
 @pytest.mark.parametrize("keeps_states", [False, True])
 def test_nothing_is_cached_unless_a_model_keeps_states_of_its_own(keeps_states):
     model = nn.Sequential(Configured(None), nn.Linear(4, 4)).eval()
@@ -441,21 +328,6 @@ def test_what_picks_from_lists_by_value_is_not_recorded():
     rows = torch.randn(3, 4).abs()
     with pytest.raises(SpeedupError, match="followed part by part"):
         record(Boxes().eval(), {"rows": [rows, rows]})
-
-
-def test_rows_picked_from_none_are_followed():
-    class Picking(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
-
-        def forward(self, x):
-            x = self.first(x)
-            rows = x[x.sum(2) > 1e9]
-            return self.last(x), rows[rows[:, 0] > 0].sum(0)
-
-    groups = dependency_groups(Picking().eval(), torch.randn(2, 3, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert groups.skipped.keys() == {"first", "last"}
 
 
 class FixedBatch(nn.Module):

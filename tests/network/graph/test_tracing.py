@@ -5,10 +5,9 @@ import torch
 from nni.compression.pruning import L1NormPruner
 from speedup_nets import masks_of
 from torch import nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from nni_topo import dependency_groups, to_dense
-from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.graph.nodes import plain_name
 from nni_topo.network.graph.tracing import layer_sizes, trace
 from nni_topo.network.speedup.equivalence import masked_model
@@ -98,30 +97,6 @@ def test_a_graph_in_half_precision_may_differ_by_its_rounding():
     assert {name for entry in groups for name in entry["op_names"]} >= {"0.attention", "1.attention"}
 
 
-STATES = torch.randn(3, 5, 8)
-
-
-class Attending(nn.Module):
-    """Calls attention in a way of its own."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.attention, self.call = nn.MultiheadAttention(8, 2, batch_first=True), call
-
-    def forward(self, x):
-        return self.call(self.attention, x)
-
-
-def test_attention_that_is_computed_layer_by_layer_reads_its_states_and_no_mask():
-    clip = pytest.importorskip("transformers.models.clip")
-    config = clip.CLIPVisionConfig(hidden_size=8, num_attention_heads=2, attn_implementation="eager")
-    model = Attending(lambda attention, x: attention(x, torch.zeros(3, 1, 5, 5))[0])
-    model.attention = clip.modeling_clip.CLIPAttention(config)
-    graph = trace(model.eval(), ((STATES,), {})).graph_module.graph
-    (reads,) = (node.meta["reads"] for node in graph.nodes if node.meta.get("reads") is not None)
-    assert reads == {f"attention.{layer}": [0] for layer in ("q_proj", "k_proj", "v_proj")}
-
-
 @pytest.mark.parametrize(
     ("model", "shape", "sizes"),
     [
@@ -167,50 +142,8 @@ class TooLarge(nn.Sequential):
 def test_where_memory_is_what_lacks_it_is_what_is_said():
     config = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
     for model in (TooLarge(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4), TooLarge(nn.Linear(4, 2)))):
-        with pytest.raises(DataError, match=r"a device must have memory for .*can't allocate memory"):
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
             dependency_groups(model, torch.ones(2, 3), config)
-
-
-MOST = {"samples": 4}
-
-
-def hungry(x):
-    """Take more memory than there is for several inputs at once."""
-    if has_torch_function_unary(x):
-        return handle_torch_function(hungry, (x,), x)
-    if len(x) > MOST["samples"]:
-        torch.zeros(1 << 50)
-    return x
-
-
-class Hungry(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
-        nn.init.ones_(self.first.weight)
-
-    def forward(self, x):
-        return self.last(hungry(self.first(x)))
-
-
-LINEAR = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
-MASKS = {"first": {"weight": torch.tensor([1.0, 1, 0, 0])[:, None].expand(4, 3).clone()}}
-
-
-@pytest.mark.parametrize(
-    ("samples", "most"),
-    [
-        (2, 4),  # recorded once more with twice as many
-        (5, 5),  # recorded on two, and then on four
-    ],
-)
-def test_inputs_for_which_together_there_is_no_memory_are_taken_one_by_one(samples, most, monkeypatch):
-    monkeypatch.setitem(MOST, "samples", most)
-    model = Hungry().eval()
-    assert "first" not in dependency_groups(model, torch.ones(samples, 3), LINEAR).skipped
-    dense = to_dense(model, torch.ones(samples, 3), MASKS)
-    assert dense.first.out_features == 2
-    assert "shifted by -3" in dense.report.checked
 
 
 @pytest.mark.parametrize(
