@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, unknown_name
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit_by
 from nni_topo.maths.ties import first_largest_along
-from nni_topo.network.layers.kinds import TRANSPOSED, by_output, kept_channels, of_output, weight_of
+from nni_topo.network.layers.kinds import TRANSPOSED, by_output, kept_channels, weight_of
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Plan, Solvable, pruned_group_ids
 from nni_topo.recovery.reconstruct import add_constant
@@ -132,7 +132,7 @@ class PairTask(Task):
                         own = [self._biases.get(int(number), 0.0) for number in self._numbers[group]]
                         constant = (shift * shift.new_tensor(own)).sum().expand(len(rows))
                     add_constant(net, self.layer.intercept, rows, constant)
-            module.weight.copy_(of_output(weight, module))
+            module.weight.copy_(by_output(weight, module))
 
     def _rows(self, values: Tensor, positions: Tensor) -> Tensor:
         """Return channels as ``(groups, samples, channels)``."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
-from nni_topo.network.layers.kinds import by_output, of_output, through_norms
+from nni_topo.network.layers.kinds import by_output, through_norms
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan
 from nni_topo.recovery.registry import RecoveryMethod
@@ -91,7 +91,7 @@ class ReconstructTask(Task):
                 kept = rows[place].clone()
                 rows[self._rows.flatten()] = 0
                 rows[place] = kept
-                own.weight.copy_(of_output(rows, own))
+                own.weight.copy_(by_output(rows, own))
 
     @property
     def label(self) -> str:
@@ -135,7 +135,7 @@ class ReconstructTask(Task):
             place = self.block(rows)
             old = rows[place]
             rows[place] = (old.double() + change.reshape(old.shape)).to(old.dtype)
-            module.weight.copy_(of_output(rows, module))
+            module.weight.copy_(by_output(rows, module))
             if self.layer.intercept is not None:
                 add_constant(net, self.layer.intercept, self._rows, found.solution.shift * inverse)
 

@@ -116,37 +116,46 @@ _CLASS = "class_with_transposed_weight"
 
 def with_linear_layers(model: torch.nn.Module) -> torch.nn.Module:
     """Put a linear layer in the place of each ``Conv1D``, in place; it notes which class it stands for."""
-    made: dict[torch.nn.Module, torch.nn.Linear] = {}  # a module with two names stays one
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if name and is_transposed_linear(module):
-            if module not in made:
-                entering, leaving = weight_of(module).shape
-                made[module] = torch.nn.Linear(entering, leaving, device="meta")
-                _take_weight(made[module], module)
-                setattr(made[module], _CLASS, type(module))
-            model.set_submodule(name, made[module])
-    return model
+
+    def linear(module: Any) -> torch.nn.Module | None:
+        if not is_transposed_linear(module):
+            return None
+        made = torch.nn.Linear(*module.weight.shape, device="meta")
+        setattr(made, _CLASS, type(module))
+        return made
+
+    return _with_transposed(model, linear)
 
 
 def with_transposed_weights(model: torch.nn.Module) -> torch.nn.Module:
     """Put each ``Conv1D`` back that `with_linear_layers` replaced, of the size that it has by now, in place."""
-    made: dict[torch.nn.Module, torch.nn.Module] = {}
+
+    def transposed(module: Any) -> torch.nn.Module | None:
+        with torch.device("meta"):
+            made: torch.nn.Module | None = (
+                vars(module)[_CLASS](*module.weight.shape) if _CLASS in vars(module) else None
+            )
+        return made
+
+    return _with_transposed(model, transposed)
+
+
+def _with_transposed(
+    model: torch.nn.Module, make: Callable[[torch.nn.Module], torch.nn.Module | None]
+) -> torch.nn.Module:
+    """Put others, of transposed weights, in the place of the layers of which ``make`` makes one."""
+    made: dict[torch.nn.Module, Any] = {}  # a module with two names stays one
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        kind: Any = vars(module).get(_CLASS)
-        if kind is not None:
-            if module not in made:
-                with torch.device("meta"):
-                    made[module] = kind(*weight_of(module).shape)
-                _take_weight(made[module], module)
+        old: Any = module
+        if module not in made:
+            made[module] = new = make(module) if name else None
+            if new is not None:
+                new.weight = torch.nn.Parameter(old.weight.detach().T.contiguous(), old.weight.requires_grad)
+                new.bias = old.bias
+                new.train(old.training)
+        if made[module] is not None:
             model.set_submodule(name, made[module])
     return model
-
-
-def _take_weight(layer: Any, other: Any) -> None:
-    """Give a layer the transposed weight of another one, its bias and its mode."""
-    layer.weight = torch.nn.Parameter(other.weight.detach().T.contiguous(), other.weight.requires_grad)
-    layer.bias = other.bias
-    layer.train(other.training)
 
 
 # How what computes a weight before each call is taken off, such that the weight that it computed stays.
@@ -353,17 +362,10 @@ def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) 
 
 
 def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-    """Move the output channels of a weight, or of its mask, into the first dimension: shape (channels, ...)."""
+    """Move the output channels of a weight, or of its mask, into the first dimension, (channels, ...), or back."""
     if isinstance(module, TRANSPOSED):
         return channels_swapped(weight, module.groups)
     return weight.transpose(0, 1) if channel_dimension(module) else weight
-
-
-def of_output(rows: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-    """Undo `by_output`: put rows back into the layout of a module's weight."""
-    if isinstance(module, TRANSPOSED):
-        return channels_swapped(rows, module.groups)
-    return rows.transpose(0, 1) if channel_dimension(module) else rows
 
 
 def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -378,13 +380,9 @@ def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
 def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Expand kept output channels, bool, shape (channels,), to a mask of ones and zeros of the weight's shape."""
     weight = weight_of(module)
-    kept = kept.to(dtype=dtype or weight.dtype, device=weight.device)
-    if isinstance(module, TRANSPOSED):
-        rows = kept.view(-1, *[1] * (weight.dim() - 1)).expand(-1, weight.shape[0] // module.groups, *weight.shape[2:])
-        return channels_swapped(rows, module.groups).clone()
-    view = [1] * weight.dim()
-    view[channel_dimension(module)] = -1
-    return kept.view(view).expand_as(weight).clone()
+    rows = by_output(weight, module)
+    kept = kept.to(dtype=dtype or weight.dtype, device=weight.device).view(-1, *[1] * (rows.dim() - 1))
+    return by_output(kept.expand(rows.shape), module).clone(memory_format=torch.contiguous_format)
 
 
 def check_names(model: torch.nn.Module, config_list: Iterable[Any], place: str = "") -> None:

@@ -7,7 +7,6 @@ of its output channels, which its bias can add instead. In norms over channels i
 from __future__ import annotations
 
 import copy
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -27,71 +26,61 @@ from nni_topo.network.runtime.inputs import Call, fitting, random_like, run_few
 TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
 
 
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """A layer that reads pruned channels, and their values in each of its calls."""
+def constants_read(
+    model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Run a model on two random inputs, and measure the constant values of pruned channels that layers read.
 
-    module: nn.Module
-    pruned: Tensor  # which of the channels that enter are pruned: bool, (input channels,)
-    ends: list[Tensor] = dataclasses.field(default_factory=list)  # least and largest value of each: (2, pruned)
+    Returns these by layer, (input channels,), zero elsewhere, and the layers to which a part of the contribution of
+    pruned channels is lost.
+    """
+    # By layer, the least and largest value of each pruned channel that enters, of each call: (2, pruned).
+    ends: dict[str, list[Tensor]] = {}
+    removed: dict[str, Tensor] = {}
 
-    def look(self, entered: Tensor) -> None:
-        """Record the values that enter in a call."""
-        rows, pruned = by_channel(self.module, entered), self.pruned
+    def look(name: str, entered: Tensor) -> None:
+        rows, pruned = by_channel(model.get_submodule(name), entered), removed[name]
         if len(rows) == len(pruned):
             found = rows[pruned.to(rows.device)]
         else:  # a call with another number of channels, of which nothing is known
             found = rows.new_full((int(pruned.sum()), 1), torch.nan)
-        self.ends.append(torch.stack([found.amin(1), found.amax(1)]).cpu().double())
+        ends.setdefault(name, []).append(torch.stack([found.amin(1), found.amax(1)]).cpu().double())
 
-    def constants(self) -> Tensor:
-        """Return the constant value of each channel in all calls; zero for one that stays or isn't constant."""
-        ends = torch.stack(self.ends)
-        lowest, highest = ends[:, 0].amin(0), ends[:, 1].amax(0)
-        largest = torch.maximum(lowest.abs(), highest.abs())
-        values = torch.where(highest - lowest <= TOLERANCE * largest, highest, 0.0)
-        return torch.zeros(len(self.pruned), dtype=torch.float64).masked_scatter(self.pruned, values)
+    def zero(kept: Tensor, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+        view = [-1] if isinstance(layer, nn.Linear) else [-1, *[1] * (output.dim() - 2)]
+        return output * kept.to(output).view(view)
 
-
-def readers(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> dict[str, Reader]:
-    """Run a model on two random inputs; return the layers that read pruned channels as values other than zero."""
     entering, leaving = list[Any](), list[Any]()
-    found = dict[str, Reader]()
     for name in flow.layers:
         module = model.get_submodule(name)
         pruned, kept = (torch.from_numpy(np.asarray(each)) for each in _pruned_and_kept(flow, is_kept, name))
         if isinstance(module, WEIGHTED) and bool(pruned.any()):
-            found[name] = Reader(module, pruned)
-            entering.append((module, found[name].look))
+            removed[name] = pruned
+            entering.append((module, partial(look, name)))
         # A layer with operations after its convolution may give values for a pruned channel.
         if isinstance(module, WEIGHTED) and not bool(kept.all()) and not is_followed(module):
-            leaving.append((module, partial(_zeroed, module, kept)))
+            leaving.append((module, partial(zero, kept, module)))
     # Two inputs, for on one of them a channel with a single place looks constant.
     for seed in range(2):
         with fitting(0, "example_inputs"), torch.no_grad(), watched(entering, leaving):
             run_few(model, random_like(call, torch.Generator().manual_seed(seed)))
-        with_values = {name: reader for name, reader in found.items() if any(bool(each.any()) for each in reader.ends)}
-        if not with_values:
+        if not any(bool(each.any()) for found in ends.values() for each in found):
             break
-    return with_values
-
-
-def constants_read(
-    model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Measure pruned channels' constant values, by the layer that reads them: (input channels,), zero elsewhere.
-
-    Also name the layers to which a part of the contribution of pruned channels is lost.
-    """
-    found, lacking = dict[str, Tensor](), list[str]()
-    for name, reader in readers(model, flow, is_kept, call).items():
-        values = reader.constants()
-        is_lost = torch.stack(reader.ends).ne(0).flatten(0, 1).any(0) & (values[reader.pruned] == 0)
-        if bool(is_lost.any()) or not can_absorb(reader.module, only_norm_after(model, flow, name)):
+    constants, lacking = dict[str, Tensor](), list[str]()
+    for name in removed:
+        seen = torch.stack(ends.get(name) or [torch.zeros(2, 1)])
+        if not bool(seen.any()):
+            continue
+        lowest, highest = seen[:, 0].amin(0), seen[:, 1].amax(0)
+        largest = torch.maximum(lowest.abs(), highest.abs())
+        values = torch.where(highest - lowest <= TOLERANCE * largest, highest, 0.0)
+        is_lost = seen.ne(0).flatten(0, 1).any(0) & (values == 0)
+        if bool(is_lost.any()) or not _can_absorb(model.get_submodule(name), only_norm_after(model, flow, name)):
             lacking.append(name)
         if bool(values.any()):
-            found[name] = values
-    return found, lacking
+            pruned = removed[name]
+            constants[name] = torch.zeros(len(pruned), dtype=torch.float64).masked_scatter(pruned, values)
+    return constants, lacking
 
 
 @torch.no_grad()
@@ -104,7 +93,7 @@ def absorb(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, constants: 
     for name, values in constants.items():
         module: Any = model.get_submodule(name)
         norm = only_norm_after(model, flow, name)
-        if not can_absorb(module, norm):
+        if not _can_absorb(module, norm):
             continue
         weight = module.weight
         pruned, kept = (torch.from_numpy(np.asarray(each)) for each in _pruned_and_kept(flow, is_kept, name))
@@ -120,7 +109,7 @@ def absorb(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, constants: 
             norm.running_mean.sub_(made)  # type: ignore[union-attr,operator]
 
 
-def can_absorb(module: nn.Module, norm: nn.Module | None) -> bool:
+def _can_absorb(module: nn.Module, norm: nn.Module | None) -> bool:
     """Tell whether the bias of a layer, or the batch norm after it, can add the layer's response to constants."""
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_depthwise(module):
         return False
@@ -135,11 +124,6 @@ def _pruned_and_kept(flow: ChannelFlow, is_kept: np.ndarray, name: str) -> tuple
     return ~is_kept[flow.entering_group_ids(name)], is_kept[flow.group_ids_of(name)]
 
 
-def _zeroed(module: nn.Module, kept: Tensor, entered: Tensor, output: Tensor) -> Tensor:
-    view = [-1] if isinstance(module, nn.Linear) else [-1, *[1] * (output.dim() - 2)]
-    return output * kept.to(output).view(view)
-
-
 @torch.no_grad()
 def fit_norms(wrapped: nn.Module, dense: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> list[str]:
     """Fit norms over the channels that stay to norms over all channels, in place, on a call.
@@ -147,23 +131,9 @@ def fit_norms(wrapped: nn.Module, dense: nn.Module, flow: ChannelFlow, is_kept: 
     Over the channels that are left a norm has another mean and deviation than beside zeros. For each norm, or each
     group of a group norm, the factor and the shift that undo most of it (least squares) go into weight and bias.
 
-    Parameters
-    ----------
-    wrapped : torch.nn.Module
-        The network of full width with masked weights, whose norms see removed channels as zeros.
-    dense : torch.nn.Module
-        The dense network.
-    flow : ChannelFlow
-        How channels go through the network.
-    is_kept : ndarray of bool
-        Which channels stay, by group id.
-    call : Call
-        Inputs of the network.
-
-    Returns
-    -------
-    list of str
-        Norms that stay as they are, for their results aren't their weights times something.
+    ``wrapped``: the network of full width with masked weights, whose norms see removed channels as zeros; ``is_kept``:
+    which channels stay, by group id. Returns the norms that stay as they are, for their results aren't their weights
+    times something.
     """
     outputs, left = dict[str, Tensor](), list[str]()
     noting, fitting_them = list[Any](), list[Any]()

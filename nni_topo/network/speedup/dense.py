@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +34,7 @@ from nni_topo.network.speedup.analysis import Analysis, Facts, unused_tensors
 from nni_topo.network.speedup.constants import TOLERANCE, absorb, constants_read, fit_norms
 from nni_topo.network.speedup.dense_report import DenseReport, dense_report, remember_report
 from nni_topo.network.speedup.dependency import DependencyGroups
-from nni_topo.network.speedup.equivalence import apply_masks, check_equal, failure_in_training
+from nni_topo.network.speedup.equivalence import apply_masks, check_equal
 from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import MasksLike, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import Cutter, kept_outputs
@@ -87,10 +86,7 @@ def to_dense(
         Compare the dense model with the masked one, in evaluation mode, on random inputs: as they are, times 0.01 and
         100 and shifted by 3 both ways where they are floats. ``report.checked`` says on which. Where the size of the
         inputs may decide something (constants of removed channels, views that join channels with places, branches), the
-        two are compared at a second size too, or ``report.checked`` says that the model takes no other. Then run the
-        dense model once in training mode: if it raises an error where the model runs, a warning and ``report.notes``
-        say so; likewise where a ``train`` or ``eval`` of the model's own raises one, or the forward after it. In a job
-        of several processes it isn't run so.
+        two are compared at a second size too, or ``report.checked`` says that the model takes no other.
     rtol : float, default=1e-4
         The largest difference allowed, relative to the largest absolute value of the masked model's output.
 
@@ -145,9 +141,8 @@ def to_dense(
     ``report.notes`` names these layers. The constants are those of evaluation mode. After `compensate`, which solves
     for removed channels that aren't there, ``"zero"`` is right. Neither setting loses less accuracy on every network.
 
-    Cost: two to four forward passes to trace the model, three to compare and one in training mode; where the size may
-    decide something, another trace and comparison; two more where a network holds attributes as timm's and
-    torchvision's do.
+    Cost: two to four forward passes to trace the model and three to compare; where the size may decide something,
+    another trace and comparison; two more where a network holds attributes as timm's and torchvision's do.
     """
     check_model(model)
     return dense_of(
@@ -196,18 +191,23 @@ def dense_of(
             if left := fit_norms(wrapped, dense, flow, resolved.is_kept, call):
                 notes.append(f"these norms over channels run as they are over those that are left: {', '.join(left)}")
         stale = count_anew(original, dense, call)
-        failure = failure_in_training(original, dense, call) if check else ""
         report = dense_report(model, dense, full, resolved.reasons, stale)
-        parameters = dict(dense.named_parameters(remove_duplicate=False))
-        parted = list[str]()
+        parameters, parted = dict(dense.named_parameters(remove_duplicate=False)), list[str]()
         for names in find_ties(original):
             if len({id(parameters[name]) for name in names if name in parameters}) > 1:
                 parted += names
         if parted:
             notes.append(f"modules that shared these have one each now, as they differ: {', '.join(parted)}")
-        left = _notes_on_old_widths(flow, original, dense, report, failure)
-        report = dataclasses.replace(report, checked=checked, notes=(*notes, *left))
-        _warn(report, resolved, left)
+        if unread := _unread(flow, original, dense, report):
+            told = (
+                "no run of the model has read these, so they keep the width of layers that lost channels: "
+                f"{listed(unread)}. If a call with other arguments reads them, as one with labels or masks does, pass "
+                "batches with these arguments"
+            )
+            notes.append(told)
+            _logger.warning("%s", told)
+        report = dataclasses.replace(report, checked=checked, notes=tuple(notes))
+        _warn(report, resolved)
         remember_report(dense, report)
         # Last, for all before compares it with the model's evaluated copy.
         put_modes_of(model, dense)
@@ -299,39 +299,20 @@ def _compare(
     return f"{checked}; {other}"
 
 
-def _notes_on_old_widths(
-    flow: ChannelFlow, original: torch.nn.Module, dense: torch.nn.Module, report: DenseReport, failure: str
-) -> list[str]:
-    """Return notes on what of the old width the dense model may still read; ``failure``: its error in training mode."""
-    notes = list[str]()
-    if failure:
-        notes.append(
-            f"the dense model can't be trained further as it is: in training mode it raises {failure}. The model "
-            "runs there, so something that only training uses has kept its width: modules that couldn't be traced, "
-            "weights that follow those of another layer, a layer or tensor that isn't registered in the model, or one "
-            "that the forward makes"
-        )
-    # Tensors that no run has read, and that have the old width of a pruned layer.
-    lost, unread = {row.before for row in report.rows if row.after < row.before}, list[str]()
-    before, after = named_tensors(original), named_tensors(dense)
+def _unread(flow: ChannelFlow, original: torch.nn.Module, dense: torch.nn.Module, report: DenseReport) -> list[str]:
+    """Name the tensors that no run has read, and that have the old width of a pruned layer."""
+    lost = {row.before for row in report.rows if row.after < row.before}
+    before, after, found = named_tensors(original), named_tensors(dense), list[str]()
     for name in unused_tensors(original, flow.traced.graph):
         is_whole = name in after and after[name].shape == before[name].shape
         owner: Any = type(original.get_submodule(name.rpartition(".")[0]))
         if is_whole and not lost.isdisjoint(before[name].shape) and not owner.__module__.startswith("torch.nn."):
-            unread.append(name)
-    if unread:
-        notes.append(
-            f"no run of the model has read these, so they keep the width of layers that lost channels: {listed(unread)}"
-            ". If a call with other arguments reads them, as one with labels or masks does, pass batches with these "
-            "arguments"
-        )
-    return notes
+            found.append(name)
+    return found
 
 
-def _warn(report: DenseReport, resolved: Resolved, notes: Iterable[str]) -> None:
-    """Warn of masked channels that stay for another reason than rounding, of stale attributes, and with these notes."""
-    for told in notes:
-        _logger.warning("%s", told)
+def _warn(report: DenseReport, resolved: Resolved) -> None:
+    """Warn of stale attributes, and of masked channels that stay for another reason than rounding."""
     if report.stale:
         _logger.warning(
             "attributes keep the number of the unpruned network, because the tensor whose channels they count by "

@@ -61,8 +61,8 @@ class DenseReport(ModelReport):
         `register_width_attribute`, has another number of channels or wasn't computed, and a layer of that width lost
         some.
     notes : tuple of str, default=()
-        What else to know of it: where it would train another way than the masked model or can't be trained, lacks a
-        part of that, or holds tensors that no run has read.
+        What else to know of it: where it would train another way than the masked model, lacks a part of that, or holds
+        tensors that no run has read.
     changed_since : tuple of str, default=()
         What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``.
 

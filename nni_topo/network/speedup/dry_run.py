@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
 from contextlib import nullcontext
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
@@ -268,11 +269,21 @@ class _DryRun:
         reads_others = node.name in self.flow.guessed and self._reads_others(node)
         full = self._masked(node, self._called(node, self.full, 0))
         expected = self._cut(node, full)
+        reason: Reason | None = None
         try:
             actual = self._called(node, self.small, 1)
             # Of attention's outputs the first: its weights are compared where something reads them.
             compared = slice(1 if self._is_attention(node) else None)
-            reason = self._compare(node, tree_flatten(expected)[0][compared], tree_flatten(actual)[0][compared])
+            outputs = (tree_flatten(each)[0][compared] for each in (expected, actual))
+            for wanted, given in zip(*outputs, strict=True):
+                if not isinstance(wanted, Tensor):
+                    continue
+                if wanted.shape != given.shape:
+                    reason = reasons.fixed_sizes(node)
+                elif difference(wanted, given) > SAME_CHANNELS:
+                    reason = reasons.result_depends(node)
+                if reason:
+                    break
         except Exception as error:  # an operation fails in as many ways as there are operations
             if out_of_memory(error):
                 raise
@@ -297,9 +308,14 @@ class _DryRun:
         poisoned = dict[Node, Any]()
         for parent in node.all_input_nodes:
             leaves, spec = tree_flatten(self._values[parent][0])
-            ids = tree_flatten(self.flow.ids[parent.name])[0]
-            if len(ids) == len(leaves):
-                leaves = list(map(self._poisoned, leaves, ids))
+            all_ids = tree_flatten(self.flow.ids[parent.name])[0]
+            for at, (value, ids) in enumerate(zip(leaves, all_ids, strict=True) if len(all_ids) == len(leaves) else ()):
+                if isinstance(value, Tensor):
+                    leaves[at] = value.clone()
+                    takes_nan = value.is_floating_point() or value.is_complex()
+                    if isinstance(ids, Tensor) and takes_nan and ids.dim() == value.dim():
+                        pruned = ~self._stays(ids).to(value.device)
+                        leaves[at].masked_fill_(pruned.expand(value.shape), torch.nan)
             poisoned[parent] = tree_unflatten(leaves, spec)
         # Clones, for the node may write into what it gets.
         plain = {parent: tree_map_only(Tensor, Tensor.clone, self._values[parent][0]) for parent in poisoned}
@@ -314,15 +330,6 @@ class _DryRun:
             if bool((after.isnan() & ~before.isnan()).any()):
                 return True
         return False
-
-    def _poisoned(self, value: Any, ids: Any) -> Any:
-        """Copy a tensor, with NaN in place of pruned channels."""
-        if not isinstance(value, Tensor):
-            return value
-        takes_nan = value.is_floating_point() or value.is_complex()
-        if not (isinstance(ids, Tensor) and takes_nan and ids.dim() == value.dim()):
-            return value.clone()
-        return value.masked_fill(~self._stays(ids).to(value.device).expand(value.shape), torch.nan)
 
     def _called(
         self,
@@ -407,34 +414,22 @@ class _DryRun:
         known = self.flow.attention.get(str(node.target)) if node.op == "call_module" else None
         return node.target is attend or not (known is None or known.recurrent)
 
-    def _compare(self, node: Node, expected: list[Any], actual: list[Any]) -> Reason | None:
-        for wanted, given in zip(expected, actual, strict=True):
-            if isinstance(wanted, Tensor):
-                if wanted.shape != given.shape:
-                    return reasons.fixed_sizes(node)
-                if difference(wanted, given) > SAME_CHANNELS:
-                    return reasons.result_depends(node)
-        return None
-
     def _tensors_before(self, node: Node) -> list[Node]:
         """List the nodes whose tensors a node reads, itself or through sizes computed from them."""
         found, waiting = dict[Node, None](), list(node.all_input_nodes)
         while waiting:
             parent = waiting.pop()
-            ids = self.flow.ids.get(parent.name)
-            if any(isinstance(leaf, Tensor) for leaf in tree_flatten(ids)[0]):
+            if any(isinstance(leaf, Tensor) for leaf in tree_flatten(self.flow.ids.get(parent.name))[0]):
                 found[parent] = None
-            elif not self._is_plain_size(parent):
+                continue
+            is_plain = False  # the size of a dimension that holds no channels
+            if parent.target == "size" and len(parent.args) == 2:
+                measured, dim = cast("tuple[Node, int]", parent.args)
+                ids = self.flow.ids[measured.name]
+                is_plain = isinstance(ids, Tensor) and ids.shape[dim] == 1
+            if not is_plain:
                 waiting += parent.all_input_nodes
         return list(found)
-
-    def _is_plain_size(self, node: Node) -> bool:
-        """Tell whether a node is the size of a dimension that holds no channels."""
-        if node.target != "size" or len(node.args) != 2:
-            return False
-        parent, dim = cast("tuple[Node, int]", node.args)
-        ids = self.flow.ids[parent.name]
-        return isinstance(ids, Tensor) and ids.shape[dim] == 1
 
     def _nonzero(self, node: Node) -> np.ndarray:
         """List the pruned channels of a node's output whose values aren't zero."""
@@ -459,36 +454,36 @@ class _DryRun:
         before it, for sizes that were taken of these may be wrong.
         """
         alive = np.concatenate([*entering.values(), np.zeros(0, dtype=np.int64)])
-        heads = self._heads_of(node) if not len(alive) else np.zeros(0, dtype=np.int64)
-        if not self.is_kept[heads].all():
+        group_ids = np.zeros(0, dtype=np.int64)
+        if not len(alive) and self._is_attention(node):
             # The layers of attention that it reads its input with are cut to it, so the heads come first.
-            group_ids = heads
-        else:
-            to_blame = alive
-            if not len(alive):
-                for parent in entering:
-                    for ids in tensors_of(self.flow.ids[parent.name]):
-                        to_blame = np.concatenate([to_blame, ids.numpy().ravel()])
-            group_ids = np.unique(self.flow.group_ids(to_blame))
+            holder: Any = node.args[0] if node.target is attend else node
+            attention = self.flow.attention[str(holder.target)]
+            group_ids = np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
+        if self.is_kept[group_ids].all():
+            ids = [alive] if len(alive) else self._ids_of(entering)
+            group_ids = np.unique(self.flow.group_ids(np.concatenate([*ids, np.zeros(0, dtype=np.int64)])))
         if not self.is_kept[group_ids].all():
-            pruned = group_ids[group_ids > FIXED].tolist()
+            blamed = group_ids[group_ids > FIXED].tolist()
         elif str(node.target) in self.flow.layers:
             # Such as a layer with parameters of its own, which aren't cut with its weight.
-            pruned = self._removed_at(str(node.target))
+            blamed = self._removed_at(str(node.target))
         else:
-            pruned = self._removed_before(node)
+            blamed, level, seen = list[int](), list(node.all_input_nodes), set[Node]()
+            while level and not blamed:
+                seen.update(level)
+                blamed = self._pruned([self.flow.group_ids(ids) for ids in self._ids_of(level)])
+                before = (each for parent in level for each in parent.all_input_nodes if each not in seen)
+                level = list(dict.fromkeys(before))
+            blamed = blamed or self._removed()
         if len(alive) and reason.kind == "result_depends":
             reason = reasons.nonzero_values(node, self._source(node))
-        for group_id in pruned:
+        for group_id in blamed:
             self._found.setdefault(group_id, reason)
 
-    def _heads_of(self, node: Node) -> np.ndarray:
-        """List the group ids of the channels of the heads that a node computes; none for any but attention."""
-        if not self._is_attention(node):
-            return np.zeros(0, dtype=np.int64)
-        holder: Any = node.args[0] if node.target is attend else node
-        attention = self.flow.attention[str(holder.target)]
-        return np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
+    def _ids_of(self, nodes: Iterable[Node]) -> list[np.ndarray]:
+        """List the channel ids of the tensors that nodes give."""
+        return [ids.numpy().ravel() for node in nodes for ids in tensors_of(self.flow.ids.get(node.name))]
 
     def _source(self, reader: Node) -> Node:
         """Find the operation that turns pruned channels, zero before it, into the values that enter a node."""
@@ -504,26 +499,13 @@ class _DryRun:
 
     def _removed_at(self, name: str) -> list[int]:
         """List the pruned channels that enter or leave a module; without any, all pruned channels of the network."""
-        leaving = self.flow.group_ids_of(name) if name in self.flow.layers else np.zeros(0, dtype=np.int64)
-        group_ids = np.unique(np.concatenate([leaving, self.flow.entering_group_ids(name)]))
-        pruned: list[int] = group_ids[~self.is_kept[group_ids]].tolist()
-        return pruned or self._removed()
-
-    def _removed_before(self, node: Node) -> list[int]:
-        """List the pruned channels of the nearest nodes before one that have any; without any, all of the network."""
-        level, seen = list(node.all_input_nodes), set[Node]()
-        while level:
-            seen.update(level)
-            ids = [each for parent in level for each in tensors_of(self.flow.ids.get(parent.name))]
-            found = np.concatenate([np.zeros(0, dtype=np.int64), *(each.numpy().ravel() for each in ids)])
-            group_ids = np.unique(self.flow.group_ids(found))
-            pruned: list[int] = group_ids[~self.is_kept[group_ids]].tolist()
-            if pruned:
-                return pruned
-            level = list(dict.fromkeys(each for parent in level for each in parent.all_input_nodes if each not in seen))
-        return self._removed()
+        leaving = [self.flow.group_ids_of(name)] if name in self.flow.layers else []
+        return self._pruned([*leaving, self.flow.entering_group_ids(name)]) or self._removed()
 
     def _removed(self) -> list[int]:
-        group_ids = np.unique(np.concatenate([self.flow.group_ids_of(name) for name in self.flow.layers]))
-        pruned: list[int] = group_ids[~self.is_kept[group_ids]].tolist()
+        return self._pruned([self.flow.group_ids_of(name) for name in self.flow.layers])
+
+    def _pruned(self, group_ids: list[np.ndarray]) -> list[int]:
+        found = np.unique(np.concatenate([*group_ids, np.zeros(0, dtype=np.int64)]))
+        pruned: list[int] = found[~self.is_kept[found]].tolist()
         return pruned

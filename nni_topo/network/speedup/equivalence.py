@@ -20,7 +20,7 @@ from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.slicing import keep
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, check_model
 from nni_topo.network.runtime.comparison import difference
-from nni_topo.network.runtime.copies import detached_copy, evaluating, training
+from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import (
@@ -113,32 +113,6 @@ def check_equal(
             _check_one(pair, other, kept, rtol, advise, variation)
             compared.append(variation)
     return _told(drawn, compared)
-
-
-def failure_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Call) -> str:
-    """Run copies of a dense model, and of the original if that fails, in training mode; return the dense one's error.
-
-    It is empty if the dense model runs, or if neither does. A width that is used in training mode only isn't cut where
-    nothing shows what it belongs to: that of weights which follow another layer's, of a layer in a plain list, or of
-    noise that the forward draws.
-    """
-    # Where processes share a job, layers may wait in training mode for those of the other processes.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return ""
-
-    def failure(model: torch.nn.Module) -> str:
-        copied = training(detached_copy(model))  # of weights of its own, into which a forward may write
-        args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
-        try:
-            with random_state_kept(), torch.no_grad():
-                copied(*args, **kwargs)
-        except Exception as error:  # a user's forward may raise anything
-            # Whether there is enough memory says nothing about the model.
-            return "" if out_of_memory(error) else raised(error)
-        return ""
-
-    found = failure(dense)
-    return "" if not found or failure(original) else found
 
 
 def _told(compared: Call, variations: list[Variation]) -> str:

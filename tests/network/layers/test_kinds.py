@@ -134,7 +134,7 @@ def test_rows_of_a_transposed_convolution_with_groups_are_its_output_channels():
     mask = kinds.spread(layer, kept)
     rows = kinds.by_output(mask, layer)
     assert rows.flatten(1).ne(0).all(1).tolist() == kept.tolist()
-    assert torch.equal(kinds.of_output(rows, layer), mask)
+    assert torch.equal(kinds.by_output(rows, layer), mask)
 
 
 class Own1D(Conv1D):
