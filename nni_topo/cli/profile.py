@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -24,7 +23,7 @@ class Profile(ModelVerb):
 
     dense: Path | None = None  # file of nni_topo.save; None: the model pruned at random
     ratio: float = 0.5  # without a file: share of the channels to prune at random, in [0, 1)
-    round_to: int | Literal["auto"] | None = None  # kept channels are a multiple of it; auto: the device's
+    round_to: int | None = None  # kept channels are a multiple of it
     batch_size: int = 1  # samples in a batch, at least 1
     image_size: int = 32  # height and width in pixels
     in_channels: int = 3  # channels of the images

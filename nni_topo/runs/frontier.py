@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from nni.compression.utils import Evaluator
 from torch import nn
@@ -201,7 +201,7 @@ def frontier(
     depth: bool = False,
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
-    round_to: int | Literal["auto"] | None = None,
+    round_to: int | None = None,
     time: bool = False,
     seed: int = 0,
     progress: bool | None = None,

@@ -40,7 +40,6 @@ from nni_topo.network.runtime.reports import give_report
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense_report import dense_report_of
 from nni_topo.network.speedup.dependency import groups_of
-from nni_topo.network.speedup.reconcile import widths_multiple
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import (
     AUTO,
@@ -98,14 +97,12 @@ class Prepared:
         analysis = Analysis.on(model, images.example)
         prunable = layers_to_prune(analysis, settings.layers, is_described=describes(model, budget))
         give_back_memory(model)  # networks that were traced refer to themselves
-        device, round_to = device_of(model), settings.round_to
+        round_to = settings.round_to
         if round_to is None:
             # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
-            round_to = "auto" if device.type == "cuda" else PREFERRED
-        is_preferred = round_to == PREFERRED
-        width_unit = None if is_preferred or round_to == 1 else widths_multiple(round_to, device)
-        start = Pipeline(analysis, width_unit)
-        return cls(start, images, settings, budget, prunable, prefers_multiples=is_preferred)
+            round_to = 8 if device_of(model).type == "cuda" else PREFERRED
+        start = Pipeline(analysis, round_to if isinstance(round_to, int) and round_to > 1 else None)
+        return cls(start, images, settings, budget, prunable, prefers_multiples=round_to == PREFERRED)
 
     @property
     def model(self) -> nn.Module:

@@ -62,7 +62,7 @@ class Settings:
     depth: bool = False
     outputs: Outputs | None = None
     evaluate: Callable[[nn.Module], float] | None = None
-    round_to: int | Literal["auto", "preferred"] | None = None
+    round_to: int | Literal["preferred"] | None = None
     seconds: float | None = None
     seed: int = 0
     progress: bool | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from nni.compression.utils import Evaluator
 from torch import nn
@@ -50,7 +50,7 @@ def shrink(
     depth: bool = False,
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
-    round_to: int | Literal["auto"] | None = None,
+    round_to: int | None = None,
     time: bool = False,
     seconds: float | None = None,
     seed: int = 0,
@@ -110,12 +110,11 @@ def shrink(
         ``model`` itself and the networks made of it; what it does to them, such as ``half()`` or to train them, is put
         back when it returns. Where the ``tolerance`` is about it, larger is better, and its data no longer tell how
         good the network is: they chose it.
-    round_to : int or "auto", optional
-        Pruned layers keep a multiple of this number of channels; ``"auto"`` chooses it for the model's device, 1: any
-        number. None: processors compute several channels at once, so on a CPU layers keep a multiple of 16 from 128
-        channels on, of 8 from 64, of 4 from 32 and of 2 from 16; for a latency budget of 16 from 32 channels on, 8 from
-        16, 4 from 8 and 2 from 4. Where the budget couldn't be met otherwise, of a smaller number. On a GPU as
-        ``"auto"``.
+    round_to : int, optional
+        Pruned layers keep a multiple of this number of channels; 1: any number. None: processors compute several
+        channels at once, so on a CPU layers keep a multiple of 16 from 128 channels on, of 8 from 64, of 4 from 32 and
+        of 2 from 16; for a latency budget of 16 from 32 channels on, 8 from 16, 4 from 8 and 2 from 4. Where the budget
+        couldn't be met otherwise, of a smaller number. On a GPU of 8.
     time : bool, default=False
         Whether the report has the times of the unpruned network and of the one that is returned: medians of passes in
         turns over a batch as large as the first one of ``images``, with one thread on a CPU. It takes at most some ten

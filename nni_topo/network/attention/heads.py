@@ -201,9 +201,12 @@ def _attention(name: str, module: Any) -> Attention | None:
         layers: list[Any] = [parts.get(each) for each in names]
         if not count or not all(isinstance(layer, nn.Linear) for layer in layers):
             continue
-        out = next((each for each in outs if isinstance(_part(module, each), nn.Linear)), None)
+        inner, parameters = dict(module.named_modules()), dict(module.named_parameters())
+        out = next((each for each in outs if isinstance(inner.get(each), nn.Linear)), None)
         size = _first_int(module, _SIZES) or layers[0].out_features // (count if len(layers) > 1 else 3 * count)
-        by_head = _by_head(module, count)
+        by_head = {
+            key: dim for key, dim in _BY_HEAD.items() if key in parameters and parameters[key].shape[dim] == count
+        }
         # All its other parameters must be shared by all heads, as those of norms of queries and keys are.
         by_name = {*names, *by_head} if out is None else {*names, *by_head, out}
         known_parts = {path.partition(".")[0] for path in by_name}
@@ -306,25 +309,6 @@ def _is_pooled(module: nn.Module) -> bool:
     return (type(module).__module__, type(module).__name__) == ("torchvision.models.video.mvit", "MultiscaleAttention")
 
 
-def _part(module: nn.Module, path: str) -> nn.Module | None:
-    """Look up a part of a module by its path; None if there is none."""
-    found: nn.Module | None = module
-    for name in path.split("."):
-        found = None if found is None else found._modules.get(name)
-    return found
-
-
-def _by_head(module: nn.Module, heads: int) -> dict[str, int]:
-    """List the parameters of a module that have an entry for each head, with the dimension of these."""
-    own = dict(module.named_parameters())
-    return {name: dim for name, dim in _BY_HEAD.items() if name in own and own[name].shape[dim] == heads}
-
-
-def is_mixed(node: Node, attention: Attention) -> bool:
-    """Tell whether a node's output comes from the output projection and isn't the heads' values."""
-    return node.op == "call_module" and attention.out is not None
-
-
 def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
     """Run attention without its output projection: it returns the heads' values."""
     if (kind := unfused_class(attention)) is not None:
@@ -399,8 +383,11 @@ def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
 def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
     """Set how many heads of a module are kept, and its input width; its layers are cut already."""
     old = attention.heads
-    if kept < old or width < attention.width:
-        _set_unfused(module)
+    if (kept < old or width < attention.width) and is_fused_attention(module):
+        set_unfused(module)
+        vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
+    elif (kept < old or width < attention.width) and unfused_class(module) is None:
+        take_own_width(module)
     if isinstance(module, nn.MultiheadAttention):
         module.num_heads = kept
         module.embed_dim = module.kdim = module.vdim = width
@@ -419,11 +406,3 @@ def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
             put_attribute(module, key, value // old * kept)
         elif key in _WIDTHS and value == of_heads:
             put_attribute(module, key, of_heads // old * kept)
-
-
-def _set_unfused(module: Any) -> None:
-    if is_fused_attention(module):
-        set_unfused(module)
-        vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
-    elif unfused_class(module) is None:
-        take_own_width(module)

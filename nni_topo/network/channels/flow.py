@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.errors import ConfigError, NniTopoError
-from nni_topo.network.attention.heads import Attention, attend, find_heads, is_mixed, states_read
+from nni_topo.network.attention.heads import Attention, attend, find_heads, states_read
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
     FIXED,
@@ -332,7 +332,7 @@ class Propagation(torch.fx.Interpreter):
                 needed.append(each)
         found = self._all_kept(node, needed, reasons.needs_all_channels(node, attention.name))
         context, *others = tensors_of(found)
-        if not is_mixed(node, attention):
+        if node.op != "call_module" or attention.out is None:  # else it comes from the output projection
             context = torch.from_numpy(context_ids).expand(context.shape)
         outputs = [context]
         for each in others:

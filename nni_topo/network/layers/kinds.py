@@ -120,7 +120,8 @@ def with_linear_layers(model: torch.nn.Module) -> torch.nn.Module:
     def linear(module: Any) -> torch.nn.Module | None:
         if not is_transposed_linear(module):
             return None
-        made = torch.nn.Linear(*module.weight.shape, device="meta")
+        entering, leaving = module.weight.shape
+        made = torch.nn.Linear(entering, leaving, device="meta")
         setattr(made, _CLASS, type(module))
         return made
 

@@ -220,7 +220,7 @@ LEGACY_KEYS = {
     "exclude": "exclude_op_names into the other entries",
 }
 """Each key of NNI 2 and what NNI 3 calls it."""
-ROUND_TO = whole(1) | one_of(("auto",)) | NONE
+ROUND_TO = whole(1) | NONE
 CONFIG_LIST = Rule("a list of dicts", lambda value: isinstance(value, (list, tuple)), look=_look_at_entries)
 BY_HEAD = {"granularity": one_of(("head",)) | _SETTING["granularity"]}
 UNGROUPED = Rule(CONFIG_LIST.words, CONFIG_LIST.holds, look=partial(_look_at_entries, rules=BY_HEAD))

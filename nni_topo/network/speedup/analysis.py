@@ -388,7 +388,15 @@ def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[s
             raise
         _logger.debug("%s can't be followed in training mode", type(model).__name__, exc_info=True)
         return {}
-    readers, met = dict[int, str](), _met_by_inputs(graph)  # by group of channels, the module that reads them
+    # The nodes that depend on an input, or whose values meet one or the output later.
+    met = set[Node]()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or not met.isdisjoint(node.all_input_nodes):
+            met.add(node)
+    for node in reversed(graph.nodes):
+        if not met.isdisjoint(node.users):
+            met.add(node)
+    readers = dict[int, str]()  # by group of channels, the module that reads them
     for node in graph.nodes:
         name = str(node.target)
         if node.op not in ("call_module", "get_attr") or node not in met:
@@ -410,16 +418,3 @@ def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[s
         elif why := flow.why_pinned(layer):
             read[layer] = groups == FIXED, why[0]
     return read
-
-
-def _met_by_inputs(graph: Graph) -> set[Node]:
-    """Find the nodes of a graph that depend on an input, or whose values meet one or the output later."""
-    entered = set[Node]()
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output") or not entered.isdisjoint(node.all_input_nodes):
-            entered.add(node)
-    met = set(entered)
-    for node in reversed(graph.nodes):
-        if not met.isdisjoint(node.users):
-            met.add(node)
-    return met

@@ -52,7 +52,7 @@ def to_dense(
     masks: MasksLike,
     *,
     groups: DependencyGroups | None = None,
-    round_to: int | Literal["auto"] | None = None,
+    round_to: int | None = None,
     constants: Literal["zero", "keep"] = "zero",
     check: bool = True,
     rtol: float = 1e-4,
@@ -71,10 +71,9 @@ def to_dense(
         What `dependency_groups` returned for this model and inputs of this size. Then the model isn't traced again,
         which takes most of the time for a detector. Only weights may have changed since: where the forward has come to
         compute something else, by a flag or a weight that it reads, the comparison with the masked model shows it.
-    round_to : int or "auto", optional
-        If given, every pruned layer keeps a multiple of this many channels, or all of them. ``"auto"`` is what the
-        model's device computes at once: 8 channels on a GPU; 16, 8 or 4 on a CPU, by its vector registers. Those with
-        the largest weights (L1 norm over all coupled layers) come back.
+    round_to : int, optional
+        If given, every pruned layer keeps a multiple of this many channels, or all of them. Those with the largest
+        weights (L1 norm over all coupled layers) come back.
     constants : {"zero", "keep"}, default="zero"
         What removed channels contribute. ``"zero"``: nothing, as in `masked_model`. ``"keep"``: what they do in the
         model that NNI's pruner has wrapped, for networks that were trained so. The layer that reads a constant, as the
@@ -162,7 +161,7 @@ def dense_of(
     model: torch.nn.Module,
     example_inputs: Any,
     masks: MasksLike,
-    round_to: int | Literal["auto"] | None = None,
+    round_to: int | None = None,
     *,
     constants: Literal["zero", "keep"] = "zero",
     check: bool = True,

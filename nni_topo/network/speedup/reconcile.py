@@ -7,7 +7,6 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from nni_topo.network.channels.reasons import Reason, Reasons
 from nni_topo.network.channels.shuffle import stays_in_place
 from nni_topo.network.layers.kinds import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
 from nni_topo.network.runtime.arguments import MASKS
-from nni_topo.network.runtime.modules import device_of
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +47,12 @@ def check_masks(model: torch.nn.Module, masks: MasksLike) -> FullMasks:
         for target, mask in targets.items():
             if mask is not None:
                 checked[target] = _check_mask(modules[name], target, mask, f"{name}.{target}")
-        _complete(modules[name], checked)
+        # The bias, and other parameters by row, of every output channel whose weights are all masked, are masked too.
+        kept = kept_channels(modules[name], checked)
+        for row in row_names(modules[name]):
+            if kept is not None and isinstance(rows := getattr(modules[name], row, None), torch.Tensor):
+                mask = checked.get(row, torch.ones_like(rows).detach())
+                checked[row] = mask * kept.to(mask).view(-1, *[1] * (rows.dim() - 1))
         own = full.setdefault(first_names[id(modules[name])], checked)
         if any(not torch.equal(own.get(target, mask), mask) for target, mask in checked.items()):
             raise ConfigError(f"a module with two names must have one mask, got two that differ ({name})")
@@ -81,15 +84,6 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
     if target == weight_name(module) and not (full.numel() and bool(full.amax())):
         raise SpeedupError(f"a mask must leave at least one channel of a layer, got only zeros ({place})")
     return full
-
-
-def _complete(module: torch.nn.Module, targets: dict[str, torch.Tensor]) -> None:
-    """Mask the bias, and other parameters by row, of every output channel whose weights are all masked."""
-    kept = kept_channels(module, targets)
-    for name in row_names(module):
-        if kept is not None and isinstance(rows := getattr(module, name, None), torch.Tensor):
-            mask = targets.get(name, torch.ones_like(rows).detach())
-            targets[name] = mask * kept.to(mask).view(-1, *[1] * (rows.dim() - 1))
 
 
 Scores = Callable[[], np.ndarray]
@@ -126,25 +120,13 @@ def warn_of_kept(kept: Mapping[str, str]) -> None:
         _logger.warning("masks must agree where layers share channels; channels kept although masked: %s%s", told, more)
 
 
-def widths_multiple(round_to: int | str | None, device: torch.device) -> int | None:
-    """Check ``round_to`` and return it; for ``"auto"`` the number of channels that the processor computes at once."""
-    if round_to == "auto":
-        # Tensor cores take half-precision matrices by eights; a vector register of a CPU holds so many single floats.
-        lanes = {"AVX512": 16, "AVX2": 8}
-        return 8 if device.type != "cpu" else lanes.get(torch.backends.cpu.get_cpu_capability(), 4)
-    if round_to is not None and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
-        raise ConfigError(f'round_to must be a positive integer, "auto" or None, got {round_to!r}')
-    return round_to
-
-
 def resolve(
     model: torch.nn.Module,
     flow: ChannelFlow,
     masks: FullMasks,
-    round_to: int | Literal["auto"] | None = None,
+    round_to: int | None = None,
 ) -> Resolved:
     """Make masks of coupled channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
-    round_to = widths_multiple(round_to, device_of(model))
     given = _given(model, flow, masks)
     kept = flow.kept(given)
     # Before rounding brings channels back: a mask on the output is a mistake even where this would undo it.

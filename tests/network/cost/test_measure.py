@@ -20,7 +20,6 @@ from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.measure import now, profile, time_shares
-from nni_topo.network.speedup.reconcile import widths_multiple
 from nni_topo.zoo import count_macs, count_params, create_model, latencies
 
 
@@ -270,18 +269,6 @@ def test_the_verb_measures_before_and_after(capsys):
     assert [row["network"] for row in rows] == ["unpruned", "dense"]
     assert rows[1]["params"] < 0.5 * rows[0]["params"]
     assert rows[1]["macs"] < 0.5 * rows[0]["macs"]
-
-
-def test_auto_rounds_to_what_the_processor_takes_at_once():
-    model, images = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 2, 1)), torch.rand(1, 3, 4, 4)
-    mask = torch.zeros(64, 3, 1, 1)
-    mask[:33] = 1
-    dense = nni_topo.to_dense(model, images, {"0": {"weight": mask}}, round_to="auto")
-    step = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
-    assert dense[0].out_channels == -(-33 // step) * step
-    assert widths_multiple("auto", torch.device("cuda")) == 8
-    with pytest.raises(ConfigError, match="round_to must be a known name"):
-        nni_topo.to_dense(model, images, {"0": {"weight": mask}}, round_to="fast")
 
 
 class Steps(nn.Module):

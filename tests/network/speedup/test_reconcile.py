@@ -111,7 +111,7 @@ def test_rounding_goes_by_the_output_channels_of_a_transposed_convolution():
 
 @pytest.mark.parametrize("round_to", [0, 2.0, True, "8"])
 def test_round_to_must_be_a_positive_integer(round_to):
-    with pytest.raises(ConfigError, match=r"round_to must be (an integer of at least 1|a known name)"):
+    with pytest.raises(ConfigError, match="round_to must be an integer of at least 1"):
         to_dense(chain(), IMAGES, {"0": filter_mask(chain()[0], [1])}, round_to=round_to)
 
 
