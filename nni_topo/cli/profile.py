@@ -49,7 +49,7 @@ class Profile(ModelVerb):
             dense = nni_topo.to_dense(model, images, masks, round_to=self.round_to)
         place = resolve_device(self.device)
         nets = {"unpruned": model.to(place), "dense": dense.to(place)}
-        rows = profile(nets, images.to(place), runs=self.runs, threads=self.threads, seed=self.seed)
+        rows = profile(nets, images.to(place), runs=self.runs, threads=self.threads)
         head = ("network", "ms", "samples/s", "peak MB", "MACs (M)", "parameters (k)")
         title = f"{self.model}, batch of {self.batch_size}, {place}"
         shown = []

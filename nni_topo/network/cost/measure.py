@@ -46,8 +46,6 @@ _PRECISION = 0.015  # half width of the 95 % interval of a median, as a share of
 _PAIRED_ROUNDS = 30  # of the times in a report, where these don't take too long
 # Blocks that `memory_kept` allocates: the bytes of each, which glibc takes from the heap, and their number.
 _BLOCK, _BLOCKS = 120 * 2**10, 8192
-# Linux: the nanoseconds for which this thread had a core, those for which it waited for one, and its time slices.
-_SCHEDULED = "/proc/thread-self/schedstat"
 
 _NETWORKS = all_of(NETWORK, Mapping, 1)
 
@@ -209,7 +207,6 @@ def latencies(
     *,
     runs: int = 30,
     threads: int = 1,
-    seed: int = 0,
 ) -> dict[str, float]:
     """Return the median times of several models that are measured in turns.
 
@@ -229,8 +226,6 @@ def latencies(
         Timed rounds, at least 1; a few untimed ones come before them.
     threads : int, default=1
         PyTorch's threads during the timing, at least 1; the former number is restored.
-    seed : int, default=0
-        Seed of the order within the rounds.
 
     Returns
     -------
@@ -243,7 +238,7 @@ def latencies(
         If a number is out of its range, or there is no model.
     """
     count = _WARMUP_ROUNDS + runs
-    rounds = _rounds(models, example_inputs, threads, seed, lambda done: len(done) == count)[_WARMUP_ROUNDS:]
+    rounds = _rounds(models, example_inputs, threads, lambda done: len(done) == count)[_WARMUP_ROUNDS:]
     medians = {}
     for place, name in enumerate(models):
         medians[name] = 1000.0 * statistics.median(seconds[place] for seconds in rounds)
@@ -288,7 +283,7 @@ def time_shares(
         return True
 
     named = {f"model {place}": model for place, model in enumerate(models)}
-    _rounds({**named, "whole": whole}, example_inputs, 1, 0, is_known)
+    _rounds({**named, "whole": whole}, example_inputs, 1, is_known)
     return found
 
 
@@ -347,7 +342,7 @@ def timed_pair(unpruned: nn.Module, smaller: nn.Module, example_inputs: Any, sec
         count = len(done) - 1  # the first warms up
         return count >= _LEAST_ROUNDS and (count >= _PAIRED_ROUNDS or sum(map(sum, done)) > seconds)
 
-    rounds = _rounds({"unpruned": unpruned, "smaller": smaller}, example_inputs, 1, 0, is_enough)[1:]
+    rounds = _rounds({"unpruned": unpruned, "smaller": smaller}, example_inputs, 1, is_enough)[1:]
     call = arguments_of(example_inputs, unpruned)
     return TimedPair(
         unpruned_ms=_median([1000.0 * before for before, _ in rounds]),
@@ -363,13 +358,12 @@ def _rounds(
     models: Mapping[str, nn.Module],
     example_inputs: Any,
     threads: int,
-    seed: int,
     enough: Callable[[list[tuple[float, ...]]], bool],
 ) -> list[tuple[float, ...]]:
     """Return the seconds of each model, round by round, each round in a random order, until there are enough."""
     args, kwargs = arguments_of(example_inputs, next(iter(models.values())))
     first = first_of_samples((args, kwargs))
-    order, generator = list(models), random.Random(seed)
+    order, generator = list(models), random.Random(0)
     rounds: list[tuple[float, ...]] = []
     with (
         evaluation_mode(*models.values()),
@@ -436,7 +430,8 @@ def memory_kept(tensor: Tensor) -> Iterator[None]:
 def _seconds_waiting() -> float:
     """Return the seconds for which this thread has waited for a core; 0 on systems that don't measure it."""
     try:
-        file = os.open(_SCHEDULED, os.O_RDONLY)
+        # Linux: the nanoseconds for which the thread had a core, those for which it waited for one, and its time slices
+        file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
         try:
             return int(os.read(file, 100).split()[1]) / 1e9
         finally:
@@ -489,7 +484,6 @@ def profile(
     *,
     runs: int = 30,
     threads: int = 1,
-    seed: int = 0,
 ) -> list[Profiled]:
     """Measure several networks, which are timed in turns.
 
@@ -499,9 +493,7 @@ def profile(
         Networks by name, on one device. They aren't changed.
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs of all networks, on their device, batch first. Their batch size is measured.
-    runs : int, default=30
-    threads : int, default=1
-    seed : int, default=0
+    runs, threads : int, default=30, 1
         As in :func:`latencies`.
 
     Returns
@@ -514,7 +506,7 @@ def profile(
     ConfigError
         If a number is out of its range.
     """
-    times = latencies(models, example_inputs, runs=runs, threads=threads, seed=seed)
+    times = latencies(models, example_inputs, runs=runs, threads=threads)
     found = []
     for name, model in models.items():
         call = arguments_of(example_inputs, model)

@@ -34,13 +34,10 @@ class Attending(nn.Module):
         if self.how == "letters":
             weights = torch.einsum("bhqc,bhkc->bhqk", q, k).softmax(-1)
             return torch.einsum("...qk,...kc->...qc", [weights, v])
-        if self.how in ("added", "batched"):
+        if self.how == "added":
             q, k, v = (each.flatten(0, 1) for each in (q, k, v))
-            if self.how == "added":
-                weights = torch.baddbmm(torch.zeros(1, 1, 1), q, k.transpose(1, 2), beta=0.0)
-            else:
-                weights = torch.bmm(q, mat2=k.transpose(1, 2))
-            return torch.bmm(weights.softmax(-1), v).unflatten(0, (-1, self.heads))
+            weights = torch.baddbmm(torch.zeros(1, 1, 1), q, k.transpose(1, 2), beta=0.0)
+            return torch.bmm(weights.softmax(-1), mat2=v).unflatten(0, (-1, self.heads))
         return torch.matmul(torch.matmul(q, other=k.transpose(-2, -1)).softmax(-1), v)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,8 +74,6 @@ class OwnWeights(nn.Module):
         inner = self.enter(x)
         if self.how == "linear":
             return self.head(self.after(functional.linear(inner, self.weight)))
-        if self.how == "letters":
-            return self.head(self.after(torch.einsum("bpc,oc->bpo", inner, self.weight)))
         scales = functional.conv1d(x.mean(-1)[:, None], self.kernel).mean((1, 2))
         return self.head(inner.relu() * scales[:, None, None])
 
@@ -120,9 +115,9 @@ def made(kind: type[nn.Module], *arguments: str) -> nn.Module:
 
 
 KINDS = {
-    **{f"attention, {how}": (Attending, how) for how in ("fused", "letters", "added", "batched", "multiplied")},
+    **{f"attention, {how}": (Attending, how) for how in ("fused", "letters", "added", "multiplied")},
     "low rank": (LowRank,),
-    **{f"own weights, {how}": (OwnWeights, how) for how in ("linear", "letters", "convolution")},
+    **{f"own weights, {how}": (OwnWeights, how) for how in ("linear", "convolution")},
     "computed weight": (Normed,),
     "folded": (Folded,),
 }
@@ -211,13 +206,6 @@ def test_products_of_three_operands_are_taken_to_stay():
     assert cost({"layers.0": np.arange(10) < 7}).macs == cost({}).macs - 3 * PLACES * 6
 
 
-def test_a_budget_is_met_where_einstein_sums_are_most_of_the_cost():
-    equation, sizes = EINSTEIN_SUMS["weight"]
-    model, x = made(Letters, equation, sizes | {"c": 40, "d": 36}), rows(64)
-    small = nni_topo.shrink(model, x.split(16), {"flops": 0.5}, pruner="l1", distill=False)
-    assert count_macs(small, x) / count_macs(model, x) == pytest.approx(0.5, abs=0.02)
-
-
 @pytest.mark.parametrize("kind", ["attention, fused", "folded"])
 def test_a_model_that_a_pruner_has_wrapped_costs_what_it_did(kind):
     model, x = made(*KINDS[kind]), rows()
@@ -266,11 +254,6 @@ def test_of_a_list_of_pictures_each_is_a_sample(count):
     assert macs == NetworkCost.on(model, pictures)({}).macs == 8 * 16 * (3 + 3 + 16) + 16 * 16 * 2
 
 
-def test_a_fixed_number_of_samples_is_counted_as_one_of_them():
-    model = nn.Sequential(nn.Unflatten(0, (2, 2)), nn.Linear(6, 3))
-    assert count_macs(model, torch.rand(4, 6)) == 18
-
-
 @pytest.mark.slow
 def test_attention_that_pools_its_keys_is_counted_at_the_places_that_are_left():
     from torchvision.models.video.mvit import MSBlockConfig, MViT
@@ -290,32 +273,3 @@ def test_attention_that_pools_its_keys_is_counted_at_the_places_that_are_left():
     heads = cost({f"{attention}.qkv": np.array([True, False])}).macs
     kept = np.tile(np.repeat([True, False], 4), 3)
     assert heads == cost({f"{attention}.qkv": kept}).macs < cost({}).macs
-
-
-@pytest.mark.slow
-def test_relative_attention_with_weights_of_its_own_is_counted():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.XLNetConfig(vocab_size=50, d_model=16, n_layer=2, n_head=2, d_inner=32)
-    model = transformers.XLNetModel(config).eval()
-    inputs = {"input_ids": torch.randint(0, 50, (3, 7))}
-    cost, layer = NetworkCost.on(model, inputs), "layer.0.ff.layer_1"
-    assert cost({}).macs == count_macs(model, inputs)
-    # Seven places: each of 16 features is multiplied with 12 fewer inner ones, and back.
-    assert cost({}).macs - cost({layer: np.arange(32) < 20}).macs == 7 * 2 * 16 * 12
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", ["Deberta", "DebertaV2"])
-def test_relative_positions_that_are_a_part_of_a_table_are_counted(version):
-    transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{version}Config")(
-        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-        max_position_embeddings=16, type_vocab_size=0, relative_attention=True, pos_att_type=["p2c", "c2p"],
-    )  # fmt: skip
-    model = getattr(transformers, f"{version}Model")(config).eval()
-    inputs = {"input_ids": torch.randint(0, 31, (3, 7))}
-    cost = NetworkCost.on(model, inputs)
-    assert cost({}).macs == count_macs(model, inputs) == count_macs(model.requires_grad_(False), inputs)
-    # Seven places: each of 16 features is multiplied with 12 fewer inner ones, and back.
-    layer = "encoder.layer.0.intermediate.dense"
-    assert cost({}).macs - cost({layer: np.arange(24) < 12}).macs == 7 * 2 * 16 * 12
