@@ -36,17 +36,7 @@ from nni_topo.pruners.registry import create_pruner, list_pruners
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
 from nni_topo.recovery import distillation
 from nni_topo.recovery.registry import list_recoveries
-from nni_topo.runs.choices import (
-    Cell,
-    CompensationChoice,
-    DataChoice,
-    DistillationChoice,
-    ModelChoice,
-    PrunerChoice,
-    Target,
-)
 from nni_topo.runs.run import resolve_device
-from nni_topo.studies.cells import run_cell
 from nni_topo.testing import toy_images, toy_model
 
 KNOBS: dict[str, dict[str, Any]] = {
@@ -72,16 +62,13 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
         "topological",
         {"config": LINEAR, "criterion": "bottleneck", "homology_dimensions": (0, 1), **SEARCH},
     ),
-    "unit": ("topological", {"cloud": {"kind": "weight", "preprocess": "unit"}}),
     "flops": ("topological", {"config": FREE, "budget": {"flops": 0.5, "allocation": "topological"}}),
     "group": (
         "topological",
         {"config": [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5, "dependency_group_id": 1}]},
     ),
     "spectral": ("cluster", {"algorithm": "spectral"}),
-    "survivor center": ("cluster", {"survivor": "center"}),
     "subcluster mean": ("subcluster", {"growth": {"statistic": "mean"}}),
-    "level, global": ("level", {"config": [{"op_types": ["Linear"], "sparse_ratio": 0.5, "global_group_id": 1}]}),
 }
 """Clouds, criteria and other ways of the pruners."""
 
@@ -230,56 +217,6 @@ def test_batch_norms_measured_anew(device):
     agree(lambda place: states(nni_topo.recalibrate_batch_norm(toy_model().to(place), BATCHES), place), device)
 
 
-def test_zeros_stay_zeros_in_training(device):
-    model, masks = prune("level", device)
-    dense = nni_topo.to_dense(model, IMAGES[:2].to(device), masks)
-    zeros = dense.hidden.weight == 0
-    with nni_topo.zeros_held(dense):
-        optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
-        dense(IMAGES.to(device)).square().sum().backward()
-        optimizer.step()
-    assert zeros.any()
-    assert bool((dense.hidden.weight[zeros] == 0).all())
-
-
-TIMES = ("seconds", "latency", "peak_memory", "_ms", "time", "date", "key")
-
-
-@pytest.mark.slow
-def test_compares_cell(device, tmp_path):
-    recipe = zoo.Recipe(epochs=1, batch_size=64)
-    accuracies: dict[str, dict[str, Any]] = {}
-
-    def run(place: torch.device) -> Any:
-        cell = Cell(
-            ModelChoice("small_cnn"),
-            DataChoice("digits", limit=96, test_limit=70),
-            PrunerChoice("topological", knobs=SEARCH, calibration=32),
-            Target("ratio", 0.5),
-            seed=0,
-            train=recipe,
-            retrain=recipe,
-            device=str(place),
-            compensate=CompensationChoice(images=32),
-            distill=DistillationChoice(images=32, steps=2, lr=1e-4),
-        )
-        (tmp_path / place.type).mkdir()
-        record = run_cell(cell, tmp_path / place.type)
-        measured = ("accuracy", "validation", "curve")
-        accuracies[place.type] = {name: record[name] for name in record if any(word in name for word in measured)}
-        return {
-            name: value
-            for name, value in record.items()
-            if name not in accuracies[place.type] and not any(word in name for word in TIMES)
-        }
-
-    agree(run, device)
-    found, expected = accuracies[device.type], accuracies["cpu"]
-    assert expected
-    # Two of seventy images: a network whose outputs are all alike decides some of them by rounding.
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
-
-
 def test_a_device_is_found_by_its_name_and_what_cannot_compute_here_is_none(device):
     assert resolve_device(str(device)) == device
     for name in ("tpu", "meta", "cuda:99"):
@@ -320,8 +257,3 @@ def test_default_device(default):
     for name, tensor in found.items():
         torch.testing.assert_close(tensor.cpu(), expected[name], rtol=1e-3, atol=1e-4)
     states(nni_topo.distill(copy.deepcopy(model), model, batches, steps=20), default)
-
-
-def test_images_are_made_under_a_default_device(default):
-    made = nni_topo.synthetic_images(toy_model().to(default), IMAGES[:1].to(default), count=2, steps=2)
-    assert {each.device for each in made} == {default}

@@ -254,41 +254,16 @@ RETURNS = (
 )
 
 
-@pytest.mark.parametrize(
-    ("returns", "names", "is_int8"),
-    [
-        # as integers where an output has the name of an input or a weight, or is an input itself
-        pytest.param(*each, is_int8, marks=[pytest.mark.slow] * (is_int8 is not (number in (1, 3))))
-        for number, each in enumerate(RETURNS)
-        for is_int8 in (False, True)
-    ],
-)
-@pytest.mark.quick_every(9)
-def test_outputs_are_named_by_what_the_network_returns_them_under(returns, names, is_int8, tmp_path):
+@pytest.mark.parametrize(("returns", "names"), RETURNS)
+@pytest.mark.quick_every(3)
+def test_outputs_are_named_by_what_the_network_returns_them_under(returns, names, tmp_path):
     model, images = InDataClass(returns).eval(), torch.randn(8, 4)
-    done = nni_topo.export(model, tmp_path / "named.onnx", images[:2], int8=[images] if is_int8 else None)
+    done = nni_topo.export(model, tmp_path / "named.onnx", images[:2])
     session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
     assert [each.name for each in session.get_outputs()] == names
     found, wanted = session.run(None, fed(done.path, images)), tensors_of(model(images))
     for one, other in zip(found, wanted, strict=True):
-        if is_int8:  # single values may be an outlier's
-            assert np.abs(one - other.detach().numpy()).mean() < 0.25
-        else:
-            np.testing.assert_allclose(one, other.detach().numpy(), atol=1e-5)
-
-
-def test_outputs_without_keys_are_named_by_pytorch(tmp_path):
-    model = InDataClass(lambda x, y: (y, y + 1)).eval()
-    done = nni_topo.export(model, tmp_path / "unnamed.onnx", torch.randn(2, 4))
-    session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
-    assert not any(each.name.isdecimal() for each in session.get_outputs())
-
-
-def test_the_graph_of_a_network_that_values_steer_is_not_printed(tmp_path, capfd):
-    model = InDataClass(lambda x, y: y.relu() if y.mean() > 0 else y.tanh()).eval()
-    with pytest.raises(ExportError, match="follow at any batch size, got GuardOnDataDependentSymNode"):
-        nni_topo.export(model, tmp_path / "steered.onnx", torch.randn(2, 4))
-    assert "def forward" not in "".join(capfd.readouterr())
+        np.testing.assert_allclose(one, other.detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
@@ -297,15 +272,6 @@ def test_a_network_without_tensors_among_its_outputs_is_refused(ending, tmp_path
     with pytest.raises(ExportError, match=r"must return tensors, got int \(InDataClass\)"):
         nni_topo.export(model, path, torch.randn(2, 4))
     assert not path.exists()
-
-
-@pytest.mark.slow
-def test_precision_that_onnxruntime_lacks_is_an_error_that_says_so(tmp_path):
-    model, path = nn.Sequential(nn.Conv2d(3, 4, 3)).bfloat16().eval(), tmp_path / "precision.onnx"
-    with pytest.raises(ExportError, match=r"onnxruntime can run; .* single precision only, got .*Conv.*Sequential"):
-        nni_topo.export(model, path, torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
-    assert not path.exists()
-    assert nni_topo.export(model.float(), path, torch.randn(2, 3, 8, 8)).error < 1e-4
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])

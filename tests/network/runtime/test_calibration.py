@@ -166,17 +166,6 @@ def test_samples_that_fit_into_no_batch_together_stay_where_they_are():
     assert chosen[1][:, 0].tolist() == [5.0, 6.0]
 
 
-@pytest.mark.parametrize("limit", [0, 10**6])
-def test_batches_are_found_by_number_and_by_slices_wherever_they_lie(batches, limit):
-    data = Calibration(iter(batches), memory_bytes=limit)
-    for whole in (data, Calibration(batches)):
-        assert torch.equal(whole[-1], batches[2])
-        assert [torch.equal(*pair) for pair in zip(whole[1:], batches[1:], strict=True)] == [True, True]
-        assert [len(each) for each in whole[::-2]] == [40, 40]
-    learned, _ = data.split()
-    assert [len(each) for each in learned[:2]] == [35, 35]
-
-
 @pytest.mark.parametrize(
     "array",
     [
@@ -253,21 +242,6 @@ def test_the_ridge_is_chosen_on_groups_that_were_not_seen(model):
     )
     assert known.ridge > apart.ridge
     assert known.error_held_out > 3 * apart.error_held_out
-
-
-def test_distillation_judges_by_groups_that_were_not_seen(model):
-    """On the eighth group, of zeros, both networks say the same, and on no other one."""
-    images = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
-    images[56:] = 0.0
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        other.hidden.weight.mul_(2.0)
-    apart, known = (
-        nni_topo.distillation(other, model, Calibration(images.split(16), groups=groups), steps=1, objective="squares")
-        for groups in (None, torch.arange(64) // 8)
-    )
-    assert apart.loss_before > 0.01
-    assert known.loss_before == pytest.approx(0.0, abs=1e-9)
 
 
 def test_what_memory_has_no_room_for_lies_in_files_that_go(batches, tmp_path, monkeypatch):
@@ -464,14 +438,6 @@ def test_what_tokenizers_give_is_split_copied_and_measured_as_dicts_are():
             yield UserDict(input_ids=buffer.fill_(value))
 
     assert [int(batch["input_ids"].max()) for batch in Calibration(refilled())] == [1, 2]
-
-
-def test_lengths_that_differ_are_told_before_anything_is_solved():
-    batches = [{"input_ids": torch.randint(20, (16, length))} for length in (5, 7)]
-    with pytest.raises(DataError, match=r"must have one shape.*\(5,\), \(7,\).*padding='max_length'.*distill=False"):
-        nni_topo.shrink(Embedded(), batches, {"params": 0.7}, evaluate=lambda net: pytest.fail("ran"))
-    report = nni_topo.shrink(Embedded().eval(), batches, {"params": 0.7}, pruner="l1", distill=False).report
-    assert 0.0 < report.stages[-1].distance < 1.0
 
 
 class OfTwo(Processes):

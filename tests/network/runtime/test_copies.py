@@ -218,17 +218,6 @@ def test_gradients_are_away_within_the_block_and_back_after_it():
     assert layer.bias.grad is None
 
 
-def test_a_scripted_part_keeps_its_mode_and_its_buffers():
-    model = nn.Sequential(torch.jit.script(nn.BatchNorm1d(2)))
-    model[0].weight.grad = torch.ones(2)
-    with left_alone(model):
-        assert model[0].weight.grad is None
-        model(torch.randn(4, 2))
-        model.eval()
-    assert model[0].training
-    assert int(model[0].num_batches_tracked) == 0
-
-
 class Shared(nn.Linear):
     """A layer that all copies of a model share, such as a frozen encoder."""
 

@@ -115,20 +115,6 @@ def test_training_mode_are_those_of_every_module_again():
     assert [each.training for each in model.modules()] == [True, True, False, False]
 
 
-def test_modules_may_forget_what_they_have_computed_for_evaluation():
-    class Keeping(nn.Module):
-        kept = None
-
-        def train(self, mode=True):
-            self.kept = None if mode else self.kept
-            return super().train(mode)
-
-    model = Keeping().eval()
-    model.kept = 3
-    forget_evaluated(model)
-    assert (model.kept, model.training) == (None, False)
-
-
 def test_a_model_that_refuses_training_mode_is_pruned():
     model = ForEvaluation(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     model.eval()

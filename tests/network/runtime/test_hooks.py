@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -137,14 +135,6 @@ def test_what_one_argument_takes_is_no_list_of_arguments():
     assert len(call[0]) == 1
     ((pair,), _) = call_arguments(((image, label),), One())  # it runs on a list of images
     assert isinstance(pair, tuple)
-
-
-def test_data_that_processes_share_are_taken_where_a_caller_can_use_them():
-    data = Calibration([torch.ones(3, 2)])
-    data.processes = SimpleNamespace(size=2, rank=0)
-    assert batches_of(data, nn.Linear(2, 2), shared=True) is data
-    with pytest.raises(ConfigError, match=r"calibration must be in one process here, got batches that 2 processes"):
-        batches_of(data, nn.Linear(2, 2))
 
 
 class Masked(nn.Module):

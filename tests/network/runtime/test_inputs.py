@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -19,7 +18,6 @@ from nni_topo.network.runtime.inputs import (
     calls,
     fitting,
     inputs_of,
-    let_go,
     lists_of_samples,
     out_of_memory,
     real_positions,
@@ -144,27 +142,6 @@ def test_calls_have_the_arguments_that_a_model_takes():
         list(calls(TwoArguments(), [((X, X), 3), (X, 3)]))
     with pytest.raises(DataError, match=r"on \{'labels': .*, 'names': .*\} \(batch 0\)$"):
         list(calls(TwoArguments(), [{"labels": X, "names": X}]))
-
-
-def test_errors_let_go_of_what_the_functions_held_that_raised_them():
-    held = []
-
-    def fail(before):
-        tensor = torch.zeros(3)
-        held.append(weakref.ref(tensor))
-        try:
-            if before:
-                fail(before - 1)
-        finally:
-            raise ValueError("an error after another one")
-
-    try:
-        fail(1)
-    except ValueError as error:
-        assert [each() is not None for each in held] == [True, True]
-        let_go(error)
-        assert [each() is None for each in held] == [True, True]
-    let_go(None)
 
 
 @dataclass

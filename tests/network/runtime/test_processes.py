@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.processes import Processes, digest, in_step, is_in_step, processes_of
@@ -48,40 +47,6 @@ def test_a_group_of_one_shares_nothing_and_others_are_refused(alone: Noting) -> 
     assert processes_of(alone.group, "data") is None
     with pytest.raises(ConfigError, match=r"must be a group of torch.distributed .* got str \(data\)$"):
         processes_of("gloo", "data")
-
-
-def test_sums_of_one_process_are_what_it_has(alone: Noting) -> None:
-    assert alone.gather({"a": 1}, "here") == [{"a": 1}]
-    assert alone.first("mine", "here") == "mine"
-    given = [torch.arange(3.0), torch.ones(2, 2), torch.arange(2), torch.tensor(5.0, dtype=torch.float64)]
-    tensors = [each.clone() for each in given]
-    alone.add(tensors, "sums")
-    alone.agree(tensors, "agreed")
-    assert all(torch.equal(*pair) for pair in zip(tensors, given, strict=True))
-    assert alone.total(None, torch.device("cpu"), "totals") is None
-    total = alone.total(given[0], torch.device("cpu"), "totals")
-    assert total is not given[0]
-    assert total.tolist() == [0.0, 1.0, 2.0]
-    told = [("here", {"a": 1}), ("here", "mine"), ("totals", None), ("totals", (3,))]
-    assert alone.gathered == told
-
-
-class Two(Processes):
-    """Stands for two processes that have the same."""
-
-    def _collect(self, work: Any, tensor: torch.Tensor, place: str) -> None:
-        super()._collect(lambda buffer: (work(buffer), buffer.mul_(2)), tensor, place)
-
-
-def test_tensors_are_added_up_in_place(alone: Noting) -> None:
-    two = Two(alone.group)
-    tensors = [torch.ones(2), torch.ones(2, 2).mT, torch.ones(1, dtype=torch.float64), torch.ones(3, 2).mT]
-    weight = nn.Parameter(torch.ones(2))
-    two.add([*tensors, weight], "sums")
-    assert [float(each.min()) for each in (*tensors, weight)] == 5 * [2.0]
-    turned = torch.ones(3, 2).mT
-    two.add([turned], "sums")
-    assert turned.unique().tolist() == [2.0]
 
 
 def test_a_public_function_is_in_step_where_data_are_shared(alone: Noting) -> None:

@@ -55,17 +55,6 @@ def test_distilled_weights_are_noted_where_they_are_kept():
     assert own.report.changed_since == own.report.layers.changed_since == ()
 
 
-def test_removed_blocks_are_noted():
-    torch.manual_seed(0)
-    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(block, 3, enable_nested_tensor=False).eval()
-    states = [torch.randn(32, 4, 8)]
-    knobs = {"layers": [{"op_names_re": [r".*linear1"]}], "pruner": "l1"}
-    small = nni_topo.shrink(model, states, {"params": 0.8}, distill=False, **knobs)
-    less = nni_topo.remove_blocks(small, ["layers.1"], states)
-    assert less.report.changed_since == ("blocks removed (nni_topo.remove_blocks): layers.1",)
-
-
 class Reporting(nn.Sequential):
     """A model that has a report of its own."""
 

@@ -6,7 +6,6 @@ import random
 import threading
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
@@ -42,38 +41,6 @@ def test_random_states_are_those_before_and_tell_of_draws():
     with random_state_kept():
         within = random.random(), float(np.random.rand()), float(torch.rand(1))
     assert (random.random(), float(np.random.rand()), float(torch.rand(1))) == within != before
-
-
-@pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA is started, so that no seed waits for it")
-def test_a_dense_network_is_made_without_a_seed_for_a_gpu_that_is_not_in_use():
-    def waiting():
-        return torch.cuda._lazy_seed_tracker.get_calls()
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        seeds = waiting()
-        assert seeds
-        model, images = toy_model().eval(), toy_images(4)
-        groups = nni_topo.dependency_groups(model, images, [{"op_names": ["hidden"], "sparse_ratio": 0.5}])
-        masks = nni_topo.create_pruner("l1", toy_model().eval(), groups).compress()[1]
-        nni_topo.to_dense(model, images, masks)
-        nni_topo.distill(model, toy_model(1).eval(), [images], steps=1, lr=1e-4, augment=lambda given: given + 0.1)
-        assert waiting() == seeds
-        torch.manual_seed(6)
-        assert waiting() != seeds
-
-
-def test_the_compiler_is_off_for_models_that_are_compiled_alone():
-    compiled = nn.Sequential(nn.Linear(2, 2))
-    compiled.compile(backend="eager")
-    for models, as_compiled, stance in (
-        ([nn.ReLU(), None], False, "default"),
-        ([nn.ReLU(), compiled], False, "force_eager"),
-        ([compiled], True, "default"),
-    ):
-        with left_alone(*models, as_compiled=as_compiled):
-            assert torch._dynamo.eval_frame._stance.stance == stance
-    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def test_threads_that_prune_one_model_get_what_each_gets_alone():
