@@ -31,7 +31,6 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.processes import Processes
 from nni_topo.pruners.registry import create_pruner, list_pruners
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
 from nni_topo.recovery import distillation
@@ -116,27 +115,6 @@ def test_compensation(device, knobs):
         return states(nni_topo.compensate(model, masks, BATCHES, **knobs), place)
 
     agree(run, device)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_processes_on_gpus_add_up_sums_that_lie_anywhere(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    try:
-        processes = Processes(torch.distributed.group.WORLD)
-        for place in (CPU, torch.device("cuda", 0)):
-            sums = [torch.arange(6.0, dtype=torch.float64, device=place).reshape(2, 3).T, torch.ones((), device=place)]
-            processes.add(sums, "sums")
-            processes.agree(sums, "weights")
-            assert {each.device for each in sums} == {place}
-            assert sums[0].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
-            found = processes.total(torch.ones(2, dtype=torch.float64, device=place), place, "total")
-            assert found is not None
-            assert (found.device, found.tolist()) == (place, [1.0, 1.0])
-        assert processes.gather({"a": torch.ones(2)}, "values")[0]["a"].tolist() == [1.0, 1.0]
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -51,11 +51,11 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
 
     Notes
     -----
-    The statistics are the average over the batches, each batch counting the same, over those of all processes that
-    share the calibration data. Only batch norms run in training mode meanwhile; dropout stays off.
+    The statistics are the average over the batches, each batch counting the same. Only batch norms run in training mode
+    meanwhile; dropout stays off.
     """
     copied: nn.Module = detached_copy(model)
-    batches = batches_of(calibration, model, shared=True)
+    batches = batches_of(calibration, model)
     structure_call(model, batches)  # an error that says what to change
     norms = batch_norms(copied)
     measured: dict[_BatchNorm, dict[str, torch.Tensor]] = {}
@@ -69,16 +69,6 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
                 copied(*args, **kwargs)
         for norm in norms:
             measured[norm] = {name: value.clone() for name, value in norm.named_buffers(recurse=False)}
-    if batches.processes is not None:  # the average over the batches of all
-        for values in measured.values():
-            counted = values["num_batches_tracked"]
-            counts = counted.double().reshape(1)
-            sums = [values[name].double() * counts for name in ("running_mean", "running_var")]
-            batches.processes.add([counts, *sums], "the statistics of batch norms")
-            if counts:  # else no batch has come to this norm
-                counted.copy_(counts[0])
-                for name, total in zip(("running_mean", "running_var"), sums, strict=True):
-                    values[name].copy_(total / counts)
     # The statistics are all that stays of these passes.
     names = {norm: name for name, norm in copied.named_modules()}
     for norm, values in measured.items():

@@ -72,8 +72,7 @@ def remove_blocks(
     names : sequence of str
         Names of the blocks, e.g. ``["model.layers.5", "model.layers.6"]``; at least one block of each list stays.
     calibration : iterable or nni.compression.utils.Evaluator
-        Batches of inputs, as for :func:`nni_topo.compensate`; what a mask says is padding doesn't count. Several
-        processes can share them (``process_group`` of :class:`nni_topo.Calibration`).
+        Batches of inputs, as for :func:`nni_topo.compensate`; what a mask says is padding doesn't count.
     ridge : float or "auto", default="auto"
         As for :func:`nni_topo.compensate`.
 
@@ -89,8 +88,6 @@ def remove_blocks(
         If a name is no block's, a block changes the shape of what enters it, or none would remain.
     DataError
         If there is no batch, a batch doesn't fit the model, or what it gives isn't finite.
-    ProcessError
-        If one of the processes that share the batches is gone, or doesn't answer within the group's timeout.
 
     Notes
     -----
@@ -103,7 +100,7 @@ def remove_blocks(
     check_ridge(ridge)
     gaps = _gaps(model, names)
     check_model(model)
-    batches = samples_to_solve_on(model, batches_of(calibration, model, shared=True))
+    batches = samples_to_solve_on(model, batches_of(calibration, model))
     args, kwargs = first_call(model, batches)
     shapes: dict[str, tuple[Any, Any]] = {}
 
@@ -134,8 +131,7 @@ def remove_blocks(
             continue
         (found,) = solutions((model, result), [gap], batches, ridge)
         gap.fill(found)
-    if batches.processes is None:
-        tell_solved_on(result, batches.digests)
+    tell_solved_on(result, batches.digests)
     hand_on_report(model, result, f"blocks removed (nni_topo.remove_blocks): {listed(names, 8)}")
     return result
 
@@ -348,10 +344,7 @@ def solutions(
                     if chosen is not None:
                         each.add(*chosen)
     found = []
-    for number, (gap, parts) in enumerate(zip(gaps, equations, strict=True)):
-        if batches.processes is not None:
-            for each in parts:
-                each.pool(batches.processes, gap.writer.layer.weight.device, f"what gap {number} lacks")
+    for gap, parts in zip(gaps, equations, strict=True):
         if not all(each.is_finite() for each in parts):
             raise DataError("what blocks give must be finite, got NaN or infinity (calibration)")
         used, writer = None if ridge == "auto" else float(ridge), gap.writer

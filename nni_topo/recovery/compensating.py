@@ -99,8 +99,7 @@ def compensation(
     chosen = method if isinstance(method, RecoveryMethod) else RECOVERIES.info(method, "compensate", "method").make()
     check_model(model)
     given, model = model, with_known_layers(model)
-    calibration = batches_of(calibration, model, shared=True)
-    processes = calibration.processes
+    calibration = batches_of(calibration, model)
     everything, calibration = calibration, samples_to_solve_on(model, calibration)
     networks, plan, sampler = _begin(model, calibration, masks, seed, cache_bytes or 0, context().facts)
     tasks = chosen.tasks(plan, networks)
@@ -118,7 +117,7 @@ def compensation(
                 alive = measured.running_var > 0
                 module.running_mean[alive] = measured.running_mean[alive]
                 module.running_var[alive] = measured.running_var[alive]
-    left = everything.samples_of_all - calibration.samples_of_all
+    left = everything.samples - calibration.samples
     report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began, left)
     told = {name: why for name, why in report.left_alone.items() if why != ATTENTION}
     if told:
@@ -128,8 +127,7 @@ def compensation(
         _logger.warning("%s", text)
     give_back_classes(given, networks.result)
     hand_on_report(given, networks.result, "weights reconstructed (nni_topo.compensate)")
-    if processes is None:
-        tell_solved_on(networks.result, calibration.digests)
+    tell_solved_on(networks.result, calibration.digests)
     return Compensation(networks.result, report)
 
 
@@ -147,8 +145,7 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
         evaluates on. 500 to 2,000 images are enough for small nets. They are read once, see
         :class:`nni_topo.Calibration`. Of eight or more one in eight isn't solved on, for :func:`nni_topo.distill` to
-        judge by. The ``groups`` of a Calibration say which samples aren't independent, such as crops of a photo,
-        and whose ``process_group`` says which processes have further batches.
+        judge by. The ``groups`` of a Calibration say which samples aren't independent, such as crops of a photo.
     method : str or RecoveryMethod, default="reconstruct"
         A name of :func:`nni_topo.list_recoveries`, or a method with settings of its own, such as
         ``nni_topo.recovery.Reconstruct(refine=0)``.
@@ -184,8 +181,6 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         If there is no batch, inputs or activations are NaN or infinite, or a batch doesn't fit the model.
     SpeedupError
         If the model is still wrapped or can't be traced.
-    ProcessError
-        If one of the processes that share the calibration data is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------
@@ -235,7 +230,7 @@ def compensate_up_to(
 ) -> nn.Module:
     """Return the pruned network, traced, with the layers in front of `layer` reconstructed; errors of `compensate`."""
     check_model(model)
-    calibration = batches_of(calibration, model, shared=True)
+    calibration = batches_of(calibration, model)
     networks, plan, sampler = _begin(model, calibration, masks, seed, 2**30, facts)
     order = sampler.replay.order
     end = next(rank for node, rank in order.items() if node.op == "call_module" and node.target == layer)
@@ -262,7 +257,7 @@ def _begin(
         held_out = calibration.held_out(HELD_OUT_ENTRIES)
     else:  # lists of images, as detectors take
         held_out = torch.arange(sum(sizes)) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
-    sampler = Sampler(replay, sizes, seed, held_out, calibration.processes)
+    sampler = Sampler(replay, sizes, seed, held_out)
     return networks, plan_of(networks, replay.touched_nodes), sampler
 
 
@@ -276,10 +271,9 @@ def _run(
 ) -> tuple[LayerReport, ...]:
     """Solve the tasks one after the other; those that refine one take its ridge.
 
-    Layers that get other samples in the pruned network are left out, and ``left_alone`` notes why. Processes that share
-    the calibration data raise OtherSamplesError instead.
+    Layers that get other samples in the pruned network are left out, and ``left_alone`` notes why.
     """
-    sampler.begin(tasks)
+    sampler.check_room(tasks)
     ranks = [sampler.replay.order[task.layer.node] for task in tasks]
     layers: list[LayerReport] = []
     others: set[str] = set()
@@ -291,13 +285,11 @@ def _run(
         try:
             learned, held = sampler.collect(task, min(ranks[index:]))
         except OtherSamplesError:
-            if sampler.processes is not None:
-                raise
             others.add(task.layer.name)
             left_alone[task.layer.name] = "in the pruned network a router sends it other samples"
             continue
         samples = learned.samples + held.samples
-        found = sampler.agreed(task.fit(learned, held, chosen), task)
+        found = task.fit(learned, held, chosen)
         for net in (networks.pruned, networks.result):
             task.apply(net, found)
         layers.append(

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from nni_topo.network.layers.kinds import by_output, zeros_held
 from nni_topo.network.layers.memory_format import inputs_laid_out
-from nni_topo.network.runtime.processes import Processes
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.batchnorm import batch_norms
 
@@ -121,7 +120,6 @@ class Training:
     constant: float = math.inf  # and of a network with constant outputs
     is_normed: bool = False  # whether batch norms take their statistics from the batches
     clock: Clock = field(default_factory=Clock)
-    processes: Processes | None = None  # those that share the images; None: this process has all
 
 
 class Course:
@@ -207,12 +205,6 @@ class Course:
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
         self.training.objective(self.student, *batch).backward()
-        if self.training.processes is not None:  # each has the gradients of its own images
-            learned = self.optimizer.param_groups[0]["params"]
-            for parameter in learned:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            self.training.processes.add([parameter.grad for parameter in learned], "the gradients of a step")
         self.optimizer.step()
 
     def _try_to_end(self) -> None:

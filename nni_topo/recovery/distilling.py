@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
@@ -24,7 +24,7 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, GradientError, listed
+from nni_topo.errors import DataError, GradientError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
@@ -57,7 +57,6 @@ from nni_topo.recovery.lesson import (
     Judgement,
     Lesson,
     Objective,
-    SharedImages,
     check_any_count,
     check_augment,
     is_better,
@@ -249,7 +248,7 @@ def distillation(
         check_model(model)
         check_precision(precision, device_of(model), "distill")
     both = {"images": images, "held_out": held_out}
-    given = [batches_of(each, original, knob, shared=True) for knob, each in both.items() if each is not None]
+    given = [batches_of(each, original, knob) for knob, each in both.items() if each is not None]
     for each in given:
         for model in (original, dense):
             first_call(model, each)
@@ -257,11 +256,7 @@ def distillation(
     pool = joined([call for each in given for call in calls(original, each)])
     check_any_count(original, pool, "original")
     check_any_count(dense, pool, "dense")
-    processes = given[0].processes
-    if any((each.processes is None) != (processes is None) for each in given):
-        raise ConfigError("images and held_out must be shared by the same processes, got one that isn't (held_out)")
-    shares = SharedImages(processes, [each.samples for each in given])
-    counts, student = shares.sources, student_of(dense, pool)
+    counts, student = [each.samples for each in given], student_of(dense, pool)
     lesson = Lesson(
         original,
         student,
@@ -271,12 +266,8 @@ def distillation(
         outputs=outputs,
         blocks=blocks,
         precision=precision,
-        shares=shares,
     )
     is_blended = blend and is_blendable(pool)
-    if processes is not None:
-        knobs = {"seconds": seconds, "augment": augment, "blocks": blocks}
-        check_knobs_together(knobs, _what_needs_all(dense, lesson.kind, is_blended=is_blended))
     if lesson.named.left_out:
         _logger.warning("%s", lesson.named)
 
@@ -288,21 +279,14 @@ def distillation(
         is_held = torch.ones(given[1].samples, dtype=torch.bool)
     else:
         is_held = samples_to_judge_on(dense, given[0])
-        # With one process it is the same tensor, so that the mark below holds for both.
-        of_all = is_held if processes is None else torch.cat(processes.gather(is_held, "the held-out samples"))
-        if len(of_all) > 1 and not of_all.any():
-            of_all[-1] = True  # of fewer than eight
-        held, learned = order[of_all[order]], order[~of_all[order]]
+        if len(is_held) > 1 and not is_held.any():
+            is_held[-1] = True  # of fewer than eight
+        held, learned = order[is_held[order]], order[~is_held[order]]
     was_solved_on = int((is_solved_on(dense, given[-1]) & is_held).sum())
     if not len(learned) or not len(held):
         raise DataError(f"distillation must have at least two samples, one to judge by, got {len(order)} (images)")
     lesson.split(held, learned)
-    own = learned[shares.mine(learned)]
-    if processes is not None:
-        images_by_process = processes.gather(len(own), "the images to learn from")
-        if not all(images_by_process):
-            raise DataError(f"each process must have images to learn from, got {images_by_process} by process (images)")
-    _check_gradients(lesson, student, own[:2])
+    _check_gradients(lesson, student, learned[:2])
     if augment is not None:
         check_augment(original, pool, augment, seed)
 
@@ -321,8 +305,6 @@ def distillation(
 
     def judged_at_end(net: nn.Module) -> tuple[nn.Module, Judgement]:
         """Return what was learned, with the better statistics of batch norms, and how it is judged."""
-        if processes is not None:  # on processors of other kinds the same steps end in other last digits
-            processes.agree(list(named_tensors(net).values()), "the learned weights")
         found = lesson.judge(net, held)
         if training.is_normed and math.isfinite(found.loss):
             # Views and blends differ from the images that will come. Statistics of the images as they are may be better
@@ -349,7 +331,6 @@ def distillation(
         constant=lesson.loss_of_a_constant(looked_at),
         is_normed=is_normed,
         clock=clock,
-        processes=processes,
     )
 
     # The learning rate: that of the knob, or of the range test. It stays NaN where nothing is left to learn.
@@ -406,9 +387,8 @@ def distillation(
             for name, tensor in named_tensors(result).items():
                 tensor.copy_(learned_values[name])
         hand_on_report(dense, result, "distilled (nni_topo.distill)")
-        if processes is None:
-            is_learned = torch.ones(counts[0], dtype=torch.bool) if held_out is not None else ~is_held
-            tell_solved_on(result, itertools.compress(given[0].digests, is_learned.tolist()))
+        is_learned = torch.ones(counts[0], dtype=torch.bool) if held_out is not None else ~is_held
+        tell_solved_on(result, itertools.compress(given[0].digests, is_learned.tolist()))
     done = Distillation(
         model=result,
         objective=lesson.kind,
@@ -453,9 +433,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
         evaluates on. Inputs of all batches have one shape, but for the number of samples. 1,000 are enough for
-        small networks. Several processes can share them (``process_group`` of :class:`nni_topo.Calibration`); then
-        ``seconds``, ``augment`` and ``blocks`` can't be used, nor ``blend`` where it has an effect,
-        ``"cosine"`` and networks with batch norms.
+        small networks.
     held_out : iterable or nni.compression.utils.Evaluator, optional
         Batches like those of ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
         :class:`nni_topo.Calibration` with groups: the samples that :func:`nni_topo.compensate` leaves out. Samples on
@@ -535,8 +513,6 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         If there are fewer than two images, inputs are NaN or infinite, or a batch doesn't fit a model.
     SpeedupError
         If a model is still wrapped.
-    ProcessError
-        If one of the processes that share the images is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------
@@ -582,34 +558,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     return distillation(*args, **knobs).model
 
 
-def check_knobs_together(knobs: Mapping[str, Any], others: Iterable[str] = ()) -> None:
-    """Raise ConfigError for knobs of :func:`distill`, and others, by which processes that share images come apart."""
-    alone = ("seconds", "augment", "blocks")
-    found = [*(name for name in alone if knobs.get(name)), *others]
-    if found:
-        raise ConfigError(
-            f"processes that share images must distil by 'kl' or 'squares' without {', '.join(alone)}, blended images "
-            f"and batch norms, got {listed(found)}: pass blend=False, or leave distillation out, in shrink "
-            "distill={'blend': False} or distill=False (process_group)"
-        )
-
-
-def _what_needs_all(model: nn.Module, objective: str, *, is_blended: bool) -> list[str]:
-    """Return what needs more than the images that one process has."""
-    found = []
-    if objective == "cosine":  # compares all samples of a batch
-        found.append("objective 'cosine', the default for vectors of length one")
-    if is_blended:  # mixes the images of all
-        found.append("blend=True")
-    if norms := batch_norms(model):  # have the statistics of a whole batch
-        found.append(type(norms[0]).__name__)
-    return found
-
-
 def is_solved_on(model: nn.Module, images: Calibration) -> Tensor:
     """Return on which samples, with groups also of which groups, a model's weights were solved, as far as is known."""
     known = solved_on(model)
-    if not known or images.processes is not None:
+    if not known:
         return torch.zeros(images.samples, dtype=torch.bool)
     found = torch.tensor([each in known for each in images.digests])
     return found if images.groups is None else torch.isin(images.groups, images.groups[found])
@@ -673,20 +625,16 @@ def check_can_learn(
     blocks: float = 0.0,
     blend: bool = True,
     precision: Precision = "float32",
-    is_shared: bool = False,
 ) -> float:
     """Raise the errors of `distillation` that a model's outputs for a batch show, before there is a smaller model.
 
-    ConfigError for outputs that can't be compared, or where processes share the images (``is_shared``) and one can't
-    learn from its own alone; GradientError for outputs without gradients. Returned are the seconds that a sample takes
-    in a gradient step.
+    ConfigError for outputs that can't be compared, GradientError for outputs without gradients. Returned are the
+    seconds that a sample takes in a gradient step.
     """
     check_precision(precision, device_of(model), "distill")
     check_any_count(model, call, "model")
     student = student_of(model, call)
     lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks, precision=precision)
-    if is_shared:
-        check_knobs_together({}, _what_needs_all(model, lesson.kind, is_blended=blend and is_blendable(call)))
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))))
     # Of few samples: the model may need more memory for a whole batch than the smaller one will.
     few = torch.arange(min(_TIMED, batch_size(call)))

@@ -31,7 +31,6 @@ from nni_topo.network.runtime.inputs import (
 from nni_topo.network.runtime.memory import check_memory, free_memory_of
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import Precision, computing_in
-from nni_topo.network.runtime.processes import Processes, gathered
 from nni_topo.network.runtime.switches import random_state_kept, seed_torch
 from nni_topo.recovery.course import Batches
 from nni_topo.recovery.outputs import (
@@ -83,51 +82,10 @@ def is_better(after: Judgement, before: Judgement) -> bool:
     return after.loss < before.loss and after.distance <= MOST_DISTANCE * before.distance
 
 
-class SharedImages:
-    """How the images of a pool are distributed over processes, with one numbering for all of them.
-
-    ``counts``: how many images this process has of each source. Images are numbered source by source, and within a
-    source in the order of the processes.
-    """
-
-    def __init__(self, processes: Processes | None, counts: Sequence[int]) -> None:
-        self.processes = processes  # None: one process has all
-        by_rank = gathered(processes, list(counts), "the images to learn from")
-        rank = 0 if processes is None else processes.rank
-        self.sources = [sum(each) for each in zip(*by_rank, strict=True)]
-        """The number of images of each source, of all processes."""
-        self._place = torch.full((sum(self.sources),), -1)
-        before = own = 0
-        for source, count in enumerate(counts):
-            first = before + sum(each[source] for each in by_rank[:rank])
-            self._place[first : first + count] = torch.arange(own, own + count)
-            before, own = before + self.sources[source], own + count
-
-    def __len__(self) -> int:
-        """Return how many images there are."""
-        return len(self._place)
-
-    def mine(self, index: Tensor) -> Tensor:
-        """Return which of some images this process has: bool, of the shape of ``index``."""
-        return self._place[index] >= 0
-
-    def own(self, index: Tensor) -> Tensor:
-        """Return where the images of ``index`` that this process has are in its pool."""
-        places = self._place[index]
-        return places[places >= 0]
-
-    def add(self, values: Tensor, place: str) -> Tensor:
-        """Return the sum of the values of all processes."""
-        if self.processes is not None:
-            values = values.clone()
-            self.processes.add([values], place)
-        return values
-
-
 class Lesson:
     """The unpruned network's outputs for some images, and the distance of another network's outputs from them.
 
-    Images are numbered as in ``pool``; if processes share the images, as in `SharedImages`.
+    Images are numbered as in ``pool``.
     """
 
     def __init__(
@@ -141,13 +99,11 @@ class Lesson:
         outputs: Outputs | None = None,
         blocks: float = 0.0,
         precision: Precision = "float32",
-        shares: SharedImages | None = None,
     ) -> None:
         # A copy that shares its weights and stays in evaluation mode.
         self._unpruned: nn.Module = evaluating(detached_copy(unpruned, light=True))
         self._pool, self._temperature, self._outputs = pool, temperature, outputs
         self.precision = precision  # of the steps; judgements are in the precision of the parameters
-        self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
         # Device and type of the trained parameters; complex weights have real inputs.
         floats = [each for each in student.parameters() if each.is_floating_point()]
         learned = next((each for each in floats if each.requires_grad), floats[0])
@@ -183,7 +139,7 @@ class Lesson:
         # Scales of distances: of those that judge, and of those in the steps' loss.
         self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples
         self._count = len(wanted)  # of outputs
-        self._scales = self._learned_scales = self._variances(torch.arange(len(self._shares)))
+        self._scales = self._learned_scales = self._variances(torch.arange(batch_size(pool)))
         self._weight_of_distance = 0.0
         self._blocks = blocks  # weight of the loss of the blocks' outputs
         self._block_names = shared_blocks(self._unpruned, student, taken(pool, one), self._place) if blocks else []
@@ -211,7 +167,7 @@ class Lesson:
         # By output: loss times entries, distance times entries, number of entries, number of equal largest logits.
         sums = torch.zeros(self._count, 4, dtype=torch.float64, device="cpu")
         with evaluation_mode(student), torch.no_grad():
-            for part in _together(self._shares.own(index)):
+            for part in _together(index):
                 found, wanted = self._compared(student, taken(self._pool, part), self._answers(self._pool, part))
                 distances = mean_distances(found, wanted, self._scales)
                 rows = zip(self._losses(found, wanted, distances), distances, found, wanted, strict=True)
@@ -219,39 +175,32 @@ class Lesson:
                     count = mine[..., 0].numel()  # samples, or positions of all samples
                     agreed = float((mine.argmax(-1) == theirs.argmax(-1)).sum())
                     row += row.new_tensor([count * float(loss), count * float(distance), count, agreed])
-        sums = self._shares.add(sums, "what judges distillation")
         loss, distance, _, agreed = (sums / sums[:, 2:3]).mean(0).tolist()
         # Rounding can make a divergence of almost nothing negative.
         return Judgement(max(loss, 0.0), agreed if self.kind == "kl" else math.nan, distance)
 
     def loss_of_a_constant(self, index: Tensor) -> float:
         """Return the loss of a network whose outputs for some images are always their mean output."""
-        own = self._shares.own(index[: min(_AT_ONCE, self._together)])
+        own = index[: min(_AT_ONCE, self._together)]
         real = real_positions_of(self._unpruned, taken(self._pool, own))
         wanted = unpadded(self._answers(self._pool, own), real)
         if self.kind == "kl":
             t = self._temperature
-            likely = [self._mean((each / t).softmax(-1).flatten(0, -2)) for each in wanted]
+            likely = [(each / t).softmax(-1).flatten(0, -2).mean(0) for each in wanted]
             # Where scores lie far apart, a class may have a probability of 0 on all images.
             means = [t * each.clamp_min(torch.finfo(each.dtype).tiny).log() for each in likely]
         else:
-            means = [self._mean(each) for each in wanted]
+            means = [each.mean(0) for each in wanted]
         found = [mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)]
-        losses = self._losses(found, wanted, mean_distances(found, wanted, self._scales)) if len(wanted[0]) else []
-        return float(self._shares.add(self._mean_of(losses, found), "the loss of a constant"))
+        losses = self._losses(found, wanted, mean_distances(found, wanted, self._scales))
+        return float(torch.stack(losses).mean())
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
-        """Return the mean loss on a call whose outputs should be `wanted`, with the loss of the blocks.
-
-        If processes share the images, the parts that they return add up to the mean.
-        """
+        """Return the mean loss on a call whose outputs should be `wanted`, with the loss of the blocks."""
         names = self._block_names
         if names:
             with blocks_seen(self._unpruned, names) as theirs:
                 wanted = self.answer(call, self.precision)
-        elif not len(wanted[0]):  # this process has none of these images, but the others wait for it
-            self._mean_of([], [])
-            return torch.stack([each.sum() for each in student.parameters() if each.requires_grad]).sum() * 0.0
         with blocks_seen(student, names) as mine:
             found, wanted = self._compared(student, call, wanted, self.precision)
         distances = mean_distances(found, wanted, self._learned_scales)
@@ -260,7 +209,7 @@ class Lesson:
             # The divergence hardly depends on the scores of unlikely classes, and not at all on a constant added to all
             # scores. Without the distance these would drift.
             losses = [loss + self._weight_of_distance * each for loss, each in zip(losses, distances, strict=True)]
-        loss = self._mean_of(losses, found)
+        loss = torch.stack(losses).mean()
         if not names:
             return loss
         real = real_positions_of(student, call)
@@ -282,30 +231,27 @@ class Lesson:
         With a loss of the blocks no outputs are yielded: the unpruned network runs on each batch.
         """
         generator = torch.Generator().manual_seed(seed)
-        own, is_mine = self._shares.own(index), self._shares.mine(index)
-        place = is_mine.cumsum(0) - 1  # index of an image among those of this process
-        plain = taken(self._pool, own)
+        plain = taken(self._pool, index)
         for turn in itertools.count():
             view = 0 if augment is None and not blend else turn % VIEWS
             # Views are drawn anew from their seeds, so that only one is in memory.
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
             call = _blended(call, seed + view) if blend and view else call
             if view and view not in self._views:
-                self._views[view] = _LazyOutputs(self.answer, len(own))
+                self._views[view] = _LazyOutputs(self.answer, len(index))
             for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // size)):
-                mine = place[chosen[is_mine[chosen]]]
                 if self._block_names:
                     wanted = list[Tensor]()
                 elif view:
-                    wanted = self._views[view](call, mine, self.precision)
+                    wanted = self._views[view](call, chosen, self.precision)
                 else:
-                    wanted = self._answers(self._pool, own[mine], self.precision)
-                yield taken(call, mine), wanted
+                    wanted = self._answers(self._pool, index[chosen], self.precision)
+                yield taken(call, chosen), wanted
 
     def plain(self, index: Tensor) -> list[Any]:
         """Return batches of some of the images as they are, for the student."""
-        pool, own = cast_floats(self._pool, self._place[1]), self._shares.own(index)
-        return [(as_in_batch(taken(pool, part)),) for part in own.tensor_split(-(-len(own) // _AT_ONCE) or 1)]
+        pool = cast_floats(self._pool, self._place[1])
+        return [(as_in_batch(taken(pool, part)),) for part in index.tensor_split(-(-len(index) // _AT_ONCE))]
 
     def answer(self, call: Call, precision: Precision) -> list[Tensor]:
         """Return the compared outputs of the unpruned network, on the student's device and in its type."""
@@ -360,35 +306,10 @@ class Lesson:
 
     def _variances(self, index: Tensor) -> list[float]:
         """Return the variance of each output of the unpruned network over some images, or a sample of many."""
-        own = self._shares.own(index[:: -(-len(index) // min(_VARIED, self._together))])
+        own = index[:: -(-len(index) // min(_VARIED, self._together))]
         real = real_positions_of(self._unpruned, taken(self._pool, own))
-        variances = []
-        for each in unpadded(self._answers(self._pool, own), real):
-            rows = finite(each)
-            if self._shares.processes is None:
-                variance = float(rows.var(0, correction=0).mean())
-            else:  # over the rows of all processes
-                variance = float(self._mean((rows - self._mean(rows)).double().square()).mean())
-            variances.append(variance + _LEAST_VARIANCE)
-        return variances
-
-    def _mean(self, rows: Tensor) -> Tensor:
-        """Return the mean (...) of rows (n, ...), over all processes that share the images."""
-        if self._shares.processes is None:
-            return rows.mean(0)
-        total = self._shares.add(rows.double().sum(0), "a mean answer")
-        count = self._shares.add(torch.tensor(float(len(rows)), device=rows.device), "a mean answer")
-        return (total / count).to(rows)
-
-    def _mean_of(self, losses: list[Tensor], found: list[Tensor]) -> Tensor:
-        """Return the mean of the outputs' losses; if processes share the images, this process's part of the mean."""
-        if self._shares.processes is not None:
-            own = torch.zeros(self._count, dtype=torch.float64, device="cpu")
-            for place, each in enumerate(found):
-                own[place] = each[..., 0].numel()
-            of_all = self._shares.add(own, "the entries of a batch")
-            losses = [each * share for each, share in zip(losses, (own / of_all).tolist(), strict=False)]
-        return torch.stack(losses).mean() if losses else torch.zeros((), device=self._place[0], dtype=self._place[1])
+        outputs = unpadded(self._answers(self._pool, own), real)
+        return [float(finite(each).var(0, correction=0).mean()) + _LEAST_VARIANCE for each in outputs]
 
 
 class _LazyOutputs:

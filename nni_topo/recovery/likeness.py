@@ -17,7 +17,6 @@ from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.runtime.calibration import BatchStore, Calibration
 from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of, returned_tensors
-from nni_topo.network.runtime.processes import Processes, gathered
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.outputs import (
     ComparedOutputs,
@@ -90,11 +89,9 @@ class Answers:
         for part, store in zip(parts, self._wanted, strict=True):
             for answer in _answers(model, part, outputs, self._places):
                 store.append(answer)
-        self._processes = parts[0].processes  # those that share the parts
-        stores = self._wanted[-1:] if parts[-1].samples_of_all > 1 else self._wanted
-        self._scales = _scales(list(itertools.chain(*stores)), self._processes)
-        is_scored = _are_scores(itertools.chain(*self._wanted))
-        self.are_classes = any(gathered(self._processes, is_scored, "what the outputs are"))
+        stores = self._wanted[-1:] if parts[-1].samples > 1 else self._wanted
+        self._scales = _scales(list(itertools.chain(*stores)))
+        self.are_classes = _are_scores(itertools.chain(*self._wanted))
         """Whether the unpruned network's outputs are scores of classes, the largest of which is its answer."""
 
     def likenesses(self, net: nn.Module) -> list[Likeness]:
@@ -123,10 +120,7 @@ class Answers:
                 f"{str(error.__cause__).partition(chr(10))[0]}: a forward that decides by values of tensors, as in "
                 f"`if x.mean() > 0`, may go another way with fewer channels; {leaving_out('the layers around it')}"
             ) from error
-        everywhere = gathered(self._processes, (distances, agreed), "the comparison of outputs")
-        return Differences(
-            [each for theirs, _ in everywhere for each in theirs], [each for _, theirs in everywhere for each in theirs]
-        )
+        return Differences(distances, agreed)
 
     @property
     def named(self) -> ComparedOutputs:
@@ -198,24 +192,18 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
             )
 
 
-def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[float]:
-    """Return for each output how far a sample's lies from the mean over all samples, squared, on average.
-
-    Where processes share the samples, over those of all.
-    """
+def _scales(answers: Sequence[_Answer]) -> list[float]:
+    """Return for each output how far a sample's lies from the mean over all samples, squared, on average."""
     scales = []
-    numbers = set().union(*gathered(processes, {len(each.outputs) for each in answers}, "the numbers of outputs"))
+    numbers = {len(each.outputs) for each in answers}
     groups = [[(each, each.outputs[index]) for each in answers] for index in range(min(numbers))]
     if len(numbers) > 1:
         # Such as a list of boxes for each image, and batches of unequally many: all are outputs of one kind.
         groups = [[(each, output) for each in answers for output in each.outputs]]
     for group in groups:
-        own = {output.shape[1:] for _, output in group}, any(each.real is not None for each in answers)
-        known = gathered(processes, own, "the shapes of outputs")
-        shapes = set().union(*(each for each, _ in known))
-        is_padded = any(each for _, each in known)
+        shapes = {output.shape[1:] for _, output in group}
         # Where lengths differ, or some positions are padding, every position is an observation of its own.
-        is_ragged = len(shapes) > 1 or is_padded
+        is_ragged = len(shapes) > 1 or any(each.real is not None for each in answers)
         total = torch.zeros((), dtype=torch.float64)
         # Samples, observations and the sum of their squares.
         counts = torch.zeros(3, dtype=torch.float64)
@@ -228,8 +216,6 @@ def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[flo
                 rows = rows.reshape(-1, 1)
             total = total + rows.sum(0)
             counts += torch.tensor([each.samples, len(rows), float(rows.square().sum())], dtype=torch.float64)
-        if processes is not None:
-            processes.add([total, counts], "the scale of outputs")
         samples, observations, squares = counts.tolist()
         around_mean = squares - float(total.square().sum()) / observations
         # Of outputs that never vary, rounding leaves something, and a share of that would be a number of no meaning.

@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.nn import functional
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations
 from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import InnerCall, call_of, has_own_forward
 from nni_topo.network.layers.kinds import TRANSPOSED
@@ -23,7 +23,6 @@ from nni_topo.network.runtime.fits import failure_on
 from nni_topo.network.runtime.inputs import calls
 from nni_topo.network.runtime.memory import check_memory, free_memory_of
 from nni_topo.network.runtime.modules import device_of
-from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values
 
@@ -225,21 +224,16 @@ class Sampler:
         sizes: tuple[int, ...],
         seed: int,
         held_out: Tensor,
-        processes: Processes | None = None,
     ) -> None:
         self.replay = replay
         self.sizes = sizes
         self.held_out = held_out  # which samples are held out, bool (samples,)
         self.seed = seed
-        self.processes = processes  # those that have the other samples
-        self.images, self._first = sum(sizes), 0  # of all processes, and of those before this one
+        self.images = sum(sizes)
         self._known: tuple[NormalEquations, NormalEquations] | None = None
 
-    def begin(self, tasks: Sequence[Task]) -> None:
-        """Find the place of this process's samples; DataError if a task's sums and factors don't fit into memory."""
-        if self.processes is not None:
-            counts = self.processes.gather(sum(self.sizes), "the number of images")
-            self.images, self._first = sum(counts), sum(counts[: self.processes.rank])
+    def check_room(self, tasks: Sequence[Task]) -> None:
+        """Raise DataError if a task's sums and factors don't fit into memory."""
         for task in tasks:
             what = f"least squares of {task.unknowns} unknowns"
             check_memory(self._needed(task), what, _CURE, task.layer.name)
@@ -248,8 +242,7 @@ class Sampler:
         """Return the bytes that networks' values may take: a quarter of what the sums of any task leave free."""
         free = free_memory_of(device_of(self.replay.model))
         most = max((self._needed(task) for task in tasks), default=0)
-        sharing = 1 if self.processes is None else self.processes.size
-        return max(0, free - most) // (4 * sharing)
+        return max(0, free - most) // 4
 
     def _needed(self, task: Task) -> int:
         """Return the bytes of a task's sums and factors."""
@@ -269,29 +262,14 @@ class Sampler:
             for equations, rows in ((learned, ~is_held_out), (held, is_held_out)):
                 if bool(rows.any()):
                     equations.add(*_at_rows(samples, rows))
-        if self.processes is not None:
-            device = device_of(self.replay.model)
-            learned.pool(self.processes, device, f"samples to learn from at {task.layer.name}")
-            held.pool(self.processes, device, f"samples held out at {task.layer.name}")
         if not (learned.is_finite() and held.is_finite()):
             raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
         self._known = learned, held
         return learned, held
 
-    def agreed(self, found: Fit, task: Task) -> Fit:
-        """Return the solution of the first process, where several have solved the same equations."""
-        if self.processes is None:
-            return found
-        weights, shift = found.solution.weights.clone(), found.solution.shift.clone()
-        figures = [found.ridge, found.before, found.after, found.held_out, found.solution.error]
-        numbers = torch.tensor(figures, dtype=torch.float64, device=weights.device)
-        self.processes.agree([weights, shift, numbers], f"the solution of {task.layer.name}")
-        ridge, before, after, held_out, error = numbers.tolist()
-        return Fit(Solution(weights, shift, error), ridge, before, after, held_out)
-
     def _sampled(self, task: Task, settled: int) -> Iterator[tuple[Samples, Tensor]]:
         """Run the networks and yield a task's samples, and which of them are held out."""
-        first = self._first
+        first = 0  # samples before this batch
         for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched)):
             before, after = (len(values[task.place]) for values in (unpruned, pruned))
             if before != after:  # nothing says which belong together
@@ -305,8 +283,7 @@ class Sampler:
             if entries % size:  # such as the places of a sequence, or what a list of images became
                 is_held_out = (torch.arange(entries) + first) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
             else:  # a layer may cut each sample into several entries, such as windows
-                own = first - self._first
-                is_held_out = self.held_out[own : own + size].repeat_interleave(entries // size)
+                is_held_out = self.held_out[first : first + size].repeat_interleave(entries // size)
             wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns) * (size / self.images)
             generator = torch.Generator().manual_seed(self.seed + first)
             positions, stay = draw_unpadded(

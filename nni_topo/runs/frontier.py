@@ -283,7 +283,7 @@ def frontier(
         )
     wanted = [float(share) for share in wanted]
     calibration = batches_of(images, model, "images")
-    template = settings.checked(model, calibration, cost_without_share(budget, "frontier", "shares"), "shares")
+    template = settings.checked(model, cost_without_share(budget, "frontier", "shares"), "shares")
     steps = prepare(model, calibration, settings, template, is_timed=time).for_search()
     measured, data = steps.measured, steps.images
     model, kind = steps.model, template.kind

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, raised
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.fits import check_samples_first, failure_on, structure_call
-from nni_topo.network.runtime.inputs import Call, calls, on_device
-from nni_topo.network.runtime.modules import device_of
+from nni_topo.network.runtime.inputs import calls
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class ImageParts:
 
         ConfigError for a model that runs on whole batches alone, of which no image can be held out.
         """
-        args, kwargs = of_first(structure_call(model, calibration), model, calibration)
+        args, kwargs = structure_call(model, calibration)
         check_samples_first(model, calibration)
         if parts is None:
             known, rest = calibration.split()
@@ -60,12 +58,3 @@ class ImageParts:
                 "of a graph are no samples: create_pruner, compensate and to_dense take whole graphs"
             ) from error
         return cls(calibration, learned, judges, held_out, kwargs or args)
-
-
-def of_first(call: Call, model: nn.Module, images: Calibration) -> Call:
-    """Return the call of the first of the processes that share the images: costs are counted by the same inputs."""
-    if images.processes is None:
-        return call
-    found = images.processes.first(on_device(call, torch.device("cpu")), "example inputs")
-    moved: Call = on_device(found, device_of(model))
-    return moved

@@ -109,8 +109,6 @@ class Measurements:
         found = self.answers.likenesses(net)
         solved, held_out = found[0], found[-1]  # one and the same where none is held out
         accuracy = math.nan if self._evaluate is None else evaluated(self._evaluate, net, name)
-        if (processes := self._data.all.processes) is not None:
-            accuracy = processes.first(accuracy, "what evaluate returned")
         if self._evaluate is not None and not self.stages and not math.isfinite(accuracy):
             raise ConfigError(f"evaluate must return a number for the model as it was given, got {accuracy} (shrink)")
         stage = Stage(
@@ -136,7 +134,7 @@ class Measurements:
 
         ``rows``: the layers of that network, of which those with one channel left are named.
         """
-        last, samples = self.stages[-1], self._data.learned.samples_of_all
+        last, samples = self.stages[-1], self._data.learned.samples
         is_far = last.distance_low > last.calibration_distance and last.distance > _GAP * last.calibration_distance
         agrees_less = (
             last.agreement_high < last.calibration_agreement

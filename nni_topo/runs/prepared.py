@@ -56,7 +56,7 @@ from nni_topo.recovery.course import RATES, Clock, tried_steps
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import judged
 from nni_topo.runs.depth import Depth, with_depth
-from nni_topo.runs.images import ImageParts, of_first
+from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import UNPRUNED, Measurements
 from nni_topo.runs.pipeline import Pipeline, Tried
 from nni_topo.runs.prunable import Prunable, layers_to_prune
@@ -127,7 +127,7 @@ class Prepared:
     @cached_property
     def batch(self) -> Any:
         """The first batch that was passed."""
-        args, kwargs = of_first(first_call(self.model, self.images.all), self.model, self.images.all)
+        args, kwargs = first_call(self.model, self.images.all)
         return kwargs or args
 
     @cached_property
@@ -391,8 +391,8 @@ class Prepared:
             compensation=compensation,
             depth=made.depth,
             tried=made.tried,
-            images=images.learned.samples_of_all,
-            held_out=0 if images.held_out is None else images.held_out.samples_of_all,
+            images=images.learned.samples,
+            held_out=0 if images.held_out is None else images.held_out.samples,
             warnings=(*warnings, *(compensation.warnings if compensation else ()), *dict.fromkeys(self.left_out)),
             whole=self.prunable.unpruned,
             outputs=measured.answers.named,

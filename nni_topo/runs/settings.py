@@ -17,12 +17,12 @@ from nni_topo.network.layers.kinds import has_channels, without_plain_weights
 from nni_topo.network.runtime.arguments import BY_HEAD, check_entry, check_model
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.inputs import calls
-from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget, check_shared_budget
+from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget
 from nni_topo.pruners.checks import check_no_ratios
 from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, pruner_info
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
-from nni_topo.recovery.distilling import check_can_learn, check_knobs_together
+from nni_topo.recovery.distilling import check_can_learn
 from nni_topo.recovery.lesson import check_augment, check_one_shape
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.recovery.registry import RECOVERIES
@@ -122,14 +122,14 @@ class Settings:
         """The knobs of :func:`nni_topo.distill` that were given."""
         return self.distill if isinstance(self.distill, Mapping) else {}
 
-    def checked(self, model: nn.Module, images: Calibration, budget: Budget, several: str = "") -> Budget:
+    def checked(self, model: nn.Module, budget: Budget, several: str = "") -> Budget:
         """Check a request before any work; return the budget as :meth:`as_described`."""
         check_model(model)
         self.check_layers(model)
-        self.check_together(budget, several, images)
+        self.check_together(budget, several)
         return self.as_described(model, budget)
 
-    def check_together(self, budget: Budget, several: str = "", images: Calibration | None = None) -> None:
+    def check_together(self, budget: Budget, several: str = "") -> None:
         """Refuse settings that don't go together.
 
         ``several`` says what makes networks of several sizes, such as a tolerance; empty: one network is made.
@@ -164,16 +164,6 @@ class Settings:
         for sentence, is_refused in refused.items():
             if is_refused:
                 raise ConfigError(f"{sentence} ({self.place})")
-        if images is not None and images.processes is not None:
-            check_shared_budget(budget)
-            alone = {"tolerance": several == TOLERANCE, "depth": self.depth, "allocation": budget.allocation == AUTO}
-            found = [name for name, is_given in alone.items() if is_given]
-            if found:
-                raise ConfigError(
-                    "images that processes share can be used to select channels, to reconstruct weights and to distil, "
-                    f"got {listed(found)} (process_group of {images.name})"
-                )
-            check_knobs_together({**self.distillation_knobs, **({"seconds": self.seconds} if self.seconds else {})})
 
     def check_layers(self, model: nn.Module) -> None:
         """Refuse layers that a model doesn't have, with the nearest names that it has."""
@@ -221,7 +211,7 @@ class Settings:
         names = ("objective", "temperature", "outputs", "blocks", "blend", "precision")
         chosen = {"outputs": self.outputs} | {name: knobs[name] for name in names if name in knobs}
         try:
-            return check_can_learn(model, first, is_shared=images.processes is not None, **chosen)
+            return check_can_learn(model, first, **chosen)
         except GradientError as error:
             if self.distill is not True:  # whoever gives knobs wants it; without them a warning says so at the end
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error

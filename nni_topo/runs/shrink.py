@@ -64,8 +64,7 @@ def shrink(
         The trained network, not wrapped by a pruner. It isn't changed.
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't used. If it is an evaluator, the batches it evaluates
-        on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment. Several
-        processes can share them (``process_group`` of :class:`nni_topo.Calibration`).
+        on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment.
         Every eighth image is held out from all steps, for the report. 1,000 images are enough for small networks.
     budget : Budget, mapping, str or None, default=None
         The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. Time is that of a batch
@@ -145,8 +144,6 @@ def shrink(
         If the images can't be used, or are fewer than eight for ``"auto"`` or ``depth``.
     SpeedupError
         If the model can't be traced, or is still wrapped.
-    ProcessError
-        If one of the processes that share the images is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------
@@ -186,11 +183,11 @@ def shrink(
     """
     arguments, clock = locals(), Clock(seconds)
     settings = Settings.among(arguments)
-    calibration = batches_of(images, model, "images", shared=True)
+    calibration = batches_of(images, model, "images")
     if tolerance is None and measure != "auto":
         raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
     several = "" if tolerance is None else TOLERANCE
-    wanted = settings.checked(model, calibration, asked_budget(budget, tolerance), several)
+    wanted = settings.checked(model, asked_budget(budget, tolerance), several)
     is_timed = time or wanted.kind == "latency"
     if tolerance is not None:
         measure, parts = checked_tolerance(tolerance, measure, model, calibration, settings)

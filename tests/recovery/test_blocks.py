@@ -197,13 +197,6 @@ def test_a_gap_that_nothing_can_fill_leaves_the_others(caplog):
     assert not torch.equal(small.front[1].layer.weight, model.front[2].layer.weight)
 
 
-def test_processes_that_share_the_rows_add_up_their_sums(one_process):
-    model, shared = streams(), Calibration([rows()])
-    shared.processes = one_process
-    found, alone = (remove_blocks(model, ["front.1"], each) for each in (shared, [rows()]))
-    torch.testing.assert_close(found.state_dict(), alone.state_dict(), rtol=0, atol=0)
-
-
 class Block(nn.Module):
     """A block whose output is what a function makes of its input and its parts."""
 

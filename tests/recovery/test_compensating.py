@@ -14,7 +14,7 @@ from torch import nn
 
 from nni_topo import Calibration, zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.recovery import Reconstruct, compensate, compensating, compensation
+from nni_topo.recovery import Reconstruct, compensate, compensation
 from nni_topo.recovery.registry import list_recoveries
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.testing import toy_images, toy_model
@@ -324,13 +324,6 @@ def test_positions_that_are_padding_do_not_count():
     torch.testing.assert_close(*(each.model.body.linear2.weight for each in found), rtol=1e-4, atol=1e-6)
 
 
-def narrowed(*layers):
-    """Return a network and masks that remove a channel of its first layer."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(layer() for layer in layers)).eval()
-    return model, {"0": {"weight": (torch.arange(4) < 3).float()[:, None].expand(4, 4)}}
-
-
 def square():
     return nn.Linear(4, 4)
 
@@ -360,13 +353,3 @@ def test_layers_after_one_that_gets_other_samples_are_solved():
     report = compensation(model, masks, [torch.randn(50, 4)]).report
     assert report.left_alone == {"expert": "in the pruned network a router sends it other samples"}
     assert [layer.layer for layer in report.layers] == ["second", "head"]
-
-
-def test_a_process_that_shares_its_data_solves_by_sums(one_process):
-    model, masks = narrowed(square, nn.ReLU, square, square)
-    images = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
-    shared = Calibration([images])
-    shared.processes = one_process
-    for work in (compensate, lambda *given: compensating.compensate_up_to(*given, "3")):
-        found, alone = (work(model, masks, data) for data in (shared, [images]))
-        torch.testing.assert_close(found.state_dict(), alone.state_dict(), rtol=0, atol=0)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from distill_nets import inputs, pair
-from shared_data_nets import in_threads
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -178,23 +177,6 @@ def test_time_left_is_what_neither_the_past_nor_the_last_judgements_take(watch):
     with clock.judging(8):
         watch.now += 2.0
     assert clock.left == 77.0
-
-
-def test_gradients_of_all_processes_are_added_up():
-    """One weight has no part in the outputs."""
-
-    def work(processes):
-        dense, _ = pair()
-        dense.unused = nn.Parameter(torch.ones(2))
-        steps = Course(training(dense, total=1, processes=processes), 0.1)
-        steps.run(progress=False)
-        return steps.student.head.bias.grad, steps.student.unused.grad
-
-    alone, none = work(None)
-    assert none is None
-    for together, zeros in in_threads(2, work):
-        torch.testing.assert_close(together, 2.0 * alone)
-        assert zeros.tolist() == [0.0, 0.0]
 
 
 def tried(judge, total=300, rates=RATES, **knobs):

@@ -548,23 +548,6 @@ def test_time_that_allows_no_lower_rate_is_named(watch, seconds, trials):
     assert found.seconds == 1 + 2 + 3 * trials
 
 
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        ({"seconds": 5.0}, "got seconds, blend=True"),
-        ({"blend": False, "augment": torch.sin}, "got augment"),
-        ({"blend": False, "objective": "cosine"}, "by 'kl' or 'squares' .* got objective 'cosine'"),
-        ({"blend": False, "held_out": [inputs(8)]}, "must be shared by the same processes"),
-    ],
-)
-def test_what_processes_that_share_images_can_not_do_is_refused(tmp_path, monkeypatch, one_process, knobs, message):
-    monkeypatch.chdir(tmp_path)
-    data = nni_topo.Calibration(batches())
-    data.processes = one_process
-    with pytest.raises(ConfigError, match=message):
-        distillation(*pair(), data, steps=2, **knobs)
-
-
 def test_of_groups_every_eighth_judges():
     dense, original = pair()
     data = nni_topo.Calibration(batches(48), groups=[index // 3 for index in range(48)])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 
 import pytest
 import torch
 from distill_nets import batches, divergence, inputs, pair
-from shared_data_nets import in_threads
 from torch import nn
 
 import nni_topo
@@ -271,34 +269,3 @@ def test_losses_are_means_over_real_positions(is_padded, has_places):
     found.split(index, index)
     expected = float(loss + constant * distance)
     assert float(found.objective(student, ((), call), [given]).detach()) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("form", "kind", "first"), [("logits", "kl", 25), ("tuple", "squares", 37)])
-def test_what_processes_share_is_judged_and_learned_as_by_one_that_has_all(form, kind, first):
-    """Where one has three of forty images only, it has none of most batches."""
-
-    def work(processes):
-        dense, original = (net.double() for net in pair(form))
-        images = inputs(40).double()
-        own = images if processes is None else [images[:first], images[first:]][processes.rank]
-        shares = lesson.SharedImages(processes, [len(own)])
-        found = Lesson(original, dense, ((own,), {}), kind, 2.0, shares=shares)
-        judged = found.judge(dense, torch.arange(0, 40, 3))
-        found.split(torch.arange(5), torch.arange(5, 40))
-        figures = [judged.loss, judged.distance, found.loss_of_a_constant(torch.arange(24)), *found._learned_scales]
-        figures += [found._weight_of_distance]
-        losses = []
-        for call, wanted in itertools.islice(found.batches(torch.arange(5, 40), 4, 0, None, False), 9):
-            loss = found.objective(dense, call, wanted)
-            loss.backward()
-            losses.append(float(loss.detach()))
-        gradients = [each.grad for each in dense.parameters()]
-        return torch.tensor(figures, dtype=torch.float64), torch.tensor(losses, dtype=torch.float64), gradients
-
-    figures, losses, gradients = work(None)
-    found = in_threads(2, work)
-    for each, _, _ in found:
-        torch.testing.assert_close(each, figures, rtol=1e-11, atol=0.0)
-    torch.testing.assert_close(found[0][1] + found[1][1], losses, rtol=1e-11, atol=0.0)
-    summed = [one + other for one, other in zip(found[0][2], found[1][2], strict=True)]
-    torch.testing.assert_close(summed, gradients, rtol=1e-9, atol=1e-12)

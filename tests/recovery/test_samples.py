@@ -52,46 +52,6 @@ def convolutions(channels, groups=1):
     )  # fmt: skip
 
 
-def linears():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
-
-
-class Second:
-    """Stands for the second of two processes that have equal data."""
-
-    rank, size = 1, 2
-
-    def gather(self, value, place):
-        return [value, value]
-
-
-@pytest.mark.parametrize(
-    ("model", "batches", "rows"),
-    [
-        (convolutions(4), batches_of(2, 6, 6), 2),  # 27 rows of 26 images: one of each, and one more
-        (linears(), batches_of(9, 3), 1),
-        (linears(), batches_of(3), 1),  # all there are
-    ],
-)
-def test_a_process_draws_what_one_with_all_data_would_draw_for_its_batches(monkeypatch, model, batches, rows):
-    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 4)
-    monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
-    alone, (same,) = sampling(model, batches * 2, (0, 2, 3))
-    alone.begin([same])
-    shared, (task,) = sampling(model, batches, (0, 2, 3), processes=Second())
-    shared.held_out = alone.held_out[13:]
-    shared.begin([task])
-    assert shared.images == alone.images == 26
-    mine, every = (list(each._sampled(one, 0)) for each, one in ((shared, task), (alone, same)))
-    assert len(mine) == 3
-    for (one, marks), (other, same_marks) in zip(mine, every[3:], strict=True):
-        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
-        assert torch.equal(marks, same_marks)
-    held_out = torch.cat([marks for _, marks in every])
-    assert torch.equal(held_out.reshape(26, rows)[:, 0], torch.arange(26) % 5 == 4)
-
-
 class Series(nn.Sequential):
     """Two convolutions along time, beside a mask of padding."""
 

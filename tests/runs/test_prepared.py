@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from toy_times import LAYERS, proportional
 
@@ -17,11 +16,11 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.pruners.budget import Budget
-from nni_topo.recovery import Reconstruct, distillation
+from nni_topo.recovery import distillation
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import Measurements, evaluated
 from nni_topo.runs.prepared import Prepared
-from nni_topo.runs.settings import TOLERANCE, Settings
+from nni_topo.runs.settings import Settings
 from nni_topo.testing import toy_images, toy_model
 
 FLOPS = Budget(flops=0.5)
@@ -210,38 +209,6 @@ def test_the_share_of_a_cost_that_a_network_keeps():
     assert steps(budget=Budget(params=0.5)).share_left(half.dense) == pytest.approx(
         1 - (8 * 9 + 8 * 4) / 1076, rel=1e-2
     )
-
-
-@pytest.fixture
-def shared():
-    """Images that are shared with another process, which nothing asks."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield Calibration([toy_images(8)], process_group=dist.group.WORLD)
-    dist.destroy_process_group()
-
-
-def test_what_processes_that_share_images_can_not_do_is_refused(shared):
-    def check(data, budget=FLOPS, several="", **given):
-        asked(**{"compensate": "reconstruct", "distill": True, "pruner": "reconstruction"} | given).check_together(
-            budget, several, data
-        )
-
-    check(shared)
-    check(shared, compensate=Reconstruct(), distill={"steps": 2})
-    refused = {
-        "tolerance": {"several": TOLERANCE},
-        "depth": {"depth": True},
-        "allocation": {"budget": Budget(flops=0.5, allocation="auto")},
-    }
-    for name, given in refused.items():
-        with pytest.raises(ConfigError, match=rf"got {name} \(process_group of"):
-            check(shared, **given)
-        check(images(), **given)
-    for given in ({"distill": {"seconds": 1.0}}, {"seconds": 1.0}):
-        with pytest.raises(ConfigError, match=r"without seconds, augment, .* got seconds"):
-            check(shared, **given)
 
 
 class Recurrent(nn.Module):

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +20,8 @@ from torch.utils._pytree import tree_map, tree_map_only
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, lists_of_samples, taken, tensors_of
 from nni_topo.network.runtime.memory import free_memory
-from nni_topo.network.runtime.processes import processes_of
 from nni_topo.network.runtime.progress import bar
 from nni_topo.rules import FLAG, NONE, whole
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 HELD_OUT = 8
 """Of so many samples one is held out."""
@@ -68,17 +64,12 @@ class Calibration(Sequence[Any]):
     hold_out : bool, default=True
         Whether :func:`nni_topo.compensate` and :func:`nni_topo.remove_blocks` leave out every eighth sample, or every
         eighth group, on which :func:`nni_topo.distill` then judges. Of what :meth:`split` returns they use all.
-    process_group : torch.distributed.ProcessGroup, optional
-        The processes that share the calibration data, such as ``torch.distributed.group.WORLD``: these batches are
-        the share of this process, and what is made of them is made of those of all processes, in the order of the
-        ranks. By default nothing is communicated, even where ``torch.distributed`` is initialized; see the notes.
 
     Raises
     ------
     ConfigError
         If ``batches`` isn't an iterable of batches, ``memory_bytes`` isn't an integer of at least 0, ``max_batches``
-        isn't one of at least 1, ``groups`` isn't a sequence of integers or strings, or this process doesn't belong to
-        the ``process_group``.
+        isn't one of at least 1, or ``groups`` isn't a sequence of integers or strings.
     DataError
         When the batches are first used: if there is none, if a batch holds no inputs, if inputs are NaN or infinite, if
         the batches don't fit into the memory and half of the free disk space together, if an iterable without a length
@@ -87,14 +78,6 @@ class Calibration(Sequence[Any]):
     Notes
     -----
     Batches are read when they are first used, not when the object is made.
-
-    With a ``process_group``, :func:`nni_topo.compensate`, :class:`nni_topo.ReconstructionPruner`,
-    :func:`nni_topo.recalibrate_batch_norm`, :func:`nni_topo.remove_blocks`, :func:`nni_topo.distill` and
-    :func:`nni_topo.shrink` have to be called in all processes alike. Each runs its own batches, sums over samples are
-    added up in float64, gradients in their own type, and all decide by these sums: the networks are the same in all
-    processes, and but for rounding those that one process makes of all batches. Other functions refuse such data. If a
-    process is gone, or doesn't answer within the group's timeout, the others raise a
-    :class:`nni_topo.errors.ProcessError`.
 
     Examples
     --------
@@ -116,7 +99,6 @@ class Calibration(Sequence[Any]):
         max_batches: int | None = None,
         groups: Sequence[int | str] | Tensor | None = None,
         hold_out: bool = True,
-        process_group: ProcessGroup | None = None,
     ) -> None:
         whole(0, 2**63 - 1).check("memory_bytes", memory_bytes, "Calibration")
         (whole(1) | NONE).check("max_batches", max_batches, "Calibration")
@@ -127,10 +109,9 @@ class Calibration(Sequence[Any]):
         if groups is not None and not (is_sequence and all(isinstance(each, (int, str)) for each in labels)):
             got = type(groups).__name__
             raise ConfigError(f"groups must be a sequence of integers or strings, got {got} (groups)")
+        self.processes: Any = None
         self.name = "calibration"
         """What the batches are called in messages."""
-        self.processes = processes_of(process_group, self.name)
-        """The processes that share the data; None if this one has all."""
         # By argument of the model, the one that the unpruned network gets in its place: so has a block after pruned
         # ones other inputs than the same block of the unpruned network.
         self.instead: Mapping[str, str] = {}
@@ -143,21 +124,13 @@ class Calibration(Sequence[Any]):
 
     @classmethod
     def of(cls, batches: Iterable[Any], name: str = "calibration", *, shared: bool = False) -> Calibration:
-        """Return calibration data of batches; a ``Calibration`` is returned as it is.
-
-        ConfigError for data that several processes share, unless the caller can use these: ``shared``.
-        """
-        if not isinstance(batches, Calibration):
-            _check_iterable(batches, name)
-            made = cls(batches)
-            made.name = name
-            return made
-        if batches.processes is not None and not shared:
-            raise ConfigError(
-                f"{name} must be in one process here, got batches that {batches.processes.size} processes share "
-                f"(process_group of {batches.name})"
-            )
-        return batches
+        """Return calibration data of batches; a ``Calibration`` is returned as it is."""
+        if isinstance(batches, Calibration):
+            return batches
+        _check_iterable(batches, name)
+        made = cls(batches)
+        made.name = name
+        return made
 
     def with_arguments(self, count: int) -> Calibration:
         """Return the same data for a model that requires so many arguments, if each batch lists that many tensors.
@@ -189,8 +162,6 @@ class Calibration(Sequence[Any]):
 
     def __repr__(self) -> str:
         state = "not read yet" if self._source is not None else f"{len(self._sizes)} batches, {self.samples} samples"
-        if self.processes is not None:
-            state += f", rank {self.processes.rank} of {self.processes.size}"
         return f"{type(self).__name__}({state})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
@@ -205,45 +176,27 @@ class Calibration(Sequence[Any]):
 
     @property
     def samples(self) -> int:
-        """The number of samples in all batches, of this process alone."""
+        """The number of samples in all batches."""
         return sum(self.sizes)
 
-    @property
-    def samples_of_all(self) -> int:
-        """The number of samples of all processes that share the data."""
-        return sum(self._numbered[0])
+    samples_of_all = samples
 
     @property
     def groups(self) -> Tensor | None:
         """By sample the number of its group, int64 (samples,); None if each sample is a group of its own."""
-        return None if self._labels is None else self._numbered[1]
+        return None if self._labels is None else self._numbers
 
     @cached_property
-    def _numbered(self) -> tuple[list[int], Tensor, int]:
-        """By process the number of samples; by sample its number, or its group's, int64 (samples,); how many there are.
-
-        Numbers are those of all processes, which have to ask together.
-        """
-        labels: Any = self._labels
-        if labels is not None and len(labels) != self.samples:
+    def _numbers(self) -> Tensor:
+        """By sample its number, or that of its group in the order in which groups appear, int64 (samples,)."""
+        if self._labels is None:
+            return torch.arange(self.samples)
+        if len(self._labels) != self.samples:
             raise DataError(
-                f"groups must have one entry for each of {self.samples} samples, got {len(labels)} (groups)"
+                f"groups must have one entry for each of {self.samples} samples, got {len(self._labels)} (groups)"
             )
-        counts, first = [self.samples], 0
-        if self.processes is not None:
-            found = self.processes.gather((self.samples, labels), f"the samples of {self.name}")
-            counts = [count for count, _ in found]
-            first = sum(counts[: self.processes.rank])
-            with_groups = [each is not None for _, each in found]
-            if len(set(with_groups)) > 1:
-                raise ConfigError(f"groups must be given in all processes or in none, got {with_groups} (groups)")
-            if labels is not None:
-                labels = [label for _, each in found for label in each]  # a group may have samples in several
-        if labels is None:
-            labels = range(sum(counts))
         known: dict[int | str, int] = {}
-        numbers = [known.setdefault(label, len(known)) for label in labels]
-        return counts, torch.tensor(numbers[first : first + self.samples], dtype=torch.int64), len(known)
+        return torch.tensor([known.setdefault(label, len(known)) for label in self._labels], dtype=torch.int64)
 
     def split(self) -> tuple[Calibration, Calibration | None]:
         """Split off every eighth sample, or every eighth group of samples.
@@ -263,10 +216,7 @@ class Calibration(Sequence[Any]):
     @property
     def learned(self) -> Calibration:
         """The samples to solve on: those of :meth:`split`, or all where none is to be held out."""
-        if not self._holds_out:
-            return self
-        # Of the samples that are left out no process needs any.
-        return self._part(self._every(HELD_OUT), 0) or self
+        return self.split()[0] if self._holds_out else self
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
@@ -291,12 +241,12 @@ class Calibration(Sequence[Any]):
         """Return the pattern of which the last of so many samples, or groups of samples, is part 1."""
         if self._labels is not None:
             # Of fewer groups than that the last one is held out, as long as another one remains.
-            every = min(every, max(2, self._numbered[2]))
+            every = min(every, max(2, len(self._numbers.unique())))
         return [0] * (every - 1) + [1]
 
     def _marks(self, pattern: Sequence[int]) -> Tensor:
         """Return by sample the part that a pattern says, int64 (samples,)."""
-        return torch.tensor(pattern)[self._numbered[1] % len(pattern)]
+        return torch.tensor(pattern)[self._numbers % len(pattern)]
 
     def in_parts(self, pattern: Sequence[int]) -> tuple[Calibration | None, ...]:
         """Split the samples, or the groups of samples, into parts, in their order; None for one without samples.
@@ -309,10 +259,9 @@ class Calibration(Sequence[Any]):
     def _part(self, pattern: Sequence[int], part: int) -> Calibration | None:
         """Return one part of those that a pattern says; None if it has no samples."""
         can_be_cut = not any(lists_of_samples(inputs_of(batch)) for batch in self)
-        if not can_be_cut and (self.processes is not None or self._labels is not None):
+        if not can_be_cut and self._labels is not None:
             raise ConfigError(
-                "batches that processes share, or whose samples have groups, must be tensors of samples, got lists of "
-                f"samples ({self.name})"
+                f"batches whose samples have groups must be tensors of samples, got lists of samples ({self.name})"
             )
         rows: list[tuple[int, Tensor | None]] = []
         if can_be_cut:
@@ -324,14 +273,6 @@ class Calibration(Sequence[Any]):
             rows = [(index, None) for index in range(len(self)) if pattern[index % len(pattern)] == part]
         subset = self._subset(rows)
         subset._holds_out = False
-        if self.processes is not None:
-            # All processes get to know, and raise alike.
-            counts = self.processes.gather(subset.samples, f"the parts of {self.name}")
-            if any(counts) and not all(counts):
-                raise DataError(
-                    "each process must have samples to solve on and samples to judge by, got "
-                    f"{counts} by process of one of these: pass more samples in each ({self.name})"
-                )
         return subset if rows else None
 
     def chosen(self, samples: Tensor) -> Calibration:
@@ -382,7 +323,7 @@ class Calibration(Sequence[Any]):
     def _of_read(self, batches: Sequence[Any], sizes: Sequence[int], labels: Any) -> Calibration:
         """Return calibration data of batches that were read and checked, with all else that this one has."""
         found = Calibration((), groups=labels)
-        found.name, found.processes, found.instead = self.name, self.processes, self.instead
+        found.name, found.instead = self.name, self.instead
         found._holds_out = self._holds_out
         found._source, found._kept, found._sizes = None, batches, tuple(sizes)
         return found

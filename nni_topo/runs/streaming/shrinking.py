@@ -198,7 +198,7 @@ def shrink_pretrained(
         raise ConfigError(
             f"all blocks keep the same widths, by the allocation 'uniform', got {wanted.allocation!r} (budget)"
         )
-    settings.check_together(wanted, "shrink_pretrained", calibration)
+    settings.check_together(wanted, "shrink_pretrained")
     if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     where = torch.device("cpu") if device is None else resolve_device(device)

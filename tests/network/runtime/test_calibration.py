@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.processes import Processes
 
 CONFIG = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
 KNOBS = {
@@ -225,7 +224,7 @@ def test_groups_that_are_none_are_refused(batches):
     with pytest.raises(DataError, match="groups must have one entry for each of 120 samples, got 119"):
         Calibration(batches, groups=[0] * 119).split()
     lists = [([[image, image]],) for image in torch.zeros(9, 3, 4, 4)]
-    with pytest.raises(ConfigError, match="whose samples have groups, must be tensors of samples, got lists"):
+    with pytest.raises(ConfigError, match="whose samples have groups must be tensors of samples, got lists"):
         Calibration(lists, groups=[0] * 18).split()
 
 
@@ -438,25 +437,3 @@ def test_what_tokenizers_give_is_split_copied_and_measured_as_dicts_are():
             yield UserDict(input_ids=buffer.fill_(value))
 
     assert [int(batch["input_ids"].max()) for batch in Calibration(refilled())] == [1, 2]
-
-
-class OfTwo(Processes):
-    """The second of two processes, of which the first has some samples, and says as much of all else."""
-
-    def __init__(self, samples, labels=None):
-        self.rank, self.size, self.first_has = 1, 2, (samples, labels)
-
-    def gather(self, value, place):
-        """Return what both have."""
-        return [self.first_has if place.startswith("the samples") else value, value]
-
-
-def test_groups_are_numbered_over_all_processes():
-    data = Calibration([torch.zeros(5, 1)], groups=["b", "c", "c", "d", "b"])
-    data.processes = OfTwo(3, ["a", "b", "a"])
-    assert data.groups.tolist() == [1, 2, 2, 3, 1]
-    assert data.held_out(8).tolist() == [False, False, False, True, False]  # the last of four
-    one = Calibration([torch.zeros(2, 1)], groups=[7, 7])
-    one.processes = OfTwo(1, None)
-    with pytest.raises(ConfigError, match=r"in all processes or in none, got \[False, True\] \(groups\)"):
-        _ = one.groups

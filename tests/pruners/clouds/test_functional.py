@@ -3,12 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from nni_topo import Calibration
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.processes import Processes
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.speedup import dependency_groups
@@ -124,20 +121,6 @@ def test_a_depthwise_convolution_passes_on_and_is_no_reader():
 def test_the_output_layer_has_no_reader():
     with pytest.raises(ConfigError, match=r"got none.*exclude.*\(head.weight\)"):
         cloud_of(toy_model(), config("head"), [toy_images(4)], "head")
-
-
-def test_a_cloud_of_images_that_processes_share_is_that_of_all_of_them():
-    model, images = toy_model(), [toy_images(4), toy_images(6, seed=1)]
-    (expected, _) = cloud_of(model, config("stem"), images, "stem")
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        # Calibration itself takes a group of one for none
-        shared = Calibration(images)
-        shared.processes = Processes(dist.group.WORLD)
-        (found, _) = cloud_of(model, config("stem"), shared, "stem")
-    finally:
-        dist.destroy_process_group()
-    np.testing.assert_array_equal(found, expected)
 
 
 class Halves(nn.Module):
