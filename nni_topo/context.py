@@ -20,7 +20,6 @@ class Context:
     told: set[str] | None = None  # the warnings that were given; None: no public function runs
     is_running: bool = False  # whether a public function runs: the models within are copies, or put back by it
     is_as_written: bool = False  # whether networks compute what they say (`as_written`)
-    in_step: str = ""  # the public function that all processes run
     facts: Any = None  # what is known of the model that is passed on (`Facts`)
     # A tensor that says which positions of the model's current call aren't padding: bool, (samples, places). None: all.
     real: Any = None

@@ -51,12 +51,6 @@ class ExportError(NniTopoError, RuntimeError):
     page = "docs/export.md"
 
 
-class ProcessError(NniTopoError, RuntimeError):
-    """Processes that work together and of which one is gone or doesn't answer."""
-
-    page = "docs/recovery.md"
-
-
 class CompatibilityError(NniTopoError, RuntimeError):
     """The installed NNI or PyTorch isn't one the package can work with."""
 

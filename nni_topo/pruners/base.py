@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 from nni.compression.base.compressor import Pruner
@@ -198,18 +198,12 @@ class StructuredPruner(Pruner):
         """
         trains = max_steps is not None or max_epochs is not None
         try:
-            with self._in_step, nullcontext() if trains else left_alone(self.bound_model):
+            with nullcontext() if trains else left_alone(self.bound_model):
                 model, masks = super().compress(max_steps, max_epochs)
         except BaseException:
             self.unwrap_model()
             raise
         return model, masks
-
-    @property
-    def _in_step(self) -> AbstractContextManager[None]:
-        """A context that all processes that share the calibration data enter together."""
-        processes = getattr(self.calibration, "processes", None)
-        return nullcontext() if processes is None else processes.in_step(type(self).__name__)
 
     def generate_masks(self) -> Masks:
         """Return the masks of NNI's three stages, which the hooks do."""
@@ -231,7 +225,7 @@ class StructuredPruner(Pruner):
         planner.change(budget)
         self._keep_measurements()
         self._begin_facts()
-        with self._in_step, left_alone(self.bound_model), quiet(self.progress):
+        with left_alone(self.bound_model), quiet(self.progress):
             if self._collected is None:
                 self._collected = self._collect_data()
             found = self._generate_sparsity(self._calculate_metrics(self._collected))

@@ -478,18 +478,6 @@ def network_time(
     return shares
 
 
-def check_shared_budget(budget: Budget | Mapping[str, Any] | None) -> None:
-    """Refuse a budget of time that each of the processes that share calibration data would measure for itself."""
-    if budget is None:
-        return
-    budget = as_budget(budget)
-    if budget.kind == "latency" and budget.latency_table is None:
-        raise ConfigError(
-            "a budget of latency must have a latency_table where processes share the calibration data, got none: each "
-            "would measure other times (budget)"
-        )
-
-
 def planned(
     budget: Budget | Mapping[str, Any],
     model: nn.Module,

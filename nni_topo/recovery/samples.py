@@ -108,18 +108,6 @@ def draw_unpadded(
     return positions, real.gather(1, positions)
 
 
-def numbers_drawn(count: int, entries: int, wanted: int, real: Tensor | None) -> int:
-    """Return how many random numbers `draw_unpadded` takes from its generator."""
-    if real is not None and real.shape == (entries, count):
-        wanted = math.ceil(wanted / max(float(real.double().mean()), 1 / count))
-    return 0 if wanted >= count else entries * wanted
-
-
-def pass_over(generator: torch.Generator, numbers: int) -> None:
-    """Let a generator go on as if so many numbers had been drawn from it, as other processes do."""
-    torch.rand(numbers, generator=generator, dtype=torch.float64)
-
-
 def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
     """Return a view ``(n, channels, *output size, *kernel size)``: what each output position is a sum over, taps last.
 

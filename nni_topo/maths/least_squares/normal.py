@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,16 +17,6 @@ _LEAST_VARIANCE = 1e-12
 # Share of the mean variance in the ridge, so that an input that hardly varies doesn't get the huge weight that
 # retraining would stumble over.
 _FLOOR = 0.1
-
-
-class Others(Protocol):
-    """Processes that have samples of their own."""
-
-    def gather(self, value: Any, place: str) -> list[Any]:
-        """Return what each process has, by rank."""
-
-    def add(self, tensors: Sequence[Tensor], place: str) -> None:
-        """Replace tensors by their sums over all processes."""
 
 
 class NormalEquations:
@@ -105,37 +94,6 @@ class NormalEquations:
                 inputs, residuals = each._joined()
                 whole._accumulate("xy", inputs.mT @ residuals)
         return whole
-
-    def pool(self, others: Others, device: torch.device, place: str) -> None:
-        """Take in the samples of all processes, in the order of the ranks; ``place`` names the sums in errors.
-
-        A process without samples has sums of zero, on ``device``.
-        """
-        unknowns = self.unknowns if "x" in self._sums else 0
-        known = others.gather((self.samples, self._rows is not None, unknowns), place)
-        samples = sum(count for count, _, _ in known)
-        # Those without samples have no rows to keep or to give up.
-        keep_rows = all(has_rows for count, has_rows, _ in known if count) and samples < max(each[2] for each in known)
-        keep_rows = keep_rows and self._rows is not None
-        if keep_rows:
-            mine = [(one.cpu(), other.cpu()) for one, other in self._rows or ()]
-            found = others.gather(mine, place)
-            self._rows = [(one.to(device), other.to(device)) for rows in found for one, other in rows]
-        elif self.samples:
-            _ = self.sums
-        # The products of inputs that other equations share are those of all processes already.
-        mine_by_name = {name: total for name, total in self._sums.items() if not (self._known and name == "xx")}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for one in others.gather({name: tuple(total.shape) for name, total in mine_by_name.items()}, place):
-            shapes |= one
-        for name in sorted(shapes):
-            if name not in mine_by_name:
-                mine_by_name[name] = torch.zeros(shapes[name], dtype=torch.float64, device=device)
-        others.add([mine_by_name[name] for name in sorted(mine_by_name)], place)
-        self._sums |= mine_by_name
-        self.samples = samples
-        if not keep_rows:
-            self._rows = None
 
     @property
     def unknowns(self) -> int:

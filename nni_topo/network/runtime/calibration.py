@@ -109,7 +109,6 @@ class Calibration(Sequence[Any]):
         if groups is not None and not (is_sequence and all(isinstance(each, (int, str)) for each in labels)):
             got = type(groups).__name__
             raise ConfigError(f"groups must be a sequence of integers or strings, got {got} (groups)")
-        self.processes: Any = None
         self.name = "calibration"
         """What the batches are called in messages."""
         # By argument of the model, the one that the unpruned network gets in its place: so has a block after pruned
@@ -123,7 +122,7 @@ class Calibration(Sequence[Any]):
         self._sizes: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, batches: Iterable[Any], name: str = "calibration", *, shared: bool = False) -> Calibration:
+    def of(cls, batches: Iterable[Any], name: str = "calibration") -> Calibration:
         """Return calibration data of batches; a ``Calibration`` is returned as it is."""
         if isinstance(batches, Calibration):
             return batches
@@ -178,8 +177,6 @@ class Calibration(Sequence[Any]):
     def samples(self) -> int:
         """The number of samples in all batches."""
         return sum(self.sizes)
-
-    samples_of_all = samples
 
     @property
     def groups(self) -> Tensor | None:

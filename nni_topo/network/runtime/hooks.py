@@ -89,12 +89,10 @@ class _Enough(BaseException):
     """Ends an evaluation. Not an Exception, which the user's function may catch."""
 
 
-def batches_of(
-    calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: str = "calibration", *, shared: bool = False
-) -> Calibration:
-    """Return batches as calibration data, which processes may share if ``shared``; of an evaluator, those it runs."""
+def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: str = "calibration") -> Calibration:
+    """Return batches as calibration data; of an evaluator, those on which it evaluates the model."""
     if not isinstance(calibration, Evaluator):
-        return Calibration.of(calibration, knob, shared=shared).with_arguments(required_arguments(model))
+        return Calibration.of(calibration, knob).with_arguments(required_arguments(model))
     if getattr(calibration, "model", None) is not None:
         raise ConfigError(f"an evaluator that serves as {knob} must not be in use, got one that has a model ({knob})")
     with _bound_copy(calibration, model, knob) as (evaluator, evaluated):
@@ -150,11 +148,9 @@ def _bound_copy(evaluator: Evaluator, model: nn.Module, knob: str) -> Iterator[t
         ) from error
 
 
-def pruner_batches(
-    calibration: Iterable[Any] | Evaluator | None, model: nn.Module, *, shared: bool = False
-) -> Calibration | None:
+def pruner_batches(calibration: Iterable[Any] | Evaluator | None, model: nn.Module) -> Calibration | None:
     """Return a pruner's calibration data, None if it has none; of an evaluator, what it evaluates the model on."""
-    return None if calibration is None else batches_of(calibration, model, shared=shared)
+    return None if calibration is None else batches_of(calibration, model)
 
 
 def counted_places(shape: tuple[int, ...]) -> Tensor | None:

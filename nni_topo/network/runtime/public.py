@@ -10,7 +10,6 @@ from typing import Any, ParamSpec, TypeVar
 
 from nni_topo.context import context, in_context
 from nni_topo.network.runtime.copies import leaves_models_alone
-from nni_topo.network.runtime.processes import in_step
 from nni_topo.rules import Rule, checked
 
 _Given = ParamSpec("_Given")
@@ -33,12 +32,12 @@ def public(how: Running = _USUAL, /, **rules: Rule) -> Callable[[Callable[_Given
     """Decorate a public function that takes models or calibration data.
 
     Within it no warning of the package is given twice, and no progress is shown if its ``progress`` is False. Its
-    arguments are checked by the rules of these names, the others by their annotations, see `checked`; processes that
-    share calibration data give the same ones, see `in_step`. Models among them are copied, see `leaves_models_alone`.
+    arguments are checked by the rules of these names, the others by their annotations, see `checked`. Models among
+    them are copied, see `leaves_models_alone`.
     """
 
     def decorate(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-        work = in_step(checked(**rules)(leaves_models_alone(function, as_compiled=how.as_compiled)))
+        work = checked(**rules)(leaves_models_alone(function, as_compiled=how.as_compiled))
 
         @functools.wraps(function)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:

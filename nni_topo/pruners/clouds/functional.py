@@ -23,7 +23,6 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import run, structure_call, structure_of
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import Call, calls
-from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -56,7 +55,7 @@ class FunctionalCollector(DataCollector):
 
     @checked()
     def __init__(self, calibration: Iterable[Any]) -> None:
-        self.calibration = Calibration.of(calibration, shared=True)
+        self.calibration = Calibration.of(calibration)
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check that every layer is read."""
@@ -73,10 +72,6 @@ class FunctionalCollector(DataCollector):
         looks = [(reader.module, partial(reader.record, moment)) for reader, moment in each]
         with mixing_called(context.model), watched(looks):
             run(context.model, self.calibration)
-        if self.calibration.processes is not None:
-            for _, moment in each:
-                moment.pool(self.calibration.processes, device_of(context.model))
-
         joint = {}
         for unit in context.units:
             found = zip(readers[unit.name], moments[unit.name], strict=True)

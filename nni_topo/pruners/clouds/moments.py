@@ -11,7 +11,6 @@ from torch import Tensor
 from nni_topo.context import leaving_out
 from nni_topo.errors import DataError
 from nni_topo.network.runtime.memory import check_memory
-from nni_topo.network.runtime.processes import Processes
 
 _TURN = 2**24
 _MATRICES = 6  # most matrices of inner products in memory at a time, until points are made of them
@@ -43,14 +42,6 @@ class ChannelMoments:
             flat = part.flatten(1)
             self._total = self._total + part.sum(2)
             self._products = self._products + flat @ flat.T
-
-    def pool(self, processes: Processes, device: torch.device) -> None:
-        """Take in the samples of all processes."""
-        place = f"inner products of {self.name}"
-        total, products = (each if self.samples else None for each in (self._total, self._products))
-        self._total = processes.total(total, device, place)
-        self._products = processes.total(products, device, place)
-        self.samples = sum(processes.gather(self.samples, place))
 
     def mean(self) -> Tensor:
         """Return the mean of each place of each row, ``(n, places)`` on the CPU."""

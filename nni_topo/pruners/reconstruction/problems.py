@@ -27,9 +27,8 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import evaluating, evaluation_mode, unwrapped_copy
 from nni_topo.network.runtime.fits import structure_of
 from nni_topo.network.runtime.hooks import watched
-from nni_topo.network.runtime.inputs import Call, calls, fitting, real_positions_of, tensors_of
+from nni_topo.network.runtime.inputs import Call, calls, fitting, real_positions_of
 from nni_topo.network.runtime.memory import check_memory
-from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.clouds.functional import ChannelReader, readers_of, unread_error
 from nni_topo.pruners.hooks import Masks, PruningContext
@@ -75,7 +74,7 @@ class ReconstructionProblems:
     """
 
     def __init__(self, calibration: Iterable[Any], *, seed: int = 0, max_bytes: int = 2**30) -> None:
-        self.calibration = Calibration.of(calibration, shared=True)
+        self.calibration = Calibration.of(calibration)
         self.seed = seed
         self.max_bytes = max_bytes
         self.keeps = False  # whether problems that fit into `max_bytes` together are measured only once
@@ -113,7 +112,7 @@ class ReconstructionProblems:
         if not wide:
             return
         model, shapes = analysis.model, analysis.sizes
-        images = self.calibration.samples_of_all
+        images = self.calibration.samples
         names = {id(module): name for name, module in model.named_modules()}
         cure = f"fewer samples than columns (calibration) take less, or {leaving_out()}"
         for name, reader in wide:
@@ -131,7 +130,7 @@ class ReconstructionProblems:
 
         ``network`` is where the kept channels come from: the same model, or one with the same modules.
         """
-        samples = self.calibration.samples_of_all
+        samples = self.calibration.samples
         names = {id(module): name for name, module in original.named_modules()}
         sums = {
             name: [
@@ -142,16 +141,11 @@ class ReconstructionProblems:
         flat = [one for found in sums.values() for one in found]
         hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
         with mixing_called(original, network), hooks, evaluation_mode(original, network), torch.no_grad():
-            if self.calibration.processes is not None:
-                self._pass_over(flat, original, network)
             for index, (args, kwargs) in enumerate(calls(original, self.calibration)):
                 self._run(original, network, (args, kwargs), index)
                 real = real_positions_of(original, (args, kwargs))
                 for one in flat:
                     one.add(real)
-        if (processes := self.calibration.processes) is not None:
-            for one in flat:
-                one.equations.pool(processes, device_of(original), f"what enters {names[id(one.module)]}")
         del flat, hooks
         problems = {}
         for name in list(sums):
@@ -173,23 +167,6 @@ class ReconstructionProblems:
             original(*args, **kwargs)
             if network is not original:
                 network(*args, **kwargs)
-
-    def _pass_over(self, readings: list[Reading], original: nn.Module, network: nn.Module) -> None:
-        """Let readings draw the positions that they would after the batches of the processes before this one."""
-        processes = self.calibration.processes
-        assert processes is not None
-        numbers = [0] * len(readings)
-        known: dict[Any, list[int]] = {}  # of batches without padding, by their shapes
-        for index, call in enumerate(calls(original, self.calibration)):
-            real = real_positions_of(original, call)
-            key = tuple((each.shape, each.dtype) for each in tensors_of(call))
-            if real is not None or key not in known:
-                self._run(original, network, call, index)
-                known[key] = [one.numbers(real) for one in readings]
-            numbers = [total + drawn for total, drawn in zip(numbers, known[key], strict=True)]
-        everywhere = processes.gather(numbers, "the positions to sample")
-        for place, one in enumerate(readings):
-            one.pass_over(sum(each[place] for each in everywhere[: processes.rank]))
 
     def _together(
         self, units: list[PruningUnit], readers: dict[str, list[ChannelReader]]

@@ -25,11 +25,9 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.layers.kinds import WEIGHTED
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.hooks import pruner_batches
-from nni_topo.network.runtime.inputs import inputs_of, on_device
-from nni_topo.network.runtime.processes import in_step
 from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import ALLOCATIONS, Budget, as_budget, check_shared_budget
+from nni_topo.pruners.budget import ALLOCATIONS, Budget, as_budget
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.functional import FunctionalCollector, check_read
 from nni_topo.pruners.hooks import Data, PruningContext
@@ -67,15 +65,9 @@ class ReconstructionMetric(SelectionMetric):
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
         """Choose unit by unit, in the order of the problems."""
         kept: KeptBlocks = {}
-        processes = self.problems.calibration.processes
-        if processes is not None:
-            # Equal sums can lead to other choices between near ties on processors of another kind.
-            rows = processes.gather(rows, "how many channels are kept")[0]
         with bar("choosing filters", self.progress, total=len(context.units)) as shown:
             for unit, problem in self.problems.each(context, kept):
                 chosen = self.chosen(problem, rows[unit.name] * unit.parts, unit.parts)
-                if processes is not None:
-                    chosen = processes.gather(chosen, f"the channels of {unit.name}")[0]
                 kept[unit.name] = np.isin(np.arange(unit.blocks), chosen)
                 shown.update()
         return kept
@@ -120,8 +112,7 @@ class ReconstructionPruner(StructuredPruner):
         ``sparse_threshold`` and ``global_group_id`` compare half the H0 death times of the layers' functional clouds,
         in units of the layer's mean, as in :class:`~nni_topo.TopologicalPruner`.
     calibration : iterable or None, default=None
-        As for the base class. With a ``process_group`` (:class:`nni_topo.Calibration`) all processes have to make the
-        pruner, and choose by the batches of all.
+        As for the base class.
     sequential : bool, default=False
         Look at each layer in the network as pruned so far, the layers before it reconstructed, instead of at all
         layers in the network as it is.
@@ -129,11 +120,6 @@ class ReconstructionPruner(StructuredPruner):
         As for the base class; ``{"flops": 0.25, "allocation": "error"}`` for widths by the error that channels leave.
     seed : int, default=0
         Of the positions at which large feature maps are sampled. Same seed, same masks.
-
-    Raises
-    ------
-    ProcessError
-        If one of the processes that share the calibration data is gone, or doesn't answer within the group's timeout.
 
     See Also
     --------
@@ -153,7 +139,6 @@ class ReconstructionPruner(StructuredPruner):
 
     allocations = ALLOCATIONS
 
-    @in_step
     @pruner_arguments()
     def __init__(
         self,
@@ -170,16 +155,10 @@ class ReconstructionPruner(StructuredPruner):
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
-        kept = pruner_batches(evaluator if calibration is None else calibration, model, shared=True)
+        kept = pruner_batches(evaluator if calibration is None else calibration, model)
         if kept is None:
             raise ConfigError("ReconstructionPruner needs calibration data or an evaluator, got neither (calibration)")
         self.calibration = calibration = kept
-        if (processes := calibration.processes) is not None:
-            check_shared_budget(budget)
-            if budget is not None and example_inputs is None:
-                # The cost is counted by the same inputs in all processes.
-                first = on_device(inputs_of(calibration[0]), torch.device("cpu")) if processes.rank == 0 else None
-                self.example_inputs = processes.gather(first, "example inputs")[0]
         self._problems = (SequentialProblems if sequential else ReconstructionProblems)(calibration, seed=seed)
         is_by_error = budget is not None and as_budget(budget).allocation == "error"
         by_error = ReconstructionProblems(calibration, seed=seed) if is_by_error else None

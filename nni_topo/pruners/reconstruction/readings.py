@@ -17,8 +17,6 @@ from nni_topo.pruners.clouds.functional import ChannelReader
 from nni_topo.recovery.samples import (
     draw_unpadded,
     input_rows,
-    numbers_drawn,
-    pass_over,
     position_count,
 )
 
@@ -63,16 +61,6 @@ class Reading:
     def reached(self, entering: Tensor) -> None:
         """See a call of the twin."""
         self._now = entering
-
-    def numbers(self, counted: Tensor | None) -> int:
-        """Return how many random numbers `add` would draw for the batch that went through, which is let go."""
-        entries = len(self._before)
-        del self._before, self._now
-        return numbers_drawn(position_count(self.module, self._shape), entries, self._wanted, counted)
-
-    def pass_over(self, numbers: int) -> None:
-        """Go on as if so many random numbers had been drawn."""
-        pass_over(self._generator, numbers)
 
     def add(self, counted: Tensor | None) -> None:
         """Add the batch that went through; ``(entries, places)`` tells which positions count, None: all do."""

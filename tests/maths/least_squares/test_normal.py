@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import numpy as np
 import pytest
@@ -151,65 +149,6 @@ def test_equations_of_known_inputs_take_their_products_over():
     alone = fit(equations(inputs[:, :30], 2.0 * targets[:, :30]), equations(inputs[:, 30:], 2.0 * targets[:, 30:]), 0.3,
                 intercept=False)  # fmt: skip
     torch.testing.assert_close(other.solution.weights, alone.solution.weights, rtol=1e-9, atol=1e-12)
-
-
-class Workers:
-    """Some threads with samples of their own, as one of them sees them."""
-
-    def __init__(self, rank, slots, barrier):
-        self.rank, self.slots, self.barrier = rank, slots, barrier
-
-    def gather(self, value, place):
-        self.slots[self.rank] = value
-        self.barrier.wait(timeout=60)
-        found = list(self.slots)
-        self.barrier.wait(timeout=60)
-        return found
-
-    def add(self, tensors, place):
-        for mine, all_of_them in zip(tensors, zip(*self.gather(tensors, place), strict=True), strict=True):
-            total = sum(all_of_them)
-            self.barrier.wait(timeout=60)  # nobody reads any more
-            mine.copy_(total)
-
-
-# 12 samples by three workers, the last of which may have none
-@pytest.mark.parametrize(("unknowns", "keeps_rows"), [(20, True), (8, False), (3, False)])
-@pytest.mark.parametrize("shares", [(5, 4, 3), (7, 5, 0)])
-def test_pooled_equations_are_those_of_all_samples_in_the_order_of_the_ranks(unknowns, keeps_rows, shares):
-    inputs, targets, _, _ = problem(12, unknowns, noise=0.5, groups=2)
-    slots, barrier = [None] * len(shares), Barrier(len(shares))
-
-    def pooled(rank):
-        mine = NormalEquations()
-        mine_of = [values.split(shares, dim=1)[rank] for values in (inputs, targets)]
-        if shares[rank]:
-            mine.add(*mine_of, mine_of[1])
-        mine.pool(Workers(rank, slots, barrier), torch.device("cpu"), "the test")
-        # more targets of the same inputs, whose products are pooled already
-        more = NormalEquations(mine)
-        if shares[rank]:
-            more.add(mine_of[0], 3.0 * mine_of[1], mine_of[1])
-        more.pool(Workers(rank, slots, barrier), torch.device("cpu"), "more of the test")
-        return mine, more
-
-    with ThreadPoolExecutor(len(shares)) as pool:
-        found = list(pool.map(pooled, range(len(shares))))
-    expected = NormalEquations()
-    expected.add(inputs, targets, targets)
-    solution = expected.solve(0.1, intercept=True)
-    for each, more in found:
-        assert each.samples == more.samples == 12
-        if keeps_rows:
-            for rows, all_rows in zip(each.centred(), expected.centred(), strict=True):
-                torch.testing.assert_close(rows, all_rows, rtol=1e-12, atol=1e-12)
-        else:
-            assert each._rows is None
-        mine = each.solve(0.1, intercept=True)
-        torch.testing.assert_close(mine.weights, solution.weights, rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(mine.shift, solution.shift, rtol=1e-9, atol=1e-10)
-        weights_of_more = more.solve(0.1, intercept=True).weights
-        torch.testing.assert_close(weights_of_more, 3.0 * solution.weights, rtol=1e-9, atol=1e-10)
 
 
 def test_of_references_that_never_vary_any_error_is_all():
