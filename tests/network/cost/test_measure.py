@@ -17,7 +17,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.cli import main
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import DataError
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.measure import now, profile, time_shares
 from nni_topo.zoo import count_macs, count_params, latencies
