@@ -18,12 +18,11 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from nni_topo.studies.records import Record, read_records
-from nni_topo.studies.tables import with_tables
 
 BENCHMARKS = Path(__file__).parent
 RESULTS, ARCHIVE, RECORDS = (BENCHMARKS / name for name in ("results", "archive", "records"))
@@ -69,6 +68,27 @@ def made_anew(path: Path, page: str) -> str:
         for make in _MAKERS[path.stem]():
             page = make(page)
     return page
+
+
+def with_tables(page: str, source: str, tables: str) -> str:
+    """Return a page with new text between the two comments that name a source; ValueError if there are none."""
+    begin, end = (f"<!-- {source}: {word} -->" for word in ("begin", "end"))
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"a page must have {begin} and {end}")
+    return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values corrected by Holm's method, in the order given."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    corrected = [1.0] * len(values)
+    largest = 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        corrected[place] = largest
+    return corrected
 
 
 def printed_table(path: Path) -> str:

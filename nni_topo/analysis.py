@@ -5,9 +5,8 @@ from nni_topo.studies.analysis.bounds.propagation import error_bound
 from nni_topo.studies.analysis.compression import critical_compression_ratio, critical_config_list
 from nni_topo.studies.analysis.connectivity import connectivity
 from nni_topo.studies.analysis.deviation import NetDeviation, net_deviation
+from nni_topo.studies.analysis.energy.alternatives import study_replacement, study_selection
 from nni_topo.studies.analysis.energy.dropout import study_dropout
-from nni_topo.studies.analysis.energy.replacement import study_replacement
-from nni_topo.studies.analysis.energy.selection import study_selection
 from nni_topo.studies.analysis.energy.study import Quality, accumulate_energy, study_energy
 from nni_topo.studies.analysis.evolution import EvolutionStudy, EvolutionTrial
 from nni_topo.studies.analysis.persistence import neural_persistence

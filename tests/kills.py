@@ -55,14 +55,14 @@ TIMES = ("seconds", "latency", "_ms", "time_shares", "peak_", "revision")
 
 def comparison(out: Path) -> Any:
     """Compare pruners."""
-    return compare(SMALL, out, isolate=False).records
+    return compare(SMALL, out)[0]
 
 
 def recovery(out: Path) -> Any:
     """Compare pruners with compensation and distillation, as the recovery tables do."""
     steps = plans.DistillationChoice(images=128, steps=40, augmentation="none")
     plan = replace(SMALL, retrain={"epochs": 0}, compensate=plans.CompensationChoice(images=128), distill=steps)
-    return compare(plan, out, isolate=False).records
+    return compare(plan, out)[0]
 
 
 def rounds(out: Path) -> Any:

@@ -21,10 +21,8 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.clustering import Growth, grow
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
-from nni_topo.pruners.reconstruction.pruner import ReconstructionPruner
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.studies.plan import load_plan
-from nni_topo.testing import toy_images
 
 PROJECT = Path(__file__).parents[1]
 MANY = 1000
@@ -102,31 +100,6 @@ def test_each_exchange_is_the_best_of_all_pairs(seed, kinds, parts):
         assert left(layers, after) == pytest.approx(best, abs=2e-6 * abs(before))
         assert before - left(layers, after) == pytest.approx(taken[0], rel=1e-4, abs=1e-7 * abs(before))
         chosen = after.tolist()
-
-
-def wide():
-    """Many channels that are alike, so that forward selection takes some that it would give back."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU()),
-        *(nn.Conv2d(24, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
-    ).eval()
-
-
-def test_the_pruner_exchanges_as_often_as_it_is_told():
-    exchanging = bench("", "exchange").ExchangePruner
-
-    def masks(kind, **knobs):
-        pruner = kind(wide(), [{"op_names": ["0", "3"], "sparse_ratio": 0.75}], calibration=[toy_images(32)], **knobs)
-        found = pruner.compress()[1]
-        return [found[name]["bias"] for name in ("0", "3")]
-
-    plain, none = masks(ReconstructionPruner), masks(exchanging, swaps=0)
-    one, many = (masks(exchanging, swaps=count) for count in (1, MANY))
-    assert all(map(torch.equal, plain, none))
-    assert {int((mine != theirs).sum()) for mine, theirs in zip(plain, one, strict=True)} <= {0, 2}
-    assert [int(each.sum()) for each in many] == [6, 4]
-    assert not all(map(torch.equal, plain, many))
 
 
 # Rounding, loops of a network, sub-clustering

@@ -13,7 +13,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.cli import main
 
-QUICK = ["--limit", "300", "--train-epochs", "1", "--retrain-epochs", "1", "--in-process"]
+QUICK = ["--limit", "300", "--train-epochs", "1", "--retrain-epochs", "1"]
 
 
 def test_list_as_json(capsys):

@@ -262,7 +262,7 @@ def test_the_six_jobs_run(tmp_path, monkeypatch):
         exec(own, names)
         for library, code in codes.items():
             if code.startswith("nni-topo "):
-                assert main([*code.split()[1:], "--train-epochs", "1", "--in-process"]) == 0
+                assert main([*code.split()[1:], "--train-epochs", "1"]) == 0
             elif library != "ModelOpt":
                 exec(compile(code, f"{job}, {library}", "exec"), names)
     assert names["done"].int8_distance < 0.1

@@ -88,23 +88,23 @@ def test_a_full_disk_is_said_in_words_and_what_was_there_stays(name, tmp_path):
 
 def test_a_comparison_on_a_full_disk_goes_on_where_there_is_room(tmp_path):
     with full_disk(), pytest.raises(DataError, match="needs free disk, got none left"):
-        compare(PLAN, tmp_path, isolate=False)
+        compare(PLAN, tmp_path)
     assert not list(tmp_path.rglob("*.part"))
-    assert len(compare(PLAN, tmp_path, isolate=False).records) == 1
+    assert len(compare(PLAN, tmp_path)[0]) == 1
 
 
 @pytest.mark.slow
 def test_a_cut_checkpoint_is_to_be_deleted(tmp_path):
-    compare(PLAN, tmp_path, isolate=False)
+    compare(PLAN, tmp_path)
     (tmp_path / "results.jsonl").unlink()
     (path,) = (tmp_path / "checkpoints").glob("*.pt")
     path.write_bytes(path.read_bytes()[:1000])
-    (failure,) = compare(PLAN, tmp_path).failures
-    assert failure.reason.endswith("; delete it and run again")
-    assert str(path) in failure.reason
-    assert not any(word in failure.reason for word in ("Traceback", "weights_only", "File "))
+    _, (failure,) = compare(PLAN, tmp_path)
+    assert failure["reason"].endswith("; delete it and run again")
+    assert str(path) in failure["reason"]
+    assert not any(word in failure["reason"] for word in ("Traceback", "weights_only", "File "))
     path.unlink()
-    assert len(compare(PLAN, tmp_path, isolate=False).records) == 1
+    assert len(compare(PLAN, tmp_path)[0]) == 1
 
 
 def test_a_folder_of_rounds_takes_one_run_at_a_time(tmp_path):

@@ -12,10 +12,8 @@ import torch
 from bench_modules import BENCHMARKS, imported
 from scipy import stats
 from scipy.spatial.distance import cdist
-from torch import nn
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import one_hot
 
-import nni_topo
 from nni_topo.studies.records import read_records
 from nni_topo.topology import distinct_points, h0_deaths
 
@@ -63,18 +61,6 @@ def test_each_removal_costs_the_least_magnitude():
         assert values[tuple(kept.tolist())] == pytest.approx(max(values.values()), rel=1e-9)
 
 
-def test_copies_go_before_other_points_and_the_base_stays():
-    subset = bench("metric_magnitude").magnitude_subset
-    line = np.array([0.0, 1.0, 1.0, 1.0, 1.1, 0.0])
-    distances = abs(np.subtract.outer(line, line))
-    assert subset(distances, 5).tolist() == [0, 1, 2, 3, 4]
-    assert subset(distances, 3).tolist() == [0, 1, 4]
-    line = np.array([0.0, 5.0, 5.0, 5.0, 9.0])
-    distances = abs(np.subtract.outer(line, line))
-    assert subset(distances, 3, base=2).tolist() == [0, 2, 4]
-    assert subset(distances, 4, base=3).tolist() == [0, 1, 3, 4]
-
-
 def test_exact_selection_finds_the_largest_magnitude_and_no_exchange_adds_any():
     module = bench("which_filters_exact")
     similarities = np.exp(-0.7 * symmetric(np.random.default_rng(0).standard_normal((9, 3))))
@@ -116,39 +102,6 @@ def test_rtd_lite_is_the_difference_of_spanning_trees_in_any_unit_and_order():
     assert rtd_lite(apart, other, normalise=False) == 5.5  # trees of 6 and 5, the minimum's of nothing
 
 
-def test_the_gradient_of_the_loss_is_that_of_small_steps():
-    rtd = bench("rtd")
-    generator = torch.Generator().manual_seed(0)
-    first = torch.randn(10, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    second = torch.randn(10, 2, generator=generator, dtype=torch.float64)
-    loss = rtd.rtd_lite_loss(first, second)
-    matrices = [symmetric(points.detach().numpy()) for points in (first, second)]
-    assert loss.item() == pytest.approx(rtd.rtd_lite(*matrices), rel=1e-9)
-    loss.backward()
-    units = [np.quantile(matrix[np.triu_indices(10, 1)], 0.9) for matrix in matrices]
-    step = torch.zeros_like(first)
-    step[4, 1] = 1e-6
-    values = []
-    for sign in (1.0, -1.0):
-        moved = symmetric((first + sign * step).detach().numpy()) / units[0]
-        values.append(rtd.rtd_lite(moved, matrices[1] / units[1], normalise=False))
-    assert first.grad[4, 1].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
-
-
-def test_the_losses_of_distillation_are_rtd_lite_of_unit_vectors_and_the_cosine_loss():
-    loss = bench("which_loss")
-    points = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    wanted = bench("rtd").rtd_lite(*(symmetric(normalize(each).double().numpy()) for each in (points, points.flip(0))))
-    assert float(loss.rtd_lite(points, points.flip(0))) == pytest.approx(wanted / 40, rel=1e-3)
-    torch.manual_seed(0)
-    original, dense, images = nn.Linear(8, 4), nn.Linear(8, 4), torch.randn(60, 8)
-    knobs = {"held_out": [images], "objective": "cosine", "steps": 1, "lr": 1e-9}
-    done = nni_topo.distillation(dense, original, [torch.randn(20, 8)], **knobs)
-    with torch.no_grad():
-        wanted = loss.cosine_and_similarities(dense(images), original(images), torch.ones(()))
-    assert done.loss_before == pytest.approx(float(wanted), rel=1e-4)
-
-
 # Filters, clouds and blocks
 
 
@@ -186,32 +139,6 @@ def test_the_estimate_of_how_many_filters_is_the_package_s():
         generator = np.random.default_rng(seed)
         points, kinds, _ = module.planted(generator.normal(size=(16, 40)), generator)
         assert module.by_largest_ratio(points) == distinct_points(points) == kinds
-
-
-def test_selections_from_a_cloud_are_those_by_hand():
-    points = np.array([[0.0, 0.0], [5.0, 0.0], [5.2, 0.0], [5.1, 0.1], [0.0, 3.0]])
-    module = bench("clouds")
-    assert module.largest(points, 2, 0).tolist() == [2, 3]
-    assert sorted(module.nearest_to_means(points, 3, 0).tolist()) == [0, 3, 4]
-
-
-def test_a_seed_has_a_split_of_its_own_and_no_image_twice(tmp_path):
-    images = np.zeros((15_000, 1, 2, 2), dtype=np.uint8)
-    images[:, 0, 0, 0], images[:, 0, 0, 1] = np.divmod(np.arange(15_000), 256)
-    labels = np.arange(15_000) % 10
-    parts = {"x_train": images[:9_000], "y_train": labels[:9_000], "x_test": images[9_000:], "y_test": labels[9_000:]}
-    np.savez(tmp_path / "images.npz", **parts)
-    tested = []
-    for seed in (400, 401):
-        with np.load(bench("which_clouds").split_of("ResNet-20", seed, tmp_path / "images.npz", tmp_path)) as file:
-            numbers = [
-                256 * file[name][:, 0, 0, 0].astype(int) + file[name][:, 0, 0, 1] for name in ("x_train", "x_test")
-            ]
-            assert np.bincount(file["y_test"]).tolist() == [500] * 10
-            assert (numbers[0] % 10 == file["y_train"]).all()
-            assert len(set(np.concatenate(numbers))) == 15_000
-            tested.append(set(numbers[1]))
-    assert tested[0] != tested[1]
 
 
 def test_a_cell_of_clouds_needs_all_networks_and_the_best_baseline_on_validation_images():
@@ -285,13 +212,6 @@ def test_recall_accuracy_of_neighbours_and_alignment_by_hand():
         assert ratio.linear_cka(one, other) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_where_a_curve_reaches_a_level():
-    ratio = bench("which_ratio")
-    curve = [0.0, 0.5, 0.75], [0.0, 0.02, 0.1]
-    assert [ratio.crossing(curve, level) for level in (0.06, 0.01, 0.2)] == pytest.approx([0.625, 0.25, 1.0])
-    assert ratio.knee_of(([0.0, 0.25, 0.5, 0.75], [0.0, 0.0, 0.0, 1.0])) == 0.5
-
-
 def falling(seeds, first, gone_of, scores_of, key_of):
     """Records of networks that break at `first`, and 0.1 later each: what is lost rises slowly, then fast."""
     records = []
@@ -319,44 +239,6 @@ def test_the_error_of_predicted_ratios():
     # the mean ratio of exploration is 0.55
     assert found[ratio.CONSTANT] == pytest.approx({310: 0.05, 311: 0.05, 312: 0.15})
     assert f"| {ratio.CONSTANT} | 5.0 ± 0.0 | 8.3 ± 14.3 |" in ratio.tables(records)
-
-
-def test_scenes_have_one_cloud_and_rule_for_both_kinds_and_levels_for_each():
-    scenes = bench("which_ratio_scenes")
-
-    def scores(share, lost):
-        return dict.fromkeys(scenes.COMPARISONS, share) | {f"RTD-Lite{scenes.AVERAGED}": 4.0 * lost}
-
-    kinds = ((scenes.SEGMENTER, 0.5), (scenes.DETECTOR, 0.2))
-    records = []
-    for kind, first in kinds:
-        for seeds in ((300, 304), (310, 314, 318)):
-            records += falling(seeds, first, scenes.width_of, scores, lambda *key, kind=kind: [kind, *key])
-    unfinished = [{**record, "key": [*record["key"][:1], 311, *record["key"][2:]]} for record in records[:3]]
-    text = scenes.tables(records + unfinished)
-    for kind, first in kinds:
-        true = scenes.true_ratios(scenes.of_kind(records + unfinished, kind), range(310, 325), "test")
-        assert true == pytest.approx({310: first, 314: first + 0.1, 318: first + 0.2}, abs=0.06)
-        assert f"| {kind}, confirmation, 3 networks | {scenes.MEASURES[kind]} | 70.0 ± 0.0 |" in text
-    assert text.split("**Differences")[1].count("(best baseline)") == 2
-
-
-def test_courses_are_chosen_on_the_validation_images_of_exploration():
-    loss = bench("which_loss")
-    records = []
-    for seed in (300, 301, 310, 311):
-        for name in (*loss.LOSSES, loss.OURS):
-            for rate in (0.003, 0.01):
-                is_best = (rate == 0.003) == (seed < 305)
-                weight = 0.1 if name == loss.OURS else 0.0
-                test = 0.5 + 0.01 * (seed % 2) + (0.1 + 0.02 * (seed % 2)) * (name == "cosine")
-                record = {"key": [seed, name, rate, weight], "steps": 7, "test": test, "undistilled": {"test": 0.4}}
-                records.append({**record, "validation": 0.6 + 0.1 * is_best + 0.01 * (name == "cosine")})
-    assert loss.chosen_course(records, loss.OURS) == (loss.OURS, 0.003, 0.1)
-    fresh = [record for record in records if record["key"][0] < 305 or record["key"][2] == 0.003]
-    text = loss.tables(fresh)
-    assert "| cosine (best baseline) | -11.0 ± 12.7 |" in text
-    assert "| squares | +0.0 ± 0.0 |" in text
 
 
 def test_correlations_of_blocks_are_of_complete_networks():
@@ -403,16 +285,3 @@ def test_average_precision_by_hand():
     spots = torch.cat([torch.tensor([[15.0, 15.0, 25.0, 25.0]]), boxes[0]])
     found = spots, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 1, 1])
     assert scenes.mean_average_precision([found], boxes[:1], torch.tensor([[1, 1]])) == pytest.approx(2 / 3)
-
-
-def test_a_box_that_overlaps_a_surer_one_of_its_class_is_left_out():
-    outputs = torch.full((1, 15, 6, 6), -20.0)
-    outputs[:, 1:5] = 0.0
-    for column, score in ((2, 2.0), (3, 1.0)):
-        outputs[0, 0, 1, column] = score
-        outputs[0, 1, 1, column] = 0.5 if column == 2 else -0.5  # both centres are between the two cells
-        outputs[0, 5 + 4, 1, column] = 20.0
-    ((boxes, scores, classes),) = bench("scenes").detections(outputs)
-    assert boxes.tolist() == [[16.0, 4.0, 32.0, 20.0]]
-    assert scores.tolist() == pytest.approx([torch.tensor(2.0).sigmoid().item()])
-    assert classes.tolist() == [4]

@@ -14,11 +14,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import with_tables
 from nni_topo.disk import output_file
 from nni_topo.studies.analysis.deviation import DeviationStudy
 from nni_topo.studies.analysis.retraining import RetrainingStudy
 from nni_topo.studies.records import read_records
-from nni_topo.studies.tables import markdown_table, with_tables
+from nni_topo.studies.tables import markdown_table
 
 SOURCE = "benchmarks/clustering/bounds_report.py"
 RECORDS = Path(__file__).parents[1] / "records" / "bounds.jsonl"

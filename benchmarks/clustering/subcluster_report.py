@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.clustering.subcluster_rules import SOURCE as TEXT_NODES
 from benchmarks.clustering.subcluster_rules import tables
-from nni_topo.studies.tables import interval, markdown_table, with_tables
+from benchmarks.tables import with_tables
+from nni_topo.studies.tables import interval, markdown_table
 
 SOURCE = "benchmarks/clustering/subcluster_report.py"  # as the comments around a page's tables say
 RECORDS = ("subcluster_networks.jsonl", "subcluster_parts.jsonl")

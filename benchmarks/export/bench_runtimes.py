@@ -33,10 +33,11 @@ from torch import Tensor, nn
 
 import nni_topo
 from benchmarks.export.runtimes import RUNTIMES, Runtime
+from benchmarks.tables import with_tables
 from nni_topo import zoo
 from nni_topo.runs.provenance import provenance
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import interval, markdown_table, with_tables
+from nni_topo.studies.tables import interval, markdown_table
 
 SOURCE = "benchmarks/export/bench_runtimes.py"
 SHARE = 0.25

@@ -20,19 +20,18 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from benchmarks.tables import holm, with_tables
 from nni_topo.disk import output_file
 from nni_topo.studies.records import read_records
 from nni_topo.studies.tables import (
     best_baseline,
     cells_of,
     grouped,
-    holm,
     interval,
     markdown_table,
     paired_difference,
     show_accuracies,
     title_of,
-    with_tables,
 )
 
 Record = dict[str, Any]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,25 @@ from nni_topo.pruners.energy import TOLERANCE, CumulativeEnergyMetric
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.planner import Planner
 from nni_topo.runs.provenance import provenance
+from nni_topo.runs.run import Start
 from nni_topo.runs.widths import inner_layers
-from nni_topo.studies.analysis.energy.run import AnalyzeEnergy, show_energy
-from nni_topo.studies.analysis.energy.study import THRESHOLDS, study_energy
+from nni_topo.studies.analysis.energy.dropout import RATES, study_dropout
+from nni_topo.studies.analysis.energy.study import (
+    LITTLE,
+    THRESHOLDS,
+    AnalyzeEnergy,
+    EnergyStudy,
+    accumulate_energy,
+    layer_plot,
+    masks_of,
+    quality_on,
+    show_energy,
+    study_energy,
+)
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import as_markdown, interval, show_accuracies
+from nni_topo.studies.study import plain, save_figures
+from nni_topo.studies.tables import as_markdown, interval, markdown_table, show_accuracies, table_of
+from nni_topo.zoo.labelled import subset
 
 IMAGENET = ("torchvision/vgg16", "torchvision/resnet101")
 SHARED_THRESHOLDS = (0.05, 0.1, 0.2)
@@ -53,11 +68,8 @@ CALIBRATION = 1024
 BASELINE_IMAGES = 500
 STUDY_IMAGES = 500
 STUDY_TRAINING = 3000
-STUDIES: dict[str, tuple[str, ...]] = {
-    "vgg16": ("dropout", "accumulated"),
-    "resnet20": ("accumulated",),
-    "resnet29": ("accumulated",),
-}
+STUDIES = ("vgg16", "resnet20", "resnet29")
+WITH_DROPOUT = ("vgg16",)
 CHIRPS: dict[str, dict[str, Any]] = {
     "chirp": {},
     "chirp, radial": {"signal": {"direction": "radial"}},
@@ -207,13 +219,41 @@ def study(label: str, options: argparse.Namespace) -> dict[str, Any]:
         data_dir=options.data_dir,
         limit=STUDY_TRAINING,
         images=STUDY_IMAGES,
-        parts=STUDIES[label],
         checkpoint=options.out / f"{label}.pt",
         out=options.out / label,
     )
-    found = request.find(print)
+    found, start = request.find(print), request.start(STUDY_IMAGES)
+    evaluate = partial(quality_on, images=subset(start.data.validation, slice(STUDY_IMAGES)))
+    found.more["accumulated"] = _accumulated(start, found, evaluate)
+    if label in WITH_DROPOUT:
+        found.more["dropout"] = _under_dropout(start, found, evaluate, request.out)
     found.save(request.out)
     return found.to_dict()
+
+
+def _accumulated(start: Start, study: EnergyStudy, evaluate: Any) -> dict[str, Any]:
+    """Prune, one after the other, the layers that cost less than two points alone at the lowest threshold."""
+    threshold = study.thresholds[0]
+    pruned = [row for row in study.layers if row.removed[threshold]]
+    layers = [row.layers for row in pruned if study.lost(row, threshold) < LITTLE]
+    steps = accumulate_energy(start.net, layers, start.example, evaluate, threshold=threshold)
+    return {"threshold": threshold, "steps": plain(steps)}
+
+
+def _under_dropout(start: Start, study: EnergyStudy, evaluate: Any, out: Path) -> dict[str, Any]:
+    """Measure accuracy at every dropout rate: unpruned, and with each layer alone pruned at 1 and 10 %."""
+    record = {"unpruned": plain(study_dropout({"": lambda: start.net}, evaluate, seed=start.seed)[""])}
+    for threshold in (0.01, 0.1):
+        models = {}
+        for row in study.layers:
+            masks = masks_of(row.layers, study.masks[threshold])
+            models[row.name] = partial(masked_model, start.net, start.example, masks)
+        found = study_dropout(models, evaluate, seed=start.seed)
+        record[str(threshold)] = plain(found)
+        lines = {f"rate {rate:g}": [100.0 * found[row.name][rate].accuracy for row in study.layers] for rate in RATES}
+        label = f"accuracy %, one layer at {100 * threshold:g} % of its energy"
+        save_figures(out, {f"dropout_{threshold:g}": layer_plot(study.layers, lines, label)})
+    return record
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -286,6 +326,16 @@ def _print_baselines(record: dict[str, Any]) -> None:
 
 def _print_study(record: dict[str, Any]) -> None:
     print(as_markdown(show_energy(record)))
+    columns = {"after layer": "{layers[0]}", "removed": "{removed}", "accuracy %": "{quality[accuracy]:.1%}"}
+    print(table_of(None, record["accumulated"]["steps"], columns).to_markdown())
+    if "dropout" in record:
+        unpruned = record["dropout"].pop("unpruned")
+        rows = {"unpruned": [100 * found["accuracy"] for found in unpruned.values()]}
+        for threshold, layers in record["dropout"].items():
+            found = [[100 * layer[rate]["accuracy"] for layer in layers.values()] for rate in unpruned]
+            rows[f"one layer at {threshold}, mean"] = [statistics.mean(values) for values in found]
+        cells = [[name, *(f"{value:.1f}" for value in values)] for name, values in rows.items()]
+        print(markdown_table(["accuracy % at dropout rate", *unpruned], cells))
 
 
 _PRINT: dict[str, Callable[[dict[str, Any]], None]] = {

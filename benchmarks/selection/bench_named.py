@@ -31,6 +31,7 @@ from nni.compression.speedup import ModelSpeedup
 
 from benchmarks.export.bench_runtimes import timed
 from benchmarks.export.runtimes import RUNTIMES
+from benchmarks.tables import with_tables
 from nni_topo.disk import output_file, read_json, write_figure
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import made_dense
@@ -38,7 +39,7 @@ from nni_topo.studies.cells import pruned_cell, run_cell, shared_ratios, start_o
 from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.plan import ComparisonPlan, load_plan
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import cells_of, grouped, interval, markdown_table, title_of, with_tables
+from nni_topo.studies.tables import cells_of, grouped, interval, markdown_table, title_of
 
 SOURCE = "benchmarks/selection/bench_named.py"  # as the comments around a page's tables say
 PLAN = Path(__file__).parents[2] / "configs" / "compare_named.yaml"

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from benchmarks.speed import bench_seconds
+from benchmarks.tables import with_tables
 from benchmarks.transformers import bench_streaming
 from nni_topo import zoo
 from nni_topo.network.runtime.reports import markdown_table
@@ -52,7 +53,6 @@ from nni_topo.runs.provenance import provenance
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.baselines import PREFIX, cut
-from nni_topo.studies.tables import with_tables
 
 Row = dict[str, Any]
 SOURCE = "benchmarks/speed/bench_cuda.py"

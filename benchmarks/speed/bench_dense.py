@@ -26,7 +26,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from nni_topo.studies.tables import markdown_table, with_tables
+from benchmarks.tables import with_tables
+from nni_topo.studies.tables import markdown_table
 
 TOOLS = ("ours", "unchecked", "nni", "torch-pruning")  # unchecked: ours without its comparison with the masked network
 

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
+from benchmarks.tables import with_tables
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.run import resolve_device
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import markdown_table, with_tables
+from nni_topo.studies.tables import markdown_table
 
 RECORDS = Path(__file__).parents[1] / "records" / "seconds.jsonl"
 SOURCE = "benchmarks/speed/bench_seconds.py"  # as the comments around the page's table say

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from scipy import stats
 
+from benchmarks.tables import with_tables
 from nni_topo.studies.records import read_records
-from nni_topo.studies.tables import interval, with_tables
+from nni_topo.studies.tables import interval
 
 EXPLORATION, CONFIRMATION = range(300, 305), range(310, 325)  # seeds of the networks
 

@@ -25,6 +25,7 @@ from registered import benchmark
 from scipy import stats
 from sklearn.datasets import load_digits
 
+from benchmarks.tables import holm
 from nni_topo import zoo
 from nni_topo.runs.choices import CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.pipeline import Pipeline
@@ -33,7 +34,7 @@ from nni_topo.runs.run import Start, made_dense, prune_to_ratios, retrain, train
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.studies.baselines import baseline_masks, is_baseline
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import holm, interval, markdown_table, show_accuracies
+from nni_topo.studies.tables import interval, markdown_table, show_accuracies
 from nni_topo.zoo.sources import class_rank, split_off_test
 
 SOURCE = "benchmarks/topology/which_clouds.py"  # as the comments around a page's tables say

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
+from benchmarks.tables import with_tables
 from benchmarks.trained import measures, photos, pretrained, sentences
 from benchmarks.trained.report import figure, title_of
 from benchmarks.trained.run import Cnn, Encoder
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.runs.provenance import provenance
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import markdown_table, with_tables
+from nni_topo.studies.tables import markdown_table
 
 SOURCE = "benchmarks/trained/longer.py"  # as the comments around a page's table say
 SHOWN = {Cnn.name: ("top 1", "KL"), Encoder.name: ("cosine", "recall@10")}

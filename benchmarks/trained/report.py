@@ -18,6 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.tables import with_tables
 from benchmarks.trained.run import (
     BLOCKS,
     CRITERIA,
@@ -31,7 +32,7 @@ from benchmarks.trained.run import (
 )
 from nni_topo.disk import output_file
 from nni_topo.studies.records import read_records
-from nni_topo.studies.tables import interval, markdown_table, with_tables
+from nni_topo.studies.tables import interval, markdown_table
 
 SOURCE = "benchmarks/trained/report.py"  # as the comments around a page's tables say
 NETWORKS = ("efficientnet-lite0", "minilm")

@@ -34,8 +34,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import with_tables
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import markdown_table, with_tables
+from nni_topo.studies.tables import markdown_table
 
 SOURCE = "benchmarks/transformers/bench_streaming.py"
 SHARE, LENGTH, SAMPLES_A_BATCH = 0.7, 64, 4

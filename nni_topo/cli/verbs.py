@@ -72,7 +72,7 @@ class Demo(Verb):
             f"{DEMO.seeds} small networks are trained on digits, each pruned {cells} times: some two minutes "
             f"on two cores. Tables follow here, a picture and report.html in {self.out}/"
         )
-        return _run_plan(DEMO, self.out, console, isolate=False, as_json=self.json)
+        return _run_plan(DEMO, self.out, console, as_json=self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,6 @@ class Compare(DataVerb):
     method: str = "reconstruct"  # a listed recovery method, or package.module:Class
     distill: int = 0  # unlabelled images for distillation after it; 0: no distillation
     test_limit: int | None = None  # test images used, the set's first ones, at least 1; None: all, whatever --limit is
-    in_process: bool = False  # run all cells in this process, one by one
     n_jobs: int | None = None  # cells to run at a time, at least 1; -1: one per core; None: as in the plan, or 1
 
     def run(self, console: Console) -> int:
@@ -106,7 +105,7 @@ class Compare(DataVerb):
             folder = str(self.data_dir)
             plan = replace(plan, data=tuple(replace(choice, data_dir=folder) for choice in plan.data))
         plan = plan if self.n_jobs is None else replace(plan, n_jobs=self.n_jobs)
-        return _run_plan(plan, self.out, console, isolate=not self.in_process, as_json=self.json)
+        return _run_plan(plan, self.out, console, as_json=self.json)
 
     def _plan(self) -> ComparisonPlan:
         if not self.model:
@@ -136,12 +135,12 @@ class Compare(DataVerb):
         return PrunerChoice(info.name, calibration=self.calibration if needs_data else 0)
 
 
-def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, isolate: bool, as_json: bool) -> int:
+def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, as_json: bool) -> int:
     def announce(cell: Cell, number: int, count: int) -> None:
         what = f"{cell.model.label} on {cell.data.name}, seed {cell.seed}: {cell.pruner.row}, {cell.target.label}"
         console.print(f"[{number}/{count}] {what}", markup=False, highlight=False)
 
-    records, failures = compare(plan, out, isolate=isolate, on_cell=announce)
+    records, failures = compare(plan, out, on_cell=announce)
     if records:
         picture = save_figures(out, comparison_figures(records))[0]
         for part in tables_of(records):
@@ -150,7 +149,7 @@ def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, isolate: boo
             f"records: {out / 'results.json'} · picture: {picture} · report: {out / 'report.html'}", markup=False
         )
     for failure in failures:
-        console.print(f"failed: {failure.cell.pruner.row}, seed {failure.cell.seed}\n{failure.reason}", markup=False)
+        console.print(f"failed: {failure['pruner']}, seed {failure['seed']}\n{failure['reason']}", markup=False)
     if as_json:
         print(json.dumps(records, indent=1))
     return 1 if failures else 0

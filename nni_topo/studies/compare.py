@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-from joblib import effective_n_jobs
 
 from nni_topo.disk import only_process, write_json
 from nni_topo.errors import ConfigError
@@ -18,59 +15,22 @@ from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import load_model_data, resolve_device
 from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.cells import cell_facts, run_cell
-from nni_topo.studies.isolation import run_missing
 from nni_topo.studies.plan import SCRATCH, ComparisonPlan
-from nni_topo.studies.records import COMPARED, read_records
+from nni_topo.studies.records import COMPARED, read_records, run_missing
 from nni_topo.studies.report import write_report
-from nni_topo.studies.tables import as_markdown, tables_of
-
-if TYPE_CHECKING:
-    import pandas
-
-
-@dataclass(frozen=True)
-class RunFailure:
-    """A cell that ended without a record, and why."""
-
-    cell: Cell
-    reason: str
-
-
-class Comparison(NamedTuple):
-    """The result of a comparison; its ``repr`` shows the tables, in Markdown."""
-
-    records: list[Record]  # of the plan's cells that ran, in its order
-    failures: list[RunFailure]  # cells that raised or were killed; the same command tries them again
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return the records as a table, a row each; nested values become columns with dotted names."""
-        import pandas
-
-        return pandas.json_normalize(self.records)
-
-    def __repr__(self) -> str:
-        failed = [f"failed: {each.cell.pruner.row}, seed {each.cell.seed}" for each in self.failures]
-        return "\n".join([as_markdown(tables_of(self.records)), *failed])
 
 
 def compare(
-    plan: ComparisonPlan,
-    out: str | Path,
-    *,
-    isolate: bool = True,
-    on_cell: Callable[[Cell, int, int], None] | None = None,
-) -> Comparison:
+    plan: ComparisonPlan, out: str | Path, *, on_cell: Callable[[Cell, int, int], None] | None = None
+) -> tuple[list[Record], list[Record]]:
     """Run the cells of a plan that have no record yet; return all records, in the plan's order, and the failed cells.
 
     The output folder gets a line per finished cell in ``results.jsonl``, all records at the end in ``results.json``,
-    cells without a record and why in ``failures.json``, the plan, ``report.html`` and the trained models. With
-    ``isolate`` each cell runs in a process of its own: its memory is freed, a crash ends that cell only, and the plan's
-    ``n_jobs`` cells run at a time. ``on_cell`` is called before each cell with the cell, its number from 1 and the
-    number of cells. ConfigError if a name, a knob or the device is unknown, or the folder holds another comparison's
-    records; DataError if the data can't be read, or another run uses the folder.
+    cells without a record and the ``reason`` in ``failures.json``, the plan, ``report.html`` and the trained models.
+    ``on_cell`` is called before each cell with the cell, its number from 1 and the number of cells. ConfigError if a
+    name, a knob or the device is unknown, or the folder holds another comparison's records; DataError if the data can't
+    be read, or another run uses the folder.
     """
-    if not isolate and plan.n_jobs != 1:
-        raise ConfigError(f"cells that share a process must run one by one, got n_jobs {plan.n_jobs} (compare)")
     out = Path(out)
     cells = list(plan.cells())
     # Pruners, knobs, devices and data are checked before the first cell runs.
@@ -94,12 +54,10 @@ def compare(
                 f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
             )
         write_json(out / "plan.json", asdict(plan), sort=False, default=repr)
-        at_a_time = effective_n_jobs(plan.n_jobs) if isolate else None
-        found = run_missing(cells, done, out, run_cell, at_a_time=at_a_time, announce=on_cell)
-        failures = [RunFailure(cells[number - 1], reason) for number, reason in sorted(found.items())]
+        failed = run_missing(cells, done, out, run_cell, n_jobs=plan.n_jobs, announce=on_cell)
+        failures = [{**cell_facts(cell), "reason": reason} for cell, reason in failed]
         records = [done[cell.key] for cell in cells if cell.key in done]
         write_json(out / "results.json", records)
-        reasons = [{**cell_facts(failure.cell), "reason": failure.reason} for failure in failures]
-        write_json(out / "failures.json", reasons)
+        write_json(out / "failures.json", failures)
         write_report(out)
-    return Comparison(records, failures)
+    return records, failures

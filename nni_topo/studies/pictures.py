@@ -71,11 +71,11 @@ def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
         found[f"{record['model']} on {record['data']}"].append(record)
     steps = [step for step in STEPS if any(f"accuracy_{step}" in record for record in records)]
     named = [(f"{name}, {STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in found.items() for step in steps]
-    many = len(found) > 2
-    size = (3.4, 3.0) if many else (4.2, 4.2)
+    is_many = len(found) > 2
     pruners = list(dict.fromkeys(record["pruner"] for record in records))
     draw = partial(_draw_accuracy, pruners=pruners)
-    figures = {"accuracy": panels(named, draw, size=size, columns=len(steps) * (2 if many else 1))}
+    size, columns = ((3.4, 3.0), 2 * len(steps)) if is_many else ((4.2, 4.2), len(steps))
+    figures = {"accuracy": panels(named, draw, size=size, columns=columns)}
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
     if groups:
         titled = ((f"{model} on {data},\n{target}", rows) for (model, data, target), rows in groups.items())

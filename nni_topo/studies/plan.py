@@ -50,7 +50,7 @@ class ComparisonPlan:
     device: str = "cpu"  # cpu, cuda or auto
     compensate: CompensationChoice | None = None  # between pruning and fine-tuning, for every row; None: none
     distill: DistillationChoice | None = None  # after compensation, for every row; None: none
-    n_jobs: int = 1  # cells run at a time, each in its own process, at least 1; -1: one per core
+    n_jobs: int = 1  # cells run at a time, at least 1; -1: one per core; other than 1: each in a process
 
     def __post_init__(self) -> None:
         check_fields(self, "plan", seeds=whole(1), first_seed=SEED, n_jobs=JOBS)

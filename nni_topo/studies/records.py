@@ -1,14 +1,20 @@
-"""Records of finished cells: one JSON line each."""
+"""Records of finished cells, one JSON line each, and the loop that runs the cells without one."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed
 
 from nni_topo.disk import disk_errors, output_file
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.rules import Rule, check_knobs, instance, number, whole
 from nni_topo.runs.provenance import Record
 
@@ -19,6 +25,8 @@ COMPARED: dict[str, Rule] = {
     "accuracy_before": number(0.0, 1.0),
 }
 """What every record of a comparison holds."""
+Job = Any  # with a `key` of its record and a `training_key` of its network: equal settings, equal keys
+_KILLED = "its process or one beside it was killed (out of memory?); the same command runs it again"
 
 
 def read_records(path: Path, rules: Mapping[str, Rule] | None = None, with_key: str | None = None) -> list[Record]:
@@ -70,3 +78,61 @@ def append_record(path: Path, record: Record) -> None:
         stream.write(json.dumps(record, sort_keys=True).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def run_missing(
+    jobs: Sequence[Job],
+    done: dict[str, Record],
+    out: Path,
+    run: Callable[[Job, Path], Record],
+    *,
+    n_jobs: int,
+    announce: Callable[[Job, int, int], None] | None = None,
+) -> list[tuple[Job, str]]:
+    """Run the jobs whose key isn't in ``done``; put their records there and into ``results.jsonl``.
+
+    ``n_jobs`` run at a time, -1: one per core; 1: one by one in this process, otherwise each in a process, on one
+    thread. ``announce`` is called before each job with the job, its number from 1 and the number of jobs. Return the
+    jobs that have no record, and why.
+    """
+    todo = {number: job for number, job in enumerate(jobs, start=1) if job.key not in done}
+    failures: dict[int, str] = {}
+    threads = torch.get_num_threads() if n_jobs == 1 else 1
+
+    def attempts(numbers: Sequence[int]) -> Iterator[Any]:
+        for number in numbers:
+            if announce is not None:
+                announce(todo[number], number, len(jobs))
+            yield delayed(_attempt)(number, run, todo[number], out, threads)
+
+    stages = [list(todo)]
+    if n_jobs != 1:
+        # the first job of each network trains it, before the others that start from it
+        first = set({job.training_key: number for number, job in reversed(todo.items())}.values())
+        stages = [sorted(first), [number for number in todo if number not in first]]
+    for stage in stages:
+        try:
+            parallel = Parallel(n_jobs, return_as="generator_unordered", pre_dispatch="n_jobs")
+            for number, result in parallel(attempts(stage)):
+                if isinstance(result, str):
+                    failures[number] = result
+                else:
+                    append_record(out / "results.jsonl", result)
+                    done[todo[number].key] = result
+        except BrokenProcessPool:
+            lost = [number for number in stage if todo[number].key not in done]
+            failures = {**dict.fromkeys(lost, _KILLED), **failures}
+    return [(todo[number], failures[number]) for number in sorted(failures)]
+
+
+def _attempt(
+    number: int, run: Callable[[Job, Path], Record], job: Job, out: Path, threads: int
+) -> tuple[int, Record | str]:
+    """Return a job's number with its record, or with the reason why there is none."""
+    torch.set_num_threads(threads)
+    try:
+        return number, run(job, out)
+    except NniTopoError as error:
+        return number, str(error)
+    except Exception:
+        return number, traceback.format_exc()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment
 
 from nni_topo.disk import read_json, without_folders, write_text
 from nni_topo.errors import DataError
@@ -16,16 +19,7 @@ from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.records import compared_records
-from nni_topo.studies.tables import (
-    STEPS,
-    cells_of,
-    convergence_of,
-    foot_of,
-    grouped,
-    in_short,
-    title_of,
-    widths_of,
-)
+from nni_topo.studies.tables import STEPS, grouped, in_short, tables_of, title_of, widths_of
 
 _SOURCES = ("versions", "hardware", "revision")
 _LONG = 40  # rows of a table from which on it is folded
@@ -44,22 +38,16 @@ class Part:
     folded: bool = False
     foot: str = ""  # below the table
 
-    def without_folders(self) -> Part:
-        """Return the part with names in place of absolute paths, because a report goes to others."""
-        rows = [[without_folders(cell) for cell in row] for row in self.rows]
-        head = [without_folders(cell) for cell in self.head]
-        return replace(self, title=without_folders(self.title), head=head, rows=rows, text=without_folders(self.text))
-
 
 def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` from the files of a run's folder, also while it runs; DataError if there is nothing."""
-    from jinja2 import Environment
-
     folder = Path(folder)
-    parts = [each.without_folders() for each in _parts(folder)]
+    parts = list(_parts(folder))
     if not parts:
         raise DataError(f"a report needs a run's files, got none in {folder} (results.jsonl or another .json)")
-    page = Environment(autoescape=True).from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True)
+    environment.filters["without_folders"] = without_folders  # a report goes to others
+    page = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     path = folder / "report.html"
     write_text(path, page.render(title=folder.resolve().name, parts=parts))
     return path
@@ -67,13 +55,13 @@ def write_report(folder: str | Path) -> Path:
 
 def prune_costs(record: Record) -> list[tuple[str, str, str]]:
     """Return a pruning's costs and accuracies as rows: what, before, after."""
-    rows = [
-        ("MACs (M)", f"{record['flops_before'] / 1e6:.2f}", f"{record['flops'] / 1e6:.2f}"),
-        ("parameters (k)", f"{record['params_before'] / 1e3:.1f}", f"{record['params'] / 1e3:.1f}"),
-    ]
+    shown = [("MACs (M)", "flops", 1e-6, 2), ("parameters (k)", "params", 1e-3, 1)]
     if record["weights_left"] < record["params"]:
-        nonzero = f"{record['weights_left_before'] / 1e3:.1f}", f"{record['weights_left'] / 1e3:.1f}"
-        rows.append(("nonzero weights (k)", *nonzero))
+        shown.append(("nonzero weights (k)", "weights_left", 1e-3, 1))
+    rows = [
+        (label, f"{scale * record[f'{name}_before']:.{digits}f}", f"{scale * record[name]:.{digits}f}")
+        for label, name, scale, digits in shown
+    ]
     if "latency_ms" in record:
         times = f"{record['latency_before_ms']:.2f}", f"{record['latency_ms']:.2f}"
         rows.append((f"latency ms (batch of {record['latency_batch']})", *times))
@@ -81,38 +69,30 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
         asked = BudgetOutcome(**record["budget"])
         label = f"{asked.kind} kept % ({100 * asked.asked:.4g} asked, {'met' if asked.is_met else 'missed'})"
         rows.append((label, "100.0", f"{100 * asked.left:.1f}"))
-    before = f"{100 * record['accuracy_before']:.1f}"
     for step, label in {**STEPS, "oneshot": "accuracy"}.items():
         if f"accuracy_{step}" in record:
-            unpruned = before if step == "oneshot" else ""
+            unpruned = f"{100 * record['accuracy_before']:.1f}" if step == "oneshot" else ""
             rows.append((f"{label} %", unpruned, f"{100 * record[f'accuracy_{step}']:.1f}"))
     return rows
 
 
 def _parts(folder: Path) -> Iterator[Part]:
     # A study's own records have no target; its findings are in a file beside them.
-    records = compared_records(folder / "results.jsonl")
-    if records:
-        # First the answer, then its picture, then the tables with all columns.
-        groups = grouped(records)
-        for group, rows in groups.items():
-            yield Part(title_of(group, rows), *in_short(rows), text_columns=2)
-        named = [
-            {**record, **{key: without_folders(record[key]) for key in ("model", "data", "pruner")}}
-            for record in records
-        ]
-        for name, figure in comparison_figures(named).items():
-            stream = io.BytesIO()
-            figure.savefig(stream, dpi=130)
-            yield _picture(name, stream.getvalue())
-        for group, rows in groups.items():
-            yield Part(f"all figures: {title_of(group, rows)}", *cells_of(rows), foot=foot_of(rows))
-            convergence = convergence_of(rows)
-            if convergence is not None:
-                yield Part(f"convergence: {title_of(group, rows)}", *convergence)
-        for group, rows in groups.items():
-            if all("widths" in record for runs in rows.values() for record in runs.values()):
-                yield Part(f"widths: {title_of(group, rows)}", *widths_of(rows), folded=True)
+    records = [
+        {**record, **{key: without_folders(record[key]) for key in ("model", "data", "pruner")}}
+        for record in compared_records(folder / "results.jsonl")
+    ]
+    figures = comparison_figures(records) if records else {}
+    # First the answer, then its picture, then the tables with all columns.
+    for group, rows in grouped(records).items():
+        yield Part(title_of(group, rows), *in_short(rows), text_columns=2)
+    for name, figure in figures.items():
+        stream = io.BytesIO()
+        figure.savefig(stream, dpi=130)
+        yield _picture(name, stream.getvalue())
+    for table in tables_of(records, widths=all("widths" in record for record in records)):
+        title = f"all figures: {table.title}" if table.unpruned_first else str(table.title)
+        yield Part(title, table.head, table.rows, foot=table.foot, folded=title.startswith("widths"))
     for path in sorted(folder.glob("*.json")):
         if path.stem == "results":
             continue
@@ -127,10 +107,9 @@ def _parts(folder: Path) -> Iterator[Part]:
         else:
             yield from _of_document(path.stem, document)
     for path in sorted(folder.glob("*.png")):
-        if not (records and path.stem in ("accuracy", "convergence")):
+        if path.stem not in figures:
             yield _picture(path.stem, path.read_bytes())
-    if records:
-        yield from _sources(records)
+    yield from _sources(records)
 
 
 def _picture(name: str, content: bytes) -> Part:
@@ -143,11 +122,11 @@ def _of_document(title: str, document: Any) -> Iterator[Part]:
     """Yield the parts of any JSON document: like entries as a table; long tables and nested values are folded."""
     if not isinstance(document, Mapping):
         document = {title: document}
-    single = {key: value for key, value in document.items() if _is_single(value)}
+    single = [(str(key), _shown(value)) for key, value in document.items() if _is_single(value)]
     if single:
-        yield Part(title, rows=[(str(key), _shown(value)) for key, value in single.items()], text_columns=2)
+        yield Part(title, rows=single, text_columns=2)
     for key, value in document.items():
-        if key in single or key in _SOURCES:
+        if _is_single(value) or key in _SOURCES:
             continue
         if isinstance(value, Mapping) and value and all(map(_is_single, value.values())):
             rows = [(str(name), _shown(item)) for name, item in value.items()]
@@ -156,7 +135,7 @@ def _of_document(title: str, document: Any) -> Iterator[Part]:
             yield _table(str(key), entries_of(value))
         else:
             yield Part(str(key), text=json.dumps(value, indent=1), folded=True)
-    if isinstance(document, Mapping) and "versions" in document:
+    if "versions" in document:
         yield from _sources([dict(document)])
 
 
@@ -165,7 +144,7 @@ def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Part:
     names = dict.fromkeys(name for entry in entries for name in entry)
     shown = [name for name in names if all(_is_single(entry.get(name)) for entry in entries)]
     words = [name for name in shown if any(isinstance(entry.get(name), str) for entry in entries)]
-    shown = [*words, *(name for name in shown if name not in words)]
+    shown.sort(key=lambda name: name not in words)
     rows = [[_shown(entry.get(name)) for name in shown] for entry in entries]
     return Part(title, [name.replace("_", " ") for name in shown], rows, len(words), folded=len(rows) > _LONG)
 
@@ -191,15 +170,13 @@ def _shown(value: Any) -> str:
 
 def _sources(records: Sequence[Record]) -> Iterator[Part]:
     """Yield the versions and hardware that the records come from, each value once."""
-    found: dict[str, dict[str, None]] = {}
+    found: dict[str, dict[str, None]] = defaultdict(dict)
     for record in records:
         for name in _SOURCES:
             value = record.get(name)
-            items = value.items() if isinstance(value, Mapping) else [(name, value)]
-            for key, item in items:
+            for key, item in value.items() if isinstance(value, Mapping) else [(name, value)]:
                 if item is not None:
-                    found.setdefault(key, {})[str(item)] = None
+                    found[key][str(item)] = None
     if found:
-        yield Part(
-            "versions", rows=[(name, " / ".join(values)) for name, values in found.items()], text_columns=2, folded=True
-        )
+        rows = [(name, " / ".join(values)) for name, values in found.items()]
+        yield Part("versions", rows=rows, text_columns=2, folded=True)

@@ -127,11 +127,8 @@ class Findings:
         import pandas
 
         document = self.to_dict()
-        for value in document.values():
-            rows = entries_of(value)
-            if rows:
-                return pandas.json_normalize(rows)
-        return pandas.json_normalize([document])
+        tables = filter(None, map(entries_of, document.values()))
+        return pandas.json_normalize(next(tables, [document]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as numbers, lists and strings."""
@@ -148,12 +145,12 @@ class Findings:
     def save(self, folder: str | Path) -> list[Path]:
         """Write the JSON document, the pictures and further files into a folder, made if missing; return the files."""
         pictures = save_figures(folder, self.figures())
-        texts = {f"{self.stem}.json": json.dumps(self.to_dict(), indent=1) + "\n", **self.texts()}
-        files = {Path(folder, name): text for name, text in texts.items()}
-        for path, text in files.items():
+        document = Path(folder, f"{self.stem}.json")
+        write_text(document, json.dumps(self.to_dict(), indent=1) + "\n")
+        others = {Path(folder, name): text for name, text in self.texts().items()}
+        for path, text in others.items():
             write_text(path, text)
-        first, *more = files
-        return [first, *pictures, *more]
+        return [document, *pictures, *others]
 
 
 def plain(value: Any) -> Any:

@@ -69,7 +69,7 @@ def checkpoint(tmp_path_factory):
 def through_compare(name, folder, start, checkpoint):
     choice = PrunerChoice(name, calibration=64)
     plan = ComparisonPlan((MODEL,), (DATA,), (choice,), (Target("ratio", 0.5),), first_seed=SEED, train={"epochs": 1})
-    _, failures = compare(plan, folder, isolate=False)
+    _, failures = compare(plan, folder)
     assert not failures
 
 

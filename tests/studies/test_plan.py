@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.studies.plan import ComparisonPlan, load_plan
 
@@ -110,17 +110,6 @@ def test_bad_plans_are_refused(tmp_path, old, new, words):
         list(load_plan(path).cells())
 
 
-def test_a_missing_or_broken_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.yaml"):
-        load_plan(tmp_path / "nowhere.yaml")
-    (tmp_path / "broken.yaml").write_text("models: [")
-    with pytest.raises(DataError, match=r"broken\.yaml"):
-        load_plan(tmp_path / "broken.yaml")
-    (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(ConfigError, match="must be a mapping, got list"):
-        load_plan(tmp_path / "list.yaml")
-
-
 def test_a_row_is_distilled_in_its_own_way_and_keys_of_plans_without_it_stay():
     common = DistillationChoice(images=64)
     rows = (
@@ -133,16 +122,6 @@ def test_a_row_is_distilled_in_its_own_way_and_keys_of_plans_without_it_stay():
     assert len({cell.key for cell in cells}) == 3
     (without,) = plan(pruners=(PrunerChoice("l1", "never"),), targets=HALF).cells()
     assert cells[1].key == without.key
-
-
-def test_a_plan_reads_its_distillation(tmp_path):
-    (tmp_path / "plan.yaml").write_text(
-        "models: small_cnn\ndata: digits\ntargets: [{ratio: 0.5}]\ndistill: {images: 64, steps: 5}\n"
-        "pruners: [l1, {name: l2, distill: false}, {name: fpgm, distill: {augmentation: none}}]\n"
-    )
-    found = load_plan(tmp_path / "plan.yaml")
-    assert found.distill == DistillationChoice(images=64, steps=5)
-    assert [pruner.distill for pruner in found.pruners] == [None, False, DistillationChoice(augmentation="none")]
 
 
 def test_a_plan_of_several_networks_is_read_one_at_a_time(tmp_path):

@@ -153,19 +153,3 @@ def test_a_browser_without_a_network_shows_it_on_a_phone_and_in_the_readers_colo
     assert light["text"] == dark["text"] > 100
     assert light["broken"] == dark["broken"] == 0
     assert (light["paper"], dark["paper"]) == ("rgb(255, 255, 255)", "rgb(22, 24, 28)")
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-@pytest.mark.slow
-def test_it_prints_with_what_is_folded_opened(tmp_path):
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    page = write_report(tmp_path)
-    closed = tmp_path / "closed.html"
-    closed.write_text(page.read_text().replace("content-visibility: visible; block-size: auto;", ""))
-    sizes = []
-    for each in (page, closed):
-        printed = tmp_path / f"{each.stem}.pdf"
-        screenshots.chromium(f"--print-to-pdf={printed}", each.as_uri())
-        assert printed.read_bytes().startswith(b"%PDF")
-        sizes.append(printed.stat().st_size)
-    assert sizes[0] > 1.05 * sizes[1]

@@ -11,36 +11,9 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
-from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.studies import analysis
 from nni_topo.studies.analysis.sensitivity import Sensitivity, SensitivityCurve
-from nni_topo.studies.compare import Comparison, RunFailure
 from nni_topo.studies.study import Findings, Verb
-from nni_topo.zoo import Recipe
-
-FACTS = {
-    "model": "net",
-    "data": "digits",
-    "target": "ratio 0.5",
-    "pruner_name": "l1",
-    "flops_before": 4e6,
-    "flops": 1e6,
-}
-FACTS |= {"params_before": 8e3, "params": 2e3, "accuracy_before": 0.99, "accuracy_oneshot": 0.5, "prune_seconds": 0.1}
-RECORDS = [{**FACTS, "pruner": "l1", "seed": seed, "versions": {"torch": "2.x"}} for seed in range(2)]
-
-
-def test_a_comparison_is_still_a_pair_and_a_table():
-    cell = Cell(ModelChoice("net"), DataChoice(), PrunerChoice("l2"), Target("ratio", 0.5), 7, Recipe(1), Recipe(1))
-    found = Comparison(RECORDS, [RunFailure(cell, "out of memory")])
-    records, failures = found
-    assert (records, len(failures)) == (RECORDS, 1)
-    frame = found.to_frame()
-    assert list(frame["seed"]) == [0, 1]
-    assert list(frame["versions.torch"]) == ["2.x", "2.x"]
-    lines = repr(found).splitlines()
-    assert lines[0] == "**net on digits, ratio 0.5 (2 seeds)**"
-    assert lines[-1] == "failed: l2, seed 7"
 
 
 def test_a_study_is_the_table_of_its_rows():

@@ -51,7 +51,6 @@ class LayerCount:
         return self.weights / self.channel_tree
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the numbers and their ratios."""
         return {**vars(self), "ratio": self.ratio, "weight_ratio": self.weight_ratio}
 
 
@@ -80,7 +79,6 @@ class CriticalCompression(Findings):
         return {kind: _pooled(c for c in self.counts.values() if c.kind == kind) for kind in kinds}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as numbers and strings."""
         layers = {name: count.to_dict() for name, count in self.counts.items()}
         summary = {"final": self.final, "by_kind": self.by_kind(), "skipped": self.skipped}
         return {"convention": self.convention, "layers": layers, **summary}
@@ -95,7 +93,6 @@ class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
     convention: str = "theorem"  # theorem or tables
 
     def find(self, tell: Tell) -> CriticalCompression:
-        """Compute the critical compression ratios of a model by name."""
         size = self.input_size
         if not size or min(size) < 1:
             raise ConfigError(f"input_size must be one or more numbers of at least 1, got {size}")
@@ -107,7 +104,6 @@ class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
         return critical_compression_ratio(net, torch.zeros(1, *size), cast(Convention, self.convention))
 
     def show(self, found: CriticalCompression) -> Iterator[RenderableType]:
-        """Yield a row per layer: edges, tree edges, critical ratio, and the same for weights."""
         counts = found.counts.values()
         sums = [sum(getattr(c, name) for c in counts) for name in ("edges", "tree_edges", "weights", "channel_tree")]
         columns = {
@@ -175,25 +171,23 @@ def critical_compression_ratio(
     sizes = Analysis.on(model, example_inputs).planes
     counts: dict[str, LayerCount] = {}
     for layer in layers:
+        kernel = layer.weight.shape[2:]
         if layer.kind != "conv":
             edges, tree = layer.weight.size, sum(layer.weight.shape) - 1
         elif layer.name not in sizes:
             skipped[layer.name] = "never run"
             continue
-        elif convention == "tables" and math.prod(layer.weight.shape[2:]) == 1:
+        elif convention == "tables" and math.prod(kernel) == 1:
             skipped[layer.name] = "1x1"
             continue
         else:
             # between one input plane and one output plane
             entering, leaving = sizes[layer.name]
-            kernel = layer.weight.shape[2:]
-            positions = math.prod(leaving)
+            padded = padded_size(layer.module, leaving if convention == "tables" else entering)
             if convention == "tables":
-                entering = leaving
-                padded = padded_size(layer.module, entering)
-                positions = math.prod(max(1, size - width + 1) for size, width in zip(padded, kernel, strict=True))
-            inputs = math.prod(padded_size(layer.module, entering))
-            edges, tree = math.prod(kernel) * positions, inputs + positions - 1
+                leaving = tuple(max(1, size - width + 1) for size, width in zip(padded, kernel, strict=True))
+            positions = math.prod(leaving)
+            edges, tree = math.prod(kernel) * positions, math.prod(padded) + positions - 1
         counts[layer.name] = LayerCount(layer.kind, edges, tree, layer.weight.size, layer.channel_tree)
     if not counts:
         found = ", ".join(f"{name} ({why})" for name, why in skipped.items())

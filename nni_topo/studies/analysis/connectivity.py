@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start
-from nni_topo.studies.analysis.pruned import CONNECTIONS, PointsStudy, PrunersStudy, curves, share_kept, study_masks
+from nni_topo.studies.analysis.pruned import CONNECTIONS, PointsStudy, PrunersStudy, share_kept, study_masks
 from nni_topo.studies.study import Names, Tell
 from nni_topo.studies.tables import table_of
 
@@ -125,14 +124,6 @@ class ConnectivityStudy(PointsStudy):
 
     stem = "connectivity"
 
-    def figures(self) -> dict[str, Figure]:
-        """Return ``connectivity``: what is connected against the share of removed weights."""
-        means = self.means()
-        for column in ("kept", "outputs", "channels"):
-            means[column] *= 100
-        columns = {"channels connected %": "channels", "outputs reached %": "outputs"}
-        return {"connectivity": curves(means.assign(pruned=1 - means["kept"] / 100), columns)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
@@ -142,18 +133,13 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
     ratios: tuple[float, ...] = (0.5, 0.9, 0.95, 0.99)  # of every layer, in [0, 1)
 
     def find(self, tell: Tell) -> ConnectivityStudy:
-        """Prune one trained network in many ways and follow the kept weights."""
         start = self.start()
         return ConnectivityStudy(self.points(start, tell), start.accuracy)
 
     def point(self, start: Start, name: str, ratio: float) -> Record:
-        """Prune the network and follow the kept weights."""
         masks = study_masks(name, start, ratio, self.calibration)
         found = connectivity(start.net, start.example, masks)
         return {
-            "pruner": name,
-            "ratio": ratio,
-            "seed": start.seed,
             "kept": share_kept(masks),
             "outputs": found.outputs,
             "channels": found.channels,
@@ -162,7 +148,6 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
         }
 
     def show(self, found: ConnectivityStudy) -> Iterator[RenderableType]:
-        """Yield the means over seeds as a table."""
         columns = {
             "pruner": "{pruner}",
             "ratio": "{ratio:g}",

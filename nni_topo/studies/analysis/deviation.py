@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
@@ -17,7 +19,8 @@ from nni_topo.rules import checked, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start
 from nni_topo.studies.analysis.bounds.propagation import ErrorBound, error_bound
-from nni_topo.studies.analysis.pruned import PointsStudy, PrunersStudy, curves, share_kept, study_masks
+from nni_topo.studies.analysis.pruned import PointsStudy, PrunersStudy, share_kept, study_masks
+from nni_topo.studies.pictures import finish, panels
 from nni_topo.studies.study import Tell
 from nni_topo.studies.tables import table_of
 
@@ -105,9 +108,9 @@ class DeviationStudy(PointsStudy):
         """Return ``deviation`` and ``accuracy``: both against the share of removed weights."""
         means = self.means()
         columns = {"deviation (3.12)": "dev", "deviation / bound": "relative", "norm of the output's change": "error"}
-        accuracy = curves(means.assign(accuracy=100 * means["accuracy"]), {"test accuracy %": "accuracy"})
+        accuracy = _curves(means.assign(accuracy=100 * means["accuracy"]), {"test accuracy %": "accuracy"})
         accuracy.axes[0].axhline(100 * self.accuracy, color="black", linewidth=0.6, linestyle="--")
-        return {"deviation": curves(means, columns), "accuracy": accuracy}
+        return {"deviation": _curves(means, columns), "accuracy": accuracy}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,29 +120,26 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
     images: int = 64  # training images for the error and its bound, at least 1
 
     def check(self) -> None:
-        """Check the arguments; ConfigError if one is out of its range."""
         super().check()
         whole(1).check("images", self.images, self.place)
 
     def find(self, tell: Tell) -> DeviationStudy:
-        """Prune one trained network in many ways; measure Net Deviation on training images."""
         start = self.start()
-        return DeviationStudy(self.points(start, tell), start.accuracy, len(self._batch(start)))
+        return DeviationStudy(self.points(start, tell), start.accuracy, len(start.data.train[: self.images][0]))
 
     def point(self, start: Start, name: str, ratio: float) -> Record:
-        """Prune the network and measure how much its output differs from the unpruned network's."""
-        batch, masks = self._batch(start), study_masks(name, start, ratio, self.calibration)
+        batch = start.data.train[: self.images][0].to(start.device)
+        masks = study_masks(name, start, ratio, self.calibration)
         changed = masked_model(start.net, batch[:2], masks)
         bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
-        run = {"pruner": name, "ratio": ratio, "seed": start.seed, "pruned": 1.0 - share_kept(masks)}
-        measured = {**asdict(_of_bound(bound, "first_order")), "lipschitz": bound.lipschitz}
-        return {**run, **measured, "accuracy": start.tested(changed)}
-
-    def _batch(self, start: Start) -> Tensor:
-        return start.data.train[: self.images][0].to(start.device)
+        return {
+            "pruned": 1.0 - share_kept(masks),
+            **asdict(_of_bound(bound, "first_order")),
+            "lipschitz": bound.lipschitz,
+            "accuracy": start.tested(changed),
+        }
 
     def show(self, found: DeviationStudy) -> Iterator[RenderableType]:
-        """Yield the means over seeds as a table."""
         columns = {
             "pruner": "{pruner}",
             "ratio": "{ratio:g}",
@@ -153,3 +153,15 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
         }
         title = f"Net Deviation of {self.model}, {found.images} images"
         yield table_of(title, found.means().to_dict("records"), columns)
+
+
+def _curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
+    """Draw columns, by their labels, against the share of removed weights, a line per pruner."""
+
+    def draw(axis: Axes, column: str) -> None:
+        for name, rows in means.groupby("pruner", sort=False):
+            ordered = rows.sort_values("pruned")
+            axis.plot(100 * ordered["pruned"], ordered[column], "o-", markersize=3, label=str(name))
+        finish(axis, "weights removed %")
+
+    return panels(columns.items(), draw, size=(5.0, 3.8))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -60,7 +59,6 @@ class EvolutionTrial:
         return found.set_axis(["initial", "final"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the search as numbers and lists, without its weights."""
         facts = {"start_accuracy": self.start_accuracy, "alpha": self.alpha, "beta": self.beta}
         return facts | {"kept": float(self.kept.mean()), "history": self.history.to_dict("list")}
 
@@ -78,49 +76,29 @@ class EvolutionStudy(Findings):
     trials: Mapping[str, EvolutionTrial]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return each search's history, start accuracy, coefficients of the fitness and kept share."""
         return {label: trial.to_dict() for label, trial in self.trials.items()}
 
     def figures(self) -> dict[str, Figure]:
-        """Return the figures of the thesis, with a panel for each search.
+        """Return the figures of the thesis.
 
         ``distributions`` of fitness per generation, ``fitness`` over the generations with the lines of the fittest and
         the most accurate, ``progress`` of accuracy and compression, ``heatmap`` of the kept weights, ``weights`` at the
         start of the first search with their kurtosis, ``histograms`` of weights before and after, ``solutions`` in the
-        plane of compression and accuracy; ``lineages_fitness``, ``lineages_compression`` and ``lineages_accuracy`` of
-        every individual.
+        plane of compression and accuracy.
         """
-        trials = self.trials
-        first = next(iter(trials.values()))
-        size = np.abs(first.weights)
-        small = (size <= size.min() + 0.1 * np.ptp(size)).mean()
-        shape = f"kurtosis {kurtosis(first.weights, fisher=False):.2f}"
-        shape += f", {100 * small:.1f} % in the lowest tenth of the magnitudes"
+        trials, first = self.trials, next(iter(self.trials.values()))
         measured = [
             (label, (trial, column)) for label, trial in trials.items() for column in ("accuracy", "compression")
         ]
-
-        def initial(axis: Axes, trial: EvolutionTrial) -> None:
-            axis.hist(trial.weights, 81)
-            finish(axis, "weight", "count")
-
-        def lineages(axis: Axes, trial: EvolutionTrial, column: str) -> None:
-            values = trial.history.pivot(index="generation", columns="individual", values=column)
-            axis.plot(values.index, values.to_numpy(), linewidth=0.6)
-            finish(axis, "generation", column)
-
-        figures = {
+        return {
             "distributions": panels(trials.items(), _distributions),
-            "fitness": panels(trials.items(), lambda axis, trial: _course(axis, (trial, "fitness"))),
+            "fitness": panels([(label, (trial, "fitness")) for label, trial in trials.items()], _course),
             "progress": panels(measured, _course, columns=2),
             "heatmap": _heatmap(trials),
-            "weights": panels([(shape, first)], initial, size=(5.0, 3.6)),
+            "weights": _start(first),
             "histograms": panels(trials.items(), _histograms),
             "solutions": _solutions(trials),
         }
-        for column in ("fitness", "compression", "accuracy"):
-            figures[f"lineages_{column}"] = panels(trials.items(), partial(lineages, column=column))
-        return figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,36 +112,33 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
     max_sparse_ratio: float | None = None  # largest share of the weights that may be removed, in (0, 1); None: all
 
     def check(self) -> None:
-        """Check the fields; ConfigError if one is out of its range."""
         if not self.damage_rates:
             raise ConfigError(f"a study needs at least one damage rate, got none ({self.place})")
-        for rate in self.damage_rates:
-            self._search(rate)
+        self._searches()
         (number(0, 1, "neither") | NONE).check("max_sparse_ratio", self.max_sparse_ratio, self.place)
 
-    def _search(self, rate: float) -> WeightSearch:
-        """Return the settings of the search with a damage rate, checked."""
-        return WeightSearch(population_size=self.population_size, generations=self.generations, damage_rate=rate)
+    def _searches(self) -> dict[str, WeightSearch]:
+        sizes = {"population_size": self.population_size, "generations": self.generations}
+        return {f"damage {100 * rate:g} %": WeightSearch(**sizes, damage_rate=rate) for rate in self.damage_rates}
 
     def find(self, tell: Tell) -> EvolutionStudy:
-        """Search on validation images, because the search overfits the images that it sees."""
         start = self.start()
         sizes = {name: start.net.get_submodule(name).weight for name in inner_layers(start.net, start.example)}
         layers = list(self.layers) or [max(sizes, key=lambda name: cast(Tensor, sizes[name]).numel())]
         entry: dict[str, Any] = {"op_names": layers}
         entry |= {} if self.max_sparse_ratio is None else {"max_sparse_ratio": self.max_sparse_ratio}
         trials = {}
-        for rate in self.damage_rates:
+        for label, search in self._searches().items():
             copied = copy.deepcopy(start.net)
-            knobs = pruner_knobs("genetic_weight", copied, start)
-            pruner = GeneticWeightPruner(copied, [entry], search=self._search(rate), **knobs)
+            pruner = GeneticWeightPruner(
+                copied, [entry], search=search, **pruner_knobs("genetic_weight", copied, start)
+            )
             pruner.compress()
-            trial = trials[f"damage {100 * rate:g} %"] = EvolutionTrial.of(pruner)
-            tell(f"damage {100 * rate:g} %: {100 * (1 - trial.kept.mean()):.1f} % of {' + '.join(layers)} removed")
+            trials[label] = EvolutionTrial.of(pruner)
+            tell(f"{label}: {100 * (1 - trials[label].kept.mean()):.1f} % of {' + '.join(layers)} removed")
         return EvolutionStudy(trials)
 
     def show(self, found: EvolutionStudy) -> Iterator[RenderableType]:
-        """Yield lowest, mean and highest fitness, accuracy and compression of the first and last generation."""
         rows = [
             (label, str(when), column, *(f"{row[column, end]:.4g}" for end in ("min", "mean", "max")))
             for label, trial in found.trials.items()
@@ -208,6 +183,17 @@ def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
     axis.set_xticks(range(len(trials)), list(trials), fontsize="x-small")
     axis.set(ylabel="weights of the layer, in order")
     figure.colorbar(picture, label="mean |w| kept")
+    return figure
+
+
+def _start(trial: EvolutionTrial) -> Figure:
+    size = np.abs(trial.weights)
+    small = (size <= size.min() + 0.1 * np.ptp(size)).mean()
+    figure, axis = single(5.0, 3.6)
+    axis.hist(trial.weights, 81)
+    title = f"kurtosis {kurtosis(trial.weights, fisher=False):.2f}"
+    title += f", {100 * small:.1f} % in the lowest tenth of the magnitudes"
+    finish(axis, "weight", "count", title=title)
     return figure
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
-from nni_topo.rules import all_of, number, whole
+from nni_topo.rules import all_of, check_knobs, number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, made_dense, pruner_knobs
 from nni_topo.runs.widths import inner_layers
@@ -47,7 +46,10 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 WORDS = {"direct": "direct", "direct, retrained": "direct, fine-tuned", "iterative": "iterative"}
 """The ways, named as in the records, in the words of figures and tables."""
-_STYLES = dict(zip(WORDS.values(), ("-", "--", ":"), strict=True))
+_STYLES = {
+    "direct": "-", "direct, fine-tuned": "--", "iterative": ":",
+    "dense": "-", "gzip": "--", "coo": ":", "csr": "-.", "csr32": ".-", "zeros": "--", "unpruned": ":",
+}  # fmt: skip
 _COLORS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "C2", ("matrix", "all"): "C3"}
 _AGAIN = "unpruned"  # the copy of the unpruned network among the timed ones
 _SHARE = "time / unpruned network's time"
@@ -86,30 +88,27 @@ class MagnitudeStudy(Findings):
     def figures(self) -> dict[str, Figure]:
         """Return ``magnitude``: accuracy, each layer's sensitivity, parameters, bytes and time against the ratio."""
         figure = Figure(figsize=(15.0, 8.0), layout="constrained")
-        (accuracy, alone, params), (disk, time, spare) = figure.subplots(2, 3)
+        *axes, spare = figure.subplots(2, 3).ravel()
         spare.remove()
         series, baselines = self.series(), self.baselines
-        for key, found in series["accuracy"].items():
-            _line(accuracy, found, _STYLES[key[2]], _COLORS[key[0], key[1]], ", ".join(key))
-        for index, (key, found) in enumerate(series["alone"].items()):
-            _line(alone, found, ".-", f"C{index % 10}", *key)
-        for key, found in series["params"].items():
-            _line(params, found, ".-", _COLORS[key[0], "all"], *key)
-        styles = dict(zip(baselines[0]["bytes"], ("-", "--", ":", "-.", ".-"), strict=True))
-        for key, found in series["bytes"].items():
-            _line(disk, found, styles[key[1]], _COLORS[key[0], "all"], ", ".join(key))
-        for key, found in series["time"].items():
-            style = {"zeros": "--", _AGAIN: ":"}.get(key[1], "-")
-            _line(time, found, style, _COLORS[key[0], "all"], ", ".join(key))
-        for axis, label, unpruned in (
-            (accuracy, "accuracy", [base["accuracy"] for base in baselines]),
-            (alone, "accuracy, one layer pruned", [base["accuracy"] for base in baselines]),
-            (params, "nonzero parameters", [base["params"] for base in baselines]),
-            (disk, "bytes on disk", [base["bytes"]["dense"] for base in baselines]),
-            (time, _SHARE, 1.0),
-        ):
+        drawn = {
+            "accuracy": ("accuracy", [base["accuracy"] for base in baselines]),
+            "alone": ("accuracy, one layer pruned", [base["accuracy"] for base in baselines]),
+            "params": ("nonzero parameters", [base["params"] for base in baselines]),
+            "bytes": ("bytes on disk", [base["bytes"]["dense"] for base in baselines]),
+            "time": (_SHARE, [1.0]),
+        }
+        for axis, (quantity, (label, unpruned)) in zip(axes, drawn.items(), strict=True):
+            for index, (key, found) in enumerate(series[quantity].items()):
+                known = _COLORS.get((key[0], key[1] if quantity == "accuracy" else "all"))
+                color, style = known or f"C{index % 10}", _STYLES.get(key[-1], ".-")
+                ratios, values = list(found), list(found.values())
+                axis.plot(ratios, [float(np.mean(each)) for each in values], style, color=color, label=", ".join(key))
+                if max(map(len, values)) > 1:  # a band from the lowest to the highest seed
+                    lowest, highest = list(map(min, values)), list(map(max, values))
+                    axis.fill_between(ratios, lowest, highest, alpha=0.1, linewidth=0, color=color)
             axis.axhline(float(np.mean(unpruned)), color="0.5", linewidth=0.8)
-            finish(axis, "ratio", label, yscale="log" if axis in (params, disk) else "linear")
+            finish(axis, "ratio", label, yscale="log" if quantity in ("params", "bytes") else "linear")
         return {"magnitude": figure}
 
 
@@ -130,17 +129,18 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
     seconds: float = 10.0  # after so many seconds of timing one pruned network no further round starts, above 0
 
     def check(self) -> None:
-        """Raise ConfigError unless the study can be carried out."""
-        all_of(number(0, 1, "neither"), tuple, least=1).check("ratios", self.ratios, "magnitude")
-        whole(0).check("epochs", self.epochs, "magnitude")
+        rules = {
+            "ratios": all_of(number(0, 1, "neither"), tuple, least=1),
+            "epochs": whole(0),
+            "seeds": whole(1),
+            "batch": whole(1),
+            "seconds": number(0.0, closed="neither"),
+        }
+        check_knobs("magnitude", vars(self), rules)
         if self.epochs and not 1 <= self.rounds <= self.epochs:
             raise ConfigError(f"rounds must be in [1, epochs], got {self.rounds} of {self.epochs} epochs (magnitude)")
-        whole(1).check("seeds", self.seeds, "magnitude")
-        whole(1).check("batch", self.batch, "magnitude")
-        number(0.0, closed="neither").check("seconds", self.seconds, "magnitude")
 
     def find(self, tell: Tell) -> MagnitudeStudy:
-        """Prune each seed's network in every way, and measure its layers' sensitivities."""
         ways, ratios = tuple(WORDS) if self.epochs else ("direct",), sorted(set(self.ratios))
         rows, baselines, sensitivities = [], [], []
         for seed in range(self.seed, self.seed + self.seeds):
@@ -156,7 +156,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
                 rows.append({**row, **self._measured(start, pruner, layers, way, ratio, with_costs=part == "all")})
                 accuracy = 100 * rows[-1]["accuracy"]
                 tell(f"{pruner}, {part}, {WORDS[way]}, {ratio:g}, seed {seed}: {accuracy:.1f} %")
-            images = self._timed_images(start)
+            images = start.data.test[: self.batch][0].to(start.device)
             baselines.append(
                 {
                     "seed": seed,
@@ -172,7 +172,6 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         return MagnitudeStudy(rows, baselines, sensitivities)
 
     def show(self, found: MagnitudeStudy) -> Iterator[RenderableType]:
-        """Yield accuracies by way and by layer, then parameters, bytes and times by ratio."""
         series, baselines = found.series(), found.baselines
         ratios = sorted({row["ratio"] for row in found.rows})
         heads = [f"{ratio:g}" for ratio in ratios]
@@ -206,9 +205,6 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
             f"rounds, whose 95 % interval is on average {float(np.mean(halves)):.1f} % of it to either side, at most "
             f"{max(halves):.1f} %."
         )
-
-    def _timed_images(self, start: Start) -> Tensor:
-        return start.data.test[: self.batch][0].to(start.device)
 
     def _measured(
         self, start: Start, pruner: str, layers: list[str], way: str, ratio: float, *, with_costs: bool
@@ -245,20 +241,10 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         else:
             stored, nets["csr"] = masked, with_sparse_linears(masked)
             params = weights_left(masked)
-        timed = time_shares(list(nets.values()), start.net, self._timed_images(start), seconds=self.seconds)
-        shares = {}
-        for name, (median, half) in zip(nets, timed, strict=True):
-            shares[name] = {"median": median, "half": half}
+        images = start.data.test[: self.batch][0].to(start.device)
+        timed = time_shares(list(nets.values()), start.net, images, seconds=self.seconds)
+        shares = {name: {"median": median, "half": half} for name, (median, half) in zip(nets, timed, strict=True)}
         return {"accuracy": accuracy, "params": params, "bytes": stored_bytes(stored), "time_shares": shares}
-
-
-def _line(axis: Axes, found: PerSeed, style: str, color: str, label: str) -> None:
-    """Draw the means, and a band from the lowest to the highest where there are several seeds."""
-    ratios = list(found)
-    axis.plot(ratios, [float(np.mean(found[ratio])) for ratio in ratios], style, color=color, label=label)
-    if max(map(len, found.values())) > 1:
-        lowest, highest = [min(found[ratio]) for ratio in ratios], [max(found[ratio]) for ratio in ratios]
-        axis.fill_between(ratios, lowest, highest, alpha=0.1, linewidth=0, color=color)
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import RenderableType
 from torch import nn
@@ -27,7 +26,6 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.rules import NONE, number
 from nni_topo.runs.run import build_model, load_model_data, resolve_device
 from nni_topo.studies.analysis.layers import weight_layers
-from nni_topo.studies.pictures import finish
 from nni_topo.studies.study import Findings, Tell, TrainedStudy
 from nni_topo.studies.tables import table_of
 
@@ -55,7 +53,6 @@ class NeuralPersistence:
         return self.total / len(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as numbers, lists and strings."""
         summary = {"total": self.total, "mean": self.mean, "normalized": self.normalized, "skipped": self.skipped}
         return {**summary, "layers": self.layers, "deaths": {name: d.tolist() for name, d in self.deaths.items()}}
 
@@ -134,19 +131,19 @@ def neural_persistence(
     values: dict[str, float] = {}
     deaths: dict[str, NDArray[np.float64]] = {}
     for layer in layers:
-        if conv_graph == "toeplitz" and layer.kind == "conv" and layer.name not in sizes:
-            skipped[layer.name] = "never run"
-            continue
-        top = largest[layer.name] if scale == "layer" else max(largest.values())
-        # |w| of the tree's edges, descending, and the smallest |w| of all edges
         magnitudes = np.abs(layer.weight)
-        size = sizes[layer.name][0] if layer.name in sizes else ()
-        if layer.kind == "conv" and not size:
+        # |w| of the tree's edges, descending, and the smallest |w| of all edges
+        if layer.kind == "conv" and conv_graph == "channel":
             lengths = np.sort(magnitudes[channel_tree(layer.weight, groups=layer.groups)])[::-1]
             least = float(magnitudes.max(axis=tuple(range(2, magnitudes.ndim))).min())
+        elif layer.kind == "conv" and layer.name not in sizes:
+            skipped[layer.name] = "never run"
+            continue
         else:
-            lengths = spanning_forest(layer.weight, layer.graph(size or None)).lengths
+            size = sizes[layer.name][0] if layer.kind == "conv" else None
+            lengths = spanning_forest(layer.weight, layer.graph(size)).lengths
             least = float(magnitudes.min())
+        top = largest[layer.name] if scale == "layer" else max(largest.values())
         deaths[layer.name] = lengths / top
         bound = (1.0 - least / top) * len(lengths) ** (1.0 / p) if normalized else 1.0
         # the p-norm of the persistences, scaled such that a large p doesn't underflow
@@ -168,27 +165,11 @@ class PersistenceStudy(Findings):
     history: list[NeuralPersistence]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the course of every layer and of the total, and the last record in full."""
         return {
             "totals": [record.total for record in self.history],
             "layers": {name: [record.layers[name] for record in self.history] for name in self.history[-1].layers},
             "last": self.history[-1].to_dict(),
         }
-
-    def figures(self) -> dict[str, Figure]:
-        """Return ``persistence``: the course of the layers, and the deaths of the last record."""
-        figure = Figure(figsize=(10.0, 4.0), layout="constrained")
-        course, deaths = figure.subplots(1, 2)
-        last = self.history[-1]
-        for index, name in enumerate(last.layers):
-            color = f"C{index % 10}"
-            course.plot([record.layers[name] for record in self.history], ".-", color=color, label=name)
-            curve = last.deaths[name]
-            deaths.plot([(i + 1) / len(curve) for i in range(len(curve))], curve, color=color)
-        what = "normalized neural persistence" if last.normalized else "neural persistence"
-        finish(course, "epoch", what, columns=1 + len(last.layers) // 12)
-        finish(deaths, "share of the tree's edges", "|w| / max |w|", title="last record")
-        return {"persistence": figure}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,26 +182,25 @@ class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
     scale: str = "layer"  # divide by the largest weight of each layer or of the model: layer or model
 
     def find(self, tell: Tell) -> PersistenceStudy:
-        """Compute a model's persistence; without a checkpoint, train it and compute again after each epoch."""
         place = resolve_device(self.device)
         bundle = load_model_data(self.model_choice, self.data_choice())
         net = build_model(self.model_choice, bundle, self.seed).to(place)
+        example = bundle.test[:1][0].to(place)
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("p", "normalized", "conv_graph", "scale")}
+        history: list[NeuralPersistence] = []
+
+        def note(*_: zoo.EpochLog) -> None:
+            history.append(neural_persistence(net, example, **options))
+
         if self.checkpoint is not None:
             zoo.load_checkpoint(self.checkpoint, net)
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("p", "normalized", "conv_graph", "scale")}
-        example = bundle.test[:1][0].to(place)
-        history = [neural_persistence(net, example, **options)]
+        note()
         if self.checkpoint is None:
             recipe = zoo.default_recipe(self.model, self.data)
-
-            def note(_: zoo.EpochLog) -> None:
-                history.append(neural_persistence(net, example, **options))
-
             zoo.train(net, bundle, recipe, seed=self.seed, device=place, callback=note)
         return PersistenceStudy(history)
 
     def show(self, found: PersistenceStudy) -> Iterator[RenderableType]:
-        """Yield a row per layer: its persistence at the beginning and at the end, and its tree's edges."""
         first, last = found.history[0], found.history[-1]
         rows = [
             {"name": name, "edges": len(last.deaths[name]), "first": first.layers[name], "last": value}

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import PRUNERS, pruner_info
-from nni_topo.rules import whole
+from nni_topo.rules import check_knobs, whole
 from nni_topo.runs.choices import PrunerChoice, Target
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, prune
 from nni_topo.runs.widths import inner_layers
-from nni_topo.studies.pictures import finish, panels
 from nni_topo.studies.study import Findings, Found, Names, Tell, TrainedStudy
 
 # used like a pruner's name: masks of random single weights
@@ -51,7 +47,6 @@ class PrunersStudy(TrainedStudy[Found]):
     calibration: int = 512  # training images for pruners that need calibration data, at least 1
 
     def check(self) -> None:
-        """Check the arguments; ConfigError if one is out of its range."""
         if not self.pruners or not self.ratios:
             raise ConfigError(f"a study needs at least one pruner and one ratio, got none ({self.place})")
         for name in self.pruners:
@@ -59,27 +54,24 @@ class PrunersStudy(TrainedStudy[Found]):
                 PRUNERS.info(name, "pruners")
         for ratio in self.ratios:
             Target("ratio", ratio)
-        for knob in ("seeds", "calibration"):
-            whole(1).check(knob, getattr(self, knob), self.place)
+        check_knobs(self.place, vars(self), {"seeds": whole(1), "calibration": whole(1)})
 
     def points(self, start: Start, tell: Tell) -> list[Record]:
         """Return the point of every run."""
         known = replace(start, known_accuracy=start.accuracy)  # measured once, not in every run
         found = []
-        for name, ratio, seed in self.runs():
-            found.append(self.point(replace(known, seed=seed), name, ratio))
-            tell(f"{name} at {ratio:g}, seed {seed}")
+        for name in self.pruners:
+            for ratio, seed in itertools.product(self.ratios, self.seeds_of(name)):
+                run = {"pruner": name, "ratio": ratio, "seed": seed}
+                found.append({**run, **self.point(replace(known, seed=seed), name, ratio)})
+                tell(f"{name} at {ratio:g}, seed {seed}")
         return found
 
-    def runs(self) -> Iterator[tuple[str, float, int]]:
-        """Yield pruner, ratio and seed of every run; a pruner without ``seed`` runs once, its runs being equal."""
-        for name in self.pruners:
-            repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
-            for ratio, seed in itertools.product(self.ratios, range(self.seed, self.seed + repeats)):
-                yield name, ratio, seed
+    def seeds_of(self, name: str) -> range:
+        repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
+        return range(self.seed, self.seed + repeats)
 
     def point(self, start: Start, name: str, ratio: float) -> Record:
-        """Prune the network with the seed of ``start`` and return what was measured."""
         raise NotImplementedError
 
 
@@ -95,11 +87,10 @@ def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Mask
             mask[torch.randperm(len(mask), generator=generator)[: int(ratio * len(mask))]] = 0.0
             masks[layer] = {"weight": mask.reshape(weight.shape).to(weight.device)}
         return masks
-    info = pruner_info(name)
-    # sub-clustering finds the number of neurons itself and starts from the share 1 - ratio
-    finds_number = name == "subcluster"
-    knobs = {"growth": {"initial_ratio": max(1.0 - ratio, 1e-9)}} if finds_number else {}
-    entry = {"op_names": layers} if finds_number else {"op_names": layers, "sparse_ratio": ratio}
+    info, knobs, entry = pruner_info(name), {}, {"op_names": layers, "sparse_ratio": ratio}
+    if name == "subcluster":  # it finds the number of neurons itself and starts from the share 1 - ratio
+        knobs = {"growth": {"initial_ratio": max(1.0 - ratio, 1e-9)}}
+        del entry["sparse_ratio"]
     config_list = dependency_groups(start.net, start.example, [entry]) if info.structured else [entry]
     choice = PrunerChoice(name, knobs=knobs, calibration=calibration if "calibration" in info.knobs() else 0)
     return prune(start, choice, config_list).masks
@@ -111,15 +102,3 @@ def share_kept(masks: Masks) -> float:
     if not weights:
         raise DataError("a pruner must mask weights to be studied, got no mask (masks)")
     return sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights)
-
-
-def curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
-    """Draw columns, by their labels, against the share of removed weights, a line per pruner."""
-
-    def draw(axis: Axes, column: str) -> None:
-        for name, rows in means.groupby("pruner", sort=False):
-            ordered = rows.sort_values("pruned")
-            axis.plot(100 * ordered["pruned"], ordered[column], "o-", markersize=3, label=str(name))
-        finish(axis, "weights removed %")
-
-    return panels(columns.items(), draw, size=(5.0, 3.8))

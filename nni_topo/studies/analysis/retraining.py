@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import pruner_info
-from nni_topo.rules import number, whole
+from nni_topo.rules import check_knobs, number, whole
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, build_model, made_dense, retrain
 from nni_topo.studies.analysis.pruned import CONNECTIONS, PointsStudy, PrunersStudy, study_masks
@@ -135,12 +134,12 @@ def retraining_bound(
     start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))
     # (3.6): squared norms over all layers; pruned nodes are no longer in the network: their gradients don't count
     kept = pruned.weights != 0 if kind == "node" else 1.0
-    squared_norms = [float(each.square().sum()) for each in (start.gradients, pruned.gradients * kept)]
-    if min(squared_norms) == 0.0:
+    initial_norm, sparse_norm = (float(each.square().sum()) for each in (start.gradients, pruned.gradients * kept))
+    if min(initial_norm, sparse_norm) == 0.0:
         raise DataError("gradients before training and after pruning must not be zero, got one that is (theorem 1)")
     if kind == "node":
         # (3.4) and (3.5), with equality: |gradient|^2 = mu |loss - trained loss|
-        slopes, gaps = squared_norms, [abs(state.loss - end.loss) for state in (start, pruned)]
+        slopes, gaps = [initial_norm, sparse_norm], [abs(state.loss - end.loss) for state in (start, pruned)]
     else:
         if not start.shapes == end.shapes == pruned.shapes:
             raise ConfigError("the connection form needs parameters of the same shapes, got others (kind 'connection')")
@@ -151,15 +150,15 @@ def retraining_bound(
         raise DataError(
             "networks before training and after pruning must differ from the trained one, got one that doesn't"
         )
-    mu_initial, mu_sparse = (slope / gap for slope, gap in zip(slopes, gaps, strict=True))
+    mu_initial, mu_sparse = slopes[0] / gaps[0], slopes[1] / gaps[1]
     constants = gamma * epochs * mu_initial / mu_sparse
     return RetrainingBound(
-        epochs=constants * squared_norms[0] / squared_norms[1],
-        derived_epochs=constants * squared_norms[1] / squared_norms[0],
+        epochs=constants * initial_norm / sparse_norm,
+        derived_epochs=constants * sparse_norm / initial_norm,
         mu_initial=mu_initial,
         mu_sparse=mu_sparse,
-        gradient_initial=squared_norms[0],
-        gradient_sparse=squared_norms[1],
+        gradient_initial=initial_norm,
+        gradient_sparse=sparse_norm,
         loss_initial=start.loss,
         loss_trained=end.loss,
         loss_sparse=pruned.loss,
@@ -196,10 +195,10 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
         mean = found * (len(targets) / samples)
         torch.autograd.backward(mean)
         total += mean.item()
-    # parameters that the loss doesn't depend on have no gradient
-    reached = {name: p for name, p in copied.named_parameters() if p.grad is not None}
     if not math.isfinite(total):
         raise DataError(f"a loss must be finite, got {total} (theorem 1)")
+    # parameters that the loss doesn't depend on have no gradient
+    reached = {name: p for name, p in copied.named_parameters() if p.grad is not None}
     weights = torch.cat([p.detach().double().flatten() for p in reached.values()])
     gradients = torch.cat([p.grad.double().flatten() for p in reached.values() if p.grad is not None])
     return _State(total, weights, gradients, {name: p.shape for name, p in reached.items()})
@@ -252,25 +251,19 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
     tolerance: float = 0.0  # loss of accuracy that counts as recovered, in [0, 1]
 
     def check(self) -> None:
-        """Check the arguments; ConfigError if one is out of its range."""
         super().check()
-        for knob in ("images", "epochs"):
-            whole(1).check(knob, getattr(self, knob), self.place)
-        number(0.0, closed="neither").check("gamma", self.gamma, self.place)
-        number(0, 1).check("tolerance", self.tolerance, self.place)
+        rules = {"images": whole(1), "epochs": whole(1), "gamma": _POSITIVE, "tolerance": number(0, 1)}
+        check_knobs(self.place, vars(self), rules)
 
     def find(self, tell: Tell) -> RetrainingStudy:
-        """Prune a trained network, fine-tune it until its accuracy recovers, and compare the epochs with theorem 1."""
         start = self.start()
         points = self.points(start, tell)
         return RetrainingStudy(points, start.accuracy, start.recipe.epochs, self.epochs, self.gamma)
 
-    def runs(self) -> Iterator[tuple[str, float, int]]:
-        """Yield pruner, ratio and seed of every run; fine-tuning uses the seed even if the pruner doesn't."""
-        yield from itertools.product(self.pruners, self.ratios, range(self.seed, self.seed + self.seeds))
+    def seeds_of(self, name: str) -> range:
+        return range(self.seed, self.seed + self.seeds)
 
     def point(self, start: Start, name: str, ratio: float) -> Record:
-        """Prune the network, compute its bound, and fine-tune it."""
         initial = build_model(self.model_choice, start.data, self.seed).to(start.device)
         pictures, labels = (tensor.split(256) for tensor in start.data.train[: self.images])
         batches = list(zip(pictures, labels, strict=True))
@@ -279,16 +272,14 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
         sparse = made_dense(start, masks)[0] if kind == "node" else masked_model(start.net, start.example, masks)
         trained = start.recipe.epochs
         found = retraining_bound(initial, start.net, sparse, cross_entropy, batches, trained, self.gamma, kind)
+        bounds = {"kind": kind, "bound": found.epochs, "derived": found.derived_epochs}
         before = start.tested(sparse)
         # the learning rate falls over the most epochs, even if the accuracy recovers earlier
         recipe, wanted = start.recipe.for_retraining(self.epochs), start.accuracy - self.tolerance
         taken, after = epochs_to_recover(sparse, start.data, recipe, wanted, seed=start.seed)
-        run = {"pruner": name, "kind": kind, "ratio": ratio, "seed": start.seed}
-        bounds = {"bound": found.epochs, "derived": found.derived_epochs}
-        return {**run, **bounds, "epochs": taken, "accuracy_pruned": before, "accuracy_retrained": after}
+        return {**bounds, "epochs": taken, "accuracy_pruned": before, "accuracy_retrained": after}
 
     def show(self, found: RetrainingStudy) -> Iterator[RenderableType]:
-        """Yield the means over seeds as a table."""
         columns = {
             "pruner": "{pruner}",
             "kind": "{kind}",

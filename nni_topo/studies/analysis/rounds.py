@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from joblib import effective_n_jobs
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import nn
@@ -35,11 +33,10 @@ from nni_topo.studies.analysis.layers import weight_layers
 from nni_topo.studies.analysis.persistence import neural_persistence
 from nni_topo.studies.analysis.pruned import share_kept
 from nni_topo.studies.cells import start_of
-from nni_topo.studies.isolation import run_missing
-from nni_topo.studies.pictures import finish, panels
-from nni_topo.studies.records import read_records
+from nni_topo.studies.pictures import finish
+from nni_topo.studies.records import read_records, run_missing
 from nni_topo.studies.study import DataVerb, Findings, Names, Study, Tell
-from nni_topo.studies.tables import Interval, NumberTable, interval, show_accuracies
+from nni_topo.studies.tables import NumberTable, interval, show_accuracies
 from nni_topo.zoo.labelled import subset
 
 METHODS = {
@@ -87,7 +84,7 @@ class RoundsStudy(Findings):
     records: list[Record]
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``rounds``, accuracy and connectivity by target, and ``overlap``, with its bound."""
+        """Return ``rounds``: accuracy and connectivity by target."""
         models = _by_model(self.records)
         figure = Figure(figsize=(4.2 * len(models), 6.4), layout="constrained")
         axes = figure.subplots(2, len(models), squeeze=False, sharex="col")
@@ -104,25 +101,13 @@ class RoundsStudy(Findings):
                     axis.plot(targets, values.mean(0), style, marker=".", label=label, color=color)
                     if len(runs) > 1:
                         axis.fill_between(targets, values.min(0), values.max(0), alpha=0.15, linewidth=0, color=color)
-            critical = [
-                min(entry["kept"] for entry in runs[0]["rounds"]) for m, runs in methods.items() if "T-IMP" in m
-            ]
-            for axis in (upper, lower):
-                for kept in critical:
-                    axis.axvline(1.0 / kept, color="black", linewidth=0.7, linestyle="--")
+                if "T-IMP" in method:
+                    critical = 1.0 / min(entry["kept"] for entry in runs[0]["rounds"])
+                    for axis in (upper, lower):
+                        axis.axvline(critical, color="black", linewidth=0.7, linestyle="--")
             finish(upper, "", "accuracy %", title=f"{model}\ndashed: critical compression", xscale="log")
             finish(lower, "target compression (weights / weights kept)", "%")
-
-        def draw(axis: Axes, layers: dict[str, tuple[Interval, float]]) -> None:
-            places = np.arange(len(layers))
-            means = [100 * measured.mean for measured, _ in layers.values()]
-            halves = [100 * np.nan_to_num(measured.half) for measured, _ in layers.values()]
-            axis.bar(places - 0.2, means, 0.4, yerr=halves, label="measured, trained")
-            axis.bar(places + 0.2, [100 * bound for _, bound in layers.values()], 0.4, label="lower bound")
-            finish(axis, ylabel="tree among the largest weights, %")
-            axis.set_xticks(places, [name.rpartition(".")[2] for name in layers], fontsize="small")
-
-        return {"rounds": figure, "overlap": panels(_overlaps(self.records).items(), draw, size=(3.6, 3.6))}
+        return {"rounds": figure}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +124,9 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
     train_epochs: int | None = None  # epochs of training; None: those of the model's recipe
     retrain_epochs: int = 2  # epochs of fine-tuning after each round without --rewind, at least 0
     images: int | None = None  # test images used, at least 1; None: all
-    n_jobs: int = 1  # runs at a time, each in its own process, at least 1; -1: one per core
+    n_jobs: int = 1  # runs at a time, at least 1; -1: one per core; other than 1: each in a process
 
     def find(self, tell: Tell) -> RoundsStudy:
-        """Run the cells that have no record in ``results.jsonl`` yet."""
         whole(1).check("seeds", self.seeds, self.place)
         steps_to(self.sparsities)
         changes = {} if self.train_epochs is None else {"epochs": self.train_epochs}
@@ -170,26 +154,23 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
         return RoundsStudy(run_rounds(cells, self.out, n_jobs=self.n_jobs, announce=announce))
 
     def show(self, found: RoundsStudy) -> Iterator[RenderableType]:
-        """Yield the results of the rounds, and each linear layer's overlap with its bound."""
         return rounds_tables(found.records)
 
 
 def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1, announce: Any = None) -> list[Record]:
     """Run the cells that have no record in ``results.jsonl`` yet, and return all records in order.
 
-    With ``n_jobs`` other than 1, ``n_jobs`` cells run at a time (-1: one per core), each in its own process and on one
-    thread. Once all have ended, DataError names those without a record; the same call runs them again.
+    ``n_jobs`` cells run at a time, -1: one per core. Once all have ended, DataError names those without a record; the
+    same call runs them again.
     """
     JOBS.check("n_jobs", n_jobs, "rounds")
     out = Path(out)
-    at_a_time = None if n_jobs == 1 else effective_n_jobs(n_jobs)
     with only_process(out, wait=False):
         done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str)})}
-        found = run_missing(cells, done, out, run_rounds_cell, at_a_time=at_a_time, announce=announce)
-    if found:
-        runs = ((cells[number - 1], reason) for number, reason in found.items())
-        failed = "; ".join(f"{cell.method}, seed {cell.cell.seed}: {reason}" for cell, reason in runs)
-        raise DataError(f"every run must end with a record, got none of {len(found)}: {failed} ({out})")
+        failures = run_missing(cells, done, out, run_rounds_cell, n_jobs=n_jobs, announce=announce)
+    if failures:
+        failed = "; ".join(f"{cell.method}, seed {cell.cell.seed}: {reason}" for cell, reason in failures)
+        raise DataError(f"every run must end with a record, got none of {len(failures)}: {failed} ({out})")
     return [done[cell.key] for cell in cells]
 
 
@@ -242,9 +223,7 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
 
     rewind = initial.state_dict() if study.rewind else None
     prune_in_rounds(pruner, steps_to(study.sparsities), train, rewind=rewind, on_round=note)
-    record["rounds"] = rounds
-    record["seconds"] = time.perf_counter() - began
-    return {**record, **provenance()}
+    return {**record, "rounds": rounds, "seconds": time.perf_counter() - began, **provenance()}
 
 
 def overlaps(net: nn.Module) -> dict[str, dict[str, float]]:
@@ -272,29 +251,28 @@ def rounds_tables(records: Iterable[Record]) -> Iterator[NumberTable]:
     A model's table has a row per sparsity: accuracy, weights kept and connectivity of each method, and the differences
     of T-IMP, rewound or not, to the methods that it is compared with, paired by seed.
     """
+    shown = {"kept": "{}: kept %", "accuracy": "accuracy %"}
+    shown |= {"channels_connected": "channels connected %", "outputs_reached": "outputs reached %"}
     for model, methods in _by_model(records).items():
         runs = next(iter(methods.values()))
+        head = ["target sparsity %", *(name.format(method) for method in methods for name in shown.values())]
         pairs = []
         for ours in methods:
             if ours.startswith("T-IMP"):
                 compared = [ours.replace("T-IMP", name) for name in ("IMP", "IMP capped")]
                 pairs += [(ours, baseline) for baseline in methods if baseline in compared]
-        head = ["target sparsity %"]
-        for method in methods:
-            head += [f"{method}: kept %", "accuracy %", "channels connected %", "outputs reached %"]
         head += [f"T-IMP - {baseline.partition(',')[0]}" for _, baseline in pairs]
         rows = []
         for index, entry in enumerate(runs[0]["rounds"]):
             cells = [f"{100 * entry['target']:g}"]
             accuracies: dict[str, dict[int, float]] = {}
             for method, each in methods.items():
-                means = {
-                    key: 100 * float(np.mean([run["rounds"][index][key] for run in each]))
-                    for key in ("kept", "channels_connected", "outputs_reached")
-                }
                 accuracies[method] = {run["seed"]: run["rounds"][index]["accuracy"] for run in each}
-                cells += [f"{means['kept']:.2f}", show_accuracies(list(accuracies[method].values()))]
-                cells += [f"{means[key]:.1f}" for key in ("channels_connected", "outputs_reached")]
+                for key in shown:
+                    values = [run["rounds"][index][key] for run in each]
+                    digits = 2 if key == "kept" else 1
+                    is_mean = key != "accuracy"
+                    cells.append(f"{100 * np.mean(values):.{digits}f}" if is_mean else show_accuracies(values))
             for ours, baseline in pairs:
                 seeds = sorted(accuracies[ours].keys() & accuracies[baseline].keys())
                 gains = [accuracies[ours][seed] - accuracies[baseline][seed] for seed in seeds]
@@ -303,11 +281,12 @@ def rounds_tables(records: Iterable[Record]) -> Iterator[NumberTable]:
         before = show_accuracies([run["accuracy_before"] for run in runs])
         what = f"{runs[0]['images']} images, {len(runs)} seed{'s' * (len(runs) > 1)}"
         yield NumberTable(f"{model} on {runs[0]['data']}, {what}; dense {before} %", head, rows)
-    overlaps = [
-        [model, name, measured.show(100), f"{100 * bound:.1f}"]
-        for model, layers in _overlaps(records).items()
-        for name, (measured, bound) in layers.items()
-    ]
+    overlaps = []
+    for model, methods in _by_model(records).items():
+        runs = next(iter(methods.values()))
+        for name, first in runs[0]["overlap"].items():
+            measured = interval([run["overlap"][name]["measured"] for run in runs]).show(100)
+            overlaps.append([model, name, measured, f"{100 * first['bound']:.1f}"])
     yield NumberTable(None, ["net", "layer", "overlap measured %", "bound %"], overlaps, text_columns=2)
 
 
@@ -316,15 +295,3 @@ def _by_model(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
     for record in records:
         models[record["model"]][record["method"]].append(record)
     return models
-
-
-def _overlaps(records: Iterable[Record]) -> dict[str, dict[str, tuple[Interval, float]]]:
-    """Return per model and layer the interval of the measured overlap over the seeds, and the bound."""
-    found: dict[str, dict[str, tuple[Interval, float]]] = {}
-    for model, methods in _by_model(records).items():
-        runs = next(iter(methods.values()))
-        found[model] = {
-            name: (interval([run["overlap"][name]["measured"] for run in runs]), first["bound"])
-            for name, first in runs[0]["overlap"].items()
-        }
-    return found

@@ -154,19 +154,110 @@ def sensitivity(
     """
     ratios = sorted(set(map(float, ratios)))
     _check_knobs(ratios, budget)
-    trial = _Trial(model, example_inputs, evaluate, pruner, {} if knobs is None else knobs)
-    baseline = trial.score(model)
+    info = PRUNERS.info(pruner, "sensitivity")
+    knobs = {} if knobs is None else knobs
+    if isinstance(knobs, Mapping):
+        check_pruner_knobs(pruner, knobs, "sensitivity")
+    used: dict[str, Any] = {} if callable(knobs) else dict(knobs)
+    analysis = Analysis.on(model, example_inputs)
+
+    def score(net: nn.Module) -> float:
+        with lent(net) as copied:
+            found = check_result("evaluate", evaluate(copied), "sensitivity")
+        if not math.isfinite(found):
+            raise DataError(f"an evaluation must return a finite number, got {found} (sensitivity)")
+        return found
+
+    def pruned(chosen: Mapping[tuple[str, ...], float]) -> float:
+        """Return the score of a copy with these layers pruned."""
+        config: list[dict[str, Any]] = [{"op_names": list(n), "sparse_ratio": ratio} for n, ratio in chosen.items()]
+        if info.structured:
+            config = groups_of(analysis, config)
+        copied = detached_copy(model)
+        if callable(knobs):
+            made = knobs(copied)
+            instance(Mapping).check("what knobs returns", made, "sensitivity")
+            used.clear()
+            used.update(made)
+        sizes = {"example_inputs": example_inputs} if "example_inputs" in info.knobs() else {}
+        made_pruner = create_pruner(pruner, copied, config, **{**sizes, **used})
+        _, masks = made_pruner.compress()
+        made_pruner.unwrap_model()
+        return score(masked_model(copied, example_inputs, masks))
+
+    baseline = score(model)
     curves = []
-    for names in trial.groups(layers):
+    for names in _groups(analysis, info.structured, layers):
         accuracy: dict[float, float] = {}
         for ratio in ratios:
-            accuracy[ratio] = trial.pruned({names: ratio})
+            accuracy[ratio] = pruned({names: ratio})
             if on_progress is not None:
                 on_progress("+".join(names), ratio, accuracy[ratio])
         curves.append(SensitivityCurve(names, accuracy))
-    chosen, joint = _suggestion(trial, curves, baseline, budget)
-    suggested = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in chosen.items()]
-    return Sensitivity(pruner, trial.knobs, baseline, curves, budget, suggested, joint)
+    best, joint = _suggestion(pruned, curves, baseline, budget)
+    chosen = [curve.layers for curve in curves if curve.layers in best]
+    suggested = [{"op_names": list(names), "sparse_ratio": best[names]} for names in chosen]
+    return Sensitivity(pruner, used, baseline, curves, budget, suggested, joint)
+
+
+def _groups(analysis: Analysis, structured: bool, layers: Sequence[str] | None) -> list[tuple[str, ...]]:
+    """Return the layers, coupled ones in one tuple."""
+    model, flow = analysis.model, analysis.flow
+    if layers is None:
+        layers = [
+            name
+            for name in flow.layers
+            if isinstance(model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
+            and not (structured and flow.reaches_output(name))
+        ]
+    entry: dict[str, Any] = {"op_names": list(layers)}
+    check_names(model, [entry], "layers")
+    if not structured:
+        return [(name,) for name in entry["op_names"]]
+    groups: dict[str, list[str]] = {}
+    for config in groups_of(analysis, [{**entry, "sparse_ratio": 0.5}]):
+        (name,) = config["op_names"]
+        groups.setdefault(config.get("dependency_group_id", name), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def _suggestion(
+    pruned: Callable[[Mapping[tuple[str, ...], float]], float],
+    curves: list[SensitivityCurve],
+    baseline: float,
+    budget: float,
+) -> tuple[dict[tuple[str, ...], float], float]:
+    """Return ratios that together are within the budget, and their joint score."""
+    # First the largest tolerance, the same for all layers, that is within the budget.
+    drops = {baseline - accuracy for curve in curves for accuracy in curve.accuracy.values()}
+    tolerances = sorted(drop for drop in {0.0, *drops} if drop <= budget)
+    best, joint = dict[tuple[str, ...], float](), baseline
+    low, high = 0, len(tolerances)
+    while low < high:
+        middle = (low + high) // 2
+        least = baseline - tolerances[middle] - _ROUNDING
+        ratios = {curve.layers: ratio for curve in curves if (ratio := curve.highest_ratio(least)) > 0.0}
+        score = pruned(ratios) if ratios else baseline
+        if score >= baseline - budget - _ROUNDING:
+            best, joint, low = ratios, score, middle + 1
+        else:
+            high = middle
+    # Then single layers take their next measured ratio, the one that costs least alone first; a layer whose step
+    # exceeds the joint budget takes no more.
+    steps: dict[tuple[str, ...], list[tuple[float, float]]] = {}  # ratio and what it costs alone, ascending
+    for curve in curves:
+        higher = [ratio for ratio in sorted(curve.accuracy) if ratio > best.get(curve.layers, 0.0)]
+        steps[curve.layers] = [(ratio, baseline - curve.accuracy[ratio]) for ratio in higher]
+    while any(steps.values()):
+        cheapest = min((layers for layers in steps if steps[layers]), key=lambda layers: steps[layers][0][1])
+        ratio, cost = steps[cheapest].pop(0)
+        tried = {**best, cheapest: ratio}
+        score = pruned(tried) if cost <= budget + _ROUNDING else -math.inf
+        if score >= baseline - budget - _ROUNDING:
+            best, joint = tried, score
+        else:
+            steps[cheapest].clear()
+    return best, joint
 
 
 def _check_knobs(ratios: Sequence[float], budget: float) -> None:
@@ -187,12 +278,10 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
     images: int | None = None  # validation images used; None: all
 
     def check(self) -> None:
-        """Check the fields; ConfigError if one is out of its range."""
         PRUNERS.info(self.pruner, self.place)
         _check_knobs(self.ratios, self.budget)
 
     def find(self, tell: Tell) -> Sensitivity:
-        """Prune copies of a trained model and measure them on validation images."""
         start = self.start()
         needs = any("calibration" in need for need in pruner_info(self.pruner).needs)
         calibration = _CALIBRATION * needs if self.calibration is None else self.calibration
@@ -210,7 +299,6 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
         )
 
     def show(self, found: Sensitivity) -> Iterator[RenderableType]:
-        """Yield a row per curve, and the suggestion."""
         ratios = list(found.curves[0].accuracy)
         chosen = {tuple(entry["op_names"]): f"{entry['sparse_ratio']:g}" for entry in found.suggested}
         head = ("layers", *(f"{ratio:g}" for ratio in ratios), "suggested")
@@ -221,105 +309,3 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
         yield NumberTable(f"sensitivity of {self.model}, {self.pruner}, validation accuracy in %", head, rows)
         before, after = 100 * found.baseline, 100 * found.suggested_accuracy
         yield f"unpruned {before:.1f} %, all suggested ratios at once {after:.1f} %, without fine-tuning"
-
-
-class _Trial:
-    """Prunes copies of a model and scores them."""
-
-    def __init__(self, model: nn.Module, example_inputs: Any, evaluate: Evaluate, pruner: str, knobs: Knobs) -> None:
-        self.model, self.example_inputs, self.evaluate, self.pruner = model, example_inputs, evaluate, pruner
-        self.analysis = Analysis.on(model, example_inputs)
-        self.info = PRUNERS.info(pruner, "sensitivity")
-        self._knobs = knobs
-        self.knobs: dict[str, Any] = {}
-        if isinstance(knobs, Mapping):
-            check_pruner_knobs(pruner, knobs, "sensitivity")
-            self.knobs = dict(knobs)
-
-    def groups(self, layers: Sequence[str] | None) -> list[tuple[str, ...]]:
-        """Return the layers, coupled ones in one tuple."""
-        if layers is None:
-            flow = self.analysis.flow
-            layers = [
-                name
-                for name in flow.layers
-                if isinstance(self.model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
-                and not (self.info.structured and flow.reaches_output(name))
-            ]
-        entry: dict[str, Any] = {"op_names": list(layers)}
-        check_names(self.model, [entry], "layers")
-        if not self.info.structured:
-            return [(name,) for name in entry["op_names"]]
-        groups: dict[str, list[str]] = {}
-        for config in groups_of(self.analysis, [{**entry, "sparse_ratio": 0.5}]):
-            (name,) = config["op_names"]
-            groups.setdefault(config.get("dependency_group_id", name), []).append(name)
-        return [tuple(names) for names in groups.values()]
-
-    def pruned(self, ratios: Mapping[tuple[str, ...], float]) -> float:
-        """Return the score of a copy with these layers pruned."""
-        config: list[dict[str, Any]] = [{"op_names": list(n), "sparse_ratio": ratio} for n, ratio in ratios.items()]
-        if self.info.structured:
-            config = groups_of(self.analysis, config)
-        copied = detached_copy(self.model)
-        if not isinstance(self._knobs, Mapping):
-            made = self._knobs(copied)
-            instance(Mapping).check("what knobs returns", made, "sensitivity")
-            self.knobs = dict(made)
-        knobs = dict(self.knobs)
-        if "example_inputs" in self.info.knobs():
-            knobs.setdefault("example_inputs", self.example_inputs)
-        pruner = create_pruner(self.pruner, copied, config, **knobs)
-        _, masks = pruner.compress()
-        pruner.unwrap_model()
-        return self.score(masked_model(copied, self.example_inputs, masks))
-
-    def score(self, model: nn.Module) -> float:
-        """Return a model's score."""
-        with lent(model) as copied:
-            score = check_result("evaluate", self.evaluate(copied), "sensitivity")
-        if not math.isfinite(score):
-            raise DataError(f"an evaluation must return a finite number, got {score} (sensitivity)")
-        return score
-
-
-def _suggestion(
-    trial: _Trial, curves: list[SensitivityCurve], baseline: float, budget: float
-) -> tuple[dict[tuple[str, ...], float], float]:
-    """Return ratios that together are within the budget, and their joint score.
-
-    First the largest tolerance, the same for all layers, that is within the budget. Then single layers take further
-    steps, the one that costs least alone first; a layer whose step exceeds the joint budget takes no more.
-    """
-    drops = {baseline - accuracy for curve in curves for accuracy in curve.accuracy.values()}
-    tolerances = sorted(drop for drop in {0.0, *drops} if drop <= budget)
-    best, joint = dict[tuple[str, ...], float](), baseline
-    low, high = 0, len(tolerances)
-    while low < high:
-        middle = (low + high) // 2
-        least = baseline - tolerances[middle] - _ROUNDING
-        ratios = {curve.layers: ratio for curve in curves if (ratio := curve.highest_ratio(least)) > 0.0}
-        score = trial.pruned(ratios) if ratios else baseline
-        if score >= baseline - budget - _ROUNDING:
-            best, joint, low = ratios, score, middle + 1
-        else:
-            high = middle
-    open_curves = {curve.layers: curve.accuracy for curve in curves}
-    while True:
-        # the next measured ratio of each layer, and what it costs alone
-        steps: dict[tuple[str, ...], float] = {}
-        for layers, accuracy in open_curves.items():
-            higher = [ratio for ratio in accuracy if ratio > best.get(layers, 0.0)]
-            if higher:
-                steps[layers] = min(higher)
-        if not steps:
-            break
-        costs = {layers: baseline - open_curves[layers][ratio] for layers, ratio in steps.items()}
-        cheapest = min(costs, key=costs.__getitem__)
-        tried = {**best, cheapest: steps[cheapest]}
-        score = trial.pruned(tried) if costs[cheapest] <= budget + _ROUNDING else -math.inf
-        if score >= baseline - budget - _ROUNDING:
-            best, joint = tried, score
-        else:
-            del open_curves[cheapest]
-    return {curve.layers: best[curve.layers] for curve in curves if curve.layers in best}, joint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,15 +70,16 @@ class TopologyStudy(Findings):
         layers with the most points, twelve at most. ``search``, the genetic algorithm's progress, needs such a search.
         """
         most = sorted(self.layers, key=lambda layer: -layer.points)[:_MOST_PANELS]
-        drawn = [layer for layer in self.layers if layer in most]
-        searched = [layer for layer in drawn if layer.trace]
-        return {
+        titled = [(f"{_short(row.name)}: {row.points} to {row.kept}", row) for row in self.layers if row in most]
+        searched = [(title, layer) for title, layer in titled if layer.trace]
+        size, columns = (3.2, 2.8), 4
+        found = {
             "deaths": _death_curves(self.layers),
             "allocation": _allocation(self.layers),
-            "diagrams": _panels(drawn, _draw_diagram),
-            "barcodes": _panels(drawn, _draw_barcode),
-            **({"search": _panels(searched, _draw_trace)} if searched else {}),
+            "diagrams": panels(titled, _draw_diagram, size=size, columns=columns),
+            "barcodes": panels(titled, _draw_barcode, size=size, columns=columns),
         }
+        return found | ({"search": panels(searched, _draw_trace, size=size, columns=columns)} if searched else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,6 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
     calibration: int = 0  # training images for the functional cloud; 0: the weight cloud
 
     def check(self) -> None:
-        """Check the fields; ConfigError if one is out of its range."""
         self._target()
         _DEGREES.check("degrees", self.degrees, self.place)
 
@@ -99,7 +99,6 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
         return Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops)
 
     def find(self, tell: Tell) -> TopologyStudy:
-        """Prune a copy of a trained model."""
         target, start = self._target(), self.start()
         knobs = pruner_knobs("topological", start.net, start, self.calibration)
         entry: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
@@ -112,7 +111,6 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
         return study_topology(start.net, config_list, degrees=self.degrees, **knobs)
 
     def show(self, found: TopologyStudy) -> Iterator[RenderableType]:
-        """Yield a row per layer: points before and after, distances of the diagrams, Hausdorff distance."""
         columns = {"layer": "{name}", "points": "{points}", "kept": "{kept}"}
         columns |= {f"bottleneck H{degree}": f"{{bottleneck[{degree}]:.4f}}" for degree in self.degrees}
         rows = [vars(layer) for layer in found.layers]
@@ -152,8 +150,7 @@ def study_topology(
     for unit in pruner.context.units:
         points = np.concatenate([data[module][target].numpy() for module, target in unit.members], axis=1)
         module_name, target_name = unit.members[0]
-        mask = masks[module_name][target_name]
-        kept = mask.reshape(unit.blocks, -1)[:, 0].bool().numpy()
+        kept = masks[module_name][target_name].reshape(unit.blocks, -1)[:, 0].bool().numpy()
         count = int(kept.sum())
         distances = topology.pairwise_distances(topology.with_origin(points))
         stays = np.append(kept, True)
@@ -162,23 +159,21 @@ def study_topology(
             for cloud in (distances, distances[np.ix_(stays, stays)])
         )
         deaths = topology.h0_deaths(distances)
-        mean = deaths.mean()
-        deaths = deaths / mean if mean > 0 else deaths
-        layers.append(
-            LayerTopology(
-                name=unit.name,
-                points=unit.blocks,
-                kept=count,
-                share=count / unit.blocks,
-                deaths=deaths,
-                tolerance=float(deaths[count] / 2.0) if count < unit.blocks else 0.0,
-                diagrams_before=before,
-                diagrams_after=after,
-                bottleneck={d: topology.bottleneck_distance(before[d], after[d]) for d in degrees},
-                hausdorff=float(topology.hausdorff_to_subset(distances, stays[None])[0]),
-                trace=pruner.trace.get(unit.name, []),
-            )
+        deaths = deaths / deaths.mean() if deaths.mean() > 0 else deaths
+        found = LayerTopology(
+            name=unit.name,
+            points=unit.blocks,
+            kept=count,
+            share=count / unit.blocks,
+            deaths=deaths,
+            tolerance=float(deaths[count] / 2.0) if count < unit.blocks else 0.0,
+            diagrams_before=before,
+            diagrams_after=after,
+            bottleneck={d: topology.bottleneck_distance(before[d], after[d]) for d in degrees},
+            hausdorff=float(topology.hausdorff_to_subset(distances, stays[None])[0]),
+            trace=pruner.trace.get(unit.name, []),
         )
+        layers.append(found)
     return TopologyStudy(layers, masks)
 
 
@@ -207,11 +202,6 @@ def _allocation(layers: list[LayerTopology]) -> Figure:
     axis.invert_yaxis()
     finish(axis, "blocks", title="blocks kept (tolerance: half the longest removed death time / mean)")
     return figure
-
-
-def _panels(layers: list[LayerTopology], draw: Callable[[Axes, LayerTopology], None]) -> Figure:
-    titled = ((f"{_short(layer.name)}: {layer.points} to {layer.kept}", layer) for layer in layers)
-    return panels(titled, draw, size=(3.2, 2.8), columns=4)
 
 
 def _draw_diagram(axis: Axes, layer: LayerTopology) -> None:

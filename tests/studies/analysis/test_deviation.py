@@ -122,7 +122,7 @@ def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_connectivity_command(checkpoint, tmp_path, capsys, drawn):
+def test_connectivity_command(checkpoint, tmp_path, capsys):
     arguments = ("--pruners", "connections,level", "--ratios", "0", "0.99", "--seeds", "2", "--json")
     assert command("connectivity", checkpoint, tmp_path, *arguments) == 0
     study = json.loads(capsys.readouterr().out)
@@ -138,10 +138,6 @@ def test_connectivity_command(checkpoint, tmp_path, capsys, drawn):
         assert point["kept"] == pytest.approx(0.01, abs=1e-3)
         assert point["channels"] < 1.0
         assert point["channels_reached"] <= 1.0
-    for panel, column in enumerate(("channels", "outputs")):
-        ends = [point[column] for key, point in points.items() if key[:2] == ("connections", 0.99)]
-        shown = drawn.lines("connectivity.png", panel)["connections"]
-        assert shown[-1] == pytest.approx((99, 100 * sum(ends) / 2), abs=0.1)
     assert command("connectivity", checkpoint, tmp_path, "--pruners", "level", "--ratios", "0.5") == 0
     assert "channels connected %" in capsys.readouterr().out
 

@@ -36,8 +36,7 @@ def test_a_trial_holds_the_search_and_gives_the_pictures(tmp_path, drawn):
     trials = {"10 %": first, "50 %": trial(0.5)[0]}
     files = save_figures(tmp_path / "new", EvolutionStudy(trials).figures())
     assert [file.stem for file in files] == [
-        "distributions", "fitness", "progress", "heatmap", "weights", "histograms", "solutions", "lineages_fitness",
-        "lineages_compression", "lineages_accuracy",
+        "distributions", "fitness", "progress", "heatmap", "weights", "histograms", "solutions",
     ]  # fmt: skip
     assert sorted(drawn) == sorted(file.name for file in files)
     for index, (label, found) in enumerate(trials.items()):
@@ -69,12 +68,6 @@ def check_panels(drawn, index, label, found):
     before, after = drawn["histograms.png"].axes[index].containers
     assert sum(bar.get_height() for bar in before) == len(found.weights)
     assert sum(bar.get_height() for bar in after) == found.kept.sum()
-    for column in ("fitness", "compression", "accuracy"):
-        curves = drawn[f"lineages_{column}.png"].axes[index].get_lines()
-        for number, curve in enumerate(curves):
-            one = history[history.individual == number].sort_values("generation")
-            assert list(curve.get_ydata()) == one[column].tolist()
-        assert len(curves) == 6
     dots = drawn["solutions.png"].axes[0].collections[index].get_offsets()
     points = np.stack([100 * last.compression, 100 * (last.accuracy - found.start_accuracy)], axis=1)
     np.testing.assert_allclose(dots, points)

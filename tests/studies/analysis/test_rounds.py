@@ -8,7 +8,7 @@ import pytest
 from nni_topo import zoo
 from nni_topo.analysis import overlap_bound
 from nni_topo.cli import main
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, Target
 from nni_topo.studies.analysis.rounds import METHODS, RoundsCell, RoundsStudy, rounds_tables, run_rounds, steps_to
 from nni_topo.studies.records import append_record
@@ -82,28 +82,6 @@ def test_finished_runs_are_not_repeated(finished):
     assert [json.loads(line)["method"] for line in lines] == ["IMP", "T-IMP", "IMP capped"]
 
 
-@pytest.mark.slow
-def test_runs_beside_each_other_find_the_same(finished, tmp_path):
-    records, _ = finished
-    both = study_cells()[:2]
-    beside = run_rounds(both, tmp_path, n_jobs=2)
-    assert [each["rounds"] for each in beside] == [each["rounds"] for each in records[:2]]
-    assert run_rounds(both, tmp_path) == beside
-    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 1  # one of them trained the network
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_beside_others_is_named_when_they_have_ended(tmp_path):
-    good, other = study_cells()[:2]
-    bad = replace(
-        other, cell=replace(other.cell, seed=1, pruner=replace(other.cell.pruner, knobs={"on_subcritical": 3}))
-    )
-    with pytest.raises(DataError, match=r"got none of 1: T-IMP, seed 1: .*on_subcritical"):
-        run_rounds([bad, good], tmp_path, n_jobs=2)
-    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert json.loads(line)["method"] == "IMP"
-
-
 def test_rewound_runs_are_runs_of_their_own(finished, tmp_path):
     records, _ = finished
     cells = study_cells(rewind=True)
@@ -111,16 +89,6 @@ def test_rewound_runs_are_runs_of_their_own(finished, tmp_path):
     (record,) = run_rounds(cells[1:2], tmp_path)
     assert record["method"] == "T-IMP, rewound"
     assert record["rounds"][2]["kept"] == records[1]["rounds"][2]["kept"]
-
-
-def test_rewound_runs_are_compared_with_each_other_only(finished):
-    records, _ = finished
-    rewound = [{**record, "method": f"{record['method']}, rewound"} for record in records]
-    rewound[1]["rounds"] = [{**entry, "accuracy": entry["accuracy"] - 0.25} for entry in records[1]["rounds"]]
-    table = next(rounds_tables([*records, *rewound])).to_markdown()
-    assert table.splitlines()[0].endswith("| T-IMP - IMP | T-IMP - IMP capped | T-IMP - IMP | T-IMP - IMP capped |")
-    gains = [float(cell) for cell in table.splitlines()[-1].split("|")[-5:-1]]
-    assert gains[2:] == pytest.approx([gain - 25 for gain in gains[:2]], abs=0.11)
 
 
 def test_tables_and_pictures(finished, tmp_path, drawn):
@@ -137,12 +105,12 @@ def test_tables_and_pictures(finished, tmp_path, drawn):
     assert row.endswith(f"| {gains[0]} | {gains[1]} |")
     assert "| small_cnn | classifier.fc2 |" in table
     files = RoundsStudy(twice).save(tmp_path)
-    assert files == [tmp_path / name for name in ("rounds.json", "rounds.png", "overlap.png")]
+    assert files == [tmp_path / name for name in ("rounds.json", "rounds.png")]
     check_pictures(drawn, records)
 
 
 def check_pictures(drawn, records):
-    """Accuracy and connectivity of every method over the compression; each layer's overlap beside its bound."""
+    """Accuracy and connectivity of every method over the compression."""
     upper, lower = drawn.lines("rounds.png", 0), drawn.lines("rounds.png", 1)
     for record in records:
         curves = {
@@ -155,14 +123,6 @@ def check_pictures(drawn, records):
             assert points == [pytest.approx(point) for point in wanted]
     assert len(upper) == len(records)
     assert len(lower) == 2 * len(records)
-    overlap = records[0]["overlap"]
-    axis = drawn["overlap.png"].axes[0]
-    measured, bound = (bars for bars in axis.containers if not hasattr(bars, "has_yerr"))
-    assert [bar.get_height() for bar in measured] == pytest.approx(
-        [100 * each["measured"] for each in overlap.values()]
-    )
-    assert [bar.get_height() for bar in bound] == pytest.approx([100 * each["bound"] for each in overlap.values()])
-    assert [tick.get_text() for tick in axis.get_xticklabels()] == [name.rpartition(".")[2] for name in overlap]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import yaml
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.studies.analysis.sensitivity import SensitivityCurve, sensitivity
+from nni_topo.studies.analysis.sensitivity import sensitivity
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
 IMAGES = toy_images(64, seed=1)
@@ -96,11 +96,6 @@ def test_what_all_layers_at_once_leave_of_the_budget_goes_to_one():
 def test_single_weights_have_a_curve_per_layer():
     study = sensitivity(toy_model().eval(), IMAGES[:2], nearness, (0.5,), "level")
     assert [curve.layers for curve in study.curves] == [("stem",), ("inner",), ("hidden",), ("head",)]
-
-
-def test_highest_ratio_stops_at_the_first_dip():
-    curve = SensitivityCurve(("a",), {0.2: 0.9, 0.4: 0.7, 0.6: 0.95})
-    assert [curve.highest_ratio(least) for least in (0.5, 0.8, 0.92)] == [0.6, 0.2, 0.0]
 
 
 def test_pruners_that_train_get_an_evaluator_for_each_copy(tmp_path):

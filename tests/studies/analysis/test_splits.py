@@ -6,7 +6,6 @@ import pytest
 from nni_topo.analysis import draw_splits
 from nni_topo.clustering import Cluster, Growth, SplitTree, grow
 from nni_topo.errors import ConfigError
-from nni_topo.studies.analysis.splits import leaf_places
 
 TREE = SplitTree(
     (
@@ -19,10 +18,6 @@ TREE = SplitTree(
     ),
     1.8,
 )
-
-
-def test_leaves_stand_side_by_side_and_parents_between_their_children():
-    assert leaf_places(TREE) == {0: 0.0, 2: 1.0, 4: 2.0, 5: 3.0, 3: 2.5, 1: 1.75}
 
 
 def test_a_panel_per_tree_is_drawn(tmp_path, drawn):

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-import nni_topo
 from nni_topo import zoo
-from nni_topo.analysis import connectivity, neural_persistence
+from nni_topo.analysis import neural_persistence
 from nni_topo.cli import main
-from nni_topo.runs.choices import DataChoice, ModelChoice, load_prune_config
-from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.studies.analysis.compression import AnalyzeCompression
 
 COMPRESSION = ["analyze", "compression", "--model"]
@@ -67,16 +63,12 @@ def test_any_model_and_any_input(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_persistence_of_a_checkpoint_and_along_a_training(tmp_path, capsys, drawn):
+def test_persistence_of_a_checkpoint_and_along_a_training(tmp_path, capsys):
     words = ["analyze", "persistence", "--model", "small_cnn", "--limit", "100", "--normalized", "--json"]
     assert main([*words, "--out", str(tmp_path / "trained")]) == 0
     trend = json.loads(capsys.readouterr().out)
     assert len(trend["totals"]) == 26
     assert trend["totals"][0] == pytest.approx(sum(layer[0] for layer in trend["layers"].values()))
-    shown = drawn.lines("persistence.png")
-    assert {name: [y for _, y in points] for name, points in shown.items()} == trend["layers"]
-    curves = drawn["persistence.png"].axes[1].get_lines()
-    assert [len(curve.get_xdata()) for curve in curves] == [len(deaths) for deaths in trend["last"]["deaths"].values()]
 
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=3)
     zoo.save_checkpoint(tmp_path / "model.pt", model, {})
@@ -87,16 +79,3 @@ def test_persistence_of_a_checkpoint_and_along_a_training(tmp_path, capsys, draw
     images = torch.zeros(1, 1, 8, 8)
     wanted = neural_persistence(model, images, p=1.0, normalized=True, conv_graph="toeplitz")
     assert found["last"]["layers"] == pytest.approx(wanted.layers)
-
-
-def test_the_pruning_file_leaves_trees_and_zeros(tmp_path):
-    config = load_prune_config(Path(__file__).parents[3] / "configs" / "timp.yaml")
-    data = DataChoice("digits", limit=100)
-    record = prune_checkpoint(ModelChoice("small_cnn"), None, config, data, tmp_path / "out")
-    assert record["params"] == record["params_before"]
-    masks = torch.load(tmp_path / "out" / "masks.pt", weights_only=True)
-    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8)
-    assert connectivity(model, torch.zeros(1, 1, 8, 8), masks).channels == 1.0
-    dense = nni_topo.load(tmp_path / "out" / "dense.safetensors", model)
-    weight = dense.classifier.fc1.weight
-    assert float((weight == 0).double().mean()) == pytest.approx(0.7, abs=1e-3)

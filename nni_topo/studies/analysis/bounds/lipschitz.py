@@ -174,15 +174,14 @@ class _Changes(Interpreter):
 
 
 _AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
-_MAXIMUM_KNOBS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-_AVERAGE_KNOBS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_KNOBS = {
+    "max_pool": ("MaxPool", ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
+    "avg_pool": ("AvgPool", ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")),
+    "adaptive_avg_pool": ("AdaptiveAvgPool", ("output_size",)),
+}
 _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     getattr(functional, f"{function}{sides}d"): (getattr(nn, f"{module}{sides}d"), knobs)
-    for function, module, knobs in (
-        ("max_pool", "MaxPool", _MAXIMUM_KNOBS),
-        ("avg_pool", "AvgPool", _AVERAGE_KNOBS),
-        ("adaptive_avg_pool", "AdaptiveAvgPool", ("output_size",)),
-    )
+    for function, (module, knobs) in _KNOBS.items()
     for sides in (1, 2, 3)
 }
 

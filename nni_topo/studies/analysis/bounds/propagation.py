@@ -23,15 +23,18 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vjp
-from torch.fx import GraphModule
+from torch.func import functional_call, jvp, vjp
+from torch.fx import Graph, GraphModule, Node
 
-from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.arguments import INPUTS, MODEL
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.graph.tracing import trace
+from nni_topo.network.layers.kinds import WEIGHTED
+from nni_topo.network.runtime.arguments import INPUTS, MODEL, check_model
+from nni_topo.network.runtime.copies import evaluating, unwrapped_copy
+from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.public import public
 from nni_topo.rules import is_finite, whole
 from nni_topo.studies.analysis.bounds.lipschitz import largest_changes, norm
-from nni_topo.studies.analysis.bounds.segments import chain, traced
 
 _CONVERGED = 1e-5
 
@@ -139,17 +142,17 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     graph, other = traced(original, inputs), traced(pruned, inputs)
     changes = _changes(graph, other)
     segments = chain(graph)
-    with torch.no_grad():
-        error = norm(other(inputs) - graph(inputs))
     always = largest_changes(graph, other, inputs)
     values = [inputs]  # what enters each segment
     with torch.no_grad():
+        error = norm(other(inputs) - graph(inputs))
         for segment in segments:
             values.append(segment(values[-1], {}))
-    forwards = []  # of each segment but the first
-    for segment, value in list(zip(segments, values, strict=False))[1:]:
-        # samples don't mix in evaluation mode: the norm over a batch is the worst sample's norm
-        forwards.append(jacobian_norm(partial(segment, parameters={}), value, per_sample=True, iterations=iterations))
+    # Of each segment but the first; samples don't mix in evaluation mode: the norm over a batch is the worst sample's.
+    forwards = [
+        jacobian_norm(partial(segment, parameters={}), value, per_sample=True, iterations=iterations)
+        for segment, value in list(zip(segments, values, strict=False))[1:]
+    ]
     layers = []
     for index, (segment, value) in enumerate(zip(segments, values, strict=False)):
         own = {name: p.detach() for name, p in segment.module.named_parameters()}
@@ -163,8 +166,83 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
         downstream = math.prod(forwards[index:])
         bound = sum(always.pop(name, 0.0) for name, _ in segment.module.named_modules())
         terms = (change * jacobian * downstream, step * downstream, bound)
-        layers.append(LayerErrorBound(segment.name, change, jacobian, downstream, *terms))
+        layers.append(LayerErrorBound("+".join(segment.layers), change, jacobian, downstream, *terms))
     return ErrorBound(tuple(layers), error)
+
+
+def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
+    """Trace a copy of a model of one input in evaluation mode; DataError unless ``inputs`` are a finite batch."""
+    if not isinstance(inputs, Tensor) or not inputs.numel():
+        shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise DataError(f"inputs must be a batch of at least one sample, got {shape} (inputs)")
+    if not bool(torch.isfinite(inputs).all()):
+        raise DataError("inputs must be finite, got NaN or infinity (inputs)")
+    check_model(model)
+    net = evaluating(unwrapped_copy(model))
+    net.requires_grad_(False)
+    graph_module = trace(net, call_arguments(inputs, model)).graph_module
+    count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+    if count != 1:
+        raise ConfigError(f"the propagation of errors needs a model of one input, got {count} (model)")
+    return graph_module
+
+
+@dataclass(frozen=True)
+class ChainSegment:
+    """A part of a network with one input and one output; its module's parameters are named as in the network."""
+
+    # convolutions and linear layers; several if a branch bypasses them, as in a residual block
+    layers: tuple[str, ...]
+    module: GraphModule
+
+    def __call__(self, value: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Run the segment with some of its parameters replaced."""
+        result: Tensor = functional_call(self.module, parameters, (value,))
+        return result
+
+
+def chain(graph_module: GraphModule) -> list[ChainSegment]:
+    """Cut a traced network with one output before each layer whose input is all that the rest depends on."""
+    order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
+    alive: set[Node] = set()  # those that depend on the input and that later nodes read
+    dependent: set[Node] = set()
+    starts: list[Node] = []  # what enters each segment
+    parts: list[list[Node]] = []
+    named: list[list[str]] = []
+    for node in graph_module.graph.nodes:
+        entering = node.all_input_nodes
+        if node.op == "placeholder":
+            alive, dependent = {node}, {node}
+        elif node.op == "output" and not isinstance(node.args[0], Node):
+            kind = type(node.args[0]).__name__
+            raise ConfigError(f"the propagation of errors needs a tensor as output, got a {kind} (model)")
+        elif node.op != "output" and not dependent.isdisjoint(entering):
+            is_layer = node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), WEIGHTED)
+            # only where all later nodes depend on a single value: a block with a branch isn't cut
+            if not parts or (is_layer and named[-1] and len(alive) == 1 and entering == [*alive]):
+                starts.append(entering[0])
+                parts.append([])
+                named.append([])
+            parts[-1].append(node)
+            if is_layer:
+                named[-1].append(str(node.target))
+            dependent.add(node)
+            alive = {each for each in {*alive, node} if any(order[user] > order[node] for user in each.users)}
+    if not parts or not named[0]:
+        raise ConfigError("the propagation of errors needs a convolution or linear layer, got none (model)")
+    segments = []
+    for start, nodes, layers in zip(starts, parts, named, strict=True):
+        graph = Graph()
+        copies = {start: graph.placeholder("value")}
+
+        def copied(node: Node, graph: Graph = graph, copies: dict[Node, Node] = copies) -> Node:
+            if node not in copies:
+                copies[node] = graph.node_copy(node, copied)
+            return copies[node]
+
+        graph.output([copied(node) for node in nodes][-1])
+        segments.append(ChainSegment(tuple(dict.fromkeys(layers)), GraphModule(graph_module, graph)))
+    return segments
 
 
 def jacobian_norm(

@@ -1,5 +1,5 @@
 """The energy study: filters removed at each threshold, the accuracy that costs, and alternatives."""
 
-from nni_topo.studies.analysis.energy.run import AnalyzeEnergy
+from nni_topo.studies.analysis.energy.study import AnalyzeEnergy
 
 __all__ = ["AnalyzeEnergy"]

@@ -1,7 +1,4 @@
-"""Dropout at test time: how accuracy depends on its rate, with and without pruning.
-
-Source: Janjic, MSc thesis, University of Manitoba, 2018, section 5.2.1, table 5.3 and figures 5.17 and 5.18.
-"""
+"""Dropout at test time: how accuracy depends on its rate."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.copies import detached_copy, evaluating
+from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.public import public
 from nni_topo.rules import all_of, number
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
@@ -53,7 +50,9 @@ def study_dropout(
     rates: Sequence[float] = RATES,
     seed: int = 0,
 ) -> dict[str, dict[float, Quality]]:
-    """Evaluate models under every dropout rate.
+    """Evaluate models under every dropout rate at test time.
+
+    Source: Janjic, MSc thesis, University of Manitoba, 2018, section 5.2.1, table 5.3 and figures 5.17 and 5.18.
 
     Parameters
     ----------
@@ -62,7 +61,7 @@ def study_dropout(
     evaluate : callable
         Maps a model to its :class:`~nni_topo.analysis.Quality`.
     rates : sequence of float, default=(0.0, 0.1, ..., 0.9)
-        Each in [0, 1). A first submodule without dropout runs once for all rates.
+        Each in [0, 1).
     seed : int, default=0
         Of the dropped values, the same for every model.
 
@@ -74,30 +73,5 @@ def study_dropout(
     found = {}
     for name, build in models.items():
         model: nn.Module = detached_copy(build())
-        # a first submodule without dropout runs once for all rates
-        first_name, first = next(iter(model.named_children()), ("", model))
-        if first_name and not any(isinstance(module, nn.Dropout) for module in first.modules()):
-            setattr(model, first_name, _Cached(first))
         found[name] = {rate: quality_of(evaluate, with_dropout(model, rate, seed)) for rate in rates}
     return found
-
-
-class _Cached(nn.Module):
-    """A module that computes its output once per input; its copies share the stored outputs."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = evaluating(module)
-        self._outputs: list[tuple[Tensor, Tensor]] = []
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _Cached:
-        return self
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Return the module's output, a stored one if the same input came before."""
-        for before, output in self._outputs:
-            if torch.equal(before, values):
-                return output
-        computed: Tensor = self.module(values)
-        self._outputs.append((values, computed))
-        return computed

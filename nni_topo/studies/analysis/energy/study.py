@@ -5,16 +5,20 @@ Source: Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
+import yaml
 from matplotlib.figure import Figure
+from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.maths.signals import Chirp
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.layers.kinds import kept_channels, output_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
@@ -28,16 +32,18 @@ from nni_topo.pruners.energy import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, unit_scores
 from nni_topo.rules import instance, number
 from nni_topo.runs.provenance import Record
+from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.pictures import finish, single
-from nni_topo.studies.study import Findings
-from nni_topo.zoo.labelled import LabelledImages
+from nni_topo.studies.study import Findings, Tell, TrainedStudy, plain
+from nni_topo.studies.tables import NumberTable
+from nni_topo.zoo.labelled import LabelledImages, subset
 
+_CHIRP = Chirp()
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 MANY = 0.2
 """Share of a layer's filters; removing at least this share counts as many."""
 LITTLE = 0.02
 """Loss of accuracy, a fraction, that counts as little: the two points of the thesis."""
-_ALONE = "this layer alone pruned"
 
 
 @dataclass(frozen=True)
@@ -91,18 +97,17 @@ class WholeNetwork:
 class EnergyStudy(Findings):
     """The effect of energy-based pruning on a network."""
 
-    stem, unwritten = "energy", ("masks", "more", "pictures", "file")
+    stem, unwritten = "energy", ("masks", "more", "file")
     thresholds: tuple[float, ...]  # ascending
     baseline: Quality | None  # of the unpruned network
     layers: list[LayerEnergy]  # in the network's order
     together: dict[float, WholeNetwork]  # all layers at once, by threshold
     masks: dict[float, Masks]  # of all layers, by threshold
-    more: Record = field(default_factory=dict)  # of the command: the suggestion on test images, the parts' records
-    pictures: dict[str, Figure] = field(default_factory=dict)  # of the parts
+    more: Record = field(default_factory=dict)  # of the command: what was studied, the suggestion on test images
     file: str = ""  # text of suggested.yaml; empty: none
 
     def to_dict(self) -> Record:
-        """Return the study's numbers, with a verdict on each layer, and those of its parts."""
+        """Return the study's numbers, with a verdict on each layer."""
         content = super().to_dict()
         for row, layer in zip(content["layers"], self.layers, strict=True):
             row["verdict"] = self.verdict(layer)
@@ -114,25 +119,23 @@ class EnergyStudy(Findings):
         They have a line per threshold. The fitness, of figures A.7 and A.8, is 100 times the change of accuracy plus
         the share removed.
         """
-        values: dict[str, tuple[str, Callable[[LayerEnergy, float], float]]] = {
-            "compression": ("filters removed %", lambda layer, t: 100.0 * layer.compression(t))
-        }
-        levels: dict[str, float] = {}
+        drawn: list[tuple[str, str, Callable[[LayerEnergy, float], float], float | None]] = [
+            ("compression", "filters removed %", lambda layer, t: 100.0 * layer.compression(t), None)
+        ]
         if self.baseline is not None:
-            values |= {
-                "accuracy": (f"accuracy %, {_ALONE}", lambda layer, t: 100.0 * layer.alone[t].accuracy),
-                "loss": (f"loss (nats), {_ALONE}", lambda layer, t: layer.alone[t].loss),
-                "fitness": (f"fitness, {_ALONE}", lambda layer, t: layer.compression(t) - 100.0 * self.lost(layer, t)),
-            }
-            levels = {"accuracy": 100.0 * self.baseline.accuracy, "loss": self.baseline.loss}
+            of, accuracy = ", this layer alone pruned", 100.0 * self.baseline.accuracy
+            drawn += [
+                ("accuracy", f"accuracy %{of}", lambda layer, t: 100.0 * layer.alone[t].accuracy, accuracy),
+                ("loss", f"loss (nats){of}", lambda layer, t: layer.alone[t].loss, self.baseline.loss),
+                ("fitness", f"fitness{of}", lambda layer, t: layer.compression(t) - 100.0 * self.lost(layer, t), None),
+            ]
         figures = {}
-        for name, (label, value) in values.items():
-            lines = {t: [value(layer, t) for layer in self.layers] for t in self.thresholds}
-            named = {f"{100.0 * t:g} % of the energy": line for t, line in lines.items()}
-            figures[name] = layer_plot(self.layers, named, label)
-        for name, level in levels.items():
-            figures[name].axes[0].axhline(level, color="black", linestyle="--", linewidth=1)
-        return figures | self.pictures
+        for name, label, value, level in drawn:
+            lines = {f"{100.0 * t:g} % of the energy": [value(row, t) for row in self.layers] for t in self.thresholds}
+            figures[name] = layer_plot(self.layers, lines, label)
+            if level is not None:
+                figures[name].axes[0].axhline(level, color="black", linestyle="--", linewidth=1)
+        return figures
 
     def texts(self) -> dict[str, str]:
         """Return ``suggested.yaml``, if there is one."""
@@ -164,21 +167,18 @@ class EnergyStudy(Findings):
         nothing was evaluated.
         """
         number(0.0).check("max_drop", max_drop, "suggestion")
-        found = {}
+        found: dict[str, float] = {}
         for layer in self.layers:
-            best = None
             for threshold in self.thresholds:
                 if self.lost(layer, threshold) > max_drop:
                     break
                 if layer.removed[threshold]:
-                    best = threshold
-            if best is not None:
-                found.update(dict.fromkeys(layer.layers, best))
+                    found |= dict.fromkeys(layer.layers, threshold)
         return found
 
 
 def check_thresholds(thresholds: tuple[float, ...]) -> None:
-    """Raise ConfigError unless filters can be pruned at these shares of the energy."""
+    """Check that the shares of the energy are in (0, 1) and ascend."""
     if not thresholds or any(low >= high for low, high in pairwise((0.0, *thresholds, 1.0))):
         raise ConfigError(f"thresholds must be one or more in (0, 1) that ascend, got {thresholds} (study_energy)")
 
@@ -233,12 +233,12 @@ def study_energy(
     config_list = dependency_groups(model, example_inputs, [entry])
     pruner = EnergyFilterPruner(detached_copy(model), config_list, example_inputs=example_inputs, **knobs)
     metrics = pruner._calculate_metrics(pruner._collect_data())
-    every_space = [space for spaces in pruner._target_spaces.values() for space in spaces.values()]
     masks: dict[float, Masks] = {}
     for threshold in thresholds:
-        for space in every_space:
-            if space.sparse_threshold is not None:
-                space.sparse_threshold = float(threshold)
+        for spaces in pruner._target_spaces.values():
+            for space in spaces.values():
+                if space.sparse_threshold is not None:
+                    space.sparse_threshold = float(threshold)
         masks[threshold] = pruner._generate_sparsity(metrics)
     rows = []
     for unit in pruner.context.units:
@@ -359,3 +359,103 @@ def layer_plot(layers: Sequence[LayerEnergy], lines: Mapping[str, Sequence[float
     axis.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=60, ha="right", fontsize="x-small")
     finish(axis, ylabel=label)
     return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
+    """Prune filters at several energy thresholds, measure the accuracy of each, and suggest a threshold per layer.
+
+    Everything is measured on validation images; the suggestion is then measured on the test images.
+    """
+
+    thresholds: tuple[float, ...] = THRESHOLDS  # energy shares in (0, 1), ascending
+    images: int | None = None  # number of validation images, and of test images, at least 1; None: all
+    max_drop: float = 0.01  # accuracy that each suggested threshold may cost alone, at least 0
+    sweep: str = _CHIRP.sweep  # of the chirp: nyquist or thesis
+    direction: str = _CHIRP.direction  # of the chirp: mean, radial or diagonal
+
+    def check(self) -> None:
+        check_thresholds(self.thresholds)
+        chirp: dict[str, Any] = {"sweep": self.sweep, "direction": self.direction}
+        replace(_CHIRP, **chirp)  # which checks its fields
+        number(0.0).check("max_drop", self.max_drop, self.place)
+
+    def find(self, tell: Tell) -> EnergyStudy:
+        start = self.start(self.images)
+        net, example = start.net, start.example
+        # the pruner's arguments, as in YAML
+        knobs: dict[str, Any] = {"signal": {"sweep": self.sweep, "direction": self.direction}}
+        layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
+        evaluate = partial(quality_on, images=subset(start.data.validation, slice(self.images)))
+        study = study_energy(net, layers, example, evaluate, thresholds=self.thresholds, **knobs)
+        study.more.update({"model": self.model_choice.label, "data": self.data, "seed": self.seed})
+        thresholds = study.suggestion(self.max_drop)
+        if thresholds:
+            # all layers at once, measured on the test images
+            masks: Masks = {}
+            for name, threshold in thresholds.items():
+                masks |= masks_of([name], study.masks[threshold])
+            dense = to_dense(net, example, masks)
+            study.more["suggested"] = plain(
+                {
+                    "thresholds": thresholds,
+                    "macs": zoo.count_macs(dense, example[:1]) / zoo.count_macs(net, example[:1]),
+                    "quality": quality_on(dense, start.data.test),
+                    "quality_before": quality_on(net, start.data.test),
+                }
+            )
+            study = replace(study, file=self._suggestion(study.more, knobs))
+        return study
+
+    def show(self, found: EnergyStudy) -> Iterator[RenderableType]:
+        return show_energy(found.to_dict())
+
+    def _suggestion(self, record: Record, knobs: dict[str, Any]) -> str:
+        """Return a file for ``nni-topo prune``."""
+        found, thresholds = record["suggested"], record["suggested"]["thresholds"]
+        entries = [
+            {"op_names": [name for name in thresholds if thresholds[name] == threshold], "sparse_threshold": threshold}
+            for threshold in sorted(set(thresholds.values()))
+        ]
+        content: dict[str, Any] = {"pruner": "energy", "config_list": entries, "knobs": knobs}
+        before, accuracy = (100.0 * found[key]["accuracy"] for key in ("quality_before", "quality"))
+        comment = (
+            f"# {record['model']} on {record['data']}: per layer the highest energy threshold that, alone, costs at "
+            f"most {100.0 * self.max_drop:g} points\n# on validation images. All at once, without fine-tuning, on test "
+            f"images: {accuracy:.1f} % ({before:.1f} % before) at {100.0 * found['macs']:.1f} % of the MACs.\n"
+            "# Run with nni-topo prune --config THIS.\n"
+        )
+        return comment + yaml.safe_dump(content, sort_keys=False)
+
+
+def show_energy(record: Record) -> Iterator[NumberTable | str]:
+    """Yield the tables and lines of a study's record."""
+    base, layers = record["baseline"], record["layers"]
+    thresholds = [str(threshold) for threshold in record["thresholds"]]
+    heads = [f"{100 * threshold:g} %" for threshold in record["thresholds"]]
+    together = [record["together"][t] for t in thresholds]
+    rows, losses = [], []
+    for layer in layers:
+        alone = [layer["alone"][t] for t in thresholds]
+        counts = zip((layer["removed"][t] for t in thresholds), alone, strict=True)
+        cells = [f"{removed}: {100 * quality['accuracy']:.1f}" for removed, quality in counts]
+        rows.append([short_name(layer["layers"]), str(layer["filters"]), *cells])
+        losses.append([short_name(layer["layers"]), *(f"{quality['loss']:.3f}" for quality in alone)])
+    cells = [f"{row['removed']}: {100 * row['quality']['accuracy']:.1f}" for row in together]
+    totals = [
+        ["all at once", str(sum(layer["filters"] for layer in layers)), *cells],
+        ["MACs kept %", "", *(f"{100 * row['macs']:.1f}" for row in together)],
+    ]
+    before = f"{100 * base['accuracy']:.1f} %, loss {base['loss']:.3f}"
+    yield f"{record['model']} on {record['data']}: {before}; filters removed: accuracy %"
+    yield NumberTable(None, ["layer", "filters", *heads], rows, totals, text_columns=2)
+    yield "loss (nats), this layer alone pruned"
+    all_losses = ["all at once", *(f"{row['quality']['loss']:.3f}" for row in together)]
+    yield NumberTable(None, ["layer", *heads], losses, [all_losses])
+    for verdict in ("saturated", "redundant"):
+        names = [short_name(layer["layers"]) for layer in layers if layer["verdict"] == verdict]
+        yield f"{verdict}: {', '.join(names) or 'none'}"
+    if "suggested" in record:
+        suggested = record["suggested"]
+        accuracy = f"{100 * suggested['quality']['accuracy']:.1f} %"
+        yield f"suggested, all at once: {accuracy} at {100 * suggested['macs']:.1f} % of the MACs"

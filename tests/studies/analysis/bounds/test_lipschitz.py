@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from nni_topo.errors import ConfigError
 from nni_topo.studies.analysis.bounds.lipschitz import convolution_constant, operator_constant, pooling_constant
-from nni_topo.studies.analysis.bounds.segments import traced
+from nni_topo.studies.analysis.bounds.propagation import traced
 
 
 def matrix_of(module: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:

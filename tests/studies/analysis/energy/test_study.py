@@ -79,14 +79,6 @@ def test_all_at_once_is_dense_and_counted(study):
     assert whole.macs == pytest.approx(macs / full)
 
 
-def test_the_model_stays_as_it_was():
-    model = net()
-    before = copy.deepcopy(model.state_dict())
-    study_energy(model, ["0", "3"], IMAGES[:1], quality, thresholds=(0.3,))
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert not hasattr(model[0], "_nni_wrapper")
-
-
 def test_groups_are_one_row_and_data_free_studies_count():
     study = study_energy(toy_model().eval(), ["stem", "inner"], IMAGES[:1], thresholds=(0.3,), together=False)
     (row,) = study.layers

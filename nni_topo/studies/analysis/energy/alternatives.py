@@ -1,11 +1,11 @@
-"""Select the filters of one layer by energy, by first-order effect on the loss, and by genetic search for either.
+"""What could be done with a layer's filters of little energy: replace them, or select others.
 
 Energy is a sum over filters: sorting finds the best subset of a size, and a search can only find it again. The joint
 effect of several filters on the loss isn't such a sum, so a search may find a better subset than sorting.
 
 References
 ----------
-.. [1] Janjic, MSc thesis, University of Manitoba, 2018, chapter 8.
+.. [1] Janjic, MSc thesis, University of Manitoba, 2018, section 6.2 and chapter 8.
 .. [2] Molchanov et al., "Pruning convolutional neural networks for resource efficient inference", ICLR 2017,
    https://arxiv.org/abs/1611.06440
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,10 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import BoolArray, FloatArray, GeneticSearch, SubsetGeneticAlgorithm
-from nni_topo.maths.ties import descending
+from nni_topo.maths.signals import Chirp
+from nni_topo.maths.ties import descending, first_smallest
 from nni_topo.network.channels.flow import norms_after
+from nni_topo.network.layers.derived import weight_used
 from nni_topo.network.layers.kinds import spread
 from nni_topo.network.runtime.arguments import BATCHES, INPUTS, MODEL
 from nni_topo.network.runtime.calibration import Calibration
@@ -36,13 +38,144 @@ from nni_topo.network.runtime.inputs import fitting
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.pruners.energy import EnergyFilterPruner
+from nni_topo.pruners.energy import EnergyFilterPruner, chirp_response_energy, input_sizes
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 _logger = logging.getLogger(__name__)
 
-METHODS = ("random", "energy", "energy, genetic", "taylor", "taylor, genetic", "loss, genetic")
-LabelledBatches = Sequence[tuple[Tensor, Tensor]]
+_TOURNAMENT, _POPULATION, _GENERATIONS = 3, 12, 8
+_MUTATION = 0.2  # standard deviation, as a share of that of the layer's weights
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A network whose low-energy filters were replaced."""
+
+    quality: Quality
+    repaired: Quality | None  # after ``repair``; None without it
+    energy: float  # share of the layer's energy that the replaced filters have now, in [0, 1]
+    similarity: float  # mean absolute cosine between a filter and its replacement, in [0, 1]
+
+
+@public(model=MODEL, example_inputs=INPUTS)
+def study_replacement(
+    model: nn.Module,
+    layer: str,
+    example_inputs: Any,
+    evaluate: EvaluateQuality,
+    *,
+    threshold: float = 0.1,
+    fitness: EvaluateQuality | None = None,
+    repair: Callable[[nn.Module], nn.Module] | None = None,
+    seed: int = 0,
+    **knobs: Any,
+) -> dict[str, Replacement]:
+    """Replace a convolution's filters below an energy threshold, in several ways.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained model; it isn't changed.
+    layer : str
+        A convolution without groups.
+    example_inputs : Any
+        Inputs of the model.
+    evaluate : callable
+        Maps a model to its :class:`~nni_topo.analysis.Quality`.
+    threshold : float, default=0.1
+        Energy share of the replaced filters, in (0, 1).
+    fitness : callable or None, default=None
+        Evolution minimises its loss; usually ``evaluate`` on a subset of other images. None: ``evaluate``.
+    repair : callable or None, default=None
+        Applied to every network before a second evaluation, such as a re-calibration of batch norms, whose statistics
+        don't fit new filters. Evolution doesn't use it.
+    seed : int, default=0
+        Of all random draws.
+    **knobs
+        Of :class:`~nni_topo.EnergyFilterPruner`.
+
+    Returns
+    -------
+    dict of str to Replacement
+        By kind: ``"kept"``, unchanged; ``"removed"``, set to zero, batch norm included; ``"random"``, drawn from a
+        normal distribution with the standard deviation of the layer's weights; ``"copied"`` from random other filters
+        of the layer, with their biases; ``"evolved"`` from random ones.
+
+    Raises
+    ------
+    ConfigError
+        If the layer isn't a convolution without groups, or no filter lies below the threshold.
+    """
+    entry = {"op_names": [layer], "sparse_threshold": threshold}
+    pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
+    _, masks = pruner.compress()
+    weak = ~masks[layer]["weight"].flatten(1).any(1)
+    module: Any = model.get_submodule(layer)
+    if not bool(weak.any()) or getattr(module, "groups", 1) != 1:
+        raise ConfigError(f"a layer without groups must have filters to replace, got {int(weak.sum())} ({layer})")
+    generator = torch.Generator().manual_seed(seed)
+    weight: Tensor = module.weight.detach()
+    plane = torch.from_numpy(Chirp().planes(input_sizes(model, [layer], example_inputs)[layer]))
+
+    def drawn() -> Tensor:
+        noise = torch.randn(weight[weak].shape, generator=generator, dtype=weight.dtype)
+        return weight.std(correction=0) * noise.to(weight.device)
+
+    def replaced_by(filters: Tensor, donors: Tensor | None = None) -> nn.Module:
+        changed: nn.Module = detached_copy(model)
+        own: Any = changed.get_submodule(layer)
+        with torch.no_grad():
+            own.weight[weak] = filters
+            if own.bias is not None:
+                own.bias[weak] = 0.0 if donors is None else own.bias[donors]
+        return changed
+
+    def loss_of(filters: Tensor) -> float:
+        return quality_of(fitness or evaluate, replaced_by(filters)).loss
+
+    networks = {"kept": detached_copy(model), "removed": masked_model(model, example_inputs, masks)}
+    networks["random"] = replaced_by(drawn())
+    others = (~weak).nonzero().flatten()
+    donors = others[torch.randint(len(others), (int(weak.sum()),), generator=generator)]
+    networks["copied"] = replaced_by(weight[donors], donors)
+    networks["evolved"] = replaced_by(_evolved(drawn, loss_of, generator))
+    found = {}
+    for kind, changed in networks.items():
+        quality, repaired = quality_of(evaluate, changed), None
+        if repair is not None:
+            after_repair = repair(changed)
+            MODEL.check("what repair returns", after_repair, "repair")
+            repaired = quality_of(evaluate, after_repair)
+        replaced: Any = changed.get_submodule(layer)
+        bias = None if replaced.bias is None else replaced.bias.detach().double()
+        energy = chirp_response_energy(replaced, weight_used(replaced).detach().double(), bias, plane)
+        old, new = (each.weight.detach()[weak].flatten(1).double() for each in (module, replaced))
+        similarity = float(torch.cosine_similarity(old, new, dim=1).abs().mean())
+        found[kind] = Replacement(quality, repaired, float(energy[weak].sum() / energy.sum()), similarity)
+    return found
+
+
+def _evolved(drawn: Callable[[], Tensor], loss_of: Callable[[Tensor], float], generator: torch.Generator) -> Tensor:
+    """Return the fittest filters found by tournaments, uniform crossover and normal mutation."""
+
+    def winner() -> int:
+        drawn_ones = torch.randint(len(losses), (_TOURNAMENT,), generator=generator).tolist()
+        return int(drawn_ones[first_smallest([losses[individual] for individual in drawn_ones])])
+
+    population = [drawn() for _ in range(_POPULATION)]
+    losses = [loss_of(filters) for filters in population]
+    for _ in range(_GENERATIONS - 1):
+        best = first_smallest(losses)
+        children = [population[best]]
+        while len(children) < _POPULATION:
+            mother, father = population[winner()], population[winner()]
+            from_mother = torch.rand(len(mother), generator=generator) < 0.5
+            from_mother = from_mother.to(mother.device).view(-1, *[1] * (mother.dim() - 1))
+            child = torch.where(from_mother, mother, father)
+            children.append(child + _MUTATION * drawn())
+        population = children
+        losses = [losses[best], *(loss_of(filters) for filters in population[1:])]
+    return population[first_smallest(losses)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +194,7 @@ def study_selection(
     model: nn.Module,
     layer: str,
     example_inputs: Any,
-    batches: LabelledBatches,
+    batches: Sequence[tuple[Tensor, Tensor]],
     evaluate: EvaluateQuality,
     *,
     keep: int,
@@ -139,28 +272,30 @@ def study_selection(
                 means.append(float(torch.stack(losses).sum()) / sum(len(labels) for _, labels in labelled))
             return np.array(means)
 
-        sorted_by: dict[str, FloatArray] = {
+        # by method a score of each filter, or what a search minimises
+        methods: dict[str, FloatArray | Callable[[BoolArray], FloatArray]] = {
             "random": np.random.default_rng(seed).random(filters),
             "energy": shares,
+            "energy, genetic": energy_lost,
             "taylor": np.abs(terms).mean(0),
+            "taylor, genetic": joint_taylor,
+            "loss, genetic": loss,
         }
-        searched = {"energy, genetic": energy_lost, "taylor, genetic": joint_taylor, "loss, genetic": loss}
         module: Any = model.get_submodule(layer)
         found = {}
-        for method in METHODS:
+        for method, how in methods.items():
             began = time.perf_counter()
-            kept: BoolArray = np.zeros(filters, dtype=np.bool_)
-            if method in sorted_by:
-                kept[descending(sorted_by[method])[:keep]] = True
-            else:
-                settings = evolution or GeneticSearch()
-                search = SubsetGeneticAlgorithm(filters, keep, searched[method], settings, seed=seed)
+            if callable(how):
+                search = SubsetGeneticAlgorithm(filters, keep, how, evolution or GeneticSearch(), seed=seed)
                 search.run()
                 if search.is_flat:
                     _logger.warning(
                         "%r tells no individual from another, so the filters are chosen at random (%s)", method, layer
                     )
-                kept = search.current_generation[0].genes
+                kept: BoolArray = search.current_generation[0].genes
+            else:
+                kept = np.zeros(filters, dtype=np.bool_)
+                kept[descending(how)[:keep]] = True
             seconds = time.perf_counter() - began
             masks = {"weight": spread(module, torch.from_numpy(kept))}
             if module.bias is not None:
