@@ -185,7 +185,7 @@ def test_arrays_are_tensors_of_the_same_values(array):
 def test_batches_that_are_none_yet_may_say_so():
     data = Calibration(iter([torch.zeros(4, 6), torch.zeros(3, 6)]))
     assert repr(data) == "Calibration(not read yet)"
-    assert (data.samples, data.samples_of_all) == (7, 7)
+    assert data.samples == 7
     assert repr(data) == "Calibration(2 batches, 7 samples)"
     loader = DataLoader(TensorDataset(torch.zeros(3, 6)), batch_size=4, drop_last=True)
     for empty in (loader, []):
