@@ -14,7 +14,6 @@ References
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -101,17 +100,15 @@ def remove_blocks(
     gaps = _gaps(model, names)
     check_model(model)
     batches = samples_to_solve_on(model, batches_of(calibration, model))
-    args, kwargs = first_call(model, batches)
-    shapes: dict[str, tuple[Any, Any]] = {}
+    call = first_call(model, batches)
+    shapes: dict[nn.Module, tuple[Any, Any]] = {}
 
-    def look(name: str) -> Any:
-        return lambda entering, output: shapes.update({name: (entering.shape, tensors_of(output)[0].shape)})
+    def look(block: nn.Module) -> Any:
+        return lambda entering, output: shapes.update({block: (entering.shape, tensors_of(output)[0].shape)})
 
-    looks = [(model.get_submodule(name), look(name)) for name in names]
-    with left_alone(model), evaluation_mode(model), torch.no_grad(), watched(leaving=looks):
-        model(*args, **kwargs)
+    run_watched(model, call, leaving=[(block, look(block)) for block in map(model.get_submodule, names)])
     for name in names:
-        before, after = shapes.get(name, (None, None))
+        before, after = shapes.get(model.get_submodule(name), (None, None))
         if before is None or before != after:
             raise ConfigError(
                 f"a block to remove must have an output of its input's shape, got {before} and {after} ({name})"
@@ -139,7 +136,7 @@ def remove_blocks(
 def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
     """Group neighbouring blocks: the name of their container, the first and the last number."""
     modules = dict(model.named_modules())
-    if isinstance(names, str) or not len(names):
+    if not len(names):
         raise ConfigError(f"names must be a sequence of at least one block's name, got {names!r} (names)")
     places: dict[str, set[int]] = {}
     for name in names:
@@ -150,14 +147,15 @@ def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
             kind = type(modules[parent]).__name__
             raise ConfigError(f"a block must lie in a ModuleList or Sequential, got one of {kind} ({name})")
         places.setdefault(parent, set()).add(list(modules[parent]._modules).index(key))
-    gaps = []
+    gaps: list[tuple[str, int, int]] = []
     for parent, numbers in places.items():
         if len(numbers) == len(modules[parent]._modules):
             raise ConfigError(f"at least one block must stay, got all {len(numbers)} ({parent})")
-        ordered = sorted(numbers)
-        for _, run in itertools.groupby(enumerate(ordered), lambda pair: pair[1] - pair[0]):
-            segment = [number for _, number in run]
-            gaps.append((parent, segment[0], segment[-1]))
+        for number in sorted(numbers):
+            if gaps and gaps[-1][0] == parent and gaps[-1][2] == number - 1:
+                gaps[-1] = (parent, gaps[-1][1], number)
+            else:
+                gaps.append((parent, number, number))
     return gaps
 
 
@@ -195,16 +193,16 @@ class Writer:
             if self.norm.affine:
                 scale = scale * self.norm.weight.double()
         # A channel with a norm factor of zero can't be changed.
-        passes = scale.abs() > 0.0
-        inverse = torch.where(passes, 1.0 / torch.where(passes, scale, 1.0), 0.0)
+        inverse = torch.where(scale == 0.0, 0.0, 1.0 / scale)
         with torch.no_grad():
             new = weight + (more * inverse.unsqueeze(1)).view_as(weight).to(weight)
             self.layer.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
-            takes_shift = self.norm if self.norm is not None and self.norm.affine else self.layer
-            if takes_shift.bias is not None:
-                shift = torch.where(passes, shift, 0.0) if takes_shift is self.norm else shift * inverse
-                bias = takes_shift.bias
-                takes_shift.bias = nn.Parameter(bias + shift.to(bias), requires_grad=bias.requires_grad)
+            has_factors = self.norm is not None and self.norm.affine
+            taker: Any = self.norm if has_factors else self.layer
+            if taker.bias is not None:
+                shift = torch.where(scale == 0.0, 0.0, shift) if has_factors else shift * inverse
+                new = taker.bias + shift.to(taker.bias)
+                taker.bias = nn.Parameter(new, requires_grad=taker.bias.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -240,18 +238,15 @@ def _calls_in(
 ) -> tuple[list[tuple[nn.Module, Any, Any]], Tensor, nn.Module | None]:
     """Return the calls of the modules in a block with their outputs, its output, and the ReLU or norm that gives it."""
     made: list[tuple[nn.Module, Any, Any]] = []  # holds the tensors, so that no address is reused
-    outputs: list[Any] = []
 
     def look(module: nn.Module) -> Any:
         return lambda entering, output: made.append((module, entering, output))
 
-    looks = [(module, look(module)) for module in block.modules() if module is not block]
-    run_watched(model, call, leaving=[*looks, (block, lambda _, output: outputs.append(output))])
-    given, end = tensors_of(outputs[-1])[0], None
-    for module, _, output in made:
-        if isinstance(module, _ENDS) and _is_same(output, given):
-            end = module
-    return made, given, end
+    run_watched(model, call, leaving=[(module, look(module)) for module in block.modules()])
+    given = next(tensors_of(output)[0] for module, _, output in reversed(made) if module is block)
+    inner = [each for each in made if each[0] is not block]
+    ends = [module for module, _, output in inner if isinstance(module, _ENDS) and _is_same(output, given)]
+    return inner, given, ends[-1] if ends else None
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -308,15 +303,14 @@ def solutions(
     ``nets`` are the networks of the streams; the writers are in the last one.
     """
     seen: list[dict[str, Tensor]] = [{} for _ in gaps]
-    before: list[Any] = []
-    after: list[Any] = []
+    before, after = list[Any](), list[Any]()
     for gap, own in zip(gaps, seen, strict=True):
         before.append((gap.writer.layer, lambda entering, own=own: own.update(entering=entering)))
-        streams = {"wanted": gap.wanted} if gap.is_whole else {"wanted": gap.wanted, "reached": gap.writer.stream}
-        for key, stream in streams.items():
-            more = stream.watch(lambda value, key=key, own=own: own.update({key: value}))  # type: ignore[misc]
-            before += more[0]
-            after += more[1]
+        for key, stream in (("wanted", gap.wanted), ("reached", None if gap.is_whole else gap.writer.stream)):
+            if stream is not None:
+                more = stream.watch(lambda value, key=key, own=own: own.update({key: value}))
+                before += more[0]
+                after += more[1]
     equations = [(NormalEquations(), NormalEquations()) for _ in gaps]
     samples = 0
     is_held_out = batches.held_out(HELD_OUT_ENTRIES)
@@ -361,18 +355,17 @@ def _rows(
     ``held`` says which samples, bool (samples,); ``real`` which positions aren't padding, bool (samples, places).
     """
     entering, lacking, wanted = values
+    marks = held
     if isinstance(layer, nn.Linear):
         marks = held.view(-1, *[1] * (wanted.dim() - 2)).expand(wanted.shape[:-1])
         if real is not None and real.shape == marks.shape:
             marks = marks & real.to(marks.device)
-        if not bool(marks.any()):
-            return None
-        chosen = marks.to(wanted.device)
-        return entering[chosen][None], lacking[chosen][None], wanted[chosen][None]
-    if not bool(held.any()):
+    if not bool(marks.any()):
         return None
-    own = held.to(wanted.device)
-    entering, lacking, wanted = entering[own], lacking[own], wanted[own]
+    marks = marks.to(wanted.device)
+    entering, lacking, wanted = entering[marks], lacking[marks], wanted[marks]
+    if isinstance(layer, nn.Linear):
+        return entering[None], lacking[None], wanted[None]
     generator = torch.Generator().manual_seed(0)
     positions = draw_positions(position_count(layer, wanted.shape), len(wanted), _POSITIONS, generator)
     positions = positions.to(wanted.device)

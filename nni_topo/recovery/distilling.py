@@ -461,11 +461,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
-        Learning rate of AdamW at its highest, above 0. By default a range test finds it: 6e-3, 2e-3, 6e-4, 2e-4 and
-        6e-5 are tried in this order, with 3 % of the steps each, at least ten, in which the rate rises and falls to
-        zero. The first one is taken after which the loss on the held-out images is at most twice what it was, and
-        has grown by at most a quarter of what it differed from the loss of a network that always gives the same answer.
-        If there is none, the result is a copy of ``dense``.
+        Learning rate of AdamW at its highest, above 0. By default a range test finds it: the first of 6e-3, 2e-3, 6e-4,
+        2e-4 and 6e-5 that doesn't break the network in a few steps. If there is none, the result is a copy of
+        ``dense``.
     outputs : callable, optional
         What counts of a model's output, where that is only a part or a function of it, e.g. a pooled embedding. It gets
         what the model returned, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or
@@ -521,16 +519,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
     Notes
     -----
-    The rate rises in the first tenth of the steps. It falls in a line to zero in the last two fifths, or from where the
-    loss on the held-out images makes no more progress: it is looked at 25 times, on 256 images at most, and the mean of
-    four looks has to be 2 % below that of the four before. The steps are given up where, after a tenth of them, two
-    looks in turn find twenty times the first loss. They also end after a fifth where no look has found a smaller loss
-    than the first, and where it is still one and a half times the first after the rate has fallen to zero in half as
-    many steps.
-
-    With at least 256 images to learn from, batch norms take their statistics from the batches. In the end they keep
-    these, or get those of all images as they are, whichever gives the smaller loss on the held-out images. Dropout is
-    off. Weight decay is 0. Half precision learns in single precision.
+    docs/recovery.md says how the rate moves, when steps end early and which statistics batch norms get. Dropout is off.
+    Weight decay is 0. Half precision learns in single precision.
 
     Cost: a step runs ``dense`` forward and back; ``original`` runs once over the images, or over each of their views,
     and with ``blocks`` once more at every step. Its outputs are kept where those for all images take at most a quarter

@@ -169,20 +169,11 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
                 read, kind = read_outputs(found, call, count, outputs, places)
                 named = compared_outputs(found, count, outputs, places)
             except ConfigError:
-                read = []
-                if isinstance(found, (list, tuple)) and len(found) == count:
-                    # Such as a dict for each sample; samples that are alike are put together.
-                    by_sample = [[each for each in returned_tensors(own) if each.is_floating_point()] for own in found]
-                    if len({tuple(each.shape for each in tensors) for tensors in by_sample}) == 1:
-                        read = [torch.stack(same) for same in zip(*by_sample, strict=True)]
-                if not read:
-                    # Such as lists of boxes: without an entry per image, a batch is one sample.
-                    read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]
-                    count = 1
+                # Such as lists of boxes: without an entry per image, a batch is one sample.
+                read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]
                 if not read:
                     raise
-                kind, real = "squares", None
-                named = ComparedOutputs((), ())
+                kind, real, count, named = "squares", None, 1, ComparedOutputs((), ())
             yield _Answer(
                 outputs=[each.detach().cpu() for each in read],
                 are_logits=kind == "kl",

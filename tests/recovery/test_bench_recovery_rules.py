@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from bench_modules import BENCHMARKS, imported
 from every_sample import compensate, compensation
 from torch import nn
-from torch.nn import functional
 from torch.nn.functional import unfold
 
-from nni_topo import create_pruner, dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery.registry import RECOVERIES
 
@@ -92,43 +88,6 @@ def test_scalar_finds_one_factor_a_channel_by_least_squares(chain):
     assert float((factors - 1).abs().min()) > 0.01
 
 
-def test_a_head_has_one_factor_and_a_neuron_another():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.TransformerEncoderLayer(12, 4, 10, batch_first=True), nn.Linear(12, 3)).double().eval()
-    batches = list(torch.randn(40, 5, 12, dtype=torch.float64).split(10))
-    config = [
-        {"op_types": ["MultiheadAttention"], "sparse_ratio": 0.5},
-        {"op_names": ["0.linear1"], "sparse_ratio": 0.5},
-    ]
-    groups = dependency_groups(model, batches[0], config)
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    found = compensate(model, masks, batches, method="head", ridge=0.0)
-    layer, solved = model[0].self_attn, found[0].self_attn
-    kept = masks["0.self_attn"]["in_proj_weight"].reshape(3, 4, 3, -1)[0, :, 0, 0].nonzero().flatten()
-    assert len(kept) == 2
-    with torch.no_grad():
-        seen = torch.cat(batches)
-        values = functional.linear(seen, *(each[24:] for each in (layer.in_proj_weight, layer.in_proj_bias)))
-        queries, keys = (
-            functional.linear(seen, layer.in_proj_weight[at : at + 12], layer.in_proj_bias[at : at + 12])
-            .unflatten(2, (4, 3))
-            .transpose(1, 2)
-            for at in (0, 12)
-        )
-        shares = (queries @ keys.mT / 3**0.5).softmax(3)
-        heads = (shares @ values.unflatten(2, (4, 3)).transpose(1, 2)).transpose(1, 2)
-        parts = torch.einsum("nphd,ohd->npho", heads, layer.out_proj.weight.unflatten(1, (4, 3)))
-        factors = torch.linalg.lstsq(
-            parts[..., kept, :].movedim(-2, -1).flatten(0, -2), parts.sum(2).flatten()
-        ).solution
-    wanted = (layer.out_proj.weight.unflatten(1, (4, 3))[:, kept] * factors[None, :, None]).flatten(1)
-    got = solved.out_proj.weight.unflatten(1, (4, 3))[:, kept].flatten(1)
-    torch.testing.assert_close(got, wanted)
-    ratios = found[0].linear2.weight / model[0].linear2.weight
-    neurons = masks["0.linear1"]["weight"][:, 0] == 1
-    torch.testing.assert_close(ratios[:, neurons], ratios[:1, neurons].expand(12, -1))
-
-
 def solved(patches, outputs):
     """Return weights (outputs, unknowns) and constants by least squares."""
     rows = patches.flatten(1)
@@ -146,35 +105,6 @@ def test_layer_and_sequential_solve_for_the_layers_own_output(chain, method):
     torch.testing.assert_close(found.second.bias, bias)
     report = compensation(model, masks, images.split(16), method=method).report
     assert [layer.place for layer in report.layers] == ["second", "head"]
-
-
-def test_mean_reports_no_gain_where_no_layer_takes_the_constant():
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4, bias=False)).eval()
-    masks = {"0": {"weight": torch.ones(6, 3), "bias": torch.ones(6)}}
-    masks["0"]["weight"][:3] = masks["0"]["bias"][:3] = 0
-    images = torch.randn(64, 3, generator=generator)
-    (layer,) = compensation(model, masks, images.split(16), method="mean").report.layers
-    assert layer.error_after == layer.error_before > 0
-
-
-def test_layer_looks_at_the_originals_inputs_and_sequential_at_the_pruned_ones(chain):
-    model, masks, images = chain
-    one = compensate(model, masks, images.split(16), method="layer", ridge=0.0)
-    other = compensate(model, masks, images.split(16), method="sequential", ridge=0.0)
-
-    def features(net):
-        values = entering(net, images)[0].clone()
-        values[:, GONE] = 0 if net is not model else values[:, GONE]
-        return torch.relu(net.second(values)).mean((2, 3)).detach()
-
-    # With the original's inputs there is nothing to do at the head, which reads no removed channel.
-    torch.testing.assert_close(one.head.weight, model.head.weight)
-    with torch.no_grad():
-        expected = model.head(features(model))
-    weight, bias = solved(features(other), expected)
-    torch.testing.assert_close(other.head.weight, weight)
-    torch.testing.assert_close(other.head.bias, bias)
 
 
 def merged_by_hand(rows, biases, *, normed):

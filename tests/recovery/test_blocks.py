@@ -221,7 +221,6 @@ def conv(size=1, **knobs):
 LINE, IMAGE = (2, 4), (2, 4, 3, 5)
 WRITERS = {
     "a layer": (lambda b, x: x + b.fc(x), {"fc": line()}, LINE, "fc", None),
-    "one sample without a batch": (lambda b, x: x + b.fc(x), {"fc": line()}, (4,), "fc", None),
     "half of a layer": (lambda b, x: x + 0.5 * b.fc(x), {"fc": line()}, LINE, None, None),
     "a narrow layer before": (
         lambda b, x: x + b.up(b.down(x)),
@@ -231,9 +230,7 @@ WRITERS = {
         None,
     ),
     "a ReLU after the sum": (lambda b, x: b.end(x + b.fc(x)), {"fc": line(), "end": nn.ReLU()}, LINE, "fc", "end"),
-    "a ReLU before the sum": (lambda b, x: x + b.act(b.fc(x)), {"fc": line(), "act": nn.ReLU()}, LINE, None, None),
     "a convolution": (lambda b, x: x + b.conv(x), {"conv": conv(3)}, IMAGE, "conv", None),
-    "a convolution without a batch": (lambda b, x: x + b.conv(x), {"conv": conv(3)}, IMAGE[1:], None, None),
     "a grouped convolution": (lambda b, x: x + b.conv(x), {"conv": conv(groups=2)}, IMAGE, None, None),
     "the larger of two": (
         lambda b, x: x + b.small(x) + b.large(x),

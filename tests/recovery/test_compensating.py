@@ -15,7 +15,6 @@ from torch import nn
 from nni_topo import Calibration, zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.recovery import Reconstruct, compensate, compensation
-from nni_topo.recovery.registry import list_recoveries
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.testing import toy_images, toy_model
 
@@ -37,11 +36,10 @@ def distance(model, other, inputs):
     return float((expected - found).square().sum() / (expected - expected.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
-    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=seed)
+def test_trained_net_without_three_quarters_of_its_channels(digits):
+    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
     recipe = dataclasses.replace(zoo.default_recipe("small_cnn", "digits"), epochs=3)
-    zoo.train(model, digits, recipe, seed=seed)
+    zoo.train(model, digits, recipe, seed=0)
     images = digits.train.tensors[0]
     masks = pruned(model, images[:2], ratio=0.75, exclude=["classifier.fc2"])
     shipped = zoo.evaluate(masked_model(model, images[:2], masks), digits.test)
@@ -57,18 +55,15 @@ def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
 @pytest.mark.parametrize(
     ("net", "pruner", "method"),
     [
-        *(
-            (net, L1NormPruner, m)
-            for net in (LeNet, Concatenated, Grouped)
-            for m in list_recoveries()
-            if m != "recalibrate"
-        ),
+        (LeNet, L1NormPruner, "reconstruct"),
+        (Concatenated, L1NormPruner, "pair"),
+        (Grouped, L1NormPruner, "reconstruct"),
         (chain, L2NormPruner, "reconstruct"),
         (Residual, FPGMPruner, "reconstruct"),
         (toy_model, FPGMPruner, "pair"),
     ],
 )
-@pytest.mark.quick_every(18)
+@pytest.mark.quick_every(3)
 def test_masks_of_nnis_pruners_on_nets_with_a_trait_each(net, pruner, method):
     model = net().eval()
     shape = (1, 28, 28) if net is LeNet else (3, 8, 8)

@@ -160,29 +160,6 @@ def test_lists_of_images_as_detectors_take_them_are_refused_with_a_way_on():
         distill(copy.deepcopy(net), net, listed)
 
 
-class Step(nn.Module):
-    """Takes a tuple of states and returns the next one."""
-
-    def __init__(self):
-        super().__init__()
-        self.enter, self.head = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
-
-    def forward(self, x, state):
-        hidden, cell = state
-        cell = cell + self.enter(x)
-        return self.head(hidden + cell), (hidden + cell, cell)
-
-
-def test_a_tuple_of_states_is_learned_from_sample_by_sample():
-    torch.manual_seed(0)
-    original, other = Step().eval(), Step().eval()
-    batches = [((torch.randn(16, 3), (torch.randn(16, 4), torch.randn(16, 4))),) for _ in range(8)]
-    done = distillation(other, original, batches, lr=0.03, steps=300, blend=False, progress=False)
-    assert (done.images, done.held_out, done.is_kept) == (128, 16, True)
-    torch.testing.assert_close(done.model.enter.weight, original.enter.weight, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(done.model.head.weight, original.head.weight, rtol=1e-2, atol=1e-2)
-
-
 class WithAnchors(nn.Module):
     """Gives a tensor beside its answer that has as many rows whatever the number of samples."""
 

@@ -7,7 +7,6 @@ import torch
 from scipy import stats
 from torch import nn
 
-import nni_topo
 from nni_topo.errors import DataError, SpeedupError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.likeness import (
@@ -17,7 +16,6 @@ from nni_topo.recovery.likeness import (
     _share,
     are_classes,
 )
-from nni_topo.testing import toy_images, toy_model
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -144,35 +142,6 @@ def test_outputs_without_an_entry_per_image_are_compared_where_they_have_one_sha
     assert math.isnan(answers.likenesses(Fewer(1.0))[0].distance.value)
 
 
-class Rows(nn.Module):
-    """One dict for each sample."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.body = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
-        self.scores, self.boxes = nn.Linear(12, 3), nn.Linear(12, 4)
-
-    def forward(self, x):
-        x = self.body(x)
-        pairs = zip(self.scores(x), self.boxes(x), strict=True)
-        return [{"scores": a, "boxes": b} for a, b in pairs]
-
-
-def test_outputs_sample_by_sample_are_compared_as_those_of_a_batch():
-    images = torch.randn(22, 5, generator=torch.Generator().manual_seed(0))
-    one, other = Rows(0), Rows(1)
-    (likeness,) = Answers(one, Calibration(images.split(8))).likenesses(other)  # the last batch is smaller
-    wanted = []
-    with torch.no_grad():
-        for head in ("scores", "boxes"):
-            expected, actual = (getattr(net, head)(net.body(images)).double() for net in (one, other))
-            variance = (expected - expected.mean(0)).square().sum(1).mean()
-            wanted.append((expected - actual).square().sum(1).mean() / variance)
-    assert likeness.distance.value == pytest.approx(float(sum(wanted)) / 2)
-    assert math.isnan(likeness.agreement.value)
-
-
 def test_batches_of_unequally_many_lists_of_boxes_are_compared():
     batches = [list(torch.rand(count, 3, 4, 4)) for count in (2, 3, 1)]
     (likeness,) = Answers(Boxes(1.0), Calibration([{"images": each} for each in batches])).likenesses(Boxes(1.5))
@@ -182,22 +151,6 @@ def test_batches_of_unequally_many_lists_of_boxes_are_compared():
     variance = (every - every.mean()).square().sum() / 6
     by_batch = [sum(float((0.5 * each).square().sum() / variance) for each in batch) / len(batch) for batch in boxes]
     assert likeness.distance.value == pytest.approx(sum(by_batch) / 3, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        ({"evaluate": 5}, "evaluate must be a function or None, got 5"),
-        ({"evaluate": lambda net: math.nan}, "evaluate must return a number for the model as it was given, got nan"),
-        (
-            {"evaluate": lambda net, data: 1.0},
-            r"evaluate must be a function of \(network\) or None, got .*\(net, data\)",
-        ),
-    ],
-)
-def test_what_a_users_measure_takes_and_returns_is_checked(knobs, message):
-    with pytest.raises(nni_topo.errors.ConfigError, match=message):
-        nni_topo.shrink(toy_model().eval(), [toy_images(16)], {"flops": 0.5}, **{"distill": False, **knobs})
 
 
 class Masked(nn.Module):

@@ -241,12 +241,6 @@ def test_the_printed_constant_is_a_multiple_of_the_removed_neurons_bias(first_bi
             torch.testing.assert_close(found.last.bias, net.last.bias + beta / 3, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("pairs", [5, {0: {1: 2}}, {"0": 5}, [("0", {1: 2})]])
-def test_pairs_must_be_mappings_of_channels_by_layer(pairs):
-    with pytest.raises(ConfigError, match="pairs must be a mapping of layers to mappings of channels or None, got"):
-        Pair(pairs)
-
-
 @pytest.mark.parametrize("kind", [np.uint8, np.float16])
 @pytest.mark.parametrize("iterations", [None, 2000])
 def test_coefficients_are_computed_in_double_precision(kind, iterations):

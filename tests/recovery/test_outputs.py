@@ -15,7 +15,7 @@ import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.recovery import distill, distillation
 from nni_topo.recovery.lesson import Lesson
-from nni_topo.recovery.outputs import read_outputs, shared_blocks
+from nni_topo.recovery.outputs import are_tags, read_outputs, shared_blocks
 
 
 def unit(output, _):
@@ -88,6 +88,8 @@ def test_a_model_that_gives_vectors_of_length_one_needs_no_outputs():
     ("rows", "kind"),
     [
         (normalize(torch.randn(16, 4, generator=torch.Generator().manual_seed(0))), "cosine"),
+        (torch.tensor([[0.6, -0.8], [-1.0, 0.0]]).repeat(8, 1), "cosine"),
+        (torch.tensor([[0.6, 0.7]]).repeat(16, 1), "kl"),
         (torch.eye(4).repeat(4, 1), "kl"),  # probabilities of a classifier that is sure
         (torch.eye(4).repeat(4, 1) * 2.0, "kl"),
         (torch.tensor([[1.0], [-1.0]]).repeat(8, 1), "squares"),  # a single number has no direction
@@ -98,6 +100,25 @@ def test_a_model_that_gives_vectors_of_length_one_needs_no_outputs():
 )
 def test_embeddings_are_told_by_their_length(rows, kind):
     assert read_outputs(rows, ((inputs(16),), {}), 16, None)[1] == kind
+
+
+@pytest.mark.parametrize(
+    ("row", "samples", "expected"),
+    [
+        ([0.0, 0.5, 0.9], 8, True),  # a tag that is certainly absent
+        ([0.3, 0.5, 1.0], 8, True),
+        ([0.3, 0.5, 1.0], 7, False),  # few samples may lie in [0, 1] by chance
+        ([0.0, 0.3, 0.7], 8, False),  # probabilities of classes
+        ([0.0, 1.0, 1.0], 8, False),  # no number says that these are probabilities
+        ([-0.1, 0.5, 0.9], 8, False),
+        ([0.1, 0.5, 1.1], 8, False),
+    ],
+)
+def test_tags_are_numbers_between_0_and_1_whose_rows_have_other_sums(row, samples, expected):
+    rows = torch.tensor([row]).repeat(samples, 1)
+    assert are_tags([rows]) is expected
+    assert are_tags([rows[:3], rows[3:]]) is expected
+    assert not are_tags([rows, rows[:, None]])
 
 
 class Block(nn.Module):

@@ -42,6 +42,26 @@ def test_errors_are_measured_at_the_sum_where_all_before_it_hands_on(between):
     assert places == [("down", "down" if between in ("tanh", "double") else "add")]
 
 
+@pytest.mark.parametrize(
+    ("add", "place"),
+    [
+        (lambda y, x: y.add(x), "add"),
+        (lambda y, x: torch.add(y, x), "add"),
+        (lambda y, x: torch.add(y, x, alpha=0.5), "down"),
+        (lambda y, x: y + y, "down"),
+    ],
+)
+def test_a_sum_is_one_of_two_values_however_it_is_written(add, place):
+    class Adding(Branch):
+        def forward(self, x):
+            return add(self.down(torch.relu(self.up(x))), x)
+
+    torch.manual_seed(0)
+    masks = {"up": {"weight": torch.tensor([1.0, 0, 1, 1])[:, None]}}
+    report = compensation(Adding(nn.Identity()).eval(), masks, [torch.randn(40, 3)]).report
+    assert [(layer.layer, layer.place) for layer in report.layers] == [("down", place)]
+
+
 class Hooked(nn.Linear):
     def __init__(self, *sizes):
         super().__init__(*sizes)

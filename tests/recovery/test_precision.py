@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nni_topo
-from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.precision import check_precision, computing_in
 
@@ -111,35 +110,6 @@ def test_networks_in_other_precisions_learn_in_bfloat16(dtype):
     )
     assert found.is_kept
     assert {each.dtype for each in found.model.parameters()} == {dtype}
-
-
-def test_a_function_of_the_outputs_gets_all_digits():
-    dense, original = pair("dict")
-    kinds = set()
-
-    def read(output, inputs):
-        kinds.update((output["boxes"].dtype, inputs.dtype))
-        return output["boxes"]
-
-    nni_topo.distill(dense, original, batches(), steps=5, outputs=read, precision="bfloat16")
-    assert kinds == {torch.float32}
-
-
-@pytest.mark.slow
-def test_shrink_takes_it(digits, digits_net):
-    images = list(digits.train[:512][0].split(64))
-    kinds = set()
-    hook = nn.modules.module.register_module_forward_hook(
-        lambda module, args, output: kinds.add(output.dtype) if isinstance(module, nn.Linear) else None
-    )
-    try:
-        small = nni_topo.shrink(
-            digits_net, images, {"flops": 0.5}, distill={"steps": 20, "precision": "bfloat16"}, progress=False
-        )
-        assert kinds == {torch.float32, torch.bfloat16}
-    finally:
-        hook.remove()
-    assert zoo.evaluate(small, digits.test) > 0.5
 
 
 def test_other_precisions_and_devices_without_autocast_are_refused():

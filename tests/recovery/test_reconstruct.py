@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
 from every_sample import compensate, compensation
 from torch import nn
@@ -36,29 +35,6 @@ def test_convolutions(twin, halves, images):
     twin(net[0])
     twin(net[2])
     check_exact(net, halves(net, "0", "2"), images)
-
-
-def test_linear_layers_behind_a_flattening_one(twin, halves, images):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10), nn.ReLU(), nn.Linear(10, 4)
-    ).double().eval()  # fmt: skip
-    twin(net[0])
-    twin(net[3])
-    check_exact(net, halves(net, "0", "3"), images)
-
-
-def test_batch_norms(twin, halves, lively, images):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(144, 4), nn.BatchNorm1d(4),
-    ).double().eval()  # fmt: skip
-    lively(net)
-    twin(net[0], net[1])
-    twin(net[3], net[4], factor=0.5)
-    check_exact(net, halves(net, "0", "3"), images)
 
 
 def test_a_constant_channel_goes_into_the_running_mean(halves, lively, images):
@@ -220,24 +196,6 @@ def test_channel_that_is_not_zero_when_removed_is_not_read(halves, images):
     error = (dense(images[0]) - net(images[0])).detach().abs().max()
     plain = (to_dense(net, images[0], masks, check=False)(images[0]) - net(images[0])).detach().abs().max()
     assert float(error) < 0.6 * float(plain)  # where what the removed channels hold, 0.5, is in the bias already
-
-
-def test_group_norm_is_followed_as_in_the_dense_model():
-    torch.manual_seed(0)
-    images = list(torch.randn(512, 3, 8, 8, dtype=torch.float64).split(64))
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 2)
-    ).double().eval()  # fmt: skip
-    masks = {"0": {"weight": torch.tensor([1.0, 1, 1, 0, 1, 1, 0, 1])[:, None, None, None]}}
-    whole = torch.cat(images)
-    expected = net(whole).detach()
-    variance = float((expected - expected.mean(0)).square().sum())
-    found = compensation(net, masks, images)
-    dense = to_dense(found.model, images[0], masks, check=False)
-    plain = to_dense(net, images[0], masks, check=False)
-    error, shipped = (float((one(whole).detach() - expected).square().sum()) / variance for one in (dense, plain))
-    assert error == pytest.approx(found.report.layers[-1].error_after, rel=1e-6)
-    assert error < 0.5 * shipped
 
 
 def test_nothing_given_is_changed(residual_net, halves, images):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from nni_topo import Calibration
 from nni_topo.network.layers.kinds import by_output
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import samples
@@ -147,3 +148,19 @@ def test_rows_times_weights_are_the_layer(case):
     y = output_rows(layer, outputs, rows, positions)
     weight = weight.reshape(groups, rows.shape[1], -1).transpose(1, 2)
     torch.testing.assert_close(x @ weight + layer.bias.detach()[rows][:, None], y)
+
+
+class OfSixteen(nn.Linear):
+    """Runs on sixteen samples only."""
+
+    def forward(self, rows):
+        return super().forward(rows.reshape(16, -1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "knobs", "count"),
+    [(nn.Linear, {}, 14), (nn.Linear, {"hold_out": False}, 16), (OfSixteen, {}, 16)],
+)
+def test_every_eighth_sample_is_not_solved_on_unless_the_model_needs_them_all(kind, knobs, count):
+    data = Calibration([torch.randn(16, 3)], **knobs)
+    assert samples.samples_to_solve_on(kind(3, 2), data).samples == count

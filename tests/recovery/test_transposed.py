@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from typing import Any
 
 import pytest
@@ -70,27 +68,6 @@ def test_the_mean_of_a_constant_goes_into_the_bias() -> None:
     torch.testing.assert_close(
         repaired[1].bias.detach() - up.bias.detach(), inside.mean((0, 2, 3)), rtol=1e-4, atol=1e-5
     )
-
-
-@pytest.mark.parametrize("up", UPS)
-@pytest.mark.quick_every(2)
-def test_a_layer_before_a_transposed_convolution_loses_what_it_can_do_without(
-    up: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, _ = doubled(**UPS[up])
-    images = torch.randn(64, 3, 6, 6)
-    config = nni_topo.dependency_groups(
-        model, images, [{"op_types": ["Conv2d", "ConvTranspose2d"], "sparse_ratio": 0.5}]
-    )
-    with caplog.at_level(logging.WARNING, "nni_topo"):
-        pruner = nni_topo.create_pruner("reconstruction", model, config, calibration=images.split(16))
-    assert not [record for record in caplog.records if re.search("stay (whole|unpruned)", record.message)]
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    kept = masks["0"]["bias"].view(4, 2)
-    assert kept.sum(1).tolist() == [1.0] * 4  # one of each pair
-    dense = to_dense(compensate(model, masks, images.split(16)), images, masks)
-    assert (dense[2].in_channels, dense[2].out_channels) == (4, 3 if UPS[up].get("groups", 1) == 1 else 4)
 
 
 def test_channels_of_grouped_transposed_convolutions_stay_gone_in_distillation() -> None:
