@@ -581,12 +581,11 @@ def test_what_was_solved_on_does_not_judge():
     assert loss == pytest.approx(divergence(dense, original, fresh[3::4]), rel=1e-3)
 
 
-def test_what_one_process_knows_of_solved_samples_decides_nothing_for_several(one_process):
-    data = nni_topo.Calibration([inputs(64)])
+def test_of_groups_that_were_solved_on_in_part_no_sample_is_fresh():
     _, dense = solved([inputs(64)])
-    assert is_solved_on(dense, data).tolist() == [index % 8 != 7 for index in range(64)]
-    data.processes = one_process
-    assert not is_solved_on(dense, data).any()
+    assert is_solved_on(dense, nni_topo.Calibration([inputs(64)])).tolist() == [index % 8 != 7 for index in range(64)]
+    halves = nni_topo.Calibration([torch.cat([inputs(4), inputs(4, seed=9)])], groups=[0, 1, 2, 3, 0, 0, 5, 6])
+    assert is_solved_on(dense, halves).tolist() == [True] * 6 + [False] * 2
 
 
 def test_a_distilled_network_knows_what_it_learned_from():
