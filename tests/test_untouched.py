@@ -71,23 +71,6 @@ class Busy(nn.Module):
         return self.head(torch.relu(self.hidden(self.drop(features.mean((2, 3))))))
 
 
-class Attending(Busy):
-    """The same with attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        for parameter in self.encoder.parameters():
-            parameter.grad = torch.ones_like(parameter)
-
-    def forward(self, images):
-        """Map images ``(n, 3, 8, 8)`` to ``(n, 4)``."""
-        self.calls += 1
-        self.counter += 1
-        self.codes.data.mul_(0.9).add_(0.1)
-        return self.head(self.encoder(self.first(images).flatten(2).transpose(1, 2)).mean(1))
-
-
 class Blocks(Busy):
     """The same with blocks that can be taken out."""
 

@@ -112,12 +112,6 @@ class Attention:
         return len(self.layers) == 1
 
     @property
-    def acts_without_rows(self) -> bool:
-        """Whether a head whose rows are masked still has an output, so that the columns that read it go, too."""
-        # Without queries a head gives the mean of the values that all heads share.
-        return self.shifted or bool(self.shared)
-
-    @property
     def outputs(self) -> tuple[str, IntArray]:
         """A layer, and which of its channels the heads' outputs are pruned with, in order."""
         if not self.shared:

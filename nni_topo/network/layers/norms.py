@@ -75,6 +75,7 @@ _USUAL = vars(nn.Module()).keys() - {"training"}
 _MOST_PARTS = 12  # of a module that works over channels: pools, a convolution of what they give, an activation
 _MOST_NUMBERS = 256  # that it holds; CBAM's gate has 98 weights
 _FEW = 2  # channels on which a module of more has to run, too
+_WIDTHS = ("dim", "size", "width", "channel", "feature", "hidden", "shape")  # in the names of numbers of channels
 _WIDTHS_TRIED = (6, 4099)  # of a module that holds nothing for each channel
 
 
@@ -166,7 +167,11 @@ def cut_norm(norm: Any, kept: Tensor) -> None:
     width = _width_held(norm)
     if width is None:
         return
-    names = width_names(norm, width)
+    names = list[str]()  # of the attributes that hold the width, as a number or in a tuple
+    for name, each in vars(norm).items():
+        is_width = type(each) is int and each == width and any(word in name.lower() for word in _WIDTHS)
+        if is_width or (isinstance(each, tuple) and each == (width,)):
+            names.append(name)
     for name, parameter in list(norm._parameters.items()):
         if parameter is not None:
             numbers = numbers_of(parameter, kept).detach()
@@ -182,16 +187,3 @@ def _width_held(norm: nn.Module) -> int | None:
     if own:
         return own[0].numel()
     return shape[0] if isinstance(shape, (tuple, list)) and len(shape) == 1 else None
-
-
-_WIDTHS = ("dim", "size", "width", "channel", "feature", "hidden", "shape")  # in the names of numbers of channels
-
-
-def width_names(norm: nn.Module, width: int) -> list[str]:
-    """Name the attributes of a norm that hold its width, as a number or in a tuple."""
-    names = list[str]()
-    for name, each in vars(norm).items():
-        is_width = type(each) is int and each == width and any(word in name.lower() for word in _WIDTHS)
-        if is_width or (isinstance(each, tuple) and each == (width,)):
-            names.append(name)
-    return names

@@ -55,7 +55,6 @@ def to_dense(
     round_to: int | None = None,
     constants: Literal["zero", "keep"] = "zero",
     check: bool = True,
-    rtol: float = 1e-4,
 ) -> torch.nn.Module:
     """Remove masked channels: return a smaller dense model without masks.
 
@@ -69,8 +68,7 @@ def to_dense(
         NNI's masks, ``{module: {parameter: mask}}``, of any pruner. They aren't changed.
     groups : DependencyGroups, optional
         What `dependency_groups` returned for this model and inputs of this size. Then the model isn't traced again,
-        which takes most of the time for a detector. Only weights may have changed since: where the forward has come to
-        compute something else, by a flag or a weight that it reads, the comparison with the masked model shows it.
+        which takes most of the time for a detector. Only weights may have changed since.
     round_to : int, optional
         If given, every pruned layer keeps a multiple of this many channels, or all of them. Those with the largest
         weights (L1 norm over all coupled layers) come back.
@@ -78,16 +76,13 @@ def to_dense(
         What removed channels contribute. ``"zero"``: nothing, as in `masked_model`. ``"keep"``: what they do in the
         model that NNI's pruner has wrapped, for networks that were trained so. The layer that reads a constant, as the
         shift of a batch norm, adds what it makes of it to its bias, or takes it off the running mean of the batch norm
-        after it. Norms over channels, which had removed channels as zeros among the others, get the factor and shift
-        that undo most of the difference; these are measured on ``example_inputs``, which should be a batch of real
-        ones.
+        after it. Norms over channels get the factor and shift that undo most of what removed channels did as zeros
+        among the others, measured on ``example_inputs``, which should be a batch of real ones.
     check : bool, default=True
         Compare the dense model with the masked one, in evaluation mode, on random inputs: as they are, times 0.01 and
-        100 and shifted by 3 both ways where they are floats. ``report.checked`` says on which. Where the size of the
-        inputs may decide something (constants of removed channels, views that join channels with places, branches), the
-        two are compared at a second size too, or ``report.checked`` says that the model takes no other.
-    rtol : float, default=1e-4
-        The largest difference allowed, relative to the largest absolute value of the masked model's output.
+        100 and shifted by 3 both ways where they are floats. They may differ by 1e-4 of the largest output. Where the
+        size of the inputs may decide something (views that join channels with places, branches), the two are compared
+        at a second size too. ``report.checked`` says on what.
 
     Returns
     -------
@@ -95,11 +90,9 @@ def to_dense(
         A new model of the same class with fewer channels, in the mode of ``model``, module by module, put there by its
         own ``train`` and ``eval`` where it has such methods. Attributes that hold a number of channels, as the size of
         a split, get the new number where the forward reads them so, or where a table says what they count, such as
-        timm's ``feature_info`` (`register_width_attribute`); ``report.stale`` and a warning name those of the table
-        that couldn't be counted. All other attributes stay. Modules that share a weight lose the same channels and
-        share it still; what they shared and can't any more, as a bias to which only one of them adds a constant,
-        ``report.notes`` names. Its ``report`` is a `DenseReport` of the channels of every layer before and after, and
-        why some stay although they are masked; a model with a ``report`` of its own keeps that.
+        timm's ``feature_info`` (`register_width_attribute`). All other attributes stay. Modules that share a weight
+        lose the same channels and share it still. Its ``report`` is a `DenseReport` of the channels of every layer
+        before and after, and why some stay although they are masked; a model with a ``report`` of its own keeps that.
 
     Raises
     ------
@@ -118,8 +111,11 @@ def to_dense(
 
     Notes
     -----
-    A channel is removed with its bias, its batch norm and the depth-wise convolution after it. The result may
-    therefore differ from NNI's wrapped model, in which the batch norm's bias survives.
+    A channel is removed with its bias, its batch norm and the depth-wise convolution after it. It isn't there: a norm
+    over channels runs over those that are left, and a layer that reads a removed channel reads nothing, also after an
+    activation that isn't zero at zero (sigmoid, softplus). So the result may differ from NNI's wrapped model.
+    `compensate` puts what removed channels contributed on average into the bias. Masked weights within kept channels
+    are zeros.
 
     Where the masks of coupled layers differ, every channel that one of them keeps is kept, with the weights of
     ``model``: the masked model of the comparison is that of ``masked_model(..., reconcile=True)``. A layer without a
@@ -128,17 +124,11 @@ def to_dense(
     all of their gates, the same in all levels and directions. A head or unit is kept if a mask keeps one of its rows.
     One warning names a few of the layers that keep channels, and why; the report has all.
 
-    Masked weights within kept channels are zeros in the dense model.
-
-    A removed channel isn't there. A norm over channels has its own class and runs over the channels that are left. A
-    layer that reads a removed channel reads nothing, also after an activation that isn't zero at zero (sigmoid,
-    softplus); `compensate` puts what that contributed on average into the bias.
-
     With ``constants="keep"``, a layer that pads with zeros treats a constant as if it went on beyond the border: values
     next to the border differ from those of NNI's wrapped model. A constant is dropped where a transposed convolution
     reads it, where the layer that reads it has neither bias nor batch norm, and where it differs by position;
-    ``report.notes`` names these layers. The constants are those of evaluation mode. After `compensate`, which solves
-    for removed channels that aren't there, ``"zero"`` is right. Neither setting loses less accuracy on every network.
+    ``report.notes`` names these layers. After `compensate`, which solves for removed channels that aren't there,
+    ``"zero"`` is right.
 
     Cost: two to four forward passes to trace the model and three to compare; where the size may decide something,
     another trace and comparison; two more where a network holds attributes as timm's and torchvision's do.
@@ -151,7 +141,6 @@ def to_dense(
         round_to,
         constants=constants,
         check=check,
-        rtol=rtol,
         facts=None if groups is None else groups.facts_for(model),
     )
 
@@ -165,7 +154,6 @@ def dense_of(
     *,
     constants: Literal["zero", "keep"] = "zero",
     check: bool = True,
-    rtol: float = 1e-4,
     facts: Facts | None = None,
 ) -> torch.nn.Module:
     """Return what :func:`to_dense` does; ``facts``: what is known of the model, or of one with other weights."""
@@ -184,7 +172,7 @@ def dense_of(
             notes += _absorb_constants(analysis, original, reference, resolved.is_kept)
         dense = _cut(analysis, original, reference, resolved)
         leave_out(reference, flow, resolved.is_kept)
-        checked = _compare(analysis, reference, dense, resolved.is_kept, rtol) if check else ""
+        checked = _compare(analysis, reference, dense, resolved.is_kept) if check else ""
         if constants == "keep":
             wrapped = apply_masks(original, resolved.masks, light=True)
             if left := fit_norms(wrapped, dense, flow, resolved.is_kept, call):
@@ -271,9 +259,7 @@ def _cut(
     return dense
 
 
-def _compare(
-    analysis: Analysis, reference: torch.nn.Module, dense: torch.nn.Module, is_kept: np.ndarray, rtol: float
-) -> str:
+def _compare(analysis: Analysis, reference: torch.nn.Module, dense: torch.nn.Module, is_kept: np.ndarray) -> str:
     """Raise a SpeedupError unless the dense model gives the masked one's outputs; return on what they were compared."""
     kept = kept_outputs(analysis.flow, is_kept)
 
@@ -289,12 +275,12 @@ def _compare(
         return reasons.unequal(why)
 
     with left_alone(dense):
-        checked = check_equal(reference, dense, analysis.call, kept, rtol, advise=why_unequal)
+        checked = check_equal(reference, dense, analysis.call, kept, advise=why_unequal)
         if not analysis.depends_on_size:
             return checked
         if analysis.second is None:
             return f"{checked}; no other size was found that the model takes, so it is right at this size alone"
-        other = check_equal(reference, dense, analysis.second.call, kept, rtol, advise=why_unequal)
+        other = check_equal(reference, dense, analysis.second.call, kept, advise=why_unequal)
     return f"{checked}; {other}"
 
 

@@ -24,12 +24,10 @@ class LayerChannels:
     ----------
     name : str
         Its name in the model.
-    before : int
-        Channels of the model that was pruned.
+    before, after : int
+        Channels of the model that was pruned, and of the dense model.
     asked : int
         Channels that the layer's own mask keeps; all of them without a mask.
-    after : int
-        Channels of the dense model.
     reason : str, default=""
         Why channels stay that the mask removes; empty if none does.
     """

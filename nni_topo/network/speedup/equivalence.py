@@ -54,7 +54,7 @@ from nni_topo.network.speedup.reconcile import (
 from nni_topo.rules import FLAG
 from nni_topo.sharing import find_ties, tie_again, untie
 
-_ROUGH = 1e-5  # from this tolerance on a tenth of it is above rounding in single precision
+_RTOL = 1e-4  # of the largest output; a tenth of it is above rounding in single precision
 
 
 def apply_masks(model: torch.nn.Module, masks: FullMasks, *, light: bool = False) -> torch.nn.Module:
@@ -80,11 +80,10 @@ def check_equal(
     dense: torch.nn.Module,
     call: Call,
     kept: KeptIndices,
-    rtol: float,
     *,
     advise: Callable[[], str] | None = None,
 ) -> str:
-    """Raise a SpeedupError unless two models agree, to ``rtol`` of the largest output, on random inputs.
+    """Raise a SpeedupError unless two models agree, to 1e-4 of the largest output, on random inputs.
 
     The floats among these come as they are, in other scales and shifted, as small numbers and large ones ask different
     things of an operation. Returns in words what was compared.
@@ -96,13 +95,13 @@ def check_equal(
     # Usually one run shows it for all inputs at once, in double precision only where that is needed.
     batch = together(drawn, variations) if variations else first_samples(drawn)
     is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in reference.parameters())
-    for double in (True,) if is_half or rtol < _ROUGH else (False, True):
-        agreed = None if batch is None else _agreed(pair, batch, rtol, 1 + len(variations), double=double)
+    for double in (True,) if is_half else (False, True):
+        agreed = None if batch is None else _agreed(pair, batch, 1 + len(variations), double=double)
         if agreed is not None:
             return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
     # Otherwise each input is looked at.
     compared = list[Variation]()
-    _check_one(pair, drawn, kept, rtol, advise)
+    _check_one(pair, drawn, kept, advise)
     for variation in variations:
         other = varied(drawn, variation)
         try:
@@ -110,7 +109,7 @@ def check_equal(
         except Exception:  # a model needn't take all that is a number
             continue
         if all(bool(each.isfinite().all()) for each in outputs):
-            _check_one(pair, other, kept, rtol, advise, variation)
+            _check_one(pair, other, kept, advise, variation)
             compared.append(variation)
     return _told(drawn, compared)
 
@@ -128,7 +127,7 @@ def _named(variation: Variation) -> str:
 
 
 def _agreed(
-    pair: tuple[torch.nn.Module, torch.nn.Module], batch: Call, rtol: float, blocks: int, *, double: bool
+    pair: tuple[torch.nn.Module, torch.nn.Module], batch: Call, blocks: int, *, double: bool
 ) -> set[int] | None:
     """Return the inputs of one batch on which two models agree; None unless that is all that give finite numbers."""
     try:
@@ -145,7 +144,7 @@ def _agreed(
         for at, (wanted, given) in enumerate(pairs):
             if not bool(wanted.isfinite().all()):
                 finite -= {at} if parts > 1 else finite
-            elif difference(wanted, given) > (rtol if double else rtol / 10):
+            elif difference(wanted, given) > (_RTOL if double else _RTOL / 10):
                 return None
     return finite if 0 in finite else None
 
@@ -154,7 +153,6 @@ def _check_one(
     pair: tuple[torch.nn.Module, torch.nn.Module],
     drawn: Call,
     kept: KeptIndices,
-    rtol: float,
     advise: Callable[[], str] | None,
     variation: Variation | None = None,
 ) -> None:
@@ -176,7 +174,7 @@ def _check_one(
                 "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
                 f"fit the pruned channels, got {raised(error)}"
             ) from error
-    where = _first_difference(records[0], records[1], kept, rtol)
+    where = _first_difference(records[0], records[1], kept)
     shapes = " and ".join(str(tuple(each.shape)) for each in tensors_of(drawn))
     where += f", inputs of shape {shapes}{'' if variation is None else f' {_named(variation)}'}"
     output_shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
@@ -186,9 +184,9 @@ def _check_one(
             f"got {output_shapes[1]} instead of {output_shapes[0]} ({where})"
         )
     worst = max((difference(*each) for each in zip(expected, actual, strict=True)), default=0.0)
-    if not worst <= rtol:
+    if not worst <= _RTOL:
         raise SpeedupError(
-            f"a dense model must compute what the masked one does to {rtol:g} of its largest output, "
+            f"a dense model must compute what the masked one does to {_RTOL:g} of its largest output, "
             f"got a difference of {worst:.3g} ({where})" + (f"; {advise()}" if advise else "")
         )
 
@@ -219,9 +217,7 @@ def _outputs(
         return returned_tensors(runner(*args, **kwargs))
 
 
-def _first_difference(
-    expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: KeptIndices, rtol: float
-) -> str:
+def _first_difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: KeptIndices) -> str:
     """Return in words from which module on the outputs differ."""
     for name, full in expected.items():
         small = actual.get(name)
@@ -231,7 +227,7 @@ def _first_difference(
                 full = full.index_select(d, indices.to(full.device))
         if small is None or small.shape != full.shape:
             return f"from {name} on, whose output has another shape than expected"
-        if difference(full, small) > rtol:
+        if difference(full, small) > _RTOL:
             return f"from {name} on"
     return "after the last layer"
 

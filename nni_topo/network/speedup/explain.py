@@ -35,10 +35,8 @@ class Explanation:
     ----------
     layer : str
         The layer's name.
-    channels : int
-        How many channels it makes.
-    kept : int
-        How many of them stay whatever is asked for; all of them where the layer can't be pruned.
+    channels, kept : int
+        How many channels it makes, and how many of them stay whatever is asked for.
     coupled : tuple of str, default=()
         Other layers with which it shares channels, in network order.
     in_part : bool, default=False
@@ -51,9 +49,9 @@ class Explanation:
     block_places : tuple of str, default=()
         What requires these blocks: grouped convolutions, group norms, chunks, views and attributes, in network order.
     heads : str, default=""
-        The attention or recurrent module of whose heads or units the layer is a part; empty if there is none.
+        The attention or recurrent module of whose heads or units the layer is a part.
     mixes : str, default=""
-        The attention whose heads the layer puts together: it loses columns with them. Empty if there is none.
+        The attention whose heads the layer puts together: it loses columns with them.
     reasons : tuple of Reason, default=()
         Why channels are kept; empty if all can be pruned.
     """

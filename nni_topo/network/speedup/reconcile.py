@@ -311,7 +311,8 @@ def mask_what_follows(model: torch.nn.Module, flow: ChannelFlow, masks: FullMask
     """
     for name, attention in flow.output_projections().items():
         stays = torch.from_numpy(kept[flow.entering_group_ids(name)])
-        if attention.acts_without_rows and not bool(stays.all()):
+        # Norms shift what a head without rows gives; without queries it gives the mean of the values that all share.
+        if (attention.shifted or attention.shared) and not bool(stays.all()):
             weight = weight_of(model.get_submodule(name)).detach()
             targets = masks.setdefault(name, {})
             targets["weight"] = targets.get("weight", torch.ones_like(weight)) * stays.to(weight)

@@ -96,22 +96,14 @@ def register_width_attribute(
 
     Examples
     --------
-    >>> import nni_topo
     >>> class Halves(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
-    ...         self.width = 4
-    ...         self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1)
+    ...         self.first, self.second, self.width = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1), 4
     ...     def forward(self, images):
     ...         left, right = self.first(images).chunk(2, 1)
     ...         return self.second(left * right)
-    ...     def left_half(self, images):
-    ...         return self.second(self.first(images)[:, : self.width])
-    >>> nni_topo.register_width_attribute(Halves, "width", "second", "input")
-    >>> kept = torch.tensor([1.0, 0, 1, 0]).repeat(2).view(-1, 1, 1, 1)
-    >>> small = nni_topo.to_dense(Halves(), torch.randn(2, 3, 5, 5), {"first": {"weight": kept.expand(8, 3, 1, 1)}})
-    >>> small.width, small.left_half(torch.randn(1, 3, 5, 5)).shape
-    (2, torch.Size([1, 2, 5, 5]))
+    >>> register_width_attribute(Halves, "width", "second", "input")
     """
     _TABLE[kind, attribute] = Described(module, part)
 
