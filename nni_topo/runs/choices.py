@@ -180,7 +180,6 @@ class PruneConfig:
     config_list: list[dict[str, Any]]
     knobs: Mapping[str, Any] = field(default_factory=dict)
     calibration: int = 0  # training images, without labels, given to the pruner; 0: none
-    dependency_groups: bool = True  # whether coupled layers lose the same channels
     compensate: CompensationChoice | None = None  # on training images without labels, for any pruner; None: none
     distill: DistillationChoice | None = None  # likewise
     round_to: int | None = None  # layers keep a multiple of so many channels

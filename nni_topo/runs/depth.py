@@ -550,7 +550,7 @@ class Depth:
                     )
             analysis = Analysis.on(short.net, whole.images.example)
             prunable = layers_to_prune(analysis, layers, is_described=whole.is_described)
-            self._prepared[count] = replace(whole, start=Pipeline(analysis, whole.round_to), prunable=prunable)
+            self._prepared[count] = replace(whole, start=Pipeline(analysis, whole.start.round_to), prunable=prunable)
         return self._prepared[count]
 
     def left(self, count: int) -> float:
@@ -564,7 +564,9 @@ class Depth:
         whole = self.whole
         if whole.budget.kind != "latency":
             return math.nan
-        masks = NetworkCost(whole.counted).masks(fewest_channels(whole.counted, whole.prunable.entries, whole.round_to))
+        masks = NetworkCost(whole.counted).masks(
+            fewest_channels(whole.counted, whole.prunable.entries, whole.start.round_to)
+        )
         thin = dense_of(whole.model, whole.images.example, masks, check=False, facts=whole.analysis.facts)
         return whole.share_left(thin)
 

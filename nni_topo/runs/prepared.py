@@ -61,7 +61,7 @@ from nni_topo.runs.measurements import UNPRUNED, Measurements
 from nni_topo.runs.pipeline import Pipeline, Tried
 from nni_topo.runs.prunable import Prunable, layers_to_prune
 from nni_topo.runs.report import ShrinkReport
-from nni_topo.runs.settings import FREE_WIDTHS, PREFERRED, Settings, allocations_to_try, describes
+from nni_topo.runs.settings import FREE_WIDTHS, PREFERRED, Settings, allocations_to_try
 from nni_topo.runs.widths import as_entries, planned_ratios
 
 # What selecting channels by reconstruction takes, and reconstructing weights as well: passes forward and back over the
@@ -80,6 +80,7 @@ class Prepared:
     settings: Settings
     budget: Budget  # its cost is counted for all networks; its share is what the call asked for, if anything
     prunable: Prunable
+    is_described: bool  # whether a config of Transformers has to describe the smaller network
     is_search: bool = False  # whether networks of several sizes are made, by one pruner
     is_timed: bool = False  # whether reports have times
     depth: Depth | None = None  # where blocks compete with channels
@@ -95,14 +96,16 @@ class Prepared:
     def of(cls, model: nn.Module, images: ImageParts, settings: Settings, budget: Budget) -> Prepared:
         """Find the layers that can lose channels."""
         analysis = Analysis.on(model, images.example)
-        prunable = layers_to_prune(analysis, settings.layers, is_described=describes(model, budget))
+        is_described = bool(budget.equal_blocks) and is_pretrained(model)
+        prunable = layers_to_prune(analysis, settings.layers, is_described=is_described)
         give_back_memory(model)  # networks that were traced refer to themselves
         round_to = settings.round_to
         if round_to is None:
             # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
             round_to = 8 if device_of(model).type == "cuda" else PREFERRED
         start = Pipeline(analysis, round_to if isinstance(round_to, int) and round_to > 1 else None)
-        return cls(start, images, settings, budget, prunable, prefers_multiples=round_to == PREFERRED)
+        prefers = round_to == PREFERRED
+        return cls(start, images, settings, budget, prunable, is_described, prefers_multiples=prefers)
 
     @property
     def model(self) -> nn.Module:
@@ -113,16 +116,6 @@ class Prepared:
     def analysis(self) -> Analysis:
         """What it does with channels."""
         return self.start.analysis
-
-    @property
-    def round_to(self) -> int | None:
-        """Layers keep a multiple of so many channels."""
-        return self.start.round_to
-
-    @property
-    def is_described(self) -> bool:
-        """Whether a config of Transformers has to describe the network."""
-        return describes(self.model, self.budget)
 
     @cached_property
     def batch(self) -> Any:
@@ -255,7 +248,7 @@ class Prepared:
                 "calibration": self.images.learned,
                 "example_inputs": self.example,
                 "budget": budget,
-                "round_to": self.round_to,
+                "round_to": self.start.round_to,
             }
             taken = {knob: offered[knob] for knob in pruner_knobs if knob in offered}
             with in_context(facts=self.analysis.facts):
@@ -278,7 +271,7 @@ class Prepared:
     def planned_ratios(self, budget: Budget) -> tuple[dict[str, float], BudgetOutcome]:
         """Return the ratio of each layer to prune under a budget, and the outcome."""
         return planned_ratios(
-            self.counted, budget, self.prunable.entries, self.round_to, prefers_multiples=self.prefers_multiples
+            self.counted, budget, self.prunable.entries, self.start.round_to, prefers_multiples=self.prefers_multiples
         )
 
     def reconstruct(self, selected: Pipeline) -> Pipeline:

@@ -62,7 +62,7 @@ def prune_checkpoint(
 
         start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device, progress=progress, accept=accept)
         config_list = config.config_list
-        if config.dependency_groups and pruner_info(config.pruner).structured:
+        if pruner_info(config.pruner).structured:
             config_list = dependency_groups(start.net, start.example, config_list)
         found = prune(start, choice, config_list)
         masks = found.masks

@@ -32,70 +32,31 @@ _UNGROUPED = (
 
 @dataclass(frozen=True, repr=False)
 class ShrinkReport(ModelReport):
-    """How a network was made smaller; its ``repr`` is a table with notes.
+    """How a network was made smaller; its ``repr`` is a table with notes."""
 
-    Attributes
-    ----------
-    stages : tuple of Stage
-        The unpruned network, and the network after each step. Distances and agreements are those of held-out images.
-    layers : DenseReport
-        Channels of every layer before and after, and why some channels are kept although they were to be removed.
-    compensation : CompensationReport or None
-        Errors of each layer before and after weight reconstruction; None without a method of this package.
-    tried : tuple of Tried
-        The ways to distribute the budget that were tried, with ``allocation="auto"``.
-    budget : BudgetOutcome or None
-        Whether the budget was met, and why not.
-    images : int
-        Number of calibration images: pruning, weight reconstruction and distillation use them.
-    held_out : int
-        Number of held-out images, which no step uses; 0 if there were fewer than eight images in all. Then the figures
-        are those of the calibration images.
-    warnings : tuple of str
-        What makes the figures doubtful, with what to do about it.
-    whole : dict of str to str
-        By layer that keeps all channels because they can't be removed, the reason. If ``layers`` was given, of those
-        layers alone.
-    distillation : Verdict or None
-        Whether the distilled weights were kept, and the figures that decided; None where :func:`nni_topo.distill`
-        didn't run, or what it made wasn't confirmed.
-    tolerance : ToleranceOutcome or None
-        With a ``tolerance``: the difference that was confirmed, its upper 95 % limit, and the candidates of the search.
-        Then ``images`` are calibration data only, ``held_out`` those that confirm; other ones judged the candidates.
-    depth : DepthOutcome or None
-        With ``depth=True``: the blocks that were removed, what makes up for them, and the networks that were tried.
-        Names are those in the unpruned network, while ``layers`` has those in the smaller one.
-    outputs : ComparedOutputs or None
-        By name, the outputs of the model that distances, agreements and distillation compare (``outputs.compared``) and
-        those that they don't (``outputs.left_out``); none are named where ``outputs=`` said what counts.
-    undescribed : str
-        Of a model of Transformers, what its config can't say of the network; empty where ``from_pretrained`` loads it.
-    changed_since : tuple of str
-        What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``: the
-        figures are those before.
-    grouped : bool
-        Whether ``groups`` of the calibration data said which samples belong together.
-    time : TimedPair or None
-        Milliseconds of the unpruned network and of the one that was returned, with ``time=True`` or a latency budget.
-    """
-
-    stages: tuple[Stage, ...]
-    layers: DenseReport
-    compensation: CompensationReport | None = None
-    tried: tuple[Tried, ...] = ()
-    budget: BudgetOutcome | None = None
-    images: int = 0
+    stages: tuple[Stage, ...]  # the unpruned network, and the network after each step
+    layers: DenseReport  # channels of every layer before and after, and why some are kept though they were to go
+    compensation: CompensationReport | None = None  # errors of each layer before and after weight reconstruction
+    tried: tuple[Tried, ...] = ()  # with allocation="auto", the ways to distribute the budget
+    budget: BudgetOutcome | None = None  # whether the budget was met, and why not
+    images: int = 0  # calibration images: pruning, weight reconstruction and distillation use them
+    # Held-out images, which the figures are of and no step uses; of fewer than eight in all 0, and the figures are of
+    # the calibration images. With a tolerance those that confirm; other ones judged the candidates.
     held_out: int = 0
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # what makes the figures doubtful, with what to do about it
+    # By layer that keeps all channels because they can't be removed, the reason; with `layers=` of those alone.
     whole: dict[str, str] = field(default_factory=dict)
+    # Whether the distilled weights were kept, and the figures that decided; None where nothing was distilled.
     distillation: Verdict | None = None
-    tolerance: ToleranceOutcome | None = None
+    tolerance: ToleranceOutcome | None = None  # with a tolerance, what the search found
+    # With depth=True, the removed blocks by their names in the unpruned network; `layers` has those in the smaller one.
     depth: DepthOutcome | None = None
-    outputs: ComparedOutputs | None = None
-    undescribed: str = ""
+    outputs: ComparedOutputs | None = None  # which outputs of the model are compared; none are named with `outputs=`
+    undescribed: str = ""  # of a model of Transformers, what its config can't say; empty where from_pretrained loads it
+    # What functions of the package have changed since: the figures are those before.
     changed_since: tuple[str, ...] = ()
-    grouped: bool = False
-    time: TimedPair | None = None
+    grouped: bool = False  # whether the calibration data said which samples belong together
+    time: TimedPair | None = None  # milliseconds of both networks, with time=True or a latency budget
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""

@@ -269,8 +269,3 @@ def allocations_to_try(pruner: str) -> tuple[str, ...]:
             "(budget)"
         )
     return found
-
-
-def describes(model: nn.Module, budget: Budget) -> bool:
-    """Say whether a config of Transformers has to describe the smaller network under a checked budget."""
-    return bool(budget.equal_blocks) and is_pretrained(model)

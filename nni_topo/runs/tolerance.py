@@ -72,46 +72,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ToleranceOutcome:
-    """What a search within a tolerance found; ``str`` is a sentence.
+    """What a search within a tolerance found; ``str`` is a sentence."""
 
-    Attributes
-    ----------
-    tolerance : float
-        What was asked for.
-    measure : {"answers", "distance", "evaluate"}
-        What is at most the tolerance: the share of images whose answer, the class of the largest output, changes; the
-        mean squared distance of the outputs from the unpruned network's, over their variance; or the fall of the number
-        that ``evaluate`` returns.
-    kind : {"flops", "params", "latency", "memory"}
-        The cost that was made small.
-    left : float
-        Share of it that the returned network keeps.
-    difference, limit : float
-        Of the returned network, on the images that confirm: the estimate and its upper 95 % limit (NaN for
-        ``"evaluate"``).
-    held_out : int
-        Number of images that confirm, or of groups of images where these are known.
-    judges : int
-        Number of images, or groups, that judged the candidates.
-    candidates : tuple of Candidate
-        All networks that were tried, in the order of the search.
-    confirmations : tuple of Candidate
-        Those that were looked at on the images that confirm, with what these show, from the largest network on.
-    is_met : bool
-        Whether a smaller network was confirmed. Otherwise a copy of the unpruned network was returned.
-    """
-
-    tolerance: float
+    tolerance: float  # what was asked for
+    # What is at most the tolerance. answers: the share of images whose answer, the class of the largest output,
+    # changes; distance: the mean squared distance of the outputs over their variance; evaluate: the fall of its number.
     measure: str
-    kind: str
-    left: float
-    difference: float
-    limit: float
-    held_out: int
-    judges: int
-    candidates: tuple[Candidate, ...]
-    confirmations: tuple[Candidate, ...]
-    is_met: bool
+    kind: str  # the cost that was made small: flops, params, latency or memory
+    left: float  # share of it that the returned network keeps
+    difference: float  # of the returned network, on the images that confirm
+    limit: float  # its upper 95 % limit; NaN: evaluate
+    held_out: int  # images that confirm, or groups of images where these are known
+    judges: int  # images, or groups, that judged the candidates
+    candidates: tuple[Candidate, ...]  # all networks that were tried, in the order of the search
+    confirmations: tuple[Candidate, ...]  # those looked at on the images that confirm, from the largest network on
+    is_met: bool  # whether a smaller network was confirmed; otherwise a copy of the unpruned one was returned
 
     def __str__(self) -> str:
         distilled = sum(each.is_distilled for each in self.candidates)
@@ -251,7 +226,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
     if measure == "evaluate":
         decides, parts = settings.evaluate, []
     judge = Judge(steps.model, measured.answers, parts, tolerance, measure, decides)
-    floor = steps.planned_left(fewest_channels(steps.counted, steps.prunable.entries, steps.round_to))
+    floor = steps.planned_left(fewest_channels(steps.counted, steps.prunable.entries, steps.start.round_to))
     if floor * _NEAR >= 1.0:
         raise ConfigError(
             f"a network must have channels to remove, got one whose fewest channels keep {floor:.4g} of its {kind} "

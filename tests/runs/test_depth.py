@@ -339,7 +339,6 @@ class Part(nn.Module):
         self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 4)
 
     def forward(self, x):
-        """Map (samples, 4)."""
         return self.two(torch.relu(self.one(x)))
 
 
@@ -351,7 +350,6 @@ class TwoParts(nn.Module):
         self.first, self.second = Part(), Part()
 
     def forward(self, x):
-        """Map (samples, 4)."""
         x = x + self.first(x)
         return x + self.second(x)
 
@@ -422,7 +420,7 @@ def staged(losses, *, kind="flops", whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, 
     judges = Calibration([torch.zeros(8, 1)])
     start = Pipeline(Analysis(nn.Identity(), ((torch.zeros(1, 1),), {})))
     images = ImageParts(judges, judges, judges, judges, None)
-    asked = Prepared(start, images, Settings(), Budget(**{kind: 0.25}), None, is_search=True)
+    asked = Prepared(start, images, Settings(), Budget(**{kind: 0.25}), None, False, is_search=True)
     return Staged(asked, whole, kept or {}, refused, overhead)
 
 
@@ -476,7 +474,6 @@ class Blocks(nn.Module):
         self.blocks = nn.ModuleList(block() for _ in range(count))
 
     def forward(self, x):
-        """Map (samples, 5) to (samples, 3)."""
         x = self.enter(x)
         for block in self.blocks:
             x = block(x)
@@ -492,7 +489,6 @@ class InPlace(TwoParts):
     """Adds in place what its parts give, which changes its input."""
 
     def forward(self, x):
-        """Map (samples, 4)."""
         x += self.first(x)
         x += self.second(x)
         return x
@@ -506,7 +502,6 @@ class Wide(nn.Module):
         self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 4)
 
     def forward(self, x):
-        """Map (samples, 4)."""
         return 0.1 * x + self.two(torch.relu(self.one(x)))
 
 
@@ -538,7 +533,6 @@ class Telling(Blocks):
     """Returns what a decoder does: the scores, and what the blocks keep for the next call."""
 
     def forward(self, x):
-        """Map (samples, 5) to a mapping."""
         x, kept = self.enter(x), []
         for block in self.blocks:
             x = block(x)
@@ -550,7 +544,6 @@ class Indexed(Blocks):
     """Needs all blocks."""
 
     def forward(self, x):
-        """Map (samples, 5) to (samples, 3)."""
         x = self.enter(x)
         for number in range(3):
             x = self.blocks[number](x)

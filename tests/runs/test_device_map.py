@@ -40,10 +40,6 @@ def all_in_memory(model, folder):
     return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
 
 
-def one_device(model, folder):
-    return accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
-
-
 @pytest.mark.parametrize("place", [with_block_on_disk, all_on_disk, all_in_memory])
 def test_a_model_whose_weights_are_offloaded_is_refused_and_stays_as_it_was(place, tmp_path):
     model = place(llama(), str(tmp_path))
@@ -53,15 +49,3 @@ def test_a_model_whose_weights_are_offloaded_is_refused_and_stays_as_it_was(plac
         nni_topo.shrink(model, batches(), {"params": 0.8}, **KNOBS)
     assert [parameter.device for parameter in model.parameters()] == devices
     assert torch.equal(model(**batches()[0]).logits, llama()(**batches()[0]).logits)
-
-
-@pytest.mark.parametrize("place", [with_block_on_disk, pytest.param(all_on_disk, marks=pytest.mark.slow), one_device])
-@pytest.mark.slow
-def test_where_the_weights_are_in_memory_it_becomes_the_network_that_it_would_have_become(place, tmp_path):
-    model = place(llama(), str(tmp_path))
-    if place is not one_device:
-        accelerate.hooks.remove_hook_from_module(model, recurse=True)
-    found = nni_topo.shrink(model, batches(), {"params": 0.8}, **KNOBS)
-    expected = nni_topo.shrink(llama(), batches(), {"params": 0.8}, **KNOBS)
-    assert sum(each.numel() for each in found.parameters()) < sum(each.numel() for each in model.parameters())
-    assert torch.equal(found(**batches()[0]).logits, expected(**batches()[0]).logits)

@@ -81,19 +81,17 @@ def test_a_file_that_cant_be_used_is_refused_before_the_network_is_trained(tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("dependency_groups", [True, False])
-def test_coupled_layers_lose_the_same_channels_unless_the_file_says_otherwise(dependency_groups, tmp_path):
+def test_coupled_layers_lose_the_same_channels(tmp_path):
     model, data = ModelChoice("resnet20"), DataChoice("digits", limit=32)
     torch.save(zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=8).state_dict(), tmp_path / "net")
     asked = [{"op_names": ["conv1", "stage1.0.conv2", "stage1.1.conv2", "stage1.2.conv2"], "sparse_ratio": 0.5}]
-    config = PruneConfig("l1", asked, dependency_groups=dependency_groups)
-    record = prune_checkpoint(model, tmp_path / "net", config, data, tmp_path / "out", progress=False)
-    assert (record["widths"]["conv1"] == 8) == dependency_groups
+    record = prune_checkpoint(model, tmp_path / "net", PruneConfig("l1", asked), data, tmp_path / "out", progress=False)
+    assert record["widths"]["conv1"] == 8
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"dense.safetensors", "masks.pt", "summary.json"}
     masks = torch.load(tmp_path / "out" / "masks.pt", weights_only=True)
-    kept = [masks[name]["weight"].flatten(1).any(1) for name in asked[0]["op_names"]]
-    assert all(torch.equal(kept[0], each) for each in kept[1:]) == dependency_groups
+    first, *others = (masks[name]["weight"].flatten(1).any(1) for name in asked[0]["op_names"])
+    assert all(torch.equal(first, each) for each in others)
 
 
 def test_the_seed_decides_what_a_random_pruner_removes(checkpoint, tmp_path):

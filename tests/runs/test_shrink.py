@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 import time
 from collections import OrderedDict
@@ -24,7 +23,6 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.budget import network_cost
 from nni_topo.recovery import Reconstruct
 from nni_topo.runs.prepared import prepare
-from nni_topo.runs.report import ShrinkReport
 from nni_topo.runs.settings import Settings
 from nni_topo.sharing import find_ties
 from nni_topo.testing import toy_images, toy_model
@@ -121,21 +119,13 @@ def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(digits_n
     assert [line.split()[0] for line in repr(small.report).splitlines()[1:5]] == list(stages)
 
 
-def test_a_network_is_made_smaller_again_and_the_reports_are_those_of_the_last_step():
-    images = list(toy_images(64).split(32))
+def test_a_network_is_made_smaller_again_and_the_report_is_that_of_the_last_step():
     first = shrunk({"flops": 0.7})
-    second = nni_topo.shrink(first, images, {"flops": 0.7}, distill=False)
-    assert isinstance(first.report, ShrinkReport)
+    second = nni_topo.shrink(first, list(toy_images(64).split(32)), {"flops": 0.7}, distill=False)
     assert second.report.stages[0].macs == first.report.stages[-1].macs
     assert second.report.stages[-1].macs <= 0.75 * second.report.stages[0].macs
     widths = {row.name: row.after for row in first.report.layers.rows}
     assert {row.name: row.before for row in second.report.layers.rows} == widths
-    assert "reconstructed" in repr(second.report)
-    name = next(row.name for row in second.report.layers.rows if row.after < row.before)
-    weight = torch.ones_like(second.get_submodule(name).weight)
-    weight[0] = 0.0
-    dense = nni_topo.to_dense(second, images[0][:2], {name: {"weight": weight}})
-    assert next(row for row in dense.report.rows if row.name == name).asked < widths[name]
 
 
 class Tagger(nn.Module):
@@ -334,33 +324,6 @@ def test_a_pruner_that_finds_the_number_itself_tells_what_it_leaves(caplog):
     assert f"{left / whole:.4g} of the unpruned network's cost is kept" in caplog.text
 
 
-def test_a_recovery_method_with_settings_of_its_own():
-    by_name, once = shrunk(), shrunk(compensate=Reconstruct(refine=0))
-    places = [layer.place for layer in by_name.report.compensation.layers]
-    assert [place for place in places if not place.startswith("relu(")] == [
-        layer.place for layer in once.report.compensation.layers
-    ]
-    assert len(places) > len(once.report.compensation.layers) > 0
-    same = shrunk(compensate=Reconstruct())
-    torch.testing.assert_close(same.state_dict(), by_name.state_dict(), rtol=0, atol=0)
-
-
-def test_outputs_that_are_no_classes_have_no_agreement():
-    class Features(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = toy_model()
-
-        def forward(self, images):
-            found = self.net(images)
-            return {"features": found, "twice": 2 * found}
-
-    small = nni_topo.shrink(Features().eval(), [toy_images(64)], {"flops": 0.5}, distill={"steps": 3})
-    assert all(math.isnan(stage.agreement) for stage in small.report.stages)
-    assert "agreement" not in repr(small.report)
-    assert small.report.stages[-1].distance > 0.0
-
-
 def coordinates(scale):
     """A network of three coordinates that move together: softened probabilities can't see how far."""
     torch.manual_seed(1)
@@ -555,7 +518,7 @@ def test_where_no_time_is_left_the_network_is_not_distilled_and_a_warning_says_s
     assert warning in caplog.text
 
 
-@pytest.mark.parametrize(("seconds", "of_distillation"), [(4.0, 1000.0), (4.0, None), (1000.0, 1.0)])
+@pytest.mark.parametrize(("seconds", "of_distillation"), [(4.0, None), (1000.0, 1.0)])
 def test_distillation_ends_when_the_time_of_the_call_or_its_own_is_over(seconds, of_distillation):
     images = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))

@@ -15,10 +15,7 @@ from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_shar
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs import prepared
-from nni_topo.runs.tolerance import (
-    PARTS,
-    Judge,
-)
+from nni_topo.runs.tolerance import PARTS, Judge
 
 WIDTH, DISTINCT = 32, 8
 
@@ -73,22 +70,6 @@ def test_the_smallest_network_within_the_tolerance_is_found_and_confirmed():
     assert all(not each.is_within for each in found.candidates if each.left < found.left)
     assert [stage.network for stage in small.report.stages] == ["unpruned", "pruned", "reconstructed"]
     assert "the tolerance of 0.01 is met" in repr(small.report)
-
-
-@pytest.mark.slow
-def test_a_larger_network_is_confirmed_where_the_smallest_one_passed_by_chance():
-    results = []
-    for seed in (2, 5, 6, 9, 10, 11):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(6, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 3)).eval()
-        results.append(shrunk(model, [rows(1600)], tolerance=0.03).report.tolerance)
-    # Without the larger ones, none of the six has a result.
-    assert sum(found.is_met for found in results) >= 5
-    missed = [found for found in results if not found.confirmations[-1].is_within]
-    assert len(missed) >= 4
-    for found in results:
-        if found.is_met:
-            assert found.left == min(look.left for look in found.confirmations if look.is_within)
 
 
 def test_a_single_network_that_passed_gets_a_larger_one_beside_it():
@@ -238,31 +219,6 @@ def test_the_search_begins_between_a_64th_and_the_whole():
     assert shrunk(wide, **quick).report.tolerance.candidates[0].asked == 0.125
     # One neuron of 32: no less can be kept.
     assert shrunk(**quick).report.tolerance.candidates[0].asked == pytest.approx(0.03125**0.5)
-
-
-@pytest.mark.slow
-def test_a_budget_of_time_is_counted_by_one_table_and_the_result_is_timed(monkeypatch):
-    measured, timed = [], []
-
-    def measure_latency(model, example):
-        measured.append(example)
-        return proportional({"hidden": 1.0, "head": 1.0})
-
-    def time_shares(models, whole, example, wanted):
-        timed.append(models)
-        return [(0.4, 0.0)]
-
-    monkeypatch.setattr(prepared, "measure_latency", measure_latency)
-    monkeypatch.setattr(prepared, "time_shares", time_shares)
-    model = Copies().eval()
-    small = shrunk(model, list(rows(160).split(80)), budget="latency", pruner="l1", tolerance=0.3)
-    found = small.report.tolerance
-    ((example,),) = measured
-    assert len(example) == 80  # as large as the first batch that is given
-    assert found.is_met
-    assert found.left == 0.4
-    assert [len(models) for models in timed] == [1]
-    assert 0.4 not in [each.left for each in found.candidates]
 
 
 def test_outputs_that_are_no_scores_are_measured_by_their_distance():

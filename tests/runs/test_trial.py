@@ -252,15 +252,6 @@ def test_pruners_of_single_weights_are_refused(settings, tmp_path):
         run_trial(dataclasses.replace(settings, pruner="level"), tmp_path / "trial")
 
 
-@pytest.mark.slow
-def test_a_checkpoint_of_ones_own(settings, nets, tmp_path):
-    (checkpoint,) = (nets / "checkpoints").glob("*seed0.pt")
-    given = dataclasses.replace(settings, checkpoint=str(checkpoint))
-    metrics = run_trial(given, tmp_path / "given", cache=tmp_path / "unused")
-    assert not (tmp_path / "unused").exists()
-    assert metrics["accuracy"] == run_trial(settings, tmp_path / "found", cache=nets)["accuracy"]
-
-
 def test_a_folder_that_cant_be_made_is_a_clear_error(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="must be a folder that can be written to"):

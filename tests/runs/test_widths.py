@@ -17,7 +17,6 @@ from nni_topo.runs.widths import (
     planned_ratios,
     proposed_ratios,
     pruning_config,
-    sorted_layers,
 )
 from nni_topo.speedup import to_dense
 
@@ -142,34 +141,3 @@ def test_the_fewest_channels_are_those_that_bounds_and_multiples_allow(bounds, r
     entries = [{"op_names": ["0"], **bounds}]
     found = fewest_channels(Analysis.on(net, images), entries, round_to)
     assert {name: int(each.sum()) for name, each in found.items()} == {"0": kept}
-
-
-class Stubborn(nn.Module):
-    """Convolutions of which one can lose channels; a softmax, a fixed size and a branch hold the others."""
-
-    def __init__(self):
-        super().__init__()
-        self.idle = nn.Conv2d(8, 8, 1)
-        self.free, self.other, self.mixed, self.sized = (nn.Conv2d(n, 8, 1) for n in (3, 8, 8, 8))
-        self.states, self.head = nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 5)
-
-    def forward(self, x):
-        """Map (images, 3, 4, 4) to (images, 5)."""
-        x = self.mixed(torch.relu(self.other(torch.relu(self.free(x))))).softmax(1)
-        x = self.sized(x).reshape(len(x), 8, 16).transpose(1, 2)
-        return self.head(self.states(x)[0].mean(1))
-
-
-MIXED = "the result of an operation depends on removed channels (softmax)"
-SIZED = "the sizes of an operation don't fit fewer channels"
-UNUSED = "the forward doesn't use the layer"
-OUTPUT = "it gives the model's output"
-
-
-def test_layers_that_can_lose_channels_are_told_from_those_that_cant_with_the_reason():
-    names, why = sorted_layers(Analysis.on(Stubborn().eval(), torch.zeros(2, 3, 4, 4)))
-    assert names == ["free", "other", "states"]
-    assert list(why) == ["mixed", "sized", "head", "idle"]
-    assert (why["mixed"], why["head"], why["idle"]) == (MIXED, OUTPUT, UNUSED)
-    assert why["sized"].startswith(SIZED)
-    assert inner_layers(Stubborn().eval(), torch.zeros(2, 3, 4, 4)) == ["free", "other"]
