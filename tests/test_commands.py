@@ -19,7 +19,6 @@ FILES = [
     *PAGES,
     PROJECT / "benchmarks" / "RESULTS.md",
     *PROJECT.glob("benchmarks/results/*.md"),
-    *PROJECT.glob("benchmarks/archive/*.md"),
     *PROJECT.glob("configs/**/*.y*ml"),
 ]
 CHEAP = ("list", "analyze compression --model resnet20 ", "analyze compression --model mnist_fcn ")
