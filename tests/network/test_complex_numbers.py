@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
+from nni_topo.network.runtime.copies import to_precision
 from nni_topo.network.runtime.inputs import call_in_precision
-from nni_topo.network.runtime.weights import to_precision
 from nni_topo.speedup import masked_model
 
 COMPLEX = torch.complex64

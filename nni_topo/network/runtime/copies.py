@@ -31,10 +31,12 @@ from nni_topo.context import context
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.memory import free_memory_of, out_of_memory
 from nni_topo.network.runtime.modules import (
+    cast_tensor,
     has_compiled,
     is_compiled_function,
     is_compiled_module,
     is_plain,
+    put_attribute,
 )
 from nni_topo.network.runtime.switches import one_call, package_settings, random_state_kept
 
@@ -434,3 +436,52 @@ def lent(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a copy of a network for a user's function, which may train it; the random states are put back."""
     with random_state_kept(), _copies([model]) as copies:
         yield copies[model]
+
+
+def put_parameters(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Replace a model's real and complex parameters; one in several places stays one."""
+    made = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that no other gets its id
+    for module in model.modules():
+        for name, old in list(module._parameters.items()):
+            if old is not None and (old.is_floating_point() or old.is_complex()):
+                if id(old) not in made:
+                    made[id(old)] = old, nn.Parameter(make(old.detach()), requires_grad=False)
+                put_attribute(module, name, made[id(old)][1])
+
+
+def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a model to single or double precision, in place: its floats, and complex numbers to complex ones."""
+    model._apply(functools.partial(cast_tensor, dtype=dtype))
+    return model
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """Return a copy that computes in double precision; large weights, the model's own, are cast as they are read."""
+    copied: nn.Module = detached_copy(model, light=True)
+    as_read: list[tuple[nn.Module, nn.Parameter]] = []
+    for module in copied.modules():
+        weight = module._parameters.get("weight")
+        is_usual = isinstance(module, _READ_BY_FORWARD) and type(module)._apply is nn.Module._apply
+        if is_usual and weight is not None and weight.is_floating_point():
+            as_read.append((module, weight))
+            del module._parameters["weight"]
+    put_parameters(copied, torch.clone)  # casting works in place
+    to_precision(copied, torch.float64)
+    for module, weight in as_read:
+        module._parameters["weight"] = weight
+        kind = type(module)
+        if kind not in _DOUBLING:
+            own = {"weight": property(_weight_in_double), "__module__": kind.__module__}
+            _DOUBLING[kind] = type(kind.__name__, (kind,), own)
+        module.__class__ = _DOUBLING[kind]
+    return copied
+
+
+_READ_BY_FORWARD = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+_DOUBLING: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _weight_in_double(module: nn.Module) -> Tensor:
+    own = module._parameters["weight"]
+    assert own is not None  # a layer without weight keeps its class
+    return own.double()

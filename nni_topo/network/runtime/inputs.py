@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError, raised, shown
 from nni_topo.network.runtime.memory import out_of_memory
@@ -21,10 +21,6 @@ from nni_topo.network.runtime.modules import cast_tensor, device_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
-Variation = tuple[float, float]
-"""A factor and a shift of inputs: the shift is added first, then the factor multiplies."""
-VARIATIONS: tuple[Variation, ...] = ((0.01, 0.0), (100.0, 0.0), (1.0, 3.0))
-_SIDE = 64  # pixels a side of the images on which models are tried, if they take images of this size
 
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 """What a model raises that doesn't run on its inputs."""
@@ -238,53 +234,6 @@ def random_like(call: Call, generator: torch.Generator) -> Call:
 
     drawn: Call = tree_map_only(Tensor, draw, call)
     return drawn
-
-
-def shrunk(call: Call, side: int = _SIDE) -> Call:
-    """Return a call with the first two images, cropped to ``side`` pixels; unless all tensors are images: the call."""
-    if any(each.dim() != 4 for each in tensors_of(call)):
-        return call
-
-    def crop(images: Tensor) -> Tensor:
-        # Tensors of many channels are taken for features, whose size another input may have to match.
-        return images[:2, :, :side, :side] if images.shape[1] < _SIDE else images
-
-    small: Call = tree_map_only(Tensor, crop, call)
-    return small
-
-
-def varied(call: Call, variation: Variation) -> Call:
-    """Return a call with shifted and scaled floats."""
-    factor, shift = variation
-
-    def vary(tensor: Tensor) -> Tensor:
-        return (tensor + shift) * factor if tensor.is_floating_point() else tensor
-
-    new: Call = tree_map_only(Tensor, vary, call)
-    return new
-
-
-def variations_of(call: Call) -> tuple[Variation, ...]:
-    """List the variations of a call: none if it has no floats."""
-    return VARIATIONS if any(each.is_floating_point() for each in tensors_of(call)) else ()
-
-
-def together(call: Call, variations: tuple[Variation, ...]) -> Call | None:
-    """Return a batch of a call's first sample and its variations; None if floats aren't samples first."""
-    size = batch_size(call)
-    for tensor in tensors_of(call):
-        if tensor.is_floating_point() and (tensor.dim() == 0 or len(tensor) != size):
-            return None
-    sample = taken(call, torch.arange(1))
-    first_leaves, spec = tree_flatten(sample)
-    leaves_by_call = [first_leaves, *(tree_leaves(varied(sample, variation)) for variation in variations)]
-    joined = []
-    for same_leaf in zip(*leaves_by_call, strict=True):
-        first = same_leaf[0]
-        has_samples = isinstance(first, Tensor) and first.dim() > 0 and len(first) == 1
-        joined.append(torch.cat(same_leaf) if has_samples else first)
-    batch: Call = tree_unflatten(joined, spec)
-    return batch
 
 
 def first_samples(call: Call) -> Call:

@@ -27,12 +27,11 @@ from nni_topo.network.graph.tracing import arguments, is_in_parts, layer_sizes, 
 from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.layers.norms import channel_dim
-from nni_topo.network.runtime.copies import detached_copy, evaluating, unwrapped_copy
+from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.inputs import Call, first_samples, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.switches import as_written, random_state_kept
-from nni_topo.network.runtime.weights import put_parameters
 from nni_topo.network.speedup.dry_run import find_unprunable
 
 _logger = logging.getLogger(__name__)
@@ -257,7 +256,7 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
             attrgetter(name)(original)
         except AttributeError:
             constants[name] = attrgetter(name)(graph_module)
-    put_parameters(graph_module, lambda _, parameter: parameter.to("meta"))
+    put_parameters(graph_module, lambda parameter: parameter.to("meta"))
     graph_module.to("meta")
     assembled = partial(_assembled, graph, constants)
     return Trace(assembled, flow, recording.reads_values, recording.compared)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
@@ -33,12 +33,11 @@ from nni_topo.network.graph.traced_int import resized
 from nni_topo.network.graph.tracing import arguments
 from nni_topo.network.layers.kinds import is_recurrent
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, difference
-from nni_topo.network.runtime.copies import detached_copy, evaluating, unwrapped_copy
-from nni_topo.network.runtime.inputs import Call, call_in_precision, first_samples, random_like, shrunk, tensors_of
+from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, to_precision, unwrapped_copy
+from nni_topo.network.runtime.inputs import Call, call_in_precision, first_samples, random_like, tensors_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
-from nni_topo.network.runtime.weights import RandomWeights, put_parameters, to_precision
 from nni_topo.network.speedup.leaving_out import leave_out_of
 from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import Cutter, kept_slices
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from nni_topo.network.speedup.analysis import Analysis
 
 _SIDES = (33, 64)  # pixels of small images; strides halve 33 to 17, 9, 5, 3 and 2
+_MOST_COLOURS = 64  # channels of images
 _ROUNDS = 24  # each finds about half of the unprunable channels that weren't found yet
 
 _DRAWS = 5  # of random weights and inputs, as long as the network fails on them
@@ -82,7 +82,7 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
         args = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
         few, by_shape, clean = first_samples((args, {})), dict[str, Call](), set[bool]()
-        for call in (*(shrunk(few, side) for side in _SIDES), few, (args, {})):
+        for call in (*(_cropped(few, side) for side in _SIDES), few, (args, {})):
             by_shape.setdefault(str([each.shape for each in tensors_of(call)]), call)
         calls = list(by_shape.values())
         if analysis.depends_on_size and analysis.second is not None:
@@ -142,6 +142,19 @@ def _found_on(calls: list[Call], dry_run: _DryRun) -> dict[int, Reason]:
     return dry_run.run(calls[0][0])
 
 
+def _cropped(call: Call, side: int) -> Call:
+    """Return a call with the first two images, cropped to ``side`` pixels; unless all tensors are images: the call."""
+    if any(each.dim() != 4 for each in tensors_of(call)):
+        return call
+
+    def crop(images: Tensor) -> Tensor:
+        # Tensors of many channels are taken for features, whose size another input may have to match.
+        return images[:2, :, :side, :side] if images.shape[1] < _MOST_COLOURS else images
+
+    small: Call = tree_map_only(Tensor, crop, call)
+    return small
+
+
 def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
     """Return the graph of a model with random weights, in single precision, and the values of its placeholders."""
     full = analysis.trace.assembled(_with_random_weights(analysis.model))
@@ -162,17 +175,39 @@ def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
 def _with_random_weights(model: nn.Module) -> nn.Module:
     """Copy a model with random weights, under which nothing is zero or cancels by chance."""
     drawn: nn.Module = evaluating(unwrapped_copy(model, light=True))
-    normal, uniform = RandomWeights(torch.randn), RandomWeights(torch.rand)
+    normal, uniform = _RandomNumbers(torch.randn), _RandomNumbers(torch.rand)
 
     def real(old: Tensor) -> Tensor:
         fan = old[0].numel() if old.dim() > 1 else 0
         return normal.like(old, fan**-0.5) if fan else uniform.like(old, 1.0, 0.5)
 
-    def weights(_: str, old: Tensor) -> Tensor:
+    def weights(old: Tensor) -> Tensor:
         return torch.complex(real(old.real), real(old.imag)) if old.is_complex() else real(old)
 
     put_parameters(drawn, weights)
     return to_precision(drawn, torch.float32)
+
+
+class _RandomNumbers:
+    """Random numbers for a network's weights, which layers share: to draw them all takes longer than to run it."""
+
+    _DRAWN = 262_147  # a prime, so that no two rows of a layer hold the same numbers
+    _APART = 4096  # layers begin at different places
+
+    def __init__(self, draw: Callable[..., Tensor], generator: torch.Generator | None = None) -> None:
+        self._drawn = draw(self._DRAWN, generator=generator, device="cpu")
+        self._scaled: dict[tuple[torch.device, float], Tensor] = {}
+        self._start = 0
+
+    def like(self, weight: Tensor, scale: float, shift: float = 0.0) -> Tensor:
+        """Return single-precision numbers ``scale * drawn + shift`` in the shape of a weight."""
+        key, count = (weight.device, scale), weight.numel() + self._APART
+        if key not in self._scaled or self._scaled[key].numel() < count:
+            scaled = (self._drawn[:count] * scale + shift).to(weight.device)
+            self._scaled[key] = scaled.repeat(-(-count // scaled.numel()))
+        # An even place: complex numbers can be seen in the weights from there alone.
+        self._start = (self._start + 102) % self._APART
+        return self._scaled[key][self._start : self._start + weight.numel()].view(weight.shape)
 
 
 def _draw(

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.context import leaving_out
 from nni_topo.errors import NniTopoError, SpeedupError, raised
@@ -20,26 +20,23 @@ from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.slicing import keep
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, check_model
 from nni_topo.network.runtime.comparison import difference
-from nni_topo.network.runtime.copies import detached_copy, evaluating
+from nni_topo.network.runtime.copies import detached_copy, evaluating, in_double
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.hooks import watched
 from nni_topo.network.runtime.inputs import (
     Call,
-    Variation,
+    batch_size,
     call_in_precision,
     first_samples,
     random_like,
     returned_tensors,
+    taken,
     tensors_of,
-    together,
-    variations_of,
-    varied,
 )
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report
 from nni_topo.network.runtime.switches import random_state_kept
-from nni_topo.network.runtime.weights import in_double
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import (
@@ -55,6 +52,10 @@ from nni_topo.rules import FLAG
 from nni_topo.sharing import find_ties, tie_again, untie
 
 _RTOL = 1e-4  # of the largest output; a tenth of it is above rounding in single precision
+_Variation = tuple[float, float]
+"""A factor and a shift of inputs: the shift is added first, then the factor multiplies."""
+# Shifted both ways, as weights that were trained may tell these apart.
+_VARIATIONS: tuple[_Variation, ...] = ((0.01, 0.0), (100.0, 0.0), (1.0, 3.0), (1.0, -3.0))
 
 
 def apply_masks(model: torch.nn.Module, masks: FullMasks, *, light: bool = False) -> torch.nn.Module:
@@ -89,21 +90,20 @@ def check_equal(
     things of an operation. Returns in words what was compared.
     """
     drawn = random_like(call, torch.Generator().manual_seed(1))
-    pair, variations = (reference, dense), variations_of(drawn)
-    # shifted both ways, as weights that were trained may tell these apart
-    variations += tuple((factor, -shift) for factor, shift in variations if shift)
+    pair, has_floats = (reference, dense), any(each.is_floating_point() for each in tensors_of(drawn))
+    variations = _VARIATIONS if has_floats else ()
     # Usually one run shows it for all inputs at once, in double precision only where that is needed.
-    batch = together(drawn, variations) if variations else first_samples(drawn)
+    batch = _together(drawn, variations) if variations else first_samples(drawn)
     is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in reference.parameters())
     for double in (True,) if is_half else (False, True):
         agreed = None if batch is None else _agreed(pair, batch, 1 + len(variations), double=double)
         if agreed is not None:
             return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
     # Otherwise each input is looked at.
-    compared = list[Variation]()
+    compared = list[_Variation]()
     _check_one(pair, drawn, kept, advise)
     for variation in variations:
-        other = varied(drawn, variation)
+        other = _varied(drawn, variation)
         try:
             outputs = _outputs(reference, other, double=True)
         except Exception:  # a model needn't take all that is a number
@@ -114,14 +114,41 @@ def check_equal(
     return _told(drawn, compared)
 
 
-def _told(compared: Call, variations: list[Variation]) -> str:
+def _varied(call: Call, variation: _Variation) -> Call:
+    """Return a call with shifted and scaled floats."""
+    factor, shift = variation
+
+    def vary(tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor + shift) * factor if tensor.is_floating_point() else tensor
+
+    new: Call = tree_map_only(torch.Tensor, vary, call)
+    return new
+
+
+def _together(call: Call, variations: tuple[_Variation, ...]) -> Call | None:
+    """Return a batch of a call's first sample and its variations; None if floats aren't samples first."""
+    size = batch_size(call)
+    for tensor in tensors_of(call):
+        if tensor.is_floating_point() and (tensor.dim() == 0 or len(tensor) != size):
+            return None
+    sample = taken(call, torch.arange(1))
+
+    def join(*same: Any) -> Any:
+        has_samples = isinstance(same[0], torch.Tensor) and same[0].dim() > 0 and len(same[0]) == 1
+        return torch.cat(same) if has_samples else same[0]
+
+    batch: Call = tree_map(join, sample, *(_varied(sample, variation) for variation in variations))
+    return batch
+
+
+def _told(compared: Call, variations: list[_Variation]) -> str:
     """Return in words on which inputs two models were compared."""
     shapes = " and ".join(str(tuple(each.shape[1:])) for each in tensors_of(compared))
     others = "".join(f", {_named(each)}" for each in variations)
     return f"random inputs of shape {shapes}{others}"
 
 
-def _named(variation: Variation) -> str:
+def _named(variation: _Variation) -> str:
     factor, shift = variation
     return f"shifted by {shift:g}" if shift else f"times {factor:g}"
 
@@ -154,7 +181,7 @@ def _check_one(
     drawn: Call,
     kept: KeptIndices,
     advise: Callable[[], str] | None,
-    variation: Variation | None = None,
+    variation: _Variation | None = None,
 ) -> None:
     """Raise a SpeedupError unless two models agree on one input."""
     # In double precision two models that are equal differ by 1e-12 and less however deep they are.
