@@ -135,6 +135,12 @@ def words_of(error: BaseException) -> str:
     return "".join(each if each.isprintable() or each.isspace() else " " for each in words)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory is short; PyTorch's error for a CPU only says so in words."""
+    is_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_of_memory or "can't allocate memory" in words_of(error)
+
+
 def listed(names: Iterable[str], most: int = 4) -> str:
     """Name the first few of several things, and count the others, so that a message stays short."""
     found = list(names)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, out_of_memory
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost.cost import NetworkCost, cost_of
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
@@ -29,7 +29,6 @@ from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.inputs import Call, returned_tensors, tensors_of
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import dense_of, to_dense
 from nni_topo.network.speedup.dense_report import dense_report_of

@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 from torch.utils._pytree import tree_map, tree_map_only
 
-from nni_topo.errors import ConfigError, NniTopoError
+from nni_topo.errors import ConfigError, NniTopoError, out_of_memory
 from nni_topo.network.attention.heads import Attention, attend, find_heads, states_read
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
@@ -83,7 +83,6 @@ from nni_topo.network.layers.kinds import (
 )
 from nni_topo.network.layers.norms import channel_dim, gives_no_channels
 from nni_topo.network.runtime.inputs import tensors_of
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.sharing import find_ties
 
 _logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, out_of_memory
 from nni_topo.network.layers.kinds import RECURRENT, recurrent_products
 from nni_topo.network.runtime.arguments import INPUTS, NETWORK, SHAPES
 from nni_topo.network.runtime.copies import evaluation_mode
@@ -35,7 +35,6 @@ from nni_topo.network.runtime.inputs import (
     taken,
     tensors_of,
 )
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.network.runtime.switches import as_written
 from nni_topo.rules import all_of, checked, whole

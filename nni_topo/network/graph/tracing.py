@@ -24,7 +24,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import ConfigError, SpeedupError, raised
+from nni_topo.errors import ConfigError, SpeedupError, out_of_memory, raised
 from nni_topo.network.attention.heads import Attention, Given, find_attention, open_attention
 from nni_topo.network.attention.unfused.multihead import is_unfused, mixing_called
 from nni_topo.network.graph.nodes import RANDOM, ShapeNoting, on_modules
@@ -52,7 +52,6 @@ from nni_topo.network.runtime.inputs import (
     returned_tensors,
     tensors_of,
 )
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import is_transformed
 from nni_topo.network.runtime.switches import (
     as_written,

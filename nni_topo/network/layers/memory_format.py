@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from nni_topo.errors import out_of_memory
 from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.hooks import watched
-from nni_topo.network.runtime.memory import out_of_memory
 
 _FEW = 16  # channels that a vector register holds, at most
 

@@ -28,8 +28,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nni_topo.context import context
-from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.memory import free_memory_of, out_of_memory
+from nni_topo.errors import ConfigError, out_of_memory
+from nni_topo.network.runtime.memory import free_memory_of
 from nni_topo.network.runtime.modules import (
     cast_tensor,
     has_compiled,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, out_of_memory
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import Entering, padding_known, watched
 from nni_topo.network.runtime.inputs import (
@@ -26,7 +26,6 @@ from nni_topo.network.runtime.inputs import (
     on_device,
     taken,
 )
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.progress import bar
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.context import context, in_context, tell
-from nni_topo.errors import ConfigError, DataError, NniTopoError, raised
+from nni_topo.errors import ConfigError, DataError, NniTopoError, out_of_memory, raised
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
 from nni_topo.network.runtime.inputs import bind_arguments, inputs_of, real_positions_of, required_arguments
-from nni_topo.network.runtime.memory import out_of_memory
 
 Entering = Callable[[Tensor], Any]
 """Gets the tensor that enters a layer. What it returns enters instead, unless that is None."""

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError, raised, shown
-from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError, out_of_memory, raised, shown
 from nni_topo.network.runtime.modules import cast_tensor, device_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Memory that is free or missing."""
+"""Memory that is free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nni_topo.errors import DataError, words_of
+from nni_topo.errors import DataError
 
 _SMALL = 2**26  # bytes that needn't be asked for
 _LARGE = 2**26  # parameters of a model that is worth freeing at once
@@ -46,11 +46,6 @@ def check_memory(needed: float, what: str, cure: str, place: str, free: int | No
 def free_memory_of(device: torch.device) -> int:
     """Return the bytes that this process can take on a device; what PyTorch keeps of a GPU counts as taken."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Say whether an error means that memory is short; PyTorch's error for a CPU only says so in words."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in words_of(error)
 
 
 def give_back_memory(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
-from nni_topo.errors import NniTopoError, SpeedupError, raised
+from nni_topo.errors import NniTopoError, SpeedupError, out_of_memory, raised
 from nni_topo.network.attention.unfused.own_width import has_own_forward, take_own_width
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
@@ -30,7 +30,6 @@ from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.inputs import Call, first_samples, tensors_of
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.switches import as_written, random_state_kept
 from nni_topo.network.speedup.dry_run import find_unprunable
 

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import SpeedupError, raised
+from nni_topo.errors import SpeedupError, out_of_memory, raised
 from nni_topo.network.attention.heads import attend
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.flow import ChannelFlow
@@ -35,7 +35,6 @@ from nni_topo.network.layers.kinds import is_recurrent
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, difference
 from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, to_precision, unwrapped_copy
 from nni_topo.network.runtime.inputs import Call, call_in_precision, first_samples, random_like, tensors_of
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
 from nni_topo.network.speedup.leaving_out import leave_out_of

@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.context import leaving_out
-from nni_topo.errors import NniTopoError, SpeedupError, raised
+from nni_topo.errors import NniTopoError, SpeedupError, out_of_memory, raised
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.slicing import keep
 from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, check_model
@@ -33,7 +33,6 @@ from nni_topo.network.runtime.inputs import (
     taken,
     tensors_of,
 )
-from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report
 from nni_topo.network.runtime.switches import random_state_kept

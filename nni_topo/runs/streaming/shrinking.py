@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.disk import check_free_disk, disk_errors, only_process, path_of, read_json
-from nni_topo.errors import ConfigError, DataError, listed, raised
+from nni_topo.errors import ConfigError, DataError, listed, out_of_memory, raised
 from nni_topo.network.attention.config import put_heads, put_widths
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
@@ -33,7 +33,7 @@ from nni_topo.network.runtime.inputs import (
     real_positions_of,
     taken,
 )
-from nni_topo.network.runtime.memory import check_memory, free_memory_of, out_of_memory
+from nni_topo.network.runtime.memory import check_memory, free_memory_of
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
 from nni_topo.pruners.budget import Budget, as_budget, budget_outcome, warn_if_missed

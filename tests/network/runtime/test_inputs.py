@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
-from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.errors import ConfigError, DataError, SpeedupError, out_of_memory
 from nni_topo.network.runtime.fits import structure_of
 from nni_topo.network.runtime.inputs import (
     arguments_of,
@@ -19,7 +19,6 @@ from nni_topo.network.runtime.inputs import (
     fitting,
     inputs_of,
     lists_of_samples,
-    out_of_memory,
     real_positions,
     returned_by_name,
     returned_tensors,
