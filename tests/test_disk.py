@@ -49,11 +49,6 @@ def put(kind, path):
         path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
-    elif kind == "device":
-        try:
-            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
-        except PermissionError:
-            path.symlink_to(os.devnull)
     elif kind == "link to a device":
         path.symlink_to(os.devnull)
     elif kind == "link to itself":
@@ -64,7 +59,7 @@ def put(kind, path):
     ("name", "kind"),
     [
         *((name, "folder") for name in WRITERS),
-        *(("save", kind) for kind in ("pipe", "device", "link to a device", "link to itself")),
+        *(("save", kind) for kind in ("pipe", "link to a device", "link to itself")),
     ],
 )
 def test_only_regular_files_are_replaced(name, kind, tmp_path, monkeypatch):
@@ -81,20 +76,18 @@ def test_only_regular_files_are_replaced(name, kind, tmp_path, monkeypatch):
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.quick_every(3)
-def test_a_link_stays_and_its_file_is_written(name, is_there, tmp_path):
+def test_a_link_stays_and_its_file_is_written(name, tmp_path):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     path, target = (place / NAMES.get(name, "out.pt") for place in (tmp_path, folder))
     path.symlink_to(target)
-    if is_there:
+    if name != "text":  # the others have a file there already, whose mode stays
         target.touch(0o640)
     WRITERS[name](path)
     assert path.is_symlink()
     assert target.stat().st_size
-    assert not is_there or stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert name == "text" or stat.S_IMODE(target.stat().st_mode) == 0o640
     assert sorted(each.name for each in folder.iterdir()) == [target.name]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import signal
 
 import pytest
@@ -203,20 +202,6 @@ def test_a_run_tells_each_trial_once_and_exports_the_best(running, manager):
     ((experiment, resume, everywhere),) = running.experiments
     assert experiment.port is None  # it was stopped
     assert (resume, everywhere) == (None, False)
-
-
-def test_a_terminal_shows_how_many_trials_have_ended(running, manager):
-    running.at_pauses = [running.end]
-    manager.replies["stderr"] = "ValueError: a ratio of 7 in [red]"
-    said = io.StringIO()
-    running.run(Console(file=said, width=160, force_terminal=True, color_system="standard"), listen_everywhere=True)
-    # plain text without colours, which a terminal would otherwise give numbers and paths
-    head = f"experiment {manager.id} at http://localhost:{manager.port} (all interfaces, without a password)"
-    assert head in said.getvalue()
-    assert "trial 2 (NKlsg) failed: ValueError: a ratio of 7 in [red] · ratio=0.75" in said.getvalue()
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.getvalue())
-    assert re.search(r"\bdone .* 4/4 ", plain)
-    assert running.experiments[0][2] is True
 
 
 def test_ctrl_c_exports_what_there_is_and_names_one_way_on(running, manager, capsys):

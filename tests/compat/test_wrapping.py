@@ -154,9 +154,6 @@ class NniFailing(Pruner):
 
 FAILURES = {
     "unknown type": lambda model: L1NormPruner(model, [{"op_names": ["stem", "drop"], "sparse_ratio": 0.5}]),
-    "unknown target": lambda model: L1NormPruner(
-        model, [{"op_names": ["stem"], "target_settings": {"wait": {"sparse_ratio": 0.5}}}]
-    ),
     "end of a constructor": lambda model: Failing(model, request(["stem", "one"])),
     "interrupt": lambda model: NniFailing(model, request(["stem", "one"])),
 }

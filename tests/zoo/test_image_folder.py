@@ -179,13 +179,6 @@ def flattened(root: Path, folder: Path, name: str) -> dict[str, str]:
     return classes
 
 
-def test_images_that_are_not_sorted_by_class_are_refused(folder, tmp_path) -> None:
-    flattened(tmp_path / "images", folder, "val")
-    place = re.escape(str(tmp_path / "images" / "val"))
-    with pytest.raises(DataError, match=rf"must hold one folder per class .*docs/sources\.md.*Couldn't find.*{place}"):
-        load_data(str(tmp_path / "images"), image_size=16)
-
-
 def test_the_command_of_the_documentation_sorts_the_validation_images_of_ilsvrc(folder, tmp_path) -> None:
     classes = flattened(tmp_path / "images", folder, "val")
     page = (Path(__file__).parents[2] / "docs" / "sources.md").read_text(encoding="utf-8")

@@ -98,37 +98,6 @@ def test_five_trials_of_which_one_crashes(home, nets, wait_until):
 
 
 @pytest.mark.slow
-def test_a_killed_manager_is_resumed_and_its_trials_go_on(home, nets, wait_until):
-    config = configured(home, nets, "  seed: {_type: choice, _value: [0, 1, 2, 3]}", 4, "--retrain-epochs 40")
-    words = ["experiment", "run", config, "--port", str(home.port), "--out", "out"]
-    with home.popen(sys.executable, "-m", "nni_topo", *words) as process:
-        try:
-            wait_until(lambda: {"SUCCEEDED", "RUNNING"} <= set(statuses(home)))
-            (entry,) = json.loads((home.folder / "nni-experiments" / ".experiment").read_text()).values()
-            before = {job["trialJobId"]: job["status"] for job in home.rest("trial-jobs")}
-            os.kill(entry["pid"], signal.SIGKILL)
-            _, err = process.communicate(timeout=SECONDS)
-        finally:
-            process.send_signal(signal.SIGTERM)
-    assert process.returncode == 2
-    said = " ".join(err.split())
-    assert f"NNI's manager must answer, got none (port {home.port})" in said
-    assert f"nni-topo experiment run --resume {entry['id']}" in said
-    port = free_port()
-    resumed = home.run("nnictl", "resume", entry["id"], "--port", str(port))
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    try:
-        wait_until(lambda: statuses(home, port) == ["SUCCEEDED"] * 4)
-        after = {job["trialJobId"]: job["status"] for job in home.rest("trial-jobs", port)}
-    finally:
-        home.run("nnictl", "stop", "--port", str(port))
-    assert before.keys() <= after.keys()
-    best = home.topo("experiment", "export", entry["id"], "--out", "best")
-    assert best.returncode == 0, best.stderr
-    assert (home.folder / "best" / "dense.safetensors").stat().st_size > 1000
-
-
-@pytest.mark.slow
 def test_an_interrupted_run_exports_what_it_found_and_names_one_way_on(home, nets, wait_until):
     # so many that most are still to come when the signal arrives, however busy the machine is
     config = configured(home, nets, f"  seed: {{_type: choice, _value: {[*range(10)]}}}", 10, "--retrain-epochs 40")
