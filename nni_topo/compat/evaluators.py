@@ -77,11 +77,13 @@ def _prepare(cls: type, prepare: Callable[[], None]) -> None:
     cls.__new__ = make  # type: ignore[assignment, method-assign]
 
 
-def set_lightning_steps() -> bool:
-    """Let ``LightningEvaluator`` limit the number of training steps.
+def run_lightning() -> bool:
+    """Let ``LightningEvaluator`` limit the number of training steps, and evaluate a model while it trains.
 
-    Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator.train``. Cause: it assigns
-    ``trainer.fit_loop.max_steps``, which PyTorch Lightning 2.x only lets read.
+    Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator``. Cause: ``train`` assigns
+    ``trainer.fit_loop.max_steps``, which PyTorch Lightning 2.x only lets read. ``evaluate`` leaves the model without a
+    trainer, so that a pruner that evaluates between two steps ends the training, and it shows a second progress bar,
+    which Rich's console refuses.
     """
     if not evaluator.LIGHTNING_INSTALLED:
         return False
@@ -100,20 +102,6 @@ def set_lightning_steps() -> bool:
         # a trainer left on the model would be saved with it
         self.model.trainer = None
 
-    evaluator.LightningEvaluator.train = train
-    return True
-
-
-def evaluate_within_training() -> bool:
-    """Let ``LightningEvaluator`` evaluate a model while it trains.
-
-    Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator.evaluate``. Cause: it leaves the model without a
-    trainer, so that a pruner that evaluates between two steps ends the training, and it shows a second progress bar,
-    which Rich's console refuses.
-    """
-    if not evaluator.LIGHTNING_INSTALLED:
-        return False
-
     def evaluate(self: Any) -> tuple[float | None, list[dict[str, float]]]:
         """Test the bound module with a fresh copy of the trainer; one that trains it goes on afterwards."""
         trainer = self.trainer.trace_copy().get()
@@ -129,7 +117,7 @@ def evaluate_within_training() -> bool:
         scores = [metrics["default"] for metrics in results if "default" in metrics]
         return (sum(scores) / len(scores) if scores else None), results
 
-    evaluator.LightningEvaluator.evaluate = evaluate
+    evaluator.LightningEvaluator.train, evaluator.LightningEvaluator.evaluate = train, evaluate
     return True
 
 

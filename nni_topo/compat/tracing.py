@@ -164,39 +164,14 @@ def write_stand_ins_as_types() -> bool:
     return True
 
 
-def compare_stand_ins_as_types() -> bool:
-    """Let ``type(value) is tuple`` be true of a tuple.
+def wrap_functions_as_meant() -> bool:
+    """Let ``type(value) is tuple`` be true of a tuple, and PyTorch's functions call those that they mean.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: ``type`` gives
-    the class, while the name ``tuple`` means the class's stand-in. Models that check a type so (DistilBERT) raised
-    their own errors.
-    """
-    make, known = concrete_tracer._create_wrapped_leaf_func, {(stand_in := object()): list}
-    if make(SimpleNamespace(temp_disable_call=False, clz_wrapper_map=known), operator.is_, None)(list, stand_in):
-        return False
-
-    def make_wrapper(tracer: Any, func: Callable[..., Any], *rest: Any) -> Any:
-        traced = make(tracer, func, *rest)
-        if func not in (operator.is_, operator.is_not):
-            return traced
-
-        @functools.wraps(func)
-        def wrapper(*args: Any) -> Any:
-            classes = {id(stand_in): cls for stand_in, cls in tracer.clz_wrapper_map.items()}
-            return traced(*(classes.get(id(arg), arg) for arg in args))
-
-        return wrapper
-
-    concrete_tracer._create_wrapped_leaf_func = make_wrapper
-    return True
-
-
-def call_functions_of_python() -> bool:
-    """Let functions that PyTorch calls within a traced function be those that it means.
-
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: ``torch.norm``
-    and others of ``torch.functional`` are replaced by a wrapper, which calls the builtin of that name from PyTorch's
-    code: it takes other arguments, so that ``normalize``, ``mse_loss`` and others ended in a TypeError.
+    the class, while the name ``tuple`` means the class's stand-in: models that check a type so (DistilBERT) raised
+    their own errors. And ``torch.norm`` and others of ``torch.functional`` are replaced by a wrapper, which calls the
+    builtin of that name from PyTorch's code: it takes other arguments, so that ``normalize``, ``mse_loss`` and others
+    ended in a TypeError.
     """
     make = concrete_tracer._create_wrapped_leaf_func
     if make(SimpleNamespace(temp_disable_call=True), lambda: False, lambda: True)():
@@ -204,10 +179,16 @@ def call_functions_of_python() -> bool:
 
     def make_wrapper(tracer: Any, func: Callable[..., Any], to_func: Callable[..., Any] | None, *rest: Any) -> Any:
         traced = make(tracer, func, to_func, *rest)
+        compares = func in (operator.is_, operator.is_not)  # during a trace these names mean others
 
         @functools.wraps(func)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return to_func(*args, **kwargs) if to_func and tracer.temp_disable_call else traced(*args, **kwargs)
+            if to_func and tracer.temp_disable_call:
+                return to_func(*args, **kwargs)
+            if compares:
+                classes = {id(stand_in): cls for stand_in, cls in tracer.clz_wrapper_map.items()}
+                args = tuple(classes.get(id(arg), arg) for arg in args)
+            return traced(*args, **kwargs)
 
         return wrapper
 

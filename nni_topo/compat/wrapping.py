@@ -39,7 +39,8 @@ def keep_shared_parameters() -> bool:
 
     Place: ``nni/compression/base/wrapper.py``, ``TargetSpace._register_target`` and ``ModuleWrapper.unwrap``. Cause:
     each layer gets a copy, so that ``unwrap_model`` returned a model without its ties, and an optimizer that knows a
-    shared parameter by one name left the other layers out.
+    shared parameter by one name left the other layers out. An unwrapped module also kept the class's ``forward`` as an
+    attribute of its own.
     """
     if "register_parameter" not in ModuleWrapper.unwrap.__code__.co_names:
         return False
@@ -59,6 +60,8 @@ def keep_shared_parameters() -> bool:
     @functools.wraps(unwrap)
     def unwrap_one(self: ModuleWrapper) -> None:
         unwrap(self)
+        if getattr(self.module_forward, "__func__", None) is type(self.module).forward:
+            vars(self.module).pop("forward", None)
         for name in getattr(self, _TIED, ()):
             self.module._parameters[name] = self._parameters[name]
 
@@ -118,24 +121,6 @@ def wrap_modules_once() -> bool:
         return register(model, single, mode, existed_wrappers)
 
     compressor.register_wrappers = register_once
-    return True
-
-
-def leave_no_forward() -> bool:
-    """Leave an unwrapped module without an attribute ``forward`` of its own, if it had none.
-
-    Place: ``nni/compression/base/wrapper.py``, ``ModuleWrapper.unwrap``. Cause: it puts the class's method back as an
-    attribute of the module.
-    """
-    unwrap = ModuleWrapper.unwrap
-
-    @functools.wraps(unwrap)
-    def unwrap_one(self: ModuleWrapper) -> None:
-        unwrap(self)
-        if getattr(self.module_forward, "__func__", None) is type(self.module).forward:
-            vars(self.module).pop("forward", None)
-
-    ModuleWrapper.unwrap = unwrap_one
     return True
 
 
