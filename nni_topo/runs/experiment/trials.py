@@ -106,16 +106,10 @@ def answering(experiment: Experiment) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        after = ""  # the last error in the manager's log
-        if experiment.config is not None:
-            folder = Path(experiment.config.canonical_copy().experiment_working_directory)
-            log = folder / experiment.id / "log" / "nnimanager.log"
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-            errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
-            after = f", after: {errors[-1]}" if errors else ""
         raise ManagerError(
-            f"NNI's manager must answer, got none (port {experiment.port}){after}; if it was killed, "
-            f"`nni-topo experiment run --resume {experiment.id}` goes on"
+            f"NNI's manager must answer, got none (port {experiment.port}); if it was killed, "
+            f"`nni-topo experiment run --resume {experiment.id}` goes on, and its log is "
+            f"{experiment.id}/log/nnimanager.log in the folder of NNI's experiments"
         ) from error
 
 

@@ -34,8 +34,8 @@ def manager(tmp_path):
         yield found
 
 
-def experiment(port, config=None):
-    return SimpleNamespace(port=port, id="g4", url_prefix=None, config=config)
+def experiment(port):
+    return SimpleNamespace(port=port, id="g4", url_prefix=None)
 
 
 def test_scores_may_be_zero_or_negative():
@@ -88,21 +88,12 @@ def test_the_manager_finds_this_python_and_listens_here_alone(everywhere, monkey
     assert found["NODE_OPTIONS"] == " ".join(["--trace-warnings", *scripts])
 
 
-def test_a_manager_that_is_silent_is_told_with_its_last_error(tmp_path):
-    config = SimpleNamespace(canonical_copy=lambda: SimpleNamespace(experiment_working_directory=str(tmp_path)))
-
-    def told(silent):
-        with pytest.raises(ManagerError) as found, answering(silent):
-            raise ConnectionError
-        return str(found.value)
-
-    way_on = "; if it was killed, `nni-topo experiment run --resume g4` goes on"
-    assert told(experiment(7, config)) == f"NNI's manager must answer, got none (port 7){way_on}"
-    log = tmp_path / "g4" / "log" / "nnimanager.log"
-    log.parent.mkdir(parents=True)
-    log.write_bytes(b"[1] ERROR one\n[2] ERROR (x) the disk is \xff full\n[3] INFO end\n")
-    wanted = f"NNI's manager must answer, got none (port 7), after: (x) the disk is \ufffd full{way_on}"
-    assert told(experiment(7, config)) == wanted
+def test_a_manager_that_is_silent_is_told_with_the_way_on():
+    words = (
+        r"got none \(port 7\); if it was killed, `nni-topo experiment run --resume g4` goes on, .* g4/log/nnimanager"
+    )
+    with pytest.raises(ManagerError, match=words), answering(experiment(7)):
+        raise ConnectionError
 
 
 def job(trial: str, number: int | str, ratio: float, ran: int | str | None = None) -> dict[str, Any]:
