@@ -91,22 +91,18 @@ def test_the_same_channels_are_kept(device, name, tmp_path):
     assert reports[1].likeness.distance.value == pytest.approx(reports[0].likeness.distance.value, rel=1e-3)
 
 
-@pytest.mark.parametrize("steps", [0, 40])
 @pytest.mark.slow
-def test_solved_and_learned_weights_are_near(device, steps, source, tmp_path):
-    reports = []
+def test_solved_and_learned_weights_are_near(device, source, tmp_path):
+    rows = []
     for place in ("cpu", device):
-        knobs = SOLVED | {"distill": {"steps": steps, "lr": 3e-3} if steps else False, "device": place}
+        knobs = SOLVED | {"distill": {"steps": 40, "lr": 3e-3}, "device": place}
         target = tmp_path / str(place).replace(":", "")
-        reports.append(nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs))
-    rows = [report.blocks for report in reports]
+        rows.append(nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs).blocks)
     assert [row.is_distilled for row in rows[1]] == [row.is_distilled for row in rows[0]]
-    assert any(row.is_distilled for row in rows[0]) == bool(steps)
-    assert [row.distance for row in rows[1]] == pytest.approx(
-        [row.distance for row in rows[0]], rel=0.05 if steps else 1e-3
-    )
-    if device.type == "far" or not steps:  # AdamW makes steps of one size from gradients that are mere rounding
-        check_close(tmp_path / "cpu", tmp_path / str(device).replace(":", ""), share=1e-2 if steps else 1e-3)
+    assert any(row.is_distilled for row in rows[0])
+    assert [row.distance for row in rows[1]] == pytest.approx([row.distance for row in rows[0]], rel=0.05)
+    if device.type == "far":  # AdamW makes steps of one size from gradients that are mere rounding
+        check_close(tmp_path / "cpu", tmp_path / str(device).replace(":", ""), share=1e-2)
 
 
 @pytest.mark.slow
