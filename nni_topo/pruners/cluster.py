@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
-from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import nn
 
@@ -35,7 +34,6 @@ from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.features import FeatureCollector, TracedNetwork
 from nni_topo.pruners.clouds.functional import read_strength, readers_of
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
-from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit, output_blocks
 from nni_topo.rules import all_of, one_of
 
@@ -45,12 +43,79 @@ _MATRICES = {"kmeans": 0.5, "spectral": 7.0, "dbscan": 6.0}  # float64 numbers t
 _MEASURED = RELATIVE / FLOOR
 
 RULES = ("random", "center", "weight", "bias", "bias_norm")
-AUTO = ("auto",)
-
 Survivor = str | Sequence[str]
+SURVIVOR = one_of(("auto", *RULES)) | all_of(one_of(RULES), Sequence, least=1)
 
 
-SURVIVOR = one_of((*AUTO, *RULES)) | all_of(one_of(RULES), Sequence, least=1)
+@dataclass(frozen=True)
+class FeatureCloud:
+    """One part of a unit: its neurons' features ``(rows, d)``, those of all members side by side."""
+
+    points: FloatArray
+    deviations: FloatArray
+    names: IntArray
+
+    @cached_property
+    def covariance(self) -> FloatArray:
+        """Covariances between the neurons, shape (rows, rows)."""
+        covariance: FloatArray = self.deviations @ self.deviations.T
+        return covariance
+
+    def living(self) -> FeatureCloud:
+        """Return the cloud without the neurons that put out nothing but zeros."""
+        kept = (self.points != 0).any(1)
+        return FeatureCloud(self.points[kept], self.deviations[kept], self.names[kept])
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Each neuron's cluster, ``(blocks,)``, -1 for dead ones, none in two parts; the rows that each part keeps."""
+
+    labels: IntArray
+    rows: int
+
+
+@dataclass(kw_only=True, eq=False)
+class SurvivorMetric(MetricCalculator):
+    """Keeps one neuron of each cluster, by the ``survivor`` rules."""
+
+    collector: FeatureCollector
+    survivor: Survivor
+    seed: int
+    # By layer, of the latest call: the survivor of each pruned neuron. Dead neurons need none.
+    pairs: dict[str, dict[int, int]] = field(default_factory=dict, init=False)
+
+    @abstractmethod
+    def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
+        """Return the clusters of every unit, given the clouds of its parts."""
+
+    def calculate(self, data: Data, context: PruningContext) -> KeptSet:
+        """Cluster every unit and choose the neurons to keep."""
+        network = self.collector.network
+        clouds = {unit.name: _clouds(unit, data, network.flow.layers) for unit in context.units}
+        found = self.cluster(clouds, context)
+        generator = np.random.default_rng(self.seed)
+        rules = (self.survivor,) if isinstance(self.survivor, str) else tuple(self.survivor)
+        self.pairs, all_kept = {}, {}
+        for unit in context.units:
+            points, labels = np.concatenate([cloud.points for cloud in clouds[unit.name]]), found[unit.name].labels
+            best = best_of(labels, survivor_scores(rules, unit, context, network, points, labels, generator))
+            distances = np.where(labels < 0, -1.0, np.linalg.norm(points - points[best], axis=1))
+            kept = np.zeros(unit.blocks, dtype=np.bool_)
+            kept[best[best >= 0]] = True
+            for part in np.arange(unit.blocks).reshape(unit.parts, unit.rows):
+                others = part[~kept[part]]
+                # Where a cap or another part asks for more neurons than there are clusters, those farthest from the
+                # survivor of their cluster are kept too; dead ones last.
+                lacking = found[unit.name].rows - (len(part) - len(others))
+                kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
+            all_kept[unit.name] = kept
+            pruned = np.flatnonzero(~kept & (best >= 0))
+            lead, target = unit.members[0]
+            outputs = output_blocks(context.target_spaces[lead][target], "clusters")
+            both = zip(outputs[pruned].ravel().tolist(), outputs[best[pruned]].ravel().tolist(), strict=True)
+            self.pairs[lead] = dict(both)
+        return context.keep(all_kept)
 
 
 def survivor_scores(
@@ -58,25 +123,40 @@ def survivor_scores(
     unit: PruningUnit,
     context: PruningContext,
     network: TracedNetwork,
-    closeness: FloatArray,
+    points: FloatArray,
+    labels: IntArray,
     generator: np.random.Generator,
 ) -> FloatArray:
     """Score the neurons of a unit, ``(blocks,)`` float64, by a rule or the mean rank of several; highest = kept."""
-    if rules == AUTO:
-        has_bias = is_convolution(unit, context) and offsets(unit, context, network) is not None
-        rules = ("bias_norm",) if has_bias else ("weight",)
+    biases = offsets(unit, context, network)
+    if rules == ("auto",):
+        rules = ("bias_norm",) if is_convolution(unit, context) and biases is not None else ("weight",)
     scores = []
     for rule in rules:
         if rule == "random":
             scores.append(generator.random(unit.blocks))
         elif rule == "center":
+            # The negative distance to the cluster's mean. Of a pair both are as far from it, whatever rounding says.
+            closeness = np.zeros(len(points))
+            scale = _MEASURED * float(np.linalg.norm(points, axis=1).max(initial=0.0))
+            for label in np.unique(labels[labels >= 0]):
+                own = points[labels == label]
+                closeness[labels == label] = leveled(-np.linalg.norm(own - own.mean(0), axis=1), scale)
             scores.append(closeness)
         elif rule == "weight":
-            scores.append(_connections(unit, context, network))
+            # The sum of the absolute weights into and out of each neuron, equation (4.12).
+            total = np.zeros(unit.blocks)
+            for module_name, target_name in unit.members:
+                space = context.target_spaces[module_name][target_name]
+                weight = by_output(space.target, space._wrapper.module).detach().double().cpu().numpy()
+                total += np.abs(weight).reshape(unit.blocks, -1).sum(1)
+            with suppress(LayerError):  # no layer reads the channels: they are the model's output, say
+                for reader in readers_of(unit, network.flow, context):
+                    total += read_strength(reader.module, reader.places, 1.0).sum(1).numpy()
+            scores.append(total)
+        elif biases is None:
+            raise ConfigError(f"survivor {rule!r} needs a bias or a batch norm, got neither ({unit.name})")
         else:
-            biases = offsets(unit, context, network)
-            if biases is None:
-                raise ConfigError(f"survivor {rule!r} needs a bias or a batch norm, got neither ({unit.name})")
             scores.append(biases if rule == "bias" else np.abs(biases))
     # Rules have units of their own (distances, sums of weights, biases): several are comparable by ranks alone.
     return scores[0] if len(scores) == 1 else np.mean([rankdata(leveled(each)) for each in scores], axis=0)
@@ -110,109 +190,6 @@ def best_of(labels: IntArray, scores: FloatArray) -> IntArray:
     return best
 
 
-def _connections(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray:
-    """Sum the absolute weights into and out of each neuron, equation (4.12)."""
-    total = np.zeros(unit.blocks)
-    for module_name, target_name in unit.members:
-        space = context.target_spaces[module_name][target_name]
-        weight = by_output(space.target, space._wrapper.module).detach().double().cpu().numpy()
-        total += np.abs(weight).reshape(unit.blocks, -1).sum(1)
-    with suppress(LayerError):  # no layer reads the channels: they are the model's output, say
-        for reader in readers_of(unit, network.flow, context):
-            total += read_strength(reader.module, reader.places, 1.0).sum(1).numpy()
-    return total
-
-
-BoolArray = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class FeatureCloud:
-    """One part of a unit: its neurons' features ``(rows, d)``, those of all members side by side."""
-
-    points: FloatArray
-    deviations: FloatArray
-    names: IntArray
-
-    @cached_property
-    def covariance(self) -> FloatArray:
-        """Covariances between the neurons, shape (rows, rows)."""
-        covariance: FloatArray = self.deviations @ self.deviations.T
-        return covariance
-
-    @property
-    def alive(self) -> BoolArray:
-        """Which neurons ever put out anything but zero, shape (rows,)."""
-        alive: BoolArray = (self.points != 0).any(1)
-        return alive
-
-    def living(self) -> FeatureCloud:
-        """Return the cloud without its dead neurons."""
-        kept = self.alive
-        return self if kept.all() else FeatureCloud(self.points[kept], self.deviations[kept], self.names[kept])
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """Each neuron's cluster, ``(blocks,)``, -1 for dead ones, none in two parts; the rows that each part keeps."""
-
-    labels: IntArray
-    rows: int
-
-
-@dataclass(kw_only=True, eq=False)
-class SurvivorMetric(MetricCalculator):
-    """Keeps one neuron of each cluster, by the ``survivor`` rules."""
-
-    collector: FeatureCollector
-    survivor: Survivor
-    seed: int
-    # By layer, of the latest call: the survivor of each pruned neuron. Dead neurons need none.
-    pairs: dict[str, dict[int, int]] = field(default_factory=dict, init=False)
-
-    @abstractmethod
-    def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
-        """Return the clusters of every unit, given the clouds of its parts."""
-
-    def calculate(self, data: Data, context: PruningContext) -> KeptSet:
-        """Cluster every unit and choose the neurons to keep."""
-        layers = self.collector.network.flow.layers
-        clouds = {unit.name: _clouds(unit, data, layers) for unit in context.units}
-        found = self.cluster(clouds, context)
-        generator = np.random.default_rng(self.seed)
-        rules = (self.survivor,) if isinstance(self.survivor, str) else tuple(self.survivor)
-        self.pairs = {}
-        kept = {}
-        for unit in context.units:
-            points = np.concatenate([cloud.points for cloud in clouds[unit.name]])
-            closeness = _closeness(points, found[unit.name].labels)
-            scores = survivor_scores(rules, unit, context, self.collector.network, closeness, generator)
-            kept[unit.name] = self._kept(unit, points, found[unit.name], scores, context)
-        return context.keep(kept)
-
-    def _kept(
-        self, unit: PruningUnit, points: FloatArray, clusters: Clusters, scores: FloatArray, context: PruningContext
-    ) -> BoolArray:
-        """Choose the kept neurons of a unit and remember which neurons each stands for."""
-        labels = clusters.labels
-        best = best_of(labels, scores)
-        distances = np.where(labels < 0, -1.0, np.linalg.norm(points - points[best], axis=1))
-        kept = np.zeros(unit.blocks, dtype=bool)
-        kept[best[best >= 0]] = True
-        for part in np.arange(unit.blocks).reshape(unit.parts, unit.rows):
-            others = part[~kept[part]]
-            # Where a cap or another part asks for more neurons than there are clusters, those farthest from the
-            # survivor of their cluster are kept too; dead ones last.
-            lacking = clusters.rows - (len(part) - len(others))
-            kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
-        pruned = np.flatnonzero(~kept & (best >= 0))
-        lead, target = unit.members[0]
-        outputs = output_blocks(context.target_spaces[lead][target], "clusters")
-        both = zip(outputs[pruned].ravel().tolist(), outputs[best[pruned]].ravel().tolist(), strict=True)
-        self.pairs[lead] = dict(both)
-        return kept
-
-
 @dataclass(kw_only=True, eq=False)
 class ClusterMetric(SurvivorMetric):
     """As many clusters as the config_list leaves neurons, by :func:`~nni_topo.maths.clustering.partition`."""
@@ -224,21 +201,21 @@ class ClusterMetric(SurvivorMetric):
         """Return the clusters of every unit."""
         cure = f"{leaving_out()}, or take algorithm='kmeans'"
         context.check_memory(_MATRICES.get(self.algorithm, 2.0), cure)
-        rows = context.rows(lambda unit: merging_losses(clouds[unit.name]))
-        return {u.name: self._clusters(u, clouds[u.name], rows[u.name], context.planner) for u in context.units}
-
-    def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], rows: int, planner: Planner) -> Clusters:
-        alive = max(int(cloud.alive.sum()) for cloud in parts)
-        # If any are pruned all dead neurons are, even more than the ratio asks for; the maximum ratio holds.
-        if rows < unit.rows:
-            rows = planner.rounded(unit, max(1, min(rows, alive), unit.rows - unit.removable_rows[1]))
-        labels = np.full(unit.blocks, -1, dtype=np.intp)
-        for cloud in (part.living() for part in parts):
-            if len(cloud.names):
-                count = min(rows, len(cloud.names))
-                found = partition(cloud.points, count, self.algorithm, seed=self.seed, graph=self.graph)
-                labels[cloud.names] = found + labels.max() + 1
-        return Clusters(labels, rows)
+        planned = context.rows(lambda unit: merging_losses(clouds[unit.name]))
+        found = {}
+        for unit in context.units:
+            rows, parts = planned[unit.name], [part.living() for part in clouds[unit.name]]
+            # If any are pruned all dead neurons are, even more than the ratio asks for; the maximum ratio holds.
+            if rows < unit.rows:
+                alive = max(len(part.names) for part in parts)
+                rows = context.planner.rounded(unit, max(1, min(rows, alive), unit.rows - unit.removable_rows[1]))
+            labels = np.full(unit.blocks, -1, dtype=np.intp)
+            for part in parts:
+                if count := min(rows, len(part.names)):
+                    own = partition(part.points, count, self.algorithm, seed=self.seed, graph=self.graph)
+                    labels[part.names] = own + labels.max() + 1
+            found[unit.name] = Clusters(labels, rows)
+        return found
 
 
 def _clouds(unit: PruningUnit, data: Data, layers: Mapping[str, Layer]) -> list[FeatureCloud]:
@@ -253,18 +230,6 @@ def _clouds(unit: PruningUnit, data: Data, layers: Mapping[str, Layer]) -> list[
         raise DataError(f"features must vary over the calibration samples, got constants for all neurons ({unit.name})")
     names = np.arange(unit.blocks, dtype=np.intp).reshape(unit.parts, unit.rows)
     return [FeatureCloud(points[rows], deviations[rows], rows) for rows in names]
-
-
-def _closeness(points: FloatArray, labels: IntArray) -> FloatArray:
-    """Return the negative distance of each neuron to its cluster's mean, ``(blocks,)``; 0 for those in none."""
-    closeness = np.zeros(len(points))
-    scale = _MEASURED * float(np.linalg.norm(points, axis=1).max(initial=0.0))
-    for label in np.unique(labels[labels >= 0]):
-        members = labels == label
-        distances = np.linalg.norm(points[members] - points[members].mean(0), axis=1)
-        # Of a pair both are as far from the mean, which rounding mustn't deny.
-        closeness[members] = leveled(-distances, scale)
-    return closeness
 
 
 def merging_losses(parts: list[FeatureCloud]) -> FloatArray:

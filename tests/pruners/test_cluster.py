@@ -186,7 +186,7 @@ def test_the_nearest_to_the_centre_of_a_pair_is_no_matter_of_rounding():
     assert found[1:] == found[:1] * 3
 
 
-def scored(rules, model=None, names=("hidden",), closeness=None, seed=0, group=None):
+def scored(rules, model=None, names=("hidden",), group=None):
     model = toy_model() if model is None else model
     config = [{"op_names": list(names), "sparse_ratio": 0.5}]
     if group is not None:
@@ -195,9 +195,9 @@ def scored(rules, model=None, names=("hidden",), closeness=None, seed=0, group=N
     collector = FeatureCollector([toy_images(4)])
     collector.collect(context)
     (unit,) = context.units
-    closeness = np.zeros(unit.blocks) if closeness is None else closeness
-    generator = np.random.default_rng(seed)
-    return survivor_scores(rules, unit, context, collector.network, closeness, generator)
+    # one cluster of points on a line
+    points, labels = np.arange(float(unit.blocks))[:, None] ** 2, np.zeros(unit.blocks, dtype=np.intp)
+    return survivor_scores(rules, unit, context, collector.network, points, labels, np.random.default_rng(0))
 
 
 def test_weight_is_the_sum_of_absolute_weights_on_both_sides():
@@ -234,10 +234,11 @@ def test_a_batch_norm_is_part_of_the_bias():
 
 
 def test_several_rules_average_ranks():
-    closeness = -np.arange(16.0)
-    found = scored(("center", "bias"), closeness=closeness)
-    ranks = [np.argsort(np.argsort(each)) + 1 for each in (closeness, toy_model().hidden.bias.detach().numpy())]
-    np.testing.assert_allclose(found, np.mean(ranks, axis=0))
+    points = np.arange(16.0) ** 2
+    closeness, bias = -np.abs(points - points.mean()), toy_model().hidden.bias.detach().numpy()
+    np.testing.assert_allclose(scored(("center",)), closeness)
+    ranks = [np.argsort(np.argsort(each)) + 1 for each in (closeness, bias)]
+    np.testing.assert_allclose(scored(("center", "bias")), np.mean(ranks, axis=0))
 
 
 def test_the_best_of_each_cluster_and_the_first_of_equals():

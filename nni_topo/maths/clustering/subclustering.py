@@ -103,40 +103,20 @@ class Growth:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A node of a tree of splits.
+    """A node of a tree of splits."""
 
-    Attributes
-    ----------
-    members : tuple of int
-        The nodes of the layer in it, ascending.
-    variance : float
-        What is compared with the threshold.
-    parent : int or None
-        Number of the cluster it was split from; None for an initial one.
-    children : tuple of int
-        Numbers of the two it was split into; empty for a leaf.
-    """
-
-    members: tuple[int, ...]
-    variance: float
-    parent: int | None = None
-    children: tuple[int, ...] = ()
+    members: tuple[int, ...]  # the nodes of the layer in it, ascending
+    variance: float  # what is compared with the threshold
+    parent: int | None = None  # number of the cluster it was split from; None for an initial one
+    children: tuple[int, ...] = ()  # numbers of the two it was split into; empty for a leaf
 
 
 @dataclass(frozen=True)
 class SplitTree:
-    """How a layer's clusters grew.
+    """How a layer's clusters grew."""
 
-    Attributes
-    ----------
-    clusters : tuple of Cluster
-        Initial ones first, then in the order of the splits; a cluster's number is its place.
-    threshold : float
-        In the unit of the covariances.
-    """
-
-    clusters: tuple[Cluster, ...]
-    threshold: float
+    clusters: tuple[Cluster, ...]  # initial ones first, then as they were split off; a cluster's number is its place
+    threshold: float  # in the unit of the covariances
 
     @property
     def initial(self) -> tuple[int, ...]:

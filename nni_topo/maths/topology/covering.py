@@ -84,10 +84,6 @@ def farthest_point_order(distances: ArrayLike, start: int = 0) -> tuple[IntArray
         ``radii[i]`` is the Hausdorff distance between the cloud and ``order[: i + 1]``: never increasing,
         0 at the end.
 
-    Notes
-    -----
-    For every k, the first k points have a radius of at most twice the least possible one that holds the start.
-
     Examples
     --------
     >>> order, radii = farthest_point_order(abs(np.subtract.outer([0.0, 1.0, 5.0], [0.0, 1.0, 5.0])))

@@ -25,24 +25,12 @@ from nni_topo.rules import checked
 
 @dataclass(frozen=True, eq=False)
 class LayerGraph:
-    """Nodes and edges of a layer.
+    """Nodes and edges of a layer."""
 
-    Attributes
-    ----------
-    shape : tuple of int
-        Output channels, input channels per group, weights per kernel; at least 1 each.
-    groups : int
-        Groups of a convolution; divides the output channels.
-    plane : ndarray of int, shape (kernel, positions)
-        Which input position each weight of a kernel reads for each output position.
-    plane_inputs : int
-        Positions of one input channel, padding counted.
-    """
-
-    shape: tuple[int, int, int]
-    groups: int
-    plane: IntArray
-    plane_inputs: int
+    shape: tuple[int, int, int]  # output channels, input channels per group, weights per kernel; at least 1 each
+    groups: int  # of a convolution; divides the output channels
+    plane: IntArray  # (kernel, positions): which input position each weight of a kernel reads for each output position
+    plane_inputs: int  # positions of one input channel, padding counted
 
     @property
     def inputs(self) -> int:
@@ -83,18 +71,7 @@ class LayerGraph:
         return self.inputs + self.outputs - self.components
 
     def ends(self, elements: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the edges that weights stand on.
-
-        Parameters
-        ----------
-        elements : ndarray of int, shape (n,)
-            Indices into the flattened weight.
-
-        Returns
-        -------
-        sources, targets : ndarray of int, shape (n, positions)
-            Input nodes in [0, inputs), and output nodes in [0, outputs).
-        """
+        """Return the input and output nodes, each (n, positions), of the edges of elements (n,) of the flat weight."""
         rest, offset = np.divmod(elements, self.shape[2])
         output, entering = np.divmod(rest, self.shape[1])
         channel = output // (self.shape[0] // self.groups) * self.shape[1] + entering

@@ -42,10 +42,6 @@ def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
         True on the out + in - 1 weights of the tree. Zero weights count as edges of length 0, and among
         equal |w| the first in row-major order is taken.
 
-    See Also
-    --------
-    nni_topo.topology.channel_tree : for convolutions.
-
     Examples
     --------
     >>> maximum_spanning_tree([[3.0, -2.0], [1.0, 0.5]])
@@ -136,22 +132,12 @@ def plane_trees(weight: ArrayLike, graph: LayerGraph) -> BoolArray:
 
 @dataclass(frozen=True, eq=False)
 class Forest:
-    """A maximum spanning forest of a layer's graph, strongest edge first.
+    """A maximum spanning forest of a layer's graph, strongest edge first; each array has an entry per edge."""
 
-    Attributes
-    ----------
-    elements : ndarray of int, shape (edges,)
-        Which weight each edge stands for, as an index into the flattened weight.
-    sources, targets : ndarray of int, shape (edges,)
-        Input and output nodes that the edges join.
-    lengths : ndarray of float64, shape (edges,)
-        Their |w|, descending.
-    """
-
-    elements: IntArray
-    sources: IntArray
-    targets: IntArray
-    lengths: FloatArray
+    elements: IntArray  # indices into the flattened weight
+    sources: IntArray  # input nodes
+    targets: IntArray  # output nodes
+    lengths: FloatArray  # |w|, descending
 
 
 @checked()

@@ -58,17 +58,12 @@ def distinct_points(points: ArrayLike) -> int:
         From 2 to n - 1 if there are at least three points that aren't all equal. Two different points are two, equal
         ones one.
 
-    See Also
-    --------
-    nni_topo.topology.h0_deaths : the death times.
-
     Notes
     -----
     That there are no copies, or copies of one point alone, can't be told: in any cloud some ratio is the largest.
     Death times below 1e-12 of the longest count as that; of equally large ratios the one with the fewest components is
-    taken. In few dimensions, as of 3x3 filters of one channel, copies with much noise aren't told from different
-    points; the silhouette of clusters is steadier there. The death times of H0 are the heights of single-linkage
-    clustering. O(n^2 d), and n^2 distances are held.
+    taken. In few dimensions copies with much noise aren't told from different points. O(n^2 d), and n^2 distances are
+    held.
 
     Examples
     --------
