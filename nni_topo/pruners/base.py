@@ -19,14 +19,15 @@ from nni.compression.pruning.basic_pruner import _NormPruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, LayerError
+from nni_topo.errors import ConfigError, LayerError, unknown_name
 from nni_topo.network.layers.derived import plain_layer
 from nni_topo.network.runtime.copies import left_alone
+from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.network.runtime.progress import quiet
 from nni_topo.network.speedup.analysis import Facts
 from nni_topo.network.speedup.dependency import DependencyGroups
 from nni_topo.pruners.allocators import ConfigAllocator
-from nni_topo.pruners.budget import Budget, BudgetPlanner, planned
+from nni_topo.pruners.budget import AUTO, Budget, BudgetPlanner, as_budget
 from nni_topo.pruners.checks import check_no_ratios, check_request, matched_modules, pruner_arguments
 from nni_topo.pruners.hooks import (
     Data,
@@ -143,15 +144,21 @@ class StructuredPruner(Pruner):
         self.planner = Planner(round_to=self.round_to) if planner is None else planner
         has_budget = self.budget is not None
         if has_budget:
-            self.planner = planned(
-                self.budget,
-                model,
-                self.example_inputs,
-                calibration=self.calibration,
-                evaluator=evaluator,
-                round_to=self.planner.round_to,
-                allocations=self.allocations,
-            )
+            budget = as_budget(self.budget)
+            if budget.allocation == AUTO:
+                known = " or ".join(map(repr, self.allocations))
+                raise ConfigError(
+                    f"a pruner's allocation must be {known}, got {AUTO!r}: nni_topo.shrink, which compensates, tries "
+                    "all that its pruner takes (budget)"
+                )
+            if budget.allocation not in self.allocations:
+                raise unknown_name("allocation of this pruner", budget.allocation, self.allocations, "budget")
+            inputs = example_inputs_of(self.example_inputs, model, calibration=self.calibration, evaluator=evaluator)
+            if inputs is None:
+                raise ConfigError(
+                    "a budget needs example_inputs, calibration data or an evaluator that evaluates, got none (budget)"
+                )
+            self.planner = BudgetPlanner(budget, inputs, round_to=self.planner.round_to)
         self.needs_rule = self.needs_rule and not has_budget
         check_request(model, config_list, existed_wrappers, self.setting_rules, needs_rule=self.needs_rule)
         if has_budget:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
-from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError, unknown_name
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention.config import accepted_heads
 from nni_topo.network.cost.cost import Kept, NetworkCost
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.io.exporting import as_run_by
 from nni_topo.network.runtime.copies import unwrapped_copy
-from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.dense import dense_of
 from nni_topo.pruners.agreement import Agreement
@@ -476,31 +474,3 @@ def network_time(
         return [found for found, _ in timed]
 
     return shares
-
-
-def planned(
-    budget: Budget | Mapping[str, Any],
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    calibration: Iterable[Any] | None,
-    evaluator: Evaluator | None,
-    round_to: int | None,
-    allocations: Sequence[str],
-) -> BudgetPlanner:
-    """Return the planner of a pruner with a budget."""
-    budget = as_budget(budget)
-    if budget.allocation == AUTO:
-        known = " or ".join(map(repr, allocations))
-        raise ConfigError(
-            f"a pruner's allocation must be {known}, got {AUTO!r}: nni_topo.shrink, which compensates, tries all that "
-            "its pruner takes (budget)"
-        )
-    if budget.allocation not in allocations:
-        raise unknown_name("allocation of this pruner", budget.allocation, allocations, "budget")
-    inputs = example_inputs_of(example_inputs, model, calibration=calibration, evaluator=evaluator)
-    if inputs is None:
-        raise ConfigError(
-            "a budget needs example_inputs, calibration data or an evaluator that evaluates, got none of them (budget)"
-        )
-    return BudgetPlanner(budget, inputs, round_to=round_to)

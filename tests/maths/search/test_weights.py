@@ -86,6 +86,13 @@ def test_generation_0_has_the_undamaged_individual_and_the_damage_asked_for():
     assert 0.1 <= min(shares) < 0.4 < 0.6 < max(shares) <= 0.9
 
 
+def test_fitness_is_the_weighted_sum():
+    algorithm = search(damage_rate=0.5, beta=0.25)
+    algorithm.run()
+    for row in algorithm.history:
+        assert row.fitness == pytest.approx(10.0 * (row.accuracy - 1.0) + 0.25 * row.compression)
+
+
 def test_no_place_ever_gets_worse_and_redundant_weights_go():
     algorithm = search()
     algorithm.run()
