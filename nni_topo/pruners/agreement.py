@@ -13,7 +13,6 @@ how many blocks of each segment are kept.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
@@ -24,8 +23,6 @@ from nni_topo.maths.ties import descending
 from nni_topo.network.channels.constraints import coupled_names
 from nni_topo.network.channels.shuffle import chosen_of
 from nni_topo.pruners.units import KeptBlocks, PruningUnit
-
-_logger = logging.getLogger(__name__)
 
 IntArray = NDArray[np.int64]
 
@@ -50,23 +47,6 @@ class Agreement:
         for unit in self._shuffled:
             agreed[unit.name] = chosen_of(unit.segments, unit.shares, descending(scores[unit.name])[::-1])
         return agreed
-
-
-def warn_of_more(units: Sequence[PruningUnit], kept: KeptBlocks, agreed: KeptBlocks) -> None:
-    """Warn of units that keep more blocks than a ratio or threshold of the config_list asks for."""
-    # One row more is rounding. A budget counts the kept blocks and warns by itself.
-    found = [
-        f"{unit.name} {agreed[unit.name].sum()} of {unit.blocks} instead of {kept[unit.name].sum()}"
-        for unit in units
-        if agreed[unit.name].sum() > kept[unit.name].sum() + unit.parts
-        and (unit.sparse_ratio or unit.sparse_threshold is not None)
-    ]
-    if found:
-        _logger.warning(
-            "layers that share channels must ask for widths that fit together, and some channels have to stay; "
-            "more channels are kept in %s",
-            "; ".join(found),
-        )
 
 
 class _Shared:

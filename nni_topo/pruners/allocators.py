@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 
 import numpy as np
@@ -15,10 +16,12 @@ from nni.compression.pruning.tools.sparse_gen import (
 from numpy.typing import NDArray
 
 from nni_topo.maths.ties import descending
-from nni_topo.pruners.agreement import Agreement, warn_of_more
+from nni_topo.pruners.agreement import Agreement
 from nni_topo.pruners.hooks import KeptSet, Masks, Metrics, PruningContext, SparsityAllocator, unit_scores
 from nni_topo.pruners.planner import FloatArray
 from nni_topo.pruners.units import PruningUnit
+
+_logger = logging.getLogger(__name__)
 
 
 class ConfigAllocator(SparsityAllocator):
@@ -38,7 +41,19 @@ class ConfigAllocator(SparsityAllocator):
             rows = context.rows(lambda unit: scores[unit.name])
             kept = {unit.name: keep_highest(unit, scores[unit.name], rows[unit.name]) for unit in context.units}
         agreed = Agreement(context.units)(kept, scores)
-        warn_of_more(context.units, kept, agreed)
+        # One row more is rounding. A budget counts the kept blocks and warns by itself.
+        more = [
+            f"{unit.name} {agreed[unit.name].sum()} of {unit.blocks} instead of {kept[unit.name].sum()}"
+            for unit in context.units
+            if agreed[unit.name].sum() > kept[unit.name].sum() + unit.parts
+            and (unit.sparse_ratio or unit.sparse_threshold is not None)
+        ]
+        if more:
+            _logger.warning(
+                "layers that share channels must ask for widths that fit together, and some channels have to stay; "
+                "more channels are kept in %s",
+                "; ".join(more),
+            )
         blocked = context.spread({name: torch.from_numpy(each).float() for name, each in agreed.items()})
         on_device = {m: {t: mask.to(metrics[m][t].device) for t, mask in ts.items()} for m, ts in blocked.items()}
         masks: Masks = _expand_masks(on_device, context.target_spaces)

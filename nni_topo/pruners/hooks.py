@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.channels.shuffle import Share
 from nni_topo.network.runtime.memory import check_memory
-from nni_topo.network.speedup.analysis import Analysis, Facts
+from nni_topo.network.speedup.analysis import Facts
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import ChannelCoupling, PruningUnit, TargetSpaces, block_shape, pruning_units
 
@@ -55,10 +55,6 @@ class PruningContext:
     # For layers whose channels are shuffled, how many channels of each segment are kept at a plain ratio.
     shares: Mapping[str, Share] = field(default_factory=dict)
     facts: Facts | None = None  # what was found about the model already
-
-    def analysis(self, example_inputs: Any) -> Analysis:
-        """Return how channels go through the model on some inputs."""
-        return Analysis.on(self.model, example_inputs, self.facts)
 
     @cached_property
     def units(self) -> list[PruningUnit]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.hooks import example_inputs_of
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
@@ -42,7 +43,7 @@ class RowColumnCollector(DataCollector):
         # Without example inputs nothing says who reads a channel: rows count alone, as for NNI's norm pruners.
         if self.example_inputs is None:
             return data
-        flow = context.analysis(self.example_inputs).flow
+        flow = Analysis.on(context.model, self.example_inputs, context.facts).flow
         for unit in context.units:
             with suppress(ConfigError):  # no layer reads the channels
                 readers = readers_of(unit, flow, context, order=float(self.norm))

@@ -11,7 +11,7 @@ from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.reconstruction import ReconstructionPruner
-from nni_topo.pruners.reconstruction.problems import ReconstructionProblem, ReconstructionProblems, SequentialProblems
+from nni_topo.pruners.reconstruction.problems import ReconstructionProblem, ReconstructionProblems
 from nni_topo.speedup import dependency_groups
 from nni_topo.testing import toy_images, toy_model
 
@@ -23,9 +23,9 @@ def config(*names, ratio=0.5):
     return [{"op_names": list(names), "sparse_ratio": ratio}]
 
 
-def problem_of(model, names, *, kind=ReconstructionProblems, kept=None, batches=BATCHES):
+def problem_of(model, names, *, batches=BATCHES):
     pruner = RandomPruner(model, config(*names))
-    found = {u.members[0][0]: p for u, p in kind(batches).each(pruner.context, {} if kept is None else kept)}
+    found = {u.members[0][0]: p for u, p in ReconstructionProblems(batches).each(pruner.context, {})}
     pruner.unwrap_model()
     return found
 
@@ -125,7 +125,7 @@ def test_the_first_of_sequence_is_the_same_and_later_ones_see_what_went():
     plain = {u.name: p for u, p in ReconstructionProblems(BATCHES).each(pruner.context, {})}
     kept = {}
     found = {}
-    for unit, problem in SequentialProblems(BATCHES).each(pruner.context, kept):
+    for unit, problem in ReconstructionProblems(BATCHES, sequential=True).each(pruner.context, kept):
         found[unit.name] = problem
         kept[unit.name] = np.arange(unit.blocks) < unit.blocks // 2
     pruner.unwrap_model()

@@ -8,7 +8,7 @@ solved anew, which is what :func:`nni_topo.compensate` does afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,14 @@ from nni_topo.context import leaving_out
 from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
 from nni_topo.network.attention.unfused.multihead import mixing_called
-from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.layers.kinds import WEIGHTED, output_channels
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import evaluating, evaluation_mode, unwrapped_copy
 from nni_topo.network.runtime.fits import structure_of
 from nni_topo.network.runtime.hooks import watched
-from nni_topo.network.runtime.inputs import Call, calls, fitting, real_positions_of
+from nni_topo.network.runtime.inputs import calls, fitting, real_positions_of
 from nni_topo.network.runtime.memory import check_memory
-from nni_topo.network.speedup.analysis import Analysis, Facts
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.functional import ChannelReader, readers_of, unread_error
 from nni_topo.pruners.hooks import Masks, PruningContext
 from nni_topo.pruners.reconstruction.readings import Reading, column_count
@@ -42,6 +41,7 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 _COPIES = 3  # of products, or of samples, at most
+_MOST_BYTES = 2**30  # of the matrices of units that are measured together
 _MANY = 2048  # columns: fewer take next to nothing
 
 
@@ -69,42 +69,89 @@ class ReconstructionProblem:
 class ReconstructionProblems:
     """Measures the reconstruction problems of a pruner's units on calibration batches.
 
-    Units are measured together as long as their matrices stay below ``max_bytes``; ``seed`` draws the positions at
-    which large feature maps are sampled.
+    ``sequential``: each unit's after the units chosen before it were compensated, in the order of the network. The
+    targets are those of the unpruned network; the channels to keep come from the network in which the units before are
+    pruned and the layers up to here are reconstructed. ``seed`` draws the positions at which large feature maps are
+    sampled.
     """
 
-    def __init__(self, calibration: Iterable[Any], *, seed: int = 0, max_bytes: int = 2**30) -> None:
+    def __init__(self, calibration: Iterable[Any], *, seed: int = 0, sequential: bool = False) -> None:
         self.calibration = Calibration.of(calibration)
         self.seed = seed
-        self.max_bytes = max_bytes
-        self.keeps = False  # whether problems that fit into `max_bytes` together are measured only once
+        self.sequential = sequential
+        self.keeps = False  # whether problems that fit into memory together are measured only once
         self._measured: dict[str, ReconstructionProblem] = {}
 
     def each(
         self, context: PruningContext, kept: dict[str, BoolArray]
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
-        """Yield every unit and its problem; `kept`, which the caller fills in, isn't looked at here."""
-        del kept
-        model = context.model
+        """Yield every unit and its problem; before the next one the caller puts what it keeps of a unit into `kept`."""
         if context.units and all(unit.name in self._measured for unit in context.units):
             for unit in context.units:
                 yield unit, self._measured[unit.name]
             return
-        with evaluation_mode(model):
-            analysis = self.analysis(model, context.facts)
-            readers = {unit.name: linear_readers(unit, analysis.flow, context) for unit in context.units}
+        original = evaluating(unwrapped_copy(context.model)) if self.sequential else context.model
+        with evaluation_mode(original):
+            analysis = Analysis(
+                original, structure_of(original, next(calls(original, self.calibration))), context.facts
+            )
+            readers = {}
+            for unit in context.units:
+                found = readers_of(unit, analysis.flow, replace(context, model=original))
+                readers[unit.name] = [reader for reader in found if isinstance(reader.module, WEIGHTED)]
+                if not readers[unit.name]:
+                    raise unread_error([unit.name])
             self.check_memory(readers, analysis)
-            chunks = list(self._together(context.units, readers))
+            if self.sequential:
+                yield from self._one_after_the_other(context, kept, readers, analysis)
+                return
+            # In chunks whose matrices fit into memory together.
+            chunks: list[list[PruningUnit]] = [[]]
+            size = 0
+            for unit in context.units:
+                own = sum(8 * column_count(reader) ** 2 for reader in readers[unit.name])
+                if chunks[-1] and size + own > _MOST_BYTES:
+                    chunks.append([])
+                    size = 0
+                chunks[-1].append(unit)
+                size += own
             for units in chunks:
-                found = self.measure({unit.name: readers[unit.name] for unit in units}, model, model)
+                measured = self.measure({unit.name: readers[unit.name] for unit in units}, original, original)
                 if self.keeps and len(chunks) == 1:
-                    self._measured = dict(found)
+                    self._measured = dict(measured)
                 for unit in units:
-                    yield unit, found.pop(unit.name)
+                    yield unit, measured.pop(unit.name)
 
-    def analysis(self, model: nn.Module, facts: Facts | None) -> Analysis:
-        """Return how channels go through a model, which takes the first batch."""
-        return Analysis(model, structure_of(model, next(calls(model, self.calibration))), facts)
+    def _one_after_the_other(
+        self,
+        context: PruningContext,
+        kept: dict[str, BoolArray],
+        readers: dict[str, list[ChannelReader]],
+        analysis: Analysis,
+    ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
+        original = analysis.model
+        modules = {module: name for name, module in original.named_modules()}
+        rank = {name: index for index, name in enumerate(analysis.flow.layers)}
+        first = {
+            name: min((modules[reader.module] for reader in found), key=rank.__getitem__)
+            for name, found in readers.items()
+        }
+        for unit in sorted(context.units, key=lambda unit: rank[first[unit.name]]):
+            masks: Masks = {}
+            for other in context.units:
+                if other.name in kept and not kept[other.name].all():
+                    for module, target in other.members:
+                        shape = context.metric_shape(module, target)
+                        own = torch.from_numpy(kept[other.name]).float().reshape(shape)
+                        masks.setdefault(module, {})[target] = own
+            network: nn.Module = original
+            if masks:
+                whole = dict(_expand_masks(masks, context.target_spaces))
+                last = first[unit.name]
+                network = compensate_up_to(
+                    original, whole, self.calibration, last, seed=self.seed, facts=analysis.facts
+                )
+            yield unit, self.measure({unit.name: readers[unit.name]}, original, network)[unit.name]
 
     def check_memory(self, readers: dict[str, list[ChannelReader]], analysis: Analysis) -> None:
         """Raise DataError for a unit whose least squares don't fit into memory."""
@@ -142,7 +189,10 @@ class ReconstructionProblems:
         hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
         with mixing_called(original, network), hooks, evaluation_mode(original, network), torch.no_grad():
             for index, (args, kwargs) in enumerate(calls(original, self.calibration)):
-                self._run(original, network, (args, kwargs), index)
+                with fitting(index, self.calibration.name):
+                    original(*args, **kwargs)
+                    if network is not original:
+                        network(*args, **kwargs)
                 real = real_positions_of(original, (args, kwargs))
                 for one in flat:
                     one.add(real)
@@ -159,80 +209,3 @@ class ReconstructionProblems:
                 layers.append(waiting.pop().layer())
             problems[name] = ReconstructionProblem(tuple(layers))
         return problems
-
-    def _run(self, original: nn.Module, network: nn.Module, call: Call, index: int) -> None:
-        """Run both networks on a batch."""
-        args, kwargs = call
-        with fitting(index, self.calibration.name):
-            original(*args, **kwargs)
-            if network is not original:
-                network(*args, **kwargs)
-
-    def _together(
-        self, units: list[PruningUnit], readers: dict[str, list[ChannelReader]]
-    ) -> Iterator[list[PruningUnit]]:
-        """Cut units into chunks whose matrices fit into memory together."""
-        chunk: list[PruningUnit] = []
-        size = 0
-        for unit in units:
-            own = sum(8 * column_count(reader) ** 2 for reader in readers[unit.name])
-            if chunk and size + own > self.max_bytes:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(unit)
-            size += own
-        yield chunk
-
-
-def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[ChannelReader]:
-    """Return the convolutions and linear layers that read a unit's channels; ConfigError if there is none."""
-    found = [r for r in readers_of(unit, flow, context) if isinstance(r.module, WEIGHTED)]
-    if not found:
-        raise unread_error([unit.name])
-    return found
-
-
-class SequentialProblems(ReconstructionProblems):
-    """Measures each unit's problem after the units chosen before it were compensated, in the order of the network.
-
-    The targets are those of the unpruned network; the channels to keep come from the network in which the units
-    before are pruned and the layers up to here are reconstructed.
-    """
-
-    def each(
-        self, context: PruningContext, kept: dict[str, BoolArray]
-    ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
-        """Yield every unit and its problem; before the next one the caller puts what it keeps of a unit into `kept`."""
-        original = evaluating(unwrapped_copy(context.model))
-        analysis = self.analysis(original, context.facts)
-        flow = analysis.flow
-        modules = {module: name for name, module in original.named_modules()}
-        own = PruningContext(original, context.target_spaces)
-        readers = {unit.name: linear_readers(unit, flow, own) for unit in context.units}
-        self.check_memory(readers, analysis)
-        rank = {name: index for index, name in enumerate(flow.layers)}
-        first = {
-            name: min((modules[reader.module] for reader in found), key=rank.__getitem__)
-            for name, found in readers.items()
-        }
-        for unit in sorted(context.units, key=lambda unit: rank[first[unit.name]]):
-            masks = self._masks(context, kept)
-            network: nn.Module = original
-            if masks:
-                last = first[unit.name]
-                network = compensate_up_to(
-                    original, masks, self.calibration, last, seed=self.seed, facts=analysis.facts
-                )
-            yield unit, self.measure({unit.name: readers[unit.name]}, original, network)[unit.name]
-
-    @staticmethod
-    def _masks(context: PruningContext, kept: dict[str, BoolArray]) -> Masks:
-        """Masks of the units chosen so far."""
-        masks: Masks = {}
-        for unit in context.units:
-            if unit.name not in kept or bool(kept[unit.name].all()):
-                continue
-            for module, target in unit.members:
-                shape = context.metric_shape(module, target)
-                masks.setdefault(module, {})[target] = torch.from_numpy(kept[unit.name]).float().reshape(shape)
-        return dict(_expand_masks(masks, context.target_spaces))

@@ -36,7 +36,6 @@ from nni_topo.pruners.reconstruction.problems import (
     IntArray,
     ReconstructionProblem,
     ReconstructionProblems,
-    SequentialProblems,
 )
 from nni_topo.pruners.selection import Clouds, SelectionMetric
 from nni_topo.pruners.units import KeptBlocks
@@ -159,7 +158,7 @@ class ReconstructionPruner(StructuredPruner):
         if kept is None:
             raise ConfigError("ReconstructionPruner needs calibration data or an evaluator, got neither (calibration)")
         self.calibration = calibration = kept
-        self._problems = (SequentialProblems if sequential else ReconstructionProblems)(calibration, seed=seed)
+        self._problems = ReconstructionProblems(calibration, seed=seed, sequential=sequential)
         is_by_error = budget is not None and as_budget(budget).allocation == "error"
         by_error = ReconstructionProblems(calibration, seed=seed) if is_by_error else None
         self._all_problems = [self._problems] if by_error is None else [self._problems, by_error]
