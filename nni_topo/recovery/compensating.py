@@ -39,7 +39,6 @@ from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
 from nni_topo.recovery.samples import (
     HELD_OUT_ENTRIES,
-    OtherSamplesError,
     Sampler,
     Task,
     check_ridge,
@@ -282,14 +281,12 @@ def _run(
             continue
         chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
         began = time.perf_counter()
-        try:
-            learned, held = sampler.collect(task, min(ranks[index:]))
-        except OtherSamplesError:
+        sums = sampler.collect(task, min(ranks[index:]))
+        if sums is None:
             others.add(task.layer.name)
             left_alone[task.layer.name] = "in the pruned network a router sends it other samples"
             continue
-        samples = learned.samples + held.samples
-        found = task.fit(learned, held, chosen)
+        found = task.fit(*sums, chosen)
         for net in (networks.pruned, networks.result):
             task.apply(net, found)
         layers.append(
@@ -297,7 +294,7 @@ def _run(
                 layer=task.layer.name,
                 place=task.label,
                 unknowns=task.fitted,
-                samples=samples,
+                samples=sum(each.samples for each in sums),
                 ridge=found.ridge,
                 error_before=found.before,
                 error_after=found.after,
@@ -305,5 +302,5 @@ def _run(
                 seconds=time.perf_counter() - began,
             )
         )
-        del learned, held  # sums of products take much memory, and the next task has its own
+        del sums  # of products, which take much memory, and the next task has its own
     return tuple(layers)

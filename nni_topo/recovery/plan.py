@@ -63,27 +63,31 @@ def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, to
     """List the equations of a pruned network, in network order; `touched` are the nodes after pruned channels."""
     plan = Plan()
     pruned = pruned_group_ids(graph_module, flow, masks)
-    coupled_names: dict[Node, list[tuple[Equation, Equation]]] = {}
+    order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
+    # By place, the layers whose outputs are added there, each for its own output and for the sum, with its unknowns.
+    at_place: dict[Node, list[tuple[int, Equation, Equation]]] = {}
     for node in graph_module.graph.nodes:
         # Where nothing pruned enters, the kept outputs are what they were.
         if node.op != "call_module" or not any(parent in touched for parent in node.all_input_nodes):
             continue
-        name, module = str(node.target), graph_module.get_submodule(str(node.target))
+        module: Any = graph_module.get_submodule(str(node.target))
         # None: it can be solved. Empty: there is nothing to solve, which isn't worth a word in the report.
         reason = _why_not(graph_module, node, module, flow, masks)
-        if reason is None:
-            layer = _solvable(graph_module, node, flow, masks, pruned)
-            reason = "its groups keep different numbers of channels" if layer is None else None
-        if reason is None and layer is not None:
+        layer = _solvable(graph_module, node, flow, masks, pruned) if reason is None else None
+        if layer is not None:
             near, far = _ways(graph_module, layer)
-            coupled_names.setdefault(far.place, []).append((near, far))
-        elif reason:
-            plan.left_alone[name] = reason
-    # By places and not by layers: an equation needs the values at its place, so all layers in front of that have to be
-    # solved before. Python's sort is stable, so that the order at one place stays as `_ordered` has it.
-    order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
-    keyed = [item for equations in coupled_names.values() for item in _ordered(graph_module, equations)]
-    plan.equations = sorted(keyed, key=lambda equation: order[equation.place])
+            unknowns = int(layer.columns.shape[1] * module.weight[0, 0].numel())
+            at_place.setdefault(far.place, []).append((unknowns, near, far))
+        elif reason != "":
+            plan.left_alone[str(node.target)] = reason or "its groups keep different numbers of channels"
+    for found in at_place.values():
+        # Those with fewer unknowns are solved first for their own outputs, which reduces the error of the sum; the one
+        # with the most then makes up for that error, and the others for what still remains.
+        *others, (_, _, last) = sorted(found, key=lambda each: each[0])
+        plan.equations += [*(near for _, near, _ in others), last, *(far for _, _, far in others)]
+    # An equation needs the values at its place, so all layers in front of that have to be solved before. The sort is
+    # stable, so that the order at one place stays.
+    plan.equations.sort(key=lambda equation: order[equation.place])
     return plan
 
 
@@ -221,17 +225,14 @@ def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equatio
         elif not passes(graph_module, user):
             break
         node = user
-    far = Equation(layer, node, tuple(norms), _is_rectified(graph_module, node))
-    return near or far, far
-
-
-def _is_rectified(graph_module: GraphModule, node: Node) -> bool:
-    """Say whether a ReLU alone reads a node."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is not None and user.op == "call_module":
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    if reader is not None and reader.op == "call_module":
         # Exactly a ReLU: a subclass may let negative values through.
-        return type(graph_module.get_submodule(str(user.target))) is nn.ReLU
-    return user is not None and user.target in (torch.relu, functional.relu, "relu")
+        rectified = type(graph_module.get_submodule(str(reader.target))) is nn.ReLU
+    else:
+        rectified = reader is not None and reader.target in (torch.relu, functional.relu, "relu")
+    far = Equation(layer, node, tuple(norms), rectified)
+    return near or far, far
 
 
 def _is_sum(node: Node) -> bool:
@@ -240,16 +241,3 @@ def _is_sum(node: Node) -> bool:
     is_add = node.target in (operator.add, torch.add) if node.op == "call_function" else node.target == "add"
     called = node.op in ("call_function", "call_method")
     return called and is_add and len(node.all_input_nodes) == 2 and not node.kwargs
-
-
-def _ordered(graph_module: GraphModule, equations: list[tuple[Equation, Equation]]) -> list[Equation]:
-    """Order the equations of layers whose outputs are added."""
-
-    def unknowns(pair: tuple[Equation, Equation]) -> int:
-        module: Any = graph_module.get_submodule(pair[0].layer.name)
-        return int(pair[0].layer.columns.shape[1] * module.weight[0, 0].numel())
-
-    # Those with fewer unknowns are solved first for their own outputs, which reduces the error of the sum; the one with
-    # the most then makes up for that error, and the others for what still remains.
-    *others, (_, last) = sorted(equations, key=unknowns)
-    return [near for near, _ in others] + [last] + [far for _, far in others]

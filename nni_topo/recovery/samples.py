@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -155,10 +155,6 @@ _COPIES = 4  # of products, or of samples, at most
 _CURE = "method='recalibrate' takes none; a layer that reads fewer channels takes less"
 
 
-class OtherSamplesError(ConfigError):
-    """A layer gets other samples in the pruned network than in the unpruned one, as an expert behind a router may."""
-
-
 class Task(ABC):
     """One layer that is changed to make up for pruned channels."""
 
@@ -240,34 +236,21 @@ class Sampler:
         samples = min(self.images * positions, task.unknowns)
         return 8 * _COPIES * groups * task.unknowns * samples
 
-    def collect(self, task: Task, settled: int) -> tuple[NormalEquations, NormalEquations]:
-        """Return the sums of the samples to learn from and of those held out; DataError if any isn't finite."""
+    def collect(self, task: Task, settled: int) -> tuple[NormalEquations, NormalEquations] | None:
+        """Run the networks and return the sums of the samples to learn from and of those held out.
+
+        DataError if any isn't finite. None if the networks have other samples at the task's place, so that nothing says
+        which belong together: a part of the network, such as a router of experts, decides what gets there.
+        """
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
         known = self._known if task.refines else None
         self._known = None
         learned, held = (NormalEquations(each) for each in known or (None, None))
-        for samples, is_held_out in self._sampled(task, settled):
-            for equations, rows in ((learned, ~is_held_out), (held, is_held_out)):
-                if bool(rows.any()):
-                    equations.add(*_at_rows(samples, rows))
-        if not (learned.is_finite() and held.is_finite()):
-            raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
-        self._known = learned, held
-        return learned, held
-
-    def _sampled(self, task: Task, settled: int) -> Iterator[tuple[Samples, Tensor]]:
-        """Run the networks and yield a task's samples, and which of them are held out."""
         first = 0  # samples before this batch
-        for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched)):
-            before, after = (len(values[task.place]) for values in (unpruned, pruned))
-            if before != after:  # nothing says which belong together
-                raise OtherSamplesError(
-                    "layers that are reconstructed must get the same samples in the unpruned and in the pruned "
-                    f"network, got {before} and {after}: a part of the network, such as a router, decides what enters "
-                    f"them ({task.layer.name})"
-                )
+        for size, (unpruned, pruned) in zip(self.sizes, self.replay.run(settled, task.watched), strict=True):
+            if len(unpruned[task.place]) != len(pruned[task.place]):
+                return None
             entries, count = task.extent(unpruned)
-            size = self.sizes[index]
             if entries % size:  # such as the places of a sequence, or what a list of images became
                 is_held_out = (torch.arange(entries) + first) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
             else:  # a layer may cut each sample into several entries, such as windows
@@ -282,20 +265,21 @@ class Sampler:
             for begin in range(0, entries, step):
                 part = slice(begin, begin + step)
                 samples = task.samples(unpruned, pruned, part, positions[part])
-                marks = is_held_out[part].to(samples[1].device)
-                rows = marks.repeat_interleave(samples[1].shape[1] // len(marks))
+                device, count_here = samples[1].device, samples[1].shape[1]
+                marks = is_held_out[part].to(device)
+                marks = marks.repeat_interleave(count_here // len(marks))
+                stays = torch.ones_like(marks)
                 if stay is not None:
-                    stays = stay[part].flatten().to(rows.device)
-                    stays = stays.repeat_interleave(len(rows) // len(stays))
-                    samples, rows = _at_rows(samples, stays), rows[stays]
-                yield samples, rows
+                    stays = stay[part].flatten().to(device)
+                    stays = stays.repeat_interleave(count_here // len(stays))
+                for equations, rows in ((learned, stays & ~marks), (held, stays & marks)):
+                    if bool(rows.any()):
+                        equations.add(*(each[:, rows] for each in samples))
             first += size
-
-
-def _at_rows(samples: Samples, rows: Tensor) -> Samples:
-    """Return marked rows of samples."""
-    inputs, lacking, wanted = samples
-    return inputs[:, rows], lacking[:, rows], wanted[:, rows]
+        if not (learned.is_finite() and held.is_finite()):
+            raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
+        self._known = learned, held
+        return learned, held
 
 
 def check_ridge(ridge: Any) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from distill_nets import batches, pair
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import nni_topo
 from nni_topo.errors import ConfigError
@@ -65,37 +64,6 @@ def test_steps_round_and_what_judges_does_not():
     assert not torch.equal(rounded.model.head.weight, exact.model.head.weight)
     assert {each.dtype for each in rounded.model.parameters()} == {torch.float32}
     assert {each.grad for each in rounded.model.parameters()} == {None}
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("is_enabled", [True, False])
-def test_weights_are_cast_anew_within_a_callers_autocast(precision, is_enabled):
-    class Casts(nn.Linear):
-        def forward(self, states):
-            with torch.autocast("cpu", torch.bfloat16):
-                return super().forward(states)
-
-    torch.manual_seed(0)
-    original = Casts(8, 4).eval()
-    dense, images = shifted(original), [torch.randn(64, 8)]
-    known = {"steps": 20, "lr": 2e-3, "precision": precision}
-    alone = nni_topo.distillation(dense, original, images, **known)
-    with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
-        within = nni_topo.distillation(dense, original, images, **known)
-    assert within.is_kept
-    assert torch.equal(within.model.weight, alone.model.weight)
-
-
-def test_checkpoints_which_run_attention_again_without_its_exception_are_refused():
-    class Checkpointed(Attends):
-        def forward(self, states):
-            for block in self.blocks:
-                states = checkpoint(block, states, use_reentrant=False)
-            return self.head(states.mean(1))
-
-    original, images = Checkpointed().eval(), [torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(2))]
-    with pytest.raises(ConfigError, match=r"precision must be 'float32' for a model .*: .*checkpoint.* \(distill\)"):
-        nni_topo.distillation(shifted(original), original, images, steps=20, precision="bfloat16")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -8,47 +8,14 @@ from torch import nn
 
 from nni_topo import Calibration
 from nni_topo.network.layers.kinds import by_output
-from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.recovery import samples
-from nni_topo.recovery.networks import build_networks, plan_of
-from nni_topo.recovery.reconstruct import Reconstruct
-from nni_topo.recovery.replay import Replay
+from nni_topo.recovery import compensation, samples
 from nni_topo.recovery.samples import (
-    Sampler,
     draw_positions,
     draw_unpadded,
     input_rows,
     output_rows,
     position_count,
 )
-
-
-def sampling(model, batches, kept, method=Reconstruct(refine=0), **knobs):  # noqa: B008
-    """Return what samples the layers after the first one, of which some channels are kept, and the tasks."""
-    first = model[0].weight
-    mask = torch.zeros(len(first), dtype=first.dtype)
-    mask[list(kept)] = 1.0
-    masks = {"0": {"weight": mask.view(-1, *[1] * (first.dim() - 1)).expand_as(first), "bias": mask}}
-    call = ((), batches[0]) if isinstance(batches[0], dict) else ((batches[0],), {})
-    networks = build_networks(Analysis(model.eval(), call), masks)
-    replay = Replay(model, networks.unpruned, networks.pruned, batches, 0)
-    tasks = method.tasks(plan_of(networks, replay.touched_nodes), networks)
-    sizes = tuple(len(each["states"] if isinstance(each, dict) else each) for each in batches)
-    held_out = torch.arange(sum(sizes)) % 5 == 4
-    return Sampler(replay, sizes, 3, held_out, **knobs), tasks
-
-
-def batches_of(*shape, sizes=(4, 7, 2)):
-    generator = torch.Generator().manual_seed(0)
-    return list(torch.randn(sum(sizes), *shape, dtype=torch.float64, generator=generator).split(sizes))
-
-
-def convolutions(channels, groups=1):
-    torch.manual_seed(0)
-    knobs = {"padding": 1, "dtype": torch.float64}
-    return nn.Sequential(
-        nn.Conv2d(2, channels, 3, **knobs), nn.Conv2d(channels, channels, 3, groups=groups, **knobs)
-    )  # fmt: skip
 
 
 class Series(nn.Sequential):
@@ -64,12 +31,12 @@ def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places)
     monkeypatch.setattr(samples, "_LEAST_SAMPLES", 160)
     monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
     torch.manual_seed(0)
-    model = Series(nn.Conv1d(2, 8, 3, padding=1), nn.Conv1d(8, 8, 15, padding=7)).double()
+    model = Series(nn.Conv1d(2, 8, 3, padding=1), nn.Conv1d(8, 8, 15, padding=7)).eval()
     mask = (torch.arange(places) < 32).long().expand(5, places)
-    batches = [{"states": each, "attention_mask": mask} for each in batches_of(2, 64, sizes=(5, 5))]
-    sampler, (task,) = sampling(model, batches, range(7))
-    chunks = list(sampler._sampled(task, 0))
-    assert abs(sum(lacking.shape[1] for (_, lacking, _), _ in chunks) - 170) <= 10
+    batches = Calibration([{"states": torch.randn(5, 2, 64), "attention_mask": mask}] * 2, hold_out=False)
+    masks = {"0": {"weight": (torch.arange(8) < 7).float()[:, None, None]}}
+    (layer,) = compensation(model, masks, batches).report.layers
+    assert abs(layer.samples - 170) <= 10
 
 
 def test_of_layers_with_many_positions_some_are_drawn():
