@@ -85,30 +85,3 @@ def test_heads_that_weigh_channels_go_as_a_whole_and_the_stream_by_itself(kind: 
     assert (attention.qkv.in_features, attention.qkv.out_features) == (width // 2, 3 * width // 2)
     assert (attention.proj.in_features, attention.proj.out_features) == (width // 2, width // 2)
     assert dense.wide.out_features == width
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "knobs", "share"),
-    [
-        ("xcit_nano_12_p16_224", {"img_size": 64, "depth": 2, "cls_attn_layers": 1}, 0.495),
-        ("edgenext_xx_small", {}, 0.495),
-        ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 0.47),
-    ],
-)
-@torch.no_grad()
-def test_networks_of_timm_lose_half_of_their_channels(name: str, knobs: dict[str, object], share: float) -> None:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, **knobs).double().eval()
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
-    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
-    dense = nni_topo.to_dense(model, images, masks)  # compares it with the masked network
-    pairs = [
-        (each, dense.get_submodule(layer))
-        for layer, each in model.named_modules()
-        if isinstance(each, (nn.Conv2d, nn.Linear)) and each is not model.get_classifier()
-    ]
-    before, after = (sum(len(pair[at].weight) for pair in pairs) for at in (0, 1))
-    assert 1 - after / before > share

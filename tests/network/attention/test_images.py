@@ -174,26 +174,3 @@ def test_what_is_saved_pickled_or_copied_computes_the_same(tmp_path) -> None:
     for again in (pickle.loads(pickle.dumps(dense)), copy.deepcopy(dense)):
         assert torch.equal(again(IMAGES), expected)
         assert type(again.attention) is type(dense.attention)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["yolov10n", "yolo11n", "yolo12n"])
-@torch.no_grad()
-def test_attention_of_detectors_loses_half_of_its_heads_and_the_stream_half_of_its_channels(name: str) -> None:
-    tasks = pytest.importorskip("ultralytics.nn.tasks")
-    torch.manual_seed(0)
-    model = tasks.DetectionModel(f"{name}.yaml", verbose=False).eval().double()
-    images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
-    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    others = {layer: why for layer, why in groups.skipped.items() if why != "it gives the model's output"}
-    assert [layer.rpartition(".model.")[2].split(".")[-2] for layer in others] == ["dfl"]  # whose weight is constant
-    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
-    dense, masked = (each(model, images, masks) for each in (nni_topo.to_dense, nni_topo.masked_model))
-    for given, wanted in zip(dense(3 * images)[1].values(), masked(3 * images)[1].values(), strict=True):
-        if isinstance(given, torch.Tensor):
-            torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
-    pairs = [(each, dense.get_submodule(layer)) for layer, each in model.named_modules() if layer.endswith(".attn")]
-    assert pairs
-    for before, after in pairs:
-        assert after.num_heads == before.num_heads // 2
-        assert after.proj.conv.out_channels == before.proj.conv.out_channels // 2

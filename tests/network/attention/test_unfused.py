@@ -165,18 +165,6 @@ def test_heads_of_pooled_attention_go(is_second, tmp_path):
     assert torch.equal(load(tmp_path / "small.safetensors", model)(inputs), dense(inputs))
 
 
-@pytest.mark.slow
-def test_heads_neurons_and_widths_of_maxvit_go():
-    model, inputs = _make("maxvit")
-    groups = dependency_groups(model, inputs, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 1 / 3}])
-    assert list(groups.skipped) == ["classifier.5"]
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    dense = to_dense(model, inputs, masks)
-    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
-    assert [each.heads for each in find_attention(dense).values()] == [2, 2, 4, 4]
-    assert [each.width for each in find_attention(dense).values()] == [8, 8, 16, 16]
-
-
 def test_a_width_that_enters_attention_from_two_sides_goes_on_both():
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(12, 3, 8, batch_first=True), 1)
 
