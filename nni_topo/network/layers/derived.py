@@ -89,33 +89,17 @@ class InnerCall:
     @property
     def output_size(self) -> tuple[int, ...]:
         """Pixels of what leaves a convolution; () of a linear layer."""
-        more = _several(self.given.get("output_padding", 0), len(self.kernel))
-        found = []
-        for length, kernel, stride, dilation, (before, after), extra in zip(
-            self.entering.shape[2 : 2 + len(self.kernel)],
-            self.kernel,
-            self.stride,
-            self.dilation,
-            self.padding,
-            more,
-            strict=True,
-        ):
-            reach = (kernel - 1) * dilation
-            if _FUNCTIONS[self.function][1] is _SPREAD:
-                found.append((length - 1) * stride + 1 + reach - before - after + extra)
-            else:
-                found.append((length + before + after - reach - 1) // stride + 1)
-        return tuple(found)
+        given = {name: each.to("meta") if isinstance(each, Tensor) else each for name, each in self.given.items()}
+        return tuple(self.function(**given).shape[2:]) if self.kernel else ()
 
     @property
     def settings(self) -> dict[str, Any]:
         """Settings as attributes of one of PyTorch's layers hold them, as far as they were given."""
-        dims = len(self.kernel)
-        names = [name for name in ("stride", "padding", "dilation", "output_padding") if name in self.given]
         found: dict[str, Any] = {}
-        for name in names:
-            value = self.given[name]
-            found[name] = value if isinstance(value, str) else _several(value, dims)
+        for name in ("stride", "padding", "dilation", "output_padding"):
+            value = self.given.get(name)
+            if value is not None:
+                found[name] = value if isinstance(value, str) else _several(value, len(self.kernel))
         if "padding" in found:
             found["_reversed_padding_repeated_twice"] = [amount for pair in reversed(self.padding) for amount in pair]
         return found
