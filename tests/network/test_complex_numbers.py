@@ -36,30 +36,6 @@ class Between(nn.Module):
         return self.head(self.third(self.second(x).relu()).relu())
 
 
-class Free(Between):
-    """The complex weight is a parameter of the model's own, and the type is that of the input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Parameter(torch.randn(8, 8, dtype=COMPLEX))
-
-    def middle(self, x: Tensor) -> Tensor:
-        return torch.complex(x, x.neg()) @ self.inner
-
-
-class Imaginary(nn.Module):
-    """Complex inputs, of which a norm reads the imaginary part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.norm = nn.Linear(6, 8, dtype=COMPLEX), nn.BatchNorm1d(8)
-        self.second, self.head = nn.Linear(8, 12), nn.Linear(12, 3)
-        nn.init.uniform_(self.norm.bias, 1.0, 2.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.norm(self.inner(x).imag)).relu())
-
-
 class Fourier(nn.Module):
     """A spectral convolution with weights of each frequency beside a plain one (Fourier neural operators)."""
 
@@ -78,8 +54,6 @@ class Fourier(nn.Module):
 
 NETWORKS = {
     "linear": (Between, (40, 6), {"first": READS.format("inner"), "inner": ITSELF, "head": OUTPUT}),
-    "free": (Free, (40, 6), {"first": None, "head": OUTPUT}),
-    "imaginary": (Imaginary, (40, 6), {"inner": ITSELF, "head": OUTPUT}),
     "fourier": (Fourier, (12, 2, 16), {"lift": None, "plain": None, "head": OUTPUT}),
 }
 
@@ -87,7 +61,7 @@ NETWORKS = {
 def network(kind: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     make, shape, _ = NETWORKS[kind]
-    return make().eval(), torch.randn(shape, dtype=COMPLEX if kind == "imaginary" else torch.float32)
+    return make().eval(), torch.randn(shape)
 
 
 @pytest.mark.parametrize(
@@ -116,15 +90,6 @@ def test_all_but_complex_layers_and_their_neighbours_lose_channels(kind, dtype):
         if value.is_complex():
             assert torch.equal(value, before[name])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", ["linear", "fourier"])
-@pytest.mark.quick_every(2)
-def test_networks_with_complex_weights_are_shrunk(kind):
-    model, inputs = network(kind)
-    small = nni_topo.shrink(model, inputs.split(4), {"params": 0.85}, distill=False)
-    assert small(inputs).shape == model(inputs).shape
-    assert len(small.second.weight) < len(model.second.weight)
 
 
 def test_what_to_change_about_complex_weights_is_said():

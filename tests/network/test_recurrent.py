@@ -85,20 +85,6 @@ def test_units_go_with_all_of_their_gates(kind, pruner, knobs):
     assert torch.allclose(dense(rows), model(rows), atol=1e-6)
 
 
-def test_units_are_scored_by_all_gates_and_both_weights():
-    model, rows = Net(nn.GRU, batch_first=True).eval(), torch.randn(5, 7, 4)
-    with torch.no_grad():
-        for name in ("weight_ih_l0", "weight_hh_l0"):
-            getattr(model.body, name).fill_(1.0)
-        # Small at one gate of one weight, and the smallest in sum.
-        model.body.weight_ih_l0[3] = 0.0
-        model.body.weight_hh_l0[-3] = -0.01
-        model.body.weight_hh_l0[-3, 0] = 100.0
-    groups = nni_topo.dependency_groups(model, rows, [{"op_names": ["body"], "sparse_ratio": 0.1}])
-    _, masks = L1NormPruner(model, groups).compress()
-    assert masks["body"]["bias_ih_l0"].view(-1, 10)[0].tolist() == [1, 1, 1, 0, 1, 1, 1, 1, 1, 1]
-
-
 def test_states_tie_the_units_of_two_layers():
     class Pair(nn.Module):
         def __init__(self):

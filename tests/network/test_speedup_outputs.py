@@ -8,7 +8,7 @@ from nni.compression.speedup import ModelSpeedup
 from speedup_nets import filter_mask, same_output
 from torch import nn
 
-from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.speedup import masked_model, to_dense
 
 
 class Pair(nn.Module):
@@ -79,18 +79,6 @@ def test_layers_around_a_module_of_several_tensors_shrink(name):
     assert (dense.embed.out_features, dense.before.in_features) == (5, 5)
     assert (dense.inner.out_features, dense.outer.in_features) == (6, 6)
     same_output(dense, masked_model(model, inputs, masks), inputs)
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "pair"])
-def test_channels_that_enter_or_meet_such_a_module_stay(name, caplog):
-    model, inputs = Around(name).eval(), torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
-    masks = {"before": filter_mask(model.before, [1, 2]), "embed": filter_mask(model.embed, [0])}
-    dense = to_dense(model, inputs, masks)
-    assert (dense.before.out_features, dense.inner.in_features, dense.embed.out_features) == (10, 10, 7)
-    assert "before" in caplog.text
-    same_output(dense, masked_model(model, inputs, {"embed": masks["embed"]}), inputs)
-    entries = dependency_groups(model, inputs, [{"op_names": ["before", "embed"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in entries] == [["embed"], ["before"]]
 
 
 @pytest.mark.parametrize("name", ["lstm", "attention", "pair"])
