@@ -63,8 +63,7 @@ def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
 
 def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
     """Return a call to trace a model with: samples of the first batch; DataError if the model can't run on it."""
-    call = next(calls(model, calibration))
-    return structure_of(model, call, name_of(calibration))
+    return structure_of(model, next(calls(model, calibration)), name_of(calibration))
 
 
 def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Call:

@@ -30,11 +30,26 @@ def watched(
     entering: Iterable[tuple[nn.Module, Entering]] = (), leaving: Iterable[tuple[nn.Module, Leaving]] = ()
 ) -> Iterator[None]:
     """Call functions at every call of their layers within the block; a layer may be listed more than once."""
+
+    def enter(look: Entering, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        replacement = look(first_argument(args, kwargs))
+        if replacement is None:
+            return None
+        if args:
+            return (replacement, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): replacement}
+
+    def leave(look: Leaving, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return look(first_argument(args, kwargs), output)
+
+    def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return next(iter((*args, *kwargs.values())), None)
+
     with ExitStack() as handles:
         for module, look in entering:
-            handles.enter_context(module.register_forward_pre_hook(partial(_enter, look), with_kwargs=True))
+            handles.enter_context(module.register_forward_pre_hook(partial(enter, look), with_kwargs=True))
         for module, look_after in leaving:
-            handles.enter_context(module.register_forward_hook(partial(_leave, look_after), with_kwargs=True))
+            handles.enter_context(module.register_forward_hook(partial(leave, look_after), with_kwargs=True))
         yield
 
 
@@ -156,21 +171,3 @@ def counted_places(shape: tuple[int, ...]) -> Tensor | None:
     """Return which positions of this shape (samples, places) aren't padding; None if all count, or nobody knows."""
     real: Tensor | None = context().real
     return None if real is None or real.shape != shape else real
-
-
-def _enter(look: Entering, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    replacement = look(_input_of(args, kwargs))
-    if replacement is None:
-        return None
-    if args:
-        return (replacement, *args[1:]), kwargs
-    return args, {**kwargs, next(iter(kwargs)): replacement}
-
-
-def _leave(look: Leaving, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    return look(_input_of(args, kwargs), output)
-
-
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return a layer's first argument, which may be given by name; None if there is none."""
-    return next(iter((*args, *kwargs.values())), None)

@@ -30,10 +30,10 @@ PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_m
 
 def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
     """Split inputs, batch first, into positional and keyword arguments; a mapping may be a model's one argument."""
-    if isinstance(example_inputs, Mapping) and model is not None and is_argument(example_inputs, model):
-        call: Call = ((dict(example_inputs),), {})
-    elif isinstance(example_inputs, Mapping):
-        call = ((), dict(example_inputs))
+    call: Call
+    if isinstance(example_inputs, Mapping):
+        given = dict(example_inputs)
+        call = ((given,), {}) if model is not None and is_argument(given, model) else ((), given)
     elif isinstance(example_inputs, (tuple, list)):
         call = (tuple(example_inputs), {})
     else:
@@ -46,42 +46,36 @@ def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> C
     return call
 
 
-_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-
 def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
     """Say whether a mapping can only be meant as the single argument of a model, as in ``forward(self, batch)``."""
     parameters = _parameters_of(model)
-    if parameters is None or any(each.kind is each.VAR_KEYWORD for each in parameters):
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
         return False
     if any(each.name in mapping and each.kind is not each.POSITIONAL_ONLY for each in parameters):
         return False
     required = [each for each in parameters if each.default is each.empty and each.kind is not each.VAR_POSITIONAL]
-    return len(required) == 1 and required[0].kind in _BY_POSITION
-
-
-def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter] | None:
-    """List the parameters of the forward of a model, or of that within it; None where it isn't written in Python."""
-    try:
-        return list(inspect.signature(model_within(model).forward).parameters.values())
-    except (AttributeError, TypeError, ValueError):
-        return None
-
-
-_WITHIN = {"_orig_mod": ("OptimizedModule",), "module": ("DataParallel", "DistributedDataParallel")}
-
-
-def model_within(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model within a compiled one, or one that is spread over devices; any other as it is."""
-    for attribute, kinds in _WITHIN.items():
-        if type(model).__name__ in kinds and isinstance(inner := getattr(model, attribute, None), nn.Module):
-            return model_within(inner)
-    return model
+    return len(required) == 1 and required[0].kind is not required[0].KEYWORD_ONLY
 
 
 def required_arguments(model: torch.nn.Module) -> int:
     """Return how many arguments a model's forward requires by position."""
-    return sum(each.kind in _BY_POSITION and each.default is each.empty for each in _parameters_of(model) or ())
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(each.kind in by_position and each.default is each.empty for each in _parameters_of(model))
+
+
+def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter]:
+    """List the parameters of the forward of a model, or of that within it; none where it isn't written in Python."""
+    try:
+        return list(inspect.signature(model_within(model).forward).parameters.values())
+    except (AttributeError, TypeError, ValueError):
+        return []
+
+
+def model_within(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model within a compiled one, or one that is spread over devices; any other as it is."""
+    within = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+    inner = getattr(model, within.get(type(model).__name__, ""), None)
+    return model_within(inner) if isinstance(inner, nn.Module) else model
 
 
 def on_device(tree: Any, device: torch.device, *, copy: bool = False) -> Any:
@@ -99,10 +93,8 @@ def copied_for(model: nn.Module, call: Call) -> Call:
     """Copy a call to a model's device, and cast its floats to the type of the model's parameters if they have one."""
     call = on_device(call, device_of(model), copy=True)
     types = {each.dtype for each in model.parameters() if each.is_floating_point()}
-    return cast_floats(call, types.pop()) if len(types) == 1 and types <= _COMPUTED else call
-
-
-_COMPUTED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # types that layers compute with
+    computed = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    return cast_floats(call, types.pop()) if len(types) == 1 and types <= computed else call
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
@@ -142,14 +134,12 @@ def real_positions_of(model: torch.nn.Module, call: Call) -> Tensor | None:
 
 def real_positions(named: Mapping[str, Any]) -> Tensor | None:
     """Return which positions aren't padding: bool, (samples, places); None if no argument masks padding."""
+    if len(named) == 1 and isinstance(only := next(iter(named.values())), Mapping):
+        named = only  # a model may take all of them in one mapping
     for name, counts in PADDING.items():
         mask = named.get(name)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return (mask != 0) == counts
-    # A model may take all of them in one mapping.
-    if len(named) == 1:
-        only = next(iter(named.values()))
-        return real_positions(only) if isinstance(only, Mapping) else None
     return None
 
 
@@ -176,29 +166,38 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
     A cache of Transformers is no output: it goes back into the model. SpeedupError for an iterator.
     """
     found: list[tuple[str, torch.Tensor]] = []
-    _look_for_tensors(output, "", found, set())
+    seen = set[int]()  # ids of objects, which may hold one another
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            found.append((name or "output", value))
+            return
+        if value is None or isinstance(value, _NO_OUTPUTS) or id(value) in seen or _is_cache(value):
+            return
+        if isinstance(value, Iterator):
+            raise SpeedupError(f"what a model returns must be there when its forward ends, got {type(value).__name__}")
+        seen.add(id(value))
+        parts: Iterable[tuple[Any, Any]]
+        if isinstance(value, Mapping):
+            parts = value.items()
+        elif isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+            parts = zip(value._fields, value, strict=True)
+        elif isinstance(value, Collection):
+            parts = enumerate(value)
+        else:
+            parts = getattr(value, "__dict__", {}).items()
+        for key, each in parts:
+            own = f"{name or 'output'}[{key}]" if isinstance(key, int) else f"{name}.{key}" if name else str(key)
+            look(each, own)
+
+    look(output, "")
     return found
 
 
-def _look_for_tensors(value: Any, name: str, found: list[tuple[str, torch.Tensor]], seen: set[int]) -> None:
-    """Add the tensors of a value with this name, but for those in objects with a ``seen`` id."""
-    if isinstance(value, Tensor):
-        found.append((name or "output", value))
-        return
-    if value is None or isinstance(value, _NO_OUTPUTS) or id(value) in seen:
-        return
-    if any(_is_cache(kind) for kind in type(value).__mro__):
-        return
-    if isinstance(value, Iterator):
-        raise SpeedupError(f"what a model returns must be there when its forward ends, got {type(value).__name__}")
-    seen.add(id(value))
-    for key, each in _parts(value):
-        own = f"{name or 'output'}[{key}]" if isinstance(key, int) else f"{name}.{key}" if name else str(key)
-        _look_for_tensors(each, own, found, seen)
-
-
-def _is_cache(kind: type) -> bool:
-    return kind.__name__.endswith("Cache") and kind.__module__.partition(".")[0] == "transformers"
+def _is_cache(value: Any) -> bool:
+    """Tell whether something is a cache of Transformers."""
+    kinds = type(value).__mro__
+    return any(kind.__name__.endswith("Cache") and kind.__module__.startswith("transformers.") for kind in kinds)
 
 
 # A number may know the tensor whose size it is.
@@ -207,17 +206,6 @@ _NO_OUTPUTS = (
     *(*_NUMBERS, range, str, bytes, torch.dtype, torch.device),
     *(nn.Module, type, ModuleType, FunctionType, MethodType, np.ndarray),
 )
-
-
-def _parts(value: Any) -> list[tuple[Any, Any]]:
-    """List what a container holds, by key or place; of an object that is none, its attributes."""
-    if isinstance(value, Mapping):
-        return list(value.items())
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
-        return list(zip(value._fields, value, strict=True))
-    if isinstance(value, Collection):
-        return list(enumerate(value))
-    return list(getattr(value, "__dict__", {}).items())
 
 
 def random_like(call: Call, generator: torch.Generator) -> Call:
@@ -290,7 +278,7 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
     for leaf in () if isinstance(inputs, Tensor) else tree_leaves(inputs):
         # Tensors in other containers would stay whole where single samples are taken.
-        if (is_dataclass(leaf) and not isinstance(leaf, type)) or any(map(_is_cache, type(leaf).__mro__)):
+        if (is_dataclass(leaf) and not isinstance(leaf, type)) or _is_cache(leaf):
             raise ConfigError(
                 "the inputs of a batch must be tensors, alone or in tuples, lists or mappings, got a "
                 f"{type(leaf).__name__} ({name}, batch {index})"
@@ -390,17 +378,13 @@ def lists_of_samples(inputs: Any) -> list[Any]:
 
     Beside a tensor of samples, tuples hold states or levels of all samples, and so do lists of tensors as long as it.
     """
-    values = list(
-        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
-    )
-    found = [value for value in values if isinstance(value, (tuple, list)) and tensors_of(value)]
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
     count = next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), None)
-    if count is None:
-        return found
-    return [
-        value
-        for value in found
-        if isinstance(value, list)
-        and len(value) == count
-        and any(not each.dim() or len(each) != count for each in tensors_of(value))
-    ]
+    found = []
+    for value in values:
+        if not isinstance(value, (tuple, list)) or not tensors_of(value):
+            continue
+        is_of_all = isinstance(value, tuple) or len(value) != count
+        if count is None or not (is_of_all or all(each.dim() and len(each) == count for each in tensors_of(value))):
+            found.append(value)
+    return found

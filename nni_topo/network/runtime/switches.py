@@ -6,7 +6,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -36,25 +36,18 @@ def package_settings(as_compiled: bool) -> Iterator[None]:
 
     What is made in inference mode takes no gradients, for good. Autocast rounds products to three digits.
     """
-    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-    gradients = torch.set_grad_enabled(torch.is_grad_enabled())  # an interruption may come as ``no_grad`` begins
-    is_on_cpu = as_compiled or torch.get_default_device().type == "cpu"
-    precision = nullcontext() if as_compiled else _autocast_off()
-    with gradients, inference, precision, nullcontext() if is_on_cpu else _OnCpu():
-        yield
-
-
-@contextmanager
-def _autocast_off() -> Iterator[None]:
-    """Let models compute in their own precision within a caller's ``torch.autocast``; they may ask for another."""
-    is_within = is_within_autocast()
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", "cuda", *([] if accelerator is None else [accelerator.type])}
-    with ExitStack() as stack:
-        for kind in sorted(kinds):
+    with ExitStack() as settings:
+        settings.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # an interruption may come in `no_grad`
+        if torch.is_inference_mode_enabled():
+            settings.enter_context(torch.inference_mode(False))
+        for kind in () if as_compiled else sorted(kinds):
             # That of one device says for all of them that casts aren't kept.
-            if (kind == "cpu" and is_within) or torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+            if torch.is_autocast_enabled(kind) or (kind == "cpu" and is_within_autocast()):
+                settings.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        if not as_compiled and torch.get_default_device().type != "cpu":
+            settings.enter_context(_OnCpu())
         yield
 
 
@@ -71,14 +64,13 @@ class _OnCpu(TorchFunctionMode):
 def _is_called_by_package() -> bool:
     """Tell whether code of the package calls a function of PyTorch's."""
     frame: FrameType | None = sys._getframe(2)
-    # PyTorch's own code calls for others, as do modes, which hand on what models call.
-    while frame is not None and (_package_of(frame) == "torch" or frame.f_code.co_name == "__torch_function__"):
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        # PyTorch's own code calls for others, as do modes, which hand on what models call.
+        if package != "torch" and frame.f_code.co_name != "__torch_function__":
+            return package == __name__.partition(".")[0]
         frame = frame.f_back
-    return frame is not None and _package_of(frame) == __name__.partition(".")[0]
-
-
-def _package_of(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return False
 
 
 @contextmanager
