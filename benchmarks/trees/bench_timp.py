@@ -63,7 +63,7 @@ def cells(options: argparse.Namespace) -> list[RoundsCell]:
                     retrain=recipe.for_retraining(size.retrain_epochs),
                     device=options.device,
                 )
-                found.append(RoundsCell(cell, rewind=options.rewind, capped=capped))
+                found.append(RoundsCell(cell, capped=capped))
     return found
 
 
@@ -73,7 +73,6 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, help="default: 5, for resnet20 3")
-    parser.add_argument("--rewind", action="store_true", help="to the initial weights, before each round")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -44,10 +44,7 @@ def is_baseline(name: str) -> bool:
 
 
 def baseline_masks(name: str, analysis: Analysis, ratios: dict[str, float]) -> tuple[Masks, float]:
-    """Prune a copy by Torch-Pruning, at a ``sparse_ratio`` by layer; return NNI's masks of it, and seconds.
-
-    Attention loses whole heads, as in the other rows. Layers without a ratio aren't pruned.
-    """
+    """Prune a copy by Torch-Pruning at a ``sparse_ratio`` by layer, attention by heads; return NNI's masks, seconds."""
     model = analysis.model
     heads = dict[str, int]()
     for layer, attention in analysis.flow.heads.items():

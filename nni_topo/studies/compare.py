@@ -27,9 +27,7 @@ def compare(
 
     The output folder gets a line per finished cell in ``results.jsonl``, all records at the end in ``results.json``,
     cells without a record and the ``reason`` in ``failures.json``, the plan, ``report.html`` and the trained models.
-    ``on_cell`` is called before each cell with the cell, its number from 1 and the number of cells. ConfigError if a
-    name, a knob or the device is unknown, or the folder holds another comparison's records; DataError if the data can't
-    be read, or another run uses the folder.
+    ``on_cell`` is called before each cell with the cell, its number from 1 and the number of cells.
     """
     out = Path(out)
     cells = list(plan.cells())

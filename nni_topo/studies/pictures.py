@@ -60,11 +60,8 @@ def panels(
 def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
     """Return the pictures of at least one record: ``accuracy``, and ``convergence`` if networks were fine-tuned.
 
-    ``accuracy`` against MACs has a panel per model, data set and step of recovery; three models or more stand two in a
-    row. Bars are 95 % intervals, the dotted line is the unpruned network; each panel has its own scale.
-    ``convergence``, the validation accuracy against the epochs of fine-tuning, has a line per pruner: the mean over
-    seeds, in a band from the lowest to the highest seed, because 95 % intervals of a few seeds hide one another. A run
-    that has stopped keeps its last accuracy.
+    ``accuracy`` against MACs has a panel per model, data set and step of recovery, with 95 % intervals; ``convergence``
+    the means of validation accuracy by epoch, in bands from the lowest to the highest seed.
     """
     found: dict[str, list[Record]] = defaultdict(list)
     for record in records:

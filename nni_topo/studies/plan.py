@@ -95,11 +95,10 @@ class ComparisonPlan:
 
 
 def load_plan(path: str | Path, network: str = "") -> ComparisonPlan:
-    """Read a plan from a YAML file; DataError if it can't be read, ConfigError if a key is unknown or a value is wrong.
+    """Read a plan from a YAML file with the fields of :class:`ComparisonPlan`; an entry is a name or a mapping.
 
-    Keys are the fields of :class:`ComparisonPlan`; an entry of ``models``, ``data`` and ``pruners`` is a name or a
-    mapping, an entry of ``targets`` a mapping such as ``{flops: 0.25}``. A plan of several comparisons has
-    ``networks`` as well, by name the keys of one comparison that differ from the others'; ``network`` chooses one.
+    A plan of several comparisons has ``networks`` as well, by name the keys of one comparison that differ from the
+    others'; ``network`` chooses one.
     """
     content = read_yaml(path, "a plan")
     networks = content.pop("networks", {})

@@ -243,11 +243,7 @@ def _baselines(rows: Rows) -> Rows:
 
 
 def best_baseline(rows: Rows, column: str) -> str | None:
-    """Return the row of the best baseline in a column, None if there is none.
-
-    It is the one with the highest mean accuracy on the validation images; of text, and of records that don't hold that
-    accuracy, the one with the highest mean of the column itself, which is measured on the test images.
-    """
+    """Return the row of the baseline that is best on the images that :func:`_best_of` takes, None if there is none."""
     return _best_of(_baselines(rows), column)[0]
 
 
@@ -260,9 +256,7 @@ def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column
 def in_short(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Return the head and the lines of a short table: how much smaller networks are, and what the best method loses.
 
-    A line is of the last step without labels, one of fine-tuning where networks were fine-tuned. The method of a line
-    is the one with the highest mean accuracy on the validation images; on the test images, which the head then says, if
-    records lack those.
+    A line is of the last step without labels, one of fine-tuning where networks were fine-tuned.
     """
     pruned = {row: runs for row, runs in rows.items() if next(iter(runs.values()))["pruner_name"] != SCRATCH}
     lines, on = [], "validation"
@@ -328,10 +322,7 @@ def cells_of(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def _with_equal_times(rows: Rows) -> dict[str, dict[int, Record]]:
-    """Return rows in which networks of one seed and equal widths have one latency, the median of their measured ones.
-
-    Equal networks take equal time: differences between their rows come from the machine's other load.
-    """
+    """Return rows in which networks of one seed and equal widths have one latency, the median: the rest is noise."""
     measured: dict[tuple[str, int, str], list[float]] = defaultdict(list)
     places = []
     for row, runs in rows.items():
@@ -386,10 +377,7 @@ def widths_of(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def epochs_taken(record: Record, share: float = 1.0) -> tuple[int, bool]:
-    """Return the epochs of fine-tuning until a share of the unpruned validation accuracy is back, and whether it is.
-
-    A run that doesn't get there has taken all of its epochs.
-    """
+    """Return the epochs until a share of the unpruned validation accuracy is back, else all, and whether it is."""
     for epoch, accuracy in enumerate(record["curve"]):
         if accuracy >= share * record["validation_before"]:
             return epoch, True
@@ -399,12 +387,10 @@ def epochs_taken(record: Record, share: float = 1.0) -> tuple[int, bool]:
 def convergence_of(rows: Rows) -> tuple[list[str], list[list[str]]] | None:
     """Return the head and the lines of a table: fine-tuning until shares of the unpruned accuracy are back.
 
-    Accuracy is measured on the validation images. Epochs and seconds of training are the median [lowest, highest] over
-    seeds; ``> 40`` is more than the 40 epochs that were run. An epoch of networks of equal widths takes the same time,
-    the median of all their epochs: differences come from the machine's other load. The last column is the mean
-    difference in epochs to the largest share that any run reaches, paired by seed, with its 95 % interval, from the
-    baseline with the fewest; a run that doesn't get there counts as all of its epochs. None if no network was
-    fine-tuned for more than two epochs.
+    Accuracy is measured on the validation images. Epochs and seconds are the median [lowest, highest] over seeds;
+    ``> 40`` is more than the 40 epochs that were run. The last column is the difference in epochs to the largest share
+    that any run reaches from the baseline with the fewest, paired by seed; a run that doesn't get there counts as all
+    of its epochs. None if no network was fine-tuned for more than two epochs.
     """
     long: dict[str, dict[int, Record]] = defaultdict(dict)
     seconds: dict[str, list[float]] = defaultdict(list)

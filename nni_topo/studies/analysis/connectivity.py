@@ -116,11 +116,7 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
 
 @dataclass(frozen=True)
 class ConnectivityStudy(PointsStudy):
-    """All points, with shares in [0, 1].
-
-    ``kept`` weights of the pruned layers; ``outputs`` and ``channels`` as of a :class:`Connectivity`, of the layer
-    with the fewest; ``channels_reached``, likewise; the test ``accuracy`` without fine-tuning.
-    """
+    """All points, with shares in [0, 1]; channels are those of the layer with the fewest."""
 
     stem = "connectivity"
 

@@ -94,12 +94,7 @@ _ITERATIONS = 50
 
 @dataclass(frozen=True)
 class DeviationStudy(PointsStudy):
-    """All points, and the number of images in the batch.
-
-    A point has the removed share of the pruned layers' weights (``pruned``), the norm of the output's change over the
-    batch (``error``), the bounds (3.9) and Lipschitz, ``dev``, ``sign`` and ``relative`` as a :class:`NetDeviation`
-    with (3.9), and the test accuracy without fine-tuning, in [0, 1].
-    """
+    """All points: the removed share, a :class:`NetDeviation` with (3.9), the Lipschitz bound and the test accuracy."""
 
     stem = "deviation"
     images: int

@@ -117,7 +117,6 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
     """Prune by magnitude directly and iteratively, and measure the bytes and time that zeros save.
 
     Direct pruning has all epochs of fine-tuning after its only round, iterative pruning shares them among its rounds.
-    Each seed trains a network of its own, unless there is a checkpoint, and fine-tunes with that seed.
     """
 
     ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)  # sparse_ratio of the pruned layers, in (0, 1)

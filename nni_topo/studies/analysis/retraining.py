@@ -206,12 +206,7 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
 
 @dataclass(frozen=True)
 class RetrainingStudy(PointsStudy):
-    """All points, the epochs of training, the most epochs of fine-tuning, and gamma.
-
-    A point has the ``kind`` of its bound, ``"connection"`` or ``"node"``; the ``bound`` in epochs by (3.1) as printed,
-    with the study's gamma, and ``derived``, the same with the ratio of gradients inverted; the ``epochs`` after which
-    the test accuracy recovered (None: never); and the accuracies in [0, 1] before fine-tuning and after its last epoch.
-    """
+    """All points: the bound in epochs, also as derived, and the epochs after which the accuracy recovered or None."""
 
     stem = "retraining"
     trained_epochs: int

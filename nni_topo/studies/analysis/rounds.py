@@ -56,7 +56,6 @@ class RoundsCell:
     # its pruner is one of METHODS, its target the last sparsity, its recipes those of training and of each round
     cell: Cell
     sparsities: tuple[float, ...] = SPARSITIES
-    rewind: bool = False  # each round is then trained by the recipe of the training
     capped: bool = False  # each layer keeps at least as many weights as its channel tree has, like T-IMP
 
     @property
@@ -68,12 +67,12 @@ class RoundsCell:
     def key(self) -> str:
         """Key of the run's record; runs with equal settings have equal keys."""
         levels = ",".join(f"{level:g}" for level in self.sparsities)
-        return f"{self.cell.key} {levels}{' rewound' if self.rewind else ''}{' capped' if self.capped else ''}"
+        return f"{self.cell.key} {levels}{' capped' if self.capped else ''}"
 
     @property
     def method(self) -> str:
         """Name of the method, as in the tables."""
-        return self.cell.pruner.row + (" capped" if self.capped else "") + (", rewound" if self.rewind else "")
+        return self.cell.pruner.row + (" capped" if self.capped else "")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class RoundsStudy(Findings):
         axes = figure.subplots(2, len(models), squeeze=False, sharex="col")
         for (upper, lower), (model, methods) in zip(axes.T, models.items(), strict=True):
             for method, runs in methods.items():
-                color: Any = _COLORS.get(method.partition(",")[0])
+                color: Any = _COLORS.get(method)
                 targets = [1.0 / (1.0 - level) for level in runs[0]["sparsities"]]
                 for axis, key, label, style in (
                     (upper, "accuracy", method, "-"),
@@ -101,7 +100,7 @@ class RoundsStudy(Findings):
                     axis.plot(targets, values.mean(0), style, marker=".", label=label, color=color)
                     if len(runs) > 1:
                         axis.fill_between(targets, values.min(0), values.max(0), alpha=0.15, linewidth=0, color=color)
-                if "T-IMP" in method:
+                if method == "T-IMP":
                     critical = 1.0 / min(entry["kept"] for entry in runs[0]["rounds"])
                     for axis in (upper, lower):
                         axis.axvline(critical, color="black", linewidth=0.7, linestyle="--")
@@ -119,10 +118,9 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
 
     methods: Names = ("IMP", "T-IMP", "IMP capped")  # any of these
     sparsities: tuple[float, ...] = SPARSITIES  # sparsity of each layer after each round, rising, in (0, 1)
-    rewind: bool = False  # kept weights return to their initial values before each round's training
     seeds: int = 1  # number of seeds, at least 1
     train_epochs: int | None = None  # epochs of training; None: those of the model's recipe
-    retrain_epochs: int = 2  # epochs of fine-tuning after each round without --rewind, at least 0
+    retrain_epochs: int = 2  # epochs of fine-tuning after each round, at least 0
     images: int | None = None  # test images used, at least 1; None: all
     n_jobs: int = 1  # runs at a time, at least 1; -1: one per core; other than 1: each in a process
 
@@ -146,7 +144,7 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
                 retrain=recipe.for_retraining(self.retrain_epochs),
                 device=self.device,
             )
-            cells.append(RoundsCell(cell, self.sparsities, self.rewind, capped=method != name))
+            cells.append(RoundsCell(cell, self.sparsities, capped=method != name))
 
         def announce(cell: RoundsCell, number: int, count: int) -> None:
             tell(f"[{number}/{count}] seed {cell.cell.seed}: {cell.method}")
@@ -200,11 +198,10 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
     config = critical_config_list(net, last) if study.capped else [{"op_types": _TYPES, "sparse_ratio": last}]
     knobs = {**pruner_knobs(cell.pruner.name, net, start, cell.pruner.calibration), **cell.pruner.knobs}
     pruner = create_pruner(cell.pruner.name, net, config, **knobs)
-    recipe = cell.train if study.rewind else cell.retrain
     rounds: list[Record] = []
 
     def train() -> None:
-        zoo.train(net, data, recipe, seed=cell.seed, device=start.device)
+        zoo.train(net, data, cell.retrain, seed=cell.seed, device=start.device)
 
     def note(done: Round) -> None:
         masks: Masks = pruner.get_masks()
@@ -221,8 +218,7 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
             }
         )
 
-    rewind = initial.state_dict() if study.rewind else None
-    prune_in_rounds(pruner, steps_to(study.sparsities), train, rewind=rewind, on_round=note)
+    prune_in_rounds(pruner, steps_to(study.sparsities), train, on_round=note)
     return {**record, "rounds": rounds, "seconds": time.perf_counter() - began, **provenance()}
 
 
@@ -246,22 +242,14 @@ def steps_to(sparsities: Sequence[float]) -> list[float]:
 
 
 def rounds_tables(records: Iterable[Record]) -> Iterator[NumberTable]:
-    """Yield a table per model, then one of the overlap of each trained linear layer, with its bound.
-
-    A model's table has a row per sparsity: accuracy, weights kept and connectivity of each method, and the differences
-    of T-IMP, rewound or not, to the methods that it is compared with, paired by seed.
-    """
+    """Yield a table per model, with differences to T-IMP paired by seed, then the overlap of each linear layer."""
     shown = {"kept": "{}: kept %", "accuracy": "accuracy %"}
     shown |= {"channels_connected": "channels connected %", "outputs_reached": "outputs reached %"}
     for model, methods in _by_model(records).items():
         runs = next(iter(methods.values()))
         head = ["target sparsity %", *(name.format(method) for method in methods for name in shown.values())]
-        pairs = []
-        for ours in methods:
-            if ours.startswith("T-IMP"):
-                compared = [ours.replace("T-IMP", name) for name in ("IMP", "IMP capped")]
-                pairs += [(ours, baseline) for baseline in methods if baseline in compared]
-        head += [f"T-IMP - {baseline.partition(',')[0]}" for _, baseline in pairs]
+        baselines = [name for name in methods if name != "T-IMP"] if "T-IMP" in methods else []
+        head += [f"T-IMP - {baseline}" for baseline in baselines]
         rows = []
         for index, entry in enumerate(runs[0]["rounds"]):
             cells = [f"{100 * entry['target']:g}"]
@@ -273,9 +261,9 @@ def rounds_tables(records: Iterable[Record]) -> Iterator[NumberTable]:
                     digits = 2 if key == "kept" else 1
                     is_mean = key != "accuracy"
                     cells.append(f"{100 * np.mean(values):.{digits}f}" if is_mean else show_accuracies(values))
-            for ours, baseline in pairs:
-                seeds = sorted(accuracies[ours].keys() & accuracies[baseline].keys())
-                gains = [accuracies[ours][seed] - accuracies[baseline][seed] for seed in seeds]
+            for baseline in baselines:
+                ours, theirs = accuracies["T-IMP"], accuracies[baseline]
+                gains = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
                 cells.append(interval(gains).show(100, sign=True))
             rows.append(cells)
         before = show_accuracies([run["accuracy_before"] for run in runs])

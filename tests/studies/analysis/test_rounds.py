@@ -17,7 +17,7 @@ from nni_topo.studies.tables import as_markdown
 LEVELS = (0.5, 0.9, 0.999)
 
 
-def study_cells(rewind: bool = False) -> list[RoundsCell]:
+def study_cells() -> list[RoundsCell]:
     recipe = zoo.Recipe(epochs=2, batch_size=32)
     cell = Cell(
         ModelChoice("small_cnn"),
@@ -28,7 +28,7 @@ def study_cells(rewind: bool = False) -> list[RoundsCell]:
         train=recipe,
         retrain=recipe.for_retraining(1),
     )
-    runs = [RoundsCell(replace(cell, pruner=method), LEVELS, rewind) for method in METHODS.values()]
+    runs = [RoundsCell(replace(cell, pruner=method), LEVELS) for method in METHODS.values()]
     return [*runs, replace(runs[0], capped=True)]
 
 
@@ -80,15 +80,6 @@ def test_finished_runs_are_not_repeated(finished):
     assert began == []
     assert (out / "results.jsonl").read_text().splitlines() == lines
     assert [json.loads(line)["method"] for line in lines] == ["IMP", "T-IMP", "IMP capped"]
-
-
-def test_rewound_runs_are_runs_of_their_own(finished, tmp_path):
-    records, _ = finished
-    cells = study_cells(rewind=True)
-    assert {cell.key for cell in cells}.isdisjoint(record["key"] for record in records)
-    (record,) = run_rounds(cells[1:2], tmp_path)
-    assert record["method"] == "T-IMP, rewound"
-    assert record["rounds"][2]["kept"] == records[1]["rounds"][2]["kept"]
 
 
 def test_tables_and_pictures(finished, tmp_path, drawn):
