@@ -156,10 +156,6 @@ def test_evolution_command(checkpoint, tmp_path, capsys):
         assert len(history["fitness"]) == 12
         fittest = max(range(12), key=lambda index, values=history["fitness"]: (values[index], index))
         assert trial["kept"] == pytest.approx(1 - history["compression"][fittest])
-    files = {path.name for path in tmp_path.iterdir()}
-    assert {"evolution.json", "fitness.png", "solutions.png"} < files
+    assert {"evolution.json", "fitness.png", "solutions.png"} < {path.name for path in tmp_path.iterdir()}
     assert command("evolution", checkpoint, tmp_path, "--generations", "1", "--population-size", "2") == 0
-    text = capsys.readouterr().out
-    assert "of fc2 removed" in text  # the layer with the most weights
-    assert "compression" in text
-    assert "highest" in text
+    assert "of fc2 removed" in capsys.readouterr().out  # the layer with the most weights

@@ -8,7 +8,6 @@ from torch import nn
 
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
-from nni_topo.runs.choices import load_prune_config
 from nni_topo.studies.analysis.magnitude import AnalyzeMagnitude, MagnitudeStudy, stored_bytes, with_sparse_linears
 from nni_topo.studies.tables import as_markdown
 
@@ -120,23 +119,6 @@ def test_tables_have_means_with_the_lowest_and_the_highest_of_the_seeds():
     assert "on average 2.5 % of it to either side, at most 4.0 %" in text
 
 
-@pytest.mark.slow
-def test_sensitivity_suggests_what_prune_takes(tmp_path, capsys):
-    words = ["--model", "lenet300", "--limit", "300"]
-    out = tmp_path / "study"
-    assert (
-        main(["analyze", "sensitivity", *words, "--ratios", "0.3", "0.6", "--budget", "0.05", "--out", str(out)]) == 0
-    )
-    output = capsys.readouterr().out
-    assert "fc1 at 0.3:" in output
-    assert "fc3 at" not in output
-    config = load_prune_config(out / "suggested.yaml")
-    assert config.pruner == "l1"
-    assert main(["prune", *words, "--config", str(out / "suggested.yaml"), "--out", str(tmp_path / "dense")]) == 0
-    summary = json.loads((tmp_path / "dense" / "summary.json").read_text())
-    assert summary["params"] < summary["params_before"]
-
-
 @pytest.mark.parametrize(
     ("pruner", "kept"),
     [("taylor", "training_steps: 4"), pytest.param("cluster", "calibration: 100", marks=pytest.mark.slow)],
@@ -154,13 +136,8 @@ def test_sensitivity_gives_pruners_the_data_they_need(pruner, kept, tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"ratios": ()}, "ratios must be a tuple of at least 1"),
         ({"ratios": (1.0,)}, "ratios must be a tuple of at least 1"),
-        ({"rounds": 0}, "rounds must be in \\[1, epochs\\], got 0 of 3 epochs"),
-        ({"rounds": 4}, "got 4 of 3 epochs"),
-        ({"epochs": -1}, r"epochs must be an integer of at least 0, got -1 \(magnitude\)"),
-        ({"seeds": 0}, r"seeds must be an integer of at least 1, got 0 \(magnitude\)"),
-        ({"batch": 0}, r"batch must be an integer of at least 1, got 0 \(magnitude\)"),
+        ({"rounds": 4}, r"rounds must be in \[1, epochs\], got 4 of 3 epochs"),
         ({"seconds": 0.0}, r"seconds must be above 0 and finite, got 0.0 \(magnitude\)"),
     ],
 )

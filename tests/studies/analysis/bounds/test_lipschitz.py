@@ -29,6 +29,9 @@ def matrix_of(module: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
         (nn.Conv1d(2, 3, 4, bias=False), (2, 9)),
         (nn.Conv3d(1, 2, 2, bias=False), (1, 3, 3, 3)),
         (nn.Conv2d(3, 5, 1, bias=False), (3, 4, 4)),
+        (nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1, bias=False), (2, 4, 5)),
+        (nn.ConvTranspose2d(4, 2, 2, stride=2, groups=2, bias=False), (4, 3, 3)),
+        (nn.ConvTranspose1d(2, 3, 3, dilation=2, bias=False), (2, 6)),
     ],
 )
 def test_constant_of_a_convolution_bounds_its_norm_and_not_by_far(module, shape):
@@ -38,23 +41,7 @@ def test_constant_of_a_convolution_bounds_its_norm_and_not_by_far(module, shape)
     norm = float(torch.linalg.matrix_norm(matrix_of(module, shape), 2))
     bound = convolution_constant(module, shape[1:])
     assert norm <= bound * (1 + 1e-12)
-    assert bound <= 2.0 * norm
-
-
-@pytest.mark.parametrize(
-    ("module", "shape"),
-    [
-        (nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1, bias=False), (2, 4, 5)),
-        (nn.ConvTranspose2d(4, 2, 2, stride=2, groups=2, bias=False), (4, 3, 3)),
-        (nn.ConvTranspose1d(2, 3, 3, dilation=2, bias=False), (2, 6)),
-    ],
-)
-def test_constant_of_a_transposed_convolution_bounds_its_norm(module, shape):
-    torch.manual_seed(0)
-    module = module.double()
-    nn.init.normal_(module.weight)
-    norm = float(torch.linalg.matrix_norm(matrix_of(module, shape), 2))
-    assert norm <= convolution_constant(module, shape[1:]) <= 2.5 * norm
+    assert bound <= 2.5 * norm
 
 
 @pytest.mark.parametrize(

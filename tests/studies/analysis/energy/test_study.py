@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.studies.analysis.energy.study import EnergyStudy, LayerEnergy, Quality, accumulate_energy, study_energy
 from nni_topo.testing import toy_images, toy_model
@@ -173,25 +172,6 @@ def test_record_and_pictures(study, tmp_path, drawn):
     assert document.pop("seed") == 3
     assert document == json.loads(json.dumps(study.to_dict()))
     assert document["layers"][0]["removed"] == {str(t): study.layers[0].removed[t] for t in THRESHOLDS}
-
-
-def test_accumulated_steps_shrink_the_network_layer_by_layer():
-    data = zoo.load_data("digits", limit=50)
-    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).eval()
-    images = data.test.tensors[0][:2]
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    seen = []
-
-    def evaluate(net):
-        seen.append([net.get_submodule(name).out_channels for name in names])
-        return Quality(0.0, 1.0)
-
-    steps = accumulate_energy(model, [(name,) for name in names], images, evaluate, threshold=0.2)
-    widths = [model.get_submodule(name).out_channels for name in names]
-    for index, step in enumerate(steps):
-        assert step.removed > 0
-        widths[index] -= step.removed
-        assert seen[index] == widths
 
 
 def test_accumulated_steps_measure_and_prune_what_was_trained_in_between():
