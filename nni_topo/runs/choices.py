@@ -181,7 +181,6 @@ class PruneConfig:
     knobs: Mapping[str, Any] = field(default_factory=dict)
     calibration: int = 0  # training images, without labels, given to the pruner; 0: none
     compensate: CompensationChoice | None = None  # on training images without labels, for any pruner; None: none
-    distill: DistillationChoice | None = None  # likewise
     round_to: int | None = None  # layers keep a multiple of so many channels
     retrain: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, `epochs` first of all; empty: none
 

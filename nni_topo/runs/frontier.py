@@ -7,19 +7,16 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.disk import output_folder, path_of, write_figure, write_json
 from nni_topo.errors import ConfigError, shown
 from nni_topo.maths.knee import knee
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost.measure import time_shares
-from nni_topo.network.io.checkpoint import save
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
@@ -134,34 +131,6 @@ class Frontier(dict[float, nn.Module]):
         axis.legend(fontsize="small")
         return figure
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write all networks, the table and the picture into a folder, made if missing.
-
-        Parameters
-        ----------
-        folder : str or path-like
-            A network is named after its share, e.g. ``0.25.safetensors``, which :func:`nni_topo.load` reads; the others
-            are ``frontier.json`` and ``frontier.png``. Existing files are replaced.
-
-        Returns
-        -------
-        list of Path
-            The files.
-        """
-        place = output_folder(path_of(folder, "folder"))
-        files = []
-        for share, network in self.items():
-            files.append(place / f"{share:g}.safetensors")
-            save(network, files[-1])
-        rows = [
-            {name: value if is_finite(value) or isinstance(value, bool) else None for name, value in row.items()}
-            for row in map(asdict, self.points)
-        ]
-        files += [place / "frontier.json", place / "frontier.png"]
-        write_json(files[-2], {"cost": self.kind, "measure": self.measure, "knee": self.knee, "networks": rows})
-        write_figure(files[-1], self.plot(), 130)
-        return files
-
     def __repr__(self) -> str:
         names = ["share", "left", "macs", "params", "changed", "distance", "accuracy", "start", "is_distilled"]
         frame = self.to_frame()[[*names, "seconds"]].dropna(axis="columns", how="all")
@@ -232,8 +201,8 @@ def frontier(
     Returns
     -------
     Frontier
-        The networks by their share, with ``to_frame()``, ``plot()`` and ``save(folder)``. Each network has
-        a ``report``, a :class:`ShrinkReport <nni_topo.runs.report.ShrinkReport>`.
+        The networks by their share, with ``to_frame()`` and ``plot()``. Each network has a ``report``, a
+        :class:`ShrinkReport <nni_topo.runs.report.ShrinkReport>`.
 
     Raises
     ------

@@ -22,7 +22,6 @@ from nni_topo.runs.run import (
     budget_facts,
     costs,
     created,
-    distilled,
     latencies,
     made_dense,
     on_cpu,
@@ -87,9 +86,6 @@ def prune_checkpoint(
             record |= start.figures(dense, "compensated")
             if report is not None:
                 record["compensation"] = report.to_frame().replace({float("nan"): None}).to_dict("records")
-        if config.distill is not None:
-            dense = distilled(start, dense, config.distill, progress=progress).model
-            record |= start.figures(dense, "distilled")
         if config.retrain:
             retrain(dense, start.data, recipe_of(start), seed=seed, progress=progress)
             record |= start.figures(dense, "retrained")

@@ -111,9 +111,7 @@ def test_keys_of_records_from_before_there_was_a_choice_are_found():
 
 def test_a_file_says_how_a_network_is_pruned(tmp_path):
     path = tmp_path / "prune.yaml"
-    path.write_text(
-        "pruner: l1\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]\ncompensate: {images: 8}\ndistill: null\n"
-    )
+    path.write_text("pruner: l1\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]\ncompensate: {images: 8}\n")
     config = load_prune_config(path)
     assert config == PruneConfig("l1", ALL, compensate=CompensationChoice(8))
     plain = {"distill": {"images": 4}, "compensate": False, "seed": 3}

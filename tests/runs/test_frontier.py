@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -67,25 +66,6 @@ def test_the_table_has_a_row_for_each_network_and_the_unpruned_one():
     assert frame["params"][1] == zoo.count_params(found[0.7])
     assert found.points[1].left == zoo.count_params(found[0.7]) / zoo.count_params(toy_model())
     assert [line.split()[0] for line in repr(found).splitlines()[1:5]] == ["1", "0.7", "0.45", "0.25"]
-
-
-def test_it_is_saved_with_its_picture_and_can_be_loaded(tmp_path):
-    found = made()
-    files = found.save(tmp_path / "sizes")
-    assert [path.name for path in files] == [
-        *(f"{share}.safetensors" for share in (0.7, 0.45, 0.25)),
-        "frontier.json",
-        "frontier.png",
-    ]
-    again = nni_topo.load(files[2], toy_model()).eval()
-    assert torch.equal(again(toy_images(4)), found[0.25](toy_images(4)))
-    document = json.loads(files[3].read_text())
-    rows = document.pop("networks")
-    assert document == {"cost": "flops", "measure": "answers", "knee": found.knee}
-    assert [row["macs"] for row in rows] == [point.macs for point in found.points]
-    assert rows[0]["accuracy"] is None
-    assert {row["is_distilled"] for row in rows} == {False}
-    assert files[4].read_bytes()[:4] == b"\x89PNG"
 
 
 def points(*pairs: tuple[float, float], knee: int | None = None) -> list[FrontierPoint]:

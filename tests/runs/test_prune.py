@@ -10,7 +10,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network import LatencyTable, LayerLatency
 from nni_topo.runs import prune as module
-from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PruneConfig
+from nni_topo.runs.choices import CompensationChoice, DataChoice, ModelChoice, PruneConfig
 from nni_topo.runs.prune import prune_checkpoint
 
 SMALL, DIGITS = ModelChoice("small_cnn"), DataChoice("digits", limit=64)
@@ -19,10 +19,9 @@ FULL = PruneConfig(
     [{"op_types": ["Conv2d"]}],
     knobs={"budget": {"flops": 0.5}},
     compensate=CompensationChoice(32),
-    distill=DistillationChoice(32, steps=2),
     retrain={"epochs": 1},
 )
-BARS = ("compensate:", "distill:", "training:")
+BARS = ("compensate:", "training:")
 
 
 def small_cnn():
@@ -54,7 +53,7 @@ def test_the_record_says_what_each_step_left(round_to, checkpoint, tmp_path, cap
     dense = nni_topo.load(out / "dense.safetensors", small_cnn())
     assert record["accuracy_before"] == zoo.evaluate(small_cnn(), data.test)
     assert record["accuracy_retrained"] == zoo.evaluate(dense, data.test)
-    assert {"accuracy_oneshot", "accuracy_compensated", "accuracy_distilled"} <= set(record)
+    assert {"accuracy_oneshot", "accuracy_compensated"} <= set(record)
     rows = record["compensation"]
     assert {"features.conv3"} <= {row["layer"] for row in rows}
     images = data.test[:2][0]
