@@ -377,10 +377,11 @@ def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
 def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
     """Set how many heads of a module are kept, and its input width; its layers are cut already."""
     old = attention.heads
-    if (kept < old or width < attention.width) and is_fused_attention(module):
+    is_smaller = kept < old or width < attention.width
+    if is_smaller and is_fused_attention(module):
         set_unfused(module)
         vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
-    elif (kept < old or width < attention.width) and unfused_class(module) is None:
+    elif is_smaller and unfused_class(module) is None:
         take_own_width(module)
     if isinstance(module, nn.MultiheadAttention):
         module.num_heads = kept

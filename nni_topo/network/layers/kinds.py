@@ -53,6 +53,9 @@ RULES: dict[type[torch.nn.Module], ChannelRule] = {}
 def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tensor], None], *, dim: int = 1) -> None:
     """Say how channels are cut out of a module that works on each channel by itself, where tracing can't show that.
 
+    `dependency_groups` checks that what the module makes of a channel depends on this channel alone, and is zero where
+    the channel is.
+
     Parameters
     ----------
     kind : type
@@ -62,11 +65,6 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
         makes it smaller in place.
     dim : int, default=1
         The dimension of the input that holds the channels, -1 for the last.
-
-    Notes
-    -----
-    That what the module makes of a channel depends on this channel alone, and is zero where the channel is, is checked
-    by `dependency_groups`.
 
     Examples
     --------
@@ -87,6 +85,9 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
 def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of a model with PyTorch's plain layers in place of custom ones that compute the same.
 
+    A ``Conv1D``, as GPT-2 has them, is a linear layer whose weight, of shape (inputs, outputs), lies the other way
+    round; NNI, and this package, would take its inputs for outputs.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -95,18 +96,10 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     Returns
     -------
     torch.nn.Module
-        A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them. Linear layers and
-        convolutions of classes that aren't derived from PyTorch's, as PyTorch Geometric's ``Linear``, are PyTorch's;
-        their parameter is called ``weight``. Weights that weight norm, spectral norm, another parametrization or the
-        masks of ``torch.nn.utils.prune`` compute are plain ones with the values that they have in evaluation mode.
-
-        A ``Conv1D`` is a linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this
-        package, would take its inputs for outputs.
-
-    Examples
-    --------
-    >>> as_torch_layers(torch.nn.ReLU())
-    ReLU()
+        A model that computes the same, with linear layers for ``Conv1D``. Linear layers and convolutions of classes
+        that aren't derived from PyTorch's, as PyTorch Geometric's ``Linear``, are PyTorch's; their parameter is called
+        ``weight``. Weights that weight norm, spectral norm, another parametrization or the masks of
+        ``torch.nn.utils.prune`` compute are plain ones with the values that they have in evaluation mode.
     """
     return with_linear_layers(with_plain_weights(model))
 
@@ -454,20 +447,16 @@ def zeros_held(model: nn.Module) -> Iterator[None]:
 
     Masks of single weights leave zeros in the network that :func:`~nni_topo.to_dense` returns. Within this context the
     gradients at zeros of the weights of convolutions and linear layers are zero, and so are the zeros themselves after
-    every optimizer's step, whatever it does with momentum, weight decay or whole matrices.
+    every optimizer's step, whatever it does with momentum, weight decay or whole matrices. A copy of the network that
+    is made within the context isn't held, nor is a weight that a parametrization computes.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network, not wrapped by a pruner. Weights shared between layers count once.
 
-    Notes
-    -----
-    A copy of the network that is made within the context isn't held, nor is a weight that a parametrization computes.
-
     Examples
     --------
-    >>> import torch
     >>> layer = nn.Linear(2, 1)
     >>> _ = layer.weight.data.copy_(torch.tensor([[0.0, 2.0]]))
     >>> with zeros_held(layer):

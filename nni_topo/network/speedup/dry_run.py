@@ -154,47 +154,14 @@ def _cropped(call: Call, side: int) -> Call:
     return small
 
 
-def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
-    """Return the graph of a model with random weights, in single precision, and the values of its placeholders."""
-    full = analysis.trace.assembled(_with_random_weights(analysis.model))
-
-    def single(value: Any) -> Any:
-        if value is torch.float64:
-            return torch.float32
-        return torch.complex64 if value is torch.complex128 else value
-
-    # Types that are arguments in the graph.
-    for node in full.graph.nodes:
-        node.args, node.kwargs = map_aggregate(node.args, single), map_aggregate(node.kwargs, single)
-    full.recompile()
-    to_precision(full, torch.float32)
-    return full, (arguments(full.graph, analysis.model, analysis.call), {})
-
-
-def _with_random_weights(model: nn.Module) -> nn.Module:
-    """Copy a model with random weights, under which nothing is zero or cancels by chance."""
-    drawn: nn.Module = evaluating(unwrapped_copy(model, light=True))
-    normal, uniform = _RandomNumbers(torch.randn), _RandomNumbers(torch.rand)
-
-    def real(old: Tensor) -> Tensor:
-        fan = old[0].numel() if old.dim() > 1 else 0
-        return normal.like(old, fan**-0.5) if fan else uniform.like(old, 1.0, 0.5)
-
-    def weights(old: Tensor) -> Tensor:
-        return torch.complex(real(old.real), real(old.imag)) if old.is_complex() else real(old)
-
-    put_parameters(drawn, weights)
-    return to_precision(drawn, torch.float32)
-
-
 class _RandomNumbers:
     """Random numbers for a network's weights, which layers share: to draw them all takes longer than to run it."""
 
     _DRAWN = 262_147  # a prime, so that no two rows of a layer hold the same numbers
     _APART = 4096  # layers begin at different places
 
-    def __init__(self, draw: Callable[..., Tensor], generator: torch.Generator | None = None) -> None:
-        self._drawn = draw(self._DRAWN, generator=generator, device="cpu")
+    def __init__(self, draw: Callable[..., Tensor]) -> None:
+        self._drawn = draw(self._DRAWN, device="cpu")
         self._scaled: dict[tuple[torch.device, float], Tensor] = {}
         self._start = 0
 
@@ -207,6 +174,35 @@ class _RandomNumbers:
         # An even place: complex numbers can be seen in the weights from there alone.
         self._start = (self._start + 102) % self._APART
         return self._scaled[key][self._start : self._start + weight.numel()].view(weight.shape)
+
+
+def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
+    """Return the graph of a model with random weights, in single precision, and the values of its placeholders."""
+    # Weights under which nothing is zero or cancels by chance.
+    drawn: nn.Module = evaluating(unwrapped_copy(analysis.model, light=True))
+    normal, uniform = _RandomNumbers(torch.randn), _RandomNumbers(torch.rand)
+
+    def real(old: Tensor) -> Tensor:
+        fan = old[0].numel() if old.dim() > 1 else 0
+        return normal.like(old, fan**-0.5) if fan else uniform.like(old, 1.0, 0.5)
+
+    def weights(old: Tensor) -> Tensor:
+        return torch.complex(real(old.real), real(old.imag)) if old.is_complex() else real(old)
+
+    put_parameters(drawn, weights)
+    full = analysis.trace.assembled(to_precision(drawn, torch.float32))
+
+    def single(value: Any) -> Any:
+        if value is torch.float64:
+            return torch.float32
+        return torch.complex64 if value is torch.complex128 else value
+
+    # Types that are arguments in the graph.
+    for node in full.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, single), map_aggregate(node.kwargs, single)
+    full.recompile()
+    to_precision(full, torch.float32)
+    return full, (arguments(full.graph, analysis.model, analysis.call), {})
 
 
 def _draw(
