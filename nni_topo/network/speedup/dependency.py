@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import PruningSetting
@@ -409,19 +408,17 @@ def _projections_by_column(
 
 def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
     """Replace a module that holds attention by the layers of the attention."""
-    holders, inner = set[str](), set[str]()
-    for name in names - flow.heads.keys():
-        if name in flow.attention:
-            holders.add(name)
-            inner.update(flow.attention[name].channels)
-            inner.update(filter(None, [flow.attention[name].out]))
+    holders = {name for name in names - flow.heads.keys() if name in flow.attention}
+    inner = set[str]()
+    for name in holders:
+        inner.update([*flow.attention[name].channels, *filter(None, [flow.attention[name].out])])
     return (names - holders) | inner
 
 
 def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Reasons]:
     """Return which of some layers have to keep all channels, and why."""
     flow, held = analysis.flow, analysis.unprunable
-    skipped, heads = dict[str, Reasons](), list[str]()
+    skipped = dict[str, Reasons]()
     for name in names:
         if name not in flow.layers:
             # PyTorch's norms may be selected for masks of their own.
@@ -447,12 +444,9 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
             own = reasons.coupled_with_itself() if attention is None else reasons.only_head(attention.name)
             skipped[name] = (own,)
         elif is_pinned or flow.reaches_output(name):
-            if is_in_parts(flow.traced.graph):
-                skipped[name] = (reasons.untraced_output(),)
-            else:
-                heads.append(name)
-    skipped |= dict.fromkeys(heads, (reasons.model_output(),))
-    return {name: skipped[name] for name in names if name in skipped}
+            in_parts = is_in_parts(flow.traced.graph)
+            skipped[name] = (reasons.untraced_output() if in_parts else reasons.model_output(),)
+    return skipped
 
 
 def _is_used(flow: ChannelFlow, model: torch.nn.Module, name: str) -> bool:
@@ -531,17 +525,18 @@ def _settings(
 
 def _followers(flow: ChannelFlow) -> set[str]:
     """Return depthwise convolutions whose channels come from several layers, in another order, or several from each."""
+
+    def key(name: str) -> tuple[bytes, bytes]:
+        # By channel and by unit: a depth-wise convolution that makes two channels of each is pruned by single ones, and
+        # no group holds it together with a layer that is pruned by pairs.
+        return flow.group_ids_of(name).tobytes(), flow.group_ids(flow.unit_channel_ids(name)).tobytes()
+
     owners = [name for name, layer in flow.layers.items() if not layer.depthwise]
+    stated = {key(name) for name in owners}
     owned = {group_id for name in owners for group_id in flow.group_ids_of(name).tolist()}
-    # By channel and by unit: a depth-wise convolution that makes two channels of each is pruned by single ones, and no
-    # group holds it together with a layer that is pruned by pairs.
-    stated = [(flow.group_ids_of(name), flow.group_ids(flow.unit_channel_ids(name))) for name in owners]
     followers = set[str]()
     for name, layer in flow.layers.items():
-        group_ids = flow.group_ids_of(name)
-        units = flow.group_ids(flow.unit_channel_ids(name))
-        follows_one = any(np.array_equal(group_ids, ids) and np.array_equal(units, each) for ids, each in stated)
-        if layer.depthwise and not follows_one and owned & set(group_ids.tolist()):
+        if layer.depthwise and key(name) not in stated and not owned.isdisjoint(flow.group_ids_of(name).tolist()):
             followers.add(name)
     return followers
 
