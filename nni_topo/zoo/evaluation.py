@@ -50,26 +50,10 @@ def bits(loss: float) -> float:
 
 @checked(**_EVALUATION)
 def evaluate(model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None) -> float:
-    """Return the accuracy of a classifier.
+    """Return the accuracy of a classifier in [0, 1]: the fraction of the labels that have the largest logit.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Moved to ``device``; run in evaluation mode, then put back into the modes it was in.
-    dataset : TensorDataset or ImageFiles
-        Images ``[n, in_channels, h, w]`` and labels ``[n]``, at least one.
-    device : str, torch.device or None, default=None
-        Where to compute. None: where the model lies.
-
-    Returns
-    -------
-    float
-        Fraction of the labels that have the largest logit, in [0, 1].
-
-    Raises
-    ------
-    DataError
-        If the data set is empty or has a label that the model has no output for.
+    ``dataset`` has images ``[n, in_channels, h, w]`` and labels ``[n]``, at least one, below the number of the model's
+    outputs (else a DataError). The model is moved to ``device`` (None: it stays), and runs in evaluation mode.
     """
     return loss_and_accuracy(model, dataset, device=device)[1]
 

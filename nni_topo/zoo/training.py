@@ -77,7 +77,7 @@ def train(
     data : DataBundle
         Its training images are learned from, its validation images only watched.
     recipe : Recipe
-        How to train.
+        Optimizer, schedule, epochs and augmentation.
     seed : int
         Of the order of the images, the augmentation and dropout. Same seed, same result on one machine.
     device : str, torch.device or None, default=None
