@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import nn
 from torch.nn.functional import softmax
-
-# The seed is that of all threads, so they make their networks one after another.
-_MAKING = threading.Lock()
 
 
 class Narrow(nn.Module):
@@ -42,8 +37,7 @@ def batches(count=96):
 
 
 def pair(form="logits", **traits):
-    with _MAKING:
-        return Narrow(4, form, **traits).eval(), Narrow(16, form, **traits).eval()
+    return Narrow(4, form, **traits).eval(), Narrow(16, form, **traits).eval()
 
 
 def divergence(model, original, images, temperature=2.0):

@@ -308,7 +308,7 @@ def solutions(
         before.append((gap.writer.layer, lambda entering, own=own: own.update(entering=entering)))
         for key, stream in (("wanted", gap.wanted), ("reached", None if gap.is_whole else gap.writer.stream)):
             if stream is not None:
-                more = stream.watch(lambda value, key=key, own=own: own.update({key: value}))
+                more = stream.watch(lambda value, key=key, own=own: own.update({key: value}))  # type: ignore[misc]
                 before += more[0]
                 after += more[1]
     equations = [(NormalEquations(), NormalEquations()) for _ in gaps]
