@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import sys
 from typing import Any
 
@@ -16,7 +17,12 @@ import torch
 from torch import nn
 
 from nni_topo.network.attention.heads import COUNTS, SHARED_COUNTS, Attention, find_attention
-from nni_topo.network.layers.kinds import WEIGHTED, is_transposed_linear, output_channels
+from nni_topo.network.layers.kinds import WEIGHTED, is_transposed_linear, output_channels, with_linear_layers
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
+from nni_topo.network.runtime.copies import left_alone
+from nni_topo.network.runtime.inputs import Call, run_few, tensors_of
+from nni_topo.network.runtime.modules import device_of
+from nni_topo.network.runtime.switches import random_state_kept
 from nni_topo.sharing import named_tensors
 
 Widths = dict[str, dict[str, int]]
@@ -25,6 +31,7 @@ HEADS = "the number of heads"
 """What stands for the settings that count heads."""
 
 _HEAD_SIZES = ("head_dim", "d_kv")
+_logger = logging.getLogger(__name__)
 _known: dict[tuple[type, str], Widths] = {}  # every dense network of a model asks again
 
 
@@ -189,10 +196,10 @@ def put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share
     return True
 
 
-def tell_config(model: Any, original: nn.Module) -> None:
+def tell_config(model: Any, original: nn.Module, call: Call) -> None:
     """Put the pruned widths into the ``config`` of a model of Transformers, where all blocks have the same.
 
-    The width of the residual stream isn't among them.
+    ``call``: inputs, on which a model that is built by a narrower residual stream is known by its outputs.
     """
     if not is_pretrained(original):
         return
@@ -203,6 +210,51 @@ def tell_config(model: Any, original: nn.Module) -> None:
         put_heads(model.config, model, {name: before[name] for name in found}, shares.pop())
     left = {name: output_channels(module) or 0 for name, module in model.named_modules()}
     put_widths(model.config, original, left)
+    _tell_hidden_size(model, original, found, before, call)
+
+
+def _tell_hidden_size(
+    model: Any, original: Any, found: dict[str, Attention], before: dict[str, Attention], call: Call
+) -> None:
+    """Put the pruned width of the residual stream into a config, if a model built by that config computes the same.
+
+    ``found``, ``before``: the attention of both networks. Where the width over the heads is the size of one, fewer
+    heads belong to it. Gemma multiplies by the root of the width that its config says, so its config keeps the old one.
+    """
+    config, key = model.config, original.config.attribute_map.get("hidden_size", "hidden_size")
+    old_width = getattr(original.config, key, None)
+    # Norms tell the width. Norms without numbers, as OLMo's, leave it to matrices, which have other widths as well.
+    widths = {1: set[int](), 2: set[int]()}
+    shapes = {name: tensor.shape for name, tensor in named_tensors(model).items()}
+    for name, tensor in named_tensors(original).items():
+        if tensor.dim() in widths and name in shapes:
+            pairs = zip(tensor.shape, shapes[name], strict=True)
+            widths[tensor.dim()].update(new for old, new in pairs if old == old_width)
+    shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
+    for width in sorted((widths[1] or widths[2]) - {old_width}):
+        changed = copy.deepcopy(config)
+        setattr(changed, key, width)
+        if len(shares) == 1 and {each.query_heads * each.head_size for each in found.values()} == {width}:
+            for count in COUNTS:
+                count = original.config.attribute_map.get(count, count)
+                if isinstance(vars(original.config).get(count), int):
+                    setattr(changed, count, round(getattr(original.config, count) * next(iter(shares))))
+        elif len(sizes := {each.head_size for each in found.values()}) == 1:
+            changed.head_dim = sizes.pop()  # which OLMo's config needn't have, and its attention reads
+        told = dict(vars(config))
+        with left_alone(model), torch.no_grad(), random_state_kept():
+            wanted = tensors_of(run_few(model, call))
+            vars(config).update(vars(changed))
+            try:
+                built = with_linear_layers(type(model)(copy.deepcopy(changed)))
+                built.load_state_dict(model.state_dict())
+                built = built.to(device_of(model)).to(next(model.parameters()).dtype).eval()
+                if all(agree(wanted, tensors_of(run_few(each, call)), SAME_CHANNELS) for each in (model, built)):
+                    return
+            except Exception:  # a constructor may refuse a number, and a forward may raise anything
+                _logger.debug("no model is built by a hidden size of %d", width, exc_info=True)
+            vars(config).clear()
+            vars(config).update(told)
 
 
 def put_widths(config: Any, original: Any, left: dict[str, int]) -> None:

@@ -87,9 +87,17 @@ def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
 
 
 def numbers_of(model: nn.Module) -> dict[Place, int]:
-    """List the numbers that attributes of a model's own modules hold, by place."""
+    """List the numbers that attributes of a model's own modules hold, by place.
+
+    With them those in timm's objects that describe features, by the key ``feature_info.info``.
+    """
+    held = [(name, key, value) for _, name, key, value in numbers_read(model)]
+    for name, module in model.named_modules():
+        described = vars(module).get("feature_info")
+        if hasattr(described, "out_indices"):
+            held.append((name, "feature_info.info", getattr(described, "info", None)))
     numbers = dict[Place, int]()
-    for _, name, key, value in numbers_read(model):
+    for name, key, value in held:
         for path, number in (numbers_in(value) or {}).items():
             numbers[name, key, path] = number
     return numbers

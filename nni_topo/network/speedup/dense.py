@@ -249,7 +249,7 @@ def _cut(
         if before != after:
             take_own_width(dense.get_submodule(name), dim)
     tie_again(dense, ties)
-    tell_config(dense, original)
+    tell_config(dense, original, analysis.call)
     forget_evaluated(dense)
     # Layers that weren't cut have the original's memory still.
     shapes = {name: each.shape for name, each in original.named_parameters(remove_duplicate=False)}

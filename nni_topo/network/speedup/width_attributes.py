@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nni_topo.network.layers.integer_attributes import Place, numbers_in, put_sizes
+from nni_topo.network.layers.integer_attributes import Place, numbers_of, put_sizes
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import Call, run_few
@@ -34,6 +34,7 @@ class Described:
 
     module: str  # the name of a module
     part: Literal["input", "output", "features"]  # what enters or leaves it, or what its ``forward_features`` returns
+    at: int | None = None  # which of several outputs; by default all have that number of channels
 
 
 Shape = tuple[int, ...]
@@ -111,12 +112,19 @@ def register_width_attribute(
 def _claims(name: str, module: nn.Module) -> Iterator[tuple[Place, Described]]:
     """List what attributes of a module count; of two claims on one attribute the later one holds."""
     prefix = f"{name}." if name else ""
-    entries: Any = getattr(module, "feature_info", None)  # of timm's networks
+    # Of timm's networks a list; of those that return features alone (``features_only``) an object that holds one.
+    held: Any = vars(module).get("feature_info")
+    entries, key, outputs = held, "feature_info", dict[int, int]()
+    if hasattr(held, "out_indices") and getattr(held, "info", None):
+        entries, key = held.info, "feature_info.info"
+        outputs = {index % len(entries): at for at, index in enumerate(held.out_indices)}
     for index, entry in enumerate(entries if isinstance(entries, (list, tuple)) else ()):
         if isinstance(entry, dict) and isinstance(entry.get("module"), str):
             is_entering = entry.get("hook_type") == "forward_pre"
             described = Described(f"{prefix}{entry['module']}", "input" if is_entering else "output")
-            yield (name, "feature_info", (index, "num_chs")), described
+            if index in outputs:
+                described = Described(name, "output", outputs[index])
+            yield (name, key, (index, "num_chs")), described
     # The widths by which timm's networks, and their heads, make a new classifier.
     if hasattr(module, "forward_features"):
         for width in ("num_features", "embed_dim"):
@@ -147,19 +155,16 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
     reads are left alone: what it computes with them mustn't change.
     """
     claims: dict[Place, tuple[int, Described]] = {}
+    numbers, numbers_left = numbers_of(original), numbers_of(dense)
     for name, module in original.named_modules():
         if type(module).__module__.startswith("torch.nn."):
             continue
         kind: Any = type(module)
-        read, small = _read_in_forward(kind), dense.get_submodule(name)
+        read = _read_in_forward(kind)
         for place, described in _claims(name, module):
-            _, key, path = place
-            if key not in vars(module) or key in read:  # a property, or what the forward reads
-                continue
-            before, after = ((numbers_in(vars(each).get(key)) or {}).get(path) for each in (module, small))
             # An attribute that has another number already was counted anew with the layers.
-            if before is not None and before == after:
-                claims[place] = before, described
+            if place in numbers and place[1] not in read and numbers[place] == numbers_left.get(place):
+                claims[place] = numbers[place], described
     if not claims:
         return {}
     wanted = {described for _, described in claims.values()}
@@ -245,8 +250,11 @@ def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Descri
                 module.forward_features = partial(features, each, module.forward_features)
         run_few(model, call)
     found: dict[Described, list[Shape]] = {}
-    for each in wanted & values.keys():
-        tensors = [leaf for leaf in tree_leaves(values[each]) if isinstance(leaf, Tensor)]
+    for each in wanted:
+        value = values.get(Described(each.module, each.part))
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        if each.at is not None:
+            tensors = tensors[each.at : each.at + 1]
         if tensors:
             found[each] = [tuple(tensor.shape) for tensor in tensors]
     return found

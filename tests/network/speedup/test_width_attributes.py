@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -272,3 +273,25 @@ def test_attributes_that_a_forward_reads_stay() -> None:
     assert (dense[0].layer.out_channels, dense[0].out_channels) == (4, 8)
     # The images have 3 channels; the forward doesn't read the attribute that says 8.
     assert (dense[0].in_channels, dense.report.stale) == (8, {"0.in_channels": 8})
+
+
+def test_a_network_of_timm_that_returns_features_alone_tells_their_widths(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = timm.create_model("resnet10t", features_only=True, out_indices=(1, -1))
+            self.joints = nn.ModuleList(nn.Conv2d(width, 2, 1) for width in self.features.feature_info.channels())
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [joint(each) for joint, each in zip(self.joints, self.features(x), strict=True)]
+
+    torch.manual_seed(0)
+    model, images = Detector().eval(), torch.randn(2, 3, 64, 64)
+    dense = dense_of(model, images)
+    assert model.features.feature_info.channels() == [64, 512]
+    assert dense.features.feature_info.channels() == [each.shape[1] for each in dense.features(images)] == [32, 256]
+    nni_topo.save(dense, tmp_path / "dense.safetensors")
+    loaded = nni_topo.load(tmp_path / "dense.safetensors", Detector)
+    assert loaded.features.feature_info.channels() == [32, 256]
