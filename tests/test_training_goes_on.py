@@ -60,16 +60,11 @@ def test_what_was_frozen_stays_frozen() -> None:
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("package", ["torch", "timm"])
-def test_an_average_of_its_weights_follows_it(dense: Any, package: str) -> None:
-    if package == "timm":
-        ema = pytest.importorskip("timm.utils").ModelEmaV3(dense, decay=0.75)
-        averaged, update = ema.module, ema.update
-    else:
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
-        ema = torch.optim.swa_utils.AveragedModel(dense, multi_avg_fn=average)
-        averaged, update = ema.module, ema.update_parameters
-        update(dense)  # the first call copies
+def test_an_average_of_its_weights_follows_it(dense: Any) -> None:
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
+    ema = torch.optim.swa_utils.AveragedModel(dense, multi_avg_fn=average)
+    averaged, update = ema.module, ema.update_parameters
+    update(dense)  # the first call copies
     expected = [parameter.detach().clone() for parameter in dense.parameters()]
     optimizer = torch.optim.SGD(dense.train().parameters(), 0.1)
     for _ in range(3):

@@ -10,7 +10,7 @@ from attention_nets import WIDTH, Fused
 from speedup_nets import l1_masks
 from tied_nets import Mirrored, TiedConvolutions, TiedNorms
 
-from nni_topo import RandomPruner, zoo
+from nni_topo import zoo
 from nni_topo.network.cost.cost import Cost, NetworkCost
 from nni_topo.network.layers.kinds import WEIGHTED, channel_dimension
 from nni_topo.runs.widths import inner_layers, pruning_config
@@ -52,7 +52,6 @@ NETS = {
         lambda: zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0),
         (1, 8, 8),
     ),
-    "lenet5": (lambda: zoo.create_model("lenet5", num_classes=10, in_channels=1, image_size=32, seed=0), (1, 32, 32)),
     "resnet20": (
         lambda: zoo.create_model("resnet20", num_classes=10, in_channels=3, image_size=16, seed=0, width=0.5),
         (3, 16, 16),
@@ -65,12 +64,11 @@ NETS = {
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("ratio", [0.3, 0.5])
-@pytest.mark.quick_every(5)
-def test_the_cost_is_that_of_the_dense_model(name, ratio):
+@pytest.mark.quick_every(2)
+def test_the_cost_is_that_of_the_dense_model(name):
     make, shape = NETS[name]
     model, images = make().eval(), torch.randn(2, *shape)
-    config = pruning_config(model, images, dict.fromkeys(inner_layers(model, images), ratio))
+    config = pruning_config(model, images, dict.fromkeys(inner_layers(model, images), 0.3))
     masks = l1_masks(model, config)
     dense = to_dense(model, images, masks, check=False)
     assert NetworkCost.on(model, images)(kept_of(model, masks)) == real_cost(dense, images)
@@ -93,7 +91,6 @@ def test_transposed_convolutions_compute_at_their_inputs():
 
 GROUPED = {
     "two groups, pruned": (torch.nn.Conv2d(8, 12, 3, groups=2), [True, True, True, False] * 2, [True, False] * 6),
-    "one channel a group": (torch.nn.Conv2d(8, 8, 3, groups=8), [True, False] * 4, [True, False] * 4),
     "two outputs a channel, pruned": (
         torch.nn.Conv2d(4, 8, 3, groups=4),
         [True, False, True, True],
@@ -123,11 +120,6 @@ def test_a_grouped_convolution_reads_one_groups_channels(name):
     assert found.widths(kept)["1"] == (dense[1].in_channels, dense[1].out_channels)
 
 
-def test_without_its_only_input_channel_a_convolution_costs_nothing():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Conv2d(1, 5, 1))
-    assert NetworkCost.on(model, torch.randn(1, 3, 4, 4))({"0": np.array([False])}).macs == 0
-
-
 @pytest.mark.parametrize(
     ("make", "removed"),
     [
@@ -136,15 +128,12 @@ def test_without_its_only_input_channel_a_convolution_costs_nothing():
         (Mirrored, {"outer": [2], "opening": [2], "inner": [0, 7]}),
     ],
 )
-@pytest.mark.parametrize("is_wrapped", [False, True])
-def test_a_weight_that_several_modules_share_counts_once(make, removed, is_wrapped):
+def test_a_weight_that_several_modules_share_counts_once(make, removed):
     model, images = make().eval(), torch.rand(2, 3, 8, 8)
     unpruned, kept = real_cost(model, images), {}
     for name, channels in removed.items():
         kept[name] = ~np.isin(np.arange(model.get_submodule(name).out_channels), channels)
     dense = to_dense(model, images, NetworkCost.on(model, images).masks(kept))
-    if is_wrapped:
-        RandomPruner(model, [{"op_names": list(removed), "sparse_ratio": 0.5}]).compress()
     cost = NetworkCost.on(model, images)
     assert cost({}) == unpruned
     assert cost(kept) == real_cost(dense, images)

