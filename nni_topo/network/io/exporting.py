@@ -290,38 +290,29 @@ def _other_sizes(net: nn.Module, call: Call, dims: Sequence[int]) -> Call:
     """Return a call that has another size in each of the dimensions, which a network takes; ExportError without one."""
     if 0 in dims:
         call = taken(call, torch.arange(_OTHER_BATCH) % batch_size(call))
-    places = [dim for dim in dims if dim]
+    places, samples = [dim for dim in dims if dim], batch_size(call)
     if not places:
         return call
-    for multiple in (*_MULTIPLES, None):
-        resized = _resized(call, places, multiple)
-        if failure_on(net, resized) is None:
-            return resized
-    raise ExportError(
-        f"a network must take more than one size in its dynamic_dims, got one that takes no other than the inputs' in "
-        f"{', '.join(map(str, places))} ({type(net).__name__})"
-    )
 
-
-def _resized(call: Call, dims: Sequence[int], multiple: int | None) -> Call:
-    """Enlarge these dimensions of what holds samples to multiples of a number; None: make them smaller by a few.
-
-    Each dimension gets a size of its own, so that a file can't confuse height and width.
-    """
-    samples = batch_size(call)
-
-    def resize(tensor: Tensor) -> Tensor:
+    def resize(tensor: Tensor, multiple: int | None) -> Tensor:
+        """Enlarge what holds samples to multiples of a number; None: make it smaller by a few."""
         if not tensor.dim() or len(tensor) != samples:
             return tensor
-        for step, dim in enumerate(dims, 1):
+        for step, dim in enumerate(places, 1):  # sizes of their own, so that a file can't confuse height and width
             if dim < tensor.dim():
                 size = tensor.shape[dim]
                 other = max(size - step, 1) if multiple is None else (size // multiple + step) * multiple
                 tensor = tensor.index_select(dim, torch.arange(other) % size)
         return tensor
 
-    resized: Call = tree_map_only(Tensor, resize, call)
-    return resized
+    for multiple in (*_MULTIPLES, None):
+        resized: Call = tree_map_only(Tensor, functools.partial(resize, multiple=multiple), call)
+        if failure_on(net, resized) is None:
+            return resized
+    raise ExportError(
+        f"a network must take more than one size in its dynamic_dims, got one that takes no other than the inputs' in "
+        f"{', '.join(map(str, places))} ({type(net).__name__})"
+    )
 
 
 def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -> None:

@@ -167,7 +167,6 @@ class Letters(nn.Module):
 
 
 EINSTEIN_SUMS = {
-    "graph": ("nm,bmc->bnc", {}),
     "weight": ("bmc,cd->bmd", {}),
     "relations": ("bmc,rcd->bmrd", {}),
     "samples in two": ("bmc,bkc->bmk", {"k": PLACES}),
@@ -199,9 +198,8 @@ def test_an_einstein_sum_is_counted_by_hand():
     assert cost({"layers.0": np.arange(10) < 7}).macs == cost({}).macs - 3 * PLACES * (6 + 9)
 
 
-@pytest.mark.parametrize("kind", ["attention, fused", "folded"])
-def test_a_model_that_a_pruner_has_wrapped_costs_what_it_did(kind):
-    model, x = made(*KINDS[kind]), rows()
+def test_a_model_that_a_pruner_has_wrapped_costs_what_it_did():
+    model, x = made(*KINDS["attention, fused"]), rows()
     macs = count_macs(model, x)
     pruner = nni_topo.RandomPruner(model, [{"op_types": ["Linear", "GRU"], "sparse_ratio": 0.4}])
     assert NetworkCost.on(model, x)({}).macs == count_macs(model, x) == macs
