@@ -102,6 +102,7 @@ class ChirpEnergyCollector(DataCollector):
 
     example_inputs: Any
     chirp: signals.Chirp = signals.Chirp()  # noqa: RUF009 - it is frozen
+    bias: bool = True
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Raise ConfigError for layers without an energy, or whose input size is unknown or below the kernel."""
@@ -117,6 +118,8 @@ class ChirpEnergyCollector(DataCollector):
         energies = {}
         for name, module in layers.items():
             weight, bias = masked_parameters(context, name)
+            if not self.bias:
+                bias = None
             if isinstance(module, nn.Linear):
                 # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
                 energies[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2))
@@ -197,6 +200,8 @@ class EnergyFilterPruner(StructuredPruner):
         As for the base class; they also tell every layer's input size, which the chirp needs.
     signal : Chirp, mapping or None, default=None
         The :class:`~nni_topo.Chirp` to which responses are measured, or its fields. None: ``Chirp()``.
+    bias : bool, default=True
+        Whether the layer's bias is part of the response.
 
     See Also
     --------
@@ -237,10 +242,11 @@ class EnergyFilterPruner(StructuredPruner):
         example_inputs: Any = None,
         signal: signals.Chirp | Mapping[str, Any] | None = None,
         budget: Budget | Mapping[str, Any] | None = None,
+        bias: bool = True,
         round_to: int | None = None,
     ) -> None:
         inputs = example_inputs_of(example_inputs, model, evaluator=evaluator)
-        collector = ChirpEnergyCollector(inputs, as_settings(signals.Chirp, signal, "signal"))
+        collector = ChirpEnergyCollector(inputs, as_settings(signals.Chirp, signal, "signal"), bias)
         metric, planner = CumulativeEnergyMetric(), Planner(strict=True, tolerance=TOLERANCE, round_to=round_to)
         super().__init__(
             model, config_list, evaluator, existed_wrappers, collector=collector, calculator=metric, planner=planner

@@ -107,10 +107,11 @@ def test_one_filter_always_stays():
     assert kept(layer_with([0.0, 0.0, 0.0]), {"sparse_threshold": 0.9}).sum() == 1
 
 
-def test_bias_counts():
+def test_bias_counts_unless_told_otherwise():
     model = layer_with([1.0, 4.0])
     model[0].bias = nn.Parameter(torch.tensor([5.0, 0.0], dtype=torch.float64))
     assert kept(model, {"sparse_ratio": 0.5}).tolist() == [True, False]
+    assert kept(model, {"sparse_ratio": 0.5}, bias=False).tolist() == [False, True]
 
 
 def test_a_global_group_is_one_threshold_over_the_layers():
