@@ -52,18 +52,18 @@ def cells(options: argparse.Namespace) -> list[RoundsCell]:
         data = DataChoice(options.data, folder, *limits)
         recipe = replace(zoo.default_recipe(net, options.data), **size.recipe)
         for seed in range(options.seeds or size.seeds):
-            for name, capped in (("IMP", False), ("T-IMP", False), ("IMP", True)):
+            for method in METHODS.values():
                 cell = Cell(
                     ModelChoice(net),
                     data,
-                    METHODS[name],
+                    method,
                     Target("ratio", SPARSITIES[-1]),
                     seed,
                     train=recipe,
                     retrain=recipe.for_retraining(size.retrain_epochs),
                     device=options.device,
                 )
-                found.append(RoundsCell(cell, capped=capped))
+                found.append(RoundsCell(cell))
     return found
 
 
@@ -81,7 +81,8 @@ def main() -> None:
 
     def announce(study: RoundsCell, number: int, count: int) -> None:
         console.print(
-            f"[{number}/{count}] {study.cell.model.label}, seed {study.cell.seed}: {study.method}", markup=False
+            f"[{number}/{count}] {study.cell.model.label}, seed {study.cell.seed}: {study.cell.pruner.row}",
+            markup=False,
         )
 
     found = RoundsStudy(run_rounds(cells(options), options.out, announce=announce))

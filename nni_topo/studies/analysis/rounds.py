@@ -30,7 +30,6 @@ from nni_topo.runs.run import build_model, pruner_knobs
 from nni_topo.studies.analysis.compression import critical_config_list
 from nni_topo.studies.analysis.connectivity import connectivity
 from nni_topo.studies.analysis.layers import weight_layers
-from nni_topo.studies.analysis.persistence import neural_persistence
 from nni_topo.studies.analysis.pruned import share_kept
 from nni_topo.studies.cells import start_of
 from nni_topo.studies.pictures import finish
@@ -42,8 +41,9 @@ from nni_topo.zoo.labelled import subset
 METHODS = {
     "IMP": PrunerChoice("level", "IMP"),
     "T-IMP": PrunerChoice("topological_magnitude", "T-IMP", {"on_subcritical": "clip"}),
+    "IMP capped": PrunerChoice("level", "IMP capped"),
 }
-"""NNI's magnitude pruner, and T-IMP, which keeps the trees and stops at the critical ratio."""
+"""NNI's magnitude pruner; T-IMP, which keeps the trees and stops at the critical ratio; and as many weights by IMP."""
 _COLORS = {"IMP": "C1", "T-IMP": "C0", "IMP capped": "C2"}
 _TYPES = ["Linear", "Conv2d"]
 SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -56,7 +56,6 @@ class RoundsCell:
     # its pruner is one of METHODS, its target the last sparsity, its recipes those of training and of each round
     cell: Cell
     sparsities: tuple[float, ...] = SPARSITIES
-    capped: bool = False  # each layer keeps at least as many weights as its channel tree has, like T-IMP
 
     @property
     def training_key(self) -> str:
@@ -66,13 +65,7 @@ class RoundsCell:
     @property
     def key(self) -> str:
         """Key of the run's record; runs with equal settings have equal keys."""
-        levels = ",".join(f"{level:g}" for level in self.sparsities)
-        return f"{self.cell.key} {levels}{' capped' if self.capped else ''}"
-
-    @property
-    def method(self) -> str:
-        """Name of the method, as in the tables."""
-        return self.cell.pruner.row + (" capped" if self.capped else "")
+        return f"{self.cell.key} {','.join(f'{level:g}' for level in self.sparsities)}"
 
 
 @dataclass(frozen=True)
@@ -131,23 +124,22 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
         recipe = changed_recipe(zoo.default_recipe(self.model, self.data), changes)
         cells = []
         for seed, method in itertools.product(range(self.seed, self.seed + self.seeds), self.methods):
-            name = method.removesuffix(" capped")
-            if name not in METHODS or method == "T-IMP capped":
-                raise unknown_name("a method", method, (*METHODS, "IMP capped"), "methods")
+            if method not in METHODS:
+                raise unknown_name("a method", method, METHODS, "methods")
             cell = Cell(
                 self.model_choice,
                 self.data_choice(self.images),
-                METHODS[name],
+                METHODS[method],
                 Target("ratio", self.sparsities[-1]),
                 seed,
                 train=recipe,
                 retrain=recipe.for_retraining(self.retrain_epochs),
                 device=self.device,
             )
-            cells.append(RoundsCell(cell, self.sparsities, capped=method != name))
+            cells.append(RoundsCell(cell, self.sparsities))
 
         def announce(cell: RoundsCell, number: int, count: int) -> None:
-            tell(f"[{number}/{count}] seed {cell.cell.seed}: {cell.method}")
+            tell(f"[{number}/{count}] seed {cell.cell.seed}: {cell.cell.pruner.row}")
 
         return RoundsStudy(run_rounds(cells, self.out, n_jobs=self.n_jobs, announce=announce))
 
@@ -167,7 +159,7 @@ def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1,
         done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str)})}
         failures = run_missing(cells, done, out, run_rounds_cell, n_jobs=n_jobs, announce=announce)
     if failures:
-        failed = "; ".join(f"{cell.method}, seed {cell.cell.seed}: {reason}" for cell, reason in failures)
+        failed = "; ".join(f"{each.cell.pruner.row}, seed {each.cell.seed}: {reason}" for each, reason in failures)
         raise DataError(f"every run must end with a record, got none of {len(failures)}: {failed} ({out})")
     return [done[cell.key] for cell in cells]
 
@@ -186,16 +178,16 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
         "model": cell.model.label,
         "data": cell.data.name,
         "images": len(data.train),
-        "method": study.method,
+        "method": cell.pruner.row,
         "seed": cell.seed,
         "sparsities": list(study.sparsities),
         "accuracy_before": start.accuracy,
         "overlap": overlaps(net),
-        "persistence": neural_persistence(net, normalized=True).layers,
-        "persistence_untrained": neural_persistence(build_model(cell.model, data, cell.seed), normalized=True).layers,
     }
     initial, last = build_model(cell.model, data, cell.seed).to(start.device), study.sparsities[-1]
-    config = critical_config_list(net, last) if study.capped else [{"op_types": _TYPES, "sparse_ratio": last}]
+    config: list[dict[str, Any]] = [{"op_types": _TYPES, "sparse_ratio": last}]
+    if cell.pruner.row == "IMP capped":  # each layer keeps at least as many weights as its channel tree has
+        config = critical_config_list(net, last)
     knobs = {**pruner_knobs(cell.pruner.name, net, start, cell.pruner.calibration), **cell.pruner.knobs}
     pruner = create_pruner(cell.pruner.name, net, config, **knobs)
     rounds: list[Record] = []
