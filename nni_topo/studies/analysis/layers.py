@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph
 from nni_topo.network.layers.derived import graph_of_convolution
 from nni_topo.network.layers.kinds import CONVOLUTIONS
@@ -65,11 +65,11 @@ def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
             for parameter, _ in module.named_parameters(recurse=False):
                 if parameter.startswith("weight"):
                     names = ("projection",) if parameter.startswith("weight_hr") else gates
-                    matrices = np.split(_values(name, module, parameter), len(names))
+                    matrices = np.split(_values(module, parameter), len(names))
                     for gate, matrix in zip(names, matrices, strict=True):
                         layers.append(WeightLayer(f"{name}.{parameter}[{gate}]", "recurrent", matrix, module))
         elif isinstance(module, _SUPPORTED):
-            values = _values(name, module, "weight")
+            values = _values(module, "weight")
             layers.append(WeightLayer(name, "dense" if isinstance(module, nn.Linear) else "conv", values, module))
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             skipped[name] = type(module).__name__
@@ -82,7 +82,7 @@ def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
     return layers, skipped
 
 
-def _values(name: str, module: nn.Module, parameter: str) -> NDArray[np.float64]:
+def _values(module: nn.Module, parameter: str) -> NDArray[np.float64]:
     """Return a weight as the forward uses it: under NNI's wrapper, the wrapper's values times its mask."""
     wrapper = getattr(module, "_nni_wrapper", None)
     owner = wrapper if wrapper is not None and hasattr(wrapper, parameter) else module
@@ -91,6 +91,4 @@ def _values(name: str, module: nn.Module, parameter: str) -> NDArray[np.float64]
     if mask is not None:
         values = values * mask.to("cpu", torch.float64)
     found: NDArray[np.float64] = values.numpy()
-    if not found.size:
-        raise DataError(f"a layer must have at least one weight, got shape {found.shape} ({name})")
     return found

@@ -99,3 +99,10 @@ def test_layers_without_usable_weights_are_named(value):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         neural_persistence(nn.Linear(2, 2), **options)
+
+
+def test_large_orders_do_not_underflow():
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 20)
+    largest = 1 - min(neural_persistence(layer).deaths[""])
+    assert neural_persistence(layer, p=5000).total == pytest.approx(largest, rel=1e-2)
