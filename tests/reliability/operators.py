@@ -71,8 +71,7 @@ class RmsNorm(nn.Module):
 
 
 def _weight_normed(module: nn.Module, **options: Any) -> nn.Module:
-    changed: nn.Module = weight_norm(module, **options)  # the one of old, by hooks
-    return changed
+    return weight_norm(module, **options)  # the one of old, by hooks
 
 
 def _parametrized(module: nn.Module) -> nn.Module:
@@ -82,81 +81,68 @@ def _parametrized(module: nn.Module) -> nn.Module:
 
 def _rows(self: Any, x: torch.Tensor) -> torch.Tensor:
     """Return what ``a`` gives as rows, (n, places, channels)."""
-    rows: torch.Tensor = self.a(x).flatten(2).transpose(1, 2)
-    return rows
+    return self.a(x).flatten(2).transpose(1, 2)
 
 
 def _attended(self: Any, x: torch.Tensor) -> torch.Tensor:
     q, k, v = (layer(_rows(self, x)) for layer in (self.q, self.k, self.v))
     scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1)
-    found: torch.Tensor = self.last(scores @ v)
-    return found
+    return self.last(scores @ v)
 
 
 def _heads(self: Any, x: torch.Tensor) -> torch.Tensor:
     rows = _rows(self, x)
     parts = [layer(rows).view(*rows.shape[:2], 2, -1).transpose(1, 2) for layer in (self.q, self.k, self.v)]
     mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
-    found: torch.Tensor = self.last(mixed)
-    return found
+    return self.last(mixed)
 
 
 def _fold(self: Any, x: torch.Tensor) -> torch.Tensor:
     z = self.a(x)
     columns = F.unfold(z, 3, padding=1)
-    found: torch.Tensor = self.b(F.fold(columns, z.shape[2:], 3, padding=1))
-    return found
+    return self.b(F.fold(columns, z.shape[2:], 3, padding=1))
 
 
 def _shuffle(self: Any, x: torch.Tensor) -> torch.Tensor:
     z = self.a(x)
     n, c, h, w = z.shape
-    found: torch.Tensor = self.b(z.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
-    return found
+    return self.b(z.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
 
 
 def _inplace(self: Any, x: torch.Tensor) -> torch.Tensor:
     z = self.a(x)
     z += 0.5
     z.mul_(2).clamp_(min=-1)
-    found: torch.Tensor = self.b(z)
-    return found
+    return self.b(z)
 
 
 def _assigned(self: Any, x: torch.Tensor) -> torch.Tensor:
     z = self.a(x).clone()
     z[:, 1:3] = z[:, 1:3] * 2
-    found: torch.Tensor = self.b(z)
-    return found
+    return self.b(z)
 
 
 def _gathered(self: Any, x: torch.Tensor) -> torch.Tensor:
     z = self.a(x)
     index = torch.arange(z.shape[1] - 1, -1, -1, device=z.device).view(1, -1, 1, 1).expand_as(z)
-    found: torch.Tensor = self.b(z.gather(1, index))
-    return found
+    return self.b(z.gather(1, index))
 
 
 def _looped(self: Any, x: torch.Tensor) -> torch.Tensor:
     state = torch.zeros(x.shape[0], 6, device=x.device, dtype=x.dtype)
     for row in _rows(self, x).unbind(1):
         state = self.cell(row, state)
-    found: torch.Tensor = self.last(state)
-    return found
+    return self.last(state)
 
 
 def _polar(self: Any, x: torch.Tensor) -> torch.Tensor:
     spectrum = torch.fft.rfft2(self.a(x))
-    found: torch.Tensor = self.b(torch.fft.irfft2(spectrum * (1 + 0.5j), s=x.shape[2:]))
-    return found
+    return self.b(torch.fft.irfft2(spectrum * (1 + 0.5j), s=x.shape[2:]))
 
 
 def _normed(self: Any, x: torch.Tensor) -> torch.Tensor:
     z = self.a(x)
-    found: torch.Tensor = self.b(
-        F.batch_norm(z, self.mean, self.var, self.weight, self.bias, self.training, 0.1, 1e-5).relu()
-    )
-    return found
+    return self.b(F.batch_norm(z, self.mean, self.var, self.weight, self.bias, self.training, 0.1, 1e-5).relu())
 
 
 def _demodulated(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -168,33 +154,28 @@ def _demodulated(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _halves(self: Any, x: torch.Tensor) -> torch.Tensor:
     first, second = self.a(x).chunk(2, 1)
-    found: torch.Tensor = self.b(torch.cat([second.relu(), first], 1))
-    return found
+    return self.b(torch.cat([second.relu(), first], 1))
 
 
 def _glu(self: Any, x: torch.Tensor) -> torch.Tensor:
     value, gate = self.a(x).split(4, dim=1)
-    found: torch.Tensor = self.b(value * gate.sigmoid())
-    return found
+    return self.b(value * gate.sigmoid())
 
 
 def _moments(self: Any, x: torch.Tensor) -> torch.Tensor:
     z = self.a(x)
     var, mean = torch.var_mean(z, dim=(2, 3), keepdim=True)
-    found: torch.Tensor = self.b((z - mean) / (var + 1e-5).sqrt())
-    return found
+    return self.b((z - mean) / (var + 1e-5).sqrt())
 
 
 def _standardized(self: Any, x: torch.Tensor) -> torch.Tensor:
     z = self.a(x)
-    found: torch.Tensor = self.b((z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-5))
-    return found
+    return self.b((z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-5))
 
 
 def _squeezed(self: Any, x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     z = self.a(x)
-    found: torch.Tensor = self.b(z * torch.sigmoid(gate(z)))
-    return found
+    return self.b(z * torch.sigmoid(gate(z)))
 
 
 def _gates(name: str, gate: Callable[[torch.Tensor], torch.Tensor]) -> Case:

@@ -117,20 +117,12 @@ class Propagation(torch.fx.Interpreter):
         """Whether the dense model may put channels into another order: see `DenseOrder`."""
         return self._given.reorders
 
-    @property
-    def chunks(self) -> bool:
-        """Whether channels are cut into equal pieces."""
-        return self._given.chunks
-
     def channel_ids_of(self, name: str) -> np.ndarray:
         """List the ids of a layer's output channels: int, shape (channels,)."""
         return self.layers[name].ids
 
     def uncoupled(self) -> dict[str, FreeParameter]:
-        """Return the free parameters whose entries aren't coupled with channels that can be removed, by name.
-
-        Those in which only one dimension may hold channels aren't among them.
-        """
+        """Return, by name, free parameters of several dimensions that aren't coupled with removable channels."""
         free = self.free_parameters | self._given.one_valued
         several = {name: each for name, each in free.items() if len(each.dims) > 1}
         if not several:
@@ -182,18 +174,12 @@ class Propagation(torch.fx.Interpreter):
                 return tree_map(fixed, value)
             is_free = not is_of_forward(n) and can_follow(value)
             return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        shape = tensor_shape(n)
-        ids = [] if makes_mask(n) or has_property(n, "is_like") else tensors_of((args, kwargs))
-        if n.op == "call_module":  # an embedding of positions may be given a size alone
-            return self._module(n, ids or [staying(())], shape)
-        return self._function(n, ids, shape)
+        values = {parent: self.env[parent] for parent in n.all_input_nodes}
+        op = Operation(n, values, self._given, self.fetch_attr)
+        return self._module(op) if n.op == "call_module" else self._function(op)
 
     def _parameter(self, name: str, value: Tensor) -> Tensor:
-        """Give ids to the dimension of a free parameter that holds channels, by default the last one longer than 1.
-
-        Of a layer's weight it is the first, for its rows are the layer's outputs: Mamba's forward reads such weights.
-        """
+        """Give ids to a free parameter's last dimension longer than 1; of a weight to the first, its outputs."""
         if name not in self.free_parameters:
             dims = [d for d in range(value.dim()) if value.shape[d] > 1]
             if name.endswith(_WEIGHT):
@@ -203,45 +189,44 @@ class Propagation(torch.fx.Interpreter):
             self.free_parameters[name] = FreeParameter(self._given.new(count), count, dim, dims)
         return self.free_parameters[name].ids_of_places(tuple(value.shape))
 
-    def _module(self, node: Node, ids: list[Tensor], shape: tuple[int, ...] | None) -> Any:
-        name = str(node.target)
-        module: nn.Module = self.fetch_attr(name)
+    def _module(self, op: Operation) -> Any:
+        name, module, shape = str(op.node.target), op.module, op.shape or ()
+        first = op.ids[0] if op.ids else staying(())  # an embedding of positions may be given a size alone
         if isinstance(module, nn.RNNBase):
-            return self._recur(node, ids, name, type(module).__name__)
+            return self._recur(op, name)
         if name in self.attention:
-            return self._attend(node, ids, self.attention[name])
+            return self._attend(op, self.attention[name])
         if not can_be_cut(module):
             # It needs all that enters, and what it puts out can't be made less.
             if has_complex_weights(module):
-                return self._all_kept(node, ids, reasons.complex_reader(node))
-            return self._all_kept(node, ids, reasons.uncut_module(node, type(module).__name__))
-        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and ids[0].dim() != module.weight.dim():
+                return op.all_kept(reason=reasons.complex_reader(op.node))
+            return op.all_kept(reason=reasons.uncut_module(op.node, type(module).__name__))
+        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and first.dim() != module.weight.dim():
             inputs = [tensor_shape(each) for each in self.traced.graph.nodes if each.op == "placeholder"]
-            if any(each is not None and len(each) == ids[0].dim() for each in inputs[:1]):
+            if any(each is not None and len(each) == first.dim() for each in inputs[:1]):
                 raise ConfigError(
                     "example_inputs must hold a batch, the samples in the first dimension, "
-                    f"got a tensor of shape {tuple(ids[0].shape)}, which enters {name} (example_inputs)"
+                    f"got a tensor of shape {tuple(first.shape)}, which enters {name} (example_inputs)"
                 )
-            return self._all_kept(node, ids, reasons.no_batch(node))
-        if name in self.channel_wise or (name not in self.layers and _is_channel_wise(module, ids[0], shape or ())):
-            return self._channel_wise(node, name, module, ids[0], shape or ())
+            return op.all_kept(reason=reasons.no_batch(op.node))
+        if name in self.channel_wise or (name not in self.layers and _is_channel_wise(module, first, shape)):
+            return self._channel_wise(op, name)
         if output_channels(module) is not None:
-            return self._layer(name, module, ids[0], shape or ())
-        known = module_rule(module)
-        if known is not None and known.moves:
-            return self._applied(node, known.apply)
+            return self._layer(name, module, first, shape)
+        if op.rule is not None and op.rule.moves:
+            return self._applied(op, op.rule.apply)
         if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-            return self._operation(node).passed(ids)  # one slope serves all channels, and any number of them
+            return op.passed()  # one slope serves all channels, and any number of them
         if isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
             # A norm's groups are of one size, and have to be after pruning too.
-            side = np.split(self._given.per_channel(ids[0], 1), module.num_groups)
-            self.blocks.append(Blocks([list(side)], may_vanish=True, place=described(node)))
+            side = np.split(self._given.per_channel(first, 1), module.num_groups)
+            self.blocks.append(Blocks([list(side)], may_vanish=True, place=described(op.node)))
         if isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module):
             rule = RULES.get(type(module))
             dim = rule.dim if rule else channel_dim(module)
             if dim is None:
-                return self._all_kept(node, ids, reasons.uncut_module(node, type(module).__name__))
-            entering = self._given.per_channel(ids[0], dim % ids[0].dim())
+                return op.all_kept(reason=reasons.uncut_module(op.node, type(module).__name__))
+            entering = self._given.per_channel(first, dim % first.dim())
             before = self._entering.get(name, entering)
             if has_no_width(module):
                 # Its calls needn't lose the same channels; of the first it gets the number that it shows.
@@ -249,46 +234,42 @@ class Propagation(torch.fx.Interpreter):
             elif len(before) == len(entering):
                 self._tie_calls(name, entering)
             else:
-                reason = reasons.several_widths(node)
+                reason = reasons.several_widths(op.node)
                 self._given.pin(np.unique(before), reason)
-                return self._all_kept(node, ids, reason)
+                return op.all_kept(reason=reason)
             if gives_no_channels(module):
-                return given_shapes(node)
-        elif known is not None:
-            return self._applied(node, known.apply)
+                return given_shapes(op.node)
+        elif op.rule is not None:
+            return self._applied(op, op.rule.apply)
         if isinstance(module, tuple(RULES)) or not (any(True for _ in module.parameters()) or is_normalizing(module)):
-            self.guessed.add(node.name)
-        return self._operation(node).passed(ids)
+            self.guessed.add(op.node.name)
+        return op.passed()
 
-    def _operation(self, node: Node) -> Operation:
-        """Return a node in the form that rules take."""
-        values = {parent: self.env[parent] for parent in node.all_input_nodes}
-        return Operation(node, values, self._given, self.fetch_attr)
-
-    def _channel_wise(self, node: Node, name: str, module: Any, ids: Tensor, shape: tuple[int, ...]) -> Any:
+    def _channel_wise(self, op: Operation, name: str) -> Any:
         """Let a channel-wise convolution run over the channels that are left, in their order."""
         self.channel_wise.add(name)
-        if not _is_channel_wise(module, ids, shape) or ids.shape[2] != len(self._entering.get(name, ids[0, 0])):
-            return self._all_kept(node, [ids], reasons.convolved_elsewhere(node))
+        ids, shape = op.ids[0], op.shape or ()
+        if not _is_channel_wise(op.module, ids, shape) or ids.shape[2] != len(self._entering.get(name, ids[0, 0])):
+            return op.all_kept(reason=reasons.convolved_elsewhere(op.node))
         self._tie_calls(name, self._given.per_channel(ids, 2))
         return ids[:, :1].expand(shape)
 
-    def _recur(self, node: Node, ids: list[Tensor], name: str, kind: str) -> Any:
+    def _recur(self, op: Operation, name: str) -> Any:
         """Let a recurrent layer take fewer channels in, and tie the gates of each unit, and the states that it gets."""
-        self._tie_calls(name, self._given.per_channel(ids[0], ids[0].dim() - 1))
-        found = given_shapes(node)
+        states, *initial = op.ids
+        self._tie_calls(name, self._given.per_channel(states, states.dim() - 1))
         if name not in self.attention:
             # What it puts out is what its state holds, which stays.
-            return self._all_kept(node, ids[1:], reasons.recurrent_input(node, kind))
+            return op.all_kept(initial, reasons.recurrent_input(op.node, type(op.module).__name__))
         units = self._head_ids(self.attention[name])
-        for state in ids[1:]:
+        for state in initial:
             self._given.tie(self._given.per_channel(state, state.dim() - 1), units)
 
         def held(leaf: Tensor) -> Tensor:
             # A level's output holds its units once for each direction; a state holds them once.
             return torch.from_numpy(np.tile(units, leaf.shape[-1] // len(units))).expand(leaf.shape)
 
-        return tree_map_only(Tensor, held, found)
+        return tree_map_only(Tensor, held, given_shapes(op.node))
 
     def _head_ids(self, attention: Attention) -> np.ndarray:
         """Give ids to the layers that make heads, and couple those of a head; return the ids of the heads' output."""
@@ -310,9 +291,9 @@ class Propagation(torch.fx.Interpreter):
         context: np.ndarray = order + self.layers[layer].first
         return context
 
-    def _attend(self, node: Node, ids: list[Tensor], attention: Attention) -> Any:
+    def _attend(self, op: Operation, attention: Attention) -> Any:
         """Couple the layers that make each head. What other layers within the attention read keeps all channels."""
-        read = states_read(node, *self.fetch_args_kwargs_from_env(node))
+        read = states_read(op.node, op.args, op.kwargs)
         for name, states in read.items():
             for each in states:
                 self._tie_calls(name, self._given.per_channel(each, each.dim() - 1))
@@ -320,7 +301,7 @@ class Propagation(torch.fx.Interpreter):
         first = context_ids.reshape(heads, -1)[:, 0]
         states_of_all = [state for states in read.values() for state in states]
         needed = []
-        for each in ids:
+        for each in op.ids:
             # A bias by position that another module makes, head by head: T5's first block makes it for all blocks.
             if each.dim() == 4 and each.shape[1] == heads and varies(each, 1):
                 self._given.tie(first, self._given.per_channel(each, 1))
@@ -329,9 +310,9 @@ class Propagation(torch.fx.Interpreter):
                 self._given.tie(first, self._given.per_channel(each.unflatten(0, (-1, heads)), 1))
             elif not any(torch.equal(each, state) for state in states_of_all):
                 needed.append(each)
-        found = self._all_kept(node, needed, reasons.needs_all_channels(node, attention.name))
+        found = op.all_kept(needed, reasons.needs_all_channels(op.node, attention.name))
         context, *others = tensors_of(found)
-        if node.op != "call_module" or attention.out is None:  # else it comes from the output projection
+        if op.node.op != "call_module" or attention.out is None:  # else it comes from the output projection
             context = torch.from_numpy(context_ids).expand(context.shape)
         outputs = [context]
         for each in others:
@@ -339,10 +320,6 @@ class Propagation(torch.fx.Interpreter):
             outputs.append(torch.from_numpy(first).view(-1, 1, 1).expand(each.shape) if is_by_head else each)
         leaves = iter(outputs)
         return tree_map_only(Tensor, lambda _: next(leaves), found)
-
-    def _all_kept(self, node: Node, ids: list[Tensor], reason: reasons.Reason) -> Any:
-        """Keep all channels that enter a node, and so all that leave it."""
-        return self._operation(node).all_kept(ids, reason)
 
     def _layer(self, name: str, module: Any, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
         dim = len(shape) - 1 if isinstance(module, (nn.Linear, nn.Embedding)) else 1
@@ -370,27 +347,28 @@ class Propagation(torch.fx.Interpreter):
         """Couple what enters a module in its calls: one set of weights reads all of them."""
         self._given.tie(self._entering.setdefault(name, entering), entering)
 
-    def _function(self, n: Node, ids: list[Tensor], shape: tuple[int, ...] | None) -> Any:
-        if n.target is attend:
-            return self._attend(n, ids, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
-        if not ids and shape is not None:
-            return made(n, shape, self._given)
-        rule = rule_of(n)
-        if not ids or not (tensors_of(given_shapes(n)) or (rule is not None and (rule.moves or rule.writes))):
-            return self._applied(n, Operation.moved)  # it gives a size, say
-        return self._operation(n).by_place(known=False) if rule is None else self._applied(n, rule.apply)
+    def _function(self, op: Operation) -> Any:
+        node, rule = op.node, op.rule
+        if node.target is attend:
+            return self._attend(op, self.attention[str(node.args[0].target)])  # type: ignore[union-attr]
+        has_ids = bool(op.ids) and not makes_mask(node) and not (rule is not None and rule.is_like)
+        if not has_ids and op.shape is not None:
+            return made(node, op.shape, self._given)
+        gives_tensors = bool(tensors_of(given_shapes(node))) or (rule is not None and (rule.moves or rule.writes))
+        if not has_ids or not gives_tensors:
+            return self._applied(op, Operation.moved)  # it gives a size, say
+        return op.by_place(known=False) if rule is None else self._applied(op, rule.apply)
 
-    def _applied(self, node: Node, apply: Callable[[Operation], Any]) -> Any:
+    def _applied(self, op: Operation, apply: Callable[[Operation], Any]) -> Any:
         """Apply a rule; where it fails, keep all channels that enter."""
-        op = self._operation(node)
         try:
             return apply(op)
         except FAILURES as error:
             if isinstance(error, NniTopoError) or out_of_memory(error):
                 raise  # of a rule that a user has registered, say
             # A call that the rule wasn't written for, as of empty tensors, concerns what enters it, not all of a model.
-            _logger.debug("the rule fails at %s", described(node), exc_info=True)
-            return op.all_kept(reason=reasons.call_not_covered(node))
+            _logger.debug("the rule fails at %s", described(op.node), exc_info=True)
+            return op.all_kept(reason=reasons.call_not_covered(op.node))
 
 
 def _is_channel_wise(module: nn.Module, ids: Tensor, shape: tuple[int, ...]) -> bool:
@@ -446,25 +424,22 @@ class ChannelFlow(Propagation):
         self.blocks[:] = remaining
         group_ids = np.unique(self.group_ids(arriving))
         self.at_output = group_ids[group_ids > FIXED]
-        self._attribute_sizes = {
-            place: (
-                uses[0][0],
-                [np.array(each, dtype=np.int64) for each in dict.fromkeys(tuple(self.group_ids(c)) for _, c in uses)],
-            )
-            for place, uses in attribute_sizes.items()
-        }
-        for (module, attribute, _), (_, counted) in self._attribute_sizes.items():
+        self._attribute_sizes: dict[Place, tuple[int, list[np.ndarray]]] = {}
+        for held_at, uses in attribute_sizes.items():
+            distinct = dict.fromkeys(tuple(self.group_ids(channels).tolist()) for _, channels in uses)
+            counted = [np.array(each, dtype=np.int64) for each in distinct]
+            self._attribute_sizes[held_at] = uses[0][0], counted
             # One number can only count equally many.
             if len(counted) > 1:
-                where = f"{module}.{attribute}" if module else attribute
-                self.blocks.append(Blocks([counted], may_vanish=False, place=f"the attribute {where}"))
+                where = f"the attribute {f'{held_at[0]}.{held_at[1]}'.lstrip('.')}"
+                self.blocks.append(Blocks([counted], may_vanish=False, place=where))
 
     def _dims_before_last(self, args: tuple[Any, ...]) -> dict[str, int]:
-        """Return, by name, the dimensions of free parameters that hold channels and aren't the last one longer than 1.
+        """Return, by name, the dimensions of free parameters that hold channels and aren't the default one.
 
-        Biases by position have the heads first, and a matrix may have a row for each channel. Of a tensor whose
-        places aren't coupled with channels that can be removed, the other dimensions are tried, all such at once:
-        weights of layers after all others, for the rows of these are their outputs, unless only their columns are.
+        Of a parameter whose places aren't coupled with removable channels (biases by position have the heads first) the
+        other dimensions are tried, weights of layers after all others: their rows are outputs, unless only their
+        columns are.
         """
         found: dict[str, int] = {}
         for are_weights in (False, True):
@@ -488,11 +463,9 @@ class ChannelFlow(Propagation):
     def _couple_shared_weights(self, arriving: np.ndarray) -> None:
         """Tie the channels of modules that share a tensor, so that one smaller tensor serves all of them.
 
-        Two layers of one weight lose the same output channels and read the same input channels, as one layer that is
-        called twice does. What goes together follows from the weight's dimensions: the columns of an embedding with the
-        channels that the head of the same weight reads, the filters of a convolution with the input of the transposed
-        convolution that mirrors it. Where one of the modules can't be cut along a dimension, the others keep their
-        channels. ``arriving``: ids at the model's output, which stay for that reason.
+        What goes together follows from the dimensions: the columns of an embedding with what the head of the same
+        weight reads. Where one of the modules can't be cut, the others keep their channels. ``arriving``: ids at the
+        model's output.
         """
         ties = find_ties(self.traced)
         if not ties:
@@ -571,10 +544,8 @@ class ChannelFlow(Propagation):
     def _keep_fixed_places(self, following: Collection[Place]) -> None:
         """Keep channels that a forward picks or counts by fixed numbers, as ``z[:, 1:4]`` or ``z.split(3, 1)``.
 
-        The numbers in the forward don't change, so the channels that they count have to stay too: before ``z[:, 4]``
-        there must be four channels, whichever these are; those after it may be pruned. A number that the forward takes
-        from a shape, or from an attribute that holds a number of channels, one of ``following``, changes with the
-        channels and keeps none. A view to a fixed number of channels keeps all of them.
+        Before ``z[:, 4]`` there must be four channels, whichever these are; those after it may be pruned. A number that
+        comes from a shape, or from an attribute among ``following``, changes with the channels and keeps none.
         """
 
         def is_fixed(value: Any) -> bool:
@@ -648,7 +619,7 @@ class ChannelFlow(Propagation):
     @property
     def shuffles(self) -> bool:
         """Whether the network shuffles channels, then splits them equally."""
-        return self.reorders and self.chunks
+        return self.reorders and self._given.chunks
 
     @property
     def size(self) -> int:

@@ -101,10 +101,7 @@ class ForeignWidth(NamedTuple):
 
 
 class ChannelIds:
-    """The ids of a network's channels, and their constraints: coupled, kept, or lost in equal numbers.
-
-    ``FIXED`` stands for all that stay.
-    """
+    """The ids of a network's channels, and their constraints: coupled, kept, or lost in equal numbers."""
 
     def __init__(self) -> None:
         self.count = FIXED + 1
@@ -191,10 +188,7 @@ class ChannelIds:
         return first.reshape(-1).numpy()
 
     def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, Reason]]:
-        """Return group ids, int, (count,), without and with kept channels; and why channels are kept, by group id.
-
-        The smallest id of a group is its group id: the id of the layer that came first.
-        """
+        """Return group ids, the smallest id of each group, without and with kept channels; and reasons by group id."""
         before, reasons = self._tied(self._pairs), dict[int, Reason]()
         apart = [(rows[:, (before[rows] != before[rows[:1]]).any(0)], reason) for rows, reason in self._columns]
         for ids, reason in self._pins + apart:
@@ -288,10 +282,7 @@ def carry(ids: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
 
 
 def carry_reduced(ids: torch.Tensor, shape: tuple[int, ...], dims: Iterable[int]) -> torch.Tensor | None:
-    """Return the ids after a reduction over dimensions, counted from 0; None if that isn't clear.
-
-    They are ``FIXED`` where all channels are reduced to one value, which the dense model computes too.
-    """
+    """Return the ids after a reduction over dimensions, counted from 0; None if that isn't clear."""
     pruned = set(dims)
     places = [d for d in range(ids.dim()) if varies(ids, d)]
     if set(places) <= pruned:

@@ -281,10 +281,7 @@ def unknown_class(layer: str, kind: type) -> Reason:
 
 
 def shared(names: Iterable[str], unmasked: Sequence[str]) -> Reason:
-    """Return the reason for channels that other layers keep; ``unmasked``: those of these layers without a mask.
-
-    It names a few of them; `nni_topo.explain` names all.
-    """
+    """Return the reason for channels that other layers keep; ``unmasked``: those of these layers without a mask."""
     text = f"shared by {listed(names)}"
     if unmasked:
         text += f"; of these without a mask: {listed(unmasked)}"

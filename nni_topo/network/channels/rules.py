@@ -169,44 +169,39 @@ class Operation:
         found = coupled[0] if coupled else full[0]
         for each in full:
             held = _varying(each)
-            is_row = all(each.shape[d] == (shape[d] if d in held else 1) for d in varying)
-            if coupled and held and is_row and len(held) < len(varying):
+            if not held or any(each is other for other in coupled):
+                continue
+            # Of two that are each broadcast along the channels of the other, the output has the first one's.
+            if any(not varies(found, d) for d in held):
+                self.keep(each)
+            if coupled and all(each.shape[d] == (shape[d] if d in held else 1) for d in varying):
                 # One entry for each head, say, of several channels: it goes with a head that goes as a whole.
                 sizes = [shape[d] if d in held else -1 for d in range(len(shape))]
                 ordered = [compressed(one).expand(sizes) for one in (each, found)]
                 entries, rows = (one.movedim(held, list(range(len(held)))) for one in ordered)
                 rows = rows.flatten(0, len(held) - 1).flatten(1)
                 self.channels.tie_whole_rows(entries.flatten().numpy(), rows.numpy())
-        for each in full:
-            # Of two that are each broadcast along the channels of the other, the output has the first one's.
-            is_coupled = any(each is other for other in coupled)
-            if not is_coupled and any(varies(each, d) and not varies(found, d) for d in varying):
-                self.keep(each)
         return found.expand(shape)
 
     def by_place(self, ids: list[Tensor] | None = None, *, known: bool, meets: bool = False) -> Any:
         """Assume that the operator works place by place.
 
         ``known``: whether it certainly does; otherwise the dry run looks closer. ``meets``: whether it certainly
-        combines several tensors place by place. Otherwise tensors whose shapes allow it are assumed to be combined so,
-        unless one is a parameter that the model passes itself, as the weight of a functional layer, which isn't cut.
+        combines several tensors so. Otherwise those that fit are assumed to be, but for parameters, as of a functional
+        layer.
         """
         ids = self.ids if ids is None else ids
-        if self.shape is None:
+        if self.shape is None or not known:
             self.channels.guessed.add(self.node.name)
-            return self.passed(ids)
-        if not known:
-            self.channels.guessed.add(self.node.name)
-        has_parameter = any(node.op == "get_attr" for node in self.node.all_input_nodes)
-        if len(ids) > 1 and (meets or not has_parameter) and meet_alike(ids, self.shape):
+        may_meet = meets or not any(node.op == "get_attr" for node in self.node.all_input_nodes)
+        if self.shape is not None and len(ids) > 1 and may_meet and meet_alike(ids, self.shape):
             return self.met(ids, self.shape)
         return self.passed(ids)
 
     def along(self, dims: tuple[int, ...], *, adds: bool = False, reduces: bool = False) -> Any:
-        """Follow an operator that works along dimensions, counted from 0: it needs all places, unless it adds them up.
+        """Follow an operator that works along dimensions, counted from 0, and needs all places unless it ``adds``.
 
-        ``adds``: whether zeros make no difference to its results at other places. ``reduces``: whether the output lacks
-        these dimensions, or has them with length 1.
+        ``reduces``: whether the output lacks these dimensions, or has them with length 1.
         """
         first = self.ids[0]
         held = [d for d in dims if varies(first, d)]
@@ -217,9 +212,10 @@ class Operation:
             rows = entries.flatten(0, len(held) - 1).flatten(1) if entries.dim() > len(held) else entries.reshape(-1, 1)
             # If all places of a dimension are coupled, they are removed together, and so is the result that needs them.
             self.channels.pin_unless_tied(rows.numpy(), reasons.result_depends(self.node))
+        if len(self.ids) > 1 and self.shape is not None and meet_alike(self.ids, self.shape):
+            return self.met(self.ids, self.shape)
         if len(self.ids) > 1:
-            is_alike = self.shape is not None and meet_alike(self.ids, self.shape)
-            return self.met(self.ids, self.shape or ()) if is_alike else self.passed()
+            return self.passed()
         if not reduces:
             # Where it gives fewer places than it reads, as of the largest ones, it isn't the call that is at fault.
             return self.carried(self.ids, carry, reasons.result_depends(self.node) if held and not adds else None)
@@ -466,10 +462,7 @@ def _varying(ids: Tensor) -> list[int]:
 
 
 def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
-    """Constrain channels that a view splits into rows: a fixed number of rows, or rows of a fixed length.
-
-    Channels that are viewed by the number of another tensor's channels are coupled with these, to be as many.
-    """
+    """Constrain channels that a view splits into a fixed number of rows, or into rows of a fixed length."""
     for d, size in enumerate(sizes):
         if d in _varying(moved) or not _varying(moved):
             _note_taken_width(op, size, moved)
@@ -520,10 +513,13 @@ def _note_taken_width(op: Operation, size: Any, moved: Tensor) -> None:
 # Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
 
 
+_SPLIT_SIZES = ("split_size_or_sections", "split_size", "split_sizes")
+
+
 def _held_by_split(given: FixedPlaces) -> list[slice]:
     if not given.is_along(2):
         return []
-    sizes = given.argument(1, "split_size_or_sections", "split_size", "split_sizes")
+    sizes = given.argument(1, *_SPLIT_SIZES)
     if given.is_fixed(sizes):
         return [slice(None)]
     if not isinstance(sizes, Sequence):
@@ -542,12 +538,12 @@ def _held_by_split(given: FixedPlaces) -> list[slice]:
 @rule("split", "split_with_sizes", moves=True, held=_held_by_split)
 def _split(op: Operation) -> Any:
     pieces = op.moved()
-    sizes: Any = op.node.kwargs.get("split_size", op.node.kwargs.get("split_sizes"))
-    sizes = op.node.args[1] if sizes is None and len(op.node.args) > 1 else sizes
+    sizes: Any = _argument(op.node.args, op.node.kwargs, 1, _SPLIT_SIZES)
+    listed = sizes if isinstance(sizes, Sequence) else ()
     if op.ids and varies(op.ids[0], op.argument(2, "dim", default=0)):
-        for size in sizes if isinstance(sizes, Sequence) else (sizes,):
+        for size in listed or (sizes,):
             _note_taken_width(op, size, op.ids[0])
-    for size, piece in zip(sizes if isinstance(sizes, Sequence) else (), pieces, strict=False):
+    for size, piece in zip(listed, pieces, strict=False):
         if not isinstance(size, Node) or len(_varying(piece)) != 1:
             continue
         counted = _counted(size, op.channels)
@@ -559,11 +555,7 @@ def _split(op: Operation) -> Any:
 
 
 def _count_alike(op: Operation, counted: Tensor, other: Tensor, *, as_width: bool = False) -> None:
-    """Couple channels in a dimension with those whose number it gets, to be as many.
-
-    The same channels in another order, as after a shuffle, are as many anyway. ``as_width``: whether another forward
-    could do without the number, see `ChannelIds.widths`.
-    """
+    """Couple channels with those whose number they get, to be as many; ``as_width``: see `ChannelIds.widths`."""
     channels = op.channels.per_channel(other, _varying(other)[0])
     if not np.isin(channels, counted.numpy()).any():
         op.channels.tie(counted.numpy(), channels, as_width=as_width)
@@ -609,10 +601,7 @@ def _gated(op: Operation) -> Any:
 
 
 def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.ndarray]]:
-    """Group the channels of pieces by the layer that makes them, if layers were shuffled.
-
-    Returns one list per layer, with its channels in each piece; without a shuffle, one list with the pieces.
-    """
+    """Group the channels of pieces by the layer that makes them, if layers were shuffled: one list of pieces each."""
     if not channels.reorders:
         return [pieces]
     # After a shuffle the first channels of every layer come first: each layer has to lose equally many in each piece.
@@ -652,7 +641,7 @@ def _held_by_index(given: FixedPlaces) -> list[slice]:
     taken = [_dimensions(part) for part in parts]
     missing = len(given.shape) - sum(taken)
     found: Any = slice(None)
-    first, size = 0, given.size
+    first = 0
     for part, dims in zip(parts, taken, strict=True):
         if first <= given.dim < first + dims:
             found = part
@@ -660,11 +649,9 @@ def _held_by_index(given: FixedPlaces) -> list[slice]:
     if isinstance(found, slice):
         if found.step not in (None, 1):
             return [slice(None)]
-        held = []
-        for end in (found.start, found.stop):
-            if given.is_fixed(end):
-                held += _boundary(end, size)
-        return held
+        # A boundary beyond all channels, or before them, is at the same end with fewer channels.
+        ends = [end for end in (found.start, found.stop) if given.is_fixed(end) and 0 < abs(end) < given.size]
+        return [slice(end) if end > 0 else slice(end, None) for end in ends]
     if isinstance(found, (list, tuple)) or (isinstance(found, Node) and found.name in given.picks):
         return [slice(None)]
     # None for the first or last place, if only its shape or type is read.
@@ -699,13 +686,6 @@ def _dimensions(part: Any) -> int:
     while isinstance(first, (list, tuple)) and first:
         first, depth = first[0], depth + 1
     return depth if isinstance(first, bool) else 1
-
-
-def _boundary(end: int, size: int) -> list[slice]:
-    """Return the places to keep for a boundary: those before it, or after one that is counted from the end."""
-    if end >= size or end <= -size or end == 0:
-        return []  # with fewer channels it is at the same end
-    return [slice(end)] if end > 0 else [slice(end, None)]
 
 
 @rule("getitem", moves=True, by_index=True, picks=True, picks_one=True, held=_held_by_index)
@@ -781,10 +761,7 @@ def _picked(op: Operation) -> Any:
     values = {node: op.channels.picks.get(node.name, ids) for node, ids in op.values.items()}
     values[op.node.all_input_nodes[0]] = op.values[op.node.all_input_nodes[0]]
     args, kwargs = map_arg((op.node.args, op.node.kwargs), values.__getitem__)
-    try:
-        return op.run(args, kwargs)
-    except FAILURES:
-        return op.all_kept(op.ids[:1])
+    return op.run(args, kwargs)
 
 
 @rule("put", "setitem", writes=True)
@@ -901,9 +878,9 @@ def _made_of_one_value(op: Operation) -> Any:
 def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
     """Return the ids of a tensor that is made from no traced tensor.
 
-    It is a constant: its channels are kept, and so are those that are combined with it. But a tensor of one value that
-    takes its size from the channels of a traced tensor gets the ids of these, because it becomes smaller with them. One
-    whose size an attribute holds, as a state that starts at zero, becomes smaller with the channels that it meets.
+    It is a constant, and keeps what it is combined with. But a tensor of one value whose size is that of a traced
+    tensor's channels gets their ids, and one whose size an attribute holds becomes smaller with the channels that it
+    meets.
     """
     args = node.args[has_property(node, "is_like") :]
     # Sizes are single arguments, ``torch.zeros(2, 3)``, or one tuple, ``torch.full((2, 3), value)``.
@@ -924,8 +901,9 @@ def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
         return None
     tensor, at = size.args
     ids = channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
-    is_channels = isinstance(ids, Tensor) and isinstance(at, int) and ids.numel() == ids.shape[at] > 1
-    return ids.flatten() if isinstance(ids, Tensor) and is_channels else None
+    if isinstance(ids, Tensor) and isinstance(at, int) and ids.numel() == ids.shape[at] > 1:
+        return ids.flatten()
+    return None
 
 
 # Operators that work along dimensions.
@@ -1147,10 +1125,7 @@ def _own_convolution(op: Operation) -> Any:
 
 
 def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:
-    """Follow a product of matrices of which there is one for each head: the channels of a head are removed together.
-
-    Only whole heads: with fewer channels in each, attention would divide by another number.
-    """
+    """Follow a product of matrices of which there is one for each head: the head is removed as a whole."""
     heads_at = {d - each.dim() for each in (one, other) for d in range(each.dim() - 2) if varies(each, d)}
     at = heads_at.pop()
     # A factor without channels there is the same for all heads, or belongs to heads that all stay.
@@ -1208,11 +1183,10 @@ def _attention(op: Operation) -> Any:
 
 @rule("einsum")
 def _einstein_sum(op: Operation) -> Any:
-    """Follow channels by the letters of their dimensions, as of ``"bqc,bkc->bqk"``.
+    """Follow channels by the letters of their dimensions, as of ``"bqc,bkc->bqk"``; heads are removed as a whole.
 
-    If operands share the letter of their channels, these are coupled. Channels go to the dimension of the output that
-    has their letter; if the output doesn't have it, they are summed over. Heads are removed as a whole. A tensor of the
-    model's own that mixes places, as the adjacency of a graph does in ``"nm,bmc->bnc"``, stays as it is.
+    Channels of one letter are coupled, and go to the dimension of the output that has it, or are summed over. A tensor
+    of the model's own that mixes places, as the adjacency of a graph in ``"nm,bmc->bnc"``, stays as it is.
     """
     read = einsum_letters(op.args[0] if op.args else None, [tuple(each.shape) for each in op.ids])
     if read is None or op.shape is None or len(read[1]) != len(op.shape):
@@ -1314,10 +1288,7 @@ def _is_own(ids: Tensor, channels: ChannelIds) -> bool:
 
 
 def einsum_letters(equation: Any, shapes: list[tuple[int, ...]]) -> tuple[list[str], str] | None:
-    """Return the equation of an Einstein sum: a letter for each dimension of each operand, and of the output.
-
-    None for equations that aren't followed: with lists of numbers in place of letters, or the diagonal of an operand.
-    """
+    """Return a letter for each dimension of each operand, and of the output; None for what isn't followed."""
     if not isinstance(equation, str):
         return None
     inputs, arrow, output = equation.replace(" ", "").partition("->")
@@ -1345,10 +1316,7 @@ def einsum_letters(equation: Any, shapes: list[tuple[int, ...]]) -> tuple[list[s
 
 @rule("unfold", nn.Unfold)
 def _unfolded(op: Operation) -> Any:
-    """Follow unfold: each channel becomes one row for each place of a window.
-
-    (samples, channels, height, width) -> (samples, channels * places, windows).
-    """
+    """Follow unfold: each channel becomes one row for each place of a window."""
     ids = op.ids[0]
     if op.node.op == "call_method" or op.node.target is Tensor.unfold:
         # The method makes windows along one dimension, whose places are a new last dimension.
@@ -1363,10 +1331,9 @@ def _unfolded(op: Operation) -> Any:
 
 @rule("grid_sample")
 def _sampled(op: Operation) -> Any:
-    """Follow sampling at places of a grid: each channel of the images, (samples, channels, ...), is read alike.
+    """Follow sampling at places of a grid, which stays: each channel of the images is read alike.
 
-    The grid, (samples, ..., 2), stays. Where the first dimension of both holds heads, as in deformable attention, these
-    are removed as a whole, with the places at which they read.
+    Where the first dimension of both holds heads, as in deformable attention, these are removed as a whole.
     """
     images, grid = op.ids[0], op.ids[1] if len(op.ids) > 1 else None
     if grid is None or op.shape is None or any(varies(images, d) for d in range(2, images.dim())):
@@ -1558,34 +1525,29 @@ def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
 def _followed(op: Operation, dim: int, *, is_coupled: bool) -> Any:
     """Leave the channels of a dimension where they are: those of the first tensor, or of all, which are coupled."""
     op.channels.guessed.add(op.node.name)  # the dry run checks whether other channels have a part in the result
+    given, misfit = given_shapes(op.node), reasons.rule_misfits(op.node)
 
-    def has_dim(ids: Tensor) -> bool:
-        return -ids.dim() <= dim < ids.dim()
+    def count(ids: Tensor) -> int:
+        return ids.shape[dim] if -ids.dim() <= dim < ids.dim() else 0
 
-    first = op.ids[0]
-    count = first.shape[dim] if has_dim(first) else 0
+    channels = count(op.ids[0])
+    if channels == 0 or any(count(leaf) != channels for leaf in tensors_of(given)):
+        return op.all_kept(reason=misfit)
     followed = []
     for ids in op.ids:
-        is_followed = ids is first or (is_coupled and has_dim(ids) and ids.shape[dim] == count)
-        if not is_followed:
+        if ids is not op.ids[0] and not (is_coupled and count(ids) == channels):
             op.keep(ids)
             continue
         if any(varies(ids, d) for d in range(ids.dim()) if d != dim % ids.dim()):
-            return op.all_kept(reason=reasons.rule_misfits(op.node))
+            return op.all_kept(reason=misfit)
         # One id per channel: along the other dimensions they don't differ.
-        followed.append(ids.movedim(dim, 0).reshape(count, -1)[:, 0] if ids.numel() else ids.flatten())
-    given = given_shapes(op.node)
-    for leaf in tensors_of(given):
-        if not has_dim(leaf) or leaf.shape[dim] != count:
-            return op.all_kept(reason=reasons.rule_misfits(op.node))
-    if count == 0:
-        return op.all_kept(reason=reasons.rule_misfits(op.node))
+        followed.append(ids.movedim(dim, 0).reshape(channels, -1)[:, 0])
     for ids in followed[1:]:
         op.couple(followed[0], ids)
 
     def placed(leaf: Tensor) -> Tensor:
         view = [1] * leaf.dim()
-        view[dim] = count
+        view[dim] = channels
         return followed[0].view(view).expand(leaf.shape)
 
     return tree_map_only(Tensor, placed, given)

@@ -198,10 +198,7 @@ _MORE = 16  # channels that a layer keeps at most beyond those asked for
 
 
 def stays_in_place(flow: ChannelFlow, is_kept: np.ndarray, names: Collection[str] | None = None) -> bool:
-    """Tell whether each piece in the dense model holds the kept channels of that in the unpruned one, in any order.
-
-    ``names``: only pieces with channels of these layers count.
-    """
+    """Tell whether the dense model's pieces hold the kept channels of the unpruned one's (of layers ``names``)."""
     order = DenseOrder(flow, is_kept)
     looked_at = np.ones(flow.size, dtype=np.bool_)
     if names is not None:

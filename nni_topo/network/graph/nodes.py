@@ -109,10 +109,7 @@ def leaves_of(given: Any) -> list[Any]:
 
 
 class ShapeNoting(Interpreter):
-    """Run a graph, and note the shape and type of each tensor that its nodes give, in ``node.meta["tensor_meta"]``.
-
-    PyTorch's ``ShapeProp`` notes the same, and loads SymPy for it.
-    """
+    """Run a graph, and note its tensors' shapes and types in ``node.meta``, as ShapeProp does, which loads SymPy."""
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """Run a node; of a container each tensor is noted, in its place."""

@@ -151,10 +151,9 @@ def _recorded(model: nn.Module, named: dict[str, Any]) -> Recorded:
 def _recorder_of_twice(
     model: nn.Module, followed: set[int], leaves: set[int], doubled: dict[str, Any]
 ) -> _Recorder | None:
-    """Record a model on twice the samples; None if it fails on them, for lack of memory or as their number is fixed.
+    """Record a model on twice the samples; None if it fails on them: then the graph holds for that number alone.
 
-    The graph of the first run then holds for that number of samples alone. Lists of samples (a detector's images) are
-    not doubled by that: what fails on them is followed part by part.
+    Lists of samples (a detector's images) aren't doubled: what fails on them is followed part by part.
     """
     try:
         forget_evaluated(model)
@@ -171,10 +170,7 @@ def _recorder_of_twice(
 
 @contextmanager
 def made_tensors_dropped(model: nn.Module) -> Iterator[None]:
-    """Take away what modules make their buffers and parameters within the block, as some do in their first forward.
-
-    So the next run makes them again, for its own inputs, and the graph shows how. Before they are None, or not there.
-    """
+    """Take away the tensors that modules register within the block, so that the next run makes its own."""
     before = [
         (table, {name: tensor is None for name, tensor in table.items()})
         for module in model.modules()
@@ -427,8 +423,7 @@ _RUNNING: ContextVar[_Recorder | None] = ContextVar("running", default=None)  # 
 def _masks_whole(model: nn.Module) -> Iterator[None]:
     """Record functions that make attention masks as one node each.
 
-    A model finds them among the names of its file. What stands there meanwhile asks for the thread's own recorder, so
-    that other threads compute what they always do.
+    A model finds them among the names of its file, where they ask for this thread's recorder meanwhile.
     """
     before: list[tuple[dict[str, Any], str, Any]] = []
     for name in {type(module).__module__ for module in model.modules()}:

@@ -46,10 +46,7 @@ class UnclearPlaces(set[Place]):
         self.computed.clear()
 
     def note_divided(self, graph: Graph) -> None:
-        """Note both places of a quotient unless a graph shows what it is for, and neither counts something else.
-
-        Then both get smaller alike or not at all, so that the quotient stays as it is whatever is made of it.
-        """
+        """Note both places of a quotient unless a graph shows what it is for; both get smaller alike or not at all."""
         shown = set[tuple[Place, ...]]()
         for node in graph.nodes:
             shown.update(
@@ -251,10 +248,7 @@ for _name in _NOTED:
 
 @contextmanager
 def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
-    """Within the block, integers in attributes of a model's own modules know where they come from.
-
-    Yields the places of which something is made that no graph shows; they are filled in while the model runs.
-    """
+    """Within the block, integers in attributes know where they come from; yields what uses of them no graph shows."""
     before, unclear = [], UnclearPlaces()
     for module, name, key, value in numbers_read(model):
         owner, _, last = key.rpartition(".")
@@ -318,10 +312,9 @@ def _attribute_sizes(given: Any) -> list[TracedInt]:
 def attribute_channels(
     graph: Graph, ids: dict[str, Any], groups: np.ndarray
 ) -> dict[Place, list[tuple[int, np.ndarray]]]:
-    """Return which channels attributes count, given the channel ids by node: by place, the parts of it and their ids.
+    """Return which channels attributes count: by place, the parts of it and their ids, if all uses are understood.
 
-    ``groups``: by id, that of the channels that are removed together. A place of which any use isn't understood is left
-    out.
+    ``ids``: by node; ``groups``: by id, that of the channels that are removed together.
     """
     found: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
     unclear, quotients = set[Place](), dict[tuple[Place, Place], int]()
@@ -368,10 +361,9 @@ def _with_quotients(
     quotients: dict[tuple[Place, Place], int],
     groups: np.ndarray,
 ) -> dict[Place, list[tuple[int, np.ndarray]]]:
-    """Let widths follow the numbers of heads that they are divided by, so that the channels of a head stay as many.
+    """Let widths follow the numbers of heads that they are divided by, or let both stay.
 
-    ``quotients``: by the places of a width and of a number of heads, the channels of a head. Where one of the two
-    counts something else as well, both stay as they are.
+    ``quotients``: by the places of a width and of a number of heads, the channels of a head.
     """
     before = -1
     while before != len(even):
@@ -454,10 +446,7 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
 
 
 def _counted(ids: Any, dim: int, size: int, groups: np.ndarray) -> np.ndarray | None:
-    """Return the ids of the channels, or heads, that the size of a dimension counts; None if it can't be told.
-
-    None are counted where the size stays the same: those of a head, which are removed together.
-    """
+    """Return the ids that the size of a dimension counts, none where it is that of a head; None if it can't be told."""
     if not isinstance(ids, Tensor) or ids.dim() <= dim:
         return None
     only = _ids_in(ids, dim, size)

@@ -250,10 +250,7 @@ def _attention_noted(model: nn.Module) -> Iterator[dict[str, Given]]:
 
 
 def _read_of(entered: Any, places: dict[Any, Any]) -> list[int | str]:
-    """List the arguments of attention of which a layer reads one, or the sum of two: positions are added within.
-
-    They may be transposed, with the samples in another dimension. Empty if it reads something else.
-    """
+    """List the arguments of attention of which a layer reads one, transposed or not, or the sum of two; else none."""
     for at, value in places.items():
         if value is not None and value is entered:
             return [at]

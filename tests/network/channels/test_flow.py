@@ -218,12 +218,6 @@ def test_a_module_that_holds_no_number_for_each_channel_couples_no_layers(betwee
     assert (dense.stem.out_channels, dense.body.out_channels) == (6, 9)
 
 
-@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8, affine=True), nn.BatchNorm2d(8, affine=False)])
-def test_a_norm_that_holds_numbers_couples_the_layers_that_share_it(norm):
-    groups = dependency_groups(SharedBetween(norm, 8).eval(), IMAGES, UNSHARED)
-    assert [entry.get("dependency_group_id") for entry in groups] == ["group_0", "group_0"]
-
-
 def test_a_module_that_is_called_on_other_numbers_of_channels_keeps_them_all():
     model = SharedBetween(nn.GroupNorm(1, 8, affine=False), 12).eval()
     groups = dependency_groups(model, IMAGES, UNSHARED)

@@ -129,41 +129,6 @@ def test_a_state_of_zeros_gets_the_width_of_the_channels_that_it_meets():
     assert all(parameter.grad is not None for parameter in dense.parameters())
 
 
-class ReadWeights(nn.Module):
-    """The forward reads the weights of its layers by itself: columns or rows of a product, and a filter by channel."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.a, self.filters = nn.Linear(6, width), nn.Conv1d(width, width, 3, groups=width)
-        self.narrow, self.steps, self.wide = nn.Linear(width, 4), nn.Linear(4, width), nn.Linear(4, width)
-        self.last = nn.Linear(width, 3)
-
-    def forward(self, words):
-        states = self.a(words).transpose(1, 2)
-        count = states.shape[1]
-        filtered = functional.conv1d(states, self.filters.weight, self.filters.bias, padding=1, groups=count)
-        found = self.narrow(filtered.transpose(1, 2))
-        steps = self.steps.weight @ found.transpose(1, 2) + self.steps.bias[:, None]
-        gates = functional.linear(found, self.wide.weight, self.wide.bias).transpose(1, 2)
-        return self.last((filtered * steps * gates).transpose(1, 2))
-
-
-def test_layers_whose_weights_the_forward_reads_lose_their_rows():
-    torch.manual_seed(0)
-    net, words = ReadWeights(8).eval(), torch.randn(2, 5, 6)
-    groups = nni_topo.dependency_groups(net, words, [{"op_names": ["a"], "sparse_ratio": 0.5}])
-    masks = nni_topo.create_pruner("l1", copy.deepcopy(net), groups).compress()[1]
-    dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
-    filters = dense.filters
-    assert (filters.in_channels, filters.out_channels, filters.groups, filters.weight.shape) == (4, 4, 4, (4, 1, 3))
-    for layer in (dense.steps, dense.wide):
-        assert (layer.in_features, layer.out_features, layer.weight.shape, layer.bias.shape) == (4, 4, (4, 4), (4,))
-    assert (dense.narrow.in_features, dense.narrow.out_features, dense.last.in_features) == (4, 4, 4)
-    torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
-    dense.train()(words).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in dense.parameters())
-
-
 class Beside(nn.Module):
     """As ConvBERT: heads of attention, and as many that are made in another way, are concatenated."""
 

@@ -95,6 +95,8 @@ CALLS = {
     "what meets place by place": {
         "where of a condition": (lambda n: torch.where(n.a > 0)[0], "1: 0; a: 0* picked_by_value"),
         "sum": (lambda n: n.a + n.b, "1x4x1: a*; b: a*"),
+        "sum by a method": (lambda n: n.a.add(n.b, alpha=2), "1x4x1: a*; b: a*"),
+        "sum by a method in place": (lambda n: n.a.add_(n.b), "1x4x1: a*; b: a*"),
         "sum with constants": (lambda n: n.a + n.x.repeat(1, 2, 1), "1x4x1: 0*; a: 0* joins_constant"),
         "outer product": (lambda n: n.a.unsqueeze(2) * n.b.unsqueeze(1), "1x4x1x1: a*; b: 0* call_not_covered"),
         "one for each head": (

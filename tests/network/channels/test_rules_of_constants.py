@@ -1,4 +1,4 @@
-"""Tensors that a forward makes, channel-wise convolutions and merged patches: where the rules say channels are."""
+"""Buffers with a value for each channel."""
 
 from __future__ import annotations
 
@@ -7,37 +7,10 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import PatchMerging
 
 import nni_topo
-from nni_topo.network.speedup.analysis import Analysis
 
 IMAGES = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
-
-
-class Merging(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.merge, self.last = nn.Conv2d(3, 8, 1), PatchMerging(8), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.merge(self.first(x).permute(0, 2, 3, 1)))
-
-
-@torch.no_grad()
-def test_the_channels_of_merged_patches_stand_four_times_behind_one_another() -> None:
-    torch.manual_seed(0)
-    model, images = Merging().eval(), torch.randn(2, 3, 8, 6)
-    flow = Analysis.on(model, images).flow
-    wanted = flow.group_ids_of("first").tolist()
-    assert flow.why_pinned("first") == ()
-    assert flow.entering_group_ids("merge.norm").tolist() == wanted * 4
-    assert flow.entering_group_ids("merge.reduction").tolist() == wanted * 4
-    mask = torch.tensor([1.0, 0, 1, 1, 0, 0, 1, 1])
-    masks = {"first": {"weight": mask.view(-1, 1, 1, 1).expand(8, 3, 1, 1), "bias": mask}}
-    dense = nni_topo.to_dense(model, images, masks)
-    assert (dense.first.out_channels, dense.merge.reduction.in_features) == (5, 20)
-    torch.testing.assert_close(dense(images), nni_topo.masked_model(model, images, masks)(images))
 
 
 class Centred(nn.Module):
