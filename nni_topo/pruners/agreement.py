@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nni_topo.maths.ties import descending
-from nni_topo.network.channels.constraints import coupled_names
-from nni_topo.network.channels.shuffle import chosen_of
+from nni_topo.network.channels.constraints import chosen_of, coupled_names
 from nni_topo.pruners.units import KeptBlocks, PruningUnit
 
 IntArray = NDArray[np.int64]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.channels.shuffle import Share
+from nni_topo.network.channels.constraints import Share
 from nni_topo.network.runtime.memory import check_memory
 from nni_topo.network.speedup.analysis import Facts
 from nni_topo.pruners.planner import Losses, Planner

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.channels.shuffle import Share
+from nni_topo.network.channels.constraints import Share
 from nni_topo.network.layers.kinds import channel_dimension, output_channels, spread, weight_of
 
 TargetSpaces = dict[str, dict[str, PruningTargetSpace]]

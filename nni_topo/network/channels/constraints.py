@@ -2,17 +2,31 @@
 
 Layers may share some of their channels only: NNI's groups couple all, one to one. And blocks of channels, those of
 grouped layers, group norms and shuffles, may have to lose the same number each.
+
+The dense model splits and shuffles the kept channels in its own way (`DenseOrder`). Where it sends the first, second
+and third channel of a layer depends only on how many channels the layer keeps. In the unpruned model channels belong to
+segments: those of one segment go to the same pieces. `shares` says how many channels of each segment may stay so that
+the dense model sends as many to each piece.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nni_topo.network.channels.flow import ChannelFlow
-from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.channels.ids import FIXED, carry, compressed, given_shapes, varies
+from nni_topo.network.channels.rules import FAILURES, module_rule, rule_of
+from nni_topo.network.graph.traced_int import resized
+from nni_topo.network.runtime.inputs import tensors_of
 
 
 def coupled_names(owned: Mapping[str, set[int]]) -> list[list[str]]:
@@ -113,3 +127,293 @@ def _with_equal_blocks(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, i
             if all(width % common == 0 and width > common for width in widths):
                 counts |= dict.fromkeys(names, common)
     return counts
+
+
+class DenseOrder(torch.fx.Interpreter):
+    """Follow the ids of channels through the dense model, given which channels stay, by group id."""
+
+    # A channel shuffle in two halves puts the first channel of the second half after the first of the first half,
+    # whichever these are: the masked model has them in another order as soon as the halves lose different ones.
+    def __init__(self, flow: ChannelFlow, is_kept: np.ndarray) -> None:
+        super().__init__(flow.traced)
+        self.flow, self.is_kept = flow, is_kept
+        self.ids: dict[str, Any] = {}  # by node, as in the flow, but of the dense model's shapes
+        self.entering: dict[str, np.ndarray] = {}  # by module
+        self.failed = set[str]()  # the nodes that can't be run on the ids of kept channels
+        self.reordered = set[str]()  # the nodes that give channels in another order than the unpruned model
+        with torch.no_grad():
+            self.run()
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+        """Look up a node's arguments, with the dense model's sizes."""
+        return resized(super().fetch_args_kwargs_from_env(n), self.flow.sizes_kept(self.is_kept))
+
+    def run_node(self, n: Node) -> Any:
+        """Follow the ids through one node."""
+        ascending = self._ascending(n)
+        self.ids[n.name] = found = self._renamed(self._moved(n, ascending), ascending)
+        for one, other in zip(tensors_of(found), tensors_of(ascending), strict=False):
+            if one is not other and not torch.equal(compressed(one), compressed(other)):
+                self.reordered.add(n.name)
+        return found
+
+    def _renamed(self, found: Any, ascending: Any) -> Any:
+        """Return the ids that the flow has at a node where others of the same groups, a layer scale's say, arrived."""
+        if not (isinstance(found, Tensor) and isinstance(ascending, Tensor)) or found.shape != ascending.shape:
+            return found
+        arrived, expected = compressed(found), compressed(ascending)
+        if torch.equal(arrived.flatten().unique(), expected.flatten().unique()):
+            return found
+        groups_arrived, groups_expected = self.flow.group_ids(arrived.numpy()), self.flow.group_ids(expected.numpy())
+        # After a concatenation along another dimension, as of a class token with places, each part has ids of its own.
+        fits = all(one in (1, other) for one, other in zip(expected.shape, arrived.shape, strict=True))
+        same = fits and np.array_equal(groups_arrived, np.broadcast_to(groups_expected, arrived.shape))
+        return ascending if same else found
+
+    def _ascending(self, node: Node) -> Any:
+        """Take the ids of pruned channels out of a node's outputs, and leave the others in their order."""
+        leaves, spec = tree_flatten(self.flow.ids[node.name])
+        shapes = tree_flatten(given_shapes(node))[0]
+        if len(leaves) != len(shapes):
+            return self.flow.ids[node.name]
+        return tree_unflatten([self._cut(ids, full) for ids, full in zip(leaves, shapes, strict=True)], spec)
+
+    def _cut(self, ids: Any, full: Any) -> Any:
+        if not isinstance(ids, Tensor) or not isinstance(full, Tensor):
+            return ids
+        stays, shape = torch.from_numpy(np.asarray(self.is_kept[self.flow.group_ids(ids.numpy())])), list(full.shape)
+        for d, size in enumerate(ids.shape):
+            if size == full.shape[d]:
+                rows = stays.movedim(d, 0).reshape(size, -1).any(1)
+                ids = ids.index_select(d, rows.nonzero().flatten())
+                shape[d] = ids.shape[d]
+        return ids.expand(shape)
+
+    def _moved(self, node: Node, ascending: Any) -> Any:
+        """Return the ids of a node's outputs in the dense model; ``ascending``: those in the unpruned model's order."""
+        if node.op in ("placeholder", "get_attr", "output"):
+            return ascending
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        entering = tensors_of((args, kwargs))
+        if not tensors_of(given_shapes(node)):
+            return self._tried(node, args, kwargs, ascending)
+        if node.op == "call_module":
+            return self._through(node, entering[0], ascending) if entering else ascending
+        rule = rule_of(node)
+        if rule is not None and rule.moves and not (rule.by_index and tensors_of((args[1:], kwargs))):
+            args = (args[0].contiguous(), *args[1:]) if isinstance(args[0], Tensor) else args
+            return self._tried(node, args, kwargs, ascending)
+        return _in_order_of(entering, ascending)
+
+    def _through(self, node: Node, ids: Tensor, ascending: Any) -> Any:
+        """Return the ids of a module's output, given those that enter it."""
+        name = str(node.target)
+        layer, entering = self.flow.layers.get(name), self.flow.entering_channel_ids(name)
+        if len(entering):
+            dim = next((d for d in range(1, ids.dim()) if varies(ids, d)), 1)
+            self.entering[name] = ids.transpose(0, dim).flatten(1)[:, 0].numpy()
+        rule = module_rule(self.fetch_attr(name))
+        if rule is not None and rule.moves:
+            return self._tried(node, (ids.contiguous(),), {}, ascending)
+        if layer is None:
+            return _in_order_of([ids], ascending)
+        if layer.depthwise and name in self.entering:
+            # Its output channels come in the order of its inputs.
+            outs = self.flow.channel_ids_of(name).reshape(len(entering), -1)[self.places(name)].ravel()
+            view = [1, -1, *[1] * (ascending.dim() - 2)]
+            return torch.from_numpy(outs).view(view).expand(ascending.shape)
+        return ascending
+
+    def _tried(self, node: Node, args: Any, kwargs: Any, ascending: Any) -> Any:
+        """Run a node on ids; where the dense model couldn't run it either, the dry run finds that out."""
+        try:
+            return getattr(self, node.op)(node.target, args, kwargs)
+        except FAILURES:
+            self.failed.add(node.name)
+            return ascending
+
+    def places(self, name: str) -> np.ndarray:
+        """List the kept channels that enter a module by their places in the unpruned model: int, (kept channels,)."""
+        entering = self.flow.entering_channel_ids(name)
+        kept = np.flatnonzero(self.is_kept[self.flow.group_ids(entering)])
+        arriving = self.entering.get(name, entering[:0])
+        place = dict(zip(entering[kept].tolist(), kept.tolist(), strict=True))
+        found = np.array([place.get(channel_id, -1) for channel_id in arriving.tolist()], dtype=np.int64)
+        return found if np.array_equal(np.sort(found), kept) else kept
+
+    def select(self, node: Node, value: Any) -> Any:
+        """Take pruned channels out of a node's output tensors, and put the others in the dense model's order."""
+        leaves, spec = tree_flatten(value)
+        full_ids, dense_ids = tree_flatten(self.flow.ids[node.name])[0], tree_flatten(self.ids[node.name])[0]
+        if not len(leaves) == len(full_ids) == len(dense_ids):
+            return value
+        return tree_unflatten(list(map(_gathered, leaves, full_ids, dense_ids)), spec)
+
+
+def _in_order_of(entering: list[Tensor], ascending: Any) -> Any:
+    """Return the ids of the first operand whose channels are those of the output, in that operand's order."""
+    if not isinstance(ascending, Tensor):
+        return ascending
+    held = [d for d in range(1, ascending.dim()) if varies(ascending, d)]
+    for ids in entering:
+        found = carry(ids, tuple(ascending.shape))
+        # What has its channels in other dimensions has others: scores of attention, say, that weigh the values.
+        if found is not None and held and held == [d for d in range(1, found.dim()) if varies(found, d)]:
+            return found
+    return ascending
+
+
+def _gathered(value: Any, full_ids: Any, dense_ids: Any) -> Any:
+    """Look up the values of a tensor for the ids in the dense model, each of which occurs once in the full one."""
+    if not (isinstance(value, Tensor) and isinstance(full_ids, Tensor) and isinstance(dense_ids, Tensor)):
+        return value
+    dims = [d for d in range(full_ids.dim()) if full_ids.shape[d] > 1]
+    if not dims:
+        return value.clone()
+    rest = [d for d in range(value.dim()) if d not in dims]
+    wanted = dense_ids
+    for d in range(dense_ids.dim()):
+        if d not in dims:
+            wanted = wanted.narrow(d, 0, min(wanted.shape[d], 1))
+    # A sorted copy turns the lookup of thousands of ids into one binary search.
+    known = full_ids.flatten().numpy()
+    order = np.argsort(known, kind="stable")
+    places = order[np.searchsorted(known[order], wanted.flatten().numpy()).clip(max=len(order) - 1)]
+    flat = value.permute(*rest, *dims).flatten(len(rest))
+    picked = flat[..., torch.from_numpy(places).to(value.device)].unflatten(-1, [dense_ids.shape[d] for d in dims])
+    return picked.permute(*np.argsort([*rest, *dims]).tolist()).contiguous()
+
+
+class Share(NamedTuple):
+    """How many of which of a layer's channels stay if it is asked to keep so many."""
+
+    asked: int
+    segments: tuple[int, ...]  # the segment that each channel belongs to
+    counts: tuple[int, ...]  # how many of each segment stay: `asked` together, or more where that can't be
+
+
+Shares = dict[str, Share]
+Parts = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""By layer, the segment of each channel, and how many channels of each segment stay."""
+Routes = Mapping[int, tuple[tuple[str, int], ...]]
+"""By group id, the pieces that a channel goes to: node of the split, place among its outputs."""
+_MORE = 16  # channels that a layer keeps at most beyond those asked for
+
+
+def stays_in_place(flow: ChannelFlow, is_kept: np.ndarray, names: Collection[str] | None = None) -> bool:
+    """Tell whether the dense model's pieces hold the kept channels of the unpruned one's (of layers ``names``)."""
+    order = DenseOrder(flow, is_kept)
+    looked_at = np.ones(flow.size, dtype=np.bool_)
+    if names is not None:
+        looked_at[:] = False
+        looked_at[np.concatenate([flow.group_ids_of(name) for name in names])] = True
+    for node in order.failed:
+        for ids in tensors_of(flow.ids[node]):
+            if looked_at[flow.group_ids(ids.numpy())].any():
+                return False
+    for name in order.entering:
+        group_ids = flow.entering_group_ids(name)
+        kept = flow.entering_channel_ids(name)[is_kept[group_ids]]
+        if looked_at[group_ids].any() and not np.array_equal(np.sort(order.entering[name]), np.sort(kept)):
+            return False
+    dense_pieces = {(node, piece): group_ids for node, piece, group_ids in _pieces(flow, order.ids)}
+    for node, piece, full in _pieces(flow, flow.ids):
+        if looked_at[full].any() and not np.array_equal(full[is_kept[full]], dense_pieces.get((node, piece), full[:0])):
+            return False
+    return True
+
+
+def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
+    """Say which channels of layers may stay, given how many of each should; only of layers that are shuffled."""
+    if not flow.shuffles:
+        return {}
+    moved = np.concatenate([[FIXED], *(flow.group_ids(blocks.ids) for blocks in flow.blocks if blocks.moves)])
+    counts = dict[str, int]()
+    for name in wanted:
+        group_ids = flow.group_ids_of(name)
+        is_coupled_with_itself = len(np.unique(group_ids)) < len(group_ids)
+        if flow.layers[name].depthwise or FIXED in group_ids or is_coupled_with_itself:
+            continue
+        if np.isin(group_ids, moved).any():
+            counts[name] = wanted[name]
+    # The counts of layers that shuffles connect are searched together, from those asked for upwards.
+    routes, found = _routes(flow, flow.ids), Shares()
+    # What each chunk takes apart, and each view into rows.
+    moved = [set(flow.group_ids(blocks.ids).tolist()) for blocks in flow.blocks if blocks.moves]
+    moves_of = dict[str, set[int]]()  # by layer, the chunks and views that take its channels apart
+    for name in counts:
+        group_ids = flow.group_ids_of(name).tolist()
+        moves_of[name] = {place for place, others in enumerate(moved) if not others.isdisjoint(group_ids)}
+    for names in coupled_names(moves_of):
+        # With some counts the dense model would send a channel to a piece that none of its layer goes to here.
+        for more in range(_MORE):
+            asked = {name: min(counts[name] + more, flow.layers[name].channels) for name in names}
+            parts = _shared_out(flow, routes, counts | asked, names)
+            if parts:
+                for name in names:
+                    found[name] = Share(counts[name], *parts[name])
+                counts |= asked
+                break
+        else:
+            counts |= {name: flow.layers[name].channels for name in names}
+    return found
+
+
+def _shared_out(flow: ChannelFlow, routes: Routes, counts: Mapping[str, int], names: list[str]) -> Parts:
+    """Say how many channels of each segment stay if each layer keeps so many; nothing where that can't be."""
+    is_kept = np.ones(flow.size, dtype=np.bool_)
+    for name, count in counts.items():
+        is_kept[flow.group_ids_of(name)[count:]] = False
+    # Which channels stay is not decided yet. Where the dense model sends the first of a layer, it sends any.
+    dense_routes, found = _routes(flow, DenseOrder(flow, is_kept).ids), Parts()
+    for name in names:
+        group_ids = flow.group_ids_of(name).tolist()
+        segments = [routes[group_id] for group_id in group_ids]
+        wanted_routes = [dense_routes[group_id] for group_id in group_ids[: counts[name]]]
+        sizes, wanted = Counter(segments), Counter(wanted_routes)
+        if any(count > sizes[segment] for segment, count in wanted.items()):
+            return {}
+        rank = {segment: at for at, segment in enumerate(sizes)}
+        found[name] = tuple(rank[segment] for segment in segments), tuple(wanted[segment] for segment in rank)
+        is_kept[group_ids] = chosen_of(*found[name], np.arange(len(group_ids))[::-1])
+    return found if stays_in_place(flow, is_kept, names) else {}
+
+
+def chosen_of(segments: Sequence[int], counts: Sequence[int], order: np.ndarray) -> np.ndarray:
+    """Tell which channels stay if of each segment the last ones in an order do: bool, (channels,)."""
+    placed, chosen = np.asarray(segments)[order], np.zeros(len(segments), dtype=np.bool_)
+    for segment, count in enumerate(counts):
+        members = order[placed == segment]
+        chosen[members[len(members) - count :]] = True
+    return chosen
+
+
+def asked_of(flow: ChannelFlow, entries: Iterable[Mapping[str, Any]], ties: Collection[str]) -> dict[str, int]:
+    """Count the channels that should stay of each layer: all, but for those with a ratio and nothing else."""
+    asked = {name: layer.channels for name, layer in flow.layers.items()}
+    for entry in entries:
+        ratio: Any = entry.get("sparse_ratio")
+        (name,) = entry["op_names"]
+        is_plain = isinstance(ratio, (int, float)) and not isinstance(entry.get("granularity"), list)
+        if name in asked and is_plain and name not in ties and "global_group_id" not in entry:
+            asked[name] = max(asked[name] - int(asked[name] * ratio), 1)
+    return asked
+
+
+def _routes(flow: ChannelFlow, ids: Mapping[str, Any]) -> Routes:
+    """List, by group id, the pieces that a channel goes to."""
+    found: dict[int, tuple[tuple[str, int], ...]] = defaultdict(tuple)
+    for node, piece, group_ids in _pieces(flow, ids):
+        for group_id in group_ids.tolist():
+            found[group_id] = (*found[group_id], (node, piece))
+    return found
+
+
+def _pieces(flow: ChannelFlow, ids: Mapping[str, Any]) -> list[tuple[str, int, np.ndarray]]:
+    """List the pieces that splits make, by node and place, with the group ids in them, ascending."""
+    found = []
+    for node in flow.traced.graph.nodes:
+        if isinstance(ids[node.name], (tuple, list)):
+            for place, piece in enumerate(tensors_of(ids[node.name])):
+                found.append((node.name, place, np.unique(flow.group_ids(compressed(piece).numpy()))))
+    return found

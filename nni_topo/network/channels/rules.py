@@ -391,8 +391,6 @@ def _padded(op: Operation) -> Any:
     """Follow padding: what is added along the channels stays, and of another dimension each place has the channels."""
     ids, ends = op.ids[0], op.argument(1, "pad")
     mode = op.argument(2, "mode", default="constant")
-    if len(op.ids) != 1 or op.shape is None or not all(isinstance(each, int) for each in ends):
-        return op.all_kept()
     spare = list(ends)
     for d in range(ids.dim()):
         at = 2 * (ids.dim() - 1 - d)
@@ -402,7 +400,7 @@ def _padded(op: Operation) -> Any:
     if any(spare) and (mode != "constant" or min(spare) < 0):
         return op.all_kept()
     padded = torch.nn.functional.pad(ids, spare, value=FIXED)  # whatever the values are, their places stay
-    return padded.expand(op.shape)
+    return padded.expand(op.shape or ())
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "fold", nn.Fold)
@@ -730,13 +728,7 @@ def _index_selected(op: Operation) -> Any:
     if _index_is_known(op):
         return _picked(op)
     states, dim = op.ids[0], op.argument(1, "dim")
-    index = op.ids[-1]
-    if op.shape and isinstance(dim, int) and len(op.ids) == 2 and varies(index, 0):
-        # The index lists what to take of a table that doesn't depend on any channels, and is cut itself.
-        if bool((states != FIXED).any()):
-            return op.all_kept()
-        return index.view([-1 if d == dim % len(op.shape) else 1 for d in range(len(op.shape))]).expand(op.shape)
-    if op.shape and isinstance(dim, int) and not varies(states, dim):
+    if op.shape and isinstance(dim, int) and not varies(states, dim) and not varies(op.ids[-1], 0):
         # Ids don't differ between rows, so any stands for those that the index picks.
         return states.narrow(dim, 0, 1).expand(op.shape)
     return op.all_kept()

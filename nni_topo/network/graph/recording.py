@@ -208,6 +208,7 @@ class _Recorder(TorchFunctionMode):
         self._ran = set[str]()  # modules
         self._chosen = self._picked = False  # whether a value was an index, and a size one of values
         self._deciding = set[str]()  # modules whose forward has read a value, as an `if` does
+        self._given: tuple[Any, Any] = (), {}  # what enters a module that is one node, before its own hooks change it
         self._before: tuple[str, Any, Any] | None = None  # a followed layer that hasn't called its function yet
         for name, value in named.items():
             if tensors_of(value):
@@ -328,6 +329,7 @@ class _Recorder(TorchFunctionMode):
         self._ran.add(name)
         if isinstance(module, nn.RNNBase) and isinstance(next(iter((*args, *kwargs.values())), None), PackedSequence):
             self._leaves.discard(id(module))  # a graph has no packed sequences: its tensors are followed instead
+        self._given = args, kwargs
         if id(module) in self._followed:
             self._before = name, args, kwargs
         self._inside += id(module) in self._leaves or self._before is not None
@@ -339,7 +341,7 @@ class _Recorder(TorchFunctionMode):
             return  # within a leaf
         self._inside, self._before = 0, None
         if id(module) in self._leaves:
-            self._write("call_module", name, args, kwargs, out)
+            self._write("call_module", name, *self._given, out)
         self._stack.pop()
 
     def whole(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -352,7 +354,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(out, Tensor) and not self._inside:
             given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
             rest = {key: value for key, value in kwargs.items() if key not in given}
-            self._write("call_function", _Bound(function, args, rest), (), given, out)
+            self._write("call_function", _Bound(function, *args, **rest), (), given, out)
         return out
 
     def _write(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -445,23 +447,19 @@ def _call_whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs) if recorder is None else recorder.whole(function, args, kwargs)
 
 
-class _Bound:
+class _Bound(partial[Any]):
     """A function that makes an attention mask, bound to arguments that a graph can't hold."""
 
     makes_mask = True
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.function, self.args, self.kwargs = function, args, kwargs
+    def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self.__name__, self.__module__ = function.__name__, __name__
 
-    def __call__(self, **kwargs: Any) -> Any:
-        return self.function(*self.args, **self.kwargs, **kwargs)
-
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Bound) and self.function is other.function
+        return isinstance(other, _Bound) and self.func is other.func
 
     def __hash__(self) -> int:
-        return hash(self.function)
+        return hash(self.func)
 
 
 def put(tensor: Tensor, place: Any, value: Any) -> Tensor:

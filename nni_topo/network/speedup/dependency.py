@@ -18,11 +18,10 @@ from nni_topo.compat.wrapping import ListedModules, derived_types
 from nni_topo.errors import ConfigError, SpeedupError, hint_of, listed
 from nni_topo.network.attention.heads import Attention, is_attention
 from nni_topo.network.channels import reasons
-from nni_topo.network.channels.constraints import blocks_of, coupled_names, partial_couplings
+from nni_topo.network.channels.constraints import Share, asked_of, blocks_of, coupled_names, partial_couplings, shares
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason, Reasons
-from nni_topo.network.channels.shuffle import Share, asked_of, shares
 from nni_topo.network.graph.tracing import is_in_parts
 from nni_topo.network.layers.derived import with_known_layers
 from nni_topo.network.layers.kinds import (

@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from nni_topo.errors import SpeedupError, out_of_memory, raised
 from nni_topo.network.attention.heads import attend
 from nni_topo.network.channels import reasons
+from nni_topo.network.channels.constraints import Shares, chosen_of, shares
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.channels.rules import has_property
-from nni_topo.network.channels.shuffle import Shares, chosen_of, shares
 from nni_topo.network.graph.nodes import RANDOM, UNSHOWN
 from nni_topo.network.graph.traced_int import resized
 from nni_topo.network.graph.tracing import arguments

@@ -15,10 +15,10 @@ from nni_topo.context import leaving_out
 from nni_topo.errors import ConfigError, SpeedupError, unknown_name
 from nni_topo.maths.ties import descending
 from nni_topo.network.channels import reasons
+from nni_topo.network.channels.constraints import stays_in_place
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, Blocks
 from nni_topo.network.channels.reasons import Reason, Reasons
-from nni_topo.network.channels.shuffle import stays_in_place
 from nni_topo.network.layers.kinds import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
 from nni_topo.network.runtime.arguments import MASKS
 

@@ -10,8 +10,8 @@ import torch
 import torch.fx
 
 from nni_topo.network.attention.heads import Attention, resize
+from nni_topo.network.channels.constraints import DenseOrder
 from nni_topo.network.channels.flow import ChannelFlow
-from nni_topo.network.channels.shuffle import DenseOrder
 from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import HEAD
 from nni_topo.network.layers.kinds import CONVOLUTIONS, is_depthwise, output_channels, weight_name

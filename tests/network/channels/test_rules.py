@@ -296,10 +296,6 @@ CALLS = {
             lambda n: n.a.index_select(1, n.x[0, 0, :4].argsort()),
             "1x1x1: 0; a: 0* call_not_covered",
         ),
-        "index_select of a table": (
-            lambda n: torch.arange(9.0).view(3, 3).index_select(1, n.a[0, :, 0].relu().long()),
-            "1x4: a*",
-        ),
         "gather by value": (lambda n: n.a.gather(2, n.a.argsort(2)), "1x4x1: a*"),
         "repeated": (lambda n: n.a.repeat_interleave(2, 1), "1x8x1: a0 a0 a1 a1 a2 a2 a3 a3"),
     },

@@ -10,7 +10,7 @@ from speedup_nets import masks_of, shuffled
 from torch import nn
 
 import nni_topo
-from nni_topo.network.channels.shuffle import stays_in_place
+from nni_topo.network.channels.constraints import stays_in_place
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.network.speedup.reconcile import check_masks, union

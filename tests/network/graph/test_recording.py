@@ -69,6 +69,13 @@ def test_what_a_model_keeps_from_its_last_run_does_not_count():
         torch.testing.assert_close(graph(inputs), model(inputs))
 
 
+def test_a_hook_that_changes_what_enters_a_layer_belongs_to_the_layer():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).eval(), torch.randn(5, 4)
+    model[1].register_forward_pre_hook(lambda layer, args: (2 * args[0],))
+    graph = record(model, {"input": torch.randn(3, 4)}).graph_module
+    torch.testing.assert_close(graph(x), model(x))
+
+
 class Mixture(nn.Module):
     """Gives rows to the experts of a loop in which an `if` looks at values."""
 
