@@ -1209,9 +1209,8 @@ def _einstein_sum(op: Operation) -> Any:
         if letters_of_channels(at) & summed:
             keep_operand(at)
     # So does a tensor of the model's own that mixes places: no dimension has the letter of another operand's channels.
-    is_own, of_channels = [_is_own(ids, op.channels) for ids in entering_ids], set[str]()
-    for at in range(len(operands)):
-        of_channels |= set() if is_own[at] else letters_of_channels(at)
+    is_own = [_is_own(ids, op.channels) for ids in entering_ids]
+    of_channels = set[str]().union(*(letters_of_channels(at) for at, own in enumerate(is_own) if not own))
     for at, letters in enumerate(operands):
         if is_own[at] and of_channels and not of_channels & set(letters):
             keep_operand(at)
@@ -1231,36 +1230,31 @@ def _einstein_sum(op: Operation) -> Any:
             op.couple(channels[:, :1], channels)
             op.couple(shares[:, 0], channels[:, 0])
     operands, entering_ids = [operands[at] for at in left], [entering_ids[at] for at in left]
-    # By the letters of the dimensions that hold channels, the ids of operands, with dimensions in the order of letters.
+    # By the letters of the dimensions that hold channels, in the output's order and summed ones last: operands' ids.
     coupled: dict[str, list[Tensor]] = {}
     holding: list[str] = []
     for letters, ids in zip(operands, entering_ids, strict=True):
-        held = "".join(sorted(letter for d, letter in enumerate(letters) if varies(ids, d)))
+        own = [letter for d, letter in enumerate(letters) if varies(ids, d)]
+        held = "".join(sorted(own, key=lambda letter: (output.find(letter) % (len(output) + 1), letter)))
         holding.append(held)
         if held:
-            others = [letter for letter in letters if letter not in held]
-            ordered = ids.permute([letters.index(letter) for letter in (*held, *others)])
-            for _ in others:
-                ordered = ordered.select(-1, 0)  # ids don't differ along the other dimensions
-            coupled.setdefault(held, []).append(ordered)
-    found = staying(op.shape or ())
+            # Along the other dimensions ids don't differ.
+            entries = ids[tuple(slice(None) if letter in held else 0 for letter in letters)]
+            coupled.setdefault(held, []).append(entries.permute([own.index(letter) for letter in held]))
+    found = staying(op.shape)
     is_placed = False
     for held, entering in coupled.items():
-        for letters, ids, own in zip(operands, entering_ids, holding, strict=True):
+        for letters, ids, others in zip(operands, entering_ids, holding, strict=True):
             has_letter = any(letter in held and ids.shape[d] > 1 for d, letter in enumerate(letters))
-            if has_letter and own != held:
+            if has_letter and others != held:
                 return op.all_kept()  # another operand has this dimension without channels, so it can't become smaller
         in_output = [letter for letter in held if letter in output]
         if in_output and (is_placed or len(in_output) < len(held)):
             return op.all_kept()
         if in_output:
             is_placed = True
-            places = [output.index(letter) for letter in held]
-            view = [1] * len(output)
-            for place, size in zip(places, entering[0].shape, strict=True):
-                view[place] = size
-            ordered = entering[0].permute(np.argsort(places).tolist())
-            found = ordered.reshape(view).expand(op.shape or ())
+            sizes = dict(zip(held, entering[0].shape, strict=True))
+            found = entering[0].reshape([sizes.get(letter, 1) for letter in output]).expand(op.shape)
         elif len(entering) == 1:
             # The other operands keep their entries for removed channels, so removed channels must arrive as zeros.
             op.channels.summed.add(op.node.name)

@@ -96,6 +96,8 @@ def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
     try:
         return _recorded(model, named)
     except Exception as error:  # a model fails in as many ways as it is written
+        if not others and not isinstance(error, SpeedupError):
+            raise
         let_go(error)
     # Not all models can be told that any more. And what a model has kept from its last run (a detector's anchors, by
     # size) belongs to other inputs now.
