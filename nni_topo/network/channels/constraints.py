@@ -327,23 +327,20 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
     """Say which channels of layers may stay, given how many of each should; only of layers that are shuffled."""
     if not flow.shuffles:
         return {}
-    moved = np.concatenate([[FIXED], *(flow.group_ids(blocks.ids) for blocks in flow.blocks if blocks.moves)])
-    counts = dict[str, int]()
-    for name in wanted:
-        group_ids = flow.group_ids_of(name)
-        is_coupled_with_itself = len(np.unique(group_ids)) < len(group_ids)
-        if flow.layers[name].depthwise or FIXED in group_ids or is_coupled_with_itself:
-            continue
-        if np.isin(group_ids, moved).any():
-            counts[name] = wanted[name]
-    # The counts of layers that shuffles connect are searched together, from those asked for upwards.
-    routes, found = _routes(flow, flow.ids), Shares()
     # What each chunk takes apart, and each view into rows.
     moved = [set(flow.group_ids(blocks.ids).tolist()) for blocks in flow.blocks if blocks.moves]
+    counts = dict[str, int]()
     moves_of = dict[str, set[int]]()  # by layer, the chunks and views that take its channels apart
-    for name in counts:
+    for name in wanted:
         group_ids = flow.group_ids_of(name).tolist()
-        moves_of[name] = {place for place, others in enumerate(moved) if not others.isdisjoint(group_ids)}
+        is_coupled_with_itself = len(set(group_ids)) < len(group_ids)
+        if flow.layers[name].depthwise or FIXED in group_ids or is_coupled_with_itself:
+            continue
+        places = {place for place, others in enumerate(moved) if not others.isdisjoint(group_ids)}
+        if places:
+            counts[name], moves_of[name] = wanted[name], places
+    # The counts of layers that shuffles connect are searched together, from those asked for upwards.
+    routes, found = _routes(flow, flow.ids), Shares()
     for names in coupled_names(moves_of):
         # With some counts the dense model would send a channel to a piece that none of its layer goes to here.
         for more in range(_MORE):
