@@ -78,8 +78,7 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path):
 def test_a_pruning_file_may_compensate_and_round_for_any_pruner(checkpoint, tmp_path):
     path = tmp_path / "prune.yaml"
     path.write_text(
-        "pruner: l1\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.6}]\ncompensate: {images: 256}\n"
-        "round_to: 8\n"
+        "pruner: l1\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.6}]\ncompensate: {images: 256}\nround_to: 8\n"
     )
     record = prune_checkpoint(SMALL, checkpoint, load_prune_config(path), DIGITS, tmp_path / "out")
     assert record["accuracy_compensated"] > record["accuracy_oneshot"]

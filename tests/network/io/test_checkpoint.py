@@ -23,7 +23,7 @@ from nni_topo.network.io.checkpoint import (
 )
 from nni_topo.network.layers.kinds import as_torch_layers
 from nni_topo.speedup import to_dense
-from nni_topo.zoo.transformers import vit_small
+from nni_topo.zoo.transformers import SelfAttention, vit_small
 
 
 def make(width=8, groups=2, classes=4):
@@ -401,3 +401,10 @@ def test_numbers_in_attributes_that_became_smaller_come_back(path):
     loaded = load(path, model)
     assert (loaded.sizes, model.sizes) == ({"a": 2, "b": 4}, {"a": 3, "b": 5})
     assert all(map(torch.equal, loaded(rows), dense(rows)))
+
+
+def test_a_model_with_heads_of_another_size_is_refused(tmp_path):
+    three, four = (nn.Sequential(SelfAttention(12, heads, bias=True, causal=False)) for heads in (4, 3))
+    save(three, tmp_path / "dense.pt")
+    with pytest.raises(ConfigError, match=r"got one whose heads have 4 channels instead of 3 \(0, "):
+        load(tmp_path / "dense.pt", four)

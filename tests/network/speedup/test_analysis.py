@@ -11,6 +11,7 @@ from nni_topo import Budget, RandomPruner, dependency_groups, shrink, to_dense
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.measure import count_params
 from nni_topo.network.graph import tracing
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.testing.toys import toy_images, toy_model
 
 
@@ -101,3 +102,23 @@ def test_shrink_traces_a_network_once(make, pruner, traces):
     images = toy_images(32) if make is toy_model else torch.rand(32, 4)
     shrink(make().eval(), [images], {"flops": 0.5}, pruner=pruner, distill=False)
     assert len(traces) == 1
+
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("given", "other", "is_known"),
+    [
+        ((IMAGES,), (IMAGES.double(),), False),
+        ((IMAGES, True), (IMAGES, True), True),
+        ((IMAGES, True), (IMAGES, False), False),
+        (({"a": IMAGES},), ({"b": IMAGES},), False),
+        (([IMAGES, IMAGES],), ([IMAGES],), False),
+        ((IMAGES, object()), (IMAGES, object()), False),
+    ],
+)
+def test_facts_fit_calls_of_the_same_shapes_and_settings(given, other, is_known):
+    model = nn.Conv2d(3, 4, 3)
+    facts = Analysis(model, (given, {})).facts
+    assert (Analysis(model, (other, {}), facts).facts is facts) is is_known
