@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 from nni_topo.network.layers.integer_attributes import Place, numbers_of, put_sizes
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
-from nni_topo.network.runtime.hooks import called, watched
 from nni_topo.network.runtime.inputs import Call, run_few
 from nni_topo.rules import Rule, checked, is_class
 
@@ -227,10 +226,8 @@ def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Descri
     values: dict[Described, Any] = {}
     modules = dict(model.named_modules())
 
-    def entered(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(name: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         values.setdefault(Described(name, "input"), next(iter((*args, *kwargs.values())), None))
-
-    def left(name: str, _: Any, output: Any) -> None:
         values.setdefault(Described(name, "output"), output)
 
     def features(described: Described, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -241,8 +238,7 @@ def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Descri
     names = [name for name in dict.fromkeys(each.module for each in wanted) if name in modules]
     with left_alone(model), evaluation_mode(model), torch.no_grad(), ExitStack() as looking:
         for name in names:
-            looking.enter_context(called(modules[name], partial(entered, name)))
-        looking.enter_context(watched(leaving=[(modules[name], partial(left, name)) for name in names]))
+            looking.enter_context(modules[name].register_forward_hook(partial(note, name), with_kwargs=True))
         for each in wanted:
             if each.part == "features":
                 module: Any = modules[each.module]
