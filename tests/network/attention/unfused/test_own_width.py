@@ -12,8 +12,7 @@ import nni_topo
 
 WIDTH, HEADS, SIZE = 16, 2, 8
 ASKED = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
-DRAWING = torch.Generator().manual_seed(0)
-WORDS, PLACES = (torch.randn(3, count, WIDTH, generator=DRAWING) for count in (5, 7))
+PLACES = torch.randn(3, 7, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 class Attending(nn.Module):
