@@ -23,6 +23,7 @@ import importlib
 import inspect
 import linecache
 import textwrap
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -31,20 +32,14 @@ from nni_topo.network.runtime.modules import put_attribute
 
 LAST, FIRST = -1, 1  # the dimension that holds the channels, in texts and in images
 _OF, _ALONG = " of ", " along "  # before a class's module, and before the dimension, in a rewritten class's name
-_CLASSES: dict[tuple[type[nn.Module], int], type[nn.Module] | None] = {}
 
 
-def own_width_class(kind: type[nn.Module], dim: int = LAST) -> type[nn.Module] | None:
+@cache
+def own_width_class(kind: type[nn.Module], dim: int) -> type[nn.Module] | None:
     """Return a class derived from ``kind`` whose reshapes take no width from its input; None if these take none.
 
     ``dim``: the dimension of the input that holds its channels.
     """
-    if (kind, dim) not in _CLASSES:
-        _CLASSES[kind, dim] = _rewritten(kind, dim)
-    return _CLASSES[kind, dim]
-
-
-def _rewritten(kind: type[nn.Module], dim: int) -> type[nn.Module] | None:
     forward: Any = kind.__dict__.get("forward")
     function = inspect.unwrap(forward) if forward is not None else None
     # A function with free variables, as one that calls ``super()``, can't be compiled anew.
@@ -98,7 +93,8 @@ def take_own_width(module: nn.Module, dim: int = LAST, *, wholly: bool = False) 
 
     ``wholly``: only if the forward does nothing else with the width, such as dividing by its root.
     """
-    found: Any = own_width_class(type(module), dim)
+    kind: Any = type(module)
+    found: Any = own_width_class(kind, dim)
     if found is None or (wholly and found.nni_topo_reads_width):
         return False
     put_attribute(module, "__class__", found)
