@@ -138,32 +138,50 @@ class Settings:
         if budget.allocation == AUTO:
             allocations_to_try(self.pruner)
             allocations = (AUTO,)
-        is_timed, has_table = budget.kind == "latency", budget.latency_table is not None
+        has_table = budget.latency_table is not None
         has_entries = any(isinstance(each, Mapping) for each in self.layers or ())
         asks_size = several or "depth=True" * self.depth
-        refused = {
-            f"{asks_size} must have a pruner that can be asked for a size, got {self.pruner!r}, which chooses how many "
-            "channels it keeps (pruner)": bool(asks_size) and self.chooses_how_many,
-            f"the allocation of pruner {self.pruner!r} must be {' or '.join(map(repr, allocations))}, got "
-            f"{budget.allocation!r} (budget)": not self.chooses_how_many and budget.allocation not in allocations,
-            f"networks of several sizes must be timed in PyTorch, got {budget.runtime!r}: shrink makes one network of "
-            "a given share of the time (runtime, budget)": bool(several) and budget.runtime != "pytorch",
-            "depth=True times networks of one share of the time, without a latency_table: a budget of latency with "
-            f"depth=True needs a share and no table, got {several or 'a table'} (budget)": (
-                self.depth and is_timed and (bool(several) or has_table)
+        refused = [  # whether it is refused, by which argument, and why
+            (
+                bool(asks_size) and self.chooses_how_many,
+                "pruner",
+                f"{asks_size} must have a pruner that can be asked for a size, got {self.pruner!r}, which chooses how "
+                "many channels it keeps",
             ),
-            "depth=True needs layers by their names, got an entry of a config_list (layers)": (
-                self.depth and has_entries
+            (
+                not self.chooses_how_many and budget.allocation not in allocations,
+                "budget",
+                f"the allocation of pruner {self.pruner!r} must be {' or '.join(map(repr, allocations))}, got "
+                f"{budget.allocation!r}",
             ),
-            f"seconds must be left out with {several}, which makes as many networks as it needs, got {self.seconds}; "
-            "distill={'seconds': ...} limits each distillation": bool(several) and self.seconds is not None,
-            "seconds must be left out with distill=False, because it shortens nothing else": (
-                self.seconds is not None and self.distill is False
+            (
+                bool(several) and budget.runtime != "pytorch",
+                "budget",
+                f"networks of several sizes must be timed in PyTorch, got {budget.runtime!r}: shrink makes one network "
+                "of a given share of the time",
             ),
-        }
-        for sentence, is_refused in refused.items():
+            (
+                self.depth and budget.kind == "latency" and (bool(several) or has_table),
+                "budget",
+                "a budget of latency with depth=True must have a share and no latency_table, got "
+                f"{several or 'a table'}: the networks without blocks are timed",
+            ),
+            (self.depth and has_entries, "layers", "depth=True needs layers by name, got an entry of a config_list"),
+            (
+                bool(several) and self.seconds is not None,
+                "seconds",
+                f"seconds must be left out with {several}, which makes as many networks as it needs, got "
+                f"{self.seconds}; distill={{'seconds': ...}} limits each distillation",
+            ),
+            (
+                self.seconds is not None and self.distill is False,
+                "seconds",
+                "seconds must be left out with distill=False, because it shortens nothing else",
+            ),
+        ]
+        for is_refused, argument, sentence in refused:
             if is_refused:
-                raise ConfigError(f"{sentence} ({self.place})")
+                raise ConfigError(f"{sentence} ({argument}, {self.place})")
 
     def check_layers(self, model: nn.Module) -> None:
         """Refuse layers that a model doesn't have, with the nearest names that it has."""

@@ -240,9 +240,9 @@ def test_bad_requests_are_refused():
     ):
         nni_topo.shrink(model, data, {"flops": 0.5}, depth=True, pruner="subcluster")
     entries = [{"op_names": ["stage1.1.conv1"], "max_sparse_ratio": 0.5}]
-    with pytest.raises(ConfigError, match=r"depth=True needs layers by their names, got an entry .* \(shrink\)"):
+    with pytest.raises(ConfigError, match=r"depth=True needs layers by name, got an entry .* \(layers, shrink\)"):
         nni_topo.shrink(model, data, {"flops": 0.5}, depth=True, layers=entries)
-    one_share = r"a budget of latency with depth=True needs a share and no table, got {} \(budget\)"
+    one_share = "a budget of latency with depth=True must have a share and no latency_table, got {}"
     with pytest.raises(ConfigError, match=one_share.format("a table")):
         nni_topo.shrink(model, data, {"latency": 0.5, "latency_table": table_of(model, 0.9)}, depth=True)
     with pytest.raises(ConfigError, match=one_share.format("a tolerance")):

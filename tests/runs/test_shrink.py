@@ -533,7 +533,7 @@ def test_distillation_ends_when_the_time_of_the_call_or_its_own_is_over(seconds,
     ("knobs", "words"),
     [
         ({"tolerance": 0.2, "budget": "flops", "distill": True}, "left out with a tolerance"),
-        ({"distill": False}, r"left out with distill=False.* \(shrink\)"),
+        ({"distill": False}, r"left out with distill=False.* \(seconds, shrink\)"),
         ({"distill": True, "seconds": 0}, r"seconds must be above 0 and finite or None, got 0 \(shrink\)"),
     ],
 )
