@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from nni_topo import zoo
 from nni_topo.cli import main
-from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, load_model_data
-from nni_topo.studies.analysis.deviation import AnalyzeDeviation
 from nni_topo.studies.analysis.retraining import epochs_to_recover
 
 DATA = DataChoice("digits", limit=400)
@@ -100,25 +97,20 @@ def test_epochs_end_when_the_accuracy_is_back():
     assert epochs_to_recover(model, data, RECIPE, 1.0, seed=0)[0] is None
 
 
-def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
-    study = AnalyzeDeviation(model="lenet300", checkpoint=checkpoint, limit=400, out=tmp_path)
-    for knobs, message in (
-        ({"pruners": ()}, "at least one pruner and one ratio"),
-        ({"pruners": ("l3",)}, "did you mean"),
-        ({"ratios": (1.0,)}, r"must be in \[0, 1\), got 1.0"),
-        ({"images": 0}, "images must be an integer of at least 1, got 0"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            replace(study, **knobs).check()
-    for words, message in (
-        (("--epochs", "0"), "epochs must be an integer of at least 1, got 0"),
-        (("--images", "-5"), "images must be an integer of at least 1, got -5"),
-        (("--calibration", "0"), "calibration must be an integer of at least 1, got 0"),
-        (("--gamma", "-1"), "gamma must be above 0 and finite, got -1.0"),
-        (("--tolerance", "7"), "tolerance must be in [0, 1], got 7.0"),
-    ):
-        assert command("retraining", checkpoint, tmp_path, *words) == 2
-        assert message in " ".join(capsys.readouterr().err.split())
+@pytest.mark.parametrize(
+    ("study", "words", "message"),
+    [
+        ("deviation", ("--pruners", "l3"), "did you mean"),
+        ("deviation", ("--ratios", "1.0"), "must be in [0, 1), got 1.0"),
+        ("deviation", ("--images", "0"), "images must be an integer of at least 1, got 0"),
+        ("retraining", ("--calibration", "0"), "calibration must be an integer of at least 1, got 0"),
+        ("retraining", ("--gamma", "-1"), "gamma must be above 0 and finite, got -1.0"),
+        ("retraining", ("--tolerance", "7"), "tolerance must be in [0, 1], got 7.0"),
+    ],
+)
+def test_bad_requests_are_refused(study, words, message, checkpoint, tmp_path, capsys):
+    assert command(study, checkpoint, tmp_path, *words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
