@@ -45,19 +45,10 @@ def ours(setup: Setup, cls: Callable[..., Pruner], layers: dict[str, int], sched
     assert {name: kept(masks, name) for name in layers} == layers
 
 
-def taylor(setup: Setup, layers: dict[str, int]) -> None:
+def trained(setup: Setup, cls: Callable[..., Pruner], layers: dict[str, int]) -> None:
+    """Prune by what three steps of training tell."""
     model, evaluator = setup()
-    pruner = TaylorPruner(model, [{"op_names": list(layers), **SPARSE}], evaluator, training_steps=3)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    assert {name: kept(masks, name) for name in layers} == layers
-
-
-def slim(setup: Setup, layers: dict[str, int]) -> None:
-    model, evaluator = setup()
-    pruner = SlimPruner(model, [{"op_names": list(layers), **SPARSE}], evaluator, training_steps=3)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
+    _, masks = cls(model, [{"op_names": list(layers), **SPARSE}], evaluator, training_steps=3).compress()
     assert {name: kept(masks, name) for name in layers} == layers
 
 
@@ -82,8 +73,8 @@ def test_torch_evaluator_drives_our_pruners(cls: type[Pruner]) -> None:
 
 
 def test_torch_evaluator_drives_nnis_pruners() -> None:
-    taylor(torch_setup, TOY)
-    slim(torch_setup, {"norm": 4})
+    trained(torch_setup, TaylorPruner, TOY)
+    trained(torch_setup, SlimPruner, {"norm": 4})
     movement(torch_setup, ["hidden"])
 
 
@@ -211,8 +202,8 @@ def test_lightnings_progress_bars_leave_its_training_alone(tmp_path: Path) -> No
 
 
 def test_lightning_drives_nnis_pruners() -> None:
-    taylor(lightning_setup, TOY)
-    slim(lightning_setup, {"norm": 4})
+    trained(lightning_setup, TaylorPruner, TOY)
+    trained(lightning_setup, SlimPruner, {"norm": 4})
     movement(lightning_setup, ["hidden"])
 
 
@@ -255,8 +246,8 @@ def test_transformers_drives_our_pruners(bert_setup: Setup) -> None:
 
 
 def test_transformers_drives_nnis_pruners(bert_setup: Setup) -> None:
-    taylor(bert_setup, {INTERMEDIATE: 12})
-    slim(bert_setup, {INTERMEDIATE: 12})
+    trained(bert_setup, TaylorPruner, {INTERMEDIATE: 12})
+    trained(bert_setup, SlimPruner, {INTERMEDIATE: 12})
     movement(bert_setup, [INTERMEDIATE])
 
 
