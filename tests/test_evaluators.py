@@ -18,7 +18,7 @@ from nni.compression.pruning import AGPPruner, LinearPruner, MovementPruner, Sli
 from torch import Tensor, nn
 
 import nni_topo
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.hooks import called
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
@@ -126,6 +126,9 @@ def test_an_evaluator_that_fails_is_named_with_its_error() -> None:
         match=r"an evaluator that serves as images must evaluate the model, got RuntimeError: .*\(TorchEval",
     ):
         nni_topo.shrink(model, evaluator, {"flops": 0.5})
+    evaluator.evaluating_func = lambda net: 0.5
+    with pytest.raises(DataError, match=r"must call the model, got no call \(evaluator\)"):
+        nni_topo.shrink(toy_model(), evaluator, {"flops": 0.5})
 
 
 def lightning_setup() -> tuple[nn.Module, Any]:

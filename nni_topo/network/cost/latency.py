@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -221,7 +221,7 @@ def measure_latency(model: nn.Module, example_inputs: Any, *, threads: int = 1) 
                     grids[key] = _timed_grid(module, inputs)
                 of_calls.append(grids[key])
             entering, leaving, _ = of_calls[0]
-            seconds = sum((grid.seconds for grid in of_calls), np.zeros((len(entering), len(leaving))))
+            seconds = sum((grid for _, _, grid in of_calls), np.zeros((len(entering), len(leaving))))
             layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), elements[name])
     widths = NetworkCost(analysis).widths({}) if wholes else {}
     for name, outer_layer in wholes.items():
@@ -263,12 +263,8 @@ def _pass_times(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -
     return median_of(outside), {name: median_of(each) for name, each in inside.items()}
 
 
-class _Grid(NamedTuple):
-    """Median seconds of a layer, (len(entering), len(leaving)); a wider layer never takes less."""
-
-    entering: tuple[int, ...]
-    leaving: tuple[int, ...]
-    seconds: NDArray[np.float64]
+_Grid = tuple[tuple[int, ...], tuple[int, ...], NDArray[np.float64]]
+"""Input and output channels of a layer, and its median seconds, (input, output)."""
 
 
 def _timed_grid(module: Any, size: tuple[int, ...]) -> _Grid:
@@ -298,7 +294,7 @@ def _timed_grid(module: Any, size: tuple[int, ...]) -> _Grid:
             cut("", layer, inputs.to(weight.device), outputs.to(weight.device))
             ones = torch.ones((*size[:dim], width, *size[dim + 1 :]), device=weight.device, dtype=weight.dtype)
             seconds[i, j] = median_of([timed(partial(layer, ones), ones) for _ in range(_RUNS + 1)])
-    return _Grid(entering, leaving, np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1))
+    return entering, leaving, np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
 
 
 def _widths(full: int, unit: int) -> tuple[int, ...]:

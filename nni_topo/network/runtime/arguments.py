@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,23 +66,19 @@ def check_float(name: str, model: nn.Module, place: str) -> None:
             )
 
 
-def _look_at_model(name: str, model: nn.Module, place: str, *, needs_values: bool = True) -> None:
+def _look_at_model(
+    name: str, model: nn.Module, place: str, *, needs_values: bool = True, needs_layers: bool = True
+) -> None:
+    if needs_layers:
+        check_float(name, model, place)
     for parameter, tensor in model.named_parameters():
         if found := unusable(tensor, needs_values=needs_values):
-            cure = ""
             if tensor.is_meta:
-                cure = (
+                found += (
                     "; nni_topo.shrink_pretrained prunes a folder of Transformers that doesn't fit into memory; load "
                     "other models without offloading"
                 )
-            raise DataError(
-                f"parameters of a {name} must be tensors with values, got {found}{cure} ({parameter}, {place})"
-            )
-
-
-def _look_at_plain_model(name: str, model: nn.Module, place: str, *, needs_values: bool = True) -> None:
-    check_float(name, model, place)
-    _look_at_model(name, model, place, needs_values=needs_values)
+            raise DataError(f"parameters of a {name} must be tensors with values, got {found} ({parameter}, {place})")
 
 
 def _look_at_inputs(name: str, inputs: Any, place: str, *, needs_values: bool = True) -> None:
@@ -111,6 +108,10 @@ def _is_device(value: Any) -> bool:
         return isinstance(value, torch.device) or (isinstance(value, str) and bool(torch.device(value)))
     except RuntimeError:
         return False
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -166,18 +167,13 @@ _INPUTS = "a tensor, a tuple of arguments or a dict of keyword arguments with a 
 _MASKS = "a mapping of names of modules to mappings of names of parameters to masks"
 
 DEVICE = Rule("a device's name, e.g. 'cpu' or 'cuda:1', or a torch.device", lambda value: _is_device(value))
-MODEL = Rule(_MODEL, is_plain, tell=_kind, look=_look_at_plain_model)
-STRUCTURE = Rule(_MODEL, is_plain, tell=_kind, look=partial(_look_at_plain_model, needs_values=False))
+MODEL = Rule(_MODEL, is_plain, tell=_kind, look=_look_at_model)
+STRUCTURE = Rule(_MODEL, is_plain, tell=_kind, look=partial(_look_at_model, needs_values=False))
 """Of a model whose values nobody looks at."""
-NETWORK = Rule(
-    "a torch.nn.Module",
-    lambda value: isinstance(value, nn.Module),
-    tell=_kind,
-    look=partial(_look_at_model, needs_values=False),
-)
-"""Of a model that may be compiled or spread over devices, and whose values nobody looks at."""
-COMPUTING = Rule(NETWORK.words, NETWORK.holds, tell=_kind, look=_look_at_model)
+COMPUTING = Rule("a torch.nn.Module", _is_module, tell=_kind, look=partial(_look_at_model, needs_layers=False))
 """Of a model that may be compiled or spread over devices."""
+NETWORK = replace(COMPUTING, look=partial(_look_at_model, needs_values=False, needs_layers=False))
+"""Of a model that may be compiled or spread over devices, and whose values nobody looks at."""
 TENSOR = Rule("a tensor", lambda value: isinstance(value, Tensor), look=_look_at_inputs)
 INPUTS = Rule(_INPUTS, _holds_tensors, look=_look_at_inputs)
 SHAPES = Rule(_INPUTS, _holds_tensors, look=partial(_look_at_inputs, needs_values=False))

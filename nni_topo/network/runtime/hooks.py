@@ -71,20 +71,7 @@ def padding_known(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
-    """Return the inputs with which ``work`` calls a model, as calibration batches; DataError if it never does."""
-    seen = _seen(model, work)
-    if not seen:
-        raise DataError(
-            "an evaluator that serves as calibration data must call the model, got no call (evaluator): give it an "
-            "evaluating function, or pass batches (calibration); its dummy_input isn't taken for data"
-        )
-    # The first entry of a batch is the model's input. In a tuple of one, several arguments aren't taken for an input
-    # with its targets.
-    return [(inputs,) for inputs in seen]
-
-
-def _seen(model: nn.Module, work: Callable[[], Any], most: int | None = None) -> list[Any]:
+def inputs_seen(model: nn.Module, work: Callable[[], Any], most: int | None = None) -> list[Any]:
     """Return the inputs with which ``work`` calls a model; it ends there after so many calls."""
     seen: list[Any] = []
 
@@ -110,7 +97,14 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: s
     if getattr(calibration, "model", None) is not None:
         raise ConfigError(f"an evaluator that serves as {knob} must not be in use, got one that has a model ({knob})")
     with _bound_copy(calibration, model, knob) as (evaluator, evaluated):
-        return Calibration.of(inputs_seen(evaluated, evaluator.evaluate), knob)
+        seen = inputs_seen(evaluated, evaluator.evaluate)
+    if not seen:
+        raise DataError(
+            "an evaluator that serves as calibration data must call the model, got no call (evaluator): give it an "
+            "evaluating function, or pass batches (calibration); its dummy_input isn't taken for data"
+        )
+    # The first entry of a batch is the model's input: several arguments in a tuple aren't taken for one with targets.
+    return Calibration.of([(inputs,) for inputs in seen], knob)
 
 
 def example_inputs_of(
@@ -135,7 +129,7 @@ def example_inputs_of(
     if getattr(evaluator, "model", None) is not None:
         return None
     with _bound_copy(evaluator, model, "example inputs") as (copied, evaluated):
-        return next(iter(_seen(evaluated, copied.evaluate, 1)), None)
+        return next(iter(inputs_seen(evaluated, copied.evaluate, 1)), None)
 
 
 @contextmanager
