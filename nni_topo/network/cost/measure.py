@@ -84,11 +84,6 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     int
         Half of what PyTorch's ``FlopCounterMode`` counts, which is 2 per multiply-accumulate, and of recurrent layers,
         which it doesn't count, one for each weight and step. Biases, norms, activations and pooling count 0.
-
-    Notes
-    -----
-    Fused attention kernels are switched off for the run, because the counter of some PyTorch versions doesn't count
-    what they compute.
     """
     call = call_arguments(example_inputs, model)
     with fitting(0, "example_inputs", call):
@@ -164,7 +159,7 @@ class _Counter(TorchDispatchMode):
 def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[CountedMacs]:
     """Count what runs within the block, in all and by named module; the counts are complete after the block.
 
-    Fused attention kernels are switched off.
+    Fused attention kernels are switched off: the counter of some PyTorch versions doesn't count what they compute.
     """
     counter, found = _Counter(), CountedMacs()
     extra = 0  # twice the products of recurrent layers, less what the counter says of some of them
@@ -211,9 +206,7 @@ def latencies(
 
     In every round each model runs once, in random order: if the machine slows down for a while, it slows all models,
     and the ratios of their times hold. With one thread on the CPU, the time that the thread waits for a core doesn't
-    count (on Linux, which measures it); time that the model itself waits counts. On Linux the memory that a pass frees
-    is kept for the next pass, as caching allocators keep it; otherwise glibc would return some of it to the system,
-    how much differs between processes, and a pass could take a third longer.
+    count (on Linux, which measures it); time that the model itself waits counts.
 
     Parameters
     ----------

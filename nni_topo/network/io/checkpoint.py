@@ -37,7 +37,7 @@ from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwra
 from nni_topo.network.runtime.copies import detached_copy, forget_evaluated
 from nni_topo.network.runtime.inputs import model_within, tensors_of
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.reports import drop_report
+from nni_topo.network.runtime.reports import report_of
 from nni_topo.rules import ANYTHING, Rule, check_knobs, checked, taking
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
@@ -168,7 +168,8 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     built = detached_copy(model_within(model)) if isinstance(model, nn.Module) else model_within(model())
     check_knobs("load", {"model": built}, {"model": NETWORK})
     check_unwrapped(built)
-    drop_report(built)  # it describes the unpruned model
+    if report_of(built) is not None:
+        del built.report  # it describes the unpruned model
     _take_out_missing(recipe, built, file)
     layers, modules = recipe["layers"], dict(built.named_modules())
     if any(layers.get(name) == "Linear" and is_transposed_linear(module) for name, module in modules.items()):

@@ -253,15 +253,19 @@ class Calibration(Sequence[Any]):
         """
         return tuple(self._part(pattern, part) for part in range(max(pattern) + 1))
 
+    @cached_property
+    def _can_be_cut(self) -> bool:
+        """Whether single samples can be taken: batches don't hold lists of them."""
+        return not any(lists_of_samples(inputs_of(batch)) for batch in self)
+
     def _part(self, pattern: Sequence[int], part: int) -> Calibration | None:
         """Return one part of those that a pattern says; None if it has no samples."""
-        can_be_cut = not any(lists_of_samples(inputs_of(batch)) for batch in self)
-        if not can_be_cut and self._labels is not None:
+        if not self._can_be_cut and self._labels is not None:
             raise ConfigError(
                 f"batches whose samples have groups must be tensors of samples, got lists of samples ({self.name})"
             )
         rows: list[tuple[int, Tensor | None]] = []
-        if can_be_cut:
+        if self._can_be_cut:
             for index, marks in enumerate(self._marks(pattern).split(self.sizes)):
                 chosen = (marks == part).nonzero().flatten()
                 if len(chosen):

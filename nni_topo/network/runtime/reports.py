@@ -54,12 +54,6 @@ def tell_solved_on(model: nn.Module, digests: Iterable[bytes]) -> None:
     vars(model)[SOLVED_ON] = solved_on(model) | frozenset(digests)
 
 
-def drop_report(model: nn.Module) -> None:
-    """Remove the report of another model from a copy of it."""
-    if report_of(model) is not None:
-        vars(model).pop("report", None)
-
-
 def told_of_changes(changed_since: Sequence[str]) -> str:
     """Return a sentence on what was changed since a report was written; empty if nothing was."""
     return f"changed since, and not in these figures: {', '.join(changed_since)}" if changed_since else ""
