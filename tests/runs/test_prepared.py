@@ -253,3 +253,9 @@ def test_rows_of_a_graph_are_nodes_and_whole_graphs_go_step_by_step(edges):
     dense = to_dense(compensate(model, masks, [(inputs, torch.zeros(40))]), inputs, masks)
     assert dense.enter.out_features == 4
     assert dense(*inputs).shape == (40, 2)
+
+
+def test_knobs_of_the_caller_go_before_those_of_a_network():
+    for given, taken in (({"steps": 1}, 1), ({"steps": None}, 2)):  # None isn't given
+        made = distilled(steps(distill=given), toy_model(1).eval(), lr=1e-3, steps=2)
+        assert made.verdict.steps == taken
