@@ -35,6 +35,7 @@ from nni_topo.network.runtime.switches import random_state_kept, seed_torch
 from nni_topo.recovery.course import Batches
 from nni_topo.recovery.outputs import (
     READ,
+    ComparedOutputs,
     Outputs,
     are_tags,
     as_in_batch,
@@ -117,8 +118,8 @@ class Lesson:
         with evaluation_mode(self._unpruned), torch.no_grad():
             self._places = places_by_sample(self._unpruned, call, outputs)
             answer = self._unpruned(*call[0], **call[1])
-        self.named = compared_outputs(answer, count, outputs, self._places)
         read, likely = read_outputs(answer, call, count, outputs, self._places)
+        self.named = compared_outputs(answer, read) if outputs is None else ComparedOutputs((), ())
         if objective == "auto":
             objective = "squares" if likely == "kl" and are_tags(read[:1]) else likely
         self.kind = objective

@@ -167,7 +167,7 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
             real = real_positions_of(net, call)
             try:
                 read, kind = read_outputs(found, call, count, outputs, places)
-                named = compared_outputs(found, count, outputs, places)
+                named = compared_outputs(found, read) if outputs is None else ComparedOutputs((), ())
             except ConfigError:
                 # Such as lists of boxes: without an entry per image, a batch is one sample.
                 read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]

@@ -64,13 +64,33 @@ def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> P
 def read_outputs(
     found: Any, call: Call, count: int, outputs: Outputs | None, places: Places = None
 ) -> tuple[list[Tensor], str]:
-    """Return what counts of a model's output for a call, and the objective that suits it, `outputs_of` or cosine."""
-    if outputs is None:
-        tensors, kind = outputs_of(found, count, places=places)
+    """Return what counts of a model's output for a call of ``count`` samples, and the objective that suits it.
+
+    ``kl`` may also be tags, which have the shape of logits: see `are_tags`.
+    """
+    what = "a model's output"
+    if outputs is not None:
+        found, what = outputs(found, as_in_batch(call)), "what outputs= returns"
+    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+    if isinstance(logits, Tensor):
+        tensors, kind = [logits], "kl"
     else:
-        tensors, kind = outputs_of(outputs(found, as_in_batch(call)), count, "what outputs= returns", places)
+        entries = _with_entries(found)
+        tensors = [
+            each for place, each in enumerate(entries) if len(each) == count and (places is None or place in places)
+        ]
+        if not tensors:
+            told = f"{in_words(found)} for {count} samples"
+            if any(len(each) == count for each in entries):
+                told += ", which is as long for fewer samples"
+            if isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,):
+                told += (
+                    "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
+                )
+            raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
+        kind = "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
     # What a model calls its logits is no embedding, whatever its length.
-    if (outputs is not None or logits_of(found) is None) and all(map(_are_embeddings, tensors)):
+    if (outputs is not None or logits is None) and all(map(_are_embeddings, tensors)):
         kind = "cosine"
     return tensors, kind
 
@@ -88,37 +108,6 @@ def as_in_batch(call: Call) -> Any:
     """Return a call's inputs as a batch holds them: a tensor; for several arguments their tuple or dict."""
     args, kwargs = call
     return kwargs or (args[0] if len(args) == 1 else args)
-
-
-def outputs_of(
-    found: Any, count: int, what: str = "a model's output", places: Places = None
-) -> tuple[list[Tensor], str]:
-    """Return the outputs with so many entries, and whether they may be logits (``kl``) or not (``squares``).
-
-    Tags have the shape of logits: see `are_tags`.
-    """
-    logits = logits_of(found)
-    if isinstance(logits, Tensor):
-        return [logits], "kl"
-    tensors = [
-        each
-        for place, each in enumerate(_with_entries(found))
-        if len(each) == count and (places is None or place in places)
-    ]
-    if not tensors:
-        told = f"{in_words(found)} for {count} samples"
-        if any(len(each) == count for each in _with_entries(found)):
-            told += ", which is as long for fewer samples"
-        if isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,):
-            told += "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
-        raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
-    may_be_classes = found is tensors[0] and found.dim() == 2 and found.shape[1] > 1
-    return tensors, "kl" if may_be_classes else "squares"
-
-
-def logits_of(found: Any) -> Any:
-    """Return what a model's output calls its logits, or None."""
-    return found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
 
 
 def are_tags(outputs: Iterable[Tensor]) -> bool:
@@ -143,7 +132,10 @@ def _with_entries(found: Any) -> list[Tensor]:
 
 
 class ComparedOutputs(NamedTuple):
-    """Which tensors of a model's output are compared with the unpruned network's, by name; ``str`` is a sentence."""
+    """Which tensors of a model's output are compared with the unpruned network's, by name; ``str`` is a sentence.
+
+    None are named where the user says what counts.
+    """
 
     compared: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -156,11 +148,9 @@ class ComparedOutputs(NamedTuple):
         )
 
 
-def compared_outputs(found: Any, count: int, outputs: Outputs | None, places: Places = None) -> ComparedOutputs:
-    """Return which tensors of a model's output are compared; none are named where `outputs` says what counts."""
-    if outputs is not None:
-        return ComparedOutputs((), ())
-    chosen = {id(each) for each in outputs_of(found, count, places=places)[0]}
+def compared_outputs(found: Any, read: Sequence[Tensor]) -> ComparedOutputs:
+    """Return which tensors of a model's output are compared, given those that were read of it."""
+    chosen = {id(each) for each in read}
     compared: list[str] = []
     left_out: list[str] = []
     for name, tensor in returned_by_name(found):
