@@ -188,13 +188,14 @@ def test_padding_does_not_count():
 
 def test_a_gap_that_nothing_can_fill_leaves_the_others(caplog):
     model = streams()
-    small = remove_blocks(model, ["front.0", "front.3", "back.0"], [rows()])
+    small = remove_blocks(model, ["front.0", "front.1", "front.4", "back.0"], [rows()])
     warnings = [message for message in caplog.messages if "nothing makes up" in message]
     assert warnings == [
-        f"nothing makes up for the blocks 0 to 0 of {name}: no sum before them" for name in ("front", "back")
+        f"nothing makes up for the blocks 0 to {last} of {name}: no sum before them"
+        for name, last in (("front", 1), ("back", 0))
     ]
-    assert torch.equal(small.front[0].layer.weight, model.front[1].layer.weight)
-    assert not torch.equal(small.front[1].layer.weight, model.front[2].layer.weight)
+    assert torch.equal(small.front[0].layer.weight, model.front[2].layer.weight)
+    assert not torch.equal(small.front[1].layer.weight, model.front[3].layer.weight)
 
 
 class Block(nn.Module):

@@ -7,15 +7,22 @@ from torch import nn
 import nni_topo
 from nni_topo import Calibration
 from nni_topo.network.graph.tracing import trace
-from nni_topo.recovery.replay import (
-    without_side_effects,
-)
+from nni_topo.network.runtime.inputs import calls
+from nni_topo.recovery import replay
+from nni_topo.recovery.replay import without_side_effects
 
 
-def test_the_memory_for_values_changes_no_solution(residual_net, images, halves):
+def test_the_memory_for_values_changes_no_solution_but_how_often_inputs_are_taken(
+    residual_net, images, halves, monkeypatch
+):
     """All of a batch is kept, or what lies before the larger values, or nothing."""
-    masks = halves(residual_net, "conv1", "conv3")
-    found = [nni_topo.compensate(residual_net, masks, images, cache_bytes=each) for each in (2**30, 100_000, 0)]
+    masks, taken, found = halves(residual_net, "conv1", "conv3"), [], []
+    plain = nni_topo.recovery.Reconstruct(refine=0)
+    monkeypatch.setattr(replay, "calls", lambda *given: taken.append(given) or calls(*given))
+    for cache_bytes, passes in ((2**30, 1), (100_000, None), (0, 6)):  # one for each equation
+        taken.clear()
+        found.append(nni_topo.compensate(residual_net, masks, images, method=plain, cache_bytes=cache_bytes))
+        assert passes is None or len(taken) == passes
     for other in found[1:]:
         torch.testing.assert_close(other.state_dict(), found[0].state_dict(), rtol=0, atol=0)
 
