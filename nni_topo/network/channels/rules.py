@@ -763,35 +763,25 @@ def _written(op: Operation) -> Any:
     if op.node.target is not put or not isinstance(op.args[2], Tensor):
         return op.all_kept(reason=reasons.overwritten(op.node))
     target, place, value = op.args
-    if len(op.ids) > 2 and _is_written_by_row(op, target, value):
-        op.couple(target[(0,) * (target.dim() - 1)], value[(0,) * (value.dim() - 1)])
-        return target
-    if len(op.ids) != 2 or not _takes_whole(place, _varying(target), target.dim()):
-        return op.all_kept(reason=reasons.overwritten(op.node))
-    op.couple(target[place], value)
-    return target
-
-
-def _is_written_by_row(op: Operation, target: Tensor, value: Tensor) -> bool:
-    """Tell whether tensors say which rows of a tensor get others, with all channels in the last dimension of both."""
-    index: Any = op.node.args[1]
+    # Where tensors are among the places, their nodes say how many dimensions they take.
+    index: Any = op.node.args[1] if len(op.ids) > 2 else place
     parts = list(index) if isinstance(index, tuple) else [index]
-    if sum(map(_dimensions, parts)) == target.dim() and parts[-1] != slice(None):
-        return False
-    if any(_varying(each) for each in op.ids[1:-1]) or not value.numel() or target.shape[-1] != value.shape[-1]:
-        return False
-    return all(set(_varying(each)) <= {each.dim() - 1} for each in (target, value))
-
-
-def _takes_whole(index: Any, dims: list[int], rank: int) -> bool:
-    """Tell whether an index of numbers and slices takes all places of some dimensions of a tensor."""
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if any(not (isinstance(part, (int, slice)) or part is Ellipsis) or isinstance(part, bool) for part in parts):
-        return False
-    if Ellipsis in parts:
-        at = parts.index(Ellipsis)
-        parts[at : at + 1] = [slice(None)] * (rank - len(parts) + 1)
-    return all(d >= len(parts) or parts[d] == slice(None) for d in dims)
+    if len(op.ids) > 2:
+        # Tensors say which rows of a tensor get others, with all channels in the last dimension of both.
+        takes_all = sum(map(_dimensions, parts)) < target.dim() or parts[-1] == slice(None)
+        is_alike = value.numel() > 0 and target.shape[-1] == value.shape[-1]
+        in_last = all(set(_varying(each)) <= {each.dim() - 1} for each in (target, value))
+        if takes_all and is_alike and in_last and not any(_varying(each) for each in op.ids[1:-1]):
+            op.couple(target[(0,) * (target.dim() - 1)], value[(0,) * (value.dim() - 1)])
+            return target
+    elif all((isinstance(part, (int, slice)) or part is Ellipsis) and not isinstance(part, bool) for part in parts):
+        if Ellipsis in parts:
+            at = parts.index(Ellipsis)
+            parts[at : at + 1] = [slice(None)] * (target.dim() - len(parts) + 1)
+        if all(d >= len(parts) or parts[d] == slice(None) for d in _varying(target)):
+            op.couple(target[place], value)
+            return target
+    return op.all_kept(reason=reasons.overwritten(op.node))
 
 
 # Operators on several tensors, place by place: they couple the channels of all.
