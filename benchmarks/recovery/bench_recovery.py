@@ -198,7 +198,7 @@ def _chosen(model: nn.Module, pool: Tensor, row: str, count: int, seed: int) -> 
         features = torch.cat([_before_the_head(model, part) for part in pool.split(256)]).double().numpy()
     labels = partition(features, count, seed=seed)
     found = []
-    for label in range(count):
+    for label in range(int(labels.max()) + 1):  # of equal images there are fewer clusters
         (members,) = np.nonzero(labels == label)
         off = np.square(features[members] - features[members].mean(axis=0)).sum(axis=1)
         found.append(int(members[off.argmin()]))
