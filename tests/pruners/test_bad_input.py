@@ -105,6 +105,7 @@ BAD_KNOBS = {
     "algorithm": ("kmean", None),
     "survivor": ("weigth", []),
     "graph": ("knm", None),
+    "bias": ("no", 1),
     "energy": (1.0, "half", {"hidden": 2.0}, None),
     "growth": (3, {"bins": 0}, {"recursive": "no"}, {"initial_ratio": "few"}),
     "cloud": ("functionals", 3, ["weight"], {"origin": 1}, {"preprocess": "scale"}),
