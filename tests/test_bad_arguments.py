@@ -264,10 +264,6 @@ SHRINK = "nni_topo.shrink"
 @pytest.mark.parametrize(
     ("name", "argument", "value", "words"),
     [
-        ("nni_topo.Budget", "flops", math.nan, r"flops must be in \(0, 1\], got nan \(budget\)"),
-        ("nni_topo.GeneticSearch", "generations", 0, r"generations must be an integer of at least 1, got 0"),
-        ("nni_topo.WeightSearch", "alpha", math.inf, r"alpha must be at least 0 and finite, got inf"),
-        ("nni_topo.list_pruners", "pattern", "[", None),
         (PRUNER, "seed", True, r"seed must be .*, got True \(RandomPruner\)"),
         (PRUNER, "round_to", -1, r"round_to must be an integer of at least 1.*, got -1 \(RandomPruner\)"),
         (PRUNER, "model", nn.DataParallel(net()), "pass the inner module"),
@@ -281,14 +277,11 @@ SHRINK = "nni_topo.shrink"
         (SHRINK, "pruner", "randm", "did you mean random"),
         ("nni_topo.to_dense", "example_inputs", IMAGES.to("meta"), "example_inputs"),
         ("nni_topo.to_dense", "masks", {"first": 5}, "masks"),
-        ("nni_topo.distill", "steps", 0, r"steps must be an integer of at least 1"),
-        ("nni_topo.zoo.Recipe", "epochs", -1, r"epochs must be"),
-        ("nni_topo.zoo.load_data", "name", "digit", "did you mean digits"),
     ],
 )
 def test_values_out_of_their_range_are_told(name, argument, value, words):
     said = refused(name, argument, value)
-    assert said == "taken" if words is None else re.search(words, said), said
+    assert re.search(words, said), said
 
 
 @pytest.mark.parametrize(

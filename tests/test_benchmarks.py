@@ -21,8 +21,6 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.clustering import Growth, grow
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
-from nni_topo.pruners.registry import pruner_info
-from nni_topo.studies.plan import load_plan
 
 PROJECT = Path(__file__).parents[1]
 MANY = 1000
@@ -166,26 +164,6 @@ def test_what_the_page_on_the_sources_says_the_nodes_leave():
 # The BERT tutorial
 
 
-@pytest.mark.slow
-def test_a_tiny_bert_loses_heads_and_neurons_and_weights_are_reconstructed():
-    pytest.importorskip("transformers")
-    bert = importlib.import_module("benchmarks.transformers.bench_bert")
-    model = bert.random_bert(vocab_size=31, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.2)
-    tokens = bert.random_tokens(64, 8, most=31)
-    found = bert.measure(model, [{key: part[at : at + 32] for key, part in tokens.items()} for at in (0, 32)])
-    # Of each layer half of four matrices of 32 x 32, three of them with a bias, and three quarters of the MLP's.
-    gone = 2 * (2 * 32 * 32 + 3 * 16 + 36 * (2 * 32 + 1))
-    first, then = found["heads and neurons"], found["width"]
-    assert found["parameters"] - first["weight reconstruction, parameters"] == gone
-    assert first["weight reconstruction, lost"] < 0.5 * first["no recovery, lost"]
-    assert first["weight reconstruction, lost"] < then["weight reconstruction, lost"] < then["no recovery, lost"]
-    macs = [each["macs"] for each in bert.times(model, tokens["input_ids"]).values()]
-    assert 1 > macs[0] > macs[1] > macs[2] > 0
-
-
 # The comparison on networks that chose no default
 
 
@@ -220,18 +198,3 @@ def test_the_best_baseline_is_the_best_on_validation_images():
     assert (found.baseline, found.networks) == ("fpgm", 3)
     assert (found.ours, found.theirs) == pytest.approx((75.0, 70.0))
     assert found.p == pytest.approx(stats.ttest_rel(tested["reconstruction"], tested["fpgm"]).pvalue)
-
-
-@pytest.mark.parametrize("path", sorted((BENCHMARKS / "fresh_networks").glob("*.yaml")), ids=lambda path: path.stem)
-def test_plans_follow_the_protocol(path, monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)  # a plan names pruners by their files
-    report, plan = bench("fresh_networks", "report"), load_plan(path)
-    assert path.stem in report.NETWORKS
-    assert (plan.seeds, plan.first_seed) == (5, 100)
-    assert [target.value for target in plan.targets] == [0.5, 0.25, 0.1, 0.03]
-    rows = (*report.CRITERIA, *report.PUBLISHED)
-    images = {pruner.calibration for pruner in plan.pruners if pruner.row in rows}
-    assert images == {plan.compensate.images} == {plan.distill.images}
-    named = {pruner.row: pruner.name for pruner in plan.pruners if ":" in pruner.name}
-    assert set(named) <= set(report.PUBLISHED)
-    assert all(pruner_info(name).knobs()[0] == "calibration" for name in named.values())

@@ -76,25 +76,6 @@ def net(tmp_path):
     return f"--model small_cnn --checkpoint {tmp_path}/net.pt"
 
 
-def bars_of(text):
-    """The bars, by name, that a program has shown on standard error."""
-    return {line.partition(":")[0] for line in text.splitlines()} & {"compensate", "learning rate", "training"}
-
-
-@pytest.mark.slow
-def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_path, net, capsys, monkeypatch):
-    # progress that nobody asked for appears at once
-    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
-    line = f"shrink {net} --limit 300 --images 64 --flops 0.5 --distill-seconds 0.2 --method pair --out {tmp_path}"
-    assert run(f"{line}/small --json") == 0
-    assert not bars_of(capsys.readouterr().err)
-    document = json.loads((tmp_path / "small" / "shrink.json").read_text())
-    asked = {"model": "small_cnn", "data": "digits", "pruner": "reconstruction", "method": "pair"}
-    assert {**document, **asked, "budget": {"flops": 0.5}} == document
-    assert run(f"{line}/shown") == 0
-    assert "compensate" in bars_of(capsys.readouterr().err)  # a busy machine has no time for a step of distillation
-
-
 def test_prune_takes_the_seed_and_shows_costs_before_and_after(tmp_path, net, capsys):
     config = tmp_path / "prune.yaml"
     config.write_text("pruner: random\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]\nretrain: {epochs: 1}\n")
@@ -171,27 +152,6 @@ def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, n
     document = json.loads((tmp_path / "error" / "shrink.json").read_text())
     assert (document["tolerance"]["tolerance"], document["tolerance"]["kind"]) == (0.1, "params")
     assert document["budget"] == {"params": None, "allocation": "error"}
-
-
-@pytest.mark.slow
-def test_shrink_removes_blocks(tmp_path):
-    net = zoo.create_model("vit_small", num_classes=10, in_channels=1, image_size=28, seed=0)
-    for part in (net.blocks[1], net.blocks[3]):
-        for layer in (part.attention.o_proj, part.mlp.fc2):
-            torch.nn.init.zeros_(layer.weight)
-            torch.nn.init.zeros_(layer.bias)
-    torch.save(net.state_dict(), tmp_path / "vit.pt")
-    line = f"shrink --model vit_small --limit 200 --images 64 --checkpoint {tmp_path}/vit.pt --flops 0.6 --depth"
-    assert run(f"{line} --distill-seconds 0.2 --out {tmp_path}/flag") == 0
-    document = json.loads((tmp_path / "flag" / "shrink.json").read_text())
-    assert [row["is_chosen"] for row in document["numbers of blocks tried"]].count(True) == 1
-    names = {row["name"] for row in document["blocks removed"]}
-    assert any(name.startswith(("blocks.1", "blocks.3")) for name in names)
-    page = (tmp_path / "flag" / "report.html").read_text()
-    assert ">blocks removed<" in page
-    assert min(names) in page
-    loaded = nni_topo.load(tmp_path / "flag" / "dense.safetensors", net)
-    assert zoo.count_macs(loaded, torch.zeros(1, 1, 28, 28)) < 0.65 * zoo.count_macs(net, torch.zeros(1, 1, 28, 28))
 
 
 def test_a_profile_shows_the_figures_of_its_document_in_their_units(capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +13,6 @@ from image_files import write_imagenet
 
 from nni_topo import zoo
 from nni_topo.cli import main
-from nni_topo.runs.trial import main as trial
 
 PROJECT = Path(__file__).parent.parent
 PAGE = (PROJECT / "docs" / "sources.md").read_text(encoding="utf-8")
@@ -58,33 +56,3 @@ def test_the_command_runs(command, cifar10, tmp_path, capsys, monkeypatch):
     # sums of generated files are not CIFAR's, which only this process is told
     assert main(words) == 0, capsys.readouterr().err
     assert any(out.rglob("*.json*"))
-
-
-@pytest.mark.slow
-def test_every_way_to_use_a_data_set_takes_a_folder(tmp_path):
-    folder = write_imagenet(tmp_path / "data", classes=4, train=12, val=3)
-    # another seed than the commands', which start from the network before training in one place
-    net = zoo.create_model("small_cnn", num_classes=4, in_channels=3, image_size=16, seed=1)
-    torch.save(net.state_dict(), tmp_path / "net.pt")
-    shared = ["--model", "small_cnn", "--data", str(folder), "--image-size", "16", "--limit", "30"]
-    given = [*shared, "--checkpoint", str(tmp_path / "net.pt")]
-    commands = {
-        "compare": ["compare", *shared, "--pruners", "l1,random", "--ratio", "0.5", "--compensate", "8"],
-        "distilled": ["compare", *shared, "--pruners", "taylor", "--flops", "0.5", "--distill", "16", "--n-jobs", "2"],
-        "genetic": ["prune", *given, "--config", str(PROJECT / "configs" / "search_genetic_weight.yaml")],
-        "functional": ["prune", *given, "--config", str(PROJECT / "configs" / "prune_functional.yaml")],
-        "shrink": ["shrink", *given, "--images", "16"],
-        "sensitivity": ["analyze", "sensitivity", *given, "--budget", "0.1"],
-        "magnitude": ["analyze", "magnitude", *given, "--ratios", "0.5"],
-        "rounds": ["analyze", "rounds", *shared, "--sparsities", "0.5", "--train-epochs", "1"],
-        "retraining": ["analyze", "retraining", *given, "--ratios", "0.5", "--epochs", "1"],
-        "deviation": ["analyze", "deviation", *given, "--ratios", "0.5"],
-        "persistence": ["analyze", "persistence", *given],
-        "energy": ["analyze", "energy", *given, "--parts", "selection"],
-    }
-    for name, words in commands.items():
-        assert main([*words, "--out", str(tmp_path / name)]) == 0, name
-    (tmp_path / "trial.json").write_text(json.dumps({"ratio": 0.5, "pruner": "reconstruction"}))
-    shared = ["--data", str(folder), "--image-size", "16", "--limit", "30", "--calibration", "8", "--compensate", "8"]
-    words = [*shared, "--params", str(tmp_path / "trial.json"), "--out", str(tmp_path / "trial")]
-    assert trial(words) == 0

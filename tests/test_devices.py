@@ -31,8 +31,7 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.registry import create_pruner, list_pruners
-from nni_topo.pruners.rounds import even_steps, prune_in_rounds
+from nni_topo.pruners.registry import list_pruners
 from nni_topo.recovery import distillation
 from nni_topo.recovery.registry import list_recoveries
 from nni_topo.runs.run import resolve_device
@@ -77,25 +76,6 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_clouds_and_criteria(device, choice):
     name, knobs = CHOICES[choice]
     agree(lambda place: prune(name, place, **knobs)[1], device)
-
-
-def test_rounds(device):
-    def run(place: torch.device) -> Any:
-        model = toy_model().to(place)
-        start = {name: value.clone() for name, value in model.state_dict().items()}
-        pruner = create_pruner("topological_magnitude", model, HALF)
-
-        def train() -> None:
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-            model(IMAGES.to(place)).square().mean().backward()
-            optimizer.step()
-
-        prune_in_rounds(pruner, even_steps(2), train, rewind=start)
-        masks = pruner.get_masks()
-        pruner.unwrap_model()
-        return masks, states(model, place)
-
-    agree(run, device)
 
 
 @pytest.mark.parametrize(

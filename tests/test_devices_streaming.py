@@ -92,20 +92,6 @@ def test_the_same_channels_are_kept(device, name, tmp_path):
 
 
 @pytest.mark.slow
-def test_solved_and_learned_weights_are_near(device, source, tmp_path):
-    rows = []
-    for place in ("cpu", device):
-        knobs = SOLVED | {"distill": {"steps": 40, "lr": 3e-3}, "device": place}
-        target = tmp_path / str(place).replace(":", "")
-        rows.append(nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs).blocks)
-    assert [row.is_distilled for row in rows[1]] == [row.is_distilled for row in rows[0]]
-    assert any(row.is_distilled for row in rows[0])
-    assert [row.distance for row in rows[1]] == pytest.approx([row.distance for row in rows[0]], rel=0.05)
-    if device.type == "far":  # AdamW makes steps of one size from gradients that are mere rounding
-        check_close(tmp_path / "cpu", tmp_path / str(device).replace(":", ""), share=1e-2)
-
-
-@pytest.mark.slow
 def test_a_stopped_run_goes_on_on_another_device(device, source, tmp_path, monkeypatch):
     class StopError(Exception):
         pass

@@ -99,15 +99,6 @@ def test_what_names_no_place_is_refused(name, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["save", "latency table", "figure", "text"])
-def test_a_folder_that_is_missing_or_none_is_named(name, tmp_path):
-    (tmp_path / "file").touch()
-    for folder in ("missing", "file"):
-        path = tmp_path / folder / NAMES.get(name, "out.pt")
-        with pytest.raises(DataError, match=re.escape(str(path))):
-            WRITERS[name](path)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
 def test_others_may_read_a_file_as_the_umask_says(tmp_path):
     path = tmp_path / "net.safetensors"
@@ -162,22 +153,3 @@ def test_a_verb_looks_at_its_output_folder_before_it_works(verb, tmp_path, capsy
     (tmp_path / "file").touch()
     assert main([*VERBS[verb].split(), "--out", str(tmp_path / "file")]) == 2
     assert "an output folder must be a folder that can be written to" in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_report_looks_at_its_picture_first(tmp_path, capsys):
-    (tmp_path / "runs").mkdir()
-    for place, message in (
-        (os.devnull, "got something else"),
-        ("runs", "got a folder"),
-        ("no/a.png", "must lie in a folder"),
-    ):
-        assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / place)]) == 2
-        assert message in " ".join(capsys.readouterr().err.split())
-    assert not list((tmp_path / "runs").iterdir())
-
-
-def test_absolute_paths_are_told_by_their_names():
-    assert disk.without_folders("/home/me/my photos") == "my photos"
-    assert disk.without_folders("got none (/tmp/out/a.json), l1") == "got none (a.json), l1"
-    for text in ("runs/out/a.json and ../b/c", "https://example.org/a/b"):
-        assert disk.without_folders(text) == text

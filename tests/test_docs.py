@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from markdown_sections import sections
 
 import nni_topo
@@ -21,9 +20,8 @@ from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.pruners.registry import PRUNERS
 from nni_topo.recovery.registry import RECOVERIES
-from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.testing import STRUCTURED_CHECKS
-from tools import pages, transcript
+from tools import transcript
 
 PROJECT = Path(__file__).parent.parent
 
@@ -84,7 +82,6 @@ NEEDED = {
     "transformers": ["transformers"],
 }  # packages
 SLOW = ("export", "how_small", "larger_than_memory", "magnitude", "recovery", "transformers")
-MADE = {"api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
 
 
 def snippets(path):
@@ -275,29 +272,3 @@ def test_links_lead_to_files_and_headings(path):
         place = path.parent / target if target else path
         assert place.exists(), f"{target} ({path.name})"
         assert not anchor or anchor in sections(place), f"{target}#{anchor} ({path.name})"
-
-
-def test_every_page_stands_on_a_shelf():
-    shelves = yaml.safe_load((PROJECT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    assert [name for shelf in shelves for name in shelf] == ["Start", "Choose", "How to", "Reference"]
-    found = [page for shelf in shelves for under in shelf.values() for page in under]
-    assert sorted(found) == sorted({path.name for path in PROJECT.glob("docs/*.md")} | MADE)
-
-
-def test_links_of_the_site_lead_to_its_pages():
-    sources = {path.name: f"docs/{path.name}" for path in PROJECT.glob("docs/*.md")} | pages.ELSEWHERE
-    there = {*sources, *MADE, *(path.name for path in PROJECT.glob("docs/*.ipynb"))}
-    for page, source in sources.items():
-        text = pages.relinked((PROJECT / source).read_text(encoding="utf-8"), source)
-        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+\.(?:md|ipynb))", text):
-            place = os.path.normpath(Path(page).parent / target)
-            assert place in there, f"{target} ({page})"
-
-
-def test_the_pages_made_of_the_code_name_every_public_name_and_every_key_of_a_plan():
-    named = set(re.findall(r"^::: .*\.(\w+)$", pages.api(), re.MULTILINE))
-    public = {name for name in nni_topo.__all__ if not isinstance(getattr(nni_topo, name), types.ModuleType)}
-    assert public - {"__version__"} <= named <= set(nni_topo.__all__)
-    verbs = pages.verbs()
-    for line in ("## shrink", "## analyze topology", *(f"| `{name}` |" for name in ComparisonPlan.__annotations__)):
-        assert line in verbs, line

@@ -78,15 +78,6 @@ def test_torch_evaluator_drives_nnis_pruners() -> None:
     movement(torch_setup, ["hidden"])
 
 
-def test_evaluator_feeds_the_functional_cloud() -> None:
-    model, evaluator = torch_setup()
-    config = [{"op_names": ["stem"], **SPARSE}]
-    pruner = nni_topo.TopologicalPruner(model, config, evaluator, cloud="functional")
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    assert kept(masks, "stem") == 4
-
-
 def test_recovery_takes_an_evaluators_images() -> None:
     model, evaluator = torch_setup()
     pruner = nni_topo.RandomPruner(model, [{"op_names": ["stem", "hidden"], **SPARSE}], evaluator)

@@ -60,23 +60,6 @@ def test_what_the_lists_of_checks_call_exists():
         assert (PROJECT / file).exists()
 
 
-COME_WITH = {"PIL": "torchvision", "huggingface_hub": "transformers"}
-"""Packages that tests need and others install."""
-
-
-def test_every_package_without_which_tests_are_skipped_is_installed_by_a_check():
-    asked = re.compile(r"""importorskip\(\s*["']([\w.]+)""")
-    needed = {name for path in (PROJECT / "tests").rglob("*.py") for name in asked.findall(path.read_text())}
-    tops = {name.partition(".")[0] for name in needed}
-    trained = (PROJECT / "benchmarks" / "trained" / "requirements.txt").read_text()
-    lists = [SETUP["options"]["install_requires"], *SETUP["options.extras_require"].values(), trained]
-    lists += re.findall(r"AFTER='([^']+)'", " ".join(check.command for check in nightly.checks()))
-    installed = {word.lower().replace("-", "_") for text in lists for word in re.findall(r"^[ ]*([\w.-]+)", text, re.M)}
-    installed |= set(re.findall(r"\[(\w+)\]", " ".join(lists)))  # dask[distributed]
-    assert "timm" in tops
-    assert {name for name in tops if COME_WITH.get(name, name).lower() not in installed} == set()
-
-
 def test_the_workflow_runs_every_python_that_the_package_takes():
     jobs = yaml.safe_load((PROJECT / ".github" / "workflows" / "checks.yml").read_text())["jobs"]
     matrix = jobs["versions"]["strategy"]["matrix"]

@@ -10,14 +10,10 @@ import numpy as np
 import pytest
 import torch
 from bench_modules import BENCHMARKS, imported
-from scipy import stats
 from scipy.spatial.distance import cdist
 from torch.nn.functional import one_hot
 
-from nni_topo.studies.records import read_records
-from nni_topo.topology import distinct_points, h0_deaths
-
-RECORDS = BENCHMARKS / "records" / "topology" / "which_filters.jsonl"
+from nni_topo.topology import h0_deaths
 
 
 @functools.cache
@@ -123,44 +119,6 @@ def test_contributions_are_what_a_channel_brings_its_reader_and_one_without_any_
         assert module.most_magnitude(vectors @ vectors.T, 3, scale).tolist() == [0, 2, 3]
 
 
-def test_the_difference_of_filters_is_paired_by_network():
-    module, records = bench("which_filters"), read_records(RECORDS)
-    ours = f"magnitude, contributions, {module.chosen_scale(records, module.MAGNITUDE):g}"
-    found = {tuple(record["key"]): record["test"] for record in records}
-    gains = [100 * (found[seed, 0.25, ours] - found[seed, 0.25, "least squares"]) for seed in range(310, 325)]
-    half = stats.t.ppf(0.975, 14) * np.std(gains, ddof=1) / np.sqrt(15)
-    (line,) = (text for text in module.outcome(records)[1].splitlines() if text.startswith("| 25 % | least squares"))
-    assert f"| {np.mean(gains):+.1f} ± {half:.1f} |" in line
-
-
-def test_the_estimate_of_how_many_filters_is_the_package_s():
-    module = bench("how_many_filters")
-    for seed in range(3):
-        generator = np.random.default_rng(seed)
-        points, kinds, _ = module.planted(generator.normal(size=(16, 40)), generator)
-        assert module.by_largest_ratio(points) == distinct_points(points) == kinds
-
-
-def test_a_cell_of_clouds_needs_all_networks_and_the_best_baseline_on_validation_images():
-    clouds, name = bench("which_clouds"), "LeNet-5-like"
-    records = []
-    for place, row in enumerate((*clouds.BASELINES, *clouds.CRITERIA)):
-        for seed in clouds.SEEDS:
-            # L1 is the best on validation images, FPGM on test images; ours is ahead of L1 by one point on average.
-            test = {"fpgm": 0.95, clouds.OURS: 0.91 + 0.01 * (seed % 3 - 1)}.get(row, 0.90)
-            validation = 0.9 if row == "l1" else 0.8 - 0.01 * place
-            records.append({"key": [name, seed, row], "unpruned": 0.99, "validation": validation, "test": test})
-    assert clouds.best_baseline(records, name) == "l1"
-    assert clouds.best_baseline(records[:-1], name) is None
-    tested = clouds.figures(records, name, "test")
-    p = stats.ttest_rel(list(tested[clouds.OURS].values()), list(tested["l1"].values())).pvalue
-    # Of four kinds one is there: Holm's correction multiplies its p-value by four.
-    lines = clouds.tables(records).splitlines()
-    (line,) = (text for text in lines if text.startswith(f"| {name}") and "| l1 |" in text)
-    assert "| win |" in line
-    assert line.endswith(f"| {p:.2g} | {4 * p:.2g} |")
-
-
 def test_loops_live_through_a_zigzag_by_hand():
     zigzag = bench("which_blocks_zigzag")
     square = {(0, 1), (1, 2), (2, 3), (0, 3)}
@@ -210,50 +168,6 @@ def test_recall_accuracy_of_neighbours_and_alignment_by_hand():
         first, second = ((each - each.mean(0)) @ (each - each.mean(0)).T for each in (one, other))
         wanted = float((first * second).sum() / (first.norm() * second.norm()))
         assert ratio.linear_cka(one, other) == pytest.approx(wanted, rel=1e-5)
-
-
-def falling(seeds, first, gone_of, scores_of, key_of):
-    """Records of networks that break at `first`, and 0.1 later each: what is lost rises slowly, then fast."""
-    records = []
-    for number, seed in enumerate(seeds):
-        at = first + 0.1 * number
-        for gone in range(gone_of(seed)):
-            share = gone / gone_of(seed)
-            lost = 0.05 * share / at if share <= at else 0.05 + 2.0 * (share - at)
-            record = {"key": key_of(seed, gone), "ratio": share, "scores": scores_of(share, lost)}
-            records.append({**record, "validation": 0.8 - lost, "test": 0.7 - lost})
-    return records
-
-
-def test_the_error_of_predicted_ratios():
-    ratio = bench("which_ratio")
-
-    def scores(share, lost):
-        return {ratio.RTD_LITE: 4.0 * lost, ratio.SQUARES: share, ratio.CKA: share}
-
-    records = falling((300, 301), 0.5, lambda _: 10, scores, lambda *key: [*key])
-    records += falling((310, 311, 312), 0.5, lambda _: 10, scores, lambda *key: [*key])
-    assert ratio.true_ratios(records, range(310, 313), "test") == pytest.approx({310: 0.5, 311: 0.6, 312: 0.7})
-    found = ratio.errors(records, range(310, 313), "test")
-    assert found[f"{ratio.RTD_LITE}, threshold"] == pytest.approx(dict.fromkeys((310, 311, 312), 0.0), abs=1e-9)
-    # the mean ratio of exploration is 0.55
-    assert found[ratio.CONSTANT] == pytest.approx({310: 0.05, 311: 0.05, 312: 0.15})
-    assert f"| {ratio.CONSTANT} | 5.0 ± 0.0 | 8.3 ± 14.3 |" in ratio.tables(records)
-
-
-def test_correlations_of_blocks_are_of_complete_networks():
-    blocks = bench("which_blocks")
-    records = []
-    for seed in (300, 310, 311, 312):
-        for place in range(12 if seed < 312 else 11):
-            rises = place if seed != 311 else max(place, 1)  # a tie, so that the networks differ
-            scores = dict.fromkeys(blocks.METHODS, float(-place)) | {blocks.RTD_AVERAGED: float(rises) ** 3}
-            record = {"key": [blocks.VIT, seed, f"blocks.{place}"], "scores": scores}
-            records.append({**record, "validation": float(place), "test": float(place) ** 0.5})
-    found = blocks.correlations(records, blocks.VIT, range(310, 325))
-    assert found[blocks.RTD_AVERAGED] == pytest.approx({310: 1.0, 311: 1.0}, abs=2e-3)
-    assert found[blocks.COSINE] == pytest.approx({310: -1.0, 311: -1.0})
-    assert "| cosine (best baseline) | +2.00 ± 0.01 |" in blocks.tables(records)
 
 
 # Scenes

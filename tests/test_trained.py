@@ -75,34 +75,6 @@ def test_turned_embeddings_have_the_same_neighbours(modules):
     assert other["recall@10"].value == pytest.approx(10 / 199, abs=0.04)
 
 
-@pytest.mark.slow
-def test_the_networks_are_those_that_were_trained(modules, tmp_path):
-    pretrained, photos, sentences = (modules[name] for name in ("pretrained", "photos", "sentences"))
-    if lacking := [*pretrained.missing(), *photos.missing()]:
-        pytest.skip(f"{', '.join(lacking)} isn't installed: {_INSTALL}")
-    from torchvision.models._meta import _IMAGENET_CATEGORIES as CLASSES
-    from torchvision.transforms import functional
-
-    model = pretrained.efficientnet_lite0()
-    right = 0
-    for name, classes in photos.KNOWN.items():
-        photo = photos.open_photo(name)
-        photo = functional.center_crop(photo, min(photo.size)).resize((224, 224))
-        image = functional.normalize(functional.to_tensor(photo), photos.MEAN, photos.STD)
-        with torch.no_grad():
-            right += CLASSES[int(model(image[None]).argmax())] in classes
-    assert right >= 11  # of 13
-    folder = pretrained.minilm_folder(tmp_path)
-    encoder, words = pretrained.minilm(folder), pretrained.tokenizer(folder)
-    texts = ["Sort the rows of a table.", "Order a data frame by a column.", "Draw a circle on the canvas."]
-    inputs = sentences.tokens(words, texts)
-    with torch.no_grad():
-        found = pretrained.embedding(encoder(**inputs), inputs["attention_mask"])
-    similar = found @ found.T
-    assert similar.diagonal().tolist() == pytest.approx([1.0] * 3, abs=1e-5)
-    assert similar[0, 1] > 0.5 > similar[0, 2]
-
-
 RECORDS = _PROJECT / "benchmarks" / "records" / "trained"
 
 

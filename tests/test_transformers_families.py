@@ -1,4 +1,4 @@
-"""Tiny models of Transformers whose widths meet buffers: pruned, saved, loaded and trained."""
+"""Tiny models of Transformers whose widths meet buffers, or whose attention is a kind of its own."""
 
 from __future__ import annotations
 
@@ -9,103 +9,45 @@ import pytest
 import torch
 
 import nni_topo
+from benchmarks.networks import zoo_transformers
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-SIDES = {f"{side}_{key}": size for side in ("encoder", "decoder") for key, size in
-         (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
-BOTH = {"vocab_size": 50, "d_model": 32, "max_position_embeddings": 32, **SIDES}
-DETR = {
-    "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "num_queries": 6, "d_model": 32,
-    **SIDES,
-    "backbone_config": {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1],
-                        "out_features": ["stage2"]},
-}  # fmt: skip
-RT_DETR = {
-    "use_pretrained_backbone": False, "d_model": 32, "encoder_hidden_dim": 32, "encoder_ffn_dim": 48,
-    "encoder_attention_heads": 4, "encoder_in_channels": [16, 16, 32], "decoder_in_channels": [32] * 3,
-    "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "decoder_layers": 1, "num_queries": 6,
-    "backbone_config": {"model_type": "rt_detr_resnet", "layer_type": "basic", "embedding_size": 8,
-                        "hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4,
-                        "out_features": ["stage2", "stage3", "stage4"]},
-}  # fmt: skip
-SEES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 64,
-        "patch_size": 16}  # fmt: skip
-# By class: sizes, the share of the parameters that is left at most, and how the name of a layer ends that loses half of
-# its channels: what holds the backbone of DETR has another name in each version.
-FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
+# By name in benchmarks/networks/zoo_transformers.py: the share of the parameters that is left at most.
+# tests/test_golden.py has other families.
+FAMILIES = {
     # Sinusoidal positions are a buffer.
-    "XGLMForCausalLM": ({"vocab_size": 50, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
-                         "max_position_embeddings": 32}, 0.35, "model.embed_tokens"),
-    "M2M100ForConditionalGeneration": (BOTH, 0.45, "model.encoder.layers.1.fc2"),
-    # Biases by position are computed of slopes, one for each head (ALiBi), so the heads stay.
-    "BloomForCausalLM": ({"vocab_size": 50, "hidden_size": 32, "n_layer": 2, "n_head": 4}, 0.45,
-                         "transformer.h.1.mlp.dense_h_to_4h"),
+    "xglm_logits": 0.33,
+    "m2m100_logits": 0.32,
     # One layer makes queries, keys and values, head by head.
-    "GPTBigCodeForCausalLM": ({"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32,
-                               "multi_query": False}, 0.35, "transformer.h.1.attn.c_attn"),
+    "gpt_bigcode": 0.44,
     # Biases of the logits are a buffer.
-    "PegasusForConditionalGeneration": (BOTH, 0.6, "model.encoder.layers.1.fc2"),
+    "pegasus_logits": 0.35,
     # Norms of the backbone are buffers.
-    "DetrForObjectDetection": (DETR, 0.55, "encoder.stages.1.layers.0.layer.0.convolution"),
+    "detr": 0.41,
     # And which queries there are is up to the scores.
-    "RTDetrForObjectDetection": (RT_DETR, 0.4, "model.backbone.model.encoder.stages.1.layers.0.layer.0.convolution"),
+    "rt_detr": 0.32,
     # Attention adds positions to what it reads, or takes the width of its heads from its input.
-    "TableTransformerForObjectDetection": (DETR, 0.55, "model.decoder.layers.1.encoder_attn.q_proj"),
-    "ConditionalDetrForObjectDetection": (DETR, 0.6, "model.encoder.layers.0.self_attn.v_proj"),
-    "OwlViTVisionModel": (SEES, 0.85, "vision_model.encoder.layers.1.self_attn.v_proj"),
-    "BlipVisionModel": (SEES, 0.85, "encoder.layers.1.self_attn.qkv"),
+    "conditional_detr": 0.44,
+    "owlvit_vision": 0.68,
+    "blip_vision": 0.68,
     # Heads have biases by position, which LeViT looks up once for evaluation mode.
-    "LevitForImageClassification": ({
-        "image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
-        "key_dim": [8, 8, 8], "down_ops": [["Subsample", 8, 2, 2, 2, 2], ["Subsample", 8, 3, 2, 2, 2]],
-    }, 0.35, "levit.encoder.stages.0.layers.0.module.queries_keys_values.linear"),
-    "SamVisionModel": ({
-        **SEES, "patch_size": 8, "output_channels": 16, "window_size": 4, "global_attn_indexes": [1], "mlp_dim": 48,
-    }, 0.5, "vision_encoder.layers.1.attn.qkv"),
-    "XLNetForSequenceClassification": ({
-        "vocab_size": 50, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48,
-    }, 0.9, "transformer.word_embedding"),
+    "levit": 0.31,
+    "sam_vision": 0.39,
     # Heads of attention and heads that convolutions make are concatenated.
-    "ConvBertForSequenceClassification": ({
-        **SIZES, "embedding_size": 32, "conv_kernel_size": 3,
-    }, 0.4, "convbert.encoder.layer.1.attention.self.conv_out_layer"),
+    "convbert": 0.35,
     # Channels meet a matrix with a row for each, and states that start at zero.
-    "MambaForCausalLM": ({
-        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "use_cache": False,
-    }, 0.45, "backbone.layers.1.mixer.in_proj"),
-    "RwkvForCausalLM": ({
-        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 16, "use_cache": False,
-    }, 0.45, "rwkv.blocks.1.attention.key"),
+    "rwkv": 0.45,
     # What a layer makes is split by the width of the residual stream.
-    "FocalNetForImageClassification": ({
-        "image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "focal_levels": [2, 2],
-        "focal_windows": [3, 3], "hidden_sizes": [16, 32],
-    }, 0.45, "focalnet.encoder.stages.0.layers.0.modulation.projection_context"),
+    "focalnet": 0.32,
     # Rotary frequencies are a buffer; norms of all queries keep the heads from being known by name.
-    "Olmo2ForCausalLM": ({
-        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-        "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 2,
-    }, 0.4, "model.layers.1.self_attn.q_proj"),
+    "olmo2": 0.35,
     # The width of a head is a quotient of two attributes, and a grid says where features are read.
-    "DeformableDetrForObjectDetection": ({
-        **DETR, "num_feature_levels": 2,
-        "backbone_config": {**DETR["backbone_config"], "out_features": ["stage1", "stage2"]},
-    }, 0.55, "encoder.layers.1.self_attn.value_proj"),
+    "deformable_detr": 0.53,
     # A single head keeps its queries, keys and values, and not what it reads.
-    "PvtV2ForImageClassification": ({
-        "image_size": 64, "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 2], "hidden_sizes": [16, 32],
-        "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2],
-        "num_hidden_layers": 2,
-    }, 0.75, "encoder.layers.0.patch_embedding.proj"),
-}  # fmt: skip
-
-
-FAST = ("XGLMForCausalLM", "BloomForCausalLM")
+    "pvt_v2": 0.35,
+}
+FAST = ("xglm_logits", "olmo2")
 
 
 class Outputs(torch.nn.Module):
@@ -125,10 +67,11 @@ class Outputs(torch.nn.Module):
 
 
 def _made(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    sizes = FAMILIES[name][0]
+    kind_name, sizes = zoo_transformers.NETS[name]
     torch.manual_seed(0)
-    kind = getattr(transformers, name)
+    kind = getattr(transformers, kind_name)
     config = kind.config_class(**copy.deepcopy(sizes))  # that of RT-DETR takes keys out of its settings
+    config.use_cache = False
     model = nni_topo.as_torch_layers(Outputs(kind(config).eval()))
     with torch.no_grad():
         for each in model.parameters():
@@ -137,9 +80,10 @@ def _made(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
             if "normalization" in key:  # a frozen norm that does something
                 each += 0.3 * torch.rand_like(each)
     if kind.main_input_name == "pixel_values":
-        return model, (torch.randn(3, 3, 64, 64),)
-    ids = torch.randint(5, 50, (3, 12))
-    return model, (ids, ids[:, :7]) if "Conditional" in name else (ids,)
+        size = 64 if name in ("levit", "sam_vision") or "detr" in name else 32
+        return model, (torch.randn(3, 3, size, size),)
+    ids = torch.randint(5, 90, (3, 12))
+    return model, (ids, ids[:, :7]) if "Conditional" in kind_name else (ids,)
 
 
 def _run(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -152,17 +96,13 @@ def _run(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tens
 )
 @pytest.mark.quick_every(2)
 def test_a_pruned_family_computes_what_the_masked_one_does_and_goes_on(name: str, tmp_path: Any) -> None:
-    _, most, halved = FAMILIES[name]
     model, inputs = _made(name)
     asked = [{"op_types": ["Linear", "Embedding", "Conv1d", "Conv2d"], "sparse_ratio": 0.5}]
     groups = nni_topo.dependency_groups(model, inputs, asked)
     masks = nni_topo.RandomPruner(copy.deepcopy(model), groups, seed=0).compress()[1]  # it selects tied channels as one
     dense, reference = nni_topo.to_dense(model, inputs, masks), nni_topo.masked_model(model, inputs, masks)
     left, before = (sum(each.numel() for each in net.parameters()) for net in (dense, model))
-    assert left < most * before
-    (layer,) = (key for key, _ in model.named_modules() if key.endswith(f".{halved}"))
-    wide, narrow = (net.get_submodule(layer).weight for net in (model, dense))
-    assert any(2 * small == size for small, size in zip(narrow.shape, wide.shape, strict=True))
+    assert left < FAMILIES[name] * before
     with torch.no_grad():
         expected, actual = _run(reference, inputs), _run(dense, inputs)
     assert float((expected - actual).abs().max() / expected.abs().max()) < 1e-5

@@ -44,12 +44,6 @@ def test_half_of_the_heads_go(name):
     check_half_of_the_heads(make(name))
 
 
-def test_heads_go_where_attention_computes_its_weights_by_itself():
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**SIZES, attn_implementation="eager")
-    check_half_of_the_heads(transformers.BertForSequenceClassification(config).eval())
-
-
 def test_a_decoder_generates_and_loads_by_its_config(tmp_path):
     model = make("LlamaForCausalLM")
     dense = check_half_of_the_heads(model)
@@ -102,15 +96,6 @@ def test_heads_of_t5_go_from_all_blocks_that_share_their_positions(tmp_path):
     save_pretrained(dense, tmp_path)
     again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again, inputs), logits(dense, inputs))
-
-
-def test_a_model_that_no_tracer_follows_stays_whole_with_the_reason():
-    kinds = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 4}
-    model = transformers.SwinForImageClassification(transformers.SwinConfig(**kinds)).eval()
-    images = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
-    groups = dependency_groups(model, images, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    asked = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert {entry["op_names"][0] for entry in groups} | groups.skipped.keys() == asked
 
 
 def test_what_a_config_cannot_say_is_refused_and_loads_by_the_original(tmp_path):
@@ -218,41 +203,6 @@ def test_a_model_without_a_block_and_heads_loads_by_the_original(name, tmp_path)
         torch.testing.assert_close(logits(loaded, inputs), logits(dense, inputs))
 
 
-_TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-_SEEING = {**_TOWER, "image_size": 8, "patch_size": 4}
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("CLIPVisionModelWithProjection", {**_SEEING, "projection_dim": 6}),
-        ("CLIPTextModelWithProjection", {**_TOWER, "vocab_size": 31, "eos_token_id": 2, "projection_dim": 6}),
-        ("SiglipVisionModel", _SEEING),
-    ],
-)
-@pytest.mark.quick_every(2)
-def test_towers_of_clip_and_siglip_lose_heads_and_neurons(name, sizes, tmp_path):
-    torch.manual_seed(0)
-    cls = getattr(transformers, name)
-    model = cls(cls.config_class(**sizes)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    inputs = inputs_of(model)
-    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    dense, reference = to_dense(model, inputs, masks), masked_model(model, inputs, masks)
-    assert {each.heads for key, each in find_attention(dense).items() if "self_attn" in key} == {2}
-    assert {part.out_features for key, part in dense.named_modules() if key.endswith("fc1")} == {12}
-    save(dense, tmp_path / "dense.safetensors")
-    loaded = load(tmp_path / "dense.safetensors", model)
-    for given in (inputs, inputs_of(model, samples=2)):
-        with torch.no_grad():
-            whole, left, again = (net(**given) for net in (reference, dense, loaded))
-        for one, other, third in zip(whole.to_tuple(), left.to_tuple(), again.to_tuple(), strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
-            assert torch.equal(other, third)
-
-
 def test_blocks_that_ask_the_models_config_for_their_heads_may_keep_different_ones(tmp_path):
     model = make("Phi3ForCausalLM")
     inputs = inputs_of(model)
@@ -283,28 +233,3 @@ def test_a_model_without_its_pooling_layer_is_saved_as_a_folder(tmp_path):
     loaded = transformers.BertModel.from_pretrained(tmp_path / "folder", add_pooling_layer=False).eval()
     assert loaded.encoder.layer[1].intermediate.dense.out_features == 12
     torch.testing.assert_close(loaded(ids).last_hidden_state, dense(ids).last_hidden_state)
-
-
-@pytest.mark.parametrize(
-    ("name", "asked"),
-    [
-        ("DebertaV2ForSequenceClassification", r".*word_embeddings|.*\.output\.dense"),
-        ("DistilBertForSequenceClassification", r".*_embeddings|.*\.(out_lin|lin2)"),
-    ],
-)
-@pytest.mark.quick_every(2)
-def test_the_residual_width_goes(name, asked, tmp_path):
-    model = make(name)
-    inputs = inputs_of(model)
-    groups = dependency_groups(model, inputs, [{"op_names_re": [asked], "sparse_ratio": 0.25}])
-    assert not groups.skipped
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    dense = to_dense(model, inputs, masks)
-    expected = logits(masked_model(model, inputs, masks), inputs)
-    torch.testing.assert_close(logits(dense, inputs), expected, rtol=1e-5, atol=1e-5)
-    width = {each.normalized_shape for each in dense.modules() if isinstance(each, torch.nn.LayerNorm)}
-    assert width == {(12,)}
-    with pytest.raises(ConfigError, match=r"nni_topo.save and nni_topo.load take it"):
-        save_pretrained(dense, tmp_path / "folder")
-    save(dense, tmp_path / "dense.safetensors")
-    assert torch.equal(logits(load(tmp_path / "dense.safetensors", model), inputs), logits(dense, inputs))

@@ -257,27 +257,6 @@ def test_a_model_is_as_it_was_after_interruptions(name, tmp_path):
             require_unchanged(others, other)
 
 
-def forgetful(model):
-    """Let a model have a ``train`` that doesn't return it, as those that keep batch norms frozen."""
-    kind = type(model)
-
-    def train(self, mode=True):
-        kind.train(self, mode)
-        self.norm.eval()
-
-    model.__class__ = type(f"Forgetful{kind.__name__}", (kind,), {"train": train})
-    return model
-
-
-@pytest.mark.parametrize("name", ["shrink", "evaluate", "export"])
-@pytest.mark.quick_every(2)
-def test_a_train_that_returns_nothing_is_called_all_the_same(name, tmp_path):
-    model, other = forgetful(busy()), forgetful(busy())
-    before = snapshot(model)
-    called(name, model, other, tmp_path)
-    require_unchanged(before, model)
-
-
 MADE = ["as_torch_layers", "compensate", "load", "masked_model", "recalibrate_batch_norm"]
 MADE += ["remove_blocks", "shrink", "to_dense"]
 

@@ -92,7 +92,7 @@ def train_shared(rank: int, how: str, saved: Path, folder: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -102,13 +102,11 @@ def train_shared(rank: int, how: str, saved: Path, folder: Path) -> None:
     trained: nn.Module = dense
     if how == "ddp":
         trained = nn.parallel.DistributedDataParallel(dense)
-    elif how == "fsdp2":
+    else:
         mesh = init_device_mesh("cpu", (PROCESSES,))
         for block in dense.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(dense, mesh=mesh)
-    else:
-        trained = FullyShardedDataParallel(dense, use_orig_params=True, device_id=torch.device("cpu"))
     optimizer = torch.optim.SGD(trained.parameters(), 0.1)
     images, labels = labelled()
     for _ in range(2):

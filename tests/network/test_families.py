@@ -1,4 +1,4 @@
-"""A small network of every family, asked for half of every layer: nothing raises, and dense equals masked."""
+"""Networks of several families: what dependency groups leave out and name; tests/test_golden.py compares them all."""
 
 from __future__ import annotations
 
@@ -13,79 +13,6 @@ import nni_topo
 from benchmarks.networks import zoo_nets
 from benchmarks.zoo import zoo as bench
 from nni_topo.errors import ConfigError, DataError
-
-# Of the channels of all layers but the output's, the share that goes, and the layers that stay whole.
-OWN = {
-    "unet": (0.5, set()),
-    "conv1d": (0.5, set()),
-    "conv3d": (0.5, set()),
-    "group_norm_3d": (0.5, set()),
-    "group_norm_one_each": (0.5, set()),
-    "instance_norm": (0.5, set()),
-    "squeeze_excite": (0.5, set()),
-    "lstm": (0.5, set()),
-    "gru": (0.5, set()),
-    "shared": (0.5, set()),
-    "sliced": (None, {"two.0", "four.0"}),
-    "written": (0.5, set()),
-    "multihead_attention": (0.5, set()),
-    "own_attention": (None, {"qkv"}),
-    "channel_shuffle": (None, set()),
-    "layer_scale": (0.5, set()),
-    "constants": (None, {"two"}),
-    "words": (0.5, set()),
-    "reparametrized": (10 / 36, {"old", "new"}),
-    "fixed_view": (None, {"two.0"}),
-    "pixel_shuffle": (0.5, set()),
-    "untraceable": (0.0, {"one", "two"}),
-    "in_parts": (12 / 39, {"backbone.1.0", "head.2"}),
-    "detector": (28 / 63, {"scores.1", "boxes.1"}),
-    "experts": (48 / 99, {"router"}),
-}
-
-
-def test_every_own_network_of_the_zoo_is_here():
-    assert OWN.keys() == zoo_nets.NETS.keys()
-
-
-@pytest.mark.parametrize("name", OWN)
-@pytest.mark.quick_every(6)
-def test_a_network_of_every_family(name):
-    record = bench.measure(f"own/{name}", {})
-    share, whole = OWN[name]
-    assert record["difference"] < 1e-9
-    assert record["skipped"].keys() == whole
-    assert all(record["skipped"].values())
-    assert record["gone"] == 0 or record["change"] > 1e-3  # equal to the masked network, and not to the whole one
-    if share is None:
-        assert record["gone"] > 0
-    else:
-        assert record["gone"] == round(share * record["asked"])
-
-
-VIT = {"num_layers": "2", "patch_size": "16", "num_heads": "2", "hidden_dim": "16", "mlp_dim": "32"}
-
-
-@pytest.mark.quick_every(2)
-@pytest.mark.parametrize(
-    ("name", "knobs", "share"),
-    [
-        pytest.param("torchvision/shufflenet_v2_x0_5", {}, 0.47, marks=pytest.mark.slow),
-        ("torchvision/mobilenet_v3_small", {}, 0.49),
-        ("torchvision/vit", VIT, 0.49),
-        pytest.param("segmentation/lraspp_mobilenet_v3_large", {}, 0.5, marks=pytest.mark.slow),
-        pytest.param("torchvision/squeezenet1_1", {}, 0.49, marks=pytest.mark.slow),
-        pytest.param("torchvision/efficientnet_b0", {}, 0.49, marks=pytest.mark.slow),
-        pytest.param("torchvision/regnet_y_400mf", {}, 0.4, marks=pytest.mark.slow),
-        pytest.param("torchvision/shufflenet_v2_x1_0", {}, 0.5, marks=pytest.mark.slow),
-        pytest.param("video/mc3_18", {"frames": "4"}, 0.5, marks=pytest.mark.slow),
-        pytest.param("detection/ssdlite320_mobilenet_v3_large", {"size": "320"}, 0.5, marks=pytest.mark.slow),
-    ],
-)
-def test_torchvision_networks(name, knobs, share):
-    record = bench.measure(name, {"size": "32", **knobs})
-    assert record["difference"] < 1e-6
-    assert record["gone"] >= share * record["asked"]
 
 
 @pytest.mark.slow
