@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-THOROUGH = (*("maths", "recovery", "pruners", "studies", "network/runtime/test_calibration.py", "zoo/test_vgg.py"),)
+THOROUGH = ("maths", "recovery", "pruners", "studies", "network/runtime/test_calibration.py")
 # Where kernels differed before, and where choices are made.
 QUICK = (
     *("maths/topology/test_spanning.py", "maths/topology/test_covering.py"),
