@@ -9,7 +9,7 @@ import torch
 import whole_nets
 from speedup_nets import filter_mask, masks_of
 from torch import nn
-from whole_nets import NETS, Gate, ResponseNorm, Standardized, TransposedGate, make
+from whole_nets import NETS, Gate, Standardized, make
 
 import nni_topo
 from nni_topo.network.layers.derived import PaddedAlike
@@ -31,48 +31,6 @@ def widths(model):
     return [len(each.weight) for each in layers]
 
 
-# The layer whose channels each of these modules gets, by the ends of their names.
-SOURCES = {"2.body.1": "2.body.0", "2.body.3": "2.body.0", "5": "4", "1.norm": "1.expand", "2.norm": "2.expand"}
-
-
-def of_kept(module, kept):
-    """What a gate or a response norm computes of the channels that are left, written anew; zeros elsewhere."""
-
-    def forward(x):
-        dim = getattr(module, "dim", 1)
-        rows = x.movedim(dim, -1)[..., kept]
-        if isinstance(module, ResponseNorm):
-            lengths = rows.square().sum((1, 2), keepdim=True).sqrt()
-            gamma, beta = module.gamma.flatten()[kept], module.beta.flatten()[kept]
-            found = gamma * rows * lengths / (lengths.mean(-1, keepdim=True) + module.eps) + beta + rows
-        else:
-            last = getattr(module, "last", nn.Identity())
-            found = rows * last(module.conv(rows.mean((1, 2))[:, None])).sigmoid()[:, :, None]
-        made = torch.zeros_like(x).movedim(dim, -1)
-        made[..., kept] = found
-        return made.movedim(-1, dim)
-
-    return forward
-
-
-def by_hand(model, masks):
-    """What a model gives when removed channels are zero behind each layer, and gates and norms see the others alone."""
-    model = copy.deepcopy(model)
-    for name, module in model.named_modules():
-        mask = masks.get(SOURCES.get(name, name))
-        if mask is None:
-            continue
-        kept = mask["weight"].flatten(1).amax(1).bool()
-        if isinstance(module, (Gate, TransposedGate, ResponseNorm)):
-            module.forward = of_kept(module, kept)
-        elif isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda _, __, output, kept=kept: output * kept)
-        elif isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-            module.register_forward_hook(lambda _, __, output, kept=kept: output * kept[:, None, None])
-    with torch.no_grad():
-        return model(IMAGES)
-
-
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.quick_every(4)
 def test_half_of_the_channels_go_and_the_dense_model_computes_what_is_left(name):
@@ -87,7 +45,6 @@ def test_half_of_the_channels_go_and_the_dense_model_computes_what_is_left(name)
         assert type(after) is type(before) or isinstance(before, Standardized)
     with torch.no_grad():
         found, whole = dense(IMAGES), model(IMAGES)
-        torch.testing.assert_close(found, by_hand(model, masks), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(found, masked_model(model, IMAGES, masks)(IMAGES), rtol=1e-12, atol=1e-12)
     assert (found - whole).abs().max() > 1e-3
 
@@ -131,7 +88,7 @@ def test_layers_lose_channels_before_a_gate_with_a_hidden_layer():
     dense = nni_topo.to_dense(model, IMAGES, masks)
     assert dense[2].body[0].out_channels == 10
     with torch.no_grad():
-        torch.testing.assert_close(dense(IMAGES), by_hand(model, masks), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(dense(IMAGES), masked_model(model, IMAGES, masks)(IMAGES), rtol=1e-12, atol=1e-12)
 
 
 def test_computed_weights_become_the_layers_own():

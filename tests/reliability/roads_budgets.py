@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from reliability.networks import BasicBlock
 from reliability.oracle import WrongError
 from reliability.roads import Road
 from reliability.serving import UnsaidError, unchanged
@@ -29,30 +30,15 @@ def vgg() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
-class Residual(nn.Module):
-    """A basic block of ResNet."""
-
-    def __init__(self, entered: int, left: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(entered, left, 3, stride, 1, bias=False), nn.BatchNorm2d(left)
-        self.conv2, self.bn2 = nn.Conv2d(left, left, 3, 1, 1, bias=False), nn.BatchNorm2d(left)
-        self.short = nn.Identity()
-        if (entered, stride) != (left, 1):
-            self.short = nn.Sequential(nn.Conv2d(entered, left, 1, stride, bias=False), nn.BatchNorm2d(left))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + self.short(x))
-
-
 def resnet() -> nn.Module:
     """ResNet-8 of CIFAR, 16, 32 and 64 wide."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1, bias=False),
         nn.BatchNorm2d(16),
         nn.ReLU(),
-        Residual(16, 16, 1),
-        Residual(16, 32, 2),
-        Residual(32, 64, 2),
+        BasicBlock(16, 16, 1),
+        BasicBlock(16, 32, 2),
+        BasicBlock(32, 64, 2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(64, 10),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from reliability.cases import Case, call
-from reliability.networks import LayerNorm2d
+from reliability.networks import ConvNeXtBlock, LayerNorm2d
 from reliability.oracle import WrongError, kept_of, masked_by_hand
 from reliability.roads import Road
 from reliability.serving import pruned
@@ -58,23 +58,6 @@ def style_network() -> nn.Module:
     )
 
 
-class ConvNeXt(nn.Module):
-    """ConvNeXt's blocks with convolutions alone: depth-wise, a norm over channels, two of 1x1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.stem_norm = nn.Conv2d(3, 16, 4, 4), LayerNorm2d(16)
-        self.along, self.norm = nn.Conv2d(16, 16, 7, padding=3, groups=16), LayerNorm2d(16)
-        self.wide, self.narrow = nn.Conv2d(16, 64, 1), nn.Conv2d(64, 16, 1)
-        self.last_norm, self.head = LayerNorm2d(16), nn.Conv2d(16, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem_norm(self.stem(x))
-        x = x + self.narrow(nn.functional.gelu(self.wide(self.norm(self.along(x)))))
-        found: Tensor = self.head(self.last_norm(x))
-        return found
-
-
 class ResponseNorm(nn.Module):
     """The global response norm of ConvNeXt v2, channels last."""
 
@@ -88,35 +71,22 @@ class ResponseNorm(nn.Module):
         return self.gamma * (x * (lengths / (lengths.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
 
 
-class ConvNeXtV2(nn.Module):
-    """A block of ConvNeXt v2 between a stem and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.along = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 7, padding=3, groups=16)
-        self.norm, self.wide, self.respond, self.narrow = (
-            nn.LayerNorm(16),
-            nn.Linear(16, 64),
-            ResponseNorm(64),
-            nn.Linear(64, 16),
-        )
-        self.head = nn.Conv2d(16, 4, 1)
-        nn.init.uniform_(self.respond.gamma, 0.5, 1.5)
-        nn.init.normal_(self.respond.beta)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        y = self.norm(self.along(x).permute(0, 2, 3, 1))
-        y = self.narrow(self.respond(nn.functional.gelu(self.wide(y))))
-        found: Tensor = self.head(x + y.permute(0, 3, 1, 2))
-        return found
+def convnext(*, responds: bool = False) -> nn.Module:
+    """Return a block of ConvNeXt, or of ConvNeXt v2, between a stem and a head."""
+    block = ConvNeXtBlock(16)
+    if responds:
+        respond = ResponseNorm(48)
+        nn.init.uniform_(respond.gamma, 0.5, 1.5)
+        nn.init.normal_(respond.beta)
+        block.pwconv2 = nn.Sequential(respond, block.pwconv2)
+    return nn.Sequential(nn.Conv2d(3, 16, 4, 4), LayerNorm2d(16), block, LayerNorm2d(16), nn.Conv2d(16, 4, 1))
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "a residual network with groups": lambda: ResidualBlocks(4),
     "style transfer with instance norms": style_network,
-    "ConvNeXt": ConvNeXt,
-    "ConvNeXt v2": ConvNeXtV2,
+    "ConvNeXt": convnext,
+    "ConvNeXt v2": lambda: convnext(responds=True),
 }
 
 

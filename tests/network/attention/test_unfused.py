@@ -6,27 +6,20 @@ import copy
 
 import pytest
 import torch
-from speedup_nets import masks_of
 from torch import nn
-from torchvision.models.maxvit import MaxVit, RelativePositionalMultiHeadAttention
+from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import (
-    PatchMergingV2,
     ShiftedWindowAttention,
     ShiftedWindowAttentionV2,
     SwinTransformer,
-    SwinTransformerBlockV2,
 )
-from torchvision.models.video.mvit import MSBlockConfig, MViT
-from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d, SwinTransformer3d
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 from torchvision.models.vision_transformer import VisionTransformer
 
 from nni_topo import (
-    compensate,
     create_pruner,
     dependency_groups,
-    load,
     masked_model,
-    save,
     to_dense,
 )
 from nni_topo.network.attention.heads import find_attention
@@ -53,48 +46,13 @@ def _swin(**kinds):
 
 NETS = {
     "swin": (lambda: _swin(), (2, 3, 28, 28)),  # maps of 14 and 7: padded to windows, and before they are merged
-    "swin v2": (lambda: _swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2), (2, 3, 32, 32)),
-    "swin 3d": (
-        lambda: SwinTransformer3d(
-            [2, 2, 2], 12, [2, 2], [3, 6], [2, 4, 4], num_classes=5, stochastic_depth_prob=0.0, mlp_ratio=1.0
-        ),
-        (2, 3, 6, 32, 32),
-    ),
-    "maxvit": (lambda: MaxVit((32, 32), 8, 4, [12, 24], [1, 1], 4, 0.0, num_classes=5), (2, 3, 32, 32)),
     "vit": (lambda: VisionTransformer(32, 8, 2, 3, 12, 12, num_classes=5), (2, 3, 32, 32)),
 }  # fmt: skip
-
-
-def _one_at_once(chosen, names):
-    """One network each time, the others in the slow tests."""
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name != chosen)) for name in names]
 
 
 def _make(name):
     build, shape = NETS[name]
     return _filled(build()), _drawn(*shape)
-
-
-def _layers(net, names):
-    kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
-    found = [name for name, part in net.named_modules() if isinstance(part, kinds)]
-    return [name for name in found if name.rpartition(".")[2] in names] + [n for n in found if n in names]
-
-
-REQUESTS = {
-    "heads": lambda net: [
-        {"op_names": sorted(find_attention(net)), "granularity": "head", "sparse_ratio": 1 / 3},
-    ],
-    # What adds to the stream: patches, what mixes heads, the second layer of each MLP, and what merges patches.
-    "width": lambda net: [
-        {
-            "op_names": _layers(
-                net, ("proj", "out_proj", "3", "reduction", "conv_proj", "patch_embed.proj", "features.0.0")
-            ),
-            "sparse_ratio": 0.5,
-        }
-    ],
-}
 
 
 @pytest.mark.parametrize("shifts", [(0, 0), (2, 1)])
@@ -117,52 +75,6 @@ def test_windows_of_videos_compute_what_torchvision_does(sizes, shifts):
 def test_attention_of_maxvit_computes_what_torchvision_does():
     attention, x = _filled(RelativePositionalMultiHeadAttention(12, 4, 16)), _drawn(2, 3, 16, 12)
     torch.testing.assert_close(relative(attention, x), attention(x))
-
-
-@pytest.mark.quick_every(4)
-@pytest.mark.parametrize("asked", REQUESTS)
-@pytest.mark.parametrize("name", _one_at_once("swin v2", [name for name in NETS if name != "maxvit"]))
-@pytest.mark.slow
-def test_heads_and_widths_go(name, asked, tmp_path):
-    model, inputs = _make(name)
-    groups = dependency_groups(model, inputs, REQUESTS[asked](model))
-    assert not {why for layer, why in groups.skipped.items() if "cpb_mlp" not in layer}
-    masks = masks_of(create_pruner("l1", model, groups))
-    dense = to_dense(model, inputs, masks)
-    assert not dense.report.kept
-    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
-    heads = [each.heads for each in find_attention(model).values()]
-    left = [each.heads for each in find_attention(dense).values()]
-    assert left == ([each * 2 // 3 for each in heads] if asked == "heads" else heads)
-    widths = [(each.width, find_attention(dense)[key].width) for key, each in find_attention(model).items()]
-    assert all(after == (before // 2 if asked == "width" else before) for before, after in widths)
-    mended = to_dense(compensate(model, masks, [inputs]), inputs, masks)
-    save(mended, tmp_path / "small.safetensors")
-    loaded = load(tmp_path / "small.safetensors", model)
-    assert torch.equal(loaded(inputs), mended(inputs))
-
-
-@pytest.mark.parametrize("is_second", [False, True])
-@pytest.mark.quick_every(2)
-def test_heads_of_pooled_attention_go(is_second, tmp_path):
-    kinds = {"kernel_q": [3, 3, 3], "kernel_kv": [3, 3, 3], "stride_kv": [1, 2, 2]}
-    blocks = [
-        MSBlockConfig(2, 8, 16, stride_q=[1, 1, 1], **kinds),
-        MSBlockConfig(4, 16, 16, stride_q=[1, 2, 2], **kinds),
-    ]
-    knobs = {"residual_pool": is_second, "rel_pos_embed": is_second, "proj_after_attn": True}
-    model = _filled(
-        MViT((16, 16), 2, blocks, residual_with_cls_embed=False, num_classes=5, stochastic_depth_prob=0.0, **knobs)
-    )
-    inputs = _drawn(2, 3, 2, 16, 16)
-    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    dense = to_dense(model, inputs, masks)
-    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs))
-    assert [each.heads for each in find_attention(dense).values()] == [1, 2]
-    assert [block.mlp[0].out_features for block in dense.blocks] == [32, 32]
-    save(dense, tmp_path / "small.safetensors")
-    assert torch.equal(load(tmp_path / "small.safetensors", model)(inputs), dense(inputs))
 
 
 def test_a_width_that_enters_attention_from_two_sides_goes_on_both():

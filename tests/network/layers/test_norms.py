@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from speedup_nets import filter_mask, masks_of
 from torch import Tensor, nn
 from torch.nn import functional
 from whole_nets import ChannelsFirst, ResponseNorm, Root
@@ -145,30 +143,6 @@ def test_a_cut_norm_is_the_same_norm_of_fewer_channels(name: str) -> None:
     assert torch.equal(norm(x.movedim(-1, dim)), small(x.movedim(-1, dim)))
 
 
-@pytest.mark.parametrize(
-    "norm", [nn.LayerNorm, nn.RMSNorm, Root, Written, ChannelsFirst], ids=lambda norm: norm.__name__
-)
-def test_layers_around_norms_lose_channels_and_the_dense_network_is_saved_and_cut_again(norm, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    if norm is ChannelsFirst:
-        model, x = nn.Sequential(nn.Conv2d(3, 6, 1), norm(6), nn.ReLU(), nn.Conv2d(6, 2, 1)), torch.randn(4, 3, 5, 5)
-    else:
-        model, x = nn.Sequential(nn.Linear(3, 6), norm(6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(4, 7, 3)
-    groups = nni_topo.dependency_groups(model, x, [{"op_names": ["0"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["0"]]
-    dense = nni_topo.to_dense(model, x, masks_of(nni_topo.create_pruner("l1", model, groups)))
-    twice = nni_topo.to_dense(dense, x, {"0": filter_mask(dense[0], [1])})
-    for small, width in ((dense, 3), (twice, 2)):
-        assert type(small[1]) is norm
-        assert small[0].weight.shape[0] == small[1].weight.numel() == width
-        nni_topo.save(small, tmp_path / "small.pt")
-        again = nni_topo.load(tmp_path / "small.pt", model)
-        assert repr(again) == repr(small)
-        assert (getattr(again[1], "hidden_size", width), getattr(again[1], "shape", (width,))) == (width, (width,))
-        with torch.no_grad():
-            assert torch.equal(again(x), small(x))
-
-
 IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -240,15 +214,3 @@ def test_what_treats_each_channel_by_itself_or_places_alike_is_none() -> None:
     assert channel_dim(OfPlaces()) is None
     assert gives_no_channels(Pool())
     assert channel_dim(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU())) is None
-
-
-def test_a_response_norm_over_neighbours_has_those_that_are_left() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3, alpha=1.0), nn.Conv2d(8, 4, 1)).double().eval()
-    kept = torch.tensor([0, 3, 4, 7])
-    mask = torch.zeros(8, 3, 3, 3, dtype=torch.float64).index_fill(0, kept, 1.0)
-    dense = nni_topo.to_dense(model, IMAGES, {"0": {"weight": mask}})
-    with torch.no_grad():
-        left = model[1](model[0](IMAGES)[:, kept])
-        wanted = nn.functional.conv2d(left, model[2].weight[:, kept], model[2].bias)
-        torch.testing.assert_close(dense(IMAGES), wanted, rtol=1e-9, atol=1e-12)
