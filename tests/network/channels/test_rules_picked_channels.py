@@ -1,4 +1,4 @@
-"""Channels that a forward picks or counts by fixed numbers: those stay, the others go."""
+"""Channels that a forward picks: of a layer with a single one, and by values that may change."""
 
 from __future__ import annotations
 
@@ -24,47 +24,6 @@ class Picks(nn.Module):
 
     def forward(self, x):
         return self.last(self.pick(self.first(x)).relu())
-
-
-# By name: the pick, how many channels it gives, and which of the eight have to stay for that.
-PICKS: dict[str, tuple[Callable[[Tensor], Tensor], int, list[int]]] = {
-    "list": (lambda z: z[:, [0, 1, 4]], 3, [0, 1, 2, 3, 4, 5, 6, 7]),
-    "mask": (lambda z: z[:, torch.tensor([True, False] * 4)], 4, [0, 1, 2, 3, 4, 5, 6, 7]),
-    "slice from the end": (lambda z: z[:, -3:], 3, [5, 6, 7]),
-    "slice of all": (lambda z: z[:, 0:8], 8, []),
-    "split": (lambda z: torch.cat(z.split(3, 1)[::-1], 1), 8, [0, 1, 2, 3, 4, 5, 6, 7]),
-    "sizes of a place": (lambda z: z.reshape(len(z), -1, *z[:, 3].shape[1:]), 8, [0, 1, 2, 3]),
-    "sizes of the first": (lambda z: z.reshape(len(z), -1, *z[:, 0].shape[1:]), 8, []),
-}
-
-
-@pytest.mark.parametrize("name", PICKS)
-@torch.no_grad()
-@pytest.mark.quick_every(4)
-def test_channels_that_fixed_numbers_count_stay_and_the_others_go(name):
-    pick, count, held = PICKS[name]
-    torch.manual_seed(0)
-    model = Picks(pick, count).eval()
-    groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
-    told = groups.skipped.get("first", "")
-    assert ("by fixed numbers" in told) is bool(held)
-    assert told.startswith(f"{len(held)} of 8 channels are kept") is (0 < len(held) < 8)
-    assert [entry["op_names"] for entry in groups] == ([["first"]] if len(held) < 8 else [])
-    # Of those that may go, all but two in different halves.
-    stays = torch.zeros(8, dtype=torch.bool)
-    stays[[*held, 3, 7]] = True
-    mask = stays[:, None, None, None].expand(model.first.weight.shape).float()
-    masks = {"first": {"weight": mask, "bias": stays.float()}}
-    dense, reference = (each(model, IMAGES, masks) for each in (nni_topo.to_dense, nni_topo.masked_model))
-    assert dense.first.out_channels == int(stays.sum())
-    torch.testing.assert_close(dense(3 * IMAGES + 1), reference(3 * IMAGES + 1))
-    if not held:
-        return
-    # A mask that takes one of the others: it comes back, and the report says why.
-    masks["first"]["weight"][held[0]] = masks["first"]["bias"][held[0]] = 0
-    report = nni_topo.to_dense(model, IMAGES, masks).report
-    assert [(row.name, row.kept) for row in report.kept] == [("first", 1)]
-    assert "by fixed numbers" in report.kept[0].reason
 
 
 @pytest.mark.parametrize("pick", [lambda z: z[:, 0].unsqueeze(1), lambda z: z.view(-1, 1, 64).view(-1, 1, 8, 8)])

@@ -243,24 +243,3 @@ def test_of_a_list_of_pictures_each_is_a_sample(count):
     model, pictures = Pictures().eval(), ([torch.rand(3, 4, 4) for _ in range(count)],)
     macs = count_macs(model, pictures)
     assert macs == NetworkCost.on(model, pictures)({}).macs == 8 * 16 * (3 + 3 + 16) + 16 * 16 * 2
-
-
-@pytest.mark.slow
-def test_attention_that_pools_its_keys_is_counted_at_the_places_that_are_left():
-    from torchvision.models.video.mvit import MSBlockConfig, MViT
-
-    torch.manual_seed(0)
-    blocks = [
-        MSBlockConfig(2, 8, 16, [3, 3, 3], [1, 2, 2], [1, 2, 2], [3, 3, 3]),
-        MSBlockConfig(2, 16, 16, [3, 3, 3], [1, 2, 2], [1, 1, 1], [3, 3, 3]),
-    ]
-    model = MViT((16, 16), 4, blocks, residual_pool=False, residual_with_cls_embed=True, rel_pos_embed=False,
-                 proj_after_attn=False, num_classes=3, patch_embed_kernel=(3, 7, 7), patch_embed_stride=(2, 4, 4),
-                 patch_embed_padding=(1, 3, 3)).eval()  # fmt: skip
-    videos = torch.randn(2, 3, 4, 16, 16)
-    cost = NetworkCost.on(model, videos)
-    assert cost({}).macs == count_macs(model, videos)
-    attention = "blocks.0.attn"
-    heads = cost({f"{attention}.qkv": np.array([True, False])}).macs
-    kept = np.tile(np.repeat([True, False], 4), 3)
-    assert heads == cost({f"{attention}.qkv": kept}).macs < cost({}).macs
