@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import re
 from pathlib import Path
@@ -11,7 +10,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 from bench_modules import BENCHMARKS, imported
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,27 +99,6 @@ def test_each_exchange_is_the_best_of_all_pairs(seed, kinds, parts):
 
 
 # Rounding, loops of a network, sub-clustering
-
-
-def test_weights_are_rounded_to_multiples_of_the_rows_step():
-    rounded = importlib.import_module("benchmarks.clustering.bench_quantised").rounded_rows
-    # three bits: steps of a third of the row's largest weight
-    weight = torch.tensor([[3.0, -1.4, 1.6, 0.4], [0.0, 0.0, 0.0, 0.0], [-0.6, 0.2, 0.31, -0.09]])
-    wanted = torch.tensor([[3.0, -1.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0], [-0.6, 0.2, 0.4, 0.0]])
-    torch.testing.assert_close(rounded(weight, 3), wanted)
-    # two bits: -1, 0 and 1 times the largest
-    assert rounded(torch.tensor([[[[2.0, -1.5], [0.9, 0.0]]]]), 2).tolist() == [[[[2.0, -2.0], [0.0, 0.0]]]]
-
-
-def test_loops_and_largest_weights_of_a_network_by_hand():
-    topology = importlib.import_module("benchmarks.trees.bench_network_topology")
-    # born with the weight 0.8, filled when the output reads the second hidden neuron with 0.5
-    filled = [np.array([[1.0, 0.9], [0.9, 0.8]]), np.array([[1.0, 0.5]])]
-    assert topology.loops(filled) == {"filled": 1.0, "sum": pytest.approx(0.3), "open": 0.0}
-    # alone, the layer's loop is never filled
-    assert topology.loops(filled[:1]) == {"filled": 0.0, "sum": 0.0, "open": 1.0}
-    masks = topology.largest_weights([np.array([[1.0, -5.0], [3.0, 0.0]]), np.array([[4.0, -3.0]])], 3)
-    assert [mask.tolist() for mask in masks] == [[[False, True], [True, False]], [[True, False]]]
 
 
 @pytest.mark.parametrize("reading", ["scott", "10"])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_modules import BENCHMARKS, imported
-from every_sample import compensate, compensation
+from every_sample import compensate
 from torch import nn
-from torch.nn.functional import unfold
 
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery.registry import RECOVERIES
@@ -45,66 +44,6 @@ def built(lively, **traits):
     mask[GONE] = 0
     images = torch.randn(64, 2, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return model, {"first": {"weight": mask}}, images
-
-
-def entering(model, images):
-    """Return what enters the second convolution, and its patches (samples, channels, kernel elements)."""
-    with torch.no_grad():
-        values = torch.relu(model.norm(model.first(images)))
-    patches = unfold(values, 3).unflatten(1, (6, 9))
-    return values, patches.permute(0, 3, 1, 2).flatten(0, 1)
-
-
-def wanted(model, images):
-    """Return the original's outputs of the second convolution, (samples, 5)."""
-    with torch.no_grad():
-        return model.second(entering(model, images)[0]).flatten(2).transpose(1, 2).flatten(0, 1)
-
-
-@pytest.fixture
-def chain(lively):
-    return built(lively, norm=False)
-
-
-def test_mean_puts_what_removed_channels_give_on_average_into_the_bias(chain):
-    model, masks, images = chain
-    found = compensate(model, masks, images.split(16), method="mean")
-    given = torch.einsum("nck,ock->o", entering(model, images)[1][:, GONE], model.second.weight.flatten(2)[:, GONE])
-    torch.testing.assert_close(found.second.bias, model.second.bias + given / (64 * 16))
-    assert torch.equal(found.second.weight[:, KEPT], model.second.weight[:, KEPT])
-    assert torch.equal(found.head.weight, model.head.weight)
-
-
-def test_scalar_finds_one_factor_a_channel_by_least_squares(chain):
-    model, masks, images = chain
-    found = compensate(model, masks, images.split(16), method="scalar", ridge=0.0)
-    patches, weight = entering(model, images)[1], model.second.weight.detach()
-    # One column a channel: its part of all outputs of all samples, one below the other.
-    parts = torch.einsum("nck,ock->noc", patches, weight.flatten(2))
-    lacking = wanted(model, images) - model.second.bias.detach()
-    factors = torch.linalg.lstsq(parts[:, :, KEPT].flatten(0, 1), lacking.flatten()).solution
-    torch.testing.assert_close(found.second.weight[:, KEPT], weight[:, KEPT] * factors[None, :, None, None])
-    assert torch.equal(found.second.bias, model.second.bias)
-    assert float((factors - 1).abs().min()) > 0.01
-
-
-def solved(patches, outputs):
-    """Return weights (outputs, unknowns) and constants by least squares."""
-    rows = patches.flatten(1)
-    columns = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
-    solution = torch.linalg.lstsq(columns, outputs).solution
-    return solution[:-1].T, solution[-1]
-
-
-@pytest.mark.parametrize("method", ["layer", "sequential"])
-def test_layer_and_sequential_solve_for_the_layers_own_output(chain, method):
-    model, masks, images = chain
-    found = compensate(model, masks, images.split(16), method=method, ridge=0.0)
-    weight, bias = solved(entering(model, images)[1][:, KEPT], wanted(model, images))
-    torch.testing.assert_close(found.second.weight[:, KEPT].flatten(1), weight)
-    torch.testing.assert_close(found.second.bias, bias)
-    report = compensation(model, masks, images.split(16), method=method).report
-    assert [layer.place for layer in report.layers] == ["second", "head"]
 
 
 def merged_by_hand(rows, biases, *, normed):
@@ -161,20 +100,3 @@ def test_merge_counts_all_layers_that_make_a_residual_stream(residual_net, image
     found = compensate(residual_net, masks, images, method="merge")
     masked = masked_model(found, images[0], masks)
     torch.testing.assert_close(masked(images[0]), residual_net(images[0]))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_channels_are_predicted_from_all_kept_ones(lively, bias):
-    model, masks, images = built(lively, norm=False, bias=bias)
-    found = compensate(model, masks, images.split(16), method="channel", ridge=0.0)
-    values = entering(model, images)[0].transpose(0, 1).flatten(1).T
-    if bias:
-        values = torch.cat([values, torch.ones_like(values[:, :1])], 1)
-    kept = [*KEPT, 6] if bias else KEPT
-    mixing = torch.linalg.lstsq(values[:, kept], values[:, GONE]).solution
-    weight = model.second.weight.detach()
-    expected = weight[:, KEPT] + torch.einsum("kg,ogij->okij", mixing[:3], weight[:, GONE])
-    torch.testing.assert_close(found.second.weight[:, KEPT].detach(), expected)
-    if bias:
-        shift = weight[:, GONE].sum((2, 3)) @ mixing[3]
-        torch.testing.assert_close(found.second.bias.detach(), model.second.bias.detach() + shift)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import operator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,41 +285,6 @@ def test_functions_that_make_masks_are_one_node_each_while_a_model_is_recorded()
     torch.testing.assert_close(graph(x), model(x))
     assert (create_half_mask, create_outer_mask) == plain
     assert create_no_mask == "no function"
-
-
-class Configured(nn.Linear):
-    """Notes how its config tells it to attend; ``refused`` is what it can't."""
-
-    def __init__(self, attends, refused="", use_cache=True):
-        super().__init__(4, 4)
-        self.config = SimpleNamespace(_attn_implementation=attends, use_cache=use_cache)
-        self.refused, self.seen = refused, []
-
-    def forward(self, x):
-        self.seen.append(self.config._attn_implementation)
-        if self.refused == self.seen[-1]:
-            raise ValueError("not in this way")
-        return super().forward(x)
-
-
-def test_attention_is_eager_where_a_model_takes_that_and_its_own_where_not():
-    for attends, refused, seen in (
-        ("sdpa", "", ["eager", "eager"]),
-        ("sdpa", "eager", ["eager", "sdpa", "sdpa"]),
-        ("eager", "", ["eager", "eager"]),
-        (None, "", [None, None]),
-    ):
-        model = Configured(attends, refused).eval()
-        record(model, {"x": torch.ones(2, 4)})
-        assert model.seen == seen
-
-
-@pytest.mark.parametrize("keeps_states", [False, True])
-def test_nothing_is_cached_unless_a_model_keeps_states_of_its_own(keeps_states):
-    model = nn.Sequential(Configured(None), nn.Linear(4, 4)).eval()
-    model._is_stateful = keeps_states
-    record(model, {"input": torch.ones(2, 4)})
-    assert model[0].config.use_cache == keeps_states
 
 
 def test_what_picks_from_lists_by_value_is_not_recorded():

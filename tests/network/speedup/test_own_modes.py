@@ -15,27 +15,6 @@ import nni_topo
 ROWS = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
 
 
-class Fused(nn.Module):
-    """Two branches, which ``eval`` fuses into one layer."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.one, self.other, self.fused = nn.Linear(inputs, outputs), nn.Linear(inputs, outputs), None
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.fused = None
-        if not mode:
-            self.fused = nn.Linear(self.one.in_features, self.one.out_features)
-            with torch.no_grad():
-                self.fused.weight.copy_(self.one.weight + self.other.weight)
-                self.fused.bias.copy_(self.one.bias + self.other.bias)
-        return self
-
-    def forward(self, rows):
-        return self.one(rows) + self.other(rows) if self.fused is None else self.fused(rows)
-
-
 class Scaled(Scaling, nn.Sequential):
     pass
 
@@ -51,29 +30,23 @@ class Frozen(nn.Sequential):
 
 def made(kind, is_training):
     torch.manual_seed(0)
-    first = Fused(6, 8) if kind is Fused else nn.Linear(6, 8)
-    last = nn.Linear(8, 3)
+    first, last = nn.Linear(6, 8), nn.Linear(8, 3)
     if kind is Adapted:
         # In training mode the layers before an adapter keep their channels.
         last = nn.Sequential(nn.Linear(8, 4), Adapted(4, 3)) if is_training else Adapted(8, 3)
-    make = nn.Sequential if kind in (Fused, Adapted) else kind
+    make = nn.Sequential if kind is Adapted else kind
     model = make(first, nn.BatchNorm1d(8), nn.ReLU(), last)
     return model.train() if is_training else model.eval()
 
 
 def pruned(model):
-    """Make a model dense by a mask of the first layer that runs."""
-    running = ["0"]
-    if isinstance(model[0], Fused):
-        running = ["0.one", "0.other"] if model[0].fused is None else ["0.fused"]
-    masks = {name: filter_mask(model.get_submodule(name), [1, 2, 5]) for name in running}
-    return nni_topo.to_dense(model, ROWS, masks)
+    """Make a model dense by a mask of the first layer."""
+    return nni_topo.to_dense(model, ROWS, {"0": filter_mask(model[0], [1, 2, 5])})
 
 
 @pytest.mark.parametrize(
     ("kind", "is_training"),
     [
-        (Fused, True),
         (Adapted, True),
         (Scaled, True),
         (Frozen, False),
