@@ -52,13 +52,6 @@ class Framed(nn.Conv2d):
         return super().forward(functional.pad(x, [self.kernel_size[0] // 2] * 4, value=1.0))
 
 
-class Beneath(nn.Conv2d):
-    """Its forward is PyTorch's, what that calls isn't."""
-
-    def _conv_forward(self, x, weight, bias):
-        return super()._conv_forward(functional.pad(x, [self.kernel_size[0] // 2] * 4, mode="replicate"), weight, bias)
-
-
 class Standardized(nn.Conv2d):
     """Its weight has no mean and a variance of 1."""
 
@@ -91,28 +84,6 @@ class Activated(nn.Conv2d):
         x = functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         x = x if self.norm is None else self.norm(x)
         return x if self.activation is None else self.activation(x)
-
-
-class AlikeActivated(Alike):
-    """It pads as its input's size needs, and goes on with a norm and an activation of its own."""
-
-    def __init__(self, ins, outs, size, stride=1, **knobs):
-        super().__init__(ins, outs, size, stride, **knobs)
-        self.norm, self.act = nn.BatchNorm2d(outs), nn.ReLU()
-
-    def forward(self, x):
-        return self.act(self.norm(super().forward(x)))
-
-
-class Gained(nn.Conv2d):
-    """It multiplies what it convolves by a parameter of its own."""
-
-    def __init__(self, ins, outs, size, stride=1, **knobs):
-        super().__init__(ins, outs, size, stride, padding=size // 2, **knobs)
-        self.gain = nn.Parameter(torch.rand(outs) + 0.5)
-
-    def forward(self, x):
-        return super().forward(x) * self.gain.view(1, -1, 1, 1)
 
 
 class Shuffled(nn.Conv2d):
@@ -161,14 +132,11 @@ class Net(nn.Module):
         return self.head(functional.relu(self.fc(x.mean((2, 3)))))
 
 
-BARE = {"alike": Alike, "static": Static, "mirrored": Mirrored, "framed": Framed, "beneath": Beneath}
+BARE = {"alike": Alike, "static": Static, "mirrored": Mirrored}
 COMPUTED = {"standardized": Standardized, "equalized": Equalized}
 GOING_ON = {
     "activated": Activated,
     "frozen": partial(Activated, norm=None, activation=nn.functional.hardswish),
-    "sigmoid": partial(Activated, norm=None, activation=torch.sigmoid),
-    "alike_activated": AlikeActivated,
-    "gained": Gained,
 }
 KINDS = BARE | COMPUTED | GOING_ON
 

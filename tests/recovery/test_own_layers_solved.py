@@ -41,7 +41,7 @@ def twins(name):
     return model, {"0": {"weight": mask}}
 
 
-@pytest.mark.parametrize("name", sorted(set(KINDS) - {"gained", "framed"}))
+@pytest.mark.parametrize("name", sorted(KINDS))
 @pytest.mark.quick_every(3)
 def test_a_layer_behind_channels_that_others_repeat_makes_up_for_them_all(name):
     model, masks = twins(name)
@@ -71,7 +71,7 @@ def test_no_layer_is_left_alone_for_its_class(name):
     assert all(layer.error_after <= layer.error_before for layer in found.report.layers)
 
 
-@pytest.mark.parametrize("name", ["alike", "mirrored", "activated", "standardized", "beneath"])
+@pytest.mark.parametrize("name", ["alike", "mirrored", "activated", "standardized"])
 def test_least_squares_choose_one_of_each_pair(name, monkeypatch):
     model, _ = twins(name)
     # A pruner takes layers of derived classes without dependency groups, which tell NNI of the class as well.

@@ -132,35 +132,14 @@ def all_calls() -> dict[str, Call]:
     for name in ("softmax", "log_softmax", "softmin"):
         tables[name] = with_dimensions(getattr(functional, name), 1)
         tables[f"{name} of all"] = without_a_dimension(getattr(functional, name))
-    tables["softmax, three dimensions"] = {
-        "channels in 0": lambda z: functional.softmax(z[:, :, 0].movedim(1, 0)),
-        "channels in 1": lambda z: functional.softmax(z[:, :, 0]),
-        "channels in 2": lambda z: functional.softmax(z[:, :, 0].movedim(1, 2)),
-    }
-    tables["softmax, two dimensions"] = {
-        "channels in 0": lambda z: functional.softmax(z[:, :, 0, 0].movedim(1, 0)),
-        "channels in 1": lambda z: functional.softmax(z[:, :, 0, 0]),
-    }
-    for order in (1, 2, 0.5, float("inf")):
+    for order in (1, 2, float("inf")):
         tables[f"norm of order {order}"] = with_dimensions(torch.norm, 2, order)
         tables[f"vector_norm of order {order}"] = with_dimensions(torch.linalg.vector_norm, 2, order)
-    tables["norms of order -1"] = {
-        "at 1": lambda z: torch.norm(z, -1, 1),
-        "p": lambda z: torch.norm(z, p=-1, dim=1),
-        "ord": lambda z: torch.linalg.vector_norm(z, ord=-1, dim=1),
-        "of rows": lambda z: torch.linalg.vector_norm(z, ord=-1, dim=2),
-    }
     tables["norm of all"] = without_a_dimension(torch.norm)
     tables["vector_norm of all"] = without_a_dimension(torch.linalg.vector_norm)
     tables["linalg.norm of all"] = without_a_dimension(torch.linalg.norm)
     tables["linalg.norm"] = with_dimensions(torch.linalg.norm, 2, None)
     tables["matrix_norm of all"] = without_a_dimension(torch.linalg.matrix_norm)
-    for pair in ((1, 2), (2, 3), (3, 1), (2, 1)):
-        tables[f"matrix_norm of {pair}"] = {
-            "at 2": lambda z, pair=pair: torch.linalg.matrix_norm(z, "fro", pair),
-            "dim": lambda z, pair=pair: torch.linalg.matrix_norm(z, dim=pair),
-            "nuc": lambda z, pair=pair: torch.linalg.matrix_norm(z, ord="nuc", dim=pair),
-        }
     tables["normalize"] = with_dimensions(functional.normalize, 2, 2.0)
     tables["normalize of all"] = without_a_dimension(functional.normalize)
     tables["topk"] = with_dimensions(torch.topk, 2, 2)
@@ -183,16 +162,6 @@ def all_calls() -> dict[str, Call]:
     for name in ("fft", "ifft"):
         tables[name] = with_dimensions(lambda *a, name=name, **k: getattr(torch.fft, name)(*a, **k).real, 2, None)
         tables[f"{name} of all"] = without_a_dimension(lambda z, name=name: getattr(torch.fft, name)(z).real)
-    for name in ("fft2", "ifft2", "fftn", "ifftn"):
-        tables[f"{name} of all"] = without_a_dimension(lambda z, name=name: getattr(torch.fft, name)(z).real)
-    for pair in ((1, 2), (2, 3), (3, 2)):
-        tables[f"fft2 of {pair}"] = {
-            "at 2": lambda z, pair=pair: torch.fft.fft2(z, None, pair).real,
-            "fftn at 2": lambda z, pair=pair: torch.fft.fftn(z, None, pair).real,
-            "dim": lambda z, pair=pair: torch.fft.fftn(z, dim=pair).real,
-        }
-    tables["fftshift"] = with_dimensions(torch.fft.fftshift, 1)
-    tables["fftshift of all"] = without_a_dimension(torch.fft.fftshift)
     tables |= pools()
     return {f"{name}: {how}": call for name, calls in tables.items() for how, call in calls.items()}
 

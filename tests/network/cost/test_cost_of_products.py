@@ -46,19 +46,6 @@ class Attending(nn.Module):
         return self.head(self.out(context.transpose(1, 2).flatten(2)) + x)
 
 
-class LowRank(nn.Module):
-    """A matrix of places that two layers make, whose inner width is free; the second has columns that are free too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.left, self.right = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
-        self.given, self.head = nn.Linear(6, 10), nn.Linear(10, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.enter(x)
-        return self.head(torch.tanh(self.left(inner) @ self.right(inner).mT) @ self.given(x))
-
-
 class OwnWeights(nn.Module):
     """Weights that are parameters of the model: of a product, of a linear function and of a convolution."""
 
@@ -116,7 +103,6 @@ def made(kind: type[nn.Module], *arguments: str) -> nn.Module:
 
 KINDS = {
     **{f"attention, {how}": (Attending, how) for how in ("fused", "letters", "added", "multiplied")},
-    "low rank": (LowRank,),
     **{f"own weights, {how}": (OwnWeights, how) for how in ("linear", "convolution")},
     "computed weight": (Normed,),
     "folded": (Folded,),
@@ -164,31 +150,6 @@ class Letters(nn.Module):
         layers, own = iter(self.layers), iter(self.own)
         tensors = [next(layers)(x).relu() if of_samples else next(own) for of_samples in self.of_samples]
         return self.head(self.after(torch.einsum(self.equation, *tensors)).relu())
-
-
-EINSTEIN_SUMS = {
-    "weight": ("bmc,cd->bmd", {}),
-    "relations": ("bmc,rcd->bmrd", {}),
-    "samples in two": ("bmc,bkc->bmk", {"k": PLACES}),
-}
-
-
-def cost_and_count(model: nn.Module, x: Tensor, ratio: float) -> tuple[int, int, int]:
-    """Return what is predicted of the pruned network, what is counted of it, and of the unpruned one."""
-    groups = nni_topo.dependency_groups(model, x, [{"op_types": ["Linear"], "sparse_ratio": ratio}])
-    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=1))
-    dense = nni_topo.to_dense(model, x, masks)
-    kept = {name: each["weight"].any(1).numpy() for name, each in masks.items()}
-    cost = NetworkCost.on(model, x)
-    assert cost({}).macs == count_macs(model, x)
-    return cost(kept).macs, count_macs(dense, x), cost({}).macs
-
-
-@pytest.mark.parametrize("kind", EINSTEIN_SUMS)
-@pytest.mark.quick_every(3)
-def test_products_of_einstein_sums_are_those_of_the_dense_model(kind):
-    predicted, counted, unpruned = cost_and_count(made(Letters, *EINSTEIN_SUMS[kind]), rows(), 0.4)
-    assert predicted == counted < unpruned
 
 
 def test_an_einstein_sum_is_counted_by_hand():

@@ -129,42 +129,6 @@ def test_views_splits_and_slices_show_which_channels_an_attribute_counts() -> No
     assert found_in("relu", held(8)) is None  # nothing is known of it
 
 
-def quotient_graph(width: int, heads: int, *, is_joined: bool = False) -> tuple[Graph, dict, np.ndarray]:
-    """Channels that are viewed as heads, by a quotient of two attributes, and the groups in which these are tied."""
-    unclear = UnclearPlaces()
-    whole, count = (TracedInt.of_attribute(n, at, 1, unclear) for n, at in ((width, PLACE), (heads, HEADS)))
-    graph = Graph()
-    states = graph.placeholder("states")
-    view = graph.call_method("view", (states, 1, count, whole // count))
-    channels = torch.arange(10, 10 + width)
-    ids = {"states": channels.view(1, 1, -1), view.name: channels.view(1, heads, -1)}
-    if is_joined:
-        ids[graph.call_method("view", (view, 1, whole)).name] = channels.view(1, -1)
-    groups = np.arange(100)
-    groups[10 : 10 + width] = np.repeat(groups[10 : 10 + width : width // heads], width // heads)
-    return graph, ids, groups
-
-
-def test_a_width_follows_the_number_of_heads_that_it_is_divided_by() -> None:
-    found = attribute_channels(*quotient_graph(12, 3))
-    assert {at: [(parts, ids.tolist()) for parts, ids in uses] for at, uses in found.items()} == {
-        HEADS: [(1, [10, 14, 18])], PLACE: [(4, [10, 14, 18])],
-    }  # fmt: skip
-    # The width of what the heads put out is as many.
-    found = attribute_channels(*quotient_graph(12, 3, is_joined=True))
-    assert [(parts, len(ids)) for parts, ids in found[PLACE]] == [(1, 12)]
-    assert HEADS in found
-    # That of other channels may be another number.
-    graph, ids, groups = quotient_graph(12, 3, is_joined=True)
-    ids["view_1"] = ids["view_1"] + 40
-    assert attribute_channels(graph, ids, groups) == {}
-    # And so may be what nothing is known of.
-    graph, ids, groups = quotient_graph(12, 3)
-    size_of_all = next(node for node in graph.nodes if node.op == "call_method").args[3]
-    graph.call_method("roll", (next(iter(graph.nodes)), size_of_all))
-    assert attribute_channels(graph, ids, groups) == {}
-
-
 class Blurred(nn.Module):
     """An anti-aliased network: a filter for each channel, in a buffer, with an attribute that counts them."""
 
