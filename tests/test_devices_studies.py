@@ -87,13 +87,6 @@ def selection(place: torch.device) -> Any:
     )
 
 
-def sensitivity(place: torch.device) -> Any:
-    judge = dataset_quality(place)
-    knobs = {"ratios": (0.5,), "layers": ["hidden"]}
-    found = analysis.sensitivity(toy(place), example(place), lambda net: judge(net).accuracy, **knobs)
-    return found.baseline, found.curves
-
-
 def topology(place: torch.device) -> Any:
     found = analysis.study_topology(toy(place), HALF, **SEARCH)
     # Masks are on the CPU, as the pruner's data are, until they are put into a model.
@@ -106,23 +99,13 @@ def persistence(place: torch.device) -> Any:
 
 
 STUDIES: dict[str, Case] = {
-    "accumulated": lambda place: analysis.accumulate_energy(
-        toy(place), [("stem", "inner")], example(place), dataset_quality(place)
-    ),
     "bound": lambda place: analysis.error_bound(chain(place), changed(place), IMAGES[:3].to(place), iterations=2),
     "connectivity": connectivity,
-    "dropout": lambda place: analysis.study_dropout(
-        {"net": lambda: chain(place)}, dataset_quality(place), rates=(0.0, 0.5)
-    )["net"][0.5],
     "persistence": persistence,
-    "replacement": lambda place: analysis.study_replacement(
-        toy(place), "stem", example(place), dataset_quality(place), threshold=0.4
-    ),
     "retraining": lambda place: analysis.retraining_bound(
         toy(place, 1), toy(place, 2), perturbed(place), cross_entropy, labelled(place), 3
     ),
     "selection": selection,
-    "sensitivity": sensitivity,
     "topology": topology,
     "compression": lambda place: analysis.critical_compression_ratio(toy(place), example(place)).layers,
 }

@@ -33,16 +33,6 @@ def test_tensors_of_two_places_do_not_mix(far, mix):
         mix(torch.zeros(3, device=far))
 
 
-def test_scalars_and_indices_of_the_cpu_are_taken(far):
-    values = torch.arange(4.0, device=far)
-    assert (values * torch.tensor(2.0)).tolist() == [0.0, 2.0, 4.0, 6.0]
-    assert values[torch.tensor([3, 1])].tolist() == [3.0, 1.0]
-    values[torch.tensor([True, False, False, True])] = 9.0
-    values[1:3].copy_(torch.tensor([5.0, 6.0]))
-    assert values.tolist() == [9.0, 5.0, 6.0, 9.0]
-    assert values.device == far
-
-
 @pytest.mark.parametrize("convert", [lambda x: x.numpy(), np.asarray, lambda x: np.add(x, 1), torch.from_numpy])
 def test_nothing_on_it_is_an_array(far, convert):
     with pytest.raises(TypeError, match=r"Tensor\.cpu\(\)|expected np\.ndarray"):

@@ -361,36 +361,6 @@ def test_what_nothing_reads_must_fit_in_the_dense_model_too():
     torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
 
 
-class MadeAtFirst(nn.Module):
-    """Makes a tensor in its first forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
-
-    def forward(self, x):
-        y = self.first(x).relu()
-        if not hasattr(self, "made"):
-            self.register_buffer("made", torch.full((y.shape[-1],), 0.5))
-        return self.last(y * self.made)
-
-
-@pytest.mark.parametrize("has_run", [False, True])
-def test_what_a_first_forward_registers_is_followed(has_run):
-    torch.manual_seed(0)
-    model, x = MadeAtFirst().eval(), torch.randn(3, 4)
-    expected = copy.deepcopy(model)(x)
-    if has_run:
-        model(x)
-    groups = dependency_groups(model, x, [{"op_names": ["first"], "sparse_ratio": 0.5}])
-    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
-    dense = to_dense(model, x, masks)
-    assert dense.first.out_features == 4
-    torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
-    assert hasattr(model, "made") == has_run
-    torch.testing.assert_close(model(x), expected)
-
-
 def counted(x):
     """Return the number of samples as a number that nothing follows."""
     return x.detach().numpy().shape[0]

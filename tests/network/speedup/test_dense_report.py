@@ -10,12 +10,12 @@ import pickle
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
-from speedup_nets import Chunked, Residual, chain, filter_mask, l1_masks, masks_of, parameters, same_output
+from speedup_nets import Chunked, Residual, chain, filter_mask, masks_of
 from torch import nn
 
 import nni_topo
 from nni_topo.network.speedup.dense_report import DenseReport, LayerChannels
-from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.speedup import dependency_groups, to_dense
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -83,49 +83,6 @@ def test_the_report_survives_pickle_copies_and_saving(tmp_path):
     assert torch.equal(loaded.eval()(IMAGES), dense.eval()(IMAGES))
     again = to_dense(dense, IMAGES, {"0": filter_mask(dense[0], [0])})
     assert rows(again)["0"] == (5, 4, 4)
-
-
-def encoder_layer(**knobs):
-    torch.manual_seed(0)
-    return nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0, **knobs)
-
-
-class Classifier(nn.Module):
-    def __init__(self, body):
-        super().__init__()
-        torch.manual_seed(1)
-        self.embed = nn.Linear(4, 8)
-        self.body = body
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.body(self.embed(x)).mean(1))
-
-
-SEQUENCES = torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
-BODIES = {
-    "layer": encoder_layer,
-    "encoder": lambda: nn.TransformerEncoder(encoder_layer(), 2, norm=nn.LayerNorm(8)),
-}
-
-
-@pytest.mark.parametrize("name", BODIES)
-@pytest.mark.quick_every(2)
-def test_the_inner_layer_of_a_transformer_shrinks(name, caplog):
-    model, inputs = Classifier(BODIES[name]()).eval(), SEQUENCES
-    config = {"op_names_re": [".*linear1"], "op_types": ["Linear"], "sparse_ratio": 0.5}
-    masks = l1_masks(model, dependency_groups(model, inputs, [config]))
-    dense, messages = warned(caplog, model, inputs, masks)
-    inner = [module for path, module in dense.named_modules() if path.endswith("linear1")]
-    outer = [module for path, module in dense.named_modules() if path.endswith("linear2")]
-    assert len(inner) == (2 if "encoder" in name else 1)
-    assert {module.out_features for module in inner} == {module.in_features for module in outer} == {6}
-    assert messages == []
-    assert dense.report.kept == ()
-    assert parameters(dense) == parameters(model) - len(inner) * 6 * (8 + 1 + 8)
-    # with and without gradients, that is on the plain path and on the fast one
-    same_output(dense, masked_model(model, inputs, masks), inputs)
-    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
 
 
 class Linear(nn.Module):

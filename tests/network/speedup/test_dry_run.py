@@ -74,28 +74,6 @@ def test_other_random_numbers_are_drawn_where_a_router_leaves_an_expert_out(monk
     assert "IndexError: tuple index out of range" in reasons[0]
 
 
-class Positions(nn.Module):
-    """Adds positions that the forward computes in the precision of its input, as RT-DETR does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.inner, self.last = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(12, 4)
-
-    def forward(self, states):
-        places = torch.arange(states.shape[1], dtype=states.dtype).sin()[:, None]
-        return self.last(torch.relu(self.inner(self.first(states) + places)))
-
-
-def test_a_model_in_double_precision_that_makes_constants_is_pruned_as_in_single():
-    asked, states = [{"op_types": ["Linear"], "sparse_ratio": 0.5}], torch.randn(2, 5, 6)
-    single = nni_topo.dependency_groups(Positions().eval(), states, asked)
-    double = nni_topo.dependency_groups(Positions().eval().double(), states.double(), asked)
-    assert [entry["op_names"] for entry in single] == [entry["op_names"] for entry in double]
-    assert single.skipped == double.skipped
-    assert "inner" in {name for entry in double for name in entry["op_names"]}
-
-
 class Picking(nn.Module):
     """Reads rows that a mask picks, and adds positions, for which it only asks the length of one of the channels."""
 

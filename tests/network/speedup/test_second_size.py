@@ -3,20 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 import nni_topo
 from nni_topo.errors import SpeedupError
-
-
-class Pooled(nn.Module):
-    def __init__(self, pool):
-        super().__init__()
-        self.a, self.b, self.o = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1), nn.Linear(12, 3)
-        self.pool = pool
-
-    def forward(self, x):
-        return self.o(self.pool(self.b(self.a(x).relu())))
 
 
 class Mixed(nn.Module):
@@ -29,19 +18,6 @@ class Mixed(nn.Module):
     def forward(self, x):
         x = self.a(x).relu()
         return self.o(x + self.b(x).flatten(2).transpose(1, 2).reshape(x.shape))
-
-
-class TwoWays(nn.Module):
-    """Small images don't go through the layer ``more``."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.more, self.o = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 3)
-
-    def forward(self, x):
-        is_large = x.shape[-1] >= 128
-        x = self.a(x).relu()
-        return self.o((self.more(x).relu() if is_large else x).mean((2, 3)))
 
 
 def _groups(model, inputs, kinds=("Conv2d", "Linear")):
@@ -58,30 +34,6 @@ def _half_masked(model, *layers):
     return masks
 
 
-@pytest.mark.parametrize("side", [8, 96])
-@pytest.mark.parametrize(
-    "pool",
-    [
-        lambda x: x.sigmoid().sum((2, 3)),
-        lambda x: x.flatten(2).logsumexp(-1),
-        lambda x: functional.softplus(x).amax((2, 3)),
-    ],
-    ids=["sum of sigmoids", "logsumexp", "maximum of softplus"],
-)
-@pytest.mark.quick_every(2)
-def test_removed_channels_whose_values_depend_on_the_size_are_read_at_none(pool, side):
-    model, x = Pooled(pool), torch.randn(2, 3, side, side)
-    assert [entry["op_names"] for entry in _groups(model, x)] == [["a"], ["b"]]
-    dense = nni_topo.to_dense(model, x, _half_masked(model, "a", "b"))
-    assert dense.b.out_channels == 6
-    with torch.no_grad():
-        model.b.weight[:, ::2] = 0
-        model.o.weight[:, ::2] = 0
-        for size in (5, 80, 100):
-            other = torch.randn(3, 3, size, size + 1)
-            torch.testing.assert_close(dense(other), model(other), rtol=1e-4, atol=1e-4)
-
-
 def test_channels_that_are_coupled_with_others_at_another_size_stay():
     groups = _groups(Mixed(), torch.randn(2, 3, 2, 2))
     assert not groups
@@ -92,13 +44,6 @@ def test_channels_that_are_coupled_with_others_at_another_size_stay():
     masks["b"] = {"weight": (torch.arange(16) // 4 != 1).float().view(-1, 1, 1, 1)}
     with pytest.raises(SpeedupError, match="size"):
         nni_topo.to_dense(model, torch.randn(2, 3, 2, 2), masks)
-
-
-@pytest.mark.parametrize("side", [224, 64])
-def test_channels_that_other_layers_read_at_another_size_stay(side):
-    groups = _groups(TwoWays(), torch.randn(2, 3, side, side))
-    assert not groups
-    assert {reason.kind for reason in groups.reasons["a"]} == {"depends_on_size"}
 
 
 def test_the_report_names_the_second_size_or_says_that_there_is_none():
