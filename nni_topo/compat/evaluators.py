@@ -44,7 +44,7 @@ def import_trainers_late() -> bool:
             return
 
         class PatchCallback(TrainerCallback):
-            """As NNI has it where Transformers is installed."""
+            """The class that NNI defines itself where Transformers is installed."""
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 """Do nothing; NNI's tasks are in subclasses."""

@@ -355,7 +355,10 @@ class BudgetPlanner(Planner):
 
 
 def preferred_steps(units: Sequence[PruningUnit], least: int) -> dict[str, int]:
-    """Return, by unit, the multiple of rows that each part keeps: at most 16, at most a ``least``-th of the rows."""
+    """Return the step of each unit's rows with which it keeps a multiple of 2, 4, 8 or 16 channels.
+
+    The multiple is at most a ``least``-th of the unit's channels.
+    """
     found = {}
     for unit in units:
         multiple = min(_FASTEST, 1 << (max(1, unit.blocks // least).bit_length() - 1))

@@ -184,7 +184,7 @@ def _matched(listed: Any, config_list: list[dict[str, Any]]) -> dict[str, nn.Mod
 
 
 def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -> list[str]:
-    """Return the names of a module's targets in an entry; ConfigError where there is none of a name."""
+    """Return the names of a module's targets in an entry; ConfigError for a target that the module doesn't have."""
     known = {**PruningSetting.get(module, {}), **config.get("target_settings", {})}
     found = list(config.get("target_names") or known)
     for target in found:

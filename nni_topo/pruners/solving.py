@@ -13,12 +13,12 @@ from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.planner import FloatArray
 
 Position = TypeVar("Position", int, float)
-_NEAR_TIME = 0.02  # of what is asked for, where to stop
-_TIMINGS = 10
-_TOGETHER = 3
+_NEAR_TIME = 0.02  # of the share: a search for a time ends this near to it
+_TIMINGS = 10  # solutions that are timed, at most
+_TOGETHER = 3  # nearest solutions that are timed again
 _LEAST_GAIN = -0.05  # logarithm of a share of the time
-_STEPS = 40
-_FIRST_STEPS = 16
+_STEPS = 40  # of the bisection
+_FIRST_STEPS = 16  # in which a group would lose all of its rows; near the budget it loses row by row
 _LEAST_SAVING = 1e-12  # a share: rows that save nothing are removed last
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
@@ -36,8 +36,8 @@ def solve_uniform(
     """Return the rows that units lose by one ratio, within their bounds, so that a ``share`` of the cost remains.
 
     The ``bounds`` are the fewest and the most rows of each. ``alike``: units with the same number of rows lose equally
-    many. ``steps``: each unit loses a multiple of so many rows, or meets a bound. ``proportions``, from 1 on: of each
-    unit, how many times the share of a unit of proportion 1 it keeps.
+    many. ``steps``: each unit loses a multiple of so many rows, or meets a bound. ``proportions``, at least 1: a unit
+    of proportion p keeps p times the share of its rows that a unit of proportion 1 keeps.
     """
     steps = [1] * len(rows) if steps is None else steps
     proportions = [1.0] * len(rows) if proportions is None else proportions
@@ -83,7 +83,7 @@ def solve_error(
     groups = [[unit] for unit in range(len(losses))] + [list(units) for units in together]
 
     def strides(most_steps: int) -> list[dict[int, int]]:
-        """Return how many rows of which units each group loses at a time; at most so many times."""
+        """Return by group how many rows of each unit it loses in a step; 0: as few as possible."""
         sizes = [{unit: len(losses[unit]) for unit in units} for units in groups]
         times = [min(most_steps, *size.values()) if most_steps else min(size.values()) for size in sizes]
         return [
@@ -157,7 +157,7 @@ def solve_tolerance(
 
 # Shares of the time by the table, where no network takes what is asked for; the first is the unpruned one.
 _WIDER = (1.0, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1)
-_AS_FAST = 1.05
+_AS_FAST = 1.05  # networks of up to this multiple of the least time count as equally fast
 
 
 def solve_timed(
@@ -167,6 +167,9 @@ def solve_timed(
     share: float,
 ) -> tuple[list[int], float, float]:
     """Return rows to remove such that the dense network takes a ``share`` of the time, what it takes, and the aim.
+
+    ``said`` returns a solution's share of the time by the table of layers, ``timed`` the measured ones. The aim is the
+    share by the table that ``solve`` was asked for.
 
     A table of layers misses the time that a network spends between them. So each solution is timed, and the next one
     aims at the table's share at which, by the times so far, the share would be met. Where a solution is near, or none
@@ -194,7 +197,7 @@ def solve_timed(
     for _ in bar("timing widths", None, range(_TIMINGS)):
         removed = tuple(solve(aim))
         if removed in found:
-            # on one step of the widths: halfway between the nearest that take less and more
+            # These widths were timed before: aim between the nearest aims whose networks take less and more.
             below = max((aim for remaining, aim in found.values() if remaining < share), default=0.0)
             aim = (below + min((aim for remaining, aim in found.values() if remaining >= share), default=1.0)) / 2.0
             if (removed := tuple(solve(aim))) in found:
@@ -205,7 +208,7 @@ def solve_timed(
         points = sorted([*points, (said(removed), found[removed][0])])
         table, taken = np.log(np.array(points)).T
         taken, wanted = np.maximum.accumulate(taken), math.log(share)
-        # below what was timed as a power of it
+        # Below all measured shares, the share by the table is taken as a power of the measured one.
         power = table[0] / min(taken[0], _LEAST_GAIN) if wanted < taken[0] else None
         aim = math.exp(np.interp(wanted, taken, table) if power is None else wanted * power)
     best = look_again()

@@ -112,12 +112,12 @@ class Training:
     """What a network learns, and how it is judged on the way."""
 
     student: Callable[[], nn.Module]  # makes a copy of the network to train
-    batches: Callable[[], Batches]  # those of a course, from the beginning
+    batches: Callable[[], Batches]  # the batches of a course, from the first one
     objective: Callable[[nn.Module, Any, list[Tensor]], Tensor]  # the mean loss on a batch with these targets
     total: int  # steps of a course of full length
     look: Callable[[nn.Module], float]  # the held-out loss of a network
-    first: float = math.inf  # that loss before any step
-    constant: float = math.inf  # and of a network with constant outputs
+    first: float = math.inf  # the held-out loss before any step
+    constant: float = math.inf  # the held-out loss of a network with constant outputs
     is_normed: bool = False  # whether batch norms take their statistics from the batches
     clock: Clock = field(default_factory=Clock)
 
@@ -138,7 +138,7 @@ class Course:
         self.optimizer = torch.optim.AdamW(learned, weight_decay=0.0, fused=is_fused or None)
         self.done = 0  # steps
         self.curve: list[Look] = []  # the held-out loss along the course
-        # The state at the best two looks in turn, the larger of which counts; empty if none was smaller than the first.
+        # The state at the two successive looks whose larger loss is smallest; empty if it never falls below the first.
         self.best: dict[str, Tensor] = {}
         self.best_step = 0
         self.is_given_up = False  # whether it ended because the held-out loss grew or didn't fall
@@ -237,7 +237,7 @@ def tried_steps(total: int) -> int:
 
 
 def seconds_of_a_step(training: Training) -> float:
-    """Return the seconds of a step on the first batch, by a network that is then thrown away."""
+    """Return the seconds of a step on the first batch, measured on a copy that is then discarded."""
     course, batch = Course(training, min(RATES)), next(training.batches())
     with learning(course.student, is_normed=training.is_normed):
         return timed(lambda: course.step(batch, course.rate), course.student)

@@ -73,7 +73,7 @@ _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
 _FEW = 25  # held-out images below which a result that is kept was often worse on other images
 _TIMED = 16  # samples of the step that is timed before there is a smaller model
-_LOOKED_AT = 256  # held-out images at most that are looked at while learning goes on; all of them judge the result
+_LOOKED_AT = 256  # held-out images, at most, that are looked at during a course; all of them judge the result
 
 _POSITIVE = number(0.0, closed="neither")
 KNOBS = {
@@ -217,7 +217,7 @@ class Distillation(Verdict):
 
 
 def course_length(images: int, batch_size: int) -> int:
-    """Return the steps at most of a course on so many images, where ``steps`` isn't given."""
+    """Return the most steps of a course on so many images if ``steps`` isn't given."""
     return max(_STEPS, _PASSES * math.ceil(images / batch_size))
 
 
@@ -495,9 +495,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     -------
     torch.nn.Module
         A new model in the mode of ``dense``, module by module: with the learned weights if their loss on the images
-        held out is smaller and their distance from the outputs of ``original`` at most twice that of ``dense``, else
-        with those where two looks in turn found the smallest loss if these are better, else an equal copy. Masked
-        weights stay zero.
+        held out is smaller and their distance from the outputs of ``original`` at most twice that of ``dense``. Else
+        with the weights of the two successive looks with the smallest loss, if these are better; else an equal copy.
+        Masked weights stay zero.
 
     Raises
     ------
@@ -549,7 +549,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
 
 def is_solved_on(model: nn.Module, images: Calibration) -> Tensor:
-    """Return on which samples, with groups also of which groups, a model's weights were solved, as far as is known."""
+    """Return the samples on which a model's weights were solved, as far as is known: bool (samples,).
+
+    If samples have groups, these are all samples of each group on which weights were solved.
+    """
     known = solved_on(model)
     if not known:
         return torch.zeros(images.samples, dtype=torch.bool)
@@ -560,8 +563,8 @@ def is_solved_on(model: nn.Module, images: Calibration) -> Tensor:
 def samples_to_judge_on(model: nn.Module, images: Calibration) -> Tensor:
     """Return which samples judge by default: bool (samples,).
 
-    They are the eighth that other steps leave out; where weights of the model were solved on some of it, as many of
-    those on which none were, or, without any, that eighth.
+    They are the eighth that other steps leave out. If weights of the model were solved on some of it, as many of the
+    samples on which none were solved take its place. If there are no such samples, it is that eighth after all.
     """
     eighth = images.held_out(HELD_OUT)
     fresh = ~is_solved_on(model, images)

@@ -150,7 +150,7 @@ class Lesson:
             )
 
     def split(self, held: Tensor, learned: Tensor) -> None:
-        """Take scales of distances from the images that judge, as reports do, and those of the steps from the others.
+        """Set the scales of distances: from the held-out images to judge, as in reports, from the others for the steps.
 
         A single image has no scale.
         """
@@ -348,8 +348,8 @@ class _LazyOutputs:
 def student_of(dense: nn.Module, pool: Call) -> nn.Module:
     """Return a copy of a network that can learn: in evaluation mode, in single precision at least.
 
-    What requires gradients learns, or everything where nothing does: a network that is frozen as a whole is one that
-    is only used, not one of which nothing may change.
+    Parameters that require gradients learn. If none does, all learn: then the network was frozen because it was only
+    used, not because nothing may change.
     """
     if not any(parameter.is_floating_point() for parameter in dense.parameters()):
         raise ConfigError("a model must have floating parameters, got none (dense)")
@@ -436,7 +436,7 @@ def _blended(call: Call, seed: int) -> Call:
 
 
 def _together(index: Tensor) -> tuple[Tensor, ...]:
-    """Split image numbers into batches; none of no image."""
+    """Split image numbers into batches; without images there is no batch."""
     found: tuple[Tensor, ...] = index.split(_AT_ONCE) if len(index) else ()
     return found
 

@@ -28,7 +28,7 @@ from nni_topo.recovery.replay import Replay, Values
 
 
 def position_count(module: nn.Module, shape: Sequence[int]) -> int:
-    """Return how many positions each entry of a layer's output, of a shape, has."""
+    """Return the number of positions in each entry of a layer's output of this shape."""
     return math.prod(shape[1:-1] if isinstance(module, nn.Linear) else shape[2:])
 
 
@@ -53,7 +53,7 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
         windows = _transposed_windows(call, call.output_size if is_own else shape[2:])
     else:
         windows = call.windows()
-    # What torch.unravel_index gives, which loads SymPy.
+    # As torch.unravel_index does, which would load SymPy.
     places, rest = list[Tensor](), positions
     for size in reversed(windows.shape[2 : 2 + dims]):
         places.insert(0, rest % size)
@@ -96,10 +96,10 @@ def draw_positions(count: int, entries: int, wanted: int, generator: torch.Gener
 def draw_unpadded(
     count: int, entries: int, wanted: int, generator: torch.Generator, real: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw positions as `draw_positions`, of which about `wanted` count, and say which do, both (entries, positions).
+    """Draw positions, of which about ``wanted`` are real, and return them and marks of the real ones.
 
-    ``real`` marks the positions that count, bool (entries, count). If it is None or has another shape, all count, and
-    None is returned instead of marks.
+    Both are (entries, positions). Positions are drawn as by `draw_positions`. ``real`` marks the positions that aren't
+    padding, bool (entries, count). If it is None or has another shape, all are real, and the marks are None.
     """
     if real is None or real.shape != (entries, count):
         return draw_positions(count, entries, wanted, generator), None
@@ -125,7 +125,7 @@ def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
     ):
         reach = dilation * (kernel - 1)
         before = reach - padding
-        # Of the last dimension first, as `pad` wants it; less than nothing cuts off.
+        # The last dimension comes first, as in `pad`; negative numbers cut off.
         around = [before, wanted + reach - before - length, *around]
     windows = functional.pad(windows, around)
     for dim, (kernel, dilation) in enumerate(zip(call.kernel, call.dilation, strict=True), start=2):
@@ -136,7 +136,7 @@ def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
 def samples_to_solve_on(model: nn.Module, calibration: Calibration) -> Calibration:
     """Return the samples that may be solved on: all but those on which distillation judges.
 
-    All, where a model doesn't run on fewer samples than a batch has, for then it can't be distilled either.
+    These are all samples if the model runs on whole batches only, because then it can't be distilled either.
     """
     learned = calibration.learned
     if not len(learned) or (learned is not calibration and failure_on(model, next(calls(model, learned))) is not None):
@@ -147,7 +147,7 @@ def samples_to_solve_on(model: nn.Module, calibration: Calibration) -> Calibrati
 Samples = tuple[Tensor, Tensor, Tensor]
 
 HELD_OUT_ENTRIES = 5
-"""Of so many entries one is held out, to choose the ridge by."""
+"""One of so many entries is held out for the choice of the ridge."""
 _LEAST_SAMPLES = 16384
 _SAMPLES_PER_UNKNOWN = 16
 _CHUNK = 2**23
@@ -158,7 +158,7 @@ _CURE = "method='recalibrate' takes none; a layer that reads fewer channels take
 class Task(ABC):
     """One layer that is changed to make up for pruned channels."""
 
-    refines = False  # it has the same inputs as the task before, whose products serve again
+    refines = False  # whether it has the inputs of the task before, so that their products are used again
     layer: Solvable
     watched: list[Node]  # whose values are sampled
     place: Node  # where the error is measured
@@ -231,7 +231,7 @@ class Sampler:
     def _needed(self, task: Task) -> int:
         """Return the bytes of a task's sums and factors."""
         shape, groups = tensor_shape(task.place) or (), len(task.layer.columns)
-        # Up to so many samples; fewer than unknowns are kept as they are.
+        # If there are fewer samples than unknowns, the samples themselves are kept.
         positions = position_count(self.replay.model.get_submodule(task.layer.name), shape)
         samples = min(self.images * positions, task.unknowns)
         return 8 * _COPIES * groups * task.unknowns * samples
@@ -239,8 +239,8 @@ class Sampler:
     def collect(self, task: Task, settled: int) -> tuple[NormalEquations, NormalEquations] | None:
         """Run the networks and return the sums of the samples to learn from and of those held out.
 
-        DataError if any isn't finite. None if the networks have other samples at the task's place, so that nothing says
-        which belong together: a part of the network, such as a router of experts, decides what gets there.
+        DataError if any isn't finite. None if the two networks have different numbers of samples at the task's place,
+        because a router of experts, say, decides which samples get there: nothing says which belong together.
         """
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
         known = self._known if task.refines else None

@@ -2,8 +2,8 @@
 
 Blocks that add to a stream and keep its shape can be removed as a whole, and so can attention or the MLP of a
 transformer's block. The layer before the gap makes up for them as far as it can, see :mod:`nni_topo.recovery.blocks`.
-The next block to remove is the one without which the loss on held-out images grows least for the cost that it saves;
-all are looked at again after each removal.
+The next block to remove is the one without which the loss on held-out images grows least for the cost that it saves.
+After each removal the blocks that were most promising before are judged again.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Removal:
         return self.name != self.block
 
     def remove_from(self, net: nn.Module, name: str) -> None:
-        """Remove it, which has a name there, from a network, in place."""
+        """Remove the block from a network, where it is called ``name``, in place."""
         if self.is_part:
             take_out_part(net, name, self.outputs)
             return
@@ -158,7 +158,7 @@ def removable_blocks(
     ]
     names = dict.fromkeys(name for name, _ in listed)
     names |= dict.fromkeys(f"{name}.{key}" for name, child in listed for key, _ in child.named_children())
-    # Of each call what entered, the output, and a copy of its first tensor, which what follows may change in place.
+    # Of each call: the input, the output, and a copy of its first tensor, which later operations may change in place.
     seen: dict[str, list[tuple[Any, Any, Tensor]]] = {name: [] for name in names}
     entered: dict[str, Any] = {}
 
@@ -559,7 +559,7 @@ class Depth:
         return self._lefts[count]
 
     def overhead(self) -> float:
-        """Return the share of the time that stays if each layer has as few channels as possible; NaN of other costs."""
+        """Return the share of the time that stays if layers have as few channels as possible; NaN for other costs."""
         whole = self.whole
         if whole.budget.kind != "latency":
             return math.nan

@@ -25,8 +25,9 @@ from nni_topo.recovery.report import SMALL
 from nni_topo.rules import check_result
 from nni_topo.runs.images import ImageParts
 
-# A network is said to be worse on held-out images than on calibration images if its distance is so many times as large,
-# or its agreement so much smaller, and the interval of the held-out figure excludes the other one.
+# The report says that a network is worse on held-out images than on calibration images if its distance is more than
+# _GAP times as large, or its agreement smaller by more than _GAP_OF_AGREEMENT, and the interval of the held-out figure
+# excludes the figure on calibration images.
 _GAP = 2.0
 _GAP_OF_AGREEMENT = 0.05
 _MANY = 8  # so many channels make it worth telling that only one is left

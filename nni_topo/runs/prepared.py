@@ -1,4 +1,4 @@
-"""What `shrink` and `frontier` do once; after that they make networks of any size, each with its report."""
+"""A network that `shrink` or `frontier` has prepared once, to make networks of any size of it, each with a report."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ from nni_topo.runs.report import ShrinkReport
 from nni_topo.runs.settings import FREE_WIDTHS, PREFERRED, Settings, allocations_to_try
 from nni_topo.runs.widths import as_entries, planned_ratios
 
-# What selecting channels by reconstruction takes, and reconstructing weights as well: passes forward and back over the
+# The time of selecting channels by reconstruction, and of reconstructing weights: passes forward and back over the
 # calibration data, and seconds for each product of `_products`. Measured on one core.
 _PASSES, _SECONDS_OF_A_PRODUCT = 2.0, 3e-11
 _POSITIONS = 16  # positions of large feature maps that are drawn for each column, about
@@ -89,7 +89,7 @@ class Prepared:
     seconds_of_a_step: float = math.nan  # for a sample, of the unpruned network; NaN where none is distilled
     left_out: list[str] = field(default_factory=list)  # warnings of steps that were left out
     clock: Clock = field(default_factory=Clock)  # of the whole call, by default without a limit
-    # By allocation, the pruner that is asked again for every size: with what it has measured.
+    # By allocation, the pruner that selects for every size, with what it has measured.
     _pruners: dict[str, StructuredPruner] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -114,7 +114,7 @@ class Prepared:
 
     @property
     def analysis(self) -> Analysis:
-        """What it does with channels."""
+        """What that network does with channels."""
         return self.start.analysis
 
     @cached_property
@@ -130,14 +130,14 @@ class Prepared:
 
     @cached_property
     def counted(self) -> Analysis:
-        """The analysis of the network on these inputs."""
+        """The analysis of the network on `example`."""
         if self.budget.kind != "latency":
             return self.analysis
         return Analysis.on(self.model, self.example, self.analysis.facts)
 
     @cached_property
     def _cost(self) -> int:
-        """Of the network that is made smaller."""
+        """The cost of the network that is made smaller."""
         return cost_of(self.budget.kind, self.model, self.example)
 
     def leave_out(self, text: str) -> None:
@@ -148,7 +148,8 @@ class Prepared:
     def tell_cost(self, made: int = 1, distilled: int = 1) -> None:
         """Say what each stage will take, before it is spent: as a warning where it is more than ten minutes.
 
-        ``made`` networks are made, and ``distilled`` of them distilled; times are by those of the unpruned network.
+        ``made`` networks are made, and ``distilled`` of them distilled. Times are estimated from those of the unpruned
+        network.
         """
         settings, samples = self.settings, self.images.learned.samples
         # A run back takes twice as long as a run forward.
@@ -286,7 +287,7 @@ class Prepared:
         """Distil a dense network, if asked to.
 
         There is no verdict where :func:`nni_topo.distill` doesn't run, as for a network without gradients. ``own`` are
-        knobs of this network alone, which give way to those of the caller.
+        knobs of this network alone; those of the caller come first.
         """
         began, distill, images = perf_counter(), self.settings.distill, self.images.learned
         if distill is False:
@@ -357,7 +358,7 @@ class Prepared:
         return float(cost(kept) / cost({}))
 
     def measure(self, made: Pipeline) -> None:
-        """Measure a network without weight reconstruction, and with it."""
+        """Measure a network without and with weight reconstruction, for its report."""
         self.measured.add("pruned", made.without_recovery().dense, made.seconds)
         if self.settings.compensate is not None:
             self.measured.add("reconstructed", made.dense, made.seconds_of_recovery)
@@ -376,7 +377,7 @@ class Prepared:
             runtime = self.budget.runtime
             before, after = as_run_by(runtime, [self.model, network], self.batch)
             timed = replace(timed_pair(before, after, self.batch), runtime=runtime)
-        if self.is_described:  # it is to be as its config describes it
+        if self.is_described:  # so that its layers are those that its config describes
             with_transposed_weights(network)
         report = ShrinkReport(
             **{"stages": tuple(measured.stages), "layers": made.layers, **found},
@@ -440,7 +441,7 @@ def prepare(
 
 @leaves_models_alone
 def _products(model: nn.Module, call: Call, samples: int) -> float:
-    """Return the products, about, of forming and solving the normal equations of all layers once."""
+    """Return about how many products it takes to form and solve the normal equations of all layers once."""
     weights = {
         name: module.weight
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""What `shrink` and `frontier` are asked for, apart from a size, and what that must be."""
+"""The arguments of `shrink` and `frontier` apart from the size, and their checks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FREE_WIDTHS = (
 PREFERRED: Literal["preferred"] = "preferred"
 """The value of ``round_to`` by which layers keep multiples of channels as far as the budget allows."""
 TOLERANCE = "a tolerance"
-"""What makes networks of several sizes where :func:`nni_topo.shrink` searches the smallest one."""
+"""What errors name as the reason why :func:`nni_topo.shrink` makes networks of several sizes."""
 # Arguments of a pruner that the call sets:
 _OFFERED = ("seed", "calibration", "example_inputs", "budget", "round_to")
 Layers = Sequence[str | Mapping[str, Any]]
@@ -51,7 +51,7 @@ Layers = Sequence[str | Mapping[str, Any]]
 class Settings:
     """How a network is made smaller, apart from its size; the fields are the arguments of :func:`nni_topo.shrink`.
 
-    ConfigError for what can't be used whatever the model is.
+    ConfigError for values that can't be used with any model.
     """
 
     pruner: str = "reconstruction"
@@ -106,7 +106,7 @@ class Settings:
 
     @property
     def chooses_how_many(self) -> bool:
-        """Whether the pruner takes neither a budget nor, as NNI's do, exactly the ratios that it is given."""
+        """Whether the pruner chooses how many channels it keeps: it takes no budget, and NNI's keep to given ratios."""
         info = pruner_info(self.pruner)
         return not (info.origin == "nni" or "budget" in info.knobs())
 
@@ -123,7 +123,7 @@ class Settings:
         return self.distill if isinstance(self.distill, Mapping) else {}
 
     def checked(self, model: nn.Module, budget: Budget, several: str = "") -> Budget:
-        """Check a request before any work; return the budget as :meth:`as_described`."""
+        """Check a request before any work; return the budget that :meth:`as_described` returns."""
         check_model(model)
         self.check_layers(model)
         self.check_together(budget, several)
@@ -238,7 +238,7 @@ class Settings:
     def as_described(self, model: nn.Module, budget: Budget) -> Budget:
         """Return the budget, with equal blocks if a config of Transformers has to describe the smaller network.
 
-        That is the default for a model of Transformers, and with equal blocks. ConfigError for what can't be described.
+        It has to for a model of Transformers, unless ``equal_blocks`` is False. ConfigError if it can't.
         """
         if not is_pretrained(model) or budget.equal_blocks is False:
             return budget

@@ -38,7 +38,7 @@ STEPS = {
 }
 """The steps after which accuracy is measured, named as in the records, in the words of figures and tables."""
 SHARES = (0.95, 0.98, 0.99, 1.0)
-"""Shares of the unpruned network's validation accuracy, up to the one that ended fine-tuning, in tables."""
+"""Tables of convergence have columns of these shares of the unpruned validation accuracy, if runs got so far."""
 _SHORT = 2  # so many epochs of fine-tuning say nothing of convergence
 _NEAREST = 1e-3  # accuracies are kept this far from 0 and 1 before the log-odds are taken
 
@@ -256,7 +256,7 @@ def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column
 def in_short(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Return the head and the lines of a short table: how much smaller networks are, and what the best method loses.
 
-    A line is of the last step without labels, one of fine-tuning where networks were fine-tuned.
+    One line is of the last step without labels, another of fine-tuning if networks were fine-tuned.
     """
     pruned = {row: runs for row, runs in rows.items() if next(iter(runs.values()))["pruner_name"] != SCRATCH}
     lines, on = [], "validation"

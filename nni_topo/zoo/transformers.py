@@ -57,7 +57,7 @@ class FeedForward(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Map ``(n, places, width)``."""
+        """Return a tensor of the shape of ``states``, (n, places, width)."""
         mapped: Tensor = self.fc2(functional.gelu(self.fc1(states)))
         return mapped
 

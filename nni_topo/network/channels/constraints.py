@@ -1,7 +1,7 @@
 """Constraints on the channels of coupled layers that a dependency group can't state.
 
-Layers may share some of their channels only: NNI's groups couple all, one to one. And blocks of channels, those of
-grouped layers, group norms and shuffles, may have to lose the same number each.
+Layers may share only some of their channels, but NNI's groups couple all of them, one to one. And the blocks of
+channels of grouped layers, group norms and shuffles may have to lose the same number each.
 
 The dense model splits and shuffles the kept channels in its own way (`DenseOrder`). Where it sends the first, second
 and third channel of a layer depends only on how many channels the layer keeps. In the unpruned model channels belong to
@@ -158,7 +158,7 @@ class DenseOrder(torch.fx.Interpreter):
         return found
 
     def _renamed(self, found: Any, ascending: Any) -> Any:
-        """Return the ids that the flow has at a node where others of the same groups, a layer scale's say, arrived."""
+        """Return the flow's ids of a node instead of others of the same groups that arrive, such as a layer scale's."""
         if not (isinstance(found, Tensor) and isinstance(ascending, Tensor)) or found.shape != ascending.shape:
             return found
         arrived, expected = compressed(found), compressed(ascending)
@@ -257,7 +257,7 @@ def _in_order_of(entering: list[Tensor], ascending: Any) -> Any:
     held = [d for d in range(1, ascending.dim()) if varies(ascending, d)]
     for ids in entering:
         found = carry(ids, tuple(ascending.shape))
-        # What has its channels in other dimensions has others: scores of attention, say, that weigh the values.
+        # An operand with channels in other dimensions has other channels, such as scores of attention.
         if found is not None and held and held == [d for d in range(1, found.dim()) if varies(found, d)]:
             return found
     return ascending
@@ -285,7 +285,7 @@ def _gathered(value: Any, full_ids: Any, dense_ids: Any) -> Any:
 
 
 class Share(NamedTuple):
-    """How many of which of a layer's channels stay if it is asked to keep so many."""
+    """How many channels of each segment of a layer stay if the layer is asked to keep so many."""
 
     asked: int
     segments: tuple[int, ...]  # the segment that each channel belongs to
@@ -327,7 +327,7 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
     """Say which channels of layers may stay, given how many of each should; only of layers that are shuffled."""
     if not flow.shuffles:
         return {}
-    # What each chunk takes apart, and each view into rows.
+    # The group ids of the channels that each chunk, or view into rows, takes apart.
     moved = [set(flow.group_ids(blocks.ids).tolist()) for blocks in flow.blocks if blocks.moves]
     counts = dict[str, int]()
     moves_of = dict[str, set[int]]()  # by layer, the chunks and views that take its channels apart
@@ -342,7 +342,7 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
     # The counts of layers that shuffles connect are searched together, from those asked for upwards.
     routes, found = _routes(flow, flow.ids), Shares()
     for names in coupled_names(moves_of):
-        # With some counts the dense model would send a channel to a piece that none of its layer goes to here.
+        # For some counts the dense model would send channels of a layer to a piece that gets none of them now.
         for more in range(_MORE):
             asked = {name: min(counts[name] + more, flow.layers[name].channels) for name in names}
             parts = _shared_out(flow, routes, counts | asked, names)

@@ -60,7 +60,7 @@ class _LayerCost:
     positions: int
     entering_positions: int
     leaving_positions: int
-    bias: int  # how many of them
+    bias: int  # number of bias vectors
     has_weight: bool = True  # False where another layer has the same one, which counts it
     has_bias: bool = True
 
@@ -68,7 +68,7 @@ class _LayerCost:
         """Count multiply-accumulates, parameters, and the values that enter and leave one call.
 
         ``pruned``: by group id. Multiply-accumulates are those of all calls. Parameters that another layer counts
-        aren't among them.
+        are left out.
         """
         entering, leaving = _count_kept(self.entering, pruned), _count_kept(self.leaving, pruned)
         # A depth-wise convolution loses groups with its channels: each channel keeps one input.
@@ -104,7 +104,7 @@ class NetworkCost:
         shared, known = first_names(model), set[str]()
 
         def is_new(name: str) -> bool:
-            """Tell whether a parameter wasn't counted yet, under another name of it."""
+            """Tell whether a parameter wasn't counted yet under another of its names."""
             first = shared.get(name, name)
             found = first not in known
             known.add(first)
@@ -144,7 +144,7 @@ class NetworkCost:
         entering = [flow.entering_group_ids(name)]
         biases = int(has_bias(module))
         if is_recurrent(module):
-            # In each direction, units read what enters and one another; those of further levels all of the level below.
+            # In each direction, units read the input and one another; units of further levels all of the level below.
             units = flow.group_ids(flow.unit_channel_ids(name))
             directions = 2 if module.bidirectional else 1
             further = (module.num_layers - 1) * directions
@@ -217,13 +217,13 @@ def _positions(module: Any, size: Size) -> int:
 
 
 def _count_kept(group_ids: IntArray, pruned: BoolArray) -> int:
-    """Count the kept channels among some, given by group id which are pruned."""
+    """Count the kept channels of these group ids; ``pruned``: by group id."""
     return len(group_ids) - int(np.count_nonzero(pruned[group_ids]))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Factor:
-    """A tensor whose dimensions stand where those of the other factor stand that they run along with."""
+    """A factor of a product. Its dimensions have the places of the matching dimensions of the other factor."""
 
     ids: Tensor  # of length 1 where ids don't differ
     shape: tuple[int, ...]

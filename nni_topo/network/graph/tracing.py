@@ -173,7 +173,7 @@ def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: nn.Module, ca
 
 
 class _RandomNoting(ShapeNoting):
-    """Note the shapes of what a graph's nodes give, and which draw random numbers."""
+    """Note the output shapes of a graph's nodes, and which nodes draw random numbers."""
 
     def run_node(self, n: Node) -> Any:
         """Run a node, and note whether it draws random numbers."""
@@ -322,7 +322,7 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
     for name, module in model.named_modules():
         if isinstance(module, (*WEIGHTED, *RECURRENT, nn.MultiheadAttention)):
             notes.append((module, partial(note, name)))
-            # A derived class may change its input before it convolves, and take smaller ones.
+            # A derived class may pad its input before it convolves, so that it accepts smaller inputs.
             if isinstance(module, CONVOLUTIONS) and not has_own_forward(module):
                 checks.append((module, partial(check, name, module)))
     with left_alone(model), watched(checks, notes), evaluation_mode(model), mixing_called(model), torch.no_grad():

@@ -255,7 +255,7 @@ class Calibration(Sequence[Any]):
 
     @cached_property
     def _can_be_cut(self) -> bool:
-        """Whether single samples can be taken: batches don't hold lists of them."""
+        """Whether a batch can be divided into samples; lists of samples, as detectors take them, stay whole."""
         return not any(lists_of_samples(inputs_of(batch)) for batch in self)
 
     def _part(self, pattern: Sequence[int], part: int) -> Calibration | None:

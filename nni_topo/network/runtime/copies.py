@@ -269,11 +269,11 @@ def _compiler_off(models: Iterable[nn.Module]) -> AbstractContextManager[object]
 
 @contextmanager
 def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
-    """Put back, whatever happens in the block, what models hold, and the states of all global generators.
+    """Restore the state of models and of all global random generators after the block, also after an error.
 
-    These are modes, attributes, gradients, tensors' memory and values of buffers; a pruner's wrappers stay. Unless
-    ``as_compiled``, compiled parts run as they are written, because they call no hooks and show no operations, and a
-    caller's ``torch.autocast`` is off.
+    The state of a model: modes, attributes, gradients, tensors' memory and values of buffers; a pruner's wrappers stay.
+    Unless ``as_compiled``, compiled parts run as they are written, because they call no hooks and show no operations,
+    and a caller's ``torch.autocast`` is off.
     """
     given = [model for model in models if isinstance(model, nn.Module)]
     compiler = _compiler_off([] if as_compiled else given)

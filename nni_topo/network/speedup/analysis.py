@@ -1,4 +1,4 @@
-"""What a model does with channels, found by tracing and running it: each answer once, for all who ask."""
+"""What a model does with channels, found by tracing and running it; each fact is found once and then kept."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Facts:
 
 
 class Analysis:
-    """What is known of a model, wrapped by NNI or not, on a call; it is that of the unwrapped model in evaluation mode.
+    """What is known of a model on a call. A model that NNI has wrapped is analysed unwrapped; all in evaluation mode.
 
     Parameters
     ----------
@@ -191,8 +191,8 @@ class Analysis:
 def _trace(model: nn.Module, call: Call) -> Trace:
     """Trace a model.
 
-    A forward that gives what its layers put out the width of its input is traced as one that doesn't, if it can be
-    rewritten so that it takes that width nowhere.
+    Some forwards reshape the output of their layers to the width of the forward's input. Where such a forward can be
+    rewritten without that width, the rewritten one is traced.
     """
     found = _traced_with(model, call, {})
     foreign = found.flow.foreign_widths()
@@ -202,14 +202,15 @@ def _trace(model: nn.Module, call: Call) -> Trace:
     for name, (dim, by_kept, _) in foreign.items():
         if name not in modules or has_own_forward(modules[name]):
             continue
-        # Where else it takes the width, channels have to be as many, which those that stay can't be in any case.
+        # If the forward also computes with the width, the input and the reshaped channels must be equally many. Where
+        # channels that stay are reshaped, they can't be.
         if take_own_width(modules[name], dim, wholly=not by_kept):
             own_widths[name] = dim
     while own_widths:
         rewritten = _traced_with(model, call, own_widths)
         left = set[str]()
         for name, (_, by_kept, times) in rewritten.flow.foreign_widths().items():
-            # Where it is still taken in fewer places, those of other layers, their channels are as many.
+            # Where the width is still taken in fewer places, these are of other layers, which have as many channels.
             if name in own_widths and by_kept >= foreign[name].by_kept and times >= foreign[name].times:
                 left.add(name)
         if not left:
@@ -235,7 +236,7 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     graph_module = recording.graph_module
     read = dict[str, Any]()
     if unused := unused_tensors(model, graph_module.graph):
-        # What was traced may hold things of its tracer's.
+        # A new copy, because the traced one may hold objects of the tracer.
         read = _read_in_training(copied(), unused, call)
     try:
         flow = ChannelFlow(graph_module, recording.args, read)
@@ -248,7 +249,7 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     flow.own_widths = own_widths
     graph = copy.deepcopy(graph_module.graph)
     held = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    # What the forward makes by itself the tracer keeps in the copy; all else is the model's, whatever it holds now.
+    # The copy holds the tensors that the forward makes itself. All others are read from the model, as they are then.
     constants = dict[str, Any]()
     for name in held:
         try:
@@ -279,9 +280,9 @@ def _described(call: Call) -> list[Any]:
 def _second_call(model: nn.Module, call: Call, compared: Compared) -> Call | None:
     """Return inputs of another size that a model runs on, of two samples if it takes these; None if none is found.
 
-    Dimensions of one size, such as height and width, or the lengths of tokens and their mask, change together. Tried
-    are a size on the other side of a number that the forward compares sizes with, then one place more, then the next
-    multiple of 8, 16 and 32. ``model`` is a copy in evaluation mode.
+    Dimensions of one size, such as height and width, or the lengths of tokens and their mask, change together.
+    These sizes are tried: one on the other side of a number that the forward compares sizes with, then one place more,
+    then the next multiple of 8, 16 and 32. ``model`` is a copy in evaluation mode.
     """
     few = first_samples(call)
     for start in (few, call) if few is not call else (call,):
@@ -355,11 +356,11 @@ def unused_tensors(model: nn.Module, graph: Graph) -> list[str]:
 
 
 def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[str, tuple[np.ndarray, Reason]]:
-    """Find the channels of layers that modules read that run in training mode only, such as auxiliary heads.
+    """Find the channels that modules read which run in training mode only, such as auxiliary heads.
 
     The model is traced a second time, with the modules in training mode that hold parameters that its graph of
-    evaluation mode doesn't use, ``unused``. Returns by layer which of its channels have to stay for what training mode
-    runs, bool, (channels,), and why; none where it can't be traced. ``model``: in evaluation mode.
+    evaluation mode doesn't use, ``unused``. Returns by layer which of its channels have to stay for training mode,
+    bool, (channels,), and why; no layers if the model can't be traced in that mode. ``model``: in evaluation mode.
     """
     try:
         # The copy has weights of its own, because a forward may write into them in training mode.

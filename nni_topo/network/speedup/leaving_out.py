@@ -1,8 +1,8 @@
-"""Removed channels taken out where they are read, in a network of full width.
+"""A network of full width that computes the kept channels as the dense network does.
 
-A layer that reads a removed channel reads a zero in its place, whatever an operation before it has made of it. A norm
-over channels, or a convolution along them, runs over those that are left. All else treats each channel by itself. So
-the channels that are left have the values that they have in the dense network.
+A layer reads zeros in place of removed channels, whatever value an operation before it has given them. A norm over
+channels, or a convolution along them, runs over the kept channels. All other operations treat each channel by itself.
+So the kept channels have the values that they have in the dense network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nni_topo.network.layers.slicing import cut, keep
 
 
 def leave_out(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, *, of_norms_alone: bool = False) -> None:
-    """Take removed channels out of what modules read, in place; ``is_kept``: which channels stay, by group id.
+    """Let modules compute without removed channels, in place; ``is_kept``: which channels are kept, by group id.
 
     No other network may share the model's parameters. ``of_norms_alone``: only norms over channels, and gates, leave
     them out.
@@ -36,7 +36,7 @@ def leave_out(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, *, of_no
 
 
 def leave_out_of(module: nn.Module, kept: Tensor, flow: ChannelFlow, name: str) -> None:
-    """Take removed channels out of what one module reads; ``kept``: which channels that enter it stay, bool."""
+    """Let one module compute without removed channels; ``kept``: which of its input channels are kept, bool."""
     if bool(kept.all()):
         return
     if is_normalizing(module) or is_depthwise(module):
@@ -61,7 +61,7 @@ class _ReadZeros:
         self.kept, self.dim = kept, dim
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return the arguments with zeros; a recurrent layer's state isn't what it reads."""
+        """Return the arguments with zeros; the state of a recurrent layer is left as it is."""
         if isinstance(module, nn.RNNBase) and args:
             return (tree_map_only(Tensor, self._zeroed, args[0]), *args[1:]), kwargs
         return tree_map_only(Tensor, self._zeroed, (args, kwargs))
@@ -77,10 +77,10 @@ class _ReadZeros:
 
 
 class OverKept(nn.Module):
-    """A norm, or a convolution along channels, of full width that runs over those that stay; the others are zero."""
+    """A norm, or a convolution along channels, of full width that runs over the kept channels; the others are zero."""
 
     whole: type[nn.Module]  # the module's own class
-    kept: Tensor  # int64, (channels that are left,)
+    kept: Tensor  # int64, (kept channels,)
     kept_dim: int  # the dimension of the channels
     gives_none: bool  # whether no channels leave it
 
@@ -88,7 +88,7 @@ class OverKept(nn.Module):
         return _made, (self.whole,), dict(vars(self))  # its class has no name by which pickle finds it
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """Run on the channels of ``(batch, channels, ...)`` or ``(..., channels)`` that are left: of one argument."""
+        """Run on the kept channels of the one argument, ``(batch, channels, ...)`` or ``(..., channels)``."""
         (x,) = (*args, *kwargs.values())
         small: Any = copy.copy(self)
         small.__class__ = self.whole

@@ -187,7 +187,7 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
 
 @lru_cache(maxsize=1024)
 def _read_in_forward(kind: type) -> frozenset[str]:
-    """Name the attributes that a class's forward reads, or methods and properties that it reads."""
+    """Return the names that a class's forward reads, and those read by the methods and properties that it uses."""
     names, left = set[str](), ["forward"]
     while left:
         found = inspect.getattr_static(kind, left.pop(), None)

@@ -62,7 +62,7 @@ class ReconstructionMetric(SelectionMetric):
         return problem.choose(keep, parts)
 
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
-        """Choose unit by unit, in the order of the problems."""
+        """Return the kept blocks, chosen unit by unit in the order of the problems."""
         kept: KeptBlocks = {}
         with bar("choosing filters", self.progress, total=len(context.units)) as shown:
             for unit, problem in self.problems.each(context, kept):

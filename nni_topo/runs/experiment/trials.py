@@ -118,7 +118,7 @@ def _record(experiment: Experiment, job: dict[str, Any], parameters: dict[str, A
     # NNI packs a result twice
     data = json.loads(json.loads(results[-1]["data"])) if results else {}
     result = data if isinstance(data, dict) else {"default": float(data)}
-    # what a resumed experiment is about to take up again NNI calls by the name of that event
+    # NNI gives the status ADD_RESUMED to a trial that a resumed experiment is about to run again.
     folder, status = job.get("logPath", ""), job["status"].replace("ADD_RESUMED", "WAITING")
     error, trial = "", job["trialJobId"]
     if status == "FAILED":
