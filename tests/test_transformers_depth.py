@@ -45,7 +45,7 @@ def test_hidden_states_that_a_user_reads_keep_their_blocks():
     model.config.output_hidden_states = True
     found = removable_blocks(model, Calibration([inputs_of(model, samples=8)]))
     assert not found.candidates
-    assert set(found.kept.values()) == {"what it puts out is an output of the model"}
+    assert set(found.kept.values()) == {"its output is an output of the model"}
 
 
 def test_a_decoder_without_an_attention_generates_and_is_read_again(tmp_path):

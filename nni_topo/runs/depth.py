@@ -214,13 +214,13 @@ def removable_blocks(
             why = ""
             for each in module.modules():
                 if each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks:
-                    why = "a hook meets it"
+                    why = "a hook is registered on it"
             mine = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(seen[candidate.name][0][1])}
             if not why and mine & memory:
-                why = "what it puts out is an output of the model"
+                why = "its output is an output of the model"
             why = why or keep(candidate.name)
             if not why and not _runs_without(model, candidate, call, shapes):
-                why = "the model gives other outputs without it, or doesn't run"
+                why = "without it the model doesn't run, or its outputs have another shape"
             if why:
                 kept[candidate.name] = why
             else:
@@ -277,14 +277,14 @@ class Shortened:
     """A network without some of its blocks."""
 
     net: nn.Module
-    names: dict[str, str]  # by name of a module here, its name in the unpruned network
+    names: dict[str, str]  # the name of each module in the unpruned network, by its name here
     removed: tuple[RemovedBlock, ...]
     loss: float  # on the held-out images
     left: float  # about what share of the cost is kept
 
     @property
     def here(self) -> dict[str, str]:
-        """By name of a module in the unpruned network, its name here."""
+        """The name of each module here, by its name in the unpruned network."""
         return {original: name for name, original in self.names.items()}
 
     def without(self, candidate: Removal, gap: Gap | None, solution: Any) -> tuple[nn.Module, dict[str, str], str]:
@@ -422,7 +422,7 @@ class DepthPath:
             return None if writer is None else Gap(writer, part, is_whole=True)
         if not place:
             return None
-        # Blocks after it may be gone already: the stream after the last of them is wanted.
+        # Blocks after it may be removed already: the stream after the last of them is to be matched.
         parent, _, key = candidate.name.rpartition(".")
         original = self._model.get_submodule(parent)
         gone = {each.name for each in state.removed}
@@ -524,7 +524,7 @@ class Depth:
         return replace(chosen, layers=layers, depth=depth)
 
     def without(self, count: int, share: float) -> Pipeline:
-        """Remove so many blocks, and channels for the rest of the budget."""
+        """Return a network without so many blocks, from which channels are removed for the rest of the budget."""
         whole = self.whole
         if not count:
             return whole.make(share)

@@ -106,7 +106,7 @@ class Settings:
 
     @property
     def chooses_how_many(self) -> bool:
-        """Whether the pruner chooses how many channels it keeps: it takes no budget, and NNI's keep to given ratios."""
+        """Whether the pruner itself chooses how many channels it keeps; pruners with a budget, and NNI's, don't."""
         info = pruner_info(self.pruner)
         return not (info.origin == "nni" or "budget" in info.knobs())
 

@@ -178,7 +178,7 @@ def test_hooks_outputs_and_named_layers_keep_their_blocks():
     found = removable_blocks(model, data, lambda name: "wanted" if name == "stage2.1" else "")
     handle.remove()
     assert names_of(found) == ["stage1.0", "stage1.2", "stage2.2"]
-    assert found.kept == {"stage1.1": "a hook meets it", "stage2.1": "wanted"}
+    assert found.kept == {"stage1.1": "a hook is registered on it", "stage2.1": "wanted"}
 
     class Telling(nn.Module):
         """Gives what a stage puts out beside the scores."""
@@ -194,7 +194,7 @@ def test_hooks_outputs_and_named_layers_keep_their_blocks():
             return net.fc(net.pool(net.stage2(first)).flatten(1)), first[:, :2]
 
     found = removable_blocks(Telling().eval(), data)
-    assert found.kept == {"net.stage1.2": "what it puts out is an output of the model"}
+    assert found.kept == {"net.stage1.2": "its output is an output of the model"}
 
 
 @pytest.mark.slow
