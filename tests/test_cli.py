@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import PIL.Image
 import pytest
@@ -40,28 +37,6 @@ def test_compare_writes_records_and_a_picture(tmp_path, capsys, drawn):
     assert main(["report", str(tmp_path / "run"), "--markdown"]) == 0
     assert "| l1 |" in capsys.readouterr().out
     assert main(["report", str(tmp_path)]) == 2
-
-
-@pytest.mark.slow
-def test_a_third_partys_pruners_are_compared_by_path_and_by_entry_point(tmp_path):
-    (tmp_path / "third.py").write_text("import nni_topo\n\n\nclass Third(nni_topo.MatrixPruner): pass\n")
-    found = tmp_path / "third-1.0.dist-info"
-    found.mkdir()
-    (found / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
-    (found / "entry_points.txt").write_text("[nni_topo.pruners]\nthird_by_name = third:Third\n")
-    names = ["matrix", "third:Third", "third_by_name"]
-    words = ["compare", "--model", "small_cnn", "--pruners", ",".join(names), "--ratio", "0.5", *QUICK, "--json"]
-    # an entry point is seen by a process that begins
-    done = subprocess.run(
-        [sys.executable, "-m", "nni_topo", *words, "--out", str(tmp_path / "run")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    records = json.loads(done.stdout)
-    assert [record["pruner"] for record in records] == names
-    assert len({record["accuracy_retrained"] for record in records}) == 1
 
 
 def run(command):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ import nni_topo
 from nni_topo.analysis import Quality, retraining_bound, study_selection
 from nni_topo.maths.search.subsets import GeneticSearch
 from nni_topo.testing import toy_images, toy_model
-
-BATCHED = ("calibration", "images", "batches", "validation", "int8")
 
 
 class Loader:
@@ -187,22 +184,3 @@ def test_a_loader_is_read_once_and_does_what_the_same_batches_in_a_list_do(name,
     given = copy.deepcopy(loader.given[0])
     torch.testing.assert_close(found, work(loader.given[0]), equal_nan=True)
     torch.testing.assert_close(loader.given[0], given, rtol=0.0, atol=0.0)
-
-
-def test_every_public_function_that_takes_batches_is_tried():
-    named = {name.partition(",")[0] for name in WORK} | {"Calibration"}
-    known = set()
-    for module in (nni_topo, nni_topo.analysis):
-        for name in getattr(module, "__all__", dir(module)):
-            function = getattr(module, name)
-            if callable(function) and function.__module__.startswith("nni_topo"):
-                try:
-                    knobs = inspect.signature(function).parameters.values()
-                except ValueError:
-                    continue
-                if any(knob.name in BATCHED and "Iterable" in str(knob.annotation) for knob in knobs):
-                    known.add(name)
-    known -= {"compensation", "distillation"}  # what compensate and distill call
-    known -= {"shrink_pretrained"}  # of a folder; tests/runs/streaming/test_shrinking.py has its loaders
-    assert known <= named, known - named
-    assert {"shrink", "distill", "ReconstructionPruner", "retraining_bound"} <= known

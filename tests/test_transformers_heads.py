@@ -9,9 +9,6 @@ from collections import defaultdict
 import pytest
 import torch
 from transformers_nets import (
-    DISTIL,
-    IMAGES,
-    SIZES,
     families,
     generated,
     inputs_of,
@@ -112,20 +109,9 @@ def test_what_a_config_cannot_say_is_refused_and_loads_by_the_original(tmp_path)
     assert torch.equal(logits(loaded, inputs), logits(dense, inputs))
 
 
-BY_BLOCK = {
-    "BertForSequenceClassification": ("BertConfig", SIZES),
-    "DistilBertForSequenceClassification": ("DistilBertConfig", {**DISTIL, "n_layers": 2}),
-    "ViTForImageClassification": ("ViTConfig", {**IMAGES, "patch_size": 4, "num_hidden_layers": 2}),
-}
-
-
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) > 4, reason="Transformers 5 prunes no heads")
-@pytest.mark.parametrize("name", BY_BLOCK)
-@pytest.mark.quick_every(2)
-def test_heads_of_single_blocks_are_in_the_config_and_load_by_it(name, tmp_path):
-    torch.manual_seed(0)
-    config, sizes = BY_BLOCK[name]
-    model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
+def test_heads_of_single_blocks_are_in_the_config_and_load_by_it(tmp_path):
+    model = make("BertForSequenceClassification")
     inputs = inputs_of(model)
     # Of the first block two heads go, and of the second one.
     masks = pruned(model, inputs)
@@ -141,13 +127,13 @@ def test_heads_of_single_blocks_are_in_the_config_and_load_by_it(name, tmp_path)
     save_pretrained(dense, tmp_path)
     require_unchanged(before, dense)
     assert not dense.config.pruned_heads
-    loaded = getattr(transformers, name).from_pretrained(tmp_path).eval()
+    loaded = type(model).from_pretrained(tmp_path).eval()
     assert {block: len(gone) for block, gone in loaded.config.pruned_heads.items()} == {0: 2, 1: 1}
     assert torch.equal(logits(loaded, inputs), logits(dense, inputs))
     # What was loaded can lose more.
     fewer = to_dense(loaded, inputs, pruned(loaded, inputs))
     save_pretrained(fewer, tmp_path / "fewer")
-    again = getattr(transformers, name).from_pretrained(tmp_path / "fewer").eval()
+    again = type(model).from_pretrained(tmp_path / "fewer").eval()
     assert [find_attention(again)[each.name].heads for each in (first, second)] == [1, 2]
     assert torch.equal(logits(again, inputs), logits(fewer, inputs))
 
