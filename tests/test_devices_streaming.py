@@ -8,14 +8,12 @@ from safetensors.torch import load_file
 
 import nni_topo
 from nni_topo.errors import DataError
-from nni_topo.runs.streaming import shrinking
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 VOCABULARY = 50
 SELECTED = {"pruner": "l1", "compensate": None, "distill": False, "progress": False}
-SOLVED = SELECTED | {"pruner": "reconstruction", "compensate": "reconstruct"}
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 MODELS = {
     # Angles of positions come from the model, and a mask for each batch.
@@ -61,16 +59,6 @@ def contents(folder):
     return (folder / "config.json").read_text(), weights
 
 
-def check_close(folder, other, *, share=1e-3):
-    """Check that two folders have one config, and weights that differ by a share of the largest one at most."""
-    (config, weights), (other_config, other_weights) = contents(folder), contents(other)
-    assert config == other_config
-    assert weights.keys() == other_weights.keys()
-    for name, value in weights.items():
-        assert value.dtype == other_weights[name].dtype
-        torch.testing.assert_close(value, other_weights[name], rtol=0.0, atol=share * float(value.abs().max()))
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.slow
 def test_the_same_channels_are_kept(device, name, tmp_path):
@@ -89,30 +77,6 @@ def test_the_same_channels_are_kept(device, name, tmp_path):
     distances = [[row.distance for row in report.blocks] for report in reports]
     assert distances[1] == pytest.approx(distances[0], rel=1e-3)
     assert reports[1].likeness.distance.value == pytest.approx(reports[0].likeness.distance.value, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_a_stopped_run_goes_on_on_another_device(device, source, tmp_path, monkeypatch):
-    class StopError(Exception):
-        pass
-
-    prune = shrinking._Run.prune
-
-    def stops(run, index):
-        if index == 1:
-            raise StopError
-        prune(run, index)
-
-    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "whole", {"params": 0.7}, **SOLVED)
-    for first, then in (("cpu", device), (device, "cpu")):
-        target = tmp_path / f"from {first}".replace(":", "")
-        with monkeypatch.context() as patch:
-            patch.setattr(shrinking._Run, "prune", stops)
-            with pytest.raises(StopError):
-                nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **SOLVED, device=first)
-        report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **SOLVED, device=then)
-        assert len(report.blocks) == 2
-        check_close(tmp_path / "whole", target)
 
 
 @pytest.mark.cuda

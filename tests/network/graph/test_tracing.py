@@ -63,18 +63,6 @@ class ByNumber(nn.Module):
         return self.many(x) if self.decides(x) else self.few(x)
 
 
-def test_a_layer_may_be_called_code():
-    """PyTorch's graphs give their source by that name."""
-    coder = nn.Sequential()
-    for name, layer in (("stem", nn.Conv2d(1, 8, 3)), ("code", nn.Conv2d(8, 4, 1)), ("out", nn.Conv2d(4, 1, 1))):
-        coder.add_module(name, layer)
-    images = torch.rand(2, 1, 6, 6)
-    groups = dependency_groups(coder, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["stem"], ["code"]]
-    dense = to_dense(coder, images, masks_of(L1NormPruner(coder, groups)))
-    assert (dense.stem.out_channels, dense.code.out_channels) == (4, 2)
-
-
 def test_a_graph_in_half_precision_may_differ_by_its_rounding():
     """PyTorch's attention computes alone as one operation, and in a graph step by step."""
 
@@ -130,20 +118,6 @@ def test_what_more_samples_decide_is_recorded_on_all(decides):
     recording = trace(model, ((inputs,), {}))
     assert "many" in [node.target for node in recording.graph_module.graph.nodes]
     torch.testing.assert_close(recording.graph_module(*recording.args), model.many(inputs))
-
-
-class TooLarge(nn.Sequential):
-    """Wants more memory than any machine has."""
-
-    def forward(self, x):
-        return super().forward(x) + torch.zeros(1 << 50).sum()
-
-
-def test_where_memory_is_what_lacks_it_is_what_is_said():
-    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
-    for model in (TooLarge(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4), TooLarge(nn.Linear(4, 2)))):
-        with pytest.raises(RuntimeError, match="can't allocate memory"):
-            dependency_groups(model, torch.ones(2, 3), config)
 
 
 @pytest.mark.parametrize(
