@@ -1,4 +1,4 @@
-"""Pruners for NNI that look at the shape of a layer. Importing the package makes NNI run on the installed PyTorch."""
+"""Structured and topological pruners for NNI. Importing the package patches NNI to run on the installed PyTorch."""
 
 import importlib
 import sys
@@ -76,12 +76,12 @@ expose_in_nni()
 
 hooks = pruners
 speedup = network
-# Short names of folders, also for `from nni_topo.topology import ...`.
+# Short module names, so that `from nni_topo.topology import ...` works too.
 for _name in ("clustering", "hooks", "signals", "speedup", "testing", "topology"):
     sys.modules[f"{__name__}.{_name}"] = globals()[_name]
 
-_PIPELINE = {"frontier": "frontier", "shrink": "shrink", "shrink_pretrained": "streaming"}  # by function its module
-_LAZY = ("analysis", "studies", "zoo")  # they load matplotlib, pandas and torchvision, which pruning doesn't need
+_PIPELINE = {"frontier": "frontier", "shrink": "shrink", "shrink_pretrained": "streaming"}  # function: its module
+_LAZY = ("analysis", "studies", "zoo")  # they import matplotlib, pandas and torchvision, which pruning doesn't need
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Studies of a model; none of them changes it. The verbs of ``nni-topo analyze`` are theirs."""
+"""Functions that study a model without changing it; ``nni-topo analyze`` runs them from the command line."""
 
 from nni_topo.maths.topology.overlap import overlap_bound, tree_overlap
 from nni_topo.studies.analysis.bounds.propagation import error_bound

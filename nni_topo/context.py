@@ -1,4 +1,4 @@
-"""The state of the public function that runs: how messages name it, and what is done once per call of it."""
+"""State of the public function that is running: how messages name it, and what happens once per call."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Context:
-    """What is known of the outermost public function, and of those between it and here; without one, the defaults."""
+    """State of the running public function, shared with the functions that it calls; the defaults if none runs."""
 
-    is_quiet: bool = False  # whether no progress is shown
-    # How layers are left out of its request; ``{}`` stands for the layers.
+    is_quiet: bool = False  # whether progress bars are hidden
+    # Advice on how to exclude layers, for messages; ``{}`` stands for the layers.
     leaves_out: str = "exclude {} from the config_list (exclude_op_names)"
-    called_as: tuple[str, str] = ("", "")  # a function, and the public one that passes its arguments to it
-    told: set[str] | None = None  # the warnings that were given; None: no public function runs
-    is_running: bool = False  # whether a public function runs: the models within are copies, or put back by it
-    is_as_written: bool = False  # whether networks compute what they say (`as_written`)
-    facts: Any = None  # what is known of the model that is passed on (`Facts`)
-    # A tensor that says which positions of the model's current call aren't padding: bool, (samples, places). None: all.
+    called_as: tuple[str, str] = ("", "")  # a function, and the public function that passes its arguments to it
+    told: set[str] | None = None  # warnings already given in this call; None: no public function runs
+    is_running: bool = False  # whether a public function runs; its models are copies, or it restores them
+    is_as_written: bool = False  # whether the block of `as_written` is active
+    facts: Any = None  # `Facts` about the model that is passed on
+    # Which positions of the model's current input aren't padding: bool tensor (samples, positions). None: all.
     real: Any = None
 
 
@@ -30,13 +30,13 @@ _CONTEXT: ContextVar[Context] = ContextVar("context", default=_NONE)
 
 
 def context() -> Context:
-    """Return what is known of the public function that runs."""
+    """Return the context of the running public function."""
     return _CONTEXT.get()
 
 
 @contextmanager
 def in_context(**known: Any) -> Iterator[None]:
-    """Change fields of the context for a block."""
+    """Change fields of the context within a block."""
     token = _CONTEXT.set(replace(context(), **known))
     try:
         yield
@@ -45,16 +45,16 @@ def in_context(**known: Any) -> Iterator[None]:
 
 
 def tell(**known: Any) -> None:
-    """Change fields of the context until the end of the block around it."""
+    """Change fields of the context until the enclosing block of `in_context` ends."""
     _CONTEXT.set(replace(context(), **known))
 
 
 def leaving_out(layers: str = "the layer") -> str:
-    """Return the advice to leave layers out, with the knob that does so in the call that runs."""
+    """Return the advice on how to exclude layers, with the argument of the running function that does so."""
     return context().leaves_out.format(layers)
 
 
 def called_as(place: str) -> str:
-    """Return the name by which the user called a function: its own, or the name of the function that calls it."""
+    """Return the name that the user called: the function's own, or the public one that passes arguments to it."""
     function, public = context().called_as
     return public if place == function else place

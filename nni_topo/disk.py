@@ -25,7 +25,7 @@ from nni_topo.errors import ConfigError, DataError, NniTopoError
 MIN_FREE_BYTES = 16 * 2**20
 LOCK = ".lock"
 DELETE = "delete it and run again"
-"""The cure in errors about a damaged file that a run has written itself."""
+"""Advice in errors about a damaged file that the run itself has written."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -42,12 +42,12 @@ _FOLDERS = re.compile(r"""(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^/\\\s'"()<>]+)+[
 
 
 def without_folders(text: str) -> str:
-    """Return a text with the last part of each absolute path in place of the path, for files that others will read."""
+    """Shorten each absolute path in a text to its last part, because other people will read the file."""
     return os.path.basename(text) if os.path.isabs(text) else _FOLDERS.sub("", text)
 
 
 def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
-    """Raise DataError unless a folder, or the nearest one above it, can be written to and has ``needed`` bytes free."""
+    """Raise DataError unless a folder, or its nearest existing parent, is writable and has ``needed`` bytes free."""
     rule = "an output folder must be a folder that can be written to"
     with disk_errors(folder):
         place = folder.expanduser().absolute()
@@ -71,7 +71,10 @@ def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
 
 @contextmanager
 def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Lock a folder with free disk, by default after waiting for other processes; a killed process unlocks it."""
+    """Lock a folder, after waiting for other processes by default; a killed process releases its lock.
+
+    DataError if the disk is full, or if another process holds the lock and ``wait`` is False.
+    """
     check_free_disk(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +99,7 @@ def disk_errors(place: Path) -> Iterator[None]:
     except NniTopoError:
         raise
     except (OSError, RuntimeError) as error:
-        # PyTorch's error is about its archive; the disk's own error is in its context.
+        # PyTorch raises an error about its archive; the operating system's error is in its __context__.
         said: BaseException | None = error
         while said is not None and not isinstance(said, OSError):
             said = said.__context__
@@ -108,7 +111,7 @@ def disk_errors(place: Path) -> Iterator[None]:
 
 
 def output_file(path: Path) -> Path:
-    """Return the file that a path leads to, links followed; DataError if something exists there that is no file."""
+    """Return the file that a path leads to, following links; DataError if it exists and isn't a regular file."""
     with disk_errors(path):
         target = Path(os.path.realpath(path))
         try:
@@ -122,7 +125,7 @@ def output_file(path: Path) -> Path:
 
 
 def check_output_file(path: Path, *, makes_folder: bool = False) -> None:
-    """Raise DataError unless a file can be written, before long work; ``makes_folder``: also where it lies in none."""
+    """Raise DataError, before long work, unless a file can be written; ``makes_folder``: its folder may be missing."""
     folder = output_file(path).parent
     if not makes_folder and not folder.is_dir():
         raise DataError(f"an output file must lie in a folder that exists, got none ({path})")
@@ -130,7 +133,7 @@ def check_output_file(path: Path, *, makes_folder: bool = False) -> None:
 
 
 def output_folder(folder: Path) -> Path:
-    """Return a folder to write to; it is made if it doesn't exist."""
+    """Return an output folder, created if it doesn't exist."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -138,9 +141,9 @@ def output_folder(folder: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a place beside a file: what is written there is moved to it at the end, and removed by an error.
+    """Yield a temporary path beside a file; at the end it replaces the file, after an error it is deleted.
 
-    A link stays; the file that it leads to is replaced. What is no regular file isn't written.
+    If the path is a link, the file that it leads to is replaced. DataError if that isn't a regular file.
     """
     target = output_file(path)
     if not target.parent.is_dir():
@@ -148,14 +151,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         with disk_errors(path):
-            part.unlink(missing_ok=True)  # of a process that was killed, or a link that leads elsewhere
+            part.unlink(missing_ok=True)  # left by a killed process, or a link that leads elsewhere
             yield part
             if target.exists():
                 shutil.copymode(target, part)
             else:
                 umask = os.umask(0)
                 os.umask(umask)
-                part.chmod(0o666 & ~umask)  # safetensors writes files that their owner alone can read
+                part.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
             part.replace(target)
     finally:
         with suppress(OSError):
@@ -183,13 +186,13 @@ def write_figure(path: Path, figure: Any, dpi: int) -> None:
 
 
 def write_tensors(path: Path, content: Any) -> None:
-    """Write a file of ``torch.save`` atomically."""
+    """Write a file with ``torch.save`` atomically."""
     with whole_file(path) as part, part.open("wb") as stream:
         torch.save(content, stream)
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a file of safetensors; an error of the disk is an OSError, as Python's own functions raise it."""
+    """Write a safetensors file; errors of the disk are raised as OSError."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
@@ -199,7 +202,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
 
 @contextmanager
 def reading(path: Path, what: str, holds: str = "", cure: str = "") -> Iterator[None]:
-    """Turn any error from a file's content into a DataError that says what the file must be and hold, and the cure."""
+    """Turn errors of reading a file into a DataError that says what the file must be and hold, and what to do."""
     with disk_errors(path):
         is_file, exists = path.is_file(), path.exists()
     if not is_file:
@@ -212,7 +215,7 @@ def reading(path: Path, what: str, holds: str = "", cure: str = "") -> Iterator[
             raise
         raise DataError(f"{what} must be a whole file{holds and ' '}{holds}, got: {error} ({path})") from None
     except Exception as error:
-        # Damaged bytes can raise any error. PyTorch's messages are long and advise to read the file unsafely.
+        # Damaged files can raise any error. PyTorch's messages are long and advise unsafe loading.
         words = "" if type(error).__module__.startswith(("torch", "pickle", "_pickle")) else str(error).split("\n")[0]
         raise DataError(
             f"{what} must be a whole file{holds and ' '}{holds}, got {path.stat().st_size} bytes that lead to "
@@ -221,18 +224,18 @@ def reading(path: Path, what: str, holds: str = "", cure: str = "") -> Iterator[
 
 
 def read_json(path: Path, what: str = "a file of a run") -> Any:
-    """Read a JSON file; None if it isn't there, DataError if it isn't JSON."""
+    """Read a JSON file; None if it doesn't exist, DataError if it isn't JSON."""
     if not path.exists():
         return None
     with reading(path, what, "of JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-_IS_FOLDER = 0x10  # in the attributes of an entry of a zip file
+_IS_FOLDER = 0x10  # bit in the external attributes of a zip entry
 
 
 def read_tensors(path: Path) -> Any:
-    """Read a file of ``torch.save`` with tensors and plain values, on the CPU; nothing in it is run."""
+    """Read a file of ``torch.save`` with tensors and plain values to the CPU; no pickled code is run."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             # PyTorch reads nothing from an entry that is marked as a folder, and returns uninitialised memory.
@@ -245,7 +248,7 @@ def read_tensors(path: Path) -> Any:
                     while stream.read(2**20):
                         pass
     try:
-        with path.open("rb") as stream:  # given a path, PyTorch goes by its ending
+        with path.open("rb") as stream:  # given a path, PyTorch decides by its suffix
             return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "allowed global" not in str(error):

@@ -1,6 +1,6 @@
 """Exceptions that the package raises on purpose.
 
-Every message states the rule, the value that broke it and the place it was found, in this order.
+Every message states the rule, then the value that broke it, then where the value was found.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class NniTopoError(Exception):
-    """Base class of every error the package raises itself; ``page`` of the documentation, if any, says more."""
+    """Base class of the package's errors; ``page`` is the documentation page about the error, if it has one."""
 
     page = ""
 
@@ -24,7 +24,7 @@ class ConfigError(NniTopoError, ValueError):
 
 
 class LayerError(ConfigError):
-    """Layers that a pruner can't prune; ``layers`` has their names."""
+    """Layers that a pruner can't prune; ``layers`` holds their names."""
 
     def __init__(self, message: str, layers: Iterable[str] = ()) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class LayerError(ConfigError):
 
 
 class GradientError(ConfigError):
-    """A network that can't learn, because no gradients can be taken of its outputs."""
+    """A network that can't be trained, because its outputs have no gradients."""
 
 
 class DataError(NniTopoError, ValueError):
@@ -52,24 +52,24 @@ class ExportError(NniTopoError, RuntimeError):
 
 
 class CompatibilityError(NniTopoError, RuntimeError):
-    """The installed NNI or PyTorch isn't one the package can work with."""
+    """An installed NNI or PyTorch that the package doesn't work with."""
 
     page = "docs/compatibility.md"
 
 
-_MOST_NAMES = 30  # of a table that a message lists; more make it unreadable
+_MOST_NAMES = 30  # that a message lists; more make it unreadable
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], place: str) -> ConfigError:
-    """Build the error for a name of some ``kind`` that isn't in a table, with the nearest names that are.
+    """Return the error for an unknown name of some ``kind``, with the most similar known names.
 
-    ``place``: the function, file or setting that was given the name.
+    ``place``: the function, file or setting that got the name.
     """
     return ConfigError(f"{kind} must be a known name, got {name!r}; {hint_of(name, known)} ({place})")
 
 
 def hint_of(name: str, known: Iterable[str]) -> str:
-    """Name the nearest names there are to an unknown one, or else all."""
+    """Return a hint for an unknown name: the most similar known names, or all known names."""
     names = sorted({each for each in known if each})
     near = _nearest(name, names)
     if near:
@@ -78,12 +78,12 @@ def hint_of(name: str, known: Iterable[str]) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Return the names that are near to an unknown one, the nearest first."""
+    """Return at most three known names that are similar to an unknown one, the most similar first."""
     folded = {each.casefold(): each for each in sorted(filter(None, known))}  # capitals are a frequent mistake ("L1")
     wanted = name.casefold()
     if wanted in folded:
         return [folded[wanted]]
-    # "l1norm" and "L1NormPruner" begin with "l1"; a mistyped name is more like another one than that.
+    # Very similar names first (typing errors), then known names that begin the unknown one ("l1" of "l1norm").
     begun = sorted((each for each in folded if len(each) > 1 and wanted.startswith(each)), key=len, reverse=True)
     mistyped, similar = (difflib.get_close_matches(wanted, folded, n=3, cutoff=cutoff) for cutoff in (0.8, 0.5))
     near = list(dict.fromkeys([*mistyped, *begun, *similar]))
@@ -93,7 +93,7 @@ def _nearest(name: str, known: Iterable[str]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it, in one line and not too long."""
+    """Return a value's repr for a message: in one line, at most 100 characters."""
     return _cut(" ".join(repr(value).split()), 100)
 
 
@@ -101,15 +101,15 @@ def _cut(words: str, most: int = 200) -> str:
     return words if len(words) <= most else f"{words[: most - 3]}..."
 
 
-# Whose lines say nothing of a user's code: they call it, or are called by it.
+# Files that aren't the user's code: Python's standard library, this package and generated code.
 _NOT_USERS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<eval_with_key>", "<frozen ", "<string>")
 
 
 def raised(error: BaseException) -> str:
-    """Say which error a user's code has raised, and at which line of files that aren't installed.
+    """Describe an error that a user's code has raised, with the last line of the user's own files that led to it.
 
-    Of a message of several lines the first one is shown, or all if it announces the others, or the last one if they
-    are a traceback, as DataLoader's workers and TorchScript give it.
+    Of a message with several lines, the first is shown; all lines if the first ends with a colon; the last if the
+    message holds a traceback, as errors of DataLoader's workers and TorchScript do.
     """
     lines = [" ".join(line.split()) for line in words_of(error).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines):
@@ -127,7 +127,7 @@ def raised(error: BaseException) -> str:
 
 
 def words_of(error: BaseException) -> str:
-    """Return the words of an error without what isn't printable; none where its own ``__str__`` fails."""
+    """Return an error's message without unprintable characters; empty if its ``__str__`` fails."""
     try:
         words = str(error)
     except Exception:
@@ -136,15 +136,15 @@ def words_of(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory is short; PyTorch's error for a CPU only says so in words."""
+    """Say whether an error means that memory ran out; on a CPU only the text of PyTorch's error says so."""
     is_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return is_of_memory or "can't allocate memory" in words_of(error)
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:
-    """Name the first few of several things, and count the others, so that a message stays short."""
+    """List the first ``most`` names and count the others, so that a message stays short."""
     found = list(names)
-    # One more is as short as its count.
+    # A single further name is as short as "and 1 more".
     if len(found) <= most + 1:
         return ", ".join(found)
     return f"{', '.join(found[:most])} and {len(found) - most} more"

@@ -1,4 +1,4 @@
-"""Classes by name, in tables that packages of third parties add to: the pruners, and the recovery methods."""
+"""Registries of classes by name, for pruners and recovery methods; third-party packages can add entries."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import Any, ClassVar, Generic, TypeVar
 from nni_topo.errors import ConfigError, shown, unknown_name
 from nni_topo.rules import check_fields, is_class
 
-Made = TypeVar("Made")  # what the class of a record makes
+Made = TypeVar("Made")  # type of the objects that a registered class makes
 _logger = logging.getLogger(__name__)
 
 
 def imported(path: str, what: str) -> Any:
-    """Import what ``"package.module:Name"`` names; ConfigError if there is no such thing."""
+    """Import the object that ``"package.module:Name"`` names; ConfigError, which begins with ``what``, if it fails."""
     module, _, name = path.partition(":")
     try:
         return attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: of a module that begins with "."
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: a module name begins with "."
         raise ConfigError(f"{what} that can be imported, got {path!r}: {error}") from error
 
 
 @dataclass(frozen=True)
 class ClassInfo(Generic[Made]):
-    """A class in a table; it is imported when it is needed."""
+    """Record of a registered class, which is imported only when it is needed."""
 
-    kind: ClassVar[str]  # what it is, in a word
-    base: ClassVar[type]  # what it derives from
+    kind: ClassVar[str]  # word for such a class in messages, e.g. "pruner"
+    base: ClassVar[type]  # base class that it must derive from
     name: str
     path: str
     summary: str
@@ -43,20 +43,20 @@ class ClassInfo(Generic[Made]):
 
     @property
     def origin(self) -> str:
-        """The package it comes from: ``"nni_topo"``, ``"nni"`` or a third party's."""
+        """The package that holds the class: ``"nni_topo"``, ``"nni"`` or a third party's."""
         return self.path.partition(":")[0].partition(".")[0]
 
     def load(self) -> Callable[..., Made]:
-        """Import and return the class, or a class method; ConfigError if there is none, or it is of another kind."""
+        """Import and return the class, or its class method; ConfigError if it is missing or of another base class."""
         found: Callable[..., Made] = imported(self.path, f"a {self.kind} must be a class")
-        owner = getattr(found, "__self__", found)  # of a class method
+        owner = getattr(found, "__self__", found)  # the class of a class method
         if not (is_class(owner) and issubclass(owner, self.base)):
             base = f"{self.base.__module__}.{self.base.__qualname__}"
             raise ConfigError(f"a {self.kind} must be a class of {base}, got {found!r} ({self.path})")
         return found
 
     def knobs(self) -> tuple[str, ...]:
-        """Return the names of its own arguments."""
+        """Return the argument names of the class or class method."""
         return tuple(inspect.signature(self.load()).parameters)
 
 
@@ -64,14 +64,14 @@ Info = TypeVar("Info", bound=ClassInfo[Any])
 
 
 class Registry(Generic[Info]):
-    """The records of one kind of class, by name; ``group`` names the entry points of packages that offer more."""
+    """Records of one kind of class, by name; ``group``: entry points through which other packages add classes."""
 
     def __init__(self, record: type[Info], group: str) -> None:
         self.table: dict[str, Info] = {}
         self._record, self._group = record, group
 
     def register(self, *infos: Info) -> None:
-        """Add records; ConfigError if a name is taken by another class."""
+        """Add records; ConfigError if another class already has the name."""
         for info in infos:
             known = self.table.get(info.name)
             if known is not None and known.path != info.path:
@@ -84,26 +84,26 @@ class Registry(Generic[Info]):
         return sorted(name for name in self.table if fnmatchcase(name, pattern))
 
     def info(self, name: str, place: str, argument: str = "") -> Info:
-        """Return the record of a name, or of ``package.module:Class``; ConfigError, which may name the argument.
+        """Return the record of a name, or of ``package.module:Class``; ConfigError if the name is unknown.
 
-        ``place``: the function or the file that was given the name.
+        ``place``: the function or file that got the name. ``argument``: the argument that got it, for the message.
         """
         kind = self._record.kind
         if not isinstance(name, str):
             raise ConfigError((argument or f"a {kind}'s name") + f" must be text, got {shown(name)} ({place})")
         if ":" in name:
             found = self._record(name, name, "a third party's")
-            found.load()  # which looks at it
+            found.load()  # raises ConfigError if the class doesn't fit
             return found
         if name not in self.table:
             raise unknown_name(argument or kind, name, self.table, place)
         return self.table[name]
 
     def register_entry_points(self) -> None:
-        """Register what installed packages offer as ``name = package.module:Class``."""
+        """Register the classes that installed packages offer as entry points ``name = package.module:Class``."""
         for point in entry_points(group=self._group):
             package = point.dist.name if point.dist else "a third party"
             try:
                 self.register(self._record(point.name, point.value, f"of {package}"))
-            except ConfigError as error:  # another package mustn't keep this one from being imported
+            except ConfigError as error:  # another package's error mustn't break the import of this one
                 _logger.warning("an entry point of %s is left out: %s", package, error)

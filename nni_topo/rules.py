@@ -1,4 +1,4 @@
-"""What arguments must be: rules with their words, and the checks of functions and of classes of settings by them."""
+"""Rules for arguments, each a test with its words for messages, and checks of functions and dataclasses by them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _Returned = TypeVar("_Returned")
 
 @dataclass(frozen=True)
 class Rule:
-    """What an argument must be: in words and as a test that never raises; ``names`` if it is one of several names.
+    """What an argument must be: in words and as a test that never raises; ``names``: the allowed names, if any.
 
-    ``tell`` describes the given value where that is clearer than its repr. ``look`` gets the name, a value for which
-    the rule holds and the place, and raises an error for anything wrong within the value.
+    ``tell`` describes a wrong value where that is clearer than its repr. ``look`` gets the argument's name, a value for
+    which the rule holds, and the place; it raises an error for anything wrong inside the value.
     """
 
     words: str
@@ -67,7 +67,7 @@ class Rule:
                 self.look(name, value, place)
             return
         if self.names and isinstance(value, str):
-            # A text was meant as one of the names: where nothing else is allowed, or one of them is near.
+            # The string is probably a misspelt name: only names are allowed, or one of them is similar.
             others = set(self.words.split(" or ")) - set(map(repr, self.names)) - {"None"}
             if not others or _nearest(value, self.names):
                 raise unknown_name(name, value, self.names, place)
@@ -76,7 +76,7 @@ class Rule:
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Rule:
-    """Return the rule of an integer from ``least`` to ``most``."""
+    """Return the rule for an integer from ``least`` to ``most``."""
 
     def holds(value: Any) -> bool:
         return not isinstance(value, bool) and isinstance(value, Integral) and least <= int(value) <= most
@@ -88,7 +88,7 @@ def whole(least: int, most: int = 2**31 - 1) -> Rule:
 def number(
     low: float = -math.inf, high: float = math.inf, closed: Literal["both", "left", "right", "neither"] = "both"
 ) -> Rule:
-    """Return the rule of a finite number within two others."""
+    """Return the rule for a finite number from ``low`` to ``high``; ``closed``: the ends that are included."""
 
     def holds(value: Any) -> bool:
         if not is_finite(value):
@@ -104,19 +104,19 @@ def number(
 
 
 def one_of(names: Iterable[str]) -> Rule:
-    """Return the rule of a name in a table."""
+    """Return the rule for one of several names."""
     known = tuple(names)
     return Rule(" or ".join(map(repr, known)), lambda value: isinstance(value, str) and value in known, known)
 
 
 def instance(*kinds: type[Any]) -> Rule:
-    """Return the rule of an object of one of several classes."""
+    """Return the rule for an instance of one of several classes."""
     words = (f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}" for kind in kinds)
     return Rule(" or ".join(words), lambda value: isinstance(value, kinds))
 
 
 def settings(kind: type[Any]) -> Rule:
-    """Return the rule of what :func:`as_settings` takes for a class of settings; that has a table of its own."""
+    """Return the rule for values that :func:`as_settings` accepts: an instance of a dataclass, or a mapping."""
     names = listed((item.name for item in fields(kind)), 6)
     return Rule(
         f"a {kind.__name__} or a mapping of its fields",
@@ -126,7 +126,10 @@ def settings(kind: type[Any]) -> Rule:
 
 
 def all_of(rule: Rule, kind: type[Any], least: int = 0) -> Rule:
-    """Return the rule of a sequence, or of a mapping by names, of at least so many values that all keep a rule."""
+    """Return the rule for a collection of class ``kind`` with at least ``least`` values that all follow a rule.
+
+    Of a mapping, the values are checked.
+    """
 
     def holds(value: Any) -> bool:
         if not isinstance(value, kind) or isinstance(value, (str, bytes)) or len(value) < least:
@@ -146,7 +149,7 @@ JOBS = Rule("at least 1, or -1 for all cores", lambda value: value == -1 or whol
 
 
 def taking(*names: str) -> Rule:
-    """Return the rule of a function that can be called with so many arguments, which are called so in its message."""
+    """Return the rule for a function that takes as many positional arguments as names are given."""
 
     def holds(value: Any) -> bool:
         if not callable(value):
@@ -167,7 +170,7 @@ def taking(*names: str) -> Rule:
     return Rule(f"a function of ({', '.join(names)})", holds, tell=tell)
 
 
-SEED = whole(0, 2**32 - 1)  # what NumPy's and scikit-learn's generators take
+SEED = whole(0, 2**32 - 1)  # the range that NumPy and scikit-learn accept
 PATH = instance(str, os.PathLike)
 NUMBER = number()
 INTEGER = whole(-(2**63), 2**63 - 1)
@@ -187,27 +190,27 @@ _PLAIN: dict[Any, Rule] = {
 
 
 def _is_array(value: Any, least: int = 0) -> bool:
-    """Say whether NumPy makes an array of numbers of a value, of so many dimensions at least."""
+    """Say whether NumPy can make an array of numbers, with at least ``least`` dimensions, from a value."""
     if value is None or isinstance(value, (str, bytes)):
         return False
-    if hasattr(value, "is_meta"):  # a tensor, of whatever precision, in training too
+    if hasattr(value, "is_meta"):  # a tensor; NumPy can't read bfloat16 nor tensors with gradients
         return not value.is_meta and str(value.layout) == "torch.strided" and value.dim() >= least
     try:
         array = np.asarray(value)
         return array.dtype.kind in "biufc" and array.ndim >= least
-    except Exception:  # as many kinds of errors as there are classes that can't be read
+    except Exception:  # unreadable classes raise all kinds of errors
         return False
 
 
 def check_knobs(place: str, given: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    """Check what is given by the rules of the same names."""
+    """Check the given arguments that have a rule of the same name."""
     for name, rule in rules.items():
         if name in given:
             rule.check(name, given[name], place)
 
 
 def checked(**rules: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
-    """Check a function's arguments before it runs: by the rules of their names, the others by their annotations."""
+    """Decorate a function so that its arguments are checked: by the given rules, otherwise by their annotations."""
 
     def decorate(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
         place = function.__qualname__.removesuffix(".__init__")
@@ -218,7 +221,7 @@ def checked(**rules: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_
 
         @functools.cache
         def table() -> dict[str, Rule]:
-            # At the first call, because annotations may name what is defined further down in a module.
+            # At the first call, because annotations may name classes that are defined further down.
             plain = {
                 name: each.annotation
                 for name, each in parameters.items()
@@ -239,7 +242,7 @@ def checked(**rules: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_
 
 
 def check_fields(settings: Any, place: str = "", **rules: Rule) -> None:
-    """Check a dataclass' fields: by the rules of their names, the others by their annotations."""
+    """Check a dataclass's fields: by the given rules, otherwise by their annotations."""
     scope = vars(sys.modules[type(settings).__module__])
     for item in fields(settings):
         rule = rules[item.name] if item.name in rules else _rule(item.name, item.type, scope)
@@ -247,7 +250,7 @@ def check_fields(settings: Any, place: str = "", **rules: Rule) -> None:
 
 
 def _rule(name: str, hint: Any, scope: Mapping[str, Any]) -> Rule:
-    """Return the rule of a parameter: of a name that means the same everywhere, else of its annotation."""
+    """Return the rule for a parameter: for ``seed`` the same rule everywhere, otherwise its annotation's."""
     found = rule_of(hint, scope)
     if name == "seed":
         return SEED | NONE if found.holds(None) else SEED
@@ -255,11 +258,11 @@ def _rule(name: str, hint: Any, scope: Mapping[str, Any]) -> Rule:
 
 
 def rule_of(hint: Any, scope: Mapping[str, Any] | None = None) -> Rule:
-    """Return the rule that an annotation stands for; what it can't tell apart is anything."""
+    """Return the rule for an annotation; annotations that it can't translate allow anything."""
     if isinstance(hint, str):
         try:
             hint = eval(hint, dict(scope or {}))
-        except NameError:  # it is imported for type checkers alone
+        except NameError:  # a class imported for type checkers only
             return ANYTHING
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is ArrayLike:
@@ -273,7 +276,7 @@ def rule_of(hint: Any, scope: Mapping[str, Any] | None = None) -> Rule:
         others = [_equal(value) for value in inner if not isinstance(value, str)]
         return reduce(or_, [one_of(names), *others] if names else others)
     if origin in (typing.Union, types.UnionType):
-        # before NumPy 2.5 ArrayLike is a union, which a wider one swallows; since then a name, which stays whole
+        # Before NumPy 2.5 ArrayLike is a union, whose members merge into a wider union; since 2.5 it stays one name.
         swallowed = set(typing.get_args(ArrayLike))
         if swallowed and swallowed <= set(inner):
             return ARRAY | NONE if type(None) in inner else ARRAY
@@ -297,7 +300,7 @@ def rule_of(hint: Any, scope: Mapping[str, Any] | None = None) -> Rule:
 
 
 def is_class(value: object) -> TypeGuard[type]:
-    """Whether it is a class. ``list[int]`` is none, though Python 3.10 says that it is an instance of ``type``."""
+    """Say whether a value is a class. ``list[int]`` isn't, although it is an instance of ``type`` in Python 3.10."""
     return isinstance(value, type) and not isinstance(value, types.GenericAlias)
 
 
@@ -317,19 +320,19 @@ def _mapping(key: Rule, item: Rule) -> Rule:
 
 
 def _several(rule: Rule, *, is_sized: bool) -> Rule:
-    """Return the rule of a collection of any class, arrays too; unless ``is_sized``, also of what is read only once."""
+    """Return the rule for a collection of any class, arrays included; without ``is_sized`` also for iterators."""
 
     def holds(value: Any) -> bool:
         if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
             return False
-        if hasattr(value, "named_parameters"):  # a model, whose modules are no values
+        if hasattr(value, "named_parameters"):  # a model is no collection, even if it can be iterated
             return False
         if not isinstance(value, Collection):
             return not is_sized
         try:
             each = iter(value)
             return rule is ANYTHING or all(map(rule.holds, each))
-        except TypeError:  # an array without dimensions
+        except TypeError:  # a 0-d array
             return False
 
     words = "a sequence" if is_sized else "an iterable"
@@ -337,8 +340,8 @@ def _several(rule: Rule, *, is_sized: bool) -> Rule:
 
 
 def check_result(name: str, value: Any, place: str) -> float:
-    """Return the number that a function of the user gave back, as a float; ConfigError if it gave another thing."""
-    # A tensor of one value and NumPy's numbers are numbers, a text that reads as one isn't.
+    """Return the result of a user's function as a float; ConfigError if it isn't a number."""
+    # Tensors with one value and NumPy's numbers count as numbers, strings such as "0.5" don't.
     if value is not None and not isinstance(value, (str, bytes, bytearray)):
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):
             return float(value)
@@ -346,7 +349,7 @@ def check_result(name: str, value: Any, place: str) -> float:
 
 
 def is_finite(value: Any) -> bool:
-    """Say whether a value is a real number, finite and no truth value."""
+    """Say whether a value is a finite real number; booleans aren't."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:
@@ -356,7 +359,7 @@ def is_finite(value: Any) -> bool:
 
 
 def as_settings(kind: type[_Kind], value: _Kind | Mapping[str, Any] | None, name: str) -> _Kind:
-    """Return a knob's settings object, also from a mapping of its fields, as YAML has it; None: with its defaults."""
+    """Return an argument as an instance of a dataclass; made from a mapping of its fields, or from defaults if None."""
     if isinstance(value, kind):
         return value
     (settings(kind) | NONE).check(name, value, name)

@@ -1,7 +1,7 @@
-"""Tensors shared by several modules of a model: find them, untie them and tie them again.
+"""Tensors that several modules of a model share (tied weights): find them, untie them and tie them again.
 
-A tied weight is one object in two modules. Whoever masks, cuts or loads one of the places would change the other too,
-so work on single layers begins with a copy whose places hold tensors of their own.
+A tied weight is one object in two modules: masking, cutting or loading it in one module would change the other too. So
+work on single layers begins with a copy of the model in which each module has its own tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SharedNames = list[list[str]]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """List parameters and buffers, persistent or not, by all of their names."""
+    """Return all parameters and buffers, persistent or not; a shared tensor appears under each of its names."""
     buffers = model.named_buffers(remove_duplicate=False)
     return dict(model.named_parameters(remove_duplicate=False)) | dict(buffers)
 
@@ -25,7 +25,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def find_ties(model: nn.Module) -> SharedNames:
     """List the parameters and buffers that two or more modules share: the full names of each, in order of modules."""
     places: dict[int, list[str]] = {}
-    # A module with several names is one place, under its first.
+    # named_modules lists a module with several names once, under its first name.
     for name, module in model.named_modules():
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -46,7 +46,7 @@ def parameter_holders(model: nn.Module) -> Counter[int]:
 
 
 def untie(model: nn.Module, ties: Iterable[Iterable[str]]) -> None:
-    """Replace shared tensors, named as by `find_ties`, by copies under every name but the first."""
+    """Replace shared tensors, as listed by `find_ties`, by copies under every name but the first."""
     for _, *others in ties:
         for name in others:
             table, own = _place(model, name)
@@ -60,7 +60,7 @@ def tie_again(model: nn.Module, ties: Iterable[Iterable[str]]) -> None:
         for name in names:
             table, own = _place(model, name)
             tensor = table.get(own)
-            if tensor is None:  # a smaller layer may have no such tensor any more
+            if tensor is None:  # a pruned layer may have lost the tensor
                 continue
             leader = next((each for each in leaders if _alike(each, tensor)), tensor)
             table[own] = leader

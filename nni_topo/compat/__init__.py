@@ -1,10 +1,10 @@
 """Makes NNI 3.0 trace, wrap and speed up models on the installed PyTorch, without touching its files.
 
-This package is the only home of patches to NNI. Each patch is one function that names the place and the cause, which
-holds for all supported versions unless it says otherwise; it does nothing where NNI or PyTorch is already right, and
-returns whether it changed anything. No patch that `enable` applies changes the result of a computation that worked
-before; of layers that share a weight NNI made other layers, and of transposed convolutions it masked the inputs with
-the bias of the outputs, which counts as broken.
+All patches to NNI are in this package. Each patch is one function whose docstring names the place and the cause, which
+hold for all supported versions unless it says otherwise. A patch does nothing where NNI or PyTorch is already right,
+and returns whether it changed anything. No patch that `enable` applies changes the result of a computation that was
+right before. Two results of NNI count as wrong: it cut layers that share a weight by the wrong masks, and masked the
+inputs of transposed convolutions with the bias of the outputs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ __all__ = [
 ]
 
 LOOPBACK = Path(__file__).with_name("loopback.cjs")
-"""Keeps NNI's manager off the network when preloaded, ``NODE_OPTIONS="--require=..."``; see docs/compatibility.md."""
+"""Script that keeps NNI's manager off the network, preloaded by ``NODE_OPTIONS="--require=..."``; see
+docs/compatibility.md."""
 
 PAIRING = Path(__file__).with_name("pairing.cjs")
-"""Lets NNI's manager give each trial its own parameters, and a resumed experiment none twice; preloaded likewise."""
+"""Script, preloaded likewise: each trial gets its own parameters, and a resumed experiment repeats none."""
 
 
 class CompatibilityWarning(UserWarning):
@@ -74,7 +75,7 @@ class CompatReport:
 
 
 reports: list[CompatReport] = []
-_IN_PLACE = "_nni_topo_patches"  # the attribute of NNI that names the patches that were applied
+_IN_PLACE = "_nni_topo_patches"  # attribute of the module nni: names of the applied patches
 
 
 def enable() -> CompatReport:
@@ -115,7 +116,7 @@ def enable() -> CompatReport:
         name = patch.__name__
         try:
             outcomes[name] = name not in in_place and patch()
-        except Exception as error:  # an unknown NNI or PyTorch may lack what one patch looks at: the others go on
+        except Exception as error:  # an unknown NNI or PyTorch may lack what a patch reads; the others still run
             outcomes[name] = repr(error)
         if outcomes[name] is True:
             in_place.add(name)

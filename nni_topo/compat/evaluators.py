@@ -19,12 +19,12 @@ from torch import Tensor
 def import_trainers_late() -> bool:
     """Import Lightning and Transformers when an evaluator for them is made.
 
-    Place: ``nni/compression/utils/evaluator.py`` and ``nni/common/version.py``. Cause: they import the libraries
-    wherever these are installed, so that each new process takes seconds longer to start.
+    Place: ``nni/compression/utils/evaluator.py`` and ``nni/common/version.py``. Cause: they import the libraries at
+    once if these are installed, so that each new process takes seconds longer to start.
     """
 
     def import_lightning() -> None:
-        """Give NNI's evaluators Lightning, or, where it can't be imported, let them say that it isn't installed."""
+        """Import Lightning for NNI's evaluators; if that fails, mark it as not installed."""
         if hasattr(evaluator, "pl"):
             return
         try:
@@ -33,7 +33,7 @@ def import_trainers_late() -> bool:
             evaluator.LIGHTNING_INSTALLED = False
 
     def import_trainer() -> None:
-        """Give NNI's evaluators the Trainer of Transformers, and the base of the callbacks that it accepts."""
+        """Import the Trainer of Transformers for NNI's evaluators, with a base class for its callbacks."""
         if hasattr(evaluator, "HFTrainer"):
             return
         try:
@@ -44,7 +44,7 @@ def import_trainers_late() -> bool:
             return
 
         class PatchCallback(TrainerCallback):
-            """The class that NNI defines itself where Transformers is installed."""
+            """Stands in for the class that NNI defines if Transformers is installed."""
 
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 """Do nothing; NNI's tasks are in subclasses."""
@@ -55,7 +55,7 @@ def import_trainers_late() -> bool:
 
     is_late = False
     if not evaluator.LIGHTNING_INSTALLED and importlib.util.find_spec("pytorch_lightning") is not None:
-        # NNI tells it to its manager
+        # NNI passes the version on to its manager
         version.PYTORCH_LIGHTNING_VERSION = version._minor_version_tuple(metadata.version("pytorch_lightning"))
         _prepare(evaluator.LightningEvaluator, import_lightning)
         evaluator.LIGHTNING_INSTALLED = True
@@ -68,7 +68,7 @@ def import_trainers_late() -> bool:
 
 
 def _prepare(cls: type, prepare: Callable[[], None]) -> None:
-    """Run a function before each object of a class is made, also where it is copied or read from a file."""
+    """Run a function before each object of a class is created, also by copying or unpickling."""
 
     def make(kind: type, *args: Any, **kwargs: Any) -> Any:
         prepare()
@@ -81,21 +81,21 @@ def run_lightning() -> bool:
     """Let ``LightningEvaluator`` limit the number of training steps, and evaluate a model while it trains.
 
     Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator``. Cause: ``train`` assigns
-    ``trainer.fit_loop.max_steps``, which PyTorch Lightning 2.x only lets read. ``evaluate`` leaves the model without a
-    trainer, so that a pruner that evaluates between two steps ends the training, and it shows a second progress bar,
+    ``trainer.fit_loop.max_steps``, which is read-only in PyTorch Lightning 2.x. ``evaluate`` leaves the model without a
+    trainer, so that an evaluation between two training steps ends the training; it also shows a second progress bar,
     which Rich's console refuses.
     """
     if not evaluator.LIGHTNING_INSTALLED:
         return False
 
     def train(self: Any, max_steps: int | None = None, max_epochs: int | None = None) -> None:
-        """Train the bound module with a fresh copy of the trainer, whose own limits hold where none is given."""
+        """Train the bound module with a fresh copy of the trainer; without arguments the trainer's own limits hold."""
         trainer = self.trainer.trace_copy().get()
         # sanity batches before training would run through the pruner's hooks
         trainer.num_sanity_val_steps = 0
         if max_steps:
             trainer.fit_loop.epoch_loop.max_steps = max_steps
-            trainer.fit_loop.max_epochs = -1  # else the trainer's own number of epochs may end a schedule half-way
+            trainer.fit_loop.max_epochs = -1  # otherwise the trainer's number of epochs may end the training early
         if max_epochs:
             trainer.fit_loop.max_epochs = max_epochs
         trainer.fit(self.model, self.data_module)
@@ -103,7 +103,7 @@ def run_lightning() -> bool:
         self.model.trainer = None
 
     def evaluate(self: Any) -> tuple[float | None, list[dict[str, float]]]:
-        """Test the bound module with a fresh copy of the trainer; one that trains it goes on afterwards."""
+        """Test the bound module with a fresh copy of the trainer; a training in progress continues afterwards."""
         trainer = self.trainer.trace_copy().get()
         training = self.model._trainer
         if training is not None and trainer.progress_bar_callback is not None:
@@ -122,12 +122,12 @@ def run_lightning() -> bool:
 
 
 def patch_trainer_steps() -> bool:
-    """Run a pruner's tasks at the optimizer steps of a transformers Trainer, those of every pruner once.
+    """Run the tasks of every pruner exactly once at each optimizer step of a transformers Trainer.
 
-    Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_optimizer_step``. Cause: it takes
-    ``trainer.deepspeed`` for the optimizer wherever the attribute exists, also where it is None (transformers 4.57): a
-    bare AssertionError. It also keeps one set of tasks for all pruners: of a schedule and its pruner the first set was
-    lost and the second ran twice.
+    Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_optimizer_step``. Cause: it uses
+    ``trainer.deepspeed`` as the optimizer if the attribute exists, even if it is None (transformers 4.57): an
+    AssertionError without a message. It also keeps one set of tasks for all pruners: with a scheduled pruner around
+    another pruner, the first set was lost and the second ran twice.
     """
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False
@@ -161,11 +161,11 @@ def patch_trainer_steps() -> bool:
 
 
 def make_default_optimizer() -> bool:
-    """Let ``TransformersEvaluator`` take a Trainer without ``optimizers=``, whose optimizer Transformers makes.
+    """Let ``TransformersEvaluator`` take a Trainer without ``optimizers=``, which then makes its default optimizer.
 
-    Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator._init_optimizer_helpers``. Cause: it puts a
-    function of the arguments alone in the place of ``Trainer.get_optimizer_cls_and_kwargs``, which Trainers call with
-    the model, too (transformers 4.57): a TypeError, after which every Trainer of the process raised it.
+    Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator._init_optimizer_helpers``. Cause: it replaces
+    ``Trainer.get_optimizer_cls_and_kwargs`` by a function that takes the training arguments only; Trainers pass the
+    model too (transformers 4.57): a TypeError, then in every Trainer of the process.
     """
     cls = evaluator.TransformersEvaluator
     if not evaluator.TRANSFORMERS_INSTALLED:
@@ -197,10 +197,10 @@ def make_default_optimizer() -> bool:
 
 
 def pass_loss_arguments() -> bool:
-    """Pass a Trainer's further arguments on to ``compute_loss`` when a pruner adds to the loss.
+    """Pass all keyword arguments on to ``Trainer.compute_loss`` when a pruner changes the loss.
 
-    Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_loss``. Cause: the method it puts in
-    place knows no ``num_items_in_batch``, which Trainers pass (transformers 4.57).
+    Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_loss``. Cause: its ``compute_loss``
+    doesn't take ``num_items_in_batch``, which Trainers pass (transformers 4.57).
     """
     if not evaluator.TRANSFORMERS_INSTALLED:
         return False

@@ -1,4 +1,4 @@
-"""What has to be in place while NNI is being imported."""
+"""Import NNI's compression without changes to PyTorch's pytree, and without trainer libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree
 _REGISTERING_MODULE = "nni.compression.speedup.utils"
 KNOWN_NNI_VERSIONS = ("3.0",)
 TRAINERS = ("pytorch_lightning", "transformers")
-"""What NNI imports wherever it is installed; only its evaluators need it, and it takes seconds."""
+"""Libraries that NNI imports if they are installed; only its evaluators need them, and the import takes seconds."""
 
 
 def keep_pytree_nodes() -> bool:
@@ -52,13 +52,13 @@ def keep_pytree_nodes() -> bool:
 
 
 class _Hidden(MetaPathFinder):
-    """Let one thread find no trainer library; what other threads import meanwhile is not touched."""
+    """Finder that hides the trainer libraries from one thread; imports of other threads work as usual."""
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Say nothing of other modules, so that Python's own finders are asked."""
+        """Raise for trainer libraries; return None for other modules, so that Python asks its other finders."""
         if name in TRAINERS and threading.get_ident() == self._thread:
             raise ModuleNotFoundError(f"{name} is imported when it is used", name=name)
         return None

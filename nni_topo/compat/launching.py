@@ -1,4 +1,4 @@
-"""Patches of how NNI starts experiments."""
+"""Patch of how NNI starts experiments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def wait_for_manager() -> bool:
     """Give NNI's manager a minute to answer.
 
     Place: ``nni/experiment/launcher.py``, ``_check_rest_server``. Cause: it asks the manager four times within three
-    seconds and then gives the experiment up. ``nnictl`` doesn't import this package and stays impatient.
+    seconds and then gives up the experiment. ``nnictl`` doesn't import this package, so it still waits only seconds.
     """
     check = launcher._check_rest_server
     tries = inspect.signature(check).parameters["retry"].default

@@ -1,4 +1,4 @@
-"""Patches of NNI's ``ModelSpeedup``: pytrees, misspelt attribute, shared layers, given masks, several outputs."""
+"""Patches of NNI's ``ModelSpeedup``: sizes, a misspelt attribute, shared weights, the caller's masks, many outputs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from nni_topo.sharing import find_aliases, find_ties, share_modules, tie_again, 
 def keep_size_whole() -> bool:
     """Treat ``torch.Size`` as one value when masks are mapped over a node's arguments.
 
-    Place: ``nni/compression/speedup/utils.py``, ``tree_map_zip``. Cause: PyTorch opens a ``torch.Size`` as a container
-    of integers and rebuilds it as a tuple, so that ``x.size().numel()`` failed and sizes didn't pair with their masks.
+    Place: ``nni/compression/speedup/utils.py``, ``tree_map_zip``. Cause: PyTorch's pytree flattens a ``torch.Size`` to
+    integers and rebuilds it as a tuple, so that ``x.size().numel()`` failed and sizes didn't pair with their masks.
     """
     size = torch.Size((2, 3))
     if utils.tree_map_zip(lambda value: value, size) is size:
@@ -26,10 +26,10 @@ def keep_size_whole() -> bool:
 
 
 def restore_randomized_output() -> bool:
-    """Let a node without masks free the random values of its inputs.
+    """Let a node without masks delete the random values of its inputs.
 
     Place: ``nni/compression/speedup/mask_updater.py``, ``NoMaskUpdater.direct_update_process``. Cause: it deletes
-    ``_output_randomize``, but the attribute of ``NodeInfo`` is ``output_randomize``: an AttributeError where a ``len``,
+    ``_output_randomize``, but the attribute of ``NodeInfo`` is ``output_randomize``: an AttributeError if a ``len``,
     ``dim`` or ``is None`` is the last user of a value.
     """
     names = mask_updater.NoMaskUpdater.direct_update_process.__code__.co_names
@@ -40,12 +40,12 @@ def restore_randomized_output() -> bool:
 
 
 def untie_layers() -> bool:
-    """Let layers that share a tensor have one each while they are cut, and modules keep their names and modes after.
+    """Give layers that share a tensor a copy each while they are cut; keep all names and modes of modules.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.speedup_model``. Cause: masks are followed on
-    random values that are written into each layer in turn, so a layer had the masks of the last one that shares its
-    weight: wrong channels went, without an error. A module was replaced under the first of its names alone, and layers
-    of a model in evaluation mode ended in training mode.
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.speedup_model``. Cause: masks are propagated on
+    random values that are written into each layer in turn, so layers with a shared weight all got the masks of the last
+    one: wrong channels were removed, without an error. A module was replaced under the first of its names only, and
+    layers of a model in evaluation mode ended in training mode.
     """
     original = model_speedup.ModelSpeedup.speedup_model
 
@@ -69,7 +69,7 @@ def untie_layers() -> bool:
 
 
 def _modes(model: torch.nn.Module) -> dict[str, bool]:
-    """Return whether each module is in training mode, by all of its names."""
+    """Return, by each name of a module, whether it is in training mode."""
     return {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
 
 
@@ -79,10 +79,10 @@ def _put_modes(model: torch.nn.Module, modes: dict[str, bool]) -> None:
 
 
 def keep_given_masks() -> bool:
-    """Leave the masks that a speedup is given, and the modes of its model, as they are.
+    """Leave the caller's masks and the modes of the model's modules as they are.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: it works on the caller's
-    masks, so that a second speedup with them went wrong. A speedup has its own copy, ``speedup.masks``, now.
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: it changes the caller's
+    masks, so that a second speedup with them went wrong. With the patch ``speedup.masks`` is a copy.
     """
     init = model_speedup.ModelSpeedup.__init__
 
@@ -102,19 +102,19 @@ def keep_given_masks() -> bool:
 
 
 def keep_graph_for_all_outputs() -> bool:
-    """Let a module give several tensors: a recurrent layer, attention.
+    """Let a module return several tensors, as recurrent layers and attention do.
 
-    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: it goes back from
-    each output by itself, and the first time frees the graph: a RuntimeError at the second.
+    Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.indirect_backward``. Cause: it calls
+    ``backward`` on each output, and the first call frees the autograd graph: a RuntimeError at the second.
     """
 
     def indirect_backward(self: Any, output: Any, output_mask: Any) -> None:
         if isinstance(output, torch.Tensor) and self.tensor_propagate_check(output):
-            assert isinstance(output_mask, torch.Tensor)  # NNI's own
+            assert isinstance(output_mask, torch.Tensor)  # NNI's assert
             if output.grad_fn is not None:
                 output.backward(output_mask.expand_as(output), retain_graph=True)
         else:
-            assert output_mask is None  # NNI's own
+            assert output_mask is None  # NNI's assert
 
     model_speedup.ModelSpeedup.indirect_backward = indirect_backward
     return True

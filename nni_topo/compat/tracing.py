@@ -1,4 +1,4 @@
-"""Patches of NNI's concrete tracer: what it wraps, and how it asks whether a node is pure."""
+"""Patches of NNI's concrete tracer, for today's PyTorch and Python."""
 
 from __future__ import annotations
 import __future__
@@ -24,8 +24,8 @@ def restore_tensor_methods() -> bool:
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.trace``. Cause: it knows methods by
     qualified names that start with ``_TensorBase``; the class is ``TensorBase`` now, so that every trace ended in an
-    AttributeError at a static builtin. Methods get the place that NNI would have given them, one that ``torch.Tensor``
-    overrides in Python is listed by that override, as NNI does; static builtins are dropped.
+    AttributeError at a static builtin. The patch gives methods the entries that NNI would have given them; a method
+    that ``torch.Tensor`` overrides in Python is listed under its override, and static builtins are dropped.
     """
     table = concrete_tracer.ConcreteTracer.default_autowrap_leaf_function
     misplaced = [
@@ -41,9 +41,9 @@ def restore_tensor_methods() -> bool:
 def accept_purity_argument() -> bool:
     """Let NNI's test of a node's purity take the argument that PyTorch passes.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``node_is_impure_wrapper(node)``. Cause: it stands in
-    for ``torch.fx.Node.is_impure``, which takes ``impure_random`` as well, so that every trace ended in a TypeError.
-    NNI's rule, under which a random operation without users is dead, stays as it is.
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``node_is_impure_wrapper(node)``. Cause: it replaces
+    ``torch.fx.Node.is_impure``, which also takes ``impure_random``, so that every trace ended in a TypeError. NNI's
+    rule stays: a random operation without users is removed.
     """
     is_impure = concrete_tracer.node_is_impure_wrapper
     passed = len(inspect.signature(concrete_tracer._orig_node_is_impure).parameters)
@@ -62,8 +62,8 @@ def postpone_annotations() -> bool:
     """Let functions with annotations such as ``list[Tensor]`` be traced.
 
     Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``OperatorPatcher.patch_inner_helper``. Cause: it
-    compiles a traced function again while ``list`` and ``dict`` are stand-ins that take no subscript: a TypeError. The
-    second compilation leaves annotations alone; nothing reads them there.
+    compiles a traced function again while ``list`` and ``dict`` are stand-ins that take no subscript: a TypeError. With
+    the patch the second compilation doesn't evaluate annotations; nothing reads them.
     """
     if "compile" in vars(operator_patcher):
         return False
@@ -72,7 +72,7 @@ def postpone_annotations() -> bool:
 
 
 def name_class_of_super() -> bool:
-    """Let ``super()`` in a traced method mean the class that defines the method.
+    """Let ``super()`` in a traced method refer to the class that defines the method.
 
     Place: ``nni/common/concrete_trace_utils/operator_patcher.py``, ``TransformerOp.visit_Call``. Cause: it writes
     ``super(self.__class__, self)``, so that a method inherited by a subclass calls itself: a RecursionError.
@@ -85,7 +85,7 @@ def name_class_of_super() -> bool:
 
     def visit_call(self: ast.NodeTransformer, node: ast.Call) -> ast.AST:
         if isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args:
-            # a method that says super() has __class__ among its free variables, which NNI makes globals
+            # a method that calls super() has the free variable __class__, which NNI makes a global
             names = [ast.Name(id=name, ctx=ast.Load()) for name in ("__class__", "self")]
             return ast.Call(func=node.func, args=[*names], keywords=[])
         rewritten: ast.AST = rewrite(self, node)
@@ -96,11 +96,11 @@ def name_class_of_super() -> bool:
 
 
 def run_leaves_with_classes() -> bool:
-    """Let functions and modules that aren't traced into find Python's classes, and no stand-ins.
+    """Let functions and modules that the tracer doesn't enter find Python's own classes, not the tracer's stand-ins.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``ConcreteTracer.run_target``. Cause: while a model
     is traced, ``list``, ``bool``, ``type`` and others are objects that look like the classes. PyTorch's own functions
-    found them too, as in every max pooling without a stride and every unpooling: a TypeError or an AssertionError.
+    found them too, e.g. in max pooling without a stride and in unpooling: a TypeError or an AssertionError.
     """
     tracer = concrete_tracer.ConcreteTracer
     run = tracer.run_target
@@ -108,7 +108,7 @@ def run_leaves_with_classes() -> bool:
         return False
 
     def run_target(self: Any, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # before the first stand-in is made, placeholders are run without any
+        # placeholders run before the first stand-in is made
         classes = vars(self).get("clz_wrapper_map", {}).values()
         places = [(vars(sys.modules[cls.__module__]), cls.__name__, cls) for cls in classes]
         found = [(names, name, names[name]) for names, name, _ in places]
@@ -125,11 +125,11 @@ def run_leaves_with_classes() -> bool:
 
 
 def keep_apply_of_functions() -> bool:
-    """Leave ``torch.autograd.Function.apply`` where it was, once a trace is over.
+    """Put ``torch.autograd.Function.apply`` back after a trace.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, the end of ``ConcreteTracer.trace``. Cause: it
-    deletes the method, which an old PyTorch inherited from C. It is Python's own now, so that after the first trace no
-    function with a gradient of its own ran under ``torch.func``; before PyTorch 2.14 no decoder of Transformers ran
+    deletes the method, which in old versions of PyTorch was inherited from C and is defined in Python now. After the
+    first trace no custom autograd function ran under ``torch.func``; before PyTorch 2.14 no decoder of Transformers ran
     without a mask.
     """
     tracer, function = concrete_tracer.ConcreteTracer, torch.autograd.Function
@@ -151,7 +151,7 @@ def keep_apply_of_functions() -> bool:
 
 
 def write_stand_ins_as_types() -> bool:
-    """Let the stand-ins of builtin classes be written as types: ``list[int]``, ``int | None``.
+    """Let the stand-ins of builtin classes be used in types: ``list[int]``, ``int | None``.
 
     Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_iterable_class`` and
     ``_create_wrapped_leaf_class``. Cause: the stand-ins take no subscript and no ``|``, so that a forward with
@@ -165,13 +165,13 @@ def write_stand_ins_as_types() -> bool:
 
 
 def wrap_functions_as_meant() -> bool:
-    """Let ``type(value) is tuple`` be true of a tuple, and PyTorch's functions call those that they mean.
+    """Let ``type(value) is tuple`` be true for a tuple, and let PyTorch's code call its own ``torch.functional``.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: ``type`` gives
-    the class, while the name ``tuple`` means the class's stand-in: models that check a type so (DistilBERT) raised
-    their own errors. And ``torch.norm`` and others of ``torch.functional`` are replaced by a wrapper, which calls the
-    builtin of that name from PyTorch's code: it takes other arguments, so that ``normalize``, ``mse_loss`` and others
-    ended in a TypeError.
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, ``_create_wrapped_leaf_func``. Cause: ``type``
+    returns the class, but during a trace the name ``tuple`` is the class's stand-in: models with such a check
+    (DistilBERT) raised their own errors. Also, ``torch.norm`` and others of ``torch.functional`` are replaced by a
+    wrapper that calls the builtin of the same name when PyTorch's code calls it; the builtin takes other arguments, so
+    that ``normalize``, ``mse_loss`` and others ended in a TypeError.
     """
     make = concrete_tracer._create_wrapped_leaf_func
     if make(SimpleNamespace(temp_disable_call=True), lambda: False, lambda: True)():
@@ -179,7 +179,7 @@ def wrap_functions_as_meant() -> bool:
 
     def make_wrapper(tracer: Any, func: Callable[..., Any], to_func: Callable[..., Any] | None, *rest: Any) -> Any:
         traced = make(tracer, func, to_func, *rest)
-        compares = func in (operator.is_, operator.is_not)  # during a trace these names mean others
+        compares = func in (operator.is_, operator.is_not)  # during a trace class names refer to stand-ins
 
         @functools.wraps(func)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -197,7 +197,7 @@ def wrap_functions_as_meant() -> bool:
 
 
 def _typed(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Let stand-ins be written as types."""
+    """Wrap a function that makes stand-ins, so that these take a subscript and ``|``."""
 
     @functools.wraps(make)
     def make_typed(tracer: Any, cls: Any) -> Any:
@@ -212,7 +212,7 @@ def _typed(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def _place(table: dict[Any, tuple[list[tuple[Any, str]], bool, Any]], function: Any) -> None:
-    """Give one entry of the tracer's table its position on ``torch.Tensor``, or drop it."""
+    """Add ``torch.Tensor`` to the positions of one entry of the tracer's table, or drop the entry."""
     if not isinstance(function, MethodDescriptorType):
         del table[function]
         return
@@ -227,16 +227,15 @@ def _place(table: dict[Any, tuple[list[tuple[Any, str]], bool, Any]], function: 
 
 @lru_cache(maxsize=512)
 def code_units(code: CodeType) -> tuple[dis.Instruction, ...]:
-    """List the instruction that counts at every code unit (two bytes) of a code object, ``len(co_code) // 2``."""
-    # A unit that is only part of an instruction holds the next one: the inline caches that follow most instructions
-    # since Python 3.11, EXTENDED_ARG, and from 3.13 on TO_BOOL and the comparisons that end in a truth test, which used
-    # to be a part of the jump or the `not` after it. So code_units(code)[frame.f_lasti // 2] is the running
-    # instruction.
+    """List the instruction at each code unit (two bytes) of a code object, ``len(co_code) // 2`` of them."""
+    # code_units(code)[frame.f_lasti // 2] is the running instruction. A unit that is only part of an instruction gets
+    # the following instruction: inline caches (since Python 3.11), EXTENDED_ARG, and since 3.13 TO_BOOL and comparisons
+    # that end in a truth test, which earlier versions did in the jump or `not` that follows.
     units: list[dis.Instruction] = []
-    # counted by hand: during a trace len() is NNI's, and walks through what it is given
+    # counted here, because during a trace len() is NNI's and iterates over its argument
     filled = 0
     for instruction in dis.get_instructions(code):
-        # Python 3.13 and newer show a comparison that calls bool() on its result as bool(<)
+        # since Python 3.13 a comparison that calls bool() on its result is shown as bool(<)
         leads_to_the_next = instruction.opname in ("EXTENDED_ARG", "TO_BOOL") or instruction.argrepr.startswith("bool(")
         if not leads_to_the_next:
             following = instruction.offset // 2 + 1
@@ -247,11 +246,11 @@ def code_units(code: CodeType) -> tuple[dis.Instruction, ...]:
 
 
 def index_code_units() -> bool:
-    """Let the traced values find the instruction that is running.
+    """Let the tracer's proxies find the instruction that is running.
 
     Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.__iter__``, ``__len__``, ``__bool__``
-    and ``keys``. Cause: they take an instruction's index to be its offset in code units. Since Python 3.11 inline
-    caches take units that ``dis`` doesn't list; 3.13 tests for truth before the jump.
+    and ``keys``. Cause: they use an instruction's offset in code units as its index. Since Python 3.11 inline caches
+    occupy units that ``dis`` doesn't list; 3.13 tests for truth before the jump.
     """
     sample = restore_branch_opcodes.__code__
     if len(list(concrete_proxy.dis.get_instructions(sample))) == len(sample.co_code) // 2:
@@ -261,9 +260,9 @@ def index_code_units() -> bool:
 
 
 def restore_branch_opcodes() -> bool:
-    """Let the traced values know all instructions that branch on a truth value.
+    """Let the tracer's proxies know all instructions that branch on a truth value.
 
-    Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.jump_opcodes``. Cause: a list of five
+    Place: ``nni/common/concrete_trace_utils/concrete_proxy.py``, ``ConcreteProxy.jump_opcodes``. Cause: it lists five
     names; Python 3.11 has others.
     """
     known = concrete_proxy.ConcreteProxy.jump_opcodes

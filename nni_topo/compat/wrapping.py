@@ -1,4 +1,4 @@
-"""Patches of how NNI wraps models: shared weights, modules with two names, constructors that fail."""
+"""Patches of how NNI wraps models: shared weights, modules with two names, failed constructors, and others."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _CALLING = "_nni_topo_calling"
 _MIXER = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
 
 scaling: list[Callable[[torch.nn.Module, Any], None]] = []
-"""Functions that get a pruner's model and target spaces once NNI has given these their blocks, and may change them."""
+"""Functions that get a pruner's model and target spaces after NNI has set the scalers, and may change the scalers."""
 
 
 calling: list[tuple[Callable[[torch.nn.Module], bool], Callable[..., None]]] = []
-"""Pairs of functions: whether a module computes with weights of layers that it doesn't call; and to let it call them,
-or, where the second argument is false, do as its class does again."""
+"""Pairs of functions. The first says whether a module computes with weights of layers that it doesn't call; the second
+lets the module call these layers if its second argument is true, and undoes that if it is false."""
 
 
 target_settings: list[Callable[[Any], dict[str, Any] | None]] = []
-"""Functions that get a module and return NNI's settings of its parameters, by name; None for those of its class."""
+"""Functions that get a module and return NNI's settings of its parameters, by name; None: its class's settings."""
 
 
 def keep_shared_parameters() -> bool:
-    """Let layers that share a parameter share it while they are wrapped and after.
+    """Keep parameters shared between layers while the layers are wrapped and afterwards.
 
     Place: ``nni/compression/base/wrapper.py``, ``TargetSpace._register_target`` and ``ModuleWrapper.unwrap``. Cause:
-    each layer gets a copy, so that ``unwrap_model`` returned a model without its ties, and an optimizer that knows a
-    shared parameter by one name left the other layers out. An unwrapped module also kept the class's ``forward`` as an
-    attribute of its own.
+    each layer gets a copy, so that ``unwrap_model`` returned a model without tied weights, and an optimizer, which
+    holds a shared parameter once, didn't train the other layers. An unwrapped module also kept its class's ``forward``
+    as an instance attribute.
     """
     if "register_parameter" not in ModuleWrapper.unwrap.__code__.co_names:
         return False
@@ -48,7 +48,7 @@ def keep_shared_parameters() -> bool:
 
     @functools.wraps(wrap_model)
     def wrap_all(self: Compressor) -> None:
-        # Wrappers hold the parameters themselves that stand in several places, instead of copies.
+        # Wrappers hold shared parameters themselves instead of copies.
         holders = parameter_holders(self.bound_model)
         for wrapper in self._module_wrappers.values():
             own = {name: value for name, value in wrapper.module._parameters.items() if holders[id(value)] > 1}
@@ -70,15 +70,15 @@ def keep_shared_parameters() -> bool:
 
 
 def derived_types(model: torch.nn.Module, types: Iterable[str]) -> set[str]:
-    """Name the classes in a model that derive from PyTorch's of these names; NNI knows them then.
+    """Register the classes of a model's modules that derive from PyTorch's layers ``types`` in NNI; return their names.
 
-    NNI looks up settings by the name of a class, so that layers of a derived class can't be pruned unless registered.
+    NNI looks up settings by class name, so that layers of a derived class can't be pruned unless they are registered.
     """
     found = set[str]()
     for kind in {type(module) for module in model.modules()}:
         bases = [base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules")]
         base = next((base for base in bases if base in types and base in PruningSetting.registry), None)
-        # PyTorch's own but for what mixes the heads of ``nn.MultiheadAttention``, a linear layer by another name.
+        # PyTorch's own classes are skipped, except the class of the output projection of ``nn.MultiheadAttention``.
         if base and (kind is _MIXER or not kind.__module__.startswith("torch.")):
             found.add(kind.__name__)
             if kind.__name__ not in PruningSetting.registry:
@@ -87,21 +87,21 @@ def derived_types(model: torch.nn.Module, types: Iterable[str]) -> set[str]:
 
 
 class ListedModules:
-    """The modules of a model, listed once: NNI's ``select_modules_by_config`` lists them for each entry it is given."""
+    """The modules of a model, listed once instead of for each entry that NNI's ``select_modules_by_config`` gets."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._found = list(model.named_modules(remove_duplicate=False))
 
     def named_modules(self, remove_duplicate: bool = False) -> list[tuple[str, torch.nn.Module]]:
-        """Return them with their names, those of several names several times."""
+        """Return the modules with their names; a module with several names appears under each."""
         return self._found
 
 
 def wrap_modules_once() -> bool:
-    """Take a module with two names for one layer, under the first of its names that the config_list selects.
+    """Wrap a module with two names once, under the first of its names that the config_list selects.
 
     Place: ``nni/compression/base/compressor.py``, ``register_wrappers``. Cause: ``op_types`` selects all names, so that
-    the second wrapper met the first: a bare AssertionError.
+    a wrapped module was wrapped again: an AssertionError without a message.
     """
     register = compressor.register_wrappers
 
@@ -110,7 +110,7 @@ def wrap_modules_once() -> bool:
         chosen = {id(wrapper.module): name for name, wrapper in (existed_wrappers or {}).items()}
         listed: Any = ListedModules(model)
         order = {name: index for index, (name, _) in enumerate(listed.named_modules())}
-        single = []  # the config_list, written so that no module is selected under two names
+        single = []  # a config_list that selects no module under two names
         for config in config_list:
             modules, settings, fused = select_modules_by_config(listed, config)
             for name in sorted(modules, key=order.__getitem__):
@@ -127,8 +127,8 @@ def wrap_modules_once() -> bool:
 def unwrap_models_once() -> bool:
     """Let ``unwrap_model`` do nothing for a model that isn't wrapped.
 
-    Place: ``nni/compression/base/compressor.py``, ``Compressor.unwrap_model``. Cause: it warns that it can't, and goes
-    on to an AttributeError.
+    Place: ``nni/compression/base/compressor.py``, ``Compressor.unwrap_model``. Cause: it warns, then raises an
+    AttributeError.
     """
     unwrap_model = Compressor.unwrap_model
 
@@ -142,11 +142,11 @@ def unwrap_models_once() -> bool:
 
 
 def call_layers_of_attention() -> bool:
-    """Let attention call layers of it that are wrapped, where it takes their weights by itself.
+    """Let attention call its wrapped layers instead of only reading their weights.
 
     Place: ``nni/compression/base/compressor.py``, ``Compressor.wrap_model`` and ``unwrap_model``. Cause: PyTorch's
-    ``nn.MultiheadAttention`` and torchvision's attention in windows never call these layers, so that masks on them do
-    nothing.
+    ``nn.MultiheadAttention`` and torchvision's window attention never call these layers, so that masks on them have no
+    effect.
     """
     wrap_model, unwrap_model = Compressor.wrap_model, Compressor.unwrap_model
 
@@ -179,9 +179,9 @@ def call_layers_of_attention() -> bool:
 def ask_for_targets() -> bool:
     """Let `target_settings` say which parameters of a module are pruned.
 
-    Place: ``nni/compression/base/setting.py``, ``PruningSetting.get``. Cause: settings go by the name of a class, but
-    recurrent layers have more parameters the more levels they have, and a parameter that a module lacks is a bare
-    AssertionError.
+    Place: ``nni/compression/base/setting.py``, ``PruningSetting.get``. Cause: settings depend on the class name only,
+    but the parameters of a recurrent layer depend on its number of levels; a missing parameter is an AssertionError
+    without a message.
     """
     get = PruningSetting.get
 
@@ -191,7 +191,7 @@ def ask_for_targets() -> bool:
         for settings_of in target_settings:
             own = settings_of(module_cls_or_name)
             if own is not None:
-                # The function of a class of its own, whose registry holds nothing else.
+                # Call NNI's function on a new subclass whose registry holds these settings only.
                 alone = type(cls.__name__, (cls,), {"registry": {type(module_cls_or_name).__name__: own}})
                 return dict(get.__func__(alone, module_cls_or_name, config))
         return dict(get(module_cls_or_name, config))
@@ -203,8 +203,8 @@ def ask_for_targets() -> bool:
 def ask_for_blocks() -> bool:
     """Let `scaling` say what the blocks of a pruner's targets are.
 
-    Place: ``nni/compression/base/compressor.py``, ``Pruner._register_scalers``. Cause: blocks are neighbouring rows
-    there, and a head's aren't where one weight holds queries, keys and values.
+    Place: ``nni/compression/base/compressor.py``, ``Pruner._register_scalers``. Cause: NNI's blocks are neighbouring
+    rows, but the rows of a head aren't neighbours if one weight holds queries, keys and values.
     """
     register = Pruner._register_scalers
 
@@ -219,10 +219,10 @@ def ask_for_blocks() -> bool:
 
 
 def undo_failed_constructors() -> bool:
-    """Leave the model as it was where a pruner's constructor raises.
+    """Restore the model if a pruner's constructor raises an error.
 
-    Place: ``nni/compression/base/compressor.py``, ``Compressor.__init__``, and those of all subclasses. Cause: an error
-    after the first wrapper left a wrapped model and no pruner to unwrap it, which every pruner refused.
+    Place: ``nni/compression/base/compressor.py``, ``__init__`` of ``Compressor`` and all its subclasses. Cause: an
+    error after the first wrapper left a wrapped model, which every pruner refuses, and no pruner to unwrap it.
     """
     for kind in _with_subclasses(Compressor):
         _guard_constructor(kind)
@@ -256,7 +256,7 @@ def _guard_constructor(kind: type) -> None:
         model = subject.bound_model if isinstance(subject, Compressor) else subject
         things = [subject] if isinstance(subject, Compressor) else []
         things += list(model.modules()) if isinstance(model, torch.nn.Module) else []
-        # Of each the attributes that it has now, and what its tables hold now.
+        # Per object: its attributes, and the contents of its private dicts and sets, such as parameters.
         before = []
         for thing in things:
             attributes = vars(thing)
