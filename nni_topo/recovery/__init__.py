@@ -1,4 +1,4 @@
-"""Bringing a pruned network back without labels."""
+"""Recovery of pruned networks without labels."""
 
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.blocks import remove_blocks

@@ -1,4 +1,4 @@
-"""Batch-norm re-calibration: running statistics measured anew on unlabelled inputs."""
+"""Batch-norm re-calibration: running statistics measured anew on calibration data."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evaluator) -> nn.Module:
     """Return a copy of a model whose batch norms have the statistics of its own activations.
 
-    Pruning changes the distribution that reaches a batch norm, whose running mean and variance still are those of the
-    whole network. Measuring them anew needs no labels and no gradients.
+    Pruning changes the inputs of a batch norm, but its running mean and variance are still those of the unpruned
+    network. Measuring them anew needs no labels and no gradients.
 
     Parameters
     ----------
     model : torch.nn.Module
         Any model; it isn't changed.
     calibration : iterable or nni.compression.utils.Evaluator
-        Batches of inputs, or of ``(inputs, ...)``, of more than one sample each. Of an evaluator, what it evaluates on.
+        Batches of inputs, or of ``(inputs, ...)``, with at least two samples each. If it is an evaluator, the batches
+        it evaluates on.
 
     Returns
     -------
@@ -51,12 +52,12 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
 
     Notes
     -----
-    The statistics are the average over the batches, each batch counting the same. Only batch norms run in training mode
-    meanwhile; dropout stays off.
+    The statistics are the average over the batches, each batch counting the same. Only batch norms are in training mode
+    meanwhile; dropout is off.
     """
     copied: nn.Module = detached_copy(model)
     batches = batches_of(calibration, model)
-    structure_call(model, batches)  # an error that says what to change
+    structure_call(model, batches)  # raises an error that says what to change
     norms = batch_norms(copied)
     measured: dict[_BatchNorm, dict[str, torch.Tensor]] = {}
     with left_alone(copied), evaluation_mode(copied), torch.no_grad():
@@ -69,7 +70,7 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
                 copied(*args, **kwargs)
         for norm in norms:
             measured[norm] = {name: value.clone() for name, value in norm.named_buffers(recurse=False)}
-    # The statistics are all that stays of these passes.
+    # `left_alone` has restored the buffers; only the statistics are changed.
     names = {norm: name for name, norm in copied.named_modules()}
     for norm, values in measured.items():
         for name, value in values.items():

@@ -1,10 +1,10 @@
-"""Whole blocks are removed, and the layer before each gap is solved anew to make up for what was linear in them.
+"""Removal of whole blocks, and a new solution for a layer before each gap to make up for their linear part.
 
-A block adds to the residual stream, so that the model runs without it. The last layer that writes into the stream
-before a gap, a linear one or a convolution, is solved anew, such that the stream after the gap is the unpruned one:
-[1]_ does it with a linear map of that layer's output, here all of its weights may change. Where a ReLU or a norm
-follows the sum, as in ResNet and BERT, its input is solved for, and the norm of the block before the gap takes the
-parameters of the norm of the last removed block.
+Blocks add to the residual stream, so the model runs without them. In the block before a gap, a linear layer or a
+convolution whose output is added to the stream is solved anew, so that the stream after the gap comes close to that of
+the unpruned network. [1]_ solves for a linear map of the layer's output; here all its weights may change. Where a ReLU
+or a norm follows the sum, as in ResNet and BERT, its input is solved for, and the norm of the block before the gap
+takes the parameters of the norm of the last removed block.
 
 References
 ----------
@@ -61,7 +61,7 @@ def remove_blocks(
     *,
     ridge: float | Literal["auto"] = "auto",
 ) -> nn.Module:
-    """Take whole blocks out of a model, and let the layer before each gap make up for them, without labels.
+    """Remove whole blocks from a model, and solve a layer before each gap to make up for them, without labels.
 
     Parameters
     ----------
@@ -71,30 +71,30 @@ def remove_blocks(
     names : sequence of str
         Names of the blocks, e.g. ``["model.layers.5", "model.layers.6"]``; at least one block of each list stays.
     calibration : iterable or nni.compression.utils.Evaluator
-        Batches of inputs, as for :func:`nni_topo.compensate`; what a mask says is padding doesn't count.
+        Batches of inputs, as for :func:`nni_topo.compensate`; places that a mask marks as padding don't count.
     ridge : float or "auto", default="auto"
         As for :func:`nni_topo.compensate`.
 
     Returns
     -------
     torch.nn.Module
-        A new model, in the modes of ``model``, without the blocks; those after them have lower numbers, and the
-        ``config`` of a model of Transformers says how many there are.
+        A new model without the blocks, with the training modes of ``model``; later blocks have lower numbers, and the
+        ``config`` of a model of Transformers has the new number of blocks.
 
     Raises
     ------
     ConfigError
-        If a name is no block's, a block changes the shape of what enters it, or none would remain.
+        If a name isn't a block's, a block's output has another shape than its input, or no block would remain.
     DataError
-        If there is no batch, a batch doesn't fit the model, or what it gives isn't finite.
+        If there is no batch, a batch doesn't fit the model, or activations are NaN or infinite.
 
     Notes
     -----
-    Where no block stands before the gap, or none of its layers is added to the stream, blocks are taken out and nothing
-    makes up for them; a warning says so.
+    If no block precedes the gap, or no layer of it has an output that is added to the stream, nothing makes up for the
+    removed blocks; a warning says so.
 
-    Memory is that of one layer's products, whatever the number of samples. Of a convolution's output 64 positions of
-    each image are taken.
+    Memory is that of one layer's products, whatever the number of samples. Of a convolution, 64 output positions of
+    each image are used.
     """
     check_ridge(ridge)
     gaps = _gaps(model, names)
@@ -134,7 +134,7 @@ def remove_blocks(
 
 
 def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Group neighbouring blocks: the name of their container, the first and the last number."""
+    """Group neighbouring blocks: name of their container, first number, last number."""
     modules = dict(model.named_modules())
     if not len(names):
         raise ConfigError(f"names must be a sequence of at least one block's name, got {names!r} (names)")
@@ -183,7 +183,7 @@ class Writer:
     stream: Stream
 
     def add(self, solution: Solution) -> None:
-        """Add to the layer's output by new parameters, because other networks may share the old ones."""
+        """Add to the layer's output, by new parameters because other networks may share the old ones."""
         weight = self.layer.weight
         more = solution.weights[0].T.to(weight.device)
         shift = solution.shift[0].to(weight.device)
@@ -211,10 +211,10 @@ class Gap:
 
     writer: Writer
     wanted: Stream
-    is_whole: bool  # whether it adds the whole wanted stream, or the difference to its own
+    is_whole: bool  # whether it adds the whole wanted stream, or the difference to its own stream
 
     def fill(self, solution: Solution) -> None:
-        """Change the writer by a solution."""
+        """Add a solution to the writer, and copy the parameters of the wanted stream's norm."""
         self.writer.add(solution)
         end, wanted_end = self.writer.stream.end, self.wanted.end
         if end is not None and wanted_end is not None and not self.is_whole:
@@ -236,8 +236,8 @@ def gap_after(result: nn.Module, block: nn.Module, model: nn.Module, wanted: nn.
 def _calls_in(
     model: nn.Module, block: nn.Module, call: Call
 ) -> tuple[list[tuple[nn.Module, Any, Any]], Tensor, nn.Module | None]:
-    """Return the calls of the modules in a block with their outputs, its output, and the ReLU or norm that gives it."""
-    made: list[tuple[nn.Module, Any, Any]] = []  # holds the tensors, so that no address is reused
+    """Return the calls of a block's modules, the block's output, and the ReLU or norm that returns it."""
+    made: list[tuple[nn.Module, Any, Any]] = []  # keeps the tensors, so that no address is reused
 
     def look(module: nn.Module) -> Any:
         return lambda entering, output: made.append((module, entering, output))
@@ -268,7 +268,7 @@ def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None
     stream = Stream(block, end)
     called: list[Any] = [module for module, _, _ in made if type(module) in (*CONVOLUTIONS, nn.Linear)]
     once = [layer for layer in reversed(called) if called.count(layer) == 1]
-    for layer in sorted(once, key=lambda layer: -layer.weight[0].numel()):  # those with most unknowns first
+    for layer in sorted(once, key=lambda layer: -layer.weight[0].numel()):  # with most unknowns first
         if getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
             continue
         (own,) = (output for module, _, output in made if module is layer)
@@ -319,7 +319,7 @@ def solutions(
             with fitting(index, batches.name):
                 for net in nets:
                     net(*call[0], **call[1])
-            # Inside, samples may be the second dimension; then positions are held out instead.
+            # Within a model, samples may be the second dimension; then positions are held out instead.
             size, entries = batch_size(call), len(seen[0]["wanted"])
             held = is_held_out[samples : samples + size]
             if entries != size:
@@ -330,7 +330,7 @@ def solutions(
                 reached = own.get("reached", torch.zeros_like(own["wanted"])).double()
                 lacking = own["wanted"].double() - reached
                 if isinstance(gap.writer.stream.end, nn.ReLU) and not gap.is_whole:
-                    # Where a ReLU gives zero, any smaller value is as good.
+                    # Where the ReLU returns zero, any negative input is as good.
                     lacking = torch.where(own["wanted"] > 0.0, lacking, -reached.clamp(min=0.0))
                 values = own["entering"], lacking, own["wanted"]
                 for each, rows in zip(parts, (~held, held), strict=True):
@@ -350,7 +350,7 @@ def solutions(
 def _rows(
     layer: Any, values: tuple[Tensor, Tensor, Tensor], held: Tensor, real: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return a layer's inputs, the missing and the wanted outputs of some samples, (1, rows, ...), or None.
+    """Return a layer's inputs, residuals and wanted outputs of some samples, (1, rows, ...); None without samples.
 
     ``held`` says which samples, bool (samples,); ``real`` which positions aren't padding, bool (samples, places).
     """

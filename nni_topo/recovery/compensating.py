@@ -51,12 +51,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False)
 class Compensation:
-    """A compensated model and what was done to it; its ``repr`` is that of the report.
+    """A compensated model and its report, which is its ``repr``.
 
     Attributes
     ----------
     model : torch.nn.Module
-        As :func:`compensate` returns it.
+        The model that :func:`compensate` returns.
     report : CompensationReport
         Errors before and after, layer by layer; ``report.to_frame()`` is a table.
     """
@@ -132,7 +132,7 @@ def compensation(
 
 @signed_like(compensation)
 def compensate(*args: Any, **knobs: Any) -> nn.Module:
-    """Change the weights that a pruner keeps such that they make up for those it removes.
+    """Change the kept weights of a pruned model so that they make up for the removed ones.
 
     Parameters
     ----------
@@ -141,26 +141,26 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     masks : mapping of str to mapping of str to Tensor or None
         NNI's masks, ``{module: {parameter: mask}}``, of any pruner. They aren't changed.
     calibration : iterable or nni.compression.utils.Evaluator
-        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
-        evaluates on. 500 to 2,000 images are enough for small nets. They are read once, see
-        :class:`nni_topo.Calibration`. Of eight or more one in eight isn't solved on, for :func:`nni_topo.distill` to
-        judge by. The ``groups`` of a Calibration say which samples aren't independent, such as crops of a photo.
+        Batches of inputs, or of ``(inputs, ...)``; labels aren't used. If it is an evaluator, the batches it evaluates
+        on. 500 to 2,000 images are enough for small nets. They are read once, see :class:`nni_topo.Calibration`. Of
+        eight or more, every eighth is left out, so that :func:`nni_topo.distill` can judge on it. The ``groups`` of a
+        Calibration say which samples aren't independent, such as crops of a photo.
     method : str or RecoveryMethod, default="reconstruct"
         A name of :func:`nni_topo.list_recoveries`, or a method with settings of its own, such as
         ``nni_topo.recovery.Reconstruct(refine=0)``.
         ``"reconstruct"`` (:class:`~nni_topo.recovery.Reconstruct`): solve each layer after removed channels again, so
         it reproduces its unpruned output, or the sum it goes into. ``"pair"`` (:class:`~nni_topo.recovery.Pair`): one
         kept channel and a constant replace each removed one.
-        ``"recalibrate"``: statistics of batch norms and nothing else.
+        ``"recalibrate"``: measure the statistics of batch norms anew and change nothing else.
     ridge : float or "auto", default="auto"
-        Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
-        a tenth of the mean variance.
-        ``"auto"``: for each layer the one of 1e-8 ... 1, or no change at all, that is best on held-out samples.
+        Penalty on the change of a weight, at least 0, as a share of the variance of the weight's input plus a tenth of
+        the mean variance.
+        ``"auto"``: for each layer a value from 1e-8 to 1, or no change at all, by the error on held-out samples.
     seed : int, default=0
-        For the positions that large feature maps are sampled at.
+        Seed for the sampled positions of large feature maps.
     cache_bytes : int or None, default=None
-        Memory for intermediate values of both networks, at least 0. With less, more is computed again. None: they take
-        at most a quarter of the memory that is free on the network's device.
+        Memory for intermediate values of both networks, at least 0. With less, more is computed again. None: at
+        most a quarter of the free memory of the network's device.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -168,8 +168,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        A new model of full size, in the mode of ``model``, module by module. Its kept channels no longer read removed
-        ones; the weights of the removed ones are as they were. ``masked_model`` and ``to_dense`` with the same
+        A new model of full size; each module has the mode that it has in ``model``. Its kept channels no longer read
+        removed ones; the weights of removed channels are unchanged. ``masked_model`` and ``to_dense`` with the same
         masks give the compensated network.
 
     Raises
@@ -194,13 +194,13 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     layer's output is added to another, directly or after batch norms, the target is the sum. Batch norms keep their
     place and statistics; where a layer has no bias, the running mean of the batch norm after it takes the constant.
 
-    Layers that are called more than once, transposed convolutions that are called for an output size, and layers that
-    are masked weight by weight or whose weights are tied or computed stay as they are; the log and the report name
-    them.
+    Layers that are called more than once, transposed convolutions that are called with an ``output_size``, and layers
+    that are masked weight by weight or whose weights are tied or computed stay as they are; the log and the report
+    name them.
 
-    Cost: the sums of products take ``inputs * kernel elements`` squared float64 numbers a layer, twice, whatever
-    the number of images, and solving twice as much again; a 3x3 convolution of 2,048 channels 11 GB. What
-    ``cache_bytes`` allow comes on top.
+    Cost: a layer's sums of products take twice the square of ``inputs * kernel elements`` float64 numbers, whatever the
+    number of images, and solving takes as much again: 11 GB for a 3x3 convolution of 2,048 channels. ``cache_bytes``
+    come on top.
 
     Examples
     --------
@@ -246,7 +246,7 @@ def _begin(
     cache_bytes: int,
     facts: Facts | None = None,
 ) -> tuple[Networks, Plan, Sampler]:
-    """Return the networks, what can be solved, and what runs them; every fifth sample is held out, or fifth group."""
+    """Return the networks, the plan and the sampler; every fifth sample, or group of samples, is held out."""
     sizes = tuple(batch_size(call) for call in calls(model, calibration))
     call = structure_call(model, calibration)
     check_samples_first(model, calibration)
@@ -254,7 +254,7 @@ def _begin(
     replay = Replay(model, networks.unpruned, networks.pruned, calibration, cache_bytes)
     if sum(sizes) == calibration.samples:
         held_out = calibration.held_out(HELD_OUT_ENTRIES)
-    else:  # lists of images, as detectors take
+    else:  # lists of images, as detectors take them
         held_out = torch.arange(sum(sizes)) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
     sampler = Sampler(replay, sizes, seed, held_out)
     return networks, plan_of(networks, replay.touched_nodes), sampler
@@ -268,9 +268,9 @@ def _run(
     progress: bool | None,
     left_alone: dict[str, str],
 ) -> tuple[LayerReport, ...]:
-    """Solve the tasks one after the other; those that refine one take its ridge.
+    """Solve the tasks one after the other; tasks that refine another one use its ridge.
 
-    Layers that get other samples in the pruned network are left out, and ``left_alone`` notes why.
+    Layers that get other samples in the pruned network aren't solved, and ``left_alone`` gets the reason.
     """
     sampler.check_room(tasks)
     ranks = [sampler.replay.order[task.layer.node] for task in tasks]
@@ -302,5 +302,5 @@ def _run(
                 seconds=time.perf_counter() - began,
             )
         )
-        del sums  # of products, which take much memory, and the next task has its own
+        del sums  # they take much memory, and the next task has its own
     return tuple(layers)

@@ -1,4 +1,4 @@
-"""How like a network's answers are to the unpruned one's, on some images, with intervals."""
+"""How similar a network's outputs are to the unpruned network's on some images, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NO_SCALE = (
 )
 _Z = 1.959964  # 95 % of a normal distribution
 _TAIL = 0.975
-_ROUNDING = 1e-14  # of a sum of squares in double precision
+_ROUNDING = 1e-14  # relative, of a sum of squares in double precision
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How like two networks' answers are."""
+    """How similar the outputs of two networks are."""
 
-    distance: Estimate  # mean squared distance over the variance of the unpruned network's outputs; NaN: other shapes
-    agreement: Estimate  # share of largest logits that are the same; NaN where outputs aren't logits
+    distance: Estimate  # mean squared distance over the variance of the unpruned outputs; NaN if shapes differ
+    agreement: Estimate  # share of images with the same largest logit; NaN if outputs aren't logits
 
 
 @dataclass(frozen=True)
 class Differences:
-    """How far two networks' answers differ, sample by sample; where outputs have no samples, batch by batch."""
+    """How far the outputs of two networks differ on each sample, or on each batch if outputs have no samples."""
 
-    distances: list[float]  # squared, over the variance of the unpruned network's outputs; NaN: other shapes
-    agreed: list[float]  # share of the sample's largest logits that are the same; NaN where outputs aren't logits
+    distances: list[float]  # squared, over the variance of the unpruned outputs; NaN if shapes differ
+    agreed: list[float]  # share of a sample's positions with the same largest logit; NaN if outputs aren't logits
 
 
 class _Answer(NamedTuple):
-    """What a network gives for one batch, on the CPU."""
+    """A network's outputs for one batch, on the CPU."""
 
     outputs: list[Tensor]
     are_logits: bool
@@ -75,7 +75,7 @@ class _Answer(NamedTuple):
 
 
 class Answers:
-    """The unpruned network's answers on several parts of the images, and how near another network's answers are.
+    """The unpruned network's outputs on several parts of the images, with which other networks are compared.
 
     Distances are shares of the variance over the last part, the held-out images, because images of one kind vary less
     than images of all kinds. If that part is a single image, they are shares of the variance over all parts.
@@ -92,7 +92,7 @@ class Answers:
         stores = self._wanted[-1:] if parts[-1].samples > 1 else self._wanted
         self._scales = _scales(list(itertools.chain(*stores)))
         self.are_classes = _are_scores(itertools.chain(*self._wanted))
-        """Whether the unpruned network's outputs are scores of classes, the largest of which is its answer."""
+        """Whether the unpruned network's outputs are scores of classes, so that the largest is its answer."""
 
     def likenesses(self, net: nn.Module) -> list[Likeness]:
         """Compare a network on each part."""
@@ -114,7 +114,7 @@ class Answers:
             for mine, theirs in zip(answers, self._wanted[part], strict=True):
                 distances += self._distances(mine, theirs)
                 agreed += _agreements(mine, theirs) if self.are_classes else [math.nan] * theirs.samples
-        except DataError as error:  # not for the data, on which the model itself has run
+        except DataError as error:  # the data aren't the cause: the model itself has run on them
             raise SpeedupError(
                 "a smaller network must run on every batch on which the model runs, got "
                 f"{str(error.__cause__).partition(chr(10))[0]}: a forward that decides by values of tensors, as in "
@@ -134,20 +134,20 @@ class Answers:
         if shapes[0] != shapes[1]:  # such as the boxes that a detector finds
             return [math.nan] * theirs.samples
         total = torch.zeros(theirs.samples, dtype=torch.float64)
-        # A smaller batch may have fewer outputs than there are scales.
+        # A smaller batch may have fewer outputs than scales.
         for one, other, scale in zip(mine.outputs, theirs.outputs, self._scales, strict=False):
             squares = minus(one.double(), other.double()).square()
             if theirs.real is not None and squares.dim() > 2 and squares.shape[:2] == theirs.real.shape:
                 squares = squares.flatten(2).sum(2) * theirs.real
             by_sample = squares.reshape(theirs.samples, -1).sum(1)
-            # Outputs that never vary have no scale: only the same ones are near.
+            # Outputs that never vary have no scale: equal outputs have distance 0, others an infinite one.
             total += by_sample / scale if scale > 0.0 else torch.where(by_sample == 0.0, 0.0, math.inf)
         found: list[float] = (total / max(len(mine.outputs), 1)).tolist()
         return found
 
 
 def are_classes(model: nn.Module, images: Calibration, outputs: Outputs | None = None) -> bool:
-    """Say whether a model's outputs are scores of classes; it is run on as many batches as it takes to tell."""
+    """Say whether a model's outputs are scores of classes; it runs on as many batches as are needed."""
     return _are_scores(_answers(model, images, outputs))
 
 
@@ -169,7 +169,7 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
                 read, kind = read_outputs(found, call, count, outputs, places)
                 named = compared_outputs(found, read) if outputs is None else ComparedOutputs((), ())
             except ConfigError:
-                # Such as lists of boxes: without an entry per image, a batch is one sample.
+                # If outputs, such as lists of boxes, have no entry per image, a batch is one sample.
                 read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]
                 if not read:
                     raise
@@ -184,12 +184,12 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
 
 
 def _scales(answers: Sequence[_Answer]) -> list[float]:
-    """Return for each output how far a sample's lies from the mean over all samples, squared, on average."""
+    """Return for each output the mean squared distance of a sample from the mean over all samples."""
     scales = []
     numbers = {len(each.outputs) for each in answers}
     groups = [[(each, each.outputs[index]) for each in answers] for index in range(min(numbers))]
     if len(numbers) > 1:
-        # Such as a list of boxes for each image, and batches of unequally many: all are outputs of one kind.
+        # Batches with different numbers of outputs, such as a list of boxes per image: all are of one kind.
         groups = [[(each, output) for each in answers for output in each.outputs]]
     for group in groups:
         shapes = {output.shape[1:] for _, output in group}
@@ -209,7 +209,7 @@ def _scales(answers: Sequence[_Answer]) -> list[float]:
             counts += torch.tensor([each.samples, len(rows), float(rows.square().sum())], dtype=torch.float64)
         samples, observations, squares = counts.tolist()
         around_mean = squares - float(total.square().sum()) / observations
-        # Of outputs that never vary, rounding leaves something, and a share of that would be a number of no meaning.
+        # Around outputs that never vary only a rounding error is left, which is no scale.
         scales.append(around_mean / samples if around_mean > _ROUNDING * squares else 0.0)
     return scales if len(numbers) == 1 else scales * max(numbers)
 
@@ -247,7 +247,7 @@ def _share(values: list[float]) -> Estimate:
         return Estimate(share, share, share)
     middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
     half = _Z / (1 + _Z**2 / count) * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    # The limits of 0 and 1 are the shares themselves, of which rounding leaves a little.
+    # Exactly, the limit is 0 for a share of 0 and 1 for a share of 1; rounding would change it a little.
     low = max(middle - half, 0.0) if share > 0.0 else 0.0
     high = min(middle + half, 1.0) if share < 1.0 else 1.0
     return Estimate(share, low, high)

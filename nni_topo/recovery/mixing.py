@@ -1,10 +1,10 @@
-"""Where a layer reads removed channels, each is replaced by one kept channel and a constant.
+"""In layers that read removed channels, one kept channel and a constant replace each of them.
 
 ``f_u = alpha f_s + beta`` is the correlation-based update of [1]_, equations 5.8 to 5.12.
 
-In front of a padded convolution a constant isn't seen at the border, where the padding stays zero; so there the
-constant that goes into the bias is exact only where the kernel lies within the image. What a transposed convolution
-with a stride makes of a constant differs from one position to the next; the bias takes the mean.
+A padded convolution reads zeros beyond the border, not the constant, so the constant in its bias is exact only where
+the kernel lies within the image. The contribution of a constant to a transposed convolution with a stride differs
+between positions; the bias takes the mean.
 
 References
 ----------
@@ -35,7 +35,7 @@ from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task
 from nni_topo.rules import NONE, Rule, all_of, check_fields, checked, instance, whole
 
-# As a share of a channel's mean square: below it a variance is what rounding leaves of the difference of two sums.
+# Share of a channel's mean square below which its variance is a rounding error of the difference of two sums.
 _LEAST_VARIANCE = 1e-12
 
 Pairs = Mapping[str, Mapping[int, int]]
@@ -48,8 +48,8 @@ _PAIRS = Rule(
 class PairTask(Task):
     """For each removed channel, let one kept channel replace it: the one in `survivors`, else the most correlated."""
 
-    # `group_ids` (inputs,) has for each input channel or feature the id of the channel that it comes from. Features of
-    # one channel, after a flattening, count as its samples.
+    # `group_ids` (inputs,) has for each input channel or feature the id of the channel that it comes from. After
+    # flattening, the features of one channel count as its samples.
     # With `biases` the constant for a removed channel u is ``beta * biases[u]``, the same for each output, as (5.9)
     # prints it, instead of `beta` times the weights that read u.
 
@@ -66,7 +66,7 @@ class PairTask(Task):
         self.watched = [layer.source]
         self._module: Any = pruned.get_submodule(layer.name)
         self._places, self.kept = _places(layer, group_ids, self._module)
-        # All places of a channel have the same number: its first one tells.
+        # All places of a channel have the same group id.
         self._numbers = torch.from_numpy(group_ids)[self._places[:, :, 0]]
         self._survivors = survivors or {}
         self._biases = biases
@@ -82,19 +82,19 @@ class PairTask(Task):
         return 1
 
     def extent(self, unpruned: Values) -> tuple[int, int]:
-        """Return entries, and positions of the layer's input."""
+        """Return the numbers of entries and of positions of the layer's input."""
         return len(unpruned[self.place]), self._last(unpruned[self.place]).shape[1]
 
     def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
-        """Return kept channels of the pruned network, what they alone lack, and the unpruned network's channels."""
+        """Return the pruned network's kept channels, the residuals of all channels, and the unpruned channels."""
         wanted = self._rows(unpruned[self.place][part], positions)
         reached = self._rows(pruned[self.place][part], positions)
         index = self.kept.to(wanted.device)[:, None, :].expand(-1, wanted.shape[1], -1)
         inputs = reached.gather(2, index)
-        # Around the identity: a kept channel lacks what pruning before it took, a removed one lacks everything. So the
-        # ridge draws towards the kept channels as they are.
+        # The residual of a kept channel is its change by earlier pruning, that of a removed channel the whole channel.
+        # So the ridge draws the solution towards the kept channels as they are.
         lacking = wanted.double()
-        # In float64 from here on: where little was pruned before, lacking is the small difference of two large values.
+        # In float64, because after little pruning a residual is a small difference of two large values.
         return inputs, lacking.scatter_add(2, index, -inputs.double()), wanted
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
@@ -105,30 +105,30 @@ class PairTask(Task):
     def apply(self, net: nn.Module, found: Fit) -> None:
         """Fold the mixing matrix into the weights of the layer that reads the channels."""
         module: Any = net.get_submodule(self.layer.name)
-        # Of a transposed convolution each position meets one tap of so many.
+        # One of so many taps of a transposed convolution acts at each position.
         taps = math.prod(module.stride) if isinstance(module, TRANSPOSED) else 1
         with torch.no_grad():
             weight = by_output(module.weight, module)
             for group, (rows, places, kept) in enumerate(zip(self.layer.rows, self._places, self.kept, strict=True)):
-                # Places count over all groups, the weight's second axis over those of one.
+                # Places count over all groups, the weight's second axis over one group.
                 rows, local = rows.to(weight.device), places.to(weight.device) % weight.shape[1]
-                # (outputs, channels, places of a channel, kernel elements): a factor for a channel acts on all of its
-                # places alike, and so on a linear layer after a flattened map as on a convolution.
+                # (outputs, channels, places of a channel, kernel elements): a channel's factor multiplies all of its
+                # places, in a linear layer after flattening as in a convolution.
                 old = weight[rows[:, None], local.flatten()].double().unflatten(1, local.shape)
                 mixing = found.solution.weights[group].to(old.device)
-                # Removed channels are read no more; the kept ones take over, each by one factor for all kernel
-                # elements.
+                # The weights of removed channels become zero; a kept channel takes over with one factor for all
+                # kernel elements.
                 new = torch.zeros_like(old)
                 new[:, kept] = old[:, kept] + torch.einsum("kc,ocq...->okq...", mixing, old)
                 weight[rows[:, None], local.flatten()] = new.flatten(1, 2).to(weight.dtype)
                 if self.layer.intercept is not None:
-                    # What the removed channels' constants add is seen through their old weights: `old`, not `new`.
+                    # The old weights of the removed channels multiply their constants: `old`, not `new`.
                     shift = found.solution.shift[group].to(old.device)
                     if self._biases is None:
                         constant = (old.flatten(2).sum(2) / taps) @ shift
                     else:
-                        # Not multiplied by the weights that read u: as printed, and why the constant doesn't follow
-                        # from (5.10).
+                        # As printed: not multiplied by the weights that read u, so the constant doesn't follow from
+                        # (5.10).
                         own = [self._biases.get(int(number), 0.0) for number in self._numbers[group]]
                         constant = (shift * shift.new_tensor(own)).sum().expand(len(rows))
                     add_constant(net, self.layer.intercept, rows, constant)
@@ -149,26 +149,26 @@ class PairTask(Task):
         sums, count = equations.sums, equations.samples
         means = (sums["x"] / count, sums["y"] / count)
         if self.layer.intercept is None:
-            # Nobody takes a constant: the lines go through the origin.
+            # No module can take a constant: the lines go through the origin.
             means = (torch.zeros_like(means[0]), torch.zeros_like(means[1]))
         # Differences of sums lose digits where means are much larger than deviations: in float64 four digits are left
         # at a mean of 1e6 deviations.
         shared = sums["xy"] / count - means[0].unsqueeze(2) * means[1].unsqueeze(1)
         spread = sums["xx"].diagonal(dim1=1, dim2=2) / count - means[0].square()
-        # A channel that doesn't vary beyond rounding predicts nothing: slope and likeness become 0.
+        # A channel that doesn't vary beyond rounding predicts nothing: slope and correlation become 0.
         spread = spread.masked_fill(spread <= _LEAST_VARIANCE * sums["xx"].diagonal(dim1=1, dim2=2) / count, torch.inf)
-        # This ranks the kept channels as the correlation does: the removed one's own deviation is common to all.
+        # This ranks the kept channels as the correlation does; the removed channel's deviation is left out.
         chosen = self._chosen(shared.abs() * spread.rsqrt().unsqueeze(2)).to(shared.device)
         slopes = (shared / spread.unsqueeze(2)).gather(1, chosen.unsqueeze(1))
-        # Kept channels stand for themselves, without slope or shift.
+        # Kept channels aren't replaced: no slope, no shift.
         is_removed = torch.ones_like(means[1]).scatter(1, self.kept.to(shared.device), 0.0)
         weights = torch.zeros_like(shared).scatter(1, chosen.unsqueeze(1), slopes * is_removed.unsqueeze(1))
         shift = (means[1] - slopes.squeeze(1) * means[0].gather(1, chosen)) * is_removed
         return Solution(weights, shift)
 
     def _chosen(self, likeness: Tensor) -> Tensor:
-        """Return for each channel the rank of its survivor among the kept ones, shape (groups, channels)."""
-        # Near ties go to the first: twins are equally good survivors, and rounding mustn't choose between them.
+        """Return the rank of each channel's survivor among the kept channels, (groups, channels)."""
+        # Near ties go to the first channel, so that rounding doesn't choose between equally good ones.
         chosen = first_largest_along(likeness, 1).cpu()
         for group, numbers in enumerate(self._numbers.tolist()):
             ranks = {numbers[channel]: rank for rank, channel in enumerate(self.kept[group].tolist())}
@@ -189,7 +189,7 @@ class PairTask(Task):
 class Pair(RecoveryMethod):
     """Let one kept channel and a constant replace each removed channel."""
 
-    pairs: Pairs | None = None  # {layer: {removed channel: kept channel}}; else the one with the largest |correlation|
+    pairs: Pairs | None = None  # {layer: {removed channel: kept channel}}; else that with the largest |correlation|
     as_printed: bool = False  # the constant of equation (5.9) as printed, from the removed neuron's own bias
 
     def __post_init__(self) -> None:
@@ -209,14 +209,14 @@ class Pair(RecoveryMethod):
                 inside = all(each in range(len(group_ids)) for each in (lost, kept))
                 if inside and group_ids[lost] in removed and group_ids[kept] not in removed:
                     survivors[group_ids[lost]] = group_ids[kept]
-                # A channel that is masked stays where another layer needs it, and then needs no survivor.
+                # A masked channel stays if another layer needs it, and then needs no survivor.
                 elif not inside or asked is None or bool(asked[lost]) or not bool(asked[kept]):
                     raise ConfigError(
                         f"pairs must map channels that are removed to channels that are kept, got {lost}: {kept} "
                         f"({name})"
                     )
         biases: dict[int, float] | None = None
-        if self.as_printed:  # of every channel's first layer, 0 if it has none
+        if self.as_printed:  # the bias in the first layer that has the channel; 0 without a bias
             biases = {}
             for name in flow.layers:
                 numbers = flow.group_ids_of(name)
@@ -262,7 +262,7 @@ def pair_coefficients(removed: ArrayLike, survivor: ArrayLike, *, iterations: in
     if not (np.isfinite(u).all() and np.isfinite(s).all()):
         raise DataError("activations of a pair must be finite, got NaN or infinity")
     spread = float(((s - s.mean()) ** 2).sum())
-    # A kept channel that doesn't vary has no slope to give: the constant alone remains of the line.
+    # A kept channel that doesn't vary predicts nothing, so the line is a constant.
     if spread <= _LEAST_VARIANCE * float(s @ s):
         return 0.0, float(u.mean())
     if iterations is None:
@@ -279,17 +279,17 @@ def pair_coefficients(removed: ArrayLike, survivor: ArrayLike, *, iterations: in
 
 
 def _places(layer: Solvable, group_ids: np.ndarray, module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return where channels enter, (groups, channels, places), and the ranks of the kept ones, (groups, kept)."""
+    """Return the inputs of each channel, (groups, channels, places), and the ranks of kept channels, (groups, kept)."""
     step = by_output(weight_of(module), module).shape[1]
     groups = layer.columns[:, 0] // step
     counts = np.unique(np.unique(group_ids, return_counts=True)[1])
-    # After a flattening each channel has equally many features. 0, FIXED, stands for whatever can't be pruned, which
+    # After flattening, each channel has equally many features. The id 0, FIXED, marks inputs that can't be pruned; it
     # is no channel.
     if isinstance(module, nn.Linear) and len(counts) == 1 and counts[0] > 1 and group_ids.min() > 0:
-        # Stable: the features of each channel stay in the order of their positions, so that the p-th of every channel
-        # lie at one position and make a sample.
+        # Stable: the features of each channel stay in the order of their positions, so that the p-th features of all
+        # channels lie at one position and form a sample.
         order = np.argsort(group_ids, kind="stable").reshape(-1, counts[0])
-        # By first features, so that channels come in the order in which the layer's weight has them.
+        # Sorted by first features: channels in the order of the layer's weight.
         places = torch.from_numpy(order[np.argsort(order[:, 0])])[None]
     else:
         places = (groups[:, None] * step + torch.arange(step))[:, :, None]

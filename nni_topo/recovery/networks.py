@@ -22,30 +22,30 @@ from nni_topo.sharing import find_ties, untie
 
 @dataclass(frozen=True)
 class Networks:
-    """All forms of one model."""
+    """The unpruned, the pruned and the result network of one model, with its masks."""
 
     # Graphs with the same node names, in evaluation mode, on copies of the model's modules.
-    unpruned: GraphModule  # holds the model's own parameters, which mustn't be written to
+    unpruned: GraphModule  # shares the model's parameters, which mustn't be changed
     pruned: GraphModule
     result: nn.Module  # a copy of the model, of full size, to be returned
     flow: ChannelFlow  # how channels go through the model
     is_kept: np.ndarray  # which channels stay, by group id: bool
-    masks: FullMasks  # agree where layers share channels
-    asked: FullMasks  # as they were given
-    folded: set[str]  # layers that compute their weight: plain ones in the graphs, and where solved in the result
+    masks: FullMasks  # completed: the same in layers that share channels
+    asked: FullMasks  # the masks that were given
+    folded: set[str]  # layers with a computed weight; in the graphs and, if solved, in the result they are plain
 
 
 def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
-    """Trace a model, complete its masks and make the networks; ConfigError or SpeedupError where that can't be."""
+    """Trace a model, complete its masks and build the networks; ConfigError or SpeedupError if that fails."""
     model = analysis.model
     checked = check_masks(model, masks)
     base = evaluating(detached_copy(model, light=True))
-    # A weight that a forward computes from all others can't be solved anew one by one; what it computes can.
+    # Parameters from which a forward computes its weight can't be solved; a plain layer with that weight can.
     folded = {name for name, module in base.named_modules() if fold(module)}
     resolved = resolve_masks(base, analysis.flow, checked)
     full = resolved.masks
     unpruned = without_side_effects(analysis.graph(base)[0], light=True)
-    # A layer that is solved mustn't change another place that holds the same tensor.
+    # Solving a layer mustn't change another module that holds the same tensor.
     pruned = without_side_effects(analysis.trace.assembled(apply_masks(base, full)), light=True)
     untie(pruned, find_ties(pruned))
     leave_out(pruned, analysis.flow, resolved.is_kept)
@@ -53,7 +53,7 @@ def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
 
 
 def plan_of(networks: Networks, touched: set[Node]) -> Plan:
-    """Plan what is solved; in the result, layers that are and compute their weight become plain ones that have it."""
+    """Plan the equations; in the result, plain layers replace the solved layers that compute their weight."""
     plan = make_plan(networks.unpruned, networks.flow, networks.masks, touched)
     for name in {equation.layer.name for equation in plan.equations} & networks.folded:
         fold(networks.result.get_submodule(name))

@@ -1,7 +1,8 @@
-"""What of two networks' outputs distillation and reports compare: which tensors, of which entries, and how far apart.
+"""Which outputs of two networks distillation and reports compare, and how far apart they are.
 
-Of a model's output these are its ``logits``, or all floating tensors with an entry for each sample, or what a user's
-``outputs=`` makes of it; padding doesn't count. Distillation can also compare the outputs of blocks.
+They are a model's ``logits``, or else all floating tensors with an entry for each sample. With a user's ``outputs=``
+they are taken from what that function returns. Padding doesn't count. Distillation can also compare the outputs of
+blocks.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ from nni_topo.network.runtime.inputs import (
 from nni_topo.network.runtime.modules import device_of
 
 Outputs = Callable[[Any, Any], Any]
-"""Gets what a model returned and the inputs, as a batch holds them; returns what counts of it."""
+"""Takes a model's output and its inputs, as a batch holds them; returns the outputs to compare."""
 Places = tuple[int, ...] | None
-"""Which floating tensors of an output have an entry for each sample, in order; None: those of that length."""
+"""Indices of the floating tensors of an output that have an entry for each sample; None: all of that length."""
 
 READ = 16
-"""Samples on which the outputs of a network are distinguished."""
-_UNIT = 1e-3  # by how much the length of an embedding may differ from one
-_FEWEST_TAGGED = 8  # samples on which tags are distinguished from logits
+"""Number of samples by which the kind of a network's outputs is determined."""
+_UNIT = 1e-3  # largest difference from 1 of an embedding's length or a sum of probabilities
+_FEWEST_TAGGED = 8  # number of samples needed to distinguish tags from logits
 
 
 def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> Places:
-    """Return which floating tensors of a model's output have an entry for each sample, by two runs on a few samples.
+    """Return which floating tensors of a model's output have an entry for each sample, by two runs on few samples.
 
-    One run doesn't tell them from a tensor that happens to be as long, such as anchors of shape (1, n, 4) beside the
-    answer for a single image.
+    One run can't distinguish them from a tensor that happens to be as long, such as anchors of shape (1, n, 4) beside
+    the output for one image.
     """
     count = min(READ, batch_size(call))
     if count < 2 or lists_of_samples((*call[0], *call[1].values())):
-        return None  # lists, such as detectors take, aren't cut by sample
+        return None  # lists of samples, as detectors take them, aren't split
     lengths = []
     for some in (count, count - 1):
         args, kwargs = taken(call, torch.arange(some))
@@ -56,7 +57,7 @@ def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> P
         if outputs is not None:
             found = outputs(found, as_in_batch((args, kwargs)))
         lengths.append([len(each) - some for each in _with_entries(found)])
-    if len(lengths[0]) != len(lengths[1]):  # such as the boxes of each image
+    if len(lengths[0]) != len(lengths[1]):  # the number of tensors depends on the samples
         return None
     return tuple(place for place, both in enumerate(zip(*lengths, strict=True)) if not any(both))
 
@@ -64,9 +65,9 @@ def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> P
 def read_outputs(
     found: Any, call: Call, count: int, outputs: Outputs | None, places: Places = None
 ) -> tuple[list[Tensor], str]:
-    """Return what counts of a model's output for a call of ``count`` samples, and the objective that suits it.
+    """Return the outputs to compare for a call of ``count`` samples, and the objective that suits them.
 
-    ``kl`` may also be tags, which have the shape of logits: see `are_tags`.
+    Tags have the shape of logits and get ``kl``, too: see `are_tags`.
     """
     what = "a model's output"
     if outputs is not None:
@@ -89,17 +90,17 @@ def read_outputs(
                 )
             raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
         kind = "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
-    # What a model calls its logits is no embedding, whatever its length.
+    # An output that is called logits is no embedding, even if its rows have length one.
     if (outputs is not None or logits is None) and all(map(_are_embeddings, tensors)):
         kind = "cosine"
     return tensors, kind
 
 
 def _are_embeddings(rows: Tensor) -> bool:
-    """Say whether an output is vectors of length one, (samples, numbers); probabilities that are all 0 or 1 aren't."""
+    """Say whether an output holds vectors of length one, (samples, numbers), other than one-hot probabilities."""
     if rows.dim() != 2 or rows.shape[1] < 2:
         return False
-    rows = rows.detach().float()  # the length of many numbers in half precision is rounded too much
+    rows = rows.detach().float()  # in half precision the length of long vectors is too inexact
     are_shares = bool((rows >= 0.0).all()) and bool(((rows.sum(1) - 1.0).abs() <= _UNIT).all())
     return not are_shares and bool(((rows.norm(dim=1) - 1.0).abs() <= _UNIT).all())
 
@@ -113,8 +114,8 @@ def as_in_batch(call: Call) -> Any:
 def are_tags(outputs: Iterable[Tensor]) -> bool:
     """Say whether rows of numbers are probabilities that don't exclude each other, such as sigmoids of several tags.
 
-    ``outputs``: those of several batches, each (samples, numbers), or of other shapes, which are no tags. A few logits
-    may be in [0, 1] by chance, and zeros decide nothing, so all samples should be given.
+    ``outputs``: those of several batches, each (samples, numbers); other shapes are no tags. Pass all samples, because
+    a few logits may lie in [0, 1] by chance, and zeros alone decide nothing.
     """
     samples, is_between, is_apart = 0, False, False
     for rows in outputs:
@@ -132,9 +133,9 @@ def _with_entries(found: Any) -> list[Tensor]:
 
 
 class ComparedOutputs(NamedTuple):
-    """Which tensors of a model's output are compared with the unpruned network's, by name; ``str`` is a sentence.
+    """Names of a model's outputs that are compared with the unpruned network's, and the others; ``str`` is a sentence.
 
-    None are named where the user says what counts.
+    Both are empty with a user's ``outputs=``.
     """
 
     compared: tuple[str, ...]
@@ -149,7 +150,7 @@ class ComparedOutputs(NamedTuple):
 
 
 def compared_outputs(found: Any, read: Sequence[Tensor]) -> ComparedOutputs:
-    """Return which tensors of a model's output are compared, given those that were read of it."""
+    """Return which tensors of a model's output are compared, given those that `read_outputs` returned."""
     chosen = {id(each) for each in read}
     compared: list[str] = []
     left_out: list[str] = []
@@ -159,24 +160,24 @@ def compared_outputs(found: Any, read: Sequence[Tensor]) -> ComparedOutputs:
 
 
 def unpadded(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:
-    """Return of outputs by position those that aren't padding, ``(positions, ...)``, and other outputs as they are."""
+    """Return outputs by position without padding, ``(positions, ...)``, and other outputs unchanged."""
     if real is None:
         return outputs
     return [each[real.to(each.device)] if each.dim() > 2 and each.shape[:2] == real.shape else each for each in outputs]
 
 
 def minus(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Return `mine` minus `theirs`: zero where both are the same infinity, as scores are that a model masks."""
+    """Return `mine` minus `theirs`: zero where both are the same infinity, as masked scores are."""
     return torch.where(mine == theirs, 0.0, mine - theirs)
 
 
 def finite(outputs: Tensor) -> Tensor:
-    """Return outputs with zero in place of what isn't finite, such as scores that a model masks."""
+    """Return outputs with zero in place of values that aren't finite, such as masked scores."""
     return outputs.nan_to_num(0.0, 0.0, 0.0)
 
 
 def mean_distances(found: list[Tensor], wanted: list[Tensor], scales: list[float]) -> list[Tensor]:
-    """Return the mean squared distance of each output over its variance."""
+    """Return the mean squared distance of each output, divided by its variance."""
     return [
         minus(mine, theirs).square().mean() / scale for mine, theirs, scale in zip(found, wanted, scales, strict=True)
     ]
@@ -185,7 +186,7 @@ def mean_distances(found: list[Tensor], wanted: list[Tensor], scales: list[float
 def shared_blocks(
     unpruned: nn.Module, student: nn.Module, call: Call, place: tuple[torch.device, torch.dtype]
 ) -> list[str]:
-    """Return the blocks whose output has the same shape in both networks: in order, each called once.
+    """Return the blocks whose last output has the same shape in both networks, in the order of their calls.
 
     A block is an entry of an ``nn.ModuleList`` or ``nn.Sequential`` that holds at least two layers with weights.
     """
@@ -207,7 +208,7 @@ def shared_blocks(
 
 @contextmanager
 def blocks_seen(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the first floating tensor that each of some modules returns within the block, by name."""
+    """Collect by name the first floating tensor, not of one dimension, that each module last returns in this block."""
     seen: dict[str, Tensor] = {}
 
     def look(name: str, output: Any) -> None:

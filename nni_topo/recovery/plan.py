@@ -1,4 +1,4 @@
-"""Which layers of a pruned network can be solved anew, from what, and against which place of the unpruned network."""
+"""Which layers of a pruned network can be solved anew, and which values of the unpruned network they match."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Solvable:
 
     name: str  # the layer's name in the model
     node: Node  # where the graph calls it
-    columns: Tensor  # (groups, d): input channels that are kept, in each group of which any is kept
-    rows: Tensor  # (groups, o): output channels that are kept
-    intercept: str | None  # who takes a constant: the layer (bias), the batch norm after it (running mean), nobody
+    columns: Tensor  # (groups, d): kept input channels, of groups that keep inputs and outputs
+    rows: Tensor  # (groups, o): kept output channels of these groups
+    intercept: str | None  # module that takes a constant: the layer (bias) or the batch norm after it (running mean)
 
     @property
     def source(self) -> Node:
-        """The node whose value enters."""
+        """The node whose value is the layer's input."""
         return self.node.all_input_nodes[0]
 
 
@@ -42,13 +42,13 @@ class Equation:
     """A layer is to be solved such that the pruned network reproduces the unpruned one at a place after it."""
 
     layer: Solvable
-    place: Node  # what is compared; from the layer up to there are only batch norms and additions
-    norms: tuple[str, ...]  # the batch norms on the way
-    rectified: bool = False  # a ReLU alone reads the place, so that negative values are all alike
+    place: Node  # whose values are compared; only batch norms and additions lie between the layer and it
+    norms: tuple[str, ...]  # the batch norms in between
+    rectified: bool = False  # only a ReLU reads the place, so that all negative values are equivalent
 
 
 ATTENTION = "attention, whose queries, keys and values stay as they are"
-"""Why attention whose heads are known isn't solved anew; the report says so, and no warning."""
+"""Reason why attention isn't solved anew; the report gives it, the warning doesn't."""
 
 
 @dataclass
@@ -64,14 +64,14 @@ def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, to
     plan = Plan()
     pruned = pruned_group_ids(graph_module, flow, masks)
     order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
-    # By place, the layers whose outputs are added there, each for its own output and for the sum, with its unknowns.
+    # By place, the layers added there: unknowns, equation for the own output, equation for the sum.
     at_place: dict[Node, list[tuple[int, Equation, Equation]]] = {}
     for node in graph_module.graph.nodes:
-        # Where nothing pruned enters, the kept outputs are what they were.
+        # Without pruned inputs the kept outputs don't change.
         if node.op != "call_module" or not any(parent in touched for parent in node.all_input_nodes):
             continue
         module: Any = graph_module.get_submodule(str(node.target))
-        # None: it can be solved. Empty: there is nothing to solve, which isn't worth a word in the report.
+        # None: the layer can be solved. Empty: it has nothing to solve, and the report doesn't mention it.
         reason = _why_not(graph_module, node, module, flow, masks)
         layer = _solvable(graph_module, node, flow, masks, pruned) if reason is None else None
         if layer is not None:
@@ -81,8 +81,8 @@ def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, to
         elif reason != "":
             plan.left_alone[str(node.target)] = reason or "its groups keep different numbers of channels"
     for found in at_place.values():
-        # Those with fewer unknowns are solved first for their own outputs, which reduces the error of the sum; the one
-        # with the most then makes up for that error, and the others for what still remains.
+        # Layers with fewer unknowns are solved first for their own outputs, which reduces the error of the sum; the
+        # layer with the most then makes up for that error, and the others for the rest of it.
         *others, (_, _, last) = sorted(found, key=lambda each: each[0])
         plan.equations += [*(near for _, near, _ in others), last, *(far for _, _, far in others)]
     # An equation needs the values at its place, so all layers in front of that have to be solved before. The sort is
@@ -98,9 +98,9 @@ def pruned_group_ids(graph_module: GraphModule, flow: ChannelFlow, masks: FullMa
         kept = kept_channels(graph_module.get_submodule(name), masks.get(name, {}))
         if kept is not None:
             group_ids, is_kept = flow.group_ids_of(name), kept.cpu().numpy()
-            # Group ids of heads stand for several channels: one that keeps any is kept.
+            # The group id of a head stands for several channels; it is kept if any of them is.
             pruned |= set(group_ids[~is_kept].tolist()) - set(group_ids[is_kept].tolist())
-    # FIXED stands for whatever stays; a mask of a channel that is tied to it removes nothing.
+    # FIXED stands for channels that can't be pruned; a mask of a channel coupled to them removes nothing.
     return pruned - {FIXED}
 
 
@@ -124,14 +124,14 @@ def _why_not(
             return "its weight is computed"
     if sum(other.op == "call_module" and other.target == node.target for other in graph_module.graph.nodes) > 1:
         return "called more than once"
-    # A parametrized weight isn't a parameter: what is written into it is computed over.
+    # A parametrized weight isn't a parameter: the next forward overwrites it.
     if "weight" not in module._parameters:
         return "its weight is computed"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks, which may change what it computes"
     if sum(p is module.weight for m in graph_module.modules() for p in m._parameters.values()) > 1:
         return "its weight belongs to another module too"
-    # Something else than one tensor in and one out has no patches to sample.
+    # Patches can be sampled only if one tensor enters and one leaves.
     sized = isinstance(module, TRANSPOSED) and (len(node.args) > 1 or "output_size" in node.kwargs)
     if tensor_shape(node) is None or len(node.all_input_nodes) != 1 or sized:
         return "called in an unusual way"
@@ -141,11 +141,11 @@ def _why_not(
 
 def _goes_by_channel(module: Any, mask: Tensor) -> bool:
     """Say whether a weight mask removes whole input and output channels and nothing else."""
-    # (groups, rows, columns, kernel elements); a linear layer's one element comes from the dimension added at the end.
+    # (groups, rows, columns, kernel elements); a linear layer's one element is the dimension added at the end.
     blocks = by_output(mask, module).unsqueeze(-1).unflatten(0, (getattr(module, "groups", 1), -1)).flatten(3)
     rows = blocks.amax((2, 3), keepdim=True)
     columns = blocks.amax((1, 3), keepdim=True)
-    # Whole channels are pruned if, in each group, the mask is the product of one of rows and one of columns.
+    # Whole channels are pruned if, in each group, the mask is the product of a mask of rows and one of columns.
     return bool((blocks == rows * columns).all())
 
 
@@ -154,7 +154,7 @@ def _solvable(
 ) -> Solvable | None:
     name = str(node.target)
     module: Any = graph_module.get_submodule(name)
-    # Which channels enter is known of the flow alone: this layer's own mask needn't name what pruning before it took.
+    # The flow says which inputs are removed: the layer's own mask needn't list channels that earlier layers lost.
     kept_in = ~np.isin(flow.entering_group_ids(name), list(pruned))
     kept_out = ~np.isin(flow.group_ids_of(name), list(pruned))
     mask = masks.get(name, {}).get("weight")
@@ -165,7 +165,7 @@ def _solvable(
         kept_out &= _any(mask.flatten(1), 1)
         kept_in &= _any(mask.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2), 2).reshape(-1)
     columns, rows = _split(kept_in, groups), _split(kept_out, groups)
-    # A group without inputs or outputs has nothing to solve for; its constant is the bias it has.
+    # A group without inputs or outputs has nothing to solve; its bias stays.
     solved = [pair for pair in zip(columns, rows, strict=True) if len(pair[0]) and len(pair[1])]
     # All groups are solved in one batch of equal sizes.
     if not solved or len({(len(one), len(other)) for one, other in solved}) > 1:
@@ -181,20 +181,20 @@ def _any(values: Tensor, dim: int) -> np.ndarray:
 
 
 def _split(kept: np.ndarray, groups: int) -> list[np.ndarray]:
-    """Return the indices that are kept of each of some equal groups."""
+    """Return the kept indices in each of some equal groups."""
     step = len(kept) // groups
     return [group * step + np.flatnonzero(kept[group * step : (group + 1) * step]) for group in range(groups)]
 
 
 def _intercept(graph_module: GraphModule, node: Node, rows: Tensor, masks: FullMasks) -> str | None:
-    """Find who can take a constant that is added to a layer's output."""
+    """Return the name of the module that can take a constant added to a layer's output, or None."""
     name = str(node.target)
     if graph_module.get_submodule(name).bias is not None:
         mask = masks.get(name, {}).get("bias")
         # What is added to a masked bias would be masked away.
         return name if mask is None or bool(mask[rows.to(mask.device)].all()) else None
     user = next(iter(node.users)) if len(node.users) == 1 else None
-    # A batch norm subtracts its running mean: that can hold the constant if nobody else sees this output.
+    # A batch norm subtracts its running mean, which can hold the constant if no other node reads this output.
     if user is None or not _is_affine(graph_module, user):
         return None
     return str(user.target)
@@ -211,16 +211,15 @@ def _is_affine(graph_module: GraphModule, node: Node) -> bool:
 
 
 def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equation]:
-    """Return a layer's equation for its own output, and for the last value on the way that no other layer changes."""
+    """Return a layer's equation for its own output, and for the farthest place after norms and additions."""
     node, norms = layer.node, []
     near: Equation | None = None
-    # Up to where the value has several readers: the target is the value that all of them read.
+    # Up to a value with several readers: the target is the value that all of them read.
     for user in followers(node):
         if _is_affine(graph_module, user):
             norms.append(str(user.target))
         elif _is_sum(user):
-            # The last place where the layer's output is alone. Of several sums the first: after it the place holds
-            # what other layers add, too.
+            # The place before the first sum: after it the value contains other layers' outputs.
             near = near or Equation(layer, node, tuple(norms))
         elif not passes(graph_module, user):
             break

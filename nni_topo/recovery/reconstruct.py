@@ -1,9 +1,9 @@
-"""Layer-wise reconstruction: a layer after pruned channels is solved again, so that it reproduces the unpruned one.
+"""Layer-wise reconstruction: a layer after pruned channels is solved again to reproduce its unpruned output.
 
-The weights are those that predict, from the activations of the pruned and so far compensated network, what the unpruned
-network has at the layer's output, or at the sum to which the output is added: there the layer also makes up for
-what the other summands lost. They are found by ridge least squares around the weights that the layer had, so that what
-the samples don't determine stays as it was.
+The new weights predict the unpruned network's values at the layer's output from the activations of the pruned network
+as compensated so far. If the output is added to others, they predict the sum: there the layer also makes up for what
+the other summands lost. The weights are found by ridge least squares around the old weights, so weights that the
+samples don't determine stay as they were.
 
 Where a ReLU follows, the solution may be refined: values below zero in both networks count as equal, and where only the
 pruned network is above zero, the target is zero. Each such step can only lower the error after the ReLU [3]_.
@@ -48,15 +48,15 @@ _DEAD_SCALE = 1e-6
 class Reconstruct(RecoveryMethod):
     """Solve each layer after removed channels again, to reproduce its unpruned output or the sum it goes into."""
 
-    # So many more steps, at least 0, for each layer in front of a ReLU, in which only what the ReLU lets through
-    # counts, with the ridge of the first. They pay where little is kept.
+    # Number of refining steps, at least 0, for each layer before a ReLU. They count only what the ReLU lets through,
+    # and use the ridge of the first step. They help if few channels are kept.
     refine: int = 2
 
     def __post_init__(self) -> None:
         check_fields(self, "reconstruct", refine=whole(0))
 
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
-        """Return the tasks of each equation: one, and the steps that refine it."""
+        """Return one task for each equation, followed by the tasks that refine it."""
         tasks: list[Task] = []
         for equation in plan.equations:
             steps = 1 + self.refine * equation.rectified
@@ -67,7 +67,7 @@ class Reconstruct(RecoveryMethod):
 
 
 class ReconstructTask(Task):
-    """Solve a layer's weights and constant for the unpruned values at a place after it, or for a ReLU of them."""
+    """Solve a layer's weights and constant to reproduce the unpruned values at a place after it, or their ReLU."""
 
     def __init__(self, equation: Equation, pruned: nn.Module, result: nn.Module, *, refines: bool = False) -> None:
         self.refines = refines
@@ -79,10 +79,10 @@ class ReconstructTask(Task):
         module: Any = self._module
         weight = by_output(module.weight, module)
         norms = [pruned.get_submodule(name) for name in equation.norms]
-        # Only changes of an output are sent through, so that the norms' constants drop out.
+        # The norms' factor for a change of the output, in which their constants cancel.
         self._scale = through_norms(norms, weight.new_zeros(len(weight)))[0].to(weight.device)
         self._columns, self._rows = self.layer.columns.to(weight.device), self.layer.rows.to(weight.device)
-        # The weights of kept rows that read removed channels become zero, whatever these channels hold.
+        # Weights of kept outputs for removed inputs become zero, whatever these inputs are.
         with torch.no_grad():
             for net in (pruned, result):
                 own: Any = net.get_submodule(self.layer.name)
@@ -95,7 +95,7 @@ class ReconstructTask(Task):
 
     @property
     def label(self) -> str:
-        """The place, or the ReLU of it."""
+        """The name of the place, in ``relu(...)`` for a refining step."""
         return f"relu({self.place.name})" if self.refines else self.place.name
 
     @property
@@ -104,16 +104,16 @@ class ReconstructTask(Task):
         return self.layer.columns.shape[1] * int(self._module.weight[0, 0].numel())
 
     def extent(self, unpruned: Values) -> tuple[int, int]:
-        """Return entries, and positions of the layer's output."""
+        """Return the numbers of entries and of positions of the layer's output."""
         return len(unpruned[self.place]), position_count(self._module, unpruned[self.place].shape)
 
     def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
-        """Return input patches of the pruned network, what it lacks at the place, and the unpruned values there."""
+        """Return the pruned network's input patches, the residuals at the place, and the unpruned values there."""
         wanted, reached = unpruned[self.place][part], pruned[self.place][part]
         entering = pruned[self.layer.source][part]
         inputs = input_rows(self._module, entering, self._columns, positions, wanted.shape)
         wanted, reached = (output_rows(self._module, each, self._rows, positions) for each in (wanted, reached))
-        if self.refines:  # what a ReLU lets through is wanted, and below zero nothing
+        if self.refines:  # the ReLU of the unpruned values is wanted, and any value below zero gives zero
             lacking = torch.where(wanted > 0, wanted.double() - reached, -reached.double().clamp(min=0.0))
             return inputs, lacking, wanted.clamp(min=0.0)
         return inputs, wanted.double() - reached, wanted
@@ -124,7 +124,7 @@ class ReconstructTask(Task):
 
     def apply(self, net: nn.Module, found: Fit) -> None:
         """Add the solution to the layer's weights, and the constant to its bias or the batch norm's running mean."""
-        # What a change at the place is for the layer's output, by group and row; 0 where it isn't seen.
+        # `inverse` converts a change at the place into a change of the layer's output; 0 where a norm's factor is 0.
         scale = self._scale[self._rows]
         is_dead = scale.abs() <= _DEAD_SCALE * self._scale.abs().max()
         inverse = (1.0 / scale).masked_fill(is_dead, 0.0)
@@ -140,12 +140,12 @@ class ReconstructTask(Task):
                 add_constant(net, self.layer.intercept, self._rows, found.solution.shift * inverse)
 
     def block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the indices of the weights between kept channels, group by group, in the weight by output."""
+        """Return the indices of the weights between kept channels in a weight by output, group by group."""
         return self._rows[:, :, None], (self._columns % rows.shape[1])[:, None, :]
 
 
 def add_constant(net: nn.Module, taker: str, rows: Tensor, constant: Tensor) -> None:
-    """Add a constant to the channels `rows` of a layer: in its bias, or the running mean of the norm after it."""
+    """Add a constant to a layer's output channels `rows` by its bias or by the running mean of the norm after it."""
     module: Any = net.get_submodule(taker)
     is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
     vector, sign = (module.running_mean, -1.0) if is_norm else (module.bias, 1.0)

@@ -1,11 +1,12 @@
 """Recovery methods by name: each is a class of settings with the rule that solves the layers of a pruned network.
 
 A method of your own is a frozen dataclass that derives from :class:`RecoveryMethod` and overrides
-:meth:`~RecoveryMethod.tasks`. Hand an object of it to :func:`nni_topo.compensate`, or register it by a name.
+:meth:`~RecoveryMethod.tasks`. Pass an instance to :func:`nni_topo.compensate`, or register the class under a name.
 
-`docs/own_recovery.md` is one from end to end. Its task derives from `ReconstructTask` in `reconstruct.py` and overrides
-`fit`, which gets sums over samples and returns a `Fit`, both of `maths/least_squares/normal.py`; where it samples
-something else than the layer's inputs, also `unknowns`, `samples` and `apply`.
+`docs/own_recovery.md` shows a whole method. Its task derives from `ReconstructTask` in `reconstruct.py` and overrides
+`fit`, which takes sums over samples (`NormalEquations`) and returns a `Fit`; both are in
+`maths/least_squares/normal.py`. A task that samples something other than the layer's inputs also overrides `unknowns`,
+`samples` and `apply`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class RecoveryMethod:
     """Whether the statistics of batch norms are measured anew at the end."""
 
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
-        """Return what is solved, in the order in which it is solved: a :class:`Task` for a layer, or several."""
+        """Return one :class:`Task` or several for each layer, in the order in which they are solved."""
         raise NotImplementedError
 
 
@@ -63,7 +64,7 @@ class RecoveryInfo(ClassInfo[RecoveryMethod]):
     base: ClassVar[type] = RecoveryMethod
 
     def make(self, **settings: Any) -> RecoveryMethod:
-        """Return a method with some settings, the others at their defaults; ConfigError if one of these has none."""
+        """Return a method with these settings and defaults for the others; ConfigError if one has no default."""
         method = self.load()
         try:
             inspect.signature(method).bind(**settings)
@@ -102,12 +103,13 @@ def list_recoveries(pattern: str = "*") -> list[str]:
 
 
 def recovery_info(name: str) -> RecoveryInfo:
-    """Return a recovery method's record, by its name or, of a third party's class, by ``package.module:Class``.
+    """Return a recovery method's record, by its name, or by ``package.module:Class`` for a third party's class.
 
     Raises
     ------
     ConfigError
-        If the name is no text, isn't registered (with the nearest names that are), or isn't that of a class of methods.
+        If the name isn't a string, isn't registered (the message has the nearest names that are), or is the path of a
+        class that isn't a RecoveryMethod.
     """
     return RECOVERIES.info(name, "recovery_info")
 

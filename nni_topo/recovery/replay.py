@@ -24,7 +24,7 @@ Values = dict[Node, Any]
 
 @dataclass
 class _Reached:
-    """How far a batch's values are known for good: the next rank, the values of both networks, and their bytes."""
+    """A batch's values that are kept between passes: rank of the next node, values of both networks, their bytes."""
 
     rank: int
     unpruned: Values
@@ -35,9 +35,9 @@ class _Reached:
 class Replay:
     """Runs two networks of one graph over the same batches; `pruned` may change between passes."""
 
-    # What both have computed up to a place that won't change any more is kept for the next pass, batch by batch, as far
-    # as it fits into `cache_bytes`; else a batch starts where it last did fit, in the worst case at its inputs. So
-    # memory stays bounded, whatever the number of images.
+    # Values that won't change any more are kept for the next pass, batch by batch, as far as they fit into
+    # `cache_bytes`. A batch whose values don't fit starts at its last kept values, or at its inputs. So memory stays
+    # bounded, whatever the number of images.
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Replay:
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
         self._last_use = {node: max((self.order[user] for user in node.users), default=-1) for node in self.nodes}
         self._calibration = calibration
-        # By argument, the one that the unpruned network gets in its place.
+        # By argument, the name of the argument that the unpruned network gets instead.
         self._instead = calibration.instead if isinstance(calibration, Calibration) else {}
         # The placeholders at which the networks get different inputs.
         entering = [node for node in self._placeholders if str(node.target) in self._instead]
@@ -63,17 +63,17 @@ class Replay:
             entering = self._placeholders
         self.touched_nodes = touched_nodes(unpruned, pruned, entering)
         self.cache_bytes = cache_bytes
-        # Values that are kept would be changed by a method such as `copy_`, which has no plain form, by each pass anew.
+        # In-place methods such as `copy_`, which can't be replaced, would change kept values in every pass.
         self._keeps = not any(node.op == "call_method" and str(node.target).endswith("_") for node in self.nodes)
         self._reached: dict[int, _Reached] = {}  # by batch
-        self._batches = math.inf  # unknown before a pass was read to its end
+        self._batches = math.inf  # unknown until one pass is complete
         self._real: dict[int, Tensor | None] = {}  # by batch, which positions aren't padding
-        self._at = 0  # the batch that `run` has yielded last
+        self._at = 0  # index of the batch that `run` yielded last
 
     def run(self, settled: int, watched: list[Node]) -> Iterator[tuple[Values, Values]]:
         """Yield the watched nodes' values in both networks, batch by batch; DataError if one doesn't fit the model.
 
-        ``settled``: rank of the first node that may change before a later pass; it doesn't fall from pass to pass.
+        ``settled``: rank of the first node that may change before a later pass; it never falls between passes.
         """
         stop = max(self.order[node] for node in watched) + 1
         for index, at in enumerate(self._starts()):
@@ -84,7 +84,7 @@ class Replay:
             self._advance(unpruned, pruned, range(front, stop), watched, index)
             self._at = index
             yield {node: unpruned[node] for node in watched}, {node: pruned[node] for node in watched}
-            # What the batch has reached is kept, in the place of what was kept of it, if there is room.
+            # Keep the values of this batch instead of its earlier ones, if there is room.
             tensors = tensors_of([list(values.values()) for values in saved])
             nbytes = sum({each.data_ptr(): each.nbytes for each in tensors}.values())
             others = sum(kept.nbytes for each, kept in self._reached.items() if each != index)
@@ -103,12 +103,12 @@ class Replay:
         for index, call in enumerate(given):
             batches = index + 1
             if index in known:
-                # Copies of the dictionaries: a pass takes out what it no longer needs.
+                # Copies of the dictionaries: a pass removes values that it no longer needs.
                 yield replace(known[index], unpruned=dict(known[index].unpruned), pruned=dict(known[index].pruned))
             else:
                 self._real[index] = real_positions_of(self.model, call)
                 values = self._given(call)
-                # The model's code runs once for both where it can: it may change its inputs in place.
+                # The model's code may change its inputs in place, so it runs once if both networks get the same.
                 unpruned = dict(values)
                 if self._instead:  # the unpruned network gets other inputs
                     args, kwargs = call
@@ -118,14 +118,14 @@ class Replay:
         self._batches = batches
 
     def _given(self, call: Call) -> Values:
-        """Return what enters both graphs; of a network in parts, what the model's code passes to the parts."""
+        """Return the graphs' inputs; for a network in parts, the values that the model's code passes to the parts."""
         if is_in_parts(self._runners[0].graph):
             return dict(zip(self._placeholders, arguments(self._runners[0].graph, self.model, call), strict=True))
         named = bind_arguments(self.model, call)
         return {node: named[str(node.target)] for node in self._placeholders if str(node.target) in named}
 
     def _advance(self, unpruned: Values, pruned: Values, ranks: range, watched: Collection[Node], index: int) -> None:
-        """Run some nodes of both networks."""
+        """Run the nodes of these ranks in both networks."""
         with fitting(index), torch.no_grad():
             for rank in ranks:
                 node = self.nodes[rank]
@@ -134,12 +134,12 @@ class Replay:
                         values.setdefault(node, node.args[0] if node.args else None)
                 else:
                     unpruned[node] = _compute(self._runners[0], node, unpruned)
-                    # Where nothing pruned reaches, both networks compute the same, and one tensor serves both.
+                    # A node that pruning doesn't affect has the same value in both networks, which share the tensor.
                     pruned[node] = unpruned[node]
                     if node in self.touched_nodes:
                         known = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
                         pruned[node] = _compute(self._runners[1], self._twins[node], known)
-                # What this node was the last to read is freed, so that memory holds the values of one place alone.
+                # Free the values that no later node reads.
                 for each in [*node.all_input_nodes, node]:
                     if self._last_use[each] <= rank and each not in watched:
                         unpruned.pop(each, None)
@@ -147,9 +147,9 @@ class Replay:
 
 
 def without_side_effects(graph_module: GraphModule, *, light: bool = False) -> GraphModule:
-    """Return a copy of a graph module whose modules and operations don't work in place, where there is a choice.
+    """Return a copy of a graph module whose modules and operations work out of place where PyTorch can.
 
-    A ``light`` one holds the same parameters.
+    A ``light`` copy shares the parameters.
     """
     copied: GraphModule = detached_copy(graph_module, light=True) if light else copy.deepcopy(graph_module)
     for module in copied.modules():
@@ -158,7 +158,7 @@ def without_side_effects(graph_module: GraphModule, *, light: bool = False) -> G
     for node in copied.graph.nodes:
         if node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
-        # Methods are recorded in their plain form; of functions those of torch have one, as `relu_` and `relu`.
+        # Methods are recorded out of place. PyTorch's functions have an out-of-place form: `relu` for `relu_`.
         name = getattr(node.target, "__name__", "")
         for home in (torch, functional):
             if node.op == "call_function" and name.endswith("_") and getattr(home, name, None) is node.target:
@@ -169,16 +169,16 @@ def without_side_effects(graph_module: GraphModule, *, light: bool = False) -> G
 
 
 def touched_nodes(unpruned: GraphModule, pruned: GraphModule, entering: Collection[Node] = ()) -> set[Node]:
-    """Return the nodes of the unpruned graph whose values differ in the pruned one, for other parameters or inputs.
+    """Return the nodes of the unpruned graph whose values differ in the pruned one, because of parameters or inputs.
 
-    ``entering``: the placeholders with other inputs.
+    ``entering``: the placeholders with different inputs.
     """
-    # The state that a module's get_extra_state returns may be anything.
+    # Tensors only, because a module's get_extra_state may return anything.
     mine, theirs = (
         {name: value for name, value in each.state_dict().items() if isinstance(value, Tensor)}
         for each in (unpruned, pruned)
     )
-    # A norm that was narrowed has its tensors under other names, so that it counts as changed.
+    # A narrowed norm has its tensors under other names and so counts as changed.
     changed = {name for name, value in mine.items() if name not in theirs or not torch.equal(value, theirs[name])}
     touched: set[Node] = set(entering)
     for node in unpruned.graph.nodes:

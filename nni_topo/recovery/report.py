@@ -20,7 +20,7 @@ P = ParamSpec("P")
 _Made = TypeVar("_Made")
 
 SMALL = 0.05
-"""Squared distance from the unpruned network, over the variance, below which no warning is given of few images."""
+"""Held-out error below which no warning says that the samples are too few."""
 LOST = 0.9
 """Held-out error above which a layer's output counts as almost lost: a constant has an error of 1."""
 
@@ -39,12 +39,12 @@ class LayerReport:
     # there.
     place: str
     unknowns: int  # numbers fitted for each output, the constant not counted
-    samples: int  # that were solved for: images times positions
+    samples: int  # images times positions
     ridge: float  # penalty over each input's variance; infinite if no change was best
     error_before: float  # over the calibration samples
     error_after: float
     # Over samples that this layer's solution wasn't fitted to; NaN if there were too few. The layers before it were
-    # solved from them, too, so that the error on new samples is larger.
+    # fitted to all samples, so the error on new samples is larger.
     error_held_out: float
     seconds: float  # wall time
 
@@ -55,12 +55,12 @@ class LayerReport:
 
     @property
     def is_far(self) -> bool:
-        """Whether the held-out error isn't below 0.05, where it is small enough whatever the samples; it may be NaN."""
+        """Whether the held-out error is at least 0.05 or NaN; a smaller one is good enough, however few the samples."""
         return not self.error_held_out < SMALL
 
     @property
     def is_underdetermined(self) -> bool:
-        """Whether there were fewer samples than unknowns, so that the ridge alone decides."""
+        """Whether there were fewer samples than unknowns, so that only the ridge makes the solution unique."""
         return self.samples < self.unknowns
 
 
@@ -73,13 +73,13 @@ class CompensationReport:
     layers : tuple of LayerReport
         The equations that were solved, in order. A layer before an addition may come twice.
     left_alone : dict of str to str
-        By layer after removed channels that couldn't be reconstructed, the reason.
+        For each layer after removed channels that couldn't be reconstructed, the reason.
     images : int
-        Number of calibration images that were solved on.
+        Number of calibration images on which the equations were solved.
     seconds : float
         Wall time.
     held_out : int
-        Number of the others, which are left for distillation to judge on.
+        Number of calibration images that are left out, so that distillation can judge on them.
     """
 
     layers: tuple[LayerReport, ...]
@@ -99,9 +99,9 @@ class CompensationReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What makes the solutions doubtful, with what to do about it."""
+        """Reasons to doubt the solutions, with advice."""
         found = []
-        # A layer that is refined has a row for each step, of the same samples and unknowns.
+        # A layer that is refined has a row for each step, with the same samples and unknowns.
         few = {layer.layer: layer for layer in self.layers if layer.is_underdetermined and layer.is_far}
         if few:
             scarcest = sorted(few.values(), key=lambda layer: layer.samples / layer.unknowns)

@@ -31,8 +31,8 @@ from nni_topo.network.runtime.public import public
 from nni_topo.rules import SEED, whole
 
 _RATE = 0.1
-_CLASSES = 0.1  # weight of the classes beside the statistics
-_ROUGHNESS = 0.01  # weight of differences between neighbours
+_CLASSES = 0.1  # weight of the classification loss; the loss of the statistics has weight 1
+_ROUGHNESS = 0.01  # weight of squared differences between neighbouring pixels
 _LEAST_VARIANCE = 1e-6
 
 
@@ -47,22 +47,22 @@ def synthetic_images(
     seed: int = 0,
     progress: bool | None = None,
 ) -> list[Tensor]:
-    """Make images from a trained network alone, to compensate, distil and choose channels with where data are missing.
+    """Make images from a trained network alone, as calibration data if no images are available.
 
     Parameters
     ----------
     model : torch.nn.Module
         The trained network, which takes one floating tensor (n, channels, height, width). It isn't changed.
     example_inputs : Tensor, tuple or dict
-        Inputs of the right shape; what they hold isn't looked at.
+        Inputs of the right shape; their values don't matter.
     count : int, default=256
         Images, at least 1.
     steps : int, default=150
         Gradient steps, at least 1.
     batch_size : int, default=128
-        Images that reproduce the statistics together, at least 2.
+        Images that are optimized together to reproduce the statistics, at least 2.
     seed : int, default=0
-        Of the noise in the beginning.
+        Seed of the initial noise.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -83,8 +83,8 @@ def synthetic_images(
 
     Notes
     -----
-    Images begin as noise whose spectrum falls with the frequency, as that of photographs does. Without batch norms only
-    the classes and smoothness shape them, and their scale stays that of the noise, 1.
+    Images start as noise whose spectrum falls with the frequency, as in photographs. If the network has no batch norms,
+    only the classes and the smoothness term change them, and their standard deviation stays near that of the noise, 1.
 
     References
     ----------
@@ -130,7 +130,7 @@ def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _shaped(network: nn.Module, images: Tensor, steps: int, shown: Any) -> Tensor:
-    """Let images follow the gradient towards what the network remembers."""
+    """Optimize images for the running statistics of the batch norms, the classes and smoothness."""
     images = images.clone().requires_grad_()
     optimizer = torch.optim.Adam([images], lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -159,7 +159,7 @@ def _shaped(network: nn.Module, images: Tensor, steps: int, shown: Any) -> Tenso
 
 
 def _distance(norm: Any, entering: Tensor) -> Tensor:
-    """Return how far the statistics of what enters a batch norm are from the running ones."""
+    """Return the distance between the statistics of a batch norm's input and its running statistics."""
     dims = [dim for dim in range(entering.dim()) if dim != 1]
     variance, mean = torch.var_mean(entering, dims, correction=0)
     known = norm.running_var + _LEAST_VARIANCE
