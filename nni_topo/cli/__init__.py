@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"{name} {words.pop(0)}"
     try:
         verb = parsed(name, choice, words)
-        # With --json, standard output holds the document and nothing else.
+        # With --json, standard output holds only the document.
         return verb.run(Console(stderr=verb.json, width=None if sys.stdout.isatty() else 160))
     except NniTopoError as error:
         return _failed(name, str(error), error.page)
@@ -87,11 +87,11 @@ def _failed(name: str, reason: str, page: str = "") -> int:
 
 
 def _choose(name: str, choices: Choices, words: list[str]) -> type[Verb] | Callable[[], Choices]:
-    """Return the choice that the first word names; without a word, or with ``--help``, print the choices and exit."""
+    """Return the choice named by the first word; without a word, or with ``--help``, print the choices and exit."""
     lines = {verb: (inspect.getdoc(choice) or "").partition("\n")[0] for verb, choice in choices.items()}
     return choices[chosen(name, lines, words, f"nni_topo {nni_topo.__version__}")]
 
 
 def parsed(name: str, kind: type[Verb], words: Sequence[str]) -> Verb:
-    """Return a verb with its fields set from the words."""
+    """Return a verb whose fields are set from the command line's words."""
     return tyro.cli(kind, prog=name, args=words, config=(tyro.conf.FlagCreatePairsOff,))

@@ -1,4 +1,4 @@
-"""``nni-topo doctor``: check what the package needs on this machine, and say how to get what is missing."""
+"""``nni-topo doctor``: check this machine for everything that the package needs, and say how to install the rest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One check and its state: ``ok``, ``missing`` (something optional) or ``broken``."""
+    """Result of one check; ``state``: ``ok``, ``missing`` (something optional) or ``broken``."""
 
     what: str
     state: str
@@ -42,7 +42,7 @@ class Finding:
 class Doctor(Verb):
     """Check versions, NNI, torch and torchvision, data, GPU, NNI's port and extras; say what to do."""
 
-    data_dir: Path | None = None  # folder with the files of data sets, which are read as a check
+    data_dir: Path | None = None  # folder with the files of data sets; the check reads them
     port: int = 8080  # port of NNI's manager
 
     def run(self, console: Console) -> int:

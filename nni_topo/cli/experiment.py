@@ -66,7 +66,7 @@ class Run(Verb):
         return status
 
     def _exported(self, experiment: Experiment, trials: list[TrialRecord], console: Console, *, rerun: bool) -> int:
-        """Write and print an experiment's results; return the exit status."""
+        """Write and print an experiment's results; return the exit status. ``rerun``: whether a trial may run again."""
         save_trials(trials, self.out)
         if not rerun and not any(trial.is_candidate for trial in trials):
             console.print(f"no trial has succeeded yet · all trials: {self.out}", markup=False)
@@ -92,7 +92,7 @@ class _Shown(Verb):
     port: int | None = None  # port of the running experiment, instead of an identifier
 
     def chosen(self, trial: str | None = None) -> tuple[TrialRecord, str | None]:
-        """Return the best trial, or the one named, and the experiment's trial command."""
+        """Return the best trial, or the trial with the given identifier, and the experiment's trial command."""
         with opened(self.id, self.port) as experiment:
             trials = read_trials(experiment)
             profile = experiment.get_experiment_profile()["params"]
@@ -156,7 +156,7 @@ class Export(_Shown):
 
 
 def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord], bool]:
-    """Follow an experiment to its end or to Ctrl-C, then stop it; return its trials, and whether it was interrupted."""
+    """Follow an experiment until its end or Ctrl-C, then stop it; return its trials and whether it was interrupted."""
     told: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console)

@@ -21,9 +21,9 @@ from nni_topo.zoo import create_model
 class Profile(ModelVerb):
     """Measure one model before and after pruning, in turns: time, throughput, memory, MACs, parameters."""
 
-    dense: Path | None = None  # file of nni_topo.save; None: the model pruned at random
+    dense: Path | None = None  # file of nni_topo.save; None: the model is pruned at random
     ratio: float = 0.5  # without a file: share of the channels to prune at random, in [0, 1)
-    round_to: int | None = None  # kept channels are a multiple of it
+    round_to: int | None = None  # layers keep a multiple of so many channels
     batch_size: int = 1  # samples in a batch, at least 1
     image_size: int = 32  # height and width in pixels
     in_channels: int = 3  # channels of the images
@@ -32,7 +32,7 @@ class Profile(ModelVerb):
     threads: int = 1  # threads on the CPU, at least 1
 
     def run(self, console: Console) -> int:
-        """Print a row for each mode and network."""
+        """Print a row for each network."""
         for name in ("batch_size", "image_size", "in_channels", "classes", "runs", "threads"):
             whole(1).check(name, getattr(self, name), "nni-topo profile")
         sizes = {"num_classes": self.classes, "in_channels": self.in_channels, "image_size": self.image_size}

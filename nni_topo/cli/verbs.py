@@ -66,7 +66,7 @@ class Demo(Verb):
     out: Path = Path("demo")  # output folder
 
     def run(self, console: Console) -> int:
-        """Say what the demonstration takes, and run it."""
+        """Say how long the demonstration takes, and run it."""
         cells = len(DEMO.pruners) * len(DEMO.targets)
         console.print(
             f"{DEMO.seeds} small networks are trained on digits, each pruned {cells} times: some two minutes "
@@ -81,7 +81,7 @@ class Compare(DataVerb):
 
     model: str = ""  # a listed name, torchvision/NAME, timm/NAME or package.module:factory; or give --plan instead
     plan: Path | None = None  # YAML file with the whole comparison; see configs/
-    network: str = ""  # of a plan that has several: which of its networks
+    network: str = ""  # name of one of the plan's networks, if it has several
     pruners: Names = ("topological", "l1", "l2", "fpgm", "random")  # registered names
     ratio: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # sparse_ratio of every layer, in [0, 1); may be repeated
     flops: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the MACs to keep, in (0, 1]; may be repeated
@@ -89,12 +89,12 @@ class Compare(DataVerb):
     latency: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of a batch's time to keep, in (0, 1]
     memory: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of parameters' and activations' bytes, in (0, 1]
     seeds: int = 1  # number of seeds, at least 1
-    train_epochs: int | None = None  # epochs of training; None: those of the model's recipe
+    train_epochs: int | None = None  # epochs of training; None: as in the model's recipe
     retrain_epochs: int = 1  # epochs of fine-tuning after pruning, at least 0
     calibration: int = 512  # unlabelled images for the pruners that need calibration data
     compensate: int = 0  # unlabelled images for weight reconstruction of every pruned network; 0: no reconstruction
     method: str = "reconstruct"  # a listed recovery method, or package.module:Class
-    distill: int = 0  # unlabelled images for distillation after it; 0: no distillation
+    distill: int = 0  # unlabelled images for distillation after weight reconstruction; 0: no distillation
     test_limit: int | None = None  # test images used, the set's first ones, at least 1; None: all, whatever --limit is
     n_jobs: int | None = None  # cells to run at a time, at least 1; -1: one per core; None: as in the plan, or 1
 
@@ -192,9 +192,9 @@ class Shrink(TrainedVerb):
     params: float | None = None  # share of the parameters to keep, in (0, 1]
     latency: float | None = None  # share of a batch's time to keep, in (0, 1]
     memory: float | None = None  # share of the bytes of parameters and activations to keep, in (0, 1]
-    tolerance: float | None = None  # share of answers that may change, in (0, 1): as small as that allows
-    budget: str | None = None  # with --tolerance, the cost that counts: flops, params, latency or memory
-    measure: str = "outputs"  # what --tolerance is about: outputs (changed answers; else distance) or distance
+    tolerance: float | None = None  # share of answers that may change, in (0, 1); finds the smallest such network
+    budget: str | None = None  # with --tolerance, the cost to minimise: flops, params, latency or memory
+    measure: str = "outputs"  # measure of --tolerance: outputs (changed answers; else distance) or distance
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
     equal_blocks: bool = False  # keep the same widths in all blocks, so that a config of Transformers describes them
     runtime: str = "pytorch"  # where --latency is timed: pytorch or onnxruntime
@@ -202,7 +202,7 @@ class Shrink(TrainedVerb):
     depth: bool = False  # let blocks compete with channels for the budget
     images: int = 1024  # unlabelled training images, at least 2
     test_limit: int | None = None  # test images used, the set's first ones, at least 1; None: all, whatever --limit is
-    distill_seconds: float | None = None  # its time, above 0; None: until the held-out loss makes no progress
+    distill_seconds: float | None = None  # time of distillation, above 0; None: until the held-out loss stops falling
 
     def run(self, console: Console) -> int:
         """Write the dense model and print the accuracy on the test images after each step."""
@@ -273,7 +273,7 @@ class Shrink(TrainedVerb):
         settings.check_together(asked_budget(budget, self.tolerance), "" if self.tolerance is None else TOLERANCE)
 
     def _budget(self) -> str | dict[str, Any] | None:
-        """Return the shares to keep; where a tolerance says how much, a name or None."""
+        """Return the shares to keep; with a tolerance the name of the cost to minimise, or None."""
         shares: dict[str, Any] = {kind: getattr(self, kind) for kind in BUDGETS if getattr(self, kind) is not None}
         if self.tolerance is None and self.budget is not None:
             raise ConfigError("--budget names the cost for --tolerance, got none (nni-topo shrink)")

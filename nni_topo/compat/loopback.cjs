@@ -1,7 +1,7 @@
-// Preloaded into NNI's manager (NODE_OPTIONS="--require=..."): what would listen on all interfaces listens on this machine's only,
-// and answers only requests that name this machine. Place: nni_node/rest_server/index.js, `app.listen(this.port)`, in NNI 3.0; the
-// manager has no option for the host, and answers whatever name it is called by: a web page whose name resolves to 127.0.0.1 (DNS
-// rebinding), or that opens a web socket to this machine, could start programs from the user's browser.
+// Preloaded into NNI's manager (NODE_OPTIONS="--require=..."): servers listen on localhost instead of all interfaces, and answer only
+// requests whose Host and Origin are localhost. Place: nni_node/rest_server/index.js, `app.listen(this.port)`, in NNI 3.0. Cause: the
+// manager has no option for the host and doesn't check the Host header: a web page whose name resolves to 127.0.0.1 (DNS rebinding),
+// or that opens a web socket to this machine, could start programs from the user's browser.
 const http = require("http");
 const net = require("net");
 
@@ -29,7 +29,7 @@ function guard(server) {
   };
 }
 
-// Pages of the manager itself, and programs, which send no origin.
+// Whether a request comes from the manager's own pages, or from a program, which sends no Origin header.
 function isHere({ headers }) {
   const { host = "", origin = `http://${host}` } = headers;
   return [`http://${host}`, origin].every((each) => /^https?:\/\/(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?$/i.test(each));

@@ -1,6 +1,6 @@
-// Preloaded into NNI's manager (NODE_OPTIONS="--require=..."): a trial runs the parameters that the manager keeps for it, a resumed
-// experiment tries none of them twice, what an assessor ends is told as such, and a tuner may take a minute to start. In NNI 3.0:
-// nni_node/training_service/v3/compat.js (services local and remote), nni_node/core/nnimanager.js, tuner_command_channel.js.
+// Preloaded into NNI's manager (NODE_OPTIONS="--require=..."): a trial runs the parameters that the manager records for it, a resumed
+// experiment repeats no parameters, trials ended by an assessor are reported as early-stopped, and a tuner may take a minute to start.
+// Places in NNI 3.0: nni_node/training_service/v3/compat.js (local and remote), nni_node/core/nnimanager.js, tuner_command_channel.js.
 const Module = require("module");
 const { setTimeout: wait } = require("timers/promises");
 
@@ -29,8 +29,8 @@ function once(prototype, patch) {
   patched.add(prototype);
 }
 
-// `this.parameters.shift()`: trials get parameters in the order in which they ask, the database, the tuner's `trial_end` and a
-// resumed trial those by submission.
+// Cause: `this.parameters.shift()` gives parameters to trials in the order in which they ask; the database, the tuner's `trial_end`
+// and resumed trials assume the order of submission.
 function pair(prototype) {
   const start = prototype.start;
 
@@ -39,7 +39,7 @@ function pair(prototype) {
     const { createTrial, onRequestParameter } = v3;
     let creation = Promise.resolve();
 
-    // one trial is created at a time, with its parameters at the head of the queue; a resumed one has its own already
+    // one trial is created at a time, and its parameters are first in the queue; a resumed trial already has its parameters
     v3.createTrial = (...args) => {
       creation = createTrial.apply(v3, args).then((id) => {
         if (id !== null && parameters.length > 0) allocatedParameters.set(id, parameters.shift());
@@ -48,7 +48,7 @@ function pair(prototype) {
       return creation;
     };
 
-    // a trial may ask before its creation is known
+    // a trial may ask before its creation has returned its id
     v3.onRequestParameter = (callback) =>
       onRequestParameter.call(v3, async (id) => {
         if (!allocatedParameters.has(id)) await creation.catch(() => {});
@@ -59,8 +59,8 @@ function pair(prototype) {
   };
 }
 
-// `cancelTrialJob`: notes that an assessor ends a trial after it has waited for the trial's end, where a trial that ends at once
-// counts as canceled by the user.
+// Cause: `cancelTrialJob` records that an assessor ends a trial only after the trial has ended; a trial that ends at once counts as
+// canceled by the user.
 function noteEarlyStops(prototype) {
   const { cancelTrialJob } = prototype;
 
@@ -70,19 +70,19 @@ function noteEarlyStops(prototype) {
   };
 }
 
-// `addRecoveredTrialJob`: what a resumed experiment goes on with. NNI's tuners begin anew and learn of results alone, so that they
-// propose what is running once more; numbers begin after the trials that are taken up again, and are given out twice.
+// Cause: a resumed experiment continues from `addRecoveredTrialJob`. NNI's tuners start anew and learn finished results only, so they
+// propose parameters of running trials again; and some sequence numbers are given twice.
 function remember(prototype) {
   const { addRecoveredTrialJob, onTunerCommand } = prototype;
 
   prototype.addRecoveredTrialJob = function (jobs) {
-    // a trial to be taken up again, whose manager was killed before it was: NNI counts it as ended
+    // a trial that was to be resumed when the manager was killed; NNI counts it as ended
     for (const job of jobs) if (job.status === "ADD_RESUMED") job.status = "WAITING";
     const count = addRecoveredTrialJob.call(this, jobs);
     const proposals = jobs.flatMap((job) => (job.hyperParameters ?? []).slice(0, 1)).map((text) => JSON.parse(text));
     this.trialDataForResume = JSON.stringify(proposals);
     this.experimentProfile.nextSequenceId = Math.max(-1, ...jobs.map((job) => job.sequenceId ?? -1)) + 1;
-    // neither what a user has added, which has no number, nor Hyperband's and BOHB's, whose numbers are words: they plan in brackets
+    // skips trials that a user added, which have no id, and those of Hyperband and BOHB, whose ids are strings: they plan in brackets
     this.tried = proposals.filter((each) => typeof each.parameter_id === "number").map(canonical);
     return count;
   };
@@ -90,7 +90,7 @@ function remember(prototype) {
   prototype.onTunerCommand = async function (type, content) {
     const place = type === "TR" && this.tried ? this.tried.indexOf(canonical(JSON.parse(content))) : -1;
     if (place < 0) return onTunerCommand.call(this, type, content);
-    // each trial stands for one proposal: what a tuner repeats of its own will is run
+    // each old trial cancels one proposal; a proposal that the tuner repeats on purpose runs
     this.tried.splice(place, 1);
     const end = { trial_job_id: "", event: "SYS_CANCELED", hyper_params: content };
     this.dispatcher.sendCommand("EN", JSON.stringify(end));
@@ -98,7 +98,7 @@ function remember(prototype) {
   };
 }
 
-// `TunerServer.init`: gives a tuner ten seconds, which one that imports much needs longer than on a busy machine.
+// Cause: `TunerServer.init` gives a tuner ten seconds; on a busy machine a tuner with many imports needs longer.
 function awaitTuner(prototype) {
   const run = prototype.run;
 

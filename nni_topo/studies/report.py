@@ -46,7 +46,7 @@ def write_report(folder: str | Path) -> Path:
     if not parts:
         raise DataError(f"a report needs a run's files, got none in {folder} (results.jsonl or another .json)")
     environment = Environment(autoescape=True)
-    environment.filters["without_folders"] = without_folders  # a report goes to others
+    environment.filters["without_folders"] = without_folders  # other people may read a report
     page = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     path = folder / "report.html"
     write_text(path, page.render(title=folder.resolve().name, parts=parts))

@@ -1,4 +1,4 @@
-"""Models and data by name, training, checkpoints and measurements: what comparisons are made with."""
+"""Models and data by name, training, checkpoints and measurements, as used by comparisons."""
 
 from nni_topo.network.cost.measure import count_macs, count_params, latencies
 from nni_topo.zoo.checkpoints import load_checkpoint, save_checkpoint

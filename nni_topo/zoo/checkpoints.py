@@ -1,4 +1,4 @@
-"""Checkpoints of weights: tensors and plain values alone, no pickled code in either direction."""
+"""Checkpoints of weights: only tensors and plain values are written and read, no pickled code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 3
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
-    """Write a model's parameters and buffers, and ``meta``, which JSON must be able to hold (else a DataError)."""
+    """Write a model's parameters and buffers, and ``meta``; DataError if JSON can't hold ``meta``."""
     path = path_of(path)
     try:
         kept = json.loads(json.dumps(dict(meta)))
@@ -35,11 +35,11 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
     Parameters
     ----------
     path : str or Path
-        A file of :func:`save_checkpoint`, of safetensors, or one of ``torch.save`` that holds a state dict, bare or
-        under the key ``state_dict`` or ``model``. Names may begin with ``module.`` or ``_orig_mod.``, as those of
-        models do that are spread over devices or compiled.
+        A file of :func:`save_checkpoint`, a safetensors file, or a file of ``torch.save`` that holds a state dict,
+        directly or under the key ``state_dict`` or ``model``. Names may begin with ``module.`` or ``_orig_mod.``, as in
+        state dicts of data-parallel and compiled models.
     model : nn.Module
-        Gets the weights, on the device it is on; unchanged if an error is raised.
+        Gets the weights and stays on its device; unchanged if an error is raised.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
     ------
     DataError
         If the file is missing or damaged, holds pickled code, holds no state dict, or its names or shapes
-        aren't the model's.
+        differ from the model's.
     """
     path = path_of(path)
     with reading(path, "a checkpoint", "of tensors and plain values only"):
@@ -62,12 +62,12 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
     if not state:
         found = ", ".join(str(key) for key in list(named)[:_SHOWN]) or "nothing"
         raise DataError(f"a checkpoint must hold a state dict, got {found} ({path})")
-    # Wrappers' names are taken off the names of all tensors, unless the model has a part that is called so. Each prefix
-    # is tried twice, because wrappers may be within one another.
+    # A wrapper's prefix is removed if all names have it and the model has no attribute of that name. Each prefix is
+    # tried twice, because wrappers may be nested.
     for prefix in ("_orig_mod.", "module.", "_orig_mod.", "module."):
         if all(key.startswith(prefix) for key in state) and not hasattr(model, prefix[:-1]):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    # Checked before, because load_state_dict has changed the model when it finds what doesn't fit.
+    # Checked first, because load_state_dict changes the model before it raises an error.
     given, wanted = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, model.state_dict()))
     wrong = [
         f"{key}: {given.get(key, 'missing')}, in the model {wanted.get(key, 'missing')}"

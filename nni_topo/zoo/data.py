@@ -1,7 +1,7 @@
-"""Data sets by name, normalised, with a validation split apart from the test set.
+"""Data sets by name, normalised, with a validation split and a test set.
 
-``load_data("digits")`` needs nothing; the others read ``data_dir``, a folder or an ``.npz`` file. Nothing is
-downloaded unless asked for.
+``load_data("digits")`` needs no files; most others read ``data_dir``, a folder or an ``.npz`` file. Nothing is
+downloaded without ``download=True``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nni_topo.zoo.sources import (
     stratified_fraction,
 )
 
-_MOST_ROWS = 1000  # of text to watch: each has as many labels as places
+_MOST_ROWS = 1000  # largest validation set of text; each row has many labels
 _CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _IDX = {"mnist": ("MNIST", tuple("0123456789")), "fashion-mnist": ("FashionMNIST", _CLOTHES)}
 _CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
@@ -46,13 +46,13 @@ class DataBundle:
     ----------
     train, validation, test : TensorDataset or ImageFiles
         A slice of each gives two tensors: float32 images ``[n, in_channels, image_size, image_size]``, normalised per
-        channel, and int64 labels ``[n]`` in ``[0, num_classes)``. Of text: int64 rows ``[n, image_size]`` and, as
-        labels, the byte after each position. An image folder stays in its files; everything else is in memory.
+        channel, and int64 labels ``[n]`` in ``[0, num_classes)``. For text: int64 rows ``[n, image_size]`` and, as
+        labels, the byte after each position. Images of a folder stay in their files; all other data are in memory.
     in_channels, image_size, num_classes : int
         Channels of the images, their side in pixels after padding, and the number of classes.
     mean, std : tuple of float
-        Per channel, of the stored training images (``uint8`` in units of 255) before padding; of an image folder
-        those of ``preprocessing``. Images are normalised by them.
+        Mean and standard deviation per channel by which images are normalised: of the stored training images before
+        padding (``uint8`` divided by 255); for an image folder the values of ``preprocessing``.
     name : str
         The name or path that was loaded.
     class_names : tuple of str
@@ -89,12 +89,12 @@ class DataBundle:
 
 
 def list_data() -> list[str]:
-    """Return the names that :func:`load_data` knows, besides paths of folders and ``.npz`` files."""
+    """Return the names that :func:`load_data` knows; it also takes paths of folders and ``.npz`` files."""
     return list(_DATA)
 
 
 def check_data_name(name: str, place: str) -> None:
-    """Raise for what is no listed name nor a path; ``place``: the function that was given it."""
+    """Raise an error unless data is a listed name or an existing path; ``place``: the function that got the name."""
     path = Path(name)
     if name in _DATA or path.suffix == ".npz" or path.is_dir():
         return
@@ -135,28 +135,28 @@ def load_data(
     name : str
         ``digits`` (8x8, embedded in scikit-learn), ``mnist`` or ``fashion-mnist`` (idx files, plain or gzipped),
         ``cifar10`` or ``cifar100`` (as torchvision stores them), ``python-stdlib`` (bytes of Python's own sources),
-        the path of an image folder, or that of an ``.npz`` file with ``x_train, y_train, x_test, y_test``.
+        the path of an image folder, or of an ``.npz`` file with ``x_train, y_train, x_test, y_test``.
     data_dir : str, Path or None, default=None
         Folder of the files; needed for MNIST, Fashion-MNIST and CIFAR.
     limit : int or None, default=None
-        Number of training images to keep, at least 1, drawn evenly from the classes after the validation split. Of an
-        image folder the validation set is limited likewise. The test set stays whole.
+        Number of training images to keep, at least 1, drawn evenly from the classes after the validation split. For an
+        image folder the same limit also applies to the validation set. The test set is never limited.
     validation : float, default=0.1
-        Fraction of every class of the training images that becomes the validation set, in [0, 1); of text at most
+        Fraction of every class of the training images that becomes the validation set, in [0, 1); for text at most
         1,000 rows.
     pad_to : int or None, default=None
-        Side in pixels up to which smaller images are padded with zeros (black), as evenly as possible.
+        Side in pixels to which smaller images are padded with zeros (black), equally on all sides if possible.
     image_size : int or None, default=None
-        Side in pixels to which the files of an image folder are scaled; None takes them as they are.
+        Side in pixels to which the files of an image folder are scaled; None: not scaled.
     seed : int, default=0
         Seed of the validation split and the limit. The test set doesn't depend on it.
     download : bool, default=False
         Whether torchvision may fetch missing files into ``data_dir``.
     preprocessing : Preprocessing or None, default=None
-        Of an image folder: mean, standard deviation, crop and interpolation. None: ImageNet's mean and deviation, the
-        whole middle square, bilinear.
+        Mean, standard deviation, crop and interpolation for an image folder. None: ImageNet's mean and standard
+        deviation, the whole middle square, bilinear.
     workers : int or None, default=None
-        Processes that read an image folder, at least 0, where 0 is this one. None: one per core, at most 8.
+        Number of processes that read an image folder, at least 0; 0: this process. None: one per core, at most 8.
 
     Returns
     -------
@@ -167,15 +167,15 @@ def load_data(
     ConfigError
         If the name is unknown, ``data_dir`` is missing or a number is out of its range.
     DataError
-        If files are missing or damaged, or images and labels don't go together.
+        If files are missing or damaged, or images and labels don't match.
 
     Notes
     -----
-    Mean and standard deviation come from all training images, those of the validation split included, so that
+    Mean and standard deviation are computed on all training images, including the validation split, so that
     neither ``limit`` nor ``seed`` changes the inputs of a trained model.
 
-    Images of a folder come in rounds of one image of each class, in a random order drawn from ``seed``, of the test set
-    from a constant. Loading opens the first file of every training class alone.
+    Images of a folder are ordered in rounds of one image per class, at random by ``seed``; the order of the test set
+    is always the same. Loading opens only the first file of every training class.
 
     Examples
     --------
@@ -211,7 +211,7 @@ def load_data(
         held_out = stratified_fraction(labels, validation, generator)
 
         def drawn(rows: Array) -> LabelledImages:
-            """Return images in rounds over the classes; the limit is applied to the list of files."""
+            """Return at most ``limit`` images, in rounds over the classes."""
             return subset(train_files, torch.from_numpy(rows[in_rounds(labels[rows], generator)][:limit]))
 
         train, watched = drawn(np.flatnonzero(~held_out)), drawn(np.flatnonzero(held_out))
@@ -221,14 +221,14 @@ def load_data(
     held_out = stratified_fraction(raw.train_labels, validation, generator)
     kept = np.flatnonzero(~held_out)
     if limit is not None:
-        # class by class in turn; small classes run out first
+        # one image of each class in turn; small classes run out first
         labels = raw.train_labels[kept]
         order = np.lexsort((labels, class_rank(labels, generator)))
         kept = kept[np.sort(order[:limit])]
     mean_of, std_of = _statistics(raw.train_images)
 
     def dataset(images: Array, labels: Array) -> TensorDataset:
-        """Return images, scaled, padded and normalised, float32, with their labels."""
+        """Return float32 images, divided by 255 if uint8, padded and normalised, with their labels."""
         scale = 255.0 if images.dtype == np.uint8 else 1.0
         pixels = torch.tensor(images).to(torch.float32).div_(scale)
         missing = max(0, (pad_to or 0) - pixels.shape[-1])
@@ -253,7 +253,7 @@ def load_data(
 
 
 def _text(raw: RawData, name: str, limit: int | None, validation: float, generator: np.random.Generator) -> DataBundle:
-    """Return rows of text; there is nothing to normalise, and every place has a label of its own."""
+    """Return a bundle of text rows: not normalised, with a label for every position."""
     order = generator.permutation(len(raw.train_images))
     held_out, kept = np.split(order, [min(int(validation * len(order)), _MOST_ROWS)])
 
@@ -269,7 +269,7 @@ def _text(raw: RawData, name: str, limit: int | None, validation: float, generat
 
 
 def _check_raw(raw: RawData, name: str) -> None:
-    """Check that images and labels go together, whatever they were read from."""
+    """Check that images and labels match, and that images are finite squares of one shape."""
     for part, images, labels in (
         ("training", raw.train_images, raw.train_labels),
         ("test", raw.test_images, raw.test_labels),
@@ -289,7 +289,7 @@ def _check_raw(raw: RawData, name: str) -> None:
 
 
 def _statistics(images: Array) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel, in float64; a constant channel gets deviation 1."""
+    """Return mean and standard deviation per channel, in float64; a constant channel gets standard deviation 1."""
     pixels = images.transpose(1, 0, 2, 3).reshape(images.shape[1], -1)
     if images.dtype == np.uint8:
         counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels])

@@ -24,7 +24,7 @@ _BATCH = 512
 
 @public(model=COMPUTING)
 def check_model(model: nn.Module, data: DataBundle) -> None:
-    """Raise DataError unless a model, run on one image, takes a data set's images and has one logit per class."""
+    """Run a model on one image; raise DataError unless it takes the data set's images and has one logit per class."""
     image, label = data.train[:1]
     shape = tuple(image.shape[1:])
     try:
@@ -39,21 +39,21 @@ def check_model(model: nn.Module, data: DataBundle) -> None:
 
 
 def by_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits as ``(labels, classes)`` and labels as ``(labels,)``: of text every place is one."""
+    """Return logits as ``(labels, classes)`` and labels as ``(labels,)``; in text every position has a label."""
     return logits.flatten(0, -2), labels.flatten()
 
 
 def bits(loss: float) -> float:
-    """Return a mean cross entropy, in nats, in bits a label: of text made of bytes, bits per byte."""
+    """Convert a mean cross entropy from nats to bits per label, for text of bytes bits per byte."""
     return loss / math.log(2.0)
 
 
 @checked(**_EVALUATION)
 def evaluate(model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None) -> float:
-    """Return the accuracy of a classifier in [0, 1]: the fraction of the labels that have the largest logit.
+    """Return the accuracy of a classifier in [0, 1]: the fraction of samples whose label has the largest logit.
 
-    ``dataset`` has images ``[n, in_channels, h, w]`` and labels ``[n]``, at least one, below the number of the model's
-    outputs (else a DataError). The model is moved to ``device`` (None: it stays), and runs in evaluation mode.
+    ``dataset`` has images ``[n, in_channels, h, w]`` and labels ``[n]``, n at least 1, each below the number of the
+    model's outputs (else a DataError). The model is moved to ``device`` (None: it stays), and runs in evaluation mode.
     """
     return loss_and_accuracy(model, dataset, device=device)[1]
 
@@ -62,7 +62,7 @@ def evaluate(model: nn.Module, dataset: LabelledImages, *, device: str | torch.d
 def loss_and_accuracy(
     model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None
 ) -> tuple[float, float]:
-    """Return the mean cross entropy in nats, and the accuracy; parameters and errors as for :func:`evaluate`."""
+    """Return the mean cross entropy in nats, and the accuracy; parameters and errors as in :func:`evaluate`."""
     if len(dataset) == 0:
         raise DataError("a data set must hold at least one image to be evaluated on, got 0 (dataset)")
     device = device_of(model) if device is None else device

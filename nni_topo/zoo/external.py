@@ -1,4 +1,4 @@
-"""Models from outside: torchvision's and timm's classification nets, and factories that a user names."""
+"""Models from other packages: torchvision's and timm's classification nets, and factories that a user names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def torchvision_names() -> list[str]:
 
 
 def pretrained_preprocessing(name: str) -> Preprocessing | None:
-    """Return how images were prepared for a model's default pretrained weights; None where it has none."""
+    """Return the preprocessing of images for a model's default pretrained weights; None if it has no weights."""
     if name.startswith(TORCHVISION):
         from torchvision import models  # slow to import
 
@@ -41,7 +41,7 @@ def pretrained_preprocessing(name: str) -> Preprocessing | None:
     if name.startswith(TIMM):
         try:
             timm: Any = importlib.import_module("timm")
-        except ImportError:  # building the model says so
+        except ImportError:  # building the model raises an error about it
             return None
         found = timm.get_pretrained_cfg(name.removeprefix(TIMM))
         return found and Preprocessing(tuple(found.mean), tuple(found.std), found.crop_pct, found.interpolation)
@@ -49,12 +49,15 @@ def pretrained_preprocessing(name: str) -> Preprocessing | None:
 
 
 def build_torchvision(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build ``torchvision/NAME``, untrained and without auxiliary classifiers; ConfigError if that can't be."""
+    """Build ``torchvision/NAME``, untrained and without auxiliary classifiers.
+
+    ConfigError if ``in_channels`` isn't 3 and the model has no first convolution that can be replaced.
+    """
     from torchvision import models  # slow to import
 
     short = name.removeprefix(TORCHVISION)
     arguments = dict(_EXTRA_ARGUMENTS.get(short, {}))
-    # Vision transformers have to know the side of the images, in pixels.
+    # Vision transformers need the side of the images, in pixels.
     if short.startswith("vit_"):
         arguments["image_size"] = image_size
     model: nn.Module = models.get_model(short, weights=None, num_classes=num_classes, **arguments)
@@ -72,7 +75,7 @@ def build_torchvision(name: str, num_classes: int, in_channels: int, image_size:
 
 
 def build_timm(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build ``timm/NAME``, untrained; ConfigError if timm isn't installed, or has no such model."""
+    """Build ``timm/NAME``, untrained; ConfigError if timm isn't installed or has no such model."""
     try:
         timm: Any = importlib.import_module("timm")
     except ImportError as error:
@@ -83,20 +86,20 @@ def build_timm(name: str, num_classes: int, in_channels: int, image_size: int) -
     model: nn.Module
     try:
         model = timm.create_model(short, num_classes=num_classes, in_chans=in_channels, img_size=image_size)
-    except TypeError:  # of convolutions, which take any size
+    except TypeError:  # convolutional networks take any size and no img_size
         model = timm.create_model(short, num_classes=num_classes, in_chans=in_channels)
     return model
 
 
 def accepted(function: Callable[..., object], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that a function takes by name."""
+    """Return those of the arguments that a function accepts by name."""
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {key: value for key, value in arguments.items() if takes_all or key in parameters}
 
 
 def import_factory(name: str) -> Callable[..., nn.Module]:
-    """Import ``package.module:factory``; ConfigError if it isn't there or can't be called."""
+    """Import ``package.module:factory``; ConfigError if it can't be imported or called."""
     found = imported(name, "a model factory must be a function")
     if not callable(found):
         raise ConfigError(f"a model factory must be callable, got {type(found).__name__} ({name})")

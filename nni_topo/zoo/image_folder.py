@@ -32,10 +32,10 @@ def list_image_folder(
     workers: int | None,
 ) -> tuple[ImageFiles, ImageFiles, tuple[str, ...]]:
     """List the training and test images of a folder, and its classes; DataError if they can't be one data set."""
-    # With a `train` folder inside, `test` (or `val`) beside it is the test set and must have no class that `train`
-    # lacks. Otherwise the folders are the classes, and 20 % of every class are set apart for the test, always the same
-    # ones. The first file of every training class says what all are: grey if all of these are, else RGB; without
-    # `image_size` squares of one size. Files that differ are named when they are read.
+    # If the folder holds `train`, the test set is `test` (or `val`), and it must have no class that `train` lacks.
+    # Otherwise the subfolders are the classes, and always the same 20 % of every class are the test set. The first file
+    # of every training class determines the layout: grey if all these files are grey, else RGB; without `image_size`
+    # they must be squares of one size. Other files that differ raise an error when they are read.
     if (folder / "train").is_dir():
         place = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
         if place is None:
@@ -65,7 +65,7 @@ def list_image_folder(
     is_grey = all(mode in _GREY for mode in modes)
     padded = max(side, pad_to or 0)
     layout = Layout(is_grey, side, image_size is not None, padded, preprocessing or Preprocessing())
-    # In rounds, so that the first images of a test set, however few, are of many classes.
+    # In rounds over the classes, so that even a few first images of the test set cover many classes.
     order = in_rounds(test_labels, np.random.default_rng(_SPLIT_SEED))
     train = ImageFiles(str(root), train_files, torch.from_numpy(train_labels), layout, workers)
     test = ImageFiles(str(place), test_files[order], torch.from_numpy(test_labels[order]), layout, workers)
@@ -73,7 +73,7 @@ def list_image_folder(
 
 
 def _listed(folder: Path) -> tuple[npt.NDArray[np.bytes_], Array, tuple[str, ...]]:
-    """Return the paths of images below a folder, class by class, the numbers of their classes, and the classes."""
+    """Return the paths of a folder's images, sorted by class, their class numbers, and the names of the classes."""
     try:
         # hidden folders aren't classes
         names = [name for name in find_classes(folder)[0] if not name.startswith(".")]
@@ -91,7 +91,7 @@ def _listed(folder: Path) -> tuple[npt.NDArray[np.bytes_], Array, tuple[str, ...
 
 
 def read_image(path: str, layout: Layout) -> Tensor:
-    """Read a file: uint8 ``[c, h, w]``, scaled, cropped and padded, not normalised; DataError names a bad one."""
+    """Read a file as uint8 ``[c, h, w]``: scaled, cropped and padded, not normalised. DataError for an unfit file."""
     with _opened(path) as image:
         if layout.grey and image.mode not in _GREY:
             raise DataError(
@@ -114,7 +114,7 @@ def read_image(path: str, layout: Layout) -> Tensor:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """Open an image; what is damaged may also be found when its pixels are read."""
+    """Open an image; DataError if it is damaged, also if that is found only when pixels are read in the block."""
     try:
         with Image.open(path) as image:
             yield image

@@ -1,8 +1,7 @@
-"""Labelled images, in memory or in files, read in the same way.
+"""Labelled images, in memory or in files, with one interface.
 
-Both kinds give tensors where they are sliced, ``images, labels = dataset[:100]``, and batches by :func:`batches`.
-Files are read where they are asked for, by processes of a ``DataLoader``: what is in memory at a time doesn't depend
-on how many files there are.
+Slices of both kinds are tensors, ``images, labels = dataset[:100]``, and :func:`batches` yields batches of both. Files
+are read when they are needed, by processes of a ``DataLoader``, so that memory doesn't depend on the number of files.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from nni_topo.errors import DataError
 from nni_topo.network.runtime.memory import check_memory
 
-_FILES_AT_ONCE = 32  # what a process reads between two answers: 5 MB at 224x224
+_FILES_AT_ONCE = 32  # number of files that a process reads and returns together: 5 MB at 224x224
 _MOST_PROCESSES = 8
 
 
@@ -32,26 +31,26 @@ _MOST_PROCESSES = 8
 class Preprocessing:
     """How an image file becomes a network's input."""
 
-    # Of red, green and blue, in units of the largest value; ImageNet's. Grey images use their averages.
+    # Per channel (red, green, blue), as a fraction of the largest value; ImageNet's. Grey images use the averages.
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    crop: float = 1.0  # side of the square that is cut out of the middle, as a share of the shorter side, in (0, 1]
+    crop: float = 1.0  # side of the square that is cropped from the middle, as a share of the shorter side, in (0, 1]
     interpolation: str = "bilinear"  # of torchvision.transforms.InterpolationMode
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What all images of a folder have in common once they are read."""
+    """Format that all images of a folder have after they are read."""
 
     grey: bool
     side: int  # pixels, before padding
-    scaled: bool  # whether files are scaled to the side; else they must have it
-    padded: int  # pixels of a side, after padding with black
+    scaled: bool  # whether files are scaled to `side`; otherwise they must have this size
+    padded: int  # side in pixels, after padding with black
     preprocessing: Preprocessing
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean that is subtracted and deviation that is divided by, per channel."""
+        """Mean and standard deviation per channel, by which images are normalised."""
         mean, std = self.preprocessing.mean, self.preprocessing.std
         return ((sum(mean) / len(mean),), (sum(std) / len(std),)) if self.grey else (mean, std)
 
@@ -60,15 +59,15 @@ class Layout:
 class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     """Labelled images that stay in their files.
 
-    ``dataset[i]`` is one image with its label; ``dataset[i:j]`` reads so many into memory: images
-    ``[n, c, h, w]``, float32 and normalised, with labels ``[n]``, as of a ``TensorDataset``.
+    ``dataset[i]`` is one image with its label. ``dataset[i:j]`` reads images into memory: ``[n, c, h, w]``, float32 and
+    normalised, with labels ``[n]``, like a ``TensorDataset``.
     """
 
-    root: str  # folder that the files' paths begin from
+    root: str  # folder to which the files' paths are relative
     files: npt.NDArray[np.bytes_] = field(repr=False)  # a list of strings would be copied into every reading process
     labels: Tensor = field(repr=False)  # (n,), int64
     layout: Layout
-    workers: int | None = None  # processes that read; 0: this one; None: one per core, at most 8, none for a few files
+    workers: int | None = None  # reading processes; 0: this process; None: one per core, at most 8; 0 for few files
 
     def __len__(self) -> int:
         return len(self.files)
@@ -78,14 +77,14 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
             return self.normalised(self.pixels([index]))[0], self.labels[index]
         rows = torch.arange(len(self))[index]
         channels, side = len(self.layout.mean_std[0]), self.layout.padded
-        needed = 2.0 * 4 * channels * side**2 * len(rows)  # read in batches, then in one tensor
+        needed = 2.0 * 4 * channels * side**2 * len(rows)  # twice the images: read in parts, then joined
         check_memory(needed, f"{len(rows)} images", "fewer images or a smaller image_size take less", self.root)
         if not len(rows):
             return torch.empty(0, channels, side, side), self.labels[rows]
         return next(batches(self, [rows], torch.device("cpu")))
 
     def path(self, index: int) -> str:
-        """Return the path of a file."""
+        """Return the path of the file with an index."""
         return os.path.join(self.root, os.fsdecode(self.files[index]))
 
     def pixels(self, rows: Iterable[int]) -> Tensor:
@@ -95,7 +94,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         return torch.stack([read_image(self.path(row), self.layout) for row in rows])
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Return what was read as a network's input, on the device of the pixels."""
+        """Return pixels as a network's input: float32 and normalised, on the same device."""
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=pixels.device).view(1, -1, 1, 1)
             for values in self.layout.mean_std
@@ -107,12 +106,12 @@ LabelledImages = TensorDataset | ImageFiles
 
 
 def labels_of(dataset: LabelledImages) -> Tensor:
-    """Return all labels, int64: (n,), of text (n, places)."""
+    """Return all labels, int64: (n,), for text (n, positions)."""
     return dataset.labels if isinstance(dataset, ImageFiles) else dataset.tensors[1]
 
 
 def subset(dataset: LabelledImages, rows: slice | Tensor) -> LabelledImages:
-    """Return some of a data set, still in memory or still in files."""
+    """Return some samples of a data set; images in files stay in files."""
     if isinstance(dataset, ImageFiles):
         chosen = torch.arange(len(dataset))[rows]
         return replace(dataset, files=dataset.files[chosen.tolist()], labels=dataset.labels[chosen])
@@ -120,14 +119,14 @@ def subset(dataset: LabelledImages, rows: slice | Tensor) -> LabelledImages:
 
 
 def held_on(dataset: LabelledImages, device: torch.device) -> LabelledImages:
-    """Return a data set in memory moved to a device; files stay where they are, their batches are moved."""
+    """Move a data set in memory to a device; a data set in files is returned unchanged, :func:`batches` moves it."""
     if isinstance(dataset, ImageFiles):
         return dataset
     return TensorDataset(*(tensor.to(device) for tensor in dataset.tensors))
 
 
 def batches(dataset: LabelledImages, chosen: Iterable[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images and labels of rows, one batch for each tensor of row numbers, on the device."""
+    """Yield one batch of images and labels, on the device, for each tensor of row numbers."""
     if not isinstance(dataset, ImageFiles):
         images, labels = dataset.tensors
         for rows in chosen:
@@ -137,16 +136,16 @@ def batches(dataset: LabelledImages, chosen: Iterable[Tensor], device: torch.dev
     workers = dataset.workers
     if workers is None:
         is_small = sum(map(len, chosen)) <= 2 * _FILES_AT_ONCE
-        # Starting processes takes longer than reading a few files, and daemons may start none.
+        # Starting processes takes longer than reading a few files, and daemons can't start processes.
         in_this_one = is_small or multiprocessing.current_process().daemon
         workers = 0 if in_this_one else min(_MOST_PROCESSES, int(joblib.cpu_count()))
     loader = DataLoader(
         _Reading(dataset),
         batch_size=None,
-        # Processes read a few files at a time, however large the batches are: what waits in their queues has a bound.
+        # Processes read a few files at a time, whatever the batch size, so that their queues need little memory.
         sampler=(piece.tolist() for rows in chosen for piece in rows.split(_FILES_AT_ONCE)),
         num_workers=workers,
-        generator=torch.Generator(),  # without one of its own it draws from the global generator
+        generator=torch.Generator(),  # otherwise DataLoader draws from the global generator
     )
     answers = iter(loader)
     try:
@@ -160,12 +159,12 @@ def batches(dataset: LabelledImages, chosen: Iterable[Tensor], device: torch.dev
             if read:
                 yield torch.cat(read), dataset.labels[rows].to(device)
     finally:
-        # An error's traceback holds these variables, and the processes end with the iterator at the earliest.
+        # Deleted, because an error's traceback would keep the iterator and its processes alive.
         del answers
 
 
 class _Reading(Dataset[Any]):
-    """Files by lists of row numbers; an error is an answer, so that it reaches the caller as it was raised."""
+    """Read files by lists of row numbers; errors are returned, not raised, so that the caller gets them unchanged."""
 
     def __init__(self, images: ImageFiles) -> None:
         self.images = images

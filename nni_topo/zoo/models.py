@@ -1,4 +1,4 @@
-"""Models by name, and the recipes that train them: a new net is a function and a row of the table here."""
+"""Models by name, and the recipes that train them. To add a net, write a function and add a row to the table."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from nni_topo.zoo.vgg import vgg11, vgg11_unpooled, vgg16, vgg16_modified
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known about a model before it is built."""
+    """Facts about a model before it is built."""
 
-    build: Callable[..., nn.Module]  # gets those of num_classes, in_channels, image_size and width that it accepts
+    build: Callable[..., nn.Module]  # gets the arguments that it accepts: num_classes, in_channels, image_size, width
     epochs: int = 10
-    lr: float = 0.05  # the highest
-    pad_to: int | None = None  # side to which smaller images should be padded
-    min_image_size: int = 1  # smallest side in pixels that leaves at least one position after the last pooling
+    lr: float = 0.05  # highest learning rate
+    pad_to: int | None = None  # side in pixels to which smaller images should be padded
+    min_image_size: int = 1  # smallest side in pixels with at least one position after the last pooling
     optimizer: Optimizer = "sgd"
 
 
@@ -64,9 +64,9 @@ _MODELS = {
 
 @checked()
 def list_models(pattern: str = "*") -> list[str]:
-    """Return the names of the models that can be built and match a shell pattern, sorted.
+    """Return the names of the models that match a shell pattern, sorted.
 
-    torchvision's models are listed where the pattern begins with ``torchvision/``.
+    torchvision's models are listed if the pattern begins with ``torchvision/``.
 
     Examples
     --------
@@ -78,7 +78,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_info(name: str, place: str = "model") -> ModelInfo:
-    """Return the record of a model; ``place``: the function that was given the name."""
+    """Return the facts about a model; ``place``: the function that got the name, for the error message."""
     if name in _MODELS:
         return _MODELS[name]
     if name.startswith(TORCHVISION):
@@ -109,7 +109,7 @@ def create_model(
     ----------
     name : str
         One of :func:`list_models`, ``torchvision/NAME`` or ``timm/NAME`` (without weights), or
-        ``package.module:factory``, which is called with those of the keyword arguments below that it accepts.
+        ``package.module:factory``, which is called with the keyword arguments below that it accepts.
     num_classes : int
         Number of logits, at least 1.
     in_channels : int
@@ -119,8 +119,7 @@ def create_model(
     width : float, default=1.0
         Factor on the channels of VGGs and ResNets, positive.
     seed : int or None, default=None
-        Seed of the initial weights; torch's global generator stays as it was. None draws from the global
-        generator.
+        Seed of the initial weights; torch's global generator isn't changed. None: the global generator is used.
 
     Returns
     -------
@@ -163,10 +162,10 @@ def default_recipe(model_name: str, data_name: str) -> Recipe:
     Parameters
     ----------
     model_name : str
-        As :func:`create_model` takes it; nets without a recipe of their own get a common one.
+        As for :func:`create_model`; nets that aren't in :func:`list_models` get a common recipe.
     data_name : str
-        As :func:`~nni_topo.zoo.load_data` takes it. Digits are few, so they get 25 epochs of small batches; photographs
-        get crops, flips and four times the epochs.
+        As for :func:`~nni_topo.zoo.load_data`. Digits get 25 epochs of small batches, because the data set is small;
+        photographs get crops, flips and four times the epochs.
 
     Returns
     -------

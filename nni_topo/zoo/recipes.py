@@ -41,12 +41,12 @@ class Recipe:
         ``crop``: shifts by up to an eighth of the side, filled with black (stored value 0). ``flip``: mirrors left
         and right at random.
     precision : {"float32", "bfloat16"}, default="float32"
-        ``bfloat16`` computes the training steps under :class:`torch.autocast`; parameters stay float32. On a CPU it is
-        for linear layers: convolutions stay in float32. Faster for transformers on processors with bfloat16
+        ``bfloat16`` computes the training steps under :class:`torch.autocast`; parameters stay float32. On a CPU only
+        linear layers use it: convolutions stay in float32. Faster for transformers on processors with bfloat16
         instructions, slower on others.
     optimizer : {"sgd", "adamw"}, default="sgd"
-        ``adamw``, for transformers, takes ``momentum`` for the first of its betas, 0.99 for the second; its
-        ``weight_decay`` is apart from the loss.
+        ``adamw``, for transformers, uses ``momentum`` as its first beta and 0.99 as the second; its ``weight_decay`` is
+        decoupled from the loss.
 
     Raises
     ------
@@ -87,7 +87,7 @@ class Recipe:
         return torch.optim.SGD, {**knobs, "momentum": self.momentum, "nesterov": self.momentum > 0}
 
     def rate(self, progress: float) -> float:
-        """Return the learning rate after a fraction ``progress`` in [0, 1] of all steps."""
+        """Return the learning rate after a fraction of all steps; ``progress`` in [0, 1]."""
         if self.schedule == "constant":
             return self.lr
         if self.schedule == "cosine":
@@ -97,5 +97,5 @@ class Recipe:
         return self.lr * (1.0 + math.cos(math.pi * (progress - _WARMUP) / (1.0 - _WARMUP))) / 2.0
 
     def for_retraining(self, epochs: int) -> Recipe:
-        """Return the recipe for a net already trained: ``epochs`` epochs, a fifth of ``lr``, cosine."""
+        """Return the recipe for fine-tuning a trained net: ``epochs`` epochs, a fifth of ``lr``, cosine."""
         return replace(self, epochs=epochs, lr=self.lr / 5.0, schedule="cosine")

@@ -1,9 +1,8 @@
 """ResNets for small images: a 3x3 convolution, then stages of basic blocks, without pooling at the start.
 
-Where a block changes the number of channels its shortcut is a 1x1 convolution with batch norm (option B of
-the paper). Option A, strided slicing with zero padding, has no parameters, but slices and pads by channel
-count inside ``forward``, which neither NNI's ModelSpeedup nor another tool can narrow; it is therefore not
-offered.
+If a block changes the number of channels, its shortcut is a 1x1 convolution with batch norm (option B of the paper).
+Option A, strided slicing with zero padding, isn't offered: it pads by a number of channels inside ``forward``, which
+neither NNI's ModelSpeedup nor other tools can adapt.
 
 Source: K. He, X. Zhang, S. Ren and J. Sun, "Deep residual learning for image recognition",
 https://arxiv.org/abs/1512.03385
@@ -20,7 +19,7 @@ from nni_topo.zoo.vgg import scaled
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm, added to a shortcut; the first one and the shortcut have the stride."""
+    """Two 3x3 convolutions with batch norm, added to a shortcut; the first convolution and the shortcut are strided."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class BasicBlock(nn.Module):
 
 
 class SmallImageResNet(nn.Module):
-    """Stages of ``blocks`` basic blocks each, with ``width`` times so many channels."""
+    """Stages of ``blocks`` basic blocks each; stage ``i`` has ``width * channels[i]`` channels."""
 
     def __init__(
         self, blocks: int, num_classes: int, in_channels: int, width: float, channels: Sequence[int] = (16, 32, 64)
@@ -66,7 +65,7 @@ class SmallImageResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Compute the logits ``[n, num_classes]`` of images ``[n, in_channels, h, w]``."""
         features = self.relu1(self.norm1(self.conv1(images)))
-        for name, stage in self.named_children():  # NNI's tracer follows no names that a list holds
+        for name, stage in self.named_children():  # NNI's tracer can't use names from a list
             if name.startswith("stage"):
                 features = stage(features)
         logits: Tensor = self.fc(torch.flatten(self.pool(features), 1))
@@ -84,5 +83,5 @@ def resnet56(num_classes: int, in_channels: int, width: float) -> nn.Module:
 
 
 def resnet18(num_classes: int, in_channels: int, width: float) -> nn.Module:
-    """Build the 18-layer ResNet with its first convolution and without its pooling for small images."""
+    """Build the 18-layer ResNet for small images: a 3x3 first convolution, no pooling after it."""
     return SmallImageResNet(2, num_classes, in_channels, width, (64, 128, 256, 512))

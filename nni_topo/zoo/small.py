@@ -1,7 +1,7 @@
 """Small nets of the pruning literature: LeNets, a net for 8x8 digits, a 12-layer CNN.
 
 All are plain chains of named layers, without batch sizes or image sizes in ``forward``, so that ``torch.fx``
-traces them. ReLUs are not in place: hooks see a layer's output as the layer left it.
+can trace them. ReLUs are not in place, so that hooks see a layer's unchanged output.
 
 References
 ----------
@@ -40,7 +40,7 @@ class ConvNet(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """Fully connected layers with ReLUs in between, on flattened images; sizes from the input's to the output's."""
+    """Fully connected layers with ReLUs in between, on flattened images; ``sizes``: input, hidden layers, output."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__(OrderedDict(flatten=nn.Flatten(), **_linear_layers(sizes)))
@@ -57,7 +57,7 @@ def mnist_fcn(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
 
 
 def mnist_cnn(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build the convolutional net that goes with it: two padded 3x3 convolutions of 32 filters, no pooling."""
+    """Build the convolutional counterpart of `mnist_fcn`: two padded 3x3 convolutions of 32 filters, no pooling."""
     first, second = nn.Conv2d(in_channels, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
     features = named(conv1=first, relu1=nn.ReLU(), conv2=second, relu2=nn.ReLU())
     return ConvNet(features, named(fc1=nn.Linear(32 * image_size**2, num_classes)))
@@ -79,7 +79,7 @@ def lenet5_like(num_classes: int, in_channels: int, image_size: int) -> nn.Modul
 def small_cnn(num_classes: int, in_channels: int) -> nn.Module:
     """Build three 3x3 convolutions of 16, 32 and 64 filters with batch norm, and 64 hidden neurons."""
     features, channels = convolutions(in_channels, ((16,), (32,), (64,)), bias=False)
-    # Averaged to 2x2, so that the number of parameters doesn't depend on the image size.
+    # Average pooling to 2x2, so that the number of parameters doesn't depend on the image size.
     features.pool3 = nn.AdaptiveAvgPool2d(2)
     return ConvNet(features, _classifier(4 * channels, 64, num_classes))
 
@@ -109,7 +109,10 @@ def cnn12(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
 def convolutions(
     in_channels: int, stages: Sequence[Sequence[int]], *, bias: bool, pooled: bool = True
 ) -> tuple[nn.Sequential, int]:
-    """Chain 3x3 convolutions with batch norm in stages, each ended by 2x2 max pooling; the channels they end with."""
+    """Chain 3x3 convolutions with batch norm in stages, by default each with 2x2 max pooling at its end.
+
+    ``stages`` holds the widths of each stage's convolutions. The second result is the last width.
+    """
     layers: dict[str, nn.Module] = {}
     inputs, index = in_channels, 0
     for stage, widths in enumerate(stages, start=1):
@@ -134,7 +137,7 @@ def _lenet(in_channels: int, widths: Sequence[int], pool: type[nn.Module], paddi
 
 
 def _classifier(*sizes: int) -> nn.Sequential:
-    """Chain linear layers with ReLUs in between; sizes from the input's to the logits'."""
+    """Chain linear layers with ReLUs in between; ``sizes``: input, hidden layers, logits."""
     return named(**_linear_layers(sizes))
 
 

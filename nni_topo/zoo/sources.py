@@ -27,8 +27,8 @@ _NOT_READ = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2
 class RawData:
     """Images and labels of a training and a test set."""
 
-    train_images: Array  # (n, channels, height, width), uint8 in [0, 255] or floats as stored; so `test_images`
-    train_labels: Array  # int64 (n,), from 0; so `test_labels`; of text both are (n, places)
+    train_images: Array  # (n, channels, height, width), uint8 in [0, 255] or floats as stored; test_images likewise
+    train_labels: Array  # int64 (n,), from 0; test_labels likewise; for text images and labels are (n, positions)
     test_images: Array
     test_labels: Array
     class_names: tuple[str, ...]
@@ -58,8 +58,8 @@ def read_idx_folder(folder: Path, download: bool, kind: str, class_names: tuple[
 
 
 def _read_idx(folder: Path, stem: str, axes: int) -> Array:
-    """Read a file of unsigned bytes with so many axes, plain or gzipped, in the folder, its ``raw`` or ``*/raw``."""
-    # Also with a dot before ``idx``; ``*/raw`` is how torchvision lays the files out.
+    """Read an idx file of unsigned bytes with ``axes`` axes, plain or gzipped, from a folder, ``raw`` or ``*/raw``."""
+    # Some copies have a dot before ``idx``; torchvision stores the files in ``*/raw``.
     names = [name + suffix for name in (stem, stem.replace("-idx", ".idx")) for suffix in ("", ".gz")]
     places = (folder, folder / "raw", *sorted(folder.glob("*/raw")))
     path = next((place / name for place in places for name in names if (place / name).is_file()), None)
@@ -75,7 +75,7 @@ def _read_idx(folder: Path, stem: str, axes: int) -> Array:
 
 
 def read_cifar(folder: Path, download: bool, kind: str) -> RawData:
-    """Read torchvision's ``CIFAR10`` or ``CIFAR100``, with its MD5 sums; DataError if missing or damaged."""
+    """Read torchvision's ``CIFAR10`` or ``CIFAR100`` and check MD5 sums; DataError if files are missing or damaged."""
     from torchvision import datasets  # slow to import
 
     try:
@@ -89,12 +89,12 @@ def read_cifar(folder: Path, download: bool, kind: str) -> RawData:
 
 
 def read_stdlib() -> RawData:
-    """Read the sources of Python's standard library as rows of 128 bytes; the labels are the bytes that follow."""
+    """Read the sources of Python's standard library as rows of 128 bytes; the labels are the following bytes."""
     root, rows = Path(sysconfig.get_path("stdlib")), dict[bool, list[Array]]({True: [], False: []})
     files = [path.relative_to(root) for path in root.rglob("*.py")]
     own = sorted(path for path in files if not _NOT_READ & {*path.parts[:-1]})
     for path in own:
-        # By the name, so that a file is in the same set even where another file is missing.
+        # Chosen by the file's name, so that it doesn't depend on which other files exist.
         is_test = zlib.crc32(path.as_posix().encode()) % _PARTS == 0
         rows[is_test].append(np.frombuffer((root / path).read_bytes(), dtype=np.uint8))
     if not (rows[True] and rows[False]):
@@ -103,16 +103,16 @@ def read_stdlib() -> RawData:
 
 
 def _in_rows(texts: list[Array]) -> tuple[Array, Array]:
-    """Return rows of bytes and, as labels, the byte after each of theirs."""
+    """Return rows of bytes and, as labels, the byte that follows each byte."""
     text = np.concatenate(texts)
     text = text[: (len(text) - 1) // _ROW * _ROW + 1]
     return text[:-1].reshape(-1, _ROW), text[1:].reshape(-1, _ROW).astype(np.int64)
 
 
 def read_npz(path: Path) -> RawData:
-    """Read an ``.npz`` file with ``x_train, y_train, x_test, y_test``; DataError if it is anything else."""
+    """Read an ``.npz`` file with ``x_train, y_train, x_test, y_test``; DataError if it holds something else."""
     # Images [n, h, w], [n, c, h, w] or [n, h, w, c] with 1 or 3 channels, uint8 or floats; labels [n] or [n, 1],
-    # integers from 0. Without `class_names` the classes are as many as the largest training label says.
+    # integers from 0. Without `class_names` the largest training label gives the number of classes.
     with reading(path, "an .npz data set", "of plain arrays"), np.load(path, allow_pickle=False) as archive:
         arrays: dict[str, Array] = {key: archive[key] for key in archive.files}
     missing = [key for key in _NPZ_KEYS if key not in arrays]
@@ -129,19 +129,19 @@ def read_npz(path: Path) -> RawData:
 
 
 def split_off_test(images: Array, labels: Array, class_names: tuple[str, ...], seed: int) -> RawData:
-    """Use 20 % of every class as the test set; callers keep the seed fixed, so that all runs share the test set."""
+    """Use 20 % of every class as the test set; callers pass a constant seed, so that all runs share the test set."""
     test = stratified_fraction(labels, 0.2, np.random.default_rng(seed))
     return RawData(images[~test], labels[~test], images[test], labels[test], class_names)
 
 
 def stratified_fraction(labels: Array, fraction: float, generator: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Draw ``floor(fraction * m)`` of the m images of every class, fraction in [0, 1); bool (n,)."""
+    """Draw ``floor(fraction * m)`` of the m images of every class; return a mask, bool (n,). ``fraction`` in [0, 1)."""
     counts = np.bincount(labels)
     return np.asarray(class_rank(labels, generator) < np.floor(fraction * counts + 1e-9)[labels])
 
 
 def class_rank(labels: Array, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return each image's place, from 0, in a random order of its own class, shape (n,)."""
+    """Return each image's position, from 0, in a random order of its class, shape (n,)."""
     order = np.lexsort((generator.random(len(labels)), labels))
     counts = np.bincount(labels)
     starts = np.cumsum(counts) - counts
@@ -151,7 +151,7 @@ def class_rank(labels: Array, generator: np.random.Generator) -> npt.NDArray[np.
 
 
 def in_rounds(labels: Array, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return an order in which every round holds one image of each class that has any left, in random order."""
+    """Return an order of the images in rounds: each holds one image of every class that has some left, shuffled."""
     return np.lexsort((generator.random(len(labels)), class_rank(labels, generator)))
 
 

@@ -1,6 +1,6 @@
 """Training of classifiers, on data in memory or in files.
 
-All randomness (order, augmentation, dropout) comes from one seed; the global generators are left as they were.
+All randomness (order, augmentation, dropout) comes from one seed; the global generators aren't changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nni_topo.zoo.recipes import Augmentation, Recipe
 
 @dataclass(frozen=True)
 class EpochLog:
-    """One pass over the training images; losses and training accuracies are those while the weights moved."""
+    """One epoch; loss and training accuracy are averages during the epoch, while the weights changed."""
 
     epoch: int  # from 1
     loss: float  # mean over the pass
@@ -44,13 +44,13 @@ class EpochLog:
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """What a training did: a record of each pass, fewer than the recipe's where ``until`` ended the training."""
+    """Record of a training, by epoch; fewer epochs than in the recipe if ``until`` ended the training."""
 
     epochs: tuple[EpochLog, ...]
 
     @property
     def seconds(self) -> float:
-        """Wall time of all passes."""
+        """Wall time of all epochs."""
         return sum(epoch.seconds for epoch in self.epochs)
 
 
@@ -72,25 +72,25 @@ def train(
     Parameters
     ----------
     model : nn.Module
-        From images ``[n, in_channels, h, w]`` to logits ``[n, num_classes]``. Moved to ``device``; in
+        Maps images ``[n, in_channels, h, w]`` to logits ``[n, num_classes]``. It is moved to ``device``, and in
         evaluation mode afterwards.
     data : DataBundle
-        Its training images are learned from, its validation images only watched.
+        Its training images are used for training, its validation images only for measurements.
     recipe : Recipe
         Optimizer, schedule, epochs and augmentation.
     seed : int
-        Of the order of the images, the augmentation and dropout. Same seed, same result on one machine.
+        Seed of the order of the images, of augmentation and of dropout. On one machine it determines the result.
     device : str, torch.device or None, default=None
-        Where to train; a training set in memory is moved there as a whole. None: where the model lies.
+        Device for training; a training set in memory is moved there completely. None: the model's device.
     progress : bool or None, default=None
-        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        Show progress on standard error: in a terminal a bar, otherwise a line every half minute. None: only after
         five seconds.
     callback : callable or None, default=None
-        Called with the :class:`EpochLog` after every epoch, the model being in evaluation mode. An exception
-        it raises ends the training.
+        Called with the :class:`EpochLog` after every epoch, with the model in evaluation mode. An exception
+        that it raises ends the training.
     until : float or None, default=None
-        Validation accuracy in (0, 1] that ends the training, after the first epoch that reaches it. The learning rate
-        follows the recipe with all its epochs. None: all epochs.
+        Validation accuracy in (0, 1]; training ends after the first epoch that reaches it. The learning rate follows
+        the recipe as if all its epochs were run. None: all epochs.
 
     Returns
     -------
@@ -109,7 +109,7 @@ def train(
     check_model(model.to(device), data)
     images = held_on(data.train, device)
     black = data.black.to(device)
-    steps = math.ceil(len(images) / recipe.batch_size)  # of an epoch
+    steps = math.ceil(len(images) / recipe.batch_size)  # per epoch
     kind, knobs = recipe.optimizing()
     optimizer = kind([parameter for parameter in model.parameters() if parameter.requires_grad], **knobs)
     generator = torch.Generator().manual_seed(seed)
@@ -128,7 +128,7 @@ def train(
             for step, (inputs, labels) in enumerate(batches(images, chosen, device)):
                 optimizer.param_groups[0]["lr"] = recipe.rate(((epoch - 1) * steps + step) / (recipe.epochs * steps))
                 count = len(inputs)
-                if inputs.dim() == 4:  # and not rows of text
+                if inputs.dim() == 4:  # images, not rows of text
                     inputs = augmented(inputs, recipe.augmentation, black, generator)
                     inputs = inputs.contiguous(memory_format=torch.channels_last)
                 with computing_in(recipe.precision, device):
@@ -161,7 +161,10 @@ def train(
 def augmented(
     images: Tensor, augmentation: Augmentation, black: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Shift and mirror images (n, c, h, w) as a recipe says, by PyTorch's own generator if none is given."""
+    """Shift and mirror images (n, c, h, w) at random, by ``generator`` or else PyTorch's global generator.
+
+    ``black``, shape (c,) or one value, fills the borders.
+    """
     if augmentation == "none":
         return images
     if images.dim() != 4 or black.numel() not in (1, images.shape[1]):
@@ -175,7 +178,7 @@ def augmented(
 
 
 def shifted(images: Tensor, black: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Shift every image on its own by up to an eighth of its side; ``black``, shape (c,), fills the rest."""
+    """Shift every image separately by up to an eighth of its side; ``black``, shape (c,), fills the border."""
     count, _, height, width = images.shape
     reach = max(1, width // 8)
     shift = black.view(1, -1, 1, 1)
@@ -189,7 +192,7 @@ def shifted(images: Tensor, black: Tensor, generator: torch.Generator | None) ->
 
 @contextmanager
 def _channels_last(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Lay weights out as CPUs convolve faster; afterwards as usual, in evaluation mode."""
+    """Within the block, use the channels-last format, which CPUs convolve faster; afterwards restore and call eval."""
     lay_out(model, (images,), {})
     try:
         with inputs_laid_out(model):

@@ -1,6 +1,6 @@
 """Small transformers: a ViT and a BERT-like encoder on patches of images, and a GPT on bytes.
 
-All have separate linear layers for queries, keys, values and what attention puts out, as decoders of today do.
+All have separate linear layers for queries, keys, values and the output projection, as today's decoders do.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch.nn import functional
 
 
 class SelfAttention(nn.Module):
-    """Attention with heads of ``width // heads``; ``kv_heads``, a divisor of ``heads``, are shared by as many each."""
+    """Attention with heads of size ``width // heads``; groups of ``heads // kv_heads`` heads share keys and values."""
 
     inv_freq: Tensor
 
     def __init__(self, width: int, heads: int, kv_heads: int | None = None, *, bias: bool, causal: bool) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads or heads, width // heads
-        self.causal = causal  # with rotary positions, which a decoder needs to know order
+        self.causal = causal  # causal attention has rotary positions, which give a decoder the order of tokens
         self.q_proj = nn.Linear(width, width, bias=bias)
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
         self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(half) / half) if causal else None, persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Attend from and to states ``(n, places, width)``."""
+        """Compute self-attention of states ``(n, places, width)``; the output has the same shape."""
         query, key, value = (
             layer(states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
 
 
 def _turned(heads: Tensor, frequencies: Tensor) -> Tensor:
-    """Turn pairs of ``(n, heads, places, head_dim)`` by their places: https://arxiv.org/abs/2104.09864."""
+    """Apply rotary position embedding to ``(n, heads, places, head_dim)``: https://arxiv.org/abs/2104.09864."""
     half = heads.shape[3] // 2
     angles = torch.outer(torch.arange(heads.shape[2], device=heads.device), frequencies)
     one, other, cos, sin = heads[..., :half], heads[..., half:], angles.cos().to(heads), angles.sin().to(heads)
@@ -63,7 +63,7 @@ class FeedForward(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """Two linear layers, the hidden neurons of which are multiplied by gates: https://arxiv.org/abs/2002.05202."""
+    """Two linear layers whose hidden neurons are multiplied by gates: https://arxiv.org/abs/2002.05202."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class GatedMlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and an MLP, each added to its input; norms before them, or after the sums."""
+    """Attention and an MLP, each added to its input; norms before them (``first``), or after the sums."""
 
     def __init__(
         self, attention: nn.Module, mlp: nn.Module, norms: tuple[nn.Module, nn.Module], *, first: bool
@@ -96,7 +96,7 @@ class TransformerBlock(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """Blocks over the patches of images, 4 pixels a side, and a linear layer on their mean."""
+    """Transformer blocks on image patches of 4x4 pixels, and a linear layer on the mean over the patches."""
 
     def __init__(self, num_classes: int, in_channels: int, image_size: int, *, norm_first: bool) -> None:
         super().__init__()
@@ -147,21 +147,21 @@ class Gpt(nn.Module):
         self.head = nn.Linear(width, num_classes, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Compute the logits ``[n, places, num_classes]`` of what follows each of the tokens ``[n, places]``."""
+        """Compute the logits ``[n, places, num_classes]`` of the token that follows each of ``tokens``, [n, places]."""
         logits: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens))))
         return logits
 
 
 def vit_small(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build a ViT with 5 blocks of 6 heads and 192 neurons at width 96, norms first: https://arxiv.org/abs/2010.11929."""
+    """Build a ViT of width 96 with 5 blocks: 6 heads, 192 neurons, norms first; https://arxiv.org/abs/2010.11929."""
     return PatchTransformer(num_classes, in_channels, image_size, norm_first=True)
 
 
 def bert_small(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build the same with norms after the sums, as BERT has them: https://arxiv.org/abs/1810.04805."""
+    """Build `vit_small` with norms after the sums, as in BERT: https://arxiv.org/abs/1810.04805."""
     return PatchTransformer(num_classes, in_channels, image_size, norm_first=False)
 
 
 def gpt_small(num_classes: int) -> nn.Module:
-    """Build a decoder of 4 blocks of 12 heads over 6 of keys and values, and 256 gated neurons, at width 96."""
+    """Build a decoder of width 96 with 4 blocks: 12 heads, 6 heads of keys and values, 256 gated neurons."""
     return Gpt(num_classes)

@@ -1,4 +1,4 @@
-"""VGG-16 and VGG-11 for small images: 3x3 convolutions with batch norm, in two forms each.
+"""VGG-16 and VGG-11 for small images: 3x3 convolutions with batch norm, two variants of each.
 
 References
 ----------
@@ -31,7 +31,7 @@ def vgg16(num_classes: int, in_channels: int, image_size: int, width: float) -> 
 
 def vgg16_modified(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
     """Build VGG-16 with one hidden layer of 512 neurons; convolutions keep their biases, as in the source."""
-    # Batch norm follows the module's reference [2]; the dropout of that source is left to the hidden layer, at 0.5.
+    # Batch norm as in reference [2] of this module; of that source's dropout only the hidden layer's, 0.5, is kept.
     features, channels = convolutions(in_channels, _widths(_STAGES, width), bias=True)
     hidden = scaled(512, width)
     head = named(
@@ -53,7 +53,7 @@ def vgg11(num_classes: int, in_channels: int, image_size: int, width: float) -> 
 
 
 def vgg11_unpooled(num_classes: int, in_channels: int, width: float) -> nn.Module:
-    """Build VGG-11 with no pooling but the mean over all positions, in front of its one linear layer."""
+    """Build VGG-11 without pooling except the mean over all positions, before its single linear layer."""
     features, channels = convolutions(in_channels, _widths(_STAGES_11, width), bias=False, pooled=False)
     features.add_module("pool", nn.AdaptiveAvgPool2d(1))
     return ConvNet(features, named(fc1=nn.Linear(channels, num_classes)))
